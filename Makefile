@@ -1,0 +1,111 @@
+# Everything a checkout needs: Python 3.11 or newer and make are enough. The first target prints the others.
+
+VENV := .venv
+GENERATOR := .venv-proto
+BIN := $(VENV)/bin
+STUBS := client/src/notecase/v1
+PROTOS := $(sort $(wildcard proto/notecase/v1/*.proto))
+GO := $(shell command -v go 2>/dev/null)
+
+# Reflection and errors are tested with the tool that callers use; buf is the usual judge of protos. Both are built by Go.
+GRPCURL := github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.4
+BUF := github.com/bufbuild/buf/cmd/buf@v1.75.0
+
+.PHONY: help demo serve test lint format types proto proto-check proto-lint check bench tools clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/.ready ## A detective's conversation, told from start to restart
+	@$(BIN)/python examples/detective.py $(ARGS)
+
+serve: $(VENV)/.ready ## Start the server; ARGS="--store sqlite:notecase.db"
+	@$(BIN)/notecase serve $(ARGS)
+
+test: $(VENV)/.ready $(if $(GO),$(BIN)/grpcurl) ## Run the tests; ARGS="-k name tests/store"
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.ready ## Check the format and the style
+	@$(BIN)/ruff format --check --quiet || { $(BIN)/ruff format --diff; exit 1; }
+	@$(BIN)/ruff check
+
+format: $(VENV)/.ready ## Put the code in its format
+	@$(BIN)/ruff check --select I --fix --quiet
+	@$(BIN)/ruff format
+
+types: $(VENV)/.ready ## Check the types, strictly
+	@$(BIN)/mypy $(wildcard client/src server/src tests examples benchmarks)
+
+proto: $(GENERATOR)/.ready ## Write the stubs from proto/
+	@rm -f $(STUBS)/*_pb2*
+	@$(call generate,client/src)
+
+proto-check: $(GENERATOR)/.ready ## Check that the stubs are what proto/ says
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(call generate,"$$out") && \
+	if diff -r -q -x __init__.py -x __pycache__ "$$out/notecase/v1" $(STUBS); then echo "The stubs are what proto/ says."; \
+	else echo "The stubs are not what proto/ says: run make proto." >&2; exit 1; fi
+
+proto-lint: $(BIN)/buf ## Check the protos' style with buf; wants Go, and two minutes the first time
+	@$(BIN)/buf lint proto && $(BIN)/buf format --diff --exit-code proto && echo "The protos pass buf."
+
+check: lint types proto-check test ## All of the checks above but proto-lint
+
+bench: $(VENV)/.ready ## Measure the server on this machine
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+tools: $(BIN)/grpcurl $(BIN)/buf ## Build grpcurl and buf into the environment; wants Go
+
+clean: ## Remove the environments and what tools left behind
+	@rm -rf $(VENV) $(GENERATOR) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@find client server tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# An environment is whole when its .ready is newer than what it was made from. pip itself is pinned because the one that a
+# Python brings may not know dependency groups; the build backend is installed first so that it, too, is a pinned one.
+$(VENV)/.ready: pyproject.toml client/pyproject.toml server/pyproject.toml constraints.txt
+	@echo "Setting up $(VENV); this takes a minute the first time."
+	@$(call environment,$(VENV))
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt pip hatchling
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
+		--editable client --editable server --group dev
+	@touch $@
+
+$(GENERATOR)/.ready: proto/requirements.txt
+	@echo "Setting up $(GENERATOR), the stubs' generator."
+	@$(call environment,$(GENERATOR))
+	@$(GENERATOR)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+# Tests that want grpcurl are skipped without it, so a failure to build it stops nobody; CI lets no test be skipped.
+$(BIN)/grpcurl: | $(VENV)/.ready
+	@echo "Building grpcurl for the tests; this takes a minute the first time."
+	@$(call gobuild,$(GRPCURL)) || echo "grpcurl could not be built: the tests that use it will be skipped." >&2
+
+$(BIN)/buf: | $(VENV)/.ready
+	@echo "Building buf; this takes two minutes the first time."
+	@$(call gobuild,$(BUF))
+
+# $(call environment,DIR) makes DIR with the first Python that will do, or with the one that PYTHON names.
+define environment
+test -x $(1)/bin/python && exit; \
+for python in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python); do \
+	if $$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+		exec $$python -m venv $(1); \
+	fi; \
+done; \
+echo "notecase needs Python 3.11 or newer with its venv module$(if $(PYTHON),; $(PYTHON) will not do)." >&2; \
+echo "Name one with make PYTHON=/path/to/python3." >&2; exit 1
+endef
+
+# $(call generate,DIR) writes the stubs below DIR: messages of every proto, services of those that have one.
+define generate
+mypy="--plugin=protoc-gen-mypy=$(GENERATOR)/bin/protoc-gen-mypy --plugin=protoc-gen-mypy_grpc=$(GENERATOR)/bin/protoc-gen-mypy_grpc"; \
+$(GENERATOR)/bin/python -m grpc_tools.protoc -I proto $$mypy --python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS) && \
+$(GENERATOR)/bin/python -m grpc_tools.protoc -I proto $$mypy --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) \
+	$$(grep -l '^service ' $(PROTOS))
+endef
+
+# $(call gobuild,MODULE) says nothing unless it fails.
+define gobuild
+( if test -z "$(GO)"; then echo "This wants Go, which is not here." >&2; exit 1; fi; \
+log=$$(GOBIN="$(CURDIR)/$(BIN)" go install $(1) 2>&1) || { echo "$$log" >&2; exit 1; } )
+endef
