@@ -1,0 +1,268 @@
+"""Every failure a caller can be told of: one exception, a stable reason each, and nothing internal in its words.
+
+`CATALOG` gives each reason its google.rpc code and, where trying again can help, how long to wait. The functions below
+are the only way a failure is made, so a message is written once.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from google.rpc import code_pb2
+from notecase import v1
+
+
+class Kind(NamedTuple):
+    """What all failures of one reason share."""
+
+    code: int
+    """A google.rpc.Code."""
+    retry_after: float | None = None
+    """Seconds, where a retry helps."""
+
+
+class Violation(NamedTuple):
+    """One field that is wrong, and what would be right."""
+
+    field: str
+    description: str
+
+
+class Resource(NamedTuple):
+    """What a failure is about."""
+
+    kind: str
+    name: str
+
+
+CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
+    v1.ERROR_REASON_INVALID_FIELD: Kind(code_pb2.INVALID_ARGUMENT),
+    v1.ERROR_REASON_AGENT_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
+    v1.ERROR_REASON_SESSION_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
+    v1.ERROR_REASON_RUN_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
+    v1.ERROR_REASON_MESSAGE_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
+    v1.ERROR_REASON_ALREADY_EXISTS: Kind(code_pb2.ALREADY_EXISTS),
+    v1.ERROR_REASON_REQUEST_ID_REUSED: Kind(code_pb2.ALREADY_EXISTS),
+    v1.ERROR_REASON_ETAG_MISMATCH: Kind(code_pb2.ABORTED),
+    v1.ERROR_REASON_SEQUENCE_MISMATCH: Kind(code_pb2.ABORTED),
+    v1.ERROR_REASON_STATE_VERSION_MISMATCH: Kind(code_pb2.ABORTED),
+    v1.ERROR_REASON_RUN_ACTIVE: Kind(code_pb2.FAILED_PRECONDITION),
+    v1.ERROR_REASON_RUN_ENDED: Kind(code_pb2.FAILED_PRECONDITION),
+    v1.ERROR_REASON_PAGE_TOKEN_INVALID: Kind(code_pb2.INVALID_ARGUMENT),
+    v1.ERROR_REASON_PAYLOAD_TOO_LARGE: Kind(code_pb2.RESOURCE_EXHAUSTED),
+    v1.ERROR_REASON_RATE_LIMITED: Kind(code_pb2.RESOURCE_EXHAUSTED, retry_after=1.0),
+    v1.ERROR_REASON_LIMIT_EXCEEDED: Kind(code_pb2.RESOURCE_EXHAUSTED),
+    v1.ERROR_REASON_SERVER_DRAINING: Kind(code_pb2.UNAVAILABLE, retry_after=1.0),
+    v1.ERROR_REASON_STORE_UNAVAILABLE: Kind(code_pb2.UNAVAILABLE, retry_after=1.0),
+    v1.ERROR_REASON_OWNER_LOST: Kind(code_pb2.UNAVAILABLE, retry_after=1.0),
+    v1.ERROR_REASON_MODEL_ERROR: Kind(code_pb2.FAILED_PRECONDITION),
+    v1.ERROR_REASON_MODEL_UNAVAILABLE: Kind(code_pb2.UNAVAILABLE),
+    v1.ERROR_REASON_TEMPLATE_ERROR: Kind(code_pb2.INVALID_ARGUMENT),
+    v1.ERROR_REASON_INTERNAL: Kind(code_pb2.INTERNAL),
+    v1.ERROR_REASON_STATE_TYPE_MISMATCH: Kind(code_pb2.FAILED_PRECONDITION),
+    v1.ERROR_REASON_SEQUENCE_AHEAD: Kind(code_pb2.OUT_OF_RANGE),
+    v1.ERROR_REASON_CONTENT_UNSUPPORTED: Kind(code_pb2.INVALID_ARGUMENT),
+}
+
+
+class NotecaseError(Exception):
+    """A failure that a caller is told of, in full: all it holds reaches the client."""
+
+    def __init__(
+        self,
+        reason: v1.ErrorReason.ValueType,
+        message: str,
+        *,
+        metadata: Mapping[str, object] | None = None,
+        violations: Iterable[Violation] = (),
+        resource: Resource | None = None,
+        quota: str = "",
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        kind = CATALOG[reason]
+        self.reason = reason
+        self.message = message
+        self.metadata = {key: str(value) for key, value in (metadata or {}).items()}
+        self.violations = tuple(violations)
+        self.resource = resource
+        self.quota = quota
+        self.code = kind.code
+        self.retry_after = kind.retry_after if retry_after is None else retry_after
+
+    def to_proto(self) -> v1.Error:
+        """The same facts as data, for a failed run or a refused command."""
+        error = v1.Error(code=self.code, reason=self.reason, message=self.message, metadata=self.metadata)
+        for violation in self.violations:
+            error.metadata[violation.field] = violation.description
+        return error
+
+
+def reason_name(reason: v1.ErrorReason.ValueType) -> str:
+    """The reason as ErrorInfo carries it: "RUN_ACTIVE"."""
+    return v1.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
+
+
+_NOT_FOUND = {
+    "agent": v1.ERROR_REASON_AGENT_NOT_FOUND,
+    "session": v1.ERROR_REASON_SESSION_NOT_FOUND,
+    "run": v1.ERROR_REASON_RUN_NOT_FOUND,
+    "message": v1.ERROR_REASON_MESSAGE_NOT_FOUND,
+}
+
+
+def invalid(violations: Iterable[Violation]) -> NotecaseError:
+    """Fields are missing or malformed: all of them at once."""
+    found = tuple(violations)
+    told = "; ".join(f"{v.field}: {v.description}" for v in found[:3])
+    more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
+    return NotecaseError(v1.ERROR_REASON_INVALID_FIELD, f"{told}{more}.", violations=found)
+
+
+def not_found(kind: str, name: str) -> NotecaseError:
+    """`kind` is "agent", "session", "run" or "message"; `name` its whole resource name."""
+    return NotecaseError(_NOT_FOUND[kind], f"There is no {kind} {name!r}.", resource=Resource(kind, name))
+
+
+def already_exists(kind: str, name: str) -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_ALREADY_EXISTS,
+        f"There is already a {kind} {name!r}; choose another id.",
+        resource=Resource(kind, name),
+    )
+
+
+def reused(field: str, value: str) -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_REQUEST_ID_REUSED,
+        f"The {field} {value!r} was used before with another body; a new request wants a new {field}.",
+        metadata={field: value},
+    )
+
+
+def etag_mismatch(name: str, etag: str) -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_ETAG_MISMATCH,
+        f"{name} changed since you read it; read it again and repeat the change.",
+        metadata={"etag": etag},
+    )
+
+
+def sequence_mismatch(last_sequence: int) -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_SEQUENCE_MISMATCH,
+        f"The log has moved on: its head is {last_sequence}; read what is new and decide again.",
+        metadata={"last_sequence": last_sequence},
+    )
+
+
+def version_mismatch(what: str, version: int) -> NotecaseError:
+    """`version` 0 says that the key does not exist."""
+    now = f"its version is {version}" if version else "it does not exist"
+    return NotecaseError(
+        v1.ERROR_REASON_STATE_VERSION_MISMATCH,
+        f"{what} changed since you read it: {now}; read it again and repeat the change.",
+        metadata={"version": version},
+    )
+
+
+def type_mismatch(key: str, problem: str) -> NotecaseError:
+    return NotecaseError(v1.ERROR_REASON_STATE_TYPE_MISMATCH, f"State key {key!r}: {problem}.", metadata={"key": key})
+
+
+def run_active(run: str) -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_RUN_ACTIVE,
+        f"The session is busy with {run}; wait for its end (WaitRun) or cancel it (CancelRun).",
+        metadata={"run": run},
+    )
+
+
+def run_ended(run: str, state: v1.Run.State.ValueType) -> NotecaseError:
+    told = v1.Run.State.Name(state).removeprefix("STATE_")
+    return NotecaseError(v1.ERROR_REASON_RUN_ENDED, f"{run} has ended ({told}).", metadata={"run": run, "state": told})
+
+
+def page_token_invalid() -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_PAGE_TOKEN_INVALID,
+        "The page_token is not one that this list gave out with these arguments; start again without it.",
+        violations=[Violation("page_token", "not valid here")],
+    )
+
+
+def too_large(what: str, size: int, limit: int) -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_PAYLOAD_TOO_LARGE,
+        f"{what} has {size} bytes; the server takes at most {limit}.",
+        metadata={"size": size, "limit": limit},
+        quota=f"{what}: at most {limit} bytes",
+    )
+
+
+def too_many_runs(limit: int) -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_RATE_LIMITED,
+        f"The server runs at most {limit} runs at once and has that many; try again shortly.",
+        metadata={"limit": limit},
+        quota=f"runs at once: {limit}",
+    )
+
+
+def limit_exceeded(limit: str, value: int, message: str) -> NotecaseError:
+    return NotecaseError(v1.ERROR_REASON_LIMIT_EXCEEDED, message, metadata={"limit": limit, "value": value})
+
+
+def draining() -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_SERVER_DRAINING, "The server is stopping and takes nothing new; try again shortly."
+    )
+
+
+def store_unavailable() -> NotecaseError:
+    """The store's own words stay in the server's log."""
+    return NotecaseError(
+        v1.ERROR_REASON_STORE_UNAVAILABLE, "The store cannot be used just now; nothing of this call was kept."
+    )
+
+
+def owner_lost(session: str) -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_OWNER_LOST,
+        f"Another process runs sessions/{session} now; attach again.",
+        metadata={"session": session},
+    )
+
+
+def model_error(message: str, **metadata: object) -> NotecaseError:
+    """The provider refused, or answered with something that is no reply; a repeat would end the same."""
+    return NotecaseError(v1.ERROR_REASON_MODEL_ERROR, message, metadata=metadata)
+
+
+def model_unavailable(message: str, retry_after: float | None = None, **metadata: object) -> NotecaseError:
+    """The provider cannot be reached or is overloaded; a repeat may succeed."""
+    return NotecaseError(v1.ERROR_REASON_MODEL_UNAVAILABLE, message, metadata=metadata, retry_after=retry_after)
+
+
+def template_error(message: str, field: str = "agent.llm.instruction") -> NotecaseError:
+    return NotecaseError(v1.ERROR_REASON_TEMPLATE_ERROR, message, violations=[Violation(field, message)])
+
+
+def sequence_ahead(asked: int, last_sequence: int) -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_SEQUENCE_AHEAD,
+        f"after_sequence {asked} is beyond the head of the log, which is {last_sequence}.",
+        metadata={"last_sequence": last_sequence},
+    )
+
+
+def content_unsupported(message: str) -> NotecaseError:
+    return NotecaseError(v1.ERROR_REASON_CONTENT_UNSUPPORTED, message)
+
+
+def internal(request_id: str) -> NotecaseError:
+    """A defect: its words stay in the log, where the request id finds them."""
+    return NotecaseError(
+        v1.ERROR_REASON_INTERNAL,
+        f"Something went wrong inside the server; its log tells more under request id {request_id}.",
+        metadata={"request_id": request_id},
+    )

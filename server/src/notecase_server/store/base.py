@@ -1,0 +1,141 @@
+"""A whole Store, given Tables and two ways to run a step on them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypeVar
+
+from notecase import v1
+
+from notecase_server.store import steps
+from notecase_server.store.contract import (
+    ActiveRun,
+    CommandId,
+    Commit,
+    Committed,
+    Once,
+    Page,
+    Query,
+    Scope,
+    SessionKey,
+)
+from notecase_server.store.lists import take
+from notecase_server.store.tables import Tables
+
+T = TypeVar("T")
+
+FORGET_BATCH = 1000
+"""Records dropped in one transaction: few enough that commits wait for some milliseconds only."""
+
+
+class TableStore(ABC):
+    """Every method of the contract but `close`, in terms of `_read` and `_write`. Both raise NotecaseError
+    STORE_UNAVAILABLE once the store is closed."""
+
+    @abstractmethod
+    async def _read(self, step: Callable[[Tables], T]) -> T:
+        """Runs a step that only reads, on one consistent state of the rows."""
+
+    @abstractmethod
+    async def _write(self, step: Callable[[Tables, int], T]) -> T:
+        """Runs a step in a transaction, given the time. What it raises undoes it."""
+
+    async def commit(self, commit: Commit) -> Committed:
+        return await self._write(partial(steps.commit, commit=commit))
+
+    async def recall(self, key: SessionKey, once: Once | None, command: CommandId | None) -> None:
+        await self._read(lambda tables: steps.recall(tables, key, once, command))
+
+    async def claim(self, key: SessionKey, epoch: int) -> int:
+        return await self._write(lambda tables, _: steps.claim(tables, key, epoch))
+
+    async def read_events(self, key: SessionKey, after: int, limit: int = 1000) -> list[v1.Event]:
+        page = await self._read(lambda tables: take(tables.events(key, after, limit), limit))
+        return page.rows
+
+    async def get_session(self, key: SessionKey) -> v1.Session | None:
+        found = await self._read(lambda tables: tables.session(key))
+        return found[0] if found else None
+
+    async def list_sessions(self, tenant: str, query: Query) -> Page[v1.Session]:
+        return await self._read(lambda tables: take(tables.sessions(tenant, query), query.limit))
+
+    async def edit_session(
+        self, key: SessionKey, edit: Callable[[v1.Session], None], if_etag: str = "", once: Once | None = None
+    ) -> v1.Session:
+        return await self._write(partial(steps.edit_session, key=key, edit=edit, if_etag=if_etag, once=once))
+
+    async def delete_session(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
+        await self._write(partial(steps.delete_session, key=key, if_etag=if_etag, once=once))
+
+    async def get_message(self, key: SessionKey, message: str) -> v1.Message | None:
+        return await self._read(lambda tables: tables.message(key, message))
+
+    async def list_messages(
+        self, key: SessionKey, query: Query, newest_first: bool = False, run: str = ""
+    ) -> Page[v1.Message]:
+        return await self._read(lambda tables: take(tables.messages(key, query, newest_first, run), query.limit))
+
+    async def get_run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
+        return await self._read(lambda tables: steps.whole_run(tables, key, run))
+
+    async def list_runs(self, tenant: str, session: str, query: Query) -> Page[v1.Run]:
+        return await self._read(lambda tables: take(steps.whole_runs(tables, tenant, session, query), query.limit))
+
+    async def active_runs(self) -> list[ActiveRun]:
+        return await self._read(lambda tables: tables.active_runs())
+
+    async def get_state(self, scope: Scope, keys: Sequence[str]) -> v1.State:
+        return await self._read(lambda tables: steps.named_entries(tables, scope, keys))
+
+    async def list_state(self, scope: Scope, query: Query) -> tuple[v1.State, Page[str]]:
+        return await self._read(lambda tables: steps.page_of_entries(tables, scope, query))
+
+    async def update_state(
+        self, scope: Scope, ops: Sequence[v1.StateOp], if_version: int | None = None, once: Once | None = None
+    ) -> v1.State:
+        return await self._write(partial(steps.update_state, scope=scope, ops=ops, if_version=if_version, once=once))
+
+    async def create_agent(self, tenant: str, agent_id: str, agent: v1.Agent, once: Once | None = None) -> v1.Agent:
+        return await self._write(partial(steps.create_agent, tenant=tenant, agent_id=agent_id, agent=agent, once=once))
+
+    async def get_agent(self, tenant: str, agent_id: str, revision: int = 0) -> v1.Agent | None:
+        return await self._read(lambda tables: steps.agent(tables, tenant, agent_id, revision))
+
+    async def list_agents(self, tenant: str, query: Query) -> Page[v1.Agent]:
+        return await self._read(lambda tables: take(tables.agents(tenant, query), query.limit))
+
+    async def list_agent_revisions(self, tenant: str, agent_id: str, query: Query) -> Page[v1.Agent]:
+        return await self._read(lambda tables: take(tables.revisions(tenant, agent_id, query), query.limit))
+
+    async def edit_agent(
+        self,
+        tenant: str,
+        agent_id: str,
+        edit: Callable[[v1.Agent], None],
+        if_etag: str = "",
+        allow_missing: bool = False,
+        once: Once | None = None,
+    ) -> v1.Agent:
+        return await self._write(
+            partial(
+                steps.edit_agent,
+                tenant=tenant,
+                agent_id=agent_id,
+                edit=edit,
+                if_etag=if_etag,
+                allow_missing=allow_missing,
+                once=once,
+            )
+        )
+
+    async def delete_agent(self, tenant: str, agent_id: str, if_etag: str = "", once: Once | None = None) -> None:
+        await self._write(partial(steps.delete_agent, tenant=tenant, agent_id=agent_id, if_etag=if_etag, once=once))
+
+    async def forget_requests(self, before: int) -> int:
+        forgotten = 0
+        while True:
+            dropped = await self._write(lambda tables, _: tables.forget_requests(before, FORGET_BATCH))
+            forgotten += dropped
+            if dropped < FORGET_BATCH:
+                return forgotten

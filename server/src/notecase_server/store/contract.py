@@ -1,0 +1,332 @@
+"""What a store promises the engine, whichever store it is. `tests/store` holds the one suite that every store passes.
+
+The log is the truth; every other row is a fold over it (`fold`), kept for reading. Rows are `notecase.v1` messages in
+*stored form*: within a session, runs and messages are named by bare ids, and a state by "", "user" or "app", so that a
+session's rows mean the same under another name. Rendering names is the business of `rpc`. What a store hands out is
+a copy; what it is given it does not keep.
+
+Time is a count of microseconds since 1970, UTC, from the clock the store was opened with. A tenant is part of every
+key. Every method may raise NotecaseError STORE_UNAVAILABLE, after which nothing of the call was kept.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+
+from google.protobuf.message import Message
+from notecase import v1
+
+T = TypeVar("T")
+
+Clock = Callable[[], int]
+
+PAGE_BYTES = 1 << 20
+"""A page of rows ends once it holds this much, so that no answer outgrows what a default gRPC client accepts (4 MiB);
+the row that crosses the line is still part of the page, and no row is larger than this."""
+
+
+class SessionKey(NamedTuple):
+    """A session, within its tenant."""
+
+    tenant: str
+    session: str
+
+
+class Scope(NamedTuple):
+    """One state: `("session", id)`, `("user", id)` or `("app", "")`, within its tenant."""
+
+    tenant: str
+    kind: Literal["session", "user", "app"]
+    id: str
+
+
+class Once(NamedTuple):
+    """Makes a write idempotent: the record is part of the write's own transaction and outlives what the write made.
+
+    When `request_id` was recorded for this tenant and `rpc` before, nothing is written: with the same `digest` the
+    store raises Replayed with the recorded answer, with another it raises NotecaseError REQUEST_ID_REUSED. A write that
+    fails records nothing."""
+
+    tenant: str
+    rpc: str
+    request_id: str
+    digest: bytes
+    """Of the request's body."""
+    render: Callable[[Any], Message]
+    """Makes the answer from what the write returns; pure, called inside the transaction."""
+
+
+class Replayed(Exception):
+    """The request was carried out before; `response` is its serialized answer."""
+
+    def __init__(self, response: bytes) -> None:
+        super().__init__("replayed")
+        self.response = response
+
+
+class CommandId(NamedTuple):
+    """Makes a commit take effect once per session: a repeat with the same digest raises Duplicate, with another
+    NotecaseError REQUEST_ID_REUSED. Kept as long as the session's log."""
+
+    command_id: str
+    digest: bytes
+
+
+class Duplicate(Exception):
+    """The command was applied before: its commit ended at `sequence`, and `run` is the run its events belong to."""
+
+    def __init__(self, sequence: int, run: str) -> None:
+        super().__init__("duplicate")
+        self.sequence = sequence
+        self.run = run
+
+
+class RunRecord(NamedTuple):
+    """What is kept of a run beside its row: `digest` for good, the agent as it was at the start until the run has
+    ended."""
+
+    digest: bytes
+    agent: v1.Agent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """Events that belong together: all of them become the log's next entries, with their effects, or nothing happens.
+
+    Conditions are checked in the order of the fields below, against what is stored at that moment."""
+
+    key: SessionKey
+    once: Once | None = None
+    """`render` is given the Committed."""
+    command: CommandId | None = None
+    create: v1.Session | None = None
+    """Creates the session first. ALREADY_EXISTS when it exists. Without it: SESSION_NOT_FOUND when it does not."""
+    if_epoch: int | None = None
+    """OWNER_LOST when the session's epoch is another. Every commit of a run carries it."""
+    claim: bool = False
+    """Raises the session's epoch by 1 in the same transaction."""
+    if_last_sequence: int | None = None
+    """SEQUENCE_MISMATCH when the log's head is another."""
+    if_state_version: Mapping[str, int] = field(default_factory=dict)
+    """By state, in stored form. STATE_VERSION_MISMATCH when the version of the whole state is another."""
+    events: Sequence[v1.Event] = ()
+    """Without sequence and create_time: the store sets both. `fold` says what each payload does and refuses."""
+    start: RunRecord | None = None
+    """With a run_started event."""
+
+
+@dataclass(slots=True)
+class Committed:
+    """What a commit made, in stored form."""
+
+    session: v1.Session
+    epoch: int
+    events: list[v1.Event]
+    """As committed: numbered, dated, state operations without their conditions and with the version they made."""
+    runs: dict[str, v1.Run]
+    """The rows of all runs the events belong to. `reply` holds the message's id and sequence only."""
+    messages: dict[str, v1.Message]
+    """The rows of all messages added or changed."""
+    state: dict[Scope, v1.State]
+    """Of each state changed: its version and the named keys that exist now."""
+
+
+# ---- lists
+
+
+class Compare(NamedTuple):
+    """`field op value`. `field` is a column, or `labels.KEY`, where a missing label equals "". `value` is text, or an
+    integer for times (microseconds) and enums (their number)."""
+
+    field: str
+    op: Literal["=", "!=", "<", ">", "<=", ">="]
+    value: str | int
+
+
+class And(NamedTuple):
+    terms: tuple["Filter", ...]
+
+
+class Or(NamedTuple):
+    terms: tuple["Filter", ...]
+
+
+class Not(NamedTuple):
+    term: "Filter"
+
+
+Filter = Compare | And | Or | Not
+
+SESSION_COLUMNS = ("user", "agent", "activity", "display_name", "create_time", "update_time")
+AGENT_COLUMNS = ("display_name", "create_time", "update_time")
+RUN_COLUMNS = ("state", "agent", "create_time")
+"""What a list of each can be filtered by, beside labels. Agents and users by their whole names (`agents/a`)."""
+
+
+class Query(NamedTuple):
+    """One page: at most `limit` rows that match, strictly after the position `after` in the list's order."""
+
+    limit: int
+    after: tuple[str | int, ...] | None = None
+    where: Filter | None = None
+
+
+class Page(NamedTuple, Generic[T]):
+    """Rows in order. `next` is the position of the last row when more follow, else None. Never empty with a next."""
+
+    rows: list[T]
+    next: tuple[str | int, ...] | None
+
+
+class ActiveRun(NamedTuple):
+    """A run that has not ended, with what a takeover needs."""
+
+    key: SessionKey
+    run: v1.Run
+    agent: v1.Agent
+    epoch: int
+
+
+class Store(Protocol):
+    kind: str
+    """As ServerInfo.store names it."""
+    secret: bytes
+    """32 random bytes made with the store, the same for each process that opens it: signs page tokens."""
+
+    # The log.
+
+    async def commit(self, commit: Commit) -> Committed:
+        """Appends to a session's log, in one transaction, with all its effects: see Commit and `fold`. When it returns
+        the commit is as durable as the store can make it. Commits of one session are numbered in the order they were
+        made."""
+        ...
+
+    async def recall(self, key: SessionKey, once: Once | None, command: CommandId | None) -> None:
+        """Raises what `commit` would for a repeat: Replayed, Duplicate, or REQUEST_ID_REUSED. Returns when both are
+        new, so that a caller can tell a repeat before it checks what may have changed since the first time."""
+        ...
+
+    async def claim(self, key: SessionKey, epoch: int) -> int:
+        """Raises the session's epoch from `epoch` and returns the new one; from then on every commit with an older one
+        is refused. OWNER_LOST when it is not `epoch` any more, SESSION_NOT_FOUND when there is no session."""
+        ...
+
+    async def read_events(self, key: SessionKey, after: int, limit: int = 1000) -> list[v1.Event]:
+        """The events with sequences after + 1, after + 2, …: dense, at most `limit`, ending at PAGE_BYTES. Empty at the
+        head, beyond it, and where there is no session."""
+        ...
+
+    # Sessions.
+
+    async def get_session(self, key: SessionKey) -> v1.Session | None: ...
+
+    async def list_sessions(self, tenant: str, query: Query) -> Page[v1.Session]:
+        """The last created first; those of one microsecond by id descending. Positions are (create_time, id)."""
+        ...
+
+    async def edit_session(
+        self, key: SessionKey, edit: Callable[[v1.Session], None], if_etag: str = "", once: Once | None = None
+    ) -> v1.Session:
+        """Lets `edit` change display_name, agent and labels of the stored session; update_time and etag are the
+        store's. SESSION_NOT_FOUND; ETAG_MISMATCH when `if_etag` is set and another. What `edit` raises undoes
+        everything."""
+        ...
+
+    async def delete_session(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
+        """Removes the session and every row of it, its state included. SESSION_NOT_FOUND, ETAG_MISMATCH. A commit that
+        is under way for it either comes before or is refused. `once.render` is given None."""
+        ...
+
+    # Messages and runs.
+
+    async def get_message(self, key: SessionKey, message: str) -> v1.Message | None: ...
+
+    async def list_messages(
+        self, key: SessionKey, query: Query, newest_first: bool = False, run: str = ""
+    ) -> Page[v1.Message]:
+        """By sequence, ascending unless `newest_first`; of one run when `run` is set. Positions are (sequence,).
+        `query.where` is not looked at. Ends at PAGE_BYTES. Empty where there is no session."""
+        ...
+
+    async def get_run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
+        """The run, `reply` in full, and the digest it was started with."""
+        ...
+
+    async def list_runs(self, tenant: str, session: str, query: Query) -> Page[v1.Run]:
+        """Of one session, or of all when `session` is "": the last created first, those of one microsecond by session
+        and id descending. Positions are (create_time, session, id). Ends at PAGE_BYTES. `reply` is in full, `name` is
+        "sessions/{session}/runs/{run}" (this list alone can span sessions)."""
+        ...
+
+    async def active_runs(self) -> list[ActiveRun]:
+        """Every run of every tenant that has not ended, in no promised order."""
+        ...
+
+    # State.
+
+    async def get_state(self, scope: Scope, keys: Sequence[str]) -> v1.State:
+        """The named keys that exist, and the state's version. `name` is empty. A state nobody wrote to is empty at
+        version 0."""
+        ...
+
+    async def list_state(self, scope: Scope, query: Query) -> tuple[v1.State, Page[str]]:
+        """A page of keys in ascending order of their UTF-8 bytes, as entries and in order. Positions are (key,).
+        `query.where` is not looked at. Ends at PAGE_BYTES."""
+        ...
+
+    async def update_state(
+        self, scope: Scope, ops: Sequence[v1.StateOp], if_version: int | None = None, once: Once | None = None
+    ) -> v1.State:
+        """Applies operations to a user's or the app's state, all or none, and returns what Committed.state would. A
+        session's state changes by `commit` only. STATE_VERSION_MISMATCH, STATE_TYPE_MISMATCH as `fold.apply_ops`
+        says."""
+        ...
+
+    # Agents.
+
+    async def create_agent(self, tenant: str, agent_id: str, agent: v1.Agent, once: Once | None = None) -> v1.Agent:
+        """Stores `agent` as its next revision: 1, or one after the last of a deleted agent of that id. Sets name,
+        revision, times and etag. ALREADY_EXISTS."""
+        ...
+
+    async def get_agent(self, tenant: str, agent_id: str, revision: int = 0) -> v1.Agent | None:
+        """The newest revision, or that one; None where either does not exist (any more)."""
+        ...
+
+    async def list_agents(self, tenant: str, query: Query) -> Page[v1.Agent]:
+        """The newest revisions by id ascending. Positions are (id,). Ends at PAGE_BYTES."""
+        ...
+
+    async def list_agent_revisions(self, tenant: str, agent_id: str, query: Query) -> Page[v1.Agent]:
+        """Newest first. Positions are (revision,). Ends at PAGE_BYTES. Empty where there is no such agent."""
+        ...
+
+    async def edit_agent(
+        self,
+        tenant: str,
+        agent_id: str,
+        edit: Callable[[v1.Agent], None],
+        if_etag: str = "",
+        allow_missing: bool = False,
+        once: Once | None = None,
+    ) -> v1.Agent:
+        """Stores what `edit` makes of the newest revision as the next one; create_time stays. A missing agent is
+        created from an empty one with `allow_missing`, else AGENT_NOT_FOUND. ETAG_MISMATCH. What `edit` raises undoes
+        everything."""
+        ...
+
+    async def delete_agent(self, tenant: str, agent_id: str, if_etag: str = "", once: Once | None = None) -> None:
+        """Removes every revision, remembering only the last number. AGENT_NOT_FOUND, ETAG_MISMATCH. `once.render` is
+        given None."""
+        ...
+
+    # Life.
+
+    async def forget_requests(self, before: int) -> int:
+        """Drops the records of Once made before that time; returns how many."""
+        ...
+
+    async def close(self) -> None:
+        """Waits for commits under way, then lets go of everything. Afterwards every call raises STORE_UNAVAILABLE.
+        Idempotent."""
+        ...

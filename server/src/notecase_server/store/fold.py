@@ -1,0 +1,278 @@
+"""What an event does: the one place that turns entries of the log into rows of sessions, runs, messages and state.
+
+Pure: a store reads the rows that `needs` names, calls `apply` inside its transaction, and writes what changed. So all
+stores keep the same promises, and the rows can be checked against the log at any time.
+
+A payload that would break a promise is refused, whoever made it: a second run at once (RUN_ACTIVE), anything a run does
+after its end (RUN_ENDED), an operation that its value's type does not have (STATE_TYPE_MISMATCH).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.store.contract import PAGE_BYTES, Commit, Committed, Scope, SessionKey
+
+ENDED = frozenset({v1.Run.STATE_SUCCEEDED, v1.Run.STATE_FAILED, v1.Run.STATE_CANCELLED})
+OPEN_OUTCOMES = frozenset({v1.ToolCall.OUTCOME_PENDING})
+"""Outcomes that are still to change."""
+
+INT64_MAX = (1 << 63) - 1
+
+
+@dataclass(slots=True)
+class Needs:
+    """The rows a commit reads, beside its session."""
+
+    keys: dict[Scope, set[str]] = field(default_factory=dict)
+    runs: set[str] = field(default_factory=set)
+    calls: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class Rows:
+    """Rows as loaded for one commit. A run, message or key that does not exist is absent. After `apply`: as they are to
+    be written; an entry of `state` that is None is to be removed."""
+
+    session: v1.Session
+    epoch: int
+    versions: dict[Scope, int] = field(default_factory=dict)
+    state: dict[Scope, dict[str, v1.StateEntry | None]] = field(default_factory=dict)
+    runs: dict[str, v1.Run] = field(default_factory=dict)
+    messages: dict[str, v1.Message] = field(default_factory=dict)
+    """Those that hold one of the calls needed."""
+    calls: dict[str, str] = field(default_factory=dict)
+    """The message of each call, by id."""
+
+
+def state_scope(key: SessionKey, user: str, state: str) -> Scope:
+    """The scope that a state in stored form means in a session of `user` ("users/{user}", or empty).
+
+    Raises NotecaseError INVALID_FIELD for the user's state in a session that has no user."""
+    if state == "user":
+        if not user:
+            raise errors.invalid([errors.Violation("name", "the session has no user, so there is no user state")])
+        return Scope(key.tenant, "user", user.removeprefix("users/"))
+    return Scope(key.tenant, "app", "") if state == "app" else Scope(key.tenant, "session", key.session)
+
+
+def needs(commit: Commit, user: str) -> Needs:
+    """What `apply` will look at. `user` is the session's."""
+    wanted = Needs()
+    for event in commit.events:
+        if event.run:
+            wanted.runs.add(event.run)
+        if event.HasField("state_changed"):
+            scope = state_scope(commit.key, user, event.state_changed.state)
+            wanted.keys.setdefault(scope, set()).update(op.key for op in event.state_changed.ops)
+        elif event.HasField("tool_finished"):
+            wanted.calls.add(event.tool_finished.call_id)
+    for state in commit.if_state_version:
+        wanted.keys.setdefault(state_scope(commit.key, user, state), set())
+    return wanted
+
+
+def new_session(key: SessionKey, session: v1.Session, now: int) -> v1.Session:
+    """A session's first row: what the caller chose, and the server's own fields."""
+    made = v1.Session(
+        name=key.session,
+        display_name=session.display_name,
+        agent=session.agent,
+        user=session.user,
+        labels=session.labels,
+    )
+    made.activity = v1.Session.ACTIVITY_IDLE
+    made.create_time.FromMicroseconds(now)
+    touch_session(made, now)
+    return made
+
+
+def touch_session(session: v1.Session, now: int) -> None:
+    """Gives changed metadata its next etag: the creation's time and a count, so that it never comes again under the
+    name."""
+    count = int(session.etag.rpartition("-")[2] or 0) + 1
+    session.etag = f"{session.create_time.ToMicroseconds():x}-{count}"
+    session.update_time.FromMicroseconds(now)
+
+
+def apply(rows: Rows, commit: Commit, now: int) -> Committed:
+    """Checks the commit's conditions against `rows`, numbers its events, and applies them to `rows` in place."""
+    session = rows.session
+    if commit.if_epoch is not None and commit.if_epoch != rows.epoch:
+        raise errors.owner_lost(commit.key.session)
+    rows.epoch += commit.claim
+    if commit.if_last_sequence is not None and commit.if_last_sequence != session.last_sequence:
+        raise errors.sequence_mismatch(session.last_sequence)
+    for state, version in commit.if_state_version.items():
+        scope = state_scope(commit.key, session.user, state)
+        if rows.versions.get(scope, 0) != version:
+            raise errors.version_mismatch("The state", rows.versions.get(scope, 0))
+    done = Committed(session, rows.epoch, [], rows.runs, rows.messages, {})
+    for given in commit.events:
+        event = v1.Event()
+        event.CopyFrom(given)
+        session.last_sequence += 1
+        event.sequence = session.last_sequence
+        event.create_time.FromMicroseconds(now)
+        _apply_event(rows, commit, event, now, done)
+        done.events.append(event)
+    if done.events:
+        session.update_time.FromMicroseconds(now)
+    return done
+
+
+def _apply_event(rows: Rows, commit: Commit, event: v1.Event, now: int, done: Committed) -> None:
+    session = rows.session
+    if event.run and not event.HasField("run_started"):
+        run = rows.runs.get(event.run)
+        if run is None:
+            raise errors.not_found("run", f"sessions/{commit.key.session}/runs/{event.run}")
+        if run.state in ENDED:
+            raise errors.run_ended(f"sessions/{commit.key.session}/runs/{event.run}", run.state)
+        run.last_sequence = event.sequence
+    match event.WhichOneof("payload"):
+        case "state_changed":
+            change = event.state_changed
+            scope = state_scope(commit.key, session.user, change.state)
+            version = rows.versions[scope] = rows.versions.get(scope, 0) + 1
+            entries = rows.state.setdefault(scope, {})
+            apply_ops(entries, change.ops, version, now)
+            for op in change.ops:
+                op.ClearField("if_version")
+            change.version = version
+            told = done.state.setdefault(scope, v1.State())
+            told.version = version
+            show_entries(told, entries, (op.key for op in change.ops))
+        case "message_added":
+            message = event.message_added
+            message.sequence = message.update_sequence = event.sequence
+            message.create_time.CopyFrom(event.create_time)
+            rows.messages[message.name] = v1.Message.FromString(message.SerializeToString())
+            for part in message.parts:
+                if part.HasField("tool_call"):
+                    rows.calls[part.tool_call.call_id] = message.name
+            if (
+                event.run
+                and message.role == v1.Message.ROLE_ASSISTANT
+                and message.status == v1.Message.STATUS_COMPLETED
+            ):
+                rows.runs[event.run].reply.CopyFrom(v1.Message(name=message.name, sequence=message.sequence))
+        case "tool_finished":
+            _finish_call(rows, event)
+        case "usage":
+            add_usage(session.usage, event.usage)
+            if event.run:
+                add_usage(rows.runs[event.run].usage, event.usage)
+        case "run_started":
+            _start_run(rows, commit, event)
+        case "run_state_changed":
+            change_run = event.run_state_changed
+            run = rows.runs[event.run]
+            run.state = change_run.state
+            if change_run.attempt:
+                run.attempt = change_run.attempt
+            if change_run.state in ENDED:
+                if change_run.HasField("error"):
+                    run.error.CopyFrom(change_run.error)
+                run.end_time.CopyFrom(event.create_time)
+                session.active_run = ""
+                session.activity = v1.Session.ACTIVITY_IDLE
+
+
+def _start_run(rows: Rows, commit: Commit, event: v1.Event) -> None:
+    session = rows.session
+    if session.active_run:
+        raise errors.run_active(f"sessions/{commit.key.session}/runs/{session.active_run}")
+    if event.run in rows.runs:
+        raise errors.already_exists("run", f"sessions/{commit.key.session}/runs/{event.run}")
+    started = event.run_started
+    rows.runs[event.run] = v1.Run(
+        name=event.run,
+        agent=started.agent,
+        agent_revision=started.agent_revision,
+        state=v1.Run.STATE_RUNNING,
+        attempt=1,
+        first_sequence=event.sequence,
+        last_sequence=event.sequence,
+        create_time=event.create_time,
+        labels=started.labels,
+    )
+    session.active_run = event.run
+    session.activity = v1.Session.ACTIVITY_RUNNING
+
+
+def _finish_call(rows: Rows, event: v1.Event) -> None:
+    finished = event.tool_finished
+    message = rows.messages[rows.calls[finished.call_id]]
+    calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
+    for call in calls:
+        if call.call_id == finished.call_id:
+            call.CopyFrom(finished)
+    if message.status == v1.Message.STATUS_IN_PROGRESS and not any(call.outcome in OPEN_OUTCOMES for call in calls):
+        message.status = v1.Message.STATUS_COMPLETED
+    message.update_sequence = event.sequence
+
+
+def show_entries(told: v1.State, entries: dict[str, v1.StateEntry | None], keys: Iterable[str]) -> None:
+    """Puts the named keys into `told` as they are now: those that do not exist are left out."""
+    for key in keys:
+        entry = entries.get(key)
+        if entry is None:
+            told.entries.pop(key, None)
+        else:
+            told.entries[key].CopyFrom(entry)
+
+
+def apply_ops(entries: dict[str, v1.StateEntry | None], ops: Iterable[v1.StateOp], version: int, now: int) -> None:
+    """Applies operations in order to the entries of one state, in place; all of them get `version`.
+
+    Raises STATE_VERSION_MISMATCH for a condition that misses, STATE_TYPE_MISMATCH for an operation that the value's
+    type does not have, PAYLOAD_TOO_LARGE for a value that outgrows a page; `entries` is then to be thrown away."""
+    for op in ops:
+        before = entries.get(op.key)
+        if op.HasField("if_version") and op.if_version != (before.version if before else 0):
+            raise errors.version_mismatch(f"State key {op.key!r}", before.version if before else 0)
+        kind = op.WhichOneof("op")
+        if kind == "remove":
+            entries[op.key] = None
+            continue
+        entry = v1.StateEntry(version=version)
+        entry.update_time.FromMicroseconds(now)
+        if kind == "set":
+            entry.value.CopyFrom(op.set)
+        elif kind == "increment":
+            entry.value.int_value = _incremented(op, before)
+        else:
+            if before is not None and not before.value.HasField("list_value"):
+                raise errors.type_mismatch(op.key, "append wants a list, or no value")
+            entry.value.list_value.SetInParent()
+            if before is not None:
+                entry.value.list_value.CopyFrom(before.value.list_value)
+            entry.value.list_value.values.append(op.append)
+        if entry.ByteSize() > PAGE_BYTES:
+            raise errors.too_large(f"The value of state key {op.key!r}", entry.ByteSize(), PAGE_BYTES)
+        entries[op.key] = entry
+
+
+def _incremented(op: v1.StateOp, before: v1.StateEntry | None) -> int:
+    if before is not None and not before.value.HasField("int_value"):
+        raise errors.type_mismatch(op.key, "increment wants an int, or no value")
+    total = (before.value.int_value if before else 0) + op.increment
+    if not -INT64_MAX - 1 <= total <= INT64_MAX:
+        raise errors.type_mismatch(op.key, "the sum does not fit into 64 bits")
+    return total
+
+
+def add_usage(total: v1.Usage, one: v1.Usage) -> None:
+    """Adds one model call's usage to a sum."""
+    if not total.model_calls:
+        total.model = one.model
+    elif total.model != one.model:
+        total.model = ""
+    total.input_tokens += one.input_tokens
+    total.cached_input_tokens += one.cached_input_tokens
+    total.output_tokens += one.output_tokens
+    total.reasoning_tokens += one.reasoning_tokens
+    total.model_calls += one.model_calls

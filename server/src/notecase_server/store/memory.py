@@ -1,0 +1,320 @@
+"""A store in the process's own memory: for tests and trials, gone with the process."""
+
+import os
+import threading
+from bisect import bisect_right, insort
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.store.base import TableStore
+from notecase_server.store.contract import (
+    AGENT_COLUMNS,
+    RUN_COLUMNS,
+    SESSION_COLUMNS,
+    ActiveRun,
+    Clock,
+    CommandId,
+    Once,
+    Query,
+    RunRecord,
+    Scope,
+    SessionKey,
+)
+from notecase_server.store.lists import Found, matches
+from notecase_server.store.tables import Applied, Recorded, Tables
+
+T = TypeVar("T")
+
+
+class MemoryStore(TableStore):
+    """One step at a time, whichever thread or loop it comes from; nothing is awaited."""
+
+    kind = "memory"
+
+    def __init__(self, clock: Clock) -> None:
+        self.secret = os.urandom(32)
+        self._clock = clock
+        self._tables = _MemoryTables()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    async def _read(self, step: Callable[[Tables], T]) -> T:
+        with self._lock:
+            return step(self._open())
+
+    async def _write(self, step: Callable[[Tables, int], T]) -> T:
+        with self._lock:
+            return step(self._open(), self._clock())
+
+    def _open(self) -> Tables:
+        if self._closed:
+            raise errors.store_unavailable()
+        return self._tables
+
+    async def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._tables = _MemoryTables()
+
+
+@dataclass(slots=True)
+class _Run:
+    body: bytes
+    digest: bytes
+    create_time: int
+    agent: bytes | None
+    """Until it has ended."""
+
+
+@dataclass(slots=True)
+class _Session:
+    body: bytes
+    epoch: int
+    create_time: int
+    events: list[bytes] = field(default_factory=list)
+    """Sequence 1 first."""
+    messages: dict[str, bytes] = field(default_factory=dict)
+    order: list[tuple[int, str, str]] = field(default_factory=list)
+    """The sequence, id and run of each message, ascending."""
+    runs: dict[str, _Run] = field(default_factory=dict)
+    calls: dict[str, str] = field(default_factory=dict)
+    commands: dict[str, Applied] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _State:
+    version: int = 0
+    entries: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Agent:
+    last_revision: int = 0
+    revisions: dict[int, bytes] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Tenant:
+    sessions: dict[str, _Session] = field(default_factory=dict)
+    states: dict[tuple[str, str], _State] = field(default_factory=dict)
+    agents: dict[str, _Agent] = field(default_factory=dict)
+    requests: dict[tuple[str, str], tuple[Recorded, int]] = field(default_factory=dict)
+    """With the time they were made."""
+
+
+class _MemoryTables:
+    """Tables in dicts, a tree for each tenant. They hold serialized bytes, so that nobody's changes reach them."""
+
+    def __init__(self) -> None:
+        self._tenants: defaultdict[str, _Tenant] = defaultdict(_Tenant)
+
+    def _session(self, key: SessionKey) -> _Session | None:
+        return self._tenants[key.tenant].sessions.get(key.session)
+
+    def _existing(self, key: SessionKey) -> _Session:
+        return self._tenants[key.tenant].sessions[key.session]
+
+    def _state(self, scope: Scope) -> _State:
+        """The state, an empty one where nobody wrote to it."""
+        return self._tenants[scope.tenant].states.get((scope.kind, scope.id)) or _State()
+
+    def _agent(self, tenant: str, agent_id: str) -> _Agent:
+        """The agent, one without revisions where there never was one."""
+        return self._tenants[tenant].agents.get(agent_id) or _Agent()
+
+    def request(self, once: Once) -> Recorded | None:
+        found = self._tenants[once.tenant].requests.get((once.rpc, once.request_id))
+        return found[0] if found else None
+
+    def add_request(self, once: Once, response: bytes, now: int) -> None:
+        requests = self._tenants[once.tenant].requests
+        requests[once.rpc, once.request_id] = (Recorded(once.digest, response), now)
+
+    def forget_requests(self, before: int, limit: int) -> int:
+        old = [
+            (tenant, place)
+            for tenant in self._tenants.values()
+            for place, (_, made) in tenant.requests.items()
+            if made < before
+        ][:limit]
+        for tenant, place in old:
+            del tenant.requests[place]
+        return len(old)
+
+    def command(self, key: SessionKey, command_id: str) -> Applied | None:
+        session = self._session(key)
+        return session.commands.get(command_id) if session else None
+
+    def add_command(self, key: SessionKey, command: CommandId, sequence: int, run: str) -> None:
+        self._existing(key).commands[command.command_id] = Applied(command.digest, sequence, run)
+
+    def session(self, key: SessionKey) -> tuple[v1.Session, int] | None:
+        session = self._session(key)
+        return (v1.Session.FromString(session.body), session.epoch) if session else None
+
+    def add_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None:
+        created = session.create_time.ToMicroseconds()
+        self._tenants[key.tenant].sessions[key.session] = _Session(session.SerializeToString(), epoch, created)
+
+    def put_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None:
+        row = self._existing(key)
+        row.body, row.epoch = session.SerializeToString(), epoch
+
+    def delete_session(self, key: SessionKey) -> None:
+        tenant = self._tenants[key.tenant]
+        del tenant.sessions[key.session]
+        tenant.states.pop(("session", key.session), None)
+
+    def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]:
+        rows = self._tenants[tenant].sessions
+        for position in sorted(((row.create_time, name) for name, row in rows.items()), reverse=True):
+            if query.after is None or position < query.after:
+                body = rows[position[1]].body
+                session = v1.Session.FromString(body)
+                if matches(query.where, session, SESSION_COLUMNS):
+                    yield Found(position, session, len(body))
+
+    def add_events(self, key: SessionKey, events: Sequence[v1.Event]) -> None:
+        self._existing(key).events.extend(event.SerializeToString() for event in events)
+
+    def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]:
+        session = self._session(key)
+        for sequence, body in enumerate(session.events[after : after + limit] if session else (), after + 1):
+            yield Found((sequence,), v1.Event.FromString(body), len(body))
+
+    def message(self, key: SessionKey, message: str) -> v1.Message | None:
+        session = self._session(key)
+        body = session.messages.get(message) if session else None
+        return None if body is None else v1.Message.FromString(body)
+
+    def add_message(self, key: SessionKey, message: v1.Message) -> None:
+        self.put_message(key, message)
+        insort(self._existing(key).order, (message.sequence, message.name, message.run))
+
+    def put_message(self, key: SessionKey, message: v1.Message) -> None:
+        self._existing(key).messages[message.name] = message.SerializeToString()
+
+    def messages(self, key: SessionKey, query: Query, newest_first: bool, run: str) -> Iterator[Found[v1.Message]]:
+        session = self._session(key)
+        if session is None:
+            return
+        order = session.order
+        if newest_first:
+            end = len(order) if query.after is None else bisect_right(order, query.after)
+            places = range(end - 1, -1, -1)
+        else:
+            start = 0 if query.after is None else bisect_right(order, (int(query.after[0]) + 1,))
+            places = range(start, len(order))
+        for place in places:
+            sequence, name, holder = order[place]
+            if not run or holder == run:
+                body = session.messages[name]
+                yield Found((sequence,), v1.Message.FromString(body), len(body))
+
+    def call(self, key: SessionKey, call_id: str) -> str:
+        session = self._session(key)
+        return session.calls.get(call_id, "") if session else ""
+
+    def put_call(self, key: SessionKey, call_id: str, message: str) -> None:
+        self._existing(key).calls[call_id] = message
+
+    def run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
+        session = self._session(key)
+        row = session.runs.get(run) if session else None
+        return (v1.Run.FromString(row.body), row.digest) if row else None
+
+    def add_run(self, key: SessionKey, run: v1.Run, record: RunRecord) -> None:
+        self._existing(key).runs[run.name] = _Run(
+            run.SerializeToString(), record.digest, run.create_time.ToMicroseconds(), record.agent.SerializeToString()
+        )
+
+    def put_run(self, key: SessionKey, run: v1.Run, moved: bool) -> None:
+        self._existing(key).runs[run.name].body = run.SerializeToString()
+
+    def drop_record(self, key: SessionKey, run: str) -> None:
+        self._existing(key).runs[run].agent = None
+
+    def runs(self, tenant: str, session: str, query: Query) -> Iterator[Found[v1.Run]]:
+        sessions = self._tenants[tenant].sessions
+        positions = [
+            (run.create_time, name, run_name)
+            for name, row in sessions.items()
+            if not session or name == session
+            for run_name, run in row.runs.items()
+        ]
+        for position in sorted(positions, reverse=True):
+            if query.after is None or position < query.after:
+                body = sessions[position[1]].runs[position[2]].body
+                found = v1.Run.FromString(body)
+                if matches(query.where, found, RUN_COLUMNS):
+                    yield Found(position, found, len(body))
+
+    def active_runs(self) -> list[ActiveRun]:
+        return [
+            ActiveRun(
+                SessionKey(tenant, name), v1.Run.FromString(run.body), v1.Agent.FromString(run.agent), session.epoch
+            )
+            for tenant, rows in self._tenants.items()
+            for name, session in rows.sessions.items()
+            for run in session.runs.values()
+            if run.agent is not None
+        ]
+
+    def version(self, scope: Scope) -> int:
+        return self._state(scope).version
+
+    def put_version(self, scope: Scope, version: int) -> None:
+        states = self._tenants[scope.tenant].states
+        states.setdefault((scope.kind, scope.id), _State()).version = version
+
+    def entry(self, scope: Scope, key: str) -> v1.StateEntry | None:
+        body = self._state(scope).entries.get(key)
+        return None if body is None else v1.StateEntry.FromString(body)
+
+    def put_entry(self, scope: Scope, key: str, entry: v1.StateEntry | None) -> None:
+        entries = self._state(scope).entries
+        if entry is None:
+            entries.pop(key, None)
+        else:
+            entries[key] = entry.SerializeToString()
+
+    def entries(self, scope: Scope, query: Query) -> Iterator[Found[tuple[str, v1.StateEntry]]]:
+        rows = self._state(scope).entries
+        for key in sorted(rows):
+            if query.after is None or (key,) > query.after:
+                yield Found((key,), (key, v1.StateEntry.FromString(rows[key])), len(rows[key]))
+
+    def last_revision(self, tenant: str, agent_id: str) -> int:
+        return self._agent(tenant, agent_id).last_revision
+
+    def agent(self, tenant: str, agent_id: str, revision: int) -> v1.Agent | None:
+        body = self._agent(tenant, agent_id).revisions.get(revision)
+        return None if body is None else v1.Agent.FromString(body)
+
+    def add_revision(self, tenant: str, agent_id: str, agent: v1.Agent) -> None:
+        row = self._tenants[tenant].agents.setdefault(agent_id, _Agent())
+        row.last_revision = agent.revision
+        row.revisions[agent.revision] = agent.SerializeToString()
+
+    def delete_agent(self, tenant: str, agent_id: str) -> None:
+        self._agent(tenant, agent_id).revisions.clear()
+
+    def agents(self, tenant: str, query: Query) -> Iterator[Found[v1.Agent]]:
+        rows = self._tenants[tenant].agents
+        for agent_id in sorted(rows):
+            body = rows[agent_id].revisions.get(rows[agent_id].last_revision)
+            if body is not None and (query.after is None or (agent_id,) > query.after):
+                agent = v1.Agent.FromString(body)
+                if matches(query.where, agent, AGENT_COLUMNS):
+                    yield Found((agent_id,), agent, len(body))
+
+    def revisions(self, tenant: str, agent_id: str, query: Query) -> Iterator[Found[v1.Agent]]:
+        rows = self._agent(tenant, agent_id).revisions
+        for revision in sorted(rows, reverse=True):
+            if query.after is None or (revision,) < query.after:
+                yield Found((revision,), v1.Agent.FromString(rows[revision]), len(rows[revision]))

@@ -1,0 +1,211 @@
+"""A store in one SQLite file: durable when a commit returns, owned by one process.
+
+One thread writes: it takes all writes that wait and makes one transaction of them, so that the disk is waited for
+once. A few threads read beside it, each on a consistent state of the file that holds every write that has returned.
+"""
+
+import asyncio
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple, Self, TypeVar
+
+import structlog
+
+from notecase_server import errors
+from notecase_server.store.base import TableStore
+from notecase_server.store.contract import Clock
+from notecase_server.store.sqlite_file import Connections, StoreOpenError, connect
+from notecase_server.store.sqlite_tables import SqliteTables
+from notecase_server.store.tables import Tables
+
+__all__ = ["SqliteStore", "StoreOpenError"]
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+READERS = 3
+"""They share the interpreter, so more would not read faster; while one waits for the disk, others go on."""
+
+
+class _Job(NamedTuple):
+    """A step somebody waits for."""
+
+    step: Callable[..., Any]
+    future: asyncio.Future[Any]
+
+
+class _Outcome(NamedTuple):
+    future: asyncio.Future[Any]
+    result: Any
+    error: Exception | None
+
+
+class SqliteStore(TableStore):
+    """Used from the event loop it was opened in. A caller that is cancelled does not undo its write, which may still
+    happen; so what was handed in must not be changed afterwards either."""
+
+    kind = "sqlite"
+
+    @classmethod
+    async def open(cls, path: str | os.PathLike[str], clock: Clock) -> Self:
+        """Opens a file, creating it or bringing its schema up to date; the loop is blocked meanwhile, since nothing is
+        served before. `clock` is called from the writer's thread.
+
+        Raises StoreOpenError, whose text is for the operator."""
+        return cls(connect(Path(path), READERS), clock)
+
+    def __init__(self, connections: Connections, clock: Clock) -> None:
+        self.secret = connections.secret
+        self._connections = connections
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._writes: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._reads: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._write_batches, name="store-writer", daemon=True),
+            *(
+                threading.Thread(target=self._read_steps, args=(reader,), name="store-reader", daemon=True)
+                for reader in connections.readers
+            ),
+        ]
+        self._closing: asyncio.Task[None] | None = None
+        for thread in self._threads:
+            thread.start()
+
+    async def _read(self, step: Callable[[Tables], T]) -> T:
+        return await self._ask(self._reads, step)
+
+    async def _write(self, step: Callable[[Tables, int], T]) -> T:
+        return await self._ask(self._writes, step)
+
+    async def _ask(self, jobs: queue.SimpleQueue[_Job | None], step: Callable[..., T]) -> T:
+        if self._closing is not None:
+            raise errors.store_unavailable()
+        future: asyncio.Future[T] = self._loop.create_future()
+        jobs.put(_Job(step, future))
+        return await future
+
+    async def close(self) -> None:
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        self._writes.put(None)
+        for _ in self._connections.readers:
+            self._reads.put(None)
+        await asyncio.to_thread(self._let_go)
+
+    def _let_go(self) -> None:
+        for thread in self._threads:
+            thread.join()
+        self._connections.close()
+
+    def _tell(self, outcomes: list[_Outcome]) -> None:
+        """Hands outcomes to those who wait, all in one step of the loop."""
+        with suppress(RuntimeError):  # the loop is closed, so nobody waits any more
+            self._loop.call_soon_threadsafe(_settle, outcomes)
+
+    def _read_steps(self, connection: sqlite3.Connection) -> None:
+        tables = SqliteTables(connection)
+        while (job := self._reads.get()) is not None:
+            try:
+                connection.execute("BEGIN")
+                try:
+                    outcome = _Outcome(job.future, job.step(tables), None)
+                finally:
+                    connection.execute("ROLLBACK")
+            except Exception as error:  # noqa: BLE001 - it belongs to the caller
+                outcome = _Outcome(job.future, None, _told(error))
+            self._tell([outcome])
+
+    def _write_batches(self) -> None:
+        writer = _Writer(self._connections.writer, self._clock)
+        open_ended = True
+        while open_ended:
+            batch = [self._writes.get()]
+            with suppress(queue.Empty):  # that is all of them
+                while True:
+                    batch.append(self._writes.get_nowait())
+            jobs = [job for job in batch if job is not None]
+            open_ended = len(jobs) == len(batch)
+            if jobs:
+                self._tell(writer.transact(jobs))
+
+
+class _Writer:
+    """Makes one transaction of several writes, none of which can touch another."""
+
+    def __init__(self, connection: sqlite3.Connection, clock: Clock) -> None:
+        self._connection = connection
+        self._tables = SqliteTables(connection)
+        self._clock = clock
+
+    def transact(self, jobs: list[_Job]) -> list[_Outcome]:
+        """Carries all of them out, durably, or when the transaction fails none of them."""
+        self._abandon()
+        try:
+            self._connection.execute("BEGIN IMMEDIATE")
+            outcomes = [self._attempt(job) for job in jobs]
+            self._connection.execute("COMMIT")
+        except sqlite3.Error as error:
+            self._abandon()
+            log.error("store_write_failed", error=_name(error), writes=len(jobs))
+            return [_Outcome(job.future, None, _unavailable(error)) for job in jobs]
+        return outcomes
+
+    def _attempt(self, job: _Job) -> _Outcome:
+        """One write in a savepoint. Raises sqlite3.Error when the whole transaction is lost."""
+        connection = self._connection
+        connection.execute("SAVEPOINT write")
+        try:
+            result = job.step(self._tables, self._clock())
+        except Exception as error:
+            if isinstance(error, sqlite3.Error) and not connection.in_transaction:
+                raise  # SQLite gave the transaction up, as it does when the disk is full or fails
+            connection.execute("ROLLBACK TO write")
+            connection.execute("RELEASE write")
+            return _Outcome(job.future, None, _told(error))
+        connection.execute("RELEASE write")
+        return _Outcome(job.future, result, None)
+
+    def _abandon(self) -> None:
+        """Rolls back what is left of a failed transaction."""
+        if self._connection.in_transaction:
+            with suppress(sqlite3.Error):  # the disk fails still; it is tried again before the next transaction
+                self._connection.execute("ROLLBACK")
+
+
+def _settle(outcomes: list[_Outcome]) -> None:
+    for future, result, error in outcomes:
+        if future.done():
+            continue  # its caller was cancelled
+        if error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+
+
+def _told(error: Exception) -> Exception:
+    """What the caller of a failed step is told: what the disk or SQLite said stays here."""
+    if not isinstance(error, sqlite3.Error | OSError):
+        return error
+    log.error("store_step_failed", error=_name(error))
+    return _unavailable(error)
+
+
+def _unavailable(error: Exception) -> Exception:
+    failure = errors.store_unavailable()
+    failure.__cause__ = error
+    return failure
+
+
+def _name(error: Exception) -> str:
+    """SQLite's name of what went wrong, such as SQLITE_FULL: its messages could quote what is stored."""
+    return str(getattr(error, "sqlite_errorname", type(error).__name__))

@@ -1,0 +1,272 @@
+"""The file of a SQLite store: found fit and brought up to date, or refused with a sentence; and owned by one process.
+
+The owner holds a lock of the operating system for as long as it lives, and its death frees the lock. So no owner before
+this one can still be at work, and a stale commit cannot reach the file: taking a run over needs no waiting for leases.
+
+Two limits: hard links to one file are taken for two files, and the lock is as good as flock is on the file system,
+which on NFS may be not at all.
+"""
+
+import errno
+import fcntl
+import os
+import sqlite3
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+APPLICATION_ID = 0x6E746373
+"""Says whose file it is, in its header: "ntcs"."""
+
+BUSY_SECONDS = 5.0
+"""How long to wait for a lock of SQLite's own: no other server holds one, but a backup or a curious shell may."""
+
+WRITER_CACHE_KIB = 8192
+"""The writer touches the same upper pages again and again; readers keep SQLite's 2 MB each."""
+
+CHECKPOINT_PAGES = 4000
+"""The write-ahead log goes into the database every 16 MB: by then most of its pages were written many times, and go
+there once."""
+
+WAL_BYTES = 64 << 20
+"""What the write-ahead log is cut back to when a burst has made it longer."""
+
+
+class StoreOpenError(Exception):
+    """The path cannot be used as a store. Its text is for the operator: whole sentences that say what to do."""
+
+
+class Connections(NamedTuple):
+    """An open file. `close` lets go of everything, the lock last."""
+
+    writer: sqlite3.Connection
+    readers: Sequence[sqlite3.Connection]
+    secret: bytes
+    close: Callable[[], None]
+
+
+def connect(path: Path, readers: int) -> Connections:
+    """Takes the file into possession, creating it or bringing its schema up to date.
+
+    Raises StoreOpenError when another owner holds it, also one in this process, when it was made by a newer version or
+    another program, and when it cannot be written. The connections may be used from any one thread at a time."""
+    path = Path(os.path.realpath(path))
+    with ExitStack() as opened:
+        try:
+            _lock(path, opened)
+            writer = _connection(path, opened)
+            _check(path, writer)
+            writer.execute("PRAGMA journal_mode = WAL")
+            # A full sync is what lets a commit be announced; the other settings say what deletion and the log cost.
+            writer.execute("PRAGMA synchronous = FULL")
+            writer.execute("PRAGMA secure_delete = ON")
+            writer.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+            writer.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+            writer.execute(f"PRAGMA cache_size = -{WRITER_CACHE_KIB}")
+            migrate(writer)
+            secret: bytes = writer.execute("SELECT secret FROM store").fetchone()[0]
+            pool = [_connection(path, opened) for _ in range(readers)]
+            for reader in pool:
+                reader.execute("PRAGMA query_only = ON")
+        except OSError as error:
+            raise StoreOpenError(_refusal(path, error)) from error
+        except sqlite3.Error as error:
+            raise StoreOpenError(_sqlite_refusal(path, error)) from error
+        return Connections(writer, pool, secret, opened.pop_all().close)
+
+
+def _lock(path: Path, opened: ExitStack) -> None:
+    """Locks a file beside the database, since closing any handle of the database itself would drop SQLite's own locks,
+    and sees to it that the database exists, readable by its owner only."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    lock = os.open(f"{path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    opened.callback(os.close, lock)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+
+
+def _connection(path: Path, opened: ExitStack) -> sqlite3.Connection:
+    connection = sqlite3.connect(
+        path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=256
+    )
+    opened.callback(connection.close)
+    return connection
+
+
+def _check(path: Path, connection: sqlite3.Connection) -> None:
+    """Refuses a file that is not ours, before anything in it is changed."""
+    owner, version, tables = connection.execute(
+        "SELECT application_id, user_version, (SELECT count(*) FROM sqlite_master)"
+        " FROM pragma_application_id, pragma_user_version"
+    ).fetchone()
+    if owner != APPLICATION_ID and (owner or version or tables):
+        raise StoreOpenError(f"{path} is a database of another program. Choose another path.")
+    if version > len(MIGRATIONS):
+        raise StoreOpenError(
+            f"{path} was written by a newer notecase: its schema is {version}, this one knows up to {len(MIGRATIONS)}."
+            " Use that version, or choose another path."
+        )
+
+
+def _refusal(path: Path, error: OSError) -> str:
+    if error.errno in {errno.EAGAIN, errno.EACCES} and isinstance(error, BlockingIOError):
+        return (
+            f"{path} is in use: a SQLite store has one owner at a time. Stop the other server, or choose another path."
+        )
+    if isinstance(error, FileNotFoundError):
+        return f"The directory {path.parent} does not exist. Create it, or choose another path."
+    return f"{path} cannot be opened for writing: {error.strerror}. Make it writable, or choose another path."
+
+
+def _sqlite_refusal(path: Path, error: sqlite3.Error) -> str:
+    if getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_NOTADB:
+        return f"{path} is not a SQLite database. Choose another path."
+    return f"{path} cannot be used as a store: SQLite says {str(error)!r}."
+
+
+def migrate(connection: sqlite3.Connection) -> None:
+    """Brings the schema up to date, each step in a transaction of its own; a step that fails leaves the file as the one
+    before it did."""
+    done: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    for number, statements in enumerate(MIGRATIONS[done:], done + 1):
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for statement in statements:
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {number}")
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+
+MIGRATIONS: tuple[tuple[str, ...], ...] = (
+    (
+        f"PRAGMA application_id = {APPLICATION_ID}",
+        "CREATE TABLE store (secret BLOB NOT NULL)",
+        "INSERT INTO store VALUES (randomblob(32))",
+        # Rows lie in the order of their keys, so that a session's are neighbours and each is written once. `body` is
+        # the serialized message; columns beside it are what lists search by. `labels` is explained in sqlite_tables.
+        """CREATE TABLE sessions (
+            tenant TEXT NOT NULL,
+            session TEXT NOT NULL,
+            user TEXT NOT NULL,
+            agent TEXT NOT NULL,
+            activity INTEGER NOT NULL,
+            display_name TEXT NOT NULL,
+            create_time INTEGER NOT NULL,
+            update_time INTEGER NOT NULL,
+            labels TEXT,
+            epoch INTEGER NOT NULL,
+            body BLOB NOT NULL,
+            PRIMARY KEY (tenant, session)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX sessions_by_time ON sessions (tenant, create_time, session)",
+        "CREATE INDEX sessions_by_user ON sessions (tenant, user, create_time, session)",
+        """CREATE TABLE events (
+            tenant TEXT NOT NULL,
+            session TEXT NOT NULL,
+            sequence INTEGER NOT NULL,
+            body BLOB NOT NULL,
+            PRIMARY KEY (tenant, session, sequence)
+        ) WITHOUT ROWID""",
+        # A message is the event that added it, until something changes it and it gets a body of its own.
+        """CREATE TABLE messages (
+            tenant TEXT NOT NULL,
+            session TEXT NOT NULL,
+            sequence INTEGER NOT NULL,
+            message TEXT NOT NULL,
+            run TEXT NOT NULL,
+            body BLOB,
+            PRIMARY KEY (tenant, session, sequence)
+        ) WITHOUT ROWID""",
+        "CREATE UNIQUE INDEX messages_by_id ON messages (tenant, session, message)",
+        """CREATE TABLE calls (
+            tenant TEXT NOT NULL,
+            session TEXT NOT NULL,
+            call_id TEXT NOT NULL,
+            message TEXT NOT NULL,
+            PRIMARY KEY (tenant, session, call_id)
+        ) WITHOUT ROWID""",
+        """CREATE TABLE runs (
+            tenant TEXT NOT NULL,
+            session TEXT NOT NULL,
+            run TEXT NOT NULL,
+            state INTEGER NOT NULL,
+            agent TEXT NOT NULL,
+            create_time INTEGER NOT NULL,
+            labels TEXT,
+            digest BLOB NOT NULL,
+            body BLOB NOT NULL,
+            PRIMARY KEY (tenant, session, run)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX runs_by_time ON runs (tenant, create_time, session, run)",
+        "CREATE INDEX runs_by_session ON runs (tenant, session, create_time, run)",
+        # What runs or waits over all sessions is asked often, and is few among many.
+        "CREATE INDEX runs_by_state ON runs (tenant, state, create_time, session, run)",
+        # The agent of each run that has not ended, apart from its row, which every commit writes anew.
+        """CREATE TABLE active_runs (
+            tenant TEXT NOT NULL,
+            session TEXT NOT NULL,
+            run TEXT NOT NULL,
+            agent BLOB NOT NULL,
+            PRIMARY KEY (tenant, session, run)
+        ) WITHOUT ROWID""",
+        """CREATE TABLE states (
+            tenant TEXT NOT NULL,
+            kind TEXT NOT NULL,
+            id TEXT NOT NULL,
+            version INTEGER NOT NULL,
+            PRIMARY KEY (tenant, kind, id)
+        ) WITHOUT ROWID""",
+        """CREATE TABLE entries (
+            tenant TEXT NOT NULL,
+            kind TEXT NOT NULL,
+            id TEXT NOT NULL,
+            key TEXT NOT NULL,
+            body BLOB NOT NULL,
+            PRIMARY KEY (tenant, kind, id, key)
+        ) WITHOUT ROWID""",
+        """CREATE TABLE commands (
+            tenant TEXT NOT NULL,
+            session TEXT NOT NULL,
+            command_id TEXT NOT NULL,
+            digest BLOB NOT NULL,
+            sequence INTEGER NOT NULL,
+            run TEXT NOT NULL,
+            PRIMARY KEY (tenant, session, command_id)
+        ) WITHOUT ROWID""",
+        """CREATE TABLE requests (
+            tenant TEXT NOT NULL,
+            rpc TEXT NOT NULL,
+            request_id TEXT NOT NULL,
+            digest BLOB NOT NULL,
+            response BLOB NOT NULL,
+            create_time INTEGER NOT NULL,
+            PRIMARY KEY (tenant, rpc, request_id)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX requests_by_time ON requests (create_time)",
+        # The row of a deleted agent stays, without revisions, for its last number.
+        """CREATE TABLE agents (
+            tenant TEXT NOT NULL,
+            agent TEXT NOT NULL,
+            revision INTEGER NOT NULL,
+            display_name TEXT NOT NULL,
+            create_time INTEGER NOT NULL,
+            update_time INTEGER NOT NULL,
+            labels TEXT,
+            PRIMARY KEY (tenant, agent)
+        ) WITHOUT ROWID""",
+        """CREATE TABLE revisions (
+            tenant TEXT NOT NULL,
+            agent TEXT NOT NULL,
+            revision INTEGER NOT NULL,
+            body BLOB NOT NULL,
+            PRIMARY KEY (tenant, agent, revision)
+        ) WITHOUT ROWID""",
+    ),
+)
+"""What makes each schema from the one before it, in order: number 1 first. What was released is never changed."""

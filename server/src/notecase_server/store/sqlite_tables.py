@@ -1,0 +1,356 @@
+"""Tables in SQLite: every statement of the SQLite store.
+
+The text of a statement is constant but for the shape of a filter, so that SQLite compiles each once; values are always
+bound, and names of columns come from the contract's own tuples.
+
+Labels are kept as a JSON object whose keys and values are the hexadecimal of their UTF-8: in that form every label can
+be named in a JSON path and compared in the order of its bytes, whatever characters it has. None stands for no labels.
+"""
+
+import json
+import sqlite3
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from notecase import v1
+
+from notecase_server.store.contract import (
+    AGENT_COLUMNS,
+    RUN_COLUMNS,
+    SESSION_COLUMNS,
+    ActiveRun,
+    And,
+    CommandId,
+    Compare,
+    Filter,
+    Not,
+    Once,
+    Or,
+    Query,
+    RunRecord,
+    Scope,
+    SessionKey,
+)
+from notecase_server.store.lists import LABELS, OPERATORS, Found, Labelled, check_column, column
+from notecase_server.store.tables import Applied, Recorded
+
+Bound = str | int | bytes | None
+
+SESSION_ROWS = ("events", "messages", "calls", "runs", "active_runs", "commands", "sessions")
+"""The tables that hold rows of a session, beside its state's."""
+
+SESSION_CHANGES = tuple(name for name in SESSION_COLUMNS if name not in {"user", "create_time"})
+"""The columns that change: setting one of an index costs a rewrite of the index, changed or not."""
+
+ADD_SESSION = f"""INSERT INTO sessions (tenant, session, {", ".join(SESSION_COLUMNS)}, labels, epoch, body)
+    VALUES (?, ?{", ?" * len(SESSION_COLUMNS)}, ?, ?, ?)"""
+
+PUT_SESSION = f"""UPDATE sessions SET {", ".join(f"{name} = ?" for name in SESSION_CHANGES)},
+    labels = ?, epoch = ?, body = ? WHERE tenant = ? AND session = ?"""
+
+ADD_RUN = f"""INSERT INTO runs (tenant, session, run, {", ".join(RUN_COLUMNS)}, labels, digest, body)
+    VALUES (?, ?, ?{", ?" * len(RUN_COLUMNS)}, ?, ?, ?)"""
+
+PUT_AGENT = f"""REPLACE INTO agents (tenant, agent, revision, {", ".join(AGENT_COLUMNS)}, labels)
+    VALUES (?, ?, ?{", ?" * len(AGENT_COLUMNS)}, ?)"""
+
+MESSAGES = """SELECT m.sequence, m.body, e.body FROM messages m LEFT JOIN events e ON m.body IS NULL
+    AND e.tenant = m.tenant AND e.session = m.session AND e.sequence = m.sequence
+    WHERE m.tenant = ? AND m.session = ?"""
+"""With the event where the message has no body of its own."""
+
+AGENTS = """SELECT a.agent, r.body FROM agents a
+    JOIN revisions r ON r.tenant = a.tenant AND r.agent = a.agent AND r.revision = a.revision
+    WHERE a.tenant = ?"""
+
+
+class SqliteTables:
+    """Rows as one connection sees them; used inside a transaction that somebody else begins and ends."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._execute = connection.execute
+        self._executemany = connection.executemany
+
+    def _one(self, statement: str, *values: Bound) -> Any:
+        """The first row as a tuple, or None."""
+        return self._execute(statement, values).fetchone()
+
+    def request(self, once: Once) -> Recorded | None:
+        row = self._one(
+            "SELECT digest, response FROM requests WHERE tenant = ? AND rpc = ? AND request_id = ?", *once[:3]
+        )
+        return Recorded(*row) if row else None
+
+    def add_request(self, once: Once, response: bytes, now: int) -> None:
+        self._execute(
+            "INSERT INTO requests (tenant, rpc, request_id, digest, response, create_time) VALUES (?, ?, ?, ?, ?, ?)",
+            (once.tenant, once.rpc, once.request_id, once.digest, response, now),
+        )
+
+    def forget_requests(self, before: int, limit: int) -> int:
+        return self._execute(
+            """DELETE FROM requests WHERE (tenant, rpc, request_id) IN
+                (SELECT tenant, rpc, request_id FROM requests WHERE create_time < ? LIMIT ?)""",
+            (before, limit),
+        ).rowcount
+
+    def command(self, key: SessionKey, command_id: str) -> Applied | None:
+        row = self._one(
+            "SELECT digest, sequence, run FROM commands WHERE tenant = ? AND session = ? AND command_id = ?",
+            *key,
+            command_id,
+        )
+        return Applied(*row) if row else None
+
+    def add_command(self, key: SessionKey, command: CommandId, sequence: int, run: str) -> None:
+        self._execute(
+            "INSERT INTO commands (tenant, session, command_id, digest, sequence, run) VALUES (?, ?, ?, ?, ?, ?)",
+            (*key, *command, sequence, run),
+        )
+
+    def session(self, key: SessionKey) -> tuple[v1.Session, int] | None:
+        row = self._one("SELECT body, epoch FROM sessions WHERE tenant = ? AND session = ?", *key)
+        return (v1.Session.FromString(row[0]), row[1]) if row else None
+
+    def add_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None:
+        columns = (column(session, name) for name in SESSION_COLUMNS)
+        self._execute(ADD_SESSION, (*key, *columns, _labels(session), epoch, session.SerializeToString()))
+
+    def put_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None:
+        columns = (column(session, name) for name in SESSION_CHANGES)
+        self._execute(PUT_SESSION, (*columns, _labels(session), epoch, session.SerializeToString(), *key))
+
+    def delete_session(self, key: SessionKey) -> None:
+        for table in SESSION_ROWS:
+            self._execute(f"DELETE FROM {table} WHERE tenant = ? AND session = ?", key)
+        for table in ("states", "entries"):
+            self._execute(f"DELETE FROM {table} WHERE tenant = ? AND kind = 'session' AND id = ?", key)
+
+    def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]:
+        where, values = _where(query, SESSION_COLUMNS, "(create_time, session) < (?, ?)")
+        rows = self._execute(
+            f"""SELECT create_time, session, body FROM sessions WHERE tenant = ?{where}
+                ORDER BY create_time DESC, session DESC LIMIT ?""",
+            (tenant, *values, query.limit + 1),
+        )
+        for create_time, session, body in rows:
+            yield Found((create_time, session), v1.Session.FromString(body), len(body))
+
+    def add_events(self, key: SessionKey, events: Sequence[v1.Event]) -> None:
+        self._executemany(
+            "INSERT INTO events (tenant, session, sequence, body) VALUES (?, ?, ?, ?)",
+            [(*key, event.sequence, event.SerializeToString()) for event in events],
+        )
+
+    def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]:
+        rows = self._execute(
+            """SELECT sequence, body FROM events WHERE tenant = ? AND session = ? AND sequence > ?
+                ORDER BY sequence LIMIT ?""",
+            (*key, after, limit),
+        )
+        for sequence, body in rows:
+            yield Found((sequence,), v1.Event.FromString(body), len(body))
+
+    def message(self, key: SessionKey, message: str) -> v1.Message | None:
+        row = self._one(f"{MESSAGES} AND m.message = ?", *key, message)
+        return _message(*row[1:]) if row else None
+
+    def add_message(self, key: SessionKey, message: v1.Message) -> None:
+        body = None if message.update_sequence == message.sequence else message.SerializeToString()
+        self._execute(
+            "INSERT INTO messages (tenant, session, sequence, message, run, body) VALUES (?, ?, ?, ?, ?, ?)",
+            (*key, message.sequence, message.name, message.run, body),
+        )
+
+    def put_message(self, key: SessionKey, message: v1.Message) -> None:
+        self._execute(
+            "UPDATE messages SET body = ? WHERE tenant = ? AND session = ? AND sequence = ?",
+            (message.SerializeToString(), *key, message.sequence),
+        )
+
+    def messages(self, key: SessionKey, query: Query, newest_first: bool, run: str) -> Iterator[Found[v1.Message]]:
+        statement, values = MESSAGES, list[Bound](key)
+        if run:
+            # The run's own events bound the search: nothing of it lies before its first or after its last.
+            bounds = self._one("SELECT body FROM runs WHERE tenant = ? AND session = ? AND run = ?", *key, run)
+            found = v1.Run.FromString(bounds[0]) if bounds else v1.Run()
+            statement += " AND m.run = ? AND m.sequence BETWEEN ? AND ?"
+            values += [run, found.first_sequence, found.last_sequence]
+        if query.after is not None:
+            statement += f" AND m.sequence {'<' if newest_first else '>'} ?"
+            values += query.after
+        statement += f" ORDER BY m.sequence{' DESC' if newest_first else ''} LIMIT ?"
+        for sequence, own, event in self._execute(statement, (*values, query.limit + 1)):
+            yield Found((sequence,), _message(own, event), len(own or event))
+
+    def call(self, key: SessionKey, call_id: str) -> str:
+        row = self._one("SELECT message FROM calls WHERE tenant = ? AND session = ? AND call_id = ?", *key, call_id)
+        return str(row[0]) if row else ""
+
+    def put_call(self, key: SessionKey, call_id: str, message: str) -> None:
+        self._execute(
+            "REPLACE INTO calls (tenant, session, call_id, message) VALUES (?, ?, ?, ?)", (*key, call_id, message)
+        )
+
+    def run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
+        row = self._one("SELECT body, digest FROM runs WHERE tenant = ? AND session = ? AND run = ?", *key, run)
+        return (v1.Run.FromString(row[0]), row[1]) if row else None
+
+    def add_run(self, key: SessionKey, run: v1.Run, record: RunRecord) -> None:
+        columns = (column(run, name) for name in RUN_COLUMNS)
+        self._execute(ADD_RUN, (*key, run.name, *columns, _labels(run), record.digest, run.SerializeToString()))
+        self._execute(
+            "INSERT INTO active_runs (tenant, session, run, agent) VALUES (?, ?, ?, ?)",
+            (*key, run.name, record.agent.SerializeToString()),
+        )
+
+    def put_run(self, key: SessionKey, run: v1.Run, moved: bool) -> None:
+        body = run.SerializeToString()
+        if moved:
+            self._execute(
+                "UPDATE runs SET state = ?, body = ? WHERE tenant = ? AND session = ? AND run = ?",
+                (run.state, body, *key, run.name),
+            )
+        else:
+            self._execute(
+                "UPDATE runs SET body = ? WHERE tenant = ? AND session = ? AND run = ?", (body, *key, run.name)
+            )
+
+    def drop_record(self, key: SessionKey, run: str) -> None:
+        self._execute("DELETE FROM active_runs WHERE tenant = ? AND session = ? AND run = ?", (*key, run))
+
+    def runs(self, tenant: str, session: str, query: Query) -> Iterator[Found[v1.Run]]:
+        where, values = _where(query, RUN_COLUMNS, "(create_time, session, run) < (?, ?, ?)")
+        # Of one session, its own index always: the planner could think that of a state would do as well.
+        source, place = ("runs INDEXED BY runs_by_session", " AND session = ?") if session else ("runs", "")
+        rows = self._execute(
+            f"""SELECT create_time, session, run, body FROM {source} WHERE tenant = ?{place}{where}
+                ORDER BY create_time DESC, session DESC, run DESC LIMIT ?""",
+            (tenant, *([session] if session else []), *values, query.limit + 1),
+        )
+        for create_time, holder, run, body in rows:
+            yield Found((create_time, holder, run), v1.Run.FromString(body), len(body))
+
+    def active_runs(self) -> list[ActiveRun]:
+        rows = self._execute(
+            """SELECT a.tenant, a.session, r.body, a.agent, s.epoch FROM active_runs a
+                JOIN runs r ON r.tenant = a.tenant AND r.session = a.session AND r.run = a.run
+                JOIN sessions s ON s.tenant = a.tenant AND s.session = a.session"""
+        )
+        return [
+            ActiveRun(SessionKey(tenant, session), v1.Run.FromString(run), v1.Agent.FromString(agent), epoch)
+            for tenant, session, run, agent, epoch in rows
+        ]
+
+    def version(self, scope: Scope) -> int:
+        row = self._one("SELECT version FROM states WHERE tenant = ? AND kind = ? AND id = ?", *scope)
+        return int(row[0]) if row else 0
+
+    def put_version(self, scope: Scope, version: int) -> None:
+        self._execute("REPLACE INTO states (tenant, kind, id, version) VALUES (?, ?, ?, ?)", (*scope, version))
+
+    def entry(self, scope: Scope, key: str) -> v1.StateEntry | None:
+        row = self._one("SELECT body FROM entries WHERE tenant = ? AND kind = ? AND id = ? AND key = ?", *scope, key)
+        return v1.StateEntry.FromString(row[0]) if row else None
+
+    def put_entry(self, scope: Scope, key: str, entry: v1.StateEntry | None) -> None:
+        if entry is None:
+            self._execute("DELETE FROM entries WHERE tenant = ? AND kind = ? AND id = ? AND key = ?", (*scope, key))
+        else:
+            self._execute(
+                "REPLACE INTO entries (tenant, kind, id, key, body) VALUES (?, ?, ?, ?, ?)",
+                (*scope, key, entry.SerializeToString()),
+            )
+
+    def entries(self, scope: Scope, query: Query) -> Iterator[Found[tuple[str, v1.StateEntry]]]:
+        # No key is empty, so the empty text comes before all.
+        rows = self._execute(
+            """SELECT key, body FROM entries WHERE tenant = ? AND kind = ? AND id = ? AND key > ?
+                ORDER BY key LIMIT ?""",
+            (*scope, *(query.after or ("",)), query.limit + 1),
+        )
+        for key, body in rows:
+            yield Found((key,), (key, v1.StateEntry.FromString(body)), len(body))
+
+    def last_revision(self, tenant: str, agent_id: str) -> int:
+        row = self._one("SELECT revision FROM agents WHERE tenant = ? AND agent = ?", tenant, agent_id)
+        return int(row[0]) if row else 0
+
+    def agent(self, tenant: str, agent_id: str, revision: int) -> v1.Agent | None:
+        row = self._one(
+            "SELECT body FROM revisions WHERE tenant = ? AND agent = ? AND revision = ?", tenant, agent_id, revision
+        )
+        return v1.Agent.FromString(row[0]) if row else None
+
+    def add_revision(self, tenant: str, agent_id: str, agent: v1.Agent) -> None:
+        columns = (column(agent, name) for name in AGENT_COLUMNS)
+        self._execute(PUT_AGENT, (tenant, agent_id, agent.revision, *columns, _labels(agent)))
+        self._execute(
+            "INSERT INTO revisions (tenant, agent, revision, body) VALUES (?, ?, ?, ?)",
+            (tenant, agent_id, agent.revision, agent.SerializeToString()),
+        )
+
+    def delete_agent(self, tenant: str, agent_id: str) -> None:
+        self._execute("DELETE FROM revisions WHERE tenant = ? AND agent = ?", (tenant, agent_id))
+        self._execute(
+            "UPDATE agents SET display_name = '', labels = NULL WHERE tenant = ? AND agent = ?", (tenant, agent_id)
+        )
+
+    def agents(self, tenant: str, query: Query) -> Iterator[Found[v1.Agent]]:
+        where, values = _where(query, AGENT_COLUMNS, "a.agent > ?")
+        rows = self._execute(f"{AGENTS}{where} ORDER BY a.agent LIMIT ?", (tenant, *values, query.limit + 1))
+        for agent_id, body in rows:
+            yield Found((agent_id,), v1.Agent.FromString(body), len(body))
+
+    def revisions(self, tenant: str, agent_id: str, query: Query) -> Iterator[Found[v1.Agent]]:
+        where, values = _where(query._replace(where=None), (), "revision < ?")
+        rows = self._execute(
+            f"""SELECT revision, body FROM revisions WHERE tenant = ? AND agent = ?{where}
+                ORDER BY revision DESC LIMIT ?""",
+            (tenant, agent_id, *values, query.limit + 1),
+        )
+        for revision, body in rows:
+            yield Found((revision,), v1.Agent.FromString(body), len(body))
+
+
+def _message(own: bytes | None, event: bytes) -> v1.Message:
+    return v1.Message.FromString(own) if own is not None else v1.Event.FromString(event).message_added
+
+
+def _labels(row: Labelled) -> str | None:
+    return json.dumps({_hex(key): _hex(value) for key, value in row.labels.items()}) if row.labels else None
+
+
+def _hex(text: str) -> str:
+    return text.encode().hex()
+
+
+def _where(query: Query, columns: tuple[str, ...], after: str) -> tuple[str, list[Bound]]:
+    """The conditions of a page, to be put behind others, and their values. `after` is the condition for rows behind a
+    position."""
+    conditions, values = "", list[Bound]()
+    if query.after is not None:
+        conditions += f" AND {after}"
+        values += query.after
+    if query.where is not None:
+        conditions += f" AND {_condition(query.where, columns, values)}"
+    return conditions, values
+
+
+def _condition(where: Filter, columns: tuple[str, ...], values: list[Bound]) -> str:
+    """A filter as SQL; what is to be bound is added to `values` in the order of the question marks."""
+    match where:
+        case And(terms):
+            return f"({' AND '.join(_condition(term, columns, values) for term in terms) or '1'})"
+        case Or(terms):
+            return f"({' OR '.join(_condition(term, columns, values) for term in terms) or '0'})"
+        case Not(term):
+            return f"NOT {_condition(term, columns, values)}"
+        case Compare(name, op, value):
+            if op not in OPERATORS:
+                raise ValueError("a filter compares with an operator that does not exist")
+            if name.startswith(LABELS):
+                values += [f'$."{_hex(name.removeprefix(LABELS))}"', _hex(str(value))]
+                return f"coalesce(json_extract(labels, ?), '') {op} ?"
+            values.append(value)
+            return f"{check_column(name, columns)} {op} ?"

@@ -1,0 +1,306 @@
+"""What each write and each composed read means, on whatever Tables: the same steps for every store.
+
+A step first reads and decides, and writes only when nothing can be refused any more; so a step that raises has written
+nothing, in a store that cannot undo as in one that can.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.store import fold
+from notecase_server.store.contract import (
+    CommandId,
+    Commit,
+    Committed,
+    Duplicate,
+    Once,
+    Page,
+    Query,
+    Replayed,
+    Scope,
+    SessionKey,
+)
+from notecase_server.store.lists import Found, take
+from notecase_server.store.tables import Tables
+
+
+def commit(tables: Tables, now: int, commit: Commit) -> Committed:
+    """Store.commit."""
+    recall(tables, commit.key, commit.once, commit.command)
+    rows = _load(tables, commit, now)
+    before = {name: run.state for name, run in rows.runs.items()}
+    old_messages, old_calls = set(rows.messages), set(rows.calls)
+    done = fold.apply(rows, commit, now)
+    if commit.start is None and rows.runs.keys() - before.keys():
+        raise ValueError("a run_started event wants Commit.start")
+    _remember(tables, commit.once, done, now)
+
+    if commit.create is not None:
+        tables.add_session(commit.key, rows.session, rows.epoch)
+    else:
+        tables.put_session(commit.key, rows.session, rows.epoch)
+    if commit.command is not None:
+        run_name = next((event.run for event in done.events if event.run), "")
+        tables.add_command(commit.key, commit.command, rows.session.last_sequence, run_name)
+    tables.add_events(commit.key, done.events)
+    for name, message in rows.messages.items():
+        (tables.put_message if name in old_messages else tables.add_message)(commit.key, message)
+    for call_id, holder in rows.calls.items():
+        if call_id not in old_calls:
+            tables.put_call(commit.key, call_id, holder)
+    for name, run in rows.runs.items():
+        _save_run(tables, commit, run, before.get(name))
+    for scope in done.state:
+        _save_state(tables, scope, rows.versions[scope], rows.state[scope])
+    return done
+
+
+def recall(tables: Tables, key: SessionKey, once: Once | None, command: CommandId | None) -> None:
+    """Store.recall: the first thing that every step with an id does."""
+    if once is not None and (recorded := tables.request(once)) is not None:
+        if recorded.digest != once.digest:
+            raise errors.reused("request_id", once.request_id)
+        raise Replayed(recorded.response)
+    if command is not None and (applied := tables.command(key, command.command_id)) is not None:
+        if applied.digest != command.digest:
+            raise errors.reused("command_id", command.command_id)
+        raise Duplicate(applied.sequence, applied.run)
+
+
+def _remember(tables: Tables, once: Once | None, result: object, now: int) -> None:
+    if once is not None:
+        tables.add_request(once, once.render(result).SerializeToString(), now)
+
+
+def _session(tables: Tables, key: SessionKey) -> tuple[v1.Session, int]:
+    found = tables.session(key)
+    if found is None:
+        raise errors.not_found("session", f"sessions/{key.session}")
+    return found
+
+
+def _load(tables: Tables, commit: Commit, now: int) -> fold.Rows:
+    """The rows that the commit needs, its session made if it is to be."""
+    key = commit.key
+    if commit.create is None:
+        session, epoch = _session(tables, key)
+    elif tables.session(key) is None:
+        # An epoch begins with the time, so that what ran in a deleted session of this name is stale in the new one.
+        session, epoch = fold.new_session(key, commit.create, now), now
+    else:
+        raise errors.already_exists("session", f"sessions/{key.session}")
+    rows = fold.Rows(session, epoch)
+    needs = fold.needs(commit, session.user)
+    for scope, keys in needs.keys.items():
+        rows.versions[scope] = tables.version(scope)
+        rows.state[scope] = _entries(tables, scope, keys)
+    for name in needs.runs:
+        found = tables.run(key, name)
+        if found is not None:
+            rows.runs[name] = found[0]
+    for call_id in needs.calls:
+        holder = tables.call(key, call_id)
+        if holder:
+            rows.calls[call_id] = holder
+    for holder in set(rows.calls.values()):
+        message = tables.message(key, holder)
+        if message is not None:
+            rows.messages[holder] = message
+    return rows
+
+
+def _entries(tables: Tables, scope: Scope, keys: set[str]) -> dict[str, v1.StateEntry | None]:
+    """Those of the keys that exist."""
+    found = ((key, tables.entry(scope, key)) for key in keys)
+    return {key: entry for key, entry in found if entry is not None}
+
+
+def _save_run(tables: Tables, commit: Commit, run: v1.Run, before: v1.Run.State.ValueType | None) -> None:
+    """`before` is the state it had, None when the commit starts it."""
+    if before is None and commit.start is not None:
+        tables.add_run(commit.key, run, commit.start)
+    else:
+        tables.put_run(commit.key, run, moved=run.state != before)
+    if run.state in fold.ENDED:
+        tables.drop_record(commit.key, run.name)
+
+
+def _save_state(tables: Tables, scope: Scope, version: int, entries: dict[str, v1.StateEntry | None]) -> None:
+    tables.put_version(scope, version)
+    for key, entry in entries.items():
+        if entry is None or entry.version == version:
+            tables.put_entry(scope, key, entry)
+
+
+def claim(tables: Tables, key: SessionKey, epoch: int) -> int:
+    """Store.claim."""
+    session, current = _session(tables, key)
+    if current != epoch:
+        raise errors.owner_lost(key.session)
+    tables.put_session(key, session, epoch + 1)
+    return epoch + 1
+
+
+def edit_session(
+    tables: Tables, now: int, key: SessionKey, edit: Callable[[v1.Session], None], if_etag: str, once: Once | None
+) -> v1.Session:
+    """Store.edit_session."""
+    recall(tables, key, once, None)
+    session, epoch = _session(tables, key)
+    if if_etag and if_etag != session.etag:
+        raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
+    edited = v1.Session()
+    edited.CopyFrom(session)
+    edit(edited)
+    session.display_name = edited.display_name
+    session.agent = edited.agent
+    session.ClearField("labels")
+    session.labels.update(edited.labels)
+    fold.touch_session(session, now)
+    _remember(tables, once, session, now)
+    tables.put_session(key, session, epoch)
+    return session
+
+
+def delete_session(tables: Tables, now: int, key: SessionKey, if_etag: str, once: Once | None) -> None:
+    """Store.delete_session."""
+    recall(tables, key, once, None)
+    session, _ = _session(tables, key)
+    if if_etag and if_etag != session.etag:
+        raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
+    _remember(tables, once, None, now)
+    tables.delete_session(key)
+
+
+def whole_run(tables: Tables, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
+    """Store.get_run."""
+    found = tables.run(key, run)
+    if found is not None:
+        _resolve_reply(tables, key, found[0])
+    return found
+
+
+def _resolve_reply(tables: Tables, key: SessionKey, run: v1.Run) -> None:
+    reply = tables.message(key, run.reply.name) if run.HasField("reply") else None
+    if reply is not None:
+        run.reply.CopyFrom(reply)
+
+
+def whole_runs(tables: Tables, tenant: str, session: str, query: Query) -> Iterator[Found[v1.Run]]:
+    """The rows of Store.list_runs, each read when it is asked for."""
+    for found in tables.runs(tenant, session, query):
+        run, holder = found.row, str(found.position[1])
+        _resolve_reply(tables, SessionKey(tenant, holder), run)
+        run.name = f"sessions/{holder}/runs/{run.name}"
+        yield Found(found.position, run, run.ByteSize())
+
+
+def named_entries(tables: Tables, scope: Scope, keys: Sequence[str]) -> v1.State:
+    """Store.get_state."""
+    state = v1.State(version=tables.version(scope))
+    fold.show_entries(state, _entries(tables, scope, set(keys)), keys)
+    return state
+
+
+def page_of_entries(tables: Tables, scope: Scope, query: Query) -> tuple[v1.State, Page[str]]:
+    """Store.list_state."""
+    page = take(tables.entries(scope, query), query.limit)
+    state = v1.State(version=tables.version(scope))
+    for key, entry in page.rows:
+        state.entries[key].CopyFrom(entry)
+    return state, Page([key for key, _ in page.rows], page.next)
+
+
+def update_state(
+    tables: Tables, now: int, scope: Scope, ops: Sequence[v1.StateOp], if_version: int | None, once: Once | None
+) -> v1.State:
+    """Store.update_state."""
+    recall(tables, SessionKey(scope.tenant, ""), once, None)
+    version = tables.version(scope)
+    if if_version is not None and if_version != version:
+        raise errors.version_mismatch("The state", version)
+    version += 1
+    entries = _entries(tables, scope, {op.key for op in ops})
+    fold.apply_ops(entries, ops, version, now)
+    state = v1.State(version=version)
+    fold.show_entries(state, entries, (op.key for op in ops))
+    _remember(tables, once, state, now)
+    _save_state(tables, scope, version, entries)
+    return state
+
+
+def agent(tables: Tables, tenant: str, agent_id: str, revision: int) -> v1.Agent | None:
+    """Store.get_agent."""
+    return tables.agent(tenant, agent_id, revision or tables.last_revision(tenant, agent_id))
+
+
+def create_agent(tables: Tables, now: int, tenant: str, agent_id: str, agent: v1.Agent, once: Once | None) -> v1.Agent:
+    """Store.create_agent."""
+    recall(tables, SessionKey(tenant, ""), once, None)
+    last = tables.last_revision(tenant, agent_id)
+    if tables.agent(tenant, agent_id, last) is not None:
+        raise errors.already_exists("agent", f"agents/{agent_id}")
+    return _add_revision(tables, now, tenant, agent_id, agent, last + 1, None, once)
+
+
+def edit_agent(
+    tables: Tables,
+    now: int,
+    tenant: str,
+    agent_id: str,
+    edit: Callable[[v1.Agent], None],
+    if_etag: str,
+    allow_missing: bool,
+    once: Once | None,
+) -> v1.Agent:
+    """Store.edit_agent."""
+    recall(tables, SessionKey(tenant, ""), once, None)
+    last = tables.last_revision(tenant, agent_id)
+    newest = tables.agent(tenant, agent_id, last)
+    if newest is None and not allow_missing:
+        raise errors.not_found("agent", f"agents/{agent_id}")
+    etag = newest.etag if newest is not None else ""
+    if if_etag and if_etag != etag:
+        raise errors.etag_mismatch(f"agents/{agent_id}", etag)
+    edited = v1.Agent()
+    if newest is not None:
+        edited.CopyFrom(newest)
+    edit(edited)
+    return _add_revision(tables, now, tenant, agent_id, edited, last + 1, newest, once)
+
+
+def _add_revision(
+    tables: Tables,
+    now: int,
+    tenant: str,
+    agent_id: str,
+    agent: v1.Agent,
+    revision: int,
+    before: v1.Agent | None,
+    once: Once | None,
+) -> v1.Agent:
+    made = v1.Agent()
+    made.CopyFrom(agent)
+    made.name = f"agents/{agent_id}"
+    made.revision = revision
+    made.update_time.FromMicroseconds(now)
+    made.create_time.CopyFrom(made.update_time if before is None else before.create_time)
+    # Revisions are never given out twice under one id, so the number alone tells two states of an agent apart.
+    made.etag = f"{revision}"
+    _remember(tables, once, made, now)
+    tables.add_revision(tenant, agent_id, made)
+    return made
+
+
+def delete_agent(tables: Tables, now: int, tenant: str, agent_id: str, if_etag: str, once: Once | None) -> None:
+    """Store.delete_agent."""
+    recall(tables, SessionKey(tenant, ""), once, None)
+    newest = agent(tables, tenant, agent_id, 0)
+    if newest is None:
+        raise errors.not_found("agent", f"agents/{agent_id}")
+    if if_etag and if_etag != newest.etag:
+        raise errors.etag_mismatch(f"agents/{agent_id}", newest.etag)
+    _remember(tables, once, None, now)
+    tables.delete_agent(tenant, agent_id)

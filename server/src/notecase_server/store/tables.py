@@ -1,0 +1,135 @@
+"""The rows under a store, as plain reads and writes; `steps` decides what they hold.
+
+A store that keeps its rows in another place implements `Tables`; what a commit or an edit means is written once.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from notecase import v1
+
+from notecase_server.store.contract import ActiveRun, CommandId, Once, Query, RunRecord, Scope, SessionKey
+from notecase_server.store.lists import Found
+
+
+class Recorded(NamedTuple):
+    """What is remembered of a request that was carried out."""
+
+    digest: bytes
+    response: bytes
+
+
+class Applied(NamedTuple):
+    """What is remembered of a command that was applied."""
+
+    digest: bytes
+    sequence: int
+    run: str
+
+
+class Tables(Protocol):
+    """Rows within one transaction. What a read hands out is a copy; what is missing is None, 0 or nothing.
+
+    The iterators of lists are lazy, in the order the contract gives the list, and hold what matches the query and comes
+    after its position; they may go on beyond its limit. They end with the transaction.
+    """
+
+    def request(self, once: Once) -> Recorded | None: ...
+
+    def add_request(self, once: Once, response: bytes, now: int) -> None: ...
+
+    def forget_requests(self, before: int, limit: int) -> int:
+        """Drops at most `limit` records made before that time, and returns how many it dropped."""
+        ...
+
+    def command(self, key: SessionKey, command_id: str) -> Applied | None: ...
+
+    def add_command(self, key: SessionKey, command: CommandId, sequence: int, run: str) -> None: ...
+
+    def session(self, key: SessionKey) -> tuple[v1.Session, int] | None:
+        """The session and its epoch."""
+        ...
+
+    def add_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None: ...
+
+    def put_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None:
+        """Of one that exists; its user and create_time are as they were."""
+        ...
+
+    def delete_session(self, key: SessionKey) -> None:
+        """With every row that is kept for it, requests excepted."""
+        ...
+
+    def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]: ...
+
+    def add_events(self, key: SessionKey, events: Sequence[v1.Event]) -> None: ...
+
+    def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]: ...
+
+    def message(self, key: SessionKey, message: str) -> v1.Message | None: ...
+
+    def add_message(self, key: SessionKey, message: v1.Message) -> None:
+        """Of a message whose event is added in the same transaction."""
+        ...
+
+    def put_message(self, key: SessionKey, message: v1.Message) -> None: ...
+
+    def messages(self, key: SessionKey, query: Query, newest_first: bool, run: str) -> Iterator[Found[v1.Message]]: ...
+
+    def call(self, key: SessionKey, call_id: str) -> str:
+        """The id of the message that holds the call, or empty."""
+        ...
+
+    def put_call(self, key: SessionKey, call_id: str, message: str) -> None: ...
+
+    def run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
+        """The run, `reply` by id and sequence only, and its digest."""
+        ...
+
+    def add_run(self, key: SessionKey, run: v1.Run, record: RunRecord) -> None: ...
+
+    def put_run(self, key: SessionKey, run: v1.Run, moved: bool) -> None:
+        """`moved` says that its state is another than before."""
+        ...
+
+    def drop_record(self, key: SessionKey, run: str) -> None:
+        """Forgets the agent of a run that has ended: it is not active any more."""
+        ...
+
+    def runs(self, tenant: str, session: str, query: Query) -> Iterator[Found[v1.Run]]: ...
+
+    def active_runs(self) -> list[ActiveRun]: ...
+
+    def version(self, scope: Scope) -> int: ...
+
+    def put_version(self, scope: Scope, version: int) -> None:
+        """Before the entries that it brings."""
+        ...
+
+    def entry(self, scope: Scope, key: str) -> v1.StateEntry | None: ...
+
+    def put_entry(self, scope: Scope, key: str, entry: v1.StateEntry | None) -> None:
+        """None removes it."""
+        ...
+
+    def entries(self, scope: Scope, query: Query) -> Iterator[Found[tuple[str, v1.StateEntry]]]:
+        """With their keys."""
+        ...
+
+    def last_revision(self, tenant: str, agent_id: str) -> int:
+        """The last number given out under this id, whether the agent still exists or not."""
+        ...
+
+    def agent(self, tenant: str, agent_id: str, revision: int) -> v1.Agent | None: ...
+
+    def add_revision(self, tenant: str, agent_id: str, agent: v1.Agent) -> None:
+        """Makes it the newest."""
+        ...
+
+    def delete_agent(self, tenant: str, agent_id: str) -> None:
+        """Removes all but the last number."""
+        ...
+
+    def agents(self, tenant: str, query: Query) -> Iterator[Found[v1.Agent]]: ...
+
+    def revisions(self, tenant: str, agent_id: str, query: Query) -> Iterator[Found[v1.Agent]]: ...

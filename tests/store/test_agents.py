@@ -1,0 +1,138 @@
+"""Every store: agents, their revisions, and what remains of a deleted one."""
+
+import pytest
+from notecase import v1
+from notecase_server.store.contract import Query, Replayed, Store
+
+from tests.store.build import EVERYTHING, ManualClock, names, once, refused
+
+
+def titled(title: str) -> v1.Agent:
+    return v1.Agent(display_name=title, llm=v1.LlmAgent(instruction="Deduce."))
+
+
+async def test_a_new_agent_is_revision_1(store: Store, clock: ManualClock) -> None:
+    given = v1.Agent(display_name="S", name="forged", revision=9, etag="forged")
+    made = await store.create_agent("acme", "sherlock", given)
+    assert (made.name, made.revision, made.display_name) == ("agents/sherlock", 1, "S")
+    assert made.create_time.ToMicroseconds() == made.update_time.ToMicroseconds() == clock.now
+    assert made.etag not in {"", "forged"}
+    assert given.name == "forged"
+    assert await store.get_agent("acme", "sherlock") == made
+    with refused("ALREADY_EXISTS"):
+        await store.create_agent("acme", "sherlock", titled("T"))
+
+
+async def test_an_edit_makes_the_next_revision_and_keeps_the_others(store: Store, clock: ManualClock) -> None:
+    first = await store.create_agent("acme", "sherlock", titled("one"))
+    clock.now += 5
+
+    def edit(agent: v1.Agent) -> None:
+        agent.display_name = "two"
+        agent.name, agent.revision, agent.etag = "forged", 99, "forged"
+        agent.create_time.FromMicroseconds(1)
+
+    second = await store.edit_agent("acme", "sherlock", edit, if_etag=first.etag)
+    assert (second.name, second.revision, second.display_name) == ("agents/sherlock", 2, "two")
+    assert second.create_time == first.create_time
+    assert second.update_time.ToMicroseconds() == clock.now
+    assert second.etag not in {first.etag, "forged"}
+    assert await store.get_agent("acme", "sherlock") == second
+    assert await store.get_agent("acme", "sherlock", 1) == first
+    assert await store.get_agent("acme", "sherlock", 2) == second
+    assert await store.get_agent("acme", "sherlock", 3) is None
+    with refused("ETAG_MISMATCH") as caught:
+        await store.edit_agent("acme", "sherlock", edit, if_etag=first.etag)
+    assert caught.value.metadata == {"etag": second.etag}
+
+
+async def test_an_edit_that_raises_makes_no_revision(store: Store) -> None:
+    first = await store.create_agent("acme", "sherlock", titled("one"))
+
+    def edit(agent: v1.Agent) -> None:
+        agent.display_name = "half"
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        await store.edit_agent("acme", "sherlock", edit, once=once("edit"))
+    assert await store.get_agent("acme", "sherlock") == first
+    assert (await store.edit_agent("acme", "sherlock", lambda _: None, once=once("edit"))).revision == 2
+
+
+async def test_a_missing_agent_is_created_by_an_edit_that_allows_it(store: Store) -> None:
+    with refused("AGENT_NOT_FOUND"):
+        await store.edit_agent("acme", "new", lambda _: None)
+    with refused("ETAG_MISMATCH"):
+        await store.edit_agent("acme", "new", lambda _: None, if_etag="1", allow_missing=True)
+    made = await store.edit_agent("acme", "new", lambda agent: agent.MergeFrom(titled("N")), allow_missing=True)
+    assert (made.revision, made.display_name) == (1, "N")
+    assert await store.get_agent("acme", "new") == made
+
+
+async def test_a_deleted_agent_leaves_its_last_number(store: Store) -> None:
+    await store.create_agent("acme", "sherlock", titled("one"))
+    second = await store.edit_agent("acme", "sherlock", lambda _: None)
+    with refused("ETAG_MISMATCH"):
+        await store.delete_agent("acme", "sherlock", if_etag="stale")
+    await store.delete_agent("acme", "sherlock", if_etag=second.etag, once=once("delete"))
+    assert await store.get_agent("acme", "sherlock") is None
+    assert await store.get_agent("acme", "sherlock", 1) is None
+    assert (await store.list_agents("acme", EVERYTHING)).rows == []
+    assert (await store.list_agent_revisions("acme", "sherlock", EVERYTHING)).rows == []
+    with refused("AGENT_NOT_FOUND"):
+        await store.delete_agent("acme", "sherlock")
+    with pytest.raises(Replayed):
+        await store.delete_agent("acme", "sherlock", once=once("delete"))
+    again = await store.create_agent("acme", "sherlock", titled("three"))
+    assert again.revision == 3
+    assert again.etag != second.etag
+    assert names((await store.list_agent_revisions("acme", "sherlock", EVERYTHING)).rows) == ["agents/sherlock"]
+
+
+async def test_a_repeated_creation_gets_the_first_answer(store: Store) -> None:
+    made = await store.create_agent("acme", "sherlock", titled("one"), once=once("create"))
+    await store.delete_agent("acme", "sherlock")
+    with pytest.raises(Replayed) as caught:
+        await store.create_agent("acme", "sherlock", titled("one"), once=once("create"))
+    assert v1.Agent.FromString(caught.value.response) == made
+    with refused("REQUEST_ID_REUSED"):
+        await store.create_agent("acme", "sherlock", titled("two"), once=once("create", b"other"))
+    assert await store.get_agent("acme", "sherlock") is None
+
+
+async def test_agents_are_listed_by_id_at_their_newest_revision(store: Store) -> None:
+    for agent_id in ("c", "a", "b.1", "b"):
+        await store.create_agent("acme", agent_id, titled("one"))
+    await store.edit_agent("acme", "b", lambda agent: setattr(agent, "display_name", "two"))
+    first = await store.list_agents("acme", Query(3))
+    assert [(agent.name, agent.revision) for agent in first.rows] == [
+        ("agents/a", 1),
+        ("agents/b", 2),
+        ("agents/b.1", 1),
+    ]
+    assert first.next == ("b.1",)
+    rest = await store.list_agents("acme", Query(3, first.next))
+    assert (names(rest.rows), rest.next) == (["agents/c"], None)
+
+
+async def test_revisions_are_listed_newest_first(store: Store) -> None:
+    await store.create_agent("acme", "a", titled("one"))
+    for _ in range(4):
+        await store.edit_agent("acme", "a", lambda _: None)
+    first = await store.list_agent_revisions("acme", "a", Query(2))
+    assert ([agent.revision for agent in first.rows], first.next) == ([5, 4], (4,))
+    rest = await store.list_agent_revisions("acme", "a", Query(9, first.next))
+    assert ([agent.revision for agent in rest.rows], rest.next) == ([3, 2, 1], None)
+    assert (await store.list_agent_revisions("acme", "none", Query(9))).rows == []
+
+
+async def test_pages_of_agents_end_at_a_mebibyte(store: Store) -> None:
+    large = titled("x" * 600_000)
+    for agent_id in ("a", "b", "c"):
+        await store.create_agent("acme", agent_id, large)
+    page = await store.list_agents("acme", EVERYTHING)
+    assert (names(page.rows), page.next) == (["agents/a", "agents/b"], ("b",))
+    for _ in range(2):
+        await store.edit_agent("acme", "a", lambda _: None)
+    revisions = await store.list_agent_revisions("acme", "a", EVERYTHING)
+    assert ([agent.revision for agent in revisions.rows], revisions.next) == ([3, 2], (2,))

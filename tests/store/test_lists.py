@@ -1,0 +1,219 @@
+"""Every store: pages and filters of lists over sessions, runs and agents."""
+
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
+
+import pytest
+from notecase import v1
+from notecase_server.store.contract import And, Compare, Filter, Not, Or, Page, Query, SessionKey, Store
+
+from tests.store.build import AGENT, EVERYTHING, ManualClock, add, create, ended, names, start
+
+
+def key(session: str) -> SessionKey:
+    return SessionKey("acme", session)
+
+
+async def every(read: Callable[[Query], Awaitable[Page[Any]]], limit: int, where: Filter | None = None) -> list[str]:
+    """The names on all pages, none of which is empty but the only one."""
+    found: list[str] = []
+    after: tuple[str | int, ...] | None = None
+    while True:
+        page = await read(Query(limit, after, where))
+        assert len(page.rows) <= limit
+        assert page.rows or (page.next is None and after is None)
+        found += names(page.rows)
+        after = page.next
+        if after is None:
+            return found
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 100])
+async def test_sessions_are_listed_last_created_first_and_ties_by_id(
+    store: Store, clock: ManualClock, limit: int
+) -> None:
+    for session in ("b", "d", "a"):
+        await create(store, key(session))
+    clock.now += 1
+    for session in ("c", "0"):
+        await create(store, key(session))
+    clock.now -= 2
+    await create(store, key("z"))
+    assert await every(lambda query: store.list_sessions("acme", query), limit) == ["c", "0", "d", "b", "a", "z"]
+
+
+async def test_pages_stay_exact_while_sessions_come_go_and_change(store: Store, clock: ManualClock) -> None:
+    for session in "abcdef":
+        await create(store, key(session))
+        clock.now += 1
+    first = await store.list_sessions("acme", Query(2))
+    assert names(first.rows) == ["f", "e"]
+    await create(store, key("new"))
+    await store.delete_session(key("e"))
+    await store.delete_session(key("c"))
+    await store.edit_session(key("a"), lambda session: setattr(session, "display_name", "moved"))
+    second = await store.list_sessions("acme", Query(2, first.next))
+    assert names(second.rows) == ["d", "b"]
+    assert names((await store.list_sessions("acme", Query(2, second.next))).rows) == ["a"]
+
+
+async def test_a_page_of_sessions_ends_at_a_mebibyte(store: Store) -> None:
+    for session in "abc":
+        await create(store, key(session), display_name="x" * 600_000)
+    page = await store.list_sessions("acme", EVERYTHING)
+    assert names(page.rows) == ["c", "b"]
+    assert names((await store.list_sessions("acme", Query(1000, page.next))).rows) == ["a"]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 100])
+async def test_runs_are_listed_over_all_sessions_or_of_one(store: Store, clock: ManualClock, limit: int) -> None:
+    for session in ("a", "b"):
+        await create(store, key(session))
+        for run in ("r2", "r1", "r3"):
+            await start(store, run, ended(run), key=key(session))
+            clock.now += run == "r1"
+    assert await every(lambda query: store.list_runs("acme", "", query), limit) == [
+        "sessions/b/runs/r3",
+        "sessions/b/runs/r2",
+        "sessions/b/runs/r1",
+        "sessions/a/runs/r3",
+        "sessions/a/runs/r2",
+        "sessions/a/runs/r1",
+    ]
+    assert await every(lambda query: store.list_runs("acme", "b", query), limit) == [
+        "sessions/b/runs/r3",
+        "sessions/b/runs/r2",
+        "sessions/b/runs/r1",
+    ]
+    assert await every(lambda query: store.list_runs("acme", "none", query), limit) == []
+
+
+async def sessions_to_filter(store: Store, clock: ManualClock) -> None:
+    """a to e, created a second apart; c is at work, d has another agent and user, e no labels."""
+    for number, session in enumerate("abcde"):
+        labels = {"team": "night", "n": str(number)} if session != "e" else {}
+        if session == "d":
+            labels = {"team": "", "odd key.'\"\\": 'odd "value"\u0000'}
+        who = "users/eve" if session == "d" else "users/ada"
+        agent = "agents/poirot" if session == "d" else "agents/sherlock"
+        await create(store, key(session), user=who, agent=agent, display_name=f"Case {session}", labels=labels)
+        clock.now += 1_000_000
+    await start(store, "r1", key=key("c"))
+
+
+START = ManualClock().now
+
+FILTERS: list[tuple[Filter, str]] = [
+    (Compare("user", "=", "users/ada"), "ecba"),
+    (Compare("user", "!=", "users/ada"), "d"),
+    (Compare("agent", "=", "agents/poirot"), "d"),
+    (Compare("activity", "=", v1.Session.ACTIVITY_RUNNING), "c"),
+    (Compare("activity", "!=", v1.Session.ACTIVITY_RUNNING), "edba"),
+    (Compare("display_name", "<", "Case c"), "ba"),
+    (Compare("display_name", "<=", "Case c"), "cba"),
+    (Compare("display_name", ">", "Case c"), "ed"),
+    (Compare("display_name", ">=", "Case c"), "edc"),
+    (Compare("create_time", "=", START + 1_000_000), "b"),
+    (Compare("create_time", "<", START + 1_000_000), "a"),
+    (Compare("create_time", ">=", START + 3_000_000), "ed"),
+    (Compare("update_time", ">", START + 3_999_999), "ec"),
+    (Compare("labels.team", "=", "night"), "cba"),
+    (Compare("labels.team", "!=", "night"), "ed"),
+    (Compare("labels.team", "=", ""), "ed"),
+    (Compare("labels.team", ">", ""), "cba"),
+    (Compare("labels.n", ">=", "1"), "cb"),
+    (Compare("labels.none", "=", ""), "edcba"),
+    (Compare("labels.odd key.'\"\\", "=", 'odd "value"\u0000'), "d"),
+    (Compare("labels.odd key.'\"\\", ">", 'odd "value"'), "d"),
+    (Compare("labels.odd key.'\"\\", "<", 'odd "value"\u0001'), "edcba"),
+    (Compare("display_name", "=", "' OR 1=1 --"), ""),
+    (Not(Compare("user", "=", "users/ada")), "d"),
+    (Not(Compare("labels.none", "=", "x")), "edcba"),
+    (Not(Not(Compare("user", "=", "users/eve"))), "d"),
+    (And((Compare("user", "=", "users/ada"), Compare("labels.n", "=", "1"))), "b"),
+    (Or((Compare("user", "=", "users/eve"), Compare("labels.n", "=", "1"))), "db"),
+    (
+        And((Or((Compare("labels.n", "=", "0"), Compare("labels.n", "=", "1"))), Not(Compare("labels.n", "=", "0")))),
+        "b",
+    ),
+    (Not(And((Compare("labels.team", "=", "night"), Compare("activity", "=", 1)))), "edc"),
+    (Not(Or((Compare("labels.n", "=", "0"), Compare("labels.n", "=", "1")))), "edc"),
+    (And(()), "edcba"),
+    (Or(()), ""),
+]
+
+
+@pytest.mark.parametrize(("where", "expected"), FILTERS, ids=[str(number) for number in range(len(FILTERS))])
+async def test_a_filter_admits_what_it_says(store: Store, clock: ManualClock, where: Filter, expected: str) -> None:
+    await sessions_to_filter(store, clock)
+    for limit in (1, 2, 100):
+        assert await every(lambda query: store.list_sessions("acme", query), limit, where) == list(expected)
+
+
+async def test_a_filter_follows_what_changes(store: Store) -> None:
+    await create(store, key("a"))
+    idle = Compare("activity", "=", v1.Session.ACTIVITY_IDLE)
+    night = Compare("labels.team", "=", "night")
+    await start(store, "r1", key=key("a"))
+    await store.edit_session(key("a"), lambda session: session.labels.update(team="night"))
+    assert names((await store.list_sessions("acme", Query(9, where=idle))).rows) == []
+    assert names((await store.list_sessions("acme", Query(9, where=night))).rows) == ["a"]
+    await add(store, ended("r1"), key=key("a"))
+    await store.edit_session(key("a"), lambda session: session.labels.clear())
+    assert names((await store.list_sessions("acme", Query(9, where=idle))).rows) == ["a"]
+    assert names((await store.list_sessions("acme", Query(9, where=night))).rows) == []
+
+
+async def test_runs_are_filtered_by_state_agent_time_and_labels(store: Store, clock: ManualClock) -> None:
+    await create(store, key("a"))
+    await create(store, key("b"))
+    await start(store, "r1", ended("r1", v1.Run.STATE_FAILED), key=key("a"), labels={"k": "v"})
+    clock.now += 1
+    await start(store, "r2", key=key("a"), agent="agents/poirot")
+    await start(store, "r3", key=key("b"))
+    found: dict[str, list[str]] = {}
+    for session in ("", "a"):
+        for where in (
+            Compare("state", "=", v1.Run.STATE_RUNNING),
+            Compare("state", "!=", v1.Run.STATE_RUNNING),
+            Compare("agent", "=", AGENT.name),
+            Compare("create_time", ">=", clock.now),
+            Compare("labels.k", "=", "v"),
+        ):
+            rows = await every(partial(store.list_runs, "acme", session), 1, where)
+            found[f"{session} {where.field} {where.op}"] = [name[-2:] for name in rows]
+    assert found == {
+        " state =": ["r3", "r2"],
+        " state !=": ["r1"],
+        " agent =": ["r3", "r1"],
+        " create_time >=": ["r3", "r2"],
+        " labels.k =": ["r1"],
+        "a state =": ["r2"],
+        "a state !=": ["r1"],
+        "a agent =": ["r1"],
+        "a create_time >=": ["r2"],
+        "a labels.k =": ["r1"],
+    }
+
+
+async def test_agents_are_filtered_by_their_newest_revision(store: Store, clock: ManualClock) -> None:
+    for agent_id in "abc":
+        await store.create_agent("acme", agent_id, v1.Agent(display_name=agent_id, labels={"team": "night"}))
+        clock.now += 1
+    await store.edit_agent("acme", "a", lambda agent: agent.labels.update(team="day"))
+
+    async def found(where: Filter) -> list[str]:
+        return [name[-1] for name in await every(lambda query: store.list_agents("acme", query), 1, where)]
+
+    assert await found(Compare("labels.team", "=", "night")) == ["b", "c"]
+    assert await found(Compare("display_name", "<", "b")) == ["a"]
+    assert await found(Compare("create_time", "<", clock.now - 1)) == ["a", "b"]
+    assert await found(Compare("update_time", "=", clock.now)) == ["a"]
+
+
+@pytest.mark.parametrize("field", ["name", "body", "tenant", "epoch", "1=1 --", "create_time OR 1"])
+async def test_no_other_column_can_be_named(store: Store, field: str) -> None:
+    await create(store, key("a"))
+    with pytest.raises(ValueError, match="column"):
+        await store.list_sessions("acme", Query(9, where=Compare(field, "=", "x")))

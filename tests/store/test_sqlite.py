@@ -1,0 +1,499 @@
+"""What the SQLite store promises beyond the contract: a durable file, one owner, one transaction for many writes."""
+
+import asyncio
+import os
+import random
+import resource
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import pytest
+from notecase import v1
+from notecase_server.errors import NotecaseError, reason_name
+from notecase_server.store import sqlite_file
+from notecase_server.store.contract import Commit, Committed, Compare, Query, Scope, SessionKey
+from notecase_server.store.sqlite import SqliteStore, StoreOpenError
+
+from tests.store.build import (
+    EVERYTHING,
+    KEY,
+    ManualClock,
+    add,
+    changed,
+    contents,
+    create,
+    ended,
+    once,
+    put,
+    refused,
+    said,
+    start,
+)
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "store.db"
+
+
+@pytest.fixture
+async def store(path: Path, clock: ManualClock) -> AsyncIterator[SqliteStore]:
+    opened = await SqliteStore.open(path, clock)
+    yield opened
+    await opened.close()
+
+
+@contextmanager
+def process(script: str, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A Python process that sees the modules this one sees; killed at the end, whatever it does."""
+    command = [sys.executable, str(HERE / script), *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def lines(running: subprocess.Popen[str]) -> Iterator[str]:
+    assert running.stdout is not None
+    return (line.rstrip("\n") for line in running.stdout)
+
+
+async def refusal(path: Path) -> str:
+    with pytest.raises(StoreOpenError) as caught:
+        await SqliteStore.open(path, ManualClock())
+    return str(caught.value)
+
+
+@asynccontextmanager
+async def held(store: SqliteStore) -> AsyncIterator[asyncio.Task[v1.State]]:
+    """Keeps the writer busy in a transaction with one write, so that what is written meanwhile waits together."""
+    loop, entered, release = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+    def wait(_: object) -> v1.Session:
+        loop.call_soon_threadsafe(entered.set)
+        release.wait()
+        return v1.Session()
+
+    blocker = asyncio.create_task(
+        store.update_state(Scope("acme", "app", ""), [put("held", 1)], once=once("hold")._replace(render=wait))
+    )
+    await entered.wait()
+    try:
+        yield blocker
+    finally:
+        release.set()
+
+
+async def waiting(*writes: asyncio.Task[Committed]) -> None:
+    """Lets tasks that were just made hand their writes in."""
+    await asyncio.sleep(0)
+    assert not any(write.done() for write in writes)
+
+
+def commits(store: SqliteStore) -> list[str]:
+    """Fills with the transactions that the writer commits from here on."""
+    seen: list[str] = []
+    store._connections.writer.set_trace_callback(lambda sql: seen.append(sql) if sql == "COMMIT" else None)
+    return seen
+
+
+async def test_reopening_keeps_everything(path: Path, clock: ManualClock) -> None:
+    first = await SqliteStore.open(path, clock)
+    await first.create_agent("acme", "sherlock", v1.Agent(display_name="S"))
+    await create(first)
+    epoch = (await start(first, "r1", said("m1", run="r1"), changed(put("k", 1)), once=once("start"))).epoch
+    before, agent, secret = await contents(first), await first.get_agent("acme", "sherlock"), first.secret
+    await first.close()
+
+    second = await SqliteStore.open(path, clock)
+    assert await contents(second) == before
+    assert await second.get_agent("acme", "sherlock") == agent
+    assert second.secret == secret
+    assert [active.epoch for active in await second.active_runs()] == [epoch]
+    assert (await add(second, said("m2"), if_epoch=epoch)).session.last_sequence == 4
+    await second.close()
+
+
+async def test_two_files_have_different_secrets(tmp_path: Path, clock: ManualClock) -> None:
+    stores = [await SqliteStore.open(tmp_path / name, clock) for name in ("a.db", "b.db")]
+    assert stores[0].secret != stores[1].secret
+    for store in stores:
+        await store.close()
+
+
+async def test_what_was_acknowledged_survives_sigkill(path: Path) -> None:
+    """A writer is killed again and again in the middle of its work; nothing it told of is lost, nothing is half."""
+    chance = random.Random(7)
+    acknowledged: dict[str, int] = {}
+    for _ in range(5):
+        with process("acknowledge.py", path) as writer:
+            told = lines(writer)
+            assert next(told) == "open"
+            for _ in range(chance.randint(1, 60)):
+                session, digits = next(told).split()
+                acknowledged[session] = int(digits)
+            writer.kill()
+            for line in told:  # the last one may be cut, which makes its number smaller
+                session, _, digits = line.partition(" ")
+                if digits:
+                    acknowledged[session] = max(acknowledged.get(session, 0), int(digits))
+        store = await SqliteStore.open(path, ManualClock())
+        for session, sequence in acknowledged.items():
+            key = SessionKey("acme", session)
+            log, after = [], 0
+            while page := await store.read_events(key, after):
+                log += page
+                after = page[-1].sequence
+            assert [event.sequence for event in log] == list(range(1, len(log) + 1))
+            assert len(log) >= sequence
+            row, state = await store.get_session(key), await store.get_state(Scope("acme", "session", session), ["n"])
+            assert row is not None
+            assert row.last_sequence == state.entries["n"].value.int_value == len(log)
+        await store.close()
+
+
+async def test_a_second_owner_in_this_process_is_refused(store: SqliteStore, path: Path, tmp_path: Path) -> None:
+    assert f"{path} is in use" in await refusal(path)
+    alias = tmp_path / "alias.db"
+    alias.symlink_to(path)
+    assert f"{path} is in use" in await refusal(alias)
+    assert (await create(store)).session.name == "case"
+
+
+async def test_a_second_owner_in_another_process_is_refused_until_the_first_is_killed(path: Path) -> None:
+    with process("acknowledge.py", path, "hold") as owner:
+        assert next(lines(owner)) == "open"
+        assert f"{path} is in use" in await refusal(path)
+        owner.kill()
+        owner.wait()
+        store = await SqliteStore.open(path, ManualClock())
+        await store.close()
+
+
+async def test_closing_lets_the_next_owner_in(path: Path, clock: ManualClock) -> None:
+    for _ in range(3):
+        store = await SqliteStore.open(path, clock)
+        await store.close()
+
+
+async def test_a_refused_file_is_not_kept_locked(path: Path, clock: ManualClock) -> None:
+    path.write_text("Dear diary")
+    await refusal(path)
+    path.unlink()
+    store = await SqliteStore.open(path, clock)
+    await store.close()
+
+
+async def test_a_file_of_a_newer_version_is_refused(path: Path, clock: ManualClock) -> None:
+    await (await SqliteStore.open(path, clock)).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    before = path.read_bytes()
+    assert "newer notecase: its schema is 99" in await refusal(path)
+    assert path.read_bytes() == before
+
+
+async def test_a_database_of_another_program_is_refused_and_left_alone(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE theirs (x)")
+    connection.close()
+    before = path.read_bytes()
+    assert "another program" in await refusal(path)
+    assert path.read_bytes() == before
+
+
+async def test_a_file_that_is_no_database_is_refused_and_left_alone(path: Path) -> None:
+    path.write_text("Dear diary, " * 1000)
+    before = path.read_bytes()
+    assert "not a SQLite database" in await refusal(path)
+    assert path.read_bytes() == before
+
+
+async def test_a_directory_is_no_store_and_a_missing_one_is_named(tmp_path: Path) -> None:
+    assert f"{tmp_path} cannot be opened for writing" in await refusal(tmp_path)
+    assert f"The directory {tmp_path / 'none'} does not exist" in await refusal(tmp_path / "none" / "store.db")
+
+
+@pytest.mark.parametrize("read_only", ["file", "directory"])
+async def test_what_cannot_be_written_is_refused(path: Path, clock: ManualClock, read_only: str) -> None:
+    await (await SqliteStore.open(path, clock)).close()
+    if read_only == "file":
+        path.chmod(0o400)
+    else:
+        Path(f"{path}-lock").unlink()
+        path.parent.chmod(0o500)
+    with process("unprivileged.py", path) as opener:
+        said = list(lines(opener))
+        assert opener.wait() == 0
+    path.parent.chmod(0o700)
+    assert said == [
+        f"{path} cannot be opened for writing: Permission denied. Make it writable, or choose another path."
+    ]
+
+
+async def test_what_is_stored_can_be_read_by_its_owner_only(store: SqliteStore, path: Path) -> None:
+    await create(store)
+    assert {file.name: oct(file.stat().st_mode & 0o777) for file in path.parent.iterdir()} == {
+        "store.db": "0o600",
+        "store.db-lock": "0o600",
+        "store.db-shm": "0o600",
+        "store.db-wal": "0o600",
+    }
+
+
+async def test_deleted_text_is_not_left_in_the_file(path: Path, clock: ManualClock) -> None:
+    store = await SqliteStore.open(path, clock)
+    await create(store)
+    await add(store, *(said(f"m{number}", "confession " * 1000) for number in range(20)))
+    await store.close()
+    assert b"confession" in path.read_bytes()
+    store = await SqliteStore.open(path, clock)
+    await store.delete_session(KEY)
+    await store.close()
+    assert b"confession" not in path.read_bytes()
+
+
+async def test_writes_that_wait_share_a_transaction(store: SqliteStore) -> None:
+    await create(store)
+    async with held(store) as blocker:
+        seen = commits(store)
+        writes = [asyncio.create_task(add(store, said(f"m{number}"))) for number in range(20)]
+        await waiting(*writes)
+    done = await asyncio.gather(*writes)
+    await blocker
+    assert [each.session.last_sequence for each in done] == list(range(1, 21))
+    assert seen == ["COMMIT", "COMMIT"]
+
+
+async def test_a_refused_write_does_not_touch_the_others_of_its_transaction(store: SqliteStore) -> None:
+    await create(store)
+    async with held(store) as blocker:
+        seen = commits(store)
+        conditions = [None, 1, 1, 99, None]
+        writes = [
+            asyncio.create_task(add(store, said(f"m{number}"), if_last_sequence=head))
+            for number, head in enumerate(conditions)
+        ]
+        await waiting(*writes)
+    done = await asyncio.gather(*writes, return_exceptions=True)
+    await blocker
+    assert seen == ["COMMIT", "COMMIT"]
+    facts = [
+        each.session.last_sequence if isinstance(each, Committed) else reason_name(each.reason)
+        for each in done
+        if isinstance(each, Committed | NotecaseError)
+    ]
+    assert facts == [1, 2, "SEQUENCE_MISMATCH", "SEQUENCE_MISMATCH", 3]
+    assert [event.message_added.name for event in await store.read_events(KEY, 0)] == ["m0", "m1", "m4"]
+
+
+async def test_a_write_that_fails_half_way_leaves_nothing(store: SqliteStore) -> None:
+    """A message id that is taken is found out by the database, after the events were written."""
+    await create(store)
+    await add(store, said("m1"))
+    before = await contents(store)
+    with refused("STORE_UNAVAILABLE") as caught:
+        await add(store, said("m2"), said("m1"))
+    assert isinstance(caught.value.__cause__, sqlite3.IntegrityError)
+    assert await contents(store) == before
+    assert (await add(store, said("m2"))).session.last_sequence == 2
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file of this process can grow beyond that size: a write beyond it fails, for root too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_a_full_disk_fails_all_writes_of_the_transaction_and_the_store_goes_on(
+    store: SqliteStore, path: Path
+) -> None:
+    await create(store)
+    await add(store, said("m1"))
+    before = await contents(store)
+    with full_disk(Path(f"{path}-wal").stat().st_size):
+        async with held(store) as blocker:
+            seen = commits(store)
+            writes = [asyncio.create_task(add(store, said(f"n{n}"), once=once(f"r{n}"))) for n in range(5)]
+            await waiting(*writes)
+        done = await asyncio.gather(blocker, *writes, return_exceptions=True)
+        assert seen == ["COMMIT", "COMMIT"]
+        reasons = [reason_name(each.reason) for each in done if isinstance(each, NotecaseError)]
+        assert reasons == ["STORE_UNAVAILABLE"] * 6
+        assert await contents(store) == before
+
+    after = await asyncio.gather(*(add(store, said(f"m-{n}"), once=once(f"r{n}")) for n in range(5)))
+    assert [each.session.last_sequence for each in after] == [2, 3, 4, 5, 6]
+    assert len(await store.read_events(KEY, 0)) == 6
+
+
+async def test_a_cancelled_caller_loses_nothing_and_corrupts_nothing(store: SqliteStore) -> None:
+    await create(store)
+    async with held(store) as blocker:
+        writes = [asyncio.create_task(add(store, said(f"m{number}"))) for number in range(3)]
+        await waiting(*writes)
+        writes[1].cancel()
+        await asyncio.sleep(0)
+    done = await asyncio.gather(*writes, return_exceptions=True)
+    await blocker
+    assert isinstance(done[1], asyncio.CancelledError)
+    assert [event.message_added.name for event in await store.read_events(KEY, 0)] == ["m0", "m1", "m2"]
+    assert (await add(store, said("m3"))).session.last_sequence == 4
+
+
+async def test_closing_waits_for_commits_under_way(path: Path, clock: ManualClock) -> None:
+    store = await SqliteStore.open(path, clock)
+    await create(store)
+    async with held(store) as blocker:
+        write = asyncio.create_task(add(store, said("m1")))
+        await waiting(write)
+        closing = asyncio.create_task(store.close())
+        await asyncio.sleep(0)
+        with refused("STORE_UNAVAILABLE"):
+            await add(store, said("m2"))
+        assert not closing.done()
+    await closing
+    await blocker
+    assert (await write).session.last_sequence == 1
+    assert not Path(f"{path}-wal").exists()
+    again = await SqliteStore.open(path, clock)
+    assert len(await again.read_events(KEY, 0)) == 1
+    await again.close()
+
+
+async def test_migrations_run_once_and_in_order(
+    path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = await SqliteStore.open(path, clock)
+    await create(store)
+    before = await contents(store)
+    await store.close()
+    later = (("CREATE TABLE later (x)", "INSERT INTO later VALUES (1)"), ("INSERT INTO later SELECT x + 1 FROM later",))
+    monkeypatch.setattr(sqlite_file, "MIGRATIONS", (*sqlite_file.MIGRATIONS, *later))
+    for _ in range(2):
+        store = await SqliteStore.open(path, clock)
+        assert await contents(store) == before
+        await store.close()
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT x FROM later ORDER BY x").fetchall() == [(1,), (2,)]
+        assert connection.execute("PRAGMA user_version").fetchone() == (len(sqlite_file.MIGRATIONS),)
+    connection.close()
+
+
+async def test_a_migration_that_fails_leaves_the_file_as_it_was(
+    path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await (await SqliteStore.open(path, clock)).close()
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlite_file, "MIGRATIONS", (*sqlite_file.MIGRATIONS, ("CREATE TABLE later (x)", "nonsense")))
+        assert "cannot be used as a store" in await refusal(path)
+    with sqlite3.connect(path) as connection:
+        assert connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'later'").fetchone() == (0,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (len(sqlite_file.MIGRATIONS),)
+    connection.close()
+    await (await SqliteStore.open(path, clock)).close()
+
+
+async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:
+    """Each page is found in an index, first or later, filtered by what is often asked for or not."""
+    await create(store)
+    await store.create_agent("acme", "sherlock", v1.Agent())
+    await start(store, "r1", ended("r1"), said("m1"), changed(put("k", 1)))
+    asked: set[str] = set()
+    for reader in store._connections.readers:
+        reader.set_trace_callback(asked.add)
+    mine = Compare("user", "=", "users/ada")
+    running = Compare("state", "=", v1.Run.STATE_RUNNING)
+    for after in (None, (1 << 60, "x", "x")):
+        two = after[:2] if after else None
+        for where in (None, mine):
+            await store.list_sessions("acme", Query(2, two, where))
+        for where in (None, running):
+            await store.list_runs("acme", "", Query(2, after, where))
+            await store.list_runs("acme", "case", Query(2, after, where))
+    for position in (None, (1,)):
+        for newest_first in (False, True):
+            await store.list_messages(KEY, Query(2, position), newest_first)
+            await store.list_messages(KEY, Query(2, position), newest_first, run="r1")
+        await store.list_agent_revisions("acme", "sherlock", Query(2, position))
+    for key in (None, ("k",)):
+        await store.list_agents("acme", Query(2, key))
+        await store.list_state(Scope("acme", "session", "case"), Query(2, key))
+    await store.read_events(KEY, 0)
+    for reader in store._connections.readers:
+        reader.set_trace_callback(None)
+
+    planner = store._connections.readers[0]
+    plans = {
+        sql: [row[3] for row in planner.execute(f"EXPLAIN QUERY PLAN {sql}")]
+        for sql in asked
+        if sql.startswith("SELECT")
+    }
+    assert len(plans) > 20
+    for sql, plan in plans.items():
+        assert [step for step in plan if "SCAN" in step or "TEMP B-TREE" in step] == [], sql
+    for sql, plan in plans.items():
+        if "user = " in sql:
+            assert "sessions_by_user" in plan[0]
+        if "state = " in sql and "INDEXED" not in sql:
+            assert "runs_by_state" in plan[0]
+
+
+async def test_a_page_of_messages_needs_no_more_of_the_file_when_it_is_long(store: SqliteStore) -> None:
+    """Read costs are counted in steps of SQLite's machine, not in time."""
+    await create(store)
+    await add(store, *(said(f"a{number}") for number in range(100)))
+    short = await _steps(store)
+    await add(store, *(said(f"b{number}") for number in range(5000)))
+    assert await _steps(store) <= short * 1.3
+
+
+async def _steps(store: SqliteStore) -> int:
+    steps = 0
+
+    def count() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    for reader in store._connections.readers:
+        reader.set_progress_handler(count, 1)
+    await store.list_messages(KEY, Query(20), newest_first=True)
+    await store.get_state(Scope("acme", "session", "case"), ["k"])
+    for reader in store._connections.readers:
+        reader.set_progress_handler(None, 0)
+    return steps
+
+
+async def test_eight_writers_and_readers_at_once(store: SqliteStore) -> None:
+    """Readers beside the writer see whole commits only, and what has returned always."""
+    keys = [SessionKey("acme", f"s{number}") for number in range(8)]
+    for key in keys:
+        await create(store, key)
+
+    async def write(key: SessionKey) -> None:
+        for number in range(10):
+            await store.commit(Commit(key=key, events=[said(f"a{number}"), said(f"b{number}")]))
+            assert len((await store.list_messages(key, EVERYTHING)).rows) == 2 * number + 2
+
+    async def read(key: SessionKey, writer: asyncio.Task[None]) -> None:
+        while not writer.done():
+            assert len(await store.read_events(key, 0)) % 2 == 0
+
+    writers = [asyncio.create_task(write(key)) for key in keys]
+    await asyncio.gather(*writers, *(read(key, writer) for key, writer in zip(keys, writers, strict=True)))

@@ -1,0 +1,291 @@
+"""Every store: what state promises, in its three scopes."""
+
+import asyncio
+import math
+
+import pytest
+from google.protobuf.struct_pb2 import NULL_VALUE
+from notecase import v1
+from notecase_server.errors import NotecaseError
+from notecase_server.store.contract import PAGE_BYTES, Query, Replayed, Scope, Store
+
+from tests.store.build import (
+    APP_STATE,
+    EVERYTHING,
+    KEY,
+    STATE,
+    USER_STATE,
+    ManualClock,
+    add,
+    append,
+    changed,
+    create,
+    increment,
+    once,
+    plain,
+    put,
+    refused,
+    remove,
+    said,
+    value,
+)
+
+INT64_MAX = (1 << 63) - 1
+
+
+async def test_a_state_nobody_wrote_to_is_empty_at_version_0(store: Store) -> None:
+    assert await store.get_state(USER_STATE, ["name"]) == v1.State()
+    state, page = await store.list_state(USER_STATE, EVERYTHING)
+    assert (state, page.rows, page.next) == (v1.State(), [], None)
+
+
+async def test_each_operation_does_what_it_says(store: Store) -> None:
+    await create(store)
+    await add(store, changed(put("draft", "x"), increment("count", 2), append("clues", "ash"), put("old", 1)))
+    committed = await add(
+        store, changed(put("draft", "y"), increment("count", -5), append("clues", "mud"), remove("old"), remove("none"))
+    )
+    state, page = await store.list_state(STATE, EVERYTHING)
+    assert page.rows == ["clues", "count", "draft"]
+    assert {key: plain(entry.value) for key, entry in state.entries.items()} == {
+        "draft": "y",
+        "count": -3,
+        "clues": ["ash", "mud"],
+    }
+    assert committed.state[STATE] == state
+
+
+async def test_a_change_raises_the_states_version_by_one_whatever_it_touches(store: Store, clock: ManualClock) -> None:
+    await create(store)
+    await add(store, changed(put("a", 1), put("b", 1)))
+    clock.now += 7
+    await add(store, changed(put("b", 2)))
+    state = await store.get_state(STATE, ["a", "b"])
+    assert state.version == 2
+    assert (state.entries["a"].version, state.entries["b"].version) == (1, 2)
+    assert state.entries["b"].update_time.ToMicroseconds() == clock.now
+    assert state.entries["a"].update_time.ToMicroseconds() == clock.now - 7
+
+
+async def test_several_changes_in_one_commit_see_each_other(store: Store) -> None:
+    await create(store)
+    committed = await add(store, changed(increment("n", 1)), changed(increment("n", 1)), changed(remove("n")))
+    assert committed.state[STATE] == v1.State(version=3)
+    assert [event.state_changed.version for event in committed.events] == [1, 2, 3]
+    assert await store.get_state(STATE, ["n"]) == v1.State(version=3)
+
+
+async def test_only_the_keys_named_are_read(store: Store) -> None:
+    await store.update_state(USER_STATE, [put("a", 1), put("b", 2)])
+    state = await store.get_state(USER_STATE, ["b", "missing", "b"])
+    assert list(state.entries) == ["b"]
+    assert state.version == 1
+
+
+async def test_a_condition_on_a_key(store: Store) -> None:
+    await store.update_state(APP_STATE, [put("k", 1, if_version=0)])
+    for stale in (0, 2):
+        with refused("STATE_VERSION_MISMATCH") as caught:
+            await store.update_state(APP_STATE, [put("other", 1), put("k", 2, if_version=stale)])
+        assert caught.value.metadata == {"version": "1"}
+    assert (await store.update_state(APP_STATE, [put("k", 2, if_version=1)])).version == 2
+    assert (await store.get_state(APP_STATE, ["other"])).entries == {}
+
+
+async def test_versions_of_a_key_grow_over_removal_and_return(store: Store) -> None:
+    await store.update_state(APP_STATE, [put("k", "first")])
+    await store.update_state(APP_STATE, [remove("k", if_version=1)])
+    with refused("STATE_VERSION_MISMATCH") as caught:
+        await store.update_state(APP_STATE, [put("k", "stale", if_version=1)])
+    assert caught.value.metadata == {"version": "0"}
+    await store.update_state(APP_STATE, [put("k", "second", if_version=0)])
+    assert (await store.get_state(APP_STATE, ["k"])).entries["k"].version == 3
+
+
+async def test_a_condition_on_the_whole_state(store: Store) -> None:
+    await create(store)
+    await add(store, changed(put("k", 1)), if_state_version={"": 0, "user": 0, "app": 0})
+    for state in ("", "user"):
+        with refused("STATE_VERSION_MISMATCH") as caught:
+            await add(store, said("m1"), if_state_version={state: 9})
+        assert caught.value.metadata == {"version": "1" if state == "" else "0"}
+    await store.update_state(USER_STATE, [put("k", 1)], if_version=0)
+    with refused("STATE_VERSION_MISMATCH"):
+        await store.update_state(USER_STATE, [put("k", 2)], if_version=0)
+    assert len(await store.read_events(KEY, 0)) == 1
+
+
+async def test_operations_that_a_value_does_not_have_are_refused(store: Store) -> None:
+    await store.update_state(USER_STATE, [put("text", "x"), put("n", 1), put("list", [])])
+    for op in (increment("text", 1), increment("list", 1), append("text", 1), append("n", 1)):
+        with refused("STATE_TYPE_MISMATCH") as caught:
+            await store.update_state(USER_STATE, [put("before", 1), op])
+        assert caught.value.metadata == {"key": op.key}
+    state, page = await store.list_state(USER_STATE, EVERYTHING)
+    assert (state.version, page.rows) == (1, ["list", "n", "text"])
+
+
+@pytest.mark.parametrize(("at", "by"), [(INT64_MAX, 1), (-INT64_MAX - 1, -1), (1, INT64_MAX)])
+async def test_an_increment_beyond_64_bits_is_refused(store: Store, at: int, by: int) -> None:
+    await store.update_state(USER_STATE, [put("n", at)])
+    with refused("STATE_TYPE_MISMATCH"):
+        await store.update_state(USER_STATE, [increment("n", by)])
+    assert (await store.get_state(USER_STATE, ["n"])).entries["n"].value.int_value == at
+
+
+async def test_a_value_cannot_outgrow_a_page(store: Store) -> None:
+    half = "x" * (PAGE_BYTES // 2)
+    await store.update_state(USER_STATE, [append("list", half)])
+    with refused("PAYLOAD_TOO_LARGE"):
+        await store.update_state(USER_STATE, [append("list", half)])
+    assert len((await store.get_state(USER_STATE, ["list"])).entries["list"].value.list_value.values) == 1
+
+
+def deep(levels: int) -> v1.Value:
+    """Lists and maps in turn, that many levels in all."""
+    made = v1.Value(string_value="bottom")
+    for level in range(levels - 1):
+        if level % 2:
+            made = v1.Value(list_value=v1.ValueList(values=[made]))
+        else:
+            made = v1.Value(map_value=v1.ValueMap(values={"k": made}))
+    return made
+
+
+VALUES = {
+    "null": v1.Value(null_value=NULL_VALUE),
+    "true": v1.Value(bool_value=True),
+    "false": v1.Value(bool_value=False),
+    "zero": v1.Value(int_value=0),
+    "int64 max": v1.Value(int_value=INT64_MAX),
+    "int64 min": v1.Value(int_value=-INT64_MAX - 1),
+    "beyond 2^53": v1.Value(int_value=(1 << 53) + 1),
+    "double": v1.Value(double_value=0.1),
+    "smallest double": v1.Value(double_value=5e-324),
+    "whole double": v1.Value(double_value=1.0),
+    "empty text": v1.Value(string_value=""),
+    "text": v1.Value(string_value="A\u0000B é 犬 🔎"),
+    "empty bytes": v1.Value(bytes_value=b""),
+    "bytes": v1.Value(bytes_value=bytes(range(256))),
+    "empty list": v1.Value(list_value=v1.ValueList()),
+    "list": v1.Value(list_value=v1.ValueList(values=[v1.Value(int_value=1), v1.Value()])),
+    "empty map": v1.Value(map_value=v1.ValueMap()),
+    "map": v1.Value(map_value=v1.ValueMap(values={"": v1.Value(string_value=""), "k\u0000": v1.Value(int_value=1)})),
+    "unset": v1.Value(),
+    "16 levels": deep(16),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+async def test_a_value_comes_back_as_it_went_in(store: Store, name: str) -> None:
+    await create(store)
+    await add(store, changed(v1.StateOp(key="k", set=VALUES[name])))
+    stored = (await store.get_state(STATE, ["k"])).entries["k"]
+    logged = (await store.read_events(KEY, 0))[0].state_changed.ops[0]
+    assert stored.value == VALUES[name]
+    assert stored.value.WhichOneof("kind") == VALUES[name].WhichOneof("kind")
+    assert stored.HasField("value")
+    assert logged.set == VALUES[name]
+
+
+async def test_minus_zero_keeps_its_sign(store: Store) -> None:
+    await store.update_state(APP_STATE, [v1.StateOp(key="k", set=v1.Value(double_value=-0.0))])
+    stored = (await store.get_state(APP_STATE, ["k"])).entries["k"].value
+    assert math.copysign(1.0, stored.double_value) == -1.0
+
+
+@pytest.mark.parametrize("key", ["k\u0000y", "%_'\"", "犬", "x" * 256, " "])
+async def test_every_key_is_a_key_of_its_own(store: Store, key: str) -> None:
+    await store.update_state(APP_STATE, [put(key, 1), put("k", 2)])
+    assert (await store.get_state(APP_STATE, [key])).entries[key].value.int_value == 1
+    await store.update_state(APP_STATE, [remove(key)])
+    assert (await store.list_state(APP_STATE, EVERYTHING))[1].rows == ["k"]
+
+
+async def test_keys_are_listed_in_the_order_of_their_bytes(store: Store) -> None:
+    keys = ["a", "B", "é", "犬", "🔎", "\uffee", "a\u0000", "ab", "~"]
+    await store.update_state(APP_STATE, [put(key, 1) for key in keys])
+    listed: list[str] = []
+    after: tuple[str | int, ...] | None = None
+    while True:
+        state, page = await store.list_state(APP_STATE, Query(2, after))
+        assert sorted(state.entries) == sorted(page.rows)
+        listed += page.rows
+        after = page.next
+        if after is None:
+            break
+    assert listed == sorted(keys, key=str.encode)
+
+
+async def test_a_page_of_state_ends_at_a_mebibyte(store: Store) -> None:
+    await store.update_state(APP_STATE, [put(f"k{number}", "x" * 400_000) for number in range(5)])
+    state, page = await store.list_state(APP_STATE, EVERYTHING)
+    assert (page.rows, page.next) == (["k0", "k1", "k2"], ("k2",))
+    assert sorted(state.entries) == page.rows
+    assert (await store.list_state(APP_STATE, Query(1000, page.next)))[1].rows == ["k3", "k4"]
+
+
+async def test_eighty_writers_of_eighty_keys_lose_nothing(store: Store) -> None:
+    await create(store)
+    await asyncio.gather(*(add(store, changed(put(f"k{n}", n))) for n in range(80)))
+    state, page = await store.list_state(STATE, EVERYTHING)
+    assert {key: plain(entry.value) for key, entry in state.entries.items()} == {f"k{n}": n for n in range(80)}
+    assert len(page.rows) == state.version == 80
+    assert sorted(entry.version for entry in state.entries.values()) == list(range(1, 81))
+
+
+async def test_eighty_increments_of_one_key_are_all_counted(store: Store) -> None:
+    await asyncio.gather(*(store.update_state(APP_STATE, [increment("n", 1)]) for _ in range(80)))
+    assert (await store.get_state(APP_STATE, ["n"])).entries["n"].value == value(80)
+
+
+async def test_of_two_conditional_writers_one_wins_and_the_other_learns_the_version(store: Store) -> None:
+    await store.update_state(APP_STATE, [put("k", "old")])
+    done = await asyncio.gather(
+        *(store.update_state(APP_STATE, [put("k", name, if_version=1)]) for name in ("one", "two")),
+        return_exceptions=True,
+    )
+    winners = [each for each in done if isinstance(each, v1.State)]
+    losers = [each for each in done if isinstance(each, NotecaseError)]
+    assert [winner.version for winner in winners] == [2]
+    assert [loser.metadata for loser in losers] == [{"version": "2"}]
+    assert (await store.get_state(APP_STATE, ["k"])).entries["k"] == winners[0].entries["k"]
+
+
+async def test_an_update_answers_with_the_keys_it_names(store: Store, clock: ManualClock) -> None:
+    await store.update_state(USER_STATE, [put("a", 1), put("b", 1)])
+    state = await store.update_state(USER_STATE, [remove("a"), increment("b", 1)])
+    entry = v1.StateEntry(value=value(2), version=2)
+    entry.update_time.FromMicroseconds(clock.now)
+    assert state == v1.State(entries={"b": entry}, version=2)
+
+
+async def test_a_repeated_update_is_not_made_again(store: Store) -> None:
+    first = await store.update_state(USER_STATE, [increment("n", 1)], once=once("request"))
+    with pytest.raises(Replayed) as caught:
+        await store.update_state(USER_STATE, [increment("n", 1)], once=once("request"))
+    assert v1.State.FromString(caught.value.response) == first
+    with refused("REQUEST_ID_REUSED"):
+        await store.update_state(USER_STATE, [increment("n", 2)], once=once("request", b"other"))
+    assert (await store.get_state(USER_STATE, ["n"])).entries["n"].value == value(1)
+
+
+async def test_states_of_other_users_and_kinds_are_apart(store: Store) -> None:
+    scopes = [USER_STATE, APP_STATE, STATE._replace(id="ada"), Scope("acme", "user", "eve")]
+    await create(store)
+    for scope in scopes[:2] + scopes[3:]:
+        await store.update_state(scope, [put("k", str(scope))])
+    await add(store, changed(put("k", "session")))
+    for scope in scopes[:2] + scopes[3:]:
+        assert (await store.get_state(scope, ["k"])).entries["k"].value == value(str(scope))
+    assert await store.get_state(scopes[2], ["k"]) == v1.State()
+
+
+async def test_what_is_handed_in_and_out_is_not_kept(store: Store) -> None:
+    op = put("k", "kept")
+    made = await store.update_state(APP_STATE, [op])
+    op.set.string_value = made.entries["k"].value.string_value = "changed"
+    read = await store.get_state(APP_STATE, ["k"])
+    assert read.entries["k"].value == value("kept")
+    read.entries["k"].Clear()
+    assert (await store.get_state(APP_STATE, ["k"])).entries["k"].value == value("kept")
