@@ -1,0 +1,72 @@
+"""What a model is to the engine: a request in, an ordered stream of small pieces out, a typed failure otherwise."""
+
+from collections.abc import AsyncGenerator, Sequence
+from typing import NamedTuple, Protocol
+
+from notecase import v1
+
+
+class ModelRequest(NamedTuple):
+    """One model call. The messages are the server's own copies; a provider does not change them."""
+
+    model: str
+    """As the agent names it; empty for the provider's default."""
+    instruction: str
+    """The rendered system text; may be empty."""
+    messages: Sequence[v1.Message]
+    """Oldest first, well formed: every tool call in them has an outcome."""
+    generation: v1.Generation
+
+
+class Text(NamedTuple):
+    """More of the reply's text."""
+
+    text: str
+
+
+class Reasoning(NamedTuple):
+    """More of the model's reasoning."""
+
+    text: str
+
+
+class Refusal(NamedTuple):
+    """More of the model's own words for not answering."""
+
+    text: str
+
+
+class Call(NamedTuple):
+    """More of a tool call. `key` is the provider's own way to tell calls of one reply apart, stable over its pieces;
+    `tool` and `arguments` append to what came before and may be empty."""
+
+    key: int
+    tool: str
+    arguments: str
+
+
+class Finish(NamedTuple):
+    """The reply is whole; exactly one, and last. `reason` is the provider's word ("stop", "length", "tool_calls")."""
+
+    reason: str
+    usage: v1.Usage
+
+
+Delta = Text | Reasoning | Refusal | Call | Finish
+
+
+class Provider(Protocol):
+    """A source of models. One object serves all runs at once."""
+
+    def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
+        """Yields the reply's pieces in order and ends with one Finish. `usage.model` names the model that answered and
+        `usage.model_calls` is 1.
+
+        Raises NotecaseError: MODEL_UNAVAILABLE where a repeat may succeed (before or in mid-stream), MODEL_ERROR or
+        CONTENT_UNSUPPORTED where it would not. Safe retries before the first piece are the provider's own business. No
+        message it raises holds a key, a header or the request's content. Closing the generator ends the request."""
+        ...
+
+    async def close(self) -> None:
+        """Ends open connections. Idempotent."""
+        ...

@@ -1,0 +1,251 @@
+"""A model without a network, a key or a mind: it answers with what it was given, the same each time, and can be asked
+for every kind of reply a client must cope with.
+
+To plain text it answers what it heard, what its instruction told it and how much it was shown. The last user message
+may hold directives, on lines of their own or one after another; what else it says is then not answered:
+
+    /say TEXT        say TEXT, up to the end of the line or the next directive
+    /reason TEXT     reason TEXT before or between what is said
+    /call TOOL JSON  call a tool; JSON may be broken, and left out is {}; may be repeated
+    /chunks N        say the numbers 1 to N, a piece each, at most 100000
+    /big BYTES       say so many bytes, in pieces of 1 KB, at most 4194304
+    /refuse TEXT     refuse in these words
+    /stop REASON     end with this finish reason, "length" for example
+    /pause MS        wait so long before each piece, at most 10000
+    /fail HOW        fail: error (MODEL_ERROR), unavailable (MODEL_UNAVAILABLE), midway (the same after half)
+    /help            tell these lines
+
+They take effect in their order; /stop, /pause and /fail apply to the whole reply, and alone to the usual one. Once its
+calls have outcomes it replies with those. Tokens in its usage are words. Of `generation` it heeds only
+`max_output_tokens`.
+"""
+
+import asyncio
+import itertools
+import json
+import re
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Reasoning, Refusal, Text
+
+HELP = "I am the offline model. A message may ask me to:\n\n" + "\n".join(
+    line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    /")
+)
+
+ECHO = 2000
+"""Characters of a text that a reply repeats: enough for an instruction as people write them."""
+
+DIRECTED = 16 << 10
+"""Characters of a message in which directives are looked for: whoever writes more of them wants to keep the server
+busy."""
+
+ENOUGH = 10_000
+"""Pieces of a reply after which no further directive is begun, for the same reason."""
+
+_DIRECTIVE = re.compile(r"(?:^|(?<=\s))/(say|reason|call|chunks|big|refuse|stop|pause|fail|help)\b[ \t]*")
+_PIECE = re.compile(r"\s*\S+|\s+$")
+_LARGEST = {"chunks": 100_000, "big": 4 << 20, "pause": 10_000}
+_FAILURES = ("error", "unavailable", "midway")
+
+
+class OfflineProvider:
+    """The provider named "offline"; it has one model, of the same name, whatever the agent asks for."""
+
+    async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
+        """See Provider. Between pieces other tasks get their turn."""
+        plan = _plan(request)
+        if plan.failure == "error":
+            raise errors.model_error("The offline model was asked to fail.")
+        if plan.failure == "unavailable":
+            raise errors.model_unavailable("The offline model was asked to be unavailable.")
+        usage = v1.Usage(input_tokens=_words(_heard(request)), model_calls=1, model="offline")
+        room = request.generation.max_output_tokens or None
+        reason = plan.reason
+        for index, piece in enumerate(plan.pieces):
+            if plan.failure == "midway" and index >= (len(plan.pieces) + 1) // 2:
+                break
+            words = _words([_content(piece)])
+            if room is not None and usage.output_tokens + words > room:
+                reason = "length"
+                break
+            await asyncio.sleep(plan.pause)
+            yield piece
+            usage.output_tokens += words
+            usage.reasoning_tokens += words if isinstance(piece, Reasoning) else 0
+        if plan.failure == "midway":
+            raise errors.model_unavailable("The offline model was asked to fail midway.")
+        yield Finish(reason, usage)
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+
+@dataclass(slots=True)
+class _Plan:
+    """A reply before it is spoken."""
+
+    pieces: list[Delta] = field(default_factory=list)
+    reason: str = "stop"
+    pause: float = 0
+    """Seconds."""
+    failure: str = ""
+    calls: int = 0
+    spoken: bool = False
+
+    def say(self, text: str) -> None:
+        """What is said after something said begins a new line, since both are one text to who listens."""
+        self.pieces.extend(Text(piece) for piece in _PIECE.findall("\n" + text if self.spoken else text))
+        self.spoken = True
+
+    def call(self, tool: str, arguments: str) -> None:
+        self.calls += 1
+        self.pieces.append(Call(self.calls, tool, ""))
+        self.pieces.extend(Call(self.calls, "", arguments[start : start + 8]) for start in range(0, len(arguments), 8))
+        self.reason = "tool_calls"
+
+
+def _plan(request: ModelRequest) -> _Plan:
+    plan = _Plan()
+    last = request.messages[-1] if request.messages else v1.Message()
+    outcomes = [part.tool_call for part in last.parts if part.WhichOneof("kind") == "tool_call"]
+    if last.role == v1.Message.ROLE_ASSISTANT and outcomes:
+        plan.say("\n".join(["The tools are done.", *map(_outcome, outcomes)]))
+        return plan
+    said = _text(last)[:DIRECTED] if last.role != v1.Message.ROLE_ASSISTANT else ""
+    for name, argument in _directives(said):
+        _direct(plan, name, argument)
+        if len(plan.pieces) > ENOUGH:
+            break
+    if not plan.pieces:
+        plan.say(_echo(request, last))
+    return plan
+
+
+def _directives(text: str) -> Iterator[tuple[str, str]]:
+    """The directives of a text in their order, each with its argument."""
+    found = _DIRECTIVE.search(text)
+    while found:
+        start = found.end()
+        end = _end_of_call(text, start) if found[1] == "call" else None
+        after = _DIRECTIVE.search(text, start if end is None else end)
+        if end is None:
+            ends = (text.find("\n", start), after.start() if after else -1, len(text))
+            end = min(place for place in ends if place >= 0)
+        yield found[1], text[start:end].strip()
+        found = after
+
+
+def _end_of_call(text: str, start: int) -> int | None:
+    """Where the JSON of a call ends: within it nothing is a directive, and it may span lines. None when it is missing
+    or broken, which may be what was asked for; it then ends as other arguments do."""
+    tool = re.compile(r"\S+\s+(?=\{)").match(text, start)
+    if not tool:
+        return None
+    try:
+        return json.JSONDecoder().raw_decode(text, tool.end())[1]
+    except (ValueError, RecursionError):
+        return None
+
+
+def _direct(plan: _Plan, name: str, argument: str) -> None:
+    """Adds one directive to the plan. One that cannot be carried out is answered in words."""
+    if name in _LARGEST:
+        number = int(argument) if re.fullmatch(r"[0-9]{1,9}", argument) else -1
+        if not 0 <= number <= _LARGEST[name]:
+            plan.say(f"/{name} takes a whole number up to {_LARGEST[name]}, not {_cut(argument)}.")
+        elif name == "pause":
+            plan.pause = number / 1000
+        elif name == "chunks":
+            plan.spoken |= number > 0
+            plan.pieces.extend(Text(f"{n} " if n < number else f"{n}") for n in range(1, number + 1))
+        else:
+            plan.spoken |= number > 0
+            kilobyte = "0123456789abcde\n" * 64
+            plan.pieces.extend(Text(kilobyte[: number - sent]) for sent in range(0, number, 1024))
+    elif name == "fail" and argument not in _FAILURES:
+        plan.say(f"/fail takes one of {', '.join(_FAILURES)}, not {_cut(argument)}.")
+    elif name == "fail":
+        plan.failure = argument
+    elif name == "call" and not argument:
+        plan.say("/call takes a tool's name, and its arguments.")
+    elif name == "call":
+        tool, *rest = argument.split(maxsplit=1)
+        plan.call(tool, rest[0] if rest else "{}")
+    elif name == "stop":
+        plan.reason = argument or "stop"
+    elif name == "reason":
+        plan.pieces.extend(Reasoning(piece) for piece in _PIECE.findall(argument))
+    elif name == "refuse":
+        plan.pieces.extend(Refusal(piece) for piece in _PIECE.findall(argument or "I would rather not."))
+    else:
+        plan.say(HELP if name == "help" else argument)
+
+
+def _echo(request: ModelRequest, last: v1.Message) -> str:
+    """The usual reply. It introduces itself once, and repeats the instruction, where a note in state shows."""
+    said = _cut(_text(last)) if last.role != v1.Message.ROLE_ASSISTANT else "nothing new"
+    lines = [f"You said: {said}"]
+    lines.extend(f"You showed me: {_medium(part)}" for part in _unanswered_media(request.messages))
+    lines.append(f"I was told: {_cut(request.instruction)}")
+    count = len(request.messages)
+    lines.append(f"I was shown: {count} message{'' if count == 1 else 's'}.")
+    if all(message.role != v1.Message.ROLE_ASSISTANT for message in request.messages):
+        lines.insert(0, "I am the offline model. I do not think; I repeat what I was given. Try /help.\n")
+    return "\n".join(lines)
+
+
+def _outcome(call: v1.ToolCall) -> str:
+    if call.error or call.outcome in {v1.ToolCall.OUTCOME_FAILED, v1.ToolCall.OUTCOME_CANCELLED}:
+        told = v1.ToolCall.Outcome.Name(call.outcome).removeprefix("OUTCOME_").lower()
+        return f"{call.tool} {told}: {_cut(call.error)}"
+    shown = [_cut(part.text) if part.WhichOneof("kind") == "text" else _medium(part) for part in call.result]
+    return f"{call.tool} gave: {', '.join(shown) or 'nothing'}"
+
+
+def _medium(part: v1.Part) -> str:
+    if part.WhichOneof("kind") == "file":
+        name = f" ({part.file.filename})" if part.file.filename else ""
+        return f"{part.file.media_type or 'a file'} at {_cut(part.file.uri)}{name}, which I did not fetch"
+    name = f" ({part.data.filename})" if part.data.filename else ""
+    return f"{part.data.media_type or 'data'} of {len(part.data.data)} B{name}, which I cannot see"
+
+
+def _unanswered_media(messages: Sequence[v1.Message]) -> list[v1.Part]:
+    """Of what was said since the model last spoke."""
+    said = list(itertools.takewhile(lambda message: message.role != v1.Message.ROLE_ASSISTANT, reversed(messages)))
+    return [part for message in reversed(said) for part in message.parts if part.WhichOneof("kind") in {"file", "data"}]
+
+
+def _text(message: v1.Message) -> str:
+    return "\n".join(part.text for part in message.parts if part.WhichOneof("kind") == "text")
+
+
+def _cut(text: str) -> str:
+    text = text.strip()
+    if not text:
+        return "nothing"
+    return text if len(text) <= ECHO else f"{text[:ECHO]} … ({len(text)} characters)"
+
+
+def _content(piece: Delta) -> str:
+    match piece:
+        case Call():
+            return piece.tool + piece.arguments
+        case Finish():
+            return ""
+        case _:
+            return piece.text
+
+
+def _heard(request: ModelRequest) -> Iterator[str]:
+    yield request.instruction
+    for message in request.messages:
+        yield _text(message)
+
+
+def _words(texts: Iterable[str]) -> int:
+    return sum(len(text.split()) for text in texts)

@@ -1,0 +1,434 @@
+"""Models behind any OpenAI-compatible Chat Completions endpoint: each call ends as a whole reply or as one typed
+failure, and neither the key nor a header is ever told.
+
+The openai SDK carries the request: its authentication, time-outs, retries with Retry-After and status errors, over its
+aiohttp transport. What costs CPU per token and per message goes past it: messages are handed over in `extra_body`,
+which it sends as it is, and the answer's bytes are read by `chat_stream`.
+"""
+
+import asyncio
+import base64
+import contextlib
+import email.utils
+import math
+import mimetypes
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any
+
+import aiohttp
+import httpx2
+import msgspec
+import openai
+import structlog
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.errors import NotecaseError
+from notecase_server.models.chat_stream import ChatReply
+from notecase_server.models.contract import Delta, ModelRequest
+
+log = structlog.get_logger(__name__)
+
+Json = dict[str, Any]
+
+OPENAI_URL = "https://api.openai.com/v1"
+
+_BROKEN = (openai.APIConnectionError, httpx2.RequestError, aiohttp.ClientError)
+"""What a connection that cannot be made or breaks raises: the transport translates most of aiohttp's errors, not
+all."""
+
+_DRAIN_SECONDS = 0.1
+"""How long to wait for the end of a body whose reply is whole, to keep its connection: less than opening another costs
+far away, and no more than the SDK's own iterator waits."""
+
+_MAX_RETRY_AFTER = 24 * 3600.0
+
+_TOLD_CHARS = 300
+"""Of a provider's message: enough for its sentence, too little for a request that it echoes."""
+
+_SECRET = re.compile(r"(?i)\bbearer\s+\S+|\bsk-[\w*.-]{6,}")
+
+_TOO_LONG = re.compile(r"(?i)context_length|exceed_context|context (length|window|size)|prompt is too long")
+
+_OVERLOADED = re.compile(r"(?i)overload|rate.?limit|too.many|unavailable|time.?d?.?out|capacity|server.?error|internal")
+
+_ROLES = {v1.Message.ROLE_ASSISTANT: "assistant", v1.Message.ROLE_SYSTEM: "system"}
+
+_TOOL_NAME = re.compile(r"[^a-zA-Z0-9_-]")
+
+_AUDIO_FORMATS = {
+    "audio/wav": "wav",
+    "audio/x-wav": "wav",
+    "audio/wave": "wav",
+    "audio/vnd.wave": "wav",
+    "audio/mpeg": "mp3",
+    "audio/mp3": "mp3",
+}
+
+
+class OpenAIProvider:
+    """The provider `openai`. One object, with one pool of connections, serves all runs at once."""
+
+    def __init__(
+        self,
+        api_key: str,
+        base_url: str | None,
+        default_model: str,
+        *,
+        idle_timeout: float = 120.0,
+        connect_timeout: float = 10.0,
+        max_retries: int = 2,
+    ) -> None:
+        """An empty `api_key` is for servers that want none. `base_url` None is OpenAI's own. `idle_timeout` is how many
+        seconds the provider may send nothing, before the reply or within it. `max_retries` counts what follows the
+        first attempt, and only while nothing of a reply has come.
+
+        The SDK would read some settings from the environment by itself. Key and base URL are always given to it, so
+        that OPENAI_API_KEY, OPENAI_BASE_URL and an Authorization in OPENAI_CUSTOM_HEADERS have no say; OPENAI_ORG_ID
+        and OPENAI_PROJECT_ID count for OpenAI's own endpoint only, being nobody else's business. HTTPS_PROXY and its
+        relatives are honoured.
+
+        Raises ValueError, without the key in it, when the key or the URL cannot work."""
+        key = api_key or "none"
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ValueError("the API key holds a space, a line break or a character outside ASCII")
+        self._api_key = api_key
+        self._default_model = default_model
+        self._idle_timeout = idle_timeout
+        self._base_url = _checked_url(base_url or OPENAI_URL)
+        # Reasoning models at OpenAI refuse max_tokens. Many other servers ignore or refuse max_completion_tokens, and
+        # OpenAI refuses both at once.
+        own = (self._base_url.host or "").endswith((".openai.com", ".azure.com"))
+        self._limit_field = "max_completion_tokens" if own else "max_tokens"
+        timeout = httpx2.Timeout(idle_timeout, connect=connect_timeout)
+        self._client = openai.AsyncOpenAI(
+            api_key=key,
+            base_url=self._base_url,
+            max_retries=max_retries,
+            timeout=timeout,
+            default_headers={"Authorization": f"Bearer {key}"},
+            http_client=openai.DefaultAioHttpClient(timeout=timeout),
+        )
+        self._open: set[httpx2.Response] = set()
+        if not own:
+            self._client.organization = self._client.project = None
+
+    async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
+        """See Provider.stream. Closing it before its end drops the connection, which is how the provider learns of
+        it."""
+        body = _body(request, self._default_model, self._limit_field)
+        model = str(body["model"])
+        reply = ChatReply(model, lambda error: self._refused(_status_in(error), error, model))
+        async with self._answer(body) as response:
+            chunks = response.aiter_bytes()
+            try:
+                async for chunk in chunks:
+                    for piece in reply.feed(chunk):
+                        yield piece
+                    if reply.done:
+                        break
+            except _BROKEN as error:
+                if not reply.whole:
+                    raise self._broken(error, "The connection to the model provider broke within the reply.") from error
+            for piece in reply.end():
+                yield piece
+            await _drain(chunks)
+
+    async def close(self) -> None:
+        """See Provider.close. A reply under way fails as MODEL_UNAVAILABLE, and so does one asked for later."""
+        # Closing the client alone would leave the readers of its connections waiting for ever.
+        for response in tuple(self._open):
+            await response.aclose()
+        await self._client.close()
+
+    @contextlib.asynccontextmanager
+    async def _answer(self, body: Json) -> AsyncIterator[httpx2.Response]:
+        """The provider's answer, its body unread; closed with the block. Raises what a refusal or a failure to reach it
+        comes to."""
+        create = self._client.chat.completions.with_streaming_response.create
+        try:
+            # Entered by hand, because what goes wrong within the block must not be taken for a failure to enter it.
+            response = await create(model=str(body["model"]), messages=[], stream=True, extra_body=body).__aenter__()
+        except openai.APIStatusError as error:
+            # Not chained: the SDK's error holds the provider's whole answer, which may echo the key.
+            raise self._refused(
+                error.status_code, error.body, str(body["model"]), _retry_after(error.response.headers)
+            ) from None
+        except _BROKEN as error:
+            raise self._broken(error, "The model provider cannot be reached.") from error
+        except RuntimeError:
+            if not self._client.is_closed():
+                raise
+            raise errors.model_unavailable("The connections to the model provider are closed.") from None
+        self._open.add(response.http_response)
+        try:
+            yield response.http_response
+        finally:
+            self._open.discard(response.http_response)
+            await response.close()
+
+    def _broken(self, error: BaseException, message: str) -> NotecaseError:
+        """The client is told that, the log why."""
+        root = error
+        while root.__cause__ is not None:
+            root = root.__cause__
+        log.warning("model_unreachable", cause=self._told(f"{type(root).__name__}: {root}"))
+        if isinstance(error, httpx2.ReadTimeout) or isinstance(error.__cause__, httpx2.ReadTimeout):
+            message = f"The model provider sent nothing for {self._idle_timeout:g} seconds."
+        return errors.model_unavailable(message)
+
+    def _refused(self, status: int | None, body: object, model: str, retry_after: float | None = None) -> NotecaseError:
+        """What a status or an error object comes to."""
+        message, code = _error_words(body)
+        told = self._told(message)
+        answer = f"status {status}" if status else "an error"
+        facts: dict[str, object] = {"status": status} if status else {}
+        if code and (code := self._told(code)):
+            facts["code"] = code
+        words = f": {told}" if told else "."
+        if status != 429 and _TOO_LONG.search(f"{code} {message}"):
+            facts["code"] = "context_length_exceeded"
+            return errors.model_error(f"The conversation is longer than the model {model!r} takes{words}", **facts)
+        if status in {401, 403} or "authentication" in code or code == "invalid_api_key":
+            return errors.model_error(f"The model provider refused the server's credential ({answer}).", **facts)
+        if code == "insufficient_quota":
+            return errors.model_error(f"The server's account with the model provider is used up{words}", **facts)
+        if _is_passing(status, code or message):
+            return errors.model_unavailable(
+                f"The model provider cannot answer just now ({answer}){words}", retry_after, **facts
+            )
+        return errors.model_error(f"The model provider refused the call of {model!r} ({answer}){words}", **facts)
+
+    def _told(self, text: str) -> str:
+        """A provider's words as they may be shown: one short line, and whatever it echoes, no key."""
+        if self._api_key:
+            text = text.replace(self._api_key, "[key]")
+        text = " ".join(_SECRET.sub("[key]", text).split())
+        text = "".join(char if char.isprintable() else "\ufffd" for char in text)
+        return text if len(text) <= _TOLD_CHARS else text[: _TOLD_CHARS - 1] + "…"
+
+
+def _checked_url(base_url: str) -> httpx2.URL:
+    """Raises ValueError for what cannot be a base URL, or would put a secret where URLs are logged."""
+    try:
+        url = httpx2.URL(base_url)
+        url.host.encode("idna")
+    except (httpx2.InvalidURL, UnicodeError):
+        raise ValueError("the base URL is no URL") from None
+    if url.scheme not in {"http", "https"} or not url.host:
+        raise ValueError("the base URL must begin with http:// or https:// and name a host")
+    if url.userinfo or url.query or url.fragment:
+        raise ValueError("the base URL must hold neither credentials nor a query")
+    return url
+
+
+async def _drain(chunks: AsyncIterator[bytes]) -> None:
+    """Reads the end of a body, which lets its connection serve the next call. The reply is whole, so that whatever goes
+    wrong here only costs the connection."""
+    with contextlib.suppress(TimeoutError, *_BROKEN):
+        async with asyncio.timeout(_DRAIN_SECONDS):
+            async for _ in chunks:
+                pass
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds a provider asks to wait. A date counts from the answer's own Date, since clocks differ."""
+    for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) / per_second
+        except ValueError:
+            continue
+        if math.isfinite(seconds):
+            return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
+    until, now = (email.utils.parsedate_tz(headers.get(name, "")) for name in ("retry-after", "date"))
+    if until is None or now is None:
+        return None
+    try:
+        seconds = float(email.utils.mktime_tz(until) - email.utils.mktime_tz(now))
+    except (ValueError, OverflowError):
+        return None
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
+
+
+def _error_words(body: object) -> tuple[str, str]:
+    """The message, and the code or else the type, in the shapes that servers give an error: an object, an object in
+    `error`, a plain string, `detail` of FastAPI. A web page says nothing."""
+    if isinstance(body, dict):
+        inner = body.get("error")
+        if isinstance(inner, dict | str):
+            body = inner
+    if isinstance(body, str):
+        return ("" if body.lstrip().startswith("<") else body), ""
+    if not isinstance(body, dict):
+        return "", ""
+    message = next((body[name] for name in ("message", "detail") if isinstance(body.get(name), str)), "")
+    code = next((body[name] for name in ("code", "type") if isinstance(body.get(name), str)), "")
+    return message, code
+
+
+def _status_in(error: object) -> int | None:
+    """The HTTP status that an error object carries as its code: what came before it was a 200."""
+    code = error.get("code") if isinstance(error, dict) else None
+    if isinstance(code, str) and code.isdecimal() and len(code) == 3:
+        code = int(code)
+    return code if isinstance(code, int) and 400 <= code < 600 else None
+
+
+def _is_passing(status: int | None, words: str) -> bool:
+    """Whether a repeat may succeed. Only an error object without a status is judged by its words."""
+    if status is not None:
+        return status in {408, 409, 425, 429} or status >= 500
+    return bool(_OVERLOADED.search(words))
+
+
+def _body(request: ModelRequest, default_model: str, limit_field: str) -> Json:
+    """The request as it is sent. `Generation.extra` is merged last, member by member, and so can change everything;
+    null unsets, `{"stream_options": null}` for a server that does not know it.
+
+    Raises CONTENT_UNSUPPORTED for content that Chat Completions has no place for, MODEL_ERROR when there is no model to
+    ask or `extra` is no JSON object."""
+    generation = request.generation
+    body: Json = {
+        "model": request.model or default_model,
+        "messages": _messages(request.instruction, request.messages),
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    for name in ("temperature", "top_p", "seed"):
+        if generation.HasField(name):
+            body[name] = getattr(generation, name)
+    if generation.HasField("max_output_tokens"):
+        body[limit_field] = generation.max_output_tokens
+    if generation.stop:
+        body["stop"] = list(generation.stop)
+    if generation.reasoning_effort:
+        body["reasoning_effort"] = generation.reasoning_effort
+    if generation.extra:
+        try:
+            extra = msgspec.json.decode(generation.extra, type=Json)
+        except (msgspec.DecodeError, RecursionError):
+            raise errors.model_error("The agent's generation.extra is no JSON object.") from None
+        body = {name: value for name, value in (body | extra).items() if value is not None}
+    if not body.get("model"):
+        raise errors.model_error("The agent names no model and the provider has no default one.")
+    return body
+
+
+def _messages(instruction: str, messages: Sequence[v1.Message]) -> list[Json]:
+    """The conversation as Chat Completions has it. A message that holds nothing is left out, since providers refuse
+    it."""
+    made: list[Json] = []
+    if instruction:
+        made.append({"role": "system", "content": instruction})
+    for message in messages:
+        role, parts = message.role, message.parts
+        if len(parts) == 1 and (text := parts[0].text):
+            # Nearly every message: in the one shape that every server takes, and in a quarter of the time that the ways
+            # below would need. A history is sent whole with each call.
+            made.append({"role": _ROLES.get(role, "user"), "content": text})
+        elif role == v1.Message.ROLE_ASSISTANT:
+            made.extend(_assistant(message))
+        elif role == v1.Message.ROLE_SYSTEM:
+            if text := _text(parts, "A system message"):
+                made.append({"role": "system", "content": text})
+        elif content := [shown for part in parts if (shown := _content(part)) is not None]:
+            made.append({"role": "user", "content": content})
+    return made
+
+
+def _text(parts: Iterable[v1.Part], where: str) -> str:
+    """The text of parts that can be nothing else there."""
+    texts = []
+    for part in parts:
+        if (kind := part.WhichOneof("kind")) != "text":
+            raise errors.content_unsupported(f"{where} holds a part of kind {kind!r}; the model takes only text there.")
+        texts.append(part.text)
+    return "".join(texts)
+
+
+def _content(part: v1.Part) -> Json | None:
+    """A part of a user's message; None when it is empty."""
+    match part.WhichOneof("kind"):
+        case "text":
+            return {"type": "text", "text": part.text} if part.text else None
+        case "file":
+            if not _media_type(part.file.media_type).startswith("image/"):
+                raise errors.content_unsupported(
+                    f"The model takes only images by URI, not media type {part.file.media_type!r}; send the data."
+                )
+            return {"type": "image_url", "image_url": {"url": part.file.uri}}
+        case "data":
+            return _data(part.data)
+        case kind:
+            raise errors.content_unsupported(f"A user's message holds a part of kind {kind!r}; models make those.")
+
+
+def _data(data: v1.InlineData) -> Json:
+    media_type = _media_type(data.media_type)
+    encoded = base64.b64encode(data.data).decode("ascii")
+    url = f"data:{media_type};base64,{encoded}"
+    if media_type.startswith("image/"):
+        return {"type": "image_url", "image_url": {"url": url}}
+    if audio_format := _AUDIO_FORMATS.get(media_type):
+        return {"type": "input_audio", "input_audio": {"data": encoded, "format": audio_format}}
+    if media_type.startswith(("application/", "text/")):
+        # Providers want a name, and go by its ending.
+        name = data.filename or f"file{mimetypes.guess_extension(media_type) or ''}"
+        return {"type": "file", "file": {"filename": name, "file_data": url}}
+    raise errors.content_unsupported(
+        f"The model takes images, documents and audio as WAV or MP3, not media type {data.media_type!r}."
+    )
+
+
+def _media_type(told: str) -> str:
+    """Without parameters, in lower case."""
+    return told.partition(";")[0].strip().lower()
+
+
+def _assistant(message: v1.Message) -> list[Json]:
+    """What the model said, and behind it one answer to each of its calls. Its reasoning is not sent back: providers
+    refuse or ignore it."""
+    said = [part for part in message.parts if part.WhichOneof("kind") not in {"reasoning", "refusal", "tool_call"}]
+    text = _text(said, "An assistant's message")
+    refusal = "".join(part.refusal for part in message.parts)
+    calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
+    if not (text or refusal or calls):
+        return []
+    made: Json = {"role": "assistant", "content": text or None}
+    if refusal:
+        made["refusal"] = refusal
+    if calls:
+        made["tool_calls"] = [
+            {
+                "id": call.call_id,
+                "type": "function",
+                "function": {"name": _tool_name(call.tool), "arguments": _arguments(call.arguments)},
+            }
+            for call in calls
+        ]
+    answers = ({"role": "tool", "tool_call_id": call.call_id, "content": _outcome(call)} for call in calls)
+    return [made, *answers]
+
+
+def _tool_name(tool: str) -> str:
+    """A model may have called what no tool can be named, and a provider refuses the history that says so."""
+    return _TOOL_NAME.sub("_", tool)[:64] or "_"
+
+
+def _arguments(arguments: str) -> str:
+    """As the model wrote them. Some servers parse the history's arguments and refuse all of it for one call that was
+    cut off, so that what is no JSON object is shown inside of one."""
+    if not arguments:
+        return "{}"
+    try:
+        msgspec.json.decode(arguments, type=dict[str, msgspec.Raw])
+    except (msgspec.DecodeError, RecursionError):
+        return msgspec.json.encode({"malformed": arguments}).decode()
+    return arguments
+
+
+def _outcome(call: v1.ToolCall) -> str:
+    if call.outcome == v1.ToolCall.OUTCOME_CANCELLED:
+        return call.error or "cancelled"
+    return _text(call.result, "A tool's result") or call.error

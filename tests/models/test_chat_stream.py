@@ -1,0 +1,390 @@
+"""Any bytes a provider may send end as the reply they mean, or as one typed failure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from notecase import v1
+from notecase_server import errors
+from notecase_server.errors import NotecaseError
+from notecase_server.models.chat_stream import MAX_EVENT_BYTES, ChatReply, EventSplitter
+from notecase_server.models.contract import Delta
+
+from tests.support.openai_server import DONE, MODEL, chunk, event, stream, tool_calls
+from tests.support.replies import Reply, fold
+
+
+def pieces_of(*chunks: bytes) -> list[Delta]:
+    """All pieces of an answer that comes in these chunks and then ends."""
+    reply = ChatReply("asked", lambda error: errors.model_error(f"refused: {error}"))
+    pieces: list[Delta] = []
+    for data in chunks:
+        pieces += reply.feed(data)
+        if reply.done:
+            break
+    return pieces + reply.end()
+
+
+def read(*chunks: bytes) -> Reply:
+    return fold(pieces_of(*chunks))
+
+
+def failure(*chunks: bytes) -> NotecaseError:
+    with pytest.raises(NotecaseError) as caught:
+        pieces_of(*chunks)
+    return caught.value
+
+
+def cut(data: bytes, at: Sequence[int]) -> list[bytes]:
+    ends = sorted({offset % len(data) for offset in at} | {len(data)})
+    return [data[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def counted(model: str = MODEL, **tokens: int) -> v1.Usage:
+    """The usage of one call."""
+    usage = v1.Usage(model=model, model_calls=1)
+    for name, number in tokens.items():
+        setattr(usage, name, number)
+    return usage
+
+
+class TestEvents:
+    MIXED = (
+        ": hello\n\n"
+        'data: {"a": "é😀"}\n\n'
+        "event: message\r\nid: 7\r\ndata: one\r\ndata:two\r\ndata:  three\r\n\r\n"
+        "retry: 10\n\n"
+        "\n\n\n"
+        "data: cr\r\r"
+        "data\n\n"
+        "database: no\n\n"
+        "data: last\n\r\n"
+    ).encode()
+    DATA = ('{"a": "é😀"}'.encode(), b"one\ntwo\n three", b"cr", b"last")
+
+    @given(at=st.lists(st.integers(0, 10_000), max_size=60))
+    def test_events_do_not_depend_on_where_reads_cut_them(self, at: list[int]) -> None:
+        splitter = EventSplitter()
+        assert list(self.DATA) == [data for piece in cut(self.MIXED, at) for data in splitter.feed(piece)]
+
+    def test_events_are_the_same_byte_by_byte(self) -> None:
+        splitter = EventSplitter()
+        assert list(self.DATA) == [data for byte in self.MIXED for data in splitter.feed(bytes([byte]))]
+
+    def test_an_event_is_given_out_with_its_empty_line_and_no_later(self) -> None:
+        splitter = EventSplitter()
+        assert [] == splitter.feed(b"data: a\r\n")
+        assert [b"a"] == splitter.feed(b"\r")
+        assert [b"b"] == splitter.feed(b"\ndata: b\n\n")
+
+    def test_an_event_of_the_largest_size_passes_and_one_byte_more_does_not(self) -> None:
+        largest = b"data: " + b"x" * (MAX_EVENT_BYTES - 6)
+        assert [largest[6:]] == EventSplitter().feed(largest + b"\n\n")
+        with pytest.raises(NotecaseError) as caught:
+            EventSplitter().feed(largest + b"x\n\n")
+        assert v1.ERROR_REASON_MODEL_ERROR == caught.value.reason
+
+    def test_a_line_that_never_ends_is_refused_once_it_is_too_long(self) -> None:
+        splitter = EventSplitter()
+        for _ in range(MAX_EVENT_BYTES // 4096):
+            assert [] == splitter.feed(b"x" * 4096)
+        with pytest.raises(NotecaseError) as caught:
+            splitter.feed(b"x")
+        assert v1.ERROR_REASON_MODEL_ERROR == caught.value.reason
+
+
+class TestReply:
+    def test_pieces_come_as_they_arrive_and_not_at_the_end(self) -> None:
+        reply = ChatReply("asked", lambda error: errors.model_error("refused"))
+        assert [("Good",)] == [tuple(piece) for piece in reply.feed(chunk({"content": "Good"}))]
+        assert [(" evening",)] == [tuple(piece) for piece in reply.feed(chunk({"content": " evening"}))]
+
+    @given(at=st.lists(st.integers(0, 10_000), max_size=40))
+    def test_a_reply_does_not_depend_on_where_reads_cut_it(self, at: list[int]) -> None:
+        answer = stream(chunk({"content": "schön 😀"}), chunk({"reasoning": "hm"}), chunk({"content": "\u2028!"}))
+        usage = counted(input_tokens=11, output_tokens=7)
+        expected = Reply(text="schön 😀\u2028!", reasoning="hm", reason="stop", usage=usage)
+        assert expected == read(*cut(answer.body, at))
+
+    def test_reasoning_comes_under_either_name_and_once_when_under_both(self) -> None:
+        answer = stream(
+            chunk({"reasoning_content": "a"}),
+            chunk({"reasoning": "b"}),
+            chunk({"reasoning": "c", "reasoning_content": "c"}),
+        )
+        assert "abc" == read(answer.body).reasoning
+
+    def test_a_refusal_is_not_text(self) -> None:
+        answer = stream(chunk({"refusal": "I will"}), chunk({"refusal": " not."}))
+        assert ("", "I will not.") == read(answer.body)[0::2][:2]
+
+    def test_further_choices_are_other_replies_and_left_out(self) -> None:
+        other = event({"choices": [{"index": 1, "delta": {"content": "other"}, "finish_reason": "length"}]})
+        assert ("mine", "stop") == read(stream(chunk({"content": "mine"}), other).body)[::4]
+
+    def test_null_and_absent_members_mean_nothing(self) -> None:
+        odd = {"content": None, "tool_calls": None, "refusal": None, "reasoning": None, "role": None}
+        bare = event({"choices": [{"delta": {"content": "!"}}], "usage": None, "error": None})
+        answer = stream(chunk(odd), event({}), event({"choices": None}), event({"choices": [{"delta": None}]}), bare)
+        assert "!" == read(answer.body).text
+
+    def test_the_answer_names_the_model_and_otherwise_the_request_does(self) -> None:
+        assert MODEL == read(stream(chunk({"content": "a"})).body).usage.model
+        assert "asked" == read(event({"choices": [{"delta": {"content": "a"}}]}), DONE).usage.model
+
+    def test_a_whole_completion_in_place_of_a_stream_is_a_reply(self) -> None:
+        message = {"role": "assistant", "content": "Hi", "tool_calls": [{"id": "x", "function": {"name": "f"}}]}
+        body = event({"model": "m", "choices": [{"message": message, "finish_reason": "stop"}]}).removeprefix(b"data: ")
+        expected = Reply(text="Hi", calls=(("f", ""),), reason="stop", usage=counted(model="m"))
+        assert expected == read(b"\n", body[:9], body[9:])
+
+    def test_a_web_page_in_place_of_a_stream_is_refused_at_its_first_byte(self) -> None:
+        reply = ChatReply("asked", lambda error: errors.model_error("refused"))
+        with pytest.raises(NotecaseError) as caught:
+            reply.feed(b"\r\n <!doctype html>")
+        assert v1.ERROR_REASON_MODEL_ERROR == caught.value.reason
+
+    def test_a_whole_completion_without_end_is_refused_once_it_is_too_long(self) -> None:
+        assert v1.ERROR_REASON_MODEL_ERROR == failure(b'{"choices":', *[b" " * 4096] * 257).reason
+
+
+class TestEnd:
+    SAID = chunk({"content": "Hi"})
+    FINISHED = chunk(finish="length")
+
+    @pytest.mark.parametrize(
+        ("answer", "reason"),
+        [
+            pytest.param(SAID + FINISHED + DONE, "length", id="reason and done"),
+            pytest.param(SAID + FINISHED, "length", id="reason, not done"),
+            pytest.param(SAID + DONE, "stop", id="done without a reason"),
+            pytest.param(SAID + chunk(finish="") + DONE, "stop", id="done with an empty reason"),
+            pytest.param(SAID + DONE.rstrip(), "stop", id="done without an empty line"),
+            pytest.param(SAID + b"data:[DONE]\r\n\r\ndata: junk\n\n", "stop", id="junk after done"),
+            pytest.param(tool_calls(("f", "{}")).body.replace(b'"tool_calls"}', b"null}"), "tool_calls", id="calls"),
+            pytest.param(FINISHED + DONE, "length", id="nothing said, with a reason"),
+        ],
+    )
+    def test_a_reply_is_whole_by_its_reason_or_by_done(self, answer: bytes, reason: str) -> None:
+        assert reason == read(answer).reason
+
+    @pytest.mark.parametrize("answer", [b"", SAID, SAID + b": ping\n\n", SAID + FINISHED[:-2], b": ping\n\n"])
+    def test_an_answer_that_ends_before_the_reply_is_unavailable(self, answer: bytes) -> None:
+        assert v1.ERROR_REASON_MODEL_UNAVAILABLE == failure(answer).reason
+
+    def test_done_without_a_reply_is_a_model_error(self) -> None:
+        assert v1.ERROR_REASON_MODEL_ERROR == failure(chunk({"role": "assistant", "content": ""}), DONE).reason
+
+
+class TestUsage:
+    TOLD: Mapping[str, Any] = {
+        "prompt_tokens": 20,
+        "completion_tokens": 9,
+        "prompt_tokens_details": {"cached_tokens": 16, "audio_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 4},
+    }
+    COUNTED = counted(input_tokens=20, cached_input_tokens=16, output_tokens=9, reasoning_tokens=4)
+
+    def test_usage_comes_in_a_chunk_of_its_own(self) -> None:
+        assert self.COUNTED == read(stream(usage=self.TOLD).body).usage
+
+    def test_usage_comes_with_the_final_content(self) -> None:
+        answer = (chunk({"content": "a"}), chunk({"content": "b"}, finish="stop", usage=self.TOLD), DONE)
+        assert ("ab", self.COUNTED) == read(*answer)[::5]
+
+    def test_usage_that_grows_with_each_chunk_counts_once(self) -> None:
+        first = chunk({"content": "a"}, usage={"prompt_tokens": 20, "completion_tokens": 1})
+        assert self.COUNTED == read(stream(first, usage=self.TOLD).body).usage
+
+    def test_usage_never_told_is_one_call_of_the_model(self) -> None:
+        assert counted() == read(stream(usage=None).body).usage
+
+    @pytest.mark.parametrize(
+        ("told", "tokens"), [(12.0, 12), (None, 0), (-3, 0), (10**30, 2**63 - 1), (float("nan"), 0)]
+    )
+    def test_odd_numbers_of_tokens_do_not_cost_the_reply(self, told: float | None, tokens: int) -> None:
+        usage: dict[str, Any] = {"prompt_tokens": told, "prompt_tokens_details": None, "completion_tokens_details": {}}
+        assert counted(input_tokens=tokens) == read(stream(usage=usage).body).usage
+
+
+def piece(name: str | None = None, arguments: str | None = None, **members: object) -> dict[str, Any]:
+    """One piece of a tool call as a server sends it; what is not given is absent."""
+    function = {"name": name, "arguments": arguments}
+    return {**members, "function": {key: value for key, value in function.items() if value is not None}}
+
+
+class TestToolCalls:
+    TWO = (("f", '{"a":1}'), ("g", '{"b":2}'))
+
+    @pytest.mark.parametrize(
+        "deltas",
+        [
+            pytest.param(
+                [
+                    [piece("f", "", index=0, id="x")],
+                    [piece(None, '{"a"', index=0)],
+                    [piece(None, ":1}", index=0)],
+                    [piece("g", "", index=1, id="y")],
+                    [piece(None, '{"b":2}', index=1)],
+                ],
+                id="as OpenAI sends them",
+            ),
+            pytest.param(
+                [
+                    [piece("f", '{"a"', index=1, id="x")],
+                    [piece(None, ":1}", index=1)],
+                    [piece("g", '{"b":2}', index=2)],
+                ],
+                id="first index 1",
+            ),
+            pytest.param(
+                [
+                    [piece("f", "", index=0, id="x"), piece("g", "", index=1, id="y")],
+                    [piece(None, '{"a', index=0), piece(None, '{"b"', index=1)],
+                    [piece(None, ":2}", index=1), piece(None, '":1}', index=0)],
+                ],
+                id="interleaved by index",
+            ),
+            pytest.param(
+                [
+                    [piece("f", '{"a', id="x")],
+                    [piece("g", '{"b"', id="y")],
+                    [piece(None, '":1}', id="x")],
+                    [piece(None, ":2}", id="y")],
+                ],
+                id="interleaved by id, no index",
+            ),
+            pytest.param(
+                [[piece("f", '{"a":1}', id="x"), piece("g", '{"b":2}', id="y")]],
+                id="whole in one piece, no index",
+            ),
+            pytest.param(
+                [[piece("f", '{"a":1}')], [piece("g", '{"b"')], [piece(None, ":2}")]],
+                id="neither index nor id",
+            ),
+            pytest.param(
+                [[piece("f", '{"a":1}', index=None, id="")], [piece("g", '{"b":2}', index=None, id=None)]],
+                id="null index and empty id",
+            ),
+            pytest.param(
+                [[piece("f", '{"a":1}', index=0, id="x")], [piece("g", '{"b":2}', index=0, id="y")]],
+                id="every index 0",
+            ),
+            pytest.param(
+                [
+                    [piece("f", "", index=0, id="x1")],
+                    [piece(None, '{"a"', index=0, id="x2")],
+                    [piece(None, ":1}", index=0, id="x3")],
+                    [piece("g", "", index=1, id="y1")],
+                    [piece("g", '{"b":2}', index=1, id="y2")],
+                ],
+                id="another id in each piece",
+            ),
+            pytest.param(
+                [
+                    [piece("f", '{"a"', id="x1")],
+                    [piece(None, ":1}", id="x2")],
+                    [piece("g", "", id="y1")],
+                    [piece("g", '{"b":2}', id="y2")],
+                ],
+                id="another id in each piece, no index",
+            ),
+            pytest.param(
+                [
+                    [piece("f", '{"a"', index=0, id="x")],
+                    [piece("f", ":1}", index=0, id="x")],
+                    [piece("f", "", index=0, id="x")],
+                    [piece("g", '{"b":2}', index=1)],
+                    [piece("g", "", index=1)],
+                ],
+                id="the name in each piece",
+            ),
+        ],
+    )
+    def test_calls_are_told_apart_however_the_server_numbers_them(self, deltas: list[list[dict[str, Any]]]) -> None:
+        answer = stream(*(chunk({"tool_calls": delta}) for delta in deltas), finish="tool_calls")
+        assert self.TWO == read(answer.body).calls
+
+    def test_a_name_may_come_in_parts(self) -> None:
+        deltas = [piece("get_", "", index=0, id="x"), piece("weather", "", index=0), piece(None, "{}", index=0)]
+        answer = stream(*(chunk({"tool_calls": [delta]}) for delta in deltas))
+        assert (("get_weather", "{}"),) == read(answer.body).calls
+
+    def test_calls_without_arguments_and_index_are_told_apart_by_id_and_name(self) -> None:
+        deltas = [piece("f", "", id="x"), piece("g", "", id="y")]
+        answer = stream(*(chunk({"tool_calls": [delta]}) for delta in deltas))
+        assert (("f", ""), ("g", "")) == read(answer.body).calls
+
+    def test_text_may_come_before_between_and_after_calls(self) -> None:
+        answer = stream(
+            chunk({"content": "a"}),
+            chunk({"content": "b", "tool_calls": [piece("f", "{", index=0)]}),
+            chunk({"content": "c"}),
+            chunk({"tool_calls": [piece(None, "}", index=0)]}),
+        )
+        assert ("abc", (("f", "{}"),)) == read(answer.body)[::3]
+
+    def test_a_hundred_calls_are_a_hundred(self) -> None:
+        calls = tuple((f"tool_{number}", f'{{"n":{number}}}') for number in range(100))
+        assert calls == read(tool_calls(*calls).body).calls
+
+
+class TestFaults:
+    @pytest.mark.parametrize(
+        "data",
+        [
+            b'{"choices": [',
+            b"hello",
+            b"[]",
+            b'"text"',
+            b"null",
+            b'{"choices": 5}',
+            b'{"choices": [{"delta": {"content": 5}}]}',
+            b'{"choices": [{"delta": {"tool_calls": [{"index": "x"}]}}]}',
+            b'{"choices": ' + b"[" * 100_000,
+            b'{"else": ' + b"[" * 100_000,
+            b'{"error": ' + b"[" * 100_000 + b"\xff",
+        ],
+        ids=lambda data: data[:24].decode(),
+    )
+    def test_a_chunk_that_is_none_is_a_model_error(self, data: bytes) -> None:
+        caught = failure(chunk({"content": "a"}) + b"data: " + data + b"\n\n")
+        assert v1.ERROR_REASON_MODEL_ERROR == caught.reason
+        assert "The model provider sent something that is no part of a Chat Completions reply." == caught.message
+
+    @pytest.mark.parametrize("error", [{"message": "no"}, "no"])
+    def test_an_error_object_ends_the_reply_in_any_place(self, error: object) -> None:
+        told = f"refused: {error}"
+        assert told == failure(chunk({"content": "a"}) + event({"error": error})).message
+        assert told == failure(chunk({"content": "a"}, error=error)).message
+        assert told == failure(event({"error": error}).removeprefix(b"data: ")).message
+
+    @pytest.mark.parametrize(
+        ("texts", "expected"),
+        [
+            ([rb"\ud83d", rb"\ude00!"], "😀!"),
+            ([rb"a\ud83d", b"", rb"\ude00\ud83d", rb"\ude01"], "a😀😁"),
+            ([rb"\ud83d\ude00"], "😀"),
+            ([rb"a\ud83d", b"b"], "a\ufffdb"),
+            ([rb"\ude00b"], "\ufffdb"),
+            ([rb"a\ud83d"], "a\ufffd"),
+            ([rb"a\ud83d", rb"\ud83d\ude00"], "a\ufffd😀"),
+            ([b"a\xf0\x9f", b"b"], "a\ufffdb"),
+            ([b"a\x01\tb"], "a\x01\tb"),
+        ],
+    )
+    def test_text_is_valid_unicode_whatever_came(self, texts: list[bytes], expected: str) -> None:
+        content = [b'data: {"choices":[{"delta":{"content":"' + text + b'"}}]}\n\n' for text in texts]
+        assert expected == read(*content, DONE).text
+        arguments = [
+            b'data: {"choices":[{"delta":{"tool_calls":[{"function":{"arguments":"' + text + b'"}}]}}]}\n\n'
+            for text in texts
+        ]
+        assert (("", expected),) == read(*arguments, DONE).calls
+
+    def test_names_and_reasons_are_valid_unicode_too(self) -> None:
+        call = rb'{"choices":[{"delta":{"tool_calls":[{"function":{"name":"f\ud800"}}]},"finish_reason":"s\udfff"}]'
+        reply = read(b"data: " + call + rb',"model":"m\ud800"}' + b"\n\n", DONE)
+        assert ((("f\ufffd", ""),), "s\ufffd", "m\ufffd") == (reply.calls, reply.reason, reply.usage.model)

@@ -1,0 +1,732 @@
+"""The provider `openai` against a server over a real socket: what it sends, and what each answer comes to."""
+
+import asyncio
+import base64
+import contextlib
+import json
+import logging
+import random
+import traceback
+from collections.abc import AsyncIterator
+from typing import Any
+
+import openai
+import pytest
+from notecase import v1
+from notecase_server.errors import NotecaseError
+from notecase_server.models.contract import Delta, ModelRequest, Text
+from notecase_server.models.openai import OpenAIProvider
+
+from tests.support.openai_server import (
+    DONE,
+    EVENT_STREAM,
+    MODEL,
+    USAGE,
+    Answer,
+    OpenAIServer,
+    chunk,
+    error,
+    event,
+    reply,
+    stream,
+    tool_calls,
+)
+from tests.support.replies import Reply, fold
+
+KEY = "test-Secret.0123/456+789=="
+AT_ONCE = {"retry-after-ms": "1"}
+"""Has the SDK repeat without its usual half second."""
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[OpenAIServer]:
+    async with OpenAIServer() as started:
+        yield started
+
+
+@pytest.fixture
+async def provider(server: OpenAIServer) -> AsyncIterator[OpenAIProvider]:
+    made = OpenAIProvider(KEY, server.url, "default-model")
+    yield made
+    await made.close()
+
+
+def user(*parts: v1.Part | str) -> v1.Message:
+    return message(v1.Message.ROLE_USER, *parts)
+
+
+def assistant(*parts: v1.Part | str) -> v1.Message:
+    return message(v1.Message.ROLE_ASSISTANT, *parts)
+
+
+def message(role: v1.Message.Role.ValueType, *parts: v1.Part | str) -> v1.Message:
+    return v1.Message(role=role, parts=[v1.Part(text=part) if isinstance(part, str) else part for part in parts])
+
+
+def data(content: bytes, media_type: str, filename: str = "") -> v1.Part:
+    return v1.Part(data=v1.InlineData(data=content, media_type=media_type, filename=filename))
+
+
+def ask(*messages: v1.Message, instruction: str = "", model: str = "", **generation: Any) -> ModelRequest:
+    return ModelRequest(model, instruction, messages or (user("Hello"),), v1.Generation(**generation))
+
+
+async def pieces_of(provider: OpenAIProvider, request: ModelRequest | None = None) -> list[Delta]:
+    return [piece async for piece in provider.stream(request or ask())]
+
+
+async def failure(provider: OpenAIProvider, request: ModelRequest | None = None) -> NotecaseError:
+    with pytest.raises(NotecaseError) as caught:
+        await pieces_of(provider, request)
+    return caught.value
+
+
+def b64(content: bytes) -> str:
+    return base64.b64encode(content).decode()
+
+
+class TestRequest:
+    async def test_the_smallest_request_in_full(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
+        server.script(reply("Hi"))
+        await pieces_of(provider)
+        expected = {
+            "model": "default-model",
+            "messages": [{"role": "user", "content": "Hello"}],
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        assert [expected] == server.requests
+        assert "/v1/chat/completions" == server.received[0].path
+        assert f"Bearer {KEY}" == server.received[0].headers["Authorization"]
+
+    async def test_a_conversation_with_every_kind_of_content_in_full(
+        self, server: OpenAIServer, provider: OpenAIProvider
+    ) -> None:
+        server.script(reply("Hi"))
+        png = b"\x89PNG"
+        image = v1.FileUri(uri="https://example.org/plan.png?a=1", media_type="Image/PNG")
+        done = v1.ToolCall(
+            call_id="c1",
+            tool="search",
+            arguments='{"q": "é"}',
+            outcome=v1.ToolCall.OUTCOME_FAILED,
+            result=[v1.Part(text="3 "), v1.Part(text="hits")],
+        )
+        failed = v1.ToolCall(call_id="c2", tool="search", arguments="", outcome=v1.ToolCall.OUTCOME_FAILED, error="no")
+        cancelled = v1.ToolCall(
+            call_id="c3", tool="a b/ü", arguments='{"q": "cut', outcome=v1.ToolCall.OUTCOME_CANCELLED
+        )
+        conversation = (
+            user("Look:", v1.Part(file=image), data(png, "image/png; charset=x")),
+            user(data(b"%PDF-1", "application/pdf", "plan.pdf"), data(b"%PDF-2", "application/pdf")),
+            user(data(b"RIFF", "audio/x-wav"), data(b"ID3", "audio/mpeg")),
+            message(v1.Message.ROLE_SYSTEM, "Be ", "brief."),
+            assistant(
+                v1.Part(reasoning=v1.Reasoning(text="hm")),
+                "I search.",
+                v1.Part(tool_call=done),
+                v1.Part(tool_call=failed),
+                v1.Part(tool_call=cancelled),
+            ),
+            assistant(v1.Part(refusal="I will not.")),
+            assistant("Half a", " word"),
+            user("One", "Two", ""),
+        )
+        await pieces_of(provider, ask(*conversation, instruction="Be kind."))
+
+        def call(call_id: str, name: str, arguments: str) -> dict[str, object]:
+            return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+        def file(name: str, content: bytes) -> dict[str, object]:
+            url = f"data:application/pdf;base64,{b64(content)}"
+            return {"type": "file", "file": {"filename": name, "file_data": url}}
+
+        expected = [
+            {"role": "system", "content": "Be kind."},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "text", "text": "Look:"},
+                    {"type": "image_url", "image_url": {"url": "https://example.org/plan.png?a=1"}},
+                    {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64(png)}"}},
+                ],
+            },
+            {"role": "user", "content": [file("plan.pdf", b"%PDF-1"), file("file.pdf", b"%PDF-2")]},
+            {
+                "role": "user",
+                "content": [
+                    {"type": "input_audio", "input_audio": {"data": b64(b"RIFF"), "format": "wav"}},
+                    {"type": "input_audio", "input_audio": {"data": b64(b"ID3"), "format": "mp3"}},
+                ],
+            },
+            {"role": "system", "content": "Be brief."},
+            {
+                "role": "assistant",
+                "content": "I search.",
+                "tool_calls": [
+                    call("c1", "search", '{"q": "é"}'),
+                    call("c2", "search", "{}"),
+                    call("c3", "a_b__", '{"malformed":"{\\"q\\": \\"cut"}'),
+                ],
+            },
+            {"role": "tool", "tool_call_id": "c1", "content": "3 hits"},
+            {"role": "tool", "tool_call_id": "c2", "content": "no"},
+            {"role": "tool", "tool_call_id": "c3", "content": "cancelled"},
+            {"role": "assistant", "content": None, "refusal": "I will not."},
+            {"role": "assistant", "content": "Half a word"},
+            {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "Two"}]},
+        ]
+        assert expected == server.requests[0]["messages"]
+
+    async def test_what_holds_nothing_is_left_out(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
+        server.script(reply("Hi"))
+        thought = v1.Part(reasoning=v1.Reasoning(text="hm"))
+        system = message(v1.Message.ROLE_SYSTEM, "")
+        cut_off = v1.Message(role=v1.Message.ROLE_ASSISTANT, status=v1.Message.STATUS_INCOMPLETE)
+        await pieces_of(provider, ask(user(), user(""), system, cut_off, assistant(thought), assistant(""), user("Go")))
+        assert [{"role": "user", "content": "Go"}] == server.requests[0]["messages"]
+
+    @pytest.mark.parametrize(
+        "unsupported",
+        [
+            user(data(b"x", "video/mp4")),
+            user(data(b"x", "audio/ogg")),
+            user(data(b"x", "")),
+            user(v1.Part(file=v1.FileUri(uri="https://example.org/a.pdf", media_type="application/pdf"))),
+            user(v1.Part(file=v1.FileUri(uri="https://example.org/a"))),
+            user("a", v1.Part(tool_call=v1.ToolCall(call_id="c"))),
+            user(v1.Part()),
+            assistant(data(b"x", "image/png")),
+            message(v1.Message.ROLE_SYSTEM, data(b"x", "image/png")),
+            assistant(
+                v1.Part(
+                    tool_call=v1.ToolCall(
+                        call_id="c", outcome=v1.ToolCall.OUTCOME_FAILED, result=[data(b"x", "image/png")]
+                    )
+                )
+            ),
+        ],
+    )
+    async def test_what_the_model_cannot_take_is_refused_and_nothing_is_sent(
+        self, server: OpenAIServer, provider: OpenAIProvider, unsupported: v1.Message
+    ) -> None:
+        caught = await failure(provider, ask(user("a"), unsupported))
+        assert v1.ERROR_REASON_CONTENT_UNSUPPORTED == caught.reason
+        assert [] == server.requests
+
+    async def test_generation_in_full(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
+        server.script(reply("Hi"))
+        extra = '{"seed": 8, "logit_bias": {"50256": -100}, "stream_options": null}'
+        request = ask(
+            model="named-model",
+            temperature=0.0,
+            top_p=0.5,
+            max_output_tokens=64,
+            seed=2**53 + 1,
+            stop=["END", "\n"],
+            reasoning_effort="low",
+            extra=extra,
+        )
+        await pieces_of(provider, request)
+        expected = {
+            "model": "named-model",
+            "messages": [{"role": "user", "content": "Hello"}],
+            "stream": True,
+            "temperature": 0.0,
+            "top_p": 0.5,
+            "max_tokens": 64,
+            "seed": 8,
+            "stop": ["END", "\n"],
+            "reasoning_effort": "low",
+            "logit_bias": {"50256": -100},
+        }
+        assert [expected] == server.requests
+
+    async def test_large_integers_stay_whole(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
+        server.script(reply("Hi"))
+        await pieces_of(provider, ask(seed=2**53 + 1))
+        assert 2**53 + 1 == server.requests[0]["seed"]
+
+    @pytest.mark.parametrize("extra", ["[]", "{", "7", '{"a": NaN}', '{"a": "\\ud800"}', '{"a":' + "[" * 100_000])
+    async def test_extra_that_is_no_json_object_is_a_model_error(self, provider: OpenAIProvider, extra: str) -> None:
+        assert v1.ERROR_REASON_MODEL_ERROR == (await failure(provider, ask(extra=extra))).reason
+
+    async def test_no_model_to_ask_is_a_model_error(self, server: OpenAIServer) -> None:
+        async with contextlib.aclosing(OpenAIProvider(KEY, server.url, "").stream(ask())) as answer:
+            with pytest.raises(NotecaseError) as caught:
+                await anext(answer)
+        assert v1.ERROR_REASON_MODEL_ERROR == caught.value.reason
+        assert [] == server.requests
+
+    async def test_openai_itself_is_given_the_names_that_its_models_want(
+        self, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The stub stands in for it as the HTTP proxy, which the environment may name."""
+        monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
+        monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
+        provider = OpenAIProvider(KEY, "http://api.openai.com/v1", "m")
+        server.script(reply("Hi"))
+        await pieces_of(provider, ask(max_output_tokens=64))
+        await provider.close()
+        assert 64 == server.requests[0]["max_completion_tokens"]
+        assert "max_tokens" not in server.requests[0]
+        assert "org-1" == server.received[0].headers["OpenAI-Organization"]
+
+
+class TestSettings:
+    async def test_the_environment_cannot_replace_key_and_url_nor_name_the_organization_elsewhere(
+        self, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("OPENAI_API_KEY", "other")
+        monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:1/v1")
+        monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "Authorization: Bearer other\nX-Team: night")
+        monkeypatch.setenv("OPENAI_ORG_ID", "org-1")
+        monkeypatch.setenv("OPENAI_PROJECT_ID", "project-1")
+        provider = OpenAIProvider(KEY, server.url, "m")
+        server.script(reply("Hi"))
+        await pieces_of(provider)
+        await provider.close()
+        headers = server.received[0].headers
+        assert f"Bearer {KEY}" == headers["Authorization"]
+        assert {"OpenAI-Organization", "OpenAI-Project"}.isdisjoint(headers)
+
+    async def test_a_server_that_wants_no_key_needs_none(self, server: OpenAIServer) -> None:
+        provider = OpenAIProvider("", server.url, "m")
+        server.script(reply("Hi"))
+        assert "Hi" == fold(await pieces_of(provider)).text
+        await provider.close()
+
+    @pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY} ", f"{KEY}\u00e9", f"a {KEY}", f"{KEY}\x00"])
+    def test_a_key_that_no_header_can_hold_is_refused_without_telling_it(self, key: str) -> None:
+        with pytest.raises(ValueError, match="the API key holds") as caught:
+            OpenAIProvider(key, None, "m")
+        assert KEY not in str(caught.value)
+
+    @pytest.mark.parametrize(
+        "url",
+        [
+            "localhost:8000/v1",
+            "ftp://h/v1",
+            "http://",
+            "http://h:port/v1",
+            "http://h..example/v1",
+            f"http://me:{KEY}@h/v1",
+            f"http://h/v1?key={KEY}",
+        ],
+    )
+    def test_a_base_url_that_cannot_work_or_holds_a_secret_is_refused(self, url: str) -> None:
+        with pytest.raises(ValueError, match="the base URL") as caught:
+            OpenAIProvider("", url, "m")
+        assert KEY not in str(caught.value)
+
+
+class TestReply:
+    async def test_a_reply_with_its_usage(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
+        server.script(reply("Good évening 😀", chunks=4))
+        usage = v1.Usage(input_tokens=11, output_tokens=7, model_calls=1, model=MODEL)
+        assert Reply(text="Good évening 😀", reason="stop", usage=usage) == fold(await pieces_of(provider))
+
+    async def test_a_piece_is_given_out_before_the_next_is_sent(
+        self, server: OpenAIServer, provider: OpenAIProvider
+    ) -> None:
+        gate = asyncio.Event()
+        server.script(reply("ab", chunks=2).held(gate, after=2))
+        answer = provider.stream(ask())
+        assert Text("a") == await anext(answer)
+        gate.set()
+        assert Text("b") == await anext(answer)
+        assert "stop" == fold([piece async for piece in answer]).reason
+
+    async def test_one_connection_serves_one_call_after_the_other(
+        self, server: OpenAIServer, provider: OpenAIProvider
+    ) -> None:
+        server.script(reply("a"), error(400), tool_calls(("f", "{}")))
+        await pieces_of(provider)
+        await failure(provider)
+        await pieces_of(provider)
+        assert 1 == len({received.client_port for received in server.received})
+
+    async def test_a_whole_completion_in_place_of_a_stream(
+        self, server: OpenAIServer, provider: OpenAIProvider
+    ) -> None:
+        body = {"choices": [{"message": {"content": "Hi"}, "finish_reason": "stop"}], "usage": USAGE}
+        server.script(Answer((json.dumps(body).encode(),), headers={"Content-Type": "application/json"}))
+        usage = v1.Usage(input_tokens=11, output_tokens=7, model_calls=1, model="default-model")
+        said = await pieces_of(provider, ask(extra='{"stream": false}'))
+        assert Reply(text="Hi", reason="stop", usage=usage) == fold(said)
+        assert server.requests[0]["stream"] is False
+
+    async def test_calls_side_by_side_do_not_mix(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
+        async with OpenAIServer(lambda body: reply(body["messages"][0]["content"] * 50, chunks=25)) as echo:
+            provider = OpenAIProvider(KEY, echo.url, "m")
+            replies = await asyncio.gather(*(pieces_of(provider, ask(user(f"<{number}>"))) for number in range(30)))
+            await provider.close()
+        assert [f"<{number}>" * 50 for number in range(30)] == [fold(pieces).text for pieces in replies]
+
+
+class TestLeaving:
+    async def test_closing_the_iterator_drops_the_connection(
+        self, server: OpenAIServer, provider: OpenAIProvider
+    ) -> None:
+        server.script(reply("ab", chunks=2).held(asyncio.Event(), after=2))
+        answer = provider.stream(ask())
+        await anext(answer)
+        await answer.aclose()
+        await server.received[0].left.wait()
+
+    async def test_cancelling_the_reader_drops_the_connection(
+        self, server: OpenAIServer, provider: OpenAIProvider
+    ) -> None:
+        server.script(reply("ab", chunks=2).held(asyncio.Event(), after=2))
+        first = asyncio.Event()
+
+        async def watch() -> None:
+            async for _ in provider.stream(ask()):
+                first.set()
+
+        task = asyncio.create_task(watch())
+        await first.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await server.received[0].left.wait()
+
+    async def test_cancelling_before_the_answer_drops_the_connection(
+        self, server: OpenAIServer, provider: OpenAIProvider
+    ) -> None:
+        server.script(reply("a").held(asyncio.Event(), after=0))
+        task = asyncio.create_task(pieces_of(provider))
+        received = await server.request(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await received.left.wait()
+
+    async def test_a_slow_end_of_the_body_does_not_hold_up_the_reply(
+        self, server: OpenAIServer, provider: OpenAIProvider
+    ) -> None:
+        """The body never ends after [DONE]: its connection is given up."""
+        answer = reply("a")
+        server.script(answer.held(asyncio.Event(), after=len(answer.pieces)))
+        assert "a" == fold(await pieces_of(provider)).text
+        await server.received[0].left.wait()
+
+    async def test_closing_the_provider_fails_what_is_under_way_and_what_comes_later(
+        self, server: OpenAIServer, provider: OpenAIProvider
+    ) -> None:
+        server.script(reply("ab", chunks=2).held(asyncio.Event(), after=2))
+        answer = provider.stream(ask())
+        await anext(answer)
+        waiting = asyncio.ensure_future(anext(answer))
+        await asyncio.sleep(0)
+        await provider.close()
+        await provider.close()
+        with pytest.raises(NotecaseError) as caught:
+            await waiting
+        assert v1.ERROR_REASON_MODEL_UNAVAILABLE == caught.value.reason
+        assert v1.ERROR_REASON_MODEL_UNAVAILABLE == (await failure(provider)).reason
+
+
+class TestRefused:
+    """Each status, and that the key is not told where the provider echoes it."""
+
+    @pytest.mark.parametrize(
+        ("answer", "message", "metadata"),
+        [
+            (
+                error(401, f"Incorrect API key provided: {KEY}", code="invalid_api_key"),
+                "The model provider refused the server's credential (status 401).",
+                {"status": "401", "code": "invalid_api_key"},
+            ),
+            (
+                error(403, "Not for you"),
+                "The model provider refused the server's credential (status 403).",
+                {"status": "403", "code": "stub_error"},
+            ),
+            (
+                error(404, "The model `default-model` does not exist", code="model_not_found"),
+                "The model provider refused the call of 'default-model' (status 404): "
+                "The model `default-model` does not exist",
+                {"status": "404", "code": "model_not_found"},
+            ),
+            (
+                error(400, f"Bad\n header:  Authorization: Bearer {KEY[:9]}… and {KEY} and sk-proj-abc*******xyz\x00!"),
+                "The model provider refused the call of 'default-model' (status 400): "
+                "Bad header: Authorization: [key] and [key] and [key]\ufffd!",
+                {"status": "400", "code": "stub_error"},
+            ),
+            (
+                Answer((b'{"detail": "no"}',), 422, {"Content-Type": "application/json"}),
+                "The model provider refused the call of 'default-model' (status 422): no",
+                {"status": "422"},
+            ),
+            (
+                Answer((b'{"error": "no such model"}',), 404, {"Content-Type": "application/json"}),
+                "The model provider refused the call of 'default-model' (status 404): no such model",
+                {"status": "404"},
+            ),
+            (
+                Answer((b"<html>404</html>",), 404, {"Content-Type": "text/html"}),
+                "The model provider refused the call of 'default-model' (status 404).",
+                {"status": "404"},
+            ),
+            (
+                error(400, "This model's maximum context length is 8 tokens", code="context_length_exceeded"),
+                "The conversation is longer than the model 'default-model' takes: "
+                "This model's maximum context length is 8 tokens",
+                {"status": "400", "code": "context_length_exceeded"},
+            ),
+            (
+                error(400, "the request exceeds the available context size"),
+                "The conversation is longer than the model 'default-model' takes: "
+                "the request exceeds the available context size",
+                {"status": "400", "code": "context_length_exceeded"},
+            ),
+            (
+                error(429, "Check your plan", code="insufficient_quota", headers={"x-should-retry": "false"}),
+                "The server's account with the model provider is used up: Check your plan",
+                {"status": "429", "code": "insufficient_quota"},
+            ),
+            (
+                error(302, headers={"x-should-retry": "false"}),
+                "The model provider refused the call of 'default-model' (status 302): refused by the stub",
+                {"status": "302", "code": "stub_error"},
+            ),
+        ],
+    )
+    async def test_a_refusal_is_a_model_error_and_not_repeated(
+        self,
+        server: OpenAIServer,
+        provider: OpenAIProvider,
+        answer: Answer,
+        message: str,
+        metadata: dict[str, str],
+    ) -> None:
+        server.script(answer)
+        caught = await failure(provider)
+        assert (v1.ERROR_REASON_MODEL_ERROR, message, metadata) == (caught.reason, caught.message, caught.metadata)
+        assert 1 == len(server.requests)
+        assert KEY not in "".join(traceback.format_exception(caught))
+
+    async def test_a_long_message_is_cut(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
+        server.script(error(400, f"{KEY} " + "x" * 100_000))
+        caught = await failure(provider)
+        assert caught.message.endswith("x…")
+        assert len(caught.message) < 400
+        assert KEY not in caught.message
+
+
+class TestUnavailable:
+    @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 529])
+    async def test_passing_trouble_is_repeated_until_there_is_a_reply(
+        self, server: OpenAIServer, provider: OpenAIProvider, status: int
+    ) -> None:
+        server.script(error(status, headers=AT_ONCE), error(status, headers=AT_ONCE), reply("Hi"))
+        assert "Hi" == fold(await pieces_of(provider)).text
+        assert [server.requests[0]] * 3 == server.requests
+
+    @pytest.mark.parametrize("status", [429, 500])
+    async def test_passing_trouble_that_stays_is_unavailable(
+        self, server: OpenAIServer, provider: OpenAIProvider, status: int
+    ) -> None:
+        trouble = error(status, f"slow down, {KEY}", headers=AT_ONCE)
+        server.script(trouble, trouble, trouble)
+        caught = await failure(provider)
+        assert v1.ERROR_REASON_MODEL_UNAVAILABLE == caught.reason
+        assert f"The model provider cannot answer just now (status {status}): slow down, [key]" == caught.message
+        assert 3 == len(server.requests)
+
+    @pytest.mark.parametrize(
+        ("headers", "seconds"),
+        [
+            ({"retry-after": "7"}, 7.0),
+            ({"retry-after": "1.5"}, 1.5),
+            ({"retry-after": "7", "retry-after-ms": "250"}, 0.25),
+            ({"retry-after": "-1"}, 0.0),
+            ({"retry-after": "1e300"}, 86400.0),
+            (
+                {"retry-after": "Fri, 31 Dec 1999 23:59:59 GMT", "date": "Fri, 31 Dec 1999 23:59:29 GMT"},
+                30.0,
+            ),
+            ({"retry-after": "soon"}, None),
+            ({"retry-after": "nan"}, None),
+            ({}, None),
+        ],
+    )
+    async def test_the_client_learns_how_long_the_provider_asks_to_wait(
+        self, server: OpenAIServer, headers: dict[str, str], seconds: float | None
+    ) -> None:
+        provider = OpenAIProvider(KEY, server.url, "m", max_retries=0)
+        server.script(error(429, headers=headers))
+        caught = await failure(provider)
+        await provider.close()
+        assert (v1.ERROR_REASON_MODEL_UNAVAILABLE, seconds) == (caught.reason, caught.retry_after)
+
+    async def test_nobody_listening(self) -> None:
+        async with OpenAIServer() as gone:
+            provider = OpenAIProvider(KEY, gone.url, "m", max_retries=0)
+        caught = await failure(provider)
+        await provider.close()
+        assert "The model provider cannot be reached." == caught.message
+        assert v1.ERROR_REASON_MODEL_UNAVAILABLE == caught.reason
+
+    @pytest.mark.parametrize("greeting", [b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: x\r\n\r\n", b""])
+    async def test_something_that_does_not_speak_http(self, greeting: bytes) -> None:
+        async def greet(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(greeting)
+            writer.close()
+            await writer.wait_closed()
+
+        other = await asyncio.start_server(greet, "127.0.0.1", 0)
+        async with other:
+            port = other.sockets[0].getsockname()[1]
+            provider = OpenAIProvider(KEY, f"http://127.0.0.1:{port}/v1", "m", max_retries=0)
+            caught = await failure(provider)
+            await provider.close()
+        assert v1.ERROR_REASON_MODEL_UNAVAILABLE == caught.reason
+
+    @pytest.mark.parametrize("after", [0, 1, 3])
+    async def test_a_connection_cut_within_the_reply_is_not_repeated(
+        self, server: OpenAIServer, provider: OpenAIProvider, after: int
+    ) -> None:
+        server.script(reply("abcd", chunks=4).cut(after))
+        caught = await failure(provider)
+        assert v1.ERROR_REASON_MODEL_UNAVAILABLE == caught.reason
+        assert 1 == len(server.requests)
+
+    async def test_a_connection_cut_after_the_finish_reason_leaves_a_whole_reply(
+        self, server: OpenAIServer, provider: OpenAIProvider
+    ) -> None:
+        server.script(reply("a").cut(after=3))
+        usage = v1.Usage(model_calls=1, model=MODEL)
+        assert Reply(text="a", reason="stop", usage=usage) == fold(await pieces_of(provider))
+
+    @pytest.mark.parametrize("after", [0, 2])
+    async def test_silence_is_unavailable(self, server: OpenAIServer, after: int) -> None:
+        provider = OpenAIProvider(KEY, server.url, "m", idle_timeout=0.05, max_retries=0)
+        server.script(reply("ab", chunks=2).held(asyncio.Event(), after))
+        caught = await failure(provider)
+        await provider.close()
+        assert v1.ERROR_REASON_MODEL_UNAVAILABLE == caught.reason
+        assert "The model provider sent nothing for 0.05 seconds." == caught.message
+        await server.received[0].left.wait()
+
+
+class TestErrorWithinTheReply:
+    @pytest.mark.parametrize(
+        ("told", "reason"),
+        [
+            ({"message": "Overloaded", "type": "overloaded_error"}, v1.ERROR_REASON_MODEL_UNAVAILABLE),
+            ({"message": "wait", "code": "rate_limit_exceeded"}, v1.ERROR_REASON_MODEL_UNAVAILABLE),
+            ({"message": "oops", "type": "server_error"}, v1.ERROR_REASON_MODEL_UNAVAILABLE),
+            ({"message": "bad gateway", "code": 502}, v1.ERROR_REASON_MODEL_UNAVAILABLE),
+            ({"message": "slow down", "code": "429"}, v1.ERROR_REASON_MODEL_UNAVAILABLE),
+            ("The server is overloaded", v1.ERROR_REASON_MODEL_UNAVAILABLE),
+            ({"message": "overloaded term", "type": "invalid_request_error"}, v1.ERROR_REASON_MODEL_ERROR),
+            ({"message": "bad", "code": 400}, v1.ERROR_REASON_MODEL_ERROR),
+            ({"message": "no key", "type": "authentication_error"}, v1.ERROR_REASON_MODEL_ERROR),
+            ("It broke", v1.ERROR_REASON_MODEL_ERROR),
+            (["odd"], v1.ERROR_REASON_MODEL_ERROR),
+        ],
+    )
+    async def test_an_error_object_is_judged_by_its_code_then_by_its_words(
+        self, server: OpenAIServer, provider: OpenAIProvider, told: object, reason: v1.ErrorReason.ValueType
+    ) -> None:
+        server.script(Answer((chunk({"content": "a"}), event({"error": told}), DONE)))
+        assert reason == (await failure(provider)).reason
+        assert 1 == len(server.requests)
+
+    async def test_it_does_not_tell_the_key(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
+        server.script(Answer((chunk({"content": "a"}), event({"error": {"message": f"bad {KEY}", "code": KEY}}))))
+        caught = await failure(provider)
+        assert "The model provider refused the call of 'default-model' (an error): bad [key]" == caught.message
+        assert {"code": "[key]"} == caught.metadata
+
+    async def test_a_conversation_that_is_too_long_is_recognisable(
+        self, server: OpenAIServer, provider: OpenAIProvider
+    ) -> None:
+        server.script(Answer((event({"error": {"message": "x", "type": "exceed_context_size_error"}}),)))
+        assert {"code": "context_length_exceeded"} == (await failure(provider)).metadata
+
+
+async def test_logs_hold_neither_the_key_nor_what_is_said(
+    server: OpenAIServer, provider: OpenAIProvider, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At debug level too, through a reply, a repeat, a refusal that echoes both, and a cut."""
+    caplog.set_level(logging.DEBUG)
+    server.script(
+        reply("private reply"),
+        error(500, f"{KEY} private", headers=AT_ONCE),
+        reply("private reply"),
+        error(400, f"{KEY} private"),
+        reply("private").cut(after=2),
+    )
+    request = ask(user("private question"), instruction="private instruction")
+    await pieces_of(provider, request)
+    await pieces_of(provider, request)
+    await failure(provider, request)
+    await failure(provider, request)
+    printed = capsys.readouterr()
+    logged = caplog.text + printed.out + printed.err
+    assert "model_unreachable" in logged
+    assert "HTTP Request: POST" in logged
+    assert KEY not in logged
+    assert "private" not in logged
+
+
+RECORDED = {
+    "text": reply("Grüße, 世界 😀\n\u2028" * 5, chunks=9),
+    "calls": tool_calls(("search", '{"q": "naïve 😀", "n": 3}'), ("noop", "{}")),
+    "crlf": Answer((reply("a\r\nb\rc" * 4, chunks=8).body.replace(b"\n\n", b"\r\n\r\n: ping\r\n\r\n"),)),
+    "several data lines": Answer((reply("split", chunks=2).body.replace(b',"model"', b',\ndata: "model"'),)),
+    "usage with the final content": stream(
+        chunk({"content": "a"}, finish="length", usage={**USAGE, "prompt_tokens_details": {"cached_tokens": 5}}),
+        finish="length",
+        usage=None,
+    ),
+    "no usage": reply("plain", chunks=5, usage=None),
+    "refusal": stream(chunk({"refusal": "I will "}), chunk({"refusal": "not."})),
+    "reasoning": stream(
+        chunk({"reasoning_content": "hm, "}), chunk({"reasoning_content": "so"}), chunk({"content": "!"})
+    ),
+}
+
+
+async def as_the_sdk_reads_it(client: openai.AsyncOpenAI) -> Reply:
+    """The reply that the SDK's own iterator comes to."""
+    said = {"content": "", "reasoning_content": "", "refusal": ""}
+    calls: dict[int, tuple[str, str]] = {}
+    reason = ""
+    usage = v1.Usage(model_calls=1)
+    create = client.chat.completions.create
+    async for read in await create(model="m", messages=[{"role": "user", "content": "Hello"}], stream=True):
+        usage.model = read.model
+        if read.usage is not None:
+            cached = read.usage.prompt_tokens_details and read.usage.prompt_tokens_details.cached_tokens
+            usage.input_tokens, usage.cached_input_tokens = read.usage.prompt_tokens, cached or 0
+            usage.output_tokens = read.usage.completion_tokens
+        for choice in read.choices:
+            for name in said:
+                said[name] += getattr(choice.delta, name, None) or ""
+            for call in choice.delta.tool_calls or ():
+                assert call.function is not None
+                tool, arguments = calls.get(call.index, ("", ""))
+                calls[call.index] = (tool + (call.function.name or ""), arguments + (call.function.arguments or ""))
+            reason = choice.finish_reason or reason
+    return Reply(said["content"], said["reasoning_content"], said["refusal"], tuple(calls.values()), reason, usage)
+
+
+@pytest.mark.parametrize("recorded", RECORDED.values(), ids=RECORDED.keys())
+async def test_replies_are_what_the_sdks_own_iterator_makes_of_the_same_bytes(
+    server: OpenAIServer, provider: OpenAIProvider, recorded: Answer
+) -> None:
+    """Over the same socket, for seeded ways to split the bytes."""
+    assert EVENT_STREAM == recorded.headers
+    dice = random.Random(20261122)
+    size = len(recorded.body)
+    async with openai.AsyncOpenAI(api_key=KEY, base_url=server.url, max_retries=0) as client:
+        for _ in range(20):
+            answer = recorded.split(sorted(dice.sample(range(1, size), dice.randint(0, 40))))
+            server.script(answer, answer)
+            expected = await as_the_sdk_reads_it(client)
+            assert expected == fold(await pieces_of(provider))
