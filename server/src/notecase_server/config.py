@@ -1,0 +1,76 @@
+"""The settings of a server, and the only reader of the environment beside the command line's own options."""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import structlog
+
+DEFAULT_LISTEN = "127.0.0.1:7420"
+LOOPBACK = ("127.", "localhost", "[::1]", "unix:")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenAISettings:
+    """Where the `openai` provider is, and who pays."""
+
+    api_key: str
+    base_url: str | None
+    default_model: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything a server is told."""
+
+    listen: str = DEFAULT_LISTEN
+    store: str = "memory:"
+    max_runs: int = 1000
+    grace: float = 10.0
+    """Seconds that runs and streams have to come to rest when the server stops."""
+    openai: OpenAISettings | None = None
+
+
+def openai_from_environment() -> OpenAISettings | None:
+    """OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL, the names that every tool of that field reads. None when
+    neither a key nor an address is set; a server at an address of one's own often wants no key."""
+    api_key = os.environ.get("OPENAI_API_KEY", "")
+    base_url = os.environ.get("OPENAI_BASE_URL") or None
+    if not api_key and not base_url:
+        return None
+    return OpenAISettings(
+        api_key=api_key or "none", base_url=base_url, default_model=os.environ.get("OPENAI_MODEL") or "gpt-4.1-mini"
+    )
+
+
+def is_loopback(listen: str) -> bool:
+    """Whether only this machine can reach that address."""
+    return listen.startswith(LOOPBACK)
+
+
+def configure_logging(form: Literal["console", "json"], level: str) -> None:
+    """Sends every log line to standard error: for people, or one JSON object a line."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    # Both leave out the values of local variables: they are messages, notes and keys.
+    tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    console = structlog.dev.ConsoleRenderer(
+        colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+    )
+    last: list[structlog.typing.Processor] = (
+        [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()]
+        if form == "json"
+        else [console]
+    )
+    structlog.configure(
+        processors=shared + last,
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)

@@ -1,0 +1,144 @@
+"""Resource names: from text to ids at the edge, and from the stored form to text on reading.
+
+A stored row names its runs and messages by bare ids and its states by "", "user" or "app"; the functions that render
+give them their whole names, in place, in a message that the caller owns.
+"""
+
+import re
+from typing import NamedTuple
+
+from notecase import v1
+
+from notecase_server.store.contract import Scope, SessionKey
+
+ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
+"""An id that a caller may choose."""
+USER = re.compile(r"[A-Za-z0-9._~@|:+=-]{1,128}")
+"""Users come from identity providers, whose ids have capitals, pipes and at-signs."""
+
+ID_RULE = "wants 1 to 63 lower-case letters, digits and inner '.', '_' or '-'"
+
+
+class AgentName(NamedTuple):
+    """`agents/{agent}` or `agents/{agent}@{revision}`; revision 0 means the newest."""
+
+    agent: str
+    revision: int
+
+
+class RunName(NamedTuple):
+    session: str
+    run: str
+
+
+class MessageName(NamedTuple):
+    session: str
+    message: str
+
+
+def is_id(text: str) -> bool:
+    return ID.fullmatch(text) is not None
+
+
+def parse_agent(name: str) -> AgentName | None:
+    collection, _, rest = name.partition("/")
+    agent, at, revision = rest.partition("@")
+    if collection != "agents" or not is_id(agent) or (at and not re.fullmatch(r"[1-9][0-9]{0,17}", revision)):
+        return None
+    return AgentName(agent, int(revision or 0))
+
+
+def parse_session(name: str) -> str | None:
+    """The {session} of `sessions/{session}`."""
+    collection, _, session = name.partition("/")
+    return session if collection == "sessions" and is_id(session) else None
+
+
+def parse_user(name: str) -> str | None:
+    """The {user} of `users/{user}`."""
+    collection, _, user = name.partition("/")
+    return user if collection == "users" and USER.fullmatch(user) else None
+
+
+def _child(name: str, collection: str) -> tuple[str, str] | None:
+    match name.split("/"):
+        case ["sessions", session, kind, child] if kind == collection and is_id(session) and is_id(child):
+            return session, child
+    return None
+
+
+def parse_run(name: str) -> RunName | None:
+    found = _child(name, "runs")
+    return RunName(*found) if found else None
+
+
+def parse_message(name: str) -> MessageName | None:
+    found = _child(name, "messages")
+    return MessageName(*found) if found else None
+
+
+def parse_state(tenant: str, name: str) -> Scope | None:
+    """`sessions/{session}/state`, `users/{user}/state` or `app/state`."""
+    owner, _, last = name.rpartition("/")
+    if last != "state":
+        return None
+    if owner == "app":
+        return Scope(tenant, "app", "")
+    if session := parse_session(owner):
+        return Scope(tenant, "session", session)
+    if user := parse_user(owner):
+        return Scope(tenant, "user", user)
+    return None
+
+
+def session(session_id: str) -> str:
+    return f"sessions/{session_id}"
+
+
+def run(session_id: str, run_id: str) -> str:
+    return f"sessions/{session_id}/runs/{run_id}"
+
+
+def message(session_id: str, message_id: str) -> str:
+    return f"sessions/{session_id}/messages/{message_id}"
+
+
+def state(scope: Scope) -> str:
+    owner = "app" if scope.kind == "app" else f"{scope.kind}s/{scope.id}"
+    return f"{owner}/state"
+
+
+def render_session(row: v1.Session) -> v1.Session:
+    session_id = row.name
+    row.name = session(session_id)
+    if row.active_run:
+        row.active_run = run(session_id, row.active_run)
+    return row
+
+
+def render_message(key: SessionKey, row: v1.Message) -> v1.Message:
+    row.name = message(key.session, row.name)
+    if row.run:
+        row.run = run(key.session, row.run)
+    return row
+
+
+def render_run(key: SessionKey, row: v1.Run) -> v1.Run:
+    row.name = run(key.session, row.name)
+    if row.HasField("reply"):
+        render_message(key, row.reply)
+    return row
+
+
+def render_event(key: SessionKey, user: str, row: v1.Event) -> v1.Event:
+    """`user` is the session's, as `users/{user}`."""
+    if row.run:
+        row.run = run(key.session, row.run)
+    if row.HasField("message_added"):
+        render_message(key, row.message_added)
+    elif row.HasField("state_changed"):
+        owner = {"": session(key.session), "user": user, "app": "app"}[row.state_changed.state]
+        row.state_changed.state = f"{owner}/state"
+    elif row.HasField("message_discarded"):
+        row.message_discarded.message = message(key.session, row.message_discarded.message)
+    return row

@@ -1,0 +1,49 @@
+"""Page tokens: the last row's position in its list, signed together with the list's arguments.
+
+So a token can neither be made up nor be used with another parent, filter, order or tenant.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from itsdangerous import BadData, URLSafeSerializer
+
+from notecase_server import errors
+from notecase_server.errors import Violation
+from notecase_server.store.contract import Filter, Query
+
+DEFAULT_PAGE_SIZE = 50
+MAX_PAGE_SIZE = 1000
+
+
+class ListRequest(Protocol):
+    page_size: int
+    page_token: str
+
+
+class Pages:
+    """Makes and reads the tokens of one store."""
+
+    def __init__(self, secret: bytes) -> None:
+        self._secret = secret
+
+    def query(self, request: ListRequest, *about: str, where: Filter | None = None) -> Query:
+        """The page a request asks for; `about` is all that makes this list another than the next one.
+
+        Raises NotecaseError INVALID_FIELD for the size and PAGE_TOKEN_INVALID for the token."""
+        if not 0 <= request.page_size <= MAX_PAGE_SIZE:
+            raise errors.invalid([Violation("page_size", f"wants 0 (for {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}")])
+        after: tuple[str | int, ...] | None = None
+        if request.page_token:
+            try:
+                after = tuple(self._signer(about).loads(request.page_token))
+            except BadData:
+                raise errors.page_token_invalid() from None
+        return Query(request.page_size or DEFAULT_PAGE_SIZE, after, where)
+
+    def token(self, position: Sequence[str | int] | None, *about: str) -> str:
+        """For the position after which a page ended; "" when nothing follows."""
+        return "" if position is None else str(self._signer(about).dumps(list(position)))
+
+    def _signer(self, about: Sequence[str]) -> URLSafeSerializer:
+        return URLSafeSerializer(self._secret, salt="\0".join(about).encode())

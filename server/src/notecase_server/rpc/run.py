@@ -1,0 +1,264 @@
+"""The Run stream: one reader that carries out commands in their order, one writer that sends results and events.
+
+SendCommand and WatchEvents are the same two halves on their own.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import AsyncGenerator, AsyncIterator
+from typing import NamedTuple
+
+from notecase import v1
+
+from notecase_server import errors, names
+from notecase_server.engine.runs import Runs, Started
+from notecase_server.engine.session import LiveSession, Sessions
+from notecase_server.errors import NotecaseError, Violation
+from notecase_server.rpc.validate import Check
+from notecase_server.rpc.watch import Cursor, Pace
+from notecase_server.store.contract import CommandId, Commit, Duplicate, SessionKey
+from notecase_server.store.fold import ENDED
+
+
+class Drain:
+    """The server's stop, as streams hear of it."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+        self.grace: float | None = None
+        """Seconds the streams have left; None while the server serves."""
+        self.closing = False
+        """Runs have come to rest: what is sent now is the last."""
+
+    def begin(self, grace: float) -> None:
+        self.grace = grace
+        self._sessions.ring()
+
+    def close(self) -> None:
+        self.closing = True
+        self._sessions.ring()
+
+
+class Streams:
+    """What the streams of a server share."""
+
+    def __init__(self, sessions: Sessions, runs: Runs, pace: Pace) -> None:
+        self.drain = Drain(sessions)
+        self._sessions = sessions
+        self._runs = runs
+        self._pace = pace
+
+    async def run(self, tenant: str, requests: AsyncIterator[v1.RunRequest]) -> AsyncGenerator[v1.RunResponse, None]:
+        """The Run RPC. Raises NotecaseError for a bad first frame, and as `watch` does."""
+        first = await anext(requests, None)
+        kind = first.WhichOneof("command") if first is not None else None
+        if first is None or kind not in {"start", "attach"}:
+            raise errors.invalid([Violation("command", "the first frame wants start or attach")])
+        if kind == "attach":
+            attach = first.attach
+            after = attach.after_sequence if attach.HasField("after_sequence") else None
+            place = await self.attach(tenant, attach.name, after, attach.options, field="attach.")
+        else:
+            check = Check()
+            check.token_id("command_id", first.command_id)
+            check.start("start", first.start)
+            check.done()
+            started = await self._runs.start(tenant, first.start, first.command_id, command=_command_id(first))
+            place = await self._started(started, first.start.options)
+        results: list[v1.CommandResult] = []
+        reader = asyncio.create_task(self._read(place, requests, results))
+        try:
+            async for response in self._write(place, results, reader):
+                yield response
+        finally:
+            reader.cancel()
+
+    async def watch(
+        self, tenant: str, name: str, after: int | None, options: v1.WatchOptions
+    ) -> AsyncGenerator[v1.RunResponse, None]:
+        """The WatchEvents RPC. Raises NotecaseError: SESSION_NOT_FOUND, RUN_NOT_FOUND, SEQUENCE_AHEAD, and
+        SERVER_DRAINING when the server stops."""
+        async for response in self._write(await self.attach(tenant, name, after, options), [], None):
+            yield response
+
+    async def attach(
+        self, tenant: str, name: str, after: int | None, options: v1.WatchOptions, field: str = ""
+    ) -> "Place":
+        check = Check()
+        session_id, run_id = check.watch(field, name, after or 0, options)
+        check.done()
+        key = SessionKey(tenant, session_id)
+        live, session = await self._sessions.watched(key)
+        if after is not None and after > session.last_sequence:
+            raise errors.sequence_ahead(after, session.last_sequence)
+        followed = run_id or session.active_run
+        row = await self._sessions.store.get_run(key, followed) if followed else None
+        if row is None and run_id:
+            raise errors.not_found("run", name)
+        run = row[0] if row else None
+        if after is None:
+            after = run.first_sequence - 1 if run and run_id else session.last_sequence
+        attached = v1.Attached(
+            session=names.session(session_id),
+            run=names.render_run(key, run) if run else None,
+            last_sequence=session.last_sequence,
+            existing=run is not None,
+        )
+        cursor = Cursor(live, self._sessions.store, after, session.last_sequence, options, self._pace, followed)
+        if run and run.state in ENDED and after >= run.last_sequence and not options.keep_open:
+            cursor.finished = True
+        return Place(live, attached, cursor, followed)
+
+    async def _started(self, started: Started, options: v1.WatchOptions) -> "Place":
+        live, session = await self._sessions.watched(started.key)
+        run = started.run
+        attached = v1.Attached(
+            session=names.session(started.key.session), last_sequence=session.last_sequence, existing=started.existing
+        )
+        followed, after = run.name, run.first_sequence - 1
+        attached.run.CopyFrom(names.render_run(started.key, run))
+        cursor = Cursor(live, self._sessions.store, after, session.last_sequence, options, self._pace, followed)
+        return Place(live, attached, cursor, followed)
+
+    async def _write(
+        self, place: "Place", results: list[v1.CommandResult], reader: asyncio.Task[None] | None
+    ) -> AsyncGenerator[v1.RunResponse, None]:
+        yield v1.RunResponse(attached=place.attached)
+        cursor = place.cursor
+        told = False
+
+        def woken() -> bool:
+            leaving = self.drain.closing or (self.drain.grace is not None and not told)
+            return bool(results) or leaving or _broken(reader) is not None
+
+        while True:
+            while results:
+                yield v1.RunResponse(result=results.pop(0))
+            if (broken := _broken(reader)) is not None:
+                raise broken
+            if self.drain.grace is not None and not told:
+                told = True
+                away = v1.GoAway(sequence=cursor.sequence, reason="The server is stopping; attach again shortly.")
+                away.time_left.FromMilliseconds(round(self.drain.grace * 1000))
+                yield v1.RunResponse(go_away=away)
+            batch = await cursor.next(woken)
+            if batch is not None:
+                yield v1.RunResponse(batch=batch)
+            elif not (woken() or cursor.finished):
+                yield v1.RunResponse(heartbeat=v1.Heartbeat(last_sequence=cursor.sequence))
+            if cursor.finished:
+                break
+            if self.drain.closing:
+                raise errors.draining()
+        while results:
+            yield v1.RunResponse(result=results.pop(0))
+
+    async def _read(
+        self, place: "Place", requests: AsyncIterator[v1.RunRequest], results: list[v1.CommandResult]
+    ) -> None:
+        try:
+            async for frame in requests:
+                results.append(await self._carry_out(place, frame))
+                place.live.ring()
+        finally:
+            place.live.ring()
+
+    async def _carry_out(self, place: "Place", frame: v1.RunRequest) -> v1.CommandResult:
+        try:
+            return await self.command(place.live.key, frame, place.run)
+        except NotecaseError as error:
+            if error.reason == v1.ERROR_REASON_INTERNAL:
+                raise
+            return v1.CommandResult(
+                command_id=frame.command_id,
+                disposition=v1.CommandResult.DISPOSITION_REFUSED,
+                error=error.to_proto(),
+            )
+
+    async def command(self, key: SessionKey, frame: v1.RunRequest, run_id: str = "") -> v1.CommandResult:
+        """Carries out one command in a session; `run_id` is the run that a cancel means, "" the active one. A refusal
+        is raised as NotecaseError."""
+        check = Check()
+        check.token_id("command_id", frame.command_id)
+        try:
+            match frame.WhichOneof("command"):
+                case "start":
+                    check.start("start", frame.start)
+                    same = frame.start.session == names.session(key.session)
+                    check(same, "start.session", f"this is {names.session(key.session)}; name it")
+                    check.done()
+                    started = await self._runs.start(
+                        key.tenant, frame.start, frame.command_id, command=_command_id(frame)
+                    )
+                    return _applied(frame, started.run.first_sequence, duplicate=started.existing)
+                case "cancel":
+                    check.text("cancel.reason", frame.cancel.reason)
+                    check.done()
+                    sealed = await self._runs.cancel(
+                        key, run_id, frame.cancel.reason, frame.command_id, command=_command_id(frame)
+                    )
+                    return _applied(frame, sealed.session.last_sequence)
+                case "update_state":
+                    check.done()
+                    return _applied(frame, await self._update_state(key, frame))
+                case "attach":
+                    check(False, "command", "attach is for the first frame of a Run stream")
+                case None:
+                    check(False, "command", "has no command; want start, update_state or cancel")
+            check.done()
+            raise AssertionError("every other command was refused")
+        except Duplicate as duplicate:
+            return _applied(frame, duplicate.sequence, duplicate=True)
+
+    async def _update_state(self, key: SessionKey, frame: v1.RunRequest) -> int:
+        update = frame.update_state
+        live, session = await self._sessions.watched(key)
+        check = Check()
+        state = ""
+        if update.name:
+            scope = check.state("update_state.name", key.tenant, update.name)
+            owner = {"session": key.session, "user": session.user.removeprefix("users/"), "app": ""}[scope.kind]
+            problem = "wants the state of this session, of its user, or app/state"
+            check(scope.id == owner, "update_state.name", problem)
+            state = "" if scope.kind == "session" else scope.kind
+        check.ops("update_state.ops", update.ops, session=not state)
+        check.done()
+        change = v1.Event(cause_id=frame.command_id, state_changed=v1.StateChanged(state=state, ops=update.ops))
+        committed = await live.commit(
+            Commit(
+                key=key,
+                command=_command_id(frame),
+                if_state_version={state: update.if_version} if update.HasField("if_version") else {},
+                events=[change],
+            )
+        )
+        return committed.session.last_sequence
+
+
+class Place(NamedTuple):
+    """Where a stream is attached."""
+
+    live: LiveSession
+    attached: v1.Attached
+    cursor: Cursor
+    run: str
+    """The run that the stream follows, "" when idle."""
+
+
+def _broken(reader: asyncio.Task[None] | None) -> BaseException | None:
+    """What ended the reader before the requests did."""
+    return reader.exception() if reader is not None and reader.done() and not reader.cancelled() else None
+
+
+def _command_id(frame: v1.RunRequest) -> CommandId | None:
+    if not frame.command_id:
+        return None
+    return CommandId(frame.command_id, hashlib.sha256(frame.SerializeToString(deterministic=True)).digest())
+
+
+def _applied(frame: v1.RunRequest, sequence: int, duplicate: bool = False) -> v1.CommandResult:
+    return v1.CommandResult(
+        command_id=frame.command_id,
+        disposition=v1.CommandResult.DISPOSITION_DUPLICATE if duplicate else v1.CommandResult.DISPOSITION_APPLIED,
+        sequence=sequence,
+    )

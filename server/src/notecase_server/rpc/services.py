@@ -1,0 +1,472 @@
+"""The unary methods: parse, call, render."""
+
+import hashlib
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
+from notecase import v1
+
+from notecase_server import errors, names
+from notecase_server.engine.runs import Runs
+from notecase_server.engine.session import Sessions
+from notecase_server.errors import Violation
+from notecase_server.names import RunName
+from notecase_server.rpc import filter as filters
+from notecase_server.rpc.interceptor import MAX_MESSAGE_BYTES, caller
+from notecase_server.rpc.pages import MAX_PAGE_SIZE, Pages
+from notecase_server.rpc.run import Streams
+from notecase_server.rpc.validate import Check, check_instruction
+from notecase_server.store.contract import Commit, Committed, Once, Page, Replayed, SessionKey, Store
+
+M = TypeVar("M", bound=Message)
+
+SESSION_FILTER: Mapping[str, filters.FieldKind] = {
+    "user": "text",
+    "agent": "text",
+    "activity": filters.EnumField(v1.Session.Activity, "ACTIVITY_"),
+    "display_name": "text",
+    "create_time": "time",
+    "update_time": "time",
+}
+AGENT_FILTER: Mapping[str, filters.FieldKind] = {"display_name": "text", "create_time": "time", "update_time": "time"}
+RUN_FILTER: Mapping[str, filters.FieldKind] = {
+    "state": filters.EnumField(v1.Run.State, "STATE_"),
+    "agent": "text",
+    "create_time": "time",
+}
+
+AGENT_FIELDS = ("display_name", "description", "llm", "output_key", "labels")
+SESSION_FIELDS = ("display_name", "agent", "labels")
+"""What an update may change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What the services of one server share."""
+
+    version: str
+    store: Store
+    sessions: Sessions
+    runs: Runs
+    streams: Streams
+    providers: tuple[str, ...]
+    """The default one first."""
+    pages: Pages
+    new_id: Callable[[], str]
+
+
+def once(request: M, render: Callable[[Any], Message]) -> Once | None:
+    """The record that makes this request idempotent; None when it carries no request_id."""
+    request_id: str = request.request_id  # type: ignore[attr-defined]
+    if not request_id:
+        return None
+    who = caller.get()
+    digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+    return Once(who.tenant, who.method, request_id, digest, render)
+
+
+def checked(request: Any) -> Check:
+    """A Check that has looked at the request_id, for a write."""
+    check = Check()
+    check.token_id("request_id", request.request_id)
+    return check
+
+
+def key_of(session: str) -> SessionKey:
+    return SessionKey(caller.get().tenant, session)
+
+
+def masked(mask: FieldMask, given: Message, allowed: Iterable[str]) -> FieldMask:
+    """The fields that an update changes (AIP-134).
+
+    Raises NotecaseError INVALID_FIELD for paths that cannot be changed."""
+    known = list(allowed)
+    if list(mask.paths) == ["*"]:
+        return FieldMask(paths=known)
+    if not mask.paths:
+        return FieldMask(paths=[field.name for field, _ in given.ListFields() if field.name in known])
+    fine = mask.IsValidForDescriptor(given.DESCRIPTOR)  # type: ignore[arg-type]
+    if not fine or any(path.partition(".")[0] not in known for path in mask.paths):
+        raise errors.invalid([Violation("update_mask", f"wants paths of {', '.join(known)}")])
+    return mask
+
+
+class Servers(v1.ServerServiceServicer):
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    async def GetServerInfo(self, request: v1.GetServerInfoRequest, context: Any) -> v1.ServerInfo:
+        return v1.ServerInfo(
+            version=self.desk.version,
+            store=self.desk.store.kind,
+            providers=self.desk.providers,
+            max_message_bytes=MAX_MESSAGE_BYTES,
+            max_page_size=MAX_PAGE_SIZE,
+            max_runs=self.desk.runs.max_runs,
+        )
+
+
+class Agents(v1.AgentServiceServicer):
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.store = desk.store
+
+    async def CreateAgent(self, request: v1.CreateAgentRequest, context: Any) -> v1.Agent:
+        check = checked(request)
+        check.chosen_id("agent_id", request.agent_id)
+        check.agent_body(request.agent, self.desk.providers)
+        check.done()
+        check_instruction(request.agent)
+        agent_id = request.agent_id or self.desk.new_id()
+        return await self.store.create_agent(caller.get().tenant, agent_id, request.agent, once(request, _same))
+
+    async def GetAgent(self, request: v1.GetAgentRequest, context: Any) -> v1.Agent:
+        check = Check()
+        agent_id, revision = check.agent("name", request.name)
+        check.done()
+        agent = await self.store.get_agent(caller.get().tenant, agent_id, revision)
+        if agent is None:
+            raise errors.not_found("agent", request.name)
+        return agent
+
+    async def ListAgents(self, request: v1.ListAgentsRequest, context: Any) -> v1.ListAgentsResponse:
+        about = ("agents", caller.get().tenant, request.filter)
+        where = filters.parse(request.filter, AGENT_FILTER)
+        page = await self.store.list_agents(caller.get().tenant, self.desk.pages.query(request, *about, where=where))
+        return v1.ListAgentsResponse(agents=page.rows, next_page_token=self.desk.pages.token(page.next, *about))
+
+    async def ListAgentRevisions(
+        self, request: v1.ListAgentRevisionsRequest, context: Any
+    ) -> v1.ListAgentRevisionsResponse:
+        check = Check()
+        agent_id, _ = check.agent("name", request.name)
+        check.done()
+        about = ("revisions", caller.get().tenant, request.name)
+        query = self.desk.pages.query(request, *about)
+        page = await self.store.list_agent_revisions(caller.get().tenant, agent_id, query)
+        if not page.rows and query.after is None:
+            raise errors.not_found("agent", request.name)
+        return v1.ListAgentRevisionsResponse(agents=page.rows, next_page_token=self.desk.pages.token(page.next, *about))
+
+    async def UpdateAgent(self, request: v1.UpdateAgentRequest, context: Any) -> v1.Agent:
+        check = checked(request)
+        agent_id, revision = check.agent("agent.name", request.agent.name)
+        check(revision == 0, "agent.name", "names a revision; an update makes the next one")
+        check.done()
+        mask = masked(request.update_mask, request.agent, AGENT_FIELDS)
+
+        def edit(agent: v1.Agent) -> None:
+            mask.MergeMessage(request.agent, agent, replace_message_field=True, replace_repeated_field=True)
+            check = Check()
+            check.agent_body(agent, self.desk.providers)
+            check.done()
+            check_instruction(agent)
+
+        return await self.store.edit_agent(
+            caller.get().tenant, agent_id, edit, request.agent.etag, request.allow_missing, once(request, _same)
+        )
+
+    async def DeleteAgent(self, request: v1.DeleteAgentRequest, context: Any) -> Empty:
+        check = checked(request)
+        agent_id, revision = check.agent("name", request.name)
+        check(revision == 0, "name", "names a revision; agents are deleted whole")
+        check.done()
+        await self.store.delete_agent(caller.get().tenant, agent_id, request.etag, once(request, _empty))
+        return Empty()
+
+
+class SessionsService(v1.SessionServiceServicer):
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    async def CreateSession(self, request: v1.CreateSessionRequest, context: Any) -> v1.Session:
+        check = checked(request)
+        check.chosen_id("session_id", request.session_id)
+        check.session_body("session", request.session)
+        check.first_state("state", request.state)
+        check.done()
+        key = key_of(request.session_id or self.desk.new_id())
+        repeat = once(request, _session_of)
+        await self.desk.store.recall(key, repeat, None)
+        await self._require_agent(request.session.agent)
+        ops = [v1.StateOp(key=name, set=value) for name, value in sorted(request.state.items())]
+        change = v1.Event(cause_id=request.request_id, state_changed=v1.StateChanged(ops=ops))
+        events = [change] if ops else []
+        return _session_of(
+            await self.desk.sessions.commit(Commit(key=key, once=repeat, create=request.session, events=events))
+        )
+
+    async def GetSession(self, request: v1.GetSessionRequest, context: Any) -> v1.Session:
+        check = Check()
+        key = key_of(check.session("name", request.name))
+        check.done()
+        row = await self.desk.store.get_session(key)
+        if row is None:
+            raise errors.not_found("session", request.name)
+        return names.render_session(row)
+
+    async def ListSessions(self, request: v1.ListSessionsRequest, context: Any) -> v1.ListSessionsResponse:
+        about = ("sessions", caller.get().tenant, request.filter)
+        where = filters.parse(request.filter, SESSION_FILTER)
+        query = self.desk.pages.query(request, *about, where=where)
+        page = await self.desk.store.list_sessions(caller.get().tenant, query)
+        rows = [names.render_session(row) for row in page.rows]
+        return v1.ListSessionsResponse(sessions=rows, next_page_token=self.desk.pages.token(page.next, *about))
+
+    async def UpdateSession(self, request: v1.UpdateSessionRequest, context: Any) -> v1.Session:
+        check = checked(request)
+        key = key_of(check.session("session.name", request.session.name))
+        check.session_body("session", request.session)
+        check.done()
+        mask = masked(request.update_mask, request.session, SESSION_FIELDS)
+        if "agent" in mask.paths:
+            await self._require_agent(request.session.agent)
+
+        def edit(session: v1.Session) -> None:
+            mask.MergeMessage(request.session, session, replace_message_field=True, replace_repeated_field=True)
+
+        def render(row: v1.Session) -> v1.Session:
+            return names.render_session(_copy(row))
+
+        return render(await self.desk.store.edit_session(key, edit, request.session.etag, once(request, render)))
+
+    async def DeleteSession(self, request: v1.DeleteSessionRequest, context: Any) -> Empty:
+        check = checked(request)
+        key = key_of(check.session("name", request.name))
+        check.done()
+        await self.desk.sessions.delete(key, request.etag, once(request, _empty))
+        return Empty()
+
+    async def _require_agent(self, name: str) -> None:
+        parsed = names.parse_agent(name) if name else None
+        if parsed and await self.desk.store.get_agent(caller.get().tenant, parsed.agent, parsed.revision) is None:
+            raise errors.not_found("agent", name)
+
+
+class States(v1.StateServiceServicer):
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.store = desk.store
+
+    async def GetState(self, request: v1.GetStateRequest, context: Any) -> v1.State:
+        check = Check()
+        scope = check.state("name", caller.get().tenant, request.name)
+        check(len(request.keys) <= MAX_PAGE_SIZE, "keys", f"has more than {MAX_PAGE_SIZE} keys")
+        check(not (request.keys and request.page_token), "page_token", "goes with no keys named")
+        check.done()
+        if scope.kind == "session" and await self.store.get_session(key_of(scope.id)) is None:
+            raise errors.not_found("session", names.session(scope.id))
+        if request.keys:
+            state = await self.store.get_state(scope, list(request.keys))
+        else:
+            about = ("state", caller.get().tenant, request.name)
+            state, page = await self.store.list_state(scope, self.desk.pages.query(request, *about))
+            state.next_page_token = self.desk.pages.token(page.next, *about)
+        state.name = request.name
+        return state
+
+    async def PutState(self, request: v1.PutStateRequest, context: Any) -> v1.StateEntry:
+        op = v1.StateOp(key=request.key, set=request.value)
+        if request.HasField("if_version"):
+            op.if_version = request.if_version
+        check = checked(request)
+        scope = check.state("name", caller.get().tenant, request.name)
+        check.key("key", request.key, scope.kind == "session")
+        check.value("value", request.value)
+        check.done()
+        check.ops("value", [op], scope.kind == "session")
+        check.done()
+
+        def render(done: Committed | v1.State) -> v1.StateEntry:
+            state = done.state[scope] if isinstance(done, Committed) else done
+            return state.entries[request.key]
+
+        return render(
+            await self.desk.sessions.update_state(scope, [op], None, once(request, render), request.request_id)
+        )
+
+    async def UpdateState(self, request: v1.UpdateStateRequest, context: Any) -> v1.State:
+        check = checked(request)
+        scope = check.state("name", caller.get().tenant, request.name)
+        check.ops("ops", request.ops, scope.kind == "session")
+        check.done()
+
+        def render(done: Committed | v1.State) -> v1.State:
+            state = _copy(done.state[scope] if isinstance(done, Committed) else done)
+            state.name = request.name
+            return state
+
+        if_version = request.if_version if request.HasField("if_version") else None
+        repeat = once(request, render)
+        return render(await self.desk.sessions.update_state(scope, request.ops, if_version, repeat, request.request_id))
+
+
+class Messages(v1.MessageServiceServicer):
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    async def ListMessages(self, request: v1.ListMessagesRequest, context: Any) -> v1.ListMessagesResponse:
+        check = Check()
+        key = key_of(check.session("parent", request.parent))
+        known = request.order_by in {"", "sequence", "sequence asc", "sequence desc"}
+        check(known, "order_by", 'wants "sequence" or "sequence desc"')
+        check.done()
+        about = ("messages", key.tenant, request.parent, request.order_by)
+        query = self.desk.pages.query(request, *about)
+        page = await self.desk.store.list_messages(key, query, request.order_by == "sequence desc")
+        if not page.rows and await self.desk.store.get_session(key) is None:
+            raise errors.not_found("session", request.parent)
+        rows = [names.render_message(key, row) for row in page.rows]
+        return v1.ListMessagesResponse(messages=rows, next_page_token=self.desk.pages.token(page.next, *about))
+
+    async def GetMessage(self, request: v1.GetMessageRequest, context: Any) -> v1.Message:
+        check = Check()
+        session, message = check.message("name", request.name)
+        check.done()
+        row = await self.desk.store.get_message(key_of(session), message)
+        if row is None:
+            raise errors.not_found("message", request.name)
+        return names.render_message(key_of(session), row)
+
+    async def AppendMessages(self, request: v1.AppendMessagesRequest, context: Any) -> v1.AppendMessagesResponse:
+        check = checked(request)
+        key = key_of(check.session("parent", request.parent))
+        check(len(request.messages) > 0, "messages", "is empty")
+        roles = [v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT, v1.Message.ROLE_SYSTEM]
+        check.messages("messages", request.messages, roles)
+        check.done()
+        _, session = await self.desk.sessions.watched(key)
+
+        def render(done: Committed) -> v1.AppendMessagesResponse:
+            rows = [names.render_message(key, _copy(event.message_added)) for event in done.events]
+            return v1.AppendMessagesResponse(messages=rows, last_sequence=done.session.last_sequence)
+
+        said = self.desk.runs.incoming(request.messages, session.user)
+        events = [v1.Event(cause_id=request.request_id, message_added=message) for message in said]
+        expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
+        return render(
+            await self.desk.sessions.commit(
+                Commit(key=key, once=once(request, render), if_last_sequence=expected, events=events)
+            )
+        )
+
+
+class RunsService(v1.RunServiceServicer):
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.runs = desk.runs
+
+    def Run(self, request: AsyncIterator[v1.RunRequest], context: Any) -> AsyncIterator[v1.RunResponse]:
+        return self.desk.streams.run(caller.get().tenant, request)
+
+    def WatchEvents(self, request: v1.WatchEventsRequest, context: Any) -> AsyncIterator[v1.RunResponse]:
+        after = request.after_sequence if request.HasField("after_sequence") else None
+        return self.desk.streams.watch(caller.get().tenant, request.name, after, request.options)
+
+    async def Invoke(self, request: v1.InvokeRequest, context: Any) -> v1.InvokeResponse:
+        check = checked(request)
+        check.start("start", request.start)
+        timeout = check.seconds("timeout", request)
+        check.done()
+        try:
+            key, run, _ = await self.runs.start(
+                caller.get().tenant, request.start, request.request_id, once(request, _new_run)
+            )
+            run_id = run.name
+        except Replayed as replayed:
+            session, run_id = names.parse_run(v1.Run.FromString(replayed.response).name) or RunName("", "")
+            key = key_of(session)
+        row = names.render_run(key, await self.runs.wait(key, run_id, timeout))
+        return v1.InvokeResponse(run=row, reply=row.reply if row.HasField("reply") else None)
+
+    async def CreateRun(self, request: v1.CreateRunRequest, context: Any) -> v1.Run:
+        check = checked(request)
+        check.start("start", request.start)
+        check.done()
+        started = await self.runs.start(caller.get().tenant, request.start, request.request_id, once(request, _new_run))
+        return names.render_run(started.key, started.run)
+
+    async def GetRun(self, request: v1.GetRunRequest, context: Any) -> v1.Run:
+        check = Check()
+        session, run = check.run("name", request.name)
+        check.done()
+        row = await self.desk.store.get_run(key_of(session), run)
+        if row is None:
+            raise errors.not_found("run", request.name)
+        return names.render_run(key_of(session), row[0])
+
+    async def ListRuns(self, request: v1.ListRunsRequest, context: Any) -> v1.ListRunsResponse:
+        check = Check()
+        session = "" if request.parent == "sessions/-" else check.session("parent", request.parent)
+        check.done()
+        tenant = caller.get().tenant
+        about = ("runs", tenant, request.parent, request.filter)
+        where = filters.parse(request.filter, RUN_FILTER)
+        query = self.desk.pages.query(request, *about, where=where)
+        page: Page[v1.Run] = await self.desk.store.list_runs(tenant, session, query)
+        if not page.rows and session and await self.desk.store.get_session(key_of(session)) is None:
+            raise errors.not_found("session", request.parent)
+        rows = []
+        for row in page.rows:
+            found = names.parse_run(row.name)
+            assert found is not None
+            row.name = found.run
+            rows.append(names.render_run(key_of(found.session), row))
+        return v1.ListRunsResponse(runs=rows, next_page_token=self.desk.pages.token(page.next, *about))
+
+    async def WaitRun(self, request: v1.WaitRunRequest, context: Any) -> v1.Run:
+        check = Check()
+        session, run = check.run("name", request.name)
+        timeout = check.seconds("timeout", request)
+        check.done()
+        return names.render_run(key_of(session), await self.runs.wait(key_of(session), run, timeout))
+
+    async def CancelRun(self, request: v1.CancelRunRequest, context: Any) -> v1.Run:
+        check = checked(request)
+        session, run = check.run("name", request.name)
+        check.text("cancel.reason", request.cancel.reason)
+        check.done()
+        key = key_of(session)
+
+        def render(done: Committed) -> v1.Run:
+            return names.render_run(key, _copy(done.runs[run]))
+
+        return render(
+            await self.runs.cancel(key, run, request.cancel.reason, request.request_id, once(request, render))
+        )
+
+    async def SendCommand(self, request: v1.SendCommandRequest, context: Any) -> v1.SendCommandResponse:
+        check = Check()
+        key = key_of(check.session("session", request.session))
+        run = check.run("run", request.run) if request.run else RunName(key.session, "")
+        check(run.session == key.session, "run", "is a run of another session")
+        check.done()
+        return v1.SendCommandResponse(result=await self.desk.streams.command(key, request.command, run.run))
+
+
+def _copy(message: M) -> M:
+    made = type(message)()
+    made.CopyFrom(message)
+    return made
+
+
+def _same(agent: v1.Agent) -> v1.Agent:
+    return agent
+
+
+def _empty(_: None) -> Empty:
+    return Empty()
+
+
+def _session_of(done: Committed) -> v1.Session:
+    return names.render_session(_copy(done.session))
+
+
+def _new_run(done: Committed) -> v1.Run:
+    """The run that a start made."""
+    (run,) = done.runs.values()
+    return names.render_run(SessionKey("", done.session.name), _copy(run))

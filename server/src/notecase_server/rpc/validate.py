@@ -1,0 +1,301 @@
+"""Is it well formed? Every request is looked at here, whole, before anything else happens: all that is wrong is told at
+once.
+
+Whether it may happen at this moment is not asked here.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
+
+from notecase import v1
+
+from notecase_server import errors, names
+from notecase_server.engine import template
+from notecase_server.errors import Violation
+from notecase_server.names import AgentName, MessageName, RunName
+from notecase_server.store.contract import PAGE_BYTES, Scope
+
+T = TypeVar("T")
+
+MAX_VALUE_DEPTH = 16
+"""Levels of lists and maps: protobuf parsers stop at 100 nested messages, and each level is up to four of them."""
+
+MAX_KEY_BYTES = 256
+MAX_LABELS = 64
+MAX_LABEL_BYTES = 256
+MAX_TEXT_BYTES = 4 << 10
+"""Of a display name, a reason, a media type: what a person reads at once."""
+MAX_MESSAGES = 100
+MAX_OPS = 1000
+MAX_KEYS = 1000
+MAX_ID_BYTES = 128
+"""Of a request_id or command_id: room for any id scheme."""
+MAX_SCHEMA_BYTES = 64 << 10
+MAX_BATCH_DELAY = 10.0
+"""Seconds."""
+
+LABEL_KEY = re.compile(r"[a-z0-9A-Z]([a-zA-Z0-9._/-]{0,61}[a-zA-Z0-9])?")
+MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}( *;.{0,200})?")
+
+
+class Check:
+    """Collects what is wrong with one request. Every method takes the field's path first and says nothing when all is
+    well; `done` raises them all."""
+
+    def __init__(self) -> None:
+        self.violations: list[Violation] = []
+
+    def __call__(self, ok: bool, field: str, description: str) -> bool:
+        if not ok:
+            self.violations.append(Violation(field, description))
+        return ok
+
+    def done(self) -> None:
+        if self.violations:
+            raise errors.invalid(self.violations)
+
+    def _parsed(self, field: str, name: str, parse: Callable[[str], T | None], like: str) -> T | None:
+        parsed = parse(name) if name else None
+        self(parsed is not None, field, f"wants {like}" + (f", not {name[:80]!r}" if name else ""))
+        return parsed
+
+    def agent(self, field: str, name: str) -> AgentName:
+        return self._parsed(field, name, names.parse_agent, "agents/{agent}") or AgentName("", 0)
+
+    def session(self, field: str, name: str) -> str:
+        return self._parsed(field, name, names.parse_session, "sessions/{session}") or ""
+
+    def user(self, field: str, name: str) -> str:
+        return self._parsed(field, name, names.parse_user, "users/{user}") or ""
+
+    def run(self, field: str, name: str) -> RunName:
+        return self._parsed(field, name, names.parse_run, "sessions/{session}/runs/{run}") or RunName("", "")
+
+    def message(self, field: str, name: str) -> MessageName:
+        like = "sessions/{session}/messages/{message}"
+        return self._parsed(field, name, names.parse_message, like) or MessageName("", "")
+
+    def state(self, field: str, tenant: str, name: str) -> Scope:
+        like = "sessions/{session}/state, users/{user}/state or app/state"
+        found = self._parsed(field, name, lambda text: names.parse_state(tenant, text), like)
+        return found or Scope(tenant, "app", "")
+
+    def chosen_id(self, field: str, value: str) -> None:
+        """An id that the caller may choose, or leave to the server."""
+        self(not value or names.is_id(value), field, names.ID_RULE)
+
+    def token_id(self, field: str, value: str) -> None:
+        """A request_id or command_id."""
+        fine = len(value.encode()) <= MAX_ID_BYTES and value.isprintable()
+        self(fine, field, f"wants at most {MAX_ID_BYTES} bytes of printable text")
+
+    def text(self, field: str, value: str, limit: int = MAX_TEXT_BYTES) -> None:
+        self(len(value) <= limit and len(value.encode()) <= limit, field, f"is longer than {limit} bytes")
+
+    def labels(self, field: str, labels: Mapping[str, str]) -> None:
+        self(len(labels) <= MAX_LABELS, field, f"has more than {MAX_LABELS} labels")
+        for key, value in list(labels.items())[:MAX_LABELS]:
+            fine = LABEL_KEY.fullmatch(key) is not None
+            self(fine, f"{field}[{key[:80]!r}]", "a label's key wants 1 to 63 letters, digits and inner . _ / -")
+            self(
+                len(value.encode()) <= MAX_LABEL_BYTES,
+                f"{field}[{key[:80]!r}]",
+                f"is longer than {MAX_LABEL_BYTES} bytes",
+            )
+
+    def seconds(self, field: str, message: v1.InvokeRequest | v1.WaitRunRequest) -> float | None:
+        """The field's duration; None when unset."""
+        if not message.HasField("timeout"):
+            return None
+        value = message.timeout.seconds + message.timeout.nanos / 1e9
+        self(value >= 0, field, "is negative")
+        return value
+
+    # ---- state
+
+    def key(self, field: str, key: str, session: bool) -> None:
+        size = len(key.encode())
+        self(0 < size <= MAX_KEY_BYTES, field, f"wants 1 to {MAX_KEY_BYTES} bytes of UTF-8, not {size}")
+        taken = session and key in {"user", "app"}
+        self(not taken, field, f"{key!r} is how templates read the other states; choose another key")
+
+    def value(self, field: str, value: v1.Value, depth: int = 1) -> None:
+        kind = value.WhichOneof("kind")
+        if kind is None:
+            self(False, field, "has no value; for nothing use null_value")
+        elif kind == "double_value":
+            self(math.isfinite(value.double_value), field, f"is {value.double_value}, which JSON and SQL do not have")
+        elif kind in {"list_value", "map_value"}:
+            if not self(depth <= MAX_VALUE_DEPTH, field, f"is more than {MAX_VALUE_DEPTH} levels deep"):
+                return
+            if kind == "list_value":
+                for index, item in enumerate(value.list_value.values):
+                    self.value(f"{field}[{index}]", item, depth + 1)
+            else:
+                for key, item in value.map_value.values.items():
+                    self.value(f"{field}[{key[:80]!r}]", item, depth + 1)
+
+    def first_state(self, field: str, state: Mapping[str, v1.Value]) -> None:
+        """Keys to set in a session."""
+        self(len(state) <= MAX_OPS, field, f"has more than {MAX_OPS} keys")
+        self(
+            sum(value.ByteSize() for value in state.values()) <= PAGE_BYTES, field, f"is larger than {PAGE_BYTES} bytes"
+        )
+        for key, value in list(state.items())[:MAX_OPS]:
+            self.key(f"{field}[{key[:80]!r}]", key, session=True)
+            self.value(f"{field}[{key[:80]!r}]", value)
+
+    def ops(self, field: str, ops: Iterable[v1.StateOp], session: bool) -> None:
+        given = list(ops)
+        self(0 < len(given) <= MAX_OPS, field, f"wants 1 to {MAX_OPS} operations")
+        self(sum(op.ByteSize() for op in given) <= PAGE_BYTES, field, f"is larger than {PAGE_BYTES} bytes")
+        seen: set[str] = set()
+        for index, op in enumerate(given[:MAX_OPS]):
+            at = f"{field}[{index}]"
+            self.key(f"{at}.key", op.key, session)
+            self(op.key not in seen, f"{at}.key", "is named twice in one batch")
+            seen.add(op.key)
+            match op.WhichOneof("op"):
+                case None:
+                    self(False, at, "has no operation; want set, remove, increment or append")
+                case "set":
+                    self.value(f"{at}.set", op.set)
+                case "append":
+                    self.value(f"{at}.append", op.append, depth=2)
+
+    # ---- messages
+
+    def messages(self, field: str, messages: Iterable[v1.Message], roles: Iterable[v1.Message.Role.ValueType]) -> None:
+        given = list(messages)
+        self(len(given) <= MAX_MESSAGES, field, f"has more than {MAX_MESSAGES} messages")
+        for index, message in enumerate(given[:MAX_MESSAGES]):
+            self._message(f"{field}[{index}]", message, roles)
+
+    def _message(self, field: str, message: v1.Message, roles: Iterable[v1.Message.Role.ValueType]) -> None:
+        allowed = {v1.Message.ROLE_UNSPECIFIED, *roles}
+        known = [v1.Message.Role.Name(role) for role in roles]
+        self(message.role in allowed, f"{field}.role", f"wants {' or '.join(known)}")
+        if message.author:
+            speaks = names.parse_user(message.author) is not None or names.parse_agent(message.author) is not None
+            self(speaks, f"{field}.author", "wants users/{user} or agents/{agent}")
+        self.labels(f"{field}.labels", message.labels)
+        self(message.ByteSize() <= PAGE_BYTES - (64 << 10), field, "is larger than 960 KiB")
+        self(len(message.parts) > 0, f"{field}.parts", "is empty; a message says something")
+        for index, part in enumerate(message.parts):
+            self._part(f"{field}.parts[{index}]", part)
+
+    def _part(self, field: str, part: v1.Part) -> None:
+        match part.WhichOneof("kind"):
+            case "text":
+                self(part.text != "", f"{field}.text", "is empty")
+            case "file":
+                fine = (
+                    re.match(r"[a-z][a-z0-9+.-]*:\S", part.file.uri) is not None
+                    and len(part.file.uri) <= MAX_TEXT_BYTES
+                )
+                self(fine, f"{field}.file.uri", "wants an absolute URI, such as https://example.org/plan.png")
+                self._media_type(f"{field}.file.media_type", part.file.media_type)
+                self.text(f"{field}.file.filename", part.file.filename)
+            case "data":
+                self(part.data.data != b"", f"{field}.data.data", "is empty")
+                self._media_type(f"{field}.data.media_type", part.data.media_type)
+                self.text(f"{field}.data.filename", part.data.filename)
+            case None:
+                self(False, field, "is empty; want text, file or data")
+            case other:
+                self(False, field, f"{other} is made by models only; want text, file or data")
+
+    def _media_type(self, field: str, media_type: str) -> None:
+        self(MEDIA_TYPE.fullmatch(media_type) is not None, field, "wants a media type, such as image/png")
+
+    # ---- agents, sessions, runs
+
+    def agent_body(self, agent: v1.Agent, providers: Iterable[str]) -> None:
+        self.text("agent.display_name", agent.display_name)
+        self.text("agent.description", agent.description, 64 << 10)
+        self.labels("agent.labels", agent.labels)
+        if agent.output_key:
+            self.key("agent.output_key", agent.output_key, session=True)
+        if not self(agent.HasField("llm"), "agent.llm", "is missing; an agent is a model with an instruction"):
+            return
+        llm = agent.llm
+        self.text("agent.llm.model", llm.model)
+        known = [name for name in providers if name]
+        fine = not llm.provider or llm.provider in known
+        self(fine, "agent.llm.provider", f"this server has {', '.join(known)}")
+        self(0 <= llm.max_model_calls <= 1000, "agent.llm.max_model_calls", "wants 0 (for 10) to 1000")
+        self(llm.context.max_messages >= 0, "agent.llm.context.max_messages", "is negative")
+        self(llm.context.max_tokens >= 0, "agent.llm.context.max_tokens", "is negative")
+        self._generation(llm.generation)
+
+    def _generation(self, generation: v1.Generation) -> None:
+        at = "agent.llm.generation"
+        for field in ("temperature", "top_p"):
+            value = getattr(generation, field)
+            self(math.isfinite(value) and value >= 0, f"{at}.{field}", "wants a number from 0 up")
+        if generation.HasField("max_output_tokens"):
+            self(generation.max_output_tokens > 0, f"{at}.max_output_tokens", "wants 1 or more")
+        self(len(generation.stop) <= 16, f"{at}.stop", "has more than 16 sequences")
+        for index, stop in enumerate(generation.stop[:16]):
+            self(0 < len(stop) <= 256, f"{at}.stop[{index}]", "wants 1 to 256 characters")
+        self.text(f"{at}.reasoning_effort", generation.reasoning_effort)
+        self.text(f"{at}.extra", generation.extra, MAX_SCHEMA_BYTES)
+        if generation.extra:
+            self(_is_json_object(generation.extra), f"{at}.extra", "wants a JSON object")
+
+    def session_body(self, field: str, session: v1.Session) -> None:
+        self.text(f"{field}.display_name", session.display_name)
+        self.labels(f"{field}.labels", session.labels)
+        if session.agent:
+            self.agent(f"{field}.agent", session.agent)
+        if session.user:
+            self.user(f"{field}.user", session.user)
+
+    def start(self, field: str, start: v1.StartRun) -> None:
+        if start.session:
+            self.session(f"{field}.session", start.session)
+            self(not start.HasField("new_session"), f"{field}.new_session", "goes with an empty session only")
+        elif start.HasField("new_session"):
+            if start.new_session.name:
+                self.session(f"{field}.new_session.name", start.new_session.name)
+            self.session_body(f"{field}.new_session", start.new_session)
+        if start.agent:
+            self.agent(f"{field}.agent", start.agent)
+        self.chosen_id(f"{field}.run_id", start.run_id)
+        self.first_state(f"{field}.state", start.state)
+        self.labels(f"{field}.labels", start.labels)
+        self.messages(f"{field}.messages", start.messages, [v1.Message.ROLE_USER, v1.Message.ROLE_SYSTEM])
+        if start.HasField("if_last_sequence"):
+            self(start.if_last_sequence >= 0, f"{field}.if_last_sequence", "is negative")
+        self.options(f"{field}.options", start.options)
+
+    def options(self, field: str, options: v1.WatchOptions) -> None:
+        delay = options.max_batch_delay.seconds + options.max_batch_delay.nanos / 1e9
+        self(0 <= delay <= MAX_BATCH_DELAY, f"{field}.max_batch_delay", f"wants 0 to {MAX_BATCH_DELAY:g} seconds")
+
+    def watch(self, field: str, name: str, after: int, options: v1.WatchOptions) -> RunName:
+        """The session and the run, "" when a session is named."""
+        self(after >= 0, f"{field}after_sequence", "is negative")
+        self.options(f"{field}options", options)
+        run = names.parse_run(name)
+        if run is None:
+            session = self._parsed(
+                f"{field}name", name, names.parse_session, "sessions/{session} or sessions/{session}/runs/{run}"
+            )
+            return RunName(session or "", "")
+        return run
+
+
+def check_instruction(agent: v1.Agent) -> None:
+    """Raises NotecaseError TEMPLATE_ERROR when the instruction is no template."""
+    template.parse(agent.llm.instruction)
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
