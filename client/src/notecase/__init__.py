@@ -1,0 +1,27 @@
+"""The Python client of notecase: `Client` to talk to a server, `v1` for every message and stub of the API."""
+
+from notecase import v1
+from notecase.client import Client
+from notecase.errors import NotecaseError, Resource, Violation
+from notecase.retry import Retry
+from notecase.stream import RunStream
+from notecase.values import Plain, from_value, text_of, to_message, to_value
+from notecase.view import Block, Gap, SessionView
+
+__all__ = [
+    "Block",
+    "Client",
+    "Gap",
+    "NotecaseError",
+    "Plain",
+    "Resource",
+    "Retry",
+    "RunStream",
+    "SessionView",
+    "Violation",
+    "from_value",
+    "text_of",
+    "to_message",
+    "to_value",
+    "v1",
+]

@@ -1,0 +1,254 @@
+"""One connection to a notecase server: every call typed, and the few made all the time in a line each."""
+
+import uuid
+from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Self, cast
+
+import grpc
+from grpc import aio
+
+from notecase import v1
+from notecase.errors import NotecaseError
+from notecase.retry import Retry, repeat
+from notecase.stream import RunStream
+from notecase.values import Plain, from_value, to_message, to_value
+
+_OPTIONS: Mapping[str, int] = {
+    "grpc.keepalive_time_ms": 20_000,  # notices a peer that vanished; the server allows a ping every 10 s
+    "grpc.keepalive_timeout_ms": 10_000,
+    "grpc.http2.max_pings_without_data": 0,  # the connection of a silent stream is to be watched still
+    "grpc.max_reconnect_backoff_ms": 2_000,  # grpc's own two minutes would outlast every retry here
+}
+
+
+class Client:
+    """A client of one server, for one event loop: `async with Client("127.0.0.1:7420") as client`.
+
+    `agents`, `sessions`, `state`, `messages`, `runs` and `server` are the generated stubs: each call takes its `v1`
+    request, and `timeout=` (seconds) or `metadata=` where wanted, raises `NotecaseError`, and is made once. What they
+    return is awaited or iterated like grpc's own calls, but is no instance of their classes.
+
+    The methods here are short for the calls made most. They send a request_id, a command_id or a run_id, so that they
+    are safe to repeat, and are repeated as `retry` says while the connection is broken or the server is away. To
+    bound one in time, use `asyncio.timeout`.
+
+    Without `credentials` the connection is plain text. `options` are grpc channel options and win over the client's
+    own.
+    """
+
+    def __init__(
+        self,
+        target: str = "127.0.0.1:7420",
+        *,
+        credentials: grpc.ChannelCredentials | None = None,
+        options: Sequence[tuple[str, Any]] = (),
+        retry: Retry | None = None,
+    ) -> None:
+        merged = [*{**_OPTIONS, **dict(options)}.items()]
+        self._channel = (
+            aio.secure_channel(target, credentials, merged) if credentials else aio.insecure_channel(target, merged)
+        )
+        self._retry = retry or Retry()
+        channel = cast(aio.Channel, _Channel(self._channel))
+        self.agents = v1.AgentServiceStub(channel)
+        self.sessions = v1.SessionServiceStub(channel)
+        self.state = v1.StateServiceStub(channel)
+        self.messages = v1.MessageServiceStub(channel)
+        self.runs = v1.RunServiceStub(channel)
+        self.server = v1.ServerServiceStub(channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connection and every call on it; runs go on in the server. May be called twice."""
+        await self._channel.close()
+
+    async def create_session(
+        self,
+        agent: str = "",
+        *,
+        session_id: str = "",
+        user: str = "",
+        display_name: str = "",
+        labels: Mapping[str, str] | None = None,
+        state: Mapping[str, Plain] | None = None,
+    ) -> v1.Session:
+        """Opens a session; `state` are its first notes.
+
+        Raises NotecaseError ALREADY_EXISTS when the id is taken, AGENT_NOT_FOUND when its agent is missing."""
+        request = v1.CreateSessionRequest(
+            session_id=session_id,
+            session=v1.Session(agent=agent, user=user, display_name=display_name, labels=labels),
+            state=_values(state),
+            request_id=uuid.uuid4().hex,
+        )
+        return await repeat(self._retry, lambda: self.sessions.CreateSession(request))
+
+    async def get_state(self, owner: str, *keys: str) -> dict[str, Any]:
+        """State as Python values: the keys named, those that do not exist left out, or all of it.
+
+        `owner` is sessions/{session}, users/{user} or app. All of a large state is read in pages, between which it
+        may change. Raises NotecaseError SESSION_NOT_FOUND."""
+        request = v1.GetStateRequest(name=f"{owner}/state", keys=keys, page_size=1000)
+        values: dict[str, Any] = {}
+        while True:
+            page = await repeat(self._retry, lambda: self.state.GetState(request))
+            values.update((key, from_value(entry.value)) for key, entry in page.entries.items())
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return values
+
+    async def put_state(self, owner: str, key: str, value: Plain, *, if_version: int | None = None) -> v1.StateEntry:
+        """Sets one key of sessions/{session}, users/{user} or app.
+
+        With `if_version` only if the key has that version, 0 for none; otherwise NotecaseError STATE_VERSION_MISMATCH
+        with the current one in `metadata["version"]`."""
+        request = v1.PutStateRequest(
+            name=f"{owner}/state",
+            key=key,
+            value=to_value(value),
+            if_version=if_version,
+            request_id=uuid.uuid4().hex,
+        )
+        return await repeat(self._retry, lambda: self.state.PutState(request))
+
+    def run(
+        self,
+        session: str = "",
+        *said: str | v1.Message,
+        agent: str = "",
+        state: Mapping[str, Plain] | None = None,
+        run_id: str = "",
+        options: v1.WatchOptions | None = None,
+    ) -> RunStream:
+        """Starts a run when entered, and follows it to its end.
+
+        `said` is what the user says, texts or messages; none, where the session's history ends with something to
+        answer. Without `session` a new one is opened for `agent`; with it, `agent` may name another than the
+        session's. `state` is put into the session in the same commit. A `run_id` of your own makes the start the same
+        across processes.
+
+        Entering raises NotecaseError: RUN_ACTIVE when the session has a run, AGENT_NOT_FOUND, SESSION_NOT_FOUND and
+        so on."""
+        start = v1.StartRun(
+            session=session,
+            agent=agent,
+            state=_values(state),
+            run_id=run_id or uuid.uuid4().hex,
+            messages=map(to_message, said),
+            options=options,
+        )
+        if not session:  # named here, so that a repeat finds it
+            start.new_session.name = f"sessions/{uuid.uuid4().hex}"
+            start.new_session.agent = agent.partition("@")[0]
+        return RunStream(self.runs, v1.RunRequest(command_id=uuid.uuid4().hex, start=start), self._retry)
+
+    def attach(
+        self, name: str, after_sequence: int | None = None, *, options: v1.WatchOptions | None = None
+    ) -> RunStream:
+        """Follows a run (sessions/{session}/runs/{run}) or a session that exists, when entered.
+
+        Events begin after `after_sequence`, 0 for the whole log; without it, at the run's first event or at the
+        session's head. A session without a run under way ends the stream at its head, unless `options` say keep_open.
+
+        Entering raises NotecaseError: SEQUENCE_AHEAD, SESSION_NOT_FOUND, RUN_NOT_FOUND."""
+        attach = v1.AttachRun(name=name, after_sequence=after_sequence, options=options)
+        return RunStream(self.runs, v1.RunRequest(attach=attach), self._retry)
+
+    async def invoke(
+        self,
+        session: str = "",
+        *said: str | v1.Message,
+        agent: str = "",
+        state: Mapping[str, Plain] | None = None,
+        run_id: str = "",
+    ) -> v1.Message:
+        """Runs to the end and returns the reply: `run` without the watching, with the same arguments.
+
+        Raises NotecaseError as entering `run` does, with the run's own error when it fails, and with code CANCELLED
+        when it is cancelled. Cancelling the call leaves the run going on."""
+        options = v1.WatchOptions(durable_only=True)
+        async with self.run(session, *said, agent=agent, state=state, run_id=run_id, options=options) as run:
+            async for _ in run:
+                pass
+        if run.result.state == v1.Run.STATE_FAILED:
+            raise NotecaseError.from_proto(run.result.error)
+        if run.result.state == v1.Run.STATE_CANCELLED:
+            raise NotecaseError(grpc.StatusCode.CANCELLED, "", f"{run.name} was cancelled.")
+        return run.result.reply
+
+
+def _values(plain: Mapping[str, Plain] | None) -> dict[str, v1.Value]:
+    return {key: to_value(value) for key, value in (plain or {}).items()}
+
+
+class _Channel:
+    """A channel as the stubs use it, whose calls raise NotecaseError.
+
+    Not an interceptor: those put a task and a queue between caller and call, and lose the call's metadata."""
+
+    def __init__(self, channel: aio.Channel) -> None:
+        self.unary_unary = _translated(channel.unary_unary)
+        self.unary_stream = _translated(channel.unary_stream)
+        self.stream_unary = _translated(channel.stream_unary)
+        self.stream_stream = _translated(channel.stream_stream)
+
+
+def _translated(shape: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]]:
+    def multicallable(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        method = shape(*args, **kwargs)
+        return lambda *args, **kwargs: _Call(method(*args, **kwargs))
+
+    return multicallable
+
+
+class _Call:
+    """A call in progress: all that can raise is translated, the rest is grpc's."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._responses: AsyncIterator[Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        with _translating():
+            return (yield from self._call.__await__())
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._responses is None:
+            self._responses = aiter(self._call)
+        with _translating():
+            return await anext(self._responses)
+
+    async def read(self) -> Any:
+        with _translating():
+            return await self._call.read()
+
+    async def write(self, request: Any) -> None:
+        with _translating():
+            await self._call.write(request)
+
+    async def wait_for_connection(self) -> None:
+        with _translating():
+            await self._call.wait_for_connection()
+
+
+@contextmanager
+def _translating() -> Iterator[None]:
+    try:
+        yield
+    except aio.AioRpcError as error:
+        raise NotecaseError.from_rpc_error(error) from error

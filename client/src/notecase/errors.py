@@ -1,0 +1,106 @@
+"""Every refusal and failure as one exception with a stable reason: `NotecaseError`.
+
+It is no `grpc.RpcError`, because not all that fails is a call: a refused command and a failed run are data that carry
+the same facts. Where a call is behind it, its `RpcError` is the `__cause__`.
+"""
+
+import contextlib
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Self
+
+import grpc
+from google.protobuf import any_pb2
+from google.protobuf.message import DecodeError
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+from notecase import v1
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_REASONS = {number: name.removeprefix("ERROR_REASON_") for name, number in v1.ErrorReason.items() if number}
+
+
+class Violation(NamedTuple):
+    """One field of a request that is wrong, and what would be right."""
+
+    field: str
+    description: str
+
+
+class Resource(NamedTuple):
+    """What an error is about: `Resource("notecase.v1.Session", "sessions/s1")`."""
+
+    type: str
+    name: str
+
+
+class NotecaseError(Exception):
+    """What the service refused or failed at, or why it could not be reached.
+
+    `reason` is what programs decide by: a `v1.ErrorReason` without its prefix, such as "RUN_ACTIVE". It is empty when
+    the error was not made by the service: the connection broke, the deadline passed, or something else answered.
+    `code` is always set. `message` is for people. `retry_after` is in seconds, None where the service names no time.
+    """
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        reason: str,
+        message: str,
+        *,
+        metadata: Mapping[str, str] | None = None,
+        violations: Iterable[Violation] = (),
+        resource: Resource | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(code, reason, message)
+        self.code = code
+        self.reason = reason
+        self.message = message
+        self.metadata = dict(metadata or {})
+        self.violations = tuple(violations)
+        self.resource = resource
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"{self.reason or self.code.name}: {self.message}"
+
+    @classmethod
+    def from_rpc_error(cls, error: grpc.RpcError) -> Self:
+        """Decodes what a stub raised, synchronous or not.
+
+            try:
+                stub.GetSession(request)
+            except grpc.RpcError as error:
+                raise NotecaseError.from_rpc_error(error) from error
+
+        Details that are absent, of an unknown type or do not decode are left out; this never fails."""
+        decoded = cls(error.code(), "", error.details() or "")
+        # What stands between us and the service may rewrite a status: then its code and words are all there is.
+        with contextlib.suppress(ValueError, DecodeError):
+            # Typed for calls, it takes their errors too.
+            status: status_pb2.Status | None = rpc_status.from_call(error)  # type: ignore[arg-type]
+            for detail in status.details if status else ():
+                decoded._add(detail)
+        return decoded
+
+    @classmethod
+    def from_proto(cls, error: v1.Error) -> Self:
+        """The error of a failed run or a refused command."""
+        code = _CODES.get(error.code, grpc.StatusCode.UNKNOWN)
+        return cls(code, _REASONS.get(error.reason, ""), error.message, metadata=error.metadata)
+
+    def _add(self, detail: any_pb2.Any) -> None:
+        if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
+            info = error_details_pb2.ErrorInfo.FromString(detail.value)
+            if info.domain == "notecase":
+                self.reason, self.metadata = info.reason, dict(info.metadata)
+        elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
+            request = error_details_pb2.BadRequest.FromString(detail.value)
+            self.violations = tuple(Violation(v.field, v.description) for v in request.field_violations)
+        elif detail.Is(error_details_pb2.ResourceInfo.DESCRIPTOR):
+            info = error_details_pb2.ResourceInfo.FromString(detail.value)
+            self.resource = Resource(info.resource_type, info.resource_name)
+        elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
+            retry = error_details_pb2.RetryInfo.FromString(detail.value)
+            self.retry_after = retry.retry_delay.ToTimedelta().total_seconds()

@@ -1,0 +1,69 @@
+"""When to try again, and for how long: only what is safe to repeat passes through here."""
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+
+from notecase.errors import NotecaseError
+from notecase.view import Gap
+
+T = TypeVar("T")
+
+_TRANSPORT = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN})
+"""What a connection that was reset in the middle of a call looks like, depending on who reset it."""
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How patient a client is when the connection breaks or the server is away. Delays are in seconds.
+
+    The defaults outlast a server's restart: about 15 seconds in all."""
+
+    tries: int = 10
+    """In a row, without an entry of the log in between; 0: every failure is raised at once."""
+    first_delay: float = 0.1
+    """Doubled for each further try."""
+    max_delay: float = 5.0
+
+
+class Backoff:
+    """Counts failures in a row and waits between them."""
+
+    def __init__(self, retry: Retry) -> None:
+        self._retry = retry
+        self._failures = 0
+
+    def progress(self) -> None:
+        """There was success: the next failure is a first one."""
+        self._failures = 0
+
+    async def wait(self, error: NotecaseError | Gap) -> None:
+        """Waits until it is time to try again; raises `error` when that is of no use, or was tried often enough."""
+        if self._failures >= self._retry.tries or not _may_pass(error):
+            raise error
+        delay = min(self._retry.first_delay * 2**self._failures, self._retry.max_delay)
+        self._failures += 1
+        # Spread out, so that the clients of a server that restarts do not come back all at once.
+        delay *= random.uniform(0.5, 1)
+        await asyncio.sleep(max(delay, getattr(error, "retry_after", None) or 0))
+
+
+async def repeat(retry: Retry, call: Callable[[], Awaitable[T]]) -> T:
+    """Makes a call, again and again while the connection breaks; the call is to carry a request_id or command_id."""
+    backoff = Backoff(retry)
+    while True:
+        try:
+            return await call()
+        except NotecaseError as error:
+            await backoff.wait(error)
+
+
+def _may_pass(error: NotecaseError | Gap) -> bool:
+    if isinstance(error, Gap) or error.code is grpc.StatusCode.UNAVAILABLE:
+        return True
+    # The service always gives a reason; without one it was the transport that failed.
+    return not error.reason and error.code in _TRANSPORT

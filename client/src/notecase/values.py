@@ -1,0 +1,69 @@
+"""Python's own values to the API's and back, exactly: `from_value` gives back what `to_value` was given."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from google.protobuf.struct_pb2 import NULL_VALUE
+
+from notecase import v1
+
+Plain: TypeAlias = "bool | int | float | str | bytes | Sequence[Plain] | Mapping[str, Plain] | None"
+"""What state can hold. Integers have 64 bits; any sequence comes back as a list, any mapping as a dict."""
+
+
+def to_value(plain: Plain) -> v1.Value:
+    """A new `v1.Value` that shares nothing with `plain`.
+
+    Raises OverflowError for an integer beyond 64 bits and TypeError for what state cannot hold, keys that are no
+    strings among it. NaN, the infinities and more than 16 levels are left to the server, which refuses them by
+    name."""
+    match plain:
+        case None:
+            return v1.Value(null_value=NULL_VALUE)
+        case bool():
+            return v1.Value(bool_value=plain)
+        case int():
+            if not -(1 << 63) <= plain < 1 << 63:
+                raise OverflowError(f"{plain} does not fit into 64 bits; state can hold it as a string")
+            return v1.Value(int_value=plain)
+        case float():
+            return v1.Value(double_value=plain)
+        case str():
+            return v1.Value(string_value=plain)
+        case bytes() | bytearray() | memoryview():
+            return v1.Value(bytes_value=bytes(plain))
+        case Sequence():
+            return v1.Value(list_value=v1.ValueList(values=map(to_value, plain)))
+        case Mapping():
+            for key in plain:
+                if not isinstance(key, str):
+                    raise TypeError(f"the keys of a map in state are strings, not {type(key).__name__}")
+            return v1.Value(map_value=v1.ValueMap(values={key: to_value(held) for key, held in plain.items()}))
+        case _:
+            raise TypeError(f"state cannot hold a {type(plain).__name__}")
+
+
+def from_value(value: v1.Value) -> Any:
+    """The Python value, sharing nothing with `value`; None also for a `v1.Value` that is not set, or of a kind this
+    version of the client does not know."""
+    match value.WhichOneof("kind"):
+        case None | "null_value":
+            return None
+        case "list_value":
+            return [from_value(held) for held in value.list_value.values]
+        case "map_value":
+            return {key: from_value(held) for key, held in value.map_value.values.items()}
+        case kind:
+            return getattr(value, kind)
+
+
+def to_message(said: str | v1.Message) -> v1.Message:
+    """Text as a user's message; a message as it is."""
+    if isinstance(said, v1.Message):
+        return said
+    return v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text=said)])
+
+
+def text_of(message: v1.Message) -> str:
+    """The text parts of a message, joined; empty when it has none."""
+    return "".join(part.text for part in message.parts)

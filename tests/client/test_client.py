@@ -1,0 +1,469 @@
+"""The client against a real server: what it promises beyond the stubs, whatever becomes of the connection."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import assert_type
+
+import grpc
+import pytest
+from notecase import Client, NotecaseError, Resource, Retry, RunStream, text_of, v1
+from notecase_server.models.openai import OpenAIProvider
+
+from tests.client.proxy import Proxy
+from tests.support.openai_server import OpenAIServer, error, reply
+from tests.support.server import Running, Spawned, running
+
+EAGER = v1.WatchOptions()
+EAGER.max_batch_delay.FromMilliseconds(0)
+
+QUICK = Retry(tries=20, first_delay=0.01, max_delay=0.2)
+
+
+@pytest.fixture
+async def model() -> AsyncIterator[OpenAIServer]:
+    """What the agents speak with."""
+    async with OpenAIServer() as server:
+        yield server
+
+
+@pytest.fixture
+async def served(model: OpenAIServer) -> AsyncIterator[Running]:
+    """A server whose default provider is the scripted model."""
+    async with running(providers={"openai": OpenAIProvider("test-key", model.url, "stub-1")}) as server:
+        yield server
+
+
+@pytest.fixture
+async def client(served: Running) -> AsyncIterator[Client]:
+    """A client with an agent, agents/detective, that reads a note."""
+    async with Client(served.address, retry=QUICK) as client:
+        llm = v1.LlmAgent(instruction="Case: {{ case }}. Seen: {{ seen }}.")
+        await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="detective", agent=v1.Agent(llm=llm)))
+        yield client
+
+
+@pytest.fixture
+async def session(client: Client) -> str:
+    """The name of an empty session of the detective's."""
+    return (await client.create_session("agents/detective")).name
+
+
+@asynccontextmanager
+async def through(served: Running) -> AsyncIterator[tuple[Proxy, Client]]:
+    """A proxy before the server, and a client behind it."""
+    async with Proxy(served.address) as proxy, Client(proxy.address, retry=QUICK) as client:
+        yield proxy, client
+
+
+async def log_of(client: Client, session: str) -> list[v1.Event]:
+    """The whole log of an idle session."""
+    async with client.attach(session, 0) as stream:
+        return [event async for event in stream]
+
+
+def durable(events: list[v1.Event]) -> list[v1.Event]:
+    return [event for event in events if event.sequence]
+
+
+async def test_a_conversation_reads_as_in_the_readme(client: Client, model: OpenAIServer) -> None:
+    """Open a session with a note, hear a reply as it comes, put a note, ask again: the next reply is told of it."""
+    model.script(reply("At the harbour, près du quai. 🎻", chunks=7), reply("Still there."))
+    session = await client.create_session(agent="agents/detective", state={"case": "The missing violin"})
+    async with client.run(session.name, "Where was it last seen?") as run:
+        pieces = [text async for text in run.text()]
+    assert "".join(pieces) == "At the harbour, près du quai. 🎻" == text_of(run.result.reply)
+    assert run.result.state == v1.Run.STATE_SUCCEEDED
+    assert (run.result.usage.output_tokens, run.session) == (7, session.name)
+    await client.put_state(session.name, "seen", "the harbour")
+    answer = await client.invoke(session.name, "And now?")
+    assert text_of(answer) == "Still there."
+    assert model.requests[1]["messages"][0]["content"] == "Case: The missing violin. Seen: the harbour."
+    assert await client.get_state(session.name) == {"case": "The missing violin", "seen": "the harbour"}
+
+
+async def test_the_view_and_the_result_are_what_the_server_would_tell(
+    client: Client, session: str, model: OpenAIServer
+) -> None:
+    """Run, messages and state rebuilt from events equal those that the server has."""
+    model.script(reply("Hm.", chunks=2), reply("Yes."))
+    await client.invoke(session, "One", state={"count": 1})
+    async with client.run(session, "Two") as run:
+        await run.update_state(ops=[v1.StateOp(key="count", increment=2)])
+        async for _ in run:
+            pass
+    async with client.attach(session, 0) as whole:
+        async for _ in whole:
+            pass
+    listed = await client.messages.ListMessages(v1.ListMessagesRequest(parent=session))
+    state = await client.state.GetState(v1.GetStateRequest(name=f"{session}/state"))
+    assert await client.runs.GetRun(v1.GetRunRequest(name=run.name)) == run.result == whole.view.run
+    assert list(whole.view.messages.values()) == list(listed.messages)
+    assert whole.view.state == {key: entry.value for key, entry in state.entries.items()}
+    assert await client.get_state(session, "count", "absent") == {"count": 3}
+
+
+async def test_a_run_may_open_its_session(client: Client, model: OpenAIServer) -> None:
+    """Without a session, a new one is made for the agent, and belongs to it from then on."""
+    model.script(reply("Good evening."), reply("Again."))
+    async with client.run("", "Hello", agent="agents/detective@1") as run:
+        async for _ in run:
+            pass
+    session = await client.sessions.GetSession(v1.GetSessionRequest(name=run.session))
+    assert session.agent == "agents/detective"
+    assert text_of(await client.invoke(run.session, "Hello again")) == "Again."
+
+
+async def test_several_messages_and_parts_are_said_at_once(client: Client, session: str, model: OpenAIServer) -> None:
+    """Texts and messages mix, in their order."""
+    model.script(reply("Seen."))
+    note = v1.Message(role=v1.Message.ROLE_SYSTEM, parts=[v1.Part(text="Be kind.")])
+    async with client.run(session, "First", note, "Last") as run:
+        async for _ in run:
+            pass
+    said = [(m.role, text_of(m)) for m in run.view.messages.values()]
+    user, system, assistant = v1.Message.ROLE_USER, v1.Message.ROLE_SYSTEM, v1.Message.ROLE_ASSISTANT
+    assert said == [(user, "First"), (system, "Be kind."), (user, "Last"), (assistant, "Seen.")]
+
+
+async def test_all_of_a_large_state_is_read(client: Client, session: str) -> None:
+    """Pages are the client's affair."""
+    for start in (0, 800):
+        ops = [v1.StateOp(key=f"k{n:04}", set=v1.Value(int_value=n)) for n in range(start, start + 800)]
+        await client.state.UpdateState(v1.UpdateStateRequest(name=f"{session}/state", ops=ops))
+    assert await client.get_state(session) == {f"k{n:04}": n for n in range(1600)}
+
+
+async def test_a_refusal_tells_its_reason_everywhere(client: Client, served: Running) -> None:
+    """By a raw stub, by the client's methods, on entering a stream, and from a synchronous stub."""
+    missing = Resource("notecase.v1.Session", "sessions/nowhere")
+    with pytest.raises(NotecaseError) as raw:
+        await client.sessions.GetSession(v1.GetSessionRequest(name="sessions/nowhere"))
+    with pytest.raises(NotecaseError) as method:
+        await client.put_state("sessions/nowhere", "key", 1)
+    with pytest.raises(NotecaseError) as entered:
+        await client.run("sessions/nowhere", "Hello").__aenter__()
+    with pytest.raises(NotecaseError) as attached:
+        await client.attach("sessions/nowhere").__aenter__()
+    with grpc.insecure_channel(served.address) as channel:
+        stub = v1.SessionServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as blocking:
+            await asyncio.to_thread(stub.GetSession, v1.GetSessionRequest(name="sessions/nowhere"))
+        decoded = NotecaseError.from_rpc_error(blocking.value)
+    for told in (raw.value, method.value, entered.value, attached.value, decoded):
+        assert (told.code, told.reason) == (grpc.StatusCode.NOT_FOUND, "SESSION_NOT_FOUND")
+        assert told.resource == missing
+
+
+async def test_all_violations_are_listed(client: Client) -> None:
+    """A program can point at every field that is wrong."""
+    with pytest.raises(NotecaseError) as refused:
+        await client.sessions.CreateSession(v1.CreateSessionRequest(session_id="A b", session=v1.Session(user="ada")))
+    assert sorted(violation.field for violation in refused.value.violations) == ["session.user", "session_id"]
+
+
+async def test_a_busy_session_names_its_run_and_is_not_asked_again(
+    client: Client, session: str, served: Running, model: OpenAIServer
+) -> None:
+    """RUN_ACTIVE is an answer, not a failure of the connection."""
+    release = asyncio.Event()
+    model.script(reply("One.").held(release, 0))
+    async with client.run(session, "One") as run:
+        with pytest.raises(NotecaseError) as refused:
+            await client.invoke(session, "Two")
+        release.set()
+        async for _ in run:
+            pass
+    assert (refused.value.reason, refused.value.metadata["run"]) == ("RUN_ACTIVE", run.name)
+    assert len(model.requests) == 1
+
+
+async def test_a_failed_run_is_data_and_where_it_matters_an_exception(
+    client: Client, session: str, model: OpenAIServer
+) -> None:
+    """Events and `result` tell it; `text` and `invoke`, which would else pass it over, raise it."""
+    model.script(error(400), error(400))
+    with pytest.raises(NotecaseError) as invoked:
+        await client.invoke(session, "Speak")
+    async with client.run(session, "Again") as run:
+        with pytest.raises(NotecaseError) as told:
+            async for _ in run.text():
+                pass
+    assert (invoked.value.reason, told.value.reason) == ("MODEL_ERROR", "MODEL_ERROR")
+    assert (run.result.state, run.result.error.message) == (v1.Run.STATE_FAILED, told.value.message)
+
+
+async def test_a_run_is_cancelled_from_within_its_loop(client: Client, session: str, model: OpenAIServer) -> None:
+    """What was said stays, the text just ends, and a second cancel is refused."""
+    model.script(reply("Half of it", chunks=2).held(asyncio.Event(), 2))
+    async with client.run(session, "Speak", options=EAGER) as run:
+        pieces = []
+        async for text in run.text():
+            pieces.append(text)
+            sequence = await run.cancel("enough")
+        with pytest.raises(NotecaseError, match="RUN_ENDED"):
+            await run.cancel()
+    assert run.result.state == v1.Run.STATE_CANCELLED
+    assert run.last_sequence == sequence
+    said = [message for message in run.view.messages.values() if message.role == v1.Message.ROLE_ASSISTANT]
+    assert [(text_of(m), m.status) for m in said] == [("".join(pieces), v1.Message.STATUS_INCOMPLETE)]
+
+
+async def test_invoke_raises_when_its_run_is_cancelled(client: Client, session: str, model: OpenAIServer) -> None:
+    """There is no reply to return."""
+    model.script(reply("Never.").held(asyncio.Event(), 0))
+    invoked = asyncio.create_task(client.invoke(session, "Wait", run_id="r1"))
+    await model.request(0)
+    await client.runs.CancelRun(v1.CancelRunRequest(name=f"{session}/runs/r1"))
+    with pytest.raises(NotecaseError) as cancelled:
+        await invoked
+    assert cancelled.value.code is grpc.StatusCode.CANCELLED
+
+
+async def test_state_changes_are_commands_of_the_stream(client: Client, session: str, model: OpenAIServer) -> None:
+    """They come back as events, at the sequence that was returned; a refused one is raised and changes nothing."""
+    release = asyncio.Event()
+    model.script(reply("Noted.").held(release, 0))
+    async with client.run(session, "Note it") as run:
+        sequence = await run.update_state({"seen": "quay", "n": 1}, ops=[v1.StateOp(key="n2", increment=1)])
+        with pytest.raises(NotecaseError, match="STATE_TYPE_MISMATCH"):
+            await run.update_state({"seen": "nowhere"}, ops=[v1.StateOp(key="n", append=v1.Value(int_value=1))])
+        with pytest.raises(NotecaseError, match="STATE_VERSION_MISMATCH"):
+            await run.update_state({"seen": "nowhere"}, if_version=0)
+        release.set()
+        events = [event async for event in run]
+    changed = [event for event in events if event.HasField("state_changed")]
+    assert [event.sequence for event in changed] == [sequence]
+    assert await client.get_state(session) == {"seen": "quay", "n": 1, "n2": 1}
+
+
+async def test_leaving_a_stream_leaves_the_run_alone(client: Client, session: str, model: OpenAIServer) -> None:
+    """The run goes on in the server, and attaching to it tells all of it."""
+    release = asyncio.Event()
+    model.script(reply("Said to nobody.", chunks=3).held(release, 2))
+    async with client.run(session, "Speak", options=EAGER) as run:
+        async for event in run:
+            if event.HasField("block_delta"):
+                break
+    with pytest.raises(RuntimeError, match="not ended"):
+        _ = run.result
+    release.set()
+    await client.runs.WaitRun(v1.WaitRunRequest(name=run.name))
+    async with client.attach(run.name) as again:
+        assert [text async for text in again.text()] == ["Said to nobody."]
+    assert again.result.state == v1.Run.STATE_SUCCEEDED
+
+
+async def test_attaching_begins_where_it_is_told(client: Client, session: str, model: OpenAIServer) -> None:
+    """At the head of an idle session there is nothing; after a sequence, what follows it; beyond it, a refusal."""
+    model.script(reply("One."))
+    await client.invoke(session, "One")
+    events = await log_of(client, session)
+    async with client.attach(session) as head:
+        assert [event async for event in head] == []
+    async with client.attach(session, 2) as rest:
+        assert [event async for event in rest] == events[2:]
+    assert (head.name, head.last_sequence, rest.last_sequence) == ("", len(events), len(events))
+    with pytest.raises(NotecaseError, match="SEQUENCE_AHEAD"):
+        await client.attach(session, len(events) + 1).__aenter__()
+
+
+async def test_a_timeout_while_waiting_for_an_event_loses_none(
+    client: Client, session: str, model: OpenAIServer
+) -> None:
+    """The next iteration attaches again and goes on."""
+    release = asyncio.Event()
+    model.script(reply("Slowly but whole", chunks=4).held(release, 3))
+    events: list[v1.Event] = []
+    async with client.run(session, "Speak", options=EAGER) as run:
+        while True:
+            try:
+                # Nothing more comes while the model is held; the deadline is over as soon as the task must wait.
+                async with asyncio.timeout(0 if len(events) >= 3 and not release.is_set() else None):
+                    events.append(await anext(run))
+            except TimeoutError:
+                release.set()
+            except StopAsyncIteration:
+                break
+    assert release.is_set()
+    assert durable(events) == await log_of(client, session)
+
+
+@pytest.mark.parametrize("kind", ["run_started", "message_added", "block_delta"])
+async def test_a_cut_connection_is_mended_without_gap_or_repeat(
+    client: Client, session: str, served: Running, model: OpenAIServer, kind: str
+) -> None:
+    """Whatever was told last before the cut, each entry of the log comes once."""
+    release = asyncio.Event()
+    model.script(reply("Räuber, überall Räuber! 🦹", chunks=6).held(release, 4))
+    events = []
+    async with through(served) as (proxy, behind), behind.run(session, "Who?", options=EAGER) as run:
+        async for event in run:
+            events.append(event)
+            if event.HasField(kind) and not release.is_set():  # type: ignore[arg-type]
+                proxy.cut()
+                release.set()
+    assert proxy.opened > 1
+    assert durable(events) == await log_of(client, session)
+    assert text_of(run.result.reply) == "Räuber, überall Räuber! 🦹"
+
+
+async def test_a_connection_cut_after_every_entry_still_tells_all(
+    client: Client, session: str, served: Running, model: OpenAIServer
+) -> None:
+    """Patience is counted from the last entry, so progress is never given up on."""
+    model.script(reply("On and on."))
+    events = []
+    async with Proxy(served.address) as proxy:
+        patience = Retry(tries=2, first_delay=0.01)
+        async with Client(proxy.address, retry=patience) as behind, behind.run(session, "Go on") as run:
+            async for event in run:
+                events.append(event)
+                if event.sequence:
+                    proxy.cut()
+    assert durable(events) == await log_of(client, session)
+
+
+async def test_printed_text_goes_on_where_it_was_cut(
+    client: Client, session: str, served: Running, model: OpenAIServer
+) -> None:
+    """The open block comes again whole; what was printed of it is not printed again."""
+    release = asyncio.Event()
+    model.script(reply("Räuber, überall Räuber! 🦹", chunks=6).held(release, 4))
+    async with through(served) as (proxy, behind), behind.run(session, "Who?", options=EAGER) as run:
+        pieces = []
+        async for text in run.text():
+            pieces.append(text)
+            if not release.is_set():
+                proxy.cut()
+                release.set()
+    assert len(pieces) > 1
+    assert "".join(pieces) == "Räuber, überall Räuber! 🦹"
+    assert proxy.opened > 1
+
+
+async def test_a_start_whose_answer_is_lost_happens_once(
+    client: Client, session: str, served: Running, model: OpenAIServer
+) -> None:
+    """The client does not know whether its start arrived; it says the same again and finds the run."""
+    model.script(reply("Once."))
+    async with through(served) as (proxy, behind):
+        await behind.server.GetServerInfo(v1.GetServerInfoRequest())  # the connection stands
+        proxy.deaf = True
+        said = asyncio.create_task(behind.invoke(session, "Hello"))
+        await model.request(0)
+        proxy.deaf = False
+        proxy.cut()
+        assert text_of(await said) == "Once."
+    runs = await client.runs.ListRuns(v1.ListRunsRequest(parent=session))
+    assert (len(runs.runs), len(model.requests)) == (1, 1)
+
+
+async def test_a_write_whose_answer_is_lost_happens_once(client: Client, session: str, served: Running) -> None:
+    """The request_id makes the repeat the first answer again."""
+    keep = v1.WatchOptions(keep_open=True)
+    async with through(served) as (proxy, behind), client.attach(session, options=keep) as watching:
+        await behind.server.GetServerInfo(v1.GetServerInfoRequest())
+        proxy.deaf = True
+        put = asyncio.create_task(behind.put_state(session, "n", 1))
+        event = await anext(watching)
+        proxy.deaf = False
+        proxy.cut()
+        assert (await put).version == 1
+    assert event.state_changed.version == 1
+    assert durable(await log_of(client, session)) == [event]
+
+
+async def test_patience_ends(session: str, served: Running, model: OpenAIServer) -> None:
+    """With no tries left the failure is raised, as what it is; the run itself goes on."""
+    release = asyncio.Event()
+    model.script(reply("Unheard.").held(release, 0))
+    async with (
+        Proxy(served.address) as proxy,
+        Client(proxy.address, retry=Retry(tries=0)) as behind,
+        behind.run(session, "Speak") as run,
+    ):
+        with pytest.raises(NotecaseError) as broken:
+            async for event in run:
+                if event.HasField("message_added"):
+                    proxy.cut()
+        opened = proxy.opened
+    release.set()
+    found = await served.runs.WaitRun(v1.WaitRunRequest(name=run.name))
+    assert (broken.value.code, broken.value.reason, opened) == (grpc.StatusCode.UNAVAILABLE, "", 1)
+    assert found.state == v1.Run.STATE_SUCCEEDED
+
+
+async def test_a_watch_outlives_the_servers_restart(tmp_path: Path) -> None:
+    """A stop in good order and a start: the stream that was open before goes on, and a write that came in between is
+    carried out."""
+    store, log = f"sqlite:{tmp_path / 'notecase.db'}", tmp_path / "log"
+    server = await Spawned.start(store, log)
+    try:
+        async with Client(server.address) as client:
+            session = await client.create_session(session_id="s")
+            keep = v1.WatchOptions(keep_open=True)
+            async with client.attach(session.name, 0, options=keep) as watching:
+                await client.put_state(session.name, "n", 1)
+                events = [await anext(watching)]
+                stopped = asyncio.create_task(server.stop())
+                following = asyncio.create_task(anext(watching))
+                assert await stopped == 0
+                put = asyncio.create_task(client.put_state(session.name, "n", 2))
+                server = await Spawned.start(store, log, port=int(server.address.rpartition(":")[2]))
+                await put
+                events.append(await following)
+            assert await client.get_state(session.name) == {"n": 2}
+    finally:
+        await server.kill()
+    assert [event.sequence for event in events] == [1, 2]
+
+
+async def test_a_deleted_session_ends_its_streams(client: Client, session: str) -> None:
+    """There is nothing to attach to again, and trying is not tried."""
+    async with client.attach(session, options=v1.WatchOptions(keep_open=True)) as watching:
+        await client.sessions.DeleteSession(v1.DeleteSessionRequest(name=session))
+        with pytest.raises(NotecaseError, match="SESSION_NOT_FOUND"):
+            await anext(watching)
+
+
+async def test_a_reply_begun_again_is_set_apart(client: Client, session: str, model: OpenAIServer) -> None:
+    """A model call that broke off is repeated as another message, after a blank line."""
+    model.script(reply("Half of it", chunks=2).cut(2), reply("All of it"))
+    async with client.run(session, "Speak", options=EAGER) as run:
+        text = "".join([piece async for piece in run.text()])
+    assert text == "Half \n\nAll of it"
+    assert text_of(run.result.reply) == "All of it"
+
+
+async def test_calls_keep_their_metadata_and_every_style(client: Client, served: Running, session: str) -> None:
+    """What a stub returns can be read and written by hand, and asked for its metadata, as with grpc's own."""
+    call = client.server.GetServerInfo(v1.GetServerInfoRequest())
+    info = assert_type(await call, v1.ServerInfo)
+    assert info == await served.info.GetServerInfo(v1.GetServerInfoRequest())
+    assert await call.code() is grpc.StatusCode.OK
+    stream = client.runs.Run()
+    await stream.write(v1.RunRequest(attach=v1.AttachRun(name=session)))
+    first = await stream.read()
+    assert isinstance(first, v1.RunResponse)
+    assert first.attached.session == session
+    await stream.done_writing()
+    assert [frame.batch.caught_up async for frame in _frames(stream)] == [True]
+
+
+async def _frames(
+    stream: "grpc.aio.StreamStreamCall[v1.RunRequest, v1.RunResponse]",
+) -> AsyncIterator[v1.RunResponse]:
+    while isinstance(frame := await stream.read(), v1.RunResponse):
+        yield frame
+
+
+async def test_a_stream_made_by_hand_takes_every_field(client: Client, session: str, model: OpenAIServer) -> None:
+    """`RunStream` over any request: here a condition on the log, which misses."""
+    start = v1.StartRun(
+        session=session, run_id="r1", if_last_sequence=7, messages=[v1.Message(parts=[v1.Part(text="Hi")])]
+    )
+    with pytest.raises(NotecaseError) as refused:
+        await RunStream(client.runs, v1.RunRequest(start=start)).__aenter__()
+    assert (refused.value.reason, refused.value.metadata) == ("SEQUENCE_MISMATCH", {"last_sequence": "0"})

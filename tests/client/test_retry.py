@@ -1,0 +1,92 @@
+"""What is tried again, how often, and how long the client waits in between."""
+
+import asyncio
+
+import grpc
+import pytest
+from notecase import Gap, NotecaseError, Retry
+from notecase.retry import Backoff
+
+
+def _error(code: str, reason: str = "", retry_after: float | None = None) -> NotecaseError:
+    return NotecaseError(grpc.StatusCode[code], reason, "It failed.", retry_after=retry_after)
+
+
+@pytest.fixture
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits asked for; none is waited."""
+    waits: list[float] = []
+
+    async def sleep(delay: float) -> None:
+        waits.append(delay)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    return waits
+
+
+@pytest.mark.parametrize(
+    "passing",
+    [
+        _error("UNAVAILABLE"),
+        _error("UNAVAILABLE", "SERVER_DRAINING"),
+        _error("UNAVAILABLE", "STORE_UNAVAILABLE"),
+        _error("UNAVAILABLE", "OWNER_LOST"),
+        _error("UNKNOWN"),
+        _error("INTERNAL"),
+        _error("CANCELLED"),
+        Gap("a hole"),
+    ],
+    ids=repr,
+)
+async def test_a_broken_connection_is_tried_again(passing: NotecaseError | Gap, slept: list[float]) -> None:
+    """Whatever breaks it, and when the server says that it will be back."""
+    await Backoff(Retry()).wait(passing)
+    assert len(slept) == 1
+
+
+@pytest.mark.parametrize(
+    "final",
+    [
+        _error("INTERNAL", "INTERNAL"),
+        _error("NOT_FOUND", "SESSION_NOT_FOUND"),
+        _error("ABORTED", "ETAG_MISMATCH"),
+        _error("FAILED_PRECONDITION", "RUN_ACTIVE"),
+        _error("RESOURCE_EXHAUSTED", "RATE_LIMITED", 1.0),
+        _error("DEADLINE_EXCEEDED"),
+        _error("UNIMPLEMENTED"),
+        _error("RESOURCE_EXHAUSTED"),
+    ],
+    ids=repr,
+)
+async def test_an_answer_is_not(final: NotecaseError, slept: list[float]) -> None:
+    """The service has spoken, or saying it again would come to the same."""
+    with pytest.raises(NotecaseError) as raised:
+        await Backoff(Retry()).wait(final)
+    assert raised.value is final
+    assert slept == []
+
+
+async def test_waits_double_up_to_a_bound_and_end(slept: list[float]) -> None:
+    """Each is between half and the whole of its measure, and the last failure is raised."""
+    backoff = Backoff(Retry(tries=5, first_delay=1, max_delay=6))
+    for _ in range(5):
+        await backoff.wait(_error("UNAVAILABLE"))
+    with pytest.raises(NotecaseError):
+        await backoff.wait(_error("UNAVAILABLE"))
+    measures = [1, 2, 4, 6, 6]
+    assert [measure / 2 <= wait <= measure for wait, measure in zip(slept, measures, strict=True)] == [True] * 5
+
+
+async def test_progress_makes_the_next_failure_a_first_one(slept: list[float]) -> None:
+    """So a long stream outlives any number of breaks."""
+    backoff = Backoff(Retry(tries=1, first_delay=1))
+    for _ in range(3):
+        await backoff.wait(_error("UNAVAILABLE"))
+        backoff.progress()
+    assert max(slept) <= 1
+
+
+async def test_the_servers_word_on_when_is_kept(slept: list[float]) -> None:
+    """Sooner than it says would be in vain."""
+    await Backoff(Retry(first_delay=0.1)).wait(_error("UNAVAILABLE", "SERVER_DRAINING", 3.0))
+    assert slept == [3.0]
