@@ -1,0 +1,92 @@
+"""A detective's conversation, from an empty machine to a restarted server: what `make demo` shows.
+
+It starts a server of its own on a free port, with a SQLite file in a temporary directory. With OPENAI_API_KEY or
+OPENAI_BASE_URL set it talks to that model, otherwise to the built-in offline one.
+"""
+
+import asyncio
+import os
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import notecase
+from notecase import v1
+
+INSTRUCTION = """\
+You are a detective who thinks aloud, in two or three sentences.
+The case: {{ case }}.
+Last seen: {{ last_seen | default: "nobody knows where" }}.
+{% if theory %}You last said: {{ theory | truncatewords: 8 }}{% endif %}"""
+
+
+def say(text: str = "") -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+@asynccontextmanager
+async def server(store: Path) -> AsyncIterator[str]:
+    """`notecase serve` as a process of its own; stopped with SIGTERM, as an operator would."""
+    with store.with_suffix(".log").open("ab") as log:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "notecase_server", "serve", "--listen", "127.0.0.1:0", "--store", f"sqlite:{store}"),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=log,
+        )
+    assert process.stdout is not None
+    line = (await process.stdout.readline()).decode()
+    if not line:
+        raise SystemExit(f"The server did not start:\n{store.with_suffix('.log').read_text()}")
+    try:
+        yield f"127.0.0.1:{line.split()[-1]}"
+    finally:
+        process.terminate()
+        await process.wait()
+
+
+async def turn(client: notecase.Client, session: str, question: str) -> None:
+    say(f"\n  you        {question}")
+    sys.stdout.write("  detective  ")
+    async with client.run(session, question) as run:
+        async for text in run.text():
+            sys.stdout.write(text.replace("\n", "\n             "))
+            sys.stdout.flush()
+    usage = run.result.usage
+    say(f"\n             [{usage.model}: {usage.input_tokens} tokens in, {usage.output_tokens} out]")
+
+
+async def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "notecase.db"
+        async with server(store) as address, notecase.Client(address) as client:
+            info = await client.server.GetServerInfo(v1.GetServerInfoRequest())
+            say(f"A server of notecase {info.version} on {address}, keeping everything in {info.store}.")
+            if info.providers[0] == "offline":
+                say("No OPENAI_API_KEY is set, so the built-in offline model answers: honest, and not clever.")
+            llm = v1.LlmAgent(instruction=INSTRUCTION, model=os.environ.get("OPENAI_MODEL", ""))
+            agent = v1.Agent(display_name="Detective", llm=llm, output_key="theory")
+            await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="detective", agent=agent))
+            session = await client.create_session(
+                "agents/detective", session_id="violin", state={"case": "the missing violin"}
+            )
+            say(f"The agent {session.agent} and the session {session.name}, with a first note: the case.")
+            await turn(client, session.name, "Where do we begin?")
+            await client.put_state(session.name, "last_seen", "the harbour, at dusk")
+            say("\n  a note     last_seen = the harbour, at dusk")
+            await turn(client, session.name, "Where was it last seen?")
+        say("\nThe server is stopped, and started again on the same file.")
+        async with server(store) as address, notecase.Client(address) as client:
+            listed = await client.sessions.ListSessions(v1.ListSessionsRequest())
+            for found in listed.sessions:
+                say(f"It still has {found.name}: {found.last_sequence} events, {found.usage.model_calls} replies.")
+            await turn(client, "sessions/violin", "And who was there?")
+            notes = await client.get_state("sessions/violin")
+            say(f"\nIts notes: {', '.join(sorted(notes))}.")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,3 @@
+from notecase_server.cli import main
+
+main()

@@ -1,0 +1,149 @@
+"""Composition and life: opens the store, takes over what was left, serves, and stops without losing anything."""
+
+import asyncio
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+import structlog
+import uuid_utils
+
+from notecase_server import __version__
+from notecase_server.config import Settings
+from notecase_server.engine.runs import Runs
+from notecase_server.engine.session import Sessions
+from notecase_server.models.contract import Provider
+from notecase_server.models.offline import OfflineProvider
+from notecase_server.models.openai import OpenAIProvider
+from notecase_server.rpc.interceptor import Authenticate, development
+from notecase_server.rpc.pages import Pages
+from notecase_server.rpc.run import Streams
+from notecase_server.rpc.server import build
+from notecase_server.rpc.services import Desk
+from notecase_server.rpc.watch import Pace
+from notecase_server.store.contract import Clock, Store
+from notecase_server.store.memory import MemoryStore
+from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite_file import StoreOpenError
+
+log = structlog.get_logger()
+
+REQUESTS_KEPT = 24 * 60 * 60 * 1_000_000
+"""Microseconds that the record of a request_id is kept: longer than any client tries again."""
+
+SWEEP_SECONDS = 600.0
+
+
+def now() -> int:
+    """Microseconds since 1970, UTC."""
+    return time.time_ns() // 1000
+
+
+def new_id() -> str:
+    """A UUIDv7: names made by the server sort by the time they were made."""
+    return str(uuid_utils.uuid7())
+
+
+async def open_store(url: str, clock: Clock) -> Store:
+    """`memory:` or `sqlite:PATH`. Raises StoreOpenError with a sentence for whoever started the server."""
+    kind, _, path = url.partition(":")
+    if kind == "memory" and not path:
+        return MemoryStore(clock)
+    if kind == "sqlite" and path:
+        return await SqliteStore.open(path, clock)
+    raise StoreOpenError(f"{url!r} is no store; want memory: or sqlite:PATH.")
+
+
+def make_providers(settings: Settings) -> dict[str, Provider]:
+    """By name, the default one first: the configured one, or else the offline one."""
+    providers: dict[str, Provider] = {}
+    if settings.openai is not None:
+        given = settings.openai
+        providers["openai"] = OpenAIProvider(given.api_key, given.base_url, given.default_model)
+    providers["offline"] = OfflineProvider()
+    return providers
+
+
+class Server:
+    """One server, from an open store to a closed one."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        providers: Mapping[str, Provider],
+        authenticate: Authenticate = development,
+        pace: Pace | None = None,
+        make_id: Callable[[], str] = new_id,
+        clock: Clock = now,
+    ) -> None:
+        """`providers` by name, the default one first. The server closes them and the store."""
+        pace = pace or Pace()
+        self.port = 0
+        self._settings = settings
+        self._store = store
+        self._providers = dict(providers)
+        self._clock = clock
+        self._authenticate = authenticate
+        self._new_id = make_id
+        sessions = Sessions(store)
+        default = next(iter(self._providers.values()))
+        self._runs = Runs(sessions, {"": default, **self._providers}, make_id, settings.max_runs, pace.poll)
+        self._streams = Streams(sessions, self._runs, pace)
+        self._desk = Desk(
+            version=__version__,
+            store=store,
+            sessions=sessions,
+            runs=self._runs,
+            streams=self._streams,
+            providers=tuple(self._providers),
+            pages=Pages(store.secret),
+            new_id=make_id,
+        )
+
+    async def start(self) -> int:
+        """Takes over the runs that were left, and serves; returns the port. Raises RuntimeError when the address is
+        taken."""
+        self._grpc, self._health = await build(self._desk, self._authenticate, self._new_id)
+        self.port = self._grpc.add_insecure_port(self._settings.listen)
+        await self._runs.take_over()
+        await self._grpc.start()
+        self._sweeper = asyncio.create_task(self._sweep())
+        log.info("server_started", listen=self._settings.listen, port=self.port, store=self._store.kind)
+        return self.port
+
+    async def stop(self) -> None:
+        """Takes nothing new, brings runs to their next commit or leaves them to the next start, tells the streams, and
+        closes the store. At most about `grace` seconds."""
+        grace = self._settings.grace
+        log.info("server_draining", grace=grace)
+        await self._health.stop()
+        self._streams.drain.begin(grace)
+        await self._runs.drain(grace)
+        self._streams.drain.close()
+        await self._grpc.stop(1.0)
+        self._sweeper.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._sweeper
+        for provider in self._providers.values():
+            await provider.close()
+        await self._store.close()
+        log.info("server_stopped")
+
+    async def _sweep(self) -> None:
+        while True:
+            await self._store.forget_requests(self._clock() - REQUESTS_KEPT)
+            await asyncio.sleep(SWEEP_SECONDS)
+
+
+async def serve(settings: Settings, ready: Callable[[int], None] = lambda port: None) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    asked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, asked.set)
+    server = Server(settings, await open_store(settings.store, now), make_providers(settings))
+    ready(await server.start())
+    await asked.wait()
+    await server.stop()

@@ -1,0 +1,278 @@
+"""A conversation over a real channel, on every store."""
+
+import asyncio
+
+import grpc
+import pytest
+from notecase import v1
+
+from tests.e2e.driving import (
+    BySendCommand,
+    OnStream,
+    durable,
+    events_of,
+    kinds,
+    log_of,
+    metadata_of,
+    reason_of,
+    said,
+)
+from tests.support.openai_server import Answer, OpenAIServer, chunk, error, reply, stream, tool_calls
+from tests.support.server import Running
+
+DRIVERS = [OnStream, BySendCommand]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_turn_is_two_commits_and_streams_in_between(
+    served: Running, session: str, model: OpenAIServer, driver: type[OnStream | BySendCommand]
+) -> None:
+    """The question and the start are one commit, the reply and the end another; text streams before it is committed."""
+    go_on = asyncio.Event()
+    model.script(reply("Good evening, Ada.", chunks=3).held(go_on, after=2))
+    frames: list[v1.RunResponse] = []
+    start = v1.StartRun(session=session, messages=[said("Hello")])
+    async for frame in driver().start(served, start):
+        frames.append(frame)
+        if any(event.HasField("block_delta") for event in frame.batch.events):
+            go_on.set()
+    assert frames[0].WhichOneof("frame") == "attached"
+    assert kinds(durable(frames)) == ["run_started", "message_added", "message_added", "usage", "run_state_changed"]
+    assert [event.sequence for event in durable(frames)] == [1, 2, 3, 4, 5]
+    times = [event.create_time.ToMicroseconds() for event in durable(frames)]
+    assert len(set(times[:2])) == 1
+    assert len(set(times[2:])) == 1
+    deltas = [event.block_delta for event in events_of(frames) if event.HasField("block_delta")]
+    whole = durable(frames)[2].message_added
+    assert {delta.message for delta in deltas} == {whole.name}
+    text = ""
+    for delta in deltas:
+        assert delta.start == len(text.encode())
+        text += delta.text
+        assert delta.end == len(text.encode())
+    assert whole.parts[0].text.startswith(text)
+    assert whole.parts[0].text == "Good evening, Ada."
+    assert durable(frames) == await log_of(served, session)
+
+
+async def test_the_model_is_shown_the_instruction_the_history_and_the_question(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    model.script(reply("One."), reply("Two."))
+    for text in ("First?", "Second?"):
+        await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=session, messages=[said(text)])))
+    assert model.requests[1]["messages"] == [
+        {"role": "system", "content": "Answer briefly."},
+        {"role": "user", "content": "First?"},
+        {"role": "assistant", "content": "One."},
+        {"role": "user", "content": "Second?"},
+    ]
+
+
+async def test_notes_reach_the_instruction_and_a_reply_becomes_a_note(served: Running, model: OpenAIServer) -> None:
+    """Templates read the session's, the user's and the app's state; output_key writes the reply back, in its commit."""
+    instruction = "Case: {{ case }}. For {{ user.name }}. Policy: {{ app.policy }}. Missing: [{{ nothing }}]"
+    made = v1.Agent(llm=v1.LlmAgent(instruction=instruction), output_key="verdict")
+    await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="judge", agent=made))
+    session = await served.sessions.CreateSession(
+        v1.CreateSessionRequest(
+            session=v1.Session(agent="agents/judge", user="users/Ada@x.org"),
+            state={"case": v1.Value(string_value="<violin> & bow")},
+        )
+    )
+    for owner, key, text in (("users/Ada@x.org", "name", "Ada"), ("app", "policy", "be kind")):
+        value = v1.Value(string_value=text)
+        await served.state.PutState(v1.PutStateRequest(name=f"{owner}/state", key=key, value=value))
+    model.script(reply("Guilty."))
+    await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=session.name, messages=[said("Well?")])))
+    assert model.requests[0]["messages"][0]["content"] == (
+        "Case: <violin> & bow. For Ada. Policy: be kind. Missing: []"
+    )
+    state = await served.state.GetState(v1.GetStateRequest(name=f"{session.name}/state", keys=["verdict"]))
+    assert state.entries["verdict"].value.string_value == "Guilty."
+    log = await log_of(served, session.name)
+    assert kinds(log)[-4:] == ["message_added", "usage", "state_changed", "run_state_changed"]
+
+
+async def test_usage_is_told_per_call_and_summed_per_run_and_session(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    counted = {
+        "prompt_tokens": 10,
+        "completion_tokens": 5,
+        "total_tokens": 15,
+        "prompt_tokens_details": {"cached_tokens": 4},
+        "completion_tokens_details": {"reasoning_tokens": 2},
+    }
+    model.script(tool_calls(("nothing", "{}"), usage=counted), reply("Done.", usage=counted))
+    answer = await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=session, messages=[said("Go")])))
+    twice = v1.Usage(
+        input_tokens=20, cached_input_tokens=8, output_tokens=10, reasoning_tokens=4, model_calls=2, model="stub-1"
+    )
+    assert answer.run.usage == twice
+    assert (await served.sessions.GetSession(v1.GetSessionRequest(name=session))).usage == twice
+    per_call = [event.usage for event in await log_of(served, session) if event.HasField("usage")]
+    assert [usage.input_tokens for usage in per_call] == [10, 10]
+
+
+async def test_a_call_of_a_tool_that_is_not_there_fails_and_the_model_is_told(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """Call and outcome stay one part, and the next request is well formed: every call answered."""
+    model.script(tool_calls(("search", '{"q": "violin"}'), ("weigh", "{}")), reply("I cannot."))
+    answer = await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=session, messages=[said("Go")])))
+    assert answer.run.state == v1.Run.STATE_SUCCEEDED
+    assistant, *results = model.requests[1]["messages"][2:]
+    asked = [call["id"] for call in assistant["tool_calls"]]
+    assert [result["tool_call_id"] for result in results] == asked
+    assert len(set(asked)) == 2
+    listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session))
+    calls = [part.tool_call for part in listed.messages[1].parts]
+    assert [call.outcome for call in calls] == [v1.ToolCall.OUTCOME_FAILED] * 2
+    assert calls[0].error == "There is no tool 'search'."
+    assert listed.messages[1].status == v1.Message.STATUS_COMPLETED
+    assert listed.messages[1].update_sequence > listed.messages[1].sequence
+
+
+async def test_a_loop_of_model_calls_ends_at_the_agents_limit(served: Running, model: OpenAIServer) -> None:
+    llm = v1.LlmAgent(max_model_calls=3)
+    await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="loop", agent=v1.Agent(llm=llm)))
+    model.script(*[tool_calls(("again", "{}"))] * 5)
+    start = v1.StartRun(new_session=v1.Session(agent="agents/loop"), messages=[said("Go")])
+    answer = await served.runs.Invoke(v1.InvokeRequest(start=start))
+    assert answer.run.state == v1.Run.STATE_FAILED
+    assert answer.run.error.reason == v1.ERROR_REASON_LIMIT_EXCEEDED
+    assert dict(answer.run.error.metadata) == {"limit": "max_model_calls", "value": "3"}
+    assert len(model.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "reason"),
+    [
+        (error(401, "bad key test-key"), v1.ERROR_REASON_MODEL_ERROR),
+        (error(404, "no such model", code="model_not_found"), v1.ERROR_REASON_MODEL_ERROR),
+        (error(500, headers={"retry-after-ms": "1"}), v1.ERROR_REASON_MODEL_UNAVAILABLE),
+    ],
+)
+async def test_a_model_that_refuses_fails_the_run_as_data_without_the_key(
+    served: Running, session: str, model: OpenAIServer, answer: Answer, reason: v1.ErrorReason.ValueType
+) -> None:
+    """A failed run ends the call with OK and says why; the session takes the next run."""
+    model.script(*[answer] * 3)
+    failed = await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=session, messages=[said("Go")])))
+    assert (failed.run.state, failed.run.error.reason) == (v1.Run.STATE_FAILED, reason)
+    assert "test-key" not in str(failed)
+    assert not failed.HasField("reply")
+    model._script.clear()
+    model.script(reply("Better."))
+    again = await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=session)))
+    assert again.reply.parts[0].text == "Better."
+
+
+async def test_a_reply_cut_in_mid_stream_is_asked_for_again_under_another_name(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """Watchers are told to forget the first; only the second is in the log."""
+    model.script(reply("Lost words.", chunks=3).cut(after=2), reply("Kept words."))
+    call = served.runs.Run(iter([v1.RunRequest(start=v1.StartRun(session=session, messages=[said("Go")]))]))
+    frames = [frame async for frame in call]
+    discarded = [e.message_discarded.message for e in events_of(frames) if e.HasField("message_discarded")]
+    kept = [e.message_added for e in durable(frames) if e.message_added.role == v1.Message.ROLE_ASSISTANT]
+    assert [message.parts[0].text for message in kept] == ["Kept words."]
+    assert len(discarded) == 1
+    assert discarded[0] != kept[0].name
+
+
+async def test_a_reply_that_is_cut_again_and_again_fails_and_keeps_what_came(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    model.script(*[reply("Half a sentence", chunks=2).cut(after=2)] * 3)
+    failed = await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=session, messages=[said("Go")])))
+    assert failed.run.error.reason == v1.ERROR_REASON_MODEL_UNAVAILABLE
+    listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session))
+    assert listed.messages[-1].status == v1.Message.STATUS_INCOMPLETE
+    assert listed.messages[-1].parts[0].text == "Half a s"
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_cancel_seals_the_run_and_keeps_the_half_reply(
+    served: Running, session: str, model: OpenAIServer, driver: type[OnStream | BySendCommand]
+) -> None:
+    """The provider sees the connection go, the log keeps an incomplete message, and the next turn shows it the
+    model."""
+    never = asyncio.Event()
+    model.script(stream(chunk({"content": "Half "}), chunk({"content": "said"})).held(never, after=2), reply("Next."))
+    driving = driver()
+    frames: list[v1.RunResponse] = []
+    async for frame in driving.start(served, v1.StartRun(session=session, messages=[said("Go")])):
+        frames.append(frame)
+        if any(event.HasField("block_delta") for event in frame.batch.events):
+            await driving.send(v1.RunRequest(command_id="stop", cancel=v1.CancelCommand(reason="enough")))
+    await (await model.request(0)).left.wait()
+    message, end = durable(frames)[-2:]
+    assert message.message_added.status == v1.Message.STATUS_INCOMPLETE
+    assert message.message_added.parts[0].text == "Half "
+    assert end.run_state_changed.state == v1.Run.STATE_CANCELLED
+    assert (end.run_state_changed.reason, end.cause_id) == ("enough", "stop")
+    await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=session, messages=[said("And?")])))
+    assert [m["content"] for m in model.requests[1]["messages"][1:]] == ["Go", "Half ", "And?"]
+
+
+async def test_a_lost_stream_changes_nothing(served: Running, session: str, model: OpenAIServer) -> None:
+    go_on = asyncio.Event()
+    model.script(reply("All of it.", chunks=2).held(go_on, after=2))
+    call = served.runs.Run(
+        iter([v1.RunRequest(start=v1.StartRun(session=session, run_id="r1", messages=[said("Go")]))])
+    )
+    async for frame in call:
+        if any(event.HasField("block_delta") for event in frame.batch.events):
+            break
+    call.cancel()
+    go_on.set()
+    run = await served.runs.WaitRun(v1.WaitRunRequest(name=f"{session}/runs/r1"))
+    assert run.state == v1.Run.STATE_SUCCEEDED
+    assert run.reply.parts[0].text == "All of it."
+
+
+async def test_one_run_at_a_time_and_the_refusal_names_the_holder(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    go_on = asyncio.Event()
+    model.script(reply("Slow.").held(go_on))
+    first = await served.runs.CreateRun(v1.CreateRunRequest(start=v1.StartRun(session=session, messages=[said("A")])))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await served.runs.CreateRun(v1.CreateRunRequest(start=v1.StartRun(session=session, messages=[said("B")])))
+    assert refused.value.code() == grpc.StatusCode.FAILED_PRECONDITION
+    assert reason_of(refused.value) == "RUN_ACTIVE"
+    assert metadata_of(refused.value) == {"run": first.name}
+    go_on.set()
+    assert (await served.runs.WaitRun(v1.WaitRunRequest(name=first.name))).state == v1.Run.STATE_SUCCEEDED
+    assert kinds(await log_of(served, session)).count("run_started") == 1
+
+
+async def test_a_context_shows_the_model_only_what_it_says(served: Running, model: OpenAIServer) -> None:
+    """max_messages keeps the newest and begins with a question; stateless shows the run's own messages only."""
+    contexts = {
+        "window": v1.Context(max_messages=4),
+        "stateless": v1.Context(stateless=True),
+        "budget": v1.Context(max_tokens=60),
+    }
+    for name, context in contexts.items():
+        llm = v1.LlmAgent(context=context)
+        await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id=name, agent=v1.Agent(llm=llm)))
+    session = await served.sessions.CreateSession(v1.CreateSessionRequest())
+    said_before = [
+        v1.Message(role=role, parts=[v1.Part(text=f"{index} {'x' * 60}")])
+        for index, role in enumerate([v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT] * 4)
+    ]
+    await served.messages.AppendMessages(v1.AppendMessagesRequest(parent=session.name, messages=said_before))
+    shown = {}
+    for name in contexts:
+        model.script(reply("ok"))
+        start = v1.StartRun(session=session.name, agent=f"agents/{name}", messages=[said(f"{name}?")])
+        await served.runs.Invoke(v1.InvokeRequest(start=start))
+        shown[name] = [message["content"][:9] for message in model.requests[-1]["messages"]]
+    assert shown["window"] == ["6 xxxxxxx", "7 xxxxxxx", "window?"]
+    assert shown["stateless"] == ["stateless"]
+    assert shown["budget"][-1] == "budget?"
+    assert 1 <= len(shown["budget"]) < 5

@@ -1,0 +1,243 @@
+"""Attaching: one integer resumes a stream exactly, whatever was missed."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from notecase import Client, SessionView, v1
+from notecase_server.engine import session as live
+from notecase_server.rpc.watch import Pace
+
+from tests.e2e.driving import durable, events_of, kinds, log_of, metadata_of, reason_of, said
+from tests.support.openai_server import OpenAIServer, chunk, reply, stream
+from tests.support.server import Running, running
+
+
+async def frames_of(
+    served: Running, name: str, after: int | None = None, options: v1.WatchOptions | None = None
+) -> list[v1.RunResponse]:
+    request = v1.WatchEventsRequest(name=name, after_sequence=after, options=options)
+    return [frame async for frame in served.runs.WatchEvents(request)]
+
+
+async def frame_of(watch: grpc.aio.UnaryStreamCall[v1.WatchEventsRequest, v1.RunResponse]) -> v1.RunResponse:
+    frame = await watch.read()
+    assert isinstance(frame, v1.RunResponse), "the stream goes on"
+    return frame
+
+
+async def turns(served: Running, session: str, model: OpenAIServer, count: int) -> None:
+    for number in range(count):
+        model.script(reply(f"Answer {number}."))
+        start = v1.StartRun(session=session, run_id=f"r{number}", messages=[said(f"Question {number}?")])
+        await served.runs.Invoke(v1.InvokeRequest(start=start))
+
+
+async def test_every_place_to_attach_gives_the_rest_of_the_same_log(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    await turns(served, session, model, 2)
+    log = await log_of(served, session)
+    assert [event.sequence for event in log] == list(range(1, 11))
+    for after in range(11):
+        frames = await frames_of(served, session, after)
+        assert durable(frames) == log[after:]
+        assert [frame.batch.caught_up for frame in frames if frame.HasField("batch")].count(True) == 1
+    assert durable(await frames_of(served, session)) == []
+    assert durable(await frames_of(served, f"{session}/runs/r0")) == log[:5]
+    assert durable(await frames_of(served, f"{session}/runs/r1")) == log[5:]
+    assert durable(await frames_of(served, f"{session}/runs/r0", after=3)) == log[3:5]
+    assert durable(await frames_of(served, f"{session}/runs/r0", after=7)) == []
+
+
+async def test_beyond_the_head_is_refused_with_the_head(served: Running, session: str, model: OpenAIServer) -> None:
+    await turns(served, session, model, 1)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await frames_of(served, session, 6)
+    assert refused.value.code() == grpc.StatusCode.OUT_OF_RANGE
+    assert (reason_of(refused.value), metadata_of(refused.value)) == ("SEQUENCE_AHEAD", {"last_sequence": "5"})
+
+
+async def test_who_attaches_in_mid_stream_gets_the_log_then_the_open_blocks_whole_then_the_rest(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """Watchers that came at different times end with equal views, byte for byte, with text that is not ASCII."""
+    words = [f"ẅörd{number}🎻 " for number in range(30)]
+    gates = [asyncio.Event() for _ in range(3)]
+    answer = stream(*[chunk({"content": word}) for word in words])
+    for number, gate in enumerate(gates):
+        answer = answer.held(gate, after=10 * number + 5 + number)
+    model.script(answer)
+    run = await served.runs.CreateRun(v1.CreateRunRequest(start=v1.StartRun(session=session, messages=[said("Go")])))
+    watchers: list[tuple[SessionView, asyncio.Task[list[v1.RunResponse]]]] = []
+    for gate in gates:
+        view = SessionView(0)
+        reached = asyncio.Event()
+        watchers.append((view, asyncio.create_task(follow(served, run.name, view, reached))))
+        await reached.wait()
+        gate.set()
+    followed = [await task for _, task in watchers]
+    log = await log_of(served, session)
+    for (view, _), frames in zip(watchers, followed, strict=True):
+        assert durable(frames) == log
+        assert view.messages == watchers[0][0].messages
+        assert view.open == {}
+        first = next(index for index, frame in enumerate(frames) if frame.batch.caught_up)
+        before = [event for frame in frames[: first + 1] for event in frame.batch.events]
+        passing = [bool(event.sequence) for event in before]
+        assert passing == sorted(passing, reverse=True), "the log comes before the open blocks"
+    assert list(watchers[0][0].messages.values())[-1].parts[0].text == "".join(words)
+
+
+async def follow(served: Running, name: str, view: SessionView, reached: asyncio.Event) -> list[v1.RunResponse]:
+    """Applies every event to the view, which raises at a gap; sets `reached` at the first open block."""
+    frames = []
+    async for frame in served.runs.WatchEvents(v1.WatchEventsRequest(name=name, after_sequence=0)):
+        frames.append(frame)
+        for event in frame.batch.events:
+            view.apply(event)
+        if view.open:
+            reached.set()
+    return frames
+
+
+async def test_durable_only_brings_no_passing_event(served: Running, session: str, model: OpenAIServer) -> None:
+    model.script(reply("Word by word by word.", chunks=5))
+    start = v1.StartRun(session=session, messages=[said("Go")], options=v1.WatchOptions(durable_only=True))
+    frames = [frame async for frame in served.runs.Run(iter([v1.RunRequest(start=start)]))]
+    assert events_of(frames) == durable(frames) == await log_of(served, session)
+
+
+async def test_keep_open_goes_on_after_the_run_and_takes_the_next_start(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    model.script(reply("One."), reply("Two."))
+    call = served.runs.Run()
+    options = v1.WatchOptions(keep_open=True)
+    await call.write(v1.RunRequest(start=v1.StartRun(session=session, messages=[said("1?")], options=options)))
+    ended, results = 0, []
+    async for frame in call:
+        if frame.HasField("result"):
+            results.append(frame.result)
+        ended += kinds(list(frame.batch.events)).count("run_state_changed")
+        if ended == 1 and not results:
+            start = v1.StartRun(session=session, messages=[said("2?")])
+            await call.write(v1.RunRequest(command_id="second", start=start))
+            ended += 10
+        if ended == 12 and results:
+            break
+    call.cancel()
+    assert [(result.command_id, result.disposition, result.sequence) for result in results] == [
+        ("second", v1.CommandResult.DISPOSITION_APPLIED, 6)
+    ]
+
+
+async def test_half_close_is_no_cancel(served: Running, session: str, model: OpenAIServer) -> None:
+    go_on = asyncio.Event()
+    model.script(reply("Still here.").held(go_on))
+    call = served.runs.Run()
+    await call.write(v1.RunRequest(start=v1.StartRun(session=session, messages=[said("Go")])))
+    await call.done_writing()
+    await model.request(0)
+    go_on.set()
+    frames = [frame async for frame in call]
+    assert durable(frames)[-1].run_state_changed.state == v1.Run.STATE_SUCCEEDED
+    assert await call.code() == grpc.StatusCode.OK
+
+
+async def test_state_changed_elsewhere_reaches_the_sessions_of_that_user_as_a_passing_event(
+    served: Running, session: str
+) -> None:
+    """Sequence 0 with the version; the log does not move; a session of another user hears nothing."""
+    other = await served.sessions.CreateSession(v1.CreateSessionRequest(session=v1.Session(user="users/bob")))
+    options = v1.WatchOptions(keep_open=True)
+    watches = [
+        served.runs.WatchEvents(v1.WatchEventsRequest(name=name, options=options)) for name in (session, other.name)
+    ]
+    for watch in watches:
+        assert (await frame_of(watch)).HasField("attached")
+        assert (await frame_of(watch)).batch.caught_up
+    for name, value in (("users/ada/state", 1), ("app/state", 2)):
+        put = v1.PutStateRequest(name=name, key="n", value=v1.Value(int_value=value))
+        await served.state.PutState(put)
+    heard: list[list[tuple[str, int]]] = []
+    for watch, count in zip(watches, (2, 1), strict=True):
+        events: list[v1.Event] = []
+        while len(events) < count:
+            events += (await frame_of(watch)).batch.events
+        assert {event.sequence for event in events} == {0}
+        heard.append([(event.state_changed.state, event.state_changed.version) for event in events])
+        watch.cancel()
+    assert heard == [[("users/ada/state", 1), ("app/state", 1)], [("app/state", 1)]]
+
+
+async def test_an_idle_stream_has_a_heartbeat(store_url: str) -> None:
+    async with running(store_url, pace=Pace(heartbeat=0.01)) as served:
+        session = await served.sessions.CreateSession(v1.CreateSessionRequest())
+        watch = v1.WatchEventsRequest(name=session.name, options=v1.WatchOptions(keep_open=True))
+        async for frame in served.runs.WatchEvents(watch):
+            if frame.HasField("heartbeat"):
+                assert frame.heartbeat.last_sequence == 0
+                break
+
+
+async def test_without_any_bell_everything_still_arrives(
+    store_url: str, model: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Live delivery is a hint: what is durable reaches a watcher whose bells are all cut, only later."""
+    monkeypatch.setattr(live.Bell, "ring", lambda self: None)
+    from notecase_server.models.openai import OpenAIProvider
+
+    provider = OpenAIProvider("key", model.url, "stub-1")
+    async with running(store_url, {"openai": provider}, pace=Pace(poll=0.02)) as served:
+        await served.agents.CreateAgent(
+            v1.CreateAgentRequest(agent_id="a", agent=v1.Agent(llm=v1.LlmAgent(instruction="Hi.")))
+        )
+        model.script(reply("Heard.", chunks=3), reply("Again."))
+        start = v1.StartRun(new_session=v1.Session(name="sessions/s", agent="agents/a"), messages=[said("Go")])
+        frames = [frame async for frame in served.runs.Run(iter([v1.RunRequest(start=start)]))]
+        assert durable(frames) == await log_of(served, "sessions/s")
+        again = v1.InvokeRequest(start=v1.StartRun(session="sessions/s", messages=[said("?")]))
+        assert (await served.runs.Invoke(again)).reply.parts[0].text == "Again."
+
+
+async def test_deleting_a_session_ends_its_streams_with_not_found(served: Running, session: str) -> None:
+    watch = served.runs.WatchEvents(v1.WatchEventsRequest(name=session, options=v1.WatchOptions(keep_open=True)))
+    await watch.read()
+    await watch.read()
+    await served.sessions.DeleteSession(v1.DeleteSessionRequest(name=session))
+    with pytest.raises(grpc.aio.AioRpcError) as ended:
+        await watch.read()
+    assert reason_of(ended.value) == "SESSION_NOT_FOUND"
+
+
+async def test_a_long_delay_gathers_deltas_into_few_batches(served: Running, session: str, model: OpenAIServer) -> None:
+    """The first delta of a block never waits; the rest goes with the commit when the delay is longer than the reply."""
+    begun = asyncio.Event()
+    model.script(stream(*[chunk({"content": f"{n} "}) for n in range(200)]).held(begun, after=2))
+    options = v1.WatchOptions(max_batch_delay=Duration(seconds=10))
+    start = v1.StartRun(session=session, messages=[said("Go")], options=options)
+    batches = []
+    async for frame in served.runs.Run(iter([v1.RunRequest(start=start)])):
+        if frame.HasField("batch"):
+            batches.append(kinds(list(frame.batch.events)))
+            if "block_delta" in batches[-1]:
+                begun.set()
+    assert batches.count(["block_delta"]) == 1
+
+
+async def test_the_python_client_rebuilds_the_log_it_watched(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    model.script(reply("Hello, Ada.", chunks=4))
+    async with Client(served.address) as client, client.run(session, "Hi") as run:
+        text = "".join([piece async for piece in _texts(run.text())])
+    assert text == "Hello, Ada."
+    assert run.result.reply.parts[0].text == "Hello, Ada."
+
+
+async def _texts(pieces: AsyncIterator[str]) -> AsyncIterator[str]:
+    async for piece in pieces:
+        yield piece

@@ -1,0 +1,122 @@
+"""Real servers for tests: one in this process over a real channel, or a spawned one that can be killed."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import grpc
+from notecase import Client, v1
+from notecase_server.config import Settings
+from notecase_server.models.contract import Provider
+from notecase_server.models.offline import OfflineProvider
+from notecase_server.rpc.watch import Pace
+from notecase_server.serve import Server, new_id, now, open_store
+
+TENANT = "x-test-tenant"
+"""The metadata by which a test says whose call it is, where a credential will be."""
+
+
+def tenant_of(metadata: Mapping[str, str | bytes]) -> str:
+    return str(metadata.get(TENANT, "default"))
+
+
+@dataclass
+class Running:
+    """A server in this process, with stubs on a real channel."""
+
+    server: Server
+    address: str
+    channel: grpc.aio.Channel
+
+    def __post_init__(self) -> None:
+        self.agents = v1.AgentServiceStub(self.channel)
+        self.sessions = v1.SessionServiceStub(self.channel)
+        self.state = v1.StateServiceStub(self.channel)
+        self.messages = v1.MessageServiceStub(self.channel)
+        self.runs = v1.RunServiceStub(self.channel)
+        self.info = v1.ServerServiceStub(self.channel)
+
+    def client(self) -> Client:
+        return Client(self.address)
+
+
+@asynccontextmanager
+async def running(
+    store: str = "memory:",
+    providers: Mapping[str, Provider] | None = None,
+    *,
+    max_runs: int = 100,
+    grace: float = 5.0,
+    pace: Pace | None = None,
+) -> AsyncIterator[Running]:
+    """Serves until the block is left, then stops as SIGTERM would."""
+    settings = Settings(listen="127.0.0.1:0", store=store, max_runs=max_runs, grace=grace)
+    server = Server(
+        settings,
+        await open_store(store, now),
+        providers or {"offline": OfflineProvider()},
+        authenticate=tenant_of,
+        pace=pace,
+        make_id=new_id,
+    )
+    address = f"127.0.0.1:{await server.start()}"
+    try:
+        async with grpc.aio.insecure_channel(address) as channel:
+            yield Running(server, address, channel)
+    finally:
+        await server.stop()
+
+
+class Spawned:
+    """`notecase serve` as a process of its own."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path, address: str) -> None:
+        self.process = process
+        self.log = log
+        self.address = address
+
+    @classmethod
+    async def start(
+        cls, store: str, log: Path, *arguments: str, port: int = 0, env: Mapping[str, str] | None = None
+    ) -> Self:
+        """Returns once it serves; its log goes to the file. Fails with the log when it ends before that."""
+        keep = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "NOTECASE_"))}
+        with log.open("ab") as errors:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "notecase_server", "serve", "--listen", f"127.0.0.1:{port}", "--store", store, *arguments),
+                env={**keep, **(env or {})},
+                stdout=asyncio.subprocess.PIPE,
+                stderr=errors,
+            )
+        assert process.stdout is not None
+        line = (await process.stdout.readline()).decode()
+        if not line.startswith("listening on port "):
+            await process.wait()
+            raise AssertionError(f"the server ended with {process.returncode}: {log.read_text()}")
+        return cls(process, log, f"127.0.0.1:{line.split()[-1]}")
+
+    async def kill(self) -> None:
+        """SIGKILL: no time for anything."""
+        if self.process.returncode is None:
+            self.process.send_signal(signal.SIGKILL)
+        await self._gone()
+
+    async def stop(self) -> int:
+        """SIGTERM; returns the exit code."""
+        if self.process.returncode is None:
+            self.process.send_signal(signal.SIGTERM)
+        await self._gone()
+        assert self.process.returncode is not None
+        return self.process.returncode
+
+    async def _gone(self) -> None:
+        assert self.process.stdout is not None
+        await self.process.stdout.read()
+        await self.process.wait()

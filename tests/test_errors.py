@@ -1,0 +1,68 @@
+"""The error catalog is total: what the contract names, what the catalog holds and what the server raises are one
+set."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from google.rpc import code_pb2, error_details_pb2
+from notecase import v1
+from notecase_server import errors
+from notecase_server.rpc.interceptor import to_status
+
+ROOT = Path(__file__).parent.parent
+SERVER = ROOT / "server/src/notecase_server"
+NAMED = set(v1.ErrorReason.values()) - {v1.ERROR_REASON_UNSPECIFIED}
+
+
+def test_every_reason_of_the_contract_is_in_the_catalog() -> None:
+    assert set(errors.CATALOG) == NAMED
+
+
+def test_every_reason_is_made_by_a_function_that_the_server_calls() -> None:
+    """A reason nobody can meet does not belong in the contract."""
+    tree = ast.parse((SERVER / "errors.py").read_text())
+    makers: dict[str, set[str]] = {}
+    shared = {
+        name: found
+        for node in tree.body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and (found := set(re.findall(r"ERROR_REASON_\w+", ast.unparse(node.value))))
+        for name in [node.targets[0].id]
+    }
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            source = ast.unparse(node)
+            reasons = set(re.findall(r"ERROR_REASON_\w+", source))
+            reasons.update(*(found for name, found in shared.items() if re.search(rf"\b{name}\b", source)))
+            makers[node.name] = reasons
+    called = "\n".join(path.read_text() for path in SERVER.rglob("*.py") if path.name != "errors.py")
+    raised = {reason for maker, reasons in makers.items() if f"errors.{maker}(" in called for reason in reasons}
+    assert {v1.ErrorReason.Value(reason) for reason in raised} == NAMED
+
+
+def test_the_contracts_comments_name_the_code_that_is_sent() -> None:
+    """A client's author reads the proto; what it says of each reason is what arrives."""
+    proto = (ROOT / "proto/notecase/v1/content.proto").read_text()
+    told = re.findall(r"// (.*)\n(?:  // .*\n)*  (ERROR_REASON_\w+) =", proto)
+    checked = 0
+    for comment, reason in told:
+        code = comment.split()[0].strip(":,")
+        if code in {*code_pb2.Code.keys()}:
+            assert errors.CATALOG[v1.ErrorReason.Value(reason)].code == code_pb2.Code.Value(code), reason
+            checked += 1
+    assert checked >= 20
+
+
+@pytest.mark.parametrize("reason", sorted(NAMED))
+def test_every_failure_travels_as_a_standard_status(reason: v1.ErrorReason.ValueType) -> None:
+    """ErrorInfo first, with the domain and the reason without its prefix; RetryInfo where a retry helps."""
+    status = to_status(errors.NotecaseError(reason, "A sentence.", metadata={"key": 1}))
+    info = error_details_pb2.ErrorInfo()
+    assert status.details[0].Unpack(info)
+    assert (info.domain, f"ERROR_REASON_{info.reason}") == ("notecase", v1.ErrorReason.Name(reason))
+    assert dict(info.metadata) == {"key": "1"}
+    retries = [detail for detail in status.details if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR)]
+    assert len(retries) == (errors.CATALOG[reason].retry_after is not None)

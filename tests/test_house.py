@@ -1,0 +1,396 @@
+"""The house keeps its order: who may know whom, where a kind of line lives, and that what ships declares its needs."""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from importlib.metadata import packages_distributions
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import notecase_server
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+SERVER = ROOT / "server" / "src" / "notecase_server"
+CLIENT = ROOT / "client" / "src" / "notecase"
+STUBS = CLIENT / "v1"
+
+
+class Room(NamedTuple):
+    """A room is a module with all below it and those beside it that continue its name with an underscore, as far as
+    they have no row of their own. `may_import` lists rooms; a room may always import itself, and the version."""
+
+    may_import: set[str]
+    because: str
+
+
+ROOMS: dict[str, Room] = {
+    "__init__": Room(set(), "The root holds the version, and importing it costs nothing."),
+    "errors": Room(set(), "Everybody raises them, so they know nobody."),
+    "names": Room({"errors", "store.contract"}, "A resource's name becomes its key in one place."),
+    "config": Room({"errors"}, "Settings are read once and handed in; nobody asks for them."),
+    "store.contract": Room({"errors"}, "A promise knows none of those who keep it."),
+    "store.fold": Room({"errors", "store.contract"}, "What a log means is the same on every store."),
+    "store": Room({"errors", "store.contract", "store.fold"}, "What stores share knows none of them."),
+    "store.memory": Room({"errors", "store", "store.contract", "store.fold"}, "A store leans on no other."),
+    "store.sqlite": Room({"errors", "store", "store.contract", "store.fold"}, "A store leans on no other."),
+    "models": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
+    "models.contract": Room({"errors"}, "A promise knows none of those who keep it."),
+    "models.chat_stream": Room({"errors", "models.contract"}, "A format's reader needs no provider."),
+    "models.openai": Room({"errors", "models.contract", "models.chat_stream"}, "A provider knows no other."),
+    "models.offline": Room({"errors", "models.contract"}, "A provider knows no other."),
+    "engine": Room(
+        {"errors", "names", "store.contract", "store.fold", "models.contract"},
+        "Runs are the same whatever stores, answers or carries them.",
+    ),
+    "rpc": Room(
+        {"errors", "names", "engine", "store.contract", "store.fold"},
+        "The doorway leads to the engine, and to the store's contract for what is only read.",
+    ),
+    "serve": Room({"*"}, "The one place that composes, and so the one that sees all."),
+    "cli": Room({"serve", "config", "store.contract", "client"}, "A command starts a server or is a client of one."),
+    "__main__": Room({"cli"}, "The command by another name."),
+}
+
+
+class Line(NamedTuple):
+    """`lives_in` lists modules, each with all that belongs to it."""
+
+    lives_in: set[str]
+    because: str
+
+
+LINES: dict[str, Line] = {
+    "*.StatusCode": Line({"rpc.interceptor"}, "A failure becomes a status in one place."),
+    "*.abort": Line({"rpc.interceptor"}, "As for statuses: everywhere else a failure is raised."),
+    "grpc*": Line({"rpc", "cli"}, "Only the doorway and its caller know the transport."),
+    "openai": Line({"models.openai"}, "One provider's ways stay behind the contract."),
+    "aiohttp": Line({"models.openai"}, "Its transport goes with it."),
+    "httpx2": Line({"models.openai"}, "Its transport goes with it."),
+    "sqlite3": Line({"store.sqlite"}, "SQL lives in its store."),
+    "liquid": Line({"engine.template"}, "Untrusted templates pass one gate, with its limits."),
+    "click": Line({"cli"}, "Nothing below the command asks what was typed."),
+    "prompt_toolkit": Line({"cli"}, "Only the command has a terminal."),
+    "uvloop": Line({"cli", "serve"}, "Which loop runs is no business of what runs on it."),
+    "os.environ*": Line({"config"}, "Settings have one reader."),
+    "os.getenv*": Line({"config"}, "As os.environ."),
+    "uuid": Line({"serve", "cli"}, "Ids are passed in, so that tests are exact."),
+    "uuid_utils": Line({"serve", "cli"}, "As uuid."),
+    "time.time": Line({"serve", "cli"}, "The clock is passed in, so that tests are exact."),
+    "time.time_ns": Line({"serve", "cli"}, "As time.time."),
+    "datetime.*now": Line({"serve", "cli"}, "As time.time."),
+    "datetime.*today": Line({"serve", "cli"}, "As time.time."),
+    "*.GetCurrentTime": Line({"serve", "cli"}, "A Timestamp reads the clock, too."),
+}
+
+
+class Uses(NamedTuple):
+    """What one module names: what it imports, and every dotted name as it is spelt after its imports are undone. A name
+    that begins with something local begins with a dot."""
+
+    imports: set[str]
+    names: set[str]
+
+
+def uses(source: str, module: str = "", is_package: bool = False) -> Uses:
+    """Reads a module; `module` is its dotted name, which relative imports start from."""
+    tree = ast.parse(source)
+    imports: set[str] = set()
+    spelt: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                imports.add(alias.name)
+                top = alias.name.partition(".")[0]
+                spelt[alias.asname or top] = alias.name if alias.asname else top
+        elif isinstance(node, ast.ImportFrom):
+            steps = module.split(".")
+            above = steps[: len(steps) - node.level + is_package] if node.level else []
+            origin = ".".join([*above, node.module] if node.module else above)
+            for alias in node.names:
+                imports.add(f"{origin}.{alias.name}")
+                spelt[alias.asname or alias.name] = f"{origin}.{alias.name}"
+    names = {dotted(node, spelt) for node in ast.walk(tree) if isinstance(node, ast.Attribute | ast.Name)}
+    return Uses(imports, names | imports)
+
+
+def dotted(node: ast.expr, spelt: dict[str, str]) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value, spelt)}.{node.attr}"
+    return spelt.get(node.id, "") if isinstance(node, ast.Name) else ""
+
+
+def belongs(module: str, room: str) -> bool:
+    return module == room or module.startswith((f"{room}.", f"{room}_"))
+
+
+def room_of(name: str) -> str:
+    """The room of a module of the server, or of a name in one; empty for none."""
+    return max((room for room in ROOMS if belongs(name, room)), key=len, default="")
+
+
+def forbidden_imports(module: str, used: Uses) -> Iterator[str]:
+    """The imports of a module of the server that no arrow allows. `notecase.v1` is for all; the client is not."""
+    room = room_of(module)
+    allowed = ROOMS[room].may_import | {room}
+    for name in sorted(used.imports):
+        package, _, inner = name.partition(".")
+        if package == "notecase_server" and inner and inner != "__version__":
+            target = room_of(inner) or inner
+        elif package == "notecase" and not belongs(inner, "v1"):
+            target = "client"
+        else:
+            continue
+        if target not in allowed and "*" not in allowed:
+            yield f"{module} -> {target} ({name}). {ROOMS[room].because}"
+
+
+def misplaced_lines(module: str, used: Uses) -> Iterator[str]:
+    """The names in a module of the server that belong elsewhere."""
+    for pattern, line in LINES.items():
+        if any(belongs(module, room) for room in line.lives_in):
+            continue
+        for name in sorted(used.names):
+            if fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*"):
+                yield f"{module}: {name} belongs in {' or '.join(sorted(line.lives_in))}. {line.because}"
+
+
+def modules(package: Path) -> dict[str, Uses]:
+    """Every module of a package by its dotted name within it; the package itself is `__init__`."""
+    found = {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        inner = ".".join(parts[:-1] if is_package else parts) or "__init__"
+        found[inner] = uses(path.read_text(), f"{package.name}.{inner}".removesuffix(".__init__"), is_package)
+    return found
+
+
+def test_every_module_of_the_server_has_a_room() -> None:
+    assert [] == [name for name in modules(SERVER) if not room_of(name)]
+
+
+def test_imports_follow_the_arrows() -> None:
+    assert [] == [wrong for name, used in modules(SERVER).items() for wrong in forbidden_imports(name, used)]
+
+
+def test_lines_live_where_they_belong() -> None:
+    assert [] == [wrong for name, used in modules(SERVER).items() for wrong in misplaced_lines(name, used)]
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "named"),
+    [
+        ("store.memory", "from notecase_server.store import sqlite_tables", "store.sqlite"),
+        ("store.memory", "from .sqlite import SqliteStore", "store.sqlite"),
+        ("store.tables", "import notecase_server.store.memory as other", "store.memory"),
+        ("models.offline", "from notecase_server.models.openai import OpenAIProvider", "models.openai"),
+        ("engine.turn", "from ..rpc import watch", "rpc"),
+        ("engine.turn", "from notecase_server.models import offline", "models.offline"),
+        ("engine.turn", "from notecase_server.config import Settings", "config"),
+        ("rpc.server", "from notecase_server import serve", "serve"),
+        ("rpc.run", "from notecase import Client", "client"),
+        ("rpc.run", "import notecase_server.unheard_of", "unheard_of"),
+    ],
+)
+def test_an_import_against_the_arrows_is_found(module: str, source: str, named: str) -> None:
+    found = list(forbidden_imports(module, uses(source, f"notecase_server.{module}")))
+    assert [f"{module} -> {named}"] == [wrong.partition(" (")[0] for wrong in found]
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("rpc.services", "import grpc\ncode = grpc.StatusCode.INTERNAL"),
+        ("rpc.services", "from grpc import StatusCode as Code"),
+        ("rpc.run", "from notecase_server.rpc.interceptor import abort"),
+        ("rpc.run", "async def run(self, context):\n    await self.context.abort(1, '')"),
+        ("engine.turn", "import grpc.aio"),
+        ("serve", "from grpc_health.v1 import health"),
+        ("models.chat_stream", "from openai import AsyncOpenAI"),
+        ("store.memory", "import sqlite3 as db"),
+        ("rpc.validate", "from liquid import Environment"),
+        ("store.sqlite_file", "import os\nhome = os.environ['HOME']"),
+        ("cli", "from os import getenv"),
+        ("engine.runs", "import uuid_utils.compat"),
+        ("engine.runs", "from time import time as now\nnow()"),
+        ("store.sqlite", "import time\nclock = time.time_ns"),
+        ("engine.runs", "import datetime\ndatetime.datetime.now()"),
+        ("engine.runs", "from datetime import date\ndate.today()"),
+        ("store.fold", "def stamp(event):\n    event.create_time.GetCurrentTime()"),
+    ],
+)
+def test_a_line_out_of_place_is_found(module: str, source: str) -> None:
+    assert list(misplaced_lines(module, uses(source, f"notecase_server.{module}")))
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("engine.runs", "import asyncio\nasyncio.get_running_loop().time()"),
+        ("engine.runs", "import time\ntime.monotonic()"),
+        ("engine.runs", "def run(self, uuid, openai):\n    return uuid.hex + openai.key"),
+        ("engine.runs", "from notecase_server import __version__, errors\nfrom notecase import v1"),
+        ("store.sqlite_file", "import sqlite3\nfrom .sqlite_tables import SqliteTables"),
+        ("models.openai", "import openai"),
+        ("serve", "from notecase_server.models.openai import OpenAIProvider"),
+    ],
+)
+def test_a_line_in_its_place_is_left_alone(module: str, source: str) -> None:
+    used = uses(source, f"notecase_server.{module}")
+    assert [] == [*forbidden_imports(module, used), *misplaced_lines(module, used)]
+
+
+PROVIDERS = {"google.protobuf": "protobuf", "google.rpc": "googleapis-common-protos"}
+"""The distributions behind the one import name that several share."""
+
+
+def project(folder: str) -> dict[str, Any]:
+    settings: dict[str, Any] = tomllib.loads((ROOT / folder / "pyproject.toml").read_text())
+    return settings
+
+
+def requirements(texts: list[str]) -> dict[str, Requirement]:
+    return {canonicalize_name(one.name): one for one in map(Requirement, texts)}
+
+
+def declared(folder: str) -> dict[str, Requirement]:
+    return requirements(project(folder)["project"]["dependencies"])
+
+
+def needed(package: Path) -> set[str]:
+    """The distributions that a package's modules import from, itself and Python's own left out."""
+    installed = packages_distributions()
+    found = set()
+    for used in modules(package).values():
+        for name in used.imports:
+            top = name.partition(".")[0]
+            if top in {package.name, ""} or top in sys.stdlib_module_names:
+                continue
+            shared = ".".join(name.split(".")[:2])
+            found.add(PROVIDERS.get(shared) or canonicalize_name(installed.get(top, [top])[0]))
+    return found
+
+
+def test_the_client_needs_its_three_packages_and_nothing_else() -> None:
+    assert {"grpcio", "protobuf", "grpcio-status"} == set(declared("client"))
+    # google.rpc's messages are grpcio-status's own arguments and results, and come with it.
+    assert needed(CLIENT) <= set(declared("client")) | {"googleapis-common-protos"}
+
+
+def test_the_server_declares_what_it_imports() -> None:
+    assert set() == needed(SERVER) - set(declared("server"))
+
+
+def test_both_distributions_are_released_together() -> None:
+    assert f"notecase=={notecase_server.__version__}" == str(declared("server")["notecase"])
+    client, server = (project(folder)["tool"]["hatch"]["version"]["path"] for folder in ("client", "server"))
+    assert (ROOT / "client" / client).resolve() == (ROOT / "server" / server).resolve()
+
+
+def test_each_distribution_carries_the_licence() -> None:
+    """As a file of its own: a link would dangle in a source distribution."""
+    for folder in ("client", "server"):
+        assert not (ROOT / folder / "LICENSE").is_symlink()
+        assert (ROOT / "LICENSE").read_text() == (ROOT / folder / "LICENSE").read_text()
+
+
+def test_every_requirement_has_a_pin_that_fits() -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = requirements([line for line in lines if not line.startswith("#")])
+    assert {"=="} == {one.operator for pin in pins.values() for one in pin.specifier}
+    wanted = [declared("client"), declared("server"), requirements(project(".")["dependency-groups"]["dev"])]
+    unfit = []
+    for name, requirement in (item for group in wanted for item in group.items() if item[0] != "notecase"):
+        version = next((one.version for one in pins[name].specifier), "") if name in pins else ""
+        if not version or not requirement.specifier.contains(version):
+            unfit.append(f"{requirement}: {version or 'no pin'}")
+    assert [] == unfit
+
+
+def test_the_floors_of_the_client_are_what_the_stubs_demand() -> None:
+    """Below them the stubs refuse to be imported; above, nobody's older installation is shut out without need."""
+    services = [path.read_text() for path in STUBS.glob("*_pb2_grpc.py")]
+    messages = [path.read_text() for path in STUBS.glob("*_pb2.py")]
+    grpcio = {found for text in services for found in re.findall(r"GRPC_GENERATED_VERSION = '([\d.]+)'", text)}
+    called = r"ValidateProtobufRuntimeVersion\(\s*\S+,\s*(\d+),\s*(\d+),\s*(\d+),"
+    protobuf = {".".join(found) for text in messages for found in re.findall(called, text)}
+    floors = {
+        name: {one.version for one in requirement.specifier if one.operator == ">="}
+        for name, requirement in declared("client").items()
+    }
+    assert {"grpcio": grpcio, "protobuf": protobuf, "grpcio-status": grpcio} == floors
+    # The runtime promises to take stubs of its own major and of the one before.
+    (demanded,) = map(Version, protobuf)
+    assert not declared("client")["protobuf"].specifier.contains(f"{demanded.major + 2}.0.0")
+    assert declared("client")["protobuf"].specifier.contains(f"{demanded.major + 1}.999.0")
+
+
+def test_every_proto_has_its_stubs_and_the_door_shows_them() -> None:
+    """What the stubs say is compared by make proto-check, which has the generator."""
+    protos = {path.stem: path.read_text() for path in (ROOT / "proto" / "notecase" / "v1").glob("*.proto")}
+    services = {name for name, text in protos.items() if re.search(r"^service ", text, re.MULTILINE)}
+    stems = {f"{name}_pb2" for name in protos} | {f"{name}_pb2_grpc" for name in services}
+    assert {f"{stem}{end}" for stem in stems for end in (".py", ".pyi")} == {
+        path.name for path in STUBS.glob("*_pb2*.py*")
+    }
+    assert {f"notecase.v1.{stem}.*" for stem in stems} == uses((STUBS / "__init__.py").read_text()).imports
+
+
+ELSEWHERE = [
+    ".".join(parts) for parts in (("pypi", "org"), ("pythonhosted", "org"), ("proxy", "golang"), ("npmjs", "org"))
+]
+"""Package registries: which one is used is the business of who installs."""
+
+OPTIONS = ["-".join(parts) for parts in (("index", "url"), ("find", "links"), ("trusted", "host"))]
+
+
+TEXT = {"", ".cfg", ".in", ".json", ".md", ".proto", ".py", ".pyi", ".sh", ".sql", ".toml", ".txt", ".yaml", ".yml"}
+MADE_HERE = {"__pycache__", "build", "dist"}
+
+
+def files() -> Iterator[Path]:
+    """The checkout's own text files: not what is generated on this machine, nor what git keeps."""
+    for folder, below, names in os.walk(ROOT):
+        below[:] = [name for name in below if name not in MADE_HERE and (name == ".ci" or not name.startswith("."))]
+        yield from (Path(folder, name) for name in names if Path(name).suffix in TEXT)
+
+
+def test_no_file_names_a_registry_or_a_place_on_one_machine() -> None:
+    word = re.compile("|".join(map(re.escape, [*ELSEWHERE, *OPTIONS])) + r"|(?<![\w./$])/(?:work|tmp|root|home)/")
+    found = [f"{path.relative_to(ROOT)}: {hit[0]}" for path in files() for hit in word.finditer(path.read_text())]
+    assert [] == found
+
+
+@pytest.mark.parametrize(
+    ("ci", "outcome"), [("true", "1 failed, 1 passed, 1 xfailed, 1 error"), ("", "1 passed, 2 skipped, 1 xfailed")]
+)
+def test_a_skip_fails_in_ci_and_an_expected_failure_does_not(tmp_path: Path, ci: str, outcome: str) -> None:
+    (tmp_path / "test_some.py").write_text(
+        "import pytest\n"
+        "def test_runs(): pass\n"
+        "def test_skips(): pytest.skip('no tool')\n"
+        "@pytest.mark.xfail\n"
+        "def test_is_expected_to_fail(): assert False\n"
+        "@pytest.mark.skip\n"
+        "def test_is_marked(): pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", os.devnull, "--rootdir", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "-p", "no:cacheprovider", str(tmp_path)],
+        cwd=ROOT,
+        env={**os.environ, "CI": ci, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert outcome in done.stdout
