@@ -15,6 +15,8 @@ class Proxy:
         self._writers: set[asyncio.StreamWriter] = set()
         self.opened = 0
         """Connections so far."""
+        self.told = 0
+        """Bytes from the server so far."""
         self.deaf = False
         """What the server says is lost, from here on and on open connections too."""
 
@@ -54,6 +56,7 @@ class Proxy:
     async def _pump(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, answer: bool) -> None:
         with suppress(ConnectionError):  # cut, by the test or by either end
             while data := await source.read(1 << 16):
+                self.told += len(data) if answer else 0
                 if not (answer and self.deaf):
                     sink.write(data)
                     await sink.drain()

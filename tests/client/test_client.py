@@ -270,13 +270,16 @@ async def test_attaching_begins_where_it_is_told(client: Client, session: str, m
 
 
 async def test_a_timeout_while_waiting_for_an_event_loses_none(
-    client: Client, session: str, model: OpenAIServer
+    client: Client, session: str, served: Running, model: OpenAIServer
 ) -> None:
-    """The next iteration attaches again and goes on."""
+    """The next iteration attaches again and goes on; a client without patience does so too, for nothing broke."""
     release = asyncio.Event()
     model.script(reply("Slowly but whole", chunks=4).held(release, 3))
     events: list[v1.Event] = []
-    async with client.run(session, "Speak", options=EAGER) as run:
+    async with (
+        Client(served.address, retry=Retry(tries=0)) as impatient,
+        impatient.run(session, "Speak", options=EAGER) as run,
+    ):
         while True:
             try:
                 # Nothing more comes while the model is held; the deadline is over as soon as the task must wait.
@@ -309,20 +312,45 @@ async def test_a_cut_connection_is_mended_without_gap_or_repeat(
     assert text_of(run.result.reply) == "Räuber, überall Räuber! 🦹"
 
 
-async def test_a_connection_cut_after_every_entry_still_tells_all(
+async def test_a_watch_cut_after_every_entry_still_tells_all(client: Client, session: str, served: Running) -> None:
+    """Patience is counted from the last entry, so progress is never given up on; and each time only what is missing
+    comes over the wire."""
+    large = 200_000
+    events = []
+    async with (
+        Proxy(served.address) as proxy,
+        Client(proxy.address, retry=Retry(tries=3, first_delay=0.01)) as behind,
+        behind.attach(session, 0, options=v1.WatchOptions(keep_open=True)) as watching,
+    ):
+        for number in range(6):
+            await client.put_state(session, "n", "." * (1 if number else large))
+            events.append(await anext(watching))
+            proxy.cut()
+    assert events == await log_of(client, session)
+    assert large < proxy.told < 2 * large
+
+
+async def test_a_mended_stream_is_watched_as_before(
     client: Client, session: str, served: Running, model: OpenAIServer
 ) -> None:
-    """Patience is counted from the last entry, so progress is never given up on."""
-    model.script(reply("On and on."))
+    """Its options hold for every attachment: without deltas, it stays without."""
+    release = asyncio.Event()
+    model.script(reply("Quietly done.", chunks=4).held(release, 4))
+    quiet = v1.WatchOptions(durable_only=True)
     events = []
-    async with Proxy(served.address) as proxy:
-        patience = Retry(tries=2, first_delay=0.01)
-        async with Client(proxy.address, retry=patience) as behind, behind.run(session, "Go on") as run:
-            async for event in run:
-                events.append(event)
-                if event.sequence:
-                    proxy.cut()
-    assert durable(events) == await log_of(client, session)
+    async with through(served) as (proxy, behind), behind.run(session, "Speak", options=quiet) as run:
+        async for event in run:
+            events.append(event)
+            if event.HasField("message_added") and not release.is_set():
+                async with client.attach(run.name) as other:
+                    while not (await anext(other)).HasField("block_delta"):
+                        pass
+                proxy.cut()
+                await run.update_state({"cut": True})
+            if event.HasField("state_changed"):
+                release.set()
+    assert proxy.opened > 1
+    assert events == await log_of(client, session)
 
 
 async def test_printed_text_goes_on_where_it_was_cut(
@@ -373,6 +401,26 @@ async def test_a_write_whose_answer_is_lost_happens_once(client: Client, session
         assert (await put).version == 1
     assert event.state_changed.version == 1
     assert durable(await log_of(client, session)) == [event]
+
+
+async def test_a_command_whose_answer_is_lost_takes_effect_once(
+    client: Client, session: str, served: Running, model: OpenAIServer
+) -> None:
+    """The command_id makes the repeat a duplicate, answered with the first one's sequence."""
+    release = asyncio.Event()
+    model.script(reply("Counted.").held(release, 0))
+    async with through(served) as (proxy, behind), behind.run(session, "Count") as run:
+        async with client.attach(session) as watching:
+            proxy.deaf = True
+            told = asyncio.create_task(run.update_state(ops=[v1.StateOp(key="n", increment=1)]))
+            event = await anext(watching)
+            proxy.deaf = False
+            proxy.cut()
+            assert await told == event.sequence
+        release.set()
+        async for _ in run:
+            pass
+    assert await client.get_state(session) == {"n": 1}
 
 
 async def test_patience_ends(session: str, served: Running, model: OpenAIServer) -> None:

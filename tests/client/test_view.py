@@ -280,6 +280,11 @@ def test_a_view_of_part_of_the_log_claims_no_state_it_cannot_know() -> None:
     assert sorted(view.state) == ["gone", "set"]
 
 
+def test_a_view_that_begins_anywhere_knows_when_it_began_at_the_beginning() -> None:
+    """Then nothing was before, and a missing key is known to be missing."""
+    assert sorted(view_of(numbered(_changed(*_OPS)), SessionView(None)).state) == ["count", "gone", "list", "set"]
+
+
 def test_state_of_others_is_not_the_sessions() -> None:
     """Changes of the user's and the app's state pass by."""
     op = v1.StateOp(key="k", set=to_value(1))

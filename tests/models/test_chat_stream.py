@@ -147,7 +147,11 @@ class TestReply:
         assert v1.ERROR_REASON_MODEL_ERROR == caught.value.reason
 
     def test_a_whole_completion_without_end_is_refused_once_it_is_too_long(self) -> None:
-        assert v1.ERROR_REASON_MODEL_ERROR == failure(b'{"choices":', *[b" " * 4096] * 257).reason
+        reply = ChatReply("asked", lambda error: errors.model_error("refused"))
+        assert [] == reply.feed(b"{" + b" " * (MAX_EVENT_BYTES - 1))
+        with pytest.raises(NotecaseError) as caught:
+            reply.feed(b" ")
+        assert v1.ERROR_REASON_MODEL_ERROR == caught.value.reason
 
 
 class TestEnd:
@@ -301,6 +305,15 @@ class TestToolCalls:
                 ],
                 id="the name in each piece",
             ),
+            pytest.param(
+                [
+                    [piece("f", '{"a"', index=0, id="x1")],
+                    [piece("f", ":1}", index=0, id="x2")],
+                    [piece("f", "", index=0, id="x3")],
+                    [piece("g", '{"b":2}', index=1, id="y1")],
+                ],
+                id="the name and another id in each piece",
+            ),
         ],
     )
     def test_calls_are_told_apart_however_the_server_numbers_them(self, deltas: list[list[dict[str, Any]]]) -> None:
@@ -345,7 +358,7 @@ class TestFaults:
             b'{"choices": [{"delta": {"tool_calls": [{"index": "x"}]}}]}',
             b'{"choices": ' + b"[" * 100_000,
             b'{"else": ' + b"[" * 100_000,
-            b'{"error": ' + b"[" * 100_000 + b"\xff",
+            b'{"model": "\\ud83d", "else": ' + b"[" * 100_000,
         ],
         ids=lambda data: data[:24].decode(),
     )

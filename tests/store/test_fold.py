@@ -214,7 +214,7 @@ async def scenario(kind: Literal["memory", "sqlite"], commits: list[list[tuple[A
 
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=100, deadline=None, database=None)
 @given(commits=st.lists(st.lists(EVENTS, max_size=5), max_size=10))
 def test_rows_are_the_fold_of_the_log(kind: Literal["memory", "sqlite"], commits: list[list[tuple[Any, ...]]]) -> None:
     asyncio.run(scenario(kind, commits))

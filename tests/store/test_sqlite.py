@@ -16,8 +16,8 @@ import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError, reason_name
 from notecase_server.store import sqlite_file
-from notecase_server.store.contract import Commit, Committed, Compare, Query, Scope, SessionKey
-from notecase_server.store.sqlite import SqliteStore, StoreOpenError
+from notecase_server.store.contract import Commit, Committed, Compare, Query, Scope, SessionKey, StoreOpenError
+from notecase_server.store.sqlite import SqliteStore
 
 from tests.store.build import (
     EVERYTHING,

@@ -75,6 +75,16 @@ async def test_several_changes_in_one_commit_see_each_other(store: Store) -> Non
     assert await store.get_state(STATE, ["n"]) == v1.State(version=3)
 
 
+async def test_several_changes_in_one_commit_are_all_kept(store: Store) -> None:
+    await create(store)
+    await add(store, changed(put("gone", 1), put("old", 1)))
+    committed = await add(store, changed(put("a", 1), remove("gone")), changed(put("b", 2)), changed(remove("none")))
+    state, page = await store.list_state(STATE, EVERYTHING)
+    assert page.rows == ["a", "b", "old"]
+    assert {key: entry.version for key, entry in state.entries.items()} == {"a": 2, "b": 3, "old": 1}
+    assert (await store.get_state(STATE, ["a", "b", "gone", "none"])) == committed.state[STATE]
+
+
 async def test_only_the_keys_named_are_read(store: Store) -> None:
     await store.update_state(USER_STATE, [put("a", 1), put("b", 2)])
     state = await store.get_state(USER_STATE, ["b", "missing", "b"])

@@ -6,7 +6,8 @@ import os
 import struct
 import sys
 
-from notecase_server.store.sqlite import SqliteStore, StoreOpenError
+from notecase_server.store.contract import StoreOpenError
+from notecase_server.store.sqlite import SqliteStore
 
 CAPABILITY_VERSION_3 = 0x20080522
 

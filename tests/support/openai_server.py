@@ -41,8 +41,8 @@ Piece = bytes | asyncio.Event | Cut
 
 @dataclass(frozen=True)
 class Answer:
-    """One HTTP answer. Its body is written piece by piece, each flushed by itself; at an event the server waits for
-    it."""
+    """One HTTP answer. Its body is written piece by piece, each flushed by itself; at an event the server waits for it.
+    The head goes out with the first bytes, so that what comes before them holds up or cuts the answer as a whole."""
 
     pieces: tuple[Piece, ...]
     status: int = 200
@@ -138,15 +138,18 @@ class OpenAIServer:
         answer = self._script.popleft() if self._script else self._answer(received.body)
         response = web.StreamResponse(status=answer.status, headers=answer.headers)
         try:
-            await response.prepare(request)
             for piece in answer.pieces:
                 if isinstance(piece, bytes):
+                    if not response.prepared:
+                        await response.prepare(request)
                     await response.write(piece)
                 elif isinstance(piece, asyncio.Event):
                     await piece.wait()
                 elif request.transport is not None:
                     request.transport.close()
                     return response
+            if not response.prepared:
+                await response.prepare(request)
             await response.write_eof()
         except (asyncio.CancelledError, ConnectionError):
             received.left.set()

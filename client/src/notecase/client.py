@@ -24,7 +24,7 @@ _OPTIONS: Mapping[str, int] = {
 
 
 class Client:
-    """A client of one server, for one event loop: `async with Client("127.0.0.1:7420") as client`.
+    """A client of one server, for the event loop it is made in: `async with Client("127.0.0.1:7420") as client`.
 
     `agents`, `sessions`, `state`, `messages`, `runs` and `server` are the generated stubs: each call takes its `v1`
     request, and `timeout=` (seconds) or `metadata=` where wanted, raises `NotecaseError`, and is made once. What they

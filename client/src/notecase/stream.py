@@ -46,8 +46,6 @@ class RunStream:
         self._waiting: deque[v1.Event] = deque()
         self._over = False
         attach = first.attach
-        options = attach.options if first.HasField("attach") else first.start.options
-        self._keep_open = options.keep_open
         known = attach.after_sequence if attach.HasField("after_sequence") else None
         self.view = SessionView(known)
         """The session as far as the events given out tell."""
@@ -174,8 +172,8 @@ class RunStream:
                 self._call = self._stub.Run(iter([self._opening()]))
                 self._frames = aiter(self._call)
             frame = await anext(self._frames)
-        except StopAsyncIteration:
-            await self._end()
+        except StopAsyncIteration:  # ended with OK: all is told; whatever cuts a stream makes it an error
+            self._over = True
             return
         except NotecaseError as error:
             await self._mend(error)
@@ -210,23 +208,6 @@ class RunStream:
             self.view = SessionView(attached.last_sequence)  # such a stream begins at the session's head
         self._attached = attached
         self.view.attach(attached)
-
-    def _complete(self) -> bool:
-        """Whether a stream that the server ended has told everything."""
-        if self._keep_open or self._attached is None:
-            return False
-        run, seen = self._attached.run, self.last_sequence or 0
-        if not run.name:
-            return seen >= self._attached.last_sequence
-        ended = self.view.run if self.view.run and self.view.run.name == run.name else run
-        return ended.state in ENDED and seen >= ended.last_sequence
-
-    async def _end(self) -> None:
-        if self._complete():
-            self._over = True
-        else:
-            cut = "The server ended the stream before all was told; attach again."
-            await self._mend(NotecaseError(grpc.StatusCode.UNAVAILABLE, "", cut))
 
     async def _mend(self, error: NotecaseError | Gap) -> None:
         self._close()

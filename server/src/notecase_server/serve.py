@@ -15,17 +15,15 @@ from notecase_server.engine.runs import Runs
 from notecase_server.engine.session import Sessions
 from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
-from notecase_server.models.openai import OpenAIProvider
 from notecase_server.rpc.interceptor import Authenticate, development
 from notecase_server.rpc.pages import Pages
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.server import build
 from notecase_server.rpc.services import Desk
 from notecase_server.rpc.watch import Pace
-from notecase_server.store.contract import Clock, Store
+from notecase_server.store.contract import Clock, Store, StoreOpenError
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
-from notecase_server.store.sqlite_file import StoreOpenError
 
 log = structlog.get_logger()
 
@@ -59,6 +57,9 @@ def make_providers(settings: Settings) -> dict[str, Provider]:
     """By name, the default one first: the configured one, or else the offline one."""
     providers: dict[str, Provider] = {}
     if settings.openai is not None:
+        # Its SDK takes most of a second to import; a server without it starts without it.
+        from notecase_server.models.openai import OpenAIProvider  # noqa: PLC0415
+
         given = settings.openai
         providers["openai"] = OpenAIProvider(given.api_key, given.base_url, given.default_model)
     providers["offline"] = OfflineProvider()

@@ -43,6 +43,7 @@ _DRAIN_SECONDS = 0.1
 far away, and no more than the SDK's own iterator waits."""
 
 _MAX_RETRY_AFTER = 24 * 3600.0
+"""Seconds. A provider that names more is not down but gone, and any number must fit into RetryInfo."""
 
 _TOLD_CHARS = 300
 """Of a provider's message: enough for its sentence, too little for a request that it echoes."""
@@ -97,10 +98,11 @@ class OpenAIProvider:
         self._default_model = default_model
         self._idle_timeout = idle_timeout
         self._base_url = _checked_url(base_url or OPENAI_URL)
-        # Reasoning models at OpenAI refuse max_tokens. Many other servers ignore or refuse max_completion_tokens, and
-        # OpenAI refuses both at once.
-        own = (self._base_url.host or "").endswith((".openai.com", ".azure.com"))
-        self._limit_field = "max_completion_tokens" if own else "max_tokens"
+        host = self._base_url.host
+        # Reasoning models at OpenAI refuse max_tokens, and both at once. Many other servers refuse or, worse, ignore
+        # max_completion_tokens. Where the host misleads, `Generation.extra` can name the one that is right.
+        newer = host.endswith((".openai.com", ".openai.azure.com"))
+        self._limit_field = "max_completion_tokens" if newer else "max_tokens"
         timeout = httpx2.Timeout(idle_timeout, connect=connect_timeout)
         self._client = openai.AsyncOpenAI(
             api_key=key,
@@ -111,12 +113,12 @@ class OpenAIProvider:
             http_client=openai.DefaultAioHttpClient(timeout=timeout),
         )
         self._open: set[httpx2.Response] = set()
-        if not own:
+        if not host.endswith(".openai.com"):
             self._client.organization = self._client.project = None
 
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
-        """See Provider.stream. Closing it before its end drops the connection, which is how the provider learns of
-        it."""
+        """See Provider.stream. Closing it before its end drops the connection, which is how the provider learns of it.
+        After Finish it ends within _DRAIN_SECONDS; who does not wait for that gives up the connection's next use."""
         body = _body(request, self._default_model, self._limit_field)
         model = str(body["model"])
         reply = ChatReply(model, lambda error: self._refused(_status_in(error), error, model))

@@ -187,6 +187,10 @@ class ActiveRun(NamedTuple):
     epoch: int
 
 
+class StoreOpenError(Exception):
+    """A store cannot be opened. Its text is for the operator: whole sentences that say what to do."""
+
+
 class Store(Protocol):
     kind: str
     """As ServerInfo.store names it."""

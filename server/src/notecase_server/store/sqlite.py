@@ -19,11 +19,11 @@ import structlog
 from notecase_server import errors
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Clock
-from notecase_server.store.sqlite_file import Connections, StoreOpenError, connect
+from notecase_server.store.sqlite_file import Connections, connect
 from notecase_server.store.sqlite_tables import SqliteTables
 from notecase_server.store.tables import Tables
 
-__all__ = ["SqliteStore", "StoreOpenError"]
+__all__ = ["SqliteStore"]
 
 T = TypeVar("T")
 

@@ -16,6 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+from notecase_server.store.contract import StoreOpenError
+
 APPLICATION_ID = 0x6E746373
 """Says whose file it is, in its header: "ntcs"."""
 
@@ -31,10 +33,6 @@ there once."""
 
 WAL_BYTES = 64 << 20
 """What the write-ahead log is cut back to when a burst has made it longer."""
-
-
-class StoreOpenError(Exception):
-    """The path cannot be used as a store. Its text is for the operator: whole sentences that say what to do."""
 
 
 class Connections(NamedTuple):

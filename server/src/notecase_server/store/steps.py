@@ -31,7 +31,7 @@ def commit(tables: Tables, now: int, commit: Commit) -> Committed:
     recall(tables, commit.key, commit.once, commit.command)
     rows = _load(tables, commit, now)
     before = {name: run.state for name, run in rows.runs.items()}
-    old_messages, old_calls = set(rows.messages), set(rows.calls)
+    old_messages, old_calls, old_versions = set(rows.messages), set(rows.calls), dict(rows.versions)
     done = fold.apply(rows, commit, now)
     if commit.start is None and rows.runs.keys() - before.keys():
         raise ValueError("a run_started event wants Commit.start")
@@ -53,7 +53,7 @@ def commit(tables: Tables, now: int, commit: Commit) -> Committed:
     for name, run in rows.runs.items():
         _save_run(tables, commit, run, before.get(name))
     for scope in done.state:
-        _save_state(tables, scope, rows.versions[scope], rows.state[scope])
+        _save_state(tables, scope, rows.versions[scope], rows.state[scope], old_versions[scope])
     return done
 
 
@@ -127,10 +127,13 @@ def _save_run(tables: Tables, commit: Commit, run: v1.Run, before: v1.Run.State.
         tables.drop_record(commit.key, run.name)
 
 
-def _save_state(tables: Tables, scope: Scope, version: int, entries: dict[str, v1.StateEntry | None]) -> None:
+def _save_state(
+    tables: Tables, scope: Scope, version: int, entries: dict[str, v1.StateEntry | None], before: int
+) -> None:
+    """`before` is the version the state had: entries that are newer have changed."""
     tables.put_version(scope, version)
     for key, entry in entries.items():
-        if entry is None or entry.version == version:
+        if entry is None or entry.version > before:
             tables.put_entry(scope, key, entry)
 
 
@@ -218,16 +221,16 @@ def update_state(
 ) -> v1.State:
     """Store.update_state."""
     recall(tables, SessionKey(scope.tenant, ""), once, None)
-    version = tables.version(scope)
-    if if_version is not None and if_version != version:
-        raise errors.version_mismatch("The state", version)
-    version += 1
+    before = tables.version(scope)
+    if if_version is not None and if_version != before:
+        raise errors.version_mismatch("The state", before)
+    version = before + 1
     entries = _entries(tables, scope, {op.key for op in ops})
     fold.apply_ops(entries, ops, version, now)
     state = v1.State(version=version)
     fold.show_entries(state, entries, (op.key for op in ops))
     _remember(tables, once, state, now)
-    _save_state(tables, scope, version, entries)
+    _save_state(tables, scope, version, entries, before)
     return state
 
 
