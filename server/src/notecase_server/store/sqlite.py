@@ -32,6 +32,10 @@ log = structlog.get_logger()
 READERS = 3
 """They share the interpreter, so more would not read faster; while one waits for the disk, others go on."""
 
+DEFECTS = (sqlite3.IntegrityError, sqlite3.ProgrammingError)
+"""What SQLite raises for a write that can never succeed, such as a message id used twice: our mistake and not the
+disk's, so nobody is told to try again."""
+
 
 class _Job(NamedTuple):
     """A step somebody waits for."""
@@ -194,7 +198,7 @@ def _settle(outcomes: list[_Outcome]) -> None:
 
 def _told(error: Exception) -> Exception:
     """What the caller of a failed step is told: what the disk or SQLite said stays here."""
-    if not isinstance(error, sqlite3.Error | OSError):
+    if not isinstance(error, sqlite3.Error | OSError) or isinstance(error, DEFECTS):
         return error
     log.error("store_step_failed", error=_name(error))
     return _unavailable(error)
