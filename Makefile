@@ -57,7 +57,7 @@ tools: $(BIN)/grpcurl $(BIN)/buf ## Build grpcurl and buf into the environment; 
 
 clean: ## Remove the environments and what tools left behind
 	@rm -rf $(VENV) $(GENERATOR) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
-	@find client server tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find $(wildcard client server tests examples benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment is whole when its .ready is newer than what it was made from. pip itself is pinned because the one that a
 # Python brings may not know dependency groups; the build backend is installed first so that it, too, is a pinned one.

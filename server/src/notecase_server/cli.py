@@ -1,15 +1,21 @@
-"""The `notecase` command: serve, and look around from a terminal."""
+"""The `notecase` command: serve, and look around from a terminal. All but `serve` know a server only by its address."""
 
 import asyncio
+import io
+import re
 import sys
+from collections.abc import Awaitable, Callable
 from typing import Any, Literal
 
 import click
 import grpc
-import uvloop
+from google.protobuf import text_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from notecase import Client, NotecaseError, v1
 
 from notecase_server import __version__
+from notecase_server import cli_screen as screen
+from notecase_server.cli_chat import converse, name_of
 from notecase_server.config import (
     DEFAULT_LISTEN,
     Settings,
@@ -17,16 +23,68 @@ from notecase_server.config import (
     is_loopback,
     openai_from_environment,
 )
-from notecase_server.serve import serve as serve_forever
-from notecase_server.store.sqlite_file import StoreOpenError
+from notecase_server.store.contract import StoreOpenError
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+INTERRUPTED = 130
+"""The exit code of what Ctrl-C ended, as shells have it."""
+
+
+def _address(context: click.Context, option: click.Parameter, value: str) -> str:
+    """Without a port gRPC would take 443, and without a host all of them."""
+    if not re.fullmatch(r"unix:.+|.+:[0-9]+", value):
+        raise click.BadParameter(f"{value!r} is no address; want HOST:PORT, for example {DEFAULT_LISTEN}.")
+    return value
+
+
+def _server(context: click.Context, option: click.Parameter, value: str) -> str:
+    """`notecase sessions --server A show S` asks A, too."""
+    name = option.name or ""
+    given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    above = context.parent.params.get(name) if context.parent else None
+    return _address(context, option, value if given or above is None else str(above))
+
+
+SERVER = click.option(
+    "--server",
+    default=DEFAULT_LISTEN,
+    envvar="NOTECASE_SERVER",
+    show_envvar=True,
+    metavar="HOST:PORT",
+    callback=_server,
+    help="The server to talk to.",
+)
+LIMIT = click.option("--limit", type=click.IntRange(1, 1000), default=50, help="How many to list.")
+MORE = "There are more; --limit lists up to 1000."
+
+
+def ask(server: str, conversation: Callable[[Client], Awaitable[int | None]]) -> None:
+    """Talks to a server and exits with the code that came of it. What goes wrong is told in a sentence, with exit
+    code 1."""
+
+    async def talk() -> int | None:
+        async with Client(server) as client:
+            return await conversation(client)
+
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that one of them does not know is shown as another
+    try:
+        sys.exit(asyncio.run(talk()))
+    except NotecaseError as error:
+        raise click.ClickException(screen.sentence(error, server)) from None
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
 
 
 @click.group(context_settings=HELP)
 @click.version_option(__version__, prog_name="notecase")
 def main() -> None:
-    """A self-hosted gRPC agent service: agents, their sessions, state, messages and runs."""
+    """A self-hosted gRPC agent service: agents, their sessions, state, messages and runs.
+
+    Every option that shows a NOTECASE_ variable can also be set by it.
+    """
 
 
 @main.command()
@@ -36,6 +94,7 @@ def main() -> None:
     envvar="NOTECASE_LISTEN",
     show_envvar=True,
     metavar="HOST:PORT",
+    callback=_address,
     help="Where to serve; port 0 takes a free one and prints it.",
 )
 @click.option(
@@ -100,6 +159,11 @@ def serve(
     The model's provider is `openai` when OPENAI_API_KEY or OPENAI_BASE_URL is set (OPENAI_MODEL names the default
     model), and the built-in `offline` one otherwise.
     """
+    # These bring the model providers' libraries, which take as long as all the rest and are of no use to a client.
+    import uvloop  # noqa: PLC0415
+
+    from notecase_server.serve import serve as serve_forever  # noqa: PLC0415
+
     if not insecure and not is_loopback(listen):
         raise click.ClickException(
             f"{listen} can be reached from other machines, and this server has no TLS and no credentials yet. "
@@ -107,10 +171,21 @@ def serve(
         )
     configure_logging(log_format, log_level)
     settings = Settings(listen=listen, store=store, max_runs=max_runs, grace=grace, openai=openai_from_environment())
+    started = False
+
+    def ready(port: int) -> None:
+        nonlocal started
+        started = True
+        click.echo(f"listening on port {port}")
+
     try:
-        uvloop.run(serve_forever(settings, lambda port: click.echo(f"listening on port {port}")))
+        uvloop.run(serve_forever(settings, ready))
     except StoreOpenError as error:
         raise click.ClickException(str(error)) from None
+    except ValueError as error:
+        if started:
+            raise
+        raise click.ClickException(f"The openai provider cannot be used: {error}.") from None
     except RuntimeError as error:
         if "bind" not in str(error):
             raise
@@ -118,11 +193,14 @@ def serve(
 
 
 @main.command()
-@click.option("--server", default=DEFAULT_LISTEN, envvar="NOTECASE_SERVER", show_envvar=True, metavar="HOST:PORT")
+@SERVER
 def health(server: str) -> None:
-    """Ask a server how it is; exit with 0 when it serves and 1 otherwise."""
+    """Ask a server how it is.
 
-    async def ask() -> int:
+    The exit code is 0 when it serves and 1 otherwise.
+    """
+
+    async def check() -> int:
         async with grpc.aio.insecure_channel(server) as channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)  # its types know no methods
             answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=3)
@@ -130,6 +208,145 @@ def health(server: str) -> None:
         return 0 if answer.status == health_pb2.HealthCheckResponse.SERVING else 1
 
     try:
-        sys.exit(asyncio.run(ask()))
+        sys.exit(asyncio.run(check()))
     except grpc.RpcError as error:
         raise click.ClickException(f"{server} does not answer ({error.code().name}).") from None
+
+
+@main.command()
+@SERVER
+@click.option(
+    "--agent",
+    default="",
+    show_default=False,
+    envvar="NOTECASE_AGENT",
+    show_envvar=True,
+    metavar="ID",
+    help="Who answers: of a new session from then on, of a resumed one in this chat. ID@REVISION is one revision.",
+)
+@click.option(
+    "--session",
+    default="",
+    show_default=False,
+    metavar="ID",
+    help="Resume this session; with --new, open one of this id.",
+)
+@click.option("--new", is_flag=True, help="Open a new session without asking.")
+def chat(server: str, agent: str, session: str, new: bool) -> None:
+    """Talk with an agent.
+
+    At a terminal a session is chosen from a list unless --session or --new say which. Ctrl-C stops a reply and keeps
+    the conversation; at the prompt Ctrl-C or Ctrl-D leave. /help tells the rest.
+
+    Through a pipe each line is a message in a new session, or in that of --session. The replies alone go to standard
+    output, and the exit code is 1 when a message had none.
+    """
+    ask(server, lambda client: converse(client, server, agent, session, new))
+
+
+@main.group(invoke_without_command=True)
+@click.option(
+    "--filter",
+    "where",
+    default="",
+    show_default=False,
+    metavar="EXPRESSION",
+    help="Which to list, for example: agent = agents/detective AND activity = IDLE. Fields are user, agent, "
+    "activity, display_name, create_time, update_time and labels.KEY.",
+)
+@LIMIT
+@SERVER
+@click.pass_context
+def sessions(context: click.Context, where: str, limit: int, server: str) -> None:
+    """List sessions, the last created first."""
+    if context.invoked_subcommand:
+        return
+
+    async def look(client: Client) -> None:
+        page = await client.sessions.ListSessions(v1.ListSessionsRequest(page_size=limit, filter=where))
+        rows = [
+            (
+                screen.id_of(one.name),
+                screen.id_of(one.agent),
+                screen.activity(one),
+                str(one.last_sequence),
+                screen.moment(one.update_time),
+                screen.one_line(one.display_name),
+            )
+            for one in page.sessions
+        ]
+        click.echo(screen.table(("SESSION", "AGENT", "ACTIVITY", "EVENTS", "UPDATED", "DISPLAY NAME"), rows))
+        if page.next_page_token:
+            screen.aside(MORE)
+
+    ask(server, look)
+
+
+@sessions.command("show")
+@click.argument("session", metavar="ID")
+@SERVER
+def show_session(session: str, server: str) -> None:
+    """Print the conversation of a session."""
+
+    async def look(client: Client) -> None:
+        found = await client.sessions.GetSession(v1.GetSessionRequest(name=name_of("sessions", session)))
+        click.secho(" ".join([found.name, screen.one_line(found.display_name)]), bold=True)
+        told = (found.agent, screen.activity(found), f"{found.last_sequence} events", screen.moment(found.update_time))
+        click.secho(", ".join(filter(None, told)), dim=True)
+        request = v1.ListMessagesRequest(parent=found.name, page_size=100)
+        while True:
+            page = await client.messages.ListMessages(request)
+            for message in page.messages:
+                click.secho(f"\n{screen.author(message)}  {screen.moment(message.create_time)}", dim=True)
+                click.echo(screen.message(message))
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                break
+
+    ask(server, look)
+
+
+@main.group(invoke_without_command=True)
+@LIMIT
+@SERVER
+@click.pass_context
+def agents(context: click.Context, limit: int, server: str) -> None:
+    """List agents by name."""
+    if context.invoked_subcommand:
+        return
+
+    async def look(client: Client) -> None:
+        page = await client.agents.ListAgents(v1.ListAgentsRequest(page_size=limit))
+        rows = [
+            (screen.id_of(one.name), str(one.revision), screen.model_of(one), screen.one_line(one.display_name))
+            for one in page.agents
+        ]
+        click.echo(screen.table(("AGENT", "REVISION", "MODEL", "DISPLAY NAME"), rows))
+        if page.next_page_token:
+            screen.aside(MORE)
+
+    ask(server, look)
+
+
+@agents.command("show")
+@click.argument("agent", metavar="ID[@REVISION]")
+@SERVER
+def show_agent(agent: str, server: str) -> None:
+    """Print an agent: its settings, and its instruction as it stands."""
+
+    async def look(client: Client) -> None:
+        found = await client.agents.GetAgent(v1.GetAgentRequest(name=name_of("agents", agent)))
+        click.secho(" ".join([found.name, screen.one_line(found.display_name)]), bold=True)
+        settings = {
+            "description": screen.one_line(found.description, 200),
+            "revision": f"{found.revision} of {screen.moment(found.update_time)}",
+            "model": screen.model_of(found),
+            "generation": text_format.MessageToString(found.llm.generation, as_one_line=True),
+            "context": text_format.MessageToString(found.llm.context, as_one_line=True),
+            "output key": screen.one_line(found.output_key),
+            "labels": screen.one_line(", ".join(f"{key}={label}" for key, label in sorted(found.labels.items())), 200),
+        }
+        click.echo("\n".join(screen.aligned([setting for setting in settings.items() if setting[1]])))
+        click.echo(f"\n{screen.harmless(found.llm.instruction) or 'It has no instruction.'}")
+
+    ask(server, look)

@@ -1,5 +1,6 @@
 """The settings of a server, and the only reader of the environment beside the command line's own options."""
 
+import ipaddress
 import logging
 import os
 import sys
@@ -9,7 +10,6 @@ from typing import Literal
 import structlog
 
 DEFAULT_LISTEN = "127.0.0.1:7420"
-LOOPBACK = ("127.", "localhost", "[::1]", "unix:")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,13 @@ def openai_from_environment() -> OpenAISettings | None:
 
 def is_loopback(listen: str) -> bool:
     """Whether only this machine can reach that address."""
-    return listen.startswith(LOOPBACK)
+    if listen.startswith("unix:"):
+        return True
+    host = listen.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def configure_logging(form: Literal["console", "json"], level: str) -> None:

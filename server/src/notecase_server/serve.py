@@ -144,7 +144,8 @@ async def serve(settings: Settings, ready: Callable[[int], None] = lambda port: 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
-    server = Server(settings, await open_store(settings.store, now), make_providers(settings))
+    providers = make_providers(settings)  # first, since a bad key or address is no reason to open the store
+    server = Server(settings, await open_store(settings.store, now), providers)
     ready(await server.start())
     await asked.wait()
     await server.stop()

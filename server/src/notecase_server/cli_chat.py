@@ -1,0 +1,361 @@
+"""A conversation at the terminal or through a pipe: whatever becomes of the command, the session is kept."""
+
+import asyncio
+import contextlib
+import json
+import signal
+import sys
+import termios
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+
+import click
+from google.protobuf.message import DecodeError
+from notecase import Client, NotecaseError, RunStream, text_of, v1
+from prompt_toolkit import PromptSession
+from prompt_toolkit.history import InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.shortcuts.choice_input import ChoiceInput
+
+from notecase_server import cli_screen as screen
+
+HELP = """\
+/notes            shows the session's state
+/note KEY=VALUE   puts a note into it: JSON as what it is, all else as text
+/quit             leaves; so do Ctrl-C and Ctrl-D
+Whatever else you type is said, and with a space before it these are, too.
+Ctrl-C stops a reply, Alt-Enter begins a new line."""
+
+INSTRUCTION = "You are a helpful assistant. Answer briefly."
+"""Of the agent that is made when there is none and its user has nothing to tell it."""
+
+OFFERED = 9
+"""Choices to choose from: as many as there are digits to choose by."""
+
+SHOWN = 6
+"""Messages of a resumed session that are shown: enough to remember what it was about."""
+
+SHOWN_CHARACTERS = 600
+"""Of each of them, so that they fit on one screen."""
+
+
+async def converse(client: Client, server: str, agent: str, session: str, new: bool) -> int:
+    """Talks until the user leaves or the input ends, and returns the exit code: 1 when something said through a pipe
+    had no reply, since nobody was there to see why.
+
+    `agent` and `session` are ids or names, or empty; see the command's help. Raises NotecaseError when there can be no
+    conversation, ClickException when it lacks an agent, and KeyboardInterrupt at Ctrl-C without a terminal."""
+    # asyncio's own handler would wait for the task to yield, which a read from a pipe does not.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    chat = _Chat(client, server)
+    try:
+        await chat.open(agent, session, new)
+    except EOFError:
+        return 0
+    return await chat.talk()
+
+
+def name_of(collection: str, given: str) -> str:
+    """The resource name of an id, or of what is a name already."""
+    return given if given.startswith(f"{collection}/") else f"{collection}/{given}"
+
+
+class _Chat:
+    """One conversation. Its session is made with the first thing that is said, so that looking in leaves nothing."""
+
+    def __init__(self, client: Client, server: str) -> None:
+        self._client = client
+        self._server = server
+        self._terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self._session = ""
+        self._agent = ""  # empty: the session's own
+        self._said: list[str] = []
+        self._failed = False
+
+    async def open(self, agent: str, session: str, new: bool) -> None:
+        """Finds the session and the agent. Raises EOFError when the user would rather leave."""
+        if agent:
+            self._agent = name_of("agents", agent)
+            await self._client.agents.GetAgent(v1.GetAgentRequest(name=self._agent))
+        if session and not new:
+            await self._resume(name_of("sessions", session))
+        elif self._terminal and not new and (picked := await self._pick_session()):
+            await self._resume(picked)
+        else:
+            self._agent = self._agent or await self._pick_agent()
+            if session:
+                await self._create(session_id=screen.id_of(session))
+            self._tell(f"{self._agent} answers. /help tells more.\n")
+
+    async def talk(self) -> int:
+        """Hears and answers; see `converse`."""
+        async for text in self._heard():
+            if text == "/quit":
+                break
+            await self._attempt(self._heed(text))
+            self._tell("")
+        if self._session:
+            self._tell(f"`notecase chat --session {screen.id_of(self._session)}` goes on with this conversation.")
+        return 1 if self._failed and not self._terminal else 0
+
+    async def _heard(self) -> AsyncIterator[str]:
+        """What the user says, never blank."""
+        if not self._terminal:
+            # Nothing else goes on between replies, so the loop may as well wait.
+            for line in sys.stdin:
+                if line.strip():
+                    yield line.rstrip()
+            return
+        prompt = _prompt(self._said)
+        while True:
+            try:
+                text = await prompt.prompt_async()
+            except EOFError:
+                return
+            if text.strip():
+                yield text.rstrip().encode(errors="replace").decode()
+
+    async def _attempt(self, deed: Awaitable[None]) -> None:
+        """Tells the service's errors in its sentences. A server that is lost ends what nobody is there to repeat."""
+        try:
+            await deed
+        except NotecaseError as error:
+            if not error.reason and not self._terminal:
+                raise
+            self._fail(screen.sentence(error, self._server))
+
+    async def _heed(self, text: str) -> None:
+        command, _, rest = text.partition(" ")
+        if text == "/help":
+            screen.aside(HELP)
+        elif text == "/notes":
+            await self._show_notes()
+        elif command == "/note":
+            await self._put_note(rest)
+        else:
+            await self._say(text)
+
+    async def _say(self, text: str) -> None:
+        if not self._session:
+            await self._create(screen.one_line(text))
+        self._tell("")
+        try:
+            await self._follow(self._client.run(self._session, text, agent=self._agent))
+        except NotecaseError as busy:
+            if busy.reason != "RUN_ACTIVE" or not self._terminal:
+                raise
+            screen.aside("The session is busy; this is what with. Afterwards the up arrow has your words.\n")
+            await self._follow(self._client.attach(busy.metadata["run"]), echo=True)
+
+    async def _show_notes(self) -> None:
+        notes = await self._client.get_state(self._session) if self._session else {}
+        for key, value in sorted(notes.items()):
+            click.echo(f"{screen.one_line(key)} = {screen.note(value)}")
+        if not notes:
+            screen.aside("There are no notes yet.")
+
+    async def _put_note(self, note: str) -> None:
+        key, equals, given = (part.strip() for part in note.partition("="))
+        if not equals:
+            self._fail("A note is put with /note KEY=VALUE.")
+            return
+        try:
+            value = json.loads(given)
+        except (ValueError, RecursionError):
+            value = given
+        if not self._session:
+            await self._create()
+        try:
+            await self._client.put_state(self._session, key, value)
+        except (OverflowError, UnicodeError, RecursionError, DecodeError):  # the last: deeper than protobuf copies
+            self._fail("State cannot hold that: integers have 64 bits, text is Unicode, lists are 16 levels deep.")
+        else:
+            screen.aside(f"{screen.one_line(key)} = {screen.note(value)}")
+
+    async def _create(self, display_name: str = "", session_id: str = "") -> None:
+        """A session that is named after its first words is found again in a list."""
+        agent = self._agent.partition("@")[0]
+        made = await self._client.create_session(agent, session_id=session_id, display_name=display_name)
+        self._session = made.name
+        if not self._terminal:
+            screen.aside(f"{made.name} with {self._agent}")
+
+    async def _resume(self, name: str) -> None:
+        session = await self._client.sessions.GetSession(v1.GetSessionRequest(name=name))
+        self._session = session.name
+        if not session.agent and not self._agent:
+            self._agent = await self._pick_agent()
+        if not self._terminal:
+            return
+        title = screen.one_line(session.display_name) or session.name
+        self._tell(f"{title}: {self._agent or session.agent} answers. /help tells more.\n")
+        await self._show_history(session)
+        if session.active_run:
+            await self._attempt(self._follow(self._client.attach(session.active_run), echo=True))
+            self._tell("")
+
+    async def _show_history(self, session: v1.Session) -> None:
+        """The last messages but those of the run under way, which its stream shows; all that the user said in a page
+        can be recalled with the arrow keys."""
+        request = v1.ListMessagesRequest(parent=session.name, order_by="sequence desc")
+        page = (await self._client.messages.ListMessages(request)).messages
+        past = [message for message in page if not message.run or message.run != session.active_run]
+        for message in reversed(past[:SHOWN]):
+            click.echo(f"{screen.message(message, SHOWN_CHARACTERS)}\n")
+        self._said = [text_of(message) for message in page if message.role == v1.Message.ROLE_USER]
+
+    async def _pick_session(self) -> str:
+        """The name of one to resume; empty for a new one."""
+        agent = self._agent.partition("@")[0]
+        request = v1.ListSessionsRequest(page_size=OFFERED - 1, filter=f'agent = "{agent}"' if agent else "")
+        found = (await self._client.sessions.ListSessions(request)).sessions
+        if not found:
+            return ""
+        rows = [
+            (
+                screen.one_line(one.display_name, 40) or screen.id_of(one.name),
+                screen.id_of(one.agent),
+                screen.moment(one.update_time),
+            )
+            for one in found
+        ]
+        picked = await _choose("Which session?", ["A new one", *screen.aligned(rows)])
+        return found[picked - 1].name if picked else ""
+
+    async def _pick_agent(self) -> str:
+        """The name of the one there is, or of the one that the user chooses or makes. Raises ClickException where it
+        would take a user to decide."""
+        found = (await self._client.agents.ListAgents(v1.ListAgentsRequest(page_size=OFFERED))).agents
+        if len(found) == 1:
+            return found[0].name
+        if found and self._terminal:
+            rows = [(screen.id_of(one.name), screen.one_line(one.display_name, 40)) for one in found]
+            return found[await _choose("Which agent?", screen.aligned(rows))].name
+        if found:
+            ids = ", ".join(screen.id_of(one.name) for one in found)
+            raise click.ClickException(f"There are several agents; choose one with --agent, for example of {ids}.")
+        if not self._terminal:
+            raise click.ClickException("There is no agent yet; `notecase chat` at a terminal offers to make one.")
+        return await self._make_agent()
+
+    async def _make_agent(self) -> str:
+        click.echo(f"There is no agent yet. In a line, what is one to do?\nOr press Enter for: {INSTRUCTION}\n")
+        instruction = (await _prompt([]).prompt_async()).strip() or INSTRUCTION
+        agent = v1.Agent(display_name="Assistant", llm=v1.LlmAgent(instruction=instruction))
+        request = v1.CreateAgentRequest(agent_id="assistant", agent=agent, request_id=uuid.uuid4().hex)
+        made = await self._client.agents.CreateAgent(request)
+        self._tell("")
+        return made.name
+
+    async def _follow(self, stream: RunStream, echo: bool = False) -> None:
+        """Shows a run up to its end. Ctrl-C cancels it; a second one, or one before the server has answered at all,
+        lets go of it.
+
+        Raises NotecaseError also when the run fails."""
+        reply = screen.Reply(stream, self._terminal, echo)
+        showing = asyncio.create_task(_show(stream, reply))
+        stopping: list[asyncio.Task[None]] = []
+
+        def interrupt() -> None:
+            if stream.name and not stopping:
+                stopping.append(asyncio.create_task(self._attempt(_stop(stream))))
+            else:
+                showing.cancel()
+
+        with _on_interrupt(interrupt), _hushed(self._terminal):
+            await asyncio.wait([showing])
+        reply.end()
+        for task in stopping:
+            task.cancel()
+        if not showing.cancelled():
+            showing.result()
+        elif self._terminal:
+            screen.aside("Not waited for; what has reached the server goes on there.")
+        if (stopping or showing.cancelled()) and not self._terminal:
+            raise KeyboardInterrupt
+        if not showing.cancelled() and stream.result.state == v1.Run.STATE_FAILED:
+            raise NotecaseError.from_proto(stream.result.error)
+
+    def _fail(self, text: str) -> None:
+        screen.failure(text)
+        self._failed = True
+
+    def _tell(self, text: str) -> None:
+        """Says something that only helps who sits at a terminal."""
+        if self._terminal:
+            screen.aside(text)
+
+
+async def _show(stream: RunStream, reply: screen.Reply) -> None:
+    reply.wait()
+    async with stream:
+        async for event in stream:
+            reply.show(event)
+
+
+async def _stop(stream: RunStream) -> None:
+    try:
+        await stream.cancel("Ctrl-C")
+    except NotecaseError as error:
+        if error.reason != "RUN_ENDED":  # it was faster
+            raise
+
+
+@contextlib.contextmanager
+def _on_interrupt(act: Callable[[], None]) -> Iterator[None]:
+    """Ctrl-C does that, and afterwards ends the command again."""
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, act)
+    try:
+        yield
+    finally:
+        loop.remove_signal_handler(signal.SIGINT)
+
+
+@contextlib.contextmanager
+def _hushed(terminal: bool) -> Iterator[None]:
+    """Keys pressed meanwhile do not show in the middle of the reply; the next prompt gets them."""
+    if not terminal:
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = before.copy()
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+
+
+def _prompt(said: Iterable[str]) -> PromptSession[str]:
+    """Asks for a line, or several when they are pasted or made with Alt-Enter; the arrow keys recall what was `said`,
+    given newest first. Ctrl-C and Ctrl-D raise EOFError."""
+    keys = KeyBindings()
+
+    @keys.add("escape", "enter")
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    return PromptSession(
+        [("bold ansicyan", screen.PROMPT)],
+        prompt_continuation=screen.CONTINUED,
+        history=InMemoryHistory(list(said)[::-1]),
+        key_bindings=keys,
+        enable_suspend=True,
+        interrupt_exception=EOFError,
+    )
+
+
+async def _choose(question: str, labels: Sequence[str]) -> int:
+    """The index of the label chosen with the arrow keys or its number. Ctrl-C and Ctrl-D raise EOFError."""
+    keys = KeyBindings()
+
+    @keys.add("c-d")
+    def _(event: KeyPressEvent) -> None:
+        event.app.exit(exception=EOFError())
+
+    menu = ChoiceInput(
+        message=question, options=list(enumerate(labels)), interrupt_exception=EOFError, key_bindings=keys
+    )
+    return await menu.prompt_async()

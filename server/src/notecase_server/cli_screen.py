@@ -1,0 +1,232 @@
+"""What the commands show: what a user, a model or a note says comes out as text and cannot command the terminal.
+
+Standard output carries what was asked for, the agent's words and the tables; standard error all that stands around it.
+"""
+
+import json
+from collections.abc import Sequence
+from datetime import UTC
+from typing import Any
+
+import click
+from google.protobuf.timestamp_pb2 import Timestamp
+from notecase import NotecaseError, RunStream, v1
+
+PROMPT = "> "
+"""Before what a user says, typed or shown."""
+
+CONTINUED = " " * len(PROMPT)
+"""Before its further lines."""
+
+_HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"} | {ord("\r"): None}
+"""Escape and its relatives would move the cursor, rename the window or write into the clipboard."""
+
+
+def harmless(text: str) -> str:
+    """The text with its lines, without what a terminal would obey."""
+    return text.translate(_HARMLESS)
+
+
+def one_line(text: str, most: int = 60) -> str:
+    """Its words on one line of at most so many characters."""
+    line = " ".join(harmless(text).split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def aside(text: str) -> None:
+    """Says something about the conversation, apart from what is said in it."""
+    click.secho(text, err=True, dim=True)
+
+
+def failure(text: str) -> None:
+    """Says what went wrong."""
+    click.secho(harmless(text), err=True, fg="red")
+
+
+def sentence(error: NotecaseError, server: str) -> str:
+    """What went wrong, in the service's words where it is the service that speaks."""
+    if error.reason:
+        return harmless(error.message)
+    if error.code.name == "UNAVAILABLE":
+        return f"No server can be reached at {server}. `notecase serve` starts one; --server names another."
+    return f"{server} does not answer as a notecase server does ({error.code.name}: {one_line(error.message, 200)})."
+
+
+def id_of(name: str) -> str:
+    """The last part of a resource name, which is what the commands take."""
+    return name.rpartition("/")[2]
+
+
+def moment(time: Timestamp) -> str:
+    """A time as the clock on the wall shows it, to the minute."""
+    return time.ToDatetime(UTC).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def activity(session: v1.Session) -> str:
+    return v1.Session.Activity.Name(session.activity).removeprefix("ACTIVITY_").lower()
+
+
+def author(found: v1.Message) -> str:
+    """Who said it, or else in which role."""
+    return found.author or v1.Message.Role.Name(found.role).removeprefix("ROLE_").lower()
+
+
+def model_of(agent: v1.Agent) -> str:
+    """Its provider and model, as far as the agent names them; the rest is the server's default."""
+    return harmless("/".join(filter(None, (agent.llm.provider, agent.llm.model)))) or "default"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for each row, its columns as wide as what stands in them."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    first, *rest = aligned([header, *rows])
+    return "\n".join([click.style(first, dim=True), *rest])
+
+
+def note(value: Any, most: int = 200) -> str:
+    """A value of state on one line: text as it is, all else as JSON, bytes by their number."""
+    if isinstance(value, str):
+        return one_line(value, most)
+    shown = json.dumps(value, ensure_ascii=False, default=lambda held: f"{len(held)} bytes")
+    return one_line(shown, most)
+
+
+def message(found: v1.Message, most: int | None = None) -> str:
+    """A whole message, the text of each part cut to so many characters."""
+    lines = [_part(part, most) for part in found.parts]
+    if found.status == v1.Message.STATUS_INCOMPLETE:
+        lines.append(click.style("(cut off)", dim=True))
+    text = "\n".join(lines)
+    if found.role == v1.Message.ROLE_USER:
+        return click.style(PROMPT, fg="cyan", bold=True) + text.replace("\n", f"\n{CONTINUED}")
+    return click.style("system: ", dim=True) + text if found.role == v1.Message.ROLE_SYSTEM else text
+
+
+def _part(part: v1.Part, most: int | None) -> str:
+    match part.WhichOneof("kind"):
+        case "reasoning":
+            return click.style(_cut(part.reasoning.text, most), dim=True)
+        case "refusal":
+            return _refusal(_cut(part.refusal, most))
+        case "tool_call":
+            return click.style(call(part.tool_call), dim=True)
+        case "file":
+            return click.style(f"[{one_line(part.file.uri, 200)}]", dim=True)
+        case "data":
+            return click.style(f"[{one_line(part.data.media_type)}, {len(part.data.data)} bytes]", dim=True)
+        case _:
+            return _cut(part.text, most)
+
+
+def _cut(text: str, most: int | None) -> str:
+    text = harmless(text).rstrip()
+    return text if most is None or len(text) <= most else f"{text[:most]}…"
+
+
+def _refusal(text: str) -> str:
+    return click.style("refused: ", fg="yellow") + text
+
+
+def call(made: v1.ToolCall) -> str:
+    """A tool call and what became of it, on one line."""
+    outcome = v1.ToolCall.Outcome.Name(made.outcome).removeprefix("OUTCOME_").lower()
+    told = one_line(made.error or " ".join(part.text for part in made.result), 120)
+    return f"→ {one_line(made.tool)}({one_line(made.arguments, 80)}) {outcome}{': ' if told else ''}{told}"
+
+
+class Reply:
+    """A run on the screen while it happens, from the events of its stream.
+
+    What was shown is not taken back: where a model call is repeated, a line says so and the reply begins anew. Without
+    a terminal the agent's words alone go to standard output, exactly, with a line break after each message."""
+
+    def __init__(self, stream: RunStream, terminal: bool, echo: bool = False) -> None:
+        """With `echo` what the user said is shown too, which it is not where it has just been typed."""
+        self._stream = stream
+        self._terminal = terminal
+        self._echo = echo
+        self._shown: dict[tuple[str, int], int] = {}
+        self._block: tuple[str, int] | None = None
+        self._waiting = False
+
+    def wait(self) -> None:
+        """Shows that something is to come."""
+        if self._terminal:
+            click.secho("…", dim=True, nl=False)
+            self._waiting = True
+
+    def show(self, event: v1.Event) -> None:
+        """Takes the next event of the stream, once the stream's view has it."""
+        delta, added = event.block_delta, event.message_added
+        match event.WhichOneof("payload"):
+            case "block_delta":
+                if block := self._stream.view.open.get(delta.message, {}).get(delta.block):
+                    self._grow((delta.message, delta.block), block.kind, block.text)
+            case "message_added":
+                self._add(added)
+            case "message_discarded":
+                if any(name == event.message_discarded.message for name, _ in self._shown):
+                    self._aside("The model is asked again; its reply begins anew.")
+            case "tool_finished":
+                self._aside(call(event.tool_finished))
+            case "run_state_changed":
+                self._change(event.run_state_changed)
+
+    def end(self) -> None:
+        """Leaves the cursor at the beginning of a line; may be called twice."""
+        self._awaken()
+        if self._block is not None:
+            click.echo()
+            self._block = None
+
+    def _add(self, added: v1.Message) -> None:
+        if added.role != v1.Message.ROLE_ASSISTANT:
+            if self._echo:
+                self.end()
+                click.echo(f"{message(added)}\n")
+            return
+        for index, part in enumerate(added.parts):
+            kind = part.WhichOneof("kind") or ""
+            if kind == "tool_call":
+                if part.tool_call.outcome != v1.ToolCall.OUTCOME_PENDING:
+                    self._aside(call(part.tool_call))
+            else:
+                self._grow((added.name, index), kind, part.reasoning.text or part.refusal or part.text)
+        self.end()
+        if added.finish_reason == "length":
+            self._aside("The model stopped there, having reached its limit of tokens.")
+
+    def _grow(self, block: tuple[str, int], kind: str, text: str) -> None:
+        """Shows what a block has that is not on the screen yet."""
+        shown = self._shown.get(block, 0)
+        if len(text) <= shown or kind not in {"text", "refusal", "reasoning"}:
+            return
+        if kind == "reasoning" and not self._terminal:
+            return
+        if self._block != block:
+            self.end()
+            self._block = block
+        piece = harmless(text[shown:])
+        if kind == "refusal" and not shown:
+            piece = _refusal(piece)
+        click.echo(click.style(piece, dim=True) if kind == "reasoning" else piece, nl=False)
+        self._shown[block] = len(text)
+
+    def _change(self, changed: v1.RunStateChanged) -> None:
+        if changed.state == v1.Run.STATE_CANCELLED:
+            self._aside(f"Cancelled{': ' if changed.reason else '.'}{one_line(changed.reason, 200)}")
+        elif changed.state == v1.Run.STATE_RUNNING and changed.reason:
+            self._aside(one_line(changed.reason, 200))
+
+    def _aside(self, text: str) -> None:
+        self.end()
+        aside(text)
+
+    def _awaken(self) -> None:
+        if self._waiting:
+            click.echo("\r\x1b[K", nl=False)
+            self._waiting = False

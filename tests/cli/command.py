@@ -1,0 +1,95 @@
+"""The `notecase` command as its users run it: a process of its own, with pipes or with a terminal."""
+
+import asyncio
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+COMMAND = (sys.executable, "-m", "notecase_server")
+
+ON_A_TERMINAL = (
+    *(sys.executable, "-c"),
+    "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))",
+)
+"""Passes its pipes on to a terminal that the command is in the foreground of."""
+
+CONTROL = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[=>])|\r")
+"""What a terminal obeys and does not show."""
+
+
+class Done(NamedTuple):
+    """A command that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's, without the settings that whoever runs the tests may have."""
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "NOTECASE_"))}
+    return {**keep, "PYTHONIOENCODING": "utf-8", **(extra or {})}
+
+
+async def spawn(*arguments: str, env: Mapping[str, str] | None = None) -> asyncio.subprocess.Process:
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(*arguments, env=environment(env), stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+async def notecase(*arguments: str, said: str = "", env: Mapping[str, str] | None = None) -> Done:
+    """Runs the command to its end; `said` is all of its standard input. None may end with a traceback."""
+    process = await spawn(*COMMAND, *arguments, env=env)
+    out, err = await process.communicate(said.encode())
+    assert process.returncode is not None
+    assert "Traceback" not in err.decode()
+    return Done(process.returncode, out.decode(), err.decode())
+
+
+class Terminal:
+    """The command on a terminal, which a test types at and reads."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self._raw = b""
+        self._read = 0
+
+    @property
+    def screen(self) -> str:
+        """All that has been shown, as text."""
+        return CONTROL.sub("", self._raw.decode(errors="ignore"))
+
+    async def until(self, text: str) -> None:
+        """Returns once that is shown, after what was last waited for."""
+        assert self._process.stdout is not None
+        while (found := self.screen.find(text, self._read)) < 0:
+            data = await self._process.stdout.read(1 << 16)
+            assert data, f"ended without {text!r}: {self.screen}"
+            self._raw += data
+        self._read = found + len(text)
+
+    async def type(self, keys: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(keys.encode())
+        await self._process.stdin.drain()
+
+    async def ended(self) -> int:
+        """Its exit code, once everything shown is on the screen."""
+        assert self._process.stdout is not None
+        self._raw += await self._process.stdout.read()
+        return await self._process.wait()
+
+
+@asynccontextmanager
+async def terminal(*arguments: str) -> AsyncIterator[Terminal]:
+    """The command on a terminal that cannot tell where its cursor is; it has ended when the block is left."""
+    env = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    process = await spawn(*ON_A_TERMINAL, *COMMAND, *arguments, env=env)
+    try:
+        yield Terminal(process)
+    finally:
+        if process.returncode is None:
+            process.kill()  # closes the terminal, which ends the command
+        await process.communicate()

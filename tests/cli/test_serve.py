@@ -1,0 +1,94 @@
+"""`notecase serve` and `notecase health`: what an operator reads when something is set wrong."""
+
+import re
+from pathlib import Path
+
+import pytest
+from notecase_server.cli import main
+
+from tests.cli.command import notecase
+from tests.support.server import Running, Spawned
+
+NOBODY = "127.0.0.1:1"
+"""An address where nothing listens."""
+
+
+async def test_help_explains_every_option_and_its_variable() -> None:
+    done = await notecase("serve", "--help")
+    assert 0 == done.code
+    options = {option.opts[0]: option.envvar for option in main.commands["serve"].params}
+    assert options == {option: f"NOTECASE_{option[2:].upper().replace('-', '_')}" for option in options}
+    text = " ".join(done.out.split())
+    for option, variable in options.items():
+        assert re.search(rf"{option} .*\[env var: {variable}\b", text)
+    assert "OPENAI_API_KEY" in text
+
+
+async def test_the_commands_are_listed_with_a_sentence_each() -> None:
+    done = await notecase("--help")
+    assert 0 == done.code
+    commands = done.out.partition("Commands:\n")[2]
+    assert ["agents", "chat", "health", "serve", "sessions"] == re.findall(r"^  (\w+) +\w.*\.$", commands, re.MULTILINE)
+
+
+@pytest.mark.parametrize("listen", ["0.0.0.0:0", "192.0.2.1:7420", "example.org:7420", "[::]:0", "[::]:7420"])
+async def test_an_address_beyond_this_machine_wants_to_be_called_insecure(listen: str) -> None:
+    done = await notecase("serve", "--listen", listen, "--store", "memory:")
+    assert 1 == done.code
+    assert done.err.startswith(f"Error: {listen} can be reached from other machines")
+    assert "--insecure" in done.err
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1", "127.0.0.1:", "127.0.0.1:http", ""])
+async def test_an_address_without_a_port_is_refused(listen: str) -> None:
+    """gRPC would serve on port 443."""
+    done = await notecase("serve", "--listen", listen, "--store", "memory:")
+    assert 2 == done.code
+    assert "want HOST:PORT" in done.err
+
+
+@pytest.mark.parametrize("store", ["postgres://somewhere", "sqlite:", "memory:more", "notecase.db"])
+async def test_what_is_no_store_is_refused_with_what_would_be_one(store: str) -> None:
+    done = await notecase("serve", "--listen", "127.0.0.1:0", "--store", store)
+    assert (1, f"Error: '{store}' is no store; want memory: or sqlite:PATH.\n") == (done.code, done.err)
+
+
+async def test_a_store_that_another_server_owns_is_refused(tmp_path: Path) -> None:
+    store = f"sqlite:{tmp_path / 'notecase.db'}"
+    owner = await Spawned.start(store, tmp_path / "log")
+    done = await notecase("serve", "--listen", "127.0.0.1:0", "--store", store)
+    assert 1 == done.code
+    assert "is in use" in done.err
+    assert 0 == await owner.stop()
+
+
+async def test_a_taken_port_is_told_in_a_sentence(served: Running) -> None:
+    done = await notecase("serve", "--listen", served.address, "--store", "memory:")
+    assert 1 == done.code
+    assert f"Error: {served.address} cannot be listened on; another server may have it.\n" in done.err
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("OPENAI_BASE_URL", "ftp://models.example", "the base URL must begin with http:// or https://"),
+        ("OPENAI_BASE_URL", "https://name:secret-1@models.example", "the base URL must hold neither credentials"),
+        ("OPENAI_API_KEY", "secret-1 and more", "the API key holds a space"),
+    ],
+)
+async def test_a_provider_that_cannot_work_is_told_before_anything_is_served(
+    variable: str, value: str, told: str
+) -> None:
+    """And its key or URL is not."""
+    done = await notecase("serve", "--listen", "127.0.0.1:0", "--store", "memory:", env={variable: value})
+    assert 1 == done.code
+    assert "" == done.out
+    assert f"Error: The openai provider cannot be used: {told}" in done.err
+    assert "secret-1" not in done.err
+
+
+async def test_health_is_an_exit_code(served: Running) -> None:
+    done = await notecase("health", env={"NOTECASE_SERVER": served.address})
+    assert (0, "SERVING\n") == (done.code, done.out)
+    done = await notecase("health", "--server", NOBODY)
+    assert (1, f"Error: {NOBODY} does not answer (UNAVAILABLE).\n") == (done.code, done.err)
