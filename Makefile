@@ -22,7 +22,7 @@ demo: $(VENV)/.ready ## A detective's conversation, told from start to restart
 serve: $(VENV)/.ready ## Start the server; ARGS="--store sqlite:notecase.db"
 	@$(BIN)/notecase serve $(ARGS)
 
-test: $(VENV)/.ready $(if $(GO),$(BIN)/grpcurl) ## Run the tests; ARGS="-k name tests/store"
+test: $(VENV)/.ready $(GENERATOR)/.ready $(if $(GO),$(BIN)/grpcurl) ## Run the tests; ARGS="-k name tests/store"
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/.ready ## Check the format and the style

@@ -354,7 +354,7 @@ OPTIONS = ["-".join(parts) for parts in (("index", "url"), ("find", "links"), ("
 
 
 TEXT = {"", ".cfg", ".in", ".json", ".md", ".proto", ".py", ".pyi", ".sh", ".sql", ".toml", ".txt", ".yaml", ".yml"}
-MADE_HERE = {"__pycache__", "build", "dist"}
+MADE_HERE = {"gen", "node_modules", "target", "__pycache__", "build", "dist"}
 
 
 def files() -> Iterator[Path]:

@@ -827,7 +827,8 @@ Global___StateChanged: _TypeAlias = StateChanged  # noqa: Y015
 @_typing.final
 class BlockDelta(_message.Message):
     """A slice of one part of a message being made. `start` 0 replaces what the watcher has of the block; `start` equal to the
-    last `end` appends; anything else is a gap: attach again. Slices fall between code points.
+    last `end` appends; anything else is a gap: attach again. Slices fall between code points. `message_added` may come before
+    a message's last slices, or instead of all of them: what follows the last `end` is in it.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -1,0 +1,265 @@
+"""What a person at a terminal has with grpcurl and no files: descriptions, health, a conversation on one stream, and
+errors that say what to do. That each call of the README prints what it says is tests/test_readme.py's."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import pytest
+from google.protobuf import descriptor_pb2
+from grpc_reflection.v1alpha import reflection_pb2
+
+from tests.support.server import Running, running
+
+Json = dict[str, Any]
+
+NOTECASE = {f"notecase.v1.{name}Service" for name in ("Agent", "Message", "Run", "Server", "Session", "State")}
+OPERATIONS = {
+    "grpc.health.v1.Health",
+    "grpc.reflection.v1.ServerReflection",
+    "grpc.reflection.v1alpha.ServerReflection",
+}
+
+
+class Stream:
+    """A call whose frames are typed one by one, as a person would."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self.events: list[Json] = []
+        """All that have been read, in their order."""
+
+    def type(self, frame: Json) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(frame).encode() + b"\n")
+
+    def done(self) -> None:
+        """Ctrl-D: no more frames."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+
+    async def until(self, kind: str) -> Json:
+        """Reads up to the next frame of that kind, and returns what is in it."""
+        while frame := await self._frame():
+            if kind in frame:
+                found: Json = frame[kind]
+                return found
+        raise AssertionError(f"the stream ended before a frame {kind}")
+
+    async def end(self) -> None:
+        """Reads up to the end of the call."""
+        while await self._frame():
+            pass
+
+    async def _frame(self) -> Json:
+        """What is printed next; empty at the end."""
+        assert self._process.stdout is not None
+        lines = []
+        while line := await self._process.stdout.readline():
+            lines.append(line)
+            if line == b"}\n":
+                frame: Json = json.loads(b"".join(lines))
+                self.events += frame.get("batch", {}).get("events", [])
+                return frame
+        assert [] == lines
+        return {}
+
+
+class Terminal:
+    """grpcurl against one server."""
+
+    def __init__(self, grpcurl: str, address: str) -> None:
+        self._grpcurl = grpcurl
+        self._address = address
+
+    async def print(self, *words: str, flags: tuple[str, ...] = ()) -> str:
+        """What `grpcurl -plaintext FLAGS ADDRESS WORDS` prints; it must succeed."""
+        code, out, errors = await self._run(flags, words)
+        assert (0, "") == (code, errors)
+        return out
+
+    async def call(self, method: str, request: Json) -> Json:
+        """The answer of a unary call."""
+        answer: Json = json.loads(await self.print(f"notecase.v1.{method}", flags=("-d", json.dumps(request))))
+        return answer
+
+    async def refused(self, method: str, request: Json, *flags: str) -> tuple[int, str]:
+        """The exit code, and what is printed, of a call that fails."""
+        code, out, errors = await self._run(("-d", json.dumps(request), *flags), (f"notecase.v1.{method}",))
+        assert out == ""
+        return code, errors
+
+    @asynccontextmanager
+    async def stream(self, method: str) -> AsyncIterator[Stream]:
+        process = await asyncio.create_subprocess_exec(
+            *(self._grpcurl, "-plaintext", "-d", "@", self._address, f"notecase.v1.{method}"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        try:
+            yield Stream(process)
+        except BaseException:
+            with suppress(ProcessLookupError):  # It may have ended by itself.
+                process.kill()
+            raise
+        finally:
+            await process.communicate()
+        assert process.returncode == 0
+
+    async def _run(self, flags: tuple[str, ...], words: tuple[str, ...]) -> tuple[int, str, str]:
+        process = await asyncio.create_subprocess_exec(
+            *(self._grpcurl, "-plaintext", *flags, self._address, *words),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        out, errors = await process.communicate()
+        assert process.returncode is not None
+        return process.returncode, out.decode(), errors.decode()
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Running]:
+    async with running("memory:") as server:
+        yield server
+
+
+@pytest.fixture
+def terminal(grpcurl: str, served: Running) -> Terminal:
+    return Terminal(grpcurl, served.address)
+
+
+@pytest.fixture
+async def session(terminal: Terminal) -> str:
+    """A session with an agent on the offline model."""
+    agent = {"agent_id": "clerk", "agent": {"llm": {"provider": "offline", "instruction": "Be brief."}}}
+    await terminal.call("AgentService/CreateAgent", agent)
+    session = {"session_id": "case", "session": {"agent": "agents/clerk"}}
+    return str((await terminal.call("SessionService/CreateSession", session))["name"])
+
+
+def said(text: str) -> list[Json]:
+    return [{"parts": [{"text": text}]}]
+
+
+async def test_the_services_are_listed(terminal: Terminal) -> None:
+    assert NOTECASE | OPERATIONS == set((await terminal.print("list")).split())
+
+
+async def test_methods_and_messages_are_described(terminal: Terminal) -> None:
+    """In the protos' own names, by which a request is written."""
+    assert await terminal.print("describe", "notecase.v1.StateService") == (
+        "notecase.v1.StateService is a service:\n"
+        "service StateService {\n"
+        "  rpc GetState ( .notecase.v1.GetStateRequest ) returns ( .notecase.v1.State );\n"
+        "  rpc PutState ( .notecase.v1.PutStateRequest ) returns ( .notecase.v1.StateEntry );\n"
+        "  rpc UpdateState ( .notecase.v1.UpdateStateRequest ) returns ( .notecase.v1.State );\n"
+        "}\n"
+    )
+    assert await terminal.print("describe", "notecase.v1.AttachRun") == (
+        "notecase.v1.AttachRun is a message:\n"
+        "message AttachRun {\n"
+        "  string name = 1;\n"
+        "  optional int64 after_sequence = 2;\n"
+        "  .notecase.v1.WatchOptions options = 3;\n"
+        "}\n"
+    )
+
+
+@pytest.mark.parametrize("version", ["v1", "v1alpha"])
+async def test_reflection_tells_all_that_a_tool_needs(served: Running, version: str) -> None:
+    """By the name that newer tools ask for and by the older one: the services, and for each its file with every file
+    that this one needs."""
+    ask = served.channel.stream_stream(
+        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+    )
+    requests = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        *[reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in sorted(NOTECASE)],
+    ]
+    listed, *answers = [answer async for answer in ask(iter(requests))]
+    assert NOTECASE | OPERATIONS == {service.name for service in listed.list_services_response.service}
+    for name, answer in zip(sorted(NOTECASE), answers, strict=True):
+        packed = answer.file_descriptor_response.file_descriptor_proto
+        files = {file.name: file for file in map(descriptor_pb2.FileDescriptorProto.FromString, packed)}
+        assert name in {f"{file.package}.{service.name}" for file in files.values() for service in file.service}
+        assert {needed for file in files.values() for needed in file.dependency} <= set(files)
+
+
+async def test_health_is_told_for_the_server_and_each_service(terminal: Terminal) -> None:
+    for service in ["", *sorted(NOTECASE)]:
+        flags = ("-d", json.dumps({"service": service}))
+        assert json.loads(await terminal.print("grpc.health.v1.Health/Check", flags=flags)) == {"status": "SERVING"}
+
+
+async def test_a_run_is_driven_by_typing(terminal: Terminal, session: str) -> None:
+    """Frames are answered as they are typed: the start by where the stream is, a refused command by a result after
+    which the stream goes on, the cancel by the run's end; then the call ends well."""
+    async with terminal.stream("RunService/Run") as run:
+        state = {"mood": {"string_value": "calm"}}
+        run.type({"start": {"session": session, "state": state, "messages": said("/pause 10000 /say Never.")}})
+        attached = await run.until("attached")
+        assert (session, "STATE_RUNNING") == (attached["session"], attached["run"]["state"])
+        run.type({"command_id": "more", "update_state": {"ops": [{"key": "mood", "increment": 1}]}})
+        refused = await run.until("result")
+        assert ("more", "DISPOSITION_REFUSED") == (refused["command_id"], refused["disposition"])
+        assert refused["error"]["reason"] == "ERROR_REASON_STATE_TYPE_MISMATCH"
+        run.type({"command_id": "stop", "cancel": {"reason": "I have heard enough."}})
+        applied = await run.until("result")
+        assert ("stop", "DISPOSITION_APPLIED") == (applied["command_id"], applied["disposition"])
+        run.done()
+        await run.end()
+    assert run.events[-1]["run_state_changed"] == {"state": "STATE_CANCELLED", "reason": "I have heard enough."}
+
+
+async def test_one_terminal_watches_what_another_does(terminal: Terminal, session: str) -> None:
+    """And its call ends by itself with the run."""
+    start = {"session": session, "run_id": "slow", "messages": said("/pause 10000 /say Never.")}
+    run = await terminal.call("RunService/CreateRun", {"start": start})
+    async with terminal.stream("RunService/WatchEvents") as watch:
+        watch.type({"name": run["name"]})
+        watch.done()
+        batch = await watch.until("batch")
+        assert ["1", "2"] == [event["sequence"] for event in batch["events"]]
+        assert batch["caught_up"] is True
+        await terminal.call("RunService/CancelRun", {"name": run["name"]})
+        await watch.end()
+    assert watch.events[-1]["run_state_changed"] == {"state": "STATE_CANCELLED"}
+
+
+async def test_an_error_can_be_read(terminal: Terminal) -> None:
+    """All that is wrong at once, each field with what it wants. grpcurl adds the code to 64."""
+    agent = {"agent_id": "No Way", "agent": {"llm": {"max_model_calls": -1}}}
+    code, told = await terminal.refused("AgentService/CreateAgent", agent)
+    assert (64 + 3, ["ERROR:", "  Code: InvalidArgument"]) == (code, told.splitlines()[:2])
+    name, calls = "wants 1 to 63 lower-case letters, digits and inner '.', '_' or '-'", "wants 0 (for 10) to 1000"
+    assert told.splitlines()[2] == f"  Message: agent_id: {name}; agent.llm.max_model_calls: {calls}."
+    for line in ('"reason": "INVALID_FIELD"', f'"description": "{name}"', f'"description": "{calls}"'):
+        assert line in told
+
+
+async def test_an_error_can_be_read_by_a_script(terminal: Terminal) -> None:
+    """Of a stream, too."""
+    start = {"start": {"session": "sessions/nobody", "messages": said("Hello?")}}
+    code, told = await terminal.refused("RunService/Run", start, "-format-error")
+    assert code == 64 + 5
+    assert json.loads(told) == {
+        "code": 5,
+        "message": "There is no session 'sessions/nobody'.",
+        "details": [
+            {
+                "@type": "type.googleapis.com/google.rpc.ErrorInfo",
+                "domain": "notecase",
+                "reason": "SESSION_NOT_FOUND",
+            },
+            {
+                "@type": "type.googleapis.com/google.rpc.ResourceInfo",
+                "resource_name": "sessions/nobody",
+                "resource_type": "notecase.v1.Session",
+            },
+        ],
+    }
