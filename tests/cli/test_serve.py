@@ -31,7 +31,10 @@ async def test_the_commands_are_listed_with_a_sentence_each() -> None:
     assert ["agents", "chat", "health", "serve", "sessions"] == re.findall(r"^  (\w+) +\w.*\.$", commands, re.MULTILINE)
 
 
-@pytest.mark.parametrize("listen", ["0.0.0.0:0", "192.0.2.1:7420", "example.org:7420", "localhost.example:7420", "127.example:1", "[::]:7420"])
+@pytest.mark.parametrize(
+    "listen",
+    ["0.0.0.0:0", "192.0.2.1:7420", "example.org:7420", "localhost.example:7420", "127.example:1", "[::]:7420"],
+)
 async def test_an_address_beyond_this_machine_wants_to_be_called_insecure(listen: str) -> None:
     done = await notecase("serve", "--listen", listen, "--store", "memory:")
     assert 1 == done.code
