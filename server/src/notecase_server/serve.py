@@ -1,6 +1,7 @@
 """Composition and life: opens the store, takes over what was left, serves, and stops without losing anything."""
 
 import asyncio
+import gc
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -146,6 +147,10 @@ async def serve(settings: Settings, ready: Callable[[int], None] = lambda port: 
         loop.add_signal_handler(number, asked.set)
     providers = make_providers(settings)  # first, since a bad key or address is no reason to open the store
     server = Server(settings, await open_store(settings.store, now), providers)
-    ready(await server.start())
+    port = await server.start()
+    # What is loaded by here stays for good, and need not be looked at each time that garbage is collected.
+    gc.collect()
+    gc.freeze()
+    ready(port)
     await asked.wait()
     await server.stop()

@@ -65,9 +65,10 @@ async def history(store: Store, key: SessionKey, context: v1.Context, run: str) 
         room = context.max_messages - len(newest) if context.max_messages else PAGE
         page = await store.list_messages(key, Query(min(room, PAGE), after), newest_first=True, run=only)
         for message in page.rows:
-            tokens += estimate_tokens(message)
-            if context.max_tokens and tokens > context.max_tokens and _heard(newest):
-                return _aligned(newest)
+            if context.max_tokens:
+                tokens += estimate_tokens(message)
+                if tokens > context.max_tokens and _heard(newest):
+                    return _aligned(newest)
             newest.append(message)
         after = page.next
         if after is None or (context.max_messages and len(newest) >= context.max_messages):

@@ -44,7 +44,8 @@ class TableStore(ABC):
         return await self._write(partial(steps.commit, commit=commit))
 
     async def recall(self, key: SessionKey, once: Once | None, command: CommandId | None) -> None:
-        await self._read(lambda tables: steps.recall(tables, key, once, command))
+        if once is not None or command is not None:
+            await self._read(lambda tables: steps.recall(tables, key, once, command))
 
     async def claim(self, key: SessionKey, epoch: int) -> int:
         return await self._write(lambda tables, _: steps.claim(tables, key, epoch))

@@ -1,0 +1,77 @@
+"""Measures the server and prints the table: `python -m benchmarks [--only tokens turn] [--rounds 3]`."""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import uvloop
+
+from benchmarks.load import Load
+from benchmarks.measures import MEASURES, Bench, Values
+from benchmarks.processes import Cpus, running_server, running_stub
+from benchmarks.targets import table
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+async def measure(names: Sequence[str], rounds: int, found: list[Values]) -> None:
+    """Goes through the measures round by round, so that what else the machine does at a time hits all of them alike.
+    Each round's values are in `found` as soon as they are known."""
+    cpus = Cpus.choose()
+    os.sched_setaffinity(0, {cpus.load})
+    say(f"The server runs on CPU {cpus.server}, the model and the load on CPU {cpus.load}; {rounds} rounds.")
+    begun = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="notecase-bench-") as name:
+        folder = Path(name)
+        async with (
+            running_stub(cpus.load, folder) as model,
+            running_server(cpus.server, folder, "bench", model.port) as server,
+            Load.connect(server.port) as load,
+        ):
+            bench = Bench(cpus, folder, model, server, load)
+            for number in range(1, rounds + 1):
+                found.append({})
+                for measure_name in names:
+                    say(f"[{time.monotonic() - begun:3.0f} s] round {number}: {measure_name}")
+                    found[-1] |= await MEASURES[measure_name](bench)
+
+
+async def run(options: argparse.Namespace) -> int:
+    found: list[Values] = []
+    names = [name for name in MEASURES if not options.only or name in options.only]
+    late = False
+    task = asyncio.current_task()
+    assert task is not None
+    # As an interrupt does, so that whoever ends this process leaves none of its servers behind.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        async with asyncio.timeout(options.limit):
+            await measure(names, options.rounds, found)
+    except TimeoutError:
+        late = True
+    for line in table(found):
+        say(line)
+    if late:
+        say(f"Stopped after {options.limit:g} seconds; the table holds what was measured until then.")
+    return int(late)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the server on this machine.")
+    parser.add_argument("--only", nargs="+", choices=list(MEASURES), metavar="NAME", help=f"of {', '.join(MEASURES)}")
+    parser.add_argument("--rounds", type=int, default=3, help="each measures everything once (default: 3)")
+    parser.add_argument("--limit", type=float, default=240.0, help="seconds after which it stops (default: 240)")
+    sys.exit(uvloop.run(run(parser.parse_args())))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,262 @@
+"""What is measured: each measure returns the values of one round, by the keys of `benchmarks.targets`.
+
+A measure works off a fixed number of calls, so that how long it takes is the machine's doing, and warms up what it
+measures once. What it needs beforehand (sessions, histories) is made outside of what is measured.
+"""
+
+import asyncio
+import itertools
+import statistics
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import grpc
+import openai
+from notecase import v1
+
+from benchmarks import stub
+from benchmarks.load import CONNECTIONS, SAID, Load, WrongError, lanes
+from benchmarks.processes import Cpus, Process, running_server
+
+WINDOW = 10
+"""Messages of the fixed window: as many as the shortest history has, so that every model call carries the same."""
+
+HISTORIES = (10, 1_000, 5_000)
+
+LOGS = (100, 100_000)
+
+IDLE_STREAMS = 500
+
+SESSIONS_KEPT = 150
+
+FILLING = 30_000
+"""Messages whose pages are more than the store's caches hold."""
+
+Values = dict[str, float]
+
+
+@dataclass
+class Bench:
+    """One server at work, with the load that is on it and the model behind it."""
+
+    cpus: Cpus
+    folder: Path
+    model: Process
+    server: Process
+    load: Load
+    prepared: dict[int, str] = field(default_factory=dict)
+    """The session of each length that was asked for."""
+    names: Any = field(default_factory=itertools.count)
+
+    async def cpu(self, work: Awaitable[object]) -> float:
+        """The seconds of CPU time that the server spends on work that begins when it is awaited."""
+        before = self.server.cpu()
+        await work
+        return self.server.cpu() - before
+
+    async def history(self, messages: int) -> str:
+        """A session with a history of at least that length, and one of state's keys."""
+        if messages not in self.prepared:
+            name = await self.load.session(messages)
+            await self.load.state.PutState(
+                v1.PutStateRequest(name=f"{name}/state", key="mood", value=v1.Value(string_value="wary"))
+            )
+            self.prepared[messages] = name
+        return self.prepared[messages]
+
+    @asynccontextmanager
+    async def another(self) -> AsyncIterator["Bench"]:
+        """The same with a server of its own over an empty store."""
+        name = f"another-{next(self.names)}"
+        async with (
+            running_server(self.cpus.server, self.folder, name, self.model.port) as server,
+            Load.connect(server.port) as load,
+        ):
+            yield Bench(self.cpus, self.folder, self.model, server, load)
+
+
+async def tokens(bench: Bench) -> Values:
+    """What a token costs, from the model's bytes to the caller's."""
+    load = bench.load
+    flat, paced = await load.agent(200), await load.agent(200, pause_ms=10)
+    await load.conversations(await load.new_sessions(8), 1, flat, 200, at_once=8)
+    few, many = await load.new_sessions(16), await load.new_sessions(32)
+    flat_out = await bench.cpu(load.conversations(few, 10, flat, 200, at_once=8))
+    at_pace = await bench.cpu(load.conversations(many, 1, paced, 200, at_once=32))
+    return {"token-flat": flat_out / (16 * 10 * 200) * 1e6, "token-paced": at_pace / (32 * 200) * 1e6}
+
+
+async def turn(bench: Bench) -> Values:
+    """What a turn costs whose reply is one token: two durable commits, a model call and a stream."""
+    load = bench.load
+    agent = await load.agent(1)
+    await load.conversations(await load.new_sessions(8), 5, agent, 1, at_once=8)
+    await load.bare_calls(200, at_once=8)
+    turns = calls = 0.0
+    # By turns, since one is divided by the other.
+    for _ in range(6):
+        sessions = await load.new_sessions(8)
+        turns += await bench.cpu(load.conversations(sessions, 10, agent, 1, at_once=8)) / 480
+        calls += await bench.cpu(load.bare_calls(400, at_once=8)) / 2400
+    return {"turn": turns * 1e3, "turn-in-calls": turns / calls, "call": calls * 1e6}
+
+
+async def first_token(bench: Bench) -> Values:
+    """How much later the first token comes than when a program calls the model by itself with the openai SDK, one call
+    after the other."""
+    load = bench.load
+    agent = await load.agent(1)
+    sessions = await load.new_sessions(30)
+    direct, through = list[float](), list[float]()
+    async with openai.AsyncOpenAI(
+        base_url=f"http://127.0.0.1:{bench.model.port}/v1", api_key="none", http_client=openai.DefaultAioHttpClient()
+    ) as client:
+        for session in sessions:
+            for _ in range(10):
+                direct.append(await _called_directly(client))
+                through.append(await load.turn(session, agent, 1))
+    (p50, p95), (direct50, direct95) = _percentiles(through[10:]), _percentiles(direct[10:])
+    return {"first-token-p50": (p50 - direct50) * 1e3, "first-token-p95": (p95 - direct95) * 1e3}
+
+
+async def _called_directly(client: openai.AsyncOpenAI) -> float:
+    begun = time.perf_counter()
+    first = 0.0
+    stream = await client.chat.completions.create(
+        model=stub.model(1), messages=[{"role": "user", "content": SAID}], stream=True
+    )
+    async for chunk in stream:
+        if not first and chunk.choices and chunk.choices[0].delta.content:
+            first = time.perf_counter() - begun
+    return first
+
+
+def _percentiles(values: list[float]) -> tuple[float, float]:
+    hundredths = statistics.quantiles(values, n=100)
+    return hundredths[49], hundredths[94]
+
+
+async def history(bench: Bench) -> Values:
+    """How a turn's cost grows with the session's history."""
+    load = bench.load
+    values = {}
+    for kind, window in (("window", WINDOW), ("whole", 0)):
+        agent = await load.agent(1, window=window)
+        cost = {}
+        for messages in HISTORIES:
+            # A turn adds two messages, which is much to the shortest and nothing to the others.
+            count = 10 if messages == HISTORIES[-1] and not window else 30
+            shortest = messages == HISTORIES[0]
+            sessions = await load.new_sessions(count, messages) if shortest else [await bench.history(messages)] * count
+            await load.turn(await bench.history(messages), agent, 1)
+            cost[messages] = await bench.cpu(load.conversations(sessions, 1, agent, 1, at_once=1)) / count
+        for messages in HISTORIES[1:]:
+            values[f"history-{kind}-{messages}"] = cost[messages] / cost[HISTORIES[0]]
+    return values
+
+
+async def pages(bench: Bench) -> Values:
+    """How the cost of reading little grows with the session's log."""
+    load = bench.load
+    costs: dict[str, list[float]] = {"state": [], "page": []}
+    for messages in LOGS:
+        session = await bench.history(messages)
+        key = v1.GetStateRequest(name=f"{session}/state", keys=["mood"])
+        page = v1.ListMessagesRequest(parent=session, order_by="sequence desc")
+        asked: dict[str, Callable[[], Awaitable[object]]] = {
+            "state": partial(load.state.GetState, key),
+            "page": partial(load.messages.ListMessages, page),
+        }
+        for kind, ask in asked.items():
+            await lanes(4, [ask] * 50)
+            costs[kind].append(await bench.cpu(lanes(4, [ask] * 400)))
+    return {f"log-{kind}": longest / shortest for kind, (shortest, longest) in costs.items()}
+
+
+async def memory(bench: Bench) -> Values:
+    """What a server holds once it has worked, and what it holds on to for a stream and for a session."""
+    async with bench.another() as fresh:
+        load = fresh.load
+        agent = await load.agent(20)
+
+        async def work(count: int) -> None:
+            await load.conversations(await load.new_sessions(count), 10, agent, 20, at_once=8)
+
+        await work(60)
+        warm = fresh.server.resident()
+        # The store's page caches fill once, and would be taken for something that each session leaves behind.
+        await load.read_all(await load.session(FILLING), at_once=3)
+        await work(20)
+        filled = fresh.server.resident()
+        await work(SESSIONS_KEPT)
+        kept = fresh.server.resident()
+        sessions = await load.new_sessions(IDLE_STREAMS)
+        before = fresh.server.resident()
+        streams = [await _attached(load, session, lane) for lane, session in enumerate(sessions)]
+        attached = fresh.server.resident()
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*(stream.code() for stream in streams))
+    return {
+        "memory-warm": warm / 2**20,
+        "memory-stream": (attached - before) / IDLE_STREAMS / 2**10,
+        "memory-session": (kept - filled) / SESSIONS_KEPT / 2**10,
+    }
+
+
+async def _attached(load: Load, session: str, lane: int) -> grpc.aio.StreamStreamCall[Any, Any]:
+    """A stream attached to an idle session, which has nothing to say any more."""
+    call: Any = load.runs[lane % CONNECTIONS].Run()
+    await call.write(v1.RunRequest(attach=v1.AttachRun(name=session, options=v1.WatchOptions(keep_open=True))))
+    while not (await call.read()).batch.caught_up:
+        pass
+    stream: grpc.aio.StreamStreamCall[Any, Any] = call
+    return stream
+
+
+async def many(bench: Bench) -> Values:
+    """How many turns go wrong when many are under way at once."""
+    load = bench.load
+    agent = await load.agent(50)
+    wrong = {}
+    for at_once in (32, 128):
+        failed = 0
+
+        async def attempt(session: str, lane: int) -> None:
+            nonlocal failed
+            for _ in range(2):
+                try:
+                    await load.turn(session, agent, 50, lane)
+                except (WrongError, grpc.aio.AioRpcError):
+                    failed += 1
+
+        async with asyncio.TaskGroup() as group:
+            for lane, session in enumerate(await load.new_sessions(at_once)):
+                group.create_task(attempt(session, lane))
+        wrong[f"errors-{at_once}"] = float(failed)
+    return wrong
+
+
+async def start(bench: Bench) -> Values:
+    """How long it takes from the command to the first answer, over an empty store."""
+    begun = time.perf_counter()
+    async with bench.another() as fresh:
+        await fresh.load.info[0].GetServerInfo(v1.GetServerInfoRequest(), wait_for_ready=True)
+        return {"start": time.perf_counter() - begun, "start-cpu": fresh.server.cpu()}
+
+
+MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
+    "tokens": tokens,
+    "turn": turn,
+    "first-token": first_token,
+    "history": history,
+    "pages": pages,
+    "memory": memory,
+    "many": many,
+    "start": start,
+}

@@ -1,0 +1,95 @@
+"""The processes of a benchmark: started on a CPU of their own, read from outside, ended by the one who started them."""
+
+import asyncio
+import contextlib
+import os
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import psutil
+
+STOP_SECONDS = 20.0
+"""More than a server's own grace period; what is not gone then is killed."""
+
+
+class Cpus(NamedTuple):
+    """Where the processes run."""
+
+    server: int
+    load: int
+    """Also the model's. The server's own when the machine has only one."""
+
+    @classmethod
+    def choose(cls) -> Self:
+        allowed = sorted(os.sched_getaffinity(0))
+        return cls(allowed[0], allowed[-1])
+
+
+class Process:
+    """A process that printed its port on its first line."""
+
+    def __init__(self, process: asyncio.subprocess.Process, port: int) -> None:
+        self.port = port
+        self._process = process
+        self._info = psutil.Process(process.pid)
+        # Linux makes a process's CPU clock from its number like this (clock_getcpuclockid). It counts nanoseconds, of
+        # threads that have ended too, where /proc counts hundredths of a second.
+        self._clock = (~process.pid << 3) | 2
+
+    def cpu(self) -> float:
+        """Seconds of CPU time used so far, user and system."""
+        return time.clock_gettime(self._clock)
+
+    def resident(self) -> int:
+        """Bytes of memory held."""
+        return self._info.memory_info().rss
+
+    async def stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself
+            self._process.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), STOP_SECONDS)
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+
+@contextlib.asynccontextmanager
+async def running(cpu: int, log: Path, *arguments: str, env: dict[str, str]) -> AsyncIterator[Process]:
+    """Python with these arguments on one CPU, until the block is left. `env` is its whole environment; its standard
+    error is appended to `log`. Raises RuntimeError, with the log, when it ends before it has a port."""
+    with log.open("ab") as errors:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *arguments, env=env, stdout=asyncio.subprocess.PIPE, stderr=errors
+        )
+    os.sched_setaffinity(process.pid, {cpu})
+    assert process.stdout is not None
+    line = (await process.stdout.readline()).decode()
+    if not line:
+        await process.wait()
+        raise RuntimeError(f"{' '.join(arguments)} did not start; its last words are in {log}")
+    started = Process(process, int(line.split()[-1]))
+    try:
+        yield started
+    finally:
+        await started.stop()
+
+
+@contextlib.asynccontextmanager
+async def running_server(cpu: int, folder: Path, name: str, model_port: int) -> AsyncIterator[Process]:
+    """`notecase serve` over a new SQLite file `name` in `folder`, with the stub as its model."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "NOTECASE_"))}
+    env |= {"OPENAI_BASE_URL": f"http://127.0.0.1:{model_port}/v1", "OPENAI_API_KEY": "none"}
+    arguments = ("-m", "notecase_server", "serve", "--listen", "127.0.0.1:0", "--store", f"sqlite:{folder / name}.db")
+    async with running(cpu, folder / f"{name}.log", *arguments, env=env) as server:
+        yield server
+
+
+@contextlib.asynccontextmanager
+async def running_stub(cpu: int, folder: Path) -> AsyncIterator[Process]:
+    """The model of `benchmarks.stub`."""
+    async with running(cpu, folder / "stub.log", "-m", "benchmarks.stub", env=dict(os.environ)) as stub:
+        yield stub

@@ -1,0 +1,71 @@
+"""The figures, what they are to be at most, and the table they are shown in."""
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+
+class Figure(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    unit: str
+    """Empty for a ratio or a count."""
+    target: float | None
+    """What the median is to be at most; None for what is there to judge the others by."""
+
+
+TARGETS: dict[str, Figure] = {
+    "token-flat": Figure("CPU per token, 8 streams flat out", "µs", 20),
+    "token-paced": Figure("CPU per token, 32 streams, one every 10 ms", "µs", 110),
+    "turn": Figure("CPU per durable turn of one token, 8 at once", "ms", 2.5),
+    "turn-in-calls": Figure("the same in bare unary calls of the same round", "", 11),
+    "call": Figure("CPU per bare unary call, 8 at once", "µs", None),
+    "first-token-p50": Figure("added time to first token, p50", "ms", 0.4),
+    "first-token-p95": Figure("added time to first token, p95", "ms", 1),
+    "history-window-1000": Figure("CPU per turn, window fixed, 1,000 messages against 10", "", 1.1),
+    "history-window-5000": Figure("CPU per turn, window fixed, 5,000 messages against 10", "", 1.1),
+    "history-whole-1000": Figure("CPU per turn, all sent, 1,000 messages against 10", "", 2),
+    "history-whole-5000": Figure("CPU per turn, all sent, 5,000 messages against 10", "", 4),
+    "log-state": Figure("CPU to read one key, 100,000 messages against 100", "", 1.3),
+    "log-page": Figure("CPU to read one page, 100,000 messages against 100", "", 1.3),
+    "memory-warm": Figure("resident, warm", "MiB", 95),
+    "memory-stream": Figure("resident per idle attached stream", "KiB", 35),
+    "memory-session": Figure("resident per session of 10 turns", "KiB", 5),
+    "errors-32": Figure("errors in turns, 32 at once", "", 0),
+    "errors-128": Figure("errors in turns, 128 at once", "", 0),
+    "start": Figure("start to first answer, empty store", "s", 1),
+    "start-cpu": Figure("CPU until then", "s", None),
+}
+
+
+def table(rounds: Sequence[Mapping[str, float]]) -> Iterator[str]:
+    """The lines of a Markdown table: of each figure that was measured the median of the rounds, its spread, and
+    whether it is within its target."""
+    head = ("", "median", "min to max", "target", "")
+    rows = [head]
+    for key, (name, unit, target) in TARGETS.items():
+        values = [measured[key] for measured in rounds if key in measured]
+        if not values:
+            continue
+        median = statistics.median(values)
+        verdict = "" if target is None else "pass" if median <= target else "over"
+        rows.append(
+            (
+                name,
+                f"{_digits(median)} {unit}".rstrip(),
+                f"{_digits(min(values))} to {_digits(max(values))}",
+                "" if target is None else f"{target:g}",
+                verdict,
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    for number, row in enumerate(rows):
+        yield f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |"
+        if not number:
+            yield f"| {' | '.join('-' * width for width in widths)} |"
+
+
+def _digits(value: float) -> str:
+    """Three of them that mean something."""
+    return f"{value:.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
