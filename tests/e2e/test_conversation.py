@@ -173,9 +173,14 @@ async def test_a_reply_cut_in_mid_stream_is_asked_for_again_under_another_name(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     """Watchers are told to forget the first; only the second is in the log."""
-    model.script(reply("Lost words.", chunks=3).cut(after=2), reply("Kept words."))
+    seen = asyncio.Event()
+    model.script(reply("Lost words.", chunks=3).cut(after=2).held(seen, after=2), reply("Kept words."))
     call = served.runs.Run(iter([v1.RunRequest(start=v1.StartRun(session=session, messages=[said("Go")]))]))
-    frames = [frame async for frame in call]
+    frames = []
+    async for frame in call:
+        frames.append(frame)
+        if any(event.HasField("block_delta") for event in frame.batch.events):
+            seen.set()
     discarded = [e.message_discarded.message for e in events_of(frames) if e.HasField("message_discarded")]
     kept = [e.message_added for e in durable(frames) if e.message_added.role == v1.Message.ROLE_ASSISTANT]
     assert [message.parts[0].text for message in kept] == ["Kept words."]
@@ -186,9 +191,20 @@ async def test_a_reply_cut_in_mid_stream_is_asked_for_again_under_another_name(
 async def test_a_reply_that_is_cut_again_and_again_fails_and_keeps_what_came(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
-    model.script(*[reply("Half a sentence", chunks=2).cut(after=2)] * 3)
-    failed = await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=session, messages=[said("Go")])))
-    assert failed.run.error.reason == v1.ERROR_REASON_MODEL_UNAVAILABLE
+    """Each is cut only when its first words have been seen: before them, a cut would be the provider's business."""
+    gates = [asyncio.Event() for _ in range(3)]
+    model.script(*[reply("Half a sentence", chunks=2).cut(after=2).held(gate, after=2) for gate in gates])
+    call = served.runs.Run(iter([v1.RunRequest(start=v1.StartRun(session=session, messages=[said("Go")]))]))
+    begun: list[str] = []
+    frames = []
+    async for frame in call:
+        frames.append(frame)
+        for event in frame.batch.events:
+            if event.HasField("block_delta") and event.block_delta.message not in begun:
+                begun.append(event.block_delta.message)
+                gates[len(begun) - 1].set()
+    assert len(begun) == 3
+    assert durable(frames)[-1].run_state_changed.error.reason == v1.ERROR_REASON_MODEL_UNAVAILABLE
     listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session))
     assert listed.messages[-1].status == v1.Message.STATUS_INCOMPLETE
     assert listed.messages[-1].parts[0].text == "Half a s"
