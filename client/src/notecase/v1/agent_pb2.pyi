@@ -5,10 +5,12 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -110,6 +112,7 @@ class LlmAgent(_message.Message):
 
     MODEL_FIELD_NUMBER: _builtins.int
     INSTRUCTION_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     CONTEXT_FIELD_NUMBER: _builtins.int
     MAX_MODEL_CALLS_FIELD_NUMBER: _builtins.int
@@ -125,6 +128,8 @@ class LlmAgent(_message.Message):
     provider: _builtins.str
     """A provider the server has (ServerInfo.providers). Empty: its default. "offline" needs no network."""
     @_builtins.property
+    def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]: ...
+    @_builtins.property
     def generation(self) -> Global___Generation: ...
     @_builtins.property
     def context(self) -> Global___Context: ...
@@ -133,6 +138,7 @@ class LlmAgent(_message.Message):
         *,
         model: _builtins.str = ...,
         instruction: _builtins.str = ...,
+        tools: _abc.Iterable[Global___Tool] | None = ...,
         generation: Global___Generation | None = ...,
         context: Global___Context | None = ...,
         max_model_calls: _builtins.int = ...,
@@ -140,7 +146,7 @@ class LlmAgent(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "generation", b"generation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "generation", b"generation", "instruction", b"instruction", "max_model_calls", b"max_model_calls", "model", b"model", "provider", b"provider"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "generation", b"generation", "instruction", b"instruction", "max_model_calls", b"max_model_calls", "model", b"model", "provider", b"provider", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -234,6 +240,155 @@ class Context(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Context: _TypeAlias = Context  # noqa: Y015
+
+@_typing.final
+class Tool(_message.Message):
+    """A function that the model may call."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _OnInterrupt:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _OnInterruptEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Tool._OnInterrupt.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        ON_INTERRUPT_UNSPECIFIED: Tool._OnInterrupt.ValueType  # 0
+        """ON_INTERRUPT_ASK."""
+        ON_INTERRUPT_RETRY: Tool._OnInterrupt.ValueType  # 1
+        """Run it again, with the same idempotency key and the next attempt."""
+        ON_INTERRUPT_ASK: Tool._OnInterrupt.ValueType  # 2
+        """Ask with KIND_INTERRUPTED_CALL: run it again, it failed, or this is its result?"""
+        ON_INTERRUPT_FAIL: Tool._OnInterrupt.ValueType  # 3
+        """It failed: the model is shown an error."""
+
+    class OnInterrupt(_OnInterrupt, metaclass=_OnInterruptEnumTypeWrapper):
+        """What a takeover does with a call that had started in the process that was lost. Calls that wait for a caller stay."""
+
+    ON_INTERRUPT_UNSPECIFIED: Tool.OnInterrupt.ValueType  # 0
+    """ON_INTERRUPT_ASK."""
+    ON_INTERRUPT_RETRY: Tool.OnInterrupt.ValueType  # 1
+    """Run it again, with the same idempotency key and the next attempt."""
+    ON_INTERRUPT_ASK: Tool.OnInterrupt.ValueType  # 2
+    """Ask with KIND_INTERRUPTED_CALL: run it again, it failed, or this is its result?"""
+    ON_INTERRUPT_FAIL: Tool.OnInterrupt.ValueType  # 3
+    """It failed: the model is shown an error."""
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DESCRIPTION_FIELD_NUMBER: _builtins.int
+    PARAMETERS_FIELD_NUMBER: _builtins.int
+    CLIENT_FIELD_NUMBER: _builtins.int
+    SERVER_FIELD_NUMBER: _builtins.int
+    MCP_FIELD_NUMBER: _builtins.int
+    REQUIRES_APPROVAL_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    ON_INTERRUPT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Letters, digits, "_" and "-", at most 64; unique in the agent. For `mcp` a prefix of the server's own names, or empty."""
+    description: _builtins.str
+    """For the model. Empty: what the implementation says of itself."""
+    parameters: _builtins.str
+    """JSON Schema of the arguments, an object. Empty: what the implementation says of itself, or anything."""
+    requires_approval: _builtins.bool
+    """Every call waits for a person's approval first."""
+    on_interrupt: Global___Tool.OnInterrupt.ValueType
+    @_builtins.property
+    def client(self) -> Global___ClientTool: ...
+    @_builtins.property
+    def server(self) -> Global___ServerTool: ...
+    @_builtins.property
+    def mcp(self) -> Global___McpTool: ...
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """From the dispatch of a call to its outcome; when it passes the call fails. Unset: none."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        description: _builtins.str = ...,
+        parameters: _builtins.str = ...,
+        client: Global___ClientTool | None = ...,
+        server: Global___ServerTool | None = ...,
+        mcp: Global___McpTool | None = ...,
+        requires_approval: _builtins.bool = ...,
+        timeout: _duration_pb2.Duration | None = ...,
+        on_interrupt: Global___Tool.OnInterrupt.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "implementation", b"implementation", "mcp", b"mcp", "server", b"server", "timeout", b"timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "description", b"description", "implementation", b"implementation", "mcp", b"mcp", "name", b"name", "on_interrupt", b"on_interrupt", "parameters", b"parameters", "requires_approval", b"requires_approval", "server", b"server", "timeout", b"timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_implementation: _TypeAlias = _typing.Literal["client", "server", "mcp"]  # noqa: Y015
+    _WhichOneofArgType_implementation: _TypeAlias = _typing.Literal["implementation", b"implementation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_implementation) -> _WhichOneofReturnType_implementation | None: ...
+
+Global___Tool: _TypeAlias = Tool  # noqa: Y015
+
+@_typing.final
+class ClientTool(_message.Message):
+    """The caller runs it: the call is dispatched by `tool_started` and answered by a ToolResult."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClientTool: _TypeAlias = ClientTool  # noqa: Y015
+
+@_typing.final
+class ServerTool(_message.Message):
+    """A Python function registered with the server (ServerInfo.functions). "ask_user" is always there: its call asks a person
+    the question in its argument `question`, and the answer is its result.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServerTool: _TypeAlias = ServerTool  # noqa: Y015
+
+@_typing.final
+class McpTool(_message.Message):
+    """All tools of an MCP server that the operator configured (ServerInfo.mcp_servers), or those named."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    server: _builtins.str
+    @_builtins.property
+    def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        server: _builtins.str = ...,
+        tools: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["server", b"server", "tools", b"tools"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___McpTool: _TypeAlias = McpTool  # noqa: Y015
 
 @_typing.final
 class CreateAgentRequest(_message.Message):

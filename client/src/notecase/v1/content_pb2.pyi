@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
@@ -52,10 +53,18 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION: the session has a run under way; metadata.run names it."""
     ERROR_REASON_RUN_ENDED: _ErrorReason.ValueType  # 13
     """FAILED_PRECONDITION: the run has ended; metadata.state says how."""
+    ERROR_REASON_RUN_CANCELLED_BEFORE_START: _ErrorReason.ValueType  # 14
+    """CANCELLED: a cancel of this run came before its start."""
+    ERROR_REASON_INPUT_NOT_PENDING: _ErrorReason.ValueType  # 15
+    """FAILED_PRECONDITION: the approval or question was answered, or is none of this session's."""
+    ERROR_REASON_CALL_NOT_PENDING: _ErrorReason.ValueType  # 16
+    """FAILED_PRECONDITION: the call has an outcome, was not dispatched to a caller, or is none of this session's."""
     ERROR_REASON_PAGE_TOKEN_INVALID: _ErrorReason.ValueType  # 17
     """INVALID_ARGUMENT: the page token was not made by this server, or for another list."""
     ERROR_REASON_PAYLOAD_TOO_LARGE: _ErrorReason.ValueType  # 18
     """RESOURCE_EXHAUSTED: larger than the server takes; QuotaFailure says how large it may be."""
+    ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 20
+    """RESOURCE_EXHAUSTED: too many commands wait in the session; RetryInfo says when to try again."""
     ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 21
     """RESOURCE_EXHAUSTED: too many runs at once; RetryInfo says when to try again."""
     ERROR_REASON_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 22
@@ -70,6 +79,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """Inside a run: the model's provider refused the request, or answered with something that is no reply."""
     ERROR_REASON_MODEL_UNAVAILABLE: _ErrorReason.ValueType  # 27
     """Inside a run: the model's provider cannot be reached or is overloaded, after retries."""
+    ERROR_REASON_TOOL_ERROR: _ErrorReason.ValueType  # 28
+    """Inside a run: the tools it needs cannot be had."""
     ERROR_REASON_TEMPLATE_ERROR: _ErrorReason.ValueType  # 29
     """INVALID_ARGUMENT where an agent is written, and inside a run: the instruction is no template, or exceeds its limits."""
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 31
@@ -80,6 +91,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """OUT_OF_RANGE: after_sequence is beyond the head; metadata.last_sequence is the head."""
     ERROR_REASON_CONTENT_UNSUPPORTED: _ErrorReason.ValueType  # 34
     """INVALID_ARGUMENT, and inside a run: content that the model cannot take."""
+    ERROR_REASON_WATCHER_TOO_SLOW: _ErrorReason.ValueType  # 36
+    """RESOURCE_EXHAUSTED: the stream's reader took nothing for too long; attach again after the last sequence."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of every error's google.rpc.ErrorInfo, there without the prefix, under the domain "notecase"."""
@@ -109,10 +122,18 @@ ERROR_REASON_RUN_ACTIVE: ErrorReason.ValueType  # 12
 """FAILED_PRECONDITION: the session has a run under way; metadata.run names it."""
 ERROR_REASON_RUN_ENDED: ErrorReason.ValueType  # 13
 """FAILED_PRECONDITION: the run has ended; metadata.state says how."""
+ERROR_REASON_RUN_CANCELLED_BEFORE_START: ErrorReason.ValueType  # 14
+"""CANCELLED: a cancel of this run came before its start."""
+ERROR_REASON_INPUT_NOT_PENDING: ErrorReason.ValueType  # 15
+"""FAILED_PRECONDITION: the approval or question was answered, or is none of this session's."""
+ERROR_REASON_CALL_NOT_PENDING: ErrorReason.ValueType  # 16
+"""FAILED_PRECONDITION: the call has an outcome, was not dispatched to a caller, or is none of this session's."""
 ERROR_REASON_PAGE_TOKEN_INVALID: ErrorReason.ValueType  # 17
 """INVALID_ARGUMENT: the page token was not made by this server, or for another list."""
 ERROR_REASON_PAYLOAD_TOO_LARGE: ErrorReason.ValueType  # 18
 """RESOURCE_EXHAUSTED: larger than the server takes; QuotaFailure says how large it may be."""
+ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 20
+"""RESOURCE_EXHAUSTED: too many commands wait in the session; RetryInfo says when to try again."""
 ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 21
 """RESOURCE_EXHAUSTED: too many runs at once; RetryInfo says when to try again."""
 ERROR_REASON_LIMIT_EXCEEDED: ErrorReason.ValueType  # 22
@@ -127,6 +148,8 @@ ERROR_REASON_MODEL_ERROR: ErrorReason.ValueType  # 26
 """Inside a run: the model's provider refused the request, or answered with something that is no reply."""
 ERROR_REASON_MODEL_UNAVAILABLE: ErrorReason.ValueType  # 27
 """Inside a run: the model's provider cannot be reached or is overloaded, after retries."""
+ERROR_REASON_TOOL_ERROR: ErrorReason.ValueType  # 28
+"""Inside a run: the tools it needs cannot be had."""
 ERROR_REASON_TEMPLATE_ERROR: ErrorReason.ValueType  # 29
 """INVALID_ARGUMENT where an agent is written, and inside a run: the instruction is no template, or exceeds its limits."""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 31
@@ -137,6 +160,8 @@ ERROR_REASON_SEQUENCE_AHEAD: ErrorReason.ValueType  # 33
 """OUT_OF_RANGE: after_sequence is beyond the head; metadata.last_sequence is the head."""
 ERROR_REASON_CONTENT_UNSUPPORTED: ErrorReason.ValueType  # 34
 """INVALID_ARGUMENT, and inside a run: content that the model cannot take."""
+ERROR_REASON_WATCHER_TOO_SLOW: ErrorReason.ValueType  # 36
+"""RESOURCE_EXHAUSTED: the stream's reader took nothing for too long; attach again after the last sequence."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
@@ -396,22 +421,32 @@ class ToolCall(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         OUTCOME_UNSPECIFIED: ToolCall._Outcome.ValueType  # 0
         OUTCOME_PENDING: ToolCall._Outcome.ValueType  # 1
-        """Not begun."""
+        """Not begun: it waits for approval, or for the run to go on."""
+        OUTCOME_RUNNING: ToolCall._Outcome.ValueType  # 2
+        """Dispatched: it runs in the server, or at the caller."""
+        OUTCOME_SUCCEEDED: ToolCall._Outcome.ValueType  # 3
         OUTCOME_FAILED: ToolCall._Outcome.ValueType  # 4
         """The tool failed, or there is no such tool; the model is shown `error`."""
+        OUTCOME_DENIED: ToolCall._Outcome.ValueType  # 5
+        """A person said no; the model is shown `error`."""
         OUTCOME_CANCELLED: ToolCall._Outcome.ValueType  # 6
-        """The run was cancelled before the call had an outcome."""
+        """The run or the call was cancelled before the call had an outcome."""
 
     class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
         """What became of a call."""
 
     OUTCOME_UNSPECIFIED: ToolCall.Outcome.ValueType  # 0
     OUTCOME_PENDING: ToolCall.Outcome.ValueType  # 1
-    """Not begun."""
+    """Not begun: it waits for approval, or for the run to go on."""
+    OUTCOME_RUNNING: ToolCall.Outcome.ValueType  # 2
+    """Dispatched: it runs in the server, or at the caller."""
+    OUTCOME_SUCCEEDED: ToolCall.Outcome.ValueType  # 3
     OUTCOME_FAILED: ToolCall.Outcome.ValueType  # 4
     """The tool failed, or there is no such tool; the model is shown `error`."""
+    OUTCOME_DENIED: ToolCall.Outcome.ValueType  # 5
+    """A person said no; the model is shown `error`."""
     OUTCOME_CANCELLED: ToolCall.Outcome.ValueType  # 6
-    """The run was cancelled before the call had an outcome."""
+    """The run or the call was cancelled before the call had an outcome."""
 
     CALL_ID_FIELD_NUMBER: _builtins.int
     TOOL_FIELD_NUMBER: _builtins.int
@@ -419,22 +454,35 @@ class ToolCall(_message.Message):
     OUTCOME_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    CLIENT_EXECUTED_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     ELAPSED_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
-    """Made by the server whatever the model sent; unique in the session and stable from the first delta on."""
+    """Made by the server whatever the model sent; unique in the session and stable from the first delta on. A tool's
+    idempotency key is "{session}/{call_id}", the same on every attempt.
+    """
     tool: _builtins.str
     arguments: _builtins.str
-    """As the model wrote it; usually a JSON object."""
+    """As the model wrote it; usually a JSON object. Once approved with edits, the edited text."""
     outcome: Global___ToolCall.Outcome.ValueType
     error: _builtins.str
     """Why the call has no result."""
+    client_executed: _builtins.bool
+    """The caller runs it."""
+    attempt: _builtins.int
+    """How often it was dispatched."""
     @_builtins.property
     def result(self) -> _containers.RepeatedCompositeFieldContainer[Global___Part]:
-        """What the tool gave back."""
+        """What the tool gave back: text, file and data parts."""
 
     @_builtins.property
     def elapsed(self) -> _duration_pb2.Duration:
-        """From start to outcome."""
+        """From dispatch to outcome."""
+
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Of the last dispatch."""
 
     def __init__(
         self,
@@ -445,11 +493,14 @@ class ToolCall(_message.Message):
         outcome: Global___ToolCall.Outcome.ValueType = ...,
         result: _abc.Iterable[Global___Part] | None = ...,
         error: _builtins.str = ...,
+        client_executed: _builtins.bool = ...,
+        attempt: _builtins.int = ...,
         elapsed: _duration_pb2.Duration | None = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["elapsed", b"elapsed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["elapsed", b"elapsed", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "call_id", b"call_id", "elapsed", b"elapsed", "error", b"error", "outcome", b"outcome", "result", b"result", "tool", b"tool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "attempt", b"attempt", "call_id", b"call_id", "client_executed", b"client_executed", "elapsed", b"elapsed", "error", b"error", "outcome", b"outcome", "result", b"result", "start_time", b"start_time", "tool", b"tool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from notecase.v1 import content_pb2 as notecase_dot_v1_dot_content__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19notecase/v1/message.proto\x12\x0bnotecase.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19notecase/v1/content.proto\"\xdc\x04\n\x07Message\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x04role\x18\x02 \x01(\x0e\x32\x19.notecase.v1.Message.Role\x12\x0e\n\x06\x61uthor\x18\x03 \x01(\t\x12 \n\x05parts\x18\x04 \x03(\x0b\x32\x11.notecase.v1.Part\x12+\n\x06status\x18\x05 \x01(\x0e\x32\x1b.notecase.v1.Message.Status\x12\x0b\n\x03run\x18\x06 \x01(\t\x12\x10\n\x08sequence\x18\x07 \x01(\x03\x12\x15\n\rfinish_reason\x18\x08 \x01(\t\x12!\n\x05usage\x18\t \x01(\x0b\x32\x12.notecase.v1.Usage\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x06labels\x18\x0b \x03(\x0b\x32 .notecase.v1.Message.LabelsEntry\x12\x17\n\x0fupdate_sequence\x18\x0c \x01(\x03\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x12\n\x0eROLE_ASSISTANT\x10\x02\x12\x0f\n\x0bROLE_SYSTEM\x10\x03\"e\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x16\n\x12STATUS_IN_PROGRESS\x10\x01\x12\x14\n\x10STATUS_COMPLETED\x10\x02\x12\x15\n\x11STATUS_INCOMPLETE\x10\x03\"^\n\x13ListMessagesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x10\n\x08order_by\x18\x04 \x01(\t\"W\n\x14ListMessagesResponse\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.notecase.v1.Message\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11GetMessageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x97\x01\n\x15\x41ppendMessagesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12&\n\x08messages\x18\x02 \x03(\x0b\x32\x14.notecase.v1.Message\x12\x1d\n\x10if_last_sequence\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\tB\x13\n\x11_if_last_sequence\"W\n\x16\x41ppendMessagesResponse\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.notecase.v1.Message\x12\x15\n\rlast_sequence\x18\x02 \x01(\x03\x32\x84\x02\n\x0eMessageService\x12S\n\x0cListMessages\x12 .notecase.v1.ListMessagesRequest\x1a!.notecase.v1.ListMessagesResponse\x12\x42\n\nGetMessage\x12\x1e.notecase.v1.GetMessageRequest\x1a\x14.notecase.v1.Message\x12Y\n\x0e\x41ppendMessages\x12\".notecase.v1.AppendMessagesRequest\x1a#.notecase.v1.AppendMessagesResponseBC\n\x0bnotecase.v1B\x0cMessageProtoP\x01Z\x16notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19notecase/v1/message.proto\x12\x0bnotecase.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19notecase/v1/content.proto\"\xf3\x04\n\x07Message\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\'\n\x04role\x18\x02 \x01(\x0e\x32\x19.notecase.v1.Message.Role\x12\x0e\n\x06\x61uthor\x18\x03 \x01(\t\x12 \n\x05parts\x18\x04 \x03(\x0b\x32\x11.notecase.v1.Part\x12+\n\x06status\x18\x05 \x01(\x0e\x32\x1b.notecase.v1.Message.Status\x12\x0b\n\x03run\x18\x06 \x01(\t\x12\x10\n\x08sequence\x18\x07 \x01(\x03\x12\x15\n\rfinish_reason\x18\x08 \x01(\t\x12!\n\x05usage\x18\t \x01(\x0b\x32\x12.notecase.v1.Usage\x12/\n\x0b\x63reate_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x30\n\x06labels\x18\x0b \x03(\x0b\x32 .notecase.v1.Message.LabelsEntry\x12\x17\n\x0fupdate_sequence\x18\x0c \x01(\x03\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"P\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\r\n\tROLE_USER\x10\x01\x12\x12\n\x0eROLE_ASSISTANT\x10\x02\x12\x0f\n\x0bROLE_SYSTEM\x10\x03\"|\n\x06Status\x12\x16\n\x12STATUS_UNSPECIFIED\x10\x00\x12\x16\n\x12STATUS_IN_PROGRESS\x10\x01\x12\x14\n\x10STATUS_COMPLETED\x10\x02\x12\x15\n\x11STATUS_INCOMPLETE\x10\x03\x12\x15\n\x11STATUS_SUPERSEDED\x10\x04\"w\n\x13ListMessagesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x10\n\x08order_by\x18\x04 \x01(\t\x12\x17\n\x0fshow_superseded\x18\x05 \x01(\x08\"W\n\x14ListMessagesResponse\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.notecase.v1.Message\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11GetMessageRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x97\x01\n\x15\x41ppendMessagesRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12&\n\x08messages\x18\x02 \x03(\x0b\x32\x14.notecase.v1.Message\x12\x1d\n\x10if_last_sequence\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\tB\x13\n\x11_if_last_sequence\"W\n\x16\x41ppendMessagesResponse\x12&\n\x08messages\x18\x01 \x03(\x0b\x32\x14.notecase.v1.Message\x12\x15\n\rlast_sequence\x18\x02 \x01(\x03\x32\x84\x02\n\x0eMessageService\x12S\n\x0cListMessages\x12 .notecase.v1.ListMessagesRequest\x1a!.notecase.v1.ListMessagesResponse\x12\x42\n\nGetMessage\x12\x1e.notecase.v1.GetMessageRequest\x1a\x14.notecase.v1.Message\x12Y\n\x0e\x41ppendMessages\x12\".notecase.v1.AppendMessagesRequest\x1a#.notecase.v1.AppendMessagesResponseBC\n\x0bnotecase.v1B\x0cMessageProtoP\x01Z\x16notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,23 +37,23 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MESSAGE_LABELSENTRY']._loaded_options = None
   _globals['_MESSAGE_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_MESSAGE']._serialized_start=103
-  _globals['_MESSAGE']._serialized_end=707
+  _globals['_MESSAGE']._serialized_end=730
   _globals['_MESSAGE_LABELSENTRY']._serialized_start=477
   _globals['_MESSAGE_LABELSENTRY']._serialized_end=522
   _globals['_MESSAGE_ROLE']._serialized_start=524
   _globals['_MESSAGE_ROLE']._serialized_end=604
   _globals['_MESSAGE_STATUS']._serialized_start=606
-  _globals['_MESSAGE_STATUS']._serialized_end=707
-  _globals['_LISTMESSAGESREQUEST']._serialized_start=709
-  _globals['_LISTMESSAGESREQUEST']._serialized_end=803
-  _globals['_LISTMESSAGESRESPONSE']._serialized_start=805
-  _globals['_LISTMESSAGESRESPONSE']._serialized_end=892
-  _globals['_GETMESSAGEREQUEST']._serialized_start=894
-  _globals['_GETMESSAGEREQUEST']._serialized_end=927
-  _globals['_APPENDMESSAGESREQUEST']._serialized_start=930
-  _globals['_APPENDMESSAGESREQUEST']._serialized_end=1081
-  _globals['_APPENDMESSAGESRESPONSE']._serialized_start=1083
-  _globals['_APPENDMESSAGESRESPONSE']._serialized_end=1170
-  _globals['_MESSAGESERVICE']._serialized_start=1173
-  _globals['_MESSAGESERVICE']._serialized_end=1433
+  _globals['_MESSAGE_STATUS']._serialized_end=730
+  _globals['_LISTMESSAGESREQUEST']._serialized_start=732
+  _globals['_LISTMESSAGESREQUEST']._serialized_end=851
+  _globals['_LISTMESSAGESRESPONSE']._serialized_start=853
+  _globals['_LISTMESSAGESRESPONSE']._serialized_end=940
+  _globals['_GETMESSAGEREQUEST']._serialized_start=942
+  _globals['_GETMESSAGEREQUEST']._serialized_end=975
+  _globals['_APPENDMESSAGESREQUEST']._serialized_start=978
+  _globals['_APPENDMESSAGESREQUEST']._serialized_end=1129
+  _globals['_APPENDMESSAGESRESPONSE']._serialized_start=1131
+  _globals['_APPENDMESSAGESRESPONSE']._serialized_end=1218
+  _globals['_MESSAGESERVICE']._serialized_start=1221
+  _globals['_MESSAGESERVICE']._serialized_end=1481
 # @@protoc_insertion_point(module_scope)

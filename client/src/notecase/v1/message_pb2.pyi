@@ -58,6 +58,8 @@ class Message(_message.Message):
         STATUS_COMPLETED: Message._Status.ValueType  # 2
         STATUS_INCOMPLETE: Message._Status.ValueType  # 3
         """Cut off, by a cancel or a failure; its parts hold what was made."""
+        STATUS_SUPERSEDED: Message._Status.ValueType  # 4
+        """Rewound: it stays in the log and is not shown to the model."""
 
     class Status(_Status, metaclass=_StatusEnumTypeWrapper):
         """How whole it is."""
@@ -68,6 +70,8 @@ class Message(_message.Message):
     STATUS_COMPLETED: Message.Status.ValueType  # 2
     STATUS_INCOMPLETE: Message.Status.ValueType  # 3
     """Cut off, by a cancel or a failure; its parts hold what was made."""
+    STATUS_SUPERSEDED: Message.Status.ValueType  # 4
+    """Rewound: it stays in the log and is not shown to the model."""
 
     @_typing.final
     class LabelsEntry(_message.Message):
@@ -161,6 +165,7 @@ class ListMessagesRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     ORDER_BY_FIELD_NUMBER: _builtins.int
+    SHOW_SUPERSEDED_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """sessions/{session}"""
     page_size: _builtins.int
@@ -168,6 +173,7 @@ class ListMessagesRequest(_message.Message):
     page_token: _builtins.str
     order_by: _builtins.str
     """Empty or "sequence": oldest first. "sequence desc": newest first."""
+    show_superseded: _builtins.bool
     def __init__(
         self,
         *,
@@ -175,10 +181,11 @@ class ListMessagesRequest(_message.Message):
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         order_by: _builtins.str = ...,
+        show_superseded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "parent", b"parent", "show_superseded", b"show_superseded"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

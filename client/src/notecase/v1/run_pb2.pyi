@@ -10,6 +10,7 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from notecase.v1 import agent_pb2 as _agent_pb2
 from notecase.v1 import content_pb2 as _content_pb2
 from notecase.v1 import message_pb2 as _message_pb2
 from notecase.v1 import session_pb2 as _session_pb2
@@ -38,7 +39,11 @@ class Run(_message.Message):
     class _StateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Run._State.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         STATE_UNSPECIFIED: Run._State.ValueType  # 0
+        STATE_QUEUED: Run._State.ValueType  # 1
+        """Behind another run of its session."""
         STATE_RUNNING: Run._State.ValueType  # 2
+        STATE_WAITING: Run._State.ValueType  # 3
+        """For a tool's result, an approval or an answer; it holds no worker and survives restarts."""
         STATE_SUCCEEDED: Run._State.ValueType  # 4
         STATE_FAILED: Run._State.ValueType  # 5
         STATE_CANCELLED: Run._State.ValueType  # 6
@@ -47,7 +52,11 @@ class Run(_message.Message):
         """Where a run is. The last three are ends, and a run ends exactly once."""
 
     STATE_UNSPECIFIED: Run.State.ValueType  # 0
+    STATE_QUEUED: Run.State.ValueType  # 1
+    """Behind another run of its session."""
     STATE_RUNNING: Run.State.ValueType  # 2
+    STATE_WAITING: Run.State.ValueType  # 3
+    """For a tool's result, an approval or an answer; it holds no worker and survives restarts."""
     STATE_SUCCEEDED: Run.State.ValueType  # 4
     STATE_FAILED: Run.State.ValueType  # 5
     STATE_CANCELLED: Run.State.ValueType  # 6
@@ -72,12 +81,34 @@ class Run(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class RememberedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bool
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     AGENT_FIELD_NUMBER: _builtins.int
     AGENT_REVISION_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     REPLY_FIELD_NUMBER: _builtins.int
+    PENDING_INPUTS_FIELD_NUMBER: _builtins.int
+    PENDING_CALLS_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
@@ -85,6 +116,14 @@ class Run(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     END_TIME_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    CLIENT_TOOLS_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    DISCONNECT_FIELD_NUMBER: _builtins.int
+    REMEMBERED_FIELD_NUMBER: _builtins.int
+    TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    ENDING_FIELD_NUMBER: _builtins.int
+    RUNNING_TIME_FIELD_NUMBER: _builtins.int
+    STATE_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """sessions/{session}/runs/{run}"""
     agent: _builtins.str
@@ -96,6 +135,10 @@ class Run(_message.Message):
     first_sequence: _builtins.int
     last_sequence: _builtins.int
     """Its newest event; its end once it has ended."""
+    tool_calls: _builtins.int
+    """Calls of tools so far."""
+    ending: _builtins.bool
+    """It is to end once its turn has (MODE_AFTER_TURN)."""
     @_builtins.property
     def error(self) -> _content_pb2.Error:
         """Why it failed."""
@@ -105,6 +148,14 @@ class Run(_message.Message):
         """The last reply it completed."""
 
     @_builtins.property
+    def pending_inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___InputRequest]:
+        """Approvals and questions that nobody has answered."""
+
+    @_builtins.property
+    def pending_calls(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.ToolCall]:
+        """Calls dispatched to the caller and unanswered."""
+
+    @_builtins.property
     def usage(self) -> _content_pb2.Usage: ...
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
@@ -112,6 +163,24 @@ class Run(_message.Message):
     def end_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def client_tools(self) -> _containers.RepeatedCompositeFieldContainer[_agent_pb2.Tool]: ...
+    @_builtins.property
+    def limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def disconnect(self) -> Global___Disconnect: ...
+    @_builtins.property
+    def remembered(self) -> _containers.ScalarMap[_builtins.str, _builtins.bool]:
+        """By tool, whether its calls are approved in this run without asking (REMEMBER_RUN)."""
+
+    @_builtins.property
+    def running_time(self) -> _duration_pb2.Duration:
+        """Time in STATE_RUNNING up to the last change of state."""
+
+    @_builtins.property
+    def state_time(self) -> _timestamp_pb2.Timestamp:
+        """Of the last change of state."""
+
     def __init__(
         self,
         *,
@@ -121,6 +190,8 @@ class Run(_message.Message):
         state: Global___Run.State.ValueType = ...,
         error: _content_pb2.Error | None = ...,
         reply: _message_pb2.Message | None = ...,
+        pending_inputs: _abc.Iterable[Global___InputRequest] | None = ...,
+        pending_calls: _abc.Iterable[_content_pb2.ToolCall] | None = ...,
         usage: _content_pb2.Usage | None = ...,
         attempt: _builtins.int = ...,
         first_sequence: _builtins.int = ...,
@@ -128,10 +199,18 @@ class Run(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         end_time: _timestamp_pb2.Timestamp | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        client_tools: _abc.Iterable[_agent_pb2.Tool] | None = ...,
+        limits: Global___Limits | None = ...,
+        disconnect: Global___Disconnect | None = ...,
+        remembered: _abc.Mapping[_builtins.str, _builtins.bool] | None = ...,
+        tool_calls: _builtins.int = ...,
+        ending: _builtins.bool = ...,
+        running_time: _duration_pb2.Duration | None = ...,
+        state_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "reply", b"reply", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "disconnect", b"disconnect", "end_time", b"end_time", "error", b"error", "limits", b"limits", "reply", b"reply", "running_time", b"running_time", "state_time", b"state_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_revision", b"agent_revision", "attempt", b"attempt", "create_time", b"create_time", "end_time", b"end_time", "error", b"error", "first_sequence", b"first_sequence", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "reply", b"reply", "state", b"state", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_revision", b"agent_revision", "attempt", b"attempt", "client_tools", b"client_tools", "create_time", b"create_time", "disconnect", b"disconnect", "end_time", b"end_time", "ending", b"ending", "error", b"error", "first_sequence", b"first_sequence", "labels", b"labels", "last_sequence", b"last_sequence", "limits", b"limits", "name", b"name", "pending_calls", b"pending_calls", "pending_inputs", b"pending_inputs", "remembered", b"remembered", "reply", b"reply", "running_time", b"running_time", "state", b"state", "state_time", b"state_time", "tool_calls", b"tool_calls", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -146,6 +225,9 @@ class RunRequest(_message.Message):
     COMMAND_ID_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
     ATTACH_FIELD_NUMBER: _builtins.int
+    INPUT_FIELD_NUMBER: _builtins.int
+    TOOL_RESULT_FIELD_NUMBER: _builtins.int
+    INPUT_RESPONSE_FIELD_NUMBER: _builtins.int
     UPDATE_STATE_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     command_id: _builtins.str
@@ -157,6 +239,12 @@ class RunRequest(_message.Message):
     @_builtins.property
     def attach(self) -> Global___AttachRun: ...
     @_builtins.property
+    def input(self) -> Global___UserInput: ...
+    @_builtins.property
+    def tool_result(self) -> Global___ToolResult: ...
+    @_builtins.property
+    def input_response(self) -> Global___InputResponse: ...
+    @_builtins.property
     def update_state(self) -> Global___StateUpdate: ...
     @_builtins.property
     def cancel(self) -> Global___CancelCommand: ...
@@ -166,14 +254,17 @@ class RunRequest(_message.Message):
         command_id: _builtins.str = ...,
         start: Global___StartRun | None = ...,
         attach: Global___AttachRun | None = ...,
+        input: Global___UserInput | None = ...,
+        tool_result: Global___ToolResult | None = ...,
+        input_response: Global___InputResponse | None = ...,
         update_state: Global___StateUpdate | None = ...,
         cancel: Global___CancelCommand | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "cancel", b"cancel", "command", b"command", "start", b"start", "update_state", b"update_state"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "cancel", b"cancel", "command", b"command", "input", b"input", "input_response", b"input_response", "start", b"start", "tool_result", b"tool_result", "update_state", b"update_state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "cancel", b"cancel", "command", b"command", "command_id", b"command_id", "start", b"start", "update_state", b"update_state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attach", b"attach", "cancel", b"cancel", "command", b"command", "command_id", b"command_id", "input", b"input", "input_response", b"input_response", "start", b"start", "tool_result", b"tool_result", "update_state", b"update_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "attach", "update_state", "cancel"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["start", "attach", "input", "tool_result", "input_response", "update_state", "cancel"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -184,6 +275,41 @@ class StartRun(_message.Message):
     """Starts a run: the messages, the state and the start are one commit."""
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    class _OnBusy:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _OnBusyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[StartRun._OnBusy.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        ON_BUSY_UNSPECIFIED: StartRun._OnBusy.ValueType  # 0
+        """ON_BUSY_REJECT."""
+        ON_BUSY_REJECT: StartRun._OnBusy.ValueType  # 1
+        """FAILED_PRECONDITION RUN_ACTIVE, naming the run."""
+        ON_BUSY_QUEUE: StartRun._OnBusy.ValueType  # 2
+        """Start when those before it have ended."""
+        ON_BUSY_INTERRUPT: StartRun._OnBusy.ValueType  # 3
+        """Stop the current run, keep what it made, then start."""
+        ON_BUSY_ROLLBACK: StartRun._OnBusy.ValueType  # 4
+        """Cancel the current run, rewind the session to before its first event, then start: one commit. What others wrote to the
+        session meanwhile is rewound too; the state of users and the app, and what tools did outside, is not.
+        """
+
+    class OnBusy(_OnBusy, metaclass=_OnBusyEnumTypeWrapper):
+        """What to do when the session has a run."""
+
+    ON_BUSY_UNSPECIFIED: StartRun.OnBusy.ValueType  # 0
+    """ON_BUSY_REJECT."""
+    ON_BUSY_REJECT: StartRun.OnBusy.ValueType  # 1
+    """FAILED_PRECONDITION RUN_ACTIVE, naming the run."""
+    ON_BUSY_QUEUE: StartRun.OnBusy.ValueType  # 2
+    """Start when those before it have ended."""
+    ON_BUSY_INTERRUPT: StartRun.OnBusy.ValueType  # 3
+    """Stop the current run, keep what it made, then start."""
+    ON_BUSY_ROLLBACK: StartRun.OnBusy.ValueType  # 4
+    """Cancel the current run, rewind the session to before its first event, then start: one commit. What others wrote to the
+    session meanwhile is rewound too; the state of users and the app, and what tools did outside, is not.
+    """
 
     @_typing.final
     class StateEntry(_message.Message):
@@ -232,6 +358,10 @@ class StartRun(_message.Message):
     AGENT_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
+    CLIENT_TOOLS_FIELD_NUMBER: _builtins.int
+    ON_BUSY_FIELD_NUMBER: _builtins.int
+    DISCONNECT_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
     IF_LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
@@ -243,6 +373,7 @@ class StartRun(_message.Message):
     """The {run} of its name. Made by the caller, a repeat attaches to the run; with another body it is refused.
     Empty: made by the server.
     """
+    on_busy: Global___StartRun.OnBusy.ValueType
     if_last_sequence: _builtins.int
     @_builtins.property
     def new_session(self) -> _session_pb2.Session:
@@ -256,6 +387,14 @@ class StartRun(_message.Message):
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
         """What the user says. May be empty when the session's history ends with something to answer."""
 
+    @_builtins.property
+    def client_tools(self) -> _containers.RepeatedCompositeFieldContainer[_agent_pb2.Tool]:
+        """Of this run only, beside the agent's: `client` tools, with names that the agent does not have."""
+
+    @_builtins.property
+    def disconnect(self) -> Global___Disconnect: ...
+    @_builtins.property
+    def limits(self) -> Global___Limits: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -271,13 +410,17 @@ class StartRun(_message.Message):
         agent: _builtins.str = ...,
         run_id: _builtins.str = ...,
         messages: _abc.Iterable[_message_pb2.Message] | None = ...,
+        client_tools: _abc.Iterable[_agent_pb2.Tool] | None = ...,
+        on_busy: Global___StartRun.OnBusy.ValueType = ...,
+        disconnect: Global___Disconnect | None = ...,
+        limits: Global___Limits | None = ...,
         if_last_sequence: _builtins.int | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         options: Global___WatchOptions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "if_last_sequence", b"if_last_sequence", "new_session", b"new_session", "options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "disconnect", b"disconnect", "if_last_sequence", b"if_last_sequence", "limits", b"limits", "new_session", b"new_session", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "agent", b"agent", "if_last_sequence", b"if_last_sequence", "labels", b"labels", "messages", b"messages", "new_session", b"new_session", "options", b"options", "run_id", b"run_id", "session", b"session", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "agent", b"agent", "client_tools", b"client_tools", "disconnect", b"disconnect", "if_last_sequence", b"if_last_sequence", "labels", b"labels", "limits", b"limits", "messages", b"messages", "new_session", b"new_session", "on_busy", b"on_busy", "options", b"options", "run_id", b"run_id", "session", b"session", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__if_last_sequence: _TypeAlias = _typing.Literal["if_last_sequence"]  # noqa: Y015
     _WhichOneofArgType__if_last_sequence: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence"]  # noqa: Y015
@@ -322,22 +465,283 @@ class AttachRun(_message.Message):
 Global___AttachRun: _TypeAlias = AttachRun  # noqa: Y015
 
 @_typing.final
-class CancelCommand(_message.Message):
-    """Stops the run. What it has generated is kept as an incomplete message."""
+class Disconnect(_message.Message):
+    """When a run is to be cancelled for want of company."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    CANCEL_AFTER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def cancel_after(self) -> _duration_pb2.Duration:
+        """No stream has been attached to the session or the run for this long, by the server's clock; counted from the start, and
+        anew after a takeover; not while the run waits for a person. Unset: never.
+        """
+
+    def __init__(
+        self,
+        *,
+        cancel_after: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_after", b"cancel_after"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_after", b"cancel_after"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Disconnect: _TypeAlias = Disconnect  # noqa: Y015
+
+@_typing.final
+class Limits(_message.Message):
+    """What a run may use. Reaching one ends the run as FAILED with LIMIT_EXCEEDED, naming it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIMEOUT_FIELD_NUMBER: _builtins.int
+    MAX_MODEL_CALLS_FIELD_NUMBER: _builtins.int
+    MAX_TOOL_CALLS_FIELD_NUMBER: _builtins.int
+    MAX_TOTAL_TOKENS_FIELD_NUMBER: _builtins.int
+    INPUT_TIMEOUT_FIELD_NUMBER: _builtins.int
+    max_model_calls: _builtins.int
+    """The smaller one of this and the agent's counts."""
+    max_tool_calls: _builtins.int
+    max_total_tokens: _builtins.int
+    """Input and output tokens as reported."""
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """Time in STATE_RUNNING."""
+
+    @_builtins.property
+    def input_timeout(self) -> _duration_pb2.Duration:
+        """How long an approval, a question or a call at the caller may stay open: then it is denied, or fails. Unset: for ever."""
+
+    def __init__(
+        self,
+        *,
+        timeout: _duration_pb2.Duration | None = ...,
+        max_model_calls: _builtins.int = ...,
+        max_tool_calls: _builtins.int = ...,
+        max_total_tokens: _builtins.int = ...,
+        input_timeout: _duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["input_timeout", b"input_timeout", "timeout", b"timeout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input_timeout", b"input_timeout", "max_model_calls", b"max_model_calls", "max_tool_calls", b"max_tool_calls", "max_total_tokens", b"max_total_tokens", "timeout", b"timeout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Limits: _TypeAlias = Limits  # noqa: Y015
+
+@_typing.final
+class UserInput(_message.Message):
+    """What a user says to a run under way. A waiting run's open approvals and questions are denied by it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _When:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _WhenEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[UserInput._When.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        WHEN_UNSPECIFIED: UserInput._When.ValueType  # 0
+        """WHEN_STEER."""
+        WHEN_STEER: UserInput._When.ValueType  # 1
+        """Before the next model call."""
+        WHEN_FOLLOW_UP: UserInput._When.ValueType  # 2
+        """When the run would otherwise end."""
+        WHEN_INTERRUPT: UserInput._When.ValueType  # 3
+        """At once: what is being generated is kept as it is, calls under way are cancelled, and the model is asked again."""
+
+    class When(_When, metaclass=_WhenEnumTypeWrapper): ...
+    WHEN_UNSPECIFIED: UserInput.When.ValueType  # 0
+    """WHEN_STEER."""
+    WHEN_STEER: UserInput.When.ValueType  # 1
+    """Before the next model call."""
+    WHEN_FOLLOW_UP: UserInput.When.ValueType  # 2
+    """When the run would otherwise end."""
+    WHEN_INTERRUPT: UserInput.When.ValueType  # 3
+    """At once: what is being generated is kept as it is, calls under way are cancelled, and the model is asked again."""
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    WHEN_FIELD_NUMBER: _builtins.int
+    when: Global___UserInput.When.ValueType
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]: ...
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[_message_pb2.Message] | None = ...,
+        when: Global___UserInput.When.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "when", b"when"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UserInput: _TypeAlias = UserInput  # noqa: Y015
+
+@_typing.final
+class ToolResult(_message.Message):
+    """The outcome of a call that was dispatched to the caller. The first result wins; a later one is CALL_NOT_PENDING."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    call_id: _builtins.str
+    error: _builtins.str
+    """Set: the tool failed, and the model is shown this."""
+    @_builtins.property
+    def result(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.Part]:
+        """text, file and data parts."""
+
+    def __init__(
+        self,
+        *,
+        call_id: _builtins.str = ...,
+        result: _abc.Iterable[_content_pb2.Part] | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "error", b"error", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolResult: _TypeAlias = ToolResult  # noqa: Y015
+
+@_typing.final
+class InputResponse(_message.Message):
+    """The answer to an InputRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Decision:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _DecisionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[InputResponse._Decision.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        DECISION_UNSPECIFIED: InputResponse._Decision.ValueType  # 0
+        DECISION_APPROVE: InputResponse._Decision.ValueType  # 1
+        """Run the call; of an interrupted call: run it again."""
+        DECISION_DENY: InputResponse._Decision.ValueType  # 2
+        """Do not; of an interrupted call: it failed. `reason` is shown to the model."""
+        DECISION_ANSWER: InputResponse._Decision.ValueType  # 3
+        """Of a question: `answer` is the answer; of an interrupted call: its result."""
+
+    class Decision(_Decision, metaclass=_DecisionEnumTypeWrapper): ...
+    DECISION_UNSPECIFIED: InputResponse.Decision.ValueType  # 0
+    DECISION_APPROVE: InputResponse.Decision.ValueType  # 1
+    """Run the call; of an interrupted call: run it again."""
+    DECISION_DENY: InputResponse.Decision.ValueType  # 2
+    """Do not; of an interrupted call: it failed. `reason` is shown to the model."""
+    DECISION_ANSWER: InputResponse.Decision.ValueType  # 3
+    """Of a question: `answer` is the answer; of an interrupted call: its result."""
+
+    class _Remember:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _RememberEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[InputResponse._Remember.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        REMEMBER_UNSPECIFIED: InputResponse._Remember.ValueType  # 0
+        """REMEMBER_ONCE."""
+        REMEMBER_ONCE: InputResponse._Remember.ValueType  # 1
+        REMEMBER_RUN: InputResponse._Remember.ValueType  # 2
+        REMEMBER_SESSION: InputResponse._Remember.ValueType  # 3
+
+    class Remember(_Remember, metaclass=_RememberEnumTypeWrapper):
+        """For which calls of the same tool the decision holds."""
+
+    REMEMBER_UNSPECIFIED: InputResponse.Remember.ValueType  # 0
+    """REMEMBER_ONCE."""
+    REMEMBER_ONCE: InputResponse.Remember.ValueType  # 1
+    REMEMBER_RUN: InputResponse.Remember.ValueType  # 2
+    REMEMBER_SESSION: InputResponse.Remember.ValueType  # 3
+
+    INPUT_ID_FIELD_NUMBER: _builtins.int
+    DECISION_FIELD_NUMBER: _builtins.int
+    EDITED_ARGUMENTS_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    REMEMBER_FIELD_NUMBER: _builtins.int
+    input_id: _builtins.str
+    decision: Global___InputResponse.Decision.ValueType
+    edited_arguments: _builtins.str
+    """With DECISION_APPROVE: JSON text instead of the model's arguments."""
+    answer: _builtins.str
+    reason: _builtins.str
+    remember: Global___InputResponse.Remember.ValueType
+    def __init__(
+        self,
+        *,
+        input_id: _builtins.str = ...,
+        decision: Global___InputResponse.Decision.ValueType = ...,
+        edited_arguments: _builtins.str = ...,
+        answer: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        remember: Global___InputResponse.Remember.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "decision", b"decision", "edited_arguments", b"edited_arguments", "input_id", b"input_id", "reason", b"reason", "remember", b"remember"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InputResponse: _TypeAlias = InputResponse  # noqa: Y015
+
+@_typing.final
+class CancelCommand(_message.Message):
+    """Stops a run, or one of its calls."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Mode:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ModeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[CancelCommand._Mode.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        MODE_UNSPECIFIED: CancelCommand._Mode.ValueType  # 0
+        """MODE_IMMEDIATE."""
+        MODE_IMMEDIATE: CancelCommand._Mode.ValueType  # 1
+        """Now: what was generated is kept as an incomplete message, finished results stay, open calls are cancelled."""
+        MODE_AFTER_TURN: CancelCommand._Mode.ValueType  # 2
+        """When the turn is over: open approvals and questions are cancelled now, dispatched calls are awaited, no further model
+        call is made. A turn that ends the run anyway ends it SUCCEEDED.
+        """
+
+    class Mode(_Mode, metaclass=_ModeEnumTypeWrapper): ...
+    MODE_UNSPECIFIED: CancelCommand.Mode.ValueType  # 0
+    """MODE_IMMEDIATE."""
+    MODE_IMMEDIATE: CancelCommand.Mode.ValueType  # 1
+    """Now: what was generated is kept as an incomplete message, finished results stay, open calls are cancelled."""
+    MODE_AFTER_TURN: CancelCommand.Mode.ValueType  # 2
+    """When the turn is over: open approvals and questions are cancelled now, dispatched calls are awaited, no further model
+    call is made. A turn that ends the run anyway ends it SUCCEEDED.
+    """
+
+    MODE_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    mode: Global___CancelCommand.Mode.ValueType
+    call_id: _builtins.str
+    """Only this call."""
     reason: _builtins.str
     """Kept in the log, for whoever reads it."""
     def __init__(
         self,
         *,
+        mode: Global___CancelCommand.Mode.ValueType = ...,
+        call_id: _builtins.str = ...,
         reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "mode", b"mode", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -489,6 +893,8 @@ class CommandResult(_message.Message):
         DISPOSITION_UNSPECIFIED: CommandResult._Disposition.ValueType  # 0
         DISPOSITION_APPLIED: CommandResult._Disposition.ValueType  # 1
         """Committed at `sequence`."""
+        DISPOSITION_QUEUED: CommandResult._Disposition.ValueType  # 2
+        """Committed at `sequence` as `command_queued`; it takes effect later, with this command_id as its events' cause_id."""
         DISPOSITION_DUPLICATE: CommandResult._Disposition.ValueType  # 3
         """The command_id came before; `sequence` is the first one's."""
         DISPOSITION_REFUSED: CommandResult._Disposition.ValueType  # 4
@@ -500,6 +906,8 @@ class CommandResult(_message.Message):
     DISPOSITION_UNSPECIFIED: CommandResult.Disposition.ValueType  # 0
     DISPOSITION_APPLIED: CommandResult.Disposition.ValueType  # 1
     """Committed at `sequence`."""
+    DISPOSITION_QUEUED: CommandResult.Disposition.ValueType  # 2
+    """Committed at `sequence` as `command_queued`; it takes effect later, with this command_id as its events' cause_id."""
     DISPOSITION_DUPLICATE: CommandResult.Disposition.ValueType  # 3
     """The command_id came before; `sequence` is the first one's."""
     DISPOSITION_REFUSED: CommandResult.Disposition.ValueType  # 4
@@ -597,8 +1005,13 @@ class Event(_message.Message):
     STATE_CHANGED_FIELD_NUMBER: _builtins.int
     MESSAGE_ADDED_FIELD_NUMBER: _builtins.int
     RUN_STATE_CHANGED_FIELD_NUMBER: _builtins.int
+    TOOL_STARTED_FIELD_NUMBER: _builtins.int
     TOOL_FINISHED_FIELD_NUMBER: _builtins.int
+    INPUT_REQUESTED_FIELD_NUMBER: _builtins.int
+    INPUT_RESOLVED_FIELD_NUMBER: _builtins.int
+    REWOUND_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    COMMAND_QUEUED_FIELD_NUMBER: _builtins.int
     RUN_STARTED_FIELD_NUMBER: _builtins.int
     BLOCK_DELTA_FIELD_NUMBER: _builtins.int
     MESSAGE_DISCARDED_FIELD_NUMBER: _builtins.int
@@ -620,11 +1033,25 @@ class Event(_message.Message):
     @_builtins.property
     def run_state_changed(self) -> Global___RunStateChanged: ...
     @_builtins.property
+    def tool_started(self) -> _content_pb2.ToolCall:
+        """A call was dispatched. Callers run on this, never on message_added."""
+
+    @_builtins.property
     def tool_finished(self) -> _content_pb2.ToolCall: ...
+    @_builtins.property
+    def input_requested(self) -> Global___InputRequest: ...
+    @_builtins.property
+    def input_resolved(self) -> Global___InputResolved: ...
+    @_builtins.property
+    def rewound(self) -> Global___Rewound:
+        """What follows it in the same commit puts session state back as it was then."""
+
     @_builtins.property
     def usage(self) -> _content_pb2.Usage:
         """Of one model call."""
 
+    @_builtins.property
+    def command_queued(self) -> Global___CommandQueued: ...
     @_builtins.property
     def run_started(self) -> Global___RunStarted: ...
     @_builtins.property
@@ -645,17 +1072,22 @@ class Event(_message.Message):
         state_changed: Global___StateChanged | None = ...,
         message_added: _message_pb2.Message | None = ...,
         run_state_changed: Global___RunStateChanged | None = ...,
+        tool_started: _content_pb2.ToolCall | None = ...,
         tool_finished: _content_pb2.ToolCall | None = ...,
+        input_requested: Global___InputRequest | None = ...,
+        input_resolved: Global___InputResolved | None = ...,
+        rewound: Global___Rewound | None = ...,
         usage: _content_pb2.Usage | None = ...,
+        command_queued: Global___CommandQueued | None = ...,
         run_started: Global___RunStarted | None = ...,
         block_delta: Global___BlockDelta | None = ...,
         message_discarded: Global___MessageDiscarded | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["block_delta", b"block_delta", "create_time", b"create_time", "message_added", b"message_added", "message_discarded", b"message_discarded", "payload", b"payload", "run_started", b"run_started", "run_state_changed", b"run_state_changed", "state_changed", b"state_changed", "tool_finished", b"tool_finished", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block_delta", b"block_delta", "command_queued", b"command_queued", "create_time", b"create_time", "input_requested", b"input_requested", "input_resolved", b"input_resolved", "message_added", b"message_added", "message_discarded", b"message_discarded", "payload", b"payload", "rewound", b"rewound", "run_started", b"run_started", "run_state_changed", b"run_state_changed", "state_changed", b"state_changed", "tool_finished", b"tool_finished", "tool_started", b"tool_started", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_delta", b"block_delta", "cause_id", b"cause_id", "create_time", b"create_time", "message_added", b"message_added", "message_discarded", b"message_discarded", "payload", b"payload", "run", b"run", "run_started", b"run_started", "run_state_changed", b"run_state_changed", "sequence", b"sequence", "state_changed", b"state_changed", "tool_finished", b"tool_finished", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_delta", b"block_delta", "cause_id", b"cause_id", "command_queued", b"command_queued", "create_time", b"create_time", "input_requested", b"input_requested", "input_resolved", b"input_resolved", "message_added", b"message_added", "message_discarded", b"message_discarded", "payload", b"payload", "rewound", b"rewound", "run", b"run", "run_started", b"run_started", "run_state_changed", b"run_state_changed", "sequence", b"sequence", "state_changed", b"state_changed", "tool_finished", b"tool_finished", "tool_started", b"tool_started", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["state_changed", "message_added", "run_state_changed", "tool_finished", "usage", "run_started", "block_delta", "message_discarded"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["state_changed", "message_added", "run_state_changed", "tool_started", "tool_finished", "input_requested", "input_resolved", "rewound", "usage", "command_queued", "run_started", "block_delta", "message_discarded"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
@@ -689,9 +1121,18 @@ class RunStarted(_message.Message):
 
     AGENT_FIELD_NUMBER: _builtins.int
     AGENT_REVISION_FIELD_NUMBER: _builtins.int
+    CLIENT_TOOLS_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    DISCONNECT_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     agent: _builtins.str
     agent_revision: _builtins.int
+    @_builtins.property
+    def client_tools(self) -> _containers.RepeatedCompositeFieldContainer[_agent_pb2.Tool]: ...
+    @_builtins.property
+    def limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def disconnect(self) -> Global___Disconnect: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
@@ -699,15 +1140,159 @@ class RunStarted(_message.Message):
         *,
         agent: _builtins.str = ...,
         agent_revision: _builtins.int = ...,
+        client_tools: _abc.Iterable[_agent_pb2.Tool] | None = ...,
+        limits: Global___Limits | None = ...,
+        disconnect: Global___Disconnect | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["disconnect", b"disconnect", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_revision", b"agent_revision", "labels", b"labels"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_revision", b"agent_revision", "client_tools", b"client_tools", "disconnect", b"disconnect", "labels", b"labels", "limits", b"limits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunStarted: _TypeAlias = RunStarted  # noqa: Y015
+
+@_typing.final
+class CommandQueued(_message.Message):
+    """What was answered QUEUED: durable, and no message yet. It is taken up by events with the same cause_id."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_FIELD_NUMBER: _builtins.int
+    CANCEL_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def input(self) -> Global___UserInput: ...
+    @_builtins.property
+    def cancel(self) -> Global___CancelCommand:
+        """MODE_AFTER_TURN."""
+
+    @_builtins.property
+    def start(self) -> Global___StartRun: ...
+    def __init__(
+        self,
+        *,
+        input: Global___UserInput | None = ...,
+        cancel: Global___CancelCommand | None = ...,
+        start: Global___StartRun | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "input", b"input", "start", b"start"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "input", b"input", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["input", "cancel", "start"]  # noqa: Y015
+    _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
+
+Global___CommandQueued: _TypeAlias = CommandQueued  # noqa: Y015
+
+@_typing.final
+class InputRequest(_message.Message):
+    """A person is asked. Answered by an InputResponse from anybody who may, in this process or another, days later."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    class _Kind:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[InputRequest._Kind.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        KIND_UNSPECIFIED: InputRequest._Kind.ValueType  # 0
+        KIND_APPROVAL: InputRequest._Kind.ValueType  # 1
+        """May `call` run? Approve, approve with edited arguments, or deny."""
+        KIND_QUESTION: InputRequest._Kind.ValueType  # 2
+        """`prompt` is the question."""
+        KIND_INTERRUPTED_CALL: InputRequest._Kind.ValueType  # 3
+        """`call` had started in a process that was lost. Approve: run it again; deny: it failed; answer: this is its result."""
+
+    class Kind(_Kind, metaclass=_KindEnumTypeWrapper): ...
+    KIND_UNSPECIFIED: InputRequest.Kind.ValueType  # 0
+    KIND_APPROVAL: InputRequest.Kind.ValueType  # 1
+    """May `call` run? Approve, approve with edited arguments, or deny."""
+    KIND_QUESTION: InputRequest.Kind.ValueType  # 2
+    """`prompt` is the question."""
+    KIND_INTERRUPTED_CALL: InputRequest.Kind.ValueType  # 3
+    """`call` had started in a process that was lost. Approve: run it again; deny: it failed; answer: this is its result."""
+
+    INPUT_ID_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    PROMPT_FIELD_NUMBER: _builtins.int
+    CALL_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    input_id: _builtins.str
+    kind: Global___InputRequest.Kind.ValueType
+    prompt: _builtins.str
+    @_builtins.property
+    def call(self) -> _content_pb2.ToolCall: ...
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """When it denies itself."""
+
+    def __init__(
+        self,
+        *,
+        input_id: _builtins.str = ...,
+        kind: Global___InputRequest.Kind.ValueType = ...,
+        prompt: _builtins.str = ...,
+        call: _content_pb2.ToolCall | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "expire_time", b"expire_time", "input_id", b"input_id", "kind", b"kind", "prompt", b"prompt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InputRequest: _TypeAlias = InputRequest  # noqa: Y015
+
+@_typing.final
+class InputResolved(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def response(self) -> Global___InputResponse:
+        """Without a decision: it was withdrawn, because its run stopped."""
+
+    def __init__(
+        self,
+        *,
+        response: Global___InputResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InputResolved: _TypeAlias = InputResolved  # noqa: Y015
+
+@_typing.final
+class Rewound(_message.Message):
+    """Messages after `to_sequence` are superseded: they stay in the log, and the model is not shown them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TO_SEQUENCE_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    to_sequence: _builtins.int
+    run: _builtins.str
+    """sessions/{session}/runs/{run}: the run that was rolled back."""
+    def __init__(
+        self,
+        *,
+        to_sequence: _builtins.int = ...,
+        run: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run", "to_sequence", b"to_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rewound: _TypeAlias = Rewound  # noqa: Y015
 
 @_typing.final
 class RunStateChanged(_message.Message):
@@ -717,14 +1302,19 @@ class RunStateChanged(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     ATTEMPT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    DROPPED_COMMANDS_FIELD_NUMBER: _builtins.int
     state: Global___Run.State.ValueType
     attempt: _builtins.int
-    """With STATE_RUNNING: 2 and up after a takeover. Forget all open blocks."""
+    """With STATE_RUNNING: 2 and up after a takeover. Forget the run's open blocks."""
     reason: _builtins.str
     """In the words of who cancelled it, or why it was taken over."""
     @_builtins.property
     def error(self) -> _content_pb2.Error:
         """With STATE_FAILED."""
+
+    @_builtins.property
+    def dropped_commands(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """With an end: the command_ids of inputs that were queued and are not taken up."""
 
     def __init__(
         self,
@@ -733,10 +1323,11 @@ class RunStateChanged(_message.Message):
         error: _content_pb2.Error | None = ...,
         attempt: _builtins.int = ...,
         reason: _builtins.str = ...,
+        dropped_commands: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "error", b"error", "reason", b"reason", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "dropped_commands", b"dropped_commands", "error", b"error", "reason", b"reason", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1040,20 +1631,24 @@ class WaitRunRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    after_sequence: _builtins.int
+    """Ignore a wait that began by this sequence."""
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
-        """Unset: until the run ends or the call's deadline passes."""
+        """Unset: until the run ends or waits, or the call's deadline passes."""
 
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         timeout: _duration_pb2.Duration | None = ...,
+        after_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "name", b"name", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1065,8 +1660,11 @@ class CancelRunRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
+    ALLOW_MISSING_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    allow_missing: _builtins.bool
+    """The session must exist."""
     request_id: _builtins.str
     @_builtins.property
     def cancel(self) -> Global___CancelCommand: ...
@@ -1075,11 +1673,12 @@ class CancelRunRequest(_message.Message):
         *,
         name: _builtins.str = ...,
         cancel: Global___CancelCommand | None = ...,
+        allow_missing: _builtins.bool = ...,
         request_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["allow_missing", b"allow_missing", "cancel", b"cancel", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1095,7 +1694,7 @@ class SendCommandRequest(_message.Message):
     session: _builtins.str
     """sessions/{session}"""
     run: _builtins.str
-    """The run meant, for `cancel`. Empty: the active one."""
+    """The run meant. Empty: the active one."""
     @_builtins.property
     def command(self) -> Global___RunRequest:
         """Anything but `attach`."""

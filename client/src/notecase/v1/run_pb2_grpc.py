@@ -98,7 +98,8 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Invoke(self, request, context):
-        """Starts a run, waits for its end, and answers with the reply: one call for one answer. A run that fails is data in
+        """Starts a run, waits for its end, and answers with the reply: one call for one answer. It answers too when the run waits
+        for a tool's result, an approval or an answer: see the run's state. A run that fails is data in
         `run.error`, not a status. When `timeout` passes first, the answer holds the run as it is then and the run goes on.
         A repeat with the same request_id waits for the same run.
         """
@@ -128,15 +129,16 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def WaitRun(self, request, context):
-        """Answers once the run has ended, or with the run as it is when `timeout` passes.
+        """Answers once the run has ended or waits, or with the run as it is when `timeout` passes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelRun(self, request, context):
-        """Stops a run now; what was generated is kept as an incomplete message. Answers once that is durable.
-        Of a run that has ended: FAILED_PRECONDITION RUN_ENDED. A repeat with the same request_id returns the first answer.
+        """Stops a run: see CancelCommand. Answers once that is durable, with allow_missing also for a run whose start has not
+        arrived, which is then refused (RUN_CANCELLED_BEFORE_START). Of a run that has ended: FAILED_PRECONDITION RUN_ENDED.
+        A repeat with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -41,7 +41,8 @@ class RunServiceStub:
     Half-close means no more commands, never cancel. The stream ends with OK after the run's end unless `keep_open`.
     """
     Invoke: _grpc.UnaryUnaryMultiCallable[_run_pb2.InvokeRequest, _run_pb2.InvokeResponse]
-    """Starts a run, waits for its end, and answers with the reply: one call for one answer. A run that fails is data in
+    """Starts a run, waits for its end, and answers with the reply: one call for one answer. It answers too when the run waits
+    for a tool's result, an approval or an answer: see the run's state. A run that fails is data in
     `run.error`, not a status. When `timeout` passes first, the answer holds the run as it is then and the run goes on.
     A repeat with the same request_id waits for the same run.
     """
@@ -53,10 +54,11 @@ class RunServiceStub:
     ListRuns: _grpc.UnaryUnaryMultiCallable[_run_pb2.ListRunsRequest, _run_pb2.ListRunsResponse]
     """A page of a session's runs, or of all sessions' (`sessions/-`), the last created first."""
     WaitRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.WaitRunRequest, _run_pb2.Run]
-    """Answers once the run has ended, or with the run as it is when `timeout` passes."""
+    """Answers once the run has ended or waits, or with the run as it is when `timeout` passes."""
     CancelRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.CancelRunRequest, _run_pb2.Run]
-    """Stops a run now; what was generated is kept as an incomplete message. Answers once that is durable.
-    Of a run that has ended: FAILED_PRECONDITION RUN_ENDED. A repeat with the same request_id returns the first answer.
+    """Stops a run: see CancelCommand. Answers once that is durable, with allow_missing also for a run whose start has not
+    arrived, which is then refused (RUN_CANCELLED_BEFORE_START). Of a run that has ended: FAILED_PRECONDITION RUN_ENDED.
+    A repeat with the same request_id returns the first answer.
     """
     SendCommand: _grpc.UnaryUnaryMultiCallable[_run_pb2.SendCommandRequest, _run_pb2.SendCommandResponse]
     """One command of the Run stream as a call of its own. A refusal is the call's status."""
@@ -76,7 +78,8 @@ class RunServiceAsyncStub(RunServiceStub):
     Half-close means no more commands, never cancel. The stream ends with OK after the run's end unless `keep_open`.
     """
     Invoke: _aio.UnaryUnaryMultiCallable[_run_pb2.InvokeRequest, _run_pb2.InvokeResponse]  # type: ignore[assignment]
-    """Starts a run, waits for its end, and answers with the reply: one call for one answer. A run that fails is data in
+    """Starts a run, waits for its end, and answers with the reply: one call for one answer. It answers too when the run waits
+    for a tool's result, an approval or an answer: see the run's state. A run that fails is data in
     `run.error`, not a status. When `timeout` passes first, the answer holds the run as it is then and the run goes on.
     A repeat with the same request_id waits for the same run.
     """
@@ -88,10 +91,11 @@ class RunServiceAsyncStub(RunServiceStub):
     ListRuns: _aio.UnaryUnaryMultiCallable[_run_pb2.ListRunsRequest, _run_pb2.ListRunsResponse]  # type: ignore[assignment]
     """A page of a session's runs, or of all sessions' (`sessions/-`), the last created first."""
     WaitRun: _aio.UnaryUnaryMultiCallable[_run_pb2.WaitRunRequest, _run_pb2.Run]  # type: ignore[assignment]
-    """Answers once the run has ended, or with the run as it is when `timeout` passes."""
+    """Answers once the run has ended or waits, or with the run as it is when `timeout` passes."""
     CancelRun: _aio.UnaryUnaryMultiCallable[_run_pb2.CancelRunRequest, _run_pb2.Run]  # type: ignore[assignment]
-    """Stops a run now; what was generated is kept as an incomplete message. Answers once that is durable.
-    Of a run that has ended: FAILED_PRECONDITION RUN_ENDED. A repeat with the same request_id returns the first answer.
+    """Stops a run: see CancelCommand. Answers once that is durable, with allow_missing also for a run whose start has not
+    arrived, which is then refused (RUN_CANCELLED_BEFORE_START). Of a run that has ended: FAILED_PRECONDITION RUN_ENDED.
+    A repeat with the same request_id returns the first answer.
     """
     SendCommand: _aio.UnaryUnaryMultiCallable[_run_pb2.SendCommandRequest, _run_pb2.SendCommandResponse]  # type: ignore[assignment]
     """One command of the Run stream as a call of its own. A refusal is the call's status."""
@@ -120,7 +124,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.InvokeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.InvokeResponse, _abc.Awaitable[_run_pb2.InvokeResponse]]:
-        """Starts a run, waits for its end, and answers with the reply: one call for one answer. A run that fails is data in
+        """Starts a run, waits for its end, and answers with the reply: one call for one answer. It answers too when the run waits
+        for a tool's result, an approval or an answer: see the run's state. A run that fails is data in
         `run.error`, not a status. When `timeout` passes first, the answer holds the run as it is then and the run goes on.
         A repeat with the same request_id waits for the same run.
         """
@@ -156,7 +161,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.WaitRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.Run, _abc.Awaitable[_run_pb2.Run]]:
-        """Answers once the run has ended, or with the run as it is when `timeout` passes."""
+        """Answers once the run has ended or waits, or with the run as it is when `timeout` passes."""
 
     @_abc_1.abstractmethod
     def CancelRun(
@@ -164,8 +169,9 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.CancelRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.Run, _abc.Awaitable[_run_pb2.Run]]:
-        """Stops a run now; what was generated is kept as an incomplete message. Answers once that is durable.
-        Of a run that has ended: FAILED_PRECONDITION RUN_ENDED. A repeat with the same request_id returns the first answer.
+        """Stops a run: see CancelCommand. Answers once that is durable, with allow_missing also for a run whose start has not
+        arrived, which is then refused (RUN_CANCELLED_BEFORE_START). Of a run that has ended: FAILED_PRECONDITION RUN_ENDED.
+        A repeat with the same request_id returns the first answer.
         """
 
     @_abc_1.abstractmethod

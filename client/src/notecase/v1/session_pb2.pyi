@@ -35,6 +35,8 @@ class Session(_message.Message):
         ACTIVITY_UNSPECIFIED: Session._Activity.ValueType  # 0
         ACTIVITY_IDLE: Session._Activity.ValueType  # 1
         ACTIVITY_RUNNING: Session._Activity.ValueType  # 2
+        ACTIVITY_WAITING: Session._Activity.ValueType  # 3
+        """For a tool's result, an approval or an answer."""
 
     class Activity(_Activity, metaclass=_ActivityEnumTypeWrapper):
         """What a session is doing."""
@@ -42,6 +44,8 @@ class Session(_message.Message):
     ACTIVITY_UNSPECIFIED: Session.Activity.ValueType  # 0
     ACTIVITY_IDLE: Session.Activity.ValueType  # 1
     ACTIVITY_RUNNING: Session.Activity.ValueType  # 2
+    ACTIVITY_WAITING: Session.Activity.ValueType  # 3
+    """For a tool's result, an approval or an answer."""
 
     @_typing.final
     class LabelsEntry(_message.Message):
@@ -63,6 +67,26 @@ class Session(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class RememberedEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.bool
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     NAME_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     AGENT_FIELD_NUMBER: _builtins.int
@@ -74,6 +98,8 @@ class Session(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    QUEUED_COMMANDS_FIELD_NUMBER: _builtins.int
+    REMEMBERED_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """sessions/{session}"""
@@ -104,6 +130,14 @@ class Session(_message.Message):
     def update_time(self) -> _timestamp_pb2.Timestamp:
         """Output only: of the last commit or metadata change."""
 
+    @_builtins.property
+    def queued_commands(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueuedCommand]:
+        """Output only: what was answered QUEUED and not yet taken up, in order."""
+
+    @_builtins.property
+    def remembered(self) -> _containers.ScalarMap[_builtins.str, _builtins.bool]:
+        """Output only: by tool, whether its calls are approved in this session without asking (REMEMBER_SESSION)."""
+
     def __init__(
         self,
         *,
@@ -118,15 +152,45 @@ class Session(_message.Message):
         usage: _content_pb2.Usage | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        queued_commands: _abc.Iterable[Global___QueuedCommand] | None = ...,
+        remembered: _abc.Mapping[_builtins.str, _builtins.bool] | None = ...,
         etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_run", b"active_run", "activity", b"activity", "agent", b"agent", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "update_time", b"update_time", "usage", b"usage", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_run", b"active_run", "activity", b"activity", "agent", b"agent", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "queued_commands", b"queued_commands", "remembered", b"remembered", "update_time", b"update_time", "usage", b"usage", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Session: _TypeAlias = Session  # noqa: Y015
+
+@_typing.final
+class QueuedCommand(_message.Message):
+    """A command that waits in a session; its body is the event at `sequence`."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMMAND_ID_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    RUN_FIELD_NUMBER: _builtins.int
+    command_id: _builtins.str
+    sequence: _builtins.int
+    run: _builtins.str
+    """sessions/{session}/runs/{run}: the run that it is for, or that it will start."""
+    def __init__(
+        self,
+        *,
+        command_id: _builtins.str = ...,
+        sequence: _builtins.int = ...,
+        run: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command_id", b"command_id", "run", b"run", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___QueuedCommand: _TypeAlias = QueuedCommand  # noqa: Y015
 
 @_typing.final
 class CreateSessionRequest(_message.Message):
