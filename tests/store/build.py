@@ -122,6 +122,53 @@ def finished(call_id: str, run: str) -> v1.Event:
     return v1.Event(run=run, tool_finished=outcome)
 
 
+def dispatched(call_id: str, run: str, client: bool = True) -> v1.Event:
+    outcome = v1.ToolCall.OUTCOME_RUNNING
+    call = v1.ToolCall(call_id=call_id, tool="lens", outcome=outcome, client_executed=client, attempt=1)
+    return v1.Event(run=run, tool_started=call)
+
+
+def asked(
+    input_id: str, call_id: str, run: str, kind: v1.InputRequest.Kind.ValueType = v1.InputRequest.KIND_APPROVAL
+) -> v1.Event:
+    call = v1.ToolCall(call_id=call_id, tool="lens")
+    return v1.Event(run=run, input_requested=v1.InputRequest(input_id=input_id, kind=kind, call=call))
+
+
+def answered(
+    input_id: str,
+    run: str,
+    decision: v1.InputResponse.Decision.ValueType = v1.InputResponse.DECISION_APPROVE,
+    remember: v1.InputResponse.Remember.ValueType = v1.InputResponse.REMEMBER_ONCE,
+) -> v1.Event:
+    response = v1.InputResponse(input_id=input_id, decision=decision, remember=remember)
+    return v1.Event(run=run, input_resolved=v1.InputResolved(response=response))
+
+
+def queued(command_id: str, run: str, text: str = "more") -> v1.Event:
+    """What a user said to a run under way."""
+    event = v1.Event(run=run, cause_id=command_id)
+    event.command_queued.input.messages.add().parts.add().text = text
+    return event
+
+
+def queued_start(run: str, command_id: str = "") -> v1.Event:
+    event = v1.Event(run=run, cause_id=command_id or run)
+    event.command_queued.start.agent = AGENT.name
+    return event
+
+
+def taken(command_id: str, name: str, run: str) -> v1.Event:
+    """What was queued becomes a message."""
+    event = said(name, run=run)
+    event.cause_id = command_id
+    return event
+
+
+def moved(run: str, state: v1.Run.State.ValueType) -> v1.Event:
+    return v1.Event(run=run, run_state_changed=v1.RunStateChanged(state=state))
+
+
 def used(run: str, model: str = "m", tokens: int = 1) -> v1.Event:
     return v1.Event(run=run, usage=v1.Usage(model=model, model_calls=1, input_tokens=tokens, output_tokens=2 * tokens))
 

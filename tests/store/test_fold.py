@@ -4,7 +4,7 @@ import asyncio
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -25,25 +25,33 @@ from tests.store.build import (
     USER_STATE,
     ManualClock,
     add,
+    answered,
     append,
+    asked,
     called,
     changed,
     contents,
     create,
+    dispatched,
     ended,
     finished,
     increment,
+    moved,
     plain,
     put,
+    queued,
+    queued_start,
     remove,
     replied,
     said,
     started,
+    taken,
     used,
 )
 
 RUNS = st.sampled_from(["r1", "r2", "r3"])
 KEYS = st.sampled_from(["a", "b", "c"])
+REMEMBER = st.sampled_from(v1.InputResponse.Remember.values())
 OPS = st.one_of(
     st.builds(put, KEYS, st.integers(-3, 3) | st.text(max_size=3) | st.lists(st.integers(0, 2), max_size=2)),
     st.builds(remove, KEYS),
@@ -56,14 +64,33 @@ EVENTS = st.one_of(
     st.tuples(st.just("start"), RUNS),
     st.tuples(st.just("reply"), RUNS),
     st.tuples(st.just("call"), RUNS),
-    st.tuples(st.just("finish"), RUNS, st.integers(0, 5)),
+    st.tuples(st.just("dispatch"), st.integers(0, 5), st.booleans()),
+    st.tuples(st.just("finish"), st.integers(0, 5)),
+    st.tuples(st.just("ask"), st.integers(0, 5)),
+    st.tuples(st.just("answer"), st.integers(0, 5), REMEMBER),
+    st.tuples(st.just("queue"), RUNS),
+    st.tuples(st.just("queue start"), RUNS),
+    st.tuples(st.just("take up"), st.integers(0, 5)),
+    st.tuples(st.just("move"), RUNS, st.sampled_from([v1.Run.STATE_WAITING, v1.Run.STATE_RUNNING])),
     st.tuples(st.just("use"), RUNS, st.sampled_from(["small", "large"])),
     st.tuples(st.just("end"), RUNS, st.sampled_from(sorted(ENDED))),
 )
 
 
-def event(action: tuple[Any, ...], number: int, calls: list[str]) -> v1.Event | None:
-    """The event of an action; `number` makes ids that are new, `calls` are those made so far."""
+class Made(NamedTuple):
+    """Ids that were made so far, each with its run."""
+
+    calls: list[tuple[str, str]]
+    inputs: list[tuple[str, str]]
+    commands: list[tuple[str, str]]
+
+
+def one_of(made: list[tuple[str, str]], which: int) -> tuple[str, str]:
+    return made[which % len(made)] if made else ("none", "r1")
+
+
+def event(action: tuple[Any, ...], number: int, made: Made) -> v1.Event:
+    """The event of an action; `number` makes ids that are new."""
     match action:
         case ("say",):
             return said(f"m{number}")
@@ -74,10 +101,29 @@ def event(action: tuple[Any, ...], number: int, calls: list[str]) -> v1.Event | 
         case ("reply", run):
             return replied(f"m{number}", run)
         case ("call", run):
-            calls += [f"c{number}", f"d{number}"]
+            made.calls.extend([(f"c{number}", run), (f"d{number}", run)])
             return called(f"m{number}", run, f"c{number}", f"d{number}")
-        case ("finish", run, which):
-            return finished(calls[which % len(calls)], run) if calls else None
+        case ("dispatch", which, client):
+            return dispatched(*one_of(made.calls, which), client)
+        case ("finish", which):
+            return finished(*one_of(made.calls, which))
+        case ("ask", which):
+            call_id, run = one_of(made.calls, which)
+            made.inputs.append((f"i{number}", run))
+            return asked(f"i{number}", call_id, run)
+        case ("answer", which, remember):
+            decision = v1.InputResponse.DECISION_DENY if number % 2 else v1.InputResponse.DECISION_APPROVE
+            return answered(*one_of(made.inputs, which), decision, remember)
+        case ("queue", run):
+            made.commands.append((f"q{number}", run))
+            return queued(f"q{number}", run)
+        case ("queue start", run):
+            return queued_start(run)
+        case ("take up", which):
+            command_id, run = one_of(made.commands, which)
+            return taken(command_id, f"m{number}", run)
+        case ("move", run, state):
+            return moved(run, state)
         case ("use", run, model):
             return used(run, model)
         case ("end", run, state):
@@ -117,16 +163,73 @@ def messages_by_hand(log: Sequence[v1.Event]) -> list[v1.Message]:
             message.CopyFrom(entry.message_added)
             message.sequence = message.update_sequence = entry.sequence
             messages.append(message)
-        elif entry.HasField("tool_finished"):
+        elif entry.HasField("tool_started") or entry.HasField("tool_finished"):
+            told = entry.tool_started if entry.HasField("tool_started") else entry.tool_finished
             for message in messages:
                 calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
                 for call in calls:
-                    if call.call_id == entry.tool_finished.call_id:
-                        call.CopyFrom(entry.tool_finished)
+                    if call.call_id == told.call_id:
+                        call.CopyFrom(told)
                         message.update_sequence = entry.sequence
-                if calls and all(call.outcome != v1.ToolCall.OUTCOME_PENDING for call in calls):
+                if calls and all(call.outcome == v1.ToolCall.OUTCOME_FAILED for call in calls):
                     message.status = v1.Message.STATUS_COMPLETED
     return messages
+
+
+def waiting_by_hand(log: Sequence[v1.Event], run: str) -> tuple[list[str], list[str], int]:
+    """What a run waits for: its open inputs and the calls at its caller; and how many calls it made."""
+    inputs: list[str] = []
+    calls: list[str] = []
+    dispatched: set[str] = set()
+    for entry in log:
+        if entry.run != run:
+            continue
+        if entry.HasField("input_requested"):
+            inputs.append(entry.input_requested.input_id)
+        elif entry.HasField("input_resolved"):
+            inputs.remove(entry.input_resolved.response.input_id)
+        call = entry.tool_started if entry.HasField("tool_started") else entry.tool_finished
+        calls = [call_id for call_id in calls if call_id != call.call_id]
+        if entry.HasField("tool_started"):
+            dispatched.add(call.call_id)
+            calls += [call.call_id] if call.client_executed else []
+    return inputs, calls, len(dispatched)
+
+
+def queue_by_hand(log: Sequence[v1.Event]) -> list[tuple[str, int, str]]:
+    queue: list[tuple[str, int, str]] = []
+    for entry in log:
+        if entry.HasField("command_queued"):
+            queue.append((entry.cause_id, entry.sequence, entry.run))
+        elif entry.run_state_changed.state in ENDED:
+            queue = [waiting for waiting in queue if waiting[2] != entry.run]
+        elif entry.HasField("message_added") or entry.HasField("run_started"):
+            queue = [waiting for waiting in queue if waiting[::2] != (entry.cause_id, entry.run)]
+    return queue
+
+
+def remembered_by_hand(log: Sequence[v1.Event], remember: v1.InputResponse.Remember.ValueType) -> dict[str, bool]:
+    """By run, what was last decided of its one tool; by "" for the session."""
+    decided: dict[str, bool] = {}
+    for entry in log:
+        response = entry.input_resolved.response
+        if entry.HasField("input_resolved") and response.remember == remember:
+            session = remember == v1.InputResponse.REMEMBER_SESSION
+            decided["" if session else entry.run] = response.decision == v1.InputResponse.DECISION_APPROVE
+    return decided
+
+
+def running_by_hand(log: Sequence[v1.Event], run: str) -> int:
+    """Microseconds in STATE_RUNNING up to the last change of state."""
+    total, since = 0, 0
+    for entry in log:
+        at = entry.create_time.ToMicroseconds()
+        if entry.run == run and entry.HasField("run_started"):
+            since = at
+        elif entry.run == run and entry.HasField("run_state_changed"):
+            total += at - since if since else 0
+            since = at if entry.run_state_changed.state == v1.Run.STATE_RUNNING else 0
+    return total
 
 
 def runs_by_hand(log: Sequence[v1.Event]) -> dict[str, tuple[object, ...]]:
@@ -134,7 +237,9 @@ def runs_by_hand(log: Sequence[v1.Event]) -> dict[str, tuple[object, ...]]:
     runs: dict[str, tuple[object, ...]] = {}
     for name in {entry.run for entry in log if entry.run}:
         own = [entry for entry in log if entry.run == name]
-        states = [entry.run_state_changed.state for entry in own if entry.HasField("run_state_changed")]
+        states = [v1.Run.STATE_QUEUED] if own[0].HasField("command_queued") else []
+        states += [v1.Run.STATE_RUNNING for entry in own if entry.HasField("run_started")]
+        states += [entry.run_state_changed.state for entry in own if entry.HasField("run_state_changed")]
         replies = [
             entry.message_added.name
             for entry in own
@@ -143,12 +248,14 @@ def runs_by_hand(log: Sequence[v1.Event]) -> dict[str, tuple[object, ...]]:
         ]
         uses = [entry.usage for entry in own if entry.HasField("usage")]
         runs[name] = (
-            (states or [v1.Run.STATE_RUNNING])[-1],
+            states[-1],
             own[0].sequence,
             own[-1].sequence,
             (replies or [""])[-1],
             len(uses),
             sum(use.input_tokens for use in uses),
+            *waiting_by_hand(log, name),
+            running_by_hand(log, name),
         )
     return runs
 
@@ -175,15 +282,29 @@ async def check(store: Store) -> None:
             run.reply.name,
             run.usage.model_calls,
             run.usage.input_tokens,
+            [request.input_id for request in run.pending_inputs],
+            [call.call_id for call in run.pending_calls],
+            run.tool_calls,
+            run.running_time.ToMicroseconds(),
         )
         for name, run in runs.items()
     } == expected
     assert all(run.reply == by_name.get(run.reply.name, v1.Message()) for run in runs.values())
     session = await store.get_session(KEY)
     assert session is not None
-    active = [name for name, facts in expected.items() if facts[0] == v1.Run.STATE_RUNNING]
+    active = [name for name, facts in expected.items() if facts[0] in {v1.Run.STATE_RUNNING, v1.Run.STATE_WAITING}]
     assert ([session.active_run] if session.active_run else []) == active
-    assert [each.run.name for each in await store.active_runs()] == active
+    activity = v1.Session.ACTIVITY_RUNNING if active else v1.Session.ACTIVITY_IDLE
+    waits = bool(active) and expected[active[0]][0] == v1.Run.STATE_WAITING
+    assert session.activity == (v1.Session.ACTIVITY_WAITING if waits else activity)
+    unended = {name for name, facts in expected.items() if facts[0] not in ENDED}
+    assert {each.run.name for each in await store.active_runs()} == unended
+    queue = [(waiting.command_id, waiting.sequence, waiting.run) for waiting in session.queued_commands]
+    assert queue == queue_by_hand(log)
+    decided = remembered_by_hand(log, v1.InputResponse.REMEMBER_SESSION)
+    assert dict(session.remembered) == ({"lens": decided[""]} if decided else {})
+    decided = remembered_by_hand(log, v1.InputResponse.REMEMBER_RUN)
+    assert {name: run.remembered["lens"] for name, run in runs.items() if run.remembered} == decided
     assert session.last_sequence == len(log)
     assert session.usage.model_calls == sum(entry.HasField("usage") for entry in log)
 
@@ -195,26 +316,26 @@ async def scenario(kind: Literal["memory", "sqlite"], commits: list[list[tuple[A
             MemoryStore(clock) if kind == "memory" else await SqliteStore.open(Path(folder, "store.db"), clock)
         )
         await create(store)
-        number, calls = 0, list[str]()
+        number, made = 0, Made([], [], [])
         for actions in commits:
-            made, known = [], list(calls)
+            events, known = [], Made(*map(list, made))
             for action in actions:
                 number += 1
-                made.append(event(action, number, known))
+                events.append(event(action, number, known))
             before = await contents(store)
             clock.now += 1
             try:
-                await add(store, *(each for each in made if each is not None), claim=True, start=RECORD)
+                await add(store, *events, claim=True, start=RECORD)
             except NotecaseError:
                 assert await contents(store) == before
             else:
-                calls = known
+                made = known
         await check(store)
         await store.close()
 
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
 @settings(max_examples=100, deadline=None, database=None)
-@given(commits=st.lists(st.lists(EVENTS, max_size=5), max_size=10))
+@given(commits=st.lists(st.lists(EVENTS, max_size=3), max_size=25))
 def test_rows_are_the_fold_of_the_log(kind: Literal["memory", "sqlite"], commits: list[list[tuple[Any, ...]]]) -> None:
     asyncio.run(scenario(kind, commits))

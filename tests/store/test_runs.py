@@ -40,6 +40,7 @@ async def test_a_run_begins_with_its_session_claimed_and_busy(store: Store, cloc
         labels={"k": "v"},
     )
     run.create_time.FromMicroseconds(clock.now)
+    run.state_time.FromMicroseconds(clock.now)
     assert committed.runs == {"r1": run}
     assert await store.get_run(KEY, "r1") == (run, b"digest")
     assert committed.session.active_run == "r1"

@@ -47,8 +47,12 @@ CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
     v1.ERROR_REASON_STATE_VERSION_MISMATCH: Kind(code_pb2.ABORTED),
     v1.ERROR_REASON_RUN_ACTIVE: Kind(code_pb2.FAILED_PRECONDITION),
     v1.ERROR_REASON_RUN_ENDED: Kind(code_pb2.FAILED_PRECONDITION),
+    v1.ERROR_REASON_RUN_CANCELLED_BEFORE_START: Kind(code_pb2.CANCELLED),
+    v1.ERROR_REASON_INPUT_NOT_PENDING: Kind(code_pb2.FAILED_PRECONDITION),
+    v1.ERROR_REASON_CALL_NOT_PENDING: Kind(code_pb2.FAILED_PRECONDITION),
     v1.ERROR_REASON_PAGE_TOKEN_INVALID: Kind(code_pb2.INVALID_ARGUMENT),
     v1.ERROR_REASON_PAYLOAD_TOO_LARGE: Kind(code_pb2.RESOURCE_EXHAUSTED),
+    v1.ERROR_REASON_QUEUE_FULL: Kind(code_pb2.RESOURCE_EXHAUSTED, retry_after=1.0),
     v1.ERROR_REASON_RATE_LIMITED: Kind(code_pb2.RESOURCE_EXHAUSTED, retry_after=1.0),
     v1.ERROR_REASON_LIMIT_EXCEEDED: Kind(code_pb2.RESOURCE_EXHAUSTED),
     v1.ERROR_REASON_SERVER_DRAINING: Kind(code_pb2.UNAVAILABLE, retry_after=1.0),
@@ -56,11 +60,13 @@ CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
     v1.ERROR_REASON_OWNER_LOST: Kind(code_pb2.UNAVAILABLE, retry_after=1.0),
     v1.ERROR_REASON_MODEL_ERROR: Kind(code_pb2.FAILED_PRECONDITION),
     v1.ERROR_REASON_MODEL_UNAVAILABLE: Kind(code_pb2.UNAVAILABLE),
+    v1.ERROR_REASON_TOOL_ERROR: Kind(code_pb2.UNAVAILABLE),
     v1.ERROR_REASON_TEMPLATE_ERROR: Kind(code_pb2.INVALID_ARGUMENT),
     v1.ERROR_REASON_INTERNAL: Kind(code_pb2.INTERNAL),
     v1.ERROR_REASON_STATE_TYPE_MISMATCH: Kind(code_pb2.FAILED_PRECONDITION),
     v1.ERROR_REASON_SEQUENCE_AHEAD: Kind(code_pb2.OUT_OF_RANGE),
     v1.ERROR_REASON_CONTENT_UNSUPPORTED: Kind(code_pb2.INVALID_ARGUMENT),
+    v1.ERROR_REASON_WATCHER_TOO_SLOW: Kind(code_pb2.RESOURCE_EXHAUSTED, retry_after=1.0),
 }
 
 
@@ -180,6 +186,52 @@ def run_active(run: str) -> NotecaseError:
 def run_ended(run: str, state: v1.Run.State.ValueType) -> NotecaseError:
     told = v1.Run.State.Name(state).removeprefix("STATE_")
     return NotecaseError(v1.ERROR_REASON_RUN_ENDED, f"{run} has ended ({told}).", metadata={"run": run, "state": told})
+
+
+def cancelled_before_start(run: str) -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_RUN_CANCELLED_BEFORE_START,
+        f"{run} was cancelled before it started; start another.",
+        metadata={"run": run},
+    )
+
+
+def call_not_pending(call_id: str) -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_CALL_NOT_PENDING,
+        f"The call {call_id!r} waits for nothing here: it has an outcome, was not dispatched, or is another session's.",
+        metadata={"call_id": call_id},
+    )
+
+
+def input_not_pending(input_id: str) -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_INPUT_NOT_PENDING,
+        f"Nothing waits for the answer to {input_id!r}: it was answered, or is another session's.",
+        metadata={"input_id": input_id},
+    )
+
+
+def queue_full(limit: int) -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_QUEUE_FULL,
+        f"{limit} commands wait in this session already; try again when some were taken up.",
+        metadata={"limit": limit},
+        quota=f"queued commands of a session: {limit}",
+    )
+
+
+def tool_error(message: str) -> NotecaseError:
+    """A tool that a run needs cannot be had at all; a tool that fails is data for the model."""
+    return NotecaseError(v1.ERROR_REASON_TOOL_ERROR, message)
+
+
+def watcher_too_slow(seconds: float) -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_WATCHER_TOO_SLOW,
+        f"Nothing was read from this stream for {seconds:g} seconds; attach again after the last sequence.",
+        quota=f"a stream that is not read: {seconds:g} seconds",
+    )
 
 
 def page_token_invalid() -> NotecaseError:

@@ -113,6 +113,8 @@ def render_session(row: v1.Session) -> v1.Session:
     row.name = session(session_id)
     if row.active_run:
         row.active_run = run(session_id, row.active_run)
+    for queued in row.queued_commands:
+        queued.run = run(session_id, queued.run)
     return row
 
 
@@ -139,6 +141,8 @@ def render_event(key: SessionKey, user: str, row: v1.Event) -> v1.Event:
     elif row.HasField("state_changed"):
         owner = {"": session(key.session), "user": user, "app": "app"}[row.state_changed.state]
         row.state_changed.state = f"{owner}/state"
+    elif row.HasField("rewound") and row.rewound.run:
+        row.rewound.run = run(key.session, row.rewound.run)
     elif row.HasField("message_discarded"):
         row.message_discarded.message = message(key.session, row.message_discarded.message)
     return row

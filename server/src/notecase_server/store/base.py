@@ -73,15 +73,20 @@ class TableStore(ABC):
         return await self._read(lambda tables: tables.message(key, message))
 
     async def list_messages(
-        self, key: SessionKey, query: Query, newest_first: bool = False, run: str = ""
+        self, key: SessionKey, query: Query, newest_first: bool = False, run: str = "", superseded: bool = False
     ) -> Page[v1.Message]:
-        return await self._read(lambda tables: take(tables.messages(key, query, newest_first, run), query.limit))
+        return await self._read(
+            lambda tables: take(tables.messages(key, query, newest_first, run, superseded), query.limit)
+        )
 
     async def get_run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
         return await self._read(lambda tables: steps.whole_run(tables, key, run))
 
     async def list_runs(self, tenant: str, session: str, query: Query) -> Page[v1.Run]:
         return await self._read(lambda tables: take(steps.whole_runs(tables, tenant, session, query), query.limit))
+
+    async def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
+        return await self._read(lambda tables: tables.active_run(key, run))
 
     async def active_runs(self) -> list[ActiveRun]:
         return await self._read(lambda tables: tables.active_runs())

@@ -73,7 +73,8 @@ class CommandId(NamedTuple):
 
 
 class Duplicate(Exception):
-    """The command was applied before: its commit ended at `sequence`, and `run` is the run its events belong to."""
+    """The command was applied before: its commit ended at `sequence`, and `run` is the run its events belong to, the
+    later one when it ended one run and started another."""
 
     def __init__(self, sequence: int, run: str) -> None:
         super().__init__("duplicate")
@@ -82,8 +83,8 @@ class Duplicate(Exception):
 
 
 class RunRecord(NamedTuple):
-    """What is kept of a run beside its row: `digest` for good, the agent as it was at the start until the run has
-    ended."""
+    """What is kept of a run beside its row: `digest` for good, empty for a run that was cancelled before its start; the
+    agent as it was at the start until the run has ended."""
 
     digest: bytes
     agent: v1.Agent
@@ -112,7 +113,7 @@ class Commit:
     events: Sequence[v1.Event] = ()
     """Without sequence and create_time: the store sets both. `fold` says what each payload does and refuses."""
     start: RunRecord | None = None
-    """With a run_started event."""
+    """With the event that makes a run: its start, its place in the queue, or its end when that came first."""
 
 
 @dataclass(slots=True)
@@ -246,10 +247,11 @@ class Store(Protocol):
     async def get_message(self, key: SessionKey, message: str) -> v1.Message | None: ...
 
     async def list_messages(
-        self, key: SessionKey, query: Query, newest_first: bool = False, run: str = ""
+        self, key: SessionKey, query: Query, newest_first: bool = False, run: str = "", superseded: bool = False
     ) -> Page[v1.Message]:
-        """By sequence, ascending unless `newest_first`; of one run when `run` is set. Positions are (sequence,).
-        `query.where` is not looked at. Ends at PAGE_BYTES. Empty where there is no session."""
+        """By sequence, ascending unless `newest_first`; of one run when `run` is set; with the superseded ones on
+        demand. Positions are (sequence,). `query.where` is not looked at. Ends at PAGE_BYTES. Empty where there is no
+        session."""
         ...
 
     async def get_run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
@@ -260,6 +262,10 @@ class Store(Protocol):
         """Of one session, or of all when `session` is "": the last created first, those of one microsecond by session
         and id descending. Positions are (create_time, session, id). Ends at PAGE_BYTES. `reply` is in full, `name` is
         "sessions/{session}/runs/{run}" (this list alone can span sessions)."""
+        ...
+
+    async def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
+        """The run with what a worker needs; None when it does not exist or has ended."""
         ...
 
     async def active_runs(self) -> list[ActiveRun]:

@@ -3,11 +3,12 @@
 Pure: a store reads the rows that `needs` names, calls `apply` inside its transaction, and writes what changed. So all
 stores keep the same promises, and the rows can be checked against the log at any time.
 
-A payload that would break a promise is refused, whoever made it: a second run at once (RUN_ACTIVE), anything a run does
-after its end (RUN_ENDED), an operation that its value's type does not have (STATE_TYPE_MISMATCH).
+A payload that would break a promise is refused, whoever made it: a second run at once, and anything a run does while it
+is queued (RUN_ACTIVE) or after its end (RUN_ENDED), a second outcome for a call (CALL_NOT_PENDING), a second answer to
+who asks (INPUT_NOT_PENDING), an operation that its value's type does not have (STATE_TYPE_MISMATCH).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from notecase import v1
@@ -16,8 +17,11 @@ from notecase_server import errors
 from notecase_server.store.contract import PAGE_BYTES, Commit, Committed, Scope, SessionKey
 
 ENDED = frozenset({v1.Run.STATE_SUCCEEDED, v1.Run.STATE_FAILED, v1.Run.STATE_CANCELLED})
-OPEN_OUTCOMES = frozenset({v1.ToolCall.OUTCOME_PENDING})
+OPEN_OUTCOMES = frozenset({v1.ToolCall.OUTCOME_PENDING, v1.ToolCall.OUTCOME_RUNNING})
 """Outcomes that are still to change."""
+
+MAX_QUEUED = 16
+"""Commands that may wait in one session: a person's impatience, not a work queue."""
 
 INT64_MAX = (1 << 63) - 1
 
@@ -29,6 +33,8 @@ class Needs:
     keys: dict[Scope, set[str]] = field(default_factory=dict)
     runs: set[str] = field(default_factory=set)
     calls: set[str] = field(default_factory=set)
+    messages_after: int | None = None
+    """All messages after this sequence."""
 
 
 @dataclass(slots=True)
@@ -67,8 +73,12 @@ def needs(commit: Commit, user: str) -> Needs:
         if event.HasField("state_changed"):
             scope = state_scope(commit.key, user, event.state_changed.state)
             wanted.keys.setdefault(scope, set()).update(op.key for op in event.state_changed.ops)
+        elif event.HasField("tool_started"):
+            wanted.calls.add(event.tool_started.call_id)
         elif event.HasField("tool_finished"):
             wanted.calls.add(event.tool_finished.call_id)
+        elif event.HasField("rewound"):
+            wanted.messages_after = event.rewound.to_sequence
     for state in commit.if_state_version:
         wanted.keys.setdefault(state_scope(commit.key, user, state), set())
     return wanted
@@ -125,42 +135,41 @@ def apply(rows: Rows, commit: Commit, now: int) -> Committed:
 
 def _apply_event(rows: Rows, commit: Commit, event: v1.Event, now: int, done: Committed) -> None:
     session = rows.session
-    if event.run and not event.HasField("run_started"):
+    kind = event.WhichOneof("payload")
+    if event.run and not (kind == "run_started" or event.command_queued.HasField("start")):
         run = rows.runs.get(event.run)
+        name = f"sessions/{commit.key.session}/runs/{event.run}"
+        if commit.start is not None and not commit.start.digest:
+            # A cancel that came before its start: the run is over before it was.
+            if run is not None:
+                raise errors.already_exists("run", name)
+            run = rows.runs[event.run] = v1.Run(
+                name=event.run, first_sequence=event.sequence, create_time=event.create_time
+            )
         if run is None:
-            raise errors.not_found("run", f"sessions/{commit.key.session}/runs/{event.run}")
+            raise errors.not_found("run", name)
         if run.state in ENDED:
-            raise errors.run_ended(f"sessions/{commit.key.session}/runs/{event.run}", run.state)
+            raise errors.run_ended(name, run.state)
+        if run.state == v1.Run.STATE_QUEUED and event.run_state_changed.state not in ENDED:
+            raise errors.run_active(f"sessions/{commit.key.session}/runs/{session.active_run or event.run}")
         run.last_sequence = event.sequence
-    match event.WhichOneof("payload"):
+    match kind:
         case "state_changed":
-            change = event.state_changed
-            scope = state_scope(commit.key, session.user, change.state)
-            version = rows.versions[scope] = rows.versions.get(scope, 0) + 1
-            entries = rows.state.setdefault(scope, {})
-            apply_ops(entries, change.ops, version, now)
-            for op in change.ops:
-                op.ClearField("if_version")
-            change.version = version
-            told = done.state.setdefault(scope, v1.State())
-            told.version = version
-            show_entries(told, entries, (op.key for op in change.ops))
+            _change_state(rows, commit, event, now, done)
         case "message_added":
-            message = event.message_added
-            message.sequence = message.update_sequence = event.sequence
-            message.create_time.CopyFrom(event.create_time)
-            rows.messages[message.name] = v1.Message.FromString(message.SerializeToString())
-            for part in message.parts:
-                if part.HasField("tool_call"):
-                    rows.calls[part.tool_call.call_id] = message.name
-            if (
-                event.run
-                and message.role == v1.Message.ROLE_ASSISTANT
-                and message.status == v1.Message.STATUS_COMPLETED
-            ):
-                rows.runs[event.run].reply.CopyFrom(v1.Message(name=message.name, sequence=message.sequence))
+            _add_message(rows, event)
+        case "tool_started":
+            _start_call(rows, event)
         case "tool_finished":
             _finish_call(rows, event)
+        case "input_requested":
+            rows.runs[event.run].pending_inputs.append(event.input_requested)
+        case "input_resolved":
+            _resolve_input(rows, event)
+        case "rewound":
+            _supersede(rows, event)
+        case "command_queued":
+            _queue(rows, commit, event)
         case "usage":
             add_usage(session.usage, event.usage)
             if event.run:
@@ -168,51 +177,187 @@ def _apply_event(rows: Rows, commit: Commit, event: v1.Event, now: int, done: Co
         case "run_started":
             _start_run(rows, commit, event)
         case "run_state_changed":
-            change_run = event.run_state_changed
-            run = rows.runs[event.run]
-            run.state = change_run.state
-            if change_run.attempt:
-                run.attempt = change_run.attempt
-            if change_run.state in ENDED:
-                if change_run.HasField("error"):
-                    run.error.CopyFrom(change_run.error)
-                run.end_time.CopyFrom(event.create_time)
-                session.active_run = ""
-                session.activity = v1.Session.ACTIVITY_IDLE
+            _change_run(rows, event)
+    if kind in {"message_added", "run_started"} and event.cause_id:
+        _take_up(session, lambda queued: queued.run == event.run and queued.command_id == event.cause_id)
+
+
+def _change_state(rows: Rows, commit: Commit, event: v1.Event, now: int, done: Committed) -> None:
+    change = event.state_changed
+    scope = state_scope(commit.key, rows.session.user, change.state)
+    version = rows.versions[scope] = rows.versions.get(scope, 0) + 1
+    entries = rows.state.setdefault(scope, {})
+    apply_ops(entries, change.ops, version, now)
+    for op in change.ops:
+        op.ClearField("if_version")
+    change.version = version
+    told = done.state.setdefault(scope, v1.State())
+    told.version = version
+    show_entries(told, entries, (op.key for op in change.ops))
+
+
+def _supersede(rows: Rows, event: v1.Event) -> None:
+    for message in rows.messages.values():
+        if message.sequence > event.rewound.to_sequence:
+            message.status = v1.Message.STATUS_SUPERSEDED
+            message.update_sequence = event.sequence
+
+
+def _add_message(rows: Rows, event: v1.Event) -> None:
+    message = event.message_added
+    message.sequence = message.update_sequence = event.sequence
+    message.create_time.CopyFrom(event.create_time)
+    rows.messages[message.name] = v1.Message.FromString(message.SerializeToString())
+    for part in message.parts:
+        if part.HasField("tool_call"):
+            rows.calls[part.tool_call.call_id] = message.name
+    if event.run and message.role == v1.Message.ROLE_ASSISTANT and message.status == v1.Message.STATUS_COMPLETED:
+        rows.runs[event.run].reply.CopyFrom(v1.Message(name=message.name, sequence=message.sequence))
 
 
 def _start_run(rows: Rows, commit: Commit, event: v1.Event) -> None:
     session = rows.session
     if session.active_run:
         raise errors.run_active(f"sessions/{commit.key.session}/runs/{session.active_run}")
-    if event.run in rows.runs:
+    run = rows.runs.get(event.run)
+    if run is None:
+        run = rows.runs[event.run] = v1.Run(
+            name=event.run, first_sequence=event.sequence, create_time=event.create_time
+        )
+    elif run.state != v1.Run.STATE_QUEUED:
         raise errors.already_exists("run", f"sessions/{commit.key.session}/runs/{event.run}")
-    started = event.run_started
-    rows.runs[event.run] = v1.Run(
-        name=event.run,
-        agent=started.agent,
-        agent_revision=started.agent_revision,
-        state=v1.Run.STATE_RUNNING,
-        attempt=1,
-        first_sequence=event.sequence,
-        last_sequence=event.sequence,
-        create_time=event.create_time,
-        labels=started.labels,
-    )
+    _describe(run, event.run_started)
+    run.last_sequence = event.sequence
+    run.state = v1.Run.STATE_RUNNING
+    run.state_time.CopyFrom(event.create_time)
+    run.attempt = 1
     session.active_run = event.run
     session.activity = v1.Session.ACTIVITY_RUNNING
 
 
+def _describe(run: v1.Run, started: v1.RunStarted) -> None:
+    run.agent = started.agent
+    run.agent_revision = started.agent_revision
+    run.labels.update(started.labels)
+    run.ClearField("client_tools")
+    run.client_tools.extend(started.client_tools)
+    if started.HasField("limits"):
+        run.limits.CopyFrom(started.limits)
+    if started.HasField("disconnect"):
+        run.disconnect.CopyFrom(started.disconnect)
+
+
+def _change_run(rows: Rows, event: v1.Event) -> None:
+    session, change, run = rows.session, event.run_state_changed, rows.runs[event.run]
+    if run.state == v1.Run.STATE_RUNNING:
+        ran = event.create_time.ToMicroseconds() - run.state_time.ToMicroseconds()
+        run.running_time.FromMicroseconds(run.running_time.ToMicroseconds() + max(ran, 0))
+    run.state = change.state
+    run.state_time.CopyFrom(event.create_time)
+    run.attempt = change.attempt or run.attempt
+    if change.state not in ENDED:
+        waits = change.state == v1.Run.STATE_WAITING
+        session.activity = v1.Session.ACTIVITY_WAITING if waits else v1.Session.ACTIVITY_RUNNING
+        return
+    if change.HasField("error"):
+        run.error.CopyFrom(change.error)
+    run.end_time.CopyFrom(event.create_time)
+    _take_up(session, lambda queued: queued.run == event.run)
+    if session.active_run == event.run:
+        session.active_run = ""
+        session.activity = v1.Session.ACTIVITY_IDLE
+
+
+def _queue(rows: Rows, commit: Commit, event: v1.Event) -> None:
+    queued = event.command_queued
+    if queued.HasField("cancel"):
+        rows.runs[event.run].ending = True
+        return
+    if len(rows.session.queued_commands) >= MAX_QUEUED:
+        raise errors.queue_full(MAX_QUEUED)
+    if queued.HasField("start"):
+        if event.run in rows.runs:
+            raise errors.already_exists("run", f"sessions/{commit.key.session}/runs/{event.run}")
+        rows.runs[event.run] = v1.Run(
+            name=event.run,
+            agent=queued.start.agent,
+            state=v1.Run.STATE_QUEUED,
+            first_sequence=event.sequence,
+            last_sequence=event.sequence,
+            create_time=event.create_time,
+            state_time=event.create_time,
+            labels=queued.start.labels,
+        )
+    rows.session.queued_commands.add(command_id=event.cause_id, sequence=event.sequence, run=event.run)
+
+
+def _take_up(session: v1.Session, taken: Callable[[v1.QueuedCommand], bool]) -> None:
+    left = [queued for queued in session.queued_commands if not taken(queued)]
+    if len(left) < len(session.queued_commands):
+        session.ClearField("queued_commands")
+        session.queued_commands.extend(left)
+
+
+def _call(rows: Rows, call_id: str) -> tuple[v1.Message, v1.ToolCall]:
+    """The open call with its message; NotecaseError CALL_NOT_PENDING."""
+    message = rows.messages.get(rows.calls.get(call_id, ""))
+    for part in message.parts if message is not None else ():
+        if part.tool_call.call_id == call_id and part.tool_call.outcome in OPEN_OUTCOMES:
+            assert message is not None
+            return message, part.tool_call
+    raise errors.call_not_pending(call_id)
+
+
+def _start_call(rows: Rows, event: v1.Event) -> None:
+    message, call = _call(rows, event.tool_started.call_id)
+    run = rows.runs[event.run]
+    run.tool_calls += call.outcome == v1.ToolCall.OUTCOME_PENDING
+    event.tool_started.start_time.CopyFrom(event.create_time)
+    call.CopyFrom(event.tool_started)
+    message.update_sequence = event.sequence
+    _drop_pending(run, call.call_id)
+    if call.client_executed:
+        run.pending_calls.append(call)
+
+
 def _finish_call(rows: Rows, event: v1.Event) -> None:
-    finished = event.tool_finished
-    message = rows.messages[rows.calls[finished.call_id]]
-    calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
-    for call in calls:
-        if call.call_id == finished.call_id:
-            call.CopyFrom(finished)
-    if message.status == v1.Message.STATUS_IN_PROGRESS and not any(call.outcome in OPEN_OUTCOMES for call in calls):
+    message, call = _call(rows, event.tool_finished.call_id)
+    if call.HasField("start_time"):
+        took = event.create_time.ToMicroseconds() - call.start_time.ToMicroseconds()
+        event.tool_finished.start_time.CopyFrom(call.start_time)
+        event.tool_finished.elapsed.FromMicroseconds(max(took, 0))
+    call.CopyFrom(event.tool_finished)
+    if message.status == v1.Message.STATUS_IN_PROGRESS and not open_calls(message):
         message.status = v1.Message.STATUS_COMPLETED
     message.update_sequence = event.sequence
+    _drop_pending(rows.runs[event.run], call.call_id)
+
+
+def _drop_pending(run: v1.Run, call_id: str) -> None:
+    left = [pending for pending in run.pending_calls if pending.call_id != call_id]
+    run.ClearField("pending_calls")
+    run.pending_calls.extend(left)
+
+
+def open_calls(message: v1.Message) -> list[v1.ToolCall]:
+    """The calls of a message that have no outcome yet, in order."""
+    return [part.tool_call for part in message.parts if part.tool_call.outcome in OPEN_OUTCOMES]
+
+
+def _resolve_input(rows: Rows, event: v1.Event) -> None:
+    response, run = event.input_resolved.response, rows.runs[event.run]
+    asked = [pending for pending in run.pending_inputs if pending.input_id == response.input_id]
+    if not asked:
+        raise errors.input_not_pending(response.input_id)
+    left = [pending for pending in run.pending_inputs if pending.input_id != response.input_id]
+    run.ClearField("pending_inputs")
+    run.pending_inputs.extend(left)
+    if asked[0].kind == v1.InputRequest.KIND_APPROVAL:
+        approved = response.decision == v1.InputResponse.DECISION_APPROVE
+        if response.remember == v1.InputResponse.REMEMBER_RUN:
+            run.remembered[asked[0].call.tool] = approved
+        elif response.remember == v1.InputResponse.REMEMBER_SESSION:
+            rows.session.remembered[asked[0].call.tool] = approved
 
 
 def show_entries(told: v1.State, entries: dict[str, v1.StateEntry | None], keys: Iterable[str]) -> None:

@@ -199,7 +199,9 @@ class _MemoryTables:
     def put_message(self, key: SessionKey, message: v1.Message) -> None:
         self._existing(key).messages[message.name] = message.SerializeToString()
 
-    def messages(self, key: SessionKey, query: Query, newest_first: bool, run: str) -> Iterator[Found[v1.Message]]:
+    def messages(
+        self, key: SessionKey, query: Query, newest_first: bool, run: str, superseded: bool
+    ) -> Iterator[Found[v1.Message]]:
         session = self._session(key)
         if session is None:
             return
@@ -214,7 +216,9 @@ class _MemoryTables:
             sequence, name, holder = order[place]
             if not run or holder == run:
                 body = session.messages[name]
-                yield Found((sequence,), v1.Message.FromString(body), len(body))
+                message = v1.Message.FromString(body)
+                if superseded or message.status != v1.Message.STATUS_SUPERSEDED:
+                    yield Found((sequence,), message, len(body))
 
     def call(self, key: SessionKey, call_id: str) -> str:
         session = self._session(key)
@@ -253,6 +257,13 @@ class _MemoryTables:
                 found = v1.Run.FromString(body)
                 if matches(query.where, found, RUN_COLUMNS):
                     yield Found(position, found, len(body))
+
+    def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
+        session = self._session(key)
+        row = session.runs.get(run) if session else None
+        if session is None or row is None or row.agent is None:
+            return None
+        return ActiveRun(key, v1.Run.FromString(row.body), v1.Agent.FromString(row.agent), session.epoch)
 
     def active_runs(self) -> list[ActiveRun]:
         return [

@@ -178,6 +178,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             sequence INTEGER NOT NULL,
             message TEXT NOT NULL,
             run TEXT NOT NULL,
+            superseded INTEGER NOT NULL,
             body BLOB,
             PRIMARY KEY (tenant, session, sequence)
         ) WITHOUT ROWID""",

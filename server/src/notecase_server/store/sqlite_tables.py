@@ -64,6 +64,19 @@ AGENTS = """SELECT a.agent, r.body FROM agents a
     WHERE a.tenant = ?"""
 
 
+ACTIVE_RUNS = """SELECT a.tenant, a.session, r.body, a.agent, s.epoch FROM active_runs a
+    JOIN runs r ON r.tenant = a.tenant AND r.session = a.session AND r.run = a.run
+    JOIN sessions s ON s.tenant = a.tenant AND s.session = a.session"""
+
+
+def _active_run(tenant: str, session: str, run: bytes, agent: bytes, epoch: int) -> ActiveRun:
+    return ActiveRun(SessionKey(tenant, session), v1.Run.FromString(run), v1.Agent.FromString(agent), epoch)
+
+
+def _superseded(message: v1.Message) -> bool:
+    return message.status == v1.Message.STATUS_SUPERSEDED
+
+
 class SqliteTables:
     """Rows as one connection sees them; used inside a transaction that somebody else begins and ends."""
 
@@ -158,18 +171,23 @@ class SqliteTables:
     def add_message(self, key: SessionKey, message: v1.Message) -> None:
         body = None if message.update_sequence == message.sequence else message.SerializeToString()
         self._execute(
-            "INSERT INTO messages (tenant, session, sequence, message, run, body) VALUES (?, ?, ?, ?, ?, ?)",
-            (*key, message.sequence, message.name, message.run, body),
+            "INSERT INTO messages (tenant, session, sequence, message, run, superseded, body)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (*key, message.sequence, message.name, message.run, _superseded(message), body),
         )
 
     def put_message(self, key: SessionKey, message: v1.Message) -> None:
         self._execute(
-            "UPDATE messages SET body = ? WHERE tenant = ? AND session = ? AND sequence = ?",
-            (message.SerializeToString(), *key, message.sequence),
+            "UPDATE messages SET superseded = ?, body = ? WHERE tenant = ? AND session = ? AND sequence = ?",
+            (_superseded(message), message.SerializeToString(), *key, message.sequence),
         )
 
-    def messages(self, key: SessionKey, query: Query, newest_first: bool, run: str) -> Iterator[Found[v1.Message]]:
+    def messages(
+        self, key: SessionKey, query: Query, newest_first: bool, run: str, superseded: bool
+    ) -> Iterator[Found[v1.Message]]:
         statement, values = MESSAGES, list[Bound](key)
+        if not superseded:
+            statement += " AND m.superseded = 0"
         if run:
             # The run's own events bound the search: nothing of it lies before its first or after its last.
             bounds = self._one("SELECT body FROM runs WHERE tenant = ? AND session = ? AND run = ?", *key, run)
@@ -231,16 +249,13 @@ class SqliteTables:
         for create_time, holder, run, body in rows:
             yield Found((create_time, holder, run), v1.Run.FromString(body), len(body))
 
+    def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
+        where = " WHERE a.tenant = ? AND a.session = ? AND a.run = ?"
+        row = self._execute(ACTIVE_RUNS + where, (*key, run)).fetchone()
+        return _active_run(*row) if row else None
+
     def active_runs(self) -> list[ActiveRun]:
-        rows = self._execute(
-            """SELECT a.tenant, a.session, r.body, a.agent, s.epoch FROM active_runs a
-                JOIN runs r ON r.tenant = a.tenant AND r.session = a.session AND r.run = a.run
-                JOIN sessions s ON s.tenant = a.tenant AND s.session = a.session"""
-        )
-        return [
-            ActiveRun(SessionKey(tenant, session), v1.Run.FromString(run), v1.Agent.FromString(agent), epoch)
-            for tenant, session, run, agent, epoch in rows
-        ]
+        return [_active_run(*row) for row in self._execute(ACTIVE_RUNS)]
 
     def version(self, scope: Scope) -> int:
         row = self._one("SELECT version FROM states WHERE tenant = ? AND kind = ? AND id = ?", *scope)

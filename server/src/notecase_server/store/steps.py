@@ -25,6 +25,9 @@ from notecase_server.store.contract import (
 from notecase_server.store.lists import Found, take
 from notecase_server.store.tables import Tables
 
+_ALL = 1 << 40
+"""More rows than any session has."""
+
 
 def commit(tables: Tables, now: int, commit: Commit) -> Committed:
     """Store.commit."""
@@ -34,7 +37,7 @@ def commit(tables: Tables, now: int, commit: Commit) -> Committed:
     old_messages, old_calls, old_versions = set(rows.messages), set(rows.calls), dict(rows.versions)
     done = fold.apply(rows, commit, now)
     if commit.start is None and rows.runs.keys() - before.keys():
-        raise ValueError("a run_started event wants Commit.start")
+        raise ValueError("an event that makes a run wants Commit.start")
     _remember(tables, commit.once, done, now)
 
     if commit.create is not None:
@@ -42,7 +45,7 @@ def commit(tables: Tables, now: int, commit: Commit) -> Committed:
     else:
         tables.put_session(commit.key, rows.session, rows.epoch)
     if commit.command is not None:
-        run_name = next((event.run for event in done.events if event.run), "")
+        run_name = next((event.run for event in reversed(done.events) if event.run), "")
         tables.add_command(commit.key, commit.command, rows.session.last_sequence, run_name)
     tables.add_events(commit.key, done.events)
     for name, message in rows.messages.items():
@@ -104,7 +107,10 @@ def _load(tables: Tables, commit: Commit, now: int) -> fold.Rows:
         holder = tables.call(key, call_id)
         if holder:
             rows.calls[call_id] = holder
-    for holder in set(rows.calls.values()):
+    if needs.messages_after is not None:
+        after = Query(_ALL, (needs.messages_after,))
+        rows.messages = {found.row.name: found.row for found in tables.messages(key, after, False, "", False)}
+    for holder in set(rows.calls.values()) - rows.messages.keys():
         message = tables.message(key, holder)
         if message is not None:
             rows.messages[holder] = message
