@@ -1,0 +1,108 @@
+"""What a tool that runs in the server is to the engine: something with a schema that can be called, and that may fail.
+
+Tools that run at the caller have no part in this: the engine only waits for their results.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from google.protobuf.empty_pb2 import Empty
+from notecase import Plain, from_value, to_value, v1
+
+ASK_USER = "ask_user"
+"""The function that every server has: the engine answers it by asking a person."""
+
+
+class ToolSettingsError(Exception):
+    """The tools cannot be had as the settings have it; the text is a sentence for whoever starts the server."""
+
+
+@dataclass(slots=True, kw_only=True)
+class CallContext:
+    """What a call knows of where it is made, and how it changes state.
+
+    Values are Python's own, as `notecase.to_value` takes them: it raises TypeError or OverflowError for what state
+    cannot hold. What was changed here is read back only once the call has succeeded."""
+
+    session: str
+    """sessions/{session}"""
+    user: str
+    """users/{user}, or empty."""
+    run: str
+    """sessions/{session}/runs/{run}"""
+    call_id: str
+    idempotency_key: str
+    """The same on every attempt of this call: what an outside effect is to be made once by."""
+    attempt: int
+    """1, and one more each time the call is run again after its process was lost."""
+    get_state: Callable[..., Awaitable[Mapping[str, v1.Value]]]
+    """`await get_state("key", …)`: the session's own state as it is, those of the keys that exist."""
+    ops: list[v1.StateOp] = field(default_factory=list)
+    """Operations on the session's state: they commit with the call's result, all or none; a failed call's are
+    dropped."""
+
+    async def read(self, *keys: str) -> dict[str, Any]:
+        """The session's own state as it is, those of the keys that exist. A function that is not async has no way to
+        await it, and takes what it needs as arguments."""
+        return {key: from_value(value) for key, value in (await self.get_state(*keys)).items()}
+
+    def put(self, key: str, value: Plain) -> None:
+        self.ops.append(v1.StateOp(key=key, set=to_value(value)))
+
+    def remove(self, key: str) -> None:
+        """Of a missing key: nothing, and no error."""
+        self.ops.append(v1.StateOp(key=key, remove=Empty()))
+
+    def increment(self, key: str, by: int = 1) -> None:
+        """Of an integer; a missing key counts as 0."""
+        self.ops.append(v1.StateOp(key=key, increment=by))
+
+    def append(self, key: str, value: Plain) -> None:
+        """To a list; a missing key counts as the empty list."""
+        self.ops.append(v1.StateOp(key=key, append=to_value(value)))
+
+
+class Outcome(NamedTuple):
+    """What became of a call: `parts` (text, file, data), or `error`, a sentence for the model."""
+
+    parts: Sequence[v1.Part] = ()
+    error: str = ""
+
+
+class Function(NamedTuple):
+    """One tool, as the model is told of it and as it is run."""
+
+    name: str
+    description: str
+    parameters: str
+    """JSON Schema text of an object."""
+    call: Callable[[Mapping[str, Any], CallContext], Awaitable[Outcome]]
+    """Given the arguments as decoded JSON. What it raises beside NotecaseError is a defect of the tool: it is logged,
+    and the model is told only that the tool failed. Cancelling the call cancels the tool."""
+
+
+class Toolbox(Protocol):
+    """The tools of one server, as its operator configured them."""
+
+    @property
+    def functions(self) -> Sequence[str]:
+        """For ServerTool.function, ASK_USER among them."""
+        ...
+
+    @property
+    def mcp_servers(self) -> Sequence[str]:
+        """For McpTool.server."""
+        ...
+
+    async def resolve(self, tool: v1.Tool) -> Sequence[Function]:
+        """The functions behind a `server` or `mcp` tool, under the names the model is to use: the tool's own for a
+        function, and for MCP the server's names, filtered, behind the tool's name as a prefix (`{name}_{theirs}`) when
+        it has one. `description` and `parameters` of the tool, where set, win for a function.
+
+        Raises NotecaseError TOOL_ERROR when a function or MCP server is not there or cannot be reached."""
+        ...
+
+    async def close(self) -> None:
+        """Ends connections and processes. Idempotent."""
+        ...

@@ -1,0 +1,266 @@
+"""Python functions as tools: what an operator writes, and how the model's arguments become a call of it.
+
+A module of tools is named in the server's settings, or by an entry point of the group `notecase.tools`:
+
+    from notecase_server.tools.functions import CallContext, ToolFailure, tool
+
+    @tool
+    async def remember(fact: str, context: CallContext) -> str:
+        \"\"\"Keeps a fact for later turns.\"\"\"
+        context.append("facts", fact)
+        return "Noted."
+
+Arguments are validated against the annotations, whatever the model wrote. The docstring is what the model is told;
+`Annotated[int, pydantic.Field(description="…")]` tells it of one parameter. A parameter annotated `CallContext` is
+given the call's context, and the model does not see it.
+"""
+
+import asyncio
+import concurrent.futures
+import contextvars
+import importlib
+import inspect
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.metadata import EntryPoint
+from types import ModuleType
+from typing import Any, NamedTuple, TypeVar, get_type_hints, overload
+
+import structlog
+from notecase import v1
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
+from pydantic.errors import PydanticUserError
+from pydantic.json_schema import GenerateJsonSchema
+
+from notecase_server.tools.contract import CallContext, Function, Outcome, ToolSettingsError
+from notecase_server.tools.outcome import failed, succeeded
+
+__all__ = ["CallContext", "PythonTool", "ToolFailure", "load", "tool"]
+
+log = structlog.get_logger()
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+"""What every model's API takes as the name of a function."""
+
+_JSON: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_bytes="base64", ser_json_inf_nan="strings"))
+"""How a result is written: what JSON has no way to say becomes text."""
+
+Written = TypeVar("Written", bound=Callable[..., Any])
+
+
+class ToolFailure(Exception):
+    """Raised by a tool: its text is what the model is shown. Of any other exception the model learns only that the tool
+    failed, because its text may hold what no model should see."""
+
+
+class _Mark(NamedTuple):
+    name: str
+    description: str
+
+
+_MARK = "__notecase_tool__"
+
+
+@overload
+def tool(function: Written, /) -> Written: ...
+@overload
+def tool(*, name: str = "", description: str = "") -> Callable[[Written], Written]: ...
+def tool(function: Callable[..., Any] | None = None, /, *, name: str = "", description: str = "") -> Callable[..., Any]:
+    """Makes a function a tool of every server whose settings name its module; the function itself stays as it is.
+
+    It may be async, or plain: then it runs in a thread, which nothing can stop. A cancelled call is left at once, what
+    it still returns is dropped, and what it does outside is done. Parameters are passed by name and have types. It may
+    return text, anything that is JSON (a pydantic model or a dataclass is), bytes, None, or a `v1.Part` or a list of
+    them with text, a file or data; 512 KiB in all.
+
+    `name` instead of the function's own; `description` instead of its docstring."""
+
+    def mark(written: Written) -> Written:
+        setattr(written, _MARK, _Mark(name, description))
+        return written
+
+    return mark if function is None else mark(function)
+
+
+def load(modules: Sequence[str], entries: Iterable[EntryPoint] = ()) -> dict[str, "PythonTool"]:
+    """The tools of these modules and of these entry points, by name; an entry point names a module, or one function.
+    Raises ToolSettingsError, with a sentence for whoever starts the server."""
+    found: dict[str, PythonTool] = {}
+    for origin, function in _functions(modules, entries):
+        made = PythonTool(function)
+        known = found.setdefault(made.name, made)
+        if known.function is not function:
+            raise ToolSettingsError(f"{origin} has a tool {made.name!r}, and so has {known.function.__module__!r}.")
+    return found
+
+
+def _functions(modules: Sequence[str], entries: Iterable[EntryPoint]) -> Iterator[tuple[str, Callable[..., Any]]]:
+    for name in modules:
+        origin = f"The module {name!r}"
+        yield from _marked(origin, _imported(origin, partial(importlib.import_module, name)))
+    for entry in entries:
+        origin = f"The entry point {entry.name!r} ({entry.value})"
+        loaded = _imported(origin, entry.load)
+        if isinstance(loaded, ModuleType):
+            yield from _marked(origin, loaded)
+        else:
+            yield origin, loaded
+
+
+def _imported(origin: str, load_it: Callable[[], Any]) -> Any:
+    try:
+        return load_it()
+    except Exception as error:
+        raise ToolSettingsError(f"{origin} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _marked(origin: str, module: ModuleType) -> Iterator[tuple[str, Callable[..., Any]]]:
+    marked = [held for held in vars(module).values() if inspect.isfunction(held) and hasattr(held, _MARK)]
+    if not marked:
+        raise ToolSettingsError(f"{origin} has no function that is decorated with @tool.")
+    yield from ((origin, function) for function in marked)
+
+
+class _Schema(GenerateJsonSchema):
+    """A schema without what only repeats the parameters' names: the model pays for every word."""
+
+    ignored_warning_kinds = {*GenerateJsonSchema.ignored_warning_kinds, "non-serializable-default"}  # noqa: RUF012
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+class PythonTool:
+    """One function with its schema."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        """Raises ToolSettingsError when no model could call it."""
+        if not inspect.isfunction(function):
+            raise ToolSettingsError(f"{function!r} is no function, so it is no tool.")
+        mark: _Mark = getattr(function, _MARK, _Mark("", ""))
+        self.function = function
+        self.name = mark.name or function.__name__
+        self.description = mark.description or inspect.getdoc(function) or ""
+        if not NAME.fullmatch(self.name):
+            raise ToolSettingsError(f"{self.name!r} is no name for a tool: letters, digits, _ and -, at most 64.")
+        try:
+            hints = get_type_hints(function, include_extras=True)
+            self._parameters = self._read(function, hints)
+            self._context = [name for name, hint in hints.items() if hint is CallContext and name != "return"]
+            self._arguments = self._model()
+            schema = self._arguments.model_json_schema(schema_generator=_Schema)
+        except (NameError, TypeError, PydanticUserError) as error:
+            raise ToolSettingsError(f"The types of the tool {self.name!r} give no JSON Schema: {error}") from error
+        del schema["title"]
+        schema.setdefault("properties", {})
+        self.parameters = json.dumps(schema, ensure_ascii=False)
+
+    def offered(self, name: str, description: str, parameters: str) -> Function:
+        """As the model is told of it; what is empty is the tool's own."""
+        return Function(name or self.name, description or self.description, parameters or self.parameters, self.call)
+
+    async def call(self, arguments: Mapping[str, Any], context: CallContext) -> Outcome:
+        """As Function.call promises. A tool cannot end the server: SystemExit is a defect like any other."""
+        try:
+            filled = self._arguments.model_validate(arguments)
+        except ValidationError as error:
+            return failed(_wrong(error))
+        values = {name: getattr(filled, field) for field, (name, _) in self._parameters.items()}
+        values.update(dict.fromkeys(self._context, context))
+        try:
+            result = await self._run(values)
+        except ToolFailure as failure:
+            return failed(str(failure))
+        except SystemExit as end:
+            raise RuntimeError("the tool asked the server to exit") from end
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            raise RuntimeError("the tool cancelled itself") from error
+        try:
+            return succeeded(_parts(result))
+        except ValueError as error:
+            log.warning("tool_result_unusable", tool=self.name, kind=type(result).__name__, error=type(error).__name__)
+            return failed("The tool gave back something that is neither text nor JSON nor content.")
+
+    async def _run(self, values: dict[str, Any]) -> Any:
+        if inspect.iscoroutinefunction(self.function):
+            return await self.function(**values)
+        result = await _in_thread(lambda: self.function(**values))
+        return await result if inspect.isawaitable(result) else result
+
+    def _read(self, function: Callable[..., Any], hints: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+        """What the model gives: a field for each parameter, so that no parameter can collide with what a pydantic
+        model has of its own, with the parameter's name and definition."""
+        read: dict[str, tuple[str, Any]] = {}
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.kind not in {parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY}:
+                raise ToolSettingsError(f"The tool {self.name!r} takes {parameter}; a model passes arguments by name.")
+            if name not in hints:
+                raise ToolSettingsError(f"The parameter {name!r} of the tool {self.name!r} has no type.")
+            if hints[name] is CallContext:
+                continue
+            default = ... if parameter.default is parameter.empty else parameter.default
+            read[f"parameter_{len(read)}"] = (name, (hints[name], Field(default, alias=name)))
+        return read
+
+    def _model(self) -> type[BaseModel]:
+        fields: dict[str, Any] = {field: definition for field, (_, definition) in self._parameters.items()}
+        return create_model(self.name, __config__=ConfigDict(extra="forbid"), **fields)
+
+
+def _in_thread(call: Callable[[], Any]) -> asyncio.Future[Any]:
+    """Runs `call` in a thread of its own. A pool's threads would be used up by tools that hang, and keep the process
+    from ending; a daemon's start costs nothing beside a model's call."""
+    done: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            done.set_result(call())
+        except StopIteration as error:
+            # Set as it is, it would be refused by the loop's future, and the call would never end.
+            done.set_exception(RuntimeError("the tool raised StopIteration").with_traceback(error.__traceback__))
+        except BaseException as error:  # noqa: BLE001 - whatever it is, the caller gets it
+            done.set_exception(error)
+
+    done.set_running_or_notify_cancel()
+    context = contextvars.copy_context()
+    threading.Thread(target=context.run, args=(run,), name="tool", daemon=True).start()
+    return asyncio.wrap_future(done)
+
+
+def _wrong(error: ValidationError) -> str:
+    """What the model is told of arguments that do not fit: names and reasons, and nothing of pydantic's links."""
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    told = [f"{'.'.join(map(str, one['loc'])) or 'arguments'}: {one['msg']}" for one in found[:5]]
+    more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
+    return f"The arguments are wrong: {'; '.join([*told, *more])}."
+
+
+def _parts(result: Any) -> Sequence[v1.Part]:
+    """A tool's result as parts. Raises ValueError for what is none, and for text that is no UTF-8."""
+    match result:
+        case None:
+            return [v1.Part(text="")]
+        case str():
+            return [v1.Part(text=result)]
+        case bytes() | bytearray() | memoryview():
+            return [v1.Part(data=v1.InlineData(data=bytes(result), media_type="application/octet-stream"))]
+        case v1.Part():
+            return _content([result])
+        case [v1.Part(), *_] if all(isinstance(held, v1.Part) for held in result):
+            return _content(result)
+        case Iterator():
+            raise ValueError("an iterator may have no end")
+        case _:
+            return [v1.Part(text=_JSON.dump_json(result).decode())]
+
+
+def _content(parts: Sequence[v1.Part]) -> Sequence[v1.Part]:
+    if any(part.WhichOneof("kind") not in {"text", "file", "data"} for part in parts):
+        raise ValueError("a result holds text, files and data only")
+    return parts

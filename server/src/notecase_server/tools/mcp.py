@@ -1,0 +1,397 @@
+"""The tools of an MCP server: one connection to each, opened when it is first wanted and again when it was lost.
+
+A call that the loss of a connection cuts is an error for the model, because nobody knows whether it took effect; it is
+never repeated here. The next call finds a new connection.
+"""
+
+import asyncio
+import base64
+import json
+import logging
+import math
+import os
+import re
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from functools import partial
+from types import TracebackType
+from typing import Any, Self, TextIO, cast
+
+import anyio
+import httpx2
+import structlog
+from mcp import Client, MCPError, StdioServerParameters, stdio_client, types
+from mcp.client import Transport
+from mcp.client.streamable_http import streamable_http_client
+from mcp.client.subscriptions import Subscription, SubscriptionLost
+from mcp.types.version import MODERN_PROTOCOL_VERSIONS
+from notecase import v1
+
+from notecase_server import __version__, errors
+from notecase_server.tools.contract import CallContext, Function, Outcome
+from notecase_server.tools.mcp_settings import McpServerSettings
+from notecase_server.tools.outcome import MAX_RESULT, failed, succeeded
+
+log = structlog.get_logger()
+
+# Its records tell of what could not be parsed by quoting it, and no message's content belongs into a log.
+logging.getLogger("mcp").setLevel(logging.CRITICAL + 1)
+
+LIST_SECONDS = 60.0
+"""How long a list of tools is trusted. A server may tell of changes, but not every one does, and a notice can be lost
+with its stream; a minute is soon enough for a tool that came, and calling one that went is an error like any other."""
+
+BROKEN = (TimeoutError, anyio.BrokenResourceError, anyio.ClosedResourceError)
+"""What the library's streams raise when the transport goes away beneath them."""
+
+INVALID = (RuntimeError, ValueError)
+"""What the library raises for an answer that is not as the protocol or the tool's own schema has it."""
+
+LIST_PAGES = 100
+"""More pages than any list has: one that never ends must end a run, not hold it."""
+
+NAME = re.compile(r"[^A-Za-z0-9_-]")
+"""What a server may have in a tool's name, and a model's API does not take."""
+
+NAME_LENGTH = 64
+
+MAX_ANSWER = 6 * MAX_RESULT
+"""Bytes of one answer on an event stream: JSON writes a byte as six at most, so no result that is taken is longer."""
+
+SESSION = "mcp-session-id"
+
+
+class McpServer:
+    """One configured server. All of it belongs to one event loop."""
+
+    def __init__(self, name: str, settings: McpServerSettings) -> None:
+        self._name = name
+        self._settings = settings
+        self._current: _Connection | None = None
+        self._owners: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    async def functions(self, prefix: str, only: Sequence[str]) -> list[Function]:
+        """Its tools, or those named in `only`, in the server's order. A model's API takes fewer names than MCP: other
+        characters become "_". Raises NotecaseError TOOL_ERROR when the server cannot be reached, has no such tool, or
+        two names become one."""
+        tools = await self._tools()
+        if missing := set(only) - {tool.name for tool in tools}:
+            told = ", ".join(map(repr, sorted(missing)))
+            raise errors.tool_error(f"The MCP server {self._name!r} has no tool {told}.")
+        found: dict[str, Function] = {}
+        for tool in tools:
+            if only and tool.name not in only:
+                continue
+            name = NAME.sub("_", f"{prefix}_{tool.name}" if prefix else tool.name)
+            if len(name) > NAME_LENGTH:
+                raise errors.tool_error(
+                    f"The name {name!r} of a tool is longer than {NAME_LENGTH}; shorten the prefix."
+                )
+            if name in found:
+                raise errors.tool_error(f"The MCP server {self._name!r} has two tools that are both called {name!r}.")
+            parameters = json.dumps(tool.input_schema, ensure_ascii=False)
+            found[name] = Function(name, tool.description or "", parameters, partial(self._call, tool.name))
+        return list(found.values())
+
+    async def close(self) -> None:
+        """Ends the connection, and with it the server's process. Calls under way fail. Idempotent."""
+        self._closed = True
+        if self._current is not None:
+            self._current.end()
+        if self._owners:
+            await asyncio.wait(self._owners)
+
+    async def _tools(self) -> Sequence[types.Tool]:
+        """Asked for once more where the connection proves to be lost: unlike a call, that does no harm."""
+        connection = await self._connected()
+        try:
+            return await self._listed_by(connection)
+        except errors.NotecaseError:
+            if not connection.over:
+                raise
+        return await self._listed_by(await self._connected())
+
+    async def _listed_by(self, connection: "_Connection") -> Sequence[types.Tool]:
+        try:
+            async with asyncio.timeout(self._settings.connect_timeout):
+                return await connection.tools()
+        except (MCPError, *BROKEN, *INVALID) as error:
+            log.warning("mcp_list_failed", server=self._name, error=type(error).__name__)
+            raise errors.tool_error(f"The MCP server {self._name!r} does not tell its tools.") from error
+
+    async def _call(self, tool: str, arguments: Mapping[str, Any], context: CallContext) -> Outcome:
+        # By these a server that knows them makes an outside effect once, whatever becomes of the connection.
+        meta = {"notecase/idempotency_key": context.idempotency_key, "notecase/attempt": context.attempt}
+        try:
+            json.dumps(arguments, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            # The library would find it only as it writes, and drop the connection with all its calls.
+            return failed("The arguments hold half of a surrogate pair, which is no text.")
+        try:
+            connection = await self._connected()
+        except errors.NotecaseError as error:
+            return failed(error.message)
+        try:
+            result = await connection.client.call_tool(
+                tool,
+                dict(arguments),
+                read_timeout_seconds=self._settings.timeout,
+                meta=cast("types.RequestParamsMeta", meta),
+            )
+        except MCPError as error:
+            return failed(self._broken(error.code, error.message))
+        except BROKEN:
+            return failed(self._broken(types.CONNECTION_CLOSED, ""))
+        except INVALID as error:
+            log.warning("mcp_answer_invalid", server=self._name, tool=tool, error=type(error).__name__)
+            return failed(f"The MCP server {self._name!r} gave an answer that is not valid.")
+        try:
+            return _outcome(result)
+        except ValueError:
+            return failed(f"The MCP server {self._name!r} gave content that cannot be read.")
+
+    def _broken(self, code: int, message: str) -> str:
+        match code:
+            case types.CONNECTION_CLOSED:
+                return f"The answer of the MCP server {self._name!r} was lost; the call may have taken effect, or not."
+            case types.REQUEST_TIMEOUT:
+                return f"The MCP server {self._name!r} did not answer within {self._settings.timeout:g} seconds."
+            case _:
+                return f"The MCP server {self._name!r} refused the call: {message}"
+
+    async def _connected(self) -> "_Connection":
+        """The connection, opened when there is none. Those who come while it is opened wait for the same one."""
+        if self._closed:
+            raise errors.tool_error("The server is stopping.")
+        connection = self._current
+        if connection is None or connection.over:
+            connection = self._current = _Connection(self._name, self._settings)
+            owner = asyncio.create_task(connection.own())
+            self._owners.add(owner)
+            owner.add_done_callback(self._owners.discard)
+        try:
+            async with asyncio.timeout(self._settings.connect_timeout):
+                await connection.settled.wait()
+        except TimeoutError:
+            connection.end()
+        if connection.over:
+            raise errors.tool_error(f"The MCP server {self._name!r} cannot be reached.")
+        return connection
+
+
+class _Connection:
+    """One connection and its end. The library's scopes are entered and left by one task, `own`; whoever else has a part
+    in it asks that task to end."""
+
+    client: Client
+    """Once settled, if not over."""
+
+    def __init__(self, name: str, settings: McpServerSettings) -> None:
+        self.settled = asyncio.Event()
+        """Open, or over."""
+        self._name = name
+        self._settings = settings
+        self._scope = anyio.CancelScope()
+        self._done = False
+        self._listing = asyncio.Lock()
+        self._listed: Sequence[types.Tool] | None = None
+        self._changes = 0
+        self._fresh_until = 0.0
+
+    @property
+    def over(self) -> bool:
+        """No call is to be made on it any more."""
+        return self._done or self._scope.cancel_called
+
+    def end(self) -> None:
+        self._scope.cancel()
+        self.settled.set()
+
+    async def own(self) -> None:
+        """Opens the connection and holds it to its end. Raises nothing: who waits is told by `over`."""
+        opened, wrong = False, set[str]()
+        try:
+            with self._scope:
+                self._scope.deadline = anyio.current_time() + self._settings.connect_timeout
+                transport = cast("Transport", self._streams())
+                about = types.Implementation(name="notecase", version=__version__)
+                async with (
+                    Client(transport, message_handler=self._heard, client_info=about, cache=None) as self.client,
+                    AsyncExitStack() as stack,
+                ):
+                    changes = await self._subscribe(stack)
+                    self._scope.deadline = math.inf
+                    opened = True
+                    self.settled.set()
+                    log.info("mcp_connected", server=self._name, protocol=self.client.protocol_version)
+                    await self._hold(changes)
+        except Exception as error:  # noqa: BLE001 - whatever a transport raises, the connection is over
+            wrong = {type(leaf).__name__ for leaf in _leaves(error)}
+        finally:
+            self._done = True
+            self.settled.set()
+        if opened:
+            log.info("mcp_disconnected", server=self._name, errors=sorted(wrong))
+        else:
+            log.warning("mcp_unreachable", server=self._name, errors=sorted(wrong or {"TimeoutError"}))
+
+    async def tools(self) -> Sequence[types.Tool]:
+        """The server's tools, asked for when they are not known or not fresh."""
+        now = asyncio.get_running_loop().time
+        async with self._listing:
+            if self._listed is not None and now() < self._fresh_until:
+                return self._listed
+            changes, listed = self._changes, list[types.Tool]()
+            cursor: str | None = None
+            for _ in range(LIST_PAGES):
+                page = await self.client.list_tools(cursor=cursor)
+                listed += page.tools
+                cursor = page.next_cursor
+                if cursor is None:
+                    break
+            if changes == self._changes:
+                self._listed, self._fresh_until = listed, now() + LIST_SECONDS
+            return listed
+
+    async def _heard(self, message: object) -> None:
+        if isinstance(message, types.ToolListChangedNotification):
+            self._changes += 1
+            self._listed = None
+
+    async def _subscribe(self, stack: AsyncExitStack) -> Subscription | None:
+        """Asks to be told of changes, where the protocol wants that: the notices come to `_heard`."""
+        capability = self.client.server_capabilities.tools
+        if self.client.protocol_version not in MODERN_PROTOCOL_VERSIONS or not (capability and capability.list_changed):
+            return None
+        try:
+            return await stack.enter_async_context(self.client.listen(tools_list_changed=True))
+        except (MCPError, SubscriptionLost) as error:
+            log.info("mcp_changes_untold", server=self._name, error=type(error).__name__)
+            return None
+
+    async def _hold(self, changes: Subscription | None) -> None:
+        """Waits for the end. The stream of changes is read, lest it fill up; without it a list is fresh for its minute
+        only."""
+        try:
+            if changes is not None:
+                with suppress(SubscriptionLost):
+                    async for _ in changes:
+                        pass
+            await anyio.sleep_forever()
+        finally:
+            # Before the transport is closed, which takes its time: nobody is to begin a call meanwhile.
+            self._done = True
+
+    @asynccontextmanager
+    async def _streams(self) -> AsyncIterator[Any]:
+        settings = self._settings
+        async with AsyncExitStack() as stack:
+            if settings.url:
+                http = httpx2.AsyncClient(
+                    headers=settings.headers,
+                    # A call's own time-out ends the wait for its answer.
+                    timeout=httpx2.Timeout(settings.connect_timeout, read=None),
+                    event_hooks={"response": [self._answered]},
+                )
+                await stack.enter_async_context(http)
+                opened = streamable_http_client(settings.url, http_client=http, max_sse_event_size=MAX_ANSWER)
+            else:
+                command = StdioServerParameters(
+                    command=settings.command or "", args=list(settings.args), env=settings.env, cwd=settings.cwd
+                )
+                opened = stdio_client(command, errlog=stack.enter_context(_errors_of(settings)))
+            read, write = await stack.enter_async_context(opened)
+            yield _Watched(read, self.end), write
+
+    async def _answered(self, response: httpx2.Response) -> None:
+        """404 to a request that names its session says that the server has forgotten the session."""
+        if response.status_code == httpx2.codes.NOT_FOUND and SESSION in response.request.headers:
+            log.info("mcp_session_gone", server=self._name)
+            self.end()
+
+
+class _Watched:
+    """A stream of what the server says, which tells when it ends: nothing else says that an idle process has died."""
+
+    def __init__(self, stream: Any, ended: Callable[[], None]) -> None:
+        self._stream = stream
+        self._ended = ended
+
+    @property
+    def last_context(self) -> Any:
+        return getattr(self._stream, "last_context", None)
+
+    async def receive(self) -> Any:
+        return await self._stream.receive()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        try:
+            return await self._stream.__anext__()
+        except StopAsyncIteration:
+            self._ended()
+            raise
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+
+def _errors_of(settings: McpServerSettings) -> TextIO:
+    return open(settings.stderr or os.devnull, "a", encoding="utf-8")
+
+
+def _leaves(error: BaseException) -> list[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        return [leaf for held in error.exceptions for leaf in _leaves(held)]
+    return [error]
+
+
+def _outcome(result: types.CallToolResult) -> Outcome:
+    """Raises ValueError for content that is not as it says."""
+    parts = [_part(block) for block in result.content]
+    if not parts:
+        structured = result.structured_content
+        parts = [v1.Part(text="" if structured is None else json.dumps(structured, ensure_ascii=False))]
+    if result.is_error:
+        return failed("\n".join(part.text for part in parts if part.text))
+    return succeeded(parts)
+
+
+def _part(block: types.ContentBlock) -> v1.Part:
+    match block:
+        case types.TextContent():
+            return v1.Part(text=block.text)
+        case types.ImageContent() | types.AudioContent():
+            return _data(block.data, block.mime_type)
+        case types.EmbeddedResource(resource=types.TextResourceContents() as held):
+            return v1.Part(text=held.text)
+        case types.EmbeddedResource(resource=types.BlobResourceContents() as held):
+            return _data(held.blob, held.mime_type or "application/octet-stream", held.uri.rpartition("/")[2])
+        case types.ResourceLink():
+            return _link(block)
+    raise ValueError("content of an unknown kind")
+
+
+def _data(text: str, media_type: str, filename: str = "") -> v1.Part:
+    data = base64.b64decode(text, validate=True)
+    return v1.Part(data=v1.InlineData(data=data, media_type=media_type, filename=filename))
+
+
+def _link(link: types.ResourceLink) -> v1.Part:
+    """A file where a model's provider can fetch it, which is images on the web; otherwise words that name it."""
+    media_type = link.mime_type or ""
+    if link.uri.startswith(("https://", "http://")) and media_type.startswith("image/"):
+        return v1.Part(file=v1.FileUri(uri=link.uri, media_type=media_type, filename=link.name))
+    told = [f"{link.title or link.name}: {link.uri}", link.description or ""]
+    return v1.Part(text="\n".join(filter(None, told)))

@@ -1,0 +1,69 @@
+"""Which MCP servers there are: the operator's file, read whole or refused with a sentence.
+
+The format is the one that most MCP clients share, as JSON or TOML:
+
+    {"mcpServers": {"files": {"command": "files-mcp", "args": ["--root", "."], "env": {"TOKEN": "…"}},
+                    "search": {"url": "https://mcp.example.org/mcp", "headers": {"Authorization": "Bearer …"}}}}
+
+What other clients add to it and this server does not know is refused, because a member such as `disabled` that is read
+over changes what a model can do.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from notecase_server.tools.contract import ToolSettingsError
+
+
+class McpServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
+    """One server: a command that speaks on its standard input and output, or a URL that speaks streamable HTTP."""
+
+    type: Literal["stdio", "http", "streamable-http", "streamableHttp"] | None = None
+    """For other clients; here `command` or `url` says it."""
+    command: str | None = None
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = {}
+    """The process has these variables, the few of this one's that any program needs (PATH, HOME, USER and the like),
+    and no others: the keys of this server are none of its business."""
+    cwd: str | None = None
+    stderr: str | None = None
+    """A file to which what the process writes to its standard error is added. Unset it is dropped, because it may quote
+    what no log of this server may hold."""
+    url: str | None = None
+    headers: dict[str, str] = {}
+    """Sent with every request."""
+    connect_timeout: float = 10.0
+    """Seconds for starting the process or reaching the URL, and for it to say what it offers."""
+    timeout: float = 300.0
+    """Seconds for one call, whatever a tool's own `timeout` says."""
+
+    def __post_init__(self) -> None:
+        if bool(self.command) == bool(self.url):
+            raise ValueError("a server has a `command`, or a `url`, and not both")
+        if self.url and not self.url.startswith(("http://", "https://")):
+            raise ValueError("`url` begins with http:// or https://")
+        other = ("headers",) if self.command else ("args", "env", "cwd", "stderr")
+        if stray := [name for name in other if getattr(self, name)]:
+            raise ValueError(
+                f"`{stray[0]}` has no meaning for a server with a `{'command' if self.command else 'url'}`"
+            )
+        if min(self.connect_timeout, self.timeout) <= 0:
+            raise ValueError("time-outs are seconds above 0")
+
+
+class _File(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):
+    mcp_servers: dict[str, McpServerSettings]
+
+
+def read_mcp_servers(path: Path) -> dict[str, McpServerSettings]:
+    """The servers of a file by name; it is TOML when its name ends so, and JSON otherwise. Raises ToolSettingsError."""
+    try:
+        content = path.read_bytes()
+        read = msgspec.toml.decode if path.suffix == ".toml" else msgspec.json.decode
+        return read(content, type=_File).mcp_servers
+    except OSError as error:
+        raise ToolSettingsError(f"The MCP servers' file {path} cannot be read: {error.strerror}.") from error
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ToolSettingsError(f"The MCP servers' file {path} is wrong: {error}.") from error

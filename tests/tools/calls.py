@@ -1,0 +1,57 @@
+"""What the engine is to a tool: a context for its call, and a place where what it does outside is seen."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from notecase import to_value, v1
+from notecase_server.tools.contract import CallContext
+
+
+def context(state: Mapping[str, v1.Value] | None = None) -> CallContext:
+    held = state or {}
+
+    async def get_state(*keys: str) -> Mapping[str, v1.Value]:
+        return {key: held[key] for key in keys if key in held}
+
+    return CallContext(
+        session="sessions/s",
+        user="users/u",
+        run="sessions/s/runs/r",
+        call_id="call-1",
+        idempotency_key="s/call-1",
+        attempt=2,
+        get_state=get_state,
+    )
+
+
+def state(**held: int | str | list[str]) -> dict[str, v1.Value]:
+    return {key: to_value(value) for key, value in held.items()}
+
+
+class Witness:
+    """Hears over a unix socket what a tool in another process tells."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self._lines: asyncio.Queue[str] = asyncio.Queue()
+
+    async def heard(self) -> str:
+        """The next line, once it is there; empty when the tool's end of the connection is gone."""
+        return await self._lines.get()
+
+    async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async for line in reader:
+                self._lines.put_nowait(line.decode().strip())
+        finally:
+            self._lines.put_nowait("")
+            writer.close()
+
+    @classmethod
+    @asynccontextmanager
+    async def listening(cls, path: Path) -> AsyncIterator["Witness"]:
+        witness = cls(path)
+        async with await asyncio.start_unix_server(witness._listen, witness.path):
+            yield witness

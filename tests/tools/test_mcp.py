@@ -1,0 +1,383 @@
+"""MCP servers as real processes: what their tools give, and that nothing of theirs takes the server with it."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import structlog
+from notecase import v1
+from notecase_server.errors import NotecaseError
+from notecase_server.tools.contract import Function, Outcome, Toolbox
+from notecase_server.tools.mcp_settings import McpServerSettings
+from notecase_server.tools.outcome import MAX_ERROR, MAX_RESULT
+from notecase_server.tools.toolbox import make_toolbox
+
+from tests.support.mcp_server import PIXEL
+from tests.tools.calls import Witness, context
+
+ROOT = Path(__file__).parent.parent.parent
+MODULE = ("-m", "tests.support.mcp_server")
+
+
+def stdio(**more: object) -> McpServerSettings:
+    given = {"command": sys.executable, "args": (*MODULE, "stdio"), "cwd": str(ROOT), **more}
+    return McpServerSettings(**given)  # type: ignore[arg-type]
+
+
+class Http:
+    """The server over HTTP, as a process that can be killed and started again at the same address."""
+
+    def __init__(self, *options: str) -> None:
+        self._options = options
+        self._port = "0"
+        self.start()
+
+    def start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, *MODULE, "http", "--port", self._port, *self._options],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        self.url = self._process.stdout.readline().strip()
+        self._port = self.url.rpartition(":")[2].partition("/")[0]
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture(scope="module")
+def http() -> Iterator[Http]:
+    """Shared by all tests that leave it alive."""
+    served = Http()
+    yield served
+    served.kill()
+
+
+@pytest.fixture(scope="module")
+def http_sessions() -> Iterator[Http]:
+    served = Http("--sessions")
+    yield served
+    served.kill()
+
+
+@asynccontextmanager
+async def tools(settings: McpServerSettings) -> AsyncIterator[Toolbox]:
+    box = make_toolbox([], {"t": settings})
+    try:
+        yield box
+    finally:
+        await box.close()
+
+
+async def resolved(box: Toolbox, *only: str, prefix: str = "") -> dict[str, Function]:
+    found = await box.resolve(v1.Tool(name=prefix, mcp=v1.McpTool(server="t", tools=only)))
+    return {function.name: function for function in found}
+
+
+async def call(box: Toolbox, name: str, /, **arguments: object) -> Outcome:
+    return await (await resolved(box, name))[name].call(arguments, context())
+
+
+@pytest.fixture(params=["stdio", "http", "http_sessions"])
+async def box(request: pytest.FixtureRequest) -> AsyncIterator[Toolbox]:
+    """The same server behind each transport."""
+    if request.param == "stdio":
+        settings = stdio()
+    else:
+        settings = McpServerSettings(url=request.getfixturevalue(request.param).url)
+    async with tools(settings) as made:
+        yield made
+
+
+@pytest.fixture
+def facts() -> Iterator[asyncio.Queue[str]]:
+    """The names of what is logged, as it is logged."""
+    heard: asyncio.Queue[str] = asyncio.Queue()
+
+    def hear(logger: object, method: str, entry: structlog.typing.EventDict) -> structlog.typing.EventDict:
+        heard.put_nowait(entry["event"])
+        raise structlog.DropEvent
+
+    before = structlog.get_config()
+    structlog.configure(processors=[hear])
+    yield heard
+    structlog.configure(**before)
+
+
+@pytest.fixture
+async def witness(tmp_path: Path) -> AsyncIterator[Witness]:
+    async with Witness.listening(tmp_path / "witness") as listening:
+        yield listening
+
+
+async def test_a_tool_is_offered_with_its_description_and_schema_and_answers_text(box: Toolbox) -> None:
+    function = (await resolved(box, "echo"))["echo"]
+    assert "Says it again." == function.description
+    assert {"text"} == set(json.loads(function.parameters)["properties"])
+    assert Outcome([v1.Part(text="Grüße")]) == await function.call({"text": "Grüße"}, context())
+
+
+async def test_content_of_every_kind_becomes_a_part(box: Toolbox) -> None:
+    def data(media_type: str, filename: str = "") -> v1.Part:
+        return v1.Part(data=v1.InlineData(data=PIXEL, media_type=media_type, filename=filename))
+
+    plan = v1.FileUri(uri="https://example.org/plan.png", media_type="image/png", filename="plan")
+    expected = [
+        v1.Part(text="a text"),
+        data("image/png"),
+        data("audio/wav"),
+        v1.Part(text="a memo"),
+        data("application/octet-stream", "plan.pdf"),
+        v1.Part(file=plan),
+        v1.Part(text="notes: memo://notes\nAll of them."),
+    ]
+    assert Outcome(expected) == await call(box, "content")
+    assert Outcome([v1.Part(text='{"found": 3}')]) == await call(box, "structured")
+
+
+async def test_what_fails_is_an_error_for_the_model_and_the_connection_serves_on(box: Toolbox) -> None:
+    """A tool that raises, one that raises a novel, one whose content is broken, one that is not called as it says, and
+    one that is gone since it was listed."""
+    assert Outcome(error="Error executing tool fail: no such page ") == await call(box, "fail")
+    assert MAX_ERROR + 1 == len((await call(box, "fail", size=1000)).error)
+    assert Outcome(error="The MCP server 't' gave content that cannot be read.") == await call(box, "broken_image")
+    assert "Field required" in (await call(box, "echo")).error
+    assert "surrogate" in (await call(box, "echo", text="\ud800")).error
+    assert Outcome([v1.Part(text="still here")]) == await call(box, "echo", text="still here")
+
+
+async def test_a_result_larger_than_the_log_takes_is_an_error(box: Toolbox) -> None:
+    largest = 2 * MAX_RESULT - v1.Part(text="x" * MAX_RESULT).ByteSize()
+    assert 1 == len((await call(box, "flood", size=largest)).parts)
+    assert f"at most {MAX_RESULT}" in (await call(box, "flood", size=largest + 1)).error
+    assert () == (await call(box, "flood", size=10_000_000)).parts
+    assert Outcome([v1.Part(text="still here")]) == await call(box, "echo", text="still here")
+
+
+async def test_a_call_that_is_cancelled_is_cancelled_at_the_server(box: Toolbox, witness: Witness) -> None:
+    waiting = asyncio.create_task(call(box, "wait", witness=witness.path))
+    assert (await witness.heard()).startswith("started ")
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert "cancelled" == await witness.heard()
+    assert Outcome([v1.Part(text="still here")]) == await call(box, "echo", text="still here")
+
+
+async def test_calls_run_side_by_side_and_each_gets_its_own_answer(box: Toolbox, witness: Witness) -> None:
+    """A call that hangs holds up no other."""
+    waiting = asyncio.create_task(call(box, "wait", witness=witness.path))
+    assert (await witness.heard()).startswith("started ")
+    texts = [f"text {number}" for number in range(10)]
+    echoed = await asyncio.gather(*(call(box, "echo", text=text) for text in texts))
+    assert [Outcome([v1.Part(text=text)]) for text in texts] == echoed
+    waiting.cancel()
+    await asyncio.wait([waiting])
+
+
+async def test_the_list_of_tools_is_asked_for_once(box: Toolbox) -> None:
+    before = await call(box, "listings")
+    await resolved(box)
+    assert before == await call(box, "listings")
+
+
+async def test_a_tool_that_comes_later_is_found_at_once_where_the_server_tells_of_it(box: Toolbox) -> None:
+    """The list is kept, and asked for again on the server's notice."""
+    name = f"grown_{uuid.uuid4().hex}"
+    assert name not in await resolved(box)
+    assert Outcome([v1.Part(text="grown")]) == await call(box, "grow", name=name)
+    # By HTTP the notice has a stream of its own, so it may come a moment later than the answer.
+    while name not in await resolved(box):
+        await call(box, "echo", text="")
+    assert Outcome([v1.Part(text="here")]) == await call(box, name, text="here")
+
+
+async def test_names_are_filtered_prefixed_and_refused_when_unknown(box: Toolbox) -> None:
+    assert ["pages_echo", "pages_flood"] == list(await resolved(box, "flood", "echo", prefix="pages"))
+    with pytest.raises(NotecaseError, match=r"The MCP server 't' has no tool 'absent', 'gone'\.") as refused:
+        await resolved(box, "gone", "echo", "absent")
+    assert v1.ERROR_REASON_TOOL_ERROR == refused.value.reason
+    with pytest.raises(NotecaseError, match="longer than 64"):
+        await resolved(box, "structured", prefix="p" * 60)
+
+
+async def test_a_process_killed_in_mid_call_is_an_error_and_the_next_call_has_a_new_one(witness: Witness) -> None:
+    async with tools(stdio()) as box:
+        waiting = asyncio.create_task(call(box, "wait", witness=witness.path))
+        pid = int((await witness.heard()).removeprefix("started "))
+        os.kill(pid, signal.SIGKILL)
+        lost = "The answer of the MCP server 't' was lost; the call may have taken effect, or not."
+        assert Outcome(error=lost) == await waiting
+        assert Outcome([v1.Part(text="back")]) == await call(box, "echo", text="back")
+
+
+async def test_a_process_that_ends_between_calls_is_started_again_unnoticed(facts: asyncio.Queue[str]) -> None:
+    """Not one call is lost to it."""
+    async with tools(stdio()) as box:
+        found = await resolved(box, "crash", "echo")
+        assert "mcp_connected" == await facts.get()
+        await found["crash"].call({}, context())
+        assert "mcp_disconnected" == await facts.get()
+        assert Outcome([v1.Part(text="back")]) == await found["echo"].call({"text": "back"}, context())
+        assert "mcp_connected" == await facts.get()
+
+
+async def test_a_url_that_dies_in_mid_call_is_an_error_and_serves_again_once_it_is_back(witness: Witness) -> None:
+    served = Http()
+    async with tools(McpServerSettings(url=served.url)) as box:
+        echo, wait = (await resolved(box, "echo", "wait")).values()
+        waiting = asyncio.ensure_future(wait.call({"witness": witness.path}, context()))
+        assert (await witness.heard()).startswith("started ")
+        served.kill()
+        assert "may have taken effect, or not" in (await waiting).error
+        assert "cannot be reached" in (await echo.call({"text": "nobody is there"}, context())).error
+        served.start()
+        assert Outcome([v1.Part(text="back")]) == await echo.call({"text": "back"}, context())
+    served.kill()
+
+
+async def test_a_session_that_the_server_forgot_is_opened_again(facts: asyncio.Queue[str]) -> None:
+    """A server of the protocol's earlier versions answers 404 once it was started anew."""
+    served = Http("--sessions")
+    async with tools(McpServerSettings(url=served.url)) as box:
+        echo = (await resolved(box, "echo"))["echo"]
+        assert "mcp_connected" == await facts.get()
+        served.kill()
+        served.start()
+        assert "" != (await echo.call({"text": "to the old session"}, context())).error
+        assert {"mcp_session_gone", "mcp_disconnected"} == {await facts.get(), await facts.get()}
+        assert Outcome([v1.Part(text="back")]) == await echo.call({"text": "back"}, context())
+    served.kill()
+
+
+async def test_a_list_is_asked_for_again_where_the_connection_proves_to_be_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("notecase_server.tools.mcp.LIST_SECONDS", 0)
+    served = Http("--sessions")
+    async with tools(McpServerSettings(url=served.url)) as box:
+        before = list(await resolved(box))
+        served.kill()
+        served.start()
+        assert before == list(await resolved(box))
+    served.kill()
+
+
+async def test_a_url_is_sent_the_configured_headers_and_what_makes_an_effect_happen_once(http: Http) -> None:
+    async with tools(McpServerSettings(url=http.url, headers={"Authorization": "Bearer secret"})) as box:
+        told = json.loads((await call(box, "about")).parts[0].text)
+    assert "Bearer secret" == told["headers"]["authorization"]
+    assert "s/call-1" == told["meta"]["notecase/idempotency_key"]
+    assert 2 == told["meta"]["notecase/attempt"]
+
+
+async def test_a_process_has_what_the_operator_gave_it_and_none_of_this_ones_secrets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("NOTECASE_STORE", "secret")
+    async with tools(stdio(env={"TOKEN": "given"})) as box:
+        held = json.loads((await call(box, "environment")).parts[0].text)
+    assert "given" == held["TOKEN"]
+    assert os.environ["PATH"] == held["PATH"]
+    basics = {"HOME", "LOGNAME", "PATH", "SHELL", "TERM", "USER"}
+    python = {"LC_CTYPE"}  # set by the interpreter itself
+    assert set() == set(held) - basics - python - {"TOKEN"}
+
+
+async def test_what_a_process_prints_beside_its_messages_reaches_no_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The protocol's library would quote it; the operator may have it in a file."""
+    kept = tmp_path / "stderr"
+    async with tools(stdio(stderr=str(kept))) as box:
+        assert Outcome([v1.Part(text="said")]) == await call(box, "babble")
+    assert "to standard error\n" == kept.read_text()
+    async with tools(stdio()) as box:
+        await call(box, "babble")
+    assert [] == caplog.records
+    assert "to standard error" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        McpServerSettings(command="a-command-that-is-not-there"),
+        McpServerSettings(command=sys.executable, args=("-c", "print('no protocol at all')")),
+        McpServerSettings(command=sys.executable, args=("-c", "import sys; sys.stdin.read()"), connect_timeout=0.2),
+        stdio(cwd="/a/folder/that/is/not/there"),
+        stdio(stderr="/a/folder/that/is/not/there"),
+    ],
+    ids=["no command", "no protocol", "no answer", "no folder", "no file"],
+)
+async def test_a_process_that_cannot_be_had_is_a_tool_error_and_says_nothing_of_why(
+    settings: McpServerSettings,
+) -> None:
+    async with tools(settings) as box:
+        with pytest.raises(NotecaseError) as refused:
+            await resolved(box)
+        assert v1.ERROR_REASON_TOOL_ERROR == refused.value.reason
+        assert "The MCP server 't' cannot be reached." == refused.value.message
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["silent", "refused"])
+async def test_a_url_that_cannot_be_had_is_a_tool_error(answers: bool) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        if not answers:
+            listening.close()
+        url = f"http://127.0.0.1:{listening.getsockname()[1] if answers else 9}/mcp"
+        async with tools(McpServerSettings(url=url, connect_timeout=0.2)) as box:
+            with pytest.raises(NotecaseError, match="cannot be reached"):
+                await resolved(box)
+
+
+async def test_a_call_that_takes_longer_than_its_server_is_given_fails_and_is_cancelled(witness: Witness) -> None:
+    async with tools(stdio(timeout=0.2)) as box:
+        outcome = await call(box, "wait", witness=witness.path)
+        assert Outcome(error="The MCP server 't' did not answer within 0.2 seconds.") == outcome
+        assert (await witness.heard()).startswith("started ")
+        assert "cancelled" == await witness.heard()
+
+
+async def test_closing_ends_the_process_and_the_calls_and_whoever_comes_later(witness: Witness) -> None:
+    async with tools(stdio()) as box:
+        waiting = asyncio.create_task(call(box, "wait", witness=witness.path))
+        pid = int((await witness.heard()).removeprefix("started "))
+        await asyncio.gather(box.close(), box.close())
+        assert "" != (await waiting).error
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+        with pytest.raises(NotecaseError, match="stopping"):
+            await resolved(box)
+
+
+async def test_closing_does_not_wait_for_a_server_that_never_answers() -> None:
+    async with tools(McpServerSettings(command=sys.executable, args=("-c", "import sys; sys.stdin.read()"))) as box:
+        waiting = asyncio.create_task(resolved(box))
+        await asyncio.sleep(0)  # it has asked for a connection
+        await box.close()
+        with pytest.raises(NotecaseError, match="cannot be reached"):
+            await waiting
+
+
+async def test_many_who_come_at_once_share_one_connection(facts: asyncio.Queue[str]) -> None:
+    async with tools(stdio()) as box:
+        waiting = [asyncio.create_task(resolved(box, "echo")) for _ in range(8)]
+        await asyncio.sleep(0)
+        waiting.pop().cancel()  # who leaves takes nothing from the others
+        found = await asyncio.gather(*waiting)
+        assert 7 == len(found)
+    assert ["mcp_connected", "mcp_disconnected"] == [facts.get_nowait(), facts.get_nowait()]
+    assert facts.empty()
