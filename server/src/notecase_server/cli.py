@@ -5,6 +5,7 @@ import io
 import re
 import sys
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import click
@@ -24,6 +25,8 @@ from notecase_server.config import (
     openai_from_environment,
 )
 from notecase_server.store.contract import StoreOpenError
+from notecase_server.tools.contract import ToolSettingsError
+from notecase_server.tools.mcp_settings import read_mcp_servers
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
 
@@ -130,6 +133,22 @@ def main() -> None:
     help="How long runs may take to their next commit when the server stops; the rest goes on at the next start.",
 )
 @click.option(
+    "--tools",
+    multiple=True,
+    envvar="NOTECASE_TOOLS",
+    show_envvar=True,
+    metavar="MODULE",
+    help="A Python module whose functions marked with @tool agents may call; may be given several times.",
+)
+@click.option(
+    "--mcp-config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    envvar="NOTECASE_MCP_CONFIG",
+    show_envvar=True,
+    metavar="FILE",
+    help="MCP servers whose tools agents may call: JSON or TOML with `mcpServers`.",
+)
+@click.option(
     "--log-format",
     type=click.Choice(["console", "json"]),
     default="console",
@@ -151,6 +170,8 @@ def serve(
     insecure: bool,
     max_runs: int,
     grace: float,
+    tools: tuple[str, ...],
+    mcp_config: Path | None,
     log_format: Literal["console", "json"],
     log_level: str,
 ) -> None:
@@ -170,7 +191,6 @@ def serve(
             f"Listen on {DEFAULT_LISTEN}, or say --insecure where the network itself is trusted."
         )
     configure_logging(log_format, log_level)
-    settings = Settings(listen=listen, store=store, max_runs=max_runs, grace=grace, openai=openai_from_environment())
     started = False
 
     def ready(port: int) -> None:
@@ -179,8 +199,17 @@ def serve(
         click.echo(f"listening on port {port}")
 
     try:
+        settings = Settings(
+            listen=listen,
+            store=store,
+            max_runs=max_runs,
+            grace=grace,
+            openai=openai_from_environment(),
+            tools=tools,
+            mcp_servers=read_mcp_servers(mcp_config) if mcp_config else {},
+        )
         uvloop.run(serve_forever(settings, ready))
-    except StoreOpenError as error:
+    except (StoreOpenError, ToolSettingsError) as error:
         raise click.ClickException(str(error)) from None
     except ValueError as error:
         if started:

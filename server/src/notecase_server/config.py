@@ -4,10 +4,13 @@ import ipaddress
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import structlog
+
+from notecase_server.tools.mcp_settings import McpServerSettings
 
 DEFAULT_LISTEN = "127.0.0.1:7420"
 
@@ -31,6 +34,9 @@ class Settings:
     grace: float = 10.0
     """Seconds that runs and streams have to come to rest when the server stops."""
     openai: OpenAISettings | None = None
+    tools: tuple[str, ...] = ()
+    """Modules whose functions are tools."""
+    mcp_servers: Mapping[str, McpServerSettings] = field(default_factory=dict)
 
 
 def openai_from_environment() -> OpenAISettings | None:

@@ -14,6 +14,7 @@ from notecase_server import __version__
 from notecase_server.config import Settings
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.session import Sessions
+from notecase_server.engine.turn import Services
 from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.interceptor import Authenticate, development
@@ -25,6 +26,8 @@ from notecase_server.rpc.watch import Pace
 from notecase_server.store.contract import Clock, Store, StoreOpenError
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
+from notecase_server.tools.contract import Toolbox
+from notecase_server.tools.toolbox import make_toolbox
 
 log = structlog.get_logger()
 
@@ -75,12 +78,13 @@ class Server:
         settings: Settings,
         store: Store,
         providers: Mapping[str, Provider],
+        toolbox: Toolbox,
         authenticate: Authenticate = development,
         pace: Pace | None = None,
         make_id: Callable[[], str] = new_id,
         clock: Clock = now,
     ) -> None:
-        """`providers` by name, the default one first. The server closes them and the store."""
+        """`providers` by name, the default one first. The server closes them, the toolbox and the store."""
         pace = pace or Pace()
         self.port = 0
         self._settings = settings
@@ -89,9 +93,12 @@ class Server:
         self._clock = clock
         self._authenticate = authenticate
         self._new_id = make_id
+        self._stall = pace.stall
         sessions = Sessions(store)
         default = next(iter(self._providers.values()))
-        self._runs = Runs(sessions, {"": default, **self._providers}, make_id, settings.max_runs, pace.poll)
+        self._toolbox = toolbox
+        services = Services(store, {"": default, **self._providers}, toolbox, make_id, clock)
+        self._runs = Runs(sessions, services, settings.max_runs, pace.poll)
         self._streams = Streams(sessions, self._runs, pace)
         self._desk = Desk(
             version=__version__,
@@ -100,6 +107,7 @@ class Server:
             runs=self._runs,
             streams=self._streams,
             providers=tuple(self._providers),
+            toolbox=toolbox,
             pages=Pages(store.secret),
             new_id=make_id,
         )
@@ -107,7 +115,7 @@ class Server:
     async def start(self) -> int:
         """Takes over the runs that were left, and serves; returns the port. Raises RuntimeError when the address is
         taken."""
-        self._grpc, self._health = await build(self._desk, self._authenticate, self._new_id)
+        self._grpc, self._health = await build(self._desk, self._authenticate, self._new_id, self._stall)
         self.port = self._grpc.add_insecure_port(self._settings.listen)
         await self._runs.take_over()
         await self._grpc.start()
@@ -130,6 +138,7 @@ class Server:
             await self._sweeper
         for provider in self._providers.values():
             await provider.close()
+        await self._toolbox.close()
         await self._store.close()
         log.info("server_stopped")
 
@@ -146,7 +155,8 @@ async def serve(settings: Settings, ready: Callable[[int], None] = lambda port: 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
     providers = make_providers(settings)  # first, since a bad key or address is no reason to open the store
-    server = Server(settings, await open_store(settings.store, now), providers)
+    toolbox = make_toolbox(settings.tools, settings.mcp_servers)
+    server = Server(settings, await open_store(settings.store, now), providers, toolbox)
     port = await server.start()
     # What is loaded by here stays for good, and need not be looked at each time that garbage is collected.
     gc.collect()

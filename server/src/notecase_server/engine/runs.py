@@ -1,4 +1,4 @@
-"""The runs at work in this process: started, taken over, stopped, waited for and drained.
+"""The runs of this process: started, queued, taken over, answered, stopped, waited for and drained.
 
 "May this happen at this moment?" is answered here or, where another process could answer differently, by the commit
 itself.
@@ -6,27 +6,47 @@ itself.
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any, NamedTuple, TypeVar
 
 import structlog
 from notecase import v1
 
 from notecase_server import errors, names
+from notecase_server.engine import ledger
+from notecase_server.engine.rewind import rewound
 from notecase_server.engine.session import LiveSession, Sessions
-from notecase_server.engine.turn import Stop, Worker
+from notecase_server.engine.turn import RUNNING, WAITING, Halt, Services, Worker
 from notecase_server.errors import NotecaseError, Violation
-from notecase_server.models.contract import Provider
-from notecase_server.store.contract import CommandId, Commit, Committed, Duplicate, Once, Query, RunRecord, SessionKey
-from notecase_server.store.fold import ENDED
+from notecase_server.store.contract import (
+    ActiveRun,
+    CommandId,
+    Commit,
+    Committed,
+    Duplicate,
+    Once,
+    Query,
+    Replayed,
+    RunRecord,
+    SessionKey,
+)
+from notecase_server.store.fold import ENDED, open_calls
+from notecase_server.tools.contract import Outcome
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
 COMPLETED = v1.Message.STATUS_COMPLETED
+QUEUED = v1.Run.STATE_QUEUED
 
 POLL_SECONDS = 5.0
 """How often what waits looks into the store although no bell rang: a lost hint costs this much time, and nothing
 else."""
+
+BUSY_TRIES = 5
+"""How often a start that interrupts another run tries again when a third one came first."""
 
 
 class Started(NamedTuple):
@@ -38,41 +58,46 @@ class Started(NamedTuple):
     existing: bool
 
 
+class Caused(NamedTuple):
+    """What is behind a write: its id in the log, and what makes it idempotent."""
+
+    cause_id: str = ""
+    once: Once | None = None
+    command: CommandId | None = None
+
+
 class Runs:
     """All runs of this process."""
 
     def __init__(
-        self,
-        sessions: Sessions,
-        providers: Mapping[str, Provider],
-        new_id: Callable[[], str],
-        max_runs: int,
-        poll_seconds: float = POLL_SECONDS,
+        self, sessions: Sessions, services: Services, max_runs: int, poll_seconds: float = POLL_SECONDS
     ) -> None:
-        """`providers` by name, the default one under "" as well. `max_runs` run at once."""
+        """At most `max_runs` are at work at once; those that wait or are queued do not count."""
         self.max_runs = max_runs
         self._sessions = sessions
-        self._store = sessions.store
-        self._providers = providers
-        self._new_id = new_id
+        self._services = services
+        self._store = services.store
+        self._new_id = services.new_id
         self._poll_seconds = poll_seconds
         self._workers: dict[tuple[SessionKey, str], tuple[Worker, asyncio.Task[None]]] = {}
+        self._alarms: dict[tuple[SessionKey, str], asyncio.TimerHandle] = {}
+        self._chaperones: dict[tuple[SessionKey, str], asyncio.Task[None]] = {}
+        self._errands: set[asyncio.Task[Any]] = set()
         self._starting = 0
         self._draining = False
 
-    async def start(
-        self,
-        tenant: str,
-        start: v1.StartRun,
-        cause_id: str = "",
-        once: Once | None = None,
-        command: CommandId | None = None,
-    ) -> Started:
+    # ---- starts
+
+    async def start(self, tenant: str, start: v1.StartRun, caused: Caused | None = None) -> Started:
         """Starts a run in a session, made if need be, in one commit. A run_id that exists with the same body is found,
         not started again, and so is a command that came before.
 
-        Raises Replayed for a repeated `once`, and NotecaseError: SESSION_NOT_FOUND, AGENT_NOT_FOUND, ALREADY_EXISTS,
-        RUN_ACTIVE, REQUEST_ID_REUSED, SEQUENCE_MISMATCH, RATE_LIMITED, SERVER_DRAINING, INVALID_FIELD."""
+        Raises Replayed for a repeat, and NotecaseError: SESSION_NOT_FOUND, AGENT_NOT_FOUND, ALREADY_EXISTS, RUN_ACTIVE,
+        REQUEST_ID_REUSED, SEQUENCE_MISMATCH, RATE_LIMITED, QUEUE_FULL, SERVER_DRAINING, INVALID_FIELD,
+        RUN_CANCELLED_BEFORE_START."""
+        return await self._whole(self._found_or_started(tenant, start, caused or Caused()))
+
+    async def _found_or_started(self, tenant: str, start: v1.StartRun, caused: Caused) -> Started:
         session_id = start.session or start.new_session.name
         key = SessionKey(tenant, session_id.removeprefix("sessions/") or self._new_id())
         body = v1.StartRun()
@@ -80,14 +105,14 @@ class Runs:
         body.ClearField("options")
         digest = hashlib.sha256(body.SerializeToString(deterministic=True)).digest()
         try:
-            await self._store.recall(key, once, command)
+            await self._store.recall(key, caused.once, caused.command)
             if found := await self._find(key, start.run_id, digest):
                 return found
-            return await self._start(key, start, digest, cause_id, once, command)
+            return await self._admit(key, start, digest, caused)
         except Duplicate as duplicate:
             row = await self._store.get_run(key, duplicate.run)
             if row is None:
-                raise errors.reused("command_id", command.command_id if command else "") from None
+                raise errors.reused("command_id", caused.cause_id) from None
             return Started(key, row[0], existing=True)
         except NotecaseError as error:
             beaten = error.reason in {v1.ERROR_REASON_RUN_ACTIVE, v1.ERROR_REASON_ALREADY_EXISTS}
@@ -99,19 +124,38 @@ class Runs:
         row = await self._store.get_run(key, run_id) if run_id else None
         if row is None:
             return None
+        if not row[1]:
+            raise errors.cancelled_before_start(names.run(key.session, run_id))
         if row[1] != digest:
             raise errors.reused("run_id", run_id)
         return Started(key, row[0], existing=True)
 
-    async def _start(
-        self,
-        key: SessionKey,
-        start: v1.StartRun,
-        digest: bytes,
-        cause_id: str,
-        once: Once | None,
-        command: CommandId | None,
-    ) -> Started:
+    async def _admit(self, key: SessionKey, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
+        for _ in range(BUSY_TRIES):
+            try:
+                return await self._start(key, start, digest, caused)
+            except NotecaseError as error:
+                if error.reason != v1.ERROR_REASON_RUN_ACTIVE:
+                    raise
+                if start.on_busy == v1.StartRun.ON_BUSY_QUEUE:
+                    return await self._queue(key, start, digest, caused)
+                if start.on_busy in {v1.StartRun.ON_BUSY_UNSPECIFIED, v1.StartRun.ON_BUSY_REJECT}:
+                    raise
+                active = error.metadata["run"].rpartition("/")[2]
+            if found := await self._find(key, start.run_id, digest):
+                return found  # a repeat must not stop the very run that it asks for
+            if start.on_busy == v1.StartRun.ON_BUSY_ROLLBACK:
+                try:
+                    return await self._roll_back(key, active, start, digest, caused)
+                except NotecaseError as error:
+                    if error.reason not in {v1.ERROR_REASON_RUN_ENDED, v1.ERROR_REASON_RUN_NOT_FOUND}:
+                        raise
+                continue  # it ended by itself, and there is nothing to roll back
+            with suppress(NotecaseError):  # it may end by itself meanwhile, which is as well
+                await self.cancel(key, active, v1.CancelCommand(reason="Another run was started."))
+        raise errors.run_active(names.run(key.session, active))
+
+    async def _start(self, key: SessionKey, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
         if self._draining:
             raise errors.draining()
         if len(self._workers) + self._starting >= self.max_runs:
@@ -122,34 +166,48 @@ class Runs:
             session = start.new_session
             if start.session:
                 live, session = await self._sessions.watched(key)
-            agent = await self._agent(key.tenant, start.agent or session.agent)
+            agent = await self._agent(key.tenant, start, session)
             if not start.messages:
                 await self._require_question(key)
             run_id = start.run_id or self._new_id()
             commit = Commit(
                 key=key,
-                once=once,
-                command=command,
+                once=caused.once,
+                command=caused.command,
                 create=None if start.session else session,
                 claim=True,
                 if_last_sequence=start.if_last_sequence if start.HasField("if_last_sequence") else None,
-                events=self._opening(start, session, agent, run_id, cause_id),
+                events=self._opening(start, session.user, agent, run_id, caused.cause_id),
                 start=RunRecord(digest, agent),
             )
-            committed = await live.commit(commit)
-            run = committed.runs[run_id]
-            self._employ(live, v1.Run.FromString(run.SerializeToString()), agent, committed.epoch)
-            return Started(key, run, existing=False)
+            async with live.lock:
+                committed = await live.commit(commit)
+                self._begin(live, committed, run_id, agent)
+            return Started(key, committed.runs[run_id], existing=False)
         finally:
             self._starting -= 1
 
-    async def _agent(self, tenant: str, name: str) -> v1.Agent:
+    def _begin(self, live: LiveSession, committed: Committed, run_id: str, agent: v1.Agent) -> None:
+        """Sets to work on a run that the commit started."""
+        run = _copy(committed.runs[run_id])
+        self._employ(Worker(live, self._services, committed.session, run, agent, committed.epoch))
+
+    async def _agent(self, tenant: str, start: v1.StartRun, session: v1.Session) -> v1.Agent:
+        name = start.agent or session.agent
         if not name:
             raise errors.invalid([Violation("start.agent", "neither the start nor the session names an agent")])
         parsed = names.parse_agent(name)
         agent = await self._store.get_agent(tenant, parsed.agent, parsed.revision) if parsed else None
         if agent is None:
             raise errors.not_found("agent", name)
+        taken = {tool.name for tool in agent.llm.tools}
+        clashes = [
+            Violation(f"start.client_tools[{index}].name", f"the agent has a tool {tool.name!r} of its own")
+            for index, tool in enumerate(start.client_tools)
+            if tool.name in taken
+        ]
+        if clashes:
+            raise errors.invalid(clashes)
         return agent
 
     async def _require_question(self, key: SessionKey) -> None:
@@ -159,15 +217,20 @@ class Runs:
             problem = "is empty, and the session's history does not end with something to answer"
             raise errors.invalid([Violation("start.messages", problem)])
 
-    def _opening(
-        self, start: v1.StartRun, session: v1.Session, agent: v1.Agent, run_id: str, cause_id: str
-    ) -> list[v1.Event]:
-        started = v1.RunStarted(agent=agent.name, agent_revision=agent.revision, labels=start.labels)
+    def _opening(self, start: v1.StartRun, user: str, agent: v1.Agent, run_id: str, cause_id: str) -> list[v1.Event]:
+        started = v1.RunStarted(
+            agent=agent.name,
+            agent_revision=agent.revision,
+            client_tools=start.client_tools,
+            limits=start.limits if start.HasField("limits") else None,
+            disconnect=start.disconnect if start.HasField("disconnect") else None,
+            labels=start.labels,
+        )
         events = [v1.Event(run_started=started)]
         if start.state:
             ops = [v1.StateOp(key=name, set=value) for name, value in sorted(start.state.items())]
             events.append(v1.Event(state_changed=v1.StateChanged(ops=ops)))
-        events += [v1.Event(message_added=m) for m in self.incoming(start.messages, session.user)]
+        events += [v1.Event(message_added=m) for m in self.incoming(start.messages, user)]
         for event in events:
             event.run = run_id
             event.cause_id = cause_id
@@ -186,79 +249,378 @@ class Runs:
                 author=given.author or user,
                 parts=given.parts,
                 labels=given.labels,
-                status=v1.Message.STATUS_COMPLETED,
+                status=COMPLETED,
             )
             made.append(message)
         return made
 
-    def _employ(self, live: LiveSession, run: v1.Run, agent: v1.Agent, epoch: int) -> None:
-        provider = self._providers.get(agent.llm.provider)
-        worker = Worker(live, self._store, run, agent, epoch, provider, self._new_id)
-        place = (live.key, run.name)
-        task = asyncio.create_task(worker.work(), name=f"run {run.name}")
-        self._workers[place] = (worker, task)
-        task.add_done_callback(lambda done: self._left(place, done))
-
-    def _left(self, place: tuple[SessionKey, str], task: asyncio.Task[None]) -> None:
-        del self._workers[place]
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("run_lost", session=place[0].session, run=place[1], exc_info=error)
-
-    async def take_over(self) -> int:
-        """Goes on with every run that a process before this one left, from its last commit; returns how many."""
-        found = await self._store.active_runs()
-        for active in found:
-            live, _ = await self._sessions.watched(active.key)
-            epoch = await self._store.claim(active.key, active.epoch)
-            change = v1.RunStateChanged(
-                state=v1.Run.STATE_RUNNING,
-                attempt=active.run.attempt + 1,
-                reason="The server stopped; the run goes on from its last commit.",
+    async def _roll_back(
+        self, key: SessionKey, active: str, start: v1.StartRun, digest: bytes, caused: Caused
+    ) -> Started:
+        """Ends the active run, rewinds the session to before it, and starts another: one commit."""
+        live, session = await self._sessions.watched(key)
+        agent = await self._agent(key.tenant, start, session)
+        run_id = start.run_id or self._new_id()
+        async with self._worker(key, active, Caused()) as worker:
+            before = worker.run.first_sequence - 1
+            halt = Halt(
+                events=self._opening(start, session.user, agent, run_id, caused.cause_id),
+                rewind=lambda: rewound(self._store, key, before, active),
+                start=RunRecord(digest, agent),
+                reason="It was rolled back.",
+                then=lambda committed: self._begin(live, committed, run_id, agent),
+                once=caused.once,
+                command=caused.command,
             )
-            event = v1.Event(run=active.run.name, run_state_changed=change)
-            committed = await live.commit(Commit(key=active.key, if_epoch=epoch, events=[event]))
-            self._employ(live, committed.runs[active.run.name], active.agent, epoch)
-            log.info("run_taken_over", session=active.key.session, run=active.run.name, attempt=change.attempt)
-        return len(found)
+            self._halt(worker, halt)
+        return Started(key, (await halt.done).runs[run_id], existing=False)
 
-    async def cancel(
-        self,
-        key: SessionKey,
-        run_id: str,
-        reason: str,
-        cause_id: str = "",
-        once: Once | None = None,
-        command: CommandId | None = None,
-    ) -> Committed:
-        """Stops a run, the session's active one when `run_id` is "", and returns the commit that sealed it.
+    async def _queue(self, key: SessionKey, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
+        live, session = await self._sessions.watched(key)
+        agent = await self._agent(key.tenant, start, session)
+        run_id = start.run_id or self._new_id()
+        waiting = v1.StartRun()
+        waiting.CopyFrom(start)
+        waiting.agent = agent.name
+        event = v1.Event(run=run_id, cause_id=caused.cause_id or run_id)
+        event.command_queued.start.CopyFrom(waiting)
+        committed = await live.commit(
+            Commit(key=key, once=caused.once, command=caused.command, events=[event], start=RunRecord(digest, agent))
+        )
+        await self._next(key)
+        return Started(key, committed.runs[run_id], existing=False)
 
-        Raises Replayed and Duplicate for a repeat, and NotecaseError: SESSION_NOT_FOUND, RUN_NOT_FOUND, RUN_ENDED."""
-        await self._store.recall(key, once, command)
-        if not run_id:
+    async def _next(self, key: SessionKey) -> None:
+        """Starts the first queued run of an idle session."""
+        live = self._sessions.live(key)
+        async with live.lock:
             session = await self._store.get_session(key)
-            if session is None:
-                raise errors.not_found("session", names.session(key.session))
-            run_id = session.active_run
-        place = self._workers.get((key, run_id))
-        if place is None:
-            raise await self._not_running(key, run_id)
-        stop = Stop(reason, cause_id, once, command, asyncio.get_running_loop().create_future())
-        if not place[0].stop(stop):
-            await asyncio.wait([place[1]])
-            await self._store.recall(key, once, command)
-            raise await self._not_running(key, run_id)
-        return await asyncio.shield(stop.sealed)
+            if session is None or session.active_run or self._draining:
+                return
+            for queued in session.queued_commands:
+                active = await self._store.active_run(key, queued.run)
+                if active is None or active.run.state != QUEUED:
+                    continue
+                (event,) = await self._store.read_events(key, queued.sequence - 1, 1)
+                start = event.command_queued.start
+                events = self._opening(start, session.user, active.agent, queued.run, queued.command_id)
+                committed = await live.commit(Commit(key=key, claim=True, events=events))
+                self._begin(live, committed, queued.run, active.agent)
+                return
+
+    # ---- workers
+
+    def _employ(self, worker: Worker) -> None:
+        place = (worker.live.key, worker.run.name)
+        if (alarm := self._alarms.pop(place, None)) is not None:
+            alarm.cancel()
+        if self._draining:
+            worker.drain()
+        task = asyncio.create_task(worker.work(), name=f"run {worker.run.name}")
+        self._workers[place] = (worker, task)
+        task.add_done_callback(lambda done: self._left(worker, done))
+        self._accompany(worker)
+
+    def _at_work(self, place: tuple[SessionKey, str]) -> Worker | None:
+        """The worker of a run, unless it has turned to go: then nobody may count on it any more."""
+        worker, task = self._workers.get(place, (None, None))
+        return None if task is None or task.done() else worker
+
+    def _left(self, worker: Worker, task: asyncio.Task[None]) -> None:
+        place = (worker.live.key, worker.run.name)
+        if self._workers[place][1] is not task:
+            return  # somebody else is at work on it already
+        del self._workers[place]
+        if task.cancelled():
+            return
+        if (error := task.exception()) is not None:
+            log.error("run_lost", session=place[0].session, run=place[1], exc_info=error)
+        elif not worker.lost:
+            self._settle(worker)
+
+    def _settle(self, worker: Worker) -> None:
+        """Sees to a run that nobody is at work on: it goes on, waits, or makes room for the next."""
+        if self._draining:
+            return
+        if worker.run.state == RUNNING:
+            self._employ(worker)
+        elif worker.run.state == WAITING:
+            self._arm(worker)
+            self._accompany(worker)
+            if worker.waits_for_queue:
+                self._errand(self._deny_for_queue(worker.live.key, worker.run.name))
+        elif worker.ended:
+            self._errand(self._next(worker.live.key))
+
+    def _halt(self, worker: Worker, halt: Halt) -> None:
+        """Has the worker stop what is under way, also when the run waits. The caller holds the session's lock."""
+        worker.halt(halt)
+        if self._at_work((worker.live.key, worker.run.name)) is None:
+            self._employ(worker)
+
+    def _errand(self, work: Coroutine[Any, Any, None]) -> None:
+        """Does something that nobody waits for."""
+
+        async def run() -> None:
+            try:
+                await work
+            except NotecaseError as error:
+                log.warning("errand_failed", reason=errors.reason_name(error.reason))
+
+        self._kept(run())
+
+    async def _whole(self, work: Coroutine[Any, Any, T]) -> T:
+        """Carries work out to its end although its caller goes away: whoever committed must do what follows."""
+        task = self._kept(work)
+        task.add_done_callback(_told)
+        return await asyncio.shield(task)
+
+    def _kept(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+        return task
+
+    @asynccontextmanager
+    async def _worker(self, key: SessionKey, run_id: str, caused: Caused) -> AsyncIterator[Worker]:
+        """The worker of a run under way, the session's active one for "", under the session's lock; one that is made
+        for the purpose when the run waits. Afterwards the run goes on if it can.
+
+        Raises Replayed and Duplicate for a repeat, SESSION_NOT_FOUND, RUN_NOT_FOUND, RUN_ENDED, and RUN_ACTIVE for a
+        run that is queued behind another."""
+        live = self._sessions.live(key)
+        async with live.lock:
+            await self._store.recall(key, caused.once, caused.command)
+            _, session = await self._sessions.watched(key)
+            run_id = run_id or session.active_run
+            worker = self._at_work((key, run_id)) or await self._revive(live, run_id)
+            yield worker
+            if self._at_work((key, run_id)) is None:
+                self._settle(worker)
+
+    async def _revive(self, live: LiveSession, run_id: str) -> Worker:
+        active = await self._store.active_run(live.key, run_id) if run_id else None
+        session = await self._store.get_session(live.key)
+        if active is None or session is None:
+            raise await self._not_running(live.key, run_id)
+        if active.run.state == QUEUED:
+            raise errors.run_active(names.run(live.key.session, session.active_run or run_id))
+        if active.run.state == RUNNING:
+            raise errors.draining()
+        return await self._made(live, session, active)
+
+    async def _made(self, live: LiveSession, session: v1.Session, active: ActiveRun) -> Worker:
+        newest = await self._store.list_messages(live.key, Query(1), newest_first=True, run=active.run.name)
+        message = newest.rows[0] if newest.rows and open_calls(newest.rows[0]) else None
+        said = [
+            event
+            for queued in session.queued_commands
+            if queued.run == active.run.name
+            for event in await self._store.read_events(live.key, queued.sequence - 1, 1)
+        ]
+        return Worker(live, self._services, session, active.run, active.agent, active.epoch, message, said)
 
     async def _not_running(self, key: SessionKey, run_id: str) -> NotecaseError:
         row = await self._store.get_run(key, run_id) if run_id else None
+        name = names.run(key.session, run_id or "-")
         if row is None:
-            return errors.not_found("run", names.run(key.session, run_id or "-"))
-        if row[0].state in ENDED:
-            return errors.run_ended(names.run(key.session, run_id), row[0].state)
-        return errors.draining()
+            return errors.not_found("run", name)
+        return errors.run_ended(name, row[0].state) if row[0].state in ENDED else errors.draining()
 
-    async def wait(self, key: SessionKey, run_id: str, seconds: float | None) -> v1.Run:
-        """The run once it has ended, or as it is after that many seconds; NotecaseError RUN_NOT_FOUND."""
+    async def take_over(self) -> int:
+        """Goes on with every run that a process before this one left, from its last commit; returns how many were at
+        work."""
+        found = await self._store.active_runs()
+        taken = 0
+        for active in found:
+            if active.run.state == QUEUED:
+                continue
+            live, session = await self._sessions.watched(active.key)
+            worker = await self._made(live, session, active)
+            worker.epoch = await self._store.claim(active.key, active.epoch)
+            if active.run.state == RUNNING:
+                async with live.lock:
+                    await worker.take_over()
+                taken += 1
+            self._settle(worker)
+        for key in {active.key for active in found if active.run.state == QUEUED}:
+            await self._next(key)
+        return taken
+
+    # ---- what callers say meanwhile
+
+    async def tool_result(self, key: SessionKey, run_id: str, result: v1.ToolResult, caused: Caused) -> Committed:
+        """Gives a dispatched call its outcome. CALL_NOT_PENDING when it waits for none."""
+        return await self._whole(self._tool_result(key, run_id, result, caused))
+
+    async def _tool_result(self, key: SessionKey, run_id: str, result: v1.ToolResult, caused: Caused) -> Committed:
+        async with self._worker(key, run_id, caused) as worker:
+            for call in worker.run.pending_calls:
+                if call.call_id == result.call_id:
+                    outcome = worker.fitting(Outcome(list(result.result), result.error))
+                    return await worker.commit([ledger.finished(call, outcome)], *caused)
+            raise errors.call_not_pending(result.call_id)
+
+    async def respond(self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused) -> Committed:
+        """Answers an approval or a question. INPUT_NOT_PENDING when nobody asks (any more)."""
+        return await self._whole(self._respond(key, run_id, response, caused))
+
+    async def _respond(self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused) -> Committed:
+        async with self._worker(key, run_id, caused) as worker:
+            for request in worker.run.pending_inputs:
+                if request.input_id == response.input_id:
+                    _check_decision(request, response)
+                    call = worker.call(request.call.call_id)
+                    client = worker.is_client(call.tool)
+                    return await worker.commit(ledger.answered(request, response, call, client), *caused)
+            raise errors.input_not_pending(response.input_id)
+
+    async def say(self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused) -> tuple[Committed, bool]:
+        """What a user says to a run under way; the commit, and whether it only queued it. RUN_ENDED, QUEUE_FULL."""
+        return await self._whole(self._say(key, run_id, said, caused))
+
+    async def _say(self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused) -> tuple[Committed, bool]:
+        async with self._worker(key, run_id, caused) as worker:
+            added = [
+                v1.Event(message_added=message, cause_id=caused.cause_id)
+                for message in self.incoming(said.messages, worker.live.user)
+            ]
+            if said.when == v1.UserInput.WHEN_INTERRUPT:
+                halt = Halt(events=added, reason="The user interrupted.", once=caused.once, command=caused.command)
+                self._halt(worker, halt)
+            elif worker.run.state == WAITING and not worker.run.pending_calls:
+                denied = ledger.withdrawn(worker.run, worker.message, _words(said), deny=True)
+                return await worker.commit([*denied, *added], *caused), False
+            else:
+                event = v1.Event(cause_id=caused.cause_id or self._new_id())
+                event.command_queued.input.CopyFrom(said)
+                del event.command_queued.input.messages[:]
+                event.command_queued.input.messages.extend(added_event.message_added for added_event in added)
+                return await worker.commit([event], *caused), True
+        return await self._halted(key, halt), False
+
+    async def cancel(
+        self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused | None = None
+    ) -> Committed:
+        """Stops a run, "" the session's active one, or one of its calls; returns the commit that made it durable.
+
+        Raises Replayed and Duplicate for a repeat, and NotecaseError: SESSION_NOT_FOUND, RUN_NOT_FOUND, RUN_ENDED,
+        CALL_NOT_PENDING."""
+        return await self._whole(self._cancel(key, run_id, cancel, caused or Caused()))
+
+    async def _cancel(self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused) -> Committed:
+        if run_id and not cancel.call_id and (queued := await self._cancel_queued(key, run_id, cancel, caused)):
+            return queued
+        async with self._worker(key, run_id, caused) as worker:
+            if cancel.call_id:
+                call = worker.call(cancel.call_id)
+                committed = await worker.commit(ledger.dropped(worker.run, call, cancel.reason), *caused)
+                worker.stop_call(call.call_id)
+                return committed
+            if cancel.mode == v1.CancelCommand.MODE_AFTER_TURN:
+                return await worker.commit(worker.ending(cancel), *caused)
+            halt = Halt(reason=cancel.reason, cause_id=caused.cause_id, once=caused.once, command=caused.command)
+            self._halt(worker, halt)
+        return await self._halted(key, halt)
+
+    async def _halted(self, key: SessionKey, halt: Halt) -> Committed:
+        try:
+            return await halt.done
+        except NotecaseError as error:
+            if error.reason == v1.ERROR_REASON_RUN_ENDED:  # by a repeat of this very command, perhaps
+                await self._store.recall(key, halt.once, halt.command)
+            raise
+
+    async def _cancel_queued(
+        self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused
+    ) -> Committed | None:
+        """Ends a run that has not begun; None when there is none such."""
+        async with self._sessions.live(key).lock:
+            active = await self._store.active_run(key, run_id)
+            if active is None or active.run.state != QUEUED:
+                return None
+            return await self._cancel_run(key, run_id, cancel, caused)
+
+    async def cancel_unstarted(
+        self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused
+    ) -> Committed:
+        """Puts the end of a run on record whose start has not arrived; one that has just arrived is cancelled as by
+        `cancel`. SESSION_NOT_FOUND."""
+        try:
+            return await self._cancel_run(key, run_id, cancel, caused, RunRecord(b"", v1.Agent()))
+        except NotecaseError as error:
+            if error.reason != v1.ERROR_REASON_ALREADY_EXISTS:
+                raise
+        return await self.cancel(key, run_id, cancel, caused)
+
+    async def _cancel_run(
+        self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused, start: RunRecord | None = None
+    ) -> Committed:
+        change = v1.RunStateChanged(state=v1.Run.STATE_CANCELLED, reason=cancel.reason)
+        event = v1.Event(run=run_id, cause_id=caused.cause_id, run_state_changed=change)
+        return await self._sessions.commit(
+            Commit(key=key, once=caused.once, command=caused.command, events=[event], start=start)
+        )
+
+    async def _deny_for_queue(self, key: SessionKey, run_id: str) -> None:
+        """Only people are waited for, and somebody has spoken: what was said takes the place of their answers."""
+        with suppress(NotecaseError):  # the run may have moved on by itself
+            async with self._worker(key, run_id, Caused()) as worker:
+                if worker.run.state == WAITING and worker.waits_for_queue:
+                    queued = worker.inputs(v1.UserInput.WHEN_FOLLOW_UP)
+                    reason = " ".join(_words(event.command_queued.input) for event in queued)
+                    denied = ledger.withdrawn(worker.run, worker.message, reason, deny=True)
+                    await worker.commit([*denied, *worker.taken(queued)])
+
+    # ---- clocks
+
+    def _arm(self, worker: Worker) -> None:
+        """Sets the clock for what a waiting run may not wait longer for."""
+        place = (worker.live.key, worker.run.name)
+        if (alarm := self._alarms.pop(place, None)) is not None:
+            alarm.cancel()
+        if (deadline := worker.deadline()) is not None and not self._draining:
+            left = max(deadline - self._services.clock(), 0) / 1e6
+            loop = asyncio.get_running_loop()
+            self._alarms[place] = loop.call_later(left, lambda: self._errand(self._expire(*place)))
+
+    async def _expire(self, key: SessionKey, run_id: str) -> None:
+        self._alarms.pop((key, run_id), None)
+        with suppress(NotecaseError):  # the run may have ended meanwhile
+            async with self._worker(key, run_id, Caused()) as worker:
+                if expired := worker.expired():
+                    await worker.commit(expired)
+
+    def _accompany(self, worker: Worker) -> None:
+        """Cancels a run that nobody has followed for as long as its `disconnect` allows."""
+        place = (worker.live.key, worker.run.name)
+        if worker.run.disconnect.HasField("cancel_after") and place not in self._chaperones:
+            seconds = worker.run.disconnect.cancel_after.ToMicroseconds() / 1e6
+            task = asyncio.create_task(self._watch_company(worker.live, worker.run.name, seconds))
+            self._chaperones[place] = task
+            task.add_done_callback(lambda _: self._chaperones.pop(place, None))
+
+    async def _watch_company(self, live: LiveSession, run_id: str, seconds: float) -> None:
+        loop = asyncio.get_running_loop()
+        alone_since = loop.time()
+        while True:
+            row = await self._store.get_run(live.key, run_id)
+            if row is None or row[0].state in ENDED:
+                return
+            accompanied = bool(live.watchers or row[0].pending_inputs)
+            left = seconds - (loop.time() - alone_since)
+            if not accompanied and left <= 0:
+                reason = f"No stream was attached for {seconds:g} seconds."
+                with suppress(NotecaseError):  # it may end by itself meanwhile
+                    await self.cancel(live.key, run_id, v1.CancelCommand(reason=reason))
+                return
+            await live.company.wait(self._poll_seconds if accompanied else left)
+            if accompanied:
+                alone_since = loop.time()
+
+    async def wait(self, key: SessionKey, run_id: str, seconds: float | None, after: int = 0) -> v1.Run:
+        """The run once it has ended or waits, or as it is after that many seconds; NotecaseError RUN_NOT_FOUND. A wait
+        that began by sequence `after` is not looked at."""
         live = self._sessions.live(key)
         loop = asyncio.get_running_loop()
         until = None if seconds is None else loop.time() + seconds
@@ -267,7 +629,8 @@ class Runs:
             if row is None:
                 raise errors.not_found("run", names.run(key.session, run_id))
             left = self._poll_seconds if until is None else min(self._poll_seconds, until - loop.time())
-            if row[0].state in ENDED or left <= 0:
+            rests = row[0].state in ENDED or (row[0].state == WAITING and row[0].last_sequence > after)
+            if rests or left <= 0:
                 return row[0]
             seen = row[0].last_sequence
             while live.head <= seen and left > 0:
@@ -276,16 +639,47 @@ class Runs:
                 left -= loop.time() - before
 
     async def drain(self, grace: float) -> None:
-        """Takes nothing new, lets each run reach its next commit for up to `grace` seconds, then lets go. What has not
-        ended stays as it is in the store, for the next process to take over."""
+        """Takes nothing new, lets replies and calls under way come to their end for up to `grace` seconds, then lets
+        go. A run that has not ended stays as it is in the store, for the next process to take over."""
         self._draining = True
+        for alarm in self._alarms.values():
+            alarm.cancel()
+        for chaperone in list(self._chaperones.values()):
+            chaperone.cancel()
         tasks = [task for _, task in self._workers.values()]
         for worker, _ in list(self._workers.values()):
             worker.drain()
-        if not tasks:
-            return
-        _, late = await asyncio.wait(tasks, timeout=grace)
+        late: set[asyncio.Task[None]] = set()
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=grace)
         for task in late:
             task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        await asyncio.gather(*late, *self._errands, *self._chaperones.values(), return_exceptions=True)
         log.info("runs_drained", left=len(late))
+
+
+def _check_decision(request: v1.InputRequest, response: v1.InputResponse) -> None:
+    kinds = {
+        v1.InputRequest.KIND_APPROVAL: {ledger.APPROVE, ledger.DENY},
+        v1.InputRequest.KIND_QUESTION: {ledger.ANSWER, ledger.DENY},
+        v1.InputRequest.KIND_INTERRUPTED_CALL: {ledger.APPROVE, ledger.DENY, ledger.ANSWER},
+    }
+    allowed = kinds[request.kind]
+    if response.decision not in allowed:
+        told = " or ".join(sorted(v1.InputResponse.Decision.Name(decision) for decision in allowed))
+        raise errors.invalid([Violation("input_response.decision", f"this asks for {told}")])
+
+
+def _words(said: v1.UserInput) -> str:
+    return " ".join(part.text for message in said.messages for part in message.parts if part.text)
+
+
+def _told(task: asyncio.Task[Any]) -> None:
+    """Takes note of how work ended whose caller may be gone: what he would have been told matters to nobody else."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None and not isinstance(error, NotecaseError | Replayed | Duplicate):
+        log.error("work_crashed", exc_info=error)
+
+
+def _copy(run: v1.Run) -> v1.Run:
+    return v1.Run.FromString(run.SerializeToString())

@@ -86,6 +86,12 @@ class LiveSession:
         """The newest sequence known here; the store may be ahead."""
         self.open: OpenMessage | None = None
         self.deleted = False
+        self.lock = asyncio.Lock()
+        """Held by whoever decides and commits for a run of this session."""
+        self.watchers = 0
+        """Streams attached to the session or a run of it."""
+        self.company = Bell()
+        """Rung when that number changes."""
         self.soon = Bell()
         """Rung for what watchers want at once: a commit, a block begun, a notice, the end."""
         self.later = Bell()
@@ -149,6 +155,16 @@ class LiveSession:
         self.noticed += 1
         self.ring()
 
+    def join(self) -> None:
+        """A stream is attached."""
+        self.watchers += 1
+        self.company.ring()
+
+    def leave(self) -> None:
+        """That stream is gone."""
+        self.watchers -= 1
+        self.company.ring()
+
     def begin(self, name: str) -> OpenMessage:
         """Opens the message that a model is about to write."""
         self.open = OpenMessage(name)
@@ -169,11 +185,10 @@ class LiveSession:
         return len(data)
 
     def discard(self) -> None:
-        """Forgets the open message: its model call will be repeated under another name."""
-        if self.open is not None:
-            notice = v1.Event(message_discarded=v1.MessageDiscarded(message=self.open.name))
-            self.open = None
-            self.notice(notice)
+        """Forgets the open message: nothing of it was kept."""
+        opened, self.open = self.open, None
+        if opened is not None and opened.blocks:
+            self.notice(v1.Event(message_discarded=v1.MessageDiscarded(message=opened.name)))
 
     def ring(self) -> None:
         self.soon.ring()

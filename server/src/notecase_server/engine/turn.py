@@ -1,27 +1,48 @@
-"""One run at work: build the context, call the model, commit what it made, and again until the run ends.
+"""One run at work: build the context, call the model, commit what it made, see to its calls, and again until the run
+ends.
 
 What is durable is decided by commits alone. Between two of them the worker can be lost at any moment, and the next one,
-here or after a restart, goes on from the last: it looks at the log, not at what this object remembers.
+here or after a restart, goes on from the last: it looks at the rows, not at what this object remembers. Whoever commits
+for a run holds its session's lock, and decides what to commit while holding it.
 """
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal, NamedTuple
 
 import structlog
 from notecase import v1
 
-from notecase_server import errors
-from notecase_server.engine import context
+from notecase_server import errors, names
+from notecase_server.engine import context, ledger
+from notecase_server.engine.ledger import Bound
+from notecase_server.engine.rewind import Rewind
 from notecase_server.engine.session import Block, LiveSession, OpenMessage
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Call, Finish, ModelRequest, Provider, Reasoning, Refusal, Text
-from notecase_server.store.contract import PAGE_BYTES, CommandId, Commit, Committed, Once, Store
-from notecase_server.store.fold import ENDED
+from notecase_server.models.contract import Tool as ModelTool
+from notecase_server.store.contract import (
+    PAGE_BYTES,
+    Clock,
+    CommandId,
+    Commit,
+    Committed,
+    Duplicate,
+    Once,
+    Replayed,
+    RunRecord,
+    Store,
+)
+from notecase_server.store.fold import ENDED, open_calls
+from notecase_server.tools.contract import CallContext, Outcome, Toolbox
 
 log = structlog.get_logger()
+
+RUNNING, WAITING = v1.Run.STATE_RUNNING, v1.Run.STATE_WAITING
 
 DEFAULT_MODEL_CALLS = 10
 """Model calls in a run whose agent sets no limit: enough for a chain of tools, few enough to stop a loop."""
@@ -40,87 +61,252 @@ STORE_PATIENCE = (0.1, 10.0)
 """Seconds between tries of a commit that the store cannot take, at first and at most. A run waits as long as it takes:
 what it has is worth more than its place, and its end must be on record."""
 
-
-class Stop(NamedTuple):
-    """Why a run is to stop now, and what makes the request idempotent."""
-
-    reason: str
-    cause_id: str
-    once: Once | None
-    command: CommandId | None
-    sealed: "asyncio.Future[Committed]"
-    """The commit that sealed the run, or NotecaseError RUN_ENDED when it ended by itself first."""
+LOST = frozenset({v1.ERROR_REASON_OWNER_LOST, v1.ERROR_REASON_SESSION_NOT_FOUND})
+"""The run is no longer this worker's: it stops at once and commits nothing more."""
 
 
-class _StoppedError(Exception):
-    """The model call was cut because the run is to stop."""
+@dataclass(slots=True, kw_only=True)
+class Halt:
+    """A request to stop what is under way now: to end the run, or to go on with what a user says instead."""
+
+    events: Sequence[v1.Event] = ()
+    """What follows the sealing: the user's messages, or none when the run ends."""
+    rewind: "Callable[[], Awaitable[Rewind]] | None" = None
+    """Makes what goes between the end and `events`: the session goes back, and `events` start another run."""
+    start: RunRecord | None = None
+    """With the start of another run."""
+    then: Callable[[Committed], None] = lambda _: None
+    """What follows the commit at once, before anybody else decides about the session."""
+    state: v1.Run.State.ValueType = v1.Run.STATE_CANCELLED
+    """The end, when there are no events."""
+    error: v1.Error | None = None
+    reason: str = ""
+    cause_id: str = ""
+    once: Once | None = None
+    command: CommandId | None = None
+    done: "asyncio.Future[Committed]" = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """The commit that sealed; NotecaseError RUN_ENDED when the run ended by itself first, Replayed or Duplicate when
+    another Halt of the same command came before."""
+
+    def refuse(self, error: Exception) -> None:
+        self.done.set_exception(error)
+        self.done.exception()  # nobody waits for what a clock asked
+
+
+class _HaltedError(Exception):
+    """What was under way was cut because of a Halt."""
+
+
+class Services(NamedTuple):
+    """What all workers of a process share."""
+
+    store: Store
+    providers: Mapping[str, Provider]
+    """By name, the default one under "" as well."""
+    toolbox: Toolbox
+    new_id: Callable[[], str]
+    clock: Clock
 
 
 class Worker:
-    """Runs one run in one task. Made by Runs."""
+    """One run in one process. `work` makes it go on; the other methods may be called beside it."""
 
     def __init__(
         self,
         live: LiveSession,
-        store: Store,
+        services: Services,
+        session: v1.Session,
         run: v1.Run,
         agent: v1.Agent,
         epoch: int,
-        provider: Provider | None,
-        new_id: Callable[[], str],
+        message: v1.Message | None = None,
+        said: Sequence[v1.Event] = (),
     ) -> None:
+        """`session` and `run` as stored; the run's row becomes the worker's own. `message` is the reply whose calls are
+        under way, if there is one, and `said` the command_queued events of what waits to be taken up."""
         self.live = live
         self.run = run
-        self.last: Committed | None = None
-        """The commit that ended the run, once it has ended."""
-        self._store = store
-        self._agent = agent
-        self._epoch = epoch
-        self._provider = provider
-        self._new_id = new_id
-        self._model_calls = run.usage.model_calls + run.attempt - 1
+        self.agent = agent
+        self.message = message
+        self.lost = False
+        """The run is no longer this worker's."""
+        self._services = services
+        self._store = services.store
+        self._new_id = services.new_id
+        self.epoch = epoch
+        self._said = list(said)
+        self._remembered: dict[str, bool] = {}
+        self._bound: dict[str, Bound] | None = None
+        self._model_calls = run.usage.model_calls + max(run.attempt - 1, 0)
         self._generating: asyncio.Task[Finish] | None = None
-        self._stop: Stop | None = None
+        self._calls: dict[str, asyncio.Task[tuple[Outcome, list[v1.StateOp]]]] = {}
+        self._halts: list[Halt] = []
+        self._stirred = asyncio.Event()
         self._draining = False
         self._log = log.bind(session=live.key.session, run=run.name)
+        self._know(session, ())
 
-    def stop(self, stop: Stop) -> bool:
-        """Asks the run to stop now. False when somebody did before."""
-        if self._stop is not None:
-            return False
-        self._stop = stop
+    @property
+    def ended(self) -> bool:
+        return self.run.state in ENDED
+
+    def _open(self) -> list[v1.ToolCall]:
+        return open_calls(self.message) if self.message is not None else []
+
+    def _know(self, session: v1.Session, events: Sequence[v1.Event]) -> None:
+        waiting = {queued.sequence for queued in session.queued_commands if queued.run == self.run.name}
+        self._said = [event for event in (*self._said, *events) if event.sequence in waiting]
+        self._remembered = {**session.remembered, **self.run.remembered}
+
+    # ---- what others ask of it
+
+    def halt(self, halt: Halt) -> None:
+        """Cuts what is under way; `work` then seals it."""
+        self._halts.append(halt)
+        self._stirred.set()
         if self._generating is not None:
             self._generating.cancel()
-        return True
 
     def drain(self) -> None:
         """Asks the worker to leave the run as it is at its next commit."""
         self._draining = True
+        self._stirred.set()
+
+    @property
+    def waits_for_queue(self) -> bool:
+        """Only people are waited for, and somebody has spoken."""
+        return bool(self._said) and not self.run.pending_calls and bool(self.run.pending_inputs)
+
+    def is_client(self, tool: str) -> bool:
+        """Whether the caller runs the tool of that name."""
+        return ledger.policy(self.agent, self.run, tool).HasField("client")
+
+    def call(self, call_id: str) -> v1.ToolCall:
+        """An open call; NotecaseError CALL_NOT_PENDING."""
+        for call in self._open():
+            if call.call_id == call_id:
+                return call
+        raise errors.call_not_pending(call_id)
+
+    def ending(self, cancel: v1.CancelCommand) -> list[v1.Event]:
+        """The events by which the run ends after its turn: at once, when nothing of the turn is left."""
+        queued = v1.Event()
+        queued.command_queued.cancel.CopyFrom(cancel)
+        events = [queued, *ledger.withdrawn(self.run, self.message, cancel.reason)]
+        if self.run.state == WAITING and not ledger.left_open(self.message, events):
+            events.append(self._ending(v1.Run.STATE_CANCELLED, reason=cancel.reason))
+        return events
+
+    def deadline(self) -> int | None:
+        """When the run, waiting, is next to be looked at by `expired`, in microseconds; None for never."""
+        return min((at for at, _ in self._deadlines()), default=None)
+
+    def expired(self) -> list[v1.Event]:
+        """What becomes of requests and calls that were left unanswered too long."""
+        now = self._services.clock()
+        return [event for at, events in self._deadlines() if at <= now for event in events]
+
+    def _deadlines(self) -> Iterator[tuple[int, list[v1.Event]]]:
+        for request in self.run.pending_inputs:
+            if request.HasField("expire_time"):
+                nobody = v1.InputResponse(
+                    input_id=request.input_id, decision=ledger.DENY, reason="Nobody answered in time."
+                )
+                call = self.call(request.call.call_id)
+                yield request.expire_time.ToMicroseconds(), ledger.answered(request, nobody, call, client=False)
+        for call in self.run.pending_calls:
+            tool, limits = ledger.policy(self.agent, self.run, call.tool), self.run.limits
+            times = [tool.timeout.ToMicroseconds()] if tool.HasField("timeout") else []
+            times += [limits.input_timeout.ToMicroseconds()] if limits.HasField("input_timeout") else []
+            if times:
+                late = ledger.finished(call, Outcome(error="The caller gave no result in time."))
+                yield call.start_time.ToMicroseconds() + min(times), [late]
+
+    async def take_over(self) -> None:
+        """Commits that this process goes on with the run, and what becomes of calls that had started in the one before.
+        The caller holds the session's lock."""
+        change = v1.RunStateChanged(
+            state=RUNNING,
+            attempt=self.run.attempt + 1,
+            reason="The server stopped; the run goes on from its last commit.",
+        )
+        asked = {request.call.call_id for request in self.run.pending_inputs}
+        lost = [
+            call
+            for call in self._open()
+            if call.outcome == v1.ToolCall.OUTCOME_RUNNING and not call.client_executed and call.call_id not in asked
+        ]
+        policy = partial(ledger.policy, self.agent, self.run)
+        events = ledger.interrupted(lost, policy, self._new_id, self._expire)
+        await self._commit([v1.Event(run_state_changed=change), *events])
+        self._model_calls += 1
+        self._log.info("run_taken_over", attempt=self.run.attempt)
+
+    async def commit(
+        self, events: Sequence[v1.Event], cause_id: str = "", once: Once | None = None, command: CommandId | None = None
+    ) -> Committed:
+        """Commits events of this run on behalf of a command, with what they lead to: the run waits, or goes on. The
+        caller holds the session's lock."""
+        for event in events:
+            event.cause_id = event.cause_id or cause_id
+        return await self._commit([*events, *self._consequence(events)], once, command)
+
+    # ---- the work
 
     async def work(self) -> None:
-        """Returns when the run has ended, was left to a successor, or belongs to another owner."""
+        """Returns when the run has ended, waits, was left to a successor, or belongs to another owner."""
+        timeout = self.run.limits.timeout
+        alarm = None
+        if self.run.limits.HasField("timeout"):
+            left = timeout.ToMicroseconds() - self.run.running_time.ToMicroseconds()
+            loop = asyncio.get_running_loop()
+            alarm = loop.call_later(max(left, 0) / 1e6, self._out_of_time)
         try:
-            while self.last is None and not self._draining:
+            while not self.ended and (self._halts or (self.run.state == RUNNING and not self._may_leave)):
                 await self._step()
         except NotecaseError as error:
-            if error.reason not in {v1.ERROR_REASON_OWNER_LOST, v1.ERROR_REASON_SESSION_NOT_FOUND}:
+            if error.reason not in LOST:
                 raise
+            self.lost = True
             self._log.info("run_left", reason=errors.reason_name(error.reason))
         finally:
+            if alarm is not None:
+                alarm.cancel()
             self.live.open = None
-            if self._stop is not None and not self._stop.sealed.done():
-                name = f"sessions/{self.live.key.session}/runs/{self.run.name}"
-                self._stop.sealed.set_exception(
-                    errors.run_ended(name, self.last.runs[self.run.name].state) if self.last else errors.draining()
-                )
+            for call in self._calls.values():
+                call.cancel()
+            self._refuse_halts()
+
+    @property
+    def _may_leave(self) -> bool:
+        """Calls under way are not left behind: somebody would have to say what became of them."""
+        return self._draining and self.message is None
+
+    def _out_of_time(self) -> None:
+        seconds = self.run.limits.timeout.ToMicroseconds() / 1e6
+        error = errors.limit_exceeded("timeout", round(seconds), f"The run took longer than its {seconds:g} seconds.")
+        self.halt(Halt(state=v1.Run.STATE_FAILED, error=error.to_proto()))
+
+    def _refuse_halts(self) -> None:
+        name = names.run(self.live.key.session, self.run.name)
+        for halt in self._halts:
+            halt.refuse(errors.run_ended(name, self.run.state) if self.ended else errors.draining())
+        self._halts.clear()
 
     async def _step(self) -> None:
         try:
-            await self._turn()
-        except _StoppedError:
-            await self._end(v1.Run.STATE_CANCELLED)
+            if self._halts:
+                await self._seal(self._halts[0])
+            elif self.message is not None:
+                await self._tend()
+            elif self.run.ending:
+                await self._end(v1.Run.STATE_CANCELLED)
+            else:
+                await self._turn()
+        except _HaltedError:
+            return
         except NotecaseError as error:
-            if error.reason in {v1.ERROR_REASON_OWNER_LOST, v1.ERROR_REASON_SESSION_NOT_FOUND}:
+            if error.reason in LOST:
                 raise
             await self._end(v1.Run.STATE_FAILED, error.to_proto())
         except Exception:  # noqa: BLE001  (whatever broke, the run's end must be on record)
@@ -129,28 +315,86 @@ class Worker:
             await self._end(v1.Run.STATE_FAILED, errors.internal(request_id).to_proto())
 
     async def _turn(self) -> None:
-        if self._stop is not None:
-            raise _StoppedError
-        if self._provider is None:
-            raise errors.model_error(f"This server has no provider {self._agent.llm.provider!r}.")
-        request = await context.build(self._store, self.live.key, self.live.user, self.run.name, self._agent)
-        finish = await self._generate(self._provider, request)
+        await self._durably(lambda: self.taken(self.inputs(v1.UserInput.WHEN_STEER)))
+        self._check_limits()
+        provider = self._services.providers.get(self.agent.llm.provider)
+        if provider is None:
+            raise errors.model_error(f"This server has no provider {self.agent.llm.provider!r}.")
+        bound = await self._bind()
+        request = await context.build(self._store, self.live.key, self.live.user, self.run.name, self.agent)
+        tools = [ModelTool(tool.name, tool.description, tool.parameters) for tool in bound.values()]
+        finish = await self._generate(provider, request._replace(tools=tools))
         opened = self.live.open
         assert opened is not None
-        await self._commit_reply(opened, finish)
+        message = self._message(opened, v1.Message.STATUS_COMPLETED)
+        message.finish_reason = finish.reason
+        message.usage.CopyFrom(finish.usage)
+        await self._durably(lambda: self._replied(message, finish, bound))
+
+    def _replied(self, message: v1.Message, finish: Finish, bound: Mapping[str, Bound]) -> list[v1.Event]:
+        """The reply, and what it leads to: calls are dispatched, what was queued is taken up, or the run ends."""
+        calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
+        message.status = v1.Message.STATUS_IN_PROGRESS if calls else v1.Message.STATUS_COMPLETED
+        events = [v1.Event(message_added=message), v1.Event(usage=finish.usage)]
+        text = "".join(part.text for part in message.parts)
+        if self.agent.output_key and text:
+            put = v1.StateOp(key=self.agent.output_key, set=v1.Value(string_value=text))
+            events.append(v1.Event(state_changed=v1.StateChanged(ops=[put])))
+        limit = self.run.limits.max_tool_calls
+        if limit and self.run.tool_calls + len(calls) > limit:
+            error = errors.limit_exceeded(
+                "max_tool_calls", limit, f"The run may call tools {limit} times, and wants more."
+            )
+            events += [ledger.cancelled(call, error.message) for call in calls]
+            return [*events, self._ending(v1.Run.STATE_FAILED, error.to_proto())]
+        if calls:
+            made = ledger.triage(calls, bound, self._remembered, self._new_id, self._expire)
+            if self.run.ending:  # nobody is asked any more
+                asked = [event.input_requested.call for event in made if event.HasField("input_requested")]
+                made = [event for event in made if not event.HasField("input_requested")]
+                made += [ledger.cancelled(call, "The run is to end.") for call in asked]
+            return events + made
+        if self._said and not self.run.ending:
+            return events + self.taken(self.inputs(v1.UserInput.WHEN_FOLLOW_UP))
+        return [*events, self._ending(v1.Run.STATE_SUCCEEDED)]
+
+    def _check_limits(self) -> None:
+        usage, limits = self.run.usage, self.run.limits
+        total = usage.input_tokens + usage.output_tokens
+        if limits.max_total_tokens and total >= limits.max_total_tokens:
+            told = f"The run used {total} tokens, of {limits.max_total_tokens} that it may."
+            raise errors.limit_exceeded("max_total_tokens", limits.max_total_tokens, told)
+
+    async def _bind(self) -> dict[str, Bound]:
+        """The names the model may call. The first of a name wins."""
+        if self._bound is None:
+            bound: dict[str, Bound] = {}
+            for tool in ledger.declared(self.agent, self.run):
+                if tool.HasField("client"):
+                    bound.setdefault(tool.name, Bound(tool, tool.name, tool.description, tool.parameters))
+                    continue
+                for found in await self._services.toolbox.resolve(tool):
+                    target = Bound(tool, found.name, found.description, found.parameters, found)
+                    bound.setdefault(found.name, target)
+            self._bound = bound
+        return self._bound
+
+    # ---- the model
 
     async def _generate(self, provider: Provider, request: ModelRequest) -> Finish:
         """One reply, left in the live session's open message; asked for again when it is cut in mid-stream."""
         for repeat in range(MODEL_REPEATS + 1):
+            if self._halts:
+                raise _HaltedError
             self._count_model_call()
             opened = self.live.begin(self._new_id())
             self._generating = asyncio.create_task(self._read(provider, request, opened))
             try:
                 return await self._generating
             except asyncio.CancelledError:
-                if self._stop is None:
+                if not self._halts:
                     raise
-                raise _StoppedError from None
+                raise _HaltedError from None
             except NotecaseError as error:
                 cut = error.reason == v1.ERROR_REASON_MODEL_UNAVAILABLE and opened.blocks
                 if not cut or repeat == MODEL_REPEATS:
@@ -160,17 +404,15 @@ class Worker:
             finally:
                 self._generating = None
             await asyncio.sleep(random.uniform(0, 0.5 * 2**repeat))
-            if self._stop is not None:
-                raise _StoppedError
         raise AssertionError("the last repeat returns or raises")
 
     def _count_model_call(self) -> None:
-        limit = self._agent.llm.max_model_calls or DEFAULT_MODEL_CALLS
+        limit = self.agent.llm.max_model_calls or DEFAULT_MODEL_CALLS
+        if self.run.limits.max_model_calls:
+            limit = min(limit, self.run.limits.max_model_calls)
         if self._model_calls >= limit:
             raise errors.limit_exceeded(
-                "max_model_calls",
-                limit,
-                f"The run made {limit} model calls, all that its agent allows, without an end.",
+                "max_model_calls", limit, f"The run made {limit} model calls, all that it may, without an end."
             )
         self._model_calls += 1
 
@@ -200,27 +442,6 @@ class Worker:
                     )
         raise errors.model_unavailable("The model's reply ended before it was whole.")
 
-    async def _commit_reply(self, opened: OpenMessage, finish: Finish) -> None:
-        message = self._message(opened, v1.Message.STATUS_COMPLETED)
-        message.finish_reason = finish.reason
-        message.usage.CopyFrom(finish.usage)
-        calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
-        if calls:
-            message.status = v1.Message.STATUS_IN_PROGRESS
-        events = [v1.Event(message_added=message), v1.Event(usage=finish.usage)]
-        text = "".join(part.text for part in message.parts)
-        if self._agent.output_key and text:
-            put = v1.StateOp(key=self._agent.output_key, set=v1.Value(string_value=text))
-            events.append(v1.Event(state_changed=v1.StateChanged(ops=[put])))
-        for call in calls:
-            unknown = v1.ToolCall(call_id=call.call_id, tool=call.tool, arguments=call.arguments)
-            unknown.outcome = v1.ToolCall.OUTCOME_FAILED
-            unknown.error = f"There is no tool {call.tool!r}."
-            events.append(v1.Event(tool_finished=unknown))
-        if not calls:
-            events.append(v1.Event(run_state_changed=v1.RunStateChanged(state=v1.Run.STATE_SUCCEEDED)))
-        await self._commit(events)
-
     def _message(self, opened: OpenMessage, status: v1.Message.Status.ValueType) -> v1.Message:
         message = v1.Message(
             name=opened.name, role=v1.Message.ROLE_ASSISTANT, author=self.run.agent, status=status, run=self.run.name
@@ -235,66 +456,290 @@ class Worker:
             elif block.kind == "refusal":
                 part.refusal = text
             else:
-                part.tool_call.CopyFrom(
-                    v1.ToolCall(
-                        call_id=block.call_id, tool=block.tool, arguments=text, outcome=v1.ToolCall.OUTCOME_PENDING
-                    )
-                )
+                call = part.tool_call
+                call.call_id, call.tool, call.arguments = block.call_id, block.tool, text
+                call.outcome = v1.ToolCall.OUTCOME_PENDING
         return message
 
-    async def _end(self, state: v1.Run.State.ValueType, error: v1.Error | None = None) -> None:
-        """Seals what is open and ends the run, in one commit."""
-        events = []
-        opened = self.live.open
-        if opened is not None and any(block.data for block in opened.blocks):
-            cut = self._message(opened, v1.Message.STATUS_INCOMPLETE)
-            for part in cut.parts:
-                if part.HasField("tool_call"):
-                    part.tool_call.outcome = v1.ToolCall.OUTCOME_CANCELLED
-                    part.tool_call.error = "The run stopped before the call was whole."
-            events.append(v1.Event(message_added=cut))
-        else:
-            self.live.open = None
-        ended = v1.RunStateChanged(state=state, error=error)
-        stop = self._stop if state == v1.Run.STATE_CANCELLED else None
-        if stop is not None:
-            ended.reason = stop.reason
-        events.append(v1.Event(run_state_changed=ended, cause_id=stop.cause_id if stop else ""))
-        committed = await self._commit(events, stop)
-        if stop is not None:
-            stop.sealed.set_result(committed)
+    # ---- calls
 
-    async def _commit(self, events: Sequence[v1.Event], stop: Stop | None = None) -> Committed:
-        for event in events:
-            event.run = self.run.name
-        commit = Commit(
-            key=self.live.key,
-            once=stop.once if stop else None,
-            command=stop.command if stop else None,
-            if_epoch=self._epoch,
-            events=events,
+    async def _tend(self) -> None:
+        """Runs the calls that are the server's, and commits each outcome as it comes."""
+        asked = {request.call.call_id for request in self.run.pending_inputs}
+        for call in self._open():
+            mine = call.outcome == v1.ToolCall.OUTCOME_RUNNING and not call.client_executed
+            if mine and call.call_id not in self._calls and call.call_id not in asked:
+                self._calls[call.call_id] = asyncio.create_task(self._execute(call))
+        if not self._calls:
+            # Nothing of it is the server's any more: the run waits, unless somebody gives the last result just now.
+            await self._durably(list)
+            return
+        self._stirred.clear()
+        stirred = asyncio.create_task(self._stirred.wait())
+        await asyncio.wait([stirred, *self._calls.values()], return_when=asyncio.FIRST_COMPLETED)
+        stirred.cancel()
+        if self._halts:
+            return
+        for call_id in [call_id for call_id, task in self._calls.items() if task.done()]:
+            task = self._calls.pop(call_id)
+            if not task.cancelled():
+                await self._keep(call_id, *task.result())
+
+    def stop_call(self, call_id: str) -> None:
+        """Stops what of a call runs here, once its end is on record."""
+        task = self._calls.pop(call_id, None)
+        if task is not None:
+            task.cancel()
+
+    async def _keep(self, call_id: str, outcome: Outcome, ops: Sequence[v1.StateOp]) -> None:
+        """Commits a result with the state it changed; a change that the state does not take fails the call, and not the
+        run."""
+        try:
+            await self._durably(partial(self._outcome, call_id, outcome, ops))
+        except NotecaseError as refused:
+            if not ops or refused.reason in LOST:
+                raise
+            await self._durably(partial(self._outcome, call_id, Outcome(error=refused.message), ()))
+
+    def _outcome(self, call_id: str, outcome: Outcome, ops: Sequence[v1.StateOp]) -> list[v1.Event]:
+        """A result with the state it changed. Nothing when somebody gave the call an end before."""
+        for call in self._open():
+            if call.call_id == call_id:
+                kept = self.fitting(outcome)
+                changed = [v1.Event(state_changed=v1.StateChanged(ops=ops))] if ops and not kept.error else []
+                return [ledger.finished(call, kept), *changed]
+        return []
+
+    def fitting(self, outcome: Outcome) -> Outcome:
+        """The outcome, if its message still fits into a page with it."""
+        size = sum(part.ByteSize() for part in outcome.parts) + (self.message.ByteSize() if self.message else 0)
+        if size > PAGE_BYTES - (16 << 10):
+            return Outcome(error=f"The results of this reply's calls are together larger than {PAGE_BYTES} bytes.")
+        return outcome
+
+    async def _execute(self, call: v1.ToolCall) -> tuple[Outcome, list[v1.StateOp]]:
+        """Runs one call. A tool that is broken is a failed call: the model is told that much, the log the rest."""
+        key = self.live.key
+        where = CallContext(
+            session=names.session(key.session),
+            user=self.live.user,
+            run=names.run(key.session, self.run.name),
+            call_id=call.call_id,
+            idempotency_key=f"{key.session}/{call.call_id}",
+            attempt=call.attempt,
+            get_state=self._get_state,
         )
+        tool = ledger.policy(self.agent, self.run, call.tool)
+        seconds = tool.timeout.ToMicroseconds() / 1e6 if tool.HasField("timeout") else None
+        clock = asyncio.timeout(seconds)
+        try:
+            target = (await self._bind()).get(call.tool)
+            if target is None or target.function is None:
+                return Outcome(error=f"There is no tool {call.tool!r}."), []
+            async with clock:
+                outcome = await target.function.call(ledger.arguments_of(call) or {}, where)
+        except NotecaseError as error:
+            return Outcome(error=error.message), []
+        except Exception:  # noqa: BLE001  (a tool's defect is its own)
+            if clock.expired():
+                return Outcome(error=f"The tool took longer than {seconds:g} seconds."), []
+            self._log.exception("tool_crashed", tool=call.tool, call_id=call.call_id)
+            return Outcome(error="The tool failed."), []
+        size = sum(op.ByteSize() for op in where.ops)
+        if size > PAGE_BYTES:
+            return Outcome(error=f"The tool changed {size} bytes of state; at most {PAGE_BYTES} are taken."), []
+        return outcome, where.ops
+
+    async def _get_state(self, *keys: str) -> dict[str, v1.Value]:
+        scope = names.parse_state(self.live.key.tenant, f"sessions/{self.live.key.session}/state")
+        assert scope is not None
+        state = await self._store.get_state(scope, keys)
+        return {key: entry.value for key, entry in state.entries.items()}
+
+    def _expire(self, request: v1.InputRequest) -> None:
+        if self.run.limits.HasField("input_timeout"):
+            at = self._services.clock() + self.run.limits.input_timeout.ToMicroseconds()
+            request.expire_time.FromMicroseconds(at)
+
+    # ---- what users say meanwhile
+
+    def inputs(self, latest: v1.UserInput.When.ValueType) -> list[v1.Event]:
+        """The command_queued events of what users said, in order: what steers, and with WHEN_FOLLOW_UP all of it."""
+        late = v1.UserInput.WHEN_FOLLOW_UP
+        return [event for event in self._said if latest == late or event.command_queued.input.when != late]
+
+    def taken(self, queued: Sequence[v1.Event]) -> list[v1.Event]:
+        """What was said becomes messages, under the command's id."""
+        return [
+            v1.Event(cause_id=event.cause_id, message_added=message)
+            for event in queued
+            for message in event.command_queued.input.messages
+        ]
+
+    # ---- ends
+
+    async def _seal(self, halt: Halt) -> None:
+        """Stops everything under way in one commit, and ends the run or goes on with what the user says."""
+
+        back: Rewind | None = None
+
+        def decide() -> list[v1.Event]:
+            events = [*self._cut(), *ledger.sealed(self.run, self.message, halt.reason)]
+            if halt.events and back is None:
+                return [*events, *halt.events]
+            ending = self._ending(halt.state, halt.error, halt.reason, halt.cause_id)
+            return [*events, ending, *(back.events if back else ()), *halt.events]
+
+        for task in self._calls.values():
+            task.cancel()
+        try:
+            await self._keep_finished()
+            while True:
+                back = await halt.rewind() if halt.rewind is not None else None
+                try:
+                    committed = await self._durably(decide, halt, back.head if back else None)
+                    break
+                except NotecaseError as error:
+                    if back is None or error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:
+                        raise
+        except (NotecaseError, Replayed, Duplicate) as refused:
+            halt.refuse(refused)
+            if isinstance(refused, NotecaseError) and refused.reason != v1.ERROR_REASON_REQUEST_ID_REUSED:
+                raise
+        else:
+            assert committed is not None
+            halt.then(committed)
+            halt.done.set_result(committed)
+        finally:
+            self._calls.clear()
+            self._halts.remove(halt)
+
+    async def _keep_finished(self) -> None:
+        """Results that were there before the halt are results."""
+        for call_id, task in self._calls.items():
+            if task.done() and not task.cancelled():
+                await self._keep(call_id, *task.result())
+
+    def _cut(self) -> list[v1.Event]:
+        """The reply being made, as far as it came; its calls were never whole."""
+        opened = self.live.open
+        if opened is None or not any(block.data for block in opened.blocks):
+            self.live.discard()
+            return []
+        message = self._message(opened, v1.Message.STATUS_INCOMPLETE)
+        for part in message.parts:
+            if part.HasField("tool_call"):
+                part.tool_call.outcome = v1.ToolCall.OUTCOME_CANCELLED
+                part.tool_call.error = "The run stopped before the call was whole."
+        return [v1.Event(message_added=message)]
+
+    async def _end(self, state: v1.Run.State.ValueType, error: v1.Error | None = None) -> None:
+        await self._durably(
+            lambda: [
+                *self._cut(),
+                *ledger.sealed(self.run, self.message, "The run ended."),
+                self._ending(state, error),
+            ]
+        )
+
+    def _ending(
+        self, state: v1.Run.State.ValueType, error: v1.Error | None = None, reason: str = "", cause_id: str = ""
+    ) -> v1.Event:
+        dropped = [event.cause_id for event in self._said]
+        change = v1.RunStateChanged(state=state, error=error, reason=reason, dropped_commands=dropped)
+        return v1.Event(cause_id=cause_id, run_state_changed=change)
+
+    # ---- commits
+
+    def _consequence(self, events: Sequence[v1.Event]) -> list[v1.Event]:
+        """Whether the run waits or goes on once these events are committed."""
+        if any(event.HasField("run_state_changed") for event in events) or self.ended:
+            return []
+        left = ledger.left_open(self.message, events)
+        asked = {request.call.call_id for request in self.run.pending_inputs}
+        asked |= {event.input_requested.call.call_id for event in events if event.HasField("input_requested")}
+        asked -= {
+            request.call.call_id
+            for request in self.run.pending_inputs
+            for event in events
+            if event.input_resolved.response.input_id == request.input_id
+        }
+        mine = [
+            call
+            for call in left
+            if call.outcome == v1.ToolCall.OUTCOME_RUNNING and not call.client_executed and call.call_id not in asked
+        ]
+        wanted = WAITING if left and not mine else RUNNING
+        if wanted == self.run.state:
+            return []
+        return [v1.Event(run_state_changed=v1.RunStateChanged(state=wanted))]
+
+    async def _durably(
+        self, decide: Callable[[], list[v1.Event]], halt: Halt | None = None, if_last_sequence: int | None = None
+    ) -> Committed | None:
+        """Commits what `decide` says under the session's lock, with its consequence; None when that is nothing. Waits
+        for a store that is away, and lets others decide meanwhile."""
         wait, longest = STORE_PATIENCE
         while True:
             try:
-                committed = await self.live.commit(commit)
-                break
+                async with self.live.lock:
+                    events = decide()
+                    events += self._consequence(events)
+                    if not events:
+                        return None
+                    if halt is None:
+                        return await self._commit(events)
+                    return await self._commit(events, halt.once, halt.command, if_last_sequence, halt.start)
             except NotecaseError as error:
                 if error.reason != v1.ERROR_REASON_STORE_UNAVAILABLE:
                     raise
                 self._log.warning("run_waits_for_store", seconds=wait)
-                await asyncio.sleep(wait)
-                wait = min(wait * 2, longest)
-        row = committed.runs[self.run.name]
-        if row.state in ENDED:
-            self.last = committed
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, longest)
+
+    async def _commit(
+        self,
+        events: Sequence[v1.Event],
+        once: Once | None = None,
+        command: CommandId | None = None,
+        if_last_sequence: int | None = None,
+        start: RunRecord | None = None,
+    ) -> Committed:
+        for event in events:
+            outside = event.HasField("rewound") or (if_last_sequence is not None and event.HasField("state_changed"))
+            if not event.run and not outside:
+                event.run = self.run.name
+                if event.HasField("message_added"):
+                    event.message_added.run = self.run.name
+        committed = await self.live.commit(
+            Commit(
+                key=self.live.key,
+                once=once,
+                command=command,
+                if_epoch=self.epoch,
+                claim=start is not None,
+                if_last_sequence=if_last_sequence,
+                events=events,
+                start=start,
+            )
+        )
+        self.run.CopyFrom(committed.runs.get(self.run.name, self.run))
+        self._know(committed.session, committed.events)
+        for message in committed.messages.values():
+            if open_calls(message):
+                self.message = message
+            elif self.message is not None and self.message.name == message.name:
+                self.message = None
+        self._stirred.set()
+        if self.ended:
             self._log.info(
                 "run_finished",
-                state=v1.Run.State.Name(row.state).removeprefix("STATE_"),
-                reason=errors.reason_name(row.error.reason) if row.HasField("error") else "",
-                model_calls=row.usage.model_calls,
-                input_tokens=row.usage.input_tokens,
-                output_tokens=row.usage.output_tokens,
+                state=v1.Run.State.Name(self.run.state).removeprefix("STATE_"),
+                reason=errors.reason_name(self.run.error.reason) if self.run.HasField("error") else "",
+                model_calls=self.run.usage.model_calls,
+                tool_calls=self.run.tool_calls,
+                input_tokens=self.run.usage.input_tokens,
+                output_tokens=self.run.usage.output_tokens,
             )
         return committed
 

@@ -6,6 +6,15 @@ from typing import NamedTuple, Protocol
 from notecase import v1
 
 
+class Tool(NamedTuple):
+    """A function that the model may call."""
+
+    name: str
+    description: str
+    parameters: str
+    """JSON Schema text of an object; empty for anything."""
+
+
 class ModelRequest(NamedTuple):
     """One model call. The messages are the server's own copies; a provider does not change them."""
 
@@ -16,6 +25,7 @@ class ModelRequest(NamedTuple):
     messages: Sequence[v1.Message]
     """Oldest first, well formed: every tool call in them has an outcome."""
     generation: v1.Generation
+    tools: Sequence[Tool] = ()
 
 
 class Text(NamedTuple):

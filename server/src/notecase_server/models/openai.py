@@ -27,7 +27,7 @@ from openai.types.chat import ChatCompletionChunk
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
 from notecase_server.models.chat_stream import ChatReply
-from notecase_server.models.contract import Delta, ModelRequest
+from notecase_server.models.contract import Delta, ModelRequest, Tool
 
 log = structlog.get_logger(__name__)
 
@@ -306,6 +306,8 @@ def _body(request: ModelRequest, default_model: str, limit_field: str) -> Json:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+    if request.tools:
+        body["tools"] = [_tool(tool) for tool in request.tools]
     for name in ("temperature", "top_p", "seed"):
         if generation.HasField(name):
             body[name] = getattr(generation, name)
@@ -324,6 +326,12 @@ def _body(request: ModelRequest, default_model: str, limit_field: str) -> Json:
     if not body.get("model"):
         raise errors.model_error("The agent names no model and the provider has no default one.")
     return body
+
+
+def _tool(tool: Tool) -> Json:
+    function: Json = {"name": tool.name, "description": tool.description}
+    function["parameters"] = msgspec.json.decode(tool.parameters) if tool.parameters else {"type": "object"}
+    return {"type": "function", "function": function}
 
 
 def _messages(instruction: str, messages: Sequence[v1.Message]) -> list[Json]:

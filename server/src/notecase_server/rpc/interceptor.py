@@ -6,9 +6,11 @@ handler. So each handler is handed to grpc without its deserializer and wrapped:
 body, and whatever is raised there leaves as one of the catalog's errors.
 """
 
+import asyncio
 import functools
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -63,9 +65,11 @@ def development(_metadata: Mapping[str, str | bytes]) -> str:
 class Doorway(grpc.aio.ServerInterceptor):
     """Wraps every handler once."""
 
-    def __init__(self, authenticate: Authenticate, new_id: Callable[[], str]) -> None:
+    def __init__(self, authenticate: Authenticate, new_id: Callable[[], str], stall: float) -> None:
+        """A stream on which one frame waits for its reader for `stall` seconds ends with WATCHER_TOO_SLOW."""
         self._authenticate = authenticate
         self._new_id = new_id
+        self._stall = stall
         self._wrapped: dict[str, Any] = {}
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
@@ -96,9 +100,9 @@ class Doorway(grpc.aio.ServerInterceptor):
             act = handler.stream_unary if stream else handler.unary_unary
             return await act(argument, context)
 
-        def streaming(request: Any, context: Any, *, stream: bool) -> AsyncIterator[Any]:
+        def streaming(request: Any, context: Any, *, stream: bool) -> AsyncGenerator[Any, None]:
             act = handler.stream_stream if stream else handler.unary_stream
-            responses: AsyncIterator[Any] = act(frames(request) if stream else decode(request), context)
+            responses: AsyncGenerator[Any, None] = act(frames(request) if stream else decode(request), context)
             return responses
 
         def guard_unary(*, stream: bool) -> Callable[[Any, Any], Awaitable[Any]]:
@@ -115,16 +119,17 @@ class Doorway(grpc.aio.ServerInterceptor):
 
             return guarded
 
-        def guard_streaming(*, stream: bool) -> Callable[[Any, Any], AsyncGenerator[Any, None]]:
-            async def guarded(request: Any, context: Any) -> AsyncGenerator[Any, None]:
+        def guard_streaming(*, stream: bool) -> Callable[[Any, Any], Awaitable[None]]:
+            async def guarded(request: Any, context: Any) -> None:
                 try:
                     self._enter(method, context)
-                    async for response in streaming(request, context, stream=stream):
-                        yield response
+                    await deliver(streaming(request, context, stream=stream), context, self._stall)
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:  # noqa: BLE001  (nothing internal may reach the client)
-                    await abort(context, error)
+                    with suppress(TimeoutError):  # the status is on its way, behind the frames that nobody reads
+                        async with asyncio.timeout(self._stall):
+                            await abort(context, error)
 
             return guarded
 
@@ -153,6 +158,38 @@ class Doorway(grpc.aio.ServerInterceptor):
 def _encode(serializer: Callable[[Any], bytes], response: Any) -> bytes:
     """A replayed answer is bytes already."""
     return response if isinstance(response, bytes) else serializer(response)
+
+
+async def deliver(responses: AsyncGenerator[Any, None], context: Any, stall: float) -> None:
+    """Sends responses as they come. Raises NotecaseError WATCHER_TOO_SLOW when one waits `stall` seconds for room.
+
+    Room is what the reader's transport takes in advance, a few megabytes: a stream with less to say is never too slow.
+    One clock looks after the whole stream, because one for each response would cost a tenth of sending it."""
+    loop = asyncio.get_running_loop()
+    since = math.inf  # when the write under way began
+    alarm: asyncio.TimerHandle
+
+    def look() -> None:
+        nonlocal alarm
+        left = min(since + stall - loop.time(), stall)
+        if left > 0:
+            alarm = loop.call_later(left, look)
+        else:
+            patience.reschedule(loop.time())
+
+    alarm = loop.call_later(stall, look)
+    try:
+        async with aclosing(responses), asyncio.timeout(None) as patience:
+            async for response in responses:
+                since = loop.time()
+                await context.write(response)
+                since = math.inf
+    except TimeoutError:
+        if not patience.expired():
+            raise
+        raise errors.watcher_too_slow(stall) from None
+    finally:
+        alarm.cancel()
 
 
 async def abort(context: Any, error: Exception) -> None:

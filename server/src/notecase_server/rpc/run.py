@@ -11,12 +11,12 @@ from typing import NamedTuple
 from notecase import v1
 
 from notecase_server import errors, names
-from notecase_server.engine.runs import Runs, Started
+from notecase_server.engine.runs import Caused, Runs, Started
 from notecase_server.engine.session import LiveSession, Sessions
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.rpc.validate import Check
 from notecase_server.rpc.watch import Cursor, Pace
-from notecase_server.store.contract import CommandId, Commit, Duplicate, SessionKey
+from notecase_server.store.contract import CommandId, Commit, Committed, Duplicate, SessionKey
 from notecase_server.store.fold import ENDED
 
 
@@ -63,7 +63,7 @@ class Streams:
             check.token_id("command_id", first.command_id)
             check.start("start", first.start)
             check.done()
-            started = await self._runs.start(tenant, first.start, first.command_id, command=_command_id(first))
+            started = await self._runs.start(tenant, first.start, _caused(first))
             place = await self._started(started, first.start.options)
         results: list[v1.CommandResult] = []
         reader = asyncio.create_task(self._read(place, requests, results))
@@ -123,6 +123,16 @@ class Streams:
     async def _write(
         self, place: "Place", results: list[v1.CommandResult], reader: asyncio.Task[None] | None
     ) -> AsyncGenerator[v1.RunResponse, None]:
+        place.live.join()
+        try:
+            async for response in self._frames(place, results, reader):
+                yield response
+        finally:
+            place.live.leave()
+
+    async def _frames(
+        self, place: "Place", results: list[v1.CommandResult], reader: asyncio.Task[None] | None
+    ) -> AsyncGenerator[v1.RunResponse, None]:
         yield v1.RunResponse(attached=place.attached)
         cursor = place.cursor
         told = False
@@ -176,41 +186,50 @@ class Streams:
             )
 
     async def command(self, key: SessionKey, frame: v1.RunRequest, run_id: str = "") -> v1.CommandResult:
-        """Carries out one command in a session; `run_id` is the run that a cancel means, "" the active one. A refusal
-        is raised as NotecaseError."""
+        """Carries out one command in a session; `run_id` is the run that is meant, "" the active one. A refusal is
+        raised as NotecaseError."""
         check = Check()
         check.token_id("command_id", frame.command_id)
+        kind = frame.WhichOneof("command")
+        if kind == "start":
+            check.start("start", frame.start)
+            same = frame.start.session == names.session(key.session)
+            check(same, "start.session", f"this is {names.session(key.session)}; name it")
+        else:
+            check.command(frame)
+        check.done()
+        caused = _caused(frame)
         try:
-            match frame.WhichOneof("command"):
+            match kind:
                 case "start":
-                    check.start("start", frame.start)
-                    same = frame.start.session == names.session(key.session)
-                    check(same, "start.session", f"this is {names.session(key.session)}; name it")
-                    check.done()
-                    started = await self._runs.start(
-                        key.tenant, frame.start, frame.command_id, command=_command_id(frame)
-                    )
-                    return _applied(frame, started.run.first_sequence, duplicate=started.existing)
+                    started = await self._runs.start(key.tenant, frame.start, caused)
+                    queued = started.run.state == v1.Run.STATE_QUEUED
+                    done = v1.CommandResult.DISPOSITION_QUEUED if queued else v1.CommandResult.DISPOSITION_APPLIED
+                    if started.existing:
+                        done = v1.CommandResult.DISPOSITION_DUPLICATE
+                    return _result(frame, started.run.first_sequence, done)
+                case "input":
+                    committed, queued = await self._runs.say(key, run_id, frame.input, caused)
+                    done = v1.CommandResult.DISPOSITION_QUEUED if queued else v1.CommandResult.DISPOSITION_APPLIED
+                    return _result(frame, committed.session.last_sequence, done)
+                case "tool_result":
+                    committed = await self._runs.tool_result(key, run_id, frame.tool_result, caused)
+                case "input_response":
+                    committed = await self._runs.respond(key, run_id, frame.input_response, caused)
                 case "cancel":
-                    check.text("cancel.reason", frame.cancel.reason)
-                    check.done()
-                    sealed = await self._runs.cancel(
-                        key, run_id, frame.cancel.reason, frame.command_id, command=_command_id(frame)
-                    )
-                    return _applied(frame, sealed.session.last_sequence)
-                case "update_state":
-                    check.done()
-                    return _applied(frame, await self._update_state(key, frame))
-                case "attach":
-                    check(False, "command", "attach is for the first frame of a Run stream")
-                case None:
-                    check(False, "command", "has no command; want start, update_state or cancel")
-            check.done()
-            raise AssertionError("every other command was refused")
+                    committed = await self._runs.cancel(key, run_id, frame.cancel, caused)
+                    if frame.cancel.mode == v1.CancelCommand.MODE_AFTER_TURN:
+                        ended = any(run.state in ENDED for run in committed.runs.values())
+                        queued = not ended
+                        done = v1.CommandResult.DISPOSITION_QUEUED if queued else v1.CommandResult.DISPOSITION_APPLIED
+                        return _result(frame, committed.session.last_sequence, done)
+                case _:
+                    committed = await self._update_state(key, frame)
+            return _result(frame, committed.session.last_sequence)
         except Duplicate as duplicate:
-            return _applied(frame, duplicate.sequence, duplicate=True)
+            return _result(frame, duplicate.sequence, v1.CommandResult.DISPOSITION_DUPLICATE)
 
-    async def _update_state(self, key: SessionKey, frame: v1.RunRequest) -> int:
+    async def _update_state(self, key: SessionKey, frame: v1.RunRequest) -> Committed:
         update = frame.update_state
         live, session = await self._sessions.watched(key)
         check = Check()
@@ -224,7 +243,7 @@ class Streams:
         check.ops("update_state.ops", update.ops, session=not state)
         check.done()
         change = v1.Event(cause_id=frame.command_id, state_changed=v1.StateChanged(state=state, ops=update.ops))
-        committed = await live.commit(
+        return await live.commit(
             Commit(
                 key=key,
                 command=_command_id(frame),
@@ -232,7 +251,6 @@ class Streams:
                 events=[change],
             )
         )
-        return committed.session.last_sequence
 
 
 class Place(NamedTuple):
@@ -256,9 +274,13 @@ def _command_id(frame: v1.RunRequest) -> CommandId | None:
     return CommandId(frame.command_id, hashlib.sha256(frame.SerializeToString(deterministic=True)).digest())
 
 
-def _applied(frame: v1.RunRequest, sequence: int, duplicate: bool = False) -> v1.CommandResult:
-    return v1.CommandResult(
-        command_id=frame.command_id,
-        disposition=v1.CommandResult.DISPOSITION_DUPLICATE if duplicate else v1.CommandResult.DISPOSITION_APPLIED,
-        sequence=sequence,
-    )
+def _caused(frame: v1.RunRequest) -> Caused:
+    return Caused(frame.command_id, None, _command_id(frame))
+
+
+def _result(
+    frame: v1.RunRequest,
+    sequence: int,
+    disposition: v1.CommandResult.Disposition.ValueType = v1.CommandResult.DISPOSITION_APPLIED,
+) -> v1.CommandResult:
+    return v1.CommandResult(command_id=frame.command_id, disposition=disposition, sequence=sequence)

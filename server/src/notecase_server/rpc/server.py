@@ -23,9 +23,11 @@ OPTIONS = (
 SERVICES = ("ServerService", "AgentService", "SessionService", "StateService", "MessageService", "RunService")
 
 
-async def build(desk: Desk, authenticate: Authenticate, new_id: Callable[[], str]) -> tuple[grpc.aio.Server, Health]:
+async def build(
+    desk: Desk, authenticate: Authenticate, new_id: Callable[[], str], stall: float
+) -> tuple[grpc.aio.Server, Health]:
     """A server with every service added and no port yet."""
-    server = grpc.aio.server(interceptors=[Doorway(authenticate, new_id)], options=OPTIONS)
+    server = grpc.aio.server(interceptors=[Doorway(authenticate, new_id, stall)], options=OPTIONS)
     v1.add_ServerServiceServicer_to_server(Servers(desk), server)
     v1.add_AgentServiceServicer_to_server(Agents(desk), server)
     v1.add_SessionServiceServicer_to_server(SessionsService(desk), server)

@@ -11,9 +11,9 @@ from google.protobuf.message import Message
 from notecase import v1
 
 from notecase_server import errors, names
-from notecase_server.engine.runs import Runs
+from notecase_server.engine.runs import Caused, Runs
 from notecase_server.engine.session import Sessions
-from notecase_server.errors import Violation
+from notecase_server.errors import NotecaseError, Violation
 from notecase_server.names import RunName
 from notecase_server.rpc import filter as filters
 from notecase_server.rpc.interceptor import MAX_MESSAGE_BYTES, caller
@@ -21,6 +21,7 @@ from notecase_server.rpc.pages import MAX_PAGE_SIZE, Pages
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.validate import Check, check_instruction
 from notecase_server.store.contract import Commit, Committed, Once, Page, Replayed, SessionKey, Store
+from notecase_server.tools.contract import Toolbox
 
 M = TypeVar("M", bound=Message)
 
@@ -55,6 +56,7 @@ class Desk:
     streams: Streams
     providers: tuple[str, ...]
     """The default one first."""
+    toolbox: Toolbox
     pages: Pages
     new_id: Callable[[], str]
 
@@ -104,6 +106,8 @@ class Servers(v1.ServerServiceServicer):
             version=self.desk.version,
             store=self.desk.store.kind,
             providers=self.desk.providers,
+            functions=self.desk.toolbox.functions,
+            mcp_servers=self.desk.toolbox.mcp_servers,
             max_message_bytes=MAX_MESSAGE_BYTES,
             max_page_size=MAX_PAGE_SIZE,
             max_runs=self.desk.runs.max_runs,
@@ -118,7 +122,7 @@ class Agents(v1.AgentServiceServicer):
     async def CreateAgent(self, request: v1.CreateAgentRequest, context: Any) -> v1.Agent:
         check = checked(request)
         check.chosen_id("agent_id", request.agent_id)
-        check.agent_body(request.agent, self.desk.providers)
+        check.agent_body(request.agent, self.desk.providers, self.desk.toolbox)
         check.done()
         check_instruction(request.agent)
         agent_id = request.agent_id or self.desk.new_id()
@@ -162,7 +166,7 @@ class Agents(v1.AgentServiceServicer):
         def edit(agent: v1.Agent) -> None:
             mask.MergeMessage(request.agent, agent, replace_message_field=True, replace_repeated_field=True)
             check = Check()
-            check.agent_body(agent, self.desk.providers)
+            check.agent_body(agent, self.desk.providers, self.desk.toolbox)
             check.done()
             check_instruction(agent)
 
@@ -315,9 +319,11 @@ class Messages(v1.MessageServiceServicer):
         known = request.order_by in {"", "sequence", "sequence asc", "sequence desc"}
         check(known, "order_by", 'wants "sequence" or "sequence desc"')
         check.done()
-        about = ("messages", key.tenant, request.parent, request.order_by)
+        about = ("messages", key.tenant, request.parent, request.order_by, str(request.show_superseded))
         query = self.desk.pages.query(request, *about)
-        page = await self.desk.store.list_messages(key, query, request.order_by == "sequence desc")
+        page = await self.desk.store.list_messages(
+            key, query, request.order_by == "sequence desc", superseded=request.show_superseded
+        )
         if not page.rows and await self.desk.store.get_session(key) is None:
             raise errors.not_found("session", request.parent)
         rows = [names.render_message(key, row) for row in page.rows]
@@ -373,9 +379,8 @@ class RunsService(v1.RunServiceServicer):
         timeout = check.seconds("timeout", request)
         check.done()
         try:
-            key, run, _ = await self.runs.start(
-                caller.get().tenant, request.start, request.request_id, once(request, _new_run)
-            )
+            caused = Caused(request.request_id, once(request, _new_run))
+            key, run, _ = await self.runs.start(caller.get().tenant, request.start, caused)
             run_id = run.name
         except Replayed as replayed:
             session, run_id = names.parse_run(v1.Run.FromString(replayed.response).name) or RunName("", "")
@@ -387,7 +392,8 @@ class RunsService(v1.RunServiceServicer):
         check = checked(request)
         check.start("start", request.start)
         check.done()
-        started = await self.runs.start(caller.get().tenant, request.start, request.request_id, once(request, _new_run))
+        caused = Caused(request.request_id, once(request, _new_run))
+        started = await self.runs.start(caller.get().tenant, request.start, caused)
         return names.render_run(started.key, started.run)
 
     async def GetRun(self, request: v1.GetRunRequest, context: Any) -> v1.Run:
@@ -423,21 +429,26 @@ class RunsService(v1.RunServiceServicer):
         session, run = check.run("name", request.name)
         timeout = check.seconds("timeout", request)
         check.done()
-        return names.render_run(key_of(session), await self.runs.wait(key_of(session), run, timeout))
+        row = await self.runs.wait(key_of(session), run, timeout, request.after_sequence)
+        return names.render_run(key_of(session), row)
 
     async def CancelRun(self, request: v1.CancelRunRequest, context: Any) -> v1.Run:
         check = checked(request)
         session, run = check.run("name", request.name)
-        check.text("cancel.reason", request.cancel.reason)
+        check.cancel("cancel", request.cancel)
         check.done()
         key = key_of(session)
 
         def render(done: Committed) -> v1.Run:
             return names.render_run(key, _copy(done.runs[run]))
 
-        return render(
-            await self.runs.cancel(key, run, request.cancel.reason, request.request_id, once(request, render))
-        )
+        caused = Caused(request.request_id, once(request, render))
+        try:
+            return render(await self.runs.cancel(key, run, request.cancel, caused))
+        except NotecaseError as error:
+            if error.reason != v1.ERROR_REASON_RUN_NOT_FOUND or not request.allow_missing:
+                raise
+        return render(await self.runs.cancel_unstarted(key, run, request.cancel, caused))
 
     async def SendCommand(self, request: v1.SendCommandRequest, context: Any) -> v1.SendCommandResponse:
         check = Check()
@@ -467,6 +478,6 @@ def _session_of(done: Committed) -> v1.Session:
 
 
 def _new_run(done: Committed) -> v1.Run:
-    """The run that a start made."""
+    """The run that a start made or queued."""
     (run,) = done.runs.values()
     return names.render_run(SessionKey("", done.session.name), _copy(run))

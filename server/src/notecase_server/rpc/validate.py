@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
+from google.protobuf.duration_pb2 import Duration
 from notecase import v1
 
 from notecase_server import errors, names
@@ -17,6 +18,7 @@ from notecase_server.engine import template
 from notecase_server.errors import Violation
 from notecase_server.names import AgentName, MessageName, RunName
 from notecase_server.store.contract import PAGE_BYTES, Scope
+from notecase_server.tools.contract import Toolbox
 
 T = TypeVar("T")
 
@@ -34,10 +36,15 @@ MAX_KEYS = 1000
 MAX_ID_BYTES = 128
 """Of a request_id or command_id: room for any id scheme."""
 MAX_SCHEMA_BYTES = 64 << 10
+MAX_TOOLS = 128
+"""What providers take in one request."""
+MAX_RESULT_BYTES = 512 << 10
+"""Of one call's result: it becomes part of its message, which several results share, and of every later request."""
 MAX_BATCH_DELAY = 10.0
 """Seconds."""
 
 LABEL_KEY = re.compile(r"[a-z0-9A-Z]([a-zA-Z0-9._/-]{0,61}[a-zA-Z0-9])?")
+TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}( *;.{0,200})?")
 
 
@@ -213,7 +220,7 @@ class Check:
 
     # ---- agents, sessions, runs
 
-    def agent_body(self, agent: v1.Agent, providers: Iterable[str]) -> None:
+    def agent_body(self, agent: v1.Agent, providers: Iterable[str], toolbox: Toolbox) -> None:
         self.text("agent.display_name", agent.display_name)
         self.text("agent.description", agent.description, 64 << 10)
         self.labels("agent.labels", agent.labels)
@@ -230,6 +237,89 @@ class Check:
         self(llm.context.max_messages >= 0, "agent.llm.context.max_messages", "is negative")
         self(llm.context.max_tokens >= 0, "agent.llm.context.max_tokens", "is negative")
         self._generation(llm.generation)
+        self.tools("agent.llm.tools", llm.tools)
+        for index, tool in enumerate(llm.tools):
+            at = f"agent.llm.tools[{index}]"
+            if tool.HasField("server"):
+                known_functions = tool.server.function in toolbox.functions
+                self(known_functions, f"{at}.server.function", f"this server has {', '.join(toolbox.functions)}")
+            elif tool.HasField("mcp"):
+                known_servers = ", ".join(toolbox.mcp_servers) or "none"
+                self(tool.mcp.server in toolbox.mcp_servers, f"{at}.mcp.server", f"this server has {known_servers}")
+
+    def tools(self, field: str, tools: Iterable[v1.Tool], only_client: bool = False) -> None:
+        given = list(tools)
+        self(len(given) <= MAX_TOOLS, field, f"has more than {MAX_TOOLS} tools")
+        seen: set[str] = set()
+        for index, tool in enumerate(given[:MAX_TOOLS]):
+            at = f"{field}[{index}]"
+            kind = tool.WhichOneof("implementation")
+            unnamed = kind == "mcp" and not tool.name
+            fine = unnamed or TOOL_NAME.fullmatch(tool.name) is not None
+            self(fine, f"{at}.name", "wants 1 to 64 letters, digits, '_' or '-'")
+            self(unnamed or tool.name not in seen, f"{at}.name", "is there twice")
+            seen.add(tool.name)
+            self(kind is not None, at, "has no implementation; want client, server or mcp")
+            self(not only_client or kind == "client", at, "wants a client tool: the others belong to the agent")
+            self.text(f"{at}.description", tool.description, MAX_SCHEMA_BYTES)
+            self.text(f"{at}.parameters", tool.parameters, MAX_SCHEMA_BYTES)
+            if tool.parameters:
+                self(_is_json_object(tool.parameters), f"{at}.parameters", "wants JSON Schema of an object")
+            self.duration(f"{at}.timeout", tool.timeout)
+
+    def duration(self, field: str, value: Duration) -> None:
+        self(value.seconds >= 0 and value.nanos >= 0, field, "is negative")
+
+    def limits(self, field: str, limits: v1.Limits) -> None:
+        self.duration(f"{field}.timeout", limits.timeout)
+        self.duration(f"{field}.input_timeout", limits.input_timeout)
+        for name in ("max_model_calls", "max_tool_calls", "max_total_tokens"):
+            self(getattr(limits, name) >= 0, f"{field}.{name}", "is negative")
+
+    def cancel(self, field: str, cancel: v1.CancelCommand) -> None:
+        self.text(f"{field}.reason", cancel.reason)
+        self.text(f"{field}.call_id", cancel.call_id, MAX_ID_BYTES)
+
+    def command(self, frame: v1.RunRequest) -> None:
+        """A command to a session, other than `start`; what of it needs the session is looked at where it is read."""
+        match frame.WhichOneof("command"):
+            case "input":
+                self(len(frame.input.messages) > 0, "input.messages", "is empty")
+                self.messages("input.messages", frame.input.messages, [v1.Message.ROLE_USER, v1.Message.ROLE_SYSTEM])
+            case "tool_result":
+                self._tool_result("tool_result", frame.tool_result)
+            case "input_response":
+                self._input_response("input_response", frame.input_response)
+            case "cancel":
+                self.cancel("cancel", frame.cancel)
+            case "attach":
+                self(False, "command", "attach is for the first frame of a Run stream")
+            case None:
+                kinds = "start, input, tool_result, input_response, update_state or cancel"
+                self(False, "command", f"has no command; want {kinds}")
+
+    def _tool_result(self, field: str, result: v1.ToolResult) -> None:
+        self(result.call_id != "", f"{field}.call_id", "is missing")
+        self.text(f"{field}.call_id", result.call_id, MAX_ID_BYTES)
+        self.text(f"{field}.error", result.error, MAX_SCHEMA_BYTES)
+        size = sum(part.ByteSize() for part in result.result)
+        self(size <= MAX_RESULT_BYTES, f"{field}.result", f"has {size} bytes; at most {MAX_RESULT_BYTES}")
+        self(not (result.error and result.result), f"{field}.error", "goes with no result")
+        for index, part in enumerate(result.result):
+            if not part.HasField("text"):  # an empty text is a result
+                self._part(f"{field}.result[{index}]", part)
+
+    def _input_response(self, field: str, response: v1.InputResponse) -> None:
+        self(response.input_id != "", f"{field}.input_id", "is missing")
+        self.text(f"{field}.input_id", response.input_id, MAX_ID_BYTES)
+        self(response.decision != 0, f"{field}.decision", "is missing")
+        self.text(f"{field}.answer", response.answer, MAX_RESULT_BYTES)
+        self.text(f"{field}.reason", response.reason)
+        self.text(f"{field}.edited_arguments", response.edited_arguments, MAX_RESULT_BYTES)
+        if response.edited_arguments:
+            approves = response.decision == v1.InputResponse.DECISION_APPROVE
+            self(approves, f"{field}.edited_arguments", "goes with DECISION_APPROVE")
+            self(_is_json_object(response.edited_arguments), f"{field}.edited_arguments", "wants a JSON object")
 
     def _generation(self, generation: v1.Generation) -> None:
         at = "agent.llm.generation"
@@ -271,6 +361,9 @@ class Check:
         if start.HasField("if_last_sequence"):
             self(start.if_last_sequence >= 0, f"{field}.if_last_sequence", "is negative")
         self.options(f"{field}.options", start.options)
+        self.tools(f"{field}.client_tools", start.client_tools, only_client=True)
+        self.limits(f"{field}.limits", start.limits)
+        self.duration(f"{field}.disconnect.cancel_after", start.disconnect.cancel_after)
 
     def options(self, field: str, options: v1.WatchOptions) -> None:
         delay = options.max_batch_delay.seconds + options.max_batch_delay.nanos / 1e9

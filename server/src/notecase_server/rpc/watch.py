@@ -26,6 +26,8 @@ class Pace(NamedTuple):
     heartbeat: float = 15.0
     poll: float = 5.0
     """How often a watcher looks into the store although no bell rang."""
+    stall: float = 60.0
+    """How long a frame may wait for its reader: who reads nothing for so long is let go."""
 
 
 class Cursor:
@@ -149,6 +151,8 @@ class Cursor:
             events.append(names.render_event(live.key, live.user, event))
             self.sequence = stored.sequence
             size += stored.ByteSize()
+            if stored.HasField("run_state_changed"):
+                self._message = ""  # watchers forget open blocks at it, whichever run's it is: they come again whole
             if stored.run == self._run and stored.run_state_changed.state in ENDED and not self._keep_open:
                 self.finished = True
             if self.finished or size > PAGE_BYTES:

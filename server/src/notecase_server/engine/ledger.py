@@ -1,0 +1,222 @@
+"""The calls of a run: which may run, which wait for whom, and how each comes to its one outcome.
+
+Pure: from what is known of a run to the events that say what becomes of its calls. Committing them is the worker's
+business.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from notecase import v1
+
+from notecase_server.store.fold import OPEN_OUTCOMES, open_calls
+from notecase_server.tools.contract import ASK_USER, Function, Outcome
+
+RETRY, ASK, FAIL = v1.Tool.ON_INTERRUPT_RETRY, v1.Tool.ON_INTERRUPT_ASK, v1.Tool.ON_INTERRUPT_FAIL
+WITHDRAWN = v1.InputResponse.DECISION_UNSPECIFIED
+APPROVE, DENY, ANSWER = (
+    v1.InputResponse.DECISION_APPROVE,
+    v1.InputResponse.DECISION_DENY,
+    v1.InputResponse.DECISION_ANSWER,
+)
+
+
+class Bound(NamedTuple):
+    """A name that the model may call, and what it stands for. Without a function the caller runs it, or a person
+    answers."""
+
+    tool: v1.Tool
+    name: str
+    description: str
+    parameters: str
+    function: Function | None = None
+
+    @property
+    def asks(self) -> bool:
+        return self.tool.server.function == ASK_USER
+
+    @property
+    def client(self) -> bool:
+        return self.tool.HasField("client")
+
+
+def declared(agent: v1.Agent, run: v1.Run) -> list[v1.Tool]:
+    """The tools of a run: the agent's, then the caller's own."""
+    return [*agent.llm.tools, *run.client_tools]
+
+
+def policy(agent: v1.Agent, run: v1.Run, name: str) -> v1.Tool:
+    """The tool behind a name that was called, as far as its declaration tells: time-out and what an interrupt does."""
+    tools = declared(agent, run)
+    named = [tool for tool in tools if tool.name == name]
+    remote = [tool for tool in tools if tool.HasField("mcp") and name.startswith(tool.name)]
+    return (named or remote or [v1.Tool()])[0]
+
+
+def arguments_of(call: v1.ToolCall) -> dict[str, Any] | None:
+    """The call's arguments, None when they are no JSON object. None at all count as an empty one."""
+    try:
+        decoded = json.loads(call.arguments or "{}")
+    except (ValueError, RecursionError):
+        return None
+    return decoded if isinstance(decoded, dict) else None
+
+
+def triage(
+    calls: Iterable[v1.ToolCall],
+    bound: Mapping[str, Bound],
+    remembered: Mapping[str, bool],
+    new_id: Callable[[], str],
+    expire: Callable[[v1.InputRequest], None],
+) -> list[v1.Event]:
+    """What becomes of calls that a model has just asked for: dispatched, waiting for a person, or already at an end."""
+    events = []
+    for call in calls:
+        target = bound.get(call.tool)
+        arguments = arguments_of(call)
+        if target is None:
+            events.append(finished(call, Outcome(error=f"There is no tool {call.tool!r}.")))
+        elif arguments is None:
+            events.append(finished(call, Outcome(error="The arguments are no JSON object.")))
+        elif target.asks:
+            prompt = str(arguments.get("question", ""))
+            events.append(_request(call, v1.InputRequest.KIND_QUESTION, prompt, new_id, expire))
+        elif not target.tool.requires_approval or remembered.get(call.tool) is True:
+            events.append(started(call, client=target.client))
+        elif remembered.get(call.tool) is False:
+            events.append(denied(call, "This tool was denied before."))
+        else:
+            prompt = f"May {call.tool} run?"
+            events.append(_request(call, v1.InputRequest.KIND_APPROVAL, prompt, new_id, expire))
+    return events
+
+
+def _request(
+    call: v1.ToolCall,
+    kind: v1.InputRequest.Kind.ValueType,
+    prompt: str,
+    new_id: Callable[[], str],
+    expire: Callable[[v1.InputRequest], None],
+) -> v1.Event:
+    request = v1.InputRequest(input_id=new_id(), kind=kind, prompt=prompt, call=call)
+    expire(request)
+    return v1.Event(input_requested=request)
+
+
+def started(call: v1.ToolCall, client: bool, arguments: str = "") -> v1.Event:
+    """The call is dispatched, once more if it was before; with `arguments` in place of the model's when they were
+    edited."""
+    event = v1.Event(tool_started=call)
+    dispatched = event.tool_started
+    dispatched.outcome = v1.ToolCall.OUTCOME_RUNNING
+    dispatched.client_executed = client
+    dispatched.attempt += 1
+    dispatched.arguments = arguments or call.arguments
+    return event
+
+
+def finished(call: v1.ToolCall, outcome: Outcome) -> v1.Event:
+    """The call succeeded or failed."""
+    state = v1.ToolCall.OUTCOME_FAILED if outcome.error else v1.ToolCall.OUTCOME_SUCCEEDED
+    return _ended(call, state, outcome.error, outcome.parts)
+
+
+def denied(call: v1.ToolCall, reason: str) -> v1.Event:
+    return _ended(call, v1.ToolCall.OUTCOME_DENIED, reason or "It was denied.")
+
+
+def cancelled(call: v1.ToolCall, reason: str) -> v1.Event:
+    return _ended(call, v1.ToolCall.OUTCOME_CANCELLED, reason or "It was cancelled.")
+
+
+def _ended(
+    call: v1.ToolCall, outcome: v1.ToolCall.Outcome.ValueType, error: str, parts: Sequence[v1.Part] = ()
+) -> v1.Event:
+    event = v1.Event(tool_finished=call)
+    event.tool_finished.outcome = outcome
+    event.tool_finished.error = error
+    event.tool_finished.result.extend(parts)
+    return event
+
+
+def answered(request: v1.InputRequest, response: v1.InputResponse, call: v1.ToolCall, client: bool) -> list[v1.Event]:
+    """What an answer makes of its call."""
+    events = [v1.Event(input_resolved=v1.InputResolved(response=response))]
+    if response.decision == DENY:
+        reason = response.reason
+        if request.kind == v1.InputRequest.KIND_INTERRUPTED_CALL:
+            events.append(finished(call, Outcome(error=reason or "It was interrupted, and counts as failed.")))
+        else:
+            events.append(denied(call, reason))
+    elif response.decision == ANSWER:
+        events.append(finished(call, Outcome([v1.Part(text=response.answer)])))
+    else:
+        events.append(started(call, client, response.edited_arguments))
+    return events
+
+
+def withdrawn(run: v1.Run, message: v1.Message | None, reason: str, deny: bool = False) -> list[v1.Event]:
+    """Every open approval and question is withdrawn, and its call denied or cancelled."""
+    calls = {call.call_id: call for call in open_calls(message)} if message else {}
+    events = []
+    for request in run.pending_inputs:
+        response = v1.InputResponse(input_id=request.input_id, decision=DENY if deny else WITHDRAWN, reason=reason)
+        events.append(v1.Event(input_resolved=v1.InputResolved(response=response)))
+        call = calls.get(request.call.call_id)
+        if call is not None:
+            events.append(denied(call, reason) if deny else cancelled(call, reason))
+    return events
+
+
+def dropped(run: v1.Run, call: v1.ToolCall, reason: str) -> list[v1.Event]:
+    """One call comes to an end as cancelled, whoever runs it, and nobody is asked about it any more."""
+    asked = [request.input_id for request in run.pending_inputs if request.call.call_id == call.call_id]
+    responses = [v1.InputResponse(input_id=input_id, decision=WITHDRAWN, reason=reason) for input_id in asked]
+    resolved = [v1.Event(input_resolved=v1.InputResolved(response=response)) for response in responses]
+    return [*resolved, cancelled(call, reason)]
+
+
+def sealed(run: v1.Run, message: v1.Message | None, reason: str) -> list[v1.Event]:
+    """Every call that is open comes to an end as cancelled, and nobody is asked any more."""
+    events = withdrawn(run, message, reason)
+    done = {event.tool_finished.call_id for event in events}
+    if message is not None:
+        events += [cancelled(call, reason) for call in open_calls(message) if call.call_id not in done]
+    return events
+
+
+def interrupted(
+    calls: Iterable[v1.ToolCall],
+    of: Callable[[str], v1.Tool],
+    new_id: Callable[[], str],
+    expire: Callable[[v1.InputRequest], None],
+) -> list[v1.Event]:
+    """What a takeover makes of calls that had started in the process that was lost."""
+    events = []
+    for call in calls:
+        on_interrupt = of(call.tool).on_interrupt
+        if on_interrupt == RETRY:
+            events.append(started(call, client=False))
+        elif on_interrupt == FAIL:
+            events.append(finished(call, Outcome(error="Its process was lost; it may or may not have taken effect.")))
+        else:
+            prompt = (
+                f"{call.tool} had started when its process was lost. Run it again, did it fail, or what was its result?"
+            )
+            events.append(_request(call, v1.InputRequest.KIND_INTERRUPTED_CALL, prompt, new_id, expire))
+    return events
+
+
+def left_open(message: v1.Message | None, events: Iterable[v1.Event]) -> list[v1.ToolCall]:
+    """The calls that are still open once the events are committed, as they are then."""
+    calls = {call.call_id: call for call in open_calls(message)} if message else {}
+    for event in events:
+        for part in event.message_added.parts:
+            if part.tool_call.outcome in OPEN_OUTCOMES:
+                calls[part.tool_call.call_id] = part.tool_call
+        if event.HasField("tool_started"):
+            calls[event.tool_started.call_id] = event.tool_started
+        elif event.HasField("tool_finished"):
+            calls.pop(event.tool_finished.call_id, None)
+    return list(calls.values())
