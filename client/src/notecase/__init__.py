@@ -1,23 +1,28 @@
 """The Python client of notecase: `Client` to talk to a server, `v1` for every message and stub of the API."""
 
 from notecase import v1
-from notecase.client import Client
+from notecase.client import Client, RunWaiting
+from notecase.commands import Commands
 from notecase.errors import NotecaseError, Resource, Violation
 from notecase.retry import Retry
 from notecase.stream import RunStream
+from notecase.tools import Tool
 from notecase.values import Plain, from_value, text_of, to_message, to_value
 from notecase.view import Block, Gap, SessionView
 
 __all__ = [
     "Block",
     "Client",
+    "Commands",
     "Gap",
     "NotecaseError",
     "Plain",
     "Resource",
     "Retry",
     "RunStream",
+    "RunWaiting",
     "SessionView",
+    "Tool",
     "Violation",
     "from_value",
     "text_of",

@@ -1,7 +1,7 @@
 """One connection to a notecase server: every call typed, and the few made all the time in a line each."""
 
 import uuid
-from collections.abc import AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, cast
@@ -10,9 +10,12 @@ import grpc
 from grpc import aio
 
 from notecase import v1
+from notecase.calls import Turns
+from notecase.commands import Commands
 from notecase.errors import NotecaseError
 from notecase.retry import Retry, repeat
-from notecase.stream import RunStream
+from notecase.stream import RunStream, waits_for_others
+from notecase.tools import Tool, as_tools
 from notecase.values import Plain, from_value, to_message, to_value
 
 _OPTIONS: Mapping[str, int] = {
@@ -23,7 +26,18 @@ _OPTIONS: Mapping[str, int] = {
 }
 
 
-class Client:
+class RunWaiting(Exception):
+    """What `Client.invoke` raises when its run waits for a person, or for a tool in another process.
+
+    It is no failure: the run goes on once it is answered, `attach(error.run.name)` follows it to its reply."""
+
+    def __init__(self, run: v1.Run) -> None:
+        super().__init__(f"{run.name} waits for an answer")
+        self.run = run
+        """As it was then: see its `pending_inputs` and `pending_calls`."""
+
+
+class Client(Commands):
     """A client of one server, for the event loop it is made in: `async with Client("127.0.0.1:7420") as client`.
 
     `agents`, `sessions`, `state`, `messages`, `runs` and `server` are the generated stubs: each call takes its `v1`
@@ -32,7 +46,8 @@ class Client:
 
     The methods here are short for the calls made most. They send a request_id, a command_id or a run_id, so that they
     are safe to repeat, and are repeated as `retry` says while the connection is broken or the server is away. To
-    bound one in time, use `asyncio.timeout`.
+    bound one in time, use `asyncio.timeout`. Those inherited from `Commands` speak to a run by its name, such as
+    `client.approve(run.name, run.pending_inputs[0].input_id)`.
 
     Without `credentials` the connection is plain text. `options` are grpc channel options and win over the client's
     own.
@@ -58,6 +73,8 @@ class Client:
         self.messages = v1.MessageServiceStub(channel)
         self.runs = v1.RunServiceStub(channel)
         self.server = v1.ServerServiceStub(channel)
+        self._turns = Turns()
+        super().__init__(self.runs, self._retry)
 
     async def __aenter__(self) -> Self:
         return self
@@ -127,6 +144,10 @@ class Client:
         agent: str = "",
         state: Mapping[str, Plain] | None = None,
         run_id: str = "",
+        tools: Iterable[Callable[..., Any] | Tool] = (),
+        on_busy: v1.StartRun.OnBusy.ValueType = v1.StartRun.ON_BUSY_REJECT,
+        limits: v1.Limits | None = None,
+        cancel_after: float | None = None,
         options: v1.WatchOptions | None = None,
     ) -> RunStream:
         """Starts a run when entered, and follows it to its end.
@@ -136,32 +157,50 @@ class Client:
         session's. `state` is put into the session in the same commit. A `run_id` of your own makes the start the same
         across processes.
 
-        Entering raises NotecaseError: RUN_ACTIVE when the session has a run, AGENT_NOT_FOUND, SESSION_NOT_FOUND and
-        so on."""
+        `tools` are Python functions that the model may call in this run, executed here while the stream is iterated:
+        see `Tool`. `on_busy` says what to do when the session has a run; `limits` what this one may use. With
+        `cancel_after` the run is cancelled once no stream has been attached to it for so many seconds.
+
+        Raises TypeError for a function that cannot be a tool. Entering raises NotecaseError: RUN_ACTIVE when the
+        session has a run, AGENT_NOT_FOUND, SESSION_NOT_FOUND and so on."""
+        functions = as_tools(tools)
         start = v1.StartRun(
             session=session,
             agent=agent,
             state=_values(state),
             run_id=run_id or uuid.uuid4().hex,
             messages=map(to_message, said),
+            client_tools=[tool.definition for tool in functions.values() if tool.declare],
+            on_busy=on_busy,
+            limits=limits,
             options=options,
         )
+        if cancel_after is not None:
+            start.disconnect.cancel_after.FromMilliseconds(round(cancel_after * 1000))
         if not session:  # named here, so that a repeat finds it
             start.new_session.name = f"sessions/{uuid.uuid4().hex}"
             start.new_session.agent = agent.partition("@")[0]
-        return RunStream(self.runs, v1.RunRequest(command_id=uuid.uuid4().hex, start=start), self._retry)
+        first = v1.RunRequest(command_id=uuid.uuid4().hex, start=start)
+        return RunStream(self.runs, first, self._retry, tools=functions.values(), turns=self._turns)
 
     def attach(
-        self, name: str, after_sequence: int | None = None, *, options: v1.WatchOptions | None = None
+        self,
+        name: str,
+        after_sequence: int | None = None,
+        *,
+        tools: Iterable[Callable[..., Any] | Tool] = (),
+        options: v1.WatchOptions | None = None,
     ) -> RunStream:
         """Follows a run (sessions/{session}/runs/{run}) or a session that exists, when entered.
 
         Events begin after `after_sequence`, 0 for the whole log; without it, at the run's first event or at the
         session's head. A session without a run under way ends the stream at its head, unless `options` say keep_open.
+        Calls of the `tools` that wait or come are executed here; attaching declares none.
 
-        Entering raises NotecaseError: SEQUENCE_AHEAD, SESSION_NOT_FOUND, RUN_NOT_FOUND."""
-        attach = v1.AttachRun(name=name, after_sequence=after_sequence, options=options)
-        return RunStream(self.runs, v1.RunRequest(attach=attach), self._retry)
+        Raises TypeError for a function that cannot be a tool. Entering raises NotecaseError: SEQUENCE_AHEAD,
+        SESSION_NOT_FOUND, RUN_NOT_FOUND."""
+        first = v1.RunRequest(attach=v1.AttachRun(name=name, after_sequence=after_sequence, options=options))
+        return RunStream(self.runs, first, self._retry, tools=tools, turns=self._turns)
 
     async def invoke(
         self,
@@ -170,20 +209,62 @@ class Client:
         agent: str = "",
         state: Mapping[str, Plain] | None = None,
         run_id: str = "",
+        tools: Iterable[Callable[..., Any] | Tool] = (),
+        on_busy: v1.StartRun.OnBusy.ValueType = v1.StartRun.ON_BUSY_REJECT,
+        limits: v1.Limits | None = None,
+        cancel_after: float | None = None,
     ) -> v1.Message:
         """Runs to the end and returns the reply: `run` without the watching, with the same arguments.
 
         Raises NotecaseError as entering `run` does, with the run's own error when it fails, and with code CANCELLED
-        when it is cancelled. Cancelling the call leaves the run going on."""
-        options = v1.WatchOptions(durable_only=True)
-        async with self.run(session, *said, agent=agent, state=state, run_id=run_id, options=options) as run:
+        when it is cancelled; RunWaiting when it waits for a person or for a tool that was not handed in. Cancelling the
+        call leaves the run going on."""
+        functions = as_tools(tools)
+        stream = self.run(
+            session,
+            *said,
+            agent=agent,
+            state=state,
+            run_id=run_id,
+            tools=functions.values(),
+            on_busy=on_busy,
+            limits=limits,
+            cancel_after=cancel_after,
+            options=v1.WatchOptions(durable_only=True),
+        )
+        async with stream as run:
             async for _ in run:
-                pass
+                if run.waits_for_others:
+                    # What was told may be long past, when the run existed, or not all of what it waits for.
+                    found = await self._get_run(run.name)
+                    if waits_for_others(found, functions):
+                        raise RunWaiting(found)
         if run.result.state == v1.Run.STATE_FAILED:
             raise NotecaseError.from_proto(run.result.error)
         if run.result.state == v1.Run.STATE_CANCELLED:
             raise NotecaseError(grpc.StatusCode.CANCELLED, "", f"{run.name} was cancelled.")
         return run.result.reply
+
+    async def waiting(self, session: str = "sessions/-") -> AsyncIterator[v1.Run]:
+        """The runs that wait for a person or a caller, of one session or of all, the last created first: see their
+        `pending_inputs` and `pending_calls`.
+
+            async for run in client.waiting():
+                for asked in run.pending_inputs:
+                    await client.deny(run.name, asked.input_id, "It is late.")
+
+        Raises NotecaseError SESSION_NOT_FOUND."""
+        request = v1.ListRunsRequest(parent=session, filter="state = WAITING")
+        while True:
+            page = await repeat(self._retry, lambda: self.runs.ListRuns(request))
+            for run in page.runs:
+                yield run
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return
+
+    async def _get_run(self, name: str) -> v1.Run:
+        return await repeat(self._retry, lambda: self.runs.GetRun(v1.GetRunRequest(name=name)))
 
 
 def _values(plain: Mapping[str, Plain] | None) -> dict[str, v1.Value]:

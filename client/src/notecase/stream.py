@@ -1,17 +1,19 @@
 """A run as it happens, whole: each event once and in order, whatever becomes of the connection."""
 
 import asyncio
-import uuid
 from collections import deque
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 
 from notecase import v1
+from notecase.calls import Calls, Turns
+from notecase.commands import Commands
 from notecase.errors import NotecaseError
-from notecase.retry import Backoff, Retry, repeat
+from notecase.retry import Backoff, Retry
+from notecase.tools import Tool, as_tools
 from notecase.values import Plain, to_value
 from notecase.view import ENDED, Gap, SessionView
 
@@ -30,16 +32,38 @@ class RunStream:
     longer be reached or the session is deleted. A run that fails is no error of the stream: see `result`. The stream
     ends when the run does; with `keep_open` it does not.
 
-    Leaving, cancelling the task, or losing the process closes the stream and nothing else: the run goes on, and
-    `attach` finds it. After a cancelled `anext` (a timeout, for example) iteration goes on where it was. One task
-    iterates at a time; `cancel` and `update_state` may be called from any, also inside the loop.
+    Calls of the `tools` handed in are executed as iteration comes to them, several at once and beside it, and answered;
+    those that waited when the stream came, too, and each once in this client, however often it is told. They are those
+    of the run followed, or of any run when a session is followed. A call that gets its outcome elsewhere, by a cancel
+    for example, is cancelled here. Iterating raises what kept an answer from being sent.
+
+    A run that waits for a person keeps the stream open: `input_requested` tells what for, and `approve`, `deny`,
+    `answer` or `say` let it go on, from here or from anywhere.
+
+    Leaving, cancelling the task, or losing the process closes the stream, cancels its calls, and nothing else: the run
+    goes on, and `attach` finds it and the calls that wait. After a cancelled `anext` (a timeout, for example) iteration
+    goes on where it was. One task iterates at a time; commands may be sent from any, also inside the loop.
     """
 
-    def __init__(self, stub: "v1.RunServiceAsyncStub", first: v1.RunRequest, retry: Retry | None = None) -> None:
+    def __init__(
+        self,
+        stub: "v1.RunServiceAsyncStub",
+        first: v1.RunRequest,
+        retry: Retry | None = None,
+        *,
+        tools: Iterable[Callable[..., Any] | Tool] = (),
+        turns: Turns | None = None,
+    ) -> None:
+        """`tools` are answered here; the start declares those that the agent does not. Streams with the same `turns`
+        share out their calls."""
         self._stub = stub
         self._first = first
-        self._retry = retry or Retry()
-        self._backoff = Backoff(self._retry)
+        retry = retry or Retry()
+        self._backoff = Backoff(retry)
+        self._commands = Commands(stub, retry)
+        self._tools = as_tools(tools)
+        self._calls = Calls(self._tools, self._commands, turns or Turns(), self._fail)
+        self._failure: BaseException | None = None
         self._frames: AsyncIterator[v1.RunResponse] | None = None
         self._call: grpc.aio.StreamStreamCall[v1.RunRequest, v1.RunResponse] | None = None
         self._attached: v1.Attached | None = None
@@ -52,8 +76,12 @@ class RunStream:
 
     @property
     def name(self) -> str:
-        """sessions/{session}/runs/{run}: the run being followed; empty before entering and in an idle session."""
-        return self._attached.run.name if self._attached else ""
+        """sessions/{session}/runs/{run}: the run being followed, of a session the newest that was told of; empty before
+        entering and in an idle session."""
+        if self._attached is None:
+            return ""
+        newest = self.view.run if self._follows_session else None
+        return newest.name if newest else self._attached.run.name
 
     @property
     def session(self) -> str:
@@ -71,7 +99,7 @@ class RunStream:
         """The run as it ended: succeeded, failed or cancelled, with its reply, usage and error.
 
         Raises RuntimeError while it has not, as far as the events given out tell."""
-        run = self.view.run
+        run = self.view.runs.get(self.name)
         if run is None or run.state not in ENDED:
             raise RuntimeError("the run has not ended yet: iterate to the end of the stream first")
         return run
@@ -81,14 +109,14 @@ class RunStream:
             while self._attached is None:
                 await self._receive()
         except BaseException:
-            self._close()
+            await self._leave()
             raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close()
+        await self._leave()
 
     def __aiter__(self) -> Self:
         return self
@@ -105,7 +133,10 @@ class RunStream:
                 if event.sequence and fresh:
                     self._backoff.progress()
                 if fresh:
+                    self._follow_calls(event)
                     return event
+            if self._failure is not None:
+                raise self._failure
             if self._over:
                 raise StopAsyncIteration
             await self._receive()
@@ -118,7 +149,8 @@ class RunStream:
         reply begins anew as another message; as between any two messages, "\\n\\n" comes first. Who wants to erase
         what was discarded iterates the events and shows `view`.
 
-        Raises NotecaseError with the run's error when it fails; when it is cancelled, the text just ends."""
+        Raises NotecaseError with the run's error when it fails; when it is cancelled, the text just ends, and while it
+        waits for a person, nothing comes."""
         told: dict[tuple[str, int], int] = {}
         speaking = ""
         async for event in self:
@@ -132,15 +164,41 @@ class RunStream:
                 if piece:
                     speaking = message
                     yield piece
-        if self.name and self.result.state == v1.Run.STATE_FAILED:
-            raise NotecaseError.from_proto(self.result.error)
+        run = self.view.runs.get(self._attached.run.name) if self._attached else None
+        if run is not None and run.state == v1.Run.STATE_FAILED:
+            raise NotecaseError.from_proto(run.error)
 
-    async def cancel(self, reason: str = "") -> int:
-        """Stops the run, keeps what was generated, and returns the sequence of that; the stream then tells of it.
+    async def say(self, *said: str | v1.Message, when: v1.UserInput.When.ValueType = v1.UserInput.WHEN_STEER) -> int:
+        """Says something to the run under way; see `Commands.say`."""
+        return await self._commands.say(self._target, *said, when=when)
 
-        Safe to repeat and repeated when the connection breaks. Raises NotecaseError RUN_ENDED when the run has
-        ended."""
-        return await self._send(v1.RunRequest(cancel=v1.CancelCommand(reason=reason)))
+    async def approve(
+        self,
+        input_id: str,
+        arguments: str | Mapping[str, Any] | None = None,
+        *,
+        remember: v1.InputResponse.Remember.ValueType = v1.InputResponse.REMEMBER_ONCE,
+    ) -> int:
+        """Lets a call run, with other arguments where given; see `Commands.approve`."""
+        return await self._commands.approve(self._target, input_id, arguments, remember=remember)
+
+    async def deny(
+        self,
+        input_id: str,
+        reason: str = "",
+        *,
+        remember: v1.InputResponse.Remember.ValueType = v1.InputResponse.REMEMBER_ONCE,
+    ) -> int:
+        """Does not let a call run; see `Commands.deny`."""
+        return await self._commands.deny(self._target, input_id, reason, remember=remember)
+
+    async def answer(self, input_id: str, answer: str) -> int:
+        """Answers a question; see `Commands.answer`."""
+        return await self._commands.answer(self._target, input_id, answer)
+
+    async def cancel(self, reason: str = "", *, after_turn: bool = False, call_id: str = "") -> int:
+        """Stops the run, or one of its calls; see `Commands.cancel`."""
+        return await self._commands.cancel(self._target, reason, after_turn=after_turn, call_id=call_id)
 
     async def update_state(
         self,
@@ -155,15 +213,43 @@ class RunStream:
         condition misses, STATE_TYPE_MISMATCH when a value's type does not have the operation."""
         sets = [v1.StateOp(key=key, set=to_value(value)) for key, value in (values or {}).items()]
         update = v1.StateUpdate(ops=[*sets, *ops], if_version=if_version)
-        return await self._send(v1.RunRequest(update_state=update))
+        # State is the session's: it can be changed in every state of the run.
+        return await self._commands.send(self.session, v1.RunRequest(update_state=update))
 
-    async def _send(self, command: v1.RunRequest) -> int:
+    @property
+    def waits_for_others(self) -> bool:
+        """Whether the run waits, as far as the events given out tell, for something that no function here answers: for
+        a person, or for a tool in another process."""
+        run = self.view.runs.get(self.name)
+        return run is not None and waits_for_others(run, self._tools)
+
+    @property
+    def _follows_session(self) -> bool:
+        return self._attached is not None and self._first.attach.name == self._attached.session
+
+    @property
+    def _target(self) -> str:
         """Commands go beside the stream, not on it: their results arrive even while nobody iterates."""
-        command.command_id = uuid.uuid4().hex
-        run = self.name if command.HasField("cancel") else ""
-        request = v1.SendCommandRequest(session=self.session, command=command, run=run)
-        answer = await repeat(self._retry, lambda: self._stub.SendCommand(request))
-        return answer.result.sequence
+        return self.name or self.session
+
+    def _follow_calls(self, event: v1.Event) -> None:
+        if event.HasField("tool_finished"):
+            self._calls.end(event.tool_finished.call_id)
+        elif event.tool_started.client_executed and self._attached is not None:
+            run, head = self._attached.run, self._attached.last_sequence
+            # Up to there `Attached` told which calls wait still; the events before tell also of those that do not.
+            if event.sequence > (run.last_sequence if event.run == run.name else head):
+                self._begin(event.run, event.tool_started)
+
+    def _begin(self, run: str, call: v1.ToolCall) -> None:
+        if self._follows_session or run == self.name:
+            self._calls.begin(run, call)
+
+    def _fail(self, error: BaseException) -> None:
+        """Iteration is to raise it, also when it is waiting for a frame."""
+        self._failure = error
+        if self._call is not None:
+            self._call.cancel()
 
     async def _receive(self) -> None:
         """Takes one frame, or mends the stream; sets `_over` at its right end."""
@@ -180,6 +266,9 @@ class RunStream:
             return
         except asyncio.CancelledError:
             self._close()  # grpc has given the call up with the read; the next one attaches again
+            task = asyncio.current_task()
+            if self._failure is not None and task is not None and not task.cancelling():
+                raise self._failure from None  # it was no one else who cancelled the call
             raise
         # A go_away needs no answer: until the server cuts the stream, what is under way may well come to its end.
         match frame.WhichOneof("frame"):
@@ -208,10 +297,16 @@ class RunStream:
             self.view = SessionView(attached.last_sequence)  # such a stream begins at the session's head
         self._attached = attached
         self.view.attach(attached)
+        for call in attached.run.pending_calls:
+            self._begin(attached.run.name, call)
 
     async def _mend(self, error: NotecaseError | Gap) -> None:
         self._close()
         await self._backoff.wait(error)
+
+    async def _leave(self) -> None:
+        self._close()
+        await self._calls.close()
 
     def _close(self) -> None:
         if self._call is not None:
@@ -228,3 +323,9 @@ def _texts(event: v1.Event) -> Iterable[tuple[str, int, int, str]]:
     if message.role == v1.Message.ROLE_ASSISTANT:
         for block, part in enumerate(message.parts):
             yield message.name, block, 0, part.text
+
+
+def waits_for_others(run: v1.Run, tools: Iterable[str]) -> bool:
+    """Whether a run waits for something other than the results of these tools."""
+    called = {call.tool for call in run.pending_calls}
+    return run.state == v1.Run.STATE_WAITING and bool(run.pending_inputs or called - set(tools))

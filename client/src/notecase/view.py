@@ -4,7 +4,7 @@ Everything the service tells can be had from this fold over the log, so a progra
 again for its messages, its state or its run.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, MutableSequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from notecase import v1
 M = TypeVar("M", bound=Message)
 
 ENDED = frozenset({v1.Run.STATE_SUCCEEDED, v1.Run.STATE_FAILED, v1.Run.STATE_CANCELLED})
+OPEN_OUTCOMES = frozenset({v1.ToolCall.OUTCOME_PENDING, v1.ToolCall.OUTCOME_RUNNING})
 
 
 class Gap(Exception):
@@ -45,18 +46,30 @@ class SessionView:
     last_sequence: int | None = 0
     """The newest entry of the log that is in the view, and so where to attach again; None before the first."""
     messages: dict[str, v1.Message] = field(default_factory=dict)
-    """Whole messages by name, oldest first, with the outcomes their calls have."""
+    """Whole messages by name, oldest first, with the outcomes their calls have; those rewound are superseded."""
     open: dict[str, dict[int, Block]] = field(default_factory=dict)
     """The blocks of messages being made, by message name and part index."""
     state: dict[str, v1.Value] = field(default_factory=dict)
     """The session's own state: all of it in a view of the whole log; otherwise what was changed since, never wrong but
     incomplete, since an increment of what the view has not seen remains unknown."""
-    run: v1.Run | None = None
-    """The newest run; to be told apart by its state whether it is under way or has ended."""
+    runs: dict[str, v1.Run] = field(default_factory=dict)
+    """Runs by name, those that wait in the queue too, in the order in which they came."""
+    queued: list[v1.QueuedCommand] = field(default_factory=list)
+    """What waits in the session to be taken up, in order, as far as the view saw it come."""
+    remembered: dict[str, bool] = field(default_factory=dict)
+    """By tool, whether its calls are approved in this session without asking, as far as the view saw it decided."""
     _whole: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self._whole = self.last_sequence == 0
+
+    @property
+    def run(self) -> v1.Run | None:
+        """The run under way, running or waiting; without one the newest, to be told by its state; None before any."""
+        for run in reversed(self.runs.values()):
+            if run.state in {v1.Run.STATE_RUNNING, v1.Run.STATE_WAITING}:
+                return run
+        return next(reversed(self.runs.values()), None)
 
     def attach(self, attached: v1.Attached) -> None:
         """Takes the first frame of a stream: forgets the open blocks, which the stream sends again whole.
@@ -64,8 +77,8 @@ class SessionView:
         A run whose start lies before the view is taken as the server knows it, which may be ahead of the events."""
         self.open.clear()
         run, seen = attached.run, self.last_sequence
-        if run.name and seen is not None and seen >= run.first_sequence and (not self.run or self.run.name != run.name):
-            self.run = _copy(run)
+        if run.name and run.name not in self.runs and seen is not None and seen >= run.first_sequence:
+            self.runs[run.name] = _copy(run)
 
     def apply(self, event: v1.Event) -> bool:
         """Takes the next event and tells whether it was new: an entry of the log that the view has is ignored.
@@ -88,14 +101,21 @@ class SessionView:
             case "message_added":
                 self.open.pop(event.message_added.name, None)
                 self.messages[event.message_added.name] = _copy(event.message_added)
-            case "tool_finished":
-                self._finish_call(event)
             case "state_changed" if event.state_changed.state.startswith("sessions/"):
                 self._change_state(event.state_changed.ops)
-            case "run_state_changed":
+            case "rewound":
+                self._supersede(event)
+            case "run_state_changed" if not self._is_queued(event.run):
                 self.open.clear()
         self._follow_run(event)
+        self._follow_call(event)
+        self._follow_queue(event)
         return True
+
+    def _is_queued(self, name: str) -> bool:
+        """Such a run has no blocks; those that are open belong to the one before it."""
+        run = self.runs.get(name)
+        return run is not None and run.state == v1.Run.STATE_QUEUED
 
     def _grow(self, delta: v1.BlockDelta) -> None:
         kind = delta.WhichOneof("delta")
@@ -113,19 +133,33 @@ class SessionView:
         block.end = delta.end
         self.open.setdefault(delta.message, blocks)[delta.block] = block
 
-    def _finish_call(self, event: v1.Event) -> None:
-        """A message that came before the view began is not there to be changed."""
-        finished = event.tool_finished
+    def _supersede(self, event: v1.Event) -> None:
+        replies = (run.reply for run in self.runs.values() if run.HasField("reply"))
+        for message in (*self.messages.values(), *replies):
+            if message.sequence > event.rewound.to_sequence:
+                message.status = v1.Message.STATUS_SUPERSEDED
+                message.update_sequence = event.sequence
+
+    def _find_call(self, call_id: str) -> tuple[v1.Message, v1.ToolCall] | None:
+        """A call with its message; None when the message came before the view began."""
         for message in reversed(self.messages.values()):
-            calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
-            for call in calls:
-                if call.call_id == finished.call_id:
-                    call.CopyFrom(finished)
-                    message.update_sequence = event.sequence
-                    pending = any(call.outcome == v1.ToolCall.OUTCOME_PENDING for call in calls)
-                    if message.status == v1.Message.STATUS_IN_PROGRESS and not pending:
-                        message.status = v1.Message.STATUS_COMPLETED
-                    return
+            for part in message.parts:
+                if part.HasField("tool_call") and part.tool_call.call_id == call_id:
+                    return message, part.tool_call
+        return None
+
+    def _follow_call(self, event: v1.Event) -> None:
+        finished = event.HasField("tool_finished")
+        if not finished and not event.HasField("tool_started"):
+            return
+        told = event.tool_finished if finished else event.tool_started
+        if found := self._find_call(told.call_id):
+            message, call = found
+            call.CopyFrom(told)
+            message.update_sequence = event.sequence
+            waits = any(part.tool_call.outcome in OPEN_OUTCOMES for part in message.parts)
+            if message.status == v1.Message.STATUS_IN_PROGRESS and not waits:
+                message.status = v1.Message.STATUS_COMPLETED
 
     def _change_state(self, ops: Iterable[v1.StateOp]) -> None:
         for op in ops:
@@ -142,34 +176,107 @@ class SessionView:
                     held.list_value.values.append(op.append)
 
     def _follow_run(self, event: v1.Event) -> None:
-        if event.HasField("run_started"):
-            started = event.run_started
-            self.run = v1.Run(
-                name=event.run,
-                agent=started.agent,
-                agent_revision=started.agent_revision,
-                state=v1.Run.STATE_RUNNING,
-                attempt=1,
-                first_sequence=event.sequence,
-                create_time=event.create_time,
-                labels=started.labels,
+        run = self.runs.get(event.run)
+        queued = event.command_queued
+        if run is None:
+            # A run that is cancelled before its start begins with its end. In a view that may have missed the start, an
+            # end does not tell where the run began.
+            sealed = self._whole and event.HasField("run_state_changed")
+            if not (event.HasField("run_started") or queued.HasField("start") or sealed):
+                return
+            run = self.runs[event.run] = v1.Run(
+                name=event.run, first_sequence=event.sequence, create_time=event.create_time
             )
-        run = self.run
-        if run is None or run.name != event.run or event.sequence <= run.last_sequence:
-            return  # of another run, passing, or already in what `attach` was told
+        elif event.sequence <= run.last_sequence:
+            return  # passing, or already in what `attach` was told
         run.last_sequence = event.sequence
-        message, changed = event.message_added, event.run_state_changed
-        if message.role == v1.Message.ROLE_ASSISTANT and message.status == v1.Message.STATUS_COMPLETED:
-            run.reply.CopyFrom(message)
-        if event.HasField("usage"):
-            _add_usage(run.usage, event.usage)
-        if event.HasField("run_state_changed"):
-            run.state = changed.state
-            run.attempt = changed.attempt or run.attempt
-            if changed.HasField("error"):
-                run.error.CopyFrom(changed.error)
-            if changed.state in ENDED:
-                run.end_time.CopyFrom(event.create_time)
+        match event.WhichOneof("payload"):
+            case "command_queued" if queued.HasField("start"):
+                run.state = v1.Run.STATE_QUEUED
+                run.agent = queued.start.agent
+                run.labels.update(queued.start.labels)
+                run.state_time.CopyFrom(event.create_time)
+            case "command_queued" if queued.HasField("cancel"):
+                run.ending = True
+            case "run_started":
+                _start(run, event)
+            case "message_added":
+                message = event.message_added
+                if message.role == v1.Message.ROLE_ASSISTANT and message.status == v1.Message.STATUS_COMPLETED:
+                    run.reply.CopyFrom(message)
+            case "tool_started":
+                self._start_call(run, event.tool_started)
+            case "tool_finished":
+                _keep(run.pending_calls, lambda call: call.call_id != event.tool_finished.call_id)
+            case "input_requested":
+                run.pending_inputs.append(event.input_requested)
+            case "input_resolved":
+                self._resolve(run, event.input_resolved.response)
+            case "usage":
+                _add_usage(run.usage, event.usage)
+            case "run_state_changed":
+                _change(run, event)
+
+    def _start_call(self, run: v1.Run, call: v1.ToolCall) -> None:
+        found = self._find_call(call.call_id)
+        first = found[1].outcome == v1.ToolCall.OUTCOME_PENDING if found else call.attempt <= 1
+        run.tool_calls += first
+        if call.client_executed:
+            run.pending_calls.append(call)
+
+    def _resolve(self, run: v1.Run, response: v1.InputResponse) -> None:
+        asked = next((one for one in run.pending_inputs if one.input_id == response.input_id), v1.InputRequest())
+        if asked.kind == v1.InputRequest.KIND_APPROVAL:
+            approved = response.decision == v1.InputResponse.DECISION_APPROVE
+            if response.remember == v1.InputResponse.REMEMBER_RUN:
+                run.remembered[asked.call.tool] = approved
+            elif response.remember == v1.InputResponse.REMEMBER_SESSION:
+                self.remembered[asked.call.tool] = approved
+        _keep(run.pending_inputs, lambda one: one.input_id != response.input_id)
+
+    def _follow_queue(self, event: v1.Event) -> None:
+        if event.HasField("command_queued") and not event.command_queued.HasField("cancel"):
+            self.queued.append(v1.QueuedCommand(command_id=event.cause_id, sequence=event.sequence, run=event.run))
+        elif event.cause_id and (event.HasField("message_added") or event.HasField("run_started")):
+            taken = (event.run, event.cause_id)
+            self.queued = [queued for queued in self.queued if (queued.run, queued.command_id) != taken]
+        elif event.run_state_changed.state in ENDED:
+            self.queued = [queued for queued in self.queued if queued.run != event.run]
+
+
+def _start(run: v1.Run, event: v1.Event) -> None:
+    started = event.run_started
+    run.agent = started.agent
+    run.agent_revision = started.agent_revision
+    run.labels.update(started.labels)
+    run.client_tools.extend(started.client_tools)
+    if started.HasField("limits"):
+        run.limits.CopyFrom(started.limits)
+    if started.HasField("disconnect"):
+        run.disconnect.CopyFrom(started.disconnect)
+    run.state = v1.Run.STATE_RUNNING
+    run.state_time.CopyFrom(event.create_time)
+    run.attempt = 1
+
+
+def _change(run: v1.Run, event: v1.Event) -> None:
+    change = event.run_state_changed
+    if run.state == v1.Run.STATE_RUNNING:
+        ran = event.create_time.ToMicroseconds() - run.state_time.ToMicroseconds()
+        run.running_time.FromMicroseconds(run.running_time.ToMicroseconds() + max(ran, 0))
+    run.state = change.state
+    run.state_time.CopyFrom(event.create_time)
+    run.attempt = change.attempt or run.attempt
+    if change.state in ENDED:
+        run.end_time.CopyFrom(event.create_time)
+        if change.HasField("error"):
+            run.error.CopyFrom(change.error)
+
+
+def _keep(held: MutableSequence[M], wanted: Callable[[M], bool]) -> None:
+    left = [one for one in held if wanted(one)]
+    del held[:]
+    held.extend(left)
 
 
 def _copy(message: M) -> M:

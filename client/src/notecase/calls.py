@@ -1,0 +1,109 @@
+"""Answers the calls that a run dispatches to its caller: each once, several at once, beside the stream that tells of
+them."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from notecase import v1
+from notecase.commands import Commands
+from notecase.errors import NotecaseError
+from notecase.tools import Tool
+
+REMEMBERED = 1000
+"""Calls whose answer is remembered. One is told again within moments, by another stream of the process or by the same
+after a broken connection."""
+
+_SETTLED = frozenset({"CALL_NOT_PENDING", "RUN_ENDED", "REQUEST_ID_REUSED"})
+"""The call has an outcome already: by another process that has the function too, or by a cancel."""
+
+_UNFIT = frozenset({"INVALID_FIELD", "PAYLOAD_TOO_LARGE"})
+
+
+class _Key(NamedTuple):
+    run: str
+    call_id: str
+    attempt: int
+
+
+@dataclass(eq=False)
+class _Turn:
+    """One call at one attempt, among all streams of a client."""
+
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    answered: bool = False
+
+
+class Turns:
+    """What keeps two streams of one client from executing the same call; the one that came second stands by."""
+
+    def __init__(self) -> None:
+        self._turns: dict[_Key, _Turn] = {}
+
+    def of(self, key: _Key) -> _Turn:
+        if len(self._turns) >= REMEMBERED and key not in self._turns:
+            del self._turns[next(iter(self._turns))]
+        return self._turns.setdefault(key, _Turn())
+
+
+class Calls:
+    """The calls that one stream has functions for."""
+
+    def __init__(
+        self, tools: Mapping[str, Tool], commands: Commands, turns: Turns, failed: Callable[[BaseException], None]
+    ) -> None:
+        """`failed` is told of an answer that could not be sent."""
+        self._tools = tools
+        self._commands = commands
+        self._turns = turns
+        self._failed = failed
+        self._told: set[_Key] = set()
+        self._tasks: dict[str, tuple[asyncio.Task[None], _Turn]] = {}
+
+    def begin(self, run: str, call: v1.ToolCall) -> None:
+        """Executes a dispatched call, if there is a function of its name and it was not told before."""
+        tool, key = self._tools.get(call.tool), _Key(run, call.call_id, call.attempt)
+        if tool is None or key in self._told:
+            return
+        self._told.add(key)
+        turn = self._turns.of(key)
+        task = asyncio.create_task(self._answer(run, call, tool, turn), name=f"tool call {call.call_id}")
+        self._tasks[call.call_id] = (task, turn)
+        task.add_done_callback(lambda done: self._done(call.call_id, done))
+
+    def end(self, call_id: str) -> None:
+        """The call has its outcome, from here or from elsewhere: what still works on it is cancelled."""
+        if call_id in self._tasks:
+            task, turn = self._tasks[call_id]
+            turn.answered = True
+            task.cancel()
+
+    async def close(self) -> None:
+        """Cancels what is under way and waits until it is gone. A thread cannot be cancelled, and is not waited for."""
+        tasks = [task for task, _ in self._tasks.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _done(self, call_id: str, task: asyncio.Task[None]) -> None:
+        if self._tasks[call_id][0] is task:
+            del self._tasks[call_id]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._failed(error)
+
+    async def _answer(self, run: str, call: v1.ToolCall, tool: Tool, turn: _Turn) -> None:
+        async with turn.lock:
+            if not turn.answered:
+                await self._send(run, await tool.answer(call))
+                turn.answered = True
+
+    async def _send(self, run: str, told: v1.ToolResult) -> None:
+        try:
+            await self._commands.send_result(run, told)
+        except NotecaseError as error:
+            if error.reason in _UNFIT and not told.error:
+                refused = v1.ToolResult(call_id=told.call_id, error=f"The result was refused: {error.message}")
+                await self._send(run, refused)
+            elif error.reason not in _SETTLED:
+                raise

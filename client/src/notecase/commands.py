@@ -1,0 +1,110 @@
+"""What can be said to a run from outside, by whoever may: from the process that started it or any other, days later."""
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from notecase import v1
+from notecase.hints import dump
+from notecase.retry import Retry, repeat
+from notecase.tools import parts_of
+from notecase.values import to_message
+
+
+class Commands:
+    """Commands to a run, `sessions/{session}/runs/{run}`, or to a session's run under way, `sessions/{session}`.
+
+    Each returns the sequence of the log at which it was committed: a command that takes effect at once has it by then,
+    one that waits its turn (a follow-up) is durable and takes effect later. They are sent with a command_id and
+    repeated while the connection is broken, so each happens once. All raise NotecaseError SESSION_NOT_FOUND,
+    RUN_NOT_FOUND, and RUN_ENDED once the run has ended.
+    """
+
+    def __init__(self, stub: "v1.RunServiceAsyncStub", retry: Retry) -> None:
+        self._stub = stub
+        self._patience = retry
+
+    async def say(
+        self,
+        name: str,
+        *said: str | v1.Message,
+        when: v1.UserInput.When.ValueType = v1.UserInput.WHEN_STEER,
+    ) -> int:
+        """Says something to a run under way: WHEN_STEER before the next model call, WHEN_FOLLOW_UP when it would
+        otherwise end, WHEN_INTERRUPT now. Approvals and questions that wait are denied by it.
+
+        Raises NotecaseError QUEUE_FULL when too much waits."""
+        said_then = v1.UserInput(messages=map(to_message, said), when=when)
+        return await self.send(name, v1.RunRequest(input=said_then))
+
+    async def approve(
+        self,
+        name: str,
+        input_id: str,
+        arguments: str | Mapping[str, Any] | None = None,
+        *,
+        remember: v1.InputResponse.Remember.ValueType = v1.InputResponse.REMEMBER_ONCE,
+    ) -> int:
+        """Lets a call run, with other `arguments` than the model's where given: JSON text, or what becomes it. Of a
+        call that was interrupted: runs it again.
+
+        With REMEMBER_RUN or REMEMBER_SESSION the tool's further calls there are approved too. Raises NotecaseError
+        INPUT_NOT_PENDING when somebody answered before."""
+        edited = arguments if isinstance(arguments, str) else "" if arguments is None else dump(dict(arguments))
+        response = v1.InputResponse(
+            input_id=input_id,
+            decision=v1.InputResponse.DECISION_APPROVE,
+            edited_arguments=edited,
+            remember=remember,
+        )
+        return await self.send(name, v1.RunRequest(input_response=response))
+
+    async def deny(
+        self,
+        name: str,
+        input_id: str,
+        reason: str = "",
+        *,
+        remember: v1.InputResponse.Remember.ValueType = v1.InputResponse.REMEMBER_ONCE,
+    ) -> int:
+        """Does not let a call run; the model is told the reason. Of a call that was interrupted: it failed.
+
+        `remember` and errors as in `approve`."""
+        response = v1.InputResponse(
+            input_id=input_id, decision=v1.InputResponse.DECISION_DENY, reason=reason, remember=remember
+        )
+        return await self.send(name, v1.RunRequest(input_response=response))
+
+    async def answer(self, name: str, input_id: str, answer: str) -> int:
+        """Answers a question; of a call that was interrupted, this is its result. Errors as in `approve`."""
+        response = v1.InputResponse(input_id=input_id, decision=v1.InputResponse.DECISION_ANSWER, answer=answer)
+        return await self.send(name, v1.RunRequest(input_response=response))
+
+    async def give_result(self, name: str, call_id: str, result: Any = None, *, error: str = "") -> int:
+        """Answers a call that was dispatched to callers (`Run.pending_calls`) by hand: with what a function of that
+        name would return, or with an error for the model to read.
+
+        The same result given again is no error. Raises NotecaseError CALL_NOT_PENDING or REQUEST_ID_REUSED when the
+        call has another outcome, TypeError or ValueError for a result that is not JSON."""
+        parts = [] if error else parts_of(result)
+        return await self.send_result(name, v1.ToolResult(call_id=call_id, result=parts, error=error))
+
+    async def cancel(self, name: str, reason: str = "", *, after_turn: bool = False, call_id: str = "") -> int:
+        """Stops the run and keeps what was generated; with `after_turn` once the calls under way have their results,
+        without asking the model again; with `call_id` only that call. The stream tells of it.
+
+        Raises NotecaseError CALL_NOT_PENDING for a call that has its outcome."""
+        mode = v1.CancelCommand.MODE_AFTER_TURN if after_turn else v1.CancelCommand.MODE_IMMEDIATE
+        return await self.send(name, v1.RunRequest(cancel=v1.CancelCommand(mode=mode, call_id=call_id, reason=reason)))
+
+    async def send_result(self, name: str, told: v1.ToolResult) -> int:
+        """Sends a tool's result under an id that is the call's own, so that a repeat by anybody is a duplicate."""
+        return await self.send(name, v1.RunRequest(command_id=f"result.{told.call_id}", tool_result=told))
+
+    async def send(self, name: str, command: v1.RunRequest) -> int:
+        """Sends any command; one without a command_id is given one."""
+        command.command_id = command.command_id or uuid.uuid4().hex
+        session = "/".join(name.split("/")[:2])
+        request = v1.SendCommandRequest(session=session, run=name if name != session else "", command=command)
+        answer = await repeat(self._patience, lambda: self._stub.SendCommand(request))
+        return answer.result.sequence

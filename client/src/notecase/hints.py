@@ -1,0 +1,265 @@
+"""Type hints as JSON Schema, and JSON as what the hints promise: what a model is told, and what a function is given."""
+
+import dataclasses
+import inspect
+import json
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from enum import Enum
+from typing import Any, NamedTuple
+
+Schema = dict[str, Any]
+
+_MISSING: Any = inspect.Parameter.empty
+
+
+class Mismatch(ValueError):
+    """A value that its hint does not allow; the message says where it is and what is wanted, for a model to read."""
+
+
+class Kind(NamedTuple):
+    """What one hint allows."""
+
+    schema: Schema
+    read: Callable[[Any, str], Any]
+    """Gives the Python value of a JSON value; the text says where it stands. Raises Mismatch."""
+
+
+class Field(NamedTuple):
+    """One member of an object: an argument of a function, a key of a TypedDict, a field of a dataclass."""
+
+    name: str
+    hint: Any
+    required: bool = True
+    default: Any = _MISSING
+
+
+def of_arguments(function: Callable[..., Any]) -> Kind:
+    """The arguments of a function as an object, read into a dict of keyword arguments.
+
+    Hints may be str, int, float, bool, None, Any, Literal, Enum, list[X], tuple[X, ...], dict[str, X], TypedDict, a
+    dataclass, unions of these, and Annotated[X, "what it is for"]. Raises TypeError for anything else, for an argument
+    without a hint, and for those that cannot be named: *args, **kwargs and positional-only ones."""
+    try:
+        hints = typing.get_type_hints(function, include_extras=True)
+    except NameError as error:
+        raise TypeError(f"its type hints cannot be read: {error}") from error
+    fields = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind not in {parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY}:
+            raise TypeError(f"a model gives arguments by name, which {parameter} does not take")
+        if name not in hints:
+            raise TypeError(f"{name} has no type hint")
+        fields.append(Field(name, hints[name], parameter.default is _MISSING, parameter.default))
+    return _object(fields, dict, ())
+
+
+def parse(text: str) -> Any:
+    """JSON text as Python's values; empty text, which models write for no arguments, as an empty object."""
+    try:
+        return json.loads(text or "{}", parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise Mismatch(f"this is not JSON: {error}") from error
+
+
+def dump(value: Any) -> str:
+    """A value as JSON text: what JSON has, members of an Enum, and dataclasses.
+
+    Raises TypeError or ValueError for anything else, NaN and the infinities among it."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    raise TypeError(f"a {type(value).__name__} is not JSON")
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _kind(hint: Any, within: tuple[Any, ...]) -> Kind:
+    """`within` are the classes that the hint stands in."""
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        kind = _kind(inner[0], within)
+        words = " ".join(word for word in inner[1:] if isinstance(word, str))
+        return Kind({**kind.schema, "description": words}, kind.read) if words else kind
+    if origin in {typing.Required, typing.NotRequired}:
+        return _kind(inner[0], within)
+    if origin in {typing.Union, types.UnionType}:
+        return _any_of([_kind(one, within) for one in inner])
+    if origin is typing.Literal:
+        return _one_of([(value, value) for value in inner], hint)
+    if origin is list or (origin is tuple and inner[1:] == (...,)):
+        return _list(_kind(inner[0], within), origin)
+    if origin is dict and inner[0] is str:
+        return _map(_kind(inner[1], within))
+    if hint is Any:
+        return Kind({}, lambda value, where: value)
+    return _PLAIN[hint] if isinstance(hint, type) and hint in _PLAIN else _class(hint, within)
+
+
+def _class(hint: Any, within: tuple[Any, ...]) -> Kind:
+    if hint in within:
+        raise TypeError(f"{hint.__name__} contains itself, which a schema here cannot say")
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return _one_of([(member.value, member) for member in hint], hint)
+    if typing.is_typeddict(hint):
+        hints = typing.get_type_hints(hint, include_extras=True)
+        fields = [Field(name, hints[name], name in hint.__required_keys__) for name in hints]
+        return _object(fields, dict, (*within, hint))
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        hints = typing.get_type_hints(hint, include_extras=True)
+        return _object(list(_fields(hint, hints)), _constructor(hint), (*within, hint))
+    shown = hint.__name__ if isinstance(hint, type) else hint
+    raise TypeError(
+        f"{shown} is no type that a model can be told of: use str, int, float, bool, None, Any, Literal, an Enum, "
+        'list[X], tuple[X, ...], dict[str, X], a TypedDict, a dataclass, or Annotated[X, "a description"]'
+    )
+
+
+def _fields(hint: Any, hints: dict[str, Any]) -> Iterable[Field]:
+    for field in dataclasses.fields(hint):
+        made = field.default_factory is not dataclasses.MISSING
+        default = _MISSING if field.default is dataclasses.MISSING else field.default
+        if field.init:
+            yield Field(field.name, hints[field.name], default is _MISSING and not made, default)
+
+
+def _constructor(hint: Callable[..., Any]) -> Callable[[dict[str, Any]], Any]:
+    def make(members: dict[str, Any]) -> Any:
+        try:
+            return hint(**members)
+        except (TypeError, ValueError) as error:  # a __post_init__ that checks
+            raise Mismatch(str(error)) from error
+
+    return make
+
+
+def _object(fields: Sequence[Field], make: Callable[[dict[str, Any]], Any], within: tuple[Any, ...]) -> Kind:
+    kinds = {field.name: _kind(field.hint, within) for field in fields}
+    required = [field.name for field in fields if field.required]
+    properties = {field.name: {**kinds[field.name].schema, **_default(field)} for field in fields}
+    schema = {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+    def read(value: Any, where: str) -> Any:
+        members = _expect(dict, "an object", value, where)
+        if unknown := [name for name in members if name not in kinds]:
+            raise Mismatch(f"{_place(where)} has no {unknown[0]!r}, but {', '.join(kinds) or 'nothing'}")
+        if missing := [name for name in required if name not in members]:
+            raise Mismatch(f"{_place(where)} wants {missing[0]!r}")
+        return make({name: kinds[name].read(held, f"{where}.{name}".lstrip(".")) for name, held in members.items()})
+
+    return Kind(schema, read)
+
+
+def _default(field: Field) -> Schema:
+    with suppress(TypeError, ValueError):  # a default that JSON cannot say holds all the same
+        if field.default is not _MISSING:
+            return {"default": json.loads(dump(field.default))}
+    return {}
+
+
+def _list(item: Kind, make: Callable[[list[Any]], Any]) -> Kind:
+    def read(value: Any, where: str) -> Any:
+        held = _expect(list, "an array", value, where)
+        return make([item.read(one, f"{where}[{index}]") for index, one in enumerate(held)])
+
+    return Kind({"type": "array", "items": item.schema}, read)
+
+
+def _map(item: Kind) -> Kind:
+    def read(value: Any, where: str) -> Any:
+        held = _expect(dict, "an object", value, where)
+        return {name: item.read(one, f"{where}[{name!r}]") for name, one in held.items()}
+
+    return Kind({"type": "object", "additionalProperties": item.schema}, read)
+
+
+def _any_of(kinds: Sequence[Kind]) -> Kind:
+    """The first kind that the value fits; what the last but null says when it fits none."""
+    spoken = [kind for kind in kinds if kind is not _PLAIN[types.NoneType]]
+
+    def read(value: Any, where: str) -> Any:
+        for kind in kinds:
+            with suppress(Mismatch):
+                return kind.read(value, where)
+        return spoken[-1].read(value, where)
+
+    return Kind({"anyOf": [kind.schema for kind in kinds]}, read)
+
+
+def _one_of(choices: Sequence[tuple[Any, Any]], hint: Any) -> Kind:
+    """One of these values in JSON, each with what it stands for."""
+    if any(not isinstance(value, str | int | float | None) for value, _ in choices):
+        raise TypeError(f"{hint} has values that JSON cannot say")
+    values = [value for value, _ in choices]
+    schema: Schema = {"enum": values}
+    if all(isinstance(value, str) for value in values):
+        schema = {"type": "string", **schema}
+
+    def read(value: Any, where: str) -> Any:
+        for choice, meant in choices:
+            if choice == value and isinstance(choice, bool) == isinstance(value, bool):
+                return meant
+        raise Mismatch(f"{_place(where)} wants one of {dump(values)}, not {_shown(value)}")
+
+    return Kind(schema, read)
+
+
+def _expect(kind: type, wanted: str, value: Any, where: str) -> Any:
+    if not isinstance(value, kind):
+        raise Mismatch(f"{_place(where)} wants {wanted}, not {_shown(value)}")
+    return value
+
+
+def _text(value: Any, where: str) -> str:
+    return str(_expect(str, "a string", value, where))
+
+
+def _flag(value: Any, where: str) -> bool:
+    return bool(_expect(bool, "true or false", value, where))
+
+
+def _null(value: Any, where: str) -> None:
+    _expect(types.NoneType, "null", value, where)
+
+
+def _integer(value: Any, where: str) -> int:
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    if isinstance(value, bool) or not whole:
+        raise Mismatch(f"{_place(where)} wants an integer, not {_shown(value)}")
+    return int(value)
+
+
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Mismatch(f"{_place(where)} wants a number, not {_shown(value)}")
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise Mismatch(f"{_place(where)} is too large") from error
+
+
+def _place(where: str) -> str:
+    return where or "the object"
+
+
+def _shown(value: Any) -> str:
+    text = dump(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
+
+
+_PLAIN = {
+    str: Kind({"type": "string"}, _text),
+    bool: Kind({"type": "boolean"}, _flag),
+    int: Kind({"type": "integer"}, _integer),
+    float: Kind({"type": "number"}, _number),
+    types.NoneType: Kind({"type": "null"}, _null),
+}

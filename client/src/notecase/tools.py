@@ -1,0 +1,139 @@
+"""Python functions that a model may call, run in the process that follows the run."""
+
+import asyncio
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from notecase import v1
+from notecase.hints import Mismatch, dump, of_arguments, parse
+
+RESULT_BYTES = 512 << 10
+"""A larger result is an error: it would be in the log for good, and in every further request to the model."""
+
+ERROR_CHARACTERS = 4000
+"""An exception may quote anything; more of it helps no model."""
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+log = logging.getLogger("notecase")
+
+
+class Tool:
+    """A function that a model may call, for `tools` of `Client.run` and `Client.attach`.
+
+    Whatever needs no options is handed there as it is: `tools=[search]`. The tool has the function's name, its
+    docstring for a description, and the JSON Schema that its type hints come to:
+
+        def search(query: Annotated[str, "words to look for"], limit: int = 10) -> list[str]:
+            \"""Searches the newspapers.\"""
+
+    The arguments may be str, int, float, bool, None, Any, Literal, Enum, list[X], tuple[X, ...], dict[str, X],
+    TypedDict, dataclasses, and unions of these; those with a default may be left out. The function is called with
+    arguments of those types. It may be async; otherwise it runs in a thread, which goes on when its call is cancelled.
+
+    What it returns is the result: text as it is, bytes and `v1.Part`s as data and parts, a list of parts as those, and
+    everything else as JSON: what JSON has, enums and dataclasses. An exception becomes the call's `error`, such as
+    "ValueError: no such paper", which the model reads and the log keeps; the traceback stays here, in the logger
+    "notecase". Arguments that do not fit and a result of more than 512 KiB are told to the model as errors, too.
+
+    Raises TypeError for a function whose arguments a model cannot be told of.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *,
+        name: str = "",
+        description: str = "",
+        requires_approval: bool = False,
+        timeout: float | None = None,
+        declare: bool = True,
+    ) -> None:
+        """`timeout` is in seconds, from the dispatch of a call to its outcome. A tool with `declare` False is not
+        declared by the run, because its agent does so already: `v1.LlmAgent(tools=[search.definition])`."""
+        self.function = function
+        self.declare = declare
+        name = name or getattr(function, "__name__", "")
+        if not _NAME.fullmatch(name):
+            raise TypeError(f'{function!r} wants a name of up to 64 letters, digits, "_" and "-"')
+        try:
+            self._arguments = of_arguments(function)
+        except TypeError as error:
+            raise TypeError(f"{name} cannot be a tool: {error}") from error
+        self.definition = v1.Tool(
+            name=name,
+            description=description or inspect.getdoc(function) or "",
+            parameters=dump(self._arguments.schema),
+            client=v1.ClientTool(),
+            requires_approval=requires_approval,
+        )
+        """How an agent or a run declares it."""
+        if timeout is not None:
+            self.definition.timeout.FromMilliseconds(round(timeout * 1000))
+
+    async def answer(self, call: v1.ToolCall) -> v1.ToolResult:
+        """Calls the function and tells what came of it; raises nothing but CancelledError."""
+        told = v1.ToolResult(call_id=call.call_id)
+        try:
+            arguments = self._arguments.read(parse(call.arguments), "")
+        except Mismatch as mismatch:
+            told.error = f"The arguments do not fit: {mismatch}."
+            return told
+        try:
+            told.result.extend(parts_of(await self._call(arguments)))
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            told.error = _said(error)  # the function's own: something it waited for was cancelled
+        except Exception as error:
+            log.exception("The tool %s raised.", self.definition.name)
+            told.error = _said(error)
+        if told.ByteSize() > RESULT_BYTES:
+            return v1.ToolResult(call_id=call.call_id, error=f"The result is larger than {RESULT_BYTES} bytes.")
+        return told
+
+    async def _call(self, arguments: dict[str, Any]) -> Any:
+        if inspect.iscoroutinefunction(self.function):
+            return await self.function(**arguments)
+        returned = await asyncio.to_thread(self._call_in_thread, arguments)
+        return await returned if inspect.isawaitable(returned) else returned
+
+    def _call_in_thread(self, arguments: dict[str, Any]) -> Any:
+        try:
+            return self.function(**arguments)
+        except StopIteration as error:  # no future can hold one: whoever awaits it would wait for ever
+            raise RuntimeError("the function raised StopIteration") from error
+
+
+def as_tools(functions: Iterable[Callable[..., Any] | Tool]) -> dict[str, Tool]:
+    """Tools by name. Raises TypeError for two of one name, and as `Tool` does."""
+    tools: dict[str, Tool] = {}
+    for function in functions:
+        tool = function if isinstance(function, Tool) else Tool(function)
+        if tools.setdefault(tool.definition.name, tool) is not tool:
+            raise TypeError(f"two tools have the name {tool.definition.name}")
+    return tools
+
+
+def parts_of(returned: Any) -> list[v1.Part]:
+    """What a function returned as parts of a result; TypeError or ValueError for what JSON cannot say."""
+    match returned:
+        case v1.Part():
+            return [returned]
+        case [v1.Part(), *_]:
+            return list(returned)
+        case str():
+            return [v1.Part(text=returned)]
+        case bytes() | bytearray() | memoryview():
+            return [v1.Part(data=v1.InlineData(data=bytes(returned), media_type="application/octet-stream"))]
+        case _:
+            return [v1.Part(text=dump(returned))]
+
+
+def _said(error: BaseException) -> str:
+    text = str(error)
+    return f"{type(error).__name__}: {text}"[:ERROR_CHARACTERS] if text else type(error).__name__

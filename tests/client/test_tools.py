@@ -1,0 +1,534 @@
+"""Tools, people and steering through the client, against a real server: what a function sees, and how often."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Any, NamedTuple
+
+import grpc
+import pytest
+from notecase import Client, NotecaseError, Retry, RunStream, RunWaiting, Tool, text_of, v1
+
+from tests.client.conftest import QUICK
+from tests.client.proxy import Proxy
+from tests.support.openai_server import OpenAIServer, reply, tool_calls
+from tests.support.server import Running
+
+KEEP_OPEN = v1.WatchOptions(keep_open=True)
+
+
+class Paper(NamedTuple):
+    """What a test's function was called with."""
+
+    query: str
+    limit: int
+
+
+class Desk:
+    """A tool that tells when it is called and answers when it may."""
+
+    def __init__(self) -> None:
+        self.asked: asyncio.Queue[Paper] = asyncio.Queue()
+        self.release = asyncio.Event()
+        self.cancelled = 0
+        self.answered = 0
+
+    async def search(self, query: Annotated[str, "a word"], limit: int = 3) -> str:
+        """Searches the papers."""
+        self.asked.put_nowait(Paper(query, limit))
+        try:
+            await self.release.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        self.answered += 1
+        return f"{query}: nothing"
+
+    @property
+    def calls(self) -> int:
+        return self.asked.qsize() + self.answered + self.cancelled
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+SEARCH = tool_calls(("search", '{"query": "violin"}'))
+PAY = tool_calls(("pay", '{"cents": 900}'))
+
+
+def pay(cents: int) -> str:
+    """Pays."""
+    return f"paid {cents}"
+
+
+ASKED_PAY = Tool(pay, requires_approval=True)
+
+
+def results(model: OpenAIServer, request: int = -1) -> list[str]:
+    """What the model was told of its calls."""
+    return [message["content"] for message in model.requests[request]["messages"] if message["role"] == "tool"]
+
+
+async def until(stream: RunStream, kind: str) -> v1.Event:
+    async for event in stream:
+        if event.WhichOneof("payload") == kind:
+            return event
+    raise AssertionError(f"the stream ended without {kind}")
+
+
+async def finish(stream: RunStream) -> str:
+    async for _ in stream:
+        pass
+    return text_of(stream.result.reply)
+
+
+async def held(client: Client, session: str) -> v1.Run:
+    """The session's newest run, as the server has it."""
+    return (await client.runs.ListRuns(v1.ListRunsRequest(parent=session))).runs[0]
+
+
+async def test_functions_are_declared_called_and_answered(client: Client, session: str, model: OpenAIServer) -> None:
+    """The model is told what their hints say; they are called with Python's values; their results come back."""
+    seen: list[object] = []
+
+    def weigh(thing: Annotated[str, "what to weigh"], times: float = 1) -> dict[str, float]:
+        """Weighs a thing."""
+        seen.append((thing, times, threading.current_thread() is threading.main_thread()))
+        return {"kg": 0.5}
+
+    async def ask(whom: list[str]) -> str:
+        seen.append(whom)
+        return "Nobody knows."
+
+    model.script(
+        tool_calls(("weigh", '{"thing": "violin", "times": 2}'), ("ask", '{"whom": ["Ada", "Zoë"]}')), reply("Light.")
+    )
+    async with client.run(session, "How heavy?", tools=[weigh, ask]) as run:
+        kinds = [event.WhichOneof("payload") async for event in run if event.sequence]
+    assert text_of(run.result.reply) == "Light."
+    assert sorted(seen, key=str) == [("violin", 2.0, False), ["Ada", "Zoë"]]
+    assert results(model) == ['{"kg": 0.5}', "Nobody knows."]
+    assert kinds.count("tool_started") == kinds.count("tool_finished") == 2
+    told = {tool["function"]["name"]: tool["function"] for tool in model.requests[0]["tools"]}
+    assert told["weigh"]["description"] == "Weighs a thing."
+    assert told["weigh"]["parameters"]["properties"]["thing"] == {"type": "string", "description": "what to weigh"}
+    assert run.result.tool_calls == 2
+    assert await client.runs.GetRun(v1.GetRunRequest(name=run.name)) == run.result
+
+
+async def test_calls_at_once_run_at_once(client: Client, session: str, model: OpenAIServer) -> None:
+    """Coroutines and threads: each of these waits for the other of its kind."""
+    both, threads = asyncio.Barrier(2), threading.Barrier(2)
+
+    async def meet(name: str) -> str:
+        await both.wait()
+        return name
+
+    def block(name: str) -> str:
+        threads.wait()
+        return name
+
+    calls = [(tool, f'{{"name": "{name}"}}') for tool in ("meet", "block") for name in "ab"]
+    model.script(tool_calls(*calls), reply("Met."))
+    answer = await client.invoke(session, "Meet", tools=[meet, block])
+    assert text_of(answer) == "Met."
+    assert results(model) == ["a", "b", "a", "b"]
+
+
+async def test_what_goes_wrong_in_a_function_is_for_the_model(
+    client: Client, session: str, model: OpenAIServer
+) -> None:
+    """An exception, arguments that do not fit, a result that the service refuses: the run goes on with an error."""
+
+    def broken() -> str:
+        raise ValueError("no such paper")
+
+    def strange() -> v1.Part:
+        return v1.Part(refusal="I would rather not.")
+
+    model.script(tool_calls(("broken", "{}"), ("broken", '{"x": 1}'), ("strange", "{}")), reply("So be it."))
+    async with client.run(session, "Try", tools=[broken, strange]) as run:
+        finished = [event.tool_finished async for event in run if event.HasField("tool_finished")]
+    assert {call.outcome for call in finished} == {v1.ToolCall.OUTCOME_FAILED}
+    errors = {call.call_id: call.error for call in finished}
+    calls = [part.tool_call for message in run.view.messages.values() for part in message.parts]
+    first, second, third = (errors[call.call_id] for call in calls if call.call_id)
+    assert first == "ValueError: no such paper"
+    assert second == "The arguments do not fit: the object has no 'x', but nothing."
+    assert third.startswith("The result was refused: ")
+
+
+async def test_the_stream_goes_on_while_a_function_works(
+    client: Client, session: str, model: OpenAIServer, desk: Desk
+) -> None:
+    """Events are handed out, and commands may be sent, between the call and its result."""
+    model.script(SEARCH, reply("Done."))
+    async with client.run(session, "Search", tools=[desk.search]) as run:
+        await until(run, "tool_started")
+        assert await desk.asked.get() == Paper("violin", 3)
+        sequence = await run.update_state({"seen": 1})
+        assert (await until(run, "state_changed")).sequence == sequence
+        desk.release.set()
+        assert await finish(run) == "Done."
+    assert results(model) == ["violin: nothing"]
+
+
+async def test_only_functions_that_were_handed_in_are_called(
+    client: Client, session: str, model: OpenAIServer, desk: Desk
+) -> None:
+    """Another call stays pending, for whoever has its function: here, for a hand."""
+    model.script(tool_calls(("search", '{"query": "a"}'), ("weigh", "{}")), reply("Done."))
+    weigh = v1.Tool(name="weigh", client=v1.ClientTool())
+    start = v1.StartRun(session=session, run_id="r1", client_tools=[Tool(desk.search).definition, weigh])
+    start.messages.add(parts=[v1.Part(text="Go")])
+    desk.release.set()
+    async with RunStream(client.runs, v1.RunRequest(start=start), QUICK, tools=[desk.search]) as run:
+        await until(run, "tool_finished")
+        (pending,) = (await held(client, session)).pending_calls
+        assert pending.tool == "weigh"
+        assert run.waits_for_others
+        first = await client.give_result(run.name, pending.call_id, {"kg": 1})
+        assert await client.give_result(run.name, pending.call_id, {"kg": 1}) == first
+        assert await finish(run) == "Done."
+    assert results(model) == ["a: nothing", '{"kg": 1}']
+
+
+async def test_a_tool_that_the_agent_declares_is_answered(client: Client, model: OpenAIServer, desk: Desk) -> None:
+    """Not declared again by the run, and answered on attaching to a session too."""
+    desk.release.set()
+    search = Tool(desk.search, declare=False)
+    llm = v1.LlmAgent(tools=[search.definition])
+    await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="reader", agent=v1.Agent(llm=llm)))
+    session = await client.create_session("agents/reader")
+    model.script(SEARCH, reply("One."), SEARCH, reply("Two."))
+    assert text_of(await client.invoke(session.name, "Search", tools=[search])) == "One."
+    async with client.attach(session.name, tools=[search], options=KEEP_OPEN) as watching:
+        invoked = asyncio.create_task(client.invoke(session.name, "Again"))
+        await until(watching, "tool_finished")
+        await asyncio.gather(invoked, return_exceptions=True)
+        while (await until(watching, "run_state_changed")).run_state_changed.state != v1.Run.STATE_SUCCEEDED:
+            pass
+    assert text_of(watching.result.reply) == "Two."
+    assert desk.answered == 2
+
+
+async def test_leaving_cancels_the_function_and_attaching_calls_it_again(
+    client: Client, session: str, model: OpenAIServer, desk: Desk
+) -> None:
+    """The call waits in the server meanwhile; whoever attaches with the function finds it."""
+    model.script(SEARCH, reply("Done."))
+    async with client.run(session, "Search", tools=[desk.search]) as run:
+        await until(run, "tool_started")
+        await desk.asked.get()
+    assert desk.cancelled == 1
+    assert (await held(client, session)).state == v1.Run.STATE_WAITING
+    desk.release.set()
+    async with client.attach(run.name, run.last_sequence, tools=[desk.search]) as again:
+        assert await finish(again) == "Done."
+    assert (desk.answered, results(model)) == (1, ["violin: nothing"])
+
+
+async def test_reading_a_log_calls_nothing(client: Client, session: str, model: OpenAIServer, desk: Desk) -> None:
+    """Calls of the past are no calls."""
+    model.script(SEARCH, reply("Done."))
+    desk.release.set()
+    await client.invoke(session, "Search", tools=[desk.search])
+    async with client.attach(session, 0, tools=[desk.search]) as log:
+        kinds = [event.WhichOneof("payload") async for event in log]
+    assert "tool_started" in kinds
+    assert desk.answered == 1
+
+
+async def test_a_call_that_is_told_again_is_executed_once(
+    client: Client, session: str, served: Running, model: OpenAIServer, desk: Desk
+) -> None:
+    """The connection breaks between the call and its result; the stream attaches again and is told what waits."""
+    model.script(SEARCH, reply("Done."))
+    async with (
+        Proxy(served.address) as proxy,
+        Client(proxy.address, retry=QUICK) as behind,
+        behind.run(session, "Search", tools=[desk.search]) as run,
+    ):
+        await until(run, "tool_started")
+        await desk.asked.get()
+        proxy.cut()
+        await client.put_state(session, "cut", True)
+        await until(run, "state_changed")
+        desk.release.set()
+        assert await finish(run) == "Done."
+    assert proxy.opened > 1
+    assert (desk.answered, desk.cancelled, desk.asked.qsize()) == (1, 0, 0)
+
+
+async def test_a_result_whose_answer_is_lost_counts_once(
+    client: Client, session: str, served: Running, model: OpenAIServer, desk: Desk
+) -> None:
+    """It is sent again under the call's own id."""
+    model.script(SEARCH, reply("Done."))
+    async with (
+        Proxy(served.address) as proxy,
+        Client(proxy.address, retry=QUICK) as behind,
+        behind.run(session, "Search", tools=[desk.search]) as run,
+    ):
+        await until(run, "tool_started")
+        await desk.asked.get()
+        async with client.attach(run.name) as watching:
+            proxy.deaf = True
+            desk.release.set()
+            await until(watching, "tool_finished")
+            proxy.deaf = False
+            proxy.cut()
+        assert await finish(run) == "Done."
+    assert desk.answered == 1
+    assert results(model) == ["violin: nothing"]
+
+
+async def test_two_streams_of_a_client_execute_a_call_once(
+    client: Client, session: str, model: OpenAIServer, desk: Desk
+) -> None:
+    """The second stands by: it takes over when the first one leaves before the answer."""
+    model.script(SEARCH, reply("Done."))
+    async with client.attach(session, tools=[desk.search], options=KEEP_OPEN) as watching:
+        async with client.run(session, "Search", tools=[desk.search]) as run:
+            await until(run, "tool_started")
+            await desk.asked.get()
+            await until(watching, "tool_started")
+            assert desk.asked.empty()
+        assert desk.cancelled == 1
+        assert await desk.asked.get() == Paper("violin", 3)
+        desk.release.set()
+        while (await until(watching, "run_state_changed")).run_state_changed.state != v1.Run.STATE_SUCCEEDED:
+            pass
+    assert (desk.answered, desk.asked.qsize()) == (1, 0)
+
+
+async def test_the_first_result_wins_and_the_others_are_let_go(
+    client: Client, session: str, served: Running, model: OpenAIServer, desk: Desk
+) -> None:
+    """Two processes have the function; one is still at it when the other has answered, and is cancelled."""
+    model.script(SEARCH, reply("Done."))
+    quick = Desk()
+    async with (
+        Client(served.address, retry=QUICK) as other,
+        client.run(session, "Search", tools=[desk.search]) as run,
+    ):
+        await until(run, "tool_started")
+        await desk.asked.get()
+        quick.release.set()
+        async with other.attach(run.name, tools=[quick.search]) as theirs:
+            assert await finish(theirs) == "Done."
+        assert await finish(run) == "Done."
+    assert (desk.cancelled, desk.answered, quick.answered) == (1, 0, 1)
+
+
+class Overheard:
+    """The run stub, of whose refusals a test hears; or with commands that all fail."""
+
+    def __init__(self, client: Client, failure: NotecaseError | None = None) -> None:
+        self.Run = client.runs.Run
+        self.refusals: asyncio.Queue[str] = asyncio.Queue()
+        self._client = client
+        self._failure = failure
+
+    async def SendCommand(self, request: v1.SendCommandRequest) -> v1.SendCommandResponse:  # noqa: N802
+        try:
+            if self._failure is not None:
+                raise self._failure
+            return await self._client.runs.SendCommand(request)
+        except NotecaseError as error:
+            self.refusals.put_nowait(error.reason)
+            raise
+
+    def attach(self, run: str, *tools: Callable[..., Any], retry: Retry = QUICK) -> RunStream:
+        first = v1.RunRequest(attach=v1.AttachRun(name=run))
+        return RunStream(self, first, retry, tools=tools)  # type: ignore[arg-type]
+
+
+async def test_a_result_that_comes_late_is_nothing(
+    client: Client, session: str, model: OpenAIServer, desk: Desk
+) -> None:
+    """The function answers after the run was cancelled, and before its stream is told: it is refused, and no error."""
+    model.script(SEARCH)
+    overheard = Overheard(client)
+    async with client.run(session, "Search", tools=[desk.search]) as started:
+        await until(started, "tool_started")
+    async with overheard.attach(started.name, desk.search) as run:
+        await desk.asked.get()
+        await client.cancel(run.name, "enough")
+        desk.release.set()
+        assert await overheard.refusals.get() in {"CALL_NOT_PENDING", "RUN_ENDED"}
+        assert await finish(run) == ""
+    assert run.result.state == v1.Run.STATE_CANCELLED
+    assert desk.answered == 1
+
+
+async def test_a_cancelled_call_cancels_its_function(
+    client: Client, session: str, model: OpenAIServer, desk: Desk
+) -> None:
+    """Only that call; the model is told, and the run goes on."""
+    model.script(SEARCH, reply("Without it, then."))
+    async with client.run(session, "Search", tools=[desk.search]) as run:
+        started = await until(run, "tool_started")
+        await desk.asked.get()
+        await run.cancel("too slow", call_id=started.tool_started.call_id)
+        assert await finish(run) == "Without it, then."
+    assert (desk.cancelled, desk.answered) == (1, 0)
+
+
+async def test_an_answer_that_cannot_be_sent_is_raised(
+    client: Client, session: str, model: OpenAIServer, desk: Desk
+) -> None:
+    """By the iteration that waits for what will never come; the call stays open for others."""
+    model.script(SEARCH)
+    async with client.run(session, "Search", tools=[desk.search]) as started:
+        await until(started, "tool_started")
+    away = NotecaseError(grpc.StatusCode.UNAVAILABLE, "", "nobody there")
+    desk.release.set()
+    async with Overheard(client, away).attach(started.name, desk.search, retry=Retry(tries=0)) as run:
+        with pytest.raises(NotecaseError) as raised:
+            await finish(run)
+    assert raised.value is away
+    assert (await held(client, session)).state == v1.Run.STATE_WAITING
+
+
+async def test_a_function_that_cannot_be_a_tool_is_refused_when_handed_in(client: Client) -> None:
+    """Before anything is sent."""
+
+    def many(*words: str) -> None:
+        raise AssertionError(words)
+
+    with pytest.raises(TypeError, match="many cannot be a tool"):
+        client.run("sessions/s", "Hello", tools=[many])
+    with pytest.raises(TypeError, match="many cannot be a tool"):
+        client.attach("sessions/s", tools=[many])
+
+
+@pytest.mark.parametrize(
+    ("decide", "told"),
+    [
+        (lambda run, asked: run.approve(asked), "paid 900"),
+        (lambda run, asked: run.approve(asked, {"cents": 8}), "paid 8"),
+        (lambda run, asked: run.approve(asked, '{"cents": 7}'), "paid 7"),
+        (lambda run, asked: run.deny(asked, "too much"), "too much"),
+    ],
+    ids=["approved", "edited", "edited as text", "denied"],
+)
+async def test_a_call_waits_for_approval_in_the_stream(
+    client: Client,
+    session: str,
+    model: OpenAIServer,
+    decide: Callable[[RunStream, str], Awaitable[int]],
+    told: str,
+) -> None:
+    """The stream stays open; what it is told by `input_requested` can be decided inside the loop."""
+    model.script(PAY, reply("So be it."))
+    async with client.run(session, "Pay", tools=[ASKED_PAY]) as run:
+        async for event in run:
+            if event.HasField("input_requested"):
+                await decide(run, event.input_requested.input_id)
+    assert text_of(run.result.reply) == "So be it."
+    (result,) = results(model)
+    assert told in result
+    assert await client.runs.GetRun(v1.GetRunRequest(name=run.name)) == run.result
+
+
+async def test_what_waits_is_found_and_answered_from_elsewhere(
+    client: Client, session: str, served: Running, model: OpenAIServer
+) -> None:
+    """Another process sees it among all that waits, decides, and needs neither the stream nor the function."""
+    model.script(PAY, PAY, reply("Paid twice."))
+    with pytest.raises(RunWaiting) as raised:
+        await client.invoke(session, "Pay", tools=[ASKED_PAY])
+    async with Client(served.address, retry=QUICK) as other:
+        (waiting,) = [run async for run in other.waiting()]
+        assert waiting == raised.value.run
+        (asked,) = waiting.pending_inputs
+        assert (asked.kind, asked.call.tool) == (v1.InputRequest.KIND_APPROVAL, "pay")
+        await other.approve(waiting.name, asked.input_id, remember=v1.InputResponse.REMEMBER_RUN)
+        with pytest.raises(NotecaseError, match="INPUT_NOT_PENDING"):
+            await other.deny(waiting.name, asked.input_id)
+    async with client.attach(waiting.name, tools=[ASKED_PAY]) as run:
+        assert await finish(run) == "Paid twice."
+    assert dict(run.result.remembered) == {"pay": True}
+    assert [found async for found in client.waiting()] == []
+
+
+async def test_a_question_is_answered(client: Client, model: OpenAIServer) -> None:
+    """The answer is the result of the call that asked."""
+    tool = v1.Tool(name="ask", server=v1.ServerTool(function="ask_user"))
+    agent = v1.Agent(llm=v1.LlmAgent(tools=[tool]))
+    await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="curious", agent=agent))
+    session = await client.create_session("agents/curious")
+    model.script(tool_calls(("ask", '{"question": "Which violin?"}')), reply("That one."))
+    async with client.run(session.name, "Find it") as run:
+        asked = (await until(run, "input_requested")).input_requested
+        assert asked.prompt == "Which violin?"
+        await run.answer(asked.input_id, "Près du quai 🎻")
+        assert await finish(run) == "That one."
+    assert results(model) == ["Près du quai 🎻"]
+
+
+async def test_invoking_tells_when_a_run_waits_for_others(
+    client: Client, session: str, model: OpenAIServer, desk: Desk
+) -> None:
+    """For functions that were handed in it waits itself; for others and for people it would wait for ever."""
+    model.script(tool_calls(("search", '{"query": "a"}'), ("pay", '{"cents": 1}')), reply("Never."))
+    desk.release.set()
+    with pytest.raises(RunWaiting, match="waits for an answer") as raised:
+        await client.invoke(session, "Go", tools=[desk.search, ASKED_PAY])
+    assert [one.call.tool for one in raised.value.run.pending_inputs] == ["pay"]
+
+
+async def test_a_run_is_steered(client: Client, session: str, model: OpenAIServer, desk: Desk) -> None:
+    """What is said comes before the next model call, or when the run would have ended."""
+    model.script(SEARCH, reply("Found."), reply("And again."))
+    async with client.run(session, "Search", tools=[desk.search]) as run:
+        await until(run, "tool_started")
+        await run.say("Only at night.")
+        await client.say(run.name, "Thank you.", when=v1.UserInput.WHEN_FOLLOW_UP)
+        desk.release.set()
+        assert await finish(run) == "And again."
+    said = [[m["content"] for m in request["messages"] if m["role"] == "user"] for request in model.requests]
+    assert said == [["Search"], ["Search", "Only at night."], ["Search", "Only at night.", "Thank you."]]
+    assert run.view.queued == []
+
+
+async def test_a_run_stops_after_its_turn(client: Client, session: str, model: OpenAIServer, desk: Desk) -> None:
+    """The call under way is awaited, the model is not asked again."""
+    model.script(SEARCH)
+    async with client.run(session, "Search", tools=[desk.search]) as run:
+        await until(run, "tool_started")
+        await run.cancel("enough", after_turn=True)
+        desk.release.set()
+        await finish(run)
+    assert (run.result.state, run.result.ending) == (v1.Run.STATE_CANCELLED, True)
+    assert (desk.answered, len(model.requests)) == (1, 1)
+
+
+async def test_a_run_waits_behind_another(client: Client, session: str, model: OpenAIServer, desk: Desk) -> None:
+    """Queued, its stream tells of the run before it too, calls none of that one's functions, and ends with its own."""
+    model.script(SEARCH, reply("One."), reply("Two."))
+    async with client.run(session, "First", tools=[desk.search]) as first:
+        await until(first, "tool_started")
+        idle = Desk()
+        queue = client.run(session, "Second", tools=[idle.search], on_busy=v1.StartRun.ON_BUSY_QUEUE)
+        async with queue as second:
+            assert second.name != first.name
+            desk.release.set()
+            assert await finish(first) == "One."
+            assert await finish(second) == "Two."
+    assert list(second.view.runs)[-1] == second.name
+    assert idle.calls == 0
+
+
+async def test_limits_and_company_are_set(client: Client, session: str, model: OpenAIServer, desk: Desk) -> None:
+    """As given to `run`; here the model may be asked once only."""
+    model.script(SEARCH)
+    desk.release.set()
+    limits = v1.Limits(max_tool_calls=1, max_model_calls=1)
+    with pytest.raises(NotecaseError, match="LIMIT_EXCEEDED"):
+        await client.invoke(session, "Search", tools=[desk.search], limits=limits, cancel_after=90.5)
+    run = await held(client, session)
+    assert (run.limits, run.disconnect.cancel_after.ToMilliseconds()) == (limits, 90_500)
