@@ -8,44 +8,17 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import notecase
 from notecase import v1
+from serving import say, server
 
 INSTRUCTION = """\
 You are a detective who thinks aloud, in two or three sentences.
 The case: {{ case }}.
 Last seen: {{ last_seen | default: "nobody knows where" }}.
 {% if theory %}You last said: {{ theory | truncatewords: 8 }}{% endif %}"""
-
-
-def say(text: str = "") -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
-
-
-@asynccontextmanager
-async def server(store: Path) -> AsyncIterator[str]:
-    """`notecase serve` as a process of its own; stopped with SIGTERM, as an operator would."""
-    with store.with_suffix(".log").open("ab") as log:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            *("-m", "notecase_server", "serve", "--listen", "127.0.0.1:0", "--store", f"sqlite:{store}"),
-            stdout=asyncio.subprocess.PIPE,
-            stderr=log,
-        )
-    assert process.stdout is not None
-    line = (await process.stdout.readline()).decode()
-    if not line:
-        raise SystemExit(f"The server did not start:\n{store.with_suffix('.log').read_text()}")
-    try:
-        yield f"127.0.0.1:{line.split()[-1]}"
-    finally:
-        process.terminate()
-        await process.wait()
 
 
 async def turn(client: notecase.Client, session: str, question: str) -> None:

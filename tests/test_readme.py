@@ -17,9 +17,9 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 CONSOLE = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
 CHANGING = re.compile(
     r"\d{4}-\d\d-\d\dT[\d:.]+Z|[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9a-f]{13}-(?=\d)"
-    r'|(?<="next_page_token": ")[^"]+'
+    r'|(?<="next_page_token": ")[^"]+|(?<=": ")\d+(\.\d+)?s'
 )
-"""Times, the server's ids, the part of an etag that is a time, and page tokens."""
+"""Times, the server's ids, the part of an etag that is a time, page tokens and durations."""
 
 
 def calls() -> list[tuple[str, str]]:
@@ -41,6 +41,10 @@ def told(output: str) -> list[Any]:
     said = [document for document in documents if "batch" not in document]
     events = [event for document in documents for event in document.get("batch", {}).get("events", [])]
     return said + [event for event in events if "sequence" in event]
+
+
+def _found(text: str) -> list[str]:
+    return [found.group() for found in CHANGING.finditer(text)]
 
 
 def _documents(text: str) -> list[Any]:
@@ -66,7 +70,7 @@ async def test_every_call_of_the_readme_prints_what_it_says(grpcurl: str) -> Non
             )
             output = (await process.communicate())[0].decode()
             assert told(output) == told(printed), command
-            ids.update(zip(CHANGING.findall(printed), CHANGING.findall(output), strict=False))
+            ids.update(zip(_found(printed), _found(output), strict=False))
 
 
 def test_every_method_of_the_contract_is_shown() -> None:

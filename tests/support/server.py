@@ -17,6 +17,8 @@ from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.watch import Pace
 from notecase_server.serve import Server, new_id, now, open_store
+from notecase_server.tools.contract import Toolbox
+from notecase_server.tools.toolbox import make_toolbox
 
 TENANT = "x-test-tenant"
 """The metadata by which a test says whose call it is, where a credential will be."""
@@ -54,6 +56,7 @@ async def running(
     max_runs: int = 100,
     grace: float = 5.0,
     pace: Pace | None = None,
+    toolbox: Toolbox | None = None,
 ) -> AsyncIterator[Running]:
     """Serves until the block is left, then stops as SIGTERM would."""
     settings = Settings(listen="127.0.0.1:0", store=store, max_runs=max_runs, grace=grace)
@@ -61,6 +64,7 @@ async def running(
         settings,
         await open_store(store, now),
         providers or {"offline": OfflineProvider()},
+        toolbox or make_toolbox((), {}),
         authenticate=tenant_of,
         pace=pace,
         make_id=new_id,

@@ -1,0 +1,165 @@
+"""An owner that was away while another took its run over: every commit of it is refused, and it stops at once.
+
+On one machine the lock of a SQLite file, which dies with its owner, makes this impossible. Here the lock's file is
+removed while its owner is stopped, so that a second process can own the store; what then protects the run is the epoch
+alone, as it does wherever owners are known by leases.
+"""
+
+import asyncio
+import signal
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import pytest
+from notecase import v1
+from notecase_server.engine.runs import Runs
+from notecase_server.engine.session import Sessions
+from notecase_server.engine.turn import Services
+from notecase_server.models.contract import Delta, Finish, ModelRequest, Text
+from notecase_server.serve import new_id, now
+from notecase_server.store.contract import Commit, SessionKey
+from notecase_server.store.fold import ENDED
+from notecase_server.store.memory import MemoryStore
+from notecase_server.tools.toolbox import make_toolbox
+from structlog.testing import capture_logs
+
+from tests.e2e.driving import durable, kinds, reason_of, said
+from tests.support.openai_server import OpenAIServer, chunk, reply, stream
+from tests.support.server import Spawned
+
+SESSION, RUN = "sessions/case", "sessions/case/runs/r1"
+
+
+async def spawn(tmp_path: Path, model: OpenAIServer, log: str) -> Spawned:
+    env = {"OPENAI_API_KEY": "test-key", "OPENAI_BASE_URL": model.url}
+    return await Spawned.start(f"sqlite:{tmp_path / 'notecase.db'}", tmp_path / log, env=env)
+
+
+class Caller:
+    """Stubs of one server."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.agents = v1.AgentServiceStub(channel)
+        self.runs = v1.RunServiceStub(channel)
+
+    async def begin(self) -> None:
+        agent = v1.Agent(llm=v1.LlmAgent(instruction="Be brief."))
+        await self.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=agent))
+        session = v1.Session(name=SESSION, agent="agents/clerk")
+        start = v1.StartRun(new_session=session, run_id="r1", messages=[said("Where?")])
+        await self.runs.CreateRun(v1.CreateRunRequest(start=start))
+
+    async def log(self) -> list[v1.Event]:
+        """Of an idle session."""
+        watch = self.runs.WatchEvents(v1.WatchEventsRequest(name=SESSION, after_sequence=0))
+        return durable([frame async for frame in watch])
+
+
+@asynccontextmanager
+async def calling(server: Spawned) -> AsyncIterator[Caller]:
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        yield Caller(channel)
+
+
+def ends_of(log: list[v1.Event]) -> list[v1.Event]:
+    return [event for event in log if event.run_state_changed.state in ENDED]
+
+
+@pytest.mark.parametrize("over", [True, False], ids=["taken-over-and-finished", "taken-over-and-under-way"])
+async def test_a_process_that_was_stopped_finds_its_run_taken_over(
+    tmp_path: Path, model: OpenAIServer, over: bool
+) -> None:
+    """It is woken in the middle of a reply. Of what it makes of that nothing comes into the log, a command given to it
+    is refused, and it can still be stopped in good order."""
+    first, second = asyncio.Event(), asyncio.Event()
+    model.script(
+        stream(chunk({"content": "Stale "}), chunk({"content": "words."})).held(first, after=2),
+        reply("The new owner's words.").held(second),
+    )
+    stale = await spawn(tmp_path, model, "stale")
+    async with calling(stale) as to_stale:
+        await to_stale.begin()
+        await model.request(0)
+        stale.process.send_signal(signal.SIGSTOP)
+        (tmp_path / "notecase.db-lock").unlink()
+        owner = await spawn(tmp_path, model, "owner")
+        async with calling(owner) as to_owner:
+            await model.request(1)
+            if over:
+                second.set()
+                await to_owner.runs.WaitRun(v1.WaitRunRequest(name=RUN))
+            stale.process.send_signal(signal.SIGCONT)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await to_stale.runs.CancelRun(v1.CancelRunRequest(name=RUN))
+            first.set()
+            assert await stale.stop() == 0
+            second.set()
+            ended = await to_owner.runs.WaitRun(v1.WaitRunRequest(name=RUN))
+            log = await to_owner.log()
+        assert await owner.stop() == 0
+    assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert reason_of(refused.value) == "OWNER_LOST"
+    left = [line for line in stale.log.read_text().splitlines() if "run_left" in line]
+    assert len(left) == 1
+    assert "OWNER_LOST" in left[0]
+    assert "run_finished" not in stale.log.read_text()
+    assert (ended.state, ended.attempt) == (v1.Run.STATE_SUCCEEDED, 2)
+    assert kinds(log) == [
+        *("run_started", "message_added", "run_state_changed"),
+        *("message_added", "usage", "run_state_changed"),
+    ]
+    assert log[3].message_added.parts[0].text == "The new owner's words."
+    assert len(ends_of(log)) == 1
+
+
+class GatedProvider:
+    """Says one word once its gate is open."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+        self.asked = asyncio.Event()
+        self.gate = asyncio.Event()
+
+    async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
+        self.asked.set()
+        await self.gate.wait()
+        yield Text(self.word)
+        yield Finish("stop", v1.Usage(model_calls=1, model=self.word))
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+
+async def test_of_two_owners_in_one_process_the_later_one_wins() -> None:
+    """The same on one memory store, where nothing but the epoch stands between the two."""
+    store = MemoryStore(now)
+    key = SessionKey("default", "case")
+    await store.create_agent("default", "clerk", v1.Agent(llm=v1.LlmAgent()))
+    await store.commit(Commit(key=key, create=v1.Session(agent="agents/clerk")))
+    stale, later = GatedProvider("stale"), GatedProvider("later")
+    first, second = (
+        Runs(Sessions(store), Services(store, {"": provider}, make_toolbox((), {}), new_id, now), max_runs=9)
+        for provider in (stale, later)
+    )
+    with capture_logs() as told:
+        await first.start("default", v1.StartRun(session=SESSION, run_id="r1", messages=[said("Where?")]))
+        await stale.asked.wait()
+        assert await second.take_over() == 1
+        await later.asked.wait()
+        stale.gate.set()
+        await first.drain(grace=60.0)
+        before = await store.read_events(key, 0)
+        later.gate.set()
+        ended = await second.wait(key, "r1", None)
+        await second.drain(grace=60.0)
+    assert kinds(before) == ["run_started", "message_added", "run_state_changed"]
+    assert ended.state == v1.Run.STATE_SUCCEEDED
+    assert ended.reply.parts[0].text == "later"
+    log = await store.read_events(key, 0)
+    assert log[:3] == before
+    assert len(ends_of(log)) == 1
+    facts = [(line["event"], line.get("reason")) for line in told if line["event"] in {"run_left", "run_finished"}]
+    assert facts == [("run_left", "OWNER_LOST"), ("run_finished", "")]
+    await store.close()

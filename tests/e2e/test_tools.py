@@ -1,0 +1,499 @@
+"""Calls of tools: dispatched once, answered once, by the caller or by a person, on every store and in both forms."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from notecase import v1
+
+from tests.e2e.driving import BySendCommand, OnStream, durable, kinds, log_of, reason_of, said
+from tests.support.openai_server import OpenAIServer, chunk, reply, stream, tool_calls
+from tests.support.server import Running
+
+DRIVERS = [OnStream, BySendCommand]
+Driver = type[OnStream | BySendCommand]
+
+
+def client_tool(name: str, **fields: Any) -> v1.Tool:
+    return v1.Tool(name=name, description=f"The caller's {name}.", client=v1.ClientTool(), **fields)
+
+
+def start_with(session: str, *tools: v1.Tool, **fields: Any) -> v1.StartRun:
+    return v1.StartRun(session=session, messages=[said("Go")], client_tools=tools, **fields)
+
+
+def result(call_id: str, text: str = "", error: str = "", command_id: str = "") -> v1.RunRequest:
+    parts = [] if error else [v1.Part(text=text)]
+    answer = v1.ToolResult(call_id=call_id, result=parts, error=error)
+    return v1.RunRequest(command_id=command_id or f"r-{call_id}", tool_result=answer)
+
+
+async def drive(
+    served: Running, driver: Driver, start: v1.StartRun, react: Callable[[v1.Event], v1.RunRequest | None]
+) -> list[v1.RunResponse]:
+    """Runs to the end of the stream, sending what `react` makes of each event of the log."""
+    driving = driver()
+    frames = []
+    async for frame in driving.start(served, start):
+        frames.append(frame)
+        for event in frame.batch.events:
+            command = react(event) if event.sequence else None
+            if command is not None:
+                await driving.send(command)
+    return frames
+
+
+def results_of(request: dict[str, Any]) -> list[str]:
+    return [message["content"] for message in request["messages"] if message["role"] == "tool"]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_call_goes_to_the_caller_and_its_result_to_the_model(
+    served: Running, session: str, model: OpenAIServer, driver: Driver
+) -> None:
+    """Dispatched in the commit of its message; the run waits without a worker; the last result wakes it."""
+    model.script(tool_calls(("weigh", '{"what": "violin"}'), ("weigh", '{"what": "bow"}')), reply("Light."))
+
+    def react(event: v1.Event) -> v1.RunRequest | None:
+        call = event.tool_started
+        return result(call.call_id, f"weighed {call.arguments}") if call.client_executed else None
+
+    frames = await drive(served, driver, start_with(session, client_tool("weigh")), react)
+    log = durable(frames)
+    assert kinds(log) == [
+        *("run_started", "message_added"),
+        *("message_added", "usage", "tool_started", "tool_started", "run_state_changed"),
+        *("tool_finished", "tool_finished", "run_state_changed"),
+        *("message_added", "usage", "run_state_changed"),
+    ]
+    assert log == await log_of(served, session)
+    times = [event.create_time.ToMicroseconds() for event in log]
+    assert len(set(times[2:7])) == 1, "the message, its dispatches and the wait are one commit"
+    assert times[8] == times[9], "the last result and the going on are one commit"
+    waits = [event.run_state_changed.state for event in log if event.HasField("run_state_changed")]
+    assert waits == [v1.Run.STATE_WAITING, v1.Run.STATE_RUNNING, v1.Run.STATE_SUCCEEDED]
+    assert results_of(model.requests[1]) == ['weighed {"what": "violin"}', 'weighed {"what": "bow"}']
+    assert [tool["function"]["name"] for tool in model.requests[0]["tools"]] == ["weigh"]
+    finished = [event.tool_finished for event in log if event.HasField("tool_finished")]
+    assert [(call.outcome, call.attempt) for call in finished] == [(v1.ToolCall.OUTCOME_SUCCEEDED, 1)] * 2
+
+
+async def test_a_waiting_run_names_its_calls_and_another_process_may_answer_them(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    model.script(tool_calls(("weigh", "{}")), reply("Done."))
+    start = start_with(session, client_tool("weigh"), run_id="r1")
+    waiting = (await served.runs.Invoke(v1.InvokeRequest(start=start))).run
+    assert waiting.state == v1.Run.STATE_WAITING
+    (call,) = waiting.pending_calls
+    listed = await served.runs.ListRuns(v1.ListRunsRequest(parent="sessions/-", filter="state = WAITING"))
+    assert [run.name for run in listed.runs] == [waiting.name]
+    found = await served.sessions.GetSession(v1.GetSessionRequest(name=session))
+    assert found.activity == v1.Session.ACTIVITY_WAITING
+    command = result(call.call_id, "3 kg")
+    first = await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=command))
+    again = await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=command))
+    assert first.result.disposition == v1.CommandResult.DISPOSITION_APPLIED
+    assert again.result.disposition == v1.CommandResult.DISPOSITION_DUPLICATE
+    assert again.result.sequence == first.result.sequence
+    late = v1.SendCommandRequest(session=session, command=result(call.call_id, "4 kg", command_id="other"))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await served.runs.SendCommand(late)
+    assert reason_of(refused.value) in {"CALL_NOT_PENDING", "RUN_ENDED", "RUN_NOT_FOUND"}
+    ended = await served.runs.WaitRun(v1.WaitRunRequest(name=waiting.name, after_sequence=waiting.last_sequence))
+    assert ended.state == v1.Run.STATE_SUCCEEDED
+    assert results_of(model.requests[1]) == ["3 kg"]
+
+
+async def test_a_result_for_a_call_of_another_session_is_refused(
+    served: Running, session: str, agent: str, model: OpenAIServer
+) -> None:
+    other = await served.sessions.CreateSession(v1.CreateSessionRequest(session=v1.Session(agent=agent)))
+    model.script(tool_calls(("weigh", "{}")), tool_calls(("weigh", "{}")))
+    runs = []
+    for name in (session, other.name):
+        start = start_with(name, client_tool("weigh"))
+        runs.append((await served.runs.Invoke(v1.InvokeRequest(start=start))).run)
+    wrong = result(runs[1].pending_calls[0].call_id, "theirs")
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=wrong))
+    assert reason_of(refused.value) == "CALL_NOT_PENDING"
+
+
+@pytest.fixture
+async def careful(served: Running) -> str:
+    """A session whose agent may pay only when somebody approves, and may ask."""
+    tools = [
+        client_tool("pay", requires_approval=True),
+        v1.Tool(name="ask", server=v1.ServerTool(function="ask_user")),
+    ]
+    agent = v1.Agent(llm=v1.LlmAgent(tools=tools))
+    await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="careful", agent=agent))
+    created = await served.sessions.CreateSession(
+        v1.CreateSessionRequest(session_id="careful", session=v1.Session(agent="agents/careful"))
+    )
+    return created.name
+
+
+def answer(input_id: str, decision: v1.InputResponse.Decision.ValueType, **fields: Any) -> v1.RunRequest:
+    return v1.RunRequest(input_response=v1.InputResponse(input_id=input_id, decision=decision, **fields))
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize(
+    ("decision", "fields", "told"),
+    [
+        (v1.InputResponse.DECISION_APPROVE, {}, 'paid {"sum": 5}'),
+        (v1.InputResponse.DECISION_APPROVE, {"edited_arguments": '{"sum": 1}'}, 'paid {"sum": 1}'),
+        (v1.InputResponse.DECISION_DENY, {"reason": "too much"}, "too much"),
+    ],
+    ids=["approved", "edited", "denied"],
+)
+async def test_a_call_waits_for_approval(
+    served: Running,
+    careful: str,
+    model: OpenAIServer,
+    driver: Driver,
+    decision: v1.InputResponse.Decision.ValueType,
+    fields: dict[str, str],
+    told: str,
+) -> None:
+    model.script(tool_calls(("pay", '{"sum": 5}')), reply("So be it."))
+
+    def react(event: v1.Event) -> v1.RunRequest | None:
+        if event.HasField("input_requested"):
+            return answer(event.input_requested.input_id, decision, **fields)
+        call = event.tool_started
+        return result(call.call_id, f"paid {call.arguments}") if call.client_executed else None
+
+    frames = await drive(served, driver, start_with(careful), react)
+    assert durable(frames)[-1].run_state_changed.state == v1.Run.STATE_SUCCEEDED
+    assert told in results_of(model.requests[1])[0]
+    dispatched = [event.tool_started.arguments for event in durable(frames) if event.HasField("tool_started")]
+    assert len(dispatched) == (decision == v1.InputResponse.DECISION_APPROVE)
+
+
+async def test_an_approval_can_be_remembered(served: Running, careful: str, model: OpenAIServer) -> None:
+    """For the session: the next run's call is dispatched at once."""
+    model.script(*[tool_calls(("pay", "{}")), reply("ok")] * 2)
+    asked = 0
+
+    def react(event: v1.Event) -> v1.RunRequest | None:
+        nonlocal asked
+        if event.HasField("input_requested"):
+            asked += 1
+            remember = v1.InputResponse.REMEMBER_SESSION
+            return answer(event.input_requested.input_id, v1.InputResponse.DECISION_APPROVE, remember=remember)
+        call = event.tool_started
+        return result(call.call_id, "paid") if call.client_executed else None
+
+    for _ in range(2):
+        frames = await drive(served, OnStream, start_with(careful), react)
+        assert durable(frames)[-1].run_state_changed.state == v1.Run.STATE_SUCCEEDED
+    assert asked == 1
+    found = await served.sessions.GetSession(v1.GetSessionRequest(name=careful))
+    assert dict(found.remembered) == {"pay": True}
+
+
+async def test_a_question_is_answered_by_a_person(served: Running, careful: str, model: OpenAIServer) -> None:
+    model.script(tool_calls(("ask", '{"question": "Which harbour?"}')), reply("Thanks."))
+    questions = []
+
+    def react(event: v1.Event) -> v1.RunRequest | None:
+        if not event.HasField("input_requested"):
+            return None
+        questions.append((event.input_requested.kind, event.input_requested.prompt))
+        return answer(event.input_requested.input_id, v1.InputResponse.DECISION_ANSWER, answer="The old one.")
+
+    await drive(served, OnStream, start_with(careful), react)
+    assert questions == [(v1.InputRequest.KIND_QUESTION, "Which harbour?")]
+    assert results_of(model.requests[1]) == ["The old one."]
+
+
+async def test_an_answer_of_the_wrong_kind_and_one_that_nobody_waits_for_are_refused(
+    served: Running, careful: str, model: OpenAIServer
+) -> None:
+    model.script(tool_calls(("pay", "{}")))
+    run = (await served.runs.Invoke(v1.InvokeRequest(start=start_with(careful)))).run
+    (request,) = run.pending_inputs
+    for wrong, reason in (
+        (answer(request.input_id, v1.InputResponse.DECISION_ANSWER, answer="x"), "INVALID_FIELD"),
+        (answer("nobody", v1.InputResponse.DECISION_DENY), "INPUT_NOT_PENDING"),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await served.runs.SendCommand(v1.SendCommandRequest(session=careful, command=wrong))
+        assert reason_of(refused.value) == reason
+
+
+async def test_a_user_who_speaks_instead_of_approving_denies(
+    served: Running, careful: str, model: OpenAIServer
+) -> None:
+    """In the commit that adds the message, with its words as the reason."""
+    model.script(tool_calls(("pay", "{}")), reply("Understood."))
+    run = (await served.runs.Invoke(v1.InvokeRequest(start=start_with(careful)))).run
+    command = v1.RunRequest(command_id="no", input=v1.UserInput(messages=[said("Rather not.")]))
+    sent = await served.runs.SendCommand(v1.SendCommandRequest(session=careful, command=command))
+    assert sent.result.disposition == v1.CommandResult.DISPOSITION_APPLIED
+    await served.runs.WaitRun(v1.WaitRunRequest(name=run.name, after_sequence=sent.result.sequence))
+    assert results_of(model.requests[1]) == ["Rather not."] or "Rather not." in results_of(model.requests[1])[0]
+    assert model.requests[1]["messages"][-1] == {"role": "user", "content": "Rather not."}
+    log = await log_of(served, careful)
+    at = {event.create_time.ToMicroseconds() for event in log if event.cause_id == "no"}
+    assert len(at) == 1
+    assert kinds([event for event in log if event.cause_id == "no"])[:3] == [
+        *("input_resolved", "tool_finished", "message_added"),
+    ]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_steering_reaches_the_model_before_its_next_call(
+    served: Running, session: str, model: OpenAIServer, driver: Driver
+) -> None:
+    """Queued while the model speaks, in the log at once, a message before the next call under the same cause."""
+    go_on = asyncio.Event()
+    model.script(tool_calls(("weigh", "{}")).held(go_on), reply("Noted."))
+
+    def react(event: v1.Event) -> v1.RunRequest | None:
+        if event.HasField("run_started"):
+            return v1.RunRequest(command_id="steer", input=v1.UserInput(messages=[said("Also the bow.")]))
+        if event.HasField("command_queued"):
+            go_on.set()
+        call = event.tool_started
+        return result(call.call_id, "1 kg") if call.client_executed else None
+
+    frames = await drive(served, driver, start_with(session, client_tool("weigh")), react)
+    contents = [message.get("content") for message in model.requests[1]["messages"]]
+    assert contents[-2:] == ["1 kg", "Also the bow."]
+    steered = [event for event in durable(frames) if event.cause_id == "steer"]
+    assert kinds(steered) == ["command_queued", "message_added"]
+    found = await served.sessions.GetSession(v1.GetSessionRequest(name=session))
+    assert list(found.queued_commands) == []
+
+
+async def test_a_follow_up_is_taken_up_when_the_run_would_end(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    go_on = asyncio.Event()
+    model.script(reply("First.").held(go_on), reply("Second."))
+
+    def react(event: v1.Event) -> v1.RunRequest | None:
+        if event.HasField("run_started"):
+            later = v1.UserInput(messages=[said("And then?")], when=v1.UserInput.WHEN_FOLLOW_UP)
+            return v1.RunRequest(command_id="later", input=later)
+        if event.HasField("command_queued"):
+            go_on.set()
+        return None
+
+    frames = await drive(served, OnStream, start_with(session), react)
+    assert [message["content"] for message in model.requests[1]["messages"][1:]] == ["Go", "First.", "And then?"]
+    states = [event.run_state_changed.state for event in durable(frames) if event.HasField("run_state_changed")]
+    assert states == [v1.Run.STATE_SUCCEEDED], "one run, one end"
+
+
+async def test_an_interruption_keeps_the_half_reply_and_asks_again(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    model.script(
+        stream(chunk({"content": "Half "}), chunk({"content": "said"})).held(asyncio.Event(), after=2), reply("Yes?")
+    )
+    driving = OnStream()
+    frames: list[v1.RunResponse] = []
+    async for frame in driving.start(served, start_with(session)):
+        frames.append(frame)
+        if any(event.HasField("block_delta") for event in frame.batch.events) and len(model.requests) == 1:
+            now = v1.UserInput(messages=[said("Wait!")], when=v1.UserInput.WHEN_INTERRUPT)
+            await driving.send(v1.RunRequest(command_id="now", input=now))
+    shown = [message["content"] for message in model.requests[1]["messages"][1:]]
+    assert shown == ["Go", "Half ", "Wait!"]
+    assert durable(frames)[-1].run_state_changed.state == v1.Run.STATE_SUCCEEDED
+    results = [frame.result for frame in frames if frame.HasField("result")]
+    assert [found.disposition for found in results] == [v1.CommandResult.DISPOSITION_APPLIED]
+
+
+async def test_at_most_sixteen_commands_wait(served: Running, session: str, model: OpenAIServer) -> None:
+    model.script(reply("Slow.").held(asyncio.Event()))
+    run = await served.runs.CreateRun(v1.CreateRunRequest(start=start_with(session)))
+    await model.request(0)
+    for number in range(17):
+        command = v1.RunRequest(command_id=f"c{number}", input=v1.UserInput(messages=[said("more")]))
+        request = v1.SendCommandRequest(session=session, command=command)
+        if number < 16:
+            sent = await served.runs.SendCommand(request)
+            assert sent.result.disposition == v1.CommandResult.DISPOSITION_QUEUED
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await served.runs.SendCommand(request)
+    assert (refused.value.code(), reason_of(refused.value)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "QUEUE_FULL")
+    await served.runs.CancelRun(v1.CancelRunRequest(name=run.name))
+    end = (await log_of(served, session))[-1].run_state_changed
+    assert list(end.dropped_commands) == [f"c{number}" for number in range(16)]
+
+
+@pytest.mark.parametrize("mode", [v1.CancelCommand.MODE_IMMEDIATE, v1.CancelCommand.MODE_AFTER_TURN])
+async def test_cancel_keeps_the_result_of_a_and_seals_b(
+    served: Running, session: str, model: OpenAIServer, mode: v1.CancelCommand.Mode.ValueType
+) -> None:
+    """A has finished, B is at the caller. The next turn's request is well formed and holds A's result."""
+    model.script(tool_calls(("a", "{}"), ("b", "{}")), reply("Later."))
+    start = start_with(session, client_tool("a"), client_tool("b"), run_id="r1")
+    run = (await served.runs.Invoke(v1.InvokeRequest(start=start))).run
+    a, b = run.pending_calls
+    await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=result(a.call_id, "A was done")))
+    cancel = v1.CancelCommand(mode=mode, reason="enough")
+    after = await served.runs.CancelRun(v1.CancelRunRequest(name=run.name, cancel=cancel))
+    if mode == v1.CancelCommand.MODE_AFTER_TURN:
+        assert (after.state, after.ending) == (v1.Run.STATE_WAITING, True)
+        command = result(b.call_id, "B was done")
+        await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=command))
+    ended = await served.runs.WaitRun(v1.WaitRunRequest(name=run.name, after_sequence=after.last_sequence))
+    assert ended.state == v1.Run.STATE_CANCELLED
+    await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=session, messages=[said("Go on")])))
+    results = results_of(model.requests[-1])
+    assert results[0] == "A was done"
+    assert len(results) == 2
+    assert ("B was done" in results[1]) == (mode == v1.CancelCommand.MODE_AFTER_TURN)
+    listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session))
+    outcomes = [part.tool_call.outcome for part in listed.messages[1].parts]
+    sealed = v1.ToolCall.OUTCOME_CANCELLED if mode == v1.CancelCommand.MODE_IMMEDIATE else v1.ToolCall.OUTCOME_SUCCEEDED
+    assert outcomes == [v1.ToolCall.OUTCOME_SUCCEEDED, sealed]
+
+
+async def test_one_call_can_be_cancelled_alone(served: Running, session: str, model: OpenAIServer) -> None:
+    model.script(tool_calls(("a", "{}"), ("b", "{}")), reply("Fine."))
+    start = start_with(session, client_tool("a"), client_tool("b"))
+    run = (await served.runs.Invoke(v1.InvokeRequest(start=start))).run
+    a, b = run.pending_calls
+    cancel = v1.RunRequest(cancel=v1.CancelCommand(call_id=a.call_id, reason="not that one"))
+    await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=cancel))
+    await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=result(b.call_id, "B")))
+    ended = await served.runs.WaitRun(v1.WaitRunRequest(name=run.name, after_sequence=run.last_sequence + 1))
+    assert ended.state == v1.Run.STATE_SUCCEEDED
+    assert "not that one" in results_of(model.requests[1])[0]
+
+
+async def test_a_cancel_before_the_start_wins(served: Running, session: str, agent: str) -> None:
+    name = f"{session}/runs/r1"
+    cancelled = await served.runs.CancelRun(v1.CancelRunRequest(name=name, allow_missing=True))
+    assert cancelled.state == v1.Run.STATE_CANCELLED
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await served.runs.CreateRun(v1.CreateRunRequest(start=start_with(session, run_id="r1")))
+    assert (refused.value.code(), reason_of(refused.value)) == (
+        grpc.StatusCode.CANCELLED,
+        "RUN_CANCELLED_BEFORE_START",
+    )
+
+
+async def test_a_queued_run_starts_when_the_one_before_has_ended(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    go_on = asyncio.Event()
+    model.script(reply("One.").held(go_on), reply("Two."))
+    await served.runs.CreateRun(v1.CreateRunRequest(start=start_with(session, run_id="one")))
+    queue = start_with(session, run_id="two", on_busy=v1.StartRun.ON_BUSY_QUEUE)
+    second = await served.runs.CreateRun(v1.CreateRunRequest(start=queue))
+    assert second.state == v1.Run.STATE_QUEUED
+    assert (await served.runs.CreateRun(v1.CreateRunRequest(start=queue))).name == second.name
+    go_on.set()
+    ended = await served.runs.WaitRun(v1.WaitRunRequest(name=second.name))
+    assert ended.state == v1.Run.STATE_SUCCEEDED
+    log = await log_of(served, session)
+    assert [event.run for event in log if event.HasField("run_started")] == [f"{session}/runs/one", second.name]
+    assert [m["content"] for m in model.requests[1]["messages"][1:]] == ["Go", "One.", "Go"]
+
+
+async def test_a_start_may_interrupt_the_run_before_it(served: Running, session: str, model: OpenAIServer) -> None:
+    model.script(stream(chunk({"content": "Half"})).held(asyncio.Event(), after=2), reply("New."))
+    await served.runs.CreateRun(v1.CreateRunRequest(start=start_with(session, run_id="one")))
+    await model.request(0)
+    other = start_with(session, on_busy=v1.StartRun.ON_BUSY_INTERRUPT)
+    answered = await served.runs.Invoke(v1.InvokeRequest(start=other))
+    assert answered.reply.parts[0].text == "New."
+    first = await served.runs.GetRun(v1.GetRunRequest(name=f"{session}/runs/one"))
+    assert first.state == v1.Run.STATE_CANCELLED
+
+
+@pytest.mark.parametrize(
+    ("limits", "limit"),
+    [
+        (v1.Limits(max_model_calls=1), "max_model_calls"),
+        (v1.Limits(max_tool_calls=1), "max_tool_calls"),
+        (v1.Limits(max_total_tokens=10), "max_total_tokens"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+async def test_a_limit_ends_the_run_by_its_name(
+    served: Running, session: str, model: OpenAIServer, limits: v1.Limits, limit: str
+) -> None:
+    model.script(*[tool_calls(("nothing", "{}"), ("nothing", "{}"))] * 2)
+    run = (await served.runs.Invoke(v1.InvokeRequest(start=start_with(session, limits=limits)))).run
+    assert run.error.reason == v1.ERROR_REASON_LIMIT_EXCEEDED
+    assert run.error.metadata["limit"] == limit
+
+
+async def test_a_run_out_of_time_fails_and_keeps_what_came(served: Running, session: str, model: OpenAIServer) -> None:
+    model.script(stream(chunk({"content": "Half"})).held(asyncio.Event(), after=2))
+    limits = v1.Limits(timeout=Duration(nanos=300_000_000))
+    run = (await served.runs.Invoke(v1.InvokeRequest(start=start_with(session, limits=limits)))).run
+    assert run.error.metadata["limit"] == "timeout"
+    listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session))
+    assert listed.messages[-1].status == v1.Message.STATUS_INCOMPLETE
+
+
+async def test_who_is_not_answered_in_time_is_denied_and_late_calls_fail(
+    served: Running, careful: str, session: str, model: OpenAIServer
+) -> None:
+    soon = v1.Limits(input_timeout=Duration(nanos=50_000_000))
+    model.script(tool_calls(("pay", "{}")), reply("Denied."), tool_calls(("weigh", "{}")), reply("Late."))
+    for name, tools in ((careful, ()), (session, (client_tool("weigh"),))):
+        frames = await drive(served, OnStream, start_with(name, *tools, limits=soon), lambda event: None)
+        assert durable(frames)[-1].run_state_changed.state == v1.Run.STATE_SUCCEEDED
+    assert "in time" in results_of(model.requests[1])[0]
+    assert "in time" in results_of(model.requests[3])[0]
+
+
+async def test_a_run_that_nobody_follows_is_cancelled_when_it_said_so(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    model.script(reply("Never.").held(asyncio.Event()))
+    alone = v1.Disconnect(cancel_after=Duration(nanos=50_000_000))
+    call = served.runs.Run(iter([v1.RunRequest(start=start_with(session, run_id="r1", disconnect=alone))]))
+    await call.read()
+    await model.request(0)
+    call.cancel()
+    run = await served.runs.WaitRun(v1.WaitRunRequest(name=f"{session}/runs/r1"))
+    assert run.state == v1.Run.STATE_CANCELLED
+
+
+async def test_a_start_may_roll_the_run_before_it_back(served: Running, session: str, model: OpenAIServer) -> None:
+    """End, rewind and start are one commit: messages since are superseded and the state is as it was."""
+
+    def put(value: int) -> v1.StateOp:
+        return v1.StateOp(key="n", set=v1.Value(int_value=value))
+
+    state = f"{session}/state"
+    await served.state.UpdateState(v1.UpdateStateRequest(name=state, ops=[put(1)]))
+    model.script(tool_calls(("weigh", "{}")), reply("Anew."))
+    first = start_with(session, client_tool("weigh"), run_id="one", state={"m": v1.Value(int_value=5)})
+    waiting = (await served.runs.Invoke(v1.InvokeRequest(start=first))).run
+    await served.state.UpdateState(v1.UpdateStateRequest(name=state, ops=[put(2)]))
+    again = v1.StartRun(session=session, messages=[said("Better")], on_busy=v1.StartRun.ON_BUSY_ROLLBACK)
+    answered = await served.runs.Invoke(v1.InvokeRequest(start=again))
+    assert answered.reply.parts[0].text == "Anew."
+    assert (await served.runs.GetRun(v1.GetRunRequest(name=waiting.name))).state == v1.Run.STATE_CANCELLED
+    assert [message["content"] for message in model.requests[1]["messages"][1:]] == ["Better"]
+    log = await log_of(served, session)
+    mark = next(event for event in log if event.HasField("rewound"))
+    assert (mark.rewound.to_sequence, mark.rewound.run) == (1, waiting.name)
+    commit = [event for event in log if event.create_time == mark.create_time]
+    assert kinds(commit) == [
+        *("tool_finished", "run_state_changed", "rewound", "state_changed", "run_started", "message_added"),
+    ]
+    entries = (await served.state.GetState(v1.GetStateRequest(name=state))).entries
+    assert {key: entry.value.int_value for key, entry in entries.items()} == {"n": 1}
+    shown = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session))
+    assert [message.parts[0].text for message in shown.messages] == ["Better", "Anew."]
+    everything = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session, show_superseded=True))
+    statuses = [message.status for message in everything.messages]
+    assert statuses == [*[v1.Message.STATUS_SUPERSEDED] * 2, *[v1.Message.STATUS_COMPLETED] * 2]

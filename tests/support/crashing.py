@@ -1,0 +1,192 @@
+"""A server that kills itself at a chosen commit, with tools whose effects are counted outside it.
+
+`python -m tests.support.crashing --store sqlite:PATH --before 3` is `notecase serve` with these tools, up to the moment
+at which a run's third commit is about to be made; with `--after 3`, that at which it is durable and nobody has been
+told. Without either it lives on. SIGKILL is what the process sends itself: nothing is flushed, closed or told.
+"""
+
+import argparse
+import asyncio
+import os
+import signal
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+from unittest import mock
+
+import uvloop
+from notecase_server import serve
+from notecase_server.config import Settings, configure_logging, openai_from_environment
+from notecase_server.store.contract import Clock, Commit, Committed, Store
+from notecase_server.tools.functions import CallContext, tool
+
+from tests.support.server import Spawned
+
+TOOLS = __name__ if __name__ != "__main__" else "tests.support.crashing"
+EFFECTS = "CRASHING_EFFECTS"
+"""The variable that names the file of effects: a line each, of the idempotency key and the attempt."""
+GATE = "CRASHING_GATE"
+"""The variable that holds the port of a Gate."""
+
+
+def _take_effect(context: CallContext) -> None:
+    with Path(os.environ[EFFECTS]).open("a") as effects:
+        effects.write(f"{context.idempotency_key} {context.attempt}\n")
+
+
+@tool
+async def act(context: CallContext) -> str:
+    """Takes effect and is done; the count of effects in the state commits with its result."""
+    _take_effect(context)
+    context.increment("acted")
+    return f"acted at attempt {context.attempt}"
+
+
+@tool
+async def linger(context: CallContext) -> str:
+    """Takes effect, then waits at the gate."""
+    _take_effect(context)
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(os.environ[GATE]))
+    writer.write(f"{context.call_id} {context.attempt}\n".encode())
+    try:
+        await reader.read()
+    finally:
+        writer.close()
+    return f"lingered at attempt {context.attempt}"
+
+
+def effects_of(path: Path) -> Counter[str]:
+    """How often each idempotency key took effect. Fails when an attempt did so twice."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    assert len(lines) == len(set(lines)), "each attempt takes effect once"
+    return Counter(line.split()[0] for line in lines)
+
+
+class Gate:
+    """Where tools wait, in another process perhaps, until the test lets them through."""
+
+    def __init__(self) -> None:
+        self._waiting: asyncio.Queue[tuple[str, int]] = asyncio.Queue()
+        self._opened = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        self._server = await asyncio.start_server(self._meet, "127.0.0.1", 0)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._opened.set()
+        self._server.close()
+
+    @property
+    def port(self) -> int:
+        port: int = self._server.sockets[0].getsockname()[1]
+        return port
+
+    async def arrival(self) -> tuple[str, int]:
+        """Waits for the next tool that comes: the call's id and the attempt."""
+        return await self._waiting.get()
+
+    def open(self) -> None:
+        """Lets through those that wait and all that come."""
+        self._opened.set()
+
+    async def _meet(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        call_id, attempt = (await reader.readline()).decode().split()
+        await self._waiting.put((call_id, int(attempt)))
+        gone = asyncio.create_task(reader.read())
+        opened = asyncio.create_task(self._opened.wait())
+        await asyncio.wait([gone, opened], return_when=asyncio.FIRST_COMPLETED)
+        for waiting in (gone, opened):
+            waiting.cancel()
+        writer.transport.abort() if gone.done() else writer.close()
+
+
+class _Mortal:
+    """A store that dies with its process at the chosen commit of a run."""
+
+    def __init__(self, store: Store, before: int | None, after: int | None) -> None:
+        self._store = store
+        self._before = before
+        self._after = after
+        self._made = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def commit(self, commit: Commit) -> Committed:
+        if not any(event.run for event in commit.events):
+            return await self._store.commit(commit)
+        if self._made + 1 == self._before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        committed = await self._store.commit(commit)
+        self._made += 1
+        if self._made == self._after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return committed
+
+
+class Crashing(Spawned):
+    """Such a server as a process."""
+
+    @classmethod
+    async def launch(cls, directory: Path, *arguments: str, env: Mapping[str, str]) -> Self:
+        """Returns once it serves, from `notecase.db` in the directory, where its log and its effects are too."""
+        keep = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "NOTECASE_"))}
+        log = directory / "log"
+        with log.open("ab") as errors:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                *("-m", "tests.support.crashing", "--store", f"sqlite:{directory / 'notecase.db'}", *arguments),
+                env={**keep, EFFECTS: str(directory / "effects"), **env},
+                stdout=asyncio.subprocess.PIPE,
+                stderr=errors,
+            )
+        assert process.stdout is not None
+        line = (await process.stdout.readline()).decode()
+        if not line.startswith("listening on port "):
+            await process.wait()
+            raise AssertionError(f"the server ended with {process.returncode}: {log.read_text()}")
+        return cls(process, log, f"127.0.0.1:{line.split()[-1]}")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Whatever a test came to, the process does not outlive it."""
+        await self.kill()
+
+    async def death(self) -> None:
+        """Waits for the kill that it gives itself."""
+        await self._gone()
+        assert self.process.returncode == -signal.SIGKILL, self.log.read_text()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve until the chosen commit of a run, or until SIGTERM.")
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--before", type=int, help="the commit that is never made")
+    parser.add_argument("--after", type=int, help="the commit that nobody is told of")
+    options = parser.parse_args()
+
+    configure_logging("console", "info")
+    open_store = serve.open_store
+
+    async def open_mortal(url: str, clock: Clock) -> Any:
+        return _Mortal(await open_store(url, clock), options.before, options.after)
+
+    settings = Settings(
+        listen="127.0.0.1:0", store=options.store, openai=openai_from_environment(), tools=(TOOLS,), grace=5.0
+    )
+
+    def ready(port: int) -> None:
+        sys.stdout.write(f"listening on port {port}\n")
+        sys.stdout.flush()
+
+    with mock.patch.object(serve, "open_store", open_mortal):
+        uvloop.run(serve.serve(settings, ready))
+
+
+if __name__ == "__main__":
+    main()

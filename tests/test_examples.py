@@ -1,0 +1,35 @@
+"""The examples run as they stand, on the offline model, and show what they say they show."""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+SHOWN = {
+    "detective": ["Last seen: the harbour, at dusk.", "stopped, and started again", "It still has sessions/violin"],
+    "tools": ["(search runs here: violin)", "search gave: [", "weigh gave: 0.5 kg"],
+    "approval": ["is STATE_WAITING", "Still waiting: sessions/books/runs/rent", "(paid 80000 to the landlord)"],
+    "resume": ["The first client leaves in mid-sentence.", "3 message_added", "1 2 3 4 5"],
+}
+
+
+@pytest.mark.parametrize("example", SHOWN)
+async def test_an_example_shows_what_it_says(example: str) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("OPENAI_")}
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(EXAMPLES / f"{example}.py")),
+        env=env,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    output = (await process.communicate())[0].decode()
+    assert process.returncode == 0, output
+    at = 0
+    for words in SHOWN[example]:
+        found = output.find(words, at)
+        assert found >= 0, f"{words!r} does not come next in {output}"
+        at = found
