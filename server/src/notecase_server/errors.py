@@ -40,6 +40,8 @@ CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
     v1.ERROR_REASON_SESSION_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
     v1.ERROR_REASON_RUN_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
     v1.ERROR_REASON_MESSAGE_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
+    v1.ERROR_REASON_BLOB_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
+    v1.ERROR_REASON_STATE_KEY_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
     v1.ERROR_REASON_ALREADY_EXISTS: Kind(code_pb2.ALREADY_EXISTS),
     v1.ERROR_REASON_REQUEST_ID_REUSED: Kind(code_pb2.ALREADY_EXISTS),
     v1.ERROR_REASON_ETAG_MISMATCH: Kind(code_pb2.ABORTED),
@@ -52,6 +54,8 @@ CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
     v1.ERROR_REASON_CALL_NOT_PENDING: Kind(code_pb2.FAILED_PRECONDITION),
     v1.ERROR_REASON_PAGE_TOKEN_INVALID: Kind(code_pb2.INVALID_ARGUMENT),
     v1.ERROR_REASON_PAYLOAD_TOO_LARGE: Kind(code_pb2.RESOURCE_EXHAUSTED),
+    v1.ERROR_REASON_BLOB_CORRUPT: Kind(code_pb2.INVALID_ARGUMENT),
+    v1.ERROR_REASON_UPLOAD_OFFSET_MISMATCH: Kind(code_pb2.ABORTED),
     v1.ERROR_REASON_QUEUE_FULL: Kind(code_pb2.RESOURCE_EXHAUSTED, retry_after=1.0),
     v1.ERROR_REASON_RATE_LIMITED: Kind(code_pb2.RESOURCE_EXHAUSTED, retry_after=1.0),
     v1.ERROR_REASON_LIMIT_EXCEEDED: Kind(code_pb2.RESOURCE_EXHAUSTED),
@@ -113,6 +117,8 @@ _NOT_FOUND = {
     "session": v1.ERROR_REASON_SESSION_NOT_FOUND,
     "run": v1.ERROR_REASON_RUN_NOT_FOUND,
     "message": v1.ERROR_REASON_MESSAGE_NOT_FOUND,
+    "blob": v1.ERROR_REASON_BLOB_NOT_FOUND,
+    "upload": v1.ERROR_REASON_BLOB_NOT_FOUND,
 }
 
 
@@ -125,7 +131,7 @@ def invalid(violations: Iterable[Violation]) -> NotecaseError:
 
 
 def not_found(kind: str, name: str) -> NotecaseError:
-    """`kind` is "agent", "session", "run" or "message"; `name` its whole resource name."""
+    """`kind` is "agent", "session", "run", "message", "blob" or "upload"; `name` its whole resource name."""
     return NotecaseError(_NOT_FOUND[kind], f"There is no {kind} {name!r}.", resource=Resource(kind, name))
 
 
@@ -134,6 +140,29 @@ def already_exists(kind: str, name: str) -> NotecaseError:
         v1.ERROR_REASON_ALREADY_EXISTS,
         f"There is already a {kind} {name!r}; choose another id.",
         resource=Resource(kind, name),
+    )
+
+
+def state_key_not_found(state: str, key: str) -> NotecaseError:
+    """`state` is the name of the state, such as sessions/{session}/state."""
+    return NotecaseError(
+        v1.ERROR_REASON_STATE_KEY_NOT_FOUND,
+        f"{state} has no key {key!r}.",
+        metadata={"key": key},
+        resource=Resource("state", state),
+    )
+
+
+def blob_corrupt(problem: str, **metadata: object) -> NotecaseError:
+    """`problem` is a sentence without its subject and its stop, such as "has 3 bytes, not 4"."""
+    return NotecaseError(v1.ERROR_REASON_BLOB_CORRUPT, f"The content {problem}.", metadata=metadata)
+
+
+def upload_offset_mismatch(upload_id: str, committed_bytes: int) -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_UPLOAD_OFFSET_MISMATCH,
+        f"The upload {upload_id!r} goes on at byte {committed_bytes}; send what follows from there.",
+        metadata={"committed_bytes": committed_bytes},
     )
 
 

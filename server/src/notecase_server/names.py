@@ -16,6 +16,8 @@ ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 USER = re.compile(r"[A-Za-z0-9._~@|:+=-]{1,128}")
 """Users come from identity providers, whose ids have capitals, pipes and at-signs."""
 
+BLOB = re.compile(r"blobs/[0-9a-f]{64}")
+
 ID_RULE = "wants 1 to 63 lower-case letters, digits and inner '.', '_' or '-'"
 
 
@@ -89,6 +91,15 @@ def parse_state(tenant: str, name: str) -> Scope | None:
     if user := parse_user(owner):
         return Scope(tenant, "user", user)
     return None
+
+
+def parse_blob(name: str) -> str | None:
+    """The {sha256} of `blobs/{sha256}`."""
+    return name.removeprefix("blobs/") if BLOB.fullmatch(name) else None
+
+
+def blob(sha256: str) -> str:
+    return f"blobs/{sha256}"
 
 
 def session(session_id: str) -> str:

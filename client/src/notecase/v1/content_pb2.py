@@ -27,7 +27,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19notecase/v1/content.proto\x12\x0bnotecase.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x8d\x02\n\x05Value\x12\x30\n\nnull_value\x18\x01 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x14\n\nbool_value\x18\x02 \x01(\x08H\x00\x12\x13\n\tint_value\x18\x03 \x01(\x03H\x00\x12\x16\n\x0c\x64ouble_value\x18\x04 \x01(\x01H\x00\x12\x16\n\x0cstring_value\x18\x05 \x01(\tH\x00\x12\x15\n\x0b\x62ytes_value\x18\x06 \x01(\x0cH\x00\x12,\n\nlist_value\x18\x07 \x01(\x0b\x32\x16.notecase.v1.ValueListH\x00\x12*\n\tmap_value\x18\x08 \x01(\x0b\x32\x15.notecase.v1.ValueMapH\x00\x42\x06\n\x04kind\"/\n\tValueList\x12\"\n\x06values\x18\x01 \x03(\x0b\x32\x12.notecase.v1.Value\"\x80\x01\n\x08ValueMap\x12\x31\n\x06values\x18\x01 \x03(\x0b\x32!.notecase.v1.ValueMap.ValuesEntry\x1a\x41\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.notecase.v1.Value:\x02\x38\x01\"\xd9\x01\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\treasoning\x18\x02 \x01(\x0b\x32\x16.notecase.v1.ReasoningH\x00\x12$\n\x04\x66ile\x18\x04 \x01(\x0b\x32\x14.notecase.v1.FileUriH\x00\x12\'\n\x04\x64\x61ta\x18\x05 \x01(\x0b\x32\x17.notecase.v1.InlineDataH\x00\x12*\n\ttool_call\x18\x07 \x01(\x0b\x32\x15.notecase.v1.ToolCallH\x00\x12\x11\n\x07refusal\x18\x08 \x01(\tH\x00\x42\x06\n\x04kind\"\x19\n\tReasoning\x12\x0c\n\x04text\x18\x01 \x01(\t\"<\n\x07\x46ileUri\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x10\n\x08\x66ilename\x18\x03 \x01(\t\"@\n\nInlineData\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x10\n\x08\x66ilename\x18\x03 \x01(\t\"\xc9\x03\n\x08ToolCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x0c\n\x04tool\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\x12.\n\x07outcome\x18\x04 \x01(\x0e\x32\x1d.notecase.v1.ToolCall.Outcome\x12!\n\x06result\x18\x05 \x03(\x0b\x32\x11.notecase.v1.Part\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12\x17\n\x0f\x63lient_executed\x18\x07 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x08 \x01(\x05\x12*\n\x07\x65lapsed\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa2\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_PENDING\x10\x01\x12\x13\n\x0fOUTCOME_RUNNING\x10\x02\x12\x15\n\x11OUTCOME_SUCCEEDED\x10\x03\x12\x12\n\x0eOUTCOME_FAILED\x10\x04\x12\x12\n\x0eOUTCOME_DENIED\x10\x05\x12\x15\n\x11OUTCOME_CANCELLED\x10\x06\"\x8f\x01\n\x05Usage\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\x03\x12\x1b\n\x13\x63\x61\x63hed_input_tokens\x18\x02 \x01(\x03\x12\x15\n\routput_tokens\x18\x03 \x01(\x03\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\x03\x12\x13\n\x0bmodel_calls\x18\x05 \x01(\x05\x12\r\n\x05model\x18\x06 \x01(\t\"\xb5\x01\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.notecase.v1.ErrorReason\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x32\n\x08metadata\x18\x04 \x03(\x0b\x32 .notecase.v1.Error.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\xe8\x08\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_REASON_INVALID_FIELD\x10\x01\x12 \n\x1c\x45RROR_REASON_AGENT_NOT_FOUND\x10\x02\x12\"\n\x1e\x45RROR_REASON_SESSION_NOT_FOUND\x10\x03\x12\x1e\n\x1a\x45RROR_REASON_RUN_NOT_FOUND\x10\x04\x12\"\n\x1e\x45RROR_REASON_MESSAGE_NOT_FOUND\x10\x05\x12\x1f\n\x1b\x45RROR_REASON_ALREADY_EXISTS\x10\x07\x12\"\n\x1e\x45RROR_REASON_REQUEST_ID_REUSED\x10\x08\x12\x1e\n\x1a\x45RROR_REASON_ETAG_MISMATCH\x10\t\x12\"\n\x1e\x45RROR_REASON_SEQUENCE_MISMATCH\x10\n\x12\'\n#ERROR_REASON_STATE_VERSION_MISMATCH\x10\x0b\x12\x1b\n\x17\x45RROR_REASON_RUN_ACTIVE\x10\x0c\x12\x1a\n\x16\x45RROR_REASON_RUN_ENDED\x10\r\x12+\n\'ERROR_REASON_RUN_CANCELLED_BEFORE_START\x10\x0e\x12\"\n\x1e\x45RROR_REASON_INPUT_NOT_PENDING\x10\x0f\x12!\n\x1d\x45RROR_REASON_CALL_NOT_PENDING\x10\x10\x12#\n\x1f\x45RROR_REASON_PAGE_TOKEN_INVALID\x10\x11\x12\"\n\x1e\x45RROR_REASON_PAYLOAD_TOO_LARGE\x10\x12\x12\x1b\n\x17\x45RROR_REASON_QUEUE_FULL\x10\x14\x12\x1d\n\x19\x45RROR_REASON_RATE_LIMITED\x10\x15\x12\x1f\n\x1b\x45RROR_REASON_LIMIT_EXCEEDED\x10\x16\x12 \n\x1c\x45RROR_REASON_SERVER_DRAINING\x10\x17\x12\"\n\x1e\x45RROR_REASON_STORE_UNAVAILABLE\x10\x18\x12\x1b\n\x17\x45RROR_REASON_OWNER_LOST\x10\x19\x12\x1c\n\x18\x45RROR_REASON_MODEL_ERROR\x10\x1a\x12\"\n\x1e\x45RROR_REASON_MODEL_UNAVAILABLE\x10\x1b\x12\x1b\n\x17\x45RROR_REASON_TOOL_ERROR\x10\x1c\x12\x1f\n\x1b\x45RROR_REASON_TEMPLATE_ERROR\x10\x1d\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x1f\x12$\n ERROR_REASON_STATE_TYPE_MISMATCH\x10 \x12\x1f\n\x1b\x45RROR_REASON_SEQUENCE_AHEAD\x10!\x12$\n ERROR_REASON_CONTENT_UNSUPPORTED\x10\"\x12!\n\x1d\x45RROR_REASON_WATCHER_TOO_SLOW\x10$BC\n\x0bnotecase.v1B\x0c\x43ontentProtoP\x01Z\x16notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19notecase/v1/content.proto\x12\x0bnotecase.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb6\x02\n\x05Value\x12\x30\n\nnull_value\x18\x01 \x01(\x0e\x32\x1a.google.protobuf.NullValueH\x00\x12\x14\n\nbool_value\x18\x02 \x01(\x08H\x00\x12\x13\n\tint_value\x18\x03 \x01(\x03H\x00\x12\x16\n\x0c\x64ouble_value\x18\x04 \x01(\x01H\x00\x12\x16\n\x0cstring_value\x18\x05 \x01(\tH\x00\x12\x15\n\x0b\x62ytes_value\x18\x06 \x01(\x0cH\x00\x12,\n\nlist_value\x18\x07 \x01(\x0b\x32\x16.notecase.v1.ValueListH\x00\x12*\n\tmap_value\x18\x08 \x01(\x0b\x32\x15.notecase.v1.ValueMapH\x00\x12\'\n\nblob_value\x18\t \x01(\x0b\x32\x11.notecase.v1.BlobH\x00\x42\x06\n\x04kind\"/\n\tValueList\x12\"\n\x06values\x18\x01 \x03(\x0b\x32\x12.notecase.v1.Value\"\x80\x01\n\x08ValueMap\x12\x31\n\x06values\x18\x01 \x03(\x0b\x32!.notecase.v1.ValueMap.ValuesEntry\x1a\x41\n\x0bValuesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.notecase.v1.Value:\x02\x38\x01\"N\n\x04\x42lob\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x03\x12\x10\n\x08\x66ilename\x18\x04 \x01(\t\"\x91\x02\n\x04Part\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12+\n\treasoning\x18\x02 \x01(\x0b\x32\x16.notecase.v1.ReasoningH\x00\x12!\n\x04\x62lob\x18\x03 \x01(\x0b\x32\x11.notecase.v1.BlobH\x00\x12$\n\x04\x66ile\x18\x04 \x01(\x0b\x32\x14.notecase.v1.FileUriH\x00\x12\'\n\x04\x64\x61ta\x18\x05 \x01(\x0b\x32\x17.notecase.v1.InlineDataH\x00\x12*\n\ttool_call\x18\x07 \x01(\x0b\x32\x15.notecase.v1.ToolCallH\x00\x12\x11\n\x07refusal\x18\x08 \x01(\tH\x00\x12\x13\n\tstate_key\x18\t \x01(\tH\x00\x42\x06\n\x04kind\"\x19\n\tReasoning\x12\x0c\n\x04text\x18\x01 \x01(\t\"<\n\x07\x46ileUri\x12\x0b\n\x03uri\x18\x01 \x01(\t\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x10\n\x08\x66ilename\x18\x03 \x01(\t\"@\n\nInlineData\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x12\n\nmedia_type\x18\x02 \x01(\t\x12\x10\n\x08\x66ilename\x18\x03 \x01(\t\"\xc9\x03\n\x08ToolCall\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x0c\n\x04tool\x18\x02 \x01(\t\x12\x11\n\targuments\x18\x03 \x01(\t\x12.\n\x07outcome\x18\x04 \x01(\x0e\x32\x1d.notecase.v1.ToolCall.Outcome\x12!\n\x06result\x18\x05 \x03(\x0b\x32\x11.notecase.v1.Part\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12\x17\n\x0f\x63lient_executed\x18\x07 \x01(\x08\x12\x0f\n\x07\x61ttempt\x18\x08 \x01(\x05\x12*\n\x07\x65lapsed\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\nstart_time\x18\n \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xa2\x01\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\x13\n\x0fOUTCOME_PENDING\x10\x01\x12\x13\n\x0fOUTCOME_RUNNING\x10\x02\x12\x15\n\x11OUTCOME_SUCCEEDED\x10\x03\x12\x12\n\x0eOUTCOME_FAILED\x10\x04\x12\x12\n\x0eOUTCOME_DENIED\x10\x05\x12\x15\n\x11OUTCOME_CANCELLED\x10\x06\"\x8f\x01\n\x05Usage\x12\x14\n\x0cinput_tokens\x18\x01 \x01(\x03\x12\x1b\n\x13\x63\x61\x63hed_input_tokens\x18\x02 \x01(\x03\x12\x15\n\routput_tokens\x18\x03 \x01(\x03\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\x03\x12\x13\n\x0bmodel_calls\x18\x05 \x01(\x05\x12\r\n\x05model\x18\x06 \x01(\t\"\xb5\x01\n\x05\x45rror\x12\x0c\n\x04\x63ode\x18\x01 \x01(\x05\x12(\n\x06reason\x18\x02 \x01(\x0e\x32\x18.notecase.v1.ErrorReason\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x32\n\x08metadata\x18\x04 \x03(\x0b\x32 .notecase.v1.Error.MetadataEntry\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01*\xf7\t\n\x0b\x45rrorReason\x12\x1c\n\x18\x45RROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n\x1a\x45RROR_REASON_INVALID_FIELD\x10\x01\x12 \n\x1c\x45RROR_REASON_AGENT_NOT_FOUND\x10\x02\x12\"\n\x1e\x45RROR_REASON_SESSION_NOT_FOUND\x10\x03\x12\x1e\n\x1a\x45RROR_REASON_RUN_NOT_FOUND\x10\x04\x12\"\n\x1e\x45RROR_REASON_MESSAGE_NOT_FOUND\x10\x05\x12\x1f\n\x1b\x45RROR_REASON_BLOB_NOT_FOUND\x10\x06\x12\x1f\n\x1b\x45RROR_REASON_ALREADY_EXISTS\x10\x07\x12\"\n\x1e\x45RROR_REASON_REQUEST_ID_REUSED\x10\x08\x12\x1e\n\x1a\x45RROR_REASON_ETAG_MISMATCH\x10\t\x12\"\n\x1e\x45RROR_REASON_SEQUENCE_MISMATCH\x10\n\x12\'\n#ERROR_REASON_STATE_VERSION_MISMATCH\x10\x0b\x12\x1b\n\x17\x45RROR_REASON_RUN_ACTIVE\x10\x0c\x12\x1a\n\x16\x45RROR_REASON_RUN_ENDED\x10\r\x12+\n\'ERROR_REASON_RUN_CANCELLED_BEFORE_START\x10\x0e\x12\"\n\x1e\x45RROR_REASON_INPUT_NOT_PENDING\x10\x0f\x12!\n\x1d\x45RROR_REASON_CALL_NOT_PENDING\x10\x10\x12#\n\x1f\x45RROR_REASON_PAGE_TOKEN_INVALID\x10\x11\x12\"\n\x1e\x45RROR_REASON_PAYLOAD_TOO_LARGE\x10\x12\x12\x1d\n\x19\x45RROR_REASON_BLOB_CORRUPT\x10\x13\x12\x1b\n\x17\x45RROR_REASON_QUEUE_FULL\x10\x14\x12\x1d\n\x19\x45RROR_REASON_RATE_LIMITED\x10\x15\x12\x1f\n\x1b\x45RROR_REASON_LIMIT_EXCEEDED\x10\x16\x12 \n\x1c\x45RROR_REASON_SERVER_DRAINING\x10\x17\x12\"\n\x1e\x45RROR_REASON_STORE_UNAVAILABLE\x10\x18\x12\x1b\n\x17\x45RROR_REASON_OWNER_LOST\x10\x19\x12\x1c\n\x18\x45RROR_REASON_MODEL_ERROR\x10\x1a\x12\"\n\x1e\x45RROR_REASON_MODEL_UNAVAILABLE\x10\x1b\x12\x1b\n\x17\x45RROR_REASON_TOOL_ERROR\x10\x1c\x12\x1f\n\x1b\x45RROR_REASON_TEMPLATE_ERROR\x10\x1d\x12\x19\n\x15\x45RROR_REASON_INTERNAL\x10\x1f\x12$\n ERROR_REASON_STATE_TYPE_MISMATCH\x10 \x12\x1f\n\x1b\x45RROR_REASON_SEQUENCE_AHEAD\x10!\x12$\n ERROR_REASON_CONTENT_UNSUPPORTED\x10\"\x12!\n\x1d\x45RROR_REASON_WATCHER_TOO_SLOW\x10$\x12\'\n#ERROR_REASON_UPLOAD_OFFSET_MISMATCH\x10%\x12$\n ERROR_REASON_STATE_KEY_NOT_FOUND\x10\'BC\n\x0bnotecase.v1B\x0c\x43ontentProtoP\x01Z\x16notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,32 +39,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_VALUEMAP_VALUESENTRY']._serialized_options = b'8\001'
   _globals['_ERROR_METADATAENTRY']._loaded_options = None
   _globals['_ERROR_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_ERRORREASON']._serialized_start=1755
-  _globals['_ERRORREASON']._serialized_end=2883
+  _globals['_ERRORREASON']._serialized_start=1932
+  _globals['_ERRORREASON']._serialized_end=3203
   _globals['_VALUE']._serialized_start=138
-  _globals['_VALUE']._serialized_end=407
-  _globals['_VALUELIST']._serialized_start=409
-  _globals['_VALUELIST']._serialized_end=456
-  _globals['_VALUEMAP']._serialized_start=459
-  _globals['_VALUEMAP']._serialized_end=587
-  _globals['_VALUEMAP_VALUESENTRY']._serialized_start=522
-  _globals['_VALUEMAP_VALUESENTRY']._serialized_end=587
-  _globals['_PART']._serialized_start=590
-  _globals['_PART']._serialized_end=807
-  _globals['_REASONING']._serialized_start=809
-  _globals['_REASONING']._serialized_end=834
-  _globals['_FILEURI']._serialized_start=836
-  _globals['_FILEURI']._serialized_end=896
-  _globals['_INLINEDATA']._serialized_start=898
-  _globals['_INLINEDATA']._serialized_end=962
-  _globals['_TOOLCALL']._serialized_start=965
-  _globals['_TOOLCALL']._serialized_end=1422
-  _globals['_TOOLCALL_OUTCOME']._serialized_start=1260
-  _globals['_TOOLCALL_OUTCOME']._serialized_end=1422
-  _globals['_USAGE']._serialized_start=1425
-  _globals['_USAGE']._serialized_end=1568
-  _globals['_ERROR']._serialized_start=1571
-  _globals['_ERROR']._serialized_end=1752
-  _globals['_ERROR_METADATAENTRY']._serialized_start=1705
-  _globals['_ERROR_METADATAENTRY']._serialized_end=1752
+  _globals['_VALUE']._serialized_end=448
+  _globals['_VALUELIST']._serialized_start=450
+  _globals['_VALUELIST']._serialized_end=497
+  _globals['_VALUEMAP']._serialized_start=500
+  _globals['_VALUEMAP']._serialized_end=628
+  _globals['_VALUEMAP_VALUESENTRY']._serialized_start=563
+  _globals['_VALUEMAP_VALUESENTRY']._serialized_end=628
+  _globals['_BLOB']._serialized_start=630
+  _globals['_BLOB']._serialized_end=708
+  _globals['_PART']._serialized_start=711
+  _globals['_PART']._serialized_end=984
+  _globals['_REASONING']._serialized_start=986
+  _globals['_REASONING']._serialized_end=1011
+  _globals['_FILEURI']._serialized_start=1013
+  _globals['_FILEURI']._serialized_end=1073
+  _globals['_INLINEDATA']._serialized_start=1075
+  _globals['_INLINEDATA']._serialized_end=1139
+  _globals['_TOOLCALL']._serialized_start=1142
+  _globals['_TOOLCALL']._serialized_end=1599
+  _globals['_TOOLCALL_OUTCOME']._serialized_start=1437
+  _globals['_TOOLCALL_OUTCOME']._serialized_end=1599
+  _globals['_USAGE']._serialized_start=1602
+  _globals['_USAGE']._serialized_end=1745
+  _globals['_ERROR']._serialized_start=1748
+  _globals['_ERROR']._serialized_end=1929
+  _globals['_ERROR_METADATAENTRY']._serialized_start=1882
+  _globals['_ERROR_METADATAENTRY']._serialized_end=1929
 # @@protoc_insertion_point(module_scope)

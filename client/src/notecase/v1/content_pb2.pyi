@@ -39,6 +39,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND, with ResourceInfo."""
     ERROR_REASON_MESSAGE_NOT_FOUND: _ErrorReason.ValueType  # 5
     """NOT_FOUND, with ResourceInfo."""
+    ERROR_REASON_BLOB_NOT_FOUND: _ErrorReason.ValueType  # 6
+    """NOT_FOUND, with ResourceInfo: a blob or an upload."""
     ERROR_REASON_ALREADY_EXISTS: _ErrorReason.ValueType  # 7
     """ALREADY_EXISTS: the id is taken; ResourceInfo names the holder."""
     ERROR_REASON_REQUEST_ID_REUSED: _ErrorReason.ValueType  # 8
@@ -63,6 +65,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT: the page token was not made by this server, or for another list."""
     ERROR_REASON_PAYLOAD_TOO_LARGE: _ErrorReason.ValueType  # 18
     """RESOURCE_EXHAUSTED: larger than the server takes; QuotaFailure says how large it may be."""
+    ERROR_REASON_BLOB_CORRUPT: _ErrorReason.ValueType  # 19
+    """INVALID_ARGUMENT: what was uploaded is not what it was said to be."""
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 20
     """RESOURCE_EXHAUSTED: too many commands wait in the session; RetryInfo says when to try again."""
     ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 21
@@ -93,6 +97,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """INVALID_ARGUMENT, and inside a run: content that the model cannot take."""
     ERROR_REASON_WATCHER_TOO_SLOW: _ErrorReason.ValueType  # 36
     """RESOURCE_EXHAUSTED: the stream's reader took nothing for too long; attach again after the last sequence."""
+    ERROR_REASON_UPLOAD_OFFSET_MISMATCH: _ErrorReason.ValueType  # 37
+    """ABORTED: the upload goes on elsewhere; metadata.committed_bytes says where."""
+    ERROR_REASON_STATE_KEY_NOT_FOUND: _ErrorReason.ValueType  # 39
+    """NOT_FOUND: a message refers to a key that the session's state does not have."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of every error's google.rpc.ErrorInfo, there without the prefix, under the domain "notecase"."""
@@ -108,6 +116,8 @@ ERROR_REASON_RUN_NOT_FOUND: ErrorReason.ValueType  # 4
 """NOT_FOUND, with ResourceInfo."""
 ERROR_REASON_MESSAGE_NOT_FOUND: ErrorReason.ValueType  # 5
 """NOT_FOUND, with ResourceInfo."""
+ERROR_REASON_BLOB_NOT_FOUND: ErrorReason.ValueType  # 6
+"""NOT_FOUND, with ResourceInfo: a blob or an upload."""
 ERROR_REASON_ALREADY_EXISTS: ErrorReason.ValueType  # 7
 """ALREADY_EXISTS: the id is taken; ResourceInfo names the holder."""
 ERROR_REASON_REQUEST_ID_REUSED: ErrorReason.ValueType  # 8
@@ -132,6 +142,8 @@ ERROR_REASON_PAGE_TOKEN_INVALID: ErrorReason.ValueType  # 17
 """INVALID_ARGUMENT: the page token was not made by this server, or for another list."""
 ERROR_REASON_PAYLOAD_TOO_LARGE: ErrorReason.ValueType  # 18
 """RESOURCE_EXHAUSTED: larger than the server takes; QuotaFailure says how large it may be."""
+ERROR_REASON_BLOB_CORRUPT: ErrorReason.ValueType  # 19
+"""INVALID_ARGUMENT: what was uploaded is not what it was said to be."""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 20
 """RESOURCE_EXHAUSTED: too many commands wait in the session; RetryInfo says when to try again."""
 ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 21
@@ -162,6 +174,10 @@ ERROR_REASON_CONTENT_UNSUPPORTED: ErrorReason.ValueType  # 34
 """INVALID_ARGUMENT, and inside a run: content that the model cannot take."""
 ERROR_REASON_WATCHER_TOO_SLOW: ErrorReason.ValueType  # 36
 """RESOURCE_EXHAUSTED: the stream's reader took nothing for too long; attach again after the last sequence."""
+ERROR_REASON_UPLOAD_OFFSET_MISMATCH: ErrorReason.ValueType  # 37
+"""ABORTED: the upload goes on elsewhere; metadata.committed_bytes says where."""
+ERROR_REASON_STATE_KEY_NOT_FOUND: ErrorReason.ValueType  # 39
+"""NOT_FOUND: a message refers to a key that the session's state does not have."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
@@ -180,6 +196,7 @@ class Value(_message.Message):
     BYTES_VALUE_FIELD_NUMBER: _builtins.int
     LIST_VALUE_FIELD_NUMBER: _builtins.int
     MAP_VALUE_FIELD_NUMBER: _builtins.int
+    BLOB_VALUE_FIELD_NUMBER: _builtins.int
     null_value: _struct_pb2.NullValue.ValueType
     bool_value: _builtins.bool
     int_value: _builtins.int
@@ -191,6 +208,8 @@ class Value(_message.Message):
     def list_value(self) -> Global___ValueList: ...
     @_builtins.property
     def map_value(self) -> Global___ValueMap: ...
+    @_builtins.property
+    def blob_value(self) -> Global___Blob: ...
     def __init__(
         self,
         *,
@@ -202,12 +221,13 @@ class Value(_message.Message):
         bytes_value: _builtins.bytes = ...,
         list_value: Global___ValueList | None = ...,
         map_value: Global___ValueMap | None = ...,
+        blob_value: Global___Blob | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["bool_value", b"bool_value", "bytes_value", b"bytes_value", "double_value", b"double_value", "int_value", b"int_value", "kind", b"kind", "list_value", b"list_value", "map_value", b"map_value", "null_value", b"null_value", "string_value", b"string_value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob_value", b"blob_value", "bool_value", b"bool_value", "bytes_value", b"bytes_value", "double_value", b"double_value", "int_value", b"int_value", "kind", b"kind", "list_value", b"list_value", "map_value", b"map_value", "null_value", b"null_value", "string_value", b"string_value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bool_value", b"bool_value", "bytes_value", b"bytes_value", "double_value", b"double_value", "int_value", b"int_value", "kind", b"kind", "list_value", b"list_value", "map_value", b"map_value", "null_value", b"null_value", "string_value", b"string_value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob_value", b"blob_value", "bool_value", b"bool_value", "bytes_value", b"bytes_value", "double_value", b"double_value", "int_value", b"int_value", "kind", b"kind", "list_value", b"list_value", "map_value", b"map_value", "null_value", b"null_value", "string_value", b"string_value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["null_value", "bool_value", "int_value", "double_value", "string_value", "bytes_value", "list_value", "map_value"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["null_value", "bool_value", "int_value", "double_value", "string_value", "bytes_value", "list_value", "map_value", "blob_value"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -279,23 +299,67 @@ class ValueMap(_message.Message):
 Global___ValueMap: _TypeAlias = ValueMap  # noqa: Y015
 
 @_typing.final
+class Blob(_message.Message):
+    """Content kept beside the log, named by its SHA-256; media type and filename belong to the reference, not to the content."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    MEDIA_TYPE_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    FILENAME_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """blobs/{sha256}, in lower-case hexadecimal."""
+    media_type: _builtins.str
+    """For example "application/pdf"."""
+    size_bytes: _builtins.int
+    """Output only where a blob is referred to."""
+    filename: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        media_type: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        filename: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filename", b"filename", "media_type", b"media_type", "name", b"name", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Blob: _TypeAlias = Blob  # noqa: Y015
+
+@_typing.final
 class Part(_message.Message):
-    """One part of a message. The parts of one message together are at most 1 MiB."""
+    """One part of a message. Beside content that becomes a blob, the parts of one message are together at most 1 MiB."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
     REASONING_FIELD_NUMBER: _builtins.int
+    BLOB_FIELD_NUMBER: _builtins.int
     FILE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     TOOL_CALL_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    STATE_KEY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """Above 256 KiB, in what a caller or a tool says, it becomes a blob of media type text/plain."""
     refusal: _builtins.str
     """The model's own words for not answering; made by models only."""
+    state_key: _builtins.str
+    """Input only: the value that the session's state has under this key when the message is taken. A blob or bytes become a
+    blob, a string becomes text, and what else there is becomes JSON text. NOT_FOUND when the key does not exist.
+    """
     @_builtins.property
     def reasoning(self) -> Global___Reasoning:
         """What a model thought before it spoke; made by models only."""
+
+    @_builtins.property
+    def blob(self) -> Global___Blob:
+        """Content stored here: NOT_FOUND when it is not."""
 
     @_builtins.property
     def file(self) -> Global___FileUri:
@@ -303,7 +367,7 @@ class Part(_message.Message):
 
     @_builtins.property
     def data(self) -> Global___InlineData:
-        """Content carried here."""
+        """Content carried here. Input only: the server stores it as a blob."""
 
     @_builtins.property
     def tool_call(self) -> Global___ToolCall:
@@ -314,16 +378,18 @@ class Part(_message.Message):
         *,
         text: _builtins.str = ...,
         reasoning: Global___Reasoning | None = ...,
+        blob: Global___Blob | None = ...,
         file: Global___FileUri | None = ...,
         data: Global___InlineData | None = ...,
         tool_call: Global___ToolCall | None = ...,
         refusal: _builtins.str = ...,
+        state_key: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "file", b"file", "kind", b"kind", "reasoning", b"reasoning", "refusal", b"refusal", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "data", b"data", "file", b"file", "kind", b"kind", "reasoning", b"reasoning", "refusal", b"refusal", "state_key", b"state_key", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "file", b"file", "kind", b"kind", "reasoning", b"reasoning", "refusal", b"refusal", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "data", b"data", "file", b"file", "kind", b"kind", "reasoning", b"reasoning", "refusal", b"refusal", "state_key", b"state_key", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["text", "reasoning", "file", "data", "tool_call", "refusal"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["text", "reasoning", "blob", "file", "data", "tool_call", "refusal", "state_key"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 

@@ -43,16 +43,22 @@ class ServerInfo(_message.Message):
     FUNCTIONS_FIELD_NUMBER: _builtins.int
     MCP_SERVERS_FIELD_NUMBER: _builtins.int
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _builtins.int
+    MAX_BLOB_BYTES_FIELD_NUMBER: _builtins.int
     MAX_PAGE_SIZE_FIELD_NUMBER: _builtins.int
     MAX_RUNS_FIELD_NUMBER: _builtins.int
+    MAX_SESSION_BYTES_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     store: _builtins.str
     """"memory" or "sqlite"."""
     max_message_bytes: _builtins.int
     """The largest request the server takes."""
+    max_blob_bytes: _builtins.int
+    """Of one blob."""
     max_page_size: _builtins.int
     max_runs: _builtins.int
     """Runs under way at once, over all sessions."""
+    max_session_bytes: _builtins.int
+    """Of all blobs that one session refers to."""
     @_builtins.property
     def providers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """For LlmAgent.provider; the default one first."""
@@ -74,12 +80,14 @@ class ServerInfo(_message.Message):
         functions: _abc.Iterable[_builtins.str] | None = ...,
         mcp_servers: _abc.Iterable[_builtins.str] | None = ...,
         max_message_bytes: _builtins.int = ...,
+        max_blob_bytes: _builtins.int = ...,
         max_page_size: _builtins.int = ...,
         max_runs: _builtins.int = ...,
+        max_session_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["functions", b"functions", "max_message_bytes", b"max_message_bytes", "max_page_size", b"max_page_size", "max_runs", b"max_runs", "mcp_servers", b"mcp_servers", "providers", b"providers", "store", b"store", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["functions", b"functions", "max_blob_bytes", b"max_blob_bytes", "max_message_bytes", b"max_message_bytes", "max_page_size", b"max_page_size", "max_runs", b"max_runs", "max_session_bytes", b"max_session_bytes", "mcp_servers", b"mcp_servers", "providers", b"providers", "store", b"store", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

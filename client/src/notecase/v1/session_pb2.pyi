@@ -100,6 +100,7 @@ class Session(_message.Message):
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     QUEUED_COMMANDS_FIELD_NUMBER: _builtins.int
     REMEMBERED_FIELD_NUMBER: _builtins.int
+    CONTENT_BYTES_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """sessions/{session}"""
@@ -114,6 +115,8 @@ class Session(_message.Message):
     """sessions/{session}/runs/{run}. Output only: empty when idle."""
     last_sequence: _builtins.int
     """Output only: the head of the log; each durable event adds exactly 1."""
+    content_bytes: _builtins.int
+    """Output only: of all blobs that its log refers to, each counted once."""
     etag: _builtins.str
     """Of the metadata, not of the log; given back in an update it makes the update conditional."""
     @_builtins.property
@@ -154,11 +157,12 @@ class Session(_message.Message):
         update_time: _timestamp_pb2.Timestamp | None = ...,
         queued_commands: _abc.Iterable[Global___QueuedCommand] | None = ...,
         remembered: _abc.Mapping[_builtins.str, _builtins.bool] | None = ...,
+        content_bytes: _builtins.int = ...,
         etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_run", b"active_run", "activity", b"activity", "agent", b"agent", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "queued_commands", b"queued_commands", "remembered", b"remembered", "update_time", b"update_time", "usage", b"usage", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_run", b"active_run", "activity", b"activity", "agent", b"agent", "content_bytes", b"content_bytes", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "queued_commands", b"queued_commands", "remembered", b"remembered", "update_time", b"update_time", "usage", b"usage", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,13 +1,13 @@
 """A whole Store, given Tables and two ways to run a step on them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from functools import partial
 from typing import TypeVar
 
 from notecase import v1
 
-from notecase_server.store import steps
+from notecase_server.store import content, steps
 from notecase_server.store.contract import (
     ActiveRun,
     CommandId,
@@ -138,10 +138,51 @@ class TableStore(ABC):
     async def delete_agent(self, tenant: str, agent_id: str, if_etag: str = "", once: Once | None = None) -> None:
         await self._write(partial(steps.delete_agent, tenant=tenant, agent_id=agent_id, if_etag=if_etag, once=once))
 
+    async def put_blob(self, tenant: str, sha256: str, data: bytes) -> None:
+        await self._write(partial(content.put_blob, tenant=tenant, sha256=sha256, data=data))
+
+    async def get_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
+        return await self._read(lambda tables: content.get_blob(tables, tenant, sha256))
+
+    async def touch_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
+        return await self._write(partial(content.touch_blob, tenant=tenant, sha256=sha256))
+
+    async def read_blob(self, tenant: str, sha256: str, offset: int) -> bytes:
+        return await self._read(lambda tables: content.read_blob(tables, tenant, sha256, offset))
+
+    async def open_upload(self, tenant: str, upload_id: str, expire_time: int) -> v1.Upload:
+        return await self._write(lambda tables, _: content.open_upload(tables, tenant, upload_id, expire_time))
+
+    async def get_upload(self, tenant: str, upload_id: str) -> v1.Upload | None:
+        return await self._read(lambda tables: content.get_upload(tables, tenant, upload_id))
+
+    async def add_chunk(self, tenant: str, upload_id: str, offset: int, data: bytes) -> None:
+        await self._write(lambda tables, _: content.add_chunk(tables, tenant, upload_id, offset, data))
+
+    async def read_upload(self, tenant: str, upload_id: str, offset: int) -> bytes:
+        return await self._read(lambda tables: content.read_upload(tables, tenant, upload_id, offset))
+
+    async def complete_upload(self, tenant: str, upload_id: str, size: int, sha256: str) -> v1.Blob:
+        return await self._write(
+            partial(content.complete_upload, tenant=tenant, upload_id=upload_id, size=size, sha256=sha256)
+        )
+
+    async def drop_upload(self, tenant: str, upload_id: str) -> None:
+        await self._write(lambda tables, _: content.drop_upload(tables, tenant, upload_id))
+
+    async def sweep_blobs(self, now: int, uploaded_before: int, held: Container[tuple[str, str]] = ()) -> int:
+        limit = content.SWEEP_ROWS
+        await self._all(lambda tables, _: content.expire_uploads(tables, now, limit), limit)
+        removed = await self._all(lambda tables, _: content.remove_loose(tables, uploaded_before, held, limit), limit)
+        await self._all(lambda tables, _: tables.delete_chunks(limit), limit)
+        return removed
+
+    async def _all(self, step: Callable[[Tables, int], int], limit: int) -> int:
+        """Repeats a step that does at most `limit` of something until it finds fewer; returns how many it did."""
+        done = 0
+        while (more := await self._write(step)) == limit:
+            done += more
+        return done + more
+
     async def forget_requests(self, before: int) -> int:
-        forgotten = 0
-        while True:
-            dropped = await self._write(lambda tables, _: tables.forget_requests(before, FORGET_BATCH))
-            forgotten += dropped
-            if dropped < FORGET_BATCH:
-                return forgotten
+        return await self._all(lambda tables, _: tables.forget_requests(before, FORGET_BATCH), FORGET_BATCH)

@@ -9,7 +9,7 @@ Time is a count of microseconds since 1970, UTC, from the clock the store was op
 key. Every method may raise NotecaseError STORE_UNAVAILABLE, after which nothing of the call was kept.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -30,6 +30,10 @@ class SessionKey(NamedTuple):
 
     tenant: str
     session: str
+
+
+CHUNK_BYTES = 256 << 10
+"""Content is written in pieces of at least this much, its last one excepted: a row each, and a read each."""
 
 
 class Scope(NamedTuple):
@@ -112,6 +116,9 @@ class Commit:
     """By state, in stored form. STATE_VERSION_MISMATCH when the version of the whole state is another."""
     events: Sequence[v1.Event] = ()
     """Without sequence and create_time: the store sets both. `fold` says what each payload does and refuses."""
+    content_limit: int | None = None
+    """PAYLOAD_TOO_LARGE when the log would refer to blobs of more than so many bytes together, and to more than it did;
+    checked last."""
     start: RunRecord | None = None
     """With the event that makes a run: its start, its place in the queue, or its end when that came first."""
 
@@ -328,6 +335,59 @@ class Store(Protocol):
     async def delete_agent(self, tenant: str, agent_id: str, if_etag: str = "", once: Once | None = None) -> None:
         """Removes every revision, remembering only the last number. AGENT_NOT_FOUND, ETAG_MISMATCH. `once.render` is
         given None."""
+        ...
+
+    # Content.
+    #
+    # A blob is named by its tenant and the SHA-256 of its bytes, in lower-case hexadecimal. Each commit or state that
+    # refers to a blob is refused with BLOB_NOT_FOUND when it is not there, is given its size, and holds on to it: a
+    # session by its log, until it is deleted; a user's or the app's state by its entries as they are.
+
+    async def put_blob(self, tenant: str, sha256: str, data: bytes) -> None:
+        """Stores content whole; what is there already counts as uploaded just now. The caller vouches for the
+        digest."""
+        ...
+
+    async def get_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
+        """Name and size."""
+        ...
+
+    async def touch_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
+        """As get_blob; the blob then counts as uploaded just now."""
+        ...
+
+    async def read_blob(self, tenant: str, sha256: str, offset: int) -> bytes:
+        """From that byte to the end of the piece that holds it; empty at the end and beyond. BLOB_NOT_FOUND."""
+        ...
+
+    async def open_upload(self, tenant: str, upload_id: str, expire_time: int) -> v1.Upload:
+        """The upload of that id, made if there is none. One under way then lasts until `expire_time`."""
+        ...
+
+    async def get_upload(self, tenant: str, upload_id: str) -> v1.Upload | None: ...
+
+    async def add_chunk(self, tenant: str, upload_id: str, offset: int, data: bytes) -> None:
+        """Appends to an upload; durable when it returns. UPLOAD_OFFSET_MISMATCH when the upload does not end at
+        `offset`, or is complete. BLOB_NOT_FOUND when there is none."""
+        ...
+
+    async def read_upload(self, tenant: str, upload_id: str, offset: int) -> bytes:
+        """As read_blob, of an upload under way."""
+        ...
+
+    async def complete_upload(self, tenant: str, upload_id: str, size: int, sha256: str) -> v1.Blob:
+        """Makes the blob; the upload's id tells of it until it expires. UPLOAD_OFFSET_MISMATCH when the upload does not
+        end at `size`, BLOB_NOT_FOUND when there is none. The caller vouches for the digest."""
+        ...
+
+    async def drop_upload(self, tenant: str, upload_id: str) -> None:
+        """Forgets the upload, with its bytes unless they are a blob. Of a missing one: nothing."""
+        ...
+
+    async def sweep_blobs(self, now: int, uploaded_before: int, held: Container[tuple[str, str]] = ()) -> int:
+        """Removes the uploads that have expired, and the blobs that were last uploaded before that time and that
+        nothing refers to; returns how many blobs. Those `held`, by tenant and digest, stay. In many small
+        transactions."""
         ...
 
     # Life.

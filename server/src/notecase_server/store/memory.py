@@ -26,7 +26,7 @@ from notecase_server.store.contract import (
     SessionKey,
 )
 from notecase_server.store.lists import Found, matches
-from notecase_server.store.tables import Applied, Recorded, Tables
+from notecase_server.store.tables import Applied, BlobRow, Recorded, Tables, UploadRow
 
 T = TypeVar("T")
 
@@ -99,12 +99,23 @@ class _Agent:
 
 
 @dataclass(slots=True)
+class _Blob:
+    row: BlobRow
+    upload_time: int
+    references: set[tuple[Scope, str]] = field(default_factory=set)
+
+
+@dataclass(slots=True)
 class _Tenant:
     sessions: dict[str, _Session] = field(default_factory=dict)
     states: dict[tuple[str, str], _State] = field(default_factory=dict)
     agents: dict[str, _Agent] = field(default_factory=dict)
     requests: dict[tuple[str, str], tuple[Recorded, int]] = field(default_factory=dict)
     """With the time they were made."""
+    blobs: dict[str, _Blob] = field(default_factory=dict)
+    uploads: dict[str, UploadRow] = field(default_factory=dict)
+    references: defaultdict[tuple[Scope, str], set[str]] = field(default_factory=lambda: defaultdict(set))
+    """By whom: the digests."""
 
 
 class _MemoryTables:
@@ -112,6 +123,10 @@ class _MemoryTables:
 
     def __init__(self) -> None:
         self._tenants: defaultdict[str, _Tenant] = defaultdict(_Tenant)
+        self._contents: dict[int, dict[int, bytes]] = {}
+        """The pieces of each by where they start."""
+        self._last_content = 0
+        self._discarded: list[int] = []
 
     def _session(self, key: SessionKey) -> _Session | None:
         return self._tenants[key.tenant].sessions.get(key.session)
@@ -169,6 +184,7 @@ class _MemoryTables:
         tenant = self._tenants[key.tenant]
         del tenant.sessions[key.session]
         tenant.states.pop(("session", key.session), None)
+        self.drop_references(Scope(key.tenant, "session", key.session), "")
 
     def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]:
         rows = self._tenants[tenant].sessions
@@ -329,3 +345,75 @@ class _MemoryTables:
         for revision in sorted(rows, reverse=True):
             if query.after is None or (revision,) < query.after:
                 yield Found((revision,), v1.Agent.FromString(rows[revision]), len(rows[revision]))
+
+    def new_content(self) -> int:
+        self._last_content += 1
+        self._contents[self._last_content] = {}
+        return self._last_content
+
+    def add_chunk(self, content: int, start: int, data: bytes) -> None:
+        self._contents[content][start] = bytes(data)
+
+    def chunk(self, content: int, offset: int) -> bytes:
+        pieces = self._contents[content]
+        starts = list(pieces)
+        place = bisect_right(starts, offset) - 1
+        return pieces[starts[place]][offset - starts[place] :] if place >= 0 else b""
+
+    def discard(self, content: int) -> None:
+        self._discarded.append(content)
+
+    def delete_chunks(self, limit: int) -> int:
+        deleted = 0
+        while self._discarded and deleted < limit:
+            pieces = self._contents[self._discarded[-1]]
+            while pieces and deleted < limit:
+                pieces.popitem()
+                deleted += 1
+            if not pieces:
+                del self._contents[self._discarded.pop()]
+        return deleted
+
+    def blob(self, tenant: str, sha256: str) -> BlobRow | None:
+        found = self._tenants[tenant].blobs.get(sha256)
+        return found.row if found else None
+
+    def put_blob(self, tenant: str, sha256: str, row: BlobRow, now: int) -> None:
+        self._tenants[tenant].blobs.setdefault(sha256, _Blob(row, now)).upload_time = now
+
+    def delete_blob(self, tenant: str, sha256: str) -> None:
+        del self._tenants[tenant].blobs[sha256]
+
+    def loose_blobs(self, before: int) -> Iterator[tuple[str, str, BlobRow]]:
+        for tenant, rows in self._tenants.items():
+            for sha256, blob in list(rows.blobs.items()):
+                if blob.upload_time < before and not blob.references:
+                    yield tenant, sha256, blob.row
+
+    def refers(self, scope: Scope, key: str, sha256: str) -> bool:
+        return sha256 in self._tenants[scope.tenant].references.get((scope, key), ())
+
+    def refer(self, scope: Scope, key: str, sha256: str, sequence: int) -> None:
+        tenant = self._tenants[scope.tenant]
+        tenant.references[scope, key].add(sha256)
+        tenant.blobs[sha256].references.add((scope, key))
+
+    def drop_references(self, scope: Scope, key: str) -> None:
+        tenant = self._tenants[scope.tenant]
+        for sha256 in tenant.references.pop((scope, key), ()):
+            tenant.blobs[sha256].references.discard((scope, key))
+
+    def upload(self, tenant: str, upload_id: str) -> UploadRow | None:
+        return self._tenants[tenant].uploads.get(upload_id)
+
+    def put_upload(self, tenant: str, upload_id: str, row: UploadRow) -> None:
+        self._tenants[tenant].uploads[upload_id] = row
+
+    def delete_upload(self, tenant: str, upload_id: str) -> None:
+        del self._tenants[tenant].uploads[upload_id]
+
+    def expired_uploads(self, now: int) -> Iterator[tuple[str, str, UploadRow]]:
+        for tenant, rows in self._tenants.items():
+            for upload_id, row in list(rows.uploads.items()):
+                if row.expire_time <= now:
+                    yield tenant, upload_id, row

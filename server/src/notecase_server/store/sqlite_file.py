@@ -248,6 +248,47 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (tenant, rpc, request_id)
         ) WITHOUT ROWID""",
         "CREATE INDEX requests_by_time ON requests (create_time)",
+        # Content lies in pieces under a number, so that an upload becomes a blob without being written again. The
+        # pieces are in rows and not in files beside the database: writing them costs twice the time, and everything
+        # is in one place for a backup, for a commit, and for deletion.
+        "CREATE TABLE contents (content INTEGER PRIMARY KEY, discarded INTEGER NOT NULL)",
+        "CREATE INDEX contents_discarded ON contents (content) WHERE discarded",
+        """CREATE TABLE chunks (
+            content INTEGER NOT NULL,
+            start INTEGER NOT NULL,
+            data BLOB NOT NULL,
+            PRIMARY KEY (content, start)
+        )""",
+        """CREATE TABLE blobs (
+            tenant TEXT NOT NULL,
+            sha256 TEXT NOT NULL,
+            content INTEGER NOT NULL,
+            size INTEGER NOT NULL,
+            upload_time INTEGER NOT NULL,
+            PRIMARY KEY (tenant, sha256)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX blobs_by_time ON blobs (upload_time)",
+        # A session's log refers under the empty key, from its first event that does; other states by their entries.
+        """CREATE TABLE blob_references (
+            tenant TEXT NOT NULL,
+            kind TEXT NOT NULL,
+            id TEXT NOT NULL,
+            key TEXT NOT NULL,
+            sha256 TEXT NOT NULL,
+            sequence INTEGER NOT NULL,
+            PRIMARY KEY (tenant, kind, id, key, sha256)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX references_by_blob ON blob_references (tenant, sha256)",
+        """CREATE TABLE uploads (
+            tenant TEXT NOT NULL,
+            upload_id TEXT NOT NULL,
+            content INTEGER NOT NULL,
+            size INTEGER NOT NULL,
+            expire_time INTEGER NOT NULL,
+            sha256 TEXT NOT NULL,
+            PRIMARY KEY (tenant, upload_id)
+        ) WITHOUT ROWID""",
+        "CREATE INDEX uploads_by_time ON uploads (expire_time)",
         # The row of a deleted agent stays, without revisions, for its last number.
         """CREATE TABLE agents (
             tenant TEXT NOT NULL,

@@ -32,7 +32,7 @@ from notecase_server.store.contract import (
     SessionKey,
 )
 from notecase_server.store.lists import LABELS, OPERATORS, Found, Labelled, check_column, column
-from notecase_server.store.tables import Applied, Recorded
+from notecase_server.store.tables import Applied, BlobRow, Recorded, UploadRow
 
 Bound = str | int | bytes | None
 
@@ -138,6 +138,7 @@ class SqliteTables:
             self._execute(f"DELETE FROM {table} WHERE tenant = ? AND session = ?", key)
         for table in ("states", "entries"):
             self._execute(f"DELETE FROM {table} WHERE tenant = ? AND kind = 'session' AND id = ?", key)
+        self.drop_references(Scope(key.tenant, "session", key.session), "")
 
     def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]:
         where, values = _where(query, SESSION_COLUMNS, "(create_time, session) < (?, ?)")
@@ -326,6 +327,105 @@ class SqliteTables:
         )
         for revision, body in rows:
             yield Found((revision,), v1.Agent.FromString(body), len(body))
+
+    def new_content(self) -> int:
+        number = self._execute("INSERT INTO contents (discarded) VALUES (0)").lastrowid
+        assert number is not None
+        return number
+
+    def add_chunk(self, content: int, start: int, data: bytes) -> None:
+        self._execute("INSERT INTO chunks (content, start, data) VALUES (?, ?, ?)", (content, start, data))
+
+    def chunk(self, content: int, offset: int) -> bytes:
+        # substr counts from 1, and reads no more of the row than it gives.
+        row = self._one(
+            """SELECT substr(data, ? - start + 1) FROM chunks WHERE content = ? AND start <= ?
+                ORDER BY start DESC LIMIT 1""",
+            offset,
+            content,
+            offset,
+        )
+        return bytes(row[0]) if row else b""
+
+    def discard(self, content: int) -> None:
+        self._execute("UPDATE contents SET discarded = 1 WHERE content = ?", (content,))
+
+    def delete_chunks(self, limit: int) -> int:
+        deleted = 0
+        while deleted < limit and (row := self._one("SELECT content FROM contents WHERE discarded LIMIT 1")):
+            gone = self._execute(
+                """DELETE FROM chunks WHERE content = ?1 AND start IN
+                    (SELECT start FROM chunks WHERE content = ?1 LIMIT ?2)""",
+                (row[0], limit - deleted),
+            ).rowcount
+            deleted += gone
+            if not self._one("SELECT 1 FROM chunks WHERE content = ? LIMIT 1", row[0]):
+                self._execute("DELETE FROM contents WHERE content = ?", row)
+        return deleted
+
+    def blob(self, tenant: str, sha256: str) -> BlobRow | None:
+        row = self._one("SELECT content, size FROM blobs WHERE tenant = ? AND sha256 = ?", tenant, sha256)
+        return BlobRow(*row) if row else None
+
+    def put_blob(self, tenant: str, sha256: str, row: BlobRow, now: int) -> None:
+        self._execute(
+            "REPLACE INTO blobs (tenant, sha256, content, size, upload_time) VALUES (?, ?, ?, ?, ?)",
+            (tenant, sha256, *row, now),
+        )
+
+    def delete_blob(self, tenant: str, sha256: str) -> None:
+        self._execute("DELETE FROM blobs WHERE tenant = ? AND sha256 = ?", (tenant, sha256))
+
+    def loose_blobs(self, before: int) -> Iterator[tuple[str, str, BlobRow]]:
+        rows = self._execute(
+            """SELECT tenant, sha256, content, size FROM blobs b WHERE upload_time < ? AND NOT EXISTS
+                (SELECT 1 FROM blob_references r WHERE r.tenant = b.tenant AND r.sha256 = b.sha256)""",
+            (before,),
+        )
+        for tenant, sha256, content, size in rows:
+            yield tenant, sha256, BlobRow(content, size)
+
+    def refers(self, scope: Scope, key: str, sha256: str) -> bool:
+        return (
+            self._one(
+                """SELECT 1 FROM blob_references
+                    WHERE tenant = ? AND kind = ? AND id = ? AND key = ? AND sha256 = ?""",
+                *(*scope, key, sha256),
+            )
+            is not None
+        )
+
+    def refer(self, scope: Scope, key: str, sha256: str, sequence: int) -> None:
+        self._execute(
+            "INSERT INTO blob_references (tenant, kind, id, key, sha256, sequence) VALUES (?, ?, ?, ?, ?, ?)",
+            (*scope, key, sha256, sequence),
+        )
+
+    def drop_references(self, scope: Scope, key: str) -> None:
+        self._execute("DELETE FROM blob_references WHERE tenant = ? AND kind = ? AND id = ? AND key = ?", (*scope, key))
+
+    def upload(self, tenant: str, upload_id: str) -> UploadRow | None:
+        row = self._one(
+            "SELECT content, size, expire_time, sha256 FROM uploads WHERE tenant = ? AND upload_id = ?",
+            *(tenant, upload_id),
+        )
+        return UploadRow(*row) if row else None
+
+    def put_upload(self, tenant: str, upload_id: str, row: UploadRow) -> None:
+        self._execute(
+            "REPLACE INTO uploads (tenant, upload_id, content, size, expire_time, sha256) VALUES (?, ?, ?, ?, ?, ?)",
+            (tenant, upload_id, *row),
+        )
+
+    def delete_upload(self, tenant: str, upload_id: str) -> None:
+        self._execute("DELETE FROM uploads WHERE tenant = ? AND upload_id = ?", (tenant, upload_id))
+
+    def expired_uploads(self, now: int) -> Iterator[tuple[str, str, UploadRow]]:
+        rows = self._execute(
+            "SELECT tenant, upload_id, content, size, expire_time, sha256 FROM uploads WHERE expire_time <= ?", (now,)
+        )
+        for tenant, upload_id, *row in rows:
+            yield tenant, upload_id, UploadRow(*row)
 
 
 def _message(own: bytes | None, event: bytes) -> v1.Message:

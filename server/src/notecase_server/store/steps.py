@@ -5,11 +5,12 @@ nothing, in a store that cannot undo as in one that can.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.store import fold
+from notecase_server.store import content, fold
 from notecase_server.store.contract import (
     CommandId,
     Commit,
@@ -32,12 +33,20 @@ _ALL = 1 << 40
 def commit(tables: Tables, now: int, commit: Commit) -> Committed:
     """Store.commit."""
     recall(tables, commit.key, commit.once, commit.command)
+    events, blobs = content.sized(tables, commit.key.tenant, commit.events)
+    commit = replace(commit, events=events)
     rows = _load(tables, commit, now)
     before = {name: run.state for name, run in rows.runs.items()}
     old_messages, old_calls, old_versions = set(rows.messages), set(rows.calls), dict(rows.versions)
     done = fold.apply(rows, commit, now)
     if commit.start is None and rows.runs.keys() - before.keys():
         raise ValueError("an event that makes a run wants Commit.start")
+    log = Scope(commit.key.tenant, "session", commit.key.session)
+    referred = _first_references(tables, log, done, blobs)
+    rows.session.content_bytes += sum(size for _, size in referred.values())
+    size, limit = rows.session.content_bytes, commit.content_limit
+    if referred and limit is not None and size > limit:
+        raise errors.too_large("The content that the session refers to", size, limit)
     _remember(tables, commit.once, done, now)
 
     if commit.create is not None:
@@ -57,7 +66,21 @@ def commit(tables: Tables, now: int, commit: Commit) -> Committed:
         _save_run(tables, commit, run, before.get(name))
     for scope in done.state:
         _save_state(tables, scope, rows.versions[scope], rows.state[scope], old_versions[scope])
+    for sha256, (sequence, _) in referred.items():
+        tables.refer(log, "", sha256, sequence)
     return done
+
+
+def _first_references(
+    tables: Tables, log: Scope, done: Committed, blobs: list[dict[str, int]]
+) -> dict[str, tuple[int, int]]:
+    """The blobs that the log refers to from now on: the event that does, and the size, by digest."""
+    found: dict[str, tuple[int, int]] = {}
+    for event, held in zip(done.events, blobs, strict=True):
+        for sha256, size in held.items():
+            if sha256 not in found and not tables.refers(log, "", sha256):
+                found[sha256] = (event.sequence, size)
+    return found
 
 
 def recall(tables: Tables, key: SessionKey, once: Once | None, command: CommandId | None) -> None:
@@ -141,6 +164,8 @@ def _save_state(
     for key, entry in entries.items():
         if entry is None or entry.version > before:
             tables.put_entry(scope, key, entry)
+            if scope.kind != "session":
+                content.refer_entry(tables, scope, key, entry)
 
 
 def claim(tables: Tables, key: SessionKey, epoch: int) -> int:
@@ -227,6 +252,7 @@ def update_state(
 ) -> v1.State:
     """Store.update_state."""
     recall(tables, SessionKey(scope.tenant, ""), once, None)
+    ops, _ = content.sized(tables, scope.tenant, ops)
     before = tables.version(scope)
     if if_version is not None and if_version != before:
         raise errors.version_mismatch("The state", before)

@@ -27,6 +27,22 @@ class Applied(NamedTuple):
     run: str
 
 
+class BlobRow(NamedTuple):
+    """Where content is, and how much."""
+
+    content: int
+    size: int
+
+
+class UploadRow(NamedTuple):
+    """Content under way, or complete once it has a digest."""
+
+    content: int
+    size: int
+    expire_time: int
+    sha256: str
+
+
 class Tables(Protocol):
     """Rows within one transaction. What a read hands out is a copy; what is missing is None, 0 or nothing.
 
@@ -137,3 +153,51 @@ class Tables(Protocol):
     def agents(self, tenant: str, query: Query) -> Iterator[Found[v1.Agent]]: ...
 
     def revisions(self, tenant: str, agent_id: str, query: Query) -> Iterator[Found[v1.Agent]]: ...
+
+    def new_content(self) -> int:
+        """A number under which content can be kept."""
+        ...
+
+    def add_chunk(self, content: int, start: int, data: bytes) -> None: ...
+
+    def chunk(self, content: int, offset: int) -> bytes:
+        """What follows from `offset` on in the piece that holds it; empty beyond the last."""
+        ...
+
+    def discard(self, content: int) -> None:
+        """Gives content up; `delete_chunks` removes it."""
+        ...
+
+    def delete_chunks(self, limit: int) -> int:
+        """Removes at most `limit` pieces of what was given up, and returns how many."""
+        ...
+
+    def blob(self, tenant: str, sha256: str) -> BlobRow | None: ...
+
+    def put_blob(self, tenant: str, sha256: str, row: BlobRow, now: int) -> None:
+        """`now` is when it was last uploaded."""
+        ...
+
+    def delete_blob(self, tenant: str, sha256: str) -> None: ...
+
+    def loose_blobs(self, before: int) -> Iterator[tuple[str, str, BlobRow]]:
+        """The blobs last uploaded before that time to which nothing refers, with tenant and digest, in no order."""
+        ...
+
+    def refers(self, scope: Scope, key: str, sha256: str) -> bool: ...
+
+    def refer(self, scope: Scope, key: str, sha256: str, sequence: int) -> None:
+        """A session's log, with key "" and the first event that does, or an entry of another state with its key."""
+        ...
+
+    def drop_references(self, scope: Scope, key: str) -> None: ...
+
+    def upload(self, tenant: str, upload_id: str) -> UploadRow | None: ...
+
+    def put_upload(self, tenant: str, upload_id: str, row: UploadRow) -> None: ...
+
+    def delete_upload(self, tenant: str, upload_id: str) -> None: ...
+
+    def expired_uploads(self, now: int) -> Iterator[tuple[str, str, UploadRow]]:
+        """With tenant and id, in no order."""
+        ...

@@ -1,0 +1,192 @@
+"""Content beside the log, on whatever Tables: uploads, blobs, and what refers to them.
+
+As in `steps`, a step writes only when nothing can be refused any more.
+"""
+
+from collections.abc import Container, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.store.contract import Scope
+from notecase_server.store.tables import BlobRow, Tables, UploadRow
+
+M = TypeVar("M", v1.Event, v1.StateOp)
+
+PREFIX = "blobs/"
+
+SWEEP_ROWS = 16
+"""Pieces removed in one transaction: about 4 MiB, whose zeroing takes some ten milliseconds of everybody's commits."""
+
+
+def blobs_in(message: Message) -> Iterator[v1.Blob]:
+    """Every reference in a message, however deep, as it stands there."""
+    if isinstance(message, v1.Blob):
+        yield message
+        return
+    for field, held in message.ListFields():
+        if field.message_type is None:
+            continue
+        for each in _messages(field, held):
+            yield from blobs_in(each)
+
+
+def _messages(field: Any, held: Any) -> Iterable[Message]:
+    if not field.is_repeated:
+        return [held]
+    if not field.message_type.GetOptions().map_entry:
+        return list(held)
+    of_messages = field.message_type.fields_by_name["value"].message_type is not None
+    return list(held.values()) if of_messages else []
+
+
+def sized(tables: Tables, tenant: str, given: Sequence[M]) -> tuple[list[M], list[dict[str, int]]]:
+    """The events or operations with the size of each blob in them, copied where they have any; and for each, the blobs
+    by digest. BLOB_NOT_FOUND."""
+    told: list[M] = []
+    found: list[dict[str, int]] = []
+    for each in given:
+        blobs: dict[str, int] = {}
+        # Nearly none has a reference, and the bytes tell at once; that a text may say the same only costs a look.
+        if PREFIX.encode() in each.SerializeToString():
+            copied = type(each)()
+            copied.CopyFrom(each)
+            each = copied  # noqa: PLW2901 - the caller's own is not changed
+            for blob in blobs_in(each):
+                sha256 = blob.name.removeprefix(PREFIX)
+                row = tables.blob(tenant, sha256)
+                if row is None:
+                    raise errors.not_found("blob", blob.name)
+                blob.size_bytes = blobs[sha256] = row.size
+        told.append(each)
+        found.append(blobs)
+    return told, found
+
+
+def refer_entry(tables: Tables, scope: Scope, key: str, entry: v1.StateEntry | None) -> None:
+    """What an entry of a user's or the app's state refers to, instead of what it did."""
+    tables.drop_references(scope, key)
+    if entry is not None and PREFIX.encode() in entry.SerializeToString():
+        for sha256 in {blob.name.removeprefix(PREFIX) for blob in blobs_in(entry)}:
+            tables.refer(scope, key, sha256, 0)
+
+
+def put_blob(tables: Tables, now: int, tenant: str, sha256: str, data: bytes) -> None:
+    """Store.put_blob."""
+    row = tables.blob(tenant, sha256)
+    if row is None:
+        row = BlobRow(tables.new_content(), len(data))
+        tables.add_chunk(row.content, 0, data)
+    tables.put_blob(tenant, sha256, row, now)
+
+
+def get_blob(tables: Tables, tenant: str, sha256: str) -> v1.Blob | None:
+    """Store.get_blob."""
+    row = tables.blob(tenant, sha256)
+    return None if row is None else v1.Blob(name=f"{PREFIX}{sha256}", size_bytes=row.size)
+
+
+def touch_blob(tables: Tables, now: int, tenant: str, sha256: str) -> v1.Blob | None:
+    """Store.touch_blob."""
+    row = tables.blob(tenant, sha256)
+    if row is not None:
+        tables.put_blob(tenant, sha256, row, now)
+    return get_blob(tables, tenant, sha256)
+
+
+def read_blob(tables: Tables, tenant: str, sha256: str, offset: int) -> bytes:
+    """Store.read_blob."""
+    row = tables.blob(tenant, sha256)
+    if row is None:
+        raise errors.not_found("blob", f"{PREFIX}{sha256}")
+    return tables.chunk(row.content, offset)
+
+
+def get_upload(tables: Tables, tenant: str, upload_id: str) -> v1.Upload | None:
+    """Store.get_upload."""
+    row = tables.upload(tenant, upload_id)
+    return None if row is None else _told(upload_id, row)
+
+
+def _told(upload_id: str, row: UploadRow) -> v1.Upload:
+    upload = v1.Upload(upload_id=upload_id, committed_bytes=row.size)
+    upload.expire_time.FromMicroseconds(row.expire_time)
+    if row.sha256:
+        upload.blob.name = f"{PREFIX}{row.sha256}"
+        upload.blob.size_bytes = row.size
+    return upload
+
+
+def _upload(tables: Tables, tenant: str, upload_id: str) -> UploadRow:
+    row = tables.upload(tenant, upload_id)
+    if row is None:
+        raise errors.not_found("upload", upload_id)
+    return row
+
+
+def open_upload(tables: Tables, tenant: str, upload_id: str, expire_time: int) -> v1.Upload:
+    """Store.open_upload."""
+    row = tables.upload(tenant, upload_id)
+    if row is None:
+        row = UploadRow(tables.new_content(), 0, expire_time, "")
+    row = row if row.sha256 else row._replace(expire_time=expire_time)
+    tables.put_upload(tenant, upload_id, row)
+    return _told(upload_id, row)
+
+
+def add_chunk(tables: Tables, tenant: str, upload_id: str, offset: int, data: bytes) -> None:
+    """Store.add_chunk."""
+    row = _upload(tables, tenant, upload_id)
+    if row.size != offset or row.sha256:
+        raise errors.upload_offset_mismatch(upload_id, row.size)
+    tables.add_chunk(row.content, offset, data)
+    tables.put_upload(tenant, upload_id, row._replace(size=offset + len(data)))
+
+
+def read_upload(tables: Tables, tenant: str, upload_id: str, offset: int) -> bytes:
+    """Store.read_upload."""
+    return tables.chunk(_upload(tables, tenant, upload_id).content, offset)
+
+
+def complete_upload(tables: Tables, now: int, tenant: str, upload_id: str, size: int, sha256: str) -> v1.Blob:
+    """Store.complete_upload."""
+    row = _upload(tables, tenant, upload_id)
+    if row.size != size or row.sha256 not in {"", sha256}:
+        raise errors.upload_offset_mismatch(upload_id, row.size)
+    if not row.sha256:
+        stored = tables.blob(tenant, sha256)
+        if stored is not None:
+            tables.discard(row.content)
+        tables.put_blob(tenant, sha256, stored or BlobRow(row.content, size), now)
+        tables.put_upload(tenant, upload_id, row._replace(sha256=sha256))
+    return v1.Blob(name=f"{PREFIX}{sha256}", size_bytes=size)
+
+
+def drop_upload(tables: Tables, tenant: str, upload_id: str) -> None:
+    """Store.drop_upload."""
+    row = tables.upload(tenant, upload_id)
+    if row is not None:
+        if not row.sha256:
+            tables.discard(row.content)
+        tables.delete_upload(tenant, upload_id)
+
+
+def expire_uploads(tables: Tables, now: int, limit: int) -> int:
+    """At most `limit` of them; returns how many."""
+    expired = list(islice(tables.expired_uploads(now), limit))
+    for tenant, upload_id, _ in expired:
+        drop_upload(tables, tenant, upload_id)
+    return len(expired)
+
+
+def remove_loose(tables: Tables, before: int, held: Container[tuple[str, str]], limit: int) -> int:
+    """At most `limit` blobs that nothing needs; returns how many."""
+    loose = (found for found in tables.loose_blobs(before) if found[:2] not in held)
+    removed = list(islice(loose, limit))
+    for tenant, sha256, row in removed:
+        tables.delete_blob(tenant, sha256)
+        tables.discard(row.content)
+    return len(removed)
