@@ -77,7 +77,7 @@ def test_every_method_of_the_contract_is_shown() -> None:
     shown = {command.split()[-1].partition(".v1.")[2] for command, _ in calls()}
     methods = {
         f"{service}/{method}"
-        for module in ("agent", "message", "run", "server", "session", "state")
+        for module in ("agent", "blob", "message", "run", "server", "session", "state")
         for service, described in _services(module)
         for method in described
     }

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+from pathlib import Path
 
 from notecase import v1
 
@@ -85,6 +86,30 @@ async def test_notes_are_put_and_shown(served: Running, agent: v1.Agent) -> None
     async with served.client() as client:
         held = await client.get_state((await only_session(served)).name)
     assert {"case": "the missing violin", "seen": 3, "tags": ["a", 1.5]} == held
+
+
+async def test_a_file_goes_with_what_is_said_next(served: Running, agent: v1.Agent, tmp_path: Path) -> None:
+    """Once; what is no file is told, and nothing is lost by it."""
+    plan = tmp_path / "plan.pdf"
+    plan.write_bytes(b"%PDF-1.7")
+    (tmp_path / "unknown").write_bytes(b"x")
+    lines = [
+        f"/attach {tmp_path}/missing.pdf",
+        f"/attach {tmp_path}/unknown",
+        "/attach",
+        f"/attach {plan}",
+        "Look",
+        "So?",
+    ]
+    done = await notecase("chat", "--server", served.address, "--new", said="\n".join(lines))
+    assert "missing.pdf cannot be read: No such file or directory." in done.err
+    assert "cannot be told from its name" in done.err
+    assert "plan.pdf, application/pdf, 8 bytes goes with what you say next." in done.err
+    assert done.out.count("You showed me: application/pdf of 8 B (plan.pdf), which I cannot see") == 1
+    (session,) = (await served.sessions.ListSessions(v1.ListSessionsRequest())).sessions
+    listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session.name))
+    assert [part.WhichOneof("kind") for part in listed.messages[0].parts] == ["text", "blob"]
+    assert [part.WhichOneof("kind") for part in listed.messages[2].parts] == ["text"]
 
 
 async def test_what_cannot_be_noted_is_told_and_the_conversation_goes_on(served: Running, agent: v1.Agent) -> None:

@@ -17,6 +17,8 @@ class Proxy:
         """Connections so far."""
         self.told = 0
         """Bytes from the server so far."""
+        self.sent = 0
+        """Bytes to the server so far."""
         self.deaf = False
         """What the server says is lost, from here on and on open connections too."""
 
@@ -57,6 +59,7 @@ class Proxy:
         with suppress(ConnectionError):  # cut, by the test or by either end
             while data := await source.read(1 << 16):
                 self.told += len(data) if answer else 0
+                self.sent += 0 if answer else len(data)
                 if not (answer and self.deaf):
                     sink.write(data)
                     await sink.drain()

@@ -1,6 +1,7 @@
 """The client against a real server: what it promises beyond the stubs, whatever becomes of the connection."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -484,3 +485,42 @@ async def test_a_stream_made_by_hand_takes_every_field(client: Client, session: 
     with pytest.raises(NotecaseError) as refused:
         await RunStream(client.runs, v1.RunRequest(start=start)).__aenter__()
     assert (refused.value.reason, refused.value.metadata) == ("SEQUENCE_MISMATCH", {"last_sequence": "0"})
+
+
+async def test_content_is_sent_and_read_through_cuts(served: Running, tmp_path: Path) -> None:
+    """The server goes on where the connection broke, in both directions."""
+    path = tmp_path / "plan.pdf"
+    data = bytes(range(256)) * (12 << 10)
+    path.write_bytes(data)
+    async with Proxy(served.address) as proxy, Client(proxy.address, retry=QUICK) as client:
+        sending = asyncio.create_task(client.upload(path, upload_id="plan"))
+        request = v1.GetUploadRequest(upload_id="plan")
+        while True:
+            try:
+                if (await served.blobs.GetUpload(request)).committed_bytes:
+                    break
+            except grpc.aio.AioRpcError as error:
+                assert error.code() == grpc.StatusCode.NOT_FOUND
+        proxy.cut()
+        blob = await sending
+        assert blob == v1.Blob(
+            name=f"blobs/{hashlib.sha256(data).hexdigest()}",
+            size_bytes=len(data),
+            media_type="application/pdf",
+            filename="plan.pdf",
+        )
+        read = b""
+        async for piece in client.download(blob):
+            if not read:
+                proxy.cut()
+            read += piece
+        assert read == data
+        assert b"".join([piece async for piece in client.download(blob.name, 5, 300)]) == data[5:305]
+        assert (await client.upload(b"", "text/plain")).size_bytes == 0
+        with pytest.raises(ValueError, match="media_type"):
+            await client.upload(b"x")
+        with pytest.raises(FileNotFoundError):
+            await client.upload(tmp_path / "missing.pdf")
+        with pytest.raises(NotecaseError) as missing:
+            await anext(aiter(client.download("blobs/" + "0" * 64)))
+        assert missing.value.reason == "BLOB_NOT_FOUND"

@@ -185,7 +185,7 @@ CASES: dict[str, tuple[tuple[str, Message], grpc.StatusCode, str, set[str]]] = {
         set(),
     ),
     "a message of a whole page": (
-        invoke(session="sessions/case", messages=[said("x" * (1 << 20))]),
+        invoke(session="sessions/case", messages=[v1.Message(parts=[v1.Part(text="x" * 200_000)] * 5)]),
         INVALID,
         "INVALID_FIELD",
         {"start.messages[0]"},

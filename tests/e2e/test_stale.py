@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 from notecase import v1
+from notecase_server.engine.content import Contents, Limits
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.session import Sessions
 from notecase_server.engine.turn import Services
@@ -139,8 +140,9 @@ async def test_of_two_owners_in_one_process_the_later_one_wins() -> None:
     await store.create_agent("default", "clerk", v1.Agent(llm=v1.LlmAgent()))
     await store.commit(Commit(key=key, create=v1.Session(agent="agents/clerk")))
     stale, later = GatedProvider("stale"), GatedProvider("later")
+    contents = Contents(store, new_id, now, Limits())
     first, second = (
-        Runs(Sessions(store), Services(store, {"": provider}, make_toolbox((), {}), new_id, now), max_runs=9)
+        Runs(Sessions(store), Services(store, {"": provider}, make_toolbox((), {}), contents, new_id, now), max_runs=9)
         for provider in (stale, later)
     )
     with capture_logs() as told:

@@ -15,7 +15,7 @@ from tests.support.server import Running, running
 
 Json = dict[str, Any]
 
-NOTECASE = {f"notecase.v1.{name}Service" for name in ("Agent", "Message", "Run", "Server", "Session", "State")}
+NOTECASE = {f"notecase.v1.{name}Service" for name in ("Agent", "Blob", "Message", "Run", "Server", "Session", "State")}
 OPERATIONS = {
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",

@@ -207,7 +207,7 @@ class TestRequest:
             assistant(
                 v1.Part(
                     tool_call=v1.ToolCall(
-                        call_id="c", outcome=v1.ToolCall.OUTCOME_FAILED, result=[data(b"x", "image/png")]
+                        call_id="c", outcome=v1.ToolCall.OUTCOME_FAILED, result=[data(b"x", "video/mp4")]
                     )
                 )
             ),
@@ -635,12 +635,12 @@ class TestUnavailable:
 
     @pytest.mark.parametrize("after", [0, 1, 2])
     async def test_silence_is_unavailable(self, server: OpenAIServer, after: int) -> None:
-        provider = OpenAIProvider(KEY, server.url, "m", idle_timeout=0.05, max_retries=0)
+        provider = OpenAIProvider(KEY, server.url, "m", idle_timeout=0.5, max_retries=0)
         server.script(reply("ab", chunks=2).held(asyncio.Event(), after))
         caught = await failure(provider)
         await provider.close()
         assert v1.ERROR_REASON_MODEL_UNAVAILABLE == caught.reason
-        assert "The model provider sent nothing for 0.05 seconds." == caught.message
+        assert "The model provider sent nothing for 0.5 seconds." == caught.message
         await client_left(server)
 
 

@@ -42,6 +42,7 @@ class Running:
         self.state = v1.StateServiceStub(self.channel)
         self.messages = v1.MessageServiceStub(self.channel)
         self.runs = v1.RunServiceStub(self.channel)
+        self.blobs = v1.BlobServiceStub(self.channel)
         self.info = v1.ServerServiceStub(self.channel)
 
     def client(self) -> Client:
@@ -54,12 +55,21 @@ async def running(
     providers: Mapping[str, Provider] | None = None,
     *,
     max_runs: int = 100,
+    max_blob_bytes: int = 256 << 20,
+    max_session_bytes: int = 1 << 30,
     grace: float = 5.0,
     pace: Pace | None = None,
     toolbox: Toolbox | None = None,
 ) -> AsyncIterator[Running]:
     """Serves until the block is left, then stops as SIGTERM would."""
-    settings = Settings(listen="127.0.0.1:0", store=store, max_runs=max_runs, grace=grace)
+    settings = Settings(
+        listen="127.0.0.1:0",
+        store=store,
+        max_runs=max_runs,
+        max_blob_bytes=max_blob_bytes,
+        max_session_bytes=max_session_bytes,
+        grace=grace,
+    )
     server = Server(
         settings,
         await open_store(store, now),

@@ -3,6 +3,7 @@
 import uuid
 from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from types import TracebackType
 from typing import Any, Self, cast
 
@@ -12,6 +13,7 @@ from grpc import aio
 from notecase import v1
 from notecase.calls import Turns
 from notecase.commands import Commands
+from notecase.content import Contents
 from notecase.errors import NotecaseError
 from notecase.retry import Retry, repeat
 from notecase.stream import RunStream, waits_for_others
@@ -40,9 +42,9 @@ class RunWaiting(Exception):
 class Client(Commands):
     """A client of one server, for the event loop it is made in: `async with Client("127.0.0.1:7420") as client`.
 
-    `agents`, `sessions`, `state`, `messages`, `runs` and `server` are the generated stubs: each call takes its `v1`
-    request, and `timeout=` (seconds) or `metadata=` where wanted, raises `NotecaseError`, and is made once. What they
-    return is awaited or iterated like grpc's own calls, but is no instance of their classes.
+    `agents`, `sessions`, `state`, `messages`, `runs`, `blobs` and `server` are the generated stubs: each call takes its
+    `v1` request, and `timeout=` (seconds) or `metadata=` where wanted, raises `NotecaseError`, and is made once. What
+    they return is awaited or iterated like grpc's own calls, but is no instance of their classes.
 
     The methods here are short for the calls made most. They send a request_id, a command_id or a run_id, so that they
     are safe to repeat, and are repeated as `retry` says while the connection is broken or the server is away. To
@@ -73,6 +75,8 @@ class Client(Commands):
         self.messages = v1.MessageServiceStub(channel)
         self.runs = v1.RunServiceStub(channel)
         self.server = v1.ServerServiceStub(channel)
+        self.blobs = v1.BlobServiceStub(channel)
+        self._contents = Contents(self.blobs, self._retry)
         self._turns = Turns()
         super().__init__(self.runs, self._retry)
 
@@ -136,6 +140,33 @@ class Client(Commands):
             request_id=uuid.uuid4().hex,
         )
         return await repeat(self._retry, lambda: self.state.PutState(request))
+
+    async def upload(
+        self, content: bytes | str | PathLike[str], media_type: str = "", *, filename: str = "", upload_id: str = ""
+    ) -> v1.Blob:
+        """Stores bytes, or a file by its path, and returns the blob by which messages and state refer to it.
+
+            plan = await client.upload("plan.pdf")
+            await client.put_state(session, "plan", plan)
+            await client.invoke(session, v1.Message(parts=[v1.Part(text="What is this?"), v1.Part(blob=plan)]))
+
+        Of a file, the media type is guessed from its name unless given, and the name is the filename. It is read and
+        sent in pieces; a broken connection costs only what had not arrived. With an `upload_id` of your own an upload
+        goes on even in another process.
+
+        Raises OSError for a file that cannot be read, ValueError when there is no media type to be told, and
+        NotecaseError PAYLOAD_TOO_LARGE, or UPLOAD_OFFSET_MISMATCH when somebody else sends under the same id."""
+        return await self._contents.upload(content, media_type, filename=filename, upload_id=upload_id)
+
+    def download(self, blob: str | v1.Blob, offset: int = 0, limit: int = 0) -> AsyncIterator[bytes]:
+        """The content of a blob, by the blob or its name, in pieces of at most 2 MiB: from `offset` on, at most `limit`
+        bytes unless it is 0. A broken connection is made again where it broke.
+
+            async for piece in client.download(blob):
+                file.write(piece)
+
+        Raises NotecaseError BLOB_NOT_FOUND."""
+        return self._contents.download(blob, offset, limit)
 
     def run(
         self,

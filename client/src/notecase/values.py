@@ -7,8 +7,9 @@ from google.protobuf.struct_pb2 import NULL_VALUE
 
 from notecase import v1
 
-Plain: TypeAlias = "bool | int | float | str | bytes | Sequence[Plain] | Mapping[str, Plain] | None"
-"""What state can hold. Integers have 64 bits; any sequence comes back as a list, any mapping as a dict."""
+Plain: TypeAlias = "bool | int | float | str | bytes | v1.Blob | Sequence[Plain] | Mapping[str, Plain] | None"
+"""What state can hold. Integers have 64 bits; any sequence comes back as a list, any mapping as a dict. A
+`v1.Blob` refers to content that was uploaded."""
 
 
 def to_value(plain: Plain) -> v1.Value:
@@ -32,6 +33,8 @@ def to_value(plain: Plain) -> v1.Value:
             return v1.Value(string_value=plain)
         case bytes() | bytearray() | memoryview():
             return v1.Value(bytes_value=bytes(plain))
+        case v1.Blob():
+            return v1.Value(blob_value=plain)
         case Sequence():
             return v1.Value(list_value=v1.ValueList(values=map(to_value, plain)))
         case Mapping():
@@ -53,6 +56,10 @@ def from_value(value: v1.Value) -> Any:
             return [from_value(held) for held in value.list_value.values]
         case "map_value":
             return {key: from_value(held) for key, held in value.map_value.values.items()}
+        case "blob_value":
+            blob = v1.Blob()
+            blob.CopyFrom(value.blob_value)
+            return blob
         case kind:
             return getattr(value, kind)
 

@@ -124,6 +124,22 @@ def main() -> None:
     help="Runs under way at once; a start above it is refused with RESOURCE_EXHAUSTED.",
 )
 @click.option(
+    "--max-blob-bytes",
+    type=click.IntRange(1),
+    default=256 << 20,
+    envvar="NOTECASE_MAX_BLOB_BYTES",
+    show_envvar=True,
+    help="The largest content that is stored.",
+)
+@click.option(
+    "--max-session-bytes",
+    type=click.IntRange(1),
+    default=1 << 30,
+    envvar="NOTECASE_MAX_SESSION_BYTES",
+    show_envvar=True,
+    help="Of all content that one session refers to.",
+)
+@click.option(
     "--grace",
     type=click.FloatRange(0),
     default=10.0,
@@ -169,6 +185,8 @@ def serve(
     store: str,
     insecure: bool,
     max_runs: int,
+    max_blob_bytes: int,
+    max_session_bytes: int,
     grace: float,
     tools: tuple[str, ...],
     mcp_config: Path | None,
@@ -203,6 +221,8 @@ def serve(
             listen=listen,
             store=store,
             max_runs=max_runs,
+            max_blob_bytes=max_blob_bytes,
+            max_session_bytes=max_session_bytes,
             grace=grace,
             openai=openai_from_environment(),
             tools=tools,

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import sys
 import termios
@@ -22,6 +23,7 @@ from notecase_server import cli_screen as screen
 HELP = """\
 /notes            shows the session's state
 /note KEY=VALUE   puts a note into it: JSON as what it is, all else as text
+/attach FILE      goes with what you say next
 /quit             leaves; so do Ctrl-C and Ctrl-D
 Whatever else you type is said, and with a space before it these are, too.
 Ctrl-C stops a reply, Alt-Enter begins a new line."""
@@ -70,6 +72,7 @@ class _Chat:
         self._session = ""
         self._agent = ""  # empty: the session's own
         self._said: list[str] = []
+        self._attached: list[v1.Blob] = []
         self._failed = False
 
     async def open(self, agent: str, session: str, new: bool) -> None:
@@ -132,6 +135,8 @@ class _Chat:
             await self._show_notes()
         elif command == "/note":
             await self._put_note(rest)
+        elif command == "/attach":
+            await self._attach(rest.strip())
         else:
             await self._say(text)
 
@@ -139,13 +144,29 @@ class _Chat:
         if not self._session:
             await self._create(screen.one_line(text))
         self._tell("")
+        parts = [v1.Part(text=text), *(v1.Part(blob=blob) for blob in self._attached)]
         try:
-            await self._follow(self._client.run(self._session, text, agent=self._agent))
+            await self._follow(self._client.run(self._session, v1.Message(parts=parts), agent=self._agent))
+            self._attached.clear()
         except NotecaseError as busy:
             if busy.reason != "RUN_ACTIVE" or not self._terminal:
                 raise
             screen.aside("The session is busy; this is what with. Afterwards the up arrow has your words.\n")
             await self._follow(self._client.attach(busy.metadata["run"]), echo=True)
+
+    async def _attach(self, path: str) -> None:
+        if not path:
+            self._fail("A file is attached with /attach FILE.")
+            return
+        try:
+            blob = await self._client.upload(_at_home(path))
+        except OSError as error:
+            self._fail(f"{screen.one_line(path, 400)} cannot be read: {error.strerror}.")
+        except ValueError:
+            self._fail(f"What kind of file {screen.one_line(path, 400)} is cannot be told from its name.")
+        else:
+            self._attached.append(blob)
+            screen.aside(f"{screen.attachment(blob)} goes with what you say next.")
 
     async def _show_notes(self) -> None:
         notes = await self._client.get_state(self._session) if self._session else {}
@@ -284,6 +305,11 @@ class _Chat:
         """Says something that only helps who sits at a terminal."""
         if self._terminal:
             screen.aside(text)
+
+
+def _at_home(path: str) -> str:
+    """As a shell has it, which has no part in what is typed at a prompt."""
+    return os.path.expanduser(path)
 
 
 async def _show(stream: RunStream, reply: screen.Reply) -> None:

@@ -87,12 +87,22 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([click.style(first, dim=True), *rest])
 
 
+def _summed_up(held: bytes | v1.Blob) -> str:
+    return attachment(held) if isinstance(held, v1.Blob) else f"{len(held)} bytes"
+
+
 def note(value: Any, most: int = 200) -> str:
     """A value of state on one line: text as it is, all else as JSON, bytes by their number."""
-    if isinstance(value, str):
-        return one_line(value, most)
-    shown = json.dumps(value, ensure_ascii=False, default=lambda held: f"{len(held)} bytes")
+    if isinstance(value, str | v1.Blob):
+        return one_line(value if isinstance(value, str) else attachment(value), most)
+    shown = json.dumps(value, ensure_ascii=False, default=_summed_up)
     return one_line(shown, most)
+
+
+def attachment(blob: v1.Blob) -> str:
+    """A reference to content, on one line."""
+    name = f"{one_line(blob.filename)}, " if blob.filename else ""
+    return f"{name}{one_line(blob.media_type)}, {blob.size_bytes} bytes"
 
 
 def message(found: v1.Message, most: int | None = None) -> str:
@@ -116,6 +126,8 @@ def _part(part: v1.Part, most: int | None) -> str:
             return click.style(call(part.tool_call), dim=True)
         case "file":
             return click.style(f"[{one_line(part.file.uri, 200)}]", dim=True)
+        case "blob":
+            return click.style(f"[{attachment(part.blob)}]", dim=True)
         case "data":
             return click.style(f"[{one_line(part.data.media_type)}, {len(part.data.data)} bytes]", dim=True)
         case _:

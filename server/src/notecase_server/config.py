@@ -31,6 +31,8 @@ class Settings:
     listen: str = DEFAULT_LISTEN
     store: str = "memory:"
     max_runs: int = 1000
+    max_blob_bytes: int = 256 << 20
+    max_session_bytes: int = 1 << 30
     grace: float = 10.0
     """Seconds that runs and streams have to come to rest when the server stops."""
     openai: OpenAISettings | None = None

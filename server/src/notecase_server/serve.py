@@ -10,11 +10,13 @@ from contextlib import suppress
 import structlog
 import uuid_utils
 
-from notecase_server import __version__
+from notecase_server import __version__, errors
 from notecase_server.config import Settings
+from notecase_server.engine.content import Contents, Limits
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.session import Sessions
 from notecase_server.engine.turn import Services
+from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.interceptor import Authenticate, development
@@ -94,10 +96,12 @@ class Server:
         self._authenticate = authenticate
         self._new_id = make_id
         self._stall = pace.stall
-        sessions = Sessions(store)
+        limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
+        self._contents = Contents(store, make_id, clock, limits)
+        sessions = Sessions(store, limits.session)
         default = next(iter(self._providers.values()))
         self._toolbox = toolbox
-        services = Services(store, {"": default, **self._providers}, toolbox, make_id, clock)
+        services = Services(store, {"": default, **self._providers}, toolbox, self._contents, make_id, clock)
         self._runs = Runs(sessions, services, settings.max_runs, pace.poll)
         self._streams = Streams(sessions, self._runs, pace)
         self._desk = Desk(
@@ -109,6 +113,7 @@ class Server:
             providers=tuple(self._providers),
             toolbox=toolbox,
             pages=Pages(store.secret),
+            contents=self._contents,
             new_id=make_id,
         )
 
@@ -144,7 +149,12 @@ class Server:
 
     async def _sweep(self) -> None:
         while True:
-            await self._store.forget_requests(self._clock() - REQUESTS_KEPT)
+            try:
+                await self._store.forget_requests(self._clock() - REQUESTS_KEPT)
+                if removed := await self._contents.sweep():
+                    log.info("blobs_removed", blobs=removed)
+            except NotecaseError as error:
+                log.warning("sweep_failed", reason=errors.reason_name(error.reason))
             await asyncio.sleep(SWEEP_SECONDS)
 
 

@@ -77,6 +77,7 @@ class Runs:
         self._sessions = sessions
         self._services = services
         self._store = services.store
+        self._contents = services.contents
         self._new_id = services.new_id
         self._poll_seconds = poll_seconds
         self._workers: dict[tuple[SessionKey, str], tuple[Worker, asyncio.Task[None]]] = {}
@@ -108,7 +109,9 @@ class Runs:
             await self._store.recall(key, caused.once, caused.command)
             if found := await self._find(key, start.run_id, digest):
                 return found
-            return await self._admit(key, start, digest, caused)
+            del body.messages[:]
+            body.messages.extend(await self._contents.kept(key, start.messages, start.state))
+            return await self._admit(key, body, digest, caused)
         except Duplicate as duplicate:
             row = await self._store.get_run(key, duplicate.run)
             if row is None:
@@ -457,7 +460,8 @@ class Runs:
         async with self._worker(key, run_id, caused) as worker:
             for call in worker.run.pending_calls:
                 if call.call_id == result.call_id:
-                    outcome = worker.fitting(Outcome(list(result.result), result.error))
+                    parts = await self._contents.parts(key, result.result)
+                    outcome = worker.fitting(Outcome(parts, result.error))
                     return await worker.commit([ledger.finished(call, outcome)], *caused)
             raise errors.call_not_pending(result.call_id)
 
@@ -483,7 +487,7 @@ class Runs:
         async with self._worker(key, run_id, caused) as worker:
             added = [
                 v1.Event(message_added=message, cause_id=caused.cause_id)
-                for message in self.incoming(said.messages, worker.live.user)
+                for message in self.incoming(await self._contents.kept(key, said.messages), worker.live.user)
             ]
             if said.when == v1.UserInput.WHEN_INTERRUPT:
                 halt = Halt(events=added, reason="The user interrupted.", once=caused.once, command=caused.command)

@@ -7,6 +7,7 @@ later. Used from one event loop only.
 import asyncio
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 from weakref import WeakValueDictionary
 
@@ -106,7 +107,7 @@ class LiveSession:
 
     async def commit(self, commit: Commit) -> Committed:
         """Commits, then tells the watchers; see Store.commit for what it raises."""
-        committed = await self._store.commit(commit)
+        committed = await self._store.commit(replace(commit, content_limit=self._sessions.content_limit))
         self.committed(committed)
         return committed
 
@@ -198,8 +199,10 @@ class LiveSession:
 class Sessions:
     """The sessions alive in this process, and every write to one: so that a watcher here hears of it at once."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, content_limit: int | None = None) -> None:
+        """No log is let to refer to blobs of more than `content_limit` bytes together."""
         self.store = store
+        self.content_limit = content_limit
         self._live: WeakValueDictionary[SessionKey, LiveSession] = WeakValueDictionary()
 
     def live(self, key: SessionKey) -> LiveSession:

@@ -438,7 +438,7 @@ def _plain(value: v1.Value) -> object:
             return [_plain(item) for item in value.list_value.values]
         case "map_value":
             return {key: _plain(item) for key, item in value.map_value.values.items()}
-        case "bytes_value":
+        case "bytes_value" | "blob_value":
             return ""
         case None | "null_value":
             return None

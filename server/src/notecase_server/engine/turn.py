@@ -19,6 +19,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine import context, ledger
+from notecase_server.engine.content import Contents
 from notecase_server.engine.ledger import Bound
 from notecase_server.engine.rewind import Rewind
 from notecase_server.engine.session import Block, LiveSession, OpenMessage
@@ -104,6 +105,7 @@ class Services(NamedTuple):
     providers: Mapping[str, Provider]
     """By name, the default one under "" as well."""
     toolbox: Toolbox
+    contents: Contents
     new_id: Callable[[], str]
     clock: Clock
 
@@ -323,7 +325,8 @@ class Worker:
         bound = await self._bind()
         request = await context.build(self._store, self.live.key, self.live.user, self.run.name, self.agent)
         tools = [ModelTool(tool.name, tool.description, tool.parameters) for tool in bound.values()]
-        finish = await self._generate(provider, request._replace(tools=tools))
+        load = partial(self._services.contents.load, self.live.key.tenant)
+        finish = await self._generate(provider, request._replace(tools=tools, load=load))
         opened = self.live.open
         assert opened is not None
         message = self._message(opened, v1.Message.STATUS_COMPLETED)
@@ -492,12 +495,12 @@ class Worker:
             task.cancel()
 
     async def _keep(self, call_id: str, outcome: Outcome, ops: Sequence[v1.StateOp]) -> None:
-        """Commits a result with the state it changed; a change that the state does not take fails the call, and not the
-        run."""
+        """Commits a result with the state it changed; what the state or the session does not take fails the call, and
+        not the run."""
         try:
             await self._durably(partial(self._outcome, call_id, outcome, ops))
         except NotecaseError as refused:
-            if not ops or refused.reason in LOST:
+            if outcome.error or refused.reason in LOST:
                 raise
             await self._durably(partial(self._outcome, call_id, Outcome(error=refused.message), ()))
 
@@ -538,6 +541,7 @@ class Worker:
                 return Outcome(error=f"There is no tool {call.tool!r}."), []
             async with clock:
                 outcome = await target.function.call(ledger.arguments_of(call) or {}, where)
+                outcome = outcome._replace(parts=await self._services.contents.parts(key, outcome.parts))
         except NotecaseError as error:
             return Outcome(error=error.message), []
         except Exception:  # noqa: BLE001  (a tool's defect is its own)

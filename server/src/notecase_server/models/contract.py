@@ -1,6 +1,6 @@
 """What a model is to the engine: a request in, an ordered stream of small pieces out, a typed failure otherwise."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from typing import NamedTuple, Protocol
 
 from notecase import v1
@@ -26,6 +26,8 @@ class ModelRequest(NamedTuple):
     """Oldest first, well formed: every tool call in them has an outcome."""
     generation: v1.Generation
     tools: Sequence[Tool] = ()
+    load: Callable[[v1.Blob], Awaitable[bytes]] | None = None
+    """Content that a message refers to, whole. BLOB_NOT_FOUND. None where no message refers to any."""
 
 
 class Text(NamedTuple):

@@ -52,6 +52,10 @@ _LARGEST = {"chunks": 100_000, "big": 4 << 20, "pause": 10_000}
 _FAILURES = ("error", "unavailable", "midway")
 
 
+MEDIA = frozenset({"file", "data", "blob"})
+"""Kinds of parts that hold what is not read here."""
+
+
 class OfflineProvider:
     """The provider named "offline"; it has one model, of the same name, whatever the agent asks for."""
 
@@ -210,6 +214,9 @@ def _medium(part: v1.Part) -> str:
     if part.WhichOneof("kind") == "file":
         name = f" ({part.file.filename})" if part.file.filename else ""
         return f"{part.file.media_type or 'a file'} at {_cut(part.file.uri)}{name}, which I did not fetch"
+    if part.WhichOneof("kind") == "blob":
+        name = f" ({part.blob.filename})" if part.blob.filename else ""
+        return f"{part.blob.media_type} of {part.blob.size_bytes} B{name}, which I cannot see"
     name = f" ({part.data.filename})" if part.data.filename else ""
     return f"{part.data.media_type or 'data'} of {len(part.data.data)} B{name}, which I cannot see"
 
@@ -217,7 +224,7 @@ def _medium(part: v1.Part) -> str:
 def _unanswered_media(messages: Sequence[v1.Message]) -> list[v1.Part]:
     """Of what was said since the model last spoke."""
     said = list(itertools.takewhile(lambda message: message.role != v1.Message.ROLE_ASSISTANT, reversed(messages)))
-    return [part for message in reversed(said) for part in message.parts if part.WhichOneof("kind") in {"file", "data"}]
+    return [part for message in reversed(said) for part in message.parts if part.WhichOneof("kind") in MEDIA]
 
 
 def _text(message: v1.Message) -> str:

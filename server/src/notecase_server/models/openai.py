@@ -13,7 +13,7 @@ import email.utils
 import math
 import mimetypes
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import aiohttp
@@ -69,6 +69,13 @@ _AUDIO_FORMATS = {
 }
 
 
+_TEXTS = frozenset({"application/json", "application/xml", "application/yaml", "application/x-yaml"})
+
+MAX_CONTENT_BYTES = 32 << 20
+"""Of all content in one request, before it grows by a third as base64: providers take 50 MB, and each call holds it in
+memory."""
+
+
 class OpenAIProvider:
     """The provider `openai`. One object, with one pool of connections, serves all runs at once."""
 
@@ -120,7 +127,7 @@ class OpenAIProvider:
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         """See Provider.stream. Closing it before its end drops the connection, which is how the provider learns of it.
         After Finish it ends within _DRAIN_SECONDS; who does not wait for that gives up the connection's next use."""
-        body = _body(request, self._default_model, self._limit_field)
+        body = _body(await _loaded(request), self._default_model, self._limit_field)
         model = str(body["model"])
         reply = ChatReply(model, lambda error: self._refused(_status_in(error), error, model))
         async with self._answer(body) as response:
@@ -293,6 +300,44 @@ def _is_passing(status: int | None, words: str) -> bool:
     return bool(_OVERLOADED.search(words))
 
 
+async def _loaded(request: ModelRequest) -> ModelRequest:
+    """The request with the content that its messages refer to within them.
+
+    Raises CONTENT_UNSUPPORTED for a media type that there is no place for, before anything of it is read, and for more
+    content than a request may carry."""
+    messages = list(request.messages)
+    total = 0
+    for index, message in enumerate(messages):
+        if len(message.parts) == 1 and message.parts[0].text:
+            continue  # nearly every message
+        blobs = [part.blob for part in _all_parts(message) if part.HasField("blob")]
+        if not blobs:
+            continue
+        for blob in blobs:
+            _check_media_type(blob.media_type)
+            total += blob.size_bytes
+        if total > MAX_CONTENT_BYTES:
+            raise errors.content_unsupported(
+                f"The conversation refers to {total} bytes of content; the model takes at most {MAX_CONTENT_BYTES}."
+            )
+        assert request.load is not None, "who refers to content brings the means to load it"
+        copied = messages[index] = v1.Message()
+        copied.CopyFrom(message)
+        for part in _all_parts(copied):
+            if part.HasField("blob"):
+                media_type, filename = part.blob.media_type, part.blob.filename
+                data = await request.load(part.blob)
+                part.data.CopyFrom(v1.InlineData(data=data, media_type=media_type, filename=filename))
+    return request._replace(messages=messages)
+
+
+def _all_parts(message: v1.Message) -> Iterator[v1.Part]:
+    """Those of the results of its calls, too."""
+    for part in message.parts:
+        yield part
+        yield from part.tool_call.result
+
+
 def _body(request: ModelRequest, default_model: str, limit_field: str) -> Json:
     """The request as it is sent. `Generation.extra` is merged last, member by member, and so can change everything;
     null unsets, `{"stream_options": null}` for a server that does not know it.
@@ -384,20 +429,33 @@ def _content(part: v1.Part) -> Json | None:
 
 
 def _data(data: v1.InlineData) -> Json:
+    _check_media_type(data.media_type)
     media_type = _media_type(data.media_type)
+    if _is_text(media_type):
+        # No provider takes a text file as a file; all of them read text.
+        text = data.data.decode(errors="replace")
+        return {"type": "text", "text": f"{data.filename}:\n{text}" if data.filename else text}
     encoded = base64.b64encode(data.data).decode("ascii")
     url = f"data:{media_type};base64,{encoded}"
     if media_type.startswith("image/"):
         return {"type": "image_url", "image_url": {"url": url}}
     if audio_format := _AUDIO_FORMATS.get(media_type):
         return {"type": "input_audio", "input_audio": {"data": encoded, "format": audio_format}}
-    if media_type.startswith(("application/", "text/")):
-        # Providers want a name, and go by its ending.
-        name = data.filename or f"file{mimetypes.guess_extension(media_type) or ''}"
-        return {"type": "file", "file": {"filename": name, "file_data": url}}
-    raise errors.content_unsupported(
-        f"The model takes images, documents and audio as WAV or MP3, not media type {data.media_type!r}."
-    )
+    # Providers want a name, and go by its ending.
+    name = data.filename or f"file{mimetypes.guess_extension(media_type) or ''}"
+    return {"type": "file", "file": {"filename": name, "file_data": url}}
+
+
+def _check_media_type(told: str) -> None:
+    media_type = _media_type(told)
+    if not (media_type.startswith(("image/", "application/", "text/")) or media_type in _AUDIO_FORMATS):
+        raise errors.content_unsupported(
+            f"The model takes text, images, documents and audio as WAV or MP3, not media type {told!r}."
+        )
+
+
+def _is_text(media_type: str) -> bool:
+    return media_type.startswith("text/") or media_type in _TEXTS or media_type.endswith(("+json", "+xml"))
 
 
 def _media_type(told: str) -> str:
@@ -426,8 +484,14 @@ def _assistant(message: v1.Message) -> list[Json]:
             }
             for call in calls
         ]
-    answers = ({"role": "tool", "tool_call_id": call.call_id, "content": _outcome(call)} for call in calls)
-    return [made, *answers]
+    answers = [{"role": "tool", "tool_call_id": call.call_id, "content": _outcome(call)} for call in calls]
+    # A tool's answer can only be text there, so that what else it gave is shown behind the answers.
+    shown = [
+        {"role": "user", "content": [{"type": "text", "text": f"From the result of {call.tool}:"}, *media]}
+        for call in calls
+        if (media := [_content(part) for part in call.result if part.WhichOneof("kind") != "text"])
+    ]
+    return [made, *answers, *shown]
 
 
 def _tool_name(tool: str) -> str:
@@ -450,4 +514,6 @@ def _arguments(arguments: str) -> str:
 def _outcome(call: v1.ToolCall) -> str:
     if call.outcome == v1.ToolCall.OUTCOME_CANCELLED:
         return call.error or "cancelled"
-    return _text(call.result, "A tool's result") or call.error
+    text = "".join(part.text for part in call.result)
+    media = any(part.WhichOneof("kind") != "text" for part in call.result)
+    return text or call.error or ("Its content follows." if media else "")

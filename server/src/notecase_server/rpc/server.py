@@ -7,7 +7,7 @@ from notecase import v1
 
 from notecase_server.rpc.interceptor import TRANSPORT_BYTES, Authenticate, Doorway
 from notecase_server.rpc.ops import Health, add_reflection
-from notecase_server.rpc.services import Agents, Desk, Messages, RunsService, Servers, SessionsService, States
+from notecase_server.rpc.services import Agents, Blobs, Desk, Messages, RunsService, Servers, SessionsService, States
 
 OPTIONS = (
     ("grpc.max_receive_message_length", TRANSPORT_BYTES),
@@ -20,7 +20,15 @@ OPTIONS = (
     ("grpc.so_reuseport", 0),
 )
 
-SERVICES = ("ServerService", "AgentService", "SessionService", "StateService", "MessageService", "RunService")
+SERVICES = (
+    "ServerService",
+    "AgentService",
+    "SessionService",
+    "StateService",
+    "MessageService",
+    "RunService",
+    "BlobService",
+)
 
 
 async def build(
@@ -34,6 +42,7 @@ async def build(
     v1.add_StateServiceServicer_to_server(States(desk), server)
     v1.add_MessageServiceServicer_to_server(Messages(desk), server)
     v1.add_RunServiceServicer_to_server(RunsService(desk), server)
+    v1.add_BlobServiceServicer_to_server(Blobs(desk), server)
     services = [f"notecase.v1.{name}" for name in SERVICES]
     health = Health(services)
     await health.add_to(server)

@@ -1,7 +1,8 @@
 """The unary methods: parse, call, render."""
 
 import hashlib
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,6 +12,7 @@ from google.protobuf.message import Message
 from notecase import v1
 
 from notecase_server import errors, names
+from notecase_server.engine.content import Contents
 from notecase_server.engine.runs import Caused, Runs
 from notecase_server.engine.session import Sessions
 from notecase_server.errors import NotecaseError, Violation
@@ -58,6 +60,7 @@ class Desk:
     """The default one first."""
     toolbox: Toolbox
     pages: Pages
+    contents: Contents
     new_id: Callable[[], str]
 
 
@@ -111,6 +114,8 @@ class Servers(v1.ServerServiceServicer):
             max_message_bytes=MAX_MESSAGE_BYTES,
             max_page_size=MAX_PAGE_SIZE,
             max_runs=self.desk.runs.max_runs,
+            max_blob_bytes=self.desk.contents.limits.blob,
+            max_session_bytes=self.desk.contents.limits.session,
         )
 
 
@@ -351,14 +356,77 @@ class Messages(v1.MessageServiceServicer):
             rows = [names.render_message(key, _copy(event.message_added)) for event in done.events]
             return v1.AppendMessagesResponse(messages=rows, last_sequence=done.session.last_sequence)
 
-        said = self.desk.runs.incoming(request.messages, session.user)
+        repeat = once(request, render)
+        await self.desk.store.recall(key, repeat, None)
+        said = self.desk.runs.incoming(await self.desk.contents.kept(key, request.messages), session.user)
         events = [v1.Event(cause_id=request.request_id, message_added=message) for message in said]
         expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
         return render(
-            await self.desk.sessions.commit(
-                Commit(key=key, once=once(request, render), if_last_sequence=expected, events=events)
-            )
+            await self.desk.sessions.commit(Commit(key=key, once=repeat, if_last_sequence=expected, events=events))
         )
+
+
+class Blobs(v1.BlobServiceServicer):
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    async def UploadBlob(self, request: AsyncIterator[v1.UploadBlobRequest], context: Any) -> v1.Blob:
+        first = await anext(request, v1.UploadBlobRequest())
+        check = Check()
+        check.upload(first)
+        check.done()
+        return await self.desk.contents.upload(caller.get().tenant, first, _frames(first, request))
+
+    async def DownloadBlob(
+        self, request: v1.DownloadBlobRequest, context: Any
+    ) -> AsyncGenerator[v1.DownloadBlobResponse, None]:
+        check = Check()
+        sha256 = check.blob_name("name", request.name)
+        check(request.offset >= 0, "offset", "is negative")
+        check(request.limit >= 0, "limit", "is negative")
+        check.done()
+        size = (await self._blob(request.name, sha256)).size_bytes
+        check(request.offset <= size, "offset", f"is beyond the end, which is at {size}")
+        check.done()
+        pieces = self.desk.contents.download(caller.get().tenant, sha256, request.offset, request.limit)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                yield piece
+
+    async def GetUpload(self, request: v1.GetUploadRequest, context: Any) -> v1.Upload:
+        check = Check()
+        check.token_id("upload_id", request.upload_id)
+        check.done()
+        upload = await self.desk.store.get_upload(caller.get().tenant, request.upload_id)
+        if upload is None:
+            raise errors.not_found("upload", request.upload_id)
+        return upload
+
+    async def GetBlob(self, request: v1.GetBlobRequest, context: Any) -> v1.Blob:
+        check = Check()
+        sha256 = check.blob_name("name", request.name)
+        check.done()
+        return await self._blob(request.name, sha256)
+
+    async def _blob(self, name: str, sha256: str) -> v1.Blob:
+        found = await self.desk.store.get_blob(caller.get().tenant, sha256)
+        if found is None:
+            raise errors.not_found("blob", name)
+        return found
+
+
+async def _frames(
+    first: v1.UploadBlobRequest, others: AsyncIterator[v1.UploadBlobRequest]
+) -> AsyncIterator[v1.UploadBlobRequest]:
+    """All frames of an upload. INVALID_FIELD for a chunk that is too large."""
+    check = Check()
+    check.chunk(first)
+    check.done()
+    yield first
+    async for frame in others:
+        check.chunk(frame)
+        check.done()
+        yield frame
 
 
 class RunsService(v1.RunServiceServicer):

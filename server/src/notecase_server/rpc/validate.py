@@ -15,6 +15,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine import template
+from notecase_server.engine.content import MAX_PART_BYTES
 from notecase_server.errors import Violation
 from notecase_server.names import AgentName, MessageName, RunName
 from notecase_server.store.contract import PAGE_BYTES, Scope
@@ -42,6 +43,9 @@ MAX_RESULT_BYTES = 512 << 10
 """Of one call's result: it becomes part of its message, which several results share, and of every later request."""
 MAX_BATCH_DELAY = 10.0
 """Seconds."""
+
+MAX_CHUNK_BYTES = 1 << 20
+PARTS = "text, file, data, blob or state_key"
 
 LABEL_KEY = re.compile(r"[a-z0-9A-Z]([a-zA-Z0-9._/-]{0,61}[a-zA-Z0-9])?")
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -133,6 +137,8 @@ class Check:
         kind = value.WhichOneof("kind")
         if kind is None:
             self(False, field, "has no value; for nothing use null_value")
+        elif kind == "blob_value":
+            self.blob(field, value.blob_value)
         elif kind == "double_value":
             self(math.isfinite(value.double_value), field, f"is {value.double_value}, which JSON and SQL do not have")
         elif kind in {"list_value", "map_value"}:
@@ -189,7 +195,8 @@ class Check:
             speaks = names.parse_user(message.author) is not None or names.parse_agent(message.author) is not None
             self(speaks, f"{field}.author", "wants users/{user} or agents/{agent}")
         self.labels(f"{field}.labels", message.labels)
-        self(message.ByteSize() <= PAGE_BYTES - (64 << 10), field, "is larger than 960 KiB")
+        size = message.ByteSize() - sum(part.ByteSize() for part in message.parts if _becomes_blob(part))
+        self(size <= PAGE_BYTES - (64 << 10), field, "is larger than 960 KiB beside what becomes blobs")
         self(len(message.parts) > 0, f"{field}.parts", "is empty; a message says something")
         for index, part in enumerate(message.parts):
             self._part(f"{field}.parts[{index}]", part)
@@ -210,10 +217,38 @@ class Check:
                 self(part.data.data != b"", f"{field}.data.data", "is empty")
                 self._media_type(f"{field}.data.media_type", part.data.media_type)
                 self.text(f"{field}.data.filename", part.data.filename)
+            case "blob":
+                self.blob(f"{field}.blob", part.blob)
+            case "state_key":
+                self.key(f"{field}.state_key", part.state_key, session=True)
             case None:
-                self(False, field, "is empty; want text, file or data")
+                self(False, field, f"is empty; want {PARTS}")
             case other:
-                self(False, field, f"{other} is made by models only; want text, file or data")
+                self(False, field, f"{other} is made by models only; want {PARTS}")
+
+    def blob(self, field: str, blob: v1.Blob) -> None:
+        """A reference to content."""
+        self._parsed(f"{field}.name", blob.name, names.parse_blob, "blobs/{sha256}")
+        self._media_type(f"{field}.media_type", blob.media_type)
+        self.text(f"{field}.filename", blob.filename)
+
+    def blob_name(self, field: str, name: str) -> str:
+        return self._parsed(field, name, names.parse_blob, "blobs/{sha256}") or ""
+
+    def upload(self, first: v1.UploadBlobRequest) -> None:
+        """The first frame of an upload."""
+        self.token_id("upload_id", first.upload_id)
+        self(first.offset >= 0, "offset", "is negative")
+        self(first.upload_id != "" or first.offset == 0, "offset", "goes with an upload_id")
+        self(first.blob.size_bytes >= 0, "blob.size_bytes", "is negative")
+        if first.blob.name:
+            self.blob_name("blob.name", first.blob.name)
+        if first.blob.media_type:
+            self._media_type("blob.media_type", first.blob.media_type)
+        self.text("blob.filename", first.blob.filename)
+
+    def chunk(self, frame: v1.UploadBlobRequest) -> None:
+        self(len(frame.chunk) <= MAX_CHUNK_BYTES, "chunk", f"has {len(frame.chunk)} bytes; at most {MAX_CHUNK_BYTES}")
 
     def _media_type(self, field: str, media_type: str) -> None:
         self(MEDIA_TYPE.fullmatch(media_type) is not None, field, "wants a media type, such as image/png")
@@ -392,3 +427,7 @@ def _is_json_object(text: str) -> bool:
         return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
         return False
+
+
+def _becomes_blob(part: v1.Part) -> bool:
+    return part.HasField("data") or len(part.text.encode()) > MAX_PART_BYTES

@@ -1,0 +1,97 @@
+"""Content on its way to a server and back, whatever breaks in between."""
+
+import asyncio
+import mimetypes
+import uuid
+from collections.abc import AsyncIterator
+from io import BytesIO
+from os import PathLike
+from pathlib import Path
+from typing import BinaryIO
+
+from notecase import v1
+from notecase.errors import NotecaseError
+from notecase.retry import Backoff, Retry, repeat
+
+CHUNK_BYTES = 1 << 20
+"""What the server takes in one frame."""
+
+
+class Contents:
+    """Uploads and downloads over one connection; a broken one is gone on with where it broke."""
+
+    def __init__(self, blobs: "v1.BlobServiceAsyncStub", retry: Retry) -> None:
+        self._blobs = blobs
+        self._retry = retry
+
+    async def upload(
+        self, content: bytes | str | PathLike[str], media_type: str = "", *, filename: str = "", upload_id: str = ""
+    ) -> v1.Blob:
+        """See Client.upload."""
+        path = None if isinstance(content, bytes) else Path(content)
+        if path is not None:
+            media_type = media_type or mimetypes.guess_type(path)[0] or ""
+            filename = filename or path.name
+        if not media_type:
+            raise ValueError("say which media_type the content has, for example application/pdf")
+        first = v1.UploadBlobRequest(
+            blob=v1.Blob(media_type=media_type, filename=filename), upload_id=upload_id or uuid.uuid4().hex
+        )
+        backoff = Backoff(self._retry)
+        with await asyncio.to_thread(_opened, content) as source:
+            first.blob.size_bytes = await asyncio.to_thread(source.seek, 0, 2)
+            first.last = not first.blob.size_bytes
+            begun, tries = bool(upload_id), self._retry.tries
+            while True:
+                try:
+                    if begun:
+                        first.offset = await self._committed(first.upload_id)
+                    begun = True
+                    return await self._blobs.UploadBlob(_frames(first, source))
+                except NotecaseError as error:
+                    # What an earlier call had sent may have been stored only after the server was asked for it.
+                    late = error.reason == "UPLOAD_OFFSET_MISMATCH" and tries > 0
+                    tries -= 1
+                    if not late:
+                        await backoff.wait(error)
+
+    async def _committed(self, upload_id: str) -> int:
+        """What the server has of an upload; 0 of none."""
+        request = v1.GetUploadRequest(upload_id=upload_id)
+        try:
+            upload = await repeat(self._retry, lambda: self._blobs.GetUpload(request))
+        except NotecaseError as error:
+            if error.reason != "BLOB_NOT_FOUND":
+                raise
+            return 0
+        return 0 if upload.HasField("blob") else upload.committed_bytes
+
+    async def download(self, blob: str | v1.Blob, offset: int = 0, limit: int = 0) -> AsyncIterator[bytes]:
+        """See Client.download."""
+        name = blob if isinstance(blob, str) else blob.name
+        request = v1.DownloadBlobRequest(name=name, offset=offset, limit=limit)
+        backoff = Backoff(self._retry)
+        while True:
+            try:
+                async for response in self._blobs.DownloadBlob(request):
+                    request.offset += len(response.chunk)
+                    backoff.progress()
+                    yield response.chunk
+                    if limit:
+                        request.limit -= len(response.chunk)
+                        if not request.limit:
+                            return
+                return
+            except NotecaseError as error:
+                await backoff.wait(error)
+
+
+async def _frames(first: v1.UploadBlobRequest, source: BinaryIO) -> AsyncIterator[v1.UploadBlobRequest]:
+    yield first
+    await asyncio.to_thread(source.seek, first.offset)
+    while chunk := await asyncio.to_thread(source.read, CHUNK_BYTES):
+        yield v1.UploadBlobRequest(chunk=chunk)
+
+
+def _opened(content: bytes | str | PathLike[str]) -> BinaryIO:
+    return BytesIO(content) if isinstance(content, bytes) else Path(content).open("rb")

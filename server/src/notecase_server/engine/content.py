@@ -1,0 +1,265 @@
+"""Content on its way in and out: uploads that can be cut anywhere, downloads, and what callers and tools say in parts
+becoming what the log holds.
+
+Bytes pass through in pieces. Only what a model is to be shown is ever held whole.
+"""
+
+import asyncio
+import hashlib
+import json
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+from notecase import v1
+
+from notecase_server import errors, names
+from notecase_server.errors import NotecaseError
+from notecase_server.store.contract import CHUNK_BYTES, Clock, Scope, SessionKey, Store
+
+MAX_PART_BYTES = 256 << 10
+"""What a part keeps to itself; more becomes a blob, so that pages of messages stay small."""
+
+UPLOAD_MICROSECONDS = 24 * 60 * 60 * 1_000_000
+"""How long an upload waits to be gone on with, and a blob for somebody to refer to it."""
+
+BINARY = "application/octet-stream"
+
+WRONG = frozenset({v1.ERROR_REASON_BLOB_CORRUPT, v1.ERROR_REASON_PAYLOAD_TOO_LARGE})
+"""What sending more cannot mend."""
+
+
+class Limits(NamedTuple):
+    """In bytes."""
+
+    blob: int = 256 << 20
+    session: int = 1 << 30
+    """Of all blobs that its log refers to."""
+
+
+class Contents:
+    """The content of one server. Content that is read here is held: no sweep removes it meanwhile."""
+
+    def __init__(self, store: Store, new_id: Callable[[], str], clock: Clock, limits: Limits) -> None:
+        self.limits = limits
+        self._store = store
+        self._new_id = new_id
+        self._clock = clock
+        self._held: Counter[tuple[str, str]] = Counter()
+
+    # ---- blobs
+
+    async def upload(
+        self, tenant: str, first: v1.UploadBlobRequest, frames: AsyncIterator[v1.UploadBlobRequest]
+    ) -> v1.Blob:
+        """The blob that UploadBlob makes of its frames, `first` among them, with the media type and filename that it
+        gives. When they break off, what has come is kept if the caller named the upload.
+
+        Raises NotecaseError BLOB_CORRUPT, PAYLOAD_TOO_LARGE, UPLOAD_OFFSET_MISMATCH; what `frames` raises."""
+        self._check_size(first.blob.size_bytes)
+        upload_id = first.upload_id or self._new_id()
+        stored = await self._stored(tenant, first)
+        if stored is None:
+            upload = await self._store.open_upload(tenant, upload_id, self._clock() + UPLOAD_MICROSECONDS)
+            if upload.HasField("blob"):
+                stored = upload.blob
+            else:
+                stored = await self._receive(tenant, upload, first, frames)
+        return v1.Blob(
+            name=stored.name,
+            size_bytes=stored.size_bytes,
+            media_type=first.blob.media_type,
+            filename=first.blob.filename,
+        )
+
+    async def _stored(self, tenant: str, first: v1.UploadBlobRequest) -> v1.Blob | None:
+        """The blob that the first frame names, if it is here; it then counts as uploaded just now."""
+        sha256 = names.parse_blob(first.blob.name)
+        return await self._store.touch_blob(tenant, sha256) if sha256 else None
+
+    async def _receive(
+        self,
+        tenant: str,
+        upload: v1.Upload,
+        first: v1.UploadBlobRequest,
+        frames: AsyncIterator[v1.UploadBlobRequest],
+    ) -> v1.Blob:
+        if first.offset != upload.committed_bytes:
+            raise errors.upload_offset_mismatch(upload.upload_id, upload.committed_bytes)
+        writer = _Writer(self._store, tenant, upload, self._check_size)
+        try:
+            await writer.recall()
+            last = False
+            async for frame in frames:
+                await writer.add(frame.chunk)
+                last = last or frame.last
+            await writer.flush()
+            return await self._complete(tenant, upload.upload_id, first.blob, writer, last)
+        except BaseException as error:
+            # A caller who comes back finds what he has sent; nobody comes back to an upload that has no name.
+            useless = isinstance(error, NotecaseError) and error.reason in WRONG and not error.metadata.get("send_from")
+            drop = useless or not first.upload_id
+            with suppress(NotecaseError):
+                await asyncio.shield(self._store.drop_upload(tenant, upload.upload_id) if drop else writer.flush())
+            raise
+
+    async def _complete(self, tenant: str, upload_id: str, said: v1.Blob, writer: "_Writer", last: bool) -> v1.Blob:
+        name = names.blob(writer.digest.hexdigest())
+        size = writer.size
+        if said.size_bytes and (size > said.size_bytes or (last and size < said.size_bytes)):
+            raise errors.blob_corrupt(f"has {size} bytes, and was said to have {said.size_bytes}")
+        if not (last or (said.size_bytes and size == said.size_bytes) or said.name == name):
+            more = f"of {said.size_bytes}" if said.size_bytes else "and was not said to be complete"
+            raise errors.blob_corrupt(f"ends at byte {size} {more}; send the rest", send_from=size)
+        if said.name and said.name != name:
+            raise errors.blob_corrupt("has another SHA-256 than its name says", name=name)
+        return await self._store.complete_upload(tenant, upload_id, size, name.removeprefix("blobs/"))
+
+    def _check_size(self, size: int) -> None:
+        if size > self.limits.blob:
+            raise errors.too_large("The content", size, self.limits.blob)
+
+    async def download(
+        self, tenant: str, sha256: str, offset: int = 0, limit: int = 0
+    ) -> AsyncGenerator[v1.DownloadBlobResponse, None]:
+        """The blob's bytes from `offset` on, at most `limit` of them unless it is 0. BLOB_NOT_FOUND."""
+        with self._holding(tenant, sha256):
+            left = limit or self.limits.blob
+            while left > 0 and (piece := await self._store.read_blob(tenant, sha256, offset)):
+                piece = piece[:left]
+                yield v1.DownloadBlobResponse(chunk=piece, offset=offset)
+                offset += len(piece)
+                left -= len(piece)
+
+    async def load(self, tenant: str, blob: v1.Blob) -> bytes:
+        """The whole of it. BLOB_NOT_FOUND."""
+        pieces = [piece.chunk async for piece in self.download(tenant, names.parse_blob(blob.name) or "")]
+        return b"".join(pieces)
+
+    @contextmanager
+    def _holding(self, tenant: str, sha256: str) -> Iterator[None]:
+        self._held[tenant, sha256] += 1
+        try:
+            yield
+        finally:
+            self._held[tenant, sha256] -= 1
+            self._held += Counter()  # forgets what is at zero
+
+    async def put(self, tenant: str, data: bytes, media_type: str, filename: str = "") -> v1.Blob:
+        """Stores content that is at hand."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        await self._store.put_blob(tenant, sha256, data)
+        return v1.Blob(name=names.blob(sha256), media_type=media_type, filename=filename, size_bytes=len(data))
+
+    async def sweep(self) -> int:
+        """Removes uploads that were left, and blobs that nobody has referred to for a day; returns how many blobs."""
+        now = self._clock()
+        return await self._store.sweep_blobs(now, now - UPLOAD_MICROSECONDS, self._held)
+
+    # ---- what is said
+
+    async def kept(
+        self, key: SessionKey, messages: Iterable[v1.Message], state: Mapping[str, v1.Value] | None = None
+    ) -> list[v1.Message]:
+        """Messages as the log holds them; `state` is what the session's state is about to be set to.
+
+        Raises NotecaseError STATE_KEY_NOT_FOUND."""
+        made = []
+        for message in messages:
+            kept = v1.Message()
+            kept.CopyFrom(message)
+            del kept.parts[:]
+            kept.parts.extend(await self.parts(key, message.parts, state))
+            made.append(kept)
+        return made
+
+    async def parts(
+        self, key: SessionKey, parts: Sequence[v1.Part], state: Mapping[str, v1.Value] | None = None
+    ) -> list[v1.Part]:
+        """As `kept`."""
+        return [await self._part(key, part, state) for part in parts]
+
+    async def _part(self, key: SessionKey, part: v1.Part, state: Mapping[str, v1.Value] | None) -> v1.Part:
+        match part.WhichOneof("kind"):
+            case "data":
+                data = part.data
+                return v1.Part(blob=await self.put(key.tenant, data.data, data.media_type, data.filename))
+            case "text" if len(part.text) > MAX_PART_BYTES or len(part.text.encode()) > MAX_PART_BYTES:
+                return v1.Part(blob=await self.put(key.tenant, part.text.encode(), "text/plain; charset=utf-8"))
+            case "state_key":
+                return await self._part(key, await self._noted(key, part.state_key, state), None)
+        return part
+
+    async def _noted(self, key: SessionKey, name: str, state: Mapping[str, v1.Value] | None) -> v1.Part:
+        """A value of state as a part."""
+        value = state[name] if state and name in state else None
+        if value is None:
+            scope = Scope(key.tenant, "session", key.session)
+            found = (await self._store.get_state(scope, [name])).entries
+            if name not in found:
+                raise errors.state_key_not_found(names.state(scope), name)
+            value = found[name].value
+        match value.WhichOneof("kind"):
+            case "blob_value":
+                return v1.Part(blob=value.blob_value)
+            case "bytes_value":
+                return v1.Part(data=v1.InlineData(data=value.bytes_value, media_type=BINARY))
+            case "string_value":
+                return v1.Part(text=value.string_value)
+        return v1.Part(text=json.dumps(_shown(value), ensure_ascii=False))
+
+
+def _shown(value: v1.Value) -> object:
+    """A value as JSON can say it: bytes by their number, a blob by its name."""
+    match value.WhichOneof("kind"):
+        case "list_value":
+            return [_shown(item) for item in value.list_value.values]
+        case "map_value":
+            return {key: _shown(item) for key, item in value.map_value.values.items()}
+        case "bytes_value":
+            return f"{len(value.bytes_value)} bytes"
+        case "blob_value":
+            return value.blob_value.name
+        case None | "null_value":
+            return None
+        case kind:
+            plain: object = getattr(value, kind)
+            return plain
+
+
+class _Writer:
+    """Puts chunks of any size into an upload, in pieces of CHUNK_BYTES or more."""
+
+    def __init__(self, store: Store, tenant: str, upload: v1.Upload, check_size: Callable[[int], None]) -> None:
+        self.digest = hashlib.sha256()
+        self.size = 0
+        """What came, before this call and with it."""
+        self._store = store
+        self._tenant = tenant
+        self._upload = upload
+        self._check_size = check_size
+        self._pending = bytearray()
+
+    async def recall(self) -> None:
+        """Takes in what an earlier call has stored."""
+        while piece := await self._store.read_upload(self._tenant, self._upload.upload_id, self.size):
+            self._take(piece)
+
+    def _take(self, chunk: bytes) -> None:
+        self._check_size(self.size + len(chunk))
+        self.digest.update(chunk)
+        self.size += len(chunk)
+
+    async def add(self, chunk: bytes) -> None:
+        self._take(chunk)
+        self._pending += chunk
+        if len(self._pending) >= CHUNK_BYTES:
+            await self.flush()
+
+    async def flush(self) -> None:
+        """Stores what has come; durable when it returns."""
+        if self._pending:
+            data = bytes(self._pending)
+            self._pending.clear()
+            await self._store.add_chunk(self._tenant, self._upload.upload_id, self.size - len(data), data)

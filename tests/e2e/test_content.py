@@ -1,0 +1,414 @@
+"""Content over a real channel: sent in pieces and cut anywhere, read by range, put into state and shown to a model."""
+
+import asyncio
+import base64
+import hashlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from notecase import Client, v1
+
+from tests.client.proxy import Proxy
+from tests.e2e.driving import fields_of, log_of, metadata_of, reason_of, said
+from tests.support.openai_server import OpenAIServer, reply, tool_calls
+from tests.support.server import Running, Spawned, running
+
+PDF = v1.Blob(media_type="application/pdf", filename="plan.pdf")
+MIB = 1 << 20
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+async def frames(first: v1.UploadBlobRequest, *chunks: bytes) -> AsyncIterator[v1.UploadBlobRequest]:
+    """The last one says so."""
+    yield first
+    for chunk in chunks:
+        yield v1.UploadBlobRequest(chunk=chunk, last=chunk is chunks[-1])
+
+
+async def upload(served: Running, *chunks: bytes, **first: Any) -> v1.Blob:
+    blob: v1.Blob = await served.blobs.UploadBlob(frames(v1.UploadBlobRequest(**{"blob": PDF, **first}), *chunks))
+    return blob
+
+
+async def download(served: Running, name: str, **span: int) -> bytes:
+    at, read = span.get("offset", 0), b""
+    async for piece in served.blobs.DownloadBlob(v1.DownloadBlobRequest(name=name, **span)):
+        assert piece.offset == at + len(read)
+        read += piece.chunk
+    return read
+
+
+def noise(size: int, seed: int = 0) -> bytes:
+    return b"".join(hashlib.sha256(f"{seed}-{n}".encode()).digest() for n in range(-(-size // 32)))[:size]
+
+
+async def test_what_is_uploaded_is_downloaded_whole_or_by_range(served: Running) -> None:
+    data = noise(3 * MIB + 5)
+    blob = await upload(served, *(data[at : at + 700_000] for at in range(0, len(data), 700_000)))
+    assert blob == v1.Blob(
+        name=f"blobs/{digest(data)}", size_bytes=len(data), media_type="application/pdf", filename="plan.pdf"
+    )
+    assert await download(served, blob.name) == data
+    for offset, limit in ((0, 1), (1, 0), (262_143, 2), (len(data) - 1, 10), (len(data), 0), (5, 2 * MIB)):
+        expected = data[offset : offset + limit if limit else None]
+        assert await download(served, blob.name, offset=offset, limit=limit) == expected
+    found = await served.blobs.GetBlob(v1.GetBlobRequest(name=blob.name))
+    assert found == v1.Blob(name=blob.name, size_bytes=len(data)), "media type and filename belong to the reference"
+
+
+async def test_what_is_not_as_it_was_said_to_be_is_refused_and_forgotten(served: Running) -> None:
+    wrong = v1.Blob(name=f"blobs/{digest(b'other')}")
+    for said_to_be, problem in ((wrong, "SHA-256"), (v1.Blob(size_bytes=2), "3 bytes"), (v1.Blob(size_bytes=4), "4")):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await upload(served, b"abc", blob=said_to_be, upload_id="u1")
+        assert reason_of(refused.value) == "BLOB_CORRUPT"
+        assert problem in str(refused.value.details())
+        with pytest.raises(grpc.aio.AioRpcError) as gone:
+            await served.blobs.GetUpload(v1.GetUploadRequest(upload_id="u1"))
+        assert reason_of(gone.value) == "BLOB_NOT_FOUND"
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await served.blobs.GetBlob(v1.GetBlobRequest(name=f"blobs/{digest(b'abc')}"))
+    assert reason_of(refused.value) == "BLOB_NOT_FOUND"
+
+
+@pytest.mark.parametrize("whole", [v1.Blob(size_bytes=6), v1.Blob(name=f"blobs/{digest(b'abcdef')}"), v1.Blob()])
+async def test_the_end_of_a_stream_alone_completes_nothing(served: Running, whole: v1.Blob) -> None:
+    """A stream that is cut ends as well; so the end is told by a size, a name, or the last frame, and what has come is
+    kept until then."""
+
+    async def send(chunk: bytes, **first: Any) -> v1.Blob:
+        request = v1.UploadBlobRequest(blob=whole, chunk=chunk, upload_id="u1", **first)
+        blob: v1.Blob = await served.blobs.UploadBlob(frames(request))
+        return blob
+
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await send(b"abc")
+    assert reason_of(refused.value) == "BLOB_CORRUPT"
+    assert metadata_of(refused.value) == {"send_from": "3"}
+    blob = await send(b"def", offset=3, last=whole == v1.Blob())
+    assert await download(served, blob.name) == b"abcdef"
+
+
+@pytest.mark.parametrize("at", [0, 1, 262_143, 262_144, 262_145, 1_000_000])
+async def test_an_upload_cut_at_any_byte_goes_on_from_there(served: Running, at: int) -> None:
+    """Nothing that arrived is lost, and the rest makes the same blob."""
+    data = noise(1_000_001)
+
+    async def cut() -> AsyncIterator[v1.UploadBlobRequest]:
+        yield v1.UploadBlobRequest(blob=PDF, upload_id="u1")
+        for start in range(0, at, 100_000):
+            yield v1.UploadBlobRequest(chunk=data[start : min(start + 100_000, at)])
+        written.set()
+        await asyncio.Event().wait()
+
+    written = asyncio.Event()
+    call = served.blobs.UploadBlob(cut())
+    await written.wait()
+    while (await committed(served)) < at // 400_000 * 400_000:
+        pass
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    # The server stores what had arrived when it learns of the cut; frames still on their way then are lost with it.
+    arrived = await committed(served)
+    assert arrived <= at
+    blob = await upload_from(served, data)
+    assert blob.name == f"blobs/{digest(data)}"
+    assert await download(served, blob.name) == data
+
+
+async def committed(served: Running) -> int:
+    try:
+        return (await served.blobs.GetUpload(v1.GetUploadRequest(upload_id="u1"))).committed_bytes
+    except grpc.aio.AioRpcError as error:
+        assert reason_of(error) == "BLOB_NOT_FOUND"
+        return 0
+
+
+async def upload_from(served: Running, data: bytes) -> v1.Blob:
+    """Goes on as a client does: where the server says."""
+    offset = await committed(served)
+    while True:
+        try:
+            return await upload(served, data[offset:MIB], upload_id="u1", offset=offset)
+        except grpc.aio.AioRpcError as error:
+            assert reason_of(error) == "UPLOAD_OFFSET_MISMATCH"
+            offset = int(metadata_of(error)["committed_bytes"])
+
+
+async def test_what_the_server_has_need_not_be_sent_again(served: Running) -> None:
+    blob = await upload(served, b"abc", upload_id="u1")
+    assert await upload(served, upload_id="u1") == blob, "a repeat of what is complete"
+    assert await upload(served, blob=v1.Blob(name=blob.name, media_type="text/plain")) == v1.Blob(
+        name=blob.name, size_bytes=3, media_type="text/plain"
+    )
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await upload(served, b"d", upload_id="u2", offset=3)
+    assert reason_of(refused.value) == "UPLOAD_OFFSET_MISMATCH"
+    assert metadata_of(refused.value) == {"committed_bytes": "0"}
+
+
+async def test_two_uploads_of_the_same_content_at_once_make_one_blob(served: Running) -> None:
+    data = noise(2 * MIB)
+    chunks = [data[at : at + 500_000] for at in range(0, len(data), 500_000)]
+    blobs = await asyncio.gather(*(upload(served, *chunks) for _ in range(4)))
+    assert {blob.name for blob in blobs} == {f"blobs/{digest(data)}"}
+    assert await download(served, blobs[0].name) == data
+
+
+async def test_of_two_who_send_under_one_id_only_one_goes_on(served: Running) -> None:
+    """What each has stored is never mixed: the digest of what comes out is of what one of them sent."""
+    one, two = noise(2 * MIB, 1), noise(2 * MIB, 2)
+    chunks = [[data[at : at + 300_000] for at in range(0, len(data), 300_000)] for data in (one, two)]
+    ended = await asyncio.gather(*(upload(served, *each, upload_id="u1") for each in chunks), return_exceptions=True)
+    blobs = [end for end in ended if isinstance(end, v1.Blob)]
+    refused = [end for end in ended if isinstance(end, grpc.aio.AioRpcError)]
+    assert len(blobs) + len(refused) == 2
+    for error in refused:
+        assert reason_of(error) == "UPLOAD_OFFSET_MISMATCH"
+    for blob in blobs:
+        assert await download(served, blob.name) in {one, two}
+
+
+async def test_bad_requests_are_told_whole(served: Running, session: str) -> None:
+    async def violations(call: Any) -> set[str]:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call
+        assert reason_of(refused.value) == "INVALID_FIELD", refused.value
+        return fields_of(refused.value)
+
+    bad = v1.Blob(name="blobs/ABC", media_type="pdf", size_bytes=-1)
+    wanted = {"blob.name", "blob.media_type", "blob.size_bytes", "offset"}
+    assert await violations(upload(served, b"x", blob=bad, offset=-1)) == wanted
+    assert await violations(upload(served, b"x", offset=3)) == {"offset"}
+    assert await violations(upload(served, b"x" * (MIB + 1))) == {"chunk"}
+    assert await violations(download(served, "plan.pdf", offset=-1, limit=-1)) == {"name", "offset", "limit"}
+    blob = await upload(served, b"abc")
+    assert await violations(download(served, blob.name, offset=4)) == {"offset"}
+    parts = [v1.Part(blob=v1.Blob(name="plan.pdf")), v1.Part(state_key="user"), v1.Part()]
+    append = v1.AppendMessagesRequest(parent=session, messages=[v1.Message(parts=parts)])
+    at = "messages[0].parts"
+    expected = {f"{at}[0].blob.name", f"{at}[0].blob.media_type", f"{at}[1].state_key", f"{at}[2]"}
+    assert await violations(served.messages.AppendMessages(append)) == expected
+
+
+async def test_content_has_limits(tmp_path: Path) -> None:
+    """Of a blob, said or sent, and of what one session refers to."""
+    async with running(f"sqlite:{tmp_path / 'notecase.db'}", max_blob_bytes=1000, max_session_bytes=1500) as served:
+        for chunks, blob in (([b"x" * 600] * 2, PDF), ([], v1.Blob(size_bytes=1001))):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await upload(served, *chunks, blob=blob)
+            assert reason_of(refused.value) == "PAYLOAD_TOO_LARGE"
+        info = await served.info.GetServerInfo(v1.GetServerInfoRequest())
+        assert (info.max_blob_bytes, info.max_session_bytes) == (1000, 1500)
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case"))
+
+        async def say(data: bytes) -> None:
+            part = v1.Part(data=v1.InlineData(data=data, media_type="image/png"))
+            message = v1.Message(parts=[part])
+            await served.messages.AppendMessages(v1.AppendMessagesRequest(parent="sessions/case", messages=[message]))
+
+        await say(b"a" * 1000)
+        await say(b"a" * 1000)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await say(b"b" * 501)
+        assert reason_of(refused.value) == "PAYLOAD_TOO_LARGE"
+        await say(b"b" * 500)
+        found = await served.sessions.GetSession(v1.GetSessionRequest(name="sessions/case"))
+        assert (found.content_bytes, found.last_sequence) == (1500, 3)
+
+
+async def test_inline_data_and_long_text_become_blobs_at_the_edge(served: Running, session: str) -> None:
+    """In every way in; pages of messages carry references only."""
+    image = v1.Part(data=v1.InlineData(data=b"png", media_type="image/png", filename="a.png"))
+    long = "é" * 200_000
+    message = v1.Message(parts=[v1.Part(text="Look"), image, v1.Part(text=long)])
+    await served.messages.AppendMessages(v1.AppendMessagesRequest(parent=session, messages=[message]))
+    listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session))
+    parts = listed.messages[0].parts
+    assert [part.WhichOneof("kind") for part in parts] == ["text", "blob", "blob"]
+    assert parts[1].blob == v1.Blob(
+        name=f"blobs/{digest(b'png')}", media_type="image/png", filename="a.png", size_bytes=3
+    )
+    assert parts[2].blob.media_type == "text/plain; charset=utf-8"
+    assert await download(served, parts[2].blob.name) == long.encode()
+    (event,) = await log_of(served, session)
+    assert event.message_added.parts == parts
+
+
+async def start_and_see(served: Running, model: OpenAIServer, session: str, *parts: v1.Part) -> Any:
+    """The content of the last message that the model was shown."""
+    model.script(reply("Seen."))
+    start = v1.StartRun(session=session, messages=[v1.Message(parts=parts)])
+    done = await served.runs.Invoke(v1.InvokeRequest(start=start))
+    assert done.run.state == v1.Run.STATE_SUCCEEDED, done.run.error
+    return model.requests[-1]["messages"][-1]["content"]
+
+
+def url(data: bytes, media_type: str) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+async def test_a_model_is_shown_content_the_way_its_api_wants_it(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """A PDF as a file, an image as an image, audio as audio, a text file as text: by blob or inline, all in one."""
+    pdf = await upload(served, b"%PDF-1.7")
+    wav = await upload(served, b"RIFF", blob=v1.Blob(media_type="audio/wav"))
+    csv = await upload(served, "a;ü\n".encode(), blob=v1.Blob(media_type="text/csv", filename="a.csv"))
+    shown = await start_and_see(
+        served,
+        model,
+        session,
+        v1.Part(text="What is this?"),
+        v1.Part(blob=pdf),
+        v1.Part(data=v1.InlineData(data=b"png", media_type="image/png")),
+        v1.Part(blob=wav),
+        v1.Part(blob=csv),
+    )
+    assert shown == [
+        {"type": "text", "text": "What is this?"},
+        {"type": "file", "file": {"filename": "plan.pdf", "file_data": url(b"%PDF-1.7", "application/pdf")}},
+        {"type": "image_url", "image_url": {"url": url(b"png", "image/png")}},
+        {"type": "input_audio", "input_audio": {"data": base64.b64encode(b"RIFF").decode(), "format": "wav"}},
+        {"type": "text", "text": "a.csv:\na;ü\n"},
+    ]
+
+
+async def test_state_is_said_by_its_key(served: Running, session: str, model: OpenAIServer) -> None:
+    """Put into state once, a PDF is shown to the model by whoever names its key; so is every other value, as it is when
+    the message is taken."""
+    pdf = await upload(served, b"%PDF-1.7")
+    client = served.client()
+    async with client:
+        note: dict[str, Any] = {
+            "blob": pdf,
+            "text": "a note",
+            "bytes": b"\x00\x01",
+            "map": {"n": [1, 2.5, None, b"x", pdf]},
+        }
+        for key, value in note.items():
+            await client.put_state(session, key, value)
+    shown = await start_and_see(served, model, session, *(v1.Part(state_key=key) for key in note))
+    assert shown == [
+        {"type": "file", "file": {"filename": "plan.pdf", "file_data": url(b"%PDF-1.7", "application/pdf")}},
+        {"type": "text", "text": "a note"},
+        {
+            "type": "file",
+            "file": {"filename": "file.bin", "file_data": url(b"\x00\x01", "application/octet-stream")},
+        },
+        {"type": "text", "text": f'{{"n": [1, 2.5, null, "1 bytes", "{pdf.name}"]}}'},
+    ]
+    listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session))
+    assert listed.messages[0].parts[0].blob == pdf
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await start_and_see(served, model, session, v1.Part(state_key="missing"))
+    assert reason_of(refused.value) == "STATE_KEY_NOT_FOUND"
+    model.requests.clear()
+
+
+async def test_the_state_that_a_start_sets_can_be_said_in_it(served: Running, agent: str, model: OpenAIServer) -> None:
+    model.script(reply("Seen."))
+    start = v1.StartRun(
+        new_session=v1.Session(agent=agent),
+        state={"draft": v1.Value(string_value="Once upon a time")},
+        messages=[v1.Message(parts=[v1.Part(state_key="draft")])],
+    )
+    await served.runs.Invoke(v1.InvokeRequest(start=start))
+    assert model.requests[-1]["messages"][-1] == {"role": "user", "content": "Once upon a time"}
+
+
+async def test_what_a_model_cannot_take_is_a_typed_failure_and_nothing_is_dropped(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    video = await upload(served, b"mp4", blob=v1.Blob(media_type="video/mp4"))
+    start = v1.StartRun(session=session, messages=[v1.Message(parts=[v1.Part(text="Look"), v1.Part(blob=video)])])
+    done = await served.runs.Invoke(v1.InvokeRequest(start=start))
+    assert done.run.state == v1.Run.STATE_FAILED
+    assert done.run.error.reason == v1.ERROR_REASON_CONTENT_UNSUPPORTED
+    assert "video/mp4" in done.run.error.message
+    assert model.requests == []
+
+
+async def test_a_tools_content_is_a_blob_in_the_log_and_shown_behind_its_answer(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    model.script(tool_calls(("draw", "{}")), reply("A fine drawing."))
+    tool = v1.Tool(name="draw", client=v1.ClientTool())
+    start = v1.StartRun(session=session, messages=[said("Draw")], client_tools=[tool])
+    waiting = (await served.runs.Invoke(v1.InvokeRequest(start=start))).run
+    (call,) = waiting.pending_calls
+    parts = [v1.Part(text="drawn"), v1.Part(data=v1.InlineData(data=b"png", media_type="image/png"))]
+    command = v1.RunRequest(tool_result=v1.ToolResult(call_id=call.call_id, result=parts))
+    await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=command))
+    await served.runs.WaitRun(v1.WaitRunRequest(name=waiting.name, after_sequence=waiting.last_sequence))
+    shown = model.requests[-1]["messages"][-2:]
+    assert shown[0] == {"role": "tool", "tool_call_id": call.call_id, "content": "drawn"}
+    assert shown[1] == {
+        "role": "user",
+        "content": [
+            {"type": "text", "text": "From the result of draw:"},
+            {"type": "image_url", "image_url": {"url": url(b"png", "image/png")}},
+        ],
+    }
+    (finished,) = [event.tool_finished for event in await log_of(served, session) if event.HasField("tool_finished")]
+    assert finished.result[1].blob.name == f"blobs/{digest(b'png')}"
+
+
+async def test_two_hundred_megabytes_pass_through_a_server_that_stays_small(tmp_path: Path) -> None:
+    """Sent by the Python client from a file, its server killed on the way and its connection cut; what is sent twice
+    is bounded by what was under way."""
+    path = tmp_path / "large.bin"
+    size = 200 * MIB
+    block = noise(MIB)
+    expected = hashlib.sha256()
+    with path.open("wb") as file:
+        for n in range(200):
+            piece = n.to_bytes(4, "big") + block[4:]
+            file.write(piece)
+            expected.update(piece)
+    store = f"sqlite:{tmp_path / 'notecase.db'}"
+    server = await Spawned.start(store, tmp_path / "log")
+    port = int(server.address.rpartition(":")[2])
+    async with Proxy(server.address) as proxy, Client(proxy.address) as client:
+        sending = asyncio.create_task(client.upload(path, "application/octet-stream", upload_id="large"))
+        await arrived(client, 60 * MIB)
+        await server.kill()
+        server = await Spawned.start(store, tmp_path / "log", port=port)
+        before = peak(server)
+        await arrived(client, 120 * MIB)
+        proxy.cut()
+        blob = await sending
+        assert blob.name == f"blobs/{expected.hexdigest()}"
+        read, count = hashlib.sha256(), 0
+        async for piece in client.download(blob):
+            read.update(piece)
+            count += len(piece)
+        assert (count, read.hexdigest()) == (size, expected.hexdigest())
+        grown = peak(server) - before
+        assert grown < 60 * MIB, f"the server grew by {grown >> 20} MiB"
+        assert proxy.sent < size + 40 * MIB, f"{proxy.sent >> 20} MiB went over the wire"
+    assert await server.stop() == 0
+
+
+def peak(server: Spawned) -> int:
+    """The most memory that the process has held so far, in bytes."""
+    status = Path(f"/proc/{server.process.pid}/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+async def arrived(client: Client, size: int) -> None:
+    """Waits until so much of the upload is stored."""
+    request = v1.GetUploadRequest(upload_id="large")
+    while True:
+        try:
+            if (await client.blobs.GetUpload(request)).committed_bytes >= size:
+                return
+        except Exception as error:  # noqa: BLE001 - the server is on its way up, or has not heard of it
+            assert getattr(error, "reason", "") in {"", "BLOB_NOT_FOUND"}, error
