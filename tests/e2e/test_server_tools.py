@@ -257,6 +257,36 @@ async def test_a_hanging_call_ends_with_its_run(served: Running, model: OpenAISe
     assert [call.outcome for call in ended_calls(await log_of(served, session))] == [CANCELLED, CANCELLED]
 
 
+async def test_a_tool_at_work_is_stopped_when_its_run_is_rolled_back(served: Running, model: OpenAIServer) -> None:
+    """What another call of the reply has changed is put back with it, and nothing of either comes after the mark."""
+    session = await session_with(served, "hang", "note", "hang_in_a_thread")
+    model.script(tool_calls(("hang", "{}"), ("note", '{"fact": "x"}'), ("hang_in_a_thread", "{}")), reply("Anew."))
+    start = v1.StartRun(session=session, messages=[said("Go")])
+    first = await served.runs.CreateRun(v1.CreateRunRequest(start=start))
+    await meeting.begun.wait()
+    watch = served.runs.WatchEvents(v1.WatchEventsRequest(name=first.name))
+    async for frame in watch:
+        if any(event.tool_finished.tool == "note" for event in frame.batch.events):
+            break
+    watch.cancel()
+    again = v1.StartRun(session=session, run_id="two", messages=[said("Better")], on_busy=v1.StartRun.ON_BUSY_ROLLBACK)
+    answers = [await served.runs.Invoke(v1.InvokeRequest(start=again)) for _ in range(2)]
+    assert answers[0] == answers[1]
+    assert answers[0].reply.parts[0].text == "Anew."
+    await meeting.cancelled.wait()
+    meeting.over.set()
+    log = await log_of(served, session)
+    assert {call.tool: call.outcome for call in ended_calls(log)} == {
+        "hang": CANCELLED,
+        "note": v1.ToolCall.OUTCOME_SUCCEEDED,
+        "hang_in_a_thread": CANCELLED,
+    }
+    (mark,) = [event for event in log if event.HasField("rewound")]
+    assert {event.run for event in log if event.sequence > mark.sequence} == {"", f"{session}/runs/two"}
+    assert await state_of(served, session) == {}
+    assert [message["content"] for message in model.requests[1]["messages"]] == ["Better"]
+
+
 async def test_a_call_cancelled_alone_is_stopped_and_the_others_go_on(served: Running, model: OpenAIServer) -> None:
     session = await session_with(served, "hang", "note")
     model.script(tool_calls(("hang", "{}"), ("note", '{"fact": "x"}')), reply("One of them."))

@@ -414,6 +414,50 @@ async def test_a_start_may_interrupt_the_run_before_it(served: Running, session:
     assert first.state == v1.Run.STATE_CANCELLED
 
 
+async def test_a_start_that_interrupts_comes_before_those_that_wait(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """The end of the one and the start of the other are one commit, so that nobody who is queued comes between and is
+    interrupted too."""
+    go_on = asyncio.Event()
+    model.script(reply("Never.").held(asyncio.Event()), reply("Now.").held(go_on), reply("Queued."))
+    await served.runs.CreateRun(v1.CreateRunRequest(start=start_with(session, run_id="one")))
+    await model.request(0)
+    queue = start_with(session, run_id="queued", on_busy=v1.StartRun.ON_BUSY_QUEUE)
+    await served.runs.CreateRun(v1.CreateRunRequest(start=queue))
+    now = start_with(session, run_id="now", on_busy=v1.StartRun.ON_BUSY_INTERRUPT)
+    await served.runs.CreateRun(v1.CreateRunRequest(start=now, request_id="now"))
+    go_on.set()
+    await served.runs.WaitRun(v1.WaitRunRequest(name=f"{session}/runs/queued"))
+    log = await log_of(served, session)
+    ends = {event.run.rpartition("/")[2]: event for event in log if event.HasField("run_state_changed")}
+    assert {name: event.run_state_changed.state for name, event in ends.items()} == {
+        "one": v1.Run.STATE_CANCELLED,
+        "now": v1.Run.STATE_SUCCEEDED,
+        "queued": v1.Run.STATE_SUCCEEDED,
+    }
+    started = {event.run.rpartition("/")[2]: event for event in log if event.HasField("run_started")}
+    assert list(started) == ["one", "now", "queued"]
+    assert started["now"].create_time == ends["one"].create_time
+
+
+async def test_a_start_that_interrupts_may_want_the_log_as_it_was(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """`if_last_sequence` is of the log before the interruption: when it misses nothing is stopped, and when it does not
+    the interruption itself does not make it miss."""
+    model.script(reply("Never.").held(asyncio.Event()), reply("Now."))
+    first = await served.runs.CreateRun(v1.CreateRunRequest(start=start_with(session, run_id="one")))
+    await model.request(0)
+    now = start_with(session, on_busy=v1.StartRun.ON_BUSY_INTERRUPT, if_last_sequence=first.last_sequence - 1)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await served.runs.CreateRun(v1.CreateRunRequest(start=now))
+    assert reason_of(refused.value) == "SEQUENCE_MISMATCH"
+    assert (await served.runs.GetRun(v1.GetRunRequest(name=first.name))).state == v1.Run.STATE_RUNNING
+    now.if_last_sequence = first.last_sequence
+    assert (await served.runs.Invoke(v1.InvokeRequest(start=now))).reply.parts[0].text == "Now."
+
+
 @pytest.mark.parametrize(
     ("limits", "limit"),
     [
@@ -497,3 +541,88 @@ async def test_a_start_may_roll_the_run_before_it_back(served: Running, session:
     everything = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session, show_superseded=True))
     statuses = [message.status for message in everything.messages]
     assert statuses == [*[v1.Message.STATUS_SUPERSEDED] * 2, *[v1.Message.STATUS_COMPLETED] * 2]
+
+
+async def test_a_reply_half_made_is_rolled_back_with_its_run(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """The half reply is in the log, superseded; a repeat of the start finds the run that it made, also while that runs,
+    and rolls nothing back."""
+    go_on = asyncio.Event()
+    model.script(
+        stream(chunk({"content": "Half"})).held(asyncio.Event(), after=2),
+        stream(chunk({"content": "Anew."})).held(go_on, after=2),
+    )
+    first = await served.runs.CreateRun(v1.CreateRunRequest(start=start_with(session, run_id="one")))
+    watch = served.runs.WatchEvents(v1.WatchEventsRequest(name=first.name))
+    async for frame in watch:
+        if any(event.HasField("block_delta") for event in frame.batch.events):
+            break
+    watch.cancel()
+    again = v1.StartRun(session=session, run_id="two", messages=[said("Better")], on_busy=v1.StartRun.ON_BUSY_ROLLBACK)
+    made = await served.runs.CreateRun(v1.CreateRunRequest(start=again))
+    await model.request(1)
+    repeated = await served.runs.CreateRun(v1.CreateRunRequest(start=again))
+    assert (repeated.name, repeated.first_sequence) == (made.name, made.first_sequence)
+    go_on.set()
+    assert (await served.runs.Invoke(v1.InvokeRequest(start=again))).run.state == v1.Run.STATE_SUCCEEDED
+    assert (await served.runs.GetRun(v1.GetRunRequest(name=first.name))).state == v1.Run.STATE_CANCELLED
+    assert [message["content"] for message in model.requests[1]["messages"][1:]] == ["Better"]
+    log = await log_of(served, session)
+    mark = next(event for event in log if event.HasField("rewound"))
+    assert kinds([event for event in log if event.create_time == mark.create_time]) == [
+        *("message_added", "run_state_changed", "rewound", "run_started", "message_added"),
+    ]
+    everything = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session, show_superseded=True))
+    assert [(message.parts[0].text, message.status) for message in everything.messages] == [
+        ("Go", v1.Message.STATUS_SUPERSEDED),
+        ("Half", v1.Message.STATUS_SUPERSEDED),
+        ("Better", v1.Message.STATUS_COMPLETED),
+        ("Anew.", v1.Message.STATUS_COMPLETED),
+    ]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_a_start_that_rolls_back_is_repeated_under_its_id(
+    served: Running, session: str, model: OpenAIServer, driver: Driver
+) -> None:
+    """A request_id or a command_id is recorded in the commit that ends one run and starts another."""
+    model.script(reply("Never.").held(asyncio.Event()), reply("Anew."))
+    first = await served.runs.CreateRun(v1.CreateRunRequest(start=start_with(session)))
+    again = v1.StartRun(session=session, messages=[said("Better")], on_busy=v1.StartRun.ON_BUSY_ROLLBACK)
+    if driver is OnStream:
+        request = v1.CreateRunRequest(start=again, request_id="again")
+        made = [(await served.runs.CreateRun(request)).name for _ in range(2)]
+    else:
+        command = v1.SendCommandRequest(session=session, command=v1.RunRequest(command_id="again", start=again))
+        results = [(await served.runs.SendCommand(command)).result for _ in range(2)]
+        assert results[0].sequence == results[1].sequence
+        log = await log_of(served, session)
+        made = [log[told.sequence - 1].run for told in results]
+    assert made[0] == made[1] != first.name
+    ended = await served.runs.WaitRun(v1.WaitRunRequest(name=made[0]))
+    assert ended.state == v1.Run.STATE_SUCCEEDED
+    assert len([event for event in await log_of(served, session) if event.HasField("rewound")]) == 1
+
+
+async def test_rolling_back_a_run_that_was_queued_keeps_what_went_on_before_it(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """Its first event lies in the middle of the run before it, whose reply is not its doing."""
+    go_on = asyncio.Event()
+    model.script(reply("One.").held(go_on), reply("Never.").held(asyncio.Event()), reply("Three."))
+    await served.runs.CreateRun(v1.CreateRunRequest(start=start_with(session, run_id="one")))
+    await model.request(0)
+    queue = start_with(session, on_busy=v1.StartRun.ON_BUSY_QUEUE, state={"n": v1.Value(int_value=2)})
+    second = await served.runs.CreateRun(v1.CreateRunRequest(start=queue))
+    put = v1.StateOp(key="n", set=v1.Value(int_value=1))
+    await served.state.UpdateState(v1.UpdateStateRequest(name=f"{session}/state", ops=[put]))
+    go_on.set()
+    await model.request(1)
+    again = v1.StartRun(session=session, messages=[said("Better")], on_busy=v1.StartRun.ON_BUSY_ROLLBACK)
+    await served.runs.Invoke(v1.InvokeRequest(start=again))
+    assert [message["content"] for message in model.requests[2]["messages"][1:]] == ["Go", "One.", "Better"]
+    state = await served.state.GetState(v1.GetStateRequest(name=f"{session}/state"))
+    assert state.entries["n"].value.int_value == 1
+    (mark,) = [event.rewound for event in await log_of(served, session) if event.HasField("rewound")]
+    assert mark.to_sequence > second.first_sequence

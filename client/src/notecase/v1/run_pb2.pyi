@@ -289,9 +289,9 @@ class StartRun(_message.Message):
         ON_BUSY_QUEUE: StartRun._OnBusy.ValueType  # 2
         """Start when those before it have ended."""
         ON_BUSY_INTERRUPT: StartRun._OnBusy.ValueType  # 3
-        """Stop the current run, keep what it made, then start."""
+        """Stop the current run, keep what it made, then start: one commit."""
         ON_BUSY_ROLLBACK: StartRun._OnBusy.ValueType  # 4
-        """Cancel the current run, rewind the session to before its first event, then start: one commit. What others wrote to the
+        """Cancel the current run, rewind the session to before it started, then start: one commit. What others wrote to the
         session meanwhile is rewound too; the state of users and the app, and what tools did outside, is not.
         """
 
@@ -305,9 +305,9 @@ class StartRun(_message.Message):
     ON_BUSY_QUEUE: StartRun.OnBusy.ValueType  # 2
     """Start when those before it have ended."""
     ON_BUSY_INTERRUPT: StartRun.OnBusy.ValueType  # 3
-    """Stop the current run, keep what it made, then start."""
+    """Stop the current run, keep what it made, then start: one commit."""
     ON_BUSY_ROLLBACK: StartRun.OnBusy.ValueType  # 4
-    """Cancel the current run, rewind the session to before its first event, then start: one commit. What others wrote to the
+    """Cancel the current run, rewind the session to before it started, then start: one commit. What others wrote to the
     session meanwhile is rewound too; the state of users and the app, and what tools did outside, is not.
     """
 

@@ -22,13 +22,17 @@ class Rewind(NamedTuple):
     events: list[v1.Event]
 
 
-async def rewound(store: Store, key: SessionKey, to_sequence: int, run: str = "") -> Rewind:
-    """The mark, then the state. Reads the log: a page at a time, and only its beginning when no state was changed
-    since."""
+async def rewound(store: Store, key: SessionKey, run: v1.Run) -> Rewind:
+    """The mark before the run's start, then the state. What went on while it was queued is not its doing, and stays.
+    Reads the log: a page at a time, and only its beginning when no state was changed since."""
     changed: set[str] = set()
-    head = to_sequence
+    head = to_sequence = run.first_sequence - 1
     while events := await store.read_events(key, head):
-        changed.update(op.key for event in events for op in _own_ops(event))
+        for event in events:
+            if event.HasField("run_started") and event.run == run.name:
+                to_sequence = event.sequence - 1
+                changed.clear()
+            changed.update(op.key for op in _own_ops(event))
         head = events[-1].sequence
     then: dict[str, v1.StateEntry | None] = {}
     after = 0
@@ -45,7 +49,7 @@ async def rewound(store: Store, key: SessionKey, to_sequence: int, run: str = ""
         else:
             op.remove.SetInParent()
         ops.append(op)
-    mark = v1.Event(rewound=v1.Rewound(to_sequence=to_sequence, run=run))
+    mark = v1.Event(rewound=v1.Rewound(to_sequence=to_sequence, run=run.name))
     pages = [ops[start : start + PAGE_OPS] for start in range(0, len(ops), PAGE_OPS)]
     return Rewind(head, [mark, *(v1.Event(state_changed=v1.StateChanged(ops=page)) for page in pages)])
 

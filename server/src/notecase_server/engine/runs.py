@@ -46,7 +46,7 @@ POLL_SECONDS = 5.0
 else."""
 
 BUSY_TRIES = 5
-"""How often a start that interrupts another run tries again when a third one came first."""
+"""How often a start that stops another run tries again when that one had ended and a third one came first."""
 
 
 class Started(NamedTuple):
@@ -147,15 +147,11 @@ class Runs:
                 active = error.metadata["run"].rpartition("/")[2]
             if found := await self._find(key, start.run_id, digest):
                 return found  # a repeat must not stop the very run that it asks for
-            if start.on_busy == v1.StartRun.ON_BUSY_ROLLBACK:
-                try:
-                    return await self._roll_back(key, active, start, digest, caused)
-                except NotecaseError as error:
-                    if error.reason not in {v1.ERROR_REASON_RUN_ENDED, v1.ERROR_REASON_RUN_NOT_FOUND}:
-                        raise
-                continue  # it ended by itself, and there is nothing to roll back
-            with suppress(NotecaseError):  # it may end by itself meanwhile, which is as well
-                await self.cancel(key, active, v1.CancelCommand(reason="Another run was started."))
+            try:
+                return await self._replace(key, active, start, digest, caused)
+            except NotecaseError as error:  # it may have ended by itself, and there is nothing to stop
+                if error.reason not in {v1.ERROR_REASON_RUN_ENDED, v1.ERROR_REASON_RUN_NOT_FOUND}:
+                    raise
         raise errors.run_active(names.run(key.session, active))
 
     async def _start(self, key: SessionKey, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
@@ -257,20 +253,21 @@ class Runs:
             made.append(message)
         return made
 
-    async def _roll_back(
+    async def _replace(
         self, key: SessionKey, active: str, start: v1.StartRun, digest: bytes, caused: Caused
     ) -> Started:
-        """Ends the active run, rewinds the session to before it, and starts another: one commit."""
+        """Ends the active run, rewinds the session to before it if the start says so, and starts another: one commit,
+        so that nobody who is queued comes between."""
+        back = start.on_busy == v1.StartRun.ON_BUSY_ROLLBACK
         live, session = await self._sessions.watched(key)
         agent = await self._agent(key.tenant, start, session)
         run_id = start.run_id or self._new_id()
         async with self._worker(key, active, Caused()) as worker:
-            before = worker.run.first_sequence - 1
             halt = Halt(
                 events=self._opening(start, session.user, agent, run_id, caused.cause_id),
-                rewind=lambda: rewound(self._store, key, before, active),
+                rewind=(lambda: rewound(self._store, key, worker.run)) if back else None,
                 start=RunRecord(digest, agent),
-                reason="It was rolled back.",
+                reason="It was rolled back." if back else "Another run was started.",
                 then=lambda committed: self._begin(live, committed, run_id, agent),
                 once=caused.once,
                 command=caused.command,

@@ -71,7 +71,7 @@ class Halt:
     """A request to stop what is under way now: to end the run, or to go on with what a user says instead."""
 
     events: Sequence[v1.Event] = ()
-    """What follows the sealing: the user's messages, or none when the run ends."""
+    """What follows the sealing: the user's messages, or the start of another run, or nothing when the run ends."""
     rewind: "Callable[[], Awaitable[Rewind]] | None" = None
     """Makes what goes between the end and `events`: the session goes back, and `events` start another run."""
     start: RunRecord | None = None
@@ -79,7 +79,7 @@ class Halt:
     then: Callable[[Committed], None] = lambda _: None
     """What follows the commit at once, before anybody else decides about the session."""
     state: v1.Run.State.ValueType = v1.Run.STATE_CANCELLED
-    """The end, when there are no events."""
+    """The end, when the run does not go on with the user's messages."""
     error: v1.Error | None = None
     reason: str = ""
     cause_id: str = ""
@@ -589,7 +589,7 @@ class Worker:
 
         def decide() -> list[v1.Event]:
             events = [*self._cut(), *ledger.sealed(self.run, self.message, halt.reason)]
-            if halt.events and back is None:
+            if halt.events and halt.start is None:
                 return [*events, *halt.events]
             ending = self._ending(halt.state, halt.error, halt.reason, halt.cause_id)
             return [*events, ending, *(back.events if back else ()), *halt.events]
@@ -616,7 +616,8 @@ class Worker:
             halt.done.set_result(committed)
         finally:
             self._calls.clear()
-            self._halts.remove(halt)
+            if halt.done.done():  # otherwise whoever waits for it is told when the work ends
+                self._halts.remove(halt)
 
     async def _keep_finished(self) -> None:
         """Results that were there before the halt are results."""

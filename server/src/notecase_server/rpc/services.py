@@ -546,6 +546,8 @@ def _session_of(done: Committed) -> v1.Session:
 
 
 def _new_run(done: Committed) -> v1.Run:
-    """The run that a start made or queued."""
-    (run,) = done.runs.values()
-    return names.render_run(SessionKey("", done.session.name), _copy(run))
+    """The run that a start made or queued, beside the one that it ended perhaps."""
+    (run,) = [
+        event.run for event in done.events if event.HasField("run_started") or event.command_queued.HasField("start")
+    ]
+    return names.render_run(SessionKey("", done.session.name), _copy(done.runs[run]))
