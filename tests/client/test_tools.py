@@ -160,6 +160,27 @@ async def test_what_goes_wrong_in_a_function_is_for_the_model(
     assert third.startswith("The result was refused: ")
 
 
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [("x" * 10_000_000, "larger than 524288 bytes"), (object(), "TypeError"), (float("nan"), "ValueError")],
+    ids=["10 MB", "no-JSON", "nan"],
+)
+async def test_a_result_that_cannot_be_had_is_for_the_model(
+    client: Client, session: str, model: OpenAIServer, made: object, told: str
+) -> None:
+    """And the functions beside it are not let down."""
+
+    def make() -> Any:
+        return made
+
+    model.script(tool_calls(("make", "{}"), ("pay", '{"cents": 5}')), reply("So be it."))
+    answer = await client.invoke(session, "Try", tools=[make, pay])
+    assert text_of(answer) == "So be it."
+    first, second = results(model)
+    assert told in first
+    assert second == "paid 5"
+
+
 async def test_the_stream_goes_on_while_a_function_works(
     client: Client, session: str, model: OpenAIServer, desk: Desk
 ) -> None:

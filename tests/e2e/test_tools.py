@@ -108,6 +108,68 @@ async def test_a_waiting_run_names_its_calls_and_another_process_may_answer_them
     assert results_of(model.requests[1]) == ["3 kg"]
 
 
+@pytest.mark.parametrize("driver", DRIVERS)
+async def test_of_two_results_for_one_call_the_first_wins(
+    served: Running, session: str, model: OpenAIServer, driver: Driver
+) -> None:
+    """Also while the run waits for another call, and also of several that come at once."""
+    model.script(tool_calls(("a", "{}"), ("b", "{}")), reply("Done."))
+    driving, started, finished = driver(), [], []
+    refused: list[str] = []
+    frames = []
+
+    async def give(command: v1.RunRequest) -> None:
+        try:
+            await driving.send(command)
+        except grpc.aio.AioRpcError as error:
+            refused.append(reason_of(error))
+
+    async for frame in driving.start(served, start_with(session, client_tool("a"), client_tool("b"))):
+        frames.append(frame)
+        if frame.result.HasField("error"):
+            refused.append(v1.ErrorReason.Name(frame.result.error.reason).removeprefix("ERROR_REASON_"))
+        started += [event.tool_started for event in frame.batch.events if event.HasField("tool_started")]
+        finished += [event.tool_finished for event in frame.batch.events if event.HasField("tool_finished")]
+        if len(started) == 2:
+            a, b = started
+            started.clear()
+            for number in range(3):
+                await give(result(a.call_id, f"A {number}", command_id=f"a{number}"))
+        if len(finished) == 1 and len(refused) == 2:
+            await asyncio.gather(*(give(result(b.call_id, f"B {n}", command_id=f"b{n}")) for n in range(2)))
+            finished.append(b)
+    assert refused[:2] == ["CALL_NOT_PENDING"] * 2
+    assert len([event for event in durable(frames) if event.HasField("tool_finished")]) == 2
+    first, second = results_of(model.requests[1])
+    assert first == "A 0"
+    assert second in {"B 0", "B 1"}
+
+
+async def test_results_that_are_too_large_are_refused_or_fail_and_the_run_goes_on(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """One that no frame or no field takes leaves its call waiting; of several that each fit and together do not, those
+    that come too late are failures that the model is told of."""
+    model.script(tool_calls(*[("weigh", "{}")] * 3), reply("Heavy."))
+    run = (await served.runs.Invoke(v1.InvokeRequest(start=start_with(session, client_tool("weigh"))))).run
+
+    async def give(call: v1.ToolCall, size: int) -> None:
+        command = result(call.call_id, "x" * size, command_id=f"{call.call_id}-{size}")
+        await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=command))
+
+    for size, reason in ((10_000_000, "PAYLOAD_TOO_LARGE"), (600_000, "INVALID_FIELD")):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await give(run.pending_calls[0], size)
+        assert reason_of(refused.value) == reason
+    for call in run.pending_calls:
+        await give(call, 500_000)
+    ended = await served.runs.WaitRun(v1.WaitRunRequest(name=run.name, after_sequence=run.last_sequence + 1))
+    assert ended.state == v1.Run.STATE_SUCCEEDED
+    results = results_of(model.requests[1])
+    assert [len(told) for told in results[:2]] == [500_000] * 2
+    assert "together larger" in results[2]
+
+
 async def test_a_result_for_a_call_of_another_session_is_refused(
     served: Running, session: str, agent: str, model: OpenAIServer
 ) -> None:
