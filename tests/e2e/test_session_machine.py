@@ -1,0 +1,669 @@
+"""One session under whatever its callers do to it, in any order and at once, through restarts and kills of its server:
+the log only grows, each run ends once, each call is answered once, and all that is told can be told from the log."""
+
+import asyncio
+import shutil
+import sqlite3
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, closing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import grpc
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from notecase import SessionView, v1
+from notecase.view import ENDED
+from notecase_server.models.openai import OpenAIProvider
+from notecase_server.serve import now
+from notecase_server.store.sqlite import SqliteStore
+from notecase_server.tools.functions import CallContext, tool
+from notecase_server.tools.toolbox import make_toolbox
+
+from tests.e2e.driving import reason_of, said
+from tests.e2e.test_takeover import KEY, SESSION, check_well_formed, client_tool, server_tool
+from tests.support.openai_server import Answer, Json, OpenAIServer, chunk, error, reply, tool_calls
+from tests.support.server import Running, running
+
+T = TypeVar("T")
+Fields = Mapping[str, Any]
+
+STATE = f"{SESSION}/state"
+PATIENCE = 20.0
+"""Seconds after which what is waited for will not come."""
+
+
+# What the model and the tools of the server do.
+
+
+class Doors:
+    """Where the model in mid-reply and the tools at work wait, until they are let through."""
+
+    def __init__(self) -> None:
+        self.always = False
+        self.changed = asyncio.Condition()
+        self.effects: list[tuple[str, int]] = []
+        self.lingering: set[tuple[str, int]] = set()
+        self._open = asyncio.Event()
+        self._held: list[tuple[Json, asyncio.Event]] = []
+
+    def hold(self, body: Json) -> asyncio.Event:
+        """What the answer to that request waits for."""
+        if not self.always:
+            self._held.append((body, self._open))
+        return self._open
+
+    def busy(self, model: OpenAIServer) -> bool:
+        """Whether somebody waits here who was not let through and has not gone away."""
+        gone = [received.body for received in model.received if received.left.is_set()]
+        waits = [body for body, event in self._held if not event.is_set() and not any(body is left for left in gone)]
+        return bool(waits or self.lingering)
+
+    def open(self, always: bool = False) -> None:
+        """Lets those through who wait; with `always` nobody is to wait any more."""
+        self.always = always
+        self._open.set()
+        if not always:
+            self._open = asyncio.Event()
+
+    async def linger(self, context: CallContext) -> None:
+        place = (context.call_id, context.attempt)
+        self.lingering.add(place)
+        async with self.changed:
+            self.changed.notify_all()
+        try:
+            await self._open.wait()
+        finally:
+            self.lingering.discard(place)
+
+    def answer(self, body: Json) -> Answer:
+        """Does what the last message says, in words: the names of tools to call, "wait" to stop in mid-reply, "fail" to
+        refuse. To anything else it talks."""
+        last = body["messages"][-1]
+        words = last["content"].split() if last["role"] == "user" else []
+        if "fail" in words:
+            return error(400)
+        calls = [(word, '{"question": "Which?"}' if word == "ask" else "{}") for word in words if word in TOOLS]
+        calls += [("weigh", '{"half') for word in words if word == "broken"]
+        calls += [("nothing", "{}") for word in words if word == "unknown"]
+        answer = tool_calls(*calls) if calls else reply(f"Answer to the {last['role']}.", chunks=3)
+        if calls and "talk" in words:
+            answer = Answer((chunk({"role": "assistant", "content": "Let me see."}), *answer.pieces[1:]))
+        return answer.held(self.hold(body), after=3) if "wait" in words else answer
+
+
+class Lasting(OpenAIProvider):
+    """Outlives its servers, since to make one takes longer than the rest of a restart."""
+
+    async def close(self) -> None:
+        """A server that stops has let go of its replies before."""
+
+    async def end(self) -> None:
+        await super().close()
+
+
+the: dict[str, Doors] = {}
+"""Under "doors", those of the example at hand, for the tools."""
+
+
+@tool
+async def act(context: CallContext) -> str:
+    """Takes effect at once, and says so in the state."""
+    the["doors"].effects.append((context.call_id, context.attempt))
+    context.increment("acted")
+    return "acted"
+
+
+@tool
+async def linger(context: CallContext) -> str:
+    """Takes effect, then waits to be let through."""
+    the["doors"].effects.append((context.call_id, context.attempt))
+    await the["doors"].linger(context)
+    context.append("lingered", context.attempt)
+    return "lingered"
+
+
+TOOLS: Mapping[str, v1.Tool] = {
+    "weigh": client_tool("weigh"),
+    "pay": client_tool("pay", requires_approval=True),
+    "ask": v1.Tool(name="ask", server=v1.ServerTool(function="ask_user")),
+    "act": server_tool("act", v1.Tool.ON_INTERRUPT_RETRY),
+    "again": server_tool("again", v1.Tool.ON_INTERRUPT_RETRY, "linger"),
+    "doubt": server_tool("doubt", v1.Tool.ON_INTERRUPT_ASK, "linger"),
+    "lose": server_tool("lose", v1.Tool.ON_INTERRUPT_FAIL, "linger"),
+}
+
+# What callers say. Texts tell the model what to do.
+
+TEXTS = st.lists(
+    st.sampled_from([*TOOLS, "wait", "wait", "talk", "broken", "unknown", "fail"]), min_size=1, max_size=4
+).map(" ".join)
+NUMBERS = st.integers(0, 3)
+IDS = st.sampled_from(["", "", "a", "b", "c"])
+"""Chosen by callers, so that they meet; mostly none."""
+STARTS = st.fixed_dictionaries(
+    {
+        "text": TEXTS,
+        "on_busy": st.sampled_from(sorted(v1.StartRun.OnBusy.values())),
+        "run_id": IDS,
+        "state": st.sampled_from([None, 1, 2]),
+    }
+)
+SAYS = st.fixed_dictionaries({"text": TEXTS, "when": st.sampled_from(sorted(v1.UserInput.When.values()))})
+RESULTS = st.fixed_dictionaries({"which": NUMBERS, "late": st.booleans(), "error": st.sampled_from(["", "", "broke"])})
+RESPONSES = st.fixed_dictionaries(
+    {
+        "which": NUMBERS,
+        "late": st.booleans(),
+        "decision": st.sampled_from(sorted(v1.InputResponse.Decision.values())[1:]),
+        "edited": st.booleans(),
+        "remember": st.sampled_from(sorted(v1.InputResponse.Remember.values())),
+    }
+)
+CANCELS = st.fixed_dictionaries(
+    {
+        "mode": st.sampled_from(sorted(v1.CancelCommand.Mode.values())),
+        "call": st.none() | NUMBERS,
+        "run_id": IDS,
+    }
+)
+UPDATES = st.fixed_dictionaries(
+    {
+        "op": st.sampled_from(["set", "increment", "append", "remove"]),
+        "key": st.sampled_from(["n", "acted"]),
+        "if_version": st.sampled_from([None, None, "now", "before"]),
+    }
+)
+COMMANDS = st.one_of(
+    st.tuples(st.just("start"), STARTS),
+    st.tuples(st.just("say"), SAYS),
+    st.tuples(st.just("result"), RESULTS),
+    st.tuples(st.just("response"), RESPONSES),
+    st.tuples(st.just("cancel"), CANCELS),
+    st.tuples(st.just("update"), UPDATES),
+    st.tuples(st.just("append"), st.fixed_dictionaries({"text": TEXTS, "if_last": st.sampled_from([None, 0, -1])})),
+    st.tuples(st.just("repeat"), st.fixed_dictionaries({"which": st.integers(0, 30)})),
+)
+FORMS = st.sampled_from(["SendCommand", "Run"])
+
+REFUSALS: Mapping[str, set[str]] = {
+    "start": {"RUN_ACTIVE", "REQUEST_ID_REUSED", "RUN_CANCELLED_BEFORE_START", "QUEUE_FULL"},
+    "input": {"RUN_NOT_FOUND", "RUN_ENDED", "QUEUE_FULL"},
+    "tool_result": {"RUN_NOT_FOUND", "RUN_ENDED", "CALL_NOT_PENDING"},
+    "input_response": {"RUN_NOT_FOUND", "RUN_ENDED", "INPUT_NOT_PENDING", "INVALID_FIELD"},
+    "update_state": {"STATE_VERSION_MISMATCH", "STATE_TYPE_MISMATCH"},
+    "cancel": {"RUN_NOT_FOUND", "RUN_ENDED", "CALL_NOT_PENDING", "RUN_ACTIVE"},
+}
+"""What each command may be answered with; anything else is a defect."""
+
+ACCEPTED = {
+    v1.CommandResult.DISPOSITION_APPLIED,
+    v1.CommandResult.DISPOSITION_QUEUED,
+    v1.CommandResult.DISPOSITION_DUPLICATE,
+}
+
+
+class SessionMachine(RuleBasedStateMachine):
+    """Everything happens while a rule runs: in between, the loop stands still."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.runner = asyncio.Runner()
+        self.stack = AsyncExitStack()
+        self.serving = AsyncExitStack()
+        self.log: list[v1.Event] = []
+        self.view = SessionView()
+        self.sent: list[tuple[v1.RunRequest, str]] = []
+        self.results: dict[str, tuple[v1.RunRequest, int]] = {}
+        self.number = 0
+        self.files = 0
+        self.checked = 0
+        self.do(self.begin())
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(asyncio.wait_for(work, PATIENCE))
+
+    # ---- the server
+
+    async def begin(self) -> None:
+        self.doors = the["doors"] = Doors()
+        self.model = await self.stack.enter_async_context(OpenAIServer(self.doors.answer))
+        self.provider = Lasting("test-key", self.model.url, "stub-1")
+        self.stack.push_async_callback(self.provider.end)
+        await self.serve()
+        agent = v1.Agent(llm=v1.LlmAgent(model="stub-1", tools=TOOLS.values(), max_model_calls=50))
+        await self.served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=agent))
+        session = v1.Session(agent="agents/clerk")
+        await self.served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case", session=session))
+        self.follow()
+
+    @property
+    def file(self) -> Path:
+        return self.folder / f"{self.files}.db"
+
+    async def serve(self) -> None:
+        providers = {"openai": self.provider}
+        toolbox = make_toolbox((__name__,), {})
+        self.serving = AsyncExitStack()
+        self.served: Running = await self.serving.enter_async_context(
+            running(f"sqlite:{self.file}", providers, toolbox=toolbox, grace=0.0)
+        )
+
+    def follow(self) -> None:
+        """A watcher from the beginning: it must be told what those before it were told."""
+        options = v1.WatchOptions(keep_open=True)
+        self.told: list[v1.Event] = []
+        self.view = SessionView()
+        self.stream = self.served.runs.WatchEvents(
+            v1.WatchEventsRequest(name=SESSION, after_sequence=0, options=options)
+        )
+        self.follower = asyncio.get_running_loop().create_task(self._follow())
+
+    async def _follow(self) -> None:
+        try:
+            async for frame in self.stream:
+                for event in frame.batch.events:
+                    self.view.apply(event)
+                    if event.sequence:
+                        self.told.append(event)
+                async with self.doors.changed:
+                    self.doors.changed.notify_all()
+        except asyncio.CancelledError:
+            if not self.stream.cancelled():
+                raise
+        finally:
+            async with self.doors.changed:
+                self.doors.changed.notify_all()
+
+    async def leave(self) -> None:
+        """The watcher goes, with what it knows."""
+        self.stream.cancel()
+        await self.follower
+        self.keep()
+
+    def keep(self) -> None:
+        """The log as it was known is the beginning of the log as it is told now."""
+        assert self.told[: len(self.log)] == self.log[: len(self.told)]
+        if len(self.told) > len(self.log):
+            self.log = list(self.told)
+
+    async def until(self, come: Callable[[], bool]) -> None:
+        async with self.doors.changed:
+            await self.doors.changed.wait_for(lambda: self.follower.done() or come())
+        if self.follower.done():
+            self.follower.result()
+            raise AssertionError("the watcher's stream ended")
+
+    async def head(self) -> int:
+        session = await self.served.sessions.GetSession(v1.GetSessionRequest(name=SESSION))
+        return session.last_sequence
+
+    async def settle(self) -> None:
+        """Until nothing goes on by itself: the runs have ended or wait, or somebody is held at the doors."""
+        head = await self.head()
+
+        def still() -> bool:
+            states = {run.state for run in self.view.runs.values()}
+            queued = v1.Run.STATE_QUEUED in states and v1.Run.STATE_WAITING not in states
+            moves = v1.Run.STATE_RUNNING in states or queued or self.speaks()
+            return (self.view.last_sequence or 0) >= head and (not moves or self.doors.busy(self.model))
+
+        await self.until(still)
+        self.keep()
+
+    def speaks(self) -> bool:
+        """A run waits for people only, and somebody has spoken: that will be their answer."""
+        run = self.view.run
+        waits = run is not None and run.state == v1.Run.STATE_WAITING and not run.pending_calls
+        said = [queued for queued in self.view.queued if run is not None and queued.run == run.name]
+        return waits and bool(said)
+
+    async def next_server(self, kill: bool) -> None:
+        """Stops the server and opens the next one on its file; one that is killed on the file as it was at that moment,
+        whatever the process still does to it afterwards."""
+        self.keep()
+        if kill:
+            copy = self.folder / f"{self.files + 1}.db"
+            with closing(sqlite3.connect(self.file)) as source, closing(sqlite3.connect(copy)) as target:
+                source.backup(target)
+                (count,) = target.execute("SELECT count(*) FROM events").fetchone()
+            assert count >= len(self.log), "what was told is kept"
+        await self.leave()
+        await self.serving.aclose()
+        if kill:
+            self.files += 1
+            self.log = self.log[:count]
+        await self.serve()
+        self.follow()
+
+    # ---- what callers do
+
+    async def carry_out(self, kind: str, fields: Fields, form: str) -> None:
+        self.number += 1
+        if kind == "append":
+            await self.append(fields)
+        elif kind == "repeat":
+            if self.sent:
+                command, run = self.sent[fields["which"] % len(self.sent)]
+                await self.send(command, run, form)
+        else:
+            command, run = getattr(self, f"make_{kind}")(**fields)
+            command.command_id = f"command-{self.number}"
+            self.sent.append((command, run))
+            await self.send(command, run, form)
+
+    def make_start(self, text: str, on_busy: v1.StartRun.OnBusy.ValueType, run_id: str, state: int | None) -> Any:
+        start = v1.StartRun(session=SESSION, messages=[said(text)], on_busy=on_busy, run_id=run_id)
+        if state is not None:
+            start.state["n"].int_value = state
+        return v1.RunRequest(start=start), ""
+
+    def make_say(self, text: str, when: v1.UserInput.When.ValueType) -> Any:
+        return v1.RunRequest(input=v1.UserInput(messages=[said(text)], when=when)), ""
+
+    def calls(self, late: bool) -> list[v1.ToolCall]:
+        """Those that wait for a caller, or all that ever were."""
+        if late or self.view.run is None:
+            messages = self.view.messages.values()
+            return [part.tool_call for message in messages for part in message.parts if part.HasField("tool_call")]
+        return list(self.view.run.pending_calls)
+
+    def make_result(self, which: int, late: bool, error: str) -> Any:
+        calls = self.calls(late) or [v1.ToolCall(call_id="nobodys")]
+        parts = [] if error else [v1.Part(text=f"result {self.number}")]
+        call_id = calls[which % len(calls)].call_id
+        return v1.RunRequest(tool_result=v1.ToolResult(call_id=call_id, result=parts, error=error)), ""
+
+    def make_response(self, which: int, late: bool, edited: bool, **fields: Any) -> Any:
+        run = self.view.run
+        asked = [request.input_id for request in run.pending_inputs] if run is not None else []
+        if late or not asked:
+            asked = [event.input_requested.input_id for event in self.log if event.HasField("input_requested")]
+        asked = asked or ["nobodys"]
+        response = v1.InputResponse(input_id=asked[which % len(asked)], **fields)
+        if response.decision == v1.InputResponse.DECISION_ANSWER:
+            response.answer = "That one."
+            response.remember = v1.InputResponse.REMEMBER_ONCE
+        elif response.decision == v1.InputResponse.DECISION_APPROVE and edited:
+            response.edited_arguments = '{"edited": true}'
+        return v1.RunRequest(input_response=response), ""
+
+    def make_cancel(self, mode: v1.CancelCommand.Mode.ValueType, call: int | None, run_id: str) -> Any:
+        cancel = v1.CancelCommand(mode=mode, reason="enough")
+        if call is not None:
+            calls = self.calls(late=call == 3) or [v1.ToolCall(call_id="nobodys")]
+            cancel.call_id = calls[call % len(calls)].call_id
+        return v1.RunRequest(cancel=cancel), f"{SESSION}/runs/{run_id}" if run_id else ""
+
+    def make_update(self, op: str, key: str, if_version: str | None) -> Any:
+        made = v1.StateOp(key=key)
+        if op == "set":
+            made.set.int_value = self.number
+        elif op == "append":
+            made.append.int_value = self.number
+        elif op == "increment":
+            made.increment = 2
+        else:
+            made.remove.SetInParent()
+        update = v1.StateUpdate(ops=[made])
+        if if_version is not None:
+            update.if_version = version_of(self.log) - (if_version == "before")
+        return v1.RunRequest(update_state=update), ""
+
+    async def append(self, fields: Fields) -> None:
+        request = v1.AppendMessagesRequest(
+            parent=SESSION, messages=[said(fields["text"])], request_id=f"append-{self.number}"
+        )
+        if fields["if_last"] is not None:
+            request.if_last_sequence = max(len(self.log) + fields["if_last"], 0)
+        try:
+            first = await self.served.messages.AppendMessages(request)
+        except grpc.aio.AioRpcError as refused:
+            assert reason_of(refused) == "SEQUENCE_MISMATCH"
+        else:
+            assert await self.served.messages.AppendMessages(request) == first
+
+    async def send(self, command: v1.RunRequest, run: str, form: str) -> None:
+        kind = command.WhichOneof("command") or ""
+        result = await (self.by_call if form == "SendCommand" else self.on_stream)(command, run)
+        known = self.results.get(command.command_id)
+        if isinstance(result, str):
+            assert result in REFUSALS[kind], f"{kind} was refused with {result}"
+            assert known is None, f"{kind} was accepted before, and its repeat refused with {result}"
+            return
+        assert result.disposition in ACCEPTED
+        assert 0 < result.sequence <= await self.head()
+        if known is not None:
+            assert result.disposition == v1.CommandResult.DISPOSITION_DUPLICATE
+            assert result.sequence == known[1]
+        self.results[command.command_id] = (command, result.sequence)
+
+    async def by_call(self, command: v1.RunRequest, run: str) -> v1.CommandResult | str:
+        request = v1.SendCommandRequest(session=SESSION, run=run, command=command)
+        try:
+            return (await self.served.runs.SendCommand(request)).result
+        except grpc.aio.AioRpcError as refused:
+            return reason_of(refused)
+
+    async def on_stream(self, command: v1.RunRequest, run: str) -> v1.CommandResult | str:
+        """On a stream of its own, attached to the run meant where there is one."""
+        options = v1.WatchOptions(keep_open=True)
+        call = self.served.runs.Run()
+        await call.write(v1.RunRequest(attach=v1.AttachRun(name=run or SESSION, options=options)))
+        try:
+            await call.write(command)
+            async for frame in call:
+                if frame.HasField("result"):
+                    refused = frame.result.disposition == v1.CommandResult.DISPOSITION_REFUSED
+                    name = v1.ErrorReason.Name(frame.result.error.reason).removeprefix("ERROR_REASON_")
+                    return name if refused else frame.result
+        except grpc.aio.AioRpcError as missing:
+            return reason_of(missing)
+        finally:
+            call.cancel()
+        raise AssertionError("the stream ended without the command's result")
+
+    # ---- rules
+
+    @rule(command=COMMANDS, form=FORMS)
+    def somebody_does(self, command: tuple[str, Fields], form: str) -> None:
+        async def work() -> None:
+            await self.carry_out(*command, form)
+            await self.settle()
+
+        self.do(work())
+
+    @rule(commands=st.lists(st.tuples(COMMANDS, FORMS), min_size=2, max_size=4))
+    def several_do_at_once(self, commands: list[tuple[tuple[str, Fields], str]]) -> None:
+        async def work() -> None:
+            await asyncio.gather(*(self.carry_out(*command, form) for command, form in commands))
+            await self.settle()
+
+        self.do(work())
+
+    @rule(text=TEXTS, run_id=IDS)
+    def a_run_begins(self, text: str, run_id: str) -> None:
+        """Beside `somebody_does`, so that there is mostly one."""
+        fields = {"text": text, "on_busy": v1.StartRun.ON_BUSY_QUEUE, "run_id": run_id, "state": None}
+        self.somebody_does(("start", fields), "SendCommand")
+
+    @rule()
+    def the_doors_open(self) -> None:
+        async def work() -> None:
+            self.doors.open()
+            await self.settle()
+
+        self.do(work())
+
+    @rule(kill=st.booleans(), command=st.none() | COMMANDS)
+    def the_server_is_started_again(self, kill: bool, command: tuple[str, Fields] | None) -> None:
+        """Perhaps just when a command has been answered, with everything still on its way."""
+
+        async def work() -> None:
+            if command is not None:
+                await self.carry_out(*command, "SendCommand")
+            await self.next_server(kill)
+            await self.settle()
+
+        self.do(work())
+
+    # ---- what always holds
+
+    @invariant()
+    def all_that_is_told_is_in_the_log(self) -> None:
+        self.do(self.compare())
+
+    async def compare(self) -> None:
+        """With what the services tell, at one moment at which nothing happens in between."""
+        while True:
+            session = await self.served.sessions.GetSession(v1.GetSessionRequest(name=SESSION))
+            listing = v1.ListMessagesRequest(parent=SESSION, page_size=1000, show_superseded=True)
+            messages = list((await self.served.messages.ListMessages(listing)).messages)
+            state = await self.served.state.GetState(v1.GetStateRequest(name=STATE))
+            runs = (await self.served.runs.ListRuns(v1.ListRunsRequest(parent=SESSION, page_size=1000))).runs
+            head = session.last_sequence
+            await self.until(lambda head=head: (self.view.last_sequence or 0) >= head)  # type: ignore[misc]
+            if self.view.last_sequence == head == await self.head():
+                break
+        self.keep()
+        view = self.view
+        assert [event.sequence for event in self.log] == list(range(1, head + 1))
+        assert list(view.messages.values()) == messages
+        assert view.state == {key: entry.value for key, entry in state.entries.items()}
+        assert version_of(self.log) == state.version
+        assert view.runs == {run.name: run for run in runs}
+        assert view.queued == list(session.queued_commands)
+        assert view.remembered == dict(session.remembered)
+        under_way = [run.name for run in runs if run.state in {v1.Run.STATE_RUNNING, v1.Run.STATE_WAITING}]
+        assert under_way == ([session.active_run] if session.active_run else [])
+        check_log(self.log)
+        requests = self.model.requests
+        for request in requests[self.checked :]:
+            check_well_formed(request)
+        self.checked = len(requests)
+        assert len(self.doors.effects) == len(set(self.doors.effects)), "an attempt takes effect once"
+
+    # ---- the end
+
+    def teardown(self) -> None:
+        try:
+            self.do(self.finish())
+        finally:
+            self.runner.close()
+            shutil.rmtree(self.folder)
+
+    async def finish(self) -> None:
+        """Brings every run to an end, as callers would who answer all that they are asked."""
+        try:
+            self.doors.open(always=True)
+            while waiting := [run for run in self.view.runs.values() if run.state not in ENDED]:
+                for run in waiting:
+                    await self.answer_all(run)
+                await self.settle()
+            await self.compare()
+            check_ends(self.log, self.results)
+        finally:
+            await self.leave()
+            await self.serving.aclose()
+            await self.stack.aclose()
+        store = await SqliteStore.open(self.file, now)
+        try:
+            kept = await store.read_events(KEY, 0)
+        finally:
+            await store.close()
+        assert [event.sequence for event in kept] == [event.sequence for event in self.log]
+
+    async def answer_all(self, run: v1.Run) -> None:
+        for request in list(run.pending_inputs):
+            response = v1.InputResponse(input_id=request.input_id, decision=v1.InputResponse.DECISION_DENY)
+            await self.by_call(v1.RunRequest(input_response=response), run.name)
+        for call in list(run.pending_calls):
+            await self.by_call(v1.RunRequest(tool_result=v1.ToolResult(call_id=call.call_id)), run.name)
+
+
+def version_of(log: list[v1.Event]) -> int:
+    return sum(event.state_changed.state == STATE for event in log)
+
+
+def check_log(log: list[v1.Event]) -> None:
+    """A run has at most one end and does nothing after it; a call is asked for before it is begun or ended, ended at
+    most once, and not begun after."""
+    asked: dict[str, str] = {}
+    done: set[str] = set()
+    ended: set[str] = set()
+    for event in log:
+        assert not event.run or event.run not in ended, f"{event.run} goes on after its end"
+        if event.run_state_changed.state in ENDED:
+            ended.add(event.run)
+        for part in event.message_added.parts:
+            if part.HasField("tool_call"):
+                assert part.tool_call.call_id not in asked
+                asked[part.tool_call.call_id] = event.run
+                if part.tool_call.outcome not in {v1.ToolCall.OUTCOME_PENDING, v1.ToolCall.OUTCOME_RUNNING}:
+                    done.add(part.tool_call.call_id)
+        for call in calls_told(event):
+            assert asked.get(call.call_id) == event.run, "a call is its run's, and was asked for"
+            assert call.call_id not in done, f"{call.call_id} has its end"
+            if event.HasField("tool_finished"):
+                done.add(call.call_id)
+
+
+def calls_told(event: v1.Event) -> Iterator[v1.ToolCall]:
+    if event.HasField("tool_started"):
+        yield event.tool_started
+    elif event.HasField("tool_finished"):
+        yield event.tool_finished
+
+
+def plain_state(view: SessionView) -> dict[str, bytes]:
+    return {key: value.SerializeToString() for key, value in view.state.items()}
+
+
+def check_ends(log: list[v1.Event], results: Mapping[str, tuple[v1.RunRequest, int]]) -> None:
+    """When all runs have ended: each once, every call with its one outcome, all that was queued taken up or dropped by
+    name, and what a rewind took back is what was since its run began."""
+    runs = {event.run for event in log if event.run}
+    assert Counter(event.run for event in log if event.run_state_changed.state in ENDED) == dict.fromkeys(runs, 1)
+    view = SessionView()
+    was: dict[int, dict[str, bytes]] = {0: {}}
+    begun: dict[str, int] = {}
+    taken = {(event.run, event.cause_id) for event in log if event.HasField("message_added")}
+    dropped = {(event.run, name) for event in log for name in event.run_state_changed.dropped_commands}
+    rewound = None
+    for event in log:
+        if event.HasField("run_started"):
+            begun[event.run] = event.sequence
+            if rewound is not None:
+                assert plain_state(view) == was[rewound], "the state is as it was"
+                rewound = None
+        view.apply(event)
+        was[event.sequence] = plain_state(view)
+        if event.HasField("rewound"):
+            assert event.rewound.to_sequence == begun[event.rewound.run] - 1
+            rewound = event.rewound.to_sequence
+        if event.command_queued.HasField("input"):
+            place = (event.run, event.cause_id)
+            assert (place in taken) != (place in dropped), f"{place} is taken up or named as dropped"
+    for message in view.messages.values():
+        assert message.status != v1.Message.STATUS_IN_PROGRESS
+        for part in message.parts:
+            open_outcomes = {v1.ToolCall.OUTCOME_PENDING, v1.ToolCall.OUTCOME_RUNNING}
+            assert part.tool_call.outcome not in open_outcomes, f"{part.tool_call.call_id} has no outcome"
+    for command_id, (command, sequence) in results.items():
+        causes = [event for event in log if event.cause_id == command_id]
+        assert causes, f"{command.WhichOneof('command')} was accepted at {sequence} and is not in the log"
+
+
+TestSession = SessionMachine.TestCase
+TestSession.settings = settings(
+    max_examples=15,
+    stateful_step_count=20,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
