@@ -422,13 +422,18 @@ async def test_cancel_keeps_the_result_of_a_and_seals_b(
     assert outcomes == [v1.ToolCall.OUTCOME_SUCCEEDED, sealed]
 
 
-async def test_one_call_can_be_cancelled_alone(served: Running, session: str, model: OpenAIServer) -> None:
+@pytest.mark.parametrize("mode", v1.CancelCommand.Mode.values())
+async def test_one_call_can_be_cancelled_alone(
+    served: Running, session: str, model: OpenAIServer, mode: v1.CancelCommand.Mode.ValueType
+) -> None:
+    """At once, whichever mode is given: modes are of runs."""
     model.script(tool_calls(("a", "{}"), ("b", "{}")), reply("Fine."))
     start = start_with(session, client_tool("a"), client_tool("b"))
     run = (await served.runs.Invoke(v1.InvokeRequest(start=start))).run
     a, b = run.pending_calls
-    cancel = v1.RunRequest(cancel=v1.CancelCommand(call_id=a.call_id, reason="not that one"))
-    await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=cancel))
+    cancel = v1.RunRequest(cancel=v1.CancelCommand(mode=mode, call_id=a.call_id, reason="not that one"))
+    sent = await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=cancel))
+    assert sent.result.disposition == v1.CommandResult.DISPOSITION_APPLIED
     await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=result(b.call_id, "B")))
     ended = await served.runs.WaitRun(v1.WaitRunRequest(name=run.name, after_sequence=run.last_sequence + 1))
     assert ended.state == v1.Run.STATE_SUCCEEDED

@@ -218,7 +218,7 @@ class Streams:
                     committed = await self._runs.respond(key, run_id, frame.input_response, caused)
                 case "cancel":
                     committed = await self._runs.cancel(key, run_id, frame.cancel, caused)
-                    if frame.cancel.mode == v1.CancelCommand.MODE_AFTER_TURN:
+                    if frame.cancel.mode == v1.CancelCommand.MODE_AFTER_TURN and not frame.cancel.call_id:
                         ended = any(run.state in ENDED for run in committed.runs.values())
                         queued = not ended
                         done = v1.CommandResult.DISPOSITION_QUEUED if queued else v1.CommandResult.DISPOSITION_APPLIED
