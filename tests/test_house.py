@@ -87,6 +87,7 @@ LINES: dict[str, Line] = {
     "mcp": Line({"tools.mcp"}, "One protocol's ways stay behind the contract."),
     "pydantic": Line({"tools.functions"}, "What an operator's types mean is asked in one place."),
     "sqlite3": Line({"store.sqlite"}, "SQL lives in its store."),
+    "jsonschema_rs": Line({"engine.schema"}, "Schemas of strangers are applied in one place, in a process of its own."),
     "liquid": Line({"engine.template"}, "Untrusted templates pass one gate, with its limits."),
     "click": Line({"cli"}, "Nothing below the command asks what was typed."),
     "prompt_toolkit": Line({"cli"}, "Only the command has a terminal."),

@@ -16,6 +16,7 @@ import pytest
 from notecase import v1
 from notecase_server.engine.content import Contents, Limits
 from notecase_server.engine.runs import Runs
+from notecase_server.engine.schema import Schemas
 from notecase_server.engine.session import Sessions
 from notecase_server.engine.turn import Services
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Text
@@ -142,7 +143,11 @@ async def test_of_two_owners_in_one_process_the_later_one_wins() -> None:
     stale, later = GatedProvider("stale"), GatedProvider("later")
     contents = Contents(store, new_id, now, Limits())
     first, second = (
-        Runs(Sessions(store), Services(store, {"": provider}, make_toolbox((), {}), contents, new_id, now), max_runs=9)
+        Runs(
+            Sessions(store),
+            Services(store, {"": provider}, make_toolbox((), {}), contents, Schemas(), new_id, now),
+            max_runs=9,
+        )
         for provider in (stale, later)
     )
     with capture_logs() as told:

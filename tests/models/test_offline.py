@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jsonschema_rs import Draft202012Validator
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Provider, Reasoning, Refusal, Text
@@ -244,3 +246,29 @@ def test_any_message_is_answered(pieces: list[str]) -> None:
         asyncio.run(replied(user("".join(pieces)), max_tokens=50))
     except NotecaseError as error:
         assert error.reason in {v1.ERROR_REASON_MODEL_ERROR, v1.ERROR_REASON_MODEL_UNAVAILABLE}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "object", "properties": {"a": {"type": "string", "maxLength": 3}}, "required": ["a", "b"]},
+        {"type": "array", "items": {"type": ["integer", "null"], "minimum": 3}, "minItems": 2},
+        {"$ref": "#/$defs/tree", "$defs": {"tree": {"properties": {"next": {"$ref": "#/$defs/tree"}}}}},
+        {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+        {"properties": {"kind": {"const": 1}, "mood": {"enum": ["calm"]}}, "required": ["kind", "mood"]},
+        {"type": "number", "maximum": -2.5},
+        {"type": "string", "minLength": 30},
+        {"allOf": [{"type": "object", "required": ["a"]}]},
+        {},
+    ],
+    ids=str,
+)
+async def test_json_by_a_schema_is_made_up_and_valid(schema: dict[str, Any]) -> None:
+    """Unless the message says what to reply; what the tools gave is not JSON either."""
+    asked = request(user("Go"))._replace(output_schema=json.dumps(schema))
+    done = v1.Part(tool_call=v1.ToolCall(tool="look", outcome=v1.ToolCall.OUTCOME_SUCCEEDED))
+    for one in (asked, asked._replace(messages=[user("Go"), assistant(done)])):
+        made = "".join([delta.text async for delta in OfflineProvider().stream(one) if isinstance(delta, Text)])
+        Draft202012Validator(schema).validate(json.loads(made))
+    told = asked._replace(messages=[user("/say [1]")])
+    assert [Text("[1]")] == [delta async for delta in OfflineProvider().stream(told)][:-1]

@@ -318,11 +318,11 @@ class RunStream:
 def _texts(event: v1.Event) -> Iterable[tuple[str, int, int, str]]:
     """The agent's words in an event: message, part index, the byte of the part they start at, text."""
     delta, message = event.block_delta, event.message_added
-    if delta.text:
-        yield delta.message, delta.block, delta.start, delta.text
+    if piece := delta.text or delta.json:
+        yield delta.message, delta.block, delta.start, piece
     if message.role == v1.Message.ROLE_ASSISTANT:
         for block, part in enumerate(message.parts):
-            yield message.name, block, 0, part.text
+            yield message.name, block, 0, part.text or part.json
 
 
 def waits_for_others(run: v1.Run, tools: Iterable[str]) -> bool:

@@ -72,5 +72,5 @@ def to_message(said: str | v1.Message) -> v1.Message:
 
 
 def text_of(message: v1.Message) -> str:
-    """The text parts of a message, joined; empty when it has none."""
-    return "".join(part.text for part in message.parts)
+    """The text and json parts of a message, joined; empty when it has none."""
+    return "".join(part.text or part.json for part in message.parts)

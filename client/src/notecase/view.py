@@ -27,7 +27,7 @@ class Block:
     """One part of a message being made, as far as it is known."""
 
     kind: str
-    """"text", "reasoning", "arguments" or "refusal"."""
+    """"text", "json", "reasoning", "arguments" or "refusal"."""
     text: str = ""
     end: int = 0
     """The length of `text` in bytes of UTF-8."""

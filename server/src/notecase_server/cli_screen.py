@@ -131,7 +131,7 @@ def _part(part: v1.Part, most: int | None) -> str:
         case "data":
             return click.style(f"[{one_line(part.data.media_type)}, {len(part.data.data)} bytes]", dim=True)
         case _:
-            return _cut(part.text, most)
+            return _cut(part.text or part.json, most)
 
 
 def _cut(text: str, most: int | None) -> str:
@@ -146,7 +146,7 @@ def _refusal(text: str) -> str:
 def call(made: v1.ToolCall) -> str:
     """A tool call and what became of it, on one line."""
     outcome = v1.ToolCall.Outcome.Name(made.outcome).removeprefix("OUTCOME_").lower()
-    told = one_line(made.error or " ".join(part.text for part in made.result), 120)
+    told = one_line(made.error or " ".join(part.text or part.json for part in made.result), 120)
     return f"→ {one_line(made.tool)}({one_line(made.arguments, 80)}) {outcome}{': ' if told else ''}{told}"
 
 
@@ -207,7 +207,7 @@ class Reply:
                 if part.tool_call.outcome != v1.ToolCall.OUTCOME_PENDING:
                     self._aside(call(part.tool_call))
             else:
-                self._grow((added.name, index), kind, part.reasoning.text or part.refusal or part.text)
+                self._grow((added.name, index), kind, part.reasoning.text or part.refusal or part.text or part.json)
         self.end()
         if added.finish_reason == "length":
             self._aside("The model stopped there, having reached its limit of tokens.")
@@ -215,7 +215,7 @@ class Reply:
     def _grow(self, block: tuple[str, int], kind: str, text: str) -> None:
         """Shows what a block has that is not on the screen yet."""
         shown = self._shown.get(block, 0)
-        if len(text) <= shown or kind not in {"text", "refusal", "reasoning"}:
+        if len(text) <= shown or kind not in {"text", "json", "refusal", "reasoning"}:
             return
         if kind == "reasoning" and not self._terminal:
             return

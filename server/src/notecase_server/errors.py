@@ -71,6 +71,7 @@ CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
     v1.ERROR_REASON_SEQUENCE_AHEAD: Kind(code_pb2.OUT_OF_RANGE),
     v1.ERROR_REASON_CONTENT_UNSUPPORTED: Kind(code_pb2.INVALID_ARGUMENT),
     v1.ERROR_REASON_WATCHER_TOO_SLOW: Kind(code_pb2.RESOURCE_EXHAUSTED, retry_after=1.0),
+    v1.ERROR_REASON_OUTPUT_INVALID: Kind(code_pb2.FAILED_PRECONDITION),
 }
 
 
@@ -338,6 +339,15 @@ def sequence_ahead(asked: int, last_sequence: int) -> NotecaseError:
 
 def content_unsupported(message: str) -> NotecaseError:
     return NotecaseError(v1.ERROR_REASON_CONTENT_UNSUPPORTED, message)
+
+
+def output_invalid(problem: str, finish_reason: str) -> NotecaseError:
+    """A reply that is not what the agent's output_schema asks for. `problem` says where, and quotes no value of it."""
+    return NotecaseError(
+        v1.ERROR_REASON_OUTPUT_INVALID,
+        f"The model's reply is not what the agent's output_schema asks for: {problem}.",
+        metadata={"problem": problem, "finish_reason": finish_reason},
+    )
 
 
 def internal(request_id: str) -> NotecaseError:

@@ -14,6 +14,7 @@ from notecase_server import __version__, errors
 from notecase_server.config import Settings
 from notecase_server.engine.content import Contents, Limits
 from notecase_server.engine.runs import Runs
+from notecase_server.engine.schema import Schemas
 from notecase_server.engine.session import Sessions
 from notecase_server.engine.turn import Services
 from notecase_server.errors import NotecaseError
@@ -101,7 +102,10 @@ class Server:
         sessions = Sessions(store, limits.session)
         default = next(iter(self._providers.values()))
         self._toolbox = toolbox
-        services = Services(store, {"": default, **self._providers}, toolbox, self._contents, make_id, clock)
+        self._schemas = Schemas()
+        services = Services(
+            store, {"": default, **self._providers}, toolbox, self._contents, self._schemas, make_id, clock
+        )
         self._runs = Runs(sessions, services, settings.max_runs, pace.poll)
         self._streams = Streams(sessions, self._runs, pace)
         self._desk = Desk(
@@ -112,6 +116,7 @@ class Server:
             streams=self._streams,
             providers=tuple(self._providers),
             toolbox=toolbox,
+            schemas=self._schemas,
             pages=Pages(store.secret),
             contents=self._contents,
             new_id=make_id,
@@ -144,6 +149,7 @@ class Server:
         for provider in self._providers.values():
             await provider.close()
         await self._toolbox.close()
+        await self._schemas.close()
         await self._store.close()
         log.info("server_stopped")
 

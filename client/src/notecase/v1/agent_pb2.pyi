@@ -63,7 +63,9 @@ class Agent(_message.Message):
     display_name: _builtins.str
     description: _builtins.str
     output_key: _builtins.str
-    """The text of each reply this agent completes is put into session state under this key. Empty: nowhere."""
+    """Each reply this agent completes is put into session state under this key: its text, or with `llm.output_schema` its JSON as
+    a typed value (objects as maps, whole numbers that fit as ints, all others as doubles). Empty: nowhere.
+    """
     revision: _builtins.int
     """Output only: 1 and up, one more with each update."""
     etag: _builtins.str
@@ -115,6 +117,7 @@ class LlmAgent(_message.Message):
     TOOLS_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     CONTEXT_FIELD_NUMBER: _builtins.int
+    OUTPUT_SCHEMA_FIELD_NUMBER: _builtins.int
     MAX_MODEL_CALLS_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
     model: _builtins.str
@@ -122,6 +125,13 @@ class LlmAgent(_message.Message):
     instruction: _builtins.str
     """A Liquid template over state: `{{ draft }}` reads the session's, `{{ user.name }}` the user's, `{{ app.policy }}` the
     tenant's. Nothing is HTML-escaped, a missing key is empty, bytes are empty.
+    """
+    output_schema: _builtins.str
+    """JSON Schema (draft 2020-12) of the reply, an object of at most 64 KiB; nothing outside of it is ever fetched, and a
+    `pattern` has no lookaround and no backreference. The reply that ends a turn is then one `json` part that is valid, at most
+    16 levels deep; in a ```json fence it counts without the fence. An invalid one is discarded and asked for once more, which
+    counts as a model call; a second fails the run with OUTPUT_INVALID. A refusal stays a `refusal` part, and text beside calls
+    of tools stays text. The provider is told the schema as `response_format`; what it makes of it is its own.
     """
     max_model_calls: _builtins.int
     """Model calls in one run, repeats after a failure or a takeover included. 0: 10."""
@@ -141,12 +151,13 @@ class LlmAgent(_message.Message):
         tools: _abc.Iterable[Global___Tool] | None = ...,
         generation: Global___Generation | None = ...,
         context: Global___Context | None = ...,
+        output_schema: _builtins.str = ...,
         max_model_calls: _builtins.int = ...,
         provider: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "generation", b"generation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "generation", b"generation", "instruction", b"instruction", "max_model_calls", b"max_model_calls", "model", b"model", "provider", b"provider", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "generation", b"generation", "instruction", b"instruction", "max_model_calls", b"max_model_calls", "model", b"model", "output_schema", b"output_schema", "provider", b"provider", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -101,6 +101,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """ABORTED: the upload goes on elsewhere; metadata.committed_bytes says where."""
     ERROR_REASON_STATE_KEY_NOT_FOUND: _ErrorReason.ValueType  # 39
     """NOT_FOUND: a message refers to a key that the session's state does not have."""
+    ERROR_REASON_OUTPUT_INVALID: _ErrorReason.ValueType  # 38
+    """FAILED_PRECONDITION, inside a run: the reply is not what the agent's output_schema asks for; metadata.problem says where."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of every error's google.rpc.ErrorInfo, there without the prefix, under the domain "notecase"."""
@@ -178,6 +180,8 @@ ERROR_REASON_UPLOAD_OFFSET_MISMATCH: ErrorReason.ValueType  # 37
 """ABORTED: the upload goes on elsewhere; metadata.committed_bytes says where."""
 ERROR_REASON_STATE_KEY_NOT_FOUND: ErrorReason.ValueType  # 39
 """NOT_FOUND: a message refers to a key that the session's state does not have."""
+ERROR_REASON_OUTPUT_INVALID: ErrorReason.ValueType  # 38
+"""FAILED_PRECONDITION, inside a run: the reply is not what the agent's output_schema asks for; metadata.problem says where."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
@@ -342,16 +346,21 @@ class Part(_message.Message):
     BLOB_FIELD_NUMBER: _builtins.int
     FILE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    JSON_FIELD_NUMBER: _builtins.int
     TOOL_CALL_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     STATE_KEY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
     """Above 256 KiB, in what a caller or a tool says, it becomes a blob of media type text/plain."""
+    json: _builtins.str
+    """RFC 8259 text: a reply of an agent with an `output_schema`, or data that a caller sends, which the model reads as text.
+    In an incomplete message it may be cut off, or not what the schema asked for.
+    """
     refusal: _builtins.str
     """The model's own words for not answering; made by models only."""
     state_key: _builtins.str
     """Input only: the value that the session's state has under this key when the message is taken. A blob or bytes become a
-    blob, a string becomes text, and what else there is becomes JSON text. NOT_FOUND when the key does not exist.
+    blob, a string becomes text, and what else there is becomes json. NOT_FOUND when the key does not exist.
     """
     @_builtins.property
     def reasoning(self) -> Global___Reasoning:
@@ -381,15 +390,16 @@ class Part(_message.Message):
         blob: Global___Blob | None = ...,
         file: Global___FileUri | None = ...,
         data: Global___InlineData | None = ...,
+        json: _builtins.str = ...,
         tool_call: Global___ToolCall | None = ...,
         refusal: _builtins.str = ...,
         state_key: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "data", b"data", "file", b"file", "kind", b"kind", "reasoning", b"reasoning", "refusal", b"refusal", "state_key", b"state_key", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "data", b"data", "file", b"file", "json", b"json", "kind", b"kind", "reasoning", b"reasoning", "refusal", b"refusal", "state_key", b"state_key", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "data", b"data", "file", b"file", "kind", b"kind", "reasoning", b"reasoning", "refusal", b"refusal", "state_key", b"state_key", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "data", b"data", "file", b"file", "json", b"json", "kind", b"kind", "reasoning", b"reasoning", "refusal", b"refusal", "state_key", b"state_key", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["text", "reasoning", "blob", "file", "data", "tool_call", "refusal", "state_key"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["text", "reasoning", "blob", "file", "data", "json", "tool_call", "refusal", "state_key"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -540,7 +550,7 @@ class ToolCall(_message.Message):
     """How often it was dispatched."""
     @_builtins.property
     def result(self) -> _containers.RepeatedCompositeFieldContainer[Global___Part]:
-        """What the tool gave back: text, file and data parts."""
+        """What the tool gave back: text, json, file and data parts."""
 
     @_builtins.property
     def elapsed(self) -> _duration_pb2.Duration:

@@ -595,7 +595,7 @@ class ToolResult(_message.Message):
     """Set: the tool failed, and the model is shown this."""
     @_builtins.property
     def result(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.Part]:
-        """text, file and data parts."""
+        """text, json, file and data parts."""
 
     def __init__(
         self,
@@ -1431,6 +1431,7 @@ class BlockDelta(_message.Message):
     REASONING_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
+    JSON_FIELD_NUMBER: _builtins.int
     CALL_ID_FIELD_NUMBER: _builtins.int
     TOOL_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
@@ -1445,6 +1446,8 @@ class BlockDelta(_message.Message):
     arguments: _builtins.str
     """Of the call in call_id."""
     refusal: _builtins.str
+    json: _builtins.str
+    """Of an agent with an output_schema. Where calls of tools follow it, the finished message has it as text."""
     call_id: _builtins.str
     tool: _builtins.str
     end: _builtins.int
@@ -1459,15 +1462,16 @@ class BlockDelta(_message.Message):
         reasoning: _builtins.str = ...,
         arguments: _builtins.str = ...,
         refusal: _builtins.str = ...,
+        json: _builtins.str = ...,
         call_id: _builtins.str = ...,
         tool: _builtins.str = ...,
         end: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "delta", b"delta", "reasoning", b"reasoning", "refusal", b"refusal", "text", b"text"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "delta", b"delta", "json", b"json", "reasoning", b"reasoning", "refusal", b"refusal", "text", b"text"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "block", b"block", "call_id", b"call_id", "delta", b"delta", "end", b"end", "message", b"message", "reasoning", b"reasoning", "refusal", b"refusal", "start", b"start", "text", b"text", "tool", b"tool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "block", b"block", "call_id", b"call_id", "delta", b"delta", "end", b"end", "json", b"json", "message", b"message", "reasoning", b"reasoning", "refusal", b"refusal", "start", b"start", "text", b"text", "tool", b"tool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_delta: _TypeAlias = _typing.Literal["text", "reasoning", "arguments", "refusal"]  # noqa: Y015
+    _WhichOneofReturnType_delta: _TypeAlias = _typing.Literal["text", "reasoning", "arguments", "refusal", "json"]  # noqa: Y015
     _WhichOneofArgType_delta: _TypeAlias = _typing.Literal["delta", b"delta"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_delta) -> _WhichOneofReturnType_delta | None: ...
 

@@ -207,7 +207,7 @@ class Contents:
                 return v1.Part(data=v1.InlineData(data=value.bytes_value, media_type=BINARY))
             case "string_value":
                 return v1.Part(text=value.string_value)
-        return v1.Part(text=json.dumps(_shown(value), ensure_ascii=False))
+        return v1.Part(json=json.dumps(_shown(value), ensure_ascii=False))
 
 
 def _shown(value: v1.Value) -> object:

@@ -60,7 +60,7 @@ class Block:
 
     __slots__ = ("call_id", "data", "kind", "tool")
 
-    def __init__(self, kind: Literal["text", "reasoning", "refusal", "arguments"], call_id: str = "") -> None:
+    def __init__(self, kind: Literal["text", "json", "reasoning", "refusal", "arguments"], call_id: str = "") -> None:
         self.kind = kind
         self.call_id = call_id
         self.tool = ""

@@ -22,6 +22,7 @@ from notecase_server.engine import context, ledger
 from notecase_server.engine.content import Contents
 from notecase_server.engine.ledger import Bound
 from notecase_server.engine.rewind import Rewind
+from notecase_server.engine.schema import Schemas, Unfenced, value_of
 from notecase_server.engine.session import Block, LiveSession, OpenMessage
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Call, Finish, ModelRequest, Provider, Reasoning, Refusal, Text
@@ -57,6 +58,13 @@ BLOCK_BYTES = 256
 MODEL_REPEATS = 2
 """How often a reply cut in mid-stream is asked for again. Before the first piece retries are the provider's
 business."""
+
+OUTPUT_REPEATS = 1
+"""How often a reply that is not what the agent's output_schema asks for is asked for again: a model that was told what
+is wrong either knows better at once, or not at all."""
+
+CUT_OFF = frozenset({"length", "content_filter"})
+"""Finish reasons of a reply that its provider cut off."""
 
 STORE_PATIENCE = (0.1, 10.0)
 """Seconds between tries of a commit that the store cannot take, at first and at most. A run waits as long as it takes:
@@ -106,6 +114,7 @@ class Services(NamedTuple):
     """By name, the default one under "" as well."""
     toolbox: Toolbox
     contents: Contents
+    schemas: Schemas
     new_id: Callable[[], str]
     clock: Clock
 
@@ -326,7 +335,10 @@ class Worker:
         request = await context.build(self._store, self.live.key, self.live.user, self.run.name, self.agent)
         tools = [ModelTool(tool.name, tool.description, tool.parameters) for tool in bound.values()]
         load = partial(self._services.contents.load, self.live.key.tenant)
-        finish = await self._generate(provider, request._replace(tools=tools, load=load))
+        request = request._replace(tools=tools, output_schema=self.agent.llm.output_schema, load=load)
+        finish = await self._generate(provider, request)
+        if request.output_schema:
+            finish = await self._checked(provider, request, finish)
         opened = self.live.open
         assert opened is not None
         message = self._message(opened, v1.Message.STATUS_COMPLETED)
@@ -339,9 +351,8 @@ class Worker:
         calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
         message.status = v1.Message.STATUS_IN_PROGRESS if calls else v1.Message.STATUS_COMPLETED
         events = [v1.Event(message_added=message), v1.Event(usage=finish.usage)]
-        text = "".join(part.text for part in message.parts)
-        if self.agent.output_key and text:
-            put = v1.StateOp(key=self.agent.output_key, set=v1.Value(string_value=text))
+        if self.agent.output_key and (note := self._note(message)):
+            put = v1.StateOp(key=self.agent.output_key, set=note)
             events.append(v1.Event(state_changed=v1.StateChanged(ops=[put])))
         limit = self.run.limits.max_tool_calls
         if limit and self.run.tool_calls + len(calls) > limit:
@@ -360,6 +371,39 @@ class Worker:
         if self._said and not self.run.ending:
             return events + self.taken(self.inputs(v1.UserInput.WHEN_FOLLOW_UP))
         return [*events, self._ending(v1.Run.STATE_SUCCEEDED)]
+
+    def _note(self, message: v1.Message) -> v1.Value | None:
+        """A reply as it is put under the agent's output_key: its text, or what its JSON says."""
+        if self.agent.llm.output_schema:
+            return next((value_of(part.json) for part in message.parts if part.HasField("json")), None)
+        text = "".join(part.text for part in message.parts)
+        return v1.Value(string_value=text) if text else None
+
+    async def _checked(self, provider: Provider, request: ModelRequest, finish: Finish) -> Finish:
+        """Leaves a reply that is valid by the agent's output_schema in the open message, at the second try if need be;
+        calls of tools and refusals are no such reply. Raises OUTPUT_INVALID."""
+        for repeat in range(OUTPUT_REPEATS + 1):
+            opened = self.live.open
+            assert opened is not None
+            if any(block.kind in {"arguments", "refusal"} for block in opened.blocks):
+                break
+            reply = "".join(block.data.decode() for block in opened.blocks if block.kind == "json")
+            problem = await self._services.schemas.problem(request.output_schema, reply)
+            if not problem:
+                break
+            self._log.info("reply_invalid", problem=problem, finish_reason=finish.reason)
+            message = self._message(opened, v1.Message.STATUS_INCOMPLETE)
+            await self._durably(partial(_used, finish))
+            # What was cut off at a limit would be cut off there again.
+            if repeat == OUTPUT_REPEATS or finish.reason in CUT_OFF:
+                raise errors.output_invalid(problem, finish.reason)
+            self._check_limits()
+            self.live.discard()
+            asked = v1.Message(
+                role=v1.Message.ROLE_USER, parts=[v1.Part(text=_complaint(problem, request.output_schema))]
+            )
+            finish = await self._generate(provider, request._replace(messages=[*request.messages, message, asked]))
+        return finish
 
     def _check_limits(self) -> None:
         usage, limits = self.run.usage, self.run.limits
@@ -422,16 +466,23 @@ class Worker:
     async def _read(self, provider: Provider, request: ModelRequest, opened: OpenMessage) -> Finish:
         calls: dict[int, Block] = {}
         size = 0
+        unfenced = Unfenced() if request.output_schema else None
         async with aclosing(provider.stream(request)) as stream:
             async for delta in stream:
                 match delta:
                     case Finish():
+                        if unfenced is not None and (rest := unfenced.end()):
+                            self.live.add(_json(opened), rest)
                         return delta
                     case Call(key, tool, text):
                         block = calls.get(key)
                         if block is None:
                             block = calls[key] = _begin(opened, Block("arguments", self._new_id()))
                         block.tool += tool
+                    case Text(text) if unfenced is not None:
+                        if not (text := unfenced.feed(text)):
+                            continue
+                        block = _json(opened)
                     case Text(text):
                         block = _current(opened, "text")
                     case Reasoning(text):
@@ -449,11 +500,14 @@ class Worker:
         message = v1.Message(
             name=opened.name, role=v1.Message.ROLE_ASSISTANT, author=self.run.agent, status=status, run=self.run.name
         )
+        calls = any(block.kind == "arguments" for block in opened.blocks)
         for block in opened.blocks:
             text = block.data.decode()
             part = message.parts.add()
-            if block.kind == "text":
+            if block.kind == "text" or (block.kind == "json" and calls):
                 part.text = text
+            elif block.kind == "json":
+                part.json = text
             elif block.kind == "reasoning":
                 part.reasoning.text = text
             elif block.kind == "refusal":
@@ -752,6 +806,22 @@ class Worker:
 def _begin(opened: OpenMessage, block: Block) -> Block:
     opened.blocks.append(block)
     return block
+
+
+def _used(finish: Finish) -> list[v1.Event]:
+    return [v1.Event(usage=finish.usage)]
+
+
+def _json(opened: OpenMessage) -> Block:
+    """The block of a reply that is JSON: one, whatever is thought in between."""
+    found = (block for block in opened.blocks if block.kind == "json")
+    return next(found, None) or _begin(opened, Block("json"))
+
+
+def _complaint(problem: str, schema: str) -> str:
+    """What a model is told of a reply that is not valid. With the schema: not every provider has shown it."""
+    wanted = "Reply again, with nothing but JSON that is valid by this JSON Schema:"
+    return f"That reply is not valid: {problem}.\n{wanted}\n{schema}"
 
 
 def _current(opened: OpenMessage, kind: Literal["text", "reasoning", "refusal"]) -> Block:

@@ -28,6 +28,9 @@ class ModelRequest(NamedTuple):
     tools: Sequence[Tool] = ()
     load: Callable[[v1.Blob], Awaitable[bytes]] | None = None
     """Content that a message refers to, whole. BLOB_NOT_FOUND. None where no message refers to any."""
+    output_schema: str = ""
+    """JSON Schema text of an object that the reply is asked to be valid by; whether it is, is looked at by the
+    engine."""
 
 
 class Text(NamedTuple):

@@ -16,8 +16,9 @@ may hold directives, on lines of their own or one after another; what else it sa
     /help            tell these lines
 
 They take effect in their order; /stop, /pause and /fail apply to the whole reply, and alone to the usual one. Once its
-calls have outcomes it replies with those. Tokens in its usage are words. Of `generation` it heeds only
-`max_output_tokens`.
+calls have outcomes it replies with those. Where JSON by a schema is asked for, it makes up the least that will do, with
+what it heard for text; of `pattern`, `format`, `not` and `if` it knows nothing. Tokens in its usage are words. Of
+`generation` it heeds only `max_output_tokens`.
 """
 
 import asyncio
@@ -26,6 +27,7 @@ import json
 import re
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from notecase import v1
 
@@ -45,6 +47,11 @@ busy."""
 
 ENOUGH = 10_000
 """Pieces of a reply after which no further directive is begun, for the same reason."""
+
+NESTED = 16
+"""Levels of what is made up by a schema; one that refers to itself never ends."""
+
+MOST_ITEMS = 10
 
 _DIRECTIVE = re.compile(r"(?:^|(?<=\s))/(say|reason|call|chunks|big|refuse|stop|pause|fail|help)\b[ \t]*")
 _PIECE = re.compile(r"\s*\S+|\s+$")
@@ -116,7 +123,7 @@ def _plan(request: ModelRequest) -> _Plan:
     plan = _Plan()
     last = request.messages[-1] if request.messages else v1.Message()
     outcomes = [part.tool_call for part in last.parts if part.WhichOneof("kind") == "tool_call"]
-    if last.role == v1.Message.ROLE_ASSISTANT and outcomes:
+    if last.role == v1.Message.ROLE_ASSISTANT and outcomes and not request.output_schema:
         plan.say("\n".join(["The tools are done.", *map(_outcome, outcomes)]))
         return plan
     said = _text(last)[:DIRECTED] if last.role != v1.Message.ROLE_ASSISTANT else ""
@@ -125,8 +132,51 @@ def _plan(request: ModelRequest) -> _Plan:
         if len(plan.pieces) > ENOUGH:
             break
     if not plan.pieces:
-        plan.say(_echo(request, last))
+        plan.say(_made_up(request, last) if request.output_schema else _echo(request, last))
     return plan
+
+
+def _made_up(request: ModelRequest, last: v1.Message) -> str:
+    schema = json.loads(request.output_schema)
+    return json.dumps(_instance(schema, schema, _text(last) or "nothing new", NESTED), ensure_ascii=False)
+
+
+def _instance(schema: Any, whole: Any, heard: str, levels: int) -> Any:
+    """The least that is valid by a schema, as far as its plain keywords tell."""
+    if not isinstance(schema, dict) or not levels:
+        return None
+    for name in ("const", "default"):
+        if name in schema:
+            return schema[name]
+    for name in ("enum", "examples"):
+        if schema.get(name):
+            return schema[name][0]
+    if isinstance(ref := schema.get("$ref"), str):
+        found = whole
+        for step in ref.removeprefix("#").split("/")[1:]:
+            found = found.get(step) if isinstance(found, dict) else None
+        return _instance(found, whole, heard, levels - 1)
+    for name in ("anyOf", "oneOf", "allOf"):
+        if schema.get(name):
+            rest = {key: held for key, held in schema.items() if key != name}
+            return _instance({**rest, **schema[name][0]}, whole, heard, levels - 1)
+    kind = schema.get("type", "object" if "properties" in schema else "string")
+    match kind[0] if isinstance(kind, list) and kind else kind:
+        case "object":
+            properties = schema.get("properties", {})
+            named = schema.get("required", [])
+            return {name: _instance(properties.get(name, {}), whole, heard, levels - 1) for name in named}
+        case "array":
+            count = min(schema.get("minItems", 0), MOST_ITEMS)
+            return [_instance(schema.get("items", {}), whole, heard, levels - 1) for _ in range(count)]
+        case "string":
+            return heard[: schema.get("maxLength", ECHO)].ljust(schema.get("minLength", 0), ".")
+        case "integer" | "number":
+            return schema.get("minimum", min(schema.get("maximum", 0), 0))
+        case "boolean":
+            return False
+        case _:
+            return None
 
 
 def _directives(text: str) -> Iterator[tuple[str, str]]:
@@ -206,7 +256,7 @@ def _outcome(call: v1.ToolCall) -> str:
     if call.error or call.outcome in {v1.ToolCall.OUTCOME_FAILED, v1.ToolCall.OUTCOME_CANCELLED}:
         told = v1.ToolCall.Outcome.Name(call.outcome).removeprefix("OUTCOME_").lower()
         return f"{call.tool} {told}: {_cut(call.error)}"
-    shown = [_cut(part.text) if part.WhichOneof("kind") == "text" else _medium(part) for part in call.result]
+    shown = [_cut(part.text or part.json) if _is_said(part) else _medium(part) for part in call.result]
     return f"{call.tool} gave: {', '.join(shown) or 'nothing'}"
 
 
@@ -228,7 +278,11 @@ def _unanswered_media(messages: Sequence[v1.Message]) -> list[v1.Part]:
 
 
 def _text(message: v1.Message) -> str:
-    return "\n".join(part.text for part in message.parts if part.WhichOneof("kind") == "text")
+    return "\n".join(part.text or part.json for part in message.parts if _is_said(part))
+
+
+def _is_said(part: v1.Part) -> bool:
+    return part.WhichOneof("kind") in {"text", "json"}
 
 
 def _cut(text: str) -> str:

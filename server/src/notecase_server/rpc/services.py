@@ -14,6 +14,7 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.engine.content import Contents
 from notecase_server.engine.runs import Caused, Runs
+from notecase_server.engine.schema import Schemas
 from notecase_server.engine.session import Sessions
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.names import RunName
@@ -21,7 +22,7 @@ from notecase_server.rpc import filter as filters
 from notecase_server.rpc.interceptor import MAX_MESSAGE_BYTES, caller
 from notecase_server.rpc.pages import MAX_PAGE_SIZE, Pages
 from notecase_server.rpc.run import Streams
-from notecase_server.rpc.validate import Check, check_instruction
+from notecase_server.rpc.validate import MAX_SCHEMA_BYTES, Check, check_instruction
 from notecase_server.store.contract import Commit, Committed, Once, Page, Replayed, SessionKey, Store
 from notecase_server.tools.contract import Toolbox
 
@@ -59,6 +60,7 @@ class Desk:
     providers: tuple[str, ...]
     """The default one first."""
     toolbox: Toolbox
+    schemas: Schemas
     pages: Pages
     contents: Contents
     new_id: Callable[[], str]
@@ -130,6 +132,7 @@ class Agents(v1.AgentServiceServicer):
         check.agent_body(request.agent, self.desk.providers, self.desk.toolbox)
         check.done()
         check_instruction(request.agent)
+        await self.desk.schemas.require("agent.llm.output_schema", request.agent.llm.output_schema)
         agent_id = request.agent_id or self.desk.new_id()
         return await self.store.create_agent(caller.get().tenant, agent_id, request.agent, once(request, _same))
 
@@ -167,6 +170,11 @@ class Agents(v1.AgentServiceServicer):
         check(revision == 0, "agent.name", "names a revision; an update makes the next one")
         check.done()
         mask = masked(request.update_mask, request.agent, AGENT_FIELDS)
+        if not {"llm", "llm.output_schema"}.isdisjoint(mask.paths):
+            schema = request.agent.llm.output_schema
+            check.text("agent.llm.output_schema", schema, MAX_SCHEMA_BYTES)
+            check.done()
+            await self.desk.schemas.require("agent.llm.output_schema", schema)
 
         def edit(agent: v1.Agent) -> None:
             mask.MergeMessage(request.agent, agent, replace_message_field=True, replace_repeated_field=True)

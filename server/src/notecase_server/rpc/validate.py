@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
+import msgspec
 from google.protobuf.duration_pb2 import Duration
 from notecase import v1
 
@@ -45,7 +46,7 @@ MAX_BATCH_DELAY = 10.0
 """Seconds."""
 
 MAX_CHUNK_BYTES = 1 << 20
-PARTS = "text, file, data, blob or state_key"
+PARTS = "text, json, file, data, blob or state_key"
 
 LABEL_KEY = re.compile(r"[a-z0-9A-Z]([a-zA-Z0-9._/-]{0,61}[a-zA-Z0-9])?")
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -205,6 +206,8 @@ class Check:
         match part.WhichOneof("kind"):
             case "text":
                 self(part.text != "", f"{field}.text", "is empty")
+            case "json":
+                self(_is_json(part.json), f"{field}.json", "wants JSON text (RFC 8259)")
             case "file":
                 fine = (
                     re.match(r"[a-z][a-z0-9+.-]*:\S", part.file.uri) is not None
@@ -272,6 +275,7 @@ class Check:
         self(llm.context.max_messages >= 0, "agent.llm.context.max_messages", "is negative")
         self(llm.context.max_tokens >= 0, "agent.llm.context.max_tokens", "is negative")
         self._generation(llm.generation)
+        self.text("agent.llm.output_schema", llm.output_schema, MAX_SCHEMA_BYTES)
         self.tools("agent.llm.tools", llm.tools)
         for index, tool in enumerate(llm.tools):
             at = f"agent.llm.tools[{index}]"
@@ -420,6 +424,14 @@ class Check:
 def check_instruction(agent: v1.Agent) -> None:
     """Raises NotecaseError TEMPLATE_ERROR when the instruction is no template."""
     template.parse(agent.llm.instruction)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        msgspec.json.decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _is_json_object(text: str) -> bool:

@@ -1,0 +1,185 @@
+"""JSON Schemas by strangers, applied to replies that strangers asked for: bounded, whatever they are.
+
+A few references to one another make a schema that takes longer than anybody waits, and no library bounds that. So
+each question is asked of a process that is killed when it does not answer in time; a defect of the library ends that
+process and no more. It is started when it is first needed, and kept.
+"""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+import structlog
+from google.protobuf.struct_pb2 import NULL_VALUE
+from notecase import v1
+
+from notecase_server import errors
+
+log = structlog.get_logger()
+
+SECONDS = 2.0
+"""For one answer. 100 KB of JSON take a hundredth of a second."""
+
+START_SECONDS = 30.0
+"""For a process to start, on a machine that is busy."""
+
+WORKERS = 2
+"""Processes at once. A schema that takes its time holds up the replies behind it for that time."""
+
+WORKER = "notecase_server.engine.schema_worker"
+
+_INT64 = 1 << 63
+
+
+class Schemas:
+    """What judges schemas and replies. One object serves all runs; used from one event loop only."""
+
+    def __init__(self) -> None:
+        self._idle: list[_Worker] = []
+        self._room = asyncio.Semaphore(WORKERS)
+
+    async def require(self, field: str, schema: str) -> None:
+        """Raises NotecaseError INVALID_FIELD when the text is no JSON Schema, or one that is never to be used here."""
+        if schema and (problem := await self._ask({"schema": schema})):
+            raise errors.invalid([errors.Violation(field, f"is no JSON Schema (draft 2020-12): {problem}")])
+
+    async def problem(self, schema: str, reply: str) -> str:
+        """What is wrong with a reply, in words for its author: at most about a kilobyte, quoting no value. Empty when
+        it is valid."""
+        if not reply:
+            return "it is empty"
+        return await self._ask({"schema": schema, "reply": reply})
+
+    async def close(self) -> None:
+        """Ends the processes. Idempotent."""
+        while self._idle:
+            await self._idle.pop().end()
+
+    async def _ask(self, question: Mapping[str, str]) -> str:
+        async with self._room:
+            worker = self._idle.pop() if self._idle else await self._started()
+            if worker.dead:  # killed by somebody meanwhile
+                await worker.end()
+                worker = await self._started()
+            answer = await worker.ask(question, SECONDS)
+            if answer is None:
+                log.warning("schema_not_answered", schema_bytes=len(question["schema"]))
+                return f"it cannot be checked against the schema within {SECONDS:g} seconds"
+            self._idle.append(worker)
+            return answer
+
+    async def _started(self) -> "_Worker":
+        """A process that has answered once: what its start takes is no fault of a schema's."""
+        worker = await asyncio.to_thread(_Worker)
+        if await worker.ask({"schema": "{}"}, START_SECONDS) is None:
+            raise RuntimeError("the process that checks schemas does not start")
+        return worker
+
+
+class _Worker:
+    """One process. Its pipes are waited for in threads: a loop's own way to start a process forks, which a process that
+    serves gRPC in other threads must not."""
+
+    def __init__(self) -> None:
+        """Blocks for as long as a process takes to start."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-m", WORKER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={},  # the server's secrets are in its own
+            start_new_session=True,  # Ctrl-C is for the server, which then ends it
+        )
+
+    @property
+    def dead(self) -> bool:
+        return self._process.poll() is not None
+
+    async def ask(self, question: Mapping[str, str], seconds: float) -> str | None:
+        """None when it died, or did not answer in time; it is then at its end."""
+        exchange = asyncio.get_running_loop().run_in_executor(None, self._exchange, msgspec.json.encode(question))
+        line = b""
+        try:
+            done, _ = await asyncio.wait([exchange], timeout=seconds)
+            line = exchange.result() if done else b""
+        finally:
+            if not line:
+                self._process.kill()
+                await asyncio.wait([exchange])
+                await self.end()
+        return msgspec.json.decode(line, type=str) if line else None
+
+    def _exchange(self, question: bytes) -> bytes:
+        """Its line, or nothing when it dies."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(question + b"\n")
+            self._process.stdin.flush()
+            return self._process.stdout.readline()
+        except BrokenPipeError:
+            return b""
+
+    async def end(self) -> None:
+        """Closes its input, at which it ends, and waits for that."""
+        await asyncio.to_thread(self._process.communicate)
+
+
+class Unfenced:
+    """A reply's JSON without the fence that models put around it, piece by piece: "```json" before it and "```" behind.
+
+    What may turn out to be the closing fence is held back until more comes; no JSON ends in it. So what was given out
+    is never taken back, and all of it together is the reply."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._begun = False
+        self._fenced = False
+
+    def feed(self, piece: str) -> str:
+        """As much of the reply as is certain."""
+        text = self._held + piece
+        if not self._begun:
+            text = text.lstrip()
+            if text.startswith("`"):
+                line, end, rest = text.partition("\n")
+                if not end and len(line) <= len("```json\r"):
+                    self._held = text
+                    return ""
+                if line.strip().lower() in {"```", "```json"}:
+                    self._fenced = True
+                    text = rest
+            self._begun = bool(text) or self._fenced
+        sure = text.rstrip("` \t\r\n")
+        self._held = text[len(sure) :]
+        return sure
+
+    def end(self) -> str:
+        """The rest, once the reply is whole."""
+        rest, self._held = self._held.rstrip(), ""
+        return rest.removesuffix("```").rstrip() if self._fenced else rest
+
+
+def value_of(reply: str) -> v1.Value:
+    """A valid reply as state holds it. Whole numbers beyond 64 bits are doubles, as to most readers of JSON."""
+    return _value(msgspec.json.decode(reply))
+
+
+def _value(plain: Any) -> v1.Value:
+    match plain:
+        case None:
+            return v1.Value(null_value=NULL_VALUE)
+        case bool():
+            return v1.Value(bool_value=plain)
+        case int() if -_INT64 <= plain < _INT64:
+            return v1.Value(int_value=plain)
+        case int() | float():
+            return v1.Value(double_value=float(plain))
+        case str():
+            return v1.Value(string_value=plain)
+        case Sequence():
+            return v1.Value(list_value=v1.ValueList(values=map(_value, plain)))
+        case _:
+            return v1.Value(map_value=v1.ValueMap(values={key: _value(held) for key, held in plain.items()}))

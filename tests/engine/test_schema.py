@@ -1,0 +1,162 @@
+"""Schemas and replies by strangers: what is valid, what is told of the rest, and that neither holds anybody up."""
+
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from notecase import from_value
+from notecase_server.engine import schema
+from notecase_server.engine.schema import Schemas, Unfenced, value_of
+from notecase_server.errors import NotecaseError
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "pattern": "^[A-Z]"}, "age": {"type": "integer"}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture
+async def schemas() -> AsyncIterator[Schemas]:
+    made = Schemas()
+    yield made
+    await made.close()
+
+
+def text(document: Any) -> str:
+    return json.dumps(document)
+
+
+def doubling(levels: int) -> str:
+    """A schema of a few kilobytes that takes 2 to the power of `levels` steps."""
+    twice = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(levels)}
+    return text({"$ref": "#/$defs/d0", "$defs": {**twice, f"d{levels}": {"type": "object"}}})
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        ('{"name": "Ada", "age": 36}', ""),
+        ('  {"name": "Ada"}\n', ""),
+        ("", "it is empty"),
+        ('{"name": "Ada"', "it is no JSON: Input data was truncated"),
+        ('{"name": "Ada"} and so on', "it is no JSON: JSON is malformed: trailing characters (byte 17)"),
+        ('{"name": NaN}', "it is no JSON: JSON is malformed: invalid character (byte 9)"),
+        ('{"name": "Ada", "age": "secret"}', 'at /age: the value is not of type "integer"'),
+        ('{"age": 1}', '"name" is a required property'),
+        ("[" * 17 + "]" * 17, "it is more than 16 levels deep"),
+        (f'{{"name": "Ada", "age": 1{"0" * 400}}}', "a number in it is out of range"),
+    ],
+)
+async def test_what_is_wrong_with_a_reply_is_told_without_its_values(schemas: Schemas, reply: str, told: str) -> None:
+    assert await schemas.problem(text(PERSON), reply) == told
+
+
+async def test_at_most_three_problems_are_told_and_none_at_length(schemas: Schemas) -> None:
+    wanted = text({"items": {"enum": ["x" * 5000]}})
+    told = await schemas.problem(wanted, "[1, 2, 3, 4, 5]")
+    assert told.count("at /") == 3
+    assert len(told) < 1000
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "{",
+        "[]",
+        "true",
+        '{"type": "strin"}',
+        '{"properties": {"a": {"minLength": -1}}}',
+        '{"$ref": "https://example.org/schema.json"}',
+        '{"$ref": "file:///etc/hostname"}',
+        '{"$ref": "#/$defs/nothing"}',
+        '{"pattern": "(?=a)b"}',
+        '{"pattern": "("}',
+        text({"pattern": "(\\w{1000}){1000}"}),
+        '{"not":' * 5000 + "{}" + "}" * 5000,
+        '{"not":' * 100_000 + "{}" + "}" * 100_000,
+    ],
+    ids=lambda broken: broken[:40],
+)
+async def test_what_is_no_schema_is_refused_by_its_field(schemas: Schemas, broken: str) -> None:
+    with pytest.raises(NotecaseError) as refused:
+        await schemas.require("agent.llm.output_schema", broken)
+    assert [violation.field for violation in refused.value.violations] == ["agent.llm.output_schema"]
+    assert len(refused.value.message) < 500
+
+
+@pytest.mark.parametrize("fine", [text(PERSON), "{}", '{"$ref": "#"}', '{"properties": {"next": {"$ref": "#"}}}'])
+async def test_a_schema_may_refer_to_itself(schemas: Schemas, fine: str) -> None:
+    await schemas.require("agent.llm.output_schema", fine)
+    assert await schemas.problem(fine, '{"name": "Ada"}') == ""
+
+
+async def test_a_schema_that_never_ends_is_given_up_and_the_next_reply_is_judged(
+    schemas: Schemas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "SECONDS", 0.3)
+    began = time.monotonic()
+    assert "within 0.3 seconds" in await schemas.problem(doubling(64), "{}")
+    assert time.monotonic() - began < schema.START_SECONDS
+    assert await schemas.problem(text(PERSON), '{"name": "Ada"}') == ""
+
+
+async def test_a_pattern_matches_in_linear_time(schemas: Schemas) -> None:
+    """The pattern that stalls every matcher that backtracks, over half a megabyte."""
+    reply = text("a" * 500_000 + "b")
+    assert 'does not match "^(a|a)*$"' in await schemas.problem(text({"pattern": "^(a|a)*$"}), reply)
+
+
+async def test_a_process_that_was_killed_is_replaced(schemas: Schemas) -> None:
+    assert await schemas.problem(text(PERSON), "{}") != ""
+    (worker,) = schemas._idle
+    worker._process.kill()
+    worker._process.wait()
+    assert await schemas.problem(text(PERSON), '{"name": "Ada"}') == ""
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+@given(JSON)
+def test_a_reply_is_kept_as_the_values_that_it_has(document: Any) -> None:
+    kept = from_value(value_of(text(document)))
+    assert kept == document
+    assert sorted(repr(kept)) == sorted(repr(document)), "1, 1.0 and True differ"
+
+
+def test_a_whole_number_beyond_64_bits_is_a_double() -> None:
+    assert from_value(value_of("[9223372036854775807, 9223372036854775808]")) == [2**63 - 1, float(2**63)]
+
+
+@given(JSON, st.sampled_from(["", " \n", "```\n", "```json\n", "\n```JSON\r\n", "```json \n"]), st.data())
+def test_a_fence_is_taken_off_however_the_reply_is_cut(document: Any, fence: str, data: st.DataObject) -> None:
+    """What is given out piece by piece is the JSON, and never more than that."""
+    inner = text(document)
+    reply = f"{fence}{inner}\n```\n" if "`" in fence else f"{fence}{inner}\n"
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(reply)), max_size=6)))
+    unfenced = Unfenced()
+    given_out = ""
+    for start, end in zip([0, *cuts], [*cuts, len(reply)], strict=True):
+        given_out += unfenced.feed(reply[start:end])
+        assert inner.startswith(given_out.lstrip())
+    assert (given_out + unfenced.end()).strip() == inner
+
+
+@pytest.mark.parametrize("reply", ["Here: {}", "```python\n1\n```", "````", "`{}`", "```json"])
+def test_what_is_no_fence_of_json_stays(reply: str) -> None:
+    unfenced = Unfenced()
+    assert unfenced.feed(reply) + unfenced.end() == reply
