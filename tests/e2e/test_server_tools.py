@@ -324,7 +324,10 @@ async def test_a_model_that_never_learns_ends_at_its_limit(
     assert run.error.reason == v1.ERROR_REASON_LIMIT_EXCEEDED
     assert run.error.metadata["limit"] == "max_model_calls"
     assert run.usage.model_calls == 100
-    ended = ended_calls(await log_of(served, session))
+    log = await log_of(served, session)
+    ended = ended_calls(log)
     assert [call.outcome for call in ended] == [FAILED] * 100
+    begun = arguments == '{"fact": 7}'  # only the tool itself knows of what types it wants them
+    assert len([event for event in log if event.HasField("tool_started")]) == 100 * begun
     assert len(results_of(model.requests[-1])) == 99, "each is shown its failures"
     assert await state_of(served, session) == {}

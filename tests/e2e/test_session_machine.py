@@ -84,7 +84,7 @@ class Doors:
         refuse. To anything else it talks."""
         last = body["messages"][-1]
         words = last["content"].split() if last["role"] == "user" else []
-        if "fail" in words:
+        if words[:1] == ["fail"]:
             return error(400)
         calls = [(word, '{"question": "Which?"}' if word == "ask" else "{}") for word in words if word in TOOLS]
         calls += [("weigh", '{"half') for word in words if word == "broken"]
@@ -144,10 +144,15 @@ TEXTS = st.lists(
 NUMBERS = st.integers(0, 3)
 IDS = st.sampled_from(["", "", "a", "b", "c"])
 """Chosen by callers, so that they meet; mostly none."""
+QUEUE, INTERRUPT, ROLLBACK = (
+    v1.StartRun.ON_BUSY_QUEUE,
+    v1.StartRun.ON_BUSY_INTERRUPT,
+    v1.StartRun.ON_BUSY_ROLLBACK,
+)
 STARTS = st.fixed_dictionaries(
     {
         "text": TEXTS,
-        "on_busy": st.sampled_from(sorted(v1.StartRun.OnBusy.values())),
+        "on_busy": st.sampled_from([*v1.StartRun.OnBusy.values(), ROLLBACK, ROLLBACK]),
         "run_id": IDS,
         "state": st.sampled_from([None, 1, 2]),
     }
@@ -187,6 +192,7 @@ COMMANDS = st.one_of(
     st.tuples(st.just("append"), st.fixed_dictionaries({"text": TEXTS, "if_last": st.sampled_from([None, 0, -1])})),
     st.tuples(st.just("repeat"), st.fixed_dictionaries({"which": st.integers(0, 30)})),
 )
+ANSWERS = st.one_of(st.tuples(st.just("result"), RESULTS), st.tuples(st.just("response"), RESPONSES))
 FORMS = st.sampled_from(["SendCommand", "Run"])
 
 REFUSALS: Mapping[str, set[str]] = {
@@ -440,7 +446,10 @@ class SessionMachine(RuleBasedStateMachine):
         if known is not None:
             assert result.disposition == v1.CommandResult.DISPOSITION_DUPLICATE
             assert result.sequence == known[1]
-        self.results[command.command_id] = (command, result.sequence)
+        found = result.disposition == v1.CommandResult.DISPOSITION_DUPLICATE and known is None
+        assert not found or command.start.run_id, "only a run is found without its command"
+        if not found:
+            self.results[command.command_id] = (command, result.sequence)
 
     async def by_call(self, command: v1.RunRequest, run: str) -> v1.CommandResult | str:
         request = v1.SendCommandRequest(session=SESSION, run=run, command=command)
@@ -485,11 +494,21 @@ class SessionMachine(RuleBasedStateMachine):
 
         self.do(work())
 
-    @rule(text=TEXTS, run_id=IDS)
-    def a_run_begins(self, text: str, run_id: str) -> None:
+    @rule(text=TEXTS, on_busy=st.sampled_from([QUEUE, INTERRUPT, ROLLBACK]), state=st.none() | NUMBERS)
+    def a_run_begins(self, text: str, on_busy: v1.StartRun.OnBusy.ValueType, state: int | None) -> None:
         """Beside `somebody_does`, so that there is mostly one."""
-        fields = {"text": text, "on_busy": v1.StartRun.ON_BUSY_QUEUE, "run_id": run_id, "state": None}
-        self.somebody_does(("start", fields), "SendCommand")
+        fields = {"text": text, "on_busy": on_busy, "run_id": "", "state": state}
+        self.do(self.in_peace("start", fields))
+
+    @rule(answer=ANSWERS)
+    def what_waits_is_answered(self, answer: tuple[str, Fields]) -> None:
+        """Beside `somebody_does`, so that runs go on."""
+        kind, fields = answer
+        self.do(self.in_peace(kind, {**fields, "late": False}))
+
+    async def in_peace(self, kind: str, fields: Fields) -> None:
+        await self.carry_out(kind, fields, "SendCommand")
+        await self.settle()
 
     @rule()
     def the_doors_open(self) -> None:
@@ -499,17 +518,19 @@ class SessionMachine(RuleBasedStateMachine):
 
         self.do(work())
 
-    @rule(kill=st.booleans(), command=st.none() | COMMANDS)
-    def the_server_is_started_again(self, kill: bool, command: tuple[str, Fields] | None) -> None:
-        """Perhaps just when a command has been answered, with everything still on its way."""
+    @rule(kill=st.booleans(), work=st.none() | TEXTS, command=st.none() | COMMANDS)
+    def the_server_is_started_again(self, kill: bool, work: str | None, command: tuple[str, Fields] | None) -> None:
+        """Perhaps when there is work for sure, or when a command has just been answered and all is still on its way."""
 
-        async def work() -> None:
+        async def again() -> None:
+            if work is not None:
+                await self.in_peace("start", {"text": work, "on_busy": INTERRUPT, "run_id": "", "state": None})
             if command is not None:
                 await self.carry_out(*command, "SendCommand")
             await self.next_server(kill)
             await self.settle()
 
-        self.do(work())
+        self.do(again())
 
     # ---- what always holds
 
