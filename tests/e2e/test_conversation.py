@@ -266,6 +266,20 @@ async def test_one_run_at_a_time_and_the_refusal_names_the_holder(
     assert kinds(await log_of(served, session)).count("run_started") == 1
 
 
+async def test_a_wait_for_a_run_bears_what_others_write(served: Running, session: str, model: OpenAIServer) -> None:
+    """A note that is put meanwhile is no news of the run, and nothing to go round in circles for."""
+    go_on = asyncio.Event()
+    model.script(reply("Done.").held(go_on))
+    run = await served.runs.CreateRun(v1.CreateRunRequest(start=v1.StartRun(session=session, messages=[said("Go")])))
+    await model.request(0)
+    value = v1.Value(string_value="the harbour")
+    await served.state.PutState(v1.PutStateRequest(name=f"{session}/state", key="last_seen", value=value))
+    waiting = asyncio.ensure_future(served.runs.WaitRun(v1.WaitRunRequest(name=run.name)))
+    await served.runs.GetRun(v1.GetRunRequest(name=run.name))
+    go_on.set()
+    assert (await waiting).state == v1.Run.STATE_SUCCEEDED
+
+
 async def test_a_context_shows_the_model_only_what_it_says(served: Running, model: OpenAIServer) -> None:
     """max_messages keeps the newest and begins with a question; stateless shows the run's own messages only."""
     contexts = {

@@ -626,6 +626,7 @@ class Runs:
         loop = asyncio.get_running_loop()
         until = None if seconds is None else loop.time() + seconds
         while True:
+            seen = live.head  # the session's, which others move too
             row = await self._store.get_run(key, run_id)
             if row is None:
                 raise errors.not_found("run", names.run(key.session, run_id))
@@ -633,7 +634,6 @@ class Runs:
             rests = row[0].state in ENDED or (row[0].state == WAITING and row[0].last_sequence > after)
             if rests or left <= 0:
                 return row[0]
-            seen = row[0].last_sequence
             while live.head <= seen and left > 0:
                 before = loop.time()
                 await live.soon.wait(left)
