@@ -173,7 +173,12 @@ class TableStore(ABC):
     async def sweep_blobs(self, now: int, uploaded_before: int, held: Container[tuple[str, str]] = ()) -> int:
         limit = content.SWEEP_ROWS
         await self._all(lambda tables, _: content.expire_uploads(tables, now, limit), limit)
-        removed = await self._all(lambda tables, _: content.remove_loose(tables, uploaded_before, held, limit), limit)
+        removed, last = 0, ("", "")
+        # They are looked for beside the writes, since among many blobs few are loose.
+        find = partial(content.find_loose, before=uploaded_before, limit=limit)
+        while found := await self._read(partial(find, after=last)):
+            removed += await self._write(partial(content.remove_loose, found=found, before=uploaded_before, held=held))
+            last = found[-1]
         await self._all(lambda tables, _: tables.delete_chunks(limit), limit)
         return removed
 

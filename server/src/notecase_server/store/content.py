@@ -182,11 +182,20 @@ def expire_uploads(tables: Tables, now: int, limit: int) -> int:
     return len(expired)
 
 
-def remove_loose(tables: Tables, before: int, held: Container[tuple[str, str]], limit: int) -> int:
-    """At most `limit` blobs that nothing needs; returns how many."""
-    loose = (found for found in tables.loose_blobs(before) if found[:2] not in held)
-    removed = list(islice(loose, limit))
-    for tenant, sha256, row in removed:
-        tables.delete_blob(tenant, sha256)
-        tables.discard(row.content)
-    return len(removed)
+def find_loose(tables: Tables, before: int, after: tuple[str, str], limit: int) -> list[tuple[str, str]]:
+    """Blobs that nothing may need, at most `limit` of them, by tenant and digest."""
+    return list(islice(tables.loose_blobs(before, after), limit))
+
+
+def remove_loose(
+    tables: Tables, now: int, found: Iterable[tuple[str, str]], before: int, held: Container[tuple[str, str]]
+) -> int:
+    """Those of the blobs found that nothing needs still; returns how many."""
+    removed = 0
+    for tenant, sha256 in found:
+        row = tables.blob(tenant, sha256)
+        if row is not None and (tenant, sha256) not in held and tables.is_loose(tenant, sha256, before):
+            tables.delete_blob(tenant, sha256)
+            tables.discard(row.content)
+            removed += 1
+    return removed

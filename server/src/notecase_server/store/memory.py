@@ -384,11 +384,13 @@ class _MemoryTables:
     def delete_blob(self, tenant: str, sha256: str) -> None:
         del self._tenants[tenant].blobs[sha256]
 
-    def loose_blobs(self, before: int) -> Iterator[tuple[str, str, BlobRow]]:
-        for tenant, rows in self._tenants.items():
-            for sha256, blob in list(rows.blobs.items()):
-                if blob.upload_time < before and not blob.references:
-                    yield tenant, sha256, blob.row
+    def is_loose(self, tenant: str, sha256: str, before: int) -> bool:
+        found = self._tenants[tenant].blobs.get(sha256)
+        return found is not None and found.upload_time < before and not found.references
+
+    def loose_blobs(self, before: int, after: tuple[str, str]) -> Iterator[tuple[str, str]]:
+        places = sorted((tenant, sha256) for tenant, rows in self._tenants.items() for sha256 in rows.blobs)
+        return (place for place in places if place > after and self.is_loose(*place, before))
 
     def refers(self, scope: Scope, key: str, sha256: str) -> bool:
         return sha256 in self._tenants[scope.tenant].references.get((scope, key), ())

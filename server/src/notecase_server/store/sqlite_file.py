@@ -267,7 +267,6 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             upload_time INTEGER NOT NULL,
             PRIMARY KEY (tenant, sha256)
         ) WITHOUT ROWID""",
-        "CREATE INDEX blobs_by_time ON blobs (upload_time)",
         # A session's log refers under the empty key, from its first event that does; other states by their entries.
         """CREATE TABLE blob_references (
             tenant TEXT NOT NULL,

@@ -64,6 +64,9 @@ AGENTS = """SELECT a.agent, r.body FROM agents a
     WHERE a.tenant = ?"""
 
 
+LOOSE_BLOBS = """SELECT tenant, sha256 FROM blobs b WHERE upload_time < ? AND NOT EXISTS
+    (SELECT 1 FROM blob_references r WHERE r.tenant = b.tenant AND r.sha256 = b.sha256)"""
+
 ACTIVE_RUNS = """SELECT a.tenant, a.session, r.body, a.agent, s.epoch FROM active_runs a
     JOIN runs r ON r.tenant = a.tenant AND r.session = a.session AND r.run = a.run
     JOIN sessions s ON s.tenant = a.tenant AND s.session = a.session"""
@@ -376,14 +379,12 @@ class SqliteTables:
     def delete_blob(self, tenant: str, sha256: str) -> None:
         self._execute("DELETE FROM blobs WHERE tenant = ? AND sha256 = ?", (tenant, sha256))
 
-    def loose_blobs(self, before: int) -> Iterator[tuple[str, str, BlobRow]]:
-        rows = self._execute(
-            """SELECT tenant, sha256, content, size FROM blobs b WHERE upload_time < ? AND NOT EXISTS
-                (SELECT 1 FROM blob_references r WHERE r.tenant = b.tenant AND r.sha256 = b.sha256)""",
-            (before,),
-        )
-        for tenant, sha256, content, size in rows:
-            yield tenant, sha256, BlobRow(content, size)
+    def is_loose(self, tenant: str, sha256: str, before: int) -> bool:
+        return self._one(f"{LOOSE_BLOBS} AND tenant = ? AND sha256 = ?", before, tenant, sha256) is not None
+
+    def loose_blobs(self, before: int, after: tuple[str, str]) -> Iterator[tuple[str, str]]:
+        statement = f"{LOOSE_BLOBS} AND (tenant, sha256) > (?, ?) ORDER BY tenant, sha256"
+        return self._execute(statement, (before, *after))
 
     def refers(self, scope: Scope, key: str, sha256: str) -> bool:
         return (

@@ -180,8 +180,12 @@ class Tables(Protocol):
 
     def delete_blob(self, tenant: str, sha256: str) -> None: ...
 
-    def loose_blobs(self, before: int) -> Iterator[tuple[str, str, BlobRow]]:
-        """The blobs last uploaded before that time to which nothing refers, with tenant and digest, in no order."""
+    def is_loose(self, tenant: str, sha256: str, before: int) -> bool:
+        """Whether there is such a blob, last uploaded before that time, and nothing refers to it."""
+        ...
+
+    def loose_blobs(self, before: int, after: tuple[str, str]) -> Iterator[tuple[str, str]]:
+        """Those blobs by tenant and digest, ascending, after that one."""
         ...
 
     def refers(self, scope: Scope, key: str, sha256: str) -> bool: ...
