@@ -22,8 +22,8 @@ demo: $(VENV)/.ready ## A detective's conversation, told from start to restart
 serve: $(VENV)/.ready ## Start the server; ARGS="--store sqlite:notecase.db"
 	@$(BIN)/notecase serve $(ARGS)
 
-test: $(VENV)/.ready $(GENERATOR)/.ready $(if $(GO),$(BIN)/grpcurl) ## Run the tests; ARGS="-k name tests/store"
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.ready $(GENERATOR)/.ready $(if $(GO),$(BIN)/grpcurl) ## Run the tests side by side; ARGS="-n0 -k name tests/store"
+	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.ready ## Check the format and the style
 	@$(BIN)/ruff format --check --quiet || { $(BIN)/ruff format --diff; exit 1; }

@@ -7,6 +7,11 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says how busy the machine is; what hangs is the time-out's to find.
+settings.register_profile("untimed", settings(), deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
@@ -17,6 +22,13 @@ def grpcurl() -> str:
     if found is None:
         pytest.skip("wants grpcurl, which is not here; make tools builds it where Go is")
     return found
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker for each processor; two where there is but one, since many tests wait for a process that they start, and
+    no more than four, since some take a few hundred MB."""
+    return max(2, min(os.cpu_count() or 1, 4))
 
 
 def forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

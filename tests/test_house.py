@@ -382,22 +382,38 @@ def test_no_file_names_a_registry_or_a_place_on_one_machine() -> None:
     assert [] == found
 
 
+SKIPPING = """
+import pytest
+def test_runs(): pass
+def test_skips(): pytest.skip('no tool')
+@pytest.mark.xfail
+def test_is_expected_to_fail(): assert False
+@pytest.mark.skip
+def test_is_marked(): pass
+"""
+
+SKIPPED = "import pytest; pytest.skip('no tool', allow_module_level=True)"
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize(
-    ("ci", "outcome"), [("true", "1 failed, 1 passed, 1 xfailed, 1 error"), ("", "1 passed, 2 skipped, 1 xfailed")]
+    ("source", "ci", "outcome"),
+    [
+        (SKIPPING, "true", "1 failed, 1 passed, 1 xfailed, 1 error"),
+        (SKIPPING, "", "1 passed, 2 skipped, 1 xfailed"),
+        (SKIPPED, "true", "1 error"),
+        (SKIPPED, "", "1 skipped"),
+    ],
+    ids=["tests in CI", "tests", "a module in CI", "a module"],
 )
-def test_a_skip_fails_in_ci_and_an_expected_failure_does_not(tmp_path: Path, ci: str, outcome: str) -> None:
-    (tmp_path / "test_some.py").write_text(
-        "import pytest\n"
-        "def test_runs(): pass\n"
-        "def test_skips(): pytest.skip('no tool')\n"
-        "@pytest.mark.xfail\n"
-        "def test_is_expected_to_fail(): assert False\n"
-        "@pytest.mark.skip\n"
-        "def test_is_marked(): pass\n"
-    )
+def test_a_skip_fails_in_ci_and_an_expected_failure_does_not(
+    tmp_path: Path, source: str, ci: str, outcome: str, workers: str
+) -> None:
+    """In one process, and where workers tell another one what became of their tests."""
+    (tmp_path / "test_some.py").write_text(source)
     command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", os.devnull, "--rootdir", str(tmp_path)]
     done = subprocess.run(
-        [*command, "-p", "no:cacheprovider", str(tmp_path)],
+        [*command, "-p", "xdist", "-n", workers, "--dist", "worksteal", "-p", "no:cacheprovider", str(tmp_path)],
         cwd=ROOT,
         env={**os.environ, "CI": ci, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"},
         stdin=subprocess.DEVNULL,
@@ -405,4 +421,5 @@ def test_a_skip_fails_in_ci_and_an_expected_failure_does_not(tmp_path: Path, ci:
         text=True,
         check=False,
     )
-    assert outcome in done.stdout
+    assert outcome in done.stdout.splitlines()[-1]
+    assert (done.returncode in {1, 2}) == bool(ci)

@@ -64,16 +64,13 @@ def cache(pytestconfig: pytest.Config) -> Path:
 
 
 @pytest.fixture
-def environment(cache: Path) -> Mapping[str, str]:
+def environment(tmp_path: Path) -> Mapping[str, str]:
     """This process's, with the protoc of the stubs' generator on the PATH, where it is installed."""
     environment = dict(os.environ)
     bundled = ROOT / ".venv-proto" / "bin" / "python-grpc-tools-protoc"
     if bundled.exists():
-        link = cache / "bin" / "protoc"
-        link.parent.mkdir(exist_ok=True)
-        link.unlink(missing_ok=True)
-        link.symlink_to(bundled)
-        environment["PATH"] = f"{link.parent}{os.pathsep}{environment['PATH']}"
+        (tmp_path / "protoc").symlink_to(bundled)
+        environment["PATH"] = f"{tmp_path}{os.pathsep}{environment['PATH']}"
     return environment
 
 
