@@ -1,8 +1,8 @@
 """A server that kills itself at a chosen commit, with tools whose effects are counted outside it.
 
-`python -m tests.support.crashing --store sqlite:PATH --before 3` is `notecase serve` with these tools, up to the moment
-at which a run's third commit is about to be made; with `--after 3`, that at which it is durable and nobody has been
-told. Without either it lives on. SIGKILL is what the process sends itself: nothing is flushed, closed or told.
+`main` with `--store sqlite:PATH --before 3` is `notecase serve` with these tools, up to the moment at which a run's
+third commit is about to be made; with `--after 3`, that at which it is durable and nobody has been told. Without either
+it lives on. SIGKILL is what the process sends itself: nothing is flushed, closed or told.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from notecase_server.tools.functions import CallContext, tool
 
 from tests.support.server import Spawned
 
-TOOLS = __name__ if __name__ != "__main__" else "tests.support.crashing"
+TOOLS = __name__
 EFFECTS = "CRASHING_EFFECTS"
 """The variable that names the file of effects: a line each, of the idempotency key and the attempt."""
 GATE = "CRASHING_GATE"
@@ -133,22 +133,8 @@ class Crashing(Spawned):
     @classmethod
     async def launch(cls, directory: Path, *arguments: str, env: Mapping[str, str]) -> Self:
         """Returns once it serves, from `notecase.db` in the directory, where its log and its effects are too."""
-        keep = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "NOTECASE_"))}
-        log = directory / "log"
-        with log.open("ab") as errors:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "tests.support.crashing", "--store", f"sqlite:{directory / 'notecase.db'}", *arguments),
-                env={**keep, EFFECTS: str(directory / "effects"), **env},
-                stdout=asyncio.subprocess.PIPE,
-                stderr=errors,
-            )
-        assert process.stdout is not None
-        line = (await process.stdout.readline()).decode()
-        if not line.startswith("listening on port "):
-            await process.wait()
-            raise AssertionError(f"the server ended with {process.returncode}: {log.read_text()}")
-        return cls(process, log, f"127.0.0.1:{line.split()[-1]}")
+        words = ("--store", f"sqlite:{directory / 'notecase.db'}", *arguments)
+        return await cls.fork(__name__, words, {EFFECTS: str(directory / "effects"), **env}, directory / "log")
 
     async def __aenter__(self) -> Self:
         return self
@@ -186,7 +172,3 @@ def main() -> None:
 
     with mock.patch.object(serve, "open_store", open_mortal):
         uvloop.run(serve.serve(settings, ready))
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from notecase_server.rpc.watch import Pace
 from notecase_server.serve import Server, new_id, now, open_store
 from notecase_server.tools.contract import Toolbox
 from notecase_server.tools.toolbox import make_toolbox
+
+from tests.support.forking import Forked
 
 TENANT = "x-test-tenant"
 """The metadata by which a test says whose call it is, where a credential will be."""
@@ -90,25 +92,43 @@ async def running(
 class Spawned:
     """`notecase serve` as a process of its own."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log: Path, address: str) -> None:
+    def __init__(self, process: asyncio.subprocess.Process | Forked, log: Path, address: str) -> None:
         self.process = process
         self.log = log
         self.address = address
 
     @classmethod
     async def start(
-        cls, store: str, log: Path, *arguments: str, port: int = 0, env: Mapping[str, str] | None = None
+        cls,
+        store: str,
+        log: Path,
+        *arguments: str,
+        port: int = 0,
+        env: Mapping[str, str] | None = None,
+        forked: bool = False,
     ) -> Self:
-        """Returns once it serves; its log goes to the file. Fails with the log when it ends before that."""
-        keep = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "NOTECASE_"))}
+        """Returns once it serves; its log goes to the file. Fails with the log when it ends before that.
+
+        With `forked` it is not the command that is started; see tests/support/forking.py."""
+        words = ("serve", "--listen", f"127.0.0.1:{port}", "--store", store, *arguments)
+        if forked:
+            return await cls.fork("notecase_server.cli", words, env or {}, log)
         with log.open("ab") as errors:
             process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                *("-m", "notecase_server", "serve", "--listen", f"127.0.0.1:{port}", "--store", store, *arguments),
-                env={**keep, **(env or {})},
+                *(sys.executable, "-m", "notecase_server", *words),
+                env={**_environment(), **(env or {})},
                 stdout=asyncio.subprocess.PIPE,
                 stderr=errors,
             )
+        return await cls._serving(process, log)
+
+    @classmethod
+    async def fork(cls, module: str, arguments: Sequence[str], env: Mapping[str, str], log: Path) -> Self:
+        """As `start`, of any module whose `main` serves, without the price of its imports."""
+        return await cls._serving(await Forked.start(module, arguments, {**_environment(), **env}, log), log)
+
+    @classmethod
+    async def _serving(cls, process: asyncio.subprocess.Process | Forked, log: Path) -> Self:
         assert process.stdout is not None
         line = (await process.stdout.readline()).decode()
         if not line.startswith("listening on port "):
@@ -134,3 +154,8 @@ class Spawned:
         assert self.process.stdout is not None
         await self.process.stdout.read()
         await self.process.wait()
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without the settings that whoever runs the tests may have."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "NOTECASE_"))}

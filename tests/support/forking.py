@@ -1,0 +1,69 @@
+"""Processes without the price of their imports, which for a server is two seconds of a processor: forked from one that
+has made them once. Each is a process like any other, with memory, files and a death of its own."""
+
+import asyncio
+import importlib
+import multiprocessing
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Self
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(
+    ["notecase_server.cli", "notecase_server.models.openai", "notecase_server.tools.mcp", "tests.support.crashing"]
+)
+
+
+class Forked:
+    """A process as asyncio's own are, as far as tests use them."""
+
+    def __init__(self, process: ForkServerProcess, stdout: asyncio.StreamReader) -> None:
+        self._process = process
+        self.stdout = stdout
+
+    @classmethod
+    async def start(cls, module: str, arguments: Sequence[str], env: Mapping[str, str], log: Path) -> Self:
+        """Calls the module's `main` with these arguments, in exactly this environment; what it says to standard error
+        goes to the file."""
+        receiver, sender = _FORKS.Pipe(duplex=False)
+        process = _FORKS.Process(target=_become, args=(module, arguments, dict(env), sender, log))
+        process.start()
+        sender.close()
+        stdout = asyncio.StreamReader()
+        await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(stdout), os.fdopen(os.dup(receiver.fileno()), "rb")
+        )
+        receiver.close()
+        return cls(process, stdout)
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    async def wait(self) -> int:
+        await asyncio.to_thread(self._process.join)
+        assert self.returncode is not None
+        return self.returncode
+
+
+def _become(module: str, arguments: Sequence[str], env: Mapping[str, str], stdout: Connection, log: Path) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    os.dup2(stdout.fileno(), 1)
+    stdout.close()
+    with log.open("ab") as errors:
+        os.dup2(errors.fileno(), 2)
+    sys.argv = [module, *arguments]
+    importlib.import_module(module).main()
