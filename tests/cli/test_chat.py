@@ -327,3 +327,13 @@ async def test_a_session_that_is_busy_shows_what_with(served: Running, agent: v1
         for screen in (first, second):
             await screen.type("\x04")
             assert 0 == await screen.ended()
+
+
+async def test_a_summary_is_told_in_a_line_beside_the_reply(served: Running) -> None:
+    """On standard error, so that a pipe holds nothing but what the agent says."""
+    kept = v1.Context(summary=v1.Context.Summary(keep_recent=1, batch=1, instruction="/say They met."))
+    agent = v1.Agent(llm=v1.LlmAgent(context=kept))
+    await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="archivist", agent=agent))
+    done = await notecase("chat", "--server", served.address, said="/say One.\n/say Two.\n")
+    assert (0, "One.\nTwo.\n") == (done.code, done.out)
+    assert "Summarised for the model: They met." == done.err.splitlines()[-1]

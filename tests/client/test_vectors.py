@@ -22,6 +22,8 @@ def parsed(view: dict[str, Any], after: int | None) -> SessionView:
     expected.state = {key: ParseDict(value, v1.Value()) for key, value in view.get("state", {}).items()}
     expected.queued = [ParseDict(queued, v1.QueuedCommand()) for queued in view.get("queued", [])]
     expected.remembered = view.get("remembered", {})
+    summaries = view.get("summaries", {}).items()
+    expected.summaries = {int(sequence): ParseDict(made, v1.Summarized()) for sequence, made in summaries}
     expected.open = {
         message: {
             int(index): Block(

@@ -278,31 +278,3 @@ async def test_a_wait_for_a_run_bears_what_others_write(served: Running, session
     await served.runs.GetRun(v1.GetRunRequest(name=run.name))
     go_on.set()
     assert (await waiting).state == v1.Run.STATE_SUCCEEDED
-
-
-async def test_a_context_shows_the_model_only_what_it_says(served: Running, model: OpenAIServer) -> None:
-    """max_messages keeps the newest and begins with a question; stateless shows the run's own messages only."""
-    contexts = {
-        "window": v1.Context(max_messages=4),
-        "stateless": v1.Context(stateless=True),
-        "budget": v1.Context(max_tokens=60),
-    }
-    for name, context in contexts.items():
-        llm = v1.LlmAgent(context=context)
-        await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id=name, agent=v1.Agent(llm=llm)))
-    session = await served.sessions.CreateSession(v1.CreateSessionRequest())
-    said_before = [
-        v1.Message(role=role, parts=[v1.Part(text=f"{index} {'x' * 60}")])
-        for index, role in enumerate([v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT] * 4)
-    ]
-    await served.messages.AppendMessages(v1.AppendMessagesRequest(parent=session.name, messages=said_before))
-    shown = {}
-    for name in contexts:
-        model.script(reply("ok"))
-        start = v1.StartRun(session=session.name, agent=f"agents/{name}", messages=[said(f"{name}?")])
-        await served.runs.Invoke(v1.InvokeRequest(start=start))
-        shown[name] = [message["content"][:9] for message in model.requests[-1]["messages"]]
-    assert shown["window"] == ["6 xxxxxxx", "7 xxxxxxx", "window?"]
-    assert shown["stateless"] == ["stateless"]
-    assert shown["budget"][-1] == "budget?"
-    assert 1 <= len(shown["budget"]) < 5

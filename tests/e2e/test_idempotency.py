@@ -73,6 +73,12 @@ WRITES: dict[str, tuple[Write, Write]] = {
             v1.CreateRunRequest(start=v1.StartRun(session="sessions/case", messages=[said("b")]), request_id=r)
         ),
     ),
+    "CompactSession": (
+        lambda s, r: s.sessions.CompactSession(v1.CompactSessionRequest(name="sessions/case", request_id=r)),
+        lambda s, r: s.sessions.CompactSession(
+            v1.CompactSessionRequest(name="sessions/case", keep_recent=3, request_id=r)
+        ),
+    ),
     "DeleteSession": (
         lambda s, r: s.sessions.DeleteSession(v1.DeleteSessionRequest(name="sessions/case", request_id=r)),
         lambda s, r: s.sessions.DeleteSession(v1.DeleteSessionRequest(name="sessions/other", request_id=r)),

@@ -165,6 +165,15 @@ def taken(command_id: str, name: str, run: str) -> v1.Event:
     return event
 
 
+def summarized(first: int, last: int, previous: int = 0, run: str = "") -> v1.Event:
+    summary = v1.Summarized(first_sequence=first, last_sequence=last, text=f"up to {last}", previous=previous)
+    return v1.Event(run=run, summarized=summary)
+
+
+def rewound(to_sequence: int) -> v1.Event:
+    return v1.Event(rewound=v1.Rewound(to_sequence=to_sequence))
+
+
 def moved(run: str, state: v1.Run.State.ValueType) -> v1.Event:
     return v1.Event(run=run, run_state_changed=v1.RunStateChanged(state=state))
 

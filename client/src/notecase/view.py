@@ -58,6 +58,9 @@ class SessionView:
     """What waits in the session to be taken up, in order, as far as the view saw it come."""
     remembered: dict[str, bool] = field(default_factory=dict)
     """By tool, whether its calls are approved in this session without asking, as far as the view saw it decided."""
+    summaries: dict[int, v1.Summarized] = field(default_factory=dict)
+    """By sequence, the summary that agents are shown in place of older messages, last, and before it those that it
+    continues, as far as the view saw them made."""
     _whole: bool = field(default=False, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -105,6 +108,8 @@ class SessionView:
                 self._change_state(event.state_changed.ops)
             case "rewound":
                 self._supersede(event)
+            case "summarized":
+                self.summaries[event.sequence] = _copy(event.summarized)
             case "run_state_changed" if not self._is_queued(event.run):
                 self.open.clear()
         self._follow_run(event)
@@ -139,6 +144,8 @@ class SessionView:
             if message.sequence > event.rewound.to_sequence:
                 message.status = v1.Message.STATUS_SUPERSEDED
                 message.update_sequence = event.sequence
+        kept = event.rewound.to_sequence
+        self.summaries = {sequence: made for sequence, made in self.summaries.items() if sequence <= kept}
 
     def _find_call(self, call_id: str) -> tuple[v1.Message, v1.ToolCall] | None:
         """A call with its message; None when the message came before the view began."""

@@ -150,6 +150,11 @@ def call(made: v1.ToolCall) -> str:
     return f"→ {one_line(made.tool)}({one_line(made.arguments, 80)}) {outcome}{': ' if told else ''}{told}"
 
 
+def summarized(made: v1.Summarized) -> str:
+    """On one line, and no more of its text than tells that it is about this conversation."""
+    return f"Summarised for the model: {one_line(made.text, 80)}"
+
+
 class Reply:
     """A run on the screen while it happens, from the events of its stream.
 
@@ -185,6 +190,8 @@ class Reply:
                     self._aside("The model is asked again; its reply begins anew.")
             case "tool_finished":
                 self._aside(call(event.tool_finished))
+            case "summarized":
+                self._aside(summarized(event.summarized))
             case "run_state_changed":
                 self._change(event.run_state_changed)
 

@@ -134,7 +134,7 @@ class LlmAgent(_message.Message):
     of tools stays text. The provider is told the schema as `response_format`; what it makes of it is its own.
     """
     max_model_calls: _builtins.int
-    """Model calls in one run, repeats after a failure or a takeover included. 0: 10."""
+    """Model calls in one run, summaries and repeats after a failure or a takeover included. 0: 10."""
     provider: _builtins.str
     """A provider the server has (ServerInfo.providers). Empty: its default. "offline" needs no network."""
     @_builtins.property
@@ -222,31 +222,77 @@ Global___Generation: _TypeAlias = Generation  # noqa: Y015
 
 @_typing.final
 class Context(_message.Message):
-    """What of the history the model is shown. The log itself is never cut."""
+    """What of the history the model is shown. The log itself is never cut. What is shown begins with what a user or the system
+    said, a call never parts from its result, and the newest user message with all that follows it is always shown. A request
+    that the provider finds too long is made shorter and asked once more: all but the newest turn is summarised or, where that
+    fails, the older half is left out for the rest of the run.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Summary(_message.Message):
+        """A summary that takes the place of older messages and is carried on as the session grows. Each is a model call of the run
+        and an event of the log (`summarized`); none is made while the run has only one call left, and one that fails is tried
+        again in the next run.
+        """
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEEP_RECENT_FIELD_NUMBER: _builtins.int
+        BATCH_FIELD_NUMBER: _builtins.int
+        MODEL_FIELD_NUMBER: _builtins.int
+        INSTRUCTION_FIELD_NUMBER: _builtins.int
+        keep_recent: _builtins.int
+        """The newest messages that are shown as they are, at least. 0: 10; at most 500."""
+        batch: _builtins.int
+        """A summary is made when this many messages more than `keep_recent` are covered by none. 0: 20; at most 500."""
+        model: _builtins.str
+        """Of the agent's provider. Empty: the agent's model."""
+        instruction: _builtins.str
+        """What the model is asked for, after the messages to be covered. Empty: a request that the server has for it."""
+        def __init__(
+            self,
+            *,
+            keep_recent: _builtins.int = ...,
+            batch: _builtins.int = ...,
+            model: _builtins.str = ...,
+            instruction: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "instruction", b"instruction", "keep_recent", b"keep_recent", "model", b"model"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     STATELESS_FIELD_NUMBER: _builtins.int
     MAX_MESSAGES_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
     stateless: _builtins.bool
-    """Only the messages of the run itself."""
+    """Only the messages of the run itself, and no summary."""
     max_messages: _builtins.int
-    """At most this many of the newest messages. 0: all."""
+    """At most this many of the newest messages. 0: all. Beside `summary` at least its `keep_recent` and `batch` together."""
     max_tokens: _builtins.int
-    """At most about this many tokens of the newest messages, estimated at four bytes of text a token; the newest user
-    message is always shown. 0: all.
+    """At most about this many tokens of the newest messages and the summary. 0: all. A reply counts as what its provider
+    reported, output without reasoning; all other text by the bytes a token of this conversation's own replies, four where
+    none was reported; an image as 1000 tokens, audio as one for each 1000 bytes, a document as one for each 50 bytes.
     """
+    @_builtins.property
+    def summary(self) -> Global___Context.Summary:
+        """Unset: nothing is summarised but what CompactSession or a request that was too long asks for."""
+
     def __init__(
         self,
         *,
         stateless: _builtins.bool = ...,
         max_messages: _builtins.int = ...,
         max_tokens: _builtins.int = ...,
+        summary: Global___Context.Summary | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_messages", b"max_messages", "max_tokens", b"max_tokens", "stateless", b"stateless"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_messages", b"max_messages", "max_tokens", b"max_tokens", "stateless", b"stateless", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

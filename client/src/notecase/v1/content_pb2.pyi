@@ -80,9 +80,11 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_OWNER_LOST: _ErrorReason.ValueType  # 25
     """UNAVAILABLE: another process runs this session now; attach again."""
     ERROR_REASON_MODEL_ERROR: _ErrorReason.ValueType  # 26
-    """Inside a run: the model's provider refused the request, or answered with something that is no reply."""
+    """FAILED_PRECONDITION, and inside a run: the model's provider refused the request, or answered with something that is no
+    reply.
+    """
     ERROR_REASON_MODEL_UNAVAILABLE: _ErrorReason.ValueType  # 27
-    """Inside a run: the model's provider cannot be reached or is overloaded, after retries."""
+    """UNAVAILABLE, and inside a run: the model's provider cannot be reached or is overloaded, after retries."""
     ERROR_REASON_TOOL_ERROR: _ErrorReason.ValueType  # 28
     """Inside a run: the tools it needs cannot be had."""
     ERROR_REASON_TEMPLATE_ERROR: _ErrorReason.ValueType  # 29
@@ -159,9 +161,11 @@ ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 24
 ERROR_REASON_OWNER_LOST: ErrorReason.ValueType  # 25
 """UNAVAILABLE: another process runs this session now; attach again."""
 ERROR_REASON_MODEL_ERROR: ErrorReason.ValueType  # 26
-"""Inside a run: the model's provider refused the request, or answered with something that is no reply."""
+"""FAILED_PRECONDITION, and inside a run: the model's provider refused the request, or answered with something that is no
+reply.
+"""
 ERROR_REASON_MODEL_UNAVAILABLE: ErrorReason.ValueType  # 27
-"""Inside a run: the model's provider cannot be reached or is overloaded, after retries."""
+"""UNAVAILABLE, and inside a run: the model's provider cannot be reached or is overloaded, after retries."""
 ERROR_REASON_TOOL_ERROR: ErrorReason.ValueType  # 28
 """Inside a run: the tools it needs cannot be had."""
 ERROR_REASON_TEMPLATE_ERROR: ErrorReason.ValueType  # 29

@@ -1010,6 +1010,7 @@ class Event(_message.Message):
     INPUT_REQUESTED_FIELD_NUMBER: _builtins.int
     INPUT_RESOLVED_FIELD_NUMBER: _builtins.int
     REWOUND_FIELD_NUMBER: _builtins.int
+    SUMMARIZED_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
     COMMAND_QUEUED_FIELD_NUMBER: _builtins.int
     RUN_STARTED_FIELD_NUMBER: _builtins.int
@@ -1047,6 +1048,8 @@ class Event(_message.Message):
         """What follows it in the same commit puts session state back as it was then."""
 
     @_builtins.property
+    def summarized(self) -> Global___Summarized: ...
+    @_builtins.property
     def usage(self) -> _content_pb2.Usage:
         """Of one model call."""
 
@@ -1077,17 +1080,18 @@ class Event(_message.Message):
         input_requested: Global___InputRequest | None = ...,
         input_resolved: Global___InputResolved | None = ...,
         rewound: Global___Rewound | None = ...,
+        summarized: Global___Summarized | None = ...,
         usage: _content_pb2.Usage | None = ...,
         command_queued: Global___CommandQueued | None = ...,
         run_started: Global___RunStarted | None = ...,
         block_delta: Global___BlockDelta | None = ...,
         message_discarded: Global___MessageDiscarded | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["block_delta", b"block_delta", "command_queued", b"command_queued", "create_time", b"create_time", "input_requested", b"input_requested", "input_resolved", b"input_resolved", "message_added", b"message_added", "message_discarded", b"message_discarded", "payload", b"payload", "rewound", b"rewound", "run_started", b"run_started", "run_state_changed", b"run_state_changed", "state_changed", b"state_changed", "tool_finished", b"tool_finished", "tool_started", b"tool_started", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block_delta", b"block_delta", "command_queued", b"command_queued", "create_time", b"create_time", "input_requested", b"input_requested", "input_resolved", b"input_resolved", "message_added", b"message_added", "message_discarded", b"message_discarded", "payload", b"payload", "rewound", b"rewound", "run_started", b"run_started", "run_state_changed", b"run_state_changed", "state_changed", b"state_changed", "summarized", b"summarized", "tool_finished", b"tool_finished", "tool_started", b"tool_started", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_delta", b"block_delta", "cause_id", b"cause_id", "command_queued", b"command_queued", "create_time", b"create_time", "input_requested", b"input_requested", "input_resolved", b"input_resolved", "message_added", b"message_added", "message_discarded", b"message_discarded", "payload", b"payload", "rewound", b"rewound", "run", b"run", "run_started", b"run_started", "run_state_changed", b"run_state_changed", "sequence", b"sequence", "state_changed", b"state_changed", "tool_finished", b"tool_finished", "tool_started", b"tool_started", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_delta", b"block_delta", "cause_id", b"cause_id", "command_queued", b"command_queued", "create_time", b"create_time", "input_requested", b"input_requested", "input_resolved", b"input_resolved", "message_added", b"message_added", "message_discarded", b"message_discarded", "payload", b"payload", "rewound", b"rewound", "run", b"run", "run_started", b"run_started", "run_state_changed", b"run_state_changed", "sequence", b"sequence", "state_changed", b"state_changed", "summarized", b"summarized", "tool_finished", b"tool_finished", "tool_started", b"tool_started", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["state_changed", "message_added", "run_state_changed", "tool_started", "tool_finished", "input_requested", "input_resolved", "rewound", "usage", "command_queued", "run_started", "block_delta", "message_discarded"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["state_changed", "message_added", "run_state_changed", "tool_started", "tool_finished", "input_requested", "input_resolved", "rewound", "summarized", "usage", "command_queued", "run_started", "block_delta", "message_discarded"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
@@ -1293,6 +1297,41 @@ class Rewound(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Rewound: _TypeAlias = Rewound  # noqa: Y015
+
+@_typing.final
+class Summarized(_message.Message):
+    """From now on agents are shown `text` in place of the messages up to `last_sequence`, which stay in the log and in all lists.
+    A rewind to before this event puts the summary into effect again that it continues.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    first_sequence: _builtins.int
+    """Of the first message that it adds to the summary before it."""
+    last_sequence: _builtins.int
+    """Of the last message that it covers."""
+    text: _builtins.str
+    previous: _builtins.int
+    """The sequence of the summary that it continues. 0: none."""
+    def __init__(
+        self,
+        *,
+        first_sequence: _builtins.int = ...,
+        last_sequence: _builtins.int = ...,
+        text: _builtins.str = ...,
+        previous: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_sequence", b"first_sequence", "last_sequence", b"last_sequence", "previous", b"previous", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Summarized: _TypeAlias = Summarized  # noqa: Y015
 
 @_typing.final
 class RunStateChanged(_message.Message):

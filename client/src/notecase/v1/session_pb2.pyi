@@ -101,6 +101,7 @@ class Session(_message.Message):
     QUEUED_COMMANDS_FIELD_NUMBER: _builtins.int
     REMEMBERED_FIELD_NUMBER: _builtins.int
     CONTENT_BYTES_FIELD_NUMBER: _builtins.int
+    SUMMARY_SEQUENCE_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """sessions/{session}"""
@@ -117,6 +118,8 @@ class Session(_message.Message):
     """Output only: the head of the log; each durable event adds exactly 1."""
     content_bytes: _builtins.int
     """Output only: of all blobs that its log refers to, each counted once."""
+    summary_sequence: _builtins.int
+    """Output only: the `summarized` event in effect. 0: none."""
     etag: _builtins.str
     """Of the metadata, not of the log; given back in an update it makes the update conditional."""
     @_builtins.property
@@ -158,11 +161,12 @@ class Session(_message.Message):
         queued_commands: _abc.Iterable[Global___QueuedCommand] | None = ...,
         remembered: _abc.Mapping[_builtins.str, _builtins.bool] | None = ...,
         content_bytes: _builtins.int = ...,
+        summary_sequence: _builtins.int = ...,
         etag: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_run", b"active_run", "activity", b"activity", "agent", b"agent", "content_bytes", b"content_bytes", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "queued_commands", b"queued_commands", "remembered", b"remembered", "update_time", b"update_time", "usage", b"usage", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_run", b"active_run", "activity", b"activity", "agent", b"agent", "content_bytes", b"content_bytes", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "queued_commands", b"queued_commands", "remembered", b"remembered", "summary_sequence", b"summary_sequence", "update_time", b"update_time", "usage", b"usage", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -373,3 +377,33 @@ class DeleteSessionRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteSessionRequest: _TypeAlias = DeleteSessionRequest  # noqa: Y015
+
+@_typing.final
+class CompactSessionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    KEEP_RECENT_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    keep_recent: _builtins.int
+    """The newest messages that are left as they are, at least. 0: the agent's `context.summary.keep_recent`; at most 500."""
+    agent: _builtins.str
+    """agents/{agent}, or agents/{agent}@{revision}: whose provider, model and `context.summary` are used. Empty: the session's."""
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        keep_recent: _builtins.int = ...,
+        agent: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "keep_recent", b"keep_recent", "name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompactSessionRequest: _TypeAlias = CompactSessionRequest  # noqa: Y015

@@ -61,6 +61,11 @@ class SessionServiceStub(object):
                 request_serializer=notecase_dot_v1_dot_session__pb2.DeleteSessionRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
+        self.CompactSession = channel.unary_unary(
+                '/notecase.v1.SessionService/CompactSession',
+                request_serializer=notecase_dot_v1_dot_session__pb2.CompactSessionRequest.SerializeToString,
+                response_deserializer=notecase_dot_v1_dot_session__pb2.Session.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer(object):
@@ -104,6 +109,17 @@ class SessionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CompactSession(self, request, context):
+        """Summarises the older messages now, with a model call of the agent's: a `summarized` event, and the log and the lists stay
+        whole. At most 500 messages or 1 MiB are covered at a time; with nothing to cover the session is answered as it is.
+        FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound
+        meanwhile; what is only added meanwhile does not matter. A model that fails is a status, MODEL_ERROR or
+        MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the first answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -131,6 +147,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.DeleteSession,
                     request_deserializer=notecase_dot_v1_dot_session__pb2.DeleteSessionRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'CompactSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.CompactSession,
+                    request_deserializer=notecase_dot_v1_dot_session__pb2.CompactSessionRequest.FromString,
+                    response_serializer=notecase_dot_v1_dot_session__pb2.Session.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -269,6 +290,33 @@ class SessionService(object):
             '/notecase.v1.SessionService/DeleteSession',
             notecase_dot_v1_dot_session__pb2.DeleteSessionRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CompactSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/notecase.v1.SessionService/CompactSession',
+            notecase_dot_v1_dot_session__pb2.CompactSessionRequest.SerializeToString,
+            notecase_dot_v1_dot_session__pb2.Session.FromString,
             options,
             channel_credentials,
             insecure,

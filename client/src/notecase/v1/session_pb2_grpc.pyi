@@ -49,6 +49,13 @@ class SessionServiceStub:
     """Deletes a session with its log, state, messages and runs; a run under way stops. Final. ABORTED when `etag` is set and
     stale. A repeat with the same request_id succeeds.
     """
+    CompactSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.CompactSessionRequest, _session_pb2.Session]
+    """Summarises the older messages now, with a model call of the agent's: a `summarized` event, and the log and the lists stay
+    whole. At most 500 messages or 1 MiB are covered at a time; with nothing to cover the session is answered as it is.
+    FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound
+    meanwhile; what is only added meanwhile does not matter. A model that fails is a status, MODEL_ERROR or
+    MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the first answer.
+    """
 
 @_typing.type_check_only
 class SessionServiceAsyncStub(SessionServiceStub):
@@ -69,6 +76,13 @@ class SessionServiceAsyncStub(SessionServiceStub):
     DeleteSession: _aio.UnaryUnaryMultiCallable[_session_pb2.DeleteSessionRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a session with its log, state, messages and runs; a run under way stops. Final. ABORTED when `etag` is set and
     stale. A repeat with the same request_id succeeds.
+    """
+    CompactSession: _aio.UnaryUnaryMultiCallable[_session_pb2.CompactSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
+    """Summarises the older messages now, with a model call of the agent's: a `summarized` event, and the log and the lists stay
+    whole. At most 500 messages or 1 MiB are covered at a time; with nothing to cover the session is answered as it is.
+    FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound
+    meanwhile; what is only added meanwhile does not matter. A model that fails is a status, MODEL_ERROR or
+    MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the first answer.
     """
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -117,6 +131,19 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
         """Deletes a session with its log, state, messages and runs; a run under way stops. Final. ABORTED when `etag` is set and
         stale. A repeat with the same request_id succeeds.
+        """
+
+    @_abc_1.abstractmethod
+    def CompactSession(
+        self,
+        request: _session_pb2.CompactSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
+        """Summarises the older messages now, with a model call of the agent's: a `summarized` event, and the log and the lists stay
+        whole. At most 500 messages or 1 MiB are covered at a time; with nothing to cover the session is answered as it is.
+        FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound
+        meanwhile; what is only added meanwhile does not matter. A model that fails is a status, MODEL_ERROR or
+        MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the first answer.
         """
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,5 +1,5 @@
-"""What of a session the model is shown: the instruction, rendered over the state, and the part of the history that
-fits.
+"""What of a session the model is shown: the instruction, rendered over the state, the summary of what is long ago, and
+the part of the history that fits.
 
 The log is never cut; only the request is.
 """
@@ -7,29 +7,32 @@ The log is never cut; only the request is.
 from notecase import v1
 
 from notecase_server.engine import template
+from notecase_server.engine.summary import Summary, in_effect
+from notecase_server.engine.tokens import Gauge
 from notecase_server.models.contract import ModelRequest
 from notecase_server.store.contract import Query, Scope, SessionKey, Store
 
 PAGE = 500
 """Messages read at a time."""
 
+FEW = 50
+"""Messages read first where that may be enough. They also tell how this conversation's text falls into tokens."""
+
 MAX_KEYS = 1000
 """Entries of one state that a template may see when it names them only at run time."""
 
-BYTES_PER_TOKEN = 4
-"""A round figure for English and code; other scripts take more tokens a character, and more bytes too."""
 
-MESSAGE_TOKENS = 4
-"""What providers add for a message's role and frame."""
-
-
-async def build(store: Store, key: SessionKey, user: str, run: str, agent: v1.Agent) -> ModelRequest:
-    """The request for the next model call of `run`.
+async def build(
+    store: Store, key: SessionKey, user: str, run: str, agent: v1.Agent, summary: int = 0, most_tokens: int = 0
+) -> ModelRequest:
+    """The request for the next model call of `run`. `summary` is the sequence of the session's; `most_tokens` bounds
+    the messages beside the agent's own limits; 0 for neither.
 
     Raises NotecaseError TEMPLATE_ERROR when the instruction exceeds its limits over this state."""
     llm = agent.llm
     instruction = await _instruction(store, key, user, llm.instruction)
-    messages = await history(store, key, llm.context, run)
+    told = None if llm.context.stateless else await in_effect(store, key, summary)
+    messages = await shown(store, key, llm.context, run, told, most_tokens)
     return ModelRequest(llm.model, instruction, messages, llm.generation)
 
 
@@ -54,34 +57,57 @@ async def _instruction(store: Store, key: SessionKey, user: str, source: str) ->
     return parsed.render(values)
 
 
-async def history(store: Store, key: SessionKey, context: v1.Context, run: str) -> list[v1.Message]:
-    """The newest messages that fit the context's limits, oldest first, beginning with what a user or the system
-    said."""
+async def shown(
+    store: Store, key: SessionKey, context: v1.Context, run: str, summary: Summary | None = None, most_tokens: int = 0
+) -> list[v1.Message]:
+    """The summary, then the newest messages that it does not cover and that fit the limits, oldest first: at most
+    `most_tokens` of them, too, unless that is 0. They begin with what a user or the system said, and hold the newest
+    message of a user with all that follows it whatever the limits are."""
     only = run if context.stateless else ""
-    newest: list[v1.Message] = []
-    tokens = 0
+    told = [summary.message] if summary else []
+    covered = summary.last_sequence if summary else 0
+    room = _Window(context.max_messages, min(filter(None, (context.max_tokens, most_tokens)), default=0))
+    size = min(context.max_messages or PAGE, FEW if room.tokens or covered else PAGE)
     after: tuple[str | int, ...] | None = None
+    gauge: Gauge | None = None
     while True:
-        room = context.max_messages - len(newest) if context.max_messages else PAGE
-        page = await store.list_messages(key, Query(min(room, PAGE), after), newest_first=True, run=only)
+        page = await store.list_messages(key, Query(size, after), newest_first=True, run=only)
+        if gauge is None:
+            gauge = Gauge(page.rows)
+            room.used = sum(map(gauge.tokens, told))
         for message in page.rows:
-            if context.max_tokens:
-                tokens += estimate_tokens(message)
-                if tokens > context.max_tokens and _heard(newest):
-                    return _aligned(newest)
-            newest.append(message)
-        after = page.next
-        if after is None or (context.max_messages and len(newest) >= context.max_messages):
-            return _aligned(newest)
+            if message.sequence <= covered or not room.take(message, gauge):
+                return told + _aligned(room.newest)
+        after, size = page.next, PAGE
+        if after is None or room.full:
+            return told + _aligned(room.newest)
 
 
-def estimate_tokens(message: v1.Message) -> int:
-    """About what the model will count for a message. An estimate: the real count is the provider's own."""
-    return MESSAGE_TOKENS + message.ByteSize() // BYTES_PER_TOKEN
+class _Window:
+    """What is shown of a history as it is read, newest first. Limits of 0 are none."""
 
+    def __init__(self, messages: int, tokens: int) -> None:
+        self.messages = messages
+        self.tokens = tokens
+        self.used = 0
+        """Tokens."""
+        self.newest: list[v1.Message] = []
+        self._heard = False
+        """A message of a user is in."""
 
-def _heard(messages: list[v1.Message]) -> bool:
-    return any(message.role == v1.Message.ROLE_USER for message in messages)
+    @property
+    def full(self) -> bool:
+        """Nothing more fits, however short."""
+        return self._heard and 0 < self.messages <= len(self.newest)
+
+    def take(self, message: v1.Message, gauge: Gauge) -> bool:
+        """Takes the message, or says that it does not fit."""
+        self.used += gauge.tokens(message) if self.tokens else 0
+        if self.full or (self._heard and 0 < self.tokens < self.used):
+            return False
+        self.newest.append(message)
+        self._heard |= message.role == v1.Message.ROLE_USER
+        return True
 
 
 def _aligned(newest: list[v1.Message]) -> list[v1.Message]:

@@ -6,15 +6,15 @@ itself.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import structlog
 from notecase import v1
 
 from notecase_server import errors, names
-from notecase_server.engine import ledger
+from notecase_server.engine import ledger, summary
 from notecase_server.engine.rewind import rewound
 from notecase_server.engine.session import LiveSession, Sessions
 from notecase_server.engine.turn import RUNNING, WAITING, Halt, Services, Worker
@@ -155,12 +155,7 @@ class Runs:
         raise errors.run_active(names.run(key.session, active))
 
     async def _start(self, key: SessionKey, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
-        if self._draining:
-            raise errors.draining()
-        if len(self._workers) + self._starting >= self.max_runs:
-            raise errors.too_many_runs(self.max_runs)
-        self._starting += 1
-        try:
+        with self._place():
             live = self._sessions.live(key)
             session = start.new_session
             if start.session:
@@ -183,6 +178,17 @@ class Runs:
                 committed = await live.commit(commit)
                 self._begin(live, committed, run_id, agent)
             return Started(key, committed.runs[run_id], existing=False)
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
+        """Takes the place of a run that is at work for the block's time. SERVER_DRAINING, RATE_LIMITED."""
+        if self._draining:
+            raise errors.draining()
+        if len(self._workers) + self._starting >= self.max_runs:
+            raise errors.too_many_runs(self.max_runs)
+        self._starting += 1
+        try:
+            yield
         finally:
             self._starting -= 1
 
@@ -192,13 +198,9 @@ class Runs:
         self._employ(Worker(live, self._services, committed.session, run, agent, committed.epoch))
 
     async def _agent(self, tenant: str, start: v1.StartRun, session: v1.Session) -> v1.Agent:
-        name = start.agent or session.agent
-        if not name:
+        if not (start.agent or session.agent):
             raise errors.invalid([Violation("start.agent", "neither the start nor the session names an agent")])
-        parsed = names.parse_agent(name)
-        agent = await self._store.get_agent(tenant, parsed.agent, parsed.revision) if parsed else None
-        if agent is None:
-            raise errors.not_found("agent", name)
+        agent = await self._named(tenant, start.agent or session.agent)
         taken = {tool.name for tool in agent.llm.tools}
         clashes = [
             Violation(f"start.client_tools[{index}].name", f"the agent has a tool {tool.name!r} of its own")
@@ -207,6 +209,13 @@ class Runs:
         ]
         if clashes:
             raise errors.invalid(clashes)
+        return agent
+
+    async def _named(self, tenant: str, name: str) -> v1.Agent:
+        parsed = names.parse_agent(name)
+        agent = await self._store.get_agent(tenant, parsed.agent, parsed.revision) if parsed else None
+        if agent is None:
+            raise errors.not_found("agent", name)
         return agent
 
     async def _require_question(self, key: SessionKey) -> None:
@@ -307,6 +316,34 @@ class Runs:
                 committed = await live.commit(Commit(key=key, claim=True, events=events))
                 self._begin(live, committed, queued.run, active.agent)
                 return
+
+    # ---- summaries
+
+    async def compact(self, key: SessionKey, keep_recent: int, agent_name: str, caused: Caused) -> Committed:
+        """Has the older messages of an idle session summarised by an agent's model, "" for the session's agent: all but
+        the newest `keep_recent`, 0 for as many as the agent says. The commit is empty when that leaves nothing.
+
+        Raises Replayed for a repeat, and NotecaseError: SESSION_NOT_FOUND, AGENT_NOT_FOUND, RUN_ACTIVE, INVALID_FIELD,
+        RATE_LIMITED, SERVER_DRAINING, SEQUENCE_MISMATCH, and what the model's provider raises."""
+        with self._place():
+            await self._store.recall(key, caused.once, None)
+            live, session = await self._sessions.watched(key)
+            if session.active_run:
+                raise errors.run_active(names.run(key.session, session.active_run))
+            if not (agent_name or session.agent):
+                raise errors.invalid([Violation("agent", "neither the request nor the session names an agent")])
+            llm = (await self._named(key.tenant, agent_name or session.agent)).llm
+            keep = keep_recent or llm.context.summary.keep_recent or summary.KEEP_RECENT
+            plan = await summary.plan(self._store, key, session.summary_sequence, keep, batch=1)
+            events: list[v1.Event] = []
+            if plan is not None:
+                provider = self._services.providers.get(llm.provider)
+                if provider is None:
+                    raise errors.model_error(f"This server has no provider {llm.provider!r}.")
+                events = plan.events(*await summary.write(provider, plan.request(llm)))
+            for event in events:
+                event.cause_id = caused.cause_id
+            return await live.commit(Commit(key=key, once=caused.once, events=events))
 
     # ---- workers
 

@@ -8,22 +8,23 @@ for a run holds its session's lock, and decides what to commit while holding it.
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import structlog
 from notecase import v1
 
 from notecase_server import errors, names
-from notecase_server.engine import context, ledger
+from notecase_server.engine import context, ledger, summary
 from notecase_server.engine.content import Contents
 from notecase_server.engine.ledger import Bound
 from notecase_server.engine.rewind import Rewind
 from notecase_server.engine.schema import Schemas, Unfenced, value_of
 from notecase_server.engine.session import Block, LiveSession, OpenMessage
+from notecase_server.engine.tokens import Gauge
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Call, Finish, ModelRequest, Provider, Reasoning, Refusal, Text
 from notecase_server.models.contract import Tool as ModelTool
@@ -41,6 +42,8 @@ from notecase_server.store.contract import (
 )
 from notecase_server.store.fold import ENDED, open_calls
 from notecase_server.tools.contract import CallContext, Outcome, Toolbox
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
@@ -149,9 +152,14 @@ class Worker:
         self._remembered: dict[str, bool] = {}
         self._bound: dict[str, Bound] | None = None
         self._model_calls = run.usage.model_calls + max(run.attempt - 1, 0)
-        self._generating: asyncio.Task[Finish] | None = None
+        self._generating: asyncio.Task[Any] | None = None
         self._calls: dict[str, asyncio.Task[tuple[Outcome, list[v1.StateOp]]]] = {}
         self._halts: list[Halt] = []
+        self._may_summarize = not agent.llm.context.stateless
+        self._shortened = False
+        """The request under way is a second one, after one that was too long."""
+        self._most_tokens = 0
+        """Of the messages shown, once a request was too long."""
         self._stirred = asyncio.Event()
         self._draining = False
         self._log = log.bind(session=live.key.session, run=run.name)
@@ -168,6 +176,7 @@ class Worker:
         waiting = {queued.sequence for queued in session.queued_commands if queued.run == self.run.name}
         self._said = [event for event in (*self._said, *events) if event.sequence in waiting]
         self._remembered = {**session.remembered, **self.run.remembered}
+        self._summary = session.summary_sequence
 
     # ---- what others ask of it
 
@@ -332,13 +341,25 @@ class Worker:
         if provider is None:
             raise errors.model_error(f"This server has no provider {self.agent.llm.provider!r}.")
         bound = await self._bind()
-        request = await context.build(self._store, self.live.key, self.live.user, self.run.name, self.agent)
+        settings = self.agent.llm.context.summary
+        keep, batch = settings.keep_recent or summary.KEEP_RECENT, settings.batch or summary.BATCH
+        due = self.agent.llm.context.HasField("summary") and not self._shortened
+        if due and await self._summarize(provider, keep, batch):
+            return
+        request = await self._request()
         tools = [ModelTool(tool.name, tool.description, tool.parameters) for tool in bound.values()]
         load = partial(self._services.contents.load, self.live.key.tenant)
         request = request._replace(tools=tools, output_schema=self.agent.llm.output_schema, load=load)
-        finish = await self._generate(provider, request)
-        if request.output_schema:
-            finish = await self._checked(provider, request, finish)
+        try:
+            finish = await self._generate(provider, request)
+            if request.output_schema:
+                finish = await self._checked(provider, request, finish)
+        except NotecaseError as error:
+            if not summary.too_long(error) or (self.live.open is not None and self.live.open.blocks):
+                raise
+            await self._shorten(provider, request, error)
+            return
+        self._shortened = False
         opened = self.live.open
         assert opened is not None
         message = self._message(opened, v1.Message.STATUS_COMPLETED)
@@ -428,6 +449,10 @@ class Worker:
 
     # ---- the model
 
+    async def _request(self) -> ModelRequest:
+        where = (self._store, self.live.key, self.live.user, self.run.name)
+        return await context.build(*where, self.agent, self._summary, self._most_tokens)
+
     async def _generate(self, provider: Provider, request: ModelRequest) -> Finish:
         """One reply, left in the live session's open message; asked for again when it is cut in mid-stream."""
         for repeat in range(MODEL_REPEATS + 1):
@@ -435,28 +460,75 @@ class Worker:
                 raise _HaltedError
             self._count_model_call()
             opened = self.live.begin(self._new_id())
-            self._generating = asyncio.create_task(self._read(provider, request, opened))
             try:
-                return await self._generating
-            except asyncio.CancelledError:
-                if not self._halts:
-                    raise
-                raise _HaltedError from None
+                return await self._halting(self._read(provider, request, opened))
             except NotecaseError as error:
                 cut = error.reason == v1.ERROR_REASON_MODEL_UNAVAILABLE and opened.blocks
                 if not cut or repeat == MODEL_REPEATS:
                     raise
                 self._log.info("model_call_repeated", repeat=repeat + 1)
                 self.live.discard()
-            finally:
-                self._generating = None
             await asyncio.sleep(random.uniform(0, 0.5 * 2**repeat))
         raise AssertionError("the last repeat returns or raises")
 
-    def _count_model_call(self) -> None:
+    async def _halting(self, call: Coroutine[Any, Any, T]) -> T:
+        """Waits for a call of the model, which a halt cuts."""
+        self._generating = asyncio.create_task(call)
+        try:
+            done: T = await self._generating
+        except asyncio.CancelledError:
+            if not self._halts:
+                raise
+            raise _HaltedError from None
+        finally:
+            self._generating = None
+        return done
+
+    async def _summarize(self, provider: Provider, keep: int, batch: int) -> bool:
+        """Commits a summary of what is older than the newest `keep` messages, if that is `batch` messages or more and
+        the reply's own call is still left. False when none is made: the run goes on without, since nothing is lost."""
+        if not self._may_summarize or self._most_calls - self._model_calls < 2:
+            return False
+        plan = await summary.plan(self._store, self.live.key, self._summary, keep, batch)
+        if plan is None or self._halts:
+            return False
+        self._count_model_call()
+        try:
+            made = await self._halting(summary.write(provider, plan.request(self.agent.llm)))
+        except NotecaseError as error:
+            self._may_summarize = False
+            self._log.warning("summary_failed", reason=errors.reason_name(error.reason), message=error.message)
+            return False
+        try:
+            await self._durably(lambda: plan.events(*made))
+        except NotecaseError as error:
+            if error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:
+                raise
+            session = await self._store.get_session(self.live.key)  # a caller had it summarised meanwhile
+            self._summary = session.summary_sequence if session else 0
+        return True
+
+    async def _shorten(self, provider: Provider, request: ModelRequest, error: NotecaseError) -> None:
+        """Makes the next request shorter than one that was too long. Raises its error where that was a second try, or
+        nothing of it can be spared."""
+        self.live.discard()
+        if self._shortened or self._model_calls >= self._most_calls:
+            raise error
+        self._shortened = True
+        self._log.info("request_too_long", messages=len(request.messages))
+        self._most_tokens = sum(map(Gauge(request.messages).tokens, request.messages)) // 2
+        if await self._summarize(provider, keep=1, batch=1):
+            return
+        if len((await self._request()).messages) == len(request.messages):
+            raise error
+
+    @property
+    def _most_calls(self) -> int:
         limit = self.agent.llm.max_model_calls or DEFAULT_MODEL_CALLS
-        if self.run.limits.max_model_calls:
-            limit = min(limit, self.run.limits.max_model_calls)
+        return min(limit, self.run.limits.max_model_calls or limit)
+
+    def _count_model_call(self) -> None:
+        limit = self._most_calls
         if self._model_calls >= limit:
             raise errors.limit_exceeded(
                 "max_model_calls", limit, f"The run made {limit} model calls, all that it may, without an end."

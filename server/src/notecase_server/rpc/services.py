@@ -258,6 +258,16 @@ class SessionsService(v1.SessionServiceServicer):
         await self.desk.sessions.delete(key, request.etag, once(request, _empty))
         return Empty()
 
+    async def CompactSession(self, request: v1.CompactSessionRequest, context: Any) -> v1.Session:
+        check = checked(request)
+        key = key_of(check.session("name", request.name))
+        check.kept("keep_recent", request.keep_recent)
+        if request.agent:
+            check.agent("agent", request.agent)
+        check.done()
+        caused = Caused(request.request_id, once(request, _session_of))
+        return _session_of(await self.desk.runs.compact(key, request.keep_recent, request.agent, caused))
+
     async def _require_agent(self, name: str) -> None:
         parsed = names.parse_agent(name) if name else None
         if parsed and await self.desk.store.get_agent(caller.get().tenant, parsed.agent, parsed.revision) is None:

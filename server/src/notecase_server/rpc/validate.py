@@ -17,6 +17,7 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.engine import template
 from notecase_server.engine.content import MAX_PART_BYTES
+from notecase_server.engine.summary import BATCH, KEEP_RECENT
 from notecase_server.errors import Violation
 from notecase_server.names import AgentName, MessageName, RunName
 from notecase_server.store.contract import PAGE_BYTES, Scope
@@ -42,6 +43,8 @@ MAX_TOOLS = 128
 """What providers take in one request."""
 MAX_RESULT_BYTES = 512 << 10
 """Of one call's result: it becomes part of its message, which several results share, and of every later request."""
+MAX_RECENT = 500
+"""Messages beside a summary, of each kind."""
 MAX_BATCH_DELAY = 10.0
 """Seconds."""
 
@@ -272,8 +275,7 @@ class Check:
         fine = not llm.provider or llm.provider in known
         self(fine, "agent.llm.provider", f"this server has {', '.join(known)}")
         self(0 <= llm.max_model_calls <= 1000, "agent.llm.max_model_calls", "wants 0 (for 10) to 1000")
-        self(llm.context.max_messages >= 0, "agent.llm.context.max_messages", "is negative")
-        self(llm.context.max_tokens >= 0, "agent.llm.context.max_tokens", "is negative")
+        self.context("agent.llm.context", llm.context)
         self._generation(llm.generation)
         self.text("agent.llm.output_schema", llm.output_schema, MAX_SCHEMA_BYTES)
         self.tools("agent.llm.tools", llm.tools)
@@ -285,6 +287,24 @@ class Check:
             elif tool.HasField("mcp"):
                 known_servers = ", ".join(toolbox.mcp_servers) or "none"
                 self(tool.mcp.server in toolbox.mcp_servers, f"{at}.mcp.server", f"this server has {known_servers}")
+
+    def context(self, field: str, context: v1.Context) -> None:
+        self(context.max_messages >= 0, f"{field}.max_messages", "is negative")
+        self(context.max_tokens >= 0, f"{field}.max_tokens", "is negative")
+        if not context.HasField("summary"):
+            return
+        self(not context.stateless, f"{field}.summary", "goes with a history, and `stateless` shows none")
+        self.kept(f"{field}.summary.keep_recent", context.summary.keep_recent)
+        self.kept(f"{field}.summary.batch", context.summary.batch)
+        self.text(f"{field}.summary.model", context.summary.model)
+        self.text(f"{field}.summary.instruction", context.summary.instruction, MAX_SCHEMA_BYTES)
+        uncovered = (context.summary.keep_recent or KEEP_RECENT) + (context.summary.batch or BATCH)
+        fine = not 0 < context.max_messages < uncovered
+        self(fine, f"{field}.max_messages", f"wants at least {uncovered}: fewer hide what no summary covers yet")
+
+    def kept(self, field: str, number: int) -> None:
+        """A number of messages that are shown or left as they are."""
+        self(0 <= number <= MAX_RECENT, field, f"wants 0 (for the default) to {MAX_RECENT}")
 
     def tools(self, field: str, tools: Iterable[v1.Tool], only_client: bool = False) -> None:
         given = list(tools)

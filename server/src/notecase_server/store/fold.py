@@ -5,7 +5,8 @@ stores keep the same promises, and the rows can be checked against the log at an
 
 A payload that would break a promise is refused, whoever made it: a second run at once, and anything a run does while it
 is queued (RUN_ACTIVE) or after its end (RUN_ENDED), a second outcome for a call (CALL_NOT_PENDING), a second answer to
-who asks (INPUT_NOT_PENDING), an operation that its value's type does not have (STATE_TYPE_MISMATCH).
+who asks (INPUT_NOT_PENDING), an operation that its value's type does not have (STATE_TYPE_MISMATCH), a summary that
+does not continue the one in effect or covers what was rewound (SEQUENCE_MISMATCH).
 """
 
 from collections.abc import Callable, Iterable
@@ -34,7 +35,9 @@ class Needs:
     runs: set[str] = field(default_factory=set)
     calls: set[str] = field(default_factory=set)
     messages_after: int | None = None
-    """All messages after this sequence."""
+    """All messages after this sequence, and what the summaries made after it continue."""
+    shown: set[int] = field(default_factory=set)
+    """Sequences of messages, to know whether they are superseded."""
 
 
 @dataclass(slots=True)
@@ -51,6 +54,10 @@ class Rows:
     """Those that hold one of the calls needed."""
     calls: dict[str, str] = field(default_factory=dict)
     """The message of each call, by id."""
+    continued: dict[int, int] = field(default_factory=dict)
+    """By the sequence of a summary, that of the one it continues."""
+    shown: set[int] = field(default_factory=set)
+    """Sequences of messages that are not superseded, of those asked for."""
 
 
 def state_scope(key: SessionKey, user: str, state: str) -> Scope:
@@ -79,6 +86,8 @@ def needs(commit: Commit, user: str) -> Needs:
             wanted.calls.add(event.tool_finished.call_id)
         elif event.HasField("rewound"):
             wanted.messages_after = event.rewound.to_sequence
+        elif event.HasField("summarized"):
+            wanted.shown.add(event.summarized.last_sequence)
     for state in commit.if_state_version:
         wanted.keys.setdefault(state_scope(commit.key, user, state), set())
     return wanted
@@ -137,22 +146,7 @@ def _apply_event(rows: Rows, commit: Commit, event: v1.Event, now: int, done: Co
     session = rows.session
     kind = event.WhichOneof("payload")
     if event.run and not (kind == "run_started" or event.command_queued.HasField("start")):
-        run = rows.runs.get(event.run)
-        name = f"sessions/{commit.key.session}/runs/{event.run}"
-        if commit.start is not None and not commit.start.digest:
-            # A cancel that came before its start: the run is over before it was.
-            if run is not None:
-                raise errors.already_exists("run", name)
-            run = rows.runs[event.run] = v1.Run(
-                name=event.run, first_sequence=event.sequence, create_time=event.create_time
-            )
-        if run is None:
-            raise errors.not_found("run", name)
-        if run.state in ENDED:
-            raise errors.run_ended(name, run.state)
-        if run.state == v1.Run.STATE_QUEUED and event.run_state_changed.state not in ENDED:
-            raise errors.run_active(f"sessions/{commit.key.session}/runs/{session.active_run or event.run}")
-        run.last_sequence = event.sequence
+        _follow_run(rows, commit, event)
     match kind:
         case "state_changed":
             _change_state(rows, commit, event, now, done)
@@ -168,6 +162,8 @@ def _apply_event(rows: Rows, commit: Commit, event: v1.Event, now: int, done: Co
             _resolve_input(rows, event)
         case "rewound":
             _supersede(rows, event)
+        case "summarized":
+            _summarize(rows, event)
         case "command_queued":
             _queue(rows, commit, event)
         case "usage":
@@ -180,6 +176,26 @@ def _apply_event(rows: Rows, commit: Commit, event: v1.Event, now: int, done: Co
             _change_run(rows, event)
     if kind in {"message_added", "run_started"} and event.cause_id:
         _take_up(session, lambda queued: queued.run == event.run and queued.command_id == event.cause_id)
+
+
+def _follow_run(rows: Rows, commit: Commit, event: v1.Event) -> None:
+    """Refuses what a run may not do as it is, and notes its newest event."""
+    session, run = rows.session, rows.runs.get(event.run)
+    name = f"sessions/{commit.key.session}/runs/{event.run}"
+    if commit.start is not None and not commit.start.digest:
+        # A cancel that came before its start: the run is over before it was.
+        if run is not None:
+            raise errors.already_exists("run", name)
+        run = rows.runs[event.run] = v1.Run(
+            name=event.run, first_sequence=event.sequence, create_time=event.create_time
+        )
+    if run is None:
+        raise errors.not_found("run", name)
+    if run.state in ENDED:
+        raise errors.run_ended(name, run.state)
+    if run.state == v1.Run.STATE_QUEUED and event.run_state_changed.state not in ENDED:
+        raise errors.run_active(f"sessions/{commit.key.session}/runs/{session.active_run or event.run}")
+    run.last_sequence = event.sequence
 
 
 def _change_state(rows: Rows, commit: Commit, event: v1.Event, now: int, done: Committed) -> None:
@@ -201,6 +217,15 @@ def _supersede(rows: Rows, event: v1.Event) -> None:
         if message.sequence > event.rewound.to_sequence:
             message.status = v1.Message.STATUS_SUPERSEDED
             message.update_sequence = event.sequence
+    while rows.session.summary_sequence > event.rewound.to_sequence:
+        rows.session.summary_sequence = rows.continued[rows.session.summary_sequence]
+
+
+def _summarize(rows: Rows, event: v1.Event) -> None:
+    session, summary = rows.session, event.summarized
+    if summary.previous != session.summary_sequence or summary.last_sequence not in rows.shown:
+        raise errors.sequence_mismatch(event.sequence - 1)
+    session.summary_sequence = event.sequence
 
 
 def _add_message(rows: Rows, event: v1.Event) -> None:

@@ -6,6 +6,7 @@ nothing, in a store that cannot undo as in one that can.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from notecase import v1
 
@@ -133,11 +134,25 @@ def _load(tables: Tables, commit: Commit, now: int) -> fold.Rows:
     if needs.messages_after is not None:
         after = Query(_ALL, (needs.messages_after,))
         rows.messages = {found.row.name: found.row for found in tables.messages(key, after, False, "", False)}
+        rows.continued = _continued(tables, key, session.summary_sequence, needs.messages_after)
+    for sequence in needs.shown:
+        after = Query(1, (sequence - 1,))
+        rows.shown.update(found.row.sequence for found in islice(tables.messages(key, after, False, "", False), 1))
     for holder in set(rows.calls.values()) - rows.messages.keys():
         message = tables.message(key, holder)
         if message is not None:
             rows.messages[holder] = message
     return rows
+
+
+def _continued(tables: Tables, key: SessionKey, summary: int, after: int) -> dict[int, int]:
+    """What each summary continues, from the one in effect back to the first that is not after `after`."""
+    continued = {}
+    while summary > after:
+        (found,) = tables.events(key, summary - 1, 1)
+        continued[summary] = found.row.summarized.previous
+        summary = continued[summary]
+    return continued
 
 
 def _entries(tables: Tables, scope: Scope, keys: set[str]) -> dict[str, v1.StateEntry | None]:

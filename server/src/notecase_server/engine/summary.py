@@ -1,0 +1,142 @@
+"""A rolling summary: the older messages of a session in a model's words, as an event that covers a range of them.
+
+Each continues the one before it, so that a turn reads one summary and what came after it, however long the session is.
+Nothing is durable but that event: a call of the model whose summary was not committed has had no effect, and a range
+that was read stands, whatever is said meanwhile, unless it was summarised or rewound; then the store refuses.
+"""
+
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import NamedTuple
+
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.errors import NotecaseError
+from notecase_server.models.contract import Finish, ModelRequest, Provider, Text
+from notecase_server.store.contract import Query, SessionKey, Store
+
+KEEP_RECENT = 10
+BATCH = 20
+"""Where an agent sets no others: some five exchanges as they were, and a summary every ten."""
+
+PAGE = 500
+"""Messages covered at a time, at most: more in one request than any model takes would help nobody."""
+
+MAX_BYTES = 64 << 10
+"""Of a summary, which is shown in every request: whatever is longer does not sum up."""
+
+INSTRUCTION = """\
+Summarise the conversation up to here for an assistant who goes on with it and sees only your summary of this part. \
+Carry over what an earlier summary says and is not outdated. Keep names, numbers, decisions, promises, what tools \
+found, and what was asked and is not answered yet. Answer with the summary alone, in plain sentences, in the language \
+of the conversation."""
+
+
+class Summary(NamedTuple):
+    """The one in effect."""
+
+    sequence: int
+    last_sequence: int
+    """Of the last message it covers."""
+    text: str
+
+    @property
+    def message(self) -> v1.Message:
+        """As a model is shown it."""
+        said = f"A summary of the conversation so far:\n\n{self.text}"
+        return v1.Message(role=v1.Message.ROLE_SYSTEM, parts=[v1.Part(text=said)])
+
+
+async def in_effect(store: Store, key: SessionKey, sequence: int) -> Summary | None:
+    """The summary whose event has that sequence; None for 0."""
+    for event in await store.read_events(key, sequence - 1, 1) if sequence else ():
+        return Summary(sequence, event.summarized.last_sequence, event.summarized.text)
+    return None
+
+
+class Plan(NamedTuple):
+    """A summary to be made."""
+
+    before: Summary | None
+    messages: Sequence[v1.Message]
+    """What it is to cover beyond `before`, oldest first, ending with a turn."""
+
+    def request(self, llm: v1.LlmAgent) -> ModelRequest:
+        """Shown like any request, with what to do as its last message: no provider then lacks the alternation that it
+        wants. Limits and stops that the agent sets are for its replies."""
+        settings = llm.context.summary
+        told = [self.before.message] if self.before else []
+        ask = v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text=settings.instruction or INSTRUCTION)])
+        generation = v1.Generation()
+        generation.CopyFrom(llm.generation)
+        generation.ClearField("stop")
+        generation.ClearField("max_output_tokens")
+        messages = [*told, *(_in_words(message) for message in self.messages), ask]
+        return ModelRequest(settings.model or llm.model, "", messages, generation)
+
+    def events(self, text: str, usage: v1.Usage) -> list[v1.Event]:
+        summarized = v1.Summarized(
+            first_sequence=self.messages[0].sequence,
+            last_sequence=self.messages[-1].sequence,
+            text=text,
+            previous=self.before.sequence if self.before else 0,
+        )
+        return [v1.Event(summarized=summarized), v1.Event(usage=usage)]
+
+
+async def plan(store: Store, key: SessionKey, sequence: int, keep: int, batch: int) -> Plan | None:
+    """What to cover beyond the summary of that sequence, once `keep` + `batch` messages are not: all of a page but the
+    newest `keep`, and never the newest of a user or what follows it. None when that leaves nothing."""
+    before = await in_effect(store, key, sequence)
+    rows: list[v1.Message] = []
+    after: tuple[str | int, ...] | None = (before.last_sequence if before else 0,)
+    while after is not None and len(rows) < keep + batch:
+        page = await store.list_messages(key, Query(PAGE, after))
+        rows += page.rows
+        after = page.next
+    end = _end_of_turn(rows, len(rows) - keep) if len(rows) >= keep + batch else 0
+    return Plan(before, rows[:end]) if end else None
+
+
+def _end_of_turn(rows: Sequence[v1.Message], most: int) -> int:
+    """The largest number of messages, `most` or fewer, after which a user or the system speaks again."""
+    newest = max((index for index, row in enumerate(rows) if row.role == v1.Message.ROLE_USER), default=0)
+    for end in range(min(most, newest), 0, -1):
+        if rows[end].role != v1.Message.ROLE_ASSISTANT and rows[end - 1].role == v1.Message.ROLE_ASSISTANT:
+            return end
+    return 0
+
+
+async def write(provider: Provider, request: ModelRequest) -> tuple[str, v1.Usage]:
+    """Has the model write a summary. Raises what a provider raises, and MODEL_ERROR when it is none."""
+    data = bytearray()
+    async with aclosing(provider.stream(request)) as stream:
+        async for delta in stream:
+            if isinstance(delta, Text):
+                data += delta.text.encode("utf-8", "surrogatepass")
+                if len(data) > MAX_BYTES:
+                    raise errors.model_error(f"The model's summary is longer than {MAX_BYTES} bytes.")
+            elif isinstance(delta, Finish):
+                if text := data.decode("utf-8", "replace").strip():
+                    return text, delta.usage
+                raise errors.model_error("The model gave no summary.")
+    raise errors.model_unavailable("The model's summary ended before it was whole.")
+
+
+def too_long(error: NotecaseError) -> bool:
+    """Whether a provider found a request longer than its model takes."""
+    code = error.metadata.get("code")
+    return error.reason == v1.ERROR_REASON_MODEL_ERROR and code == "context_length_exceeded"
+
+
+def _in_words(message: v1.Message) -> v1.Message:
+    """The message with its content named: replies say what it was, and a model that sums up need not take it."""
+    told = v1.Message()
+    told.CopyFrom(message)
+    for part in told.parts:
+        for shown in (part, *part.tool_call.result):
+            content = getattr(shown, shown.WhichOneof("kind") or "text")
+            if hasattr(content, "media_type"):
+                shown.text = f"[{content.media_type}{': ' if content.filename else ''}{content.filename}]"
+    return told
