@@ -40,6 +40,7 @@ ACTIONS = st.one_of(
     st.tuples(st.just("pause"), RUNS, st.sampled_from([v1.Run.STATE_RUNNING, v1.Run.STATE_WAITING]), st.integers(0, 3)),
     st.tuples(st.just("end"), RUNS, st.sampled_from(sorted(fold.ENDED))),
     st.tuples(st.just("rewind"), RUNS, NUMBERS),
+    st.tuples(st.just("seal"), RUNS, NUMBERS),
     st.tuples(st.just("change state"), st.sampled_from(["", "user", "app"]), st.lists(OPS, min_size=1, max_size=3)),
 )
 
@@ -135,10 +136,9 @@ def event(action: Sequence[Any], number: int, log: Log) -> v1.Event:
             made.message_added.CopyFrom(_message(number, run, v1.Message.ROLE_USER))
         case "end after turn":
             made.command_queued.cancel.mode = v1.CancelCommand.MODE_AFTER_TURN
-        case "say":
-            made.message_added.CopyFrom(_message(number, run, v1.Message.ROLE_USER))
-        case "reply":
-            made.message_added.CopyFrom(_message(number, run, v1.Message.ROLE_ASSISTANT))
+        case "say" | "reply":
+            role = v1.Message.ROLE_USER if kind == "say" else v1.Message.ROLE_ASSISTANT
+            made.message_added.CopyFrom(_message(number, run, role))
         case "call":
             made.message_added.CopyFrom(_message(number, run, v1.Message.ROLE_ASSISTANT))
             made.message_added.status = v1.Message.STATUS_IN_PROGRESS
@@ -173,8 +173,16 @@ def event(action: Sequence[Any], number: int, log: Log) -> v1.Event:
             if rest[0] == v1.Run.STATE_FAILED:
                 made.run_state_changed.error.message = "It failed."
         case "rewind":
+            made.run = ""
             made.rewound.to_sequence = max(log.rows.session.last_sequence - rest[0], 0)
             made.rewound.run = run
+        case "seal":
+            made.run = ""
+            every = [
+                part.tool_call for row in log.rows.messages.values() for part in row.parts if part.tool_call.call_id
+            ]
+            made.tool_finished.CopyFrom(every[rest[0] % len(every)] if every else v1.ToolCall())
+            made.tool_finished.outcome = v1.ToolCall.OUTCOME_CANCELLED
         case "change state":
             made.run = ""
             made.state_changed.CopyFrom(v1.StateChanged(state=run, ops=rest[0]))

@@ -590,8 +590,9 @@ async def test_a_start_may_roll_the_run_before_it_back(served: Running, session:
     waiting = (await served.runs.Invoke(v1.InvokeRequest(start=first))).run
     await served.state.UpdateState(v1.UpdateStateRequest(name=state, ops=[put(2)]))
     again = v1.StartRun(session=session, messages=[said("Better")], on_busy=v1.StartRun.ON_BUSY_ROLLBACK)
-    answered = await served.runs.Invoke(v1.InvokeRequest(start=again))
+    answered = await served.runs.Invoke(v1.InvokeRequest(start=again, request_id="again"))
     assert answered.reply.parts[0].text == "Anew."
+    assert await served.runs.Invoke(v1.InvokeRequest(start=again, request_id="again")) == answered
     assert (await served.runs.GetRun(v1.GetRunRequest(name=waiting.name))).state == v1.Run.STATE_CANCELLED
     assert [message["content"] for message in model.requests[1]["messages"][1:]] == ["Better"]
     log = await log_of(served, session)

@@ -16,7 +16,7 @@ import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError, reason_name
 from notecase_server.store import sqlite_file
-from notecase_server.store.contract import Commit, Committed, Compare, Query, Scope, SessionKey, StoreOpenError
+from notecase_server.store.contract import Commit, Committed, Compare, Fork, Query, Scope, SessionKey, StoreOpenError
 from notecase_server.store.sqlite import SqliteStore
 
 from tests.store.build import (
@@ -24,10 +24,12 @@ from tests.store.build import (
     KEY,
     ManualClock,
     add,
+    called,
     changed,
     contents,
     create,
     ended,
+    finished,
     once,
     put,
     refused,
@@ -496,3 +498,36 @@ async def test_eight_writers_and_readers_at_once(store: SqliteStore) -> None:
 
     writers = [asyncio.create_task(write(key)) for key in keys]
     await asyncio.gather(*writers, *(read(key, writer) for key, writer in zip(keys, writers, strict=True)))
+
+
+async def test_a_fork_is_one_statement_a_table_and_its_cost_grows_with_the_log_only(store: SqliteStore) -> None:
+    """Also where there are many calls, each of which is looked for in its message."""
+    await create(store)
+    costs: list[int] = []
+    for length in (200, 200):
+        for number in range(length):
+            name = f"m{length}-{number}-{len(costs)}"
+            await start(store, f"r{name}", called(name, f"r{name}", f"c{name}"), finished(f"c{name}", f"r{name}"))
+            await add(store, ended(f"r{name}"))
+        session = await store.get_session(KEY)
+        assert session is not None
+        head = session.last_sequence
+        past = await store.read_past(KEY, head)
+        seen: list[str] = []
+        steps = 0
+
+        def count() -> int:
+            nonlocal steps
+            steps += 1
+            return 0
+
+        store._connections.writer.set_trace_callback(seen.append)
+        store._connections.writer.set_progress_handler(count, 10)
+        key = SessionKey("acme", f"copy{head}")
+        await store.fork(Fork(key=key, source=KEY, past=past, session=v1.Session()))
+        store._connections.writer.set_progress_handler(None, 10)
+        store._connections.writer.set_trace_callback(None)
+        costs.append(steps)
+        inserted = [sql.split()[2] for sql in seen if sql.startswith("INSERT")]
+        assert sorted(inserted) == sorted(["sessions", "events", "messages", "calls", "runs", "entries"])
+    assert costs[1] <= costs[0] * 2.3

@@ -113,12 +113,30 @@ class Client(Commands):
         )
         return await repeat(self._retry, lambda: self.sessions.CreateSession(request))
 
-    async def get_state(self, owner: str, *keys: str) -> dict[str, Any]:
+    async def fork(self, session: str, at_sequence: int | None = None, *, session_id: str = "") -> v1.Session:
+        """Makes a new session of the log up to a sequence, the head by default; what it was then, it is there.
+
+        Raises NotecaseError SESSION_NOT_FOUND, SEQUENCE_AHEAD beyond the head, ALREADY_EXISTS when the id is taken."""
+        request = v1.ForkSessionRequest(
+            name=session, at_sequence=at_sequence, session_id=session_id, request_id=uuid.uuid4().hex
+        )
+        return await repeat(self._retry, lambda: self.sessions.ForkSession(request))
+
+    async def rewind(self, session: str, to_sequence: int) -> v1.Session:
+        """Takes a session back to a sequence: messages since are superseded, and its state is as it was.
+
+        Raises NotecaseError RUN_ACTIVE while a run is under way or queued, SESSION_NOT_FOUND, SEQUENCE_AHEAD, and
+        INVALID_FIELD for a sequence that a rewind left behind."""
+        request = v1.RewindSessionRequest(name=session, to_sequence=to_sequence, request_id=uuid.uuid4().hex)
+        return await repeat(self._retry, lambda: self.sessions.RewindSession(request))
+
+    async def get_state(self, owner: str, *keys: str, at_sequence: int = 0) -> dict[str, Any]:
         """State as Python values: the keys named, those that do not exist left out, or all of it.
 
-        `owner` is sessions/{session}, users/{user} or app. All of a large state is read in pages, between which it
-        may change. Raises NotecaseError SESSION_NOT_FOUND."""
-        request = v1.GetStateRequest(name=f"{owner}/state", keys=keys, page_size=1000)
+        `owner` is sessions/{session}, users/{user} or app; with `at_sequence` a session's state is read as it was then.
+        All of a large state is read in pages, between which it may change. Raises NotecaseError SESSION_NOT_FOUND,
+        SEQUENCE_AHEAD."""
+        request = v1.GetStateRequest(name=f"{owner}/state", keys=keys, page_size=1000, at_sequence=at_sequence)
         values: dict[str, Any] = {}
         while True:
             page = await repeat(self._retry, lambda: self.state.GetState(request))
@@ -179,6 +197,7 @@ class Client(Commands):
         on_busy: v1.StartRun.OnBusy.ValueType = v1.StartRun.ON_BUSY_REJECT,
         limits: v1.Limits | None = None,
         cancel_after: float | None = None,
+        rewind_to: int | None = None,
         options: v1.WatchOptions | None = None,
     ) -> RunStream:
         """Starts a run when entered, and follows it to its end.
@@ -190,7 +209,9 @@ class Client(Commands):
 
         `tools` are Python functions that the model may call in this run, executed here while the stream is iterated:
         see `Tool`. `on_busy` says what to do when the session has a run; `limits` what this one may use. With
-        `cancel_after` the run is cancelled once no stream has been attached to it for so many seconds.
+        `cancel_after` the run is cancelled once no stream has been attached to it for so many seconds. `rewind_to`
+        takes the session back to that sequence in the same commit: without `said` to generate a reply anew, with it to
+        edit what was said.
 
         Raises TypeError for a function that cannot be a tool. Entering raises NotecaseError: RUN_ACTIVE when the
         session has a run, AGENT_NOT_FOUND, SESSION_NOT_FOUND and so on."""
@@ -205,6 +226,7 @@ class Client(Commands):
             on_busy=on_busy,
             limits=limits,
             options=options,
+            rewind_to_sequence=rewind_to,
         )
         if cancel_after is not None:
             start.disconnect.cancel_after.FromMilliseconds(round(cancel_after * 1000))
@@ -244,6 +266,7 @@ class Client(Commands):
         on_busy: v1.StartRun.OnBusy.ValueType = v1.StartRun.ON_BUSY_REJECT,
         limits: v1.Limits | None = None,
         cancel_after: float | None = None,
+        rewind_to: int | None = None,
     ) -> v1.Message:
         """Runs to the end and returns the reply: `run` without the watching, with the same arguments.
 
@@ -261,6 +284,7 @@ class Client(Commands):
             on_busy=on_busy,
             limits=limits,
             cancel_after=cancel_after,
+            rewind_to=rewind_to,
             options=v1.WatchOptions(durable_only=True),
         )
         async with stream as run:

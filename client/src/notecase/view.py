@@ -141,7 +141,7 @@ class SessionView:
     def _supersede(self, event: v1.Event) -> None:
         replies = (run.reply for run in self.runs.values() if run.HasField("reply"))
         for message in (*self.messages.values(), *replies):
-            if message.sequence > event.rewound.to_sequence:
+            if message.sequence > event.rewound.to_sequence and message.status != v1.Message.STATUS_SUPERSEDED:
                 message.status = v1.Message.STATUS_SUPERSEDED
                 message.update_sequence = event.sequence
         kept = event.rewound.to_sequence

@@ -332,7 +332,7 @@ def template_error(message: str, field: str = "agent.llm.instruction") -> Noteca
 def sequence_ahead(asked: int, last_sequence: int) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_SEQUENCE_AHEAD,
-        f"after_sequence {asked} is beyond the head of the log, which is {last_sequence}.",
+        f"Sequence {asked} is beyond the head of the log, which is {last_sequence}.",
         metadata={"last_sequence": last_sequence},
     )
 

@@ -124,6 +124,8 @@ def render_session(row: v1.Session) -> v1.Session:
     row.name = session(session_id)
     if row.active_run:
         row.active_run = run(session_id, row.active_run)
+    if row.parent_session:
+        row.parent_session = session(row.parent_session)
     for queued in row.queued_commands:
         queued.run = run(session_id, queued.run)
     return row

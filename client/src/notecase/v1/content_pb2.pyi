@@ -94,7 +94,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_STATE_TYPE_MISMATCH: _ErrorReason.ValueType  # 32
     """FAILED_PRECONDITION: an operation that the value's type does not have, or an integer overflow."""
     ERROR_REASON_SEQUENCE_AHEAD: _ErrorReason.ValueType  # 33
-    """OUT_OF_RANGE: after_sequence is beyond the head; metadata.last_sequence is the head."""
+    """OUT_OF_RANGE: the sequence asked for is beyond the head; metadata.last_sequence is the head."""
     ERROR_REASON_CONTENT_UNSUPPORTED: _ErrorReason.ValueType  # 34
     """INVALID_ARGUMENT, and inside a run: content that the model cannot take."""
     ERROR_REASON_WATCHER_TOO_SLOW: _ErrorReason.ValueType  # 36
@@ -175,7 +175,7 @@ ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 31
 ERROR_REASON_STATE_TYPE_MISMATCH: ErrorReason.ValueType  # 32
 """FAILED_PRECONDITION: an operation that the value's type does not have, or an integer overflow."""
 ERROR_REASON_SEQUENCE_AHEAD: ErrorReason.ValueType  # 33
-"""OUT_OF_RANGE: after_sequence is beyond the head; metadata.last_sequence is the head."""
+"""OUT_OF_RANGE: the sequence asked for is beyond the head; metadata.last_sequence is the head."""
 ERROR_REASON_CONTENT_UNSUPPORTED: ErrorReason.ValueType  # 34
 """INVALID_ARGUMENT, and inside a run: content that the model cannot take."""
 ERROR_REASON_WATCHER_TOO_SLOW: ErrorReason.ValueType  # 36

@@ -365,6 +365,7 @@ class StartRun(_message.Message):
     IF_LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    REWIND_TO_SEQUENCE_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """sessions/{session}. Empty: a new one, as in new_session."""
     agent: _builtins.str
@@ -375,6 +376,10 @@ class StartRun(_message.Message):
     """
     on_busy: Global___StartRun.OnBusy.ValueType
     if_last_sequence: _builtins.int
+    rewind_to_sequence: _builtins.int
+    """Rewinds the session first, in the same commit, as RewindSession does: to regenerate, without messages, or to edit, with
+    new ones. Not with ON_BUSY_QUEUE or ON_BUSY_ROLLBACK.
+    """
     @_builtins.property
     def new_session(self) -> _session_pb2.Session:
         """The session to create in the same commit; its name may be set to choose the id. Not together with `session`."""
@@ -417,14 +422,20 @@ class StartRun(_message.Message):
         if_last_sequence: _builtins.int | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         options: Global___WatchOptions | None = ...,
+        rewind_to_sequence: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "disconnect", b"disconnect", "if_last_sequence", b"if_last_sequence", "limits", b"limits", "new_session", b"new_session", "options", b"options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "_rewind_to_sequence", b"_rewind_to_sequence", "disconnect", b"disconnect", "if_last_sequence", b"if_last_sequence", "limits", b"limits", "new_session", b"new_session", "options", b"options", "rewind_to_sequence", b"rewind_to_sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "agent", b"agent", "client_tools", b"client_tools", "disconnect", b"disconnect", "if_last_sequence", b"if_last_sequence", "labels", b"labels", "limits", b"limits", "messages", b"messages", "new_session", b"new_session", "on_busy", b"on_busy", "options", b"options", "run_id", b"run_id", "session", b"session", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "_rewind_to_sequence", b"_rewind_to_sequence", "agent", b"agent", "client_tools", b"client_tools", "disconnect", b"disconnect", "if_last_sequence", b"if_last_sequence", "labels", b"labels", "limits", b"limits", "messages", b"messages", "new_session", b"new_session", "on_busy", b"on_busy", "options", b"options", "rewind_to_sequence", b"rewind_to_sequence", "run_id", b"run_id", "session", b"session", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__if_last_sequence: _TypeAlias = _typing.Literal["if_last_sequence"]  # noqa: Y015
     _WhichOneofArgType__if_last_sequence: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence"]  # noqa: Y015
+    _WhichOneofReturnType__rewind_to_sequence: _TypeAlias = _typing.Literal["rewind_to_sequence"]  # noqa: Y015
+    _WhichOneofArgType__rewind_to_sequence: _TypeAlias = _typing.Literal["_rewind_to_sequence", b"_rewind_to_sequence"]  # noqa: Y015
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__if_last_sequence) -> _WhichOneofReturnType__if_last_sequence | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rewind_to_sequence) -> _WhichOneofReturnType__rewind_to_sequence | None: ...
 
 Global___StartRun: _TypeAlias = StartRun  # noqa: Y015
 
@@ -1045,7 +1056,9 @@ class Event(_message.Message):
     def input_resolved(self) -> Global___InputResolved: ...
     @_builtins.property
     def rewound(self) -> Global___Rewound:
-        """What follows it in the same commit puts session state back as it was then."""
+        """Calls that were open then are cancelled by the `tool_finished` of no run that follow at once, whatever became of them
+        since; further operations in the same commit put session state back as it was then.
+        """
 
     @_builtins.property
     def summarized(self) -> Global___Summarized: ...

@@ -28,7 +28,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from notecase.v1 import content_pb2 as notecase_dot_v1_dot_content__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19notecase/v1/session.proto\x12\x0bnotecase.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19notecase/v1/content.proto\"\xd2\x05\n\x07Session\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\x30\n\x06labels\x18\x05 \x03(\x0b\x32 .notecase.v1.Session.LabelsEntry\x12/\n\x08\x61\x63tivity\x18\x06 \x01(\x0e\x32\x1d.notecase.v1.Session.Activity\x12\x12\n\nactive_run\x18\x07 \x01(\t\x12\x15\n\rlast_sequence\x18\x08 \x01(\x03\x12!\n\x05usage\x18\t \x01(\x0b\x32\x12.notecase.v1.Usage\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0fqueued_commands\x18\x12 \x03(\x0b\x32\x1a.notecase.v1.QueuedCommand\x12\x38\n\nremembered\x18\x13 \x03(\x0b\x32$.notecase.v1.Session.RememberedEntry\x12\x15\n\rcontent_bytes\x18\x17 \x01(\x03\x12\x18\n\x10summary_sequence\x18\x16 \x01(\x03\x12\x0c\n\x04\x65tag\x18\x11 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x31\n\x0fRememberedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\"c\n\x08\x41\x63tivity\x12\x18\n\x14\x41\x43TIVITY_UNSPECIFIED\x10\x00\x12\x11\n\rACTIVITY_IDLE\x10\x01\x12\x14\n\x10\x41\x43TIVITY_RUNNING\x10\x02\x12\x14\n\x10\x41\x43TIVITY_WAITING\x10\x03\"B\n\rQueuedCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x0b\n\x03run\x18\x03 \x01(\t\"\xe4\x01\n\x14\x43reateSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12%\n\x07session\x18\x02 \x01(\x0b\x32\x14.notecase.v1.Session\x12;\n\x05state\x18\x03 \x03(\x0b\x32,.notecase.v1.CreateSessionRequest.StateEntry\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x1a@\n\nStateEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.notecase.v1.Value:\x02\x38\x01\"!\n\x11GetSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.notecase.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x82\x01\n\x14UpdateSessionRequest\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.notecase.v1.Session\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"F\n\x14\x44\x65leteSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"]\n\x15\x43ompactSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bkeep_recent\x18\x02 \x01(\x05\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t2\xd5\x03\n\x0eSessionService\x12H\n\rCreateSession\x12!.notecase.v1.CreateSessionRequest\x1a\x14.notecase.v1.Session\x12\x42\n\nGetSession\x12\x1e.notecase.v1.GetSessionRequest\x1a\x14.notecase.v1.Session\x12S\n\x0cListSessions\x12 .notecase.v1.ListSessionsRequest\x1a!.notecase.v1.ListSessionsResponse\x12H\n\rUpdateSession\x12!.notecase.v1.UpdateSessionRequest\x1a\x14.notecase.v1.Session\x12J\n\rDeleteSession\x12!.notecase.v1.DeleteSessionRequest\x1a\x16.google.protobuf.Empty\x12J\n\x0e\x43ompactSession\x12\".notecase.v1.CompactSessionRequest\x1a\x14.notecase.v1.SessionBC\n\x0bnotecase.v1B\x0cSessionProtoP\x01Z\x16notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19notecase/v1/session.proto\x12\x0bnotecase.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19notecase/v1/content.proto\"\x81\x06\n\x07Session\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\x30\n\x06labels\x18\x05 \x03(\x0b\x32 .notecase.v1.Session.LabelsEntry\x12/\n\x08\x61\x63tivity\x18\x06 \x01(\x0e\x32\x1d.notecase.v1.Session.Activity\x12\x12\n\nactive_run\x18\x07 \x01(\t\x12\x15\n\rlast_sequence\x18\x08 \x01(\x03\x12!\n\x05usage\x18\t \x01(\x0b\x32\x12.notecase.v1.Usage\x12\x16\n\x0eparent_session\x18\n \x01(\t\x12\x15\n\rfork_sequence\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0fqueued_commands\x18\x12 \x03(\x0b\x32\x1a.notecase.v1.QueuedCommand\x12\x38\n\nremembered\x18\x13 \x03(\x0b\x32$.notecase.v1.Session.RememberedEntry\x12\x15\n\rcontent_bytes\x18\x17 \x01(\x03\x12\x18\n\x10summary_sequence\x18\x16 \x01(\x03\x12\x0c\n\x04\x65tag\x18\x11 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x31\n\x0fRememberedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\"c\n\x08\x41\x63tivity\x12\x18\n\x14\x41\x43TIVITY_UNSPECIFIED\x10\x00\x12\x11\n\rACTIVITY_IDLE\x10\x01\x12\x14\n\x10\x41\x43TIVITY_RUNNING\x10\x02\x12\x14\n\x10\x41\x43TIVITY_WAITING\x10\x03\"B\n\rQueuedCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x0b\n\x03run\x18\x03 \x01(\t\"\xe4\x01\n\x14\x43reateSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12%\n\x07session\x18\x02 \x01(\x0b\x32\x14.notecase.v1.Session\x12;\n\x05state\x18\x03 \x03(\x0b\x32,.notecase.v1.CreateSessionRequest.StateEntry\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x1a@\n\nStateEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.notecase.v1.Value:\x02\x38\x01\"!\n\x11GetSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.notecase.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x82\x01\n\x14UpdateSessionRequest\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.notecase.v1.Session\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"F\n\x14\x44\x65leteSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"]\n\x15\x43ompactSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bkeep_recent\x18\x02 \x01(\x05\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\x9b\x01\n\x12\x46orkSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x0b\x61t_sequence\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12%\n\x07session\x18\x04 \x01(\x0b\x32\x14.notecase.v1.Session\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\x0e\n\x0c_at_sequence\"\x96\x01\n\x14RewindSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x0bto_sequence\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x1d\n\x10if_last_sequence\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\tB\x0e\n\x0c_to_sequenceB\x13\n\x11_if_last_sequence2\xe5\x04\n\x0eSessionService\x12H\n\rCreateSession\x12!.notecase.v1.CreateSessionRequest\x1a\x14.notecase.v1.Session\x12\x42\n\nGetSession\x12\x1e.notecase.v1.GetSessionRequest\x1a\x14.notecase.v1.Session\x12S\n\x0cListSessions\x12 .notecase.v1.ListSessionsRequest\x1a!.notecase.v1.ListSessionsResponse\x12H\n\rUpdateSession\x12!.notecase.v1.UpdateSessionRequest\x1a\x14.notecase.v1.Session\x12J\n\rDeleteSession\x12!.notecase.v1.DeleteSessionRequest\x1a\x16.google.protobuf.Empty\x12J\n\x0e\x43ompactSession\x12\".notecase.v1.CompactSessionRequest\x1a\x14.notecase.v1.Session\x12\x44\n\x0b\x46orkSession\x12\x1f.notecase.v1.ForkSessionRequest\x1a\x14.notecase.v1.Session\x12H\n\rRewindSession\x12!.notecase.v1.RewindSessionRequest\x1a\x14.notecase.v1.SessionBC\n\x0bnotecase.v1B\x0cSessionProtoP\x01Z\x16notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,31 +43,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATESESSIONREQUEST_STATEENTRY']._loaded_options = None
   _globals['_CREATESESSIONREQUEST_STATEENTRY']._serialized_options = b'8\001'
   _globals['_SESSION']._serialized_start=166
-  _globals['_SESSION']._serialized_end=888
-  _globals['_SESSION_LABELSENTRY']._serialized_start=691
-  _globals['_SESSION_LABELSENTRY']._serialized_end=736
-  _globals['_SESSION_REMEMBEREDENTRY']._serialized_start=738
-  _globals['_SESSION_REMEMBEREDENTRY']._serialized_end=787
-  _globals['_SESSION_ACTIVITY']._serialized_start=789
-  _globals['_SESSION_ACTIVITY']._serialized_end=888
-  _globals['_QUEUEDCOMMAND']._serialized_start=890
-  _globals['_QUEUEDCOMMAND']._serialized_end=956
-  _globals['_CREATESESSIONREQUEST']._serialized_start=959
-  _globals['_CREATESESSIONREQUEST']._serialized_end=1187
-  _globals['_CREATESESSIONREQUEST_STATEENTRY']._serialized_start=1123
-  _globals['_CREATESESSIONREQUEST_STATEENTRY']._serialized_end=1187
-  _globals['_GETSESSIONREQUEST']._serialized_start=1189
-  _globals['_GETSESSIONREQUEST']._serialized_end=1222
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=1224
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1300
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1302
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1389
-  _globals['_UPDATESESSIONREQUEST']._serialized_start=1392
-  _globals['_UPDATESESSIONREQUEST']._serialized_end=1522
-  _globals['_DELETESESSIONREQUEST']._serialized_start=1524
-  _globals['_DELETESESSIONREQUEST']._serialized_end=1594
-  _globals['_COMPACTSESSIONREQUEST']._serialized_start=1596
-  _globals['_COMPACTSESSIONREQUEST']._serialized_end=1689
-  _globals['_SESSIONSERVICE']._serialized_start=1692
-  _globals['_SESSIONSERVICE']._serialized_end=2161
+  _globals['_SESSION']._serialized_end=935
+  _globals['_SESSION_LABELSENTRY']._serialized_start=738
+  _globals['_SESSION_LABELSENTRY']._serialized_end=783
+  _globals['_SESSION_REMEMBEREDENTRY']._serialized_start=785
+  _globals['_SESSION_REMEMBEREDENTRY']._serialized_end=834
+  _globals['_SESSION_ACTIVITY']._serialized_start=836
+  _globals['_SESSION_ACTIVITY']._serialized_end=935
+  _globals['_QUEUEDCOMMAND']._serialized_start=937
+  _globals['_QUEUEDCOMMAND']._serialized_end=1003
+  _globals['_CREATESESSIONREQUEST']._serialized_start=1006
+  _globals['_CREATESESSIONREQUEST']._serialized_end=1234
+  _globals['_CREATESESSIONREQUEST_STATEENTRY']._serialized_start=1170
+  _globals['_CREATESESSIONREQUEST_STATEENTRY']._serialized_end=1234
+  _globals['_GETSESSIONREQUEST']._serialized_start=1236
+  _globals['_GETSESSIONREQUEST']._serialized_end=1269
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1271
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1347
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1349
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1436
+  _globals['_UPDATESESSIONREQUEST']._serialized_start=1439
+  _globals['_UPDATESESSIONREQUEST']._serialized_end=1569
+  _globals['_DELETESESSIONREQUEST']._serialized_start=1571
+  _globals['_DELETESESSIONREQUEST']._serialized_end=1641
+  _globals['_COMPACTSESSIONREQUEST']._serialized_start=1643
+  _globals['_COMPACTSESSIONREQUEST']._serialized_end=1736
+  _globals['_FORKSESSIONREQUEST']._serialized_start=1739
+  _globals['_FORKSESSIONREQUEST']._serialized_end=1894
+  _globals['_REWINDSESSIONREQUEST']._serialized_start=1897
+  _globals['_REWINDSESSIONREQUEST']._serialized_end=2047
+  _globals['_SESSIONSERVICE']._serialized_start=2050
+  _globals['_SESSIONSERVICE']._serialized_end=2663
 # @@protoc_insertion_point(module_scope)

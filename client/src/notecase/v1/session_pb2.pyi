@@ -96,6 +96,8 @@ class Session(_message.Message):
     ACTIVE_RUN_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     USAGE_FIELD_NUMBER: _builtins.int
+    PARENT_SESSION_FIELD_NUMBER: _builtins.int
+    FORK_SEQUENCE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     QUEUED_COMMANDS_FIELD_NUMBER: _builtins.int
@@ -116,6 +118,10 @@ class Session(_message.Message):
     """sessions/{session}/runs/{run}. Output only: empty when idle."""
     last_sequence: _builtins.int
     """Output only: the head of the log; each durable event adds exactly 1."""
+    parent_session: _builtins.str
+    """sessions/{session}. Output only: what it was forked from, which may be gone; empty when it was not."""
+    fork_sequence: _builtins.int
+    """Output only: the newest sequence that it has of its parent."""
     content_bytes: _builtins.int
     """Output only: of all blobs that its log refers to, each counted once."""
     summary_sequence: _builtins.int
@@ -156,6 +162,8 @@ class Session(_message.Message):
         active_run: _builtins.str = ...,
         last_sequence: _builtins.int = ...,
         usage: _content_pb2.Usage | None = ...,
+        parent_session: _builtins.str = ...,
+        fork_sequence: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
         queued_commands: _abc.Iterable[Global___QueuedCommand] | None = ...,
@@ -166,7 +174,7 @@ class Session(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_run", b"active_run", "activity", b"activity", "agent", b"agent", "content_bytes", b"content_bytes", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "queued_commands", b"queued_commands", "remembered", b"remembered", "summary_sequence", b"summary_sequence", "update_time", b"update_time", "usage", b"usage", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_run", b"active_run", "activity", b"activity", "agent", b"agent", "content_bytes", b"content_bytes", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "fork_sequence", b"fork_sequence", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "parent_session", b"parent_session", "queued_commands", b"queued_commands", "remembered", b"remembered", "summary_sequence", b"summary_sequence", "update_time", b"update_time", "usage", b"usage", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -407,3 +415,81 @@ class CompactSessionRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CompactSessionRequest: _TypeAlias = CompactSessionRequest  # noqa: Y015
+
+@_typing.final
+class ForkSessionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    AT_SEQUENCE_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """sessions/{session}: the source."""
+    at_sequence: _builtins.int
+    """0: an empty log. Unset: the head. It may lie in a stretch that was rewound since: its messages are then as they were."""
+    session_id: _builtins.str
+    """As in CreateSession."""
+    request_id: _builtins.str
+    @_builtins.property
+    def session(self) -> Global___Session:
+        """display_name, agent and labels replace the source's where they are set. The user is always the source's."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        at_sequence: _builtins.int | None = ...,
+        session_id: _builtins.str = ...,
+        session: Global___Session | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_at_sequence", b"_at_sequence", "at_sequence", b"at_sequence", "session", b"session"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_at_sequence", b"_at_sequence", "at_sequence", b"at_sequence", "name", b"name", "request_id", b"request_id", "session", b"session", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__at_sequence: _TypeAlias = _typing.Literal["at_sequence"]  # noqa: Y015
+    _WhichOneofArgType__at_sequence: _TypeAlias = _typing.Literal["_at_sequence", b"_at_sequence"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__at_sequence) -> _WhichOneofReturnType__at_sequence | None: ...
+
+Global___ForkSessionRequest: _TypeAlias = ForkSessionRequest  # noqa: Y015
+
+@_typing.final
+class RewindSessionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TO_SEQUENCE_FIELD_NUMBER: _builtins.int
+    IF_LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """sessions/{session}"""
+    to_sequence: _builtins.int
+    """The newest sequence that stays in force; 0: nothing does. Required. Inside a stretch that was rewound before it is
+    refused: fork there instead.
+    """
+    if_last_sequence: _builtins.int
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        to_sequence: _builtins.int | None = ...,
+        if_last_sequence: _builtins.int | None = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "_to_sequence", b"_to_sequence", "if_last_sequence", b"if_last_sequence", "to_sequence", b"to_sequence"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "_to_sequence", b"_to_sequence", "if_last_sequence", b"if_last_sequence", "name", b"name", "request_id", b"request_id", "to_sequence", b"to_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__if_last_sequence: _TypeAlias = _typing.Literal["if_last_sequence"]  # noqa: Y015
+    _WhichOneofArgType__if_last_sequence: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence"]  # noqa: Y015
+    _WhichOneofReturnType__to_sequence: _TypeAlias = _typing.Literal["to_sequence"]  # noqa: Y015
+    _WhichOneofArgType__to_sequence: _TypeAlias = _typing.Literal["_to_sequence", b"_to_sequence"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__if_last_sequence) -> _WhichOneofReturnType__if_last_sequence | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__to_sequence) -> _WhichOneofReturnType__to_sequence | None: ...
+
+Global___RewindSessionRequest: _TypeAlias = RewindSessionRequest  # noqa: Y015

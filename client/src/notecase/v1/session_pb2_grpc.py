@@ -66,6 +66,16 @@ class SessionServiceStub(object):
                 request_serializer=notecase_dot_v1_dot_session__pb2.CompactSessionRequest.SerializeToString,
                 response_deserializer=notecase_dot_v1_dot_session__pb2.Session.FromString,
                 _registered_method=True)
+        self.ForkSession = channel.unary_unary(
+                '/notecase.v1.SessionService/ForkSession',
+                request_serializer=notecase_dot_v1_dot_session__pb2.ForkSessionRequest.SerializeToString,
+                response_deserializer=notecase_dot_v1_dot_session__pb2.Session.FromString,
+                _registered_method=True)
+        self.RewindSession = channel.unary_unary(
+                '/notecase.v1.SessionService/RewindSession',
+                request_serializer=notecase_dot_v1_dot_session__pb2.RewindSessionRequest.SerializeToString,
+                response_deserializer=notecase_dot_v1_dot_session__pb2.Session.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer(object):
@@ -120,6 +130,26 @@ class SessionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForkSession(self, request, context):
+        """Makes a new session of the log up to at_sequence: the same sequences, messages and state, and its runs, as all of it was
+        then. What was under way at that moment is ended as cancelled in the fork. The source is not touched, and deleting either
+        leaves the other whole. Usage starts at 0; what was remembered or queued stays behind. OUT_OF_RANGE when at_sequence is
+        beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id returns the first answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RewindSession(self, request, context):
+        """Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is put back
+        as it was, calls that were open then are cancelled. The state of users and the app is not touched.
+        FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
+        OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -151,6 +181,16 @@ def add_SessionServiceServicer_to_server(servicer, server):
             'CompactSession': grpc.unary_unary_rpc_method_handler(
                     servicer.CompactSession,
                     request_deserializer=notecase_dot_v1_dot_session__pb2.CompactSessionRequest.FromString,
+                    response_serializer=notecase_dot_v1_dot_session__pb2.Session.SerializeToString,
+            ),
+            'ForkSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkSession,
+                    request_deserializer=notecase_dot_v1_dot_session__pb2.ForkSessionRequest.FromString,
+                    response_serializer=notecase_dot_v1_dot_session__pb2.Session.SerializeToString,
+            ),
+            'RewindSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.RewindSession,
+                    request_deserializer=notecase_dot_v1_dot_session__pb2.RewindSessionRequest.FromString,
                     response_serializer=notecase_dot_v1_dot_session__pb2.Session.SerializeToString,
             ),
     }
@@ -316,6 +356,60 @@ class SessionService(object):
             target,
             '/notecase.v1.SessionService/CompactSession',
             notecase_dot_v1_dot_session__pb2.CompactSessionRequest.SerializeToString,
+            notecase_dot_v1_dot_session__pb2.Session.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/notecase.v1.SessionService/ForkSession',
+            notecase_dot_v1_dot_session__pb2.ForkSessionRequest.SerializeToString,
+            notecase_dot_v1_dot_session__pb2.Session.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RewindSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/notecase.v1.SessionService/RewindSession',
+            notecase_dot_v1_dot_session__pb2.RewindSessionRequest.SerializeToString,
             notecase_dot_v1_dot_session__pb2.Session.FromString,
             options,
             channel_credentials,

@@ -56,6 +56,18 @@ class SessionServiceStub:
     meanwhile; what is only added meanwhile does not matter. A model that fails is a status, MODEL_ERROR or
     MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the first answer.
     """
+    ForkSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.Session]
+    """Makes a new session of the log up to at_sequence: the same sequences, messages and state, and its runs, as all of it was
+    then. What was under way at that moment is ended as cancelled in the fork. The source is not touched, and deleting either
+    leaves the other whole. Usage starts at 0; what was remembered or queued stays behind. OUT_OF_RANGE when at_sequence is
+    beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id returns the first answer.
+    """
+    RewindSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.RewindSessionRequest, _session_pb2.Session]
+    """Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is put back
+    as it was, calls that were open then are cancelled. The state of users and the app is not touched.
+    FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
+    OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
+    """
 
 @_typing.type_check_only
 class SessionServiceAsyncStub(SessionServiceStub):
@@ -83,6 +95,18 @@ class SessionServiceAsyncStub(SessionServiceStub):
     FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound
     meanwhile; what is only added meanwhile does not matter. A model that fails is a status, MODEL_ERROR or
     MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the first answer.
+    """
+    ForkSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
+    """Makes a new session of the log up to at_sequence: the same sequences, messages and state, and its runs, as all of it was
+    then. What was under way at that moment is ended as cancelled in the fork. The source is not touched, and deleting either
+    leaves the other whole. Usage starts at 0; what was remembered or queued stays behind. OUT_OF_RANGE when at_sequence is
+    beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id returns the first answer.
+    """
+    RewindSession: _aio.UnaryUnaryMultiCallable[_session_pb2.RewindSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
+    """Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is put back
+    as it was, calls that were open then are cancelled. The state of users and the app is not touched.
+    FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
+    OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
     """
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -144,6 +168,30 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound
         meanwhile; what is only added meanwhile does not matter. A model that fails is a status, MODEL_ERROR or
         MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the first answer.
+        """
+
+    @_abc_1.abstractmethod
+    def ForkSession(
+        self,
+        request: _session_pb2.ForkSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
+        """Makes a new session of the log up to at_sequence: the same sequences, messages and state, and its runs, as all of it was
+        then. What was under way at that moment is ended as cancelled in the fork. The source is not touched, and deleting either
+        leaves the other whole. Usage starts at 0; what was remembered or queued stays behind. OUT_OF_RANGE when at_sequence is
+        beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id returns the first answer.
+        """
+
+    @_abc_1.abstractmethod
+    def RewindSession(
+        self,
+        request: _session_pb2.RewindSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
+        """Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is put back
+        as it was, calls that were open then are cancelled. The state of users and the app is not touched.
+        FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
+        OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
         """
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -161,9 +161,14 @@ class GetStateRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     KEYS_FIELD_NUMBER: _builtins.int
+    AT_SEQUENCE_FIELD_NUMBER: _builtins.int
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
+    at_sequence: _builtins.int
+    """Session state as it was at that entry of the log, with the versions and times of then; 0: as it is now. Costs a reading of
+    all changes of the state up to there. Refused for users and the app. OUT_OF_RANGE beyond the head.
+    """
     page_size: _builtins.int
     """0: 50; at most 1000."""
     page_token: _builtins.str
@@ -176,12 +181,13 @@ class GetStateRequest(_message.Message):
         *,
         name: _builtins.str = ...,
         keys: _abc.Iterable[_builtins.str] | None = ...,
+        at_sequence: _builtins.int = ...,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "name", b"name", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_sequence", b"at_sequence", "keys", b"keys", "name", b"name", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

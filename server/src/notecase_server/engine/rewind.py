@@ -1,15 +1,18 @@
-"""Going back: the events after which a session is as it was at an earlier sequence.
+"""Going back, and branching off: the events after which a session is as it was, or a copy of what it was is at rest.
 
-The log is not cut. A mark supersedes the messages since, and what puts the state back is written out as operations, so
-that whoever folds the log needs to know nothing of how it was.
+The log is not cut. A mark supersedes the messages since; the calls that were open then are cancelled, and what puts the
+state back is written out as operations, so that whoever folds the log needs to know nothing of how it was.
 """
 
 from typing import NamedTuple
 
 from notecase import v1
 
-from notecase_server.store.contract import SessionKey, Store
-from notecase_server.store.fold import apply_ops
+from notecase_server import errors
+from notecase_server.engine import ledger
+from notecase_server.errors import Violation
+from notecase_server.store.contract import Past, SessionKey, Store
+from notecase_server.store.fold import open_calls
 
 PAGE_OPS = 500
 """Operations in one event: what puts a state back may be more than one event should hold."""
@@ -22,38 +25,72 @@ class Rewind(NamedTuple):
     events: list[v1.Event]
 
 
-async def rewound(store: Store, key: SessionKey, run: v1.Run) -> Rewind:
-    """The mark before the run's start, then the state. What went on while it was queued is not its doing, and stays.
-    Reads the log: a page at a time, and only its beginning when no state was changed since."""
-    changed: set[str] = set()
-    head = to_sequence = run.first_sequence - 1
-    while events := await store.read_events(key, head):
+async def rewound(store: Store, key: SessionKey, to_sequence: int, field: str) -> Rewind:
+    """The way back to a sequence that is still part of the conversation; `field` is where the caller named it.
+
+    Raises NotecaseError SESSION_NOT_FOUND, SEQUENCE_AHEAD, and INVALID_FIELD inside a stretch that was rewound before:
+    what was said there is superseded, and what it led to is gone."""
+    past = await store.read_past(key, to_sequence)
+    if past.kept < to_sequence:
+        told = (
+            f"{to_sequence} lies in a stretch that a rewind to {past.kept} left behind: its messages are no longer part"
+        )
+        raise errors.invalid([Violation(field, f"{told} of this conversation; fork at it instead (ForkSession)")])
+    return _back(past, to_sequence)
+
+
+async def rolled_back(store: Store, key: SessionKey, run: v1.Run) -> Rewind:
+    """The way back to before a run's start: what went on while it was queued is not its doing, and stays. Where that
+    was rewound meanwhile, as far as the rewind went."""
+    before = await _before(store, key, run)
+    past = await store.read_past(key, before)
+    if past.kept < before:
+        past = await store.read_past(key, past.kept)
+    return _back(past, past.session.last_sequence, run.name)
+
+
+async def _before(store: Store, key: SessionKey, run: v1.Run) -> int:
+    """The sequence before the run's start, which is its first event unless it was queued."""
+    before, size = run.first_sequence - 1, 1
+    while events := await store.read_events(key, before, size):
         for event in events:
             if event.HasField("run_started") and event.run == run.name:
-                to_sequence = event.sequence - 1
-                changed.clear()
-            changed.update(op.key for op in _own_ops(event))
-        head = events[-1].sequence
-    then: dict[str, v1.StateEntry | None] = {}
-    after = 0
-    while changed and after < to_sequence and (events := await store.read_events(key, after)):
-        for event in events:
-            if event.sequence <= to_sequence:
-                apply_ops(then, [op for op in _own_ops(event) if op.key in changed], 1, 0)
-        after = events[-1].sequence
+                return event.sequence - 1
+        before, size = events[-1].sequence, PAGE_OPS
+    return before
+
+
+def _back(past: Past, to_sequence: int, run: str = "") -> Rewind:
+    calls = [call for message in past.messages for call in open_calls(message)]
+    sealed = [ledger.cancelled(call, "The session was rewound to before its outcome.") for call in calls]
     ops = []
-    for name in sorted(changed):
+    for name, entry in sorted(past.entries.items()):
         op = v1.StateOp(key=name)
-        if (entry := then.get(name)) is not None:
+        if entry is not None:
             op.set.CopyFrom(entry.value)
         else:
             op.remove.SetInParent()
         ops.append(op)
-    mark = v1.Event(rewound=v1.Rewound(to_sequence=to_sequence, run=run.name))
+    mark = v1.Event(rewound=v1.Rewound(to_sequence=to_sequence, run=run))
     pages = [ops[start : start + PAGE_OPS] for start in range(0, len(ops), PAGE_OPS)]
-    return Rewind(head, [mark, *(v1.Event(state_changed=v1.StateChanged(ops=page)) for page in pages)])
+    restored = [v1.Event(state_changed=v1.StateChanged(ops=page)) for page in pages]
+    return Rewind(past.head, [mark, *sealed, *restored])
 
 
-def _own_ops(event: v1.Event) -> list[v1.StateOp]:
-    """The operations on the session's own state."""
-    return list(event.state_changed.ops) if event.state_changed.state == "" else []
+def ended(past: Past) -> list[v1.Event]:
+    """What ends the runs of a session as it was, so that a fork of it is at rest."""
+    reason = "The session was forked while the run was under way."
+    events = []
+    for run in past.runs:
+        dropped = [
+            queued.command_id
+            for queued in past.session.queued_commands
+            if queued.run == run.name and run.state != v1.Run.STATE_QUEUED
+        ]
+        own = (message for message in reversed(past.messages) if message.run == run.name and open_calls(message))
+        change = v1.RunStateChanged(state=v1.Run.STATE_CANCELLED, reason=reason, dropped_commands=dropped)
+        sealed = [*ledger.sealed(run, next(own, None), reason), v1.Event(run_state_changed=change)]
+        for event in sealed:
+            event.run = run.name
+        events += sealed
+    return events

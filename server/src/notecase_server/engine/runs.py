@@ -6,8 +6,9 @@ itself.
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import structlog
@@ -15,7 +16,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine import ledger, summary
-from notecase_server.engine.rewind import rewound
+from notecase_server.engine.rewind import Rewind, ended, rewound, rolled_back
 from notecase_server.engine.session import LiveSession, Sessions
 from notecase_server.engine.turn import RUNNING, WAITING, Halt, Services, Worker
 from notecase_server.errors import NotecaseError, Violation
@@ -25,6 +26,7 @@ from notecase_server.store.contract import (
     Commit,
     Committed,
     Duplicate,
+    Fork,
     Once,
     Query,
     Replayed,
@@ -40,6 +42,7 @@ log = structlog.get_logger()
 
 COMPLETED = v1.Message.STATUS_COMPLETED
 QUEUED = v1.Run.STATE_QUEUED
+INTERRUPT = v1.StartRun.ON_BUSY_INTERRUPT
 
 POLL_SECONDS = 5.0
 """How often what waits looks into the store although no bell rang: a lost hint costs this much time, and nothing
@@ -161,7 +164,8 @@ class Runs:
             if start.session:
                 live, session = await self._sessions.watched(key)
             agent = await self._agent(key.tenant, start, session)
-            if not start.messages:
+            rewinds = start.HasField("rewind_to_sequence")
+            if not (start.messages or rewinds):
                 await self._require_question(key)
             run_id = start.run_id or self._new_id()
             commit = Commit(
@@ -175,7 +179,11 @@ class Runs:
                 start=RunRecord(digest, agent),
             )
             async with live.lock:
-                committed = await live.commit(commit)
+                if rewinds:
+                    place = (start.rewind_to_sequence, "start.rewind_to_sequence")
+                    committed = await self._commit_back(live, commit, *place, caused.cause_id)
+                else:
+                    committed = await live.commit(commit)
                 self._begin(live, committed, run_id, agent)
             return Started(key, committed.runs[run_id], existing=False)
 
@@ -218,10 +226,12 @@ class Runs:
             raise errors.not_found("agent", name)
         return agent
 
-    async def _require_question(self, key: SessionKey) -> None:
-        newest = (await self._store.list_messages(key, Query(1), newest_first=True)).rows
+    async def _require_question(self, key: SessionKey, until: int | None = None) -> None:
+        """Something is left to answer, in the history up to that sequence: what was said, or results of calls."""
+        after = None if until is None else (until + 1,)
+        newest = (await self._store.list_messages(key, Query(1, after), newest_first=True)).rows
         answered = newest and newest[0].role == v1.Message.ROLE_ASSISTANT and newest[0].status == COMPLETED
-        if not newest or answered:
+        if not newest or (answered and not any(part.HasField("tool_call") for part in newest[0].parts)):
             problem = "is empty, and the session's history does not end with something to answer"
             raise errors.invalid([Violation("start.messages", problem)])
 
@@ -265,24 +275,36 @@ class Runs:
     async def _replace(
         self, key: SessionKey, active: str, start: v1.StartRun, digest: bytes, caused: Caused
     ) -> Started:
-        """Ends the active run, rewinds the session to before it if the start says so, and starts another: one commit,
-        so that nobody who is queued comes between."""
-        back = start.on_busy == v1.StartRun.ON_BUSY_ROLLBACK
+        """Ends the active run, rewinds the session if the start says so, and starts another: one commit, so that nobody
+        who is queued comes between."""
         live, session = await self._sessions.watched(key)
         agent = await self._agent(key.tenant, start, session)
         run_id = start.run_id or self._new_id()
         async with self._worker(key, active, Caused()) as worker:
+            back = self._way_back(key, start, worker.run)
+            if back is not None:
+                await back()  # what stands in its way is told before anything is stopped
             halt = Halt(
                 events=self._opening(start, session.user, agent, run_id, caused.cause_id),
-                rewind=(lambda: rewound(self._store, key, worker.run)) if back else None,
+                rewind=back,
                 start=RunRecord(digest, agent),
-                reason="It was rolled back." if back else "Another run was started.",
+                reason="Another run was started." if start.on_busy == INTERRUPT else "It was rolled back.",
                 then=lambda committed: self._begin(live, committed, run_id, agent),
                 once=caused.once,
                 command=caused.command,
             )
             self._halt(worker, halt)
         return Started(key, (await halt.done).runs[run_id], existing=False)
+
+    def _way_back(
+        self, key: SessionKey, start: v1.StartRun, run: v1.Run
+    ) -> Callable[[], Coroutine[Any, Any, Rewind]] | None:
+        """How far the session goes back when `start` takes the place of `run`; None for not at all."""
+        if start.on_busy == v1.StartRun.ON_BUSY_ROLLBACK:
+            return lambda: rolled_back(self._store, key, run)
+        if not start.HasField("rewind_to_sequence"):
+            return None
+        return lambda: rewound(self._store, key, start.rewind_to_sequence, "start.rewind_to_sequence")
 
     async def _queue(self, key: SessionKey, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
         live, session = await self._sessions.watched(key)
@@ -316,6 +338,68 @@ class Runs:
                 committed = await live.commit(Commit(key=key, claim=True, events=events))
                 self._begin(live, committed, queued.run, active.agent)
                 return
+
+    # ---- the past
+
+    async def rewind(
+        self, key: SessionKey, to_sequence: int, if_last_sequence: int | None, caused: Caused
+    ) -> Committed:
+        """Takes a session back to a sequence, in one commit.
+
+        Raises Replayed for a repeat, and NotecaseError: SESSION_NOT_FOUND, RUN_ACTIVE, SEQUENCE_MISMATCH,
+        SEQUENCE_AHEAD, INVALID_FIELD."""
+        commit = Commit(key=key, once=caused.once, if_last_sequence=if_last_sequence)
+        return await self._whole(self._rewind(commit, to_sequence, caused.cause_id))
+
+    async def _rewind(self, commit: Commit, to_sequence: int, cause_id: str) -> Committed:
+        live = self._sessions.live(commit.key)
+        async with live.lock:
+            await self._store.recall(commit.key, commit.once, None)
+            return await self._commit_back(live, commit, to_sequence, "to_sequence", cause_id)
+
+    async def _commit_back(
+        self, live: LiveSession, commit: Commit, to_sequence: int, field: str, cause_id: str
+    ) -> Committed:
+        """The commit, with the way back before its events. The caller holds the session's lock, and yet others write:
+        what they wrote meanwhile is rewound too, unless the commit has a condition of its own."""
+        while True:
+            _, session = await self._sessions.watched(live.key)
+            if busy := session.active_run or next((queued.run for queued in session.queued_commands), ""):
+                raise errors.run_active(names.run(live.key.session, busy))
+            if commit.if_last_sequence not in {None, session.last_sequence}:
+                raise errors.sequence_mismatch(session.last_sequence)
+            back = await rewound(self._store, live.key, to_sequence, field)
+            if commit.start is not None and not any(event.HasField("message_added") for event in commit.events):
+                await self._require_question(live.key, to_sequence)
+            for event in back.events:
+                event.cause_id = cause_id
+            try:
+                return await live.commit(
+                    replace(commit, if_last_sequence=back.head, events=[*back.events, *commit.events])
+                )
+            except NotecaseError as error:
+                if error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:
+                    raise
+
+    async def fork(
+        self, source: SessionKey, at_sequence: int | None, key: SessionKey, chosen: v1.Session, once: Once | None
+    ) -> Committed:
+        """A new session that begins with the log of another up to a sequence, its head for None. What of `chosen` is
+        empty is the source's.
+
+        Raises Replayed for a repeat, and NotecaseError: SESSION_NOT_FOUND, SEQUENCE_AHEAD, ALREADY_EXISTS."""
+        _, session = await self._sessions.watched(source)
+        past = await self._store.read_past(source, session.last_sequence if at_sequence is None else at_sequence)
+        made = v1.Session(
+            display_name=chosen.display_name or past.session.display_name,
+            agent=chosen.agent or past.session.agent,
+            labels=chosen.labels or past.session.labels,
+        )
+        live = self._sessions.live(key)
+        fork = Fork(key=key, once=once, source=source, past=past, session=made, events=ended(past))
+        committed = await self._store.fork(fork)
+        live.committed(committed)
+        return committed
 
     # ---- summaries
 

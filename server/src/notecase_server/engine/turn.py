@@ -717,8 +717,8 @@ class Worker:
             events = [*self._cut(), *ledger.sealed(self.run, self.message, halt.reason)]
             if halt.events and halt.start is None:
                 return [*events, *halt.events]
-            ending = self._ending(halt.state, halt.error, halt.reason, halt.cause_id)
-            return [*events, ending, *(back.events if back else ()), *halt.events]
+            events.append(self._ending(halt.state, halt.error, halt.reason, halt.cause_id))
+            return [*self._own(events), *(back.events if back else ()), *halt.events]
 
         for task in self._calls.values():
             task.cancel()
@@ -809,7 +809,8 @@ class Worker:
         self, decide: Callable[[], list[v1.Event]], halt: Halt | None = None, if_last_sequence: int | None = None
     ) -> Committed | None:
         """Commits what `decide` says under the session's lock, with its consequence; None when that is nothing. Waits
-        for a store that is away, and lets others decide meanwhile."""
+        for a store that is away, and lets others decide meanwhile. With `if_last_sequence` not all events are the
+        run's, and `decide` says which."""
         wait, longest = STORE_PATIENCE
         while True:
             try:
@@ -828,6 +829,15 @@ class Worker:
             await asyncio.sleep(wait)
             wait = min(wait * 2, longest)
 
+    def _own(self, events: Sequence[v1.Event]) -> Sequence[v1.Event]:
+        """Makes events this run's that are no other's."""
+        for event in events:
+            if not event.run:
+                event.run = self.run.name
+                if event.HasField("message_added"):
+                    event.message_added.run = self.run.name
+        return events
+
     async def _commit(
         self,
         events: Sequence[v1.Event],
@@ -836,12 +846,8 @@ class Worker:
         if_last_sequence: int | None = None,
         start: RunRecord | None = None,
     ) -> Committed:
-        for event in events:
-            outside = event.HasField("rewound") or (if_last_sequence is not None and event.HasField("state_changed"))
-            if not event.run and not outside:
-                event.run = self.run.name
-                if event.HasField("message_added"):
-                    event.message_added.run = self.run.name
+        if if_last_sequence is None:
+            self._own(events)
         committed = await self.live.commit(
             Commit(
                 key=self.live.key,

@@ -268,6 +268,32 @@ class SessionsService(v1.SessionServiceServicer):
         caused = Caused(request.request_id, once(request, _session_of))
         return _session_of(await self.desk.runs.compact(key, request.keep_recent, request.agent, caused))
 
+    async def ForkSession(self, request: v1.ForkSessionRequest, context: Any) -> v1.Session:
+        check = checked(request)
+        source = key_of(check.session("name", request.name))
+        at_sequence = request.at_sequence if request.HasField("at_sequence") else None
+        check(request.at_sequence >= 0, "at_sequence", "is negative")
+        check.chosen_id("session_id", request.session_id)
+        check.session_body("session", request.session)
+        check(not request.session.user, "session.user", "a fork's user is its source's")
+        check.done()
+        key = key_of(request.session_id or self.desk.new_id())
+        repeat = once(request, _session_of)
+        await self.desk.store.recall(key, repeat, None)
+        await self._require_agent(request.session.agent)
+        return _session_of(await self.desk.runs.fork(source, at_sequence, key, request.session, repeat))
+
+    async def RewindSession(self, request: v1.RewindSessionRequest, context: Any) -> v1.Session:
+        check = checked(request)
+        key = key_of(check.session("name", request.name))
+        check(request.HasField("to_sequence"), "to_sequence", "is missing; 0 empties the session")
+        check(request.to_sequence >= 0, "to_sequence", "is negative")
+        check(request.if_last_sequence >= 0, "if_last_sequence", "is negative")
+        check.done()
+        expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
+        caused = Caused(request.request_id, once(request, _session_of))
+        return _session_of(await self.desk.runs.rewind(key, request.to_sequence, expected, caused))
+
     async def _require_agent(self, name: str) -> None:
         parsed = names.parse_agent(name) if name else None
         if parsed and await self.desk.store.get_agent(caller.get().tenant, parsed.agent, parsed.revision) is None:
@@ -284,14 +310,17 @@ class States(v1.StateServiceServicer):
         scope = check.state("name", caller.get().tenant, request.name)
         check(len(request.keys) <= MAX_PAGE_SIZE, "keys", f"has more than {MAX_PAGE_SIZE} keys")
         check(not (request.keys and request.page_token), "page_token", "goes with no keys named")
+        at = request.at_sequence
+        check(at >= 0, "at_sequence", "is negative")
+        check(not at or scope.kind == "session", "at_sequence", "goes with a session's state; others have no log")
         check.done()
         if scope.kind == "session" and await self.store.get_session(key_of(scope.id)) is None:
             raise errors.not_found("session", names.session(scope.id))
         if request.keys:
-            state = await self.store.get_state(scope, list(request.keys))
+            state = await self.store.get_state(scope, list(request.keys), at)
         else:
-            about = ("state", caller.get().tenant, request.name)
-            state, page = await self.store.list_state(scope, self.desk.pages.query(request, *about))
+            about = ("state", caller.get().tenant, request.name, str(at))
+            state, page = await self.store.list_state(scope, self.desk.pages.query(request, *about), at)
             state.next_page_token = self.desk.pages.token(page.next, *about)
         state.name = request.name
         return state

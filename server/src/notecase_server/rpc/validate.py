@@ -419,6 +419,12 @@ class Check:
         self.messages(f"{field}.messages", start.messages, [v1.Message.ROLE_USER, v1.Message.ROLE_SYSTEM])
         if start.HasField("if_last_sequence"):
             self(start.if_last_sequence >= 0, f"{field}.if_last_sequence", "is negative")
+        if start.HasField("rewind_to_sequence"):
+            at = f"{field}.rewind_to_sequence"
+            self(start.rewind_to_sequence >= 0, at, "is negative")
+            self(start.session != "", at, "goes with a session that exists")
+            waits = start.on_busy in {v1.StartRun.ON_BUSY_QUEUE, v1.StartRun.ON_BUSY_ROLLBACK}
+            self(not waits, at, "goes with ON_BUSY_REJECT or ON_BUSY_INTERRUPT")
         self.options(f"{field}.options", start.options)
         self.tools(f"{field}.client_tools", start.client_tools, only_client=True)
         self.limits(f"{field}.limits", start.limits)

@@ -7,14 +7,16 @@ from typing import TypeVar
 
 from notecase import v1
 
-from notecase_server.store import content, steps
+from notecase_server.store import content, past, steps
 from notecase_server.store.contract import (
     ActiveRun,
     CommandId,
     Commit,
     Committed,
+    Fork,
     Once,
     Page,
+    Past,
     Query,
     Scope,
     SessionKey,
@@ -54,6 +56,12 @@ class TableStore(ABC):
         page = await self._read(lambda tables: take(tables.events(key, after, limit), limit))
         return page.rows
 
+    async def read_past(self, key: SessionKey, at: int) -> Past:
+        return await self._read(lambda tables: past.read(tables, key, at))
+
+    async def fork(self, fork: Fork) -> Committed:
+        return await self._write(partial(steps.fork, fork=fork))
+
     async def get_session(self, key: SessionKey) -> v1.Session | None:
         found = await self._read(lambda tables: tables.session(key))
         return found[0] if found else None
@@ -91,11 +99,11 @@ class TableStore(ABC):
     async def active_runs(self) -> list[ActiveRun]:
         return await self._read(lambda tables: tables.active_runs())
 
-    async def get_state(self, scope: Scope, keys: Sequence[str]) -> v1.State:
-        return await self._read(lambda tables: steps.named_entries(tables, scope, keys))
+    async def get_state(self, scope: Scope, keys: Sequence[str], at: int = 0) -> v1.State:
+        return await self._read(lambda tables: steps.named_entries(tables, scope, keys, at))
 
-    async def list_state(self, scope: Scope, query: Query) -> tuple[v1.State, Page[str]]:
-        return await self._read(lambda tables: steps.page_of_entries(tables, scope, query))
+    async def list_state(self, scope: Scope, query: Query, at: int = 0) -> tuple[v1.State, Page[str]]:
+        return await self._read(lambda tables: steps.page_of_entries(tables, scope, query, at))
 
     async def update_state(
         self, scope: Scope, ops: Sequence[v1.StateOp], if_version: int | None = None, once: Once | None = None

@@ -139,6 +139,47 @@ class Committed:
     """Of each state changed: its version and the named keys that exist now."""
 
 
+# ---- the past
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Past:
+    """A session as it was at one sequence: what has changed since, as it was then. All else is as it is now."""
+
+    session: v1.Session
+    """As then: last_sequence, active_run, queued_commands."""
+    head: int
+    """The log's head when this was read."""
+    kept: int
+    """The newest sequence up to that one which later rewinds left in force: the sequence itself, or where the furthest
+    of those that went back beyond it went."""
+    runs: Sequence[v1.Run]
+    """Those that had not ended, in the order they came; `reply` by id and sequence only."""
+    messages: Sequence[v1.Message]
+    """Those that have changed since, and those that have a call open then, in their order."""
+    version: int
+    """Of the session's state."""
+    entries: Mapping[str, v1.StateEntry | None]
+    """Of the session's state, by key; None for a key that did not exist."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fork:
+    """A new session that begins with the log of another. Conditions are checked in the order of the fields below."""
+
+    key: SessionKey
+    once: Once | None = None
+    """`render` is given the Committed."""
+    source: SessionKey
+    """Of the same tenant. SESSION_NOT_FOUND when it is gone, or is another one by now."""
+    past: Past
+    """The source at the sequence where the fork leaves it."""
+    session: v1.Session
+    """What the caller chooses. ALREADY_EXISTS when there is a session of that key. The user is the source's."""
+    events: Sequence[v1.Event] = ()
+    """What ends the runs of `past`: the fork's first entries of its own."""
+
+
 # ---- lists
 
 
@@ -228,6 +269,17 @@ class Store(Protocol):
         head, beyond it, and where there is no session."""
         ...
 
+    async def read_past(self, key: SessionKey, at: int) -> Past:
+        """The session as it was at that sequence. Costs a reading of what changed since, from where it began, and of
+        the changes of state up to there when it has changed. SESSION_NOT_FOUND; SEQUENCE_AHEAD beyond the head."""
+        ...
+
+    async def fork(self, fork: Fork) -> Committed:
+        """Copies a session up to a sequence and ends there what was under way, in one transaction: sequences, messages,
+        ended runs and state are as they were then, in rows of their own. Usage starts at 0; ids of requests and
+        commands, what was remembered and what was queued are not copied. `events` are those of Fork only."""
+        ...
+
     # Sessions.
 
     async def get_session(self, key: SessionKey) -> v1.Session | None: ...
@@ -281,14 +333,17 @@ class Store(Protocol):
 
     # State.
 
-    async def get_state(self, scope: Scope, keys: Sequence[str]) -> v1.State:
+    async def get_state(self, scope: Scope, keys: Sequence[str], at: int = 0) -> v1.State:
         """The named keys that exist, and the state's version. `name` is empty. A state nobody wrote to is empty at
-        version 0."""
+        version 0.
+
+        With `at`, of a session's state only: as it was at that sequence, folded anew from the log; 0 is now.
+        SESSION_NOT_FOUND; SEQUENCE_AHEAD beyond the head."""
         ...
 
-    async def list_state(self, scope: Scope, query: Query) -> tuple[v1.State, Page[str]]:
+    async def list_state(self, scope: Scope, query: Query, at: int = 0) -> tuple[v1.State, Page[str]]:
         """A page of keys in ascending order of their UTF-8 bytes, as entries and in order. Positions are (key,).
-        `query.where` is not looked at. Ends at PAGE_BYTES."""
+        `query.where` is not looked at. Ends at PAGE_BYTES. `at` as in get_state."""
         ...
 
     async def update_state(

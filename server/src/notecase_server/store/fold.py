@@ -3,10 +3,11 @@
 Pure: a store reads the rows that `needs` names, calls `apply` inside its transaction, and writes what changed. So all
 stores keep the same promises, and the rows can be checked against the log at any time.
 
-A payload that would break a promise is refused, whoever made it: a second run at once, and anything a run does while it
-is queued (RUN_ACTIVE) or after its end (RUN_ENDED), a second outcome for a call (CALL_NOT_PENDING), a second answer to
-who asks (INPUT_NOT_PENDING), an operation that its value's type does not have (STATE_TYPE_MISMATCH), a summary that
-does not continue the one in effect or covers what was rewound (SEQUENCE_MISMATCH).
+A payload that would break a promise is refused, whoever made it: a second run at once, a rewind meanwhile, and what a
+run does while it is queued (RUN_ACTIVE) or after its end (RUN_ENDED), a second outcome for a call but for the one that
+rewinding gives it (CALL_NOT_PENDING), a second answer to who asks (INPUT_NOT_PENDING), an operation that the value's
+type does not have (STATE_TYPE_MISMATCH), a summary that does not continue the one in effect or covers what was rewound
+(SEQUENCE_MISMATCH).
 """
 
 from collections.abc import Callable, Iterable
@@ -58,6 +59,8 @@ class Rows:
     """By the sequence of a summary, that of the one it continues."""
     shown: set[int] = field(default_factory=set)
     """Sequences of messages that are not superseded, of those asked for."""
+    sealing: int | None = None
+    """Where a rewind went back to, for as long as nothing but the calls it cancels has followed."""
 
 
 def state_scope(key: SessionKey, user: str, state: str) -> Scope:
@@ -135,54 +138,79 @@ def apply(rows: Rows, commit: Commit, now: int) -> Committed:
         session.last_sequence += 1
         event.sequence = session.last_sequence
         event.create_time.FromMicroseconds(now)
-        _apply_event(rows, commit, event, now, done)
+        _apply_event(rows, commit.key, event, done, early=commit.start is not None and not commit.start.digest)
         done.events.append(event)
     if done.events:
         session.update_time.FromMicroseconds(now)
     return done
 
 
-def _apply_event(rows: Rows, commit: Commit, event: v1.Event, now: int, done: Committed) -> None:
+def replay(rows: Rows, key: SessionKey, event: v1.Event) -> None:
+    """Applies an entry of the log once more, as `apply` did when it was new, to rows that hold all that it is about.
+    The state of users and the app is left alone."""
+    session = rows.session
+    session.last_sequence = event.sequence
+    session.update_time.CopyFrom(event.create_time)
+    elsewhere = event.state_changed.state != ""
+    early = event.run not in rows.runs and event.run_state_changed.state == v1.Run.STATE_CANCELLED
+    done = Committed(session, rows.epoch, [], rows.runs, rows.messages, {})
+    _apply_event(rows, key, event, done, early, elsewhere)
+
+
+def tells_past(event: v1.Event) -> bool:
+    """Whether what was before cannot be told without it: it changed the session's state, summarised, or rewound."""
+    changed = event.HasField("state_changed") and not event.state_changed.state
+    return changed or event.HasField("summarized") or event.HasField("rewound")
+
+
+def _apply_event(
+    rows: Rows, key: SessionKey, event: v1.Event, done: Committed, early: bool, elsewhere: bool = False
+) -> None:
+    """`early` says that it may be a run's end before its start, `elsewhere` that it changed what is no row here."""
     session = rows.session
     kind = event.WhichOneof("payload")
+    if kind != "tool_finished" or event.run:
+        rows.sealing = None
     if event.run and not (kind == "run_started" or event.command_queued.HasField("start")):
-        _follow_run(rows, commit, event)
+        _go_on(rows, key, event, early)
     match kind:
-        case "state_changed":
-            _change_state(rows, commit, event, now, done)
+        case "state_changed" if not elsewhere:
+            _change_state(rows, key, event, done)
         case "message_added":
             _add_message(rows, event)
         case "tool_started":
             _start_call(rows, event)
-        case "tool_finished":
+        case "tool_finished" if event.run:
             _finish_call(rows, event)
+        case "tool_finished":
+            _seal_call(rows, event)
         case "input_requested":
             rows.runs[event.run].pending_inputs.append(event.input_requested)
         case "input_resolved":
             _resolve_input(rows, event)
         case "rewound":
-            _supersede(rows, event)
+            _rewind(rows, key, event)
         case "summarized":
             _summarize(rows, event)
         case "command_queued":
-            _queue(rows, commit, event)
+            _queue(rows, key, event)
         case "usage":
             add_usage(session.usage, event.usage)
             if event.run:
                 add_usage(rows.runs[event.run].usage, event.usage)
         case "run_started":
-            _start_run(rows, commit, event)
+            _start_run(rows, key, event)
         case "run_state_changed":
             _change_run(rows, event)
     if kind in {"message_added", "run_started"} and event.cause_id:
         _take_up(session, lambda queued: queued.run == event.run and queued.command_id == event.cause_id)
 
 
-def _follow_run(rows: Rows, commit: Commit, event: v1.Event) -> None:
-    """Refuses what a run may not do as it is, and notes its newest event."""
-    session, run = rows.session, rows.runs.get(event.run)
-    name = f"sessions/{commit.key.session}/runs/{event.run}"
-    if commit.start is not None and not commit.start.digest:
+def _go_on(rows: Rows, key: SessionKey, event: v1.Event, early: bool) -> None:
+    """Checks that an event of a run may come now."""
+    run = rows.runs.get(event.run)
+    name = f"sessions/{key.session}/runs/{event.run}"
+    if early:
         # A cancel that came before its start: the run is over before it was.
         if run is not None:
             raise errors.already_exists("run", name)
@@ -194,16 +222,16 @@ def _follow_run(rows: Rows, commit: Commit, event: v1.Event) -> None:
     if run.state in ENDED:
         raise errors.run_ended(name, run.state)
     if run.state == v1.Run.STATE_QUEUED and event.run_state_changed.state not in ENDED:
-        raise errors.run_active(f"sessions/{commit.key.session}/runs/{session.active_run or event.run}")
+        raise errors.run_active(f"sessions/{key.session}/runs/{rows.session.active_run or event.run}")
     run.last_sequence = event.sequence
 
 
-def _change_state(rows: Rows, commit: Commit, event: v1.Event, now: int, done: Committed) -> None:
+def _change_state(rows: Rows, key: SessionKey, event: v1.Event, done: Committed) -> None:
     change = event.state_changed
-    scope = state_scope(commit.key, rows.session.user, change.state)
+    scope = state_scope(key, rows.session.user, change.state)
     version = rows.versions[scope] = rows.versions.get(scope, 0) + 1
     entries = rows.state.setdefault(scope, {})
-    apply_ops(entries, change.ops, version, now)
+    apply_ops(entries, change.ops, version, event.create_time.ToMicroseconds())
     for op in change.ops:
         op.ClearField("if_version")
     change.version = version
@@ -212,9 +240,13 @@ def _change_state(rows: Rows, commit: Commit, event: v1.Event, now: int, done: C
     show_entries(told, entries, (op.key for op in change.ops))
 
 
-def _supersede(rows: Rows, event: v1.Event) -> None:
+def _rewind(rows: Rows, key: SessionKey, event: v1.Event) -> None:
+    """All that a rewind restores by itself: what must be spelled out, calls and state, follows it."""
+    if rows.session.active_run:
+        raise errors.run_active(f"sessions/{key.session}/runs/{rows.session.active_run}")
+    rows.sealing = event.rewound.to_sequence
     for message in rows.messages.values():
-        if message.sequence > event.rewound.to_sequence:
+        if message.sequence > event.rewound.to_sequence and message.status != v1.Message.STATUS_SUPERSEDED:
             message.status = v1.Message.STATUS_SUPERSEDED
             message.update_sequence = event.sequence
     while rows.session.summary_sequence > event.rewound.to_sequence:
@@ -232,6 +264,7 @@ def _add_message(rows: Rows, event: v1.Event) -> None:
     message = event.message_added
     message.sequence = message.update_sequence = event.sequence
     message.create_time.CopyFrom(event.create_time)
+    message.run = event.run
     rows.messages[message.name] = v1.Message.FromString(message.SerializeToString())
     for part in message.parts:
         if part.HasField("tool_call"):
@@ -240,17 +273,17 @@ def _add_message(rows: Rows, event: v1.Event) -> None:
         rows.runs[event.run].reply.CopyFrom(v1.Message(name=message.name, sequence=message.sequence))
 
 
-def _start_run(rows: Rows, commit: Commit, event: v1.Event) -> None:
+def _start_run(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     session = rows.session
     if session.active_run:
-        raise errors.run_active(f"sessions/{commit.key.session}/runs/{session.active_run}")
+        raise errors.run_active(f"sessions/{key.session}/runs/{session.active_run}")
     run = rows.runs.get(event.run)
     if run is None:
         run = rows.runs[event.run] = v1.Run(
             name=event.run, first_sequence=event.sequence, create_time=event.create_time
         )
     elif run.state != v1.Run.STATE_QUEUED:
-        raise errors.already_exists("run", f"sessions/{commit.key.session}/runs/{event.run}")
+        raise errors.already_exists("run", f"sessions/{key.session}/runs/{event.run}")
     _describe(run, event.run_started)
     run.last_sequence = event.sequence
     run.state = v1.Run.STATE_RUNNING
@@ -293,7 +326,7 @@ def _change_run(rows: Rows, event: v1.Event) -> None:
         session.activity = v1.Session.ACTIVITY_IDLE
 
 
-def _queue(rows: Rows, commit: Commit, event: v1.Event) -> None:
+def _queue(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     queued = event.command_queued
     if queued.HasField("cancel"):
         rows.runs[event.run].ending = True
@@ -302,7 +335,7 @@ def _queue(rows: Rows, commit: Commit, event: v1.Event) -> None:
         raise errors.queue_full(MAX_QUEUED)
     if queued.HasField("start"):
         if event.run in rows.runs:
-            raise errors.already_exists("run", f"sessions/{commit.key.session}/runs/{event.run}")
+            raise errors.already_exists("run", f"sessions/{key.session}/runs/{event.run}")
         rows.runs[event.run] = v1.Run(
             name=event.run,
             agent=queued.start.agent,
@@ -323,18 +356,18 @@ def _take_up(session: v1.Session, taken: Callable[[v1.QueuedCommand], bool]) -> 
         session.queued_commands.extend(left)
 
 
-def _call(rows: Rows, call_id: str) -> tuple[v1.Message, v1.ToolCall]:
-    """The open call with its message; NotecaseError CALL_NOT_PENDING."""
+def _call(rows: Rows, call_id: str, run: str) -> tuple[v1.Message, v1.ToolCall]:
+    """The open call of the run with its message; NotecaseError CALL_NOT_PENDING."""
     message = rows.messages.get(rows.calls.get(call_id, ""))
-    for part in message.parts if message is not None else ():
-        if part.tool_call.call_id == call_id and part.tool_call.outcome in OPEN_OUTCOMES:
-            assert message is not None
-            return message, part.tool_call
+    if message is not None and message.run == run:
+        for call in open_calls(message):
+            if call.call_id == call_id:
+                return message, call
     raise errors.call_not_pending(call_id)
 
 
 def _start_call(rows: Rows, event: v1.Event) -> None:
-    message, call = _call(rows, event.tool_started.call_id)
+    message, call = _call(rows, event.tool_started.call_id, event.run)
     run = rows.runs[event.run]
     run.tool_calls += call.outcome == v1.ToolCall.OUTCOME_PENDING
     event.tool_started.start_time.CopyFrom(event.create_time)
@@ -346,16 +379,34 @@ def _start_call(rows: Rows, event: v1.Event) -> None:
 
 
 def _finish_call(rows: Rows, event: v1.Event) -> None:
-    message, call = _call(rows, event.tool_finished.call_id)
+    message, call = _call(rows, event.tool_finished.call_id, event.run)
     if call.HasField("start_time"):
         took = event.create_time.ToMicroseconds() - call.start_time.ToMicroseconds()
         event.tool_finished.start_time.CopyFrom(call.start_time)
         event.tool_finished.elapsed.FromMicroseconds(max(took, 0))
     call.CopyFrom(event.tool_finished)
+    _complete(message, event)
+    _drop_pending(rows.runs[event.run], call.call_id)
+
+
+def _seal_call(rows: Rows, event: v1.Event) -> None:
+    """A call that was open where a rewind went back to is cancelled, whatever became of it since."""
+    sealed = event.tool_finished
+    message = rows.messages.get(rows.calls.get(sealed.call_id, ""))
+    behind = rows.sealing is not None and message is not None and message.sequence <= rows.sealing
+    if message is None or not behind or sealed.outcome != v1.ToolCall.OUTCOME_CANCELLED:
+        raise errors.call_not_pending(sealed.call_id)
+    for part in message.parts:
+        if part.tool_call.call_id == sealed.call_id:
+            part.tool_call.CopyFrom(sealed)
+    _complete(message, event)
+
+
+def _complete(message: v1.Message, event: v1.Event) -> None:
+    """Takes note that one of its calls has an outcome."""
     if message.status == v1.Message.STATUS_IN_PROGRESS and not open_calls(message):
         message.status = v1.Message.STATUS_COMPLETED
     message.update_sequence = event.sequence
-    _drop_pending(rows.runs[event.run], call.call_id)
 
 
 def _drop_pending(run: v1.Run, call_id: str) -> None:

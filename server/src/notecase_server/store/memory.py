@@ -5,7 +5,7 @@ import threading
 from bisect import bisect_right, insort
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from notecase import v1
@@ -25,6 +25,7 @@ from notecase_server.store.contract import (
     Scope,
     SessionKey,
 )
+from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import Found, matches
 from notecase_server.store.tables import Applied, BlobRow, Recorded, Tables, UploadRow
 
@@ -81,6 +82,10 @@ class _Session:
     messages: dict[str, bytes] = field(default_factory=dict)
     order: list[tuple[int, str, str]] = field(default_factory=list)
     """The sequence, id and run of each message, ascending."""
+    changes: list[int] = field(default_factory=list)
+    """The sequences of events that tell the past."""
+    changed: dict[str, int] = field(default_factory=dict)
+    """The last sequence that changed a message, by its id, for those that were changed at all."""
     runs: dict[str, _Run] = field(default_factory=dict)
     calls: dict[str, str] = field(default_factory=dict)
     commands: dict[str, Applied] = field(default_factory=dict)
@@ -114,8 +119,8 @@ class _Tenant:
     """With the time they were made."""
     blobs: dict[str, _Blob] = field(default_factory=dict)
     uploads: dict[str, UploadRow] = field(default_factory=dict)
-    references: defaultdict[tuple[Scope, str], set[str]] = field(default_factory=lambda: defaultdict(set))
-    """By whom: the digests."""
+    references: defaultdict[tuple[Scope, str], dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
+    """By whom: the digests, each with the first event that refers to it."""
 
 
 class _MemoryTables:
@@ -186,6 +191,27 @@ class _MemoryTables:
         tenant.states.pop(("session", key.session), None)
         self.drop_references(Scope(key.tenant, "session", key.session), "")
 
+    def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
+        old, new = self._existing(source), self._existing(key)
+        new.events = old.events[:at]
+        new.changes = old.changes[: bisect_right(old.changes, at)]
+        added = old.order[: bisect_right(old.order, (at + 1,))]
+        new.order = [place for place in added if old.changed.get(place[1], 0) <= at]
+        new.messages = {name: old.messages[name] for _, name, _ in new.order}
+        new.changed = {name: old.changed[name] for name in new.messages if name in old.changed}
+        names = {name for _, name, _ in added}
+        new.calls = {call_id: message for call_id, message in old.calls.items() if message in names}
+        for name, row in old.runs.items():
+            if row.agent is None and v1.Run.FromString(row.body).last_sequence <= at:
+                new.runs[name] = replace(row)
+        states = self._tenants[key.tenant].states
+        if (state := states.get(("session", source.session))) is not None:
+            states["session", key.session] = replace(state, entries=dict(state.entries))
+        held = self._tenants[key.tenant].references.get((Scope(source.tenant, "session", source.session), ""), {})
+        for sha256, sequence in list(held.items()):
+            if sequence <= at:
+                self.refer(Scope(key.tenant, "session", key.session), "", sha256, sequence)
+
     def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]:
         rows = self._tenants[tenant].sessions
         for position in sorted(((row.create_time, name) for name, row in rows.items()), reverse=True):
@@ -196,12 +222,20 @@ class _MemoryTables:
                     yield Found(position, session, len(body))
 
     def add_events(self, key: SessionKey, events: Sequence[v1.Event]) -> None:
-        self._existing(key).events.extend(event.SerializeToString() for event in events)
+        session = self._existing(key)
+        session.events.extend(event.SerializeToString() for event in events)
+        session.changes.extend(event.sequence for event in events if tells_past(event))
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]:
         session = self._session(key)
         for sequence, body in enumerate(session.events[after : after + limit] if session else (), after + 1):
             yield Found((sequence,), v1.Event.FromString(body), len(body))
+
+    def changes(self, key: SessionKey, after: int, until: int) -> Iterator[v1.Event]:
+        session = self._session(key)
+        if session is not None:
+            for place in range(bisect_right(session.changes, after), bisect_right(session.changes, until)):
+                yield v1.Event.FromString(session.events[session.changes[place] - 1])
 
     def message(self, key: SessionKey, message: str) -> v1.Message | None:
         session = self._session(key)
@@ -209,11 +243,16 @@ class _MemoryTables:
         return None if body is None else v1.Message.FromString(body)
 
     def add_message(self, key: SessionKey, message: v1.Message) -> None:
-        self.put_message(key, message)
-        insort(self._existing(key).order, (message.sequence, message.name, message.run))
+        session = self._existing(key)
+        session.messages[message.name] = message.SerializeToString()
+        if message.update_sequence != message.sequence:
+            session.changed[message.name] = message.update_sequence
+        insort(session.order, (message.sequence, message.name, message.run))
 
     def put_message(self, key: SessionKey, message: v1.Message) -> None:
-        self._existing(key).messages[message.name] = message.SerializeToString()
+        session = self._existing(key)
+        session.messages[message.name] = message.SerializeToString()
+        session.changed[message.name] = message.update_sequence
 
     def messages(
         self, key: SessionKey, query: Query, newest_first: bool, run: str, superseded: bool
@@ -235,6 +274,12 @@ class _MemoryTables:
                 message = v1.Message.FromString(body)
                 if superseded or message.status != v1.Message.STATUS_SUPERSEDED:
                     yield Found((sequence,), message, len(body))
+
+    def changed_messages(self, key: SessionKey, at: int) -> list[v1.Message]:
+        session = self._session(key)
+        changed = [name for name, sequence in session.changed.items() if sequence > at] if session else []
+        found = [v1.Message.FromString(session.messages[name]) for name in changed] if session else []
+        return [message for message in found if message.sequence <= at]
 
     def call(self, key: SessionKey, call_id: str) -> str:
         session = self._session(key)
@@ -273,6 +318,11 @@ class _MemoryTables:
                 found = v1.Run.FromString(body)
                 if matches(query.where, found, RUN_COLUMNS):
                     yield Found(position, found, len(body))
+
+    def changed_runs(self, key: SessionKey, at: int) -> list[v1.Run]:
+        session = self._session(key)
+        found = [v1.Run.FromString(row.body) for row in session.runs.values()] if session else []
+        return [run for run in found if run.first_sequence <= at < run.last_sequence]
 
     def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
         session = self._session(key)
@@ -395,9 +445,14 @@ class _MemoryTables:
     def refers(self, scope: Scope, key: str, sha256: str) -> bool:
         return sha256 in self._tenants[scope.tenant].references.get((scope, key), ())
 
+    def content_bytes(self, key: SessionKey, until: int) -> int:
+        tenant = self._tenants[key.tenant]
+        held = tenant.references.get((Scope(key.tenant, "session", key.session), ""), {})
+        return sum(tenant.blobs[sha256].row.size for sha256, sequence in held.items() if sequence <= until)
+
     def refer(self, scope: Scope, key: str, sha256: str, sequence: int) -> None:
         tenant = self._tenants[scope.tenant]
-        tenant.references[scope, key].add(sha256)
+        tenant.references[scope, key][sha256] = sequence
         tenant.blobs[sha256].references.add((scope, key))
 
     def drop_references(self, scope: Scope, key: str) -> None:

@@ -168,9 +168,12 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             tenant TEXT NOT NULL,
             session TEXT NOT NULL,
             sequence INTEGER NOT NULL,
+            tells_past INTEGER NOT NULL,
             body BLOB NOT NULL,
             PRIMARY KEY (tenant, session, sequence)
         ) WITHOUT ROWID""",
+        # What a state was is told by the few events that changed it or rewound.
+        "CREATE INDEX events_of_past ON events (tenant, session, sequence) WHERE tells_past = 1",
         # A message is the event that added it, until something changes it and it gets a body of its own.
         """CREATE TABLE messages (
             tenant TEXT NOT NULL,
@@ -179,6 +182,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             message TEXT NOT NULL,
             run TEXT NOT NULL,
             superseded INTEGER NOT NULL,
+            update_sequence INTEGER NOT NULL,
             body BLOB,
             PRIMARY KEY (tenant, session, sequence)
         ) WITHOUT ROWID""",
@@ -198,6 +202,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             agent TEXT NOT NULL,
             create_time INTEGER NOT NULL,
             labels TEXT,
+            first_sequence INTEGER NOT NULL,
+            last_sequence INTEGER NOT NULL,
             digest BLOB NOT NULL,
             body BLOB NOT NULL,
             PRIMARY KEY (tenant, session, run)

@@ -31,6 +31,7 @@ from notecase_server.store.contract import (
     Scope,
     SessionKey,
 )
+from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import LABELS, OPERATORS, Found, Labelled, check_column, column
 from notecase_server.store.tables import Applied, BlobRow, Recorded, UploadRow
 
@@ -48,8 +49,8 @@ ADD_SESSION = f"""INSERT INTO sessions (tenant, session, {", ".join(SESSION_COLU
 PUT_SESSION = f"""UPDATE sessions SET {", ".join(f"{name} = ?" for name in SESSION_CHANGES)},
     labels = ?, epoch = ?, body = ? WHERE tenant = ? AND session = ?"""
 
-ADD_RUN = f"""INSERT INTO runs (tenant, session, run, {", ".join(RUN_COLUMNS)}, labels, digest, body)
-    VALUES (?, ?, ?{", ?" * len(RUN_COLUMNS)}, ?, ?, ?)"""
+ADD_RUN = f"""INSERT INTO runs (tenant, session, run, {", ".join(RUN_COLUMNS)}, labels, first_sequence, last_sequence,
+    digest, body) VALUES (?, ?, ?{", ?" * len(RUN_COLUMNS)}, ?, ?, ?, ?, ?)"""
 
 PUT_AGENT = f"""REPLACE INTO agents (tenant, agent, revision, {", ".join(AGENT_COLUMNS)}, labels)
     VALUES (?, ?, ?{", ?" * len(AGENT_COLUMNS)}, ?)"""
@@ -58,6 +59,24 @@ MESSAGES = """SELECT m.sequence, m.body, e.body FROM messages m LEFT JOIN events
     AND e.tenant = m.tenant AND e.session = m.session AND e.sequence = m.sequence
     WHERE m.tenant = ? AND m.session = ?"""
 """With the event where the message has no body of its own."""
+
+COPIES = (
+    """INSERT INTO events SELECT :tenant, :session, sequence, tells_past, body FROM events
+        WHERE tenant = :tenant AND session = :source AND sequence <= :at""",
+    """INSERT INTO messages SELECT :tenant, :session, sequence, message, run, superseded, update_sequence, body
+        FROM messages WHERE tenant = :tenant AND session = :source AND sequence <= :at AND update_sequence <= :at""",
+    """INSERT INTO calls SELECT :tenant, :session, c.call_id, c.message FROM calls c
+        CROSS JOIN messages m ON m.tenant = c.tenant AND m.session = c.session AND m.message = c.message
+        WHERE c.tenant = :tenant AND c.session = :source AND m.sequence <= :at""",
+    f"""INSERT INTO runs SELECT :tenant, :session, run, {", ".join(RUN_COLUMNS)}, labels, first_sequence, last_sequence,
+        digest, body FROM runs WHERE tenant = :tenant AND session = :source AND last_sequence <= :at AND NOT EXISTS
+        (SELECT * FROM active_runs a WHERE a.tenant = runs.tenant AND a.session = runs.session AND a.run = runs.run)""",
+    """INSERT INTO entries SELECT :tenant, 'session', :session, key, body FROM entries
+        WHERE tenant = :tenant AND kind = 'session' AND id = :source""",
+    """INSERT INTO blob_references SELECT :tenant, 'session', :session, '', sha256, sequence FROM blob_references
+        WHERE tenant = :tenant AND kind = 'session' AND id = :source AND key = '' AND sequence <= :at""",
+)
+"""One statement for each table that a fork has rows of. CROSS keeps the calls the outer loop."""
 
 AGENTS = """SELECT a.agent, r.body FROM agents a
     JOIN revisions r ON r.tenant = a.tenant AND r.agent = a.agent AND r.revision = a.revision
@@ -143,6 +162,10 @@ class SqliteTables:
             self._execute(f"DELETE FROM {table} WHERE tenant = ? AND kind = 'session' AND id = ?", key)
         self.drop_references(Scope(key.tenant, "session", key.session), "")
 
+    def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
+        for statement in COPIES:
+            self._execute(statement, {**key._asdict(), "source": source.session, "at": at})
+
     def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]:
         where, values = _where(query, SESSION_COLUMNS, "(create_time, session) < (?, ?)")
         rows = self._execute(
@@ -155,8 +178,8 @@ class SqliteTables:
 
     def add_events(self, key: SessionKey, events: Sequence[v1.Event]) -> None:
         self._executemany(
-            "INSERT INTO events (tenant, session, sequence, body) VALUES (?, ?, ?, ?)",
-            [(*key, event.sequence, event.SerializeToString()) for event in events],
+            "INSERT INTO events (tenant, session, sequence, tells_past, body) VALUES (?, ?, ?, ?, ?)",
+            [(*key, event.sequence, tells_past(event), event.SerializeToString()) for event in events],
         )
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]:
@@ -168,6 +191,15 @@ class SqliteTables:
         for sequence, body in rows:
             yield Found((sequence,), v1.Event.FromString(body), len(body))
 
+    def changes(self, key: SessionKey, after: int, until: int) -> Iterator[v1.Event]:
+        rows = self._execute(
+            """SELECT body FROM events INDEXED BY events_of_past WHERE tells_past = 1
+                AND tenant = ? AND session = ? AND sequence > ? AND sequence <= ? ORDER BY sequence""",
+            (*key, after, until),
+        )
+        for (body,) in rows:
+            yield v1.Event.FromString(body)
+
     def message(self, key: SessionKey, message: str) -> v1.Message | None:
         row = self._one(f"{MESSAGES} AND m.message = ?", *key, message)
         return _message(*row[1:]) if row else None
@@ -175,15 +207,16 @@ class SqliteTables:
     def add_message(self, key: SessionKey, message: v1.Message) -> None:
         body = None if message.update_sequence == message.sequence else message.SerializeToString()
         self._execute(
-            "INSERT INTO messages (tenant, session, sequence, message, run, superseded, body)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (*key, message.sequence, message.name, message.run, _superseded(message), body),
+            "INSERT INTO messages (tenant, session, sequence, message, run, superseded, update_sequence, body)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (*key, message.sequence, message.name, message.run, _superseded(message), message.update_sequence, body),
         )
 
     def put_message(self, key: SessionKey, message: v1.Message) -> None:
         self._execute(
-            "UPDATE messages SET superseded = ?, body = ? WHERE tenant = ? AND session = ? AND sequence = ?",
-            (_superseded(message), message.SerializeToString(), *key, message.sequence),
+            """UPDATE messages SET superseded = ?, update_sequence = ?, body = ?
+                WHERE tenant = ? AND session = ? AND sequence = ?""",
+            (_superseded(message), message.update_sequence, message.SerializeToString(), *key, message.sequence),
         )
 
     def messages(
@@ -205,6 +238,10 @@ class SqliteTables:
         for sequence, own, event in self._execute(statement, (*values, query.limit + 1)):
             yield Found((sequence,), _message(own, event), len(own or event))
 
+    def changed_messages(self, key: SessionKey, at: int) -> list[v1.Message]:
+        rows = self._execute(f"{MESSAGES} AND m.sequence <= ? AND m.update_sequence > ?", (*key, at, at))
+        return [_message(own, event) for _, own, event in rows]
+
     def call(self, key: SessionKey, call_id: str) -> str:
         row = self._one("SELECT message FROM calls WHERE tenant = ? AND session = ? AND call_id = ?", *key, call_id)
         return str(row[0]) if row else ""
@@ -220,7 +257,9 @@ class SqliteTables:
 
     def add_run(self, key: SessionKey, run: v1.Run, record: RunRecord) -> None:
         columns = (column(run, name) for name in RUN_COLUMNS)
-        self._execute(ADD_RUN, (*key, run.name, *columns, _labels(run), record.digest, run.SerializeToString()))
+        bounds = (run.first_sequence, run.last_sequence)
+        body = run.SerializeToString()
+        self._execute(ADD_RUN, (*key, run.name, *columns, _labels(run), *bounds, record.digest, body))
         self._execute(
             "INSERT INTO active_runs (tenant, session, run, agent) VALUES (?, ?, ?, ?)",
             (*key, run.name, record.agent.SerializeToString()),
@@ -230,12 +269,13 @@ class SqliteTables:
         body = run.SerializeToString()
         if moved:
             self._execute(
-                "UPDATE runs SET state = ?, body = ? WHERE tenant = ? AND session = ? AND run = ?",
-                (run.state, body, *key, run.name),
+                "UPDATE runs SET state = ?, last_sequence = ?, body = ? WHERE tenant = ? AND session = ? AND run = ?",
+                (run.state, run.last_sequence, body, *key, run.name),
             )
         else:
             self._execute(
-                "UPDATE runs SET body = ? WHERE tenant = ? AND session = ? AND run = ?", (body, *key, run.name)
+                "UPDATE runs SET last_sequence = ?, body = ? WHERE tenant = ? AND session = ? AND run = ?",
+                (run.last_sequence, body, *key, run.name),
             )
 
     def drop_record(self, key: SessionKey, run: str) -> None:
@@ -252,6 +292,13 @@ class SqliteTables:
         )
         for create_time, holder, run, body in rows:
             yield Found((create_time, holder, run), v1.Run.FromString(body), len(body))
+
+    def changed_runs(self, key: SessionKey, at: int) -> list[v1.Run]:
+        rows = self._execute(
+            """SELECT body FROM runs WHERE tenant = ? AND session = ? AND first_sequence <= ? AND last_sequence > ?""",
+            (*key, at, at),
+        )
+        return [v1.Run.FromString(body) for (body,) in rows]
 
     def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
         where = " WHERE a.tenant = ? AND a.session = ? AND a.run = ?"
@@ -395,6 +442,15 @@ class SqliteTables:
             )
             is not None
         )
+
+    def content_bytes(self, key: SessionKey, until: int) -> int:
+        row = self._one(
+            """SELECT coalesce(sum(b.size), 0) FROM blob_references r
+                JOIN blobs b ON b.tenant = r.tenant AND b.sha256 = r.sha256
+                WHERE r.tenant = ? AND r.kind = 'session' AND r.id = ? AND r.key = '' AND r.sequence <= ?""",
+            *(*key, until),
+        )
+        return int(row[0])
 
     def refer(self, scope: Scope, key: str, sha256: str, sequence: int) -> None:
         self._execute(

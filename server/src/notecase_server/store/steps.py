@@ -7,25 +7,31 @@ nothing, in a store that cannot undo as in one that can.
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import TypeVar
 
+from google.protobuf.message import Message
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.store import content, fold
+from notecase_server.store import content, fold, past
 from notecase_server.store.contract import (
     CommandId,
     Commit,
     Committed,
     Duplicate,
+    Fork,
     Once,
     Page,
     Query,
     Replayed,
+    RunRecord,
     Scope,
     SessionKey,
 )
 from notecase_server.store.lists import Found, take
 from notecase_server.store.tables import Tables
+
+M = TypeVar("M", bound=Message)
 
 _ALL = 1 << 40
 """More rows than any session has."""
@@ -94,6 +100,56 @@ def recall(tables: Tables, key: SessionKey, once: Once | None, command: CommandI
         if applied.digest != command.digest:
             raise errors.reused("command_id", command.command_id)
         raise Duplicate(applied.sequence, applied.run)
+
+
+def fork(tables: Tables, now: int, fork: Fork) -> Committed:
+    """Store.fork."""
+    recall(tables, fork.key, fork.once, None)
+    source, _ = _session(tables, fork.source)
+    if source.create_time != fork.past.session.create_time:
+        raise errors.not_found("session", f"sessions/{fork.source.session}")
+    if tables.session(fork.key) is not None:
+        raise errors.already_exists("session", f"sessions/{fork.key.session}")
+    then, at = fork.past, fork.past.session.last_sequence
+    if source.last_sequence != then.head:
+        # It moved on, so more may have changed since `at`; what ends its runs is the same, as they were the same then.
+        then = past.read(tables, fork.source, at)
+    session = fold.new_session(fork.key, fork.session, now)
+    session.user, session.parent_session, session.fork_sequence = source.user, fork.source.session, at
+    session.last_sequence, session.active_run = at, then.session.active_run
+    session.queued_commands.extend(then.session.queued_commands)
+    session.summary_sequence = then.session.summary_sequence
+    session.content_bytes = tables.content_bytes(fork.source, at)
+    rows = fold.Rows(session, now)
+    rows.runs = {run.name: _copied(run) for run in then.runs}
+    rows.messages = {message.name: _copied(message) for message in then.messages}
+    rows.calls = {call.call_id: message.name for message in then.messages for call in fold.open_calls(message)}
+    done = fold.apply(rows, Commit(key=fork.key, events=fork.events), now)
+    _remember(tables, fork.once, done, now)
+
+    tables.add_session(fork.key, session, now)
+    tables.copy_rows(fork.source, fork.key, at)
+    tables.add_events(fork.key, done.events)
+    for message in rows.messages.values():
+        copied = tables.message(fork.key, message.name) is not None
+        (tables.put_message if copied else tables.add_message)(fork.key, message)
+    for run in rows.runs.values():
+        kept = tables.run(fork.source, run.name)
+        assert kept is not None
+        tables.add_run(fork.key, run, RunRecord(kept[1], v1.Agent()))
+        tables.drop_record(fork.key, run.name)
+    if then.version or then.entries:
+        scope = Scope(fork.key.tenant, "session", fork.key.session)
+        tables.put_version(scope, then.version)
+        for name, entry in then.entries.items():
+            tables.put_entry(scope, name, entry)
+    return done
+
+
+def _copied(row: M) -> M:
+    copy = type(row)()
+    copy.CopyFrom(row)
+    return copy
 
 
 def _remember(tables: Tables, once: Once | None, result: object, now: int) -> None:
@@ -246,17 +302,29 @@ def whole_runs(tables: Tables, tenant: str, session: str, query: Query) -> Itera
         yield Found(found.position, run, run.ByteSize())
 
 
-def named_entries(tables: Tables, scope: Scope, keys: Sequence[str]) -> v1.State:
+def named_entries(tables: Tables, scope: Scope, keys: Sequence[str], at: int) -> v1.State:
     """Store.get_state."""
-    state = v1.State(version=tables.version(scope))
-    fold.show_entries(state, _entries(tables, scope, set(keys)), keys)
+    if at:
+        version, entries = past.state(tables, SessionKey(scope.tenant, scope.id), at, set(keys))
+    else:
+        version, entries = tables.version(scope), _entries(tables, scope, set(keys))
+    state = v1.State(version=version)
+    fold.show_entries(state, entries, keys)
     return state
 
 
-def page_of_entries(tables: Tables, scope: Scope, query: Query) -> tuple[v1.State, Page[str]]:
+def page_of_entries(tables: Tables, scope: Scope, query: Query, at: int) -> tuple[v1.State, Page[str]]:
     """Store.list_state."""
-    page = take(tables.entries(scope, query), query.limit)
-    state = v1.State(version=tables.version(scope))
+    if at:
+        version, entries = past.state(tables, SessionKey(scope.tenant, scope.id), at)
+        after = str(query.after[0]) if query.after else ""
+        found = ((key, entries[key]) for key in sorted(entries) if key > after)
+        rows = (Found((key,), (key, entry), entry.ByteSize()) for key, entry in found if entry is not None)
+        page = take(rows, query.limit)
+    else:
+        version = tables.version(scope)
+        page = take(tables.entries(scope, query), query.limit)
+    state = v1.State(version=version)
     for key, entry in page.rows:
         state.entries[key].CopyFrom(entry)
     return state, Page([key for key, _ in page.rows], page.next)

@@ -76,11 +76,21 @@ class Tables(Protocol):
         """With every row that is kept for it, requests excepted."""
         ...
 
+    def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
+        """Gives the session `key`, which has none, the rows that `source` has: its events up to sequence `at`, the
+        messages added and runs ended by then that have not changed since, the calls of messages added by then; and
+        the entries of its state as they are now. The one place that says what of each table a fork has."""
+        ...
+
     def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]: ...
 
     def add_events(self, key: SessionKey, events: Sequence[v1.Event]) -> None: ...
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]: ...
+
+    def changes(self, key: SessionKey, after: int, until: int) -> Iterator[v1.Event]:
+        """The events after one sequence and up to another that `fold.tells_past`, in their order."""
+        ...
 
     def message(self, key: SessionKey, message: str) -> v1.Message | None: ...
 
@@ -93,6 +103,10 @@ class Tables(Protocol):
     def messages(
         self, key: SessionKey, query: Query, newest_first: bool, run: str, superseded: bool
     ) -> Iterator[Found[v1.Message]]: ...
+
+    def changed_messages(self, key: SessionKey, at: int) -> list[v1.Message]:
+        """Those added up to that sequence and changed after it."""
+        ...
 
     def call(self, key: SessionKey, call_id: str) -> str:
         """The id of the message that holds the call, or empty."""
@@ -115,6 +129,10 @@ class Tables(Protocol):
         ...
 
     def runs(self, tenant: str, session: str, query: Query) -> Iterator[Found[v1.Run]]: ...
+
+    def changed_runs(self, key: SessionKey, at: int) -> list[v1.Run]:
+        """As `run` has them, those that began up to that sequence and went on after it."""
+        ...
 
     def active_run(self, key: SessionKey, run: str) -> ActiveRun | None: ...
 
@@ -189,6 +207,10 @@ class Tables(Protocol):
         ...
 
     def refers(self, scope: Scope, key: str, sha256: str) -> bool: ...
+
+    def content_bytes(self, key: SessionKey, until: int) -> int:
+        """Of the blobs that a session's log refers to up to that sequence."""
+        ...
 
     def refer(self, scope: Scope, key: str, sha256: str, sequence: int) -> None:
         """A session's log, with key "" and the first event that does, or an entry of another state with its key."""
