@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 from notecase import v1
-from notecase_server.store.contract import Scope, SessionKey, Store
+from notecase_server.store.contract import Fork, Scope, SessionKey, Store
 
 from tests.store.build import APP_STATE, KEY, ManualClock, add, changed, create, put, refused, remove, said, value
 
@@ -221,3 +221,26 @@ async def test_much_is_removed_in_small_steps(store: Store, clock: ManualClock, 
     await store.add_chunk("acme", "three", 0, b"de")
     assert await whole(store, "acme", sha256) == b"abc"
     assert await store.read_upload("acme", "three", 0) == b"de"
+
+
+async def test_a_fork_holds_on_to_what_its_own_log_refers_to(store: Store, clock: ManualClock) -> None:
+    """Of what came after it, and of what its source lets go of, it knows nothing."""
+    await create(store)
+    first, later = await stored(store, b"abc"), await stored(store, b"de")
+    await add(store, showing("m1", b"abc"))
+    await add(store, said("m2"))
+    await add(store, showing("m3", b"de"))
+    fork = SessionKey("acme", "fork")
+    past = await store.read_past(KEY, 2)
+    made = await store.fork(Fork(key=fork, source=KEY, past=past, session=v1.Session()))
+    assert made.session.content_bytes == 3
+    await store.delete_session(KEY)
+    clock.now += 25 * HOUR
+    assert await swept(store, clock) == 1
+    assert await store.get_blob("acme", later) is None
+    assert await whole(store, "acme", first) == b"abc"
+    message = await store.get_message(fork, "m1")
+    assert message is not None
+    assert message.parts[1].blob.size_bytes == 3
+    await store.delete_session(fork)
+    assert await swept(store, clock) == 1

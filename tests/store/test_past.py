@@ -95,7 +95,10 @@ async def rows_of(store: Store, key: SessionKey) -> dict[str, Any]:
     for found in (await store.list_runs(key.tenant, key.session, EVERYTHING)).rows:
         found.name = found.name.rpartition("/")[2]
         runs.append(found)
-    told = (session.last_sequence, session.activity, session.active_run, list(session.queued_commands))
+    told = (
+        *(session.last_sequence, session.activity, session.active_run, session.summary_sequence),
+        list(session.queued_commands),
+    )
     messages = (await store.list_messages(key, EVERYTHING, superseded=True)).rows
     active = sorted(active.run.name for active in await store.active_runs() if active.key == key)
     return {"session": told, "state": state, "runs": runs, "messages": messages, "active": active}
@@ -116,7 +119,10 @@ async def replayed(store: Store, key: SessionKey) -> dict[str, Any]:
         if run.HasField("reply"):
             run.reply.CopyFrom(rows.messages[run.reply.name])
     unended = sorted(run.name for run in runs if run.state not in fold.ENDED)
-    told = (session.last_sequence, activity, session.active_run, list(session.queued_commands))
+    told = (
+        *(session.last_sequence, activity, session.active_run, session.summary_sequence),
+        list(session.queued_commands),
+    )
     return {
         "session": told,
         "state": state,

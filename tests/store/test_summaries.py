@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import Store
+from notecase_server.store.contract import Fork, SessionKey, Store
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
 
@@ -132,3 +132,20 @@ def test_the_summary_in_effect_is_what_the_log_says(
     kind: Literal["memory", "sqlite"], actions: list[tuple[str, int]]
 ) -> None:
     asyncio.run(scenario(kind, actions))
+
+
+async def test_a_fork_has_the_summary_that_was_in_effect_where_it_leaves(store: Store) -> None:
+    """Also in a stretch that was rewound since, and before the one that is in effect now."""
+    await create(store)
+    for entry in (
+        *(said("m1"), said("m2"), summarized(1, 1)),
+        *(said("m3"), summarized(2, 2, previous=3), rewound(3)),
+        *(said("m4"), summarized(2, 7, previous=3)),
+    ):
+        await add(store, entry)
+    assert await in_effect(store) == 8
+    for at, summary in ((2, 0), (3, 3), (4, 3), (5, 5), (6, 3), (7, 3), (8, 8)):
+        key = SessionKey("acme", f"fork-{at}")
+        past = await store.read_past(KEY, at)
+        made = await store.fork(Fork(key=key, source=KEY, past=past, session=v1.Session()))
+        assert made.session.summary_sequence == summary, at

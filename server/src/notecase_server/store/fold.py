@@ -152,6 +152,8 @@ def replay(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     session.last_sequence = event.sequence
     session.update_time.CopyFrom(event.create_time)
     elsewhere = event.state_changed.state != ""
+    if event.HasField("summarized"):
+        rows.shown.add(event.summarized.last_sequence)
     early = event.run not in rows.runs and event.run_state_changed.state == v1.Run.STATE_CANCELLED
     done = Committed(session, rows.epoch, [], rows.runs, rows.messages, {})
     _apply_event(rows, key, event, done, early, elsewhere)
@@ -258,6 +260,7 @@ def _summarize(rows: Rows, event: v1.Event) -> None:
     if summary.previous != session.summary_sequence or summary.last_sequence not in rows.shown:
         raise errors.sequence_mismatch(event.sequence - 1)
     session.summary_sequence = event.sequence
+    rows.continued[event.sequence] = summary.previous
 
 
 def _add_message(rows: Rows, event: v1.Event) -> None:
