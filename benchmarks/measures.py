@@ -178,6 +178,20 @@ async def pages(bench: Bench) -> Values:
     return {f"log-{kind}": longest / shortest for kind, (shortest, longest) in costs.items()}
 
 
+async def fork(bench: Bench) -> Values:
+    """What a fork costs, of a short log, of a long one, and of a long one's beginning."""
+    load = bench.load
+    short, long = [await bench.history(messages) for messages in LOGS]
+
+    async def forks(session: str, count: int, at: int | None = None) -> float:
+        request = v1.ForkSessionRequest(name=session, at_sequence=at)
+        return await bench.cpu(lanes(1, [partial(load.sessions.ForkSession, request)] * count)) / count
+
+    await forks(short, 5)
+    brief, whole, early = await forks(short, 20), await forks(long, 3), await forks(long, 20, LOGS[0])
+    return {"fork-short": brief * 1e3, "fork-long": whole * 1e3, "fork-early": early / brief}
+
+
 async def memory(bench: Bench) -> Values:
     """What a server holds once it has worked, and what it holds on to for a stream and for a session."""
     async with bench.another() as fresh:
@@ -256,6 +270,7 @@ MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
     "first-token": first_token,
     "history": history,
     "pages": pages,
+    "fork": fork,
     "memory": memory,
     "many": many,
     "start": start,
