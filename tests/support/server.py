@@ -17,6 +17,7 @@ from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.watch import Pace
 from notecase_server.serve import Server, new_id, now, open_store
+from notecase_server.store.contract import Store
 from notecase_server.tools.contract import Toolbox
 from notecase_server.tools.toolbox import make_toolbox
 
@@ -53,7 +54,7 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    store: str = "memory:",
+    store: str | Store = "memory:",
     providers: Mapping[str, Provider] | None = None,
     *,
     max_runs: int = 100,
@@ -63,10 +64,10 @@ async def running(
     pace: Pace | None = None,
     toolbox: Toolbox | None = None,
 ) -> AsyncIterator[Running]:
-    """Serves until the block is left, then stops as SIGTERM would."""
+    """Serves until the block is left, then stops as SIGTERM would. `store` by its address, or open."""
     settings = Settings(
         listen="127.0.0.1:0",
-        store=store,
+        store=store if isinstance(store, str) else store.kind,
         max_runs=max_runs,
         max_blob_bytes=max_blob_bytes,
         max_session_bytes=max_session_bytes,
@@ -74,7 +75,7 @@ async def running(
     )
     server = Server(
         settings,
-        await open_store(store, now),
+        await open_store(store, now) if isinstance(store, str) else store,
         providers or {"offline": OfflineProvider()},
         toolbox or make_toolbox((), {}),
         authenticate=tenant_of,

@@ -607,12 +607,8 @@ class Worker:
         stirred = asyncio.create_task(self._stirred.wait())
         await asyncio.wait([stirred, *self._calls.values()], return_when=asyncio.FIRST_COMPLETED)
         stirred.cancel()
-        if self._halts:
-            return
-        for call_id in [call_id for call_id, task in self._calls.items() if task.done()]:
-            task = self._calls.pop(call_id)
-            if not task.cancelled():
-                await self._keep(call_id, *task.result())
+        if not self._halts:
+            await self._keep_finished()
 
     def stop_call(self, call_id: str) -> None:
         """Stops what of a call runs here, once its end is on record."""
@@ -709,7 +705,8 @@ class Worker:
     # ---- ends
 
     async def _seal(self, halt: Halt) -> None:
-        """Stops everything under way in one commit, and ends the run or goes on with what the user says."""
+        """Stops everything under way in one commit, and ends the run or goes on with what the user says. A halt that is
+        refused has changed nothing: calls stay under way, and the model is asked once more."""
 
         back: Rewind | None = None
 
@@ -720,8 +717,6 @@ class Worker:
             events.append(self._ending(halt.state, halt.error, halt.reason, halt.cause_id))
             return [*self._own(events), *(back.events if back else ()), *halt.events]
 
-        for task in self._calls.values():
-            task.cancel()
         try:
             await self._keep_finished()
             while True:
@@ -734,21 +729,26 @@ class Worker:
                         raise
         except (NotecaseError, Replayed, Duplicate) as refused:
             halt.refuse(refused)
-            if isinstance(refused, NotecaseError) and refused.reason != v1.ERROR_REASON_REQUEST_ID_REUSED:
+            if isinstance(refused, NotecaseError) and refused.reason in LOST:
                 raise
+            if self.live.open is not None:  # the model is asked again, which is not to count twice
+                self.live.discard()
+                self._model_calls -= 1
         else:
             assert committed is not None
+            for call_id in list(self._calls):
+                self.stop_call(call_id)
             halt.then(committed)
             halt.done.set_result(committed)
         finally:
-            self._calls.clear()
             if halt.done.done():  # otherwise whoever waits for it is told when the work ends
                 self._halts.remove(halt)
 
     async def _keep_finished(self) -> None:
-        """Results that were there before the halt are results."""
-        for call_id, task in self._calls.items():
-            if task.done() and not task.cancelled():
+        """Commits the results that are there: what came before a halt is kept."""
+        for call_id in [call_id for call_id, task in self._calls.items() if task.done()]:
+            task = self._calls.pop(call_id, None)
+            if task is not None and not task.cancelled():  # nobody gave the call another end meanwhile
                 await self._keep(call_id, *task.result())
 
     def _cut(self) -> list[v1.Event]:
