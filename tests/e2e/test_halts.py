@@ -1,5 +1,5 @@
-"""What stops a run at a bad moment: results that are there are kept, whoever asked is answered, and a refusal has changed
-nothing."""
+"""What stops a run at a bad moment: results that are there are kept, whoever asked is answered, and a refusal has
+changed nothing."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable

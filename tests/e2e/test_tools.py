@@ -9,7 +9,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import v1
 
-from tests.e2e.driving import BySendCommand, OnStream, durable, kinds, log_of, reason_of, said
+from tests.e2e.driving import BySendCommand, OnStream, durable, fields_of, kinds, log_of, reason_of, said
 from tests.support.openai_server import OpenAIServer, chunk, reply, stream, tool_calls
 from tests.support.server import Running
 
@@ -694,3 +694,78 @@ async def test_rolling_back_a_run_that_was_queued_keeps_what_went_on_before_it(
     assert state.entries["n"].value.int_value == 1
     (mark,) = [event.rewound for event in await log_of(served, session) if event.HasField("rewound")]
     assert mark.to_sequence > second.first_sequence
+
+
+def without_messages(session: str, on_busy: v1.StartRun.OnBusy.ValueType) -> v1.StartRun:
+    return v1.StartRun(session=session, run_id="two", on_busy=on_busy)
+
+
+async def test_a_start_with_nothing_to_say_goes_on_where_the_run_that_it_stops_was(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """What a run under way leaves always wants an answer: here a call's outcome, as it does once the run has ended."""
+    model.script(tool_calls(("weigh", "{}")), reply("Unweighed."))
+    start = start_with(session, client_tool("weigh"), run_id="one")
+    await served.runs.Invoke(v1.InvokeRequest(start=start))
+    go_on = without_messages(session, v1.StartRun.ON_BUSY_INTERRUPT)
+    answered = await served.runs.Invoke(v1.InvokeRequest(start=go_on))
+    assert answered.reply.parts[0].text == "Unweighed."
+    assert [message["role"] for message in model.requests[1]["messages"][1:]] == ["user", "assistant", "tool"]
+
+
+async def test_a_start_with_nothing_to_say_goes_on_after_a_call_whose_run_was_cancelled(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    model.script(tool_calls(("weigh", "{}")), reply("Unweighed."))
+    start = start_with(session, client_tool("weigh"), run_id="one")
+    run = (await served.runs.Invoke(v1.InvokeRequest(start=start))).run
+    await served.runs.CancelRun(v1.CancelRunRequest(name=run.name))
+    go_on = without_messages(session, v1.StartRun.ON_BUSY_REJECT)
+    assert (await served.runs.Invoke(v1.InvokeRequest(start=go_on))).reply.parts[0].text == "Unweighed."
+
+
+async def test_a_start_with_nothing_to_say_does_not_wait_to_find_out_whether_it_has(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """Nobody knows what the history will end with when its turn comes, and a refusal now is worth more than a failure
+    later."""
+    go_on = asyncio.Event()
+    model.script(reply("One.").held(go_on))
+    first = await served.runs.CreateRun(v1.CreateRunRequest(start=start_with(session, run_id="one")))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        queue = without_messages(session, v1.StartRun.ON_BUSY_QUEUE)
+        await served.runs.CreateRun(v1.CreateRunRequest(start=queue))
+    assert (reason_of(refused.value), fields_of(refused.value)) == ("INVALID_FIELD", {"start.messages"})
+    go_on.set()
+    assert (await served.runs.WaitRun(v1.WaitRunRequest(name=first.name))).state == v1.Run.STATE_SUCCEEDED
+    assert len(model.requests) == 1
+
+
+@pytest.mark.parametrize("asked", [False, True], ids=["answered", "asked"])
+async def test_a_start_that_rolls_back_with_nothing_to_say_answers_what_was_there_before(
+    served: Running, session: str, model: OpenAIServer, asked: bool
+) -> None:
+    """When that is nothing, it is refused, and the run that it would have rolled back goes on."""
+    model.script(reply("One."))
+    await served.runs.Invoke(v1.InvokeRequest(start=start_with(session)))
+    if asked:
+        question = v1.AppendMessagesRequest(parent=session, messages=[said("And the bow?")])
+        await served.messages.AppendMessages(question)
+    go_on = asyncio.Event()
+    model.script(reply("Two.").held(go_on), reply("Anew."))
+    active = await served.runs.CreateRun(v1.CreateRunRequest(start=start_with(session, run_id="one")))
+    await model.request(1)
+    back = v1.CreateRunRequest(start=without_messages(session, v1.StartRun.ON_BUSY_ROLLBACK))
+    if asked:
+        ended = await served.runs.WaitRun(v1.WaitRunRequest(name=(await served.runs.CreateRun(back)).name))
+        assert ended.reply.parts[0].text == "Anew."
+        shown = [message["content"] for message in model.requests[2]["messages"][1:]]
+        assert shown == ["Go", "One.", "And the bow?"]
+    else:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await served.runs.CreateRun(back)
+        assert (reason_of(refused.value), fields_of(refused.value)) == ("INVALID_FIELD", {"start.messages"})
+        go_on.set()
+        ended = await served.runs.WaitRun(v1.WaitRunRequest(name=active.name))
+        assert ended.reply.parts[0].text == "Two."
+        assert len(model.requests) == 2

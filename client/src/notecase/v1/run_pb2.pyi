@@ -390,7 +390,9 @@ class StartRun(_message.Message):
 
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
-        """What the user says. May be empty when the session's history ends with something to answer."""
+        """What the user says. May be empty when the session's history ends with something to answer, with ON_BUSY_ROLLBACK: when it
+        does so before the run that is rolled back. A start that has to queue wants some: what it will find there is not known yet.
+        """
 
     @_builtins.property
     def client_tools(self) -> _containers.RepeatedCompositeFieldContainer[_agent_pb2.Tool]:

@@ -227,11 +227,11 @@ class Runs:
         return agent
 
     async def _require_question(self, key: SessionKey, until: int | None = None) -> None:
-        """Something is left to answer, in the history up to that sequence: what was said, or results of calls."""
+        """INVALID_FIELD when the history up to that sequence ends with nothing to answer: what was said, or results of
+        calls."""
         after = None if until is None else (until + 1,)
         newest = (await self._store.list_messages(key, Query(1, after), newest_first=True)).rows
-        answered = newest and newest[0].role == v1.Message.ROLE_ASSISTANT and newest[0].status == COMPLETED
-        if not newest or (answered and not any(part.HasField("tool_call") for part in newest[0].parts)):
+        if not newest or _is_answer(newest[0]):
             problem = "is empty, and the session's history does not end with something to answer"
             raise errors.invalid([Violation("start.messages", problem)])
 
@@ -282,8 +282,11 @@ class Runs:
         run_id = start.run_id or self._new_id()
         async with self._worker(key, active, Caused()) as worker:
             back = self._way_back(key, start, worker.run)
-            if back is not None:
-                await back()  # what stands in its way is told before anything is stopped
+            to_sequence = None
+            if back is not None:  # what stands in its way is told before anything is stopped
+                to_sequence = (await back()).events[0].rewound.to_sequence
+            if not start.messages:
+                await self._require_question(key, to_sequence)
             halt = Halt(
                 events=self._opening(start, session.user, agent, run_id, caused.cause_id),
                 rewind=back,
@@ -307,6 +310,9 @@ class Runs:
         return lambda: rewound(self._store, key, start.rewind_to_sequence, "start.rewind_to_sequence")
 
     async def _queue(self, key: SessionKey, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
+        if not start.messages:
+            problem = "is empty, and nobody knows what the session's history will end with when this start's turn comes"
+            raise errors.invalid([Violation("start.messages", problem)])
         live, session = await self._sessions.watched(key)
         agent = await self._agent(key.tenant, start, session)
         run_id = start.run_id or self._new_id()
@@ -790,6 +796,12 @@ def _check_decision(request: v1.InputRequest, response: v1.InputResponse) -> Non
     if response.decision not in allowed:
         told = " or ".join(sorted(v1.InputResponse.Decision.Name(decision) for decision in allowed))
         raise errors.invalid([Violation("input_response.decision", f"this asks for {told}")])
+
+
+def _is_answer(message: v1.Message) -> bool:
+    """Whether nothing is left to say after it: a whole reply that called no tools, whose results want one."""
+    calls = any(part.HasField("tool_call") for part in message.parts)
+    return message.role == v1.Message.ROLE_ASSISTANT and message.status == COMPLETED and not calls
 
 
 def _words(said: v1.UserInput) -> str:
