@@ -1,4 +1,4 @@
-"""A server for an example to talk to: the one named on the command line, or one of its own on a free port."""
+"""A server for an example to talk to: one of its own, on a free port."""
 
 import asyncio
 import sys
