@@ -83,7 +83,7 @@ async def store(store_url: str) -> Observed:
 @pytest.fixture
 async def served(store: Observed, model: OpenAIServer) -> AsyncIterator[Running]:
     """A server on the observed store, with an agent of the tools above."""
-    async with running(store, providers_of(model), toolbox=make_toolbox((__name__,), {})) as server:  # type: ignore[arg-type]
+    async with running(store, providers_of(model), toolbox=make_toolbox((__name__,), {})) as server:
         names = ("first", "second")
         tools = [v1.Tool(name=name, server=v1.ServerTool(function=name)) for name in names]
         agent = v1.Agent(llm=v1.LlmAgent(tools=tools, max_model_calls=2))
@@ -201,8 +201,8 @@ async def test_who_asked_for_a_halt_is_answered_although_the_worker_dies_of_it(
 
     store.before = break_down
     async with asyncio.timeout(20):
-        async with running(store, providers_of(model)) as served:  # type: ignore[arg-type]
-            await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=v1.Agent(llm={})))
+        async with running(store, providers_of(model)) as served:
+            await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=v1.Agent(llm=v1.LlmAgent())))
             created = v1.CreateSessionRequest(session_id="case", session=v1.Session(agent="agents/clerk"))
             await served.sessions.CreateSession(created)
             run = await started(served, "sessions/case")
