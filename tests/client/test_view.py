@@ -333,6 +333,19 @@ def test_a_run_joined_in_its_middle_counts_nothing_twice() -> None:
     assert told.usage.output_tokens == 5
 
 
+def test_a_rewind_leaves_the_reply_that_came_after_it() -> None:
+    """In a run that the server told of when it was already further."""
+    reply = message(1, "Better.")
+    reply.sequence = 9
+    told = v1.Run(name=RUN, state=v1.Run.STATE_RUNNING, first_sequence=2, last_sequence=9, reply=reply)
+    view = SessionView(7)
+    view.attach(v1.Attached(session=SESSION, run=told, last_sequence=9))
+    view.apply(v1.Event(sequence=8, run=RUN, rewound=v1.Rewound(to_sequence=5)))
+    view.apply(v1.Event(sequence=9, run=RUN, message_added=reply))
+    assert view.run is not None
+    assert view.run.reply == reply
+
+
 def test_attaching_again_does_not_run_ahead_of_the_events() -> None:
     """A view that follows a run believes its events, not the newer state that the first frame tells."""
     view = view_of(numbered(started()))

@@ -139,9 +139,11 @@ class SessionView:
         self.open.setdefault(delta.message, blocks)[delta.block] = block
 
     def _supersede(self, event: v1.Event) -> None:
+        """A reply may be newer than the rewind, in a run that `attach` was told of ahead of the events."""
         replies = (run.reply for run in self.runs.values() if run.HasField("reply"))
         for message in (*self.messages.values(), *replies):
-            if message.sequence > event.rewound.to_sequence and message.status != v1.Message.STATUS_SUPERSEDED:
+            gone = event.rewound.to_sequence < message.sequence < event.sequence
+            if gone and message.status != v1.Message.STATUS_SUPERSEDED:
                 message.status = v1.Message.STATUS_SUPERSEDED
                 message.update_sequence = event.sequence
         kept = event.rewound.to_sequence
