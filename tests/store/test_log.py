@@ -273,12 +273,17 @@ async def test_a_failed_request_is_not_remembered(store: Store) -> None:
     assert (await add(store, said("m1"), once=once("request"))).session.last_sequence == 1
 
 
-async def test_a_request_outlives_what_it_made(store: Store) -> None:
+async def test_a_request_outlives_what_it_made_without_its_answer(store: Store) -> None:
+    """A repeat that comes late does not make a deleted session again, and what it was answered is gone."""
     made = Commit(key=KEY, create=v1.Session(), once=once("create"))
     await store.commit(made)
     await store.delete_session(KEY, once=once("delete"))
-    with pytest.raises(Replayed):
+    with refused("SESSION_NOT_FOUND"):
         await store.commit(made)
+    with refused("SESSION_NOT_FOUND"):
+        await store.recall(KEY, once("create"), None)
+    with refused("REQUEST_ID_REUSED"):
+        await store.recall(KEY, once("create", b"another"), None)
     with pytest.raises(Replayed):
         await store.delete_session(KEY, once=once("delete"))
     assert await store.get_session(KEY) is None

@@ -436,6 +436,7 @@ async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:
         await store.list_agents("acme", Query(2, key))
         await store.list_state(Scope("acme", "session", "case"), Query(2, key))
     await store.read_events(KEY, 0)
+    await store.expired_sessions(0, 10)
     for reader in store._connections.readers:
         reader.set_trace_callback(None)
 
@@ -529,5 +530,7 @@ async def test_a_fork_is_one_statement_a_table_and_its_cost_grows_with_the_log_o
         store._connections.writer.set_trace_callback(None)
         costs.append(steps)
         inserted = [sql.split()[2] for sql in seen if sql.startswith("INSERT")]
-        assert sorted(inserted) == sorted(["sessions", "events", "messages", "calls", "runs", "entries"])
+        assert sorted(inserted) == sorted(
+            ["sessions", "events", "messages", "calls", "runs", "entries", "blob_references"]
+        )
     assert costs[1] <= costs[0] * 2.3

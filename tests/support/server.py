@@ -17,7 +17,7 @@ from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.watch import Pace
 from notecase_server.serve import Server, new_id, now, open_store
-from notecase_server.store.contract import Store
+from notecase_server.store.contract import Clock, Store
 from notecase_server.tools.contract import Toolbox
 from notecase_server.tools.toolbox import make_toolbox
 
@@ -63,6 +63,7 @@ async def running(
     grace: float = 5.0,
     pace: Pace | None = None,
     toolbox: Toolbox | None = None,
+    clock: Clock = now,
 ) -> AsyncIterator[Running]:
     """Serves until the block is left, then stops as SIGTERM would. `store` by its address, or open."""
     settings = Settings(
@@ -75,12 +76,13 @@ async def running(
     )
     server = Server(
         settings,
-        await open_store(store, now) if isinstance(store, str) else store,
+        await open_store(store, clock) if isinstance(store, str) else store,
         providers or {"offline": OfflineProvider()},
         toolbox or make_toolbox((), {}),
         authenticate=tenant_of,
         pace=pace,
         make_id=new_id,
+        clock=clock,
     )
     address = f"127.0.0.1:{await server.start()}"
     try:

@@ -39,6 +39,9 @@ REQUESTS_KEPT = 24 * 60 * 60 * 1_000_000
 
 SWEEP_SECONDS = 600.0
 
+EXPIRY_SECONDS = 1.0
+"""How often it is looked for sessions whose time has come, and for what is left of deleted ones on disk."""
+
 
 def now() -> int:
     """Microseconds since 1970, UTC."""
@@ -99,7 +102,7 @@ class Server:
         self._stall = pace.stall
         limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
         self._contents = Contents(store, make_id, clock, limits)
-        sessions = Sessions(store, limits.session)
+        sessions = self._sessions = Sessions(store, limits.session)
         default = next(iter(self._providers.values()))
         self._toolbox = toolbox
         self._schemas = Schemas()
@@ -154,14 +157,22 @@ class Server:
         log.info("server_stopped")
 
     async def _sweep(self) -> None:
+        """Deletes what has had its time, and what is left of it on disk."""
+        loop = asyncio.get_running_loop()
+        next_sweep = loop.time()
         while True:
             try:
-                await self._store.forget_requests(self._clock() - REQUESTS_KEPT)
-                if removed := await self._contents.sweep():
-                    log.info("blobs_removed", blobs=removed)
+                if gone := await self._sessions.expire(self._clock()):
+                    log.info("sessions_expired", sessions=gone)
+                if loop.time() >= next_sweep:
+                    await self._store.forget_requests(self._clock() - REQUESTS_KEPT)
+                    if removed := await self._contents.sweep():
+                        log.info("blobs_removed", blobs=removed)
+                    next_sweep = loop.time() + SWEEP_SECONDS
+                await self._store.scrub()
             except NotecaseError as error:
                 log.warning("sweep_failed", reason=errors.reason_name(error.reason))
-            await asyncio.sleep(SWEEP_SECONDS)
+            await asyncio.sleep(EXPIRY_SECONDS)
 
 
 async def serve(settings: Settings, ready: Callable[[int], None] = lambda port: None) -> None:

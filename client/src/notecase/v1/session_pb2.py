@@ -22,13 +22,14 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb2
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mask__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from notecase.v1 import content_pb2 as notecase_dot_v1_dot_content__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19notecase/v1/session.proto\x12\x0bnotecase.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19notecase/v1/content.proto\"\x81\x06\n\x07Session\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\x30\n\x06labels\x18\x05 \x03(\x0b\x32 .notecase.v1.Session.LabelsEntry\x12/\n\x08\x61\x63tivity\x18\x06 \x01(\x0e\x32\x1d.notecase.v1.Session.Activity\x12\x12\n\nactive_run\x18\x07 \x01(\t\x12\x15\n\rlast_sequence\x18\x08 \x01(\x03\x12!\n\x05usage\x18\t \x01(\x0b\x32\x12.notecase.v1.Usage\x12\x16\n\x0eparent_session\x18\n \x01(\t\x12\x15\n\rfork_sequence\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x33\n\x0fqueued_commands\x18\x12 \x03(\x0b\x32\x1a.notecase.v1.QueuedCommand\x12\x38\n\nremembered\x18\x13 \x03(\x0b\x32$.notecase.v1.Session.RememberedEntry\x12\x15\n\rcontent_bytes\x18\x17 \x01(\x03\x12\x18\n\x10summary_sequence\x18\x16 \x01(\x03\x12\x0c\n\x04\x65tag\x18\x11 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x31\n\x0fRememberedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\"c\n\x08\x41\x63tivity\x12\x18\n\x14\x41\x43TIVITY_UNSPECIFIED\x10\x00\x12\x11\n\rACTIVITY_IDLE\x10\x01\x12\x14\n\x10\x41\x43TIVITY_RUNNING\x10\x02\x12\x14\n\x10\x41\x43TIVITY_WAITING\x10\x03\"B\n\rQueuedCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x0b\n\x03run\x18\x03 \x01(\t\"\xe4\x01\n\x14\x43reateSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12%\n\x07session\x18\x02 \x01(\x0b\x32\x14.notecase.v1.Session\x12;\n\x05state\x18\x03 \x03(\x0b\x32,.notecase.v1.CreateSessionRequest.StateEntry\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x1a@\n\nStateEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.notecase.v1.Value:\x02\x38\x01\"!\n\x11GetSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.notecase.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x82\x01\n\x14UpdateSessionRequest\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.notecase.v1.Session\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"F\n\x14\x44\x65leteSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"]\n\x15\x43ompactSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bkeep_recent\x18\x02 \x01(\x05\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\x9b\x01\n\x12\x46orkSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x0b\x61t_sequence\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12%\n\x07session\x18\x04 \x01(\x0b\x32\x14.notecase.v1.Session\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\x0e\n\x0c_at_sequence\"\x96\x01\n\x14RewindSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x0bto_sequence\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x1d\n\x10if_last_sequence\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\tB\x0e\n\x0c_to_sequenceB\x13\n\x11_if_last_sequence2\xe5\x04\n\x0eSessionService\x12H\n\rCreateSession\x12!.notecase.v1.CreateSessionRequest\x1a\x14.notecase.v1.Session\x12\x42\n\nGetSession\x12\x1e.notecase.v1.GetSessionRequest\x1a\x14.notecase.v1.Session\x12S\n\x0cListSessions\x12 .notecase.v1.ListSessionsRequest\x1a!.notecase.v1.ListSessionsResponse\x12H\n\rUpdateSession\x12!.notecase.v1.UpdateSessionRequest\x1a\x14.notecase.v1.Session\x12J\n\rDeleteSession\x12!.notecase.v1.DeleteSessionRequest\x1a\x16.google.protobuf.Empty\x12J\n\x0e\x43ompactSession\x12\".notecase.v1.CompactSessionRequest\x1a\x14.notecase.v1.Session\x12\x44\n\x0b\x46orkSession\x12\x1f.notecase.v1.ForkSessionRequest\x1a\x14.notecase.v1.Session\x12H\n\rRewindSession\x12!.notecase.v1.RewindSessionRequest\x1a\x14.notecase.v1.SessionBC\n\x0bnotecase.v1B\x0cSessionProtoP\x01Z\x16notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19notecase/v1/session.proto\x12\x0bnotecase.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19notecase/v1/content.proto\"\x99\x07\n\x07Session\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\x30\n\x06labels\x18\x05 \x03(\x0b\x32 .notecase.v1.Session.LabelsEntry\x12/\n\x08\x61\x63tivity\x18\x06 \x01(\x0e\x32\x1d.notecase.v1.Session.Activity\x12\x12\n\nactive_run\x18\x07 \x01(\t\x12\x15\n\rlast_sequence\x18\x08 \x01(\x03\x12!\n\x05usage\x18\t \x01(\x0b\x32\x12.notecase.v1.Usage\x12\x16\n\x0eparent_session\x18\n \x01(\t\x12\x15\n\rfork_sequence\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x31\n\x0b\x65xpire_time\x18\x0e \x01(\x0b\x32\x1a.google.protobuf.TimestampH\x00\x12(\n\x03ttl\x18\x0f \x01(\x0b\x32\x19.google.protobuf.DurationH\x00\x12+\n\x08idle_ttl\x18\x10 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x0fqueued_commands\x18\x12 \x03(\x0b\x32\x1a.notecase.v1.QueuedCommand\x12\x38\n\nremembered\x18\x13 \x03(\x0b\x32$.notecase.v1.Session.RememberedEntry\x12\x15\n\rcontent_bytes\x18\x17 \x01(\x03\x12\x18\n\x10summary_sequence\x18\x16 \x01(\x03\x12\x0c\n\x04\x65tag\x18\x11 \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x1a\x31\n\x0fRememberedEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x08:\x02\x38\x01\"c\n\x08\x41\x63tivity\x12\x18\n\x14\x41\x43TIVITY_UNSPECIFIED\x10\x00\x12\x11\n\rACTIVITY_IDLE\x10\x01\x12\x14\n\x10\x41\x43TIVITY_RUNNING\x10\x02\x12\x14\n\x10\x41\x43TIVITY_WAITING\x10\x03\x42\x0c\n\nexpiration\"B\n\rQueuedCommand\x12\x12\n\ncommand_id\x18\x01 \x01(\t\x12\x10\n\x08sequence\x18\x02 \x01(\x03\x12\x0b\n\x03run\x18\x03 \x01(\t\"\xe4\x01\n\x14\x43reateSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12%\n\x07session\x18\x02 \x01(\x0b\x32\x14.notecase.v1.Session\x12;\n\x05state\x18\x03 \x03(\x0b\x32,.notecase.v1.CreateSessionRequest.StateEntry\x12\x12\n\nrequest_id\x18\x04 \x01(\t\x1a@\n\nStateEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12!\n\x05value\x18\x02 \x01(\x0b\x32\x12.notecase.v1.Value:\x02\x38\x01\"!\n\x11GetSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"L\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\"W\n\x14ListSessionsResponse\x12&\n\x08sessions\x18\x01 \x03(\x0b\x32\x14.notecase.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x82\x01\n\x14UpdateSessionRequest\x12%\n\x07session\x18\x01 \x01(\x0b\x32\x14.notecase.v1.Session\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"4\n\x10\x45raseUserRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"-\n\x11\x45raseUserResponse\x12\x18\n\x10sessions_deleted\x18\x01 \x01(\x05\"F\n\x14\x44\x65leteSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"]\n\x15\x43ompactSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bkeep_recent\x18\x02 \x01(\x05\x12\r\n\x05\x61gent\x18\x03 \x01(\t\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"\x9b\x01\n\x12\x46orkSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x0b\x61t_sequence\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nsession_id\x18\x03 \x01(\t\x12%\n\x07session\x18\x04 \x01(\x0b\x32\x14.notecase.v1.Session\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\x0e\n\x0c_at_sequence\"\x96\x01\n\x14RewindSessionRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x18\n\x0bto_sequence\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\x1d\n\x10if_last_sequence\x18\x03 \x01(\x03H\x01\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\tB\x0e\n\x0c_to_sequenceB\x13\n\x11_if_last_sequence2\xb1\x05\n\x0eSessionService\x12H\n\rCreateSession\x12!.notecase.v1.CreateSessionRequest\x1a\x14.notecase.v1.Session\x12\x42\n\nGetSession\x12\x1e.notecase.v1.GetSessionRequest\x1a\x14.notecase.v1.Session\x12S\n\x0cListSessions\x12 .notecase.v1.ListSessionsRequest\x1a!.notecase.v1.ListSessionsResponse\x12H\n\rUpdateSession\x12!.notecase.v1.UpdateSessionRequest\x1a\x14.notecase.v1.Session\x12J\n\rDeleteSession\x12!.notecase.v1.DeleteSessionRequest\x1a\x16.google.protobuf.Empty\x12J\n\x0e\x43ompactSession\x12\".notecase.v1.CompactSessionRequest\x1a\x14.notecase.v1.Session\x12\x44\n\x0b\x46orkSession\x12\x1f.notecase.v1.ForkSessionRequest\x1a\x14.notecase.v1.Session\x12H\n\rRewindSession\x12!.notecase.v1.RewindSessionRequest\x1a\x14.notecase.v1.Session\x12J\n\tEraseUser\x12\x1d.notecase.v1.EraseUserRequest\x1a\x1e.notecase.v1.EraseUserResponseBC\n\x0bnotecase.v1B\x0cSessionProtoP\x01Z\x16notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,36 +43,40 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSION_REMEMBEREDENTRY']._serialized_options = b'8\001'
   _globals['_CREATESESSIONREQUEST_STATEENTRY']._loaded_options = None
   _globals['_CREATESESSIONREQUEST_STATEENTRY']._serialized_options = b'8\001'
-  _globals['_SESSION']._serialized_start=166
-  _globals['_SESSION']._serialized_end=935
-  _globals['_SESSION_LABELSENTRY']._serialized_start=738
-  _globals['_SESSION_LABELSENTRY']._serialized_end=783
-  _globals['_SESSION_REMEMBEREDENTRY']._serialized_start=785
-  _globals['_SESSION_REMEMBEREDENTRY']._serialized_end=834
-  _globals['_SESSION_ACTIVITY']._serialized_start=836
-  _globals['_SESSION_ACTIVITY']._serialized_end=935
-  _globals['_QUEUEDCOMMAND']._serialized_start=937
-  _globals['_QUEUEDCOMMAND']._serialized_end=1003
-  _globals['_CREATESESSIONREQUEST']._serialized_start=1006
-  _globals['_CREATESESSIONREQUEST']._serialized_end=1234
-  _globals['_CREATESESSIONREQUEST_STATEENTRY']._serialized_start=1170
-  _globals['_CREATESESSIONREQUEST_STATEENTRY']._serialized_end=1234
-  _globals['_GETSESSIONREQUEST']._serialized_start=1236
-  _globals['_GETSESSIONREQUEST']._serialized_end=1269
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=1271
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=1347
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1349
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1436
-  _globals['_UPDATESESSIONREQUEST']._serialized_start=1439
-  _globals['_UPDATESESSIONREQUEST']._serialized_end=1569
-  _globals['_DELETESESSIONREQUEST']._serialized_start=1571
-  _globals['_DELETESESSIONREQUEST']._serialized_end=1641
-  _globals['_COMPACTSESSIONREQUEST']._serialized_start=1643
-  _globals['_COMPACTSESSIONREQUEST']._serialized_end=1736
-  _globals['_FORKSESSIONREQUEST']._serialized_start=1739
-  _globals['_FORKSESSIONREQUEST']._serialized_end=1894
-  _globals['_REWINDSESSIONREQUEST']._serialized_start=1897
-  _globals['_REWINDSESSIONREQUEST']._serialized_end=2047
-  _globals['_SESSIONSERVICE']._serialized_start=2050
-  _globals['_SESSIONSERVICE']._serialized_end=2663
+  _globals['_SESSION']._serialized_start=198
+  _globals['_SESSION']._serialized_end=1119
+  _globals['_SESSION_LABELSENTRY']._serialized_start=908
+  _globals['_SESSION_LABELSENTRY']._serialized_end=953
+  _globals['_SESSION_REMEMBEREDENTRY']._serialized_start=955
+  _globals['_SESSION_REMEMBEREDENTRY']._serialized_end=1004
+  _globals['_SESSION_ACTIVITY']._serialized_start=1006
+  _globals['_SESSION_ACTIVITY']._serialized_end=1105
+  _globals['_QUEUEDCOMMAND']._serialized_start=1121
+  _globals['_QUEUEDCOMMAND']._serialized_end=1187
+  _globals['_CREATESESSIONREQUEST']._serialized_start=1190
+  _globals['_CREATESESSIONREQUEST']._serialized_end=1418
+  _globals['_CREATESESSIONREQUEST_STATEENTRY']._serialized_start=1354
+  _globals['_CREATESESSIONREQUEST_STATEENTRY']._serialized_end=1418
+  _globals['_GETSESSIONREQUEST']._serialized_start=1420
+  _globals['_GETSESSIONREQUEST']._serialized_end=1453
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=1455
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1531
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1533
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1620
+  _globals['_UPDATESESSIONREQUEST']._serialized_start=1623
+  _globals['_UPDATESESSIONREQUEST']._serialized_end=1753
+  _globals['_ERASEUSERREQUEST']._serialized_start=1755
+  _globals['_ERASEUSERREQUEST']._serialized_end=1807
+  _globals['_ERASEUSERRESPONSE']._serialized_start=1809
+  _globals['_ERASEUSERRESPONSE']._serialized_end=1854
+  _globals['_DELETESESSIONREQUEST']._serialized_start=1856
+  _globals['_DELETESESSIONREQUEST']._serialized_end=1926
+  _globals['_COMPACTSESSIONREQUEST']._serialized_start=1928
+  _globals['_COMPACTSESSIONREQUEST']._serialized_end=2021
+  _globals['_FORKSESSIONREQUEST']._serialized_start=2024
+  _globals['_FORKSESSIONREQUEST']._serialized_end=2179
+  _globals['_REWINDSESSIONREQUEST']._serialized_start=2182
+  _globals['_REWINDSESSIONREQUEST']._serialized_end=2332
+  _globals['_SESSIONSERVICE']._serialized_start=2335
+  _globals['_SESSIONSERVICE']._serialized_end=3024
 # @@protoc_insertion_point(module_scope)

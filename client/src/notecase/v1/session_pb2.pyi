@@ -5,6 +5,7 @@ isort:skip_file
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -100,6 +101,9 @@ class Session(_message.Message):
     FORK_SEQUENCE_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    TTL_FIELD_NUMBER: _builtins.int
+    IDLE_TTL_FIELD_NUMBER: _builtins.int
     QUEUED_COMMANDS_FIELD_NUMBER: _builtins.int
     REMEMBERED_FIELD_NUMBER: _builtins.int
     CONTENT_BYTES_FIELD_NUMBER: _builtins.int
@@ -143,6 +147,20 @@ class Session(_message.Message):
         """Output only: of the last commit or metadata change."""
 
     @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Output only with idle_ttl, where an update ignores it. In the past: at once."""
+
+    @_builtins.property
+    def ttl(self) -> _duration_pb2.Duration:
+        """Input only: expire_time is set to so long from now."""
+
+    @_builtins.property
+    def idle_ttl(self) -> _duration_pb2.Duration:
+        """Each commit to the session sets expire_time to so long from then. While a run is under way, waiting too, it is unset: such
+        a session is not idle. At creation not together with the others.
+        """
+
+    @_builtins.property
     def queued_commands(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueuedCommand]:
         """Output only: what was answered QUEUED and not yet taken up, in order."""
 
@@ -166,17 +184,22 @@ class Session(_message.Message):
         fork_sequence: _builtins.int = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         update_time: _timestamp_pb2.Timestamp | None = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+        ttl: _duration_pb2.Duration | None = ...,
+        idle_ttl: _duration_pb2.Duration | None = ...,
         queued_commands: _abc.Iterable[Global___QueuedCommand] | None = ...,
         remembered: _abc.Mapping[_builtins.str, _builtins.bool] | None = ...,
         content_bytes: _builtins.int = ...,
         summary_sequence: _builtins.int = ...,
         etag: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expiration", b"expiration", "expire_time", b"expire_time", "idle_ttl", b"idle_ttl", "ttl", b"ttl", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_run", b"active_run", "activity", b"activity", "agent", b"agent", "content_bytes", b"content_bytes", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "fork_sequence", b"fork_sequence", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "parent_session", b"parent_session", "queued_commands", b"queued_commands", "remembered", b"remembered", "summary_sequence", b"summary_sequence", "update_time", b"update_time", "usage", b"usage", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_run", b"active_run", "activity", b"activity", "agent", b"agent", "content_bytes", b"content_bytes", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "expiration", b"expiration", "expire_time", b"expire_time", "fork_sequence", b"fork_sequence", "idle_ttl", b"idle_ttl", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "parent_session", b"parent_session", "queued_commands", b"queued_commands", "remembered", b"remembered", "summary_sequence", b"summary_sequence", "ttl", b"ttl", "update_time", b"update_time", "usage", b"usage", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType_expiration: _TypeAlias = _typing.Literal["expire_time", "ttl"]  # noqa: Y015
+    _WhichOneofArgType_expiration: _TypeAlias = _typing.Literal["expiration", b"expiration"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_expiration) -> _WhichOneofReturnType_expiration | None: ...
 
 Global___Session: _TypeAlias = Session  # noqa: Y015
 
@@ -360,6 +383,48 @@ class UpdateSessionRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UpdateSessionRequest: _TypeAlias = UpdateSessionRequest  # noqa: Y015
+
+@_typing.final
+class EraseUserRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """users/{user}"""
+    request_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        request_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "request_id", b"request_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseUserRequest: _TypeAlias = EraseUserRequest  # noqa: Y015
+
+@_typing.final
+class EraseUserResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSIONS_DELETED_FIELD_NUMBER: _builtins.int
+    sessions_deleted: _builtins.int
+    def __init__(
+        self,
+        *,
+        sessions_deleted: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sessions_deleted", b"sessions_deleted"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EraseUserResponse: _TypeAlias = EraseUserResponse  # noqa: Y015
 
 @_typing.final
 class DeleteSessionRequest(_message.Message):

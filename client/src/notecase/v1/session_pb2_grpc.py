@@ -76,6 +76,11 @@ class SessionServiceStub(object):
                 request_serializer=notecase_dot_v1_dot_session__pb2.RewindSessionRequest.SerializeToString,
                 response_deserializer=notecase_dot_v1_dot_session__pb2.Session.FromString,
                 _registered_method=True)
+        self.EraseUser = channel.unary_unary(
+                '/notecase.v1.SessionService/EraseUser',
+                request_serializer=notecase_dot_v1_dot_session__pb2.EraseUserRequest.SerializeToString,
+                response_deserializer=notecase_dot_v1_dot_session__pb2.EraseUserResponse.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer(object):
@@ -104,7 +109,7 @@ class SessionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateSession(self, request, context):
-        """Changes display_name, agent or labels; the log does not move. ABORTED when `session.etag` is set and stale.
+        """Changes display_name, agent, labels, or when it expires; the log does not move. ABORTED when `session.etag` is set and stale.
         A repeat with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -112,8 +117,9 @@ class SessionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteSession(self, request, context):
-        """Deletes a session with its log, state, messages and runs; a run under way stops. Final. ABORTED when `etag` is set and
-        stale. A repeat with the same request_id succeeds.
+        """Deletes a session with its log, state, messages and runs; a run under way stops. Final: what a request made in it is
+        forgotten too, and a repeat of one is NOT_FOUND; within seconds its rows and the journals of them are overwritten on disk. ABORTED when `etag`
+        is set and stale. A repeat with the same request_id succeeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -145,6 +151,16 @@ class SessionServiceServicer(object):
         as it was, calls that were open then are cancelled. The state of users and the app is not touched.
         FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
         OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EraseUser(self, request, context):
+        """Deletes every session of a user, as DeleteSession does, and the user's state with its versions; what is created for the user
+        meanwhile too. What others said of the user, and the app's state, stay. In batches: when it fails half-way, some sessions are
+        gone, and it is safe to repeat. Of a user nobody knows it deletes nothing. A repeat with the same request_id returns the
+        first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -192,6 +208,11 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.RewindSession,
                     request_deserializer=notecase_dot_v1_dot_session__pb2.RewindSessionRequest.FromString,
                     response_serializer=notecase_dot_v1_dot_session__pb2.Session.SerializeToString,
+            ),
+            'EraseUser': grpc.unary_unary_rpc_method_handler(
+                    servicer.EraseUser,
+                    request_deserializer=notecase_dot_v1_dot_session__pb2.EraseUserRequest.FromString,
+                    response_serializer=notecase_dot_v1_dot_session__pb2.EraseUserResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -411,6 +432,33 @@ class SessionService(object):
             '/notecase.v1.SessionService/RewindSession',
             notecase_dot_v1_dot_session__pb2.RewindSessionRequest.SerializeToString,
             notecase_dot_v1_dot_session__pb2.Session.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EraseUser(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/notecase.v1.SessionService/EraseUser',
+            notecase_dot_v1_dot_session__pb2.EraseUserRequest.SerializeToString,
+            notecase_dot_v1_dot_session__pb2.EraseUserResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -42,12 +42,13 @@ class SessionServiceStub:
     ListSessions: _grpc.UnaryUnaryMultiCallable[_session_pb2.ListSessionsRequest, _session_pb2.ListSessionsResponse]
     """A page of sessions, the last created first."""
     UpdateSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.UpdateSessionRequest, _session_pb2.Session]
-    """Changes display_name, agent or labels; the log does not move. ABORTED when `session.etag` is set and stale.
+    """Changes display_name, agent, labels, or when it expires; the log does not move. ABORTED when `session.etag` is set and stale.
     A repeat with the same request_id returns the first answer.
     """
     DeleteSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.DeleteSessionRequest, _empty_pb2.Empty]
-    """Deletes a session with its log, state, messages and runs; a run under way stops. Final. ABORTED when `etag` is set and
-    stale. A repeat with the same request_id succeeds.
+    """Deletes a session with its log, state, messages and runs; a run under way stops. Final: what a request made in it is
+    forgotten too, and a repeat of one is NOT_FOUND; within seconds its rows and the journals of them are overwritten on disk. ABORTED when `etag`
+    is set and stale. A repeat with the same request_id succeeds.
     """
     CompactSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.CompactSessionRequest, _session_pb2.Session]
     """Summarises the older messages now, with a model call of the agent's: a `summarized` event, and the log and the lists stay
@@ -68,6 +69,12 @@ class SessionServiceStub:
     FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
     OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
     """
+    EraseUser: _grpc.UnaryUnaryMultiCallable[_session_pb2.EraseUserRequest, _session_pb2.EraseUserResponse]
+    """Deletes every session of a user, as DeleteSession does, and the user's state with its versions; what is created for the user
+    meanwhile too. What others said of the user, and the app's state, stay. In batches: when it fails half-way, some sessions are
+    gone, and it is safe to repeat. Of a user nobody knows it deletes nothing. A repeat with the same request_id returns the
+    first answer.
+    """
 
 @_typing.type_check_only
 class SessionServiceAsyncStub(SessionServiceStub):
@@ -82,12 +89,13 @@ class SessionServiceAsyncStub(SessionServiceStub):
     ListSessions: _aio.UnaryUnaryMultiCallable[_session_pb2.ListSessionsRequest, _session_pb2.ListSessionsResponse]  # type: ignore[assignment]
     """A page of sessions, the last created first."""
     UpdateSession: _aio.UnaryUnaryMultiCallable[_session_pb2.UpdateSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
-    """Changes display_name, agent or labels; the log does not move. ABORTED when `session.etag` is set and stale.
+    """Changes display_name, agent, labels, or when it expires; the log does not move. ABORTED when `session.etag` is set and stale.
     A repeat with the same request_id returns the first answer.
     """
     DeleteSession: _aio.UnaryUnaryMultiCallable[_session_pb2.DeleteSessionRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Deletes a session with its log, state, messages and runs; a run under way stops. Final. ABORTED when `etag` is set and
-    stale. A repeat with the same request_id succeeds.
+    """Deletes a session with its log, state, messages and runs; a run under way stops. Final: what a request made in it is
+    forgotten too, and a repeat of one is NOT_FOUND; within seconds its rows and the journals of them are overwritten on disk. ABORTED when `etag`
+    is set and stale. A repeat with the same request_id succeeds.
     """
     CompactSession: _aio.UnaryUnaryMultiCallable[_session_pb2.CompactSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
     """Summarises the older messages now, with a model call of the agent's: a `summarized` event, and the log and the lists stay
@@ -107,6 +115,12 @@ class SessionServiceAsyncStub(SessionServiceStub):
     as it was, calls that were open then are cancelled. The state of users and the app is not touched.
     FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
     OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
+    """
+    EraseUser: _aio.UnaryUnaryMultiCallable[_session_pb2.EraseUserRequest, _session_pb2.EraseUserResponse]  # type: ignore[assignment]
+    """Deletes every session of a user, as DeleteSession does, and the user's state with its versions; what is created for the user
+    meanwhile too. What others said of the user, and the app's state, stay. In batches: when it fails half-way, some sessions are
+    gone, and it is safe to repeat. Of a user nobody knows it deletes nothing. A repeat with the same request_id returns the
+    first answer.
     """
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -143,7 +157,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.UpdateSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
-        """Changes display_name, agent or labels; the log does not move. ABORTED when `session.etag` is set and stale.
+        """Changes display_name, agent, labels, or when it expires; the log does not move. ABORTED when `session.etag` is set and stale.
         A repeat with the same request_id returns the first answer.
         """
 
@@ -153,8 +167,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.DeleteSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Deletes a session with its log, state, messages and runs; a run under way stops. Final. ABORTED when `etag` is set and
-        stale. A repeat with the same request_id succeeds.
+        """Deletes a session with its log, state, messages and runs; a run under way stops. Final: what a request made in it is
+        forgotten too, and a repeat of one is NOT_FOUND; within seconds its rows and the journals of them are overwritten on disk. ABORTED when `etag`
+        is set and stale. A repeat with the same request_id succeeds.
         """
 
     @_abc_1.abstractmethod
@@ -192,6 +207,18 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         as it was, calls that were open then are cancelled. The state of users and the app is not touched.
         FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
         OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
+        """
+
+    @_abc_1.abstractmethod
+    def EraseUser(
+        self,
+        request: _session_pb2.EraseUserRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.EraseUserResponse, _abc.Awaitable[_session_pb2.EraseUserResponse]]:
+        """Deletes every session of a user, as DeleteSession does, and the user's state with its versions; what is created for the user
+        meanwhile too. What others said of the user, and the app's state, stay. In batches: when it fails half-way, some sessions are
+        gone, and it is safe to repeat. Of a user nobody knows it deletes nothing. A repeat with the same request_id returns the
+        first answer.
         """
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

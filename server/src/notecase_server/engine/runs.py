@@ -445,6 +445,7 @@ class Runs:
             worker.drain()
         task = asyncio.create_task(worker.work(), name=f"run {worker.run.name}")
         self._workers[place] = (worker, task)
+        worker.live.work = task
         task.add_done_callback(lambda done: self._left(worker, done))
         self._accompany(worker)
 
@@ -458,6 +459,7 @@ class Runs:
         if self._workers[place][1] is not task:
             return  # somebody else is at work on it already
         del self._workers[place]
+        worker.live.work = None
         if task.cancelled():
             return
         if (error := task.exception()) is not None:

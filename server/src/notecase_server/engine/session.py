@@ -6,7 +6,7 @@ later. Used from one event loop only.
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 from weakref import WeakValueDictionary
@@ -14,11 +14,15 @@ from weakref import WeakValueDictionary
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.store.contract import Commit, Committed, Once, Scope, SessionKey, Store
+from notecase_server.errors import NotecaseError
+from notecase_server.store.contract import Commit, Committed, Compare, Once, Query, Scope, SessionKey, Store
 
 TAIL_BYTES = 256 << 10
 """Newest events kept for watchers that are nearly there. A turn commits a handful of small ones, so this spares the
 usual watcher the store, and a session that nobody runs or watches keeps none."""
+
+BATCH = 100
+"""Sessions deleted one after another before it is asked for more."""
 
 NOTICES = 64
 """Passing notices kept for watchers that are behind; each can be recovered from what is stored."""
@@ -87,6 +91,8 @@ class LiveSession:
         """The newest sequence known here; the store may be ahead."""
         self.open: OpenMessage | None = None
         self.deleted = False
+        self.work: asyncio.Task[None] | None = None
+        """What works on a run of it here; stopped when the session is deleted."""
         self.lock = asyncio.Lock()
         """Held by whoever decides and commits for a run of this session."""
         self.watchers = 0
@@ -266,7 +272,42 @@ class Sessions:
     async def delete(self, key: SessionKey, if_etag: str, once: Once | None) -> None:
         """Deletes a session and lets its watchers go; see Store.delete_session."""
         await self.store.delete_session(key, if_etag, once)
+        self._gone(key)
+
+    async def expire(self, now: int) -> int:
+        """Deletes every session whose time has come; returns how many. Afterwards as `delete`."""
+        gone = 0
+        while keys := await self.store.expired_sessions(now, BATCH):
+            for key in keys:
+                if await self.store.expire_session(key):
+                    self._gone(key)
+                    gone += 1
+        return gone
+
+    async def erase_user(self, tenant: str, user: str, once: Callable[[int], Once | None]) -> int:
+        """Deletes every session of "users/{user}", those that are made meanwhile too, then the user's state. Returns
+        how many sessions; `once` makes the record of that. Raises Replayed."""
+        await self.store.recall(SessionKey(tenant, ""), once(0), None)
+        mine, gone = Query(BATCH, where=Compare("user", "=", user)), 0
+        while not await self.store.erase_state(tenant, user, once(gone)):
+            for row in (await self.store.list_sessions(tenant, mine)).rows:
+                gone += await self._deleted(SessionKey(tenant, row.name))
+        return gone
+
+    async def _deleted(self, key: SessionKey) -> bool:
+        """Deletes a session; whether it was not somebody else who did."""
+        try:
+            await self.delete(key, "", None)
+        except NotecaseError as error:
+            if error.reason != v1.ERROR_REASON_SESSION_NOT_FOUND:
+                raise
+            return False
+        return True
+
+    def _gone(self, key: SessionKey) -> None:
         live = self._live.get(key)
         if live is not None:
             live.deleted = True
+            if live.work is not None:
+                live.work.cancel()
             live.ring()

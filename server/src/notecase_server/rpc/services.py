@@ -44,7 +44,8 @@ RUN_FILTER: Mapping[str, filters.FieldKind] = {
 }
 
 AGENT_FIELDS = ("display_name", "description", "llm", "output_key", "labels")
-SESSION_FIELDS = ("display_name", "agent", "labels")
+EXPIRY_FIELDS = ("expire_time", "ttl", "idle_ttl")
+SESSION_FIELDS = ("display_name", "agent", "labels", *EXPIRY_FIELDS)
 """What an update may change."""
 
 
@@ -203,7 +204,7 @@ class SessionsService(v1.SessionServiceServicer):
     async def CreateSession(self, request: v1.CreateSessionRequest, context: Any) -> v1.Session:
         check = checked(request)
         check.chosen_id("session_id", request.session_id)
-        check.session_body("session", request.session)
+        check.new_session("session", request.session)
         check.first_state("state", request.state)
         check.done()
         key = key_of(request.session_id or self.desk.new_id())
@@ -242,9 +243,13 @@ class SessionsService(v1.SessionServiceServicer):
         mask = masked(request.update_mask, request.session, SESSION_FIELDS)
         if "agent" in mask.paths:
             await self._require_agent(request.session.agent)
+        expiry = {path for path in mask.paths if path in EXPIRY_FIELDS}
+        plain = FieldMask(paths=[path for path in mask.paths if path not in expiry])
 
         def edit(session: v1.Session) -> None:
-            mask.MergeMessage(request.session, session, replace_message_field=True, replace_repeated_field=True)
+            plain.MergeMessage(request.session, session, replace_message_field=True, replace_repeated_field=True)
+            if expiry:
+                _set_expiration(session, request.session, expiry)
 
         def render(row: v1.Session) -> v1.Session:
             return names.render_session(_copy(row))
@@ -293,6 +298,17 @@ class SessionsService(v1.SessionServiceServicer):
         expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
         caused = Caused(request.request_id, once(request, _session_of))
         return _session_of(await self.desk.runs.rewind(key, request.to_sequence, expected, caused))
+
+    async def EraseUser(self, request: v1.EraseUserRequest, context: Any) -> v1.EraseUserResponse:
+        check = checked(request)
+        check.user("name", request.name)
+        check.done()
+
+        def repeat(gone: int) -> Once | None:
+            return once(request, lambda _: v1.EraseUserResponse(sessions_deleted=gone))
+
+        gone = await self.desk.sessions.erase_user(caller.get().tenant, request.name, repeat)
+        return v1.EraseUserResponse(sessions_deleted=gone)
 
     async def _require_agent(self, name: str) -> None:
         parsed = names.parse_agent(name) if name else None
@@ -572,6 +588,17 @@ class RunsService(v1.RunServiceServicer):
         check(run.session == key.session, "run", "is a run of another session")
         check.done()
         return v1.SendCommandResponse(result=await self.desk.streams.command(key, request.command, run.run))
+
+
+def _set_expiration(session: v1.Session, given: v1.Session, fields: Iterable[str]) -> None:
+    """One of the fields, or none, is what holds from now on; what was read back beside idle_ttl is not."""
+    for name in EXPIRY_FIELDS:
+        session.ClearField(name)  # type: ignore[arg-type]
+    for name in sorted(fields):
+        if given.HasField(name):  # type: ignore[arg-type]
+            getattr(session, name).CopyFrom(getattr(given, name))
+    if session.HasField("idle_ttl"):
+        session.ClearField("expire_time")
 
 
 def _copy(message: M) -> M:

@@ -50,6 +50,9 @@ MAX_BATCH_DELAY = 10.0
 
 MAX_CHUNK_BYTES = 1 << 20
 PARTS = "text, json, file, data, blob or state_key"
+LAST_SECOND = 253_402_300_799
+"""Of the year 9999, where protobuf's times end."""
+MAX_TTL_SECONDS = 100 * 366 * 24 * 60 * 60
 
 LABEL_KEY = re.compile(r"[a-z0-9A-Z]([a-zA-Z0-9._/-]{0,61}[a-zA-Z0-9])?")
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -402,6 +405,22 @@ class Check:
             self.agent(f"{field}.agent", session.agent)
         if session.user:
             self.user(f"{field}.user", session.user)
+        until = session.expire_time
+        fine = 0 <= until.seconds <= LAST_SECOND and 0 <= until.nanos < 1_000_000_000
+        self(fine, f"{field}.expire_time", "wants a time from 1970 to 9999")
+        for name in ("ttl", "idle_ttl"):
+            if session.HasField(name):
+                span = getattr(session, name)
+                fine = 0 <= span.seconds <= MAX_TTL_SECONDS and 0 <= span.nanos < 1_000_000_000
+                self(fine and (span.seconds or span.nanos), f"{field}.{name}", "wants more than 0, at most 100 years")
+        both = session.HasField("idle_ttl") and session.HasField("ttl")
+        self(not both, f"{field}.ttl", "goes with no idle_ttl")
+
+    def new_session(self, field: str, session: v1.Session) -> None:
+        """As session_body, of one that is to be made."""
+        self.session_body(field, session)
+        both = session.HasField("idle_ttl") and session.HasField("expire_time")
+        self(not both, f"{field}.expire_time", "goes with no idle_ttl")
 
     def start(self, field: str, start: v1.StartRun) -> None:
         if start.session:
@@ -410,7 +429,7 @@ class Check:
         elif start.HasField("new_session"):
             if start.new_session.name:
                 self.session(f"{field}.new_session.name", start.new_session.name)
-            self.session_body(f"{field}.new_session", start.new_session)
+            self.new_session(f"{field}.new_session", start.new_session)
         if start.agent:
             self.agent(f"{field}.agent", start.agent)
         self.chosen_id(f"{field}.run_id", start.run_id)

@@ -77,6 +77,15 @@ class TableStore(ABC):
     async def delete_session(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
         await self._write(partial(steps.delete_session, key=key, if_etag=if_etag, once=once))
 
+    async def expired_sessions(self, now: int, limit: int) -> list[SessionKey]:
+        return await self._read(lambda tables: tables.expired(now, limit))
+
+    async def expire_session(self, key: SessionKey) -> bool:
+        return await self._write(lambda tables, now: steps.expire_session(tables, now, key))
+
+    async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:
+        return await self._write(partial(steps.erase_state, tenant=tenant, user=user, once=once))
+
     async def get_message(self, key: SessionKey, message: str) -> v1.Message | None:
         return await self._read(lambda tables: tables.message(key, message))
 

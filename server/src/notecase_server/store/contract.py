@@ -46,6 +46,8 @@ class Scope(NamedTuple):
 
 class Once(NamedTuple):
     """Makes a write idempotent: the record is part of the write's own transaction and outlives what the write made.
+    Of what is deleted it keeps no answer: a repeat is then SESSION_NOT_FOUND, or of an erased user's state an empty
+    answer.
 
     When `request_id` was recorded for this tenant and `rpc` before, nothing is written: with the same `digest` the
     store raises Replayed with the recorded answer, with another it raises NotecaseError REQUEST_ID_REUSED. A write that
@@ -291,14 +293,27 @@ class Store(Protocol):
     async def edit_session(
         self, key: SessionKey, edit: Callable[[v1.Session], None], if_etag: str = "", once: Once | None = None
     ) -> v1.Session:
-        """Lets `edit` change display_name, agent and labels of the stored session; update_time and etag are the
-        store's. SESSION_NOT_FOUND; ETAG_MISMATCH when `if_etag` is set and another. What `edit` raises undoes
-        everything."""
+        """Lets `edit` change display_name, agent, labels, expire_time or ttl, and idle_ttl of the stored session;
+        update_time and etag are the store's. SESSION_NOT_FOUND; ETAG_MISMATCH when `if_etag` is set and another. What
+        `edit` raises undoes everything."""
         ...
 
     async def delete_session(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
         """Removes the session and every row of it, its state included. SESSION_NOT_FOUND, ETAG_MISMATCH. A commit that
         is under way for it either comes before or is refused. `once.render` is given None."""
+        ...
+
+    async def expired_sessions(self, now: int, limit: int) -> list[SessionKey]:
+        """Of all tenants, those whose expire_time has come by `now`: the longest expired first, at most `limit`."""
+        ...
+
+    async def expire_session(self, key: SessionKey) -> bool:
+        """As delete_session, if there is such a session and its expire_time has come; tells whether."""
+        ...
+
+    async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:
+        """Removes all of a user's state ("users/{user}") and tells True, when there is no session of that user (left);
+        otherwise nothing is done, nor recorded. `once.render` is given None."""
         ...
 
     # Messages and runs.
@@ -449,6 +464,11 @@ class Store(Protocol):
 
     async def forget_requests(self, before: int) -> int:
         """Drops the records of Once made before that time; returns how many."""
+        ...
+
+    async def scrub(self) -> bool:
+        """Sees to it that no journal of the store holds what was deleted before. False when a reader stands in the
+        way: it is then to be asked again. Costs nothing when nothing was."""
         ...
 
     async def close(self) -> None:

@@ -107,8 +107,29 @@ def new_session(key: SessionKey, session: v1.Session, now: int) -> v1.Session:
     )
     made.activity = v1.Session.ACTIVITY_IDLE
     made.create_time.FromMicroseconds(now)
+    set_expiration(made, session, now)
     touch_session(made, now)
     return made
+
+
+def set_expiration(session: v1.Session, given: v1.Session, now: int) -> None:
+    """Takes over when a session expires, as `given` has it; durations count from `now`."""
+    for name in ("expire_time", "idle_ttl"):
+        session.ClearField(name)
+        if given.HasField(name):
+            getattr(session, name).CopyFrom(getattr(given, name))
+    if given.HasField("ttl"):
+        session.expire_time.FromMicroseconds(now + given.ttl.ToMicroseconds())
+    elif not session.HasField("expire_time"):
+        _rest(session, now)
+
+
+def _rest(session: v1.Session, now: int) -> None:
+    """An idle session expires so long after what was done last; one with a run under way is not idle."""
+    if session.HasField("idle_ttl"):
+        session.ClearField("expire_time")
+        if not session.active_run:
+            session.expire_time.FromMicroseconds(now + session.idle_ttl.ToMicroseconds())
 
 
 def touch_session(session: v1.Session, now: int) -> None:
@@ -142,6 +163,7 @@ def apply(rows: Rows, commit: Commit, now: int) -> Committed:
         done.events.append(event)
     if done.events:
         session.update_time.FromMicroseconds(now)
+        _rest(session, now)
     return done
 
 

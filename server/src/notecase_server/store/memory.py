@@ -57,6 +57,10 @@ class MemoryStore(TableStore):
             raise errors.store_unavailable()
         return self._tables
 
+    async def scrub(self) -> bool:
+        """There is no file."""
+        return True
+
     async def close(self) -> None:
         with self._lock:
             self._closed = True
@@ -77,6 +81,7 @@ class _Session:
     body: bytes
     epoch: int
     create_time: int
+    expire_time: int | None = None
     events: list[bytes] = field(default_factory=list)
     """Sequence 1 first."""
     messages: dict[str, bytes] = field(default_factory=dict)
@@ -151,9 +156,15 @@ class _MemoryTables:
         found = self._tenants[once.tenant].requests.get((once.rpc, once.request_id))
         return found[0] if found else None
 
-    def add_request(self, once: Once, response: bytes, now: int) -> None:
+    def add_request(self, once: Once, response: bytes, about: str, now: int) -> None:
         requests = self._tenants[once.tenant].requests
-        requests[once.rpc, once.request_id] = (Recorded(once.digest, response), now)
+        requests[once.rpc, once.request_id] = (Recorded(once.digest, response, about), now)
+
+    def blank_requests(self, tenant: str, about: str) -> None:
+        requests = self._tenants[tenant].requests
+        for place, (recorded, made) in requests.items():
+            if recorded.about == about:
+                requests[place] = (recorded._replace(response=None), made)
 
     def forget_requests(self, before: int, limit: int) -> int:
         old = [
@@ -179,17 +190,18 @@ class _MemoryTables:
 
     def add_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None:
         created = session.create_time.ToMicroseconds()
-        self._tenants[key.tenant].sessions[key.session] = _Session(session.SerializeToString(), epoch, created)
+        self._tenants[key.tenant].sessions[key.session] = _Session(b"", epoch, created)
+        self.put_session(key, session, epoch)
 
     def put_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None:
         row = self._existing(key)
         row.body, row.epoch = session.SerializeToString(), epoch
+        row.expire_time = session.expire_time.ToMicroseconds() if session.HasField("expire_time") else None
 
     def delete_session(self, key: SessionKey) -> None:
         tenant = self._tenants[key.tenant]
         del tenant.sessions[key.session]
-        tenant.states.pop(("session", key.session), None)
-        self.drop_references(Scope(key.tenant, "session", key.session), "")
+        self.delete_state(Scope(key.tenant, "session", key.session))
 
     def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
         old, new = self._existing(source), self._existing(key)
@@ -211,6 +223,15 @@ class _MemoryTables:
         for sha256, sequence in list(held.items()):
             if sequence <= at:
                 self.refer(Scope(key.tenant, "session", key.session), "", sha256, sequence)
+
+    def expired(self, now: int, limit: int) -> list[SessionKey]:
+        found = [
+            (row.expire_time, SessionKey(tenant, name))
+            for tenant, rows in self._tenants.items()
+            for name, row in rows.sessions.items()
+            if row.expire_time is not None and row.expire_time <= now
+        ]
+        return [key for _, key in sorted(found)[:limit]]
 
     def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]:
         rows = self._tenants[tenant].sessions
@@ -341,6 +362,12 @@ class _MemoryTables:
             for run in session.runs.values()
             if run.agent is not None
         ]
+
+    def delete_state(self, scope: Scope) -> None:
+        tenant = self._tenants[scope.tenant]
+        tenant.states.pop((scope.kind, scope.id), None)
+        for holder, key in [place for place in tenant.references if place[0] == scope]:
+            self.drop_references(holder, key)
 
     def version(self, scope: Scope) -> int:
         return self._state(scope).version

@@ -19,7 +19,7 @@ import structlog
 from notecase_server import errors
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Clock
-from notecase_server.store.sqlite_file import Connections, connect
+from notecase_server.store.sqlite_file import BUSY_SECONDS, Connections, connect
 from notecase_server.store.sqlite_tables import SqliteTables
 from notecase_server.store.tables import Tables
 
@@ -42,6 +42,11 @@ class _Job(NamedTuple):
 
     step: Callable[..., Any]
     future: asyncio.Future[Any]
+
+
+def _scrub(*_: Any) -> bool:
+    """The one job that is no step: it wants the connection outside of a transaction. See _Writer.scrub."""
+    raise AssertionError("scrubbing is no step")
 
 
 class _Outcome(NamedTuple):
@@ -95,6 +100,11 @@ class SqliteStore(TableStore):
         jobs.put(_Job(step, future))
         return await future
 
+    async def scrub(self) -> bool:
+        """What is deleted is overwritten in the database, in the same transaction (`secure_delete`); the write-ahead
+        log has it until it is cut."""
+        return await self._ask(self._writes, _scrub)
+
     async def close(self) -> None:
         if self._closing is None:
             self._closing = asyncio.create_task(self._close())
@@ -139,8 +149,10 @@ class SqliteStore(TableStore):
                     batch.append(self._writes.get_nowait())
             jobs = [job for job in batch if job is not None]
             open_ended = len(jobs) == len(batch)
-            if jobs:
-                self._tell(writer.transact(jobs))
+            if writes := [job for job in jobs if job.step is not _scrub]:
+                self._tell(writer.transact(writes))
+            if scrubs := [job for job in jobs if job.step is _scrub]:
+                self._tell(writer.scrub(scrubs))
 
 
 class _Writer:
@@ -163,6 +175,22 @@ class _Writer:
             log.error("store_write_failed", error=_name(error), writes=len(jobs))
             return [_Outcome(job.future, None, _unavailable(error)) for job in jobs]
         return outcomes
+
+    def scrub(self, jobs: list[_Job]) -> list[_Outcome]:
+        """Cuts the write-ahead log to nothing, if something was deleted and nobody reads an older state: commits are
+        not kept waiting for a reader."""
+        try:
+            if self._tables.deleted:
+                self._abandon()
+                self._connection.execute("PRAGMA busy_timeout = 0")
+                busy: int = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                self._tables.deleted = bool(busy)
+        except sqlite3.Error as error:
+            log.error("store_scrub_failed", error=_name(error))
+            return [_Outcome(job.future, None, _unavailable(error)) for job in jobs]
+        finally:
+            self._connection.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")
+        return [_Outcome(job.future, not self._tables.deleted, None) for job in jobs]
 
     def _attempt(self, job: _Job) -> _Outcome:
         """One write in a savepoint. Raises sqlite3.Error when the whole transaction is lost."""

@@ -157,6 +157,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             display_name TEXT NOT NULL,
             create_time INTEGER NOT NULL,
             update_time INTEGER NOT NULL,
+            expire_time INTEGER,
             labels TEXT,
             epoch INTEGER NOT NULL,
             body BLOB NOT NULL,
@@ -164,6 +165,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
         ) WITHOUT ROWID""",
         "CREATE INDEX sessions_by_time ON sessions (tenant, create_time, session)",
         "CREATE INDEX sessions_by_user ON sessions (tenant, user, create_time, session)",
+        "CREATE INDEX sessions_by_expiry ON sessions (expire_time, tenant, session) WHERE expire_time IS NOT NULL",
         """CREATE TABLE events (
             tenant TEXT NOT NULL,
             session TEXT NOT NULL,
@@ -249,7 +251,8 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             rpc TEXT NOT NULL,
             request_id TEXT NOT NULL,
             digest BLOB NOT NULL,
-            response BLOB NOT NULL,
+            response BLOB,
+            about TEXT NOT NULL,
             create_time INTEGER NOT NULL,
             PRIMARY KEY (tenant, rpc, request_id)
         ) WITHOUT ROWID""",
@@ -294,6 +297,7 @@ MIGRATIONS: tuple[tuple[str, ...], ...] = (
             PRIMARY KEY (tenant, upload_id)
         ) WITHOUT ROWID""",
         "CREATE INDEX uploads_by_time ON uploads (expire_time)",
+        "CREATE INDEX requests_by_about ON requests (tenant, about) WHERE about != ''",
         # The row of a deleted agent stays, without revisions, for its last number.
         """CREATE TABLE agents (
             tenant TEXT NOT NULL,

@@ -43,11 +43,11 @@ SESSION_ROWS = ("events", "messages", "calls", "runs", "active_runs", "commands"
 SESSION_CHANGES = tuple(name for name in SESSION_COLUMNS if name not in {"user", "create_time"})
 """The columns that change: setting one of an index costs a rewrite of the index, changed or not."""
 
-ADD_SESSION = f"""INSERT INTO sessions (tenant, session, {", ".join(SESSION_COLUMNS)}, labels, epoch, body)
-    VALUES (?, ?{", ?" * len(SESSION_COLUMNS)}, ?, ?, ?)"""
+ADD_SESSION = f"""INSERT INTO sessions (tenant, session, {", ".join(SESSION_COLUMNS)}, expire_time, labels, epoch, body)
+    VALUES (?, ?{", ?" * len(SESSION_COLUMNS)}, ?, ?, ?, ?)"""
 
 PUT_SESSION = f"""UPDATE sessions SET {", ".join(f"{name} = ?" for name in SESSION_CHANGES)},
-    labels = ?, epoch = ?, body = ? WHERE tenant = ? AND session = ?"""
+    expire_time = ?, labels = ?, epoch = ?, body = ? WHERE tenant = ? AND session = ?"""
 
 ADD_RUN = f"""INSERT INTO runs (tenant, session, run, {", ".join(RUN_COLUMNS)}, labels, first_sequence, last_sequence,
     digest, body) VALUES (?, ?, ?{", ?" * len(RUN_COLUMNS)}, ?, ?, ?, ?, ?)"""
@@ -95,6 +95,10 @@ def _active_run(tenant: str, session: str, run: bytes, agent: bytes, epoch: int)
     return ActiveRun(SessionKey(tenant, session), v1.Run.FromString(run), v1.Agent.FromString(agent), epoch)
 
 
+def _expire_time(session: v1.Session) -> int | None:
+    return session.expire_time.ToMicroseconds() if session.HasField("expire_time") else None
+
+
 def _superseded(message: v1.Message) -> bool:
     return message.status == v1.Message.STATUS_SUPERSEDED
 
@@ -103,6 +107,8 @@ class SqliteTables:
     """Rows as one connection sees them; used inside a transaction that somebody else begins and ends."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
+        self.deleted = True
+        """Something may be left of rows that were deleted: nobody knows what the process before did."""
         self._execute = connection.execute
         self._executemany = connection.executemany
 
@@ -112,22 +118,30 @@ class SqliteTables:
 
     def request(self, once: Once) -> Recorded | None:
         row = self._one(
-            "SELECT digest, response FROM requests WHERE tenant = ? AND rpc = ? AND request_id = ?", *once[:3]
+            "SELECT digest, response, about FROM requests WHERE tenant = ? AND rpc = ? AND request_id = ?", *once[:3]
         )
         return Recorded(*row) if row else None
 
-    def add_request(self, once: Once, response: bytes, now: int) -> None:
+    def add_request(self, once: Once, response: bytes, about: str, now: int) -> None:
         self._execute(
-            "INSERT INTO requests (tenant, rpc, request_id, digest, response, create_time) VALUES (?, ?, ?, ?, ?, ?)",
-            (once.tenant, once.rpc, once.request_id, once.digest, response, now),
+            """INSERT INTO requests (tenant, rpc, request_id, digest, response, about, create_time)
+                VALUES (?, ?, ?, ?, ?, ?, ?)""",
+            (once.tenant, once.rpc, once.request_id, once.digest, response, about, now),
+        )
+
+    def blank_requests(self, tenant: str, about: str) -> None:
+        self._execute(
+            "UPDATE requests SET response = NULL WHERE tenant = ? AND about = ? AND about != ''", (tenant, about)
         )
 
     def forget_requests(self, before: int, limit: int) -> int:
-        return self._execute(
+        dropped = self._execute(
             """DELETE FROM requests WHERE (tenant, rpc, request_id) IN
                 (SELECT tenant, rpc, request_id FROM requests WHERE create_time < ? LIMIT ?)""",
             (before, limit),
         ).rowcount
+        self.deleted |= dropped > 0
+        return dropped
 
     def command(self, key: SessionKey, command_id: str) -> Applied | None:
         row = self._one(
@@ -149,22 +163,30 @@ class SqliteTables:
 
     def add_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None:
         columns = (column(session, name) for name in SESSION_COLUMNS)
-        self._execute(ADD_SESSION, (*key, *columns, _labels(session), epoch, session.SerializeToString()))
+        values = (_expire_time(session), _labels(session), epoch, session.SerializeToString())
+        self._execute(ADD_SESSION, (*key, *columns, *values))
 
     def put_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None:
         columns = (column(session, name) for name in SESSION_CHANGES)
-        self._execute(PUT_SESSION, (*columns, _labels(session), epoch, session.SerializeToString(), *key))
+        values = (_expire_time(session), _labels(session), epoch, session.SerializeToString())
+        self._execute(PUT_SESSION, (*columns, *values, *key))
 
     def delete_session(self, key: SessionKey) -> None:
+        self.deleted = True
         for table in SESSION_ROWS:
             self._execute(f"DELETE FROM {table} WHERE tenant = ? AND session = ?", key)
-        for table in ("states", "entries"):
-            self._execute(f"DELETE FROM {table} WHERE tenant = ? AND kind = 'session' AND id = ?", key)
-        self.drop_references(Scope(key.tenant, "session", key.session), "")
+        self.delete_state(Scope(key.tenant, "session", key.session))
 
     def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
         for statement in COPIES:
             self._execute(statement, {**key._asdict(), "source": source.session, "at": at})
+
+    def expired(self, now: int, limit: int) -> list[SessionKey]:
+        rows = self._execute(
+            "SELECT tenant, session FROM sessions WHERE expire_time <= ? ORDER BY expire_time, tenant, session LIMIT ?",
+            (now, limit),
+        )
+        return [SessionKey(*row) for row in rows]
 
     def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]:
         where, values = _where(query, SESSION_COLUMNS, "(create_time, session) < (?, ?)")
@@ -308,6 +330,11 @@ class SqliteTables:
     def active_runs(self) -> list[ActiveRun]:
         return [_active_run(*row) for row in self._execute(ACTIVE_RUNS)]
 
+    def delete_state(self, scope: Scope) -> None:
+        self.deleted = True
+        for table in ("states", "entries", "blob_references"):
+            self._execute(f"DELETE FROM {table} WHERE tenant = ? AND kind = ? AND id = ?", scope)
+
     def version(self, scope: Scope) -> int:
         row = self._one("SELECT version FROM states WHERE tenant = ? AND kind = ? AND id = ?", *scope)
         return int(row[0]) if row else 0
@@ -321,6 +348,7 @@ class SqliteTables:
 
     def put_entry(self, scope: Scope, key: str, entry: v1.StateEntry | None) -> None:
         if entry is None:
+            self.deleted = True
             self._execute("DELETE FROM entries WHERE tenant = ? AND kind = ? AND id = ? AND key = ?", (*scope, key))
         else:
             self._execute(
@@ -357,6 +385,7 @@ class SqliteTables:
         )
 
     def delete_agent(self, tenant: str, agent_id: str) -> None:
+        self.deleted = True
         self._execute("DELETE FROM revisions WHERE tenant = ? AND agent = ?", (tenant, agent_id))
         self._execute(
             "UPDATE agents SET display_name = '', labels = NULL WHERE tenant = ? AND agent = ?", (tenant, agent_id)
@@ -409,6 +438,7 @@ class SqliteTables:
                 (row[0], limit - deleted),
             ).rowcount
             deleted += gone
+            self.deleted = True
             if not self._one("SELECT 1 FROM chunks WHERE content = ? LIMIT 1", row[0]):
                 self._execute("DELETE FROM contents WHERE content = ?", row)
         return deleted

@@ -18,6 +18,7 @@ from notecase_server.store.contract import (
     CommandId,
     Commit,
     Committed,
+    Compare,
     Duplicate,
     Fork,
     Once,
@@ -54,7 +55,7 @@ def commit(tables: Tables, now: int, commit: Commit) -> Committed:
     size, limit = rows.session.content_bytes, commit.content_limit
     if referred and limit is not None and size > limit:
         raise errors.too_large("The content that the session refers to", size, limit)
-    _remember(tables, commit.once, done, now)
+    _remember(tables, commit.once, done, now, f"sessions/{commit.key.session}")
 
     if commit.create is not None:
         tables.add_session(commit.key, rows.session, rows.epoch)
@@ -95,7 +96,9 @@ def recall(tables: Tables, key: SessionKey, once: Once | None, command: CommandI
     if once is not None and (recorded := tables.request(once)) is not None:
         if recorded.digest != once.digest:
             raise errors.reused("request_id", once.request_id)
-        raise Replayed(recorded.response)
+        if recorded.response is None and recorded.about.startswith("sessions/"):
+            raise errors.not_found("session", recorded.about)
+        raise Replayed(recorded.response or b"")
     if command is not None and (applied := tables.command(key, command.command_id)) is not None:
         if applied.digest != command.digest:
             raise errors.reused("command_id", command.command_id)
@@ -125,7 +128,7 @@ def fork(tables: Tables, now: int, fork: Fork) -> Committed:
     rows.messages = {message.name: _copied(message) for message in then.messages}
     rows.calls = {call.call_id: message.name for message in then.messages for call in fold.open_calls(message)}
     done = fold.apply(rows, Commit(key=fork.key, events=fork.events), now)
-    _remember(tables, fork.once, done, now)
+    _remember(tables, fork.once, done, now, f"sessions/{fork.key.session}")
 
     tables.add_session(fork.key, session, now)
     tables.copy_rows(fork.source, fork.key, at)
@@ -152,9 +155,10 @@ def _copied(row: M) -> M:
     return copy
 
 
-def _remember(tables: Tables, once: Once | None, result: object, now: int) -> None:
+def _remember(tables: Tables, once: Once | None, result: object, now: int, about: str = "") -> None:
+    """`about` is whose content the answer holds: see Recorded."""
     if once is not None:
-        tables.add_request(once, once.render(result).SerializeToString(), now)
+        tables.add_request(once, once.render(result).SerializeToString(), about, now)
 
 
 def _session(tables: Tables, key: SessionKey) -> tuple[v1.Session, int]:
@@ -263,8 +267,9 @@ def edit_session(
     session.agent = edited.agent
     session.ClearField("labels")
     session.labels.update(edited.labels)
+    fold.set_expiration(session, edited, now)
     fold.touch_session(session, now)
-    _remember(tables, once, session, now)
+    _remember(tables, once, session, now, f"sessions/{key.session}")
     tables.put_session(key, session, epoch)
     return session
 
@@ -276,7 +281,31 @@ def delete_session(tables: Tables, now: int, key: SessionKey, if_etag: str, once
     if if_etag and if_etag != session.etag:
         raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
     _remember(tables, once, None, now)
+    _forget_session(tables, key)
+
+
+def _forget_session(tables: Tables, key: SessionKey) -> None:
     tables.delete_session(key)
+    tables.blank_requests(key.tenant, f"sessions/{key.session}")
+
+
+def expire_session(tables: Tables, now: int, key: SessionKey) -> bool:
+    """Store.expire_session."""
+    found = tables.session(key)
+    if found is None or not found[0].HasField("expire_time") or found[0].expire_time.ToMicroseconds() > now:
+        return False
+    _forget_session(tables, key)
+    return True
+
+
+def erase_state(tables: Tables, now: int, tenant: str, user: str, once: Once | None) -> bool:
+    """Store.erase_state."""
+    if take(tables.sessions(tenant, Query(1, where=Compare("user", "=", user))), 1).rows:
+        return False
+    _remember(tables, once, None, now)
+    tables.delete_state(Scope(tenant, "user", user.removeprefix("users/")))
+    tables.blank_requests(tenant, user)
+    return True
 
 
 def whole_run(tables: Tables, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
@@ -344,7 +373,7 @@ def update_state(
     fold.apply_ops(entries, ops, version, now)
     state = v1.State(version=version)
     fold.show_entries(state, entries, (op.key for op in ops))
-    _remember(tables, once, state, now)
+    _remember(tables, once, state, now, f"users/{scope.id}" if scope.kind == "user" else "")
     _save_state(tables, scope, version, entries, before)
     return state
 

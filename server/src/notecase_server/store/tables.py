@@ -16,7 +16,10 @@ class Recorded(NamedTuple):
     """What is remembered of a request that was carried out."""
 
     digest: bytes
-    response: bytes
+    response: bytes | None
+    """None once what it told of was deleted."""
+    about: str
+    """Whose content the response holds: "sessions/{session}" or "users/{user}"; empty for what is of neither."""
 
 
 class Applied(NamedTuple):
@@ -52,7 +55,11 @@ class Tables(Protocol):
 
     def request(self, once: Once) -> Recorded | None: ...
 
-    def add_request(self, once: Once, response: bytes, now: int) -> None: ...
+    def add_request(self, once: Once, response: bytes, about: str, now: int) -> None: ...
+
+    def blank_requests(self, tenant: str, about: str) -> None:
+        """Drops the responses of these records, and keeps that they were carried out."""
+        ...
 
     def forget_requests(self, before: int, limit: int) -> int:
         """Drops at most `limit` records made before that time, and returns how many it dropped."""
@@ -80,6 +87,10 @@ class Tables(Protocol):
         """Gives the session `key`, which has none, the rows that `source` has: its events up to sequence `at`, the
         messages added and runs ended by then that have not changed since, the calls of messages added by then; and
         the entries of its state as they are now. The one place that says what of each table a fork has."""
+        ...
+
+    def expired(self, now: int, limit: int) -> list[SessionKey]:
+        """Of all tenants, sessions whose expire_time is not after `now`; the earliest first."""
         ...
 
     def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]: ...
@@ -137,6 +148,10 @@ class Tables(Protocol):
     def active_run(self, key: SessionKey, run: str) -> ActiveRun | None: ...
 
     def active_runs(self) -> list[ActiveRun]: ...
+
+    def delete_state(self, scope: Scope) -> None:
+        """With its version."""
+        ...
 
     def version(self, scope: Scope) -> int: ...
 
