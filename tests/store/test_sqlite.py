@@ -466,6 +466,11 @@ async def test_a_page_of_messages_needs_no_more_of_the_file_when_it_is_long(stor
 
 
 async def _steps(store: SqliteStore) -> int:
+    """The fewest of several tries: a reader that is asked for the first time reads the schema, too."""
+    return min([await _steps_once(store) for _ in range(8)])
+
+
+async def _steps_once(store: SqliteStore) -> int:
     steps = 0
 
     def count() -> int:
