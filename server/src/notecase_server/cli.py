@@ -58,6 +58,14 @@ SERVER = click.option(
     callback=_server,
     help="The server to talk to.",
 )
+STORE = click.option(
+    "--store",
+    default="sqlite:notecase.db",
+    envvar="NOTECASE_STORE",
+    show_envvar=True,
+    metavar="URL",
+    help="Where everything is kept: sqlite:PATH, or memory: to forget it all at the end.",
+)
 LIMIT = click.option("--limit", type=click.IntRange(1, 1000), default=50, help="How many to list.")
 MORE = "There are more; --limit lists up to 1000."
 
@@ -100,14 +108,7 @@ def main() -> None:
     callback=_address,
     help="Where to serve; port 0 takes a free one and prints it.",
 )
-@click.option(
-    "--store",
-    default="sqlite:notecase.db",
-    envvar="NOTECASE_STORE",
-    show_envvar=True,
-    metavar="URL",
-    help="Where everything is kept: sqlite:PATH, or memory: to forget it all at the end.",
-)
+@STORE
 @click.option(
     "--insecure",
     is_flag=True,
@@ -239,6 +240,24 @@ def serve(
         if "bind" not in str(error):
             raise
         raise click.ClickException(f"{listen} cannot be listened on; another server may have it.") from None
+
+
+@main.command()
+@STORE
+@click.option("--force", is_flag=True, help="Replace DEST where it exists.")
+@click.argument("destination", metavar="DEST", type=click.Path(path_type=Path, dir_okay=False))
+def backup(store: str, force: bool, destination: Path) -> None:
+    """Copy a store to the file DEST, while a server goes on with it.
+
+    The copy is the store as it is at one moment, and a store itself: `notecase serve --store sqlite:DEST`. It holds
+    everything, also what is deleted from the store later on.
+    """
+    from notecase_server.serve import backup as copy  # noqa: PLC0415
+
+    try:
+        copy(store, destination, force)
+    except StoreOpenError as error:
+        raise click.ClickException(str(error)) from None
 
 
 @main.command()

@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from pathlib import Path
 
 import structlog
 import uuid_utils
@@ -26,6 +27,7 @@ from notecase_server.rpc.run import Streams
 from notecase_server.rpc.server import build
 from notecase_server.rpc.services import Desk
 from notecase_server.rpc.watch import Pace
+from notecase_server.store import sqlite_file
 from notecase_server.store.contract import Clock, Store, StoreOpenError
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
@@ -61,6 +63,14 @@ async def open_store(url: str, clock: Clock) -> Store:
     if kind == "sqlite" and path:
         return await SqliteStore.open(path, clock)
     raise StoreOpenError(f"{url!r} is no store; want memory: or sqlite:PATH.")
+
+
+def backup(url: str, destination: Path, force: bool) -> None:
+    """Copies a store to a file while a server owns it. Raises StoreOpenError with a sentence for whoever asked."""
+    kind, _, path = url.partition(":")
+    if kind != "sqlite" or not path:
+        raise StoreOpenError(f"{url!r} is no store with a file; want sqlite:PATH.")
+    sqlite_file.backup(Path(path), destination, force)
 
 
 def make_providers(settings: Settings) -> dict[str, Provider]:

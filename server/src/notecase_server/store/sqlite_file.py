@@ -11,6 +11,7 @@ import errno
 import fcntl
 import os
 import sqlite3
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -106,6 +107,65 @@ def _check(path: Path, connection: sqlite3.Connection) -> None:
             f"{path} was written by a newer notecase: its schema is {version}, this one knows up to {len(MIGRATIONS)}."
             " Use that version, or choose another path."
         )
+
+
+def backup(path: Path, destination: Path, force: bool) -> None:
+    """Copies the database as it is at one moment, whoever owns it, into a file that is whole or not there. No lock of
+    the owner's is taken, and its commits do not wait.
+
+    Raises StoreOpenError when there is no store, when there is something in the destination's place (with `force` only
+    when that is a store in use, or one that was not closed), and when the copy cannot be written."""
+    path, destination = Path(os.path.realpath(path)), Path(os.path.realpath(destination))
+    try:
+        with ExitStack() as opened:
+            if not path.is_file():
+                raise StoreOpenError(f"There is no store at {path}.")
+            _require_free(path, destination, force, opened)
+            source = _connection(path, opened)
+            _check(path, source)
+            source.execute("PRAGMA query_only = ON")
+            handle, name = tempfile.mkstemp(prefix=f".{destination.name}-", dir=destination.parent)
+            opened.callback(Path(name).unlink, missing_ok=True)
+            opened.callback(os.close, handle)
+            copy = sqlite3.connect(name, isolation_level=None)
+            try:
+                source.backup(copy)
+            finally:
+                copy.close()
+            os.fsync(handle)
+            if force:
+                os.replace(name, destination)
+            else:
+                os.link(name, destination)  # which never replaces what came meanwhile
+            _sync_directory(destination.parent)
+    except OSError as error:
+        raise StoreOpenError(_backup_refusal(destination, error)) from error
+    except sqlite3.Error as error:
+        raise StoreOpenError(_sqlite_refusal(path, error)) from error
+
+
+def _require_free(path: Path, destination: Path, force: bool, opened: ExitStack) -> None:
+    """Refuses a place that a copy would do harm in: what a store's log holds would be put into the copy."""
+    if destination.exists() and not force:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+    if destination == path or Path(f"{destination}-wal").exists():
+        raise StoreOpenError(f"{destination} is a store that is open, or was not closed. Choose another path.")
+    if destination.exists() and Path(f"{destination}-lock").exists():
+        _lock(destination, opened)
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _backup_refusal(destination: Path, error: OSError) -> str:
+    if isinstance(error, FileExistsError):
+        return f"{destination} exists. Choose another path, or say --force to replace it."
+    return _refusal(destination, error)
 
 
 def _refusal(path: Path, error: OSError) -> str:
