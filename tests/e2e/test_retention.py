@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -230,3 +231,25 @@ async def test_a_request_that_made_a_deleted_session_makes_it_no_more(served: Ru
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await served.sessions.CreateSession(request)
     assert reason_of(refused.value) == "SESSION_NOT_FOUND"
+
+
+async def test_within_seconds_nothing_of_a_deleted_session_is_on_disk(
+    served: Running, clock: ManualClock, tmp_path: Path, store_url: str
+) -> None:
+    """The sweeper of a server at work sees to it."""
+    secret = "a-secret-that-was-told"
+
+    def on_disk() -> bool:
+        return any(secret.encode() in file.read_bytes() for file in tmp_path.iterdir())
+
+    name = (await opened(served, display_name=secret)).name
+    told = v1.AppendMessagesRequest(parent=name, messages=[said(secret * 50)], request_id="told")
+    await served.messages.AppendMessages(told)
+    assert on_disk() == store_url.startswith("sqlite:")
+    await served.sessions.DeleteSession(v1.DeleteSessionRequest(name=name))
+    for _ in range(4):  # each is seen by another round of the sweeper, and the second comes after the end of the first
+        passing = await opened(served, ttl=Duration(seconds=1))
+        clock.now += SECOND
+        keep = v1.WatchOptions(keep_open=True)
+        await gone(served.runs.WatchEvents(v1.WatchEventsRequest(name=passing.name, options=keep)))
+    assert not on_disk()
