@@ -1,6 +1,9 @@
 """Schemas and replies by strangers: what is valid, what is told of the rest, and that neither holds anybody up."""
 
 import json
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -118,6 +121,14 @@ async def test_a_process_that_was_killed_is_replaced(schemas: Schemas) -> None:
     worker._process.kill()
     worker._process.wait()
     assert await schemas.problem(text(PERSON), '{"name": "Ada"}') == ""
+
+
+def test_a_process_whose_server_was_killed_ends_in_the_middle_of_a_question() -> None:
+    """It would never see that its input has ended."""
+    program = "from notecase_server.engine import schema_worker as worker; worker.LAST_SECONDS = 1; worker.main()"
+    question = json.dumps({"schema": doubling(64), "reply": "{}"}) + "\n"
+    done = subprocess.run([sys.executable, "-c", program], input=question.encode(), capture_output=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGALRM, b"")
 
 
 JSON = st.recursive(

@@ -4,6 +4,7 @@ Run by `schema` alone. It imports little, so that it starts fast and holds no se
 """
 
 import functools
+import signal
 import sys
 from collections.abc import Iterable
 from itertools import islice
@@ -17,6 +18,9 @@ MAX_DEPTH = 16
 
 MAX_BITS = 1023
 """Of a whole number, which is a double where it does not fit into 64 bits."""
+
+LAST_SECONDS = 30
+"""After which the system ends the process in the middle of a question: a server that was killed cannot."""
 
 TOLD = 3
 """Problems that are named, of a document that may have thousands."""
@@ -87,9 +91,11 @@ def _cut(text: str) -> str:
 def main() -> None:
     """Answers until its input ends."""
     for line in sys.stdin.buffer:
+        signal.alarm(LAST_SECONDS)
         question = msgspec.json.decode(line, type=Question)
         sys.stdout.buffer.write(msgspec.json.encode(problem(question)) + b"\n")
         sys.stdout.buffer.flush()
+        signal.alarm(0)
 
 
 if __name__ == "__main__":
