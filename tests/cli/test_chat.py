@@ -77,7 +77,7 @@ async def test_another_agent_answers_in_a_resumed_session(served: Running, agent
 
 async def test_notes_are_put_and_shown(served: Running, agent: v1.Agent) -> None:
     """JSON keeps its type, all else is text, and the next reply knows them."""
-    said = '/notes\n/note case=the missing violin\n/note seen = 3\n/note tags=["a", 1.5]\n/notes\nWell?\n'
+    said = '/notes\n/note case the missing violin\n/note seen  3\n/note tags ["a", 1.5]\n/notes\nWell?\n'
     done = await notecase("chat", "--server", served.address, said=said)
     notes, _, reply = done.out.partition('tags = ["a", 1.5]\n')
     assert "case = the missing violin\nseen = 3\n" == notes
@@ -112,14 +112,33 @@ async def test_a_file_goes_with_what_is_said_next(served: Running, agent: v1.Age
     assert [part.WhichOneof("kind") for part in listed.messages[2].parts] == ["text"]
 
 
+async def test_notes_are_put_and_shown_at_a_terminal(served: Running, agent: v1.Agent) -> None:
+    """And cannot command it."""
+    async with terminal("chat", "--server", served.address) as screen:
+        await screen.until("> ")
+        await screen.type("/note seen 3\r")
+        await screen.until("seen = 3")
+        await screen.until("> ")
+        await screen.type(r'/note title "\u001b]0;x"' + "\r")
+        await screen.until("title = \ufffd]0;x")
+        await screen.until("> ")
+        await screen.type("/notes\r")
+        await screen.until("seen = 3\ntitle = \ufffd]0;x\n")
+        await screen.until("> ")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+    async with served.client() as client:
+        assert {"seen": 3, "title": "\x1b]0;x"} == await client.get_state((await only_session(served)).name)
+
+
 async def test_what_cannot_be_noted_is_told_and_the_conversation_goes_on(served: Running, agent: v1.Agent) -> None:
-    wrong = [str(1 << 63), r'"\ud800"', "[" * 400 + "]" * 400, "[" * 17 + "]" * 17, "NaN"]
-    said = [f"/note wrong={value}" for value in wrong]
+    wrong = [str(1 << 63), r'"\ud800"', "[" * 400 + "]" * 400, "[" * 17 + "]" * 17, "1e999"]
+    said = [f"/note wrong {value}" for value in wrong]
     done = await notecase(
         *("chat", "--server", served.address), said="\n".join(["/note", "/note novalue", *said, "/say Still here."])
     )
     assert (1, "Still here.\n") == (done.code, done.out)
-    assert 2 == done.err.count("A note is put with /note KEY=VALUE.\n")
+    assert 2 == done.err.count("A note is put with /note KEY VALUE.\n")
     assert 3 == done.err.count("State cannot hold that: ")
     async with served.client() as client:
         assert {} == await client.get_state((await only_session(served)).name)
@@ -255,7 +274,7 @@ async def test_looking_in_leaves_no_session(served: Running, agent: v1.Agent) ->
         await screen.until("/help tells more.")
         await screen.until("> ")
         await screen.type("/help\r")
-        await screen.until("/note KEY=VALUE")
+        await screen.until("/note KEY VALUE")
         await screen.until("> ")
         await screen.type("/quit\r")
         assert 0 == await screen.ended()

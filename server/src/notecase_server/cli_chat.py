@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import sys
@@ -11,7 +10,6 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
 
 import click
-from google.protobuf.message import DecodeError
 from notecase import Client, NotecaseError, RunStream, text_of, v1
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import InMemoryHistory
@@ -19,10 +17,11 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.shortcuts.choice_input import ChoiceInput
 
 from notecase_server import cli_screen as screen
+from notecase_server import cli_state
 
 HELP = """\
 /notes            shows the session's state
-/note KEY=VALUE   puts a note into it: JSON as what it is, all else as text
+/note KEY VALUE   puts a note into it: JSON as what it is, all else as text
 /attach FILE      goes with what you say next
 /quit             leaves; so do Ctrl-C and Ctrl-D
 Whatever else you type is said, and with a space before it these are, too.
@@ -173,23 +172,20 @@ class _Chat:
         for key, value in sorted(notes.items()):
             click.echo(f"{screen.one_line(key)} = {screen.note(value)}")
         if not notes:
-            screen.aside("There are no notes yet.")
+            screen.aside(cli_state.NOTHING)
 
     async def _put_note(self, note: str) -> None:
-        key, equals, given = (part.strip() for part in note.partition("="))
-        if not equals:
-            self._fail("A note is put with /note KEY=VALUE.")
+        key, _, given = note.strip().partition(" ")
+        if not given:
+            self._fail("A note is put with /note KEY VALUE.")
             return
-        try:
-            value = json.loads(given)
-        except (ValueError, RecursionError):
-            value = given
         if not self._session:
             await self._create()
         try:
+            value = cli_state.parse(given.strip())
             await self._client.put_state(self._session, key, value)
-        except (OverflowError, UnicodeError, RecursionError, DecodeError):  # the last: deeper than protobuf copies
-            self._fail("State cannot hold that: integers have 64 bits, text is Unicode, lists are 16 levels deep.")
+        except cli_state.CANNOT:
+            self._fail(cli_state.CANNOT_HOLD)
         else:
             screen.aside(f"{screen.one_line(key)} = {screen.note(value)}")
 

@@ -1,0 +1,218 @@
+"""State from a terminal or a script, in any of its three scopes: read, put and watched."""
+
+import base64
+import json
+import sys
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any
+
+import click
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import DecodeError
+from notecase import Client, NotecaseError, Plain, Retry, from_value, v1
+from notecase.retry import Backoff
+
+from notecase_server import cli_screen as screen
+
+CANNOT = (OverflowError, UnicodeError, RecursionError, DecodeError)
+"""What comes of a value that state cannot hold; the last where it is deeper than protobuf copies."""
+
+CANNOT_HOLD = "State cannot hold that: integers have 64 bits, text is Unicode, lists are 16 levels deep."
+
+NOTHING = "There are no notes yet."
+
+PATIENT = Retry(tries=1000)
+"""A watch goes on where it was until it is told to stop, or after more than an hour without a server."""
+
+
+def owner_of(given: str) -> str:
+    """Whose state is meant: app, users/ID or sessions/ID, which may also be given as ID or with its /state."""
+    owner = given.removesuffix("/state")
+    return owner if owner == "app" or owner.startswith(("users/", "sessions/")) else f"sessions/{owner}"
+
+
+def parse(given: str) -> Plain:
+    """JSON as what it is and all else as text; NaN and Infinity are no JSON.
+
+    Raises RecursionError for lists in lists without end."""
+    try:
+        value: Plain = json.loads(given, parse_constant=_no_json)
+    except ValueError:
+        return given
+    return value
+
+
+def _no_json(name: str) -> float:
+    raise ValueError(name)
+
+
+async def get(client: Client, owner: str, keys: Sequence[str], as_json: bool) -> int:
+    """Prints the keys named, or all; returns the exit code: 1 when one that is named is not there."""
+    entries = {key: entry async for key, entry in _entries(client, owner, keys)}
+    missing = [key for key in keys if key not in entries]
+    for key in missing:
+        screen.failure(f"{owner}/state has no {key!r}.")
+    if len(keys) == 1:
+        for entry in entries.values():
+            _print_alone(from_value(entry.value), as_json)
+    elif as_json or not sys.stdout.isatty():
+        click.echo(_json({key: from_value(entry.value) for key, entry in sorted(entries.items())}, indent=2))
+    elif entries:
+        rows = [
+            (
+                screen.one_line(key, 40),
+                screen.note(from_value(entry.value), 60),
+                str(entry.version),
+                screen.moment(entry.update_time),
+            )
+            for key, entry in sorted(entries.items())
+        ]
+        click.echo(screen.table(("KEY", "VALUE", "VERSION", "UPDATED"), rows))
+    elif not keys:
+        screen.aside(NOTHING)
+    return 1 if missing else 0
+
+
+async def put(client: Client, owner: str, key: str, given: str, text: bool, if_version: int | None) -> None:
+    """Sets a key and tells its version, which is all that a script reads.
+
+    Raises ClickException for what state cannot hold."""
+    try:
+        value = given if text else parse(given)
+        entry = await client.put_state(owner, key, value, if_version=if_version)
+    except CANNOT:
+        raise click.ClickException(CANNOT_HOLD) from None
+    if sys.stdout.isatty():
+        version = click.style(f"(version {entry.version})", dim=True)
+        click.echo(f"{screen.one_line(key)} = {screen.note(value)}  {version}")
+    else:
+        click.echo(str(entry.version))
+
+
+async def watch(client: Client, session: str) -> None:
+    """Prints what changes from now on in the state of the session, of its user and of the app. A cut, or a server that
+    restarts, is waited for, and what changed meanwhile is told then.
+
+    Raises NotecaseError when there is no such session, or none any more."""
+    found = await client.sessions.GetSession(v1.GetSessionRequest(name=session))
+    others = {f"{owner}/state": _Beside(client, owner) for owner in filter(None, (found.user, "app"))}
+    request = v1.WatchEventsRequest(name=found.name, options=v1.WatchOptions(keep_open=True))
+    backoff = Backoff(PATIENT)
+    while True:
+        try:
+            async for frame in client.runs.WatchEvents(request):
+                if frame.HasField("attached"):
+                    for other in others.values():
+                        _print_changes(await other.missed())
+                    if not request.HasField("after_sequence"):
+                        request.after_sequence = frame.attached.last_sequence
+                        screen.aside(f"Watching {', '.join([f'{found.name}/state', *others])}.")
+                    backoff.progress()
+                for event in frame.batch.events:
+                    request.after_sequence = event.sequence or request.after_sequence
+                    change = event.state_changed
+                    if change.state in others:
+                        _print_changes(await others[change.state].told(change))
+                    elif event.HasField("state_changed"):
+                        _print_changes([change])
+            return
+        except NotecaseError as error:
+            await backoff.wait(error)
+
+
+class _Beside:
+    """The state of a user or of the app, which lies beside the session's log: no stream tells again what it missed of
+    it, so it is read when a version is missing."""
+
+    def __init__(self, client: Client, owner: str) -> None:
+        self._client = client
+        self._owner = owner
+        self._version = -1  # not read yet
+        self._keys: set[str] = set()
+
+    async def told(self, change: v1.StateChanged) -> list[v1.StateChanged]:
+        """What is new in a change that the stream told."""
+        if change.version > self._version + 1:
+            return await self.missed()
+        if change.version <= self._version:
+            return []
+        self._version = change.version
+        for op in change.ops:
+            (self._keys.discard if op.HasField("remove") else self._keys.add)(op.key)
+        return [change]
+
+    async def missed(self) -> list[v1.StateChanged]:
+        """What has changed since the last that was told, key by key as it is now; at first nothing."""
+        name, before = f"{self._owner}/state", self._version
+        head = await self._client.state.GetState(v1.GetStateRequest(name=name, page_size=1))
+        if head.version == before:
+            return []
+        entries = {key: entry async for key, entry in _entries(self._client, self._owner)}
+        gone = self._keys - entries.keys()
+        self._version, self._keys = head.version, set(entries)
+        if before < 0:
+            return []
+        # What is newer than the head has its own event still to come.
+        fresh = sorted((one.version, key) for key, one in entries.items() if before < one.version <= head.version)
+        return [
+            *(
+                v1.StateChanged(state=name, version=version, ops=[v1.StateOp(key=key, set=entries[key].value)])
+                for version, key in fresh
+            ),
+            *(
+                v1.StateChanged(state=name, version=head.version, ops=[v1.StateOp(key=key, remove=Empty())])
+                for key in sorted(gone)
+            ),
+        ]
+
+
+async def _entries(client: Client, owner: str, keys: Iterable[str] = ()) -> AsyncIterator[tuple[str, v1.StateEntry]]:
+    request = v1.GetStateRequest(name=f"{owner}/state", keys=keys, page_size=1000)
+    while True:
+        page = await client.state.GetState(request)
+        for entry in page.entries.items():
+            yield entry
+        request.page_token = page.next_page_token
+        if not request.page_token:
+            return
+
+
+def _json(value: Any, indent: int | None = None) -> str:
+    """Bytes are base64, as in protobuf's JSON."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, default=lambda held: base64.b64encode(held).decode())
+
+
+def _print_alone(value: Any, as_json: bool) -> None:
+    """A value whole: text and bytes as they are, as far as a terminal may have them, all else as JSON."""
+    terminal = sys.stdout.isatty()
+    if as_json or not isinstance(value, str | bytes):
+        click.echo(_json(value))
+    elif terminal:
+        click.echo(screen.harmless(value) if isinstance(value, str) else screen.note(value))
+    else:
+        click.echo(value, nl=isinstance(value, str))
+
+
+def _print_changes(changes: Iterable[v1.StateChanged]) -> None:
+    """A line for each operation: for people, or as an object of JSON."""
+    terminal = sys.stdout.isatty()
+    for change in changes:
+        for op in change.ops:
+            kind = op.WhichOneof("op") or ""
+            held = getattr(op, kind, None)
+            value = from_value(held) if isinstance(held, v1.Value) else True if kind == "remove" else held
+            told = {"state": change.state, "version": change.version, "key": op.key, kind: value}
+            click.echo(_line(change.state, op.key, kind, value) if terminal else _json(told))
+
+
+def _line(state: str, key: str, kind: str, value: Any) -> str:
+    match kind:
+        case "set":
+            told = f"= {screen.note(value)}"
+        case "increment":
+            told = f"{'-' if value < 0 else '+'}= {abs(value)}"
+        case "append":
+            told = f"+= [{screen.note(value)}]"
+        case _:
+            told = "is removed"
+    return f"{click.style(state.removesuffix('/state'), dim=True)}  {screen.one_line(key)} {told}"
