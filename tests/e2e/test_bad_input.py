@@ -120,6 +120,7 @@ CASES: dict[str, tuple[tuple[str, Message], grpc.StatusCode, str, set[str]]] = {
     "no value": (put(v1.Value()), INVALID, "INVALID_FIELD", {"value"}),
     "17 levels": (put(deep(17)), INVALID, "INVALID_FIELD", {"value" + "[0]" * 16}),
     "key of 257 bytes": (put(v1.Value(int_value=1), "ü" * 128 + "x"), INVALID, "INVALID_FIELD", {"key"}),
+    "key of 64 KiB": (put(v1.Value(int_value=1), "k" * (64 << 10)), INVALID, "INVALID_FIELD", {"key"}),
     "key user": (put(v1.Value(int_value=1), "user"), INVALID, "INVALID_FIELD", {"key"}),
     "unknown state": (("StateService/GetState", v1.GetStateRequest(name="state")), INVALID, "INVALID_FIELD", {"name"}),
     "template that does not parse": (llm("{% if %}"), INVALID, "TEMPLATE_ERROR", {"agent.llm.instruction"}),

@@ -8,10 +8,12 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
-from google.protobuf import descriptor_pb2
+from google.protobuf import descriptor_pb2, json_format
 from grpc_reflection.v1alpha import reflection_pb2
+from notecase import v1
 
 from tests.support.server import Running, running
+from tests.support.values import KEYS, VALUES, exactly, nested
 
 Json = dict[str, Any]
 
@@ -85,9 +87,10 @@ class Terminal:
         answer: Json = json.loads(await self.print(f"notecase.v1.{method}", flags=("-d", json.dumps(request))))
         return answer
 
-    async def refused(self, method: str, request: Json, *flags: str) -> tuple[int, str]:
+    async def refused(self, method: str, request: Json | str, *flags: str) -> tuple[int, str]:
         """The exit code, and what is printed, of a call that fails."""
-        code, out, errors = await self._run(("-d", json.dumps(request), *flags), (f"notecase.v1.{method}",))
+        data = request if isinstance(request, str) else json.dumps(request)
+        code, out, errors = await self._run(("-d", data, *flags), (f"notecase.v1.{method}",))
         assert out == ""
         return code, errors
 
@@ -263,3 +266,50 @@ async def test_an_error_can_be_read_by_a_script(terminal: Terminal) -> None:
             },
         ],
     }
+
+
+async def test_every_value_of_state_survives_go_s_json(terminal: Terminal, served: Running) -> None:
+    """As protobuf writes it here grpcurl reads it, and as grpcurl prints it protobuf reads it here: to the bit. But
+    grpcurl wants a null by its name, and Python's JSON takes the -0 that Go writes for an integer."""
+    ops = [v1.StateOp(key=key, set=value) for key, value in VALUES.items()]
+    ops += [v1.StateOp(key=key, set=v1.Value(string_value=key)) for key in KEYS]
+    request = v1.UpdateStateRequest(name="app/state", ops=ops)
+    written = json_format.MessageToJson(request).replace('"nullValue": null', '"nullValue": "NULL_VALUE"')
+    await terminal.call("StateService/UpdateState", json.loads(written))
+    state = await served.state.GetState(v1.GetStateRequest(name="app/state", page_size=1000))
+    assert {op.key: exactly(op.set) for op in ops} == {key: exactly(held.value) for key, held in state.entries.items()}
+    flags = ("-d", '{"name": "app/state", "page_size": 1000}')
+    text = await terminal.print("notecase.v1.StateService/GetState", flags=flags)
+    printed = json.loads(text, parse_int=lambda digits: -0.0 if digits == "-0" else int(digits))
+    assert exactly(state) == exactly(json_format.ParseDict(printed, v1.State()))
+    assert {"int_value": "9007199254740993"} == printed["entries"]["beyond 2^53"]["value"]
+    assert {"map_value": {}} == printed["entries"]["empty map"]["value"]
+    assert "absent" not in printed["entries"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "field"),
+    [
+        ("k", {"double_value": "NaN"}, "value"),
+        ("k", {"map_value": {"values": {"x": {"double_value": "-Infinity"}}}}, "value['x']"),
+        ("k" * (64 << 10), {"int_value": 1}, "key"),
+        ("k", json_format.MessageToDict(nested(18)), "value" + "['k'][0]" * 8),
+        ("k", {"list_value": {"values": []}}, "endless"),
+    ],
+    ids=["NaN", "infinity", "a key of 64 KiB", "17 levels", "thousands of levels"],
+)
+async def test_what_state_cannot_hold_is_refused_by_the_name_of_its_field(
+    terminal: Terminal, key: str, value: Json, field: str
+) -> None:
+    request = json.dumps({"name": "app/state", "key": key, "value": value})
+    if field == "endless":
+        field, levels = "request", 3_000  # of which each is three of JSON, and grpcurl itself reads 10,000
+        inner = '{"list_value": {"values": ['
+        request = request.replace(json.dumps(value), inner * levels + '{"int_value": 1}' + "]}}" * levels)
+    code, told = await terminal.refused("StateService/PutState", request, "-format-error")
+    assert 64 + 3 == code
+    error = json.loads(told)
+    assert 3 == error["code"]
+    violations = [detail for detail in error["details"] if "fieldViolations" in detail or "field_violations" in detail]
+    assert [field] == [one["field"] for found in violations for one in found["field_violations"]]
+    assert {} == (await terminal.call("StateService/GetState", {"name": "app/state"})).get("entries", {})

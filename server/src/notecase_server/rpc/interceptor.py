@@ -88,7 +88,7 @@ class Doorway(grpc.aio.ServerInterceptor):
             try:
                 return handler.request_deserializer(frame)
             except DecodeError:
-                problem = "does not decode as the method's message; a string that is not UTF-8 is one cause"
+                problem = "does not decode as the method's message; a string may not be UTF-8, or the nesting endless"
                 raise errors.invalid([Violation("request", problem)]) from None
 
         async def frames(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
