@@ -13,6 +13,14 @@ SHOWN = {
     "detective": ["Last seen: the harbour, at dusk.", "stopped, and started again", "It still has sessions/violin"],
     "tools": ["(search runs here: violin)", "search gave: [", "weigh gave: 0.5 kg"],
     "approval": ["is STATE_WAITING", "Still waiting: sessions/books/runs/rent", "(paid 80000 to the landlord)"],
+    "history_tutor": [
+        "lesson 1 about Rome",
+        "starts again",
+        "4 messages were said",
+        "lesson 2 about Rome",
+        "7 messages.",
+    ],
+    "writing_team": ["a note, draft", "a note, review", "a note, final", "Code: def total(", "Review: The list within"],
     "resume": ["The first client leaves in mid-sentence.", "3 message_added", "1 2 3 4 5"],
 }
 

@@ -1,0 +1,64 @@
+"""A writer, a reviewer and a refactorer: three agents on one session, who hand their work on through state.
+
+Each one's reply becomes a note under its `output_key`, and the next one's instruction is a template that reads it. They
+are shown none of each other's messages: the notes are all that passes between them. With OPENAI_API_KEY or
+OPENAI_BASE_URL set they are that model, otherwise the built-in offline one, which says what it is given to say.
+"""
+
+import asyncio
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import notecase
+from notecase import v1
+from serving import say, server
+
+TASK = "A Python function that adds up the prices of a list of orders."
+
+
+class Member(NamedTuple):
+    instruction: str
+    output_key: str
+    offline: str
+    """What is said to it where no model is: after `/say` that one says the rest, and otherwise what it was told."""
+
+
+TEAM = {
+    "writer": Member(
+        instruction="Write the Python that you are asked for. Answer with code alone.",
+        output_key="draft",
+        offline="/say def total(orders): return sum([order.price for order in orders])",
+    ),
+    "reviewer": Member(
+        instruction="Review this code in one sentence:\n{{ draft }}",
+        output_key="review",
+        offline="/say The list within the sum is not needed.",
+    ),
+    "refactorer": Member(
+        instruction="Improve the code as its review says.\nCode: {{ draft }}\nReview: {{ review }}",
+        output_key="final",
+        offline=TASK,
+    ),
+}
+
+
+async def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        async with server(Path(folder) / "notecase.db") as address, notecase.Client(address) as client:
+            info = await client.server.GetServerInfo(v1.GetServerInfoRequest())
+            session = await client.create_session()
+            for name, member in TEAM.items():
+                llm = v1.LlmAgent(instruction=member.instruction, context=v1.Context(stateless=True))
+                agent = v1.Agent(llm=llm, output_key=member.output_key)
+                await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id=name, agent=agent))
+                said = member.offline if info.providers[0] == "offline" else TASK
+                reply = await client.invoke(session.name, said, agent=f"agents/{name}")
+                say(f"The {name} leaves a note, {member.output_key}:\n")
+                say("    " + notecase.text_of(reply).replace("\n", "\n    ") + "\n")
+            notes = await client.get_state(session.name)
+            say(f"The session holds {', '.join(sorted(notes))}.")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())
