@@ -127,6 +127,25 @@ async def test_text_can_be_said_to_be_text(served: Running, client: Client) -> N
     assert {"k": "3"} == await client.get_state("app")
 
 
+async def test_a_file_is_put_and_read_back(served: Running, client: Client, case: str, tmp_path: Path) -> None:
+    """Its content is referred to by the key; into a pipe it comes out as it went in."""
+    plan = tmp_path / "plan.pdf"
+    plan.write_bytes(b"%PDF-1.7 \xe2\x82\xac")
+    server = ("--server", served.address)
+    assert (await notecase("state", "put", case, "plan", str(plan), "--file", *server)).code == 0
+    blob = (await client.get_state(case, "plan"))["plan"]
+    assert (blob.filename, blob.media_type, blob.size_bytes) == ("plan.pdf", "application/pdf", 12)
+    assert (await notecase("state", "get", case, "plan", *server)).out.encode() == plan.read_bytes()
+    told = json.loads((await notecase("state", "get", case, "plan", "--json", *server)).out)
+    expected = {"name": blob.name, "media_type": "application/pdf", "size_bytes": "12", "filename": "plan.pdf"}
+    assert told == expected
+    assert json.loads((await notecase("state", "get", case, *server)).out)["plan"] == expected
+    for wrong, problem in ((tmp_path / "none.pdf", "cannot be read"), (tmp_path / "unknown", "cannot be told")):
+        (tmp_path / "unknown").write_bytes(b"x")
+        done = await notecase("state", "put", case, "plan", str(wrong), "--file", *server)
+        assert (done.code, problem in done.err) == (1, True)
+
+
 async def test_a_put_prints_the_version_that_the_next_one_can_ask_for(served: Running, client: Client) -> None:
     """Of two who saw the same version one is told the current one."""
     there = {"NOTECASE_SERVER": served.address}

@@ -436,8 +436,9 @@ def state() -> None:
 def get_state(owner: str, keys: tuple[str, ...], as_json: bool, server: str) -> None:
     """Print a state, that of the app when no OWNER is named, or some keys of it.
 
-    Of one KEY the value alone is printed, whole: text and bytes as they are, all else as JSON. Otherwise it is a table
-    at a terminal and a JSON object in a pipe, with bytes as base64. The exit code is 1 when a KEY is not there.
+    Of one KEY the value alone is printed, whole: text and bytes as they are, into a pipe also the content of a file,
+    all else as JSON. Otherwise it is a table at a terminal and a JSON object in a pipe, with bytes as base64. The exit
+    code is 1 when a KEY is not there.
     """
     ask(server, lambda client: cli_state.get(client, cli_state.owner_of(owner), keys, as_json))
 
@@ -447,6 +448,7 @@ def get_state(owner: str, keys: tuple[str, ...], as_json: bool, server: str) -> 
 @click.argument("key")
 @click.argument("value")
 @click.option("--text", is_flag=True, help="VALUE is text, whatever it looks like.")
+@click.option("--file", "from_file", is_flag=True, help="VALUE is a file, whose content is uploaded and referred to.")
 @click.option(
     "--if-version",
     type=click.IntRange(0),
@@ -454,12 +456,15 @@ def get_state(owner: str, keys: tuple[str, ...], as_json: bool, server: str) -> 
     help="Only if the key has this version; 0: only if there is no such key.",
 )
 @SERVER
-def put_state(owner: str, key: str, value: str, text: bool, if_version: int | None, server: str) -> None:
+def put_state(
+    owner: str, key: str, value: str, text: bool, from_file: bool, if_version: int | None, server: str
+) -> None:
     """Set a key to VALUE: JSON as what it is, all else as text.
 
     In a pipe the key's new version is printed, which --if-version takes.
     """
-    ask(server, lambda client: cli_state.put(client, cli_state.owner_of(owner), key, value, text, if_version))
+    read = cli_state.as_file if from_file else cli_state.as_text if text else cli_state.as_json
+    ask(server, lambda client: cli_state.put(client, cli_state.owner_of(owner), key, value, read, if_version))
 
 
 @state.command("watch")

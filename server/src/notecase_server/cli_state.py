@@ -3,10 +3,11 @@
 import base64
 import json
 import sys
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
 import click
+from google.protobuf import json_format
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import DecodeError
 from notecase import Client, NotecaseError, Plain, Retry, from_value, v1
@@ -42,6 +43,27 @@ def parse(given: str) -> Plain:
     return value
 
 
+async def as_json(client: Client, given: str) -> Plain:
+    """JSON as what it is and all else as text; see `parse`."""
+    return parse(given)
+
+
+async def as_text(client: Client, given: str) -> Plain:
+    """Text, whatever it looks like."""
+    return given
+
+
+async def as_file(client: Client, given: str) -> Plain:
+    """The content of a file, uploaded. Raises ClickException when it cannot be read, or its name does not tell what it
+    is."""
+    try:
+        return await client.upload(given)
+    except OSError as error:
+        raise click.ClickException(f"{given} cannot be read: {error.strerror}.") from None
+    except ValueError:
+        raise click.ClickException(f"What kind of file {given} is cannot be told from its name.") from None
+
+
 def _no_json(name: str) -> float:
     raise ValueError(name)
 
@@ -54,7 +76,11 @@ async def get(client: Client, owner: str, keys: Sequence[str], as_json: bool) ->
         screen.failure(f"{owner}/state has no {key!r}.")
     if len(keys) == 1:
         for entry in entries.values():
-            _print_alone(from_value(entry.value), as_json)
+            if entry.value.HasField("blob_value") and not (as_json or sys.stdout.isatty()):
+                async for piece in client.download(entry.value.blob_value):
+                    click.echo(piece, nl=False)
+            else:
+                _print_alone(from_value(entry.value), as_json)
     elif as_json or not sys.stdout.isatty():
         click.echo(_json({key: from_value(entry.value) for key, entry in sorted(entries.items())}, indent=2))
     elif entries:
@@ -73,12 +99,19 @@ async def get(client: Client, owner: str, keys: Sequence[str], as_json: bool) ->
     return 1 if missing else 0
 
 
-async def put(client: Client, owner: str, key: str, given: str, text: bool, if_version: int | None) -> None:
-    """Sets a key and tells its version, which is all that a script reads.
+async def put(
+    client: Client,
+    owner: str,
+    key: str,
+    given: str,
+    read: Callable[[Client, str], Awaitable[Plain]],
+    if_version: int | None,
+) -> None:
+    """Sets a key and tells its version, which is all that a script reads. `read` says what is meant by what was given.
 
     Raises ClickException for what state cannot hold."""
     try:
-        value = given if text else parse(given)
+        value = await read(client, given)
         entry = await client.put_state(owner, key, value, if_version=if_version)
     except CANNOT:
         raise click.ClickException(CANNOT_HOLD) from None
@@ -178,16 +211,22 @@ async def _entries(client: Client, owner: str, keys: Iterable[str] = ()) -> Asyn
 
 
 def _json(value: Any, indent: int | None = None) -> str:
-    """Bytes are base64, as in protobuf's JSON."""
-    return json.dumps(value, ensure_ascii=False, indent=indent, default=lambda held: base64.b64encode(held).decode())
+    """Bytes are base64 and a file is its reference, as in protobuf's JSON."""
+    return json.dumps(value, ensure_ascii=False, indent=indent, default=_json_of)
+
+
+def _json_of(held: bytes | v1.Blob) -> Any:
+    if isinstance(held, v1.Blob):
+        return json_format.MessageToDict(held, preserving_proto_field_name=True)
+    return base64.b64encode(held).decode()
 
 
 def _print_alone(value: Any, as_json: bool) -> None:
     """A value whole: text and bytes as they are, as far as a terminal may have them, all else as JSON."""
     terminal = sys.stdout.isatty()
-    if as_json or not isinstance(value, str | bytes):
+    if as_json or not isinstance(value, str | bytes | v1.Blob):
         click.echo(_json(value))
-    elif terminal:
+    elif terminal or isinstance(value, v1.Blob):
         click.echo(screen.harmless(value) if isinstance(value, str) else screen.note(value))
     else:
         click.echo(value, nl=isinstance(value, str))
