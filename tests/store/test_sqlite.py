@@ -539,3 +539,9 @@ async def test_a_fork_is_one_statement_a_table_and_its_cost_grows_with_the_log_o
             ["sessions", "events", "messages", "calls", "runs", "entries", "blob_references"]
         )
     assert costs[1] <= costs[0] * 2.3
+    early = SessionKey("acme", "early")
+    await store.fork(Fork(key=early, source=KEY, past=await store.read_past(KEY, 5), session=v1.Session()))
+    count_calls = (
+        "SELECT session, count(*) FROM calls WHERE session IN ('case', 'early') GROUP BY session ORDER BY session"
+    )
+    assert store._connections.readers[0].execute(count_calls).fetchall() == [("case", 400), ("early", 1)]

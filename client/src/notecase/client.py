@@ -130,6 +130,27 @@ class Client(Commands):
         request = v1.RewindSessionRequest(name=session, to_sequence=to_sequence, request_id=uuid.uuid4().hex)
         return await repeat(self._retry, lambda: self.sessions.RewindSession(request))
 
+    async def export_session(self, session: str, *, with_blobs: bool = True) -> AsyncIterator[bytes]:
+        """The session as a file, in pieces: `async for piece in client.export_session(name)`. Without its blobs it can
+        be imported only where they are.
+
+        Raises NotecaseError SESSION_NOT_FOUND, and RUN_ACTIVE while a run is under way or queued."""
+        async for response in self.sessions.ExportSession(v1.ExportSessionRequest(name=session, with_blobs=with_blobs)):
+            yield response.chunk
+
+    async def import_session(self, pieces: Iterable[bytes], *, session_id: str = "") -> v1.Session:
+        """Makes a session of such a file, given in pieces of at most 1 MiB, once the server has all of it.
+
+        Raises NotecaseError ALREADY_EXISTS when the id is taken, IMPORT_INVALID when the file is not whole."""
+        header = v1.ImportHeader(session_id=session_id, request_id=uuid.uuid4().hex)
+
+        async def frames() -> AsyncIterator[v1.ImportSessionRequest]:
+            yield v1.ImportSessionRequest(header=header)
+            for piece in pieces:
+                yield v1.ImportSessionRequest(chunk=piece)
+
+        return await self.sessions.ImportSession(frames())
+
     async def get_state(self, owner: str, *keys: str, at_sequence: int = 0) -> dict[str, Any]:
         """State as Python values: the keys named, those that do not exist left out, or all of it.
 

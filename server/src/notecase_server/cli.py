@@ -2,11 +2,14 @@
 
 import asyncio
 import io
+import os
 import re
 import sys
-from collections.abc import Awaitable, Callable
+import tempfile
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import click
 import grpc
@@ -29,6 +32,9 @@ from notecase_server.tools.contract import ToolSettingsError
 from notecase_server.tools.mcp_settings import read_mcp_servers
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+IMPORT_PIECE = 256 << 10
+"""What is read of a file, and sent, at a time."""
 
 INTERRUPTED = 130
 """The exit code of what Ctrl-C ended, as shells have it."""
@@ -372,6 +378,64 @@ def show_session(session: str, server: str) -> None:
                 break
 
     ask(server, look)
+
+
+@main.command("export")
+@click.argument("session", metavar="ID")
+@click.argument("file", type=click.Path(dir_okay=False, path_type=Path))
+@SERVER
+def export_session(session: str, file: Path, server: str) -> None:
+    """Write a session to a file, to be imported here or elsewhere.
+
+    An existing file is replaced once the new one is whole.
+    """
+
+    async def save(client: Client) -> None:
+        with _beside(file) as part:
+            async for piece in client.export_session(name_of("sessions", session)):
+                part.write(piece)
+
+    with _on_disk(file):
+        ask(server, save)
+
+
+@main.command("import")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--session", default="", show_default=False, metavar="ID", help="The id of the new session.")
+@SERVER
+def import_session(file: Path, session: str, server: str) -> None:
+    """Make a new session of an exported one."""
+
+    async def load(client: Client) -> None:
+        with file.open("rb") as whole:
+            pieces = iter(lambda: whole.read(IMPORT_PIECE), b"")
+            made = await client.import_session(pieces, session_id=session.removeprefix("sessions/"))
+        click.echo(f"{made.name}, {made.last_sequence} events")
+
+    with _on_disk(file):
+        ask(server, load)
+
+
+@contextmanager
+def _beside(file: Path) -> Iterator[IO[bytes]]:
+    """A new file that takes the place of `file` once the block has ended well: nobody ever finds half of one."""
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}-", delete=False) as part:
+        try:
+            yield part
+            part.flush()
+            os.fsync(part.fileno())
+            Path(part.name).replace(file)
+        except BaseException:
+            Path(part.name).unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _on_disk(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise click.ClickException(f"{file}: {error.strerror}.") from None
 
 
 @main.group(invoke_without_command=True)

@@ -70,6 +70,7 @@ CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
     v1.ERROR_REASON_STATE_TYPE_MISMATCH: Kind(code_pb2.FAILED_PRECONDITION),
     v1.ERROR_REASON_SEQUENCE_AHEAD: Kind(code_pb2.OUT_OF_RANGE),
     v1.ERROR_REASON_CONTENT_UNSUPPORTED: Kind(code_pb2.INVALID_ARGUMENT),
+    v1.ERROR_REASON_IMPORT_INVALID: Kind(code_pb2.INVALID_ARGUMENT),
     v1.ERROR_REASON_WATCHER_TOO_SLOW: Kind(code_pb2.RESOURCE_EXHAUSTED, retry_after=1.0),
     v1.ERROR_REASON_OUTPUT_INVALID: Kind(code_pb2.FAILED_PRECONDITION),
 }
@@ -335,6 +336,10 @@ def sequence_ahead(asked: int, last_sequence: int) -> NotecaseError:
         f"Sequence {asked} is beyond the head of the log, which is {last_sequence}.",
         metadata={"last_sequence": last_sequence},
     )
+
+
+def import_invalid(problem: str) -> NotecaseError:
+    return NotecaseError(v1.ERROR_REASON_IMPORT_INVALID, f"The file {problem}; nothing of it was imported.")
 
 
 def content_unsupported(message: str) -> NotecaseError:

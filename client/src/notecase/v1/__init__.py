@@ -5,6 +5,7 @@ from notecase.v1.agent_pb2_grpc import *
 from notecase.v1.blob_pb2 import *
 from notecase.v1.blob_pb2_grpc import *
 from notecase.v1.content_pb2 import *
+from notecase.v1.export_pb2 import *
 from notecase.v1.message_pb2 import *
 from notecase.v1.message_pb2_grpc import *
 from notecase.v1.run_pb2 import *

@@ -97,6 +97,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """OUT_OF_RANGE: the sequence asked for is beyond the head; metadata.last_sequence is the head."""
     ERROR_REASON_CONTENT_UNSUPPORTED: _ErrorReason.ValueType  # 34
     """INVALID_ARGUMENT, and inside a run: content that the model cannot take."""
+    ERROR_REASON_IMPORT_INVALID: _ErrorReason.ValueType  # 35
+    """INVALID_ARGUMENT: the file is no export of a session, or not a whole one, or of a newer format."""
     ERROR_REASON_WATCHER_TOO_SLOW: _ErrorReason.ValueType  # 36
     """RESOURCE_EXHAUSTED: the stream's reader took nothing for too long; attach again after the last sequence."""
     ERROR_REASON_UPLOAD_OFFSET_MISMATCH: _ErrorReason.ValueType  # 37
@@ -178,6 +180,8 @@ ERROR_REASON_SEQUENCE_AHEAD: ErrorReason.ValueType  # 33
 """OUT_OF_RANGE: the sequence asked for is beyond the head; metadata.last_sequence is the head."""
 ERROR_REASON_CONTENT_UNSUPPORTED: ErrorReason.ValueType  # 34
 """INVALID_ARGUMENT, and inside a run: content that the model cannot take."""
+ERROR_REASON_IMPORT_INVALID: ErrorReason.ValueType  # 35
+"""INVALID_ARGUMENT: the file is no export of a session, or not a whole one, or of a newer format."""
 ERROR_REASON_WATCHER_TOO_SLOW: ErrorReason.ValueType  # 36
 """RESOURCE_EXHAUSTED: the stream's reader took nothing for too long; attach again after the last sequence."""
 ERROR_REASON_UPLOAD_OFFSET_MISMATCH: ErrorReason.ValueType  # 37

@@ -81,6 +81,16 @@ class SessionServiceStub(object):
                 request_serializer=notecase_dot_v1_dot_session__pb2.EraseUserRequest.SerializeToString,
                 response_deserializer=notecase_dot_v1_dot_session__pb2.EraseUserResponse.FromString,
                 _registered_method=True)
+        self.ExportSession = channel.unary_stream(
+                '/notecase.v1.SessionService/ExportSession',
+                request_serializer=notecase_dot_v1_dot_session__pb2.ExportSessionRequest.SerializeToString,
+                response_deserializer=notecase_dot_v1_dot_session__pb2.ExportSessionResponse.FromString,
+                _registered_method=True)
+        self.ImportSession = channel.stream_unary(
+                '/notecase.v1.SessionService/ImportSession',
+                request_serializer=notecase_dot_v1_dot_session__pb2.ImportSessionRequest.SerializeToString,
+                response_deserializer=notecase_dot_v1_dot_session__pb2.Session.FromString,
+                _registered_method=True)
 
 
 class SessionServiceServicer(object):
@@ -166,6 +176,24 @@ class SessionServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportSession(self, request, context):
+        """Streams a session as a file: its metadata and its whole log, in the format that export.proto tells, whose bytes are the
+        same for the same session under any name. What users and the app have in their states is not in it, and neither are ids
+        of requests and commands, nor what was remembered. FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportSession(self, request_iterator, context):
+        """Makes a session of such a file, once all of it has come and is whole. INVALID_ARGUMENT IMPORT_INVALID for one that is
+        not, ALREADY_EXISTS when the id is taken, NOT_FOUND when content that it refers to is neither in it nor here; no session
+        is made then. Its agent need not exist here. A repeat with the same request_id and file returns the first answer.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SessionServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -213,6 +241,16 @@ def add_SessionServiceServicer_to_server(servicer, server):
                     servicer.EraseUser,
                     request_deserializer=notecase_dot_v1_dot_session__pb2.EraseUserRequest.FromString,
                     response_serializer=notecase_dot_v1_dot_session__pb2.EraseUserResponse.SerializeToString,
+            ),
+            'ExportSession': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportSession,
+                    request_deserializer=notecase_dot_v1_dot_session__pb2.ExportSessionRequest.FromString,
+                    response_serializer=notecase_dot_v1_dot_session__pb2.ExportSessionResponse.SerializeToString,
+            ),
+            'ImportSession': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportSession,
+                    request_deserializer=notecase_dot_v1_dot_session__pb2.ImportSessionRequest.FromString,
+                    response_serializer=notecase_dot_v1_dot_session__pb2.Session.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -459,6 +497,60 @@ class SessionService(object):
             '/notecase.v1.SessionService/EraseUser',
             notecase_dot_v1_dot_session__pb2.EraseUserRequest.SerializeToString,
             notecase_dot_v1_dot_session__pb2.EraseUserResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/notecase.v1.SessionService/ExportSession',
+            notecase_dot_v1_dot_session__pb2.ExportSessionRequest.SerializeToString,
+            notecase_dot_v1_dot_session__pb2.ExportSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportSession(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/notecase.v1.SessionService/ImportSession',
+            notecase_dot_v1_dot_session__pb2.ImportSessionRequest.SerializeToString,
+            notecase_dot_v1_dot_session__pb2.Session.FromString,
             options,
             channel_credentials,
             insecure,

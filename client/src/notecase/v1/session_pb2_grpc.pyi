@@ -75,6 +75,16 @@ class SessionServiceStub:
     gone, and it is safe to repeat. Of a user nobody knows it deletes nothing. A repeat with the same request_id returns the
     first answer.
     """
+    ExportSession: _grpc.UnaryStreamMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]
+    """Streams a session as a file: its metadata and its whole log, in the format that export.proto tells, whose bytes are the
+    same for the same session under any name. What users and the app have in their states is not in it, and neither are ids
+    of requests and commands, nor what was remembered. FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued.
+    """
+    ImportSession: _grpc.StreamUnaryMultiCallable[_session_pb2.ImportSessionRequest, _session_pb2.Session]
+    """Makes a session of such a file, once all of it has come and is whole. INVALID_ARGUMENT IMPORT_INVALID for one that is
+    not, ALREADY_EXISTS when the id is taken, NOT_FOUND when content that it refers to is neither in it nor here; no session
+    is made then. Its agent need not exist here. A repeat with the same request_id and file returns the first answer.
+    """
 
 @_typing.type_check_only
 class SessionServiceAsyncStub(SessionServiceStub):
@@ -121,6 +131,16 @@ class SessionServiceAsyncStub(SessionServiceStub):
     meanwhile too. What others said of the user, and the app's state, stay. In batches: when it fails half-way, some sessions are
     gone, and it is safe to repeat. Of a user nobody knows it deletes nothing. A repeat with the same request_id returns the
     first answer.
+    """
+    ExportSession: _aio.UnaryStreamMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]  # type: ignore[assignment]
+    """Streams a session as a file: its metadata and its whole log, in the format that export.proto tells, whose bytes are the
+    same for the same session under any name. What users and the app have in their states is not in it, and neither are ids
+    of requests and commands, nor what was remembered. FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued.
+    """
+    ImportSession: _aio.StreamUnaryMultiCallable[_session_pb2.ImportSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
+    """Makes a session of such a file, once all of it has come and is whole. INVALID_ARGUMENT IMPORT_INVALID for one that is
+    not, ALREADY_EXISTS when the id is taken, NOT_FOUND when content that it refers to is neither in it nor here; no session
+    is made then. Its agent need not exist here. A repeat with the same request_id and file returns the first answer.
     """
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -219,6 +239,28 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         meanwhile too. What others said of the user, and the app's state, stay. In batches: when it fails half-way, some sessions are
         gone, and it is safe to repeat. Of a user nobody knows it deletes nothing. A repeat with the same request_id returns the
         first answer.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportSession(
+        self,
+        request: _session_pb2.ExportSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_session_pb2.ExportSessionResponse], _abc.AsyncIterator[_session_pb2.ExportSessionResponse]]:
+        """Streams a session as a file: its metadata and its whole log, in the format that export.proto tells, whose bytes are the
+        same for the same session under any name. What users and the app have in their states is not in it, and neither are ids
+        of requests and commands, nor what was remembered. FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued.
+        """
+
+    @_abc_1.abstractmethod
+    def ImportSession(
+        self,
+        request_iterator: _MaybeAsyncIterator[_session_pb2.ImportSessionRequest],
+        context: _ServicerContext,
+    ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
+        """Makes a session of such a file, once all of it has come and is whole. INVALID_ARGUMENT IMPORT_INVALID for one that is
+        not, ALREADY_EXISTS when the id is taken, NOT_FOUND when content that it refers to is neither in it nor here; no session
+        is made then. Its agent need not exist here. A repeat with the same request_id and file returns the first answer.
         """
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,10 +1,12 @@
 """The unary methods: parse, call, render."""
 
+import asyncio
 import hashlib
+import tempfile
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -12,6 +14,7 @@ from google.protobuf.message import Message
 from notecase import v1
 
 from notecase_server import errors, names
+from notecase_server.engine import transfer
 from notecase_server.engine.content import Contents
 from notecase_server.engine.runs import Caused, Runs
 from notecase_server.engine.schema import Schemas
@@ -23,7 +26,16 @@ from notecase_server.rpc.interceptor import MAX_MESSAGE_BYTES, caller
 from notecase_server.rpc.pages import MAX_PAGE_SIZE, Pages
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.validate import MAX_SCHEMA_BYTES, Check, check_instruction
-from notecase_server.store.contract import Commit, Committed, Once, Page, Replayed, SessionKey, Store
+from notecase_server.store.contract import (
+    PAGE_BYTES,
+    Commit,
+    Committed,
+    Once,
+    Page,
+    Replayed,
+    SessionKey,
+    Store,
+)
 from notecase_server.tools.contract import Toolbox
 
 M = TypeVar("M", bound=Message)
@@ -42,6 +54,9 @@ RUN_FILTER: Mapping[str, filters.FieldKind] = {
     "agent": "text",
     "create_time": "time",
 }
+
+MAX_IMPORT_BYTES = 1 << 30
+"""Of a session's file beside its content: it waits on this machine's disk, and a gigabyte is a million messages."""
 
 AGENT_FIELDS = ("display_name", "description", "llm", "output_key", "labels")
 EXPIRY_FIELDS = ("expire_time", "ttl", "idle_ttl")
@@ -251,10 +266,7 @@ class SessionsService(v1.SessionServiceServicer):
             if expiry:
                 _set_expiration(session, request.session, expiry)
 
-        def render(row: v1.Session) -> v1.Session:
-            return names.render_session(_copy(row))
-
-        return render(await self.desk.store.edit_session(key, edit, request.session.etag, once(request, render)))
+        return _rendered(await self.desk.store.edit_session(key, edit, request.session.etag, once(request, _rendered)))
 
     async def DeleteSession(self, request: v1.DeleteSessionRequest, context: Any) -> Empty:
         check = checked(request)
@@ -309,6 +321,35 @@ class SessionsService(v1.SessionServiceServicer):
 
         gone = await self.desk.sessions.erase_user(caller.get().tenant, request.name, repeat)
         return v1.EraseUserResponse(sessions_deleted=gone)
+
+    async def ExportSession(
+        self, request: v1.ExportSessionRequest, context: Any
+    ) -> AsyncIterator[v1.ExportSessionResponse]:
+        check = Check()
+        key = key_of(check.session("name", request.name))
+        check.done()
+        contents = self.desk.contents if request.with_blobs else None
+        async for chunk in transfer.exported(self.desk.store, key, contents):
+            yield v1.ExportSessionResponse(chunk=chunk)
+
+    async def ImportSession(self, request: AsyncIterator[v1.ImportSessionRequest], context: Any) -> v1.Session:
+        """The file waits on disk until it is whole: its size is no matter of memory."""
+        with tempfile.TemporaryFile() as file:
+            most = MAX_IMPORT_BYTES + self.desk.contents.limits.session
+            header, digest = await _spooled(request, file, most)
+            key = key_of(header.session_id or self.desk.new_id())
+            repeat = None
+            if header.request_id:
+                who = caller.get()
+                repeat = Once(who.tenant, who.method, header.request_id, digest, _rendered)
+            await self.desk.store.recall(key, repeat, None)
+            restore = await asyncio.to_thread(transfer.read, file, key, repeat)
+            check = Check()
+            check.session_body("header", restore.session)
+            if check.violations:
+                raise errors.import_invalid("has a header that no session can have")
+            await transfer.keep_content(self.desk.contents, file, restore)
+            return _rendered(await self.desk.store.restore(restore))
 
     async def _require_agent(self, name: str) -> None:
         parsed = names.parse_agent(name) if name else None
@@ -601,6 +642,37 @@ def _set_expiration(session: v1.Session, given: v1.Session, fields: Iterable[str
         session.ClearField("expire_time")
 
 
+async def _spooled(
+    frames: AsyncIterator[v1.ImportSessionRequest], file: BinaryIO, most: int
+) -> tuple[v1.ImportHeader, bytes]:
+    """Puts a stream's chunks into the file, and returns its header and the digest of both."""
+    header, digest, size = v1.ImportHeader(), hashlib.sha256(), 0
+    async for number, frame in _numbered(frames):
+        check = Check()
+        if frame.HasField("header"):
+            header = frame.header
+            check(number == 0, "header", "goes with the first frame only")
+            check.chosen_id("header.session_id", header.session_id)
+            check.token_id("header.request_id", header.request_id)
+            digest.update(header.SerializeToString(deterministic=True))
+        else:
+            check(len(frame.chunk) <= PAGE_BYTES, "chunk", f"is larger than {PAGE_BYTES} bytes")
+        check.done()
+        size += len(frame.chunk)
+        if size > most:
+            raise errors.too_large("The file", size, most)
+        digest.update(frame.chunk)
+        await asyncio.to_thread(file.write, frame.chunk)
+    return header, digest.digest()
+
+
+async def _numbered(frames: AsyncIterator[M]) -> AsyncIterator[tuple[int, M]]:
+    number = 0
+    async for frame in frames:
+        yield number, frame
+        number += 1
+
+
 def _copy(message: M) -> M:
     made = type(message)()
     made.CopyFrom(message)
@@ -613,6 +685,10 @@ def _same(agent: v1.Agent) -> v1.Agent:
 
 def _empty(_: None) -> Empty:
     return Empty()
+
+
+def _rendered(row: v1.Session) -> v1.Session:
+    return names.render_session(_copy(row))
 
 
 def _session_of(done: Committed) -> v1.Session:

@@ -18,6 +18,7 @@ from notecase_server.store.contract import (
     Page,
     Past,
     Query,
+    Restore,
     Scope,
     SessionKey,
 )
@@ -61,6 +62,9 @@ class TableStore(ABC):
 
     async def fork(self, fork: Fork) -> Committed:
         return await self._write(partial(steps.fork, fork=fork))
+
+    async def restore(self, restore: Restore) -> v1.Session:
+        return await self._write(partial(steps.restore, restore=restore))
 
     async def get_session(self, key: SessionKey) -> v1.Session | None:
         found = await self._read(lambda tables: tables.session(key))

@@ -3,44 +3,21 @@
 As in `steps`, a step writes only when nothing can be refused any more.
 """
 
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Sequence
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from google.protobuf.message import Message
 from notecase import v1
 
 from notecase_server import errors
 from notecase_server.store.contract import Scope
+from notecase_server.store.fold import PREFIX, references
 from notecase_server.store.tables import BlobRow, Tables, UploadRow
 
 M = TypeVar("M", v1.Event, v1.StateOp)
 
-PREFIX = "blobs/"
-
 SWEEP_ROWS = 16
 """Pieces removed in one transaction: about 4 MiB, whose zeroing takes some ten milliseconds of everybody's commits."""
-
-
-def blobs_in(message: Message) -> Iterator[v1.Blob]:
-    """Every reference in a message, however deep, as it stands there."""
-    if isinstance(message, v1.Blob):
-        yield message
-        return
-    for field, held in message.ListFields():
-        if field.message_type is None:
-            continue
-        for each in _messages(field, held):
-            yield from blobs_in(each)
-
-
-def _messages(field: Any, held: Any) -> Iterable[Message]:
-    if not field.is_repeated:
-        return [held]
-    if not field.message_type.GetOptions().map_entry:
-        return list(held)
-    of_messages = field.message_type.fields_by_name["value"].message_type is not None
-    return list(held.values()) if of_messages else []
 
 
 def sized(tables: Tables, tenant: str, given: Sequence[M]) -> tuple[list[M], list[dict[str, int]]]:
@@ -50,12 +27,11 @@ def sized(tables: Tables, tenant: str, given: Sequence[M]) -> tuple[list[M], lis
     found: list[dict[str, int]] = []
     for each in given:
         blobs: dict[str, int] = {}
-        # Nearly none has a reference, and the bytes tell at once; that a text may say the same only costs a look.
-        if PREFIX.encode() in each.SerializeToString():
+        if references(each):
             copied = type(each)()
             copied.CopyFrom(each)
             each = copied  # noqa: PLW2901 - the caller's own is not changed
-            for blob in blobs_in(each):
+            for blob in references(each):
                 sha256 = blob.name.removeprefix(PREFIX)
                 row = tables.blob(tenant, sha256)
                 if row is None:
@@ -69,8 +45,8 @@ def sized(tables: Tables, tenant: str, given: Sequence[M]) -> tuple[list[M], lis
 def refer_entry(tables: Tables, scope: Scope, key: str, entry: v1.StateEntry | None) -> None:
     """What an entry of a user's or the app's state refers to, instead of what it did."""
     tables.drop_references(scope, key)
-    if entry is not None and PREFIX.encode() in entry.SerializeToString():
-        for sha256 in {blob.name.removeprefix(PREFIX) for blob in blobs_in(entry)}:
+    if entry is not None:
+        for sha256 in {blob.name.removeprefix(PREFIX) for blob in references(entry)}:
             tables.refer(scope, key, sha256, 0)
 
 

@@ -9,7 +9,7 @@ Time is a count of microseconds since 1970, UTC, from the clock the store was op
 key. Every method may raise NotecaseError STORE_UNAVAILABLE, after which nothing of the call was kept.
 """
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -182,6 +182,31 @@ class Fork:
     """What ends the runs of `past`: the fork's first entries of its own."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restore:
+    """A whole session that was kept elsewhere: its log, and the rows that the fold makes of it."""
+
+    key: SessionKey
+    once: Once | None = None
+    """`render` is given the session."""
+    session: v1.Session
+    """Its metadata, usage and last_sequence. ALREADY_EXISTS when there is a session of that key."""
+    events: Callable[[], Iterator[v1.Event]]
+    """The log from sequence 1, read anew at each call: nobody holds all of it."""
+    message: Callable[[v1.Event], v1.Message]
+    """The message that an event added, as it is by the end of the log."""
+    calls: Mapping[str, str]
+    """The message of each call, by id."""
+    blobs: Mapping[str, tuple[int, int]]
+    """What the log refers to, by digest: its first event that does, and the size. BLOB_NOT_FOUND when one is missing,
+    IMPORT_INVALID when it has another size."""
+    runs: Sequence[tuple[v1.Run, RunRecord]]
+    """All of them have ended."""
+    version: int
+    entries: Mapping[str, v1.StateEntry]
+    """Of the session's state."""
+
+
 # ---- lists
 
 
@@ -280,6 +305,10 @@ class Store(Protocol):
         """Copies a session up to a sequence and ends there what was under way, in one transaction: sequences, messages,
         ended runs and state are as they were then, in rows of their own. Usage starts at 0; ids of requests and
         commands, what was remembered and what was queued are not copied. `events` are those of Fork only."""
+        ...
+
+    async def restore(self, restore: Restore) -> v1.Session:
+        """Stores a session that was kept elsewhere, in one transaction, under whatever name. Its create_time is now."""
         ...
 
     # Sessions.

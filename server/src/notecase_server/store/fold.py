@@ -10,9 +10,11 @@ type does not have (STATE_TYPE_MISMATCH), a summary that does not continue the o
 (SEQUENCE_MISMATCH).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
+from google.protobuf.message import Message
 from notecase import v1
 
 from notecase_server import errors
@@ -26,6 +28,9 @@ MAX_QUEUED = 16
 """Commands that may wait in one session: a person's impatience, not a work queue."""
 
 INT64_MAX = (1 << 63) - 1
+
+PREFIX = "blobs/"
+"""Before the digest, in the name of a blob."""
 
 
 @dataclass(slots=True)
@@ -522,3 +527,29 @@ def add_usage(total: v1.Usage, one: v1.Usage) -> None:
     total.output_tokens += one.output_tokens
     total.reasoning_tokens += one.reasoning_tokens
     total.model_calls += one.model_calls
+
+
+def references(message: Message) -> list[v1.Blob]:
+    """Every blob that a message refers to, however deep, as it stands there."""
+    # Nearly no message has any, and the bytes tell at once; that a text may say the same only costs a look.
+    return list(_blobs_in(message)) if PREFIX.encode() in message.SerializeToString() else []
+
+
+def _blobs_in(message: Message) -> Iterator[v1.Blob]:
+    if isinstance(message, v1.Blob):
+        yield message
+        return
+    for described, held in message.ListFields():
+        if described.message_type is None:
+            continue
+        for each in _messages(described, held):
+            yield from _blobs_in(each)
+
+
+def _messages(described: Any, held: Any) -> Iterable[Message]:
+    if not described.is_repeated:
+        return [held]
+    if not described.message_type.GetOptions().map_entry:
+        return list(held)
+    of_messages = described.message_type.fields_by_name["value"].message_type is not None
+    return list(held.values()) if of_messages else []

@@ -25,6 +25,7 @@ from notecase_server.store.contract import (
     Page,
     Query,
     Replayed,
+    Restore,
     RunRecord,
     Scope,
     SessionKey,
@@ -147,6 +148,46 @@ def fork(tables: Tables, now: int, fork: Fork) -> Committed:
         for name, entry in then.entries.items():
             tables.put_entry(scope, name, entry)
     return done
+
+
+def restore(tables: Tables, now: int, restore: Restore) -> v1.Session:
+    """Store.restore."""
+    key = restore.key
+    recall(tables, key, restore.once, None)
+    if tables.session(key) is not None:
+        raise errors.already_exists("session", f"sessions/{key.session}")
+    for sha256, (_, size) in restore.blobs.items():
+        row = tables.blob(key.tenant, sha256)
+        if row is None:
+            raise errors.not_found("blob", f"blobs/{sha256}")
+        if row.size != size:
+            raise errors.import_invalid(f"says that blobs/{sha256} has {size} bytes, and it has {row.size}")
+    session = fold.new_session(key, restore.session, now)
+    session.last_sequence = restore.session.last_sequence
+    session.summary_sequence = restore.session.summary_sequence
+    session.content_bytes = restore.session.content_bytes
+    if restore.session.HasField("usage"):
+        session.usage.CopyFrom(restore.session.usage)
+    _remember(tables, restore.once, session, now, f"sessions/{key.session}")
+
+    scope = Scope(key.tenant, "session", key.session)
+    tables.add_session(key, session, now)
+    for sha256, (sequence, _) in restore.blobs.items():
+        tables.refer(scope, "", sha256, sequence)
+    for event in restore.events():
+        tables.add_events(key, [event])
+        if event.HasField("message_added"):
+            tables.add_message(key, restore.message(event))
+    for call_id, holder in restore.calls.items():
+        tables.put_call(key, call_id, holder)
+    for run, record in restore.runs:
+        tables.add_run(key, run, record)
+        tables.drop_record(key, run.name)
+    if restore.version:
+        tables.put_version(scope, restore.version)
+        for name, entry in restore.entries.items():
+            tables.put_entry(scope, name, entry)
+    return session
 
 
 def _copied(row: M) -> M:

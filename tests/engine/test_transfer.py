@@ -1,0 +1,184 @@
+"""An exported session is read only when it is whole, and only when a log could be so."""
+
+import hashlib
+import io
+from collections.abc import Sequence
+
+import pytest
+from notecase import v1
+from notecase_server.engine import transfer
+from notecase_server.errors import NotecaseError
+from notecase_server.store.contract import Restore, SessionKey
+from notecase_server.store.memory import MemoryStore
+
+from tests.store.build import (
+    KEY,
+    ManualClock,
+    add,
+    called,
+    changed,
+    create,
+    ended,
+    finished,
+    moved,
+    put,
+    refused,
+    replied,
+    said,
+    start,
+    started,
+)
+
+OTHER = SessionKey("acme", "other")
+
+
+async def export(store: MemoryStore) -> bytes:
+    return b"".join([piece async for piece in transfer.exported(store, KEY)])
+
+
+def read(file: bytes) -> Restore:
+    return transfer.read(io.BytesIO(file), OTHER, None)
+
+
+def problem_of(file: bytes) -> str:
+    with refused("IMPORT_INVALID") as caught:
+        read(file)
+    return caught.value.message
+
+
+@pytest.fixture
+async def file() -> bytes:
+    """A small session with a bit of everything."""
+    store = MemoryStore(ManualClock())
+    await create(store, display_name="The violin", labels={"b": "2", "a": "1"})
+    await add(store, changed(put("n", 1)))
+    await start(store, "r1", called("m1", "r1", "c1"))
+    await add(store, finished("c1", "r1"), replied("m2", "r1"), ended("r1"))
+    return await export(store)
+
+
+def made_of(events: Sequence[v1.Event], header: v1.ExportHeader | None = None, magic: bytes = b"notecase\1") -> bytes:
+    """A file as somebody might make it by hand, its trailer right."""
+    records = [v1.ExportRecord(header=header)] if header is not None else []
+    records += [v1.ExportRecord(event=event) for event in events]
+    body = magic + b"".join(map(framed, [record.SerializeToString() for record in records])) + b"\0"
+    return body + hashlib.sha256(body).digest()
+
+
+def framed(body: bytes) -> bytes:
+    assert len(body) < 1 << 14
+    return bytes([len(body) & 0x7F | 0x80, len(body) >> 7]) + body
+
+
+def numbered(*events: v1.Event) -> list[v1.Event]:
+    for number, event in enumerate(events, 1):
+        event.sequence = number
+        event.create_time.FromSeconds(1_700_000_000)
+        if event.HasField("message_added"):
+            event.message_added.sequence = event.message_added.update_sequence = number
+            event.message_added.create_time.CopyFrom(event.create_time)
+    return list(events)
+
+
+async def test_a_whole_file_is_read(file: bytes) -> None:
+    restore = read(file)
+    added = [restore.message(event) for event in restore.events() if event.HasField("message_added")]
+    assert [(message.name, message.update_sequence, len(message.parts)) for message in added] == [
+        ("m1", 4, 2),
+        ("m2", 5, 1),
+    ]
+    assert (restore.session.last_sequence, dict(restore.session.labels)) == (6, {"a": "1", "b": "2"})
+    assert [event.sequence for event in restore.events()] == list(range(1, 7))
+
+
+async def test_a_file_cut_at_any_byte_is_refused(file: bytes) -> None:
+    told = {problem_of(file[:length]) for length in range(len(file))}
+    assert told == {"The file ends before its trailer: it was cut off, or is damaged; nothing of it was imported."}
+
+
+async def test_a_file_with_any_bit_flipped_is_refused(file: bytes) -> None:
+    told = set()
+    for place in range(len(file)):
+        for bit in range(8):
+            flipped = bytearray(file)
+            flipped[place] ^= 1 << bit
+            told.add(problem_of(bytes(flipped)).partition(":")[0].partition(",")[0])
+    assert told == {
+        "The file is no export of a session; nothing of it was imported.",
+        "The file was written by a newer notecase",
+        "The file ends before its trailer",
+        "The file is damaged",
+    }
+
+
+async def test_a_file_that_goes_on_is_refused(file: bytes) -> None:
+    assert "is damaged" in problem_of(file + b"\0")
+    assert "is damaged" in problem_of(file + file)
+
+
+def test_a_foreign_and_a_newer_file_are_told_apart() -> None:
+    assert problem_of(b"PK\3\4 something else").startswith("The file is no export of a session")
+    newer = made_of([], v1.ExportHeader(), magic=b"notecase\2")
+    assert problem_of(newer).startswith("The file was written by a newer notecase, in format 2; this one reads 1")
+    assert read(made_of([], v1.ExportHeader())).session.last_sequence == 0
+    by_hand = numbered(said("m1"), started("r1"), said("m2", run="r1"), ended("r1"))
+    assert read(made_of(by_hand, v1.ExportHeader())).session.last_sequence == 4
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        numbered(said("m1"), said("m2"))[1:],
+        numbered(said("m1"), said("m1")),
+        numbered(said("M 1")),
+        numbered(said("m1", run="r1")),
+        numbered(started("r1"), started("r2")),
+        numbered(started("r1"), said("m1", run="r1")),
+        numbered(started("r1"), finished("c1", "r1"), ended("r1")),
+        numbered(started("r1"), ended("r1"), moved("r1", v1.Run.STATE_RUNNING)),
+        numbered(started("")),
+        numbered(v1.Event(input_requested=v1.InputRequest(input_id="i1"))),
+        numbered(v1.Event(block_delta=v1.BlockDelta(text="passing"))),
+        numbered(v1.Event()),
+        numbered(changed(v1.StateOp(key="n", increment=1), v1.StateOp(key="n", append=v1.Value(int_value=1)))),
+        numbered(changed(put("n", 1))),
+    ],
+)
+def test_what_no_log_holds_is_refused(events: list[v1.Event]) -> None:
+    """Though the trailer holds: gaps, ids used twice, two runs at once, runs without an end, versions that are none."""
+    assert "The file has" in problem_of(made_of(events, v1.ExportHeader()))
+
+
+def test_what_is_no_record_is_refused() -> None:
+    assert "does not begin with its header" in problem_of(made_of(numbered(said("m1"))))
+    body = b"notecase\1" + framed(b"\xff\xff\xff") + b"\0"
+    assert "does not decode" in problem_of(body + hashlib.sha256(body).digest())
+
+
+async def test_a_session_at_work_is_not_exported() -> None:
+    store = MemoryStore(ManualClock())
+    with refused("SESSION_NOT_FOUND"):
+        await export(store)
+    await create(store)
+    await start(store, "r1")
+    with refused("RUN_ACTIVE"):
+        await export(store)
+
+
+async def test_pieces_are_of_a_size_and_events_written_meanwhile_stay_out() -> None:
+    store = MemoryStore(ManualClock())
+    await create(store)
+    for number in range(8):
+        await add(store, said(f"m{number}", "x" * 200_000))
+    before = await export(store)
+    pieces = []
+    async for piece in transfer.exported(store, KEY):
+        pieces.append(piece)
+        if len(pieces) == 1:
+            await add(store, said("late"))
+    assert b"".join(pieces) == before
+    assert {len(piece) for piece in pieces[:-2]} == {transfer.CHUNK_BYTES}
+    with pytest.raises(NotecaseError):
+        async for _ in transfer.exported(store, KEY):
+            if await store.get_session(KEY):
+                await store.delete_session(KEY)
