@@ -150,7 +150,7 @@ async def test_results_that_are_too_large_are_refused_or_fail_and_the_run_goes_o
 ) -> None:
     """One that no frame or no field takes leaves its call waiting; of several that each fit and together do not, those
     that come too late are failures that the model is told of."""
-    model.script(tool_calls(*[("weigh", "{}")] * 3), reply("Heavy."))
+    model.script(tool_calls(*[("weigh", "{}")] * 5), reply("Heavy."))
     run = (await served.runs.Invoke(v1.InvokeRequest(start=start_with(session, client_tool("weigh"))))).run
 
     async def give(call: v1.ToolCall, size: int) -> None:
@@ -162,12 +162,12 @@ async def test_results_that_are_too_large_are_refused_or_fail_and_the_run_goes_o
             await give(run.pending_calls[0], size)
         assert reason_of(refused.value) == reason
     for call in run.pending_calls:
-        await give(call, 500_000)
+        await give(call, 250_000)
     ended = await served.runs.WaitRun(v1.WaitRunRequest(name=run.name, after_sequence=run.last_sequence + 1))
     assert ended.state == v1.Run.STATE_SUCCEEDED
     results = results_of(model.requests[1])
-    assert [len(told) for told in results[:2]] == [500_000] * 2
-    assert "together larger" in results[2]
+    assert [len(told) for told in results[:4]] == [250_000] * 4
+    assert "together larger" in results[4]
 
 
 async def test_a_result_for_a_call_of_another_session_is_refused(
