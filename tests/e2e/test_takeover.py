@@ -496,3 +496,21 @@ async def test_a_server_that_stops_in_good_order_lets_its_tools_finish(tmp_path:
                 assert await stopping == 0
     log = (await stored(tmp_path)).log
     assert [call.outcome for _, made in calls_of(log).values() for call in made.ends] == [SUCCEEDED]
+
+
+async def test_a_run_that_waits_is_cancelled_for_want_of_company_after_a_restart_too(tmp_path: Path) -> None:
+    """A stream follows it for as long as the first server lives, and none the second's."""
+    async with model_that_calls("b") as model:
+        async with restarted(tmp_path, model) as address, grpc.aio.insecure_channel(address) as channel:
+            await prepare(address, [client_tool("b")])
+            start = v1.StartRun(session=SESSION, run_id="r1", messages=[said("Go")])
+            start.disconnect.cancel_after.CopyFrom(Duration(nanos=500_000_000))
+            frames = v1.RunServiceStub(channel).Run()
+            await frames.write(v1.RunRequest(start=start))
+            await frames.read()
+            run = await Caller(channel).rest()
+        assert (await stored(tmp_path)).runs["r1"].state == v1.Run.STATE_WAITING
+        async with restarted(tmp_path, model) as address, grpc.aio.insecure_channel(address) as channel:
+            caller = Caller(channel)
+            caller.seen = run.last_sequence
+            assert (await caller.rest()).state == v1.Run.STATE_CANCELLED

@@ -577,6 +577,21 @@ async def test_a_run_that_nobody_follows_is_cancelled_when_it_said_so(
     assert run.state == v1.Run.STATE_CANCELLED
 
 
+async def test_a_run_that_waits_for_a_person_needs_no_company(
+    served: Running, careful: str, session: str, model: OpenAIServer
+) -> None:
+    """Its time would be up before that of the run after it, which waits for its caller."""
+    model.script(tool_calls(("pay", "{}")), tool_calls(("weigh", "{}")))
+    runs = []
+    for start, millis in ((start_with(careful), 500), (start_with(session, client_tool("weigh")), 600)):
+        start.disconnect.cancel_after.CopyFrom(Duration(nanos=millis * 1_000_000))
+        runs.append((await served.runs.Invoke(v1.InvokeRequest(start=start))).run)
+    person, caller = runs
+    alone = await served.runs.WaitRun(v1.WaitRunRequest(name=caller.name, after_sequence=caller.last_sequence))
+    assert alone.state == v1.Run.STATE_CANCELLED
+    assert (await served.runs.GetRun(v1.GetRunRequest(name=person.name))).state == v1.Run.STATE_WAITING
+
+
 async def test_a_start_may_roll_the_run_before_it_back(served: Running, session: str, model: OpenAIServer) -> None:
     """End, rewind and start are one commit: messages since are superseded and the state is as it was."""
 

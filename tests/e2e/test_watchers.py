@@ -4,12 +4,14 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import grpc
 import psutil
 import pytest
 from notecase import SessionView, v1
 from notecase_server.engine.session import LiveSession
+from notecase_server.rpc import interceptor
 from notecase_server.rpc.watch import Pace
 
 from tests.e2e.driving import durable, log_of, reason_of, said
@@ -125,10 +127,16 @@ async def test_the_servers_memory_is_flat_whatever_its_watchers_leave_unread(tmp
 async def test_a_watcher_that_never_reads_is_let_go_with_a_typed_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The server forgets it at once. The status waits in the transport behind the frames that nobody took, so whoever
-    begins to read after all finds both; attached again it gets the rest."""
-    gone = asyncio.Event()
-    leave = LiveSession.leave
+    """The server forgets it at once, and does not wait until it is told. The status waits in the transport behind the
+    frames that nobody took, so whoever begins to read after all finds both; attached again it gets the rest."""
+    gone, told = asyncio.Event(), asyncio.Event()
+    leave, abort = LiveSession.leave, interceptor.abort
+
+    async def abort_and_tell(context: Any, error: Exception) -> None:
+        try:
+            await abort(context, error)
+        finally:
+            told.set()
 
     def leave_and_tell(live: LiveSession) -> None:
         leave(live)
@@ -138,9 +146,11 @@ async def test_a_watcher_that_never_reads_is_let_go_with_a_typed_end(
         await open_session(served.channel)
         async with slow_reader(served.address) as never:
             monkeypatch.setattr(LiveSession, "leave", leave_and_tell)
+            monkeypatch.setattr(interceptor, "abort", abort_and_tell)
             for _ in range(2):
                 run = await ask(served.channel, f"/big {TEXT}")
             await gone.wait()
+            await told.wait()
             with pytest.raises(grpc.aio.AioRpcError) as ended:
                 await never.read_to(run.last_sequence)
             assert ended.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
