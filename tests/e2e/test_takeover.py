@@ -467,6 +467,8 @@ async def test_a_is_kept_and_b_treated_as_its_policy_says(tmp_path: Path, cut: C
     calls = dict(calls_of(log).values())
     assert [end.outcome for end in calls["a"].ends] == [SUCCEEDED]
     assert [end.outcome for end in calls["b"].ends] == [cut.outcome]
+    asks = cut.how == "kill" and cut.b.HasField("server") and cut.b.on_interrupt == ASK
+    assert len(calls["b"].asked) == asks, "of the policies only one asks"
     effects = effects_of(tmp_path / "effects")
     assert effects[f"case/{calls['a'].ends[0].call_id}"] == 1
     assert effects[f"case/{calls['b'].ends[0].call_id}"] == (cut.begun if cut.b.HasField("server") else 0)
