@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from notecase import Client, v1
+from notecase_server.store.contract import CHUNK_BYTES
 
 from tests.client.proxy import Proxy
 from tests.e2e.driving import fields_of, log_of, metadata_of, reason_of, said
@@ -90,7 +91,10 @@ async def test_the_end_of_a_stream_alone_completes_nothing(served: Running, whol
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await send(b"abc")
     assert reason_of(refused.value) == "BLOB_CORRUPT"
-    assert metadata_of(refused.value) == {"send_from": "3"}
+    assert metadata_of(refused.value) == {"committed_bytes": "3"}
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await upload(served, blob=whole, upload_id="")
+    assert metadata_of(refused.value) == {}, "nobody goes on with an upload that has no id"
     blob = await send(b"def", offset=3, last=whole == v1.Blob())
     assert await download(served, blob.name) == b"abcdef"
 
@@ -110,7 +114,7 @@ async def test_an_upload_cut_at_any_byte_goes_on_from_there(served: Running, at:
     written = asyncio.Event()
     call = served.blobs.UploadBlob(cut())
     await written.wait()
-    while (await committed(served)) < at // 400_000 * 400_000:
+    while (await committed(served)) < at // CHUNK_BYTES * CHUNK_BYTES:
         pass
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -121,6 +125,27 @@ async def test_an_upload_cut_at_any_byte_goes_on_from_there(served: Running, at:
     blob = await upload_from(served, data)
     assert blob.name == f"blobs/{digest(data)}"
     assert await download(served, blob.name) == data
+
+
+async def test_a_server_that_stops_keeps_what_has_come(tmp_path: Path) -> None:
+    """Also what it had not stored yet, and it says so: the same upload goes on at the next one."""
+    data = noise(CHUNK_BYTES + 1000)
+    store = f"sqlite:{tmp_path / 'notecase.db'}"
+    async with running(store) as served:
+
+        async def waiting() -> AsyncIterator[v1.UploadBlobRequest]:
+            yield v1.UploadBlobRequest(blob=PDF, upload_id="u1", chunk=data)
+            await asyncio.Event().wait()
+
+        call = served.blobs.UploadBlob(waiting())
+        while not await committed(served):
+            pass
+        await served.server.stop()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call
+        assert reason_of(refused.value) == "SERVER_DRAINING"
+    async with running(store) as served:
+        assert await committed(served) == len(data)
 
 
 async def committed(served: Running) -> int:
@@ -201,7 +226,7 @@ async def test_bad_requests_are_told_whole(served: Running, session: str) -> Non
 async def test_content_has_limits(tmp_path: Path) -> None:
     """Of a blob, said or sent, and of what one session refers to."""
     async with running(f"sqlite:{tmp_path / 'notecase.db'}", max_blob_bytes=1000, max_session_bytes=1500) as served:
-        for chunks, blob in (([b"x" * 600] * 2, PDF), ([], v1.Blob(size_bytes=1001))):
+        for chunks, blob in (([b"x" * 600, b"y" * 600], PDF), ([], v1.Blob(size_bytes=1001))):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await upload(served, *chunks, blob=blob)
             assert reason_of(refused.value) == "PAYLOAD_TOO_LARGE"

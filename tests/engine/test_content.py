@@ -1,12 +1,13 @@
-"""Content as the engine holds it: what is being read stays, whatever the sweep."""
+"""Content as the engine holds it: what is being read stays, whatever the sweep, and what has come is kept."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from notecase import v1
 from notecase_server.engine.content import Contents, Limits
-from notecase_server.store.contract import Store
+from notecase_server.store.contract import CHUNK_BYTES, Store
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
 
@@ -34,6 +35,13 @@ def contents(store: Store, clock: ManualClock) -> Contents:
     return Contents(store, lambda: "made", clock, Limits())
 
 
+async def endless(*frames: v1.UploadBlobRequest) -> AsyncIterator[v1.UploadBlobRequest]:
+    """Frames, and then a caller who neither says more nor leaves."""
+    for frame in frames:
+        yield frame
+    await asyncio.Event().wait()
+
+
 async def sent(contents: Contents, *chunks: bytes, upload_id: str = "") -> v1.Blob:
     async def frames() -> AsyncIterator[v1.UploadBlobRequest]:
         for chunk in chunks:
@@ -45,10 +53,11 @@ async def sent(contents: Contents, *chunks: bytes, upload_id: str = "") -> v1.Bl
 async def test_what_is_being_read_is_removed_only_afterwards(contents: Contents, clock: ManualClock) -> None:
     blob = await sent(contents, b"a" * 300_000, b"b" * 300_000)
     reading = contents.download("acme", blob.name.removeprefix("blobs/"))
-    assert (await anext(reading)).chunk == b"a" * 300_000
+    read = (await anext(reading)).chunk
     clock.now += DAY + 1
     assert await contents.sweep() == 0
-    assert [piece.chunk for piece in [piece async for piece in reading]] == [b"b" * 300_000]
+    read += b"".join([piece.chunk async for piece in reading])
+    assert read == b"a" * 300_000 + b"b" * 300_000
     assert await contents.sweep() == 1
     with refused("BLOB_NOT_FOUND"):
         await contents.load("acme", blob)
@@ -75,3 +84,92 @@ async def test_an_upload_that_breaks_off_leaves_what_has_come_or_nothing(content
             await contents.upload("acme", v1.UploadBlobRequest(upload_id=upload_id), broken())
         upload = await store.get_upload("acme", upload_id or "made")
         assert (upload.committed_bytes if upload else None) == kept
+
+
+@pytest.mark.parametrize("said", [v1.Blob(size_bytes=6), v1.Blob()])
+async def test_content_ends_where_it_was_said_to_end(contents: Contents, said: v1.Blob) -> None:
+    """And not where the stream does: with its last byte, or with the frame that is last, whatever may follow."""
+    first = v1.UploadBlobRequest(blob=said, chunk=b"abc")
+    rest = v1.UploadBlobRequest(chunk=b"def", last=not said.size_bytes)
+    more = v1.UploadBlobRequest(chunk=b"ghi")
+    async with asyncio.timeout(30):
+        blob = await contents.upload("acme", first, endless(first, rest, more))
+    assert await contents.load("acme", blob) == b"abcdef"
+
+
+async def test_what_is_stored_is_compared_with_what_is_said(contents: Contents) -> None:
+    """Nobody is given other content than he asked for because it came under the same name or id."""
+    abc, other = await sent(contents, b"abc", upload_id="mine"), await sent(contents, b"defg")
+    with refused("BLOB_CORRUPT"):
+        await contents.upload("acme", v1.UploadBlobRequest(blob=v1.Blob(name=abc.name, size_bytes=4)), endless())
+    for wrong in (v1.Blob(size_bytes=4), v1.Blob(name=f"blobs/{'0' * 64}")):
+        with refused("REQUEST_ID_REUSED") as caught:
+            await contents.upload("acme", v1.UploadBlobRequest(blob=wrong, upload_id="mine"), endless())
+        assert caught.value.metadata == {"upload_id": "mine"}
+    again = v1.UploadBlobRequest(blob=v1.Blob(size_bytes=3), upload_id="mine")
+    assert (await contents.upload("acme", again, endless())).name == abc.name
+    assert await contents.load("acme", other) == b"defg"
+
+
+async def test_a_caller_who_is_wrong_takes_nothing_from_one_who_was_right(contents: Contents, store: Store) -> None:
+    """Both send under one id; what the first has completed stays on record."""
+    begun = asyncio.Event()
+
+    async def late() -> AsyncIterator[v1.UploadBlobRequest]:
+        begun.set()
+        await done.wait()
+        yield v1.UploadBlobRequest(last=True)
+
+    done = asyncio.Event()
+    first = v1.UploadBlobRequest(upload_id="mine", blob=v1.Blob(size_bytes=7))
+    wrong = asyncio.create_task(contents.upload("acme", first, late()))
+    await begun.wait()
+    blob = await sent(contents, b"abc", upload_id="mine")
+    done.set()
+    with refused("BLOB_CORRUPT"):
+        await wrong
+    upload = await store.get_upload("acme", "mine")
+    assert upload is not None
+    assert upload.blob.name == blob.name
+
+
+async def test_an_upload_cancelled_while_it_writes_keeps_all_that_has_come(
+    contents: Contents, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, add_chunk = asyncio.Event(), store.add_chunk
+
+    async def told(tenant: str, upload_id: str, offset: int, data: bytes) -> None:
+        writing.set()
+        await add_chunk(tenant, upload_id, offset, data)
+
+    monkeypatch.setattr(store, "add_chunk", told)
+    data = b"x" * CHUNK_BYTES + b"the rest"
+    first = v1.UploadBlobRequest(upload_id="mine", chunk=data)
+    upload = asyncio.create_task(contents.upload("acme", first, endless(first)))
+    await writing.wait()
+    upload.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await upload
+    again = v1.UploadBlobRequest(upload_id="mine", offset=len(data), last=True)
+    blob = await contents.upload("acme", again, endless(again))
+    assert await contents.load("acme", blob) == data
+
+
+async def test_a_drain_ends_uploads_and_keeps_what_has_come(contents: Contents, store: Store) -> None:
+    come = asyncio.Event()
+
+    async def slow() -> AsyncIterator[v1.UploadBlobRequest]:
+        yield v1.UploadBlobRequest(chunk=b"abc")
+        come.set()
+        await asyncio.Event().wait()
+
+    upload = asyncio.create_task(contents.upload("acme", v1.UploadBlobRequest(upload_id="mine"), slow()))
+    await come.wait()
+    await contents.drain()
+    kept = await store.get_upload("acme", "mine")
+    assert kept is not None
+    assert kept.committed_bytes == 3
+    with refused("SERVER_DRAINING"):
+        await upload
+    with refused("SERVER_DRAINING"):
+        await sent(contents, b"abc")

@@ -1,10 +1,12 @@
 """Content: stored once under its digest, resumable at any piece, there for as long as anything refers to it."""
 
 import hashlib
+from typing import Any
 
 import pytest
 from notecase import v1
-from notecase_server.store.contract import Fork, Scope, SessionKey, Store
+from notecase_server.store.base import TableStore
+from notecase_server.store.contract import CHUNK_BYTES, Fork, Scope, SessionKey, Store
 
 from tests.store.build import APP_STATE, KEY, ManualClock, add, changed, create, put, refused, remove, said, value
 
@@ -69,6 +71,7 @@ async def test_an_upload_in_pieces_is_a_blob_once_complete(store: Store) -> None
     assert await whole(store, "acme", digest(data)) == data
     assert await store.read_blob("acme", digest(data), 300_000) == b"b"
     assert (await store.read_blob("acme", digest(data), 300_002))[:2] == b"cc"
+    assert len(await store.read_blob("acme", digest(data), 0)) == CHUNK_BYTES, "however it was written"
     assert await store.read_blob("acme", digest(data), at) == b""
     again = await store.complete_upload("acme", "u1", at, digest(data))
     assert again == made, "completing is safe to repeat"
@@ -96,12 +99,24 @@ async def test_an_upload_goes_on_only_where_it_ends(store: Store) -> None:
         await store.complete_upload("acme", "u2", 0, digest(b""))
 
 
+async def test_content_stored_at_once_lies_in_pieces_too(store: Store) -> None:
+    """So that whoever reads it is never handed more than a frame takes."""
+    data = b"a" * CHUNK_BYTES + b"b" * CHUNK_BYTES + b"c"
+    sha256 = await stored(store, data)
+    assert await store.read_blob("acme", sha256, 1) == data[1:CHUNK_BYTES]
+    assert await whole(store, "acme", sha256) == data
+    empty = await stored(store, b"")
+    assert await whole(store, "acme", empty) == b""
+
+
 async def test_the_same_content_is_stored_once_in_a_tenant(store: Store) -> None:
     sha256 = await stored(store, b"abc")
     await store.open_upload("acme", "u1", 5)
     await store.add_chunk("acme", "u1", 0, b"abc")
     await store.complete_upload("acme", "u1", 3, sha256)
     await stored(store, b"abc")
+    await store.drop_upload("acme", "u1")
+    assert await store.get_upload("acme", "u1") is not None, "what is complete is not dropped"
     assert await whole(store, "acme", sha256) == b"abc"
     assert await store.get_blob("globex", sha256) is None
     with refused("BLOB_NOT_FOUND"):
@@ -244,3 +259,21 @@ async def test_a_fork_holds_on_to_what_its_own_log_refers_to(store: Store, clock
     assert message.parts[1].blob.size_bytes == 3
     await store.delete_session(fork)
     assert await swept(store, clock) == 1
+
+
+async def test_uploads_without_a_byte_are_removed_in_small_steps_too(
+    store: TableStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: list[object] = []
+    write = store._write
+
+    async def counted(step: Any) -> Any:
+        removed.append(await write(step))
+        return removed[-1]
+
+    for number in range(40):
+        await store.open_upload("acme", f"u{number}", clock.now + HOUR)
+    clock.now += HOUR
+    monkeypatch.setattr(store, "_write", counted)
+    await swept(store, clock)
+    assert removed == [16, 16, 8, 16, 16, 8], "the uploads, then where their content was"

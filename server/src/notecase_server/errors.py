@@ -155,9 +155,19 @@ def state_key_not_found(state: str, key: str) -> NotecaseError:
     )
 
 
-def blob_corrupt(problem: str, **metadata: object) -> NotecaseError:
+def blob_corrupt(problem: str) -> NotecaseError:
     """`problem` is a sentence without its subject and its stop, such as "has 3 bytes, not 4"."""
-    return NotecaseError(v1.ERROR_REASON_BLOB_CORRUPT, f"The content {problem}.", metadata=metadata)
+    return NotecaseError(v1.ERROR_REASON_BLOB_CORRUPT, f"The content {problem}.")
+
+
+def blob_cut(committed_bytes: int, size: int, resumable: bool) -> NotecaseError:
+    """The stream ended before the content did. `size` is what was said of it, 0 for nothing."""
+    end = f"ends at byte {committed_bytes} {f'of {size}' if size else 'and was not said to be complete'}"
+    return NotecaseError(
+        v1.ERROR_REASON_BLOB_CORRUPT,
+        f"The content {end}; send {'the rest' if resumable else 'it again'}.",
+        metadata={"committed_bytes": committed_bytes} if resumable else {},
+    )
 
 
 def upload_offset_mismatch(upload_id: str, committed_bytes: int) -> NotecaseError:

@@ -154,6 +154,7 @@ class Server:
         await self._health.stop()
         self._streams.drain.begin(grace)
         await self._runs.drain(grace)
+        await self._contents.drain()
         self._streams.drain.close()
         await self._grpc.stop(1.0)
         self._sweeper.cancel()
@@ -182,6 +183,8 @@ class Server:
                 await self._store.scrub()
             except NotecaseError as error:
                 log.warning("sweep_failed", reason=errors.reason_name(error.reason))
+            except Exception:  # a defect here is no reason to keep everything for ever
+                log.exception("sweep_crashed")
             await asyncio.sleep(EXPIRY_SECONDS)
 
 

@@ -40,11 +40,14 @@ class BlobServiceStub:
     """Stores content. The first frame says what comes, and all of them carry it. The blob is complete when as many bytes have
     come as `blob.size_bytes` says, or with the frame that is `last`, or when the stream ends and the content is what
     `blob.name` says; the end of the stream alone says nothing, since one that is cut ends as well.
+    What comes behind that is not looked at.
     INVALID_ARGUMENT BLOB_CORRUPT when the content is not what the first frame says, or not complete; then
-    metadata.send_from says where an upload with an upload_id goes on.
-    With an upload_id, what arrived before a cut is kept, and the next call goes on from there: ABORTED
-    UPLOAD_OFFSET_MISMATCH, naming the right one, when `offset` is another. A repeat of a completed upload_id returns its
-    blob, and so does a first frame that names a blob the server has: nothing need be sent then.
+    metadata.committed_bytes says where an upload with an upload_id goes on. What is wrong is forgotten.
+    With an upload_id, what arrived before a cut or a stop of the server is kept, all but the last 256 KiB of it when the
+    server is killed, and the next call goes on from there: ABORTED UPLOAD_OFFSET_MISMATCH, naming the right one, when
+    `offset` is another. A repeat of a completed upload_id returns its blob, and is ALREADY_EXISTS REQUEST_ID_REUSED when
+    its first frame says another size or name. A first frame that names a blob the server has returns it, too: nothing
+    need be sent then.
     """
     DownloadBlob: _grpc.UnaryStreamMultiCallable[_blob_pb2.DownloadBlobRequest, _blob_pb2.DownloadBlobResponse]
     """The content, or a range of it, in order."""
@@ -64,11 +67,14 @@ class BlobServiceAsyncStub(BlobServiceStub):
     """Stores content. The first frame says what comes, and all of them carry it. The blob is complete when as many bytes have
     come as `blob.size_bytes` says, or with the frame that is `last`, or when the stream ends and the content is what
     `blob.name` says; the end of the stream alone says nothing, since one that is cut ends as well.
+    What comes behind that is not looked at.
     INVALID_ARGUMENT BLOB_CORRUPT when the content is not what the first frame says, or not complete; then
-    metadata.send_from says where an upload with an upload_id goes on.
-    With an upload_id, what arrived before a cut is kept, and the next call goes on from there: ABORTED
-    UPLOAD_OFFSET_MISMATCH, naming the right one, when `offset` is another. A repeat of a completed upload_id returns its
-    blob, and so does a first frame that names a blob the server has: nothing need be sent then.
+    metadata.committed_bytes says where an upload with an upload_id goes on. What is wrong is forgotten.
+    With an upload_id, what arrived before a cut or a stop of the server is kept, all but the last 256 KiB of it when the
+    server is killed, and the next call goes on from there: ABORTED UPLOAD_OFFSET_MISMATCH, naming the right one, when
+    `offset` is another. A repeat of a completed upload_id returns its blob, and is ALREADY_EXISTS REQUEST_ID_REUSED when
+    its first frame says another size or name. A first frame that names a blob the server has returns it, too: nothing
+    need be sent then.
     """
     DownloadBlob: _aio.UnaryStreamMultiCallable[_blob_pb2.DownloadBlobRequest, _blob_pb2.DownloadBlobResponse]  # type: ignore[assignment]
     """The content, or a range of it, in order."""
@@ -91,11 +97,14 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
         """Stores content. The first frame says what comes, and all of them carry it. The blob is complete when as many bytes have
         come as `blob.size_bytes` says, or with the frame that is `last`, or when the stream ends and the content is what
         `blob.name` says; the end of the stream alone says nothing, since one that is cut ends as well.
+        What comes behind that is not looked at.
         INVALID_ARGUMENT BLOB_CORRUPT when the content is not what the first frame says, or not complete; then
-        metadata.send_from says where an upload with an upload_id goes on.
-        With an upload_id, what arrived before a cut is kept, and the next call goes on from there: ABORTED
-        UPLOAD_OFFSET_MISMATCH, naming the right one, when `offset` is another. A repeat of a completed upload_id returns its
-        blob, and so does a first frame that names a blob the server has: nothing need be sent then.
+        metadata.committed_bytes says where an upload with an upload_id goes on. What is wrong is forgotten.
+        With an upload_id, what arrived before a cut or a stop of the server is kept, all but the last 256 KiB of it when the
+        server is killed, and the next call goes on from there: ABORTED UPLOAD_OFFSET_MISMATCH, naming the right one, when
+        `offset` is another. A repeat of a completed upload_id returns its blob, and is ALREADY_EXISTS REQUEST_ID_REUSED when
+        its first frame says another size or name. A first frame that names a blob the server has returns it, too: nothing
+        need be sent then.
         """
 
     @_abc_1.abstractmethod

@@ -44,7 +44,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_ALREADY_EXISTS: _ErrorReason.ValueType  # 7
     """ALREADY_EXISTS: the id is taken; ResourceInfo names the holder."""
     ERROR_REASON_REQUEST_ID_REUSED: _ErrorReason.ValueType  # 8
-    """ALREADY_EXISTS: a request_id, command_id or run_id came again with another body."""
+    """ALREADY_EXISTS: a request_id, command_id, run_id or upload_id came again with another body."""
     ERROR_REASON_ETAG_MISMATCH: _ErrorReason.ValueType  # 9
     """ABORTED: the resource changed since; metadata.etag is the current one."""
     ERROR_REASON_SEQUENCE_MISMATCH: _ErrorReason.ValueType  # 10
@@ -127,7 +127,7 @@ ERROR_REASON_BLOB_NOT_FOUND: ErrorReason.ValueType  # 6
 ERROR_REASON_ALREADY_EXISTS: ErrorReason.ValueType  # 7
 """ALREADY_EXISTS: the id is taken; ResourceInfo names the holder."""
 ERROR_REASON_REQUEST_ID_REUSED: ErrorReason.ValueType  # 8
-"""ALREADY_EXISTS: a request_id, command_id or run_id came again with another body."""
+"""ALREADY_EXISTS: a request_id, command_id, run_id or upload_id came again with another body."""
 ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 9
 """ABORTED: the resource changed since; metadata.etag is the current one."""
 ERROR_REASON_SEQUENCE_MISMATCH: ErrorReason.ValueType  # 10

@@ -47,6 +47,8 @@ class Contents:
         self._new_id = new_id
         self._clock = clock
         self._held: Counter[tuple[str, str]] = Counter()
+        self._receiving: set[asyncio.Task[v1.Blob]] = set()
+        self._draining = False
 
     # ---- blobs
 
@@ -56,16 +58,19 @@ class Contents:
         """The blob that UploadBlob makes of its frames, `first` among them, with the media type and filename that it
         gives. When they break off, what has come is kept if the caller named the upload.
 
-        Raises NotecaseError BLOB_CORRUPT, PAYLOAD_TOO_LARGE, UPLOAD_OFFSET_MISMATCH; what `frames` raises."""
+        Raises NotecaseError BLOB_CORRUPT, PAYLOAD_TOO_LARGE, UPLOAD_OFFSET_MISMATCH, REQUEST_ID_REUSED,
+        SERVER_DRAINING; what `frames` raises."""
         self._check_size(first.blob.size_bytes)
-        upload_id = first.upload_id or self._new_id()
-        stored = await self._stored(tenant, first)
+        stored = await self._stored(tenant, first.blob)
         if stored is None:
+            upload_id = first.upload_id or self._new_id()
             upload = await self._store.open_upload(tenant, upload_id, self._clock() + UPLOAD_MICROSECONDS)
-            if upload.HasField("blob"):
-                stored = upload.blob
+            if not upload.HasField("blob"):
+                stored = await self._received(tenant, upload, first, frames)
+            elif _differs(first.blob, upload.blob):
+                raise errors.reused("upload_id", upload_id)
             else:
-                stored = await self._receive(tenant, upload, first, frames)
+                stored = upload.blob
         return v1.Blob(
             name=stored.name,
             size_bytes=stored.size_bytes,
@@ -73,10 +78,33 @@ class Contents:
             filename=first.blob.filename,
         )
 
-    async def _stored(self, tenant: str, first: v1.UploadBlobRequest) -> v1.Blob | None:
+    async def _stored(self, tenant: str, said: v1.Blob) -> v1.Blob | None:
         """The blob that the first frame names, if it is here; it then counts as uploaded just now."""
-        sha256 = names.parse_blob(first.blob.name)
-        return await self._store.touch_blob(tenant, sha256) if sha256 else None
+        sha256 = names.parse_blob(said.name)
+        stored = await self._store.touch_blob(tenant, sha256) if sha256 else None
+        if stored is not None and (problem := _differs(said, stored)):
+            raise errors.blob_corrupt(problem)
+        return stored
+
+    async def _received(
+        self,
+        tenant: str,
+        upload: v1.Upload,
+        first: v1.UploadBlobRequest,
+        frames: AsyncIterator[v1.UploadBlobRequest],
+    ) -> v1.Blob:
+        if self._draining:
+            raise errors.draining()
+        receiving = asyncio.create_task(self._receive(tenant, upload, first, frames))
+        self._receiving.add(receiving)
+        receiving.add_done_callback(self._receiving.discard)
+        try:
+            return await receiving
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if self._draining and caller is not None and not caller.cancelling():
+                raise errors.draining() from None
+            raise
 
     async def _receive(
         self,
@@ -93,28 +121,32 @@ class Contents:
             last = False
             async for frame in frames:
                 await writer.add(frame.chunk)
-                last = last or frame.last
+                last = frame.last
+                if last or 0 < first.blob.size_bytes <= writer.size:
+                    break
             await writer.flush()
-            return await self._complete(tenant, upload.upload_id, first.blob, writer, last)
+            made = writer.blob
+            if not (last or 0 < first.blob.size_bytes <= made.size_bytes or first.blob.name == made.name):
+                raise errors.blob_cut(made.size_bytes, first.blob.size_bytes, resumable=first.upload_id != "")
+            if problem := _differs(first.blob, made):
+                raise errors.blob_corrupt(problem)
+            sha256 = made.name.removeprefix("blobs/")
+            return await self._store.complete_upload(tenant, upload.upload_id, made.size_bytes, sha256)
         except BaseException as error:
             # A caller who comes back finds what he has sent; nobody comes back to an upload that has no name.
-            useless = isinstance(error, NotecaseError) and error.reason in WRONG and not error.metadata.get("send_from")
-            drop = useless or not first.upload_id
+            refused = isinstance(error, NotecaseError) and error.reason in WRONG
+            goes_on = isinstance(error, NotecaseError) and "committed_bytes" in error.metadata
+            drop = not first.upload_id or (refused and not goes_on)
             with suppress(NotecaseError):
                 await asyncio.shield(self._store.drop_upload(tenant, upload.upload_id) if drop else writer.flush())
             raise
 
-    async def _complete(self, tenant: str, upload_id: str, said: v1.Blob, writer: "_Writer", last: bool) -> v1.Blob:
-        name = names.blob(writer.digest.hexdigest())
-        size = writer.size
-        if said.size_bytes and (size > said.size_bytes or (last and size < said.size_bytes)):
-            raise errors.blob_corrupt(f"has {size} bytes, and was said to have {said.size_bytes}")
-        if not (last or (said.size_bytes and size == said.size_bytes) or said.name == name):
-            more = f"of {said.size_bytes}" if said.size_bytes else "and was not said to be complete"
-            raise errors.blob_corrupt(f"ends at byte {size} {more}; send the rest", send_from=size)
-        if said.name and said.name != name:
-            raise errors.blob_corrupt("has another SHA-256 than its name says", name=name)
-        return await self._store.complete_upload(tenant, upload_id, size, name.removeprefix("blobs/"))
+    async def drain(self) -> None:
+        """Takes no more uploads and ends those under way; what has come of them is stored when it returns."""
+        self._draining = True
+        for receiving in self._receiving:
+            receiving.cancel()
+        await asyncio.gather(*self._receiving, return_exceptions=True)
 
     def _check_size(self, size: int) -> None:
         if size > self.limits.blob:
@@ -228,18 +260,32 @@ def _shown(value: v1.Value) -> object:
             return plain
 
 
+def _differs(said: v1.Blob, stored: v1.Blob) -> str:
+    """How content is not what its first frame says, for `errors.blob_corrupt`; empty when it is."""
+    if said.size_bytes and said.size_bytes != stored.size_bytes:
+        return f"has {stored.size_bytes} bytes, and was said to have {said.size_bytes}"
+    if said.name and said.name != stored.name:
+        return f"has another SHA-256 than its name says: it is {stored.name}"
+    return ""
+
+
 class _Writer:
-    """Puts chunks of any size into an upload, in pieces of CHUNK_BYTES or more."""
+    """Puts chunks of any size into an upload, in pieces of CHUNK_BYTES."""
 
     def __init__(self, store: Store, tenant: str, upload: v1.Upload, check_size: Callable[[int], None]) -> None:
-        self.digest = hashlib.sha256()
         self.size = 0
         """What came, before this call and with it."""
+        self._digest = hashlib.sha256()
         self._store = store
         self._tenant = tenant
         self._upload = upload
         self._check_size = check_size
         self._pending = bytearray()
+
+    @property
+    def blob(self) -> v1.Blob:
+        """What has come, as a blob."""
+        return v1.Blob(name=names.blob(self._digest.hexdigest()), size_bytes=self.size)
 
     async def recall(self) -> None:
         """Takes in what an earlier call has stored."""
@@ -248,18 +294,21 @@ class _Writer:
 
     def _take(self, chunk: bytes) -> None:
         self._check_size(self.size + len(chunk))
-        self.digest.update(chunk)
+        self._digest.update(chunk)
         self.size += len(chunk)
 
     async def add(self, chunk: bytes) -> None:
         self._take(chunk)
         self._pending += chunk
-        if len(self._pending) >= CHUNK_BYTES:
-            await self.flush()
+        await self._write(len(self._pending) // CHUNK_BYTES * CHUNK_BYTES)
 
     async def flush(self) -> None:
         """Stores what has come; durable when it returns."""
-        if self._pending:
-            data = bytes(self._pending)
-            self._pending.clear()
-            await self._store.add_chunk(self._tenant, self._upload.upload_id, self.size - len(data), data)
+        await self._write(len(self._pending))
+
+    async def _write(self, size: int) -> None:
+        if size:
+            start = self.size - len(self._pending)
+            data = bytes(self._pending[:size])
+            del self._pending[:size]
+            await self._store.add_chunk(self._tenant, self._upload.upload_id, start, data)

@@ -10,7 +10,7 @@ from typing import TypeVar
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.store.contract import Scope
+from notecase_server.store.contract import CHUNK_BYTES, Scope
 from notecase_server.store.fold import PREFIX, references
 from notecase_server.store.tables import BlobRow, Tables, UploadRow
 
@@ -55,8 +55,13 @@ def put_blob(tables: Tables, now: int, tenant: str, sha256: str, data: bytes) ->
     row = tables.blob(tenant, sha256)
     if row is None:
         row = BlobRow(tables.new_content(), len(data))
-        tables.add_chunk(row.content, 0, data)
+        _add_pieces(tables, row.content, 0, data)
     tables.put_blob(tenant, sha256, row, now)
+
+
+def _add_pieces(tables: Tables, content: int, start: int, data: bytes) -> None:
+    for at in range(0, len(data), CHUNK_BYTES):
+        tables.add_chunk(content, start + at, data[at : at + CHUNK_BYTES])
 
 
 def get_blob(tables: Tables, tenant: str, sha256: str) -> v1.Blob | None:
@@ -118,7 +123,7 @@ def add_chunk(tables: Tables, tenant: str, upload_id: str, offset: int, data: by
     row = _upload(tables, tenant, upload_id)
     if row.size != offset or row.sha256:
         raise errors.upload_offset_mismatch(upload_id, row.size)
-    tables.add_chunk(row.content, offset, data)
+    _add_pieces(tables, row.content, offset, data)
     tables.put_upload(tenant, upload_id, row._replace(size=offset + len(data)))
 
 
@@ -144,17 +149,18 @@ def complete_upload(tables: Tables, now: int, tenant: str, upload_id: str, size:
 def drop_upload(tables: Tables, tenant: str, upload_id: str) -> None:
     """Store.drop_upload."""
     row = tables.upload(tenant, upload_id)
-    if row is not None:
-        if not row.sha256:
-            tables.discard(row.content)
+    if row is not None and not row.sha256:
+        tables.discard(row.content)
         tables.delete_upload(tenant, upload_id)
 
 
 def expire_uploads(tables: Tables, now: int, limit: int) -> int:
     """At most `limit` of them; returns how many."""
     expired = list(islice(tables.expired_uploads(now), limit))
-    for tenant, upload_id, _ in expired:
-        drop_upload(tables, tenant, upload_id)
+    for tenant, upload_id, row in expired:
+        if not row.sha256:
+            tables.discard(row.content)
+        tables.delete_upload(tenant, upload_id)
     return len(expired)
 
 

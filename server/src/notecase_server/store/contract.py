@@ -33,7 +33,7 @@ class SessionKey(NamedTuple):
 
 
 CHUNK_BYTES = 256 << 10
-"""Content is written in pieces of at least this much, its last one excepted: a row each, and a read each."""
+"""Content lies in pieces of at most this much: a row each, and a read each."""
 
 
 class Scope(NamedTuple):
@@ -480,7 +480,7 @@ class Store(Protocol):
         ...
 
     async def drop_upload(self, tenant: str, upload_id: str) -> None:
-        """Forgets the upload, with its bytes unless they are a blob. Of a missing one: nothing."""
+        """Forgets an upload under way, with its bytes. Of one that is missing or complete: nothing."""
         ...
 
     async def sweep_blobs(self, now: int, uploaded_before: int, held: Container[tuple[str, str]] = ()) -> int:

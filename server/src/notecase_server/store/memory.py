@@ -444,9 +444,10 @@ class _MemoryTables:
         deleted = 0
         while self._discarded and deleted < limit:
             pieces = self._contents[self._discarded[-1]]
-            while pieces and deleted < limit:
+            gone = min(len(pieces), limit - deleted)
+            for _ in range(gone):
                 pieces.popitem()
-                deleted += 1
+            deleted += max(gone, 1)
             if not pieces:
                 del self._contents[self._discarded.pop()]
         return deleted

@@ -416,7 +416,7 @@ class SqliteTables:
         self._execute("INSERT INTO chunks (content, start, data) VALUES (?, ?, ?)", (content, start, data))
 
     def chunk(self, content: int, offset: int) -> bytes:
-        # substr counts from 1, and reads no more of the row than it gives.
+        # substr counts from 1.
         row = self._one(
             """SELECT substr(data, ? - start + 1) FROM chunks WHERE content = ? AND start <= ?
                 ORDER BY start DESC LIMIT 1""",
@@ -437,7 +437,7 @@ class SqliteTables:
                     (SELECT start FROM chunks WHERE content = ?1 LIMIT ?2)""",
                 (row[0], limit - deleted),
             ).rowcount
-            deleted += gone
+            deleted += max(gone, 1)
             self.deleted = True
             if not self._one("SELECT 1 FROM chunks WHERE content = ? LIMIT 1", row[0]):
                 self._execute("DELETE FROM contents WHERE content = ?", row)

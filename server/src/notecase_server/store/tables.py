@@ -202,7 +202,8 @@ class Tables(Protocol):
         ...
 
     def delete_chunks(self, limit: int) -> int:
-        """Removes at most `limit` pieces of what was given up, and returns how many."""
+        """Removes at most `limit` pieces of what was given up, and returns how many; content without any counts as a
+        piece."""
         ...
 
     def blob(self, tenant: str, sha256: str) -> BlobRow | None: ...
