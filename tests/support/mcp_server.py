@@ -141,6 +141,11 @@ def structured() -> CallToolResult:
 
 
 @plain
+def photograph(size: int) -> CallToolResult:
+    return CallToolResult(content=[ImageContent(data=base64.b64encode(b"x" * size).decode(), mime_type="image/jpeg")])
+
+
+@plain
 def broken_image() -> CallToolResult:
     return CallToolResult(content=[ImageContent(data="!!", mime_type="image/png")])
 

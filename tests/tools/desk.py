@@ -91,6 +91,11 @@ def flood(size: int) -> str:
     return "x" * size
 
 
+@tool
+def flood_of_data(size: int, media_type: str) -> v1.Part:
+    return v1.Part(data=v1.InlineData(data=b"x" * size, media_type=media_type))
+
+
 def _error(kind: str) -> BaseException:
     errors: dict[str, BaseException] = {
         "failure": ToolFailure("The drawer is locked."),

@@ -13,7 +13,7 @@ import structlog.testing
 from notecase import to_value, v1
 from notecase_server.tools.contract import CallContext, Outcome, ToolSettingsError
 from notecase_server.tools.functions import PythonTool, load, tool
-from notecase_server.tools.outcome import MAX_ERROR, MAX_RESULT
+from notecase_server.tools.outcome import MAX_ERROR, MAX_MEDIA, MAX_RESULT
 
 from tests.tools import desk
 from tests.tools.calls import context
@@ -145,6 +145,15 @@ async def test_a_result_larger_than_the_log_takes_is_an_error() -> None:
     assert text("x" * largest) == await call("flood", size=largest)
     told = f"The result has {MAX_RESULT + 1} bytes; at most {MAX_RESULT} are taken. Ask for less."
     assert Outcome(error=told) == await call("flood", size=largest + 1)
+
+
+async def test_media_may_be_larger_than_text() -> None:
+    """They become blobs; a file of text is shown to a model as text, and bounded as such."""
+    (part,) = (await call("flood_of_data", size=MAX_MEDIA, media_type="image/png")).parts
+    assert MAX_MEDIA == len(part.data.data)
+    told = f"The result has {MAX_MEDIA + 1} bytes of media; at most {MAX_MEDIA} are taken. Ask for less."
+    assert Outcome(error=told) == await call("flood_of_data", size=MAX_MEDIA + 1, media_type="image/png")
+    assert f"at most {MAX_RESULT}" in (await call("flood_of_data", size=MAX_RESULT, media_type="Text/csv")).error
 
 
 @pytest.mark.parametrize("name", ["fail", "fail_in_thread"])

@@ -18,7 +18,7 @@ from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.tools.contract import Function, Outcome, Toolbox
 from notecase_server.tools.mcp_settings import McpServerSettings
-from notecase_server.tools.outcome import MAX_ERROR, MAX_RESULT
+from notecase_server.tools.outcome import MAX_ERROR, MAX_MEDIA, MAX_RESULT
 from notecase_server.tools.toolbox import make_toolbox
 
 from tests.support.mcp_server import PIXEL
@@ -164,6 +164,12 @@ async def test_a_result_larger_than_the_log_takes_is_an_error(box: Toolbox) -> N
     assert f"at most {MAX_RESULT}" in (await call(box, "flood", size=largest + 1)).error
     assert () == (await call(box, "flood", size=10_000_000)).parts
     assert Outcome([v1.Part(text="still here")]) == await call(box, "echo", text="still here")
+
+
+async def test_an_image_may_be_larger_than_text(box: Toolbox) -> None:
+    (part,) = (await call(box, "photograph", size=MAX_MEDIA)).parts
+    assert ("image/jpeg", MAX_MEDIA) == (part.data.media_type, len(part.data.data))
+    assert f"at most {MAX_MEDIA}" in (await call(box, "photograph", size=MAX_MEDIA + 1)).error
 
 
 async def test_a_call_that_is_cancelled_is_cancelled_at_the_server(box: Toolbox, witness: Witness) -> None:

@@ -11,7 +11,10 @@ from notecase import v1
 from notecase.hints import Mismatch, dump, of_arguments, parse
 
 RESULT_BYTES = 512 << 10
-"""A larger result is an error: it would be in the log for good, and in every further request to the model."""
+"""A larger text is an error: it would be in the log for good, and in every further request to the model."""
+
+DATA_BYTES = 3 << 20
+"""Of data in a result, which the server keeps as blobs. What is larger is uploaded, and referred to by the result."""
 
 ERROR_CHARACTERS = 4000
 """An exception may quote anything; more of it helps no model."""
@@ -37,7 +40,8 @@ class Tool:
     What it returns is the result: text as it is, bytes and `v1.Part`s as data and parts, a list of parts as those, and
     everything else as JSON: what JSON has, enums and dataclasses. An exception becomes the call's `error`, such as
     "ValueError: no such paper", which the model reads and the log keeps; the traceback stays here, in the logger
-    "notecase". Arguments that do not fit and a result of more than 512 KiB are told to the model as errors, too.
+    "notecase". Arguments that do not fit and a result of more than 512 KiB of text or 3 MiB
+    of data are told to the model as errors, too.
 
     Raises TypeError for a function whose arguments a model cannot be told of.
     """
@@ -92,7 +96,10 @@ class Tool:
         except Exception as error:
             log.exception("The tool %s raised.", self.definition.name)
             told.error = _said(error)
-        if told.ByteSize() > RESULT_BYTES:
+        data = sum(len(part.data.data) for part in told.result)
+        if data > DATA_BYTES:
+            return v1.ToolResult(call_id=call.call_id, error=f"The result has more than {DATA_BYTES} bytes of data.")
+        if told.ByteSize() - data > RESULT_BYTES:
             return v1.ToolResult(call_id=call.call_id, error=f"The result is larger than {RESULT_BYTES} bytes.")
         return told
 

@@ -74,7 +74,7 @@ def tool(function: Callable[..., Any] | None = None, /, *, name: str = "", descr
     It may be async, or plain: then it runs in a thread, which nothing can stop. A cancelled call is left at once, what
     it still returns is dropped, and what it does outside is done. Parameters are passed by name and have types. It may
     return text, anything that is JSON (a pydantic model or a dataclass is), bytes, None, or a `v1.Part` or a list of
-    them with text, a file or data; 512 KiB in all.
+    them with text, a file or data; 512 KiB of text, 8 MiB of media.
 
     `name` instead of the function's own; `description` instead of its docstring."""
 

@@ -30,7 +30,7 @@ from notecase import v1
 from notecase_server import __version__, errors
 from notecase_server.tools.contract import CallContext, Function, Outcome
 from notecase_server.tools.mcp_settings import McpServerSettings
-from notecase_server.tools.outcome import MAX_RESULT, failed, succeeded
+from notecase_server.tools.outcome import MAX_MEDIA, MAX_RESULT, failed, succeeded
 
 log = structlog.get_logger()
 
@@ -55,8 +55,9 @@ NAME = re.compile(r"[^A-Za-z0-9_-]")
 
 NAME_LENGTH = 64
 
-MAX_ANSWER = 6 * MAX_RESULT
-"""Bytes of one answer on an event stream: JSON writes a byte as six at most, so no result that is taken is longer."""
+MAX_ANSWER = 6 * MAX_RESULT + 2 * MAX_MEDIA
+"""Bytes of one answer on an event stream: JSON writes a byte of text as six at most, and three of media as four; so no
+result that is taken is longer."""
 
 SESSION = "mcp-session-id"
 
