@@ -3,18 +3,23 @@
 import asyncio
 import hashlib
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import assert_type
+from typing import Any, assert_type
 
 import grpc
 import pytest
 from notecase import Client, NotecaseError, Resource, Retry, RunStream, text_of, v1
+from notecase_server.engine.content import Contents
+from notecase_server.rpc.watch import Pace
 
 from tests.client.conftest import QUICK
 from tests.client.proxy import Proxy
 from tests.support.openai_server import OpenAIServer, error, reply
-from tests.support.server import Running, Spawned
+from tests.support.server import Running, Spawned, running
+
+SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 64 << 10))
+"""So that little is read before it is asked for."""
 
 EAGER = v1.WatchOptions()
 EAGER.max_batch_delay.FromMilliseconds(0)
@@ -524,3 +529,74 @@ async def test_content_is_sent_and_read_through_cuts(served: Running, tmp_path: 
         with pytest.raises(NotecaseError) as missing:
             await anext(aiter(client.download("blobs/" + "0" * 64)))
         assert missing.value.reason == "BLOB_NOT_FOUND"
+
+
+async def test_an_upload_is_patient_as_long_as_it_gets_on(served: Running) -> None:
+    """Failures are counted in a row: two tries outlast five cuts when something got through before each."""
+    data = bytes(range(256)) * (96 << 10)
+    async with Proxy(served.address) as proxy, Client(proxy.address, retry=Retry(tries=2, first_delay=0.01)) as client:
+        sending = asyncio.create_task(client.upload(data, "image/png", upload_id="much"))
+        at = 0
+        for _ in range(5):
+            while (now := await committed(served, "much")) <= at:
+                assert not sending.done()
+            at = now
+            proxy.cut()
+        assert (await sending).name == f"blobs/{hashlib.sha256(data).hexdigest()}"
+
+
+async def committed(served: Running, upload_id: str) -> int:
+    try:
+        return (await served.blobs.GetUpload(v1.GetUploadRequest(upload_id=upload_id))).committed_bytes
+    except grpc.aio.AioRpcError as error:
+        assert error.code() == grpc.StatusCode.NOT_FOUND
+        return 0
+
+
+async def test_a_download_may_be_read_slowly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server lets a reader go who takes nothing for long; the client goes on where it was."""
+    gone, download = asyncio.Event(), Contents.download
+
+    async def told(*arguments: Any) -> AsyncIterator[v1.DownloadBlobResponse]:
+        try:
+            async with aclosing(download(*arguments)) as pieces:
+                async for piece in pieces:
+                    yield piece
+        finally:
+            gone.set()
+
+    monkeypatch.setattr(Contents, "download", told)
+    data = bytes(range(256)) * (64 << 10)
+    async with running(pace=Pace(stall=0.1)) as served, Client(served.address, options=SMALL_WINDOW) as client:
+        blob = await client.upload(data, "image/png")
+        pieces = aiter(client.download(blob))
+        read = await anext(pieces)
+        await gone.wait()
+        assert read + b"".join([piece async for piece in pieces]) == data
+
+
+@pytest.mark.parametrize(
+    ("name", "media_type"),
+    [("plan.pdf", "application/pdf"), ("facts.csv.gz", "application/gzip"), ("facts.tar.xz", "application/x-xz")],
+)
+async def test_a_files_media_type_is_what_its_bytes_are(
+    client: Client, tmp_path: Path, name: str, media_type: str
+) -> None:
+    """A compressed table is no table."""
+    (tmp_path / name).write_bytes(b"abc")
+    assert (await client.upload(tmp_path / name)).media_type == media_type
+
+
+async def test_the_plain_stubs_upload_too(served: Running) -> None:
+    """Without asyncio and without this client: the generated stub on grpc's own channel."""
+
+    def upload() -> v1.Blob:
+        with grpc.insecure_channel(served.address) as channel:
+            first = v1.UploadBlobRequest(blob=v1.Blob(media_type="text/plain"), chunk=b"abc")
+            blob: v1.Blob = v1.BlobServiceStub(channel).UploadBlob(
+                iter([first, v1.UploadBlobRequest(chunk=b"def", last=True)])
+            )
+            return blob
+
+    blob = await asyncio.to_thread(upload)
+    assert blob.name == f"blobs/{hashlib.sha256(b'abcdef').hexdigest()}"

@@ -80,3 +80,9 @@ def test_text_becomes_a_users_message_and_back() -> None:
     message.parts.add(refusal="no")
     message.parts.add(text=", Ada")
     assert text_of(message) == "Grüße, Ada"
+
+
+def test_a_blob_in_state_is_one_that_was_uploaded() -> None:
+    """No other could be looked up, and would be a reference to nothing."""
+    with pytest.raises(TypeError, match="uploaded"):
+        to_value([v1.Blob(media_type="image/png")])

@@ -30,7 +30,7 @@ class Contents:
         """See Client.upload."""
         path = None if isinstance(content, bytes) else Path(content)
         if path is not None:
-            media_type = media_type or mimetypes.guess_type(path)[0] or ""
+            media_type = media_type or _media_type(path)
             filename = filename or path.name
         if not media_type:
             raise ValueError("say which media_type the content has, for example application/pdf")
@@ -45,7 +45,10 @@ class Contents:
             while True:
                 try:
                     if begun:
-                        first.offset = await self._committed(first.upload_id)
+                        offset = await self._committed(first.upload_id)
+                        if offset > first.offset:
+                            backoff.progress()
+                        first.offset = offset
                     begun = True
                     return await self._blobs.UploadBlob(_frames(first, source))
                 except NotecaseError as error:
@@ -83,7 +86,9 @@ class Contents:
                             return
                 return
             except NotecaseError as error:
-                await backoff.wait(error)
+                # A reader may take his time; the server does not wait for him, and need not.
+                if error.reason != "WATCHER_TOO_SLOW":
+                    await backoff.wait(error)
 
 
 async def _frames(first: v1.UploadBlobRequest, source: BinaryIO) -> AsyncIterator[v1.UploadBlobRequest]:
@@ -91,6 +96,14 @@ async def _frames(first: v1.UploadBlobRequest, source: BinaryIO) -> AsyncIterato
     await asyncio.to_thread(source.seek, first.offset)
     while chunk := await asyncio.to_thread(source.read, CHUNK_BYTES):
         yield v1.UploadBlobRequest(chunk=chunk)
+
+
+def _media_type(path: Path) -> str:
+    """What a file's name says of it; of a compressed one, how it is compressed."""
+    kind, encoding = mimetypes.guess_type(path)
+    if encoding:
+        return "application/gzip" if encoding == "gzip" else f"application/x-{encoding}"
+    return kind or ""
 
 
 def _opened(content: bytes | str | PathLike[str]) -> BinaryIO:

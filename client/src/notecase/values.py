@@ -34,6 +34,8 @@ def to_value(plain: Plain) -> v1.Value:
         case bytes() | bytearray() | memoryview():
             return v1.Value(bytes_value=bytes(plain))
         case v1.Blob():
+            if not plain.name.startswith("blobs/"):
+                raise TypeError("a blob in state is one that was uploaded; this one has no name")
             return v1.Value(blob_value=plain)
         case Sequence():
             return v1.Value(list_value=v1.ValueList(values=map(to_value, plain)))

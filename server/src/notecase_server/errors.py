@@ -270,7 +270,7 @@ def tool_error(message: str) -> NotecaseError:
 def watcher_too_slow(seconds: float) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_WATCHER_TOO_SLOW,
-        f"Nothing was read from this stream for {seconds:g} seconds; attach again after the last sequence.",
+        f"Nothing was read from this stream for {seconds:g} seconds; go on after what was read last.",
         quota=f"a stream that is not read: {seconds:g} seconds",
     )
 
