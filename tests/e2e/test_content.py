@@ -3,17 +3,21 @@
 import asyncio
 import base64
 import hashlib
-from collections.abc import AsyncIterator
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
+from google.protobuf.empty_pb2 import Empty
 from notecase import Client, v1
+from notecase_server.serve import now
 from notecase_server.store.contract import CHUNK_BYTES
 
 from tests.client.proxy import Proxy
 from tests.e2e.driving import fields_of, log_of, metadata_of, reason_of, said
+from tests.store.build import ManualClock
 from tests.support.openai_server import OpenAIServer, reply, tool_calls
 from tests.support.server import Running, Spawned, running
 
@@ -384,6 +388,178 @@ async def test_a_tools_content_is_a_blob_in_the_log_and_shown_behind_its_answer(
     }
     (finished,) = [event.tool_finished for event in await log_of(served, session) if event.HasField("tool_finished")]
     assert finished.result[1].blob.name == f"blobs/{digest(b'png')}"
+
+
+async def test_a_tools_media_may_be_larger_than_text(served: Running, session: str, model: OpenAIServer) -> None:
+    """Also what a caller gives back; it becomes a blob, and the log holds the reference."""
+    model.script(tool_calls(("draw", "{}")), reply("A fine photograph."))
+    tool = v1.Tool(name="draw", client=v1.ClientTool())
+    start = v1.StartRun(session=session, messages=[said("Draw")], client_tools=[tool])
+    waiting = (await served.runs.Invoke(v1.InvokeRequest(start=start))).run
+    image = noise(3 * MIB)
+    result = [v1.Part(data=v1.InlineData(data=image, media_type="image/jpeg"))]
+    command = v1.RunRequest(tool_result=v1.ToolResult(call_id=waiting.pending_calls[0].call_id, result=result))
+    await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=command))
+    await served.runs.WaitRun(v1.WaitRunRequest(name=waiting.name, after_sequence=waiting.last_sequence))
+    assert model.requests[-1]["messages"][-1]["content"][1] == {
+        "type": "image_url",
+        "image_url": {"url": url(image, "image/jpeg")},
+    }
+
+
+async def test_what_came_at_once_is_downloaded_in_frames_of_their_size(served: Running, session: str) -> None:
+    data = noise(3 * MIB)
+    part = v1.Part(data=v1.InlineData(data=data, media_type="image/png"))
+    append = v1.AppendMessagesRequest(parent=session, messages=[v1.Message(parts=[part])])
+    name = (await served.messages.AppendMessages(append)).messages[0].parts[0].blob.name
+    pieces = [piece.chunk async for piece in served.blobs.DownloadBlob(v1.DownloadBlobRequest(name=name))]
+    assert b"".join(pieces) == data
+    assert max(map(len, pieces)) <= 2 * MIB
+
+
+async def test_keys_of_state_make_no_message_larger_than_one_may_be(served: Running, session: str) -> None:
+    """A key is a few bytes to name and up to a megabyte to hold."""
+    note = v1.Value(string_value="x" * 250_000)
+    await served.state.PutState(v1.PutStateRequest(name=f"{session}/state", key="note", value=note))
+    part = v1.Part(state_key="note")
+    for messages in ([v1.Message(parts=[part] * 4)], [v1.Message(parts=[part] * 3)] * 6):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await served.messages.AppendMessages(v1.AppendMessagesRequest(parent=session, messages=messages))
+        assert reason_of(refused.value) == "PAYLOAD_TOO_LARGE"
+    fine = v1.AppendMessagesRequest(parent=session, messages=[v1.Message(parts=[part] * 3)] * 5)
+    assert len((await served.messages.AppendMessages(fine)).messages) == 5
+
+
+async def test_large_json_is_a_blob_too(served: Running, session: str, model: OpenAIServer) -> None:
+    """Said, or what state comes to in JSON, where one byte may be six; the model reads it as it reads all JSON."""
+    text = "\x01" * 200_000
+    note = v1.Value(map_value=v1.ValueMap(values={"a": v1.Value(string_value=text)}))
+    await served.state.PutState(v1.PutStateRequest(name=f"{session}/state", key="note", value=note))
+    said_json = json.dumps("y" * 300_000)
+    shown = await start_and_see(served, model, session, v1.Part(state_key="note"), v1.Part(json=said_json))
+    assert shown == [{"type": "text", "text": json.dumps({"a": text})}, {"type": "text", "text": said_json}]
+    listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session))
+    assert [part.blob.media_type for part in listed.messages[0].parts] == ["application/json"] * 2
+
+
+async def test_in_every_role_text_is_text_and_what_is_none_is_refused(
+    served: Running, session: str, model: OpenAIServer
+) -> None:
+    """A system's or an assistant's message is words to a model: long ones, too, which are blobs here."""
+    long = "é" * 200_000
+    roles = (v1.Message.ROLE_SYSTEM, v1.Message.ROLE_ASSISTANT)
+    texts = [v1.Message(role=role, parts=[v1.Part(text="a"), v1.Part(text=long)]) for role in roles]
+    await served.messages.AppendMessages(v1.AppendMessagesRequest(parent=session, messages=texts))
+    await start_and_see(served, model, session, v1.Part(text="Hi"))
+    assert [shown["content"] for shown in model.requests[-1]["messages"][1:3]] == [f"a{long}"] * 2
+    sent = len(model.requests)
+    image = v1.Part(data=v1.InlineData(data=b"png", media_type="image/png"))
+    for role, where in zip(roles, ("A system message", "An assistant's message"), strict=True):
+        case = f"case-{role}"
+        await served.sessions.CreateSession(
+            v1.CreateSessionRequest(session_id=case, session=v1.Session(agent="agents/clerk"))
+        )
+        shown = v1.Message(role=role, parts=[image])
+        await served.messages.AppendMessages(
+            v1.AppendMessagesRequest(parent=f"sessions/{case}", messages=[said("Hi"), shown, said("Well?")])
+        )
+        done = await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=f"sessions/{case}")))
+        assert done.run.error.reason == v1.ERROR_REASON_CONTENT_UNSUPPORTED
+        assert done.run.error.message == f"{where} holds media type 'image/png'; the model takes only text there."
+    assert len(model.requests) == sent, "nothing was asked"
+
+
+async def test_what_nothing_refers_to_is_forgotten_by_the_server_after_a_day(
+    store_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An upload that was left as well; what a message refers to stays."""
+    monkeypatch.setattr("notecase_server.serve.SWEEP_SECONDS", 0.01)
+    clock = ManualClock()
+    async with running(store_url, clock=clock) as served:
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case"))
+        kept, loose = await upload(served, b"kept"), await upload(served, b"loose")
+        message = v1.Message(parts=[v1.Part(blob=kept)])
+        await served.messages.AppendMessages(v1.AppendMessagesRequest(parent="sessions/case", messages=[message]))
+        with pytest.raises(grpc.aio.AioRpcError):
+            await upload(served, blob=PDF, upload_id="left")
+        clock.now += 24 * 3600 * 1_000_000 + 1
+        for gone in (
+            lambda: served.blobs.GetBlob(v1.GetBlobRequest(name=loose.name)),
+            lambda: served.blobs.GetUpload(v1.GetUploadRequest(upload_id="left")),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                while True:
+                    await gone()
+            assert reason_of(refused.value) == "BLOB_NOT_FOUND"
+        assert await download(served, kept.name) == b"kept"
+
+
+async def test_every_way_into_state_holds_what_it_refers_to(served: Running, session: str, model: OpenAIServer) -> None:
+    """However deep; what is not there is refused, and what no state and no log refers to any more can go."""
+
+    def value(blob: v1.Blob) -> v1.Value:
+        inner = v1.ValueMap(values={"deep": v1.Value(blob_value=blob)})
+        return v1.Value(list_value=v1.ValueList(values=[v1.Value(map_value=inner)]))
+
+    def put(owner: str) -> Callable[[v1.Blob], Awaitable[object]]:
+        return lambda blob: served.state.PutState(
+            v1.PutStateRequest(name=f"{owner}/state", key="put", value=value(blob))
+        )
+
+    def update(owner: str) -> Callable[[v1.Blob], Awaitable[object]]:
+        return lambda blob: served.state.UpdateState(
+            v1.UpdateStateRequest(name=f"{owner}/state", ops=[v1.StateOp(key="append", append=value(blob))])
+        )
+
+    def command(blob: v1.Blob) -> Awaitable[object]:
+        ops = [v1.StateOp(key="command", set=value(blob))]
+        sent = v1.RunRequest(update_state=v1.StateUpdate(ops=ops))
+        return cast("Awaitable[object]", served.runs.SendCommand(v1.SendCommandRequest(session=session, command=sent)))
+
+    def start(blob: v1.Blob) -> Awaitable[object]:
+        model.script(reply("Yes."))
+        begun = v1.StartRun(session=session, messages=[said("Hi")], state={"start": value(blob)})
+        return cast("Awaitable[object]", served.runs.Invoke(v1.InvokeRequest(start=begun)))
+
+    def create(blob: v1.Blob) -> Awaitable[object]:
+        request = v1.CreateSessionRequest(session_id="other", state={"create": value(blob)})
+        return cast("Awaitable[object]", served.sessions.CreateSession(request))
+
+    owners = (session, "users/ada", "app")
+    ways: list[tuple[str, str, Callable[[v1.Blob], Awaitable[object]]]] = [
+        *((owner, "put", put(owner)) for owner in owners),
+        *((owner, "append", update(owner)) for owner in owners),
+        (session, "command", command),
+        (session, "start", start),
+        ("sessions/other", "create", create),
+    ]
+    blobs = []
+    for number, (owner, key, way) in enumerate(ways):
+        missing = v1.Blob(name=f"blobs/{digest(b'missing')}", media_type="application/pdf")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await way(missing)
+        assert reason_of(refused.value) == "BLOB_NOT_FOUND"
+        blob = await upload(served, f"content {number}".encode())
+        blobs.append(blob)
+        await way(v1.Blob(name=blob.name, media_type=blob.media_type))
+        state = await served.state.GetState(v1.GetStateRequest(name=f"{owner}/state", keys=[key]))
+        items = state.entries[key].value.list_value.values
+        found = items[0].list_value.values[0] if key == "append" else items[0]
+        assert found.map_value.values["deep"].blob_value.size_bytes == len(f"content {number}")
+    assert await forgotten(served) == 0
+    for owner in ("users/ada", "app"):
+        ops = [v1.StateOp(key="put", set=v1.Value(int_value=1)), v1.StateOp(key="append", remove=Empty())]
+        await served.state.UpdateState(v1.UpdateStateRequest(name=f"{owner}/state", ops=ops))
+    assert await forgotten(served) == 4, "what was overwritten, and what was removed"
+    for name in (session, "sessions/other"):
+        await served.sessions.DeleteSession(v1.DeleteSessionRequest(name=name))
+    assert await forgotten(served) == len(ways) - 4
+
+
+async def forgotten(served: Running) -> int:
+    """How many blobs a day later would find without anybody who needs them."""
+    later = now() + 25 * 3600 * 1_000_000
+    return await served.server._store.sweep_blobs(later, later)
 
 
 async def test_two_hundred_megabytes_pass_through_a_server_that_stays_small(tmp_path: Path) -> None:

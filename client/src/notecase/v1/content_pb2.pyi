@@ -100,7 +100,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_IMPORT_INVALID: _ErrorReason.ValueType  # 35
     """INVALID_ARGUMENT: the file is no export of a session, or not a whole one, or of a newer format."""
     ERROR_REASON_WATCHER_TOO_SLOW: _ErrorReason.ValueType  # 36
-    """RESOURCE_EXHAUSTED: the stream's reader took nothing for too long; attach again after the last sequence."""
+    """RESOURCE_EXHAUSTED: the stream's reader took nothing for too long; go on after what was read last."""
     ERROR_REASON_UPLOAD_OFFSET_MISMATCH: _ErrorReason.ValueType  # 37
     """ABORTED: the upload goes on elsewhere; metadata.committed_bytes says where."""
     ERROR_REASON_STATE_KEY_NOT_FOUND: _ErrorReason.ValueType  # 39
@@ -183,7 +183,7 @@ ERROR_REASON_CONTENT_UNSUPPORTED: ErrorReason.ValueType  # 34
 ERROR_REASON_IMPORT_INVALID: ErrorReason.ValueType  # 35
 """INVALID_ARGUMENT: the file is no export of a session, or not a whole one, or of a newer format."""
 ERROR_REASON_WATCHER_TOO_SLOW: ErrorReason.ValueType  # 36
-"""RESOURCE_EXHAUSTED: the stream's reader took nothing for too long; attach again after the last sequence."""
+"""RESOURCE_EXHAUSTED: the stream's reader took nothing for too long; go on after what was read last."""
 ERROR_REASON_UPLOAD_OFFSET_MISMATCH: ErrorReason.ValueType  # 37
 """ABORTED: the upload goes on elsewhere; metadata.committed_bytes says where."""
 ERROR_REASON_STATE_KEY_NOT_FOUND: ErrorReason.ValueType  # 39
@@ -345,7 +345,7 @@ Global___Blob: _TypeAlias = Blob  # noqa: Y015
 
 @_typing.final
 class Part(_message.Message):
-    """One part of a message. Beside content that becomes a blob, the parts of one message are together at most 1 MiB."""
+    """One part of a message. Beside content that becomes a blob, the parts of one message are together at most 960 KiB."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -362,13 +362,15 @@ class Part(_message.Message):
     """Above 256 KiB, in what a caller or a tool says, it becomes a blob of media type text/plain."""
     json: _builtins.str
     """RFC 8259 text: a reply of an agent with an `output_schema`, or data that a caller sends, which the model reads as text.
-    In an incomplete message it may be cut off, or not what the schema asked for.
+    In an incomplete message it may be cut off, or not what the schema asked for. Above 256 KiB, in what a caller or a
+    tool says, it becomes a blob of media type application/json.
     """
     refusal: _builtins.str
     """The model's own words for not answering; made by models only."""
     state_key: _builtins.str
     """Input only: the value that the session's state has under this key when the message is taken. A blob or bytes become a
     blob, a string becomes text, and what else there is becomes json. NOT_FOUND when the key does not exist.
+    RESOURCE_EXHAUSTED when the messages said at once then have more than 4 MiB.
     """
     @_builtins.property
     def reasoning(self) -> Global___Reasoning:

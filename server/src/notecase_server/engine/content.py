@@ -16,10 +16,19 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import CHUNK_BYTES, Clock, Scope, SessionKey, Store
+from notecase_server.store.contract import CHUNK_BYTES, PAGE_BYTES, Clock, Scope, SessionKey, Store
 
 MAX_PART_BYTES = 256 << 10
 """What a part keeps to itself; more becomes a blob, so that pages of messages stay small."""
+
+MAX_MESSAGE_BYTES = PAGE_BYTES - (64 << 10)
+"""Of a message beside what becomes blobs: it fits into one page."""
+
+MAX_SAID_BYTES = 4 << 20
+"""Of all messages that are said at once. No request carries more; but one that names keys of state can come to more."""
+
+MEDIA_TYPES = {"text": "text/plain; charset=utf-8", "json": "application/json"}
+"""Of parts that become blobs when they are large."""
 
 UPLOAD_MICROSECONDS = 24 * 60 * 60 * 1_000_000
 """How long an upload waits to be gone on with, and a blob for somebody to refer to it."""
@@ -196,29 +205,39 @@ class Contents:
     ) -> list[v1.Message]:
         """Messages as the log holds them; `state` is what the session's state is about to be set to.
 
-        Raises NotecaseError STATE_KEY_NOT_FOUND."""
-        made = []
+        Raises NotecaseError STATE_KEY_NOT_FOUND; PAYLOAD_TOO_LARGE when keys of state make them too large."""
+        made, size = [], 0
         for message in messages:
             kept = v1.Message()
             kept.CopyFrom(message)
             del kept.parts[:]
             kept.parts.extend(await self.parts(key, message.parts, state))
+            size += kept.ByteSize()
+            if size > MAX_SAID_BYTES:
+                raise errors.too_large("What is said at once", size, MAX_SAID_BYTES)
             made.append(kept)
         return made
 
     async def parts(
         self, key: SessionKey, parts: Sequence[v1.Part], state: Mapping[str, v1.Value] | None = None
     ) -> list[v1.Part]:
-        """As `kept`."""
-        return [await self._part(key, part, state) for part in parts]
+        """As `kept`, of one message or result."""
+        made, size = list[v1.Part](), 0
+        for part in parts:
+            made.append(await self._part(key, part, state))
+            size += made[-1].ByteSize()
+            if size > MAX_MESSAGE_BYTES:  # looked at here, lest a few keys of state fill the memory
+                raise errors.too_large("What is said", size, MAX_MESSAGE_BYTES)
+        return made
 
     async def _part(self, key: SessionKey, part: v1.Part, state: Mapping[str, v1.Value] | None) -> v1.Part:
         match part.WhichOneof("kind"):
             case "data":
                 data = part.data
                 return v1.Part(blob=await self.put(key.tenant, data.data, data.media_type, data.filename))
-            case "text" if len(part.text) > MAX_PART_BYTES or len(part.text.encode()) > MAX_PART_BYTES:
-                return v1.Part(blob=await self.put(key.tenant, part.text.encode(), "text/plain; charset=utf-8"))
+            case "text" | "json" as kind if is_large(part):
+                text = (part.text or part.json).encode()
+                return v1.Part(blob=await self.put(key.tenant, text, MEDIA_TYPES[kind]))
             case "state_key":
                 return await self._part(key, await self._noted(key, part.state_key, state), None)
         return part
@@ -240,6 +259,12 @@ class Contents:
             case "string_value":
                 return v1.Part(text=value.string_value)
         return v1.Part(json=json.dumps(_shown(value), ensure_ascii=False))
+
+
+def is_large(part: v1.Part) -> bool:
+    """Whether a part of text or JSON becomes a blob."""
+    text = part.text or part.json
+    return len(text) > MAX_PART_BYTES or len(text.encode()) > MAX_PART_BYTES
 
 
 def _shown(value: v1.Value) -> object:

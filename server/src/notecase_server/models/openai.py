@@ -303,32 +303,37 @@ def _is_passing(status: int | None, words: str) -> bool:
 async def _loaded(request: ModelRequest) -> ModelRequest:
     """The request with the content that its messages refer to within them.
 
-    Raises CONTENT_UNSUPPORTED for a media type that there is no place for, before anything of it is read, and for more
-    content than a request may carry."""
+    Raises CONTENT_UNSUPPORTED for a media type that there is no place for, and for more content than a request may
+    carry, before any of it is read."""
+    referring = [index for index, message in enumerate(request.messages) if _refers(message)]
+    if not referring:
+        return request
+    blobs = [part.blob for index in referring for part in _all_parts(request.messages[index]) if part.HasField("blob")]
+    for blob in blobs:
+        _check_media_type(blob.media_type)
+    total = sum(blob.size_bytes for blob in blobs)
+    if total > MAX_CONTENT_BYTES:
+        raise errors.content_unsupported(
+            f"The conversation refers to {total} bytes of content; the model takes at most {MAX_CONTENT_BYTES}."
+        )
+    assert request.load is not None, "who refers to content brings the means to load it"
     messages = list(request.messages)
-    total = 0
-    for index, message in enumerate(messages):
-        if len(message.parts) == 1 and message.parts[0].text:
-            continue  # nearly every message
-        blobs = [part.blob for part in _all_parts(message) if part.HasField("blob")]
-        if not blobs:
-            continue
-        for blob in blobs:
-            _check_media_type(blob.media_type)
-            total += blob.size_bytes
-        if total > MAX_CONTENT_BYTES:
-            raise errors.content_unsupported(
-                f"The conversation refers to {total} bytes of content; the model takes at most {MAX_CONTENT_BYTES}."
-            )
-        assert request.load is not None, "who refers to content brings the means to load it"
-        copied = messages[index] = v1.Message()
-        copied.CopyFrom(message)
+    for index in referring:
+        copied = v1.Message()
+        copied.CopyFrom(messages[index])
+        messages[index] = copied
         for part in _all_parts(copied):
             if part.HasField("blob"):
                 media_type, filename = part.blob.media_type, part.blob.filename
                 data = await request.load(part.blob)
                 part.data.CopyFrom(v1.InlineData(data=data, media_type=media_type, filename=filename))
     return request._replace(messages=messages)
+
+
+def _refers(message: v1.Message) -> bool:
+    if len(message.parts) == 1 and message.parts[0].text:
+        return False  # nearly every message
+    return any(part.HasField("blob") for part in _all_parts(message))
 
 
 def _all_parts(message: v1.Message) -> Iterator[v1.Part]:
@@ -406,12 +411,15 @@ def _messages(instruction: str, messages: Sequence[v1.Message]) -> list[Json]:
 
 
 def _text(parts: Iterable[v1.Part], where: str) -> str:
-    """The text of parts that can be nothing else there; JSON is text to a model."""
+    """What can be nothing but words there."""
     texts = []
     for part in parts:
-        if (kind := part.WhichOneof("kind")) not in {"text", "json"}:
-            raise errors.content_unsupported(f"{where} holds a part of kind {kind!r}; the model takes only text there.")
-        texts.append(part.text or part.json)
+        if (words := _words(part)) is None:
+            kind = part.WhichOneof("kind")
+            media_type = part.data.media_type or part.file.media_type
+            held = f"media type {media_type!r}" if media_type else f"a part of kind {kind!r}"
+            raise errors.content_unsupported(f"{where} holds {held}; the model takes only text there.")
+        texts.append(words)
     return "".join(texts)
 
 

@@ -16,7 +16,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine import template
-from notecase_server.engine.content import MAX_PART_BYTES
+from notecase_server.engine.content import MAX_MESSAGE_BYTES, is_large
 from notecase_server.engine.summary import BATCH, KEEP_RECENT
 from notecase_server.errors import Violation
 from notecase_server.names import AgentName, MessageName, RunName
@@ -42,7 +42,7 @@ MAX_SCHEMA_BYTES = 64 << 10
 MAX_TOOLS = 128
 """What providers take in one request."""
 MAX_RESULT_BYTES = 512 << 10
-"""Of one call's result: it becomes part of its message, which several results share, and of every later request."""
+"""Of the text of one call's result, which is in every later request. Its media become blobs."""
 MAX_RECENT = 500
 """Messages beside a summary, of each kind."""
 MAX_BATCH_DELAY = 10.0
@@ -203,7 +203,7 @@ class Check:
             self(speaks, f"{field}.author", "wants users/{user} or agents/{agent}")
         self.labels(f"{field}.labels", message.labels)
         size = message.ByteSize() - sum(part.ByteSize() for part in message.parts if _becomes_blob(part))
-        self(size <= PAGE_BYTES - (64 << 10), field, "is larger than 960 KiB beside what becomes blobs")
+        self(size <= MAX_MESSAGE_BYTES, field, "is larger than 960 KiB beside what becomes blobs")
         self(len(message.parts) > 0, f"{field}.parts", "is empty; a message says something")
         for index, part in enumerate(message.parts):
             self._part(f"{field}.parts[{index}]", part)
@@ -364,7 +364,7 @@ class Check:
         self(result.call_id != "", f"{field}.call_id", "is missing")
         self.text(f"{field}.call_id", result.call_id, MAX_ID_BYTES)
         self.text(f"{field}.error", result.error, MAX_SCHEMA_BYTES)
-        size = sum(part.ByteSize() for part in result.result)
+        size = sum(part.ByteSize() for part in result.result if not part.HasField("data"))
         self(size <= MAX_RESULT_BYTES, f"{field}.result", f"has {size} bytes; at most {MAX_RESULT_BYTES}")
         self(not (result.error and result.result), f"{field}.error", "goes with no result")
         for index, part in enumerate(result.result):
@@ -487,4 +487,4 @@ def _is_json_object(text: str) -> bool:
 
 
 def _becomes_blob(part: v1.Part) -> bool:
-    return part.HasField("data") or len(part.text.encode()) > MAX_PART_BYTES
+    return part.HasField("data") or is_large(part)
