@@ -5,7 +5,9 @@ measures once. What it needs beforehand (sessions, histories) is made outside of
 """
 
 import asyncio
+import hashlib
 import itertools
+import os
 import statistics
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -17,7 +19,7 @@ from typing import Any
 
 import grpc
 import openai
-from notecase import v1
+from notecase import Client, v1
 
 from benchmarks import stub
 from benchmarks.load import CONNECTIONS, SAID, Load, WrongError, lanes
@@ -33,6 +35,8 @@ LOGS = (100, 100_000)
 IDLE_STREAMS = 500
 
 SESSIONS_KEPT = 150
+
+CONTENT_BYTES = 200_000_000
 
 FILLING = 30_000
 """Messages whose pages are more than the store's caches hold."""
@@ -233,6 +237,34 @@ async def _attached(load: Load, session: str, lane: int) -> grpc.aio.StreamStrea
     return stream
 
 
+async def content(bench: Bench) -> Values:
+    """What sending and fetching content costs, by the Python client's pieces of 1 MiB; what comes back is compared."""
+    data = os.urandom(CONTENT_BYTES)
+    async with bench.another() as fresh, Client(f"127.0.0.1:{fresh.server.port}") as client:
+        await client.upload(data[: CONTENT_BYTES // 100], "application/pdf")
+        before = fresh.server.peak()
+        sent = await fresh.cpu(client.upload(data, "application/pdf"))
+        fetched = await fresh.cpu(_fetched(client, data))
+        peak = fresh.server.peak()
+    hundreds = CONTENT_BYTES / 1e8
+    return {
+        "content-sent": sent / hundreds,
+        "content-fetched": fetched / hundreds,
+        "content-memory": (peak - before) / 2**20,
+    }
+
+
+async def _fetched(client: Client, data: bytes) -> None:
+    """Fetches that content, and raises WrongError when it comes back otherwise."""
+    at = 0
+    async for piece in client.download(f"blobs/{hashlib.sha256(data).hexdigest()}"):
+        if piece != data[at : at + len(piece)]:
+            raise WrongError(f"Content differs behind byte {at}.")
+        at += len(piece)
+    if at != len(data):
+        raise WrongError(f"Content ends at byte {at}.")
+
+
 async def many(bench: Bench) -> Values:
     """How many turns go wrong when many are under way at once."""
     load = bench.load
@@ -272,6 +304,7 @@ MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
     "pages": pages,
     "fork": fork,
     "memory": memory,
+    "content": content,
     "many": many,
     "start": start,
 }

@@ -47,6 +47,11 @@ class Process:
         """Bytes of memory held."""
         return self._info.memory_info().rss
 
+    def peak(self) -> int:
+        """The most bytes of memory held so far."""
+        status = Path(f"/proc/{self._process.pid}/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) << 10
+
     async def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it ended by itself
             self._process.terminate()
