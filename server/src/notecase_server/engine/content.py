@@ -1,7 +1,7 @@
 """Content on its way in and out: uploads that can be cut anywhere, downloads, and what callers and tools say in parts
 becoming what the log holds.
 
-Bytes pass through in pieces. Only what a model is to be shown is ever held whole.
+Bytes pass through in pieces. Only what comes within a message, and what a model is to be shown, is held whole.
 """
 
 import asyncio

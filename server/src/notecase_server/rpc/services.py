@@ -454,7 +454,6 @@ class Messages(v1.MessageServiceServicer):
         roles = [v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT, v1.Message.ROLE_SYSTEM]
         check.messages("messages", request.messages, roles)
         check.done()
-        _, session = await self.desk.sessions.watched(key)
 
         def render(done: Committed) -> v1.AppendMessagesResponse:
             rows = [names.render_message(key, _copy(event.message_added)) for event in done.events]
@@ -462,6 +461,7 @@ class Messages(v1.MessageServiceServicer):
 
         repeat = once(request, render)
         await self.desk.store.recall(key, repeat, None)
+        _, session = await self.desk.sessions.watched(key)
         said = self.desk.runs.incoming(await self.desk.contents.kept(key, request.messages), session.user)
         events = [v1.Event(cause_id=request.request_id, message_added=message) for message in said]
         expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
