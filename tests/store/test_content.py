@@ -262,9 +262,10 @@ async def test_a_fork_holds_on_to_what_its_own_log_refers_to(store: Store, clock
 
 
 async def test_uploads_without_a_byte_are_removed_in_small_steps_too(
-    store: TableStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     removed: list[object] = []
+    assert isinstance(store, TableStore)
     write = store._write
 
     async def counted(step: Any) -> Any:
