@@ -21,6 +21,7 @@ SHOWN = {
         "7 messages.",
     ],
     "writing_team": ["a note, draft", "a note, review", "a note, final", "Code: def total(", "Review: The list within"],
+    "plan": ["plan.pdf, 4", "You showed me: application/pdf", "in a fork", "You showed me", "I was shown: 1 message."],
     "resume": ["The first client leaves in mid-sentence.", "3 message_added", "1 2 3 4 5"],
 }
 
