@@ -171,6 +171,20 @@ async def test_a_time_that_cannot_be_is_refused(served: Running, agent: str, fie
     assert fields_of(refused.value) == {f"start.new_session.{wrong}"}
 
 
+async def test_a_fork_has_an_end_of_its_own(served: Running, clock: ManualClock) -> None:
+    """The source's is not its own, and one that cannot be is refused as at a creation."""
+    source = await opened(served, ttl=Duration(seconds=60))
+    fork = await served.sessions.ForkSession(v1.ForkSessionRequest(name=source.name))
+    assert not fork.HasField("expire_time")
+    given = v1.Session(idle_ttl=Duration(seconds=5))
+    fork = await served.sessions.ForkSession(v1.ForkSessionRequest(name=source.name, session=given))
+    assert fork.expire_time == in_seconds(clock, 5)
+    given.expire_time.CopyFrom(in_seconds(clock, 5))
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await served.sessions.ForkSession(v1.ForkSessionRequest(name=source.name, session=given))
+    assert fields_of(refused.value) == {"session.expire_time"}
+
+
 async def test_a_user_is_erased_with_sessions_runs_and_state(served: Running, agent: str, model: OpenAIServer) -> None:
     """More sessions than one batch, one of them at work; another user keeps all; a repeat tells the same."""
     mine = [await opened(served, user="users/ada", agent=agent) for _ in range(105)]

@@ -1,12 +1,13 @@
 """Every store: when sessions expire, what is erased with a user, and that nothing of it can be read any more."""
 
+import hashlib
 from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import v1
-from notecase_server.store.contract import Once, Replayed, SessionKey, Store
+from notecase_server.store.contract import Fork, Once, Replayed, SessionKey, Store
 
 from tests.store.build import (
     EVERYTHING,
@@ -156,6 +157,29 @@ async def test_a_users_state_is_erased_when_no_session_is_left(store: Store) -> 
         await store.recall(KEY, _counted("erase"), None)
     assert v1.EraseUserResponse.FromString(replayed.value.response).sessions_deleted == 1
     assert await store.erase_state("acme", "users/nobody")
+
+
+async def test_an_erased_users_state_refers_to_no_blob_any_more(store: Store, clock: ManualClock) -> None:
+    """So that what only it held is collected as any other blob is."""
+    held = hashlib.sha256(b"a portrait").hexdigest()
+    await store.put_blob("acme", held, b"a portrait")
+    value = v1.Value(blob_value=v1.Blob(name=f"blobs/{held}"))
+    await store.update_state(USER_STATE, [v1.StateOp(key="portrait", set=value)])
+    clock.now += SECOND
+    assert await store.sweep_blobs(clock.now, clock.now) == 0
+    assert await store.erase_state("acme", "users/ada")
+    assert await store.sweep_blobs(clock.now, clock.now) == 1
+    assert await store.get_blob("acme", held) is None
+
+
+async def test_a_fork_does_not_expire_with_its_source_but_as_it_is_told(store: Store, clock: ManualClock) -> None:
+    await create(store, ttl=Duration(seconds=60))
+    await add(store, said("m1"))
+    past = await store.read_past(KEY, 1)
+    for name, given, expected in (("a", v1.Session(), None), ("b", v1.Session(ttl=Duration(seconds=5)), 5 * SECOND)):
+        key = SessionKey("acme", name)
+        await store.fork(Fork(key=key, source=KEY, past=past, session=given))
+        assert await expires(store, key) == (expected and clock.now + expected)
 
 
 def _counted(request_id: str) -> Once:

@@ -128,8 +128,9 @@ class SessionServiceServicer(object):
 
     def DeleteSession(self, request, context):
         """Deletes a session with its log, state, messages and runs; a run under way stops. Final: what a request made in it is
-        forgotten too, and a repeat of one is NOT_FOUND; within seconds its rows and the journals of them are overwritten on disk. ABORTED when `etag`
-        is set and stale. A repeat with the same request_id succeeds.
+        forgotten too, and a repeat of one is NOT_FOUND; within seconds its rows and the journals of them are overwritten on disk,
+        and blobs that it alone referred to within a day or so. ABORTED when `etag` is set and stale. A repeat with the same
+        request_id succeeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,8 +150,9 @@ class SessionServiceServicer(object):
     def ForkSession(self, request, context):
         """Makes a new session of the log up to at_sequence: the same sequences, messages and state, and its runs, as all of it was
         then. What was under way at that moment is ended as cancelled in the fork. The source is not touched, and deleting either
-        leaves the other whole. Usage starts at 0; what was remembered or queued stays behind. OUT_OF_RANGE when at_sequence is
-        beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id returns the first answer.
+        leaves the other whole. Usage starts at 0; what was remembered or queued stays behind, and so does when the source expires.
+        OUT_OF_RANGE when at_sequence is beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id
+        returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

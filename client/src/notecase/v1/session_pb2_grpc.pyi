@@ -47,8 +47,9 @@ class SessionServiceStub:
     """
     DeleteSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.DeleteSessionRequest, _empty_pb2.Empty]
     """Deletes a session with its log, state, messages and runs; a run under way stops. Final: what a request made in it is
-    forgotten too, and a repeat of one is NOT_FOUND; within seconds its rows and the journals of them are overwritten on disk. ABORTED when `etag`
-    is set and stale. A repeat with the same request_id succeeds.
+    forgotten too, and a repeat of one is NOT_FOUND; within seconds its rows and the journals of them are overwritten on disk,
+    and blobs that it alone referred to within a day or so. ABORTED when `etag` is set and stale. A repeat with the same
+    request_id succeeds.
     """
     CompactSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.CompactSessionRequest, _session_pb2.Session]
     """Summarises the older messages now, with a model call of the agent's: a `summarized` event, and the log and the lists stay
@@ -60,8 +61,9 @@ class SessionServiceStub:
     ForkSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.Session]
     """Makes a new session of the log up to at_sequence: the same sequences, messages and state, and its runs, as all of it was
     then. What was under way at that moment is ended as cancelled in the fork. The source is not touched, and deleting either
-    leaves the other whole. Usage starts at 0; what was remembered or queued stays behind. OUT_OF_RANGE when at_sequence is
-    beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id returns the first answer.
+    leaves the other whole. Usage starts at 0; what was remembered or queued stays behind, and so does when the source expires.
+    OUT_OF_RANGE when at_sequence is beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id
+    returns the first answer.
     """
     RewindSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.RewindSessionRequest, _session_pb2.Session]
     """Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is put back
@@ -104,8 +106,9 @@ class SessionServiceAsyncStub(SessionServiceStub):
     """
     DeleteSession: _aio.UnaryUnaryMultiCallable[_session_pb2.DeleteSessionRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes a session with its log, state, messages and runs; a run under way stops. Final: what a request made in it is
-    forgotten too, and a repeat of one is NOT_FOUND; within seconds its rows and the journals of them are overwritten on disk. ABORTED when `etag`
-    is set and stale. A repeat with the same request_id succeeds.
+    forgotten too, and a repeat of one is NOT_FOUND; within seconds its rows and the journals of them are overwritten on disk,
+    and blobs that it alone referred to within a day or so. ABORTED when `etag` is set and stale. A repeat with the same
+    request_id succeeds.
     """
     CompactSession: _aio.UnaryUnaryMultiCallable[_session_pb2.CompactSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
     """Summarises the older messages now, with a model call of the agent's: a `summarized` event, and the log and the lists stay
@@ -117,8 +120,9 @@ class SessionServiceAsyncStub(SessionServiceStub):
     ForkSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
     """Makes a new session of the log up to at_sequence: the same sequences, messages and state, and its runs, as all of it was
     then. What was under way at that moment is ended as cancelled in the fork. The source is not touched, and deleting either
-    leaves the other whole. Usage starts at 0; what was remembered or queued stays behind. OUT_OF_RANGE when at_sequence is
-    beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id returns the first answer.
+    leaves the other whole. Usage starts at 0; what was remembered or queued stays behind, and so does when the source expires.
+    OUT_OF_RANGE when at_sequence is beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id
+    returns the first answer.
     """
     RewindSession: _aio.UnaryUnaryMultiCallable[_session_pb2.RewindSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
     """Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is put back
@@ -188,8 +192,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
         """Deletes a session with its log, state, messages and runs; a run under way stops. Final: what a request made in it is
-        forgotten too, and a repeat of one is NOT_FOUND; within seconds its rows and the journals of them are overwritten on disk. ABORTED when `etag`
-        is set and stale. A repeat with the same request_id succeeds.
+        forgotten too, and a repeat of one is NOT_FOUND; within seconds its rows and the journals of them are overwritten on disk,
+        and blobs that it alone referred to within a day or so. ABORTED when `etag` is set and stale. A repeat with the same
+        request_id succeeds.
         """
 
     @_abc_1.abstractmethod
@@ -213,8 +218,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
         """Makes a new session of the log up to at_sequence: the same sequences, messages and state, and its runs, as all of it was
         then. What was under way at that moment is ended as cancelled in the fork. The source is not touched, and deleting either
-        leaves the other whole. Usage starts at 0; what was remembered or queued stays behind. OUT_OF_RANGE when at_sequence is
-        beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id returns the first answer.
+        leaves the other whole. Usage starts at 0; what was remembered or queued stays behind, and so does when the source expires.
+        OUT_OF_RANGE when at_sequence is beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id
+        returns the first answer.
         """
 
     @_abc_1.abstractmethod

@@ -391,7 +391,7 @@ class Runs:
         self, source: SessionKey, at_sequence: int | None, key: SessionKey, chosen: v1.Session, once: Once | None
     ) -> Committed:
         """A new session that begins with the log of another up to a sequence, its head for None. What of `chosen` is
-        empty is the source's.
+        empty is the source's, but for when it expires.
 
         Raises Replayed for a repeat, and NotecaseError: SESSION_NOT_FOUND, SEQUENCE_AHEAD, ALREADY_EXISTS."""
         _, session = await self._sessions.watched(source)
@@ -401,6 +401,9 @@ class Runs:
             agent=chosen.agent or past.session.agent,
             labels=chosen.labels or past.session.labels,
         )
+        for name in ("expire_time", "ttl", "idle_ttl"):
+            if chosen.HasField(name):
+                getattr(made, name).CopyFrom(getattr(chosen, name))
         live = self._sessions.live(key)
         fork = Fork(key=key, once=once, source=source, past=past, session=made, events=ended(past))
         committed = await self._store.fork(fork)

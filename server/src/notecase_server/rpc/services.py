@@ -291,7 +291,7 @@ class SessionsService(v1.SessionServiceServicer):
         at_sequence = request.at_sequence if request.HasField("at_sequence") else None
         check(request.at_sequence >= 0, "at_sequence", "is negative")
         check.chosen_id("session_id", request.session_id)
-        check.session_body("session", request.session)
+        check.new_session("session", request.session)
         check(not request.session.user, "session.user", "a fork's user is its source's")
         check.done()
         key = key_of(request.session_id or self.desk.new_id())
