@@ -1,5 +1,6 @@
 """Two ways to drive a run that must come to the same: the Run stream, and SendCommand with WatchEvents."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import TypeVar
 
@@ -17,6 +18,9 @@ D = TypeVar("D", bound=Message)
 class OnStream:
     """Commands and events on one Run stream."""
 
+    def __init__(self) -> None:
+        self._writing = asyncio.Lock()
+
     async def start(self, served: Running, start: v1.StartRun, command_id: str = "") -> AsyncIterator[v1.RunResponse]:
         self._call = served.runs.Run()
         await self._call.write(v1.RunRequest(command_id=command_id, start=start))
@@ -24,8 +28,9 @@ class OnStream:
             yield frame
 
     async def send(self, command: v1.RunRequest) -> None:
-        """The result comes as a frame."""
-        await self._call.write(command)
+        """The result comes as a frame. Commands sent at once follow each other: a stream takes one write at a time."""
+        async with self._writing:
+            await self._call.write(command)
 
 
 class BySendCommand:
