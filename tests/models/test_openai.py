@@ -184,6 +184,19 @@ class TestRequest:
         ]
         assert expected == server.requests[0]["messages"]
 
+    async def test_a_large_body_is_sent_whole_at_each_try(self, server: OpenAIServer) -> None:
+        """With its length, as servers want it; content of some megabytes is nothing special."""
+        large = bytes(range(256)) * 12_000
+        server.script(error(500, headers={"retry-after-ms": "1"}), reply("A plan."))
+        provider = OpenAIProvider(KEY, server.url, "m", max_retries=1)
+        assert fold(await pieces_of(provider, ask(user(data(large, "application/pdf"))))).text == "A plan."
+        await provider.close()
+        encoded = base64.b64encode(large).decode()
+        for request in server.requests:
+            (part,) = request["messages"][0]["content"]
+            assert part["file"]["file_data"] == f"data:application/pdf;base64,{encoded}"
+        assert ["Content-Length" in received.headers for received in server.received] == [True, True]
+
     async def test_what_holds_nothing_is_left_out(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
         server.script(reply("Hi"))
         thought = v1.Part(reasoning=v1.Reasoning(text="hm"))
