@@ -553,6 +553,25 @@ async def committed(served: Running, upload_id: str) -> int:
         return 0
 
 
+async def test_an_upload_asks_again_when_what_it_was_told_is_old(
+    client: Client, served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an earlier call had sent may be stored only after the server has said how far it came."""
+    told = [v1.Upload(upload_id="plan")]
+    get_upload = client.blobs.GetUpload
+
+    async def late(request: v1.GetUploadRequest) -> v1.Upload:
+        return told.pop() if told else await get_upload(request)
+
+    cut = v1.UploadBlobRequest(upload_id="plan", chunk=b"abc")
+    with pytest.raises(grpc.aio.AioRpcError):
+        await served.blobs.UploadBlob(iter([cut]))
+    monkeypatch.setattr(client.blobs, "GetUpload", late)
+    blob = await client.upload(b"abcdef", "image/png", upload_id="plan")
+    assert blob.name == f"blobs/{hashlib.sha256(b'abcdef').hexdigest()}"
+    assert told == []
+
+
 async def test_a_download_may_be_read_slowly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server lets a reader go who takes nothing for long; the client goes on where it was."""
     gone, download = asyncio.Event(), Contents.download

@@ -15,7 +15,7 @@ import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider, Text
-from notecase_server.models.openai import OpenAIProvider
+from notecase_server.models.openai import MAX_CONTENT_BYTES, OpenAIProvider
 
 from tests.support.openai_server import (
     DONE,
@@ -232,6 +232,28 @@ class TestRequest:
         caught = await failure(provider, ask(user("a"), unsupported))
         assert v1.ERROR_REASON_CONTENT_UNSUPPORTED == caught.reason
         assert [] == server.requests
+
+    @pytest.mark.parametrize(
+        "blobs",
+        [
+            [v1.Blob(media_type="image/png", size_bytes=3), v1.Blob(media_type="video/mp4", size_bytes=3)],
+            [v1.Blob(media_type="image/png", size_bytes=MAX_CONTENT_BYTES), v1.Blob(media_type="a/b", size_bytes=1)],
+            [v1.Blob(media_type="image/png", size_bytes=size) for size in (MAX_CONTENT_BYTES, 1)],
+        ],
+    )
+    async def test_content_that_cannot_be_sent_is_not_even_read(
+        self, server: OpenAIServer, provider: OpenAIProvider, blobs: list[v1.Blob]
+    ) -> None:
+        """Of a kind that there is no place for, or too much of it, in whichever message."""
+        read: list[v1.Blob] = []
+
+        async def load(blob: v1.Blob) -> bytes:
+            read.append(blob)
+            return b"png"
+
+        request = ask(*(user(v1.Part(blob=blob)) for blob in blobs))._replace(load=load)
+        assert v1.ERROR_REASON_CONTENT_UNSUPPORTED == (await failure(provider, request)).reason
+        assert [] == read == server.requests
 
     async def test_generation_in_full(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
         server.script(reply("Hi"))

@@ -1,7 +1,7 @@
 """Content: stored once under its digest, resumable at any piece, there for as long as anything refers to it."""
 
 import hashlib
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from notecase import v1
@@ -265,8 +265,7 @@ async def test_uploads_without_a_byte_are_removed_in_small_steps_too(
     store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     removed: list[object] = []
-    assert isinstance(store, TableStore)
-    write = store._write
+    write = cast("TableStore", store)._write
 
     async def counted(step: Any) -> Any:
         removed.append(await write(step))
