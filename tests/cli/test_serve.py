@@ -28,7 +28,7 @@ async def test_the_commands_are_listed_with_a_sentence_each() -> None:
     done = await notecase("--help")
     assert 0 == done.code
     commands = done.out.partition("Commands:\n")[2]
-    assert ["agents", "backup", "chat", "health", "serve", "sessions", "state"] == re.findall(
+    assert ["agents", "backup", "chat", "export", "health", "import", "serve", "sessions", "state"] == re.findall(
         r"^  (\w+) +\w.*\.$", commands, re.MULTILINE
     )
 

@@ -333,6 +333,19 @@ def test_a_run_joined_in_its_middle_counts_nothing_twice() -> None:
     assert told.usage.output_tokens == 5
 
 
+def test_a_call_that_is_dispatched_again_is_pending_once_or_not_at_all() -> None:
+    """Where it runs now is what counts."""
+    call = v1.ToolCall(call_id="c1", tool="weigh", outcome=v1.ToolCall.OUTCOME_RUNNING, client_executed=True, attempt=1)
+    view = view_of(numbered(started()))
+    assert view.run is not None
+    view.apply(v1.Event(sequence=2, run=RUN, tool_started=call))
+    view.apply(v1.Event(sequence=3, run=RUN, tool_started=call))
+    assert list(view.run.pending_calls) == [call]
+    call.client_executed = False
+    view.apply(v1.Event(sequence=4, run=RUN, tool_started=call))
+    assert list(view.run.pending_calls) == []
+
+
 def test_a_rewind_leaves_the_reply_that_came_after_it() -> None:
     """In a run that the server told of when it was already further."""
     reply = message(1, "Better.")

@@ -109,13 +109,6 @@ async def test_a_repeat_returns_the_first_answer_and_another_body_is_refused(
         assert len(await log_of(served, session)) == head
 
 
-async def test_the_record_of_an_append_outlives_its_session(served: Running, session: str) -> None:
-    append, _ = WRITES["AppendMessages"]
-    first = await append(served, "req-1")
-    await served.sessions.DeleteSession(v1.DeleteSessionRequest(name=session))
-    assert await append(served, "req-1") == first
-
-
 async def test_a_repeated_invoke_waits_for_the_same_run(served: Running, session: str, model: OpenAIServer) -> None:
     go_on = asyncio.Event()
     model.script(reply("Once.").held(go_on))

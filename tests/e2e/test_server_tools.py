@@ -3,7 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import structlog
@@ -72,6 +72,16 @@ async def flood(context: CallContext) -> str:
     for number in range(3):
         context.put(f"kept{number}", "x" * (400 << 10))
     return "flooded"
+
+
+@tool
+async def overdo(context: CallContext, how: Literal["deep", "endless"]) -> str:
+    value: Any = float("inf")
+    if how == "deep":
+        for _ in range(17):
+            value = [value if value != float("inf") else 1]
+    context.put("kept", value)
+    return "overdone"
 
 
 @tool
@@ -180,15 +190,21 @@ async def test_what_a_tool_changes_commits_with_its_result(served: Running, mode
 
 
 @pytest.mark.parametrize(
-    ("function", "told"),
-    [("refuse", "Not today."), ("spoil", "increment wants an int"), ("flood", "bytes of state")],
+    ("function", "arguments", "told"),
+    [
+        ("refuse", "{}", "Not today."),
+        ("spoil", "{}", "increment wants an int"),
+        ("flood", "{}", "bytes of state"),
+        ("overdo", '{"how": "deep"}', "no state can hold"),
+        ("overdo", '{"how": "endless"}', "no state can hold"),
+    ],
 )
 async def test_a_call_that_fails_changes_nothing_and_the_run_goes_on(
-    served: Running, model: OpenAIServer, function: str, told: str
+    served: Running, model: OpenAIServer, function: str, arguments: str, told: str
 ) -> None:
     """Also when it is the state that refuses what the tool did to it."""
     session = await session_with(served, function)
-    model.script(tool_calls((function, "{}")), reply("A pity."))
+    model.script(tool_calls((function, arguments)), reply("A pity."))
     run = await invoke(served, session)
     assert run.state == v1.Run.STATE_SUCCEEDED, run.error
     assert await state_of(served, session) == {}

@@ -80,6 +80,20 @@ def numbered(*events: v1.Event) -> list[v1.Event]:
     return list(events)
 
 
+def versioned(value: v1.Value) -> v1.Event:
+    """A change of state as a store would have numbered it."""
+    event = changed(v1.StateOp(key="n", set=value))
+    event.state_changed.version = 1
+    return event
+
+
+def nested(levels: int) -> v1.Value:
+    value = v1.Value(int_value=1)
+    for _ in range(levels):
+        value = v1.Value(list_value=v1.ValueList(values=[value]))
+    return value
+
+
 async def test_a_whole_file_is_read(file: bytes) -> None:
     restore = read(file)
     added = [restore.message(event) for event in restore.events() if event.HasField("message_added")]
@@ -121,8 +135,8 @@ def test_a_foreign_and_a_newer_file_are_told_apart() -> None:
     newer = made_of([], v1.ExportHeader(), magic=b"notecase\2")
     assert problem_of(newer).startswith("The file was written by a newer notecase, in format 2; this one reads 1")
     assert read(made_of([], v1.ExportHeader())).session.last_sequence == 0
-    by_hand = numbered(said("m1"), started("r1"), said("m2", run="r1"), ended("r1"))
-    assert read(made_of(by_hand, v1.ExportHeader())).session.last_sequence == 4
+    by_hand = numbered(said("m1"), started("r1"), said("m2", run="r1"), ended("r1"), versioned(nested(16)))
+    assert read(made_of(by_hand, v1.ExportHeader())).session.last_sequence == 5
 
 
 @pytest.mark.parametrize(
@@ -142,6 +156,8 @@ def test_a_foreign_and_a_newer_file_are_told_apart() -> None:
         numbered(v1.Event()),
         numbered(changed(v1.StateOp(key="n", increment=1), v1.StateOp(key="n", append=v1.Value(int_value=1)))),
         numbered(changed(put("n", 1))),
+        numbered(versioned(v1.Value(double_value=float("nan")))),
+        numbered(versioned(nested(17))),
     ],
 )
 def test_what_no_log_holds_is_refused(events: list[v1.Event]) -> None:

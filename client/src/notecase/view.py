@@ -230,6 +230,7 @@ class SessionView:
         found = self._find_call(call.call_id)
         first = found[1].outcome == v1.ToolCall.OUTCOME_PENDING if found else call.attempt <= 1
         run.tool_calls += first
+        _keep(run.pending_calls, lambda pending: pending.call_id != call.call_id)
         if call.client_executed:
             run.pending_calls.append(call)
 

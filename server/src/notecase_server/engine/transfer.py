@@ -291,6 +291,7 @@ def _replay(rows: fold.Rows, key: SessionKey, event: v1.Event) -> None:
     fits = (
         kind in OF_RUNS | OF_ANY
         and covers < event.sequence
+        and fold.ops_fit(event.state_changed.ops)
         and all(map(names.is_id, ids))
         and event.message_added.name not in rows.messages
     )

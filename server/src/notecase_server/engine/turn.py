@@ -40,7 +40,7 @@ from notecase_server.store.contract import (
     RunRecord,
     Store,
 )
-from notecase_server.store.fold import ENDED, open_calls
+from notecase_server.store.fold import ENDED, open_calls, ops_fit
 from notecase_server.tools.contract import CallContext, Outcome, Toolbox
 
 T = TypeVar("T")
@@ -674,6 +674,8 @@ class Worker:
         size = sum(op.ByteSize() for op in where.ops)
         if size > PAGE_BYTES:
             return Outcome(error=f"The tool changed {size} bytes of state; at most {PAGE_BYTES} are taken."), []
+        if not ops_fit(where.ops):
+            return Outcome(error="The tool put something into state that no state can hold."), []
         return outcome, where.ops
 
     async def _get_state(self, *keys: str) -> dict[str, v1.Value]:

@@ -21,12 +21,10 @@ from notecase_server.engine.summary import BATCH, KEEP_RECENT
 from notecase_server.errors import Violation
 from notecase_server.names import AgentName, MessageName, RunName
 from notecase_server.store.contract import PAGE_BYTES, Scope
+from notecase_server.store.fold import MAX_VALUE_DEPTH
 from notecase_server.tools.contract import Toolbox
 
 T = TypeVar("T")
-
-MAX_VALUE_DEPTH = 16
-"""Levels of lists and maps: protobuf parsers stop at 100 nested messages, and each level is up to four of them."""
 
 MAX_KEY_BYTES = 256
 MAX_LABELS = 64

@@ -10,6 +10,7 @@ type does not have (STATE_TYPE_MISMATCH), a summary that does not continue the o
 (SEQUENCE_MISMATCH).
 """
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +29,9 @@ MAX_QUEUED = 16
 """Commands that may wait in one session: a person's impatience, not a work queue."""
 
 INT64_MAX = (1 << 63) - 1
+
+MAX_VALUE_DEPTH = 16
+"""Levels of lists and maps in a value; each is up to four of protobuf's nested messages."""
 
 PREFIX = "blobs/"
 """Before the digest, in the name of a blob."""
@@ -464,6 +468,32 @@ def _resolve_input(rows: Rows, event: v1.Event) -> None:
             run.remembered[asked[0].call.tool] = approved
         elif response.remember == v1.InputResponse.REMEMBER_SESSION:
             rows.session.remembered[asked[0].call.tool] = approved
+
+
+def can_hold(value: v1.Value, depth: int = 1) -> bool:
+    """Whether a state can: numbers are finite, no value is missing, and lists and maps have at most MAX_VALUE_DEPTH
+    levels, since protobuf parsers stop at 100 nested messages and what was committed must be readable in an event."""
+    match value.WhichOneof("kind"):
+        case None:
+            return False
+        case "double_value":
+            return math.isfinite(value.double_value)
+        case "list_value":
+            held = list(value.list_value.values)
+        case "map_value":
+            held = list(value.map_value.values.values())
+        case _:
+            return True
+    return depth <= MAX_VALUE_DEPTH and all(can_hold(item, depth + 1) for item in held)
+
+
+def ops_fit(ops: Iterable[v1.StateOp]) -> bool:
+    """Whether a state can hold what each operation gives it."""
+    for op in ops:
+        kind = op.WhichOneof("op")
+        if (kind == "set" and not can_hold(op.set)) or (kind == "append" and not can_hold(op.append, depth=2)):
+            return False
+    return True
 
 
 def show_entries(told: v1.State, entries: dict[str, v1.StateEntry | None], keys: Iterable[str]) -> None:
