@@ -165,9 +165,10 @@ async def history(bench: Bench) -> Values:
 
 
 async def pages(bench: Bench) -> Values:
-    """How the cost of reading little grows with the session's log."""
+    """How the cost of reading little, and of a turn that is shown little, grows with the session's log."""
     load = bench.load
-    costs: dict[str, list[float]] = {"state": [], "page": []}
+    costs: dict[str, list[float]] = {"state": [], "page": [], "turn": []}
+    agent = await load.agent(1, window=WINDOW)
     for messages in LOGS:
         session = await bench.history(messages)
         key = v1.GetStateRequest(name=f"{session}/state", keys=["mood"])
@@ -179,6 +180,8 @@ async def pages(bench: Bench) -> Values:
         for kind, ask in asked.items():
             await lanes(4, [ask] * 50)
             costs[kind].append(await bench.cpu(lanes(4, [ask] * 400)))
+        await load.turn(session, agent, 1)
+        costs["turn"].append(await bench.cpu(load.conversations([session] * 30, 1, agent, 1, at_once=1)))
     return {f"log-{kind}": longest / shortest for kind, (shortest, longest) in costs.items()}
 
 

@@ -29,6 +29,7 @@ TARGETS: dict[str, Figure] = {
     "history-whole-5000": Figure("CPU per turn, all sent, 5,000 messages against 10", "", 4),
     "log-state": Figure("CPU to read one key, 100,000 messages against 100", "", 1.3),
     "log-page": Figure("CPU to read one page, 100,000 messages against 100", "", 1.3),
+    "log-turn": Figure("CPU per turn, window fixed, 100,000 messages against 100", "", 1.1),
     "fork-short": Figure("CPU to fork a session of 100 events", "ms", None),
     "fork-long": Figure("CPU to fork a session of 100,000 events", "ms", 1000),
     "fork-early": Figure("CPU to fork at event 100 of 100,000, against all of 100", "", 1.5),

@@ -301,6 +301,13 @@ async def test_a_model_is_shown_content_the_way_its_api_wants_it(
         v1.Part(blob=wav),
         v1.Part(blob=csv),
     )
+    request = model.requests[-1]
+    assert request == {
+        "model": "stub-1",
+        "messages": [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": shown}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     assert shown == [
         {"type": "text", "text": "What is this?"},
         {"type": "file", "file": {"filename": "plan.pdf", "file_data": url(b"%PDF-1.7", "application/pdf")}},
