@@ -73,7 +73,7 @@ async def shown(
     while True:
         page = await store.list_messages(key, Query(size, after), newest_first=True, run=only)
         if gauge is None:
-            gauge = Gauge(page.rows)
+            gauge = Gauge(page.rows if room.tokens else ())
             room.used = sum(map(gauge.tokens, told))
         for message in page.rows:
             if message.sequence <= covered or not room.take(message, gauge):
