@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the server on this machine.")
     parser.add_argument("--only", nargs="+", choices=list(MEASURES), metavar="NAME", help=f"of {', '.join(MEASURES)}")
     parser.add_argument("--rounds", type=int, default=3, help="each measures everything once (default: 3)")
-    parser.add_argument("--limit", type=float, default=240.0, help="seconds after which it stops (default: 240)")
+    parser.add_argument("--limit", type=float, default=420.0, help="seconds after which it stops (default: 420)")
     sys.exit(uvloop.run(run(parser.parse_args())))
 
 
