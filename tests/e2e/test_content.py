@@ -12,8 +12,12 @@ import grpc
 import pytest
 from google.protobuf.empty_pb2 import Empty
 from notecase import Client, v1
-from notecase_server.serve import now
+from notecase_server import errors
+from notecase_server.models.openai import OpenAIProvider
+from notecase_server.serve import now, open_store
 from notecase_server.store.contract import CHUNK_BYTES
+from notecase_server.tools.functions import tool
+from notecase_server.tools.toolbox import make_toolbox
 
 from tests.client.proxy import Proxy
 from tests.e2e.driving import fields_of, log_of, metadata_of, reason_of, said
@@ -567,6 +571,40 @@ async def forgotten(served: Running) -> int:
     """How many blobs a day later would find without anybody who needs them."""
     later = now() + 25 * 3600 * 1_000_000
     return await served.server._store.sweep_blobs(later, later)
+
+
+@tool
+async def draw() -> v1.Part:
+    return v1.Part(data=v1.InlineData(data=b"png", media_type="image/png"))
+
+
+async def test_a_tools_content_waits_for_a_store_that_is_away(model: OpenAIServer, tmp_path: Path) -> None:
+    """What the tool did is done, so that its result is worth waiting for."""
+    store = await open_store(f"sqlite:{tmp_path / 'notecase.db'}", now)
+    put_blob = store.put_blob
+    away = [errors.store_unavailable(), errors.store_unavailable()]
+
+    async def sometimes(tenant: str, sha256: str, data: bytes) -> None:
+        if away:
+            raise away.pop()
+        await put_blob(tenant, sha256, data)
+
+    store.put_blob = sometimes  # type: ignore[method-assign]
+    providers = {"openai": OpenAIProvider("test-key", model.url, "stub-1")}
+    async with running(store, providers, toolbox=make_toolbox((__name__,), {})) as served:
+        tools = [v1.Tool(name="draw", server=v1.ServerTool(function="draw"))]
+        agent = v1.Agent(llm=v1.LlmAgent(tools=tools))
+        await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=agent))
+        model.script(tool_calls(("draw", "{}")), reply("A fine drawing."))
+        session = v1.Session(name="sessions/case", agent="agents/clerk")
+        start = v1.StartRun(new_session=session, messages=[said("Draw")])
+        done = await served.runs.Invoke(v1.InvokeRequest(start=start))
+        assert done.run.state == v1.Run.STATE_SUCCEEDED
+        log = await log_of(served, "sessions/case")
+    (finished,) = [event.tool_finished for event in log if event.HasField("tool_finished")]
+    assert finished.outcome == v1.ToolCall.OUTCOME_SUCCEEDED
+    assert finished.result[0].blob.name == f"blobs/{digest(b'png')}"
+    assert away == []
 
 
 async def test_two_hundred_megabytes_pass_through_a_server_that_stays_small(tmp_path: Path) -> None:

@@ -620,7 +620,8 @@ class Worker:
         """Commits a result with the state it changed; what the state or the session does not take fails the call, and
         not the run."""
         try:
-            await self._durably(partial(self._outcome, call_id, outcome, ops))
+            parts = await self._patiently(lambda: self._services.contents.parts(self.live.key, outcome.parts))
+            await self._durably(partial(self._outcome, call_id, outcome._replace(parts=parts), ops))
         except NotecaseError as refused:
             if outcome.error or refused.reason in LOST:
                 raise
@@ -663,7 +664,6 @@ class Worker:
                 return Outcome(error=f"There is no tool {call.tool!r}."), []
             async with clock:
                 outcome = await target.function.call(ledger.arguments_of(call) or {}, where)
-                outcome = outcome._replace(parts=await self._services.contents.parts(key, outcome.parts))
         except NotecaseError as error:
             return Outcome(error=error.message), []
         except Exception:  # noqa: BLE001  (a tool's defect is its own)
@@ -813,17 +813,25 @@ class Worker:
         """Commits what `decide` says under the session's lock, with its consequence; None when that is nothing. Waits
         for a store that is away, and lets others decide meanwhile. With `if_last_sequence` not all events are the
         run's, and `decide` says which."""
+
+        async def commit() -> Committed | None:
+            async with self.live.lock:
+                events = decide()
+                events += self._consequence(events)
+                if not events:
+                    return None
+                if halt is None:
+                    return await self._commit(events)
+                return await self._commit(events, halt.once, halt.command, if_last_sequence, halt.start)
+
+        return await self._patiently(commit)
+
+    async def _patiently(self, act: Callable[[], Awaitable[T]]) -> T:
+        """Does something again for as long as the store is away."""
         wait, longest = STORE_PATIENCE
         while True:
             try:
-                async with self.live.lock:
-                    events = decide()
-                    events += self._consequence(events)
-                    if not events:
-                        return None
-                    if halt is None:
-                        return await self._commit(events)
-                    return await self._commit(events, halt.once, halt.command, if_last_sequence, halt.start)
+                return await act()
             except NotecaseError as error:
                 if error.reason != v1.ERROR_REASON_STORE_UNAVAILABLE:
                     raise
