@@ -5,9 +5,10 @@ from collections.abc import Callable
 import grpc
 from notecase import v1
 
+from notecase_server.rpc.blobs import Blobs
 from notecase_server.rpc.interceptor import TRANSPORT_BYTES, Authenticate, Doorway
 from notecase_server.rpc.ops import Health, add_reflection
-from notecase_server.rpc.services import Agents, Blobs, Desk, Messages, RunsService, Servers, SessionsService, States
+from notecase_server.rpc.services import Agents, Desk, Messages, RunsService, Servers, SessionsService, States
 
 OPTIONS = (
     ("grpc.max_receive_message_length", TRANSPORT_BYTES),

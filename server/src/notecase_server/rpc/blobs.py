@@ -1,0 +1,75 @@
+"""Content as calls: parse, call, and pass on what streams."""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.rpc.interceptor import caller
+from notecase_server.rpc.services import Desk
+from notecase_server.rpc.validate import Check
+
+
+class Blobs(v1.BlobServiceServicer):
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    async def UploadBlob(self, request: AsyncIterator[v1.UploadBlobRequest], context: Any) -> v1.Blob:
+        first = await anext(request, v1.UploadBlobRequest())
+        check = Check()
+        check.upload(first)
+        check.done()
+        return await self.desk.contents.upload(caller.get().tenant, first, _frames(first, request))
+
+    async def DownloadBlob(
+        self, request: v1.DownloadBlobRequest, context: Any
+    ) -> AsyncGenerator[v1.DownloadBlobResponse, None]:
+        check = Check()
+        sha256 = check.blob_name("name", request.name)
+        check(request.offset >= 0, "offset", "is negative")
+        check(request.limit >= 0, "limit", "is negative")
+        check.done()
+        size = (await self._blob(request.name, sha256)).size_bytes
+        check(request.offset <= size, "offset", f"is beyond the end, which is at {size}")
+        check.done()
+        pieces = self.desk.contents.download(caller.get().tenant, sha256, request.offset, request.limit)
+        async with aclosing(pieces):
+            async for piece in pieces:
+                yield piece
+
+    async def GetUpload(self, request: v1.GetUploadRequest, context: Any) -> v1.Upload:
+        check = Check()
+        check.token_id("upload_id", request.upload_id)
+        check.done()
+        upload = await self.desk.store.get_upload(caller.get().tenant, request.upload_id)
+        if upload is None:
+            raise errors.not_found("upload", request.upload_id)
+        return upload
+
+    async def GetBlob(self, request: v1.GetBlobRequest, context: Any) -> v1.Blob:
+        check = Check()
+        sha256 = check.blob_name("name", request.name)
+        check.done()
+        return await self._blob(request.name, sha256)
+
+    async def _blob(self, name: str, sha256: str) -> v1.Blob:
+        found = await self.desk.store.get_blob(caller.get().tenant, sha256)
+        if found is None:
+            raise errors.not_found("blob", name)
+        return found
+
+
+async def _frames(
+    first: v1.UploadBlobRequest, others: AsyncIterator[v1.UploadBlobRequest]
+) -> AsyncIterator[v1.UploadBlobRequest]:
+    """All frames of an upload. INVALID_FIELD for a chunk that is too large."""
+    check = Check()
+    check.chunk(first)
+    check.done()
+    yield first
+    async for frame in others:
+        check.chunk(frame)
+        check.done()
+        yield frame
