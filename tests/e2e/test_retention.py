@@ -13,6 +13,9 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import v1
 from notecase_server.models.openai import OpenAIProvider
+from notecase_server.serve import open_store
+from notecase_server.store.contract import SessionKey
+from structlog.testing import capture_logs
 
 from tests.e2e.driving import fields_of, reason_of, said
 from tests.store.build import ManualClock
@@ -267,3 +270,26 @@ async def test_within_seconds_nothing_of_a_deleted_session_is_on_disk(
         keep = v1.WatchOptions(keep_open=True)
         await gone(served.runs.WatchEvents(v1.WatchEventsRequest(name=passing.name, options=keep)))
     assert not on_disk()
+
+
+async def test_a_defect_ends_neither_the_sweeper_nor_the_server(clock: ManualClock) -> None:
+    """It is logged, and what has had its time goes in the next round."""
+    store = await open_store("memory:", clock)
+    expired_sessions, broken = store.expired_sessions, [RuntimeError("a defect")]
+
+    async def sometimes(now: int, limit: int) -> list[SessionKey]:
+        found = await expired_sessions(now, limit)
+        if found and broken:
+            raise broken.pop()
+        return found
+
+    store.expired_sessions = sometimes  # type: ignore[method-assign]
+    async with running(store, clock=clock) as served:
+        passing = await opened(served, ttl=Duration(seconds=1))
+        watch = v1.WatchEventsRequest(name=passing.name, options=v1.WatchOptions(keep_open=True))
+        stream = served.runs.WatchEvents(watch)
+        with capture_logs() as told:
+            clock.now += SECOND
+            await gone(stream)
+        assert [event["event"] for event in told].count("sweep_crashed") == 1
+    assert broken == []

@@ -9,10 +9,12 @@ from pathlib import Path
 import grpc
 import pytest
 from notecase import Client, NotecaseError, v1
+from notecase_server.serve import open_store
 
 from tests.e2e.driving import fields_of, log_of, reason_of
 from tests.e2e.test_past import agree, fork, numbers, put, rewind, texts, turn
 from tests.e2e.test_tools import client_tool, result, start_with
+from tests.store.build import ManualClock
 from tests.support.openai_server import OpenAIServer, reply, tool_calls
 from tests.support.server import Running, Spawned, running
 
@@ -229,4 +231,29 @@ async def test_content_that_is_not_what_its_name_says_is_refused(served: Running
         with pytest.raises(NotecaseError) as refused:
             await client.import_session([forged], session_id="copy")
         assert refused.value.reason == "IMPORT_INVALID"
+        assert (await client.sessions.ListSessions(v1.ListSessionsRequest())).sessions == []
+
+
+async def test_imported_content_is_held_and_bounded(tmp_path: Path, served: Running, session: str) -> None:
+    """As a session's own: it stays for as long as the session, and no session refers to more than it may."""
+    part = v1.Part(data=v1.InlineData(data=b"x" * 1000, media_type="application/pdf"))
+    append = v1.AppendMessagesRequest(parent=session, messages=[v1.Message(parts=[part])])
+    await served.messages.AppendMessages(append)
+    async with served.client() as client:
+        file = b"".join([piece async for piece in client.export_session(session)])
+    clock = ManualClock()
+    store = await open_store(f"sqlite:{tmp_path / 'other.db'}", clock)
+    async with running(store, clock=clock) as other, other.client() as client:
+        made = await client.import_session([file], session_id="copy")
+        listed = await client.messages.ListMessages(v1.ListMessagesRequest(parent=made.name))
+        blob = listed.messages[0].parts[0].blob
+        clock.now += 25 * 3600 * 1_000_000
+        assert await store.sweep_blobs(clock.now, clock.now) == 0
+        assert b"".join([piece async for piece in client.download(blob)]) == b"x" * 1000
+        await client.sessions.DeleteSession(v1.DeleteSessionRequest(name=made.name))
+        assert await store.sweep_blobs(clock.now, clock.now) == 1
+    async with running(max_session_bytes=999) as small, small.client() as client:
+        with pytest.raises(NotecaseError) as refused:
+            await client.import_session([file], session_id="copy")
+        assert refused.value.reason == "PAYLOAD_TOO_LARGE"
         assert (await client.sessions.ListSessions(v1.ListSessionsRequest())).sessions == []

@@ -27,6 +27,7 @@ from tests.store.build import (
     said,
     start,
     started,
+    summarized,
 )
 
 OTHER = SessionKey("acme", "other")
@@ -158,6 +159,8 @@ def test_a_foreign_and_a_newer_file_are_told_apart() -> None:
         numbered(changed(put("n", 1))),
         numbered(versioned(v1.Value(double_value=float("nan")))),
         numbered(versioned(nested(17))),
+        numbered(said("m1"), summarized(1, 2)),
+        numbered(said("m1"), summarized(1, 1, previous=1)),
     ],
 )
 def test_what_no_log_holds_is_refused(events: list[v1.Event]) -> None:
