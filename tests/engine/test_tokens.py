@@ -61,8 +61,12 @@ def test_a_conversation_shows_how_its_text_falls_into_tokens(replies: list[tuple
         (data("audio/wav", 32_000), 32),
         (data("application/pdf", 75_000), 1500),
         (data("text/csv", 400), 100),
+        (data("application/json; charset=utf-8", 400), 100),
+        (v1.Part(blob=v1.Blob(media_type="image/png", size_bytes=5)), 1000),
+        (v1.Part(blob=v1.Blob(media_type="application/pdf", size_bytes=75_000)), 1500),
+        (v1.Part(json="1" * 400), 100),
     ],
-    ids=lambda each: "" if isinstance(each, int) else each.data.media_type or "by URI",
+    ids=lambda each: "" if isinstance(each, int) else str(each).split()[0],
 )
 def test_content_counts_too(part: v1.Part, tokens: int) -> None:
     """In what a user says, and in what a tool gave."""

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 from notecase import v1
 
+from notecase_server.models.contract import is_text
+
 BYTES_PER_TOKEN = 4.0
 """Where no reply tells: English and code. Other scripts take more tokens a character, and more bytes too."""
 
@@ -68,11 +70,11 @@ class Gauge:
 
     def content(self, media_type: str, size: int) -> int:
         """Of content of that type and so many bytes."""
+        if is_text(media_type):
+            return self._text(size)
         kind = media_type.partition("/")[0].lower()
         if kind == "image":
             return IMAGE_TOKENS
-        if kind == "text":
-            return self._text(size)
         return size // (AUDIO_BYTES if kind == "audio" else DOCUMENT_BYTES)
 
 

@@ -5,6 +5,14 @@ from typing import NamedTuple, Protocol
 
 from notecase import v1
 
+_TEXTS = frozenset({"application/json", "application/xml", "application/yaml", "application/x-yaml"})
+
+
+def is_text(media_type: str) -> bool:
+    """Whether content of that type is text to a model, whatever it is to others."""
+    plain = media_type.partition(";")[0].strip().lower()
+    return plain.startswith("text/") or plain in _TEXTS or plain.endswith(("+json", "+xml"))
+
 
 class Tool(NamedTuple):
     """A function that the model may call."""

@@ -27,7 +27,7 @@ from openai.types.chat import ChatCompletionChunk
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
 from notecase_server.models.chat_stream import ChatReply
-from notecase_server.models.contract import Delta, ModelRequest, Tool
+from notecase_server.models.contract import Delta, ModelRequest, Tool, is_text
 
 log = structlog.get_logger(__name__)
 
@@ -68,8 +68,6 @@ _AUDIO_FORMATS = {
     "audio/mp3": "mp3",
 }
 
-
-_TEXTS = frozenset({"application/json", "application/xml", "application/yaml", "application/x-yaml"})
 
 MAX_CONTENT_BYTES = 32 << 20
 """Of all content in one request, before it grows by a third as base64: providers take 50 MB, and each call holds it in
@@ -430,7 +428,7 @@ def _words(part: v1.Part) -> str | None:
             return part.text
         case "json":
             return part.json
-        case "data" if _is_text(_media_type(part.data.media_type)):
+        case "data" if is_text(part.data.media_type):
             text = part.data.data.decode(errors="replace")
             # No provider takes a text file as a file; all of them read text.
             return f"{part.data.filename}:\n{text}" if part.data.filename else text
@@ -474,10 +472,6 @@ def _check_media_type(told: str) -> None:
         raise errors.content_unsupported(
             f"The model takes text, images, documents and audio as WAV or MP3, not media type {told!r}."
         )
-
-
-def _is_text(media_type: str) -> bool:
-    return media_type.startswith("text/") or media_type in _TEXTS or media_type.endswith(("+json", "+xml"))
 
 
 def _media_type(told: str) -> str:
