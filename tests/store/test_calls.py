@@ -170,17 +170,17 @@ async def test_a_run_that_waits_is_active_and_its_time_stands_still(store: Store
     assert committed.session.activity == v1.Session.ACTIVITY_WAITING
     assert committed.session.active_run == "r1"
     run = committed.runs["r1"]
-    assert (run.state, run.running_time.ToMicroseconds(), run.state_time.ToMicroseconds()) == (WAITING, 5, clock.now)
+    assert (run.state, run.running_duration.ToMicroseconds(), run.state_time.ToMicroseconds()) == (WAITING, 5, clock.now)
     assert [active.run for active in await store.active_runs()] == [run]
     with refused("RUN_ACTIVE"):
         await start(store, "r2")
     clock.now += 100
     committed = await add(store, moved("r1", RUNNING))
     assert committed.session.activity == v1.Session.ACTIVITY_RUNNING
-    assert committed.runs["r1"].running_time.ToMicroseconds() == 5
+    assert committed.runs["r1"].running_duration.ToMicroseconds() == 5
     clock.now += 3
     committed = await add(store, ended("r1"))
-    assert committed.runs["r1"].running_time.ToMicroseconds() == 8
+    assert committed.runs["r1"].running_duration.ToMicroseconds() == 8
     assert committed.session.activity == v1.Session.ACTIVITY_IDLE
 
 
@@ -296,7 +296,7 @@ async def test_a_queued_run_starts_under_its_cause_when_the_session_is_idle(stor
     assert (committed.session.active_run, list(committed.session.queued_commands)) == ("r2", [])
     assert (await store.get_run(KEY, "r2"))[1] == b"other"  # type: ignore[index]
     clock.now += 2
-    assert (await add(store, ended("r2"))).runs["r2"].running_time.ToMicroseconds() == 2
+    assert (await add(store, ended("r2"))).runs["r2"].running_duration.ToMicroseconds() == 2
 
 
 async def test_a_queued_run_does_nothing_but_start_or_end(store: Store) -> None:

@@ -285,7 +285,7 @@ async def check(store: Store) -> None:
             [request.input_id for request in run.pending_inputs],
             [call.call_id for call in run.pending_calls],
             run.tool_calls,
-            run.running_time.ToMicroseconds(),
+            run.running_duration.ToMicroseconds(),
         )
         for name, run in runs.items()
     } == expected

@@ -26,14 +26,20 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from notecase.v1 import content_pb2 as notecase_dot_v1_dot_content__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16notecase/v1/blob.proto\x12\x0bnotecase.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19notecase/v1/content.proto\"t\n\x11UploadBlobRequest\x12\x1f\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x11.notecase.v1.Blob\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\x12\x11\n\tupload_id\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0c\n\x04last\x18\x05 \x01(\x08\"B\n\x13\x44ownloadBlobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\r\n\x05limit\x18\x03 \x01(\x03\"5\n\x14\x44ownloadBlobResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x03\"%\n\x10GetUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\"\x86\x01\n\x06Upload\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x17\n\x0f\x63ommitted_bytes\x18\x02 \x01(\x03\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1f\n\x04\x62lob\x18\x04 \x01(\x0b\x32\x11.notecase.v1.Blob\"\x1e\n\x0eGetBlobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t2\xa3\x02\n\x0b\x42lobService\x12\x41\n\nUploadBlob\x12\x1e.notecase.v1.UploadBlobRequest\x1a\x11.notecase.v1.Blob(\x01\x12U\n\x0c\x44ownloadBlob\x12 .notecase.v1.DownloadBlobRequest\x1a!.notecase.v1.DownloadBlobResponse0\x01\x12?\n\tGetUpload\x12\x1d.notecase.v1.GetUploadRequest\x1a\x13.notecase.v1.Upload\x12\x39\n\x07GetBlob\x12\x1b.notecase.v1.GetBlobRequest\x1a\x11.notecase.v1.BlobB@\n\x0bnotecase.v1B\tBlobProtoP\x01Z\x16notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16notecase/v1/blob.proto\x12\x0bnotecase.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19notecase/v1/content.proto\"t\n\x11UploadBlobRequest\x12\x1f\n\x04\x62lob\x18\x01 \x01(\x0b\x32\x11.notecase.v1.Blob\x12\r\n\x05\x63hunk\x18\x02 \x01(\x0c\x12\x11\n\tupload_id\x18\x03 \x01(\t\x12\x0e\n\x06offset\x18\x04 \x01(\x03\x12\x0c\n\x04last\x18\x05 \x01(\x08\"B\n\x13\x44ownloadBlobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x03\x12\r\n\x05limit\x18\x03 \x01(\x03\"5\n\x14\x44ownloadBlobResponse\x12\r\n\x05\x63hunk\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x03\"%\n\x10GetUploadRequest\x12\x11\n\tupload_id\x18\x01 \x01(\t\"\x86\x01\n\x06Upload\x12\x11\n\tupload_id\x18\x01 \x01(\t\x12\x17\n\x0f\x63ommitted_bytes\x18\x02 \x01(\x03\x12/\n\x0b\x65xpire_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x1f\n\x04\x62lob\x18\x04 \x01(\x0b\x32\x11.notecase.v1.Blob\"\x1e\n\x0eGetBlobRequest\x12\x0c\n\x04name\x18\x01 \x01(\t2\xb2\x02\n\x0b\x42lobService\x12\x41\n\nUploadBlob\x12\x1e.notecase.v1.UploadBlobRequest\x1a\x11.notecase.v1.Blob(\x01\x12Z\n\x0c\x44ownloadBlob\x12 .notecase.v1.DownloadBlobRequest\x1a!.notecase.v1.DownloadBlobResponse\"\x03\x90\x02\x01\x30\x01\x12\x44\n\tGetUpload\x12\x1d.notecase.v1.GetUploadRequest\x1a\x13.notecase.v1.Upload\"\x03\x90\x02\x01\x12>\n\x07GetBlob\x12\x1b.notecase.v1.GetBlobRequest\x1a\x11.notecase.v1.Blob\"\x03\x90\x02\x01\x42U\n\x0f\x64\x65v.notecase.v1B\tBlobProtoP\x01Z\'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'notecase.v1.blob_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
-  _globals['DESCRIPTOR']._serialized_options = b'\n\013notecase.v1B\tBlobProtoP\001Z\026notecase/v1;notecasev1\252\002\013Notecase.V1'
+  _globals['DESCRIPTOR']._serialized_options = b'\n\017dev.notecase.v1B\tBlobProtoP\001Z\'notecase.dev/api/notecase/v1;notecasev1\252\002\013Notecase.V1'
+  _globals['_BLOBSERVICE'].methods_by_name['DownloadBlob']._loaded_options = None
+  _globals['_BLOBSERVICE'].methods_by_name['DownloadBlob']._serialized_options = b'\220\002\001'
+  _globals['_BLOBSERVICE'].methods_by_name['GetUpload']._loaded_options = None
+  _globals['_BLOBSERVICE'].methods_by_name['GetUpload']._serialized_options = b'\220\002\001'
+  _globals['_BLOBSERVICE'].methods_by_name['GetBlob']._loaded_options = None
+  _globals['_BLOBSERVICE'].methods_by_name['GetBlob']._serialized_options = b'\220\002\001'
   _globals['_UPLOADBLOBREQUEST']._serialized_start=99
   _globals['_UPLOADBLOBREQUEST']._serialized_end=215
   _globals['_DOWNLOADBLOBREQUEST']._serialized_start=217
@@ -47,5 +53,5 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETBLOBREQUEST']._serialized_start=516
   _globals['_GETBLOBREQUEST']._serialized_end=546
   _globals['_BLOBSERVICE']._serialized_start=549
-  _globals['_BLOBSERVICE']._serialized_end=840
+  _globals['_BLOBSERVICE']._serialized_end=855
 # @@protoc_insertion_point(module_scope)

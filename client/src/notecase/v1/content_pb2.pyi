@@ -109,7 +109,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """FAILED_PRECONDITION, inside a run: the reply is not what the agent's output_schema asks for; metadata.problem says where."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
-    """The `reason` of every error's google.rpc.ErrorInfo, there without the prefix, under the domain "notecase"."""
+    """The `reason` of every error's google.rpc.ErrorInfo, there without the prefix, under the domain "notecase.dev"."""
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 1
@@ -423,6 +423,7 @@ class Reasoning(_message.Message):
 
     TEXT_FIELD_NUMBER: _builtins.int
     text: _builtins.str
+    """Set aside: 2 for what a provider wants back with it."""
     def __init__(
         self,
         *,
@@ -519,7 +520,9 @@ class ToolCall(_message.Message):
         """The run or the call was cancelled before the call had an outcome."""
 
     class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
-        """What became of a call."""
+        """Set aside: 12 for what a provider wants back with the call.
+        What became of a call.
+        """
 
     OUTCOME_UNSPECIFIED: ToolCall.Outcome.ValueType  # 0
     OUTCOME_PENDING: ToolCall.Outcome.ValueType  # 1
@@ -544,6 +547,7 @@ class ToolCall(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     ELAPSED_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
+    BINDING_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     """Made by the server whatever the model sent; unique in the session and stable from the first delta on. A tool's
     idempotency key is "{session}/{call_id}", the same on every attempt.
@@ -570,6 +574,10 @@ class ToolCall(_message.Message):
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """Of the last dispatch."""
 
+    @_builtins.property
+    def binding(self) -> Global___ToolBinding:
+        """What the name stood for when the call was made. Unset when there was no tool of that name."""
+
     def __init__(
         self,
         *,
@@ -583,14 +591,77 @@ class ToolCall(_message.Message):
         attempt: _builtins.int = ...,
         elapsed: _duration_pb2.Duration | None = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
+        binding: Global___ToolBinding | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["elapsed", b"elapsed", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["binding", b"binding", "elapsed", b"elapsed", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "attempt", b"attempt", "call_id", b"call_id", "client_executed", b"client_executed", "elapsed", b"elapsed", "error", b"error", "outcome", b"outcome", "result", b"result", "start_time", b"start_time", "tool", b"tool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "attempt", b"attempt", "binding", b"binding", "call_id", b"call_id", "client_executed", b"client_executed", "elapsed", b"elapsed", "error", b"error", "outcome", b"outcome", "result", b"result", "start_time", b"start_time", "tool", b"tool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
+
+@_typing.final
+class ToolBinding(_message.Message):
+    """What a call was bound to: it stays the call's whatever its name comes to mean later."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DECLARATION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    MCP_FIELD_NUMBER: _builtins.int
+    declaration: _builtins.int
+    """The index of the declaration among the run's tools: those of the agent's revision, then Run.client_tools."""
+    digest: _builtins.bytes
+    """SHA-256 of the declaration and of what implements it: answers that are remembered hold for this."""
+    function: _builtins.str
+    """The function of the server."""
+    @_builtins.property
+    def mcp(self) -> Global___McpBinding:
+        """The MCP server and its own name of the tool."""
+
+    def __init__(
+        self,
+        *,
+        declaration: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+        function: _builtins.str = ...,
+        mcp: Global___McpBinding | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "implementation", b"implementation", "mcp", b"mcp"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["declaration", b"declaration", "digest", b"digest", "function", b"function", "implementation", b"implementation", "mcp", b"mcp"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_implementation: _TypeAlias = _typing.Literal["function", "mcp"]  # noqa: Y015
+    _WhichOneofArgType_implementation: _TypeAlias = _typing.Literal["implementation", b"implementation"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_implementation) -> _WhichOneofReturnType_implementation | None: ...
+
+Global___ToolBinding: _TypeAlias = ToolBinding  # noqa: Y015
+
+@_typing.final
+class McpBinding(_message.Message):
+    """A tool as its MCP server has it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_FIELD_NUMBER: _builtins.int
+    TOOL_FIELD_NUMBER: _builtins.int
+    server: _builtins.str
+    tool: _builtins.str
+    def __init__(
+        self,
+        *,
+        server: _builtins.str = ...,
+        tool: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["server", b"server", "tool", b"tool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___McpBinding: _TypeAlias = McpBinding  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):

@@ -26,14 +26,14 @@ from notecase.v1 import content_pb2 as notecase_dot_v1_dot_content__pb2
 from notecase.v1 import run_pb2 as notecase_dot_v1_dot_run__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18notecase/v1/export.proto\x12\x0bnotecase.v1\x1a\x19notecase/v1/content.proto\x1a\x15notecase/v1/run.proto\"\x9e\x01\n\x0c\x45xportRecord\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.notecase.v1.ExportHeaderH\x00\x12#\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x12.notecase.v1.EventH\x00\x12!\n\x04\x62lob\x18\x03 \x01(\x0b\x32\x11.notecase.v1.BlobH\x00\x12\x0f\n\x05\x63hunk\x18\x04 \x01(\x0cH\x00\x42\x08\n\x06record\"\xca\x01\n\x0c\x45xportHeader\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\r\n\x05\x61gent\x18\x02 \x01(\t\x12\x0c\n\x04user\x18\x03 \x01(\t\x12\x35\n\x06labels\x18\x04 \x03(\x0b\x32%.notecase.v1.ExportHeader.LabelsEntry\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.notecase.v1.Usage\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x42\n\x0bnotecase.v1B\x0b\x45xportProtoP\x01Z\x16notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18notecase/v1/export.proto\x12\x0bnotecase.v1\x1a\x19notecase/v1/content.proto\x1a\x15notecase/v1/run.proto\"\x9e\x01\n\x0c\x45xportRecord\x12+\n\x06header\x18\x01 \x01(\x0b\x32\x19.notecase.v1.ExportHeaderH\x00\x12#\n\x05\x65vent\x18\x02 \x01(\x0b\x32\x12.notecase.v1.EventH\x00\x12!\n\x04\x62lob\x18\x03 \x01(\x0b\x32\x11.notecase.v1.BlobH\x00\x12\x0f\n\x05\x63hunk\x18\x04 \x01(\x0cH\x00\x42\x08\n\x06record\"\xca\x01\n\x0c\x45xportHeader\x12\x14\n\x0c\x64isplay_name\x18\x01 \x01(\t\x12\r\n\x05\x61gent\x18\x02 \x01(\t\x12\x0c\n\x04user\x18\x03 \x01(\t\x12\x35\n\x06labels\x18\x04 \x03(\x0b\x32%.notecase.v1.ExportHeader.LabelsEntry\x12!\n\x05usage\x18\x05 \x01(\x0b\x32\x12.notecase.v1.Usage\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42W\n\x0f\x64\x65v.notecase.v1B\x0b\x45xportProtoP\x01Z\'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'notecase.v1.export_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
-  _globals['DESCRIPTOR']._serialized_options = b'\n\013notecase.v1B\013ExportProtoP\001Z\026notecase/v1;notecasev1\252\002\013Notecase.V1'
+  _globals['DESCRIPTOR']._serialized_options = b'\n\017dev.notecase.v1B\013ExportProtoP\001Z\'notecase.dev/api/notecase/v1;notecasev1\252\002\013Notecase.V1'
   _globals['_EXPORTHEADER_LABELSENTRY']._loaded_options = None
   _globals['_EXPORTHEADER_LABELSENTRY']._serialized_options = b'8\001'
   _globals['_EXPORTRECORD']._serialized_start=92

@@ -88,14 +88,15 @@ class Run(_message.Message):
         KEY_FIELD_NUMBER: _builtins.int
         VALUE_FIELD_NUMBER: _builtins.int
         key: _builtins.str
-        value: _builtins.bool
+        @_builtins.property
+        def value(self) -> _session_pb2.RememberedApproval: ...
         def __init__(
             self,
             *,
             key: _builtins.str = ...,
-            value: _builtins.bool = ...,
+            value: _session_pb2.RememberedApproval | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
         _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -122,7 +123,7 @@ class Run(_message.Message):
     REMEMBERED_FIELD_NUMBER: _builtins.int
     TOOL_CALLS_FIELD_NUMBER: _builtins.int
     ENDING_FIELD_NUMBER: _builtins.int
-    RUNNING_TIME_FIELD_NUMBER: _builtins.int
+    RUNNING_DURATION_FIELD_NUMBER: _builtins.int
     STATE_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """sessions/{session}/runs/{run}"""
@@ -170,11 +171,13 @@ class Run(_message.Message):
     @_builtins.property
     def disconnect(self) -> Global___Disconnect: ...
     @_builtins.property
-    def remembered(self) -> _containers.ScalarMap[_builtins.str, _builtins.bool]:
-        """By tool, whether its calls are approved in this run without asking (REMEMBER_RUN)."""
+    def remembered(self) -> _containers.MessageMap[_builtins.str, _session_pb2.RememberedApproval]:
+        """The answers that hold for later calls of the same tool in this run (REMEMBER_RUN), by the input_id that each of them
+        answered.
+        """
 
     @_builtins.property
-    def running_time(self) -> _duration_pb2.Duration:
+    def running_duration(self) -> _duration_pb2.Duration:
         """Time in STATE_RUNNING up to the last change of state."""
 
     @_builtins.property
@@ -202,15 +205,15 @@ class Run(_message.Message):
         client_tools: _abc.Iterable[_agent_pb2.Tool] | None = ...,
         limits: Global___Limits | None = ...,
         disconnect: Global___Disconnect | None = ...,
-        remembered: _abc.Mapping[_builtins.str, _builtins.bool] | None = ...,
+        remembered: _abc.Mapping[_builtins.str, _session_pb2.RememberedApproval] | None = ...,
         tool_calls: _builtins.int = ...,
         ending: _builtins.bool = ...,
-        running_time: _duration_pb2.Duration | None = ...,
+        running_duration: _duration_pb2.Duration | None = ...,
         state_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "disconnect", b"disconnect", "end_time", b"end_time", "error", b"error", "limits", b"limits", "reply", b"reply", "running_time", b"running_time", "state_time", b"state_time", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "disconnect", b"disconnect", "end_time", b"end_time", "error", b"error", "limits", b"limits", "reply", b"reply", "running_duration", b"running_duration", "state_time", b"state_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_revision", b"agent_revision", "attempt", b"attempt", "client_tools", b"client_tools", "create_time", b"create_time", "disconnect", b"disconnect", "end_time", b"end_time", "ending", b"ending", "error", b"error", "first_sequence", b"first_sequence", "labels", b"labels", "last_sequence", b"last_sequence", "limits", b"limits", "name", b"name", "pending_calls", b"pending_calls", "pending_inputs", b"pending_inputs", "remembered", b"remembered", "reply", b"reply", "running_time", b"running_time", "state", b"state", "state_time", b"state_time", "tool_calls", b"tool_calls", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_revision", b"agent_revision", "attempt", b"attempt", "client_tools", b"client_tools", "create_time", b"create_time", "disconnect", b"disconnect", "end_time", b"end_time", "ending", b"ending", "error", b"error", "first_sequence", b"first_sequence", "labels", b"labels", "last_sequence", b"last_sequence", "limits", b"limits", "name", b"name", "pending_calls", b"pending_calls", "pending_inputs", b"pending_inputs", "remembered", b"remembered", "reply", b"reply", "running_duration", b"running_duration", "state", b"state", "state_time", b"state_time", "tool_calls", b"tool_calls", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -366,6 +369,7 @@ class StartRun(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
     REWIND_TO_SEQUENCE_FIELD_NUMBER: _builtins.int
+    IF_SESSION_UID_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """sessions/{session}. Empty: a new one, as in new_session."""
     agent: _builtins.str
@@ -379,6 +383,10 @@ class StartRun(_message.Message):
     rewind_to_sequence: _builtins.int
     """Rewinds the session first, in the same commit, as RewindSession does: to regenerate, without messages, or to edit, with
     new ones. Not with ON_BUSY_QUEUE or ON_BUSY_ROLLBACK.
+    """
+    if_session_uid: _builtins.str
+    """Session.uid of the session that is meant: SESSION_NOT_FOUND when its name is another session's by now. Empty: whichever
+    session has the name. Not together with `new_session`.
     """
     @_builtins.property
     def new_session(self) -> _session_pb2.Session:
@@ -425,10 +433,11 @@ class StartRun(_message.Message):
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         options: Global___WatchOptions | None = ...,
         rewind_to_sequence: _builtins.int | None = ...,
+        if_session_uid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "_rewind_to_sequence", b"_rewind_to_sequence", "disconnect", b"disconnect", "if_last_sequence", b"if_last_sequence", "limits", b"limits", "new_session", b"new_session", "options", b"options", "rewind_to_sequence", b"rewind_to_sequence"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "_rewind_to_sequence", b"_rewind_to_sequence", "agent", b"agent", "client_tools", b"client_tools", "disconnect", b"disconnect", "if_last_sequence", b"if_last_sequence", "labels", b"labels", "limits", b"limits", "messages", b"messages", "new_session", b"new_session", "on_busy", b"on_busy", "options", b"options", "rewind_to_sequence", b"rewind_to_sequence", "run_id", b"run_id", "session", b"session", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "_rewind_to_sequence", b"_rewind_to_sequence", "agent", b"agent", "client_tools", b"client_tools", "disconnect", b"disconnect", "if_last_sequence", b"if_last_sequence", "if_session_uid", b"if_session_uid", "labels", b"labels", "limits", b"limits", "messages", b"messages", "new_session", b"new_session", "on_busy", b"on_busy", "options", b"options", "rewind_to_sequence", b"rewind_to_sequence", "run_id", b"run_id", "session", b"session", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__if_last_sequence: _TypeAlias = _typing.Literal["if_last_sequence"]  # noqa: Y015
     _WhichOneofArgType__if_last_sequence: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence"]  # noqa: Y015
@@ -452,12 +461,15 @@ class AttachRun(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    IF_SESSION_UID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """sessions/{session} or sessions/{session}/runs/{run}"""
     after_sequence: _builtins.int
     """The last sequence the caller has; 0: everything. Unset: the session's head, or before the run's first event.
     Beyond the head: OUT_OF_RANGE.
     """
+    if_session_uid: _builtins.str
+    """As in StartRun."""
     @_builtins.property
     def options(self) -> Global___WatchOptions: ...
     def __init__(
@@ -466,10 +478,11 @@ class AttachRun(_message.Message):
         name: _builtins.str = ...,
         after_sequence: _builtins.int | None = ...,
         options: Global___WatchOptions | None = ...,
+        if_session_uid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence", "name", b"name", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence", "if_session_uid", b"if_session_uid", "name", b"name", "options", b"options"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__after_sequence: _TypeAlias = _typing.Literal["after_sequence"]  # noqa: Y015
     _WhichOneofArgType__after_sequence: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence"]  # noqa: Y015
@@ -842,11 +855,14 @@ class Attached(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     EXISTING_FIELD_NUMBER: _builtins.int
+    SESSION_UID_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     last_sequence: _builtins.int
     """The head of the log at that moment."""
     existing: _builtins.bool
     """The run existed before this stream's `start`."""
+    session_uid: _builtins.str
+    """Session.uid of the session that this stream is attached to, and that its commands are for."""
     @_builtins.property
     def run(self) -> Global___Run:
         """The run this stream follows; unset when the session is idle."""
@@ -858,10 +874,11 @@ class Attached(_message.Message):
         run: Global___Run | None = ...,
         last_sequence: _builtins.int = ...,
         existing: _builtins.bool = ...,
+        session_uid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["existing", b"existing", "last_sequence", b"last_sequence", "run", b"run", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["existing", b"existing", "last_sequence", b"last_sequence", "run", b"run", "session", b"session", "session_uid", b"session_uid"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1030,6 +1047,7 @@ class Event(_message.Message):
     BLOCK_DELTA_FIELD_NUMBER: _builtins.int
     MESSAGE_DISCARDED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
+    """Set aside: 6 for the principal that caused it, 7 for the step of the run."""
     run: _builtins.str
     """sessions/{session}/runs/{run}; empty for what no run did."""
     cause_id: _builtins.str
@@ -1749,10 +1767,13 @@ class SendCommandRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     COMMAND_FIELD_NUMBER: _builtins.int
     RUN_FIELD_NUMBER: _builtins.int
+    IF_SESSION_UID_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """sessions/{session}"""
     run: _builtins.str
     """The run meant. Empty: the active one."""
+    if_session_uid: _builtins.str
+    """As in StartRun."""
     @_builtins.property
     def command(self) -> Global___RunRequest:
         """Anything but `attach`."""
@@ -1763,10 +1784,11 @@ class SendCommandRequest(_message.Message):
         session: _builtins.str = ...,
         command: Global___RunRequest | None = ...,
         run: _builtins.str = ...,
+        if_session_uid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "run", b"run", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "if_session_uid", b"if_session_uid", "run", b"run", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1799,10 +1821,13 @@ class WatchEventsRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     OPTIONS_FIELD_NUMBER: _builtins.int
+    IF_SESSION_UID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """sessions/{session} or sessions/{session}/runs/{run}"""
     after_sequence: _builtins.int
     """As in AttachRun."""
+    if_session_uid: _builtins.str
+    """As in StartRun."""
     @_builtins.property
     def options(self) -> Global___WatchOptions: ...
     def __init__(
@@ -1811,10 +1836,11 @@ class WatchEventsRequest(_message.Message):
         name: _builtins.str = ...,
         after_sequence: _builtins.int | None = ...,
         options: Global___WatchOptions | None = ...,
+        if_session_uid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence", "options", b"options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence", "name", b"name", "options", b"options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence", "after_sequence", b"after_sequence", "if_session_uid", b"if_session_uid", "name", b"name", "options", b"options"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__after_sequence: _TypeAlias = _typing.Literal["after_sequence"]  # noqa: Y015
     _WhichOneofArgType__after_sequence: _TypeAlias = _typing.Literal["_after_sequence", b"_after_sequence"]  # noqa: Y015

@@ -75,14 +75,15 @@ class Session(_message.Message):
         KEY_FIELD_NUMBER: _builtins.int
         VALUE_FIELD_NUMBER: _builtins.int
         key: _builtins.str
-        value: _builtins.bool
+        @_builtins.property
+        def value(self) -> Global___RememberedApproval: ...
         def __init__(
             self,
             *,
             key: _builtins.str = ...,
-            value: _builtins.bool = ...,
+            value: Global___RememberedApproval | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
         _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -109,6 +110,7 @@ class Session(_message.Message):
     CONTENT_BYTES_FIELD_NUMBER: _builtins.int
     SUMMARY_SEQUENCE_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
+    UID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """sessions/{session}"""
     display_name: _builtins.str
@@ -132,6 +134,8 @@ class Session(_message.Message):
     """Output only: the `summarized` event in effect. 0: none."""
     etag: _builtins.str
     """Of the metadata, not of the log; given back in an update it makes the update conditional."""
+    uid: _builtins.str
+    """Output only: made at creation, fork and import, a random UUID. A session made later under the same name has another one."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -165,8 +169,10 @@ class Session(_message.Message):
         """Output only: what was answered QUEUED and not yet taken up, in order."""
 
     @_builtins.property
-    def remembered(self) -> _containers.ScalarMap[_builtins.str, _builtins.bool]:
-        """Output only: by tool, whether its calls are approved in this session without asking (REMEMBER_SESSION)."""
+    def remembered(self) -> _containers.MessageMap[_builtins.str, Global___RememberedApproval]:
+        """Output only: the answers that hold for later calls of the same tool in this session (REMEMBER_SESSION), by the input_id
+        that each of them answered. A rewind to before an answer takes it back, and a fork or an import has none.
+        """
 
     def __init__(
         self,
@@ -188,20 +194,60 @@ class Session(_message.Message):
         ttl: _duration_pb2.Duration | None = ...,
         idle_ttl: _duration_pb2.Duration | None = ...,
         queued_commands: _abc.Iterable[Global___QueuedCommand] | None = ...,
-        remembered: _abc.Mapping[_builtins.str, _builtins.bool] | None = ...,
+        remembered: _abc.Mapping[_builtins.str, Global___RememberedApproval] | None = ...,
         content_bytes: _builtins.int = ...,
         summary_sequence: _builtins.int = ...,
         etag: _builtins.str = ...,
+        uid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expiration", b"expiration", "expire_time", b"expire_time", "idle_ttl", b"idle_ttl", "ttl", b"ttl", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_run", b"active_run", "activity", b"activity", "agent", b"agent", "content_bytes", b"content_bytes", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "expiration", b"expiration", "expire_time", b"expire_time", "fork_sequence", b"fork_sequence", "idle_ttl", b"idle_ttl", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "parent_session", b"parent_session", "queued_commands", b"queued_commands", "remembered", b"remembered", "summary_sequence", b"summary_sequence", "ttl", b"ttl", "update_time", b"update_time", "usage", b"usage", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_run", b"active_run", "activity", b"activity", "agent", b"agent", "content_bytes", b"content_bytes", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "expiration", b"expiration", "expire_time", b"expire_time", "fork_sequence", b"fork_sequence", "idle_ttl", b"idle_ttl", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "parent_session", b"parent_session", "queued_commands", b"queued_commands", "remembered", b"remembered", "summary_sequence", b"summary_sequence", "ttl", b"ttl", "uid", b"uid", "update_time", b"update_time", "usage", b"usage", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_expiration: _TypeAlias = _typing.Literal["expire_time", "ttl"]  # noqa: Y015
     _WhichOneofArgType_expiration: _TypeAlias = _typing.Literal["expiration", b"expiration"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_expiration) -> _WhichOneofReturnType_expiration | None: ...
 
 Global___Session: _TypeAlias = Session  # noqa: Y015
+
+@_typing.final
+class RememberedApproval(_message.Message):
+    """An answer that holds for later calls of one tool: of the same agent, with the same declaration and implementation. A tool
+    that is declared in another way is asked about again.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    AGENT_FIELD_NUMBER: _builtins.int
+    TOOL_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    APPROVED_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    agent: _builtins.str
+    """agents/{agent}"""
+    tool: _builtins.str
+    """The name that the model called."""
+    digest: _builtins.bytes
+    """SHA-256 of the declaration and of what implements it; as ToolBinding.digest."""
+    approved: _builtins.bool
+    sequence: _builtins.int
+    """Of the event that holds the answer."""
+    def __init__(
+        self,
+        *,
+        agent: _builtins.str = ...,
+        tool: _builtins.str = ...,
+        digest: _builtins.bytes = ...,
+        approved: _builtins.bool = ...,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "approved", b"approved", "digest", b"digest", "sequence", b"sequence", "tool", b"tool"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RememberedApproval: _TypeAlias = RememberedApproval  # noqa: Y015
 
 @_typing.final
 class QueuedCommand(_message.Message):

@@ -27,30 +27,38 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from notecase.v1 import content_pb2 as notecase_dot_v1_dot_content__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17notecase/v1/state.proto\x12\x0bnotecase.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19notecase/v1/content.proto\"\xba\x01\n\x05State\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x07\x65ntries\x18\x02 \x03(\x0b\x32\x1f.notecase.v1.State.EntriesEntry\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\x1aG\n\x0c\x45ntriesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.notecase.v1.StateEntry:\x02\x38\x01\"q\n\nStateEntry\x12!\n\x05value\x18\x01 \x01(\x0b\x32\x12.notecase.v1.Value\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12/\n\x0bupdate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xcc\x01\n\x07StateOp\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x17\n\nif_version\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12!\n\x03set\x18\x03 \x01(\x0b\x32\x12.notecase.v1.ValueH\x00\x12(\n\x06remove\x18\x04 \x01(\x0b\x32\x16.google.protobuf.EmptyH\x00\x12\x13\n\tincrement\x18\x05 \x01(\x03H\x00\x12$\n\x06\x61ppend\x18\x06 \x01(\x0b\x32\x12.notecase.v1.ValueH\x00\x42\x04\n\x02opB\r\n\x0b_if_version\"i\n\x0fGetStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04keys\x18\x02 \x03(\t\x12\x13\n\x0b\x61t_sequence\x18\x03 \x01(\x03\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"\x8b\x01\n\x0fPutStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12!\n\x05value\x18\x03 \x01(\x0b\x32\x12.notecase.v1.Value\x12\x17\n\nif_version\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\r\n\x0b_if_version\"\x81\x01\n\x12UpdateStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x03ops\x18\x02 \x03(\x0b\x32\x14.notecase.v1.StateOp\x12\x17\n\nif_version\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\tB\r\n\x0b_if_version2\xd3\x01\n\x0cStateService\x12<\n\x08GetState\x12\x1c.notecase.v1.GetStateRequest\x1a\x12.notecase.v1.State\x12\x41\n\x08PutState\x12\x1c.notecase.v1.PutStateRequest\x1a\x17.notecase.v1.StateEntry\x12\x42\n\x0bUpdateState\x12\x1f.notecase.v1.UpdateStateRequest\x1a\x12.notecase.v1.StateBA\n\x0bnotecase.v1B\nStateProtoP\x01Z\x16notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17notecase/v1/state.proto\x12\x0bnotecase.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x19notecase/v1/content.proto\"\xa7\x01\n\x05State\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x30\n\x07\x65ntries\x18\x02 \x03(\x0b\x32\x1f.notecase.v1.State.EntriesEntry\x12\x0f\n\x07version\x18\x03 \x01(\x03\x1aG\n\x0c\x45ntriesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.notecase.v1.StateEntry:\x02\x38\x01J\x04\x08\x04\x10\x05\"q\n\nStateEntry\x12!\n\x05value\x18\x01 \x01(\x0b\x32\x12.notecase.v1.Value\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12/\n\x0bupdate_time\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\xcc\x01\n\x07StateOp\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x17\n\nif_version\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12!\n\x03set\x18\x03 \x01(\x0b\x32\x12.notecase.v1.ValueH\x00\x12(\n\x06remove\x18\x04 \x01(\x0b\x32\x16.google.protobuf.EmptyH\x00\x12\x13\n\tincrement\x18\x05 \x01(\x03H\x00\x12$\n\x06\x61ppend\x18\x06 \x01(\x0b\x32\x12.notecase.v1.ValueH\x00\x42\x04\n\x02opB\r\n\x0b_if_version\"i\n\x0fGetStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04keys\x18\x02 \x03(\t\x12\x13\n\x0b\x61t_sequence\x18\x03 \x01(\x03\x12\x11\n\tpage_size\x18\x04 \x01(\x05\x12\x12\n\npage_token\x18\x05 \x01(\t\"\xd0\x01\n\x10GetStateResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12;\n\x07\x65ntries\x18\x02 \x03(\x0b\x32*.notecase.v1.GetStateResponse.EntriesEntry\x12\x0f\n\x07version\x18\x03 \x01(\x03\x12\x17\n\x0fnext_page_token\x18\x04 \x01(\t\x1aG\n\x0c\x45ntriesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12&\n\x05value\x18\x02 \x01(\x0b\x32\x17.notecase.v1.StateEntry:\x02\x38\x01\"\x8b\x01\n\x0fPutStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03key\x18\x02 \x01(\t\x12!\n\x05value\x18\x03 \x01(\x0b\x32\x12.notecase.v1.Value\x12\x17\n\nif_version\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x05 \x01(\tB\r\n\x0b_if_version\"\x81\x01\n\x12UpdateStateRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12!\n\x03ops\x18\x02 \x03(\x0b\x32\x14.notecase.v1.StateOp\x12\x17\n\nif_version\x18\x03 \x01(\x03H\x00\x88\x01\x01\x12\x12\n\nrequest_id\x18\x04 \x01(\tB\r\n\x0b_if_version2\xe3\x01\n\x0cStateService\x12L\n\x08GetState\x12\x1c.notecase.v1.GetStateRequest\x1a\x1d.notecase.v1.GetStateResponse\"\x03\x90\x02\x01\x12\x41\n\x08PutState\x12\x1c.notecase.v1.PutStateRequest\x1a\x17.notecase.v1.StateEntry\x12\x42\n\x0bUpdateState\x12\x1f.notecase.v1.UpdateStateRequest\x1a\x12.notecase.v1.StateBV\n\x0f\x64\x65v.notecase.v1B\nStateProtoP\x01Z\'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'notecase.v1.state_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
-  _globals['DESCRIPTOR']._serialized_options = b'\n\013notecase.v1B\nStateProtoP\001Z\026notecase/v1;notecasev1\252\002\013Notecase.V1'
+  _globals['DESCRIPTOR']._serialized_options = b'\n\017dev.notecase.v1B\nStateProtoP\001Z\'notecase.dev/api/notecase/v1;notecasev1\252\002\013Notecase.V1'
   _globals['_STATE_ENTRIESENTRY']._loaded_options = None
   _globals['_STATE_ENTRIESENTRY']._serialized_options = b'8\001'
+  _globals['_GETSTATERESPONSE_ENTRIESENTRY']._loaded_options = None
+  _globals['_GETSTATERESPONSE_ENTRIESENTRY']._serialized_options = b'8\001'
+  _globals['_STATESERVICE'].methods_by_name['GetState']._loaded_options = None
+  _globals['_STATESERVICE'].methods_by_name['GetState']._serialized_options = b'\220\002\001'
   _globals['_STATE']._serialized_start=130
-  _globals['_STATE']._serialized_end=316
-  _globals['_STATE_ENTRIESENTRY']._serialized_start=245
-  _globals['_STATE_ENTRIESENTRY']._serialized_end=316
-  _globals['_STATEENTRY']._serialized_start=318
-  _globals['_STATEENTRY']._serialized_end=431
-  _globals['_STATEOP']._serialized_start=434
-  _globals['_STATEOP']._serialized_end=638
-  _globals['_GETSTATEREQUEST']._serialized_start=640
-  _globals['_GETSTATEREQUEST']._serialized_end=745
-  _globals['_PUTSTATEREQUEST']._serialized_start=748
-  _globals['_PUTSTATEREQUEST']._serialized_end=887
-  _globals['_UPDATESTATEREQUEST']._serialized_start=890
-  _globals['_UPDATESTATEREQUEST']._serialized_end=1019
-  _globals['_STATESERVICE']._serialized_start=1022
-  _globals['_STATESERVICE']._serialized_end=1233
+  _globals['_STATE']._serialized_end=297
+  _globals['_STATE_ENTRIESENTRY']._serialized_start=220
+  _globals['_STATE_ENTRIESENTRY']._serialized_end=291
+  _globals['_STATEENTRY']._serialized_start=299
+  _globals['_STATEENTRY']._serialized_end=412
+  _globals['_STATEOP']._serialized_start=415
+  _globals['_STATEOP']._serialized_end=619
+  _globals['_GETSTATEREQUEST']._serialized_start=621
+  _globals['_GETSTATEREQUEST']._serialized_end=726
+  _globals['_GETSTATERESPONSE']._serialized_start=729
+  _globals['_GETSTATERESPONSE']._serialized_end=937
+  _globals['_GETSTATERESPONSE_ENTRIESENTRY']._serialized_start=220
+  _globals['_GETSTATERESPONSE_ENTRIESENTRY']._serialized_end=291
+  _globals['_PUTSTATEREQUEST']._serialized_start=940
+  _globals['_PUTSTATEREQUEST']._serialized_end=1079
+  _globals['_UPDATESTATEREQUEST']._serialized_start=1082
+  _globals['_UPDATESTATEREQUEST']._serialized_end=1211
+  _globals['_STATESERVICE']._serialized_start=1214
+  _globals['_STATESERVICE']._serialized_end=1441
 # @@protoc_insertion_point(module_scope)

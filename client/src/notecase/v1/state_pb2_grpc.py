@@ -39,7 +39,7 @@ class StateServiceStub(object):
         self.GetState = channel.unary_unary(
                 '/notecase.v1.StateService/GetState',
                 request_serializer=notecase_dot_v1_dot_state__pb2.GetStateRequest.SerializeToString,
-                response_deserializer=notecase_dot_v1_dot_state__pb2.State.FromString,
+                response_deserializer=notecase_dot_v1_dot_state__pb2.GetStateResponse.FromString,
                 _registered_method=True)
         self.PutState = channel.unary_unary(
                 '/notecase.v1.StateService/PutState',
@@ -59,7 +59,7 @@ class StateServiceServicer(object):
     """
 
     def GetState(self, request, context):
-        """A page of entries by key, or the keys named. Missing keys are left out.
+        """A page of entries by key, or of the keys named. Missing keys are left out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -73,7 +73,8 @@ class StateServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateState(self, request, context):
-        """Applies several operations, all or none, in one commit, and returns the keys they name that exist afterwards.
+        """Applies several operations, all or none, in one commit, and returns the keys they name that exist afterwards. Once the
+        answer holds 1 MiB, the entries that follow come without their values: read those by GetState.
         ABORTED when a condition misses, FAILED_PRECONDITION when a value's type does not have the operation.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -86,7 +87,7 @@ def add_StateServiceServicer_to_server(servicer, server):
             'GetState': grpc.unary_unary_rpc_method_handler(
                     servicer.GetState,
                     request_deserializer=notecase_dot_v1_dot_state__pb2.GetStateRequest.FromString,
-                    response_serializer=notecase_dot_v1_dot_state__pb2.State.SerializeToString,
+                    response_serializer=notecase_dot_v1_dot_state__pb2.GetStateResponse.SerializeToString,
             ),
             'PutState': grpc.unary_unary_rpc_method_handler(
                     servicer.PutState,
@@ -127,7 +128,7 @@ class StateService(object):
             target,
             '/notecase.v1.StateService/GetState',
             notecase_dot_v1_dot_state__pb2.GetStateRequest.SerializeToString,
-            notecase_dot_v1_dot_state__pb2.State.FromString,
+            notecase_dot_v1_dot_state__pb2.GetStateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -35,12 +35,13 @@ class StateServiceStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> StateServiceAsyncStub: ...
-    GetState: _grpc.UnaryUnaryMultiCallable[_state_pb2.GetStateRequest, _state_pb2.State]
-    """A page of entries by key, or the keys named. Missing keys are left out."""
+    GetState: _grpc.UnaryUnaryMultiCallable[_state_pb2.GetStateRequest, _state_pb2.GetStateResponse]
+    """A page of entries by key, or of the keys named. Missing keys are left out."""
     PutState: _grpc.UnaryUnaryMultiCallable[_state_pb2.PutStateRequest, _state_pb2.StateEntry]
     """Sets one key. ABORTED with metadata.version when if_version is set and differs."""
     UpdateState: _grpc.UnaryUnaryMultiCallable[_state_pb2.UpdateStateRequest, _state_pb2.State]
-    """Applies several operations, all or none, in one commit, and returns the keys they name that exist afterwards.
+    """Applies several operations, all or none, in one commit, and returns the keys they name that exist afterwards. Once the
+    answer holds 1 MiB, the entries that follow come without their values: read those by GetState.
     ABORTED when a condition misses, FAILED_PRECONDITION when a value's type does not have the operation.
     """
 
@@ -51,12 +52,13 @@ class StateServiceAsyncStub(StateServiceStub):
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
-    GetState: _aio.UnaryUnaryMultiCallable[_state_pb2.GetStateRequest, _state_pb2.State]  # type: ignore[assignment]
-    """A page of entries by key, or the keys named. Missing keys are left out."""
+    GetState: _aio.UnaryUnaryMultiCallable[_state_pb2.GetStateRequest, _state_pb2.GetStateResponse]  # type: ignore[assignment]
+    """A page of entries by key, or of the keys named. Missing keys are left out."""
     PutState: _aio.UnaryUnaryMultiCallable[_state_pb2.PutStateRequest, _state_pb2.StateEntry]  # type: ignore[assignment]
     """Sets one key. ABORTED with metadata.version when if_version is set and differs."""
     UpdateState: _aio.UnaryUnaryMultiCallable[_state_pb2.UpdateStateRequest, _state_pb2.State]  # type: ignore[assignment]
-    """Applies several operations, all or none, in one commit, and returns the keys they name that exist afterwards.
+    """Applies several operations, all or none, in one commit, and returns the keys they name that exist afterwards. Once the
+    answer holds 1 MiB, the entries that follow come without their values: read those by GetState.
     ABORTED when a condition misses, FAILED_PRECONDITION when a value's type does not have the operation.
     """
 
@@ -70,8 +72,8 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _state_pb2.GetStateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_state_pb2.State, _abc.Awaitable[_state_pb2.State]]:
-        """A page of entries by key, or the keys named. Missing keys are left out."""
+    ) -> _typing.Union[_state_pb2.GetStateResponse, _abc.Awaitable[_state_pb2.GetStateResponse]]:
+        """A page of entries by key, or of the keys named. Missing keys are left out."""
 
     @_abc_1.abstractmethod
     def PutState(
@@ -87,7 +89,8 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _state_pb2.UpdateStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_state_pb2.State, _abc.Awaitable[_state_pb2.State]]:
-        """Applies several operations, all or none, in one commit, and returns the keys they name that exist afterwards.
+        """Applies several operations, all or none, in one commit, and returns the keys they name that exist afterwards. Once the
+        answer holds 1 MiB, the entries that follow come without their values: read those by GetState.
         ABORTED when a condition misses, FAILED_PRECONDITION when a value's type does not have the operation.
         """
 

@@ -278,7 +278,7 @@ class Worker:
         timeout = self.run.limits.timeout
         alarm = None
         if self.run.limits.HasField("timeout"):
-            left = timeout.ToMicroseconds() - self.run.running_time.ToMicroseconds()
+            left = timeout.ToMicroseconds() - self.run.running_duration.ToMicroseconds()
             loop = asyncio.get_running_loop()
             alarm = loop.call_later(max(left, 0) / 1e6, self._out_of_time)
         try:

@@ -361,7 +361,7 @@ class States(v1.StateServiceServicer):
         self.desk = desk
         self.store = desk.store
 
-    async def GetState(self, request: v1.GetStateRequest, context: Any) -> v1.State:
+    async def GetState(self, request: v1.GetStateRequest, context: Any) -> v1.GetStateResponse:
         check = Check()
         scope = check.state("name", caller.get().tenant, request.name)
         check(len(request.keys) <= MAX_PAGE_SIZE, "keys", f"has more than {MAX_PAGE_SIZE} keys")
@@ -373,13 +373,14 @@ class States(v1.StateServiceServicer):
         if scope.kind == "session" and await self.store.get_session(key_of(scope.id)) is None:
             raise errors.not_found("session", names.session(scope.id))
         if request.keys:
-            state = await self.store.get_state(scope, list(request.keys), at)
+            state, token = await self.store.get_state(scope, list(request.keys), at), ""
         else:
             about = ("state", caller.get().tenant, request.name, str(at))
             state, page = await self.store.list_state(scope, self.desk.pages.query(request, *about), at)
-            state.next_page_token = self.desk.pages.token(page.next, *about)
-        state.name = request.name
-        return state
+            token = self.desk.pages.token(page.next, *about)
+        return v1.GetStateResponse(
+            name=request.name, entries=state.entries, version=state.version, next_page_token=token
+        )
 
     async def PutState(self, request: v1.PutStateRequest, context: Any) -> v1.StateEntry:
         op = v1.StateOp(key=request.key, set=request.value)
