@@ -13,7 +13,7 @@ from notecase_server.errors import NotecaseError
 from notecase_server.store import fold
 from notecase_server.store.contract import Commit, RunRecord, SessionKey
 
-KEY = SessionKey("acme", "s")
+KEY = session_key("acme", "s")
 RUNS = st.sampled_from(["r1", "r1", "r1", "r2", "r3"])
 """Mostly the one that begins, so that much happens to it."""
 NUMBERS = st.integers(0, 7)

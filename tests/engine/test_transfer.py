@@ -30,7 +30,7 @@ from tests.store.build import (
     summarized,
 )
 
-OTHER = SessionKey("acme", "other")
+OTHER = session_key("acme", "other")
 
 
 async def export(store: MemoryStore) -> bytes:

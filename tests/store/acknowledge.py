@@ -22,7 +22,7 @@ async def main(path: str, hold: bool) -> None:
 
 
 async def append(store: SqliteStore, session: str) -> None:
-    key = SessionKey("acme", session)
+    key = session_key("acme", session)
     known = await store.get_session(key)
     for number in count(known.last_sequence + 1 if known else 1, 2):
         commit = Commit(

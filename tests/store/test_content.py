@@ -142,7 +142,7 @@ async def test_a_commit_refers_only_to_what_is_there_and_learns_its_size(store: 
     message = await store.get_message(KEY, "m1")
     assert message is not None
     assert message.parts[1].blob == done.events[0].message_added.parts[1].blob
-    state = await store.get_state(Scope("acme", "session", "case"), ["k"])
+    state = await store.get_state(session_key("acme", "case").state, ["k"])
     noted = state.entries["k"].value.list_value.values[1].map_value.values["plan"].blob_value
     assert noted.size_bytes == 3
     assert [event.sequence for event in await store.read_events(KEY, 0)] == [1, 2], "what was refused left nothing"
@@ -190,7 +190,7 @@ async def test_what_nothing_refers_to_is_removed_after_its_time(store: Store, cl
 
 
 async def test_what_one_of_two_sessions_refers_to_stays(store: Store, clock: ManualClock) -> None:
-    other = SessionKey("acme", "other")
+    other = session_key("acme", "other")
     sha256 = await stored(store, b"abc")
     for key in (KEY, other):
         await create(store, key)
@@ -245,7 +245,7 @@ async def test_a_fork_holds_on_to_what_its_own_log_refers_to(store: Store, clock
     await add(store, showing("m1", b"abc"))
     await add(store, said("m2"))
     await add(store, showing("m3", b"de"))
-    fork = SessionKey("acme", "fork")
+    fork = session_key("acme", "fork")
     past = await store.read_past(KEY, 2)
     made = await store.fork(Fork(key=fork, source=KEY, past=past, session=v1.Session()))
     assert made.session.content_bytes == 3

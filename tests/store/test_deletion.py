@@ -69,7 +69,7 @@ def vacuumed(path: Path) -> None:
 
 async def test_nothing_of_deleted_sessions_is_left_in_any_row_or_in_the_log(store: SqliteStore, path: Path) -> None:
     """Messages, state, events, labels and what requests were answered. The others are whole."""
-    keys = [SessionKey("acme", f"s{number:02}") for number in range(10)]
+    keys = [session_key("acme", f"s{number:02}") for number in range(10)]
     secret = set(keys[::3])
     for key in keys:
         await fill(store, key, NEEDLE if key in secret else "hay", 5)

@@ -12,7 +12,7 @@ from tests.store.build import AGENT, EVERYTHING, ManualClock, add, create, ended
 
 
 def key(session: str) -> SessionKey:
-    return SessionKey("acme", session)
+    return session_key("acme", session)
 
 
 async def every(read: Callable[[Query], Awaitable[Page[Any]]], limit: int, where: Filter | None = None) -> list[str]:

@@ -56,7 +56,7 @@ async def test_the_log_is_read_after_a_sequence_and_up_to_a_limit(store: Store) 
     assert [event.sequence for event in await store.read_events(KEY, 1, limit=2)] == [2, 3]
     assert await store.read_events(KEY, 5) == []
     assert await store.read_events(KEY, 99) == []
-    assert await store.read_events(SessionKey("acme", "none"), 0) == []
+    assert await store.read_events(session_key("acme", "none"), 0) == []
 
 
 async def test_a_part_of_the_log_ends_at_a_mebibyte(store: Store) -> None:
@@ -220,7 +220,7 @@ async def test_of_two_claims_on_one_epoch_one_wins(store: Store) -> None:
     with refused("OWNER_LOST"):
         await store.claim(KEY, epoch)
     with refused("SESSION_NOT_FOUND"):
-        await store.claim(SessionKey("acme", "none"), epoch)
+        await store.claim(session_key("acme", "none"), epoch)
 
 
 async def test_a_commit_can_claim_in_the_same_step(store: Store) -> None:
@@ -336,7 +336,7 @@ async def test_a_repeated_command_is_applied_once(store: Store) -> None:
 
 
 async def test_commands_belong_to_their_session_and_go_with_it(store: Store) -> None:
-    other = SessionKey("acme", "other")
+    other = session_key("acme", "other")
     command = CommandId("command", b"d")
     await create(store)
     await create(store, other)
@@ -399,7 +399,7 @@ async def test_an_edit_that_raises_changes_nothing(store: Store) -> None:
     assert await store.get_session(KEY) == created
     await store.recall(KEY, once("edit"), None)
     with refused("SESSION_NOT_FOUND"):
-        await store.edit_session(SessionKey("acme", "none"), edit)
+        await store.edit_session(session_key("acme", "none"), edit)
 
 
 async def test_a_repeated_edit_is_not_made_again(store: Store) -> None:

@@ -123,10 +123,10 @@ async def test_an_edit_changes_when_a_session_expires(store: Store, clock: Manua
 
 
 async def test_the_longest_expired_come_first_over_all_tenants(store: Store, clock: ManualClock) -> None:
-    keys = [SessionKey("acme", "a"), SessionKey("globex", "b"), SessionKey("acme", "c"), SessionKey("acme", "d")]
+    keys = [session_key("acme", "a"), session_key("globex", "b"), session_key("acme", "c"), session_key("acme", "d")]
     for key, seconds in zip(keys, (3, 1, 2, 4), strict=True):
         await create(store, key, ttl=Duration(seconds=seconds))
-    await create(store, SessionKey("acme", "for-ever"))
+    await create(store, session_key("acme", "for-ever"))
     clock.now += 3 * SECOND
     assert await store.expired_sessions(clock.now, 10) == [keys[1], keys[2], keys[0]]
     assert await store.expired_sessions(clock.now, 2) == [keys[1], keys[2]]
@@ -177,7 +177,7 @@ async def test_a_fork_does_not_expire_with_its_source_but_as_it_is_told(store: S
     await add(store, said("m1"))
     past = await store.read_past(KEY, 1)
     for name, given, expected in (("a", v1.Session(), None), ("b", v1.Session(ttl=Duration(seconds=5)), 5 * SECOND)):
-        key = SessionKey("acme", name)
+        key = session_key("acme", name)
         await store.fork(Fork(key=key, source=KEY, past=past, session=given))
         assert await expires(store, key) == (expected and clock.now + expected)
 

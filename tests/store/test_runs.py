@@ -101,7 +101,7 @@ async def test_a_run_wants_its_record(store: Store) -> None:
 
 
 async def test_a_takeover_finds_the_agent_as_it_was(store: Store) -> None:
-    other = SessionKey("globex", "case")
+    other = session_key("globex", "case")
     await create(store)
     await create(store, other)
     record = RunRecord(b"d", v1.Agent(name="agents/poirot", revision=7))
@@ -187,7 +187,7 @@ async def test_messages_are_listed_by_sequence_both_ways(store: Store) -> None:
     older = await store.list_messages(KEY, Query(9, newest.next), newest_first=True)
     assert (names(older.rows), older.next) == (["m2", "m1", "m0"], None)
     assert (await store.list_messages(KEY, Query(9, (5,)))).rows == []
-    assert (await store.list_messages(SessionKey("acme", "none"), Query(9))).rows == []
+    assert (await store.list_messages(session_key("acme", "none"), Query(9))).rows == []
 
 
 async def test_the_messages_of_one_run(store: Store) -> None:
@@ -215,8 +215,8 @@ async def test_a_page_of_messages_ends_at_a_mebibyte_and_continues_behind_it(sto
 
 async def test_what_does_not_exist_is_none(store: Store) -> None:
     await create(store)
-    assert await store.get_session(SessionKey("acme", "none")) is None
+    assert await store.get_session(session_key("acme", "none")) is None
     assert await store.get_message(KEY, "none") is None
     assert await store.get_run(KEY, "none") is None
-    assert await store.get_message(SessionKey("acme", "none"), "m1") is None
-    assert await store.get_run(SessionKey("acme", "none"), "r1") is None
+    assert await store.get_message(session_key("acme", "none"), "m1") is None
+    assert await store.get_run(session_key("acme", "none"), "r1") is None

@@ -150,14 +150,14 @@ async def test_what_was_acknowledged_survives_sigkill(path: Path) -> None:
                     acknowledged[session] = max(acknowledged.get(session, 0), int(digits))
         store = await SqliteStore.open(path, ManualClock())
         for session, sequence in acknowledged.items():
-            key = SessionKey("acme", session)
+            key = session_key("acme", session)
             log, after = [], 0
             while page := await store.read_events(key, after):
                 log += page
                 after = page[-1].sequence
             assert [event.sequence for event in log] == list(range(1, len(log) + 1))
             assert len(log) >= sequence
-            row, state = await store.get_session(key), await store.get_state(Scope("acme", "session", session), ["n"])
+            row, state = await store.get_session(key), await store.get_state(session_key("acme", session).state, ["n"])
             assert row is not None
             assert row.last_sequence == state.entries["n"].value.int_value == len(log)
         await store.close()
@@ -434,7 +434,7 @@ async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:
         await store.list_agent_revisions("acme", "sherlock", Query(2, position))
     for key in (None, ("k",)):
         await store.list_agents("acme", Query(2, key))
-        await store.list_state(Scope("acme", "session", "case"), Query(2, key))
+        await store.list_state(session_key("acme", "case").state, Query(2, key))
     await store.read_events(KEY, 0)
     await store.expired_sessions(0, 10)
     for reader in store._connections.readers:
@@ -481,7 +481,7 @@ async def _steps_once(store: SqliteStore) -> int:
     for reader in store._connections.readers:
         reader.set_progress_handler(count, 1)
     await store.list_messages(KEY, Query(20), newest_first=True)
-    await store.get_state(Scope("acme", "session", "case"), ["k"])
+    await store.get_state(session_key("acme", "case").state, ["k"])
     for reader in store._connections.readers:
         reader.set_progress_handler(None, 0)
     return steps
@@ -489,7 +489,7 @@ async def _steps_once(store: SqliteStore) -> int:
 
 async def test_eight_writers_and_readers_at_once(store: SqliteStore) -> None:
     """Readers beside the writer see whole commits only, and what has returned always."""
-    keys = [SessionKey("acme", f"s{number}") for number in range(8)]
+    keys = [session_key("acme", f"s{number}") for number in range(8)]
     for key in keys:
         await create(store, key)
 
@@ -529,7 +529,7 @@ async def test_a_fork_is_one_statement_a_table_and_its_cost_grows_with_the_log_o
 
         store._connections.writer.set_trace_callback(seen.append)
         store._connections.writer.set_progress_handler(count, 10)
-        key = SessionKey("acme", f"copy{head}")
+        key = session_key("acme", f"copy{head}")
         await store.fork(Fork(key=key, source=KEY, past=past, session=v1.Session()))
         store._connections.writer.set_progress_handler(None, 10)
         store._connections.writer.set_trace_callback(None)
@@ -539,7 +539,7 @@ async def test_a_fork_is_one_statement_a_table_and_its_cost_grows_with_the_log_o
             ["sessions", "events", "messages", "calls", "runs", "entries", "blob_references"]
         )
     assert costs[1] <= costs[0] * 2.3
-    early = SessionKey("acme", "early")
+    early = session_key("acme", "early")
     await store.fork(Fork(key=early, source=KEY, past=await store.read_past(KEY, 5), session=v1.Session()))
     count_calls = (
         "SELECT session, count(*) FROM calls WHERE session IN ('case', 'early') GROUP BY session ORDER BY session"

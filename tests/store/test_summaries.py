@@ -145,7 +145,7 @@ async def test_a_fork_has_the_summary_that_was_in_effect_where_it_leaves(store: 
         await add(store, entry)
     assert await in_effect(store) == 8
     for at, summary in ((2, 0), (3, 3), (4, 3), (5, 5), (6, 3), (7, 3), (8, 8)):
-        key = SessionKey("acme", f"fork-{at}")
+        key = session_key("acme", f"fork-{at}")
         past = await store.read_past(KEY, at)
         made = await store.fork(Fork(key=key, source=KEY, past=past, session=v1.Session()))
         assert made.session.summary_sequence == summary, at

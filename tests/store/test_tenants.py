@@ -8,7 +8,7 @@ from notecase_server.store.contract import CommandId, Query, Replayed, Scope, Se
 
 from tests.store.build import EVERYTHING, add, changed, contents, create, ended, names, once, put, refused, said, start
 
-ACME, GLOBEX = SessionKey("acme", "case"), SessionKey("globex", "case")
+ACME, GLOBEX = session_key("acme", "case"), session_key("globex", "case")
 
 
 async def fill(store: Store, key: SessionKey) -> None:

@@ -55,6 +55,11 @@ def new_id() -> str:
     return str(uuid_utils.uuid7())
 
 
+def new_uid() -> str:
+    """A UUIDv4: it tells nothing, not even when the session was made."""
+    return str(uuid_utils.uuid4())
+
+
 async def open_store(url: str, clock: Clock) -> Store:
     """`memory:` or `sqlite:PATH`. Raises StoreOpenError with a sentence for whoever started the server."""
     kind, _, path = url.partition(":")
@@ -112,7 +117,7 @@ class Server:
         self._stall = pace.stall
         limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
         self._contents = Contents(store, make_id, clock, limits)
-        sessions = self._sessions = Sessions(store, limits.session)
+        sessions = self._sessions = Sessions(store, make_id, new_uid, limits.session)
         default = next(iter(self._providers.values()))
         self._toolbox = toolbox
         self._schemas = Schemas()

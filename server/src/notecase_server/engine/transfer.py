@@ -17,7 +17,7 @@ from notecase_server import errors, names
 from notecase_server.engine.content import Contents
 from notecase_server.errors import NotecaseError
 from notecase_server.store import fold
-from notecase_server.store.contract import Once, Restore, RunRecord, Scope, SessionKey, Store
+from notecase_server.store.contract import Restore, RunRecord, SessionKey, Store
 
 MAGIC = b"notecase"
 VERSION = 1
@@ -147,13 +147,13 @@ def _framed(record: v1.ExportRecord) -> bytes:
     return bytes([*length, size]) + body
 
 
-def read(file: BinaryIO, key: SessionKey, once: Once | None) -> Restore:
+def read(file: BinaryIO, key: SessionKey) -> Restore:
     """What is to be stored of a whole file, as the session `key`. The file is read again when it is stored. Blocks.
 
     Raises NotecaseError IMPORT_INVALID with a sentence that says what is wrong."""
     _check(file)
     try:
-        return _replayed(file, key, once)
+        return _replayed(file, key)
     except DecodeError:
         raise errors.import_invalid("has a record that does not decode") from None
 
@@ -223,7 +223,7 @@ def _message(rows: Mapping[str, v1.Message], event: v1.Event) -> v1.Message:
     return message
 
 
-def _replayed(file: BinaryIO, key: SessionKey, once: Once | None) -> Restore:
+def _replayed(file: BinaryIO, key: SessionKey) -> Restore:
     records = _records(file)
     header = next(records, v1.ExportRecord())
     if not header.HasField("header"):
@@ -258,11 +258,10 @@ def _replayed(file: BinaryIO, key: SessionKey, once: Once | None) -> Restore:
     session.content_bytes = sum(size for _, size in blobs.values())
     if told.HasField("usage"):
         session.usage.CopyFrom(told.usage)
-    scope = Scope(key.tenant, "session", key.session)
+    scope = key.state
     entries = rows.state.get(scope, {})
     return Restore(
         key=key,
-        once=once,
         session=session,
         events=partial(_events, file),
         message=partial(_message, rows.messages),

@@ -679,9 +679,7 @@ class Worker:
         return outcome, where.ops
 
     async def _get_state(self, *keys: str) -> dict[str, v1.Value]:
-        scope = names.parse_state(self.live.key.tenant, f"sessions/{self.live.key.session}/state")
-        assert scope is not None
-        state = await self._store.get_state(scope, keys)
+        state = await self._store.get_state(self.live.key.state, keys)
         return {key: entry.value for key, entry in state.entries.items()}
 
     def _expire(self, request: v1.InputRequest) -> None:
@@ -814,15 +812,25 @@ class Worker:
         for a store that is away, and lets others decide meanwhile. With `if_last_sequence` not all events are the
         run's, and `decide` says which."""
 
+        commit_id = ""
+
         async def commit() -> Committed | None:
+            nonlocal commit_id
             async with self.live.lock:
+                if (made := await self.live.settle()) is not None:
+                    self.learn(made)
+                if commit_id and (made := self.live.settled(commit_id)) is not None:
+                    return made
                 events = decide()
                 events += self._consequence(events)
                 if not events:
                     return None
+                commit_id = self._new_id()
                 if halt is None:
-                    return await self._commit(events)
-                return await self._commit(events, halt.once, halt.command, if_last_sequence, halt.start)
+                    return await self._commit(events, commit_id=commit_id)
+                return await self._commit(
+                    events, halt.once, halt.command, if_last_sequence, halt.start, commit_id=commit_id
+                )
 
         return await self._patiently(commit)
 
@@ -855,12 +863,14 @@ class Worker:
         command: CommandId | None = None,
         if_last_sequence: int | None = None,
         start: RunRecord | None = None,
+        commit_id: str = "",
     ) -> Committed:
         if if_last_sequence is None:
             self._own(events)
         committed = await self.live.commit(
             Commit(
                 key=self.live.key,
+                id=commit_id,
                 once=once,
                 command=command,
                 if_epoch=self.epoch,
@@ -870,6 +880,11 @@ class Worker:
                 start=start,
             )
         )
+        self.learn(committed)
+        return committed
+
+    def learn(self, committed: Committed) -> None:
+        """Takes in what a commit of this run has made."""
         self.run.CopyFrom(committed.runs.get(self.run.name, self.run))
         self._know(committed.session, committed.events)
         for message in committed.messages.values():
@@ -888,7 +903,6 @@ class Worker:
                 input_tokens=self.run.usage.input_tokens,
                 output_tokens=self.run.usage.output_tokens,
             )
-        return committed
 
 
 def _begin(opened: OpenMessage, block: Block) -> Block:

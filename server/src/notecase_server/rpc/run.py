@@ -57,7 +57,9 @@ class Streams:
         if kind == "attach":
             attach = first.attach
             after = attach.after_sequence if attach.HasField("after_sequence") else None
-            place = await self.attach(tenant, attach.name, after, attach.options, field="attach.")
+            place = await self.attach(
+                tenant, attach.name, after, attach.options, attach.if_session_uid, field="attach."
+            )
         else:
             check = Check()
             check.token_id("command_id", first.command_id)
@@ -74,21 +76,27 @@ class Streams:
             reader.cancel()
 
     async def watch(
-        self, tenant: str, name: str, after: int | None, options: v1.WatchOptions
+        self, tenant: str, name: str, after: int | None, options: v1.WatchOptions, if_session_uid: str
     ) -> AsyncGenerator[v1.RunResponse, None]:
         """The WatchEvents RPC. Raises NotecaseError: SESSION_NOT_FOUND, RUN_NOT_FOUND, SEQUENCE_AHEAD, and
         SERVER_DRAINING when the server stops."""
-        async for response in self._write(await self.attach(tenant, name, after, options), [], None):
+        async for response in self._write(await self.attach(tenant, name, after, options, if_session_uid), [], None):
             yield response
 
     async def attach(
-        self, tenant: str, name: str, after: int | None, options: v1.WatchOptions, field: str = ""
+        self,
+        tenant: str,
+        name: str,
+        after: int | None,
+        options: v1.WatchOptions,
+        if_session_uid: str,
+        field: str = "",
     ) -> "Place":
         check = Check()
-        session_id, run_id = check.watch(field, name, after or 0, options)
+        session_id, run_id = check.watch(field, name, after or 0, options, if_session_uid)
         check.done()
-        key = SessionKey(tenant, session_id)
-        live, session = await self._sessions.watched(key)
+        key, session = await self._sessions.find(tenant, session_id, if_session_uid)
+        live = self._sessions.seen(key, session)
         if after is not None and after > session.last_sequence:
             raise errors.sequence_ahead(after, session.last_sequence)
         followed = run_id or session.active_run
@@ -100,7 +108,8 @@ class Streams:
             after = run.first_sequence - 1 if run and run_id else session.last_sequence
         attached = v1.Attached(
             session=names.session(session_id),
-            run=names.render_run(key, run) if run else None,
+            session_uid=key.uid,
+            run=names.render_run(key.session, run) if run else None,
             last_sequence=session.last_sequence,
             existing=run is not None,
         )
@@ -113,10 +122,13 @@ class Streams:
         live, session = await self._sessions.watched(started.key)
         run = started.run
         attached = v1.Attached(
-            session=names.session(started.key.session), last_sequence=session.last_sequence, existing=started.existing
+            session=names.session(started.key.session),
+            session_uid=started.key.uid,
+            last_sequence=session.last_sequence,
+            existing=started.existing,
         )
         followed, after = run.name, run.first_sequence - 1
-        attached.run.CopyFrom(names.render_run(started.key, run))
+        attached.run.CopyFrom(names.render_run(started.key.session, run))
         cursor = Cursor(live, self._sessions.store, after, session.last_sequence, options, self._pace, followed)
         return Place(live, attached, cursor, followed)
 
@@ -202,7 +214,10 @@ class Streams:
         try:
             match kind:
                 case "start":
-                    started = await self._runs.start(key.tenant, frame.start, caused)
+                    start = v1.StartRun()
+                    start.CopyFrom(frame.start)
+                    start.if_session_uid = start.if_session_uid or key.uid
+                    started = await self._runs.start(key.tenant, start, caused)
                     queued = started.run.state == v1.Run.STATE_QUEUED
                     done = v1.CommandResult.DISPOSITION_QUEUED if queued else v1.CommandResult.DISPOSITION_APPLIED
                     if started.existing:

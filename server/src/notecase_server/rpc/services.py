@@ -3,8 +3,9 @@
 import asyncio
 import hashlib
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, BinaryIO, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
@@ -25,19 +26,30 @@ from notecase_server.rpc.interceptor import MAX_MESSAGE_BYTES, caller
 from notecase_server.rpc.pages import MAX_PAGE_SIZE, Pages
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.validate import MAX_SCHEMA_BYTES, Check, check_instruction
+from notecase_server.store import answers
 from notecase_server.store.contract import (
     PAGE_BYTES,
+    Answer,
     Commit,
     Committed,
     Once,
     Page,
     Replayed,
+    Scope,
+    SessionEdit,
     SessionKey,
     Store,
 )
 from notecase_server.tools.contract import Toolbox
 
 M = TypeVar("M", bound=Message)
+R = TypeVar("R")
+
+SUBJECT = ""
+"""Who asks: nobody in particular, as long as callers have no credentials."""
+
+SESSION = Answer("session")
+NOTHING = Answer("nothing")
 
 SESSION_FILTER: Mapping[str, filters.FieldKind] = {
     "user": "text",
@@ -80,15 +92,27 @@ class Desk:
     contents: Contents
     new_id: Callable[[], str]
 
+    async def session(self, session: str, once: Once | None = None, if_uid: str = "") -> SessionKey:
+        """The session of this id, after a look whether the request was carried out before: what it was about may be
+        gone by now. Raises Replayed, and NotecaseError SESSION_NOT_FOUND and REQUEST_ID_REUSED."""
+        await self.store.recall(once)
+        key, _ = await self.sessions.find(caller.get().tenant, session, if_uid)
+        return key
 
-def once(request: M, render: Callable[[Any], Message]) -> Once | None:
+    async def surely(self, once: Once | None, answer: Answer, write: Callable[[Once], Awaitable[R]]) -> R:
+        """Makes a write that no session's log records: see Sessions.surely."""
+        record = self.sessions.record(once, caller.get().tenant, answer)
+        return await self.sessions.surely(record, write)
+
+
+def once(request: M, answer: Answer) -> Once | None:
     """The record that makes this request idempotent; None when it carries no request_id."""
     request_id: str = request.request_id  # type: ignore[attr-defined]
     if not request_id:
         return None
     who = caller.get()
     digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
-    return Once(who.tenant, who.method, request_id, digest, render)
+    return Once(who.tenant, SUBJECT, who.method, request_id, digest, answer)
 
 
 def checked(request: Any) -> Check:
@@ -96,10 +120,6 @@ def checked(request: Any) -> Check:
     check = Check()
     check.token_id("request_id", request.request_id)
     return check
-
-
-def key_of(session: str) -> SessionKey:
-    return SessionKey(caller.get().tenant, session)
 
 
 def masked(mask: FieldMask, given: Message, allowed: Iterable[str]) -> FieldMask:
@@ -149,7 +169,8 @@ class Agents(v1.AgentServiceServicer):
         check_instruction(request.agent)
         await self.desk.schemas.require("agent.llm.output_schema", request.agent.llm.output_schema)
         agent_id = request.agent_id or self.desk.new_id()
-        return await self.store.create_agent(caller.get().tenant, agent_id, request.agent, once(request, _same))
+        create = partial(self.store.create_agent, caller.get().tenant, agent_id, request.agent)
+        return await self.desk.surely(once(request, Answer("agent")), Answer("agent"), create)
 
     async def GetAgent(self, request: v1.GetAgentRequest, context: Any) -> v1.Agent:
         check = Check()
@@ -199,7 +220,12 @@ class Agents(v1.AgentServiceServicer):
             check_instruction(agent)
 
         return await self.store.edit_agent(
-            caller.get().tenant, agent_id, edit, request.agent.etag, request.allow_missing, once(request, _same)
+            caller.get().tenant,
+            agent_id,
+            edit,
+            request.agent.etag,
+            request.allow_missing,
+            once(request, Answer("agent")),
         )
 
     async def DeleteAgent(self, request: v1.DeleteAgentRequest, context: Any) -> Empty:
@@ -207,7 +233,8 @@ class Agents(v1.AgentServiceServicer):
         agent_id, revision = check.agent("name", request.name)
         check(revision == 0, "name", "names a revision; agents are deleted whole")
         check.done()
-        await self.store.delete_agent(caller.get().tenant, agent_id, request.etag, once(request, _empty))
+        delete = partial(self.store.delete_agent, caller.get().tenant, agent_id, request.etag)
+        await self.desk.surely(once(request, NOTHING), NOTHING, delete)
         return Empty()
 
 
@@ -221,9 +248,9 @@ class SessionsService(v1.SessionServiceServicer):
         check.new_session("session", request.session)
         check.first_state("state", request.state)
         check.done()
-        key = key_of(request.session_id or self.desk.new_id())
-        repeat = once(request, _session_of)
-        await self.desk.store.recall(key, repeat, None)
+        repeat = once(request, SESSION)
+        await self.desk.store.recall(repeat)
+        key = self.desk.sessions.new_key(caller.get().tenant, request.session_id or self.desk.new_id())
         await self._require_agent(request.session.agent)
         ops = [v1.StateOp(key=name, set=value) for name, value in sorted(request.state.items())]
         change = v1.Event(cause_id=request.request_id, state_changed=v1.StateChanged(ops=ops))
@@ -234,11 +261,9 @@ class SessionsService(v1.SessionServiceServicer):
 
     async def GetSession(self, request: v1.GetSessionRequest, context: Any) -> v1.Session:
         check = Check()
-        key = key_of(check.session("name", request.name))
+        session = check.session("name", request.name)
         check.done()
-        row = await self.desk.store.get_session(key)
-        if row is None:
-            raise errors.not_found("session", request.name)
+        _, row = await self.desk.sessions.find(caller.get().tenant, session)
         return names.render_session(row)
 
     async def ListSessions(self, request: v1.ListSessionsRequest, context: Any) -> v1.ListSessionsResponse:
@@ -251,82 +276,83 @@ class SessionsService(v1.SessionServiceServicer):
 
     async def UpdateSession(self, request: v1.UpdateSessionRequest, context: Any) -> v1.Session:
         check = checked(request)
-        key = key_of(check.session("session.name", request.session.name))
+        session = check.session("session.name", request.session.name)
         check.session_body("session", request.session)
         check.done()
         mask = masked(request.update_mask, request.session, SESSION_FIELDS)
         if "agent" in mask.paths:
             await self._require_agent(request.session.agent)
         expiry = {path for path in mask.paths if path in EXPIRY_FIELDS}
-        plain = FieldMask(paths=[path for path in mask.paths if path not in expiry])
-
-        def edit(session: v1.Session) -> None:
-            plain.MergeMessage(request.session, session, replace_message_field=True, replace_repeated_field=True)
-            if expiry:
-                _set_expiration(session, request.session, expiry)
-
-        return _rendered(await self.desk.store.edit_session(key, edit, request.session.etag, once(request, _rendered)))
+        given = _copy(request.session)
+        _set_expiration(given, request.session, expiry)
+        edit = SessionEdit(tuple(path for path in mask.paths if path not in expiry), given, bool(expiry))
+        repeat = once(request, SESSION)
+        key = await self.desk.session(session, repeat)
+        change = partial(self.desk.store.edit_session, key, edit, request.session.etag)
+        return _rendered(await self.desk.surely(repeat, SESSION, change))
 
     async def DeleteSession(self, request: v1.DeleteSessionRequest, context: Any) -> Empty:
         check = checked(request)
-        key = key_of(check.session("name", request.name))
+        session = check.session("name", request.name)
         check.done()
-        await self.desk.sessions.delete(key, request.etag, once(request, _empty))
+        repeat = once(request, NOTHING)
+        await self.desk.sessions.delete(await self.desk.session(session, repeat), request.etag, repeat)
         return Empty()
 
     async def CompactSession(self, request: v1.CompactSessionRequest, context: Any) -> v1.Session:
         check = checked(request)
-        key = key_of(check.session("name", request.name))
+        session = check.session("name", request.name)
         check.kept("keep_recent", request.keep_recent)
         if request.agent:
             check.agent("agent", request.agent)
         check.done()
-        caused = Caused(request.request_id, once(request, _session_of))
+        caused = Caused(request.request_id, once(request, SESSION))
+        key = await self.desk.session(session, caused.once)
         return _session_of(await self.desk.runs.compact(key, request.keep_recent, request.agent, caused))
 
     async def ForkSession(self, request: v1.ForkSessionRequest, context: Any) -> v1.Session:
         check = checked(request)
-        source = key_of(check.session("name", request.name))
+        session = check.session("name", request.name)
         at_sequence = request.at_sequence if request.HasField("at_sequence") else None
         check(request.at_sequence >= 0, "at_sequence", "is negative")
         check.chosen_id("session_id", request.session_id)
         check.new_session("session", request.session)
         check(not request.session.user, "session.user", "a fork's user is its source's")
         check.done()
-        key = key_of(request.session_id or self.desk.new_id())
-        repeat = once(request, _session_of)
-        await self.desk.store.recall(key, repeat, None)
+        repeat = once(request, SESSION)
+        source = await self.desk.session(session, repeat)
+        key = self.desk.sessions.new_key(source.tenant, request.session_id or self.desk.new_id())
         await self._require_agent(request.session.agent)
         return _session_of(await self.desk.runs.fork(source, at_sequence, key, request.session, repeat))
 
     async def RewindSession(self, request: v1.RewindSessionRequest, context: Any) -> v1.Session:
         check = checked(request)
-        key = key_of(check.session("name", request.name))
+        session = check.session("name", request.name)
         check(request.HasField("to_sequence"), "to_sequence", "is missing; 0 empties the session")
         check(request.to_sequence >= 0, "to_sequence", "is negative")
         check(request.if_last_sequence >= 0, "if_last_sequence", "is negative")
         check.done()
         expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
-        caused = Caused(request.request_id, once(request, _session_of))
+        caused = Caused(request.request_id, once(request, SESSION))
+        key = await self.desk.session(session, caused.once)
         return _session_of(await self.desk.runs.rewind(key, request.to_sequence, expected, caused))
 
     async def EraseUser(self, request: v1.EraseUserRequest, context: Any) -> v1.EraseUserResponse:
         check = checked(request)
         check.user("name", request.name)
         check.done()
-
-        def repeat(gone: int) -> Once | None:
-            return once(request, lambda _: v1.EraseUserResponse(sessions_deleted=gone))
-
-        gone = await self.desk.sessions.erase_user(caller.get().tenant, request.name, repeat)
+        tenant = caller.get().tenant
+        record = self.desk.sessions.record(once(request, Answer("erased")), tenant, Answer("erased"))
+        gone = await self.desk.sessions.erase_user(tenant, request.name, record)
         return v1.EraseUserResponse(sessions_deleted=gone)
 
     async def ExportSession(
         self, request: v1.ExportSessionRequest, context: Any
     ) -> AsyncIterator[v1.ExportSessionResponse]:
         check = Check()
-        key = key_of(check.session("name", request.name))
+        session = check.session("name", request.name)
         check.done()
+        key = await self.desk.session(session)
         contents = self.desk.contents if request.with_blobs else None
         async for chunk in transfer.exported(self.desk.store, key, contents):
             yield v1.ExportSessionResponse(chunk=chunk)
@@ -336,19 +362,21 @@ class SessionsService(v1.SessionServiceServicer):
         with tempfile.TemporaryFile() as file:
             most = MAX_IMPORT_BYTES + self.desk.contents.limits.session
             header, digest = await _spooled(request, file, most)
-            key = key_of(header.session_id or self.desk.new_id())
+            who = caller.get()
+            key = self.desk.sessions.new_key(who.tenant, header.session_id or self.desk.new_id())
             repeat = None
             if header.request_id:
-                who = caller.get()
-                repeat = Once(who.tenant, who.method, header.request_id, digest, _rendered)
-            await self.desk.store.recall(key, repeat, None)
-            restore = await asyncio.to_thread(transfer.read, file, key, repeat)
+                repeat = Once(who.tenant, SUBJECT, who.method, header.request_id, digest, SESSION)
+            await self.desk.store.recall(repeat)
+            restore = await asyncio.to_thread(transfer.read, file, key)
             check = Check()
             check.session_body("header", restore.session)
             if check.violations:
                 raise errors.import_invalid("has a header that no session can have")
             await transfer.keep_content(self.desk.contents, file, restore)
-            return _rendered(await self.desk.store.restore(restore))
+            store = self.desk.store
+            made = await self.desk.surely(repeat, SESSION, lambda record: store.restore(replace(restore, once=record)))
+            return _rendered(made)
 
     async def _require_agent(self, name: str) -> None:
         parsed = names.parse_agent(name) if name else None
@@ -370,12 +398,11 @@ class States(v1.StateServiceServicer):
         check(at >= 0, "at_sequence", "is negative")
         check(not at or scope.kind == "session", "at_sequence", "goes with a session's state; others have no log")
         check.done()
-        if scope.kind == "session" and await self.store.get_session(key_of(scope.id)) is None:
-            raise errors.not_found("session", names.session(scope.id))
+        _, scope = await self._found(scope)
         if request.keys:
             state, token = await self.store.get_state(scope, list(request.keys), at), ""
         else:
-            about = ("state", caller.get().tenant, request.name, str(at))
+            about = ("state", scope.tenant, scope.kind, scope.id, str(at))
             state, page = await self.store.list_state(scope, self.desk.pages.query(request, *about), at)
             token = self.desk.pages.token(page.next, *about)
         return v1.GetStateResponse(
@@ -393,29 +420,41 @@ class States(v1.StateServiceServicer):
         check.done()
         check.ops("value", [op], scope.kind == "session")
         check.done()
-
-        def render(done: Committed | v1.State) -> v1.StateEntry:
-            state = done.state[scope] if isinstance(done, Committed) else done
-            return state.entries[request.key]
-
-        return render(
-            await self.desk.sessions.update_state(scope, [op], None, once(request, render), request.request_id)
-        )
+        answer = Answer("entry", request.key)
+        made: v1.StateEntry = await self._update(scope, [op], None, request, answer)
+        return made
 
     async def UpdateState(self, request: v1.UpdateStateRequest, context: Any) -> v1.State:
         check = checked(request)
         scope = check.state("name", caller.get().tenant, request.name)
         check.ops("ops", request.ops, scope.kind == "session")
         check.done()
-
-        def render(done: Committed | v1.State) -> v1.State:
-            state = _copy(done.state[scope] if isinstance(done, Committed) else done)
-            state.name = request.name
-            return state
-
         if_version = request.if_version if request.HasField("if_version") else None
-        repeat = once(request, render)
-        return render(await self.desk.sessions.update_state(scope, request.ops, if_version, repeat, request.request_id))
+        answer = Answer("state", request.name)
+        made: v1.State = await self._update(scope, request.ops, if_version, request, answer)
+        return made
+
+    async def _found(self, scope: Scope, repeat: Once | None = None) -> tuple[SessionKey | None, Scope]:
+        """A state by its name as it is kept: a session's under the session's uid. SESSION_NOT_FOUND."""
+        if scope.kind != "session":
+            return None, scope
+        key = await self.desk.session(scope.id, repeat)
+        return key, key.state
+
+    async def _update(
+        self,
+        scope: Scope,
+        ops: Sequence[v1.StateOp],
+        if_version: int | None,
+        request: v1.PutStateRequest | v1.UpdateStateRequest,
+        answer: Answer,
+    ) -> Any:
+        """Changes a state, and answers as a repeat is answered."""
+        repeat = once(request, answer)
+        key, scope = await self._found(scope, repeat)
+        record = repeat if key else self.desk.sessions.record(repeat, scope.tenant, answer)
+        made = await self.desk.sessions.update_state(key, scope, ops, if_version, record, request.request_id)
+        return answers.of(answer, made)
 
 
 class Messages(v1.MessageServiceServicer):
@@ -424,50 +463,45 @@ class Messages(v1.MessageServiceServicer):
 
     async def ListMessages(self, request: v1.ListMessagesRequest, context: Any) -> v1.ListMessagesResponse:
         check = Check()
-        key = key_of(check.session("parent", request.parent))
+        session = check.session("parent", request.parent)
         known = request.order_by in {"", "sequence", "sequence asc", "sequence desc"}
         check(known, "order_by", 'wants "sequence" or "sequence desc"')
         check.done()
-        about = ("messages", key.tenant, request.parent, request.order_by, str(request.show_superseded))
+        key = await self.desk.session(session)
+        about = ("messages", key.tenant, key.uid, request.order_by, str(request.show_superseded))
         query = self.desk.pages.query(request, *about)
         page = await self.desk.store.list_messages(
             key, query, request.order_by == "sequence desc", superseded=request.show_superseded
         )
-        if not page.rows and await self.desk.store.get_session(key) is None:
-            raise errors.not_found("session", request.parent)
-        rows = [names.render_message(key, row) for row in page.rows]
+        rows = [names.render_message(key.session, row) for row in page.rows]
         return v1.ListMessagesResponse(messages=rows, next_page_token=self.desk.pages.token(page.next, *about))
 
     async def GetMessage(self, request: v1.GetMessageRequest, context: Any) -> v1.Message:
         check = Check()
         session, message = check.message("name", request.name)
         check.done()
-        row = await self.desk.store.get_message(key_of(session), message)
+        row = await self.desk.store.get_message(await self.desk.session(session), message)
         if row is None:
             raise errors.not_found("message", request.name)
-        return names.render_message(key_of(session), row)
+        return names.render_message(session, row)
 
     async def AppendMessages(self, request: v1.AppendMessagesRequest, context: Any) -> v1.AppendMessagesResponse:
         check = checked(request)
-        key = key_of(check.session("parent", request.parent))
+        parent = check.session("parent", request.parent)
         check(len(request.messages) > 0, "messages", "is empty")
         roles = [v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT, v1.Message.ROLE_SYSTEM]
         check.messages("messages", request.messages, roles)
         check.done()
-
-        def render(done: Committed) -> v1.AppendMessagesResponse:
-            rows = [names.render_message(key, _copy(event.message_added)) for event in done.events]
-            return v1.AppendMessagesResponse(messages=rows, last_sequence=done.session.last_sequence)
-
-        repeat = once(request, render)
-        await self.desk.store.recall(key, repeat, None)
+        answer = Answer("messages")
+        repeat = once(request, answer)
+        key = await self.desk.session(parent, repeat)
         _, session = await self.desk.sessions.watched(key)
         said = self.desk.runs.incoming(await self.desk.contents.kept(key, request.messages), session.user)
         events = [v1.Event(cause_id=request.request_id, message_added=message) for message in said]
         expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
-        return render(
-            await self.desk.sessions.commit(Commit(key=key, once=repeat, if_last_sequence=expected, events=events))
-        )
+        commit = Commit(key=key, once=repeat, if_last_sequence=expected, events=events)
+        made: v1.AppendMessagesResponse = answers.of(answer, await self.desk.sessions.commit(commit))
+        return made
 
 
 class RunsService(v1.RunServiceServicer):
@@ -480,7 +514,9 @@ class RunsService(v1.RunServiceServicer):
 
     def WatchEvents(self, request: v1.WatchEventsRequest, context: Any) -> AsyncIterator[v1.RunResponse]:
         after = request.after_sequence if request.HasField("after_sequence") else None
-        return self.desk.streams.watch(caller.get().tenant, request.name, after, request.options)
+        return self.desk.streams.watch(
+            caller.get().tenant, request.name, after, request.options, request.if_session_uid
+        )
 
     async def Invoke(self, request: v1.InvokeRequest, context: Any) -> v1.InvokeResponse:
         check = checked(request)
@@ -488,49 +524,48 @@ class RunsService(v1.RunServiceServicer):
         timeout = check.seconds("timeout", request)
         check.done()
         try:
-            caused = Caused(request.request_id, once(request, _new_run))
+            caused = Caused(request.request_id, once(request, Answer("started")))
             key, run, _ = await self.runs.start(caller.get().tenant, request.start, caused)
             run_id = run.name
         except Replayed as replayed:
             session, run_id = names.parse_run(v1.Run.FromString(replayed.response).name) or RunName("", "")
-            key = key_of(session)
-        row = names.render_run(key, await self.runs.wait(key, run_id, timeout))
+            key = await self.desk.session(session)
+        row = names.render_run(key.session, await self.runs.wait(key, run_id, timeout))
         return v1.InvokeResponse(run=row, reply=row.reply if row.HasField("reply") else None)
 
     async def CreateRun(self, request: v1.CreateRunRequest, context: Any) -> v1.Run:
         check = checked(request)
         check.start("start", request.start)
         check.done()
-        caused = Caused(request.request_id, once(request, _new_run))
+        caused = Caused(request.request_id, once(request, Answer("started")))
         started = await self.runs.start(caller.get().tenant, request.start, caused)
-        return names.render_run(started.key, started.run)
+        return names.render_run(started.key.session, started.run)
 
     async def GetRun(self, request: v1.GetRunRequest, context: Any) -> v1.Run:
         check = Check()
         session, run = check.run("name", request.name)
         check.done()
-        row = await self.desk.store.get_run(key_of(session), run)
+        row = await self.desk.store.get_run(await self.desk.session(session), run)
         if row is None:
             raise errors.not_found("run", request.name)
-        return names.render_run(key_of(session), row[0])
+        return names.render_run(session, row[0])
 
     async def ListRuns(self, request: v1.ListRunsRequest, context: Any) -> v1.ListRunsResponse:
         check = Check()
         session = "" if request.parent == "sessions/-" else check.session("parent", request.parent)
         check.done()
         tenant = caller.get().tenant
-        about = ("runs", tenant, request.parent, request.filter)
         where = filters.parse(request.filter, RUN_FILTER)
+        key = await self.desk.session(session) if session else None
+        about = ("runs", tenant, key.uid if key else "-", request.filter)
         query = self.desk.pages.query(request, *about, where=where)
-        page: Page[v1.Run] = await self.desk.store.list_runs(tenant, session, query)
-        if not page.rows and session and await self.desk.store.get_session(key_of(session)) is None:
-            raise errors.not_found("session", request.parent)
+        page: Page[v1.Run] = await self.desk.store.list_runs(tenant, key, query)
         rows = []
         for row in page.rows:
             found = names.parse_run(row.name)
             assert found is not None
             row.name = found.run
-            rows.append(names.render_run(key_of(found.session), row))
+            rows.append(names.render_run(found.session, row))
         return v1.ListRunsResponse(runs=rows, next_page_token=self.desk.pages.token(page.next, *about))
 
     async def WaitRun(self, request: v1.WaitRunRequest, context: Any) -> v1.Run:
@@ -538,33 +573,34 @@ class RunsService(v1.RunServiceServicer):
         session, run = check.run("name", request.name)
         timeout = check.seconds("timeout", request)
         check.done()
-        row = await self.runs.wait(key_of(session), run, timeout, request.after_sequence)
-        return names.render_run(key_of(session), row)
+        row = await self.runs.wait(await self.desk.session(session), run, timeout, request.after_sequence)
+        return names.render_run(session, row)
 
     async def CancelRun(self, request: v1.CancelRunRequest, context: Any) -> v1.Run:
         check = checked(request)
         session, run = check.run("name", request.name)
         check.cancel("cancel", request.cancel)
         check.done()
-        key = key_of(session)
-
-        def render(done: Committed) -> v1.Run:
-            return names.render_run(key, _copy(done.runs[run]))
-
-        caused = Caused(request.request_id, once(request, render))
+        answer = Answer("run", run)
+        caused = Caused(request.request_id, once(request, answer))
+        key = await self.desk.session(session, caused.once)
         try:
-            return render(await self.runs.cancel(key, run, request.cancel, caused))
+            done = await self.runs.cancel(key, run, request.cancel, caused)
         except NotecaseError as error:
             if error.reason != v1.ERROR_REASON_RUN_NOT_FOUND or not request.allow_missing:
                 raise
-        return render(await self.runs.cancel_unstarted(key, run, request.cancel, caused))
+            done = await self.runs.cancel_unstarted(key, run, request.cancel, caused)
+        ended: v1.Run = answers.of(answer, done)
+        return ended
 
     async def SendCommand(self, request: v1.SendCommandRequest, context: Any) -> v1.SendCommandResponse:
         check = Check()
-        key = key_of(check.session("session", request.session))
-        run = check.run("run", request.run) if request.run else RunName(key.session, "")
-        check(run.session == key.session, "run", "is a run of another session")
+        session = check.session("session", request.session)
+        run = check.run("run", request.run) if request.run else RunName(session, "")
+        check(run.session == session, "run", "is a run of another session")
+        check.uid("if_session_uid", request.if_session_uid)
         check.done()
+        key = await self.desk.session(session, if_uid=request.if_session_uid)
         return v1.SendCommandResponse(result=await self.desk.streams.command(key, request.command, run.run))
 
 
@@ -616,25 +652,9 @@ def _copy(message: M) -> M:
     return made
 
 
-def _same(agent: v1.Agent) -> v1.Agent:
-    return agent
-
-
-def _empty(_: None) -> Empty:
-    return Empty()
-
-
 def _rendered(row: v1.Session) -> v1.Session:
     return names.render_session(_copy(row))
 
 
 def _session_of(done: Committed) -> v1.Session:
-    return names.render_session(_copy(done.session))
-
-
-def _new_run(done: Committed) -> v1.Run:
-    """The run that a start made or queued, beside the one that it ended perhaps."""
-    (run,) = [
-        event.run for event in done.events if event.HasField("run_started") or event.command_queued.HasField("start")
-    ]
-    return names.render_run(SessionKey("", done.session.name), _copy(done.runs[run]))
+    return _rendered(done.session)

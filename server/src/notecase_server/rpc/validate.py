@@ -52,6 +52,7 @@ LAST_SECOND = 253_402_300_799
 """Of the year 9999, where protobuf's times end."""
 MAX_TTL_SECONDS = 100 * 366 * 24 * 60 * 60
 
+UID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 LABEL_KEY = re.compile(r"[a-z0-9A-Z]([a-zA-Z0-9._/-]{0,61}[a-zA-Z0-9])?")
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}( *;.{0,200})?")
@@ -102,6 +103,10 @@ class Check:
     def chosen_id(self, field: str, value: str) -> None:
         """An id that the caller may choose, or leave to the server."""
         self(not value or names.is_id(value), field, names.ID_RULE)
+
+    def uid(self, field: str, value: str) -> None:
+        """The uid of a session, where one is given."""
+        self(not value or UID.fullmatch(value) is not None, field, "wants a Session.uid, a UUID in lower case")
 
     def token_id(self, field: str, value: str) -> None:
         """A request_id or command_id."""
@@ -421,6 +426,9 @@ class Check:
         self(not both, f"{field}.expire_time", "goes with no idle_ttl")
 
     def start(self, field: str, start: v1.StartRun) -> None:
+        self.uid(f"{field}.if_session_uid", start.if_session_uid)
+        named = start.session != "" or not start.if_session_uid
+        self(named, f"{field}.if_session_uid", "goes with a session that exists")
         if start.session:
             self.session(f"{field}.session", start.session)
             self(not start.HasField("new_session"), f"{field}.new_session", "goes with an empty session only")
@@ -451,8 +459,9 @@ class Check:
         delay = options.max_batch_delay.seconds + options.max_batch_delay.nanos / 1e9
         self(0 <= delay <= MAX_BATCH_DELAY, f"{field}.max_batch_delay", f"wants 0 to {MAX_BATCH_DELAY:g} seconds")
 
-    def watch(self, field: str, name: str, after: int, options: v1.WatchOptions) -> RunName:
+    def watch(self, field: str, name: str, after: int, options: v1.WatchOptions, if_session_uid: str) -> RunName:
         """The session and the run, "" when a session is named."""
+        self.uid(f"{field}if_session_uid", if_session_uid)
         self(after >= 0, f"{field}after_sequence", "is negative")
         self.options(f"{field}options", options)
         run = names.parse_run(name)

@@ -148,7 +148,7 @@ class Cursor:
         for stored in found:
             event = v1.Event()
             event.CopyFrom(stored)
-            events.append(names.render_event(live.key, live.user, event))
+            events.append(names.render_event(live.key.session, live.user, event))
             self.sequence = stored.sequence
             size += stored.ByteSize()
             if stored.HasField("run_state_changed"):
@@ -162,7 +162,7 @@ class Cursor:
     def _add(self, batch: v1.EventBatch, notice: v1.Event) -> None:
         event = v1.Event()
         event.CopyFrom(notice)
-        batch.events.append(names.render_event(self._live.key, self._live.user, event))
+        batch.events.append(names.render_event(self._live.key.session, self._live.user, event))
 
     def _add_deltas(self, batch: v1.EventBatch) -> None:
         opened = self._live.open
