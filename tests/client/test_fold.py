@@ -11,7 +11,9 @@ from notecase import SessionView, v1
 from notecase_server import names
 from notecase_server.errors import NotecaseError
 from notecase_server.store import fold
-from notecase_server.store.contract import Commit, RunRecord, SessionKey
+from notecase_server.store.contract import Commit, RunRecord
+
+from tests.store.build import session_key
 
 KEY = session_key("acme", "s")
 RUNS = st.sampled_from(["r1", "r1", "r1", "r2", "r3"])

@@ -8,7 +8,7 @@ import pytest
 from notecase import v1
 from notecase_server.engine import transfer
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import Restore, SessionKey
+from notecase_server.store.contract import Restore
 from notecase_server.store.memory import MemoryStore
 
 from tests.store.build import (
@@ -25,6 +25,7 @@ from tests.store.build import (
     refused,
     replied,
     said,
+    session_key,
     start,
     started,
     summarized,

@@ -9,8 +9,10 @@ import time
 from itertools import count
 
 from notecase import v1
-from notecase_server.store.contract import Commit, SessionKey
+from notecase_server.store.contract import Commit
 from notecase_server.store.sqlite import SqliteStore
+
+from tests.store.build import session_key
 
 
 async def main(path: str, hold: bool) -> None:

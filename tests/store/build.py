@@ -31,6 +31,7 @@ STATE = KEY.state
 USER_STATE = Scope("acme", "user", "ada")
 APP_STATE = Scope("acme", "app", "")
 EVERYTHING = Query(1000)
+SESSION = Answer("session")
 
 AGENT = v1.Agent(name="agents/sherlock", llm=v1.LlmAgent(instruction="Deduce."))
 RECORD = RunRecord(b"digest", AGENT)
@@ -199,7 +200,7 @@ def ended(run: str, state: v1.Run.State.ValueType = v1.Run.STATE_SUCCEEDED) -> v
 
 
 def once(
-    request_id: str, answer: Answer = Answer("session"), digest: bytes = b"body", rpc: str = "Rpc", tenant: str = "acme"
+    request_id: str, answer: Answer = SESSION, digest: bytes = b"body", rpc: str = "Rpc", tenant: str = "acme"
 ) -> Once:
     return Once(tenant, "", rpc, request_id, digest, answer)
 

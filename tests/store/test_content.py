@@ -6,9 +6,22 @@ from typing import Any, cast
 import pytest
 from notecase import v1
 from notecase_server.store.base import TableStore
-from notecase_server.store.contract import CHUNK_BYTES, Fork, Scope, SessionKey, Store
+from notecase_server.store.contract import CHUNK_BYTES, Fork, Store
 
-from tests.store.build import APP_STATE, KEY, ManualClock, add, changed, create, put, refused, remove, said, value
+from tests.store.build import (
+    APP_STATE,
+    KEY,
+    ManualClock,
+    add,
+    changed,
+    create,
+    put,
+    refused,
+    remove,
+    said,
+    session_key,
+    value,
+)
 
 HOUR = 3600 * 1_000_000
 

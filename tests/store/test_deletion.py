@@ -9,7 +9,21 @@ from notecase import v1
 from notecase_server.store.contract import Commit, SessionKey
 from notecase_server.store.sqlite import SqliteStore
 
-from tests.store.build import KEY, USER_STATE, ManualClock, add, changed, create, ended, once, put, remove, said, start
+from tests.store.build import (
+    KEY,
+    USER_STATE,
+    ManualClock,
+    add,
+    changed,
+    create,
+    ended,
+    once,
+    put,
+    remove,
+    said,
+    session_key,
+    start,
+)
 
 NEEDLE = "needle-in-the-haystack"
 

@@ -8,7 +8,7 @@ import pytest
 from notecase import v1
 from notecase_server.store.contract import And, Compare, Filter, Not, Or, Page, Query, SessionKey, Store
 
-from tests.store.build import AGENT, EVERYTHING, ManualClock, add, create, ended, names, start
+from tests.store.build import AGENT, EVERYTHING, ManualClock, add, create, ended, names, session_key, start
 
 
 def key(session: str) -> SessionKey:

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from google.protobuf.message import Message
 from notecase import v1
-from notecase_server.store.contract import CommandId, Commit, Committed, Duplicate, Replayed, SessionKey, Store
+from notecase_server.store.contract import CommandId, Commit, Committed, Duplicate, Replayed, Store
 
 from tests.store.build import (
     APP_STATE,
@@ -25,6 +25,7 @@ from tests.store.build import (
     put,
     refused,
     said,
+    session_key,
     start,
     started,
 )

@@ -15,7 +15,7 @@ from notecase_server.engine import transfer
 from notecase_server.engine.rewind import ended, rewound
 from notecase_server.errors import NotecaseError
 from notecase_server.store import fold
-from notecase_server.store.contract import CommandId, Commit, Committed, Fork, Query, Replayed, Scope, SessionKey, Store
+from notecase_server.store.contract import CommandId, Commit, Committed, Fork, Query, Replayed, SessionKey, Store
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
 
@@ -39,6 +39,7 @@ from tests.store.build import (
     remove,
     replied,
     said,
+    session_key,
     start,
     started,
     taken,

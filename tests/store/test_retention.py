@@ -23,6 +23,7 @@ from tests.store.build import (
     put,
     refused,
     said,
+    session_key,
     start,
 )
 

@@ -2,7 +2,7 @@
 
 import pytest
 from notecase import v1
-from notecase_server.store.contract import ActiveRun, Query, RunRecord, SessionKey, Store
+from notecase_server.store.contract import ActiveRun, Query, RunRecord, Store
 
 from tests.store.build import (
     AGENT,
@@ -20,6 +20,7 @@ from tests.store.build import (
     refused,
     replied,
     said,
+    session_key,
     start,
     started,
     used,

@@ -10,11 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import Fork, SessionKey, Store
+from notecase_server.store.contract import Fork, Store
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
 
-from tests.store.build import KEY, ManualClock, add, contents, create, refused, rewound, said, summarized, used
+from tests.store.build import (
+    KEY,
+    ManualClock,
+    add,
+    contents,
+    create,
+    refused,
+    rewound,
+    said,
+    session_key,
+    summarized,
+    used,
+)
 
 
 async def in_effect(store: Store) -> int:

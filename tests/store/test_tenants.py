@@ -6,7 +6,21 @@ import pytest
 from notecase import v1
 from notecase_server.store.contract import CommandId, Query, Replayed, Scope, SessionKey, Store
 
-from tests.store.build import EVERYTHING, add, changed, contents, create, ended, names, once, put, refused, said, start
+from tests.store.build import (
+    EVERYTHING,
+    add,
+    changed,
+    contents,
+    create,
+    ended,
+    names,
+    once,
+    put,
+    refused,
+    said,
+    session_key,
+    start,
+)
 
 ACME, GLOBEX = session_key("acme", "case"), session_key("globex", "case")
 
