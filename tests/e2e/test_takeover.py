@@ -14,6 +14,7 @@ from google.protobuf.duration_pb2 import Duration
 from notecase import v1
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.serve import now
+from notecase_server.store.contract import SessionKey
 from notecase_server.store.fold import ENDED, state_scope
 from notecase_server.store.sqlite import SqliteStore
 from notecase_server.tools.toolbox import make_toolbox

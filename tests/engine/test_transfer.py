@@ -39,7 +39,7 @@ async def export(store: MemoryStore) -> bytes:
 
 
 def read(file: bytes) -> Restore:
-    return transfer.read(io.BytesIO(file), OTHER, None)
+    return transfer.read(io.BytesIO(file), OTHER)
 
 
 def problem_of(file: bytes) -> str:

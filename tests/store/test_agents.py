@@ -96,7 +96,7 @@ async def test_a_repeated_creation_gets_the_first_answer(store: Store) -> None:
         await store.create_agent("acme", "sherlock", titled("one"), once=once("create"))
     assert v1.Agent.FromString(caught.value.response) == made
     with refused("REQUEST_ID_REUSED"):
-        await store.create_agent("acme", "sherlock", titled("two"), once=once("create", b"other"))
+        await store.create_agent("acme", "sherlock", titled("two"), once=once("create", digest=b"other"))
     assert await store.get_agent("acme", "sherlock") is None
 
 

@@ -355,7 +355,7 @@ async def test_a_command_that_ends_one_run_and_starts_another_belongs_to_the_oth
     events = [ended("r1", CANCELLED), said("m1"), started("r2"), said("m2", run="r2"), said("m3")]
     await store.commit(Commit(key=KEY, command=command, claim=True, events=events, start=RECORD))
     with pytest.raises(Duplicate) as caught:
-        await store.recall(KEY, None, command)
+        await store.recall_command(KEY, command)
     assert (caught.value.sequence, caught.value.run) == (6, "r2")
 
 

@@ -107,7 +107,7 @@ async def test_nothing_of_removed_content_is_left_in_free_pages(
 ) -> None:
     """Where it lay is overwritten with what it was."""
     data = NEEDLE.encode() * 50_000
-    await store.put_blob("acme", "f" * 64, data)
+    await store.put_blob("acme", "", "f" * 64, data)
     assert found(path)
     clock.now += 1
     assert await store.sweep_blobs(clock.now, clock.now) == 1

@@ -272,7 +272,7 @@ async def check(store: Store) -> None:
     messages = (await store.list_messages(KEY, EVERYTHING)).rows
     assert messages == messages_by_hand(log)
     by_name = {message.name: message for message in messages}
-    runs = {run.name.rpartition("/")[2]: run for run in (await store.list_runs("acme", "case", EVERYTHING)).rows}
+    runs = {run.name.rpartition("/")[2]: run for run in (await store.list_runs("acme", KEY, EVERYTHING)).rows}
     expected = runs_by_hand(log)
     assert {
         name: (

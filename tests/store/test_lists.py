@@ -73,7 +73,7 @@ async def test_runs_are_listed_over_all_sessions_or_of_one(store: Store, clock: 
         for run in ("r2", "r1", "r3"):
             await start(store, run, ended(run), key=key(session))
             clock.now += run == "r1"
-    assert await every(lambda query: store.list_runs("acme", "", query), limit) == [
+    assert await every(lambda query: store.list_runs("acme", None, query), limit) == [
         "sessions/b/runs/r3",
         "sessions/b/runs/r2",
         "sessions/b/runs/r1",

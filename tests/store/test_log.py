@@ -153,7 +153,7 @@ async def test_an_answer_that_cannot_be_rendered_undoes_the_commit(store: Store)
     with pytest.raises(AttributeError):
         await add(store, said("m1"), once=broken)
     assert await contents(store) == before
-    await store.recall(KEY, once("request"), None)
+    await store.recall(once("request"))
 
 
 async def test_one_commit_changes_the_states_of_session_user_and_app(store: Store) -> None:
@@ -282,9 +282,9 @@ async def test_a_request_outlives_what_it_made_without_its_answer(store: Store) 
     with refused("SESSION_NOT_FOUND"):
         await store.commit(made)
     with refused("SESSION_NOT_FOUND"):
-        await store.recall(KEY, once("create"), None)
+        await store.recall(once("create"))
     with refused("REQUEST_ID_REUSED"):
-        await store.recall(KEY, once("create", b"another"), None)
+        await store.recall(once("create", digest=b"another"))
     with pytest.raises(Replayed):
         await store.delete_session(KEY, once=once("delete"))
     assert await store.get_session(KEY) is None
@@ -312,9 +312,9 @@ async def test_old_requests_are_forgotten(store: Store, clock: ManualClock) -> N
     clock.now += 100
     await add(store, said("m2"), once=once("new"))
     assert await store.forget_requests(clock.now) == 1
-    await store.recall(KEY, once("old"), None)
+    await store.recall(once("old"))
     with pytest.raises(Replayed):
-        await store.recall(KEY, once("new"), None)
+        await store.recall(once("new"))
     assert await store.forget_requests(clock.now) == 0
 
 
@@ -351,17 +351,17 @@ async def test_commands_belong_to_their_session_and_go_with_it(store: Store) -> 
 async def test_recall_tells_a_repeat_and_else_nothing(store: Store) -> None:
     await create(store)
     request, command = once("request"), CommandId("command", b"d")
-    await store.recall(KEY, None, None)
+    await store.recall(None)
     await store.recall(KEY, request, command)
     await add(store, said("m1"), once=request, command=command)
     with pytest.raises(Replayed):
         await store.recall(KEY, request, command)
     with pytest.raises(Duplicate):
-        await store.recall(KEY, None, command)
+        await store.recall_command(KEY, command)
     with refused("REQUEST_ID_REUSED"):
         await store.recall(KEY, request._replace(digest=b"other"), None)
     with refused("REQUEST_ID_REUSED"):
-        await store.recall(KEY, None, CommandId("command", b"other"))
+        await store.recall_command(KEY, CommandId("command", b"other"))
 
 
 async def test_metadata_is_edited_under_an_etag(store: Store, clock: ManualClock) -> None:
@@ -398,7 +398,7 @@ async def test_an_edit_that_raises_changes_nothing(store: Store) -> None:
     with pytest.raises(LookupError):
         await store.edit_session(KEY, edit, once=once("edit"))
     assert await store.get_session(KEY) == created
-    await store.recall(KEY, once("edit"), None)
+    await store.recall(once("edit"))
     with refused("SESSION_NOT_FOUND"):
         await store.edit_session(session_key("acme", "none"), edit)
 
@@ -431,7 +431,7 @@ async def test_a_deleted_session_leaves_nothing_but_what_others_share(store: Sto
     assert await store.active_runs() == []
     assert await store.read_events(KEY, 0) == []
     assert (await store.list_messages(KEY, EVERYTHING)).rows == []
-    assert (await store.list_runs("acme", "", EVERYTHING)).rows == []
+    assert (await store.list_runs("acme", None, EVERYTHING)).rows == []
     assert await store.get_state(STATE, ["draft"]) == v1.State()
     assert (await store.get_state(USER_STATE, ["name"])).version == 1
     with refused("SESSION_NOT_FOUND"):

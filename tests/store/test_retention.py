@@ -141,7 +141,7 @@ async def test_a_users_state_is_erased_when_no_session_is_left(store: Store) -> 
     await create(store)
     assert not await store.erase_state("acme", "users/ada", once("erase"))
     assert (await store.get_state(USER_STATE, ["name"])).version == 1
-    await store.recall(KEY, once("erase"), None)  # raises nothing: what was not done is not recorded
+    await store.recall(once("erase"))  # raises nothing: what was not done is not recorded
     await store.delete_session(KEY)
     assert await store.erase_state("acme", "users/ada", _counted("erase"))
     assert await store.get_state(USER_STATE, ["name"]) == v1.State()
@@ -152,7 +152,7 @@ async def test_a_users_state_is_erased_when_no_session_is_left(store: Store) -> 
         await store.update_state(USER_STATE, [put("name", "x")], once=once("put-ada"))
     assert replayed.value.response == b"", "a repeat that comes late brings nothing back"
     with pytest.raises(Replayed) as replayed:
-        await store.recall(KEY, once("put-bob"), None)
+        await store.recall(once("put-bob"))
     assert b"x" in replayed.value.response
     with pytest.raises(Replayed) as replayed:
         await store.recall(KEY, _counted("erase"), None)
@@ -163,7 +163,7 @@ async def test_a_users_state_is_erased_when_no_session_is_left(store: Store) -> 
 async def test_an_erased_users_state_refers_to_no_blob_any_more(store: Store, clock: ManualClock) -> None:
     """So that what only it held is collected as any other blob is."""
     held = hashlib.sha256(b"a portrait").hexdigest()
-    await store.put_blob("acme", held, b"a portrait")
+    await store.put_blob("acme", "", held, b"a portrait")
     value = v1.Value(blob_value=v1.Blob(name=f"blobs/{held}"))
     await store.update_state(USER_STATE, [v1.StateOp(key="portrait", set=value)])
     clock.now += SECOND

@@ -129,7 +129,7 @@ async def test_the_reply_is_the_last_message_completed_and_read_in_full(store: S
     found = await store.get_run(KEY, "r1")
     assert found is not None
     assert found[0].reply == await store.get_message(KEY, "last") == committed.messages["last"]
-    listed = (await store.list_runs("acme", "", EVERYTHING)).rows[0]
+    listed = (await store.list_runs("acme", None, EVERYTHING)).rows[0]
     assert listed.reply == found[0].reply
 
 
@@ -198,11 +198,11 @@ async def test_the_messages_of_one_run(store: Store) -> None:
     await add(store, said("aside"))
     await add(store, replied("a1", "r1"), ended("r1"))
     await start(store, "r2", said("q2", run="r2"))
-    assert names((await store.list_messages(KEY, EVERYTHING, run="r1")).rows) == ["q1", "a1"]
-    page = await store.list_messages(KEY, Query(1), newest_first=True, run="r1")
+    assert names((await store.list_messages(KEY, EVERYTHING, step=StepKey("r1"))).rows) == ["q1", "a1"]
+    page = await store.list_messages(KEY, Query(1), newest_first=True, step=StepKey("r1"))
     assert (names(page.rows), page.next) == (["a1"], (5,))
-    assert names((await store.list_messages(KEY, Query(1, page.next), newest_first=True, run="r1")).rows) == ["q1"]
-    assert (await store.list_messages(KEY, EVERYTHING, run="none")).rows == []
+    assert names((await store.list_messages(KEY, Query(1, page.next), newest_first=True, step=StepKey("r1"))).rows) == ["q1"]
+    assert (await store.list_messages(KEY, EVERYTHING, step=StepKey("none"))).rows == []
 
 
 async def test_a_page_of_messages_ends_at_a_mebibyte_and_continues_behind_it(store: Store) -> None:

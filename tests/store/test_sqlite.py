@@ -426,12 +426,12 @@ async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:
         for where in (None, mine):
             await store.list_sessions("acme", Query(2, two, where))
         for where in (None, running):
-            await store.list_runs("acme", "", Query(2, after, where))
-            await store.list_runs("acme", "case", Query(2, after, where))
+            await store.list_runs("acme", None, Query(2, after, where))
+            await store.list_runs("acme", KEY, Query(2, after, where))
     for position in (None, (1,)):
         for newest_first in (False, True):
             await store.list_messages(KEY, Query(2, position), newest_first)
-            await store.list_messages(KEY, Query(2, position), newest_first, run="r1")
+            await store.list_messages(KEY, Query(2, position), newest_first, step=StepKey("r1"))
         await store.list_agent_revisions("acme", "sherlock", Query(2, position))
     for key in (None, ("k",)):
         await store.list_agents("acme", Query(2, key))

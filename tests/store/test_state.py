@@ -239,7 +239,7 @@ async def test_a_repeated_update_is_not_made_again(store: Store) -> None:
         await store.update_state(USER_STATE, [increment("n", 1)], once=once("request"))
     assert v1.State.FromString(caught.value.response) == first
     with refused("REQUEST_ID_REUSED"):
-        await store.update_state(USER_STATE, [increment("n", 2)], once=once("request", b"other"))
+        await store.update_state(USER_STATE, [increment("n", 2)], once=once("request", digest=b"other"))
     assert (await store.get_state(USER_STATE, ["n"])).entries["n"].value == value(1)
 
 

@@ -110,4 +110,4 @@ async def test_no_write_of_one_tenant_reaches_another(store: Store) -> None:
     assert await everything(store, GLOBEX) == before
     assert names((await store.list_sessions("acme", EVERYTHING)).rows) == []
     with pytest.raises(Replayed):
-        await store.recall(GLOBEX, once("start", tenant="globex"), None)
+        await store.recall(once("start", tenant="globex"))
