@@ -126,8 +126,14 @@ class TableStore(ABC):
     async def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
         return await self._read(lambda tables: tables.active_run(key, run))
 
-    async def active_runs(self) -> list[ActiveRun]:
-        return await self._read(lambda tables: tables.active_runs())
+    async def active_runs(self, after: tuple[str, str, str] | None = None, limit: int = 1 << 40) -> list[ActiveRun]:
+        return await self._read(lambda tables: tables.active_runs(after, limit))
+
+    async def idle_runs(self) -> list[ActiveRun]:
+        return await self._read(lambda tables: tables.idle_runs())
+
+    async def release_run(self, key: SessionKey, run: str) -> None:
+        await self._write(lambda tables, _: tables.put_record(key, run, None, released=True))
 
     async def get_state(self, scope: Scope, keys: Sequence[str], at: int = 0) -> v1.State:
         return await self._read(lambda tables: steps.named_entries(tables, scope, keys, at))

@@ -167,6 +167,9 @@ class Commit:
     checked last."""
     start: RunRecord | None = None
     """With the event that makes a run: its start, its place in the queue, or its end when that came first."""
+    deaths: int | None = None
+    """What is to be known of the run that the events belong to when its process dies: ActiveRun.deaths. Unset: what
+    was known stays."""
 
 
 @dataclass(slots=True)
@@ -314,6 +317,11 @@ class ActiveRun(NamedTuple):
     run: v1.Run
     agent: v1.Agent
     epoch: int
+    deaths: int = 0
+    """How many processes died at work on it, one after the other, without a commit of the run since: see
+    Commit.deaths."""
+    released: bool = False
+    """The process that was at work on it last has let go of it in good order."""
 
 
 class StoreOpenError(Exception):
@@ -442,8 +450,18 @@ class Store(Protocol):
         """The run with what a worker needs; None when it does not exist or has ended."""
         ...
 
-    async def active_runs(self) -> list[ActiveRun]:
-        """Every run of every tenant that has not ended, in no promised order."""
+    async def active_runs(self, after: tuple[str, str, str] | None = None, limit: int = 1 << 40) -> list[ActiveRun]:
+        """The runs of every tenant that have not ended, at most `limit`, ordered by tenant, uid and run and following
+        that position."""
+        ...
+
+    async def idle_runs(self) -> list[ActiveRun]:
+        """The runs that somebody should be at work on: each that is RUNNING, and of each session without an active run
+        those that are QUEUED. In no promised order."""
+        ...
+
+    async def release_run(self, key: SessionKey, run: str) -> None:
+        """Takes note that the process that was at work on a run lets go of it in good order, before its end."""
         ...
 
     # State.

@@ -75,6 +75,8 @@ class _Run:
     create_time: int
     agent: bytes | None
     """Until it has ended."""
+    deaths: int = 0
+    released: bool = False
 
 
 @dataclass(slots=True)
@@ -366,23 +368,31 @@ class _MemoryTables:
     def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
         session = self._session(key)
         row = session.runs.get(run) if session else None
-        if session is None or row is None or row.agent is None:
-            return None
-        return ActiveRun(key, v1.Run.FromString(row.body), v1.Agent.FromString(row.agent), session.epoch)
+        return _active(key, session, row) if session and row and row.agent is not None else None
 
-    def active_runs(self) -> list[ActiveRun]:
-        return [
-            ActiveRun(
-                SessionKey(tenant, session.name, uid),
-                v1.Run.FromString(run.body),
-                v1.Agent.FromString(run.agent),
-                session.epoch,
-            )
-            for tenant, rows in self._tenants.items()
-            for uid, session in rows.sessions.items()
-            for run in session.runs.values()
-            if run.agent is not None
-        ]
+    def active_runs(self, after: tuple[str, str, str] | None, limit: int) -> list[ActiveRun]:
+        found = sorted(self._active(), key=_position)
+        return [active for active in found if after is None or _position(active) > after][:limit]
+
+    def idle_runs(self) -> list[ActiveRun]:
+        idle = []
+        for active in self._active():
+            session = self.session(active.key)
+            waits = session is not None and not session.session.active_run
+            if active.run.state == v1.Run.STATE_RUNNING or (active.run.state == v1.Run.STATE_QUEUED and waits):
+                idle.append(active)
+        return idle
+
+    def _active(self) -> Iterator[ActiveRun]:
+        for tenant, rows in self._tenants.items():
+            for uid, session in rows.sessions.items():
+                for run in session.runs.values():
+                    if run.agent is not None:
+                        yield _active(SessionKey(tenant, session.name, uid), session, run)
+
+    def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
+        row = self._existing(key).runs[run]
+        row.deaths, row.released = row.deaths if deaths is None else deaths, released
 
     def delete_state(self, scope: Scope) -> None:
         tenant = self._tenants[scope.tenant]
@@ -529,3 +539,12 @@ class _MemoryTables:
             for upload_id, row in list(rows.uploads.items()):
                 if row.expire_time <= now:
                     yield tenant, upload_id, row
+
+
+def _active(key: SessionKey, session: _Session, row: _Run) -> ActiveRun:
+    run, agent = v1.Run.FromString(row.body), v1.Agent.FromString(row.agent or b"")
+    return ActiveRun(key, run, agent, session.epoch, row.deaths, row.released)
+
+
+def _position(active: ActiveRun) -> tuple[str, str, str]:
+    return active.key.tenant, active.key.uid, active.run.name

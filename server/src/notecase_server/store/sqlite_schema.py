@@ -85,12 +85,14 @@ SCHEMA = (
     "CREATE INDEX runs_by_session ON runs (tenant, uid, create_time, run)",
     # What runs or waits over all sessions is asked often, and is few among many.
     "CREATE INDEX runs_by_state ON runs (tenant, state, create_time, uid, run)",
-    # The agent of each run that has not ended, apart from its row, which every commit writes anew.
+    # What is kept of each run that has not ended, apart from its row, which every commit writes anew.
     """CREATE TABLE active_runs (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,
         run TEXT NOT NULL,
         step TEXT NOT NULL,
+        deaths INTEGER NOT NULL,
+        released INTEGER NOT NULL,
         agent BLOB NOT NULL,
         PRIMARY KEY (tenant, uid, run, step)
     ) WITHOUT ROWID""",

@@ -88,13 +88,20 @@ AGENTS = """SELECT a.agent, r.body FROM agents a
 LOOSE_BLOBS = """SELECT tenant, sha256 FROM blobs b WHERE upload_time < ? AND NOT EXISTS
     (SELECT 1 FROM blob_references r WHERE r.tenant = b.tenant AND r.sha256 = b.sha256)"""
 
-ACTIVE_RUNS = """SELECT a.tenant, s.session, a.uid, r.body, a.agent, s.epoch FROM active_runs a
+ACTIVE_RUNS = """SELECT a.tenant, s.session, a.uid, r.body, a.agent, s.epoch, a.deaths, a.released FROM active_runs a
     JOIN runs r ON r.tenant = a.tenant AND r.uid = a.uid AND r.run = a.run
     JOIN sessions s ON s.tenant = a.tenant AND s.uid = a.uid"""
 
 
-def _active_run(tenant: str, session: str, uid: str, run: bytes, agent: bytes, epoch: int) -> ActiveRun:
-    return ActiveRun(SessionKey(tenant, session, uid), v1.Run.FromString(run), v1.Agent.FromString(agent), epoch)
+IDLE_RUNS = f"""{ACTIVE_RUNS} WHERE r.state = {v1.Run.STATE_RUNNING}
+    OR (r.state = {v1.Run.STATE_QUEUED} AND s.activity = {v1.Session.ACTIVITY_IDLE})"""
+
+
+def _active_run(
+    tenant: str, session: str, uid: str, run: bytes, agent: bytes, epoch: int, deaths: int, released: int
+) -> ActiveRun:
+    key = SessionKey(tenant, session, uid)
+    return ActiveRun(key, v1.Run.FromString(run), v1.Agent.FromString(agent), epoch, deaths, bool(released))
 
 
 def _expire_time(session: v1.Session) -> int | None:
@@ -306,7 +313,7 @@ class SqliteTables:
         body = run.SerializeToString()
         self._execute(ADD_RUN, (*_of(key), run.name, *columns, _labels(run), *bounds, record.digest, body))
         self._execute(
-            "INSERT INTO active_runs (tenant, uid, run, step, agent) VALUES (?, ?, ?, '', ?)",
+            "INSERT INTO active_runs (tenant, uid, run, step, deaths, released, agent) VALUES (?, ?, ?, '', 0, 0, ?)",
             (*_of(key), run.name, record.agent.SerializeToString()),
         )
 
@@ -352,8 +359,20 @@ class SqliteTables:
         row = self._execute(ACTIVE_RUNS + where, (*_of(key), run)).fetchone()
         return _active_run(*row) if row else None
 
-    def active_runs(self) -> list[ActiveRun]:
-        return [_active_run(*row) for row in self._execute(ACTIVE_RUNS)]
+    def active_runs(self, after: tuple[str, str, str] | None, limit: int) -> list[ActiveRun]:
+        where = " WHERE (a.tenant, a.uid, a.run) > (?, ?, ?)" if after else ""
+        rows = self._execute(f"{ACTIVE_RUNS}{where} ORDER BY a.tenant, a.uid, a.run LIMIT ?", (*(after or ()), limit))
+        return [_active_run(*row) for row in rows]
+
+    def idle_runs(self) -> list[ActiveRun]:
+        return [_active_run(*row) for row in self._execute(IDLE_RUNS)]
+
+    def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
+        self._execute(
+            """UPDATE active_runs SET deaths = coalesce(?, deaths), released = ?
+                WHERE tenant = ? AND uid = ? AND run = ?""",
+            (deaths, released, *_of(key), run),
+        )
 
     def delete_state(self, scope: Scope) -> None:
         self.deleted = True

@@ -82,6 +82,8 @@ def commit(tables: Tables, now: int, commit: Commit) -> Committed:
             tables.put_call(commit.key, call_id, holder)
     for name, run in rows.runs.items():
         _save_run(tables, commit, run, before.get(name))
+        if commit.deaths is not None and run.state not in fold.ENDED:
+            tables.put_record(commit.key, name, commit.deaths, released=False)
     for scope in done.state:
         _save_state(tables, scope, rows.versions[scope], rows.state[scope], old_versions[scope])
     for sha256, (sequence, _) in referred.items():
