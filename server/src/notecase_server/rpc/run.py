@@ -185,10 +185,12 @@ class Streams:
                 error=error.to_proto(),
             )
 
-    async def command(self, key: SessionKey, frame: v1.RunRequest, run_id: str = "") -> v1.CommandResult:
-        """Carries out one command in a session; `run_id` is the run that is meant, "" the active one. A refusal is
-        raised as NotecaseError."""
-        check = Check()
+    async def command(
+        self, key: SessionKey, frame: v1.RunRequest, run_id: str = "", check: Check | None = None
+    ) -> v1.CommandResult:
+        """Carries out one command in a session; `run_id` is the run that is meant, "" the active one, and `check` holds
+        what is wrong with the request around it. A refusal is raised as NotecaseError."""
+        check = check or Check()
         check.token_id("command_id", frame.command_id)
         kind = frame.WhichOneof("command")
         if kind == "start":
@@ -232,16 +234,15 @@ class Streams:
     async def _update_state(self, key: SessionKey, frame: v1.RunRequest) -> Committed:
         update = frame.update_state
         live, session = await self._sessions.watched(key)
-        check = Check()
         state = ""
         if update.name:
+            check = Check()
             scope = check.state("update_state.name", key.tenant, update.name)
             owner = {"session": key.session, "user": session.user.removeprefix("users/"), "app": ""}[scope.kind]
-            problem = "wants the state of this session, of its user, or app/state"
+            problem = "has to be the state of this session, of its user, or app/state"
             check(scope.id == owner, "update_state.name", problem)
+            check.done()
             state = "" if scope.kind == "session" else scope.kind
-        check.ops("update_state.ops", update.ops, session=not state)
-        check.done()
         change = v1.Event(cause_id=frame.command_id, state_changed=v1.StateChanged(state=state, ops=update.ops))
         return await live.commit(
             Commit(

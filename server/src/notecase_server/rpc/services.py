@@ -18,19 +18,20 @@ from notecase_server.engine.content import Contents
 from notecase_server.engine.runs import Caused, Runs
 from notecase_server.engine.schema import Schemas
 from notecase_server.engine.session import Sessions
-from notecase_server.errors import NotecaseError, Violation
+from notecase_server.errors import NotecaseError
 from notecase_server.names import RunName
 from notecase_server.rpc import filter as filters
 from notecase_server.rpc.interceptor import MAX_MESSAGE_BYTES, caller
-from notecase_server.rpc.pages import MAX_PAGE_SIZE, Pages
+from notecase_server.rpc.pages import MAX_PAGE_SIZE, ListRequest, Pages
 from notecase_server.rpc.run import Streams
-from notecase_server.rpc.validate import MAX_SCHEMA_BYTES, Check, check_instruction
+from notecase_server.rpc.validate import MAX_SCHEMA_BYTES, Check
 from notecase_server.store.contract import (
     PAGE_BYTES,
     Commit,
     Committed,
     Once,
     Page,
+    Query,
     Replayed,
     SessionKey,
     Store,
@@ -56,6 +57,9 @@ RUN_FILTER: Mapping[str, filters.FieldKind] = {
 
 MAX_IMPORT_BYTES = 1 << 30
 """Of a session's file beside its content: it waits on this machine's disk, and a gigabyte is a million messages."""
+
+EDIT_TRIES = 20
+"""How often an update without an etag is merged anew when another one came between."""
 
 AGENT_FIELDS = ("display_name", "description", "llm", "output_key", "labels")
 EXPIRY_FIELDS = ("expire_time", "ttl", "idle_ttl")
@@ -102,19 +106,35 @@ def key_of(session: str) -> SessionKey:
     return SessionKey(caller.get().tenant, session)
 
 
-def masked(mask: FieldMask, given: Message, allowed: Iterable[str]) -> FieldMask:
-    """The fields that an update changes (AIP-134).
-
-    Raises NotecaseError INVALID_FIELD for paths that cannot be changed."""
+def masked(check: Check, mask: FieldMask, given: Message, allowed: Iterable[str]) -> FieldMask:
+    """The fields that an update changes (AIP-134). Paths that cannot be changed are told to the check and left out."""
     known = list(allowed)
     if list(mask.paths) == ["*"]:
         return FieldMask(paths=known)
     if not mask.paths:
         return FieldMask(paths=[field.name for field, _ in given.ListFields() if field.name in known])
-    fine = mask.IsValidForDescriptor(given.DESCRIPTOR)  # type: ignore[arg-type]
-    if not fine or any(path.partition(".")[0] not in known for path in mask.paths):
-        raise errors.invalid([Violation("update_mask", f"wants paths of {', '.join(known)}")])
-    return mask
+    fine = FieldMask(paths=[path for path in mask.paths if path.partition(".")[0] in known])
+    if not fine.IsValidForDescriptor(given.DESCRIPTOR):  # type: ignore[arg-type]
+        fine = FieldMask()
+    check(len(fine.paths) == len(mask.paths), "update_mask", f"has paths that are not of {', '.join(known)}")
+    return fine
+
+
+def listed(
+    check: Check, pages: Pages, request: ListRequest, *about: str, fields: Mapping[str, filters.FieldKind] | None = None
+) -> Query:
+    """The page that a list request asks for, with its filter on `fields` where the list has one. `about` is all else
+    that makes the list another one.
+
+    Raises NotecaseError for all that is wrong, what `check` found before included."""
+    where, query = None, Query(1)
+    if fields is not None:
+        with check.taking():
+            where = filters.parse(request.filter, fields)  # type: ignore[attr-defined]
+    with check.taking():
+        query = pages.query(request, *about, where=where)
+    check.done()
+    return query
 
 
 class Servers(v1.ServerServiceServicer):
@@ -145,9 +165,8 @@ class Agents(v1.AgentServiceServicer):
         check = checked(request)
         check.chosen_id("agent_id", request.agent_id)
         check.agent_body(request.agent, self.desk.providers, self.desk.toolbox)
+        await self._judge(check, request.agent)
         check.done()
-        check_instruction(request.agent)
-        await self.desk.schemas.require("agent.llm.output_schema", request.agent.llm.output_schema)
         agent_id = request.agent_id or self.desk.new_id()
         return await self.store.create_agent(caller.get().tenant, agent_id, request.agent, once(request, _same))
 
@@ -162,8 +181,8 @@ class Agents(v1.AgentServiceServicer):
 
     async def ListAgents(self, request: v1.ListAgentsRequest, context: Any) -> v1.ListAgentsResponse:
         about = ("agents", caller.get().tenant, request.filter)
-        where = filters.parse(request.filter, AGENT_FILTER)
-        page = await self.store.list_agents(caller.get().tenant, self.desk.pages.query(request, *about, where=where))
+        query = listed(Check(), self.desk.pages, request, *about, fields=AGENT_FILTER)
+        page = await self.store.list_agents(caller.get().tenant, query)
         return v1.ListAgentsResponse(agents=page.rows, next_page_token=self.desk.pages.token(page.next, *about))
 
     async def ListAgentRevisions(
@@ -171,9 +190,8 @@ class Agents(v1.AgentServiceServicer):
     ) -> v1.ListAgentRevisionsResponse:
         check = Check()
         agent_id, _ = check.agent("name", request.name)
-        check.done()
         about = ("revisions", caller.get().tenant, request.name)
-        query = self.desk.pages.query(request, *about)
+        query = listed(check, self.desk.pages, request, *about)
         page = await self.store.list_agent_revisions(caller.get().tenant, agent_id, query)
         if not page.rows and query.after is None:
             raise errors.not_found("agent", request.name)
@@ -183,24 +201,39 @@ class Agents(v1.AgentServiceServicer):
         check = checked(request)
         agent_id, revision = check.agent("agent.name", request.agent.name)
         check(revision == 0, "agent.name", "names a revision; an update makes the next one")
-        check.done()
-        mask = masked(request.update_mask, request.agent, AGENT_FIELDS)
+        mask = masked(check, request.update_mask, request.agent, AGENT_FIELDS)
         if not {"llm", "llm.output_schema"}.isdisjoint(mask.paths):
-            schema = request.agent.llm.output_schema
-            check.text("agent.llm.output_schema", schema, MAX_SCHEMA_BYTES)
+            await self._judge(check, request.agent)
+        tenant, etag = caller.get().tenant, request.agent.etag
+        repeat = once(request, _same)
+        for tries_left in reversed(range(EDIT_TRIES)):
+            newest = await self.store.get_agent(tenant, agent_id) if agent_id else None
+            if not check.violations:
+                await self.store.recall(SessionKey(tenant, ""), repeat, None)
+            stale = bool(etag) and etag != (newest.etag if newest is not None else "")
+            edited = v1.Agent() if newest is None else _copy(newest)
+            mask.MergeMessage(request.agent, edited, replace_message_field=True, replace_repeated_field=True)
+            body = Check()
+            body.agent_body(edited, self.desk.providers, self.desk.toolbox)
+            whole = agent_id and not stale and (newest is not None or request.allow_missing)
+            check.within(body, "agent", AGENT_FIELDS if whole else mask.paths)
             check.done()
-            await self.desk.schemas.require("agent.llm.output_schema", schema)
+            if newest is None and not request.allow_missing:
+                raise errors.not_found("agent", request.agent.name)
+            if stale:
+                raise errors.etag_mismatch(request.agent.name, newest.etag if newest is not None else "")
+            try:
+                return await self.store.edit_agent(tenant, agent_id, edited, newest.revision if newest else 0, repeat)
+            except NotecaseError as error:  # another update came between
+                if error.reason != v1.ERROR_REASON_ETAG_MISMATCH or not tries_left:
+                    raise
+        raise AssertionError("the last try returns or raises")
 
-        def edit(agent: v1.Agent) -> None:
-            mask.MergeMessage(request.agent, agent, replace_message_field=True, replace_repeated_field=True)
-            check = Check()
-            check.agent_body(agent, self.desk.providers, self.desk.toolbox)
-            check.done()
-            check_instruction(agent)
-
-        return await self.store.edit_agent(
-            caller.get().tenant, agent_id, edit, request.agent.etag, request.allow_missing, once(request, _same)
-        )
+    async def _judge(self, check: Check, agent: v1.Agent) -> None:
+        """Checks what only the process for schemas can tell."""
+        if len(agent.llm.output_schema) <= MAX_SCHEMA_BYTES:
+            with check.taking():
+                await self.desk.schemas.require("agent.llm.output_schema", agent.llm.output_schema)
 
     async def DeleteAgent(self, request: v1.DeleteAgentRequest, context: Any) -> Empty:
         check = checked(request)
@@ -243,8 +276,7 @@ class SessionsService(v1.SessionServiceServicer):
 
     async def ListSessions(self, request: v1.ListSessionsRequest, context: Any) -> v1.ListSessionsResponse:
         about = ("sessions", caller.get().tenant, request.filter)
-        where = filters.parse(request.filter, SESSION_FILTER)
-        query = self.desk.pages.query(request, *about, where=where)
+        query = listed(Check(), self.desk.pages, request, *about, fields=SESSION_FILTER)
         page = await self.desk.store.list_sessions(caller.get().tenant, query)
         rows = [names.render_session(row) for row in page.rows]
         return v1.ListSessionsResponse(sessions=rows, next_page_token=self.desk.pages.token(page.next, *about))
@@ -253,8 +285,8 @@ class SessionsService(v1.SessionServiceServicer):
         check = checked(request)
         key = key_of(check.session("session.name", request.session.name))
         check.session_body("session", request.session)
+        mask = masked(check, request.update_mask, request.session, SESSION_FIELDS)
         check.done()
-        mask = masked(request.update_mask, request.session, SESSION_FIELDS)
         if "agent" in mask.paths:
             await self._require_agent(request.session.agent)
         expiry = {path for path in mask.paths if path in EXPIRY_FIELDS}
@@ -365,19 +397,16 @@ class States(v1.StateServiceServicer):
         check = Check()
         scope = check.state("name", caller.get().tenant, request.name)
         check(len(request.keys) <= MAX_PAGE_SIZE, "keys", f"has more than {MAX_PAGE_SIZE} keys")
-        check(not (request.keys and request.page_token), "page_token", "goes with no keys named")
         at = request.at_sequence
         check(at >= 0, "at_sequence", "is negative")
         check(not at or scope.kind == "session", "at_sequence", "goes with a session's state; others have no log")
-        check.done()
+        keys = sorted(set(request.keys))
+        about = ("state", caller.get().tenant, request.name, str(at), *(repr(key) for key in keys))
+        query = listed(check, self.desk.pages, request, *about)
         if scope.kind == "session" and await self.store.get_session(key_of(scope.id)) is None:
             raise errors.not_found("session", names.session(scope.id))
-        if request.keys:
-            state, token = await self.store.get_state(scope, list(request.keys), at), ""
-        else:
-            about = ("state", caller.get().tenant, request.name, str(at))
-            state, page = await self.store.list_state(scope, self.desk.pages.query(request, *about), at)
-            token = self.desk.pages.token(page.next, *about)
+        state, page = await self.store.list_state(scope, query, at, keys)
+        token = self.desk.pages.token(page.next, *about)
         return v1.GetStateResponse(
             name=request.name, entries=state.entries, version=state.version, next_page_token=token
         )
@@ -390,8 +419,7 @@ class States(v1.StateServiceServicer):
         scope = check.state("name", caller.get().tenant, request.name)
         check.key("key", request.key, scope.kind == "session")
         check.value("value", request.value)
-        check.done()
-        check.ops("value", [op], scope.kind == "session")
+        check(op.ByteSize() <= PAGE_BYTES, "value", f"is larger than {PAGE_BYTES} bytes")
         check.done()
 
         def render(done: Committed | v1.State) -> v1.StateEntry:
@@ -409,9 +437,7 @@ class States(v1.StateServiceServicer):
         check.done()
 
         def render(done: Committed | v1.State) -> v1.State:
-            state = _copy(done.state[scope] if isinstance(done, Committed) else done)
-            state.name = request.name
-            return state
+            return _within_a_page(request.name, done.state[scope] if isinstance(done, Committed) else done)
 
         if_version = request.if_version if request.HasField("if_version") else None
         repeat = once(request, render)
@@ -426,10 +452,9 @@ class Messages(v1.MessageServiceServicer):
         check = Check()
         key = key_of(check.session("parent", request.parent))
         known = request.order_by in {"", "sequence", "sequence asc", "sequence desc"}
-        check(known, "order_by", 'wants "sequence" or "sequence desc"')
-        check.done()
+        check(known, "order_by", 'has to be "sequence" or "sequence desc"')
         about = ("messages", key.tenant, request.parent, request.order_by, str(request.show_superseded))
-        query = self.desk.pages.query(request, *about)
+        query = listed(check, self.desk.pages, request, *about)
         page = await self.desk.store.list_messages(
             key, query, request.order_by == "sequence desc", superseded=request.show_superseded
         )
@@ -517,11 +542,9 @@ class RunsService(v1.RunServiceServicer):
     async def ListRuns(self, request: v1.ListRunsRequest, context: Any) -> v1.ListRunsResponse:
         check = Check()
         session = "" if request.parent == "sessions/-" else check.session("parent", request.parent)
-        check.done()
         tenant = caller.get().tenant
         about = ("runs", tenant, request.parent, request.filter)
-        where = filters.parse(request.filter, RUN_FILTER)
-        query = self.desk.pages.query(request, *about, where=where)
+        query = listed(check, self.desk.pages, request, *about, fields=RUN_FILTER)
         page: Page[v1.Run] = await self.desk.store.list_runs(tenant, session, query)
         if not page.rows and session and await self.desk.store.get_session(key_of(session)) is None:
             raise errors.not_found("session", request.parent)
@@ -563,9 +586,9 @@ class RunsService(v1.RunServiceServicer):
         check = Check()
         key = key_of(check.session("session", request.session))
         run = check.run("run", request.run) if request.run else RunName(key.session, "")
-        check(run.session == key.session, "run", "is a run of another session")
-        check.done()
-        return v1.SendCommandResponse(result=await self.desk.streams.command(key, request.command, run.run))
+        if request.run and run.session and key.session:
+            check(run.session == key.session, "run", "is a run of another session")
+        return v1.SendCommandResponse(result=await self.desk.streams.command(key, request.command, run.run, check))
 
 
 def _set_expiration(session: v1.Session, given: v1.Session, fields: Iterable[str]) -> None:
@@ -614,6 +637,18 @@ def _copy(message: M) -> M:
     made = type(message)()
     made.CopyFrom(message)
     return made
+
+
+def _within_a_page(name: str, state: v1.State) -> v1.State:
+    """A copy of the state: once it holds PAGE_BYTES, the entries that follow, by key, come without their values."""
+    told, size = v1.State(name=name, version=state.version), 0
+    for key in sorted(state.entries):
+        entry = told.entries[key]
+        entry.CopyFrom(state.entries[key])
+        if size >= PAGE_BYTES:
+            entry.ClearField("value")
+        size += len(key) + entry.ByteSize()
+    return told
 
 
 def _same(agent: v1.Agent) -> v1.Agent:

@@ -7,7 +7,8 @@ Whether it may happen at this moment is not asked here.
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import msgspec
@@ -18,7 +19,7 @@ from notecase_server import errors, names
 from notecase_server.engine import template
 from notecase_server.engine.content import MAX_MESSAGE_BYTES, is_large
 from notecase_server.engine.summary import BATCH, KEEP_RECENT
-from notecase_server.errors import Violation
+from notecase_server.errors import NotecaseError, Violation
 from notecase_server.names import AgentName, MessageName, RunName
 from notecase_server.store.contract import PAGE_BYTES, Scope
 from notecase_server.store.fold import MAX_VALUE_DEPTH
@@ -63,6 +64,7 @@ class Check:
 
     def __init__(self) -> None:
         self.violations: list[Violation] = []
+        self._refusals: list[NotecaseError] = []
 
     def __call__(self, ok: bool, field: str, description: str) -> bool:
         if not ok:
@@ -70,8 +72,32 @@ class Check:
         return ok
 
     def done(self) -> None:
+        """Raises NotecaseError INVALID_FIELD with all that is wrong; the reason of a part that has its own, such as
+        TEMPLATE_ERROR, when nothing else is."""
+        for refusal in self._refusals:
+            if list(refusal.violations) == self.violations:
+                raise refusal
         if self.violations:
             raise errors.invalid(self.violations)
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """Takes in the violations for which the block is refused. A refusal that names no field goes through."""
+        try:
+            yield
+        except NotecaseError as error:
+            if not error.violations:
+                raise
+            self._refusals.append(error)
+            self.violations += error.violations
+
+    def within(self, other: "Check", prefix: str, paths: Iterable[str]) -> None:
+        """Takes in what `other` found in the fields at these paths of a mask, and below them."""
+        fields = [f"{prefix}.{path}" for path in paths]
+        self._refusals += other._refusals
+        for found in other.violations:
+            if any(found.field == field or found.field.startswith((f"{field}.", f"{field}[")) for field in fields):
+                self.violations.append(found)
 
     def _parsed(self, field: str, name: str, parse: Callable[[str], T | None], like: str) -> T | None:
         parsed = parse(name) if name else None
@@ -276,6 +302,8 @@ class Check:
         fine = not llm.provider or llm.provider in known
         self(fine, "agent.llm.provider", f"this server has {', '.join(known)}")
         self(0 <= llm.max_model_calls <= 1000, "agent.llm.max_model_calls", "wants 0 (for 10) to 1000")
+        with self.taking():
+            template.parse(llm.instruction)
         self.context("agent.llm.context", llm.context)
         self._generation(llm.generation)
         self.text("agent.llm.output_schema", llm.output_schema, MAX_SCHEMA_BYTES)
@@ -352,6 +380,11 @@ class Check:
                 self._input_response("input_response", frame.input_response)
             case "cancel":
                 self.cancel("cancel", frame.cancel)
+            case "update_state":
+                name, kind = frame.update_state.name, "session"
+                if name:
+                    kind = self.state("update_state.name", "", name).kind
+                self.ops("update_state.ops", frame.update_state.ops, session=kind == "session")
             case "attach":
                 self(False, "command", "attach is for the first frame of a Run stream")
             case None:
@@ -462,11 +495,6 @@ class Check:
             )
             return RunName(session or "", "")
         return run
-
-
-def check_instruction(agent: v1.Agent) -> None:
-    """Raises NotecaseError TEMPLATE_ERROR when the instruction is no template."""
-    template.parse(agent.llm.instruction)
 
 
 def _is_json(text: str) -> bool:
