@@ -26,6 +26,7 @@ from notecase_server.rpc.pages import MAX_PAGE_SIZE, ListRequest, Pages
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.validate import MAX_SCHEMA_BYTES, Check
 from notecase_server.store.contract import (
+    ANSWER_BYTES,
     PAGE_BYTES,
     Commit,
     Committed,
@@ -216,7 +217,7 @@ class Agents(v1.AgentServiceServicer):
             body = Check()
             body.agent_body(edited, self.desk.providers, self.desk.toolbox)
             whole = agent_id and not stale and (newest is not None or request.allow_missing)
-            check.within(body, "agent", AGENT_FIELDS if whole else mask.paths)
+            check.within(body, ["agent"] if whole else [f"agent.{path}" for path in mask.paths])
             check.done()
             if newest is None and not request.allow_missing:
                 raise errors.not_found("agent", request.agent.name)
@@ -520,7 +521,10 @@ class RunsService(v1.RunServiceServicer):
             session, run_id = names.parse_run(v1.Run.FromString(replayed.response).name) or RunName("", "")
             key = key_of(session)
         row = names.render_run(key, await self.runs.wait(key, run_id, timeout))
-        return v1.InvokeResponse(run=row, reply=row.reply if row.HasField("reply") else None)
+        answer = v1.InvokeResponse(run=row, reply=row.reply if row.HasField("reply") else None)
+        if answer.ByteSize() > ANSWER_BYTES:
+            answer.run.ClearField("reply")
+        return answer
 
     async def CreateRun(self, request: v1.CreateRunRequest, context: Any) -> v1.Run:
         check = checked(request)

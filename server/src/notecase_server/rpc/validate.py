@@ -40,6 +40,8 @@ MAX_ID_BYTES = 128
 MAX_SCHEMA_BYTES = 64 << 10
 MAX_TOOLS = 128
 """What providers take in one request."""
+MAX_CLIENT_TOOLS_BYTES = 256 << 10
+"""Limit for all client tools of a run together: every answer about the run holds them."""
 MAX_RESULT_BYTES = 512 << 10
 """Of the text of one call's result, which is in every later request. Its media become blobs."""
 MAX_RECENT = 500
@@ -91,13 +93,11 @@ class Check:
             self._refusals.append(error)
             self.violations += error.violations
 
-    def within(self, other: "Check", prefix: str, paths: Iterable[str]) -> None:
-        """Takes in what `other` found in the fields at these paths of a mask, and below them."""
-        fields = [f"{prefix}.{path}" for path in paths]
+    def within(self, other: "Check", fields: Iterable[str]) -> None:
+        """Takes in what `other` found in these fields and below them."""
+        below = tuple(f"{field}{mark}" for field in fields for mark in ".[")
         self._refusals += other._refusals
-        for found in other.violations:
-            if any(found.field == field or found.field.startswith((f"{field}.", f"{field}[")) for field in fields):
-                self.violations.append(found)
+        self.violations += [found for found in other.violations if f"{found.field}.".startswith(below)]
 
     def _parsed(self, field: str, name: str, parse: Callable[[str], T | None], like: str) -> T | None:
         parsed = parse(name) if name else None
@@ -289,6 +289,7 @@ class Check:
     # ---- agents, sessions, runs
 
     def agent_body(self, agent: v1.Agent, providers: Iterable[str], toolbox: Toolbox) -> None:
+        self(agent.ByteSize() <= PAGE_BYTES, "agent", f"is larger than {PAGE_BYTES} bytes")
         self.text("agent.display_name", agent.display_name)
         self.text("agent.description", agent.description, 64 << 10)
         self.labels("agent.labels", agent.labels)
@@ -477,6 +478,9 @@ class Check:
             self(not waits, at, "goes with ON_BUSY_REJECT or ON_BUSY_INTERRUPT")
         self.options(f"{field}.options", start.options)
         self.tools(f"{field}.client_tools", start.client_tools, only_client=True)
+        size = sum(tool.ByteSize() for tool in start.client_tools)
+        fine = size <= MAX_CLIENT_TOOLS_BYTES
+        self(fine, f"{field}.client_tools", f"are together larger than {MAX_CLIENT_TOOLS_BYTES} bytes")
         self.limits(f"{field}.limits", start.limits)
         self.duration(f"{field}.disconnect.cancel_after", start.disconnect.cancel_after)
 

@@ -22,7 +22,11 @@ Clock = Callable[[], int]
 
 PAGE_BYTES = 1 << 20
 """A page of rows ends once it holds this much, so that no answer outgrows what a default gRPC client accepts (4 MiB);
-the row that crosses the line is still part of the page, and no row is larger than this."""
+the row that crosses the line is still part of the page."""
+
+ANSWER_BYTES = 3 << 20
+"""A row that would take its page beyond this begins the next one. A run with a reply and what it waits for may hold
+this much by itself; every other row is at most PAGE_BYTES."""
 
 
 class SessionKey(NamedTuple):
