@@ -379,7 +379,7 @@ async def test_a_result_that_comes_late_is_nothing(
         await desk.asked.get()
         await client.cancel(run.name, "enough")
         desk.release.set()
-        assert await overheard.refusals.get() in {"CALL_NOT_PENDING", "RUN_ENDED"}
+        assert await overheard.refusals.get() in {"CALL_NOT_PENDING"}
         assert await finish(run) == ""
     assert run.result.state == v1.Run.STATE_CANCELLED
     assert desk.answered == 1

@@ -198,8 +198,8 @@ FORMS = st.sampled_from(["SendCommand", "Run"])
 REFUSALS: Mapping[str, set[str]] = {
     "start": {"RUN_ACTIVE", "REQUEST_ID_REUSED", "RUN_CANCELLED_BEFORE_START", "QUEUE_FULL"},
     "input": {"RUN_NOT_FOUND", "RUN_ENDED", "QUEUE_FULL"},
-    "tool_result": {"RUN_NOT_FOUND", "RUN_ENDED", "CALL_NOT_PENDING"},
-    "input_response": {"RUN_NOT_FOUND", "RUN_ENDED", "INPUT_NOT_PENDING", "INVALID_FIELD"},
+    "tool_result": {"CALL_NOT_PENDING"},
+    "input_response": {"INPUT_NOT_PENDING", "INVALID_FIELD"},
     "update_state": {"STATE_VERSION_MISMATCH", "STATE_TYPE_MISMATCH"},
     "cancel": {"RUN_NOT_FOUND", "RUN_ENDED", "CALL_NOT_PENDING", "RUN_ACTIVE"},
 }

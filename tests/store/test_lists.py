@@ -201,7 +201,7 @@ async def test_agents_are_filtered_by_their_newest_revision(store: Store, clock:
     for agent_id in "abc":
         await store.create_agent("acme", agent_id, v1.Agent(display_name=agent_id, labels={"team": "night"}))
         clock.now += 1
-    await store.edit_agent("acme", "a", lambda agent: agent.labels.update(team="day"))
+    await store.edit_agent("acme", "a", v1.Agent(display_name="a", labels={"team": "day"}), if_revision=1)
 
     async def found(where: Filter) -> list[str]:
         return [name[-1] for name in await every(lambda query: store.list_agents("acme", query), 1, where)]

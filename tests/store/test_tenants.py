@@ -87,8 +87,8 @@ async def test_nothing_is_there_for_a_tenant_that_made_nothing(store: Store) -> 
         await store.edit_session(GLOBEX, lambda _: None)
     with refused("SESSION_NOT_FOUND"):
         await store.delete_session(GLOBEX)
-    with refused("AGENT_NOT_FOUND"):
-        await store.edit_agent("globex", "sherlock", lambda _: None)
+    with refused("ETAG_MISMATCH"):
+        await store.edit_agent("globex", "sherlock", v1.Agent(), if_revision=1)
     with refused("AGENT_NOT_FOUND"):
         await store.delete_agent("globex", "sherlock")
     await store.recall(GLOBEX, once("start", tenant="globex"), CommandId("start", b"d"))
@@ -103,7 +103,7 @@ async def test_no_write_of_one_tenant_reaches_another(store: Store) -> None:
     await store.update_state(Scope("acme", "user", "ada"), [put("k", "new")])
     await store.update_state(Scope("acme", "app", ""), [put("k", "new")])
     await store.edit_session(ACME, lambda session: setattr(session, "display_name", "new"))
-    await store.edit_agent("acme", "sherlock", lambda agent: setattr(agent, "display_name", "new"))
+    await store.edit_agent("acme", "sherlock", v1.Agent(display_name="new"), if_revision=1)
     await store.claim(ACME, (await add(store, said("m3"), key=ACME)).epoch)
     await store.delete_agent("acme", "sherlock")
     await store.delete_session(ACME)

@@ -399,12 +399,15 @@ class StartRun(_message.Message):
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
         """What the user says. May be empty when the session's history ends with something to answer, with ON_BUSY_ROLLBACK: when it
-        does so before the run that is rolled back. A start that has to queue wants some: what it will find there is not known yet.
+        does so before the run that is rolled back. A start that has to queue needs some: what it will find there is not known yet.
+        Together at most 2 MiB, without content that becomes a blob.
         """
 
     @_builtins.property
     def client_tools(self) -> _containers.RepeatedCompositeFieldContainer[_agent_pb2.Tool]:
-        """Of this run only, beside the agent's: `client` tools, with names that the agent does not have."""
+        """Tools of this run only, besides the agent's: `client` tools, with names that the agent does not have, together at most
+        256 KiB.
+        """
 
     @_builtins.property
     def disconnect(self) -> Global___Disconnect: ...
@@ -1585,7 +1588,9 @@ class InvokeResponse(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     REPLY_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def run(self) -> Global___Run: ...
+    def run(self) -> Global___Run:
+        """Without its `reply` where both would be too large for one message."""
+
     @_builtins.property
     def reply(self) -> _message_pb2.Message:
         """The run's reply, for convenience."""

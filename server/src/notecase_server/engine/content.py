@@ -24,8 +24,9 @@ MAX_PART_BYTES = 256 << 10
 MAX_MESSAGE_BYTES = PAGE_BYTES - (64 << 10)
 """Of a message beside what becomes blobs: it fits into one page."""
 
-MAX_SAID_BYTES = 4 << 20
-"""Of all messages that are said at once. No request carries more; but one that names keys of state can come to more."""
+MAX_SAID_BYTES = 2 << 20
+"""Limit for all messages that are said at once, without what became blobs: AppendMessages answers with them, and a
+start that is queued is one event with them and its state."""
 
 MEDIA_TYPES = {"text": "text/plain; charset=utf-8", "json": "application/json"}
 """Of parts that become blobs when they are large."""

@@ -50,6 +50,9 @@ POLL_SECONDS = 5.0
 """How often what waits looks into the store although no bell rang: a lost hint costs this much time, and nothing
 else."""
 
+NOT_UNDER_WAY = frozenset({v1.ERROR_REASON_RUN_NOT_FOUND, v1.ERROR_REASON_RUN_ENDED, v1.ERROR_REASON_RUN_ACTIVE})
+"""Why a run takes no answers: it never was, has ended, or is queued."""
+
 BUSY_TRIES = 5
 """How often a start that stops another run tries again when that one had ended and a third one came first."""
 
@@ -532,12 +535,14 @@ class Runs:
         return task
 
     @asynccontextmanager
-    async def _worker(self, key: SessionKey, run_id: str, caused: Caused) -> AsyncIterator[Worker]:
+    async def _worker(
+        self, key: SessionKey, run_id: str, caused: Caused, late: NotecaseError | None = None
+    ) -> AsyncIterator[Worker]:
         """The worker of a run under way, the session's active one for "", under the session's lock; one that is made
         for the purpose when the run waits. Afterwards the run goes on if it can.
 
-        Raises Replayed and Duplicate for a repeat, SESSION_NOT_FOUND, RUN_NOT_FOUND, RUN_ENDED, and RUN_ACTIVE for a
-        run that is queued behind another."""
+        Raises Replayed and Duplicate for a repeat, SESSION_NOT_FOUND, and `late` for a run that is not under way; by
+        default RUN_NOT_FOUND, RUN_ENDED, and RUN_ACTIVE for a run that is queued behind another."""
         live = self._sessions.live(key)
         async with live.lock:
             await self._settle_commit(live)
@@ -545,7 +550,10 @@ class Runs:
             await self._store.recall_command(key, caused.command)
             _, session = await self._sessions.watched(key)
             run_id = run_id or session.active_run
-            worker = self._at_work(key, run_id) or await self._revive(live, run_id)
+            try:
+                worker = self._at_work(key, run_id) or await self._revive(live, run_id)
+            except NotecaseError as error:
+                raise (late if late is not None and error.reason in NOT_UNDER_WAY else error) from None
             yield worker
             if self._at_work(key, run_id) is None:
                 self._settle(worker)
@@ -582,8 +590,10 @@ class Runs:
         return Worker(live, self._services, session, active.run, active.agent, active.epoch, message, said)
 
     async def _not_running(self, key: SessionKey, run_id: str) -> NotecaseError:
-        row = await self._store.get_run(key, run_id) if run_id else None
-        name = names.run(key.session, run_id or "-")
+        if not run_id:
+            return errors.no_run(names.session(key.session))
+        row = await self._store.get_run(key, run_id)
+        name = names.run(key.session, run_id)
         if row is None:
             return errors.not_found("run", name)
         return errors.run_ended(name, row[0].state) if row[0].state in ENDED else errors.draining()
@@ -611,31 +621,35 @@ class Runs:
     # ---- what callers say meanwhile
 
     async def tool_result(self, key: SessionKey, run_id: str, result: v1.ToolResult, caused: Caused) -> Committed:
-        """Gives a dispatched call its outcome. CALL_NOT_PENDING when it waits for none."""
+        """Gives a dispatched call its outcome. CALL_NOT_PENDING when it waits for none, whatever its run does by
+        now."""
         return await self._whole(self._tool_result(key, run_id, result, caused))
 
     async def _tool_result(self, key: SessionKey, run_id: str, result: v1.ToolResult, caused: Caused) -> Committed:
-        async with self._worker(key, run_id, caused) as worker:
+        late = errors.call_not_pending(result.call_id)
+        async with self._worker(key, run_id, caused, late) as worker:
             for call in worker.run.pending_calls:
                 if call.call_id == result.call_id:
                     parts = await self._contents.parts(key, result.result)
                     outcome = worker.fitting(Outcome(parts, result.error))
                     return await worker.commit([ledger.finished(call, outcome)], *caused)
-            raise errors.call_not_pending(result.call_id)
+            raise late
 
     async def respond(self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused) -> Committed:
-        """Answers an approval or a question. INPUT_NOT_PENDING when nobody asks (any more)."""
+        """Answers an approval or a question. INPUT_NOT_PENDING when nobody asks (any more), whatever the run does by
+        now."""
         return await self._whole(self._respond(key, run_id, response, caused))
 
     async def _respond(self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused) -> Committed:
-        async with self._worker(key, run_id, caused) as worker:
+        late = errors.input_not_pending(response.input_id)
+        async with self._worker(key, run_id, caused, late) as worker:
             for request in worker.run.pending_inputs:
                 if request.input_id == response.input_id:
                     _check_decision(request, response)
                     call = worker.call(request.call.call_id)
                     client = worker.is_client(call.tool)
                     return await worker.commit(ledger.answered(request, response, call, client), *caused)
-            raise errors.input_not_pending(response.input_id)
+            raise late
 
     async def say(self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused) -> tuple[Committed, bool]:
         """What a user says to a run under way; the commit, and whether it only queued it. RUN_ENDED, QUEUE_FULL."""

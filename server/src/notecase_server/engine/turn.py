@@ -372,7 +372,7 @@ class Worker:
         calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
         message.status = v1.Message.STATUS_IN_PROGRESS if calls else v1.Message.STATUS_COMPLETED
         events = [v1.Event(message_added=message), v1.Event(usage=finish.usage)]
-        if self.agent.output_key and (note := self._note(message)):
+        if self.agent.output_key and not calls and (note := self._note(message)):
             put = v1.StateOp(key=self.agent.output_key, set=note)
             events.append(v1.Event(state_changed=v1.StateChanged(ops=[put])))
         limit = self.run.limits.max_tool_calls
@@ -394,7 +394,8 @@ class Worker:
         return [*events, self._ending(v1.Run.STATE_SUCCEEDED)]
 
     def _note(self, message: v1.Message) -> v1.Value | None:
-        """A reply as it is put under the agent's output_key: its text, or what its JSON says."""
+        """Returns a reply that ends a turn as it is put under the agent's output_key: its text, or what its JSON
+        says."""
         if self.agent.llm.output_schema:
             return next((value_of(part.json) for part in message.parts if part.HasField("json")), None)
         text = "".join(part.text for part in message.parts)

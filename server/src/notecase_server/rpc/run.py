@@ -187,6 +187,9 @@ class Streams:
 
     async def _carry_out(self, place: "Place", frame: v1.RunRequest) -> v1.CommandResult:
         try:
+            check = Check()
+            self.check(check, place.live.key.session, frame)
+            check.done()
             return await self.command(place.live.key, frame, place.run)
         except NotecaseError as error:
             if error.reason == v1.ERROR_REASON_INTERNAL:
@@ -197,19 +200,21 @@ class Streams:
                 error=error.to_proto(),
             )
 
-    async def command(self, key: SessionKey, frame: v1.RunRequest, run_id: str = "") -> v1.CommandResult:
-        """Carries out one command in a session; `run_id` is the run that is meant, "" the active one. A refusal is
-        raised as NotecaseError."""
-        check = Check()
+    def check(self, check: Check, session: str, frame: v1.RunRequest) -> None:
+        """Tells the check what is wrong with a command in the session of that id."""
         check.token_id("command_id", frame.command_id)
-        kind = frame.WhichOneof("command")
-        if kind == "start":
+        if frame.HasField("start"):
             check.start("start", frame.start)
-            same = frame.start.session == names.session(key.session)
-            check(same, "start.session", f"this is {names.session(key.session)}; name it")
+            if session:
+                same = frame.start.session == names.session(session)
+                check(same, "start.session", f"this is {names.session(session)}; name it")
         else:
             check.command(frame)
-        check.done()
+
+    async def command(self, key: SessionKey, frame: v1.RunRequest, run_id: str = "") -> v1.CommandResult:
+        """Carries out one command in a session, which `check` found right; `run_id` is the run that is meant, "" the
+        active one. A refusal is raised as NotecaseError."""
+        kind = frame.WhichOneof("command")
         caused = _caused(frame)
         try:
             match kind:
@@ -247,16 +252,15 @@ class Streams:
     async def _update_state(self, key: SessionKey, frame: v1.RunRequest) -> Committed:
         update = frame.update_state
         live, session = await self._sessions.watched(key)
-        check = Check()
         state = ""
         if update.name:
+            check = Check()
             scope = check.state("update_state.name", key.tenant, update.name)
             owner = {"session": key.session, "user": session.user.removeprefix("users/"), "app": ""}[scope.kind]
-            problem = "wants the state of this session, of its user, or app/state"
+            problem = "has to be the state of this session, of its user, or app/state"
             check(scope.id == owner, "update_state.name", problem)
+            check.done()
             state = "" if scope.kind == "session" else scope.kind
-        check.ops("update_state.ops", update.ops, session=not state)
-        check.done()
         change = v1.Event(cause_id=frame.command_id, state_changed=v1.StateChanged(state=state, ops=update.ops))
         return await live.commit(
             Commit(

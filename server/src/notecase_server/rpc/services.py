@@ -19,21 +19,23 @@ from notecase_server.engine.content import Contents
 from notecase_server.engine.runs import Caused, Runs
 from notecase_server.engine.schema import Schemas
 from notecase_server.engine.session import Sessions
-from notecase_server.errors import NotecaseError, Violation
+from notecase_server.errors import NotecaseError
 from notecase_server.names import RunName
 from notecase_server.rpc import filter as filters
 from notecase_server.rpc.interceptor import MAX_MESSAGE_BYTES, caller
-from notecase_server.rpc.pages import MAX_PAGE_SIZE, Pages
+from notecase_server.rpc.pages import MAX_PAGE_SIZE, ListRequest, Pages
 from notecase_server.rpc.run import Streams
-from notecase_server.rpc.validate import MAX_SCHEMA_BYTES, Check, check_instruction
+from notecase_server.rpc.validate import MAX_SCHEMA_BYTES, Check
 from notecase_server.store import answers
 from notecase_server.store.contract import (
+    ANSWER_BYTES,
     PAGE_BYTES,
     Answer,
     Commit,
     Committed,
     Once,
     Page,
+    Query,
     Replayed,
     Scope,
     SessionEdit,
@@ -69,6 +71,9 @@ RUN_FILTER: Mapping[str, filters.FieldKind] = {
 MAX_IMPORT_BYTES = 1 << 30
 """Of a session's file beside its content: it waits on this machine's disk, and a gigabyte is a million messages."""
 
+EDIT_TRIES = 20
+"""How often an update without an etag is merged anew when another one came between."""
+
 AGENT_FIELDS = ("display_name", "description", "llm", "output_key", "labels")
 EXPIRY_FIELDS = ("expire_time", "ttl", "idle_ttl")
 SESSION_FIELDS = ("display_name", "agent", "labels", *EXPIRY_FIELDS)
@@ -99,6 +104,12 @@ class Desk:
         key, _ = await self.sessions.find(caller.get().tenant, session, if_uid)
         return key
 
+    async def parent(self, check: Check, session: str) -> SessionKey:
+        """The session whose list is asked for, or any key while the check has something to say. SESSION_NOT_FOUND."""
+        if check.violations:
+            return SessionKey(caller.get().tenant, session, "")
+        return await self.session(session)
+
     async def surely(self, once: Once | None, answer: Answer, write: Callable[[Once], Awaitable[R]]) -> R:
         """Makes a write that no session's log records: see Sessions.surely."""
         record = self.sessions.record(once, caller.get().tenant, answer)
@@ -122,19 +133,35 @@ def checked(request: Any) -> Check:
     return check
 
 
-def masked(mask: FieldMask, given: Message, allowed: Iterable[str]) -> FieldMask:
-    """The fields that an update changes (AIP-134).
-
-    Raises NotecaseError INVALID_FIELD for paths that cannot be changed."""
+def masked(check: Check, mask: FieldMask, given: Message, allowed: Iterable[str]) -> FieldMask:
+    """The fields that an update changes (AIP-134). Paths that cannot be changed are told to the check and left out."""
     known = list(allowed)
     if list(mask.paths) == ["*"]:
         return FieldMask(paths=known)
     if not mask.paths:
         return FieldMask(paths=[field.name for field, _ in given.ListFields() if field.name in known])
-    fine = mask.IsValidForDescriptor(given.DESCRIPTOR)  # type: ignore[arg-type]
-    if not fine or any(path.partition(".")[0] not in known for path in mask.paths):
-        raise errors.invalid([Violation("update_mask", f"wants paths of {', '.join(known)}")])
-    return mask
+    fine = FieldMask(paths=[path for path in mask.paths if path.partition(".")[0] in known])
+    if not fine.IsValidForDescriptor(given.DESCRIPTOR):  # type: ignore[arg-type]
+        fine = FieldMask()
+    check(len(fine.paths) == len(mask.paths), "update_mask", f"has paths that are not of {', '.join(known)}")
+    return fine
+
+
+def listed(
+    check: Check, pages: Pages, request: ListRequest, *about: str, fields: Mapping[str, filters.FieldKind] | None = None
+) -> Query:
+    """The page that a list request asks for, with its filter on `fields` where the list has one. `about` is all else
+    that makes the list another one.
+
+    Raises NotecaseError for all that is wrong, what `check` found before included."""
+    where, query = None, Query(1)
+    if fields is not None:
+        with check.taking():
+            where = filters.parse(request.filter, fields)  # type: ignore[attr-defined]
+    with check.taking():
+        query = pages.query(request, *about, where=where)
+    check.done()
+    return query
 
 
 class Servers(v1.ServerServiceServicer):
@@ -165,9 +192,8 @@ class Agents(v1.AgentServiceServicer):
         check = checked(request)
         check.chosen_id("agent_id", request.agent_id)
         check.agent_body(request.agent, self.desk.providers, self.desk.toolbox)
+        await self._judge(check, request.agent)
         check.done()
-        check_instruction(request.agent)
-        await self.desk.schemas.require("agent.llm.output_schema", request.agent.llm.output_schema)
         agent_id = request.agent_id or self.desk.new_id()
         create = partial(self.store.create_agent, caller.get().tenant, agent_id, request.agent)
         return await self.desk.surely(once(request, Answer("agent")), Answer("agent"), create)
@@ -183,8 +209,8 @@ class Agents(v1.AgentServiceServicer):
 
     async def ListAgents(self, request: v1.ListAgentsRequest, context: Any) -> v1.ListAgentsResponse:
         about = ("agents", caller.get().tenant, request.filter)
-        where = filters.parse(request.filter, AGENT_FILTER)
-        page = await self.store.list_agents(caller.get().tenant, self.desk.pages.query(request, *about, where=where))
+        query = listed(Check(), self.desk.pages, request, *about, fields=AGENT_FILTER)
+        page = await self.store.list_agents(caller.get().tenant, query)
         return v1.ListAgentsResponse(agents=page.rows, next_page_token=self.desk.pages.token(page.next, *about))
 
     async def ListAgentRevisions(
@@ -192,9 +218,8 @@ class Agents(v1.AgentServiceServicer):
     ) -> v1.ListAgentRevisionsResponse:
         check = Check()
         agent_id, _ = check.agent("name", request.name)
-        check.done()
         about = ("revisions", caller.get().tenant, request.name)
-        query = self.desk.pages.query(request, *about)
+        query = listed(check, self.desk.pages, request, *about)
         page = await self.store.list_agent_revisions(caller.get().tenant, agent_id, query)
         if not page.rows and query.after is None:
             raise errors.not_found("agent", request.name)
@@ -204,29 +229,40 @@ class Agents(v1.AgentServiceServicer):
         check = checked(request)
         agent_id, revision = check.agent("agent.name", request.agent.name)
         check(revision == 0, "agent.name", "names a revision; an update makes the next one")
-        check.done()
-        mask = masked(request.update_mask, request.agent, AGENT_FIELDS)
+        mask = masked(check, request.update_mask, request.agent, AGENT_FIELDS)
         if not {"llm", "llm.output_schema"}.isdisjoint(mask.paths):
-            schema = request.agent.llm.output_schema
-            check.text("agent.llm.output_schema", schema, MAX_SCHEMA_BYTES)
+            await self._judge(check, request.agent)
+        tenant, etag = caller.get().tenant, request.agent.etag
+        repeat = self.desk.sessions.record(once(request, Answer("agent")), tenant, Answer("agent"))
+        for tries_left in reversed(range(EDIT_TRIES)):
+            newest = await self.store.get_agent(tenant, agent_id) if agent_id else None
+            if not check.violations:
+                await self.store.recall(repeat)
+            stale = bool(etag) and etag != (newest.etag if newest is not None else "")
+            edited = v1.Agent() if newest is None else _copy(newest)
+            mask.MergeMessage(request.agent, edited, replace_message_field=True, replace_repeated_field=True)
+            body = Check()
+            body.agent_body(edited, self.desk.providers, self.desk.toolbox)
+            whole = agent_id and not stale and (newest is not None or request.allow_missing)
+            check.within(body, ["agent"] if whole else [f"agent.{path}" for path in mask.paths])
             check.done()
-            await self.desk.schemas.require("agent.llm.output_schema", schema)
+            if newest is None and not request.allow_missing:
+                raise errors.not_found("agent", request.agent.name)
+            if stale:
+                raise errors.etag_mismatch(request.agent.name, newest.etag if newest is not None else "")
+            try:
+                edit = partial(self.store.edit_agent, tenant, agent_id, edited, newest.revision if newest else 0)
+                return await self.desk.sessions.surely(repeat, edit)
+            except NotecaseError as error:  # another update came between
+                if error.reason != v1.ERROR_REASON_ETAG_MISMATCH or not tries_left:
+                    raise
+        raise AssertionError("the last try returns or raises")
 
-        def edit(agent: v1.Agent) -> None:
-            mask.MergeMessage(request.agent, agent, replace_message_field=True, replace_repeated_field=True)
-            check = Check()
-            check.agent_body(agent, self.desk.providers, self.desk.toolbox)
-            check.done()
-            check_instruction(agent)
-
-        return await self.store.edit_agent(
-            caller.get().tenant,
-            agent_id,
-            edit,
-            request.agent.etag,
-            request.allow_missing,
-            once(request, Answer("agent")),
-        )
+    async def _judge(self, check: Check, agent: v1.Agent) -> None:
+        """Checks what only the process for schemas can tell."""
+        if len(agent.llm.output_schema) <= MAX_SCHEMA_BYTES:
+            with check.taking():
+                await self.desk.schemas.require("agent.llm.output_schema", agent.llm.output_schema)
 
     async def DeleteAgent(self, request: v1.DeleteAgentRequest, context: Any) -> Empty:
         check = checked(request)
@@ -268,8 +304,7 @@ class SessionsService(v1.SessionServiceServicer):
 
     async def ListSessions(self, request: v1.ListSessionsRequest, context: Any) -> v1.ListSessionsResponse:
         about = ("sessions", caller.get().tenant, request.filter)
-        where = filters.parse(request.filter, SESSION_FILTER)
-        query = self.desk.pages.query(request, *about, where=where)
+        query = listed(Check(), self.desk.pages, request, *about, fields=SESSION_FILTER)
         page = await self.desk.store.list_sessions(caller.get().tenant, query)
         rows = [names.render_session(row) for row in page.rows]
         return v1.ListSessionsResponse(sessions=rows, next_page_token=self.desk.pages.token(page.next, *about))
@@ -278,8 +313,8 @@ class SessionsService(v1.SessionServiceServicer):
         check = checked(request)
         session = check.session("session.name", request.session.name)
         check.session_body("session", request.session)
+        mask = masked(check, request.update_mask, request.session, SESSION_FIELDS)
         check.done()
-        mask = masked(request.update_mask, request.session, SESSION_FIELDS)
         if "agent" in mask.paths:
             await self._require_agent(request.session.agent)
         expiry = {path for path in mask.paths if path in EXPIRY_FIELDS}
@@ -393,18 +428,15 @@ class States(v1.StateServiceServicer):
         check = Check()
         scope = check.state("name", caller.get().tenant, request.name)
         check(len(request.keys) <= MAX_PAGE_SIZE, "keys", f"has more than {MAX_PAGE_SIZE} keys")
-        check(not (request.keys and request.page_token), "page_token", "goes with no keys named")
         at = request.at_sequence
         check(at >= 0, "at_sequence", "is negative")
         check(not at or scope.kind == "session", "at_sequence", "goes with a session's state; others have no log")
-        check.done()
-        _, scope = await self._found(scope)
-        if request.keys:
-            state, token = await self.store.get_state(scope, list(request.keys), at), ""
-        else:
-            about = ("state", scope.tenant, scope.kind, scope.id, str(at))
-            state, page = await self.store.list_state(scope, self.desk.pages.query(request, *about), at)
-            token = self.desk.pages.token(page.next, *about)
+        keys = sorted(set(request.keys))
+        state_key = await self._parent(check, scope)
+        about = ("state", scope.tenant, scope.kind, state_key.id, str(at), *(repr(key) for key in keys))
+        query = listed(check, self.desk.pages, request, *about)
+        state, page = await self.store.list_state(state_key, query, at, keys)
+        token = self.desk.pages.token(page.next, *about)
         return v1.GetStateResponse(
             name=request.name, entries=state.entries, version=state.version, next_page_token=token
         )
@@ -417,8 +449,7 @@ class States(v1.StateServiceServicer):
         scope = check.state("name", caller.get().tenant, request.name)
         check.key("key", request.key, scope.kind == "session")
         check.value("value", request.value)
-        check.done()
-        check.ops("value", [op], scope.kind == "session")
+        check(op.ByteSize() <= PAGE_BYTES, "value", f"is larger than {PAGE_BYTES} bytes")
         check.done()
         answer = Answer("entry", request.key)
         made: v1.StateEntry = await self._update(scope, [op], None, request, answer)
@@ -433,6 +464,9 @@ class States(v1.StateServiceServicer):
         answer = Answer("state", request.name)
         made: v1.State = await self._update(scope, request.ops, if_version, request, answer)
         return made
+
+    async def _parent(self, check: Check, scope: Scope) -> Scope:
+        return (await self.desk.parent(check, scope.id)).state if scope.kind == "session" else scope
 
     async def _found(self, scope: Scope, repeat: Once | None = None) -> tuple[SessionKey | None, Scope]:
         """A state by its name as it is kept: a session's under the session's uid. SESSION_NOT_FOUND."""
@@ -465,11 +499,10 @@ class Messages(v1.MessageServiceServicer):
         check = Check()
         session = check.session("parent", request.parent)
         known = request.order_by in {"", "sequence", "sequence asc", "sequence desc"}
-        check(known, "order_by", 'wants "sequence" or "sequence desc"')
-        check.done()
-        key = await self.desk.session(session)
+        check(known, "order_by", 'has to be "sequence" or "sequence desc"')
+        key = await self.desk.parent(check, session)
         about = ("messages", key.tenant, key.uid, request.order_by, str(request.show_superseded))
-        query = self.desk.pages.query(request, *about)
+        query = listed(check, self.desk.pages, request, *about)
         page = await self.desk.store.list_messages(
             key, query, request.order_by == "sequence desc", superseded=request.show_superseded
         )
@@ -531,7 +564,10 @@ class RunsService(v1.RunServiceServicer):
             session, run_id = names.parse_run(v1.Run.FromString(replayed.response).name) or RunName("", "")
             key = await self.desk.session(session)
         row = names.render_run(key.session, await self.runs.wait(key, run_id, timeout))
-        return v1.InvokeResponse(run=row, reply=row.reply if row.HasField("reply") else None)
+        answer = v1.InvokeResponse(run=row, reply=row.reply if row.HasField("reply") else None)
+        if answer.ByteSize() > ANSWER_BYTES:
+            answer.run.ClearField("reply")
+        return answer
 
     async def CreateRun(self, request: v1.CreateRunRequest, context: Any) -> v1.Run:
         check = checked(request)
@@ -553,12 +589,10 @@ class RunsService(v1.RunServiceServicer):
     async def ListRuns(self, request: v1.ListRunsRequest, context: Any) -> v1.ListRunsResponse:
         check = Check()
         session = "" if request.parent == "sessions/-" else check.session("parent", request.parent)
-        check.done()
         tenant = caller.get().tenant
-        where = filters.parse(request.filter, RUN_FILTER)
-        key = await self.desk.session(session) if session else None
+        key = await self.desk.parent(check, session) if request.parent != "sessions/-" else None
         about = ("runs", tenant, key.uid if key else "-", request.filter)
-        query = self.desk.pages.query(request, *about, where=where)
+        query = listed(check, self.desk.pages, request, *about, fields=RUN_FILTER)
         page: Page[v1.Run] = await self.desk.store.list_runs(tenant, key, query)
         rows = []
         for row in page.rows:
@@ -597,8 +631,10 @@ class RunsService(v1.RunServiceServicer):
         check = Check()
         session = check.session("session", request.session)
         run = check.run("run", request.run) if request.run else RunName(session, "")
-        check(run.session == session, "run", "is a run of another session")
+        if request.run and run.session and session:
+            check(run.session == session, "run", "is a run of another session")
         check.uid("if_session_uid", request.if_session_uid)
+        self.desk.streams.check(check, session, request.command)
         check.done()
         key = await self.desk.session(session, if_uid=request.if_session_uid)
         return v1.SendCommandResponse(result=await self.desk.streams.command(key, request.command, run.run))

@@ -138,8 +138,10 @@ class TableStore(ABC):
     async def get_state(self, scope: Scope, keys: Sequence[str], at: int = 0) -> v1.State:
         return await self._read(lambda tables: steps.named_entries(tables, scope, keys, at))
 
-    async def list_state(self, scope: Scope, query: Query, at: int = 0) -> tuple[v1.State, Page[str]]:
-        return await self._read(lambda tables: steps.page_of_entries(tables, scope, query, at))
+    async def list_state(
+        self, scope: Scope, query: Query, at: int = 0, keys: Sequence[str] = ()
+    ) -> tuple[v1.State, Page[str]]:
+        return await self._read(lambda tables: steps.page_of_entries(tables, scope, query, at, keys))
 
     async def update_state(
         self, scope: Scope, ops: Sequence[v1.StateOp], if_version: int | None = None, once: Once | None = None
@@ -162,22 +164,12 @@ class TableStore(ABC):
         self,
         tenant: str,
         agent_id: str,
-        edit: Callable[[v1.Agent], None],
-        if_etag: str = "",
-        allow_missing: bool = False,
+        agent: v1.Agent,
+        if_revision: int,
         once: Once | None = None,
     ) -> v1.Agent:
-        return await self._write(
-            partial(
-                steps.edit_agent,
-                tenant=tenant,
-                agent_id=agent_id,
-                edit=edit,
-                if_etag=if_etag,
-                allow_missing=allow_missing,
-                once=once,
-            )
-        )
+        step = partial(steps.edit_agent, tenant=tenant, agent_id=agent_id, agent=agent, if_revision=if_revision)
+        return await self._write(partial(step, once=once))
 
     async def delete_agent(self, tenant: str, agent_id: str, if_etag: str = "", once: Once | None = None) -> None:
         await self._write(partial(steps.delete_agent, tenant=tenant, agent_id=agent_id, if_etag=if_etag, once=once))

@@ -24,7 +24,11 @@ Clock = Callable[[], int]
 
 PAGE_BYTES = 1 << 20
 """A page of rows ends once it holds this much, so that no answer outgrows what a default gRPC client accepts (4 MiB);
-the row that crosses the line is still part of the page, and no row is larger than this."""
+the row that crosses the line is still part of the page."""
+
+ANSWER_BYTES = 3 << 20
+"""A row that would take its page beyond this begins the next one. A run with a reply and what it waits for may hold
+this much by itself; every other row is at most PAGE_BYTES."""
 
 
 class SessionKey(NamedTuple):
@@ -474,9 +478,12 @@ class Store(Protocol):
         SESSION_NOT_FOUND; SEQUENCE_AHEAD beyond the head."""
         ...
 
-    async def list_state(self, scope: Scope, query: Query, at: int = 0) -> tuple[v1.State, Page[str]]:
-        """A page of keys in ascending order of their UTF-8 bytes, as entries and in order. Positions are (key,).
-        `query.where` is not looked at. Ends at PAGE_BYTES. `at` as in get_state."""
+    async def list_state(
+        self, scope: Scope, query: Query, at: int = 0, keys: Sequence[str] = ()
+    ) -> tuple[v1.State, Page[str]]:
+        """A page of keys in ascending order of their UTF-8 bytes, as entries and in order: of all keys, or of those of
+        `keys` that exist. Positions are (key,). `query.where` is not looked at. Ends at PAGE_BYTES. `at` as in
+        get_state."""
         ...
 
     async def update_state(
@@ -510,14 +517,13 @@ class Store(Protocol):
         self,
         tenant: str,
         agent_id: str,
-        edit: Callable[[v1.Agent], None],
-        if_etag: str = "",
-        allow_missing: bool = False,
+        agent: v1.Agent,
+        if_revision: int,
         once: Once | None = None,
     ) -> v1.Agent:
-        """Stores what `edit` makes of the newest revision as the next one; create_time stays. A missing agent is
-        created from an empty one with `allow_missing`, else AGENT_NOT_FOUND. ETAG_MISMATCH. What `edit` raises undoes
-        everything."""
+        """Stores `agent` as the revision after `if_revision`, 0 to create it; create_time stays. Returns the newest
+        revision as it is, and makes none, when `agent` changes nothing in it. Sets the fields that create_agent sets.
+        ETAG_MISMATCH when another revision is the newest, or none is."""
         ...
 
     async def delete_agent(self, tenant: str, agent_id: str, if_etag: str = "", once: Once | None = None) -> None:

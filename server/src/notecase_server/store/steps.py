@@ -4,7 +4,7 @@ A step first reads and decides, and writes only when nothing can be refused any 
 nothing, in a store that cannot undo as in one that can.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TypeVar
@@ -440,13 +440,20 @@ def named_entries(tables: Tables, scope: Scope, keys: Sequence[str], at: int) ->
     return state
 
 
-def page_of_entries(tables: Tables, scope: Scope, query: Query, at: int) -> tuple[v1.State, Page[str]]:
+def page_of_entries(
+    tables: Tables, scope: Scope, query: Query, at: int, keys: Sequence[str] = ()
+) -> tuple[v1.State, Page[str]]:
     """Store.list_state."""
-    if at:
-        version, entries = past.state(tables, scope, at)
+    if at or keys:
+        if at:
+            version, entries = past.state(tables, scope, at, set(keys) or None)
+            found = ((key, entries[key]) for key in sorted(entries))
+        else:
+            version = tables.version(scope)
+            found = ((key, tables.entry(scope, key)) for key in sorted(set(keys)))
         after = str(query.after[0]) if query.after else ""
-        found = ((key, entries[key]) for key in sorted(entries) if key > after)
-        rows = (Found((key,), (key, entry), entry.ByteSize()) for key, entry in found if entry is not None)
+        later = ((key, entry) for key, entry in found if key > after)
+        rows = (Found((key,), (key, entry), entry.ByteSize()) for key, entry in later if entry is not None)
         page = take(rows, query.limit)
     else:
         version = tables.version(scope)
@@ -495,25 +502,29 @@ def edit_agent(
     now: int,
     tenant: str,
     agent_id: str,
-    edit: Callable[[v1.Agent], None],
-    if_etag: str,
-    allow_missing: bool,
+    agent: v1.Agent,
+    if_revision: int,
     once: Once | None,
 ) -> v1.Agent:
     """Store.edit_agent."""
     recall(tables, once)
     last = tables.last_revision(tenant, agent_id)
     newest = tables.agent(tenant, agent_id, last)
-    if newest is None and not allow_missing:
-        raise errors.not_found("agent", f"agents/{agent_id}")
-    etag = newest.etag if newest is not None else ""
-    if if_etag and if_etag != etag:
-        raise errors.etag_mismatch(f"agents/{agent_id}", etag)
-    edited = v1.Agent()
-    if newest is not None:
-        edited.CopyFrom(newest)
-    edit(edited)
-    return _add_revision(tables, now, tenant, agent_id, edited, last + 1, newest, once)
+    if if_revision != (newest.revision if newest is not None else 0):
+        raise errors.etag_mismatch(f"agents/{agent_id}", newest.etag if newest is not None else "")
+    if newest is not None and _says_the_same(agent, newest):
+        _remember(tables, once, newest, now)
+        return newest
+    return _add_revision(tables, now, tenant, agent_id, agent, last + 1, newest, once)
+
+
+def _says_the_same(agent: v1.Agent, newest: v1.Agent) -> bool:
+    """Compares two agents by what callers set in them."""
+    given = _copied(agent)
+    given.name, given.revision, given.etag = newest.name, newest.revision, newest.etag
+    given.create_time.CopyFrom(newest.create_time)
+    given.update_time.CopyFrom(newest.update_time)
+    return given == newest
 
 
 def _add_revision(
