@@ -35,6 +35,8 @@ SESSION = Answer("session")
 
 AGENT = v1.Agent(name="agents/sherlock", llm=v1.LlmAgent(instruction="Deduce."))
 RECORD = RunRecord(b"digest", AGENT)
+LENS = v1.ToolBinding(digest=b"\x01" * 32, function="lens")
+"""What calls of the tool "lens" are bound to."""
 
 
 class ManualClock:
@@ -140,7 +142,7 @@ def dispatched(call_id: str, run: str, client: bool = True) -> v1.Event:
 def asked(
     input_id: str, call_id: str, run: str, kind: v1.InputRequest.Kind.ValueType = v1.InputRequest.KIND_APPROVAL
 ) -> v1.Event:
-    call = v1.ToolCall(call_id=call_id, tool="lens")
+    call = v1.ToolCall(call_id=call_id, tool="lens", binding=LENS)
     return v1.Event(run=run, input_requested=v1.InputRequest(input_id=input_id, kind=kind, call=call))
 
 

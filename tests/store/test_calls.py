@@ -9,6 +9,7 @@ from tests.store.build import (
     AGENT,
     EVERYTHING,
     KEY,
+    LENS,
     RECORD,
     ManualClock,
     add,
@@ -136,22 +137,53 @@ async def test_who_is_asked_is_asked_until_somebody_answers(calling: Store) -> N
     assert await contents(calling) == before
 
 
+def remembers(sequence: int, approved: bool = True) -> v1.RememberedApproval:
+    return v1.RememberedApproval(
+        agent=AGENT.name, tool="lens", digest=LENS.digest, approved=approved, sequence=sequence
+    )
+
+
 async def test_a_decision_is_remembered_for_as_long_as_it_says(calling: Store) -> None:
-    """For the run or for the session; approved or denied; the last decision counts."""
+    """For the run or for the session; approved or denied; each under what it answered, with its place in the log."""
     approve, deny = v1.InputResponse.DECISION_APPROVE, v1.InputResponse.DECISION_DENY
     run, session = v1.InputResponse.REMEMBER_RUN, v1.InputResponse.REMEMBER_SESSION
-    await add(calling, *(asked(f"i{number}", "c1", "r1") for number in range(4)))
+    asking = await add(calling, *(asked(f"i{number}", "c1", "r1") for number in range(4)))
+    head = asking.session.last_sequence
     committed = await add(calling, answered("i0", "r1", approve))
     assert (dict(committed.runs["r1"].remembered), dict(committed.session.remembered)) == ({}, {})
     committed = await add(calling, answered("i1", "r1", approve, run))
-    assert (dict(committed.runs["r1"].remembered), dict(committed.session.remembered)) == ({"lens": True}, {})
+    of_run = {"i1": remembers(head + 2)}
+    assert (dict(committed.runs["r1"].remembered), dict(committed.session.remembered)) == (of_run, {})
     committed = await add(calling, answered("i2", "r1", approve, session), answered("i3", "r1", deny, session))
-    assert dict(committed.session.remembered) == {"lens": False}
-    assert dict((await run_of(calling, "r1")).remembered) == {"lens": True}
+    of_session = {"i2": remembers(head + 3), "i3": remembers(head + 4, approved=False)}
+    assert dict(committed.session.remembered) == of_session
+    assert dict((await run_of(calling, "r1")).remembered) == of_run
     await add(calling, finished("c1", "r1"), finished("c2", "r1"), ended("r1"))
     committed = await start(calling, "r2")
     assert dict(committed.runs["r2"].remembered) == {}
-    assert dict(committed.session.remembered) == {"lens": False}
+    assert dict(committed.session.remembered) == of_session
+
+
+async def test_a_rewind_takes_back_what_was_remembered_after_it(calling: Store) -> None:
+    """And with the last answer what it overruled is in force again."""
+    approve, deny = v1.InputResponse.DECISION_APPROVE, v1.InputResponse.DECISION_DENY
+    session = v1.InputResponse.REMEMBER_SESSION
+    asking = await add(calling, asked("i1", "c1", "r1"), asked("i2", "c2", "r1"))
+    head = asking.session.last_sequence
+    await add(calling, answered("i1", "r1", approve, session), answered("i2", "r1", deny, session))
+    await add(calling, finished("c1", "r1"), finished("c2", "r1"), ended("r1"))
+    committed = await add(calling, v1.Event(rewound=v1.Rewound(to_sequence=head + 2)))
+    assert dict(committed.session.remembered) == {
+        "i1": remembers(head + 1),
+        "i2": remembers(head + 2, approved=False),
+    }
+    committed = await add(calling, v1.Event(rewound=v1.Rewound(to_sequence=head + 1)))
+    assert dict(committed.session.remembered) == {"i1": remembers(head + 1)}
+    committed = await add(calling, v1.Event(rewound=v1.Rewound(to_sequence=head)))
+    assert dict(committed.session.remembered) == {}
+    found = await calling.get_session(KEY)
+    assert found is not None
+    assert dict(found.remembered) == {}
 
 
 @pytest.mark.parametrize("kind", [v1.InputRequest.KIND_QUESTION, v1.InputRequest.KIND_INTERRUPTED_CALL])

@@ -201,7 +201,9 @@ async def test_the_messages_of_one_run(store: Store) -> None:
     assert names((await store.list_messages(KEY, EVERYTHING, step=StepKey("r1"))).rows) == ["q1", "a1"]
     page = await store.list_messages(KEY, Query(1), newest_first=True, step=StepKey("r1"))
     assert (names(page.rows), page.next) == (["a1"], (5,))
-    assert names((await store.list_messages(KEY, Query(1, page.next), newest_first=True, step=StepKey("r1"))).rows) == ["q1"]
+    assert names((await store.list_messages(KEY, Query(1, page.next), newest_first=True, step=StepKey("r1"))).rows) == [
+        "q1"
+    ]
     assert (await store.list_messages(KEY, EVERYTHING, step=StepKey("none"))).rows == []
 
 

@@ -36,6 +36,7 @@ from notecase_server.store.contract import (
     StepKey,
 )
 from notecase_server.store.fold import ENDED, open_calls
+from notecase_server.tools import naming
 from notecase_server.tools.contract import Outcome
 
 T = TypeVar("T")
@@ -230,7 +231,7 @@ class Runs:
         if not (start.agent or session.agent):
             raise errors.invalid([Violation("start.agent", "neither the start nor the session names an agent")])
         agent = await self._named(tenant, start.agent or session.agent)
-        taken = {tool.name for tool in agent.llm.tools}
+        taken = {name for tool in agent.llm.tools for name in naming.declared(tool)}
         clashes = [
             Violation(f"start.client_tools[{index}].name", f"the agent has a tool {tool.name!r} of its own")
             for index, tool in enumerate(start.client_tools)
@@ -647,8 +648,7 @@ class Runs:
                 if request.input_id == response.input_id:
                     _check_decision(request, response)
                     call = worker.call(request.call.call_id)
-                    client = worker.is_client(call.tool)
-                    return await worker.commit(ledger.answered(request, response, call, client), *caused)
+                    return await worker.commit(ledger.answered(request, response, call), *caused)
             raise late
 
     async def say(self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused) -> tuple[Committed, bool]:

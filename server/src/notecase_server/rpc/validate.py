@@ -7,7 +7,7 @@ Whether it may happen at this moment is not asked here.
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from notecase_server.errors import NotecaseError, Violation
 from notecase_server.names import AgentName, MessageName, RunName
 from notecase_server.store.contract import PAGE_BYTES, Scope
 from notecase_server.store.fold import MAX_VALUE_DEPTH
+from notecase_server.tools import naming
 from notecase_server.tools.contract import Toolbox
 
 T = TypeVar("T")
@@ -345,6 +346,7 @@ class Check:
         given = list(tools)
         self(len(given) <= MAX_TOOLS, field, f"has more than {MAX_TOOLS} tools")
         seen: set[str] = set()
+        bounded = True
         for index, tool in enumerate(given[:MAX_TOOLS]):
             at = f"{field}[{index}]"
             kind = tool.WhichOneof("implementation")
@@ -360,6 +362,29 @@ class Check:
             if tool.parameters:
                 self(_is_json_object(tool.parameters), f"{at}.parameters", "wants JSON Schema of an object")
             self.duration(f"{at}.timeout", tool.timeout)
+            few = len(tool.mcp.tools) <= MAX_TOOLS
+            self(few, f"{at}.mcp.tools", f"has more than {MAX_TOOLS} names; empty, it stands for all")
+            short = all(0 < len(name) <= naming.OWN_LENGTH for name in tool.mcp.tools[:MAX_TOOLS])
+            bounded &= self(short, f"{at}.mcp.tools", f"wants names of 1 to {naming.OWN_LENGTH} characters") and few
+        if bounded:
+            self._mcp_names(field, given[:MAX_TOOLS])
+
+    def _mcp_names(self, field: str, tools: Sequence[v1.Tool]) -> None:
+        """Whether tools of an MCP server get a name that another tool has, as far as the declarations tell."""
+        taken = {tool.name: f"{field}[{index}]" for index, tool in enumerate(tools) if not tool.HasField("mcp")}
+        whole: dict[str, bool] = {}
+        for index, tool in enumerate(tools):
+            if not tool.HasField("mcp"):
+                continue
+            at, server, listed = f"{field}[{index}]", tool.mcp.server, len(tool.mcp.tools) > 0
+            for name in naming.declared(tool):
+                fine = name not in taken
+                self(fine, f"{at}.mcp.tools", f"yields the name {name!r}, as {taken.get(name)} does; set a prefix")
+                taken.setdefault(name, at)
+            if not tool.name:
+                fine = server not in whole or (listed and not whole[server])
+                self(fine, f"{at}.mcp.server", "is there twice without a prefix, and yields its names twice; set one")
+                whole[server] = whole.get(server, False) or not listed
 
     def duration(self, field: str, value: Duration) -> None:
         self(value.seconds >= 0 and value.nanos >= 0, field, "is negative")

@@ -275,7 +275,8 @@ def _change_state(rows: Rows, key: SessionKey, event: v1.Event, done: Committed)
 
 
 def _rewind(rows: Rows, key: SessionKey, event: v1.Event) -> None:
-    """All that a rewind restores by itself: what must be spelled out, calls and state, follows it."""
+    """All that a rewind restores by itself: what must be spelled out, calls and state, follows it. Answers that were
+    remembered later are taken back; what the runs that ended remembered is left with them."""
     if rows.session.active_run:
         raise errors.run_active(f"sessions/{key.session}/runs/{rows.session.active_run}")
     rows.sealing = event.rewound.to_sequence
@@ -283,6 +284,9 @@ def _rewind(rows: Rows, key: SessionKey, event: v1.Event) -> None:
         if message.sequence > event.rewound.to_sequence and message.status != v1.Message.STATUS_SUPERSEDED:
             message.status = v1.Message.STATUS_SUPERSEDED
             message.update_sequence = event.sequence
+    remembered = rows.session.remembered
+    for input_id in [key for key, answer in remembered.items() if answer.sequence > event.rewound.to_sequence]:
+        del remembered[input_id]
     while rows.session.summary_sequence > event.rewound.to_sequence:
         rows.session.summary_sequence = rows.continued[rows.session.summary_sequence]
 
@@ -464,11 +468,18 @@ def _resolve_input(rows: Rows, event: v1.Event) -> None:
     run.ClearField("pending_inputs")
     run.pending_inputs.extend(left)
     if asked[0].kind == v1.InputRequest.KIND_APPROVAL:
-        approved = response.decision == v1.InputResponse.DECISION_APPROVE
+        call = asked[0].call
+        answer = v1.RememberedApproval(
+            agent=run.agent,
+            tool=call.tool,
+            digest=call.binding.digest,
+            approved=response.decision == v1.InputResponse.DECISION_APPROVE,
+            sequence=event.sequence,
+        )
         if response.remember == v1.InputResponse.REMEMBER_RUN:
-            run.remembered[asked[0].call.tool] = approved
+            run.remembered[response.input_id].CopyFrom(answer)
         elif response.remember == v1.InputResponse.REMEMBER_SESSION:
-            rows.session.remembered[asked[0].call.tool] = approved
+            rows.session.remembered[response.input_id].CopyFrom(answer)
 
 
 def can_hold(value: v1.Value, depth: int = 1) -> bool:
