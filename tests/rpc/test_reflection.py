@@ -10,8 +10,11 @@ import pytest
 from google.protobuf import descriptor_pb2
 from google.protobuf.descriptor import Descriptor, EnumDescriptor
 from google.protobuf.descriptor_pool import Default, DescriptorPool
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2
+from hypothesis import given
+from hypothesis import strategies as st
 from notecase import NotecaseError
 from notecase_server.rpc.reflection import Catalog, Reflection
 
@@ -236,6 +239,25 @@ def test_extensions_are_found_by_their_message_and_number() -> None:
         assert {"p.top", "p.Holder.inner"} == {
             found.FindExtensionByName(name).full_name for name in ("p.top", "p.Holder.inner")
         }
+
+
+@given(data=st.data())
+def test_no_request_is_without_an_answer(data: st.DataObject) -> None:
+    """Whatever decodes: bytes by chance, and names that are nearly right in every kind of question."""
+    file = health_pb2.DESCRIPTOR
+    reflection = Reflection(["grpc.health.v1.Health"], Catalog([Default().FindFileByName(file.name)]))
+    near = st.sampled_from([file.name, "grpc.health.v1.Health.Check", "grpc.health.v1.HealthCheckRequest"])
+    name = near.flatmap(lambda whole: st.integers(0, len(whole)).map(lambda cut: whole[:cut])) | st.text()
+    kind = st.sampled_from(["file_by_filename", "file_containing_symbol", "all_extension_numbers_of_type"])
+    frame = data.draw(
+        st.binary() | st.builds(lambda field, text: Request(**{field: text}).SerializeToString(), kind, name)
+    )
+    try:
+        request = Request.FromString(frame)
+    except DecodeError:
+        return
+    answer = reflection.answer(request)
+    assert Response.FromString(answer.SerializeToString()).WhichOneof("message_response") is not None
 
 
 @pytest.mark.parametrize("frame", GARBAGE, ids=["garbage", "not UTF-8"])
