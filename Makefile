@@ -65,7 +65,7 @@ check: lint types proto-check test ## All of the checks above but those with buf
 bench: $(VENV)/.ready ## Measure the server on this machine
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-tools: $(TOOLS) $(BIN)/buf ## Build grpcurl, grpcui, evans, ghz and buf into the environment; wants Go
+tools: $(TOOLS) $(BIN)/buf ## Build grpcurl, grpcui, evans, ghz and buf into the environment; needs Go
 
 clean: ## Remove the environments and what tools left behind
 	@rm -rf $(VENV) $(GENERATOR) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
@@ -87,7 +87,7 @@ $(GENERATOR)/.ready: proto/requirements.txt
 	@$(GENERATOR)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
-# Tests that want a tool are skipped without it, so a failure to build it stops nobody; CI lets no test be skipped.
+# Tests that need a tool are skipped without it, so a failure to build it stops nobody; CI lets no test be skipped.
 $(TOOLS): $(BIN)/%: | $(VENV)/.ready
 	@echo "Building $* for the tests; this takes a minute the first time."
 	@$(call gobuild,$($*)) || echo "$* could not be built: the tests that use it will be skipped." >&2
@@ -119,7 +119,7 @@ endef
 # $(call gobuild,MODULE VERSION PATH) builds the target and says nothing unless that fails. A module of its own asks for the
 # one version; go install MODULE@VERSION asks for the list of all versions as well, which not every proxy has.
 define gobuild
-( if test -z "$(GO)"; then echo "This wants Go, which is not here." >&2; exit 1; fi; \
+( if test -z "$(GO)"; then echo "This needs Go, which is not here." >&2; exit 1; fi; \
 work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && cd "$$work" && \
 log=$$({ go mod init tool && go mod edit -require=$(word 1,$(1))@$(word 2,$(1)) && \
 	go build -mod=mod -o "$(CURDIR)/$@" $(word 1,$(1))$(word 3,$(1)); } 2>&1) || { echo "$$log" >&2; exit 1; } )

@@ -30,7 +30,7 @@ def tool() -> Callable[[str], str]:
         beside = Path(sys.executable).parent
         found = shutil.which(name, path=f"{beside}{os.pathsep}{os.environ.get('PATH', '')}")
         if found is None:
-            pytest.skip(f"wants {name}, which is not here; make tools builds it where Go is")
+            pytest.skip(f"needs {name}, which is not here; make tools builds it where Go is")
         return found
 
     return find
