@@ -62,7 +62,7 @@ def test_every_failure_travels_as_a_standard_status(reason: v1.ErrorReason.Value
     status = to_status(errors.NotecaseError(reason, "A sentence.", metadata={"key": 1}))
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)
-    assert (info.domain, f"ERROR_REASON_{info.reason}") == ("notecase", v1.ErrorReason.Name(reason))
+    assert (info.domain, f"ERROR_REASON_{info.reason}") == ("notecase.dev", v1.ErrorReason.Name(reason))
     assert dict(info.metadata) == {"key": "1"}
     retries = [detail for detail in status.details if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR)]
     assert len(retries) == (errors.CATALOG[reason].retry_after is not None)

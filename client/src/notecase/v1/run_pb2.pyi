@@ -1050,7 +1050,9 @@ class Event(_message.Message):
     BLOCK_DELTA_FIELD_NUMBER: _builtins.int
     MESSAGE_DISCARDED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Set aside: 6 for the principal that caused it, 7 for the step of the run."""
+    """Set aside: 6 for the principal that caused it, 7 for the step of the run, 8 and 9 for more about any event, 23 to 39 for
+    payloads that are stored. Payloads from 40 on are passing.
+    """
     run: _builtins.str
     """sessions/{session}/runs/{run}; empty for what no run did."""
     cause_id: _builtins.str

@@ -8,6 +8,7 @@ body, and whatever is raised there leaves as one of the catalog's errors.
 
 import asyncio
 import functools
+import inspect
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
@@ -19,6 +20,7 @@ import structlog
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
+from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError, Violation
@@ -26,10 +28,8 @@ from notecase_server.store.contract import Replayed
 
 log = structlog.get_logger()
 
-DOMAIN = "notecase"
-
-PACKAGE = "/notecase."
-"""The methods that are wrapped; health and reflection are whole libraries of their own."""
+HEALTH = "/grpc.health.v1.Health/"
+"""The methods that need no credential: a probe has none."""
 
 MAX_MESSAGE_BYTES = 4 << 20
 """The largest frame the server takes. The transport takes 16 MiB, so that a frame in between is refused with
@@ -76,8 +76,8 @@ class Doorway(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         if method not in self._wrapped:
             handler = await continuation(handler_call_details)
-            if handler is None or not method.startswith(PACKAGE):
-                return handler
+            if handler is None:
+                return None
             self._wrapped[method] = self._wrap(method, handler)
         return self._wrapped[method]
 
@@ -100,9 +100,10 @@ class Doorway(grpc.aio.ServerInterceptor):
             act = handler.stream_unary if stream else handler.unary_unary
             return await act(argument, context)
 
-        def streaming(request: Any, context: Any, *, stream: bool) -> AsyncGenerator[Any, None]:
+        def streaming(request: Any, context: Any, *, stream: bool) -> AsyncGenerator[Any, None] | Awaitable[None]:
             act = handler.stream_stream if stream else handler.unary_stream
-            responses: AsyncGenerator[Any, None] = act(frames(request) if stream else decode(request), context)
+            responses: AsyncGenerator[Any, None] | Awaitable[None]
+            responses = act(frames(request) if stream else decode(request), context)
             return responses
 
         def guard_unary(*, stream: bool) -> Callable[[Any, Any], Awaitable[Any]]:
@@ -123,7 +124,11 @@ class Doorway(grpc.aio.ServerInterceptor):
             async def guarded(request: Any, context: Any) -> None:
                 try:
                     self._enter(method, context)
-                    await deliver(streaming(request, context, stream=stream), context, self._stall)
+                    responses = streaming(request, context, stream=stream)
+                    if inspect.isawaitable(responses):  # health's Watch writes its responses by itself
+                        await responses
+                    else:
+                        await deliver(responses, context, self._stall)
                 except grpc.aio.AbortError:
                     raise
                 except Exception as error:  # noqa: BLE001  (nothing internal may reach the client)
@@ -152,7 +157,8 @@ class Doorway(grpc.aio.ServerInterceptor):
         caller.set(Caller("", request_id, method))
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id, method=method, peer=context.peer())
-        caller.set(Caller(self._authenticate(metadata), request_id, method))
+        if not method.startswith(HEALTH):
+            caller.set(Caller(self._authenticate(metadata), request_id, method))
 
 
 def _encode(serializer: Callable[[Any], bytes], response: Any) -> bytes:
@@ -208,7 +214,7 @@ def to_status(error: NotecaseError) -> status_pb2.Status:
     """The failure as google.rpc.Status, ErrorInfo first. Long lists of violations are cut to what a trailer holds."""
     status = status_pb2.Status(code=error.code, message=error.message[:1000])
     info = error_details_pb2.ErrorInfo(
-        domain=DOMAIN,
+        domain=v1.ERROR_DOMAIN,
         reason=errors.reason_name(error.reason),
         metadata={key: value[:300] for key, value in error.metadata.items()},
     )

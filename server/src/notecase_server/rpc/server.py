@@ -7,7 +7,9 @@ from notecase import v1
 
 from notecase_server.rpc.blobs import Blobs
 from notecase_server.rpc.interceptor import TRANSPORT_BYTES, Authenticate, Doorway
-from notecase_server.rpc.ops import Health, add_reflection
+from notecase_server.rpc.ops import SERVICE as HEALTH
+from notecase_server.rpc.ops import Health
+from notecase_server.rpc.reflection import add_reflection
 from notecase_server.rpc.services import Agents, Desk, Messages, RunsService, Servers, SessionsService, States
 
 OPTIONS = (
@@ -47,5 +49,5 @@ async def build(
     services = [f"notecase.v1.{name}" for name in SERVICES]
     health = Health(services)
     await health.add_to(server)
-    add_reflection(server, services)
+    add_reflection(server, [*services, HEALTH])
     return server, health
