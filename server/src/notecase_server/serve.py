@@ -45,6 +45,10 @@ EXPIRY_SECONDS = 1.0
 """How often it is looked for sessions whose time has come, and for what is left of deleted ones on disk."""
 
 
+class ProviderSettingsError(Exception):
+    """A provider cannot be used as it is configured; the text is a sentence for the user who starts the server."""
+
+
 def now() -> int:
     """Microseconds since 1970, UTC."""
     return time.time_ns() // 1000
@@ -74,14 +78,18 @@ def backup(url: str, destination: Path, force: bool) -> None:
 
 
 def make_providers(settings: Settings) -> dict[str, Provider]:
-    """By name, the default one first: the configured one, or else the offline one."""
+    """Makes the providers by name, the default one first: the configured one, or else the offline one. Raises
+    ProviderSettingsError for a key or an address that cannot be used."""
     providers: dict[str, Provider] = {}
     if settings.openai is not None:
         # Its SDK takes most of a second to import; a server without it starts without it.
         from notecase_server.models.openai import OpenAIProvider  # noqa: PLC0415
 
         given = settings.openai
-        providers["openai"] = OpenAIProvider(given.api_key, given.base_url, given.default_model)
+        try:
+            providers["openai"] = OpenAIProvider(given.api_key, given.base_url, given.default_model)
+        except ValueError as error:
+            raise ProviderSettingsError(f"The openai provider cannot be used: {error}.") from None
     providers["offline"] = OfflineProvider()
     return providers
 
