@@ -8,6 +8,7 @@ everything that is raised there leaves as one of the catalog's errors.
 
 import asyncio
 import functools
+import inspect
 import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
@@ -30,7 +31,8 @@ log = structlog.get_logger()
 DOMAIN = "notecase"
 
 PACKAGE = "/notecase."
-"""The methods that are wrapped; health and reflection are whole libraries of their own."""
+"""The methods whose callers are authenticated. Health and reflection are open to everybody: a probe has no
+credentials."""
 
 MAX_MESSAGE_BYTES = 4 << 20
 """The largest frame the server takes. The transport takes 16 MiB, so that a frame in between is refused with
@@ -72,19 +74,35 @@ class Doorway(grpc.aio.ServerInterceptor):
         self._authenticate = authenticate
         self._new_id = new_id
         self._endpoints: dict[str, Any] = {}
+        self._under_way: dict[asyncio.Task[Any], asyncio.Timeout] = {}
+        self._closing = False
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         method = handler_call_details.method
         if method not in self._endpoints:
             handler = await continuation(handler_call_details)
-            if handler is None or not method.startswith(PACKAGE):
-                return handler
+            if handler is None:
+                return None
             shape = SHAPES[handler.request_streaming, handler.response_streaming]
             self._endpoints[method] = shape(self, method, handler).handler()
         return self._endpoints[method]
 
-    def enter(self, method: str, context: Any) -> None:
-        """Finds out who calls, and gives the log its context. Raises what `authenticate` raises."""
+    async def close(self, patience: float) -> None:
+        """Refuses new calls, lets those under way go on for `patience` seconds, and then ends them with
+        SERVER_DRAINING. A call whose status nobody reads is waited for once more as long. May be called again."""
+        self._closing = True
+        if self._under_way:
+            await asyncio.wait(list(self._under_way), timeout=patience)
+        cut = dict(self._under_way)
+        for limit in cut.values():
+            limit.reschedule(asyncio.get_running_loop().time())
+        if cut:
+            await asyncio.wait(list(cut), timeout=patience)
+
+    def enter(self, method: str, context: Any) -> asyncio.Timeout:
+        """Admits a call: finds out who calls, and gives the log its context. Returns the limit to work within, which
+        passes when the server cuts the call; `leave` ends it. Raises NotecaseError SERVER_DRAINING, and what
+        `authenticate` raises."""
         metadata = dict(context.invocation_metadata() or ())
         given = metadata.get("x-request-id", "")
         request_id = (
@@ -93,7 +111,22 @@ class Doorway(grpc.aio.ServerInterceptor):
         caller.set(Caller("", request_id, method))
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id, method=method, peer=context.peer())
-        caller.set(Caller(self._authenticate(metadata), request_id, method))
+        if self._closing:
+            raise errors.draining()
+        if method.startswith(PACKAGE):
+            caller.set(Caller(self._authenticate(metadata), request_id, method))
+        limit = self._under_way[_this_task()] = asyncio.timeout(None)
+        return limit
+
+    def leave(self) -> None:
+        """Ends what `enter` began in this task."""
+        self._under_way.pop(_this_task(), None)
+
+
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 class Endpoint(ABC):
@@ -113,13 +146,17 @@ class Endpoint(ABC):
         return type(self).make(self._handle, None, functools.partial(_encode, self._wrapped.response_serializer))
 
     async def _handle(self, request: Any, context: Any) -> Any:
+        limit = None
         try:
-            self._door.enter(self._method, context)
-            return await self._answer(request, context)
+            limit = self._door.enter(self._method, context)
+            async with limit:
+                return await self._answer(request, context)
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001  (nothing internal may reach the client)
-            await self._refuse(context, error)
+            await self._refuse(context, errors.cut() if limit and limit.expired() else error)
+        finally:
+            self._door.leave()
 
     @abstractmethod
     async def _answer(self, request: Any, context: Any) -> Any:
@@ -157,6 +194,13 @@ class Single(Endpoint):
 class Streaming(Endpoint):
     """Answers with a stream of messages."""
 
+    async def _respond(self, answers: Any, context: Any) -> None:
+        """Sends what the handler yields. A handler that yields nothing, such as that of health, writes by itself."""
+        if inspect.isawaitable(answers):
+            await answers
+        else:
+            await deliver(answers, context, self._door.stall)
+
     async def _refuse(self, context: Any, error: Exception) -> None:
         """Waits at most the doorway's `stall`: the status is sent behind the frames, which nobody may be reading."""
         with suppress(TimeoutError):
@@ -182,14 +226,14 @@ class UnaryStream(Streaming):
     make = grpc.unary_stream_rpc_method_handler
 
     async def _answer(self, request: Any, context: Any) -> None:
-        await deliver(self._wrapped.unary_stream(self._decode(request), context), context, self._door.stall)
+        await self._respond(self._wrapped.unary_stream(self._decode(request), context), context)
 
 
 class StreamStream(Streaming):
     make = grpc.stream_stream_rpc_method_handler
 
     async def _answer(self, request: Any, context: Any) -> None:
-        await deliver(self._wrapped.stream_stream(self._decoded(request), context), context, self._door.stall)
+        await self._respond(self._wrapped.stream_stream(self._decoded(request), context), context)
 
 
 SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {
