@@ -48,6 +48,8 @@ METHODS: dict[str, Shape] = {
     "/notecase.v1.RunService/Run": stream_stream,
     "/grpc.health.v1.Health/Check": unary_unary,
     "/grpc.health.v1.Health/Watch": unary_stream,
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo": stream_stream,
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo": stream_stream,
 }
 
 
