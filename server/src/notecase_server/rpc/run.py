@@ -112,12 +112,14 @@ class Streams:
     async def _started(self, started: Started, options: v1.WatchOptions) -> "Place":
         live, session = await self._sessions.watched(started.key)
         run = started.run
+        # A run that was just started may be ahead already; what it says is new to this stream.
+        head = session.last_sequence if started.existing else run.last_sequence
         attached = v1.Attached(
-            session=names.session(started.key.session), last_sequence=session.last_sequence, existing=started.existing
+            session=names.session(started.key.session), last_sequence=head, existing=started.existing
         )
         followed, after = run.name, run.first_sequence - 1
         attached.run.CopyFrom(names.render_run(started.key, run))
-        cursor = Cursor(live, self._sessions.store, after, session.last_sequence, options, self._pace, followed)
+        cursor = Cursor(live, self._sessions.store, after, head, options, self._pace, followed)
         return Place(live, attached, cursor, followed)
 
     async def _write(
