@@ -256,14 +256,16 @@ async def test_hundreds_of_broken_connections_are_mended_by_the_client(
 
 
 class Held:
-    """A model that says what it is handed, piece by piece."""
+    """A model that says what it is handed, piece by piece, and fails as it is told to."""
 
     def __init__(self) -> None:
-        self.pieces: asyncio.Queue[Delta] = asyncio.Queue()
+        self.pieces: asyncio.Queue[Delta | Exception] = asyncio.Queue()
 
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         while True:
             piece = await self.pieces.get()
+            if isinstance(piece, Exception):
+                raise piece
             yield piece
             if isinstance(piece, Finish):
                 return
@@ -271,6 +273,9 @@ class Held:
     def say(self, *pieces: Delta) -> None:
         for piece in pieces:
             self.pieces.put_nowait(piece)
+
+    def fail(self, error: Exception) -> None:
+        self.pieces.put_nowait(error)
 
     async def close(self) -> None: ...
 
