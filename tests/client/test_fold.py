@@ -68,7 +68,7 @@ class Log:
             return False
         self.rows = rows
         told = v1.Event.FromString(done.events[0].SerializeToString())
-        self.events.append(names.render_event(KEY, "users/ada", told))
+        self.events.append(names.render_event(KEY.session, "users/ada", told))
         return True
 
     def run(self, run_id: str) -> v1.Run:
@@ -76,7 +76,7 @@ class Log:
         run = v1.Run.FromString(self.rows.runs[run_id].SerializeToString())
         if run.HasField("reply"):
             run.reply.CopyFrom(self.rows.messages[run.reply.name])
-        return names.render_run(KEY, run)
+        return names.render_run(KEY.session, run)
 
     def active(self) -> v1.Run:
         active = self.rows.session.active_run
@@ -90,7 +90,7 @@ class Log:
         entries = self.rows.state.get(scope, {})
         return {
             "last_sequence": session.last_sequence,
-            "messages": [names.render_message(KEY, message) for message in messages],
+            "messages": [names.render_message(KEY.session, message) for message in messages],
             "runs": {names.run(KEY.session, name): self.run(name) for name in self.rows.runs},
             "state": {key: entry.value for key, entry in entries.items() if entry is not None},
             "queued": list(session.queued_commands),

@@ -464,7 +464,8 @@ async def test_the_largest_run_is_answered_within_what_a_client_takes(
         assert (invoked.HasField("reply"), invoked.run.HasField("reply")) == (True, False)
         for answered in (run, waited, await served.runs.GetRun(v1.GetRunRequest(name=run.name)), invoked):
             assert answered.ByteSize() < LARGEST
-    listed, request = [], v1.ListRunsRequest(parent="sessions/-")
+    listed: list[str] = []
+    request = v1.ListRunsRequest(parent="sessions/-")
     while not listed or request.page_token:
         page = await served.runs.ListRuns(request)
         assert page.ByteSize() < LARGEST

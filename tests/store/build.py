@@ -16,6 +16,7 @@ from notecase_server.store.contract import (
     Query,
     RunRecord,
     Scope,
+    SessionEdit,
     SessionKey,
     Store,
 )
@@ -26,12 +27,18 @@ def session_key(tenant: str, session: str) -> SessionKey:
     return SessionKey(tenant, session, str(uuid5(NAMESPACE_OID, session)))
 
 
+def reborn(key: SessionKey) -> SessionKey:
+    """Another session of the same name, for when the first is gone."""
+    return key._replace(uid=str(uuid5(NAMESPACE_OID, key.uid)))
+
+
 KEY = session_key("acme", "case")
 STATE = KEY.state
 USER_STATE = Scope("acme", "user", "ada")
 APP_STATE = Scope("acme", "app", "")
 EVERYTHING = Query(1000)
 SESSION = Answer("session")
+NOTHING = Answer("nothing")
 
 AGENT = v1.Agent(name="agents/sherlock", llm=v1.LlmAgent(instruction="Deduce."))
 RECORD = RunRecord(b"digest", AGENT)
@@ -205,6 +212,11 @@ def once(
     request_id: str, answer: Answer = SESSION, digest: bytes = b"body", rpc: str = "Rpc", tenant: str = "acme"
 ) -> Once:
     return Once(tenant, "", rpc, request_id, digest, answer)
+
+
+def edit(*, expiry: bool = False, **fields: Any) -> SessionEdit:
+    """Sets these fields of a session; with `expiry`, when it expires to what they say of it."""
+    return SessionEdit(() if expiry else tuple(fields), v1.Session(**fields), expiry)
 
 
 async def create(store: Store, key: SessionKey = KEY, **fields: Any) -> Committed:

@@ -2,9 +2,11 @@
 
 import pytest
 from notecase import v1
-from notecase_server.store.contract import Query, Replayed, Store
+from notecase_server.store.contract import Answer, Query, Replayed, Store
 
-from tests.store.build import EVERYTHING, ManualClock, names, once, refused
+from tests.store.build import EVERYTHING, NOTHING, ManualClock, names, once, refused
+
+MADE = Answer("agent")
 
 
 def titled(title: str) -> v1.Agent:
@@ -44,13 +46,13 @@ async def test_an_edit_of_a_revision_that_is_not_the_newest_is_refused_and_remem
     second = await store.edit_agent("acme", "sherlock", titled("two"), if_revision=1)
     for stale in (0, 1, 3):
         with refused("ETAG_MISMATCH") as caught:
-            await store.edit_agent("acme", "sherlock", titled("late"), if_revision=stale, once=once("edit"))
+            await store.edit_agent("acme", "sherlock", titled("late"), if_revision=stale, once=once("edit", MADE))
         assert caught.value.metadata == {"etag": second.etag}
     assert await store.get_agent("acme", "sherlock") == second
-    third = await store.edit_agent("acme", "sherlock", titled("late"), if_revision=2, once=once("edit"))
+    third = await store.edit_agent("acme", "sherlock", titled("late"), if_revision=2, once=once("edit", MADE))
     assert third.revision == 3
     with pytest.raises(Replayed):
-        await store.edit_agent("acme", "sherlock", titled("late"), if_revision=2, once=once("edit"))
+        await store.edit_agent("acme", "sherlock", titled("late"), if_revision=2, once=once("edit", MADE))
 
 
 async def test_an_edit_that_changes_nothing_makes_no_revision(store: Store, clock: ManualClock) -> None:
@@ -59,9 +61,9 @@ async def test_an_edit_that_changes_nothing_makes_no_revision(store: Store, cloc
     first = await store.create_agent("acme", "sherlock", given)
     clock.now += 5
     same = v1.Agent(display_name="S", llm=given.llm, labels={"b": "2", "a": "1"}, name="x", revision=7, etag="x")
-    assert await store.edit_agent("acme", "sherlock", same, if_revision=1, once=once("edit")) == first
+    assert await store.edit_agent("acme", "sherlock", same, if_revision=1, once=once("edit", MADE)) == first
     with pytest.raises(Replayed) as caught:
-        await store.edit_agent("acme", "sherlock", same, if_revision=1, once=once("edit"))
+        await store.edit_agent("acme", "sherlock", same, if_revision=1, once=once("edit", MADE))
     assert v1.Agent.FromString(caught.value.response) == first
     assert (await store.list_agent_revisions("acme", "sherlock", EVERYTHING)).rows == [first]
     with refused("ETAG_MISMATCH"):
@@ -90,7 +92,7 @@ async def test_a_deleted_agent_leaves_its_last_number(store: Store) -> None:
     second = await store.edit_agent("acme", "sherlock", titled("two"), if_revision=1)
     with refused("ETAG_MISMATCH"):
         await store.delete_agent("acme", "sherlock", if_etag="stale")
-    await store.delete_agent("acme", "sherlock", if_etag=second.etag, once=once("delete"))
+    await store.delete_agent("acme", "sherlock", if_etag=second.etag, once=once("delete", NOTHING))
     assert await store.get_agent("acme", "sherlock") is None
     assert await store.get_agent("acme", "sherlock", 1) is None
     assert (await store.list_agents("acme", EVERYTHING)).rows == []
@@ -98,7 +100,7 @@ async def test_a_deleted_agent_leaves_its_last_number(store: Store) -> None:
     with refused("AGENT_NOT_FOUND"):
         await store.delete_agent("acme", "sherlock")
     with pytest.raises(Replayed):
-        await store.delete_agent("acme", "sherlock", once=once("delete"))
+        await store.delete_agent("acme", "sherlock", once=once("delete", NOTHING))
     again = await store.create_agent("acme", "sherlock", titled("three"))
     assert again.revision == 3
     assert again.etag != second.etag
@@ -106,13 +108,13 @@ async def test_a_deleted_agent_leaves_its_last_number(store: Store) -> None:
 
 
 async def test_a_repeated_creation_gets_the_first_answer(store: Store) -> None:
-    made = await store.create_agent("acme", "sherlock", titled("one"), once=once("create"))
+    made = await store.create_agent("acme", "sherlock", titled("one"), once=once("create", MADE))
     await store.delete_agent("acme", "sherlock")
     with pytest.raises(Replayed) as caught:
-        await store.create_agent("acme", "sherlock", titled("one"), once=once("create"))
+        await store.create_agent("acme", "sherlock", titled("one"), once=once("create", MADE))
     assert v1.Agent.FromString(caught.value.response) == made
     with refused("REQUEST_ID_REUSED"):
-        await store.create_agent("acme", "sherlock", titled("two"), once=once("create", digest=b"other"))
+        await store.create_agent("acme", "sherlock", titled("two"), once=once("create", MADE, digest=b"other"))
     assert await store.get_agent("acme", "sherlock") is None
 
 

@@ -28,6 +28,7 @@ from tests.store.build import (
     refused,
     replied,
     said,
+    session_key,
     start,
     started,
     taken,
@@ -104,7 +105,7 @@ async def test_a_call_that_nobody_asked_for_is_not_pending(calling: Store, call_
 
 
 async def test_a_call_of_another_session_is_not_pending_here(calling: Store) -> None:
-    other = KEY._replace(session="other")
+    other = session_key("acme", "other")
     await create(calling, other)
     await start(calling, "r1", key=other)
     with refused("CALL_NOT_PENDING"):

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 from notecase import v1
-from notecase_server.store.contract import Commit, SessionKey
+from notecase_server.store.contract import Answer, Commit, SessionKey
 from notecase_server.store.sqlite import SqliteStore
 
 from tests.store.build import (
     KEY,
+    NOTHING,
     USER_STATE,
     ManualClock,
     add,
@@ -19,6 +20,7 @@ from tests.store.build import (
     ended,
     once,
     put,
+    reborn,
     remove,
     said,
     session_key,
@@ -89,7 +91,7 @@ async def test_nothing_of_deleted_sessions_is_left_in_any_row_or_in_the_log(stor
         await fill(store, key, NEEDLE if key in secret else "hay", 5)
     assert found(path)
     for key in secret:
-        await store.delete_session(key, once=once(f"delete-{key.session}"))
+        await store.delete_session(key, once=once(f"delete-{key.session}", NOTHING))
     assert "store.db-wal" in found(path)
     assert await store.scrub()
     assert "store.db-wal" not in found(path)
@@ -117,7 +119,7 @@ async def test_nothing_of_removed_content_is_left_in_free_pages(
 
 async def test_nothing_of_an_erased_user_is_left(store: SqliteStore, path: Path) -> None:
     await create(store)
-    await store.update_state(USER_STATE, [put("name", NEEDLE)], once=once("put"))
+    await store.update_state(USER_STATE, [put("name", NEEDLE)], once=once("put", Answer("state", "users/ada/state")))
     await add(store, changed(put("address", NEEDLE), state="user"), once=once("add"))
     assert found(path)
     await store.delete_session(KEY)
@@ -136,7 +138,7 @@ async def test_a_reader_holds_the_scrubbing_up_and_no_write(store: SqliteStore, 
     reader.execute("SELECT count(*) FROM events").fetchone()
     await store.delete_session(KEY)
     assert not await store.scrub()
-    await create(store)
+    await create(store, reborn(KEY))
     reader.execute("ROLLBACK")
     assert await store.scrub()
     assert "store.db-wal" not in found(path)

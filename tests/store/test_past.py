@@ -35,6 +35,7 @@ from tests.store.build import (
     once,
     put,
     queued,
+    reborn,
     refused,
     remove,
     replied,
@@ -95,7 +96,7 @@ async def rows_of(store: Store, key: SessionKey) -> dict[str, Any]:
     assert session is not None
     state, _ = await store.list_state(key.state, EVERYTHING)
     runs = []
-    for found in (await store.list_runs(key.tenant, key.session, EVERYTHING)).rows:
+    for found in (await store.list_runs(key.tenant, key, EVERYTHING)).rows:
         found.name = found.name.rpartition("/")[2]
         runs.append(found)
     told = (
@@ -253,7 +254,7 @@ async def test_a_fork_that_its_source_outran_is_right(store: Store) -> None:
     assert statuses == {"m1": v1.Message.STATUS_COMPLETED, "m2": v1.Message.STATUS_COMPLETED}
 
 
-async def test_a_fork_of_what_is_gone_is_not_found(store: Store, clock: ManualClock) -> None:
+async def test_a_fork_of_what_is_gone_is_not_found(store: Store) -> None:
     """Another session of the same name is not its source either."""
     await create(store)
     await add(store, said("m1"))
@@ -262,14 +263,14 @@ async def test_a_fork_of_what_is_gone_is_not_found(store: Store, clock: ManualCl
     await store.delete_session(KEY)
     with refused("SESSION_NOT_FOUND"):
         await store.fork(copy)
-    clock.now += 1
-    await create(store)
-    await add(store, said("other"))
+    other = reborn(KEY)
+    await create(store, other)
+    await add(store, said("other"), key=other)
     with refused("SESSION_NOT_FOUND"):
         await store.fork(copy)
     assert await store.get_session(copy.key) is None
     with refused("SEQUENCE_AHEAD"):
-        await store.read_past(KEY, 2)
+        await store.read_past(other, 2)
     with refused("SESSION_NOT_FOUND"):
         await store.read_past(copy.key, 0)
 

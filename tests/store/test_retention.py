@@ -7,7 +7,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import v1
-from notecase_server.store.contract import Fork, Once, Replayed, SessionKey, Store
+from notecase_server.store.contract import Answer, Fork, Once, Replayed, SessionKey, Store
 
 from tests.store.build import (
     EVERYTHING,
@@ -17,6 +17,7 @@ from tests.store.build import (
     add,
     changed,
     create,
+    edit,
     ended,
     moved,
     once,
@@ -29,6 +30,7 @@ from tests.store.build import (
 
 SECOND = 1_000_000
 WAITING = v1.Run.STATE_WAITING
+PUT = Answer("state", "users/x/state")
 
 
 def at(microseconds: int) -> Timestamp:
@@ -72,7 +74,7 @@ async def test_each_commit_of_an_idle_session_puts_its_end_off(store: Store, clo
     clock.now += SECOND
     with refused("SEQUENCE_MISMATCH"):
         await add(store, said("m2"), if_last_sequence=9)
-    await store.edit_session(KEY, lambda session: None)
+    await store.edit_session(KEY, edit(display_name="Case"))
     assert await expires(store) == last + 60 * SECOND, "a refusal or other metadata is no activity"
 
 
@@ -103,22 +105,17 @@ async def test_an_edit_changes_when_a_session_expires(store: Store, clock: Manua
     await create(store)
     assert await expires(store) is None
 
-    async def edit(**fields: Any) -> int | None:
-        def change(session: v1.Session) -> None:
-            for name in ("expire_time", "ttl", "idle_ttl"):
-                session.ClearField(name)
-            session.MergeFrom(v1.Session(**fields))
-
-        await store.edit_session(KEY, change)
+    async def edited(**fields: Any) -> int | None:
+        await store.edit_session(KEY, edit(expiry=True, **fields))
         return await expires(store)
 
-    assert await edit(ttl=Duration(seconds=5)) == clock.now + 5 * SECOND
-    assert await edit(expire_time=at(7 * SECOND)) == 7 * SECOND
-    assert await edit(idle_ttl=Duration(seconds=9)) == clock.now + 9 * SECOND
-    assert await edit() is None
+    assert await edited(ttl=Duration(seconds=5)) == clock.now + 5 * SECOND
+    assert await edited(expire_time=at(7 * SECOND)) == 7 * SECOND
+    assert await edited(idle_ttl=Duration(seconds=9)) == clock.now + 9 * SECOND
+    assert await edited() is None
     await start(store, "r1", said("m1", run="r1"))
-    assert await edit(idle_ttl=Duration(seconds=9)) is None
-    assert await edit(ttl=Duration(seconds=5)) == clock.now + 5 * SECOND
+    assert await edited(idle_ttl=Duration(seconds=9)) is None
+    assert await edited(ttl=Duration(seconds=5)) == clock.now + 5 * SECOND
     await add(store, ended("r1"))
     assert await expires(store) == clock.now + 5 * SECOND
 
@@ -137,11 +134,11 @@ async def test_a_users_state_is_erased_when_no_session_is_left(store: Store) -> 
     """With its versions and what requests were answered about it; other users' and tenants' stay."""
     others = [USER_STATE._replace(id="bob"), USER_STATE._replace(tenant="globex")]
     for scope in (USER_STATE, *others):
-        await store.update_state(scope, [put("name", "x")], once=once(f"put-{scope.id}", tenant=scope.tenant))
+        await store.update_state(scope, [put("name", "x")], once=once(f"put-{scope.id}", PUT, tenant=scope.tenant))
     await create(store)
-    assert not await store.erase_state("acme", "users/ada", once("erase"))
+    assert not await store.erase_state("acme", "users/ada", _counted("erase"))
     assert (await store.get_state(USER_STATE, ["name"])).version == 1
-    await store.recall(once("erase"))  # raises nothing: what was not done is not recorded
+    await store.recall(_counted("erase"))  # raises nothing: what was not done is not recorded
     await store.delete_session(KEY)
     assert await store.erase_state("acme", "users/ada", _counted("erase"))
     assert await store.get_state(USER_STATE, ["name"]) == v1.State()
@@ -149,13 +146,13 @@ async def test_a_users_state_is_erased_when_no_session_is_left(store: Store) -> 
     for scope in others:
         assert (await store.get_state(scope, ["name"])).version == 1
     with pytest.raises(Replayed) as replayed:
-        await store.update_state(USER_STATE, [put("name", "x")], once=once("put-ada"))
+        await store.update_state(USER_STATE, [put("name", "x")], once=once("put-ada", PUT))
     assert replayed.value.response == b"", "a repeat that comes late brings nothing back"
     with pytest.raises(Replayed) as replayed:
-        await store.recall(once("put-bob"))
+        await store.recall(once("put-bob", PUT))
     assert b"x" in replayed.value.response
     with pytest.raises(Replayed) as replayed:
-        await store.recall(KEY, _counted("erase"), None)
+        await store.recall(_counted("erase"))
     assert v1.EraseUserResponse.FromString(replayed.value.response).sessions_deleted == 1
     assert await store.erase_state("acme", "users/nobody")
 
@@ -184,4 +181,4 @@ async def test_a_fork_does_not_expire_with_its_source_but_as_it_is_told(store: S
 
 
 def _counted(request_id: str) -> Once:
-    return once(request_id)._replace(render=lambda _: v1.EraseUserResponse(sessions_deleted=1))
+    return once(request_id, Answer("erased", erased=1))

@@ -2,7 +2,7 @@
 
 import pytest
 from notecase import v1
-from notecase_server.store.contract import ActiveRun, Query, RunRecord, Store
+from notecase_server.store.contract import ActiveRun, Query, RunRecord, StepKey, Store
 
 from tests.store.build import (
     AGENT,

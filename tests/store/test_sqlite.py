@@ -15,9 +15,20 @@ from pathlib import Path
 import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError, reason_name
-from notecase_server.store import sqlite_file
-from notecase_server.store.contract import Commit, Committed, Compare, Fork, Query, Scope, SessionKey, StoreOpenError
+from notecase_server.store import sqlite_file, steps
+from notecase_server.store.contract import (
+    Commit,
+    Committed,
+    Compare,
+    Fork,
+    Query,
+    Scope,
+    SessionKey,
+    StepKey,
+    StoreOpenError,
+)
 from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.tables import Tables
 
 from tests.store.build import (
     EVERYTHING,
@@ -81,14 +92,12 @@ async def held(store: SqliteStore) -> AsyncIterator[asyncio.Task[v1.State]]:
     """Keeps the writer busy in a transaction with one write, so that what is written meanwhile waits together."""
     loop, entered, release = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
-    def wait(_: object) -> v1.Session:
+    def wait(tables: Tables, now: int) -> v1.State:
         loop.call_soon_threadsafe(entered.set)
         release.wait()
-        return v1.Session()
+        return steps.update_state(tables, now, Scope("acme", "app", ""), [put("held", 1)], None, None)
 
-    blocker = asyncio.create_task(
-        store.update_state(Scope("acme", "app", ""), [put("held", 1)], once=once("hold")._replace(render=wait))
-    )
+    blocker = asyncio.create_task(store._write(wait))
     await entered.wait()
     try:
         yield blocker
@@ -537,12 +546,11 @@ async def test_a_fork_is_one_statement_a_table_and_its_cost_grows_with_the_log_o
         costs.append(steps)
         inserted = [sql.split()[2] for sql in seen if sql.startswith("INSERT")]
         assert sorted(inserted) == sorted(
-            ["sessions", "events", "messages", "calls", "runs", "entries", "blob_references"]
+            ["sessions", "session_names", "events", "messages", "calls", "runs", "entries", "blob_references"]
         )
     assert costs[1] <= costs[0] * 2.3
     early = session_key("acme", "early")
     await store.fork(Fork(key=early, source=KEY, past=await store.read_past(KEY, 5), session=v1.Session()))
-    count_calls = (
-        "SELECT session, count(*) FROM calls WHERE session IN ('case', 'early') GROUP BY session ORDER BY session"
-    )
-    assert store._connections.readers[0].execute(count_calls).fetchall() == [("case", 400), ("early", 1)]
+    count_calls = "SELECT count(*) FROM calls WHERE uid = ?"
+    counts = [store._connections.readers[0].execute(count_calls, (key.uid,)).fetchone() for key in (KEY, early)]
+    assert counts == [(400,), (1,)]
