@@ -15,9 +15,20 @@ from pathlib import Path
 import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError, reason_name
-from notecase_server.store import sqlite_file
-from notecase_server.store.contract import Commit, Committed, Compare, Fork, Query, Scope, SessionKey, StoreOpenError
+from notecase_server.store import sqlite_file, steps
+from notecase_server.store.contract import (
+    Commit,
+    Committed,
+    Compare,
+    Fork,
+    Query,
+    Scope,
+    SessionKey,
+    StepKey,
+    StoreOpenError,
+)
 from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.tables import Tables
 
 from tests.store.build import (
     EVERYTHING,
@@ -81,14 +92,12 @@ async def held(store: SqliteStore) -> AsyncIterator[asyncio.Task[v1.State]]:
     """Keeps the writer busy in a transaction with one write, so that what is written meanwhile waits together."""
     loop, entered, release = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
-    def wait(_: object) -> v1.Session:
+    def wait(tables: Tables, now: int) -> v1.State:
         loop.call_soon_threadsafe(entered.set)
         release.wait()
-        return v1.Session()
+        return steps.update_state(tables, now, Scope("acme", "app", ""), [put("held", 1)], None, None)
 
-    blocker = asyncio.create_task(
-        store.update_state(Scope("acme", "app", ""), [put("held", 1)], once=once("hold")._replace(render=wait))
-    )
+    blocker = asyncio.create_task(store._write(wait))
     await entered.wait()
     try:
         yield blocker
@@ -378,37 +387,30 @@ async def test_closing_waits_for_commits_under_way(path: Path, clock: ManualCloc
     await again.close()
 
 
-async def test_migrations_run_once_and_in_order(
+async def test_a_new_file_that_could_not_be_made_is_empty_and_made_the_next_time(
     path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = await SqliteStore.open(path, clock)
-    await create(store)
-    before = await contents(store)
-    await store.close()
-    later = (("CREATE TABLE later (x)", "INSERT INTO later VALUES (1)"), ("INSERT INTO later SELECT x + 1 FROM later",))
-    monkeypatch.setattr(sqlite_file, "MIGRATIONS", (*sqlite_file.MIGRATIONS, *later))
-    for _ in range(2):
-        store = await SqliteStore.open(path, clock)
-        assert await contents(store) == before
-        await store.close()
-    with sqlite3.connect(path) as connection:
-        assert connection.execute("SELECT x FROM later ORDER BY x").fetchall() == [(1,), (2,)]
-        assert connection.execute("PRAGMA user_version").fetchone() == (len(sqlite_file.MIGRATIONS),)
-    connection.close()
-
-
-async def test_a_migration_that_fails_leaves_the_file_as_it_was(
-    path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await (await SqliteStore.open(path, clock)).close()
     with monkeypatch.context() as patch:
-        patch.setattr(sqlite_file, "MIGRATIONS", (*sqlite_file.MIGRATIONS, ("CREATE TABLE later (x)", "nonsense")))
+        patch.setattr(sqlite_file, "SCHEMA", (*sqlite_file.SCHEMA, "nonsense"))
         assert "cannot be used as a store" in await refusal(path)
     with sqlite3.connect(path) as connection:
-        assert connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'later'").fetchone() == (0,)
-        assert connection.execute("PRAGMA user_version").fetchone() == (len(sqlite_file.MIGRATIONS),)
+        assert connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (0,)
     connection.close()
+    store = await SqliteStore.open(path, clock)
+    await create(store)
+    await store.close()
+
+
+@pytest.mark.parametrize("version", [0, -1])
+async def test_a_file_of_an_unknown_schema_is_refused(path: Path, clock: ManualClock, version: int) -> None:
     await (await SqliteStore.open(path, clock)).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"PRAGMA user_version = {version}")
+    connection.close()
+    before = path.read_bytes()
+    assert f"unknown schema, {version}" in await refusal(path)
+    assert path.read_bytes() == before
 
 
 async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:
@@ -537,12 +539,11 @@ async def test_a_fork_is_one_statement_a_table_and_its_cost_grows_with_the_log_o
         costs.append(steps)
         inserted = [sql.split()[2] for sql in seen if sql.startswith("INSERT")]
         assert sorted(inserted) == sorted(
-            ["sessions", "events", "messages", "calls", "runs", "entries", "blob_references"]
+            ["sessions", "session_names", "events", "messages", "calls", "runs", "entries", "blob_references"]
         )
     assert costs[1] <= costs[0] * 2.3
     early = session_key("acme", "early")
     await store.fork(Fork(key=early, source=KEY, past=await store.read_past(KEY, 5), session=v1.Session()))
-    count_calls = (
-        "SELECT session, count(*) FROM calls WHERE session IN ('case', 'early') GROUP BY session ORDER BY session"
-    )
-    assert store._connections.readers[0].execute(count_calls).fetchall() == [("case", 400), ("early", 1)]
+    count_calls = "SELECT count(*) FROM calls WHERE uid = ?"
+    counted = [store._connections.readers[0].execute(count_calls, (key.uid,)).fetchone() for key in (KEY, early)]
+    assert counted == [(400,), (1,)]

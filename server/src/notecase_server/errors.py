@@ -338,6 +338,13 @@ def draining() -> NotecaseError:
     )
 
 
+def cut() -> NotecaseError:
+    """The server stopped before the call was done, and nobody can say how much of it was."""
+    return NotecaseError(
+        v1.ERROR_REASON_SERVER_DRAINING, "The server is stopping and has cut this call; make it again shortly."
+    )
+
+
 def store_unavailable() -> NotecaseError:
     """The store's own words stay in the server's log."""
     return NotecaseError(

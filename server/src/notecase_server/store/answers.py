@@ -56,10 +56,11 @@ def _entry(answer: Answer, result: Result) -> v1.StateEntry:
 def _state(answer: Answer, result: Result) -> v1.State:
     """The state by its whole name. Once the entries hold a page, the others come without their values."""
     state, size = _copied(_written(result)), 0
-    for _, entry in sorted(state.entries.items()):
-        size += entry.ByteSize()
-        if size > PAGE_BYTES:
+    for key in sorted(state.entries):
+        entry = state.entries[key]
+        if size >= PAGE_BYTES:
             entry.ClearField("value")
+        size += len(key) + entry.ByteSize()
     state.name = answer.name
     return state
 
