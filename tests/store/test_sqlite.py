@@ -28,6 +28,7 @@ from notecase_server.store.contract import (
     StoreOpenError,
 )
 from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite_schema import SCHEMA
 from notecase_server.store.tables import Tables
 
 from tests.store.build import (
@@ -391,7 +392,7 @@ async def test_a_new_file_that_could_not_be_made_is_empty_and_made_the_next_time
     path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(sqlite_file, "SCHEMA", (*sqlite_file.SCHEMA, "nonsense"))
+        patch.setattr(sqlite_file, "SCHEMA", (*SCHEMA, "nonsense"))
         assert "cannot be used as a store" in await refusal(path)
     with sqlite3.connect(path) as connection:
         assert connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)

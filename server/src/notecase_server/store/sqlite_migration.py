@@ -7,6 +7,7 @@ they are. So a file needs room for its rows a second time, and memory for a few 
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from typing import Any
 
 import structlog
@@ -79,8 +80,9 @@ def from_first(connection: sqlite3.Connection) -> None:
     connection.execute(f"INSERT INTO session_names SELECT tenant, session, {UID} FROM first_sessions")
     connection.execute("INSERT INTO uploaders SELECT tenant, sha256, '' FROM blobs")
     for table, rows in ROWS.items():
-        converted = map(CONVERTED.get(table, lambda row: row), connection.execute(rows))
-        _fill(connection, table, progress.counted(converted))
+        # A cursor that is left in the middle would hold locks after its connection was closed.
+        with closing(connection.execute(rows)) as found:
+            _fill(connection, table, progress.counted(map(CONVERTED.get(table, lambda row: row), found)))
     _bind(connection)
     for table in ROWS:
         connection.execute(f"DROP TABLE first_{table}")
@@ -127,20 +129,23 @@ def _fill(connection: sqlite3.Connection, table: str, rows: Iterable[Row]) -> No
 def _bind(connection: sqlite3.Connection) -> None:
     """Gives the open calls of runs that have not ended what they are bound to, in the row of the run and in its
     messages: such a message has a body of its own from then on, and the event that added it stays as it is."""
-    for tenant, uid, name, body in connection.execute("SELECT tenant, uid, run, agent FROM active_runs"):
-        agent, place = v1.Agent.FromString(body), (tenant, uid, name)
-        found = connection.execute("SELECT body FROM runs WHERE tenant = ? AND uid = ? AND run = ?", place).fetchone()
-        run = v1.Run.FromString(found[0])
-        earlier.bind_run(agent, run)
-        connection.execute(
-            "UPDATE runs SET body = ? WHERE tenant = ? AND uid = ? AND run = ?", (run.SerializeToString(), *place)
-        )
-        for message in _messages(connection, place, run):
-            if earlier.bind_message(agent, run, message):
-                connection.execute(
-                    "UPDATE messages SET body = ? WHERE tenant = ? AND uid = ? AND sequence = ?",
-                    (message.SerializeToString(), tenant, uid, message.sequence),
-                )
+    with closing(connection.execute("SELECT tenant, uid, run, agent FROM active_runs")) as active:
+        for tenant, uid, name, body in active:
+            agent, place = v1.Agent.FromString(body), (tenant, uid, name)
+            found = connection.execute(
+                "SELECT body FROM runs WHERE tenant = ? AND uid = ? AND run = ?", place
+            ).fetchone()
+            run = v1.Run.FromString(found[0])
+            earlier.bind_run(agent, run)
+            connection.execute(
+                "UPDATE runs SET body = ? WHERE tenant = ? AND uid = ? AND run = ?", (run.SerializeToString(), *place)
+            )
+            for message in _messages(connection, place, run):
+                if earlier.bind_message(agent, run, message):
+                    connection.execute(
+                        "UPDATE messages SET body = ? WHERE tenant = ? AND uid = ? AND sequence = ?",
+                        (message.SerializeToString(), tenant, uid, message.sequence),
+                    )
 
 
 def _messages(connection: sqlite3.Connection, place: Row, run: v1.Run) -> Iterator[v1.Message]:
