@@ -28,6 +28,7 @@ from notecase_server.engine.tokens import Gauge
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Call, Finish, ModelRequest, Provider, Reasoning, Refusal, Text
 from notecase_server.models.contract import Tool as ModelTool
+from notecase_server.store import bindings
 from notecase_server.store.contract import (
     PAGE_BYTES,
     Clock,
@@ -447,7 +448,7 @@ class Worker:
                 [ledger.called_by_caller(tool)]
                 if tool.HasField("client")
                 else await self._services.toolbox.resolve(tool)
-                for tool in ledger.declared(self.agent, self.run)
+                for tool in bindings.declared(self.agent, self.run)
             ]
             self._bound = ledger.bind(self.agent, self.run, found)
         return self._bound
