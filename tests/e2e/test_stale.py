@@ -15,15 +15,17 @@ import grpc
 import pytest
 from notecase import v1
 from notecase_server.engine.content import Contents, Limits
+from notecase_server.engine.places import Places
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
+from notecase_server.engine.services import Services
 from notecase_server.engine.session import Sessions
-from notecase_server.engine.turn import Services
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Text
 from notecase_server.serve import new_id, new_uid, now
 from notecase_server.store.contract import Commit, SessionKey
 from notecase_server.store.fold import ENDED
 from notecase_server.store.memory import MemoryStore
+from notecase_server.supervisor import Supervisor
 from notecase_server.tools.toolbox import make_toolbox
 from structlog.testing import capture_logs
 
@@ -145,21 +147,30 @@ async def test_of_two_owners_in_one_process_the_later_one_wins() -> None:
     first, second = (
         Runs(
             Sessions(store, new_id, new_uid),
-            Services(store, {"": provider}, make_toolbox((), {}), contents, Schemas(), new_id, now),
-            max_runs=9,
+            Services(
+                store=store,
+                providers={"": provider},
+                toolbox=make_toolbox((), {}),
+                contents=contents,
+                schemas=Schemas(),
+                supervisor=Supervisor(new_id),
+                places=Places(9),
+                new_id=new_id,
+                clock=now,
+            ),
         )
         for provider in (stale, later)
     )
     with capture_logs() as told:
-        await first.start("default", v1.StartRun(session=SESSION, run_id="r1", messages=[said("Where?")]))
+        await first.admission.start("default", v1.StartRun(session=SESSION, run_id="r1", messages=[said("Where?")]))
         await stale.asked.wait()
-        assert await second.take_over() == 1
+        assert await second.upkeep.take_over() == 1
         await later.asked.wait()
         stale.gate.set()
         await first.drain(grace=60.0)
         before = await store.read_events(key, 0)
         later.gate.set()
-        ended = await second.wait(key, "r1", None)
+        ended = await second.commands.wait(key, "r1", None)
         await second.drain(grace=60.0)
     assert kinds(before) == ["run_started", "message_added", "run_state_changed"]
     assert ended.state == v1.Run.STATE_SUCCEEDED

@@ -290,7 +290,7 @@ def _start(run: v1.Run, event: v1.Event) -> None:
 def _change(run: v1.Run, event: v1.Event) -> None:
     change = event.run_state_changed
     if run.state == v1.Run.STATE_RUNNING:
-        ran = event.create_time.ToMicroseconds() - run.state_time.ToMicroseconds()
+        ran = event.create_time.ToMicroseconds() - run.state_time.ToMicroseconds() - change.place_wait.ToMicroseconds()
         run.running_duration.FromMicroseconds(run.running_duration.ToMicroseconds() + max(ran, 0))
     run.state = change.state
     run.state_time.CopyFrom(event.create_time)

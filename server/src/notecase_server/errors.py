@@ -352,6 +352,15 @@ def store_unavailable() -> NotecaseError:
     )
 
 
+def owner_died(session: str, deaths: int) -> NotecaseError:
+    """A run that every process at work on it died of, or with."""
+    told = (
+        f"The server stopped {deaths} times in a row while it was at work on this run of sessions/{session}, without"
+        " having got anywhere in between."
+    )
+    return NotecaseError(v1.ERROR_REASON_OWNER_LOST, told, metadata={"deaths": deaths})
+
+
 def owner_lost(session: str) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_OWNER_LOST,

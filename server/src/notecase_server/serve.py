@@ -5,20 +5,19 @@ import gc
 import signal
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import structlog
 import uuid_utils
 
-from notecase_server import __version__, errors
+from notecase_server import __version__
 from notecase_server.config import Settings
 from notecase_server.engine.content import Contents, Limits
+from notecase_server.engine.places import Places
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
+from notecase_server.engine.services import Services
 from notecase_server.engine.session import Sessions
-from notecase_server.engine.turn import Services
-from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.interceptor import Authenticate, Doorway, development
@@ -31,6 +30,7 @@ from notecase_server.store import sqlite_file
 from notecase_server.store.contract import Clock, Store, StoreOpenError
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
+from notecase_server.supervisor import Supervisor, Tasks
 from notecase_server.tools.contract import Toolbox
 from notecase_server.tools.toolbox import make_toolbox
 
@@ -102,6 +102,10 @@ def make_providers(settings: Settings) -> dict[str, Provider]:
     return providers
 
 
+class ServerBrokenError(Exception):
+    """A part of the server that it cannot do without broke again and again; the text is for the operator."""
+
+
 class Server:
     """One server, from an open store to a closed one."""
 
@@ -130,16 +134,26 @@ class Server:
         default = next(iter(self._providers.values()))
         self._toolbox = toolbox
         self._schemas = Schemas()
+        self._supervisor = Supervisor(make_id)
         services = Services(
-            store, {"": default, **self._providers}, toolbox, self._contents, self._schemas, make_id, clock
+            store=store,
+            providers={"": default, **self._providers},
+            toolbox=toolbox,
+            contents=self._contents,
+            schemas=self._schemas,
+            supervisor=self._supervisor,
+            places=Places(settings.max_runs),
+            new_id=make_id,
+            clock=clock,
         )
-        self._runs = Runs(sessions, services, settings.max_runs, pace.poll)
-        self._streams = Streams(sessions, self._runs, pace)
+        self._runs = Runs(sessions, services, pace.poll)
+        self._streams = Streams(sessions, self._runs, self._supervisor, pace)
         self._desk = Desk(
             version=__version__,
             store=store,
             sessions=sessions,
             runs=self._runs,
+            max_runs=settings.max_runs,
             streams=self._streams,
             providers=tuple(self._providers),
             toolbox=toolbox,
@@ -149,14 +163,19 @@ class Server:
             new_id=make_id,
         )
 
+    @property
+    def broken(self) -> asyncio.Event:
+        """Set when a part of the server that it cannot do without has given up."""
+        return self._supervisor.broken
+
     async def start(self) -> int:
-        """Takes over the runs that were left, and serves; returns the port. Raises RuntimeError when the address is
+        """Serves, and takes over the runs that were left; returns the port. Raises RuntimeError when the address is
         taken."""
         self._grpc, self._health = await build(self._desk, self._doorway)
         self.port = self._grpc.add_insecure_port(self._settings.listen)
-        await self._runs.take_over()
         await self._grpc.start()
-        self._sweeper = asyncio.create_task(self._sweep())
+        self._runs.upkeep.start()
+        self._supervisor.service("sweeper", self._sweep)
         log.info("server_started", listen=self._settings.listen, port=self.port, store=self._store.kind)
         return self.port
 
@@ -172,9 +191,6 @@ class Server:
         self._streams.drain.close()
         await self._doorway.close(LAST_CALLS_SECONDS)
         await self._grpc.stop(LAST_CALLS_SECONDS)
-        self._sweeper.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._sweeper
         for provider in self._providers.values():
             await provider.close()
         await self._toolbox.close()
@@ -187,19 +203,14 @@ class Server:
         loop = asyncio.get_running_loop()
         next_sweep = loop.time()
         while True:
-            try:
-                if gone := await self._sessions.expire(self._clock()):
-                    log.info("sessions_expired", sessions=gone)
-                if loop.time() >= next_sweep:
-                    await self._store.forget_requests(self._clock() - REQUESTS_KEPT)
-                    if removed := await self._contents.sweep():
-                        log.info("blobs_removed", blobs=removed)
-                    next_sweep = loop.time() + SWEEP_SECONDS
-                await self._store.scrub()
-            except NotecaseError as error:
-                log.warning("sweep_failed", reason=errors.reason_name(error.reason))
-            except Exception:  # a defect here is no reason to keep everything for ever
-                log.exception("sweep_crashed")
+            if gone := await self._sessions.expire(self._clock()):
+                log.info("sessions_expired", sessions=gone)
+            if loop.time() >= next_sweep:
+                next_sweep = loop.time() + SWEEP_SECONDS
+                await self._store.forget_requests(self._clock() - REQUESTS_KEPT)
+                if removed := await self._contents.sweep():
+                    log.info("blobs_removed", blobs=removed)
+            await self._store.scrub()
             await asyncio.sleep(EXPIRY_SECONDS)
 
 
@@ -217,5 +228,12 @@ async def serve(settings: Settings, ready: Callable[[int], None] = lambda port: 
     gc.collect()
     gc.freeze()
     ready(port)
-    await asked.wait()
+    ends = Tasks("serve")
+    await asyncio.wait(
+        [ends.start(asked.wait(), "asked"), ends.start(server.broken.wait(), "broken")],
+        return_when=asyncio.FIRST_COMPLETED,
+    )
+    await ends.close()
     await server.stop()
+    if server.broken.is_set():
+        raise ServerBrokenError("A part of the server broke again and again; its log says which.")

@@ -1380,6 +1380,7 @@ class RunStateChanged(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     DROPPED_COMMANDS_FIELD_NUMBER: _builtins.int
+    PLACE_WAIT_FIELD_NUMBER: _builtins.int
     state: Global___Run.State.ValueType
     attempt: _builtins.int
     """With STATE_RUNNING: 2 and up after a takeover. Forget the run's open blocks."""
@@ -1393,6 +1394,12 @@ class RunStateChanged(_message.Message):
     def dropped_commands(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """With an end: the command_ids of inputs that were queued and are not taken up."""
 
+    @_builtins.property
+    def place_wait(self) -> _duration_pb2.Duration:
+        """With STATE_RUNNING: how long the run had waited for a place in its server before this. `running_duration` does not
+        count that time, and neither does `limits.timeout`.
+        """
+
     def __init__(
         self,
         *,
@@ -1401,10 +1408,11 @@ class RunStateChanged(_message.Message):
         attempt: _builtins.int = ...,
         reason: _builtins.str = ...,
         dropped_commands: _abc.Iterable[_builtins.str] | None = ...,
+        place_wait: _duration_pb2.Duration | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "place_wait", b"place_wait"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "dropped_commands", b"dropped_commands", "error", b"error", "reason", b"reason", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "dropped_commands", b"dropped_commands", "error", b"error", "place_wait", b"place_wait", "reason", b"reason", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

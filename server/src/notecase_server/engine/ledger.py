@@ -94,6 +94,16 @@ def remembered(session: v1.Session, run: v1.Run) -> dict[bytes, bool]:
     return {answer.digest: answer.approved for answer in answers if answer.agent == run.agent and answer.digest}
 
 
+LATEST = 253_402_300_799_999_999
+"""Microseconds since 1970 at the end of the year 9999: a protobuf Timestamp goes no further."""
+
+
+def expire(request: v1.InputRequest, run: v1.Run, now: int) -> None:
+    """Gives a request the end that the run's limits set."""
+    if run.limits.HasField("input_timeout"):
+        request.expire_time.FromMicroseconds(min(now + run.limits.input_timeout.ToMicroseconds(), LATEST))
+
+
 def arguments_of(call: v1.ToolCall) -> dict[str, Any] | None:
     """The call's arguments, None when they are no JSON object. None at all count as an empty one."""
     try:

@@ -25,6 +25,22 @@ class Rewind(NamedTuple):
     events: list[v1.Event]
 
 
+class Back(NamedTuple):
+    """How far a session goes back before another run starts in it: to a sequence, or with None to before the run that
+    ends."""
+
+    to_sequence: int | None
+    field: str = ""
+    """Where the caller named the sequence."""
+
+
+async def back(store: Store, key: SessionKey, run: v1.Run, way: Back) -> Rewind:
+    """The way back from where `run` is under way. As `rewound` and `rolled_back`."""
+    if way.to_sequence is None:
+        return await rolled_back(store, key, run)
+    return await rewound(store, key, way.to_sequence, way.field)
+
+
 async def rewound(store: Store, key: SessionKey, to_sequence: int, field: str) -> Rewind:
     """The way back to a sequence that is still part of the conversation; `field` is where the caller named it.
 

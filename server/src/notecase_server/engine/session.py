@@ -8,12 +8,13 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 from weakref import WeakValueDictionary
 
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.engine.draft import Draft
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import (
     Answer,
@@ -73,32 +74,6 @@ def _wake(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
-class Block:
-    """One part of a message being made. Its bytes are UTF-8 and only grow, by whole code points."""
-
-    __slots__ = ("call_id", "data", "kind", "tool")
-
-    def __init__(self, kind: Literal["text", "json", "reasoning", "refusal", "arguments"], call_id: str = "") -> None:
-        self.kind = kind
-        self.call_id = call_id
-        self.tool = ""
-        self.data = bytearray()
-
-
-class OpenMessage:
-    """The draft of the reply that a step of a run is making; a block's index is that of the part it will be."""
-
-    __slots__ = ("blocks", "name", "run", "settled")
-
-    def __init__(self, name: str, run: str = "") -> None:
-        self.name = name
-        self.run = run
-        self.blocks: list[Block] = []
-        self.settled = False
-        """A commit of its message has begun and may be in the log before this process hears of it: watchers take the
-        rest from the message."""
-
-
 class LiveSession:
     """One session, as long as a run or a watcher here holds on to it."""
 
@@ -107,11 +82,11 @@ class LiveSession:
         self.user = ""
         self.head = 0
         """The newest sequence known here; the store may be ahead."""
-        self.drafts: dict[StepKey, OpenMessage] = {}
+        self.drafts: dict[StepKey, Draft] = {}
         """The replies being made. A draft that is gone without its message in the log was discarded."""
         self.deleted = False
-        self.work: asyncio.Task[None] | None = None
-        """What works on a run of it here; stopped when the session is deleted."""
+        self.work: set[asyncio.Task[None]] = set()
+        """What works on runs of it here; stopped when the session is deleted."""
         self.lock = asyncio.Lock()
         """Held by whoever decides and commits for a run of this session."""
         self.watchers = 0
@@ -166,7 +141,7 @@ class LiveSession:
         found = await self._store.find_commit(self.key, self._unsure)
         commit_id, self._unsure = self._unsure, ""
         if found is not None:
-            self._found[commit_id] = found
+            self._found = {commit_id: found}
             self.committed(found)
         return found
 
@@ -229,24 +204,16 @@ class LiveSession:
         self.watchers -= 1
         self.company.ring()
 
-    def begin(self, step: StepKey, name: str) -> OpenMessage:
+    def begin(self, step: StepKey, draft: Draft) -> None:
         """Opens the draft of the message that a model is about to write for a step, in place of the one before."""
-        draft = self.drafts[step] = OpenMessage(name, step.run)
-        return draft
+        self.drafts[step] = draft
 
-    def add(self, block: Block, text: str) -> int:
-        """Appends to a block of a draft and returns how many bytes. A lone surrogate becomes U+FFFD."""
-        first = not block.data
-        try:
-            data = text.encode()
-        except UnicodeEncodeError:
-            data = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
-        block.data += data
+    def written(self, first: bool) -> None:
+        """Tells the watchers that a draft has grown; `first` says that a block has begun."""
         if first:
             self.ring()
         else:
             self.later.ring()
-        return len(data)
 
     def discard(self, step: StepKey) -> None:
         """Forgets the draft of a step: nothing of it was kept. Whoever was sent some of it is told."""
@@ -423,6 +390,6 @@ class Sessions:
         live = self._live.get(key)
         if live is not None:
             live.deleted = True
-            if live.work is not None:
-                live.work.cancel()
+            for task in live.work:
+                task.cancel()
             live.ring()

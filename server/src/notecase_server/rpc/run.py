@@ -11,13 +11,16 @@ from typing import NamedTuple
 from notecase import v1
 
 from notecase_server import errors, names
-from notecase_server.engine.runs import Caused, Runs, Started
+from notecase_server.engine.admission import Started
+from notecase_server.engine.roster import Caused
+from notecase_server.engine.runs import Runs
 from notecase_server.engine.session import LiveSession, Sessions
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.rpc.validate import Check
 from notecase_server.rpc.watch import Cursor, Pace
 from notecase_server.store.contract import CommandId, Commit, Committed, Duplicate, SessionKey
 from notecase_server.store.fold import ENDED
+from notecase_server.supervisor import Supervisor
 
 
 class Drain:
@@ -42,10 +45,11 @@ class Drain:
 class Streams:
     """What the streams of a server share."""
 
-    def __init__(self, sessions: Sessions, runs: Runs, pace: Pace) -> None:
+    def __init__(self, sessions: Sessions, runs: Runs, supervisor: Supervisor, pace: Pace) -> None:
         self.drain = Drain(sessions)
         self._sessions = sessions
         self._runs = runs
+        self._supervisor = supervisor
         self._pace = pace
 
     async def run(self, tenant: str, requests: AsyncIterator[v1.RunRequest]) -> AsyncGenerator[v1.RunResponse, None]:
@@ -65,10 +69,10 @@ class Streams:
             check.token_id("command_id", first.command_id)
             check.start("start", first.start)
             check.done()
-            started = await self._runs.start(tenant, first.start, _caused(first))
+            started = await self._runs.admission.start(tenant, first.start, _caused(first))
             place = await self._started(started, first.start.options)
         results: list[v1.CommandResult] = []
-        reader = asyncio.create_task(self._read(place, requests, results))
+        reader = self._supervisor.start(self._read(place, requests, results), "commands")
         try:
             async for response in self._write(place, results, reader):
                 yield response
@@ -224,22 +228,22 @@ class Streams:
                     start = v1.StartRun()
                     start.CopyFrom(frame.start)
                     start.if_session_uid = start.if_session_uid or key.uid
-                    started = await self._runs.start(key.tenant, start, caused)
+                    started = await self._runs.admission.start(key.tenant, start, caused)
                     queued = started.run.state == v1.Run.STATE_QUEUED
                     done = v1.CommandResult.DISPOSITION_QUEUED if queued else v1.CommandResult.DISPOSITION_APPLIED
                     if started.existing:
                         done = v1.CommandResult.DISPOSITION_DUPLICATE
                     return _result(frame, started.run.first_sequence, done)
                 case "input":
-                    committed, queued = await self._runs.say(key, run_id, frame.input, caused)
+                    committed, queued = await self._runs.commands.say(key, run_id, frame.input, caused)
                     done = v1.CommandResult.DISPOSITION_QUEUED if queued else v1.CommandResult.DISPOSITION_APPLIED
                     return _result(frame, committed.session.last_sequence, done)
                 case "tool_result":
-                    committed = await self._runs.tool_result(key, run_id, frame.tool_result, caused)
+                    committed = await self._runs.commands.tool_result(key, run_id, frame.tool_result, caused)
                 case "input_response":
-                    committed = await self._runs.respond(key, run_id, frame.input_response, caused)
+                    committed = await self._runs.commands.respond(key, run_id, frame.input_response, caused)
                 case "cancel":
-                    committed = await self._runs.cancel(key, run_id, frame.cancel, caused)
+                    committed = await self._runs.commands.cancel(key, run_id, frame.cancel, caused)
                     if frame.cancel.mode == v1.CancelCommand.MODE_AFTER_TURN and not frame.cancel.call_id:
                         ended = any(run.state in ENDED for run in committed.runs.values())
                         queued = not ended

@@ -15,8 +15,10 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine import transfer
+from notecase_server.engine.admission import incoming
 from notecase_server.engine.content import Contents
-from notecase_server.engine.runs import Caused, Runs
+from notecase_server.engine.roster import Caused
+from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
 from notecase_server.engine.session import Sessions
 from notecase_server.errors import NotecaseError
@@ -88,6 +90,7 @@ class Desk:
     store: Store
     sessions: Sessions
     runs: Runs
+    max_runs: int
     streams: Streams
     providers: tuple[str, ...]
     """The default one first."""
@@ -177,7 +180,7 @@ class Servers(v1.ServerServiceServicer):
             mcp_servers=self.desk.toolbox.mcp_servers,
             max_message_bytes=MAX_MESSAGE_BYTES,
             max_page_size=MAX_PAGE_SIZE,
-            max_runs=self.desk.runs.max_runs,
+            max_runs=self.desk.max_runs,
             max_blob_bytes=self.desk.contents.limits.blob,
             max_session_bytes=self.desk.contents.limits.session,
         )
@@ -343,7 +346,7 @@ class SessionsService(v1.SessionServiceServicer):
         check.done()
         caused = Caused(request.request_id, once(request, SESSION))
         key = await self.desk.session(session, caused.once)
-        return _session_of(await self.desk.runs.compact(key, request.keep_recent, request.agent, caused))
+        return _session_of(await self.desk.runs.at_rest.compact(key, request.keep_recent, request.agent, caused))
 
     async def ForkSession(self, request: v1.ForkSessionRequest, context: Any) -> v1.Session:
         check = checked(request)
@@ -358,7 +361,7 @@ class SessionsService(v1.SessionServiceServicer):
         source = await self.desk.session(session, repeat)
         key = self.desk.sessions.new_key(source.tenant, request.session_id or self.desk.new_id())
         await self._require_agent(request.session.agent)
-        return _session_of(await self.desk.runs.fork(source, at_sequence, key, request.session, repeat))
+        return _session_of(await self.desk.runs.at_rest.fork(source, at_sequence, key, request.session, repeat))
 
     async def RewindSession(self, request: v1.RewindSessionRequest, context: Any) -> v1.Session:
         check = checked(request)
@@ -370,7 +373,7 @@ class SessionsService(v1.SessionServiceServicer):
         expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
         caused = Caused(request.request_id, once(request, SESSION))
         key = await self.desk.session(session, caused.once)
-        return _session_of(await self.desk.runs.rewind(key, request.to_sequence, expected, caused))
+        return _session_of(await self.desk.runs.at_rest.rewind(key, request.to_sequence, expected, caused))
 
     async def EraseUser(self, request: v1.EraseUserRequest, context: Any) -> v1.EraseUserResponse:
         check = checked(request)
@@ -529,7 +532,7 @@ class Messages(v1.MessageServiceServicer):
         repeat = once(request, answer)
         key = await self.desk.session(parent, repeat)
         _, session = await self.desk.sessions.watched(key)
-        said = self.desk.runs.incoming(await self.desk.contents.kept(key, request.messages), session.user)
+        said = incoming(self.desk.new_id, await self.desk.contents.kept(key, request.messages), session.user)
         events = [v1.Event(cause_id=request.request_id, message_added=message) for message in said]
         expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
         commit = Commit(key=key, once=repeat, if_last_sequence=expected, events=events)
@@ -558,12 +561,12 @@ class RunsService(v1.RunServiceServicer):
         check.done()
         try:
             caused = Caused(request.request_id, once(request, Answer("started")))
-            key, run, _ = await self.runs.start(caller.get().tenant, request.start, caused)
+            key, run, _ = await self.runs.admission.start(caller.get().tenant, request.start, caused)
             run_id = run.name
         except Replayed as replayed:
             session, run_id = names.parse_run(v1.Run.FromString(replayed.response).name) or RunName("", "")
             key = await self.desk.session(session)
-        row = names.render_run(key.session, await self.runs.wait(key, run_id, timeout))
+        row = names.render_run(key.session, await self.runs.commands.wait(key, run_id, timeout))
         answer = v1.InvokeResponse(run=row, reply=row.reply if row.HasField("reply") else None)
         if answer.ByteSize() > ANSWER_BYTES:
             answer.run.ClearField("reply")
@@ -574,7 +577,7 @@ class RunsService(v1.RunServiceServicer):
         check.start("start", request.start)
         check.done()
         caused = Caused(request.request_id, once(request, Answer("started")))
-        started = await self.runs.start(caller.get().tenant, request.start, caused)
+        started = await self.runs.admission.start(caller.get().tenant, request.start, caused)
         return names.render_run(started.key.session, started.run)
 
     async def GetRun(self, request: v1.GetRunRequest, context: Any) -> v1.Run:
@@ -607,7 +610,7 @@ class RunsService(v1.RunServiceServicer):
         session, run = check.run("name", request.name)
         timeout = check.seconds("timeout", request)
         check.done()
-        row = await self.runs.wait(await self.desk.session(session), run, timeout, request.after_sequence)
+        row = await self.runs.commands.wait(await self.desk.session(session), run, timeout, request.after_sequence)
         return names.render_run(session, row)
 
     async def CancelRun(self, request: v1.CancelRunRequest, context: Any) -> v1.Run:
@@ -619,11 +622,11 @@ class RunsService(v1.RunServiceServicer):
         caused = Caused(request.request_id, once(request, answer))
         key = await self.desk.session(session, caused.once)
         try:
-            done = await self.runs.cancel(key, run, request.cancel, caused)
+            done = await self.runs.commands.cancel(key, run, request.cancel, caused)
         except NotecaseError as error:
             if error.reason != v1.ERROR_REASON_RUN_NOT_FOUND or not request.allow_missing:
                 raise
-            done = await self.runs.cancel_unstarted(key, run, request.cancel, caused)
+            done = await self.runs.commands.cancel_unstarted(key, run, request.cancel, caused)
         ended: v1.Run = answers.of(answer, done)
         return ended
 

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from notecase import v1
 
 from notecase_server import errors, names
-from notecase_server.engine.session import Block, LiveSession
+from notecase_server.engine.draft import Block
+from notecase_server.engine.session import LiveSession
 from notecase_server.store.contract import PAGE_BYTES, Store
 from notecase_server.store.fold import ENDED
 

@@ -347,7 +347,7 @@ def _describe(run: v1.Run, started: v1.RunStarted) -> None:
 def _change_run(rows: Rows, event: v1.Event) -> None:
     session, change, run = rows.session, event.run_state_changed, rows.runs[event.run]
     if run.state == v1.Run.STATE_RUNNING:
-        ran = event.create_time.ToMicroseconds() - run.state_time.ToMicroseconds()
+        ran = event.create_time.ToMicroseconds() - run.state_time.ToMicroseconds() - change.place_wait.ToMicroseconds()
         run.running_duration.FromMicroseconds(run.running_duration.ToMicroseconds() + max(ran, 0))
     run.state = change.state
     run.state_time.CopyFrom(event.create_time)

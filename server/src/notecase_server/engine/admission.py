@@ -1,0 +1,378 @@
+"""May this run begin? Starts, queues and replaces: each is one commit."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import structlog
+from notecase import v1
+
+from notecase_server import errors, names
+from notecase_server.engine.halt import Halt, Replacement
+from notecase_server.engine.rewind import Back, rewound
+from notecase_server.engine.rewind import back as way_back
+from notecase_server.engine.roster import QUEUED, Caused, Roster
+from notecase_server.engine.services import Services
+from notecase_server.engine.session import LiveSession, Sessions
+from notecase_server.errors import NotecaseError, Violation
+from notecase_server.store.contract import (
+    Commit,
+    Committed,
+    Duplicate,
+    Query,
+    RunRecord,
+    SessionKey,
+)
+from notecase_server.tools import naming
+
+log = structlog.get_logger()
+
+COMPLETED = v1.Message.STATUS_COMPLETED
+INTERRUPT, ROLLBACK = v1.StartRun.ON_BUSY_INTERRUPT, v1.StartRun.ON_BUSY_ROLLBACK
+
+BUSY_TRIES = 5
+"""How often a start that stops another run tries again when that one had ended and a third one came first."""
+
+
+class Started(NamedTuple):
+    """A run that a start made, or found."""
+
+    key: SessionKey
+    run: v1.Run
+    """The caller's own."""
+    existing: bool
+
+
+class Admission:
+    """The starts of one process."""
+
+    def __init__(self, sessions: Sessions, services: Services, roster: Roster) -> None:
+        self.queued: Callable[[SessionKey], None] = lambda _: None
+        """Told that a start was queued in a session: see Upkeep.start_next."""
+        self._sessions = sessions
+        self._services = services
+        self._store = services.store
+        self._roster = roster
+        self._new_id = services.new_id
+
+    async def start(self, tenant: str, start: v1.StartRun, caused: Caused | None = None) -> Started:
+        """Starts a run in a session, made if need be, in one commit. A run_id that exists with the same body is found,
+        not started again, and so is a command that came before.
+
+        Raises Replayed for a repeat, and NotecaseError: SESSION_NOT_FOUND, AGENT_NOT_FOUND, ALREADY_EXISTS, RUN_ACTIVE,
+        REQUEST_ID_REUSED, SEQUENCE_MISMATCH, RATE_LIMITED, QUEUE_FULL, SERVER_DRAINING, INVALID_FIELD,
+        RUN_CANCELLED_BEFORE_START."""
+        return await self._services.supervisor.whole(self._found_or_started(tenant, start, caused or Caused()))
+
+    async def _found_or_started(self, tenant: str, start: v1.StartRun, caused: Caused) -> Started:
+        body = v1.StartRun()
+        body.CopyFrom(start)
+        body.ClearField("options")
+        body.ClearField("if_session_uid")
+        digest = hashlib.sha256(body.SerializeToString(deterministic=True)).digest()
+        await self._store.recall(caused.once)
+        key = await self._meant(tenant, start)
+        try:
+            await self._store.recall_command(key, caused.command)
+            if found := await self._find(key, start.run_id, digest):
+                return found
+            del body.messages[:]
+            body.messages.extend(await self._services.contents.kept(key, start.messages, start.state))
+            return await self._admit(key, body, digest, caused)
+        except Duplicate as duplicate:
+            row = await self._store.get_run(key, duplicate.run)
+            if row is None:
+                raise errors.reused("command_id", caused.cause_id) from None
+            return Started(key, row[0], existing=True)
+        except NotecaseError as error:
+            if error.reason == v1.ERROR_REASON_ALREADY_EXISTS:
+                key = await self._meant(tenant, start)  # another start has just made a session of this name
+            elif error.reason != v1.ERROR_REASON_RUN_ACTIVE:
+                raise
+            if found := await self._find(key, start.run_id, digest):
+                return found
+            raise
+
+    async def _meant(self, tenant: str, start: v1.StartRun) -> SessionKey:
+        """The session that a start names, or the one that it makes; SESSION_NOT_FOUND. A new one whose name is taken
+        is the one that has it: the start may be a repeat."""
+        if start.session:
+            key, _ = await self._sessions.find(tenant, start.session.removeprefix("sessions/"), start.if_session_uid)
+            return key
+        session = start.new_session.name.removeprefix("sessions/")
+        row = await self._store.find_session(tenant, session) if session else None
+        if row is not None:
+            return SessionKey(tenant, session, row.uid)
+        return self._sessions.new_key(tenant, session or self._new_id())
+
+    async def _find(self, key: SessionKey, run_id: str, digest: bytes) -> Started | None:
+        row = await self._store.get_run(key, run_id) if run_id else None
+        if row is None:
+            return None
+        if not row[1]:
+            raise errors.cancelled_before_start(names.run(key.session, run_id))
+        if row[1] != digest:
+            raise errors.reused("run_id", run_id)
+        return Started(key, row[0], existing=True)
+
+    async def _admit(self, key: SessionKey, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
+        if self._roster.draining:
+            raise errors.draining()
+        for _ in range(BUSY_TRIES):
+            try:
+                return await self._start(key, start, digest, caused)
+            except NotecaseError as error:
+                if error.reason != v1.ERROR_REASON_RUN_ACTIVE:
+                    raise
+                if start.on_busy == v1.StartRun.ON_BUSY_QUEUE:
+                    return await self._queue(key, start, digest, caused)
+                if start.on_busy not in {INTERRUPT, ROLLBACK}:
+                    raise
+                active = error.metadata["run"].rpartition("/")[2]
+            if found := await self._find(key, start.run_id, digest):
+                return found  # a repeat must not stop the very run that it asks for
+            try:
+                return await self._replace(key, active, start, digest, caused)
+            except NotecaseError as error:  # it may have ended by itself, and there is nothing to stop
+                if error.reason not in {v1.ERROR_REASON_RUN_ENDED, v1.ERROR_REASON_RUN_NOT_FOUND}:
+                    raise
+        raise errors.run_active(names.run(key.session, active))
+
+    # ---- starting
+
+    async def _start(self, key: SessionKey, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
+        live, session = self._sessions.live(key), start.new_session
+        if start.session:
+            live, session = await self._sessions.watched(key)
+            if session.active_run:  # the commit refuses it as well: this spares a place that is needed for nothing
+                raise errors.run_active(names.run(key.session, session.active_run))
+        self._services.places.take()
+        placed = False
+        try:
+            agent = await self._agent(key.tenant, start, session)
+            rewinds = start.HasField("rewind_to_sequence")
+            if not (start.messages or rewinds):
+                await self._require_question(key)
+            run_id = start.run_id or self._new_id()
+            commit = Commit(
+                key=key,
+                once=caused.once,
+                command=caused.command,
+                create=None if start.session else session,
+                claim=True,
+                if_last_sequence=start.if_last_sequence if start.HasField("if_last_sequence") else None,
+                events=self._opening(start, session.user, agent, run_id, caused.cause_id),
+                start=RunRecord(digest, agent),
+            )
+            async with live.lock:
+                if rewinds:
+                    way = Back(start.rewind_to_sequence, "start.rewind_to_sequence")
+                    committed = await self.commit_back(live, commit, way, caused.cause_id)
+                else:
+                    committed = await live.commit(commit)
+                placed = True
+                self._roster.begin(live, committed, run_id, agent, placed=True)
+            return Started(key, committed.runs[run_id], existing=False)
+        finally:
+            if not placed:
+                self._services.places.give_back()
+
+    async def commit_back(self, live: LiveSession, commit: Commit, way: Back, cause_id: str) -> Committed:
+        """The commit, with the way back before its events. The caller holds the session's lock, and yet others write:
+        what they wrote meanwhile is rewound too, unless the commit has a condition of its own."""
+        assert way.to_sequence is not None
+        while True:
+            _, session = await self._sessions.watched(live.key)
+            if busy := session.active_run or next((queued.run for queued in session.queued_commands), ""):
+                raise errors.run_active(names.run(live.key.session, busy))
+            if commit.if_last_sequence not in {None, session.last_sequence}:
+                raise errors.sequence_mismatch(session.last_sequence)
+            back = await rewound(self._store, live.key, way.to_sequence, way.field)
+            if commit.start is not None and not any(event.HasField("message_added") for event in commit.events):
+                await self._require_question(live.key, way.to_sequence)
+            for event in back.events:
+                event.cause_id = cause_id
+            try:
+                return await live.commit(
+                    replace(commit, if_last_sequence=back.head, events=[*back.events, *commit.events])
+                )
+            except NotecaseError as error:
+                if error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:
+                    raise
+
+    async def _agent(self, tenant: str, start: v1.StartRun, session: v1.Session) -> v1.Agent:
+        if not (start.agent or session.agent):
+            raise errors.invalid([Violation("start.agent", "neither the start nor the session names an agent")])
+        agent = await self.named_agent(tenant, start.agent or session.agent)
+        taken = {name for tool in agent.llm.tools for name in naming.declared(tool)}
+        clashes = [
+            Violation(f"start.client_tools[{index}].name", f"the agent has a tool {tool.name!r} of its own")
+            for index, tool in enumerate(start.client_tools)
+            if tool.name in taken
+        ]
+        if clashes:
+            raise errors.invalid(clashes)
+        return agent
+
+    async def named_agent(self, tenant: str, name: str) -> v1.Agent:
+        """The agent of that name, or its revision; NotecaseError AGENT_NOT_FOUND."""
+        parsed = names.parse_agent(name)
+        agent = await self._store.get_agent(tenant, parsed.agent, parsed.revision) if parsed else None
+        if agent is None:
+            raise errors.not_found("agent", name)
+        return agent
+
+    async def _require_question(self, key: SessionKey, until: int | None = None) -> None:
+        """INVALID_FIELD when the history up to that sequence ends with nothing to answer: what was said, or results of
+        calls."""
+        after = None if until is None else (until + 1,)
+        newest = (await self._store.list_messages(key, Query(1, after), newest_first=True)).rows
+        if not newest or _is_answer(newest[0]):
+            problem = "is empty, and the session's history does not end with something to answer"
+            raise errors.invalid([Violation("start.messages", problem)])
+
+    def _opening(self, start: v1.StartRun, user: str, agent: v1.Agent, run_id: str, cause_id: str) -> list[v1.Event]:
+        started = v1.RunStarted(
+            agent=agent.name,
+            agent_revision=agent.revision,
+            client_tools=start.client_tools,
+            limits=start.limits if start.HasField("limits") else None,
+            disconnect=start.disconnect if start.HasField("disconnect") else None,
+            labels=start.labels,
+        )
+        events = [v1.Event(run_started=started)]
+        if start.state:
+            ops = [v1.StateOp(key=name, set=value) for name, value in sorted(start.state.items())]
+            events.append(v1.Event(state_changed=v1.StateChanged(ops=ops)))
+        events += [v1.Event(message_added=message) for message in incoming(self._new_id, start.messages, user)]
+        for event in events:
+            event.run = run_id
+            event.cause_id = cause_id
+            if event.HasField("message_added"):
+                event.message_added.run = run_id
+        return events
+
+    # ---- replacing
+
+    async def _replace(
+        self, key: SessionKey, active: str, start: v1.StartRun, digest: bytes, caused: Caused
+    ) -> Started:
+        """Ends the active run, rewinds the session if the start says so, and starts another: one commit, so that no run
+        that is queued comes between. It takes the place of a run at work; in place of one that waits it is a new
+        start."""
+        _, session = await self._sessions.watched(key)
+        agent = await self._agent(key.tenant, start, session)
+        run_id = start.run_id or self._new_id()
+        async with self._roster.worker(key, active, Caused()) as worker:
+            way = _way_back(start)
+            to_sequence = None
+            if way is not None:  # what stands in its way is told before anything is stopped
+                back = await way_back(self._store, key, worker.log.run, way)
+                to_sequence = back.events[0].rewound.to_sequence
+            if not start.messages:
+                await self._require_question(key, to_sequence)
+            if self._roster.at_work(key, active) is None:
+                self._services.places.take()
+                worker.placed = True
+            events = self._opening(start, session.user, agent, run_id, caused.cause_id)
+            halt = Halt(
+                replacement=Replacement(run_id, events, RunRecord(digest, agent), way),
+                reason="Another run was started." if start.on_busy == INTERRUPT else "It was rolled back.",
+                once=caused.once,
+                command=caused.command,
+            )
+            self._roster.halt(worker, halt)
+        return Started(key, (await halt.done).runs[run_id], existing=False)
+
+    # ---- queueing
+
+    async def _queue(self, key: SessionKey, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
+        if not start.messages:
+            problem = (
+                "is empty, and it is not known what the session's history will end with when this start's turn comes"
+            )
+            raise errors.invalid([Violation("start.messages", problem)])
+        live, session = await self._sessions.watched(key)
+        agent = await self._agent(key.tenant, start, session)
+        run_id = start.run_id or self._new_id()
+        event = v1.Event(run=run_id, cause_id=caused.cause_id or run_id)
+        event.command_queued.start.CopyFrom(start)
+        event.command_queued.start.agent = agent.name
+        committed = await live.commit(
+            Commit(key=key, once=caused.once, command=caused.command, events=[event], start=RunRecord(digest, agent))
+        )
+        self.queued(key)
+        return Started(key, committed.runs[run_id], existing=False)
+
+    async def start_next(self, key: SessionKey) -> None:
+        """Starts the first queued run of an idle session once there is a place. Raises what its commit raises."""
+        if await self._first_queued(key) is None:
+            return
+        await self._services.places.wait(key.tenant)
+        placed = False
+        try:
+            live = self._sessions.live(key)
+            async with live.lock:
+                found = await self._first_queued(key)
+                if found is None or self._roster.draining:
+                    return
+                session, queued, agent = found
+                (event,) = await self._store.read_events(key, queued.sequence - 1, 1)
+                start = event.command_queued.start
+                events = self._opening(start, session.user, agent, queued.run, queued.command_id)
+                committed = await live.commit(Commit(key=key, claim=True, events=events))
+                placed = True
+                self._roster.begin(live, committed, queued.run, agent, placed=True)
+        finally:
+            if not placed:
+                self._services.places.give_back()
+
+    async def fail_next(self, key: SessionKey, error: NotecaseError) -> None:
+        """Ends the first queued run of an idle session as failed: its start was refused for good."""
+        async with self._sessions.live(key).lock:
+            found = await self._first_queued(key)
+            if found is not None:
+                run = found[1].run
+                log.error("queued_start_failed", session=key.session, run=run, reason=errors.reason_name(error.reason))
+                change = v1.RunStateChanged(state=v1.Run.STATE_FAILED, error=error.to_proto())
+                await self._sessions.commit(Commit(key=key, events=[v1.Event(run=run, run_state_changed=change)]))
+
+    async def _first_queued(self, key: SessionKey) -> tuple[v1.Session, v1.QueuedCommand, v1.Agent] | None:
+        session = await self._store.get_session(key)
+        if session is not None and not session.active_run:
+            for queued in session.queued_commands:
+                active = await self._store.active_run(key, queued.run)
+                if active is not None and active.run.state == QUEUED:
+                    return session, queued, active.agent
+        return None
+
+
+def incoming(new_id: Callable[[], str], messages: Sequence[v1.Message], user: str) -> list[v1.Message]:
+    """What a caller says, as it goes into the log: with an id, whole, by the session's user unless it says by whom."""
+    return [
+        v1.Message(
+            name=new_id(),
+            role=given.role or v1.Message.ROLE_USER,
+            author=given.author or user,
+            parts=given.parts,
+            labels=given.labels,
+            status=COMPLETED,
+        )
+        for given in messages
+    ]
+
+
+def _way_back(start: v1.StartRun) -> Back | None:
+    """How far the session goes back when a start takes the place of a run; None for not at all."""
+    if start.on_busy == ROLLBACK:
+        return Back(None)
+    if not start.HasField("rewind_to_sequence"):
+        return None
+    return Back(start.rewind_to_sequence, "start.rewind_to_sequence")
+
+
+def _is_answer(message: v1.Message) -> bool:
+    """Whether nothing is left to say after it: a whole reply that called no tools, whose results need one."""
+    calls = any(part.HasField("tool_call") for part in message.parts)
+    return message.role == v1.Message.ROLE_ASSISTANT and message.status == COMPLETED and not calls

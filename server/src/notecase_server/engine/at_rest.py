@@ -1,0 +1,97 @@
+"""What is done with a session while no run is at work in it: rewind, fork, compact."""
+
+from dataclasses import replace
+
+from notecase import v1
+
+from notecase_server import errors, names
+from notecase_server.engine import summary
+from notecase_server.engine.admission import Admission
+from notecase_server.engine.rewind import Back, ended
+from notecase_server.engine.roster import Caused
+from notecase_server.engine.services import Services
+from notecase_server.engine.session import Sessions
+from notecase_server.errors import Violation
+from notecase_server.store.contract import Answer, Commit, Committed, Fork, Once, SessionKey
+
+
+class AtRest:
+    """Used by callers only; nothing here goes on in the background."""
+
+    def __init__(self, sessions: Sessions, services: Services, admission: Admission) -> None:
+        self._sessions = sessions
+        self._services = services
+        self._store = services.store
+        self._admission = admission
+
+    async def rewind(
+        self, key: SessionKey, to_sequence: int, if_last_sequence: int | None, caused: Caused
+    ) -> Committed:
+        """Takes a session back to a sequence, in one commit.
+
+        Raises Replayed for a repeat, and NotecaseError: SESSION_NOT_FOUND, RUN_ACTIVE, SEQUENCE_MISMATCH,
+        SEQUENCE_AHEAD, INVALID_FIELD."""
+        commit = Commit(key=key, once=caused.once, if_last_sequence=if_last_sequence)
+        way = Back(to_sequence, "to_sequence")
+        return await self._services.supervisor.whole(self._rewind(commit, way, caused.cause_id))
+
+    async def _rewind(self, commit: Commit, way: Back, cause_id: str) -> Committed:
+        live = self._sessions.live(commit.key)
+        async with live.lock:
+            await self._store.recall(commit.once)
+            return await self._admission.commit_back(live, commit, way, cause_id)
+
+    async def fork(
+        self, source: SessionKey, at_sequence: int | None, key: SessionKey, chosen: v1.Session, once: Once | None
+    ) -> Committed:
+        """A new session that begins with the log of another up to a sequence, its head for None. What of `chosen` is
+        empty is the source's, but for when it expires.
+
+        Raises Replayed for a repeat, and NotecaseError: SESSION_NOT_FOUND, SEQUENCE_AHEAD, ALREADY_EXISTS."""
+        _, session = await self._sessions.watched(source)
+        past = await self._store.read_past(source, session.last_sequence if at_sequence is None else at_sequence)
+        made = v1.Session(
+            display_name=chosen.display_name or past.session.display_name,
+            agent=chosen.agent or past.session.agent,
+            labels=chosen.labels or past.session.labels,
+        )
+        for name in ("expire_time", "ttl", "idle_ttl"):
+            if chosen.HasField(name):
+                getattr(made, name).CopyFrom(getattr(chosen, name))
+        fork = Fork(key=key, source=source, past=past, session=made, events=ended(past))
+        record = self._sessions.record(once, key.tenant, Answer("session"))
+        committed = await self._sessions.surely(record, lambda record: self._store.fork(replace(fork, once=record)))
+        self._sessions.live(key).committed(committed)
+        return committed
+
+    async def compact(self, key: SessionKey, keep_recent: int, agent_name: str, caused: Caused) -> Committed:
+        """Has the older messages of an idle session summarised by an agent's model, "" for the session's agent: all but
+        the newest `keep_recent`, 0 for as many as the agent says. The commit is empty when that leaves nothing.
+
+        Raises Replayed for a repeat, and NotecaseError: SESSION_NOT_FOUND, AGENT_NOT_FOUND, RUN_ACTIVE, INVALID_FIELD,
+        RATE_LIMITED, SERVER_DRAINING, SEQUENCE_MISMATCH, and what the model's provider raises."""
+        self._services.places.take()
+        try:
+            return await self._compacted(key, keep_recent, agent_name, caused)
+        finally:
+            self._services.places.give_back()
+
+    async def _compacted(self, key: SessionKey, keep_recent: int, agent_name: str, caused: Caused) -> Committed:
+        await self._store.recall(caused.once)
+        live, session = await self._sessions.watched(key)
+        if session.active_run:
+            raise errors.run_active(names.run(key.session, session.active_run))
+        if not (agent_name or session.agent):
+            raise errors.invalid([Violation("agent", "neither the request nor the session names an agent")])
+        llm = (await self._admission.named_agent(key.tenant, agent_name or session.agent)).llm
+        keep = keep_recent or llm.context.summary.keep_recent or summary.KEEP_RECENT
+        plan = await summary.plan(self._store, key, session.summary_sequence, keep, batch=1)
+        events: list[v1.Event] = []
+        if plan is not None:
+            provider = self._services.providers.get(llm.provider)
+            if provider is None:
+                raise errors.model_error(f"This server has no provider {llm.provider!r}.")
+            events = plan.events(*await summary.write(provider, plan.request(llm)))
+        for event in events:
+            event.cause_id = caused.cause_id
+        return await live.commit(Commit(key=key, once=caused.once, events=events))

@@ -1,0 +1,162 @@
+"""The calls of a run that are at work in this process: begun, timed, stopped, and their results put on record."""
+
+import asyncio
+import traceback
+from collections.abc import Sequence
+from functools import partial
+
+from notecase import v1
+
+from notecase_server import names
+from notecase_server.engine import ledger
+from notecase_server.engine.run_log import LOST, RunLog
+from notecase_server.errors import NotecaseError
+from notecase_server.store.contract import PAGE_BYTES
+from notecase_server.store.fold import ops_fit
+from notecase_server.supervisor import Tasks
+from notecase_server.tools.contract import CallContext, Outcome
+
+Result = tuple[Outcome, Sequence[v1.StateOp]]
+
+
+class Calls:
+    """Used by one worker, which alone waits for them."""
+
+    def __init__(self, run_log: RunLog) -> None:
+        self._log = run_log
+        self._tasks: dict[str, asyncio.Task[Result]] = {}
+        self._owned = Tasks("calls")
+
+    def __bool__(self) -> bool:
+        return bool(self._tasks)
+
+    def begin(self) -> None:
+        """Sets to work on every call that is the server's to run and not at work yet."""
+        for call in self._log.started:
+            if call.call_id not in self._tasks:
+                self._tasks[call.call_id] = self._owned.start(self._execute(call), f"call {call.call_id}")
+
+    async def wait(self, stirred: asyncio.Event) -> None:
+        """Returns when a call has ended, or when the event is set."""
+        watch = self._owned.start(stirred.wait(), "stirred")
+        try:
+            await asyncio.wait([watch, *self._tasks.values()], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            watch.cancel()
+
+    def stop(self, call_id: str) -> None:
+        """Stops what of a call runs here, once its end is on record."""
+        task = self._tasks.pop(call_id, None)
+        if task is not None:
+            task.cancel()
+
+    def stop_all(self) -> None:
+        for call_id in list(self._tasks):
+            self.stop(call_id)
+
+    async def close(self) -> None:
+        """Stops all calls and waits until their tools have let go."""
+        self.stop_all()
+        await self._owned.close()
+
+    async def keep_finished(self) -> None:
+        """Commits the results that are there."""
+        for call_id in [call_id for call_id, task in self._tasks.items() if task.done()]:
+            task = self._tasks.pop(call_id, None)
+            if task is not None:  # nobody gave the call another end meanwhile
+                await self._keep(call_id, *_result(task))
+
+    async def _keep(self, call_id: str, outcome: Outcome, ops: Sequence[v1.StateOp]) -> None:
+        """Commits a result with the state it changed; what the state or the session does not take fails the call, and
+        not the run."""
+        contents, key = self._log.services.contents, self._log.live.key
+        try:
+            parts = await self._log.patiently(lambda: contents.parts(key, outcome.parts))
+            await self._log.durably(partial(self._outcome, call_id, outcome._replace(parts=parts), ops))
+        except NotecaseError as refused:
+            if outcome.error or refused.reason in LOST:
+                raise
+            await self._log.durably(partial(self._outcome, call_id, Outcome(error=refused.message), ()))
+
+    def _outcome(self, call_id: str, outcome: Outcome, ops: Sequence[v1.StateOp]) -> list[v1.Event]:
+        """A result with the state it changed. Nothing when somebody gave the call an end before."""
+        for call in self._log.open:
+            if call.call_id == call_id:
+                kept = fitting(self._log.message, outcome)
+                changed = [v1.Event(state_changed=v1.StateChanged(ops=ops))] if ops and not kept.error else []
+                return [ledger.finished(call, kept), *changed]
+        return []
+
+    async def _execute(self, call: v1.ToolCall) -> Result:
+        """Runs one call. A tool that is broken is a failed call, whatever it raises: the model is told that much, the
+        log the rest."""
+        if not call.HasField("binding"):
+            return Outcome(error=f"There is no tool {call.tool!r}."), []
+        where = self._where(call)
+        tool = ledger.declaration(self._log.agent, self._log.run, call)
+        seconds = tool.timeout.ToMicroseconds() / 1e6 if tool.HasField("timeout") else None
+        clock = asyncio.timeout(seconds)
+        try:
+            async with clock:
+                toolbox = self._log.services.toolbox
+                outcome = await toolbox.call(call.binding, ledger.arguments_of(call) or {}, where)
+        except NotecaseError as error:
+            return Outcome(error=error.message), []
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return self._broken(call, "CancelledError"), []
+        except BaseException as error:  # noqa: BLE001  (also what would end the process: a tool has no say in that)
+            if clock.expired():
+                return Outcome(error=f"The tool took longer than {seconds:g} seconds."), []
+            return self._broken(call, type(error).__name__, error), []
+        size = sum(op.ByteSize() for op in where.ops)
+        if size > PAGE_BYTES:
+            return Outcome(error=f"The tool changed {size} bytes of state; at most {PAGE_BYTES} are taken."), []
+        if not ops_fit(where.ops):
+            return Outcome(error="The tool put something into state that no state can hold."), []
+        return outcome, where.ops
+
+    def _broken(self, call: v1.ToolCall, kind: str, error: BaseException | None = None) -> Outcome:
+        # The text of an exception may quote what was said, so that only a log for debugging has it.
+        at = _place(error)
+        self._log.log.error("tool_crashed", tool=call.tool, call_id=call.call_id, kind=kind, at=at)
+        self._log.log.debug("tool_traceback", tool=call.tool, call_id=call.call_id, exc_info=error)
+        return Outcome(error="The tool failed.")
+
+    def _where(self, call: v1.ToolCall) -> CallContext:
+        live = self._log.live
+
+        async def get_state(*keys: str) -> dict[str, v1.Value]:
+            state = await self._log.services.store.get_state(live.key.state, keys)
+            return {key: entry.value for key, entry in state.entries.items()}
+
+        return CallContext(
+            session=names.session(live.key.session),
+            user=live.user,
+            run=names.run(live.key.session, self._log.run.name),
+            call_id=call.call_id,
+            idempotency_key=f"{live.key.session}/{call.call_id}",
+            attempt=call.attempt,
+            get_state=get_state,
+        )
+
+
+def _place(error: BaseException | None) -> str:
+    """Where an exception was raised: the innermost file and line."""
+    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+def _result(task: asyncio.Task[Result]) -> Result:
+    """What a call came to. A tool that cancelled itself has failed."""
+    return (Outcome(error="The tool failed."), []) if task.cancelled() else task.result()
+
+
+def fitting(message: v1.Message | None, outcome: Outcome) -> Outcome:
+    """The outcome, if the message that holds the call still fits into a page with it."""
+    size = sum(part.ByteSize() for part in outcome.parts) + (message.ByteSize() if message else 0)
+    if size > PAGE_BYTES - (16 << 10):
+        return Outcome(error=f"The results of this reply's calls are together larger than {PAGE_BYTES} bytes.")
+    return outcome

@@ -1,0 +1,206 @@
+"""What callers say to a run under way: results, answers, input, cancels. And waiting for what becomes of it."""
+
+import asyncio
+
+from notecase import v1
+
+from notecase_server import errors, names
+from notecase_server.engine import ledger
+from notecase_server.engine.admission import incoming
+from notecase_server.engine.calls import fitting
+from notecase_server.engine.halt import Halt
+from notecase_server.engine.roster import QUEUED, Caused, Roster
+from notecase_server.engine.run_log import WAITING, RunLog
+from notecase_server.engine.services import Services
+from notecase_server.engine.session import Sessions
+from notecase_server.errors import NotecaseError, Violation
+from notecase_server.store.contract import Commit, Committed, RunRecord, SessionKey
+from notecase_server.store.fold import ENDED
+from notecase_server.tools.contract import Outcome
+
+
+class Commands:
+    """The commands of one process. Each is carried to its end although its caller goes away."""
+
+    def __init__(self, sessions: Sessions, services: Services, roster: Roster, poll_seconds: float) -> None:
+        self._sessions = sessions
+        self._services = services
+        self._store = services.store
+        self._roster = roster
+        self._whole = services.supervisor.whole
+        self._poll_seconds = poll_seconds
+
+    # ---- answers
+
+    async def tool_result(self, key: SessionKey, run_id: str, result: v1.ToolResult, caused: Caused) -> Committed:
+        """Gives a dispatched call its outcome. CALL_NOT_PENDING when it waits for none, whatever its run does by
+        now."""
+        return await self._whole(self._tool_result(key, run_id, result, caused))
+
+    async def _tool_result(self, key: SessionKey, run_id: str, result: v1.ToolResult, caused: Caused) -> Committed:
+        late = errors.call_not_pending(result.call_id)
+        async with self._roster.worker(key, run_id, caused, late) as worker:
+            for call in worker.log.run.pending_calls:
+                if call.call_id == result.call_id:
+                    parts = await self._services.contents.parts(key, result.result)
+                    outcome = fitting(worker.log.message, Outcome(parts, result.error))
+                    return await worker.log.command([ledger.finished(call, outcome)], *caused)
+            raise late
+
+    async def respond(self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused) -> Committed:
+        """Answers an approval or a question. INPUT_NOT_PENDING when nobody asks (any more), whatever the run does by
+        now."""
+        return await self._whole(self._respond(key, run_id, response, caused))
+
+    async def _respond(self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused) -> Committed:
+        late = errors.input_not_pending(response.input_id)
+        async with self._roster.worker(key, run_id, caused, late) as worker:
+            for request in worker.log.run.pending_inputs:
+                if request.input_id == response.input_id:
+                    _check_decision(request, response)
+                    call = worker.log.call(request.call.call_id)
+                    return await worker.log.command(ledger.answered(request, response, call), *caused)
+            raise late
+
+    # ---- input
+
+    async def say(self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused) -> tuple[Committed, bool]:
+        """What a user says to a run under way; the commit, and whether it only queued it. RUN_ENDED, QUEUE_FULL."""
+        return await self._whole(self._say(key, run_id, said, caused))
+
+    async def _say(self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused) -> tuple[Committed, bool]:
+        async with self._roster.worker(key, run_id, caused) as worker:
+            run_log = worker.log
+            kept = await self._services.contents.kept(key, said.messages)
+            messages = incoming(self._services.new_id, kept, run_log.live.user)
+            added = [v1.Event(message_added=message, cause_id=caused.cause_id) for message in messages]
+            if said.when == v1.UserInput.WHEN_INTERRUPT:
+                halt = Halt(said=added, reason="The user interrupted.", once=caused.once, command=caused.command)
+                self._roster.halt(worker, halt)
+            elif run_log.run.state == WAITING and not run_log.run.pending_calls:
+                denied = ledger.withdrawn(run_log.run, run_log.message, words(said), deny=True)
+                return await run_log.command([*denied, *added], *caused), False
+            else:
+                event = v1.Event(cause_id=caused.cause_id or self._services.new_id())
+                event.command_queued.input.CopyFrom(said)
+                del event.command_queued.input.messages[:]
+                event.command_queued.input.messages.extend(messages)
+                return await run_log.command([event], *caused), True
+        return await self._halted(key, halt), False
+
+    # ---- cancels
+
+    async def cancel(
+        self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused | None = None
+    ) -> Committed:
+        """Stops a run, "" the session's active one, or one of its calls; returns the commit that made it durable.
+
+        Raises Replayed and Duplicate for a repeat, and NotecaseError: SESSION_NOT_FOUND, RUN_NOT_FOUND, RUN_ENDED,
+        CALL_NOT_PENDING."""
+        return await self._whole(self._cancel(key, run_id, cancel, caused or Caused()))
+
+    async def _cancel(self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused) -> Committed:
+        if run_id and not cancel.call_id and (queued := await self._cancel_queued(key, run_id, cancel, caused)):
+            return queued
+        async with self._roster.worker(key, run_id, caused) as worker:
+            if cancel.call_id:
+                call = worker.log.call(cancel.call_id)
+                committed = await worker.log.command(ledger.dropped(worker.log.run, call, cancel.reason), *caused)
+                worker.stop_call(call.call_id)
+                return committed
+            if cancel.mode == v1.CancelCommand.MODE_AFTER_TURN:
+                return await worker.log.command(_after_turn(worker.log, cancel), *caused)
+            halt = Halt(reason=cancel.reason, cause_id=caused.cause_id, once=caused.once, command=caused.command)
+            self._roster.halt(worker, halt)
+        return await self._halted(key, halt)
+
+    async def _halted(self, key: SessionKey, halt: Halt) -> Committed:
+        try:
+            return await halt.done
+        except NotecaseError as error:
+            if error.reason == v1.ERROR_REASON_RUN_ENDED:  # by a repeat of this very command, perhaps
+                await self._store.recall(halt.once)
+                await self._store.recall_command(key, halt.command)
+            raise
+
+    async def _cancel_queued(
+        self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused
+    ) -> Committed | None:
+        """Ends a run that has not begun; None when there is no such run."""
+        async with self._sessions.live(key).lock:
+            active = await self._store.active_run(key, run_id)
+            if active is None or active.run.state != QUEUED:
+                return None
+            return await self._cancel_run(key, run_id, cancel, caused)
+
+    async def cancel_unstarted(
+        self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused
+    ) -> Committed:
+        """Puts the end of a run on record whose start has not arrived; one that has just arrived is cancelled as by
+        `cancel`. SESSION_NOT_FOUND."""
+        try:
+            return await self._cancel_run(key, run_id, cancel, caused, RunRecord(b"", v1.Agent()))
+        except NotecaseError as error:
+            if error.reason != v1.ERROR_REASON_ALREADY_EXISTS:
+                raise
+        return await self.cancel(key, run_id, cancel, caused)
+
+    async def _cancel_run(
+        self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused, start: RunRecord | None = None
+    ) -> Committed:
+        change = v1.RunStateChanged(state=v1.Run.STATE_CANCELLED, reason=cancel.reason)
+        event = v1.Event(run=run_id, cause_id=caused.cause_id, run_state_changed=change)
+        return await self._sessions.commit(
+            Commit(key=key, once=caused.once, command=caused.command, events=[event], start=start)
+        )
+
+    # ---- waiting
+
+    async def wait(self, key: SessionKey, run_id: str, seconds: float | None, after: int = 0) -> v1.Run:
+        """The run once it has ended or waits, or as it is after that many seconds; NotecaseError RUN_NOT_FOUND, and
+        SESSION_NOT_FOUND once the session is deleted. A wait that began by sequence `after` is not looked at."""
+        live = self._sessions.live(key)
+        loop = asyncio.get_running_loop()
+        until = None if seconds is None else loop.time() + seconds
+        while True:
+            seen = live.head  # the session's, which others move too
+            row = await self._store.get_run(key, run_id)
+            if live.deleted:
+                raise errors.not_found("session", names.session(key.session))
+            if row is None:
+                raise errors.not_found("run", names.run(key.session, run_id))
+            left = self._poll_seconds if until is None else min(self._poll_seconds, until - loop.time())
+            rests = row[0].state in ENDED or (row[0].state == WAITING and row[0].last_sequence > after)
+            if rests or left <= 0:
+                return row[0]
+            while live.head <= seen and left > 0 and not live.deleted:
+                before = loop.time()
+                await live.soon.wait(left)
+                left -= loop.time() - before
+
+
+def _after_turn(run_log: RunLog, cancel: v1.CancelCommand) -> list[v1.Event]:
+    """The events by which the run ends after its turn: at once, when nothing of the turn is left."""
+    queued = v1.Event()
+    queued.command_queued.cancel.CopyFrom(cancel)
+    events = [queued, *ledger.withdrawn(run_log.run, run_log.message, cancel.reason)]
+    if run_log.run.state == WAITING and not ledger.left_open(run_log.message, events):
+        events.append(run_log.ending(v1.Run.STATE_CANCELLED, reason=cancel.reason))
+    return events
+
+
+def _check_decision(request: v1.InputRequest, response: v1.InputResponse) -> None:
+    kinds = {
+        v1.InputRequest.KIND_APPROVAL: {ledger.APPROVE, ledger.DENY},
+        v1.InputRequest.KIND_QUESTION: {ledger.ANSWER, ledger.DENY},
+        v1.InputRequest.KIND_INTERRUPTED_CALL: {ledger.APPROVE, ledger.DENY, ledger.ANSWER},
+    }
+    allowed = kinds[request.kind]
+    if response.decision not in allowed:
+        told = " or ".join(sorted(v1.InputResponse.Decision.Name(decision) for decision in allowed))
+        raise errors.invalid([Violation("input_response.decision", f"this asks for {told}")])
+
+
+def words(said: v1.UserInput) -> str:
+    """The text of what a user says."""
+    return " ".join(part.text for message in said.messages for part in message.parts if part.text)

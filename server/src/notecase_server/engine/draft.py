@@ -1,0 +1,149 @@
+"""The reply that a step of a run is writing: deltas in, blocks, bounds, a message out. Pure."""
+
+from collections.abc import Callable
+from typing import Literal
+
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.engine.schema import Unfenced
+from notecase_server.models.contract import Call, Finish, Reasoning, Refusal, Text
+from notecase_server.store.contract import PAGE_BYTES
+
+MAX_REPLY_BYTES = PAGE_BYTES - (64 << 10)
+"""A reply with its frame fits into one page."""
+
+BLOCK_BYTES = 1024
+"""What a part needs besides its text: ids, names, what a call is bound to, and frames, rounded up."""
+
+Kind = Literal["text", "json", "reasoning", "refusal", "arguments"]
+
+
+class Block:
+    """One part of a message being made. Its bytes are UTF-8 and only grow, by whole code points."""
+
+    __slots__ = ("call_id", "data", "kind", "tool")
+
+    def __init__(self, kind: Kind, call_id: str = "") -> None:
+        self.kind = kind
+        self.call_id = call_id
+        self.tool = ""
+        self.data = bytearray()
+
+    def add(self, text: str) -> int:
+        """Appends text and returns how many bytes it was. A lone surrogate becomes U+FFFD."""
+        try:
+            data = text.encode()
+        except UnicodeEncodeError:
+            data = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+        self.data += data
+        return len(data)
+
+
+class Draft:
+    """The draft of one reply; a block's index is that of the part it will be. It is fed until its Finish."""
+
+    __slots__ = ("_calls", "_new_id", "_size", "_unfenced", "blocks", "name", "run", "settled")
+
+    def __init__(self, name: str, run: str, new_id: Callable[[], str], as_json: bool = False) -> None:
+        """`name` is the message's id, `new_id` makes the ids of calls. With `as_json` the text is the JSON that the
+        agent's output_schema asks for."""
+        self.name = name
+        self.run = run
+        self.blocks: list[Block] = []
+        self.settled = False
+        """A commit of its message has begun and may be in the log before this process hears of it: watchers take the
+        rest from the message."""
+        self._new_id = new_id
+        self._size = 0
+        self._calls: dict[int, Block] = {}
+        self._unfenced = Unfenced() if as_json else None
+
+    def feed(self, delta: Text | Reasoning | Refusal | Call) -> bool:
+        """Takes in a delta; whether it began a block. Raises NotecaseError LIMIT_EXCEEDED once the reply is larger than
+        MAX_REPLY_BYTES."""
+        match delta:
+            case Call(key, tool, text):
+                block = self._calls.get(key)
+                if block is None:
+                    block = self._calls[key] = self._begin(Block("arguments", self._new_id()))
+                block.tool += tool
+            case Text(text) if self._unfenced is not None:
+                if not (text := self._unfenced.feed(text)):
+                    return False
+                block = self._json()
+            case Text(text):
+                block = self._current("text")
+            case Reasoning(text):
+                block = self._current("reasoning")
+            case Refusal(text):
+                block = self._current("refusal")
+        first = not block.data
+        self._size += block.add(text)
+        if self._size + BLOCK_BYTES * len(self.blocks) > MAX_REPLY_BYTES:
+            told = f"The model's reply is longer than {MAX_REPLY_BYTES} bytes."
+            raise errors.limit_exceeded("reply_bytes", MAX_REPLY_BYTES, told)
+        return first
+
+    def finish(self, _: Finish) -> None:
+        """Takes in the end: what was held back for a fence around the JSON belongs to it after all."""
+        if self._unfenced is not None and (rest := self._unfenced.end()):
+            self._json().add(rest)
+
+    @property
+    def calls(self) -> bool:
+        """Whether it calls tools."""
+        return any(block.kind == "arguments" for block in self.blocks)
+
+    @property
+    def json(self) -> str | None:
+        """The JSON of a reply that is to be checked; None where it calls tools or refuses instead."""
+        if any(block.kind in {"arguments", "refusal"} for block in self.blocks):
+            return None
+        return "".join(block.data.decode() for block in self.blocks if block.kind == "json")
+
+    def message(self, author: str, status: v1.Message.Status.ValueType) -> v1.Message:
+        """Returns the message as far as the draft goes. Beside calls, JSON is text."""
+        message = v1.Message(name=self.name, role=v1.Message.ROLE_ASSISTANT, author=author, status=status, run=self.run)
+        for block in self.blocks:
+            text = block.data.decode()
+            part = message.parts.add()
+            if block.kind == "text" or (block.kind == "json" and self.calls):
+                part.text = text
+            elif block.kind == "json":
+                part.json = text
+            elif block.kind == "reasoning":
+                part.reasoning.text = text
+            elif block.kind == "refusal":
+                part.refusal = text
+            else:
+                call = part.tool_call
+                call.call_id, call.tool, call.arguments = block.call_id, block.tool, text
+                call.outcome = v1.ToolCall.OUTCOME_PENDING
+        return message
+
+    def cut(self, author: str) -> v1.Message | None:
+        """Returns the message of a reply that was stopped, whose calls were never whole; None when nothing came."""
+        if not any(block.data for block in self.blocks):
+            return None
+        message = self.message(author, v1.Message.STATUS_INCOMPLETE)
+        for part in message.parts:
+            if part.HasField("tool_call"):
+                part.tool_call.outcome = v1.ToolCall.OUTCOME_CANCELLED
+                part.tool_call.error = "The run stopped before the call was whole."
+        return message
+
+    def _begin(self, block: Block) -> Block:
+        self.blocks.append(block)
+        return block
+
+    def _json(self) -> Block:
+        """The block of a reply that is JSON: one, whatever is thought in between."""
+        found = (block for block in self.blocks if block.kind == "json")
+        return next(found, None) or self._begin(Block("json"))
+
+    def _current(self, kind: Literal["text", "reasoning", "refusal"]) -> Block:
+        """The block that text of this kind goes on: the newest, if it is of the kind."""
+        if self.blocks and self.blocks[-1].kind == kind:
+            return self.blocks[-1]
+        return self._begin(Block(kind))

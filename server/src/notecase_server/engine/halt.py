@@ -1,0 +1,109 @@
+"""The protocol by which something is stopped: one command, one result.
+
+A Halt says what is to follow the sealing of all that is open. It is carried out by the run's worker in one commit, and
+answered by that commit, or refused; a halt that is refused has changed nothing.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
+
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.engine.rewind import Back
+from notecase_server.store.contract import CommandId, Committed, Once, RunRecord
+
+T = TypeVar("T")
+
+
+class Replacement(NamedTuple):
+    """Another run that starts in the commit that ends this one."""
+
+    run: str
+    events: Sequence[v1.Event]
+    """Its start, with what is said."""
+    record: RunRecord
+    back: Back | None
+    """Where the session goes back to before that."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Halt:
+    """A request to stop what is under way now: to end the run, or to go on with what a user says instead."""
+
+    said: Sequence[v1.Event] = ()
+    """The user's messages: with any, the run goes on with them."""
+    replacement: Replacement | None = None
+    state: v1.Run.State.ValueType = v1.Run.STATE_CANCELLED
+    """How the run ends, when it does not go on."""
+    error: v1.Error | None = None
+    reason: str = ""
+    cause_id: str = ""
+    once: Once | None = None
+    command: CommandId | None = None
+    done: asyncio.Future[Committed] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """The commit that sealed. NotecaseError RUN_ENDED when the run ended by itself first, Replayed or Duplicate when
+    another halt of the same command came before, SERVER_DRAINING when the server stopped first."""
+
+    def refuse(self, error: Exception) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+            self.done.exception()  # nobody waits for what a timer asked
+
+
+class Halted(Exception):
+    """What was under way was cut because of a halt."""
+
+
+class Halts:
+    """The halts that a worker has not carried out, and what they cut."""
+
+    def __init__(self) -> None:
+        self._pending: list[Halt] = []
+        self._cutting: asyncio.Task[Any] | None = None
+        self.stirred = asyncio.Event()
+        """Set when there is something new to look at."""
+
+    def __bool__(self) -> bool:
+        return bool(self._pending)
+
+    @property
+    def first(self) -> Halt:
+        return self._pending[0]
+
+    def add(self, halt: Halt) -> None:
+        """Cuts what runs in `cut_by`; the worker then carries the halt out."""
+        self._pending.append(halt)
+        self.stirred.set()
+        if self._cutting is not None:
+            self._cutting.cancel()
+
+    def remove(self, halt: Halt) -> None:
+        self._pending.remove(halt)
+
+    def refuse_all(self, error: Exception) -> None:
+        """Answers those that nobody will carry out."""
+        for halt in self._pending:
+            halt.refuse(error)
+        self._pending.clear()
+
+    async def cut(self, task: asyncio.Task[T]) -> T:
+        """Waits for a task that a halt cancels: Halted is then raised. A task that ends as cancelled without anybody
+        having asked for that has failed: MODEL_UNAVAILABLE, since only calls out of this process do so."""
+        if self._pending:
+            task.cancel()
+        self._cutting = task
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if self._pending:
+                raise Halted from None
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                task.cancel()
+                raise
+            raise errors.model_unavailable("The model's provider broke off.") from None
+        finally:
+            self._cutting = None

@@ -1,0 +1,265 @@
+"""One turn of a model: a request made from what is known, and what is tried until there is a reply.
+
+Made anew for each turn. What holds for all turns of a run in this process is its Budget.
+"""
+
+import asyncio
+import random
+from collections.abc import Coroutine, Mapping
+from contextlib import aclosing
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.engine import context, ledger, summary
+from notecase_server.engine.draft import Draft
+from notecase_server.engine.halt import Halted, Halts
+from notecase_server.engine.ledger import Bound
+from notecase_server.engine.run_log import RunLog, taken
+from notecase_server.engine.tokens import Gauge
+from notecase_server.errors import NotecaseError
+from notecase_server.models.contract import Finish, ModelRequest, Provider
+from notecase_server.models.contract import Tool as ModelTool
+from notecase_server.store import bindings
+
+T = TypeVar("T")
+
+DEFAULT_MODEL_CALLS = 10
+"""Model calls in a run whose agent sets no limit: enough for a chain of tools, few enough to stop a loop."""
+
+MODEL_REPEATS = 2
+"""How often a reply cut in mid-stream is asked for again. Before the first piece retries are the provider's
+business."""
+
+OUTPUT_REPEATS = 1
+"""How often a reply that is not what the agent's output_schema asks for is asked for again: a model that was told what
+is wrong either knows better at once, or not at all."""
+
+CUT_OFF = frozenset({"length", "content_filter"})
+"""Finish reasons of a reply that its provider cut off."""
+
+
+class Budget:
+    """What the model calls of a run have used up, and what was found out about its model."""
+
+    def __init__(self, run: v1.Run, agent: v1.Agent) -> None:
+        limit = agent.llm.max_model_calls or DEFAULT_MODEL_CALLS
+        self._most = min(limit, run.limits.max_model_calls or limit)
+        self._calls = run.usage.model_calls + max(run.attempt - 1, 0)
+        self.most_tokens = 0
+        """Token limit for the messages, set after the provider rejected a request as too long. 0: none."""
+        self.may_summarize = not agent.llm.context.stateless
+
+    @property
+    def left(self) -> int:
+        """Model calls that the run may still make."""
+        return self._most - self._calls
+
+    def spend(self) -> None:
+        """Counts a model call that is about to be made; NotecaseError LIMIT_EXCEEDED when none is left."""
+        if self.left <= 0:
+            told = f"The run made {errors.counted(self._most, 'model call')}, all that it may, without an end."
+            raise errors.limit_exceeded("max_model_calls", self._most, told)
+        self._calls += 1
+
+    def give_back(self) -> None:
+        """Takes back a call that is made once more for no fault of the model's."""
+        self._calls -= 1
+
+
+class Reply(NamedTuple):
+    """What a turn came to."""
+
+    message: v1.Message
+    finish: Finish
+    bound: Mapping[str, Bound]
+    """What its calls can be bound to."""
+
+
+class ModelTurn:
+    """Asks the model of a run for one reply. The draft is left open until the reply is on record."""
+
+    def __init__(self, run_log: RunLog, halts: Halts, budget: Budget, bound: Mapping[str, Bound]) -> None:
+        self._log = run_log
+        self._services = run_log.services
+        self._halts = halts
+        self._budget = budget
+        self._bound = bound
+        self._llm = run_log.agent.llm
+        self._shortened = False
+        """The request was made shorter, after one that was too long."""
+
+    async def reply(self) -> Reply:
+        """Returns the model's reply. Raises Halted, and NotecaseError for a model that fails, a limit that is reached,
+        a request that is too long even when shortened, and OUTPUT_INVALID."""
+        provider = self._services.providers.get(self._llm.provider)
+        if provider is None:
+            raise errors.model_error(f"This server has no provider {self._llm.provider!r}.")
+        settings = self._llm.context.summary
+        keep, batch = settings.keep_recent or summary.KEEP_RECENT, settings.batch or summary.BATCH
+        while True:
+            await self._log.durably(lambda: taken(self._log.queued(v1.UserInput.WHEN_STEER)))
+            self._check_tokens()
+            due = self._llm.context.HasField("summary") and not self._shortened
+            if due and await self._summarize(provider, keep, batch):
+                continue
+            request = await self._request()
+            try:
+                finish = await self._checked(provider, request, await self._generate(provider, request))
+            except NotecaseError as error:
+                begun = self._log.draft is not None and self._log.draft.blocks
+                if not summary.too_long(error) or begun:
+                    raise
+                await self._shorten(provider, request, error)
+                continue
+            draft = self._draft
+            message = draft.message(self._log.run.agent, v1.Message.STATUS_COMPLETED)
+            message.finish_reason = finish.reason
+            message.usage.CopyFrom(finish.usage)
+            return Reply(message, finish, self._bound)
+
+    @property
+    def _draft(self) -> Draft:
+        draft = self._log.draft
+        assert draft is not None, "a reply was just written"
+        return draft
+
+    def _check_tokens(self) -> None:
+        usage, limit = self._log.run.usage, self._log.run.limits.max_total_tokens
+        total = usage.input_tokens + usage.output_tokens
+        if limit and total >= limit:
+            told = f"The run used {errors.counted(total, 'token')}, of {limit} that it may."
+            raise errors.limit_exceeded("max_total_tokens", limit, told)
+
+    async def _request(self) -> ModelRequest:
+        live, run = self._log.live, self._log.run
+        where = (self._services.store, live.key, live.user, run.name)
+        request = await context.build(*where, self._log.agent, self._log.summary, self._budget.most_tokens)
+        tools = [ModelTool(tool.name, tool.description, tool.parameters) for tool in self._bound.values()]
+        load = partial(self._services.contents.load, live.key.tenant)
+        return request._replace(tools=tools, output_schema=self._llm.output_schema, load=load)
+
+    # ---- asking
+
+    async def _generate(self, provider: Provider, request: ModelRequest) -> Finish:
+        """Leaves one reply in the draft; asks again when it is cut in mid-stream."""
+        for repeat in range(MODEL_REPEATS + 1):
+            if self._halts:
+                raise Halted
+            self._budget.spend()
+            draft = self._begin(request)
+            try:
+                return await self._halting(self._read(provider, request, draft))
+            except NotecaseError as error:
+                cut = error.reason == v1.ERROR_REASON_MODEL_UNAVAILABLE and draft.blocks
+                if not cut or repeat == MODEL_REPEATS:
+                    raise
+                self._log.log.info("model_call_repeated", repeat=repeat + 1)
+                self._log.live.discard(self._log.step)
+            await self._halting(asyncio.sleep(random.uniform(0, 0.5 * 2**repeat)))
+        raise AssertionError("the last repeat returns or raises")
+
+    def _begin(self, request: ModelRequest) -> Draft:
+        new_id = self._services.new_id
+        draft = Draft(new_id(), self._log.run.name, new_id, as_json=bool(request.output_schema))
+        self._log.live.begin(self._log.step, draft)
+        return draft
+
+    async def _halting(self, work: Coroutine[Any, Any, T]) -> T:
+        """Waits for something that a halt cuts."""
+        return await self._halts.cut(self._services.supervisor.start(work, "model call"))
+
+    async def _read(self, provider: Provider, request: ModelRequest, draft: Draft) -> Finish:
+        live = self._log.live
+        async with aclosing(provider.stream(request)) as stream:
+            async for delta in stream:
+                if isinstance(delta, Finish):
+                    draft.finish(delta)
+                    live.written(first=False)
+                    return delta
+                live.written(draft.feed(delta))
+        raise errors.model_unavailable("The model's reply ended before it was whole.")
+
+    # ---- what is asked for by a schema
+
+    async def _checked(self, provider: Provider, request: ModelRequest, finish: Finish) -> Finish:
+        """Leaves a reply that is valid by the agent's output_schema in the draft, at the second try if need be; calls
+        of tools and refusals are not such replies. Raises OUTPUT_INVALID."""
+        repeat = 0
+        while request.output_schema and (reply := self._draft.json) is not None:
+            problem = await self._services.schemas.problem(request.output_schema, reply)
+            if not problem:
+                break
+            self._log.log.info("reply_invalid", problem=problem, finish_reason=finish.reason)
+            message = self._draft.message(self._log.run.agent, v1.Message.STATUS_INCOMPLETE)
+            used = [v1.Event(usage=finish.usage)]
+            await self._log.durably(lambda used=used: used)  # type: ignore[misc]
+            # What was cut off at a limit would be cut off there again.
+            if repeat == OUTPUT_REPEATS or finish.reason in CUT_OFF:
+                raise errors.output_invalid(problem, finish.reason)
+            repeat += 1
+            self._check_tokens()
+            self._log.live.discard(self._log.step)
+            complaint = v1.Part(text=_complaint(problem, request.output_schema))
+            asked = v1.Message(role=v1.Message.ROLE_USER, parts=[complaint])
+            finish = await self._generate(provider, request._replace(messages=[*request.messages, message, asked]))
+        return finish
+
+    # ---- making room
+
+    async def _shorten(self, provider: Provider, request: ModelRequest, error: NotecaseError) -> None:
+        """Makes the next request shorter than one that was too long. Raises its error where that was a second try, or
+        nothing of it can be spared."""
+        self._log.live.discard(self._log.step)
+        if self._shortened or self._budget.left <= 0:
+            raise error
+        self._shortened = True
+        self._log.log.info("request_too_long", messages=len(request.messages))
+        self._budget.most_tokens = sum(map(Gauge(request.messages).tokens, request.messages)) // 2
+        if await self._summarize(provider, keep=1, batch=1):
+            return
+        if len((await self._request()).messages) == len(request.messages):
+            raise error
+
+    async def _summarize(self, provider: Provider, keep: int, batch: int) -> bool:
+        """Commits a summary of what is older than the newest `keep` messages, if that is `batch` messages or more and
+        the reply's own call is still left. False when none is made: the run goes on without, since nothing is lost."""
+        if not self._budget.may_summarize or self._budget.left < 2:
+            return False
+        store, key = self._services.store, self._log.live.key
+        plan = await summary.plan(store, key, self._log.summary, keep, batch)
+        if plan is None or self._halts:
+            return False
+        self._budget.spend()
+        try:
+            made = await self._halting(summary.write(provider, plan.request(self._llm)))
+        except NotecaseError as error:
+            self._budget.may_summarize = False
+            reason = errors.reason_name(error.reason)
+            self._log.log.warning("summary_failed", reason=reason, message=error.message)
+            return False
+        try:
+            await self._log.durably(lambda: plan.events(*made))
+        except NotecaseError as error:
+            if error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:
+                raise
+            session = await store.get_session(key)  # a caller had it summarised meanwhile
+            self._log.summary = session.summary_sequence if session else 0
+        return True
+
+
+async def bind(run_log: RunLog) -> Mapping[str, Bound]:
+    """What the model may call, by name. TOOL_ERROR when it cannot be had, or two have one name."""
+    found = [
+        [ledger.called_by_caller(tool)] if tool.HasField("client") else await run_log.services.toolbox.resolve(tool)
+        for tool in bindings.declared(run_log.agent, run_log.run)
+    ]
+    return ledger.bind(run_log.agent, run_log.run, found)
+
+
+def _complaint(problem: str, schema: str) -> str:
+    """What a model is told of a reply that is not valid. With the schema: not every provider has shown it."""
+    wanted = "Reply again, with nothing but JSON that is valid by this JSON Schema:"
+    return f"That reply is not valid: {problem}.\n{wanted}\n{schema}"

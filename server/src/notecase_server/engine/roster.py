@@ -1,0 +1,206 @@
+"""Who works on which run in this process."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from typing import NamedTuple
+
+import structlog
+from notecase import v1
+
+from notecase_server import errors, names
+from notecase_server.engine.halt import Halt
+from notecase_server.engine.run_log import RUNNING, RunLog
+from notecase_server.engine.services import Services
+from notecase_server.engine.session import LiveSession, Sessions
+from notecase_server.engine.worker import Worker
+from notecase_server.errors import NotecaseError
+from notecase_server.store.contract import ActiveRun, CommandId, Committed, Once, Query, SessionKey, StepKey
+from notecase_server.store.fold import ENDED, open_calls
+from notecase_server.supervisor import Tasks
+
+log = structlog.get_logger()
+
+QUEUED = v1.Run.STATE_QUEUED
+
+NOT_UNDER_WAY = frozenset({v1.ERROR_REASON_RUN_NOT_FOUND, v1.ERROR_REASON_RUN_ENDED, v1.ERROR_REASON_RUN_ACTIVE})
+"""Why a run takes no answers: it never was, has ended, or is queued."""
+
+
+class Caused(NamedTuple):
+    """What is behind a write: its id in the log, and what makes it idempotent."""
+
+    cause_id: str = ""
+    once: Once | None = None
+    command: CommandId | None = None
+
+
+class Entry(NamedTuple):
+    """A worker with the task that it works in: at work, or waiting for its place."""
+
+    worker: Worker
+    task: asyncio.Task[None]
+
+
+class Roster:
+    """The workers of one process."""
+
+    def __init__(self, sessions: Sessions, services: Services) -> None:
+        self.draining = False
+        self.settle: Callable[[Worker], None] = lambda _: None
+        """Told of a worker that nobody is at work with: see Upkeep.settle."""
+        self.lost: Callable[[Worker], None] = lambda _: None
+        """Told of a worker that broke: see Upkeep.lost."""
+        self._sessions = sessions
+        self._services = services
+        self._store = services.store
+        self._entries: dict[tuple[SessionKey, StepKey], Entry] = {}
+        self._tasks = Tasks("workers")
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(list(self._entries.values()))
+
+    def at_work(self, key: SessionKey, run: str) -> Worker | None:
+        """The worker of a run, unless it has turned to go: then nobody may count on it any more."""
+        entry = self._entries.get((key, StepKey(run)))
+        return None if entry is None or entry.task.done() else entry.worker
+
+    # ---- to work, and from it
+
+    def begin(self, live: LiveSession, committed: Committed, run: str, agent: v1.Agent, *, placed: bool) -> None:
+        """Sets to work on a run that a commit has started. The caller holds the session's lock."""
+        if self.at_work(live.key, run) is not None:
+            return
+        active = ActiveRun(live.key, committed.runs[run], agent, committed.epoch)
+        worker = self.worker_for(RunLog(live, self._services, committed.session, active))
+        worker.placed = placed
+        self.employ(worker)
+
+    def worker_for(self, run_log: RunLog) -> Worker:
+        """Makes a worker that is not at work yet."""
+        return Worker(run_log, self._begin_next)
+
+    def _begin_next(self, worker: Worker, halt: Halt, committed: Committed) -> None:
+        assert halt.replacement is not None
+        run, agent = halt.replacement.run, halt.replacement.record.agent
+        placed, worker.placed = worker.placed, False
+        self.begin(worker.log.live, committed, run, agent, placed=placed)
+
+    def employ(self, worker: Worker) -> None:
+        """Sets a worker to work. Another one of its run must not be at work."""
+        if self.draining:
+            worker.drain()
+        live, step = worker.log.live, worker.log.step
+        task = self._tasks.start(worker.work(), f"run {step.run}", fresh=True)
+        self._entries[live.key, step] = Entry(worker, task)
+        live.work.add(task)
+        task.add_done_callback(lambda done: self._left(worker, done))
+
+    def halt(self, worker: Worker, halt: Halt) -> None:
+        """Has the worker stop what is under way, also when the run waits. The caller holds the session's lock."""
+        worker.halt(halt)
+        if self.at_work(worker.log.live.key, worker.log.run.name) is None:
+            self.employ(worker)
+
+    def _left(self, worker: Worker, task: asyncio.Task[None]) -> None:
+        live, step = worker.log.live, worker.log.step
+        live.work.discard(task)
+        if self._entries[live.key, step].task is not task:
+            return  # another worker is at work on it already
+        del self._entries[live.key, step]
+        if task.cancelled() or task.exception() is not None:
+            if not (live.deleted or self.draining):
+                log.error("run_lost", session=live.key.session, run=step.run, cancelled=task.cancelled())
+                self.lost(worker)
+        elif not worker.lost:
+            self.settle(worker)
+
+    async def drain(self, grace: float) -> None:
+        """Lets replies and calls under way come to their end for up to `grace` seconds, then lets go. What has not
+        ended stays as it is in the store, and it is put on record that it was left in good order."""
+        self.draining = True
+        entries = list(self)
+        for entry in entries:
+            entry.worker.drain()
+        left = await self._tasks.close(grace)
+        for entry in entries:
+            run_log = entry.worker.log
+            if run_log.run.state == RUNNING and not entry.worker.lost and not run_log.live.deleted:
+                try:
+                    await self._store.release_run(run_log.live.key, run_log.run.name)
+                except NotecaseError as error:
+                    log.warning("run_not_released", run=run_log.run.name, reason=errors.reason_name(error.reason))
+        log.info("runs_drained", left=left)
+
+    # ---- the worker of a run
+
+    @asynccontextmanager
+    async def worker(
+        self, key: SessionKey, run: str, caused: Caused, late: NotecaseError | None = None
+    ) -> AsyncIterator[Worker]:
+        """The worker of a run under way, the session's active one for "", under the session's lock; one that is made
+        for the purpose when nobody is at work on it. Afterwards the run goes on if it can.
+
+        Raises Replayed and Duplicate for a repeat, SESSION_NOT_FOUND, SERVER_DRAINING, and `late` for a run that is not
+        under way; by default RUN_NOT_FOUND, RUN_ENDED, and RUN_ACTIVE for a run that is queued behind another."""
+        live = self._sessions.live(key)
+        async with live.lock:
+            await self._settle_commit(live)
+            await self._store.recall(caused.once)
+            await self._store.recall_command(key, caused.command)
+            _, session = await self._sessions.watched(key)
+            run = run or session.active_run
+            try:
+                worker = self.at_work(key, run) or await self._made(live, session, run)
+            except NotecaseError as error:
+                raise (late if late is not None and error.reason in NOT_UNDER_WAY else error) from None
+            yield worker
+            if self.at_work(key, run) is None:
+                self.settle(worker)
+            else:
+                worker.stir()
+
+    async def _settle_commit(self, live: LiveSession) -> None:
+        """Finds out what became of a commit whose answer was lost, before anybody decides on what is known. The caller
+        holds the session's lock."""
+        made = await live.settle()
+        for entry in self if made is not None else ():
+            if entry.worker.log.live is live and made is not None:
+                entry.worker.log.learn(made)
+
+    async def _made(self, live: LiveSession, session: v1.Session, run: str) -> Worker:
+        active = await self._store.active_run(live.key, run) if run else None
+        if active is None:
+            raise await self._not_under_way(live.key, run)
+        if active.run.state == QUEUED:
+            raise errors.run_active(names.run(live.key.session, session.active_run or run))
+        if self.draining and active.run.state == RUNNING:
+            raise errors.draining()
+        return await self.adopted(live, session, active)
+
+    async def adopted(self, live: LiveSession, session: v1.Session, active: ActiveRun) -> Worker:
+        """Makes a worker from the rows. A run that is RUNNING was another worker's: its epoch is raised, so that the
+        other can commit nothing more. The caller holds the session's lock, and settles the worker."""
+        step = StepKey(active.run.name)
+        newest = await self._store.list_messages(live.key, Query(1), newest_first=True, step=step)
+        message = newest.rows[0] if newest.rows and open_calls(newest.rows[0]) else None
+        said = [
+            event
+            for queued in session.queued_commands
+            if queued.run == active.run.name
+            for event in await self._store.read_events(live.key, queued.sequence - 1, 1)
+        ]
+        worker = self.worker_for(RunLog(live, self._services, session, active, message, said))
+        if active.run.state == RUNNING:
+            worker.log.epoch = await self._store.claim(live.key, active.epoch)
+            worker.takes_over = active.deaths + (not active.released)
+        return worker
+
+    async def _not_under_way(self, key: SessionKey, run: str) -> NotecaseError:
+        if not run:
+            return errors.no_run(names.session(key.session))
+        row = await self._store.get_run(key, run)
+        name = names.run(key.session, run)
+        if row is None:
+            return errors.not_found("run", name)
+        return errors.run_ended(name, row[0].state) if row[0].state in ENDED else errors.draining()

@@ -1,0 +1,293 @@
+"""A run's part of its session's log: what is known of the run in this process, and the one way to commit for it.
+
+Whoever decides for a run holds its session's lock, looks at what is known, and commits with what follows from that. A
+commit whose answer was lost is asked about before anybody decides again.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeVar
+
+import structlog
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.engine import ledger
+from notecase_server.engine.draft import Draft
+from notecase_server.engine.services import Services
+from notecase_server.engine.session import LiveSession
+from notecase_server.errors import NotecaseError
+from notecase_server.store.contract import (
+    ActiveRun,
+    CommandId,
+    Commit,
+    Committed,
+    Once,
+    RunRecord,
+    StepKey,
+)
+from notecase_server.store.fold import ENDED, open_calls
+from notecase_server.supervisor import backoff, is_passing
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+RUNNING, WAITING = v1.Run.STATE_RUNNING, v1.Run.STATE_WAITING
+
+LOST = frozenset({v1.ERROR_REASON_OWNER_LOST, v1.ERROR_REASON_SESSION_NOT_FOUND})
+"""The run is no longer this process's: its worker stops at once and commits nothing more."""
+
+
+class RunLog:
+    """One run, as this process knows it. `run`, `message` and the rest are what the last commit left."""
+
+    def __init__(
+        self,
+        live: LiveSession,
+        services: Services,
+        session: v1.Session,
+        active: ActiveRun,
+        message: v1.Message | None = None,
+        said: Sequence[v1.Event] = (),
+    ) -> None:
+        """`message` is the reply whose calls are under way, if there is one, and `said` the command_queued events of
+        what waits to be taken up."""
+        self.live = live
+        self.services = services
+        self.agent = active.agent
+        self.run = v1.Run()
+        self.run.CopyFrom(active.run)
+        self.epoch = active.epoch
+        self.deaths = active.deaths
+        self.message = message
+        self.said = list(said)
+        self.answers: dict[bytes, bool] = {}
+        """Remembered answers: see ledger.remembered."""
+        self.summary = 0
+        """The sequence of the summary in effect."""
+        self.step = StepKey(active.run.name)
+        self.log = log.bind(session=live.key.session, run=active.run.name)
+        self._know(session, ())
+
+    @property
+    def ended(self) -> bool:
+        return self.run.state in ENDED
+
+    @property
+    def draft(self) -> Draft | None:
+        """The reply being written."""
+        return self.live.drafts.get(self.step)
+
+    @property
+    def open(self) -> list[v1.ToolCall]:
+        """The calls without an outcome, in order."""
+        return open_calls(self.message) if self.message is not None else []
+
+    @property
+    def started(self) -> list[v1.ToolCall]:
+        """The calls that are dispatched and the server's to run, unless a person is asked about them."""
+        return self._own_calls(self.open, {request.call.call_id for request in self.run.pending_inputs})
+
+    def call(self, call_id: str) -> v1.ToolCall:
+        """An open call; NotecaseError CALL_NOT_PENDING."""
+        for call in self.open:
+            if call.call_id == call_id:
+                return call
+        raise errors.call_not_pending(call_id)
+
+    # ---- what follows
+
+    def consequence(self, events: Sequence[v1.Event]) -> list[v1.Event]:
+        """Whether the run waits or goes on once these events are committed."""
+        if any(event.HasField("run_state_changed") for event in events) or self.ended:
+            return []
+        left = ledger.left_open(self.message, events)
+        asked = {request.call.call_id for request in self.run.pending_inputs}
+        asked |= {event.input_requested.call.call_id for event in events if event.HasField("input_requested")}
+        asked -= {
+            request.call.call_id
+            for request in self.run.pending_inputs
+            for event in events
+            if event.input_resolved.response.input_id == request.input_id
+        }
+        wanted = WAITING if left and not self._own_calls(left, asked) else RUNNING
+        if wanted == self.run.state:
+            return []
+        return [v1.Event(run_state_changed=v1.RunStateChanged(state=wanted))]
+
+    def _own_calls(self, calls: Sequence[v1.ToolCall], asked: set[str]) -> list[v1.ToolCall]:
+        return [
+            call
+            for call in calls
+            if call.outcome == v1.ToolCall.OUTCOME_RUNNING and not call.client_executed and call.call_id not in asked
+        ]
+
+    def ending(
+        self, state: v1.Run.State.ValueType, error: v1.Error | None = None, reason: str = "", cause_id: str = ""
+    ) -> v1.Event:
+        """The event that ends the run."""
+        dropped = [event.cause_id for event in self.said]
+        change = v1.RunStateChanged(state=state, error=error, reason=reason, dropped_commands=dropped)
+        return v1.Event(cause_id=cause_id, run_state_changed=change)
+
+    def cut(self) -> list[v1.Event]:
+        """The reply being written, as far as it came."""
+        message = self.draft.cut(self.run.agent) if self.draft is not None else None
+        if message is None:
+            self.live.discard(self.step)
+            return []
+        return [v1.Event(message_added=message)]
+
+    def queued(self, latest: v1.UserInput.When.ValueType) -> list[v1.Event]:
+        """The command_queued events of what users said, in order: what steers, and with WHEN_FOLLOW_UP all of it."""
+        late = v1.UserInput.WHEN_FOLLOW_UP
+        return [event for event in self.said if latest == late or event.command_queued.input.when != late]
+
+    def own(self, events: Sequence[v1.Event]) -> Sequence[v1.Event]:
+        """Makes events this run's that are no other's."""
+        for event in events:
+            if not event.run:
+                event.run = self.run.name
+                if event.HasField("message_added"):
+                    event.message_added.run = self.run.name
+        return events
+
+    # ---- commits
+
+    async def command(
+        self, events: Sequence[v1.Event], cause_id: str = "", once: Once | None = None, command: CommandId | None = None
+    ) -> Committed:
+        """Commits on behalf of a command, with what follows. The caller holds the session's lock."""
+        for event in events:
+            event.cause_id = event.cause_id or cause_id
+        return await self._commit(self.own([*events, *self.consequence(events)]), once=once, command=command)
+
+    async def durably(self, decide: Callable[[], list[v1.Event]]) -> Committed | None:
+        """Commits what `decide` says under the session's lock, with what follows; None when that is nothing. Waits for
+        a store that is away, and lets others decide meanwhile."""
+
+        def events() -> Sequence[v1.Event]:
+            decided = decide()
+            return self.own([*decided, *self.consequence(decided)])
+
+        return await self.surely(events)
+
+    async def surely(
+        self,
+        decide: Callable[[], Sequence[v1.Event]],
+        *,
+        once: Once | None = None,
+        command: CommandId | None = None,
+        if_last_sequence: int | None = None,
+        start: RunRecord | None = None,
+        deaths: int | None = None,
+        then: Callable[[Committed], None] | None = None,
+    ) -> Committed | None:
+        """As `durably`, of events that are as they are to be committed, and with conditions. `then` follows the commit
+        at once, with the lock held: before anybody else decides about the session."""
+        commit_id = ""
+
+        async def commit() -> Committed | None:
+            nonlocal commit_id
+            async with self.live.lock:
+                await self.settle()
+                if commit_id and (found := self.live.settled(commit_id)) is not None:
+                    if then is not None:
+                        then(found)
+                    return found
+                events = decide()
+                if not events:
+                    return None
+                commit_id = self.services.new_id()
+                made = await self._commit(events, commit_id, once, command, if_last_sequence, start, deaths)
+                if then is not None:
+                    then(made)
+                return made
+
+        return await self.patiently(commit)
+
+    async def patiently(self, act: Callable[[], Awaitable[T]]) -> T:
+        """Does something again for as long as the store is away: what a run has is worth more than its place."""
+        for wait in backoff():
+            try:
+                return await act()
+            except NotecaseError as error:
+                if not is_passing(error):
+                    raise
+            self.log.warning("run_waits_for_store", seconds=round(wait, 2))
+            await asyncio.sleep(wait)
+        raise AssertionError("the waits have no end")
+
+    async def settle(self) -> None:
+        """Finds out what became of a commit of the run whose answer was lost. The caller holds the session's lock."""
+        made = await self.live.settle()
+        if made is not None:
+            self.learn(made)
+
+    async def _commit(
+        self,
+        events: Sequence[v1.Event],
+        commit_id: str = "",
+        once: Once | None = None,
+        command: CommandId | None = None,
+        if_last_sequence: int | None = None,
+        start: RunRecord | None = None,
+        deaths: int | None = None,
+    ) -> Committed:
+        if deaths is None and self.deaths and start is None:
+            deaths = 0  # the run got somewhere: what kills its process, if anything, is not what it died of before
+        committed = await self.live.commit(
+            Commit(
+                key=self.live.key,
+                id=commit_id,
+                once=once,
+                command=command,
+                if_epoch=self.epoch,
+                claim=start is not None,
+                if_last_sequence=if_last_sequence,
+                events=events,
+                start=start,
+                deaths=deaths,
+            )
+        )
+        self.deaths = self.deaths if deaths is None else deaths
+        self.learn(committed)
+        return committed
+
+    def learn(self, committed: Committed) -> None:
+        """Takes in what a commit has made."""
+        self.run.CopyFrom(committed.runs.get(self.run.name, self.run))
+        self._know(committed.session, committed.events)
+        for message in committed.messages.values():
+            if message.run != self.run.name:
+                continue
+            if open_calls(message):
+                self.message = message
+            elif self.message is not None and self.message.name == message.name:
+                self.message = None
+        if self.ended:
+            self.log.info(
+                "run_finished",
+                state=v1.Run.State.Name(self.run.state).removeprefix("STATE_"),
+                reason=errors.reason_name(self.run.error.reason) if self.run.HasField("error") else "",
+                model_calls=self.run.usage.model_calls,
+                tool_calls=self.run.tool_calls,
+                input_tokens=self.run.usage.input_tokens,
+                output_tokens=self.run.usage.output_tokens,
+            )
+
+    def _know(self, session: v1.Session, events: Sequence[v1.Event]) -> None:
+        waiting = {queued.sequence for queued in session.queued_commands if queued.run == self.run.name}
+        self.said = [event for event in (*self.said, *events) if event.sequence in waiting]
+        self.answers = ledger.remembered(session, self.run)
+        self.summary = session.summary_sequence
+
+
+def taken(queued: Sequence[v1.Event]) -> list[v1.Event]:
+    """What was said becomes messages, under the command's id."""
+    return [
+        v1.Event(cause_id=event.cause_id, message_added=message)
+        for event in queued
+        for message in event.command_queued.input.messages
+    ]

@@ -1,0 +1,32 @@
+"""What all runs of a process share."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from notecase_server.engine.content import Contents
+from notecase_server.engine.places import Places
+from notecase_server.engine.schema import Schemas
+from notecase_server.models.contract import Provider
+from notecase_server.store.contract import Clock, Store
+from notecase_server.supervisor import Supervisor
+from notecase_server.tools.contract import Toolbox
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """Handed to whoever works on runs; nothing in it is replaced while the process lives."""
+
+    store: Store
+    providers: Mapping[str, Provider]
+    """By name, the default one under "" as well."""
+    toolbox: Toolbox
+    contents: Contents
+    schemas: Schemas
+    supervisor: Supervisor
+    places: Places
+    new_id: Callable[[], str]
+    clock: Clock
+    suspects: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a run is at work whose last two processes died: one such run at a time, so that the one that kills its
+    process does not take others with it."""

@@ -1,0 +1,110 @@
+"""Deadlines that are in the rows, and runs that are to end when nobody follows them.
+
+A deadline is a moment of the wall clock. It is looked at when it should have come and every LOOK_SECONDS besides, so
+that a clock that jumps, as that of a machine that was suspended, delays nothing for long. What is due becomes a duty,
+which is tried until it is done.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+
+from notecase import v1
+
+from notecase_server.engine import ledger
+from notecase_server.engine.run_log import RunLog
+from notecase_server.engine.session import Bell, LiveSession
+from notecase_server.store.contract import Clock, SessionKey, Store
+from notecase_server.store.fold import ENDED
+from notecase_server.tools.contract import Outcome
+
+LOOK_SECONDS = 5.0
+
+Place = tuple[SessionKey, str]
+"""A run."""
+
+
+class Timers:
+    """The deadlines of the runs that wait in this process."""
+
+    def __init__(self, clock: Clock, due: Callable[[SessionKey, str], None]) -> None:
+        """`due` is called when a deadline of a run has come; it is then armed no more."""
+        self._clock = clock
+        self._due = due
+        self._deadlines: dict[Place, int] = {}
+        self._changed = Bell()
+
+    def arm(self, key: SessionKey, run: str, deadline: int | None) -> None:
+        """Sets the only deadline of a run, in microseconds since 1970; None for none."""
+        if deadline is None:
+            self._deadlines.pop((key, run), None)
+        else:
+            self._deadlines[key, run] = deadline
+            self._changed.ring()
+
+    async def run(self) -> None:
+        """Calls `due` for what has come, as long as the server lives."""
+        while True:
+            now = self._clock()
+            for place in [place for place, deadline in self._deadlines.items() if deadline <= now]:
+                del self._deadlines[place]
+                self._due(*place)
+            soonest = min(self._deadlines.values(), default=now + round(LOOK_SECONDS * 1e6))
+            await self._changed.wait(min(max(soonest - now, 0) / 1e6, LOOK_SECONDS))
+
+
+def deadline(log: RunLog) -> int | None:
+    """When a waiting run is next to be looked at by `expired`, in microseconds; None for never."""
+    return min((at for at, _ in _deadlines(log)), default=None)
+
+
+def expired(log: RunLog) -> list[v1.Event]:
+    """What becomes of requests and calls that were left unanswered too long."""
+    now = log.services.clock()
+    return [event for at, events in _deadlines(log) if at <= now for event in events]
+
+
+def _deadlines(log: RunLog) -> Iterator[tuple[int, list[v1.Event]]]:
+    run = log.run
+    for request in run.pending_inputs:
+        if request.HasField("expire_time"):
+            reason = "Nobody answered in time."
+            nobody = v1.InputResponse(input_id=request.input_id, decision=ledger.DENY, reason=reason)
+            call = log.call(request.call.call_id)
+            yield request.expire_time.ToMicroseconds(), ledger.answered(request, nobody, call)
+    for call in run.pending_calls:
+        tool, limits = ledger.declaration(log.agent, run, call), run.limits
+        times = [tool.timeout.ToMicroseconds()] if tool.HasField("timeout") else []
+        times += [limits.input_timeout.ToMicroseconds()] if limits.HasField("input_timeout") else []
+        if times:
+            late = ledger.finished(call, Outcome(error="The caller gave no result in time."))
+            yield call.start_time.ToMicroseconds() + min(times), [late]
+
+
+class Company:
+    """Watches over one run that ends when no stream has been attached for `seconds`."""
+
+    def __init__(self, live: LiveSession, run: str, seconds: float, poll_seconds: float) -> None:
+        self._live = live
+        self._run = run
+        self._seconds = seconds
+        self._poll_seconds = poll_seconds
+        self._alone_since = asyncio.get_running_loop().time()
+
+    async def watch(self, store: Store, cancel: Callable[[str], Awaitable[None]]) -> None:
+        """Returns when the run has ended, or when `cancel` has ended it for the reason given. May be called again after
+        it failed: the time alone goes on."""
+        loop = asyncio.get_running_loop()
+        while True:
+            row = await store.get_run(self._live.key, self._run)
+            if row is None or row[0].state in ENDED:
+                return
+            accompanied = bool(self._live.watchers or row[0].pending_inputs)
+            if accompanied:
+                self._alone_since = loop.time()
+            left = self._seconds - (loop.time() - self._alone_since)
+            if left <= 0:
+                await cancel(f"No stream was attached for {self._seconds:g} seconds.")
+                return
+            await self._live.company.wait(self._poll_seconds if accompanied else left)
+            if accompanied:
+                self._alone_since = loop.time()

@@ -1,0 +1,243 @@
+"""Sees to it that every run that has not ended has somebody: a worker, a timer, or its turn in the queue.
+
+What is done here nobody waits for, so that all of it is a duty or a service of the supervisor: what the store refuses
+passingly is tried again, and what is refused for good becomes a fact in the log.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.engine import ledger
+from notecase_server.engine.admission import Admission
+from notecase_server.engine.commands import Commands, words
+from notecase_server.engine.halt import Halt
+from notecase_server.engine.roster import QUEUED, Caused, Roster
+from notecase_server.engine.run_log import RUNNING, WAITING, taken
+from notecase_server.engine.services import Services
+from notecase_server.engine.session import Sessions
+from notecase_server.engine.timers import Company, Timers, deadline, expired
+from notecase_server.engine.worker import Worker
+from notecase_server.errors import NotecaseError
+from notecase_server.store.contract import ActiveRun, SessionKey
+from notecase_server.supervisor import is_passing
+
+log = structlog.get_logger()
+
+TAKEOVER_BATCH = 32
+"""Runs taken over before others get a turn: at most so many turn to the providers at once."""
+
+RAMP_SECONDS = 0.2
+"""Between two batches of a takeover."""
+
+REPAIR_SECONDS = 2.0
+"""How often it is looked for runs that should have somebody and have nobody: whatever became of their last worker, they
+are at work again within seconds."""
+
+MOVED_ON = frozenset(
+    {
+        v1.ERROR_REASON_SESSION_NOT_FOUND,
+        v1.ERROR_REASON_RUN_NOT_FOUND,
+        v1.ERROR_REASON_RUN_ENDED,
+        v1.ERROR_REASON_RUN_ACTIVE,
+        v1.ERROR_REASON_CALL_NOT_PENDING,
+        v1.ERROR_REASON_INPUT_NOT_PENDING,
+        v1.ERROR_REASON_SERVER_DRAINING,
+        v1.ERROR_REASON_OWNER_LOST,
+    }
+)
+"""Refusals that say that there is nothing left to do."""
+
+
+class Upkeep:
+    """The background of all runs of one process."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        services: Services,
+        roster: Roster,
+        admission: Admission,
+        commands: Commands,
+        poll_seconds: float,
+    ) -> None:
+        self._sessions = sessions
+        self._services = services
+        self._store = services.store
+        self._roster = roster
+        self._admission = admission
+        self._commands = commands
+        self._poll_seconds = poll_seconds
+        self._timers = Timers(services.clock, self._time_is_up)
+        self._left_over: set[tuple[SessionKey, str]] = set()
+        """Runs that could not be taken over: they are tried again."""
+        roster.settle, roster.lost, admission.queued = self.settle, self.lost, self.start_next
+
+    def start(self) -> None:
+        """Takes over what a process before this one left, and looks after all runs from then on."""
+        self._services.supervisor.service("upkeep", self._run)
+        self._services.supervisor.service("timers", self._timers.run)
+
+    async def _run(self) -> None:
+        await self.take_over()
+        while True:
+            await asyncio.sleep(REPAIR_SECONDS)
+            await self.repair()
+
+    # ---- takeover and repair
+
+    async def take_over(self) -> int:
+        """Goes on with every run that a process before this one left, from its last commit; returns how many were at
+        work. One that cannot be taken over is left for `repair`."""
+        taken_over, after = 0, None
+        while page := await self._store.active_runs(after, TAKEOVER_BATCH):
+            for active in page:
+                taken_over += await self._adopt(active)
+            last = page[-1]
+            after = (last.key.tenant, last.key.uid, last.run.name)
+            if len(page) == TAKEOVER_BATCH:
+                await asyncio.sleep(RAMP_SECONDS)
+        return taken_over
+
+    async def repair(self) -> None:
+        """Sets to work on runs that nobody is at work on."""
+        for active in await self._store.idle_runs():
+            if self._roster.at_work(active.key, active.run.name) is None:
+                await self._adopt(active)
+        for key, run in list(self._left_over):
+            active_now = await self._store.active_run(key, run)
+            self._left_over.discard((key, run))
+            if active_now is not None:
+                await self._adopt(active_now)
+
+    async def _adopt(self, found: ActiveRun) -> bool:
+        """Sees that a run has somebody; whether it was at work and is now taken over. Its trouble is its own."""
+        key, run = found.key, found.run.name
+        try:
+            if found.run.state == QUEUED:
+                self.start_next(key)
+                return False
+            live, _ = await self._sessions.watched(key)
+            async with live.lock:
+                if self._roster.at_work(key, run) is not None:
+                    return False
+                active = await self._store.active_run(key, run)
+                session = await self._store.get_session(key)
+                if active is None or session is None or active.run.state == QUEUED:
+                    return False
+                worker = await self._roster.adopted(live, session, active)
+                self.settle(worker)
+                return active.run.state == RUNNING
+        except NotecaseError as error:
+            if error.reason in MOVED_ON:
+                return False
+            log.warning("takeover_delayed", session=key.session, run=run, reason=errors.reason_name(error.reason))
+        except Exception:
+            log.exception("takeover_failed", session=key.session, run=run)
+        self._left_over.add((key, run))
+        return False
+
+    def lost(self, worker: Worker) -> None:
+        """Sets to work again on a run whose worker broke."""
+        key, run = worker.log.live.key, worker.log.run.name
+
+        async def again() -> None:
+            active = await self._store.active_run(key, run)
+            if active is not None:
+                await self._adopt(active)
+
+        self._duty("adopt", key, run, again)
+
+    # ---- what follows when a worker has gone home
+
+    def settle(self, worker: Worker) -> None:
+        """Restarts a run without a worker, arms its timers, or starts the next queued run."""
+        if self._roster.draining:
+            return
+        run_log = worker.log
+        key, run = run_log.live.key, run_log.run
+        self._timers.arm(key, run.name, deadline(run_log) if run.state == WAITING else None)
+        if run.state == RUNNING:
+            self._roster.employ(worker)
+        elif run.state == WAITING and run_log.said and run.pending_inputs and not run.pending_calls:
+            self._duty("deny", key, run.name, lambda: self._deny_for_queue(key, run.name))
+        elif run_log.ended:
+            self.start_next(key)
+        if not run_log.ended and run.disconnect.HasField("cancel_after"):
+            self._accompany(worker)
+
+    def _duty(self, name: str, key: SessionKey, run: str, act: Callable[[], Awaitable[None]]) -> None:
+        """Does something for a run; when it is refused for good and the run has not moved on, the run fails."""
+
+        async def refused(error: NotecaseError) -> None:
+            if error.reason not in MOVED_ON:
+                log.error("run_stuck", duty=name, session=key.session, run=run, reason=errors.reason_name(error.reason))
+                await self._fail(key, run, error)
+
+        self._services.supervisor.duty(name, (key, run), act, refused)
+
+    async def _fail(self, key: SessionKey, run: str, error: NotecaseError) -> None:
+        try:
+            async with self._roster.worker(key, run, Caused()) as worker:
+                halt = Halt(state=v1.Run.STATE_FAILED, error=error.to_proto(), reason="It cannot go on.")
+                self._roster.halt(worker, halt)
+            await halt.done
+        except NotecaseError as moved:
+            if moved.reason not in MOVED_ON:
+                raise
+
+    async def _deny_for_queue(self, key: SessionKey, run: str) -> None:
+        """The run waits only for approvals or answers, and a user has sent new input: that takes their place."""
+        async with self._roster.worker(key, run, Caused()) as worker:
+            run_log = worker.log
+            waits = run_log.run.state == WAITING and not run_log.run.pending_calls and run_log.run.pending_inputs
+            if waits and run_log.said:
+                queued = run_log.queued(v1.UserInput.WHEN_FOLLOW_UP)
+                reason = " ".join(words(event.command_queued.input) for event in queued)
+                denied = ledger.withdrawn(run_log.run, run_log.message, reason, deny=True)
+                await run_log.command([*denied, *taken(queued)])
+
+    # ---- the queue
+
+    def start_next(self, key: SessionKey) -> None:
+        """Starts the first queued run of a session once it is idle and there is a place. A start that is refused for
+        good ends as a failed run, and the next one gets its turn."""
+
+        async def start() -> None:
+            while True:
+                try:
+                    return await self._admission.start_next(key)
+                except NotecaseError as error:
+                    if is_passing(error) or error.reason in MOVED_ON:
+                        raise
+                    await self._admission.fail_next(key, error)
+
+        async def refused(error: NotecaseError) -> None:
+            if error.reason not in MOVED_ON:  # a defect that shows every time
+                await self._admission.fail_next(key, error)
+
+        self._services.supervisor.duty("start", key, start, refused)
+
+    # ---- time
+
+    def _time_is_up(self, key: SessionKey, run: str) -> None:
+        async def expire() -> None:
+            async with self._roster.worker(key, run, Caused()) as worker:
+                if events := expired(worker.log):
+                    await worker.log.command(events)
+
+        self._duty("deadline", key, run, expire)
+
+    def _accompany(self, worker: Worker) -> None:
+        """Cancels a run that nobody has followed for as long as its `disconnect` allows."""
+        key, run = worker.log.live.key, worker.log.run.name
+        seconds = worker.log.run.disconnect.cancel_after.ToMicroseconds() / 1e6
+        company = Company(worker.log.live, run, seconds, self._poll_seconds)
+
+        async def cancel(reason: str) -> None:
+            await self._commands.cancel(key, run, v1.CancelCommand(reason=reason))
+
+        self._duty("company", key, run, lambda: company.watch(self._store, cancel))

@@ -1,0 +1,318 @@
+"""One run at work: where is it, and what is its next step?
+
+What is durable is decided by commits alone. Between two of them the worker can be lost at any moment, and the next one,
+here or after a restart, goes on from the last: it looks at the rows, not at what this object remembers.
+"""
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+
+from notecase import v1
+
+from notecase_server import errors, names
+from notecase_server.engine import ledger, model_turn
+from notecase_server.engine.calls import Calls
+from notecase_server.engine.halt import Halt, Halted, Halts
+from notecase_server.engine.ledger import Bound
+from notecase_server.engine.model_turn import Budget, ModelTurn, Reply
+from notecase_server.engine.rewind import Rewind, back
+from notecase_server.engine.run_log import LOST, RUNNING, RunLog, taken
+from notecase_server.engine.schema import value_of
+from notecase_server.errors import NotecaseError
+from notecase_server.store.contract import Committed, Duplicate, Replayed
+
+MOST_DEATHS = 3
+"""A run whose process died so often in a row is what kills it."""
+
+SUSPECT_DEATHS = 2
+"""From then on a run is at work only while no other suspect is."""
+
+
+class Worker:
+    """One run in one process. `work` makes it go on; the other methods may be called meanwhile."""
+
+    def __init__(self, run_log: RunLog, begin_next: Callable[["Worker", Halt, Committed], None]) -> None:
+        """`begin_next` sets to work on the run that a halt has put in the place of this one; it is called with the
+        session's lock held, so that nobody decides in between."""
+        self.log = run_log
+        self.lost = False
+        """The run is no longer this worker's."""
+        self.placed = False
+        """It has one of the process's places."""
+        self.takes_over: int | None = None
+        """It goes on with the run of another worker, after so many deaths in a row; None: it does not."""
+        self._services = run_log.services
+        self._begin_next = begin_next
+        self._halts = Halts()
+        self._calls = Calls(run_log)
+        self._budget = Budget(run_log.run, run_log.agent)
+        self._bound: Mapping[str, Bound] | None = None
+        self._draining = False
+        self._suspect = False
+
+    # ---- what others ask of it
+
+    def halt(self, halt: Halt) -> None:
+        """Cuts what is under way; `work` then seals it."""
+        self._halts.add(halt)
+
+    def drain(self) -> None:
+        """Asks the worker to leave the run as it is at its next commit."""
+        self._draining = True
+        self._halts.stirred.set()
+
+    def stop_call(self, call_id: str) -> None:
+        """Stops what of a call runs here, once its end is on record."""
+        self._calls.stop(call_id)
+
+    def stir(self) -> None:
+        """Makes the worker look at what a command has committed."""
+        self._halts.stirred.set()
+
+    # ---- the work
+
+    async def work(self) -> None:
+        """Returns when the run has ended, waits, was left to a successor, or belongs to another owner."""
+        alarm: asyncio.TimerHandle | None = None
+        try:
+            while self._goes_on:
+                if self.placed and alarm is None and self.log.run.limits.HasField("timeout"):
+                    alarm = self._set_alarm()
+                await self._step()
+                if self._suspect and not self.log.deaths:
+                    self._clear()
+        except NotecaseError as error:
+            if error.reason not in LOST:
+                raise
+            self.lost = True
+            self.log.log.info("run_left", reason=errors.reason_name(error.reason))
+        finally:
+            if alarm is not None:
+                alarm.cancel()
+            self._let_go()
+        await self._calls.close()
+
+    @property
+    def _goes_on(self) -> bool:
+        return not self.log.ended and (bool(self._halts) or (self.log.run.state == RUNNING and not self._may_leave))
+
+    @property
+    def _may_leave(self) -> bool:
+        """Calls under way are not left behind: somebody would have to say what became of them."""
+        return self._draining and (self.log.message is None or not self.placed)
+
+    def _let_go(self) -> None:
+        self.log.live.discard(self.log.step)
+        self._calls.stop_all()
+        name = names.run(self.log.live.key.session, self.log.run.name)
+        self._halts.refuse_all(errors.run_ended(name, self.log.run.state) if self.log.ended else errors.draining())
+        if self._suspect:
+            self._clear()
+        if self.placed:
+            self.placed = False
+            self._services.places.give_back()
+
+    def _clear(self) -> None:
+        """Lets another suspect be at work."""
+        self._suspect = False
+        self._services.suspects.release()
+
+    def _set_alarm(self) -> asyncio.TimerHandle:
+        limit = self.log.run.limits.timeout.ToMicroseconds()
+        left = limit - self.log.run.running_duration.ToMicroseconds()
+        return asyncio.get_running_loop().call_later(max(left, 0) / 1e6, self._out_of_time, limit / 1e6)
+
+    def _out_of_time(self, seconds: float) -> None:
+        told = f"The run took longer than its {errors.counted(seconds, 'second')}."
+        error = errors.limit_exceeded("timeout", round(seconds), told)
+        self.halt(Halt(state=v1.Run.STATE_FAILED, error=error.to_proto()))
+
+    async def _step(self) -> None:
+        try:
+            if self._halts:
+                await self._seal(self._halts.first)
+            elif not self.placed:
+                await self._begin()
+            elif self.log.message is not None:
+                await self._tend()
+            elif self.log.run.ending:
+                await self._end(v1.Run.STATE_CANCELLED)
+            else:
+                await self._turn()
+        except Halted:
+            return
+        except NotecaseError as error:
+            if error.reason in LOST:
+                raise
+            await self._end(v1.Run.STATE_FAILED, error.to_proto())
+        except Exception:
+            request_id = self._services.new_id()
+            self.log.log.exception("run_crashed", request_id=request_id)
+            await self._end(v1.Run.STATE_FAILED, errors.internal(request_id).to_proto())
+
+    # ---- the beginning
+
+    async def _begin(self) -> None:
+        """Waits for a place, and then says that it goes on with the run of another worker, if it does."""
+        supervisor, begun = self._services.supervisor, self._services.clock()
+        wait = self._services.places.wait(self.log.live.key.tenant)
+        waited = await self._halts.cut(supervisor.start(wait, "place"))
+        self.placed = True
+        if self.takes_over is not None and self.takes_over >= SUSPECT_DEATHS:
+            await self._halts.cut(supervisor.start(self._services.suspects.acquire(), "suspect"))
+            self._suspect = waited = True
+        idle = max(self._services.clock() - begun, 0) if waited else 0
+        if self.takes_over is not None:
+            await self._take_over(self.takes_over, idle)
+        elif idle:
+            change = v1.RunStateChanged(state=RUNNING)
+            change.place_wait.FromMicroseconds(idle)
+            await self.log.durably(lambda: [v1.Event(run_state_changed=change)])
+
+    async def _take_over(self, deaths: int, idle: int) -> None:
+        """Commits that this worker goes on with the run, and what becomes of calls that had started under the one
+        before."""
+
+        def decide() -> list[v1.Event]:
+            reason = "The server stopped; the run goes on from its last commit."
+            change = v1.RunStateChanged(state=RUNNING, attempt=self.log.run.attempt + 1, reason=reason)
+            change.place_wait.FromMicroseconds(idle)
+            events = ledger.interrupted(
+                self.log.started, self._declaration, self._services.new_id, self._expire_request
+            )
+            return list(self.log.own([v1.Event(run_state_changed=change), *events]))
+
+        self.takes_over = None
+        if deaths >= MOST_DEATHS:
+            died = errors.owner_died(self.log.live.key.session, deaths)
+            await self._end(v1.Run.STATE_FAILED, died.to_proto())
+            return
+        await self.log.surely(decide, deaths=deaths)
+        self._budget = Budget(self.log.run, self.log.agent)
+        self.log.log.info("run_taken_over", attempt=self.log.run.attempt, deaths=deaths)
+
+    def _declaration(self, call: v1.ToolCall) -> v1.Tool:
+        return ledger.declaration(self.log.agent, self.log.run, call)
+
+    def _expire_request(self, request: v1.InputRequest) -> None:
+        ledger.expire(request, self.log.run, self._services.clock())
+
+    # ---- a turn
+
+    async def _turn(self) -> None:
+        if self._bound is None:
+            self._bound = await model_turn.bind(self.log)
+        reply = await ModelTurn(self.log, self._halts, self._budget, self._bound).reply()
+        await self.log.durably(lambda: self._replied(reply))
+
+    def _replied(self, reply: Reply) -> list[v1.Event]:
+        """The reply, and what it leads to: calls are bound and dispatched, what was queued is taken up, or the run
+        ends."""
+        message, run = reply.message, self.log.run
+        calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
+        for call in calls:
+            if call.tool in reply.bound:
+                call.binding.CopyFrom(reply.bound[call.tool].binding)
+        message.status = v1.Message.STATUS_IN_PROGRESS if calls else v1.Message.STATUS_COMPLETED
+        events = [v1.Event(message_added=message), v1.Event(usage=reply.finish.usage)]
+        if self.log.agent.output_key and not calls and (note := self._note(message)):
+            put = v1.StateOp(key=self.log.agent.output_key, set=note)
+            events.append(v1.Event(state_changed=v1.StateChanged(ops=[put])))
+        limit = run.limits.max_tool_calls
+        if limit and run.tool_calls + len(calls) > limit:
+            told = f"The run may call tools {errors.counted(limit, 'time')}, and needs more."
+            error = errors.limit_exceeded("max_tool_calls", limit, told)
+            events += [ledger.cancelled(call, error.message) for call in calls]
+            return [*events, self.log.ending(v1.Run.STATE_FAILED, error.to_proto())]
+        if calls:
+            return events + self._triaged(calls, reply)
+        if self.log.said and not run.ending:
+            return events + taken(self.log.queued(v1.UserInput.WHEN_FOLLOW_UP))
+        return [*events, self.log.ending(v1.Run.STATE_SUCCEEDED)]
+
+    def _triaged(self, calls: Sequence[v1.ToolCall], reply: Reply) -> list[v1.Event]:
+        made = ledger.triage(calls, reply.bound, self.log.answers, self._services.new_id, self._expire_request)
+        if self.log.run.ending:  # nobody is asked any more
+            asked = [event.input_requested.call for event in made if event.HasField("input_requested")]
+            made = [event for event in made if not event.HasField("input_requested")]
+            made += [ledger.cancelled(call, "The run is to end.") for call in asked]
+        return made
+
+    def _note(self, message: v1.Message) -> v1.Value | None:
+        """Returns a reply that ends a turn as it is put under the agent's output_key: its text, or what its JSON
+        says."""
+        if self.log.agent.llm.output_schema:
+            return next((value_of(part.json) for part in message.parts if part.HasField("json")), None)
+        text = "".join(part.text for part in message.parts)
+        return v1.Value(string_value=text) if text else None
+
+    async def _tend(self) -> None:
+        """Runs the calls that are the server's, and commits each outcome as it comes."""
+        self._calls.begin()
+        if not self._calls:
+            # Nothing of it is the server's any more: the run waits, unless somebody gives the last result just now.
+            await self.log.durably(list)
+            return
+        self._halts.stirred.clear()
+        await self._calls.wait(self._halts.stirred)
+        if not self._halts:
+            await self._calls.keep_finished()
+
+    # ---- ends
+
+    async def _seal(self, halt: Halt) -> None:
+        """Stops everything under way in one commit, and ends the run or goes on with what the user says. A halt that is
+        refused has changed nothing: calls stay under way, and the model is asked once more."""
+        try:
+            await self._calls.keep_finished()  # what came before a halt is kept
+            committed = await self._sealed(halt)
+        except (NotecaseError, Replayed, Duplicate) as refused:
+            self._halts.remove(halt)
+            halt.refuse(refused)
+            if isinstance(refused, NotecaseError) and refused.reason in LOST:
+                raise
+            if self.log.draft is not None:  # the model is asked again, which is not to count twice
+                self.log.live.discard(self.log.step)
+                self._budget.give_back()
+            return
+        self._halts.remove(halt)
+        self._calls.stop_all()
+        halt.done.set_result(committed)
+
+    async def _sealed(self, halt: Halt) -> Committed:
+        replacement = halt.replacement
+        while True:
+            way: Rewind | None = None
+            if replacement is not None and replacement.back is not None:
+                way = await back(self._services.store, self.log.live.key, self.log.run, replacement.back)
+            head = way.head if way is not None else None
+            try:
+                committed = await self.log.surely(
+                    lambda way=way: self._sealing(halt, way),  # type: ignore[misc]
+                    once=halt.once,
+                    command=halt.command,
+                    if_last_sequence=head,
+                    start=replacement.record if replacement is not None else None,
+                    then=(lambda made: self._begin_next(self, halt, made)) if replacement is not None else None,
+                )
+            except NotecaseError as error:
+                if way is None or error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:
+                    raise
+            else:
+                assert committed is not None
+                return committed
+
+    def _sealing(self, halt: Halt, way: Rewind | None) -> list[v1.Event]:
+        events = [*self.log.cut(), *ledger.sealed(self.log.run, self.log.message, halt.reason)]
+        if halt.said:
+            events += halt.said
+            return list(self.log.own([*events, *self.log.consequence(events)]))
+        ended = self.log.own([*events, self.log.ending(halt.state, halt.error, halt.reason, halt.cause_id)])
+        return [*ended, *(way.events if way else ()), *(halt.replacement.events if halt.replacement else ())]
+
+    async def _end(self, state: v1.Run.State.ValueType, error: v1.Error | None = None) -> None:
+        def decide() -> list[v1.Event]:
+            sealed = ledger.sealed(self.log.run, self.log.message, "The run ended.")
+            return [*self.log.cut(), *sealed, self.log.ending(state, error)]
+
+        await self.log.durably(decide)

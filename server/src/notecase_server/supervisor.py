@@ -1,0 +1,224 @@
+"""Owns every task of a server: nothing runs in the background that nobody answers for.
+
+A task is one of three things.
+
+- Work with a caller, who may go away (`whole`): it is carried to its end all the same, because what follows from a
+  commit must follow it. The caller is told of its failure; a failure that is not a refusal is logged too.
+- A duty (`duty`): something that must happen although nobody waits for it, such as the start of a queued run or a
+  deadline. What the store refuses passingly, and what breaks, is tried again; a refusal for good is handed to the
+  duty's `refused`, which makes it a fact.
+- A service (`service`): a loop that runs as long as the server does. When it breaks it is started again.
+
+Everything that is tried again waits longer each time, is logged and is counted. The rule by which it gives up: a duty
+that has broken DUTY_TRIES times is handed to `refused` with INTERNAL; a service that breaks SERVICE_TRIES times in a
+row without having lived for a minute is a defect that stops the process.
+"""
+
+import asyncio
+import contextvars
+import random
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+import structlog
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.errors import NotecaseError
+from notecase_server.store.contract import Duplicate, Replayed
+
+T = TypeVar("T")
+
+Act = Callable[[], Awaitable[None]]
+Refused = Callable[[NotecaseError], Awaitable[None]]
+
+log = structlog.get_logger()
+
+BACKOFF = (0.1, 10.0)
+"""Seconds between tries, at first and at most."""
+
+DUTY_TRIES = 5
+"""A defect that shows every time is not mended by trying on; a passing one is gone within these tries' few seconds."""
+
+SERVICE_TRIES = 10
+"""A service that cannot live for a minute ten times in a row leaves the server without a part that it needs."""
+
+HEALTHY_SECONDS = 60.0
+"""A service that has lived for so long is not one that breaks at once: its count begins anew."""
+
+
+def backoff() -> Iterator[float]:
+    """Yields the seconds to wait before each further try: doubling from the first of BACKOFF to the second, spread by a
+    fifth so that many that failed together do not come back together."""
+    wait, longest = BACKOFF
+    while True:
+        yield wait * random.uniform(0.8, 1.2)
+        wait = min(wait * 2, longest)
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same work may succeed later without anything being changed."""
+    return isinstance(error, NotecaseError) and error.reason == v1.ERROR_REASON_STORE_UNAVAILABLE
+
+
+class Tasks:
+    """Tasks that belong to one owner, who closes them. They are held here, so that none is collected under way, and one
+    that breaks is logged even when nobody asks what became of it."""
+
+    def __init__(self, owner: str) -> None:
+        """`owner` is its name in the log."""
+        self._owner = owner
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def start(self, work: Coroutine[Any, Any, T], name: str = "", *, fresh: bool = False) -> asyncio.Task[T]:
+        """Begins work whose end the owner awaits or does not depend on. With `fresh` the log's context is empty there:
+        the work does not belong to the call that happened to begin it."""
+        context = contextvars.Context() if fresh else None
+        task = asyncio.create_task(work, name=name or None, context=context)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None and not is_answer(error):
+            log.error("task_crashed", owner=self._owner, task=task.get_name(), exc_info=error)
+
+    async def close(self, grace: float = 0.0) -> int:
+        """Waits for the tasks for up to `grace` seconds and cancels those that are left; returns how many those were.
+        A task that ignores its cancellation is left behind after another second, and named in the log."""
+        if not self._tasks:
+            return 0
+        late = set(self._tasks)
+        if grace > 0:
+            _, late = await asyncio.wait(self._tasks, timeout=grace)
+        for task in late:
+            task.cancel()
+        if late:
+            _, stuck = await asyncio.wait(late, timeout=STUCK_SECONDS)
+            for task in stuck:
+                log.error("task_stuck", owner=self._owner, task=task.get_name())
+        return len(late)
+
+
+STUCK_SECONDS = 1.0
+"""How long a cancelled task may take to end before it is left behind: a stop must not wait for code that does not."""
+
+
+def is_answer(error: BaseException) -> bool:
+    """Whether this is something that a caller is told, and not a defect."""
+    return isinstance(error, NotecaseError | Replayed | Duplicate)
+
+
+class Supervisor:
+    """Everything in the background of one server."""
+
+    def __init__(self, new_id: Callable[[], str]) -> None:
+        self.broken: asyncio.Event = asyncio.Event()
+        """Set when a service has given up: the process is to end."""
+        self.restarts: Counter[str] = Counter()
+        """How often something was tried again, by name."""
+        self._new_id = new_id
+        self._work = Tasks("supervisor")
+        self._dutiful_tasks = Tasks("duties")
+        self._duties: dict[tuple[str, object], asyncio.Task[None]] = {}
+        self._again: dict[tuple[str, object], tuple[Act, Refused]] = {}
+        self._services = Tasks("services")
+        self._draining = False
+
+    async def whole(self, work: Coroutine[Any, Any, T]) -> T:
+        """Carries work out to its end although its caller goes away; returns and raises as the work does."""
+        return await asyncio.shield(self._work.start(work))
+
+    def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """Begins work whose owner watches it; it is held here and ended by `drain`."""
+        return self._work.start(work, name)
+
+    def duty(
+        self,
+        name: str,
+        about: object,
+        act: Act,
+        refused: Refused,
+    ) -> None:
+        """Does something that nobody waits for. One duty of a name is under way about one thing: when it is asked for
+        meanwhile, it is done once more afterwards. `refused` is told of a refusal for good; what it raises passingly is
+        tried again as well."""
+        place = (name, about)
+        if self._draining:
+            return
+        if place in self._duties:
+            self._again[place] = (act, refused)
+            return
+        task = self._duties[place] = self._dutiful_tasks.start(self._dutiful(name, act, refused), name, fresh=True)
+        task.add_done_callback(lambda _: self._done(place))
+
+    def _done(self, place: tuple[str, object]) -> None:
+        del self._duties[place]
+        if (again := self._again.pop(place, None)) is not None:
+            self.duty(*place, *again)
+
+    async def _dutiful(self, name: str, act: Act, refused: Refused) -> None:
+        refusal = await self._tried(name, act)
+        if refusal is not None and (again := await self._tried(name, lambda: refused(refusal))) is not None:
+            log.error("duty_given_up", duty=name, reason=errors.reason_name(again.reason))
+
+    async def _tried(self, name: str, act: Act) -> NotecaseError | None:
+        """Acts until it is done; or returns why it cannot be."""
+        broke = 0
+        for wait in backoff():
+            try:
+                await act()
+            except NotecaseError as error:
+                if not is_passing(error):
+                    return error
+                log.warning("duty_waits", duty=name, reason=errors.reason_name(error.reason), seconds=round(wait, 2))
+            except Exception as error:
+                broke += 1
+                request_id = self._new_id()
+                log.exception("duty_crashed", duty=name, tries=broke, request_id=request_id, kind=type(error).__name__)
+                if broke == DUTY_TRIES:
+                    return errors.internal(request_id)
+            else:
+                return None
+            self.restarts[name] += 1
+            await asyncio.sleep(wait)
+        raise AssertionError("the waits have no end")
+
+    def service(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
+        """Keeps a loop running until `drain`."""
+        self._services.start(self._kept(name, run), name, fresh=True)
+
+    async def _kept(self, name: str, run: Callable[[], Awaitable[None]]) -> None:
+        loop = asyncio.get_running_loop()
+        broke, waits = 0, backoff()
+        while broke < SERVICE_TRIES:
+            begun = loop.time()
+            try:
+                await run()
+            except Exception as error:
+                if loop.time() - begun >= HEALTHY_SECONDS:
+                    broke, waits = 0, backoff()
+                broke += not (isinstance(error, NotecaseError) and is_passing(error))
+                wait = next(waits)
+                log.exception("service_restarted", service=name, failures=broke, seconds=round(wait, 2))
+            else:
+                wait = next(waits)
+                log.error("service_ended", service=name, seconds=round(wait, 2))
+                broke += 1
+            self.restarts[name] += 1
+            await asyncio.sleep(wait)
+        log.critical("service_given_up", service=name, failures=broke)
+        self.broken.set()
+
+    async def drain(self, grace: float) -> None:
+        """Ends services and duties, which the next process takes up again from the rows, and waits for other work for
+        up to `grace` seconds."""
+        self._draining = True
+        await self._services.close()
+        await self._dutiful_tasks.close()
+        await self._work.close(grace)
