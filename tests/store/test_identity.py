@@ -81,6 +81,14 @@ def about(request_id: str, key: SessionKey, answer: Answer | None = None) -> Onc
     return once(request_id, answer or Answer("session"), tenant=key.tenant)
 
 
+async def recorded(store: Store, request: Once) -> bytes | None:
+    """The answer that is kept of a request that was carried out."""
+    assert isinstance(store, TableStore)
+    row = await store._read(lambda tables: tables.request(request))
+    assert row is not None
+    return row.response
+
+
 async def made(store: Store, way: Way, key: SessionKey) -> None:
     """A session, in one of the ways there are."""
     source = session_key(key.tenant, "source")
@@ -106,7 +114,8 @@ async def prepare(store: Store, tenant: str) -> None:
 
 
 async def everything(store: Store, key: SessionKey) -> dict[str, Any]:
-    """All that can be asked of a session by its key."""
+    """All that can be asked of a session by its key; no command was applied to it."""
+    await store.recall_command(key, COMMAND)
     return {
         **await contents(store, key),
         "message": await store.get_message(key, "m1"),
@@ -115,7 +124,6 @@ async def everything(store: Store, key: SessionKey) -> dict[str, Any]:
         "named": await store.get_state(key.state, ["k", "portrait"]),
         "of the run": (await store.list_messages(key, EVERYTHING, step=StepKey("r1"))).rows,
         "found": [await store.find_commit(key, commit_id) for commit_id in ("first", "second")],
-        "command": await store.recall_command(key, COMMAND),
     }
 
 
@@ -186,10 +194,7 @@ async def test_requests_about_a_deleted_session_are_not_answered_by_the_next(sto
             await store.recall(request)
         with refused("SESSION_NOT_FOUND"):
             await store.commit(Commit(key=NEXT, events=[said("m9")], once=request))
-        assert isinstance(store, TableStore)
-        recorded = await store._read(lambda tables, request=request: tables.request(request))  # type: ignore[misc]
-        assert recorded is not None
-        assert recorded.response is None
+        assert await recorded(store, request) is None
     assert await everything(store, NEXT) == before
 
 
