@@ -39,10 +39,14 @@ ROOMS: dict[str, Room] = {
     "config": Room({"errors", "tools.mcp"}, "Settings are read once and handed in; nobody asks for them."),
     "store.contract": Room({"errors"}, "A promise knows none of those who keep it."),
     "store.fold": Room({"errors", "store.contract"}, "What a log means is the same on every store."),
+    "store.bindings": Room(set(), "A call means the same tool whenever and wherever it is asked."),
+    "store.earlier": Room({"store.bindings", "store.fold"}, "What was stored once is read in one way."),
     "store.answers": Room({"names", "store.contract"}, "What is answered is made from what was written, in one place."),
     "store": Room({"errors", "store.answers", "store.contract", "store.fold"}, "What stores share knows none of them."),
     "store.memory": Room({"errors", "store", "store.contract", "store.fold"}, "A store leans on no other."),
-    "store.sqlite": Room({"errors", "store", "store.contract", "store.fold"}, "A store leans on no other."),
+    "store.sqlite": Room(
+        {"errors", "store", "store.contract", "store.earlier", "store.fold"}, "A store leans on no other."
+    ),
     "models": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
     "models.contract": Room({"errors"}, "A promise knows none of those who keep it."),
     "models.chat_stream": Room({"errors", "models.contract"}, "A format's reader needs no provider."),
@@ -58,7 +62,8 @@ ROOMS: dict[str, Room] = {
     ),
     "tools.toolbox": Room({"errors", "tools.contract", "tools.functions", "tools.mcp"}, "It composes the two."),
     "engine": Room(
-        {"errors", "names", "store.contract", "store.fold", "models.contract", "tools.contract", "tools.naming"},
+        {"errors", "names", "store.bindings", "store.contract", "store.earlier", "store.fold", "models.contract"}
+        | {"tools.contract", "tools.naming"},
         "Runs are the same whatever stores, answers or carries them.",
     ),
     "rpc": Room(

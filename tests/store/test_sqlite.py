@@ -28,6 +28,7 @@ from notecase_server.store.contract import (
     StoreOpenError,
 )
 from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite_schema import SCHEMA
 from notecase_server.store.tables import Tables
 
 from tests.store.build import (
@@ -387,37 +388,30 @@ async def test_closing_waits_for_commits_under_way(path: Path, clock: ManualCloc
     await again.close()
 
 
-async def test_migrations_run_once_and_in_order(
+async def test_a_new_file_that_could_not_be_made_is_empty_and_made_the_next_time(
     path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = await SqliteStore.open(path, clock)
-    await create(store)
-    before = await contents(store)
-    await store.close()
-    later = (("CREATE TABLE later (x)", "INSERT INTO later VALUES (1)"), ("INSERT INTO later SELECT x + 1 FROM later",))
-    monkeypatch.setattr(sqlite_file, "MIGRATIONS", (*sqlite_file.MIGRATIONS, *later))
-    for _ in range(2):
-        store = await SqliteStore.open(path, clock)
-        assert await contents(store) == before
-        await store.close()
-    with sqlite3.connect(path) as connection:
-        assert connection.execute("SELECT x FROM later ORDER BY x").fetchall() == [(1,), (2,)]
-        assert connection.execute("PRAGMA user_version").fetchone() == (len(sqlite_file.MIGRATIONS),)
-    connection.close()
-
-
-async def test_a_migration_that_fails_leaves_the_file_as_it_was(
-    path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await (await SqliteStore.open(path, clock)).close()
     with monkeypatch.context() as patch:
-        patch.setattr(sqlite_file, "MIGRATIONS", (*sqlite_file.MIGRATIONS, ("CREATE TABLE later (x)", "nonsense")))
+        patch.setattr(sqlite_file, "SCHEMA", (*SCHEMA, "nonsense"))
         assert "cannot be used as a store" in await refusal(path)
     with sqlite3.connect(path) as connection:
-        assert connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'later'").fetchone() == (0,)
-        assert connection.execute("PRAGMA user_version").fetchone() == (len(sqlite_file.MIGRATIONS),)
+        assert connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (0,)
     connection.close()
+    store = await SqliteStore.open(path, clock)
+    await create(store)
+    await store.close()
+
+
+@pytest.mark.parametrize("version", [0, -1])
+async def test_a_file_of_an_unknown_schema_is_refused(path: Path, clock: ManualClock, version: int) -> None:
     await (await SqliteStore.open(path, clock)).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"PRAGMA user_version = {version}")
+    connection.close()
+    before = path.read_bytes()
+    assert f"unknown schema, {version}" in await refusal(path)
+    assert path.read_bytes() == before
 
 
 async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:

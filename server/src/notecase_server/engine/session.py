@@ -6,7 +6,7 @@ later. Used from one event loop only.
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal, TypeVar
 from weakref import WeakValueDictionary
@@ -25,6 +25,7 @@ from notecase_server.store.contract import (
     Replayed,
     Scope,
     SessionKey,
+    StepKey,
     Store,
 )
 
@@ -85,13 +86,17 @@ class Block:
 
 
 class OpenMessage:
-    """The reply a run is making; a block's index is that of the part it will be."""
+    """The draft of the reply that a step of a run is making; a block's index is that of the part it will be."""
 
-    __slots__ = ("blocks", "name")
+    __slots__ = ("blocks", "name", "run", "settled")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, run: str = "") -> None:
         self.name = name
+        self.run = run
         self.blocks: list[Block] = []
+        self.settled = False
+        """A commit of its message has begun and may be in the log before this process hears of it: watchers take the
+        rest from the message."""
 
 
 class LiveSession:
@@ -102,7 +107,8 @@ class LiveSession:
         self.user = ""
         self.head = 0
         """The newest sequence known here; the store may be ahead."""
-        self.open: OpenMessage | None = None
+        self.drafts: dict[StepKey, OpenMessage] = {}
+        """The replies being made. A draft that is gone without its message in the log was discarded."""
         self.deleted = False
         self.work: asyncio.Task[None] | None = None
         """What works on a run of it here; stopped when the session is deleted."""
@@ -133,6 +139,9 @@ class LiveSession:
         to `settle`."""
         commit_id = commit.id or self._sessions.new_id()
         commit = replace(commit, id=commit_id, content_limit=self._sessions.content_limit)
+        added = _messages_added(commit.events)
+        for draft in self.drafts.values():
+            draft.settled = draft.settled or draft.name in added
         try:
             committed = await self._store.commit(commit)
         except NotecaseError as error:
@@ -169,8 +178,8 @@ class LiveSession:
         self.user = committed.session.user
         for event in committed.events:
             self._keep(event)
-            if self.open is not None and event.message_added.name == self.open.name:
-                self.open = None
+        added = _messages_added(committed.events)
+        self.drafts = {step: draft for step, draft in self.drafts.items() if draft.name not in added}
         self.head = max(self.head, committed.session.last_sequence)
         self.ring()
         for scope, state in committed.state.items():
@@ -220,13 +229,13 @@ class LiveSession:
         self.watchers -= 1
         self.company.ring()
 
-    def begin(self, name: str) -> OpenMessage:
-        """Opens the message that a model is about to write."""
-        self.open = OpenMessage(name)
-        return self.open
+    def begin(self, step: StepKey, name: str) -> OpenMessage:
+        """Opens the draft of the message that a model is about to write for a step, in place of the one before."""
+        draft = self.drafts[step] = OpenMessage(name, step.run)
+        return draft
 
     def add(self, block: Block, text: str) -> int:
-        """Appends to a block of the open message and returns how many bytes. A lone surrogate becomes U+FFFD."""
+        """Appends to a block of a draft and returns how many bytes. A lone surrogate becomes U+FFFD."""
         first = not block.data
         try:
             data = text.encode()
@@ -239,15 +248,18 @@ class LiveSession:
             self.later.ring()
         return len(data)
 
-    def discard(self) -> None:
-        """Forgets the open message: nothing of it was kept."""
-        opened, self.open = self.open, None
-        if opened is not None and opened.blocks:
-            self.notice(v1.Event(message_discarded=v1.MessageDiscarded(message=opened.name)))
+    def discard(self, step: StepKey) -> None:
+        """Forgets the draft of a step: nothing of it was kept. Whoever was sent some of it is told."""
+        if self.drafts.pop(step, None) is not None:
+            self.ring()
 
     def ring(self) -> None:
         self.soon.ring()
         self.later.ring()
+
+
+def _messages_added(events: Iterable[v1.Event]) -> set[str]:
+    return {event.message_added.name for event in events if event.HasField("message_added")}
 
 
 class Sessions:

@@ -121,15 +121,17 @@ class Streams:
     async def _started(self, started: Started, options: v1.WatchOptions) -> "Place":
         live, session = await self._sessions.watched(started.key)
         run = started.run
+        # A run that was just started may be ahead already; what it says is new to this stream.
+        head = session.last_sequence if started.existing else run.last_sequence
         attached = v1.Attached(
             session=names.session(started.key.session),
             session_uid=started.key.uid,
-            last_sequence=session.last_sequence,
+            last_sequence=head,
             existing=started.existing,
         )
         followed, after = run.name, run.first_sequence - 1
         attached.run.CopyFrom(names.render_run(started.key.session, run))
-        cursor = Cursor(live, self._sessions.store, after, session.last_sequence, options, self._pace, followed)
+        cursor = Cursor(live, self._sessions.store, after, head, options, self._pace, followed)
         return Place(live, attached, cursor, followed)
 
     async def _write(

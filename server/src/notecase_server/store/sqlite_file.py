@@ -17,8 +17,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import structlog
+from google.protobuf.message import DecodeError
+
 from notecase_server.store.contract import StoreOpenError
+from notecase_server.store.sqlite_migration import from_first
 from notecase_server.store.sqlite_schema import SCHEMA, VERSION
+
+log = structlog.get_logger()
 
 APPLICATION_ID = 0x6E746373
 """Says whose file it is, in its header: "ntcs"."""
@@ -64,7 +70,7 @@ def connect(path: Path, readers: int) -> Connections:
             writer.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             writer.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
             writer.execute(f"PRAGMA cache_size = -{WRITER_CACHE_KIB}")
-            migrate(writer)
+            bring_up_to_date(writer)
             secret: bytes = writer.execute("SELECT secret FROM store").fetchone()[0]
             pool = [_connection(path, opened) for _ in range(readers)]
             for reader in pool:
@@ -73,6 +79,8 @@ def connect(path: Path, readers: int) -> Connections:
             raise StoreOpenError(_refusal(path, error)) from error
         except sqlite3.Error as error:
             raise StoreOpenError(_sqlite_refusal(path, error)) from error
+        except DecodeError as error:
+            raise StoreOpenError(f"{path} has a row that is damaged. Put a backup in its place.") from error
         return Connections(writer, pool, secret, opened.pop_all().close)
 
 
@@ -108,6 +116,8 @@ def _check(path: Path, connection: sqlite3.Connection) -> None:
             f"{path} was written by a newer notecase: its schema is {version}, this one knows up to {VERSION}."
             " Use that version, or choose another path."
         )
+    if version < 0 or (tables and not version):
+        raise StoreOpenError(f"{path} has tables of an unknown schema, {version}. Choose another path.")
 
 
 def backup(path: Path, destination: Path, force: bool) -> None:
@@ -185,19 +195,32 @@ def _sqlite_refusal(path: Path, error: sqlite3.Error) -> str:
     return f"{path} cannot be used as a store: SQLite says {str(error)!r}."
 
 
-def migrate(connection: sqlite3.Connection) -> None:
-    """Makes the tables of a new file, in one transaction."""
-    if connection.execute("PRAGMA user_version").fetchone()[0] == VERSION:
+def bring_up_to_date(connection: sqlite3.Connection) -> None:
+    """Makes the tables of a new file or converts those of an older one, in one transaction: until all is done the
+    file is what it was.
+
+    Raises DecodeError for a row that is damaged."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version == VERSION:
         return
     connection.execute("BEGIN IMMEDIATE")
     try:
-        for statement in SCHEMA:
-            connection.execute(statement)
-        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-        connection.execute("INSERT INTO store VALUES (randomblob(32))")
+        if version:
+            from_first(connection)
+        else:
+            _make(connection)
         connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
         raise
+    if version:
+        log.info("store_migrated", schema=VERSION)
+
+
+def _make(connection: sqlite3.Connection) -> None:
+    for statement in SCHEMA:
+        connection.execute(statement)
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute("INSERT INTO store VALUES (randomblob(32))")
