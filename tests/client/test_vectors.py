@@ -21,7 +21,8 @@ def parsed(view: dict[str, Any], after: int | None) -> SessionView:
     expected.messages = {message.name: message for message in messages}
     expected.state = {key: ParseDict(value, v1.Value()) for key, value in view.get("state", {}).items()}
     expected.queued = [ParseDict(queued, v1.QueuedCommand()) for queued in view.get("queued", [])]
-    expected.remembered = view.get("remembered", {})
+    answers = view.get("remembered", {}).items()
+    expected.remembered = {asked: ParseDict(answer, v1.RememberedApproval()) for asked, answer in answers}
     summaries = view.get("summaries", {}).items()
     expected.summaries = {int(sequence): ParseDict(made, v1.Summarized()) for sequence, made in summaries}
     expected.open = {

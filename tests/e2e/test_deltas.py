@@ -10,11 +10,11 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import SessionView, v1
 from notecase_server import errors
-from notecase_server.engine.session import Block, LiveSession, OpenMessage, StepKey
+from notecase_server.engine.session import Block, LiveSession, OpenMessage
 from notecase_server.models.contract import Call, Delta, Reasoning, Refusal, Text
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.watch import Cursor, Pace
-from notecase_server.store.contract import PAGE_BYTES, Commit, Committed, SessionKey
+from notecase_server.store.contract import PAGE_BYTES, Commit, Committed, StepKey
 
 from tests.e2e.driving import BySendCommand, OnStream, durable, events_of, said
 from tests.e2e.test_resume import END, Held
@@ -381,7 +381,8 @@ async def test_two_drafts_are_open_in_one_session(case: Running) -> None:
     """Two steps of a run write at once: both are streamed, one ends whole and one is discarded, and neither closes the
     other; a stream that comes in between gets both from their beginning."""
     sessions = case.server._sessions
-    live, row = await sessions.watched(SessionKey("default", "case"))
+    key, row = await sessions.find("default", "case")
+    live = sessions.live(key)
     await case.runs.CreateRun(v1.CreateRunRequest(start=v1.StartRun(session=CASE, run_id="r", messages=[said("Go")])))
     started = live.head
     one, two = StepKey("r", "draft"), StepKey("r", "review")

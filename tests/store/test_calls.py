@@ -9,6 +9,7 @@ from tests.store.build import (
     AGENT,
     EVERYTHING,
     KEY,
+    LENS,
     RECORD,
     ManualClock,
     add,
@@ -27,6 +28,7 @@ from tests.store.build import (
     refused,
     replied,
     said,
+    session_key,
     start,
     started,
     taken,
@@ -103,7 +105,7 @@ async def test_a_call_that_nobody_asked_for_is_not_pending(calling: Store, call_
 
 
 async def test_a_call_of_another_session_is_not_pending_here(calling: Store) -> None:
-    other = KEY._replace(session="other")
+    other = session_key("acme", "other")
     await create(calling, other)
     await start(calling, "r1", key=other)
     with refused("CALL_NOT_PENDING"):
@@ -136,22 +138,53 @@ async def test_who_is_asked_is_asked_until_somebody_answers(calling: Store) -> N
     assert await contents(calling) == before
 
 
+def remembers(sequence: int, approved: bool = True) -> v1.RememberedApproval:
+    return v1.RememberedApproval(
+        agent=AGENT.name, tool="lens", digest=LENS.digest, approved=approved, sequence=sequence
+    )
+
+
 async def test_a_decision_is_remembered_for_as_long_as_it_says(calling: Store) -> None:
-    """For the run or for the session; approved or denied; the last decision counts."""
+    """For the run or for the session; approved or denied; each under what it answered, with its place in the log."""
     approve, deny = v1.InputResponse.DECISION_APPROVE, v1.InputResponse.DECISION_DENY
     run, session = v1.InputResponse.REMEMBER_RUN, v1.InputResponse.REMEMBER_SESSION
-    await add(calling, *(asked(f"i{number}", "c1", "r1") for number in range(4)))
+    asking = await add(calling, *(asked(f"i{number}", "c1", "r1") for number in range(4)))
+    head = asking.session.last_sequence
     committed = await add(calling, answered("i0", "r1", approve))
     assert (dict(committed.runs["r1"].remembered), dict(committed.session.remembered)) == ({}, {})
     committed = await add(calling, answered("i1", "r1", approve, run))
-    assert (dict(committed.runs["r1"].remembered), dict(committed.session.remembered)) == ({"lens": True}, {})
+    of_run = {"i1": remembers(head + 2)}
+    assert (dict(committed.runs["r1"].remembered), dict(committed.session.remembered)) == (of_run, {})
     committed = await add(calling, answered("i2", "r1", approve, session), answered("i3", "r1", deny, session))
-    assert dict(committed.session.remembered) == {"lens": False}
-    assert dict((await run_of(calling, "r1")).remembered) == {"lens": True}
+    of_session = {"i2": remembers(head + 3), "i3": remembers(head + 4, approved=False)}
+    assert dict(committed.session.remembered) == of_session
+    assert dict((await run_of(calling, "r1")).remembered) == of_run
     await add(calling, finished("c1", "r1"), finished("c2", "r1"), ended("r1"))
     committed = await start(calling, "r2")
     assert dict(committed.runs["r2"].remembered) == {}
-    assert dict(committed.session.remembered) == {"lens": False}
+    assert dict(committed.session.remembered) == of_session
+
+
+async def test_a_rewind_takes_back_what_was_remembered_after_it(calling: Store) -> None:
+    """And with the last answer what it overruled is in force again."""
+    approve, deny = v1.InputResponse.DECISION_APPROVE, v1.InputResponse.DECISION_DENY
+    session = v1.InputResponse.REMEMBER_SESSION
+    asking = await add(calling, asked("i1", "c1", "r1"), asked("i2", "c2", "r1"))
+    head = asking.session.last_sequence
+    await add(calling, answered("i1", "r1", approve, session), answered("i2", "r1", deny, session))
+    await add(calling, finished("c1", "r1"), finished("c2", "r1"), ended("r1"))
+    committed = await add(calling, v1.Event(rewound=v1.Rewound(to_sequence=head + 2)))
+    assert dict(committed.session.remembered) == {
+        "i1": remembers(head + 1),
+        "i2": remembers(head + 2, approved=False),
+    }
+    committed = await add(calling, v1.Event(rewound=v1.Rewound(to_sequence=head + 1)))
+    assert dict(committed.session.remembered) == {"i1": remembers(head + 1)}
+    committed = await add(calling, v1.Event(rewound=v1.Rewound(to_sequence=head)))
+    assert dict(committed.session.remembered) == {}
+    found = await calling.get_session(KEY)
+    assert found is not None
+    assert dict(found.remembered) == {}
 
 
 @pytest.mark.parametrize("kind", [v1.InputRequest.KIND_QUESTION, v1.InputRequest.KIND_INTERRUPTED_CALL])
@@ -170,7 +203,11 @@ async def test_a_run_that_waits_is_active_and_its_time_stands_still(store: Store
     assert committed.session.activity == v1.Session.ACTIVITY_WAITING
     assert committed.session.active_run == "r1"
     run = committed.runs["r1"]
-    assert (run.state, run.running_duration.ToMicroseconds(), run.state_time.ToMicroseconds()) == (WAITING, 5, clock.now)
+    assert (run.state, run.running_duration.ToMicroseconds(), run.state_time.ToMicroseconds()) == (
+        WAITING,
+        5,
+        clock.now,
+    )
     assert [active.run for active in await store.active_runs()] == [run]
     with refused("RUN_ACTIVE"):
         await start(store, "r2")
@@ -351,7 +388,7 @@ async def test_a_command_that_ends_one_run_and_starts_another_belongs_to_the_oth
     events = [ended("r1", CANCELLED), said("m1"), started("r2"), said("m2", run="r2"), said("m3")]
     await store.commit(Commit(key=KEY, command=command, claim=True, events=events, start=RECORD))
     with pytest.raises(Duplicate) as caught:
-        await store.recall(KEY, None, command)
+        await store.recall_command(KEY, command)
     assert (caught.value.sequence, caught.value.run) == (6, "r2")
 
 

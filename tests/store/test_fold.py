@@ -208,14 +208,18 @@ def queue_by_hand(log: Sequence[v1.Event]) -> list[tuple[str, int, str]]:
     return queue
 
 
-def remembered_by_hand(log: Sequence[v1.Event], remember: v1.InputResponse.Remember.ValueType) -> dict[str, bool]:
-    """By run, what was last decided of its one tool; by "" for the session."""
-    decided: dict[str, bool] = {}
+def remembered_by_hand(log: Sequence[v1.Event], run: str = "") -> dict[str, tuple[bool, int]]:
+    """What was decided for all of a run or, with "", of the session and not rewound since: by what was answered, with
+    its place in the log."""
+    scope = v1.InputResponse.REMEMBER_RUN if run else v1.InputResponse.REMEMBER_SESSION
+    decided: dict[str, tuple[bool, int]] = {}
     for entry in log:
         response = entry.input_resolved.response
-        if entry.HasField("input_resolved") and response.remember == remember:
-            session = remember == v1.InputResponse.REMEMBER_SESSION
-            decided["" if session else entry.run] = response.decision == v1.InputResponse.DECISION_APPROVE
+        if entry.HasField("input_resolved") and response.remember == scope and run in {"", entry.run}:
+            decided[response.input_id] = (response.decision == v1.InputResponse.DECISION_APPROVE, entry.sequence)
+        elif entry.HasField("rewound") and not run:
+            kept = entry.rewound.to_sequence
+            decided = {asked: answer for asked, answer in decided.items() if answer[1] <= kept}
     return decided
 
 
@@ -272,7 +276,7 @@ async def check(store: Store) -> None:
     messages = (await store.list_messages(KEY, EVERYTHING)).rows
     assert messages == messages_by_hand(log)
     by_name = {message.name: message for message in messages}
-    runs = {run.name.rpartition("/")[2]: run for run in (await store.list_runs("acme", "case", EVERYTHING)).rows}
+    runs = {run.name.rpartition("/")[2]: run for run in (await store.list_runs("acme", KEY, EVERYTHING)).rows}
     expected = runs_by_hand(log)
     assert {
         name: (
@@ -301,10 +305,9 @@ async def check(store: Store) -> None:
     assert {each.run.name for each in await store.active_runs()} == unended
     queue = [(waiting.command_id, waiting.sequence, waiting.run) for waiting in session.queued_commands]
     assert queue == queue_by_hand(log)
-    decided = remembered_by_hand(log, v1.InputResponse.REMEMBER_SESSION)
-    assert dict(session.remembered) == ({"lens": decided[""]} if decided else {})
-    decided = remembered_by_hand(log, v1.InputResponse.REMEMBER_RUN)
-    assert {name: run.remembered["lens"] for name, run in runs.items() if run.remembered} == decided
+    for remembered, name in ((session.remembered, ""), *((run.remembered, name) for name, run in runs.items())):
+        decided = {asked: (answer.approved, answer.sequence) for asked, answer in remembered.items()}
+        assert decided == remembered_by_hand(log, name)
     assert session.last_sequence == len(log)
     assert session.usage.model_calls == sum(entry.HasField("usage") for entry in log)
 

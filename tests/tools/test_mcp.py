@@ -87,7 +87,11 @@ async def resolved(box: Toolbox, *only: str, prefix: str = "") -> dict[str, Func
 
 
 async def call(box: Toolbox, name: str, /, **arguments: object) -> Outcome:
-    return await (await resolved(box, name))[name].call(arguments, context())
+    return await run(box, (await resolved(box, name))[name], **arguments)
+
+
+async def run(box: Toolbox, function: Function, /, **arguments: object) -> Outcome:
+    return await box.call(function.implementation, arguments, context())
 
 
 @pytest.fixture(params=["stdio", "http", "http_sessions"])
@@ -126,7 +130,7 @@ async def test_a_tool_is_offered_with_its_description_and_schema_and_answers_tex
     function = (await resolved(box, "echo"))["echo"]
     assert "Says it again." == function.description
     assert {"text"} == set(json.loads(function.parameters)["properties"])
-    assert Outcome([v1.Part(text="Grüße")]) == await function.call({"text": "Grüße"}, context())
+    assert Outcome([v1.Part(text="Grüße")]) == await run(box, function, text="Grüße")
 
 
 async def test_content_of_every_kind_becomes_a_part(box: Toolbox) -> None:
@@ -215,8 +219,20 @@ async def test_names_are_filtered_prefixed_and_refused_when_unknown(box: Toolbox
     with pytest.raises(NotecaseError, match=r"The MCP server 't' has no tool 'absent', 'gone'\.") as refused:
         await resolved(box, "gone", "echo", "absent")
     assert v1.ERROR_REASON_TOOL_ERROR == refused.value.reason
-    with pytest.raises(NotecaseError, match="longer than 64"):
-        await resolved(box, "structured", prefix="p" * 60)
+    for function in (await resolved(box, "flood", prefix="pages")).values():
+        assert v1.ToolBinding(mcp=v1.McpBinding(server="t", tool="flood")) == function.implementation
+
+
+async def test_a_name_that_is_too_long_is_shortened_and_called_by_its_own(box: Toolbox) -> None:
+    (name,) = await resolved(box, "echo", prefix="p" * 64)
+    assert (64, True) == (len(name), name.startswith("ppp"))
+    function = (await resolved(box, "echo", prefix="p" * 64))[name]
+    assert Outcome([v1.Part(text="there")]) == await run(box, function, text="there")
+
+
+async def test_a_tool_that_its_server_no_longer_has_fails_the_call(box: Toolbox) -> None:
+    gone = v1.ToolBinding(mcp=v1.McpBinding(server="t", tool="renamed_since"))
+    assert "renamed_since" in (await box.call(gone, {}, context())).error
 
 
 async def test_a_process_killed_in_mid_call_is_an_error_and_the_next_call_has_a_new_one(witness: Witness) -> None:
@@ -234,9 +250,9 @@ async def test_a_process_that_ends_between_calls_is_started_again_unnoticed(fact
     async with tools(stdio()) as box:
         found = await resolved(box, "crash", "echo")
         assert "mcp_connected" == await facts.get()
-        await found["crash"].call({}, context())
+        await run(box, found["crash"])
         assert "mcp_disconnected" == await facts.get()
-        assert Outcome([v1.Part(text="back")]) == await found["echo"].call({"text": "back"}, context())
+        assert Outcome([v1.Part(text="back")]) == await run(box, found["echo"], text="back")
         assert "mcp_connected" == await facts.get()
 
 
@@ -244,13 +260,13 @@ async def test_a_url_that_dies_in_mid_call_is_an_error_and_serves_again_once_it_
     served = Http()
     async with tools(McpServerSettings(url=served.url)) as box:
         echo, wait = (await resolved(box, "echo", "wait")).values()
-        waiting = asyncio.ensure_future(wait.call({"witness": witness.path}, context()))
+        waiting = asyncio.ensure_future(run(box, wait, witness=witness.path))
         assert (await witness.heard()).startswith("started ")
         served.kill()
         assert "may have taken effect, or not" in (await waiting).error
-        assert "cannot be reached" in (await echo.call({"text": "nobody is there"}, context())).error
+        assert "cannot be reached" in (await run(box, echo, text="nobody is there")).error
         served.start()
-        assert Outcome([v1.Part(text="back")]) == await echo.call({"text": "back"}, context())
+        assert Outcome([v1.Part(text="back")]) == await run(box, echo, text="back")
     served.kill()
 
 
@@ -262,9 +278,9 @@ async def test_a_session_that_the_server_forgot_is_opened_again(facts: asyncio.Q
         assert "mcp_connected" == await facts.get()
         served.kill()
         served.start()
-        assert "" != (await echo.call({"text": "to the old session"}, context())).error
+        assert "" != (await run(box, echo, text="to the old session")).error
         assert {"mcp_session_gone", "mcp_disconnected"} == {await facts.get(), await facts.get()}
-        assert Outcome([v1.Part(text="back")]) == await echo.call({"text": "back"}, context())
+        assert Outcome([v1.Part(text="back")]) == await run(box, echo, text="back")
     served.kill()
 
 

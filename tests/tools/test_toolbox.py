@@ -29,7 +29,7 @@ async def test_a_toolbox_lists_its_functions_and_servers_and_connects_to_none() 
     assert ["a", "b"] == box.mcp_servers
     (found,) = await box.resolve(function("remember"))
     assert "Keeps a fact." == found.description
-    assert Outcome([v1.Part(text="{}")]) == await found.call({"fact": "b"}, context())
+    assert Outcome([v1.Part(text="{}")]) == await box.call(found.implementation, {"fact": "b"}, context())
     await box.close()
     await box.close()
 
@@ -42,8 +42,8 @@ async def test_asking_the_user_is_always_there_and_never_called() -> None:
     assert {"type": "object", "required": ["question"], "additionalProperties": False}.items() <= json.loads(
         asking.parameters
     ).items()
-    with pytest.raises(RuntimeError):
-        await asking.call({"question": "Where?"}, context())
+    with pytest.raises(ValueError, match="answered by a person"):
+        await box.call(asking.implementation, {"question": "Where?"}, context())
     (own,) = await box.resolve(
         v1.Tool(name="consult", description="Asks the chief.", server=v1.ServerTool(function=ASK_USER))
     )
@@ -59,8 +59,17 @@ async def test_what_is_not_there_is_a_tool_error_by_name() -> None:
         with pytest.raises(NotecaseError) as refused:
             await box.resolve(tool)
         assert (v1.ERROR_REASON_TOOL_ERROR, told) == (refused.value.reason, refused.value.message)
+    for binding, told in [
+        (v1.ToolBinding(function="absent"), "This server has no function 'absent'."),
+        (v1.ToolBinding(mcp=v1.McpBinding(server="absent", tool="t")), "This server has no MCP server 'absent'."),
+    ]:
+        with pytest.raises(NotecaseError) as refused:
+            await box.call(binding, {}, context())
+        assert (v1.ERROR_REASON_TOOL_ERROR, told) == (refused.value.reason, refused.value.message)
     with pytest.raises(ValueError, match="client"):
         await box.resolve(v1.Tool(client=v1.ClientTool()))
+    with pytest.raises(ValueError, match="caller"):
+        await box.call(v1.ToolBinding(), {}, context())
 
 
 async def test_an_installed_package_brings_its_tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +89,7 @@ async def test_an_installed_package_brings_its_tools(tmp_path: Path, monkeypatch
     box = make_toolbox([], {})
     assert [ASK_USER, "bare", "decorated"] == box.functions
     (bare,) = await box.resolve(function("bare"))
-    assert Outcome([v1.Part(text="3")]) == await bare.call({"x": 2}, context())
+    assert Outcome([v1.Part(text="3")]) == await box.call(bare.implementation, {"x": 2}, context())
     entries.write_text("[notecase.tools]\ngone = brought_tools:gone\n")
     with pytest.raises(ToolSettingsError, match=r"The entry point 'gone' .* cannot be imported: AttributeError"):
         make_toolbox([], {})

@@ -56,8 +56,9 @@ class SessionView:
     """Runs by name, those that wait in the queue too, in the order in which they came."""
     queued: list[v1.QueuedCommand] = field(default_factory=list)
     """What waits in the session to be taken up, in order, as far as the view saw it come."""
-    remembered: dict[str, bool] = field(default_factory=dict)
-    """By tool, whether its calls are approved in this session without asking, as far as the view saw it decided."""
+    remembered: dict[str, v1.RememberedApproval] = field(default_factory=dict)
+    """The answers that hold for later calls in this session, by the input_id that each of them answered, as far as the
+    view saw them given. The newest for one agent and digest counts."""
     summaries: dict[int, v1.Summarized] = field(default_factory=dict)
     """By sequence, the summary that agents are shown in place of older messages, last, and before it those that it
     continues, as far as the view saw them made."""
@@ -157,6 +158,7 @@ class SessionView:
                 message.update_sequence = event.sequence
         kept = event.rewound.to_sequence
         self.summaries = {sequence: made for sequence, made in self.summaries.items() if sequence <= kept}
+        self.remembered = {asked: answer for asked, answer in self.remembered.items() if answer.sequence <= kept}
 
     def _find_call(self, call_id: str) -> tuple[v1.Message, v1.ToolCall] | None:
         """A call with its message; None when the message came before the view began."""
@@ -229,7 +231,7 @@ class SessionView:
             case "input_requested":
                 run.pending_inputs.append(event.input_requested)
             case "input_resolved":
-                self._resolve(run, event.input_resolved.response)
+                self._resolve(run, event)
             case "usage":
                 _add_usage(run.usage, event.usage)
             case "run_state_changed":
@@ -243,14 +245,21 @@ class SessionView:
         if call.client_executed:
             run.pending_calls.append(call)
 
-    def _resolve(self, run: v1.Run, response: v1.InputResponse) -> None:
+    def _resolve(self, run: v1.Run, event: v1.Event) -> None:
+        response = event.input_resolved.response
         asked = next((one for one in run.pending_inputs if one.input_id == response.input_id), v1.InputRequest())
         if asked.kind == v1.InputRequest.KIND_APPROVAL:
-            approved = response.decision == v1.InputResponse.DECISION_APPROVE
+            answer = v1.RememberedApproval(
+                agent=run.agent,
+                tool=asked.call.tool,
+                digest=asked.call.binding.digest,
+                approved=response.decision == v1.InputResponse.DECISION_APPROVE,
+                sequence=event.sequence,
+            )
             if response.remember == v1.InputResponse.REMEMBER_RUN:
-                run.remembered[asked.call.tool] = approved
+                run.remembered[response.input_id].CopyFrom(answer)
             elif response.remember == v1.InputResponse.REMEMBER_SESSION:
-                self.remembered[asked.call.tool] = approved
+                self.remembered[response.input_id] = answer
         _keep(run.pending_inputs, lambda one: one.input_id != response.input_id)
 
     def _follow_queue(self, event: v1.Event) -> None:

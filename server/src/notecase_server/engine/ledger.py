@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from notecase import v1
 
+from notecase_server import errors
+from notecase_server.store import bindings
+from notecase_server.store.bindings import declared
 from notecase_server.store.fold import OPEN_OUTCOMES, open_calls
 from notecase_server.tools.contract import ASK_USER, Function, Outcome
 
@@ -23,35 +26,72 @@ APPROVE, DENY, ANSWER = (
 
 
 class Bound(NamedTuple):
-    """A name that the model may call, and what it stands for. Without a function the caller runs it, or a person
-    answers."""
+    """A name that the model may call, and what it stands for."""
 
     tool: v1.Tool
     name: str
     description: str
     parameters: str
-    function: Function | None = None
+    binding: v1.ToolBinding
+    """What a call of this name is bound to."""
 
     @property
     def asks(self) -> bool:
-        return self.tool.server.function == ASK_USER
-
-    @property
-    def client(self) -> bool:
-        return self.tool.HasField("client")
+        return self.binding.function == ASK_USER
 
 
-def declared(agent: v1.Agent, run: v1.Run) -> list[v1.Tool]:
-    """The tools of a run: the agent's, then the caller's own."""
-    return [*agent.llm.tools, *run.client_tools]
+def called_by_caller(tool: v1.Tool) -> Function:
+    """What a model is told of a tool that the caller runs; nothing here implements it."""
+    return Function(tool.name, tool.description, tool.parameters, v1.ToolBinding())
 
 
-def policy(agent: v1.Agent, run: v1.Run, name: str) -> v1.Tool:
-    """The tool behind a name that was called, as far as its declaration tells: time-out and what an interrupt does."""
+def bind(agent: v1.Agent, run: v1.Run, found: Sequence[Sequence[Function]]) -> dict[str, Bound]:
+    """Returns what the model may call, by name. `found` has the functions behind each declared tool, in order.
+
+    Raises NotecaseError TOOL_ERROR when two have one name: the one left out may be the one that needs approval."""
+    bound: dict[str, Bound] = {}
+    for index, (tool, functions) in enumerate(zip(declared(agent, run), found, strict=True)):
+        for name, description, parameters, implementation in functions:
+            if name in bound:
+                raise errors.tool_error(_clash(name, bound[name].binding, implementation))
+            binding = bindings.bound(agent, run, index, implementation)
+            bound[name] = Bound(tool, name, description, parameters, binding)
+    return bound
+
+
+def _clash(name: str, *bindings: v1.ToolBinding) -> str:
+    one, other = map(_described, bindings)
+    advice = "Give the tools of an MCP server a prefix (`name`), or list those to be used (`mcp.tools`)."
+    return f"Two tools of this run have the name {name!r}: {one}, and {other}. {advice}"
+
+
+def _described(binding: v1.ToolBinding) -> str:
+    match binding.WhichOneof("implementation"):
+        case "function":
+            return f"the function {binding.function!r}"
+        case "mcp":
+            return f"{binding.mcp.tool!r} of the MCP server {binding.mcp.server!r}"
+        case _:
+            return "a tool that the caller runs"
+
+
+def declaration(agent: v1.Agent, run: v1.Run, call: v1.ToolCall) -> v1.Tool:
+    """The declaration that a call was bound to; an empty one when there was no tool of its name."""
     tools = declared(agent, run)
-    named = [tool for tool in tools if tool.name == name]
-    remote = [tool for tool in tools if tool.HasField("mcp") and name.startswith(tool.name)]
-    return (named or remote or [v1.Tool()])[0]
+    index = call.binding.declaration
+    return tools[index] if call.HasField("binding") and 0 <= index < len(tools) else v1.Tool()
+
+
+def is_client(call: v1.ToolCall) -> bool:
+    """Whether the caller runs what the call was bound to."""
+    return call.HasField("binding") and call.binding.WhichOneof("implementation") is None
+
+
+def remembered(session: v1.Session, run: v1.Run) -> dict[bytes, bool]:
+    """The answers that hold for calls of this run: by digest of what a call is bound to, whether it is approved. The
+    newest answer counts."""
+    answers = sorted((*session.remembered.values(), *run.remembered.values()), key=lambda answer: answer.sequence)
+    return {answer.digest: answer.approved for answer in answers if answer.agent == run.agent and answer.digest}
 
 
 def arguments_of(call: v1.ToolCall) -> dict[str, Any] | None:
@@ -66,11 +106,12 @@ def arguments_of(call: v1.ToolCall) -> dict[str, Any] | None:
 def triage(
     calls: Iterable[v1.ToolCall],
     bound: Mapping[str, Bound],
-    remembered: Mapping[str, bool],
+    answers: Mapping[bytes, bool],
     new_id: Callable[[], str],
     expire: Callable[[v1.InputRequest], None],
 ) -> list[v1.Event]:
-    """What becomes of calls that a model has just asked for: dispatched, waiting for a person, or already at an end."""
+    """What becomes of calls that a model has just asked for: dispatched, waiting for a person, or already at an end.
+    `answers` are the remembered ones, by digest of what a call is bound to."""
     events = []
     for call in calls:
         target = bound.get(call.tool)
@@ -82,9 +123,9 @@ def triage(
         elif target.asks:
             prompt = str(arguments.get("question", ""))
             events.append(_request(call, v1.InputRequest.KIND_QUESTION, prompt, new_id, expire))
-        elif not target.tool.requires_approval or remembered.get(call.tool) is True:
-            events.append(started(call, client=target.client))
-        elif remembered.get(call.tool) is False:
+        elif not target.tool.requires_approval or answers.get(target.binding.digest) is True:
+            events.append(started(call))
+        elif answers.get(target.binding.digest) is False:
             events.append(denied(call, "This tool was denied before."))
         else:
             prompt = f"May {call.tool} run?"
@@ -104,13 +145,13 @@ def _request(
     return v1.Event(input_requested=request)
 
 
-def started(call: v1.ToolCall, client: bool, arguments: str = "") -> v1.Event:
+def started(call: v1.ToolCall, arguments: str = "") -> v1.Event:
     """The call is dispatched, once more if it was before; with `arguments` in place of the model's when they were
     edited."""
     event = v1.Event(tool_started=call)
     dispatched = event.tool_started
     dispatched.outcome = v1.ToolCall.OUTCOME_RUNNING
-    dispatched.client_executed = client
+    dispatched.client_executed = is_client(call)
     dispatched.attempt += 1
     dispatched.arguments = arguments or call.arguments
     return event
@@ -140,7 +181,7 @@ def _ended(
     return event
 
 
-def answered(request: v1.InputRequest, response: v1.InputResponse, call: v1.ToolCall, client: bool) -> list[v1.Event]:
+def answered(request: v1.InputRequest, response: v1.InputResponse, call: v1.ToolCall) -> list[v1.Event]:
     """What an answer makes of its call."""
     events = [v1.Event(input_resolved=v1.InputResolved(response=response))]
     if response.decision == DENY:
@@ -152,7 +193,7 @@ def answered(request: v1.InputRequest, response: v1.InputResponse, call: v1.Tool
     elif response.decision == ANSWER:
         events.append(finished(call, Outcome([v1.Part(text=response.answer)])))
     else:
-        events.append(started(call, client, response.edited_arguments))
+        events.append(started(call, response.edited_arguments))
     return events
 
 
@@ -188,16 +229,16 @@ def sealed(run: v1.Run, message: v1.Message | None, reason: str) -> list[v1.Even
 
 def interrupted(
     calls: Iterable[v1.ToolCall],
-    of: Callable[[str], v1.Tool],
+    of: Callable[[v1.ToolCall], v1.Tool],
     new_id: Callable[[], str],
     expire: Callable[[v1.InputRequest], None],
 ) -> list[v1.Event]:
     """What a takeover makes of calls that had started in the process that was lost."""
     events = []
     for call in calls:
-        on_interrupt = of(call.tool).on_interrupt
+        on_interrupt = of(call).on_interrupt
         if on_interrupt == RETRY:
-            events.append(started(call, client=False))
+            events.append(started(call))
         elif on_interrupt == FAIL:
             events.append(finished(call, Outcome(error="Its process was lost; it may or may not have taken effect.")))
         else:

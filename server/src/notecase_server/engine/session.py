@@ -6,16 +6,30 @@ later. Used from one event loop only.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import Literal, TypeVar
 from weakref import WeakValueDictionary
 
 from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import Commit, Committed, Compare, Once, Query, Scope, SessionKey, Store
+from notecase_server.store.contract import (
+    Answer,
+    Commit,
+    Committed,
+    Compare,
+    Once,
+    Query,
+    Replayed,
+    Scope,
+    SessionKey,
+    StepKey,
+    Store,
+)
+
+T = TypeVar("T")
 
 TAIL_BYTES = 256 << 10
 """Newest events kept for watchers that are nearly there. A turn commits a handful of small ones, so this spares the
@@ -26,13 +40,6 @@ BATCH = 100
 
 NOTICES = 64
 """Passing notices kept for watchers that are behind; each can be recovered from what is stored."""
-
-
-class StepKey(NamedTuple):
-    """Names the step of a run that writes a draft. A run has one step today, ""."""
-
-    run: str
-    step: str = ""
 
 
 class Bell:
@@ -122,15 +129,50 @@ class LiveSession:
         self._tail_bytes = 0
         self._store = store
         self._sessions = sessions
+        self._unsure = ""
+        """The commit of a run that may have been made: the store was away when it was asked."""
+        self._found: dict[str, Committed] = {}
 
     async def commit(self, commit: Commit) -> Committed:
-        """Commits, then tells the watchers; see Store.commit for what it raises."""
+        """Commits, then tells the watchers; see Store.commit for what it raises. A commit whose answer is lost is asked
+        about. When the store cannot say either, STORE_UNAVAILABLE is raised, and what became of a run's commit is left
+        to `settle`."""
+        commit_id = commit.id or self._sessions.new_id()
+        commit = replace(commit, id=commit_id, content_limit=self._sessions.content_limit)
         added = _messages_added(commit.events)
         for draft in self.drafts.values():
             draft.settled = draft.settled or draft.name in added
-        committed = await self._store.commit(replace(commit, content_limit=self._sessions.content_limit))
+        try:
+            committed = await self._store.commit(commit)
+        except NotecaseError as error:
+            if error.reason != v1.ERROR_REASON_STORE_UNAVAILABLE:
+                raise
+            if commit.if_epoch is not None:
+                self._unsure = commit_id
+            found = await self._store.find_commit(self.key, commit_id)
+            self._unsure = ""
+            if found is None:
+                raise
+            committed = found
         self.committed(committed)
         return committed
+
+    async def settle(self) -> Committed | None:
+        """What a run's last commit made when nobody could say before; None where nothing is left open, or it was not
+        made. Called by whoever holds the lock, before deciding anything. STORE_UNAVAILABLE when the store is still
+        away."""
+        if not self._unsure:
+            return None
+        found = await self._store.find_commit(self.key, self._unsure)
+        commit_id, self._unsure = self._unsure, ""
+        if found is not None:
+            self._found[commit_id] = found
+            self.committed(found)
+        return found
+
+    def settled(self, commit_id: str) -> Committed | None:
+        """What `settle` found out about that commit; to be asked once."""
+        return self._found.pop(commit_id, None)
 
     def committed(self, committed: Committed) -> None:
         self.user = committed.session.user
@@ -223,11 +265,31 @@ def _messages_added(events: Iterable[v1.Event]) -> set[str]:
 class Sessions:
     """The sessions alive in this process, and every write to one: so that a watcher here hears of it at once."""
 
-    def __init__(self, store: Store, content_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        new_id: Callable[[], str],
+        new_uid: Callable[[], str],
+        content_limit: int | None = None,
+    ) -> None:
         """No log is let to refer to blobs of more than `content_limit` bytes together."""
         self.store = store
+        self.new_id = new_id
         self.content_limit = content_limit
+        self._new_uid = new_uid
         self._live: WeakValueDictionary[SessionKey, LiveSession] = WeakValueDictionary()
+
+    def new_key(self, tenant: str, session: str) -> SessionKey:
+        """The key of a session that is about to be made under that id."""
+        return SessionKey(tenant, session, self._new_uid())
+
+    async def find(self, tenant: str, session: str, if_uid: str = "") -> tuple[SessionKey, v1.Session]:
+        """The session that has this id now, with its row. NotecaseError SESSION_NOT_FOUND when there is none, or when
+        `if_uid` is set and it is another one."""
+        row = await self.store.find_session(tenant, session)
+        if row is None or (if_uid and row.uid != if_uid):
+            raise errors.not_found("session", f"sessions/{session}")
+        return SessionKey(tenant, session, row.uid), row
 
     def live(self, key: SessionKey) -> LiveSession:
         found = self._live.get(key)
@@ -237,31 +299,54 @@ class Sessions:
 
     async def watched(self, key: SessionKey) -> tuple[LiveSession, v1.Session]:
         """The live side of a session that exists, with its row; NotecaseError SESSION_NOT_FOUND otherwise."""
-        live = self.live(key)
         row = await self.store.get_session(key)
         if row is None:
             raise errors.not_found("session", f"sessions/{key.session}")
+        return self.seen(key, row), row
+
+    def seen(self, key: SessionKey, row: v1.Session) -> LiveSession:
+        """The live side of a session whose row was just read."""
+        live = self.live(key)
         live.user = row.user
         live.head = max(live.head, row.last_sequence)
-        return live, row
+        return live
+
+    def record(self, once: Once | None, tenant: str, answer: Answer) -> Once:
+        """The record of a write that has no Commit: the caller's own, or one under a new id, so that it can be asked
+        about."""
+        return once or Once.unnamed(tenant, self.new_id(), answer)
+
+    async def surely(self, once: Once, write: Callable[[Once], Awaitable[T]]) -> T:
+        """Makes a write that leaves this record. When its answer is lost and it was made, Replayed is raised, as for a
+        repeat. STORE_UNAVAILABLE when it was not made, or when nobody can say."""
+        try:
+            return await write(once)
+        except NotecaseError as error:
+            if error.reason == v1.ERROR_REASON_STORE_UNAVAILABLE:
+                await self.store.recall(once)
+            raise
 
     async def commit(self, commit: Commit) -> Committed:
         """As LiveSession.commit, for what no run does."""
         return await self.live(commit.key).commit(commit)
 
     async def update_state(
-        self, scope: Scope, ops: Sequence[v1.StateOp], if_version: int | None, once: Once | None, cause_id: str
-    ) -> v1.State:
-        """Changes a state of any scope: a session's by an event of its log, the others' in place. Returns the keys
-        named."""
-        if scope.kind == "session":
+        self,
+        key: SessionKey | None,
+        scope: Scope,
+        ops: Sequence[v1.StateOp],
+        if_version: int | None,
+        once: Once | None,
+        cause_id: str,
+    ) -> Committed | v1.State:
+        """Changes a state of any scope: that of the session `key` by an event of its log, others in place and with a
+        record."""
+        if key is not None:
             change = v1.Event(cause_id=cause_id, state_changed=v1.StateChanged(ops=ops))
             versions = {} if if_version is None else {"": if_version}
-            committed = await self.commit(
-                Commit(key=SessionKey(scope.tenant, scope.id), once=once, if_state_version=versions, events=[change])
-            )
-            return committed.state[scope]
-        state = await self.store.update_state(scope, ops, if_version, once)
+            return await self.commit(Commit(key=key, once=once, if_state_version=versions, events=[change]))
+        assert once is not None
+        state = await self.surely(once, lambda record: self.store.update_state(scope, ops, if_version, record))
         self.state_changed(scope, ops, state.version)
         return state
 
@@ -287,9 +372,15 @@ class Sessions:
         for live in list(self._live.values()):
             live.ring()
 
-    async def delete(self, key: SessionKey, if_etag: str, once: Once | None) -> None:
-        """Deletes a session and lets its watchers go; see Store.delete_session."""
-        await self.store.delete_session(key, if_etag, once)
+    async def delete(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
+        """Deletes a session and lets its watchers go; see Store.delete_session. Raises Replayed for a repeat."""
+        record = self.record(once, key.tenant, Answer("nothing"))
+        try:
+            await self.surely(record, lambda record: self.store.delete_session(key, if_etag, record))
+        except Replayed:
+            if await self.store.get_session(key) is None:
+                self._gone(key)
+            raise
         self._gone(key)
 
     async def expire(self, now: int) -> int:
@@ -302,20 +393,26 @@ class Sessions:
                     gone += 1
         return gone
 
-    async def erase_user(self, tenant: str, user: str, once: Callable[[int], Once | None]) -> int:
+    async def erase_user(self, tenant: str, user: str, once: Once) -> int:
         """Deletes every session of "users/{user}", those that are made meanwhile too, then the user's state. Returns
-        how many sessions; `once` makes the record of that. Raises Replayed."""
-        await self.store.recall(SessionKey(tenant, ""), once(0), None)
+        how many sessions; so does the record `once`. Raises Replayed."""
+        await self.store.recall(once)
         mine, gone = Query(BATCH, where=Compare("user", "=", user)), 0
-        while not await self.store.erase_state(tenant, user, once(gone)):
+
+        async def erased(record: Once) -> bool:
+            return await self.store.erase_state(tenant, user, record._replace(answer=Answer("erased", erased=gone)))
+
+        while not await self.surely(once, erased):
             for row in (await self.store.list_sessions(tenant, mine)).rows:
-                gone += await self._deleted(SessionKey(tenant, row.name))
+                gone += await self._deleted(SessionKey(tenant, row.name, row.uid))
         return gone
 
     async def _deleted(self, key: SessionKey) -> bool:
         """Deletes a session; whether it was not somebody else who did."""
         try:
-            await self.delete(key, "", None)
+            await self.delete(key)
+        except Replayed:
+            return True
         except NotecaseError as error:
             if error.reason != v1.ERROR_REASON_SESSION_NOT_FOUND:
                 raise

@@ -23,11 +23,12 @@ from notecase_server.engine.content import Contents
 from notecase_server.engine.ledger import Bound
 from notecase_server.engine.rewind import Rewind
 from notecase_server.engine.schema import Schemas, Unfenced, value_of
-from notecase_server.engine.session import Block, LiveSession, OpenMessage, StepKey
+from notecase_server.engine.session import Block, LiveSession, OpenMessage
 from notecase_server.engine.tokens import Gauge
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Call, Finish, ModelRequest, Provider, Reasoning, Refusal, Text
 from notecase_server.models.contract import Tool as ModelTool
+from notecase_server.store import bindings
 from notecase_server.store.contract import (
     PAGE_BYTES,
     Clock,
@@ -38,6 +39,7 @@ from notecase_server.store.contract import (
     Once,
     Replayed,
     RunRecord,
+    StepKey,
     Store,
 )
 from notecase_server.store.fold import ENDED, open_calls, ops_fit
@@ -55,8 +57,8 @@ DEFAULT_MODEL_CALLS = 10
 MAX_REPLY_BYTES = PAGE_BYTES - (64 << 10)
 """A reply with its frame fits into one page."""
 
-BLOCK_BYTES = 256
-"""What a part needs beside its text: ids, names and frames, rounded up."""
+BLOCK_BYTES = 1024
+"""What a part needs beside its text: ids, names, what a call is bound to, and frames, rounded up."""
 
 MODEL_REPEATS = 2
 """How often a reply cut in mid-stream is asked for again. Before the first piece retries are the provider's
@@ -150,7 +152,7 @@ class Worker:
         self._new_id = services.new_id
         self.epoch = epoch
         self._said = list(said)
-        self._remembered: dict[str, bool] = {}
+        self._answers: dict[bytes, bool] = {}
         self._bound: dict[str, Bound] | None = None
         self._model_calls = run.usage.model_calls + max(run.attempt - 1, 0)
         self._generating: asyncio.Task[Any] | None = None
@@ -180,7 +182,7 @@ class Worker:
     def _know(self, session: v1.Session, events: Sequence[v1.Event]) -> None:
         waiting = {queued.sequence for queued in session.queued_commands if queued.run == self.run.name}
         self._said = [event for event in (*self._said, *events) if event.sequence in waiting]
-        self._remembered = {**session.remembered, **self.run.remembered}
+        self._answers = ledger.remembered(session, self.run)
         self._summary = session.summary_sequence
 
     # ---- what others ask of it
@@ -201,10 +203,6 @@ class Worker:
     def waits_for_queue(self) -> bool:
         """Only people are waited for, and somebody has spoken."""
         return bool(self._said) and not self.run.pending_calls and bool(self.run.pending_inputs)
-
-    def is_client(self, tool: str) -> bool:
-        """Whether the caller runs the tool of that name."""
-        return ledger.policy(self.agent, self.run, tool).HasField("client")
 
     def call(self, call_id: str) -> v1.ToolCall:
         """An open call; NotecaseError CALL_NOT_PENDING."""
@@ -238,9 +236,9 @@ class Worker:
                     input_id=request.input_id, decision=ledger.DENY, reason="Nobody answered in time."
                 )
                 call = self.call(request.call.call_id)
-                yield request.expire_time.ToMicroseconds(), ledger.answered(request, nobody, call, client=False)
+                yield request.expire_time.ToMicroseconds(), ledger.answered(request, nobody, call)
         for call in self.run.pending_calls:
-            tool, limits = ledger.policy(self.agent, self.run, call.tool), self.run.limits
+            tool, limits = ledger.declaration(self.agent, self.run, call), self.run.limits
             times = [tool.timeout.ToMicroseconds()] if tool.HasField("timeout") else []
             times += [limits.input_timeout.ToMicroseconds()] if limits.HasField("input_timeout") else []
             if times:
@@ -261,8 +259,8 @@ class Worker:
             for call in self._open()
             if call.outcome == v1.ToolCall.OUTCOME_RUNNING and not call.client_executed and call.call_id not in asked
         ]
-        policy = partial(ledger.policy, self.agent, self.run)
-        events = ledger.interrupted(lost, policy, self._new_id, self._expire)
+        declaration = partial(ledger.declaration, self.agent, self.run)
+        events = ledger.interrupted(lost, declaration, self._new_id, self._expire)
         await self._commit([v1.Event(run_state_changed=change), *events])
         self._model_calls += 1
         self._log.info("run_taken_over", attempt=self.run.attempt)
@@ -373,11 +371,15 @@ class Worker:
         await self._durably(lambda: self._replied(message, finish, bound))
 
     def _replied(self, message: v1.Message, finish: Finish, bound: Mapping[str, Bound]) -> list[v1.Event]:
-        """The reply, and what it leads to: calls are dispatched, what was queued is taken up, or the run ends."""
+        """The reply, and what it leads to: calls are bound and dispatched, what was queued is taken up, or the run
+        ends."""
         calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
+        for call in calls:
+            if call.tool in bound:
+                call.binding.CopyFrom(bound[call.tool].binding)
         message.status = v1.Message.STATUS_IN_PROGRESS if calls else v1.Message.STATUS_COMPLETED
         events = [v1.Event(message_added=message), v1.Event(usage=finish.usage)]
-        if self.agent.output_key and (note := self._note(message)):
+        if self.agent.output_key and not calls and (note := self._note(message)):
             put = v1.StateOp(key=self.agent.output_key, set=note)
             events.append(v1.Event(state_changed=v1.StateChanged(ops=[put])))
         limit = self.run.limits.max_tool_calls
@@ -388,7 +390,7 @@ class Worker:
             events += [ledger.cancelled(call, error.message) for call in calls]
             return [*events, self._ending(v1.Run.STATE_FAILED, error.to_proto())]
         if calls:
-            made = ledger.triage(calls, bound, self._remembered, self._new_id, self._expire)
+            made = ledger.triage(calls, bound, self._answers, self._new_id, self._expire)
             if self.run.ending:  # nobody is asked any more
                 asked = [event.input_requested.call for event in made if event.HasField("input_requested")]
                 made = [event for event in made if not event.HasField("input_requested")]
@@ -399,7 +401,8 @@ class Worker:
         return [*events, self._ending(v1.Run.STATE_SUCCEEDED)]
 
     def _note(self, message: v1.Message) -> v1.Value | None:
-        """A reply as it is put under the agent's output_key: its text, or what its JSON says."""
+        """Returns a reply that ends a turn as it is put under the agent's output_key: its text, or what its JSON
+        says."""
         if self.agent.llm.output_schema:
             return next((value_of(part.json) for part in message.parts if part.HasField("json")), None)
         text = "".join(part.text for part in message.parts)
@@ -439,17 +442,15 @@ class Worker:
             raise errors.limit_exceeded("max_total_tokens", limits.max_total_tokens, told)
 
     async def _bind(self) -> dict[str, Bound]:
-        """The names the model may call. The first of a name wins."""
+        """What the model may call, by name. TOOL_ERROR when it cannot be had, or two have one name."""
         if self._bound is None:
-            bound: dict[str, Bound] = {}
-            for tool in ledger.declared(self.agent, self.run):
-                if tool.HasField("client"):
-                    bound.setdefault(tool.name, Bound(tool, tool.name, tool.description, tool.parameters))
-                    continue
-                for found in await self._services.toolbox.resolve(tool):
-                    target = Bound(tool, found.name, found.description, found.parameters, found)
-                    bound.setdefault(found.name, target)
-            self._bound = bound
+            found = [
+                [ledger.called_by_caller(tool)]
+                if tool.HasField("client")
+                else await self._services.toolbox.resolve(tool)
+                for tool in bindings.declared(self.agent, self.run)
+            ]
+            self._bound = ledger.bind(self.agent, self.run, found)
         return self._bound
 
     # ---- the model
@@ -660,15 +661,14 @@ class Worker:
             attempt=call.attempt,
             get_state=self._get_state,
         )
-        tool = ledger.policy(self.agent, self.run, call.tool)
+        tool = ledger.declaration(self.agent, self.run, call)
         seconds = tool.timeout.ToMicroseconds() / 1e6 if tool.HasField("timeout") else None
         clock = asyncio.timeout(seconds)
         try:
-            target = (await self._bind()).get(call.tool)
-            if target is None or target.function is None:
+            if not call.HasField("binding"):
                 return Outcome(error=f"There is no tool {call.tool!r}."), []
             async with clock:
-                outcome = await target.function.call(ledger.arguments_of(call) or {}, where)
+                outcome = await self._services.toolbox.call(call.binding, ledger.arguments_of(call) or {}, where)
         except NotecaseError as error:
             return Outcome(error=error.message), []
         except Exception:  # noqa: BLE001  (a tool's defect is its own)
@@ -684,9 +684,7 @@ class Worker:
         return outcome, where.ops
 
     async def _get_state(self, *keys: str) -> dict[str, v1.Value]:
-        scope = names.parse_state(self.live.key.tenant, f"sessions/{self.live.key.session}/state")
-        assert scope is not None
-        state = await self._store.get_state(scope, keys)
+        state = await self._store.get_state(self.live.key.state, keys)
         return {key: entry.value for key, entry in state.entries.items()}
 
     def _expire(self, request: v1.InputRequest) -> None:
@@ -819,15 +817,25 @@ class Worker:
         for a store that is away, and lets others decide meanwhile. With `if_last_sequence` not all events are the
         run's, and `decide` says which."""
 
+        commit_id = ""
+
         async def commit() -> Committed | None:
+            nonlocal commit_id
             async with self.live.lock:
+                if (made := await self.live.settle()) is not None:
+                    self.learn(made)
+                if commit_id and (made := self.live.settled(commit_id)) is not None:
+                    return made
                 events = decide()
                 events += self._consequence(events)
                 if not events:
                     return None
+                commit_id = self._new_id()
                 if halt is None:
-                    return await self._commit(events)
-                return await self._commit(events, halt.once, halt.command, if_last_sequence, halt.start)
+                    return await self._commit(events, commit_id=commit_id)
+                return await self._commit(
+                    events, halt.once, halt.command, if_last_sequence, halt.start, commit_id=commit_id
+                )
 
         return await self._patiently(commit)
 
@@ -860,12 +868,14 @@ class Worker:
         command: CommandId | None = None,
         if_last_sequence: int | None = None,
         start: RunRecord | None = None,
+        commit_id: str = "",
     ) -> Committed:
         if if_last_sequence is None:
             self._own(events)
         committed = await self.live.commit(
             Commit(
                 key=self.live.key,
+                id=commit_id,
                 once=once,
                 command=command,
                 if_epoch=self.epoch,
@@ -875,6 +885,11 @@ class Worker:
                 start=start,
             )
         )
+        self.learn(committed)
+        return committed
+
+    def learn(self, committed: Committed) -> None:
+        """Takes in what a commit of this run has made."""
         self.run.CopyFrom(committed.runs.get(self.run.name, self.run))
         self._know(committed.session, committed.events)
         for message in committed.messages.values():
@@ -893,7 +908,6 @@ class Worker:
                 input_tokens=self.run.usage.input_tokens,
                 output_tokens=self.run.usage.output_tokens,
             )
-        return committed
 
 
 def _begin(opened: OpenMessage, block: Block) -> Block:

@@ -80,7 +80,7 @@ def state_scope(key: SessionKey, user: str, state: str) -> Scope:
         if not user:
             raise errors.invalid([errors.Violation("name", "the session has no user, so there is no user state")])
         return Scope(key.tenant, "user", user.removeprefix("users/"))
-    return Scope(key.tenant, "app", "") if state == "app" else Scope(key.tenant, "session", key.session)
+    return Scope(key.tenant, "app", "") if state == "app" else key.state
 
 
 def needs(commit: Commit, user: str) -> Needs:
@@ -109,6 +109,7 @@ def new_session(key: SessionKey, session: v1.Session, now: int) -> v1.Session:
     """A session's first row: what the caller chose, and the server's own fields."""
     made = v1.Session(
         name=key.session,
+        uid=key.uid,
         display_name=session.display_name,
         agent=session.agent,
         user=session.user,
@@ -142,10 +143,10 @@ def _rest(session: v1.Session, now: int) -> None:
 
 
 def touch_session(session: v1.Session, now: int) -> None:
-    """Gives changed metadata its next etag: the creation's time and a count, so that it never comes again under the
-    name."""
+    """Gives changed metadata its next etag: the beginning of the uid and a count, so that an etag of another session
+    that had the name does not fit."""
     count = int(session.etag.rpartition("-")[2] or 0) + 1
-    session.etag = f"{session.create_time.ToMicroseconds():x}-{count}"
+    session.etag = f"{session.uid[:8]}-{count}"
     session.update_time.FromMicroseconds(now)
 
 
@@ -274,7 +275,8 @@ def _change_state(rows: Rows, key: SessionKey, event: v1.Event, done: Committed)
 
 
 def _rewind(rows: Rows, key: SessionKey, event: v1.Event) -> None:
-    """All that a rewind restores by itself: what must be spelled out, calls and state, follows it."""
+    """All that a rewind restores by itself: what must be spelled out, calls and state, follows it. Answers that were
+    remembered later are taken back; what the runs that ended remembered is left with them."""
     if rows.session.active_run:
         raise errors.run_active(f"sessions/{key.session}/runs/{rows.session.active_run}")
     rows.sealing = event.rewound.to_sequence
@@ -282,6 +284,9 @@ def _rewind(rows: Rows, key: SessionKey, event: v1.Event) -> None:
         if message.sequence > event.rewound.to_sequence and message.status != v1.Message.STATUS_SUPERSEDED:
             message.status = v1.Message.STATUS_SUPERSEDED
             message.update_sequence = event.sequence
+    remembered = rows.session.remembered
+    for input_id in [key for key, answer in remembered.items() if answer.sequence > event.rewound.to_sequence]:
+        del remembered[input_id]
     while rows.session.summary_sequence > event.rewound.to_sequence:
         rows.session.summary_sequence = rows.continued[rows.session.summary_sequence]
 
@@ -463,11 +468,18 @@ def _resolve_input(rows: Rows, event: v1.Event) -> None:
     run.ClearField("pending_inputs")
     run.pending_inputs.extend(left)
     if asked[0].kind == v1.InputRequest.KIND_APPROVAL:
-        approved = response.decision == v1.InputResponse.DECISION_APPROVE
+        call = asked[0].call
+        answer = v1.RememberedApproval(
+            agent=run.agent,
+            tool=call.tool,
+            digest=call.binding.digest,
+            approved=response.decision == v1.InputResponse.DECISION_APPROVE,
+            sequence=event.sequence,
+        )
         if response.remember == v1.InputResponse.REMEMBER_RUN:
-            run.remembered[asked[0].call.tool] = approved
+            run.remembered[response.input_id].CopyFrom(answer)
         elif response.remember == v1.InputResponse.REMEMBER_SESSION:
-            rows.session.remembered[asked[0].call.tool] = approved
+            rows.session.remembered[response.input_id].CopyFrom(answer)
 
 
 def can_hold(value: v1.Value, depth: int = 1) -> bool:

@@ -71,15 +71,15 @@ class Outcome(NamedTuple):
 
 
 class Function(NamedTuple):
-    """One tool, as the model is told of it and as it is run."""
+    """One tool, as the model is told of it, and what implements it."""
 
     name: str
     description: str
     parameters: str
     """JSON Schema text of an object."""
-    call: Callable[[Mapping[str, Any], CallContext], Awaitable[Outcome]]
-    """Given the arguments as decoded JSON. What it raises beside NotecaseError is a defect of the tool: it is logged,
-    and the model is told only that the tool failed. Cancelling the call cancels the tool."""
+    implementation: v1.ToolBinding
+    """The function, or the MCP server and its own name of the tool, by which `Toolbox.call` finds it again: after a
+    restart too, and whatever the name comes to mean meanwhile. Nothing else of it is set."""
 
 
 class Toolbox(Protocol):
@@ -98,9 +98,17 @@ class Toolbox(Protocol):
     async def resolve(self, tool: v1.Tool) -> Sequence[Function]:
         """The functions behind a `server` or `mcp` tool, under the names the model is to use: the tool's own for a
         function, and for MCP the server's names, filtered, behind the tool's name as a prefix (`{name}_{theirs}`) when
-        it has one. `description` and `parameters` of the tool, where set, win for a function.
+        it has one, and changed where a model's API does not take them (see `naming.offered`). `description` and
+        `parameters` of the tool, where set, win for a function.
 
         Raises NotecaseError TOOL_ERROR when a function or MCP server is not there or cannot be reached."""
+        ...
+
+    async def call(self, binding: v1.ToolBinding, arguments: Mapping[str, Any], context: CallContext) -> Outcome:
+        """Calls what a tool was bound to, with the arguments as decoded JSON. Cancelling it cancels the tool.
+
+        Raises NotecaseError TOOL_ERROR when the function or MCP server is not there any more. What else it raises is a
+        defect of the tool: it is logged, and the model is told only that the tool failed."""
         ...
 
     async def close(self) -> None:

@@ -160,10 +160,13 @@ class PythonTool:
 
     def offered(self, name: str, description: str, parameters: str) -> Function:
         """As the model is told of it; what is empty is the tool's own."""
-        return Function(name or self.name, description or self.description, parameters or self.parameters, self.call)
+        implementation = v1.ToolBinding(function=self.name)
+        return Function(
+            name or self.name, description or self.description, parameters or self.parameters, implementation
+        )
 
     async def call(self, arguments: Mapping[str, Any], context: CallContext) -> Outcome:
-        """As Function.call promises. A tool cannot end the server: SystemExit is a defect like any other."""
+        """As Toolbox.call promises. A tool cannot end the server: SystemExit is a defect like any other."""
         try:
             filled = self._arguments.model_validate(arguments)
         except ValidationError as error:

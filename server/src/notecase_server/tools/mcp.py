@@ -10,10 +10,8 @@ import json
 import logging
 import math
 import os
-import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from functools import partial
 from types import TracebackType
 from typing import Any, Self, TextIO, cast
 
@@ -28,6 +26,7 @@ from mcp.types.version import MODERN_PROTOCOL_VERSIONS
 from notecase import v1
 
 from notecase_server import __version__, errors
+from notecase_server.tools import naming
 from notecase_server.tools.contract import CallContext, Function, Outcome
 from notecase_server.tools.mcp_settings import McpServerSettings
 from notecase_server.tools.outcome import MAX_MEDIA, MAX_RESULT, failed, succeeded
@@ -50,11 +49,6 @@ INVALID = (RuntimeError, ValueError)
 LIST_PAGES = 100
 """More pages than any list has: one that never ends must end a run, not hold it."""
 
-NAME = re.compile(r"[^A-Za-z0-9_-]")
-"""What a server may have in a tool's name, and a model's API does not take."""
-
-NAME_LENGTH = 64
-
 MAX_ANSWER = 6 * MAX_RESULT + 2 * MAX_MEDIA
 """Bytes of one answer on an event stream: JSON writes a byte of text as six at most, and three of media as four; so no
 result that is taken is longer."""
@@ -73,27 +67,26 @@ class McpServer:
         self._closed = False
 
     async def functions(self, prefix: str, only: Sequence[str]) -> list[Function]:
-        """Its tools, or those named in `only`, in the server's order. A model's API takes fewer names than MCP: other
-        characters become "_". Raises NotecaseError TOOL_ERROR when the server cannot be reached, has no such tool, or
-        two names become one."""
+        """Its tools, or those named in `only`, in the server's order, under names that a model's API takes. Raises
+        NotecaseError TOOL_ERROR when the server cannot be reached, has no such tool, or has one whose name nobody
+        could record."""
         tools = await self._tools()
         if missing := set(only) - {tool.name for tool in tools}:
             told = ", ".join(map(repr, sorted(missing)))
             raise errors.tool_error(f"The MCP server {self._name!r} has no tool {told}.")
-        found: dict[str, Function] = {}
-        for tool in tools:
-            if only and tool.name not in only:
-                continue
-            name = NAME.sub("_", f"{prefix}_{tool.name}" if prefix else tool.name)
-            if len(name) > NAME_LENGTH:
-                raise errors.tool_error(
-                    f"The name {name!r} of a tool is longer than {NAME_LENGTH}; shorten the prefix."
-                )
-            if name in found:
-                raise errors.tool_error(f"The MCP server {self._name!r} has two tools that are both called {name!r}.")
-            parameters = json.dumps(tool.input_schema, ensure_ascii=False)
-            found[name] = Function(name, tool.description or "", parameters, partial(self._call, tool.name))
-        return list(found.values())
+        chosen = [tool for tool in tools if not only or tool.name in only]
+        if any(len(tool.name) > naming.OWN_LENGTH for tool in chosen):
+            told = f"has a tool whose name is longer than {naming.OWN_LENGTH}; list the tools to be used in `mcp.tools`"
+            raise errors.tool_error(f"The MCP server {self._name!r} {told}.")
+        return [
+            Function(
+                name,
+                tool.description or "",
+                json.dumps(tool.input_schema, ensure_ascii=False),
+                v1.ToolBinding(mcp=v1.McpBinding(server=self._name, tool=tool.name)),
+            )
+            for tool, name in zip(chosen, naming.offered(prefix, [tool.name for tool in chosen]), strict=True)
+        ]
 
     async def close(self) -> None:
         """Ends the connection, and with it the server's process. Calls under way fail. Idempotent."""
@@ -121,7 +114,8 @@ class McpServer:
             log.warning("mcp_list_failed", server=self._name, error=type(error).__name__)
             raise errors.tool_error(f"The MCP server {self._name!r} does not tell its tools.") from error
 
-    async def _call(self, tool: str, arguments: Mapping[str, Any], context: CallContext) -> Outcome:
+    async def call(self, tool: str, arguments: Mapping[str, Any], context: CallContext) -> Outcome:
+        """Calls a tool by the server's own name of it, as Toolbox.call promises."""
         # By these a server that knows them makes an outside effect once, whatever becomes of the connection.
         meta = {"notecase/idempotency_key": context.idempotency_key, "notecase/attempt": context.attempt}
         try:

@@ -71,10 +71,7 @@ class _Tools:
             case "server":
                 return [self._function(tool)]
             case "mcp":
-                server = self._servers.get(tool.mcp.server)
-                if server is None:
-                    raise errors.tool_error(f"This server has no MCP server {tool.mcp.server!r}.")
-                return await server.functions(tool.name, tool.mcp.tools)
+                return await self._server(tool.mcp.server).functions(tool.name, tool.mcp.tools)
             case other:
                 raise ValueError(f"a tool with the implementation {other} is not run here")
 
@@ -84,16 +81,32 @@ class _Tools:
                 tool.name or ASK_USER,
                 tool.description or ASK_USER_DESCRIPTION,
                 tool.parameters or ASK_USER_PARAMETERS,
-                _never_called,
+                v1.ToolBinding(function=ASK_USER),
             )
-        known = self._functions.get(tool.server.function)
+        return self._known(tool.server.function).offered(tool.name, tool.description, tool.parameters)
+
+    async def call(self, binding: v1.ToolBinding, arguments: Mapping[str, Any], context: CallContext) -> Outcome:
+        match binding.WhichOneof("implementation"):
+            case "function" if binding.function == ASK_USER:
+                raise ValueError("a question is answered by a person, not by a call")
+            case "function":
+                return await self._known(binding.function).call(arguments, context)
+            case "mcp":
+                return await self._server(binding.mcp.server).call(binding.mcp.tool, arguments, context)
+            case _:
+                raise ValueError("a tool of the caller is not run here")
+
+    def _known(self, function: str) -> "PythonTool":
+        known = self._functions.get(function)
         if known is None:
-            raise errors.tool_error(f"This server has no function {tool.server.function!r}.")
-        return known.offered(tool.name, tool.description, tool.parameters)
+            raise errors.tool_error(f"This server has no function {function!r}.")
+        return known
+
+    def _server(self, name: str) -> "McpServer":
+        server = self._servers.get(name)
+        if server is None:
+            raise errors.tool_error(f"This server has no MCP server {name!r}.")
+        return server
 
     async def close(self) -> None:
         await asyncio.gather(*(server.close() for server in self._servers.values()))
-
-
-async def _never_called(arguments: Mapping[str, Any], context: CallContext) -> Outcome:
-    raise RuntimeError("a question is answered by a person, not by a call")
