@@ -257,7 +257,7 @@ async def test_an_approval_can_be_remembered(served: Running, careful: str, mode
         assert durable(frames)[-1].run_state_changed.state == v1.Run.STATE_SUCCEEDED
     assert asked == 1
     found = await served.sessions.GetSession(v1.GetSessionRequest(name=careful))
-    assert dict(found.remembered) == {"pay": True}
+    assert [(held.tool, held.approved) for held in found.remembered.values()] == [("pay", True)]
 
 
 async def test_a_question_is_answered_by_a_person(served: Running, careful: str, model: OpenAIServer) -> None:
