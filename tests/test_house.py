@@ -49,16 +49,19 @@ ROOMS: dict[str, Room] = {
     "models.offline": Room({"errors", "models.contract"}, "A provider knows no other."),
     "tools": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
     "tools.contract": Room({"client"}, "A promise knows none of those who keep it; values are plain ones to a tool."),
+    "tools.naming": Room(set(), "A name for a model is made of names alone."),
     "tools.outcome": Room({"tools.contract"}, "A result's bounds are the same whoever made it."),
     "tools.functions": Room({"tools.contract", "tools.outcome"}, "Functions know nothing of remote tools."),
-    "tools.mcp": Room({"errors", "tools.contract", "tools.outcome"}, "Remote tools know nothing of functions."),
+    "tools.mcp": Room(
+        {"errors", "tools.contract", "tools.naming", "tools.outcome"}, "Remote tools know nothing of functions."
+    ),
     "tools.toolbox": Room({"errors", "tools.contract", "tools.functions", "tools.mcp"}, "It composes the two."),
     "engine": Room(
-        {"errors", "names", "store.contract", "store.fold", "models.contract", "tools.contract"},
+        {"errors", "names", "store.contract", "store.fold", "models.contract", "tools.contract", "tools.naming"},
         "Runs are the same whatever stores, answers or carries them.",
     ),
     "rpc": Room(
-        {"errors", "names", "engine", "store.contract", "store.fold", "tools.contract"},
+        {"errors", "names", "engine", "store.contract", "store.fold", "tools.contract", "tools.naming"},
         "The doorway leads to the engine, and to the store's contract for what is only read.",
     ),
     "serve": Room({"*"}, "The one place that composes, and so the one that sees all."),

@@ -305,8 +305,8 @@ async def check(store: Store) -> None:
     assert {each.run.name for each in await store.active_runs()} == unended
     queue = [(waiting.command_id, waiting.sequence, waiting.run) for waiting in session.queued_commands]
     assert queue == queue_by_hand(log)
-    for held, name in ((session, ""), *((run, name) for name, run in runs.items())):
-        decided = {asked: (answer.approved, answer.sequence) for asked, answer in held.remembered.items()}
+    for name, answers in {"": session.remembered, **{name: run.remembered for name, run in runs.items()}}.items():
+        decided = {asked: (answer.approved, answer.sequence) for asked, answer in answers.items()}
         assert decided == remembered_by_hand(log, name)
     assert session.last_sequence == len(log)
     assert session.usage.model_calls == sum(entry.HasField("usage") for entry in log)
