@@ -7,14 +7,22 @@ STUBS := client/src/notecase/v1
 PROTOS := $(sort $(wildcard proto/notecase/v1/*.proto))
 GO := $(shell command -v go 2>/dev/null)
 
-# Reflection and errors are tested with the tool that callers use; buf is the usual judge of protos. Both are built by Go.
-GRPCURL := github.com/fullstorydev/grpcurl/cmd/grpcurl@v1.9.4
-BUF := github.com/bufbuild/buf/cmd/buf@v1.75.0
+# Reflection and errors are tested with the tools that callers use; buf is the usual judge of protos. All are built by Go:
+# the module, its version, and where the command is in it.
+grpcurl := github.com/fullstorydev/grpcurl v1.9.4 /cmd/grpcurl
+grpcui := github.com/fullstorydev/grpcui v1.4.3 /cmd/grpcui
+evans := github.com/ktr0731/evans v0.10.11
+ghz := github.com/bojand/ghz v0.120.0 /cmd/ghz
+buf := github.com/bufbuild/buf v1.75.0 /cmd/buf
+TOOLS := $(addprefix $(BIN)/,grpcurl grpcui evans ghz)
 
-.PHONY: help demo serve test lint format types proto proto-check proto-lint check bench tools clean
+# What buf breaking compares proto/ with: the last commit, or make proto-breaking AGAINST=v0.1.0
+AGAINST := HEAD
+
+.PHONY: help demo serve test lint format types proto proto-check proto-lint proto-breaking check bench tools clean
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/.ready ## A detective's conversation, told from start to restart
 	@$(BIN)/python examples/detective.py $(ARGS)
@@ -22,7 +30,7 @@ demo: $(VENV)/.ready ## A detective's conversation, told from start to restart
 serve: $(VENV)/.ready ## Start the server; ARGS="--store sqlite:notecase.db"
 	@$(BIN)/notecase serve $(ARGS)
 
-test: $(VENV)/.ready $(GENERATOR)/.ready $(if $(GO),$(BIN)/grpcurl) ## Run the tests side by side; ARGS="-n0 -k name tests/store"
+test: $(VENV)/.ready $(GENERATOR)/.ready $(if $(GO),$(TOOLS)) ## Run the tests side by side; ARGS="-n0 -k name tests/store"
 	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 lint: $(VENV)/.ready ## Check the format and the style
@@ -48,12 +56,16 @@ proto-check: $(GENERATOR)/.ready ## Check that the stubs are what proto/ says
 proto-lint: $(BIN)/buf ## Check the protos' style with buf; wants Go, and two minutes the first time
 	@$(BIN)/buf lint proto && $(BIN)/buf format --diff --exit-code proto && echo "The protos pass buf."
 
-check: lint types proto-check test ## All of the checks above but proto-lint
+proto-breaking: $(BIN)/buf ## Tell what in proto/ breaks callers since a commit; AGAINST=v0.1.0, else the last one
+	@then=$$(mktemp -d) && trap 'rm -rf "$$then"' EXIT && git archive $(AGAINST) proto | tar -x -C "$$then" && \
+	$(BIN)/buf breaking proto --against "$$then/proto" && echo "Nothing breaks callers of $(AGAINST)."
+
+check: lint types proto-check test ## All of the checks above but those with buf
 
 bench: $(VENV)/.ready ## Measure the server on this machine
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-tools: $(BIN)/grpcurl $(BIN)/buf ## Build grpcurl and buf into the environment; wants Go
+tools: $(TOOLS) $(BIN)/buf ## Build grpcurl, grpcui, evans, ghz and buf into the environment; needs Go
 
 clean: ## Remove the environments and what tools left behind
 	@rm -rf $(VENV) $(GENERATOR) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
@@ -75,14 +87,14 @@ $(GENERATOR)/.ready: proto/requirements.txt
 	@$(GENERATOR)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
-# Tests that want grpcurl are skipped without it, so a failure to build it stops nobody; CI lets no test be skipped.
-$(BIN)/grpcurl: | $(VENV)/.ready
-	@echo "Building grpcurl for the tests; this takes a minute the first time."
-	@$(call gobuild,$(GRPCURL)) || echo "grpcurl could not be built: the tests that use it will be skipped." >&2
+# Tests that need a tool are skipped without it, so a failure to build it stops nobody; CI lets no test be skipped.
+$(TOOLS): $(BIN)/%: | $(VENV)/.ready
+	@echo "Building $* for the tests; this takes a minute the first time."
+	@$(call gobuild,$($*)) || echo "$* could not be built: the tests that use it will be skipped." >&2
 
 $(BIN)/buf: | $(VENV)/.ready
 	@echo "Building buf; this takes two minutes the first time."
-	@$(call gobuild,$(BUF))
+	@$(call gobuild,$(buf))
 
 # $(call environment,DIR) makes DIR with the first Python that will do, or with the one that PYTHON names.
 define environment
@@ -104,8 +116,11 @@ $(GENERATOR)/bin/python -m grpc_tools.protoc -I proto $$mypy --grpc_python_out=$
 	$$(grep -l '^service ' $(PROTOS))
 endef
 
-# $(call gobuild,MODULE) says nothing unless it fails.
+# $(call gobuild,MODULE VERSION PATH) builds the target and says nothing unless that fails. A module of its own asks for the
+# one version; go install MODULE@VERSION asks for the list of all versions as well, which not every proxy has.
 define gobuild
-( if test -z "$(GO)"; then echo "This wants Go, which is not here." >&2; exit 1; fi; \
-log=$$(GOBIN="$(CURDIR)/$(BIN)" go install $(1) 2>&1) || { echo "$$log" >&2; exit 1; } )
+( if test -z "$(GO)"; then echo "This needs Go, which is not here." >&2; exit 1; fi; \
+work=$$(mktemp -d) && trap 'rm -rf "$$work"' EXIT && cd "$$work" && \
+log=$$({ go mod init tool && go mod edit -require=$(word 1,$(1))@$(word 2,$(1)) && \
+	go build -mod=mod -o "$(CURDIR)/$@" $(word 1,$(1))$(word 3,$(1)); } 2>&1) || { echo "$$log" >&2; exit 1; } )
 endef

@@ -1,9 +1,9 @@
-"""What every test may count on: the tool that callers use, and that CI skips nothing in silence."""
+"""What every test may count on: the tools that callers use, and that CI skips nothing in silence."""
 
 import os
 import shutil
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -22,13 +22,24 @@ if os.environ.get("CI"):
 
 
 @pytest.fixture(scope="session")
-def grpcurl() -> str:
-    """The path of the real grpcurl: the one that `make test` built, or the system's."""
-    beside = Path(sys.executable).parent
-    found = shutil.which("grpcurl", path=f"{beside}{os.pathsep}{os.environ.get('PATH', '')}")
-    if found is None:
-        pytest.skip("wants grpcurl, which is not here; make tools builds it where Go is")
-    return found
+def tool() -> Callable[[str], str]:
+    """Finds the path of a real tool by its name: the one that `make test` built, or the system's. Skips the test when
+    there is none."""
+
+    def find(name: str) -> str:
+        beside = Path(sys.executable).parent
+        found = shutil.which(name, path=f"{beside}{os.pathsep}{os.environ.get('PATH', '')}")
+        if found is None:
+            pytest.skip(f"needs {name}, which is not here; make tools builds it where Go is")
+        return found
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def grpcurl(tool: Callable[[str], str]) -> str:
+    """The path of the real grpcurl."""
+    return tool("grpcurl")
 
 
 @pytest.hookimpl(optionalhook=True)

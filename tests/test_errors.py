@@ -62,7 +62,43 @@ def test_every_failure_travels_as_a_standard_status(reason: v1.ErrorReason.Value
     status = to_status(errors.NotecaseError(reason, "A sentence.", metadata={"key": 1}))
     info = error_details_pb2.ErrorInfo()
     assert status.details[0].Unpack(info)
-    assert (info.domain, f"ERROR_REASON_{info.reason}") == ("notecase", v1.ErrorReason.Name(reason))
+    assert (info.domain, f"ERROR_REASON_{info.reason}") == ("notecase.dev", v1.ErrorReason.Name(reason))
     assert dict(info.metadata) == {"key": "1"}
     retries = [detail for detail in status.details if detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR)]
     assert len(retries) == (errors.CATALOG[reason].retry_after is not None)
+
+
+KINDS = ("agent", "session", "run", "message", "blob", "upload")
+
+
+def sentences() -> list[str]:
+    """What every function of the catalog says, of every kind of resource and of none, one and several of a thing."""
+    told = [make(kind, "x") for make in (errors.not_found, errors.already_exists) for kind in KINDS]
+    for number in (0, 1, 2, 5_000_000):
+        told += [errors.too_large("What is said", number, number), errors.too_many_runs(number)]
+        told += [errors.queue_full(number), errors.watcher_too_slow(number), errors.sequence_ahead(number, number)]
+        told += [errors.blob_cut(number, number, resumable) for resumable in (True, False)]
+        told += [errors.version_mismatch("The state", number), errors.sequence_mismatch(number)]
+        told += [errors.upload_offset_mismatch("x", number)]
+        told += [errors.invalid([errors.Violation("field", "is missing")] * number)] if number < 10 else []
+    told += [errors.reused(field, "x") for field in ("request_id", "command_id", "run_id", "upload_id")]
+    told += [make("x") for make in (errors.call_not_pending, errors.input_not_pending, errors.run_active)]
+    told += [make("sessions/x") for make in (errors.no_run, errors.cancelled_before_start, errors.internal)]
+    told += [errors.etag_mismatch("agents/x", "1"), errors.state_key_not_found("app/state", "x")]
+    told += [errors.run_ended("sessions/x/runs/y", v1.Run.STATE_FAILED), errors.owner_lost("x")]
+    told += [errors.page_token_invalid(), errors.draining(), errors.store_unavailable()]
+    return [text for error in told for text in (error.message, error.quota) if text]
+
+
+def test_what_the_catalog_says_is_english() -> None:
+    """An article fits its noun, a number its plural, and a message is a whole sentence."""
+    said = sentences()
+    assert not [text for text in said if re.search(r"\b(a [aeio]|a upload|an [^aeiou])", text)]
+    assert not [text for text in said if re.search(r"\b1 \w+s\b(?! )|\b1 (bytes|runs|seconds|commands)", text)]
+    assert not [text for text in said if re.search(r"\b([02-9]|\d{2,}) (byte|run|second|command)\b", text)]
+    assert {
+        "There is already an agent 'x'; choose another id.",
+        "There is already an upload 'x'; choose another id.",
+    } <= {*said}
+    messages = [text for text in said if not text.endswith((" bytes", " byte")) and ": " not in text[:30]]
+    assert not [text for text in messages if "  " in text or text.endswith(("..", " ."))]

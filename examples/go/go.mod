@@ -6,7 +6,10 @@ require (
 	google.golang.org/genproto/googleapis/rpc v0.0.0-20260817212433-ac3dfec99bb1
 	google.golang.org/grpc v1.85.0
 	google.golang.org/protobuf v1.36.12
+	notecase.dev/api v0.0.0
 )
+
+replace notecase.dev/api => ./api
 
 require (
 	golang.org/x/net v0.60.0 // indirect

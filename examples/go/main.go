@@ -15,7 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 
-	notecase "conversation/gen/notecase/v1"
+	notecase "notecase.dev/api/notecase/v1"
 )
 
 func main() {

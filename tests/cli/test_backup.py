@@ -41,10 +41,10 @@ async def logs(path: Path) -> dict[str, list[v1.Event]]:
     found: dict[str, list[v1.Event]] = {}
     for number in range(WRITERS):
         log: list[v1.Event] = []
-        while page := await store.read_events(SessionKey("default", f"s{number}"), len(log)):
-            log += page
-        row = await store.get_session(SessionKey("default", f"s{number}"))
+        row = await store.find_session("default", f"s{number}")
         assert row is not None
+        while page := await store.read_events(SessionKey("default", row.name, row.uid), len(log)):
+            log += page
         assert row.last_sequence == len(log), "a session and its log are of one moment"
         found[f"s{number}"] = log
     await store.close()

@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
+import click
 import pytest
 from notecase_server.cli import main
+from notecase_server.cli.serve import serve
 
 from tests.cli.command import notecase
 from tests.support.server import Running, Spawned
@@ -16,7 +18,7 @@ NOBODY = "127.0.0.1:1"
 async def test_help_explains_every_option_and_its_variable() -> None:
     done = await notecase("serve", "--help")
     assert 0 == done.code
-    options = {option.opts[0]: option.envvar for option in main.commands["serve"].params}
+    options = {option.opts[0]: option.envvar for option in serve.params}
     assert options == {option: f"NOTECASE_{option[2:].upper().replace('-', '_')}" for option in options}
     text = " ".join(done.out.split())
     for option, variable in options.items():
@@ -24,13 +26,23 @@ async def test_help_explains_every_option_and_its_variable() -> None:
     assert "OPENAI_API_KEY" in text
 
 
-async def test_the_commands_are_listed_with_a_sentence_each() -> None:
+async def test_the_commands_are_listed_with_the_first_sentence_of_their_help() -> None:
+    """As click would list them if it imported them all."""
     done = await notecase("--help")
     assert 0 == done.code
-    commands = done.out.partition("Commands:\n")[2]
-    assert ["agents", "backup", "chat", "export", "health", "import", "serve", "sessions", "state"] == re.findall(
-        r"^  (\w+) +\w.*\.$", commands, re.MULTILINE
-    )
+    listed = dict(re.findall(r"^  (\w+) +(\w.*\.)$", done.out.partition("Commands:\n")[2], re.MULTILINE))
+    assert ["agents", "backup", "chat", "export", "health", "import", "serve", "sessions", "state"] == list(listed)
+    context = click.Context(main)
+    commands = {name: main.get_command(context, name) for name in listed}
+    assert {name: command.get_short_help_str(100) for name, command in commands.items() if command} == listed
+    assert {name: command.name for name, command in commands.items() if command} == {name: name for name in listed}
+
+
+async def test_an_unknown_command_is_told_with_one_like_it() -> None:
+    done = await notecase("sesions")
+    assert (2, "") == (done.code, done.out)
+    assert "'sesions'" in done.err
+    assert "sessions" in done.err
 
 
 @pytest.mark.parametrize(

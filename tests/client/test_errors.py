@@ -28,7 +28,7 @@ def test_every_detail_is_decoded() -> None:
         _rpc_error(
             code_pb2.INVALID_ARGUMENT,
             "Two fields are wrong.",
-            error_details_pb2.ErrorInfo(domain="notecase", reason="INVALID_FIELD", metadata={"a": "b"}),
+            error_details_pb2.ErrorInfo(domain="notecase.dev", reason="INVALID_FIELD", metadata={"a": "b"}),
             error_details_pb2.BadRequest(
                 field_violations=[
                     error_details_pb2.BadRequest.FieldViolation(field="name", description="is empty"),

@@ -11,9 +11,11 @@ from notecase import SessionView, v1
 from notecase_server import names
 from notecase_server.errors import NotecaseError
 from notecase_server.store import fold
-from notecase_server.store.contract import Commit, RunRecord, SessionKey
+from notecase_server.store.contract import Commit, RunRecord
 
-KEY = SessionKey("acme", "s")
+from tests.store.build import session_key
+
+KEY = session_key("acme", "s")
 RUNS = st.sampled_from(["r1", "r1", "r1", "r2", "r3"])
 """Mostly the one that begins, so that much happens to it."""
 NUMBERS = st.integers(0, 7)
@@ -66,7 +68,7 @@ class Log:
             return False
         self.rows = rows
         told = v1.Event.FromString(done.events[0].SerializeToString())
-        self.events.append(names.render_event(KEY, "users/ada", told))
+        self.events.append(names.render_event(KEY.session, "users/ada", told))
         return True
 
     def run(self, run_id: str) -> v1.Run:
@@ -74,7 +76,7 @@ class Log:
         run = v1.Run.FromString(self.rows.runs[run_id].SerializeToString())
         if run.HasField("reply"):
             run.reply.CopyFrom(self.rows.messages[run.reply.name])
-        return names.render_run(KEY, run)
+        return names.render_run(KEY.session, run)
 
     def active(self) -> v1.Run:
         active = self.rows.session.active_run
@@ -88,7 +90,7 @@ class Log:
         entries = self.rows.state.get(scope, {})
         return {
             "last_sequence": session.last_sequence,
-            "messages": [names.render_message(KEY, message) for message in messages],
+            "messages": [names.render_message(KEY.session, message) for message in messages],
             "runs": {names.run(KEY.session, name): self.run(name) for name in self.rows.runs},
             "state": {key: entry.value for key, entry in entries.items() if entry is not None},
             "queued": list(session.queued_commands),

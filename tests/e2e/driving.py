@@ -75,7 +75,7 @@ async def log_of(served: Running, session: str) -> list[v1.Event]:
 def reason_of(error: grpc.RpcError) -> str:
     """The ErrorInfo's reason, which every refusal carries under the domain notecase."""
     info = detail_of(error, error_details_pb2.ErrorInfo)
-    assert info.domain == "notecase"
+    assert info.domain == "notecase.dev"
     return str(info.reason)
 
 

@@ -19,12 +19,13 @@ from notecase import SessionView, v1
 from notecase.view import ENDED
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.serve import now
+from notecase_server.store.contract import SessionKey
 from notecase_server.store.sqlite import SqliteStore
 from notecase_server.tools.functions import CallContext, tool
 from notecase_server.tools.toolbox import make_toolbox
 
 from tests.e2e.driving import reason_of, said
-from tests.e2e.test_takeover import KEY, SESSION, check_well_formed, client_tool, server_tool
+from tests.e2e.test_takeover import SESSION, check_well_formed, client_tool, server_tool
 from tests.support.openai_server import Answer, Json, OpenAIServer, chunk, error, reply, tool_calls
 from tests.support.server import Running, running
 
@@ -198,8 +199,8 @@ FORMS = st.sampled_from(["SendCommand", "Run"])
 REFUSALS: Mapping[str, set[str]] = {
     "start": {"RUN_ACTIVE", "REQUEST_ID_REUSED", "RUN_CANCELLED_BEFORE_START", "QUEUE_FULL"},
     "input": {"RUN_NOT_FOUND", "RUN_ENDED", "QUEUE_FULL"},
-    "tool_result": {"RUN_NOT_FOUND", "RUN_ENDED", "CALL_NOT_PENDING"},
-    "input_response": {"RUN_NOT_FOUND", "RUN_ENDED", "INPUT_NOT_PENDING", "INVALID_FIELD"},
+    "tool_result": {"CALL_NOT_PENDING"},
+    "input_response": {"INPUT_NOT_PENDING", "INVALID_FIELD"},
     "update_state": {"STATE_VERSION_MISMATCH", "STATE_TYPE_MISMATCH"},
     "cancel": {"RUN_NOT_FOUND", "RUN_ENDED", "CALL_NOT_PENDING", "RUN_ACTIVE"},
 }
@@ -591,7 +592,9 @@ class SessionMachine(RuleBasedStateMachine):
             await self.stack.aclose()
         store = await SqliteStore.open(self.file, now)
         try:
-            kept = await store.read_events(KEY, 0)
+            session = await store.find_session("default", "case")
+            assert session is not None
+            kept = await store.read_events(SessionKey("default", "case", session.uid), 0)
         finally:
             await store.close()
         assert [event.sequence for event in kept] == [event.sequence for event in self.log]

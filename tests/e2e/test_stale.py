@@ -20,7 +20,7 @@ from notecase_server.engine.schema import Schemas
 from notecase_server.engine.session import Sessions
 from notecase_server.engine.turn import Services
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Text
-from notecase_server.serve import new_id, now
+from notecase_server.serve import new_id, new_uid, now
 from notecase_server.store.contract import Commit, SessionKey
 from notecase_server.store.fold import ENDED
 from notecase_server.store.memory import MemoryStore
@@ -137,14 +137,14 @@ class GatedProvider:
 async def test_of_two_owners_in_one_process_the_later_one_wins() -> None:
     """The same on one memory store, where nothing but the epoch stands between the two."""
     store = MemoryStore(now)
-    key = SessionKey("default", "case")
+    key = SessionKey("default", "case", new_uid())
     await store.create_agent("default", "clerk", v1.Agent(llm=v1.LlmAgent()))
     await store.commit(Commit(key=key, create=v1.Session(agent="agents/clerk")))
     stale, later = GatedProvider("stale"), GatedProvider("later")
     contents = Contents(store, new_id, now, Limits())
     first, second = (
         Runs(
-            Sessions(store),
+            Sessions(store, new_id, new_uid),
             Services(store, {"": provider}, make_toolbox((), {}), contents, Schemas(), new_id, now),
             max_runs=9,
         )

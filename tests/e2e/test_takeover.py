@@ -24,7 +24,6 @@ from tests.support.crashing import EFFECTS, GATE, TOOLS, Crashing, Gate, effects
 from tests.support.openai_server import Answer, Json, OpenAIServer, reply, tool_calls
 from tests.support.server import running
 
-KEY = SessionKey("default", "case")
 SESSION, R1, R2 = "sessions/case", "sessions/case/runs/r1", "sessions/case/runs/r2"
 
 RETRY, ASK, FAIL = v1.Tool.ON_INTERRUPT_RETRY, v1.Tool.ON_INTERRUPT_UNSPECIFIED, v1.Tool.ON_INTERRUPT_FAIL
@@ -101,12 +100,13 @@ class Stored(NamedTuple):
 async def stored(directory: Path) -> Stored:
     store = await SqliteStore.open(directory / "notecase.db", now)
     try:
-        log = await store.read_events(KEY, 0)
-        session = await store.get_session(KEY)
+        session = await store.find_session("default", "case")
         assert session is not None
-        found = {name: await store.get_run(KEY, name) for name in ("r1", "r2")}
+        key = SessionKey("default", session.name, session.uid)
+        log = await store.read_events(key, 0)
+        found = {name: await store.get_run(key, name) for name in ("r1", "r2")}
         runs = {name: row[0] for name, row in found.items() if row is not None}
-        state = await store.get_state(state_scope(KEY, "", ""), ["acted"])
+        state = await store.get_state(state_scope(key, "", ""), ["acted"])
         return Stored(log, runs, session, state.entries["acted"].value.int_value)
     finally:
         await store.close()

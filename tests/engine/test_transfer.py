@@ -8,7 +8,7 @@ import pytest
 from notecase import v1
 from notecase_server.engine import transfer
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import Restore, SessionKey
+from notecase_server.store.contract import Restore
 from notecase_server.store.memory import MemoryStore
 
 from tests.store.build import (
@@ -25,12 +25,13 @@ from tests.store.build import (
     refused,
     replied,
     said,
+    session_key,
     start,
     started,
     summarized,
 )
 
-OTHER = SessionKey("acme", "other")
+OTHER = session_key("acme", "other")
 
 
 async def export(store: MemoryStore) -> bytes:
@@ -38,7 +39,7 @@ async def export(store: MemoryStore) -> bytes:
 
 
 def read(file: bytes) -> Restore:
-    return transfer.read(io.BytesIO(file), OTHER, None)
+    return transfer.read(io.BytesIO(file), OTHER)
 
 
 def problem_of(file: bytes) -> str:
@@ -58,7 +59,7 @@ async def file() -> bytes:
     return await export(store)
 
 
-def made_of(events: Sequence[v1.Event], header: v1.ExportHeader | None = None, magic: bytes = b"notecase\1") -> bytes:
+def made_of(events: Sequence[v1.Event], header: v1.ExportHeader | None = None, magic: bytes = b"notecase\2") -> bytes:
     """A file as somebody might make it by hand, its trailer right."""
     records = [v1.ExportRecord(header=header)] if header is not None else []
     records += [v1.ExportRecord(event=event) for event in events]
@@ -121,6 +122,7 @@ async def test_a_file_with_any_bit_flipped_is_refused(file: bytes) -> None:
     assert told == {
         "The file is no export of a session; nothing of it was imported.",
         "The file was written by a newer notecase",
+        "The file is in format 0",
         "The file ends before its trailer",
         "The file is damaged",
     }
@@ -133,8 +135,10 @@ async def test_a_file_that_goes_on_is_refused(file: bytes) -> None:
 
 def test_a_foreign_and_a_newer_file_are_told_apart() -> None:
     assert problem_of(b"PK\3\4 something else").startswith("The file is no export of a session")
-    newer = made_of([], v1.ExportHeader(), magic=b"notecase\2")
-    assert problem_of(newer).startswith("The file was written by a newer notecase, in format 2; this one reads 1")
+    newer = made_of([], v1.ExportHeader(), magic=b"notecase\3")
+    assert problem_of(newer).startswith("The file was written by a newer notecase, in format 3; this one reads up to 2")
+    older = made_of([], v1.ExportHeader(), magic=b"notecase\0")
+    assert problem_of(older).startswith("The file is in format 0, which no notecase writes; this one reads 1 to 2")
     assert read(made_of([], v1.ExportHeader())).session.last_sequence == 0
     by_hand = numbered(said("m1"), started("r1"), said("m2", run="r1"), ended("r1"), versioned(nested(16)))
     assert read(made_of(by_hand, v1.ExportHeader())).session.last_sequence == 5
@@ -170,7 +174,7 @@ def test_what_no_log_holds_is_refused(events: list[v1.Event]) -> None:
 
 def test_what_is_no_record_is_refused() -> None:
     assert "does not begin with its header" in problem_of(made_of(numbered(said("m1"))))
-    body = b"notecase\1" + framed(b"\xff\xff\xff") + b"\0"
+    body = b"notecase\2" + framed(b"\xff\xff\xff") + b"\0"
     assert "does not decode" in problem_of(body + hashlib.sha256(body).digest())
 
 

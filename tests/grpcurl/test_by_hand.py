@@ -8,8 +8,7 @@ from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
-from google.protobuf import descriptor_pb2, json_format
-from grpc_reflection.v1alpha import reflection_pb2
+from google.protobuf import json_format
 from notecase import v1
 
 from tests.support.server import Running, running
@@ -156,7 +155,9 @@ async def test_methods_and_messages_are_described(terminal: Terminal) -> None:
     assert await terminal.print("describe", "notecase.v1.StateService") == (
         "notecase.v1.StateService is a service:\n"
         "service StateService {\n"
-        "  rpc GetState ( .notecase.v1.GetStateRequest ) returns ( .notecase.v1.State );\n"
+        "  rpc GetState ( .notecase.v1.GetStateRequest ) returns ( .notecase.v1.GetStateResponse ) {\n"
+        "    option idempotency_level = NO_SIDE_EFFECTS;\n"
+        "  }\n"
         "  rpc PutState ( .notecase.v1.PutStateRequest ) returns ( .notecase.v1.StateEntry );\n"
         "  rpc UpdateState ( .notecase.v1.UpdateStateRequest ) returns ( .notecase.v1.State );\n"
         "}\n"
@@ -167,30 +168,34 @@ async def test_methods_and_messages_are_described(terminal: Terminal) -> None:
         "  string name = 1;\n"
         "  optional int64 after_sequence = 2;\n"
         "  .notecase.v1.WatchOptions options = 3;\n"
+        "  string if_session_uid = 4;\n"
         "}\n"
     )
 
 
-@pytest.mark.parametrize("version", ["v1", "v1alpha"])
-async def test_reflection_tells_all_that_a_tool_needs(served: Running, version: str) -> None:
-    """By the name that newer tools ask for and by the older one: the services, and for each its file with every file
-    that this one needs."""
-    ask = served.channel.stream_stream(
-        f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
-        request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
-        response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
-    )
-    requests = [
-        reflection_pb2.ServerReflectionRequest(list_services=""),
-        *[reflection_pb2.ServerReflectionRequest(file_containing_symbol=name) for name in sorted(NOTECASE)],
-    ]
-    listed, *answers = [answer async for answer in ask(iter(requests))]
-    assert NOTECASE | OPERATIONS == {service.name for service in listed.list_services_response.service}
-    for name, answer in zip(sorted(NOTECASE), answers, strict=True):
-        packed = answer.file_descriptor_response.file_descriptor_proto
-        files = {file.name: file for file in map(descriptor_pb2.FileDescriptorProto.FromString, packed)}
-        assert name in {f"{file.package}.{service.name}" for file in files.values() for service in file.service}
-        assert {needed for file in files.values() for needed in file.dependency} <= set(files)
+async def test_all_that_is_listed_can_be_described(terminal: Terminal) -> None:
+    for service in (await terminal.print("list")).split():
+        assert (await terminal.print("describe", service)).startswith(f"{service} is a service:\n")
+
+
+@pytest.mark.parametrize(
+    ("symbol", "kind"),
+    [
+        ("notecase.v1.RunService.Run", "a method"),
+        ("notecase.v1.Run", "a message"),
+        ("notecase.v1.Session.display_name", "a field"),
+        ("notecase.v1.Session.LabelsEntry", "the entry type for a map field"),
+        ("notecase.v1.Event.payload", "a one-of"),
+        ("notecase.v1.Run.State", "an enum"),
+        ("notecase.v1.Run.STATE_RUNNING", "an enum value"),
+        ("grpc.health.v1.Health.Watch", "a method"),
+        ("grpc.reflection.v1.ServerReflectionRequest", "a message"),
+        ("google.rpc.ErrorInfo", "a message"),
+        ("google.protobuf.Timestamp", "a message"),
+    ],
+)
+async def test_every_kind_of_symbol_can_be_described(terminal: Terminal, symbol: str, kind: str) -> None:
+    assert f" is {kind}:" in (await terminal.print("describe", symbol)).splitlines()[0]
 
 
 async def test_health_is_told_for_the_server_and_each_service(terminal: Terminal) -> None:
@@ -256,7 +261,7 @@ async def test_an_error_can_be_read_by_a_script(terminal: Terminal) -> None:
         "details": [
             {
                 "@type": "type.googleapis.com/google.rpc.ErrorInfo",
-                "domain": "notecase",
+                "domain": "notecase.dev",
                 "reason": "SESSION_NOT_FOUND",
             },
             {

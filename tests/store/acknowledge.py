@@ -9,8 +9,10 @@ import time
 from itertools import count
 
 from notecase import v1
-from notecase_server.store.contract import Commit, SessionKey
+from notecase_server.store.contract import Commit
 from notecase_server.store.sqlite import SqliteStore
+
+from tests.store.build import session_key
 
 
 async def main(path: str, hold: bool) -> None:
@@ -22,7 +24,7 @@ async def main(path: str, hold: bool) -> None:
 
 
 async def append(store: SqliteStore, session: str) -> None:
-    key = SessionKey("acme", session)
+    key = session_key("acme", session)
     known = await store.get_session(key)
     for number in count(known.last_sequence + 1 if known else 1, 2):
         commit = Commit(

@@ -3,26 +3,42 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from uuid import NAMESPACE_OID, uuid5
 
 import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError, reason_name
 from notecase_server.store.contract import (
+    Answer,
     Commit,
     Committed,
     Once,
     Query,
     RunRecord,
     Scope,
+    SessionEdit,
     SessionKey,
     Store,
 )
 
-KEY = SessionKey("acme", "case")
-STATE = Scope("acme", "session", "case")
+
+def session_key(tenant: str, session: str) -> SessionKey:
+    """A session whose uid can be told from its name."""
+    return SessionKey(tenant, session, str(uuid5(NAMESPACE_OID, session)))
+
+
+def reborn(key: SessionKey) -> SessionKey:
+    """Another session of the same name, for when the first is gone."""
+    return key._replace(uid=str(uuid5(NAMESPACE_OID, key.uid)))
+
+
+KEY = session_key("acme", "case")
+STATE = KEY.state
 USER_STATE = Scope("acme", "user", "ada")
 APP_STATE = Scope("acme", "app", "")
 EVERYTHING = Query(1000)
+SESSION = Answer("session")
+NOTHING = Answer("nothing")
 
 AGENT = v1.Agent(name="agents/sherlock", llm=v1.LlmAgent(instruction="Deduce."))
 RECORD = RunRecord(b"digest", AGENT)
@@ -192,15 +208,15 @@ def ended(run: str, state: v1.Run.State.ValueType = v1.Run.STATE_SUCCEEDED) -> v
     return v1.Event(run=run, run_state_changed=v1.RunStateChanged(state=state))
 
 
-def once(request_id: str, digest: bytes = b"body", rpc: str = "Rpc", tenant: str = "acme") -> Once:
-    """Answers with a session, a state, an agent or, for a deletion, an empty session."""
+def once(
+    request_id: str, answer: Answer = SESSION, digest: bytes = b"body", rpc: str = "Rpc", tenant: str = "acme"
+) -> Once:
+    return Once(tenant, "", rpc, request_id, digest, answer)
 
-    def render(made: Any) -> Any:
-        if isinstance(made, Committed):
-            return made.session
-        return v1.Session() if made is None else made
 
-    return Once(tenant, rpc, request_id, digest, render)
+def edit(*, expiry: bool = False, **fields: Any) -> SessionEdit:
+    """Sets these fields of a session; with `expiry`, when it expires to what they say of it."""
+    return SessionEdit(() if expiry else tuple(fields), v1.Session(**fields), expiry)
 
 
 async def create(store: Store, key: SessionKey = KEY, **fields: Any) -> Committed:
@@ -229,12 +245,12 @@ async def contents(store: Store, key: SessionKey = KEY) -> dict[str, Any]:
     """All that can be read of a session."""
     session = await store.get_session(key)
     user = session.user.removeprefix("users/") if session else ""
-    scopes = [Scope(key.tenant, "session", key.session), Scope(key.tenant, "user", user), Scope(key.tenant, "app", "")]
+    scopes = [key.state, Scope(key.tenant, "user", user), Scope(key.tenant, "app", "")]
     return {
         "session": session,
         "events": await store.read_events(key, 0),
         "messages": (await store.list_messages(key, EVERYTHING)).rows,
-        "runs": (await store.list_runs(key.tenant, key.session, EVERYTHING)).rows,
+        "runs": (await store.list_runs(key.tenant, key, EVERYTHING)).rows,
         "active": sorted(run.run.name for run in await store.active_runs() if run.key == key),
         "state": [(await store.list_state(scope, EVERYTHING))[0] for scope in scopes],
     }

@@ -2,9 +2,11 @@
 
 import pytest
 from notecase import v1
-from notecase_server.store.contract import Query, Replayed, Store
+from notecase_server.store.contract import Answer, Query, Replayed, Store
 
-from tests.store.build import EVERYTHING, ManualClock, names, once, refused
+from tests.store.build import EVERYTHING, NOTHING, ManualClock, names, once, refused
+
+MADE = Answer("agent")
 
 
 def titled(title: str) -> v1.Agent:
@@ -26,13 +28,9 @@ async def test_a_new_agent_is_revision_1(store: Store, clock: ManualClock) -> No
 async def test_an_edit_makes_the_next_revision_and_keeps_the_others(store: Store, clock: ManualClock) -> None:
     first = await store.create_agent("acme", "sherlock", titled("one"))
     clock.now += 5
-
-    def edit(agent: v1.Agent) -> None:
-        agent.display_name = "two"
-        agent.name, agent.revision, agent.etag = "forged", 99, "forged"
-        agent.create_time.FromMicroseconds(1)
-
-    second = await store.edit_agent("acme", "sherlock", edit, if_etag=first.etag)
+    given = v1.Agent(display_name="two", name="forged", revision=99, etag="forged")
+    given.create_time.FromMicroseconds(1)
+    second = await store.edit_agent("acme", "sherlock", given, if_revision=1)
     assert (second.name, second.revision, second.display_name) == ("agents/sherlock", 2, "two")
     assert second.create_time == first.create_time
     assert second.update_time.ToMicroseconds() == clock.now
@@ -41,40 +39,60 @@ async def test_an_edit_makes_the_next_revision_and_keeps_the_others(store: Store
     assert await store.get_agent("acme", "sherlock", 1) == first
     assert await store.get_agent("acme", "sherlock", 2) == second
     assert await store.get_agent("acme", "sherlock", 3) is None
-    with refused("ETAG_MISMATCH") as caught:
-        await store.edit_agent("acme", "sherlock", edit, if_etag=first.etag)
-    assert caught.value.metadata == {"etag": second.etag}
 
 
-async def test_an_edit_that_raises_makes_no_revision(store: Store) -> None:
-    first = await store.create_agent("acme", "sherlock", titled("one"))
+async def test_an_edit_of_a_revision_that_is_not_the_newest_is_refused_and_remembers_nothing(store: Store) -> None:
+    await store.create_agent("acme", "sherlock", titled("one"))
+    second = await store.edit_agent("acme", "sherlock", titled("two"), if_revision=1)
+    for stale in (0, 1, 3):
+        with refused("ETAG_MISMATCH") as caught:
+            await store.edit_agent("acme", "sherlock", titled("late"), if_revision=stale, once=once("edit", MADE))
+        assert caught.value.metadata == {"etag": second.etag}
+    assert await store.get_agent("acme", "sherlock") == second
+    third = await store.edit_agent("acme", "sherlock", titled("late"), if_revision=2, once=once("edit", MADE))
+    assert third.revision == 3
+    with pytest.raises(Replayed):
+        await store.edit_agent("acme", "sherlock", titled("late"), if_revision=2, once=once("edit", MADE))
 
-    def edit(agent: v1.Agent) -> None:
-        agent.display_name = "half"
-        raise LookupError
 
-    with pytest.raises(LookupError):
-        await store.edit_agent("acme", "sherlock", edit, once=once("edit"))
-    assert await store.get_agent("acme", "sherlock") == first
-    assert (await store.edit_agent("acme", "sherlock", lambda _: None, once=once("edit"))).revision == 2
-
-
-async def test_a_missing_agent_is_created_by_an_edit_that_allows_it(store: Store) -> None:
-    with refused("AGENT_NOT_FOUND"):
-        await store.edit_agent("acme", "new", lambda _: None)
+async def test_an_edit_that_changes_nothing_makes_no_revision(store: Store, clock: ManualClock) -> None:
+    """It is answered, and remembered, with the newest revision as it is; a stale one is refused all the same."""
+    given = v1.Agent(display_name="S", llm=v1.LlmAgent(tools=[v1.Tool(name="a")]), labels={"a": "1", "b": "2"})
+    first = await store.create_agent("acme", "sherlock", given)
+    clock.now += 5
+    same = v1.Agent(display_name="S", llm=given.llm, labels={"b": "2", "a": "1"}, name="x", revision=7, etag="x")
+    assert await store.edit_agent("acme", "sherlock", same, if_revision=1, once=once("edit", MADE)) == first
+    with pytest.raises(Replayed) as caught:
+        await store.edit_agent("acme", "sherlock", same, if_revision=1, once=once("edit", MADE))
+    assert v1.Agent.FromString(caught.value.response) == first
+    assert (await store.list_agent_revisions("acme", "sherlock", EVERYTHING)).rows == [first]
     with refused("ETAG_MISMATCH"):
-        await store.edit_agent("acme", "new", lambda _: None, if_etag="1", allow_missing=True)
-    made = await store.edit_agent("acme", "new", lambda agent: agent.MergeFrom(titled("N")), allow_missing=True)
+        await store.edit_agent("acme", "sherlock", same, if_revision=2)
+    for change in (v1.Agent(), v1.Agent(llm=v1.LlmAgent()), v1.Agent(labels={"a": "1"})):
+        newest = await store.get_agent("acme", "sherlock")
+        assert newest is not None
+        changed = await store.edit_agent("acme", "sherlock", change, if_revision=newest.revision)
+        assert changed.revision == newest.revision + 1
+
+
+async def test_a_missing_agent_is_created_by_an_edit_of_no_revision(store: Store) -> None:
+    with refused("ETAG_MISMATCH") as caught:
+        await store.edit_agent("acme", "new", titled("N"), if_revision=1)
+    assert caught.value.metadata == {"etag": ""}
+    made = await store.edit_agent("acme", "new", titled("N"), if_revision=0)
     assert (made.revision, made.display_name) == (1, "N")
     assert await store.get_agent("acme", "new") == made
+    await store.delete_agent("acme", "new")
+    again = await store.edit_agent("acme", "new", titled("N"), if_revision=0)
+    assert again.revision == 2
 
 
 async def test_a_deleted_agent_leaves_its_last_number(store: Store) -> None:
     await store.create_agent("acme", "sherlock", titled("one"))
-    second = await store.edit_agent("acme", "sherlock", lambda _: None)
+    second = await store.edit_agent("acme", "sherlock", titled("two"), if_revision=1)
     with refused("ETAG_MISMATCH"):
         await store.delete_agent("acme", "sherlock", if_etag="stale")
-    await store.delete_agent("acme", "sherlock", if_etag=second.etag, once=once("delete"))
+    await store.delete_agent("acme", "sherlock", if_etag=second.etag, once=once("delete", NOTHING))
     assert await store.get_agent("acme", "sherlock") is None
     assert await store.get_agent("acme", "sherlock", 1) is None
     assert (await store.list_agents("acme", EVERYTHING)).rows == []
@@ -82,7 +100,7 @@ async def test_a_deleted_agent_leaves_its_last_number(store: Store) -> None:
     with refused("AGENT_NOT_FOUND"):
         await store.delete_agent("acme", "sherlock")
     with pytest.raises(Replayed):
-        await store.delete_agent("acme", "sherlock", once=once("delete"))
+        await store.delete_agent("acme", "sherlock", once=once("delete", NOTHING))
     again = await store.create_agent("acme", "sherlock", titled("three"))
     assert again.revision == 3
     assert again.etag != second.etag
@@ -90,20 +108,20 @@ async def test_a_deleted_agent_leaves_its_last_number(store: Store) -> None:
 
 
 async def test_a_repeated_creation_gets_the_first_answer(store: Store) -> None:
-    made = await store.create_agent("acme", "sherlock", titled("one"), once=once("create"))
+    made = await store.create_agent("acme", "sherlock", titled("one"), once=once("create", MADE))
     await store.delete_agent("acme", "sherlock")
     with pytest.raises(Replayed) as caught:
-        await store.create_agent("acme", "sherlock", titled("one"), once=once("create"))
+        await store.create_agent("acme", "sherlock", titled("one"), once=once("create", MADE))
     assert v1.Agent.FromString(caught.value.response) == made
     with refused("REQUEST_ID_REUSED"):
-        await store.create_agent("acme", "sherlock", titled("two"), once=once("create", b"other"))
+        await store.create_agent("acme", "sherlock", titled("two"), once=once("create", MADE, digest=b"other"))
     assert await store.get_agent("acme", "sherlock") is None
 
 
 async def test_agents_are_listed_by_id_at_their_newest_revision(store: Store) -> None:
     for agent_id in ("c", "a", "b.1", "b"):
         await store.create_agent("acme", agent_id, titled("one"))
-    await store.edit_agent("acme", "b", lambda agent: setattr(agent, "display_name", "two"))
+    await store.edit_agent("acme", "b", titled("two"), if_revision=1)
     first = await store.list_agents("acme", Query(3))
     assert [(agent.name, agent.revision) for agent in first.rows] == [
         ("agents/a", 1),
@@ -117,8 +135,8 @@ async def test_agents_are_listed_by_id_at_their_newest_revision(store: Store) ->
 
 async def test_revisions_are_listed_newest_first(store: Store) -> None:
     await store.create_agent("acme", "a", titled("one"))
-    for _ in range(4):
-        await store.edit_agent("acme", "a", lambda _: None)
+    for revision in range(1, 5):
+        await store.edit_agent("acme", "a", titled(f"after {revision}"), if_revision=revision)
     first = await store.list_agent_revisions("acme", "a", Query(2))
     assert ([agent.revision for agent in first.rows], first.next) == ([5, 4], (4,))
     rest = await store.list_agent_revisions("acme", "a", Query(9, first.next))
@@ -132,7 +150,7 @@ async def test_pages_of_agents_end_at_a_mebibyte(store: Store) -> None:
         await store.create_agent("acme", agent_id, large)
     page = await store.list_agents("acme", EVERYTHING)
     assert (names(page.rows), page.next) == (["agents/a", "agents/b"], ("b",))
-    for _ in range(2):
-        await store.edit_agent("acme", "a", lambda _: None)
+    for revision in (1, 2):
+        await store.edit_agent("acme", "a", titled(str(revision) * 600_000), if_revision=revision)
     revisions = await store.list_agent_revisions("acme", "a", EVERYTHING)
     assert ([agent.revision for agent in revisions.rows], revisions.next) == ([3, 2], (2,))

@@ -28,6 +28,7 @@ from tests.store.build import (
     refused,
     replied,
     said,
+    session_key,
     start,
     started,
     taken,
@@ -104,7 +105,7 @@ async def test_a_call_that_nobody_asked_for_is_not_pending(calling: Store, call_
 
 
 async def test_a_call_of_another_session_is_not_pending_here(calling: Store) -> None:
-    other = KEY._replace(session="other")
+    other = session_key("acme", "other")
     await create(calling, other)
     await start(calling, "r1", key=other)
     with refused("CALL_NOT_PENDING"):
@@ -387,7 +388,7 @@ async def test_a_command_that_ends_one_run_and_starts_another_belongs_to_the_oth
     events = [ended("r1", CANCELLED), said("m1"), started("r2"), said("m2", run="r2"), said("m3")]
     await store.commit(Commit(key=KEY, command=command, claim=True, events=events, start=RECORD))
     with pytest.raises(Duplicate) as caught:
-        await store.recall(KEY, None, command)
+        await store.recall_command(KEY, command)
     assert (caught.value.sequence, caught.value.run) == (6, "r2")
 
 

@@ -6,9 +6,22 @@ from typing import Any, cast
 import pytest
 from notecase import v1
 from notecase_server.store.base import TableStore
-from notecase_server.store.contract import CHUNK_BYTES, Fork, Scope, SessionKey, Store
+from notecase_server.store.contract import CHUNK_BYTES, Fork, Store
 
-from tests.store.build import APP_STATE, KEY, ManualClock, add, changed, create, put, refused, remove, said, value
+from tests.store.build import (
+    APP_STATE,
+    KEY,
+    ManualClock,
+    add,
+    changed,
+    create,
+    put,
+    refused,
+    remove,
+    said,
+    session_key,
+    value,
+)
 
 HOUR = 3600 * 1_000_000
 
@@ -36,7 +49,7 @@ def noting(key: str, data: bytes, state: str = "") -> v1.Event:
 
 
 async def stored(store: Store, data: bytes) -> str:
-    await store.put_blob("acme", digest(data), data)
+    await store.put_blob("acme", "", digest(data), data)
     return digest(data)
 
 
@@ -65,7 +78,7 @@ async def test_an_upload_in_pieces_is_a_blob_once_complete(store: Store) -> None
     while piece := await store.read_upload("acme", "u1", len(read)):
         read += piece
     assert read == data
-    made = await store.complete_upload("acme", "u1", at, digest(data))
+    made = await store.complete_upload("acme", "", "u1", at, digest(data))
     assert made == v1.Blob(name=f"blobs/{digest(data)}", size_bytes=at)
     assert await store.get_blob("acme", digest(data)) == made
     assert await whole(store, "acme", digest(data)) == data
@@ -73,7 +86,7 @@ async def test_an_upload_in_pieces_is_a_blob_once_complete(store: Store) -> None
     assert (await store.read_blob("acme", digest(data), 300_002))[:2] == b"cc"
     assert len(await store.read_blob("acme", digest(data), 0)) == CHUNK_BYTES, "however it was written"
     assert await store.read_blob("acme", digest(data), at) == b""
-    again = await store.complete_upload("acme", "u1", at, digest(data))
+    again = await store.complete_upload("acme", "", "u1", at, digest(data))
     assert again == made, "completing is safe to repeat"
     told = await store.open_upload("acme", "u1", 9)
     assert told.blob == made
@@ -88,15 +101,15 @@ async def test_an_upload_goes_on_only_where_it_ends(store: Store) -> None:
             await store.add_chunk("acme", "u1", offset, b"d")
         assert caught.value.metadata["committed_bytes"] == "3"
     with refused("UPLOAD_OFFSET_MISMATCH"):
-        await store.complete_upload("acme", "u1", 4, digest(b"abcd"))
-    await store.complete_upload("acme", "u1", 3, digest(b"abc"))
+        await store.complete_upload("acme", "", "u1", 4, digest(b"abcd"))
+    await store.complete_upload("acme", "", "u1", 3, digest(b"abc"))
     with refused("UPLOAD_OFFSET_MISMATCH"):
         await store.add_chunk("acme", "u1", 3, b"d")
     assert await whole(store, "acme", digest(b"abc")) == b"abc"
     with refused("BLOB_NOT_FOUND"):
         await store.add_chunk("acme", "u2", 0, b"d")
     with refused("BLOB_NOT_FOUND"):
-        await store.complete_upload("acme", "u2", 0, digest(b""))
+        await store.complete_upload("acme", "", "u2", 0, digest(b""))
 
 
 async def test_content_stored_at_once_lies_in_pieces_too(store: Store) -> None:
@@ -113,7 +126,7 @@ async def test_the_same_content_is_stored_once_in_a_tenant(store: Store) -> None
     sha256 = await stored(store, b"abc")
     await store.open_upload("acme", "u1", 5)
     await store.add_chunk("acme", "u1", 0, b"abc")
-    await store.complete_upload("acme", "u1", 3, sha256)
+    await store.complete_upload("acme", "", "u1", 3, sha256)
     await stored(store, b"abc")
     await store.drop_upload("acme", "u1")
     assert await store.get_upload("acme", "u1") is not None, "what is complete is not dropped"
@@ -142,7 +155,7 @@ async def test_a_commit_refers_only_to_what_is_there_and_learns_its_size(store: 
     message = await store.get_message(KEY, "m1")
     assert message is not None
     assert message.parts[1].blob == done.events[0].message_added.parts[1].blob
-    state = await store.get_state(Scope("acme", "session", "case"), ["k"])
+    state = await store.get_state(session_key("acme", "case").state, ["k"])
     noted = state.entries["k"].value.list_value.values[1].map_value.values["plan"].blob_value
     assert noted.size_bytes == 3
     assert [event.sequence for event in await store.read_events(KEY, 0)] == [1, 2], "what was refused left nothing"
@@ -175,7 +188,7 @@ async def test_what_nothing_refers_to_is_removed_after_its_time(store: Store, cl
     clock.now += 24 * HOUR
     assert await swept(store, clock) == 0, "a day is not over until it is"
     clock.now += 1
-    assert await store.touch_blob("acme", names["fresh"]) is not None
+    assert await store.touch_blob("acme", "", names["fresh"]) is not None
     assert await swept(store, clock, {("acme", names["held"])}) == 1
     there = {name for name, sha256 in names.items() if await store.get_blob("acme", sha256)}
     assert there == {"said", "noted", "app", "held", "fresh"}
@@ -186,11 +199,11 @@ async def test_what_nothing_refers_to_is_removed_after_its_time(store: Store, cl
     assert await swept(store, clock) == 4
     there = {name for name, sha256 in names.items() if await store.get_blob("acme", sha256)}
     assert there == {"fresh"}
-    assert await store.touch_blob("acme", names["said"]) is None
+    assert await store.touch_blob("acme", "", names["said"]) is None
 
 
 async def test_what_one_of_two_sessions_refers_to_stays(store: Store, clock: ManualClock) -> None:
-    other = SessionKey("acme", "other")
+    other = session_key("acme", "other")
     sha256 = await stored(store, b"abc")
     for key in (KEY, other):
         await create(store, key)
@@ -208,7 +221,7 @@ async def test_an_upload_that_is_left_expires_with_its_bytes(store: Store, clock
     await store.add_chunk("acme", "left", 0, b"abc")
     await store.open_upload("acme", "done", clock.now + HOUR)
     await store.add_chunk("acme", "done", 0, b"abc")
-    await store.complete_upload("acme", "done", 3, digest(b"abc"))
+    await store.complete_upload("acme", "", "done", 3, digest(b"abc"))
     await store.open_upload("acme", "gone on with", clock.now + HOUR)
     await store.open_upload("acme", "gone on with", clock.now + 2 * HOUR)
     clock.now += HOUR
@@ -245,7 +258,7 @@ async def test_a_fork_holds_on_to_what_its_own_log_refers_to(store: Store, clock
     await add(store, showing("m1", b"abc"))
     await add(store, said("m2"))
     await add(store, showing("m3", b"de"))
-    fork = SessionKey("acme", "fork")
+    fork = session_key("acme", "fork")
     past = await store.read_past(KEY, 2)
     made = await store.fork(Fork(key=fork, source=KEY, past=past, session=v1.Session()))
     assert made.session.content_bytes == 3

@@ -6,10 +6,26 @@ from pathlib import Path
 
 import pytest
 from notecase import v1
-from notecase_server.store.contract import Commit, SessionKey
+from notecase_server.store.contract import Answer, Commit, SessionKey
 from notecase_server.store.sqlite import SqliteStore
 
-from tests.store.build import KEY, USER_STATE, ManualClock, add, changed, create, ended, once, put, remove, said, start
+from tests.store.build import (
+    KEY,
+    NOTHING,
+    USER_STATE,
+    ManualClock,
+    add,
+    changed,
+    create,
+    ended,
+    once,
+    put,
+    reborn,
+    remove,
+    said,
+    session_key,
+    start,
+)
 
 NEEDLE = "needle-in-the-haystack"
 
@@ -69,13 +85,13 @@ def vacuumed(path: Path) -> None:
 
 async def test_nothing_of_deleted_sessions_is_left_in_any_row_or_in_the_log(store: SqliteStore, path: Path) -> None:
     """Messages, state, events, labels and what requests were answered. The others are whole."""
-    keys = [SessionKey("acme", f"s{number:02}") for number in range(10)]
+    keys = [session_key("acme", f"s{number:02}") for number in range(10)]
     secret = set(keys[::3])
     for key in keys:
         await fill(store, key, NEEDLE if key in secret else "hay", 5)
     assert found(path)
     for key in secret:
-        await store.delete_session(key, once=once(f"delete-{key.session}"))
+        await store.delete_session(key, once=once(f"delete-{key.session}", NOTHING))
     assert "store.db-wal" in found(path)
     assert await store.scrub()
     assert "store.db-wal" not in found(path)
@@ -93,7 +109,7 @@ async def test_nothing_of_removed_content_is_left_in_free_pages(
 ) -> None:
     """Where it lay is overwritten with what it was."""
     data = NEEDLE.encode() * 50_000
-    await store.put_blob("acme", "f" * 64, data)
+    await store.put_blob("acme", "", "f" * 64, data)
     assert found(path)
     clock.now += 1
     assert await store.sweep_blobs(clock.now, clock.now) == 1
@@ -103,7 +119,7 @@ async def test_nothing_of_removed_content_is_left_in_free_pages(
 
 async def test_nothing_of_an_erased_user_is_left(store: SqliteStore, path: Path) -> None:
     await create(store)
-    await store.update_state(USER_STATE, [put("name", NEEDLE)], once=once("put"))
+    await store.update_state(USER_STATE, [put("name", NEEDLE)], once=once("put", Answer("state", "users/ada/state")))
     await add(store, changed(put("address", NEEDLE), state="user"), once=once("add"))
     assert found(path)
     await store.delete_session(KEY)
@@ -122,7 +138,7 @@ async def test_a_reader_holds_the_scrubbing_up_and_no_write(store: SqliteStore, 
     reader.execute("SELECT count(*) FROM events").fetchone()
     await store.delete_session(KEY)
     assert not await store.scrub()
-    await create(store)
+    await create(store, reborn(KEY))
     reader.execute("ROLLBACK")
     assert await store.scrub()
     assert "store.db-wal" not in found(path)

@@ -276,7 +276,7 @@ async def check(store: Store) -> None:
     messages = (await store.list_messages(KEY, EVERYTHING)).rows
     assert messages == messages_by_hand(log)
     by_name = {message.name: message for message in messages}
-    runs = {run.name.rpartition("/")[2]: run for run in (await store.list_runs("acme", "case", EVERYTHING)).rows}
+    runs = {run.name.rpartition("/")[2]: run for run in (await store.list_runs("acme", KEY, EVERYTHING)).rows}
     expected = runs_by_hand(log)
     assert {
         name: (
@@ -305,8 +305,8 @@ async def check(store: Store) -> None:
     assert {each.run.name for each in await store.active_runs()} == unended
     queue = [(waiting.command_id, waiting.sequence, waiting.run) for waiting in session.queued_commands]
     assert queue == queue_by_hand(log)
-    for name, answers in {"": session.remembered, **{name: run.remembered for name, run in runs.items()}}.items():
-        decided = {asked: (answer.approved, answer.sequence) for asked, answer in answers.items()}
+    for remembered, name in ((session.remembered, ""), *((run.remembered, name) for name, run in runs.items())):
+        decided = {asked: (answer.approved, answer.sequence) for asked, answer in remembered.items()}
         assert decided == remembered_by_hand(log, name)
     assert session.last_sequence == len(log)
     assert session.usage.model_calls == sum(entry.HasField("usage") for entry in log)

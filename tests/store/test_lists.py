@@ -8,11 +8,16 @@ import pytest
 from notecase import v1
 from notecase_server.store.contract import And, Compare, Filter, Not, Or, Page, Query, SessionKey, Store
 
-from tests.store.build import AGENT, EVERYTHING, ManualClock, add, create, ended, names, start
+from tests.store.build import AGENT, EVERYTHING, ManualClock, add, create, edit, ended, names, session_key, start
 
 
 def key(session: str) -> SessionKey:
-    return SessionKey("acme", session)
+    return session_key("acme", session)
+
+
+def newest(sessions: str) -> list[str]:
+    """Sessions of one moment in the order of lists."""
+    return sorted(sessions, key=lambda session: key(session).uid, reverse=True)
 
 
 async def every(read: Callable[[Query], Awaitable[Page[Any]]], limit: int, where: Filter | None = None) -> list[str]:
@@ -30,7 +35,7 @@ async def every(read: Callable[[Query], Awaitable[Page[Any]]], limit: int, where
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 100])
-async def test_sessions_are_listed_last_created_first_and_ties_by_id(
+async def test_sessions_are_listed_last_created_first_and_ties_by_uid(
     store: Store, clock: ManualClock, limit: int
 ) -> None:
     for session in ("b", "d", "a"):
@@ -40,7 +45,11 @@ async def test_sessions_are_listed_last_created_first_and_ties_by_id(
         await create(store, key(session))
     clock.now -= 2
     await create(store, key("z"))
-    assert await every(lambda query: store.list_sessions("acme", query), limit) == ["c", "0", "d", "b", "a", "z"]
+    assert await every(lambda query: store.list_sessions("acme", query), limit) == [
+        *newest("c0"),
+        *newest("bda"),
+        "z",
+    ]
 
 
 async def test_pages_stay_exact_while_sessions_come_go_and_change(store: Store, clock: ManualClock) -> None:
@@ -52,15 +61,16 @@ async def test_pages_stay_exact_while_sessions_come_go_and_change(store: Store, 
     await create(store, key("new"))
     await store.delete_session(key("e"))
     await store.delete_session(key("c"))
-    await store.edit_session(key("a"), lambda session: setattr(session, "display_name", "moved"))
+    await store.edit_session(key("a"), edit(display_name="moved"))
     second = await store.list_sessions("acme", Query(2, first.next))
     assert names(second.rows) == ["d", "b"]
     assert names((await store.list_sessions("acme", Query(2, second.next))).rows) == ["a"]
 
 
-async def test_a_page_of_sessions_ends_at_a_mebibyte(store: Store) -> None:
+async def test_a_page_of_sessions_ends_at_a_mebibyte(store: Store, clock: ManualClock) -> None:
     for session in "abc":
         await create(store, key(session), display_name="x" * 600_000)
+        clock.now += 1
     page = await store.list_sessions("acme", EVERYTHING)
     assert names(page.rows) == ["c", "b"]
     assert names((await store.list_sessions("acme", Query(1000, page.next))).rows) == ["a"]
@@ -68,25 +78,26 @@ async def test_a_page_of_sessions_ends_at_a_mebibyte(store: Store) -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 100])
 async def test_runs_are_listed_over_all_sessions_or_of_one(store: Store, clock: ManualClock, limit: int) -> None:
-    for session in ("a", "b"):
+    high, low = newest("ab")
+    for session in (low, high):
         await create(store, key(session))
         for run in ("r2", "r1", "r3"):
             await start(store, run, ended(run), key=key(session))
             clock.now += run == "r1"
-    assert await every(lambda query: store.list_runs("acme", "", query), limit) == [
-        "sessions/b/runs/r3",
-        "sessions/b/runs/r2",
-        "sessions/b/runs/r1",
-        "sessions/a/runs/r3",
-        "sessions/a/runs/r2",
-        "sessions/a/runs/r1",
+    assert await every(lambda query: store.list_runs("acme", None, query), limit) == [
+        f"sessions/{high}/runs/r3",
+        f"sessions/{high}/runs/r2",
+        f"sessions/{high}/runs/r1",
+        f"sessions/{low}/runs/r3",
+        f"sessions/{low}/runs/r2",
+        f"sessions/{low}/runs/r1",
     ]
-    assert await every(lambda query: store.list_runs("acme", "b", query), limit) == [
-        "sessions/b/runs/r3",
-        "sessions/b/runs/r2",
-        "sessions/b/runs/r1",
+    assert await every(lambda query: store.list_runs("acme", key(high), query), limit) == [
+        f"sessions/{high}/runs/r3",
+        f"sessions/{high}/runs/r2",
+        f"sessions/{high}/runs/r1",
     ]
-    assert await every(lambda query: store.list_runs("acme", "none", query), limit) == []
+    assert await every(lambda query: store.list_runs("acme", key("none"), query), limit) == []
 
 
 async def sessions_to_filter(store: Store, clock: ManualClock) -> None:
@@ -156,24 +167,25 @@ async def test_a_filter_follows_what_changes(store: Store) -> None:
     idle = Compare("activity", "=", v1.Session.ACTIVITY_IDLE)
     night = Compare("labels.team", "=", "night")
     await start(store, "r1", key=key("a"))
-    await store.edit_session(key("a"), lambda session: session.labels.update(team="night"))
+    await store.edit_session(key("a"), edit(labels={"team": "night"}))
     assert names((await store.list_sessions("acme", Query(9, where=idle))).rows) == []
     assert names((await store.list_sessions("acme", Query(9, where=night))).rows) == ["a"]
     await add(store, ended("r1"), key=key("a"))
-    await store.edit_session(key("a"), lambda session: session.labels.clear())
+    await store.edit_session(key("a"), edit(labels={}))
     assert names((await store.list_sessions("acme", Query(9, where=idle))).rows) == ["a"]
     assert names((await store.list_sessions("acme", Query(9, where=night))).rows) == []
 
 
 async def test_runs_are_filtered_by_state_agent_time_and_labels(store: Store, clock: ManualClock) -> None:
-    await create(store, key("a"))
-    await create(store, key("b"))
-    await start(store, "r1", ended("r1", v1.Run.STATE_FAILED), key=key("a"), labels={"k": "v"})
+    other, one = map(key, newest("ab"))
+    await create(store, one)
+    await create(store, other)
+    await start(store, "r1", ended("r1", v1.Run.STATE_FAILED), key=one, labels={"k": "v"})
     clock.now += 1
-    await start(store, "r2", key=key("a"), agent="agents/poirot")
-    await start(store, "r3", key=key("b"))
+    await start(store, "r2", key=one, agent="agents/poirot")
+    await start(store, "r3", key=other)
     found: dict[str, list[str]] = {}
-    for session in ("", "a"):
+    for session in (None, one):
         for where in (
             Compare("state", "=", v1.Run.STATE_RUNNING),
             Compare("state", "!=", v1.Run.STATE_RUNNING),
@@ -182,18 +194,18 @@ async def test_runs_are_filtered_by_state_agent_time_and_labels(store: Store, cl
             Compare("labels.k", "=", "v"),
         ):
             rows = await every(partial(store.list_runs, "acme", session), 1, where)
-            found[f"{session} {where.field} {where.op}"] = [name[-2:] for name in rows]
+            found[f"{'one' if session else ''} {where.field} {where.op}"] = [name[-2:] for name in rows]
     assert found == {
         " state =": ["r3", "r2"],
         " state !=": ["r1"],
         " agent =": ["r3", "r1"],
         " create_time >=": ["r3", "r2"],
         " labels.k =": ["r1"],
-        "a state =": ["r2"],
-        "a state !=": ["r1"],
-        "a agent =": ["r1"],
-        "a create_time >=": ["r2"],
-        "a labels.k =": ["r1"],
+        "one state =": ["r2"],
+        "one state !=": ["r1"],
+        "one agent =": ["r1"],
+        "one create_time >=": ["r2"],
+        "one labels.k =": ["r1"],
     }
 
 
@@ -201,7 +213,7 @@ async def test_agents_are_filtered_by_their_newest_revision(store: Store, clock:
     for agent_id in "abc":
         await store.create_agent("acme", agent_id, v1.Agent(display_name=agent_id, labels={"team": "night"}))
         clock.now += 1
-    await store.edit_agent("acme", "a", lambda agent: agent.labels.update(team="day"))
+    await store.edit_agent("acme", "a", v1.Agent(display_name="a", labels={"team": "day"}), if_revision=1)
 
     async def found(where: Filter) -> list[str]:
         return [name[-1] for name in await every(lambda query: store.list_agents("acme", query), 1, where)]

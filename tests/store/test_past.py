@@ -15,7 +15,7 @@ from notecase_server.engine import transfer
 from notecase_server.engine.rewind import ended, rewound
 from notecase_server.errors import NotecaseError
 from notecase_server.store import fold
-from notecase_server.store.contract import CommandId, Commit, Committed, Fork, Query, Replayed, Scope, SessionKey, Store
+from notecase_server.store.contract import CommandId, Commit, Committed, Fork, Query, Replayed, SessionKey, Store
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
 
@@ -35,10 +35,12 @@ from tests.store.build import (
     once,
     put,
     queued,
+    reborn,
     refused,
     remove,
     replied,
     said,
+    session_key,
     start,
     started,
     taken,
@@ -92,9 +94,9 @@ async def rows_of(store: Store, key: SessionKey) -> dict[str, Any]:
     """All that a session's log tells, as rows."""
     session = await store.get_session(key)
     assert session is not None
-    state, _ = await store.list_state(Scope(key.tenant, "session", key.session), EVERYTHING)
+    state, _ = await store.list_state(key.state, EVERYTHING)
     runs = []
-    for found in (await store.list_runs(key.tenant, key.session, EVERYTHING)).rows:
+    for found in (await store.list_runs(key.tenant, key, EVERYTHING)).rows:
         found.name = found.name.rpartition("/")[2]
         runs.append(found)
     told = (
@@ -109,7 +111,7 @@ async def rows_of(store: Store, key: SessionKey) -> dict[str, Any]:
 async def replayed(store: Store, key: SessionKey) -> dict[str, Any]:
     """The same, from the log alone."""
     rows = fold.Rows(v1.Session(), 0)
-    scope = Scope(key.tenant, "session", key.session)
+    scope = key.state
     for entry in await store.read_events(key, 0):
         fold.replay(rows, key, entry)
     session = rows.session
@@ -150,7 +152,7 @@ async def fed(store: Store, clock: ManualClock, source: Told, at: int, key: Sess
 async def check_past(store: Store, told: Told) -> None:
     """State at every sequence, and all rows at the head."""
     log = await store.read_events(told.key, 0)
-    scope = Scope(told.key.tenant, "session", told.key.session)
+    scope = told.key.state
     for at in range(1, len(log) + 1):
         state, _ = await store.list_state(scope, EVERYTHING, at)
         version, _, versions = state_by_hand(log[:at], "")
@@ -172,8 +174,8 @@ async def check_moved(store: Store, key: SessionKey) -> None:
         file = b"".join([piece async for piece in transfer.exported(store, key)])
     except NotecaseError:
         return  # a run is under way or queued
-    other = SessionKey("elsewhere", key.session)
-    await store.restore(transfer.read(io.BytesIO(file), other, None))
+    other = session_key("elsewhere", key.session)
+    await store.restore(transfer.read(io.BytesIO(file), other))
     assert await rows_of(store, other) == await rows_of(store, key)
     assert b"".join([piece async for piece in transfer.exported(store, other)]) == file
 
@@ -193,7 +195,7 @@ async def scenario(kind: Literal["memory", "sqlite"], actions: list[tuple[Any, .
             head = told.commits[-1] if told.commits else 0
             if action == "fork":
                 at = what % (head + 1)
-                key, twin = SessionKey("acme", f"fork{number}"), SessionKey(f"twin{number}", f"fork{number}")
+                key, twin = session_key("acme", f"fork{number}"), session_key(f"twin{number}", f"fork{number}")
                 await fork(store, told.key, key, at)
                 await fed(store, clock, told, at, twin)
                 clock.now = latest
@@ -243,32 +245,32 @@ async def test_a_fork_that_its_source_outran_is_right(store: Store) -> None:
     await add(store, finished("c1", "r1"), changed(increment("a", 1), put("b", 2)))
     await add(store, over("r1"))
     await add(store, v1.Event(rewound=v1.Rewound(to_sequence=1)), changed(remove("a")))
-    late, early = SessionKey("acme", "late"), SessionKey("acme", "early")
+    late, early = session_key("acme", "late"), session_key("acme", "early")
     await fork(store, KEY, late, 5)
     await store.fork(Fork(key=early, source=KEY, past=past, session=v1.Session(), events=ended(past)))
     assert await rows_of(store, early) == await rows_of(store, late)
-    assert dict((await store.list_state(Scope("acme", "session", "early"), EVERYTHING))[0].entries).keys() == {"a"}
+    assert dict((await store.list_state(session_key("acme", "early").state, EVERYTHING))[0].entries).keys() == {"a"}
     statuses = {message.name: message.status for message in (await store.list_messages(early, EVERYTHING)).rows}
     assert statuses == {"m1": v1.Message.STATUS_COMPLETED, "m2": v1.Message.STATUS_COMPLETED}
 
 
-async def test_a_fork_of_what_is_gone_is_not_found(store: Store, clock: ManualClock) -> None:
+async def test_a_fork_of_what_is_gone_is_not_found(store: Store) -> None:
     """Another session of the same name is not its source either."""
     await create(store)
     await add(store, said("m1"))
     past = await store.read_past(KEY, 1)
-    copy = Fork(key=SessionKey("acme", "copy"), source=KEY, past=past, session=v1.Session())
+    copy = Fork(key=session_key("acme", "copy"), source=KEY, past=past, session=v1.Session())
     await store.delete_session(KEY)
     with refused("SESSION_NOT_FOUND"):
         await store.fork(copy)
-    clock.now += 1
-    await create(store)
-    await add(store, said("other"))
+    other = reborn(KEY)
+    await create(store, other)
+    await add(store, said("other"), key=other)
     with refused("SESSION_NOT_FOUND"):
         await store.fork(copy)
     assert await store.get_session(copy.key) is None
     with refused("SEQUENCE_AHEAD"):
-        await store.read_past(KEY, 2)
+        await store.read_past(other, 2)
     with refused("SESSION_NOT_FOUND"):
         await store.read_past(copy.key, 0)
 
@@ -277,7 +279,7 @@ async def test_a_fork_keeps_no_ids_of_requests_and_commands(store: Store) -> Non
     """A command_id of the source is new in the fork, whose own request_id repeats."""
     await create(store)
     await store.commit(Commit(key=KEY, events=[said("m1")], command=CommandId("c", b"d")))
-    key = SessionKey("acme", "copy")
+    key = session_key("acme", "copy")
     made = await fork(store, KEY, key, 1, once=once("f"))
     assert (made.session.parent_session, made.session.fork_sequence) == ("case", 1)
     with pytest.raises(Replayed):
@@ -291,7 +293,7 @@ async def test_a_fork_keeps_no_ids_of_requests_and_commands(store: Store) -> Non
 async def test_either_of_a_fork_and_its_source_is_whole_without_the_other(store: Store) -> None:
     await create(store)
     await add(store, said("m1"), changed(put("a", 1)))
-    key = SessionKey("acme", "copy")
+    key = session_key("acme", "copy")
     await fork(store, KEY, key, 2)
     before = await rows_of(store, key)
     await add(store, changed(put("a", 2)), said("m2"))
@@ -354,7 +356,7 @@ async def test_what_a_fork_drops_of_a_run_is_what_waited_then(store: Store) -> N
     await start(store, "r1", queued("q1", "r1"), key=KEY)
     await add(store, queued("q2", "r1"))
     for at, dropped in ((1, []), (2, ["q1"]), (3, ["q1", "q2"])):
-        (end,) = (await fork(store, KEY, SessionKey("acme", f"copy{at}"), at)).events
+        (end,) = (await fork(store, KEY, session_key("acme", f"copy{at}"), at)).events
         assert list(end.run_state_changed.dropped_commands) == dropped
 
 
@@ -371,6 +373,6 @@ async def test_a_fork_of_what_was_rewound_twice_has_the_calls_of_then(store: Sto
     ]
     before = await rows_of(store, KEY)
     await add(store, *(await rewound(store, KEY, 1, "to_sequence")).events)
-    key = SessionKey("acme", "copy")
+    key = session_key("acme", "copy")
     await fork(store, KEY, key, head)
     assert await rows_of(store, key) == before

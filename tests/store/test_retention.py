@@ -7,7 +7,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import v1
-from notecase_server.store.contract import Fork, Once, Replayed, SessionKey, Store
+from notecase_server.store.contract import Answer, Fork, Once, Replayed, SessionKey, Store
 
 from tests.store.build import (
     EVERYTHING,
@@ -17,17 +17,20 @@ from tests.store.build import (
     add,
     changed,
     create,
+    edit,
     ended,
     moved,
     once,
     put,
     refused,
     said,
+    session_key,
     start,
 )
 
 SECOND = 1_000_000
 WAITING = v1.Run.STATE_WAITING
+PUT = Answer("state", "users/x/state")
 
 
 def at(microseconds: int) -> Timestamp:
@@ -71,7 +74,7 @@ async def test_each_commit_of_an_idle_session_puts_its_end_off(store: Store, clo
     clock.now += SECOND
     with refused("SEQUENCE_MISMATCH"):
         await add(store, said("m2"), if_last_sequence=9)
-    await store.edit_session(KEY, lambda session: None)
+    await store.edit_session(KEY, edit(display_name="Case"))
     assert await expires(store) == last + 60 * SECOND, "a refusal or other metadata is no activity"
 
 
@@ -102,31 +105,26 @@ async def test_an_edit_changes_when_a_session_expires(store: Store, clock: Manua
     await create(store)
     assert await expires(store) is None
 
-    async def edit(**fields: Any) -> int | None:
-        def change(session: v1.Session) -> None:
-            for name in ("expire_time", "ttl", "idle_ttl"):
-                session.ClearField(name)
-            session.MergeFrom(v1.Session(**fields))
-
-        await store.edit_session(KEY, change)
+    async def edited(**fields: Any) -> int | None:
+        await store.edit_session(KEY, edit(expiry=True, **fields))
         return await expires(store)
 
-    assert await edit(ttl=Duration(seconds=5)) == clock.now + 5 * SECOND
-    assert await edit(expire_time=at(7 * SECOND)) == 7 * SECOND
-    assert await edit(idle_ttl=Duration(seconds=9)) == clock.now + 9 * SECOND
-    assert await edit() is None
+    assert await edited(ttl=Duration(seconds=5)) == clock.now + 5 * SECOND
+    assert await edited(expire_time=at(7 * SECOND)) == 7 * SECOND
+    assert await edited(idle_ttl=Duration(seconds=9)) == clock.now + 9 * SECOND
+    assert await edited() is None
     await start(store, "r1", said("m1", run="r1"))
-    assert await edit(idle_ttl=Duration(seconds=9)) is None
-    assert await edit(ttl=Duration(seconds=5)) == clock.now + 5 * SECOND
+    assert await edited(idle_ttl=Duration(seconds=9)) is None
+    assert await edited(ttl=Duration(seconds=5)) == clock.now + 5 * SECOND
     await add(store, ended("r1"))
     assert await expires(store) == clock.now + 5 * SECOND
 
 
 async def test_the_longest_expired_come_first_over_all_tenants(store: Store, clock: ManualClock) -> None:
-    keys = [SessionKey("acme", "a"), SessionKey("globex", "b"), SessionKey("acme", "c"), SessionKey("acme", "d")]
+    keys = [session_key("acme", "a"), session_key("globex", "b"), session_key("acme", "c"), session_key("acme", "d")]
     for key, seconds in zip(keys, (3, 1, 2, 4), strict=True):
         await create(store, key, ttl=Duration(seconds=seconds))
-    await create(store, SessionKey("acme", "for-ever"))
+    await create(store, session_key("acme", "for-ever"))
     clock.now += 3 * SECOND
     assert await store.expired_sessions(clock.now, 10) == [keys[1], keys[2], keys[0]]
     assert await store.expired_sessions(clock.now, 2) == [keys[1], keys[2]]
@@ -136,11 +134,11 @@ async def test_a_users_state_is_erased_when_no_session_is_left(store: Store) -> 
     """With its versions and what requests were answered about it; other users' and tenants' stay."""
     others = [USER_STATE._replace(id="bob"), USER_STATE._replace(tenant="globex")]
     for scope in (USER_STATE, *others):
-        await store.update_state(scope, [put("name", "x")], once=once(f"put-{scope.id}", tenant=scope.tenant))
+        await store.update_state(scope, [put("name", "x")], once=once(f"put-{scope.id}", PUT, tenant=scope.tenant))
     await create(store)
-    assert not await store.erase_state("acme", "users/ada", once("erase"))
+    assert not await store.erase_state("acme", "users/ada", _counted("erase"))
     assert (await store.get_state(USER_STATE, ["name"])).version == 1
-    await store.recall(KEY, once("erase"), None)  # raises nothing: what was not done is not recorded
+    await store.recall(_counted("erase"))  # raises nothing: what was not done is not recorded
     await store.delete_session(KEY)
     assert await store.erase_state("acme", "users/ada", _counted("erase"))
     assert await store.get_state(USER_STATE, ["name"]) == v1.State()
@@ -148,13 +146,13 @@ async def test_a_users_state_is_erased_when_no_session_is_left(store: Store) -> 
     for scope in others:
         assert (await store.get_state(scope, ["name"])).version == 1
     with pytest.raises(Replayed) as replayed:
-        await store.update_state(USER_STATE, [put("name", "x")], once=once("put-ada"))
+        await store.update_state(USER_STATE, [put("name", "x")], once=once("put-ada", PUT))
     assert replayed.value.response == b"", "a repeat that comes late brings nothing back"
     with pytest.raises(Replayed) as replayed:
-        await store.recall(KEY, once("put-bob"), None)
+        await store.recall(once("put-bob", PUT))
     assert b"x" in replayed.value.response
     with pytest.raises(Replayed) as replayed:
-        await store.recall(KEY, _counted("erase"), None)
+        await store.recall(_counted("erase"))
     assert v1.EraseUserResponse.FromString(replayed.value.response).sessions_deleted == 1
     assert await store.erase_state("acme", "users/nobody")
 
@@ -162,7 +160,7 @@ async def test_a_users_state_is_erased_when_no_session_is_left(store: Store) -> 
 async def test_an_erased_users_state_refers_to_no_blob_any_more(store: Store, clock: ManualClock) -> None:
     """So that what only it held is collected as any other blob is."""
     held = hashlib.sha256(b"a portrait").hexdigest()
-    await store.put_blob("acme", held, b"a portrait")
+    await store.put_blob("acme", "", held, b"a portrait")
     value = v1.Value(blob_value=v1.Blob(name=f"blobs/{held}"))
     await store.update_state(USER_STATE, [v1.StateOp(key="portrait", set=value)])
     clock.now += SECOND
@@ -177,10 +175,10 @@ async def test_a_fork_does_not_expire_with_its_source_but_as_it_is_told(store: S
     await add(store, said("m1"))
     past = await store.read_past(KEY, 1)
     for name, given, expected in (("a", v1.Session(), None), ("b", v1.Session(ttl=Duration(seconds=5)), 5 * SECOND)):
-        key = SessionKey("acme", name)
+        key = session_key("acme", name)
         await store.fork(Fork(key=key, source=KEY, past=past, session=given))
         assert await expires(store, key) == (expected and clock.now + expected)
 
 
 def _counted(request_id: str) -> Once:
-    return once(request_id)._replace(render=lambda _: v1.EraseUserResponse(sessions_deleted=1))
+    return once(request_id, Answer("erased", erased=1))

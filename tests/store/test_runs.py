@@ -2,7 +2,7 @@
 
 import pytest
 from notecase import v1
-from notecase_server.store.contract import ActiveRun, Query, RunRecord, SessionKey, Store
+from notecase_server.store.contract import ActiveRun, Query, RunRecord, StepKey, Store
 
 from tests.store.build import (
     AGENT,
@@ -20,6 +20,7 @@ from tests.store.build import (
     refused,
     replied,
     said,
+    session_key,
     start,
     started,
     used,
@@ -101,7 +102,7 @@ async def test_a_run_wants_its_record(store: Store) -> None:
 
 
 async def test_a_takeover_finds_the_agent_as_it_was(store: Store) -> None:
-    other = SessionKey("globex", "case")
+    other = session_key("globex", "case")
     await create(store)
     await create(store, other)
     record = RunRecord(b"d", v1.Agent(name="agents/poirot", revision=7))
@@ -128,7 +129,7 @@ async def test_the_reply_is_the_last_message_completed_and_read_in_full(store: S
     found = await store.get_run(KEY, "r1")
     assert found is not None
     assert found[0].reply == await store.get_message(KEY, "last") == committed.messages["last"]
-    listed = (await store.list_runs("acme", "", EVERYTHING)).rows[0]
+    listed = (await store.list_runs("acme", None, EVERYTHING)).rows[0]
     assert listed.reply == found[0].reply
 
 
@@ -187,7 +188,7 @@ async def test_messages_are_listed_by_sequence_both_ways(store: Store) -> None:
     older = await store.list_messages(KEY, Query(9, newest.next), newest_first=True)
     assert (names(older.rows), older.next) == (["m2", "m1", "m0"], None)
     assert (await store.list_messages(KEY, Query(9, (5,)))).rows == []
-    assert (await store.list_messages(SessionKey("acme", "none"), Query(9))).rows == []
+    assert (await store.list_messages(session_key("acme", "none"), Query(9))).rows == []
 
 
 async def test_the_messages_of_one_run(store: Store) -> None:
@@ -197,11 +198,13 @@ async def test_the_messages_of_one_run(store: Store) -> None:
     await add(store, said("aside"))
     await add(store, replied("a1", "r1"), ended("r1"))
     await start(store, "r2", said("q2", run="r2"))
-    assert names((await store.list_messages(KEY, EVERYTHING, run="r1")).rows) == ["q1", "a1"]
-    page = await store.list_messages(KEY, Query(1), newest_first=True, run="r1")
+    assert names((await store.list_messages(KEY, EVERYTHING, step=StepKey("r1"))).rows) == ["q1", "a1"]
+    page = await store.list_messages(KEY, Query(1), newest_first=True, step=StepKey("r1"))
     assert (names(page.rows), page.next) == (["a1"], (5,))
-    assert names((await store.list_messages(KEY, Query(1, page.next), newest_first=True, run="r1")).rows) == ["q1"]
-    assert (await store.list_messages(KEY, EVERYTHING, run="none")).rows == []
+    assert names((await store.list_messages(KEY, Query(1, page.next), newest_first=True, step=StepKey("r1"))).rows) == [
+        "q1"
+    ]
+    assert (await store.list_messages(KEY, EVERYTHING, step=StepKey("none"))).rows == []
 
 
 async def test_a_page_of_messages_ends_at_a_mebibyte_and_continues_behind_it(store: Store) -> None:
@@ -215,8 +218,8 @@ async def test_a_page_of_messages_ends_at_a_mebibyte_and_continues_behind_it(sto
 
 async def test_what_does_not_exist_is_none(store: Store) -> None:
     await create(store)
-    assert await store.get_session(SessionKey("acme", "none")) is None
+    assert await store.get_session(session_key("acme", "none")) is None
     assert await store.get_message(KEY, "none") is None
     assert await store.get_run(KEY, "none") is None
-    assert await store.get_message(SessionKey("acme", "none"), "m1") is None
-    assert await store.get_run(SessionKey("acme", "none"), "r1") is None
+    assert await store.get_message(session_key("acme", "none"), "m1") is None
+    assert await store.get_run(session_key("acme", "none"), "r1") is None

@@ -15,9 +15,21 @@ from pathlib import Path
 import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError, reason_name
-from notecase_server.store import sqlite_file
-from notecase_server.store.contract import Commit, Committed, Compare, Fork, Query, Scope, SessionKey, StoreOpenError
+from notecase_server.store import sqlite_file, steps
+from notecase_server.store.contract import (
+    Commit,
+    Committed,
+    Compare,
+    Fork,
+    Query,
+    Scope,
+    SessionKey,
+    StepKey,
+    StoreOpenError,
+)
 from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite_schema import SCHEMA
+from notecase_server.store.tables import Tables
 
 from tests.store.build import (
     EVERYTHING,
@@ -34,6 +46,7 @@ from tests.store.build import (
     put,
     refused,
     said,
+    session_key,
     start,
 )
 
@@ -80,14 +93,12 @@ async def held(store: SqliteStore) -> AsyncIterator[asyncio.Task[v1.State]]:
     """Keeps the writer busy in a transaction with one write, so that what is written meanwhile waits together."""
     loop, entered, release = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
 
-    def wait(_: object) -> v1.Session:
+    def wait(tables: Tables, now: int) -> v1.State:
         loop.call_soon_threadsafe(entered.set)
         release.wait()
-        return v1.Session()
+        return steps.update_state(tables, now, Scope("acme", "app", ""), [put("held", 1)], None, None)
 
-    blocker = asyncio.create_task(
-        store.update_state(Scope("acme", "app", ""), [put("held", 1)], once=once("hold")._replace(render=wait))
-    )
+    blocker = asyncio.create_task(store._write(wait))
     await entered.wait()
     try:
         yield blocker
@@ -150,14 +161,14 @@ async def test_what_was_acknowledged_survives_sigkill(path: Path) -> None:
                     acknowledged[session] = max(acknowledged.get(session, 0), int(digits))
         store = await SqliteStore.open(path, ManualClock())
         for session, sequence in acknowledged.items():
-            key = SessionKey("acme", session)
+            key = session_key("acme", session)
             log, after = [], 0
             while page := await store.read_events(key, after):
                 log += page
                 after = page[-1].sequence
             assert [event.sequence for event in log] == list(range(1, len(log) + 1))
             assert len(log) >= sequence
-            row, state = await store.get_session(key), await store.get_state(Scope("acme", "session", session), ["n"])
+            row, state = await store.get_session(key), await store.get_state(session_key("acme", session).state, ["n"])
             assert row is not None
             assert row.last_sequence == state.entries["n"].value.int_value == len(log)
         await store.close()
@@ -377,37 +388,30 @@ async def test_closing_waits_for_commits_under_way(path: Path, clock: ManualCloc
     await again.close()
 
 
-async def test_migrations_run_once_and_in_order(
+async def test_a_new_file_that_could_not_be_made_is_empty_and_made_the_next_time(
     path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = await SqliteStore.open(path, clock)
-    await create(store)
-    before = await contents(store)
-    await store.close()
-    later = (("CREATE TABLE later (x)", "INSERT INTO later VALUES (1)"), ("INSERT INTO later SELECT x + 1 FROM later",))
-    monkeypatch.setattr(sqlite_file, "MIGRATIONS", (*sqlite_file.MIGRATIONS, *later))
-    for _ in range(2):
-        store = await SqliteStore.open(path, clock)
-        assert await contents(store) == before
-        await store.close()
-    with sqlite3.connect(path) as connection:
-        assert connection.execute("SELECT x FROM later ORDER BY x").fetchall() == [(1,), (2,)]
-        assert connection.execute("PRAGMA user_version").fetchone() == (len(sqlite_file.MIGRATIONS),)
-    connection.close()
-
-
-async def test_a_migration_that_fails_leaves_the_file_as_it_was(
-    path: Path, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    await (await SqliteStore.open(path, clock)).close()
     with monkeypatch.context() as patch:
-        patch.setattr(sqlite_file, "MIGRATIONS", (*sqlite_file.MIGRATIONS, ("CREATE TABLE later (x)", "nonsense")))
+        patch.setattr(sqlite_file, "SCHEMA", (*SCHEMA, "nonsense"))
         assert "cannot be used as a store" in await refusal(path)
     with sqlite3.connect(path) as connection:
-        assert connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'later'").fetchone() == (0,)
-        assert connection.execute("PRAGMA user_version").fetchone() == (len(sqlite_file.MIGRATIONS),)
+        assert connection.execute("SELECT count(*) FROM sqlite_master").fetchone() == (0,)
+        assert connection.execute("PRAGMA user_version").fetchone() == (0,)
     connection.close()
+    store = await SqliteStore.open(path, clock)
+    await create(store)
+    await store.close()
+
+
+@pytest.mark.parametrize("version", [0, -1])
+async def test_a_file_of_an_unknown_schema_is_refused(path: Path, clock: ManualClock, version: int) -> None:
     await (await SqliteStore.open(path, clock)).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute(f"PRAGMA user_version = {version}")
+    connection.close()
+    before = path.read_bytes()
+    assert f"unknown schema, {version}" in await refusal(path)
+    assert path.read_bytes() == before
 
 
 async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:
@@ -425,16 +429,16 @@ async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:
         for where in (None, mine):
             await store.list_sessions("acme", Query(2, two, where))
         for where in (None, running):
-            await store.list_runs("acme", "", Query(2, after, where))
-            await store.list_runs("acme", "case", Query(2, after, where))
+            await store.list_runs("acme", None, Query(2, after, where))
+            await store.list_runs("acme", KEY, Query(2, after, where))
     for position in (None, (1,)):
         for newest_first in (False, True):
             await store.list_messages(KEY, Query(2, position), newest_first)
-            await store.list_messages(KEY, Query(2, position), newest_first, run="r1")
+            await store.list_messages(KEY, Query(2, position), newest_first, step=StepKey("r1"))
         await store.list_agent_revisions("acme", "sherlock", Query(2, position))
     for key in (None, ("k",)):
         await store.list_agents("acme", Query(2, key))
-        await store.list_state(Scope("acme", "session", "case"), Query(2, key))
+        await store.list_state(session_key("acme", "case").state, Query(2, key))
     await store.read_events(KEY, 0)
     await store.expired_sessions(0, 10)
     for reader in store._connections.readers:
@@ -481,7 +485,7 @@ async def _steps_once(store: SqliteStore) -> int:
     for reader in store._connections.readers:
         reader.set_progress_handler(count, 1)
     await store.list_messages(KEY, Query(20), newest_first=True)
-    await store.get_state(Scope("acme", "session", "case"), ["k"])
+    await store.get_state(session_key("acme", "case").state, ["k"])
     for reader in store._connections.readers:
         reader.set_progress_handler(None, 0)
     return steps
@@ -489,7 +493,7 @@ async def _steps_once(store: SqliteStore) -> int:
 
 async def test_eight_writers_and_readers_at_once(store: SqliteStore) -> None:
     """Readers beside the writer see whole commits only, and what has returned always."""
-    keys = [SessionKey("acme", f"s{number}") for number in range(8)]
+    keys = [session_key("acme", f"s{number}") for number in range(8)]
     for key in keys:
         await create(store, key)
 
@@ -529,19 +533,18 @@ async def test_a_fork_is_one_statement_a_table_and_its_cost_grows_with_the_log_o
 
         store._connections.writer.set_trace_callback(seen.append)
         store._connections.writer.set_progress_handler(count, 10)
-        key = SessionKey("acme", f"copy{head}")
+        key = session_key("acme", f"copy{head}")
         await store.fork(Fork(key=key, source=KEY, past=past, session=v1.Session()))
         store._connections.writer.set_progress_handler(None, 10)
         store._connections.writer.set_trace_callback(None)
         costs.append(steps)
         inserted = [sql.split()[2] for sql in seen if sql.startswith("INSERT")]
         assert sorted(inserted) == sorted(
-            ["sessions", "events", "messages", "calls", "runs", "entries", "blob_references"]
+            ["sessions", "session_names", "events", "messages", "calls", "runs", "entries", "blob_references"]
         )
     assert costs[1] <= costs[0] * 2.3
-    early = SessionKey("acme", "early")
+    early = session_key("acme", "early")
     await store.fork(Fork(key=early, source=KEY, past=await store.read_past(KEY, 5), session=v1.Session()))
-    count_calls = (
-        "SELECT session, count(*) FROM calls WHERE session IN ('case', 'early') GROUP BY session ORDER BY session"
-    )
-    assert store._connections.readers[0].execute(count_calls).fetchall() == [("case", 400), ("early", 1)]
+    count_calls = "SELECT count(*) FROM calls WHERE uid = ?"
+    counts = [store._connections.readers[0].execute(count_calls, (key.uid,)).fetchone() for key in (KEY, early)]
+    assert counts == [(400,), (1,)]

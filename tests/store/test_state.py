@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import PAGE_BYTES, Query, Replayed, Scope, Store
+from notecase_server.store.contract import PAGE_BYTES, Answer, Query, Replayed, Scope, Store
 
 from tests.store.build import (
     APP_STATE,
@@ -28,6 +28,8 @@ from tests.store.build import (
     value,
 )
 from tests.support.values import INT64_MAX, KEYS, VALUES, exactly
+
+PUT = Answer("state", "users/ada/state")
 
 
 async def test_a_state_nobody_wrote_to_is_empty_at_version_0(store: Store) -> None:
@@ -234,12 +236,13 @@ async def test_an_update_answers_with_the_keys_it_names(store: Store, clock: Man
 
 
 async def test_a_repeated_update_is_not_made_again(store: Store) -> None:
-    first = await store.update_state(USER_STATE, [increment("n", 1)], once=once("request"))
+    first = await store.update_state(USER_STATE, [increment("n", 1)], once=once("request", PUT))
     with pytest.raises(Replayed) as caught:
-        await store.update_state(USER_STATE, [increment("n", 1)], once=once("request"))
+        await store.update_state(USER_STATE, [increment("n", 1)], once=once("request", PUT))
+    first.name = PUT.name
     assert v1.State.FromString(caught.value.response) == first
     with refused("REQUEST_ID_REUSED"):
-        await store.update_state(USER_STATE, [increment("n", 2)], once=once("request", b"other"))
+        await store.update_state(USER_STATE, [increment("n", 2)], once=once("request", PUT, digest=b"other"))
     assert (await store.get_state(USER_STATE, ["n"])).entries["n"].value == value(1)
 
 

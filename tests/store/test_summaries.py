@@ -10,11 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import Fork, SessionKey, Store
+from notecase_server.store.contract import Fork, Store
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
 
-from tests.store.build import KEY, ManualClock, add, contents, create, refused, rewound, said, summarized, used
+from tests.store.build import (
+    KEY,
+    ManualClock,
+    add,
+    contents,
+    create,
+    refused,
+    rewound,
+    said,
+    session_key,
+    summarized,
+    used,
+)
 
 
 async def in_effect(store: Store) -> int:
@@ -145,7 +157,7 @@ async def test_a_fork_has_the_summary_that_was_in_effect_where_it_leaves(store: 
         await add(store, entry)
     assert await in_effect(store) == 8
     for at, summary in ((2, 0), (3, 3), (4, 3), (5, 5), (6, 3), (7, 3), (8, 8)):
-        key = SessionKey("acme", f"fork-{at}")
+        key = session_key("acme", f"fork-{at}")
         past = await store.read_past(KEY, at)
         made = await store.fork(Fork(key=key, source=KEY, past=past, session=v1.Session()))
         assert made.session.summary_sequence == summary, at

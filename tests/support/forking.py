@@ -14,7 +14,12 @@ from typing import Self
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
-    ["notecase_server.cli", "notecase_server.models.openai", "notecase_server.tools.mcp", "tests.support.crashing"]
+    [
+        "notecase_server.cli.serve",
+        "notecase_server.models.openai",
+        "notecase_server.tools.mcp",
+        "tests.support.crashing",
+    ]
 )
 
 

@@ -15,6 +15,7 @@ from notecase import Client, v1
 from notecase_server.config import Settings
 from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
+from notecase_server.rpc.interceptor import Authenticate
 from notecase_server.rpc.watch import Pace
 from notecase_server.serve import Server, new_id, now, open_store
 from notecase_server.store.contract import Clock, Store
@@ -64,6 +65,7 @@ async def running(
     pace: Pace | None = None,
     toolbox: Toolbox | None = None,
     clock: Clock = now,
+    authenticate: Authenticate = tenant_of,
 ) -> AsyncIterator[Running]:
     """Serves until the block is left, then stops as SIGTERM would. `store` by its address, or open."""
     settings = Settings(
@@ -79,7 +81,7 @@ async def running(
         await open_store(store, clock) if isinstance(store, str) else store,
         providers or {"offline": OfflineProvider()},
         toolbox or make_toolbox((), {}),
-        authenticate=tenant_of,
+        authenticate=authenticate,
         pace=pace,
         make_id=new_id,
         clock=clock,

@@ -15,7 +15,7 @@ REMEMBERED = 1000
 """Calls whose answer is remembered. One is told again within moments, by another stream of the process or by the same
 after a broken connection."""
 
-_SETTLED = frozenset({"CALL_NOT_PENDING", "RUN_ENDED", "REQUEST_ID_REUSED"})
+_SETTLED = frozenset({"CALL_NOT_PENDING", "REQUEST_ID_REUSED"})
 """The call has an outcome already: by another process that has the function too, or by a cancel."""
 
 _UNFIT = frozenset({"INVALID_FIELD", "PAYLOAD_TOO_LARGE"})

@@ -93,7 +93,7 @@ class NotecaseError(Exception):
     def _add(self, detail: any_pb2.Any) -> None:
         if detail.Is(error_details_pb2.ErrorInfo.DESCRIPTOR):
             info = error_details_pb2.ErrorInfo.FromString(detail.value)
-            if info.domain == "notecase":
+            if info.domain == v1.ERROR_DOMAIN:
                 self.reason, self.metadata = info.reason, dict(info.metadata)
         elif detail.Is(error_details_pb2.BadRequest.DESCRIPTOR):
             request = error_details_pb2.BadRequest.FromString(detail.value)

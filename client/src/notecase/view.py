@@ -63,6 +63,8 @@ class SessionView:
     """By sequence, the summary that agents are shown in place of older messages, last, and before it those that it
     continues, as far as the view saw them made."""
     _whole: bool = field(default=False, init=False, repr=False, compare=False)
+    _writers: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """The run that makes each open message."""
 
     def __post_init__(self) -> None:
         self._whole = self.last_sequence == 0
@@ -80,6 +82,7 @@ class SessionView:
 
         A run whose start lies before the view is taken as the server knows it, which may be ahead of the events."""
         self.open.clear()
+        self._writers.clear()
         run, seen = attached.run, self.last_sequence
         if run.name and run.name not in self.runs and seen is not None and seen >= run.first_sequence:
             self.runs[run.name] = _copy(run)
@@ -100,10 +103,11 @@ class SessionView:
         match event.WhichOneof("payload"):
             case "block_delta":
                 self._grow(event.block_delta)
+                self._writers[event.block_delta.message] = event.run
             case "message_discarded":
-                self.open.pop(event.message_discarded.message, None)
+                self._close(event.message_discarded.message)
             case "message_added":
-                self.open.pop(event.message_added.name, None)
+                self._close(event.message_added.name)
                 self.messages[event.message_added.name] = _copy(event.message_added)
             case "state_changed" if event.state_changed.state.startswith("sessions/"):
                 self._change_state(event.state_changed.ops)
@@ -111,17 +115,22 @@ class SessionView:
                 self._supersede(event)
             case "summarized":
                 self.summaries[event.sequence] = _copy(event.summarized)
-            case "run_state_changed" if not self._is_queued(event.run):
-                self.open.clear()
+            case "run_state_changed":
+                self._close_all(event.run)
         self._follow_run(event)
         self._follow_call(event)
         self._follow_queue(event)
         return True
 
-    def _is_queued(self, name: str) -> bool:
-        """Such a run has no blocks; those that are open belong to the one before it."""
-        run = self.runs.get(name)
-        return run is not None and run.state == v1.Run.STATE_QUEUED
+    def _close(self, message: str) -> None:
+        self.open.pop(message, None)
+        self._writers.pop(message, None)
+
+    def _close_all(self, run: str) -> None:
+        """Forgets what a run was making; blocks of another run stay open."""
+        for message, writer in list(self._writers.items()):
+            if writer == run or "" in {writer, run}:
+                self._close(message)
 
     def _grow(self, delta: v1.BlockDelta) -> None:
         kind = delta.WhichOneof("delta")

@@ -12,8 +12,6 @@ import structlog
 
 from notecase_server.tools.mcp_settings import McpServerSettings
 
-DEFAULT_LISTEN = "127.0.0.1:7420"
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenAISettings:
@@ -28,7 +26,7 @@ class OpenAISettings:
 class Settings:
     """Everything a server is told."""
 
-    listen: str = DEFAULT_LISTEN
+    listen: str
     store: str = "memory:"
     max_runs: int = 1000
     max_blob_bytes: int = 256 << 20

@@ -109,10 +109,25 @@ class NotecaseError(Exception):
         return error
 
 
+def counted(number: float, noun: str) -> str:
+    """The number with its noun, whose plural ends in "s": `1 byte`, `2 bytes`."""
+    return f"{number:g} {noun}" if number == 1 else f"{number:.15g} {noun}s"
+
+
 def reason_name(reason: v1.ErrorReason.ValueType) -> str:
     """The reason as ErrorInfo carries it: "RUN_ACTIVE"."""
     return v1.ErrorReason.Name(reason).removeprefix("ERROR_REASON_")
 
+
+_NOUNS = {
+    "agent": "an agent",
+    "session": "a session",
+    "run": "a run",
+    "message": "a message",
+    "blob": "a blob",
+    "upload": "an upload",
+}
+"""Each kind with its article."""
 
 _NOT_FOUND = {
     "agent": v1.ERROR_REASON_AGENT_NOT_FOUND,
@@ -137,10 +152,20 @@ def not_found(kind: str, name: str) -> NotecaseError:
     return NotecaseError(_NOT_FOUND[kind], f"There is no {kind} {name!r}.", resource=Resource(kind, name))
 
 
+def no_run(session: str) -> NotecaseError:
+    """A command needs a run under way and names none. `session` is the session's whole name."""
+    return NotecaseError(
+        v1.ERROR_REASON_RUN_NOT_FOUND,
+        f"{session} has no run under way; start one, or name the run that you mean.",
+        resource=Resource("session", session),
+    )
+
+
 def already_exists(kind: str, name: str) -> NotecaseError:
+    """`kind` and `name` as for `not_found`."""
     return NotecaseError(
         v1.ERROR_REASON_ALREADY_EXISTS,
-        f"There is already a {kind} {name!r}; choose another id.",
+        f"There is already {_NOUNS[kind]} {name!r}; choose another id.",
         resource=Resource(kind, name),
     )
 
@@ -162,7 +187,7 @@ def blob_corrupt(problem: str) -> NotecaseError:
 
 def blob_cut(committed_bytes: int, size: int, resumable: bool) -> NotecaseError:
     """The stream ended before the content did. `size` is what was said of it, 0 for nothing."""
-    end = f"ends at byte {committed_bytes} {f'of {size}' if size else 'and was not said to be complete'}"
+    end = f"ends at byte {committed_bytes} {f'of {size}' if size else 'without a sign that it is complete'}"
     return NotecaseError(
         v1.ERROR_REASON_BLOB_CORRUPT,
         f"The content {end}; send {'the rest' if resumable else 'it again'}.",
@@ -181,7 +206,7 @@ def upload_offset_mismatch(upload_id: str, committed_bytes: int) -> NotecaseErro
 def reused(field: str, value: str) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_REQUEST_ID_REUSED,
-        f"The {field} {value!r} was used before with another body; a new request wants a new {field}.",
+        f"The {field} {value!r} was used before with another body; a new request needs a new {field}.",
         metadata={field: value},
     )
 
@@ -240,7 +265,8 @@ def cancelled_before_start(run: str) -> NotecaseError:
 def call_not_pending(call_id: str) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_CALL_NOT_PENDING,
-        f"The call {call_id!r} waits for nothing here: it has an outcome, was not dispatched, or is another session's.",
+        f"No call {call_id!r} waits for a result here: it has an outcome, was not dispatched to a caller, or is "
+        "another session's.",
         metadata={"call_id": call_id},
     )
 
@@ -248,7 +274,7 @@ def call_not_pending(call_id: str) -> NotecaseError:
 def input_not_pending(input_id: str) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_INPUT_NOT_PENDING,
-        f"Nothing waits for the answer to {input_id!r}: it was answered, or is another session's.",
+        f"Nothing waits for an answer to {input_id!r} here: it was answered or withdrawn, or is another session's.",
         metadata={"input_id": input_id},
     )
 
@@ -256,7 +282,7 @@ def input_not_pending(input_id: str) -> NotecaseError:
 def queue_full(limit: int) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_QUEUE_FULL,
-        f"{limit} commands wait in this session already; try again when some were taken up.",
+        f"This session has {counted(limit, 'command')} in its queue, which is full; try again when some were taken up.",
         metadata={"limit": limit},
         quota=f"queued commands of a session: {limit}",
     )
@@ -270,8 +296,9 @@ def tool_error(message: str) -> NotecaseError:
 def watcher_too_slow(seconds: float) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_WATCHER_TOO_SLOW,
-        f"Nothing was read from this stream for {seconds:g} seconds; go on after what was read last.",
-        quota=f"a stream that is not read: {seconds:g} seconds",
+        f"Nothing was read from this stream for {counted(seconds, 'second')}; attach again after the last sequence you "
+        "have.",
+        quota=f"a stream that is not read: {counted(seconds, 'second')}",
     )
 
 
@@ -286,16 +313,16 @@ def page_token_invalid() -> NotecaseError:
 def too_large(what: str, size: int, limit: int) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_PAYLOAD_TOO_LARGE,
-        f"{what} has {size} bytes; the server takes at most {limit}.",
+        f"{what} has {counted(size, 'byte')}; the server takes at most {limit}.",
         metadata={"size": size, "limit": limit},
-        quota=f"{what}: at most {limit} bytes",
+        quota=f"{what}: at most {counted(limit, 'byte')}",
     )
 
 
 def too_many_runs(limit: int) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_RATE_LIMITED,
-        f"The server runs at most {limit} runs at once and has that many; try again shortly.",
+        f"The server takes at most {counted(limit, 'run')} at once and has that many; try again shortly.",
         metadata={"limit": limit},
         quota=f"runs at once: {limit}",
     )
@@ -308,6 +335,13 @@ def limit_exceeded(limit: str, value: int, message: str) -> NotecaseError:
 def draining() -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_SERVER_DRAINING, "The server is stopping and takes nothing new; try again shortly."
+    )
+
+
+def cut() -> NotecaseError:
+    """The server stopped before the call was done, and nobody can say how much of it was."""
+    return NotecaseError(
+        v1.ERROR_REASON_SERVER_DRAINING, "The server is stopping and has cut this call; make it again shortly."
     )
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from notecase import v1
 
-from notecase_server.store.contract import Scope, SessionKey
+from notecase_server.store.contract import Scope
 
 ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 """An id that a caller may choose."""
@@ -80,7 +80,8 @@ def parse_message(name: str) -> MessageName | None:
 
 
 def parse_state(tenant: str, name: str) -> Scope | None:
-    """`sessions/{session}/state`, `users/{user}/state` or `app/state`."""
+    """`sessions/{session}/state`, `users/{user}/state` or `app/state`. That of a session has its
+    name where the uid belongs."""
     owner, _, last = name.rpartition("/")
     if last != "state":
         return None
@@ -131,31 +132,31 @@ def render_session(row: v1.Session) -> v1.Session:
     return row
 
 
-def render_message(key: SessionKey, row: v1.Message) -> v1.Message:
-    row.name = message(key.session, row.name)
+def render_message(session_id: str, row: v1.Message) -> v1.Message:
+    row.name = message(session_id, row.name)
     if row.run:
-        row.run = run(key.session, row.run)
+        row.run = run(session_id, row.run)
     return row
 
 
-def render_run(key: SessionKey, row: v1.Run) -> v1.Run:
-    row.name = run(key.session, row.name)
+def render_run(session_id: str, row: v1.Run) -> v1.Run:
+    row.name = run(session_id, row.name)
     if row.HasField("reply"):
-        render_message(key, row.reply)
+        render_message(session_id, row.reply)
     return row
 
 
-def render_event(key: SessionKey, user: str, row: v1.Event) -> v1.Event:
+def render_event(session_id: str, user: str, row: v1.Event) -> v1.Event:
     """`user` is the session's, as `users/{user}`."""
     if row.run:
-        row.run = run(key.session, row.run)
+        row.run = run(session_id, row.run)
     if row.HasField("message_added"):
-        render_message(key, row.message_added)
+        render_message(session_id, row.message_added)
     elif row.HasField("state_changed"):
-        owner = {"": session(key.session), "user": user, "app": "app"}[row.state_changed.state]
+        owner = {"": session(session_id), "user": user, "app": "app"}[row.state_changed.state]
         row.state_changed.state = f"{owner}/state"
     elif row.HasField("rewound") and row.rewound.run:
-        row.rewound.run = run(key.session, row.rewound.run)
+        row.rewound.run = run(session_id, row.rewound.run)
     elif row.HasField("message_discarded"):
-        row.message_discarded.message = message(key.session, row.message_discarded.message)
+        row.message_discarded.message = message(session_id, row.message_discarded.message)
     return row

@@ -21,7 +21,7 @@ from notecase_server.engine.turn import Services
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
-from notecase_server.rpc.interceptor import Authenticate, development
+from notecase_server.rpc.interceptor import Authenticate, Doorway, development
 from notecase_server.rpc.pages import Pages
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.server import build
@@ -44,6 +44,13 @@ SWEEP_SECONDS = 600.0
 EXPIRY_SECONDS = 1.0
 """How often it is looked for sessions whose time has come, and for what is left of deleted ones on disk."""
 
+LAST_CALLS_SECONDS = 0.5
+"""How long calls may go on once runs have come to rest, and how long the rest has to take its status."""
+
+
+class ProviderSettingsError(Exception):
+    """A provider cannot be used as it is configured; the text is a sentence for the user who starts the server."""
+
 
 def now() -> int:
     """Microseconds since 1970, UTC."""
@@ -53,6 +60,11 @@ def now() -> int:
 def new_id() -> str:
     """A UUIDv7: names made by the server sort by the time they were made."""
     return str(uuid_utils.uuid7())
+
+
+def new_uid() -> str:
+    """A UUIDv4: it tells nothing, not even when the session was made."""
+    return str(uuid_utils.uuid4())
 
 
 async def open_store(url: str, clock: Clock) -> Store:
@@ -74,14 +86,18 @@ def backup(url: str, destination: Path, force: bool) -> None:
 
 
 def make_providers(settings: Settings) -> dict[str, Provider]:
-    """By name, the default one first: the configured one, or else the offline one."""
+    """Makes the providers by name, the default one first: the configured one, or else the offline one. Raises
+    ProviderSettingsError for a key or an address that cannot be used."""
     providers: dict[str, Provider] = {}
     if settings.openai is not None:
         # Its SDK takes most of a second to import; a server without it starts without it.
         from notecase_server.models.openai import OpenAIProvider  # noqa: PLC0415
 
         given = settings.openai
-        providers["openai"] = OpenAIProvider(given.api_key, given.base_url, given.default_model)
+        try:
+            providers["openai"] = OpenAIProvider(given.api_key, given.base_url, given.default_model)
+        except ValueError as error:
+            raise ProviderSettingsError(f"The openai provider cannot be used: {error}.") from None
     providers["offline"] = OfflineProvider()
     return providers
 
@@ -107,12 +123,10 @@ class Server:
         self._store = store
         self._providers = dict(providers)
         self._clock = clock
-        self._authenticate = authenticate
-        self._new_id = make_id
-        self._stall = pace.stall
+        self._doorway = Doorway(authenticate, make_id, pace.stall)
         limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
         self._contents = Contents(store, make_id, clock, limits)
-        sessions = self._sessions = Sessions(store, limits.session)
+        sessions = self._sessions = Sessions(store, make_id, new_uid, limits.session)
         default = next(iter(self._providers.values()))
         self._toolbox = toolbox
         self._schemas = Schemas()
@@ -138,7 +152,7 @@ class Server:
     async def start(self) -> int:
         """Takes over the runs that were left, and serves; returns the port. Raises RuntimeError when the address is
         taken."""
-        self._grpc, self._health = await build(self._desk, self._authenticate, self._new_id, self._stall)
+        self._grpc, self._health = await build(self._desk, self._doorway)
         self.port = self._grpc.add_insecure_port(self._settings.listen)
         await self._runs.take_over()
         await self._grpc.start()
@@ -147,8 +161,8 @@ class Server:
         return self.port
 
     async def stop(self) -> None:
-        """Takes nothing new, brings runs to their next commit or leaves them to the next start, tells the streams, and
-        closes the store. At most about `grace` seconds."""
+        """Takes nothing new, brings runs to their next commit or leaves them to the next start, tells the streams and
+        all other calls, and closes the store. Takes about `grace` seconds at most."""
         grace = self._settings.grace
         log.info("server_draining", grace=grace)
         await self._health.stop()
@@ -156,7 +170,8 @@ class Server:
         await self._runs.drain(grace)
         await self._contents.drain()
         self._streams.drain.close()
-        await self._grpc.stop(1.0)
+        await self._doorway.close(LAST_CALLS_SECONDS)
+        await self._grpc.stop(LAST_CALLS_SECONDS)
         self._sweeper.cancel()
         with suppress(asyncio.CancelledError):
             await self._sweeper

@@ -63,8 +63,9 @@ class Agent(_message.Message):
     display_name: _builtins.str
     description: _builtins.str
     output_key: _builtins.str
-    """Each reply this agent completes is put into session state under this key: its text, or with `llm.output_schema` its JSON as
-    a typed value (objects as maps, whole numbers that fit as ints, all others as doubles). Empty: nowhere.
+    """Each reply of this agent that ends a turn is put into session state under this key: its text, or with `llm.output_schema` its
+    JSON as a typed value (objects as maps, whole numbers that fit as ints, all others as doubles). What the model says beside
+    calls of tools is no result, and a reply without text leaves what is there. Empty: nowhere.
     """
     revision: _builtins.int
     """Output only: 1 and up, one more with each update."""

@@ -95,8 +95,9 @@ class AgentServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateAgent(self, request, context):
-        """Makes the next revision; runs under way keep theirs. ABORTED when `agent.etag` is set and stale. With allow_missing it
-        creates what is missing. A repeat with the same request_id returns the first answer.
+        """Makes the next revision; runs under way keep theirs. An update that changes nothing makes none, and returns the agent as it
+        is. ABORTED when `agent.etag` is set and stale. With allow_missing it creates what is missing. A repeat with the same
+        request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

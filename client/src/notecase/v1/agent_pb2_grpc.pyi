@@ -43,8 +43,9 @@ class AgentServiceStub:
     ListAgents: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ListAgentsRequest, _agent_pb2.ListAgentsResponse]
     """A page of agents at their newest revision, by name ascending."""
     UpdateAgent: _grpc.UnaryUnaryMultiCallable[_agent_pb2.UpdateAgentRequest, _agent_pb2.Agent]
-    """Makes the next revision; runs under way keep theirs. ABORTED when `agent.etag` is set and stale. With allow_missing it
-    creates what is missing. A repeat with the same request_id returns the first answer.
+    """Makes the next revision; runs under way keep theirs. An update that changes nothing makes none, and returns the agent as it
+    is. ABORTED when `agent.etag` is set and stale. With allow_missing it creates what is missing. A repeat with the same
+    request_id returns the first answer.
     """
     ListAgentRevisions: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ListAgentRevisionsRequest, _agent_pb2.ListAgentRevisionsResponse]
     """A page of an agent's revisions, newest first."""
@@ -67,8 +68,9 @@ class AgentServiceAsyncStub(AgentServiceStub):
     ListAgents: _aio.UnaryUnaryMultiCallable[_agent_pb2.ListAgentsRequest, _agent_pb2.ListAgentsResponse]  # type: ignore[assignment]
     """A page of agents at their newest revision, by name ascending."""
     UpdateAgent: _aio.UnaryUnaryMultiCallable[_agent_pb2.UpdateAgentRequest, _agent_pb2.Agent]  # type: ignore[assignment]
-    """Makes the next revision; runs under way keep theirs. ABORTED when `agent.etag` is set and stale. With allow_missing it
-    creates what is missing. A repeat with the same request_id returns the first answer.
+    """Makes the next revision; runs under way keep theirs. An update that changes nothing makes none, and returns the agent as it
+    is. ABORTED when `agent.etag` is set and stale. With allow_missing it creates what is missing. A repeat with the same
+    request_id returns the first answer.
     """
     ListAgentRevisions: _aio.UnaryUnaryMultiCallable[_agent_pb2.ListAgentRevisionsRequest, _agent_pb2.ListAgentRevisionsResponse]  # type: ignore[assignment]
     """A page of an agent's revisions, newest first."""
@@ -112,8 +114,9 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.UpdateAgentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.Agent, _abc.Awaitable[_agent_pb2.Agent]]:
-        """Makes the next revision; runs under way keep theirs. ABORTED when `agent.etag` is set and stale. With allow_missing it
-        creates what is missing. A repeat with the same request_id returns the first answer.
+        """Makes the next revision; runs under way keep theirs. An update that changes nothing makes none, and returns the agent as it
+        is. ABORTED when `agent.etag` is set and stale. With allow_missing it creates what is missing. A repeat with the same
+        request_id returns the first answer.
         """
 
     @_abc_1.abstractmethod

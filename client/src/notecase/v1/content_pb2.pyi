@@ -30,13 +30,16 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     DESCRIPTOR: _descriptor.EnumDescriptor
     ERROR_REASON_UNSPECIFIED: _ErrorReason.ValueType  # 0
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 1
-    """INVALID_ARGUMENT: fields are missing or malformed; BadRequest lists all of them."""
+    """INVALID_ARGUMENT: fields are missing or malformed, templates, schemas, filters and page tokens among them; BadRequest lists
+    all of them. When a template or a page token is all that is wrong, the reason is its own, TEMPLATE_ERROR or
+    PAGE_TOKEN_INVALID.
+    """
     ERROR_REASON_AGENT_NOT_FOUND: _ErrorReason.ValueType  # 2
     """NOT_FOUND, with ResourceInfo."""
     ERROR_REASON_SESSION_NOT_FOUND: _ErrorReason.ValueType  # 3
     """NOT_FOUND, with ResourceInfo."""
     ERROR_REASON_RUN_NOT_FOUND: _ErrorReason.ValueType  # 4
-    """NOT_FOUND, with ResourceInfo."""
+    """NOT_FOUND, with ResourceInfo: the run, or the session where a command names no run and none is under way."""
     ERROR_REASON_MESSAGE_NOT_FOUND: _ErrorReason.ValueType  # 5
     """NOT_FOUND, with ResourceInfo."""
     ERROR_REASON_BLOB_NOT_FOUND: _ErrorReason.ValueType  # 6
@@ -58,9 +61,13 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_RUN_CANCELLED_BEFORE_START: _ErrorReason.ValueType  # 14
     """CANCELLED: a cancel of this run came before its start."""
     ERROR_REASON_INPUT_NOT_PENDING: _ErrorReason.ValueType  # 15
-    """FAILED_PRECONDITION: the approval or question was answered, or is none of this session's."""
+    """FAILED_PRECONDITION: no approval or question of that input_id waits in this session or in the run named: it was answered
+    or withdrawn, its run has ended or never was, or it is another session's.
+    """
     ERROR_REASON_CALL_NOT_PENDING: _ErrorReason.ValueType  # 16
-    """FAILED_PRECONDITION: the call has an outcome, was not dispatched to a caller, or is none of this session's."""
+    """FAILED_PRECONDITION: no call of that call_id waits for a caller in this session or in the run named: it has an outcome, was
+    never dispatched to a caller, its run has ended or never was, or it is another session's.
+    """
     ERROR_REASON_PAGE_TOKEN_INVALID: _ErrorReason.ValueType  # 17
     """INVALID_ARGUMENT: the page token was not made by this server, or for another list."""
     ERROR_REASON_PAYLOAD_TOO_LARGE: _ErrorReason.ValueType  # 18
@@ -113,13 +120,16 @@ class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 1
-"""INVALID_ARGUMENT: fields are missing or malformed; BadRequest lists all of them."""
+"""INVALID_ARGUMENT: fields are missing or malformed, templates, schemas, filters and page tokens among them; BadRequest lists
+all of them. When a template or a page token is all that is wrong, the reason is its own, TEMPLATE_ERROR or
+PAGE_TOKEN_INVALID.
+"""
 ERROR_REASON_AGENT_NOT_FOUND: ErrorReason.ValueType  # 2
 """NOT_FOUND, with ResourceInfo."""
 ERROR_REASON_SESSION_NOT_FOUND: ErrorReason.ValueType  # 3
 """NOT_FOUND, with ResourceInfo."""
 ERROR_REASON_RUN_NOT_FOUND: ErrorReason.ValueType  # 4
-"""NOT_FOUND, with ResourceInfo."""
+"""NOT_FOUND, with ResourceInfo: the run, or the session where a command names no run and none is under way."""
 ERROR_REASON_MESSAGE_NOT_FOUND: ErrorReason.ValueType  # 5
 """NOT_FOUND, with ResourceInfo."""
 ERROR_REASON_BLOB_NOT_FOUND: ErrorReason.ValueType  # 6
@@ -141,9 +151,13 @@ ERROR_REASON_RUN_ENDED: ErrorReason.ValueType  # 13
 ERROR_REASON_RUN_CANCELLED_BEFORE_START: ErrorReason.ValueType  # 14
 """CANCELLED: a cancel of this run came before its start."""
 ERROR_REASON_INPUT_NOT_PENDING: ErrorReason.ValueType  # 15
-"""FAILED_PRECONDITION: the approval or question was answered, or is none of this session's."""
+"""FAILED_PRECONDITION: no approval or question of that input_id waits in this session or in the run named: it was answered
+or withdrawn, its run has ended or never was, or it is another session's.
+"""
 ERROR_REASON_CALL_NOT_PENDING: ErrorReason.ValueType  # 16
-"""FAILED_PRECONDITION: the call has an outcome, was not dispatched to a caller, or is none of this session's."""
+"""FAILED_PRECONDITION: no call of that call_id waits for a caller in this session or in the run named: it has an outcome, was
+never dispatched to a caller, its run has ended or never was, or it is another session's.
+"""
 ERROR_REASON_PAGE_TOKEN_INVALID: ErrorReason.ValueType  # 17
 """INVALID_ARGUMENT: the page token was not made by this server, or for another list."""
 ERROR_REASON_PAYLOAD_TOO_LARGE: ErrorReason.ValueType  # 18
@@ -370,7 +384,7 @@ class Part(_message.Message):
     state_key: _builtins.str
     """Input only: the value that the session's state has under this key when the message is taken. A blob or bytes become a
     blob, a string becomes text, and what else there is becomes json. NOT_FOUND when the key does not exist.
-    RESOURCE_EXHAUSTED when the messages said at once then have more than 4 MiB.
+    RESOURCE_EXHAUSTED when the messages said at once then have more than 2 MiB.
     """
     @_builtins.property
     def reasoning(self) -> Global___Reasoning:

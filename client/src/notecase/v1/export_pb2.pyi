@@ -22,10 +22,11 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ExportRecord(_message.Message):
-    """A record of an exported session. The file is the eight bytes "notecase", a byte for the format's version (1), the records,
+    """A record of an exported session. The file is the eight bytes "notecase", a byte for the format's version (2), the records,
     each behind its length as a varint, the header first and then the events, a zero byte, and the SHA-256 of all before it.
     Names within the session are bare ids in it, so that it means the same under another name. With its content, each blob
     stands before the first event that refers to it: its name and size, then its bytes in pieces of 256 KiB, the last one shorter.
+    Files of version 1 can be imported: their calls have no bindings.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -399,12 +399,15 @@ class StartRun(_message.Message):
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
         """What the user says. May be empty when the session's history ends with something to answer, with ON_BUSY_ROLLBACK: when it
-        does so before the run that is rolled back. A start that has to queue wants some: what it will find there is not known yet.
+        does so before the run that is rolled back. A start that has to queue needs some: what it will find there is not known yet.
+        Together at most 2 MiB, without content that becomes a blob.
         """
 
     @_builtins.property
     def client_tools(self) -> _containers.RepeatedCompositeFieldContainer[_agent_pb2.Tool]:
-        """Of this run only, beside the agent's: `client` tools, with names that the agent does not have."""
+        """Tools of this run only, besides the agent's: `client` tools, with names that the agent does not have, together at most
+        256 KiB.
+        """
 
     @_builtins.property
     def disconnect(self) -> Global___Disconnect: ...
@@ -1047,7 +1050,9 @@ class Event(_message.Message):
     BLOCK_DELTA_FIELD_NUMBER: _builtins.int
     MESSAGE_DISCARDED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Set aside: 6 for the principal that caused it, 7 for the step of the run."""
+    """Set aside: 6 for the principal that caused it, 7 for the step of the run, 8 and 9 for more about any event, 23 to 39 for
+    payloads that are stored. Payloads from 40 on are passing.
+    """
     run: _builtins.str
     """sessions/{session}/runs/{run}; empty for what no run did."""
     cause_id: _builtins.str
@@ -1585,7 +1590,9 @@ class InvokeResponse(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     REPLY_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def run(self) -> Global___Run: ...
+    def run(self) -> Global___Run:
+        """Without its `reply` where both would be too large for one message."""
+
     @_builtins.property
     def reply(self) -> _message_pb2.Message:
         """The run's reply, for convenience."""

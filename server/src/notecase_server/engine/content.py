@@ -16,7 +16,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import CHUNK_BYTES, PAGE_BYTES, Clock, Scope, SessionKey, Store
+from notecase_server.store.contract import CHUNK_BYTES, PAGE_BYTES, Clock, SessionKey, Store
 
 MAX_PART_BYTES = 256 << 10
 """What a part keeps to itself; more becomes a blob, so that pages of messages stay small."""
@@ -24,8 +24,9 @@ MAX_PART_BYTES = 256 << 10
 MAX_MESSAGE_BYTES = PAGE_BYTES - (64 << 10)
 """Of a message beside what becomes blobs: it fits into one page."""
 
-MAX_SAID_BYTES = 4 << 20
-"""Of all messages that are said at once. No request carries more; but one that names keys of state can come to more."""
+MAX_SAID_BYTES = 2 << 20
+"""Limit for all messages that are said at once, without what became blobs: AppendMessages answers with them, and a
+start that is queued is one event with them and its state."""
 
 MEDIA_TYPES = {"text": "text/plain; charset=utf-8", "json": "application/json"}
 """Of parts that become blobs when they are large."""
@@ -90,7 +91,7 @@ class Contents:
     async def _stored(self, tenant: str, said: v1.Blob) -> v1.Blob | None:
         """The blob that the first frame names, if it is here; it then counts as uploaded just now."""
         sha256 = names.parse_blob(said.name)
-        stored = await self._store.touch_blob(tenant, sha256) if sha256 else None
+        stored = await self._store.touch_blob(tenant, "", sha256) if sha256 else None
         if stored is not None and (problem := _differs(said, stored)):
             raise errors.blob_corrupt(problem)
         return stored
@@ -140,7 +141,7 @@ class Contents:
             if problem := _differs(first.blob, made):
                 raise errors.blob_corrupt(problem)
             sha256 = made.name.removeprefix("blobs/")
-            return await self._store.complete_upload(tenant, upload.upload_id, made.size_bytes, sha256)
+            return await self._store.complete_upload(tenant, "", upload.upload_id, made.size_bytes, sha256)
         except BaseException as error:
             # A caller who comes back finds what he has sent; nobody comes back to an upload that has no name.
             refused = isinstance(error, NotecaseError) and error.reason in WRONG
@@ -190,7 +191,7 @@ class Contents:
     async def put(self, tenant: str, data: bytes, media_type: str, filename: str = "") -> v1.Blob:
         """Stores content that is at hand."""
         sha256 = hashlib.sha256(data).hexdigest()
-        await self._store.put_blob(tenant, sha256, data)
+        await self._store.put_blob(tenant, "", sha256, data)
         return v1.Blob(name=names.blob(sha256), media_type=media_type, filename=filename, size_bytes=len(data))
 
     async def sweep(self) -> int:
@@ -246,10 +247,9 @@ class Contents:
         """A value of state as a part."""
         value = state[name] if state and name in state else None
         if value is None:
-            scope = Scope(key.tenant, "session", key.session)
-            found = (await self._store.get_state(scope, [name])).entries
+            found = (await self._store.get_state(key.state, [name])).entries
             if name not in found:
-                raise errors.state_key_not_found(names.state(scope), name)
+                raise errors.state_key_not_found(f"{names.session(key.session)}/state", name)
             value = found[name].value
         match value.WhichOneof("kind"):
             case "blob_value":

@@ -10,7 +10,7 @@ from notecase_server.engine import template
 from notecase_server.engine.summary import Summary, in_effect
 from notecase_server.engine.tokens import Gauge
 from notecase_server.models.contract import ModelRequest
-from notecase_server.store.contract import Query, Scope, SessionKey, Store
+from notecase_server.store.contract import Query, Scope, SessionKey, StepKey, Store
 
 PAGE = 500
 """Messages read at a time."""
@@ -39,7 +39,7 @@ async def build(
 async def _instruction(store: Store, key: SessionKey, user: str, source: str) -> str:
     parsed = template.parse(source)
     scopes = {
-        "session": Scope(key.tenant, "session", key.session),
+        "session": key.state,
         "user": Scope(key.tenant, "user", user.removeprefix("users/")) if user else None,
         "app": Scope(key.tenant, "app", ""),
     }
@@ -71,7 +71,8 @@ async def shown(
     after: tuple[str | int, ...] | None = None
     gauge: Gauge | None = None
     while True:
-        page = await store.list_messages(key, Query(size, after), newest_first=True, run=only)
+        step = StepKey(only) if only else None
+        page = await store.list_messages(key, Query(size, after), newest_first=True, step=step)
         if gauge is None:
             gauge = Gauge(page.rows if room.tokens else ())
             room.used = sum(map(gauge.tokens, told))

@@ -4,7 +4,6 @@ Pure: from what is known of a run to the events that say what becomes of its cal
 business.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +11,8 @@ from typing import Any, NamedTuple
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.store import bindings
+from notecase_server.store.bindings import declared
 from notecase_server.store.fold import OPEN_OUTCOMES, open_calls
 from notecase_server.tools.contract import ASK_USER, Function, Outcome
 
@@ -39,11 +40,6 @@ class Bound(NamedTuple):
         return self.binding.function == ASK_USER
 
 
-def declared(agent: v1.Agent, run: v1.Run) -> list[v1.Tool]:
-    """The tools of a run: the agent's, then the caller's own. `agent` is the revision that the run began with."""
-    return [*agent.llm.tools, *run.client_tools]
-
-
 def called_by_caller(tool: v1.Tool) -> Function:
     """What a model is told of a tool that the caller runs; nothing here implements it."""
     return Function(tool.name, tool.description, tool.parameters, v1.ToolBinding())
@@ -55,14 +51,10 @@ def bind(agent: v1.Agent, run: v1.Run, found: Sequence[Sequence[Function]]) -> d
     Raises NotecaseError TOOL_ERROR when two have one name: the one left out may be the one that needs approval."""
     bound: dict[str, Bound] = {}
     for index, (tool, functions) in enumerate(zip(declared(agent, run), found, strict=True)):
-        whose = b"agent" if index < len(agent.llm.tools) else b"caller"
-        declared_as = hashlib.sha256(whose + tool.SerializeToString(deterministic=True)).digest()
         for name, description, parameters, implementation in functions:
             if name in bound:
                 raise errors.tool_error(_clash(name, bound[name].binding, implementation))
-            implemented_by = implementation.SerializeToString(deterministic=True)
-            binding = v1.ToolBinding(declaration=index, digest=hashlib.sha256(declared_as + implemented_by).digest())
-            binding.MergeFrom(implementation)
+            binding = bindings.bound(agent, run, index, implementation)
             bound[name] = Bound(tool, name, description, parameters, binding)
     return bound
 

@@ -22,6 +22,7 @@ from notecase_server.engine.turn import RUNNING, WAITING, Halt, Services, Worker
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.store.contract import (
     ActiveRun,
+    Answer,
     CommandId,
     Commit,
     Committed,
@@ -32,6 +33,7 @@ from notecase_server.store.contract import (
     Replayed,
     RunRecord,
     SessionKey,
+    StepKey,
 )
 from notecase_server.store.fold import ENDED, open_calls
 from notecase_server.tools import naming
@@ -48,6 +50,9 @@ INTERRUPT = v1.StartRun.ON_BUSY_INTERRUPT
 POLL_SECONDS = 5.0
 """How often what waits looks into the store although no bell rang: a lost hint costs this much time, and nothing
 else."""
+
+NOT_UNDER_WAY = frozenset({v1.ERROR_REASON_RUN_NOT_FOUND, v1.ERROR_REASON_RUN_ENDED, v1.ERROR_REASON_RUN_ACTIVE})
+"""Why a run takes no answers: it never was, has ended, or is queued."""
 
 BUSY_TRIES = 5
 """How often a start that stops another run tries again when that one had ended and a third one came first."""
@@ -84,7 +89,7 @@ class Runs:
         self._contents = services.contents
         self._new_id = services.new_id
         self._poll_seconds = poll_seconds
-        self._workers: dict[tuple[SessionKey, str], tuple[Worker, asyncio.Task[None]]] = {}
+        self._workers: dict[tuple[SessionKey, StepKey], tuple[Worker, asyncio.Task[None]]] = {}
         self._alarms: dict[tuple[SessionKey, str], asyncio.TimerHandle] = {}
         self._chaperones: dict[tuple[SessionKey, str], asyncio.Task[None]] = {}
         self._errands: set[asyncio.Task[Any]] = set()
@@ -103,14 +108,15 @@ class Runs:
         return await self._whole(self._found_or_started(tenant, start, caused or Caused()))
 
     async def _found_or_started(self, tenant: str, start: v1.StartRun, caused: Caused) -> Started:
-        session_id = start.session or start.new_session.name
-        key = SessionKey(tenant, session_id.removeprefix("sessions/") or self._new_id())
         body = v1.StartRun()
         body.CopyFrom(start)
         body.ClearField("options")
+        body.ClearField("if_session_uid")
         digest = hashlib.sha256(body.SerializeToString(deterministic=True)).digest()
+        await self._store.recall(caused.once)
+        key = await self._meant(tenant, start)
         try:
-            await self._store.recall(key, caused.once, caused.command)
+            await self._store.recall_command(key, caused.command)
             if found := await self._find(key, start.run_id, digest):
                 return found
             del body.messages[:]
@@ -122,10 +128,25 @@ class Runs:
                 raise errors.reused("command_id", caused.cause_id) from None
             return Started(key, row[0], existing=True)
         except NotecaseError as error:
-            beaten = error.reason in {v1.ERROR_REASON_RUN_ACTIVE, v1.ERROR_REASON_ALREADY_EXISTS}
-            if beaten and (found := await self._find(key, start.run_id, digest)):
+            if error.reason == v1.ERROR_REASON_ALREADY_EXISTS:
+                key = await self._meant(tenant, start)  # somebody else has just made a session of this name
+            elif error.reason != v1.ERROR_REASON_RUN_ACTIVE:
+                raise
+            if found := await self._find(key, start.run_id, digest):
                 return found
             raise
+
+    async def _meant(self, tenant: str, start: v1.StartRun) -> SessionKey:
+        """The session that a start names, or the one that it makes; SESSION_NOT_FOUND. A new one whose name is taken
+        is the one that has it: the start may be a repeat."""
+        if start.session:
+            key, _ = await self._sessions.find(tenant, start.session.removeprefix("sessions/"), start.if_session_uid)
+            return key
+        session = start.new_session.name.removeprefix("sessions/")
+        row = await self._store.find_session(tenant, session) if session else None
+        if row is not None:
+            return SessionKey(tenant, session, row.uid)
+        return self._sessions.new_key(tenant, session or self._new_id())
 
     async def _find(self, key: SessionKey, run_id: str, digest: bytes) -> Started | None:
         row = await self._store.get_run(key, run_id) if run_id else None
@@ -361,7 +382,7 @@ class Runs:
     async def _rewind(self, commit: Commit, to_sequence: int, cause_id: str) -> Committed:
         live = self._sessions.live(commit.key)
         async with live.lock:
-            await self._store.recall(commit.key, commit.once, None)
+            await self._store.recall(commit.once)
             return await self._commit_back(live, commit, to_sequence, "to_sequence", cause_id)
 
     async def _commit_back(
@@ -405,10 +426,10 @@ class Runs:
         for name in ("expire_time", "ttl", "idle_ttl"):
             if chosen.HasField(name):
                 getattr(made, name).CopyFrom(getattr(chosen, name))
-        live = self._sessions.live(key)
-        fork = Fork(key=key, once=once, source=source, past=past, session=made, events=ended(past))
-        committed = await self._store.fork(fork)
-        live.committed(committed)
+        fork = Fork(key=key, source=source, past=past, session=made, events=ended(past))
+        record = self._sessions.record(once, key.tenant, Answer("session"))
+        committed = await self._sessions.surely(record, lambda record: self._store.fork(replace(fork, once=record)))
+        self._sessions.live(key).committed(committed)
         return committed
 
     # ---- summaries
@@ -420,7 +441,7 @@ class Runs:
         Raises Replayed for a repeat, and NotecaseError: SESSION_NOT_FOUND, AGENT_NOT_FOUND, RUN_ACTIVE, INVALID_FIELD,
         RATE_LIMITED, SERVER_DRAINING, SEQUENCE_MISMATCH, and what the model's provider raises."""
         with self._place():
-            await self._store.recall(key, caused.once, None)
+            await self._store.recall(caused.once)
             live, session = await self._sessions.watched(key)
             if session.active_run:
                 raise errors.run_active(names.run(key.session, session.active_run))
@@ -442,8 +463,8 @@ class Runs:
     # ---- workers
 
     def _employ(self, worker: Worker) -> None:
-        place = (worker.live.key, worker.run.name)
-        if (alarm := self._alarms.pop(place, None)) is not None:
+        place = (worker.live.key, StepKey(worker.run.name))
+        if (alarm := self._alarms.pop((worker.live.key, worker.run.name), None)) is not None:
             alarm.cancel()
         if self._draining:
             worker.drain()
@@ -453,13 +474,13 @@ class Runs:
         task.add_done_callback(lambda done: self._left(worker, done))
         self._accompany(worker)
 
-    def _at_work(self, place: tuple[SessionKey, str]) -> Worker | None:
+    def _at_work(self, key: SessionKey, run_id: str) -> Worker | None:
         """The worker of a run, unless it has turned to go: then nobody may count on it any more."""
-        worker, task = self._workers.get(place, (None, None))
+        worker, task = self._workers.get((key, StepKey(run_id)), (None, None))
         return None if task is None or task.done() else worker
 
     def _left(self, worker: Worker, task: asyncio.Task[None]) -> None:
-        place = (worker.live.key, worker.run.name)
+        place = (worker.live.key, StepKey(worker.run.name))
         if self._workers[place][1] is not task:
             return  # somebody else is at work on it already
         del self._workers[place]
@@ -467,7 +488,7 @@ class Runs:
         if task.cancelled():
             return
         if (error := task.exception()) is not None:
-            log.error("run_lost", session=place[0].session, run=place[1], exc_info=error)
+            log.error("run_lost", session=place[0].session, run=place[1].run, exc_info=error)
         elif not worker.lost:
             self._settle(worker)
 
@@ -488,7 +509,7 @@ class Runs:
     def _halt(self, worker: Worker, halt: Halt) -> None:
         """Has the worker stop what is under way, also when the run waits. The caller holds the session's lock."""
         worker.halt(halt)
-        if self._at_work((worker.live.key, worker.run.name)) is None:
+        if self._at_work(worker.live.key, worker.run.name) is None:
             self._employ(worker)
 
     def _errand(self, work: Coroutine[Any, Any, None]) -> None:
@@ -515,21 +536,37 @@ class Runs:
         return task
 
     @asynccontextmanager
-    async def _worker(self, key: SessionKey, run_id: str, caused: Caused) -> AsyncIterator[Worker]:
+    async def _worker(
+        self, key: SessionKey, run_id: str, caused: Caused, late: NotecaseError | None = None
+    ) -> AsyncIterator[Worker]:
         """The worker of a run under way, the session's active one for "", under the session's lock; one that is made
         for the purpose when the run waits. Afterwards the run goes on if it can.
 
-        Raises Replayed and Duplicate for a repeat, SESSION_NOT_FOUND, RUN_NOT_FOUND, RUN_ENDED, and RUN_ACTIVE for a
-        run that is queued behind another."""
+        Raises Replayed and Duplicate for a repeat, SESSION_NOT_FOUND, and `late` for a run that is not under way; by
+        default RUN_NOT_FOUND, RUN_ENDED, and RUN_ACTIVE for a run that is queued behind another."""
         live = self._sessions.live(key)
         async with live.lock:
-            await self._store.recall(key, caused.once, caused.command)
+            await self._settle_commit(live)
+            await self._store.recall(caused.once)
+            await self._store.recall_command(key, caused.command)
             _, session = await self._sessions.watched(key)
             run_id = run_id or session.active_run
-            worker = self._at_work((key, run_id)) or await self._revive(live, run_id)
+            try:
+                worker = self._at_work(key, run_id) or await self._revive(live, run_id)
+            except NotecaseError as error:
+                raise (late if late is not None and error.reason in NOT_UNDER_WAY else error) from None
             yield worker
-            if self._at_work((key, run_id)) is None:
+            if self._at_work(key, run_id) is None:
                 self._settle(worker)
+
+    async def _settle_commit(self, live: LiveSession) -> None:
+        """Finds out what became of a commit whose answer was lost, before anybody decides on what is known. The caller
+        holds the session's lock."""
+        made = await live.settle()
+        if made is not None:
+            for (key, _), (worker, _) in self._workers.items():
+                if key == live.key:
+                    worker.learn(made)
 
     async def _revive(self, live: LiveSession, run_id: str) -> Worker:
         active = await self._store.active_run(live.key, run_id) if run_id else None
@@ -543,7 +580,7 @@ class Runs:
         return await self._made(live, session, active)
 
     async def _made(self, live: LiveSession, session: v1.Session, active: ActiveRun) -> Worker:
-        newest = await self._store.list_messages(live.key, Query(1), newest_first=True, run=active.run.name)
+        newest = await self._store.list_messages(live.key, Query(1), newest_first=True, step=StepKey(active.run.name))
         message = newest.rows[0] if newest.rows and open_calls(newest.rows[0]) else None
         said = [
             event
@@ -554,8 +591,10 @@ class Runs:
         return Worker(live, self._services, session, active.run, active.agent, active.epoch, message, said)
 
     async def _not_running(self, key: SessionKey, run_id: str) -> NotecaseError:
-        row = await self._store.get_run(key, run_id) if run_id else None
-        name = names.run(key.session, run_id or "-")
+        if not run_id:
+            return errors.no_run(names.session(key.session))
+        row = await self._store.get_run(key, run_id)
+        name = names.run(key.session, run_id)
         if row is None:
             return errors.not_found("run", name)
         return errors.run_ended(name, row[0].state) if row[0].state in ENDED else errors.draining()
@@ -583,30 +622,34 @@ class Runs:
     # ---- what callers say meanwhile
 
     async def tool_result(self, key: SessionKey, run_id: str, result: v1.ToolResult, caused: Caused) -> Committed:
-        """Gives a dispatched call its outcome. CALL_NOT_PENDING when it waits for none."""
+        """Gives a dispatched call its outcome. CALL_NOT_PENDING when it waits for none, whatever its run does by
+        now."""
         return await self._whole(self._tool_result(key, run_id, result, caused))
 
     async def _tool_result(self, key: SessionKey, run_id: str, result: v1.ToolResult, caused: Caused) -> Committed:
-        async with self._worker(key, run_id, caused) as worker:
+        late = errors.call_not_pending(result.call_id)
+        async with self._worker(key, run_id, caused, late) as worker:
             for call in worker.run.pending_calls:
                 if call.call_id == result.call_id:
                     parts = await self._contents.parts(key, result.result)
                     outcome = worker.fitting(Outcome(parts, result.error))
                     return await worker.commit([ledger.finished(call, outcome)], *caused)
-            raise errors.call_not_pending(result.call_id)
+            raise late
 
     async def respond(self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused) -> Committed:
-        """Answers an approval or a question. INPUT_NOT_PENDING when nobody asks (any more)."""
+        """Answers an approval or a question. INPUT_NOT_PENDING when nobody asks (any more), whatever the run does by
+        now."""
         return await self._whole(self._respond(key, run_id, response, caused))
 
     async def _respond(self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused) -> Committed:
-        async with self._worker(key, run_id, caused) as worker:
+        late = errors.input_not_pending(response.input_id)
+        async with self._worker(key, run_id, caused, late) as worker:
             for request in worker.run.pending_inputs:
                 if request.input_id == response.input_id:
                     _check_decision(request, response)
                     call = worker.call(request.call.call_id)
                     return await worker.commit(ledger.answered(request, response, call), *caused)
-            raise errors.input_not_pending(response.input_id)
+            raise late
 
     async def say(self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused) -> tuple[Committed, bool]:
         """What a user says to a run under way; the commit, and whether it only queued it. RUN_ENDED, QUEUE_FULL."""
@@ -661,7 +704,8 @@ class Runs:
             return await halt.done
         except NotecaseError as error:
             if error.reason == v1.ERROR_REASON_RUN_ENDED:  # by a repeat of this very command, perhaps
-                await self._store.recall(key, halt.once, halt.command)
+                await self._store.recall(halt.once)
+                await self._store.recall_command(key, halt.command)
             raise
 
     async def _cancel_queued(

@@ -6,16 +6,30 @@ later. Used from one event loop only.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, TypeVar
 from weakref import WeakValueDictionary
 
 from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import Commit, Committed, Compare, Once, Query, Scope, SessionKey, Store
+from notecase_server.store.contract import (
+    Answer,
+    Commit,
+    Committed,
+    Compare,
+    Once,
+    Query,
+    Replayed,
+    Scope,
+    SessionKey,
+    StepKey,
+    Store,
+)
+
+T = TypeVar("T")
 
 TAIL_BYTES = 256 << 10
 """Newest events kept for watchers that are nearly there. A turn commits a handful of small ones, so this spares the
@@ -72,13 +86,17 @@ class Block:
 
 
 class OpenMessage:
-    """The reply a run is making; a block's index is that of the part it will be."""
+    """The draft of the reply that a step of a run is making; a block's index is that of the part it will be."""
 
-    __slots__ = ("blocks", "name")
+    __slots__ = ("blocks", "name", "run", "settled")
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, run: str = "") -> None:
         self.name = name
+        self.run = run
         self.blocks: list[Block] = []
+        self.settled = False
+        """A commit of its message has begun and may be in the log before this process hears of it: watchers take the
+        rest from the message."""
 
 
 class LiveSession:
@@ -89,7 +107,8 @@ class LiveSession:
         self.user = ""
         self.head = 0
         """The newest sequence known here; the store may be ahead."""
-        self.open: OpenMessage | None = None
+        self.drafts: dict[StepKey, OpenMessage] = {}
+        """The replies being made. A draft that is gone without its message in the log was discarded."""
         self.deleted = False
         self.work: asyncio.Task[None] | None = None
         """What works on a run of it here; stopped when the session is deleted."""
@@ -110,19 +129,57 @@ class LiveSession:
         self._tail_bytes = 0
         self._store = store
         self._sessions = sessions
+        self._unsure = ""
+        """The commit of a run that may have been made: the store was away when it was asked."""
+        self._found: dict[str, Committed] = {}
 
     async def commit(self, commit: Commit) -> Committed:
-        """Commits, then tells the watchers; see Store.commit for what it raises."""
-        committed = await self._store.commit(replace(commit, content_limit=self._sessions.content_limit))
+        """Commits, then tells the watchers; see Store.commit for what it raises. A commit whose answer is lost is asked
+        about. When the store cannot say either, STORE_UNAVAILABLE is raised, and what became of a run's commit is left
+        to `settle`."""
+        commit_id = commit.id or self._sessions.new_id()
+        commit = replace(commit, id=commit_id, content_limit=self._sessions.content_limit)
+        added = _messages_added(commit.events)
+        for draft in self.drafts.values():
+            draft.settled = draft.settled or draft.name in added
+        try:
+            committed = await self._store.commit(commit)
+        except NotecaseError as error:
+            if error.reason != v1.ERROR_REASON_STORE_UNAVAILABLE:
+                raise
+            if commit.if_epoch is not None:
+                self._unsure = commit_id
+            found = await self._store.find_commit(self.key, commit_id)
+            self._unsure = ""
+            if found is None:
+                raise
+            committed = found
         self.committed(committed)
         return committed
+
+    async def settle(self) -> Committed | None:
+        """What a run's last commit made when nobody could say before; None where nothing is left open, or it was not
+        made. Called by whoever holds the lock, before deciding anything. STORE_UNAVAILABLE when the store is still
+        away."""
+        if not self._unsure:
+            return None
+        found = await self._store.find_commit(self.key, self._unsure)
+        commit_id, self._unsure = self._unsure, ""
+        if found is not None:
+            self._found[commit_id] = found
+            self.committed(found)
+        return found
+
+    def settled(self, commit_id: str) -> Committed | None:
+        """What `settle` found out about that commit; to be asked once."""
+        return self._found.pop(commit_id, None)
 
     def committed(self, committed: Committed) -> None:
         self.user = committed.session.user
         for event in committed.events:
             self._keep(event)
-            if self.open is not None and event.message_added.name == self.open.name:
-                self.open = None
+        added = _messages_added(committed.events)
+        self.drafts = {step: draft for step, draft in self.drafts.items() if draft.name not in added}
         self.head = max(self.head, committed.session.last_sequence)
         self.ring()
         for scope, state in committed.state.items():
@@ -172,13 +229,13 @@ class LiveSession:
         self.watchers -= 1
         self.company.ring()
 
-    def begin(self, name: str) -> OpenMessage:
-        """Opens the message that a model is about to write."""
-        self.open = OpenMessage(name)
-        return self.open
+    def begin(self, step: StepKey, name: str) -> OpenMessage:
+        """Opens the draft of the message that a model is about to write for a step, in place of the one before."""
+        draft = self.drafts[step] = OpenMessage(name, step.run)
+        return draft
 
     def add(self, block: Block, text: str) -> int:
-        """Appends to a block of the open message and returns how many bytes. A lone surrogate becomes U+FFFD."""
+        """Appends to a block of a draft and returns how many bytes. A lone surrogate becomes U+FFFD."""
         first = not block.data
         try:
             data = text.encode()
@@ -191,25 +248,48 @@ class LiveSession:
             self.later.ring()
         return len(data)
 
-    def discard(self) -> None:
-        """Forgets the open message: nothing of it was kept."""
-        opened, self.open = self.open, None
-        if opened is not None and opened.blocks:
-            self.notice(v1.Event(message_discarded=v1.MessageDiscarded(message=opened.name)))
+    def discard(self, step: StepKey) -> None:
+        """Forgets the draft of a step: nothing of it was kept. Whoever was sent some of it is told."""
+        if self.drafts.pop(step, None) is not None:
+            self.ring()
 
     def ring(self) -> None:
         self.soon.ring()
         self.later.ring()
 
 
+def _messages_added(events: Iterable[v1.Event]) -> set[str]:
+    return {event.message_added.name for event in events if event.HasField("message_added")}
+
+
 class Sessions:
     """The sessions alive in this process, and every write to one: so that a watcher here hears of it at once."""
 
-    def __init__(self, store: Store, content_limit: int | None = None) -> None:
+    def __init__(
+        self,
+        store: Store,
+        new_id: Callable[[], str],
+        new_uid: Callable[[], str],
+        content_limit: int | None = None,
+    ) -> None:
         """No log is let to refer to blobs of more than `content_limit` bytes together."""
         self.store = store
+        self.new_id = new_id
         self.content_limit = content_limit
+        self._new_uid = new_uid
         self._live: WeakValueDictionary[SessionKey, LiveSession] = WeakValueDictionary()
+
+    def new_key(self, tenant: str, session: str) -> SessionKey:
+        """The key of a session that is about to be made under that id."""
+        return SessionKey(tenant, session, self._new_uid())
+
+    async def find(self, tenant: str, session: str, if_uid: str = "") -> tuple[SessionKey, v1.Session]:
+        """The session that has this id now, with its row. NotecaseError SESSION_NOT_FOUND when there is none, or when
+        `if_uid` is set and it is another one."""
+        row = await self.store.find_session(tenant, session)
+        if row is None or (if_uid and row.uid != if_uid):
+            raise errors.not_found("session", f"sessions/{session}")
+        return SessionKey(tenant, session, row.uid), row
 
     def live(self, key: SessionKey) -> LiveSession:
         found = self._live.get(key)
@@ -219,31 +299,54 @@ class Sessions:
 
     async def watched(self, key: SessionKey) -> tuple[LiveSession, v1.Session]:
         """The live side of a session that exists, with its row; NotecaseError SESSION_NOT_FOUND otherwise."""
-        live = self.live(key)
         row = await self.store.get_session(key)
         if row is None:
             raise errors.not_found("session", f"sessions/{key.session}")
+        return self.seen(key, row), row
+
+    def seen(self, key: SessionKey, row: v1.Session) -> LiveSession:
+        """The live side of a session whose row was just read."""
+        live = self.live(key)
         live.user = row.user
         live.head = max(live.head, row.last_sequence)
-        return live, row
+        return live
+
+    def record(self, once: Once | None, tenant: str, answer: Answer) -> Once:
+        """The record of a write that has no Commit: the caller's own, or one under a new id, so that it can be asked
+        about."""
+        return once or Once.unnamed(tenant, self.new_id(), answer)
+
+    async def surely(self, once: Once, write: Callable[[Once], Awaitable[T]]) -> T:
+        """Makes a write that leaves this record. When its answer is lost and it was made, Replayed is raised, as for a
+        repeat. STORE_UNAVAILABLE when it was not made, or when nobody can say."""
+        try:
+            return await write(once)
+        except NotecaseError as error:
+            if error.reason == v1.ERROR_REASON_STORE_UNAVAILABLE:
+                await self.store.recall(once)
+            raise
 
     async def commit(self, commit: Commit) -> Committed:
         """As LiveSession.commit, for what no run does."""
         return await self.live(commit.key).commit(commit)
 
     async def update_state(
-        self, scope: Scope, ops: Sequence[v1.StateOp], if_version: int | None, once: Once | None, cause_id: str
-    ) -> v1.State:
-        """Changes a state of any scope: a session's by an event of its log, the others' in place. Returns the keys
-        named."""
-        if scope.kind == "session":
+        self,
+        key: SessionKey | None,
+        scope: Scope,
+        ops: Sequence[v1.StateOp],
+        if_version: int | None,
+        once: Once | None,
+        cause_id: str,
+    ) -> Committed | v1.State:
+        """Changes a state of any scope: that of the session `key` by an event of its log, others in place and with a
+        record."""
+        if key is not None:
             change = v1.Event(cause_id=cause_id, state_changed=v1.StateChanged(ops=ops))
             versions = {} if if_version is None else {"": if_version}
-            committed = await self.commit(
-                Commit(key=SessionKey(scope.tenant, scope.id), once=once, if_state_version=versions, events=[change])
-            )
-            return committed.state[scope]
-        state = await self.store.update_state(scope, ops, if_version, once)
+            return await self.commit(Commit(key=key, once=once, if_state_version=versions, events=[change]))
+        assert once is not None
+        state = await self.surely(once, lambda record: self.store.update_state(scope, ops, if_version, record))
         self.state_changed(scope, ops, state.version)
         return state
 
@@ -269,9 +372,15 @@ class Sessions:
         for live in list(self._live.values()):
             live.ring()
 
-    async def delete(self, key: SessionKey, if_etag: str, once: Once | None) -> None:
-        """Deletes a session and lets its watchers go; see Store.delete_session."""
-        await self.store.delete_session(key, if_etag, once)
+    async def delete(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
+        """Deletes a session and lets its watchers go; see Store.delete_session. Raises Replayed for a repeat."""
+        record = self.record(once, key.tenant, Answer("nothing"))
+        try:
+            await self.surely(record, lambda record: self.store.delete_session(key, if_etag, record))
+        except Replayed:
+            if await self.store.get_session(key) is None:
+                self._gone(key)
+            raise
         self._gone(key)
 
     async def expire(self, now: int) -> int:
@@ -284,20 +393,26 @@ class Sessions:
                     gone += 1
         return gone
 
-    async def erase_user(self, tenant: str, user: str, once: Callable[[int], Once | None]) -> int:
+    async def erase_user(self, tenant: str, user: str, once: Once) -> int:
         """Deletes every session of "users/{user}", those that are made meanwhile too, then the user's state. Returns
-        how many sessions; `once` makes the record of that. Raises Replayed."""
-        await self.store.recall(SessionKey(tenant, ""), once(0), None)
+        how many sessions; so does the record `once`. Raises Replayed."""
+        await self.store.recall(once)
         mine, gone = Query(BATCH, where=Compare("user", "=", user)), 0
-        while not await self.store.erase_state(tenant, user, once(gone)):
+
+        async def erased(record: Once) -> bool:
+            return await self.store.erase_state(tenant, user, record._replace(answer=Answer("erased", erased=gone)))
+
+        while not await self.surely(once, erased):
             for row in (await self.store.list_sessions(tenant, mine)).rows:
-                gone += await self._deleted(SessionKey(tenant, row.name))
+                gone += await self._deleted(SessionKey(tenant, row.name, row.uid))
         return gone
 
     async def _deleted(self, key: SessionKey) -> bool:
         """Deletes a session; whether it was not somebody else who did."""
         try:
-            await self.delete(key, "", None)
+            await self.delete(key)
+        except Replayed:
+            return True
         except NotecaseError as error:
             if error.reason != v1.ERROR_REASON_SESSION_NOT_FOUND:
                 raise

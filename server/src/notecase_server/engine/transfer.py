@@ -16,11 +16,13 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.engine.content import Contents
 from notecase_server.errors import NotecaseError
-from notecase_server.store import fold
-from notecase_server.store.contract import Once, Restore, RunRecord, Scope, SessionKey, Store
+from notecase_server.store import earlier, fold
+from notecase_server.store.contract import Restore, RunRecord, SessionKey, Store
 
 MAGIC = b"notecase"
-VERSION = 1
+VERSION = 2
+"""Format that is written; the one before is read, too."""
+
 DIGEST_BYTES = 32
 
 CHUNK_BYTES = 256 << 10
@@ -147,26 +149,30 @@ def _framed(record: v1.ExportRecord) -> bytes:
     return bytes([*length, size]) + body
 
 
-def read(file: BinaryIO, key: SessionKey, once: Once | None) -> Restore:
+def read(file: BinaryIO, key: SessionKey) -> Restore:
     """What is to be stored of a whole file, as the session `key`. The file is read again when it is stored. Blocks.
 
     Raises NotecaseError IMPORT_INVALID with a sentence that says what is wrong."""
-    _check(file)
+    version = _check(file)
     try:
-        return _replayed(file, key, once)
+        return _replayed(file, key, version)
     except DecodeError:
         raise errors.import_invalid("has a record that does not decode") from None
 
 
-def _check(file: BinaryIO) -> None:
-    """That the file is an export of this version, and as long and the same as when it was written."""
+def _check(file: BinaryIO) -> int:
+    """The format of a file that is an export, and as long and the same as when it was written."""
     file.seek(0)
     digest = hashlib.sha256()
     begun = file.read(len(MAGIC) + 1)
     if begun[: len(MAGIC)] != MAGIC[: len(begun)]:
         raise errors.import_invalid("is no export of a session")
     if len(begun) > len(MAGIC) and begun[-1] > VERSION:
-        raise errors.import_invalid(f"was written by a newer notecase, in format {begun[-1]}; this one reads {VERSION}")
+        raise errors.import_invalid(
+            f"was written by a newer notecase, in format {begun[-1]}; this one reads up to {VERSION}"
+        )
+    if len(begun) > len(MAGIC) and begun[-1] == 0:
+        raise errors.import_invalid(f"is in format 0, which no notecase writes; this one reads 1 to {VERSION}")
     digest.update(begun)
     for length, body in _frames(file):
         digest.update(length + body)
@@ -175,6 +181,7 @@ def _check(file: BinaryIO) -> None:
         raise _cut()
     if trailer != digest.digest():
         raise errors.import_invalid("is damaged: its SHA-256 is not that of what it holds")
+    return begun[-1]
 
 
 def _cut() -> NotecaseError:
@@ -223,7 +230,7 @@ def _message(rows: Mapping[str, v1.Message], event: v1.Event) -> v1.Message:
     return message
 
 
-def _replayed(file: BinaryIO, key: SessionKey, once: Once | None) -> Restore:
+def _replayed(file: BinaryIO, key: SessionKey, version: int) -> Restore:
     records = _records(file)
     header = next(records, v1.ExportRecord())
     if not header.HasField("header"):
@@ -252,17 +259,18 @@ def _replayed(file: BinaryIO, key: SessionKey, once: Once | None) -> Restore:
     for run in rows.runs.values():
         if run.state not in fold.ENDED:
             raise errors.import_invalid(f"has a run that has not ended, {run.name!r}")
+        if version == 1:
+            earlier.forget(run)
     session = v1.Session(display_name=told.display_name, agent=told.agent, user=told.user, labels=told.labels)
     session.last_sequence = rows.session.last_sequence
     session.summary_sequence = rows.session.summary_sequence
     session.content_bytes = sum(size for _, size in blobs.values())
     if told.HasField("usage"):
         session.usage.CopyFrom(told.usage)
-    scope = Scope(key.tenant, "session", key.session)
+    scope = key.state
     entries = rows.state.get(scope, {})
     return Restore(
         key=key,
-        once=once,
         session=session,
         events=partial(_events, file),
         message=partial(_message, rows.messages),

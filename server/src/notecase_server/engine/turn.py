@@ -28,6 +28,7 @@ from notecase_server.engine.tokens import Gauge
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Call, Finish, ModelRequest, Provider, Reasoning, Refusal, Text
 from notecase_server.models.contract import Tool as ModelTool
+from notecase_server.store import bindings
 from notecase_server.store.contract import (
     PAGE_BYTES,
     Clock,
@@ -38,6 +39,7 @@ from notecase_server.store.contract import (
     Once,
     Replayed,
     RunRecord,
+    StepKey,
     Store,
 )
 from notecase_server.store.fold import ENDED, open_calls, ops_fit
@@ -144,6 +146,7 @@ class Worker:
         self.message = message
         self.lost = False
         """The run is no longer this worker's."""
+        self._step_key = StepKey(run.name)
         self._services = services
         self._store = services.store
         self._new_id = services.new_id
@@ -168,6 +171,10 @@ class Worker:
     @property
     def ended(self) -> bool:
         return self.run.state in ENDED
+
+    @property
+    def _draft(self) -> OpenMessage | None:
+        return self.live.drafts.get(self._step_key)
 
     def _open(self) -> list[v1.ToolCall]:
         return open_calls(self.message) if self.message is not None else []
@@ -288,7 +295,7 @@ class Worker:
         finally:
             if alarm is not None:
                 alarm.cancel()
-            self.live.open = None
+            self.live.discard(self._step_key)
             for call in self._calls.values():
                 call.cancel()
             self._refuse_halts()
@@ -351,12 +358,12 @@ class Worker:
             if request.output_schema:
                 finish = await self._checked(provider, request, finish)
         except NotecaseError as error:
-            if not summary.too_long(error) or (self.live.open is not None and self.live.open.blocks):
+            if not summary.too_long(error) or ((draft := self._draft) is not None and draft.blocks):
                 raise
             await self._shorten(provider, request, error)
             return
         self._shortened = False
-        opened = self.live.open
+        opened = self._draft
         assert opened is not None
         message = self._message(opened, v1.Message.STATUS_COMPLETED)
         message.finish_reason = finish.reason
@@ -372,7 +379,7 @@ class Worker:
                 call.binding.CopyFrom(bound[call.tool].binding)
         message.status = v1.Message.STATUS_IN_PROGRESS if calls else v1.Message.STATUS_COMPLETED
         events = [v1.Event(message_added=message), v1.Event(usage=finish.usage)]
-        if self.agent.output_key and (note := self._note(message)):
+        if self.agent.output_key and not calls and (note := self._note(message)):
             put = v1.StateOp(key=self.agent.output_key, set=note)
             events.append(v1.Event(state_changed=v1.StateChanged(ops=[put])))
         limit = self.run.limits.max_tool_calls
@@ -394,7 +401,8 @@ class Worker:
         return [*events, self._ending(v1.Run.STATE_SUCCEEDED)]
 
     def _note(self, message: v1.Message) -> v1.Value | None:
-        """A reply as it is put under the agent's output_key: its text, or what its JSON says."""
+        """Returns a reply that ends a turn as it is put under the agent's output_key: its text, or what its JSON
+        says."""
         if self.agent.llm.output_schema:
             return next((value_of(part.json) for part in message.parts if part.HasField("json")), None)
         text = "".join(part.text for part in message.parts)
@@ -404,7 +412,7 @@ class Worker:
         """Leaves a reply that is valid by the agent's output_schema in the open message, at the second try if need be;
         calls of tools and refusals are no such reply. Raises OUTPUT_INVALID."""
         for repeat in range(OUTPUT_REPEATS + 1):
-            opened = self.live.open
+            opened = self._draft
             assert opened is not None
             if any(block.kind in {"arguments", "refusal"} for block in opened.blocks):
                 break
@@ -419,7 +427,7 @@ class Worker:
             if repeat == OUTPUT_REPEATS or finish.reason in CUT_OFF:
                 raise errors.output_invalid(problem, finish.reason)
             self._check_limits()
-            self.live.discard()
+            self.live.discard(self._step_key)
             asked = v1.Message(
                 role=v1.Message.ROLE_USER, parts=[v1.Part(text=_complaint(problem, request.output_schema))]
             )
@@ -440,7 +448,7 @@ class Worker:
                 [ledger.called_by_caller(tool)]
                 if tool.HasField("client")
                 else await self._services.toolbox.resolve(tool)
-                for tool in ledger.declared(self.agent, self.run)
+                for tool in bindings.declared(self.agent, self.run)
             ]
             self._bound = ledger.bind(self.agent, self.run, found)
         return self._bound
@@ -457,7 +465,7 @@ class Worker:
             if self._halts:
                 raise _HaltedError
             self._count_model_call()
-            opened = self.live.begin(self._new_id())
+            opened = self.live.begin(self._step_key, self._new_id())
             try:
                 return await self._halting(self._read(provider, request, opened))
             except NotecaseError as error:
@@ -465,7 +473,7 @@ class Worker:
                 if not cut or repeat == MODEL_REPEATS:
                     raise
                 self._log.info("model_call_repeated", repeat=repeat + 1)
-                self.live.discard()
+                self.live.discard(self._step_key)
             await asyncio.sleep(random.uniform(0, 0.5 * 2**repeat))
         raise AssertionError("the last repeat returns or raises")
 
@@ -509,7 +517,7 @@ class Worker:
     async def _shorten(self, provider: Provider, request: ModelRequest, error: NotecaseError) -> None:
         """Makes the next request shorter than one that was too long. Raises its error where that was a second try, or
         nothing of it can be spared."""
-        self.live.discard()
+        self.live.discard(self._step_key)
         if self._shortened or self._model_calls >= self._most_calls:
             raise error
         self._shortened = True
@@ -676,9 +684,7 @@ class Worker:
         return outcome, where.ops
 
     async def _get_state(self, *keys: str) -> dict[str, v1.Value]:
-        scope = names.parse_state(self.live.key.tenant, f"sessions/{self.live.key.session}/state")
-        assert scope is not None
-        state = await self._store.get_state(scope, keys)
+        state = await self._store.get_state(self.live.key.state, keys)
         return {key: entry.value for key, entry in state.entries.items()}
 
     def _expire(self, request: v1.InputRequest) -> None:
@@ -730,8 +736,8 @@ class Worker:
             halt.refuse(refused)
             if isinstance(refused, NotecaseError) and refused.reason in LOST:
                 raise
-            if self.live.open is not None:  # the model is asked again, which is not to count twice
-                self.live.discard()
+            if self._draft is not None:  # the model is asked again, which is not to count twice
+                self.live.discard(self._step_key)
                 self._model_calls -= 1
         else:
             assert committed is not None
@@ -752,9 +758,9 @@ class Worker:
 
     def _cut(self) -> list[v1.Event]:
         """The reply being made, as far as it came; its calls were never whole."""
-        opened = self.live.open
+        opened = self._draft
         if opened is None or not any(block.data for block in opened.blocks):
-            self.live.discard()
+            self.live.discard(self._step_key)
             return []
         message = self._message(opened, v1.Message.STATUS_INCOMPLETE)
         for part in message.parts:
@@ -811,15 +817,25 @@ class Worker:
         for a store that is away, and lets others decide meanwhile. With `if_last_sequence` not all events are the
         run's, and `decide` says which."""
 
+        commit_id = ""
+
         async def commit() -> Committed | None:
+            nonlocal commit_id
             async with self.live.lock:
+                if (made := await self.live.settle()) is not None:
+                    self.learn(made)
+                if commit_id and (made := self.live.settled(commit_id)) is not None:
+                    return made
                 events = decide()
                 events += self._consequence(events)
                 if not events:
                     return None
+                commit_id = self._new_id()
                 if halt is None:
-                    return await self._commit(events)
-                return await self._commit(events, halt.once, halt.command, if_last_sequence, halt.start)
+                    return await self._commit(events, commit_id=commit_id)
+                return await self._commit(
+                    events, halt.once, halt.command, if_last_sequence, halt.start, commit_id=commit_id
+                )
 
         return await self._patiently(commit)
 
@@ -852,12 +868,14 @@ class Worker:
         command: CommandId | None = None,
         if_last_sequence: int | None = None,
         start: RunRecord | None = None,
+        commit_id: str = "",
     ) -> Committed:
         if if_last_sequence is None:
             self._own(events)
         committed = await self.live.commit(
             Commit(
                 key=self.live.key,
+                id=commit_id,
                 once=once,
                 command=command,
                 if_epoch=self.epoch,
@@ -867,6 +885,11 @@ class Worker:
                 start=start,
             )
         )
+        self.learn(committed)
+        return committed
+
+    def learn(self, committed: Committed) -> None:
+        """Takes in what a commit of this run has made."""
         self.run.CopyFrom(committed.runs.get(self.run.name, self.run))
         self._know(committed.session, committed.events)
         for message in committed.messages.values():
@@ -885,7 +908,6 @@ class Worker:
                 input_tokens=self.run.usage.input_tokens,
                 output_tokens=self.run.usage.output_tokens,
             )
-        return committed
 
 
 def _begin(opened: OpenMessage, block: Block) -> Block:

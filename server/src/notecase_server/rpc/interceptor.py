@@ -1,24 +1,27 @@
-"""The doorway of every call: who calls, decoding, the log's context, and the one place where a failure becomes a
+"""The doorway of every call: it finds out who calls, decodes, gives the log its context, and turns a failure into a
 status.
 
 grpc would send an exception's class and text to the client, and a frame that does not decode would never reach a
-handler. So each handler is handed to grpc without its deserializer and wrapped: frames are parsed inside the guarded
-body, and whatever is raised there leaves as one of the catalog's errors.
+handler. So grpc gets each handler wrapped, and without its deserializer: frames are parsed inside the guarded body, and
+everything that is raised there leaves as one of the catalog's errors.
 """
 
 import asyncio
 import functools
+import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing, suppress
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import grpc
 import structlog
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import DecodeError, Message
 from google.rpc import error_details_pb2, status_pb2
+from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError, Violation
@@ -26,10 +29,8 @@ from notecase_server.store.contract import Replayed
 
 log = structlog.get_logger()
 
-DOMAIN = "notecase"
-
-PACKAGE = "/notecase."
-"""The methods that are wrapped; health and reflection are whole libraries of their own."""
+HEALTH = "/grpc.health.v1.Health/"
+"""The methods that need no credential: a probe has none."""
 
 MAX_MESSAGE_BYTES = 4 << 20
 """The largest frame the server takes. The transport takes 16 MiB, so that a frame in between is refused with
@@ -38,7 +39,7 @@ details."""
 TRANSPORT_BYTES = 16 << 20
 
 STATUS_BYTES = 4 << 10
-"""What details may weigh: they travel in trailers, of which clients accept 8 KiB."""
+"""The size of the details at most: they travel in trailers, of which clients accept 8 KiB."""
 
 STATUS = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -52,98 +53,54 @@ class Caller(NamedTuple):
 
 
 Authenticate = Callable[[Mapping[str, str | bytes]], str]
-"""From a call's metadata to the caller's tenant. Raises NotecaseError for a credential that is missing or bad."""
+"""Returns the caller's tenant from a call's metadata. Raises NotecaseError for a credential that is missing or bad."""
 
 caller: ContextVar[Caller] = ContextVar("caller")
 
 
 def development(_metadata: Mapping[str, str | bytes]) -> str:
-    """Everybody is one tenant: for a server that only its own machine can reach."""
+    """Takes everybody for one tenant, on a server that only its own machine can reach."""
     return "default"
 
 
 class Doorway(grpc.aio.ServerInterceptor):
-    """Wraps every handler once."""
+    """Wraps the handler of every method once, as an endpoint of its shape."""
 
     def __init__(self, authenticate: Authenticate, new_id: Callable[[], str], stall: float) -> None:
         """A stream on which one frame waits for its reader for `stall` seconds ends with WATCHER_TOO_SLOW."""
+        self.stall = stall
         self._authenticate = authenticate
         self._new_id = new_id
-        self._stall = stall
-        self._wrapped: dict[str, Any] = {}
+        self._endpoints: dict[str, Any] = {}
+        self._under_way: dict[asyncio.Task[Any], asyncio.Timeout] = {}
+        self._closing = False
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
         method = handler_call_details.method
-        if method not in self._wrapped:
+        if method not in self._endpoints:
             handler = await continuation(handler_call_details)
-            if handler is None or not method.startswith(PACKAGE):
-                return handler
-            self._wrapped[method] = self._wrap(method, handler)
-        return self._wrapped[method]
+            if handler is None:
+                return None
+            shape = SHAPES[handler.request_streaming, handler.response_streaming]
+            self._endpoints[method] = shape(self, method, handler).handler()
+        return self._endpoints[method]
 
-    def _wrap(self, method: str, handler: Any) -> Any:
-        def decode(frame: bytes) -> Any:
-            if len(frame) > MAX_MESSAGE_BYTES:
-                raise errors.too_large("The request", len(frame), MAX_MESSAGE_BYTES)
-            try:
-                return handler.request_deserializer(frame)
-            except DecodeError:
-                problem = "does not decode as the method's message; a string may not be UTF-8, or the nesting endless"
-                raise errors.invalid([Violation("request", problem)]) from None
+    async def close(self, patience: float) -> None:
+        """Refuses new calls, lets those under way go on for `patience` seconds, and then ends them with
+        SERVER_DRAINING. A call whose status nobody reads is waited for once more as long. May be called again."""
+        self._closing = True
+        if self._under_way:
+            await asyncio.wait(list(self._under_way), timeout=patience)
+        cut = dict(self._under_way)
+        for limit in cut.values():
+            limit.reschedule(asyncio.get_running_loop().time())
+        if cut:
+            await asyncio.wait(list(cut), timeout=patience)
 
-        async def frames(requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-            async for frame in requests:
-                yield decode(frame)
-
-        async def unary(request: bytes, context: Any, *, stream: bool) -> Any:
-            argument = frames(request) if stream else decode(request)  # type: ignore[arg-type]
-            act = handler.stream_unary if stream else handler.unary_unary
-            return await act(argument, context)
-
-        def streaming(request: Any, context: Any, *, stream: bool) -> AsyncGenerator[Any, None]:
-            act = handler.stream_stream if stream else handler.unary_stream
-            responses: AsyncGenerator[Any, None] = act(frames(request) if stream else decode(request), context)
-            return responses
-
-        def guard_unary(*, stream: bool) -> Callable[[Any, Any], Awaitable[Any]]:
-            async def guarded(request: Any, context: Any) -> Any:
-                try:
-                    self._enter(method, context)
-                    return await unary(request, context, stream=stream)
-                except Replayed as replayed:
-                    return replayed.response
-                except grpc.aio.AbortError:
-                    raise
-                except Exception as error:  # noqa: BLE001  (nothing internal may reach the client)
-                    await abort(context, error)
-
-            return guarded
-
-        def guard_streaming(*, stream: bool) -> Callable[[Any, Any], Awaitable[None]]:
-            async def guarded(request: Any, context: Any) -> None:
-                try:
-                    self._enter(method, context)
-                    await deliver(streaming(request, context, stream=stream), context, self._stall)
-                except grpc.aio.AbortError:
-                    raise
-                except Exception as error:  # noqa: BLE001  (nothing internal may reach the client)
-                    with suppress(TimeoutError):  # the status is on its way, behind the frames that nobody reads
-                        async with asyncio.timeout(self._stall):
-                            await abort(context, error)
-
-            return guarded
-
-        incoming, outgoing = handler.request_streaming, handler.response_streaming
-        make = {
-            (False, False): grpc.unary_unary_rpc_method_handler,
-            (False, True): grpc.unary_stream_rpc_method_handler,
-            (True, False): grpc.stream_unary_rpc_method_handler,
-            (True, True): grpc.stream_stream_rpc_method_handler,
-        }[incoming, outgoing]
-        behaviour = guard_streaming(stream=incoming) if outgoing else guard_unary(stream=incoming)
-        return make(behaviour, None, functools.partial(_encode, handler.response_serializer))
-
-    def _enter(self, method: str, context: Any) -> None:
+    def enter(self, method: str, context: Any) -> asyncio.Timeout:
+        """Admits a call: finds out who calls, and gives the log its context. Returns the limit to work within, which
+        passes when the server cuts the call; `leave` ends it. Raises NotecaseError SERVER_DRAINING, and what
+        `authenticate` raises."""
         metadata = dict(context.invocation_metadata() or ())
         given = metadata.get("x-request-id", "")
         request_id = (
@@ -152,11 +109,142 @@ class Doorway(grpc.aio.ServerInterceptor):
         caller.set(Caller("", request_id, method))
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id, method=method, peer=context.peer())
-        caller.set(Caller(self._authenticate(metadata), request_id, method))
+        if self._closing:
+            raise errors.draining()
+        if not method.startswith(HEALTH):
+            caller.set(Caller(self._authenticate(metadata), request_id, method))
+        limit = self._under_way[_this_task()] = asyncio.timeout(None)
+        return limit
+
+    def leave(self) -> None:
+        """Ends what `enter` began in this task."""
+        self._under_way.pop(_this_task(), None)
+
+
+def _this_task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
+class Endpoint(ABC):
+    """One method of the server: decodes its frames, calls its handler, and turns what is raised into a status."""
+
+    make: ClassVar[Callable[..., Any]]
+    """grpc's handler for this shape of call."""
+
+    def __init__(self, door: Doorway, method: str, handler: Any) -> None:
+        """`handler` is the one that grpc made for the servicer's method."""
+        self._door = door
+        self._method = method
+        self._wrapped = handler
+
+    def handler(self) -> Any:
+        """Makes the handler that takes the place of the wrapped one. It decodes by itself."""
+        return type(self).make(self._handle, None, functools.partial(_encode, self._wrapped.response_serializer))
+
+    async def _handle(self, request: Any, context: Any) -> Any:
+        limit = None
+        try:
+            limit = self._door.enter(self._method, context)
+            async with limit:
+                return await self._answer(request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:  # noqa: BLE001  (nothing internal may reach the client)
+            await self._refuse(context, errors.cut() if limit and limit.expired() else error)
+        finally:
+            self._door.leave()
+
+    @abstractmethod
+    async def _answer(self, request: Any, context: Any) -> Any:
+        """Carries the call out. `request` is a frame, or an iterator of frames, as they came."""
+
+    async def _refuse(self, context: Any, error: Exception) -> None:
+        await abort(context, error)
+
+    def _decode(self, frame: bytes) -> Any:
+        """Raises NotecaseError PAYLOAD_TOO_LARGE and INVALID_FIELD."""
+        if len(frame) > MAX_MESSAGE_BYTES:
+            raise errors.too_large("The request", len(frame), MAX_MESSAGE_BYTES)
+        try:
+            return self._wrapped.request_deserializer(frame)
+        except DecodeError:
+            problem = "does not decode as the method's message; a string may not be UTF-8, or the nesting endless"
+            raise errors.invalid([Violation("request", problem)]) from None
+
+    async def _decoded(self, frames: AsyncIterator[bytes]) -> AsyncIterator[Any]:
+        async for frame in frames:
+            yield self._decode(frame)
+
+
+class Single(Endpoint):
+    """Answers with one message."""
+
+    async def _respond(self, answer: Awaitable[Any]) -> Any:
+        """Returns what the handler returns, or the bytes that answered the same request before."""
+        try:
+            return await answer
+        except Replayed as replayed:
+            return replayed.response
+
+
+class Streaming(Endpoint):
+    """Answers with a stream of messages."""
+
+    async def _respond(self, answers: Any, context: Any) -> None:
+        """Sends what the handler yields. A handler that yields nothing, such as that of health, writes by itself."""
+        if inspect.isawaitable(answers):
+            await answers
+        else:
+            await deliver(answers, context, self._door.stall)
+
+    async def _refuse(self, context: Any, error: Exception) -> None:
+        """Waits at most the doorway's `stall`: the status is sent behind the frames, which nobody may be reading."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._door.stall):
+                await abort(context, error)
+
+
+class UnaryUnary(Single):
+    make = grpc.unary_unary_rpc_method_handler
+
+    async def _answer(self, request: Any, context: Any) -> Any:
+        return await self._respond(self._wrapped.unary_unary(self._decode(request), context))
+
+
+class StreamUnary(Single):
+    make = grpc.stream_unary_rpc_method_handler
+
+    async def _answer(self, request: Any, context: Any) -> Any:
+        return await self._respond(self._wrapped.stream_unary(self._decoded(request), context))
+
+
+class UnaryStream(Streaming):
+    make = grpc.unary_stream_rpc_method_handler
+
+    async def _answer(self, request: Any, context: Any) -> None:
+        await self._respond(self._wrapped.unary_stream(self._decode(request), context), context)
+
+
+class StreamStream(Streaming):
+    make = grpc.stream_stream_rpc_method_handler
+
+    async def _answer(self, request: Any, context: Any) -> None:
+        await self._respond(self._wrapped.stream_stream(self._decoded(request), context), context)
+
+
+SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {
+    (False, False): UnaryUnary,
+    (False, True): UnaryStream,
+    (True, False): StreamUnary,
+    (True, True): StreamStream,
+}
+"""By whether the requests stream, and whether the answers do."""
 
 
 def _encode(serializer: Callable[[Any], bytes], response: Any) -> bytes:
-    """A replayed answer is bytes already."""
+    """Serializes an answer, unless it is a replayed one, which is bytes already."""
     return response if isinstance(response, bytes) else serializer(response)
 
 
@@ -193,7 +281,8 @@ async def deliver(responses: AsyncGenerator[Any, None], context: Any, stall: flo
 
 
 async def abort(context: Any, error: Exception) -> None:
-    """Ends the call with the failure's status; a failure that no room foresaw is logged and told as INTERNAL."""
+    """Ends the call with the failure's status. A failure that is not a NotecaseError is logged, and the caller gets
+    INTERNAL."""
     if not isinstance(error, NotecaseError):
         request_id = caller.get().request_id
         log.error("rpc_crashed", exc_info=error)
@@ -205,10 +294,11 @@ async def abort(context: Any, error: Exception) -> None:
 
 
 def to_status(error: NotecaseError) -> status_pb2.Status:
-    """The failure as google.rpc.Status, ErrorInfo first. Long lists of violations are cut to what a trailer holds."""
+    """Returns the failure as google.rpc.Status, ErrorInfo first. Long lists of violations are cut to what a trailer
+    holds."""
     status = status_pb2.Status(code=error.code, message=error.message[:1000])
     info = error_details_pb2.ErrorInfo(
-        domain=DOMAIN,
+        domain=v1.ERROR_DOMAIN,
         reason=errors.reason_name(error.reason),
         metadata={key: value[:300] for key, value in error.metadata.items()},
     )

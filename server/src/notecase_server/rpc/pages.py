@@ -30,15 +30,18 @@ class Pages:
     def query(self, request: ListRequest, *about: str, where: Filter | None = None) -> Query:
         """The page a request asks for; `about` is all that makes this list another than the next one.
 
-        Raises NotecaseError INVALID_FIELD for the size and PAGE_TOKEN_INVALID for the token."""
-        if not 0 <= request.page_size <= MAX_PAGE_SIZE:
-            raise errors.invalid([Violation("page_size", f"wants 0 (for {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}")])
+        Raises NotecaseError PAGE_TOKEN_INVALID for the token, INVALID_FIELD for the size, or for both."""
+        size = Violation("page_size", f"has to be 0 (for {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}")
+        wrong = [] if 0 <= request.page_size <= MAX_PAGE_SIZE else [size]
         after: tuple[str | int, ...] | None = None
         if request.page_token:
             try:
                 after = tuple(self._signer(about).loads(request.page_token))
             except BadData:
-                raise errors.page_token_invalid() from None
+                invalid = errors.page_token_invalid()
+                raise (errors.invalid([*wrong, *invalid.violations]) if wrong else invalid) from None
+        if wrong:
+            raise errors.invalid(wrong)
         return Query(request.page_size or DEFAULT_PAGE_SIZE, after, where)
 
     def token(self, position: Sequence[str | int] | None, *about: str) -> str:

@@ -57,7 +57,9 @@ class Streams:
         if kind == "attach":
             attach = first.attach
             after = attach.after_sequence if attach.HasField("after_sequence") else None
-            place = await self.attach(tenant, attach.name, after, attach.options, field="attach.")
+            place = await self.attach(
+                tenant, attach.name, after, attach.options, attach.if_session_uid, field="attach."
+            )
         else:
             check = Check()
             check.token_id("command_id", first.command_id)
@@ -74,21 +76,27 @@ class Streams:
             reader.cancel()
 
     async def watch(
-        self, tenant: str, name: str, after: int | None, options: v1.WatchOptions
+        self, tenant: str, name: str, after: int | None, options: v1.WatchOptions, if_session_uid: str
     ) -> AsyncGenerator[v1.RunResponse, None]:
         """The WatchEvents RPC. Raises NotecaseError: SESSION_NOT_FOUND, RUN_NOT_FOUND, SEQUENCE_AHEAD, and
         SERVER_DRAINING when the server stops."""
-        async for response in self._write(await self.attach(tenant, name, after, options), [], None):
+        async for response in self._write(await self.attach(tenant, name, after, options, if_session_uid), [], None):
             yield response
 
     async def attach(
-        self, tenant: str, name: str, after: int | None, options: v1.WatchOptions, field: str = ""
+        self,
+        tenant: str,
+        name: str,
+        after: int | None,
+        options: v1.WatchOptions,
+        if_session_uid: str,
+        field: str = "",
     ) -> "Place":
         check = Check()
-        session_id, run_id = check.watch(field, name, after or 0, options)
+        session_id, run_id = check.watch(field, name, after or 0, options, if_session_uid)
         check.done()
-        key = SessionKey(tenant, session_id)
-        live, session = await self._sessions.watched(key)
+        key, session = await self._sessions.find(tenant, session_id, if_session_uid)
+        live = self._sessions.seen(key, session)
         if after is not None and after > session.last_sequence:
             raise errors.sequence_ahead(after, session.last_sequence)
         followed = run_id or session.active_run
@@ -100,7 +108,8 @@ class Streams:
             after = run.first_sequence - 1 if run and run_id else session.last_sequence
         attached = v1.Attached(
             session=names.session(session_id),
-            run=names.render_run(key, run) if run else None,
+            session_uid=key.uid,
+            run=names.render_run(key.session, run) if run else None,
             last_sequence=session.last_sequence,
             existing=run is not None,
         )
@@ -112,12 +121,17 @@ class Streams:
     async def _started(self, started: Started, options: v1.WatchOptions) -> "Place":
         live, session = await self._sessions.watched(started.key)
         run = started.run
+        # A run that was just started may be ahead already; what it says is new to this stream.
+        head = session.last_sequence if started.existing else run.last_sequence
         attached = v1.Attached(
-            session=names.session(started.key.session), last_sequence=session.last_sequence, existing=started.existing
+            session=names.session(started.key.session),
+            session_uid=started.key.uid,
+            last_sequence=head,
+            existing=started.existing,
         )
         followed, after = run.name, run.first_sequence - 1
-        attached.run.CopyFrom(names.render_run(started.key, run))
-        cursor = Cursor(live, self._sessions.store, after, session.last_sequence, options, self._pace, followed)
+        attached.run.CopyFrom(names.render_run(started.key.session, run))
+        cursor = Cursor(live, self._sessions.store, after, head, options, self._pace, followed)
         return Place(live, attached, cursor, followed)
 
     async def _write(
@@ -175,6 +189,9 @@ class Streams:
 
     async def _carry_out(self, place: "Place", frame: v1.RunRequest) -> v1.CommandResult:
         try:
+            check = Check()
+            self.check(check, place.live.key.session, frame)
+            check.done()
             return await self.command(place.live.key, frame, place.run)
         except NotecaseError as error:
             if error.reason == v1.ERROR_REASON_INTERNAL:
@@ -185,24 +202,29 @@ class Streams:
                 error=error.to_proto(),
             )
 
-    async def command(self, key: SessionKey, frame: v1.RunRequest, run_id: str = "") -> v1.CommandResult:
-        """Carries out one command in a session; `run_id` is the run that is meant, "" the active one. A refusal is
-        raised as NotecaseError."""
-        check = Check()
+    def check(self, check: Check, session: str, frame: v1.RunRequest) -> None:
+        """Tells the check what is wrong with a command in the session of that id."""
         check.token_id("command_id", frame.command_id)
-        kind = frame.WhichOneof("command")
-        if kind == "start":
+        if frame.HasField("start"):
             check.start("start", frame.start)
-            same = frame.start.session == names.session(key.session)
-            check(same, "start.session", f"this is {names.session(key.session)}; name it")
+            if session:
+                same = frame.start.session == names.session(session)
+                check(same, "start.session", f"this is {names.session(session)}; name it")
         else:
             check.command(frame)
-        check.done()
+
+    async def command(self, key: SessionKey, frame: v1.RunRequest, run_id: str = "") -> v1.CommandResult:
+        """Carries out one command in a session, which `check` found right; `run_id` is the run that is meant, "" the
+        active one. A refusal is raised as NotecaseError."""
+        kind = frame.WhichOneof("command")
         caused = _caused(frame)
         try:
             match kind:
                 case "start":
-                    started = await self._runs.start(key.tenant, frame.start, caused)
+                    start = v1.StartRun()
+                    start.CopyFrom(frame.start)
+                    start.if_session_uid = start.if_session_uid or key.uid
+                    started = await self._runs.start(key.tenant, start, caused)
                     queued = started.run.state == v1.Run.STATE_QUEUED
                     done = v1.CommandResult.DISPOSITION_QUEUED if queued else v1.CommandResult.DISPOSITION_APPLIED
                     if started.existing:
@@ -232,16 +254,15 @@ class Streams:
     async def _update_state(self, key: SessionKey, frame: v1.RunRequest) -> Committed:
         update = frame.update_state
         live, session = await self._sessions.watched(key)
-        check = Check()
         state = ""
         if update.name:
+            check = Check()
             scope = check.state("update_state.name", key.tenant, update.name)
             owner = {"session": key.session, "user": session.user.removeprefix("users/"), "app": ""}[scope.kind]
-            problem = "wants the state of this session, of its user, or app/state"
+            problem = "has to be the state of this session, of its user, or app/state"
             check(scope.id == owner, "update_state.name", problem)
+            check.done()
             state = "" if scope.kind == "session" else scope.kind
-        check.ops("update_state.ops", update.ops, session=not state)
-        check.done()
         change = v1.Event(cause_id=frame.command_id, state_changed=v1.StateChanged(state=state, ops=update.ops))
         return await live.commit(
             Commit(

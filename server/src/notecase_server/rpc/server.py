@@ -1,13 +1,13 @@
 """Builds the gRPC server: its services, its doorway, and how it treats a connection."""
 
-from collections.abc import Callable
-
 import grpc
 from notecase import v1
 
 from notecase_server.rpc.blobs import Blobs
-from notecase_server.rpc.interceptor import TRANSPORT_BYTES, Authenticate, Doorway
-from notecase_server.rpc.ops import Health, add_reflection
+from notecase_server.rpc.interceptor import TRANSPORT_BYTES, Doorway
+from notecase_server.rpc.ops import SERVICE as HEALTH
+from notecase_server.rpc.ops import Health
+from notecase_server.rpc.reflection import add_reflection
 from notecase_server.rpc.services import Agents, Desk, Messages, RunsService, Servers, SessionsService, States
 
 OPTIONS = (
@@ -32,11 +32,9 @@ SERVICES = (
 )
 
 
-async def build(
-    desk: Desk, authenticate: Authenticate, new_id: Callable[[], str], stall: float
-) -> tuple[grpc.aio.Server, Health]:
-    """A server with every service added and no port yet."""
-    server = grpc.aio.server(interceptors=[Doorway(authenticate, new_id, stall)], options=OPTIONS)
+async def build(desk: Desk, doorway: Doorway) -> tuple[grpc.aio.Server, Health]:
+    """Makes a server with every service added and no port yet."""
+    server = grpc.aio.server(interceptors=[doorway], options=OPTIONS)
     v1.add_ServerServiceServicer_to_server(Servers(desk), server)
     v1.add_AgentServiceServicer_to_server(Agents(desk), server)
     v1.add_SessionServiceServicer_to_server(SessionsService(desk), server)
@@ -47,5 +45,5 @@ async def build(
     services = [f"notecase.v1.{name}" for name in SERVICES]
     health = Health(services)
     await health.add_to(server)
-    add_reflection(server, services)
+    add_reflection(server, [*services, HEALTH])
     return server, health

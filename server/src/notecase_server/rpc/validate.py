@@ -7,7 +7,8 @@ Whether it may happen at this moment is not asked here.
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import msgspec
@@ -18,7 +19,7 @@ from notecase_server import errors, names
 from notecase_server.engine import template
 from notecase_server.engine.content import MAX_MESSAGE_BYTES, is_large
 from notecase_server.engine.summary import BATCH, KEEP_RECENT
-from notecase_server.errors import Violation
+from notecase_server.errors import NotecaseError, Violation
 from notecase_server.names import AgentName, MessageName, RunName
 from notecase_server.store.contract import PAGE_BYTES, Scope
 from notecase_server.store.fold import MAX_VALUE_DEPTH
@@ -40,6 +41,8 @@ MAX_ID_BYTES = 128
 MAX_SCHEMA_BYTES = 64 << 10
 MAX_TOOLS = 128
 """What providers take in one request."""
+MAX_CLIENT_TOOLS_BYTES = 256 << 10
+"""Limit for all client tools of a run together: every answer about the run holds them."""
 MAX_RESULT_BYTES = 512 << 10
 """Of the text of one call's result, which is in every later request. Its media become blobs."""
 MAX_RECENT = 500
@@ -53,6 +56,7 @@ LAST_SECOND = 253_402_300_799
 """Of the year 9999, where protobuf's times end."""
 MAX_TTL_SECONDS = 100 * 366 * 24 * 60 * 60
 
+UID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 LABEL_KEY = re.compile(r"[a-z0-9A-Z]([a-zA-Z0-9._/-]{0,61}[a-zA-Z0-9])?")
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}( *;.{0,200})?")
@@ -64,6 +68,7 @@ class Check:
 
     def __init__(self) -> None:
         self.violations: list[Violation] = []
+        self._refusals: list[NotecaseError] = []
 
     def __call__(self, ok: bool, field: str, description: str) -> bool:
         if not ok:
@@ -71,8 +76,30 @@ class Check:
         return ok
 
     def done(self) -> None:
+        """Raises NotecaseError INVALID_FIELD with all that is wrong; the reason of a part that has its own, such as
+        TEMPLATE_ERROR, when nothing else is."""
+        for refusal in self._refusals:
+            if list(refusal.violations) == self.violations:
+                raise refusal
         if self.violations:
             raise errors.invalid(self.violations)
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """Takes in the violations for which the block is refused. A refusal that names no field goes through."""
+        try:
+            yield
+        except NotecaseError as error:
+            if not error.violations:
+                raise
+            self._refusals.append(error)
+            self.violations += error.violations
+
+    def within(self, other: "Check", fields: Iterable[str]) -> None:
+        """Takes in what `other` found in these fields and below them."""
+        below = tuple(f"{field}{mark}" for field in fields for mark in ".[")
+        self._refusals += other._refusals
+        self.violations += [found for found in other.violations if f"{found.field}.".startswith(below)]
 
     def _parsed(self, field: str, name: str, parse: Callable[[str], T | None], like: str) -> T | None:
         parsed = parse(name) if name else None
@@ -103,6 +130,10 @@ class Check:
     def chosen_id(self, field: str, value: str) -> None:
         """An id that the caller may choose, or leave to the server."""
         self(not value or names.is_id(value), field, names.ID_RULE)
+
+    def uid(self, field: str, value: str) -> None:
+        """The uid of a session, where one is given."""
+        self(not value or UID.fullmatch(value) is not None, field, "wants a Session.uid, a UUID in lower case")
 
     def token_id(self, field: str, value: str) -> None:
         """A request_id or command_id."""
@@ -264,6 +295,7 @@ class Check:
     # ---- agents, sessions, runs
 
     def agent_body(self, agent: v1.Agent, providers: Iterable[str], toolbox: Toolbox) -> None:
+        self(agent.ByteSize() <= PAGE_BYTES, "agent", f"is larger than {PAGE_BYTES} bytes")
         self.text("agent.display_name", agent.display_name)
         self.text("agent.description", agent.description, 64 << 10)
         self.labels("agent.labels", agent.labels)
@@ -277,6 +309,8 @@ class Check:
         fine = not llm.provider or llm.provider in known
         self(fine, "agent.llm.provider", f"this server has {', '.join(known)}")
         self(0 <= llm.max_model_calls <= 1000, "agent.llm.max_model_calls", "wants 0 (for 10) to 1000")
+        with self.taking():
+            template.parse(llm.instruction)
         self.context("agent.llm.context", llm.context)
         self._generation(llm.generation)
         self.text("agent.llm.output_schema", llm.output_schema, MAX_SCHEMA_BYTES)
@@ -377,6 +411,11 @@ class Check:
                 self._input_response("input_response", frame.input_response)
             case "cancel":
                 self.cancel("cancel", frame.cancel)
+            case "update_state":
+                name, kind = frame.update_state.name, "session"
+                if name:
+                    kind = self.state("update_state.name", "", name).kind
+                self.ops("update_state.ops", frame.update_state.ops, session=kind == "session")
             case "attach":
                 self(False, "command", "attach is for the first frame of a Run stream")
             case None:
@@ -446,6 +485,9 @@ class Check:
         self(not both, f"{field}.expire_time", "goes with no idle_ttl")
 
     def start(self, field: str, start: v1.StartRun) -> None:
+        self.uid(f"{field}.if_session_uid", start.if_session_uid)
+        named = start.session != "" or not start.if_session_uid
+        self(named, f"{field}.if_session_uid", "goes with a session that exists")
         if start.session:
             self.session(f"{field}.session", start.session)
             self(not start.HasField("new_session"), f"{field}.new_session", "goes with an empty session only")
@@ -469,6 +511,9 @@ class Check:
             self(not waits, at, "goes with ON_BUSY_REJECT or ON_BUSY_INTERRUPT")
         self.options(f"{field}.options", start.options)
         self.tools(f"{field}.client_tools", start.client_tools, only_client=True)
+        size = sum(tool.ByteSize() for tool in start.client_tools)
+        fine = size <= MAX_CLIENT_TOOLS_BYTES
+        self(fine, f"{field}.client_tools", f"are together larger than {MAX_CLIENT_TOOLS_BYTES} bytes")
         self.limits(f"{field}.limits", start.limits)
         self.duration(f"{field}.disconnect.cancel_after", start.disconnect.cancel_after)
 
@@ -476,8 +521,9 @@ class Check:
         delay = options.max_batch_delay.seconds + options.max_batch_delay.nanos / 1e9
         self(0 <= delay <= MAX_BATCH_DELAY, f"{field}.max_batch_delay", f"wants 0 to {MAX_BATCH_DELAY:g} seconds")
 
-    def watch(self, field: str, name: str, after: int, options: v1.WatchOptions) -> RunName:
+    def watch(self, field: str, name: str, after: int, options: v1.WatchOptions, if_session_uid: str) -> RunName:
         """The session and the run, "" when a session is named."""
+        self.uid(f"{field}if_session_uid", if_session_uid)
         self(after >= 0, f"{field}after_sequence", "is negative")
         self.options(f"{field}options", options)
         run = names.parse_run(name)
@@ -487,11 +533,6 @@ class Check:
             )
             return RunName(session or "", "")
         return run
-
-
-def check_instruction(agent: v1.Agent) -> None:
-    """Raises NotecaseError TEMPLATE_ERROR when the instruction is no template."""
-    template.parse(agent.llm.instruction)
 
 
 def _is_json(text: str) -> bool:

@@ -1,17 +1,18 @@
-"""A watcher is a cursor over the log and the open blocks of one session: it looks, sends what is missing, and waits.
+"""A watcher is a cursor over the log and the drafts of one session: it looks, sends what is missing, and waits.
 
-Nothing is queued for it. What it has not seen is in the store or in the blocks, so a slow watcher gets larger batches,
-and one that missed every bell is only late.
+Nothing is queued for it. What it has not seen is in the store or in the drafts, so a slow watcher gets larger batches,
+and one that missed every bell is only late. It knows how much of each draft it sent: the rest follows from the message
+before the message itself, and a draft that is gone without a message in the log was discarded.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from notecase import v1
 
 from notecase_server import errors, names
-from notecase_server.engine.session import LiveSession
+from notecase_server.engine.session import Block, LiveSession
 from notecase_server.store.contract import PAGE_BYTES, Store
 from notecase_server.store.fold import ENDED
 
@@ -30,6 +31,38 @@ class Pace(NamedTuple):
     """How long a frame may wait for its reader: who reads nothing for so long is let go."""
 
 
+SLICE_BYTES = 256 << 10
+"""The most text in one delta, so that a batch ends near its bound whatever the length of a reply."""
+
+
+class _Batch:
+    """Events up to about a page; a larger one comes alone."""
+
+    def __init__(self) -> None:
+        self.proto = v1.EventBatch()
+        self._size = 0
+
+    def add(self, event: v1.Event) -> bool:
+        """Takes an event; False, and the event is left out, when there is no room for it."""
+        size = event.ByteSize()
+        if self._size + size > PAGE_BYTES and self.proto.events:
+            return False
+        self.proto.events.append(event)
+        self._size += size
+        return True
+
+
+class _Sent:
+    """What a stream was sent of one message before the message itself."""
+
+    __slots__ = ("blocks", "run")
+
+    def __init__(self, run: str) -> None:
+        self.run = run
+        self.blocks: dict[int, tuple[str, int]] = {}
+        """The kind of each block's deltas and the end of the last one, in bytes."""
+
+
 class Cursor:
     """One watcher's place. Not shared; used by one task at a time."""
 
@@ -43,8 +76,8 @@ class Cursor:
         pace: Pace,
         run: str = "",
     ) -> None:
-        """Begins behind sequence `after`; `caught_up` is told at `head`. Unless `keep_open` it ends with `run`'s end,
-        or when caught up if `run` is ""."""
+        """Begins behind sequence `after`; `caught_up` is told at `head`, and replies behind `head` come after their
+        deltas. Unless `keep_open` it ends with `run`'s end, or when caught up if `run` is ""."""
         self.sequence = after
         self.finished = False
         self._live = live
@@ -58,9 +91,10 @@ class Cursor:
         self._run = run
         self._noticed = live.noticed
         self._caught_up = False
-        self._message = ""
-        self._ends: list[int] = []
-        """How much of each block of the open message was sent, in bytes."""
+        self._sent: dict[str, _Sent] = {}
+        """The messages, by name, of which some deltas were sent and not yet the end."""
+        self._cut_off = False
+        """The last batch was full before all was in it."""
         self._flushed = 0.0
 
     async def next(self, woken: Callable[[], bool]) -> v1.EventBatch | None:
@@ -96,14 +130,21 @@ class Cursor:
     def _due(self) -> tuple[bool, bool]:
         """Whether there is something to send at once, and whether there is something that can wait for company."""
         live = self._live
-        if live.head > self.sequence or not self._caught_up or live.noticed > self._noticed:
+        if live.head > self.sequence or not self._caught_up or live.noticed > self._noticed or self._cut_off:
             return True, False
-        if live.open is None or self._durable_only:
+        if self._durable_only or not (live.drafts or self._sent):
             return False, False
-        ends = self._ends if live.open.name == self._message else []
-        if any(block.data or block.tool for block in live.open.blocks[len(ends) :]):
+        if self._discarded():
             return True, False
-        return False, any(len(block.data) > end for block, end in zip(live.open.blocks, ends, strict=False))
+        more = False
+        for draft in live.drafts.values():
+            sent = self._sent.get(draft.name)
+            for index, block in enumerate(draft.blocks if not draft.settled else ()):
+                known = sent.blocks.get(index) if sent is not None else None
+                if known is None and block.data:
+                    return True, False
+                more = more or (known is not None and len(block.data) > known[1])
+        return False, more
 
     async def _look(self) -> None:
         """What a lost bell would have told."""
@@ -114,80 +155,127 @@ class Cursor:
             self._live.head = max(self._live.head, row.last_sequence)
 
     async def _batch(self) -> v1.EventBatch:
-        batch = v1.EventBatch()
-        for event in await self._durable():
-            batch.events.append(event)
+        batch = _Batch()
+        self._cut_off = not await self._add_log(batch)
         if self.finished:
-            self._catch_up(batch)
-            return batch
-        if self.sequence < self._live.head:
-            return batch
-        for notice in self._live.notices(self._noticed):
-            self._add(batch, notice)
-        self._noticed = self._live.noticed
-        if not self._durable_only:
-            self._add_deltas(batch)
-        self._catch_up(batch)
-        return batch
+            self._catch_up(batch.proto)
+        elif not self._cut_off and self.sequence >= self._live.head:
+            self._cut_off = not self._add_passing(batch)
+            if not self._cut_off:
+                self._catch_up(batch.proto)
+        return batch.proto
 
     def _catch_up(self, batch: v1.EventBatch) -> None:
         if not self._caught_up and (self.finished or self.sequence >= self._head):
             self._caught_up = batch.caught_up = True
             self.finished = self.finished or not (self._run or self._keep_open)
 
-    async def _durable(self) -> list[v1.Event]:
-        """The next events of the log, at most a page, up to where the watch ends."""
+    async def _add_log(self, batch: _Batch) -> bool:
+        """Adds the next events of the log, up to where the watch ends, each reply behind the deltas that make it whole;
+        False when the batch was full before."""
         live = self._live
         if self.finished or live.head <= self.sequence:
-            return []
+            return True
         found = live.tail(self.sequence)
         if found is None:
             found = await self._store.read_events(live.key, self.sequence)
-        events: list[v1.Event] = []
-        size = 0
         for stored in found:
-            event = v1.Event()
-            event.CopyFrom(stored)
-            events.append(names.render_event(live.key, live.user, event))
+            if not (self._complete(batch, stored) and batch.add(self._rendered(stored))):
+                return False
             self.sequence = stored.sequence
-            size += stored.ByteSize()
-            if stored.HasField("run_state_changed"):
-                self._message = ""  # watchers forget open blocks at it, whichever run's it is: they come again whole
+            self._sent.pop(stored.message_added.name, None)
             if stored.run == self._run and stored.run_state_changed.state in ENDED and not self._keep_open:
                 self.finished = True
-            if self.finished or size > PAGE_BYTES:
                 break
-        return events
+        return True
 
-    def _add(self, batch: v1.EventBatch, notice: v1.Event) -> None:
-        event = v1.Event()
-        event.CopyFrom(notice)
-        batch.events.append(names.render_event(self._live.key, self._live.user, event))
+    def _complete(self, batch: _Batch, stored: v1.Event) -> bool:
+        """Adds what the deltas lack of a reply that comes next in the log; False when the batch is full."""
+        message = stored.message_added
+        if self._durable_only or stored.sequence <= self._head or message.role != v1.Message.ROLE_ASSISTANT:
+            return True
+        return all(self._grow(batch, message.name, stored.run, index, block) for index, block in _blocks(message))
 
-    def _add_deltas(self, batch: v1.EventBatch) -> None:
-        opened = self._live.open
-        if opened is None:
-            return
-        if opened.name != self._message:
-            self._message = opened.name
-            self._ends = []
-        for index, block in enumerate(opened.blocks):
-            known = index < len(self._ends)
-            start = self._ends[index] if known else 0
-            end = len(block.data)
-            if known and end == start:
-                continue
+    def _add_passing(self, batch: _Batch) -> bool:
+        """Adds notices, discarded messages and what is new in the drafts; False when the batch is full."""
+        for notice in self._live.notices(self._noticed):
+            if not batch.add(self._rendered(notice)):
+                return False
+            self._noticed += 1
+        self._noticed = self._live.noticed
+        for name in self._discarded():
+            discarded = v1.MessageDiscarded(message=name)
+            if not batch.add(self._rendered(v1.Event(run=self._sent[name].run, message_discarded=discarded))):
+                return False
+            del self._sent[name]
+        if self._durable_only:
+            return True
+        return all(
+            self._grow(batch, draft.name, draft.run, index, block)
+            for draft in self._live.drafts.values()
+            if not draft.settled
+            for index, block in enumerate(draft.blocks)
+            if block.data
+        )
+
+    def _discarded(self) -> list[str]:
+        """The messages whose beginning was sent and which, with the log read to its head, will not come."""
+        drafts = {draft.name for draft in self._live.drafts.values()}
+        return [name for name in self._sent if name not in drafts]
+
+    def _grow(self, batch: _Batch, name: str, run: str, index: int, block: Block) -> bool:
+        """Adds the deltas of a block from the last `end` sent on; False when the batch is full before its end. All
+        deltas of a block have the kind of the first one."""
+        sent = self._sent.get(name) or _Sent(run)
+        kind, start = sent.blocks.get(index, (block.kind, 0))
+        while start < len(block.data) or index not in sent.blocks:
+            end = _slice_end(block.data, start)
             delta = v1.BlockDelta(
-                message=names.message(self._live.key.session, opened.name),
+                message=names.message(self._live.key.session, name),
                 block=index,
                 start=start,
                 end=end,
                 call_id=block.call_id,
                 tool=block.tool,
             )
-            setattr(delta, block.kind, block.data[start:].decode())
-            batch.events.add().block_delta.CopyFrom(delta)
-            if known:
-                self._ends[index] = end
-            else:
-                self._ends.append(end)
+            setattr(delta, kind, block.data[start:end].decode())
+            if not batch.add(self._rendered(v1.Event(run=run, block_delta=delta))):
+                return False
+            self._sent[name] = sent
+            sent.blocks[index] = (kind, end)
+            start = end
+        return True
+
+    def _rendered(self, event: v1.Event) -> v1.Event:
+        copy = v1.Event()
+        copy.CopyFrom(event)
+        return names.render_event(self._live.key.session, self._live.user, copy)
+
+
+def _slice_end(data: bytearray, start: int) -> int:
+    """Where a slice ends that begins at `start`: between code points."""
+    end = min(start + SLICE_BYTES, len(data))
+    while end < len(data) and data[end] & 0xC0 == 0x80:
+        end -= 1
+    return end
+
+
+def _blocks(message: v1.Message) -> Iterator[tuple[int, Block]]:
+    """The parts of a whole message that are streamed, as the blocks of a draft."""
+    for index, part in enumerate(message.parts):
+        match part.WhichOneof("kind"):
+            case "text":
+                block, text = Block("text"), part.text
+            case "json":
+                block, text = Block("json"), part.json
+            case "reasoning":
+                block, text = Block("reasoning"), part.reasoning.text
+            case "refusal":
+                block, text = Block("refusal"), part.refusal
+            case "tool_call":
+                block, text = Block("arguments", part.tool_call.call_id), part.tool_call.arguments
+                block.tool = part.tool_call.tool
+            case _:
+                continue
+        block.data += text.encode()
+        yield index, block

@@ -20,7 +20,9 @@ from notecase_server.store.contract import (
     Query,
     Restore,
     Scope,
+    SessionEdit,
     SessionKey,
+    StepKey,
 )
 from notecase_server.store.lists import take
 from notecase_server.store.tables import Tables
@@ -46,9 +48,16 @@ class TableStore(ABC):
     async def commit(self, commit: Commit) -> Committed:
         return await self._write(partial(steps.commit, commit=commit))
 
-    async def recall(self, key: SessionKey, once: Once | None, command: CommandId | None) -> None:
-        if once is not None or command is not None:
-            await self._read(lambda tables: steps.recall(tables, key, once, command))
+    async def find_commit(self, key: SessionKey, commit_id: str) -> Committed | None:
+        return await self._read(lambda tables: steps.find_commit(tables, key, commit_id))
+
+    async def recall(self, once: Once | None) -> None:
+        if once is not None:
+            await self._read(lambda tables: steps.recall(tables, once))
+
+    async def recall_command(self, key: SessionKey, command: CommandId | None) -> None:
+        if command is not None:
+            await self._read(lambda tables: steps.recall_command(tables, key, command))
 
     async def claim(self, key: SessionKey, epoch: int) -> int:
         return await self._write(lambda tables, _: steps.claim(tables, key, epoch))
@@ -68,13 +77,16 @@ class TableStore(ABC):
 
     async def get_session(self, key: SessionKey) -> v1.Session | None:
         found = await self._read(lambda tables: tables.session(key))
-        return found[0] if found else None
+        return found.session if found else None
+
+    async def find_session(self, tenant: str, session: str) -> v1.Session | None:
+        return await self._read(lambda tables: steps.find_session(tables, tenant, session))
 
     async def list_sessions(self, tenant: str, query: Query) -> Page[v1.Session]:
         return await self._read(lambda tables: take(tables.sessions(tenant, query), query.limit))
 
     async def edit_session(
-        self, key: SessionKey, edit: Callable[[v1.Session], None], if_etag: str = "", once: Once | None = None
+        self, key: SessionKey, edit: SessionEdit, if_etag: str = "", once: Once | None = None
     ) -> v1.Session:
         return await self._write(partial(steps.edit_session, key=key, edit=edit, if_etag=if_etag, once=once))
 
@@ -94,29 +106,42 @@ class TableStore(ABC):
         return await self._read(lambda tables: tables.message(key, message))
 
     async def list_messages(
-        self, key: SessionKey, query: Query, newest_first: bool = False, run: str = "", superseded: bool = False
+        self,
+        key: SessionKey,
+        query: Query,
+        newest_first: bool = False,
+        step: StepKey | None = None,
+        superseded: bool = False,
     ) -> Page[v1.Message]:
         return await self._read(
-            lambda tables: take(tables.messages(key, query, newest_first, run, superseded), query.limit)
+            lambda tables: take(tables.messages(key, query, newest_first, step, superseded), query.limit)
         )
 
     async def get_run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
         return await self._read(lambda tables: steps.whole_run(tables, key, run))
 
-    async def list_runs(self, tenant: str, session: str, query: Query) -> Page[v1.Run]:
+    async def list_runs(self, tenant: str, session: SessionKey | None, query: Query) -> Page[v1.Run]:
         return await self._read(lambda tables: take(steps.whole_runs(tables, tenant, session, query), query.limit))
 
     async def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
         return await self._read(lambda tables: tables.active_run(key, run))
 
-    async def active_runs(self) -> list[ActiveRun]:
-        return await self._read(lambda tables: tables.active_runs())
+    async def active_runs(self, after: tuple[str, str, str] | None = None, limit: int = 1 << 40) -> list[ActiveRun]:
+        return await self._read(lambda tables: tables.active_runs(after, limit))
+
+    async def idle_runs(self) -> list[ActiveRun]:
+        return await self._read(lambda tables: tables.idle_runs())
+
+    async def release_run(self, key: SessionKey, run: str) -> None:
+        await self._write(lambda tables, _: tables.put_record(key, run, None, released=True))
 
     async def get_state(self, scope: Scope, keys: Sequence[str], at: int = 0) -> v1.State:
         return await self._read(lambda tables: steps.named_entries(tables, scope, keys, at))
 
-    async def list_state(self, scope: Scope, query: Query, at: int = 0) -> tuple[v1.State, Page[str]]:
-        return await self._read(lambda tables: steps.page_of_entries(tables, scope, query, at))
+    async def list_state(
+        self, scope: Scope, query: Query, at: int = 0, keys: Sequence[str] = ()
+    ) -> tuple[v1.State, Page[str]]:
+        return await self._read(lambda tables: steps.page_of_entries(tables, scope, query, at, keys))
 
     async def update_state(
         self, scope: Scope, ops: Sequence[v1.StateOp], if_version: int | None = None, once: Once | None = None
@@ -139,34 +164,24 @@ class TableStore(ABC):
         self,
         tenant: str,
         agent_id: str,
-        edit: Callable[[v1.Agent], None],
-        if_etag: str = "",
-        allow_missing: bool = False,
+        agent: v1.Agent,
+        if_revision: int,
         once: Once | None = None,
     ) -> v1.Agent:
-        return await self._write(
-            partial(
-                steps.edit_agent,
-                tenant=tenant,
-                agent_id=agent_id,
-                edit=edit,
-                if_etag=if_etag,
-                allow_missing=allow_missing,
-                once=once,
-            )
-        )
+        step = partial(steps.edit_agent, tenant=tenant, agent_id=agent_id, agent=agent, if_revision=if_revision)
+        return await self._write(partial(step, once=once))
 
     async def delete_agent(self, tenant: str, agent_id: str, if_etag: str = "", once: Once | None = None) -> None:
         await self._write(partial(steps.delete_agent, tenant=tenant, agent_id=agent_id, if_etag=if_etag, once=once))
 
-    async def put_blob(self, tenant: str, sha256: str, data: bytes) -> None:
-        await self._write(partial(content.put_blob, tenant=tenant, sha256=sha256, data=data))
+    async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes) -> None:
+        await self._write(partial(content.put_blob, tenant=tenant, subject=subject, sha256=sha256, data=data))
 
     async def get_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
         return await self._read(lambda tables: content.get_blob(tables, tenant, sha256))
 
-    async def touch_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
-        return await self._write(partial(content.touch_blob, tenant=tenant, sha256=sha256))
+    async def touch_blob(self, tenant: str, subject: str, sha256: str) -> v1.Blob | None:
+        return await self._write(partial(content.touch_blob, tenant=tenant, subject=subject, sha256=sha256))
 
     async def read_blob(self, tenant: str, sha256: str, offset: int) -> bytes:
         return await self._read(lambda tables: content.read_blob(tables, tenant, sha256, offset))
@@ -183,10 +198,9 @@ class TableStore(ABC):
     async def read_upload(self, tenant: str, upload_id: str, offset: int) -> bytes:
         return await self._read(lambda tables: content.read_upload(tables, tenant, upload_id, offset))
 
-    async def complete_upload(self, tenant: str, upload_id: str, size: int, sha256: str) -> v1.Blob:
-        return await self._write(
-            partial(content.complete_upload, tenant=tenant, upload_id=upload_id, size=size, sha256=sha256)
-        )
+    async def complete_upload(self, tenant: str, subject: str, upload_id: str, size: int, sha256: str) -> v1.Blob:
+        complete = partial(content.complete_upload, tenant=tenant, subject=subject, upload_id=upload_id)
+        return await self._write(partial(complete, size=size, sha256=sha256))
 
     async def drop_upload(self, tenant: str, upload_id: str) -> None:
         await self._write(lambda tables, _: content.drop_upload(tables, tenant, upload_id))

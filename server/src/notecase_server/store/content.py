@@ -50,13 +50,13 @@ def refer_entry(tables: Tables, scope: Scope, key: str, entry: v1.StateEntry | N
             tables.refer(scope, key, sha256, 0)
 
 
-def put_blob(tables: Tables, now: int, tenant: str, sha256: str, data: bytes) -> None:
+def put_blob(tables: Tables, now: int, tenant: str, subject: str, sha256: str, data: bytes) -> None:
     """Store.put_blob."""
     row = tables.blob(tenant, sha256)
     if row is None:
         row = BlobRow(tables.new_content(), len(data))
         _add_pieces(tables, row.content, 0, data)
-    tables.put_blob(tenant, sha256, row, now)
+    tables.put_blob(tenant, subject, sha256, row, now)
 
 
 def _add_pieces(tables: Tables, content: int, start: int, data: bytes) -> None:
@@ -70,11 +70,11 @@ def get_blob(tables: Tables, tenant: str, sha256: str) -> v1.Blob | None:
     return None if row is None else v1.Blob(name=f"{PREFIX}{sha256}", size_bytes=row.size)
 
 
-def touch_blob(tables: Tables, now: int, tenant: str, sha256: str) -> v1.Blob | None:
+def touch_blob(tables: Tables, now: int, tenant: str, subject: str, sha256: str) -> v1.Blob | None:
     """Store.touch_blob."""
     row = tables.blob(tenant, sha256)
     if row is not None:
-        tables.put_blob(tenant, sha256, row, now)
+        tables.put_blob(tenant, subject, sha256, row, now)
     return get_blob(tables, tenant, sha256)
 
 
@@ -132,7 +132,9 @@ def read_upload(tables: Tables, tenant: str, upload_id: str, offset: int) -> byt
     return tables.chunk(_upload(tables, tenant, upload_id).content, offset)
 
 
-def complete_upload(tables: Tables, now: int, tenant: str, upload_id: str, size: int, sha256: str) -> v1.Blob:
+def complete_upload(
+    tables: Tables, now: int, tenant: str, subject: str, upload_id: str, size: int, sha256: str
+) -> v1.Blob:
     """Store.complete_upload."""
     row = _upload(tables, tenant, upload_id)
     if row.size != size or row.sha256 not in {"", sha256}:
@@ -141,7 +143,7 @@ def complete_upload(tables: Tables, now: int, tenant: str, upload_id: str, size:
         stored = tables.blob(tenant, sha256)
         if stored is not None:
             tables.discard(row.content)
-        tables.put_blob(tenant, sha256, stored or BlobRow(row.content, size), now)
+        tables.put_blob(tenant, subject, sha256, stored or BlobRow(row.content, size), now)
         tables.put_upload(tenant, upload_id, row._replace(sha256=sha256))
     return v1.Blob(name=f"{PREFIX}{sha256}", size_bytes=size)
 

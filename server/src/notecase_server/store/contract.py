@@ -5,15 +5,17 @@ The log is the truth; every other row is a fold over it (`fold`), kept for readi
 session's rows mean the same under another name. Rendering names is the business of `rpc`. What a store hands out is
 a copy; what it is given it does not keep.
 
+A session's rows are kept under its uid. Its name is a row that points to the uid: a session made later under the same
+name shares nothing with it.
+
 Time is a count of microseconds since 1970, UTC, from the clock the store was opened with. A tenant is part of every
 key. Every method may raise NotecaseError STORE_UNAVAILABLE, after which nothing of the call was kept.
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
-from google.protobuf.message import Message
 from notecase import v1
 
 T = TypeVar("T")
@@ -22,26 +24,54 @@ Clock = Callable[[], int]
 
 PAGE_BYTES = 1 << 20
 """A page of rows ends once it holds this much, so that no answer outgrows what a default gRPC client accepts (4 MiB);
-the row that crosses the line is still part of the page, and no row is larger than this."""
+the row that crosses the line is still part of the page."""
+
+ANSWER_BYTES = 3 << 20
+"""A row that would take its page beyond this begins the next one. A run with a reply and what it waits for may hold
+this much by itself; every other row is at most PAGE_BYTES."""
 
 
 class SessionKey(NamedTuple):
-    """A session, within its tenant."""
+    """Identifies one session for ever: by its uid. `session`, the id in its name, is only for what is shown."""
 
     tenant: str
     session: str
+    uid: str
+
+    @property
+    def state(self) -> "Scope":
+        """The session's own state."""
+        return Scope(self.tenant, "session", self.uid)
 
 
 CHUNK_BYTES = 256 << 10
 """Content lies in pieces of at most this much: a row each, and a read each."""
 
 
+class StepKey(NamedTuple):
+    """A step of a run, within its session: what has a draft, calls and a worker of its own."""
+
+    run: str
+    step: str = ""
+    """Empty for the run itself, which is the only step that there is yet."""
+
+
 class Scope(NamedTuple):
-    """One state: `("session", id)`, `("user", id)` or `("app", "")`, within its tenant."""
+    """One state: `("session", uid)`, `("user", id)` or `("app", "")`, within its tenant."""
 
     tenant: str
     kind: Literal["session", "user", "app"]
     id: str
+
+
+class Answer(NamedTuple):
+    """Says what of a write's result is answered, and so recorded: see `answers.of`."""
+
+    kind: Literal["nothing", "session", "run", "started", "entry", "state", "messages", "agent", "erased"]
+    name: str = ""
+    """The run's id, the state's whole name, or the entry's key."""
+    erased: int = 0
+    """How many sessions were erased before."""
 
 
 class Once(NamedTuple):
@@ -49,17 +79,26 @@ class Once(NamedTuple):
     Of what is deleted it keeps no answer: a repeat is then SESSION_NOT_FOUND, or of an erased user's state an empty
     answer.
 
-    When `request_id` was recorded for this tenant and `rpc` before, nothing is written: with the same `digest` the
-    store raises Replayed with the recorded answer, with another it raises NotecaseError REQUEST_ID_REUSED. A write that
-    fails records nothing."""
+    When `request_id` was recorded for this tenant, `subject` and `rpc` before, nothing is written: with the same
+    `digest` the store raises Replayed with the recorded answer, with another it raises NotecaseError
+    REQUEST_ID_REUSED. A write that fails records nothing.
+
+    A write that changes no session has no Commit whose id could be asked about: where its caller gave no request_id,
+    the record is made under an id of the engine's own (`unnamed`)."""
 
     tenant: str
+    subject: str
+    """Who asks, within the tenant; empty where callers have no credentials."""
     rpc: str
     request_id: str
     digest: bytes
     """Of the request's body."""
-    render: Callable[[Any], Message]
-    """Makes the answer from what the write returns; pure, called inside the transaction."""
+    answer: Answer
+
+    @classmethod
+    def unnamed(cls, tenant: str, commit_id: str, answer: Answer) -> "Once":
+        """The record of a write that its caller cannot repeat, so that a lost answer can be asked for."""
+        return cls(tenant, "", "", commit_id, b"", answer)
 
 
 class Replayed(Exception):
@@ -96,6 +135,11 @@ class RunRecord(NamedTuple):
     agent: v1.Agent
 
 
+REMEMBERED_COMMITS = 8
+"""Commits that a session's row remembers. A commit is asked about right after it was made, by the one process that
+works on the session; so those of a few callers at once are enough."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
     """Events that belong together: all of them become the log's next entries, with their effects, or nothing happens.
@@ -103,11 +147,15 @@ class Commit:
     Conditions are checked in the order of the fields below, against what is stored at that moment."""
 
     key: SessionKey
+    id: str = ""
+    """Made by the engine, and the same when the commit is made again because its answer was lost: one that is among the
+    REMEMBERED_COMMITS newest of its session returns what it made, and nothing else is looked at. Empty: not
+    remembered."""
     once: Once | None = None
-    """`render` is given the Committed."""
     command: CommandId | None = None
     create: v1.Session | None = None
-    """Creates the session first. ALREADY_EXISTS when it exists. Without it: SESSION_NOT_FOUND when it does not."""
+    """Creates the session first, and gives it its name. ALREADY_EXISTS when another has the name. Without it:
+    SESSION_NOT_FOUND when there is no session of this uid."""
     if_epoch: int | None = None
     """OWNER_LOST when the session's epoch is another. Every commit of a run carries it."""
     claim: bool = False
@@ -123,6 +171,9 @@ class Commit:
     checked last."""
     start: RunRecord | None = None
     """With the event that makes a run: its start, its place in the queue, or its end when that came first."""
+    deaths: int | None = None
+    """What is to be known of the run that the events belong to when its process dies: ActiveRun.deaths. Unset: what
+    was known stays."""
 
 
 @dataclass(slots=True)
@@ -171,13 +222,12 @@ class Fork:
 
     key: SessionKey
     once: Once | None = None
-    """`render` is given the Committed."""
     source: SessionKey
-    """Of the same tenant. SESSION_NOT_FOUND when it is gone, or is another one by now."""
+    """Of the same tenant. SESSION_NOT_FOUND when it is gone."""
     past: Past
     """The source at the sequence where the fork leaves it."""
     session: v1.Session
-    """What the caller chooses. ALREADY_EXISTS when there is a session of that key. The user is the source's."""
+    """What the caller chooses. ALREADY_EXISTS when another session has the name. The user is the source's."""
     events: Sequence[v1.Event] = ()
     """What ends the runs of `past`: the fork's first entries of its own."""
 
@@ -188,9 +238,8 @@ class Restore:
 
     key: SessionKey
     once: Once | None = None
-    """`render` is given the session."""
     session: v1.Session
-    """Its metadata, usage and last_sequence. ALREADY_EXISTS when there is a session of that key."""
+    """Its metadata, usage and last_sequence. ALREADY_EXISTS when another session has the name."""
     events: Callable[[], Iterator[v1.Event]]
     """The log from sequence 1, read anew at each call: nobody holds all of it."""
     message: Callable[[v1.Event], v1.Message]
@@ -254,6 +303,17 @@ class Page(NamedTuple, Generic[T]):
     next: tuple[str | int, ...] | None
 
 
+class SessionEdit(NamedTuple):
+    """A change of a session's metadata."""
+
+    paths: tuple[str, ...]
+    """The fields that change, as paths of a field mask: display_name, agent, labels."""
+    session: v1.Session
+    """What they become."""
+    expiry: bool = False
+    """When it expires changes too, to what `session` says of it: expire_time, ttl, idle_ttl."""
+
+
 class ActiveRun(NamedTuple):
     """A run that has not ended, with what a takeover needs."""
 
@@ -261,6 +321,11 @@ class ActiveRun(NamedTuple):
     run: v1.Run
     agent: v1.Agent
     epoch: int
+    deaths: int = 0
+    """How many processes died at work on it, one after the other, without a commit of the run since: see
+    Commit.deaths."""
+    released: bool = False
+    """The process that was at work on it last has let go of it in good order."""
 
 
 class StoreOpenError(Exception):
@@ -281,9 +346,19 @@ class Store(Protocol):
         made."""
         ...
 
-    async def recall(self, key: SessionKey, once: Once | None, command: CommandId | None) -> None:
-        """Raises what `commit` would for a repeat: Replayed, Duplicate, or REQUEST_ID_REUSED. Returns when both are
-        new, so that a caller can tell a repeat before it checks what may have changed since the first time."""
+    async def find_commit(self, key: SessionKey, commit_id: str) -> Committed | None:
+        """What a commit made, if it is among the newest REMEMBERED_COMMITS of its session: asked when the answer was
+        lost. The rows are as they are now, the events those of the commit. None where it was not made."""
+        ...
+
+    async def recall(self, once: Once | None) -> None:
+        """Raises what a write would for a repeat: Replayed, or REQUEST_ID_REUSED. Returns when it is new, so that a
+        caller can tell a repeat before it checks what may have changed since the first time, and when `once` is
+        None."""
+        ...
+
+    async def recall_command(self, key: SessionKey, command: CommandId | None) -> None:
+        """As `recall`, of a command: Duplicate, or REQUEST_ID_REUSED."""
         ...
 
     async def claim(self, key: SessionKey, epoch: int) -> int:
@@ -315,21 +390,24 @@ class Store(Protocol):
 
     async def get_session(self, key: SessionKey) -> v1.Session | None: ...
 
+    async def find_session(self, tenant: str, session: str) -> v1.Session | None:
+        """The session that has this name now; its `uid` makes the key."""
+        ...
+
     async def list_sessions(self, tenant: str, query: Query) -> Page[v1.Session]:
-        """The last created first; those of one microsecond by id descending. Positions are (create_time, id)."""
+        """The last created first; those of one microsecond by uid descending. Positions are (create_time, uid)."""
         ...
 
     async def edit_session(
-        self, key: SessionKey, edit: Callable[[v1.Session], None], if_etag: str = "", once: Once | None = None
+        self, key: SessionKey, edit: SessionEdit, if_etag: str = "", once: Once | None = None
     ) -> v1.Session:
-        """Lets `edit` change display_name, agent, labels, expire_time or ttl, and idle_ttl of the stored session;
-        update_time and etag are the store's. SESSION_NOT_FOUND; ETAG_MISMATCH when `if_etag` is set and another. What
-        `edit` raises undoes everything."""
+        """Changes metadata of the stored session; update_time and etag are the store's. SESSION_NOT_FOUND;
+        ETAG_MISMATCH when `if_etag` is set and another."""
         ...
 
     async def delete_session(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
-        """Removes the session and every row of it, its state included. SESSION_NOT_FOUND, ETAG_MISMATCH. A commit that
-        is under way for it either comes before or is refused. `once.render` is given None."""
+        """Removes the session and every row of it, its name and state included. SESSION_NOT_FOUND, ETAG_MISMATCH. A
+        commit that is under way for it either comes before or is refused."""
         ...
 
     async def expired_sessions(self, now: int, limit: int) -> list[SessionKey]:
@@ -342,7 +420,7 @@ class Store(Protocol):
 
     async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:
         """Removes all of a user's state ("users/{user}") and tells True, when there is no session of that user (left);
-        otherwise nothing is done, nor recorded. `once.render` is given None."""
+        otherwise nothing is done, nor recorded."""
         ...
 
     # Messages and runs.
@@ -350,9 +428,14 @@ class Store(Protocol):
     async def get_message(self, key: SessionKey, message: str) -> v1.Message | None: ...
 
     async def list_messages(
-        self, key: SessionKey, query: Query, newest_first: bool = False, run: str = "", superseded: bool = False
+        self,
+        key: SessionKey,
+        query: Query,
+        newest_first: bool = False,
+        step: StepKey | None = None,
+        superseded: bool = False,
     ) -> Page[v1.Message]:
-        """By sequence, ascending unless `newest_first`; of one run when `run` is set; with the superseded ones on
+        """By sequence, ascending unless `newest_first`; of one step when `step` is set; with the superseded ones on
         demand. Positions are (sequence,). `query.where` is not looked at. Ends at PAGE_BYTES. Empty where there is no
         session."""
         ...
@@ -361,9 +444,9 @@ class Store(Protocol):
         """The run, `reply` in full, and the digest it was started with."""
         ...
 
-    async def list_runs(self, tenant: str, session: str, query: Query) -> Page[v1.Run]:
-        """Of one session, or of all when `session` is "": the last created first, those of one microsecond by session
-        and id descending. Positions are (create_time, session, id). Ends at PAGE_BYTES. `reply` is in full, `name` is
+    async def list_runs(self, tenant: str, session: SessionKey | None, query: Query) -> Page[v1.Run]:
+        """Of one session, or of all: the last created first, those of one microsecond by session's uid and id
+        descending. Positions are (create_time, uid, id). Ends at PAGE_BYTES. `reply` is in full, `name` is
         "sessions/{session}/runs/{run}" (this list alone can span sessions)."""
         ...
 
@@ -371,8 +454,18 @@ class Store(Protocol):
         """The run with what a worker needs; None when it does not exist or has ended."""
         ...
 
-    async def active_runs(self) -> list[ActiveRun]:
-        """Every run of every tenant that has not ended, in no promised order."""
+    async def active_runs(self, after: tuple[str, str, str] | None = None, limit: int = 1 << 40) -> list[ActiveRun]:
+        """The runs of every tenant that have not ended, at most `limit`, ordered by tenant, uid and run and following
+        that position."""
+        ...
+
+    async def idle_runs(self) -> list[ActiveRun]:
+        """The runs that somebody should be at work on: each that is RUNNING, and of each session without an active run
+        those that are QUEUED. In no promised order."""
+        ...
+
+    async def release_run(self, key: SessionKey, run: str) -> None:
+        """Takes note that the process that was at work on a run lets go of it in good order, before its end."""
         ...
 
     # State.
@@ -385,9 +478,12 @@ class Store(Protocol):
         SESSION_NOT_FOUND; SEQUENCE_AHEAD beyond the head."""
         ...
 
-    async def list_state(self, scope: Scope, query: Query, at: int = 0) -> tuple[v1.State, Page[str]]:
-        """A page of keys in ascending order of their UTF-8 bytes, as entries and in order. Positions are (key,).
-        `query.where` is not looked at. Ends at PAGE_BYTES. `at` as in get_state."""
+    async def list_state(
+        self, scope: Scope, query: Query, at: int = 0, keys: Sequence[str] = ()
+    ) -> tuple[v1.State, Page[str]]:
+        """A page of keys in ascending order of their UTF-8 bytes, as entries and in order: of all keys, or of those of
+        `keys` that exist. Positions are (key,). `query.where` is not looked at. Ends at PAGE_BYTES. `at` as in
+        get_state."""
         ...
 
     async def update_state(
@@ -421,19 +517,17 @@ class Store(Protocol):
         self,
         tenant: str,
         agent_id: str,
-        edit: Callable[[v1.Agent], None],
-        if_etag: str = "",
-        allow_missing: bool = False,
+        agent: v1.Agent,
+        if_revision: int,
         once: Once | None = None,
     ) -> v1.Agent:
-        """Stores what `edit` makes of the newest revision as the next one; create_time stays. A missing agent is
-        created from an empty one with `allow_missing`, else AGENT_NOT_FOUND. ETAG_MISMATCH. What `edit` raises undoes
-        everything."""
+        """Stores `agent` as the revision after `if_revision`, 0 to create it; create_time stays. Returns the newest
+        revision as it is, and makes none, when `agent` changes nothing in it. Sets the fields that create_agent sets.
+        ETAG_MISMATCH when another revision is the newest, or none is."""
         ...
 
     async def delete_agent(self, tenant: str, agent_id: str, if_etag: str = "", once: Once | None = None) -> None:
-        """Removes every revision, remembering only the last number. AGENT_NOT_FOUND, ETAG_MISMATCH. `once.render` is
-        given None."""
+        """Removes every revision, remembering only the last number. AGENT_NOT_FOUND, ETAG_MISMATCH."""
         ...
 
     # Content.
@@ -442,7 +536,9 @@ class Store(Protocol):
     # refers to a blob is refused with BLOB_NOT_FOUND when it is not there, is given its size, and holds on to it: a
     # session by its log, until it is deleted; a user's or the app's state by its entries as they are.
 
-    async def put_blob(self, tenant: str, sha256: str, data: bytes) -> None:
+    # Each subject that uploaded a blob is recorded with it.
+
+    async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes) -> None:
         """Stores content whole; what is there already counts as uploaded just now. The caller vouches for the
         digest."""
         ...
@@ -451,7 +547,7 @@ class Store(Protocol):
         """Name and size."""
         ...
 
-    async def touch_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
+    async def touch_blob(self, tenant: str, subject: str, sha256: str) -> v1.Blob | None:
         """As get_blob; the blob then counts as uploaded just now."""
         ...
 
@@ -474,7 +570,7 @@ class Store(Protocol):
         """As read_blob, of an upload under way."""
         ...
 
-    async def complete_upload(self, tenant: str, upload_id: str, size: int, sha256: str) -> v1.Blob:
+    async def complete_upload(self, tenant: str, subject: str, upload_id: str, size: int, sha256: str) -> v1.Blob:
         """Makes the blob; the upload's id tells of it until it expires. UPLOAD_OFFSET_MISMATCH when the upload does not
         end at `size`, BLOB_NOT_FOUND when there is none. The caller vouches for the digest."""
         ...

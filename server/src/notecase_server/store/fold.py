@@ -80,7 +80,7 @@ def state_scope(key: SessionKey, user: str, state: str) -> Scope:
         if not user:
             raise errors.invalid([errors.Violation("name", "the session has no user, so there is no user state")])
         return Scope(key.tenant, "user", user.removeprefix("users/"))
-    return Scope(key.tenant, "app", "") if state == "app" else Scope(key.tenant, "session", key.session)
+    return Scope(key.tenant, "app", "") if state == "app" else key.state
 
 
 def needs(commit: Commit, user: str) -> Needs:
@@ -109,6 +109,7 @@ def new_session(key: SessionKey, session: v1.Session, now: int) -> v1.Session:
     """A session's first row: what the caller chose, and the server's own fields."""
     made = v1.Session(
         name=key.session,
+        uid=key.uid,
         display_name=session.display_name,
         agent=session.agent,
         user=session.user,
@@ -142,10 +143,10 @@ def _rest(session: v1.Session, now: int) -> None:
 
 
 def touch_session(session: v1.Session, now: int) -> None:
-    """Gives changed metadata its next etag: the creation's time and a count, so that it never comes again under the
-    name."""
+    """Gives changed metadata its next etag: the beginning of the uid and a count, so that an etag of another session
+    that had the name does not fit."""
     count = int(session.etag.rpartition("-")[2] or 0) + 1
-    session.etag = f"{session.create_time.ToMicroseconds():x}-{count}"
+    session.etag = f"{session.uid[:8]}-{count}"
     session.update_time.FromMicroseconds(now)
 
 

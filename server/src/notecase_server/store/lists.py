@@ -6,7 +6,7 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from notecase_server.store.contract import PAGE_BYTES, And, Compare, Filter, Not, Or, Page
+from notecase_server.store.contract import ANSWER_BYTES, PAGE_BYTES, And, Compare, Filter, Not, Or, Page
 
 T = TypeVar("T")
 
@@ -41,12 +41,13 @@ class Found(NamedTuple, Generic[T]):
 
 
 def take(found: Iterable[Found[T]], limit: int) -> Page[T]:
-    """The page that begins with the first row found: it ends at `limit` or PAGE_BYTES, and reads one row beyond."""
+    """The page that begins with the first row found: it ends at `limit` or PAGE_BYTES, before a row that
+    would take it beyond ANSWER_BYTES, and reads one row beyond."""
     rows: list[T] = []
     size = 0
     last: Position | None = None
     for each in found:
-        if len(rows) == limit or size >= PAGE_BYTES:
+        if len(rows) == limit or size >= PAGE_BYTES or (rows and size + each.size > ANSWER_BYTES):
             return Page(rows, last)
         rows.append(each.row)
         size += each.size

@@ -24,10 +24,11 @@ from notecase_server.store.contract import (
     RunRecord,
     Scope,
     SessionKey,
+    StepKey,
 )
 from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import Found, matches
-from notecase_server.store.tables import Applied, BlobRow, Recorded, Tables, UploadRow
+from notecase_server.store.tables import Applied, BlobRow, CommitRow, Recorded, SessionRow, Tables, UploadRow
 
 T = TypeVar("T")
 
@@ -74,13 +75,17 @@ class _Run:
     create_time: int
     agent: bytes | None
     """Until it has ended."""
+    deaths: int = 0
+    released: bool = False
 
 
 @dataclass(slots=True)
 class _Session:
+    name: str
     body: bytes
     epoch: int
     create_time: int
+    commits: tuple[CommitRow, ...] = ()
     expire_time: int | None = None
     events: list[bytes] = field(default_factory=list)
     """Sequence 1 first."""
@@ -113,15 +118,26 @@ class _Blob:
     row: BlobRow
     upload_time: int
     references: set[tuple[Scope, str]] = field(default_factory=set)
+    uploaders: set[str] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class _Request:
+    recorded: Recorded
+    owner: str
+    create_time: int
 
 
 @dataclass(slots=True)
 class _Tenant:
     sessions: dict[str, _Session] = field(default_factory=dict)
+    """By uid."""
+    names: dict[str, str] = field(default_factory=dict)
+    """The uid of the session that has a name."""
     states: dict[tuple[str, str], _State] = field(default_factory=dict)
     agents: dict[str, _Agent] = field(default_factory=dict)
-    requests: dict[tuple[str, str], tuple[Recorded, int]] = field(default_factory=dict)
-    """With the time they were made."""
+    requests: dict[tuple[str, str, str], _Request] = field(default_factory=dict)
+    """By subject, RPC and id."""
     blobs: dict[str, _Blob] = field(default_factory=dict)
     uploads: dict[str, UploadRow] = field(default_factory=dict)
     references: defaultdict[tuple[Scope, str], dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
@@ -139,10 +155,10 @@ class _MemoryTables:
         self._discarded: list[int] = []
 
     def _session(self, key: SessionKey) -> _Session | None:
-        return self._tenants[key.tenant].sessions.get(key.session)
+        return self._tenants[key.tenant].sessions.get(key.uid)
 
     def _existing(self, key: SessionKey) -> _Session:
-        return self._tenants[key.tenant].sessions[key.session]
+        return self._tenants[key.tenant].sessions[key.uid]
 
     def _state(self, scope: Scope) -> _State:
         """The state, an empty one where nobody wrote to it."""
@@ -153,25 +169,24 @@ class _MemoryTables:
         return self._tenants[tenant].agents.get(agent_id) or _Agent()
 
     def request(self, once: Once) -> Recorded | None:
-        found = self._tenants[once.tenant].requests.get((once.rpc, once.request_id))
-        return found[0] if found else None
+        found = self._tenants[once.tenant].requests.get((once.subject, once.rpc, once.request_id))
+        return found.recorded if found else None
 
-    def add_request(self, once: Once, response: bytes, about: str, now: int) -> None:
-        requests = self._tenants[once.tenant].requests
-        requests[once.rpc, once.request_id] = (Recorded(once.digest, response, about), now)
+    def add_request(self, once: Once, response: bytes, about: str, owner: str, now: int) -> None:
+        made = _Request(Recorded(once.digest, response, about), owner, now)
+        self._tenants[once.tenant].requests[once.subject, once.rpc, once.request_id] = made
 
-    def blank_requests(self, tenant: str, about: str) -> None:
-        requests = self._tenants[tenant].requests
-        for place, (recorded, made) in requests.items():
-            if recorded.about == about:
-                requests[place] = (recorded._replace(response=None), made)
+    def blank_requests(self, tenant: str, owner: str) -> None:
+        for request in self._tenants[tenant].requests.values():
+            if request.owner == owner:
+                request.recorded = request.recorded._replace(response=None)
 
     def forget_requests(self, before: int, limit: int) -> int:
         old = [
             (tenant, place)
             for tenant in self._tenants.values()
-            for place, (_, made) in tenant.requests.items()
-            if made < before
+            for place, request in tenant.requests.items()
+            if request.create_time < before
         ][:limit]
         for tenant, place in old:
             del tenant.requests[place]
@@ -184,24 +199,28 @@ class _MemoryTables:
     def add_command(self, key: SessionKey, command: CommandId, sequence: int, run: str) -> None:
         self._existing(key).commands[command.command_id] = Applied(command.digest, sequence, run)
 
-    def session(self, key: SessionKey) -> tuple[v1.Session, int] | None:
-        session = self._session(key)
-        return (v1.Session.FromString(session.body), session.epoch) if session else None
+    def named_session(self, tenant: str, session: str) -> str:
+        return self._tenants[tenant].names.get(session, "")
 
-    def add_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None:
-        created = session.create_time.ToMicroseconds()
-        self._tenants[key.tenant].sessions[key.session] = _Session(b"", epoch, created)
-        self.put_session(key, session, epoch)
+    def session(self, key: SessionKey) -> SessionRow | None:
+        row = self._session(key)
+        return SessionRow(v1.Session.FromString(row.body), row.epoch, row.commits) if row else None
 
-    def put_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None:
-        row = self._existing(key)
-        row.body, row.epoch = session.SerializeToString(), epoch
-        row.expire_time = session.expire_time.ToMicroseconds() if session.HasField("expire_time") else None
+    def add_session(self, key: SessionKey, row: SessionRow) -> None:
+        tenant, created = self._tenants[key.tenant], row.session.create_time.ToMicroseconds()
+        tenant.sessions[key.uid] = _Session(key.session, b"", row.epoch, created)
+        tenant.names[key.session] = key.uid
+        self.put_session(key, row)
+
+    def put_session(self, key: SessionKey, row: SessionRow) -> None:
+        kept, session = self._existing(key), row.session
+        kept.body, kept.epoch, kept.commits = session.SerializeToString(), row.epoch, row.commits
+        kept.expire_time = session.expire_time.ToMicroseconds() if session.HasField("expire_time") else None
 
     def delete_session(self, key: SessionKey) -> None:
         tenant = self._tenants[key.tenant]
-        del tenant.sessions[key.session]
-        self.delete_state(Scope(key.tenant, "session", key.session))
+        del tenant.names[tenant.sessions.pop(key.uid).name]
+        self.delete_state(key.state)
 
     def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
         old, new = self._existing(source), self._existing(key)
@@ -217,25 +236,25 @@ class _MemoryTables:
             if row.agent is None and v1.Run.FromString(row.body).last_sequence <= at:
                 new.runs[name] = replace(row)
         states = self._tenants[key.tenant].states
-        if (state := states.get(("session", source.session))) is not None:
-            states["session", key.session] = replace(state, entries=dict(state.entries))
-        held = self._tenants[key.tenant].references.get((Scope(source.tenant, "session", source.session), ""), {})
+        if (state := states.get(("session", source.uid))) is not None:
+            states["session", key.uid] = replace(state, entries=dict(state.entries))
+        held = self._tenants[key.tenant].references.get((source.state, ""), {})
         for sha256, sequence in list(held.items()):
             if sequence <= at:
-                self.refer(Scope(key.tenant, "session", key.session), "", sha256, sequence)
+                self.refer(key.state, "", sha256, sequence)
 
     def expired(self, now: int, limit: int) -> list[SessionKey]:
         found = [
-            (row.expire_time, SessionKey(tenant, name))
+            (row.expire_time, tenant, uid, row.name)
             for tenant, rows in self._tenants.items()
-            for name, row in rows.sessions.items()
+            for uid, row in rows.sessions.items()
             if row.expire_time is not None and row.expire_time <= now
         ]
-        return [key for _, key in sorted(found)[:limit]]
+        return [SessionKey(tenant, name, uid) for _, tenant, uid, name in sorted(found)[:limit]]
 
     def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]:
         rows = self._tenants[tenant].sessions
-        for position in sorted(((row.create_time, name) for name, row in rows.items()), reverse=True):
+        for position in sorted(((row.create_time, uid) for uid, row in rows.items()), reverse=True):
             if query.after is None or position < query.after:
                 body = rows[position[1]].body
                 session = v1.Session.FromString(body)
@@ -276,7 +295,7 @@ class _MemoryTables:
         session.changed[message.name] = message.update_sequence
 
     def messages(
-        self, key: SessionKey, query: Query, newest_first: bool, run: str, superseded: bool
+        self, key: SessionKey, query: Query, newest_first: bool, step: StepKey | None, superseded: bool
     ) -> Iterator[Found[v1.Message]]:
         session = self._session(key)
         if session is None:
@@ -290,7 +309,7 @@ class _MemoryTables:
             places = range(start, len(order))
         for place in places:
             sequence, name, holder = order[place]
-            if not run or holder == run:
+            if step is None or StepKey(holder) == step:
                 body = session.messages[name]
                 message = v1.Message.FromString(body)
                 if superseded or message.status != v1.Message.STATUS_SUPERSEDED:
@@ -325,20 +344,21 @@ class _MemoryTables:
     def drop_record(self, key: SessionKey, run: str) -> None:
         self._existing(key).runs[run].agent = None
 
-    def runs(self, tenant: str, session: str, query: Query) -> Iterator[Found[v1.Run]]:
+    def runs(self, tenant: str, session: SessionKey | None, query: Query) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
         sessions = self._tenants[tenant].sessions
         positions = [
-            (run.create_time, name, run_name)
-            for name, row in sessions.items()
-            if not session or name == session
+            (run.create_time, uid, run_name)
+            for uid, row in sessions.items()
+            if session is None or uid == session.uid
             for run_name, run in row.runs.items()
         ]
         for position in sorted(positions, reverse=True):
             if query.after is None or position < query.after:
-                body = sessions[position[1]].runs[position[2]].body
+                _, uid, name = position
+                body = sessions[uid].runs[name].body
                 found = v1.Run.FromString(body)
                 if matches(query.where, found, RUN_COLUMNS):
-                    yield Found(position, found, len(body))
+                    yield SessionKey(tenant, sessions[uid].name, uid), Found(position, found, len(body))
 
     def changed_runs(self, key: SessionKey, at: int) -> list[v1.Run]:
         session = self._session(key)
@@ -348,20 +368,31 @@ class _MemoryTables:
     def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
         session = self._session(key)
         row = session.runs.get(run) if session else None
-        if session is None or row is None or row.agent is None:
-            return None
-        return ActiveRun(key, v1.Run.FromString(row.body), v1.Agent.FromString(row.agent), session.epoch)
+        return _active(key, session, row) if session and row and row.agent is not None else None
 
-    def active_runs(self) -> list[ActiveRun]:
-        return [
-            ActiveRun(
-                SessionKey(tenant, name), v1.Run.FromString(run.body), v1.Agent.FromString(run.agent), session.epoch
-            )
-            for tenant, rows in self._tenants.items()
-            for name, session in rows.sessions.items()
-            for run in session.runs.values()
-            if run.agent is not None
-        ]
+    def active_runs(self, after: tuple[str, str, str] | None, limit: int) -> list[ActiveRun]:
+        found = sorted(self._active(), key=_position)
+        return [active for active in found if after is None or _position(active) > after][:limit]
+
+    def idle_runs(self) -> list[ActiveRun]:
+        idle = []
+        for active in self._active():
+            session = self.session(active.key)
+            waits = session is not None and not session.session.active_run
+            if active.run.state == v1.Run.STATE_RUNNING or (active.run.state == v1.Run.STATE_QUEUED and waits):
+                idle.append(active)
+        return idle
+
+    def _active(self) -> Iterator[ActiveRun]:
+        for tenant, rows in self._tenants.items():
+            for uid, session in rows.sessions.items():
+                for run in session.runs.values():
+                    if run.agent is not None:
+                        yield _active(SessionKey(tenant, session.name, uid), session, run)
+
+    def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
+        row = self._existing(key).runs[run]
+        row.deaths, row.released = row.deaths if deaths is None else deaths, released
 
     def delete_state(self, scope: Scope) -> None:
         tenant = self._tenants[scope.tenant]
@@ -456,8 +487,14 @@ class _MemoryTables:
         found = self._tenants[tenant].blobs.get(sha256)
         return found.row if found else None
 
-    def put_blob(self, tenant: str, sha256: str, row: BlobRow, now: int) -> None:
-        self._tenants[tenant].blobs.setdefault(sha256, _Blob(row, now)).upload_time = now
+    def put_blob(self, tenant: str, subject: str, sha256: str, row: BlobRow, now: int) -> None:
+        blob = self._tenants[tenant].blobs.setdefault(sha256, _Blob(row, now))
+        blob.upload_time = now
+        blob.uploaders.add(subject)
+
+    def uploaded(self, tenant: str, subject: str, sha256: str) -> bool:
+        found = self._tenants[tenant].blobs.get(sha256)
+        return found is not None and subject in found.uploaders
 
     def delete_blob(self, tenant: str, sha256: str) -> None:
         del self._tenants[tenant].blobs[sha256]
@@ -475,7 +512,7 @@ class _MemoryTables:
 
     def content_bytes(self, key: SessionKey, until: int) -> int:
         tenant = self._tenants[key.tenant]
-        held = tenant.references.get((Scope(key.tenant, "session", key.session), ""), {})
+        held = tenant.references.get((key.state, ""), {})
         return sum(tenant.blobs[sha256].row.size for sha256, sequence in held.items() if sequence <= until)
 
     def refer(self, scope: Scope, key: str, sha256: str, sequence: int) -> None:
@@ -502,3 +539,12 @@ class _MemoryTables:
             for upload_id, row in list(rows.uploads.items()):
                 if row.expire_time <= now:
                     yield tenant, upload_id, row
+
+
+def _active(key: SessionKey, session: _Session, row: _Run) -> ActiveRun:
+    run, agent = v1.Run.FromString(row.body), v1.Agent.FromString(row.agent or b"")
+    return ActiveRun(key, run, agent, session.epoch, row.deaths, row.released)
+
+
+def _position(active: ActiveRun) -> tuple[str, str, str]:
+    return active.key.tenant, active.key.uid, active.run.name

@@ -10,7 +10,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.store import fold
-from notecase_server.store.contract import Past, Query, Scope, SessionKey
+from notecase_server.store.contract import Past, Query, Scope, SessionKey, StepKey
 from notecase_server.store.tables import Tables
 
 Entries = dict[str, v1.StateEntry | None]
@@ -19,7 +19,7 @@ Entries = dict[str, v1.StateEntry | None]
 def read(tables: Tables, key: SessionKey, at: int) -> Past:
     """Store.read_past."""
     session = _session(tables, key, at)
-    kept, version, keys = at, tables.version(Scope(key.tenant, "session", key.session)), set[str]()
+    kept, version, keys = at, tables.version(key.state), set[str]()
     for event in tables.changes(key, at, session.last_sequence):
         if event.HasField("rewound"):
             kept = min(kept, event.rewound.to_sequence)
@@ -47,10 +47,11 @@ def read(tables: Tables, key: SessionKey, at: int) -> Past:
     )
 
 
-def state(tables: Tables, key: SessionKey, at: int, keys: Set[str] | None = None) -> tuple[int, Entries]:
-    """The version of the session's state at that sequence, and the named keys, or all, that had a value then or before.
+def state(tables: Tables, scope: Scope, at: int, keys: Set[str] | None = None) -> tuple[int, Entries]:
+    """The version of a session's state at that sequence, and the named keys, or all, that had a value then or before.
 
     Raises NotecaseError SESSION_NOT_FOUND, and SEQUENCE_AHEAD beyond the head."""
+    key = SessionKey(scope.tenant, scope.id, scope.id)
     _session(tables, key, at)
     return _state(tables, key, at, keys)
 
@@ -59,9 +60,9 @@ def _session(tables: Tables, key: SessionKey, at: int) -> v1.Session:
     found = tables.session(key)
     if found is None:
         raise errors.not_found("session", f"sessions/{key.session}")
-    if at > found[0].last_sequence:
-        raise errors.sequence_ahead(at, found[0].last_sequence)
-    return found[0]
+    if at > found.session.last_sequence:
+        raise errors.sequence_ahead(at, found.session.last_sequence)
+    return found.session
 
 
 def _state(tables: Tables, key: SessionKey, at: int, keys: Set[str] | None) -> tuple[int, Entries]:
@@ -126,7 +127,7 @@ def _open(tables: Tables, key: SessionKey, at: int, run: v1.Run, rows: fold.Rows
     if run.name in rows.runs:
         found = [message for message in rows.messages.values() if message.run == run.name]
     else:
-        found = [each.row for each in tables.messages(key, Query(1, (at + 1,)), True, run.name, True)][:1]
+        found = [each.row for each in tables.messages(key, Query(1, (at + 1,)), True, StepKey(run.name), True)][:1]
     return [message for message in found if fold.open_calls(message)]
 
 

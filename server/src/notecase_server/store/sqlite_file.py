@@ -17,7 +17,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import structlog
+from google.protobuf.message import DecodeError
+
 from notecase_server.store.contract import StoreOpenError
+from notecase_server.store.sqlite_migration import from_first
+from notecase_server.store.sqlite_schema import SCHEMA, VERSION
+
+log = structlog.get_logger()
 
 APPLICATION_ID = 0x6E746373
 """Says whose file it is, in its header: "ntcs"."""
@@ -63,7 +70,7 @@ def connect(path: Path, readers: int) -> Connections:
             writer.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
             writer.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
             writer.execute(f"PRAGMA cache_size = -{WRITER_CACHE_KIB}")
-            migrate(writer)
+            bring_up_to_date(writer)
             secret: bytes = writer.execute("SELECT secret FROM store").fetchone()[0]
             pool = [_connection(path, opened) for _ in range(readers)]
             for reader in pool:
@@ -72,6 +79,8 @@ def connect(path: Path, readers: int) -> Connections:
             raise StoreOpenError(_refusal(path, error)) from error
         except sqlite3.Error as error:
             raise StoreOpenError(_sqlite_refusal(path, error)) from error
+        except DecodeError as error:
+            raise StoreOpenError(f"{path} has a row that is damaged. Put a backup in its place.") from error
         return Connections(writer, pool, secret, opened.pop_all().close)
 
 
@@ -102,11 +111,13 @@ def _check(path: Path, connection: sqlite3.Connection) -> None:
     ).fetchone()
     if owner != APPLICATION_ID and (owner or version or tables):
         raise StoreOpenError(f"{path} is a database of another program. Choose another path.")
-    if version > len(MIGRATIONS):
+    if version > VERSION:
         raise StoreOpenError(
-            f"{path} was written by a newer notecase: its schema is {version}, this one knows up to {len(MIGRATIONS)}."
+            f"{path} was written by a newer notecase: its schema is {version}, this one knows up to {VERSION}."
             " Use that version, or choose another path."
         )
+    if version < 0 or (tables and not version):
+        raise StoreOpenError(f"{path} has tables of an unknown schema, {version}. Choose another path.")
 
 
 def backup(path: Path, destination: Path, force: bool) -> None:
@@ -184,198 +195,32 @@ def _sqlite_refusal(path: Path, error: sqlite3.Error) -> str:
     return f"{path} cannot be used as a store: SQLite says {str(error)!r}."
 
 
-def migrate(connection: sqlite3.Connection) -> None:
-    """Brings the schema up to date, each step in a transaction of its own; a step that fails leaves the file as the one
-    before it did."""
-    done: int = connection.execute("PRAGMA user_version").fetchone()[0]
-    for number, statements in enumerate(MIGRATIONS[done:], done + 1):
-        connection.execute("BEGIN IMMEDIATE")
-        try:
-            for statement in statements:
-                connection.execute(statement)
-            connection.execute(f"PRAGMA user_version = {number}")
-            connection.execute("COMMIT")
-        except BaseException:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
+def bring_up_to_date(connection: sqlite3.Connection) -> None:
+    """Makes the tables of a new file or converts those of an older one, in one transaction: until all is done the
+    file is what it was.
+
+    Raises DecodeError for a row that is damaged."""
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    if version == VERSION:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        if version:
+            from_first(connection)
+        else:
+            _make(connection)
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise
+    if version:
+        log.info("store_migrated", schema=VERSION)
 
 
-MIGRATIONS: tuple[tuple[str, ...], ...] = (
-    (
-        f"PRAGMA application_id = {APPLICATION_ID}",
-        "CREATE TABLE store (secret BLOB NOT NULL)",
-        "INSERT INTO store VALUES (randomblob(32))",
-        # Rows lie in the order of their keys, so that a session's are neighbours and each is written once. `body` is
-        # the serialized message; columns beside it are what lists search by. `labels` is explained in sqlite_tables.
-        """CREATE TABLE sessions (
-            tenant TEXT NOT NULL,
-            session TEXT NOT NULL,
-            user TEXT NOT NULL,
-            agent TEXT NOT NULL,
-            activity INTEGER NOT NULL,
-            display_name TEXT NOT NULL,
-            create_time INTEGER NOT NULL,
-            update_time INTEGER NOT NULL,
-            expire_time INTEGER,
-            labels TEXT,
-            epoch INTEGER NOT NULL,
-            body BLOB NOT NULL,
-            PRIMARY KEY (tenant, session)
-        ) WITHOUT ROWID""",
-        "CREATE INDEX sessions_by_time ON sessions (tenant, create_time, session)",
-        "CREATE INDEX sessions_by_user ON sessions (tenant, user, create_time, session)",
-        "CREATE INDEX sessions_by_expiry ON sessions (expire_time, tenant, session) WHERE expire_time IS NOT NULL",
-        """CREATE TABLE events (
-            tenant TEXT NOT NULL,
-            session TEXT NOT NULL,
-            sequence INTEGER NOT NULL,
-            tells_past INTEGER NOT NULL,
-            body BLOB NOT NULL,
-            PRIMARY KEY (tenant, session, sequence)
-        ) WITHOUT ROWID""",
-        # What a state was is told by the few events that changed it or rewound.
-        "CREATE INDEX events_of_past ON events (tenant, session, sequence) WHERE tells_past = 1",
-        # A message is the event that added it, until something changes it and it gets a body of its own.
-        """CREATE TABLE messages (
-            tenant TEXT NOT NULL,
-            session TEXT NOT NULL,
-            sequence INTEGER NOT NULL,
-            message TEXT NOT NULL,
-            run TEXT NOT NULL,
-            superseded INTEGER NOT NULL,
-            update_sequence INTEGER NOT NULL,
-            body BLOB,
-            PRIMARY KEY (tenant, session, sequence)
-        ) WITHOUT ROWID""",
-        "CREATE UNIQUE INDEX messages_by_id ON messages (tenant, session, message)",
-        """CREATE TABLE calls (
-            tenant TEXT NOT NULL,
-            session TEXT NOT NULL,
-            call_id TEXT NOT NULL,
-            message TEXT NOT NULL,
-            PRIMARY KEY (tenant, session, call_id)
-        ) WITHOUT ROWID""",
-        """CREATE TABLE runs (
-            tenant TEXT NOT NULL,
-            session TEXT NOT NULL,
-            run TEXT NOT NULL,
-            state INTEGER NOT NULL,
-            agent TEXT NOT NULL,
-            create_time INTEGER NOT NULL,
-            labels TEXT,
-            first_sequence INTEGER NOT NULL,
-            last_sequence INTEGER NOT NULL,
-            digest BLOB NOT NULL,
-            body BLOB NOT NULL,
-            PRIMARY KEY (tenant, session, run)
-        ) WITHOUT ROWID""",
-        "CREATE INDEX runs_by_time ON runs (tenant, create_time, session, run)",
-        "CREATE INDEX runs_by_session ON runs (tenant, session, create_time, run)",
-        # What runs or waits over all sessions is asked often, and is few among many.
-        "CREATE INDEX runs_by_state ON runs (tenant, state, create_time, session, run)",
-        # The agent of each run that has not ended, apart from its row, which every commit writes anew.
-        """CREATE TABLE active_runs (
-            tenant TEXT NOT NULL,
-            session TEXT NOT NULL,
-            run TEXT NOT NULL,
-            agent BLOB NOT NULL,
-            PRIMARY KEY (tenant, session, run)
-        ) WITHOUT ROWID""",
-        """CREATE TABLE states (
-            tenant TEXT NOT NULL,
-            kind TEXT NOT NULL,
-            id TEXT NOT NULL,
-            version INTEGER NOT NULL,
-            PRIMARY KEY (tenant, kind, id)
-        ) WITHOUT ROWID""",
-        """CREATE TABLE entries (
-            tenant TEXT NOT NULL,
-            kind TEXT NOT NULL,
-            id TEXT NOT NULL,
-            key TEXT NOT NULL,
-            body BLOB NOT NULL,
-            PRIMARY KEY (tenant, kind, id, key)
-        ) WITHOUT ROWID""",
-        """CREATE TABLE commands (
-            tenant TEXT NOT NULL,
-            session TEXT NOT NULL,
-            command_id TEXT NOT NULL,
-            digest BLOB NOT NULL,
-            sequence INTEGER NOT NULL,
-            run TEXT NOT NULL,
-            PRIMARY KEY (tenant, session, command_id)
-        ) WITHOUT ROWID""",
-        """CREATE TABLE requests (
-            tenant TEXT NOT NULL,
-            rpc TEXT NOT NULL,
-            request_id TEXT NOT NULL,
-            digest BLOB NOT NULL,
-            response BLOB,
-            about TEXT NOT NULL,
-            create_time INTEGER NOT NULL,
-            PRIMARY KEY (tenant, rpc, request_id)
-        ) WITHOUT ROWID""",
-        "CREATE INDEX requests_by_time ON requests (create_time)",
-        # Content lies in pieces under a number, so that an upload becomes a blob without being written again. The
-        # pieces are in rows and not in files beside the database: writing them costs twice the time, and everything
-        # is in one place for a backup, for a commit, and for deletion.
-        "CREATE TABLE contents (content INTEGER PRIMARY KEY, discarded INTEGER NOT NULL)",
-        "CREATE INDEX contents_discarded ON contents (content) WHERE discarded",
-        """CREATE TABLE chunks (
-            content INTEGER NOT NULL,
-            start INTEGER NOT NULL,
-            data BLOB NOT NULL,
-            PRIMARY KEY (content, start)
-        )""",
-        """CREATE TABLE blobs (
-            tenant TEXT NOT NULL,
-            sha256 TEXT NOT NULL,
-            content INTEGER NOT NULL,
-            size INTEGER NOT NULL,
-            upload_time INTEGER NOT NULL,
-            PRIMARY KEY (tenant, sha256)
-        ) WITHOUT ROWID""",
-        # A session's log refers under the empty key, from its first event that does; other states by their entries.
-        """CREATE TABLE blob_references (
-            tenant TEXT NOT NULL,
-            kind TEXT NOT NULL,
-            id TEXT NOT NULL,
-            key TEXT NOT NULL,
-            sha256 TEXT NOT NULL,
-            sequence INTEGER NOT NULL,
-            PRIMARY KEY (tenant, kind, id, key, sha256)
-        ) WITHOUT ROWID""",
-        "CREATE INDEX references_by_blob ON blob_references (tenant, sha256)",
-        """CREATE TABLE uploads (
-            tenant TEXT NOT NULL,
-            upload_id TEXT NOT NULL,
-            content INTEGER NOT NULL,
-            size INTEGER NOT NULL,
-            expire_time INTEGER NOT NULL,
-            sha256 TEXT NOT NULL,
-            PRIMARY KEY (tenant, upload_id)
-        ) WITHOUT ROWID""",
-        "CREATE INDEX uploads_by_time ON uploads (expire_time)",
-        "CREATE INDEX requests_by_about ON requests (tenant, about) WHERE about != ''",
-        # The row of a deleted agent stays, without revisions, for its last number.
-        """CREATE TABLE agents (
-            tenant TEXT NOT NULL,
-            agent TEXT NOT NULL,
-            revision INTEGER NOT NULL,
-            display_name TEXT NOT NULL,
-            create_time INTEGER NOT NULL,
-            update_time INTEGER NOT NULL,
-            labels TEXT,
-            PRIMARY KEY (tenant, agent)
-        ) WITHOUT ROWID""",
-        """CREATE TABLE revisions (
-            tenant TEXT NOT NULL,
-            agent TEXT NOT NULL,
-            revision INTEGER NOT NULL,
-            body BLOB NOT NULL,
-            PRIMARY KEY (tenant, agent, revision)
-        ) WITHOUT ROWID""",
-    ),
-)
-"""What makes each schema from the one before it, in order: number 1 first. What was released is never changed."""
+def _make(connection: sqlite3.Connection) -> None:
+    for statement in SCHEMA:
+        connection.execute(statement)
+    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+    connection.execute("INSERT INTO store VALUES (randomblob(32))")

@@ -30,50 +30,52 @@ from notecase_server.store.contract import (
     RunRecord,
     Scope,
     SessionKey,
+    StepKey,
 )
 from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import LABELS, OPERATORS, Found, Labelled, check_column, column
-from notecase_server.store.tables import Applied, BlobRow, Recorded, UploadRow
+from notecase_server.store.tables import Applied, BlobRow, CommitRow, Recorded, SessionRow, UploadRow
 
 Bound = str | int | bytes | None
 
 SESSION_ROWS = ("events", "messages", "calls", "runs", "active_runs", "commands", "sessions")
-"""The tables that hold rows of a session, beside its state's."""
+"""The tables that hold rows of a session under its uid, besides those of its state."""
 
 SESSION_CHANGES = tuple(name for name in SESSION_COLUMNS if name not in {"user", "create_time"})
 """The columns that change: setting one of an index costs a rewrite of the index, changed or not."""
 
-ADD_SESSION = f"""INSERT INTO sessions (tenant, session, {", ".join(SESSION_COLUMNS)}, expire_time, labels, epoch, body)
-    VALUES (?, ?{", ?" * len(SESSION_COLUMNS)}, ?, ?, ?, ?)"""
+ADD_SESSION = f"""INSERT INTO sessions
+    (tenant, uid, session, {", ".join(SESSION_COLUMNS)}, expire_time, labels, epoch, commits, body)
+    VALUES (?, ?, ?{", ?" * len(SESSION_COLUMNS)}, ?, ?, ?, ?, ?)"""
 
 PUT_SESSION = f"""UPDATE sessions SET {", ".join(f"{name} = ?" for name in SESSION_CHANGES)},
-    expire_time = ?, labels = ?, epoch = ?, body = ? WHERE tenant = ? AND session = ?"""
+    expire_time = ?, labels = ?, epoch = ?, commits = ?, body = ? WHERE tenant = ? AND uid = ?"""
 
-ADD_RUN = f"""INSERT INTO runs (tenant, session, run, {", ".join(RUN_COLUMNS)}, labels, first_sequence, last_sequence,
+ADD_RUN = f"""INSERT INTO runs (tenant, uid, run, {", ".join(RUN_COLUMNS)}, labels, first_sequence, last_sequence,
     digest, body) VALUES (?, ?, ?{", ?" * len(RUN_COLUMNS)}, ?, ?, ?, ?, ?)"""
 
 PUT_AGENT = f"""REPLACE INTO agents (tenant, agent, revision, {", ".join(AGENT_COLUMNS)}, labels)
     VALUES (?, ?, ?{", ?" * len(AGENT_COLUMNS)}, ?)"""
 
 MESSAGES = """SELECT m.sequence, m.body, e.body FROM messages m LEFT JOIN events e ON m.body IS NULL
-    AND e.tenant = m.tenant AND e.session = m.session AND e.sequence = m.sequence
-    WHERE m.tenant = ? AND m.session = ?"""
+    AND e.tenant = m.tenant AND e.uid = m.uid AND e.sequence = m.sequence
+    WHERE m.tenant = ? AND m.uid = ?"""
 """With the event where the message has no body of its own."""
 
 COPIES = (
-    """INSERT INTO events SELECT :tenant, :session, sequence, tells_past, body FROM events
-        WHERE tenant = :tenant AND session = :source AND sequence <= :at""",
-    """INSERT INTO messages SELECT :tenant, :session, sequence, message, run, superseded, update_sequence, body
-        FROM messages WHERE tenant = :tenant AND session = :source AND sequence <= :at AND update_sequence <= :at""",
-    """INSERT INTO calls SELECT :tenant, :session, c.call_id, c.message FROM calls c
-        CROSS JOIN messages m ON m.tenant = c.tenant AND m.session = c.session AND m.message = c.message
-        WHERE c.tenant = :tenant AND c.session = :source AND m.sequence <= :at""",
-    f"""INSERT INTO runs SELECT :tenant, :session, run, {", ".join(RUN_COLUMNS)}, labels, first_sequence, last_sequence,
-        digest, body FROM runs WHERE tenant = :tenant AND session = :source AND last_sequence <= :at AND NOT EXISTS
-        (SELECT * FROM active_runs a WHERE a.tenant = runs.tenant AND a.session = runs.session AND a.run = runs.run)""",
-    """INSERT INTO entries SELECT :tenant, 'session', :session, key, body FROM entries
+    """INSERT INTO events SELECT :tenant, :uid, sequence, tells_past, body FROM events
+        WHERE tenant = :tenant AND uid = :source AND sequence <= :at""",
+    """INSERT INTO messages SELECT :tenant, :uid, sequence, message, run, step, superseded, update_sequence, body
+        FROM messages WHERE tenant = :tenant AND uid = :source AND sequence <= :at AND update_sequence <= :at""",
+    """INSERT INTO calls SELECT :tenant, :uid, c.call_id, c.message FROM calls c
+        CROSS JOIN messages m ON m.tenant = c.tenant AND m.uid = c.uid AND m.message = c.message
+        WHERE c.tenant = :tenant AND c.uid = :source AND m.sequence <= :at""",
+    f"""INSERT INTO runs SELECT :tenant, :uid, run, {", ".join(RUN_COLUMNS)}, labels, first_sequence, last_sequence,
+        digest, body FROM runs WHERE tenant = :tenant AND uid = :source AND last_sequence <= :at AND NOT EXISTS
+        (SELECT * FROM active_runs a WHERE a.tenant = runs.tenant AND a.uid = runs.uid AND a.run = runs.run)""",
+    """INSERT INTO entries SELECT :tenant, 'session', :uid, key, body FROM entries
         WHERE tenant = :tenant AND kind = 'session' AND id = :source""",
-    """INSERT INTO blob_references SELECT :tenant, 'session', :session, '', sha256, sequence FROM blob_references
+    """INSERT INTO blob_references SELECT :tenant, 'session', :uid, '', sha256, sequence FROM blob_references
         WHERE tenant = :tenant AND kind = 'session' AND id = :source AND key = '' AND sequence <= :at""",
 )
 """One statement for each table that a fork has rows of. CROSS keeps the calls the outer loop."""
@@ -86,13 +88,20 @@ AGENTS = """SELECT a.agent, r.body FROM agents a
 LOOSE_BLOBS = """SELECT tenant, sha256 FROM blobs b WHERE upload_time < ? AND NOT EXISTS
     (SELECT 1 FROM blob_references r WHERE r.tenant = b.tenant AND r.sha256 = b.sha256)"""
 
-ACTIVE_RUNS = """SELECT a.tenant, a.session, r.body, a.agent, s.epoch FROM active_runs a
-    JOIN runs r ON r.tenant = a.tenant AND r.session = a.session AND r.run = a.run
-    JOIN sessions s ON s.tenant = a.tenant AND s.session = a.session"""
+ACTIVE_RUNS = """SELECT a.tenant, s.session, a.uid, r.body, a.agent, s.epoch, a.deaths, a.released FROM active_runs a
+    JOIN runs r ON r.tenant = a.tenant AND r.uid = a.uid AND r.run = a.run
+    JOIN sessions s ON s.tenant = a.tenant AND s.uid = a.uid"""
 
 
-def _active_run(tenant: str, session: str, run: bytes, agent: bytes, epoch: int) -> ActiveRun:
-    return ActiveRun(SessionKey(tenant, session), v1.Run.FromString(run), v1.Agent.FromString(agent), epoch)
+IDLE_RUNS = f"""{ACTIVE_RUNS} WHERE r.state = {v1.Run.STATE_RUNNING}
+    OR (r.state = {v1.Run.STATE_QUEUED} AND s.activity = {v1.Session.ACTIVITY_IDLE})"""
+
+
+def _active_run(
+    tenant: str, session: str, uid: str, run: bytes, agent: bytes, epoch: int, deaths: int, released: int
+) -> ActiveRun:
+    key = SessionKey(tenant, session, uid)
+    return ActiveRun(key, v1.Run.FromString(run), v1.Agent.FromString(agent), epoch, deaths, bool(released))
 
 
 def _expire_time(session: v1.Session) -> int | None:
@@ -118,26 +127,29 @@ class SqliteTables:
 
     def request(self, once: Once) -> Recorded | None:
         row = self._one(
-            "SELECT digest, response, about FROM requests WHERE tenant = ? AND rpc = ? AND request_id = ?", *once[:3]
+            """SELECT digest, response, about FROM requests
+                WHERE tenant = ? AND subject = ? AND rpc = ? AND request_id = ?""",
+            *once[:4],
         )
         return Recorded(*row) if row else None
 
-    def add_request(self, once: Once, response: bytes, about: str, now: int) -> None:
+    def add_request(self, once: Once, response: bytes, about: str, owner: str, now: int) -> None:
         self._execute(
-            """INSERT INTO requests (tenant, rpc, request_id, digest, response, about, create_time)
-                VALUES (?, ?, ?, ?, ?, ?, ?)""",
-            (once.tenant, once.rpc, once.request_id, once.digest, response, about, now),
+            """INSERT INTO requests
+                (tenant, subject, rpc, request_id, digest, response, about, owner, create_time)
+                VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
+            (*once[:4], once.digest, response, about, owner, now),
         )
 
-    def blank_requests(self, tenant: str, about: str) -> None:
+    def blank_requests(self, tenant: str, owner: str) -> None:
         self._execute(
-            "UPDATE requests SET response = NULL WHERE tenant = ? AND about = ? AND about != ''", (tenant, about)
+            "UPDATE requests SET response = NULL WHERE tenant = ? AND owner = ? AND owner != ''", (tenant, owner)
         )
 
     def forget_requests(self, before: int, limit: int) -> int:
         dropped = self._execute(
-            """DELETE FROM requests WHERE (tenant, rpc, request_id) IN
-                (SELECT tenant, rpc, request_id FROM requests WHERE create_time < ? LIMIT ?)""",
+            """DELETE FROM requests WHERE (tenant, subject, rpc, request_id) IN
+                (SELECT tenant, subject, rpc, request_id FROM requests WHERE create_time < ? LIMIT ?)""",
             (before, limit),
         ).rowcount
         self.deleted |= dropped > 0
@@ -145,70 +157,77 @@ class SqliteTables:
 
     def command(self, key: SessionKey, command_id: str) -> Applied | None:
         row = self._one(
-            "SELECT digest, sequence, run FROM commands WHERE tenant = ? AND session = ? AND command_id = ?",
-            *key,
+            "SELECT digest, sequence, run FROM commands WHERE tenant = ? AND uid = ? AND command_id = ?",
+            *_of(key),
             command_id,
         )
         return Applied(*row) if row else None
 
     def add_command(self, key: SessionKey, command: CommandId, sequence: int, run: str) -> None:
         self._execute(
-            "INSERT INTO commands (tenant, session, command_id, digest, sequence, run) VALUES (?, ?, ?, ?, ?, ?)",
-            (*key, *command, sequence, run),
+            "INSERT INTO commands (tenant, uid, command_id, digest, sequence, run) VALUES (?, ?, ?, ?, ?, ?)",
+            (*_of(key), *command, sequence, run),
         )
 
-    def session(self, key: SessionKey) -> tuple[v1.Session, int] | None:
-        row = self._one("SELECT body, epoch FROM sessions WHERE tenant = ? AND session = ?", *key)
-        return (v1.Session.FromString(row[0]), row[1]) if row else None
+    def named_session(self, tenant: str, session: str) -> str:
+        row = self._one("SELECT uid FROM session_names WHERE tenant = ? AND session = ?", tenant, session)
+        return str(row[0]) if row else ""
 
-    def add_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None:
-        columns = (column(session, name) for name in SESSION_COLUMNS)
-        values = (_expire_time(session), _labels(session), epoch, session.SerializeToString())
-        self._execute(ADD_SESSION, (*key, *columns, *values))
+    def session(self, key: SessionKey) -> SessionRow | None:
+        row = self._one("SELECT body, epoch, commits FROM sessions WHERE tenant = ? AND uid = ?", key.tenant, key.uid)
+        return SessionRow(v1.Session.FromString(row[0]), row[1], _commits(row[2])) if row else None
 
-    def put_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None:
-        columns = (column(session, name) for name in SESSION_CHANGES)
-        values = (_expire_time(session), _labels(session), epoch, session.SerializeToString())
-        self._execute(PUT_SESSION, (*columns, *values, *key))
+    def add_session(self, key: SessionKey, row: SessionRow) -> None:
+        columns = (column(row.session, name) for name in SESSION_COLUMNS)
+        self._execute(ADD_SESSION, (key.tenant, key.uid, key.session, *columns, *_kept(row)))
+        self._execute(
+            "INSERT INTO session_names (tenant, session, uid) VALUES (?, ?, ?)", (key.tenant, key.session, key.uid)
+        )
+
+    def put_session(self, key: SessionKey, row: SessionRow) -> None:
+        columns = (column(row.session, name) for name in SESSION_CHANGES)
+        self._execute(PUT_SESSION, (*columns, *_kept(row), key.tenant, key.uid))
 
     def delete_session(self, key: SessionKey) -> None:
         self.deleted = True
         for table in SESSION_ROWS:
-            self._execute(f"DELETE FROM {table} WHERE tenant = ? AND session = ?", key)
-        self.delete_state(Scope(key.tenant, "session", key.session))
+            self._execute(f"DELETE FROM {table} WHERE tenant = ? AND uid = ?", _of(key))
+        self._execute("DELETE FROM session_names WHERE tenant = ? AND session = ? AND uid = ?", key)
+        self.delete_state(key.state)
 
     def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
         for statement in COPIES:
-            self._execute(statement, {**key._asdict(), "source": source.session, "at": at})
+            self._execute(statement, {"tenant": key.tenant, "uid": key.uid, "source": source.uid, "at": at})
 
     def expired(self, now: int, limit: int) -> list[SessionKey]:
         rows = self._execute(
-            "SELECT tenant, session FROM sessions WHERE expire_time <= ? ORDER BY expire_time, tenant, session LIMIT ?",
+            """SELECT tenant, session, uid FROM sessions WHERE expire_time <= ?
+                ORDER BY expire_time, tenant, uid LIMIT ?""",
             (now, limit),
         )
         return [SessionKey(*row) for row in rows]
 
     def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]:
-        where, values = _where(query, SESSION_COLUMNS, "(create_time, session) < (?, ?)")
+        where, values = _where(query, SESSION_COLUMNS, "(create_time, uid) < (?, ?)")
         rows = self._execute(
-            f"""SELECT create_time, session, body FROM sessions WHERE tenant = ?{where}
-                ORDER BY create_time DESC, session DESC LIMIT ?""",
+            f"""SELECT create_time, uid, body FROM sessions WHERE tenant = ?{where}
+                ORDER BY create_time DESC, uid DESC LIMIT ?""",
             (tenant, *values, query.limit + 1),
         )
-        for create_time, session, body in rows:
-            yield Found((create_time, session), v1.Session.FromString(body), len(body))
+        for create_time, uid, body in rows:
+            yield Found((create_time, uid), v1.Session.FromString(body), len(body))
 
     def add_events(self, key: SessionKey, events: Sequence[v1.Event]) -> None:
         self._executemany(
-            "INSERT INTO events (tenant, session, sequence, tells_past, body) VALUES (?, ?, ?, ?, ?)",
-            [(*key, event.sequence, tells_past(event), event.SerializeToString()) for event in events],
+            "INSERT INTO events (tenant, uid, sequence, tells_past, body) VALUES (?, ?, ?, ?, ?)",
+            [(*_of(key), event.sequence, tells_past(event), event.SerializeToString()) for event in events],
         )
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]:
         rows = self._execute(
-            """SELECT sequence, body FROM events WHERE tenant = ? AND session = ? AND sequence > ?
+            """SELECT sequence, body FROM events WHERE tenant = ? AND uid = ? AND sequence > ?
                 ORDER BY sequence LIMIT ?""",
-            (*key, after, limit),
+            (*_of(key), after, limit),
         )
         for sequence, body in rows:
             yield Found((sequence,), v1.Event.FromString(body), len(body))
@@ -216,43 +235,54 @@ class SqliteTables:
     def changes(self, key: SessionKey, after: int, until: int) -> Iterator[v1.Event]:
         rows = self._execute(
             """SELECT body FROM events INDEXED BY events_of_past WHERE tells_past = 1
-                AND tenant = ? AND session = ? AND sequence > ? AND sequence <= ? ORDER BY sequence""",
-            (*key, after, until),
+                AND tenant = ? AND uid = ? AND sequence > ? AND sequence <= ? ORDER BY sequence""",
+            (*_of(key), after, until),
         )
         for (body,) in rows:
             yield v1.Event.FromString(body)
 
     def message(self, key: SessionKey, message: str) -> v1.Message | None:
-        row = self._one(f"{MESSAGES} AND m.message = ?", *key, message)
+        row = self._one(f"{MESSAGES} AND m.message = ?", *_of(key), message)
         return _message(*row[1:]) if row else None
 
     def add_message(self, key: SessionKey, message: v1.Message) -> None:
         body = None if message.update_sequence == message.sequence else message.SerializeToString()
         self._execute(
-            "INSERT INTO messages (tenant, session, sequence, message, run, superseded, update_sequence, body)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (*key, message.sequence, message.name, message.run, _superseded(message), message.update_sequence, body),
+            "INSERT INTO messages (tenant, uid, sequence, message, run, step, superseded, update_sequence, body)"
+            " VALUES (?, ?, ?, ?, ?, '', ?, ?, ?)",
+            (
+                *_of(key),
+                message.sequence,
+                message.name,
+                message.run,
+                _superseded(message),
+                message.update_sequence,
+                body,
+            ),
         )
 
     def put_message(self, key: SessionKey, message: v1.Message) -> None:
         self._execute(
             """UPDATE messages SET superseded = ?, update_sequence = ?, body = ?
-                WHERE tenant = ? AND session = ? AND sequence = ?""",
-            (_superseded(message), message.update_sequence, message.SerializeToString(), *key, message.sequence),
+                WHERE tenant = ? AND uid = ? AND sequence = ?""",
+            (_superseded(message), message.update_sequence, message.SerializeToString(), *_of(key), message.sequence),
         )
 
     def messages(
-        self, key: SessionKey, query: Query, newest_first: bool, run: str, superseded: bool
+        self, key: SessionKey, query: Query, newest_first: bool, step: StepKey | None, superseded: bool
     ) -> Iterator[Found[v1.Message]]:
-        statement, values = MESSAGES, list[Bound](key)
+        statement, values = MESSAGES, list[Bound](_of(key))
         if not superseded:
             statement += " AND m.superseded = 0"
-        if run:
+        if step is not None:
             # The run's own events bound the search: nothing of it lies before its first or after its last.
-            bounds = self._one("SELECT body FROM runs WHERE tenant = ? AND session = ? AND run = ?", *key, run)
-            found = v1.Run.FromString(bounds[0]) if bounds else v1.Run()
-            statement += " AND m.run = ? AND m.sequence BETWEEN ? AND ?"
-            values += [run, found.first_sequence, found.last_sequence]
+            bounds = self._one(
+                "SELECT first_sequence, last_sequence FROM runs WHERE tenant = ? AND uid = ? AND run = ?",
+                *_of(key),
+                step.run,
+            )
+            statement += " AND m.run = ? AND m.step = ? AND m.sequence BETWEEN ? AND ?"
+            values += [*step, *(bounds or (0, 0))]
         if query.after is not None:
             statement += f" AND m.sequence {'<' if newest_first else '>'} ?"
             values += query.after
@@ -261,74 +291,88 @@ class SqliteTables:
             yield Found((sequence,), _message(own, event), len(own or event))
 
     def changed_messages(self, key: SessionKey, at: int) -> list[v1.Message]:
-        rows = self._execute(f"{MESSAGES} AND m.sequence <= ? AND m.update_sequence > ?", (*key, at, at))
+        rows = self._execute(f"{MESSAGES} AND m.sequence <= ? AND m.update_sequence > ?", (*_of(key), at, at))
         return [_message(own, event) for _, own, event in rows]
 
     def call(self, key: SessionKey, call_id: str) -> str:
-        row = self._one("SELECT message FROM calls WHERE tenant = ? AND session = ? AND call_id = ?", *key, call_id)
+        row = self._one("SELECT message FROM calls WHERE tenant = ? AND uid = ? AND call_id = ?", *_of(key), call_id)
         return str(row[0]) if row else ""
 
     def put_call(self, key: SessionKey, call_id: str, message: str) -> None:
         self._execute(
-            "REPLACE INTO calls (tenant, session, call_id, message) VALUES (?, ?, ?, ?)", (*key, call_id, message)
+            "REPLACE INTO calls (tenant, uid, call_id, message) VALUES (?, ?, ?, ?)", (*_of(key), call_id, message)
         )
 
     def run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
-        row = self._one("SELECT body, digest FROM runs WHERE tenant = ? AND session = ? AND run = ?", *key, run)
+        row = self._one("SELECT body, digest FROM runs WHERE tenant = ? AND uid = ? AND run = ?", *_of(key), run)
         return (v1.Run.FromString(row[0]), row[1]) if row else None
 
     def add_run(self, key: SessionKey, run: v1.Run, record: RunRecord) -> None:
         columns = (column(run, name) for name in RUN_COLUMNS)
         bounds = (run.first_sequence, run.last_sequence)
         body = run.SerializeToString()
-        self._execute(ADD_RUN, (*key, run.name, *columns, _labels(run), *bounds, record.digest, body))
+        self._execute(ADD_RUN, (*_of(key), run.name, *columns, _labels(run), *bounds, record.digest, body))
         self._execute(
-            "INSERT INTO active_runs (tenant, session, run, agent) VALUES (?, ?, ?, ?)",
-            (*key, run.name, record.agent.SerializeToString()),
+            "INSERT INTO active_runs (tenant, uid, run, step, deaths, released, agent) VALUES (?, ?, ?, '', 0, 0, ?)",
+            (*_of(key), run.name, record.agent.SerializeToString()),
         )
 
     def put_run(self, key: SessionKey, run: v1.Run, moved: bool) -> None:
         body = run.SerializeToString()
         if moved:
             self._execute(
-                "UPDATE runs SET state = ?, last_sequence = ?, body = ? WHERE tenant = ? AND session = ? AND run = ?",
-                (run.state, run.last_sequence, body, *key, run.name),
+                "UPDATE runs SET state = ?, last_sequence = ?, body = ? WHERE tenant = ? AND uid = ? AND run = ?",
+                (run.state, run.last_sequence, body, *_of(key), run.name),
             )
         else:
             self._execute(
-                "UPDATE runs SET last_sequence = ?, body = ? WHERE tenant = ? AND session = ? AND run = ?",
-                (run.last_sequence, body, *key, run.name),
+                "UPDATE runs SET last_sequence = ?, body = ? WHERE tenant = ? AND uid = ? AND run = ?",
+                (run.last_sequence, body, *_of(key), run.name),
             )
 
     def drop_record(self, key: SessionKey, run: str) -> None:
-        self._execute("DELETE FROM active_runs WHERE tenant = ? AND session = ? AND run = ?", (*key, run))
+        self._execute("DELETE FROM active_runs WHERE tenant = ? AND uid = ? AND run = ?", (*_of(key), run))
 
-    def runs(self, tenant: str, session: str, query: Query) -> Iterator[Found[v1.Run]]:
-        where, values = _where(query, RUN_COLUMNS, "(create_time, session, run) < (?, ?, ?)")
+    def runs(self, tenant: str, session: SessionKey | None, query: Query) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
+        where, values = _where(query, RUN_COLUMNS, "(create_time, uid, run) < (?, ?, ?)")
         # Of one session, its own index always: the planner could think that of a state would do as well.
-        source, place = ("runs INDEXED BY runs_by_session", " AND session = ?") if session else ("runs", "")
+        source, place = ("runs INDEXED BY runs_by_session", " AND uid = ?") if session else ("runs", "")
         rows = self._execute(
-            f"""SELECT create_time, session, run, body FROM {source} WHERE tenant = ?{place}{where}
-                ORDER BY create_time DESC, session DESC, run DESC LIMIT ?""",
-            (tenant, *([session] if session else []), *values, query.limit + 1),
+            f"""SELECT create_time, uid, run, body, (SELECT session FROM sessions s
+                    WHERE s.tenant = runs.tenant AND s.uid = runs.uid) FROM {source} WHERE tenant = ?{place}{where}
+                ORDER BY create_time DESC, uid DESC, run DESC LIMIT ?""",
+            (tenant, *([session.uid] if session else []), *values, query.limit + 1),
         )
-        for create_time, holder, run, body in rows:
-            yield Found((create_time, holder, run), v1.Run.FromString(body), len(body))
+        for create_time, uid, run, body, name in rows:
+            found = Found((create_time, uid, run), v1.Run.FromString(body), len(body))
+            yield SessionKey(tenant, name, uid), found
 
     def changed_runs(self, key: SessionKey, at: int) -> list[v1.Run]:
         rows = self._execute(
-            """SELECT body FROM runs WHERE tenant = ? AND session = ? AND first_sequence <= ? AND last_sequence > ?""",
-            (*key, at, at),
+            """SELECT body FROM runs WHERE tenant = ? AND uid = ? AND first_sequence <= ? AND last_sequence > ?""",
+            (*_of(key), at, at),
         )
         return [v1.Run.FromString(body) for (body,) in rows]
 
     def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
-        where = " WHERE a.tenant = ? AND a.session = ? AND a.run = ?"
-        row = self._execute(ACTIVE_RUNS + where, (*key, run)).fetchone()
+        where = " WHERE a.tenant = ? AND a.uid = ? AND a.run = ?"
+        row = self._execute(ACTIVE_RUNS + where, (*_of(key), run)).fetchone()
         return _active_run(*row) if row else None
 
-    def active_runs(self) -> list[ActiveRun]:
-        return [_active_run(*row) for row in self._execute(ACTIVE_RUNS)]
+    def active_runs(self, after: tuple[str, str, str] | None, limit: int) -> list[ActiveRun]:
+        where = " WHERE (a.tenant, a.uid, a.run) > (?, ?, ?)" if after else ""
+        rows = self._execute(f"{ACTIVE_RUNS}{where} ORDER BY a.tenant, a.uid, a.run LIMIT ?", (*(after or ()), limit))
+        return [_active_run(*row) for row in rows]
+
+    def idle_runs(self) -> list[ActiveRun]:
+        return [_active_run(*row) for row in self._execute(IDLE_RUNS)]
+
+    def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
+        self._execute(
+            """UPDATE active_runs SET deaths = coalesce(?, deaths), released = ?
+                WHERE tenant = ? AND uid = ? AND run = ?""",
+            (deaths, released, *_of(key), run),
+        )
 
     def delete_state(self, scope: Scope) -> None:
         self.deleted = True
@@ -447,14 +491,22 @@ class SqliteTables:
         row = self._one("SELECT content, size FROM blobs WHERE tenant = ? AND sha256 = ?", tenant, sha256)
         return BlobRow(*row) if row else None
 
-    def put_blob(self, tenant: str, sha256: str, row: BlobRow, now: int) -> None:
+    def put_blob(self, tenant: str, subject: str, sha256: str, row: BlobRow, now: int) -> None:
         self._execute(
             "REPLACE INTO blobs (tenant, sha256, content, size, upload_time) VALUES (?, ?, ?, ?, ?)",
             (tenant, sha256, *row, now),
         )
+        self._execute(
+            "INSERT OR IGNORE INTO uploaders (tenant, sha256, subject) VALUES (?, ?, ?)", (tenant, sha256, subject)
+        )
+
+    def uploaded(self, tenant: str, subject: str, sha256: str) -> bool:
+        statement = "SELECT 1 FROM uploaders WHERE tenant = ? AND sha256 = ? AND subject = ?"
+        return self._one(statement, tenant, sha256, subject) is not None
 
     def delete_blob(self, tenant: str, sha256: str) -> None:
-        self._execute("DELETE FROM blobs WHERE tenant = ? AND sha256 = ?", (tenant, sha256))
+        for table in ("blobs", "uploaders"):
+            self._execute(f"DELETE FROM {table} WHERE tenant = ? AND sha256 = ?", (tenant, sha256))
 
     def is_loose(self, tenant: str, sha256: str, before: int) -> bool:
         return self._one(f"{LOOSE_BLOBS} AND tenant = ? AND sha256 = ?", before, tenant, sha256) is not None
@@ -478,7 +530,8 @@ class SqliteTables:
             """SELECT coalesce(sum(b.size), 0) FROM blob_references r
                 JOIN blobs b ON b.tenant = r.tenant AND b.sha256 = r.sha256
                 WHERE r.tenant = ? AND r.kind = 'session' AND r.id = ? AND r.key = '' AND r.sequence <= ?""",
-            *(*key, until),
+            *_of(key),
+            until,
         )
         return int(row[0])
 
@@ -513,6 +566,21 @@ class SqliteTables:
         )
         for tenant, upload_id, *row in rows:
             yield tenant, upload_id, UploadRow(*row)
+
+
+def _of(key: SessionKey) -> tuple[str, str]:
+    """What a session's rows begin with."""
+    return key.tenant, key.uid
+
+
+def _kept(row: SessionRow) -> tuple[Bound, ...]:
+    """The columns of a session that no list is filtered by."""
+    commits = json.dumps(row.commits, separators=(",", ":")) if row.commits else None
+    return _expire_time(row.session), _labels(row.session), row.epoch, commits, row.session.SerializeToString()
+
+
+def _commits(column: str | None) -> tuple[CommitRow, ...]:
+    return tuple(CommitRow(*made) for made in json.loads(column)) if column else ()
 
 
 def _message(own: bytes | None, event: bytes) -> v1.Message:

@@ -4,17 +4,19 @@ A step first reads and decides, and writes only when nothing can be refused any 
 nothing, in a store that cannot undo as in one that can.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TypeVar
 
+from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.store import content, fold, past
+from notecase_server.store import answers, content, fold, past
 from notecase_server.store.contract import (
+    REMEMBERED_COMMITS,
     CommandId,
     Commit,
     Committed,
@@ -28,40 +30,47 @@ from notecase_server.store.contract import (
     Restore,
     RunRecord,
     Scope,
+    SessionEdit,
     SessionKey,
 )
 from notecase_server.store.lists import Found, take
-from notecase_server.store.tables import Tables
+from notecase_server.store.tables import CommitRow, SessionRow, Tables
 
 M = TypeVar("M", bound=Message)
 
 _ALL = 1 << 40
 """More rows than any session has."""
 
+FIRST_EPOCH = 1
+
 
 def commit(tables: Tables, now: int, commit: Commit) -> Committed:
     """Store.commit."""
-    recall(tables, commit.key, commit.once, commit.command)
+    if commit.id and (made := find_commit(tables, commit.key, commit.id)) is not None:
+        return made
+    recall(tables, commit.once)
+    recall_command(tables, commit.key, commit.command)
     events, blobs = content.sized(tables, commit.key.tenant, commit.events)
     commit = replace(commit, events=events)
-    rows = _load(tables, commit, now)
+    rows, commits = _load(tables, commit, now)
     before = {name: run.state for name, run in rows.runs.items()}
     old_messages, old_calls, old_versions = set(rows.messages), set(rows.calls), dict(rows.versions)
     done = fold.apply(rows, commit, now)
     if commit.start is None and rows.runs.keys() - before.keys():
         raise ValueError("an event that makes a run wants Commit.start")
-    log = Scope(commit.key.tenant, "session", commit.key.session)
+    log = commit.key.state
     referred = _first_references(tables, log, done, blobs)
     rows.session.content_bytes += sum(size for _, size in referred.values())
     size, limit = rows.session.content_bytes, commit.content_limit
     if referred and limit is not None and size > limit:
         raise errors.too_large("The content that the session refers to", size, limit)
-    _remember(tables, commit.once, done, now, f"sessions/{commit.key.session}")
+    _remember(tables, commit.once, done, now, commit.key)
 
-    if commit.create is not None:
-        tables.add_session(commit.key, rows.session, rows.epoch)
-    else:
-        tables.put_session(commit.key, rows.session, rows.epoch)
+    if commit.id:
+        last = rows.session.last_sequence
+        commits = (*commits, CommitRow(commit.id, last - len(done.events) + 1, last))[-REMEMBERED_COMMITS:]
+    row = SessionRow(rows.session, rows.epoch, commits)
+    (tables.put_session if commit.create is None else tables.add_session)(commit.key, row)
     if commit.command is not None:
         run_name = next((event.run for event in reversed(done.events) if event.run), "")
         tables.add_command(commit.key, commit.command, rows.session.last_sequence, run_name)
@@ -73,6 +82,8 @@ def commit(tables: Tables, now: int, commit: Commit) -> Committed:
             tables.put_call(commit.key, call_id, holder)
     for name, run in rows.runs.items():
         _save_run(tables, commit, run, before.get(name))
+        if commit.deaths is not None and run.state not in fold.ENDED:
+            tables.put_record(commit.key, name, commit.deaths, released=False)
     for scope in done.state:
         _save_state(tables, scope, rows.versions[scope], rows.state[scope], old_versions[scope])
     for sha256, (sequence, _) in referred.items():
@@ -92,7 +103,41 @@ def _first_references(
     return found
 
 
-def recall(tables: Tables, key: SessionKey, once: Once | None, command: CommandId | None) -> None:
+def find_commit(tables: Tables, key: SessionKey, commit_id: str) -> Committed | None:
+    """Store.find_commit."""
+    row = tables.session(key)
+    for made in row.commits if row else ():
+        if made.commit_id == commit_id:
+            assert row is not None
+            return _made(tables, key, row, made)
+    return None
+
+
+def _made(tables: Tables, key: SessionKey, row: SessionRow, made: CommitRow) -> Committed:
+    """What a commit returned, but for what has changed since: all that its events touched, read again."""
+    events = [found.row for found in tables.events(key, made.first - 1, made.last - made.first + 1)]
+    done = Committed(row.session, row.epoch, events, {}, {}, {})
+    for event in events:
+        calls = {event.tool_started.call_id, event.tool_finished.call_id} - {""}
+        holders = {event.message_added.name, *(tables.call(key, call_id) for call_id in calls)} - {""}
+        for holder in holders:
+            message = tables.message(key, holder)
+            if message is not None:
+                done.messages[holder] = message
+        found = tables.run(key, event.run) if event.run else None
+        if found is not None:
+            done.runs[event.run] = found[0]
+        if event.HasField("state_changed"):
+            change = event.state_changed
+            scope = fold.state_scope(key, row.session.user, change.state)
+            state = done.state.setdefault(scope, v1.State())
+            state.version = change.version
+            names = [op.key for op in change.ops]
+            fold.show_entries(state, _entries(tables, scope, set(names)), names)
+    return done
+
+
+def recall(tables: Tables, once: Once | None) -> None:
     """Store.recall: the first thing that every step with an id does."""
     if once is not None and (recorded := tables.request(once)) is not None:
         if recorded.digest != once.digest:
@@ -100,6 +145,10 @@ def recall(tables: Tables, key: SessionKey, once: Once | None, command: CommandI
         if recorded.response is None and recorded.about.startswith("sessions/"):
             raise errors.not_found("session", recorded.about)
         raise Replayed(recorded.response or b"")
+
+
+def recall_command(tables: Tables, key: SessionKey, command: CommandId | None) -> None:
+    """Store.recall_command."""
     if command is not None and (applied := tables.command(key, command.command_id)) is not None:
         if applied.digest != command.digest:
             raise errors.reused("command_id", command.command_id)
@@ -108,12 +157,9 @@ def recall(tables: Tables, key: SessionKey, once: Once | None, command: CommandI
 
 def fork(tables: Tables, now: int, fork: Fork) -> Committed:
     """Store.fork."""
-    recall(tables, fork.key, fork.once, None)
-    source, _ = _session(tables, fork.source)
-    if source.create_time != fork.past.session.create_time:
-        raise errors.not_found("session", f"sessions/{fork.source.session}")
-    if tables.session(fork.key) is not None:
-        raise errors.already_exists("session", f"sessions/{fork.key.session}")
+    recall(tables, fork.once)
+    source = _session(tables, fork.source).session
+    _require_free(tables, fork.key)
     then, at = fork.past, fork.past.session.last_sequence
     if source.last_sequence != then.head:
         # It moved on, so more may have changed since `at`; what ends its runs is the same, as they were the same then.
@@ -124,14 +170,14 @@ def fork(tables: Tables, now: int, fork: Fork) -> Committed:
     session.queued_commands.extend(then.session.queued_commands)
     session.summary_sequence = then.session.summary_sequence
     session.content_bytes = tables.content_bytes(fork.source, at)
-    rows = fold.Rows(session, now)
+    rows = fold.Rows(session, FIRST_EPOCH)
     rows.runs = {run.name: _copied(run) for run in then.runs}
     rows.messages = {message.name: _copied(message) for message in then.messages}
     rows.calls = {call.call_id: message.name for message in then.messages for call in fold.open_calls(message)}
     done = fold.apply(rows, Commit(key=fork.key, events=fork.events), now)
-    _remember(tables, fork.once, done, now, f"sessions/{fork.key.session}")
+    _remember(tables, fork.once, done, now, fork.key)
 
-    tables.add_session(fork.key, session, now)
+    tables.add_session(fork.key, SessionRow(session, FIRST_EPOCH))
     tables.copy_rows(fork.source, fork.key, at)
     tables.add_events(fork.key, done.events)
     for message in rows.messages.values():
@@ -143,7 +189,7 @@ def fork(tables: Tables, now: int, fork: Fork) -> Committed:
         tables.add_run(fork.key, run, RunRecord(kept[1], v1.Agent()))
         tables.drop_record(fork.key, run.name)
     if then.version or then.entries:
-        scope = Scope(fork.key.tenant, "session", fork.key.session)
+        scope = fork.key.state
         tables.put_version(scope, then.version)
         for name, entry in then.entries.items():
             tables.put_entry(scope, name, entry)
@@ -153,9 +199,8 @@ def fork(tables: Tables, now: int, fork: Fork) -> Committed:
 def restore(tables: Tables, now: int, restore: Restore) -> v1.Session:
     """Store.restore."""
     key = restore.key
-    recall(tables, key, restore.once, None)
-    if tables.session(key) is not None:
-        raise errors.already_exists("session", f"sessions/{key.session}")
+    recall(tables, restore.once)
+    _require_free(tables, key)
     for sha256, (_, size) in restore.blobs.items():
         row = tables.blob(key.tenant, sha256)
         if row is None:
@@ -168,10 +213,10 @@ def restore(tables: Tables, now: int, restore: Restore) -> v1.Session:
     session.content_bytes = restore.session.content_bytes
     if restore.session.HasField("usage"):
         session.usage.CopyFrom(restore.session.usage)
-    _remember(tables, restore.once, session, now, f"sessions/{key.session}")
+    _remember(tables, restore.once, session, now, key)
 
-    scope = Scope(key.tenant, "session", key.session)
-    tables.add_session(key, session, now)
+    scope = key.state
+    tables.add_session(key, SessionRow(session, FIRST_EPOCH))
     for sha256, (sequence, _) in restore.blobs.items():
         tables.refer(scope, "", sha256, sequence)
     for event in restore.events():
@@ -196,30 +241,42 @@ def _copied(row: M) -> M:
     return copy
 
 
-def _remember(tables: Tables, once: Once | None, result: object, now: int, about: str = "") -> None:
-    """`about` is whose content the answer holds: see Recorded."""
+def _remember(tables: Tables, once: Once | None, result: answers.Result, now: int, of: SessionKey | str = "") -> None:
+    """`of` is the session, or the user by name, whose content the answer holds."""
     if once is not None:
-        tables.add_request(once, once.render(result).SerializeToString(), about, now)
+        about, owner = (f"sessions/{of.session}", of.uid) if isinstance(of, SessionKey) else (of, of)
+        tables.add_request(once, answers.of(once.answer, result).SerializeToString(), about, owner, now)
 
 
-def _session(tables: Tables, key: SessionKey) -> tuple[v1.Session, int]:
+def _session(tables: Tables, key: SessionKey) -> SessionRow:
     found = tables.session(key)
     if found is None:
         raise errors.not_found("session", f"sessions/{key.session}")
     return found
 
 
-def _load(tables: Tables, commit: Commit, now: int) -> fold.Rows:
-    """The rows that the commit needs, its session made if it is to be."""
+def find_session(tables: Tables, tenant: str, session: str) -> v1.Session | None:
+    """Store.find_session."""
+    uid = tables.named_session(tenant, session)
+    row = tables.session(SessionKey(tenant, session, uid)) if uid else None
+    return row.session if row else None
+
+
+def _require_free(tables: Tables, key: SessionKey) -> None:
+    if tables.named_session(key.tenant, key.session):
+        raise errors.already_exists("session", f"sessions/{key.session}")
+
+
+def _load(tables: Tables, commit: Commit, now: int) -> tuple[fold.Rows, tuple[CommitRow, ...]]:
+    """The rows that the commit needs, its session made if it is to be; and the commits that the session remembers."""
     key = commit.key
     if commit.create is None:
-        session, epoch = _session(tables, key)
-    elif tables.session(key) is None:
-        # An epoch begins with the time, so that what ran in a deleted session of this name is stale in the new one.
-        session, epoch = fold.new_session(key, commit.create, now), now
+        row = _session(tables, key)
     else:
-        raise errors.already_exists("session", f"sessions/{key.session}")
-    rows = fold.Rows(session, epoch)
+        _require_free(tables, key)
+        row = SessionRow(fold.new_session(key, commit.create, now), FIRST_EPOCH)
+    session = row.session
+    rows = fold.Rows(session, row.epoch)
     needs = fold.needs(commit, session.user)
     for scope, keys in needs.keys.items():
         rows.versions[scope] = tables.version(scope)
@@ -234,16 +291,16 @@ def _load(tables: Tables, commit: Commit, now: int) -> fold.Rows:
             rows.calls[call_id] = holder
     if needs.messages_after is not None:
         after = Query(_ALL, (needs.messages_after,))
-        rows.messages = {found.row.name: found.row for found in tables.messages(key, after, False, "", False)}
+        rows.messages = {found.row.name: found.row for found in tables.messages(key, after, False, None, False)}
         rows.continued = _continued(tables, key, session.summary_sequence, needs.messages_after)
     for sequence in needs.shown:
         after = Query(1, (sequence - 1,))
-        rows.shown.update(found.row.sequence for found in islice(tables.messages(key, after, False, "", False), 1))
+        rows.shown.update(found.row.sequence for found in islice(tables.messages(key, after, False, None, False), 1))
     for holder in set(rows.calls.values()) - rows.messages.keys():
         message = tables.message(key, holder)
         if message is not None:
             rows.messages[holder] = message
-    return rows
+    return rows, row.commits
 
 
 def _continued(tables: Tables, key: SessionKey, summary: int, after: int) -> dict[int, int]:
@@ -286,39 +343,37 @@ def _save_state(
 
 def claim(tables: Tables, key: SessionKey, epoch: int) -> int:
     """Store.claim."""
-    session, current = _session(tables, key)
-    if current != epoch:
+    row = _session(tables, key)
+    if row.epoch != epoch:
         raise errors.owner_lost(key.session)
-    tables.put_session(key, session, epoch + 1)
+    tables.put_session(key, row._replace(epoch=epoch + 1))
     return epoch + 1
 
 
 def edit_session(
-    tables: Tables, now: int, key: SessionKey, edit: Callable[[v1.Session], None], if_etag: str, once: Once | None
+    tables: Tables, now: int, key: SessionKey, edit: SessionEdit, if_etag: str, once: Once | None
 ) -> v1.Session:
     """Store.edit_session."""
-    recall(tables, key, once, None)
-    session, epoch = _session(tables, key)
+    recall(tables, once)
+    row = _session(tables, key)
+    session = row.session
     if if_etag and if_etag != session.etag:
         raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
-    edited = v1.Session()
-    edited.CopyFrom(session)
-    edit(edited)
-    session.display_name = edited.display_name
-    session.agent = edited.agent
-    session.ClearField("labels")
-    session.labels.update(edited.labels)
-    fold.set_expiration(session, edited, now)
+    FieldMask(paths=edit.paths).MergeMessage(
+        edit.session, session, replace_message_field=True, replace_repeated_field=True
+    )
+    if edit.expiry:
+        fold.set_expiration(session, edit.session, now)
     fold.touch_session(session, now)
-    _remember(tables, once, session, now, f"sessions/{key.session}")
-    tables.put_session(key, session, epoch)
+    _remember(tables, once, session, now, key)
+    tables.put_session(key, row)
     return session
 
 
 def delete_session(tables: Tables, now: int, key: SessionKey, if_etag: str, once: Once | None) -> None:
     """Store.delete_session."""
-    recall(tables, key, once, None)
-    session, _ = _session(tables, key)
+    recall(tables, once)
+    session = _session(tables, key).session
     if if_etag and if_etag != session.etag:
         raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
     _remember(tables, once, None, now)
@@ -327,13 +382,15 @@ def delete_session(tables: Tables, now: int, key: SessionKey, if_etag: str, once
 
 def _forget_session(tables: Tables, key: SessionKey) -> None:
     tables.delete_session(key)
-    tables.blank_requests(key.tenant, f"sessions/{key.session}")
+    tables.blank_requests(key.tenant, key.uid)
 
 
 def expire_session(tables: Tables, now: int, key: SessionKey) -> bool:
     """Store.expire_session."""
     found = tables.session(key)
-    if found is None or not found[0].HasField("expire_time") or found[0].expire_time.ToMicroseconds() > now:
+    if found is None or not found.session.HasField("expire_time"):
+        return False
+    if found.session.expire_time.ToMicroseconds() > now:
         return False
     _forget_session(tables, key)
     return True
@@ -363,19 +420,19 @@ def _resolve_reply(tables: Tables, key: SessionKey, run: v1.Run) -> None:
         run.reply.CopyFrom(reply)
 
 
-def whole_runs(tables: Tables, tenant: str, session: str, query: Query) -> Iterator[Found[v1.Run]]:
+def whole_runs(tables: Tables, tenant: str, session: SessionKey | None, query: Query) -> Iterator[Found[v1.Run]]:
     """The rows of Store.list_runs, each read when it is asked for."""
-    for found in tables.runs(tenant, session, query):
-        run, holder = found.row, str(found.position[1])
-        _resolve_reply(tables, SessionKey(tenant, holder), run)
-        run.name = f"sessions/{holder}/runs/{run.name}"
+    for key, found in tables.runs(tenant, session, query):
+        run = found.row
+        _resolve_reply(tables, key, run)
+        run.name = f"sessions/{key.session}/runs/{run.name}"
         yield Found(found.position, run, run.ByteSize())
 
 
 def named_entries(tables: Tables, scope: Scope, keys: Sequence[str], at: int) -> v1.State:
     """Store.get_state."""
     if at:
-        version, entries = past.state(tables, SessionKey(scope.tenant, scope.id), at, set(keys))
+        version, entries = past.state(tables, scope, at, set(keys))
     else:
         version, entries = tables.version(scope), _entries(tables, scope, set(keys))
     state = v1.State(version=version)
@@ -383,13 +440,20 @@ def named_entries(tables: Tables, scope: Scope, keys: Sequence[str], at: int) ->
     return state
 
 
-def page_of_entries(tables: Tables, scope: Scope, query: Query, at: int) -> tuple[v1.State, Page[str]]:
+def page_of_entries(
+    tables: Tables, scope: Scope, query: Query, at: int, keys: Sequence[str] = ()
+) -> tuple[v1.State, Page[str]]:
     """Store.list_state."""
-    if at:
-        version, entries = past.state(tables, SessionKey(scope.tenant, scope.id), at)
+    if at or keys:
+        if at:
+            version, entries = past.state(tables, scope, at, set(keys) or None)
+            found = ((key, entries[key]) for key in sorted(entries))
+        else:
+            version = tables.version(scope)
+            found = ((key, tables.entry(scope, key)) for key in sorted(set(keys)))
         after = str(query.after[0]) if query.after else ""
-        found = ((key, entries[key]) for key in sorted(entries) if key > after)
-        rows = (Found((key,), (key, entry), entry.ByteSize()) for key, entry in found if entry is not None)
+        later = ((key, entry) for key, entry in found if key > after)
+        rows = (Found((key,), (key, entry), entry.ByteSize()) for key, entry in later if entry is not None)
         page = take(rows, query.limit)
     else:
         version = tables.version(scope)
@@ -404,7 +468,7 @@ def update_state(
     tables: Tables, now: int, scope: Scope, ops: Sequence[v1.StateOp], if_version: int | None, once: Once | None
 ) -> v1.State:
     """Store.update_state."""
-    recall(tables, SessionKey(scope.tenant, ""), once, None)
+    recall(tables, once)
     ops, _ = content.sized(tables, scope.tenant, ops)
     before = tables.version(scope)
     if if_version is not None and if_version != before:
@@ -426,7 +490,7 @@ def agent(tables: Tables, tenant: str, agent_id: str, revision: int) -> v1.Agent
 
 def create_agent(tables: Tables, now: int, tenant: str, agent_id: str, agent: v1.Agent, once: Once | None) -> v1.Agent:
     """Store.create_agent."""
-    recall(tables, SessionKey(tenant, ""), once, None)
+    recall(tables, once)
     last = tables.last_revision(tenant, agent_id)
     if tables.agent(tenant, agent_id, last) is not None:
         raise errors.already_exists("agent", f"agents/{agent_id}")
@@ -438,25 +502,29 @@ def edit_agent(
     now: int,
     tenant: str,
     agent_id: str,
-    edit: Callable[[v1.Agent], None],
-    if_etag: str,
-    allow_missing: bool,
+    agent: v1.Agent,
+    if_revision: int,
     once: Once | None,
 ) -> v1.Agent:
     """Store.edit_agent."""
-    recall(tables, SessionKey(tenant, ""), once, None)
+    recall(tables, once)
     last = tables.last_revision(tenant, agent_id)
     newest = tables.agent(tenant, agent_id, last)
-    if newest is None and not allow_missing:
-        raise errors.not_found("agent", f"agents/{agent_id}")
-    etag = newest.etag if newest is not None else ""
-    if if_etag and if_etag != etag:
-        raise errors.etag_mismatch(f"agents/{agent_id}", etag)
-    edited = v1.Agent()
-    if newest is not None:
-        edited.CopyFrom(newest)
-    edit(edited)
-    return _add_revision(tables, now, tenant, agent_id, edited, last + 1, newest, once)
+    if if_revision != (newest.revision if newest is not None else 0):
+        raise errors.etag_mismatch(f"agents/{agent_id}", newest.etag if newest is not None else "")
+    if newest is not None and _says_the_same(agent, newest):
+        _remember(tables, once, newest, now)
+        return newest
+    return _add_revision(tables, now, tenant, agent_id, agent, last + 1, newest, once)
+
+
+def _says_the_same(agent: v1.Agent, newest: v1.Agent) -> bool:
+    """Compares two agents by what callers set in them."""
+    given = _copied(agent)
+    given.name, given.revision, given.etag = newest.name, newest.revision, newest.etag
+    given.create_time.CopyFrom(newest.create_time)
+    given.update_time.CopyFrom(newest.update_time)
+    return given == newest
 
 
 def _add_revision(
@@ -484,7 +552,7 @@ def _add_revision(
 
 def delete_agent(tables: Tables, now: int, tenant: str, agent_id: str, if_etag: str, once: Once | None) -> None:
     """Store.delete_agent."""
-    recall(tables, SessionKey(tenant, ""), once, None)
+    recall(tables, once)
     newest = agent(tables, tenant, agent_id, 0)
     if newest is None:
         raise errors.not_found("agent", f"agents/{agent_id}")

@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 
 from notecase import v1
 
-from notecase_server.store.contract import ActiveRun, CommandId, Once, Query, RunRecord, Scope, SessionKey
+from notecase_server.store.contract import ActiveRun, CommandId, Once, Query, RunRecord, Scope, SessionKey, StepKey
 from notecase_server.store.lists import Found
 
 
@@ -19,7 +19,7 @@ class Recorded(NamedTuple):
     response: bytes | None
     """None once what it told of was deleted."""
     about: str
-    """Whose content the response holds: "sessions/{session}" or "users/{user}"; empty for what is of neither."""
+    """The resource whose content the response holds: "sessions/{session}", "users/{user}", or empty for others."""
 
 
 class Applied(NamedTuple):
@@ -28,6 +28,25 @@ class Applied(NamedTuple):
     digest: bytes
     sequence: int
     run: str
+
+
+class CommitRow(NamedTuple):
+    """What is remembered of a commit."""
+
+    commit_id: str
+    first: int
+    """The sequence of its first event."""
+    last: int
+    """Of its last one: one less than `first` when it had none."""
+
+
+class SessionRow(NamedTuple):
+    """A session, and what is kept with it that no caller sees."""
+
+    session: v1.Session
+    epoch: int
+    commits: tuple[CommitRow, ...] = ()
+    """The newest commits, the oldest of them first."""
 
 
 class BlobRow(NamedTuple):
@@ -55,9 +74,11 @@ class Tables(Protocol):
 
     def request(self, once: Once) -> Recorded | None: ...
 
-    def add_request(self, once: Once, response: bytes, about: str, now: int) -> None: ...
+    def add_request(self, once: Once, response: bytes, about: str, owner: str, now: int) -> None:
+        """`owner` is the uid of the session, or the name of the user, with which the response goes; or empty."""
+        ...
 
-    def blank_requests(self, tenant: str, about: str) -> None:
+    def blank_requests(self, tenant: str, owner: str) -> None:
         """Drops the responses of these records, and keeps that they were carried out."""
         ...
 
@@ -69,18 +90,22 @@ class Tables(Protocol):
 
     def add_command(self, key: SessionKey, command: CommandId, sequence: int, run: str) -> None: ...
 
-    def session(self, key: SessionKey) -> tuple[v1.Session, int] | None:
-        """The session and its epoch."""
+    def named_session(self, tenant: str, session: str) -> str:
+        """The uid of the session that has this name, or empty."""
         ...
 
-    def add_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None: ...
+    def session(self, key: SessionKey) -> SessionRow | None: ...
 
-    def put_session(self, key: SessionKey, session: v1.Session, epoch: int) -> None:
-        """Of one that exists; its user and create_time are as they were."""
+    def add_session(self, key: SessionKey, row: SessionRow) -> None:
+        """Gives it its name, too."""
+        ...
+
+    def put_session(self, key: SessionKey, row: SessionRow) -> None:
+        """Replaces the row of one that exists; its user and create_time are as they were."""
         ...
 
     def delete_session(self, key: SessionKey) -> None:
-        """With every row that is kept for it, requests excepted."""
+        """Removes it with its name and every row that is kept for it, requests excepted."""
         ...
 
     def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
@@ -112,7 +137,7 @@ class Tables(Protocol):
     def put_message(self, key: SessionKey, message: v1.Message) -> None: ...
 
     def messages(
-        self, key: SessionKey, query: Query, newest_first: bool, run: str, superseded: bool
+        self, key: SessionKey, query: Query, newest_first: bool, step: StepKey | None, superseded: bool
     ) -> Iterator[Found[v1.Message]]: ...
 
     def changed_messages(self, key: SessionKey, at: int) -> list[v1.Message]:
@@ -139,7 +164,9 @@ class Tables(Protocol):
         """Forgets the agent of a run that has ended: it is not active any more."""
         ...
 
-    def runs(self, tenant: str, session: str, query: Query) -> Iterator[Found[v1.Run]]: ...
+    def runs(self, tenant: str, session: SessionKey | None, query: Query) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
+        """With the session of each."""
+        ...
 
     def changed_runs(self, key: SessionKey, at: int) -> list[v1.Run]:
         """As `run` has them, those that began up to that sequence and went on after it."""
@@ -147,7 +174,13 @@ class Tables(Protocol):
 
     def active_run(self, key: SessionKey, run: str) -> ActiveRun | None: ...
 
-    def active_runs(self) -> list[ActiveRun]: ...
+    def active_runs(self, after: tuple[str, str, str] | None, limit: int) -> list[ActiveRun]: ...
+
+    def idle_runs(self) -> list[ActiveRun]: ...
+
+    def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
+        """Sets what is known of a run that has not ended; None leaves the deaths as they are."""
+        ...
 
     def delete_state(self, scope: Scope) -> None:
         """With its version."""
@@ -208,8 +241,12 @@ class Tables(Protocol):
 
     def blob(self, tenant: str, sha256: str) -> BlobRow | None: ...
 
-    def put_blob(self, tenant: str, sha256: str, row: BlobRow, now: int) -> None:
-        """`now` is when it was last uploaded."""
+    def put_blob(self, tenant: str, subject: str, sha256: str, row: BlobRow, now: int) -> None:
+        """Records that `subject` uploaded it, just now."""
+        ...
+
+    def uploaded(self, tenant: str, subject: str, sha256: str) -> bool:
+        """Whether that subject uploaded it."""
         ...
 
     def delete_blob(self, tenant: str, sha256: str) -> None: ...

@@ -1,4 +1,5 @@
 import com.google.rpc.ErrorInfo;
+import dev.notecase.v1.*;
 import io.grpc.Grpc;
 import io.grpc.InsecureChannelCredentials;
 import io.grpc.StatusException;
@@ -9,7 +10,6 @@ import java.nio.charset.StandardCharsets;
 import java.util.HashMap;
 import java.util.function.Consumer;
 import java.util.stream.Collectors;
-import notecase.v1.*;
 
 /**
  * One conversation with notecase from Java: an agent, a session, a streamed reply, the log, and an error told by its reason.

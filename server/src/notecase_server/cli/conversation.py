@@ -1,23 +1,17 @@
-"""A conversation at the terminal or through a pipe: whatever becomes of the command, the session is kept."""
+"""A conversation at the terminal or through a pipe. The session is kept whatever happens to the command."""
 
 import asyncio
-import contextlib
 import os
 import signal
 import sys
-import termios
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable
 
 import click
 from notecase import Client, NotecaseError, RunStream, text_of, v1
-from prompt_toolkit import PromptSession
-from prompt_toolkit.history import InMemoryHistory
-from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.shortcuts.choice_input import ChoiceInput
 
-from notecase_server import cli_screen as screen
-from notecase_server import cli_state
+from notecase_server.cli import notes, screen, terminal
+from notecase_server.cli.ask import name_of
 
 HELP = """\
 /notes            shows the session's state
@@ -28,16 +22,16 @@ Whatever else you type is said, and with a space before it these are, too.
 Ctrl-C stops a reply, Alt-Enter begins a new line."""
 
 INSTRUCTION = "You are a helpful assistant. Answer briefly."
-"""Of the agent that is made when there is none and its user has nothing to tell it."""
+"""The instruction of the agent that is made when there is none and the user gives it none."""
 
 OFFERED = 9
-"""Choices to choose from: as many as there are digits to choose by."""
+"""How many choices a menu has at most: as many as there are digits to choose by."""
 
 SHOWN = 6
-"""Messages of a resumed session that are shown: enough to remember what it was about."""
+"""How many messages of a resumed session are shown: enough to remember what it was about."""
 
 SHOWN_CHARACTERS = 600
-"""Of each of them, so that they fit on one screen."""
+"""How much of each of them is shown, so that they fit on one screen."""
 
 
 async def converse(client: Client, server: str, agent: str, session: str, new: bool) -> int:
@@ -54,11 +48,6 @@ async def converse(client: Client, server: str, agent: str, session: str, new: b
     except EOFError:
         return 0
     return await chat.talk()
-
-
-def name_of(collection: str, given: str) -> str:
-    """The resource name of an id, or of what is a name already."""
-    return given if given.startswith(f"{collection}/") else f"{collection}/{given}"
 
 
 class _Chat:
@@ -101,14 +90,14 @@ class _Chat:
         return 1 if self._failed and not self._terminal else 0
 
     async def _heard(self) -> AsyncIterator[str]:
-        """What the user says, never blank."""
+        """Yields what the user says, never blank."""
         if not self._terminal:
             # Nothing else goes on between replies, so the loop may as well wait.
             for line in sys.stdin:
                 if line.strip():
                     yield line.rstrip()
             return
-        prompt = _prompt(self._said)
+        prompt = terminal.prompt(self._said)
         while True:
             try:
                 text = await prompt.prompt_async()
@@ -118,7 +107,8 @@ class _Chat:
                 yield text.rstrip().encode(errors="replace").decode()
 
     async def _attempt(self, deed: Awaitable[None]) -> None:
-        """Tells the service's errors in its sentences. A server that is lost ends what nobody is there to repeat."""
+        """Shows the service's errors in its own sentences. Raises NotecaseError when the server is lost and there is no
+        terminal: nobody is there to repeat what was said."""
         try:
             await deed
         except NotecaseError as error:
@@ -168,11 +158,11 @@ class _Chat:
             screen.aside(f"{screen.attachment(blob)} goes with what you say next.")
 
     async def _show_notes(self) -> None:
-        notes = await self._client.get_state(self._session) if self._session else {}
-        for key, value in sorted(notes.items()):
+        held = await self._client.get_state(self._session) if self._session else {}
+        for key, value in sorted(held.items()):
             click.echo(f"{screen.one_line(key)} = {screen.note(value)}")
-        if not notes:
-            screen.aside(cli_state.NOTHING)
+        if not held:
+            screen.aside(notes.NOTHING)
 
     async def _put_note(self, note: str) -> None:
         key, _, given = note.strip().partition(" ")
@@ -182,15 +172,15 @@ class _Chat:
         if not self._session:
             await self._create()
         try:
-            value = cli_state.parse(given.strip())
+            value = notes.parse(given.strip())
             await self._client.put_state(self._session, key, value)
-        except cli_state.CANNOT:
-            self._fail(cli_state.CANNOT_HOLD)
+        except notes.CANNOT:
+            self._fail(notes.CANNOT_HOLD)
         else:
             screen.aside(f"{screen.one_line(key)} = {screen.note(value)}")
 
     async def _create(self, display_name: str = "", session_id: str = "") -> None:
-        """A session that is named after its first words is found again in a list."""
+        """Creates the session, named after its first words so that it is found again in a list."""
         agent = self._agent.partition("@")[0]
         made = await self._client.create_session(agent, session_id=session_id, display_name=display_name)
         self._session = made.name
@@ -212,8 +202,8 @@ class _Chat:
             self._tell("")
 
     async def _show_history(self, session: v1.Session) -> None:
-        """The last messages but those of the run under way, which its stream shows; all that the user said in a page
-        can be recalled with the arrow keys."""
+        """Shows the last messages, except those of the run under way, which its stream shows. The arrow keys recall all
+        that the user said in a page."""
         request = v1.ListMessagesRequest(parent=session.name, order_by="sequence desc")
         page = (await self._client.messages.ListMessages(request)).messages
         past = [message for message in page if not message.run or message.run != session.active_run]
@@ -222,7 +212,7 @@ class _Chat:
         self._said = [text_of(message) for message in page if message.role == v1.Message.ROLE_USER]
 
     async def _pick_session(self) -> str:
-        """The name of one to resume; empty for a new one."""
+        """Returns the name of the session to resume; empty for a new one."""
         agent = self._agent.partition("@")[0]
         request = v1.ListSessionsRequest(page_size=OFFERED - 1, filter=f'agent = "{agent}"' if agent else "")
         found = (await self._client.sessions.ListSessions(request)).sessions
@@ -236,18 +226,18 @@ class _Chat:
             )
             for one in found
         ]
-        picked = await _choose("Which session?", ["A new one", *screen.aligned(rows)])
+        picked = await terminal.choose("Which session?", ["A new one", *screen.aligned(rows)])
         return found[picked - 1].name if picked else ""
 
     async def _pick_agent(self) -> str:
-        """The name of the one there is, or of the one that the user chooses or makes. Raises ClickException where it
-        would take a user to decide."""
+        """Returns the name of the only agent, or of the one that the user chooses or makes. Raises ClickException where
+        there is no terminal to ask the user at."""
         found = (await self._client.agents.ListAgents(v1.ListAgentsRequest(page_size=OFFERED))).agents
         if len(found) == 1:
             return found[0].name
         if found and self._terminal:
             rows = [(screen.id_of(one.name), screen.one_line(one.display_name, 40)) for one in found]
-            return found[await _choose("Which agent?", screen.aligned(rows))].name
+            return found[await terminal.choose("Which agent?", screen.aligned(rows))].name
         if found:
             ids = ", ".join(screen.id_of(one.name) for one in found)
             raise click.ClickException(f"There are several agents; choose one with --agent, for example of {ids}.")
@@ -257,7 +247,7 @@ class _Chat:
 
     async def _make_agent(self) -> str:
         click.echo(f"There is no agent yet. In a line, what is one to do?\nOr press Enter for: {INSTRUCTION}\n")
-        instruction = (await _prompt([]).prompt_async()).strip() or INSTRUCTION
+        instruction = (await terminal.prompt([]).prompt_async()).strip() or INSTRUCTION
         agent = v1.Agent(display_name="Assistant", llm=v1.LlmAgent(instruction=instruction))
         request = v1.CreateAgentRequest(agent_id="assistant", agent=agent, request_id=uuid.uuid4().hex)
         made = await self._client.agents.CreateAgent(request)
@@ -279,7 +269,7 @@ class _Chat:
             else:
                 showing.cancel()
 
-        with _on_interrupt(interrupt), _hushed(self._terminal):
+        with terminal.on_interrupt(interrupt), terminal.hushed(self._terminal):
             await asyncio.wait([showing])
         reply.end()
         for task in stopping:
@@ -298,13 +288,13 @@ class _Chat:
         self._failed = True
 
     def _tell(self, text: str) -> None:
-        """Says something that only helps who sits at a terminal."""
+        """Says something that helps only at a terminal."""
         if self._terminal:
             screen.aside(text)
 
 
 def _at_home(path: str) -> str:
-    """As a shell has it, which has no part in what is typed at a prompt."""
+    """Expands `~` as a shell would, which does not see what is typed at a prompt."""
     return os.path.expanduser(path)
 
 
@@ -321,63 +311,3 @@ async def _stop(stream: RunStream) -> None:
     except NotecaseError as error:
         if error.reason != "RUN_ENDED":  # it was faster
             raise
-
-
-@contextlib.contextmanager
-def _on_interrupt(act: Callable[[], None]) -> Iterator[None]:
-    """Ctrl-C does that, and afterwards ends the command again."""
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, act)
-    try:
-        yield
-    finally:
-        loop.remove_signal_handler(signal.SIGINT)
-
-
-@contextlib.contextmanager
-def _hushed(terminal: bool) -> Iterator[None]:
-    """Keys pressed meanwhile do not show in the middle of the reply; the next prompt gets them."""
-    if not terminal:
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin)
-    quiet = before.copy()
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
-
-
-def _prompt(said: Iterable[str]) -> PromptSession[str]:
-    """Asks for a line, or several when they are pasted or made with Alt-Enter; the arrow keys recall what was `said`,
-    given newest first. Ctrl-C and Ctrl-D raise EOFError."""
-    keys = KeyBindings()
-
-    @keys.add("escape", "enter")
-    def _(event: KeyPressEvent) -> None:
-        event.current_buffer.insert_text("\n")
-
-    return PromptSession(
-        [("bold ansicyan", screen.PROMPT)],
-        prompt_continuation=screen.CONTINUED,
-        history=InMemoryHistory(list(said)[::-1]),
-        key_bindings=keys,
-        enable_suspend=True,
-        interrupt_exception=EOFError,
-    )
-
-
-async def _choose(question: str, labels: Sequence[str]) -> int:
-    """The index of the label chosen with the arrow keys or its number. Ctrl-C and Ctrl-D raise EOFError."""
-    keys = KeyBindings()
-
-    @keys.add("c-d")
-    def _(event: KeyPressEvent) -> None:
-        event.app.exit(exception=EOFError())
-
-    menu = ChoiceInput(
-        message=question, options=list(enumerate(labels)), interrupt_exception=EOFError, key_bindings=keys
-    )
-    return await menu.prompt_async()

@@ -1,4 +1,4 @@
-"""State from a terminal or a script, in any of its three scopes: read, put and watched."""
+"""Reads, puts and watches state in any of its three scopes, for a terminal or a script."""
 
 import base64
 import json
@@ -13,27 +13,27 @@ from google.protobuf.message import DecodeError
 from notecase import Client, NotecaseError, Plain, Retry, from_value, v1
 from notecase.retry import Backoff
 
-from notecase_server import cli_screen as screen
+from notecase_server.cli import screen
 
 CANNOT = (OverflowError, UnicodeError, RecursionError, DecodeError)
-"""What comes of a value that state cannot hold; the last where it is deeper than protobuf copies."""
+"""What is raised for a value that state cannot hold; DecodeError when it is deeper than protobuf copies."""
 
 CANNOT_HOLD = "State cannot hold that: integers have 64 bits, text is Unicode, lists are 16 levels deep."
 
 NOTHING = "There are no notes yet."
 
 PATIENT = Retry(tries=1000)
-"""A watch goes on where it was until it is told to stop, or after more than an hour without a server."""
+"""A watch resumes after a cut, and gives up after more than an hour without a server."""
 
 
 def owner_of(given: str) -> str:
-    """Whose state is meant: app, users/ID or sessions/ID, which may also be given as ID or with its /state."""
+    """Returns the owner of a state: app, users/ID or sessions/ID, which may also be given as ID or with its /state."""
     owner = given.removesuffix("/state")
     return owner if owner == "app" or owner.startswith(("users/", "sessions/")) else f"sessions/{owner}"
 
 
 def parse(given: str) -> Plain:
-    """JSON as what it is and all else as text; NaN and Infinity are no JSON.
+    """Reads JSON as what it is and all else as text; NaN and Infinity are not JSON.
 
     Raises RecursionError for lists in lists without end."""
     try:
@@ -44,18 +44,17 @@ def parse(given: str) -> Plain:
 
 
 async def as_json(client: Client, given: str) -> Plain:
-    """JSON as what it is and all else as text; see `parse`."""
+    """Reads JSON as what it is and all else as text; see `parse`."""
     return parse(given)
 
 
 async def as_text(client: Client, given: str) -> Plain:
-    """Text, whatever it looks like."""
+    """Takes the value as text, whatever it looks like."""
     return given
 
 
 async def as_file(client: Client, given: str) -> Plain:
-    """The content of a file, uploaded. Raises ClickException when it cannot be read, or its name does not tell what it
-    is."""
+    """Uploads a file. Raises ClickException when it cannot be read, or when its name does not say what kind it is."""
     try:
         return await client.upload(given)
     except OSError as error:
@@ -107,7 +106,7 @@ async def put(
     read: Callable[[Client, str], Awaitable[Plain]],
     if_version: int | None,
 ) -> None:
-    """Sets a key and tells its version, which is all that a script reads. `read` says what is meant by what was given.
+    """Sets a key and prints its version, which is all that a script reads. `read` makes the value from what was typed.
 
     Raises ClickException for what state cannot hold."""
     try:
@@ -123,10 +122,10 @@ async def put(
 
 
 async def watch(client: Client, session: str) -> None:
-    """Prints what changes from now on in the state of the session, of its user and of the app. A cut, or a server that
-    restarts, is waited for, and what changed meanwhile is told then.
+    """Prints what changes from now on in the state of the session, of its user and of the app. Waits for a server that
+    is away, and then prints what changed meanwhile.
 
-    Raises NotecaseError when there is no such session, or none any more."""
+    Raises NotecaseError when the session does not exist, or not any more."""
     found = await client.sessions.GetSession(v1.GetSessionRequest(name=session))
     others = {f"{owner}/state": _Beside(client, owner) for owner in filter(None, (found.user, "app"))}
     request = v1.WatchEventsRequest(name=found.name, options=v1.WatchOptions(keep_open=True))
@@ -154,8 +153,8 @@ async def watch(client: Client, session: str) -> None:
 
 
 class _Beside:
-    """The state of a user or of the app, which lies beside the session's log: no stream tells again what it missed of
-    it, so it is read when a version is missing."""
+    """The state of a user or of the app. It is not part of the session's log, so no stream repeats its changes; it is
+    read again when a version is missing."""
 
     def __init__(self, client: Client, owner: str) -> None:
         self._client = client
@@ -164,7 +163,7 @@ class _Beside:
         self._keys: set[str] = set()
 
     async def told(self, change: v1.StateChanged) -> list[v1.StateChanged]:
-        """What is new in a change that the stream told."""
+        """Returns what is new in a change from the stream."""
         if change.version > self._version + 1:
             return await self.missed()
         if change.version <= self._version:
@@ -175,7 +174,7 @@ class _Beside:
         return [change]
 
     async def missed(self) -> list[v1.StateChanged]:
-        """What has changed since the last that was told, key by key as it is now; at first nothing."""
+        """Returns what has changed since the last change that was shown, key by key as it is now; at first nothing."""
         name, before = f"{self._owner}/state", self._version
         head = await self._client.state.GetState(v1.GetStateRequest(name=name, page_size=1))
         if head.version == before:
@@ -211,7 +210,7 @@ async def _entries(client: Client, owner: str, keys: Iterable[str] = ()) -> Asyn
 
 
 def _json(value: Any, indent: int | None = None) -> str:
-    """Bytes are base64 and a file is its reference, as in protobuf's JSON."""
+    """Returns JSON in which bytes are base64 and a file is its reference, as in protobuf's JSON."""
     return json.dumps(value, ensure_ascii=False, indent=indent, default=_json_of)
 
 
@@ -222,7 +221,7 @@ def _json_of(held: bytes | v1.Blob) -> Any:
 
 
 def _print_alone(value: Any, as_json: bool) -> None:
-    """A value whole: text and bytes as they are, as far as a terminal may have them, all else as JSON."""
+    """Prints a whole value: text and bytes as they are, as far as a terminal may have them, all else as JSON."""
     terminal = sys.stdout.isatty()
     if as_json or not isinstance(value, str | bytes | v1.Blob):
         click.echo(_json(value))
@@ -233,7 +232,7 @@ def _print_alone(value: Any, as_json: bool) -> None:
 
 
 def _print_changes(changes: Iterable[v1.StateChanged]) -> None:
-    """A line for each operation: for people, or as an object of JSON."""
+    """Prints a line for each operation: for people, or as an object of JSON."""
     terminal = sys.stdout.isatty()
     for change in changes:
         for op in change.ops:

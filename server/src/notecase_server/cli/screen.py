@@ -1,6 +1,6 @@
-"""What the commands show: what a user, a model or a note says comes out as text and cannot command the terminal.
+"""What the commands show. Text of a user, a model or a note cannot command the terminal.
 
-Standard output carries what was asked for, the agent's words and the tables; standard error all that stands around it.
+Standard output carries what was asked for: the agent's words and the tables. Everything else goes to standard error.
 """
 
 import json
@@ -13,22 +13,22 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import NotecaseError, RunStream, v1
 
 PROMPT = "> "
-"""Before what a user says, typed or shown."""
+"""Stands before what a user says, typed or shown."""
 
 CONTINUED = " " * len(PROMPT)
-"""Before its further lines."""
+"""Stands before its further lines."""
 
 _HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"} | {ord("\r"): None}
 """Escape and its relatives would move the cursor, rename the window or write into the clipboard."""
 
 
 def harmless(text: str) -> str:
-    """The text with its lines, without what a terminal would obey."""
+    """Returns the text with its lines, without what a terminal would obey."""
     return text.translate(_HARMLESS)
 
 
 def one_line(text: str, most: int = 60) -> str:
-    """Its words on one line of at most so many characters."""
+    """Returns the words of a text on one line of at most so many characters."""
     line = " ".join(harmless(text).split())
     return line if len(line) <= most else f"{line[: most - 1]}…"
 
@@ -44,7 +44,7 @@ def failure(text: str) -> None:
 
 
 def sentence(error: NotecaseError, server: str) -> str:
-    """What went wrong, in the service's words where it is the service that speaks."""
+    """Says what went wrong, in the service's own words where the error is the service's."""
     if error.reason:
         return harmless(error.message)
     if error.code.name == "UNAVAILABLE":
@@ -53,12 +53,12 @@ def sentence(error: NotecaseError, server: str) -> str:
 
 
 def id_of(name: str) -> str:
-    """The last part of a resource name, which is what the commands take."""
+    """Returns the last part of a resource name, which the commands take."""
     return name.rpartition("/")[2]
 
 
 def moment(time: Timestamp) -> str:
-    """A time as the clock on the wall shows it, to the minute."""
+    """Returns a time in the local time zone, to the minute."""
     return time.ToDatetime(UTC).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
@@ -67,17 +67,17 @@ def activity(session: v1.Session) -> str:
 
 
 def author(found: v1.Message) -> str:
-    """Who said it, or else in which role."""
+    """Returns a message's author, or else its role."""
     return found.author or v1.Message.Role.Name(found.role).removeprefix("ROLE_").lower()
 
 
 def model_of(agent: v1.Agent) -> str:
-    """Its provider and model, as far as the agent names them; the rest is the server's default."""
+    """Returns an agent's provider and model as far as it names them; the rest is the server's default."""
     return harmless("/".join(filter(None, (agent.llm.provider, agent.llm.model)))) or "default"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """A line for each row, its columns as wide as what stands in them."""
+    """Returns a line for each row, with columns as wide as their widest cell."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -92,7 +92,7 @@ def _summed_up(held: bytes | v1.Blob) -> str:
 
 
 def note(value: Any, most: int = 200) -> str:
-    """A value of state on one line: text as it is, all else as JSON, bytes by their number."""
+    """Returns a value of state on one line: text as it is, all else as JSON, bytes as their number."""
     if isinstance(value, str | v1.Blob):
         return one_line(value if isinstance(value, str) else attachment(value), most)
     shown = json.dumps(value, ensure_ascii=False, default=_summed_up)
@@ -100,13 +100,13 @@ def note(value: Any, most: int = 200) -> str:
 
 
 def attachment(blob: v1.Blob) -> str:
-    """A reference to content, on one line."""
+    """Returns a reference to content on one line."""
     name = f"{one_line(blob.filename)}, " if blob.filename else ""
     return f"{name}{one_line(blob.media_type)}, {blob.size_bytes} bytes"
 
 
 def message(found: v1.Message, most: int | None = None) -> str:
-    """A whole message, the text of each part cut to so many characters."""
+    """Returns a whole message, the text of each part cut to so many characters."""
     lines = [_part(part, most) for part in found.parts]
     if found.status == v1.Message.STATUS_INCOMPLETE:
         lines.append(click.style("(cut off)", dim=True))
@@ -144,14 +144,14 @@ def _refusal(text: str) -> str:
 
 
 def call(made: v1.ToolCall) -> str:
-    """A tool call and what became of it, on one line."""
+    """Returns a tool call and its outcome on one line."""
     outcome = v1.ToolCall.Outcome.Name(made.outcome).removeprefix("OUTCOME_").lower()
     told = one_line(made.error or " ".join(part.text or part.json for part in made.result), 120)
     return f"→ {one_line(made.tool)}({one_line(made.arguments, 80)}) {outcome}{': ' if told else ''}{told}"
 
 
 def summarized(made: v1.Summarized) -> str:
-    """On one line, and no more of its text than tells that it is about this conversation."""
+    """Returns a summary on one line, with enough of its text to see that it is about this conversation."""
     return f"Summarised for the model: {one_line(made.text, 80)}"
 
 
@@ -162,7 +162,7 @@ class Reply:
     a terminal the agent's words alone go to standard output, exactly, with a line break after each message."""
 
     def __init__(self, stream: RunStream, terminal: bool, echo: bool = False) -> None:
-        """With `echo` what the user said is shown too, which it is not where it has just been typed."""
+        """With `echo` the user's messages are shown, too; where they have just been typed they are not."""
         self._stream = stream
         self._terminal = terminal
         self._echo = echo
@@ -171,13 +171,13 @@ class Reply:
         self._waiting = False
 
     def wait(self) -> None:
-        """Shows that something is to come."""
+        """Shows that a reply is awaited."""
         if self._terminal:
             click.secho("…", dim=True, nl=False)
             self._waiting = True
 
     def show(self, event: v1.Event) -> None:
-        """Takes the next event of the stream, once the stream's view has it."""
+        """Shows the next event of the stream, once the stream's view has it."""
         delta, added = event.block_delta, event.message_added
         match event.WhichOneof("payload"):
             case "block_delta":
@@ -196,7 +196,7 @@ class Reply:
                 self._change(event.run_state_changed)
 
     def end(self) -> None:
-        """Leaves the cursor at the beginning of a line; may be called twice."""
+        """Moves the cursor to the beginning of a line; may be called twice."""
         self._awaken()
         if self._block is not None:
             click.echo()
@@ -220,7 +220,7 @@ class Reply:
             self._aside("The model stopped there, having reached its limit of tokens.")
 
     def _grow(self, block: tuple[str, int], kind: str, text: str) -> None:
-        """Shows what a block has that is not on the screen yet."""
+        """Shows the part of a block that is not on the screen yet."""
         shown = self._shown.get(block, 0)
         if len(text) <= shown or kind not in {"text", "json", "refusal", "reasoning"}:
             return

@@ -1,0 +1,30 @@
+"""The `notecase` command. Each group of commands is a module here, imported when one of its commands is named; all but
+`serve` and `backup` know a server only by its address."""
+
+import click
+
+from notecase_server import __version__
+from notecase_server.cli.lazy import Lazy, LazyGroup
+
+COMMANDS = {
+    "agents": Lazy("look:agents", "List agents by name."),
+    "backup": Lazy("backup:backup", "Copy a store to the file DEST, while a server goes on with it."),
+    "chat": Lazy("chat:chat", "Talk with an agent."),
+    "export": Lazy("transfer:export_session", "Write a session to a file, to be imported here or elsewhere."),
+    "health": Lazy("health:health", "Ask a server how it is."),
+    "import": Lazy("transfer:import_session", "Make a new session of an exported one."),
+    "serve": Lazy("serve:serve", "Serve until SIGTERM or SIGINT."),
+    "sessions": Lazy("look:sessions", "List sessions, the last created first."),
+    "state": Lazy("state:state", "Read, put and watch the notes of a session, a user or the app."),
+}
+
+HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
+
+
+@click.group(cls=LazyGroup, table=COMMANDS, context_settings=HELP)
+@click.version_option(__version__, prog_name="notecase")
+def main() -> None:
+    """A self-hosted gRPC agent service: agents, their sessions, state, messages and runs.
+
+    Every option that shows a NOTECASE_ variable can also be set by it.
+    """

@@ -1,0 +1,38 @@
+"""How a command talks to a server, and how it ends."""
+
+import asyncio
+import io
+import sys
+from collections.abc import Awaitable, Callable
+
+import click
+from notecase import Client, NotecaseError
+
+from notecase_server.cli import screen
+
+INTERRUPTED = 130
+"""The exit code of a command that Ctrl-C ended, as shells have it."""
+
+
+def ask(server: str, conversation: Callable[[Client], Awaitable[int | None]]) -> None:
+    """Talks to a server and exits with the code that the conversation returns. Raises ClickException, whose exit code
+    is 1, with a sentence for what went wrong."""
+
+    async def talk() -> int | None:
+        async with Client(server) as client:
+            return await conversation(client)
+
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that one of them does not know is shown as another
+    try:
+        sys.exit(asyncio.run(talk()))
+    except NotecaseError as error:
+        raise click.ClickException(screen.sentence(error, server)) from None
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def name_of(collection: str, given: str) -> str:
+    """Returns the resource name for an id, or for what is a name already."""
+    return given if given.startswith(f"{collection}/") else f"{collection}/{given}"

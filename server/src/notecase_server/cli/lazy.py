@@ -1,0 +1,35 @@
+"""Loads commands when they are asked for, so that one command does not pay for the imports of all."""
+
+import pkgutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import click
+
+
+class Lazy(NamedTuple):
+    """Where a command is, and what the list of commands says of it."""
+
+    place: str
+    """The command's module within `notecase_server.cli` and its name there, such as "transfer:export_session"."""
+    summary: str
+    """The first sentence of the command's help, here so that listing the commands imports none of them."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when the command is named."""
+
+    def __init__(self, *, table: Mapping[str, Lazy], **settings: Any) -> None:
+        names = {name: click.Command(name) for name in table}  # for the list, and for a hint at a name typed wrongly
+        super().__init__(commands=names, **settings)
+        self.table = table
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.table:
+            return None
+        command: click.Command = pkgutil.resolve_name(f"notecase_server.cli.{self.table[cmd_name].place}")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, self.table[name].summary) for name in self.list_commands(ctx)])

@@ -1,0 +1,143 @@
+"""`notecase serve`."""
+
+from pathlib import Path
+from typing import Literal
+
+import click
+import uvloop
+
+from notecase_server.cli.options import DEFAULT_ADDRESS, STORE, address
+from notecase_server.config import Settings, configure_logging, is_loopback, openai_from_environment
+from notecase_server.serve import ProviderSettingsError
+from notecase_server.serve import serve as serve_forever
+from notecase_server.store.contract import StoreOpenError
+from notecase_server.tools.contract import ToolSettingsError
+from notecase_server.tools.mcp_settings import read_mcp_servers
+
+
+@click.command()
+@click.option(
+    "--listen",
+    default=DEFAULT_ADDRESS,
+    envvar="NOTECASE_LISTEN",
+    show_envvar=True,
+    metavar="HOST:PORT",
+    callback=address,
+    help="Where to serve; port 0 takes a free one and prints it.",
+)
+@STORE
+@click.option(
+    "--insecure",
+    is_flag=True,
+    envvar="NOTECASE_INSECURE",
+    show_envvar=True,
+    help="Serve beyond this machine, with no TLS and no credentials: everybody who reaches the port may do all.",
+)
+@click.option(
+    "--max-runs",
+    type=click.IntRange(1),
+    default=1000,
+    envvar="NOTECASE_MAX_RUNS",
+    show_envvar=True,
+    help="Runs under way at once; a start above it is refused with RESOURCE_EXHAUSTED.",
+)
+@click.option(
+    "--max-blob-bytes",
+    type=click.IntRange(1),
+    default=256 << 20,
+    envvar="NOTECASE_MAX_BLOB_BYTES",
+    show_envvar=True,
+    help="The largest content that is stored.",
+)
+@click.option(
+    "--max-session-bytes",
+    type=click.IntRange(1),
+    default=1 << 30,
+    envvar="NOTECASE_MAX_SESSION_BYTES",
+    show_envvar=True,
+    help="The most content, in all, that one session refers to.",
+)
+@click.option(
+    "--grace",
+    type=click.FloatRange(0),
+    default=10.0,
+    envvar="NOTECASE_GRACE",
+    show_envvar=True,
+    metavar="SECONDS",
+    help="How long runs may take to their next commit when the server stops; the rest goes on at the next start.",
+)
+@click.option(
+    "--tools",
+    multiple=True,
+    envvar="NOTECASE_TOOLS",
+    show_envvar=True,
+    metavar="MODULE",
+    help="A Python module whose functions marked with @tool agents may call; may be given several times.",
+)
+@click.option(
+    "--mcp-config",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    envvar="NOTECASE_MCP_CONFIG",
+    show_envvar=True,
+    metavar="FILE",
+    help="MCP servers whose tools agents may call: JSON or TOML with `mcpServers`.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["console", "json"]),
+    default="console",
+    envvar="NOTECASE_LOG_FORMAT",
+    show_envvar=True,
+    help="For people, or one JSON object a line. Logs go to standard error and hold no message contents.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    envvar="NOTECASE_LOG_LEVEL",
+    show_envvar=True,
+    help="The least that is logged.",
+)
+def serve(
+    listen: str,
+    store: str,
+    insecure: bool,
+    max_runs: int,
+    max_blob_bytes: int,
+    max_session_bytes: int,
+    grace: float,
+    tools: tuple[str, ...],
+    mcp_config: Path | None,
+    log_format: Literal["console", "json"],
+    log_level: str,
+) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    The model's provider is `openai` when OPENAI_API_KEY or OPENAI_BASE_URL is set (OPENAI_MODEL names the default
+    model), and the built-in `offline` one otherwise.
+    """
+    if not insecure and not is_loopback(listen):
+        raise click.ClickException(
+            f"{listen} can be reached from other machines, and this server has no TLS and no credentials yet. "
+            f"Listen on {DEFAULT_ADDRESS}, or say --insecure where the network itself is trusted."
+        )
+    configure_logging(log_format, log_level)
+    try:
+        settings = Settings(
+            listen=listen,
+            store=store,
+            max_runs=max_runs,
+            max_blob_bytes=max_blob_bytes,
+            max_session_bytes=max_session_bytes,
+            grace=grace,
+            openai=openai_from_environment(),
+            tools=tools,
+            mcp_servers=read_mcp_servers(mcp_config) if mcp_config else {},
+        )
+        uvloop.run(serve_forever(settings, lambda port: click.echo(f"listening on port {port}")))
+    except (StoreOpenError, ToolSettingsError, ProviderSettingsError) as error:
+        raise click.ClickException(str(error)) from None
+    except RuntimeError as error:
+        if "bind" not in str(error):
+            raise
+        raise click.ClickException(f"{listen} cannot be listened on; another server may have it.") from None

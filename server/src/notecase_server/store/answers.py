@@ -1,0 +1,112 @@
+"""What a write is answered: made from its result in one place, for the caller and for the record of the request.
+
+Pure, and part of the write's own transaction: a repeat is then answered in the very words of the first time.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+from notecase import v1
+
+from notecase_server import names
+from notecase_server.store.contract import PAGE_BYTES, Answer, Committed
+
+M = TypeVar("M", bound=Message)
+
+Result = Committed | v1.Session | v1.State | v1.Agent | None
+"""What writes return: a commit, a session that was edited or imported, a user's or the app's state, an agent; None for
+a deletion."""
+
+
+def of(answer: Answer, result: Result) -> Any:
+    """The answer, a message with whole names. What it is made from is not changed."""
+    return _ANSWERS[answer.kind](answer, result)
+
+
+def _nothing(answer: Answer, result: Result) -> Empty:
+    return Empty()
+
+
+def _session(answer: Answer, result: Result) -> v1.Session:
+    row = result.session if isinstance(result, Committed) else result
+    assert isinstance(row, v1.Session)
+    return names.render_session(_copied(row))
+
+
+def _run(answer: Answer, result: Result) -> v1.Run:
+    assert isinstance(result, Committed)
+    return names.render_run(result.session.name, _copied(result.runs[answer.name]))
+
+
+def _started(answer: Answer, result: Result) -> v1.Run:
+    """The run that a start made or queued, where it may have ended another one."""
+    assert isinstance(result, Committed)
+    (run,) = [
+        event.run for event in result.events if event.HasField("run_started") or event.command_queued.HasField("start")
+    ]
+    return _run(Answer("run", run), result)
+
+
+def _entry(answer: Answer, result: Result) -> v1.StateEntry:
+    return _written(result).entries[answer.name]
+
+
+def _state(answer: Answer, result: Result) -> v1.State:
+    """The state by its whole name. Once the entries hold a page, the others come without their values."""
+    state, size = _copied(_written(result)), 0
+    for key in sorted(state.entries):
+        entry = state.entries[key]
+        if size >= PAGE_BYTES:
+            entry.ClearField("value")
+        size += len(key) + entry.ByteSize()
+    state.name = answer.name
+    return state
+
+
+def _messages(answer: Answer, result: Result) -> v1.AppendMessagesResponse:
+    assert isinstance(result, Committed)
+    added = [
+        names.render_message(result.session.name, _copied(event.message_added))
+        for event in result.events
+        if event.HasField("message_added")
+    ]
+    return v1.AppendMessagesResponse(messages=added, last_sequence=result.events[-1].sequence)
+
+
+def _agent(answer: Answer, result: Result) -> v1.Agent:
+    assert isinstance(result, v1.Agent)
+    return _copied(result)
+
+
+def _erased(answer: Answer, result: Result) -> v1.EraseUserResponse:
+    return v1.EraseUserResponse(sessions_deleted=answer.erased)
+
+
+def _written(result: Result) -> v1.State:
+    """The one state that a write of state changed."""
+    if isinstance(result, Committed):
+        (state,) = result.state.values()
+        return state
+    assert isinstance(result, v1.State)
+    return result
+
+
+def _copied(row: M) -> M:
+    copy = type(row)()
+    copy.CopyFrom(row)
+    return copy
+
+
+_ANSWERS: Mapping[str, Callable[[Answer, Result], Message]] = {
+    "nothing": _nothing,
+    "session": _session,
+    "run": _run,
+    "started": _started,
+    "entry": _entry,
+    "state": _state,
+    "messages": _messages,
+    "agent": _agent,
+    "erased": _erased,
+}

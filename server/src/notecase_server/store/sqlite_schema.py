@@ -1,0 +1,203 @@
+"""The tables of a SQLite store, as they are now.
+
+Rows lie in the order of their keys, so that the rows of one session are neighbours and each is written once. `body` is
+the serialized message; the columns next to it are what lists search by. `labels` is explained in sqlite_tables. A
+session is known by its uid everywhere; only `session_names` finds it by its name.
+"""
+
+VERSION = 2
+"""Number of the schema, in the file's header as user_version. Files of version 1 are converted when they are opened."""
+
+SCHEMA = (
+    "CREATE TABLE store (secret BLOB NOT NULL)",
+    """CREATE TABLE sessions (
+        tenant TEXT NOT NULL,
+        uid TEXT NOT NULL,
+        session TEXT NOT NULL,
+        user TEXT NOT NULL,
+        agent TEXT NOT NULL,
+        activity INTEGER NOT NULL,
+        display_name TEXT NOT NULL,
+        create_time INTEGER NOT NULL,
+        update_time INTEGER NOT NULL,
+        expire_time INTEGER,
+        labels TEXT,
+        epoch INTEGER NOT NULL,
+        commits TEXT,
+        body BLOB NOT NULL,
+        PRIMARY KEY (tenant, uid)
+    ) WITHOUT ROWID""",
+    """CREATE TABLE session_names (
+        tenant TEXT NOT NULL,
+        session TEXT NOT NULL,
+        uid TEXT NOT NULL,
+        PRIMARY KEY (tenant, session)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX sessions_by_time ON sessions (tenant, create_time, uid)",
+    "CREATE INDEX sessions_by_user ON sessions (tenant, user, create_time, uid)",
+    "CREATE INDEX sessions_by_expiry ON sessions (expire_time, tenant, uid) WHERE expire_time IS NOT NULL",
+    """CREATE TABLE events (
+        tenant TEXT NOT NULL,
+        uid TEXT NOT NULL,
+        sequence INTEGER NOT NULL,
+        tells_past INTEGER NOT NULL,
+        body BLOB NOT NULL,
+        PRIMARY KEY (tenant, uid, sequence)
+    ) WITHOUT ROWID""",
+    # What a state was is told by the few events that changed it or rewound.
+    "CREATE INDEX events_of_past ON events (tenant, uid, sequence) WHERE tells_past = 1",
+    # A message is the event that added it, until something changes it and it gets a body of its own.
+    """CREATE TABLE messages (
+        tenant TEXT NOT NULL,
+        uid TEXT NOT NULL,
+        sequence INTEGER NOT NULL,
+        message TEXT NOT NULL,
+        run TEXT NOT NULL,
+        step TEXT NOT NULL,
+        superseded INTEGER NOT NULL,
+        update_sequence INTEGER NOT NULL,
+        body BLOB,
+        PRIMARY KEY (tenant, uid, sequence)
+    ) WITHOUT ROWID""",
+    "CREATE UNIQUE INDEX messages_by_id ON messages (tenant, uid, message)",
+    """CREATE TABLE calls (
+        tenant TEXT NOT NULL,
+        uid TEXT NOT NULL,
+        call_id TEXT NOT NULL,
+        message TEXT NOT NULL,
+        PRIMARY KEY (tenant, uid, call_id)
+    ) WITHOUT ROWID""",
+    """CREATE TABLE runs (
+        tenant TEXT NOT NULL,
+        uid TEXT NOT NULL,
+        run TEXT NOT NULL,
+        state INTEGER NOT NULL,
+        agent TEXT NOT NULL,
+        create_time INTEGER NOT NULL,
+        labels TEXT,
+        first_sequence INTEGER NOT NULL,
+        last_sequence INTEGER NOT NULL,
+        digest BLOB NOT NULL,
+        body BLOB NOT NULL,
+        PRIMARY KEY (tenant, uid, run)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX runs_by_time ON runs (tenant, create_time, uid, run)",
+    "CREATE INDEX runs_by_session ON runs (tenant, uid, create_time, run)",
+    # What runs or waits over all sessions is asked often, and is few among many.
+    "CREATE INDEX runs_by_state ON runs (tenant, state, create_time, uid, run)",
+    # What is kept of each run that has not ended, apart from its row, which every commit writes anew.
+    """CREATE TABLE active_runs (
+        tenant TEXT NOT NULL,
+        uid TEXT NOT NULL,
+        run TEXT NOT NULL,
+        step TEXT NOT NULL,
+        deaths INTEGER NOT NULL,
+        released INTEGER NOT NULL,
+        agent BLOB NOT NULL,
+        PRIMARY KEY (tenant, uid, run, step)
+    ) WITHOUT ROWID""",
+    """CREATE TABLE states (
+        tenant TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        id TEXT NOT NULL,
+        version INTEGER NOT NULL,
+        PRIMARY KEY (tenant, kind, id)
+    ) WITHOUT ROWID""",
+    """CREATE TABLE entries (
+        tenant TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        id TEXT NOT NULL,
+        key TEXT NOT NULL,
+        body BLOB NOT NULL,
+        PRIMARY KEY (tenant, kind, id, key)
+    ) WITHOUT ROWID""",
+    """CREATE TABLE commands (
+        tenant TEXT NOT NULL,
+        uid TEXT NOT NULL,
+        command_id TEXT NOT NULL,
+        digest BLOB NOT NULL,
+        sequence INTEGER NOT NULL,
+        run TEXT NOT NULL,
+        PRIMARY KEY (tenant, uid, command_id)
+    ) WITHOUT ROWID""",
+    """CREATE TABLE requests (
+        tenant TEXT NOT NULL,
+        subject TEXT NOT NULL,
+        rpc TEXT NOT NULL,
+        request_id TEXT NOT NULL,
+        digest BLOB NOT NULL,
+        response BLOB,
+        about TEXT NOT NULL,
+        owner TEXT NOT NULL,
+        create_time INTEGER NOT NULL,
+        PRIMARY KEY (tenant, subject, rpc, request_id)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX requests_by_time ON requests (create_time)",
+    # Content lies in pieces under a number, so that an upload becomes a blob without being written again. The
+    # pieces are in rows and not in files beside the database: writing them costs twice the time, and everything
+    # is in one place for a backup, for a commit, and for deletion.
+    "CREATE TABLE contents (content INTEGER PRIMARY KEY, discarded INTEGER NOT NULL)",
+    "CREATE INDEX contents_discarded ON contents (content) WHERE discarded",
+    """CREATE TABLE chunks (
+        content INTEGER NOT NULL,
+        start INTEGER NOT NULL,
+        data BLOB NOT NULL,
+        PRIMARY KEY (content, start)
+    )""",
+    """CREATE TABLE blobs (
+        tenant TEXT NOT NULL,
+        sha256 TEXT NOT NULL,
+        content INTEGER NOT NULL,
+        size INTEGER NOT NULL,
+        upload_time INTEGER NOT NULL,
+        PRIMARY KEY (tenant, sha256)
+    ) WITHOUT ROWID""",
+    # Who uploaded a blob may name it; so may a session that refers to it.
+    """CREATE TABLE uploaders (
+        tenant TEXT NOT NULL,
+        sha256 TEXT NOT NULL,
+        subject TEXT NOT NULL,
+        PRIMARY KEY (tenant, sha256, subject)
+    ) WITHOUT ROWID""",
+    # A session's log refers under the empty key, from its first event that does; other states by their entries.
+    """CREATE TABLE blob_references (
+        tenant TEXT NOT NULL,
+        kind TEXT NOT NULL,
+        id TEXT NOT NULL,
+        key TEXT NOT NULL,
+        sha256 TEXT NOT NULL,
+        sequence INTEGER NOT NULL,
+        PRIMARY KEY (tenant, kind, id, key, sha256)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX references_by_blob ON blob_references (tenant, sha256)",
+    """CREATE TABLE uploads (
+        tenant TEXT NOT NULL,
+        upload_id TEXT NOT NULL,
+        content INTEGER NOT NULL,
+        size INTEGER NOT NULL,
+        expire_time INTEGER NOT NULL,
+        sha256 TEXT NOT NULL,
+        PRIMARY KEY (tenant, upload_id)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX uploads_by_time ON uploads (expire_time)",
+    "CREATE INDEX requests_by_owner ON requests (tenant, owner) WHERE owner != ''",
+    # The row of a deleted agent stays, without revisions, for its last number.
+    """CREATE TABLE agents (
+        tenant TEXT NOT NULL,
+        agent TEXT NOT NULL,
+        revision INTEGER NOT NULL,
+        display_name TEXT NOT NULL,
+        create_time INTEGER NOT NULL,
+        update_time INTEGER NOT NULL,
+        labels TEXT,
+        PRIMARY KEY (tenant, agent)
+    ) WITHOUT ROWID""",
+    """CREATE TABLE revisions (
+        tenant TEXT NOT NULL,
+        agent TEXT NOT NULL,
+        revision INTEGER NOT NULL,
+        body BLOB NOT NULL,
+        PRIMARY KEY (tenant, agent, revision)
+    ) WITHOUT ROWID""",
+)
+"""What makes all of it in an empty file."""

@@ -1,0 +1,384 @@
+"""A store that the first schema was left in opens: everything is there, and until all of it is converted nothing is
+changed."""
+
+import base64
+import gzip
+import hashlib
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
+from notecase import v1
+from notecase_server import names
+from notecase_server.store import bindings, sqlite_file
+from notecase_server.store.contract import Answer, Once, Query, Replayed, Scope, SessionKey, StoreOpenError
+from notecase_server.store.sqlite import SqliteStore
+
+from tests.store.build import ManualClock, refused, said
+from tests.store.test_sqlite import full_disk
+
+HERE = Path(__file__).parent
+FIXTURES = HERE.parent / "fixtures"
+ALL = Query(1000)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """The store as its server left it."""
+    file = tmp_path / "store.db"
+    file.write_bytes(gzip.decompress((FIXTURES / "schema-1.db.gz").read_bytes()))
+    return file
+
+
+@pytest.fixture
+def large(path: Path) -> Path:
+    """One that does not fit into SQLite's memory, so that much of its conversion is written before it is committed."""
+    event = said("m", "x" * 4000)
+    with sqlite3.connect(path) as connection:
+        connection.execute(
+            """WITH RECURSIVE numbers(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM numbers WHERE n < 3000)
+                INSERT INTO events SELECT 'default', 'agentless', n, 0, ? FROM numbers""",
+            (event.SerializeToString(),),
+        )
+    connection.close()
+    return path
+
+
+@contextmanager
+def migrating(path: Path, rows: int) -> Iterator[subprocess.Popen[str]]:
+    """A process that converts the store; see migrate.py. Killed at the end, whatever it does."""
+    command = [sys.executable, str(HERE / "migrate.py"), str(path), str(rows)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as running:
+        try:
+            yield running
+        finally:
+            running.kill()
+
+
+def go_on(running: subprocess.Popen[str]) -> str:
+    """Lets it go to its next line; empty when there is none."""
+    assert running.stdin is not None
+    assert running.stdout is not None
+    running.stdin.write("\n")
+    running.stdin.flush()
+    return running.stdout.readline().rstrip("\n")
+
+
+def first_line(running: subprocess.Popen[str]) -> str:
+    assert running.stdout is not None
+    return running.stdout.readline().rstrip("\n")
+
+
+def dumped(path: Path) -> str:
+    """A digest of all that is in the file, its schema too."""
+    digest = hashlib.sha256()
+    with sqlite3.connect(path) as connection:
+        for statement in connection.iterdump():
+            digest.update(statement.encode())
+        digest.update(str(connection.execute("PRAGMA user_version").fetchone()).encode())
+    connection.close()
+    return digest.hexdigest()
+
+
+def facts(path: Path, statement: str) -> list[Any]:
+    with sqlite3.connect(path) as connection:
+        found = connection.execute(statement).fetchall()
+    connection.close()
+    return found
+
+
+def schema(path: Path) -> dict[str, str]:
+    rows = facts(path, "SELECT name, sql FROM sqlite_master WHERE sql IS NOT NULL")
+    return {name: " ".join(sql.split()).replace("( ", "(").replace('"', "") for name, sql in rows}
+
+
+async def refusal(path: Path) -> str:
+    with pytest.raises(StoreOpenError) as caught:
+        await SqliteStore.open(path, ManualClock())
+    return str(caught.value)
+
+
+def told(message: Message) -> dict[str, Any]:
+    return MessageToDict(message, preserving_proto_field_name=True)
+
+
+async def told_session(store: SqliteStore, key: SessionKey, row: v1.Session) -> dict[str, Any]:
+    events: list[v1.Event] = []
+    while page := await store.read_events(key, len(events)):
+        events += page
+    messages = (await store.list_messages(key, ALL, superseded=True)).rows
+    runs = []
+    for listed in (await store.list_runs(key.tenant, key, ALL)).rows:
+        found = await store.get_run(key, listed.name.rpartition("/")[2])
+        assert found is not None
+        runs.append(told(names.render_run(key.session, found[0])))
+    user = row.user
+    return {
+        "session": told(names.render_session(row)),
+        "events": [told(names.render_event(key.session, user, event)) for event in events],
+        "messages": [told(names.render_message(key.session, message)) for message in messages],
+        "runs": runs,
+        "state": await told_state(store, key.state, f"sessions/{key.session}/state"),
+    }
+
+
+async def told_state(store: SqliteStore, scope: Scope, name: str) -> dict[str, Any]:
+    state, _ = await store.list_state(scope, ALL)
+    state.name = name
+    return told(state)
+
+
+def without(found: Any, *dropped: str) -> Any:
+    """All of it but the fields named, however deep."""
+    if isinstance(found, dict):
+        return {key: without(value, *dropped) for key, value in found.items() if key not in dropped}
+    return [without(each, *dropped) for each in found] if isinstance(found, list) else found
+
+
+def known() -> dict[str, Any]:
+    """What the server that left the store would have answered, under the names of now."""
+    text = gzip.decompress((FIXTURES / "schema-1.json.gz").read_bytes()).decode()
+    found: dict[str, Any] = without(json.loads(text.replace('"running_time"', '"running_duration"')), "remembered")
+    return found
+
+
+@pytest.mark.parametrize("tenant", ["default", "other"])
+async def test_every_session_is_what_it_was(path: Path, tenant: str) -> None:
+    """But for its uid and what the open calls of its runs are bound to, and without what was remembered of answers."""
+    was = known()[tenant]
+    store = await SqliteStore.open(path, ManualClock())
+    rows = (await store.list_sessions(tenant, ALL)).rows
+    uids = {row.name: row.uid for row in rows}
+    is_now = {}
+    for row in rows:
+        key = SessionKey(tenant, row.name, row.uid)
+        assert (await store.find_session(tenant, row.name)) == row
+        is_now[names.session(key.session)] = without(await told_session(store, key, row), "uid", "binding")
+    assert is_now.keys() == was["sessions"].keys()
+    for name, session in is_now.items():
+        assert session == was["sessions"][name], name
+    active = [
+        (run.key.session, run.run.name, run.agent, run.epoch, run.deaths, run.released)
+        for run in await store.active_runs()
+        if run.key.tenant == tenant
+    ]
+    await store.close()
+    assert [(UUID(uid).version, str(UUID(uid))) for uid in uids.values()] == [(4, uid) for uid in uids.values()]
+    assert len(set(uids.values())) == len(rows)
+    assert sorted((s, r, a.name, a.revision, e, d, f) for s, r, a, e, d, f in active) == sorted(
+        (*row, 0, False) for row in was["active_runs"]
+    )
+
+
+@pytest.mark.parametrize("tenant", ["default", "other"])
+async def test_what_lies_outside_of_sessions_is_what_it_was(path: Path, tenant: str) -> None:
+    was = known()[tenant]
+    store = await SqliteStore.open(path, ManualClock())
+    for name, revisions in was["agents"].items():
+        found = await store.list_agent_revisions(tenant, name.removeprefix("agents/"), ALL)
+        assert [told(revision) for revision in found.rows] == revisions
+    for name, state in was["states"].items():
+        scope = names.parse_state(tenant, name)
+        assert scope is not None
+        assert await told_state(store, scope, name) == state
+    for sha256, content in was["blobs"].items():
+        assert (await store.read_blob(tenant, sha256, 0)).decode("latin-1") == content
+        assert await store.get_blob(tenant, sha256) is not None
+    for upload_id, upload in was["uploads"].items():
+        kept = await store.get_upload(tenant, upload_id)
+        assert kept is not None
+        assert told(kept) == upload
+    await store.close()
+    assert store.secret == bytes(32)
+    uploaders = facts(path, f"SELECT sha256, subject FROM uploaders WHERE tenant = '{tenant}'")
+    assert sorted(uploaders) == sorted((sha256, "") for sha256 in was["blobs"])
+
+
+async def test_requests_and_commands_that_were_carried_out_are_known(path: Path) -> None:
+    """Each is answered in the words of the first time; those about what was deleted have no answer."""
+    digests = {
+        (tenant, rpc, request_id): digest
+        for tenant, rpc, request_id, digest in facts(path, "SELECT tenant, rpc, request_id, digest FROM requests")
+    }
+    commands = facts(path, "SELECT tenant, session, command_id, sequence, run FROM commands")
+    store = await SqliteStore.open(path, ManualClock())
+    for tenant, was in known().items():
+        for rpc, request_id, _, response in was["requests"]:
+            once = Once(tenant, "", rpc, request_id, digests.pop((tenant, rpc, request_id)), Answer("nothing"))
+            if response is None and rpc != "/notecase.v1.StateService/UpdateState":
+                with refused("SESSION_NOT_FOUND"):
+                    await store.recall(once)
+            else:
+                with pytest.raises(Replayed) as replayed:
+                    await store.recall(once)
+                assert replayed.value.response == base64.b64decode(response or "")
+    assert digests == {}
+    await store.close()
+    now = "SELECT c.tenant, session, command_id, sequence, run FROM commands c JOIN session_names n USING (tenant, uid)"
+    assert sorted(facts(path, now)) == sorted(commands)
+
+
+async def test_an_answer_goes_with_the_session_or_user_it_is_about(path: Path) -> None:
+    store = await SqliteStore.open(path, ManualClock())
+    row = await store.find_session("default", "talk")
+    assert row is not None
+    await store.delete_session(SessionKey("default", "talk", row.uid))
+    await store.close()
+    left = facts(path, "SELECT tenant, about FROM requests WHERE response IS NOT NULL AND about LIKE '%/talk'")
+    assert left == [("other", "sessions/talk")] * 2
+    assert facts(path, "SELECT owner FROM requests WHERE about LIKE 'users/%' ORDER BY 1") == [
+        ("users/ada",),
+        ("users/erased",),
+    ]
+
+
+async def test_every_open_call_is_bound_wherever_it_is_kept(path: Path) -> None:
+    """To the declaration that it meant: that with the longer prefix, where several fit."""
+    meant = {
+        "weigh": (7, ""),
+        "measure": (10, ""),
+        "ask_user": (6, "ask_user"),
+        "slow_retry": (3, "linger"),
+        "slow_fail": (4, "linger"),
+        "slow_ask": (5, "linger"),
+        "desk_pay_wait": (9, "desk/wait"),
+        "wait": (0, "desk/wait"),
+    }
+    store = await SqliteStore.open(path, ManualClock())
+    seen = set()
+    for active in await store.active_runs():
+        calls = [*active.run.pending_calls, *(request.call for request in active.run.pending_inputs)]
+        for message in (await store.list_messages(active.key, ALL)).rows:
+            if message.run == active.run.name:
+                calls += [part.tool_call for part in message.parts if 1 <= part.tool_call.outcome <= 2]
+        for call in calls:
+            seen.add(call.tool)
+            mcp = call.binding.mcp
+            implementation = f"{mcp.server}/{mcp.tool}" if mcp.server else call.binding.function
+            assert (call.binding.declaration, implementation) == meant[call.tool]
+            assert len(call.binding.digest) == 32
+    await store.close()
+    assert seen == meant.keys()
+
+
+def declaring(*tools: v1.Tool) -> v1.Agent:
+    return v1.Agent(llm=v1.LlmAgent(tools=tools))
+
+
+def mcp(name: str, server: str, *tools: str) -> v1.Tool:
+    return v1.Tool(name=name, mcp=v1.McpTool(server=server, tools=tools))
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "server", "tool"),
+    [
+        ("pay", 1, "", ""),
+        ("pay_all", 0, "bank", "all"),
+        ("pay_all_now", 3, "vault", "now"),
+        ("other", 4, "rest", "other"),
+        ("shop_a_b", 5, "shop", "a.b"),
+        ("shop_c", 4, "rest", "shop_c"),
+        ("pay_", 4, "rest", "pay_"),
+    ],
+)
+def test_a_name_means_its_own_tool_then_the_longest_prefix(name: str, index: int, server: str, tool: str) -> None:
+    function = v1.Tool(name="pay", server=v1.ServerTool(function="act"))
+    agent = declaring(
+        mcp("pay", "bank"),
+        function,
+        mcp("pa", "none"),
+        mcp("pay_all", "vault"),
+        mcp("", "rest"),
+        mcp("shop", "shop", "a.b"),
+    )
+    binding = bindings.by_name(agent, v1.Run(), name)
+    assert binding is not None
+    assert (binding.declaration, binding.mcp.server, binding.mcp.tool) == (index, server, tool)
+
+
+def test_a_name_that_no_tool_has_means_nothing() -> None:
+    agent = declaring(v1.Tool(name="pay", server=v1.ServerTool(function="act")), mcp("desk", "desk", "echo"))
+    assert [bindings.by_name(agent, v1.Run(), name) for name in ("pa", "desk", "desk_", "desk_wait", "")] == [None] * 5
+
+
+async def test_a_converted_file_has_the_schema_of_a_new_one(path: Path, tmp_path: Path) -> None:
+    for file in (path, tmp_path / "new.db"):
+        await (await SqliteStore.open(file, ManualClock())).close()
+    assert schema(path) == schema(tmp_path / "new.db")
+    assert facts(path, "PRAGMA integrity_check") == [("ok",)]
+    assert facts(path, "PRAGMA user_version") == [(2,)]
+    assert facts(path, "PRAGMA application_id") == [(sqlite_file.APPLICATION_ID,)]
+    converted = dumped(path)
+    await (await SqliteStore.open(path, ManualClock())).close()
+    assert dumped(path) == converted
+
+
+async def test_events_keep_their_bytes(path: Path) -> None:
+    before = facts(path, "SELECT tenant, session, sequence, tells_past, body FROM events")
+    await (await SqliteStore.open(path, ManualClock())).close()
+    after = facts(
+        path, "SELECT tenant, session, sequence, tells_past, body FROM events JOIN session_names USING (tenant, uid)"
+    )
+    assert sorted(after) == sorted(before)
+
+
+@pytest.mark.parametrize("lines", [1, 2, 3, 4])
+async def test_a_migration_that_is_killed_leaves_the_file_as_it_was(large: Path, lines: int) -> None:
+    """The next one does all of it."""
+    before, events = dumped(large), facts(large, "SELECT count(*) FROM events")
+    with migrating(large, 1000) as running:
+        seen = [first_line(running), *(go_on(running) for _ in range(lines - 1))]
+        assert seen == [f"{done * 1000} 3594 store_migrating" for done in range(lines)]
+        assert "in use" in await refusal(large)
+    if lines > 2:
+        assert Path(f"{large}-wal").stat().st_size > 1 << 20
+    assert dumped(large) == before
+    await (await SqliteStore.open(large, ManualClock())).close()
+    assert facts(large, "SELECT count(*) FROM events") == events
+    assert facts(large, "PRAGMA integrity_check") == [("ok",)]
+
+
+async def test_a_migration_that_was_told_of_is_durable(path: Path) -> None:
+    with migrating(path, 1000) as running:
+        assert first_line(running) == "0 594 store_migrating"
+        assert go_on(running) == "2 store_migrated"
+    assert facts(path, "PRAGMA user_version") == [(2,)]
+    assert facts(path, "PRAGMA integrity_check") == [("ok",)]
+
+
+@pytest.mark.parametrize("size", [1 << 12, 1 << 20, 12 << 20])
+async def test_a_migration_that_finds_the_disk_full_leaves_the_file_as_it_was(large: Path, size: int) -> None:
+    before = dumped(large)
+    with full_disk(size):
+        assert f"{large} cannot be used as a store" in await refusal(large)
+    assert dumped(large) == before
+    await (await SqliteStore.open(large, ManualClock())).close()
+    assert facts(large, "PRAGMA user_version") == [(2,)]
+
+
+async def test_a_row_that_is_damaged_is_told_and_nothing_is_changed(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("UPDATE runs SET body = x'FFFF' WHERE session = 'queue' AND run = 'r4'")
+    connection.close()
+    before = dumped(path)
+    assert await refusal(path) == f"{path} has a row that is damaged. Put a backup in its place."
+    assert dumped(path) == before
+
+
+async def test_a_copy_of_an_older_store_is_of_its_own_schema(path: Path, tmp_path: Path) -> None:
+    before = dumped(path)
+    sqlite_file.backup(path, tmp_path / "copy.db", force=False)
+    assert dumped(path) == dumped(tmp_path / "copy.db") == before
+    assert facts(path, "PRAGMA user_version") == [(1,)]
