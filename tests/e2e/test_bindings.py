@@ -23,7 +23,7 @@ from tests.tools.calls import Witness
 
 ROOT = Path(__file__).parents[2]
 MCP_ARGUMENTS = ("-m", "tests.support.mcp_server", "stdio")
-MCP = McpServerSettings(command=sys.executable, args=MCP_ARGUMENTS, cwd=str(ROOT))
+MCP = McpServerSettings(command=sys.executable, args=MCP_ARGUMENTS, cwd=str(ROOT), connect_timeout=120)
 WAITING, SUCCEEDED, FAILED = v1.Run.STATE_WAITING, v1.Run.STATE_SUCCEEDED, v1.Run.STATE_FAILED
 APPROVE, DENY = v1.InputResponse.DECISION_APPROVE, v1.InputResponse.DECISION_DENY
 ALWAYS = v1.InputResponse.REMEMBER_SESSION
@@ -200,7 +200,7 @@ async def test_an_interrupted_call_is_treated_as_its_own_declaration_says(
         mcp("one", "wait", prefix="pay_wire", on_interrupt=policy),
     ]
     config = tmp_path / "mcp.json"
-    server = {"command": sys.executable, "args": MCP_ARGUMENTS, "cwd": str(ROOT)}
+    server = {"command": sys.executable, "args": MCP_ARGUMENTS, "cwd": str(ROOT), "connectTimeout": 120}
     config.write_text(json.dumps({"mcpServers": {"one": server}}))
     env = {"OPENAI_API_KEY": "test-key", "OPENAI_BASE_URL": model.url, "OPENAI_MODEL": "stub-1"}
     store = f"sqlite:{tmp_path / 'notecase.db'}"
