@@ -145,7 +145,9 @@ class Admission:
         live, session = self._sessions.live(key), start.new_session
         if start.session:
             live, session = await self._sessions.watched(key)
-            if session.active_run:  # the commit refuses it as well: this spares a place that is needed for nothing
+            if session.active_run:  # the commit would say the same: this spares a place that is needed for nothing
+                if start.HasField("if_last_sequence") and start.if_last_sequence != session.last_sequence:
+                    raise errors.sequence_mismatch(session.last_sequence)
                 raise errors.run_active(names.run(key.session, session.active_run))
         self._services.places.take()
         placed = False

@@ -49,6 +49,8 @@ class Roster:
         self.draining = False
         self.settle: Callable[[Worker], None] = lambda _: None
         """Told of a worker that nobody is at work with: see Upkeep.settle."""
+        self.employed: Callable[[Worker], None] = lambda _: None
+        """Told of a worker that was set to work: see Upkeep.employed."""
         self.lost: Callable[[Worker], None] = lambda _: None
         """Told of a worker that broke: see Upkeep.lost."""
         self._sessions = sessions
@@ -95,6 +97,7 @@ class Roster:
         self._entries[live.key, step] = Entry(worker, task)
         live.work.add(task)
         task.add_done_callback(lambda done: self._left(worker, done))
+        self.employed(worker)
 
     def halt(self, worker: Worker, halt: Halt) -> None:
         """Has the worker stop what is under way, also when the run waits. The caller holds the session's lock."""

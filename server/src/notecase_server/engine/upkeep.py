@@ -74,7 +74,8 @@ class Upkeep:
         self._timers = Timers(services.clock, self._time_is_up)
         self._left_over: set[tuple[SessionKey, str]] = set()
         """Runs that could not be taken over: they are tried again."""
-        roster.settle, roster.lost, admission.queued = self.settle, self.lost, self.start_next
+        roster.settle, roster.lost, roster.employed = self.settle, self.lost, self.employed
+        admission.queued = self.start_next
 
     def start(self) -> None:
         """Takes over what a process before this one left, and looks after all runs from then on."""
@@ -166,7 +167,7 @@ class Upkeep:
             self._duty("deny", key, run.name, lambda: self._deny_for_queue(key, run.name))
         elif run_log.ended:
             self.start_next(key)
-        if not run_log.ended and run.disconnect.HasField("cancel_after"):
+        if run.state == WAITING:
             self._accompany(worker)
 
     def _duty(self, name: str, key: SessionKey, run: str, act: Callable[[], Awaitable[None]]) -> None:
@@ -231,8 +232,15 @@ class Upkeep:
 
         self._duty("deadline", key, run, expire)
 
+    def employed(self, worker: Worker) -> None:
+        """Takes note that a run is at work: it has no deadline for what it waited for."""
+        self._timers.arm(worker.log.live.key, worker.log.run.name, None)
+        self._accompany(worker)
+
     def _accompany(self, worker: Worker) -> None:
         """Cancels a run that nobody has followed for as long as its `disconnect` allows."""
+        if worker.log.ended or not worker.log.run.disconnect.HasField("cancel_after"):
+            return
         key, run = worker.log.live.key, worker.log.run.name
         seconds = worker.log.run.disconnect.cancel_after.ToMicroseconds() / 1e6
         company = Company(worker.log.live, run, seconds, self._poll_seconds)
