@@ -37,15 +37,19 @@ ROOMS: dict[str, Room] = {
     "errors": Room(set(), "Everybody raises them, so they know nobody."),
     "names": Room({"errors", "store.contract"}, "A resource's name becomes its key in one place."),
     "config": Room({"errors", "tools.mcp"}, "Settings are read once and handed in; nobody asks for them."),
+    "supervisor": Room({"errors", "store.contract"}, "Who answers for a task is the same everywhere."),
     "store.contract": Room({"errors"}, "A promise knows none of those who keep it."),
     "store.fold": Room({"errors", "store.contract"}, "What a log means is the same on every store."),
     "store.bindings": Room(set(), "A call means the same tool whenever and wherever it is asked."),
     "store.earlier": Room({"store.bindings", "store.fold"}, "What was stored once is read in one way."),
     "store.answers": Room({"names", "store.contract"}, "What is answered is made from what was written, in one place."),
-    "store": Room({"errors", "store.answers", "store.contract", "store.fold"}, "What stores share knows none of them."),
+    "store": Room(
+        {"errors", "store.answers", "store.bindings", "store.contract", "store.fold"},
+        "What stores share knows none of them.",
+    ),
     "store.memory": Room({"errors", "store", "store.contract", "store.fold"}, "A store leans on no other."),
     "store.sqlite": Room(
-        {"errors", "store", "store.contract", "store.earlier", "store.fold"}, "A store leans on no other."
+        {"errors", "store", "store.contract", "store.earlier", "store.fold", "supervisor"}, "A store leans on no other."
     ),
     "models": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
     "models.contract": Room({"errors"}, "A promise knows none of those who keep it."),
@@ -58,12 +62,13 @@ ROOMS: dict[str, Room] = {
     "tools.outcome": Room({"tools.contract"}, "A result's bounds are the same whoever made it."),
     "tools.functions": Room({"tools.contract", "tools.outcome"}, "Functions know nothing of remote tools."),
     "tools.mcp": Room(
-        {"errors", "tools.contract", "tools.naming", "tools.outcome"}, "Remote tools know nothing of functions."
+        {"errors", "supervisor", "tools.contract", "tools.naming", "tools.outcome"},
+        "Remote tools know nothing of functions.",
     ),
     "tools.toolbox": Room({"errors", "tools.contract", "tools.functions", "tools.mcp"}, "It composes the two."),
     "engine": Room(
         {"errors", "names", "store.bindings", "store.contract", "store.earlier", "store.fold", "models.contract"}
-        | {"tools.contract", "tools.naming"},
+        | {"supervisor", "tools.contract", "tools.naming"},
         "Runs are the same whatever stores, answers or carries them.",
     ),
     "rpc": Room(
@@ -71,6 +76,7 @@ ROOMS: dict[str, Room] = {
             "errors",
             "names",
             "engine",
+            "supervisor",
             "store.answers",
             "store.contract",
             "store.fold",
@@ -243,8 +249,8 @@ def test_an_import_against_the_arrows_is_found(module: str, source: str, named: 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("rpc.services", "import grpc\ncode = grpc.StatusCode.INTERNAL"),
-        ("rpc.services", "from grpc import StatusCode as Code"),
+        ("rpc.agents", "import grpc\ncode = grpc.StatusCode.INTERNAL"),
+        ("rpc.agents", "from grpc import StatusCode as Code"),
         ("rpc.run", "from notecase_server.rpc.interceptor import abort"),
         ("rpc.run", "async def run(self, context):\n    await self.context.abort(1, '')"),
         ("engine.turn", "import grpc.aio"),
@@ -284,8 +290,14 @@ def test_a_line_in_its_place_is_left_alone(module: str, source: str) -> None:
     assert [] == [*forbidden_imports(module, used), *misplaced_lines(module, used)]
 
 
-SMALL = ("cli", "rpc.interceptor")
+SMALL = ("cli", "engine", "rpc.interceptor", "supervisor")
 """Rooms that are held to the bounds below."""
+
+EXCEPTIONS = {
+    "engine.template": "One gate for strangers' templates: its filters and limits belong together.",
+    "engine.session.LiveSession": "The place where a session's workers and watchers meet: what they share, not a machine.",
+}
+"""What may be larger, and why: at most two."""
 
 MODULE_LINES = 350
 FUNCTION_LINES = 60
@@ -316,7 +328,15 @@ def test_a_small_room_is_held_in_the_head() -> None:
         name = ".".join(path.relative_to(SERVER).with_suffix("").parts).removesuffix(".__init__")
         if any(belongs(name, room) for room in SMALL):
             found.extend(oversized(name, path.read_text()))
-    assert [] == found
+    assert list(EXCEPTIONS) == sorted({too_large.partition(":")[0] for too_large in found}, reverse=True)
+    assert len(EXCEPTIONS) <= 2
+
+
+def test_no_task_is_without_an_owner() -> None:
+    """Only the supervisor begins tasks; a command in a terminal ends with what it began."""
+    begun = re.compile(r"\b(create_task|ensure_future)\(")
+    found = {path.relative_to(SERVER).as_posix() for path in SERVER.rglob("*.py") if begun.search(path.read_text())}
+    assert {name for name in found if not name.startswith("cli/")} == {"supervisor.py"}
 
 
 def test_what_is_too_large_is_found() -> None:

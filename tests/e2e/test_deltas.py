@@ -10,7 +10,8 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import SessionView, v1
 from notecase_server import errors
-from notecase_server.engine.session import Block, LiveSession, OpenMessage
+from notecase_server.engine.draft import Draft
+from notecase_server.engine.session import LiveSession
 from notecase_server.models.contract import Call, Delta, Reasoning, Refusal, Text
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.watch import Cursor, Pace
@@ -393,7 +394,9 @@ async def test_two_drafts_are_open_in_one_session(case: Running) -> None:
 
     early, view = cursor(row.last_sequence), SessionView(row.last_sequence)
     await drained(early, view)
-    first, second = live.begin(one, "m1"), live.begin(two, "m2")
+    first, second = Draft("m1", "r", sessions.new_id), Draft("m2", "r", sessions.new_id)
+    live.begin(one, first)
+    live.begin(two, second)
     grow(live, first, "One ")
     grow(live, second, "Two ")
     await drained(early, view)
@@ -417,10 +420,8 @@ async def test_two_drafts_are_open_in_one_session(case: Running) -> None:
         assert seen.open == {}
 
 
-def grow(live: LiveSession, draft: OpenMessage, text: str) -> None:
-    if not draft.blocks:
-        draft.blocks.append(Block("text"))
-    live.add(draft.blocks[0], text)
+def grow(live: LiveSession, draft: Draft, text: str) -> None:
+    live.written(draft.feed(Text(text)))
 
 
 async def drained(cursor: Cursor, view: SessionView) -> list[v1.Event]:

@@ -19,7 +19,7 @@ from notecase_server.engine.places import Places
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
 from notecase_server.engine.services import Services
-from notecase_server.engine.session import Sessions
+from notecase_server.engine.sessions import Sessions
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Text
 from notecase_server.serve import new_id, new_uid, now
 from notecase_server.store.contract import Commit, SessionKey

@@ -361,6 +361,15 @@ def owner_died(session: str, deaths: int) -> NotecaseError:
     return NotecaseError(v1.ERROR_REASON_OWNER_LOST, told, metadata={"deaths": deaths})
 
 
+def worker_lost(session: str) -> NotecaseError:
+    """What worked on a run broke before it carried out what was asked of it."""
+    return NotecaseError(
+        v1.ERROR_REASON_OWNER_LOST,
+        f"The run of sessions/{session} lost its worker and is given another one; try again.",
+        metadata={"session": session},
+    )
+
+
 def owner_lost(session: str) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_OWNER_LOST,

@@ -17,14 +17,14 @@ from notecase_server.engine.places import Places
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
 from notecase_server.engine.services import Services
-from notecase_server.engine.session import Sessions
+from notecase_server.engine.sessions import Sessions
 from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
+from notecase_server.rpc.desk import Desk
 from notecase_server.rpc.interceptor import Authenticate, Doorway, development
 from notecase_server.rpc.pages import Pages
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.server import build
-from notecase_server.rpc.services import Desk
 from notecase_server.rpc.watch import Pace
 from notecase_server.store import sqlite_file
 from notecase_server.store.contract import Clock, Store, StoreOpenError

@@ -77,7 +77,7 @@ class Tasks:
         context = contextvars.Context() if fresh else None
         task = asyncio.create_task(work, name=name or None, context=context)
         self._tasks.add(task)
-        task.add_done_callback(self._ended)
+        task.add_done_callback(self._ended, context=context)
         return task
 
     def _ended(self, task: asyncio.Task[Any]) -> None:

@@ -1,7 +1,7 @@
 """May this run begin? Starts, queues and replaces: each is one commit."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,11 +10,13 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine.halt import Halt, Replacement
+from notecase_server.engine.opening import INTERRUPT, ROLLBACK, is_answer, opening, way_of
 from notecase_server.engine.rewind import Back, rewound
 from notecase_server.engine.rewind import back as way_back
 from notecase_server.engine.roster import QUEUED, Caused, Roster
 from notecase_server.engine.services import Services
-from notecase_server.engine.session import LiveSession, Sessions
+from notecase_server.engine.session import LiveSession
+from notecase_server.engine.sessions import Sessions
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.store.contract import (
     Commit,
@@ -27,9 +29,6 @@ from notecase_server.store.contract import (
 from notecase_server.tools import naming
 
 log = structlog.get_logger()
-
-COMPLETED = v1.Message.STATUS_COMPLETED
-INTERRUPT, ROLLBACK = v1.StartRun.ON_BUSY_INTERRUPT, v1.StartRun.ON_BUSY_ROLLBACK
 
 BUSY_TRIES = 5
 """How often a start that stops another run tries again when that one had ended and a third one came first."""
@@ -164,7 +163,7 @@ class Admission:
                 create=None if start.session else session,
                 claim=True,
                 if_last_sequence=start.if_last_sequence if start.HasField("if_last_sequence") else None,
-                events=self._opening(start, session.user, agent, run_id, caused.cause_id),
+                events=opening(start, session.user, agent, run_id, caused.cause_id, self._new_id),
                 start=RunRecord(digest, agent),
             )
             async with live.lock:
@@ -230,30 +229,9 @@ class Admission:
         calls."""
         after = None if until is None else (until + 1,)
         newest = (await self._store.list_messages(key, Query(1, after), newest_first=True)).rows
-        if not newest or _is_answer(newest[0]):
+        if not newest or is_answer(newest[0]):
             problem = "is empty, and the session's history does not end with something to answer"
             raise errors.invalid([Violation("start.messages", problem)])
-
-    def _opening(self, start: v1.StartRun, user: str, agent: v1.Agent, run_id: str, cause_id: str) -> list[v1.Event]:
-        started = v1.RunStarted(
-            agent=agent.name,
-            agent_revision=agent.revision,
-            client_tools=start.client_tools,
-            limits=start.limits if start.HasField("limits") else None,
-            disconnect=start.disconnect if start.HasField("disconnect") else None,
-            labels=start.labels,
-        )
-        events = [v1.Event(run_started=started)]
-        if start.state:
-            ops = [v1.StateOp(key=name, set=value) for name, value in sorted(start.state.items())]
-            events.append(v1.Event(state_changed=v1.StateChanged(ops=ops)))
-        events += [v1.Event(message_added=message) for message in incoming(self._new_id, start.messages, user)]
-        for event in events:
-            event.run = run_id
-            event.cause_id = cause_id
-            if event.HasField("message_added"):
-                event.message_added.run = run_id
-        return events
 
     # ---- replacing
 
@@ -267,7 +245,7 @@ class Admission:
         agent = await self._agent(key.tenant, start, session)
         run_id = start.run_id or self._new_id()
         async with self._roster.worker(key, active, Caused()) as worker:
-            way = _way_back(start)
+            way = way_of(start)
             to_sequence = None
             if way is not None:  # what stands in its way is told before anything is stopped
                 back = await way_back(self._store, key, worker.log.run, way)
@@ -277,7 +255,7 @@ class Admission:
             if self._roster.at_work(key, active) is None:
                 self._services.places.take()
                 worker.placed = True
-            events = self._opening(start, session.user, agent, run_id, caused.cause_id)
+            events = opening(start, session.user, agent, run_id, caused.cause_id, self._new_id)
             halt = Halt(
                 replacement=Replacement(run_id, events, RunRecord(digest, agent), way),
                 reason="Another run was started." if start.on_busy == INTERRUPT else "It was rolled back.",
@@ -322,7 +300,7 @@ class Admission:
                 session, queued, agent = found
                 (event,) = await self._store.read_events(key, queued.sequence - 1, 1)
                 start = event.command_queued.start
-                events = self._opening(start, session.user, agent, queued.run, queued.command_id)
+                events = opening(start, session.user, agent, queued.run, queued.command_id, self._new_id)
                 committed = await live.commit(Commit(key=key, claim=True, events=events))
                 placed = True
                 self._roster.begin(live, committed, queued.run, agent, placed=True)
@@ -348,33 +326,3 @@ class Admission:
                 if active is not None and active.run.state == QUEUED:
                     return session, queued, active.agent
         return None
-
-
-def incoming(new_id: Callable[[], str], messages: Sequence[v1.Message], user: str) -> list[v1.Message]:
-    """What a caller says, as it goes into the log: with an id, whole, by the session's user unless it says by whom."""
-    return [
-        v1.Message(
-            name=new_id(),
-            role=given.role or v1.Message.ROLE_USER,
-            author=given.author or user,
-            parts=given.parts,
-            labels=given.labels,
-            status=COMPLETED,
-        )
-        for given in messages
-    ]
-
-
-def _way_back(start: v1.StartRun) -> Back | None:
-    """How far the session goes back when a start takes the place of a run; None for not at all."""
-    if start.on_busy == ROLLBACK:
-        return Back(None)
-    if not start.HasField("rewind_to_sequence"):
-        return None
-    return Back(start.rewind_to_sequence, "start.rewind_to_sequence")
-
-
-def _is_answer(message: v1.Message) -> bool:
-    """Whether nothing is left to say after it: a whole reply that called no tools, whose results need one."""
-    calls = any(part.HasField("tool_call") for part in message.parts)
-    return message.role == v1.Message.ROLE_ASSISTANT and message.status == COMPLETED and not calls

@@ -10,7 +10,7 @@ from notecase_server.engine.admission import Admission
 from notecase_server.engine.rewind import Back, ended
 from notecase_server.engine.roster import Caused
 from notecase_server.engine.services import Services
-from notecase_server.engine.session import Sessions
+from notecase_server.engine.sessions import Sessions
 from notecase_server.errors import Violation
 from notecase_server.store.contract import Answer, Commit, Committed, Fork, Once, SessionKey
 

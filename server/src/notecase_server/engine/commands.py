@@ -6,13 +6,13 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine import ledger
-from notecase_server.engine.admission import incoming
 from notecase_server.engine.calls import fitting
 from notecase_server.engine.halt import Halt
+from notecase_server.engine.opening import incoming
 from notecase_server.engine.roster import QUEUED, Caused, Roster
 from notecase_server.engine.run_log import WAITING, RunLog
 from notecase_server.engine.services import Services
-from notecase_server.engine.session import Sessions
+from notecase_server.engine.sessions import Sessions
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.store.contract import Commit, Committed, RunRecord, SessionKey
 from notecase_server.store.fold import ENDED

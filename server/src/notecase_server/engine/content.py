@@ -8,8 +8,8 @@ import asyncio
 import hashlib
 import json
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import NamedTuple
 
 from notecase import v1
@@ -17,6 +17,7 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import CHUNK_BYTES, PAGE_BYTES, Clock, SessionKey, Store
+from notecase_server.supervisor import Tasks
 
 MAX_PART_BYTES = 256 << 10
 """What a part keeps to itself; more becomes a blob, so that pages of messages stay small."""
@@ -57,7 +58,7 @@ class Contents:
         self._new_id = new_id
         self._clock = clock
         self._held: Counter[tuple[str, str]] = Counter()
-        self._receiving: set[asyncio.Task[v1.Blob]] = set()
+        self._receiving = Tasks("uploads")
         self._draining = False
 
     # ---- blobs
@@ -105,11 +106,8 @@ class Contents:
     ) -> v1.Blob:
         if self._draining:
             raise errors.draining()
-        receiving = asyncio.create_task(self._receive(tenant, upload, first, frames))
-        self._receiving.add(receiving)
-        receiving.add_done_callback(self._receiving.discard)
         try:
-            return await receiving
+            return await self._receiving.start(self._receive(tenant, upload, first, frames), "upload")
         except asyncio.CancelledError:
             caller = asyncio.current_task()
             if self._draining and caller is not None and not caller.cancelling():
@@ -154,9 +152,7 @@ class Contents:
     async def drain(self) -> None:
         """Takes no more uploads and ends those under way; what has come of them is stored when it returns."""
         self._draining = True
-        for receiving in self._receiving:
-            receiving.cancel()
-        await asyncio.gather(*self._receiving, return_exceptions=True)
+        await self._receiving.close()
 
     def _check_size(self, size: int) -> None:
         if size > self.limits.blob:

@@ -1,6 +1,7 @@
 """Who works on which run in this process."""
 
 import asyncio
+import contextvars
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import NamedTuple
@@ -12,7 +13,8 @@ from notecase_server import errors, names
 from notecase_server.engine.halt import Halt
 from notecase_server.engine.run_log import RUNNING, RunLog
 from notecase_server.engine.services import Services
-from notecase_server.engine.session import LiveSession, Sessions
+from notecase_server.engine.session import LiveSession
+from notecase_server.engine.sessions import Sessions
 from notecase_server.engine.worker import Worker
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import ActiveRun, CommandId, Committed, Once, Query, SessionKey, StepKey
@@ -96,7 +98,7 @@ class Roster:
         task = self._tasks.start(worker.work(), f"run {step.run}", fresh=True)
         self._entries[live.key, step] = Entry(worker, task)
         live.work.add(task)
-        task.add_done_callback(lambda done: self._left(worker, done))
+        task.add_done_callback(lambda done: self._left(worker, done), context=contextvars.Context())
         self.employed(worker)
 
     def halt(self, worker: Worker, halt: Halt) -> None:

@@ -5,7 +5,7 @@ from notecase_server.engine.at_rest import AtRest
 from notecase_server.engine.commands import Commands
 from notecase_server.engine.roster import Roster
 from notecase_server.engine.services import Services
-from notecase_server.engine.session import Sessions
+from notecase_server.engine.sessions import Sessions
 from notecase_server.engine.upkeep import Upkeep
 
 POLL_SECONDS = 5.0

@@ -6,24 +6,17 @@ later. Used from one event loop only.
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import TypeVar
-from weakref import WeakValueDictionary
+from typing import Protocol, TypeVar
 
 from notecase import v1
 
-from notecase_server import errors
 from notecase_server.engine.draft import Draft
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import (
-    Answer,
     Commit,
     Committed,
-    Compare,
-    Once,
-    Query,
-    Replayed,
     Scope,
     SessionKey,
     StepKey,
@@ -35,9 +28,6 @@ T = TypeVar("T")
 TAIL_BYTES = 256 << 10
 """Newest events kept for watchers that are nearly there. A turn commits a handful of small ones, so this spares the
 usual watcher the store, and a session that nobody runs or watches keeps none."""
-
-BATCH = 100
-"""Sessions deleted one after another before it is asked for more."""
 
 NOTICES = 64
 """Passing notices kept for watchers that are behind; each can be recovered from what is stored."""
@@ -74,10 +64,21 @@ def _wake(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
+class Registry(Protocol):
+    """The sessions that a live one belongs to, as far as it needs them."""
+
+    new_id: Callable[[], str]
+    content_limit: int | None
+
+    def state_changed(
+        self, scope: Scope, ops: Sequence[v1.StateOp], version: int, besides: "LiveSession | None" = None
+    ) -> None: ...
+
+
 class LiveSession:
     """One session, as long as a run or a watcher here holds on to it."""
 
-    def __init__(self, key: SessionKey, store: Store, sessions: "Sessions") -> None:
+    def __init__(self, key: SessionKey, store: Store, sessions: "Registry") -> None:
         self.key = key
         self.user = ""
         self.head = 0
@@ -227,169 +228,3 @@ class LiveSession:
 
 def _messages_added(events: Iterable[v1.Event]) -> set[str]:
     return {event.message_added.name for event in events if event.HasField("message_added")}
-
-
-class Sessions:
-    """The sessions alive in this process, and every write to one: so that a watcher here hears of it at once."""
-
-    def __init__(
-        self,
-        store: Store,
-        new_id: Callable[[], str],
-        new_uid: Callable[[], str],
-        content_limit: int | None = None,
-    ) -> None:
-        """No log is let to refer to blobs of more than `content_limit` bytes together."""
-        self.store = store
-        self.new_id = new_id
-        self.content_limit = content_limit
-        self._new_uid = new_uid
-        self._live: WeakValueDictionary[SessionKey, LiveSession] = WeakValueDictionary()
-
-    def new_key(self, tenant: str, session: str) -> SessionKey:
-        """The key of a session that is about to be made under that id."""
-        return SessionKey(tenant, session, self._new_uid())
-
-    async def find(self, tenant: str, session: str, if_uid: str = "") -> tuple[SessionKey, v1.Session]:
-        """The session that has this id now, with its row. NotecaseError SESSION_NOT_FOUND when there is none, or when
-        `if_uid` is set and it is another one."""
-        row = await self.store.find_session(tenant, session)
-        if row is None or (if_uid and row.uid != if_uid):
-            raise errors.not_found("session", f"sessions/{session}")
-        return SessionKey(tenant, session, row.uid), row
-
-    def live(self, key: SessionKey) -> LiveSession:
-        found = self._live.get(key)
-        if found is None:
-            found = self._live[key] = LiveSession(key, self.store, self)
-        return found
-
-    async def watched(self, key: SessionKey) -> tuple[LiveSession, v1.Session]:
-        """The live side of a session that exists, with its row; NotecaseError SESSION_NOT_FOUND otherwise."""
-        row = await self.store.get_session(key)
-        if row is None:
-            raise errors.not_found("session", f"sessions/{key.session}")
-        return self.seen(key, row), row
-
-    def seen(self, key: SessionKey, row: v1.Session) -> LiveSession:
-        """The live side of a session whose row was just read."""
-        live = self.live(key)
-        live.user = row.user
-        live.head = max(live.head, row.last_sequence)
-        return live
-
-    def record(self, once: Once | None, tenant: str, answer: Answer) -> Once:
-        """The record of a write that has no Commit: the caller's own, or one under a new id, so that it can be asked
-        about."""
-        return once or Once.unnamed(tenant, self.new_id(), answer)
-
-    async def surely(self, once: Once, write: Callable[[Once], Awaitable[T]]) -> T:
-        """Makes a write that leaves this record. When its answer is lost and it was made, Replayed is raised, as for a
-        repeat. STORE_UNAVAILABLE when it was not made, or when nobody can say."""
-        try:
-            return await write(once)
-        except NotecaseError as error:
-            if error.reason == v1.ERROR_REASON_STORE_UNAVAILABLE:
-                await self.store.recall(once)
-            raise
-
-    async def commit(self, commit: Commit) -> Committed:
-        """As LiveSession.commit, for what no run does."""
-        return await self.live(commit.key).commit(commit)
-
-    async def update_state(
-        self,
-        key: SessionKey | None,
-        scope: Scope,
-        ops: Sequence[v1.StateOp],
-        if_version: int | None,
-        once: Once | None,
-        cause_id: str,
-    ) -> Committed | v1.State:
-        """Changes a state of any scope: that of the session `key` by an event of its log, others in place and with a
-        record."""
-        if key is not None:
-            change = v1.Event(cause_id=cause_id, state_changed=v1.StateChanged(ops=ops))
-            versions = {} if if_version is None else {"": if_version}
-            return await self.commit(Commit(key=key, once=once, if_state_version=versions, events=[change]))
-        assert once is not None
-        state = await self.surely(once, lambda record: self.store.update_state(scope, ops, if_version, record))
-        self.state_changed(scope, ops, state.version)
-        return state
-
-    def state_changed(
-        self, scope: Scope, ops: Sequence[v1.StateOp], version: int, besides: LiveSession | None = None
-    ) -> None:
-        """Gives notice of a change of a user's or the app's state to every session here that reads it."""
-        concerned = [
-            live
-            for live in self._live.values()
-            if live is not besides
-            and live.key.tenant == scope.tenant
-            and (scope.kind == "app" or live.user == f"users/{scope.id}")
-        ]
-        change = v1.StateChanged(state=scope.kind, ops=ops, version=version)
-        for op in change.ops:
-            op.ClearField("if_version")
-        for live in concerned:
-            live.notice(v1.Event(state_changed=change))
-
-    def ring(self) -> None:
-        """Wakes every watcher."""
-        for live in list(self._live.values()):
-            live.ring()
-
-    async def delete(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
-        """Deletes a session and lets its watchers go; see Store.delete_session. Raises Replayed for a repeat."""
-        record = self.record(once, key.tenant, Answer("nothing"))
-        try:
-            await self.surely(record, lambda record: self.store.delete_session(key, if_etag, record))
-        except Replayed:
-            if await self.store.get_session(key) is None:
-                self._gone(key)
-            raise
-        self._gone(key)
-
-    async def expire(self, now: int) -> int:
-        """Deletes every session whose time has come; returns how many. Afterwards as `delete`."""
-        gone = 0
-        while keys := await self.store.expired_sessions(now, BATCH):
-            for key in keys:
-                if await self.store.expire_session(key):
-                    self._gone(key)
-                    gone += 1
-        return gone
-
-    async def erase_user(self, tenant: str, user: str, once: Once) -> int:
-        """Deletes every session of "users/{user}", those that are made meanwhile too, then the user's state. Returns
-        how many sessions; so does the record `once`. Raises Replayed."""
-        await self.store.recall(once)
-        mine, gone = Query(BATCH, where=Compare("user", "=", user)), 0
-
-        async def erased(record: Once) -> bool:
-            return await self.store.erase_state(tenant, user, record._replace(answer=Answer("erased", erased=gone)))
-
-        while not await self.surely(once, erased):
-            for row in (await self.store.list_sessions(tenant, mine)).rows:
-                gone += await self._deleted(SessionKey(tenant, row.name, row.uid))
-        return gone
-
-    async def _deleted(self, key: SessionKey) -> bool:
-        """Deletes a session; whether it was not somebody else who did."""
-        try:
-            await self.delete(key)
-        except Replayed:
-            return True
-        except NotecaseError as error:
-            if error.reason != v1.ERROR_REASON_SESSION_NOT_FOUND:
-                raise
-            return False
-        return True
-
-    def _gone(self, key: SessionKey) -> None:
-        live = self._live.get(key)
-        if live is not None:
-            live.deleted = True
-            for task in live.work:
-                task.cancel()
-            live.ring()

@@ -18,7 +18,7 @@ from notecase_server.engine.halt import Halt
 from notecase_server.engine.roster import QUEUED, Caused, Roster
 from notecase_server.engine.run_log import RUNNING, WAITING, taken
 from notecase_server.engine.services import Services
-from notecase_server.engine.session import Sessions
+from notecase_server.engine.sessions import Sessions
 from notecase_server.engine.timers import Company, Timers, deadline, expired
 from notecase_server.engine.worker import Worker
 from notecase_server.errors import NotecaseError

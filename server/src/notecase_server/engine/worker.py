@@ -104,8 +104,12 @@ class Worker:
     def _let_go(self) -> None:
         self.log.live.discard(self.log.step)
         self._calls.stop_all()
-        name = names.run(self.log.live.key.session, self.log.run.name)
-        self._halts.refuse_all(errors.run_ended(name, self.log.run.state) if self.log.ended else errors.draining())
+        session = self.log.live.key.session
+        if self.log.ended:
+            why = errors.run_ended(names.run(session, self.log.run.name), self.log.run.state)
+        else:
+            why = errors.draining() if self._draining else errors.worker_lost(session)
+        self._halts.refuse_all(why)
         if self._suspect:
             self._clear()
         if self.placed:

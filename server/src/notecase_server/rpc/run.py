@@ -14,7 +14,8 @@ from notecase_server import errors, names
 from notecase_server.engine.admission import Started
 from notecase_server.engine.roster import Caused
 from notecase_server.engine.runs import Runs
-from notecase_server.engine.session import LiveSession, Sessions
+from notecase_server.engine.session import LiveSession
+from notecase_server.engine.sessions import Sessions
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.rpc.validate import Check
 from notecase_server.rpc.watch import Cursor, Pace

@@ -3,12 +3,18 @@
 import grpc
 from notecase import v1
 
+from notecase_server.rpc.agents import Agents
 from notecase_server.rpc.blobs import Blobs
+from notecase_server.rpc.desk import Desk
 from notecase_server.rpc.interceptor import TRANSPORT_BYTES, Doorway
+from notecase_server.rpc.messages import Messages
 from notecase_server.rpc.ops import SERVICE as HEALTH
 from notecase_server.rpc.ops import Health
 from notecase_server.rpc.reflection import add_reflection
-from notecase_server.rpc.services import Agents, Desk, Messages, RunsService, Servers, SessionsService, States
+from notecase_server.rpc.runs import RunsService
+from notecase_server.rpc.servers import Servers
+from notecase_server.rpc.sessions import SessionsService
+from notecase_server.rpc.states import States
 
 OPTIONS = (
     ("grpc.max_receive_message_length", TRANSPORT_BYTES),

@@ -22,6 +22,7 @@ from notecase_server.store.contract import Clock
 from notecase_server.store.sqlite_file import BUSY_SECONDS, Connections, connect
 from notecase_server.store.sqlite_tables import SqliteTables
 from notecase_server.store.tables import Tables
+from notecase_server.supervisor import Tasks
 
 __all__ = ["SqliteStore"]
 
@@ -83,6 +84,7 @@ class SqliteStore(TableStore):
                 for reader in connections.readers
             ),
         ]
+        self._tasks = Tasks("store")
         self._closing: asyncio.Task[None] | None = None
         for thread in self._threads:
             thread.start()
@@ -107,7 +109,7 @@ class SqliteStore(TableStore):
 
     async def close(self) -> None:
         if self._closing is None:
-            self._closing = asyncio.create_task(self._close())
+            self._closing = self._tasks.start(self._close(), "close")
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:

@@ -26,6 +26,7 @@ from mcp.types.version import MODERN_PROTOCOL_VERSIONS
 from notecase import v1
 
 from notecase_server import __version__, errors
+from notecase_server.supervisor import Tasks
 from notecase_server.tools import naming
 from notecase_server.tools.contract import CallContext, Function, Outcome
 from notecase_server.tools.mcp_settings import McpServerSettings
@@ -46,6 +47,9 @@ BROKEN = (TimeoutError, anyio.BrokenResourceError, anyio.ClosedResourceError)
 INVALID = (RuntimeError, ValueError)
 """What the library raises for an answer that is not as the protocol or the tool's own schema has it."""
 
+CLOSE_SECONDS = 10.0
+"""How long a server may take to end when its connection is closed; its process is killed well before that."""
+
 LIST_PAGES = 100
 """More pages than any list has: one that never ends must end a run, not hold it."""
 
@@ -63,7 +67,7 @@ class McpServer:
         self._name = name
         self._settings = settings
         self._current: _Connection | None = None
-        self._owners: set[asyncio.Task[None]] = set()
+        self._owners = Tasks(f"mcp {name}")
         self._closed = False
 
     async def functions(self, prefix: str, only: Sequence[str]) -> list[Function]:
@@ -93,8 +97,7 @@ class McpServer:
         self._closed = True
         if self._current is not None:
             self._current.end()
-        if self._owners:
-            await asyncio.wait(self._owners)
+        await self._owners.close(CLOSE_SECONDS)
 
     async def _tools(self) -> Sequence[types.Tool]:
         """Asked for once more where the connection proves to be lost: unlike a call, that does no harm."""
@@ -162,9 +165,7 @@ class McpServer:
         connection = self._current
         if connection is None or connection.over:
             connection = self._current = _Connection(self._name, self._settings)
-            owner = asyncio.create_task(connection.own())
-            self._owners.add(owner)
-            owner.add_done_callback(self._owners.discard)
+            self._owners.start(connection.own(), "connection", fresh=True)
         try:
             async with asyncio.timeout(self._settings.connect_timeout):
                 await connection.settled.wait()

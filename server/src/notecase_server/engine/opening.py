@@ -1,0 +1,65 @@
+"""What a start brings into the log, and what it asks of the history before it. Pure."""
+
+from collections.abc import Callable, Sequence
+
+from notecase import v1
+
+from notecase_server.engine.rewind import Back
+
+COMPLETED = v1.Message.STATUS_COMPLETED
+INTERRUPT, ROLLBACK = v1.StartRun.ON_BUSY_INTERRUPT, v1.StartRun.ON_BUSY_ROLLBACK
+
+
+def opening(
+    start: v1.StartRun, user: str, agent: v1.Agent, run_id: str, cause_id: str, new_id: Callable[[], str]
+) -> list[v1.Event]:
+    """The events that start a run: its start, the state that is given, what is said."""
+    started = v1.RunStarted(
+        agent=agent.name,
+        agent_revision=agent.revision,
+        client_tools=start.client_tools,
+        limits=start.limits if start.HasField("limits") else None,
+        disconnect=start.disconnect if start.HasField("disconnect") else None,
+        labels=start.labels,
+    )
+    events = [v1.Event(run_started=started)]
+    if start.state:
+        ops = [v1.StateOp(key=name, set=value) for name, value in sorted(start.state.items())]
+        events.append(v1.Event(state_changed=v1.StateChanged(ops=ops)))
+    events += [v1.Event(message_added=message) for message in incoming(new_id, start.messages, user)]
+    for event in events:
+        event.run = run_id
+        event.cause_id = cause_id
+        if event.HasField("message_added"):
+            event.message_added.run = run_id
+    return events
+
+
+def incoming(new_id: Callable[[], str], messages: Sequence[v1.Message], user: str) -> list[v1.Message]:
+    """What a caller says, as it goes into the log: with an id, whole, by the session's user unless it says by whom."""
+    return [
+        v1.Message(
+            name=new_id(),
+            role=given.role or v1.Message.ROLE_USER,
+            author=given.author or user,
+            parts=given.parts,
+            labels=given.labels,
+            status=COMPLETED,
+        )
+        for given in messages
+    ]
+
+
+def way_of(start: v1.StartRun) -> Back | None:
+    """How far the session goes back when a start takes the place of a run; None for not at all."""
+    if start.on_busy == ROLLBACK:
+        return Back(None)
+    if not start.HasField("rewind_to_sequence"):
+        return None
+    return Back(start.rewind_to_sequence, "start.rewind_to_sequence")
+
+
+def is_answer(message: v1.Message) -> bool:
+    """Whether nothing is left to say after it: a whole reply that called no tools, whose results need one."""
+    calls = any(part.HasField("tool_call") for part in message.parts)
+    return message.role == v1.Message.ROLE_ASSISTANT and message.status == COMPLETED and not calls

@@ -1,0 +1,127 @@
+"""What the services of one server share: the parts of the server, and how a request is looked at."""
+
+import hashlib
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from google.protobuf.field_mask_pb2 import FieldMask
+from google.protobuf.message import Message
+
+from notecase_server.engine.content import Contents
+from notecase_server.engine.runs import Runs
+from notecase_server.engine.schema import Schemas
+from notecase_server.engine.sessions import Sessions
+from notecase_server.rpc import filter as filters
+from notecase_server.rpc.interceptor import caller
+from notecase_server.rpc.pages import ListRequest, Pages
+from notecase_server.rpc.run import Streams
+from notecase_server.rpc.validate import Check
+from notecase_server.store.contract import (
+    Answer,
+    Once,
+    Query,
+    SessionKey,
+    Store,
+)
+from notecase_server.tools.contract import Toolbox
+
+M = TypeVar("M", bound=Message)
+R = TypeVar("R")
+
+SUBJECT = ""
+"""Who asks: nobody in particular, as long as callers have no credentials."""
+
+SESSION = Answer("session")
+NOTHING = Answer("nothing")
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """What the services of one server share."""
+
+    version: str
+    store: Store
+    sessions: Sessions
+    runs: Runs
+    max_runs: int
+    streams: Streams
+    providers: tuple[str, ...]
+    """The default one first."""
+    toolbox: Toolbox
+    schemas: Schemas
+    pages: Pages
+    contents: Contents
+    new_id: Callable[[], str]
+
+    async def session(self, session: str, once: Once | None = None, if_uid: str = "") -> SessionKey:
+        """The session of this id, after a look whether the request was carried out before: what it was about may be
+        gone by now. Raises Replayed, and NotecaseError SESSION_NOT_FOUND and REQUEST_ID_REUSED."""
+        await self.store.recall(once)
+        key, _ = await self.sessions.find(caller.get().tenant, session, if_uid)
+        return key
+
+    async def parent(self, check: Check, session: str) -> SessionKey:
+        """The session whose list is asked for, or any key while the check has something to say. SESSION_NOT_FOUND."""
+        if check.violations:
+            return SessionKey(caller.get().tenant, session, "")
+        return await self.session(session)
+
+    async def surely(self, once: Once | None, answer: Answer, write: Callable[[Once], Awaitable[R]]) -> R:
+        """Makes a write that no session's log records: see Sessions.surely."""
+        record = self.sessions.record(once, caller.get().tenant, answer)
+        return await self.sessions.surely(record, write)
+
+
+def once(request: M, answer: Answer) -> Once | None:
+    """The record that makes this request idempotent; None when it carries no request_id."""
+    request_id: str = request.request_id  # type: ignore[attr-defined]
+    if not request_id:
+        return None
+    who = caller.get()
+    digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+    return Once(who.tenant, SUBJECT, who.method, request_id, digest, answer)
+
+
+def checked(request: Any) -> Check:
+    """A Check that has looked at the request_id, for a write."""
+    check = Check()
+    check.token_id("request_id", request.request_id)
+    return check
+
+
+def masked(check: Check, mask: FieldMask, given: Message, allowed: Iterable[str]) -> FieldMask:
+    """The fields that an update changes (AIP-134). Paths that cannot be changed are told to the check and left out."""
+    known = list(allowed)
+    if list(mask.paths) == ["*"]:
+        return FieldMask(paths=known)
+    if not mask.paths:
+        return FieldMask(paths=[field.name for field, _ in given.ListFields() if field.name in known])
+    fine = FieldMask(paths=[path for path in mask.paths if path.partition(".")[0] in known])
+    if not fine.IsValidForDescriptor(given.DESCRIPTOR):  # type: ignore[arg-type]
+        fine = FieldMask()
+    check(len(fine.paths) == len(mask.paths), "update_mask", f"has paths that are not of {', '.join(known)}")
+    return fine
+
+
+def listed(
+    check: Check, pages: Pages, request: ListRequest, *about: str, fields: Mapping[str, filters.FieldKind] | None = None
+) -> Query:
+    """The page that a list request asks for, with its filter on `fields` where the list has one. `about` is all else
+    that makes the list another one.
+
+    Raises NotecaseError for all that is wrong, what `check` found before included."""
+    where, query = None, Query(1)
+    if fields is not None:
+        with check.taking():
+            where = filters.parse(request.filter, fields)  # type: ignore[attr-defined]
+    with check.taking():
+        query = pages.query(request, *about, where=where)
+    check.done()
+    return query
+
+
+def copied(message: M) -> M:
+    made = type(message)()
+    made.CopyFrom(message)
+    return made

@@ -1,0 +1,61 @@
+"""MessageService: parse, call, render."""
+
+from typing import Any
+
+from notecase import v1
+
+from notecase_server import errors, names
+from notecase_server.engine.opening import incoming
+from notecase_server.rpc.desk import Desk, checked, listed, once
+from notecase_server.rpc.validate import Check
+from notecase_server.store import answers
+from notecase_server.store.contract import (
+    Answer,
+    Commit,
+)
+
+
+class Messages(v1.MessageServiceServicer):
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    async def ListMessages(self, request: v1.ListMessagesRequest, context: Any) -> v1.ListMessagesResponse:
+        check = Check()
+        session = check.session("parent", request.parent)
+        known = request.order_by in {"", "sequence", "sequence asc", "sequence desc"}
+        check(known, "order_by", 'has to be "sequence" or "sequence desc"')
+        key = await self.desk.parent(check, session)
+        about = ("messages", key.tenant, key.uid, request.order_by, str(request.show_superseded))
+        query = listed(check, self.desk.pages, request, *about)
+        page = await self.desk.store.list_messages(
+            key, query, request.order_by == "sequence desc", superseded=request.show_superseded
+        )
+        rows = [names.render_message(key.session, row) for row in page.rows]
+        return v1.ListMessagesResponse(messages=rows, next_page_token=self.desk.pages.token(page.next, *about))
+
+    async def GetMessage(self, request: v1.GetMessageRequest, context: Any) -> v1.Message:
+        check = Check()
+        session, message = check.message("name", request.name)
+        check.done()
+        row = await self.desk.store.get_message(await self.desk.session(session), message)
+        if row is None:
+            raise errors.not_found("message", request.name)
+        return names.render_message(session, row)
+
+    async def AppendMessages(self, request: v1.AppendMessagesRequest, context: Any) -> v1.AppendMessagesResponse:
+        check = checked(request)
+        parent = check.session("parent", request.parent)
+        check(len(request.messages) > 0, "messages", "is empty")
+        roles = [v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT, v1.Message.ROLE_SYSTEM]
+        check.messages("messages", request.messages, roles)
+        check.done()
+        answer = Answer("messages")
+        repeat = once(request, answer)
+        key = await self.desk.session(parent, repeat)
+        _, session = await self.desk.sessions.watched(key)
+        said = incoming(self.desk.new_id, await self.desk.contents.kept(key, request.messages), session.user)
+        events = [v1.Event(cause_id=request.request_id, message_added=message) for message in said]
+        expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
+        commit = Commit(key=key, once=repeat, if_last_sequence=expected, events=events)
+        made: v1.AppendMessagesResponse = answers.of(answer, await self.desk.sessions.commit(commit))
+        return made

@@ -1,0 +1,242 @@
+"""SessionService: parse, call, render."""
+
+import asyncio
+import hashlib
+import tempfile
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any, BinaryIO, TypeVar
+
+from google.protobuf.empty_pb2 import Empty
+from google.protobuf.message import Message
+from notecase import v1
+
+from notecase_server import errors, names
+from notecase_server.engine import transfer
+from notecase_server.engine.roster import Caused
+from notecase_server.rpc import filter as filters
+from notecase_server.rpc.desk import NOTHING, SESSION, SUBJECT, Desk, checked, copied, listed, masked, once
+from notecase_server.rpc.interceptor import caller
+from notecase_server.rpc.validate import Check
+from notecase_server.store.contract import (
+    PAGE_BYTES,
+    Answer,
+    Commit,
+    Committed,
+    Once,
+    SessionEdit,
+)
+
+M = TypeVar("M", bound=Message)
+R = TypeVar("R")
+
+SESSION_FILTER: Mapping[str, filters.FieldKind] = {
+    "user": "text",
+    "agent": "text",
+    "activity": filters.EnumField(v1.Session.Activity, "ACTIVITY_"),
+    "display_name": "text",
+    "create_time": "time",
+    "update_time": "time",
+}
+MAX_IMPORT_BYTES = 1 << 30
+"""Of a session's file beside its content: it waits on this machine's disk, and a gigabyte is a million messages."""
+
+EXPIRY_FIELDS = ("expire_time", "ttl", "idle_ttl")
+SESSION_FIELDS = ("display_name", "agent", "labels", *EXPIRY_FIELDS)
+"""What an update may change."""
+
+
+class SessionsService(v1.SessionServiceServicer):
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+
+    async def CreateSession(self, request: v1.CreateSessionRequest, context: Any) -> v1.Session:
+        check = checked(request)
+        check.chosen_id("session_id", request.session_id)
+        check.new_session("session", request.session)
+        check.first_state("state", request.state)
+        check.done()
+        repeat = once(request, SESSION)
+        await self.desk.store.recall(repeat)
+        key = self.desk.sessions.new_key(caller.get().tenant, request.session_id or self.desk.new_id())
+        await self._require_agent(request.session.agent)
+        ops = [v1.StateOp(key=name, set=value) for name, value in sorted(request.state.items())]
+        change = v1.Event(cause_id=request.request_id, state_changed=v1.StateChanged(ops=ops))
+        events = [change] if ops else []
+        return _session_of(
+            await self.desk.sessions.commit(Commit(key=key, once=repeat, create=request.session, events=events))
+        )
+
+    async def GetSession(self, request: v1.GetSessionRequest, context: Any) -> v1.Session:
+        check = Check()
+        session = check.session("name", request.name)
+        check.done()
+        _, row = await self.desk.sessions.find(caller.get().tenant, session)
+        return names.render_session(row)
+
+    async def ListSessions(self, request: v1.ListSessionsRequest, context: Any) -> v1.ListSessionsResponse:
+        about = ("sessions", caller.get().tenant, request.filter)
+        query = listed(Check(), self.desk.pages, request, *about, fields=SESSION_FILTER)
+        page = await self.desk.store.list_sessions(caller.get().tenant, query)
+        rows = [names.render_session(row) for row in page.rows]
+        return v1.ListSessionsResponse(sessions=rows, next_page_token=self.desk.pages.token(page.next, *about))
+
+    async def UpdateSession(self, request: v1.UpdateSessionRequest, context: Any) -> v1.Session:
+        check = checked(request)
+        session = check.session("session.name", request.session.name)
+        check.session_body("session", request.session)
+        mask = masked(check, request.update_mask, request.session, SESSION_FIELDS)
+        check.done()
+        if "agent" in mask.paths:
+            await self._require_agent(request.session.agent)
+        expiry = {path for path in mask.paths if path in EXPIRY_FIELDS}
+        given = copied(request.session)
+        _set_expiration(given, request.session, expiry)
+        edit = SessionEdit(tuple(path for path in mask.paths if path not in expiry), given, bool(expiry))
+        repeat = once(request, SESSION)
+        key = await self.desk.session(session, repeat)
+        change = partial(self.desk.store.edit_session, key, edit, request.session.etag)
+        return _rendered(await self.desk.surely(repeat, SESSION, change))
+
+    async def DeleteSession(self, request: v1.DeleteSessionRequest, context: Any) -> Empty:
+        check = checked(request)
+        session = check.session("name", request.name)
+        check.done()
+        repeat = once(request, NOTHING)
+        await self.desk.sessions.delete(await self.desk.session(session, repeat), request.etag, repeat)
+        return Empty()
+
+    async def CompactSession(self, request: v1.CompactSessionRequest, context: Any) -> v1.Session:
+        check = checked(request)
+        session = check.session("name", request.name)
+        check.kept("keep_recent", request.keep_recent)
+        if request.agent:
+            check.agent("agent", request.agent)
+        check.done()
+        caused = Caused(request.request_id, once(request, SESSION))
+        key = await self.desk.session(session, caused.once)
+        return _session_of(await self.desk.runs.at_rest.compact(key, request.keep_recent, request.agent, caused))
+
+    async def ForkSession(self, request: v1.ForkSessionRequest, context: Any) -> v1.Session:
+        check = checked(request)
+        session = check.session("name", request.name)
+        at_sequence = request.at_sequence if request.HasField("at_sequence") else None
+        check(request.at_sequence >= 0, "at_sequence", "is negative")
+        check.chosen_id("session_id", request.session_id)
+        check.new_session("session", request.session)
+        check(not request.session.user, "session.user", "a fork's user is its source's")
+        check.done()
+        repeat = once(request, SESSION)
+        source = await self.desk.session(session, repeat)
+        key = self.desk.sessions.new_key(source.tenant, request.session_id or self.desk.new_id())
+        await self._require_agent(request.session.agent)
+        return _session_of(await self.desk.runs.at_rest.fork(source, at_sequence, key, request.session, repeat))
+
+    async def RewindSession(self, request: v1.RewindSessionRequest, context: Any) -> v1.Session:
+        check = checked(request)
+        session = check.session("name", request.name)
+        check(request.HasField("to_sequence"), "to_sequence", "is missing; 0 empties the session")
+        check(request.to_sequence >= 0, "to_sequence", "is negative")
+        check(request.if_last_sequence >= 0, "if_last_sequence", "is negative")
+        check.done()
+        expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
+        caused = Caused(request.request_id, once(request, SESSION))
+        key = await self.desk.session(session, caused.once)
+        return _session_of(await self.desk.runs.at_rest.rewind(key, request.to_sequence, expected, caused))
+
+    async def EraseUser(self, request: v1.EraseUserRequest, context: Any) -> v1.EraseUserResponse:
+        check = checked(request)
+        check.user("name", request.name)
+        check.done()
+        tenant = caller.get().tenant
+        record = self.desk.sessions.record(once(request, Answer("erased")), tenant, Answer("erased"))
+        gone = await self.desk.sessions.erase_user(tenant, request.name, record)
+        return v1.EraseUserResponse(sessions_deleted=gone)
+
+    async def ExportSession(
+        self, request: v1.ExportSessionRequest, context: Any
+    ) -> AsyncIterator[v1.ExportSessionResponse]:
+        check = Check()
+        session = check.session("name", request.name)
+        check.done()
+        key = await self.desk.session(session)
+        contents = self.desk.contents if request.with_blobs else None
+        async for chunk in transfer.exported(self.desk.store, key, contents):
+            yield v1.ExportSessionResponse(chunk=chunk)
+
+    async def ImportSession(self, request: AsyncIterator[v1.ImportSessionRequest], context: Any) -> v1.Session:
+        """The file waits on disk until it is whole: its size is no matter of memory."""
+        with tempfile.TemporaryFile() as file:
+            most = MAX_IMPORT_BYTES + self.desk.contents.limits.session
+            header, digest = await _spooled(request, file, most)
+            who = caller.get()
+            key = self.desk.sessions.new_key(who.tenant, header.session_id or self.desk.new_id())
+            repeat = None
+            if header.request_id:
+                repeat = Once(who.tenant, SUBJECT, who.method, header.request_id, digest, SESSION)
+            await self.desk.store.recall(repeat)
+            restore = await asyncio.to_thread(transfer.read, file, key)
+            check = Check()
+            check.session_body("header", restore.session)
+            if check.violations:
+                raise errors.import_invalid("has a header that no session can have")
+            await transfer.keep_content(self.desk.contents, file, restore)
+            store = self.desk.store
+            made = await self.desk.surely(repeat, SESSION, lambda record: store.restore(replace(restore, once=record)))
+            return _rendered(made)
+
+    async def _require_agent(self, name: str) -> None:
+        parsed = names.parse_agent(name) if name else None
+        if parsed and await self.desk.store.get_agent(caller.get().tenant, parsed.agent, parsed.revision) is None:
+            raise errors.not_found("agent", name)
+
+
+def _set_expiration(session: v1.Session, given: v1.Session, fields: Iterable[str]) -> None:
+    """One of the fields, or none, is what holds from now on; what was read back beside idle_ttl is not."""
+    for name in EXPIRY_FIELDS:
+        session.ClearField(name)  # type: ignore[arg-type]
+    for name in sorted(fields):
+        if given.HasField(name):  # type: ignore[arg-type]
+            getattr(session, name).CopyFrom(getattr(given, name))
+    if session.HasField("idle_ttl"):
+        session.ClearField("expire_time")
+
+
+async def _spooled(
+    frames: AsyncIterator[v1.ImportSessionRequest], file: BinaryIO, most: int
+) -> tuple[v1.ImportHeader, bytes]:
+    """Puts a stream's chunks into the file, and returns its header and the digest of both."""
+    header, digest, size = v1.ImportHeader(), hashlib.sha256(), 0
+    async for number, frame in _numbered(frames):
+        check = Check()
+        if frame.HasField("header"):
+            header = frame.header
+            check(number == 0, "header", "goes with the first frame only")
+            check.chosen_id("header.session_id", header.session_id)
+            check.token_id("header.request_id", header.request_id)
+            digest.update(header.SerializeToString(deterministic=True))
+        else:
+            check(len(frame.chunk) <= PAGE_BYTES, "chunk", f"is larger than {PAGE_BYTES} bytes")
+        check.done()
+        size += len(frame.chunk)
+        if size > most:
+            raise errors.too_large("The file", size, most)
+        digest.update(frame.chunk)
+        await asyncio.to_thread(file.write, frame.chunk)
+    return header, digest.digest()
+
+
+async def _numbered(frames: AsyncIterator[M]) -> AsyncIterator[tuple[int, M]]:
+    number = 0
+    async for frame in frames:
+        yield number, frame
+        number += 1
+
+
+def _rendered(row: v1.Session) -> v1.Session:
+    return names.render_session(copied(row))
+
+
+def _session_of(done: Committed) -> v1.Session:
+    return _rendered(done.session)

@@ -1,0 +1,91 @@
+"""StateService: parse, call, render."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from notecase import v1
+
+from notecase_server.rpc.desk import Desk, checked, listed, once
+from notecase_server.rpc.interceptor import caller
+from notecase_server.rpc.pages import MAX_PAGE_SIZE
+from notecase_server.rpc.validate import Check
+from notecase_server.store import answers
+from notecase_server.store.contract import (
+    PAGE_BYTES,
+    Answer,
+    Once,
+    Scope,
+    SessionKey,
+)
+
+
+class States(v1.StateServiceServicer):
+    def __init__(self, desk: Desk) -> None:
+        self.desk = desk
+        self.store = desk.store
+
+    async def GetState(self, request: v1.GetStateRequest, context: Any) -> v1.GetStateResponse:
+        check = Check()
+        scope = check.state("name", caller.get().tenant, request.name)
+        check(len(request.keys) <= MAX_PAGE_SIZE, "keys", f"has more than {MAX_PAGE_SIZE} keys")
+        at = request.at_sequence
+        check(at >= 0, "at_sequence", "is negative")
+        check(not at or scope.kind == "session", "at_sequence", "goes with a session's state; others have no log")
+        keys = sorted(set(request.keys))
+        state_key = await self._parent(check, scope)
+        about = ("state", scope.tenant, scope.kind, state_key.id, str(at), *(repr(key) for key in keys))
+        query = listed(check, self.desk.pages, request, *about)
+        state, page = await self.store.list_state(state_key, query, at, keys)
+        token = self.desk.pages.token(page.next, *about)
+        return v1.GetStateResponse(
+            name=request.name, entries=state.entries, version=state.version, next_page_token=token
+        )
+
+    async def PutState(self, request: v1.PutStateRequest, context: Any) -> v1.StateEntry:
+        op = v1.StateOp(key=request.key, set=request.value)
+        if request.HasField("if_version"):
+            op.if_version = request.if_version
+        check = checked(request)
+        scope = check.state("name", caller.get().tenant, request.name)
+        check.key("key", request.key, scope.kind == "session")
+        check.value("value", request.value)
+        check(op.ByteSize() <= PAGE_BYTES, "value", f"is larger than {PAGE_BYTES} bytes")
+        check.done()
+        answer = Answer("entry", request.key)
+        made: v1.StateEntry = await self._update(scope, [op], None, request, answer)
+        return made
+
+    async def UpdateState(self, request: v1.UpdateStateRequest, context: Any) -> v1.State:
+        check = checked(request)
+        scope = check.state("name", caller.get().tenant, request.name)
+        check.ops("ops", request.ops, scope.kind == "session")
+        check.done()
+        if_version = request.if_version if request.HasField("if_version") else None
+        answer = Answer("state", request.name)
+        made: v1.State = await self._update(scope, request.ops, if_version, request, answer)
+        return made
+
+    async def _parent(self, check: Check, scope: Scope) -> Scope:
+        return (await self.desk.parent(check, scope.id)).state if scope.kind == "session" else scope
+
+    async def _found(self, scope: Scope, repeat: Once | None = None) -> tuple[SessionKey | None, Scope]:
+        """A state by its name as it is kept: a session's under the session's uid. SESSION_NOT_FOUND."""
+        if scope.kind != "session":
+            return None, scope
+        key = await self.desk.session(scope.id, repeat)
+        return key, key.state
+
+    async def _update(
+        self,
+        scope: Scope,
+        ops: Sequence[v1.StateOp],
+        if_version: int | None,
+        request: v1.PutStateRequest | v1.UpdateStateRequest,
+        answer: Answer,
+    ) -> Any:
+        """Changes a state, and answers as a repeat is answered."""
+        repeat = once(request, answer)
+        key, scope = await self._found(scope, repeat)
+        record = repeat if key else self.desk.sessions.record(repeat, scope.tenant, answer)
+        made = await self.desk.sessions.update_state(key, scope, ops, if_version, record, request.request_id)
+        return answers.of(answer, made)
