@@ -295,7 +295,7 @@ SMALL = ("cli", "engine", "rpc.interceptor", "supervisor")
 
 EXCEPTIONS = {
     "engine.template": "One gate for strangers' templates: its filters and limits belong together.",
-    "engine.session.LiveSession": "The place where a session's workers and watchers meet: what they share, not a machine.",
+    "engine.session.LiveSession": "The place where a session's workers and watchers meet: what they share.",
 }
 """What may be larger, and why: at most two."""
 
