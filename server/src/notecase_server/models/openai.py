@@ -1,19 +1,17 @@
 """Models behind any OpenAI-compatible Chat Completions endpoint: each call ends as a whole reply or as one typed
 failure, and neither the key nor a header is ever told.
 
-The openai SDK carries the request: its authentication, time-outs, retries with Retry-After and status errors, over its
-aiohttp transport. What costs CPU per token and per message goes past it: the request's JSON is made here, and the
-answer's bytes are read by `chat_stream`.
+The openai SDK makes the headers and brings its aiohttp transport. The rest goes past it: the request's JSON is made
+here, the answer's bytes are read by `chat_stream`, refusals by `provider_errors`, both bounded; nothing is repeated here,
+which is the engine's business.
 """
 
 import asyncio
 import base64
 import contextlib
-import email.utils
-import math
 import mimetypes
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
 from typing import Any
 
 import aiohttp
@@ -22,12 +20,13 @@ import msgspec
 import openai
 import structlog
 from notecase import v1
-from openai.types.chat import ChatCompletionChunk
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
+from notecase_server.models import provider_errors
 from notecase_server.models.chat_stream import ChatReply
 from notecase_server.models.contract import Delta, ModelRequest, Tool, is_text
+from notecase_server.models.redaction import Redactor
 
 log = structlog.get_logger(__name__)
 
@@ -43,17 +42,16 @@ _DRAIN_SECONDS = 0.1
 """How long to wait for the end of a body whose reply is whole, to keep its connection: less than opening another costs
 far away, and no more than the SDK's own iterator waits."""
 
-_MAX_RETRY_AFTER = 24 * 3600.0
-"""Seconds. A provider that names more is not down but gone, and any number must fit into RetryInfo."""
+_MAX_REFUSAL_BYTES = 64 << 10
+"""What is read of a refusal, unpacked: a sentence and its frame."""
 
-_TOLD_CHARS = 300
-"""Of a provider's message: enough for its sentence, too little for a request that it echoes."""
+_FAIR_READS = 16
+"""Reads after which other tasks get their turn."""
 
-_SECRET = re.compile(r"(?i)\bbearer\s+\S+|\bsk-[\w*.-]{6,}")
+_MOST_REDIRECTS = 3
 
-_TOO_LONG = re.compile(r"(?i)context_length|exceed_context|context (length|window|size)|prompt is too long")
-
-_OVERLOADED = re.compile(r"(?i)overload|rate.?limit|too.many|unavailable|time.?d?.?out|capacity|server.?error|internal")
+_REDIRECTS = frozenset({301, 302, 307, 308})
+"""Statuses that name another address for the same request. It is sent there as it was, within the same origin."""
 
 _ROLES = {v1.Message.ROLE_ASSISTANT: "assistant", v1.Message.ROLE_SYSTEM: "system"}
 
@@ -85,11 +83,11 @@ class OpenAIProvider:
         *,
         idle_timeout: float = 120.0,
         connect_timeout: float = 10.0,
-        max_retries: int = 2,
+        silent_timeout: float = 600.0,
     ) -> None:
         """An empty `api_key` is for servers that want none. `base_url` None is OpenAI's own. `idle_timeout` is how many
-        seconds the provider may send nothing, before the reply or within it. `max_retries` counts what follows the
-        first attempt, and only while nothing of a reply has come.
+        seconds the provider may send nothing, before the reply or within it. `silent_timeout` is how many it may send
+        what says nothing, such as comments that keep the connection alive.
 
         The SDK would read some settings from the environment by itself. Key and base URL are always given to it, so
         that OPENAI_API_KEY, OPENAI_BASE_URL and an Authorization in OPENAI_CUSTOM_HEADERS have no say; OPENAI_ORG_ID
@@ -100,7 +98,7 @@ class OpenAIProvider:
         key = api_key or "none"
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise ValueError("the API key holds a space, a line break or a character outside ASCII")
-        self._api_key = api_key
+        self._redactor = Redactor(api_key)
         self._default_model = default_model
         self._idle_timeout = idle_timeout
         self._base_url = _checked_url(base_url or OPENAI_URL)
@@ -110,13 +108,13 @@ class OpenAIProvider:
         newer = host.endswith((".openai.com", ".openai.azure.com"))
         self._limit_field = "max_completion_tokens" if newer else "max_tokens"
         timeout = httpx2.Timeout(idle_timeout, connect=connect_timeout)
+        self._silent_timeout = silent_timeout
+        self._http = openai.DefaultAioHttpClient(timeout=timeout, follow_redirects=False)
         self._client = openai.AsyncOpenAI(
             api_key=key,
             base_url=self._base_url,
-            max_retries=max_retries,
-            timeout=timeout,
             default_headers={"Authorization": f"Bearer {key}"},
-            http_client=openai.DefaultAioHttpClient(timeout=timeout),
+            http_client=self._http,
         )
         self._open: set[httpx2.Response] = set()
         if not host.endswith(".openai.com"):
@@ -127,21 +125,38 @@ class OpenAIProvider:
         After Finish it ends within _DRAIN_SECONDS; who does not wait for that gives up the connection's next use."""
         body = _body(await _loaded(request), self._default_model, self._limit_field)
         model = str(body["model"])
-        reply = ChatReply(model, lambda error: self._refused(_status_in(error), error, model))
+        reply = ChatReply(model, self._redactor, behind_calls=_is_behind_calls(request.messages))
         async with self._answer(body) as response:
             chunks = response.aiter_bytes()
+            cut: NotecaseError | None = None
             try:
-                async for chunk in chunks:
-                    for piece in reply.feed(chunk):
+                async for chunk in self._heard(chunks, reply):
+                    for piece in chunk:
                         yield piece
-                    if reply.done:
-                        break
             except _BROKEN as error:
-                if not reply.whole:
-                    raise self._broken(error, "The connection to the model provider broke within the reply.") from error
-            for piece in reply.end():
+                cut = self._broken(error, "The connection to the model provider broke within the reply.")
+            for piece in reply.end(cut):
                 yield piece
             await _drain(chunks)
+
+    async def _heard(self, chunks: AsyncIterator[bytes], reply: ChatReply) -> AsyncIterator[list[Delta]]:
+        """The pieces of each read, until the reply is done. Raises MODEL_UNAVAILABLE when the provider has said nothing
+        for too long."""
+        clock = asyncio.get_running_loop().time
+        heard, turn = clock(), 0
+        async for chunk in chunks:
+            if pieces := reply.feed(chunk):
+                heard = clock()
+                yield pieces
+            elif clock() - heard > self._silent_timeout:
+                raise errors.model_unavailable(
+                    f"The model provider said nothing for {self._silent_timeout:g} seconds, and kept the connection open."
+                )
+            if reply.done:
+                return
+            turn += 1
+            if turn % _FAIR_READS == 0:
+                await asyncio.sleep(0)  # one read may unpack to thousands of pieces, which come without a pause
 
     async def close(self) -> None:
         """See Provider.close. A reply under way fails as MODEL_UNAVAILABLE, and so does one asked for later."""
@@ -154,75 +169,88 @@ class OpenAIProvider:
     async def _answer(self, body: Json) -> AsyncIterator[httpx2.Response]:
         """The provider's answer, its body unread; closed with the block. Raises what a refusal or a failure to reach it
         comes to."""
+        model = str(body["model"])
         try:
-            # The method behind `create`, without its transforms: they cost per message of the history, and a sixth of a
-            # turn even for none.
-            stream = await self._client.post(
-                "/chat/completions",
-                cast_to=ChatCompletionChunk,
-                content=msgspec.json.encode(body),
-                options={"headers": {"Content-Type": "application/json"}},
-                stream=True,
-                stream_cls=openai.AsyncStream[ChatCompletionChunk],
-            )
-            response = stream.response
-        except openai.APIStatusError as error:
-            # Not chained: the SDK's error holds the provider's whole answer, which may echo the key.
-            raise self._refused(
-                error.status_code, error.body, str(body["model"]), _retry_after(error.response.headers)
-            ) from None
+            response = await self._sent(msgspec.json.encode(body), model)
         except _BROKEN as error:
             raise self._broken(error, "The model provider cannot be reached.") from error
         except RuntimeError:
-            if not self._client.is_closed():
+            if not self._http.is_closed:
                 raise
             raise errors.model_unavailable("The connections to the model provider are closed.") from None
         self._open.add(response)
         try:
+            if not response.is_success:
+                raise await self._refused(response, model)
             yield response
         finally:
             self._open.discard(response)
             await response.aclose()
+
+    async def _sent(self, content: bytes, model: str) -> httpx2.Response:
+        """Sends the request, once more to each address that it is redirected to. Raises MODEL_ERROR for an address of
+        another origin, where neither the conversation nor the key goes, and for a circle."""
+        url = httpx2.URL(f"{str(self._client.base_url).rstrip('/')}/chat/completions")
+        seen = {url}
+        headers = {name: value for name, value in self._client.default_headers.items() if isinstance(value, str)}
+        headers["Accept-Encoding"] = "gzip, deflate"
+        while True:
+            request = self._http.build_request("POST", url, content=content, headers=headers)
+            response = await self._http.send(request, stream=True)
+            target = response.headers.get("location")
+            if response.status_code not in _REDIRECTS or not target:
+                return response
+            await response.aclose()
+            try:
+                url = url.join(target)
+            except (httpx2.InvalidURL, UnicodeError, ValueError):
+                raise _redirected(response.status_code, "to what is no address") from None
+            if _origin(url) != _origin(request.url):
+                raise _redirected(response.status_code, "to another origin, where nothing is sent")
+            if url in seen or len(seen) > _MOST_REDIRECTS:
+                raise _redirected(response.status_code, "in a circle")
+            seen.add(url)
+
+    async def _refused(self, response: httpx2.Response, model: str) -> NotecaseError:
+        """What a status comes to, with as much of its body as fits a refusal."""
+        body = bytearray()
+        chunks = response.aiter_bytes()
+        with contextlib.suppress(TimeoutError, *_BROKEN):
+            async with asyncio.timeout(self._idle_timeout):
+                async for chunk in chunks:
+                    body += chunk
+                    if len(body) > _MAX_REFUSAL_BYTES:
+                        break
+                else:
+                    await chunks.aclose()
+        told = provider_errors.told_by_body(bytes(body[:_MAX_REFUSAL_BYTES]))
+        wait = provider_errors.retry_after(response.headers)
+        return provider_errors.failure(response.status_code, told, model, self._redactor, wait)
 
     def _broken(self, error: BaseException, message: str) -> NotecaseError:
         """The client is told that, the log why."""
         root = error
         while root.__cause__ is not None:
             root = root.__cause__
-        log.warning("model_unreachable", cause=self._told(f"{type(root).__name__}: {root}"))
+        log.warning("model_unreachable", cause=self._redactor.told(f"{type(root).__name__}: {root}"))
         if isinstance(error, httpx2.ReadTimeout) or isinstance(error.__cause__, httpx2.ReadTimeout):
             message = f"The model provider sent nothing for {self._idle_timeout:g} seconds."
         return errors.model_unavailable(message)
 
-    def _refused(self, status: int | None, body: object, model: str, retry_after: float | None = None) -> NotecaseError:
-        """What a status or an error object comes to."""
-        message, code = _error_words(body)
-        told = self._told(message)
-        answer = f"status {status}" if status else "an error"
-        facts: dict[str, object] = {"status": status} if status else {}
-        if code and (code := self._told(code)):
-            facts["code"] = code
-        words = f": {told}" if told else "."
-        if status != 429 and _TOO_LONG.search(f"{code} {message}"):
-            facts["code"] = "context_length_exceeded"
-            return errors.model_error(f"The conversation is longer than the model {model!r} takes{words}", **facts)
-        if status in {401, 403} or "authentication" in code or code == "invalid_api_key":
-            return errors.model_error(f"The model provider refused the server's credential ({answer}).", **facts)
-        if code == "insufficient_quota":
-            return errors.model_error(f"The server's account with the model provider is used up{words}", **facts)
-        if _is_passing(status, code or message):
-            return errors.model_unavailable(
-                f"The model provider cannot answer just now ({answer}){words}", retry_after, **facts
-            )
-        return errors.model_error(f"The model provider refused the call of {model!r} ({answer}){words}", **facts)
 
-    def _told(self, text: str) -> str:
-        """A provider's words as they may be shown: one short line, and whatever it echoes, no key."""
-        if self._api_key:
-            text = text.replace(self._api_key, "[key]")
-        text = " ".join(_SECRET.sub("[key]", text).split())
-        text = "".join(char if char.isprintable() else "\ufffd" for char in text)
-        return text if len(text) <= _TOLD_CHARS else text[: _TOLD_CHARS - 1] + "…"
+def _redirected(status: int, where: str) -> NotecaseError:
+    return errors.model_error(
+        f"The model provider redirects the call {where} (status {status}); its base URL may be wrong.", status=status
+    )
+
+
+def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
+
+
+def _is_behind_calls(messages: Sequence[v1.Message]) -> bool:
+    """Whether a request ends with the outcomes of calls, behind which a model may have nothing more to say."""
+    return bool(messages) and any(part.HasField("tool_call") for part in messages[-1].parts)
 
 
 def _checked_url(base_url: str) -> httpx2.URL:
@@ -246,56 +274,6 @@ async def _drain(chunks: AsyncIterator[bytes]) -> None:
         async with asyncio.timeout(_DRAIN_SECONDS):
             async for _ in chunks:
                 pass
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds a provider asks to wait. A date counts from the answer's own Date, since clocks differ."""
-    for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) / per_second
-        except ValueError:
-            continue
-        if math.isfinite(seconds):
-            return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
-    until, now = (email.utils.parsedate_tz(headers.get(name, "")) for name in ("retry-after", "date"))
-    if until is None or now is None:
-        return None
-    try:
-        seconds = float(email.utils.mktime_tz(until) - email.utils.mktime_tz(now))
-    except (ValueError, OverflowError):
-        return None
-    return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
-
-
-def _error_words(body: object) -> tuple[str, str]:
-    """The message, and the code or else the type, in the shapes that servers give an error: an object, an object in
-    `error`, a plain string, `detail` of FastAPI. A web page says nothing."""
-    if isinstance(body, dict):
-        inner = body.get("error")
-        if isinstance(inner, dict | str):
-            body = inner
-    if isinstance(body, str):
-        return ("" if body.lstrip().startswith("<") else body), ""
-    if not isinstance(body, dict):
-        return "", ""
-    message = next((body[name] for name in ("message", "detail") if isinstance(body.get(name), str)), "")
-    code = next((body[name] for name in ("code", "type") if isinstance(body.get(name), str)), "")
-    return message, code
-
-
-def _status_in(error: object) -> int | None:
-    """The HTTP status that an error object carries as its code: what came before it was a 200."""
-    code = error.get("code") if isinstance(error, dict) else None
-    if isinstance(code, str) and code.isdecimal() and len(code) == 3:
-        code = int(code)
-    return code if isinstance(code, int) and 400 <= code < 600 else None
-
-
-def _is_passing(status: int | None, words: str) -> bool:
-    """Whether a repeat may succeed. Only an error object without a status is judged by its words."""
-    if status is not None:
-        return status in {408, 409, 425, 429} or status >= 500
-    return bool(_OVERLOADED.search(words))
 
 
 async def _loaded(request: ModelRequest) -> ModelRequest:
