@@ -7,6 +7,7 @@ for a run holds its session's lock, and decides what to commit while holding it.
 """
 
 import asyncio
+import itertools
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import aclosing
@@ -26,7 +27,7 @@ from notecase_server.engine.schema import Schemas, Unfenced, value_of
 from notecase_server.engine.session import Block, LiveSession, OpenMessage
 from notecase_server.engine.tokens import Gauge
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Call, Finish, ModelRequest, Provider, Reasoning, Refusal, Text
+from notecase_server.models.contract import Call, Finish, ModelRequest, Provider, Reasoning, Refusal, Repeats, Text
 from notecase_server.models.contract import Tool as ModelTool
 from notecase_server.store.contract import (
     PAGE_BYTES,
@@ -58,16 +59,9 @@ MAX_REPLY_BYTES = PAGE_BYTES - (64 << 10)
 BLOCK_BYTES = 256
 """What a part needs beside its text: ids, names and frames, rounded up."""
 
-MODEL_REPEATS = 2
-"""How often a reply cut in mid-stream is asked for again. Before the first piece retries are the provider's
-business."""
-
 OUTPUT_REPEATS = 1
 """How often a reply that is not what the agent's output_schema asks for is asked for again: a model that was told what
 is wrong either knows better at once, or not at all."""
-
-CUT_OFF = frozenset({"length", "content_filter"})
-"""Finish reasons of a reply that its provider cut off."""
 
 STORE_PATIENCE = (0.1, 10.0)
 """Seconds between tries of a commit that the store cannot take, at first and at most. A run waits as long as it takes:
@@ -120,6 +114,8 @@ class Services(NamedTuple):
     schemas: Schemas
     new_id: Callable[[], str]
     clock: Clock
+    repeats: Repeats = Repeats()
+    """Of a model call that failed in a way that may pass."""
 
 
 class Worker:
@@ -382,6 +378,9 @@ class Worker:
             )
             events += [ledger.cancelled(call, error.message) for call in calls]
             return [*events, self._ending(v1.Run.STATE_FAILED, error.to_proto())]
+        if calls and finish.cut:
+            why = f"The reply was cut off ({finish.reason}), so that no call in it was run; call again, with less."
+            return [*events, *(ledger.finished(call, Outcome(error=why)) for call in calls)]
         if calls:
             made = ledger.triage(calls, bound, self._remembered, self._new_id, self._expire)
             if self.run.ending:  # nobody is asked any more
@@ -414,9 +413,9 @@ class Worker:
                 break
             self._log.info("reply_invalid", problem=problem, finish_reason=finish.reason)
             message = self._message(opened, v1.Message.STATUS_INCOMPLETE)
-            await self._durably(partial(_used, finish))
+            await self._durably(partial(_used, finish.usage))
             # What was cut off at a limit would be cut off there again.
-            if repeat == OUTPUT_REPEATS or finish.reason in CUT_OFF:
+            if repeat == OUTPUT_REPEATS or finish.cut:
                 raise errors.output_invalid(problem, finish.reason)
             self._check_limits()
             self.live.discard()
@@ -454,21 +453,36 @@ class Worker:
         return await context.build(*where, self.agent, self._summary, self._most_tokens)
 
     async def _generate(self, provider: Provider, request: ModelRequest) -> Finish:
-        """One reply, left in the live session's open message; asked for again when it is cut in mid-stream."""
-        for repeat in range(MODEL_REPEATS + 1):
+        """Leaves one reply in the live session's open message."""
+
+        async def ask() -> Finish:
+            self._count_model_call()
+            return await self._read(provider, request, self.live.begin(self._new_id()))
+
+        return await self._repeated(ask)
+
+    async def _repeated(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Asks a model, and again while what went wrong may pass, before its first piece or after it. A try from which
+        nothing came does not count as a model call; what one took, as far as its provider told, is counted."""
+        most, seconds = self._services.repeats
+        for repeat in itertools.count():
             if self._halts:
                 raise _HaltedError
-            self._count_model_call()
-            opened = self.live.begin(self._new_id())
             try:
-                return await self._halting(self._read(provider, request, opened))
+                return await self._halting(ask())
             except NotecaseError as error:
-                cut = error.reason == v1.ERROR_REASON_MODEL_UNAVAILABLE and opened.blocks
-                if not cut or repeat == MODEL_REPEATS:
+                passing = most if error.reason == v1.ERROR_REASON_MODEL_UNAVAILABLE else 0
+                wait = max(random.uniform(0, 0.5 * 2**repeat), error.retry_after or 0)
+                if error.usage is not None:
+                    await self._durably(partial(_used, error.usage))
+                if repeat >= (passing if error.repeats is None else error.repeats) or wait > seconds:
                     raise
-                self._log.info("model_call_repeated", repeat=repeat + 1)
+                self._log.info("model_call_repeated", repeat=repeat + 1, seconds=round(wait, 3))
+                if error.usage is None and self.live.open is not None and not self.live.open.blocks:
+                    self._model_calls -= 1
                 self.live.discard()
-            await asyncio.sleep(random.uniform(0, 0.5 * 2**repeat))
+                seconds -= wait
+            await self._halting(asyncio.sleep(wait))
         raise AssertionError("the last repeat returns or raises")
 
     async def _halting(self, call: Coroutine[Any, Any, T]) -> T:
@@ -494,7 +508,7 @@ class Worker:
             return False
         self._count_model_call()
         try:
-            made = await self._halting(summary.write(provider, plan.request(self.agent.llm)))
+            made = await self._repeated(partial(summary.write, provider, plan.request(self.agent.llm)))
         except NotecaseError as error:
             self._may_summarize = False
             self._log.warning("summary_failed", reason=errors.reason_name(error.reason), message=error.message)
@@ -896,8 +910,8 @@ def _begin(opened: OpenMessage, block: Block) -> Block:
     return block
 
 
-def _used(finish: Finish) -> list[v1.Event]:
-    return [v1.Event(usage=finish.usage)]
+def _used(usage: v1.Usage) -> list[v1.Event]:
+    return [v1.Event(usage=usage)]
 
 
 def _json(opened: OpenMessage) -> Block:

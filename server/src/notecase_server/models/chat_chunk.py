@@ -1,8 +1,8 @@
 """Decodes one document of a Chat Completions answer, whatever types a server gives to its members.
 
 Nearly every chunk has the types that OpenAI documents and is decoded straight into structs. Any other is decoded into
-plain values and read member by member: what has a type that nothing can be made of counts as absent, and only a document
-that is no object is refused.
+plain values and read member by member: what has a type that nothing can be made of counts as absent, and only a
+document that is no object is refused.
 """
 
 import json

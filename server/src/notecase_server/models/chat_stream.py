@@ -294,8 +294,7 @@ class ChatReply:
             self._spoken = self._spoken or self._think.begun
         else:
             self._spoken = self._spoken or any(text.strip() for text in self._so_far)
-        for call in self._calls.end():
-            pieces.append(Call(call.key, "", self._mended(call.key, call.arguments)))
+        pieces.extend(Call(call.key, "", self._mended(call.key, call.arguments)) for call in self._calls.end())
         pieces.extend(Call(key, "", "\ufffd") if isinstance(key, int) else key("\ufffd") for key in self._halves)
         called = bool(self._calls)
         end = meaning(self._reason) if self._reason else (End.CALLS if called else End.WHOLE)

@@ -1,8 +1,8 @@
 """Splits a streamed answer into the documents that it holds, however its server frames them.
 
 Most servers send server-sent events as the specification has them. Others leave out the space, the empty lines or the
-`data:` of an error, put two documents into one event, or send JSON alone. There is no I/O here, so that every way to cut
-the bytes can be tried.
+`data:` of an error, put two documents into one event, or send JSON alone. There is no I/O here, so that every way to
+cut the bytes can be tried.
 """
 
 from typing import NamedTuple
@@ -99,10 +99,7 @@ class EventSplitter:
         _bound(self._size)
 
     def _flush(self, found: list[Event]) -> None:
-        if len(self._lines) == 1:
-            data = self._lines[0]
-        else:
-            data = b"\n".join(self._lines)
+        data = self._lines[0] if len(self._lines) == 1 else b"\n".join(self._lines)
         if data:
             found.append(Event(data, self._name))
         self._lines.clear()

@@ -2,8 +2,8 @@
 failure, and neither the key nor a header is ever told.
 
 The openai SDK makes the headers and brings its aiohttp transport. The rest goes past it: the request's JSON is made
-here, the answer's bytes are read by `chat_stream`, refusals by `provider_errors`, both bounded; nothing is repeated here,
-which is the engine's business.
+here, the answer's bytes are read by `chat_stream`, refusals by `provider_errors`, both bounded. Nothing is repeated
+here, which is the engine's business.
 """
 
 import asyncio
@@ -150,7 +150,7 @@ class OpenAIProvider:
                 yield pieces
             elif clock() - heard > self._silent_timeout:
                 raise errors.model_unavailable(
-                    f"The model provider said nothing for {self._silent_timeout:g} seconds, and kept the connection open."
+                    f"The model provider kept the line open and said nothing for {self._silent_timeout:g} seconds."
                 )
             if reply.done:
                 return

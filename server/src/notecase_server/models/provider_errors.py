@@ -82,6 +82,7 @@ _CODES = (
 _SCOPED = frozenset({"error_code", "errorCode", "err_code"})
 _SUCCESS = frozenset({"0", "200", "ok", "success", "succeeded"})
 
+_PAGE = re.compile(r"(?i)<(!doctype|html|head|body|\?xml|!--|title|center|h1|p)\b")
 _OTHER = re.compile(r"[^a-z0-9]+")
 _MOMENT = re.compile(
     r"(?i)\b(?:try again|retry|wait)\b[^.]{0,24}?\b(?:in|after|for)\b[^\d]{0,12}((?:\d+(?:\.\d+)?\s*(?:ms|[a-z]+)\s*)+)"
@@ -171,16 +172,17 @@ def told_by_body(body: bytes) -> Told:
         text = body.decode("utf-8", "replace").strip()
         if text.startswith(("data:", "event:", ":", "{", "[")):
             value = [found for event in documents_of(body) if (found := _json(event.data)) is not None]
-        elif not text.startswith("<"):
+        else:
             value = text
     return told_by(value)
 
 
 def _json(text: str | bytes) -> object | None:
     try:
-        return msgspec.json.decode(text)
+        value: object = msgspec.json.decode(text)
     except (ValueError, RecursionError):
         return None
+    return value
 
 
 def _walk(
@@ -200,7 +202,7 @@ def _walk(
         inner = _json(text) if text.startswith(("{", "[", '"')) else None
         if inner is not None and inner != value:
             _walk(inner, scope, codes, words, after, budget, depth + 1)
-        elif not text.startswith("<"):
+        elif not _PAGE.match(text):
             words.append(text)
     elif isinstance(value, list):
         for item in value[:20]:
@@ -210,9 +212,8 @@ def _walk(
             held = value.get(name)
             if (isinstance(held, str) and held) or (isinstance(held, int) and not isinstance(held, bool)):
                 codes.append((f"{name}." if name in _SCOPED and str(held).isdecimal() else scope, str(held)))
-        for name in ("retry_after", "retryDelay", "retry_after_seconds"):
-            if (seconds := _seconds(value.get(name))) is not None:
-                after.append(seconds)
+        spans = (_seconds(value.get(name)) for name in ("retry_after", "retryDelay", "retry_after_seconds"))
+        after.extend(seconds for seconds in spans if seconds is not None)
         where = value.get("loc")
         if isinstance(where, list) and isinstance(value.get("msg"), str):
             words.append(f"{'.'.join(str(part) for part in where[:8])}: {value['msg']}")

@@ -64,11 +64,13 @@ class Redactor:
         if len(text.lower()) != len(text):
             return "[key]" if self._holds(text) else text
         bare = "".join(char for _, char in kept)
-        hidden: list[list[int]] = []
+        hidden: list[tuple[int, int]] = []
         for size, runs in self._runs.items():
-            for at in range(len(bare) - size + 1):
-                if bare[at : at + size] in runs:
-                    hidden.append([kept[at][0], kept[at + size - 1][0] + 1])
+            hidden.extend(
+                (kept[at][0], kept[at + size - 1][0] + 1)
+                for at in range(len(bare) - size + 1)
+                if bare[at : at + size] in runs
+            )
         made: list[str] = []
         end = 0
         for first, last in sorted(hidden):

@@ -1,7 +1,7 @@
 """How servers say that a request is longer than their model takes: a table of facts, one row for each code or wording.
 
-Each row has the words of one family of servers. What is not too long although it sounds so stands in its own tables: too
-much output was asked for, one string is too long, or a limit by time is used up.
+Each row has the words of one family of servers. What is not too long although it sounds so stands in its own tables:
+too much output was asked for, one string is too long, or a limit by time is used up.
 """
 
 import re
@@ -99,7 +99,7 @@ OTHERS = (
     ),
     _says(r"at most \d+ completion tokens", "OpenAI: too much output is asked for"),
     _says(
-        r"max_(completion_|output_|new_)?tokens.{0,40}(must be|should be|cannot be|exceeds? the (max|model))",
+        r"(?<!\+ `)max_(completion_|output_|new_)?tokens.{0,40}(must be|should be|cannot be|exceeds? the (max|model))",
         "DeepSeek, Anthropic: the same",
     ),
     _says(r"range of max_tokens", "DashScope: the same"),
@@ -122,7 +122,8 @@ SHARES = (
     Shares(
         re.compile(
             r"(?is)maximum context length is (?P<limit>\d+) tokens.*?(?P<input>\d+) (?:tokens )?"
-            r"(?:in|from|of) (?:the |your )?(?:messages|prompt|input)(?: messages)?[,;] (?:\d+ in the functions, )?(?:and )?"
+            r"(?:in|from|of) (?:the |your )?(?:messages|prompt|input)(?: messages)?[,;] "
+            r"(?:\d+ in the functions, )?(?:and )?"
             r"(?P<output>\d+) (?:tokens )?(?:in|for) the completion"
         ),
         "OpenAI, vLLM",
@@ -136,7 +137,8 @@ SHARES = (
     ),
     Shares(
         re.compile(
-            r"(?is)max_new_tokens`? must be <= (?P<limit>\d+)\. Given: (?P<input>\d+) `inputs` tokens and (?P<output>\d+)"
+            r"(?is)max_new_tokens`? must be <= (?P<limit>\d+)\. "
+            r"Given: (?P<input>\d+) `inputs` tokens and (?P<output>\d+)"
         ),
         "TGI, Together",
     ),
