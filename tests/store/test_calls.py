@@ -170,7 +170,11 @@ async def test_a_run_that_waits_is_active_and_its_time_stands_still(store: Store
     assert committed.session.activity == v1.Session.ACTIVITY_WAITING
     assert committed.session.active_run == "r1"
     run = committed.runs["r1"]
-    assert (run.state, run.running_duration.ToMicroseconds(), run.state_time.ToMicroseconds()) == (WAITING, 5, clock.now)
+    assert (run.state, run.running_duration.ToMicroseconds(), run.state_time.ToMicroseconds()) == (
+        WAITING,
+        5,
+        clock.now,
+    )
     assert [active.run for active in await store.active_runs()] == [run]
     with refused("RUN_ACTIVE"):
         await start(store, "r2")

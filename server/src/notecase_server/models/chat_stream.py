@@ -167,7 +167,8 @@ class ChatReply:
                 break
 
     def _take(self, event: Event, pieces: list[Delta]) -> None:
-        chunk, self._ragged = chat_chunk.decode(event.data)
+        chunk, ragged = chat_chunk.decode(event.data)
+        self._ragged = self._ragged or ragged
         named = bool(event.name) and any(word in event.name.lower() for word in ("error", "exception", "fail"))
         if chunk is None or not chunk.choices or chunk.error or named:
             self._take_plain(self._plain(event.data, named), named, pieces)

@@ -82,6 +82,12 @@ _CODES = (
 _SCOPED = frozenset({"error_code", "errorCode", "err_code"})
 _SUCCESS = frozenset({"0", "200", "ok", "success", "succeeded"})
 
+_CUT = {
+    "message": re.compile(r'"(?:message|msg|detail|error)"\s*:\s*"((?:[^"\\]|\\.)+)'),
+    "code": re.compile(r'"(?:code|type)"\s*:\s*"([\w.-]+)"'),
+}
+"""What is looked for in JSON that was cut because it is too large."""
+
 _PAGE = re.compile(r"(?i)<(!doctype|html|head|body|\?xml|!--|title|center|h1|p)\b")
 _OTHER = re.compile(r"[^a-z0-9]+")
 _MOMENT = re.compile(
@@ -171,7 +177,9 @@ def told_by_body(body: bytes) -> Told:
     except (ValueError, RecursionError):
         text = body.decode("utf-8", "replace").strip()
         if text.startswith(("data:", "event:", ":", "{", "[")):
-            value = [found for event in documents_of(body) if (found := _json(event.data)) is not None]
+            value = [found for event in documents_of(body) if (found := _json(event.data)) is not None] or {
+                member: found[1] for member, pattern in _CUT.items() if (found := pattern.search(text))
+            }
         else:
             value = text
     return told_by(value)
