@@ -299,7 +299,7 @@ class ChatReply:
         pieces.extend(Call(key, "", "\ufffd") if isinstance(key, int) else key("\ufffd") for key in self._halves)
         called = bool(self._calls)
         end = meaning(self._reason) if self._reason else (End.CALLS if called else End.WHOLE)
-        word = self._redactor.name(self._valid(self._reason)) or _WORDS.get(end, "unknown")
+        word = self._redactor.name(self._valid(self._reason)) or _WORDS.get(end, "stop")
         if not self._reason and not self.done:
             raise cut or errors.model_unavailable("The model provider ended its answer before the reply was whole.")
         if end is End.FAILED:

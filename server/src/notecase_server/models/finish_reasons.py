@@ -21,6 +21,9 @@ class Finish(enum.Enum):
     """A failure cut it; a repeat may succeed."""
     AGAIN = enum.auto()
     """The model wrote a call that its provider could not read; another try may come out well."""
+    UNKNOWN = enum.auto()
+    """A word of the server's own: it ended the reply, and what was said is kept, but it does not mean that nothing was
+    left to say."""
 
 
 class Word(NamedTuple):
@@ -52,83 +55,59 @@ WORDS = (
     Word("tool_use", Finish.CALLS, "Anthropic, Bedrock Converse"),
     Word("function_call", Finish.CALLS, "OpenAI before tools, Qianfan"),
     Word("function_calls", Finish.CALLS, "Gemini gateways"),
-    Word("length", Finish.LIMIT, "OpenAI and nearly all others"),
-    Word("max_tokens", Finish.LIMIT, "Anthropic, Cohere, Gemini: MAX_TOKENS"),
-    Word("max_output_tokens", Finish.LIMIT, "OpenAI's Responses through gateways"),
-    Word("max_new_tokens", Finish.LIMIT, "TGI gateways"),
-    Word("max_length", Finish.LIMIT, "KoboldCpp, FastChat"),
-    Word("model_length", Finish.LIMIT, "Mistral"),
-    Word("token_limit", Finish.LIMIT, "watsonx"),
-    Word("time_limit", Finish.LIMIT, "watsonx"),
     Word("incomplete", Finish.LIMIT, "OpenAI's Responses through gateways"),
-    Word("repetition_truncation", Finish.LIMIT, "Volcengine, Step: a reply that repeats itself"),
     Word("model_context_window_exceeded", Finish.TOO_LONG, "z.ai, Anthropic"),
     Word("context_length_exceeded", Finish.TOO_LONG, "Cerebras, gateways"),
-    Word("content_filter", Finish.FILTERED, "OpenAI, Azure"),
-    Word("content_filtered", Finish.FILTERED, "Bedrock"),
-    Word("guardrail_intervened", Finish.FILTERED, "Bedrock"),
     Word("refusal", Finish.FILTERED, "Anthropic"),
-    Word("safety", Finish.FILTERED, "Gemini"),
     Word("recitation", Finish.FILTERED, "Gemini"),
     Word("blocklist", Finish.FILTERED, "Gemini"),
     Word("prohibited_content", Finish.FILTERED, "Gemini"),
     Word("spii", Finish.FILTERED, "Gemini"),
     Word("language", Finish.FILTERED, "Gemini"),
-    Word("image_safety", Finish.FILTERED, "Gemini"),
     Word("sensitive", Finish.FILTERED, "Zhipu"),
     Word("error_toxic", Finish.FILTERED, "Cohere"),
     Word("moderation", Finish.FILTERED, "gateways"),
-    Word("error", Finish.FAILED, "OpenRouter, vLLM, Cohere"),
-    Word("abort", Finish.FAILED, "vLLM, SGLang"),
-    Word("aborted", Finish.FAILED, "LMDeploy"),
-    Word("cancelled", Finish.FAILED, "TensorRT-LLM, NIM, Triton"),
-    Word("canceled", Finish.FAILED, "the same in American English"),
-    Word("timeout", Finish.FAILED, "LM Studio, llama-swap"),
     Word("insufficient_system_resource", Finish.FAILED, "DeepSeek"),
-    Word("network_error", Finish.FAILED, "Zhipu"),
-    Word("engine_overloaded", Finish.FAILED, "Moonshot"),
-    Word("failed", Finish.FAILED, "OpenAI's Responses through gateways"),
-    Word("interrupted", Finish.FAILED, "KoboldCpp, llamafile"),
     Word("other", Finish.FAILED, "Gemini: OTHER"),
-    Word("malformed_function_call", Finish.AGAIN, "Gemini"),
     Word("unexpected_tool_call", Finish.AGAIN, "Gemini"),
-    Word("malformed_response", Finish.AGAIN, "Gemini"),
-    Word("malformed_tool_use", Finish.AGAIN, "Bedrock"),
-    Word("malformed_model_output", Finish.AGAIN, "Bedrock"),
 )
 
 PARTS = (
-    Word("error", Finish.FAILED, "a word that is not in the table and speaks of failure"),
-    Word("abort", Finish.FAILED, "the same"),
-    Word("fail", Finish.FAILED, "the same"),
-    Word("cancel", Finish.FAILED, "the same"),
-    Word("timeout", Finish.FAILED, "the same"),
-    Word("timed_out", Finish.FAILED, "the same"),
-    Word("interrupt", Finish.FAILED, "the same"),
-    Word("disconnect", Finish.FAILED, "the same"),
-    Word("unavailable", Finish.FAILED, "the same"),
-    Word("overload", Finish.FAILED, "the same"),
-    Word("preempt", Finish.FAILED, "the same"),
-    Word("malformed", Finish.AGAIN, "a word that speaks of a call which could not be read"),
-    Word("filter", Finish.FILTERED, "a word that speaks of a filter"),
-    Word("safety", Finish.FILTERED, "the same"),
-    Word("blocked", Finish.FILTERED, "the same"),
-    Word("policy", Finish.FILTERED, "the same"),
-    Word("guardrail", Finish.FILTERED, "the same"),
-    Word("length", Finish.LIMIT, "a word that speaks of a limit"),
-    Word("limit", Finish.LIMIT, "the same"),
-    Word("max_", Finish.LIMIT, "the same"),
-    Word("truncat", Finish.LIMIT, "the same"),
+    Word(
+        "malformed",
+        Finish.AGAIN,
+        "Gemini: MALFORMED_FUNCTION_CALL; Bedrock: malformed_tool_use, malformed_model_output",
+    ),
+    Word("error", Finish.FAILED, "OpenRouter, vLLM, Cohere: error; Zhipu: network_error"),
+    Word("abort", Finish.FAILED, "vLLM, SGLang: abort; LMDeploy: aborted"),
+    Word("fail", Finish.FAILED, "OpenAI's Responses through gateways: failed"),
+    Word("cancel", Finish.FAILED, "TensorRT-LLM, NIM, Triton: cancelled"),
+    Word("timeout", Finish.FAILED, "LM Studio, llama-swap"),
+    Word("timed_out", Finish.FAILED, "gateways"),
+    Word("interrupt", Finish.FAILED, "KoboldCpp, llamafile"),
+    Word("disconnect", Finish.FAILED, "gateways"),
+    Word("unavailable", Finish.FAILED, "gateways"),
+    Word("overload", Finish.FAILED, "Moonshot: engine_overloaded"),
+    Word("preempt", Finish.FAILED, "servers that give a slot to another request"),
+    Word("filter", Finish.FILTERED, "OpenAI, Azure: content_filter; Bedrock: content_filtered"),
+    Word("safety", Finish.FILTERED, "Gemini: SAFETY, IMAGE_SAFETY"),
+    Word("blocked", Finish.FILTERED, "gateways"),
+    Word("policy", Finish.FILTERED, "gateways: content_policy"),
+    Word("guardrail", Finish.FILTERED, "Bedrock: guardrail_intervened"),
+    Word("length", Finish.LIMIT, "OpenAI and nearly all others: length; Mistral: model_length"),
+    Word("limit", Finish.LIMIT, "watsonx: token_limit, time_limit"),
+    Word("max_", Finish.LIMIT, "Anthropic, Cohere, Gemini: MAX_TOKENS; TGI gateways: max_new_tokens"),
+    Word("truncat", Finish.LIMIT, "Volcengine, Step: repetition_truncation"),
 )
-"""For words that are in no row: the first row whose word is a part of it counts."""
+"""For words that are in no row above: the first row whose word is a part of it counts. Servers make up their own for
+failures, filters and limits."""
 
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _OTHER = re.compile(r"[^a-z0-9]+")
 
 
 def meaning(word: str) -> Finish:
-    """Returns what a finish reason means, in whatever case and with whatever prefix it is written. A word that nothing
-    is known of means that the reply is whole: the server sent one in place of none."""
+    """Returns what a finish reason means, in whatever case and with whatever prefix it is written."""
     plain = _OTHER.sub("_", _CAMEL.sub("_", word.rpartition(".")[2]).lower()).strip("_").removeprefix("finish_reason_")
     for row in WORDS:
         if row.word == plain:
@@ -136,4 +115,4 @@ def meaning(word: str) -> Finish:
     for row in PARTS:
         if row.word in plain:
             return row.means
-    return Finish.WHOLE
+    return Finish.UNKNOWN
