@@ -391,11 +391,15 @@ TABLES: dict[str, tuple[ModuleType, Callable[[], Any]]] = {
 
 @pytest.mark.parametrize(
     ("table", "row"),
-    [(table, row) for table, (module, _) in TABLES.items() for row in range(len(getattr(module, table.split()[0])))],
+    [
+        (table, row)
+        for table, (module, _) in TABLES.items()
+        for row in range(len(getattr(module, table.partition(" ")[0])))
+    ],
 )
 def test_no_row_can_go_unnoticed(monkeypatch: pytest.MonkeyPatch, table: str, row: int) -> None:
     module, outcome = TABLES[table]
-    name = table.split()[0]
+    name = table.partition(" ")[0]
     rows = getattr(module, name)
     before = outcome()
     monkeypatch.setattr(module, name, rows[:row] + rows[row + 1 :])
@@ -405,4 +409,4 @@ def test_no_row_can_go_unnoticed(monkeypatch: pytest.MonkeyPatch, table: str, ro
 @pytest.mark.parametrize("table", TABLES)
 def test_each_row_names_its_source(table: str) -> None:
     module, _ = TABLES[table]
-    assert all(row.source for row in getattr(module, table.split()[0]))
+    assert all(row.source for row in getattr(module, table.partition(" ")[0]))

@@ -28,6 +28,9 @@ class CallPiece(msgspec.Struct, gc=False):
     index: Label = None
     id: Label = None
     function: Function | None = None
+    name: Any = None
+    """Beside the id, where a server leaves out `function`; `arguments` too."""
+    arguments: Any = None
 
 
 class Said(msgspec.Struct, gc=False):
@@ -168,6 +171,11 @@ def _said(value: Any) -> Said | None:
     if isinstance(calls, list):
         said.tool_calls = [call_piece(call) for call in calls if isinstance(call, dict)]
     return said
+
+
+def flat(piece: CallPiece) -> CallPiece:
+    """Makes a piece whose function's members stand beside its id like any other."""
+    return call_piece({name: getattr(piece, name) for name in ("index", "id", "name", "arguments")})
 
 
 def call_piece(value: Json, index: Label = None) -> CallPiece:

@@ -283,6 +283,8 @@ class ChatReply:
             self._spoken = self._spoken or (isinstance(piece, Text) and bool(piece.text.strip()))
 
     def _take_call(self, piece: CallPiece, pieces: list[Delta]) -> None:
+        if piece.function is None and (piece.name or piece.arguments):
+            piece = chat_chunk.flat(piece)
         call = self._calls.take(piece)
         pieces.append(Call(call.key, self._valid(call.tool), self._mended(call.key, call.arguments)))
 

@@ -143,9 +143,8 @@ def _is_flat(value: Mapping[str, Any]) -> bool:
     if value.get("success") is False:
         return True
     words = any(isinstance(value.get(name), str | dict | list) and value[name] for name in ("message", "msg", "detail"))
-    code = next(
-        (str(value[name]).lower() for name in ("code", "status", "status_code", "statusCode") if value.get(name)), ""
-    )
+    told = (value.get(name) for name in ("code", "status", "status_code", "statusCode"))
+    code = next((str(held).lower() for held in told if held not in (None, "")), "")
     return words and (code not in _SUCCESS if code else "detail" in value or "id" not in value)
 
 
