@@ -195,6 +195,13 @@ class Unfenced:
             return rest
         return words + text
 
+    def words(self) -> str:
+        """What was held back for a fence, once a call shows that it was said beside that."""
+        if self._begun:
+            return ""
+        words, self._held, self._begun = self._held, "", bool(self._held.strip())
+        return words
+
     def end(self) -> str:
         """The rest, once the reply is whole."""
         rest, self._held = self._held.rstrip(), ""

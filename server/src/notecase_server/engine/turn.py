@@ -563,6 +563,8 @@ class Worker:
                     case Call(key, tool, text):
                         block = calls.get(key)
                         if block is None:
+                            if unfenced is not None and (words := unfenced.words()):
+                                size += self.live.add(_json(opened), words)
                             block = calls[key] = _begin(opened, Block("arguments", self._new_id()))
                         block.tool += tool
                     case Text(text) if unfenced is not None:
