@@ -16,7 +16,7 @@ from notecase_server.models.chat_usage import Counts
 from notecase_server.models.contract import Call, Delta, Finish, Reasoning, Refusal, Text
 from notecase_server.models.event_stream import MAX_EVENT_BYTES, Event, EventSplitter, documents_of, too_large
 from notecase_server.models.finish_reasons import Finish as End
-from notecase_server.models.finish_reasons import meaning
+from notecase_server.models.finish_reasons import is_cut, meaning
 from notecase_server.models.redaction import Redactor
 from notecase_server.models.think_tags import ThinkTags
 
@@ -317,7 +317,7 @@ class ChatReply:
             raise failed
         if not called and not self._spoken:
             self._judge_empty(end, word)
-        return Finish(word, self._counts.usage(self._model), end in {End.LIMIT, End.TOO_LONG, End.FILTERED})
+        return Finish(word, self._counts.usage(self._model), is_cut(self._reason))
 
     def _judge_empty(self, end: End, word: str) -> None:
         """Raises what an empty reply means, unless the model had been given what it asked for and says that it is

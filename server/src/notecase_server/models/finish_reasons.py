@@ -116,3 +116,8 @@ def meaning(word: str) -> Finish:
         if row.word in plain:
             return row.means
     return Finish.UNKNOWN
+
+
+def is_cut(word: str) -> bool:
+    """Returns whether a reply that ended with this word lacks its rest, at a limit or because of a filter."""
+    return meaning(word) in {Finish.LIMIT, Finish.TOO_LONG, Finish.FILTERED}

@@ -29,9 +29,10 @@ class Redactor:
         """A key that is too short or too plain to be a secret is not looked for: servers without keys are given words
         such as "none" or "lm-studio", which stand in many messages."""
         self._runs: dict[int, set[str]] = {}
+        self._tail = key[len(key.rstrip("=+/-_.~")) :]
         if is_secret(key):
             for writing in _writings(key):
-                size = max(min(len(writing) // 2, _LONGEST_RUN), _LEAST_RUN)
+                size = max(min(len(writing) // 3, _LONGEST_RUN), _LEAST_RUN)
                 runs = self._runs.setdefault(size, set())
                 runs.update(writing[start : start + size] for start in range(len(writing) - size + 1))
 
@@ -39,9 +40,10 @@ class Redactor:
         """Returns a provider's words as one short line, with "[key]" in place of whatever looks like a key or holds a
         run of the key's characters."""
         text = text[:_SEARCHED_CHARS]
+        for other in (unquote(text), html.unescape(text), _unescaped(text)):
+            if other != text and self._holds(other):
+                return "[key]"
         text = self._without_key(text)
-        if self._runs and any(self._holds(other) for other in (unquote(text), html.unescape(text), _unescaped(text))):
-            return "[key]"
         text = " ".join(_ANY_KEY.sub("[key]", text).split())
         text = "".join(char if char.isprintable() else "\ufffd" for char in text)
         return text if len(text) <= TOLD_CHARS else text[: TOLD_CHARS - 1] + "…"
@@ -78,7 +80,7 @@ class Redactor:
                 made += [text[end:first], "[key]"]
             end = max(end, last)
         rest = text[end:]
-        return "".join([*made, rest.lstrip("=/+-_.") if made else rest])
+        return "".join([*made, rest.removeprefix(self._tail).lstrip("=") if made else rest])
 
 
 def is_secret(key: str) -> bool:
