@@ -85,7 +85,7 @@ class Received:
 
 
 class OpenAIServer:
-    """Serves POST /v1/chat/completions on a free port of the loopback interface while its context is entered."""
+    """Serves POST /v1/chat/completions (and any other path) on a free port of the loopback interface while its context is entered."""
 
     def __init__(self, answer: Callable[[Json], Answer] | None = None, *, port: int = 0) -> None:
         """`answer` makes the answer to a request body once the script is used up; without it that is a status 400."""
@@ -95,7 +95,7 @@ class OpenAIServer:
         self._arrived = asyncio.Condition()
         self._port = port
         app = web.Application(client_max_size=1 << 28)
-        app.router.add_post("/v1/chat/completions", self._serve)
+        app.router.add_post("/{path:.*}", self._serve)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
 
     async def __aenter__(self) -> Self:
