@@ -1,5 +1,5 @@
-"""What passes at a provider is repeated alike, whenever it comes; what does not is told at once. A reply that was cut at a
-limit runs none of its calls."""
+"""What passes at a provider is repeated alike, whenever it comes; what does not is told at once. A reply that was cut
+at a limit runs none of its calls."""
 
 import json
 from typing import Any

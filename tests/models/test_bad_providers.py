@@ -1,5 +1,5 @@
-"""Providers that send too much, nothing, or somewhere else: each call ends bounded, as one typed failure, and the key goes
-nowhere that it was not meant for."""
+"""Providers that send too much, nothing, or somewhere else: each call ends bounded, as one typed failure, and the key
+goes nowhere that it was not meant for."""
 
 import asyncio
 import base64

@@ -1,5 +1,5 @@
-"""Every kind of answer that a server may give, as bytes, with what it comes to: a reply, or one typed failure. None of it
-depends on how the bytes were cut on their way."""
+"""Every kind of answer that a server may give, as bytes, with what it comes to: a reply, or one typed failure. None of
+it depends on how the bytes were cut on their way."""
 
 import json
 from collections.abc import Iterable, Sequence

@@ -271,8 +271,8 @@ NOT_TOO_LONG = (
 )
 
 SHARES = (
-    "This model's maximum context length is 4096 tokens. However, you requested 9012 tokens (12 in the messages, 9000 in"
-    " the completion).",
+    "This model's maximum context length is 4096 tokens. However, you requested 9012 tokens (12 in the messages, 9000"
+    " in the completion).",
     "This model's maximum context length is 4096 tokens. However, you requested 9000 output tokens and your prompt"
     " contains at least 12 input tokens.",
     "`inputs` tokens + `max_new_tokens` must be <= 4096. Given: 12 `inputs` tokens and 9000 `max_new_tokens`",

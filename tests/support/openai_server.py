@@ -85,7 +85,8 @@ class Received:
 
 
 class OpenAIServer:
-    """Serves POST /v1/chat/completions (and any other path) on a free port of the loopback interface while its context is entered."""
+    """Serves POST /v1/chat/completions, and any other path alike, on a free port of the loopback interface while its
+    context is entered."""
 
     def __init__(self, answer: Callable[[Json], Answer] | None = None, *, port: int = 0) -> None:
         """`answer` makes the answer to a request body once the script is used up; without it that is a status 400."""

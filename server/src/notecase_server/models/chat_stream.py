@@ -45,7 +45,7 @@ class ChatReply:
         """`model` is the one asked for; an answer that names its own is believed. `behind_calls` says that the request
         ended with the outcomes of calls, so that the model may have nothing more to say. `think_tags` says that
         reasoning may come within the text."""
-        self._asked = self._model = model
+        self._asked = self._model = self._named = model
         self._redactor = redactor
         self._behind_calls = behind_calls
         self._think = ThinkTags() if think_tags else None
@@ -173,9 +173,10 @@ class ChatReply:
         if chunk is None or not chunk.choices or chunk.error or named:
             self._take_plain(self._plain(event.data, named), named, pieces)
             return
-        if any(choice.error for choice in chunk.choices):
-            self._take_plain(chat_chunk.plain(event.data), False, pieces)
-            return
+        for choice in chunk.choices:
+            if choice.error:
+                self._take_plain(chat_chunk.plain(event.data), False, pieces)
+                return
         if chunk.usage:
             self._counts.take(chunk.usage)
         if chunk.x_groq:
@@ -214,7 +215,8 @@ class ChatReply:
                 raise too_large(MAX_TEXT_BYTES)
 
     def _take_chunk(self, chunk: Chunk, pieces: list[Delta]) -> None:
-        if chunk.model and isinstance(chunk.model, str) and chunk.model is not self._model:
+        if chunk.model and chunk.model != self._named and isinstance(chunk.model, str):
+            self._named = chunk.model
             self._model = self._redactor.name(chunk.model) or self._model
         for choice in chunk.choices or ():
             # With `n` above 1 the further choices are other replies, and there is one.

@@ -51,6 +51,14 @@ class EventSplitter:
             tail.clear()
         if self._after_cr or b"\r" in chunk:
             chunk = self._with_line_feeds(chunk)
+        if (
+            not (tail or self._lines or self._name)
+            and chunk.startswith(b"data: ")
+            and chunk.find(b"\n") == len(chunk) - 2
+            and chunk.endswith(b"\n\n")
+        ):
+            _bound(len(chunk))
+            return [Event(chunk[6:-2])]  # one token, as nearly every read is
         start = len(tail)
         tail += chunk
         end = tail.rfind(b"\n", start)
