@@ -44,9 +44,12 @@ ROOMS: dict[str, Room] = {
     "store.sqlite": Room({"errors", "store", "store.contract", "store.fold"}, "A store leans on no other."),
     "models": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
     "models.contract": Room({"errors"}, "A promise knows none of those who keep it."),
-    "models.chat_stream": Room({"errors", "models.contract"}, "A format's reader needs no provider."),
-    "models.openai": Room({"errors", "models.contract", "models.chat_stream"}, "A provider knows no other."),
-    "models.offline": Room({"errors", "models.contract"}, "A provider knows no other."),
+    "models.answers": Room({"errors", "models.contract"}, "What a word means is the same whoever reads it."),
+    "models.chat_stream": Room({"errors", "models.contract", "models.answers"}, "A format's reader needs no provider."),
+    "models.openai": Room(
+        {"errors", "models.contract", "models.chat_stream", "models.answers"}, "A provider knows no other."
+    ),
+    "models.offline": Room({"errors", "models.contract", "models.answers"}, "A provider knows no other."),
     "tools": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
     "tools.contract": Room({"client"}, "A promise knows none of those who keep it; values are plain ones to a tool."),
     "tools.outcome": Room({"tools.contract"}, "A result's bounds are the same whoever made it."),

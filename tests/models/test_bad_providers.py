@@ -285,3 +285,27 @@ class TestWords:
         server.script(refused(body, 429), refused(body, 429, Retry_After="3"))
         assert seconds == (await failure(provider)).retry_after
         assert 3.0 == (await failure(provider)).retry_after
+
+    @pytest.mark.parametrize(
+        ("date", "seconds"),
+        [
+            ("Thu, 01 Jan 1970 00:00:40 GMT", 30.0),
+            ("Thursday, 01-Jan-70 00:00:40 GMT", 30.0),
+            ("Thu, 01 Jan 1970 00:00:05 GMT", 0.0),
+            ("soon", None),
+        ],
+    )
+    async def test_a_date_without_a_date_of_the_answer_counts_from_our_clock(
+        self, date: str, seconds: float | None
+    ) -> None:
+        async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            writer.write(f"HTTP/1.1 429 No\r\nRetry-After: {date}\r\nContent-Length: 0\r\n\r\n".encode())
+            writer.close()
+            await writer.wait_closed()
+
+        bare = await asyncio.start_server(answer, "127.0.0.1", 0)
+        async with bare:
+            url = f"http://127.0.0.1:{bare.sockets[0].getsockname()[1]}/v1"
+            provider = OpenAIProvider(KEY, url, "m", clock=lambda: 10_000_000)
+            assert seconds == (await failure(provider)).retry_after
+            await provider.close()

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.errors import NotecaseError
+from notecase_server.models.answers.event_stream import MAX_EVENT_BYTES, EventSplitter
+from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import MAX_SILENT_BYTES, MAX_TEXT_BYTES, ChatReply
 from notecase_server.models.contract import Delta
-from notecase_server.models.event_stream import MAX_EVENT_BYTES, EventSplitter
-from notecase_server.models.redaction import Redactor
 
 from tests.support.openai_server import DONE, MODEL, chunk, event, stream, tool_calls
 from tests.support.replies import Reply, fold

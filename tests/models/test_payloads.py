@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.errors import NotecaseError
+from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import ChatReply
 from notecase_server.models.contract import Call, Delta, Finish, Reasoning, Refusal, Text
-from notecase_server.models.redaction import Redactor
 
 from tests.support.openai_server import DONE, chunk, event
 

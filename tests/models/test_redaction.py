@@ -7,7 +7,7 @@ from urllib.parse import quote
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from notecase_server.models.redaction import TOLD_CHARS, Redactor, is_secret
+from notecase_server.models.answers.redaction import TOLD_CHARS, Redactor, is_secret
 
 KEY = "test-Secret.0123/456+789=="
 

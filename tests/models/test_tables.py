@@ -6,11 +6,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from notecase_server.models import chat_usage, error_table, finish_reasons, think_tags, too_long
+from notecase_server.models.answers import error_table, finish_reasons, think_tags, too_long, usage
+from notecase_server.models.answers.error_table import Verdict
+from notecase_server.models.answers.finish_reasons import Finish
+from notecase_server.models.answers.provider_errors import judge, told_by
 from notecase_server.models.contract import Reasoning
-from notecase_server.models.error_table import Verdict
-from notecase_server.models.finish_reasons import Finish
-from notecase_server.models.provider_errors import judge, told_by
 
 FINISH: Sequence[tuple[str, Finish]] = (
     ("STOP", Finish.WHOLE),
@@ -279,7 +279,7 @@ SHARES = (
     "input length and `max_tokens` exceed context limit: 12 + 9000 > 4096",
 )
 
-USAGE = tuple((place.field, place.path) for place in chat_usage.PLACES)
+USAGE = tuple((place.field, place.path) for place in usage.PLACES)
 
 TAGGED = (
     "<think>hm</think>Hi",
@@ -302,7 +302,7 @@ def counted(path: tuple[str, ...]) -> Any:
     told: Any = 7
     for name in reversed(path):
         told = {name: told}
-    counts = chat_usage.Counts()
+    counts = usage.Counts()
     counts.take(told)
     return counts.usage("m")
 
@@ -384,7 +384,7 @@ TABLES: dict[str, tuple[ModuleType, Callable[[], Any]]] = {
     "WORDINGS": (too_long, lambda: [too_long.is_too_long((), words) for words in TOO_LONG]),
     "OTHERS": (too_long, lambda: [too_long.is_too_long((), words) for words in NOT_TOO_LONG]),
     "SHARES": (too_long, lambda: [too_long.is_too_long((), words) for words in SHARES]),
-    "PLACES": (chat_usage, lambda: [counted(path) for _, path in USAGE]),
+    "PLACES": (usage, lambda: [counted(path) for _, path in USAGE]),
     "TAGS": (think_tags, lambda: [thought(text) for text in TAGGED]),
 }
 

@@ -81,7 +81,7 @@ def make_providers(settings: Settings) -> dict[str, Provider]:
         from notecase_server.models.openai import OpenAIProvider  # noqa: PLC0415
 
         given = settings.openai
-        providers["openai"] = OpenAIProvider(given.api_key, given.base_url, given.default_model)
+        providers["openai"] = OpenAIProvider(given.api_key, given.base_url, given.default_model, clock=now)
     providers["offline"] = OfflineProvider()
     return providers
 

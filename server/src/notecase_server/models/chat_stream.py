@@ -9,16 +9,17 @@ from typing import Any
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
-from notecase_server.models import chat_chunk, provider_errors
-from notecase_server.models.chat_calls import Calls
-from notecase_server.models.chat_chunk import CallPiece, Choice, Chunk, Said, thought_of
-from notecase_server.models.chat_usage import Counts
+from notecase_server.models.answers import chunk as documents
+from notecase_server.models.answers import provider_errors
+from notecase_server.models.answers.calls import Calls
+from notecase_server.models.answers.chunk import CallPiece, Choice, Chunk, Said, thought_of
+from notecase_server.models.answers.event_stream import MAX_EVENT_BYTES, Event, EventSplitter, documents_of, too_large
+from notecase_server.models.answers.finish_reasons import Finish as End
+from notecase_server.models.answers.finish_reasons import is_cut, meaning
+from notecase_server.models.answers.redaction import Redactor
+from notecase_server.models.answers.think_tags import ThinkTags
+from notecase_server.models.answers.usage import Counts
 from notecase_server.models.contract import Call, Delta, Finish, Reasoning, Refusal, Text
-from notecase_server.models.event_stream import MAX_EVENT_BYTES, Event, EventSplitter, documents_of, too_large
-from notecase_server.models.finish_reasons import Finish as End
-from notecase_server.models.finish_reasons import is_cut, meaning
-from notecase_server.models.redaction import Redactor
-from notecase_server.models.think_tags import ThinkTags
 
 MAX_TEXT_BYTES = 1 << 20
 """What the parts of a message may hold together: text that comes larger than that in one piece could not be kept."""
@@ -148,10 +149,10 @@ class ChatReply:
         if self._document is not None:
             whole = bytes(self._document).removeprefix(_BOM)
             try:
-                self._take_plain(chat_chunk.plain(whole), False, pieces)
+                self._take_plain(documents.plain(whole), False, pieces)
                 self.done = True
                 return
-            except chat_chunk.NotJsonError:
+            except documents.NotJsonError:
                 rest = documents_of(whole)
         elif self.done:
             rest = []
@@ -163,11 +164,11 @@ class ChatReply:
                 break
             try:
                 self._take(event, pieces)
-            except chat_chunk.NotJsonError:
+            except documents.NotJsonError:
                 break
 
     def _take(self, event: Event, pieces: list[Delta]) -> None:
-        chunk, ragged = chat_chunk.decode(event.data)
+        chunk, ragged = documents.decode(event.data)
         self._ragged = self._ragged or ragged
         named = bool(event.name) and any(word in event.name.lower() for word in ("error", "exception", "fail"))
         if chunk is None or not chunk.choices or chunk.error or named:
@@ -175,7 +176,7 @@ class ChatReply:
             return
         for choice in chunk.choices:
             if choice.error:
-                self._take_plain(chat_chunk.plain(event.data), False, pieces)
+                self._take_plain(documents.plain(event.data), False, pieces)
                 return
         if chunk.usage:
             self._counts.take(chunk.usage)
@@ -188,8 +189,8 @@ class ChatReply:
 
     def _plain(self, data: bytes, named: bool) -> Any:
         try:
-            return chat_chunk.plain(data)
-        except chat_chunk.NotJsonError:
+            return documents.plain(data)
+        except documents.NotJsonError:
             if named:
                 return data.decode("utf-8", "replace")
             raise
@@ -202,7 +203,7 @@ class ChatReply:
                 self._counts.take_all(document)
                 raise provider_errors.failure(None, told, self._asked, self._redactor)
             self._ragged = True
-            chunk = chat_chunk.loose(document)
+            chunk = documents.loose(document)
             self._counts.take_all(document)
             self._take_chunk(chunk, pieces)
         self._bound_text(pieces, before)
@@ -273,7 +274,7 @@ class ChatReply:
         for piece in said.tool_calls or ():
             self._take_call(piece, pieces)
         if isinstance(said.function_call, dict):
-            self._take_call(chat_chunk.call_piece(said.function_call, "function_call"), pieces)
+            self._take_call(documents.call_piece(said.function_call, "function_call"), pieces)
 
     def _take_text(self, text: str, pieces: list[Delta]) -> None:
         self._so_far.append(text)
@@ -286,7 +287,7 @@ class ChatReply:
 
     def _take_call(self, piece: CallPiece, pieces: list[Delta]) -> None:
         if piece.function is None and (piece.name or piece.arguments):
-            piece = chat_chunk.flat(piece)
+            piece = documents.flat(piece)
         call = self._calls.take(piece)
         pieces.append(Call(call.key, self._valid(call.tool), self._mended(call.key, call.arguments)))
 

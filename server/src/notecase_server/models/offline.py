@@ -32,8 +32,8 @@ from typing import Any
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.models.answers.finish_reasons import is_cut
 from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Reasoning, Refusal, Text
-from notecase_server.models.finish_reasons import is_cut
 
 HELP = "I am the offline model. A message may ask me to:\n\n" + "\n".join(
     line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    /")

@@ -11,7 +11,7 @@ import base64
 import contextlib
 import mimetypes
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import aiohttp
@@ -23,10 +23,10 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
-from notecase_server.models import provider_errors
+from notecase_server.models.answers import provider_errors
+from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import ChatReply
 from notecase_server.models.contract import Delta, ModelRequest, Tool, is_text
-from notecase_server.models.redaction import Redactor
 
 log = structlog.get_logger(__name__)
 
@@ -84,10 +84,12 @@ class OpenAIProvider:
         idle_timeout: float = 120.0,
         connect_timeout: float = 10.0,
         silent_timeout: float = 600.0,
+        clock: Callable[[], int] = lambda: 0,
     ) -> None:
         """An empty `api_key` is for servers that want none. `base_url` None is OpenAI's own. `idle_timeout` is how many
         seconds the provider may send nothing, before the reply or within it. `silent_timeout` is how many it may send
-        what says nothing, such as comments that keep the connection alive.
+        what says nothing, such as comments that keep the connection alive. `clock` gives microseconds since 1970, which
+        count where a provider names a date and no Date of its own.
 
         The SDK would read some settings from the environment by itself. Key and base URL are always given to it, so
         that OPENAI_API_KEY, OPENAI_BASE_URL and an Authorization in OPENAI_CUSTOM_HEADERS have no say; OPENAI_ORG_ID
@@ -109,6 +111,7 @@ class OpenAIProvider:
         self._limit_field = "max_completion_tokens" if newer else "max_tokens"
         timeout = httpx2.Timeout(idle_timeout, connect=connect_timeout)
         self._silent_timeout = silent_timeout
+        self._clock = clock
         self._http = openai.DefaultAioHttpClient(timeout=timeout, follow_redirects=False)
         self._client = openai.AsyncOpenAI(
             api_key=key,
@@ -224,7 +227,7 @@ class OpenAIProvider:
                 else:
                     await chunks.aclose()
         told = provider_errors.told_by_body(bytes(body[:_MAX_REFUSAL_BYTES]))
-        wait = provider_errors.retry_after(response.headers)
+        wait = provider_errors.retry_after(response.headers, self._clock)
         return provider_errors.failure(response.status_code, told, model, self._redactor, wait)
 
     def _broken(self, error: BaseException, message: str) -> NotecaseError:

@@ -6,18 +6,17 @@ What the words and codes mean stands in `error_table` and `too_long`; here is on
 import email.utils
 import math
 import re
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import msgspec
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
-from notecase_server.models import error_table, too_long
-from notecase_server.models.error_table import Verdict
-from notecase_server.models.event_stream import documents_of
-from notecase_server.models.redaction import Redactor
+from notecase_server.models.answers import error_table, too_long
+from notecase_server.models.answers.error_table import Verdict
+from notecase_server.models.answers.event_stream import documents_of
+from notecase_server.models.answers.redaction import Redactor
 
 _MAX_RETRY_AFTER = 24 * 3600.0
 """Seconds. A provider that names more is not down but gone, and any number must fit into RetryInfo."""
@@ -263,9 +262,9 @@ def _moment_in(words: str) -> float | None:
     return _seconds(found[1]) if found and _SPAN.search(found[1]) else None
 
 
-def retry_after(headers: Mapping[str, str]) -> float | None:
+def retry_after(headers: Mapping[str, str], clock: Callable[[], int]) -> float | None:
     """Returns the seconds that a provider asks to wait. A date counts from the answer's own Date, since clocks differ,
-    or from ours where there is none."""
+    or from ours, in microseconds, where there is none."""
     for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) / per_second
@@ -277,7 +276,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     if until is None:
         return None
     try:
-        seconds = float(email.utils.mktime_tz(until) - (email.utils.mktime_tz(now) if now else time.time()))
+        seconds = float(email.utils.mktime_tz(until) - (email.utils.mktime_tz(now) if now else clock() / 1e6))
     except (ValueError, OverflowError):
         return None
     return min(max(seconds, 0.0), _MAX_RETRY_AFTER)

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from notecase_server.models.chat_chunk import CallPiece, Function, Label
+from notecase_server.models.answers.chunk import CallPiece, Function, Label
 from notecase_server.models.contract import Call
 
 _NOTHING = frozenset({"null", "None", '""', "[]", "undefined"})
