@@ -15,7 +15,8 @@ import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider, Text
-from notecase_server.models.openai import MAX_CONTENT_BYTES, OpenAIProvider
+from notecase_server.models.openai import OpenAIProvider
+from notecase_server.models.request import MAX_CONTENT_BYTES
 
 from tests.support.openai_server import (
     DONE,

@@ -15,6 +15,7 @@ from notecase import v1
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Call, Delta, Finish, Reasoning, Refusal, Text
+from notecase_server.models.provider_data import ProviderData
 
 MAX_EVENT_BYTES = 1 << 20
 """What the parts of a message may hold together: nothing larger could be kept, so nothing larger is held in memory."""
@@ -86,6 +87,8 @@ class _CallPiece(msgspec.Struct, gc=False):
     index: int | None = None
     id: str | None = None
     function: _Function | None = None
+    extra_content: Any = None
+    provider_specific_fields: Any = None
 
 
 class _Said(msgspec.Struct, gc=False):
@@ -94,6 +97,10 @@ class _Said(msgspec.Struct, gc=False):
     reasoning: str | None = None
     refusal: str | None = None
     tool_calls: list[_CallPiece] | None = None
+    reasoning_details: Any = None
+    thinking_blocks: Any = None
+    reasoning_opaque: Any = None
+    extra_content: Any = None
 
 
 class _Choice(msgspec.Struct, gc=False):
@@ -209,6 +216,7 @@ class ChatReply:
         self._document: bytearray | None = None
         self._begun = False
         self._calls = _Calls()
+        self._data = ProviderData()
         self._usage: _Usage | None = None
         self._reason = ""
         self._said = False
@@ -254,6 +262,7 @@ class ChatReply:
         if not self._reason and not self._said:
             raise errors.model_error("The model provider ended its answer without a reply.")
         pieces.extend(Call(key, "", "\ufffd") if isinstance(key, int) else key("\ufffd") for key in self._halves)
+        pieces.extend(self._data.all())
         pieces.append(Finish(self._reason or ("tool_calls" if self._called else "stop"), self._counted()))
         return pieces
 
@@ -287,6 +296,7 @@ class ChatReply:
         self._said = self._said or bool(pieces)
 
     def _take_said(self, said: _Said, pieces: list[Delta]) -> None:
+        self._data.message(said)
         # Some servers send both fields with the same text.
         if reasoning := self._mended(Reasoning, said.reasoning_content or said.reasoning):
             pieces.append(Reasoning(reasoning))
@@ -296,6 +306,7 @@ class ChatReply:
             pieces.append(Refusal(refusal))
         for piece in said.tool_calls or ():
             call = self._calls.take(piece)
+            self._data.call(call.key, piece)
             pieces.append(Call(call.key, self._valid(call.tool), self._mended(call.key, call.arguments)))
             self._called = True
 

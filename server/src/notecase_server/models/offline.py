@@ -32,7 +32,7 @@ from typing import Any
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Reasoning, Refusal, Text
+from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Reasoning, Refusal, Returned, Text
 
 HELP = "I am the offline model. A message may ask me to:\n\n" + "\n".join(
     line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    /")
@@ -296,7 +296,7 @@ def _content(piece: Delta) -> str:
     match piece:
         case Call():
             return piece.tool + piece.arguments
-        case Finish():
+        case Finish() | Returned():
             return ""
         case _:
             return piece.text
