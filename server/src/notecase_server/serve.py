@@ -79,9 +79,21 @@ def make_providers(settings: Settings) -> dict[str, Provider]:
     if settings.openai is not None:
         # Its SDK takes most of a second to import; a server without it starts without it.
         from notecase_server.models.openai import OpenAIProvider  # noqa: PLC0415
+        from notecase_server.models.profiles import read  # noqa: PLC0415
 
         given = settings.openai
-        providers["openai"] = OpenAIProvider(given.api_key, given.base_url, given.default_model)
+        providers["openai"] = OpenAIProvider(
+            given.api_key,
+            given.base_url,
+            given.default_model,
+            connect_timeout=given.connect_timeout,
+            first_timeout=given.first_timeout,
+            idle_timeout=given.idle_timeout,
+            whole_timeout=given.whole_timeout,
+            max_retries=given.max_retries,
+            retry_time=given.retry_time,
+            profile=read(given.profile),
+        )
     providers["offline"] = OfflineProvider()
     return providers
 

@@ -109,9 +109,11 @@ class OpenAIProvider:
         self._profiles = Profiles(host, profile, rows)
         self._tag = f"openai-{hashlib.sha256(str(self._base_url).encode()).hexdigest()[:16]}"
         """Stands for the endpoint, whose address is nobody's business, in the data that it gets back."""
-        auth: dict[str, Any] = {"Authorization": f"Bearer {key}"}
+        self._headers: dict[str, Any] = {"Content-Type": "application/json"}
+        auth = {"Authorization": f"Bearer {key}"}
         if self._profiles.of("").auth == "api-key":
-            auth = {"Authorization": openai.Omit(), "api-key": key}
+            auth = {"api-key": key}
+            self._headers["Authorization"] = openai.Omit()
         # How long a server may be silent is looked at here, since it is another time before the reply and within it.
         timeout = httpx2.Timeout(None, connect=connect_timeout)
         self._client = openai.AsyncOpenAI(
@@ -216,14 +218,14 @@ class OpenAIProvider:
                         "/chat/completions",
                         cast_to=ChatCompletionChunk,
                         content=content,
-                        options={"headers": {"Content-Type": "application/json"}},
+                        options={"headers": self._headers},
                         stream=True,
                         stream_cls=openai.AsyncStream[ChatCompletionChunk],
                     )
                     return stream.response
             except openai.APIStatusError as error:
                 failure: Exception = error
-                if not _is_passing(error.status_code, ""):
+                if not _is_passing(error.status_code, "") or error.response.headers.get("x-should-retry") == "false":
                     raise
                 wait = _retry_after(error.response.headers)
             except _BROKEN as error:

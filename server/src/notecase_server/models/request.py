@@ -225,7 +225,7 @@ def _output(request: ModelRequest, profile: Profile) -> tuple[str, Json | None]:
 
 @lru_cache(1024)
 def _declared(tool: Tool, schemas: str, without: tuple[str, ...]) -> Json:
-    function: Json = {"name": tool.name}
+    function: Json = {"name": _tool_name(tool.name)}
     if tool.description:
         function["description"] = tool.description
     function["parameters"] = _schema(tool.parameters or "{}", schemas, without, parameters=True)
