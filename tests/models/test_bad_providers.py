@@ -171,13 +171,13 @@ class TestTooMuch:
         assert MODEL_ERROR == (await failure(provider)).reason
 
     async def test_comments_for_ever(self, server: OpenAIServer) -> None:
-        """The time is none, so that the first comment is one too many, however slow the machine is."""
-        provider = OpenAIProvider(KEY, server.url, "m", silent_timeout=0.0)
+        """Between two pieces there is no time at all, so that the first comment is one too many."""
+        provider = OpenAIProvider(KEY, server.url, "m", first_timeout=30.0, idle_timeout=0.0)
         server.script(Answer((chunk({"content": "a"}), *[b": still here\n\n"] * 1000)).held(asyncio.Event(), after=500))
         caught = await failure(provider)
         await provider.close()
         assert UNAVAILABLE == caught.reason
-        assert "The model provider kept the line open and said nothing for 0 seconds." == caught.message
+        assert "The model provider sent nothing for 0 seconds." == caught.message
 
 
 class TestWords:

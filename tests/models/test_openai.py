@@ -15,7 +15,8 @@ import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider, Text
-from notecase_server.models.openai import MAX_CONTENT_BYTES, OpenAIProvider
+from notecase_server.models.openai import OpenAIProvider
+from notecase_server.models.request import MAX_CONTENT_BYTES
 
 from tests.support.openai_server import (
     DONE,
@@ -34,6 +35,8 @@ from tests.support.openai_server import (
 from tests.support.replies import Reply, fold
 
 KEY = "test-Secret.0123/456+789=="
+IDS = {"c1": "XdQuk2KUI", "c2": "fAGnJD6gb", "c3": "azMoO96ud"}
+"""Ids that are made for calls of no provider's."""
 
 
 @pytest.fixture
@@ -146,39 +149,33 @@ class TestRequest:
             return {"type": "file", "file": {"filename": name, "file_data": url}}
 
         expected = [
-            {"role": "system", "content": "Be kind."},
+            {"role": "system", "content": "Be kind.\n\nBe brief."},
             {
                 "role": "user",
                 "content": [
                     {"type": "text", "text": "Look:"},
                     {"type": "image_url", "image_url": {"url": "https://example.org/plan.png?a=1"}},
                     {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64(png)}"}},
-                ],
-            },
-            {"role": "user", "content": [file("plan.pdf", b"%PDF-1"), file("file.pdf", b"%PDF-2")]},
-            {
-                "role": "user",
-                "content": [
+                    file("plan.pdf", b"%PDF-1"),
+                    file("file.pdf", b"%PDF-2"),
                     {"type": "input_audio", "input_audio": {"data": b64(b"RIFF"), "format": "wav"}},
                     {"type": "input_audio", "input_audio": {"data": b64(b"ID3"), "format": "mp3"}},
                 ],
             },
-            {"role": "system", "content": "Be brief."},
             {
                 "role": "assistant",
                 "content": "I search.",
                 "tool_calls": [
-                    call("c1", "search", '{"q": "é"}'),
-                    call("c2", "search", "{}"),
-                    call("c3", "a_b__", '{"malformed":"{\\"q\\": \\"cut"}'),
+                    call(IDS["c1"], "search", '{"q": "é"}'),
+                    call(IDS["c2"], "search", "{}"),
+                    call(IDS["c3"], "a_b__", '{"malformed":"{\\"q\\": \\"cut"}'),
                 ],
             },
-            {"role": "tool", "tool_call_id": "c1", "content": "3 hits"},
-            {"role": "tool", "tool_call_id": "c2", "content": "no"},
-            {"role": "tool", "tool_call_id": "c3", "content": "cancelled"},
-            {"role": "assistant", "content": None, "refusal": "I will not."},
-            {"role": "assistant", "content": "Half a word"},
-            {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "Two"}]},
+            {"role": "tool", "tool_call_id": IDS["c1"], "content": "3 hits"},
+            {"role": "tool", "tool_call_id": IDS["c2"], "content": "no"},
+            {"role": "tool", "tool_call_id": IDS["c3"], "content": "cancelled"},
+            {"role": "assistant", "content": "I will not.\n\nHalf a word"},
+            {"role": "user", "content": "One\n\nTwo"},
         ]
         assert expected == server.requests[0]["messages"]
 
@@ -347,7 +344,7 @@ class TestSettings:
             "http://h:port/v1",
             "http://h..example/v1",
             f"http://me:{KEY}@h/v1",
-            f"http://h/v1?key={KEY}",
+            f"http://h/v1#{KEY}",
         ],
     )
     def test_a_base_url_that_cannot_work_or_holds_a_secret_is_refused(self, url: str) -> None:
@@ -655,8 +652,8 @@ class TestUnavailable:
 
     @pytest.mark.parametrize("after", [0, 1, 2])
     async def test_silence_is_unavailable(self, server: OpenAIServer, after: int) -> None:
-        """Of a second, in which a busy machine connects and sends, too."""
-        provider = OpenAIProvider(KEY, server.url, "m", idle_timeout=1.0)
+        """Of a second, in which a busy machine connects and sends, too; and the request is not sent again."""
+        provider = OpenAIProvider(KEY, server.url, "m", first_timeout=1.0, idle_timeout=1.0)
         server.script(reply("ab", chunks=2).held(asyncio.Event(), after))
         caught = await failure(provider)
         await provider.close()

@@ -42,7 +42,7 @@ def failed(reason: int, words: str = "", *, code: str = "", repeats: int | None 
 
 def come(pieces: Iterable[Delta], failure: NotecaseError | None) -> Came:
     calls: dict[int, tuple[str, str]] = {}
-    said = {Text: "", Reasoning: "", Refusal: ""}
+    said: dict[type, str] = {Text: "", Reasoning: "", Refusal: ""}
     finish = Finish("", v1.Usage())
     for piece in pieces:
         match piece:
@@ -51,7 +51,7 @@ def come(pieces: Iterable[Delta], failure: NotecaseError | None) -> Came:
                 calls[key] = (before[0] + tool, before[1] + arguments)
             case Finish():
                 finish = piece
-            case _:
+            case Text() | Reasoning() | Refusal():
                 said[type(piece)] += piece.text
     used = (failure.usage if failure else finish.usage) or v1.Usage()
     return Came(

@@ -19,7 +19,7 @@ from notecase_server.engine.schema import Schemas
 from notecase_server.engine.session import Sessions
 from notecase_server.engine.turn import Services
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Provider
+from notecase_server.models.contract import Provider, Repeats
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.interceptor import Authenticate, development
 from notecase_server.rpc.pages import Pages
@@ -79,9 +79,20 @@ def make_providers(settings: Settings) -> dict[str, Provider]:
     if settings.openai is not None:
         # Its SDK takes most of a second to import; a server without it starts without it.
         from notecase_server.models.openai import OpenAIProvider  # noqa: PLC0415
+        from notecase_server.models.profiles import read  # noqa: PLC0415
 
         given = settings.openai
-        providers["openai"] = OpenAIProvider(given.api_key, given.base_url, given.default_model, clock=now)
+        providers["openai"] = OpenAIProvider(
+            given.api_key,
+            given.base_url,
+            given.default_model,
+            connect_timeout=given.connect_timeout,
+            first_timeout=given.first_timeout,
+            idle_timeout=given.idle_timeout,
+            whole_timeout=given.whole_timeout,
+            profile=read(given.profile),
+            clock=now,
+        )
     providers["offline"] = OfflineProvider()
     return providers
 
@@ -116,8 +127,16 @@ class Server:
         default = next(iter(self._providers.values()))
         self._toolbox = toolbox
         self._schemas = Schemas()
+        given = settings.openai
         services = Services(
-            store, {"": default, **self._providers}, toolbox, self._contents, self._schemas, make_id, clock
+            store,
+            {"": default, **self._providers},
+            toolbox,
+            self._contents,
+            self._schemas,
+            make_id,
+            clock,
+            Repeats(given.max_retries, given.retry_time) if given else Repeats(),
         )
         self._runs = Runs(sessions, services, settings.max_runs, pace.poll)
         self._streams = Streams(sessions, self._runs, pace)

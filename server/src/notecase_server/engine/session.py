@@ -62,13 +62,15 @@ def _wake(waiter: asyncio.Future[None]) -> None:
 class Block:
     """One part of a message being made. Its bytes are UTF-8 and only grow, by whole code points."""
 
-    __slots__ = ("call_id", "data", "kind", "tool")
+    __slots__ = ("call_id", "data", "kind", "provider_data", "tool")
 
     def __init__(self, kind: Literal["text", "json", "reasoning", "refusal", "arguments"], call_id: str = "") -> None:
         self.kind = kind
         self.call_id = call_id
         self.tool = ""
         self.data = bytearray()
+        self.provider_data: v1.ProviderData | None = None
+        """What the model's provider gets back with the part."""
 
 
 class OpenMessage:

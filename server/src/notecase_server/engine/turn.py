@@ -27,7 +27,17 @@ from notecase_server.engine.schema import Schemas, Unfenced, value_of
 from notecase_server.engine.session import Block, LiveSession, OpenMessage
 from notecase_server.engine.tokens import Gauge
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Call, Finish, ModelRequest, Provider, Reasoning, Refusal, Repeats, Text
+from notecase_server.models.contract import (
+    Call,
+    Finish,
+    ModelRequest,
+    Provider,
+    Reasoning,
+    Refusal,
+    Repeats,
+    Returned,
+    Text,
+)
 from notecase_server.models.contract import Tool as ModelTool
 from notecase_server.store.contract import (
     PAGE_BYTES,
@@ -560,6 +570,10 @@ class Worker:
                         if unfenced is not None and (rest := unfenced.end()):
                             self.live.add(_json(opened), rest)
                         return delta
+                    case Returned(key, data):
+                        _returned(opened, None if key is None else calls.get(key), data)
+                        size += data.ByteSize()
+                        continue
                     case Call(key, tool, text):
                         block = calls.get(key)
                         if block is None:
@@ -598,12 +612,16 @@ class Worker:
                 part.json = text
             elif block.kind == "reasoning":
                 part.reasoning.text = text
+                if block.provider_data is not None:
+                    part.reasoning.provider_data.CopyFrom(block.provider_data)
             elif block.kind == "refusal":
                 part.refusal = text
             else:
                 call = part.tool_call
                 call.call_id, call.tool, call.arguments = block.call_id, block.tool, text
                 call.outcome = v1.ToolCall.OUTCOME_PENDING
+                if block.provider_data is not None:
+                    call.provider_data.CopyFrom(block.provider_data)
         return message
 
     # ---- calls
@@ -910,6 +928,13 @@ class Worker:
 def _begin(opened: OpenMessage, block: Block) -> Block:
     opened.blocks.append(block)
     return block
+
+
+def _returned(opened: OpenMessage, call: Block | None, data: v1.ProviderData) -> None:
+    """Keeps what the provider gets back with its call, or with the newest reasoning; reasoning that it showed nothing
+    of becomes an empty part."""
+    blocks = [call] if call else [block for block in opened.blocks if block.kind == "reasoning"]
+    (blocks[-1] if blocks else _begin(opened, Block("reasoning"))).provider_data = data
 
 
 def _used(usage: v1.Usage) -> list[v1.Event]:

@@ -20,6 +20,7 @@ from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.answers.think_tags import ThinkTags
 from notecase_server.models.answers.usage import Counts
 from notecase_server.models.contract import Call, Delta, Finish, Reasoning, Refusal, Text
+from notecase_server.models.provider_data import ProviderData
 
 MAX_TEXT_BYTES = 1 << 20
 """What the parts of a message may hold together: text that comes larger than that in one piece could not be kept."""
@@ -55,6 +56,7 @@ class ChatReply:
         self._document: bytearray | None = None
         self._begun = False
         self._calls = Calls()
+        self._data = ProviderData()
         self._counts = Counts()
         self._reason = ""
         self._spoken = False
@@ -86,7 +88,8 @@ class ChatReply:
         try:
             if self._failure is None:
                 self._rest(pieces)
-                pieces.append(self._judged(pieces, cut))
+                finish = self._judged(pieces, cut)
+                pieces += [*self._data.all(), finish]
         except NotecaseError as failure:
             self._fail(failure)
         if self._failure is not None:
@@ -210,7 +213,7 @@ class ChatReply:
 
     def _bound_text(self, pieces: list[Delta], start: int) -> None:
         for piece in pieces[start:]:
-            text = piece.arguments if isinstance(piece, Call) else "" if isinstance(piece, Finish) else piece.text
+            text = piece.arguments if isinstance(piece, Call) else getattr(piece, "text", "")
             if len(text) > MAX_TEXT_BYTES:
                 del pieces[start:]
                 raise too_large(MAX_TEXT_BYTES)
@@ -253,6 +256,7 @@ class ChatReply:
         self._take_said(message, pieces)
 
     def _take_said(self, said: Said, pieces: list[Delta]) -> None:
+        self._data.message(said)
         # Some servers send two fields with the same text.
         thought = said.reasoning_content or said.reasoning
         if not thought:
@@ -289,6 +293,7 @@ class ChatReply:
         if piece.function is None and (piece.name or piece.arguments):
             piece = documents.flat(piece)
         call = self._calls.take(piece)
+        self._data.call(call.key, piece)
         pieces.append(Call(call.key, self._valid(call.tool), self._mended(call.key, call.arguments)))
 
     def _judged(self, pieces: list[Delta], cut: NotecaseError | None) -> Finish:

@@ -39,6 +39,9 @@ class ModelRequest(NamedTuple):
     output_schema: str = ""
     """JSON Schema text of an object that the reply is asked to be valid by; whether it is, is looked at by the
     engine."""
+    plain: bool = False
+    """The reply is a text about the conversation: what the agent's `generation.extra` says of tools and of the form of
+    its replies does not apply."""
 
 
 class Text(NamedTuple):
@@ -68,6 +71,14 @@ class Call(NamedTuple):
     arguments: str
 
 
+class Returned(NamedTuple):
+    """What the provider gets back with a later request: with the call of that key, or, where it is None, with the
+    message, for its reasoning. At most one for each, after all pieces of it."""
+
+    key: int | None
+    data: v1.ProviderData
+
+
 class Finish(NamedTuple):
     """The reply has ended; exactly one, and last. `reason` is the provider's word ("stop", "length", "tool_calls")."""
 
@@ -77,7 +88,7 @@ class Finish(NamedTuple):
     """The reply was cut at a limit or by a filter: no call in it is run, and a repeat would end the same."""
 
 
-Delta = Text | Reasoning | Refusal | Call | Finish
+Delta = Text | Reasoning | Refusal | Call | Returned | Finish
 
 
 class Repeats(NamedTuple):

@@ -33,7 +33,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.models.answers.finish_reasons import is_cut
-from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Reasoning, Refusal, Text
+from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Reasoning, Refusal, Returned, Text
 
 HELP = "I am the offline model. A message may ask me to:\n\n" + "\n".join(
     line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    /")
@@ -297,7 +297,7 @@ def _content(piece: Delta) -> str:
     match piece:
         case Call():
             return piece.tool + piece.arguments
-        case Finish():
+        case Finish() | Returned():
             return ""
         case _:
             return piece.text

@@ -28,6 +28,8 @@ class CallPiece(msgspec.Struct, gc=False):
     index: Label = None
     id: Label = None
     function: Function | None = None
+    extra_content: Any = None
+    provider_specific_fields: Any = None
     name: Any = None
     """Beside the id, where a server leaves out `function`; `arguments` too."""
     arguments: Any = None
@@ -47,6 +49,8 @@ class Said(msgspec.Struct, gc=False):
     images: Any = None
     annotations: Any = None
     extra_content: Any = None
+    thinking_blocks: Any = None
+    reasoning_opaque: Any = None
     reasoning_text: Any = None
     thinking: Any = None
     thought: Any = None
@@ -81,6 +85,17 @@ _THOUGHTS = ("reasoning_content", "reasoning", "reasoning_text", "thinking", "th
 Groq, Ollama, vLLM; GitHub Copilot; Anthropic's own word; Gemini gateways; MiniMax gateways."""
 
 _THOUGHT_PARTS = frozenset({"thinking", "reasoning", "thought", "reasoning.text", "reasoning.summary", "summary_text"})
+_AS_THEY_ARE = (
+    "function_call",
+    "reasoning_details",
+    "audio",
+    "images",
+    "annotations",
+    "extra_content",
+    "thinking_blocks",
+    "reasoning_opaque",
+)
+
 _IMAGE_PARTS = frozenset({"image_url", "output_image", "image"})
 
 
@@ -151,12 +166,7 @@ def _said(value: Any) -> Said | None:
         return Said(content=value)
     if not isinstance(value, dict):
         return None
-    said = Said(
-        **{
-            name: value.get(name)
-            for name in ("function_call", "reasoning_details", "audio", "images", "annotations", "extra_content")
-        }
-    )
+    said = Said(**{name: value.get(name) for name in _AS_THEY_ARE})
     content = value.get("content")
     if content is not None and not isinstance(content, str | list | dict):
         raise malformed()  # the reply itself, in a type that says nothing
@@ -173,9 +183,12 @@ def _said(value: Any) -> Said | None:
     return said
 
 
+_OF_CALLS = ("index", "id", "name", "arguments", "extra_content", "provider_specific_fields")
+
+
 def flat(piece: CallPiece) -> CallPiece:
     """Makes a piece whose function's members stand beside its id like any other."""
-    return call_piece({name: getattr(piece, name) for name in ("index", "id", "name", "arguments")})
+    return call_piece({name: getattr(piece, name) for name in _OF_CALLS})
 
 
 def call_piece(value: Json, index: Label = None) -> CallPiece:
@@ -189,6 +202,8 @@ def call_piece(value: Json, index: Label = None) -> CallPiece:
         index=_label(value.get("index", index)),
         id=_label(value.get("id")),
         function=Function(name if isinstance(name, str) else None, arguments if isinstance(arguments, str) else None),
+        extra_content=value.get("extra_content"),
+        provider_specific_fields=value.get("provider_specific_fields"),
     )
 
 
