@@ -432,6 +432,18 @@ FAILURES: dict[str, tuple[bytes, Came]] = {
             MODEL_ERROR, "The model provider answered with a web page in place of a reply; its base URL may be wrong."
         ),
     ),
+    "images and nothing else": (
+        chunk({"content": "", "images": [{"image_url": {"url": "data:image/png;base64,AAAA"}}]}) + END,
+        failed(v1.ERROR_REASON_CONTENT_UNSUPPORTED, "The model answered with images alone; only its words are kept."),
+    ),
+    "an image as a part and nothing else": (
+        chunk({"content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]}) + END,
+        failed(v1.ERROR_REASON_CONTENT_UNSUPPORTED, "The model answered with images alone; only its words are kept."),
+    ),
+    "audio without a transcript": (
+        chunk({"audio": {"id": "x", "data": "AAAA"}}) + END,
+        failed(v1.ERROR_REASON_CONTENT_UNSUPPORTED, "The model answered with audio alone; only its words are kept."),
+    ),
     "what is not JSON": (
         HI + b"data: oops\n\n" + END,
         failed(

@@ -60,6 +60,8 @@ class ChatReply:
         self._counts = Counts()
         self._reason = ""
         self._spoken = False
+        self._made = ""
+        """What the model made besides words, of which nothing is kept."""
         self._so_far: list[str] = []
         self._silent = 0
         self._ragged = False
@@ -83,7 +85,8 @@ class ChatReply:
         reply was whole.
 
         Raises what an error within the answer means; MODEL_UNAVAILABLE when the reply is not whole, was cut by a
-        failure or is empty; MODEL_ERROR when it is no reply, or empty for a reason that a repeat would meet again."""
+        failure or is empty; MODEL_ERROR when it is no reply, or empty for a reason that a repeat would meet again;
+        CONTENT_UNSUPPORTED when it holds images or audio alone."""
         pieces: list[Delta] = []
         try:
             if self._failure is None:
@@ -270,6 +273,10 @@ class ChatReply:
             pieces.append(Reasoning(reasoning))
         if not content and isinstance(said.audio, dict) and isinstance(said.audio.get("transcript"), str):
             content = said.audio["transcript"]
+        if said.images:
+            self._made = "images"
+        elif isinstance(said.audio, dict) and said.audio.get("data"):
+            self._made = "audio"
         if text := self._mended(Text, content):
             self._take_text(text, pieces)
         if refusal := self._mended(Refusal, said.refusal):
@@ -344,6 +351,8 @@ class ChatReply:
                 )
             case End.FILTERED:
                 raise errors.model_error(f"The model provider withheld the reply {told}.", finish_reason=word)
+        if self._made:
+            raise errors.content_unsupported(f"The model answered with {self._made} alone; only its words are kept.")
         if not (self._behind_calls and end is End.WHOLE and self._reason):
             raise errors.model_unavailable(
                 f"The model provider ended its answer without a reply {told}.", finish_reason=word
