@@ -179,6 +179,7 @@ async def test_json_behind_words_tags_and_fences_is_the_reply(served: Running, m
     made = await served.sessions.CreateSession(v1.CreateSessionRequest(session=v1.Session(agent=agent.name)))
     said = [
         '<think>{"b": 2}</think>\n{"a": 1}',
+        'hm { hm\n</think>\n\n{"a": 1}',
         'Here you are:\n\n```json\n{"a": 1}\n```\nI hope it helps.',
         '<think>hm</think>It is:\n```\n{"a": 1}\n```',
     ]

@@ -193,6 +193,9 @@ class TestWords:
             ),
             ({"detail": [{"loc": ["body", 0], "msg": "odd", "input": "private"}]}, "body.0: odd"),
             ({"detail": "No."}, "No."),
+            ({"errors": {"top_k": ["is not known", "x"], "n": "is large"}}, "top_k: is not known: n: is large"),
+            ({"errors": ["One.", "Two."]}, "One.: Two."),
+            ({"error": {"message": ["One.", {"msg": "Two."}]}}, "One.: Two."),
             ({"msg": "In msg.", "code": 40001}, "In msg."),
             ({"errorMessage": "Camel."}, "Camel."),
             ({"title": "Titled", "status": 400}, "Titled"),
@@ -239,6 +242,12 @@ class TestWords:
         for body in (deep, wide):
             server.script(refused(body))
             assert len((await failure(provider)).message) < 400
+
+    async def test_a_body_that_a_proxy_finds_too_large_is_a_conversation_that_is_too_long(
+        self, server: OpenAIServer, provider: OpenAIProvider
+    ) -> None:
+        server.script(refused(b"<html>413 Request Entity Too Large</html>", 413))
+        assert {"status": "413", "code": "context_length_exceeded"} == (await failure(provider)).metadata
 
     async def test_moderation_is_no_matter_of_a_credential(
         self, server: OpenAIServer, provider: OpenAIProvider

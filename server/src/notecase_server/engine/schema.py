@@ -181,6 +181,9 @@ class Unfenced:
             return self._behind_fence(text, "")
         if text[0] in _BEGINS_JSON:
             return text
+        _, thought, rest = text.partition("</think>")
+        if thought:  # opened in the prompt, where the model's template has it
+            return self._begin(rest)
         words, fence, rest = text.partition("\n```")
         if fence:
             return self._behind_fence(fence[1:] + rest, words + "\n")

@@ -21,6 +21,9 @@ from notecase_server.models.answers.redaction import Redactor
 _MAX_RETRY_AFTER = 24 * 3600.0
 """Seconds. A provider that names more is not down but gone, and any number must fit into RetryInfo."""
 
+_TOO_LARGE = 413
+"""The status with which proxies refuse a body that is too large, often in a web page that says nothing."""
+
 _MOST = 200
 """Values of an error that are looked at, and how deep: what is larger is no error but an attack."""
 
@@ -228,6 +231,10 @@ def _walk(
             held = value.get(name)
             if isinstance(held, str) and name in _SPEAKERS:
                 _walk(held, scope, codes, words, after, budget, depth + 1)
+            elif name == "errors" and isinstance(held, dict) and not held.keys() & set(_SPEAKERS):
+                for field, problem in list(held.items())[:20]:  # by field, as Rails and ASP.NET tell
+                    text = problem[0] if isinstance(problem, list) and problem else problem
+                    words.extend([f"{field}: {text}"] if isinstance(text, str) else ())
             elif isinstance(held, dict | list) and held:
                 _walk(held, "base_resp." if name == "base_resp" else scope, codes, words, after, budget, depth + 1)
 
@@ -317,7 +324,8 @@ def failure(
     if error_table.is_never_met(told.words):
         facts["code"] = "context_length_exceeded"
         return errors.model_error(f"The request is larger than a limit of the provider ever allows{words}", **facts)
-    if status != 429 and verdict is not Verdict.ACCOUNT and too_long.is_too_long(told.codes, told.words):
+    too_large = status == _TOO_LARGE or too_long.is_too_long(told.codes, told.words)
+    if status != 429 and verdict is not Verdict.ACCOUNT and too_large:
         facts["code"] = "context_length_exceeded"
         return errors.model_error(f"The conversation is longer than the model {model!r} takes{words}", **facts)
     match verdict:
