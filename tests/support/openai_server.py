@@ -78,6 +78,7 @@ class Received:
     body: Json
     client_port: int
     """Two requests from one port came over one connection."""
+    query: str = ""
     sent: asyncio.Event = field(default_factory=asyncio.Event)
     """The answer was written to its end."""
     left: asyncio.Event = field(default_factory=asyncio.Event)
@@ -132,7 +133,9 @@ class OpenAIServer:
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         peer = request.transport.get_extra_info("peername") if request.transport else ("", 0)
-        received = Received(request.path, request.headers.copy(), json.loads(await request.read()), peer[1])
+        received = Received(
+            request.path, request.headers.copy(), json.loads(await request.read()), peer[1], request.query_string
+        )
         async with self._arrived:
             self.received.append(received)
             self._arrived.notify_all()

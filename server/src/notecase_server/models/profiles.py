@@ -48,8 +48,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """How long the provider gets its model's reasoning back: not at all, until the user speaks again, or always."""
     unsigned_call: dict[str, Any] = {}
     """Members of a call that has no provider data: it was made elsewhere, or cut."""
-    unsigned_calls: dict[str, Any] = {}
-    """Members of an assistant's message with calls and without reasoning of this provider."""
+    unsigned_reply: dict[str, Any] = {}
+    """Members of an assistant's message that goes without reasoning of this provider."""
     limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     """Where `max_output_tokens` is put."""
     stream_options: bool = True
@@ -138,14 +138,20 @@ ROWS: Sequence[Row] = (
     ),
     Row(
         "deepseek",
+        {"unsigned_reply": {"reasoning_content": " "}},
+        "openclaw/openclaw#73417, NousResearch/hermes-agent#17341: in each reply of the history, and not empty",
+        host=r"api\.deepseek\.com",
+    ),
+    Row(
+        "deepseek",
         {"output": "json_object"},
         "UKGovernmentBEIS/inspect_ai#4916, llm-exe/llm-exe#662",
         host=r"api\.deepseek\.com",
     ),
     Row(
         "deepseek",
-        {"reasoning": "always"},
-        "charmbracelet/crush#2754: the same through a gateway",
+        {"reasoning": "always", "unsigned_reply": {"reasoning_content": " "}},
+        "charmbracelet/crush#2754, earendil-works/pi#3640: the same through a gateway",
         model=r"(.*[/:])?deepseek-v4\b.*",
     ),
     Row(

@@ -270,6 +270,8 @@ class _Conversation:
         self._profile = profile
         self._origin = origin
         self._joined = profile.neighbours == "joined"
+        self._unsigned = profile.unsigned_reply
+        self._plain = {"role", "content", *self._unsigned}
         self._made: list[Json] = []
         self._system: list[str] = []
         self._taken: set[str] = set()
@@ -329,12 +331,14 @@ class _Conversation:
             last["content"] = self._together(last["content"], content)
             return
         if last.get("role") == "tool" and self._profile.after_tool == "assistant":
-            self._made.append({"role": "assistant", "content": BRIDGE})
+            self._say_assistant({"role": "assistant", "content": BRIDGE})
         self._made.append({"role": "user", "content": content})
 
     def _say_assistant(self, message: Json) -> None:
+        if self._unsigned:
+            message = self._unsigned | message
         last = self._made[-1] if self._made else {}
-        if self._joined and last.get("role") == "assistant" and len(last) == 2:
+        if self._joined and last.get("role") == "assistant" and last.keys() <= self._plain:
             # Without calls: behind those stands a tool's message.
             texts = filter(None, (last["content"], message.get("content")))
             self._made[-1] = message | {"content": "\n\n".join(texts)}
@@ -372,7 +376,7 @@ class _Conversation:
             elif profile.empty_content == "empty":
                 made["content"] = ""
         reasoning = self._reasoning(message) if with_reasoning else {}
-        made |= reasoning or (profile.unsigned_calls if calls else {})
+        made = reasoning | made
         for group in [calls] if profile.calls == "many" else [[call] for call in calls] or [calls]:
             told = [self._call(call) for call in group]
             if told:
@@ -415,7 +419,7 @@ class _Conversation:
             "type": "function",
             "function": {"name": _tool_name(call.tool), "arguments": _arguments(call.arguments)},
         }
-        return made | ((own and _members(call.provider_data)) or self._profile.unsigned_call)
+        return ((own and _members(call.provider_data)) or self._profile.unsigned_call) | made
 
 
 def _is_from(data: v1.ProviderData, origin: tuple[str, str]) -> bool:
