@@ -698,7 +698,7 @@ async def played(play: Play, monkeypatch: pytest.MonkeyPatch, rows: Sequence[Row
     async with server:
         monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
         url = f"http://{play.host}/v1" if play.host else server.url
-        provider = OpenAIProvider("key", url, play.model, max_retries=0, profile=play.profile, rows=rows)
+        provider = OpenAIProvider("key", url, play.model, profile=play.profile, rows=rows)
         request = ModelRequest(
             play.model, play.instruction, play.messages, play.generation, play.tools, output_schema=play.schema
         )
