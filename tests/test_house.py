@@ -53,9 +53,18 @@ ROOMS: dict[str, Room] = {
     ),
     "models": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
     "models.contract": Room({"errors"}, "A promise knows none of those who keep it."),
-    "models.chat_stream": Room({"errors", "models.contract"}, "A format's reader needs no provider."),
-    "models.openai": Room({"errors", "models.contract", "models.chat_stream"}, "A provider knows no other."),
-    "models.offline": Room({"errors", "models.contract"}, "A provider knows no other."),
+    "models.answers": Room({"errors", "models.contract"}, "What a word means is the same whoever reads it."),
+    "models.provider_data": Room({"models.contract"}, "What goes back is picked out of a reply, whoever sends it."),
+    "models.chat_stream": Room(
+        {"errors", "models.contract", "models.answers", "models.provider_data"}, "A format's reader needs no provider."
+    ),
+    "models.profiles": Room(set(), "What servers take is data; nothing is asked for it."),
+    "models.request": Room({"errors", "models.contract", "models.profiles"}, "A format's writer needs no provider."),
+    "models.openai": Room(
+        {"errors", "models.contract", "models.answers", "models.chat_stream", "models.profiles", "models.request"},
+        "A provider knows no other.",
+    ),
+    "models.offline": Room({"errors", "models.contract", "models.answers"}, "A provider knows no other."),
     "tools": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
     "tools.contract": Room({"client"}, "A promise knows none of those who keep it; values are plain ones to a tool."),
     "tools.naming": Room(set(), "What a tool may be called is the same wherever it is declared."),

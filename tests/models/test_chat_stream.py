@@ -7,18 +7,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from notecase import v1
-from notecase_server import errors
 from notecase_server.errors import NotecaseError
-from notecase_server.models.chat_stream import MAX_EVENT_BYTES, ChatReply, EventSplitter
+from notecase_server.models.answers.event_stream import MAX_EVENT_BYTES, EventSplitter
+from notecase_server.models.answers.redaction import Redactor
+from notecase_server.models.chat_stream import MAX_SILENT_BYTES, MAX_TEXT_BYTES, ChatReply
 from notecase_server.models.contract import Delta
 
 from tests.support.openai_server import DONE, MODEL, chunk, event, stream, tool_calls
 from tests.support.replies import Reply, fold
 
 
+def made(**options: bool) -> ChatReply:
+    return ChatReply("asked", Redactor(""), **options)
+
+
 def pieces_of(*chunks: bytes) -> list[Delta]:
     """All pieces of an answer that comes in these chunks and then ends."""
-    reply = ChatReply("asked", lambda error: errors.model_error(f"refused: {error}"))
+    reply = made()
     pieces: list[Delta] = []
     for data in chunks:
         pieces += reply.feed(data)
@@ -50,6 +55,9 @@ def counted(model: str = MODEL, **tokens: int) -> v1.Usage:
     return usage
 
 
+SAID = chunk({"content": "Hi"})
+
+
 class TestEvents:
     MIXED = (
         ": hello\n\n"
@@ -67,24 +75,28 @@ class TestEvents:
     @given(at=st.lists(st.integers(0, 10_000), max_size=60))
     def test_events_do_not_depend_on_where_reads_cut_them(self, at: list[int]) -> None:
         splitter = EventSplitter()
-        assert list(self.DATA) == [data for piece in cut(self.MIXED, at) for data in splitter.feed(piece)]
+        assert list(self.DATA) == [event.data for piece in cut(self.MIXED, at) for event in splitter.feed(piece)]
 
     def test_events_are_the_same_byte_by_byte(self) -> None:
         splitter = EventSplitter()
-        assert list(self.DATA) == [data for byte in self.MIXED for data in splitter.feed(bytes([byte]))]
+        assert list(self.DATA) == [event.data for byte in self.MIXED for event in splitter.feed(bytes([byte]))]
 
     def test_an_event_is_given_out_with_its_empty_line_and_no_later(self) -> None:
         splitter = EventSplitter()
         assert [] == splitter.feed(b"data: a\r\n")
-        assert [b"a"] == splitter.feed(b"\r")
-        assert [b"b"] == splitter.feed(b"\ndata: b\n\n")
+        assert [(b"a", "")] == splitter.feed(b"\r")
+        assert [(b"b", "")] == splitter.feed(b"\ndata: b\n\n")
 
-    def test_an_event_of_the_largest_size_passes_and_one_byte_more_does_not(self) -> None:
-        largest = b"data: " + b"x" * (MAX_EVENT_BYTES - 6)
-        assert [largest[6:]] == EventSplitter().feed(largest + b"\n\n")
+    def test_an_event_with_images_passes_and_one_that_no_memory_should_hold_does_not(self) -> None:
+        image = b"x" * (MAX_EVENT_BYTES - 100)
+        assert [(image, "")] == EventSplitter().feed(b"data: " + image + b"\n\n")
         with pytest.raises(NotecaseError) as caught:
-            EventSplitter().feed(largest + b"x\n\n")
+            EventSplitter().feed(b"data: " + b"x" * (MAX_EVENT_BYTES + 1) + b"\n\n")
         assert v1.ERROR_REASON_MODEL_ERROR == caught.value.reason
+
+    def test_many_small_lines_of_one_event_are_bounded_too(self) -> None:
+        with pytest.raises(NotecaseError):
+            EventSplitter().feed(b"data:x\n" * (MAX_EVENT_BYTES // 64 + 1))
 
     def test_a_line_that_never_ends_is_refused_once_it_is_too_long(self) -> None:
         splitter = EventSplitter()
@@ -97,7 +109,7 @@ class TestEvents:
 
 class TestReply:
     def test_pieces_come_as_they_arrive_and_not_at_the_end(self) -> None:
-        reply = ChatReply("asked", lambda error: errors.model_error("refused"))
+        reply = made()
         assert [("Good",)] == [tuple(piece) for piece in reply.feed(chunk({"content": "Good"}))]
         assert [(" evening",)] == [tuple(piece) for piece in reply.feed(chunk({"content": " evening"}))]
 
@@ -113,6 +125,7 @@ class TestReply:
             chunk({"reasoning_content": "a"}),
             chunk({"reasoning": "b"}),
             chunk({"reasoning": "c", "reasoning_content": "c"}),
+            SAID,
         )
         assert "abc" == read(answer.body).reasoning
 
@@ -141,16 +154,21 @@ class TestReply:
         assert expected == read(b"\n", body[:9], body[9:])
 
     def test_a_web_page_in_place_of_a_stream_is_refused_at_its_first_byte(self) -> None:
-        reply = ChatReply("asked", lambda error: errors.model_error("refused"))
+        reply = made()
+        assert [] == reply.feed(b"\r\n <!doctype html>")
+        assert reply.done
         with pytest.raises(NotecaseError) as caught:
-            reply.feed(b"\r\n <!doctype html>")
+            reply.end()
         assert v1.ERROR_REASON_MODEL_ERROR == caught.value.reason
 
     def test_a_whole_completion_without_end_is_refused_once_it_is_too_long(self) -> None:
-        reply = ChatReply("asked", lambda error: errors.model_error("refused"))
+        reply = made()
         assert [] == reply.feed(b"{" + b" " * (MAX_EVENT_BYTES - 1))
+        assert not reply.done
+        reply.feed(b" ")
+        assert reply.done
         with pytest.raises(NotecaseError) as caught:
-            reply.feed(b" ")
+            reply.end()
         assert v1.ERROR_REASON_MODEL_ERROR == caught.value.reason
 
 
@@ -168,18 +186,18 @@ class TestEnd:
             pytest.param(SAID + DONE.rstrip(), "stop", id="done without an empty line"),
             pytest.param(SAID + b"data:[DONE]\r\n\r\ndata: junk\n\n", "stop", id="junk after done"),
             pytest.param(tool_calls(("f", "{}")).body.replace(b'"tool_calls"}', b"null}"), "tool_calls", id="calls"),
-            pytest.param(FINISHED + DONE, "length", id="nothing said, with a reason"),
+            pytest.param(SAID + FINISHED[:-2], "length", id="the last event without its empty line"),
         ],
     )
     def test_a_reply_is_whole_by_its_reason_or_by_done(self, answer: bytes, reason: str) -> None:
         assert reason == read(answer).reason
 
-    @pytest.mark.parametrize("answer", [b"", SAID, SAID + b": ping\n\n", SAID + FINISHED[:-2], b": ping\n\n"])
+    @pytest.mark.parametrize("answer", [b"", SAID, SAID + b": ping\n\n", SAID + FINISHED[:-5], b": ping\n\n"])
     def test_an_answer_that_ends_before_the_reply_is_unavailable(self, answer: bytes) -> None:
         assert v1.ERROR_REASON_MODEL_UNAVAILABLE == failure(answer).reason
 
-    def test_done_without_a_reply_is_a_model_error(self) -> None:
-        assert v1.ERROR_REASON_MODEL_ERROR == failure(chunk({"role": "assistant", "content": ""}), DONE).reason
+    def test_done_without_a_reply_is_asked_again(self) -> None:
+        assert v1.ERROR_REASON_MODEL_UNAVAILABLE == failure(chunk({"role": "assistant", "content": ""}), DONE).reason
 
 
 class TestUsage:
@@ -192,7 +210,7 @@ class TestUsage:
     COUNTED = counted(input_tokens=20, cached_input_tokens=16, output_tokens=9, reasoning_tokens=4)
 
     def test_usage_comes_in_a_chunk_of_its_own(self) -> None:
-        assert self.COUNTED == read(stream(usage=self.TOLD).body).usage
+        assert self.COUNTED == read(stream(SAID, usage=self.TOLD).body).usage
 
     def test_usage_comes_with_the_final_content(self) -> None:
         answer = (chunk({"content": "a"}), chunk({"content": "b"}, finish="stop", usage=self.TOLD), DONE)
@@ -203,14 +221,14 @@ class TestUsage:
         assert self.COUNTED == read(stream(first, usage=self.TOLD).body).usage
 
     def test_usage_never_told_is_one_call_of_the_model(self) -> None:
-        assert counted() == read(stream(usage=None).body).usage
+        assert counted() == read(stream(SAID, usage=None).body).usage
 
     @pytest.mark.parametrize(
         ("told", "tokens"), [(12.0, 12), (None, 0), (-3, 0), (10**30, 2**63 - 1), (float("nan"), 0)]
     )
     def test_odd_numbers_of_tokens_do_not_cost_the_reply(self, told: float | None, tokens: int) -> None:
         usage: dict[str, Any] = {"prompt_tokens": told, "prompt_tokens_details": None, "completion_tokens_details": {}}
-        assert counted(input_tokens=tokens) == read(stream(usage=usage).body).usage
+        assert counted(input_tokens=tokens) == read(stream(SAID, usage=usage).body).usage
 
 
 def piece(name: str | None = None, arguments: str | None = None, **members: object) -> dict[str, Any]:
@@ -355,7 +373,6 @@ class TestFaults:
             b"null",
             b'{"choices": 5}',
             b'{"choices": [{"delta": {"content": 5}}]}',
-            b'{"choices": [{"delta": {"tool_calls": [{"index": "x"}]}}]}',
             b'{"choices": ' + b"[" * 100_000,
             b'{"else": ' + b"[" * 100_000,
             b'{"model": "\\ud83d", "else": ' + b"[" * 100_000,
@@ -367,12 +384,25 @@ class TestFaults:
         assert v1.ERROR_REASON_MODEL_ERROR == caught.reason
         assert "The model provider sent something that is no part of a Chat Completions reply." == caught.message
 
-    @pytest.mark.parametrize("error", [{"message": "no"}, "no"])
-    def test_an_error_object_ends_the_reply_in_any_place(self, error: object) -> None:
-        told = f"refused: {error}"
-        assert told == failure(chunk({"content": "a"}) + event({"error": error})).message
-        assert told == failure(chunk({"content": "a"}, error=error)).message
-        assert told == failure(event({"error": error}).removeprefix(b"data: ")).message
+    def test_a_failure_does_not_take_the_pieces_before_it(self) -> None:
+        reply = made()
+        data = chunk({"content": "a"}) + event({"error": {"message": "no", "code": 500}})
+        assert [("a",)] == [tuple(piece) for piece in reply.feed(data)]
+        with pytest.raises(NotecaseError):
+            reply.end()
+
+    def test_text_that_no_message_could_hold_is_refused(self) -> None:
+        assert v1.ERROR_REASON_MODEL_ERROR == failure(chunk({"content": "x" * (MAX_TEXT_BYTES + 1)}), DONE).reason
+
+    def test_what_says_nothing_is_bounded(self) -> None:
+        reply = made()
+        for _ in range(MAX_SILENT_BYTES // (1 << 16)):
+            assert [] == reply.feed(b":\n\n".ljust(1 << 16, b"\n"))
+        assert not reply.done
+        reply.feed(b":\n\n")
+        with pytest.raises(NotecaseError) as caught:
+            reply.end()
+        assert v1.ERROR_REASON_MODEL_ERROR == caught.value.reason
 
     @pytest.mark.parametrize(
         ("texts", "expected"),
@@ -400,4 +430,4 @@ class TestFaults:
     def test_names_and_reasons_are_valid_unicode_too(self) -> None:
         call = rb'{"choices":[{"delta":{"tool_calls":[{"function":{"name":"f\ud800"}}]},"finish_reason":"s\udfff"}]'
         reply = read(b"data: " + call + rb',"model":"m\ud800"}' + b"\n\n", DONE)
-        assert ((("f\ufffd", ""),), "s\ufffd", "m\ufffd") == (reply.calls, reply.reason, reply.usage.model)
+        assert ((("f\ufffd", ""),), "stop", "asked") == (reply.calls, reply.reason, reply.usage.model)

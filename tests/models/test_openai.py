@@ -15,7 +15,8 @@ import pytest
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider, Text
-from notecase_server.models.openai import MAX_CONTENT_BYTES, OpenAIProvider
+from notecase_server.models.openai import OpenAIProvider
+from notecase_server.models.request import MAX_CONTENT_BYTES
 
 from tests.support.openai_server import (
     DONE,
@@ -34,8 +35,8 @@ from tests.support.openai_server import (
 from tests.support.replies import Reply, fold
 
 KEY = "test-Secret.0123/456+789=="
-AT_ONCE = {"retry-after-ms": "1"}
-"""Has the SDK repeat without its usual half second."""
+IDS = {"c1": "XdQuk2KUI", "c2": "fAGnJD6gb", "c3": "azMoO96ud"}
+"""Ids that are made for calls of no provider's."""
 
 
 @pytest.fixture
@@ -148,54 +149,44 @@ class TestRequest:
             return {"type": "file", "file": {"filename": name, "file_data": url}}
 
         expected = [
-            {"role": "system", "content": "Be kind."},
+            {"role": "system", "content": "Be kind.\n\nBe brief."},
             {
                 "role": "user",
                 "content": [
                     {"type": "text", "text": "Look:"},
                     {"type": "image_url", "image_url": {"url": "https://example.org/plan.png?a=1"}},
                     {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{b64(png)}"}},
-                ],
-            },
-            {"role": "user", "content": [file("plan.pdf", b"%PDF-1"), file("file.pdf", b"%PDF-2")]},
-            {
-                "role": "user",
-                "content": [
+                    file("plan.pdf", b"%PDF-1"),
+                    file("file.pdf", b"%PDF-2"),
                     {"type": "input_audio", "input_audio": {"data": b64(b"RIFF"), "format": "wav"}},
                     {"type": "input_audio", "input_audio": {"data": b64(b"ID3"), "format": "mp3"}},
                 ],
             },
-            {"role": "system", "content": "Be brief."},
             {
                 "role": "assistant",
                 "content": "I search.",
                 "tool_calls": [
-                    call("c1", "search", '{"q": "é"}'),
-                    call("c2", "search", "{}"),
-                    call("c3", "a_b__", '{"malformed":"{\\"q\\": \\"cut"}'),
+                    call(IDS["c1"], "search", '{"q": "é"}'),
+                    call(IDS["c2"], "search", "{}"),
+                    call(IDS["c3"], "a_b__", '{"malformed":"{\\"q\\": \\"cut"}'),
                 ],
             },
-            {"role": "tool", "tool_call_id": "c1", "content": "3 hits"},
-            {"role": "tool", "tool_call_id": "c2", "content": "no"},
-            {"role": "tool", "tool_call_id": "c3", "content": "cancelled"},
-            {"role": "assistant", "content": None, "refusal": "I will not."},
-            {"role": "assistant", "content": "Half a word"},
-            {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "Two"}]},
+            {"role": "tool", "tool_call_id": IDS["c1"], "content": "3 hits"},
+            {"role": "tool", "tool_call_id": IDS["c2"], "content": "no"},
+            {"role": "tool", "tool_call_id": IDS["c3"], "content": "cancelled"},
+            {"role": "assistant", "content": "I will not.\n\nHalf a word"},
+            {"role": "user", "content": "One\n\nTwo"},
         ]
         assert expected == server.requests[0]["messages"]
 
-    async def test_a_large_body_is_sent_whole_at_each_try(self, server: OpenAIServer) -> None:
+    async def test_a_large_body_is_sent_whole(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
         """With its length, as servers want it; content of some megabytes is nothing special."""
         large = bytes(range(256)) * 12_000
-        server.script(error(500, headers={"retry-after-ms": "1"}), reply("A plan."))
-        provider = OpenAIProvider(KEY, server.url, "m", max_retries=1)
+        server.script(reply("A plan."))
         assert fold(await pieces_of(provider, ask(user(data(large, "application/pdf"))))).text == "A plan."
-        await provider.close()
-        encoded = base64.b64encode(large).decode()
-        for request in server.requests:
-            (part,) = request["messages"][0]["content"]
-            assert part["file"]["file_data"] == f"data:application/pdf;base64,{encoded}"
-        assert ["Content-Length" in received.headers for received in server.received] == [True, True]
+        (part,) = server.requests[0]["messages"][0]["content"]
+        assert part["file"]["file_data"] == f"data:application/pdf;base64,{base64.b64encode(large).decode()}"
+        assert "Content-Length" in server.received[0].headers
 
     async def test_what_holds_nothing_is_left_out(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
         server.script(reply("Hi"))
@@ -353,7 +344,7 @@ class TestSettings:
             "http://h:port/v1",
             "http://h..example/v1",
             f"http://me:{KEY}@h/v1",
-            f"http://h/v1?key={KEY}",
+            f"http://h/v1#{KEY}",
         ],
     )
     def test_a_base_url_that_cannot_work_or_holds_a_secret_is_refused(self, url: str) -> None:
@@ -494,7 +485,7 @@ class TestRefused:
             ),
             (
                 error(403, "Not for you"),
-                "The model provider refused the server's credential (status 403).",
+                "The model provider refused the call of 'default-model' (status 403): Not for you",
                 {"status": "403", "code": "stub_error"},
             ),
             (
@@ -571,24 +562,15 @@ class TestRefused:
 
 
 class TestUnavailable:
-    @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 529])
-    async def test_passing_trouble_is_repeated_until_there_is_a_reply(
+    @pytest.mark.parametrize("status", [408, 409, 425, 429, 498, 500, 502, 503, 529])
+    async def test_passing_trouble_is_unavailable_and_repeated_by_the_engine_alone(
         self, server: OpenAIServer, provider: OpenAIProvider, status: int
     ) -> None:
-        server.script(error(status, headers=AT_ONCE), error(status, headers=AT_ONCE), reply("Hi"))
-        assert "Hi" == fold(await pieces_of(provider)).text
-        assert [server.requests[0]] * 3 == server.requests
-
-    @pytest.mark.parametrize("status", [429, 500])
-    async def test_passing_trouble_that_stays_is_unavailable(
-        self, server: OpenAIServer, provider: OpenAIProvider, status: int
-    ) -> None:
-        trouble = error(status, f"slow down, {KEY}", headers=AT_ONCE)
-        server.script(trouble, trouble, trouble)
+        server.script(error(status, f"slow down, {KEY}"), reply("never asked for"))
         caught = await failure(provider)
         assert v1.ERROR_REASON_MODEL_UNAVAILABLE == caught.reason
         assert f"The model provider cannot answer just now (status {status}): slow down, [key]" == caught.message
-        assert 3 == len(server.requests)
+        assert 1 == len(server.requests)
 
     @pytest.mark.parametrize(
         ("headers", "seconds"),
@@ -610,7 +592,7 @@ class TestUnavailable:
     async def test_the_client_learns_how_long_the_provider_asks_to_wait(
         self, server: OpenAIServer, headers: dict[str, str], seconds: float | None
     ) -> None:
-        provider = OpenAIProvider(KEY, server.url, "m", max_retries=0)
+        provider = OpenAIProvider(KEY, server.url, "m")
         server.script(error(429, headers=headers))
         caught = await failure(provider)
         await provider.close()
@@ -618,7 +600,7 @@ class TestUnavailable:
 
     async def test_nobody_listening(self) -> None:
         async with OpenAIServer() as gone:
-            provider = OpenAIProvider(KEY, gone.url, "m", max_retries=0)
+            provider = OpenAIProvider(KEY, gone.url, "m")
         caught = await failure(provider)
         await provider.close()
         assert "The model provider cannot be reached." == caught.message
@@ -634,19 +616,19 @@ class TestUnavailable:
         other = await asyncio.start_server(greet, "127.0.0.1", 0)
         async with other:
             port = other.sockets[0].getsockname()[1]
-            provider = OpenAIProvider(KEY, f"http://127.0.0.1:{port}/v1", "m", max_retries=0)
+            provider = OpenAIProvider(KEY, f"http://127.0.0.1:{port}/v1", "m")
             caught = await failure(provider)
             await provider.close()
         assert v1.ERROR_REASON_MODEL_UNAVAILABLE == caught.reason
 
-    async def test_a_connection_cut_before_the_answer_is_repeated(
+    async def test_a_connection_cut_before_the_answer_is_unavailable(
         self, server: OpenAIServer, provider: OpenAIProvider
     ) -> None:
-        server.script(reply("lost").cut(after=0), reply("Hi"))
-        assert "Hi" == fold(await pieces_of(provider)).text
+        server.script(reply("lost").cut(after=0))
+        assert v1.ERROR_REASON_MODEL_UNAVAILABLE == (await failure(provider)).reason
 
     async def test_a_limit_on_tokens_a_minute_is_not_a_conversation_too_long(self, server: OpenAIServer) -> None:
-        provider = OpenAIProvider(KEY, server.url, "m", max_retries=0)
+        provider = OpenAIProvider(KEY, server.url, "m")
         server.script(error(429, "The context window of this minute is full"))
         caught = await failure(provider)
         await provider.close()
@@ -670,8 +652,8 @@ class TestUnavailable:
 
     @pytest.mark.parametrize("after", [0, 1, 2])
     async def test_silence_is_unavailable(self, server: OpenAIServer, after: int) -> None:
-        """Of a second, in which a busy machine connects and sends, too."""
-        provider = OpenAIProvider(KEY, server.url, "m", idle_timeout=1.0, max_retries=0)
+        """Of a second, in which a busy machine connects and sends, too; and the request is not sent again."""
+        provider = OpenAIProvider(KEY, server.url, "m", first_timeout=1.0, idle_timeout=1.0)
         server.script(reply("ab", chunks=2).held(asyncio.Event(), after))
         caught = await failure(provider)
         await provider.close()
@@ -693,8 +675,8 @@ class TestErrorWithinTheReply:
             ({"message": "overloaded term", "type": "invalid_request_error"}, v1.ERROR_REASON_MODEL_ERROR),
             ({"message": "bad", "code": 400}, v1.ERROR_REASON_MODEL_ERROR),
             ({"message": "no key", "type": "authentication_error"}, v1.ERROR_REASON_MODEL_ERROR),
-            ("It broke", v1.ERROR_REASON_MODEL_ERROR),
-            (["odd"], v1.ERROR_REASON_MODEL_ERROR),
+            ("It broke", v1.ERROR_REASON_MODEL_UNAVAILABLE),
+            (["odd"], v1.ERROR_REASON_MODEL_UNAVAILABLE),
         ],
     )
     async def test_an_error_object_is_judged_by_its_code_then_by_its_words(
@@ -707,8 +689,8 @@ class TestErrorWithinTheReply:
     async def test_it_does_not_tell_the_key(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
         server.script(Answer((chunk({"content": "a"}), event({"error": {"message": f"bad {KEY}", "code": KEY}}))))
         caught = await failure(provider)
-        assert "The model provider refused the call of 'default-model' (an error): bad [key]" == caught.message
-        assert {"code": "[key]"} == caught.metadata
+        assert "The model provider cannot answer just now (an error): bad [key]" == caught.message
+        assert {} == caught.metadata
 
     async def test_a_conversation_that_is_too_long_is_recognisable(
         self, server: OpenAIServer, provider: OpenAIProvider
@@ -724,14 +706,13 @@ async def test_logs_hold_neither_the_key_nor_what_is_said(
     caplog.set_level(logging.DEBUG)
     server.script(
         reply("private reply"),
-        error(500, f"{KEY} private", headers=AT_ONCE),
-        reply("private reply"),
+        error(500, f"{KEY} private"),
         error(400, f"{KEY} private"),
         reply("private").cut(after=2),
     )
     request = ask(user("private question"), instruction="private instruction")
     await pieces_of(provider, request)
-    await pieces_of(provider, request)
+    await failure(provider, request)
     await failure(provider, request)
     await failure(provider, request)
     printed = capsys.readouterr()

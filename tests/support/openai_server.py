@@ -78,6 +78,7 @@ class Received:
     body: Json
     client_port: int
     """Two requests from one port came over one connection."""
+    query: str = ""
     sent: asyncio.Event = field(default_factory=asyncio.Event)
     """The answer was written to its end."""
     left: asyncio.Event = field(default_factory=asyncio.Event)
@@ -85,7 +86,8 @@ class Received:
 
 
 class OpenAIServer:
-    """Serves POST /v1/chat/completions on a free port of the loopback interface while its context is entered."""
+    """Serves POST /v1/chat/completions, and any other path alike, on a free port of the loopback interface while its
+    context is entered."""
 
     def __init__(self, answer: Callable[[Json], Answer] | None = None, *, port: int = 0) -> None:
         """`answer` makes the answer to a request body once the script is used up; without it that is a status 400."""
@@ -95,7 +97,7 @@ class OpenAIServer:
         self._arrived = asyncio.Condition()
         self._port = port
         app = web.Application(client_max_size=1 << 28)
-        app.router.add_post("/v1/chat/completions", self._serve)
+        app.router.add_post("/{path:.*}", self._serve)
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=0.1)
 
     async def __aenter__(self) -> Self:
@@ -131,7 +133,9 @@ class OpenAIServer:
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         peer = request.transport.get_extra_info("peername") if request.transport else ("", 0)
-        received = Received(request.path, request.headers.copy(), json.loads(await request.read()), peer[1])
+        received = Received(
+            request.path, request.headers.copy(), json.loads(await request.read()), peer[1], request.query_string
+        )
         async with self._arrived:
             self.received.append(received)
             self._arrived.notify_all()

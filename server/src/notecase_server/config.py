@@ -20,6 +20,16 @@ class OpenAISettings:
     api_key: str
     base_url: str | None
     default_model: str
+    profile: str = ""
+    """The name of a built-in profile, a JSON object of overrides, or the path of a file with one."""
+    connect_timeout: float = 10.0
+    first_timeout: float = 600.0
+    idle_timeout: float = 300.0
+    whole_timeout: float = 3600.0
+    """Seconds: to connect, until the first piece of a reply, between two pieces, and for a whole answer."""
+    max_retries: int = 2
+    retry_time: float = 60.0
+    """Repeats of a model call that failed in a way that may pass, and the seconds to wait between all of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

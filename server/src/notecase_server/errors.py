@@ -100,6 +100,10 @@ class NotecaseError(Exception):
         self.quota = quota
         self.code = kind.code
         self.retry_after = kind.retry_after if retry_after is None else retry_after
+        self.repeats: int | None = None
+        """How often a repeat of the model call that failed so is worth it; None leaves that to its reason."""
+        self.usage: v1.Usage | None = None
+        """What a model call took that failed so, as far as its provider told."""
 
     def to_proto(self) -> v1.Error:
         """The same facts as data, for a failed run or a refused command."""

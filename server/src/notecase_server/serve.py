@@ -18,7 +18,7 @@ from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
 from notecase_server.engine.services import Services
 from notecase_server.engine.sessions import Sessions
-from notecase_server.models.contract import Provider
+from notecase_server.models.contract import Provider, Repeats
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.desk import Desk
 from notecase_server.rpc.interceptor import Authenticate, Doorway, development
@@ -92,10 +92,21 @@ def make_providers(settings: Settings) -> dict[str, Provider]:
     if settings.openai is not None:
         # Its SDK takes most of a second to import; a server without it starts without it.
         from notecase_server.models.openai import OpenAIProvider  # noqa: PLC0415
+        from notecase_server.models.profiles import read  # noqa: PLC0415
 
         given = settings.openai
         try:
-            providers["openai"] = OpenAIProvider(given.api_key, given.base_url, given.default_model)
+            providers["openai"] = OpenAIProvider(
+                given.api_key,
+                given.base_url,
+                given.default_model,
+                connect_timeout=given.connect_timeout,
+                first_timeout=given.first_timeout,
+                idle_timeout=given.idle_timeout,
+                whole_timeout=given.whole_timeout,
+                profile=read(given.profile),
+                clock=now,
+            )
         except ValueError as error:
             raise ProviderSettingsError(f"The openai provider cannot be used: {error}.") from None
     providers["offline"] = OfflineProvider()
@@ -135,6 +146,7 @@ class Server:
         self._toolbox = toolbox
         self._schemas = Schemas()
         self._supervisor = Supervisor(make_id)
+        given = settings.openai
         services = Services(
             store=store,
             providers={"": default, **self._providers},
@@ -145,6 +157,7 @@ class Server:
             places=Places(settings.max_runs),
             new_id=make_id,
             clock=clock,
+            repeats=Repeats(given.max_retries, given.retry_time) if given else Repeats(),
         )
         self._runs = Runs(sessions, services, pace.poll)
         self._streams = Streams(sessions, self._runs, self._supervisor, pace)

@@ -436,20 +436,65 @@ class Reasoning(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
+    PROVIDER_DATA_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Set aside: 2 for what a provider wants back with it."""
+    """Empty where the provider shows none of it."""
+    @_builtins.property
+    def provider_data(self) -> Global___ProviderData:
+        """Output only: what the provider gets back with the message that this part belongs to."""
+
     def __init__(
         self,
         *,
         text: _builtins.str = ...,
+        provider_data: Global___ProviderData | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["provider_data", b"provider_data"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["provider_data", b"provider_data", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Reasoning: _TypeAlias = Reasoning  # noqa: Y015
+
+@_typing.final
+class ProviderData(_message.Message):
+    """What a model's provider gets back with a later request, as it came: signatures, encrypted reasoning, its own call ids. It is
+    made by the server, opaque to everybody else, and sent to the same provider and model only.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    CALL_ID_FIELD_NUMBER: _builtins.int
+    TEXT_MEMBER_FIELD_NUMBER: _builtins.int
+    provider: _builtins.str
+    """Stands for the provider's endpoint."""
+    model: _builtins.str
+    members: _builtins.bytes
+    """A JSON object: members of the call, or of the message of a reasoning part."""
+    call_id: _builtins.str
+    """The provider's own id of the call."""
+    text_member: _builtins.str
+    """The member that the reasoning's text came in, for example "reasoning_content"."""
+    def __init__(
+        self,
+        *,
+        provider: _builtins.str = ...,
+        model: _builtins.str = ...,
+        members: _builtins.bytes = ...,
+        call_id: _builtins.str = ...,
+        text_member: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "members", b"members", "model", b"model", "provider", b"provider", "text_member", b"text_member"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProviderData: _TypeAlias = ProviderData  # noqa: Y015
 
 @_typing.final
 class FileUri(_message.Message):
@@ -534,9 +579,7 @@ class ToolCall(_message.Message):
         """The run or the call was cancelled before the call had an outcome."""
 
     class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
-        """Set aside: 12 for what a provider wants back with the call.
-        What became of a call.
-        """
+        """What became of a call."""
 
     OUTCOME_UNSPECIFIED: ToolCall.Outcome.ValueType  # 0
     OUTCOME_PENDING: ToolCall.Outcome.ValueType  # 1
@@ -562,6 +605,7 @@ class ToolCall(_message.Message):
     ELAPSED_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     BINDING_FIELD_NUMBER: _builtins.int
+    PROVIDER_DATA_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     """Made by the server whatever the model sent; unique in the session and stable from the first delta on. A tool's
     idempotency key is "{session}/{call_id}", the same on every attempt.
@@ -592,6 +636,10 @@ class ToolCall(_message.Message):
     def binding(self) -> Global___ToolBinding:
         """What the name stood for when the call was made. Unset when there was no tool of that name."""
 
+    @_builtins.property
+    def provider_data(self) -> Global___ProviderData:
+        """Output only: what the provider gets back with the call."""
+
     def __init__(
         self,
         *,
@@ -606,10 +654,11 @@ class ToolCall(_message.Message):
         elapsed: _duration_pb2.Duration | None = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         binding: Global___ToolBinding | None = ...,
+        provider_data: Global___ProviderData | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["binding", b"binding", "elapsed", b"elapsed", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["binding", b"binding", "elapsed", b"elapsed", "provider_data", b"provider_data", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "attempt", b"attempt", "binding", b"binding", "call_id", b"call_id", "client_executed", b"client_executed", "elapsed", b"elapsed", "error", b"error", "outcome", b"outcome", "result", b"result", "start_time", b"start_time", "tool", b"tool"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "attempt", b"attempt", "binding", b"binding", "call_id", b"call_id", "client_executed", b"client_executed", "elapsed", b"elapsed", "error", b"error", "outcome", b"outcome", "provider_data", b"provider_data", "result", b"result", "start_time", b"start_time", "tool", b"tool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,7 +1,8 @@
 """`notecase serve`."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 import uvloop
@@ -67,6 +68,70 @@ from notecase_server.tools.mcp_settings import read_mcp_servers
     help="How long runs may take to their next commit when the server stops; the rest goes on at the next start.",
 )
 @click.option(
+    "--profile",
+    default="",
+    show_default=False,
+    envvar="NOTECASE_PROFILE",
+    show_envvar=True,
+    metavar="PROFILE",
+    help="What the model's provider takes, where its address and model do not tell: the name of a built-in profile, a "
+    "JSON object of what to override, or a file with one.",
+)
+@click.option(
+    "--connect-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=10.0,
+    envvar="NOTECASE_CONNECT_TIMEOUT",
+    show_envvar=True,
+    metavar="SECONDS",
+    help="How long connecting to the model's provider may take.",
+)
+@click.option(
+    "--first-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=600.0,
+    envvar="NOTECASE_FIRST_TIMEOUT",
+    show_envvar=True,
+    metavar="SECONDS",
+    help="How long the provider may take to the first piece of a reply.",
+)
+@click.option(
+    "--idle-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=300.0,
+    envvar="NOTECASE_IDLE_TIMEOUT",
+    show_envvar=True,
+    metavar="SECONDS",
+    help="How long it may be silent between two pieces; comments count as silence.",
+)
+@click.option(
+    "--whole-timeout",
+    type=click.FloatRange(0, min_open=True),
+    default=3600.0,
+    envvar="NOTECASE_WHOLE_TIMEOUT",
+    show_envvar=True,
+    metavar="SECONDS",
+    help="How long an answer may take in all.",
+)
+@click.option(
+    "--max-retries",
+    type=click.IntRange(0),
+    default=2,
+    envvar="NOTECASE_MAX_RETRIES",
+    show_envvar=True,
+    metavar="NUMBER",
+    help="How often a call of the model is repeated when what went wrong may pass.",
+)
+@click.option(
+    "--retry-time",
+    type=click.FloatRange(0),
+    default=60.0,
+    envvar="NOTECASE_RETRY_TIME",
+    show_envvar=True,
+    metavar="SECONDS",
+    help="How long may be waited between all of these tries together.",
+)
+@click.option(
     "--tools",
     multiple=True,
     envvar="NOTECASE_TOOLS",
@@ -110,6 +175,7 @@ def serve(
     mcp_config: Path | None,
     log_format: Literal["console", "json"],
     log_level: str,
+    **provider: Any,
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -122,6 +188,9 @@ def serve(
             f"Listen on {DEFAULT_ADDRESS}, or say --insecure where the network itself is trusted."
         )
     configure_logging(log_format, log_level)
+    openai = openai_from_environment()
+    if openai is not None:
+        openai = replace(openai, **provider)  # the other options: each has the name of its setting
     try:
         settings = Settings(
             listen=listen,
@@ -130,7 +199,7 @@ def serve(
             max_blob_bytes=max_blob_bytes,
             max_session_bytes=max_session_bytes,
             grace=grace,
-            openai=openai_from_environment(),
+            openai=openai,
             tools=tools,
             mcp_servers=read_mcp_servers(mcp_config) if mcp_config else {},
         )

@@ -7,7 +7,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.engine.schema import Unfenced
-from notecase_server.models.contract import Call, Finish, Reasoning, Refusal, Text
+from notecase_server.models.contract import Call, Finish, Reasoning, Refusal, Returned, Text
 from notecase_server.store.contract import PAGE_BYTES
 
 MAX_REPLY_BYTES = PAGE_BYTES - (64 << 10)
@@ -22,13 +22,15 @@ Kind = Literal["text", "json", "reasoning", "refusal", "arguments"]
 class Block:
     """One part of a message being made. Its bytes are UTF-8 and only grow, by whole code points."""
 
-    __slots__ = ("call_id", "data", "kind", "tool")
+    __slots__ = ("call_id", "data", "kind", "provider_data", "tool")
 
     def __init__(self, kind: Kind, call_id: str = "") -> None:
         self.kind = kind
         self.call_id = call_id
         self.tool = ""
         self.data = bytearray()
+        self.provider_data: v1.ProviderData | None = None
+        """What the model's provider gets back with the part."""
 
     def add(self, text: str) -> int:
         """Appends text and returns how many bytes it was. A lone surrogate becomes U+FFFD."""
@@ -59,13 +61,18 @@ class Draft:
         self._calls: dict[int, Block] = {}
         self._unfenced = Unfenced() if as_json else None
 
-    def feed(self, delta: Text | Reasoning | Refusal | Call) -> bool:
+    def feed(self, delta: Text | Reasoning | Refusal | Call | Returned) -> bool:
         """Takes in a delta; whether it began a block. Raises NotecaseError LIMIT_EXCEEDED once the reply is larger than
         MAX_REPLY_BYTES."""
         match delta:
+            case Returned(key, data):
+                self._return(None if key is None else self._calls.get(key), data)
+                return False
             case Call(key, tool, text):
                 block = self._calls.get(key)
                 if block is None:
+                    if self._unfenced is not None and (words := self._unfenced.words()):
+                        self._size += self._json().add(words)
                     block = self._calls[key] = self._begin(Block("arguments", self._new_id()))
                 block.tool += tool
             case Text(text) if self._unfenced is not None:
@@ -114,12 +121,16 @@ class Draft:
                 part.json = text
             elif block.kind == "reasoning":
                 part.reasoning.text = text
+                if block.provider_data is not None:
+                    part.reasoning.provider_data.CopyFrom(block.provider_data)
             elif block.kind == "refusal":
                 part.refusal = text
             else:
                 call = part.tool_call
                 call.call_id, call.tool, call.arguments = block.call_id, block.tool, text
                 call.outcome = v1.ToolCall.OUTCOME_PENDING
+                if block.provider_data is not None:
+                    call.provider_data.CopyFrom(block.provider_data)
         return message
 
     def cut(self, author: str) -> v1.Message | None:
@@ -132,6 +143,13 @@ class Draft:
                 part.tool_call.outcome = v1.ToolCall.OUTCOME_CANCELLED
                 part.tool_call.error = "The run stopped before the call was whole."
         return message
+
+    def _return(self, call: Block | None, data: v1.ProviderData) -> None:
+        """Keeps what the provider gets back with its call, or with the newest reasoning; reasoning that it showed
+        nothing of becomes an empty part."""
+        blocks = [call] if call else [block for block in self.blocks if block.kind == "reasoning"]
+        (blocks[-1] if blocks else self._begin(Block("reasoning"))).provider_data = data
+        self._size += data.ByteSize()
 
     def _begin(self, block: Block) -> Block:
         self.blocks.append(block)

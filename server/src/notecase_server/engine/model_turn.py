@@ -4,8 +4,9 @@ Made anew for each turn. What holds for all turns of a run in this process is it
 """
 
 import asyncio
+import itertools
 import random
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from contextlib import aclosing
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -29,16 +30,9 @@ T = TypeVar("T")
 DEFAULT_MODEL_CALLS = 10
 """Model calls in a run whose agent sets no limit: enough for a chain of tools, few enough to stop a loop."""
 
-MODEL_REPEATS = 2
-"""How often a reply cut in mid-stream is asked for again. Before the first piece retries are the provider's
-business."""
-
 OUTPUT_REPEATS = 1
 """How often a reply that is not what the agent's output_schema asks for is asked for again: a model that was told what
 is wrong either knows better at once, or not at all."""
-
-CUT_OFF = frozenset({"length", "content_filter"})
-"""Finish reasons of a reply that its provider cut off."""
 
 
 class Budget:
@@ -144,21 +138,36 @@ class ModelTurn:
     # ---- asking
 
     async def _generate(self, provider: Provider, request: ModelRequest) -> Finish:
-        """Leaves one reply in the draft; asks again when it is cut in mid-stream."""
-        for repeat in range(MODEL_REPEATS + 1):
+        """Leaves one reply in the draft."""
+
+        async def ask() -> Finish:
+            self._budget.spend()
+            return await self._read(provider, request, self._begin(request))
+
+        return await self._repeated(ask)
+
+    async def _repeated(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Asks a model, and again while what went wrong may pass, before its first piece or after it. A try from which
+        nothing came does not count as a model call; what one took, as far as its provider told, is counted."""
+        most, seconds = self._services.repeats
+        for repeat in itertools.count():
             if self._halts:
                 raise Halted
-            self._budget.spend()
-            draft = self._begin(request)
             try:
-                return await self._halting(self._read(provider, request, draft))
+                return await self._halting(ask())
             except NotecaseError as error:
-                cut = error.reason == v1.ERROR_REASON_MODEL_UNAVAILABLE and draft.blocks
-                if not cut or repeat == MODEL_REPEATS:
+                passing = most if error.reason == v1.ERROR_REASON_MODEL_UNAVAILABLE else 0
+                wait = max(random.uniform(0, 0.5 * 2**repeat), error.retry_after or 0)
+                if error.usage is not None:
+                    await self._log.durably(partial(_used, error.usage))
+                if repeat >= (passing if error.repeats is None else error.repeats) or wait > seconds:
                     raise
-                self._log.log.info("model_call_repeated", repeat=repeat + 1)
+                self._log.log.info("model_call_repeated", repeat=repeat + 1, seconds=round(wait, 3))
+                if error.usage is None and self._log.draft is not None and not self._log.draft.blocks:
+                    self._budget.give_back()
                 self._log.live.discard(self._log.step)
-            await self._halting(asyncio.sleep(random.uniform(0, 0.5 * 2**repeat)))
+                seconds -= wait
+            await self._halting(asyncio.sleep(wait))
         raise AssertionError("the last repeat returns or raises")
 
     def _begin(self, request: ModelRequest) -> Draft:
@@ -194,10 +203,9 @@ class ModelTurn:
                 break
             self._log.log.info("reply_invalid", problem=problem, finish_reason=finish.reason)
             message = self._draft.message(self._log.run.agent, v1.Message.STATUS_INCOMPLETE)
-            used = [v1.Event(usage=finish.usage)]
-            await self._log.durably(lambda used=used: used)  # type: ignore[misc]
+            await self._log.durably(partial(_used, finish.usage))
             # What was cut off at a limit would be cut off there again.
-            if repeat == OUTPUT_REPEATS or finish.reason in CUT_OFF:
+            if repeat == OUTPUT_REPEATS or finish.cut:
                 raise errors.output_invalid(problem, finish.reason)
             repeat += 1
             self._check_tokens()
@@ -234,7 +242,7 @@ class ModelTurn:
             return False
         self._budget.spend()
         try:
-            made = await self._halting(summary.write(provider, plan.request(self._llm)))
+            made = await self._repeated(partial(summary.write, provider, plan.request(self._llm)))
         except NotecaseError as error:
             self._budget.may_summarize = False
             reason = errors.reason_name(error.reason)
@@ -257,6 +265,10 @@ async def bind(run_log: RunLog) -> Mapping[str, Bound]:
         for tool in bindings.declared(run_log.agent, run_log.run)
     ]
     return ledger.bind(run_log.agent, run_log.run, found)
+
+
+def _used(usage: v1.Usage) -> list[v1.Event]:
+    return [v1.Event(usage=usage)]
 
 
 def _complaint(problem: str, schema: str) -> str:

@@ -127,38 +127,90 @@ class _Worker:
         await asyncio.to_thread(self._process.communicate)
 
 
-class Unfenced:
-    """A reply's JSON without the fence that models put around it, piece by piece: "```json" before it and "```" behind.
+_FENCES = frozenset({"```", "```json", "```json5", "```jsonc"})
 
-    What may turn out to be the closing fence is held back until more comes; no JSON ends in it. So what was given out
-    is never taken back, and all of it together is the reply."""
+_BEGINS_JSON = frozenset('{["-0123456789`')
+
+_HELD_PROSE = 16 << 10
+"""Characters in front of a fence that are waited through: a sentence or two."""
+
+
+class Unfenced:
+    """A reply's JSON without what models put around it, piece by piece: a fence, "```json" before it and "```" behind,
+    and words before and behind the fence.
+
+    What may turn out to be around it is held back until more comes, so that what was given out is never taken back, and
+    all of it together is the reply. Words without a fence stay: they are no JSON, which the model is then told."""
 
     def __init__(self) -> None:
         self._held = ""
         self._begun = False
         self._fenced = False
+        self._closed = False
 
     def feed(self, piece: str) -> str:
         """As much of the reply as is certain."""
         text = self._held + piece
+        if self._closed:
+            self._held = text
+            return ""
         if not self._begun:
-            text = text.lstrip()
-            if text.startswith("`"):
-                line, end, rest = text.partition("\n")
-                if not end and len(line) <= len("```json\r"):
-                    self._held = text
-                    return ""
-                if line.strip().lower() in {"```", "```json"}:
-                    self._fenced = True
-                    text = rest
+            found = self._begin(text)
+            if found is None:
+                self._held = text
+                return ""
+            text = found
             self._begun = bool(text) or self._fenced
+        if self._fenced:
+            # No string of JSON holds a line break, so that this is the fence.
+            inner, closed, _ = text.partition("\n```")
+            if closed:
+                self._closed = True
+                self._held = text[len(inner) :]
+                return inner.rstrip()
         sure = text.rstrip("` \t\r\n")
         self._held = text[len(sure) :]
         return sure
 
+    def _begin(self, text: str) -> str | None:
+        """The text behind the opening fence, or all of it where it begins as JSON does. None while that is open."""
+        text = text.lstrip()
+        if not text:
+            return ""
+        if text[0] == "`":
+            return self._behind_fence(text, "")
+        if text[0] in _BEGINS_JSON:
+            return text
+        _, thought, rest = text.partition("</think>")
+        if thought:  # opened in the prompt, where the model's template has it
+            return self._begin(rest)
+        words, fence, rest = text.partition("\n```")
+        if fence:
+            return self._behind_fence(fence[1:] + rest, words + "\n")
+        return None if len(text) < _HELD_PROSE else text
+
+    def _behind_fence(self, text: str, words: str) -> str | None:
+        line, end, rest = text.partition("\n")
+        if not end and len(line) <= len("```json5\r"):
+            return None
+        if line.strip().lower() in _FENCES:
+            self._fenced = True
+            return rest
+        return words + text
+
+    def words(self) -> str:
+        """What was held back for a fence, once a call shows that it was said beside that."""
+        if self._begun:
+            return ""
+        words, self._held, self._begun = self._held, "", bool(self._held.strip())
+        return words
+
     def end(self) -> str:
         """The rest, once the reply is whole."""
         rest, self._held = self._held.rstrip(), ""
+        if self._closed:
+            # Words behind the fence are left out; another fence makes it more than one reply.
+            return "" if "```" not in rest.lstrip().removeprefix("```") else rest
         return rest.removesuffix("```").rstrip() if self._fenced else rest
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from notecase_server.engine.content import Contents
 from notecase_server.engine.places import Places
 from notecase_server.engine.schema import Schemas
-from notecase_server.models.contract import Provider
+from notecase_server.models.contract import Provider, Repeats
 from notecase_server.store.contract import Clock, Store
 from notecase_server.supervisor import Supervisor
 from notecase_server.tools.contract import Toolbox
@@ -27,6 +27,8 @@ class Services:
     places: Places
     new_id: Callable[[], str]
     clock: Clock
+    repeats: Repeats = field(default_factory=Repeats)
+    """How a model call is repeated that failed in a way that may pass."""
     suspects: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a run is at work whose last two processes died: one such run at a time, so that the one that kills its
     process does not take others with it."""

@@ -13,7 +13,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Finish, ModelRequest, Provider, Text
+from notecase_server.models.contract import Finish, ModelRequest, Provider, Text, Tool
 from notecase_server.store.contract import Query, SessionKey, Store
 
 KEEP_RECENT = 10
@@ -64,7 +64,8 @@ class Plan(NamedTuple):
 
     def request(self, llm: v1.LlmAgent) -> ModelRequest:
         """Shown like any request, with what to do as its last message: no provider then lacks the alternation that it
-        wants. Limits and stops that the agent sets are for its replies."""
+        wants, and with the tools that it called, since some providers refuse calls without. Limits, stops and choices
+        among tools that the agent sets are for its replies."""
         settings = llm.context.summary
         told = [self.before.message] if self.before else []
         ask = v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text=settings.instruction or INSTRUCTION)])
@@ -73,7 +74,8 @@ class Plan(NamedTuple):
         generation.ClearField("stop")
         generation.ClearField("max_output_tokens")
         messages = [*told, *(_in_words(message) for message in self.messages), ask]
-        return ModelRequest(settings.model or llm.model, "", messages, generation)
+        tools = _declared(llm, self.messages)
+        return ModelRequest(settings.model or llm.model, "", messages, generation, tools, plain=True)
 
     def events(self, text: str, usage: v1.Usage) -> list[v1.Event]:
         summarized = v1.Summarized(
@@ -128,6 +130,15 @@ def too_long(error: NotecaseError) -> bool:
     """Whether a provider found a request longer than its model takes."""
     code = error.metadata.get("code")
     return error.reason == v1.ERROR_REASON_MODEL_ERROR and code == "context_length_exceeded"
+
+
+def _declared(llm: v1.LlmAgent, messages: Sequence[v1.Message]) -> list[Tool]:
+    """The tools that were called, as far as the agent itself declares them: what else a server of tools would tell of
+    them is of no use here."""
+    declared = {tool.name: tool for tool in llm.tools}
+    called = dict.fromkeys(part.tool_call.tool for message in messages for part in message.parts)
+    known = ((name, declared.get(name) or v1.Tool()) for name in called if name)
+    return [Tool(name, tool.description, tool.parameters) for name, tool in known]
 
 
 def _in_words(message: v1.Message) -> v1.Message:

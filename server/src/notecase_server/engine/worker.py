@@ -20,6 +20,7 @@ from notecase_server.engine.run_log import LOST, RUNNING, RunLog, taken
 from notecase_server.engine.schema import value_of
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import Committed, Duplicate, Replayed
+from notecase_server.tools.contract import Outcome
 
 MOST_DEATHS = 3
 """A run whose process died so often in a row is what kills it."""
@@ -228,6 +229,11 @@ class Worker:
             error = errors.limit_exceeded("max_tool_calls", limit, told)
             events += [ledger.cancelled(call, error.message) for call in calls]
             return [*events, self.log.ending(v1.Run.STATE_FAILED, error.to_proto())]
+        if calls and reply.finish.cut:
+            why = (
+                f"The reply was cut off ({reply.finish.reason}), so no call in it was run; call again, with less."
+            )
+            return [*events, *(ledger.finished(call, Outcome(error=why)) for call in calls)]
         if calls:
             return events + self._triaged(calls, reply)
         if self.log.said and not run.ending:

@@ -5,299 +5,358 @@ There is no I/O here, so that every way to cut the bytes can be tried. The event
 the SDK because its chunk objects cost ten times as much as everything else done for a token.
 """
 
-import json
-from collections.abc import Callable
 from typing import Any
-
-import msgspec
-from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
+from notecase_server.models.answers import chunk as documents
+from notecase_server.models.answers import provider_errors
+from notecase_server.models.answers.calls import Calls
+from notecase_server.models.answers.chunk import CallPiece, Choice, Chunk, Said, thought_of
+from notecase_server.models.answers.event_stream import MAX_EVENT_BYTES, Event, EventSplitter, documents_of, too_large
+from notecase_server.models.answers.finish_reasons import Finish as End
+from notecase_server.models.answers.finish_reasons import is_cut, meaning
+from notecase_server.models.answers.redaction import Redactor
+from notecase_server.models.answers.think_tags import ThinkTags
+from notecase_server.models.answers.usage import Counts
 from notecase_server.models.contract import Call, Delta, Finish, Reasoning, Refusal, Text
+from notecase_server.models.provider_data import ProviderData
 
-MAX_EVENT_BYTES = 1 << 20
-"""What the parts of a message may hold together: nothing larger could be kept, so nothing larger is held in memory."""
+MAX_TEXT_BYTES = 1 << 20
+"""What the parts of a message may hold together: text that comes larger than that in one piece could not be kept."""
 
-_MAX_INT64 = 2**63 - 1
+MAX_SILENT_BYTES = MAX_EVENT_BYTES
+"""What may come between two pieces of a reply: comments, empty chunks and whatever else says nothing."""
 
+_BOM = b"\xef\xbb\xbf"
 
-class EventSplitter:
-    """Server-sent events: bytes as they arrive in, the data of each whole event out."""
-
-    def __init__(self) -> None:
-        self._tail = bytearray()
-        self._after_cr = False
-
-    def feed(self, chunk: bytes) -> list[bytes]:
-        """Returns the data of the events that `chunk` completes, in order. Events without data (comments, keep-alives)
-        are left out. Raises MODEL_ERROR for an event beyond MAX_EVENT_BYTES."""
-        if self._after_cr or b"\r" in chunk:
-            chunk = self._with_line_feeds(chunk)
-        tail = self._tail
-        # An event ends at an empty line, whose first line feed may be the last byte that came before.
-        start = max(len(tail) - 1, 0)
-        tail += chunk
-        end = tail.rfind(b"\n\n", start)
-        if end < 0:
-            _bound(len(tail))
-            return []
-        blocks = bytes(tail[:end]).split(b"\n\n")
-        del tail[: end + 2]
-        return [data for block in blocks if (data := _data_of(block))]
-
-    def rest(self) -> bytes:
-        """The data of the event that the end of the stream cut off."""
-        return _data_of(bytes(self._tail))
-
-    def _with_line_feeds(self, chunk: bytes) -> bytes:
-        """CR, LF and CR LF all end a line; a CR LF may be cut in two."""
-        if self._after_cr and chunk.startswith(b"\n"):
-            chunk = chunk[1:]
-            self._after_cr = False
-        if chunk:
-            self._after_cr = chunk.endswith(b"\r")
-        return chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-
-
-def _data_of(block: bytes) -> bytes:
-    """The data lines of one event, joined; empty when there are none."""
-    _bound(len(block))
-    if block.startswith(b"data: ") and b"\n" not in block:
-        return block[6:]
-    lines = (line.partition(b":") for line in block.split(b"\n"))
-    return b"\n".join(value.removeprefix(b" ") for field, _, value in lines if field == b"data")
-
-
-def _bound(size: int) -> None:
-    if size > MAX_EVENT_BYTES:
-        raise errors.model_error(
-            f"The model provider sent more than {MAX_EVENT_BYTES} bytes at once; that is no part of a reply.",
-            limit=MAX_EVENT_BYTES,
-        )
-
-
-class _Function(msgspec.Struct, gc=False):
-    name: str | None = None
-    arguments: str | None = None
-
-
-class _CallPiece(msgspec.Struct, gc=False):
-    index: int | None = None
-    id: str | None = None
-    function: _Function | None = None
-
-
-class _Said(msgspec.Struct, gc=False):
-    content: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    refusal: str | None = None
-    tool_calls: list[_CallPiece] | None = None
-
-
-class _Choice(msgspec.Struct, gc=False):
-    index: int | None = None
-    delta: _Said | None = None
-    message: _Said | None = None
-    """In place of `delta`, where a server answers with the whole reply at once."""
-    finish_reason: str | None = None
-
-
-class _Details(msgspec.Struct, gc=False):
-    cached_tokens: int | float | None = None
-    reasoning_tokens: int | float | None = None
-
-
-class _Usage(msgspec.Struct, gc=False):
-    prompt_tokens: int | float | None = None
-    completion_tokens: int | float | None = None
-    prompt_tokens_details: _Details | None = None
-    completion_tokens_details: _Details | None = None
-
-
-class _Chunk(msgspec.Struct):
-    choices: list[_Choice] | None = None
-    usage: _Usage | None = None
-    model: str | None = None
-    error: Any = None
-
-
-_CHUNK = msgspec.json.Decoder(_Chunk)
-
-
-class _OpenCall:
-    """One tool call of the reply, as far as it has come."""
-
-    __slots__ = ("arguments", "id", "key", "name")
-
-    def __init__(self, key: int, call_id: str) -> None:
-        self.key = key
-        self.id = call_id
-        self.name = ""
-        self.arguments: list[str] = []
-
-    def is_whole(self) -> bool:
-        """Whether the arguments are a JSON object to its end, so that more of them can only be another call's."""
-        if not self.arguments or not self.arguments[-1].rstrip().endswith("}"):
-            return False
-        try:
-            msgspec.json.decode("".join(self.arguments), type=dict[str, msgspec.Raw])
-        except (ValueError, RecursionError):
-            return False
-        return True
-
-
-class _Calls:
-    """Tells the calls of one reply apart. Servers number them from 0, from 1, all 0 or not at all, give an id once, in
-    each piece, a new one in each piece or none, and the name once, in parts or in each piece."""
-
-    def __init__(self) -> None:
-        self._by_index: dict[int, _OpenCall] = {}
-        self._by_id: dict[str | None, _OpenCall] = {}
-        self._last: _OpenCall | None = None
-        self._count = 0
-
-    def take(self, piece: _CallPiece) -> Call:
-        function = piece.function or _Function()
-        name, arguments = function.name or "", function.arguments or ""
-        call = self._owner(piece, name, arguments)
-        if call is None:
-            call = _OpenCall(self._count, piece.id or "")
-            self._count += 1
-        if piece.index is not None:
-            self._by_index[piece.index] = call
-        if piece.id:
-            self._by_id[piece.id] = call
-        self._last = call
-        if name == call.name:
-            name = ""
-        call.name += name
-        if arguments:
-            call.arguments.append(arguments)
-        return Call(call.key, name, arguments)
-
-    def _owner(self, piece: _CallPiece, name: str, arguments: str) -> _OpenCall | None:
-        """The call that the piece goes on with; None when it begins another."""
-        if piece.index is not None:
-            call = self._by_index.get(piece.index)
-        elif piece.id in self._by_id:
-            return self._by_id[piece.id]
-        else:
-            call = self._last
-        if call is None or not name:
-            return call
-        # A name that comes again may open another call under the same number, or without any.
-        renamed = name != call.name
-        other = bool(piece.id) and piece.id != call.id
-        if piece.index is None and other and renamed:
-            return None
-        if (other or piece.index is None) and (arguments or renamed) and call.is_whole():
-            return None
-        return call
+_WORDS = {
+    End.WHOLE: "stop",
+    End.CALLS: "tool_calls",
+    End.LIMIT: "length",
+    End.TOO_LONG: "length",
+    End.FILTERED: "content_filter",
+}
+"""OpenAI's word for each end, for a reply whose server gave none, or one that is not fit to be told."""
 
 
 class ChatReply:
     """One reply in the making: bytes in, pieces out, and at the end whether it is whole."""
 
-    def __init__(self, model: str, refused: Callable[[object], NotecaseError]) -> None:
-        """`model` is the one asked for; an answer that names its own is believed. `refused` makes the failure for an
-        error object that comes in place of a reply or in the middle of one."""
-        self._model = model
-        self._refused = refused
+    def __init__(self, model: str, redactor: Redactor, *, behind_calls: bool = False, think_tags: bool = True) -> None:
+        """`model` is the one asked for; an answer that names its own is believed. `behind_calls` says that the request
+        ended with the outcomes of calls, so that the model may have nothing more to say. `think_tags` says that
+        reasoning may come within the text."""
+        self._asked = self._model = self._named = model
+        self._redactor = redactor
+        self._behind_calls = behind_calls
+        self._think = ThinkTags() if think_tags else None
         self._events = EventSplitter()
+        self._head = b""
         self._document: bytearray | None = None
         self._begun = False
-        self._calls = _Calls()
-        self._usage: _Usage | None = None
+        self._calls = Calls()
+        self._data = ProviderData()
+        self._counts = Counts()
         self._reason = ""
-        self._said = False
-        self._called = False
+        self._spoken = False
+        self._made = ""
+        """What the model made besides words, of which nothing is kept."""
+        self._so_far: list[str] = []
+        self._silent = 0
         self._ragged = False
         self._halves: dict[type[Text | Reasoning | Refusal] | int, str] = {}
+        self._failure: NotecaseError | None = None
         self.done = False
-        """The server said that nothing follows."""
-
-    @property
-    def whole(self) -> bool:
-        """Whether the reply could end here: its finish reason has come, or its end was announced."""
-        return bool(self._reason) or self.done
+        """Nothing that follows matters: the server said that this was all, or the reply has failed."""
 
     def feed(self, chunk: bytes) -> list[Delta]:
-        """The pieces that `chunk` completes, in order. Raises MODEL_ERROR when it is no part of a reply, and what
-        `refused` makes of an error object."""
+        """Returns the pieces that `chunk` completes, in order. A failure is raised by `end`, so that the pieces before
+        it do not depend on how the bytes were cut."""
+        pieces: list[Delta] = []
+        try:
+            self._feed(chunk, pieces)
+        except NotecaseError as failure:
+            self._fail(failure)
+        return pieces
+
+    def end(self, cut: NotecaseError | None = None) -> list[Delta]:
+        """Returns the last pieces, Finish being the very last. `cut` is raised where the connection broke before the
+        reply was whole.
+
+        Raises what an error within the answer means; MODEL_UNAVAILABLE when the reply is not whole, was cut by a
+        failure or is empty; MODEL_ERROR when it is no reply, or empty for a reason that a repeat would meet again;
+        CONTENT_UNSUPPORTED when it holds images or audio alone."""
+        pieces: list[Delta] = []
+        try:
+            if self._failure is None:
+                self._rest(pieces)
+                finish = self._judged(pieces, cut)
+                pieces += [*self._data.all(), finish]
+        except NotecaseError as failure:
+            self._fail(failure)
+        if self._failure is not None:
+            raise self._failure
+        return pieces
+
+    def _fail(self, failure: NotecaseError) -> None:
+        self._failure = failure
+        self.done = True
+        if (used := self._counts.usage(self._model)).input_tokens or used.output_tokens:
+            failure.usage = used
+
+    def _feed(self, chunk: bytes, pieces: list[Delta]) -> None:
         if not self._begun:
-            self._begin(chunk)
+            self._head += chunk
+            if not self._begin():
+                self._bound_silence(len(chunk))
+                return
+            chunk, self._head = self._head, b""
         if self._document is not None:
             self._document += chunk
-            _bound(len(self._document))
-            return []
-        pieces: list[Delta] = []
-        for data in self._events.feed(chunk):
-            if data.startswith(b"[DONE]"):
+            if len(self._document) > MAX_EVENT_BYTES:
+                raise too_large(MAX_EVENT_BYTES)
+            return
+        before = len(pieces)
+        for event in self._events.feed(chunk):
+            if event.data.startswith(b"[DONE]"):
                 self.done = True
-                break
-            self._take(data, pieces)
-        return pieces
+                return
+            self._take(event, pieces)
+        if len(pieces) > before:
+            self._silent = 0
+        else:
+            self._bound_silence(len(chunk))
 
-    def end(self) -> list[Delta]:
-        """The last pieces, Finish being the very last. Raises MODEL_UNAVAILABLE when the reply is not whole,
-        MODEL_ERROR when it is whole and empty without a reason."""
-        pieces: list[Delta] = []
-        if self._document is not None:
-            self._take(bytes(self._document), pieces)
-            self.done = True
-        elif self._events.rest().startswith(b"[DONE]"):
-            self.done = True
-        if not self.whole:
-            raise errors.model_unavailable("The model provider ended its answer before the reply was whole.")
-        if not self._reason and not self._said:
-            raise errors.model_error("The model provider ended its answer without a reply.")
-        pieces.extend(Call(key, "", "\ufffd") if isinstance(key, int) else key("\ufffd") for key in self._halves)
-        pieces.append(Finish(self._reason or ("tool_calls" if self._called else "stop"), self._counted()))
-        return pieces
+    def _bound_silence(self, size: int) -> None:
+        self._silent += size
+        if self._silent > MAX_SILENT_BYTES:
+            raise errors.model_error(
+                f"The model provider sent {MAX_SILENT_BYTES} bytes that hold nothing of a reply.",
+                limit=MAX_SILENT_BYTES,
+            )
 
-    def _begin(self, chunk: bytes) -> None:
+    def _begin(self) -> bool:
         """Looks at the first byte: what a server calls its answer's media type says less than what it is."""
-        first = chunk.lstrip()[:1]
+        if len(self._head) < len(_BOM) and _BOM.startswith(self._head):
+            return False
+        first = self._head.removeprefix(_BOM).lstrip()[:1]
         self._begun = bool(first)
-        if first == b"{":
+        if first in {b"{", b"["}:
             self._document = bytearray()
         elif first == b"<":
             raise errors.model_error(
                 "The model provider answered with a web page in place of a reply; its base URL may be wrong."
             )
+        return self._begun
 
-    def _take(self, data: bytes, pieces: list[Delta]) -> None:
-        chunk, self._ragged = _decode(data)
-        if chunk.error:
-            raise self._refused(chunk.error)
-        if chunk.model:
-            self._model = self._valid(chunk.model)
-        if chunk.usage is not None:
-            self._usage = chunk.usage
+    def _rest(self, pieces: list[Delta]) -> None:
+        """Takes what the end of the answer completes. What is cut within a document is none."""
+        if self._document is not None:
+            whole = bytes(self._document).removeprefix(_BOM)
+            try:
+                self._take_plain(documents.plain(whole), False, pieces)
+                self.done = True
+                return
+            except documents.NotJsonError:
+                rest = documents_of(whole)
+        elif self.done:
+            rest = []
+        else:
+            rest = self._events.end()
+        for event in rest:
+            if event.data.startswith(b"[DONE]"):
+                self.done = True
+                break
+            try:
+                self._take(event, pieces)
+            except documents.NotJsonError:
+                break
+
+    def _take(self, event: Event, pieces: list[Delta]) -> None:
+        chunk, ragged = documents.decode(event.data)
+        self._ragged = self._ragged or ragged
+        named = bool(event.name) and any(word in event.name.lower() for word in ("error", "exception", "fail"))
+        if chunk is None or not chunk.choices or chunk.error or named:
+            self._take_plain(self._plain(event.data, named), named, pieces)
+            return
+        for choice in chunk.choices:
+            if choice.error:
+                self._take_plain(documents.plain(event.data), False, pieces)
+                return
+        if chunk.usage:
+            self._counts.take(chunk.usage)
+        if chunk.x_groq:
+            self._counts.take_all({"x_groq": chunk.x_groq})
+        before = len(pieces)
+        self._take_chunk(chunk, pieces)
+        if len(event.data) > MAX_TEXT_BYTES:
+            self._bound_text(pieces, before)
+
+    def _plain(self, data: bytes, named: bool) -> Any:
+        try:
+            return documents.plain(data)
+        except documents.NotJsonError:
+            if named:
+                return data.decode("utf-8", "replace")
+            raise
+
+    def _take_plain(self, value: Any, named: bool, pieces: list[Delta]) -> None:
+        before = len(pieces)
+        for document in provider_errors.documents_in(value):
+            if (error := provider_errors.find(document, named=named)) is not None:
+                told = provider_errors.told_by(error)
+                self._counts.take_all(document)
+                raise provider_errors.failure(None, told, self._asked, self._redactor)
+            self._ragged = True
+            chunk = documents.loose(document)
+            self._counts.take_all(document)
+            self._take_chunk(chunk, pieces)
+        self._bound_text(pieces, before)
+
+    def _bound_text(self, pieces: list[Delta], start: int) -> None:
+        for piece in pieces[start:]:
+            text = piece.arguments if isinstance(piece, Call) else getattr(piece, "text", "")
+            if len(text) > MAX_TEXT_BYTES:
+                del pieces[start:]
+                raise too_large(MAX_TEXT_BYTES)
+
+    def _take_chunk(self, chunk: Chunk, pieces: list[Delta]) -> None:
+        if chunk.model and chunk.model != self._named and isinstance(chunk.model, str):
+            self._named = chunk.model
+            self._model = self._redactor.name(chunk.model) or self._model
         for choice in chunk.choices or ():
             # With `n` above 1 the further choices are other replies, and there is one.
             if choice.index:
                 continue
-            if said := choice.delta or choice.message:
-                self._take_said(said, pieces)
+            if choice.usage:
+                self._counts.take(choice.usage)
+            if choice.delta is not None:
+                self._take_said(choice.delta, pieces)
+            if choice.message is not None:
+                self._take_message(choice, chunk.object == "chat.completion.chunk", pieces)
             if choice.finish_reason:
-                self._reason = self._valid(choice.finish_reason)
-        self._said = self._said or bool(pieces)
+                self._reason = choice.finish_reason
 
-    def _take_said(self, said: _Said, pieces: list[Delta]) -> None:
-        # Some servers send both fields with the same text.
-        if reasoning := self._mended(Reasoning, said.reasoning_content or said.reasoning):
+    def _take_message(self, choice: Choice, incremental: bool, pieces: list[Delta]) -> None:
+        """Takes of a whole message what the pieces before it did not say. Some servers repeat the reply so at its end,
+        some send all of it so far each time, and some call each delta a message."""
+        message = choice.message
+        assert message is not None
+        if choice.delta is not None and (choice.delta.content or choice.delta.tool_calls):
+            return
+        if self._so_far or self._calls:
+            said, content = "".join(self._so_far), message.content or ""
+            if content.startswith(said):
+                message.content = content[len(said) :]
+            elif not incremental:
+                message.content = None
+            if not incremental or content.startswith(said):
+                message.reasoning_content = message.reasoning = message.refusal = None
+                message.reasoning_details = None
+            if self._calls:
+                message.tool_calls = message.function_call = None
+        self._take_said(message, pieces)
+
+    def _take_said(self, said: Said, pieces: list[Delta]) -> None:
+        self._data.message(said)
+        # Some servers send two fields with the same text.
+        thought = said.reasoning_content or said.reasoning
+        if not thought:
+            for other in (said.reasoning_text, said.thinking, said.thought, said.reasoning_details):
+                if other and (thought := thought_of(other)):
+                    break
+        content = said.content
+        if said.extra_content is not None and _is_thought(said.extra_content):
+            thought, content = content, None
+        if reasoning := self._mended(Reasoning, thought):
             pieces.append(Reasoning(reasoning))
-        if text := self._mended(Text, said.content):
-            pieces.append(Text(text))
+        if not content and isinstance(said.audio, dict) and isinstance(said.audio.get("transcript"), str):
+            content = said.audio["transcript"]
+        if said.images:
+            self._made = "images"
+        elif isinstance(said.audio, dict) and said.audio.get("data"):
+            self._made = "audio"
+        if text := self._mended(Text, content):
+            self._take_text(text, pieces)
         if refusal := self._mended(Refusal, said.refusal):
             pieces.append(Refusal(refusal))
+            self._spoken = True
         for piece in said.tool_calls or ():
-            call = self._calls.take(piece)
-            pieces.append(Call(call.key, self._valid(call.tool), self._mended(call.key, call.arguments)))
-            self._called = True
+            self._take_call(piece, pieces)
+        if isinstance(said.function_call, dict):
+            self._take_call(documents.call_piece(said.function_call, "function_call"), pieces)
+
+    def _take_text(self, text: str, pieces: list[Delta]) -> None:
+        self._so_far.append(text)
+        if self._think is None or self._think.begun:
+            pieces.append(Text(text))
+            return
+        for piece in self._think.feed(text):
+            pieces.append(piece)
+            self._spoken = self._spoken or (isinstance(piece, Text) and bool(piece.text.strip()))
+
+    def _take_call(self, piece: CallPiece, pieces: list[Delta]) -> None:
+        if piece.function is None and (piece.name or piece.arguments):
+            piece = documents.flat(piece)
+        call = self._calls.take(piece)
+        self._data.call(call.key, piece)
+        pieces.append(Call(call.key, self._valid(call.tool), self._mended(call.key, call.arguments)))
+
+    def _judged(self, pieces: list[Delta], cut: NotecaseError | None) -> Finish:
+        """Adds what was held back, and makes the end of the reply. Raises what is no reply."""
+        if self._think is not None:
+            for text in self._think.end():
+                pieces.append(text)
+                self._spoken = self._spoken or (isinstance(text, Text) and bool(text.text.strip()))
+            self._spoken = self._spoken or self._think.begun
+        else:
+            self._spoken = self._spoken or any(text.strip() for text in self._so_far)
+        pieces.extend(Call(call.key, "", self._mended(call.key, call.arguments)) for call in self._calls.end())
+        pieces.extend(Call(key, "", "\ufffd") if isinstance(key, int) else key("\ufffd") for key in self._halves)
+        called = bool(self._calls)
+        end = meaning(self._reason) if self._reason else (End.CALLS if called else End.WHOLE)
+        word = self._redactor.name(self._valid(self._reason)) or _WORDS.get(end, "stop")
+        if not self._reason and not self.done:
+            raise cut or errors.model_unavailable("The model provider ended its answer before the reply was whole.")
+        if end is End.FAILED:
+            raise errors.model_unavailable(
+                f"The model provider cut the reply because of a failure (finish reason {word!r}).", finish_reason=word
+            )
+        if end is End.AGAIN:
+            failed = errors.model_error(
+                f"The model provider could not read a call that the model wrote (finish reason {word!r}).",
+                finish_reason=word,
+            )
+            failed.repeats = 1
+            raise failed
+        if not called and not self._spoken:
+            self._judge_empty(end, word)
+        return Finish(word, self._counts.usage(self._model), is_cut(self._reason))
+
+    def _judge_empty(self, end: End, word: str) -> None:
+        """Raises what an empty reply means, unless the model had been given what it asked for and says that it is
+        done."""
+        told = f"(finish reason {word!r})" if self._reason else "(no finish reason)"
+        match end:
+            case End.TOO_LONG:
+                raise errors.model_error(
+                    f"The conversation is longer than the model {self._asked!r} takes {told}.",
+                    code="context_length_exceeded",
+                    finish_reason=word,
+                )
+            case End.LIMIT:
+                raise errors.model_error(
+                    f"The model used all the tokens that it may before it said anything {told}.", finish_reason=word
+                )
+            case End.FILTERED:
+                raise errors.model_error(f"The model provider withheld the reply {told}.", finish_reason=word)
+        if self._made:
+            raise errors.content_unsupported(f"The model answered with {self._made} alone; only its words are kept.")
+        if not (self._behind_calls and end is End.WHOLE and self._reason):
+            raise errors.model_unavailable(
+                f"The model provider ended its answer without a reply {told}.", finish_reason=word
+            )
 
     def _mended(self, key: type[Text | Reasoning | Refusal] | int, text: str | None) -> str:
         """`text` in valid Unicode: the halves of a surrogate pair that two pieces share are joined, a half that stays
@@ -311,44 +370,14 @@ class ChatReply:
         return _without_surrogates(text)
 
     def _valid(self, text: str) -> str:
-        return _without_surrogates(text) if self._ragged else text
-
-    def _counted(self) -> v1.Usage:
-        told = self._usage or _Usage()
-        of_input = told.prompt_tokens_details or _Details()
-        of_output = told.completion_tokens_details or _Details()
-        return v1.Usage(
-            input_tokens=_int64(told.prompt_tokens),
-            cached_input_tokens=_int64(of_input.cached_tokens),
-            output_tokens=_int64(told.completion_tokens),
-            reasoning_tokens=_int64(of_output.reasoning_tokens),
-            model_calls=1,
-            model=self._model,
-        )
+        return _without_surrogates(text)
 
 
-def _decode(data: bytes) -> tuple[_Chunk, bool]:
-    """The chunk, and whether its strings may hold lone surrogates. Raises MODEL_ERROR."""
-    try:
-        return _CHUNK.decode(data), False
-    except (msgspec.ValidationError, RecursionError):
-        raise _malformed() from None
-    except ValueError:
-        # Not quite JSON, yet sent by real servers: half a surrogate pair, a character cut in two, NaN.
-        try:
-            loose = json.loads(data.decode("utf-8", "replace"), strict=False, parse_constant=lambda _: None)
-            return msgspec.convert(loose, _Chunk), True
-        except (ValueError, RecursionError):
-            raise _malformed() from None
-
-
-def _malformed() -> NotecaseError:
-    return errors.model_error("The model provider sent something that is no part of a Chat Completions reply.")
+def _is_thought(extra: Any) -> bool:
+    """Whether Gemini's compatible endpoint marks the content as a thought."""
+    google = extra.get("google") if isinstance(extra, dict) else None
+    return isinstance(google, dict) and google.get("thought") is True
 
 
 def _without_surrogates(text: str) -> str:
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-
-
-def _int64(count: float | None) -> int:
-    return int(min(max(count or 0, 0), _MAX_INT64))
+    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

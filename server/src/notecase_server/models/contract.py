@@ -39,6 +39,9 @@ class ModelRequest(NamedTuple):
     output_schema: str = ""
     """JSON Schema text of an object that the reply is asked to be valid by; whether it is, is looked at by the
     engine."""
+    plain: bool = False
+    """The reply is a text about the conversation: what the agent's `generation.extra` says of tools and of the form of
+    its replies does not apply."""
 
 
 class Text(NamedTuple):
@@ -68,14 +71,32 @@ class Call(NamedTuple):
     arguments: str
 
 
+class Returned(NamedTuple):
+    """What the provider gets back with a later request: with the call of that key, or, where it is None, with the
+    message, for its reasoning. At most one for each, after all pieces of it."""
+
+    key: int | None
+    data: v1.ProviderData
+
+
 class Finish(NamedTuple):
-    """The reply is whole; exactly one, and last. `reason` is the provider's word ("stop", "length", "tool_calls")."""
+    """The reply has ended; exactly one, and last. `reason` is the provider's word ("stop", "length", "tool_calls")."""
 
     reason: str
     usage: v1.Usage
+    cut: bool = False
+    """The reply was cut at a limit or by a filter: no call in it is run, and a repeat would end the same."""
 
 
-Delta = Text | Reasoning | Refusal | Call | Finish
+Delta = Text | Reasoning | Refusal | Call | Returned | Finish
+
+
+class Repeats(NamedTuple):
+    """How often and for how long a call of a model is repeated when what went wrong may pass."""
+
+    most: int = 2
+    seconds: float = 60.0
+    """What may be waited between all tries together. A provider that asks for more is not asked again."""
 
 
 class Provider(Protocol):
@@ -86,8 +107,10 @@ class Provider(Protocol):
         `usage.model_calls` is 1.
 
         Raises NotecaseError: MODEL_UNAVAILABLE where a repeat may succeed (before or in mid-stream), MODEL_ERROR or
-        CONTENT_UNSUPPORTED where it would not. Safe retries before the first piece are the provider's own business. No
-        message it raises holds a key, a header or the request's content. Closing the generator ends the request."""
+        CONTENT_UNSUPPORTED where it would not. The provider does not repeat by itself: the engine does, within its
+        limits, and heeds the error's `retry_after` and `repeats`. The error's `usage` is what the call took, where the
+        provider told it. No message holds a key, a header or the request's content. Closing the generator ends the
+        request."""
         ...
 
     async def close(self) -> None:

@@ -32,7 +32,8 @@ from typing import Any
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Reasoning, Refusal, Text
+from notecase_server.models.answers.finish_reasons import is_cut
+from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Reasoning, Refusal, Returned, Text
 
 HELP = "I am the offline model. A message may ask me to:\n\n" + "\n".join(
     line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    /")
@@ -89,7 +90,7 @@ class OfflineProvider:
             usage.reasoning_tokens += words if isinstance(piece, Reasoning) else 0
         if plan.failure == "midway":
             raise errors.model_unavailable("The offline model was asked to fail midway.")
-        yield Finish(reason, usage)
+        yield Finish(reason, usage, is_cut(reason))
 
     async def close(self) -> None:
         """There is nothing to close."""
@@ -296,7 +297,7 @@ def _content(piece: Delta) -> str:
     match piece:
         case Call():
             return piece.tool + piece.arguments
-        case Finish():
+        case Finish() | Returned():
             return ""
         case _:
             return piece.text

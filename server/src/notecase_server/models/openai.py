@@ -1,19 +1,16 @@
 """Models behind any OpenAI-compatible Chat Completions endpoint: each call ends as a whole reply or as one typed
 failure, and neither the key nor a header is ever told.
 
-The openai SDK carries the request: its authentication, time-outs, retries with Retry-After and status errors, over its
-aiohttp transport. What costs CPU per token and per message goes past it: the request's JSON is made here, and the
-answer's bytes are read by `chat_stream`.
+The openai SDK makes the headers and brings its aiohttp transport. The rest goes past it: the request's JSON is made by
+`request`, the answer's bytes are read by `chat_stream`, refusals by `answers`, all bounded. Nothing is repeated here,
+which is the engine's business.
 """
 
 import asyncio
-import base64
 import contextlib
-import email.utils
-import math
-import mimetypes
-import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -22,12 +19,15 @@ import msgspec
 import openai
 import structlog
 from notecase import v1
-from openai.types.chat import ChatCompletionChunk
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
+from notecase_server.models.answers import provider_errors, too_long
+from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import ChatReply
-from notecase_server.models.contract import Delta, ModelRequest, Tool, is_text
+from notecase_server.models.contract import Delta, ModelRequest, Returned
+from notecase_server.models.profiles import ROWS, Profiles, Row
+from notecase_server.models.request import body, loaded, returns_data
 
 log = structlog.get_logger(__name__)
 
@@ -43,35 +43,16 @@ _DRAIN_SECONDS = 0.1
 """How long to wait for the end of a body whose reply is whole, to keep its connection: less than opening another costs
 far away, and no more than the SDK's own iterator waits."""
 
-_MAX_RETRY_AFTER = 24 * 3600.0
-"""Seconds. A provider that names more is not down but gone, and any number must fit into RetryInfo."""
+_MAX_REFUSAL_BYTES = 64 << 10
+"""What is read of a refusal, unpacked: a sentence and its frame."""
 
-_TOLD_CHARS = 300
-"""Of a provider's message: enough for its sentence, too little for a request that it echoes."""
+_FAIR_READS = 16
+"""Reads after which other tasks get their turn."""
 
-_SECRET = re.compile(r"(?i)\bbearer\s+\S+|\bsk-[\w*.-]{6,}")
+_MOST_REDIRECTS = 3
 
-_TOO_LONG = re.compile(r"(?i)context_length|exceed_context|context (length|window|size)|prompt is too long")
-
-_OVERLOADED = re.compile(r"(?i)overload|rate.?limit|too.many|unavailable|time.?d?.?out|capacity|server.?error|internal")
-
-_ROLES = {v1.Message.ROLE_ASSISTANT: "assistant", v1.Message.ROLE_SYSTEM: "system"}
-
-_TOOL_NAME = re.compile(r"[^a-zA-Z0-9_-]")
-
-_AUDIO_FORMATS = {
-    "audio/wav": "wav",
-    "audio/x-wav": "wav",
-    "audio/wave": "wav",
-    "audio/vnd.wave": "wav",
-    "audio/mpeg": "mp3",
-    "audio/mp3": "mp3",
-}
-
-
-MAX_CONTENT_BYTES = 32 << 20
-"""Of all content in one request, before it grows by a third as base64: providers take 50 MB, and each call holds it in
-memory."""
+_REDIRECTS = frozenset({301, 302, 307, 308})
+"""Statuses that name another address for the same request. It is sent there as it was, within the same origin."""
 
 
 class OpenAIProvider:
@@ -83,13 +64,21 @@ class OpenAIProvider:
         base_url: str | None,
         default_model: str,
         *,
-        idle_timeout: float = 120.0,
         connect_timeout: float = 10.0,
-        max_retries: int = 2,
+        first_timeout: float = 600.0,
+        idle_timeout: float = 300.0,
+        whole_timeout: float = 3600.0,
+        profile: Mapping[str, Any] = MappingProxyType({}),
+        rows: Sequence[Row] = ROWS,
+        clock: Callable[[], int] = lambda: 0,
     ) -> None:
-        """An empty `api_key` is for servers that want none. `base_url` None is OpenAI's own. `idle_timeout` is how many
-        seconds the provider may send nothing, before the reply or within it. `max_retries` counts what follows the
-        first attempt, and only while nothing of a reply has come.
+        """An empty `api_key` is for servers that want none. `base_url` None is OpenAI's own; a query in it goes with
+        each request. `profile` is an operator's choice as `profiles.read` gives it.
+
+        Seconds: `connect_timeout` to connect; `first_timeout` until the first piece of a reply, `idle_timeout` between
+        two, whatever else the server sends meanwhile; `whole_timeout` for a whole answer. A server that was silent for
+        `first_timeout` is not asked again: it may be at work. `clock` gives microseconds since 1970, which count where
+        a provider asks to wait until a date and names no Date of its own.
 
         The SDK would read some settings from the environment by itself. Key and base URL are always given to it, so
         that OPENAI_API_KEY, OPENAI_BASE_URL and an Authorization in OPENAI_CUSTOM_HEADERS have no say; OPENAI_ORG_ID
@@ -100,24 +89,29 @@ class OpenAIProvider:
         key = api_key or "none"
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise ValueError("the API key holds a space, a line break or a character outside ASCII")
-        self._api_key = api_key
+        self._redactor = Redactor(api_key)
+        self._clock = clock
         self._default_model = default_model
+        self._first_timeout = first_timeout
         self._idle_timeout = idle_timeout
-        self._base_url = _checked_url(base_url or OPENAI_URL)
+        self._whole_timeout = whole_timeout
+        url = _checked_url(base_url or OPENAI_URL)
+        self._base_url = url.copy_with(query=None)
         host = self._base_url.host
-        # Reasoning models at OpenAI refuse max_tokens, and both at once. Many other servers refuse or, worse, ignore
-        # max_completion_tokens. Where the host misleads, `Generation.extra` can name the one that is right.
-        newer = host.endswith((".openai.com", ".openai.azure.com"))
-        self._limit_field = "max_completion_tokens" if newer else "max_tokens"
-        timeout = httpx2.Timeout(idle_timeout, connect=connect_timeout)
+        self._profiles = Profiles(host, profile, rows)
+        self._tag = f"openai-{hashlib.sha256(str(self._base_url).encode()).hexdigest()[:16]}"
+        """Stands for the endpoint, whose address is nobody's business, in the data that it gets back."""
+        auth: dict[str, Any] = {"Authorization": f"Bearer {key}"}
+        if self._profiles.of("").auth == "api-key":
+            auth = {"api-key": key, "Authorization": openai.Omit()}
+        # How long a server may be silent is looked at here, since it is another time before the reply and within it.
+        timeout = httpx2.Timeout(None, connect=connect_timeout)
+        self._http = openai.DefaultAioHttpClient(timeout=timeout, follow_redirects=False)
         self._client = openai.AsyncOpenAI(
-            api_key=key,
-            base_url=self._base_url,
-            max_retries=max_retries,
-            timeout=timeout,
-            default_headers={"Authorization": f"Bearer {key}"},
-            http_client=openai.DefaultAioHttpClient(timeout=timeout),
+            api_key=key, base_url=self._base_url, default_headers=auth, http_client=self._http
         )
+        path = f"{self._base_url.path.rstrip('/')}/chat/completions"
+        self._url = url.copy_with(path=path)
         self._open: set[httpx2.Response] = set()
         if not host.endswith(".openai.com"):
             self._client.organization = self._client.project = None
@@ -125,22 +119,41 @@ class OpenAIProvider:
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         """See Provider.stream. Closing it before its end drops the connection, which is how the provider learns of it.
         After Finish it ends within _DRAIN_SECONDS; who does not wait for that gives up the connection's next use."""
-        body = _body(await _loaded(request), self._default_model, self._limit_field)
-        model = str(body["model"])
-        reply = ChatReply(model, lambda error: self._refused(_status_in(error), error, model))
-        async with self._answer(body) as response:
+        request = await loaded(request)
+        model = request.model or self._default_model
+        sent = body(request, model, self._profiles.of(model), self._tag)
+        if returns_data(request, model, self._tag):
+            answer = self._answer(sent, lambda: body(request, model, self._profiles.of(model), "", with_data=False))
+        else:
+            answer = self._answer(sent)
+        model = str(sent["model"])
+        reply = ChatReply(model, self._redactor, behind_calls=_is_behind_calls(request.messages))
+        cut: NotecaseError | None = None
+        async with answer as response:
             chunks = response.aiter_bytes()
+            clock = _Clock(self._first_timeout, self._idle_timeout, self._whole_timeout)
+            reads = 0
             try:
-                async for chunk in chunks:
-                    for piece in reply.feed(chunk):
-                        yield piece
-                    if reply.done:
+                while not reply.done:
+                    async with asyncio.timeout_at(clock.due):
+                        chunk = await anext(chunks, None)
+                    if chunk is None:
                         break
+                    pieces = reply.feed(chunk)
+                    clock.heard(bool(pieces))
+                    for piece in pieces:
+                        yield piece
+                    reads += 1
+                    if reads % _FAIR_READS == 0:
+                        await asyncio.sleep(0)  # one read may unpack to thousands, which come without a pause
+                        if asyncio.get_running_loop().time() > clock.due:
+                            raise TimeoutError
             except _BROKEN as error:
-                if not reply.whole:
-                    raise self._broken(error, "The connection to the model provider broke within the reply.") from error
-            for piece in reply.end():
-                yield piece
+                cut = self._broken(error, "The connection to the model provider broke within the reply.")
+            except TimeoutError:
+                cut = clock.complaint
+            for piece in reply.end(cut):
+                yield _tagged(piece, self._tag, model)
             await _drain(chunks)
 
     async def close(self) -> None:
@@ -151,78 +164,139 @@ class OpenAIProvider:
         await self._client.close()
 
     @contextlib.asynccontextmanager
-    async def _answer(self, body: Json) -> AsyncIterator[httpx2.Response]:
-        """The provider's answer, its body unread; closed with the block. Raises what a refusal or a failure to reach it
-        comes to."""
+    async def _answer(self, sent: Json, plainer: Callable[[], Json] | None = None) -> AsyncIterator[httpx2.Response]:
+        """The provider's answer, its body unread; closed with the block. Where the provider refuses the request,
+        `plainer` makes the one that is tried once instead. Raises what a refusal or a failure to reach it comes to."""
+        model = str(sent["model"])
         try:
-            # The method behind `create`, without its transforms: they cost per message of the history, and a sixth of a
-            # turn even for none.
-            stream = await self._client.post(
-                "/chat/completions",
-                cast_to=ChatCompletionChunk,
-                content=msgspec.json.encode(body),
-                options={"headers": {"Content-Type": "application/json"}},
-                stream=True,
-                stream_cls=openai.AsyncStream[ChatCompletionChunk],
-            )
-            response = stream.response
-        except openai.APIStatusError as error:
-            # Not chained: the SDK's error holds the provider's whole answer, which may echo the key.
-            raise self._refused(
-                error.status_code, error.body, str(body["model"]), _retry_after(error.response.headers)
-            ) from None
+            response = await self._sent(sent)
+            if plainer is not None and response.status_code in {400, 422}:
+                told = await self._words(response)
+                await response.aclose()
+                if too_long.is_too_long(told.codes, told.words):
+                    raise provider_errors.failure(response.status_code, told, model, self._redactor)
+                log.info("provider_data_refused", status=response.status_code)
+                response = await self._sent(plainer())
         except _BROKEN as error:
             raise self._broken(error, "The model provider cannot be reached.") from error
+        except TimeoutError:
+            raise _silent(self._first_timeout, again=False) from None
         except RuntimeError:
-            if not self._client.is_closed():
+            if not self._http.is_closed:
                 raise
             raise errors.model_unavailable("The connections to the model provider are closed.") from None
         self._open.add(response)
         try:
+            if not response.is_success:
+                told = await self._words(response)
+                wait = provider_errors.retry_after(response.headers, self._clock)
+                raise provider_errors.failure(response.status_code, told, model, self._redactor, wait)
             yield response
         finally:
             self._open.discard(response)
             await response.aclose()
+
+    async def _sent(self, body: Json) -> httpx2.Response:
+        """Sends the request, once more to each address that it is redirected to. Raises MODEL_ERROR for an address of
+        another origin, where neither the conversation nor the key goes, and for a circle; TimeoutError when the head
+        of the answer takes too long."""
+        content = msgspec.json.encode(body)
+        url, seen = self._url, {self._url}
+        headers = {name: value for name, value in self._client.default_headers.items() if isinstance(value, str)}
+        headers |= {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
+        while True:
+            request = self._http.build_request("POST", url, content=content, headers=headers)
+            async with asyncio.timeout(self._first_timeout):
+                response = await self._http.send(request, stream=True)
+            target = response.headers.get("location")
+            if response.status_code not in _REDIRECTS or not target:
+                return response
+            await response.aclose()
+            try:
+                url = url.join(target)
+            except (httpx2.InvalidURL, UnicodeError, ValueError):
+                raise _redirected(response.status_code, "to what is no address") from None
+            if _origin(url) != _origin(request.url):
+                raise _redirected(response.status_code, "to another origin, where nothing is sent")
+            if url in seen or len(seen) > _MOST_REDIRECTS:
+                raise _redirected(response.status_code, "in a circle")
+            seen.add(url)
+
+    async def _words(self, response: httpx2.Response) -> provider_errors.Told:
+        """What a refusal says, of as much of its body as a refusal takes."""
+        body = bytearray()
+        with contextlib.suppress(TimeoutError, *_BROKEN):
+            async with asyncio.timeout(self._idle_timeout):
+                async for chunk in response.aiter_bytes():
+                    body += chunk
+                    if len(body) > _MAX_REFUSAL_BYTES:
+                        break
+        return provider_errors.told_by_body(bytes(body[:_MAX_REFUSAL_BYTES]))
 
     def _broken(self, error: BaseException, message: str) -> NotecaseError:
         """The client is told that, the log why."""
         root = error
         while root.__cause__ is not None:
             root = root.__cause__
-        log.warning("model_unreachable", cause=self._told(f"{type(root).__name__}: {root}"))
-        if isinstance(error, httpx2.ReadTimeout) or isinstance(error.__cause__, httpx2.ReadTimeout):
-            message = f"The model provider sent nothing for {self._idle_timeout:g} seconds."
+        log.warning("model_unreachable", cause=self._redactor.told(f"{type(root).__name__}: {root}"))
         return errors.model_unavailable(message)
 
-    def _refused(self, status: int | None, body: object, model: str, retry_after: float | None = None) -> NotecaseError:
-        """What a status or an error object comes to."""
-        message, code = _error_words(body)
-        told = self._told(message)
-        answer = f"status {status}" if status else "an error"
-        facts: dict[str, object] = {"status": status} if status else {}
-        if code and (code := self._told(code)):
-            facts["code"] = code
-        words = f": {told}" if told else "."
-        if status != 429 and _TOO_LONG.search(f"{code} {message}"):
-            facts["code"] = "context_length_exceeded"
-            return errors.model_error(f"The conversation is longer than the model {model!r} takes{words}", **facts)
-        if status in {401, 403} or "authentication" in code or code == "invalid_api_key":
-            return errors.model_error(f"The model provider refused the server's credential ({answer}).", **facts)
-        if code == "insufficient_quota":
-            return errors.model_error(f"The server's account with the model provider is used up{words}", **facts)
-        if _is_passing(status, code or message):
-            return errors.model_unavailable(
-                f"The model provider cannot answer just now ({answer}){words}", retry_after, **facts
-            )
-        return errors.model_error(f"The model provider refused the call of {model!r} ({answer}){words}", **facts)
 
-    def _told(self, text: str) -> str:
-        """A provider's words as they may be shown: one short line, and whatever it echoes, no key."""
-        if self._api_key:
-            text = text.replace(self._api_key, "[key]")
-        text = " ".join(_SECRET.sub("[key]", text).split())
-        text = "".join(char if char.isprintable() else "\ufffd" for char in text)
-        return text if len(text) <= _TOLD_CHARS else text[: _TOLD_CHARS - 1] + "…"
+class _Clock:
+    """How long an answer may go on: until its first piece, between two pieces, and in all. What is no piece of the
+    reply, such as a comment that keeps the connection, counts as silence."""
+
+    def __init__(self, first: float, idle: float, whole: float) -> None:
+        self._now = asyncio.get_running_loop().time
+        self._idle = idle
+        self._limit = first
+        self._begun = False
+        self._whole = whole
+        now = self._now()
+        self._end = now + whole
+        self.due = min(now + first, self._end)
+        """The loop's time at which it has been too long."""
+
+    def heard(self, piece: bool) -> None:
+        """Bytes have come, with a piece of the reply in them or not."""
+        if piece:
+            self._begun = True
+            self._limit = self._idle
+            self.due = min(self._now() + self._idle, self._end)
+
+    @property
+    def complaint(self) -> NotecaseError:
+        if self.due == self._end:
+            return errors.model_unavailable(f"The model provider's answer had no end within {self._whole:g} seconds.")
+        return _silent(self._limit, again=self._begun)
+
+
+def _silent(seconds: float, *, again: bool) -> NotecaseError:
+    """A server that has not begun may be at work, which asking again would only double."""
+    failure = errors.model_unavailable(f"The model provider sent nothing for {seconds:g} seconds.")
+    failure.repeats = None if again else 0
+    return failure
+
+
+def _redirected(status: int, where: str) -> NotecaseError:
+    return errors.model_error(
+        f"The model provider redirects the call {where} (status {status}); its base URL may be wrong.", status=status
+    )
+
+
+def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
+
+
+def _is_behind_calls(messages: Sequence[v1.Message]) -> bool:
+    """Whether a request ends with the outcomes of calls, behind which a model may have nothing more to say."""
+    return bool(messages) and any(part.HasField("tool_call") for part in messages[-1].parts)
+
+
+def _tagged(piece: Delta, provider: str, model: str) -> Delta:
+    if isinstance(piece, Returned):
+        piece.data.provider, piece.data.model = provider, model
+    return piece
 
 
 def _checked_url(base_url: str) -> httpx2.URL:
@@ -234,8 +308,8 @@ def _checked_url(base_url: str) -> httpx2.URL:
         raise ValueError("the base URL is no URL") from None
     if url.scheme not in {"http", "https"} or not url.host:
         raise ValueError("the base URL must begin with http:// or https:// and name a host")
-    if url.userinfo or url.query or url.fragment:
-        raise ValueError("the base URL must hold neither credentials nor a query")
+    if url.userinfo or url.fragment:
+        raise ValueError("the base URL must hold neither credentials nor a fragment")
     return url
 
 
@@ -246,289 +320,3 @@ async def _drain(chunks: AsyncIterator[bytes]) -> None:
         async with asyncio.timeout(_DRAIN_SECONDS):
             async for _ in chunks:
                 pass
-
-
-def _retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds a provider asks to wait. A date counts from the answer's own Date, since clocks differ."""
-    for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        try:
-            seconds = float(headers.get(name, "")) / per_second
-        except ValueError:
-            continue
-        if math.isfinite(seconds):
-            return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
-    until, now = (email.utils.parsedate_tz(headers.get(name, "")) for name in ("retry-after", "date"))
-    if until is None or now is None:
-        return None
-    try:
-        seconds = float(email.utils.mktime_tz(until) - email.utils.mktime_tz(now))
-    except (ValueError, OverflowError):
-        return None
-    return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
-
-
-def _error_words(body: object) -> tuple[str, str]:
-    """The message, and the code or else the type, in the shapes that servers give an error: an object, an object in
-    `error`, a plain string, `detail` of FastAPI. A web page says nothing."""
-    if isinstance(body, dict):
-        inner = body.get("error")
-        if isinstance(inner, dict | str):
-            body = inner
-    if isinstance(body, str):
-        return ("" if body.lstrip().startswith("<") else body), ""
-    if not isinstance(body, dict):
-        return "", ""
-    message = next((body[name] for name in ("message", "detail") if isinstance(body.get(name), str)), "")
-    code = next((body[name] for name in ("code", "type") if isinstance(body.get(name), str)), "")
-    return message, code
-
-
-def _status_in(error: object) -> int | None:
-    """The HTTP status that an error object carries as its code: what came before it was a 200."""
-    code = error.get("code") if isinstance(error, dict) else None
-    if isinstance(code, str) and code.isdecimal() and len(code) == 3:
-        code = int(code)
-    return code if isinstance(code, int) and 400 <= code < 600 else None
-
-
-def _is_passing(status: int | None, words: str) -> bool:
-    """Whether a repeat may succeed. Only an error object without a status is judged by its words."""
-    if status is not None:
-        return status in {408, 409, 425, 429} or status >= 500
-    return bool(_OVERLOADED.search(words))
-
-
-async def _loaded(request: ModelRequest) -> ModelRequest:
-    """The request with the content that its messages refer to within them.
-
-    Raises CONTENT_UNSUPPORTED for a media type that there is no place for, and for more content than a request may
-    carry, before any of it is read."""
-    referring = [index for index, message in enumerate(request.messages) if _refers(message)]
-    if not referring:
-        return request
-    blobs = [part.blob for index in referring for part in _all_parts(request.messages[index]) if part.HasField("blob")]
-    for blob in blobs:
-        _check_media_type(blob.media_type)
-    total = sum(blob.size_bytes for blob in blobs)
-    if total > MAX_CONTENT_BYTES:
-        raise errors.content_unsupported(
-            f"The conversation refers to {total} bytes of content; the model takes at most {MAX_CONTENT_BYTES}."
-        )
-    assert request.load is not None, "who refers to content brings the means to load it"
-    messages = list(request.messages)
-    for index in referring:
-        copied = v1.Message()
-        copied.CopyFrom(messages[index])
-        messages[index] = copied
-        for part in _all_parts(copied):
-            if part.HasField("blob"):
-                media_type, filename = part.blob.media_type, part.blob.filename
-                data = await request.load(part.blob)
-                part.data.CopyFrom(v1.InlineData(data=data, media_type=media_type, filename=filename))
-    return request._replace(messages=messages)
-
-
-def _refers(message: v1.Message) -> bool:
-    if len(message.parts) == 1 and message.parts[0].text:
-        return False  # nearly every message
-    return any(part.HasField("blob") for part in _all_parts(message))
-
-
-def _all_parts(message: v1.Message) -> Iterator[v1.Part]:
-    """Those of the results of its calls, too."""
-    for part in message.parts:
-        yield part
-        yield from part.tool_call.result
-
-
-def _body(request: ModelRequest, default_model: str, limit_field: str) -> Json:
-    """The request as it is sent. `Generation.extra` is merged last, member by member, and so can change everything;
-    null unsets, `{"stream_options": null}` for a server that does not know it.
-
-    Raises CONTENT_UNSUPPORTED for content that Chat Completions has no place for, MODEL_ERROR when there is no model to
-    ask or `extra` is no JSON object."""
-    generation = request.generation
-    body: Json = {
-        "model": request.model or default_model,
-        "messages": _messages(request.instruction, request.messages),
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    if request.tools:
-        body["tools"] = [_tool(tool) for tool in request.tools]
-    if request.output_schema:
-        # Not `strict`, which OpenAI grants to a part of JSON Schema only. Raw, so that it is sent as it was written.
-        schema = {"name": "reply", "schema": msgspec.Raw(request.output_schema.encode())}
-        body["response_format"] = {"type": "json_schema", "json_schema": schema}
-    for name in ("temperature", "top_p", "seed"):
-        if generation.HasField(name):
-            body[name] = getattr(generation, name)
-    if generation.HasField("max_output_tokens"):
-        body[limit_field] = generation.max_output_tokens
-    if generation.stop:
-        body["stop"] = list(generation.stop)
-    if generation.reasoning_effort:
-        body["reasoning_effort"] = generation.reasoning_effort
-    if generation.extra:
-        try:
-            extra = msgspec.json.decode(generation.extra, type=Json)
-        except (msgspec.DecodeError, RecursionError):
-            raise errors.model_error("The agent's generation.extra is no JSON object.") from None
-        body = {name: value for name, value in (body | extra).items() if value is not None}
-    if not body.get("model"):
-        raise errors.model_error("The agent names no model and the provider has no default one.")
-    return body
-
-
-def _tool(tool: Tool) -> Json:
-    function: Json = {"name": tool.name, "description": tool.description}
-    function["parameters"] = msgspec.json.decode(tool.parameters) if tool.parameters else {"type": "object"}
-    return {"type": "function", "function": function}
-
-
-def _messages(instruction: str, messages: Sequence[v1.Message]) -> list[Json]:
-    """The conversation as Chat Completions has it. A message that holds nothing is left out, since providers refuse
-    it."""
-    made: list[Json] = []
-    if instruction:
-        made.append({"role": "system", "content": instruction})
-    for message in messages:
-        role, parts = message.role, message.parts
-        if len(parts) == 1 and (text := parts[0].text or parts[0].json):
-            # Nearly every message: in the one shape that every server takes, and in a quarter of the time that the ways
-            # below would need. A history is sent whole with each call.
-            made.append({"role": _ROLES.get(role, "user"), "content": text})
-        elif role == v1.Message.ROLE_ASSISTANT:
-            made.extend(_assistant(message))
-        elif role == v1.Message.ROLE_SYSTEM:
-            if text := _text(parts, "A system message"):
-                made.append({"role": "system", "content": text})
-        elif content := [shown for part in parts if (shown := _content(part)) is not None]:
-            made.append({"role": "user", "content": content})
-    return made
-
-
-def _text(parts: Iterable[v1.Part], where: str) -> str:
-    """What can be nothing but words there."""
-    texts = []
-    for part in parts:
-        if (words := _words(part)) is None:
-            kind = part.WhichOneof("kind")
-            media_type = part.data.media_type or part.file.media_type
-            held = f"media type {media_type!r}" if media_type else f"a part of kind {kind!r}"
-            raise errors.content_unsupported(f"{where} holds {held}; the model takes only text there.")
-        texts.append(words)
-    return "".join(texts)
-
-
-def _words(part: v1.Part) -> str | None:
-    """What of a part can be said in words; None for what cannot."""
-    match part.WhichOneof("kind"):
-        case "text":
-            return part.text
-        case "json":
-            return part.json
-        case "data" if is_text(part.data.media_type):
-            text = part.data.data.decode(errors="replace")
-            # No provider takes a text file as a file; all of them read text.
-            return f"{part.data.filename}:\n{text}" if part.data.filename else text
-    return None
-
-
-def _content(part: v1.Part) -> Json | None:
-    """A part of a user's message; None when it is empty."""
-    if (words := _words(part)) is not None:
-        return {"type": "text", "text": words} if words else None
-    match part.WhichOneof("kind"):
-        case "file":
-            if not _media_type(part.file.media_type).startswith("image/"):
-                raise errors.content_unsupported(
-                    f"The model takes only images by URI, not media type {part.file.media_type!r}; send the data."
-                )
-            return {"type": "image_url", "image_url": {"url": part.file.uri}}
-        case "data":
-            return _data(part.data)
-        case kind:
-            raise errors.content_unsupported(f"A user's message holds a part of kind {kind!r}; models make those.")
-
-
-def _data(data: v1.InlineData) -> Json:
-    _check_media_type(data.media_type)
-    media_type = _media_type(data.media_type)
-    encoded = base64.b64encode(data.data).decode("ascii")
-    url = f"data:{media_type};base64,{encoded}"
-    if media_type.startswith("image/"):
-        return {"type": "image_url", "image_url": {"url": url}}
-    if audio_format := _AUDIO_FORMATS.get(media_type):
-        return {"type": "input_audio", "input_audio": {"data": encoded, "format": audio_format}}
-    # Providers want a name, and go by its ending.
-    name = data.filename or f"file{mimetypes.guess_extension(media_type) or ''}"
-    return {"type": "file", "file": {"filename": name, "file_data": url}}
-
-
-def _check_media_type(told: str) -> None:
-    media_type = _media_type(told)
-    if not (media_type.startswith(("image/", "application/", "text/")) or media_type in _AUDIO_FORMATS):
-        raise errors.content_unsupported(
-            f"The model takes text, images, documents and audio as WAV or MP3, not media type {told!r}."
-        )
-
-
-def _media_type(told: str) -> str:
-    """Without parameters, in lower case."""
-    return told.partition(";")[0].strip().lower()
-
-
-def _assistant(message: v1.Message) -> list[Json]:
-    """What the model said, and behind it one answer to each of its calls. Its reasoning is not sent back: providers
-    refuse or ignore it."""
-    said = [part for part in message.parts if part.WhichOneof("kind") not in {"reasoning", "refusal", "tool_call"}]
-    text = _text(said, "An assistant's message")
-    refusal = "".join(part.refusal for part in message.parts)
-    calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
-    if not (text or refusal or calls):
-        return []
-    made: Json = {"role": "assistant", "content": text or None}
-    if refusal:
-        made["refusal"] = refusal
-    if calls:
-        made["tool_calls"] = [
-            {
-                "id": call.call_id,
-                "type": "function",
-                "function": {"name": _tool_name(call.tool), "arguments": _arguments(call.arguments)},
-            }
-            for call in calls
-        ]
-    answers = [{"role": "tool", "tool_call_id": call.call_id, "content": _outcome(call)} for call in calls]
-    # A tool's answer can only be text there, so that what else it gave is shown behind the answers.
-    shown = [
-        {"role": "user", "content": [{"type": "text", "text": f"From the result of {call.tool}:"}, *media]}
-        for call in calls
-        if (media := [_content(part) for part in call.result if _words(part) is None])
-    ]
-    return [made, *answers, *shown]
-
-
-def _tool_name(tool: str) -> str:
-    """A model may have called what no tool can be named, and a provider refuses the history that says so."""
-    return _TOOL_NAME.sub("_", tool)[:64] or "_"
-
-
-def _arguments(arguments: str) -> str:
-    """As the model wrote them. Some servers parse the history's arguments and refuse all of it for one call that was
-    cut off, so that what is no JSON object is shown inside of one."""
-    if not arguments:
-        return "{}"
-    try:
-        msgspec.json.decode(arguments, type=dict[str, msgspec.Raw])
-    except (msgspec.DecodeError, RecursionError):
-        return msgspec.json.encode({"malformed": arguments}).decode()
-    return arguments
-
-
-def _outcome(call: v1.ToolCall) -> str:
-    if call.outcome == v1.ToolCall.OUTCOME_CANCELLED:
-        return call.error or "cancelled"
-    words = [_words(part) for part in call.result]
-    return "".join(filter(None, words)) or call.error or ("Its content follows." if None in words else "")

@@ -1,0 +1,144 @@
+"""Tells the tool calls of one reply apart, and puts each one's arguments together."""
+
+import msgspec
+
+from notecase_server.models.answers.chunk import CallPiece, Function, Label
+from notecase_server.models.contract import Call
+
+_NOTHING = frozenset({"null", "None", '""', "[]", "undefined"})
+"""What servers write for no arguments, besides nothing and {}."""
+
+
+class _OpenCall:
+    """One tool call of the reply, as far as it has come."""
+
+    __slots__ = ("arguments", "held", "id", "key", "name", "size")
+
+    def __init__(self, key: int, call_id: Label) -> None:
+        self.key = key
+        self.id = call_id
+        self.name = ""
+        self.arguments: list[str] = []
+        """What was given out."""
+        self.size = 0
+        """Characters of that."""
+        self.held: list[str] = []
+        """What came since the first piece that may go on with the arguments or may begin them again."""
+
+    def is_whole(self) -> bool:
+        """Whether the arguments are a JSON object to its end, so that more of them can only be another call's, or the
+        same once more."""
+        return bool(self.arguments) and self.arguments[-1].rstrip().endswith("}") and _is_object(self.said)
+
+    @property
+    def said(self) -> str:
+        if len(self.arguments) > 1:
+            self.arguments = ["".join(self.arguments)]
+        return self.arguments[0] if self.arguments else ""
+
+    def take(self, piece: str) -> str:
+        """Returns what of a piece of the arguments is certain to go on with them."""
+        if not piece:
+            return ""
+        if self.held or self._is_doubtful(piece):
+            self.held.append(piece)
+            return ""
+        self.arguments.append(piece)
+        self.size += len(piece)
+        return piece
+
+    def _is_doubtful(self, piece: str) -> bool:
+        if not self.arguments:
+            return not piece.lstrip().startswith("{")
+        if not piece.lstrip().startswith("{"):
+            return False  # all but the first pieces of nearly every call
+        return (len(piece) >= self.size and piece.startswith(self.said)) or self.is_whole()
+
+    def end(self) -> str:
+        """Returns the rest of the arguments: what was held back goes on with them if both together are an object, and
+        otherwise its last piece is all of them, sent again."""
+        if not self.held:
+            return ""
+        said, rest, last = self.said, "".join(self.held), self.held[-1]
+        if not said:
+            return _plain(rest) if not _is_object(last) or _is_object(rest) else last
+        if _is_object(said + rest):
+            return rest
+        if _is_object(said):
+            return ""
+        return last[len(said) :] if last.startswith(said) and _is_object(last) else rest
+
+
+class Calls:
+    """Tells the calls of one reply apart. Servers number them from 0, from 1, all 0 or not at all, give an id once, in
+    each piece, a new one in each piece or none, and the name once, in parts or in each piece."""
+
+    def __init__(self) -> None:
+        self._calls: list[_OpenCall] = []
+        self._by_index: dict[Label, _OpenCall] = {}
+        self._by_id: dict[Label, _OpenCall] = {}
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def take(self, piece: CallPiece) -> Call:
+        function = piece.function or Function()
+        name, arguments = function.name or "", function.arguments or ""
+        call = self._owner(piece, name, arguments)
+        if call is None:
+            call = _OpenCall(len(self._calls), _id(piece))
+            self._calls.append(call)
+        if piece.index is not None:
+            self._by_index[piece.index] = call
+        if _id(piece) is not None:
+            self._by_id[piece.id] = call
+        name = name.removeprefix(call.name)
+        call.name += name
+        return Call(call.key, name, call.take(arguments))
+
+    def end(self) -> list[Call]:
+        """Returns what was held back of each call."""
+        return [Call(call.key, "", rest) for call in self._calls if (rest := call.end())]
+
+    def _owner(self, piece: CallPiece, name: str, arguments: str) -> _OpenCall | None:
+        """The call that the piece goes on with; None when it begins another."""
+        call_id = _id(piece)
+        if piece.index is not None:
+            call = self._by_index.get(piece.index)
+        elif call_id is not None and call_id in self._by_id:
+            return self._by_id[call_id]
+        else:
+            call = self._calls[-1] if self._calls else None
+        if call is None or not name:
+            return call
+        # A name that comes again may open another call under the same number, or without any.
+        renamed = bool(call.name) and name != call.name
+        other = call_id is not None and call_id != call.id
+        if other and renamed:
+            return None
+        if (other or piece.index is None) and (arguments or renamed) and call.is_whole():
+            return None
+        return call
+
+
+def _id(piece: CallPiece) -> Label:
+    return None if piece.id == "" else piece.id
+
+
+def _is_object(text: str) -> bool:
+    try:
+        msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _plain(text: str) -> str:
+    """Arguments that do not begin as an object: a word for none, an object within a JSON string, or as they are."""
+    if text.strip() in _NOTHING:
+        return ""
+    try:
+        inner = msgspec.json.decode(text, type=str)
+    except (ValueError, RecursionError):
+        return text
+    return inner if _is_object(inner) else text

@@ -1,0 +1,263 @@
+"""Decodes one document of a Chat Completions answer, whatever types a server gives to its members.
+
+Nearly every chunk has the types that OpenAI documents and is decoded straight into structs. Any other is decoded into
+plain values and read member by member: what has a type that nothing can be made of counts as absent, and only a
+document that is no object is refused.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.errors import NotecaseError
+
+Json = dict[str, Any]
+Label = str | int | float | bool | None
+
+
+class Function(msgspec.Struct, gc=False):
+    name: str | None = None
+    arguments: str | None = None
+
+
+class CallPiece(msgspec.Struct, gc=False):
+    index: Label = None
+    id: Label = None
+    function: Function | None = None
+    extra_content: Any = None
+    provider_specific_fields: Any = None
+    name: Any = None
+    """Beside the id, where a server leaves out `function`; `arguments` too."""
+    arguments: Any = None
+
+
+class Said(msgspec.Struct, gc=False):
+    """What a delta or a message says."""
+
+    content: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+    tool_calls: list[CallPiece] | None = None
+    function_call: Any = None
+    reasoning_details: Any = None
+    audio: Any = None
+    images: Any = None
+    annotations: Any = None
+    extra_content: Any = None
+    thinking_blocks: Any = None
+    reasoning_opaque: Any = None
+    reasoning_text: Any = None
+    thinking: Any = None
+    thought: Any = None
+
+
+class Choice(msgspec.Struct, gc=False):
+    index: Label = None
+    delta: Said | None = None
+    message: Said | None = None
+    """The whole reply, in place of `delta` or behind all of them."""
+    finish_reason: str | None = None
+    usage: Any = None
+    error: Any = None
+
+
+class Chunk(msgspec.Struct):
+    choices: list[Choice] | None = None
+    usage: Any = None
+    model: Any = None
+    object: Any = None
+    error: Any = None
+    x_groq: Any = None
+
+
+_MALFORMED = "The model provider sent something that is no part of a Chat Completions reply."
+
+_CHUNK = msgspec.json.Decoder(Chunk)
+_ANY = msgspec.json.Decoder()
+
+_THOUGHTS = ("reasoning_content", "reasoning", "reasoning_text", "thinking", "thought", "thinking_content")
+"""The members in which servers put reasoning, most usual first: DeepSeek, vLLM before 0.11 and most others; OpenRouter,
+Groq, Ollama, vLLM; GitHub Copilot; Anthropic's own word; Gemini gateways; MiniMax gateways."""
+
+_THOUGHT_PARTS = frozenset({"thinking", "reasoning", "thought", "reasoning.text", "reasoning.summary", "summary_text"})
+_AS_THEY_ARE = (
+    "function_call",
+    "reasoning_details",
+    "audio",
+    "images",
+    "annotations",
+    "extra_content",
+    "thinking_blocks",
+    "reasoning_opaque",
+)
+
+_IMAGE_PARTS = frozenset({"image_url", "output_image", "image"})
+
+
+def decode(data: bytes) -> tuple[Chunk | None, bool]:
+    """Returns the chunk, and whether its strings may hold lone surrogates. None for a document that needs `loose`.
+    Raises MODEL_ERROR for what is not JSON."""
+    try:
+        return _CHUNK.decode(data), False
+    except (msgspec.ValidationError, RecursionError):
+        return None, False
+    except ValueError:
+        return None, True
+
+
+def plain(data: bytes) -> Any:
+    """Decodes a document into plain values, also one that is not quite JSON but sent by real servers: half a surrogate
+    pair, a character cut in two, NaN. Raises MODEL_ERROR."""
+    try:
+        return _ANY.decode(data)
+    except (ValueError, RecursionError):
+        pass
+    try:
+        return json.loads(data.decode("utf-8", "replace"), strict=False, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        raise NotJsonError from None
+
+
+def loose(value: Any) -> Chunk:
+    """Makes a chunk of a plain value. Raises MODEL_ERROR when it is no object, or has choices that are none."""
+    if not isinstance(value, dict):
+        raise malformed()
+    choices = value.get("choices")
+    if isinstance(choices, dict):
+        choices = [choices]
+    if choices is not None and not isinstance(choices, list):
+        raise malformed()
+    return Chunk(
+        choices=[_choice(choice) for choice in choices or () if isinstance(choice, dict)],
+        **{name: value.get(name) for name in ("usage", "model", "object", "error", "x_groq")},
+    )
+
+
+class NotJsonError(NotecaseError):
+    """A document that is not JSON, or only the beginning of some."""
+
+    def __init__(self) -> None:
+        super().__init__(v1.ERROR_REASON_MODEL_ERROR, _MALFORMED)
+
+
+def malformed() -> NotecaseError:
+    return errors.model_error(_MALFORMED)
+
+
+def _choice(value: Json) -> Choice:
+    reason = value.get("finish_reason")
+    return Choice(
+        index=_label(value.get("index")),
+        delta=_said(value.get("delta")),
+        message=_said(value.get("message")),
+        finish_reason=reason if isinstance(reason, str) else None,
+        usage=value.get("usage"),
+        error=value.get("error"),
+    )
+
+
+def _said(value: Any) -> Said | None:
+    if isinstance(value, str):
+        return Said(content=value)
+    if not isinstance(value, dict):
+        return None
+    said = Said(**{name: value.get(name) for name in _AS_THEY_ARE})
+    content = value.get("content")
+    if content is not None and not isinstance(content, str | list | dict):
+        raise malformed()  # the reply itself, in a type that says nothing
+    said.content, said.refusal = _text_of(content), _text_of(value.get("refusal"))
+    thought = next((text for name in _THOUGHTS if (text := thought_of(value.get(name)))), "")
+    said.reasoning_content = thought or _thoughts_within(content)
+    if images := _images_within(content):
+        said.images = [*images, *(value["images"] if isinstance(value.get("images"), list) else ())]
+    calls = value.get("tool_calls")
+    if isinstance(calls, dict):
+        calls = [calls]
+    if isinstance(calls, list):
+        said.tool_calls = [call_piece(call) for call in calls if isinstance(call, dict)]
+    return said
+
+
+_OF_CALLS = ("index", "id", "name", "arguments", "extra_content", "provider_specific_fields")
+
+
+def flat(piece: CallPiece) -> CallPiece:
+    """Makes a piece whose function's members stand beside its id like any other."""
+    return call_piece({name: getattr(piece, name) for name in _OF_CALLS})
+
+
+def call_piece(value: Json, index: Label = None) -> CallPiece:
+    """Makes a piece of a call of an object: its function's members may stand beside its id."""
+    held = value.get("function")
+    function = held if isinstance(held, dict) else value
+    name, arguments = function.get("name"), function.get("arguments")
+    if isinstance(arguments, dict | list):
+        arguments = msgspec.json.encode(arguments).decode() if arguments else "{}"
+    return CallPiece(
+        index=_label(value.get("index", index)),
+        id=_label(value.get("id")),
+        function=Function(name if isinstance(name, str) else None, arguments if isinstance(arguments, str) else None),
+        extra_content=value.get("extra_content"),
+        provider_specific_fields=value.get("provider_specific_fields"),
+    )
+
+
+def _label(value: Any) -> Label:
+    """Makes a label of a member that only tells things apart; two that look alike are one."""
+    return value if isinstance(value, str | int | float | bool) else None
+
+
+def _text_of(value: Any) -> str:
+    """The text of a member that should be a string: itself, or that of its parts."""
+    if isinstance(value, str):
+        return value
+    return "".join(_part_text(part) for part in _parts(value))
+
+
+def _part_text(part: Any) -> str:
+    if isinstance(part, str):
+        return part
+    if not isinstance(part, dict) or part.get("type") in _THOUGHT_PARTS:
+        return ""
+    text = part.get("text")
+    if isinstance(text, dict):
+        text = text.get("value")
+    return text if isinstance(text, str) else ""
+
+
+def thought_of(value: Any, depth: int = 0) -> str:
+    """The text of reasoning, in whatever shape: a string, an object, a list of either."""
+    if isinstance(value, str):
+        return value
+    if depth > 4:
+        return ""
+    if isinstance(value, dict):
+        held = next(
+            (value[name] for name in ("text", "content", "thinking", "summary", "reasoning") if value.get(name)), ""
+        )
+        return thought_of(held, depth + 1)
+    if isinstance(value, Sequence):
+        return "".join(thought_of(part, depth + 1) for part in value)
+    return ""
+
+
+def _thoughts_within(content: Any) -> str:
+    return "".join(
+        thought_of(part) for part in _parts(content) if isinstance(part, dict) and part.get("type") in _THOUGHT_PARTS
+    )
+
+
+def _images_within(content: Any) -> list[Json]:
+    return [part for part in _parts(content) if isinstance(part, dict) and part.get("type") in _IMAGE_PARTS]
+
+
+def _parts(content: Any) -> Iterator[Any]:
+    if isinstance(content, Mapping):
+        yield content
+    elif isinstance(content, list):
+        yield from content

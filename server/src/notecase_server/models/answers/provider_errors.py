@@ -1,0 +1,351 @@
+"""Finds a provider's error in whatever shape and place it comes, and makes of it the failure that a run is told.
+
+What the words and codes mean stands in `error_table` and `too_long`; here is only how they are found.
+"""
+
+import email.utils
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+
+from notecase_server import errors
+from notecase_server.errors import NotecaseError
+from notecase_server.models.answers import error_table, too_long
+from notecase_server.models.answers.error_table import Verdict
+from notecase_server.models.answers.event_stream import documents_of
+from notecase_server.models.answers.redaction import Redactor
+
+_MAX_RETRY_AFTER = 24 * 3600.0
+"""Seconds. A provider that names more is not down but gone, and any number must fit into RetryInfo."""
+
+_TOO_LARGE = 413
+"""The status with which proxies refuse a body that is too large, often in a web page that says nothing."""
+
+_MOST = 200
+"""Values of an error that are looked at, and how deep: what is larger is no error but an attack."""
+
+_DEEPEST = 8
+
+_HOLDERS = (
+    "error",
+    "errors",
+    "base_resp",
+    "message",
+    "detail",
+    "details",
+    "metadata",
+    "raw",
+    "fault",
+    "exception",
+    "cause",
+    "response",
+    "innererror",
+    "body",
+    "data",
+)
+"""The members that may hold a further error, or its words, outermost first."""
+
+_SPEAKERS = (
+    "message",
+    "msg",
+    "Message",
+    "error_msg",
+    "errorMsg",
+    "errorMessage",
+    "error_message",
+    "status_msg",
+    "detail",
+    "error",
+    "raw",
+    "error_description",
+    "description",
+    "reason",
+    "title",
+    "faultstring",
+    "cause",
+)
+"""The members that hold words."""
+
+_CODES = (
+    "code",
+    "type",
+    "status",
+    "error_code",
+    "errorCode",
+    "error_type",
+    "status_code",
+    "statusCode",
+    "err_code",
+    "__type",
+)
+_SCOPED = frozenset({"error_code", "errorCode", "err_code"})
+_SUCCESS = frozenset({"0", "200", "ok", "success", "succeeded"})
+
+_CUT = {
+    "message": re.compile(r'"(?:message|msg|detail|error)"\s*:\s*"((?:[^"\\]|\\.)+)'),
+    "code": re.compile(r'"(?:code|type)"\s*:\s*"([\w.-]+)"'),
+}
+"""What is looked for in JSON that was cut because it is too large."""
+
+_PAGE = re.compile(r"(?i)<(!doctype|html|head|body|\?xml|!--|title|center|h1|p)\b")
+_OTHER = re.compile(r"[^a-z0-9]+")
+_MOMENT = re.compile(
+    r"(?i)\b(?:try again|retry|wait)\b[^.]{0,24}?\b(?:in|after|for)\b[^\d]{0,12}((?:\d+(?:\.\d+)?\s*(?:ms|[a-z]+)\s*)+)"
+)
+_SPAN = re.compile(
+    r"(\d+(?:\.\d+)?)\s*(ms|milliseconds?|h|hours?|m|min|minutes?|s|secs?|seconds?)(?![a-z])", re.IGNORECASE
+)
+
+
+class Told(NamedTuple):
+    """What an error says."""
+
+    status: int | None
+    code: str
+    """The outermost code or type, as it was written."""
+    codes: tuple[str, ...]
+    """All of them, in lower case without what stands between their parts."""
+    words: str
+    retry_after: float | None
+
+
+def find(value: object, *, named: bool = False) -> object | None:
+    """Returns the error that a document of a stream holds, or None when it holds none. `named` says that the event was
+    called an error, so that whatever it holds is one."""
+    if isinstance(value, list):
+        return next((error for item in value if (error := find(item, named=named)) is not None), None)
+    if not isinstance(value, dict):
+        return value if named else None
+    if value.get("error") or value.get("errors"):
+        return value
+    base = value.get("base_resp")
+    if isinstance(base, dict) and str(base.get("status_code", 0)) not in _SUCCESS:
+        return value
+    groq = value.get("x_groq")
+    if isinstance(groq, dict) and groq.get("error"):
+        return groq
+    choices = value.get("choices")
+    for choice in choices if isinstance(choices, list) else ():
+        if isinstance(choice, dict) and choice.get("error"):
+            return choice
+    if choices:
+        return None
+    return value if named or _is_flat(value) else None
+
+
+def _is_flat(value: Mapping[str, Any]) -> bool:
+    """Whether an object without choices is itself an error: it calls itself one, or has both a code and words."""
+    if any("error" in str(value.get(name, "")).lower() for name in ("object", "type", "__type")):
+        return True
+    if any(name in value for name in ("error_code", "error_msg", "errorCode", "errorMessage", "error_message")):
+        return str(value.get("error_code", value.get("errorCode", 1))) not in _SUCCESS
+    if value.get("success") is False:
+        return True
+    words = any(isinstance(value.get(name), str | dict | list) and value[name] for name in ("message", "msg", "detail"))
+    told = (value.get(name) for name in ("code", "status", "status_code", "statusCode"))
+    code = next((str(held).lower() for held in told if held not in (None, "")), "")
+    return words and (code not in _SUCCESS if code else "detail" in value or "id" not in value)
+
+
+def told_by(value: object) -> Told:
+    """Reads an error: bounded, whatever it is."""
+    codes: list[tuple[str, str]] = []
+    words: list[str] = []
+    after: list[float] = []
+    budget = [_MOST]
+    _walk(value, "", codes, words, after, budget, 0)
+    status = next((number for _, code in codes if (number := _http_status(code)) is not None), None)
+    named = [(scope, code) for scope, code in codes if _http_status(code) is None and code.lower() not in _SUCCESS]
+    code = next((code for _, code in named if not code.isdecimal()), "")
+    said = ": ".join(dict.fromkeys(text for text in words if text))
+    return Told(
+        status,
+        code,
+        tuple(dict.fromkeys(f"{scope}{_OTHER.sub('', code.lower())}" for scope, code in named)),
+        said,
+        after[0] if after else _moment_in(said),
+    )
+
+
+def told_by_body(body: bytes) -> Told:
+    """Reads the body of a refusal: JSON, JSON framed as events, plain words; a web page says nothing."""
+    value: object = None
+    try:
+        value = msgspec.json.decode(body)
+    except (ValueError, RecursionError):
+        text = body.decode("utf-8", "replace").strip()
+        if text.startswith(("data:", "event:", ":", "{", "[")):
+            value = [found for event in documents_of(body) if (found := _json(event.data)) is not None] or {
+                member: found[1] for member, pattern in _CUT.items() if (found := pattern.search(text))
+            }
+        else:
+            value = text
+    return told_by(value)
+
+
+def _json(text: str | bytes) -> object | None:
+    try:
+        value: object = msgspec.json.decode(text)
+    except (ValueError, RecursionError):
+        return None
+    return value
+
+
+def _walk(
+    value: object,
+    scope: str,
+    codes: list[tuple[str, str]],
+    words: list[str],
+    after: list[float],
+    budget: list[int],
+    depth: int,
+) -> None:
+    budget[0] -= 1
+    if budget[0] < 0 or depth > _DEEPEST:
+        return
+    if isinstance(value, str):
+        text = value.strip()
+        inner = _json(text) if text.startswith(("{", "[", '"')) else None
+        if inner is not None and inner != value:
+            _walk(inner, scope, codes, words, after, budget, depth + 1)
+        elif not _PAGE.match(text):
+            words.append(text)
+    elif isinstance(value, list):
+        for item in value[:20]:
+            _walk(item, scope, codes, words, after, budget, depth + 1)
+    elif isinstance(value, dict):
+        for name in _CODES:
+            held = value.get(name)
+            if (isinstance(held, str) and held) or (isinstance(held, int) and not isinstance(held, bool)):
+                codes.append((f"{name}." if name in _SCOPED and str(held).isdecimal() else scope, str(held)))
+        spans = (_seconds(value.get(name)) for name in ("retry_after", "retryDelay", "retry_after_seconds"))
+        after.extend(seconds for seconds in spans if seconds is not None)
+        where = value.get("loc")
+        if isinstance(where, list) and isinstance(value.get("msg"), str):
+            words.append(f"{'.'.join(str(part) for part in where[:8])}: {value['msg']}")
+            return
+        for name in dict.fromkeys((*_SPEAKERS, *_HOLDERS)):
+            held = value.get(name)
+            if isinstance(held, str) and name in _SPEAKERS:
+                _walk(held, scope, codes, words, after, budget, depth + 1)
+            elif name == "errors" and isinstance(held, dict) and not held.keys() & set(_SPEAKERS):
+                for field, problem in list(held.items())[:20]:  # by field, as Rails and ASP.NET tell
+                    text = problem[0] if isinstance(problem, list) and problem else problem
+                    words.extend([f"{field}: {text}"] if isinstance(text, str) else ())
+            elif isinstance(held, dict | list) and held:
+                _walk(held, "base_resp." if name == "base_resp" else scope, codes, words, after, budget, depth + 1)
+
+
+def _http_status(code: str) -> int | None:
+    return int(code) if len(code) == 3 and code.isdecimal() and 400 <= int(code) < 600 else None
+
+
+def _seconds(value: object) -> float | None:
+    """A span as a number of seconds or as text such as "34s" or "1m2.5s"."""
+    if isinstance(value, str):
+        spans = _SPAN.findall(value)
+        if not spans:
+            try:
+                value = float(value)
+            except ValueError:
+                return None
+        else:
+            units = {"ms": 0.001, "mi": 60.0, "m": 60.0, "h": 3600.0, "s": 1.0}
+            value = sum(
+                float(number) * (0.001 if unit.lower().startswith(("ms", "milli")) else units[unit[0].lower()])
+                for number, unit in spans
+            )
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return min(max(float(value), 0.0), _MAX_RETRY_AFTER)
+
+
+def _moment_in(words: str) -> float | None:
+    """The span that words such as "Please try again in 1m2.5s" name."""
+    found = _MOMENT.search(words)
+    return _seconds(found[1]) if found and _SPAN.search(found[1]) else None
+
+
+def retry_after(headers: Mapping[str, str], clock: Callable[[], int]) -> float | None:
+    """Returns the seconds that a provider asks to wait. A date counts from the answer's own Date, since clocks differ,
+    or from ours, in microseconds, where there is none."""
+    for name, per_second in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        try:
+            seconds = float(headers.get(name, "")) / per_second
+        except ValueError:
+            continue
+        if math.isfinite(seconds):
+            return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
+    until, now = (email.utils.parsedate_tz(headers.get(name, "")) for name in ("retry-after", "date"))
+    if until is None:
+        return None
+    try:
+        seconds = float(email.utils.mktime_tz(until) - (email.utils.mktime_tz(now) if now else clock() / 1e6))
+    except (ValueError, OverflowError):
+        return None
+    return min(max(seconds, 0.0), _MAX_RETRY_AFTER)
+
+
+def judge(status: int | None, told: Told) -> Verdict:
+    """Returns what an error means: by its code, then by its status, then by its words. An error that came within a
+    reply and says nothing is passing: the request was taken before."""
+    by_code, by_words = error_table.by_code(told.codes), error_table.by_words(told.words)
+    firm = {Verdict.ACCOUNT, Verdict.AGAIN, Verdict.CREDENTIAL}
+    if by_code in firm:
+        return by_code
+    if status is not None and status >= 500 and error_table.by_status(status) is Verdict.PASSING:
+        return Verdict.ACCOUNT if by_words is Verdict.ACCOUNT else Verdict.PASSING
+    if by_words in firm:
+        return by_words
+    if status is not None:
+        by_status = error_table.by_status(status)
+        return Verdict.PASSING if by_code is Verdict.PASSING else by_status
+    if by_code is None and told.status is not None:
+        return error_table.by_status(told.status)
+    return by_code or by_words or Verdict.PASSING
+
+
+def failure(
+    status: int | None, told: Told, model: str, redactor: Redactor, retry_after: float | None = None
+) -> NotecaseError:
+    """Makes the failure of an error. `status` is the answer's, None for an error within a reply. All is judged before
+    anything of it is replaced."""
+    verdict = judge(status, told)
+    status = status or told.status
+    said = redactor.told(told.words)
+    words = f": {said}" if said else "."
+    answer = f"status {status}" if status else "an error"
+    facts: dict[str, object] = {"status": status} if status else {}
+    if code := redactor.name(told.code):
+        facts["code"] = code
+    if error_table.is_never_met(told.words):
+        facts["code"] = "context_length_exceeded"
+        return errors.model_error(f"The request is larger than a limit of the provider ever allows{words}", **facts)
+    too_large = status == _TOO_LARGE or too_long.is_too_long(told.codes, told.words)
+    if status != 429 and verdict is not Verdict.ACCOUNT and too_large:
+        facts["code"] = "context_length_exceeded"
+        return errors.model_error(f"The conversation is longer than the model {model!r} takes{words}", **facts)
+    match verdict:
+        case Verdict.CREDENTIAL:
+            return errors.model_error(f"The model provider refused the server's credential ({answer}).", **facts)
+        case Verdict.ACCOUNT:
+            return errors.model_error(f"The server's account with the model provider is used up{words}", **facts)
+        case Verdict.PASSING:
+            wait = told.retry_after if retry_after is None else retry_after
+            return errors.model_unavailable(
+                f"The model provider cannot answer just now ({answer}){words}", wait, **facts
+            )
+    refused = errors.model_error(f"The model provider refused the call of {model!r} ({answer}){words}", **facts)
+    refused.repeats = 1 if verdict is Verdict.AGAIN else None
+    return refused
+
+
+def documents_in(value: object) -> Iterator[object]:
+    """Yields the documents of one that is a list of them."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        yield from value
+    else:
+        yield value

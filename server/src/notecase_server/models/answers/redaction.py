@@ -1,0 +1,114 @@
+"""Makes a provider's words fit to be told: short, printable, and without the key that the provider was given."""
+
+import base64
+import binascii
+import html
+import re
+from urllib.parse import quote, quote_plus, unquote
+
+TOLD_CHARS = 300
+"""Of a provider's message: enough for its sentence, too little for a request that it echoes."""
+
+_SEARCHED_CHARS = 8 << 10
+"""What is looked at for the key before it is cut to what is told."""
+
+_LEAST_RUN = 8
+"""Characters of the key in a row that are not told. Fewer tell nothing and are in many words."""
+
+_LONGEST_RUN = 16
+
+_ANY_KEY = re.compile(r"(?i)\bbearer\s+\S+|\bsk-[\w*.-]{6,}")
+_OTHER = re.compile(r"[^a-z0-9]")
+_NAME = re.compile(r"[\w][\w.:/@+ -]{0,127}\Z", re.ASCII)
+
+
+class Redactor:
+    """Knows one key in every common writing."""
+
+    def __init__(self, key: str) -> None:
+        """A key that is too short or too plain to be a secret is not looked for: servers without keys are given words
+        such as "none" or "lm-studio", which stand in many messages."""
+        self._runs: dict[int, set[str]] = {}
+        self._tail = key[len(key.rstrip("=+/-_.~")) :]
+        if is_secret(key):
+            for writing in _writings(key):
+                size = max(min(len(writing) // 3, _LONGEST_RUN), _LEAST_RUN)
+                runs = self._runs.setdefault(size, set())
+                runs.update(writing[start : start + size] for start in range(len(writing) - size + 1))
+
+    def told(self, text: str) -> str:
+        """Returns a provider's words as one short line, with "[key]" in place of whatever looks like a key or holds a
+        run of the key's characters."""
+        text = text[:_SEARCHED_CHARS]
+        for other in (unquote(text), html.unescape(text), _unescaped(text)):
+            if other != text and self._holds(other):
+                return "[key]"
+        text = self._without_key(text)
+        text = " ".join(_ANY_KEY.sub("[key]", text).split())
+        text = "".join(char if char.isprintable() else "\ufffd" for char in text)
+        return text if len(text) <= TOLD_CHARS else text[: TOLD_CHARS - 1] + "…"
+
+    def name(self, text: str) -> str:
+        """Returns a name that a provider gives (a code, a model, a finish reason), or nothing where it has the shape of
+        none or holds the key."""
+        if not _NAME.match(text) or self._holds(text) or _ANY_KEY.search(text):
+            return ""
+        return text
+
+    def _holds(self, text: str) -> bool:
+        bare = _bare(text)
+        return any(bare[at : at + size] in runs for size, runs in self._runs.items() for at in range(len(bare)))
+
+    def _without_key(self, text: str) -> str:
+        if not self._runs:
+            return text
+        kept = [(at, char) for at, char in enumerate(text.lower()) if char.isascii() and char.isalnum()]
+        if len(text.lower()) != len(text):
+            return "[key]" if self._holds(text) else text
+        bare = "".join(char for _, char in kept)
+        hidden: list[tuple[int, int]] = []
+        for size, runs in self._runs.items():
+            hidden.extend(
+                (kept[at][0], kept[at + size - 1][0] + 1)
+                for at in range(len(bare) - size + 1)
+                if bare[at : at + size] in runs
+            )
+        made: list[str] = []
+        end = 0
+        for first, last in sorted(hidden):
+            if first > end or not made:
+                made += [text[end:first], "[key]"]
+            end = max(end, last)
+        rest = text[end:]
+        return "".join([*made, rest.removeprefix(self._tail).lstrip("=") if made else rest])
+
+
+def is_secret(key: str) -> bool:
+    """Returns whether a key is long and mixed enough to be one, and no stand-in."""
+    bare = _bare(key)
+    mixed = any(char.isdigit() for char in bare) and any(char.isalpha() for char in bare)
+    return len(bare) >= 20 or (mixed and len(bare) >= _LEAST_RUN)
+
+
+def _bare(text: str) -> str:
+    """The text in lower case without what may stand between its characters."""
+    return _OTHER.sub("", text.lower())
+
+
+def _writings(key: str) -> set[str]:
+    """The key in each writing, bare."""
+    data = key.encode()
+    made = {key, quote(key, safe=""), quote(key), quote_plus(key), quote(quote(key, safe=""), safe="")}
+    made |= {binascii.hexlify(data).decode(), "".join(f"x{byte:02x}" for byte in data)}
+    for encode in (base64.b64encode, base64.urlsafe_b64encode):
+        for before in range(3):
+            # The characters that share bits with what stands before and behind are not the key's alone.
+            encoded = encode(b"\0" * before + data).decode().rstrip("=")
+            made.add(encoded[(before * 8 + 5) // 6 : -1])
+    made.add(base64.b32encode(data).decode().rstrip("="))
+    return {bare for writing in made if len(bare := _bare(writing)) >= _LEAST_RUN}
+
+
+def _unescaped(text: str) -> str:
+    r"""The text with \u002d and \x2d read."""
+    return re.sub(r"\\(?:u00|x)([0-9a-fA-F]{2})", lambda found: chr(int(found[1], 16)), text)

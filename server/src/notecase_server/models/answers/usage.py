@@ -1,0 +1,107 @@
+"""Reads how many tokens a reply took, wherever a server says so."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from notecase import v1
+
+_MAX_INT64 = 2**63 - 1
+
+
+class Place(NamedTuple):
+    """A place of a count within what a server tells of its usage."""
+
+    field: str
+    """The field of v1.Usage."""
+    path: tuple[str, ...]
+    source: str
+
+
+PLACES = (
+    Place("input_tokens", ("prompt_tokens",), "OpenAI and most others"),
+    Place("input_tokens", ("input_tokens",), "Anthropic, OpenAI's Responses, Replicate gateways"),
+    Place("input_tokens", ("promptTokenCount",), "Gemini"),
+    Place("input_tokens", ("prompt_eval_count",), "Ollama"),
+    Place("input_tokens", ("inputTokens",), "Bedrock"),
+    Place("input_tokens", ("prompt_n",), "llama.cpp, `timings`"),
+    Place("output_tokens", ("completion_tokens",), "OpenAI and most others"),
+    Place("output_tokens", ("output_tokens",), "Anthropic, OpenAI's Responses"),
+    Place("output_tokens", ("candidatesTokenCount",), "Gemini"),
+    Place("output_tokens", ("eval_count",), "Ollama"),
+    Place("output_tokens", ("outputTokens",), "Bedrock"),
+    Place("output_tokens", ("generated_tokens",), "TGI, `details`"),
+    Place("output_tokens", ("predicted_n",), "llama.cpp, `timings`"),
+    Place("cached_input_tokens", ("prompt_tokens_details", "cached_tokens"), "OpenAI and most others"),
+    Place("cached_input_tokens", ("input_tokens_details", "cached_tokens"), "OpenAI's Responses"),
+    Place("cached_input_tokens", ("prompt_cache_hit_tokens",), "DeepSeek"),
+    Place("cached_input_tokens", ("cached_tokens",), "Moonshot"),
+    Place("cached_input_tokens", ("num_cached_tokens",), "Mistral"),
+    Place("cached_input_tokens", ("cache_read_input_tokens",), "Anthropic, Databricks"),
+    Place("cached_input_tokens", ("cacheReadInputTokens",), "Bedrock"),
+    Place("cached_input_tokens", ("cachedContentTokenCount",), "Gemini"),
+    Place("reasoning_tokens", ("completion_tokens_details", "reasoning_tokens"), "OpenAI and most others"),
+    Place("reasoning_tokens", ("output_tokens_details", "reasoning_tokens"), "OpenAI's Responses"),
+    Place("reasoning_tokens", ("reasoning_tokens",), "Perplexity, SGLang"),
+    Place("reasoning_tokens", ("thoughtsTokenCount",), "Gemini"),
+)
+
+MEMBERS = ("usage", "usageMetadata", "usage_metadata", "timings", "details")
+"""The members of a chunk, a choice or `x_groq` that tell it."""
+
+
+class Counts:
+    """The counts of one reply. A later report replaces an earlier one, but what it leaves out, or calls 0, stands."""
+
+    def __init__(self) -> None:
+        self._counts: dict[str, int] = {}
+        self.told = False
+        """The last report told something."""
+
+    def take(self, told: Any) -> None:
+        """Takes a report in any shape; what is none is left out."""
+        if not isinstance(told, dict):
+            return
+        seen: set[str] = set()
+        for place in PLACES:
+            if place.field not in seen and (number := _number(told, place.path)):
+                seen.add(place.field)
+                self._counts[place.field] = number
+                self.told = True
+
+    def take_all(self, value: Any) -> None:
+        """Takes the first report of a whole document that tells something."""
+        for report in _reports(value):
+            self.told = False
+            self.take(report)
+            if self.told:
+                return
+
+    def usage(self, model: str) -> v1.Usage:
+        return v1.Usage(model_calls=1, model=model, **self._counts)
+
+
+def _reports(value: Any) -> Iterator[Any]:
+    if not isinstance(value, dict):
+        return
+    for name in MEMBERS:
+        if name in value:
+            yield value[name]
+    if "prompt_eval_count" in value or "eval_count" in value:
+        yield value
+    if isinstance(value.get("x_groq"), dict):
+        yield from _reports({"usage": value["x_groq"].get("usage")})
+
+
+def _number(told: dict[str, Any], path: tuple[str, ...]) -> int:
+    value: Any = told
+    for name in path:
+        value = value.get(name) if isinstance(value, dict) else None
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return 0
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        return 0
+    return int(min(max(value, 0), _MAX_INT64))

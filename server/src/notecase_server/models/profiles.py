@@ -1,0 +1,261 @@
+"""What each server takes, as data: a request is the same conversation everywhere, and servers refuse each other's shape
+of it.
+
+The defaults are what the strictest of the common servers take, wherever nobody loses by it. A row says where a server
+or a family of models differs, and who reported it. Nothing here was tried against the services themselves.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
+
+import msgspec
+
+_CACHED = 256
+"""Models whose profile is kept; agents name a handful."""
+
+
+class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The shape of a request. Every member can be overridden by an operator."""
+
+    auth: Literal["bearer", "api-key"] = "bearer"
+    """The header that carries the key: `Authorization`, or `api-key`."""
+    system: Literal["first", "each"] = "first"
+    """Whether all system messages are joined into one at the beginning, or each stays where it was said."""
+    system_role: Literal["system", "developer"] = "system"
+    """The role of a system message."""
+    neighbours: Literal["joined", "apart"] = "joined"
+    """What becomes of neighbouring messages of one role."""
+    text: Literal["string", "list"] = "string"
+    """How a user's message of several texts is sent."""
+    empty_content: Literal["null", "empty", "absent"] = "null"
+    """The `content` of an assistant's message that only calls tools."""
+    empty_result: str = "(no output)"
+    """What stands for a tool's result without any text."""
+    after_tool: Literal["assistant", "user"] = "assistant"
+    """What may follow a tool's message. With "assistant" a short one is put before a user's."""
+    last: Literal["user", "any"] = "user"
+    """With "user" a request that would end with a reply, or without any message, ends with a request to go on."""
+    refusal: Literal["text", "member"] = "text"
+    """Whether an assistant's refusal is sent as its content, or as a member of its own."""
+    call_ids: Literal["own", "nine"] = "own"
+    """Which of its own call ids the provider gets back: each, or only those of 9 letters and digits."""
+    calls: Literal["many", "one"] = "many"
+    """How many calls one assistant's message may hold. With "one" parallel calls are also declined."""
+    reasoning: Literal["none", "turn", "always"] = "turn"
+    """How long the provider gets its model's reasoning back: not at all, until the user speaks again, or always."""
+    unsigned_call: dict[str, Any] = {}
+    """Members of a call that has no provider data: it was made elsewhere, or cut."""
+    unsigned_reply: dict[str, Any] = {}
+    """Members of an assistant's message that goes without reasoning of this provider."""
+    limit_field: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    """Where `max_output_tokens` is put."""
+    stream_options: bool = True
+    """Whether the usage is asked for."""
+    schemas: Literal["open", "strict"] = "open"
+    """With "strict" tools and replies are declared `strict`, their objects closed and all properties required."""
+    schema_without: tuple[str, ...] = ()
+    """Keywords that are left out of schemas."""
+    output: Literal["json_schema", "json_object", "words"] = "json_schema"
+    """How a reply by a schema is asked for. All but "json_schema" tell the schema in the system message."""
+    output_with_tools: Literal["same", "words"] = "same"
+    """How it is asked for where tools are declared."""
+
+
+class Row(NamedTuple):
+    """Where a server differs. `host` and `model` are patterns of the whole name, in lower case; a row applies where all
+    that it has match, and one that has neither is chosen by its name only."""
+
+    name: str
+    sets: Mapping[str, Any]
+    source: str
+    host: str = ""
+    model: str = ""
+
+    def applies(self, host: str, model: str) -> bool:
+        if not (self.host or self.model):
+            return False
+        fits = re.fullmatch(self.host, host) if self.host else True
+        return bool(fits and (re.fullmatch(self.model, model) if self.model else True))
+
+
+_AZURE_OPENAI = r".+\.(openai\.azure\.com|cognitiveservices\.azure\.com)"
+_MISTRAL = r"(api|codestral)\.mistral\.ai"
+_GEMINI = r"(generativelanguage|.*aiplatform)\.googleapis\.com"
+
+ROWS: Sequence[Row] = (
+    Row(
+        "openai",
+        {"limit_field": "max_completion_tokens"},
+        "platform.openai.com/docs/api-reference/chat/create: max_tokens is not compatible with o-series models",
+        host=r".+\.openai\.com",
+    ),
+    Row(
+        "openai",
+        {"system": "each", "after_tool": "user", "refusal": "member"},
+        "platform.openai.com/docs/api-reference/chat/create: messages of any role in any order, `refusal`",
+        host=r".+\.openai\.com",
+    ),
+    Row(
+        "azure",
+        {"limit_field": "max_completion_tokens"},
+        "mindsdb/mindshub#11285",
+        host=rf"{_AZURE_OPENAI}|.+\.services\.ai\.azure\.com",
+    ),
+    Row(
+        "azure",
+        {"auth": "api-key"},
+        "mindsdb/mindshub#11285, i-am-bee/agentstack#1316, SecureAI-Tools/SecureAI-Tools#94",
+        host=rf"{_AZURE_OPENAI}|.+\.services\.ai\.azure\.com",
+    ),
+    Row(
+        "azure",
+        {"system": "each", "after_tool": "user", "refusal": "member"},
+        "learn.microsoft.com/azure/ai-services/openai/reference: as OpenAI's own",
+        host=_AZURE_OPENAI,
+    ),
+    Row(
+        "mistral",
+        {"stream_options": False},
+        "dnakov/anon-kode#53: stream_options.include_usage is an extra input; the usage comes without",
+        host=_MISTRAL,
+    ),
+    Row("mistral", {"reasoning": "none"}, "charmbracelet/crush#1590, BerriAI/litellm#30835", host=_MISTRAL),
+    Row("mistral", {"call_ids": "nine"}, "langchain-ai/langchain#24668, openclaw/openclaw#23595", host=_MISTRAL),
+    Row(
+        "mistral",
+        {"call_ids": "nine"},
+        "jackmpcollins/magentic#276, ml-explore/mlx-lm#1375: mistral-common checks it on every server",
+        model=r"(.*[/:])?(mistral|mixtral|ministral|magistral|devstral|codestral|pixtral)\b.*",
+    ),
+    Row(
+        "deepseek",
+        {"reasoning": "always"},
+        "api-docs.deepseek.com/guides/thinking_mode, charmbracelet/crush#2754, FellouAI/eko#281",
+        host=r"api\.deepseek\.com",
+    ),
+    Row(
+        "deepseek",
+        {"unsigned_reply": {"reasoning_content": " "}},
+        "openclaw/openclaw#73417, NousResearch/hermes-agent#17341: in each reply of the history, and not empty",
+        host=r"api\.deepseek\.com",
+    ),
+    Row(
+        "deepseek",
+        {"output": "json_object"},
+        "UKGovernmentBEIS/inspect_ai#4916, llm-exe/llm-exe#662",
+        host=r"api\.deepseek\.com",
+    ),
+    Row(
+        "deepseek",
+        {"reasoning": "always", "unsigned_reply": {"reasoning_content": " "}},
+        "charmbracelet/crush#2754, earendil-works/pi#3640: the same through a gateway",
+        model=r"(.*[/:])?deepseek-v4\b.*",
+    ),
+    Row(
+        "moonshot",
+        {"reasoning": "always"},
+        "continuedev/continue#11600, can1357/oh-my-pi#1839",
+        host=r"api\.moonshot\.(ai|cn)",
+    ),
+    Row(
+        "moonshot",
+        {"reasoning": "always"},
+        "can1357/oh-my-pi#1839: reasoning across calls, wherever the model is served",
+        model=r"(.*[/:])?kimi-k\d.*",
+    ),
+    Row(
+        "openrouter",
+        {"reasoning": "always"},
+        "openrouter.ai/docs/use-cases/reasoning-tokens: reasoning_details are passed back unmodified",
+        host=r"openrouter\.ai",
+    ),
+    Row(
+        "gemini",
+        {"unsigned_call": {"extra_content": {"google": {"thought_signature": "skip_thought_signature_validator"}}}},
+        "ai.google.dev/gemini-api/docs/thought-signatures, jeremychone/rust-genai#115, pydantic/pydantic-ai#3881",
+        host=_GEMINI,
+    ),
+    Row(
+        "gemini",
+        {"output_with_tools": "words"},
+        "googleapis/python-genai#867, openai/openai-agents-python#656",
+        host=_GEMINI,
+    ),
+    Row(
+        "gemini",
+        {"schema_without": ("$schema", "additionalProperties", "propertyNames", "examples")},
+        "QwenLM/qwen-code#1186, felinics/Memoh#620, openswarm-ai/openswarm#24, AstrBotDevs/AstrBot#7572",
+        host=_GEMINI,
+    ),
+    Row("groq", {"reasoning": "none"}, "janhq/jan#8136, karthink/gptel#774", host=r"api\.groq\.com"),
+    Row("groq", {"output_with_tools": "words"}, "vercel/ai#16540, agno-agi/agno#1065", host=r"api\.groq\.com"),
+    Row("cerebras", {"reasoning": "none"}, "Kilo-Org/kilocode#10375", host=r"api\.cerebras\.ai"),
+    Row("lmstudio", {"empty_content": "empty"}, "lmstudio-ai/lmstudio-bug-tracker#261"),
+    Row("mlx", {"empty_content": "empty"}, "cubist38/mlx-openai-server#205, mistralai/mistral-common#324"),
+    Row(
+        "llama-template",
+        {"calls": "one"},
+        "vllm-project/vllm#12938: the template takes single tool calls only",
+    ),
+)
+
+NAMES = tuple(sorted({"default", *(row.name for row in ROWS)}))
+
+
+class Profiles:
+    """The profiles of one endpoint, by model."""
+
+    def __init__(self, host: str, chosen: Mapping[str, Any] = MappingProxyType({}), rows: Sequence[Row] = ROWS) -> None:
+        """`chosen` is what `read` made of an operator's choice."""
+        overrides = dict(chosen)
+        self._name = overrides.pop("profile", "")
+        self._overrides = overrides
+        self._host = host.lower()
+        self._rows = rows
+        self._made: dict[str, Profile] = {}
+
+    def of(self, model: str) -> Profile:
+        """Returns the profile of that model."""
+        made = self._made.get(model)
+        if made is None:
+            if len(self._made) >= _CACHED:
+                self._made.clear()
+            made = self._made[model] = self._make(model.lower())
+        return made
+
+    def _make(self, model: str) -> Profile:
+        sets: dict[str, Any] = {}
+        for row in self._rows:
+            if row.name == self._name if self._name else row.applies(self._host, model):
+                sets |= row.sets
+        return msgspec.convert(sets | self._overrides, Profile)
+
+
+def read(choice: str) -> dict[str, Any]:
+    """Reads an operator's choice: the name of a built-in profile, a JSON object of members to override (`profile` in it
+    names a built-in one), or the path of a file with such an object. Empty is no choice.
+
+    Raises ValueError with a sentence that says what is wrong."""
+    if not choice:
+        return {}
+    if choice in NAMES:
+        return {"profile": choice}
+    text = choice
+    if not choice.lstrip().startswith("{"):
+        try:
+            text = Path(choice).read_text()
+        except (OSError, UnicodeError, ValueError):
+            known = ", ".join(NAMES)
+            raise ValueError(f"{choice[:80]!r} is neither a profile ({known}) nor a JSON object nor a file") from None
+    try:
+        members = msgspec.json.decode(text, type=dict[str, Any])
+        name = members.get("profile", "")
+        msgspec.convert({key: value for key, value in members.items() if key != "profile"}, Profile)
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise ValueError(f"the profile cannot be used: {error}") from None
+    if name and name not in NAMES:
+        raise ValueError(f"the profile cannot be used: there is no built-in {name!r}; there are {', '.join(NAMES)}")
+    return members

@@ -1,0 +1,822 @@
+"""Strict servers refuse as the real ones do: each is a stub over a socket that takes only what its original takes, and
+what was sent is compared in full. The table of profiles holds no row that nothing needs."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+from notecase import v1
+from notecase_server.errors import NotecaseError
+from notecase_server.models.contract import Call, Delta, ModelRequest, Reasoning, Returned, Text, Tool
+from notecase_server.models.openai import OpenAIProvider
+from notecase_server.models.profiles import NAMES, ROWS, Profile, Profiles, Row, read
+
+from tests.support.openai_server import Answer, Json, OpenAIServer, chunk, reply, stream
+
+USER, ASSISTANT, SYSTEM = v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT, v1.Message.ROLE_SYSTEM
+MADE = "ObdqNCxFm"
+"""The id that is made for the call `call-0`."""
+SCHEMA = '{"type":"object","properties":{"a":{"type":"integer"}},"required":["a"]}'
+WORDS = f"Reply with nothing but JSON that is valid by this JSON Schema:\n{SCHEMA}"
+BESIDE_TOOLS = f"Call tools as you need them. When you call none: {WORDS}"
+PING = Tool("ping", "Pings.", '{"type":"object","properties":{"a":{"type":"string"}}}')
+DECLARED = {
+    "type": "function",
+    "function": {
+        "name": "ping",
+        "description": "Pings.",
+        "parameters": {"type": "object", "properties": {"a": {"type": "string"}}},
+    },
+}
+USAGE = {"include_usage": True}
+PNG = v1.Part(data=v1.InlineData(data=b"png", media_type="image/png"))
+IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,cG5n"}}
+
+Strict = Callable[[Json], str]
+"""What a server says to a request that it refuses; empty for one that it takes."""
+
+
+def said(role: v1.Message.Role.ValueType, *parts: str | v1.Part) -> v1.Message:
+    return v1.Message(role=role, parts=[v1.Part(text=part) if isinstance(part, str) else part for part in parts])
+
+
+def user(*parts: str | v1.Part) -> v1.Message:
+    return said(USER, *parts)
+
+
+def called(*results: v1.Part, times: int = 1) -> v1.Message:
+    """A message with calls that no provider's data goes with."""
+    calls = [
+        v1.ToolCall(
+            call_id=f"call-{n}",
+            tool="ping",
+            arguments="{}",
+            outcome=v1.ToolCall.OUTCOME_SUCCEEDED,
+            result=results or [v1.Part(text="pinged")],
+        )
+        for n in range(times)
+    ]
+    return said(ASSISTANT, *(v1.Part(tool_call=call) for call in calls))
+
+
+def message_of(pieces: Sequence[Delta]) -> v1.Message:
+    """A reply as the engine keeps it, its calls answered."""
+    message = v1.Message(role=ASSISTANT, status=v1.Message.STATUS_COMPLETED)
+    calls: dict[int, v1.ToolCall] = {}
+    reasoning: v1.Reasoning | None = None
+    for piece in pieces:
+        match piece:
+            case Reasoning(text):
+                reasoning = reasoning or message.parts.add().reasoning
+                reasoning.text += text
+            case Text(text):
+                message.parts.add().text = text
+            case Call(key, tool, arguments):
+                if key not in calls:
+                    calls[key] = message.parts.add().tool_call
+                    calls[key].call_id = f"call-{key}"
+                    calls[key].outcome = v1.ToolCall.OUTCOME_SUCCEEDED
+                    calls[key].result.add().text = "pinged"
+                calls[key].tool += tool
+                calls[key].arguments += arguments
+            case Returned(None, data):
+                reasoning = reasoning or message.parts.add().reasoning
+                reasoning.provider_data.CopyFrom(data)
+            case Returned(key, data) if key is not None:
+                calls[key].provider_data.CopyFrom(data)
+    return message
+
+
+def calls(call_id: str = "aB3dE5gH7", before: Sequence[Json] = (), **members: Any) -> Answer:
+    """A reply that calls a tool, in one piece."""
+    call = {"index": 0, "id": call_id, "type": "function", "function": {"name": "ping", "arguments": "{}"}}
+    return stream(*(chunk(delta) for delta in before), chunk({"tool_calls": [call | members]}), finish="tool_calls")
+
+
+def call(call_id: str, **members: Any) -> Json:
+    return {"id": call_id, "type": "function", "function": {"name": "ping", "arguments": "{}"}} | members
+
+
+def calling(*made: Json, **members: Any) -> Json:
+    return {"role": "assistant", "content": None, **members, "tool_calls": list(made)}
+
+
+def result(call_id: str, content: str = "pinged") -> Json:
+    return {"role": "tool", "tool_call_id": call_id, "content": content}
+
+
+def roles(body: Json) -> str:
+    return " ".join(message["role"] for message in body["messages"])
+
+
+def of_calls(body: Json) -> list[Json]:
+    return [call for message in body["messages"] for call in message.get("tool_calls", ())]
+
+
+def mistral(body: Json) -> str:
+    if "stream_options" in body:
+        return "stream_options: Extra inputs are not permitted"
+    if any("reasoning_content" in message for message in body["messages"]):
+        return "messages: reasoning_content: Extra inputs are not permitted"
+    return mistral_common(body)
+
+
+def mistral_common(body: Json) -> str:
+    if any(not (len(call["id"]) == 9 and call["id"].isalnum()) for call in of_calls(body)):
+        return "Tool call id has to be a-z, A-Z, 0-9, with a length of 9."
+    return "Unexpected role 'user' after role 'tool'" if "tool user" in roles(body) else ""
+
+
+def alternating(body: Json) -> str:
+    told = roles(body).replace("system ", "", 1).replace("tool assistant", "assistant")
+    fine = all(one != other for one, other in zip(told.split(), told.split()[1:], strict=False))
+    return "" if fine else "Conversation roles must alternate user/assistant/user/assistant/..."
+
+
+def system_first(body: Json) -> str:
+    return "System message must be at the beginning." if "system" in roles(body)[1:] else ""
+
+
+def no_prefill(body: Json) -> str:
+    fine = body["messages"] and body["messages"][-1]["role"] in ("user", "tool")
+    return "" if fine else "The conversation must end with a user message."
+
+
+def texts(body: Json) -> str:
+    fine = all(isinstance(message["content"], str) for message in body["messages"])
+    return "" if fine else "invalid type: sequence, expected a string"
+
+
+def anthropic(body: Json) -> str:
+    empty = any(message["role"] == "tool" and not message["content"] for message in body["messages"])
+    return "messages.2: content field is empty" if empty else ""
+
+
+def groq(body: Json) -> str:
+    for message in body["messages"]:
+        for name in ("reasoning", "reasoning_content", "refusal"):
+            if name in message:
+                return f"for 'role:assistant' the following must be satisfied[property '{name}' is unsupported]"
+    if "response_format" in body and "tools" in body:
+        return "json mode cannot be combined with tool/function calling"
+    return ""
+
+
+def cerebras(body: Json) -> str:
+    unsupported = any("reasoning_content" in message for message in body["messages"])
+    return "messages.2.assistant.reasoning_content: property is unsupported" if unsupported else ""
+
+
+def thinking(body: Json) -> str:
+    """Those that ask for the reasoning of earlier turns, too."""
+    lacking = any("tool_calls" in each and not each.get("reasoning_content") for each in body["messages"])
+    return "The `reasoning_content` in the thinking mode must be passed back to the API." if lacking else ""
+
+
+def deepseek(body: Json) -> str:
+    if any(each["role"] == "assistant" and not each.get("reasoning_content") for each in body["messages"]):
+        return "The `reasoning_content` in the thinking mode must be passed back to the API."
+    if body.get("response_format", {}).get("type") == "json_schema":
+        return "This response_format type is unavailable now"
+    if "response_format" in body and "json" not in json.dumps(body["messages"]).lower():
+        return "Prompt must contain the word 'json' in some form to use 'response_format' of type 'json_object'"
+    return ""
+
+
+def openrouter(body: Json) -> str:
+    lacking = any("tool_calls" in each and "reasoning_details" not in each for each in body["messages"])
+    return "Function call is missing a thought_signature in functionCall parts." if lacking else ""
+
+
+def gemini(body: Json) -> str:
+    for made in of_calls(body):
+        if not made.get("extra_content", {}).get("google", {}).get("thought_signature"):
+            return "Function call is missing a thought_signature in functionCall parts."
+    if "response_format" in body and "tools" in body:
+        return "Function calling with a response mime type: 'application/json' is unsupported"
+    told = json.dumps(body.get("tools", ""))
+    for name in ("$schema", "additionalProperties"):
+        if f'"{name}":' in told:
+            return f'Invalid JSON payload received. Unknown name "{name}": Cannot find field.'
+    return ""
+
+
+def openai(body: Json) -> str:
+    if "max_tokens" in body:
+        return "Unsupported parameter: 'max_tokens' is not supported with this model."
+    for tool in body.get("tools", ()):
+        if "properties" not in tool["function"]["parameters"]:
+            return "Invalid schema for function 'ping': In context=(), object schema missing properties."
+        for name, schema in tool["function"]["parameters"]["properties"].items():
+            if schema.get("type") == "array" and "items" not in schema:
+                return f"In context=('properties', '{name}'), array schema missing items"
+    return ""
+
+
+def in_place(body: Json) -> str:
+    """Not refused by anybody: what would be lost where it need not be."""
+    return "" if roles(body) == "user assistant system user" else f"the order was lost: {roles(body)}"
+
+
+def one_call(body: Json) -> str:
+    many = any(len(message.get("tool_calls", ())) > 1 for message in body["messages"])
+    return "This model only supports single tool-calls at once!" if many else ""
+
+
+def no_null(body: Json) -> str:
+    bad = any(not isinstance(message.get("content"), str) for message in body["messages"])
+    return "Invalid 'messages' in payload: 'content' must be a string" if bad else ""
+
+
+class Play(NamedTuple):
+    """A request that a server is sent, behind a first reply of its own where there is one."""
+
+    title: str
+    host: str
+    strict: Strict
+    expected: Mapping[str, Any]
+    """The whole body, but for `model` and `stream`."""
+    messages: Sequence[v1.Message] = (user("Hello"),)
+    reply: Answer | None = None
+    after: Sequence[v1.Message] = ()
+    model: str = "m"
+    tools: Sequence[Tool] = ()
+    schema: str = ""
+    instruction: str = ""
+    generation: v1.Generation = v1.Generation()
+    profile: Mapping[str, Any] = {}
+    header: str = "Authorization"
+    """The one that carries the key."""
+
+
+HELLO: Json = {"role": "user", "content": "Hello"}
+MORE = user("More")
+THOUGHT = ({"reasoning_content": "I need "}, {"reasoning_content": "ping."})
+DETAILS: Sequence[Json] = (
+    {"reasoning_details": [{"type": "reasoning.text", "text": "I need ", "index": 0}]},
+    {"reasoning_details": [{"type": "reasoning.text", "text": "ping.", "signature": "c2ln", "index": 0}]},
+    {"reasoning_details": [{"type": "reasoning.encrypted", "data": "ZW5j", "id": "aB3dE5gH7", "index": 1}]},
+)
+SIGNED = {"extra_content": {"google": {"thought_signature": "c2ln"}}}
+UNSIGNED = {"extra_content": {"google": {"thought_signature": "skip_thought_signature_validator"}}}
+NESTED = Tool(
+    "ping",
+    "",
+    '{"$schema":"x","type":"object","properties":{"examples":{"type":"array","examples":[1]},'
+    '"b":{"type":"object","additionalProperties":false}},"additionalProperties":false}',
+)
+
+PLAYS = [
+    Play(
+        "neighbouring users, a reply that failed between them",
+        "",
+        alternating,
+        {"messages": [{"role": "user", "content": "Hello\n\nAgain"}], "stream_options": USAGE},
+        [user("Hello"), said(ASSISTANT, ""), user("Again")],
+    ),
+    Play(
+        "neighbouring replies, the first of them half",
+        "",
+        alternating,
+        {
+            "messages": [
+                HELLO,
+                {"role": "assistant", "content": "The ans\n\nThe answer."},
+                {"role": "user", "content": "More"},
+            ],
+            "stream_options": USAGE,
+        },
+        [user("Hello"), said(ASSISTANT, "The ans"), said(ASSISTANT, "The answer."), MORE],
+    ),
+    Play(
+        "a system message in the middle",
+        "",
+        system_first,
+        {
+            "messages": [
+                {"role": "system", "content": "Be kind.\n\nBe brief."},
+                {"role": "user", "content": "Hello\n\nMore"},
+            ],
+            "stream_options": USAGE,
+        },
+        [user("Hello"), said(SYSTEM, "Be brief."), MORE],
+        instruction="Be kind.",
+    ),
+    Play(
+        "a request that would end with half a reply",
+        "",
+        no_prefill,
+        {
+            "messages": [HELLO, {"role": "assistant", "content": "The ans"}, {"role": "user", "content": "Continue."}],
+            "stream_options": USAGE,
+        },
+        [user("Hello"), said(ASSISTANT, "The ans")],
+    ),
+    Play(
+        "an instruction alone",
+        "",
+        no_prefill,
+        {
+            "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Continue."}],
+            "stream_options": USAGE,
+        },
+        [],
+        instruction="Be kind.",
+    ),
+    Play(
+        "several texts of one message, and a file of text",
+        "",
+        texts,
+        {"messages": [{"role": "user", "content": "One\n\na.txt:\nTwo"}], "stream_options": USAGE},
+        [user("One", v1.Part(data=v1.InlineData(data=b"Two", media_type="text/plain", filename="a.txt")))],
+    ),
+    Play(
+        "a result without text",
+        "",
+        anthropic,
+        {"messages": [HELLO, calling(call(MADE)), result(MADE, "(no output)")], "stream_options": USAGE},
+        [user("Hello"), called(v1.Part(text=""))],
+    ),
+    Play(
+        "an image as a result, then a word of the user",
+        "",
+        mistral_common,
+        {
+            "messages": [
+                HELLO,
+                calling(call(MADE)),
+                result(MADE, "Its content follows."),
+                {"role": "assistant", "content": "I have the result."},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "From the result of ping:"},
+                        IMAGE,
+                        {"type": "text", "text": "More"},
+                    ],
+                },
+            ],
+            "stream_options": USAGE,
+        },
+        [user("Hello"), called(PNG), MORE],
+    ),
+    Play(
+        "reasoning within a turn, its own id and members of its own",
+        "",
+        thinking,
+        {
+            "messages": [
+                HELLO,
+                calling(call("functions.ping:0", **SIGNED), reasoning_content="I need ping."),
+                result("functions.ping:0"),
+            ],
+            "stream_options": USAGE,
+        },
+        reply=calls("functions.ping:0", THOUGHT, **SIGNED),
+    ),
+    Play(
+        "reasoning of an earlier turn stays out",
+        "",
+        cerebras,
+        {
+            "messages": [
+                HELLO,
+                calling(call("aB3dE5gH7")),
+                result("aB3dE5gH7"),
+                {"role": "assistant", "content": "I have the result."},
+                {"role": "user", "content": "More"},
+            ],
+            "stream_options": USAGE,
+        },
+        reply=calls(before=THOUGHT),
+        after=[MORE],
+    ),
+    Play(
+        "a refusal",
+        "",
+        groq,
+        {
+            "messages": [HELLO, {"role": "assistant", "content": "I will not."}, {"role": "user", "content": "More"}],
+            "stream_options": USAGE,
+        },
+        [user("Hello"), said(ASSISTANT, v1.Part(refusal="I will not.")), MORE],
+    ),
+    Play(
+        "a tool without parameters, one with a list of anything",
+        "",
+        openai,
+        {
+            "messages": [HELLO],
+            "stream_options": USAGE,
+            "tools": [
+                {"type": "function", "function": {"name": "ping", "parameters": {"type": "object", "properties": {}}}},
+                {
+                    "type": "function",
+                    "function": {
+                        "name": "pong",
+                        "parameters": {"type": "object", "properties": {"l": {"type": "array", "items": {}}}},
+                    },
+                },
+            ],
+        },
+        tools=[Tool("ping", "", ""), Tool("pong", "", '{"properties":{"l":{"type":"array"}},"type":"object"}')],
+    ),
+    *(
+        Play(
+            f"the limit at {host}",
+            host,
+            openai,
+            {"messages": [HELLO], "stream_options": USAGE, "max_completion_tokens": 64},
+            generation=v1.Generation(max_output_tokens=64),
+            header=header,
+        )
+        for host, header in (
+            ("api.openai.com", "Authorization"),
+            ("eu.api.openai.com", "Authorization"),
+            ("a.openai.azure.com", "api-key"),
+            ("a.services.ai.azure.com", "api-key"),
+        )
+    ),
+    *(
+        Play(
+            f"a system message in its place at {host}",
+            host,
+            in_place,
+            {
+                "messages": [
+                    HELLO,
+                    {"role": "assistant", "content": None, "refusal": "No."},
+                    {"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": "More"},
+                ],
+                "stream_options": USAGE,
+            },
+            [user("Hello"), said(ASSISTANT, v1.Part(refusal="No.")), said(SYSTEM, "Be brief."), MORE],
+            header=header,
+        )
+        for host, header in (("api.openai.com", "Authorization"), ("a.cognitiveservices.azure.com", "api-key"))
+    ),
+    Play(
+        "Mistral: its own id, no reasoning, no stream options",
+        "api.mistral.ai",
+        mistral,
+        {"messages": [HELLO, calling(call("aB3dE5gH7")), result("aB3dE5gH7")]},
+        reply=calls(before=THOUGHT),
+    ),
+    Play(
+        "Mistral behind a gateway that makes ids",
+        "api.mistral.ai",
+        mistral,
+        {"messages": [HELLO, calling(call(MADE)), result(MADE)]},
+        reply=calls("chatcmpl-tool-1"),
+    ),
+    Play(
+        "a Mistral model elsewhere",
+        "",
+        mistral_common,
+        {"messages": [HELLO, calling(call(MADE)), result(MADE)], "stream_options": USAGE},
+        reply=calls("chatcmpl-tool-1"),
+        model="mistralai/Devstral-Small-2507",
+    ),
+    *(
+        Play(
+            f"reasoning over turns: {host or model}",
+            host,
+            deepseek if unsigned else thinking,
+            {
+                "messages": [
+                    HELLO,
+                    {"role": "assistant", "content": "Hi", **unsigned},
+                    HELLO,
+                    calling(call("call_00"), reasoning_content="I need ping."),
+                    result("call_00"),
+                    {"role": "assistant", "content": "I have the result.", **unsigned},
+                    {"role": "user", "content": "More"},
+                ],
+                "stream_options": USAGE,
+            },
+            [user("Hello"), said(ASSISTANT, "Hi"), user("Hello")],
+            calls("call_00", THOUGHT),
+            [MORE],
+            model,
+        )
+        for host, model, unsigned in (
+            ("api.deepseek.com", "m", {"reasoning_content": " "}),
+            ("", "deepseek/deepseek-v4-pro", {"reasoning_content": " "}),
+            ("api.moonshot.ai", "m", {}),
+            ("", "moonshotai/Kimi-K2.5", {}),
+        )
+    ),
+    Play(
+        "DeepSeek: a reply by a schema",
+        "api.deepseek.com",
+        deepseek,
+        {
+            "messages": [{"role": "system", "content": f"Be kind.\n\n{WORDS}"}, HELLO],
+            "stream_options": USAGE,
+            "response_format": {"type": "json_object"},
+        },
+        schema=SCHEMA,
+        instruction="Be kind.",
+    ),
+    Play(
+        "OpenRouter: details of reasoning, joined, over turns",
+        "openrouter.ai",
+        openrouter,
+        {
+            "messages": [
+                HELLO,
+                calling(
+                    call("aB3dE5gH7"),
+                    reasoning_details=[
+                        {"type": "reasoning.text", "text": "I need ping.", "index": 0, "signature": "c2ln"},
+                        {"type": "reasoning.encrypted", "data": "ZW5j", "id": "aB3dE5gH7", "index": 1},
+                    ],
+                ),
+                result("aB3dE5gH7"),
+                {"role": "assistant", "content": "I have the result."},
+                {"role": "user", "content": "More"},
+            ],
+            "stream_options": USAGE,
+        },
+        reply=calls(before=DETAILS),
+        after=[MORE],
+    ),
+    Play(
+        "Gemini: its signature, and none for a call that another model made",
+        "generativelanguage.googleapis.com",
+        gemini,
+        {
+            "messages": [
+                HELLO,
+                calling(call(MADE, **UNSIGNED)),
+                result(MADE),
+                calling(call("aB3dE5gH7", **SIGNED)),
+                result("aB3dE5gH7"),
+            ],
+            "stream_options": USAGE,
+        },
+        [user("Hello"), called()],
+        reply=calls(**SIGNED),
+    ),
+    Play(
+        "Gemini: keywords that it does not know, and a property of that name",
+        "generativelanguage.googleapis.com",
+        gemini,
+        {
+            "messages": [HELLO],
+            "stream_options": USAGE,
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": "ping",
+                        "parameters": {
+                            "type": "object",
+                            "properties": {"examples": {"type": "array", "items": {}}, "b": {"type": "object"}},
+                        },
+                    },
+                }
+            ],
+        },
+        tools=[NESTED],
+    ),
+    *(
+        Play(
+            f"a schema beside tools: {host}",
+            host,
+            strict,
+            {
+                "messages": [{"role": "system", "content": BESIDE_TOOLS}, HELLO],
+                "stream_options": USAGE,
+                "tools": [DECLARED],
+            },
+            tools=[PING],
+            schema=SCHEMA,
+        )
+        for host, strict in (("us-central1-aiplatform.googleapis.com", gemini), ("api.groq.com", groq))
+    ),
+    *(
+        Play(
+            f"no reasoning back: {host}",
+            host,
+            strict,
+            {"messages": [HELLO, calling(call("aB3dE5gH7")), result("aB3dE5gH7")], "stream_options": USAGE},
+            reply=calls(before=THOUGHT),
+        )
+        for host, strict in (("api.groq.com", groq), ("api.cerebras.ai", cerebras))
+    ),
+    *(
+        Play(
+            f"content beside calls: {name}",
+            "",
+            no_null,
+            {
+                "messages": [HELLO, calling(call(MADE)) | {"content": ""}, result(MADE)],
+                "stream_options": USAGE,
+            },
+            [user("Hello"), called()],
+            profile={"profile": name},
+        )
+        for name in ("lmstudio", "mlx")
+    ),
+    Play(
+        "one call at once",
+        "",
+        one_call,
+        {
+            "messages": [
+                HELLO,
+                calling(call(MADE)),
+                result(MADE),
+                calling(call("4LQcRUwlY")),
+                result("4LQcRUwlY"),
+            ],
+            "stream_options": USAGE,
+            "tools": [DECLARED],
+            "parallel_tool_calls": False,
+        },
+        [user("Hello"), called(times=2)],
+        tools=[PING],
+        profile={"profile": "llama-template"},
+    ),
+    Play(
+        "everything overridden",
+        "",
+        lambda body: "",
+        {
+            "messages": [
+                {"role": "developer", "content": "Be kind."},
+                HELLO,
+                {"role": "assistant", "reasoning_content": "", "tool_calls": [call(MADE)]},
+                result(MADE, "nothing"),
+                {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "Two"}]},
+                {"role": "user", "content": "More"},
+                {"role": "assistant", "content": "Half", "reasoning_content": ""},
+            ],
+            "tools": [
+                {
+                    "type": "function",
+                    "function": {
+                        "name": "ping",
+                        "description": "Pings.",
+                        "parameters": {
+                            "type": "object",
+                            "properties": {"a": {"type": "string"}},
+                            "additionalProperties": False,
+                            "required": ["a"],
+                        },
+                        "strict": True,
+                    },
+                }
+            ],
+        },
+        [user("Hello"), called(v1.Part(text="")), user("One", "Two"), MORE, said(ASSISTANT, "Half")],
+        instruction="Be kind.",
+        tools=[PING],
+        schema="",
+        profile={
+            "system_role": "developer",
+            "neighbours": "apart",
+            "text": "list",
+            "empty_content": "absent",
+            "empty_result": "nothing",
+            "after_tool": "user",
+            "last": "any",
+            "unsigned_reply": {"reasoning_content": ""},
+            "stream_options": False,
+            "schemas": "strict",
+        },
+    ),
+]
+
+
+async def played(play: Play, monkeypatch: pytest.MonkeyPatch, rows: Sequence[Row] = ROWS) -> tuple[str, Json]:
+    """What a server said to a request, and the request."""
+    server = OpenAIServer(lambda body: reply("Hi") if not play.strict(body) else _refusal(play.strict(body)))
+    async with server:
+        monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
+        url = f"http://{play.host}/v1" if play.host else server.url
+        provider = OpenAIProvider("key", url, play.model, profile=play.profile, rows=rows)
+        request = ModelRequest(
+            play.model, play.instruction, play.messages, play.generation, play.tools, output_schema=play.schema
+        )
+        try:
+            if play.reply is not None:
+                server.script(play.reply)
+                made = message_of([piece async for piece in provider.stream(request)])
+                request = request._replace(messages=[*play.messages, made, *play.after])
+            seen = len(server.requests)
+            try:
+                async for _ in provider.stream(request):
+                    pass
+            except NotecaseError as error:
+                return error.message, server.requests[seen]
+            headers = server.received[seen].headers
+            keys = [name for name in ("Authorization", "api-key") if name in headers]
+            return "" if keys == [play.header] else f"the key came as {keys}", server.requests[seen]
+        finally:
+            await provider.close()
+
+
+def _refusal(words: str) -> Answer:
+    body = {"error": {"message": words, "type": "invalid_request_error", "param": None, "code": None}}
+    return Answer((json.dumps(body).encode(),), 400, {"Content-Type": "application/json"})
+
+
+@pytest.mark.parametrize("play", PLAYS, ids=lambda play: play.title)
+async def test_a_strict_server_takes_the_request(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused, sent = await played(play, monkeypatch)
+    assert ("", {"model": play.model, "stream": True, **play.expected}) == (refused, sent)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.name}-{'-'.join(row.sets)}")
+async def test_no_row_can_be_spared(row: Row, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it some play ends in another way. A play whose profile stays the same is not played."""
+    rows = [other for other in ROWS if other is not row]
+    for play in PLAYS:
+        if _profile(play, rows) != _profile(play, ROWS):
+            refused, sent = await played(play, monkeypatch, rows)
+            if ("", {"model": play.model, "stream": True, **play.expected}) != (refused, sent):
+                return
+    raise AssertionError("no play needs the row")
+
+
+def _profile(play: Play, rows: Sequence[Row]) -> Profile:
+    return Profiles(play.host, play.profile, rows).of(play.model)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row.name}-{'-'.join(row.sets)}")
+def test_each_row_tells_where_it_is_from_and_sets_what_there_is(row: Row) -> None:
+    assert row.source
+    assert Profiles("", {"profile": row.name}, [row]).of("") != Profiles("").of("")
+
+
+@pytest.mark.parametrize(
+    ("host", "header"),
+    [("a.openai.azure.com", "api-key"), ("a.services.ai.azure.com", "api-key"), ("models.example", "Authorization")],
+)
+async def test_azure_takes_the_key_in_a_header_and_a_version_in_the_query(
+    host: str, header: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with OpenAIServer() as server:
+        server.script(reply("Hi"))
+        monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
+        provider = OpenAIProvider("key", f"http://{host}/v1?api-version=2024-10-21", "m")
+        await anext(provider.stream(ModelRequest("", "", [user("Hello")], v1.Generation())))
+        await provider.close()
+        (received,) = server.received
+        told = {name: received.headers.get(name) for name in ("Authorization", "api-key")}
+        expected = {"Authorization": None, "api-key": None}
+        assert expected | {header: "key" if header == "api-key" else "Bearer key"} == told
+        assert "api-version=2024-10-21" == received.query
+
+
+class TestChoice:
+    """What an operator may choose."""
+
+    def test_a_name_an_object_or_a_file(self, tmp_path: Any) -> None:
+        file = tmp_path / "profile.json"
+        file.write_text('{"profile": "mistral", "text": "list"}')
+        assert {"profile": "groq"} == read("groq")
+        assert {"call_ids": "nine"} == read('{"call_ids": "nine"}')
+        assert {"profile": "mistral", "text": "list"} == read(str(file))
+        assert {} == read("")
+
+    def test_a_named_one_takes_the_place_of_what_host_and_model_tell(self) -> None:
+        assert Profile() == Profiles("api.mistral.ai", {"profile": "default"}).of("mistral-small")
+        chosen = Profiles("models.example", {"profile": "mistral", "text": "list"}).of("m")
+        assert ("nine", "none", "list") == (chosen.call_ids, chosen.reasoning, chosen.text)
+
+    def test_an_override_is_beside_what_host_and_model_tell(self) -> None:
+        chosen = Profiles("API.Groq.com", {"text": "list"}).of("m")
+        assert ("none", "list") == (chosen.reasoning, chosen.text)
+
+    @pytest.mark.parametrize(
+        ("choice", "told"),
+        [
+            ("mistrall", "neither a profile"),
+            ("no/such/file.json", "neither a profile"),
+            ("\0", "neither a profile"),
+            ("{", "cannot be used"),
+            ("[1]", "neither a profile"),
+            ('{"text": "lists"}', r"\$.text"),
+            ('{"texts": "list"}', "unknown field `texts`"),
+            ('{"stream_options": 1}', r"\$.stream_options"),
+            ('{"profile": "mistrall"}', "there is no built-in 'mistrall'"),
+            ('{"profile": 1}', "there is no built-in 1"),
+        ],
+    )
+    def test_what_cannot_be_one_is_told(self, choice: str, told: str) -> None:
+        with pytest.raises(ValueError, match=told):
+            read(choice)
+
+    def test_models_beyond_a_handful_cost_no_memory(self) -> None:
+        profiles = Profiles("")
+        for number in range(10_000):
+            assert Profile() == profiles.of(f"m{number}")
+        assert len(profiles._made) <= 256
+
+    def test_names_are_told_in_order(self) -> None:
+        assert sorted({"default", *(row.name for row in ROWS)}) == list(NAMES)
