@@ -388,9 +388,10 @@ async def test_a_tools_content_is_a_blob_in_the_log_and_shown_behind_its_answer(
     command = v1.RunRequest(tool_result=v1.ToolResult(call_id=call.call_id, result=parts))
     await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=command))
     await served.runs.WaitRun(v1.WaitRunRequest(name=waiting.name, after_sequence=waiting.last_sequence))
-    shown = model.requests[-1]["messages"][-2:]
-    assert shown[0] == {"role": "tool", "tool_call_id": call.call_id, "content": "drawn"}
-    assert shown[1] == {
+    shown = model.requests[-1]["messages"][-3:]
+    assert shown[0] == {"role": "tool", "tool_call_id": "call_0", "content": "drawn"}
+    assert shown[1] == {"role": "assistant", "content": "I have the result."}
+    assert shown[2] == {
         "role": "user",
         "content": [
             {"type": "text", "text": "From the result of draw:"},

@@ -258,8 +258,8 @@ DETAILS: Sequence[Json] = (
     {"reasoning_details": [{"type": "reasoning.text", "text": "ping.", "signature": "c2ln", "index": 0}]},
     {"reasoning_details": [{"type": "reasoning.encrypted", "data": "ZW5j", "id": "aB3dE5gH7", "index": 1}]},
 )
-SIGNED = {"extra_content": {"google": {"thought_signature": "c2ln"}}}
-UNSIGNED = {"extra_content": {"google": {"thought_signature": "skip_thought_signature_validator"}}}
+SIGNED: dict[str, Any] = {"extra_content": {"google": {"thought_signature": "c2ln"}}}
+UNSIGNED: dict[str, Any] = {"extra_content": {"google": {"thought_signature": "skip_thought_signature_validator"}}}
 NESTED = Tool(
     "ping",
     "",
@@ -771,6 +771,18 @@ async def test_azure_takes_the_key_in_a_header_and_a_version_in_the_query(
         expected = {"Authorization": None, "api-key": None}
         assert expected | {header: "key" if header == "api-key" else "Bearer key"} == told
         assert "api-version=2024-10-21" == received.query
+
+
+async def test_what_a_query_holds_is_told_to_nobody() -> None:
+    """A provider may name the address that it does not have."""
+    async with OpenAIServer(lambda body: _refusal("Invalid URL (POST /v1/chat/completions?key=secret-1)")) as server:
+        provider = OpenAIProvider("", f"{server.url}?key=secret-1", "m")
+        with pytest.raises(NotecaseError) as caught:
+            await anext(provider.stream(ModelRequest("", "", [user("Hello")], v1.Generation())))
+        await provider.close()
+        assert "key=secret-1" == server.received[0].query
+    assert "key=[query]" in caught.value.message
+    assert "secret-1" not in str(caught.value.to_proto())
 
 
 class TestChoice:

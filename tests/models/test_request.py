@@ -70,7 +70,7 @@ def test_tools_of_extra_may_be_chosen_from() -> None:
 
 
 def test_a_text_about_the_conversation_is_asked_for_without_what_is_for_replies() -> None:
-    extra = {
+    extra: dict[str, Any] = {
         "tool_choice": "required",
         "parallel_tool_calls": False,
         "response_format": {"type": "json_object"},

@@ -1,9 +1,9 @@
 """Models behind any OpenAI-compatible Chat Completions endpoint: each call ends as a whole reply or as one typed
 failure, and neither the key nor a header is ever told.
 
-The openai SDK carries the request: its authentication, time-outs, retries with Retry-After and status errors, over its
-aiohttp transport. What costs CPU per token and per message goes past it: the request's JSON is made here, and the
-answer's bytes are read by `chat_stream`.
+The openai SDK carries the request: its authentication and status errors, over its aiohttp transport. What costs CPU per
+token and per message goes past it: the request's JSON is made by `request`, in the shape that `profiles` knows, and the
+answer's bytes are read by `chat_stream`. Time-outs and repeats are here, since an operator sets them.
 """
 
 import asyncio
@@ -105,6 +105,7 @@ class OpenAIProvider:
         self._retry_time = retry_time
         url = _checked_url(base_url or OPENAI_URL)
         self._base_url = url.copy_with(query=None)
+        self._query_secrets = [value for name, value in url.params.items() if value and name != "api-version"]
         host = self._base_url.host
         self._profiles = Profiles(host, profile, rows)
         self._tag = f"openai-{hashlib.sha256(str(self._base_url).encode()).hexdigest()[:16]}"
@@ -274,6 +275,8 @@ class OpenAIProvider:
 
     def _told(self, text: str) -> str:
         """A provider's words as they may be shown: one short line, and whatever it echoes, no key."""
+        for secret in self._query_secrets:
+            text = text.replace(secret, "[query]")
         if self._api_key:
             text = text.replace(self._api_key, "[key]")
         text = " ".join(_SECRET.sub("[key]", text).split())
