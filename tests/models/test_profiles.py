@@ -131,7 +131,11 @@ def mistral_common(body: Json) -> str:
 def alternating(body: Json) -> str:
     told = roles(body).replace("system ", "", 1).replace("tool assistant", "assistant")
     fine = all(one != other for one, other in zip(told.split(), told.split()[1:], strict=False))
-    return "" if fine else "Conversation roles must alternate user/assistant/user/assistant/..."
+    return (
+        ""
+        if fine and told.startswith("user")
+        else "Conversation roles must alternate user/assistant/user/assistant/..."
+    )
 
 
 def system_first(body: Json) -> str:
@@ -288,6 +292,21 @@ PLAYS = [
             "stream_options": USAGE,
         },
         [user("Hello"), said(ASSISTANT, "The ans"), said(ASSISTANT, "The answer."), MORE],
+    ),
+    Play(
+        "a reply at the beginning, behind a system message",
+        "",
+        alternating,
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Begin."},
+                {"role": "assistant", "content": "Hi"},
+                {"role": "user", "content": "More"},
+            ],
+            "stream_options": USAGE,
+        },
+        [said(SYSTEM, "Be brief."), said(ASSISTANT, "Hi"), MORE],
     ),
     Play(
         "a system message in the middle",
@@ -648,7 +667,6 @@ PLAYS = [
         {
             "messages": [
                 {"role": "developer", "content": "Be kind."},
-                HELLO,
                 {"role": "assistant", "reasoning_content": "", "tool_calls": [call(MADE)]},
                 result(MADE, "nothing"),
                 {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "Two"}]},
@@ -672,7 +690,7 @@ PLAYS = [
                 }
             ],
         },
-        [user("Hello"), called(v1.Part(text="")), user("One", "Two"), MORE, said(ASSISTANT, "Half")],
+        [called(v1.Part(text="")), user("One", "Two"), MORE, said(ASSISTANT, "Half")],
         instruction="Be kind.",
         tools=[PING],
         schema="",
@@ -683,6 +701,7 @@ PLAYS = [
             "empty_content": "absent",
             "empty_result": "nothing",
             "after_tool": "user",
+            "first": "any",
             "last": "any",
             "unsigned_reply": {"reasoning_content": ""},
             "stream_options": False,
