@@ -1,6 +1,7 @@
 """Strict servers refuse as the real ones do: each is a stub over a socket that takes only what its original takes, and
 what was sent is compared in full. The table of profiles holds no row that nothing needs."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -790,6 +791,21 @@ async def test_azure_takes_the_key_in_a_header_and_a_version_in_the_query(
         expected = {"Authorization": None, "api-key": None}
         assert expected | {header: "key" if header == "api-key" else "Bearer key"} == told
         assert "api-version=2024-10-21" == received.query
+
+
+@pytest.mark.parametrize("host", ["a.openai.azure.com", "models.example"])
+async def test_the_key_does_not_follow_to_another_host(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with OpenAIServer(lambda body: reply("Hi")) as other, OpenAIServer() as server:
+        target = f"{other.url}/chat/completions".replace("127.0.0.1", "localhost")
+        server.script(Answer((b"",), 308, {"Location": target}))
+        monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
+        monkeypatch.setenv("NO_PROXY", "localhost")
+        provider = OpenAIProvider("secret-1", f"http://{host}/v1", "m", max_retries=0)
+        with contextlib.suppress(NotecaseError):
+            await anext(provider.stream(ModelRequest("", "", [user("Hello")], v1.Generation())))
+        await provider.close()
+        assert 1 == len(server.received)
+        assert "secret-1" not in str([dict(received.headers) for received in other.received])
 
 
 async def test_what_a_query_holds_is_told_to_nobody() -> None:

@@ -22,6 +22,7 @@ import httpx2
 import msgspec
 import openai
 import structlog
+from openai import RequestOptions
 from openai.types.chat import ChatCompletionChunk
 
 from notecase_server import errors
@@ -110,11 +111,16 @@ class OpenAIProvider:
         self._profiles = Profiles(host, profile, rows)
         self._tag = f"openai-{hashlib.sha256(str(self._base_url).encode()).hexdigest()[:16]}"
         """Stands for the endpoint, whose address is nobody's business, in the data that it gets back."""
-        self._headers: dict[str, Any] = {"Content-Type": "application/json"}
+        self._options: RequestOptions = {"headers": {"Content-Type": "application/json"}}
         auth = {"Authorization": f"Bearer {key}"}
         if self._profiles.of("").auth == "api-key":
             auth = {"api-key": key}
-            self._headers["Authorization"] = openai.Omit()
+            # A redirect to another host takes the credential off only where it is in Authorization.
+            headers: dict[str, str | openai.Omit] = {
+                "Content-Type": "application/json",
+                "Authorization": openai.Omit(),
+            }
+            self._options = {"headers": headers, "follow_redirects": False}
         # How long a server may be silent is looked at here, since it is another time before the reply and within it.
         timeout = httpx2.Timeout(None, connect=connect_timeout)
         self._client = openai.AsyncOpenAI(
@@ -219,7 +225,7 @@ class OpenAIProvider:
                         "/chat/completions",
                         cast_to=ChatCompletionChunk,
                         content=content,
-                        options={"headers": self._headers},
+                        options=self._options,
                         stream=True,
                         stream_cls=openai.AsyncStream[ChatCompletionChunk],
                     )
