@@ -388,9 +388,10 @@ async def test_a_tools_content_is_a_blob_in_the_log_and_shown_behind_its_answer(
     command = v1.RunRequest(tool_result=v1.ToolResult(call_id=call.call_id, result=parts))
     await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=command))
     await served.runs.WaitRun(v1.WaitRunRequest(name=waiting.name, after_sequence=waiting.last_sequence))
-    shown = model.requests[-1]["messages"][-2:]
-    assert shown[0] == {"role": "tool", "tool_call_id": call.call_id, "content": "drawn"}
-    assert shown[1] == {
+    shown = model.requests[-1]["messages"][-3:]
+    assert shown[0] == {"role": "tool", "tool_call_id": "call_0", "content": "drawn"}
+    assert shown[1] == {"role": "assistant", "content": "I have the result."}
+    assert shown[2] == {
         "role": "user",
         "content": [
             {"type": "text", "text": "From the result of draw:"},
@@ -448,7 +449,7 @@ async def test_large_json_is_a_blob_too(served: Running, session: str, model: Op
     await served.state.PutState(v1.PutStateRequest(name=f"{session}/state", key="note", value=note))
     said_json = json.dumps("y" * 300_000)
     shown = await start_and_see(served, model, session, v1.Part(state_key="note"), v1.Part(json=said_json))
-    assert shown == [{"type": "text", "text": json.dumps({"a": text})}, {"type": "text", "text": said_json}]
+    assert shown == f"{json.dumps({'a': text})}\n\n{said_json}"
     listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session))
     assert [part.blob.media_type for part in listed.messages[0].parts] == ["application/json"] * 2
 
@@ -462,7 +463,8 @@ async def test_in_every_role_text_is_text_and_what_is_none_is_refused(
     texts = [v1.Message(role=role, parts=[v1.Part(text="a"), v1.Part(text=long)]) for role in roles]
     await served.messages.AppendMessages(v1.AppendMessagesRequest(parent=session, messages=texts))
     await start_and_see(served, model, session, v1.Part(text="Hi"))
-    assert [shown["content"] for shown in model.requests[-1]["messages"][1:3]] == [f"a{long}"] * 2
+    contents = [shown["content"] for shown in model.requests[-1]["messages"]]
+    assert contents == [f"Answer briefly.\n\na{long}", "Begin.", f"a{long}", "Hi"]
     sent = len(model.requests)
     image = v1.Part(data=v1.InlineData(data=b"png", media_type="image/png"))
     for role, where in zip(roles, ("A system message", "An assistant's message"), strict=True):

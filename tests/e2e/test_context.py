@@ -34,8 +34,9 @@ def system(text: str) -> Json:
     return {"role": "system", "content": text}
 
 
-def summary(text: str) -> Json:
-    return system(f"A summary of the conversation so far:\n\n{text}")
+def summary(text: str, instruction: str = "") -> Json:
+    told = f"A summary of the conversation so far:\n\n{text}"
+    return system(f"{instruction}\n\n{told}" if instruction else told)
 
 
 def body(*messages: Json, model: str = "stub-1", **members: Any) -> Json:
@@ -194,7 +195,7 @@ async def test_older_messages_are_summarised_once_there_are_enough(served: Runni
     run = await ask(served, session, "q3")
     assert model.requests[2:] == [
         body(*exchange(1), user(ASK)),
-        body(system("Be brief."), summary("They met."), *exchange(2), user("q3")),
+        body(summary("They met.", "Be brief."), *exchange(2), user("q3")),
     ]
     log = await log_of(served, session)
     messages = [event.sequence for event in log if event.HasField("message_added")]
@@ -226,9 +227,9 @@ async def test_the_next_summary_continues_the_one_before(served: Running, model:
     await ask(served, session, "q5")
     assert model.requests[4:] == [
         body(summary("First."), *exchange(2), user(ASK)),
-        body(system("Be brief."), summary("Second."), *exchange(3), user("q4")),
+        body(summary("Second.", "Be brief."), *exchange(3), user("q4")),
         body(summary("Second."), *exchange(3), user(ASK)),
-        body(system("Be brief."), summary("Third."), *exchange(4), user("q5")),
+        body(summary("Third.", "Be brief."), *exchange(4), user("q5")),
     ]
     log = await log_of(served, session)
     first, second, third = summaries(log).items()
@@ -256,7 +257,7 @@ async def test_a_rewind_shows_what_the_summary_before_it_left(served: Running, m
     await ask(served, session, "q4 otherwise", on_busy=v1.StartRun.ON_BUSY_ROLLBACK)
     assert model.requests[6:] == [
         body(summary("First."), *exchange(2), user(ASK)),
-        body(system("Be brief."), summary("Again."), *exchange(3), user("q4 otherwise")),
+        body(summary("Again.", "Be brief."), *exchange(3), user("q4 otherwise")),
     ]
     made = list(summaries(await log_of(served, session)).items())
     assert [each.previous for _, each in made] == [0, before, before]
@@ -286,7 +287,7 @@ async def test_content_is_named_in_what_is_summarised(served: Running, model: Op
     what, called, result, *rest = model.requests[3]["messages"]
     assert what == {
         "role": "user",
-        "content": [{"type": "text", "text": "What is it?"}, {"type": "text", "text": "[image/png: violin.png]"}],
+        "content": "What is it?\n\n[image/png: violin.png]",
     }
     assert (called["tool_calls"][0]["function"], result["content"]) == (
         {"name": "lens", "arguments": '{"on": 1}'},
@@ -306,6 +307,33 @@ async def test_a_summary_has_a_model_of_its_own_and_no_limits_of_replies(served:
     assert model.requests[1] == body(*exchange(1), user(INSTRUCTION), model="small", temperature=0.5)
     assert model.requests[2]["model"] == "large"
     assert model.requests[2]["max_tokens"] == 7
+
+
+async def test_a_summary_of_calls_declares_their_tools_and_no_choice(served: Running, model: OpenAIServer) -> None:
+    """Bedrock and what is in front of it refuse calls without declarations, others a choice among none. What the agent
+    forces is for its replies."""
+    extra = '{"tool_choice": "required", "response_format": {"type": "json_object"}, "top_k": 4}'
+    lens = v1.Tool(name="lens", description="Looks.", client=v1.ClientTool())
+    session = await opened(served, SUMMARY, tools=[lens], generation=v1.Generation(extra=extra))
+    model.script(tool_calls(("lens", "{}")), tool_calls(("gone", "{}")), reply("a1"))
+    start = v1.StartRun(session=session, messages=[said("q1")])
+    waiting = (await served.runs.Invoke(v1.InvokeRequest(start=start))).run
+    answer = v1.ToolResult(call_id=waiting.pending_calls[0].call_id, result=[v1.Part(text="a hair")])
+    command = v1.RunRequest(tool_result=answer)
+    await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=command))
+    await served.runs.WaitRun(v1.WaitRunRequest(name=waiting.name, after_sequence=1000))
+    await talk(served, model, session, 2)
+    model.script(reply("They looked."), reply("a3"))
+    await ask(served, session, "q3")
+    forced, loosened, *_, summarising, _ = model.requests
+    assert ("required", "auto") == (forced["tool_choice"], loosened["tool_choice"])
+    assert {"model", "messages", "stream", "stream_options", "tools", "top_k"} == set(summarising)
+    empty = {"type": "object", "properties": {}}
+    assert summarising["tools"] == [
+        {"type": "function", "function": {"name": "lens", "description": "Looks.", "parameters": empty}},
+        {"type": "function", "function": {"name": "gone", "parameters": empty}},
+    ]
+    assert len(summaries(await log_of(served, session))) == 1
 
 
 @pytest.mark.parametrize(
@@ -333,7 +361,7 @@ async def test_a_run_goes_on_without_a_summary_that_fails(served: Running, model
     assert not summaries(await log_of(served, session))
     model.script(reply("Better."), reply("a4"))
     await ask(served, session, "q4")
-    assert model.requests[-1] == body(system("Be brief."), summary("Better."), *exchange(3), user("q4"))
+    assert model.requests[-1] == body(summary("Better.", "Be brief."), *exchange(3), user("q4"))
 
 
 async def test_no_summary_is_made_in_place_of_the_reply(served: Running, model: OpenAIServer) -> None:
@@ -417,10 +445,10 @@ async def test_a_request_that_is_too_long_is_asked_again_with_a_summary(served: 
     assert model.requests[2:] == [
         body(system("Be brief."), *exchange(1, 2), user("q3")),
         body(*exchange(1, 2), user(INSTRUCTION)),
-        body(system("Be brief."), summary("They met."), user("q3")),
+        body(summary("They met.", "Be brief."), user("q3")),
     ]
     await talk(served, model, session, 4)
-    assert model.requests[-1] == body(system("Be brief."), summary("They met."), *exchange(3), user("q4"))
+    assert model.requests[-1] == body(summary("They met.", "Be brief."), *exchange(3), user("q4"))
     log = await log_of(served, session)
     assert len(summaries(log)) == 1
     assert not [event for event in log if event.message_added.status == v1.Message.STATUS_INCOMPLETE]
@@ -508,7 +536,7 @@ async def test_a_session_is_compacted_by_hand(served: Running, model: OpenAIServ
     assert {(event.run, event.cause_id) for event in log[-2:]} == {("", "once")}
     assert (first.usage.model_calls, first.usage.output_tokens) == (4, 3 * USAGE["completion_tokens"] + 9)
     await talk(served, model, session, 4)
-    assert model.requests[-1] == body(system("Be brief."), summary("They met."), *exchange(3), user("q4"))
+    assert model.requests[-1] == body(summary("They met.", "Be brief."), *exchange(3), user("q4"))
 
 
 async def test_a_compaction_that_cannot_be_is_refused(served: Running, model: OpenAIServer) -> None:
@@ -564,7 +592,7 @@ async def test_what_is_said_while_a_session_is_compacted_stays_beside_the_summar
     go_on.set()
     await compacting
     await talk(served, model, session, 4)
-    assert model.requests[-1] == body(system("Be brief."), summary("They met."), *exchange(2, 3), user("q4"))
+    assert model.requests[-1] == body(summary("They met.", "Be brief."), *exchange(2, 3), user("q4"))
 
 
 async def test_of_two_compactions_at_once_the_second_is_refused(served: Running, model: OpenAIServer) -> None:
@@ -600,7 +628,7 @@ async def test_a_run_whose_summary_came_second_goes_on_with_the_first(served: Ru
     by_run.set()
     ended = await served.runs.WaitRun(v1.WaitRunRequest(name=run.name))
     assert ended.state == v1.Run.STATE_SUCCEEDED
-    assert model.requests[-1] == body(system("Be brief."), summary("By hand."), *exchange(2), user("q3"))
+    assert model.requests[-1] == body(summary("By hand.", "Be brief."), *exchange(2), user("q3"))
     assert [made.text for made in summaries(await log_of(served, session)).values()] == ["By hand."]
 
 

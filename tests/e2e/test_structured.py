@@ -251,7 +251,7 @@ async def test_callers_may_send_json_which_the_model_reads_as_text(
     for message in (both, alone):
         await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=session, messages=[message])))
     assert model.requests[1]["messages"][1:] == [
-        {"role": "user", "content": [{"type": "text", "text": "Look:"}, {"type": "text", "text": '{"tide": 3}'}]},
+        {"role": "user", "content": 'Look:\n\n{"tide": 3}'},
         {"role": "assistant", "content": "Noted."},
         {"role": "user", "content": "[1, 2]"},
     ]

@@ -329,7 +329,7 @@ async def test_steering_reaches_the_model_before_its_next_call(
 
     frames = await drive(served, driver, start_with(session, client_tool("weigh")), react)
     contents = [message.get("content") for message in model.requests[1]["messages"]]
-    assert contents[-2:] == ["1 kg", "Also the bow."]
+    assert contents[-3:] == ["1 kg", "I have the result.", "Also the bow."]
     steered = [event for event in durable(frames) if event.cause_id == "steer"]
     assert kinds(steered) == ["command_queued", "message_added"]
     found = await served.sessions.GetSession(v1.GetSessionRequest(name=session))

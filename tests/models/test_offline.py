@@ -10,8 +10,18 @@ from hypothesis import strategies as st
 from jsonschema_rs import Draft202012Validator
 from notecase import v1
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Provider, Reasoning, Refusal, Text
-from notecase_server.models.offline import OfflineProvider
+from notecase_server.models.contract import (
+    Call,
+    Delta,
+    Finish,
+    ModelRequest,
+    Provider,
+    Reasoning,
+    Refusal,
+    Returned,
+    Text,
+)
+from notecase_server.models.offline import DIALECTS, OfflineProvider
 
 
 def user(*parts: str | v1.Part) -> v1.Message:
@@ -91,7 +101,7 @@ async def test_media_are_acknowledged_by_type_and_size() -> None:
 
 async def test_help_tells_every_directive() -> None:
     told = await text(user("/help"))
-    for name in ("say", "reason", "call", "chunks", "big", "refuse", "stop", "pause", "fail", "help"):
+    for name in ("say", "reason", "call", "chunks", "big", "refuse", "stop", "dialect", "pause", "fail", "help"):
         assert f"/{name}" in told
 
 
@@ -146,7 +156,18 @@ async def test_big_has_the_size_asked_for(size: int) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    ["/chunks many", "/chunks 100001", "/chunks -1", "/big 4194305", "/pause 10001", "/fail", "/fail x", "/call"],
+    [
+        "/chunks many",
+        "/chunks 100001",
+        "/chunks -1",
+        "/big 4194305",
+        "/pause 10001",
+        "/fail",
+        "/fail x",
+        "/call",
+        "/dialect",
+        "/dialect x",
+    ],
 )
 async def test_a_directive_that_cannot_be_carried_out_is_answered_in_words(wrong: str) -> None:
     assert (await text(user(wrong))).startswith(f"{wrong.split(maxsplit=1)[0]} takes ")
@@ -161,6 +182,21 @@ async def test_a_message_full_of_directives_is_not_answered_for_ever() -> None:
 async def test_the_finish_reason_can_be_asked_for() -> None:
     assert finish(await replied(user("/say x /stop content_filter"))).reason == "content_filter"
     assert finish(await replied(user("/say x"))).reason == "stop"
+
+
+@pytest.mark.parametrize("name", sorted(DIALECTS))
+async def test_each_dialect_brings_what_its_provider_wants_back(name: str) -> None:
+    """With each call and with the reasoning, after all that is said."""
+    deltas = await replied(user(f"/dialect {name} /reason hm /call weather /call clock /say x"))
+    returned = [delta for delta in deltas if isinstance(delta, Returned)]
+    assert returned == deltas[-1 - len(returned) : -1]
+    ids = [delta.data.call_id for delta in returned if delta.key is not None]
+    assert (2, 2) == (len(ids), len(set(filter(None, ids))))
+    for delta in returned:
+        assert ("offline", "offline") == (delta.data.provider, delta.data.model)
+        assert isinstance(json.loads(delta.data.members or b"{}"), dict)
+    assert any(delta.key is None for delta in returned) == (name in {"deepseek", "kimi", "openrouter"})
+    assert not [delta for delta in await replied(user(f"/dialect {name} /say x")) if isinstance(delta, Call)]
 
 
 async def test_usage_counts_words() -> None:

@@ -1,6 +1,7 @@
 """Strict servers refuse as the real ones do: each is a stub over a socket that takes only what its original takes, and
 what was sent is compared in full. The table of profiles holds no row that nothing needs."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -131,7 +132,11 @@ def mistral_common(body: Json) -> str:
 def alternating(body: Json) -> str:
     told = roles(body).replace("system ", "", 1).replace("tool assistant", "assistant")
     fine = all(one != other for one, other in zip(told.split(), told.split()[1:], strict=False))
-    return "" if fine else "Conversation roles must alternate user/assistant/user/assistant/..."
+    return (
+        ""
+        if fine and told.startswith("user")
+        else "Conversation roles must alternate user/assistant/user/assistant/..."
+    )
 
 
 def system_first(body: Json) -> str:
@@ -258,8 +263,8 @@ DETAILS: Sequence[Json] = (
     {"reasoning_details": [{"type": "reasoning.text", "text": "ping.", "signature": "c2ln", "index": 0}]},
     {"reasoning_details": [{"type": "reasoning.encrypted", "data": "ZW5j", "id": "aB3dE5gH7", "index": 1}]},
 )
-SIGNED = {"extra_content": {"google": {"thought_signature": "c2ln"}}}
-UNSIGNED = {"extra_content": {"google": {"thought_signature": "skip_thought_signature_validator"}}}
+SIGNED: dict[str, Any] = {"extra_content": {"google": {"thought_signature": "c2ln"}}}
+UNSIGNED: dict[str, Any] = {"extra_content": {"google": {"thought_signature": "skip_thought_signature_validator"}}}
 NESTED = Tool(
     "ping",
     "",
@@ -288,6 +293,21 @@ PLAYS = [
             "stream_options": USAGE,
         },
         [user("Hello"), said(ASSISTANT, "The ans"), said(ASSISTANT, "The answer."), MORE],
+    ),
+    Play(
+        "a reply at the beginning, behind a system message",
+        "",
+        alternating,
+        {
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {"role": "user", "content": "Begin."},
+                {"role": "assistant", "content": "Hi"},
+                {"role": "user", "content": "More"},
+            ],
+            "stream_options": USAGE,
+        },
+        [said(SYSTEM, "Be brief."), said(ASSISTANT, "Hi"), MORE],
     ),
     Play(
         "a system message in the middle",
@@ -648,7 +668,6 @@ PLAYS = [
         {
             "messages": [
                 {"role": "developer", "content": "Be kind."},
-                HELLO,
                 {"role": "assistant", "reasoning_content": "", "tool_calls": [call(MADE)]},
                 result(MADE, "nothing"),
                 {"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "Two"}]},
@@ -672,7 +691,7 @@ PLAYS = [
                 }
             ],
         },
-        [user("Hello"), called(v1.Part(text="")), user("One", "Two"), MORE, said(ASSISTANT, "Half")],
+        [called(v1.Part(text="")), user("One", "Two"), MORE, said(ASSISTANT, "Half")],
         instruction="Be kind.",
         tools=[PING],
         schema="",
@@ -683,6 +702,7 @@ PLAYS = [
             "empty_content": "absent",
             "empty_result": "nothing",
             "after_tool": "user",
+            "first": "any",
             "last": "any",
             "unsigned_reply": {"reasoning_content": ""},
             "stream_options": False,
@@ -771,6 +791,33 @@ async def test_azure_takes_the_key_in_a_header_and_a_version_in_the_query(
         expected = {"Authorization": None, "api-key": None}
         assert expected | {header: "key" if header == "api-key" else "Bearer key"} == told
         assert "api-version=2024-10-21" == received.query
+
+
+@pytest.mark.parametrize("host", ["a.openai.azure.com", "models.example"])
+async def test_the_key_does_not_follow_to_another_host(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with OpenAIServer(lambda body: reply("Hi")) as other, OpenAIServer() as server:
+        target = f"{other.url}/chat/completions".replace("127.0.0.1", "localhost")
+        server.script(Answer((b"",), 308, {"Location": target}))
+        monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
+        monkeypatch.setenv("NO_PROXY", "localhost")
+        provider = OpenAIProvider("secret-1", f"http://{host}/v1", "m", max_retries=0)
+        with contextlib.suppress(NotecaseError):
+            await anext(provider.stream(ModelRequest("", "", [user("Hello")], v1.Generation())))
+        await provider.close()
+        assert 1 == len(server.received)
+        assert "secret-1" not in str([dict(received.headers) for received in other.received])
+
+
+async def test_what_a_query_holds_is_told_to_nobody() -> None:
+    """A provider may name the address that it does not have."""
+    async with OpenAIServer(lambda body: _refusal("Invalid URL (POST /v1/chat/completions?key=secret-1)")) as server:
+        provider = OpenAIProvider("", f"{server.url}?key=secret-1", "m")
+        with pytest.raises(NotecaseError) as caught:
+            await anext(provider.stream(ModelRequest("", "", [user("Hello")], v1.Generation())))
+        await provider.close()
+        assert "key=secret-1" == server.received[0].query
+    assert "key=[query]" in caught.value.message
+    assert "secret-1" not in str(caught.value.to_proto())
 
 
 class TestChoice:

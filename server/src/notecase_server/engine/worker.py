@@ -230,9 +230,7 @@ class Worker:
             events += [ledger.cancelled(call, error.message) for call in calls]
             return [*events, self.log.ending(v1.Run.STATE_FAILED, error.to_proto())]
         if calls and reply.finish.cut:
-            why = (
-                f"The reply was cut off ({reply.finish.reason}), so no call in it was run; call again, with less."
-            )
+            why = f"The reply was cut off ({reply.finish.reason}), so no call in it was run; call again, with less."
             return [*events, *(ledger.finished(call, Outcome(error=why)) for call in calls)]
         if calls:
             return events + self._triaged(calls, reply)

@@ -11,14 +11,15 @@ may hold directives, on lines of their own or one after another; what else it sa
     /big BYTES       say so many bytes, in pieces of 1 KB, at most 4194304
     /refuse TEXT     refuse in these words
     /stop REASON     end with this finish reason, "length" for example
+    /dialect NAME    reply as that provider does: deepseek, gemini, kimi, mistral, openrouter
     /pause MS        wait so long before each piece, at most 10000
     /fail HOW        fail: error (MODEL_ERROR), unavailable (MODEL_UNAVAILABLE), midway (the same after half)
     /help            tell these lines
 
-They take effect in their order; /stop, /pause and /fail apply to the whole reply, and alone to the usual one. Once its
-calls have outcomes it replies with those. Where JSON by a schema is asked for, it makes up the least that will do, with
-what it heard for text; of `pattern`, `format`, `not` and `if` it knows nothing. Tokens in its usage are words. Of
-`generation` it heeds only `max_output_tokens`.
+They take effect in their order; /dialect, /stop, /pause and /fail apply to the whole reply, and alone to the usual one.
+Once its calls have outcomes it replies with those. Where JSON by a schema is asked for, it makes up the least that will
+do, with what it heard for text; of `pattern`, `format`, `not` and `if` it knows nothing. Tokens in its usage are words.
+Of `generation` it heeds only `max_output_tokens`.
 """
 
 import asyncio
@@ -27,7 +28,7 @@ import json
 import re
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from notecase import v1
 
@@ -54,11 +55,33 @@ NESTED = 16
 
 MOST_ITEMS = 10
 
-_DIRECTIVE = re.compile(r"(?:^|(?<=\s))/(say|reason|call|chunks|big|refuse|stop|pause|fail|help)\b[ \t]*")
+_DIRECTIVE = re.compile(r"(?:^|(?<=\s))/(say|reason|call|chunks|big|refuse|stop|dialect|pause|fail|help)\b[ \t]*")
 _PIECE = re.compile(r"\s*\S+|\s+$")
 _LARGEST = {"chunks": 100_000, "big": 4 << 20, "pause": 10_000}
 _FAILURES = ("error", "unavailable", "midway")
 
+
+class _Dialect(NamedTuple):
+    """What a provider sends beside a reply, and gets back."""
+
+    call_id: str = "call_{n}"
+    of_call: str = ""
+    of_message: str = ""
+    """JSON objects of members."""
+    text_member: str = ""
+
+
+DIALECTS = {
+    "deepseek": _Dialect("call_00_{n}", text_member="reasoning_content"),
+    "gemini": _Dialect("function-call-{n}", '{"extra_content":{"google":{"thought_signature":"c2lnbmF0dXJl"}}}'),
+    "kimi": _Dialect("functions.{tool}:{n}", text_member="reasoning_content"),
+    "mistral": _Dialect("aB3dE5g{n:02}"),
+    "openrouter": _Dialect(
+        "toolu_{n}",
+        of_message='{"reasoning_details":[{"type":"reasoning.encrypted","data":"c2VjcmV0","index":0}]}',
+        text_member="reasoning",
+    ),
+}
 
 MEDIA = frozenset({"file", "data", "blob"})
 """Kinds of parts that hold what is not read here."""
@@ -90,6 +113,9 @@ class OfflineProvider:
             usage.reasoning_tokens += words if isinstance(piece, Reasoning) else 0
         if plan.failure == "midway":
             raise errors.model_unavailable("The offline model was asked to fail midway.")
+        if reason != "length":  # a reply that is cut has all of it or nothing
+            for returned in plan.returned():
+                yield returned
         yield Finish(reason, usage, is_cut(reason))
 
     async def close(self) -> None:
@@ -107,6 +133,20 @@ class _Plan:
     failure: str = ""
     calls: int = 0
     spoken: bool = False
+    dialect: _Dialect | None = None
+
+    def returned(self) -> Iterator[Returned]:
+        """What goes back with the calls and the message, in the plan's dialect."""
+        if self.dialect is None:
+            return
+        names = {piece.key: piece.tool for piece in self.pieces if isinstance(piece, Call) and piece.tool}
+        for key, tool in names.items():
+            call_id = self.dialect.call_id.format(n=key, tool=tool)
+            members = self.dialect.of_call.encode()
+            yield Returned(key, _own(call_id=call_id, members=members))
+        reasons = self.dialect.text_member if any(isinstance(piece, Reasoning) for piece in self.pieces) else ""
+        if self.dialect.of_message or reasons:
+            yield Returned(None, _own(members=self.dialect.of_message.encode(), text_member=reasons))
 
     def say(self, text: str) -> None:
         """What is said after something said begins a new line, since both are one text to who listens."""
@@ -118,6 +158,10 @@ class _Plan:
         self.pieces.append(Call(self.calls, tool, ""))
         self.pieces.extend(Call(self.calls, "", arguments[start : start + 8]) for start in range(0, len(arguments), 8))
         self.reason = "tool_calls"
+
+
+def _own(**data: Any) -> v1.ProviderData:
+    return v1.ProviderData(provider="offline", model="offline", **data)
 
 
 def _plan(request: ModelRequest) -> _Plan:
@@ -221,6 +265,10 @@ def _direct(plan: _Plan, name: str, argument: str) -> None:
             plan.spoken |= number > 0
             kilobyte = "0123456789abcde\n" * 64
             plan.pieces.extend(Text(kilobyte[: number - sent]) for sent in range(0, number, 1024))
+    elif name == "dialect" and argument not in DIALECTS:
+        plan.say(f"/dialect takes one of {', '.join(DIALECTS)}, not {_cut(argument)}.")
+    elif name == "dialect":
+        plan.dialect = DIALECTS[argument]
     elif name == "fail" and argument not in _FAILURES:
         plan.say(f"/fail takes one of {', '.join(_FAILURES)}, not {_cut(argument)}.")
     elif name == "fail":

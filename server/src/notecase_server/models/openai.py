@@ -97,6 +97,7 @@ class OpenAIProvider:
         self._whole_timeout = whole_timeout
         url = _checked_url(base_url or OPENAI_URL)
         self._base_url = url.copy_with(query=None)
+        self._query_secrets = [value for name, value in url.params.items() if value and name != "api-version"]
         host = self._base_url.host
         self._profiles = Profiles(host, profile, rows)
         self._tag = f"openai-{hashlib.sha256(str(self._base_url).encode()).hexdigest()[:16]}"

@@ -36,6 +36,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """What stands for a tool's result without any text."""
     after_tool: Literal["assistant", "user"] = "assistant"
     """What may follow a tool's message. With "assistant" a short one is put before a user's."""
+    first: Literal["user", "any"] = "user"
+    """With "user" a conversation that would begin with a reply begins with a request to do so."""
     last: Literal["user", "any"] = "user"
     """With "user" a request that would end with a reply, or without any message, ends with a request to go on."""
     refusal: Literal["text", "member"] = "text"
@@ -94,7 +96,7 @@ ROWS: Sequence[Row] = (
     ),
     Row(
         "openai",
-        {"system": "each", "after_tool": "user", "refusal": "member"},
+        {"system": "each", "after_tool": "user", "first": "any", "refusal": "member"},
         "platform.openai.com/docs/api-reference/chat/create: messages of any role in any order, `refusal`",
         host=r".+\.openai\.com",
     ),
@@ -112,7 +114,7 @@ ROWS: Sequence[Row] = (
     ),
     Row(
         "azure",
-        {"system": "each", "after_tool": "user", "refusal": "member"},
+        {"system": "each", "after_tool": "user", "first": "any", "refusal": "member"},
         "learn.microsoft.com/azure/ai-services/openai/reference: as OpenAI's own",
         host=_AZURE_OPENAI,
     ),

@@ -24,6 +24,9 @@ MAX_CONTENT_BYTES = 32 << 20
 """Of all content in one request, before it grows by a third as base64: providers take 50 MB, and each call holds it in
 memory."""
 
+BEGIN = "Begin."
+"""What a user says in a conversation that would begin with a reply."""
+
 GO_ON = "Continue."
 """What a user says in a request that would end with a reply."""
 
@@ -303,6 +306,8 @@ class _Conversation:
         made = self._made
         if self._profile.last == "user" and (not made or made[-1]["role"] not in ("user", "tool")):
             self._say_user(GO_ON)
+        if self._profile.first == "user" and made and made[0]["role"] == "assistant":
+            made.insert(0, {"role": "user", "content": BEGIN})
         if self._system:
             made.insert(0, {"role": self._profile.system_role, "content": "\n\n".join(self._system)})
         return made

@@ -1,0 +1,120 @@
+"""A request as it is written, where no server's profile matters: choices among tools, calls of strangers, summaries."""
+
+import json
+from typing import Any
+
+import pytest
+from notecase import v1
+from notecase_server.models.contract import ModelRequest, Tool
+from notecase_server.models.profiles import Profile
+from notecase_server.models.request import body
+
+PING = Tool("ping", "", "")
+FORCED = {"type": "function", "function": {"name": "ping"}}
+ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [FORCED]}}
+
+
+def user(text: str) -> v1.Message:
+    return v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text=text)])
+
+
+def called(tool: str, call_id: str = "c", data: v1.ProviderData | None = None) -> v1.Message:
+    call = v1.ToolCall(call_id=call_id, tool=tool, arguments="{}", outcome=v1.ToolCall.OUTCOME_FAILED, error="no")
+    if data is not None:
+        call.provider_data.CopyFrom(data)
+    return v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(tool_call=call)])
+
+
+def written(*messages: v1.Message, tools: tuple[Tool, ...] = (PING,), plain: bool = False, **extra: Any) -> Any:
+    generation = v1.Generation(extra=json.dumps(extra) if extra else "")
+    request = ModelRequest("m", "", messages or (user("Hello"),), generation, tools, plain=plain)
+    return body(request, "m", Profile(), "here")
+
+
+@pytest.mark.parametrize(
+    ("choice", "before", "after"),
+    [
+        ("required", "required", "auto"),
+        ("any", "any", "auto"),
+        (FORCED, FORCED, "auto"),
+        (ALLOWED, ALLOWED, {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [FORCED]}}),
+        ({"type": "tool", "name": "ping"}, {"type": "tool", "name": "ping"}, "auto"),
+        ("auto", "auto", "auto"),
+        ("none", "none", "none"),
+        (
+            {"type": "function", "function": {"name": "pong"}},
+            {"type": "function", "function": {"name": "pong"}},
+            {"type": "function", "function": {"name": "pong"}},
+        ),
+        (7, 7, 7),
+    ],
+    ids=str,
+)
+def test_a_forced_choice_holds_until_its_call_has_a_result(choice: Any, before: Any, after: Any) -> None:
+    """Otherwise the model could never speak. The user's next message begins it anew."""
+    asked, answered = user("Go"), called("ping")
+    assert before == written(asked, tool_choice=choice)["tool_choice"]
+    assert after == written(asked, answered, tool_choice=choice)["tool_choice"]
+    assert before == written(asked, answered, user("Again"), tool_choice=choice)["tool_choice"]
+
+
+def test_a_choice_without_tools_is_left_out() -> None:
+    assert "tool_choice" not in written(tools=(), tool_choice="auto")
+    assert "tool_choice" not in written(tools=(), tool_choice="required")
+
+
+def test_tools_of_extra_may_be_chosen_from() -> None:
+    generation = v1.Generation(extra=json.dumps({"tools": [{"type": "web_search"}], "tool_choice": "required"}))
+    made = body(ModelRequest("m", "", [user("Hello")], generation), "m", Profile(), "here")
+    assert "required" == made["tool_choice"]
+
+
+def test_a_text_about_the_conversation_is_asked_for_without_what_is_for_replies() -> None:
+    extra: dict[str, Any] = {
+        "tool_choice": "required",
+        "parallel_tool_calls": False,
+        "response_format": {"type": "json_object"},
+        "guided_json": {},
+        "max_completion_tokens": 5,
+        "stop": ["."],
+        "modalities": ["audio"],
+        "top_k": 40,
+    }
+    made = written(called("ping"), user("Sum up."), plain=True, **extra)
+    left = {"model", "messages", "stream", "stream_options", "tools", "top_k"}
+    assert left == set(made)
+
+
+def test_ids_that_a_server_gives_again_are_told_apart() -> None:
+    data = v1.ProviderData(provider="here", model="m", call_id="call_0")
+    made = written(user("a"), called("ping", "c1", data), user("b"), called("ping", "c2", data))
+    ids = [call["id"] for message in made["messages"] for call in message.get("tool_calls", ())]
+    answers = [message["tool_call_id"] for message in made["messages"] if message["role"] == "tool"]
+    assert ids == answers == ["call_0", "fAGnJD6gb"]
+
+
+@pytest.mark.parametrize("members", [b"", b"{", b"[]", b'"a"', b"\xff", b"[" * 100_000])
+def test_data_that_an_import_made_up_costs_no_request(members: bytes) -> None:
+    data = v1.ProviderData(provider="here", model="m", call_id="x", members=members)
+    made = written(user("a"), called("ping", "c1", data))
+    (call,) = made["messages"][1]["tool_calls"]
+    assert {"id", "type", "function"} == set(call)
+
+
+def test_data_takes_no_member_s_place() -> None:
+    data = v1.ProviderData(provider="here", model="m", call_id="x", members=b'{"id":"y","function":{},"a":1}')
+    (call,) = written(user("a"), called("ping", "c1", data))["messages"][1]["tool_calls"]
+    assert ("x", "ping") == (call["id"], call["function"]["name"])
+    reasoning = v1.Reasoning(
+        text="hm", provider_data=v1.ProviderData(provider="here", model="m", members=b'{"role":"system","content":"x"}')
+    )
+    message = v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(reasoning=reasoning), v1.Part(text="Hi")])
+    assert {"role": "assistant", "content": "Hi"} == written(user("a"), message, user("b"))["messages"][1]
+    assert {"role": "assistant", "content": "Hi"} == written(user("a"), message)["messages"][1]
+
+
+def test_a_long_history_is_written_whole() -> None:
+    """Nothing of it is joined or left out by its length."""
+    history = [turn for n in range(2000) for turn in (user(f"q{n}"), called("ping", f"c{n}"))]
+    made = written(*history, user("Go"))
+    assert 2000 * 4 + 1 == len(made["messages"])
