@@ -85,7 +85,9 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 24
     """UNAVAILABLE: the store cannot be read or written, a full disk for example; nothing of the call was kept."""
     ERROR_REASON_OWNER_LOST: _ErrorReason.ValueType  # 25
-    """UNAVAILABLE: another process runs this session now; attach again."""
+    """UNAVAILABLE: another process runs this session now, or the run has lost its worker; attach or send again. Inside a run:
+    its process died three times in a row, without a commit of the run in between.
+    """
     ERROR_REASON_MODEL_ERROR: _ErrorReason.ValueType  # 26
     """FAILED_PRECONDITION, and inside a run: the model's provider refused the request, or answered with something that is no
     reply.
@@ -175,7 +177,9 @@ ERROR_REASON_SERVER_DRAINING: ErrorReason.ValueType  # 23
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 24
 """UNAVAILABLE: the store cannot be read or written, a full disk for example; nothing of the call was kept."""
 ERROR_REASON_OWNER_LOST: ErrorReason.ValueType  # 25
-"""UNAVAILABLE: another process runs this session now; attach again."""
+"""UNAVAILABLE: another process runs this session now, or the run has lost its worker; attach or send again. Inside a run:
+its process died three times in a row, without a commit of the run in between.
+"""
 ERROR_REASON_MODEL_ERROR: ErrorReason.ValueType  # 26
 """FAILED_PRECONDITION, and inside a run: the model's provider refused the request, or answered with something that is no
 reply.

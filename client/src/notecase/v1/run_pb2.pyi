@@ -40,7 +40,7 @@ class Run(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         STATE_UNSPECIFIED: Run._State.ValueType  # 0
         STATE_QUEUED: Run._State.ValueType  # 1
-        """Behind another run of its session."""
+        """Behind another run of its session, or for a place in the server."""
         STATE_RUNNING: Run._State.ValueType  # 2
         STATE_WAITING: Run._State.ValueType  # 3
         """For a tool's result, an approval or an answer; it holds no worker and survives restarts."""
@@ -53,7 +53,7 @@ class Run(_message.Message):
 
     STATE_UNSPECIFIED: Run.State.ValueType  # 0
     STATE_QUEUED: Run.State.ValueType  # 1
-    """Behind another run of its session."""
+    """Behind another run of its session, or for a place in the server."""
     STATE_RUNNING: Run.State.ValueType  # 2
     STATE_WAITING: Run.State.ValueType  # 3
     """For a tool's result, an approval or an answer; it holds no worker and survives restarts."""

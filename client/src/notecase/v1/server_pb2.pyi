@@ -56,7 +56,7 @@ class ServerInfo(_message.Message):
     """Of one blob."""
     max_page_size: _builtins.int
     max_runs: _builtins.int
-    """Runs under way at once, over all sessions."""
+    """Runs at work at once, over all sessions. A new start above it is RATE_LIMITED; a run that was accepted before waits."""
     max_session_bytes: _builtins.int
     """Of all blobs that one session refers to."""
     @_builtins.property

@@ -40,7 +40,8 @@ from notecase_server.tools.mcp_settings import read_mcp_servers
     default=1000,
     envvar="NOTECASE_MAX_RUNS",
     show_envvar=True,
-    help="Runs under way at once; a start above it is refused with RESOURCE_EXHAUSTED.",
+    help="Runs at work at once; a new start above it is refused with RESOURCE_EXHAUSTED, and what was accepted before "
+    "waits.",
 )
 @click.option(
     "--max-blob-bytes",
