@@ -436,7 +436,12 @@ class McpTool(_message.Message):
 
     SERVER_FIELD_NUMBER: _builtins.int
     TOOLS_FIELD_NUMBER: _builtins.int
+    REQUIRED_FIELD_NUMBER: _builtins.int
     server: _builtins.str
+    required: _builtins.bool
+    """A run fails with TOOL_ERROR when the tools cannot be had as it begins. Otherwise it goes on without them, and its log says
+    so (`tools_unavailable`).
+    """
     @_builtins.property
     def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -444,10 +449,11 @@ class McpTool(_message.Message):
         *,
         server: _builtins.str = ...,
         tools: _abc.Iterable[_builtins.str] | None = ...,
+        required: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["server", b"server", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["required", b"required", "server", b"server", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1047,10 +1047,12 @@ class Event(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     COMMAND_QUEUED_FIELD_NUMBER: _builtins.int
     RUN_STARTED_FIELD_NUMBER: _builtins.int
+    SUMMARY_FAILED_FIELD_NUMBER: _builtins.int
+    TOOLS_UNAVAILABLE_FIELD_NUMBER: _builtins.int
     BLOCK_DELTA_FIELD_NUMBER: _builtins.int
     MESSAGE_DISCARDED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Set aside: 6 for the principal that caused it, 7 for the step of the run, 8 and 9 for more about any event, 23 to 39 for
+    """Set aside: 6 for the principal that caused it, 7 for the step of the run, 8 and 9 for more about any event, 25 to 39 for
     payloads that are stored. Payloads from 40 on are passing.
     """
     run: _builtins.str
@@ -1096,6 +1098,14 @@ class Event(_message.Message):
     @_builtins.property
     def run_started(self) -> Global___RunStarted: ...
     @_builtins.property
+    def summary_failed(self) -> Global___SummaryFailed:
+        """A summary was due and could not be made. The run goes on without it, and a later run tries again."""
+
+    @_builtins.property
+    def tools_unavailable(self) -> Global___ToolsUnavailable:
+        """Tools of an MCP server cannot be had: the run goes on without them."""
+
+    @_builtins.property
     def block_delta(self) -> Global___BlockDelta:
         """Passing."""
 
@@ -1122,14 +1132,16 @@ class Event(_message.Message):
         usage: _content_pb2.Usage | None = ...,
         command_queued: Global___CommandQueued | None = ...,
         run_started: Global___RunStarted | None = ...,
+        summary_failed: Global___SummaryFailed | None = ...,
+        tools_unavailable: Global___ToolsUnavailable | None = ...,
         block_delta: Global___BlockDelta | None = ...,
         message_discarded: Global___MessageDiscarded | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["block_delta", b"block_delta", "command_queued", b"command_queued", "create_time", b"create_time", "input_requested", b"input_requested", "input_resolved", b"input_resolved", "message_added", b"message_added", "message_discarded", b"message_discarded", "payload", b"payload", "rewound", b"rewound", "run_started", b"run_started", "run_state_changed", b"run_state_changed", "state_changed", b"state_changed", "summarized", b"summarized", "tool_finished", b"tool_finished", "tool_started", b"tool_started", "usage", b"usage"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["block_delta", b"block_delta", "command_queued", b"command_queued", "create_time", b"create_time", "input_requested", b"input_requested", "input_resolved", b"input_resolved", "message_added", b"message_added", "message_discarded", b"message_discarded", "payload", b"payload", "rewound", b"rewound", "run_started", b"run_started", "run_state_changed", b"run_state_changed", "state_changed", b"state_changed", "summarized", b"summarized", "summary_failed", b"summary_failed", "tool_finished", b"tool_finished", "tool_started", b"tool_started", "tools_unavailable", b"tools_unavailable", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_delta", b"block_delta", "cause_id", b"cause_id", "command_queued", b"command_queued", "create_time", b"create_time", "input_requested", b"input_requested", "input_resolved", b"input_resolved", "message_added", b"message_added", "message_discarded", b"message_discarded", "payload", b"payload", "rewound", b"rewound", "run", b"run", "run_started", b"run_started", "run_state_changed", b"run_state_changed", "sequence", b"sequence", "state_changed", b"state_changed", "summarized", b"summarized", "tool_finished", b"tool_finished", "tool_started", b"tool_started", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_delta", b"block_delta", "cause_id", b"cause_id", "command_queued", b"command_queued", "create_time", b"create_time", "input_requested", b"input_requested", "input_resolved", b"input_resolved", "message_added", b"message_added", "message_discarded", b"message_discarded", "payload", b"payload", "rewound", b"rewound", "run", b"run", "run_started", b"run_started", "run_state_changed", b"run_state_changed", "sequence", b"sequence", "state_changed", b"state_changed", "summarized", b"summarized", "summary_failed", b"summary_failed", "tool_finished", b"tool_finished", "tool_started", b"tool_started", "tools_unavailable", b"tools_unavailable", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["state_changed", "message_added", "run_state_changed", "tool_started", "tool_finished", "input_requested", "input_resolved", "rewound", "summarized", "usage", "command_queued", "run_started", "block_delta", "message_discarded"]  # noqa: Y015
+    _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["state_changed", "message_added", "run_state_changed", "tool_started", "tool_finished", "input_requested", "input_resolved", "rewound", "summarized", "usage", "command_queued", "run_started", "summary_failed", "tools_unavailable", "block_delta", "message_discarded"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_payload) -> _WhichOneofReturnType_payload | None: ...
 
@@ -1370,6 +1382,50 @@ class Summarized(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Summarized: _TypeAlias = Summarized  # noqa: Y015
+
+@_typing.final
+class SummaryFailed(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ERROR_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def error(self) -> _content_pb2.Error: ...
+    def __init__(
+        self,
+        *,
+        error: _content_pb2.Error | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SummaryFailed: _TypeAlias = SummaryFailed  # noqa: Y015
+
+@_typing.final
+class ToolsUnavailable(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SERVER_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    server: _builtins.str
+    """As McpTool.server."""
+    @_builtins.property
+    def error(self) -> _content_pb2.Error: ...
+    def __init__(
+        self,
+        *,
+        server: _builtins.str = ...,
+        error: _content_pb2.Error | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "server", b"server"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ToolsUnavailable: _TypeAlias = ToolsUnavailable  # noqa: Y015
 
 @_typing.final
 class RunStateChanged(_message.Message):

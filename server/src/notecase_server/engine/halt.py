@@ -63,6 +63,7 @@ class Halts:
     def __init__(self) -> None:
         self._pending: list[Halt] = []
         self._cutting: asyncio.Task[Any] | None = None
+        self._interrupted = False
         self.stirred = asyncio.Event()
         """Set when there is something new to look at."""
 
@@ -78,6 +79,12 @@ class Halts:
         self._pending.append(halt)
         self.stirred.set()
         if self._cutting is not None:
+            self._cutting.cancel()
+
+    def interrupt(self) -> None:
+        """Cuts what runs in `cut` at this moment, without a halt."""
+        if self._cutting is not None:
+            self._interrupted = True
             self._cutting.cancel()
 
     def remove(self, halt: Halt) -> None:
@@ -98,7 +105,7 @@ class Halts:
         try:
             return await task
         except asyncio.CancelledError:
-            if self._pending:
+            if self._pending or self._interrupted:
                 raise Halted from None
             caller = asyncio.current_task()
             if caller is not None and caller.cancelling():
@@ -106,4 +113,4 @@ class Halts:
                 raise
             raise errors.model_unavailable("The model's provider broke off.") from None
         finally:
-            self._cutting = None
+            self._cutting, self._interrupted = None, False

@@ -6,7 +6,7 @@ Made anew for each turn. What holds for all turns of a run in this process is it
 import asyncio
 import itertools
 import random
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -24,6 +24,7 @@ from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Finish, ModelRequest, Provider
 from notecase_server.models.contract import Tool as ModelTool
 from notecase_server.store import bindings
+from notecase_server.tools.contract import Function
 
 T = TypeVar("T")
 
@@ -247,6 +248,8 @@ class ModelTurn:
             self._budget.may_summarize = False
             reason = errors.reason_name(error.reason)
             self._log.log.warning("summary_failed", reason=reason, message=error.message)
+            failed = v1.Event(summary_failed=v1.SummaryFailed(error=error.to_proto()))
+            await self._log.durably(lambda: [failed])
             return False
         try:
             await self._log.durably(lambda: plan.events(*made))
@@ -259,11 +262,22 @@ class ModelTurn:
 
 
 async def bind(run_log: RunLog) -> Mapping[str, Bound]:
-    """What the model may call, by name. TOOL_ERROR when it cannot be had, or two have one name."""
-    found = [
-        [ledger.called_by_caller(tool)] if tool.HasField("client") else await run_log.services.toolbox.resolve(tool)
-        for tool in bindings.declared(run_log.agent, run_log.run)
-    ]
+    """Returns what the model may call, by name. What an MCP server cannot give is put on record and left out, unless
+    the agent requires it. TOOL_ERROR when what is required cannot be had, or two tools have one name."""
+    found: list[Sequence[Function]] = []
+    for tool in bindings.declared(run_log.agent, run_log.run):
+        if tool.HasField("client"):
+            found.append([ledger.called_by_caller(tool)])
+            continue
+        try:
+            found.append(await run_log.services.toolbox.resolve(tool))
+        except NotecaseError as error:
+            if not tool.HasField("mcp") or tool.mcp.required:
+                raise
+            found.append([])
+            missing = v1.ToolsUnavailable(server=tool.mcp.server, error=error.to_proto())
+            event = v1.Event(tools_unavailable=missing)
+            await run_log.durably(lambda event=event: [event])  # type: ignore[misc]
     return ledger.bind(run_log.agent, run_log.run, found)
 
 

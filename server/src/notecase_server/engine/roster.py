@@ -74,6 +74,8 @@ class Roster:
     def begin(self, live: LiveSession, committed: Committed, run: str, agent: v1.Agent, *, placed: bool) -> None:
         """Sets to work on a run that a commit has started. The caller holds the session's lock."""
         if self.at_work(live.key, run) is not None:
+            if placed:
+                self._services.places.give_back()
             return
         active = ActiveRun(live.key, committed.runs[run], agent, committed.epoch)
         worker = self.worker_for(RunLog(live, self._services, committed.session, active))
@@ -159,11 +161,13 @@ class Roster:
                 worker = self.at_work(key, run) or await self._made(live, session, run)
             except NotecaseError as error:
                 raise (late if late is not None and error.reason in NOT_UNDER_WAY else error) from None
-            yield worker
-            if self.at_work(key, run) is None:
-                self.settle(worker)
-            else:
-                worker.stir()
+            try:
+                yield worker
+            finally:
+                if self.at_work(key, run) is None:
+                    self.settle(worker)
+                else:
+                    worker.stir()
 
     async def _settle_commit(self, live: LiveSession) -> None:
         """Finds out what became of a commit whose answer was lost, before anybody decides on what is known. The caller

@@ -36,6 +36,7 @@ ARRIVED = b"imported"
 
 OF_RUNS = frozenset(
     {"run_started", "run_state_changed", "command_queued", "tool_started", "input_requested", "input_resolved"}
+    | {"summary_failed", "tools_unavailable"}
 )
 OF_ANY = frozenset({"message_added", "tool_finished", "state_changed", "usage", "rewound", "summarized"})
 """Kinds of events that a log holds: those that are some run's, and those that need not be."""

@@ -61,6 +61,8 @@ class Worker:
         """Asks the worker to leave the run as it is at its next commit."""
         self._draining = True
         self._halts.stirred.set()
+        if not self.placed or self.takes_over is not None:  # nothing was begun that could be lost
+            self._halts.interrupt()
 
     def stop_call(self, call_id: str) -> None:
         """Stops what of a call runs here, once its end is on record."""
@@ -100,7 +102,8 @@ class Worker:
     @property
     def _may_leave(self) -> bool:
         """Calls under way are not left behind: somebody would have to say what became of them."""
-        return self._draining and (self.log.message is None or not self.placed)
+        begun = self.placed and self.takes_over is None
+        return self._draining and (self.log.message is None or not begun)
 
     def _let_go(self) -> None:
         self.log.live.discard(self.log.step)
