@@ -1,9 +1,9 @@
-"""Owns every task of a server: nothing runs in the background that nobody answers for.
+"""Owns every task of a server, so that no background work fails unnoticed.
 
 A task is one of three things.
 
 - Work with a caller, who may go away (`whole`): it is carried to its end all the same, because what follows from a
-  commit must follow it. The caller is told of its failure; a failure that is not a refusal is logged too.
+  commit must follow it. The caller gets its failure; one that is not a refusal is logged too.
 - A duty (`duty`): something that must happen although nobody waits for it, such as the start of a queued run or a
   deadline. What the store refuses passingly, and what breaks, is tried again; a refusal for good is handed to the
   duty's `refused`, which makes it a fact.
@@ -58,13 +58,13 @@ def backoff() -> Iterator[float]:
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether the same work may succeed later without anything being changed."""
+    """Returns whether the same work may succeed later without any change."""
     return isinstance(error, NotecaseError) and error.reason == v1.ERROR_REASON_STORE_UNAVAILABLE
 
 
 class Tasks:
-    """Tasks that belong to one owner, who closes them. They are held here, so that none is collected under way, and one
-    that breaks is logged even when nobody asks what became of it."""
+    """Holds tasks that belong to one owner, which closes them. None is collected under way, and one that breaks is
+    logged even when nobody asks for its result."""
 
     def __init__(self, owner: str) -> None:
         """`owner` is its name in the log."""
@@ -110,12 +110,12 @@ STUCK_SECONDS = 1.0
 
 
 def is_answer(error: BaseException) -> bool:
-    """Whether this is something that a caller is told, and not a defect."""
+    """Returns whether this is an answer to a caller, and not a defect."""
     return isinstance(error, NotecaseError | Replayed | Duplicate)
 
 
 class Supervisor:
-    """Everything in the background of one server."""
+    """Owns everything in the background of one server."""
 
     def __init__(self, new_id: Callable[[], str]) -> None:
         self.broken: asyncio.Event = asyncio.Event()
@@ -146,8 +146,8 @@ class Supervisor:
         refused: Refused,
     ) -> None:
         """Does something that nobody waits for. One duty of a name is under way about one thing: when it is asked for
-        meanwhile, it is done once more afterwards. `refused` is told of a refusal for good; what it raises passingly is
-        tried again as well."""
+        meanwhile, it is done once more afterwards. `refused` is called with a refusal for good; what it raises
+        passingly is tried again as well."""
         place = (name, about)
         if self._draining:
             return

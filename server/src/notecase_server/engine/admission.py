@@ -1,4 +1,4 @@
-"""May this run begin? Starts, queues and replaces: each is one commit."""
+"""Admits runs: starts, queues or replaces one, each in one commit."""
 
 import hashlib
 from collections.abc import Callable
@@ -44,11 +44,11 @@ class Started(NamedTuple):
 
 
 class Admission:
-    """The starts of one process."""
+    """Makes the starts of one process."""
 
     def __init__(self, sessions: Sessions, services: Services, roster: Roster) -> None:
         self.queued: Callable[[SessionKey], None] = lambda _: None
-        """Told that a start was queued in a session: see Upkeep.start_next."""
+        """Called when a start was queued in a session: see Upkeep.start_next."""
         self._sessions = sessions
         self._services = services
         self._store = services.store
@@ -180,8 +180,8 @@ class Admission:
                 self._services.places.give_back()
 
     async def commit_back(self, live: LiveSession, commit: Commit, way: Back, cause_id: str) -> Committed:
-        """The commit, with the way back before its events. The caller holds the session's lock, and yet others write:
-        what they wrote meanwhile is rewound too, unless the commit has a condition of its own."""
+        """Commits with the way back before the commit's events. The caller holds the session's lock, and yet others
+        write: what they wrote meanwhile is rewound too, unless the commit has a condition of its own."""
         assert way.to_sequence is not None
         while True:
             _, session = await self._sessions.watched(live.key)
@@ -217,7 +217,7 @@ class Admission:
         return agent
 
     async def named_agent(self, tenant: str, name: str) -> v1.Agent:
-        """The agent of that name, or its revision; NotecaseError AGENT_NOT_FOUND."""
+        """Returns the agent of that name, or its revision. Raises NotecaseError AGENT_NOT_FOUND."""
         parsed = names.parse_agent(name)
         agent = await self._store.get_agent(tenant, parsed.agent, parsed.revision) if parsed else None
         if agent is None:
@@ -247,7 +247,7 @@ class Admission:
         async with self._roster.worker(key, active, Caused()) as worker:
             way = way_of(start)
             to_sequence = None
-            if way is not None:  # what stands in its way is told before anything is stopped
+            if way is not None:  # what stands in its way is found before anything is stopped
                 back = await way_back(self._store, key, worker.log.run, way)
                 to_sequence = back.events[0].rewound.to_sequence
             if not start.messages:

@@ -1,4 +1,4 @@
-"""What is done with a session while no run is at work in it: rewind, fork, compact."""
+"""Rewinds, forks and compacts a session while no run is at work in it."""
 
 from dataclasses import replace
 
@@ -16,7 +16,7 @@ from notecase_server.store.contract import Answer, Commit, Committed, Fork, Once
 
 
 class AtRest:
-    """Used by callers only; nothing here goes on in the background."""
+    """Does what callers ask of a session at rest; nothing here goes on in the background."""
 
     def __init__(self, sessions: Sessions, services: Services, admission: Admission) -> None:
         self._sessions = sessions
@@ -44,8 +44,8 @@ class AtRest:
     async def fork(
         self, source: SessionKey, at_sequence: int | None, key: SessionKey, chosen: v1.Session, once: Once | None
     ) -> Committed:
-        """A new session that begins with the log of another up to a sequence, its head for None. What of `chosen` is
-        empty is the source's, but for when it expires.
+        """Makes a session that begins with the log of another up to a sequence, its head for None. What of `chosen` is
+        empty is taken from the source, except for its expiry.
 
         Raises Replayed for a repeat, and NotecaseError: SESSION_NOT_FOUND, SEQUENCE_AHEAD, ALREADY_EXISTS."""
         _, session = await self._sessions.watched(source)

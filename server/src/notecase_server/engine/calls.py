@@ -1,4 +1,4 @@
-"""The calls of a run that are at work in this process: begun, timed, stopped, and their results put on record."""
+"""Runs the calls of a run in this process: begins, times and stops them, and puts their results on record."""
 
 import asyncio
 import traceback
@@ -20,7 +20,7 @@ Result = tuple[Outcome, Sequence[v1.StateOp]]
 
 
 class Calls:
-    """Used by one worker, which alone waits for them."""
+    """Holds the calls at work for one worker, which alone waits for them."""
 
     def __init__(self, run_log: RunLog) -> None:
         self._log = run_log
@@ -31,7 +31,7 @@ class Calls:
         return bool(self._tasks)
 
     def begin(self) -> None:
-        """Sets to work on every call that is the server's to run and not at work yet."""
+        """Starts every call that the server runs and that is not at work yet."""
         for call in self._log.started:
             if call.call_id not in self._tasks:
                 self._tasks[call.call_id] = self._owned.start(self._execute(call), f"call {call.call_id}")
@@ -45,7 +45,7 @@ class Calls:
             watch.cancel()
 
     def stop(self, call_id: str) -> None:
-        """Stops what of a call runs here, once its end is on record."""
+        """Stops a call that runs here, once its end is on record."""
         task = self._tasks.pop(call_id, None)
         if task is not None:
             task.cancel()
@@ -88,7 +88,7 @@ class Calls:
         return []
 
     async def _execute(self, call: v1.ToolCall) -> Result:
-        """Runs one call. A tool that is broken is a failed call, whatever it raises: the model is told that much, the
+        """Runs one call. A tool that is broken is a failed call, whatever it raises: the model learns that much, the
         log the rest."""
         if not call.HasField("binding"):
             return Outcome(error=f"There is no tool {call.tool!r}."), []
@@ -155,7 +155,7 @@ def _result(task: asyncio.Task[Result]) -> Result:
 
 
 def fitting(message: v1.Message | None, outcome: Outcome) -> Outcome:
-    """The outcome, if the message that holds the call still fits into a page with it."""
+    """Returns the outcome if the message that holds the call still fits into a page with it, and an error otherwise."""
     size = sum(part.ByteSize() for part in outcome.parts) + (message.ByteSize() if message else 0)
     if size > PAGE_BYTES - (16 << 10):
         return Outcome(error=f"The results of this reply's calls are together larger than {PAGE_BYTES} bytes.")

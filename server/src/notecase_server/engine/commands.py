@@ -1,4 +1,4 @@
-"""What callers say to a run under way: results, answers, input, cancels. And waiting for what becomes of it."""
+"""Carries out what callers send to a run under way: results, answers, input, cancels. And waits for its end."""
 
 import asyncio
 
@@ -20,7 +20,7 @@ from notecase_server.tools.contract import Outcome
 
 
 class Commands:
-    """The commands of one process. Each is carried to its end although its caller goes away."""
+    """Carries out the commands of one process, each to its end although its caller goes away."""
 
     def __init__(self, sessions: Sessions, services: Services, roster: Roster, poll_seconds: float) -> None:
         self._sessions = sessions
@@ -33,8 +33,8 @@ class Commands:
     # ---- answers
 
     async def tool_result(self, key: SessionKey, run_id: str, result: v1.ToolResult, caused: Caused) -> Committed:
-        """Gives a dispatched call its outcome. CALL_NOT_PENDING when it waits for none, whatever its run does by
-        now."""
+        """Gives a dispatched call its outcome. Raises CALL_NOT_PENDING when the call waits for none, whatever its run
+        does by now."""
         return await self._whole(self._tool_result(key, run_id, result, caused))
 
     async def _tool_result(self, key: SessionKey, run_id: str, result: v1.ToolResult, caused: Caused) -> Committed:
@@ -48,8 +48,8 @@ class Commands:
             raise late
 
     async def respond(self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused) -> Committed:
-        """Answers an approval or a question. INPUT_NOT_PENDING when nobody asks (any more), whatever the run does by
-        now."""
+        """Answers an approval or a question. Raises INPUT_NOT_PENDING when nobody asks (any more), whatever the run
+        does by now."""
         return await self._whole(self._respond(key, run_id, response, caused))
 
     async def _respond(self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused) -> Committed:
@@ -65,7 +65,8 @@ class Commands:
     # ---- input
 
     async def say(self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused) -> tuple[Committed, bool]:
-        """What a user says to a run under way; the commit, and whether it only queued it. RUN_ENDED, QUEUE_FULL."""
+        """Commits what a user says to a run under way. Returns the commit, and whether it only queued the input. Raises
+        RUN_ENDED and QUEUE_FULL."""
         return await self._whole(self._say(key, run_id, said, caused))
 
     async def _say(self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused) -> tuple[Committed, bool]:
@@ -137,7 +138,7 @@ class Commands:
         self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused
     ) -> Committed:
         """Puts the end of a run on record whose start has not arrived; one that has just arrived is cancelled as by
-        `cancel`. SESSION_NOT_FOUND."""
+        `cancel`. Raises SESSION_NOT_FOUND."""
         try:
             return await self._cancel_run(key, run_id, cancel, caused, RunRecord(b"", v1.Agent()))
         except NotecaseError as error:
@@ -157,8 +158,9 @@ class Commands:
     # ---- waiting
 
     async def wait(self, key: SessionKey, run_id: str, seconds: float | None, after: int = 0) -> v1.Run:
-        """The run once it has ended or waits, or as it is after that many seconds; NotecaseError RUN_NOT_FOUND, and
-        SESSION_NOT_FOUND once the session is deleted. A wait that began by sequence `after` is not looked at."""
+        """Returns the run once it has ended or waits, or as it is after that many seconds. A wait that began by
+        sequence `after` does not count. Raises NotecaseError RUN_NOT_FOUND, and SESSION_NOT_FOUND once the session is
+        deleted."""
         live = self._sessions.live(key)
         loop = asyncio.get_running_loop()
         until = None if seconds is None else loop.time() + seconds
@@ -202,5 +204,5 @@ def _check_decision(request: v1.InputRequest, response: v1.InputResponse) -> Non
 
 
 def words(said: v1.UserInput) -> str:
-    """The text of what a user says."""
+    """Returns the text of what a user says."""
     return " ".join(part.text for message in said.messages for part in message.parts if part.text)

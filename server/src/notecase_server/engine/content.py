@@ -23,7 +23,7 @@ MAX_PART_BYTES = 256 << 10
 """What a part keeps to itself; more becomes a blob, so that pages of messages stay small."""
 
 MAX_MESSAGE_BYTES = PAGE_BYTES - (64 << 10)
-"""Of a message beside what becomes blobs: it fits into one page."""
+"""Bytes of a message, without what becomes blobs: it fits into one page."""
 
 MAX_SAID_BYTES = 2 << 20
 """Limit for all messages that are said at once, without what became blobs: AppendMessages answers with them, and a

@@ -25,8 +25,8 @@ MAX_KEYS = 1000
 async def build(
     store: Store, key: SessionKey, user: str, run: str, agent: v1.Agent, summary: int = 0, most_tokens: int = 0
 ) -> ModelRequest:
-    """The request for the next model call of `run`. `summary` is the sequence of the session's; `most_tokens` bounds
-    the messages beside the agent's own limits; 0 for neither.
+    """Builds the request for the next model call of `run`. `summary` is the sequence of the session's summary;
+    `most_tokens` bounds the messages in addition to the agent's own limits; 0 for neither.
 
     Raises NotecaseError TEMPLATE_ERROR when the instruction exceeds its limits over this state."""
     llm = agent.llm
@@ -60,9 +60,9 @@ async def _instruction(store: Store, key: SessionKey, user: str, source: str) ->
 async def shown(
     store: Store, key: SessionKey, context: v1.Context, run: str, summary: Summary | None = None, most_tokens: int = 0
 ) -> list[v1.Message]:
-    """The summary, then the newest messages that it does not cover and that fit the limits, oldest first: at most
-    `most_tokens` of them, too, unless that is 0. They begin with what a user or the system said, and hold the newest
-    message of a user with all that follows it whatever the limits are."""
+    """Returns the summary, then the newest messages that it does not cover and that fit the limits, oldest first: at
+    most `most_tokens` of them, too, unless that is 0. They begin with what a user or the system said, and hold the
+    newest message of a user with all that follows it, whatever the limits are."""
     only = run if context.stateless else ""
     told = [summary.message] if summary else []
     covered = summary.last_sequence if summary else 0

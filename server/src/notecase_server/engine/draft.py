@@ -1,4 +1,4 @@
-"""The reply that a step of a run is writing: deltas in, blocks, bounds, a message out. Pure."""
+"""Writes the reply of one step of a run: takes deltas in, keeps blocks within bounds, and gives a message out. Pure."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -20,7 +20,7 @@ Kind = Literal["text", "json", "reasoning", "refusal", "arguments"]
 
 
 class Block:
-    """One part of a message being made. Its bytes are UTF-8 and only grow, by whole code points."""
+    """Holds one part of a message being made. Its bytes are UTF-8 and only grow, by whole code points."""
 
     __slots__ = ("call_id", "data", "kind", "provider_data", "tool")
 
@@ -43,7 +43,7 @@ class Block:
 
 
 class Draft:
-    """The draft of one reply; a block's index is that of the part it will be. It is fed until its Finish."""
+    """Holds one reply in the making; a block's index is that of the part it will be. It is fed until its Finish."""
 
     __slots__ = ("_calls", "_new_id", "_size", "_unfenced", "blocks", "name", "run", "settled")
 
@@ -62,8 +62,8 @@ class Draft:
         self._unfenced = Unfenced() if as_json else None
 
     def feed(self, delta: Text | Reasoning | Refusal | Call | Returned) -> bool:
-        """Takes in a delta; whether it began a block. Raises NotecaseError LIMIT_EXCEEDED once the reply is larger than
-        MAX_REPLY_BYTES."""
+        """Takes in a delta, and returns whether it began a block. Raises NotecaseError LIMIT_EXCEEDED once the reply is
+        larger than MAX_REPLY_BYTES."""
         match delta:
             case Returned(key, data):
                 self._return(None if key is None else self._calls.get(key), data)
@@ -110,7 +110,7 @@ class Draft:
         return "".join(block.data.decode() for block in self.blocks if block.kind == "json")
 
     def message(self, author: str, status: v1.Message.Status.ValueType) -> v1.Message:
-        """Returns the message as far as the draft goes. Beside calls, JSON is text."""
+        """Returns the message as far as the draft goes. With calls in it, JSON is text."""
         message = v1.Message(name=self.name, role=v1.Message.ROLE_ASSISTANT, author=author, status=status, run=self.run)
         for block in self.blocks:
             text = block.data.decode()

@@ -1,7 +1,7 @@
-"""The protocol by which something is stopped: one command, one result.
+"""Stops something under way by a protocol: one command, one result.
 
-A Halt says what is to follow the sealing of all that is open. It is carried out by the run's worker in one commit, and
-answered by that commit, or refused; a halt that is refused has changed nothing.
+A Halt says what is to follow the sealing of all that is open. The run's worker carries it out in one commit and answers
+it with that commit, or with a refusal; a halt that is refused has changed nothing.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Replacement(NamedTuple):
-    """Another run that starts in the commit that ends this one."""
+    """Describes the run that starts in the commit that ends this one."""
 
     run: str
     events: Sequence[v1.Event]
@@ -31,7 +31,7 @@ class Replacement(NamedTuple):
 
 @dataclass(slots=True, kw_only=True)
 class Halt:
-    """A request to stop what is under way now: to end the run, or to go on with what a user says instead."""
+    """Asks to stop what is under way now: to end the run, or to go on with what a user says instead."""
 
     said: Sequence[v1.Event] = ()
     """The user's messages: with any, the run goes on with them."""
@@ -54,11 +54,11 @@ class Halt:
 
 
 class Halted(Exception):
-    """What was under way was cut because of a halt."""
+    """Raised where a halt has cut what was under way."""
 
 
 class Halts:
-    """The halts that a worker has not carried out, and what they cut."""
+    """Holds the halts that a worker has not carried out, and what they cut."""
 
     def __init__(self) -> None:
         self._pending: list[Halt] = []
@@ -75,7 +75,7 @@ class Halts:
         return self._pending[0]
 
     def add(self, halt: Halt) -> None:
-        """Cuts what runs in `cut_by`; the worker then carries the halt out."""
+        """Cuts what runs in `cut`; the worker then carries the halt out."""
         self._pending.append(halt)
         self.stirred.set()
         if self._cutting is not None:
@@ -91,7 +91,7 @@ class Halts:
         self._pending.remove(halt)
 
     def refuse_all(self, error: Exception) -> None:
-        """Answers those that nobody will carry out."""
+        """Refuses the halts that nobody will carry out."""
         for halt in self._pending:
             halt.refuse(error)
         self._pending.clear()

@@ -1,7 +1,6 @@
-"""The calls of a run: which may run, which wait for whom, and how each comes to its one outcome.
+"""Decides about the calls of a run: which may run, which wait for whom, and how each comes to its one outcome.
 
-Pure: from what is known of a run to the events that say what becomes of its calls. Committing them is the worker's
-business.
+Pure: from what is known of a run to the events that say what becomes of its calls. The worker commits them.
 """
 
 import json
@@ -41,7 +40,7 @@ class Bound(NamedTuple):
 
 
 def called_by_caller(tool: v1.Tool) -> Function:
-    """What a model is told of a tool that the caller runs; nothing here implements it."""
+    """Returns how a tool that the caller runs is shown to a model; nothing here implements it."""
     return Function(tool.name, tool.description, tool.parameters, v1.ToolBinding())
 
 
@@ -76,20 +75,20 @@ def _described(binding: v1.ToolBinding) -> str:
 
 
 def declaration(agent: v1.Agent, run: v1.Run, call: v1.ToolCall) -> v1.Tool:
-    """The declaration that a call was bound to; an empty one when there was no tool of its name."""
+    """Returns the declaration that a call was bound to; an empty one when there was no tool of its name."""
     tools = declared(agent, run)
     index = call.binding.declaration
     return tools[index] if call.HasField("binding") and 0 <= index < len(tools) else v1.Tool()
 
 
 def is_client(call: v1.ToolCall) -> bool:
-    """Whether the caller runs what the call was bound to."""
+    """Returns whether the caller runs what the call was bound to."""
     return call.HasField("binding") and call.binding.WhichOneof("implementation") is None
 
 
 def remembered(session: v1.Session, run: v1.Run) -> dict[bytes, bool]:
-    """The answers that hold for calls of this run: by digest of what a call is bound to, whether it is approved. The
-    newest answer counts."""
+    """Returns the answers that hold for calls of this run: by digest of what a call is bound to, whether it is
+    approved. The newest answer counts."""
     answers = sorted((*session.remembered.values(), *run.remembered.values()), key=lambda answer: answer.sequence)
     return {answer.digest: answer.approved for answer in answers if answer.agent == run.agent and answer.digest}
 
@@ -105,7 +104,7 @@ def expire(request: v1.InputRequest, run: v1.Run, now: int) -> None:
 
 
 def arguments_of(call: v1.ToolCall) -> dict[str, Any] | None:
-    """The call's arguments, None when they are no JSON object. None at all count as an empty one."""
+    """Returns the call's arguments, or None when they are not a JSON object. Empty text counts as an empty object."""
     try:
         decoded = json.loads(call.arguments or "{}")
     except (ValueError, RecursionError):
@@ -120,8 +119,8 @@ def triage(
     new_id: Callable[[], str],
     expire: Callable[[v1.InputRequest], None],
 ) -> list[v1.Event]:
-    """What becomes of calls that a model has just asked for: dispatched, waiting for a person, or already at an end.
-    `answers` are the remembered ones, by digest of what a call is bound to."""
+    """Returns what becomes of calls that a model has just asked for: dispatched, waiting for a person, or already
+    ended. `answers` are the remembered ones, by digest of what a call is bound to."""
     events = []
     for call in calls:
         target = bound.get(call.tool)
@@ -156,8 +155,8 @@ def _request(
 
 
 def started(call: v1.ToolCall, arguments: str = "") -> v1.Event:
-    """The call is dispatched, once more if it was before; with `arguments` in place of the model's when they were
-    edited."""
+    """Returns the event that dispatches a call, or dispatches it once more; with `arguments` in place of the model's
+    when they were edited."""
     event = v1.Event(tool_started=call)
     dispatched = event.tool_started
     dispatched.outcome = v1.ToolCall.OUTCOME_RUNNING
@@ -168,7 +167,7 @@ def started(call: v1.ToolCall, arguments: str = "") -> v1.Event:
 
 
 def finished(call: v1.ToolCall, outcome: Outcome) -> v1.Event:
-    """The call succeeded or failed."""
+    """Returns the event by which a call succeeds or fails."""
     state = v1.ToolCall.OUTCOME_FAILED if outcome.error else v1.ToolCall.OUTCOME_SUCCEEDED
     return _ended(call, state, outcome.error, outcome.parts)
 
@@ -192,7 +191,7 @@ def _ended(
 
 
 def answered(request: v1.InputRequest, response: v1.InputResponse, call: v1.ToolCall) -> list[v1.Event]:
-    """What an answer makes of its call."""
+    """Returns what an answer makes of its call."""
     events = [v1.Event(input_resolved=v1.InputResolved(response=response))]
     if response.decision == DENY:
         reason = response.reason
@@ -208,7 +207,7 @@ def answered(request: v1.InputRequest, response: v1.InputResponse, call: v1.Tool
 
 
 def withdrawn(run: v1.Run, message: v1.Message | None, reason: str, deny: bool = False) -> list[v1.Event]:
-    """Every open approval and question is withdrawn, and its call denied or cancelled."""
+    """Returns the events that withdraw every open approval and question, and deny or cancel its call."""
     calls = {call.call_id: call for call in open_calls(message)} if message else {}
     events = []
     for request in run.pending_inputs:
@@ -221,7 +220,7 @@ def withdrawn(run: v1.Run, message: v1.Message | None, reason: str, deny: bool =
 
 
 def dropped(run: v1.Run, call: v1.ToolCall, reason: str) -> list[v1.Event]:
-    """One call comes to an end as cancelled, whoever runs it, and nobody is asked about it any more."""
+    """Returns the events that cancel one call, wherever it runs, and withdraw what is asked about it."""
     asked = [request.input_id for request in run.pending_inputs if request.call.call_id == call.call_id]
     responses = [v1.InputResponse(input_id=input_id, decision=WITHDRAWN, reason=reason) for input_id in asked]
     resolved = [v1.Event(input_resolved=v1.InputResolved(response=response)) for response in responses]
@@ -229,7 +228,7 @@ def dropped(run: v1.Run, call: v1.ToolCall, reason: str) -> list[v1.Event]:
 
 
 def sealed(run: v1.Run, message: v1.Message | None, reason: str) -> list[v1.Event]:
-    """Every call that is open comes to an end as cancelled, and nobody is asked any more."""
+    """Returns the events that cancel every open call and withdraw all that is asked."""
     events = withdrawn(run, message, reason)
     done = {event.tool_finished.call_id for event in events}
     if message is not None:
@@ -243,7 +242,7 @@ def interrupted(
     new_id: Callable[[], str],
     expire: Callable[[v1.InputRequest], None],
 ) -> list[v1.Event]:
-    """What a takeover makes of calls that had started in the process that was lost."""
+    """Returns what a takeover makes of calls that had started in the process that was lost."""
     events = []
     for call in calls:
         on_interrupt = of(call).on_interrupt
@@ -260,7 +259,7 @@ def interrupted(
 
 
 def left_open(message: v1.Message | None, events: Iterable[v1.Event]) -> list[v1.ToolCall]:
-    """The calls that are still open once the events are committed, as they are then."""
+    """Returns the calls that are still open once the events are committed, as they are then."""
     calls = {call.call_id: call for call in open_calls(message)} if message else {}
     for event in events:
         for part in event.message_added.parts:

@@ -1,6 +1,6 @@
-"""One turn of a model: a request made from what is known, and what is tried until there is a reply.
+"""Takes one turn of a model: makes a request from what is known, and tries until there is a reply.
 
-Made anew for each turn. What holds for all turns of a run in this process is its Budget.
+A ModelTurn is made anew for each turn. What holds for all turns of a run in this process is its Budget.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ is wrong either knows better at once, or not at all."""
 
 
 class Budget:
-    """What the model calls of a run have used up, and what was found out about its model."""
+    """Counts what the model calls of a run have used up, and keeps what was found out about its model."""
 
     def __init__(self, run: v1.Run, agent: v1.Agent) -> None:
         limit = agent.llm.max_model_calls or DEFAULT_MODEL_CALLS
@@ -53,14 +53,14 @@ class Budget:
         return self._most - self._calls
 
     def spend(self) -> None:
-        """Counts a model call that is about to be made; NotecaseError LIMIT_EXCEEDED when none is left."""
+        """Counts a model call that is about to be made. Raises NotecaseError LIMIT_EXCEEDED when none is left."""
         if self.left <= 0:
             told = f"The run made {errors.counted(self._most, 'model call')}, all that it may, without an end."
             raise errors.limit_exceeded("max_model_calls", self._most, told)
         self._calls += 1
 
     def give_back(self) -> None:
-        """Takes back a call that is made once more for no fault of the model's."""
+        """Takes back a call that is made once more through no fault of the model."""
         self._calls -= 1
 
 

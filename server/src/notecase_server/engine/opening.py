@@ -1,4 +1,4 @@
-"""What a start brings into the log, and what it asks of the history before it. Pure."""
+"""Makes the events of a start, and asks what a start needs of the history before it. Pure."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,7 +13,7 @@ INTERRUPT, ROLLBACK = v1.StartRun.ON_BUSY_INTERRUPT, v1.StartRun.ON_BUSY_ROLLBAC
 def opening(
     start: v1.StartRun, user: str, agent: v1.Agent, run_id: str, cause_id: str, new_id: Callable[[], str]
 ) -> list[v1.Event]:
-    """The events that start a run: its start, the state that is given, what is said."""
+    """Returns the events that start a run: its start, the state that is given, what is said."""
     started = v1.RunStarted(
         agent=agent.name,
         agent_revision=agent.revision,
@@ -36,7 +36,8 @@ def opening(
 
 
 def incoming(new_id: Callable[[], str], messages: Sequence[v1.Message], user: str) -> list[v1.Message]:
-    """What a caller says, as it goes into the log: with an id, whole, by the session's user unless it says by whom."""
+    """Returns what a caller says as it goes into the log: with an id, whole, by the session's user unless it names its
+    author."""
     return [
         v1.Message(
             name=new_id(),
@@ -51,7 +52,7 @@ def incoming(new_id: Callable[[], str], messages: Sequence[v1.Message], user: st
 
 
 def way_of(start: v1.StartRun) -> Back | None:
-    """How far the session goes back when a start takes the place of a run; None for not at all."""
+    """Returns how far the session goes back when a start takes the place of a run; None for not at all."""
     if start.on_busy == ROLLBACK:
         return Back(None)
     if not start.HasField("rewind_to_sequence"):
@@ -60,6 +61,7 @@ def way_of(start: v1.StartRun) -> Back | None:
 
 
 def is_answer(message: v1.Message) -> bool:
-    """Whether nothing is left to say after it: a whole reply that called no tools, whose results need one."""
+    """Returns whether nothing is left to say after this message: a whole reply that called no tools, whose results need
+    one."""
     calls = any(part.HasField("tool_call") for part in message.parts)
     return message.role == v1.Message.ROLE_ASSISTANT and message.status == COMPLETED and not calls

@@ -1,4 +1,4 @@
-"""The places of one process: `max_runs` bounds the runs at work, however they came to work.
+"""Bounds the runs at work in one process by `max_runs`, however they came to work.
 
 A new start takes a place at once or is refused. What was accepted before, such as a queued start whose turn has come, a
 run that was taken over or one that has waited, waits for a place: tenants in turn, and each tenant's in their order.
@@ -11,7 +11,7 @@ from notecase_server import errors
 
 
 class Places:
-    """Used from one event loop only."""
+    """Counts the places of one process. Used from one event loop only."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -20,13 +20,13 @@ class Places:
         """By tenant; the tenant whose turn is next comes first."""
 
     def take(self) -> None:
-        """Takes a place at once; NotecaseError RATE_LIMITED when there is none, or others wait for one."""
+        """Takes a place at once. Raises NotecaseError RATE_LIMITED when there is none, or others wait for one."""
         if self._taken >= self.most or self._waiting:
             raise errors.too_many_runs(self.most)
         self._taken += 1
 
     async def wait(self, tenant: str) -> bool:
-        """Takes a place as soon as it is this caller's turn; whether that was not at once."""
+        """Takes a place as soon as it is this caller's turn. Returns whether it had to wait."""
         if self._taken < self.most and not self._waiting:
             self._taken += 1
             return False

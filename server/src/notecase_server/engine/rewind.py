@@ -1,7 +1,7 @@
-"""Going back, and branching off: the events after which a session is as it was, or a copy of what it was is at rest.
+"""Takes a session back: the events after which it is as it was, or a copy of what it was is at rest.
 
-The log is not cut. A mark supersedes the messages since; the calls that were open then are cancelled, and what puts the
-state back is written out as operations, so that whoever folds the log needs to know nothing of how it was.
+The log is not cut. A mark supersedes the messages since; the calls that were open then are cancelled, and operations
+write the state back, so that a reader folds the log with the rules it has.
 """
 
 from typing import NamedTuple
@@ -35,14 +35,14 @@ class Back(NamedTuple):
 
 
 async def back(store: Store, key: SessionKey, run: v1.Run, way: Back) -> Rewind:
-    """The way back from where `run` is under way. As `rewound` and `rolled_back`."""
+    """Returns the way back from where `run` is under way. Raises as `rewound` and `rolled_back`."""
     if way.to_sequence is None:
         return await rolled_back(store, key, run)
     return await rewound(store, key, way.to_sequence, way.field)
 
 
 async def rewound(store: Store, key: SessionKey, to_sequence: int, field: str) -> Rewind:
-    """The way back to a sequence that is still part of the conversation; `field` is where the caller named it.
+    """Returns the way back to a sequence that is still part of the conversation; `field` is where the caller named it.
 
     Raises NotecaseError SESSION_NOT_FOUND, SEQUENCE_AHEAD, and INVALID_FIELD inside a stretch that was rewound before:
     what was said there is superseded, and what it led to is gone."""
@@ -56,8 +56,8 @@ async def rewound(store: Store, key: SessionKey, to_sequence: int, field: str) -
 
 
 async def rolled_back(store: Store, key: SessionKey, run: v1.Run) -> Rewind:
-    """The way back to before a run's start: what went on while it was queued is not its doing, and stays. Where that
-    was rewound meanwhile, as far as the rewind went."""
+    """Returns the way back to before a run's start: what went on while it was queued is not its doing, and stays. Where
+    that was rewound meanwhile, it goes as far as the rewind went."""
     before = await _before(store, key, run)
     past = await store.read_past(key, before)
     if past.kept < before:
@@ -94,7 +94,7 @@ def _back(past: Past, to_sequence: int, run: str = "") -> Rewind:
 
 
 def ended(past: Past) -> list[v1.Event]:
-    """What ends the runs of a session as it was, so that a fork of it is at rest."""
+    """Returns the events that end the runs of a session as it was, so that a fork of it is at rest."""
     reason = "The session was forked while the run was under way."
     events = []
     for run in past.runs:

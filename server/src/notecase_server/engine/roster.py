@@ -1,4 +1,4 @@
-"""Who works on which run in this process."""
+"""Knows which worker is at work on which run in this process."""
 
 import asyncio
 import contextvars
@@ -30,7 +30,7 @@ NOT_UNDER_WAY = frozenset({v1.ERROR_REASON_RUN_NOT_FOUND, v1.ERROR_REASON_RUN_EN
 
 
 class Caused(NamedTuple):
-    """What is behind a write: its id in the log, and what makes it idempotent."""
+    """Names what is behind a write: its id in the log, and what makes it idempotent."""
 
     cause_id: str = ""
     once: Once | None = None
@@ -45,16 +45,16 @@ class Entry(NamedTuple):
 
 
 class Roster:
-    """The workers of one process."""
+    """Holds the workers of one process."""
 
     def __init__(self, sessions: Sessions, services: Services) -> None:
         self.draining = False
         self.settle: Callable[[Worker], None] = lambda _: None
-        """Told of a worker that nobody is at work with: see Upkeep.settle."""
+        """Called with a worker that is not at work: see Upkeep.settle."""
         self.employed: Callable[[Worker], None] = lambda _: None
-        """Told of a worker that was set to work: see Upkeep.employed."""
+        """Called with a worker that was set to work: see Upkeep.employed."""
         self.lost: Callable[[Worker], None] = lambda _: None
-        """Told of a worker that broke: see Upkeep.lost."""
+        """Called with a worker that broke: see Upkeep.lost."""
         self._sessions = sessions
         self._services = services
         self._store = services.store
@@ -65,14 +65,14 @@ class Roster:
         return iter(list(self._entries.values()))
 
     def at_work(self, key: SessionKey, run: str) -> Worker | None:
-        """The worker of a run, unless it has turned to go: then nobody may count on it any more."""
+        """Returns the worker of a run; None once it has stopped, since nobody may count on it any more."""
         entry = self._entries.get((key, StepKey(run)))
         return None if entry is None or entry.task.done() else entry.worker
 
     # ---- to work, and from it
 
     def begin(self, live: LiveSession, committed: Committed, run: str, agent: v1.Agent, *, placed: bool) -> None:
-        """Sets to work on a run that a commit has started. The caller holds the session's lock."""
+        """Sets a worker to work on a run that a commit has started. The caller holds the session's lock."""
         if self.at_work(live.key, run) is not None:
             if placed:
                 self._services.places.give_back()
@@ -93,7 +93,7 @@ class Roster:
         self.begin(worker.log.live, committed, run, agent, placed=placed)
 
     def employ(self, worker: Worker) -> None:
-        """Sets a worker to work. Another one of its run must not be at work."""
+        """Sets a worker to work. No other worker of its run may be at work."""
         if self.draining:
             worker.drain()
         live, step = worker.log.live, worker.log.step
@@ -145,8 +145,8 @@ class Roster:
     async def worker(
         self, key: SessionKey, run: str, caused: Caused, late: NotecaseError | None = None
     ) -> AsyncIterator[Worker]:
-        """The worker of a run under way, the session's active one for "", under the session's lock; one that is made
-        for the purpose when nobody is at work on it. Afterwards the run goes on if it can.
+        """Gives the worker of a run under way, of the session's active one for "", under the session's lock. Makes one
+        for the purpose when none is at work. Afterwards the run goes on if it can.
 
         Raises Replayed and Duplicate for a repeat, SESSION_NOT_FOUND, SERVER_DRAINING, and `late` for a run that is not
         under way; by default RUN_NOT_FOUND, RUN_ENDED, and RUN_ACTIVE for a run that is queued behind another."""

@@ -1,7 +1,7 @@
-"""A run's part of its session's log: what is known of the run in this process, and the one way to commit for it.
+"""Commits for a run: knows what this process knows of the run, and is the one way to write its part of the log.
 
-Whoever decides for a run holds its session's lock, looks at what is known, and commits with what follows from that. A
-commit whose answer was lost is asked about before anybody decides again.
+What decides for a run holds its session's lock, looks at what is known, and commits with what follows from that. A
+commit whose answer was lost is asked about before anything is decided again.
 """
 
 import asyncio
@@ -40,7 +40,7 @@ LOST = frozenset({v1.ERROR_REASON_OWNER_LOST, v1.ERROR_REASON_SESSION_NOT_FOUND}
 
 
 class RunLog:
-    """One run, as this process knows it. `run`, `message` and the rest are what the last commit left."""
+    """Holds one run as this process knows it. `run`, `message` and the rest are what the last commit left."""
 
     def __init__(
         self,
@@ -90,7 +90,7 @@ class RunLog:
         return self._own_calls(self.open, {request.call.call_id for request in self.run.pending_inputs})
 
     def call(self, call_id: str) -> v1.ToolCall:
-        """An open call; NotecaseError CALL_NOT_PENDING."""
+        """Returns an open call. Raises NotecaseError CALL_NOT_PENDING."""
         for call in self.open:
             if call.call_id == call_id:
                 return call
@@ -99,7 +99,8 @@ class RunLog:
     # ---- what follows
 
     def consequence(self, events: Sequence[v1.Event]) -> list[v1.Event]:
-        """Whether the run waits or goes on once these events are committed."""
+        """Returns the event that makes the run wait or go on once these events are committed; nothing where it does as
+        before."""
         if any(event.HasField("run_state_changed") for event in events) or self.ended:
             return []
         left = ledger.left_open(self.message, events)
@@ -126,7 +127,7 @@ class RunLog:
     def ending(
         self, state: v1.Run.State.ValueType, error: v1.Error | None = None, reason: str = "", cause_id: str = ""
     ) -> v1.Event:
-        """The event that ends the run."""
+        """Returns the event that ends the run."""
         dropped = [event.cause_id for event in self.said]
         change = v1.RunStateChanged(state=state, error=error, reason=reason, dropped_commands=dropped)
         return v1.Event(cause_id=cause_id, run_state_changed=change)
@@ -140,12 +141,13 @@ class RunLog:
         return [v1.Event(message_added=message)]
 
     def queued(self, latest: v1.UserInput.When.ValueType) -> list[v1.Event]:
-        """The command_queued events of what users said, in order: what steers, and with WHEN_FOLLOW_UP all of it."""
+        """Returns the command_queued events of what users said, in order: what steers, and with WHEN_FOLLOW_UP all of
+        it."""
         late = v1.UserInput.WHEN_FOLLOW_UP
         return [event for event in self.said if latest == late or event.command_queued.input.when != late]
 
     def own(self, events: Sequence[v1.Event]) -> Sequence[v1.Event]:
-        """Makes events this run's that are no other's."""
+        """Gives this run's name to the events that have none."""
         for event in events:
             if not event.run:
                 event.run = self.run.name
@@ -184,8 +186,8 @@ class RunLog:
         deaths: int | None = None,
         then: Callable[[Committed], None] | None = None,
     ) -> Committed | None:
-        """As `durably`, of events that are as they are to be committed, and with conditions. `then` follows the commit
-        at once, with the lock held: before anybody else decides about the session."""
+        """Commits as `durably`, but takes the events exactly as `decide` gives them, and conditions. `then` follows the
+        commit at once, with the lock held: before anything else is decided about the session."""
         commit_id = ""
 
         async def commit() -> Committed | None:
@@ -208,7 +210,7 @@ class RunLog:
         return await self.patiently(commit)
 
     async def patiently(self, act: Callable[[], Awaitable[T]]) -> T:
-        """Does something again for as long as the store is away: what a run has is worth more than its place."""
+        """Does something again for as long as the store is away: what a run has made is worth more than its place."""
         for wait in backoff():
             try:
                 return await act()
@@ -285,7 +287,7 @@ class RunLog:
 
 
 def taken(queued: Sequence[v1.Event]) -> list[v1.Event]:
-    """What was said becomes messages, under the command's id."""
+    """Returns the messages that were said, as events under the ids of their commands."""
     return [
         v1.Event(cause_id=event.cause_id, message_added=message)
         for event in queued

@@ -1,4 +1,4 @@
-"""The runs of one process, put together from their rooms."""
+"""Puts the runs of one process together from their rooms."""
 
 from notecase_server.engine.admission import Admission
 from notecase_server.engine.at_rest import AtRest

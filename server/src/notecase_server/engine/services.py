@@ -1,4 +1,4 @@
-"""What all runs of a process share."""
+"""Holds what all runs of a process share."""
 
 import asyncio
 from collections.abc import Callable, Mapping
@@ -15,7 +15,7 @@ from notecase_server.tools.contract import Toolbox
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
-    """Handed to whoever works on runs; nothing in it is replaced while the process lives."""
+    """Holds what works on runs needs; nothing in it is replaced while the process lives."""
 
     store: Store
     providers: Mapping[str, Provider]

@@ -1,4 +1,4 @@
-"""The live side of the sessions at work in this process: what is being made, and a bell for whoever watches.
+"""Keeps the live side of the sessions at work in this process: their drafts, and a bell that wakes their watchers.
 
 Everything here is a hint. What is durable is in the store; a watcher that misses every bell still finds it there,
 later. Used from one event loop only.
@@ -34,7 +34,7 @@ NOTICES = 64
 
 
 class Bell:
-    """Wakes everybody who waits. A waiter looks at what it waits for, then waits, with no await in between."""
+    """Wakes all that wait. A waiter looks at what it waits for, then waits, with no await in between."""
 
     def __init__(self) -> None:
         self._waiters: set[asyncio.Future[None]] = set()
@@ -76,7 +76,7 @@ class Registry(Protocol):
 
 
 class LiveSession:
-    """One session, as long as a run or a watcher here holds on to it."""
+    """Holds one session, as long as a run or a watcher here holds on to it."""
 
     def __init__(self, key: SessionKey, store: Store, sessions: "Registry") -> None:
         self.key = key
@@ -89,15 +89,15 @@ class LiveSession:
         self.work: set[asyncio.Task[None]] = set()
         """What works on runs of it here; stopped when the session is deleted."""
         self.lock = asyncio.Lock()
-        """Held by whoever decides and commits for a run of this session."""
+        """Held while something is decided and committed for a run of this session."""
         self.watchers = 0
         """Streams attached to the session or a run of it."""
         self.company = Bell()
         """Rung when that number changes."""
         self.soon = Bell()
-        """Rung for what watchers want at once: a commit, a block begun, a notice, the end."""
+        """Rung for what is sent at once: a commit, a block begun, a notice, the end."""
         self.later = Bell()
-        """Rung for everything: what is not rung soon is text that can wait for company."""
+        """Rung for everything: what is rung here only is text, which is sent in batches."""
         self.noticed = 0
         """Notices ever given: the number of the newest."""
         self._notices: deque[v1.Event] = deque(maxlen=NOTICES)
@@ -110,7 +110,7 @@ class LiveSession:
         self._found: dict[str, Committed] = {}
 
     async def commit(self, commit: Commit) -> Committed:
-        """Commits, then tells the watchers; see Store.commit for what it raises. A commit whose answer is lost is asked
+        """Commits, then wakes the watchers; see Store.commit for what it raises. A commit whose answer is lost is asked
         about. When the store cannot say either, STORE_UNAVAILABLE is raised, and what became of a run's commit is left
         to `settle`."""
         commit_id = commit.id or self._sessions.new_id()
@@ -134,9 +134,9 @@ class LiveSession:
         return committed
 
     async def settle(self) -> Committed | None:
-        """What a run's last commit made when nobody could say before; None where nothing is left open, or it was not
-        made. Called by whoever holds the lock, before deciding anything. STORE_UNAVAILABLE when the store is still
-        away."""
+        """Finds out what a run's last commit made when the store could not say before; None where nothing is left open,
+        or it was not made. The caller holds the lock, and has decided nothing yet. Raises STORE_UNAVAILABLE when the
+        store is still away."""
         if not self._unsure:
             return None
         found = await self._store.find_commit(self.key, self._unsure)
@@ -147,7 +147,7 @@ class LiveSession:
         return found
 
     def settled(self, commit_id: str) -> Committed | None:
-        """What `settle` found out about that commit; to be asked once."""
+        """Returns what `settle` found out about that commit; to be asked once."""
         return self._found.pop(commit_id, None)
 
     def committed(self, committed: Committed) -> None:
@@ -178,30 +178,30 @@ class LiveSession:
             self._tail_bytes -= self._tail.popleft().ByteSize()
 
     def tail(self, after: int) -> list[v1.Event] | None:
-        """The committed events after that sequence up to the head, or None when some are only in the store. Not
+        """Returns the committed events after that sequence up to the head, or None when some are only in the store. Not
         copies."""
         if not self._tail or self._tail[-1].sequence != self.head or self._tail[0].sequence > after + 1:
             return None
         return [event for event in self._tail if event.sequence > after]
 
     def notices(self, after: int) -> list[v1.Event]:
-        """The notices given after number `after`, as far as they are kept. Not copies."""
+        """Returns the notices given after number `after`, as far as they are kept. Not copies."""
         missed = min(self.noticed - after, len(self._notices))
         return list(self._notices)[len(self._notices) - missed :] if missed > 0 else []
 
     def notice(self, event: v1.Event) -> None:
-        """Tells the watchers of something that is not stored."""
+        """Gives the watchers an event that is not stored."""
         self._notices.append(event)
         self.noticed += 1
         self.ring()
 
     def join(self) -> None:
-        """A stream is attached."""
+        """Counts a stream that has attached."""
         self.watchers += 1
         self.company.ring()
 
     def leave(self) -> None:
-        """That stream is gone."""
+        """Counts a stream that has gone."""
         self.watchers -= 1
         self.company.ring()
 
@@ -210,14 +210,14 @@ class LiveSession:
         self.drafts[step] = draft
 
     def written(self, first: bool) -> None:
-        """Tells the watchers that a draft has grown; `first` says that a block has begun."""
+        """Wakes the watchers of a draft that has grown; `first` says that a block has begun."""
         if first:
             self.ring()
         else:
             self.later.ring()
 
     def discard(self, step: StepKey) -> None:
-        """Forgets the draft of a step: nothing of it was kept. Whoever was sent some of it is told."""
+        """Forgets the draft of a step: nothing of it was kept. Watchers that were sent some of it hear of that."""
         if self.drafts.pop(step, None) is not None:
             self.ring()
 

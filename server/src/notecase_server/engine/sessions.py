@@ -1,4 +1,4 @@
-"""The sessions alive in this process, and every write to one that no run makes."""
+"""Holds the sessions alive in this process, and makes every write to one that no run makes."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
@@ -29,7 +29,8 @@ BATCH = 100
 
 
 class Sessions:
-    """The sessions alive in this process, and every write to one: so that a watcher here hears of it at once."""
+    """Holds the sessions alive in this process, and makes every write to one, so that its watchers here hear of it at
+    once."""
 
     def __init__(
         self,
@@ -46,12 +47,12 @@ class Sessions:
         self._live: WeakValueDictionary[SessionKey, LiveSession] = WeakValueDictionary()
 
     def new_key(self, tenant: str, session: str) -> SessionKey:
-        """The key of a session that is about to be made under that id."""
+        """Returns the key of a session that is about to be made under that id."""
         return SessionKey(tenant, session, self._new_uid())
 
     async def find(self, tenant: str, session: str, if_uid: str = "") -> tuple[SessionKey, v1.Session]:
-        """The session that has this id now, with its row. NotecaseError SESSION_NOT_FOUND when there is none, or when
-        `if_uid` is set and it is another one."""
+        """Returns the key of the session that has this id now, and its row. Raises NotecaseError SESSION_NOT_FOUND when
+        there is none, or when `if_uid` is set and it is another one."""
         row = await self.store.find_session(tenant, session)
         if row is None or (if_uid and row.uid != if_uid):
             raise errors.not_found("session", f"sessions/{session}")
@@ -64,27 +65,28 @@ class Sessions:
         return found
 
     async def watched(self, key: SessionKey) -> tuple[LiveSession, v1.Session]:
-        """The live side of a session that exists, with its row; NotecaseError SESSION_NOT_FOUND otherwise."""
+        """Returns the live side of a session that exists, and its row. Raises NotecaseError SESSION_NOT_FOUND
+        otherwise."""
         row = await self.store.get_session(key)
         if row is None:
             raise errors.not_found("session", f"sessions/{key.session}")
         return self.seen(key, row), row
 
     def seen(self, key: SessionKey, row: v1.Session) -> LiveSession:
-        """The live side of a session whose row was just read."""
+        """Returns the live side of a session whose row was just read."""
         live = self.live(key)
         live.user = row.user
         live.head = max(live.head, row.last_sequence)
         return live
 
     def record(self, once: Once | None, tenant: str, answer: Answer) -> Once:
-        """The record of a write that has no Commit: the caller's own, or one under a new id, so that it can be asked
-        about."""
+        """Returns the record of a write that has no Commit: the caller's own, or one under a new id, so that it can be
+        asked about."""
         return once or Once.unnamed(tenant, self.new_id(), answer)
 
     async def surely(self, once: Once, write: Callable[[Once], Awaitable[T]]) -> T:
-        """Makes a write that leaves this record. When its answer is lost and it was made, Replayed is raised, as for a
-        repeat. STORE_UNAVAILABLE when it was not made, or when nobody can say."""
+        """Makes a write that leaves this record. When its answer is lost and it was made, raises Replayed, as for a
+        repeat. Raises STORE_UNAVAILABLE when it was not made, or when the store cannot say."""
         try:
             return await write(once)
         except NotecaseError as error:
@@ -93,7 +95,7 @@ class Sessions:
             raise
 
     async def commit(self, commit: Commit) -> Committed:
-        """As LiveSession.commit, for what no run does."""
+        """Commits as LiveSession.commit does, for writes that no run makes."""
         return await self.live(commit.key).commit(commit)
 
     async def update_state(

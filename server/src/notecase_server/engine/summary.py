@@ -49,14 +49,14 @@ class Summary(NamedTuple):
 
 
 async def in_effect(store: Store, key: SessionKey, sequence: int) -> Summary | None:
-    """The summary whose event has that sequence; None for 0."""
+    """Returns the summary whose event has that sequence; None for 0."""
     for event in await store.read_events(key, sequence - 1, 1) if sequence else ():
         return Summary(sequence, event.summarized.last_sequence, event.summarized.text)
     return None
 
 
 class Plan(NamedTuple):
-    """A summary to be made."""
+    """Describes a summary to be made."""
 
     before: Summary | None
     messages: Sequence[v1.Message]

@@ -1,6 +1,6 @@
-"""Deadlines that are in the rows, and runs that are to end when nobody follows them.
+"""Acts on deadlines that are in the rows, and ends runs that nobody follows.
 
-A deadline is a moment of the wall clock. It is looked at when it should have come and every LOOK_SECONDS besides, so
+A deadline is a moment of the wall clock. It is looked at when it should have come and at least every LOOK_SECONDS, so
 that a clock that jumps, as that of a machine that was suspended, delays nothing for long. What is due becomes a duty,
 which is tried until it is done.
 """
@@ -24,7 +24,7 @@ Place = tuple[SessionKey, str]
 
 
 class Timers:
-    """The deadlines of the runs that wait in this process."""
+    """Holds the deadlines of the runs that wait in this process."""
 
     def __init__(self, clock: Clock, due: Callable[[SessionKey, str], None]) -> None:
         """`due` is called when a deadline of a run has come; it is then armed no more."""
@@ -53,12 +53,12 @@ class Timers:
 
 
 def deadline(log: RunLog) -> int | None:
-    """When a waiting run is next to be looked at by `expired`, in microseconds; None for never."""
+    """Returns when a waiting run is next to be looked at by `expired`, in microseconds; None for never."""
     return min((at for at, _ in _deadlines(log)), default=None)
 
 
 def expired(log: RunLog) -> list[v1.Event]:
-    """What becomes of requests and calls that were left unanswered too long."""
+    """Returns what becomes of requests and calls that were left unanswered too long."""
     now = log.services.clock()
     return [event for at, events in _deadlines(log) if at <= now for event in events]
 

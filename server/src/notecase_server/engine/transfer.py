@@ -43,8 +43,8 @@ OF_ANY = frozenset({"message_added", "tool_finished", "state_changed", "usage", 
 
 
 async def exported(store: Store, key: SessionKey, contents: Contents | None = None) -> AsyncIterator[bytes]:
-    """The file, in pieces of at most CHUNK_BYTES, with the content that the log refers to if that is given. The same
-    session gives the same bytes.
+    """Yields the file, in pieces of at most CHUNK_BYTES, with the content that the log refers to if that is given. The
+    same session gives the same bytes.
 
     Raises NotecaseError RUN_ACTIVE, and SESSION_NOT_FOUND, also when it is deleted meanwhile."""
     pending = bytearray()

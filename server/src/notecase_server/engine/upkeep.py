@@ -1,6 +1,6 @@
-"""Sees to it that every run that has not ended has somebody: a worker, a timer, or its turn in the queue.
+"""Sees that every run that has not ended has a worker, a timer, or its turn in the queue.
 
-What is done here nobody waits for, so that all of it is a duty or a service of the supervisor: what the store refuses
+Nobody waits for what is done here, so all of it is a duty or a service of the supervisor: what the store refuses
 passingly is tried again, and what is refused for good becomes a fact in the log.
 """
 
@@ -53,7 +53,7 @@ MOVED_ON = frozenset(
 
 
 class Upkeep:
-    """The background of all runs of one process."""
+    """Does the background work for all runs of one process."""
 
     def __init__(
         self,
@@ -104,7 +104,7 @@ class Upkeep:
         return taken_over
 
     async def repair(self) -> None:
-        """Sets to work on runs that nobody is at work on."""
+        """Sets workers to work on runs that have none."""
         for active in await self._store.idle_runs():
             if self._roster.at_work(active.key, active.run.name) is None:
                 await self._adopt(active)
@@ -142,7 +142,7 @@ class Upkeep:
         return False
 
     def lost(self, worker: Worker) -> None:
-        """Sets to work again on a run whose worker broke."""
+        """Gives another worker to a run whose worker broke."""
         key, run = worker.log.live.key, worker.log.run.name
 
         async def again() -> None:
@@ -233,7 +233,7 @@ class Upkeep:
         self._duty("deadline", key, run, expire)
 
     def employed(self, worker: Worker) -> None:
-        """Takes note that a run is at work: it has no deadline for what it waited for."""
+        """Notes that a run is at work: it has no deadline for what it waited for."""
         self._timers.arm(worker.log.live.key, worker.log.run.name, None)
         self._accompany(worker)
 

@@ -1,4 +1,4 @@
-"""One run at work: where is it, and what is its next step?
+"""Works on one run: finds where the run is, and takes its next step.
 
 What is durable is decided by commits alone. Between two of them the worker can be lost at any moment, and the next one,
 here or after a restart, goes on from the last: it looks at the rows, not at what this object remembers.
@@ -30,7 +30,7 @@ SUSPECT_DEATHS = 2
 
 
 class Worker:
-    """One run in one process. `work` makes it go on; the other methods may be called meanwhile."""
+    """Works on one run in one process. `work` makes it go on; the other methods may be called meanwhile."""
 
     def __init__(self, run_log: RunLog, begin_next: Callable[["Worker", Halt, Committed], None]) -> None:
         """`begin_next` sets to work on the run that a halt has put in the place of this one; it is called with the
@@ -65,7 +65,7 @@ class Worker:
             self._halts.interrupt()
 
     def stop_call(self, call_id: str) -> None:
-        """Stops what of a call runs here, once its end is on record."""
+        """Stops a call that runs here, once its end is on record."""
         self._calls.stop(call_id)
 
     def stir(self) -> None:
@@ -75,7 +75,7 @@ class Worker:
     # ---- the work
 
     async def work(self) -> None:
-        """Returns when the run has ended, waits, was left to a successor, or belongs to another owner."""
+        """Works until the run has ended, waits, was left to a successor, or belongs to another owner."""
         alarm: asyncio.TimerHandle | None = None
         try:
             while self._goes_on:
