@@ -58,7 +58,7 @@ def backoff() -> Iterator[float]:
 
 
 def is_passing(error: Exception) -> bool:
-    """Returns whether the same work may succeed later without any change."""
+    """Whether the same work may succeed later without anything being changed."""
     return isinstance(error, NotecaseError) and error.reason == v1.ERROR_REASON_STORE_UNAVAILABLE
 
 

@@ -142,7 +142,7 @@ class Upkeep:
         return False
 
     def lost(self, worker: Worker) -> None:
-        """Gives another worker to a run whose worker broke."""
+        """Sets to work again on a run whose worker broke."""
         key, run = worker.log.live.key, worker.log.run.name
 
         async def again() -> None:
