@@ -144,6 +144,8 @@ class OpenAIProvider:
                     clock.heard(bool(pieces))
                     for piece in pieces:
                         yield piece
+                    if not reply.done and (used := reply.used()) is not None:
+                        yield used
                     reads += 1
                     if reads % _FAIR_READS == 0:
                         await asyncio.sleep(0)  # one read may unpack to thousands, which come without a pause
