@@ -1,6 +1,7 @@
 """What passes at a provider is repeated alike, whenever it comes; what does not is told at once. A reply that was cut
 at a limit runs none of its calls."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -129,6 +130,33 @@ async def test_a_run_can_be_cancelled_while_it_waits_to_repeat(
     ended = await served.runs.WaitRun(v1.WaitRunRequest(name=run.name, timeout=Duration(seconds=20)))
     assert ended.state == v1.Run.STATE_CANCELLED
     assert len(model.requests) == 1
+
+
+@pytest.mark.parametrize("by", ["a cancel", "another start"])
+async def test_what_a_call_took_that_a_halt_cuts_is_counted(
+    served: Running, session: str, model: OpenAIServer, by: str
+) -> None:
+    """As far as its provider had told: the newest counts, once."""
+    told = {"prompt_tokens": 50, "completion_tokens": 1}, {"prompt_tokens": 50, "completion_tokens": 4}
+    counts = b"".join(chunk({"content": ""}, usage=usage) for usage in told)
+    model.script(Answer((counts, chunk({"content": "Hi"}), asyncio.Event())), reply("Done."))
+    call = served.runs.Run()
+    await call.write(
+        v1.RunRequest(start=v1.StartRun(session=session, messages=[v1.Message(parts=[v1.Part(text="Go")])]))
+    )
+    async for frame in call:
+        if any(event.HasField("block_delta") for event in frame.batch.events):
+            break
+    (run,) = (await served.runs.ListRuns(v1.ListRunsRequest(parent=session))).runs
+    if by == "a cancel":
+        await served.runs.CancelRun(v1.CancelRunRequest(name=run.name))
+    else:
+        await invoke(served, session, on_busy=v1.StartRun.ON_BUSY_INTERRUPT)
+    ended = await served.runs.GetRun(v1.GetRunRequest(name=run.name))
+    assert ended.state == v1.Run.STATE_CANCELLED
+    assert ended.usage == v1.Usage(input_tokens=50, output_tokens=4, model_calls=1, model="stub-1")
+    whole = (await served.sessions.GetSession(v1.GetSessionRequest(name=session))).usage
+    assert whole.model_calls == (1 if by == "a cancel" else 2)
 
 
 @pytest.mark.parametrize("finish", ["length", "MAX_TOKENS", "content_filter"])

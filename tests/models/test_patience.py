@@ -1,20 +1,21 @@
 """How long a provider is waited for, and how often it is asked again."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
-from notecase import v1
+from notecase import Client, v1
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import ModelRequest
 from notecase_server.models.openai import OpenAIProvider
 
 from tests.support.openai_server import EVENT_STREAM, Answer, OpenAIServer, chunk, error, reply
 from tests.support.replies import fold
+from tests.support.server import Spawned
 
-SOON = {"retry-after-ms": "1"}
 REQUEST = ModelRequest("m", "", [v1.Message(parts=[v1.Part(text="Hello")])], v1.Generation())
 
 
@@ -91,33 +92,60 @@ async def test_a_first_piece_may_take_longer_than_the_next(head: bytes) -> None:
         assert 1 == len(server.requests)
 
 
-async def test_a_server_that_was_silent_is_not_asked_again() -> None:
+@asynccontextmanager
+async def served(url: str, log: Path, *arguments: str) -> AsyncIterator[Callable[[], Awaitable[v1.Run]]]:
+    """A server of its own with these arguments, as something that makes one run."""
+    env = {"OPENAI_BASE_URL": url, "OPENAI_API_KEY": "key", "OPENAI_MODEL": "m"}
+    server = await Spawned.start("memory:", log, *arguments, env=env, forked=True)
+    try:
+        async with Client(server.address) as client:
+            agent = await client.agents.CreateAgent(v1.CreateAgentRequest(agent=v1.Agent(llm=v1.LlmAgent())))
+
+            async def run() -> v1.Run:
+                session = v1.Session(agent=agent.name)
+                made = await client.sessions.CreateSession(v1.CreateSessionRequest(session=session))
+                start = v1.StartRun(session=made.name, messages=[v1.Message(parts=[v1.Part(text="Hello")])])
+                answer: v1.InvokeResponse = await client.runs.Invoke(v1.InvokeRequest(start=start))
+                return answer.run
+
+            yield run
+    finally:
+        await server.stop()
+
+
+async def test_a_server_that_was_silent_is_not_asked_again(tmp_path: Path) -> None:
     """It may be at work on the request, and would do it twice."""
-    async with OpenAIServer() as server:
-        server.script(reply("Hi").held(asyncio.Event(), after=0))
-        caught = await failure(server.url, first_timeout=0.3, max_retries=5)
-        assert "The model provider sent nothing for 0.3 seconds." == caught.message
-        assert 1 == len(server.requests)
+    async with OpenAIServer() as model:
+        model.script(reply("Hi").held(asyncio.Event(), after=0))
+        async with served(model.url, tmp_path / "log", "--first-timeout", "0.3", "--max-retries", "5") as run:
+            ended = await run()
+        assert "The model provider sent nothing for 0.3 seconds." == ended.error.message
+        assert 1 == len(model.requests)
 
 
-@pytest.mark.parametrize("retries", [0, 1, 5])
-async def test_the_number_of_repeats_is_a_setting(retries: int) -> None:
-    async with OpenAIServer(lambda body: error(503, "Loading model", headers=SOON)) as server:
-        await failure(server.url, max_retries=retries)
-        assert retries + 1 == len(server.requests)
-        server.script(*(error(503, headers=SOON) for _ in range(retries)), reply("Hi"))
-        assert "Hi" == await answered(server.url, max_retries=retries)
+@pytest.mark.parametrize("retries", [0, 1, 3])
+async def test_the_number_of_repeats_is_a_setting(retries: int, tmp_path: Path) -> None:
+    async with (
+        OpenAIServer(lambda body: error(503, "Loading model")) as model,
+        served(model.url, tmp_path / "log", "--max-retries", str(retries)) as run,
+    ):
+        assert v1.ERROR_REASON_MODEL_UNAVAILABLE == (await run()).error.reason
+        assert retries + 1 == len(model.requests)
+        model.script(*(error(503) for _ in range(retries)), reply("Hi"))
+        assert v1.Run.STATE_SUCCEEDED == (await run()).state
 
 
-async def test_the_time_of_repeats_is_a_setting() -> None:
-    """A wait that ends after it is not begun, and the caller is told how long it is."""
-    async with OpenAIServer(lambda body: error(429, headers={"retry-after": "7"})) as server:
-        caught = await failure(server.url, max_retries=5, retry_time=5.0)
-        assert 1 == len(server.requests)
-        assert 7.0 == caught.retry_after
+async def test_the_time_of_repeats_is_a_setting(tmp_path: Path) -> None:
+    """A wait that ends after it is not begun."""
+    async with OpenAIServer(lambda body: error(429, headers={"retry-after": "7"})) as model:
+        assert 7.0 == (await failure(model.url)).retry_after
+        async with served(model.url, tmp_path / "log", "--max-retries", "5", "--retry-time", "5") as run:
+            assert v1.ERROR_REASON_MODEL_UNAVAILABLE == (await run()).error.reason
+        assert 2 == len(model.requests)
 
 
-async def test_a_provider_that_says_so_is_not_asked_again() -> None:
-    async with OpenAIServer(lambda body: error(503, headers=SOON | {"x-should-retry": "false"})) as server:
-        await failure(server.url, max_retries=5)
-        assert 1 == len(server.requests)
+async def test_a_provider_that_says_so_is_not_asked_again(tmp_path: Path) -> None:
+    async with OpenAIServer(lambda body: error(503, headers={"x-should-retry": "false"})) as model:
+        async with served(model.url, tmp_path / "log", "--max-retries", "5") as run:
+            assert v1.ERROR_REASON_MODEL_UNAVAILABLE == (await run()).error.reason
+        assert 1 == len(model.requests)

@@ -800,24 +800,25 @@ async def test_the_key_does_not_follow_to_another_host(host: str, monkeypatch: p
         server.script(Answer((b"",), 308, {"Location": target}))
         monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
         monkeypatch.setenv("NO_PROXY", "localhost")
-        provider = OpenAIProvider("secret-1", f"http://{host}/v1", "m", max_retries=0)
+        provider = OpenAIProvider("secret-1", f"http://{host}/v1", "m")
         with contextlib.suppress(NotecaseError):
             await anext(provider.stream(ModelRequest("", "", [user("Hello")], v1.Generation())))
         await provider.close()
         assert 1 == len(server.received)
-        assert "secret-1" not in str([dict(received.headers) for received in other.received])
+        assert [] == other.received
 
 
-async def test_what_a_query_holds_is_told_to_nobody() -> None:
+@pytest.mark.parametrize("key", ["", "another-s3cret-key"])
+async def test_what_a_query_holds_is_told_to_nobody(key: str) -> None:
     """A provider may name the address that it does not have."""
-    async with OpenAIServer(lambda body: _refusal("Invalid URL (POST /v1/chat/completions?key=secret-1)")) as server:
-        provider = OpenAIProvider("", f"{server.url}?key=secret-1", "m")
+    async with OpenAIServer(lambda body: _refusal("Invalid URL (POST /v1/completions?key=query-5ecret-1)")) as server:
+        provider = OpenAIProvider(key, f"{server.url}?key=query-5ecret-1&api-version=1", "m")
         with pytest.raises(NotecaseError) as caught:
             await anext(provider.stream(ModelRequest("", "", [user("Hello")], v1.Generation())))
         await provider.close()
-        assert "key=secret-1" == server.received[0].query
-    assert "key=[query]" in caught.value.message
-    assert "secret-1" not in str(caught.value.to_proto())
+        assert "key=query-5ecret-1&api-version=1" == server.received[0].query
+    assert "key=[key]" in caught.value.message
+    assert "5ecret" not in str(caught.value.to_proto())
 
 
 class TestChoice:

@@ -21,7 +21,7 @@ from notecase_server.engine.ledger import Bound
 from notecase_server.engine.run_log import RunLog, taken
 from notecase_server.engine.tokens import Gauge
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Finish, ModelRequest, Provider
+from notecase_server.models.contract import Finish, ModelRequest, Provider, Used
 from notecase_server.models.contract import Tool as ModelTool
 from notecase_server.store import bindings
 from notecase_server.tools.contract import Function
@@ -154,13 +154,14 @@ class ModelTurn:
         for repeat in itertools.count():
             if self._halts:
                 raise Halted
+            self._log.spent = None
             try:
                 return await self._halting(ask())
             except NotecaseError as error:
                 passing = most if error.reason == v1.ERROR_REASON_MODEL_UNAVAILABLE else 0
                 wait = max(random.uniform(0, 0.5 * 2**repeat), error.retry_after or 0)
-                if error.usage is not None:
-                    await self._log.durably(partial(_used, error.usage))
+                self._log.spent = error.usage or self._log.spent
+                await self._log.durably(self._log.used)
                 if repeat >= (passing if error.repeats is None else error.repeats) or wait > seconds:
                     raise
                 self._log.log.info("model_call_repeated", repeat=repeat + 1, seconds=round(wait, 3))
@@ -185,7 +186,11 @@ class ModelTurn:
         live = self._log.live
         async with aclosing(provider.stream(request)) as stream:
             async for delta in stream:
+                if isinstance(delta, Used):
+                    self._log.spend(delta.usage)
+                    continue
                 if isinstance(delta, Finish):
+                    self._log.spend(delta.usage)
                     draft.finish(delta)
                     live.written(first=False)
                     return delta
@@ -204,7 +209,7 @@ class ModelTurn:
                 break
             self._log.log.info("reply_invalid", problem=problem, finish_reason=finish.reason)
             message = self._draft.message(self._log.run.agent, v1.Message.STATUS_INCOMPLETE)
-            await self._log.durably(partial(_used, finish.usage))
+            await self._log.durably(self._log.used)
             # What was cut off at a limit would be cut off there again.
             if repeat == OUTPUT_REPEATS or finish.cut:
                 raise errors.output_invalid(problem, finish.reason)
@@ -243,7 +248,7 @@ class ModelTurn:
             return False
         self._budget.spend()
         try:
-            made = await self._repeated(partial(summary.write, provider, plan.request(self._llm)))
+            made = await self._repeated(partial(summary.write, provider, plan.request(self._llm), self._log.spend))
         except NotecaseError as error:
             self._budget.may_summarize = False
             reason = errors.reason_name(error.reason)
@@ -256,6 +261,7 @@ class ModelTurn:
         except NotecaseError as error:
             if error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:
                 raise
+            await self._log.durably(self._log.used)
             session = await store.get_session(key)  # a caller had it summarised meanwhile
             self._log.summary = session.summary_sequence if session else 0
         return True
@@ -279,10 +285,6 @@ async def bind(run_log: RunLog) -> Mapping[str, Bound]:
             event = v1.Event(tools_unavailable=missing)
             await run_log.durably(lambda event=event: [event])  # type: ignore[misc]
     return ledger.bind(run_log.agent, run_log.run, found)
-
-
-def _used(usage: v1.Usage) -> list[v1.Event]:
-    return [v1.Event(usage=usage)]
 
 
 def _complaint(problem: str, schema: str) -> str:

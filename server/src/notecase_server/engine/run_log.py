@@ -66,6 +66,8 @@ class RunLog:
         """Remembered answers: see ledger.remembered."""
         self.summary = 0
         """The sequence of the summary in effect."""
+        self.spent: v1.Usage | None = None
+        """What the last call of a model took, as far as its provider told and no commit has counted."""
         self.step = StepKey(active.run.name)
         self.log = log.bind(session=live.key.session, run=active.run.name)
         self._know(session, ())
@@ -133,12 +135,20 @@ class RunLog:
         return v1.Event(cause_id=cause_id, run_state_changed=change)
 
     def cut(self) -> list[v1.Event]:
-        """The reply being written, as far as it came."""
+        """The reply being written, as far as it came, and what it took, as far as its provider told."""
         message = self.draft.cut(self.run.agent) if self.draft is not None else None
         if message is None:
             self.live.discard(self.step)
-            return []
-        return [v1.Event(message_added=message)]
+            return self.used()
+        return [v1.Event(message_added=message), *self.used()]
+
+    def spend(self, usage: v1.Usage) -> None:
+        """Notes what the call of a model that is under way has taken so far."""
+        self.spent = usage
+
+    def used(self) -> list[v1.Event]:
+        """What the last call of a model took, unless a commit has counted it."""
+        return [v1.Event(usage=self.spent)] if self.spent is not None else []
 
     def queued(self, latest: v1.UserInput.When.ValueType) -> list[v1.Event]:
         """Returns the command_queued events of what users said, in order: what steers, and with WHEN_FOLLOW_UP all of
@@ -259,6 +269,8 @@ class RunLog:
 
     def learn(self, committed: Committed) -> None:
         """Takes in what a commit has made."""
+        if any(event.HasField("usage") and event.run == self.run.name for event in committed.events):
+            self.spent = None
         self.run.CopyFrom(committed.runs.get(self.run.name, self.run))
         self._know(committed.session, committed.events)
         for message in committed.messages.values():

@@ -5,7 +5,7 @@ Nothing is durable but that event: a call of the model whose summary was not com
 that was read stands, whatever is said meanwhile, unless it was summarised or rewound; then the store refuses.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Finish, ModelRequest, Provider, Text, Tool
+from notecase_server.models.contract import Finish, ModelRequest, Provider, Text, Tool, Used
 from notecase_server.store.contract import Query, SessionKey, Store
 
 KEEP_RECENT = 10
@@ -110,8 +110,11 @@ def _end_of_turn(rows: Sequence[v1.Message], most: int) -> int:
     return 0
 
 
-async def write(provider: Provider, request: ModelRequest) -> tuple[str, v1.Usage]:
-    """Has the model write a summary. Raises what a provider raises, and MODEL_ERROR when it is none."""
+async def write(
+    provider: Provider, request: ModelRequest, used: Callable[[v1.Usage], None] = lambda _: None
+) -> tuple[str, v1.Usage]:
+    """Has the model write a summary; `used` is called with what that has taken so far. Raises what a provider raises,
+    and MODEL_ERROR when it is none."""
     data = bytearray()
     async with aclosing(provider.stream(request)) as stream:
         async for delta in stream:
@@ -119,7 +122,9 @@ async def write(provider: Provider, request: ModelRequest) -> tuple[str, v1.Usag
                 data += delta.text.encode("utf-8", "surrogatepass")
                 if len(data) > MAX_BYTES:
                     raise errors.model_error(f"The model's summary is longer than {MAX_BYTES} bytes.")
-            elif isinstance(delta, Finish):
+            elif isinstance(delta, Used | Finish):
+                used(delta.usage)
+            if isinstance(delta, Finish):
                 if text := data.decode("utf-8", "replace").strip():
                     return text, delta.usage
                 raise errors.model_error("The model gave no summary.")

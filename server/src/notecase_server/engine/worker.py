@@ -282,6 +282,7 @@ class Worker:
             halt.refuse(refused)
             if isinstance(refused, NotecaseError) and refused.reason in LOST:
                 raise
+            await self.log.durably(self.log.used)
             if self.log.draft is not None:  # the model is asked again, which is not to count twice
                 self.log.live.discard(self.log.step)
                 self._budget.give_back()

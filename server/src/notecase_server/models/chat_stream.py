@@ -19,7 +19,7 @@ from notecase_server.models.answers.finish_reasons import is_cut, meaning
 from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.answers.think_tags import ThinkTags
 from notecase_server.models.answers.usage import Counts
-from notecase_server.models.contract import Call, Delta, Finish, Reasoning, Refusal, Text
+from notecase_server.models.contract import Call, Delta, Finish, Reasoning, Refusal, Text, Used
 from notecase_server.models.provider_data import ProviderData
 
 MAX_TEXT_BYTES = 1 << 20
@@ -79,6 +79,13 @@ class ChatReply:
         except NotecaseError as failure:
             self._fail(failure)
         return pieces
+
+    def used(self) -> Used | None:
+        """Returns what the reply has taken so far, when the server has told something new since the last time."""
+        if not self._counts.changed:
+            return None
+        self._counts.changed = False
+        return Used(self._counts.usage(self._model))
 
     def end(self, cut: NotecaseError | None = None) -> list[Delta]:
         """Returns the last pieces, Finish being the very last. `cut` is raised where the connection broke before the

@@ -79,6 +79,13 @@ class Returned(NamedTuple):
     data: v1.ProviderData
 
 
+class Used(NamedTuple):
+    """What the call has taken so far, where its provider says so before the end. The newest counts, and Finish has the
+    whole: this is for a call that is stopped."""
+
+    usage: v1.Usage
+
+
 class Finish(NamedTuple):
     """The reply has ended; exactly one, and last. `reason` is the provider's word ("stop", "length", "tool_calls")."""
 
@@ -88,7 +95,7 @@ class Finish(NamedTuple):
     """The reply was cut at a limit or by a filter: no call in it is run, and a repeat would end the same."""
 
 
-Delta = Text | Reasoning | Refusal | Call | Returned | Finish
+Delta = Text | Reasoning | Refusal | Call | Returned | Used | Finish
 
 
 class Repeats(NamedTuple):

@@ -34,7 +34,17 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.models.answers.finish_reasons import is_cut
-from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Reasoning, Refusal, Returned, Text
+from notecase_server.models.contract import (
+    Call,
+    Delta,
+    Finish,
+    ModelRequest,
+    Reasoning,
+    Refusal,
+    Returned,
+    Text,
+    Used,
+)
 
 HELP = "I am the offline model. A message may ask me to:\n\n" + "\n".join(
     line.strip() for line in (__doc__ or "").splitlines() if line.startswith("    /")
@@ -345,7 +355,7 @@ def _content(piece: Delta) -> str:
     match piece:
         case Call():
             return piece.tool + piece.arguments
-        case Finish() | Returned():
+        case Finish() | Returned() | Used():
             return ""
         case _:
             return piece.text

@@ -89,7 +89,6 @@ class OpenAIProvider:
         key = api_key or "none"
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise ValueError("the API key holds a space, a line break or a character outside ASCII")
-        self._redactor = Redactor(api_key)
         self._clock = clock
         self._default_model = default_model
         self._first_timeout = first_timeout
@@ -97,7 +96,8 @@ class OpenAIProvider:
         self._whole_timeout = whole_timeout
         url = _checked_url(base_url or OPENAI_URL)
         self._base_url = url.copy_with(query=None)
-        self._query_secrets = [value for name, value in url.params.items() if value and name != "api-version"]
+        secrets = [value for name, value in url.params.multi_items() if name != "api-version"]
+        self._redactor = Redactor(api_key, *secrets)
         host = self._base_url.host
         self._profiles = Profiles(host, profile, rows)
         self._tag = f"openai-{hashlib.sha256(str(self._base_url).encode()).hexdigest()[:16]}"
@@ -144,6 +144,8 @@ class OpenAIProvider:
                     clock.heard(bool(pieces))
                     for piece in pieces:
                         yield piece
+                    if not reply.done and (used := reply.used()) is not None:
+                        yield used
                     reads += 1
                     if reads % _FAIR_READS == 0:
                         await asyncio.sleep(0)  # one read may unpack to thousands, which come without a pause
@@ -191,7 +193,10 @@ class OpenAIProvider:
             if not response.is_success:
                 told = await self._words(response)
                 wait = provider_errors.retry_after(response.headers, self._clock)
-                raise provider_errors.failure(response.status_code, told, model, self._redactor, wait)
+                refused = provider_errors.failure(response.status_code, told, model, self._redactor, wait)
+                if response.headers.get("x-should-retry") == "false":
+                    refused.repeats = 0
+                raise refused
             yield response
         finally:
             self._open.discard(response)

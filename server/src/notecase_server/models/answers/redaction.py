@@ -1,4 +1,4 @@
-"""Makes a provider's words fit to be told: short, printable, and without the key that the provider was given."""
+"""Makes a provider's words fit to be told: short, printable, and without what the provider was given as a secret."""
 
 import base64
 import binascii
@@ -23,18 +23,18 @@ _NAME = re.compile(r"[\w][\w.:/@+ -]{0,127}\Z", re.ASCII)
 
 
 class Redactor:
-    """Knows one key in every common writing."""
+    """Knows the keys of one provider in every common writing."""
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, *keys: str) -> None:
         """A key that is too short or too plain to be a secret is not looked for: servers without keys are given words
         such as "none" or "lm-studio", which stand in many messages."""
         self._runs: dict[int, set[str]] = {}
-        self._tail = key[len(key.rstrip("=+/-_.~")) :]
-        if is_secret(key):
-            for writing in _writings(key):
-                size = max(min(len(writing) // 3, _LONGEST_RUN), _LEAST_RUN)
-                runs = self._runs.setdefault(size, set())
-                runs.update(writing[start : start + size] for start in range(len(writing) - size + 1))
+        secrets = [key for key in keys if is_secret(key)]
+        self._tails = sorted({key[len(key.rstrip("=+/-_.~")) :] for key in secrets}, key=len, reverse=True)
+        for writing in {writing for key in secrets for writing in _writings(key)}:
+            size = max(min(len(writing) // 3, _LONGEST_RUN), _LEAST_RUN)
+            runs = self._runs.setdefault(size, set())
+            runs.update(writing[start : start + size] for start in range(len(writing) - size + 1))
 
     def told(self, text: str) -> str:
         """Returns a provider's words as one short line, with "[key]" in place of whatever looks like a key or holds a
@@ -80,7 +80,10 @@ class Redactor:
                 made += [text[end:first], "[key]"]
             end = max(end, last)
         rest = text[end:]
-        return "".join([*made, rest.removeprefix(self._tail).lstrip("=") if made else rest])
+        if made:
+            tail = next((tail for tail in self._tails if rest.startswith(tail)), "")
+            rest = rest.removeprefix(tail).lstrip("=")
+        return "".join([*made, rest])
 
 
 def is_secret(key: str) -> bool:

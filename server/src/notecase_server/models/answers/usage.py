@@ -57,6 +57,8 @@ class Counts:
         self._counts: dict[str, int] = {}
         self.told = False
         """The last report told something."""
+        self.changed = False
+        """A report told something new, since somebody set this to False."""
 
     def take(self, told: Any) -> None:
         """Takes a report in any shape; what is none is left out."""
@@ -66,6 +68,7 @@ class Counts:
         for place in PLACES:
             if place.field not in seen and (number := _number(told, place.path)):
                 seen.add(place.field)
+                self.changed = self.changed or number != self._counts.get(place.field)
                 self._counts[place.field] = number
                 self.told = True
 
