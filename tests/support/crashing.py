@@ -10,13 +10,14 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 from unittest import mock
 
-import uvloop
 from notecase_server import serve
 from notecase_server.config import Settings, configure_logging, openai_from_environment
 from notecase_server.store.contract import Clock, Commit, Committed, Store
@@ -55,6 +56,23 @@ async def linger(context: CallContext) -> str:
     finally:
         writer.close()
     return f"lingered at attempt {context.attempt}"
+
+
+@tool
+async def cling(context: CallContext) -> str:
+    """Does not stop when it is asked to."""
+    _take_effect(context)
+    while True:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(3600)
+
+
+@tool
+async def hang(context: CallContext) -> str:
+    """Keeps a thread of the process's own pool."""
+    _take_effect(context)
+    await asyncio.to_thread(threading.Event().wait)
+    return ""
 
 
 def effects_of(path: Path) -> Counter[str]:
@@ -154,6 +172,7 @@ def main() -> None:
     parser.add_argument("--store", required=True)
     parser.add_argument("--before", type=int, help="the commit that is never made")
     parser.add_argument("--after", type=int, help="the commit that nobody is told of")
+    parser.add_argument("--grace", type=float, default=5.0)
     options = parser.parse_args()
 
     configure_logging("console", "info")
@@ -163,7 +182,7 @@ def main() -> None:
         return _Mortal(await open_store(url, clock), options.before, options.after)
 
     settings = Settings(
-        listen="127.0.0.1:0", store=options.store, openai=openai_from_environment(), tools=(TOOLS,), grace=5.0
+        listen="127.0.0.1:0", store=options.store, openai=openai_from_environment(), tools=(TOOLS,), grace=options.grace
     )
 
     def ready(port: int) -> None:
@@ -171,4 +190,4 @@ def main() -> None:
         sys.stdout.flush()
 
     with mock.patch.object(serve, "open_store", open_mortal):
-        uvloop.run(serve.serve(settings, ready))
+        serve.run(settings, ready)

@@ -2,13 +2,16 @@
 
 import asyncio
 import gc
+import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import structlog
 import uuid_utils
+import uvloop
 
 from notecase_server import __version__
 from notecase_server.config import Settings
@@ -30,7 +33,7 @@ from notecase_server.store import sqlite_file
 from notecase_server.store.contract import Clock, Store, StoreOpenError
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
-from notecase_server.supervisor import Supervisor, Tasks
+from notecase_server.supervisor import STUCK_SECONDS, Supervisor, Tasks
 from notecase_server.tools.contract import Toolbox
 from notecase_server.tools.toolbox import make_toolbox
 
@@ -225,6 +228,34 @@ class Server:
                     log.info("blobs_removed", blobs=removed)
             await self._store.scrub()
             await asyncio.sleep(EXPIRY_SECONDS)
+
+
+def run(settings: Settings, ready: Callable[[int], None] = lambda port: None) -> None:
+    """Serves until SIGTERM or SIGINT. Code of tools that will not stop does not keep the process from ending: everything
+    that matters is on record by then. Raises what `serve` raises."""
+    failed = True
+    runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    try:
+        runner.run(serve(settings, ready))
+        failed = False
+    finally:
+        if stuck := runner.run(_end_everything()):
+            log.error("server_left", stuck=stuck, exc_info=failed)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(int(failed))
+        runner.close()
+
+
+async def _end_everything() -> list[str]:
+    """Ends what is left in the process once a server has stopped; returns the names of what does not end."""
+    left = Tasks("process")
+    threads = left.start(asyncio.get_running_loop().shutdown_default_executor(), "threads")
+    tasks = asyncio.all_tasks() - {asyncio.current_task(), threads}
+    for task in tasks:
+        task.cancel()
+    _, stuck = await asyncio.wait({threads, *tasks}, timeout=STUCK_SECONDS)
+    return sorted(task.get_name() for task in stuck)
 
 
 async def serve(settings: Settings, ready: Callable[[int], None] = lambda port: None) -> None:

@@ -57,7 +57,13 @@ def backoff() -> Iterator[float]:
         wait = min(wait * 2, longest)
 
 
-def is_passing(error: Exception) -> bool:
+def is_own_end() -> bool:
+    """Whether a CancelledError that is seen here was asked of this task; otherwise something raised it by itself."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+def is_passing(error: BaseException) -> bool:
     """Whether the same work may succeed later without anything being changed."""
     return isinstance(error, NotecaseError) and error.reason == v1.ERROR_REASON_STORE_UNAVAILABLE
 
@@ -177,7 +183,9 @@ class Supervisor:
                 if not is_passing(error):
                     return error
                 log.warning("duty_waits", duty=name, reason=errors.reason_name(error.reason), seconds=round(wait, 2))
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and is_own_end():
+                    raise
                 broke += 1
                 request_id = self._new_id()
                 log.exception("duty_crashed", duty=name, tries=broke, request_id=request_id, kind=type(error).__name__)
@@ -200,7 +208,9 @@ class Supervisor:
             begun = loop.time()
             try:
                 await run()
-            except Exception as error:
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and is_own_end():
+                    raise
                 if loop.time() - begun >= HEALTHY_SECONDS:
                     broke, waits = 0, backoff()
                 broke += not (isinstance(error, NotecaseError) and is_passing(error))

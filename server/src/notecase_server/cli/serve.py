@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import click
-import uvloop
 
 from notecase_server.cli.options import DEFAULT_ADDRESS, STORE, address
 from notecase_server.config import Settings, configure_logging, is_loopback, openai_from_environment
 from notecase_server.serve import ProviderSettingsError
-from notecase_server.serve import serve as serve_forever
+from notecase_server.serve import run as serve_forever
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.tools.contract import ToolSettingsError
 from notecase_server.tools.mcp_settings import read_mcp_servers
@@ -204,7 +203,7 @@ def serve(
             tools=tools,
             mcp_servers=read_mcp_servers(mcp_config) if mcp_config else {},
         )
-        uvloop.run(serve_forever(settings, lambda port: click.echo(f"listening on port {port}")))
+        serve_forever(settings, lambda port: click.echo(f"listening on port {port}"))
     except (StoreOpenError, ToolSettingsError, ProviderSettingsError) as error:
         raise click.ClickException(str(error)) from None
     except RuntimeError as error:

@@ -26,9 +26,13 @@ from notecase_server.store.contract import (
     RunRecord,
     SessionKey,
 )
+from notecase_server.supervisor import is_passing
 from notecase_server.tools import naming
 
 log = structlog.get_logger()
+
+MOVED_ON = frozenset({v1.ERROR_REASON_SESSION_NOT_FOUND, v1.ERROR_REASON_RUN_ACTIVE})
+"""Refusals that say that a queued start has to wait on, or that nothing is left of it."""
 
 BUSY_TRIES = 5
 """How often a start that stops another run tries again when that one had ended and a third one came first."""
@@ -286,7 +290,8 @@ class Admission:
         return Started(key, committed.runs[run_id], existing=False)
 
     async def start_next(self, key: SessionKey) -> None:
-        """Starts the first queued run of an idle session once there is a place. Raises what its commit raises."""
+        """Starts the first queued run of an idle session once there is a place. One that is refused for good ends as
+        failed, and it is the next one's turn. STORE_UNAVAILABLE, SESSION_NOT_FOUND, RUN_ACTIVE."""
         if await self._first_queued(key) is None:
             return
         await self._services.places.wait(key.tenant)
@@ -294,29 +299,35 @@ class Admission:
         try:
             live = self._sessions.live(key)
             async with live.lock:
-                found = await self._first_queued(key)
-                if found is None or self._roster.draining:
-                    return
-                session, queued, agent = found
-                (event,) = await self._store.read_events(key, queued.sequence - 1, 1)
-                start = event.command_queued.start
-                events = opening(start, session.user, agent, queued.run, queued.command_id, self._new_id)
-                committed = await live.commit(Commit(key=key, claim=True, events=events))
-                placed = True
-                self._roster.begin(live, committed, queued.run, agent, placed=True)
+                while not placed and (found := await self._first_queued(key)) and not self._roster.draining:
+                    session, queued, agent = found
+                    (event,) = await self._store.read_events(key, queued.sequence - 1, 1)
+                    start = event.command_queued.start
+                    events = opening(start, session.user, agent, queued.run, queued.command_id, self._new_id)
+                    try:
+                        committed = await live.commit(Commit(key=key, claim=True, events=events))
+                    except NotecaseError as error:
+                        if is_passing(error) or error.reason in MOVED_ON:
+                            raise
+                        await self._fail_queued(key, queued.run, error)
+                        continue
+                    placed = True
+                    self._roster.begin(live, committed, queued.run, agent, placed=True)
         finally:
             if not placed:
                 self._services.places.give_back()
 
     async def fail_next(self, key: SessionKey, error: NotecaseError) -> None:
-        """Ends the first queued run of an idle session as failed: its start was refused for good."""
+        """Ends the first queued run of an idle session as failed: it cannot be started."""
         async with self._sessions.live(key).lock:
-            found = await self._first_queued(key)
-            if found is not None:
-                run = found[1].run
-                log.error("queued_start_failed", session=key.session, run=run, reason=errors.reason_name(error.reason))
-                change = v1.RunStateChanged(state=v1.Run.STATE_FAILED, error=error.to_proto())
-                await self._sessions.commit(Commit(key=key, events=[v1.Event(run=run, run_state_changed=change)]))
+            if (found := await self._first_queued(key)) is not None:
+                await self._fail_queued(key, found[1].run, error)
+
+    async def _fail_queued(self, key: SessionKey, run: str, error: NotecaseError) -> None:
+        """The caller holds the session's lock."""
+        log.error("queued_start_failed", session=key.session, run=run, reason=errors.reason_name(error.reason))
+        change = v1.RunStateChanged(state=v1.Run.STATE_FAILED, error=error.to_proto())
+        await self._sessions.commit(Commit(key=key, events=[v1.Event(run=run, run_state_changed=change)]))
 
     async def _first_queued(self, key: SessionKey) -> tuple[v1.Session, v1.QueuedCommand, v1.Agent] | None:
         session = await self._store.get_session(key)

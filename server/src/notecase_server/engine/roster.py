@@ -2,6 +2,7 @@
 
 import asyncio
 import contextvars
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import NamedTuple
@@ -19,11 +20,14 @@ from notecase_server.engine.worker import Worker
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import ActiveRun, CommandId, Committed, Once, Query, SessionKey, StepKey
 from notecase_server.store.fold import ENDED, open_calls
-from notecase_server.supervisor import Tasks
+from notecase_server.supervisor import Tasks, backoff
 
 log = structlog.get_logger()
 
 QUEUED = v1.Run.STATE_QUEUED
+
+RELEASE_TRIES = 2
+"""A stop does not wait long for a store that is away: the next process then counts a death too many."""
 
 NOT_UNDER_WAY = frozenset({v1.ERROR_REASON_RUN_NOT_FOUND, v1.ERROR_REASON_RUN_ENDED, v1.ERROR_REASON_RUN_ACTIVE})
 """Why a run takes no answers: it never was, has ended, or is queued."""
@@ -59,6 +63,8 @@ class Roster:
         self._services = services
         self._store = services.store
         self._entries: dict[tuple[SessionKey, StepKey], Entry] = {}
+        self._drained: list[Worker] = []
+        """Those that were asked to go."""
         self._tasks = Tasks("workers")
 
     def __iter__(self) -> Iterator[Entry]:
@@ -96,6 +102,7 @@ class Roster:
         """Sets a worker to work. No other worker of its run may be at work."""
         if self.draining:
             worker.drain()
+            self._drained.append(worker)
         live, step = worker.log.live, worker.log.step
         task = self._tasks.start(worker.work(), f"run {step.run}", fresh=True)
         self._entries[live.key, step] = Entry(worker, task)
@@ -112,6 +119,7 @@ class Roster:
     def _left(self, worker: Worker, task: asyncio.Task[None]) -> None:
         live, step = worker.log.live, worker.log.step
         live.work.discard(task)
+        worker.let_go()
         if self._entries[live.key, step].task is not task:
             return  # another worker is at work on it already
         del self._entries[live.key, step]
@@ -126,18 +134,24 @@ class Roster:
         """Lets replies and calls under way come to their end for up to `grace` seconds, then lets go. What has not
         ended stays as it is in the store, and it is put on record that it was left in good order."""
         self.draining = True
-        entries = list(self)
-        for entry in entries:
-            entry.worker.drain()
+        self._drained += [entry.worker for entry in self]
+        for worker in self._drained:
+            worker.drain()
         left = await self._tasks.close(grace)
-        for entry in entries:
-            run_log = entry.worker.log
-            if run_log.run.state == RUNNING and not entry.worker.lost and not run_log.live.deleted:
-                try:
-                    await self._store.release_run(run_log.live.key, run_log.run.name)
-                except NotecaseError as error:
-                    log.warning("run_not_released", run=run_log.run.name, reason=errors.reason_name(error.reason))
+        for worker in self._drained:
+            if worker.log.run.state == RUNNING and not worker.lost and not worker.log.live.deleted:
+                await self._release(worker.log)
         log.info("runs_drained", left=left)
+
+    async def _release(self, run_log: RunLog) -> None:
+        for wait in itertools.islice(backoff(), RELEASE_TRIES):
+            try:
+                await self._store.release_run(run_log.live.key, run_log.run.name)
+            except NotecaseError as error:
+                run_log.log.warning("run_not_released", reason=errors.reason_name(error.reason))
+                await asyncio.sleep(wait)
+            else:
+                return
 
     # ---- the worker of a run
 

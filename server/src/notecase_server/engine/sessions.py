@@ -152,13 +152,16 @@ class Sessions:
         self._gone(key)
 
     async def expire(self, now: int) -> int:
-        """Deletes every session whose time has come; returns how many. Afterwards as `delete`."""
-        gone = 0
-        while keys := await self.store.expired_sessions(now, BATCH):
+        """Deletes every session whose time has come; returns how many. Afterwards as `delete`. What the store's own
+        clock does not take for expired is left to the next call."""
+        gone, more = 0, True
+        while more and (keys := await self.store.expired_sessions(now, BATCH)):
+            more = False
             for key in keys:
                 if await self.store.expire_session(key):
                     self._gone(key)
                     gone += 1
+                    more = True
         return gone
 
     async def erase_user(self, tenant: str, user: str, once: Once) -> int:

@@ -23,7 +23,6 @@ from notecase_server.engine.timers import Company, Timers, deadline, expired
 from notecase_server.engine.worker import Worker
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import ActiveRun, SessionKey
-from notecase_server.supervisor import is_passing
 
 log = structlog.get_logger()
 
@@ -109,10 +108,17 @@ class Upkeep:
             if self._roster.at_work(active.key, active.run.name) is None:
                 await self._adopt(active)
         for key, run in list(self._left_over):
-            active_now = await self._store.active_run(key, run)
-            self._left_over.discard((key, run))
-            if active_now is not None:
-                await self._adopt(active_now)
+            await self._adopt_left_over(key, run)
+
+    async def _adopt_left_over(self, key: SessionKey, run: str) -> None:
+        try:
+            active = await self._store.active_run(key, run)
+        except NotecaseError as error:
+            log.warning("takeover_delayed", session=key.session, run=run, reason=errors.reason_name(error.reason))
+            return
+        self._left_over.discard((key, run))
+        if active is not None:
+            await self._adopt(active)
 
     async def _adopt(self, found: ActiveRun) -> bool:
         """Sees that a run has somebody; whether it was at work and is now taken over. Its trouble is its own."""
@@ -142,15 +148,9 @@ class Upkeep:
         return False
 
     def lost(self, worker: Worker) -> None:
-        """Sets to work again on a run whose worker broke."""
-        key, run = worker.log.live.key, worker.log.run.name
-
-        async def again() -> None:
-            active = await self._store.active_run(key, run)
-            if active is not None:
-                await self._adopt(active)
-
-        self._duty("adopt", key, run, again)
+        """Leaves a run whose worker broke to the next `repair`: one that breaks each time is not tried without a
+        pause."""
+        self._left_over.add((worker.log.live.key, worker.log.run.name))
 
     # ---- what follows when a worker has gone home
 
@@ -207,20 +207,11 @@ class Upkeep:
         """Starts the first queued run of a session once it is idle and there is a place. A start that is refused for
         good ends as a failed run, and the next one gets its turn."""
 
-        async def start() -> None:
-            while True:
-                try:
-                    return await self._admission.start_next(key)
-                except NotecaseError as error:
-                    if is_passing(error) or error.reason in MOVED_ON:
-                        raise
-                    await self._admission.fail_next(key, error)
-
         async def refused(error: NotecaseError) -> None:
             if error.reason not in MOVED_ON:  # a defect that shows every time
                 await self._admission.fail_next(key, error)
 
-        self._services.supervisor.duty("start", key, start, refused)
+        self._services.supervisor.duty("start", key, lambda: self._admission.start_next(key), refused)
 
     # ---- time
 

@@ -5,7 +5,8 @@ here or after a restart, goes on from the last: it looks at the rows, not at wha
 """
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
 from notecase import v1
 
@@ -20,7 +21,10 @@ from notecase_server.engine.run_log import LOST, RUNNING, RunLog, taken
 from notecase_server.engine.schema import value_of
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import Committed, Duplicate, Replayed
+from notecase_server.supervisor import is_own_end
 from notecase_server.tools.contract import Outcome
+
+T = TypeVar("T")
 
 MOST_DEATHS = 3
 """A run whose process died so often in a row is what kills it."""
@@ -84,6 +88,8 @@ class Worker:
                 await self._step()
                 if self._suspect and not self.log.deaths:
                     self._clear()
+                if not self._goes_on:
+                    await self._calls.close()  # while it may still be given a halt
         except NotecaseError as error:
             if error.reason not in LOST:
                 raise
@@ -92,8 +98,9 @@ class Worker:
         finally:
             if alarm is not None:
                 alarm.cancel()
-            self._let_go()
-        await self._calls.close()
+            self.log.live.discard(self.log.step)
+            self._calls.stop_all()
+            self.let_go()
 
     @property
     def _goes_on(self) -> bool:
@@ -105,11 +112,12 @@ class Worker:
         begun = self.placed and self.takes_over is None
         return self._draining and (self.log.message is None or not begun)
 
-    def _let_go(self) -> None:
-        self.log.live.discard(self.log.step)
-        self._calls.stop_all()
+    def let_go(self) -> None:
+        """Gives back its place and answers the halts that it will not carry out: also when it never came to work."""
         session = self.log.live.key.session
-        if self.log.ended:
+        if self.log.live.deleted:
+            why = errors.not_found("session", names.session(session))
+        elif self.log.ended:
             why = errors.run_ended(names.run(session, self.log.run.name), self.log.run.state)
         else:
             why = errors.draining() if self._draining else errors.worker_lost(session)
@@ -153,22 +161,27 @@ class Worker:
             if error.reason in LOST:
                 raise
             await self._end(v1.Run.STATE_FAILED, error.to_proto())
-        except Exception:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_own_end():
+                raise
             request_id = self._services.new_id()
-            self.log.log.exception("run_crashed", request_id=request_id)
+            self.log.log.exception("run_crashed", request_id=request_id, kind=type(error).__name__)
             await self._end(v1.Run.STATE_FAILED, errors.internal(request_id).to_proto())
 
     # ---- the beginning
 
     async def _begin(self) -> None:
         """Waits for a place, and then says that it goes on with the run of another worker, if it does."""
-        supervisor, begun = self._services.supervisor, self._services.clock()
-        wait = self._services.places.wait(self.log.live.key.tenant)
-        waited = await self._halts.cut(supervisor.start(wait, "place"))
+        begun, places, suspects = self._services.clock(), self._services.places, self._services.suspects
+        waited = await self._gets(places.wait(self.log.live.key.tenant), places.give_back)
         self.placed = True
         if self.takes_over is not None and self.takes_over >= SUSPECT_DEATHS:
-            await self._halts.cut(supervisor.start(self._services.suspects.acquire(), "suspect"))
+            await self._gets(suspects.acquire(), suspects.release)
             self._suspect = waited = True
+        if self._draining:
+            places.give_back()
+            self.placed = False
+            return
         idle = max(self._services.clock() - begun, 0) if waited else 0
         if self.takes_over is not None:
             await self._take_over(self.takes_over, idle)
@@ -176,6 +189,16 @@ class Worker:
             change = v1.RunStateChanged(state=RUNNING)
             change.place_wait.FromMicroseconds(idle)
             await self.log.durably(lambda: [v1.Event(run_state_changed=change)])
+
+    async def _gets(self, wait: Coroutine[Any, Any, T], give_back: Callable[[], None]) -> T:
+        """Waits for something that is held from then on. It is given back when the worker ends at that very moment."""
+        task = self._services.supervisor.start(wait, "place")
+        try:
+            return await self._halts.cut(task)
+        except BaseException:
+            if task.done() and not task.cancelled() and task.exception() is None:
+                give_back()
+            raise
 
     async def _take_over(self, deaths: int, idle: int) -> None:
         """Commits that this worker goes on with the run, and what becomes of calls that had started under the one
@@ -289,7 +312,8 @@ class Worker:
             return
         self._halts.remove(halt)
         self._calls.stop_all()
-        halt.done.set_result(committed)
+        if not halt.done.done():
+            halt.done.set_result(committed)
 
     async def _sealed(self, halt: Halt) -> Committed:
         replacement = halt.replacement

@@ -9,9 +9,13 @@ be named in a JSON path and compared in the order of its bytes, whatever charact
 
 import json
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from itertools import islice
 from typing import Any
 
+import structlog
+from google.protobuf.message import DecodeError
 from notecase import v1
 
 from notecase_server.store.contract import (
@@ -35,6 +39,8 @@ from notecase_server.store.contract import (
 from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import LABELS, OPERATORS, Found, Labelled, check_column, column
 from notecase_server.store.tables import Applied, BlobRow, CommitRow, Recorded, SessionRow, UploadRow
+
+log = structlog.get_logger()
 
 Bound = str | int | bytes | None
 
@@ -102,6 +108,15 @@ def _active_run(
 ) -> ActiveRun:
     key = SessionKey(tenant, session, uid)
     return ActiveRun(key, v1.Run.FromString(run), v1.Agent.FromString(agent), epoch, deaths, bool(released))
+
+
+def _readable(rows: Iterable[tuple[Any, ...]]) -> Iterator[ActiveRun]:
+    """The runs of these rows but those that do not decode: damage to one run does not keep the others from going on."""
+    for row in rows:
+        try:
+            yield _active_run(*row)
+        except DecodeError:
+            log.error("run_unreadable", tenant=row[0], session=row[1], uid=row[2])
 
 
 def _expire_time(session: v1.Session) -> int | None:
@@ -361,11 +376,11 @@ class SqliteTables:
 
     def active_runs(self, after: tuple[str, str, str] | None, limit: int) -> list[ActiveRun]:
         where = " WHERE (a.tenant, a.uid, a.run) > (?, ?, ?)" if after else ""
-        rows = self._execute(f"{ACTIVE_RUNS}{where} ORDER BY a.tenant, a.uid, a.run LIMIT ?", (*(after or ()), limit))
-        return [_active_run(*row) for row in rows]
+        with closing(self._execute(f"{ACTIVE_RUNS}{where} ORDER BY a.tenant, a.uid, a.run", after or ())) as rows:
+            return list(islice(_readable(rows), limit))
 
     def idle_runs(self) -> list[ActiveRun]:
-        return [_active_run(*row) for row in self._execute(IDLE_RUNS)]
+        return list(_readable(self._execute(IDLE_RUNS)))
 
     def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
         self._execute(
