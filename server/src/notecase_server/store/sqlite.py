@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 import structlog
+from google.protobuf.message import DecodeError
 
 from notecase_server import errors
 from notecase_server.store.base import TableStore
@@ -227,8 +228,8 @@ def _settle(outcomes: list[_Outcome]) -> None:
 
 
 def _told(error: Exception) -> Exception:
-    """What the caller of a failed step is told: what the disk or SQLite said stays here."""
-    if not isinstance(error, sqlite3.Error | OSError) or isinstance(error, DEFECTS):
+    """What the caller of a failed step is told: what the disk, SQLite or a row that does not decode said stays here."""
+    if not isinstance(error, sqlite3.Error | OSError | DecodeError) or isinstance(error, DEFECTS):
         return error
     log.error("store_step_failed", error=_name(error))
     return _unavailable(error)
