@@ -698,7 +698,7 @@ async def test_content_that_was_damaged_in_the_store_is_told_where_it_is_read_wh
 class Damaged(v1.BlobServiceServicer):
     """Sends other bytes than it was asked for, in frames of one byte."""
 
-    async def DownloadBlob(
+    async def DownloadBlob(  # noqa: N802  (named by the service)
         self, request: v1.DownloadBlobRequest, context: Any
     ) -> AsyncIterator[v1.DownloadBlobResponse]:
         for at, byte in enumerate(b"plam"):

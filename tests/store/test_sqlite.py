@@ -558,8 +558,8 @@ async def test_a_row_that_does_not_decode_is_a_store_that_cannot_be_used(
     """It is named in the log, and the store goes on with all else."""
     other = session_key("acme", "other")
     store = await SqliteStore.open(path, clock)
-    await store.commit(create(KEY))
-    await store.commit(create(other))
+    await create(store)
+    await create(store, other)
     await store.close()
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("UPDATE sessions SET body = ? WHERE session = ?", (body, KEY.session))
@@ -569,6 +569,6 @@ async def test_a_row_that_does_not_decode_is_a_store_that_cannot_be_used(
         await store.get_session(KEY)
     assert [("store_step_failed", "DecodeError")] == [(line["event"], line["error"]) for line in lines]
     with refused("STORE_UNAVAILABLE"):
-        await store.commit(Commit(key=KEY, events=[add("m1")]))
+        await add(store, said("m1"))
     assert await store.get_session(other) is not None
     await store.close()
