@@ -4,14 +4,16 @@ import asyncio
 import base64
 import hashlib
 import json
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any, cast
 
 import grpc
 import pytest
 from google.protobuf.empty_pb2 import Empty
-from notecase import Client, v1
+from notecase import Client, NotecaseError, v1
 from notecase_server import errors
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.serve import now, open_store
@@ -660,3 +662,63 @@ async def arrived(client: Client, size: int) -> None:
                 return
         except Exception as error:  # noqa: BLE001 - the server is on its way up, or has not heard of it
             assert getattr(error, "reason", "") in {"", "BLOB_NOT_FOUND"}, error
+
+
+DAMAGE = {
+    "a byte flips": "UPDATE chunks SET data = CAST(substr(data, 1, 9) || X'00' || substr(data, 11) AS BLOB)",
+    "a piece is shorter": "UPDATE chunks SET data = substr(data, 1, 9) WHERE start = (SELECT max(start) FROM chunks)",
+    "a piece is gone": "DELETE FROM chunks WHERE start = (SELECT max(start) FROM chunks)",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+async def test_content_that_was_damaged_in_the_store_is_told_where_it_is_read_whole(
+    damage: str, tmp_path: Path
+) -> None:
+    path, data = tmp_path / "store.db", noise(MIB)
+    async with running(f"sqlite:{path}") as served:
+        blob = await upload(served, data[: MIB // 2], data[MIB // 2 :])
+        put = v1.StateOp(key="plan", set=v1.Value(blob_value=blob))
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="s", session=v1.Session()))
+        await served.state.UpdateState(v1.UpdateStateRequest(name="sessions/s/state", ops=[put]))
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute(damage).rowcount > 0
+        connection.commit()
+    async with running(f"sqlite:{path}") as served:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await download(served, blob.name)
+        assert reason_of(refused.value) == "BLOB_CORRUPT"
+        assert await download(served, blob.name, limit=9) == data[:9]
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            async for _ in served.sessions.ExportSession(v1.ExportSessionRequest(name="sessions/s", with_blobs=True)):
+                pass
+        assert reason_of(refused.value) == "BLOB_CORRUPT"
+
+
+class Damaged(v1.BlobServiceServicer):
+    """Sends other bytes than it was asked for, in frames of one byte."""
+
+    async def DownloadBlob(  # noqa: N802  (named by the service)
+        self, request: v1.DownloadBlobRequest, context: Any
+    ) -> AsyncIterator[v1.DownloadBlobResponse]:
+        for at, byte in enumerate(b"plam"):
+            yield v1.DownloadBlobResponse(chunk=bytes([byte]), offset=at)
+
+
+async def test_a_client_compares_what_comes_with_its_name() -> None:
+    server = grpc.aio.server()
+    v1.add_BlobServiceServicer_to_server(Damaged(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with Client(f"127.0.0.1:{port}") as client:
+            read = b""
+            with pytest.raises(NotecaseError) as damaged:
+                async for piece in client.download(f"blobs/{digest(b'plan')}"):
+                    read += piece
+            assert (damaged.value.reason, damaged.value.code) == ("BLOB_CORRUPT", grpc.StatusCode.DATA_LOSS)
+            assert read == b"plam"
+            right = [piece async for piece in client.download(f"blobs/{digest(b'plam')}")]
+            assert b"".join(right) == b"plam"
+    finally:
+        await server.stop(None)

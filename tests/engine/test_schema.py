@@ -1,11 +1,15 @@
 """Schemas and replies by strangers: what is valid, what is told of the rest, and that neither holds anybody up."""
 
+import asyncio
+import errno
 import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,7 +18,7 @@ from hypothesis import strategies as st
 from notecase import from_value
 from notecase_server.engine import schema
 from notecase_server.engine.schema import Schemas, Unfenced, value_of
-from notecase_server.errors import NotecaseError
+from notecase_server.errors import NotecaseError, reason_name
 
 PERSON = {
     "type": "object",
@@ -121,6 +125,89 @@ async def test_a_process_that_was_killed_is_replaced(schemas: Schemas) -> None:
     worker._process.kill()
     worker._process.wait()
     assert await schemas.problem(text(PERSON), '{"name": "Ada"}') == ""
+
+
+async def test_a_question_does_not_wait_for_the_threads_that_all_share(schemas: Schemas) -> None:
+    """They are busy until the answer has come."""
+    answered = threading.Event()
+    loop = asyncio.get_running_loop()
+    shared = ThreadPoolExecutor(1)
+    loop.set_default_executor(shared)
+    busy = loop.run_in_executor(None, answered.wait)
+    try:
+        assert await schemas.problem(text(PERSON), '{"name": "Ada"}') == ""
+        await schemas.require("schema", text(PERSON))
+    finally:
+        answered.set()
+        await busy
+
+
+async def test_time_in_which_the_process_had_no_turn_is_not_counted(
+    schemas: Schemas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "SECONDS", 0.3)
+    assert await schemas.problem(text(PERSON), '{"name": "Ada"}') == ""
+    (worker,) = schemas._idle
+    worker._process.send_signal(signal.SIGSTOP)
+    asked = asyncio.ensure_future(schemas.problem(text(PERSON), '{"name": "Ada"}'))
+    done, _ = await asyncio.wait([asked], timeout=1.0)
+    worker._process.send_signal(signal.SIGCONT)
+    assert not done
+    assert await asked == ""
+    assert [worker] == schemas._idle
+
+
+async def test_a_process_that_gets_no_turn_is_no_fault_of_the_schema(
+    schemas: Schemas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await schemas.require("schema", "{}")
+    (worker,) = schemas._idle
+    worker._process.send_signal(signal.SIGSTOP)
+    monkeypatch.setattr(schema, "START_SECONDS", 0.1)
+    with pytest.raises(NotecaseError) as refused:
+        await schemas.require("schema", "{}")
+    assert ("RATE_LIMITED", 1.0) == (reason_name(refused.value.reason), refused.value.retry_after)
+    assert worker.dead
+
+
+async def test_callers_who_wait_are_bounded_and_runs_wait_besides(
+    schemas: Schemas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(schema, "MAX_WAITING", 3)
+    await schemas.require("schema", "{}")
+    (worker,) = schemas._idle
+    worker._process.send_signal(signal.SIGSTOP)
+    async with asyncio.TaskGroup() as group:
+        waiting = [group.create_task(schemas.require("schema", "{}")) for _ in range(3)]
+        runs = [group.create_task(schemas.problem("{}", "{}")) for _ in range(5)]
+        await asyncio.sleep(0)
+        with pytest.raises(NotecaseError) as refused:
+            await schemas.require("schema", "{}")
+        assert reason_name(refused.value.reason) == "RATE_LIMITED"
+        worker._process.send_signal(signal.SIGCONT)
+    assert [None] * 3 == [task.result() for task in waiting]
+    assert [""] * 5 == [task.result() for task in runs]
+    await schemas.require("schema", "{}")
+
+
+async def test_without_room_for_a_process_a_caller_is_refused_and_a_run_waits(
+    schemas: Schemas, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when no descriptor is free, or no process."""
+    starts: Any = subprocess.Popen
+    failing = [OSError(errno.EMFILE, "Too many open files"), OSError(errno.EAGAIN, "try again")]
+
+    def popen(*args: Any, **options: Any) -> Any:
+        if failing:
+            raise failing.pop(0)
+        return starts(*args, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    with pytest.raises(NotecaseError) as refused:
+        await schemas.require("schema", "{}")
+    assert ("RATE_LIMITED", 1.0) == (reason_name(refused.value.reason), refused.value.retry_after)
+    assert await schemas.problem("{}", "{}") == ""
+    assert not failing
 
 
 def test_a_process_whose_server_was_killed_ends_in_the_middle_of_a_question() -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -30,6 +30,7 @@ from notecase_server.store.contract import (
 from notecase_server.store.sqlite import SqliteStore
 from notecase_server.store.sqlite_schema import SCHEMA
 from notecase_server.store.tables import Tables
+from structlog.testing import capture_logs
 
 from tests.store.build import (
     EVERYTHING,
@@ -548,3 +549,26 @@ async def test_a_fork_is_one_statement_a_table_and_its_cost_grows_with_the_log_o
     count_calls = "SELECT count(*) FROM calls WHERE uid = ?"
     counts = [store._connections.readers[0].execute(count_calls, (key.uid,)).fetchone() for key in (KEY, early)]
     assert counts == [(400,), (1,)]
+
+
+@pytest.mark.parametrize("body", [b"\xff\xff", b"\x0a\x7f", b"\x00"])
+async def test_a_row_that_does_not_decode_is_a_store_that_cannot_be_used(
+    path: Path, clock: ManualClock, body: bytes
+) -> None:
+    """It is named in the log, and the store goes on with all else."""
+    other = session_key("acme", "other")
+    store = await SqliteStore.open(path, clock)
+    await create(store)
+    await create(store, other)
+    await store.close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("UPDATE sessions SET body = ? WHERE session = ?", (body, KEY.session))
+        connection.commit()
+    store = await SqliteStore.open(path, clock)
+    with capture_logs() as lines, refused("STORE_UNAVAILABLE"):
+        await store.get_session(KEY)
+    assert [("store_step_failed", "DecodeError")] == [(line["event"], line["error"]) for line in lines]
+    with refused("STORE_UNAVAILABLE"):
+        await add(store, said("m1"))
+    assert await store.get_session(other) is not None
+    await store.close()

@@ -204,7 +204,8 @@ class Client(Commands):
             async for piece in client.download(blob):
                 file.write(piece)
 
-        Raises NotecaseError BLOB_NOT_FOUND."""
+        Raises NotecaseError BLOB_NOT_FOUND; at the end of the whole of it BLOB_CORRUPT, when it is not what its name
+        says."""
         return self._contents.download(blob, offset, limit)
 
     def run(

@@ -1,6 +1,7 @@
 """Content on its way to a server and back, whatever breaks in between."""
 
 import asyncio
+import hashlib
 import mimetypes
 import uuid
 from collections.abc import AsyncIterator
@@ -8,6 +9,8 @@ from io import BytesIO
 from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
+
+import grpc
 
 from notecase import v1
 from notecase.errors import NotecaseError
@@ -74,9 +77,12 @@ class Contents:
         name = blob if isinstance(blob, str) else blob.name
         request = v1.DownloadBlobRequest(name=name, offset=offset, limit=limit)
         backoff = Backoff(self._retry)
+        digest = None if offset or limit else hashlib.sha256()
         while True:
             try:
                 async for response in self._blobs.DownloadBlob(request):
+                    if digest is not None:
+                        digest.update(response.chunk)
                     request.offset += len(response.chunk)
                     backoff.progress()
                     yield response.chunk
@@ -84,11 +90,14 @@ class Contents:
                         request.limit -= len(response.chunk)
                         if not request.limit:
                             return
-                return
+                break
             except NotecaseError as error:
                 # A reader may take his time; the server does not wait for him, and need not.
                 if error.reason != "WATCHER_TOO_SLOW":
                     await backoff.wait(error)
+        if digest is not None and name != f"blobs/{digest.hexdigest()}":
+            problem = "The content that came has another SHA-256 than its name says."
+            raise NotecaseError(grpc.StatusCode.DATA_LOSS, "BLOB_CORRUPT", problem)
 
 
 async def _frames(first: v1.UploadBlobRequest, source: BinaryIO) -> AsyncIterator[v1.UploadBlobRequest]:

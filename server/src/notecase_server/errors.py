@@ -332,6 +332,11 @@ def too_many_runs(limit: int) -> NotecaseError:
     )
 
 
+def too_busy(what: str) -> NotecaseError:
+    """The server has no room for it just now, through no fault of this call; `what` is what it cannot do."""
+    return NotecaseError(v1.ERROR_REASON_RATE_LIMITED, f"The server is too busy to {what}; try again shortly.")
+
+
 def limit_exceeded(limit: str, value: int, message: str) -> NotecaseError:
     return NotecaseError(v1.ERROR_REASON_LIMIT_EXCEEDED, message, metadata={"limit": limit, "value": value})
 

@@ -12,12 +12,15 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, I
 from contextlib import contextmanager, suppress
 from typing import NamedTuple
 
+import structlog
 from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import CHUNK_BYTES, PAGE_BYTES, Clock, SessionKey, Store
 from notecase_server.supervisor import Tasks
+
+log = structlog.get_logger()
 
 MAX_PART_BYTES = 256 << 10
 """What a part keeps to itself; more becomes a blob, so that pages of messages stay small."""
@@ -161,17 +164,24 @@ class Contents:
     async def download(
         self, tenant: str, sha256: str, offset: int = 0, limit: int = 0
     ) -> AsyncGenerator[v1.DownloadBlobResponse, None]:
-        """The blob's bytes from `offset` on, at most `limit` of them unless it is 0. BLOB_NOT_FOUND."""
+        """The blob's bytes from `offset` on, at most `limit` of them unless it is 0. Raises NotecaseError
+        BLOB_NOT_FOUND; at the end of the whole of it BLOB_CORRUPT, when its digest is not the one that names it."""
+        digest = hashlib.sha256() if not (offset or limit) else None
         with self._holding(tenant, sha256):
             left = limit or self.limits.blob
             while left > 0 and (piece := await self._store.read_blob(tenant, sha256, offset)):
                 piece = piece[:left]
+                if digest is not None:
+                    digest.update(piece)
                 yield v1.DownloadBlobResponse(chunk=piece, offset=offset)
                 offset += len(piece)
                 left -= len(piece)
+        if digest is not None and digest.hexdigest() != sha256:
+            log.error("blob_damaged", sha256=sha256, size_bytes=offset)
+            raise errors.blob_corrupt("is damaged in the store: its SHA-256 is not the one that names it")
 
     async def load(self, tenant: str, blob: v1.Blob) -> bytes:
-        """The whole of it. BLOB_NOT_FOUND."""
+        """The whole of it. Raises NotecaseError BLOB_NOT_FOUND and BLOB_CORRUPT."""
         pieces = [piece.chunk async for piece in self.download(tenant, names.parse_blob(blob.name) or "")]
         return b"".join(pieces)
 
@@ -186,7 +196,7 @@ class Contents:
 
     async def put(self, tenant: str, data: bytes, media_type: str, filename: str = "") -> v1.Blob:
         """Stores content that is at hand."""
-        sha256 = hashlib.sha256(data).hexdigest()
+        sha256 = (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()  # it may have megabytes
         await self._store.put_blob(tenant, "", sha256, data)
         return v1.Blob(name=names.blob(sha256), media_type=media_type, filename=filename, size_bytes=len(data))
 

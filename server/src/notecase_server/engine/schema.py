@@ -8,8 +8,9 @@ process and no more. It is started when it is first needed, and kept.
 import asyncio
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import msgspec
 import structlog
@@ -17,14 +18,21 @@ from google.protobuf.struct_pb2 import NULL_VALUE
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.errors import NotecaseError
+from notecase_server.supervisor import backoff
+
+T = TypeVar("T")
 
 log = structlog.get_logger()
 
 SECONDS = 2.0
-"""For one answer. 100 KB of JSON take a hundredth of a second."""
+"""Of the processor's time, for one answer. 100 KB of JSON take a hundredth of a second."""
 
 START_SECONDS = 30.0
-"""For a process to start, on a machine that is busy."""
+"""For a process to start or to answer, on a machine that is busy: what takes longer is no fault of a schema's."""
+
+MAX_WAITING = 64
+"""Callers with a schema who may wait. Runs wait besides: their number is bounded."""
 
 WORKERS = 2
 """Processes at once. A schema that takes its time holds up the replies behind it for that time."""
@@ -40,23 +48,43 @@ class Schemas:
     def __init__(self) -> None:
         self._idle: list[_Worker] = []
         self._room = asyncio.Semaphore(WORKERS)
+        self._waiting = 0
+        # Threads of its own: in those that all share, a question would wait for work that it has nothing to do with.
+        self._threads = ThreadPoolExecutor(WORKERS + 1, "schemas")
 
     async def require(self, field: str, schema: str) -> None:
-        """Raises NotecaseError INVALID_FIELD when the text is no JSON Schema, or one that is never to be used here."""
-        if schema and (problem := await self._ask({"schema": schema})):
+        """Raises NotecaseError INVALID_FIELD when the text is no JSON Schema, or one that is never to be used here;
+        RATE_LIMITED when the server cannot tell just now."""
+        if not schema:
+            return
+        if self._waiting >= MAX_WAITING:
+            raise errors.too_busy("check schemas")
+        self._waiting += 1
+        try:
+            problem = await self._ask({"schema": schema})
+        finally:
+            self._waiting -= 1
+        if problem:
             raise errors.invalid([errors.Violation(field, f"is no JSON Schema (draft 2020-12): {problem}")])
 
     async def problem(self, schema: str, reply: str) -> str:
         """What is wrong with a reply, in words for its author: at most about a kilobyte, quoting no value. Empty when
-        it is valid."""
+        it is valid. While the server cannot tell, it waits until it can."""
         if not reply:
             return "it is empty"
-        return await self._ask({"schema": schema, "reply": reply})
+        for wait in backoff():
+            try:
+                return await self._ask({"schema": schema, "reply": reply})
+            except NotecaseError as error:
+                log.warning("schemas_wait", reason=errors.reason_name(error.reason), seconds=round(wait, 2))
+            await asyncio.sleep(wait)
+        raise AssertionError("the waits have no end")
 
     async def close(self) -> None:
         """Ends the processes. Idempotent."""
         while self._idle:
             await self._idle.pop().end()
+        self._threads.shutdown(wait=False)
 
     async def _ask(self, question: Mapping[str, str]) -> str:
         async with self._room:
@@ -72,8 +100,13 @@ class Schemas:
             return answer
 
     async def _started(self) -> "_Worker":
-        """A process that has answered once: what its start takes is no fault of a schema's."""
-        worker = await asyncio.to_thread(_Worker)
+        """A process that has answered once: what its start takes is no fault of a schema's. RATE_LIMITED when the
+        system has no room for it."""
+        try:
+            worker = await asyncio.get_running_loop().run_in_executor(self._threads, _Worker, self._threads)
+        except OSError as error:
+            log.error("schema_process_not_started", error=type(error).__name__, number=error.errno)
+            raise errors.too_busy("check schemas") from error
         if await worker.ask({"schema": "{}"}, START_SECONDS) is None:
             raise RuntimeError("the process that checks schemas does not start")
         return worker
@@ -83,8 +116,9 @@ class _Worker:
     """One process. Its pipes are waited for in threads: a loop's own way to start a process forks, which a process that
     serves gRPC in other threads must not."""
 
-    def __init__(self) -> None:
-        """Blocks for as long as a process takes to start."""
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        """Blocks for as long as a process takes to start. OSError when there is no room for it."""
+        self._threads = threads
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-m", WORKER],
             stdin=subprocess.PIPE,
@@ -98,18 +132,25 @@ class _Worker:
         return self._process.poll() is not None
 
     async def ask(self, question: Mapping[str, str], seconds: float) -> str | None:
-        """None when it died, or did not answer in time; it is then at its end."""
-        exchange = asyncio.get_running_loop().run_in_executor(None, self._exchange, msgspec.json.encode(question))
-        line = b""
+        """The answer, for which it may work so long. None when it died of the question; NotecaseError RATE_LIMITED when
+        it got no turn to answer. It is then at its end, either way."""
+        encoded = msgspec.json.encode({**question, "seconds": seconds})
+        exchange = asyncio.ensure_future(self._in_thread(lambda: self._exchange(encoded)))
+        line, late = b"", False
         try:
-            done, _ = await asyncio.wait([exchange], timeout=seconds)
-            line = exchange.result() if done else b""
+            done, _ = await asyncio.wait([exchange], timeout=START_SECONDS)
+            line, late = (exchange.result(), False) if done else (b"", True)
         finally:
             if not line:
                 self._process.kill()
                 await asyncio.wait([exchange])
                 await self.end()
+        if late:
+            raise errors.too_busy("check schemas")
         return msgspec.json.decode(line, type=str) if line else None
+
+    def _in_thread(self, work: Callable[[], T]) -> "asyncio.Future[T]":
+        return asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     def _exchange(self, question: bytes) -> bytes:
         """Its line, or nothing when it dies."""
@@ -124,7 +165,7 @@ class _Worker:
 
     async def end(self) -> None:
         """Closes its input, at which it ends, and waits for that."""
-        await asyncio.to_thread(self._process.communicate)
+        await self._in_thread(self._process.communicate)
 
 
 _FENCES = frozenset({"```", "```json", "```json5", "```jsonc"})

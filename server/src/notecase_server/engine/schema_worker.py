@@ -33,6 +33,8 @@ class Question(msgspec.Struct):
     schema: str
     reply: str | None = None
     """None asks about the schema itself."""
+    seconds: float = 2.0
+    """Of the processor's time that the answer may take: the system ends the process then."""
 
 
 def problem(question: Question) -> str:
@@ -93,8 +95,10 @@ def main() -> None:
     for line in sys.stdin.buffer:
         signal.alarm(LAST_SECONDS)
         question = msgspec.json.decode(line, type=Question)
+        signal.setitimer(signal.ITIMER_PROF, question.seconds)
         sys.stdout.buffer.write(msgspec.json.encode(problem(question)) + b"\n")
         sys.stdout.buffer.flush()
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.alarm(0)
 
 

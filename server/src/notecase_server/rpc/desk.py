@@ -32,6 +32,9 @@ R = TypeVar("R")
 SUBJECT = ""
 """Who asks: nobody in particular, as long as callers have no credentials."""
 
+MAX_PATHS = 100
+"""Of a mask: several times the fields there are."""
+
 SESSION = Answer("session")
 NOTHING = Answer("nothing")
 
@@ -93,6 +96,8 @@ def checked(request: Any) -> Check:
 def masked(check: Check, mask: FieldMask, given: Message, allowed: Iterable[str]) -> FieldMask:
     """The fields that an update changes (AIP-134). Paths that cannot be changed are told to the check and left out."""
     known = list(allowed)
+    if not check(len(mask.paths) <= MAX_PATHS, "update_mask", f"has more than {MAX_PATHS} paths"):
+        return FieldMask()
     if list(mask.paths) == ["*"]:
         return FieldMask(paths=known)
     if not mask.paths:

@@ -31,7 +31,7 @@ class States(v1.StateServiceServicer):
         at = request.at_sequence
         check(at >= 0, "at_sequence", "is negative")
         check(not at or scope.kind == "session", "at_sequence", "goes with a session's state; others have no log")
-        keys = sorted(set(request.keys))
+        keys = sorted(set(request.keys[:MAX_PAGE_SIZE]))
         state_key = await self._parent(check, scope)
         about = ("state", scope.tenant, scope.kind, state_key.id, str(at), *(repr(key) for key in keys))
         query = listed(check, self.desk.pages, request, *about)
@@ -48,8 +48,8 @@ class States(v1.StateServiceServicer):
         check = checked(request)
         scope = check.state("name", caller.get().tenant, request.name)
         check.key("key", request.key, scope.kind == "session")
-        check.value("value", request.value)
-        check(op.ByteSize() <= PAGE_BYTES, "value", f"is larger than {PAGE_BYTES} bytes")
+        if check(op.ByteSize() <= PAGE_BYTES, "value", f"is larger than {PAGE_BYTES} bytes"):
+            check.value("value", request.value)
         check.done()
         answer = Answer("entry", request.key)
         made: v1.StateEntry = await self._update(scope, [op], None, request, answer)

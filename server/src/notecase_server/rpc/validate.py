@@ -1,5 +1,5 @@
-"""Is it well formed? Every request is looked at here, whole, before anything else happens: all that is wrong is told at
-once.
+"""Is it well formed? Every request is looked at here before anything else happens, and all that is wrong is told at
+once, within a budget: what has the wrong size or number is not looked into, and MAX_VIOLATIONS end the look.
 
 Whether it may happen at this moment is not asked here.
 """
@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import TypeVar
 
 import msgspec
@@ -27,6 +28,13 @@ from notecase_server.tools import naming
 from notecase_server.tools.contract import Toolbox
 
 T = TypeVar("T")
+
+MAX_VIOLATIONS = 100
+"""Told of one request; nobody mends more at a time."""
+MAX_VALUES = 20_000
+"""Values within the values of one request: each takes about a microsecond to look at, while nobody else is served."""
+MAX_PARTS = 1000
+"""Of a message or result."""
 
 MAX_KEY_BYTES = 256
 MAX_LABELS = 64
@@ -54,25 +62,34 @@ MAX_CHUNK_BYTES = 1 << 20
 PARTS = "text, json, file, data, blob or state_key"
 LAST_SECOND = 253_402_300_799
 """Of the year 9999, where protobuf's times end."""
-MAX_TTL_SECONDS = 100 * 366 * 24 * 60 * 60
+MAX_SECONDS = 100 * 366 * 24 * 60 * 60
+"""Of any span of time: a hundred years."""
 
 UID = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 LABEL_KEY = re.compile(r"[a-z0-9A-Z]([a-zA-Z0-9._/-]{0,61}[a-zA-Z0-9])?")
+PLAIN = frozenset({"null_value", "bool_value", "int_value", "string_value", "bytes_value"})
+"""Kinds of value of which any is fine."""
 TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}( *;.{0,200})?")
 
 
 class Check:
     """Collects what is wrong with one request. Every method takes the field's path first and says nothing when all is
-    well; `done` raises them all."""
+    well; `done` raises them all, and so does every method that finds the last one of the budget."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MAX_VIOLATIONS) -> None:
+        """`most` is the budget of violations."""
         self.violations: list[Violation] = []
+        self.visited = 0
+        """Values that were looked at so far, those within others too."""
+        self._most = most
         self._refusals: list[NotecaseError] = []
 
     def __call__(self, ok: bool, field: str, description: str) -> bool:
         if not ok:
             self.violations.append(Violation(field, description))
+            if len(self.violations) >= self._most:
+                raise errors.invalid(self.violations)
         return ok
 
     def done(self) -> None:
@@ -99,7 +116,9 @@ class Check:
         """Takes in what `other` found in these fields and below them."""
         below = tuple(f"{field}{mark}" for field in fields for mark in ".[")
         self._refusals += other._refusals
-        self.violations += [found for found in other.violations if f"{found.field}.".startswith(below)]
+        for found in other.violations:
+            if f"{found.field}.".startswith(below):
+                self(False, *found)
 
     def _parsed(self, field: str, name: str, parse: Callable[[str], T | None], like: str) -> T | None:
         parsed = parse(name) if name else None
@@ -145,7 +164,7 @@ class Check:
 
     def labels(self, field: str, labels: Mapping[str, str]) -> None:
         self(len(labels) <= MAX_LABELS, field, f"has more than {MAX_LABELS} labels")
-        for key, value in list(labels.items())[:MAX_LABELS]:
+        for key, value in islice(labels.items(), MAX_LABELS):
             fine = LABEL_KEY.fullmatch(key) is not None
             self(fine, f"{field}[{key[:80]!r}]", "a label's key wants 1 to 63 letters, digits and inner . _ / -")
             self(
@@ -158,9 +177,13 @@ class Check:
         """The field's duration; None when unset."""
         if not message.HasField("timeout"):
             return None
-        value = message.timeout.seconds + message.timeout.nanos / 1e9
-        self(value >= 0, field, "is negative")
-        return value
+        self.duration(field, message.timeout)
+        return message.timeout.seconds + message.timeout.nanos / 1e9
+
+    def duration(self, field: str, value: Duration) -> bool:
+        """A span of time: every deadline that is made with it has a date."""
+        fine = 0 <= value.seconds <= MAX_SECONDS and 0 <= value.nanos < 1_000_000_000
+        return self(fine, field, "wants 0 to 100 years, with nanos from 0 to 999999999")
 
     # ---- state
 
@@ -172,38 +195,56 @@ class Check:
 
     def value(self, field: str, value: v1.Value, depth: int = 1) -> None:
         kind = value.WhichOneof("kind")
-        if kind is None:
-            self(False, field, "has no value; for nothing use null_value")
-        elif kind == "blob_value":
-            self.blob(field, value.blob_value)
-        elif kind == "double_value":
-            self(math.isfinite(value.double_value), field, f"is {value.double_value}, which JSON and SQL do not have")
-        elif kind in {"list_value", "map_value"}:
-            if not self(depth <= MAX_VALUE_DEPTH, field, f"is more than {MAX_VALUE_DEPTH} levels deep"):
-                return
-            if kind == "list_value":
-                for index, item in enumerate(value.list_value.values):
-                    self.value(f"{field}[{index}]", item, depth + 1)
-            else:
-                for key, item in value.map_value.values.items():
-                    self.value(f"{field}[{key[:80]!r}]", item, depth + 1)
+        self.visited += 1
+        match kind:
+            case None:
+                self(False, field, "has no value; for nothing use null_value")
+            case "blob_value":
+                self.blob(field, value.blob_value)
+            case "double_value":
+                fine = math.isfinite(value.double_value)
+                self(fine, field, f"is {value.double_value}, which JSON and SQL do not have")
+            case "list_value":
+                inner = value.list_value.values
+                if self._inner(field, len(inner), depth):
+                    for index, item in enumerate(inner):
+                        if item.WhichOneof("kind") in PLAIN:
+                            self.visited += 1
+                        else:
+                            self.value(f"{field}[{index}]", item, depth + 1)
+            case "map_value":
+                entries = value.map_value.values
+                if self._inner(field, len(entries), depth):
+                    for key, item in entries.items():
+                        if item.WhichOneof("kind") in PLAIN:
+                            self.visited += 1
+                        else:
+                            self.value(f"{field}[{key[:80]!r}]", item, depth + 1)
+
+    def _inner(self, field: str, number: int, depth: int) -> bool:
+        """Whether the values within a value are to be looked at."""
+        fine = self(depth <= MAX_VALUE_DEPTH, field, f"is more than {MAX_VALUE_DEPTH} levels deep")
+        few = self.visited + number <= MAX_VALUES
+        return self(few, field, f"makes it more than {MAX_VALUES} values in one request") and fine
 
     def first_state(self, field: str, state: Mapping[str, v1.Value]) -> None:
         """Keys to set in a session."""
-        self(len(state) <= MAX_OPS, field, f"has more than {MAX_OPS} keys")
-        self(
-            sum(value.ByteSize() for value in state.values()) <= PAGE_BYTES, field, f"is larger than {PAGE_BYTES} bytes"
-        )
-        for key, value in list(state.items())[:MAX_OPS]:
+        if not self(len(state) <= MAX_OPS, field, f"has more than {MAX_OPS} keys"):
+            return
+        size = sum(value.ByteSize() for value in state.values())
+        if not self(size <= PAGE_BYTES, field, f"is larger than {PAGE_BYTES} bytes"):
+            return
+        for key, value in state.items():
             self.key(f"{field}[{key[:80]!r}]", key, session=True)
             self.value(f"{field}[{key[:80]!r}]", value)
 
-    def ops(self, field: str, ops: Iterable[v1.StateOp], session: bool) -> None:
-        given = list(ops)
-        self(0 < len(given) <= MAX_OPS, field, f"wants 1 to {MAX_OPS} operations")
-        self(sum(op.ByteSize() for op in given) <= PAGE_BYTES, field, f"is larger than {PAGE_BYTES} bytes")
+    def ops(self, field: str, ops: Sequence[v1.StateOp], session: bool) -> None:
+        if not self(0 < len(ops) <= MAX_OPS, field, f"wants 1 to {MAX_OPS} operations"):
+            return
+        if not self(sum(op.ByteSize() for op in ops) <= PAGE_BYTES, field, f"is larger than {PAGE_BYTES} bytes"):
+            return
         seen: set[str] = set()
-        for index, op in enumerate(given[:MAX_OPS]):
+        for index, op in enumerate(ops):
             at = f"{field}[{index}]"
             self.key(f"{at}.key", op.key, session)
             self(op.key not in seen, f"{at}.key", "is named twice in one batch")
@@ -218,10 +259,10 @@ class Check:
 
     # ---- messages
 
-    def messages(self, field: str, messages: Iterable[v1.Message], roles: Iterable[v1.Message.Role.ValueType]) -> None:
-        given = list(messages)
-        self(len(given) <= MAX_MESSAGES, field, f"has more than {MAX_MESSAGES} messages")
-        for index, message in enumerate(given[:MAX_MESSAGES]):
+    def messages(self, field: str, messages: Sequence[v1.Message], roles: Iterable[v1.Message.Role.ValueType]) -> None:
+        if not self(len(messages) <= MAX_MESSAGES, field, f"has more than {MAX_MESSAGES} messages"):
+            return
+        for index, message in enumerate(messages):
             self._message(f"{field}[{index}]", message, roles)
 
     def _message(self, field: str, message: v1.Message, roles: Iterable[v1.Message.Role.ValueType]) -> None:
@@ -232,9 +273,12 @@ class Check:
             speaks = names.parse_user(message.author) is not None or names.parse_agent(message.author) is not None
             self(speaks, f"{field}.author", "wants users/{user} or agents/{agent}")
         self.labels(f"{field}.labels", message.labels)
-        size = message.ByteSize() - sum(part.ByteSize() for part in message.parts if _becomes_blob(part))
-        self(size <= MAX_MESSAGE_BYTES, field, "is larger than 960 KiB beside what becomes blobs")
         self(len(message.parts) > 0, f"{field}.parts", "is empty; a message says something")
+        if not self(len(message.parts) <= MAX_PARTS, f"{field}.parts", f"has more than {MAX_PARTS} parts"):
+            return
+        size = message.ByteSize() - sum(part.ByteSize() for part in message.parts if _becomes_blob(part))
+        if not self(size <= MAX_MESSAGE_BYTES, field, "is larger than 960 KiB beside what becomes blobs"):
+            return
         for index, part in enumerate(message.parts):
             self._part(f"{field}.parts[{index}]", part)
 
@@ -295,7 +339,8 @@ class Check:
     # ---- agents, sessions, runs
 
     def agent_body(self, agent: v1.Agent, providers: Iterable[str], toolbox: Toolbox) -> None:
-        self(agent.ByteSize() <= PAGE_BYTES, "agent", f"is larger than {PAGE_BYTES} bytes")
+        if not self(agent.ByteSize() <= PAGE_BYTES, "agent", f"is larger than {PAGE_BYTES} bytes"):
+            return
         self.text("agent.display_name", agent.display_name)
         self.text("agent.description", agent.description, 64 << 10)
         self.labels("agent.labels", agent.labels)
@@ -342,12 +387,12 @@ class Check:
         """A number of messages that are shown or left as they are."""
         self(0 <= number <= MAX_RECENT, field, f"wants 0 (for the default) to {MAX_RECENT}")
 
-    def tools(self, field: str, tools: Iterable[v1.Tool], only_client: bool = False) -> None:
-        given = list(tools)
-        self(len(given) <= MAX_TOOLS, field, f"has more than {MAX_TOOLS} tools")
+    def tools(self, field: str, tools: Sequence[v1.Tool], only_client: bool = False) -> None:
+        if not self(len(tools) <= MAX_TOOLS, field, f"has more than {MAX_TOOLS} tools"):
+            return
         seen: set[str] = set()
         bounded = True
-        for index, tool in enumerate(given[:MAX_TOOLS]):
+        for index, tool in enumerate(tools):
             at = f"{field}[{index}]"
             kind = tool.WhichOneof("implementation")
             unnamed = kind == "mcp" and not tool.name
@@ -367,7 +412,7 @@ class Check:
             short = all(0 < len(name) <= naming.OWN_LENGTH for name in tool.mcp.tools[:MAX_TOOLS])
             bounded &= self(short, f"{at}.mcp.tools", f"wants names of 1 to {naming.OWN_LENGTH} characters") and few
         if bounded:
-            self._mcp_names(field, given[:MAX_TOOLS])
+            self._mcp_names(field, tools)
 
     def _mcp_names(self, field: str, tools: Sequence[v1.Tool]) -> None:
         """Whether tools of an MCP server get a name that another tool has, as far as the declarations tell."""
@@ -385,9 +430,6 @@ class Check:
                 fine = server not in whole or (listed and not whole[server])
                 self(fine, f"{at}.mcp.server", "is there twice without a prefix, and yields its names twice; set one")
                 whole[server] = whole.get(server, False) or not listed
-
-    def duration(self, field: str, value: Duration) -> None:
-        self(value.seconds >= 0 and value.nanos >= 0, field, "is negative")
 
     def limits(self, field: str, limits: v1.Limits) -> None:
         self.duration(f"{field}.timeout", limits.timeout)
@@ -426,9 +468,12 @@ class Check:
         self(result.call_id != "", f"{field}.call_id", "is missing")
         self.text(f"{field}.call_id", result.call_id, MAX_ID_BYTES)
         self.text(f"{field}.error", result.error, MAX_SCHEMA_BYTES)
-        size = sum(part.ByteSize() for part in result.result if not part.HasField("data"))
-        self(size <= MAX_RESULT_BYTES, f"{field}.result", f"has {size} bytes; at most {MAX_RESULT_BYTES}")
         self(not (result.error and result.result), f"{field}.error", "goes with no result")
+        if not self(len(result.result) <= MAX_PARTS, f"{field}.result", f"has more than {MAX_PARTS} parts"):
+            return
+        size = sum(part.ByteSize() for part in result.result if not part.HasField("data"))
+        if not self(size <= MAX_RESULT_BYTES, f"{field}.result", f"has {size} bytes; at most {MAX_RESULT_BYTES}"):
+            return
         for index, part in enumerate(result.result):
             if not part.HasField("text"):  # an empty text is a result
                 self._part(f"{field}.result[{index}]", part)
@@ -473,8 +518,8 @@ class Check:
         for name in ("ttl", "idle_ttl"):
             if session.HasField(name):
                 span = getattr(session, name)
-                fine = 0 <= span.seconds <= MAX_TTL_SECONDS and 0 <= span.nanos < 1_000_000_000
-                self(fine and (span.seconds or span.nanos), f"{field}.{name}", "wants more than 0, at most 100 years")
+                if self.duration(f"{field}.{name}", span):
+                    self(span.seconds > 0 or span.nanos > 0, f"{field}.{name}", "wants more than 0")
         both = session.HasField("idle_ttl") and session.HasField("ttl")
         self(not both, f"{field}.ttl", "goes with no idle_ttl")
 
@@ -518,8 +563,10 @@ class Check:
         self.duration(f"{field}.disconnect.cancel_after", start.disconnect.cancel_after)
 
     def options(self, field: str, options: v1.WatchOptions) -> None:
-        delay = options.max_batch_delay.seconds + options.max_batch_delay.nanos / 1e9
-        self(0 <= delay <= MAX_BATCH_DELAY, f"{field}.max_batch_delay", f"wants 0 to {MAX_BATCH_DELAY:g} seconds")
+        at = f"{field}.max_batch_delay"
+        if self.duration(at, options.max_batch_delay):
+            delay = options.max_batch_delay.seconds + options.max_batch_delay.nanos / 1e9
+            self(delay <= MAX_BATCH_DELAY, at, f"wants 0 to {MAX_BATCH_DELAY:g} seconds")
 
     def watch(self, field: str, name: str, after: int, options: v1.WatchOptions, if_session_uid: str) -> RunName:
         """The session and the run, "" when a session is named."""
@@ -537,7 +584,7 @@ class Check:
 
 def _is_json(text: str) -> bool:
     try:
-        msgspec.json.decode(text)
+        msgspec.json.decode(text, type=msgspec.Raw)
     except (ValueError, RecursionError):
         return False
     return True

@@ -228,7 +228,7 @@ def _settle(outcomes: list[_Outcome]) -> None:
 
 
 def _told(error: Exception) -> Exception:
-    """What the caller of a failed step is told: what the disk or SQLite said stays here."""
+    """What the caller of a failed step is told: what the disk, SQLite or a row that does not decode said stays here."""
     if not isinstance(error, sqlite3.Error | OSError | DecodeError) or isinstance(error, DEFECTS):
         return error
     log.error("store_step_failed", error=_name(error))
