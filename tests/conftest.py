@@ -1,6 +1,7 @@
 """What every test may count on: the tools that callers use, and that CI skips nothing in silence."""
 
 import os
+import random
 import shutil
 import sys
 from collections.abc import Callable, Generator
@@ -9,16 +10,42 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+SEED = "NOTECASE_SEED"
+"""The variable with the number by which cases are made up."""
+
+SHUFFLE = "NOTECASE_SHUFFLE"
+"""The variable that, when it is set, puts the tests in an order that the seed decides."""
+
 # How long an example takes says how busy the machine is; what hangs is the time-out's to find.
 settings.register_profile("untimed", settings(), deadline=None)
 settings.load_profile("untimed")
 
-
-# CI looks at the same made-up cases each time, so that what it says is of the change; whoever else runs the tests looks
-# at new ones.
+# CI looks at the same made-up cases each time, so that what it says is of the change; it looks at others in one run
+# more, by a seed. Everywhere else the cases are new ones.
 settings.register_profile("ci", derandomize=True, database=None)
-if os.environ.get("CI"):
+if os.environ.get("CI") and not os.environ.get(SEED):
     settings.load_profile("ci")
+
+if not os.environ.get("CI"):
+    os.environ.setdefault(SEED, str(random.SystemRandom().randrange(1 << 32)))  # for the processes of xdist as well
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Hands the seed to hypothesis, unless pytest was given another one for it."""
+    if (seed := os.environ.get(SEED)) and config.getoption("hypothesis_seed", None) is None:
+        config.option.hypothesis_seed = seed
+
+
+def pytest_report_header() -> str:
+    seed = os.environ.get(SEED)
+    return f"seed: {seed} ({SEED}={seed} makes up the same cases)" if seed else "seed: none, the cases are fixed"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Shuffles the tests alike in every process of one run."""
+    if os.environ.get(SHUFFLE):
+        random.Random(os.environ[SEED]).shuffle(items)
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
-"""One session under whatever its callers do to it, in any order and at once, through restarts and kills of its server:
-the log only grows, each run ends once, each call is answered once, and all that is told can be told from the log."""
+"""The sessions of two tenants under whatever their callers do to them, in any order and at once, through restarts and
+kills of their server, failures of its store and deletions: a log only grows, each run ends once, each call is answered
+once, and all that is told can be told from the log."""
 
 import asyncio
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -26,13 +28,16 @@ from notecase_server.tools.toolbox import make_toolbox
 
 from tests.e2e.driving import reason_of, said
 from tests.e2e.test_takeover import SESSION, check_well_formed, client_tool, server_tool
+from tests.support.failing import Mode, Unreliable
 from tests.support.openai_server import Answer, Json, OpenAIServer, chunk, error, reply, tool_calls
-from tests.support.server import Running, running
+from tests.support.server import TENANT, Running, running
 
 T = TypeVar("T")
 Fields = Mapping[str, Any]
 
 STATE = f"{SESSION}/state"
+APP = "app/state"
+TENANTS = ("default", "other")
 PATIENCE = 20.0
 """Seconds after which what is waited for will not come."""
 
@@ -192,9 +197,24 @@ COMMANDS = st.one_of(
     st.tuples(st.just("update"), UPDATES),
     st.tuples(st.just("append"), st.fixed_dictionaries({"text": TEXTS, "if_last": st.sampled_from([None, 0, -1])})),
     st.tuples(st.just("repeat"), st.fixed_dictionaries({"which": st.integers(0, 30)})),
+    st.tuples(st.just("app"), st.just({})),
 )
 ANSWERS = st.one_of(st.tuples(st.just("result"), RESULTS), st.tuples(st.just("response"), RESPONSES))
 FORMS = st.sampled_from(["SendCommand", "Run"])
+WHOSE = st.sampled_from(["default", "default", "other"])
+FAULTS = st.tuples(
+    st.sampled_from(
+        [
+            *("commit", "commit", "commit", "find_commit", "claim", "recall", "recall_command", "update_state"),
+            *("get_session", "find_session", "delete_session", "get_run", "active_run", "active_runs", "idle_runs"),
+            *("read_events", "list_messages", "get_state", "get_agent"),
+        ]
+    ),
+    st.sampled_from([Mode.PASSING, Mode.AFTER]),
+    st.integers(1, 3),
+    st.integers(1, 3),
+)
+"""The call of the store that fails, how, at which time and how often from then on."""
 
 REFUSALS: Mapping[str, set[str]] = {
     "start": {"RUN_ACTIVE", "REQUEST_ID_REUSED", "RUN_CANCELLED_BEFORE_START", "QUEUE_FULL"},
@@ -213,83 +233,126 @@ ACCEPTED = {
 }
 
 
-class SessionMachine(RuleBasedStateMachine):
-    """Everything happens while a rule runs: in between, the loop stands still."""
+class Case:
+    """A session of one tenant, as its callers know it. Two watchers follow it: one from the beginning of the log, after
+    each start of the server anew, and a laggard, who reads now and then and comes back to where it was."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
-        self.runner = asyncio.Runner()
-        self.stack = AsyncExitStack()
-        self.serving = AsyncExitStack()
+    def __init__(self, tenant: str, doors: Doors) -> None:
+        self.tenant = tenant
+        self.metadata = ((TENANT, tenant),)
+        self.doors = doors
+        self.uid = ""
         self.log: list[v1.Event] = []
-        self.view = SessionView()
+        self.told: list[v1.Event] = []
+        self.view = SessionView(0)
+        self.late = SessionView(0)
+        self.reads = asyncio.Event()
+        """Set while the laggard reads."""
         self.sent: list[tuple[v1.RunRequest, str]] = []
         self.results: dict[str, tuple[v1.RunRequest, int]] = {}
         self.number = 0
-        self.files = 0
-        self.checked = 0
-        self.do(self.begin())
+        self.app_version = 0
+        self.deleting = False
+        self.watching: list[asyncio.Task[None]] = []
 
-    def do(self, work: Coroutine[Any, Any, T]) -> T:
-        return self.runner.run(asyncio.wait_for(work, PATIENCE))
+    async def ask(self, call: Callable[..., Any], request: Any) -> Any:
+        """Calls as this tenant, again for as long as the store is away; what changes something has an id."""
+        while True:
+            try:
+                return await call(request, metadata=self.metadata)
+            except grpc.aio.AioRpcError as refused:
+                if reason_of(refused) != "STORE_UNAVAILABLE":
+                    raise
 
-    # ---- the server
-
-    async def begin(self) -> None:
-        self.doors = the["doors"] = Doors()
-        self.model = await self.stack.enter_async_context(OpenAIServer(self.doors.answer))
-        self.provider = Lasting("test-key", self.model.url, "stub-1")
-        self.stack.push_async_callback(self.provider.end)
-        await self.serve()
-        agent = v1.Agent(llm=v1.LlmAgent(model="stub-1", tools=TOOLS.values(), max_model_calls=50))
-        await self.served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=agent))
+    async def make(self, served: Running) -> None:
+        """Makes the session, under the one name that it always has, and follows it."""
+        self.served = served
+        self.number += 1
+        self.log, self.told, self.results = [], [], {}
+        self.view, self.late = SessionView(0), SessionView(0)
         session = v1.Session(agent="agents/clerk")
-        await self.served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case", session=session))
-        self.follow()
+        create = v1.CreateSessionRequest(session_id="case", session=session, request_id=f"create-{self.number}")
+        made = await self.ask(served.sessions.CreateSession, create)
+        assert made.uid != self.uid, "a session made again is another one"
+        self.uid = made.uid
+        self.follow(served)
 
-    @property
-    def file(self) -> Path:
-        return self.folder / f"{self.files}.db"
+    async def delete(self) -> None:
+        """Deletes it, by whose streams that is noticed; then nothing of it is found."""
+        self.number += 1
+        self.reads.set()
+        request = v1.DeleteSessionRequest(name=SESSION, request_id=f"delete-{self.number}")
+        await self.ask(self.served.sessions.DeleteSession, request)
+        for task in self.watching:
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                await task
+            assert reason_of(ended.value) == "SESSION_NOT_FOUND"
+        for method, about in (
+            (self.served.sessions.GetSession, v1.GetSessionRequest(name=SESSION)),
+            (self.served.messages.ListMessages, v1.ListMessagesRequest(parent=SESSION)),
+            (self.served.state.GetState, v1.GetStateRequest(name=STATE)),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as missing:
+                await self.ask(method, about)
+            assert reason_of(missing.value) == "SESSION_NOT_FOUND"
 
-    async def serve(self) -> None:
-        providers = {"openai": self.provider}
-        toolbox = make_toolbox((__name__,), {})
-        self.serving = AsyncExitStack()
-        self.served: Running = await self.serving.enter_async_context(
-            running(f"sqlite:{self.file}", providers, toolbox=toolbox, grace=0.0)
-        )
+    def follow(self, served: Running) -> None:
+        """Watches from the beginning: it must be told what was told before. The laggard comes back where it was."""
+        self.served = served
+        self.told = []
+        self.view = SessionView(0)
+        loop = asyncio.get_running_loop()
+        self.watching = [
+            loop.create_task(self._watch(self.view, None, v1.WatchOptions(keep_open=True))),
+            loop.create_task(self._watch(self.late, self.reads, self._lagging())),
+        ]
 
-    def follow(self) -> None:
-        """A watcher from the beginning: it must be told what those before it were told."""
+    def _lagging(self) -> v1.WatchOptions:
         options = v1.WatchOptions(keep_open=True)
-        self.told: list[v1.Event] = []
-        self.view = SessionView()
-        self.stream = self.served.runs.WatchEvents(
-            v1.WatchEventsRequest(name=SESSION, after_sequence=0, options=options)
-        )
-        self.follower = asyncio.get_running_loop().create_task(self._follow())
+        options.max_batch_delay.FromMilliseconds(500)
+        return options
 
-    async def _follow(self) -> None:
+    async def _watch(self, view: SessionView, gate: asyncio.Event | None, options: v1.WatchOptions) -> None:
+        """Reads into the view, and comes back where it was when the store is away."""
         try:
-            async for frame in self.stream:
-                for event in frame.batch.events:
-                    self.view.apply(event)
-                    if event.sequence:
-                        self.told.append(event)
-                async with self.doors.changed:
-                    self.doors.changed.notify_all()
-        except asyncio.CancelledError:
-            if not self.stream.cancelled():
-                raise
+            while True:
+                watch = v1.WatchEventsRequest(name=SESSION, after_sequence=view.last_sequence, options=options)
+                try:
+                    async for frame in self.served.runs.WatchEvents(watch, metadata=self.metadata):
+                        if gate is not None:
+                            await gate.wait()
+                        self._take(view, frame)
+                        await self._tell()
+                except grpc.aio.AioRpcError as ended:
+                    if reason_of(ended) != "STORE_UNAVAILABLE":
+                        raise
         finally:
-            async with self.doors.changed:
-                self.doors.changed.notify_all()
+            await self._tell()
+
+    def _take(self, view: SessionView, frame: v1.RunResponse) -> None:
+        if frame.HasField("attached"):
+            view.attach(frame.attached)
+        for event in frame.batch.events:
+            for index, block in view.open.get(event.message_added.name, {}).items():
+                part = event.message_added.parts[index]
+                whole = part.text or part.reasoning.text or part.tool_call.arguments
+                assert whole.encode() == block.text.encode(), "the deltas joined are the text"
+            if event.state_changed.state == APP and not event.sequence:
+                assert {op.set.string_value for op in event.state_changed.ops} == {self.tenant}
+            assert view.apply(event), "each entry of the log comes once"
+            if event.sequence and view is self.view:
+                self.told.append(event)
+
+    async def _tell(self) -> None:
+        async with self.doors.changed:
+            self.doors.changed.notify_all()
 
     async def leave(self) -> None:
-        """The watcher goes, with what it knows."""
-        self.stream.cancel()
-        await self.follower
+        """The watchers go, with what they know."""
+        for task in self.watching:
+            task.cancel()
+        for ended in await asyncio.gather(*self.watching, return_exceptions=True):
+            assert isinstance(ended, asyncio.CancelledError), ended
         self.keep()
 
     def keep(self) -> None:
@@ -298,54 +361,27 @@ class SessionMachine(RuleBasedStateMachine):
         if len(self.told) > len(self.log):
             self.log = list(self.told)
 
-    async def until(self, come: Callable[[], bool]) -> None:
-        async with self.doors.changed:
-            await self.doors.changed.wait_for(lambda: self.follower.done() or come())
-        if self.follower.done():
-            self.follower.result()
-            raise AssertionError("the watcher's stream ended")
+    def cut(self, count: int) -> None:
+        """The server was killed when it had so many events: what was told is among them."""
+        self.log = self.log[:count]
+        if (self.late.last_sequence or 0) > count:  # it went on reading from the server that was taken for dead
+            self.late = SessionView(0)
 
     async def head(self) -> int:
-        session = await self.served.sessions.GetSession(v1.GetSessionRequest(name=SESSION))
-        return session.last_sequence
+        return int((await self.ask(self.served.sessions.GetSession, v1.GetSessionRequest(name=SESSION))).last_sequence)
 
-    async def settle(self) -> None:
-        """Until nothing goes on by itself: the runs have ended or wait, or somebody is held at the doors."""
-        head = await self.head()
+    def moves(self) -> bool:
+        """Whether something of it goes on by itself."""
+        states = {run.state for run in self.view.runs.values()}
+        queued = v1.Run.STATE_QUEUED in states and v1.Run.STATE_WAITING not in states
+        return v1.Run.STATE_RUNNING in states or queued or self._speaks()
 
-        def still() -> bool:
-            states = {run.state for run in self.view.runs.values()}
-            queued = v1.Run.STATE_QUEUED in states and v1.Run.STATE_WAITING not in states
-            moves = v1.Run.STATE_RUNNING in states or queued or self.speaks()
-            return (self.view.last_sequence or 0) >= head and (not moves or self.doors.busy(self.model))
-
-        await self.until(still)
-        self.keep()
-
-    def speaks(self) -> bool:
-        """A run waits for people only, and somebody has spoken: that will be their answer."""
+    def _speaks(self) -> bool:
+        """The run waits only for people, and a user has sent new input: that will be their answer."""
         run = self.view.run
         waits = run is not None and run.state == v1.Run.STATE_WAITING and not run.pending_calls
         said = [queued for queued in self.view.queued if run is not None and queued.run == run.name]
         return waits and bool(said)
-
-    async def next_server(self, kill: bool) -> None:
-        """Stops the server and opens the next one on its file; one that is killed on the file as it was at that moment,
-        whatever the process still does to it afterwards."""
-        self.keep()
-        if kill:
-            copy = self.folder / f"{self.files + 1}.db"
-            with closing(sqlite3.connect(self.file)) as source, closing(sqlite3.connect(copy)) as target:
-                source.backup(target)
-                (count,) = target.execute("SELECT count(*) FROM events").fetchone()
-            assert count >= len(self.log), "what was told is kept"
-        await self.leave()
-        await self.serving.aclose()
-        if kill:
-            self.files += 1
-            self.log = self.log[:count]
-        await self.serve()
-        self.follow()
 
     # ---- what callers do
 
@@ -357,11 +393,20 @@ class SessionMachine(RuleBasedStateMachine):
             if self.sent:
                 command, run = self.sent[fields["which"] % len(self.sent)]
                 await self.send(command, run, form)
+        elif kind == "app":
+            await self.put_app()
         else:
             command, run = getattr(self, f"make_{kind}")(**fields)
             command.command_id = f"command-{self.number}"
             self.sent.append((command, run))
             await self.send(command, run, form)
+
+    async def put_app(self) -> None:
+        """Changes the state of this tenant's app, to the name of the tenant."""
+        value = v1.Value(string_value=self.tenant)
+        put = v1.PutStateRequest(name=APP, key="whose", value=value, request_id=f"app-{self.number}")
+        await self.ask(self.served.state.PutState, put)
+        self.app_version += 1
 
     def make_start(self, text: str, on_busy: v1.StartRun.OnBusy.ValueType, run_id: str, state: int | None) -> Any:
         start = v1.StartRun(session=SESSION, messages=[said(text)], on_busy=on_busy, run_id=run_id)
@@ -428,22 +473,37 @@ class SessionMachine(RuleBasedStateMachine):
         if fields["if_last"] is not None:
             request.if_last_sequence = max(len(self.log) + fields["if_last"], 0)
         try:
-            first = await self.served.messages.AppendMessages(request)
+            first = await self.ask(self.served.messages.AppendMessages, request)
         except grpc.aio.AioRpcError as refused:
-            assert reason_of(refused) == "SEQUENCE_MISMATCH"
+            assert reason_of(refused) in {"SEQUENCE_MISMATCH", *self.gone()}
         else:
-            assert await self.served.messages.AppendMessages(request) == first
+            try:
+                assert await self.ask(self.served.messages.AppendMessages, request) == first
+            except grpc.aio.AioRpcError as refused:
+                assert reason_of(refused) in self.gone()
+
+    def gone(self) -> set[str]:
+        """How anything may be refused while the session is being deleted."""
+        return {"SESSION_NOT_FOUND"} if self.deleting else set()
 
     async def send(self, command: v1.RunRequest, run: str, form: str) -> None:
         kind = command.WhichOneof("command") or ""
         known = command.command_id in self.results
-        result = await (self.by_call if form == "SendCommand" else self.on_stream)(command, run)
+        result: v1.CommandResult | str = "STORE_UNAVAILABLE"
+        while result == "STORE_UNAVAILABLE":
+            result = await (self.by_call if form == "SendCommand" else self.on_stream)(command, run)
+        if isinstance(result, str) and result in self.gone():
+            return
         if isinstance(result, str):
             assert result in REFUSALS[kind], f"{kind} was refused with {result}"
             assert not known, f"{kind} was accepted before, and its repeat refused with {result}"
             return
         assert result.disposition in ACCEPTED
-        assert 0 < result.sequence <= await self.head()
+        assert 0 < result.sequence
+        try:
+            assert result.sequence <= await self.head()
+        except grpc.aio.AioRpcError as refused:
+            assert reason_of(refused) in self.gone()
         again = result.disposition == v1.CommandResult.DISPOSITION_DUPLICATE
         assert again or not known
         if command.start.run_id and again and not known:
@@ -453,14 +513,14 @@ class SessionMachine(RuleBasedStateMachine):
     async def by_call(self, command: v1.RunRequest, run: str) -> v1.CommandResult | str:
         request = v1.SendCommandRequest(session=SESSION, run=run, command=command)
         try:
-            return (await self.served.runs.SendCommand(request)).result
+            return (await self.served.runs.SendCommand(request, metadata=self.metadata)).result
         except grpc.aio.AioRpcError as refused:
             return reason_of(refused)
 
     async def on_stream(self, command: v1.RunRequest, run: str) -> v1.CommandResult | str:
         """On a stream of its own, attached to the run meant where there is one."""
         options = v1.WatchOptions(keep_open=True)
-        call = self.served.runs.Run()
+        call = self.served.runs.Run(metadata=self.metadata)
         await call.write(v1.RunRequest(attach=v1.AttachRun(name=run or SESSION, options=options)))
         try:
             await call.write(command)
@@ -475,38 +535,149 @@ class SessionMachine(RuleBasedStateMachine):
             call.cancel()
         raise AssertionError("the stream ended without the command's result")
 
+    async def answer_all(self, run: v1.Run) -> None:
+        for request in list(run.pending_inputs):
+            response = v1.InputResponse(input_id=request.input_id, decision=v1.InputResponse.DECISION_DENY)
+            await self.by_call(v1.RunRequest(input_response=response), run.name)
+        for call in list(run.pending_calls):
+            await self.by_call(v1.RunRequest(tool_result=v1.ToolResult(call_id=call.call_id)), run.name)
+
+
+class SessionMachine(RuleBasedStateMachine):
+    """Everything happens while a rule runs: in between, the loop stands still."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = Path(tempfile.mkdtemp())
+        self.runner = asyncio.Runner()
+        self.stack = AsyncExitStack()
+        self.serving = AsyncExitStack()
+        self.files = 0
+        self.checked = 0
+        self.do(self.begin())
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(asyncio.wait_for(work, PATIENCE))
+
+    # ---- the server
+
+    async def begin(self) -> None:
+        self.doors = the["doors"] = Doors()
+        self.model = await self.stack.enter_async_context(OpenAIServer(self.doors.answer))
+        self.provider = Lasting("test-key", self.model.url, "stub-1")
+        self.stack.push_async_callback(self.provider.end)
+        self.cases = {tenant: Case(tenant, self.doors) for tenant in TENANTS}
+        await self.serve()
+        agent = v1.Agent(llm=v1.LlmAgent(model="stub-1", tools=TOOLS.values(), max_model_calls=50))
+        for case in self.cases.values():
+            await case.ask(self.served.agents.CreateAgent, v1.CreateAgentRequest(agent_id="clerk", agent=agent))
+            await case.make(self.served)
+
+    @property
+    def file(self) -> Path:
+        return self.folder / f"{self.files}.db"
+
+    async def serve(self) -> None:
+        providers = {"openai": self.provider}
+        toolbox = make_toolbox((__name__,), {})
+        self.store = Unreliable(await SqliteStore.open(self.file, now))
+        self.serving = AsyncExitStack()
+        self.served: Running = await self.serving.enter_async_context(
+            running(self.store.store, providers, toolbox=toolbox, grace=0.0)
+        )
+
+    async def until(self, come: Callable[[], bool]) -> None:
+        watching = [task for case in self.cases.values() for task in case.watching]
+        async with self.doors.changed:
+            await self.doors.changed.wait_for(lambda: any(task.done() for task in watching) or come())
+        for task in watching:
+            if task.done():
+                task.result()
+                raise AssertionError("a watcher's stream ended")
+
+    async def settle(self) -> None:
+        """Until nothing goes on by itself: the runs have ended or wait, or somebody is held at the doors."""
+        heads = [(case, await case.head()) for case in self.cases.values()]
+
+        def still() -> bool:
+            behind = any((case.view.last_sequence or 0) < head for case, head in heads)
+            moves = any(case.moves() for case, _ in heads)
+            return not behind and (not moves or self.doors.busy(self.model))
+
+        await self.until(still)
+        for case, _ in heads:
+            case.keep()
+
+    async def next_server(self, kill: bool) -> None:
+        """Stops the server and opens the next one on its file; one that is killed on the file as it was at that moment,
+        whatever the process still does to it afterwards."""
+        counts = {}
+        cases = self.cases.values()
+        for case in cases:
+            case.keep()
+        if kill:
+            copy = self.folder / f"{self.files + 1}.db"
+            with closing(sqlite3.connect(self.file)) as source, closing(sqlite3.connect(copy)) as target:
+                source.backup(target)
+                for case in cases:
+                    (count,) = target.execute("SELECT count(*) FROM events WHERE uid = ?", (case.uid,)).fetchone()
+                    assert count >= max(len(case.log), case.late.last_sequence or 0), "what was told is kept"
+                    counts[case.tenant] = count
+        for case in cases:
+            await case.leave()
+        await self.serving.aclose()
+        if kill:
+            self.files += 1
+            for case in cases:
+                case.cut(counts[case.tenant])
+        await self.serve()
+        for case in cases:
+            case.follow(self.served)
+
     # ---- rules
 
-    @rule(command=COMMANDS, form=FORMS)
-    def somebody_does(self, command: tuple[str, Fields], form: str) -> None:
+    @rule(whose=WHOSE, command=COMMANDS, form=FORMS)
+    def somebody_does(self, whose: str, command: tuple[str, Fields], form: str) -> None:
         async def work() -> None:
-            await self.carry_out(*command, form)
+            await self.cases[whose].carry_out(*command, form)
             await self.settle()
 
         self.do(work())
 
-    @rule(commands=st.lists(st.tuples(COMMANDS, FORMS), min_size=2, max_size=4))
-    def several_do_at_once(self, commands: list[tuple[tuple[str, Fields], str]]) -> None:
+    @rule(commands=st.lists(st.tuples(WHOSE, COMMANDS, FORMS), min_size=2, max_size=4))
+    def several_do_at_once(self, commands: list[tuple[str, tuple[str, Fields], str]]) -> None:
         async def work() -> None:
-            await asyncio.gather(*(self.carry_out(*command, form) for command, form in commands))
+            await asyncio.gather(*(self.cases[whose].carry_out(*command, form) for whose, command, form in commands))
             await self.settle()
 
         self.do(work())
 
-    @rule(text=TEXTS, on_busy=st.sampled_from([QUEUE, INTERRUPT, ROLLBACK]), state=st.none() | NUMBERS)
-    def a_run_begins(self, text: str, on_busy: v1.StartRun.OnBusy.ValueType, state: int | None) -> None:
-        """Beside `somebody_does`, so that there is mostly one."""
+    @rule(whose=WHOSE, text=TEXTS, on_busy=st.sampled_from([QUEUE, INTERRUPT, ROLLBACK]), state=st.none() | NUMBERS)
+    def a_run_begins(self, whose: str, text: str, on_busy: v1.StartRun.OnBusy.ValueType, state: int | None) -> None:
+        """Besides `somebody_does`, so that there is mostly one."""
         fields = {"text": text, "on_busy": on_busy, "run_id": "", "state": state}
-        self.do(self.in_peace("start", fields))
+        self.do(self.in_peace(whose, "start", fields))
 
-    @rule(answer=ANSWERS)
-    def what_waits_is_answered(self, answer: tuple[str, Fields]) -> None:
-        """Beside `somebody_does`, so that runs go on."""
+    @rule(whose=WHOSE, starts=st.lists(st.tuples(TEXTS, NUMBERS), min_size=2, max_size=3))
+    def starts_wait_in_line(self, whose: str, starts: list[tuple[str, int]]) -> None:
+        """Each brings state of its own, which is set when its turn has come."""
+
+        async def work() -> None:
+            for text, state in starts:
+                fields = {"text": text, "on_busy": QUEUE, "run_id": "", "state": state}
+                await self.cases[whose].carry_out("start", fields, "SendCommand")
+            await self.settle()
+
+        self.do(work())
+
+    @rule(whose=WHOSE, answer=ANSWERS)
+    def what_waits_is_answered(self, whose: str, answer: tuple[str, Fields]) -> None:
+        """Besides `somebody_does`, so that runs go on."""
         kind, fields = answer
-        self.do(self.in_peace(kind, {**fields, "late": False}))
+        self.do(self.in_peace(whose, kind, {**fields, "late": False}))
 
-    async def in_peace(self, kind: str, fields: Fields) -> None:
-        await self.carry_out(kind, fields, "SendCommand")
+    async def in_peace(self, whose: str, kind: str, fields: Fields) -> None:
+        await self.cases[whose].carry_out(kind, fields, "SendCommand")
         await self.settle()
 
     @rule()
@@ -517,15 +688,49 @@ class SessionMachine(RuleBasedStateMachine):
 
         self.do(work())
 
-    @rule(kill=st.booleans(), work=st.none() | TEXTS, command=st.none() | COMMANDS)
-    def the_server_is_started_again(self, kill: bool, work: str | None, command: tuple[str, Fields] | None) -> None:
+    @rule(whose=WHOSE, reads=st.booleans())
+    def the_laggard_stops_or_reads_on(self, whose: str, reads: bool) -> None:
+        case = self.cases[whose]
+        (case.reads.set if reads else case.reads.clear)()
+
+    @rule(fault=FAULTS, whose=WHOSE, command=COMMANDS, form=FORMS)
+    def the_store_fails_meanwhile(
+        self, fault: tuple[str, Mode, int, int], whose: str, command: tuple[str, Fields], form: str
+    ) -> None:
+        """At this command, or at what follows from it, now or later."""
+        method, mode, nth, times = fault
+        self.store.fail(method, mode, nth=nth, times=times)
+        self.somebody_does(whose, command, form)
+
+    @rule(whose=WHOSE, work=st.none() | TEXTS, meanwhile=st.lists(st.tuples(COMMANDS, FORMS), max_size=2))
+    def the_session_is_deleted_and_made_again(
+        self, whose: str, work: str | None, meanwhile: list[tuple[tuple[str, Fields], str]]
+    ) -> None:
+        """Under its name, while callers still mean the one before."""
+
+        async def anew() -> None:
+            case = self.cases[whose]
+            if work is not None:
+                await self.in_peace(whose, "start", {"text": work, "on_busy": INTERRUPT, "run_id": "", "state": 1})
+            case.deleting = True
+            await asyncio.gather(case.delete(), *(case.carry_out(*command, form) for command, form in meanwhile))
+            case.deleting = False
+            await case.make(self.served)
+            await self.settle()
+
+        self.do(anew())
+
+    @rule(kill=st.booleans(), whose=WHOSE, work=st.none() | TEXTS, command=st.none() | COMMANDS)
+    def the_server_is_started_again(
+        self, kill: bool, whose: str, work: str | None, command: tuple[str, Fields] | None
+    ) -> None:
         """Perhaps when there is work for sure, or when a command has just been answered and all is still on its way."""
 
         async def again() -> None:
             if work is not None:
-                await self.in_peace("start", {"text": work, "on_busy": INTERRUPT, "run_id": "", "state": None})
+                await self.in_peace(whose, "start", {"text": work, "on_busy": INTERRUPT, "run_id": "", "state": None})
             if command is not None:
-                await self.carry_out(*command, "SendCommand")
+                await self.cases[whose].carry_out(*command, "SendCommand")
             await self.next_server(kill)
             await self.settle()
 
@@ -535,37 +740,48 @@ class SessionMachine(RuleBasedStateMachine):
 
     @invariant()
     def all_that_is_told_is_in_the_log(self) -> None:
-        self.do(self.compare())
+        self.do(self.compare_all())
 
-    async def compare(self) -> None:
-        """With what the services tell, at one moment at which nothing happens in between."""
-        while True:
-            session = await self.served.sessions.GetSession(v1.GetSessionRequest(name=SESSION))
-            listing = v1.ListMessagesRequest(parent=SESSION, page_size=1000, show_superseded=True)
-            messages = list((await self.served.messages.ListMessages(listing)).messages)
-            state = await self.served.state.GetState(v1.GetStateRequest(name=STATE))
-            runs = (await self.served.runs.ListRuns(v1.ListRunsRequest(parent=SESSION, page_size=1000))).runs
-            head = session.last_sequence
-            await self.until(lambda head=head: (self.view.last_sequence or 0) >= head)  # type: ignore[misc]
-            if self.view.last_sequence == head == await self.head():
-                break
-        self.keep()
-        view = self.view
-        assert [event.sequence for event in self.log] == list(range(1, head + 1))
-        assert list(view.messages.values()) == messages
-        assert view.state == {key: entry.value for key, entry in state.entries.items()}
-        assert version_of(self.log) == state.version
-        assert view.runs == {run.name: run for run in runs}
-        assert view.queued == list(session.queued_commands)
-        assert view.remembered == dict(session.remembered)
-        under_way = [run.name for run in runs if run.state in {v1.Run.STATE_RUNNING, v1.Run.STATE_WAITING}]
-        assert under_way == ([session.active_run] if session.active_run else [])
-        check_log(self.log)
+    async def compare_all(self) -> None:
+        for case in self.cases.values():
+            await self.compare(case)
         requests = self.model.requests
         for request in requests[self.checked :]:
             check_well_formed(request)
         self.checked = len(requests)
         assert len(self.doors.effects) == len(set(self.doors.effects)), "an attempt takes effect once"
+
+    async def compare(self, case: Case) -> None:
+        """With what the services tell, at one moment at which nothing happens in between."""
+        served, view = self.served, case.view
+        while True:
+            session = await case.ask(served.sessions.GetSession, v1.GetSessionRequest(name=SESSION))
+            listing = v1.ListMessagesRequest(parent=SESSION, page_size=1000, show_superseded=True)
+            messages = list((await case.ask(served.messages.ListMessages, listing)).messages)
+            state = await case.ask(served.state.GetState, v1.GetStateRequest(name=STATE))
+            runs = (await case.ask(served.runs.ListRuns, v1.ListRunsRequest(parent=SESSION, page_size=1000))).runs
+            head = session.last_sequence
+            await self.until(lambda head=head: (view.last_sequence or 0) >= head)  # type: ignore[misc]
+            if view.last_sequence == head == await case.head():
+                break
+        case.keep()
+        assert [event.sequence for event in case.log] == list(range(1, head + 1))
+        assert list(view.messages.values()) == messages
+        assert view.state == {key: entry.value for key, entry in state.entries.items()}
+        assert version_of(case.log) == state.version
+        assert view.runs == {run.name: run for run in runs}
+        assert view.queued == list(session.queued_commands)
+        assert view.remembered == dict(session.remembered)
+        under_way = [run.name for run in runs if run.state in {v1.Run.STATE_RUNNING, v1.Run.STATE_WAITING}]
+        assert under_way == ([session.active_run] if session.active_run else [])
+        check_log(case.log)
+        if case.reads.is_set():
+            await self.until(lambda: (case.late.last_sequence or 0) >= head)
+            assert known(case.late) == known(view), "who lags comes to the same"
+        app = await case.ask(served.state.GetState, v1.GetStateRequest(name=APP))
+        assert app.version == case.app_version, "the state of an app is its tenant's"
+        sessions = await case.ask(served.sessions.ListSessions, v1.ListSessionsRequest())
+        assert [row.uid for row in sessions.sessions] == [case.uid]
 
     # ---- the end
 
@@ -578,33 +794,37 @@ class SessionMachine(RuleBasedStateMachine):
 
     async def finish(self) -> None:
         """Brings every run to an end, as callers would who answer all that they are asked."""
+        cases = self.cases.values()
         try:
             self.doors.open(always=True)
-            while waiting := [run for run in self.view.runs.values() if run.state not in ENDED]:
-                for run in waiting:
-                    await self.answer_all(run)
-                await self.settle()
-            await self.compare()
-            check_ends(self.log, self.results)
+            for case in cases:
+                case.reads.set()
+                while waiting := [run for run in case.view.runs.values() if run.state not in ENDED]:
+                    for run in waiting:
+                        await case.answer_all(run)
+                    await self.settle()
+            await self.compare_all()
+            for case in cases:
+                check_ends(case.log, case.results)
         finally:
-            await self.leave()
+            for case in cases:
+                await case.leave()
             await self.serving.aclose()
             await self.stack.aclose()
         store = await SqliteStore.open(self.file, now)
         try:
-            session = await store.find_session("default", "case")
-            assert session is not None
-            kept = await store.read_events(SessionKey("default", "case", session.uid), 0)
+            for case in cases:
+                session = await store.find_session(case.tenant, "case")
+                assert session is not None
+                kept = await store.read_events(SessionKey(case.tenant, "case", session.uid), 0)
+                assert [event.sequence for event in kept] == [event.sequence for event in case.log]
         finally:
             await store.close()
-        assert [event.sequence for event in kept] == [event.sequence for event in self.log]
 
-    async def answer_all(self, run: v1.Run) -> None:
-        for request in list(run.pending_inputs):
-            response = v1.InputResponse(input_id=request.input_id, decision=v1.InputResponse.DECISION_DENY)
-            await self.by_call(v1.RunRequest(input_response=response), run.name)
-        for call in list(run.pending_calls):
-            await self.by_call(v1.RunRequest(tool_result=v1.ToolResult(call_id=call.call_id)), run.name)
+
+def known(view: SessionView) -> list[Any]:
+    """What a view knows of the log."""
+    return [view.last_sequence, view.messages, view.state, view.runs, view.queued, view.remembered]
 
 
 def version_of(log: list[v1.Event]) -> int:
@@ -682,10 +902,8 @@ def check_ends(log: list[v1.Event], results: Mapping[str, tuple[v1.RunRequest, i
 
 TestSession = SessionMachine.TestCase
 TestSession.settings = settings(
-    max_examples=10,
+    max_examples=12,
     stateful_step_count=20,
     deadline=None,
-    derandomize=True,
-    database=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -8,7 +8,7 @@ from notecase_server import errors
 from notecase_server.store.contract import Commit, Store
 
 from tests.store.build import KEY, refused
-from tests.support.failing import FAULTS, METHODS, Failing, Fault, Mode, of_a_run
+from tests.support.failing import FAULTS, METHODS, Failing, Fault, Mode, Unreliable, of_a_run
 
 REASONS = {
     Mode.PASSING: "STORE_UNAVAILABLE",
@@ -82,3 +82,16 @@ async def test_a_call_that_no_store_has_is_an_error_of_the_test(store: Store) ->
         Failing(store, "comit", Mode.PASSING)
     assert {"commit", "get_session", "put_blob", "scrub"} < set(METHODS)
     assert "close" not in METHODS
+
+
+async def test_a_store_is_told_to_fail_again_and_again() -> None:
+    inner: Any = Recorder()
+    unreliable = Unreliable(inner)
+    store: Any = unreliable.store
+    await store.commit("one")
+    for mode in (Mode.PASSING, Mode.AFTER):
+        unreliable.fail("commit", mode)
+        with refused("STORE_UNAVAILABLE"):
+            await store.commit(mode)
+        await store.commit("again")
+    assert ["one", "again", Mode.AFTER, "again"] == [argument for _, argument in inner.reached]

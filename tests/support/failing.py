@@ -113,6 +113,26 @@ class Failing:
         return call
 
 
+class Unreliable:
+    """A store that does not fail until it is told how, and may be told anew."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._now: Any = store
+
+    @property
+    def store(self) -> Store:
+        """This, as the store that it stands for."""
+        return cast(Store, self)
+
+    def fail(self, method: str, mode: Mode, *, nth: int = 1, times: int = 1) -> None:
+        """Fails as Failing does, from now on; how it was told to fail before is forgotten."""
+        self._now = Failing(self._store, method, mode, nth=nth, times=times)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._now, name)
+
+
 def of_a_run(commit: Any) -> bool:
     """Counts the commits that a run makes; for `counts`."""
     return any(cast(v1.Event, event).run for event in commit.events)
