@@ -3,17 +3,18 @@ on every stream."""
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Callable
+from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import SessionView, v1
 from notecase_server import errors
-from notecase_server.engine.session import Block, LiveSession, OpenMessage, StepKey
-from notecase_server.models.contract import Call, Reasoning, Refusal, Text
+from notecase_server.engine.session import Block, LiveSession, OpenMessage
+from notecase_server.models.contract import Call, Delta, Reasoning, Refusal, Text
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.watch import Cursor, Pace
-from notecase_server.store.contract import PAGE_BYTES, Commit, Committed, SessionKey
+from notecase_server.store.contract import PAGE_BYTES, Commit, Committed, StepKey
 
 from tests.e2e.driving import BySendCommand, OnStream, durable, events_of, said
 from tests.e2e.test_resume import END, Held
@@ -76,6 +77,13 @@ class Printer:
         return [b"".join(blocks[index] for index in sorted(blocks)).decode() for blocks in self.printed.values()]
 
 
+async def taken(call: Any) -> v1.RunResponse:
+    """Reads the next frame of a stream that goes on."""
+    frame = await call.read()
+    assert isinstance(frame, v1.RunResponse), "the stream goes on"
+    return frame
+
+
 def replies(events: list[v1.Event]) -> list[v1.Message]:
     return [event.message_added for event in events if event.message_added.role == v1.Message.ROLE_ASSISTANT]
 
@@ -114,7 +122,7 @@ async def test_a_watch_of_the_session_prints_every_reply_to_come(
     options = v1.WatchOptions(keep_open=True)
     watch = served.runs.WatchEvents(v1.WatchEventsRequest(name=session, after_sequence=0, options=options))
     printer = Printer()
-    printer.take(await watch.read())
+    printer.take(await taken(watch))
     for _ in range(5):
         model.script(reply(EIGHT, chunks=8))
         start = v1.StartRun(session=session, messages=[said(f"/say {EIGHT}")])
@@ -122,7 +130,7 @@ async def test_a_watch_of_the_session_prints_every_reply_to_come(
     remembered = v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(text="As I said: "), v1.Part(json="[8]")])
     await served.messages.AppendMessages(v1.AppendMessagesRequest(parent=session, messages=[remembered]))
     while len(printer.whole) < 6:
-        printer.take(await watch.read())
+        printer.take(await taken(watch))
     watch.cancel()
     assert printer.texts == [EIGHT] * 5 + ["As I said: [8]"]
 
@@ -143,7 +151,7 @@ async def case(store_url: str, held: Held) -> AsyncIterator[Running]:
         yield server
 
 
-PIECES = [
+PIECES: list[Delta] = [
     Reasoning("Hm… "),
     Text("One "),
     Text("two 🎻 "),
@@ -169,24 +177,24 @@ async def test_attached_at_every_moment(case: Running, held: Held, ending: str) 
     tools = [v1.Tool(name=name, client=v1.ClientTool()) for name in ("weigh", "measure")]
     start = v1.StartRun(session=CASE, run_id="r", messages=[said("Go")], options=options, client_tools=tools)
     await call.write(v1.RunRequest(start=start))
-    calls, kept = [call], asyncio.Event()
+    kept = asyncio.Event()
     streams: list[tuple[Printer, asyncio.Task[None]]] = []
 
-    async def follow(printer: Printer, call: AsyncIterator[v1.RunResponse], came: asyncio.Event) -> None:
-        async for frame in call:
+    async def follow(printer: Printer, frames: AsyncIterable[v1.RunResponse], came: asyncio.Event) -> None:
+        async for frame in frames:
             printer.take(frame)
             if frame.batch.caught_up:
                 came.set()
             if printer.whole:
                 kept.set()
             for event in frame.batch.events:
-                if event.tool_started.client_executed and call is calls[0]:
+                if event.tool_started.client_executed and printer is streams[0][0]:
                     told = v1.ToolResult(call_id=event.tool_started.call_id, result=[v1.Part(text="3")])
-                    await calls[0].write(v1.RunRequest(tool_result=told))
+                    await call.write(v1.RunRequest(tool_result=told))
 
-    async def attach(call: AsyncIterator[v1.RunResponse]) -> None:
+    async def attach(frames: AsyncIterable[v1.RunResponse]) -> None:
         printer, came = Printer(), asyncio.Event()
-        streams.append((printer, asyncio.create_task(follow(printer, call, came))))
+        streams.append((printer, asyncio.create_task(follow(printer, frames, came))))
         await came.wait()
 
     await attach(call)
@@ -270,14 +278,14 @@ async def test_long_replies_are_cut_into_batches_of_about_a_page(store_url: str)
         options = v1.WatchOptions(keep_open=True)
         watch = served.runs.WatchEvents(v1.WatchEventsRequest(name=CASE, after_sequence=0, options=options))
         printer = Printer()
-        printer.take(await watch.read())
+        printer.take(await taken(watch))
         for _ in range(2):
             start = v1.StartRun(session=CASE, messages=[said("/big 900000")])
             await served.runs.Invoke(v1.InvokeRequest(start=start))
             said_before = v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(text=text)] * 4)
             await served.messages.AppendMessages(v1.AppendMessagesRequest(parent=CASE, messages=[said_before]))
         while len(printer.whole) < 4:
-            frame = await watch.read()
+            frame = await taken(watch)
             assert frame.ByteSize() <= PAGE_BYTES + 100
             printer.take(frame)
         watch.cancel()
@@ -310,7 +318,7 @@ async def test_a_draft_is_not_sent_again_behind_its_message(
         view = SessionView(after)
         events: list[v1.Event] = []
         while True:
-            frame = await watch.read()
+            frame = await taken(watch)
             if frame.HasField("attached"):
                 view = SessionView(after if after is not None else frame.attached.last_sequence)
                 view.attach(frame.attached)
@@ -329,7 +337,7 @@ async def test_a_draft_is_not_sent_again_behind_its_message(
     ended = await case.runs.WaitRun(v1.WaitRunRequest(name=f"{CASE}/runs/s"))
     for view, watch in views:
         while view.last_sequence != ended.last_sequence:
-            for event in (await watch.read()).batch.events:
+            for event in (await taken(watch)).batch.events:
                 view.apply(event)
                 assert len(view.open) <= 1
         assert view.open == {}
@@ -345,7 +353,7 @@ async def test_a_stream_that_comes_after_a_discard_is_spared_it(case: Running, h
     held.say(Text("Half a"))
     printer, view = Printer(), SessionView(0)
     while not view.open:
-        frame = await call.read()
+        frame = await taken(call)
         printer.take(frame)
         for event in frame.batch.events:
             view.apply(event)
@@ -374,7 +382,8 @@ async def test_two_drafts_are_open_in_one_session(case: Running) -> None:
     """Two steps of a run write at once: both are streamed, one ends whole and one is discarded, and neither closes the
     other; a stream that comes in between gets both from their beginning."""
     sessions = case.server._sessions
-    live, row = await sessions.watched(SessionKey("default", "case"))
+    key, row = await sessions.find("default", "case")
+    live = sessions.seen(key, row)
     await case.runs.CreateRun(v1.CreateRunRequest(start=v1.StartRun(session=CASE, run_id="r", messages=[said("Go")])))
     started = live.head
     one, two = StepKey("r", "draft"), StepKey("r", "review")
