@@ -16,10 +16,10 @@ from tests.support.server import running
 README = (Path(__file__).parent.parent / "README.md").read_text()
 CONSOLE = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
 CHANGING = re.compile(
-    r"\d{4}-\d\d-\d\dT[\d:.]+Z|[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9a-f]{13}-(?=\d)"
-    r'|(?<="next_page_token": ")[^"]+|(?<=": ")\d+(\.\d+)?s'
+    r"\d{4}-\d\d-\d\dT[\d:.]+Z|[0-9a-f]{8}-[0-9a-f]{4}-[47][0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9a-f]{13}-(?=\d)"
+    r'|(?<=")[0-9a-f]{8}-(?=\d+")|(?<="next_page_token": ")[^"]+|(?<=": ")\d+(\.\d+)?s'
 )
-"""Times, the server's ids, the part of an etag that is a time, page tokens and durations."""
+"""Times, the server's ids, the part of an etag that is a time or of a uid, page tokens and durations."""
 
 
 def calls() -> list[tuple[str, str]]:

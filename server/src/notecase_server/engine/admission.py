@@ -80,6 +80,8 @@ class Admission:
             await self._store.recall_command(key, caused.command)
             if found := await self._find(key, start.run_id, digest):
                 return found
+            if not start.session:  # the one that has the name may be deleted meanwhile, and its uid is never used again
+                key = self._sessions.new_key(tenant, key.session)
             del body.messages[:]
             body.messages.extend(await self._services.contents.kept(key, start.messages, start.state))
             return await self._admit(key, body, digest, caused)
