@@ -29,7 +29,7 @@ async def test_a_tool_that_does_not_stop_does_not_keep_the_process(
             await v1.AgentServiceStub(channel).CreateAgent(v1.CreateAgentRequest(agent_id="a", agent=agent))
             start = v1.StartRun(new_session=v1.Session(name="sessions/s", agent="agents/a"), messages=[said("Go")])
             await v1.RunServiceStub(channel).CreateRun(v1.CreateRunRequest(start=start))
-            while not effects_of(tmp_path / "effects"):
+            while not effects_of(tmp_path / "effects"):  # noqa: ASYNC110  (another process tells by a file)
                 await asyncio.sleep(0.01)
         assert 0 == await server.stop()
     log = (tmp_path / "log").read_text()
