@@ -438,8 +438,8 @@ async def test_keys_of_state_make_no_message_larger_than_one_may_be(served: Runn
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await served.messages.AppendMessages(v1.AppendMessagesRequest(parent=session, messages=messages))
         assert reason_of(refused.value) == "PAYLOAD_TOO_LARGE"
-    fine = v1.AppendMessagesRequest(parent=session, messages=[v1.Message(parts=[part] * 3)] * 5)
-    assert len((await served.messages.AppendMessages(fine)).messages) == 5
+    fine = v1.AppendMessagesRequest(parent=session, messages=[v1.Message(parts=[part] * 3)] * 2)
+    assert len((await served.messages.AppendMessages(fine)).messages) == 2
 
 
 async def test_large_json_is_a_blob_too(served: Running, session: str, model: OpenAIServer) -> None:
