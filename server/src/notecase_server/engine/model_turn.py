@@ -14,17 +14,18 @@ from typing import Any, NamedTuple, TypeVar
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.engine import context, ledger, summary
+from notecase_server.engine import context, ledger, results, summary
 from notecase_server.engine.draft import Draft
 from notecase_server.engine.halt import Halted, Halts
 from notecase_server.engine.ledger import Bound
+from notecase_server.engine.results import READ_RESULT, Results
 from notecase_server.engine.run_log import RunLog, taken
 from notecase_server.engine.tokens import Gauge
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Finish, ModelRequest, Provider, Used
 from notecase_server.models.contract import Tool as ModelTool
 from notecase_server.store import bindings
-from notecase_server.tools.contract import Function
+from notecase_server.tools.contract import Function, Outcome
 
 T = TypeVar("T")
 
@@ -71,6 +72,8 @@ class Reply(NamedTuple):
     finish: Finish
     bound: Mapping[str, Bound]
     """What its calls can be bound to."""
+    read: Mapping[str, Outcome]
+    """What the engine itself answers, by call: see Results.read."""
 
 
 class ModelTurn:
@@ -83,6 +86,7 @@ class ModelTurn:
         self._budget = budget
         self._bound = bound
         self._llm = run_log.agent.llm
+        self._results = Results(run_log.services.store, run_log.services.contents, run_log.live.key)
         self._shortened = False
         """The request was made shorter, after one that was too long."""
 
@@ -113,7 +117,7 @@ class ModelTurn:
             message = draft.message(self._log.run.agent, v1.Message.STATUS_COMPLETED)
             message.finish_reason = finish.reason
             message.usage.CopyFrom(finish.usage)
-            return Reply(message, finish, self._bound)
+            return Reply(message, finish, self._bound, await self._read_results(message, request))
 
     @property
     def _draft(self) -> Draft:
@@ -134,7 +138,18 @@ class ModelTurn:
         request = await context.build(*where, self._log.agent, self._log.summary, self._budget.most_tokens)
         tools = [ModelTool(tool.name, tool.description, tool.parameters) for tool in self._bound.values()]
         load = partial(self._services.contents.load, live.key.tenant)
+        if READ_RESULT not in self._bound:
+            messages = await self._results.shown(request.messages, self._budget.most_tokens)
+            if messages is not request.messages:
+                tools.append(results.TOOL)
+                request = request._replace(messages=messages)
         return request._replace(tools=tools, output_schema=self._llm.output_schema, load=load)
+
+    async def _read_results(self, message: v1.Message, request: ModelRequest) -> Mapping[str, Outcome]:
+        if results.TOOL not in request.tools:
+            return {}
+        calls = [part.tool_call for part in message.parts if part.tool_call.tool == READ_RESULT]
+        return await self._log.patiently(lambda: self._results.read(calls, message.ByteSize()))
 
     # ---- asking
 
@@ -224,17 +239,17 @@ class ModelTurn:
     # ---- making room
 
     async def _shorten(self, provider: Provider, request: ModelRequest, error: NotecaseError) -> None:
-        """Makes the next request shorter than one that was too long. Raises its error where that was a second try, or
-        nothing of it can be spared."""
+        """Makes the next request shorter than one that was too long: by a summary, once, and else by leaving out half
+        of it. Raises its error where nothing of it can be spared."""
         self._log.live.discard(self._log.step)
-        if self._shortened or self._budget.left <= 0:
+        if self._budget.left <= 0:
             raise error
-        self._shortened = True
+        again, self._shortened = self._shortened, True
         self._log.log.info("request_too_long", messages=len(request.messages))
         self._budget.most_tokens = sum(map(Gauge(request.messages).tokens, request.messages)) // 2
-        if await self._summarize(provider, keep=1, batch=1):
+        if not again and await self._summarize(provider, keep=1, batch=1):
             return
-        if len((await self._request()).messages) == len(request.messages):
+        if (await self._request()).messages == request.messages:
             raise error
 
     async def _summarize(self, provider: Provider, keep: int, batch: int) -> bool:

@@ -256,7 +256,8 @@ class Worker:
             events += [ledger.cancelled(call, error.message) for call in calls]
             return [*events, self.log.ending(v1.Run.STATE_FAILED, error.to_proto())]
         if calls and reply.finish.cut:
-            why = f"The reply was cut off ({reply.finish.reason}), so no call in it was run; call again, with less."
+            cut = f"The reply was cut off ({reply.finish.reason})"
+            why = f"{cut}, so that no call in it was run; call again, with less."
             return [*events, *(ledger.finished(call, Outcome(error=why)) for call in calls)]
         if calls:
             return events + self._triaged(calls, reply)
@@ -265,7 +266,10 @@ class Worker:
         return [*events, self.log.ending(v1.Run.STATE_SUCCEEDED)]
 
     def _triaged(self, calls: Sequence[v1.ToolCall], reply: Reply) -> list[v1.Event]:
-        made = ledger.triage(calls, reply.bound, self.log.answers, self._services.new_id, self._expire_request)
+        read = [call for call in calls if call.call_id in reply.read]
+        calls = [call for call in calls if call.call_id not in reply.read]
+        made = [ledger.finished(call, reply.read[call.call_id]) for call in read]
+        made += ledger.triage(calls, reply.bound, self.log.answers, self._services.new_id, self._expire_request)
         if self.log.run.ending:  # nobody is asked any more
             asked = [event.input_requested.call for event in made if event.HasField("input_requested")]
             made = [event for event in made if not event.HasField("input_requested")]

@@ -1,0 +1,190 @@
+"""Results of calls that are too large for a model: it is shown how they begin, or where they are, and reads on with a
+tool that the engine itself answers.
+
+Only what the model is shown is shortened. The log has every result whole, and that is what is read.
+"""
+
+import codecs
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import msgspec
+from notecase import v1
+
+from notecase_server import names
+from notecase_server.engine.content import Contents
+from notecase_server.engine.tokens import Gauge
+from notecase_server.models.contract import Tool, is_text
+from notecase_server.store.contract import PAGE_BYTES, SessionKey, Store
+from notecase_server.tools.contract import Outcome
+
+SHOWN_BYTES = 32 << 10
+"""Of a result's text that a model is shown: a few pages, and some 8,000 tokens."""
+
+PREVIEW_BYTES = 4 << 10
+"""Of a result that has more: enough to tell what it is, and whether the rest is needed."""
+
+READ_BYTES = SHOWN_BYTES - 512
+"""Of one reading, which is a result itself and is to be shown whole."""
+
+READ_RESULT = "read_result"
+"""What the tool is called. Where a tool of the run has that name, every result is shown whole."""
+
+TOOL = Tool(
+    READ_RESULT,
+    "Reads from the result of an earlier call that was shown in part or left out.",
+    msgspec.json.encode(
+        {
+            "type": "object",
+            "properties": {
+                "result": {"type": "string", "description": "The result, as it is named where it was left out."},
+                "offset": {"type": "integer", "description": "The byte to begin at; 0 by default."},
+                "length": {"type": "integer", "description": f"Bytes to read; at most {READ_BYTES}, the default."},
+            },
+            "required": ["result"],
+            "additionalProperties": False,
+        }
+    ).decode(),
+)
+
+
+class Results:
+    """The results in one session's log."""
+
+    def __init__(self, store: Store, contents: Contents, key: SessionKey) -> None:
+        self._store = store
+        self._contents = contents
+        self._key = key
+
+    async def shown(self, messages: Sequence[v1.Message], most_tokens: int = 0) -> Sequence[v1.Message]:
+        """Returns the messages as a model is shown them: of large results how they begin, and, with `most_tokens`, of
+        the newest turn's oldest results where they are, until the messages fit or only the newest result is left. The
+        same sequence where nothing is shortened."""
+        made: Sequence[v1.Message] = messages
+        for index, at, call in _calls(messages):
+            if _size(call) > SHOWN_BYTES:
+                begun, end = await self._text(call, 0, PREVIEW_BYTES)
+                name = _name(messages[index], at)
+                told = f"{begun}\n[{_of(end, call)}. Read on with {READ_RESULT}: result {name!r}, offset {end}.]"
+                made = _with(made, messages, index, at, told)
+        return self._left_out(made, messages, most_tokens) if most_tokens else made
+
+    def _left_out(
+        self, made: Sequence[v1.Message], whole: Sequence[v1.Message], most_tokens: int
+    ) -> Sequence[v1.Message]:
+        gauge = Gauge(made)
+        total = sum(map(gauge.tokens, made))
+        first = max((index for index, message in enumerate(whole) if message.role == v1.Message.ROLE_USER), default=0)
+        of_turn = [found for found in _calls(whole) if found[0] >= first]
+        for index, at, call in of_turn[:-1]:
+            if total <= most_tokens:
+                break
+            name = _name(whole[index], at)
+            told = f"[Left out here: {_size(call)} bytes. Read them with {READ_RESULT}: result {name!r}.]"
+            if _size(made[index].parts[at].tool_call) > len(told):
+                before = gauge.tokens(made[index])
+                made = _with(made, whole, index, at, told)
+                total += gauge.tokens(made[index]) - before
+        return made
+
+    async def read(self, calls: Iterable[v1.ToolCall], size: int) -> Mapping[str, Outcome]:
+        """Returns what each of these calls of the tool reads, by id. They are of one reply, of `size` bytes, which has
+        to fit into a page with them."""
+        found: dict[str, Outcome] = {}
+        for call in calls:
+            outcome = await self._read(call.arguments)
+            size += sum(part.ByteSize() for part in outcome.parts)
+            if size > PAGE_BYTES - (64 << 10):
+                outcome = Outcome(error="That is too much for one reply. Read it in the next one.")
+            found[call.call_id] = outcome
+        return found
+
+    async def _read(self, arguments: str) -> Outcome:
+        try:
+            given = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
+            name = str(given.get("result", ""))
+            offset, length = int(given.get("offset") or 0), int(given.get("length") or READ_BYTES)
+        except (ValueError, TypeError, OverflowError, RecursionError):
+            return Outcome(error="The arguments are not what the tool takes.")
+        message, _, number = name.rpartition(".")
+        found = await self._store.get_message(self._key, message) if message else None
+        parts = {str(at): part.tool_call for at, part in enumerate(found.parts)} if found is not None else {}
+        call = parts.get(number)
+        if call is None or not _size(call):
+            return Outcome(error=f"There is no result {name[:100]!r} in this session.")
+        if not 0 <= offset < _size(call):
+            return Outcome(error=f"The offset is outside the result, which has {_size(call)} bytes.")
+        text, end = await self._text(call, offset, offset + min(max(length, 4), READ_BYTES))
+        more = f"; read on at offset {end}" if end < _size(call) else ", its end"
+        return Outcome([v1.Part(text=text), v1.Part(text=f"\n[{_of(end, call, offset)}{more}.]")])
+
+    async def _text(self, call: v1.ToolCall, start: int, end: int) -> tuple[str, int]:
+        """What a call came to, from one byte to another, as far as that is whole characters; and where that ends."""
+        data, at = bytearray(), 0
+        for part in _parts(call):
+            size = _bytes(part)
+            first, last = max(start - at, 0), min(end - at, size)
+            if first < last and part.HasField("blob"):
+                sha256 = names.parse_blob(part.blob.name) or ""
+                async for piece in self._contents.download(self._key.tenant, sha256, first, last - first):
+                    data += piece.chunk
+            elif first < last:
+                data += (part.text or part.json).encode()[first:last]
+            at += size
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        text = decoder.decode(bytes(data), final=end >= at)
+        return text, start + len(data) - len(decoder.getstate()[0])
+
+
+def _calls(messages: Sequence[v1.Message]) -> list[tuple[int, int, v1.ToolCall]]:
+    """Each call, with its message's index and its part's."""
+    return [
+        (index, at, part.tool_call)
+        for index, message in enumerate(messages)
+        if message.role == v1.Message.ROLE_ASSISTANT
+        for at, part in enumerate(message.parts)
+        if part.HasField("tool_call")
+    ]
+
+
+def _parts(call: v1.ToolCall) -> Sequence[v1.Part]:
+    """What a model is told of what a call came to."""
+    return call.result or [v1.Part(text=call.error)]
+
+
+def _bytes(part: v1.Part) -> int:
+    """Of its text; 0 of what is none."""
+    if part.HasField("blob"):
+        return part.blob.size_bytes if is_text(part.blob.media_type) else 0
+    return len((part.text or part.json).encode())
+
+
+def _size(call: v1.ToolCall) -> int:
+    return sum(map(_bytes, _parts(call)))
+
+
+def _name(message: v1.Message, at: int) -> str:
+    return f"{message.name}.{at}"
+
+
+def _of(end: int, call: v1.ToolCall, start: int = 0) -> str:
+    return f"Bytes {start} to {end} of {_size(call)}"
+
+
+def _with(
+    made: Sequence[v1.Message], whole: Sequence[v1.Message], index: int, at: int, text: str
+) -> Sequence[v1.Message]:
+    """The messages with a text in place of what a call's result says; what is no text stays. `whole` are the messages
+    as they were, which are not changed."""
+    copied = made if isinstance(made, list) and made is not whole else list(made)
+    if copied[index] is whole[index]:
+        copied[index] = v1.Message()
+        copied[index].CopyFrom(whole[index])
+    call = copied[index].parts[at].tool_call
+    if not call.result:
+        call.error = text
+        return copied
+    content = [part for part in whole[index].parts[at].tool_call.result if not _bytes(part)]
+    del call.result[:]
+    call.result.extend([v1.Part(text=text), *content])
+    return copied
