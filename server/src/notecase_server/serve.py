@@ -231,8 +231,8 @@ class Server:
 
 
 def run(settings: Settings, ready: Callable[[int], None] = lambda port: None) -> None:
-    """Serves until SIGTERM or SIGINT. Code of tools that will not stop does not keep the process from ending: everything
-    that matters is on record by then. Raises what `serve` raises."""
+    """Serves until SIGTERM or SIGINT. Code of tools that will not stop does not keep the process from ending:
+    everything that matters is on record by then. Raises what `serve` raises."""
     failed = True
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
     try:
