@@ -90,7 +90,7 @@ async def test_export_import_export_gives_the_same_bytes(served: Running, case: 
     assert _relative(first) == _relative(second) == _relative(third)
     assert await numbers(elsewhere, there.name) == {"n": 1}
     app = await elsewhere.state.GetState(v1.GetStateRequest(name="app/state"))
-    assert app == v1.State(name="app/state"), "the log tells of it, and it stays where it was"
+    assert app == v1.GetStateResponse(name="app/state"), "the log tells of it, and it stays where it was"
 
 
 def _relative(told: object) -> str:
