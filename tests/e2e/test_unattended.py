@@ -1,7 +1,8 @@
 """Work that nobody waits for: whatever fails once, it is done, or it becomes a fact in the log."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+import sqlite3
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import v1
 from notecase_server import errors
+from notecase_server.engine import upkeep
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Text
 from notecase_server.serve import now, open_store
-from notecase_server.store.contract import Commit, Store
+from notecase_server.store.contract import Commit
 from notecase_server.store.fold import ENDED
 
 from tests.e2e.driving import reason_of, said
@@ -209,8 +211,7 @@ async def test_a_queued_start_that_breaks_the_server_fails_and_the_next_has_its_
     """An exception that is no refusal, each time."""
     model = Model()
     inner = await open_store("memory:", now)
-    defect: Any = lambda: RuntimeError("a defect")  # noqa: E731
-    failing = Failing(inner, "commit", Mode.FOR_GOOD, times=1 << 30, refuse=defect, counts=starts("two"))
+    failing = Failing(inner, "commit", Mode.FOR_GOOD, times=1 << 30, refuse=RuntimeError, counts=starts("two"))
     async with running(failing.store, {"model": model}) as served:
         await prepared(served)
         await start(served, "hold", "one")
@@ -279,25 +280,34 @@ async def test_a_worker_whose_end_is_refused_is_given_another_one() -> None:
     assert (SUCCEEDED, 2) == (one.state, one.attempt)
 
 
-async def test_a_run_that_can_never_end_is_not_tried_without_a_pause() -> None:
-    model = Model()
-    inner = await open_store("memory:", now)
-    failing = Failing(inner, "commit", Mode.FOR_GOOD, times=1 << 30, counts=ends_a_run)
-    async with running(failing.store, {"model": model}, grace=0.1) as served:
-        await prepared(served, "s", "t")
-        await start(served, "hi", "one")
-        await start(served, "look", "other", "t")
-        await rests(served, "other", "t")
-        await asyncio.wait_for(failing.failed.wait(), 3) if failing.calls > 100 else None
-        assert failing.calls < 20
-
-
-async def test_a_cancellation_that_nobody_asked_for_fails_the_run() -> None:
-    """The provider raises it, and what is loaded for it does."""
+async def test_a_run_whose_worker_breaks_is_left_until_the_next_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that breaks each time would otherwise be tried without a pause."""
+    monkeypatch.setattr(upkeep, "REPAIR_SECONDS", 3600.0)
     model = Model()
     inner = await open_store("memory:", now)
     failing = Failing(
-        inner, "list_messages", Mode.FOR_GOOD, refuse=lambda: asyncio.CancelledError(), counts=lambda *_, **__: armed
+        inner, "commit", Mode.FOR_GOOD, times=2, counts=lambda commit: commit.key.session == "s" and ends_a_run(commit)
+    )
+    async with running(failing.store, {"model": model}, grace=0.1) as served:
+        await prepared(served, "s", "t")
+        await start(served, "hi", "one")
+        await failing.failed.wait()
+        assert SUCCEEDED == (await ended_after(served, "other", "t")).state
+        assert 2 == failing.calls
+        assert RUNNING == (await served.runs.GetRun(v1.GetRunRequest(name="sessions/s/runs/one"))).state
+
+
+async def ended_after(served: Running, run: str, session: str) -> v1.Run:
+    await start(served, "hi", run, session)
+    return await ended(served, run, session)
+
+
+async def test_a_cancellation_that_nobody_asked_for_fails_the_run() -> None:
+    """The provider raises it; and a command in which it is raised is answered."""
+    model = Model()
+    inner = await open_store("memory:", now)
+    failing = Failing(
+        inner, "list_messages", Mode.FOR_GOOD, refuse=asyncio.CancelledError, counts=lambda *_, **__: armed
     )
     armed = False
     async with running(failing.store, {"model": model}, grace=0.1) as served:
@@ -310,24 +320,18 @@ async def test_a_cancellation_that_nobody_asked_for_fails_the_run() -> None:
         armed = True
         result = v1.ToolResult(call_id=(await rests(served, "two")).pending_calls[0].call_id)
         command = v1.RunRequest(tool_result=result)
-        await served.runs.SendCommand(v1.SendCommandRequest(session="sessions/s", command=command))
-        two = await ended(served, "two")
-        armed = False
-        assert two.state in {FAILED, SUCCEEDED}
-        assert SUCCEEDED == (await ended_after(served, "three")).state
-
-
-async def ended_after(served: Running, run: str) -> v1.Run:
-    await start(served, "hi", run)
-    return await ended(served, run)
+        given = v1.SendCommandRequest(session="sessions/s", command=command)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await served.runs.SendCommand(given)
+        assert reason_of(refused.value) == "INTERNAL"
+        await served.runs.SendCommand(given)
+        assert SUCCEEDED == (await ended(served, "two")).state
 
 
 # Damage.
 
 
 async def test_one_damaged_session_of_a_hundred_keeps_nobody_from_going_on(tmp_path: Path) -> None:
-    import sqlite3
-
     url = f"sqlite:{tmp_path / 'n.db'}"
     before = Model()
     names = [f"s{number}" for number in range(100)]
