@@ -32,6 +32,12 @@ GATE = "CRASHING_GATE"
 """The variable that holds the port of a Gate."""
 
 
+async def _announce(context: CallContext) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(os.environ[GATE]))
+    writer.write(f"{context.call_id} {context.attempt}\n".encode())
+    return reader, writer
+
+
 def _take_effect(context: CallContext) -> None:
     with Path(os.environ[EFFECTS]).open("a") as effects:
         effects.write(f"{context.idempotency_key} {context.attempt}\n")
@@ -49,8 +55,7 @@ async def act(context: CallContext) -> str:
 async def linger(context: CallContext) -> str:
     """Takes effect, then waits at the gate."""
     _take_effect(context)
-    reader, writer = await asyncio.open_connection("127.0.0.1", int(os.environ[GATE]))
-    writer.write(f"{context.call_id} {context.attempt}\n".encode())
+    reader, writer = await _announce(context)
     try:
         await reader.read()
     finally:
@@ -60,8 +65,8 @@ async def linger(context: CallContext) -> str:
 
 @tool
 async def cling(context: CallContext) -> str:
-    """Does not stop when it is asked to."""
-    _take_effect(context)
+    """Comes to the gate, and does not stop when it is asked to."""
+    await _announce(context)
     while True:
         with suppress(asyncio.CancelledError):
             await asyncio.sleep(3600)
@@ -69,8 +74,8 @@ async def cling(context: CallContext) -> str:
 
 @tool
 async def hang(context: CallContext) -> str:
-    """Keeps a thread of the process's own pool."""
-    _take_effect(context)
+    """Comes to the gate, and keeps a thread of the process's own pool."""
+    await _announce(context)
     await asyncio.to_thread(threading.Event().wait)
     return ""
 

@@ -69,7 +69,7 @@ class Failing:
         *,
         nth: int = 1,
         times: int = 1,
-        refuse: Callable[[], NotecaseError] = refusal,
+        refuse: Callable[[], BaseException] = refusal,
         counts: Callable[..., bool] = lambda *_, **__: True,
     ) -> None:
         """Counts only the calls for whose arguments `counts` is true, such as the commits of a run. `refuse` makes the

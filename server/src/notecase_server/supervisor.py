@@ -137,8 +137,18 @@ class Supervisor:
         self._draining = False
 
     async def whole(self, work: Coroutine[Any, Any, T]) -> T:
-        """Carries work out to its end although its caller goes away; returns and raises as the work does."""
-        return await asyncio.shield(self._work.start(work))
+        """Carries work out to its end although its caller goes away; returns and raises as the work does. Work that is
+        cancelled is a NotecaseError to its caller: SERVER_DRAINING by a stop, INTERNAL otherwise."""
+        try:
+            return await asyncio.shield(self._work.start(work))
+        except asyncio.CancelledError:
+            if is_own_end():
+                raise
+            if self._draining:
+                raise errors.cut() from None
+            request_id = self._new_id()
+            log.exception("work_crashed", request_id=request_id, kind="CancelledError")
+            raise errors.internal(request_id) from None
 
     def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Begins work whose owner watches it; it is held here and ended by `drain`."""

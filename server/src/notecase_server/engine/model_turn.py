@@ -135,11 +135,18 @@ class ModelTurn:
     async def _request(self) -> ModelRequest:
         live, run = self._log.live, self._log.run
         where = (self._services.store, live.key, live.user, run.name)
-        request = await context.build(*where, self._log.agent, self._log.summary, self._budget.most_tokens)
+        request = await self._log.patiently(
+            lambda: context.build(*where, self._log.agent, self._log.summary, self._budget.most_tokens)
+        )
         tools = [ModelTool(tool.name, tool.description, tool.parameters) for tool in self._bound.values()]
-        load = partial(self._services.contents.load, live.key.tenant)
+
+        async def load(blob: v1.Blob) -> bytes:
+            return await self._log.patiently(partial(self._services.contents.load, live.key.tenant, blob))
+
         if READ_RESULT not in self._bound:
-            messages = await self._results.shown(request.messages, self._budget.most_tokens)
+            messages = await self._log.patiently(
+                lambda: self._results.shown(request.messages, self._budget.most_tokens)
+            )
             if messages is not request.messages:
                 tools.append(results.TOOL)
                 request = request._replace(messages=messages)
@@ -258,7 +265,7 @@ class ModelTurn:
         if not self._budget.may_summarize or self._budget.left < 2:
             return False
         store, key = self._services.store, self._log.live.key
-        plan = await summary.plan(store, key, self._log.summary, keep, batch)
+        plan = await self._log.patiently(lambda: summary.plan(store, key, self._log.summary, keep, batch))
         if plan is None or self._halts:
             return False
         self._budget.spend()
@@ -277,7 +284,7 @@ class ModelTurn:
             if error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:
                 raise
             await self._log.durably(self._log.used)
-            session = await store.get_session(key)  # a caller had it summarised meanwhile
+            session = await self._log.patiently(lambda: store.get_session(key))  # a caller had it summarised meanwhile
             self._log.summary = session.summary_sequence if session else 0
         return True
 

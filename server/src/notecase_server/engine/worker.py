@@ -6,6 +6,7 @@ here or after a restart, goes on from the last: it looks at the rows, not at wha
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from notecase import v1
@@ -55,8 +56,6 @@ class Worker:
         self._draining = False
         self._suspect = False
 
-    # ---- what others ask of it
-
     def halt(self, halt: Halt) -> None:
         """Cuts what is under way; `work` then seals it."""
         self._halts.add(halt)
@@ -75,8 +74,6 @@ class Worker:
     def stir(self) -> None:
         """Makes the worker look at what a command has committed."""
         self._halts.stirred.set()
-
-    # ---- the work
 
     async def work(self) -> None:
         """Works until the run has ended, waits, was left to a successor, or belongs to another owner."""
@@ -125,8 +122,11 @@ class Worker:
         if self._suspect:
             self._clear()
         if self.placed:
-            self.placed = False
-            self._services.places.give_back()
+            self._give_back()
+
+    def _give_back(self) -> None:
+        self.placed = False
+        self._services.places.give_back()
 
     def _clear(self) -> None:
         """Lets another suspect be at work."""
@@ -162,13 +162,11 @@ class Worker:
                 raise
             await self._end(v1.Run.STATE_FAILED, error.to_proto())
         except (Exception, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and is_own_end():
+            if is_own_end() and isinstance(error, asyncio.CancelledError):
                 raise
             request_id = self._services.new_id()
             self.log.log.exception("run_crashed", request_id=request_id, kind=type(error).__name__)
             await self._end(v1.Run.STATE_FAILED, errors.internal(request_id).to_proto())
-
-    # ---- the beginning
 
     async def _begin(self) -> None:
         """Waits for a place, and then says that it goes on with the run of another worker, if it does."""
@@ -178,12 +176,10 @@ class Worker:
         if self.takes_over is not None and self.takes_over >= SUSPECT_DEATHS:
             await self._gets(suspects.acquire(), suspects.release)
             self._suspect = waited = True
-        if self._draining:
-            places.give_back()
-            self.placed = False
-            return
         idle = max(self._services.clock() - begun, 0) if waited else 0
-        if self.takes_over is not None:
+        if self._draining:
+            self._give_back()
+        elif self.takes_over is not None:
             await self._take_over(self.takes_over, idle)
         elif idle:
             change = v1.RunStateChanged(state=RUNNING)
@@ -227,8 +223,6 @@ class Worker:
 
     def _expire_request(self, request: v1.InputRequest) -> None:
         ledger.expire(request, self.log.run, self._services.clock())
-
-    # ---- a turn
 
     async def _turn(self) -> None:
         if self._bound is None:
@@ -296,8 +290,6 @@ class Worker:
         if not self._halts:
             await self._calls.keep_finished()
 
-    # ---- ends
-
     async def _seal(self, halt: Halt) -> None:
         """Stops everything under way in one commit, and ends the run or goes on with what the user says. A halt that is
         refused has changed nothing: calls stay under way, and the model is asked once more."""
@@ -324,7 +316,8 @@ class Worker:
         while True:
             way: Rewind | None = None
             if replacement is not None and replacement.back is not None:
-                way = await back(self._services.store, self.log.live.key, self.log.run, replacement.back)
+                where = (self._services.store, self.log.live.key, self.log.run, replacement.back)
+                way = await self.log.patiently(partial(back, *where))
             head = way.head if way is not None else None
             try:
                 committed = await self.log.surely(

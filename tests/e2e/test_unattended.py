@@ -1,0 +1,364 @@
+"""Work that nobody waits for: whatever fails once, it is done, or it becomes a fact in the log."""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf.duration_pb2 import Duration
+from notecase import v1
+from notecase_server import errors
+from notecase_server.engine import upkeep
+from notecase_server.errors import NotecaseError
+from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Text
+from notecase_server.serve import now, open_store
+from notecase_server.store.contract import Commit
+from notecase_server.store.fold import ENDED
+
+from tests.e2e.driving import reason_of, said
+from tests.support.failing import Failing, Fault, Mode
+from tests.support.server import Running, running
+
+QUEUE = v1.StartRun.ON_BUSY_QUEUE
+SUCCEEDED, FAILED, CANCELLED = v1.Run.STATE_SUCCEEDED, v1.Run.STATE_FAILED, v1.Run.STATE_CANCELLED
+RUNNING, WAITING = v1.Run.STATE_RUNNING, v1.Run.STATE_WAITING
+
+SECONDS = 60.0
+"""A test that waits for longer has failed."""
+
+
+class Model:
+    """Calls the tool that the last message names, holds its reply for "hold" until `let` is set, and says something
+    otherwise."""
+
+    def __init__(self) -> None:
+        self.let = asyncio.Event()
+        self.arrived = asyncio.Semaphore(0)
+        self.at_work = 0
+        self.most = 0
+        self.order: list[str] = []
+
+    async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
+        last = request.messages[-1]
+        text = "".join(part.text for part in last.parts)
+        self.order.append(text)
+        self.at_work += 1
+        self.most = max(self.most, self.at_work)
+        self.arrived.release()
+        try:
+            if text.startswith("hold"):
+                await self.let.wait()
+            if text.startswith("odd"):
+                raise asyncio.CancelledError
+            if last.role == v1.Message.ROLE_USER and any(tool.name == text for tool in request.tools):
+                yield Call(0, text, "{}")
+            yield Text("Done.")
+            yield Finish("stop", v1.Usage())
+        finally:
+            self.at_work -= 1
+
+    async def close(self) -> None:
+        pass
+
+
+TOOLS = (
+    v1.Tool(name="look", client=v1.ClientTool()),
+    v1.Tool(name="late", client=v1.ClientTool(), timeout=Duration(nanos=200_000_000)),
+    v1.Tool(name="ask", client=v1.ClientTool(), requires_approval=True),
+)
+
+
+async def prepared(served: Running, *sessions: str) -> None:
+    agent = v1.Agent(llm=v1.LlmAgent(tools=TOOLS))
+    await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="a", agent=agent))
+    for session in sessions or ("s",):
+        request = v1.CreateSessionRequest(session_id=session, session=v1.Session(agent="agents/a"))
+        await served.sessions.CreateSession(request)
+
+
+async def start(served: Running, text: str, run_id: str, session: str = "s", **fields: Any) -> v1.Run:
+    begun = v1.StartRun(session=f"sessions/{session}", run_id=run_id, messages=[said(text)], **fields)
+    return await served.runs.CreateRun(v1.CreateRunRequest(start=begun))
+
+
+async def rests(served: Running, run: str, session: str = "s", after: int = 0) -> v1.Run:
+    """The run once it waits or has ended. A call that the store refuses is made again."""
+    wait = v1.WaitRunRequest(name=f"sessions/{session}/runs/{run}", after_sequence=after)
+    async with asyncio.timeout(SECONDS):
+        while True:
+            try:
+                found = await served.runs.WaitRun(wait)
+            except grpc.aio.AioRpcError as error:
+                assert reason_of(error) == "STORE_UNAVAILABLE", error
+            else:
+                if found.state in ENDED or found.state == WAITING:
+                    return found
+
+
+async def ended(served: Running, run: str, session: str = "s") -> v1.Run:
+    found = await rests(served, run, session)
+    while found.state not in ENDED:
+        found = await rests(served, run, session, found.last_sequence)
+    return found
+
+
+# What is put off, up to the moment from which a store may fail; then how it ends.
+
+
+async def queued_start(served: Running, model: Model) -> Mapping[str, int]:
+    await start(served, "hold", "one")
+    await model.arrived.acquire()
+    await start(served, "hi", "two", on_busy=QUEUE)
+    return {"one": SUCCEEDED, "two": SUCCEEDED}
+
+
+async def input_timeout(served: Running, _: Model) -> Mapping[str, int]:
+    await start(served, "ask", "one", limits=v1.Limits(input_timeout=Duration(nanos=300_000_000)))
+    await rests(served, "one")
+    return {"one": SUCCEEDED}
+
+
+async def tool_timeout(served: Running, _: Model) -> Mapping[str, int]:
+    await start(served, "late", "one")
+    await rests(served, "one")
+    return {"one": SUCCEEDED}
+
+
+async def cancel_after(served: Running, model: Model) -> Mapping[str, int]:
+    await start(served, "look", "one", disconnect=v1.Disconnect(cancel_after=Duration(nanos=200_000_000)))
+    return {"one": CANCELLED}
+
+
+async def denial_by_queue(served: Running, model: Model) -> Mapping[str, int]:
+    """What was said to a run that then waits for an approval only, takes the approval's place."""
+    await start(served, "hold ask", "one")
+    await model.arrived.acquire()
+    return {"one": SUCCEEDED}
+
+
+Putting = Callable[[Running, Model], Awaitable[Mapping[str, int]]]
+
+FAULTS = [
+    *(Fault(name, Mode.PASSING) for name in ("commit", "claim", "get_session", "read_events", "active_run")),
+    *(Fault(name, Mode.PASSING) for name in ("list_messages", "get_run", "find_commit", "idle_runs")),
+    *(Fault(name, Mode.AFTER) for name in ("commit", "claim")),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+@pytest.mark.parametrize("putting", [queued_start, input_timeout, tool_timeout, cancel_after])
+async def test_what_is_put_off_outlives_a_store_that_fails_once(putting: Putting, fault: Fault) -> None:
+    armed, model = asyncio.Event(), Model()
+    inner = await open_store("memory:", now)
+    failing = Failing(inner, *fault, counts=lambda *_, **__: armed.is_set())
+    async with running(failing.store, {"model": model}, grace=0.2) as served:
+        await prepared(served)
+        ends = await putting(served, model)
+        armed.set()
+        model.let.set()
+        assert ends == {run: (await ended(served, run)).state for run in ends}
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+async def test_a_takeover_outlives_a_store_that_fails_once(tmp_path: Path, fault: Fault) -> None:
+    url = f"sqlite:{tmp_path / 'n.db'}"
+    before = Model()
+    async with running(url, {"model": before}, grace=0.1) as served:
+        await prepared(served, "s", "t")
+        await start(served, "hold", "one")
+        await start(served, "hi", "two", on_busy=QUEUE)
+        await start(served, "hold", "one", "t")
+        for _ in range(2):
+            await before.arrived.acquire()
+    after = Model()
+    after.let.set()
+    async with running(Failing(await open_store(url, now), *fault).store, {"model": after}) as served:
+        for session, run in (("s", "one"), ("s", "two"), ("t", "one")):
+            assert SUCCEEDED == (await ended(served, run, session)).state
+
+
+# What is refused for good.
+
+
+def starts(run: str) -> Callable[[Commit], bool]:
+    return lambda commit: any(event.HasField("run_started") and event.run == run for event in commit.events)
+
+
+@pytest.mark.parametrize("refuse", [lambda: errors.not_found("blob", "blobs/gone"), lambda: errors.invalid([])])
+async def test_a_queued_start_that_is_refused_for_good_fails_and_the_next_has_its_turn(
+    refuse: Callable[[], NotecaseError],
+) -> None:
+    model = Model()
+    inner = await open_store("memory:", now)
+    failing = Failing(inner, "commit", Mode.FOR_GOOD, times=1 << 30, refuse=refuse, counts=starts("two"))
+    async with running(failing.store, {"model": model}) as served:
+        await prepared(served)
+        await start(served, "hold", "one")
+        await start(served, "never", "two", on_busy=QUEUE)
+        await start(served, "hi", "three", on_busy=QUEUE)
+        model.let.set()
+        assert SUCCEEDED == (await ended(served, "one")).state
+        two = await ended(served, "two")
+        assert (FAILED, refuse().reason) == (two.state, two.error.reason)
+        assert SUCCEEDED == (await ended(served, "three")).state
+    assert ["hold", "hi"] == model.order
+
+
+async def test_a_queued_start_that_breaks_the_server_fails_and_the_next_has_its_turn() -> None:
+    """An exception that is no refusal, each time."""
+    model = Model()
+    inner = await open_store("memory:", now)
+    failing = Failing(inner, "commit", Mode.FOR_GOOD, times=1 << 30, refuse=RuntimeError, counts=starts("two"))
+    async with running(failing.store, {"model": model}) as served:
+        await prepared(served)
+        await start(served, "hold", "one")
+        await start(served, "never", "two", on_busy=QUEUE)
+        await start(served, "hi", "three", on_busy=QUEUE)
+        model.let.set()
+        two = await ended(served, "two")
+        assert (FAILED, v1.ERROR_REASON_INTERNAL) == (two.state, two.error.reason)
+        assert SUCCEEDED == (await ended(served, "three")).state
+
+
+async def test_a_poisoned_queue_that_a_start_of_the_server_finds_is_repaired(tmp_path: Path) -> None:
+    """What the session's blobs may be together was lowered meanwhile, so that the queued start can never begin."""
+    url = f"sqlite:{tmp_path / 'n.db'}"
+    before = Model()
+    async with running(url, {"model": before}, grace=0.1) as served:
+        await prepared(served)
+        await start(served, "hold", "one")
+        await start(served, "never", "two", on_busy=QUEUE)
+        await start(served, "hi", "three", on_busy=QUEUE)
+        await before.arrived.acquire()
+    after = Model()
+    after.let.set()
+    inner = await open_store(url, now)
+    failing = Failing(inner, "commit", Mode.FOR_GOOD, times=1 << 30, counts=starts("two"))
+    async with running(failing.store, {"model": after}) as served:
+        found = {run: (await ended(served, run)).state for run in ("one", "two", "three")}
+    assert found == {"one": SUCCEEDED, "two": FAILED, "three": SUCCEEDED}
+
+
+async def test_a_cancelled_first_start_does_not_fail_the_one_behind_it() -> None:
+    """It is cancelled at the moment at which its start is refused."""
+    model = Model()
+    inner = await open_store("memory:", now)
+    failing = Failing(inner, "commit", Mode.FOR_GOOD, counts=starts("two"))
+    async with running(failing.store, {"model": model}) as served:
+        await prepared(served)
+        await start(served, "hold", "one")
+        await start(served, "never", "two", on_busy=QUEUE)
+        await start(served, "hi", "three", on_busy=QUEUE)
+        model.let.set()
+        await failing.failed.wait()
+        try:
+            await served.runs.CancelRun(v1.CancelRunRequest(name="sessions/s/runs/two"))
+        except grpc.aio.AioRpcError as error:
+            assert reason_of(error) == "RUN_ENDED"
+        assert SUCCEEDED == (await ended(served, "three")).state
+        assert (await ended(served, "two")).state in {FAILED, CANCELLED}
+
+
+# Workers that are lost.
+
+
+def ends_a_run(commit: Commit) -> bool:
+    return any(event.run_state_changed.state in ENDED for event in commit.events)
+
+
+async def test_a_worker_whose_end_is_refused_is_given_another_one() -> None:
+    model = Model()
+    inner = await open_store("memory:", now)
+    failing = Failing(inner, "commit", Mode.FOR_GOOD, times=2, counts=ends_a_run)
+    async with running(failing.store, {"model": model}) as served:
+        await prepared(served)
+        await start(served, "hi", "one")
+        one = await ended(served, "one")
+    assert (SUCCEEDED, 2) == (one.state, one.attempt)
+
+
+async def test_a_run_whose_worker_breaks_is_left_until_the_next_repair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that breaks each time would otherwise be tried without a pause."""
+    monkeypatch.setattr(upkeep, "REPAIR_SECONDS", 3600.0)
+    model = Model()
+    inner = await open_store("memory:", now)
+    failing = Failing(
+        inner, "commit", Mode.FOR_GOOD, times=2, counts=lambda commit: commit.key.session == "s" and ends_a_run(commit)
+    )
+    async with running(failing.store, {"model": model}, grace=0.1) as served:
+        await prepared(served, "s", "t")
+        await start(served, "hi", "one")
+        await failing.failed.wait()
+        assert SUCCEEDED == (await ended_after(served, "other", "t")).state
+        assert 2 == failing.calls
+        assert RUNNING == (await served.runs.GetRun(v1.GetRunRequest(name="sessions/s/runs/one"))).state
+
+
+async def ended_after(served: Running, run: str, session: str) -> v1.Run:
+    await start(served, "hi", run, session)
+    return await ended(served, run, session)
+
+
+async def test_a_cancellation_that_nobody_asked_for_fails_the_run() -> None:
+    """The provider raises it; and a command in which it is raised is answered."""
+    model = Model()
+    inner = await open_store("memory:", now)
+    failing = Failing(
+        inner, "list_messages", Mode.FOR_GOOD, refuse=asyncio.CancelledError, counts=lambda *_, **__: armed
+    )
+    armed = False
+    async with running(failing.store, {"model": model}, grace=0.1) as served:
+        await prepared(served)
+        await start(served, "odd", "one")
+        one = await ended(served, "one")
+        assert (FAILED, v1.ERROR_REASON_MODEL_UNAVAILABLE) == (one.state, one.error.reason)
+        await start(served, "look", "two")
+        await rests(served, "two")
+        armed = True
+        result = v1.ToolResult(call_id=(await rests(served, "two")).pending_calls[0].call_id)
+        command = v1.RunRequest(tool_result=result)
+        given = v1.SendCommandRequest(session="sessions/s", command=command)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await served.runs.SendCommand(given)
+        assert reason_of(refused.value) == "INTERNAL"
+        await served.runs.SendCommand(given)
+        assert SUCCEEDED == (await ended(served, "two")).state
+
+
+# Damage.
+
+
+async def test_one_damaged_session_of_a_hundred_keeps_nobody_from_going_on(tmp_path: Path) -> None:
+    url = f"sqlite:{tmp_path / 'n.db'}"
+    before = Model()
+    names = [f"s{number}" for number in range(100)]
+    async with running(url, {"model": before}, grace=0.1, max_runs=200) as served:
+        await prepared(served, *names)
+        for name in names:
+            await start(served, "hold", "one", name)
+        for _ in names:
+            await before.arrived.acquire()
+    with sqlite3.connect(tmp_path / "n.db") as connection:
+        uid = connection.execute("SELECT uid FROM sessions WHERE session = 's7'").fetchone()[0]
+        connection.execute("UPDATE sessions SET body = x'ff' WHERE uid = ?", (uid,))
+        uid = connection.execute("SELECT uid FROM sessions WHERE session = 's8'").fetchone()[0]
+        connection.execute("UPDATE runs SET body = x'ff' WHERE uid = ?", (uid,))
+    connection.close()
+    after = Model()
+    after.let.set()
+    async with running(url, {"model": after}, grace=0.1, max_runs=200) as served:
+        for name in names:
+            if name not in {"s7", "s8"}:
+                assert SUCCEEDED == (await ended(served, "one", name)).state
+        for name in ("s7", "s8"):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await start(served, "hi", "two", name)
+            assert reason_of(refused.value) in {"STORE_UNAVAILABLE", "RUN_ACTIVE"}
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await served.runs.GetRun(v1.GetRunRequest(name="sessions/s8/runs/one"))
+        assert reason_of(refused.value) == "STORE_UNAVAILABLE"
+        await served.info.GetServerInfo(v1.GetServerInfoRequest())
+        assert not served.server.broken.is_set()
