@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import random
+import threading
 import traceback
 from collections.abc import AsyncIterator
 from typing import Any
@@ -16,7 +17,7 @@ from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider, Text
 from notecase_server.models.openai import OpenAIProvider
-from notecase_server.models.request import MAX_CONTENT_BYTES
+from notecase_server.models.request import BASE64_BYTES, MAX_CONTENT_BYTES
 
 from tests.support.openai_server import (
     DONE,
@@ -187,6 +188,30 @@ class TestRequest:
         (part,) = server.requests[0]["messages"][0]["content"]
         assert part["file"]["file_data"] == f"data:application/pdf;base64,{base64.b64encode(large).decode()}"
         assert "Content-Length" in server.received[0].headers
+
+    @pytest.mark.parametrize("media_type", ["application/pdf", "image/png", "audio/wav"])
+    async def test_content_is_encoded_in_pieces_and_not_on_the_loop(
+        self, server: OpenAIServer, provider: OpenAIProvider, media_type: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Whatever its length, and as one whole."""
+        large, encode = bytes(range(256)) * 12_001, base64.b64encode
+        encoded: list[tuple[int, bool]] = []
+
+        def noted(piece: bytes) -> bytes:
+            encoded.append((len(piece), threading.current_thread() is threading.main_thread()))
+            return encode(piece)
+
+        async def load(blob: v1.Blob) -> bytes:
+            return large
+
+        monkeypatch.setattr(base64, "b64encode", noted)
+        server.script(reply("A plan."))
+        request = ask(user(v1.Part(blob=v1.Blob(media_type=media_type, size_bytes=len(large)))))
+        await pieces_of(provider, request._replace(load=load))
+        (part,) = server.requests[0]["messages"][0]["content"]
+        assert encode(large).decode() in json.dumps(part)
+        assert len(large) == sum(size for size, _ in encoded)
+        assert {(True, False)} == {(size <= BASE64_BYTES, on_loop) for size, on_loop in encoded}
 
     async def test_what_holds_nothing_is_left_out(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
         server.script(reply("Hi"))

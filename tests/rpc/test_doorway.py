@@ -1,8 +1,10 @@
 """The doorway: every service's calls are guarded alike, and a stop of the server is an answer, too."""
 
 import asyncio
+import sqlite3
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -10,13 +12,15 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from notecase import v1
-from notecase_server import errors
+from notecase_server import errors, serve
 from notecase_server.errors import Violation
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.rpc.interceptor import Doorway, caller, development
+from notecase_server.store import sqlite
 from structlog.testing import capture_logs
 
 from tests.e2e.driving import detail_of, fields_of, reason_of, said
+from tests.store.test_sqlite import full_disk
 from tests.support.openai_server import OpenAIServer, reply
 from tests.support.server import Running, running
 
@@ -88,6 +92,40 @@ async def test_health_answers_as_its_protocol_says() -> None:
             await health.Check(unknown)
         assert grpc.StatusCode.NOT_FOUND == refused.value.code()
         assert health_pb2.HealthCheckResponse.SERVICE_UNKNOWN == (await health.Watch(unknown).read()).status
+
+
+async def test_health_follows_whether_the_store_takes_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told on a stream as well, with the reason in the log; the process is alive all the while, and reads go on."""
+    monkeypatch.setattr(serve, "PROBE_SECONDS", 0.01)
+    states = health_pb2.HealthCheckResponse
+    path = tmp_path / "store.db"
+    async with running(f"sqlite:{path}") as served:
+        health: Any = health_pb2_grpc.HealthStub(served.channel)
+        watching = health.Watch(health_pb2.HealthCheckRequest(service="notecase.v1.RunService"))
+        assert states.SERVING == (await watching.read()).status
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="s"))
+        for _ in range(2):
+            with capture_logs() as lines, full_disk(1):
+                assert states.NOT_SERVING == (await watching.read()).status
+                assert states.NOT_SERVING == (await health.Check(health_pb2.HealthCheckRequest())).status
+                alive = health_pb2.HealthCheckRequest(service="liveness")
+                assert states.SERVING == (await health.Check(alive)).status
+                assert "sessions/s" == (await served.sessions.GetSession(v1.GetSessionRequest(name="sessions/s"))).name
+            assert "health_not_serving" in [line["event"] for line in lines]
+            assert states.SERVING == (await watching.read()).status
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="later"))
+        watching.cancel()
+
+
+def test_a_caller_is_told_that_the_disk_is_full() -> None:
+    full = sqlite3.OperationalError("database or disk is full")
+    full.sqlite_errorname = "SQLITE_FULL"
+    with capture_logs() as lines:
+        failure = sqlite._told(full)
+    assert "STORE_UNAVAILABLE: The disk of the store is full; nothing of this call was kept." == (
+        f"{errors.reason_name(failure.reason)}: {failure.message}"  # type: ignore[attr-defined]
+    )
+    assert "SQLITE_FULL" == lines[0]["error"]
 
 
 async def test_a_probe_needs_no_credential() -> None:

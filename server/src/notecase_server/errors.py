@@ -354,11 +354,10 @@ def cut() -> NotecaseError:
     )
 
 
-def store_unavailable() -> NotecaseError:
-    """The store's own words stay in the server's log."""
-    return NotecaseError(
-        v1.ERROR_REASON_STORE_UNAVAILABLE, "The store cannot be used just now; nothing of this call was kept."
-    )
+def store_unavailable(full: bool = False) -> NotecaseError:
+    """The store's own words stay in the server's log; that its disk is `full` is told."""
+    problem = "The disk of the store is full" if full else "The store cannot be used just now"
+    return NotecaseError(v1.ERROR_REASON_STORE_UNAVAILABLE, f"{problem}; nothing of this call was kept.")
 
 
 def owner_died(session: str, deaths: int) -> NotecaseError:

@@ -21,6 +21,7 @@ from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
 from notecase_server.engine.services import Services
 from notecase_server.engine.sessions import Sessions
+from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Provider, Repeats
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.desk import Desk
@@ -46,6 +47,9 @@ SWEEP_SECONDS = 600.0
 
 EXPIRY_SECONDS = 1.0
 """How often it is looked for sessions whose time has come, and for what is left of deleted ones on disk."""
+
+PROBE_SECONDS = 5.0
+"""How often it is looked whether the store takes writes, by which health is told."""
 
 LAST_CALLS_SECONDS = 0.5
 """How long calls may go on once runs have come to rest, and how long the rest has to take its status."""
@@ -192,6 +196,7 @@ class Server:
         await self._grpc.start()
         self._runs.upkeep.start()
         self._supervisor.service("sweeper", self._sweep)
+        self._supervisor.service("prober", self._probe)
         log.info("server_started", listen=self._settings.listen, port=self.port, store=self._store.kind)
         return self.port
 
@@ -213,6 +218,24 @@ class Server:
         await self._schemas.close()
         await self._store.close()
         log.info("server_stopped")
+
+    async def _probe(self) -> None:
+        """Tells health whether the store takes writes."""
+        serving = True
+        while True:
+            problem = ""
+            try:
+                await self._store.probe()
+            except NotecaseError as error:
+                problem = error.message
+            if bool(problem) == serving:
+                serving = not problem
+                await self._health.tell(serving)
+                if serving:
+                    log.info("health_serving")
+                else:
+                    log.error("health_not_serving", problem=problem)
+            await asyncio.sleep(PROBE_SECONDS)
 
     async def _sweep(self) -> None:
         """Deletes what has had its time, and what is left of it on disk."""

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -120,9 +121,11 @@ class OpenAIProvider:
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         """See Provider.stream. Closing it before its end drops the connection, which is how the provider learns of it.
         After Finish it ends within _DRAIN_SECONDS; who does not wait for that gives up the connection's next use."""
-        request = await loaded(request)
+        given, request = request, await loaded(request)
         model = request.model or self._default_model
-        sent = body(request, model, self._profiles.of(model), self._tag)
+        shape = partial(body, request, model, self._profiles.of(model), self._tag)
+        # With content it has megabytes.
+        sent = shape() if request is given else await asyncio.to_thread(shape)
         if returns_data(request, model, self._tag):
             answer = self._answer(sent, lambda: body(request, model, self._profiles.of(model), "", with_data=False))
         else:

@@ -24,6 +24,9 @@ MAX_CONTENT_BYTES = 32 << 20
 """Of all content in one request, before it grows by a third as base64: providers take 50 MB, and each call holds it in
 memory."""
 
+BASE64_BYTES = 3 << 18
+"""Encoded at once, which takes about 3 ms: a multiple of three, so that pieces make one whole."""
+
 BEGIN = "Begin."
 """What a user says in a conversation that would begin with a reply."""
 
@@ -505,15 +508,22 @@ def _content(part: v1.Part) -> Json | None:
 def _data(data: v1.InlineData) -> Json:
     _check_media_type(data.media_type)
     media_type = _media_type(data.media_type)
-    encoded = base64.b64encode(data.data).decode("ascii")
-    url = f"data:{media_type};base64,{encoded}"
+    encoded = _base64(data.data)
+    if audio_format := _AUDIO_FORMATS.get(media_type):
+        return {"type": "input_audio", "input_audio": {"data": "".join(encoded), "format": audio_format}}
+    url = "".join([f"data:{media_type};base64,", *encoded])
     if media_type.startswith("image/"):
         return {"type": "image_url", "image_url": {"url": url}}
-    if audio_format := _AUDIO_FORMATS.get(media_type):
-        return {"type": "input_audio", "input_audio": {"data": encoded, "format": audio_format}}
     # Providers want a name, and go by its ending.
     name = data.filename or f"file{mimetypes.guess_extension(media_type) or ''}"
     return {"type": "file", "file": {"filename": name, "file_data": url}}
+
+
+def _base64(data: bytes) -> list[str]:
+    """In pieces, between which other threads have their turn."""
+    view = memoryview(data)
+    starts = range(0, len(data), BASE64_BYTES)
+    return [base64.b64encode(view[start : start + BASE64_BYTES]).decode("ascii") for start in starts]
 
 
 def _check_media_type(told: str) -> None:

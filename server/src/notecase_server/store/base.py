@@ -224,5 +224,8 @@ class TableStore(ABC):
             done += more
         return done + more
 
+    async def probe(self) -> None:
+        await self._write(lambda tables, _: tables.touch())
+
     async def forget_requests(self, before: int) -> int:
         return await self._all(lambda tables, _: tables.forget_requests(before, FORGET_BATCH), FORGET_BATCH)

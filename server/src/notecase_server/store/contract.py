@@ -592,6 +592,10 @@ class Store(Protocol):
         """Drops the records of Once made before that time; returns how many."""
         ...
 
+    async def probe(self) -> None:
+        """Makes the least write that reaches the disk, and changes nothing; STORE_UNAVAILABLE when it is refused."""
+        ...
+
     async def scrub(self) -> bool:
         """Sees to it that no journal of the store holds what was deleted before. False when a reader stands in the
         way: it is then to be asked again. Costs nothing when nothing was."""

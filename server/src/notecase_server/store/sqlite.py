@@ -236,7 +236,7 @@ def _told(error: Exception) -> Exception:
 
 
 def _unavailable(error: Exception) -> Exception:
-    failure = errors.store_unavailable()
+    failure = errors.store_unavailable(full=_name(error) == "SQLITE_FULL")
     failure.__cause__ = error
     return failure
 

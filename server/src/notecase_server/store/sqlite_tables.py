@@ -38,6 +38,7 @@ from notecase_server.store.contract import (
 )
 from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import LABELS, OPERATORS, Found, Labelled, check_column, column
+from notecase_server.store.sqlite_schema import VERSION
 from notecase_server.store.tables import Applied, BlobRow, CommitRow, Recorded, SessionRow, UploadRow
 
 log = structlog.get_logger()
@@ -160,6 +161,10 @@ class SqliteTables:
         self._execute(
             "UPDATE requests SET response = NULL WHERE tenant = ? AND owner = ? AND owner != ''", (tenant, owner)
         )
+
+    def touch(self) -> None:
+        # A row is not written again when it stays as it is; the file's header is.
+        self._execute(f"PRAGMA user_version = {VERSION}")
 
     def forget_requests(self, before: int, limit: int) -> int:
         dropped = self._execute(

@@ -82,6 +82,10 @@ class Tables(Protocol):
         """Drops the responses of these records, and keeps that they were carried out."""
         ...
 
+    def touch(self) -> None:
+        """Writes something that was there before."""
+        ...
+
     def forget_requests(self, before: int, limit: int) -> int:
         """Drops at most `limit` records made before that time, and returns how many it dropped."""
         ...
