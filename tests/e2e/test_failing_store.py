@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from notecase import v1
 from notecase_server.models.openai import OpenAIProvider
-from notecase_server.serve import now, open_store
-from notecase_server.store.contract import Store
+from notecase_server.serve import new_uid, now, open_store
+from notecase_server.store.contract import Commit, RunRecord, SessionKey, Store
 
 from tests.e2e.driving import log_of, said
 from tests.support.failing import Failing, Mode
@@ -75,3 +75,31 @@ async def test_a_queued_start_that_is_refused_for_good_fails_and_the_next_has_it
         assert v1.ERROR_REASON_PAYLOAD_TOO_LARGE == runs[1].error.reason
         state = await served.state.GetState(v1.GetStateRequest(name="sessions/case/state"))
         assert 3 == state.entries["n"].value.int_value
+
+
+@pytest.mark.parametrize(("deaths", "state"), [(1, v1.Run.STATE_SUCCEEDED), (2, v1.Run.STATE_FAILED)])
+async def test_a_run_that_its_process_dies_of_fails(
+    store: Store, model: OpenAIServer, deaths: int, state: v1.Run.State.ValueType
+) -> None:
+    """The process died so often before, and once more: it was not left in good order."""
+    go_on = asyncio.Event()
+    model.script(reply("At last.").held(go_on))
+    agent = await store.create_agent("default", "a", v1.Agent(llm=v1.LlmAgent()))
+    key = SessionKey("default", "case", new_uid())
+    begun = v1.Event(run="r1", run_started=v1.RunStarted(agent="agents/a"))
+    asked = v1.Event(
+        run="r1", message_added=v1.Message(name="m1", role=v1.Message.ROLE_USER, parts=[v1.Part(text="?")])
+    )
+    create = v1.Session(agent="agents/a")
+    record = RunRecord(b"digest", agent)
+    await store.commit(Commit(key=key, create=create, claim=True, events=[begun, asked], start=record, deaths=deaths))
+    async with running(store, {"openai": OpenAIProvider("key", model.url, "stub-1")}) as served:
+        if state == v1.Run.STATE_SUCCEEDED:
+            await model.request(0)
+            active = await store.active_run(key, "r1")
+            assert active is not None
+            assert deaths + 1 == active.deaths
+        go_on.set()
+        ended = await served.runs.WaitRun(v1.WaitRunRequest(name="sessions/case/runs/r1"))
+        assert state == ended.state
+        assert (state == v1.Run.STATE_SUCCEEDED) == bool(model.requests)
