@@ -19,7 +19,7 @@ TOOLS := $(addprefix $(BIN)/,grpcurl grpcui evans ghz)
 # What buf breaking compares proto/ with: the last commit, or make proto-breaking AGAINST=v0.1.0
 AGAINST := HEAD
 
-.PHONY: help demo serve test lint format types proto proto-check proto-lint proto-breaking check bench tools clean
+.PHONY: help demo serve test test-hard mutants lint format types proto proto-check proto-lint proto-breaking check bench tools clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,8 +30,14 @@ demo: $(VENV)/.ready ## A detective's conversation, told from start to restart
 serve: $(VENV)/.ready ## Start the server; ARGS="--store sqlite:notecase.db"
 	@$(BIN)/notecase serve $(ARGS)
 
-test: $(VENV)/.ready $(GENERATOR)/.ready $(if $(GO),$(TOOLS)) ## Run the tests side by side; ARGS="-n0 -k name tests/store"
+test: $(VENV)/.ready $(GENERATOR)/.ready $(if $(GO),$(TOOLS)) ## Run the tests side by side, with a seed that is printed; ARGS="-n0 -k name tests/store"
 	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
+
+test-hard: $(VENV)/.ready ## Run tests/e2e with seeds 1 to 5 on a busy machine; ARGS="--seeds 1 2 -- tests/e2e/test_watch.py"
+	@$(BIN)/python -m tests.hard $(ARGS)
+
+mutants: $(VENV)/.ready ## Break each promise in a copy: a test must notice; ARGS="rpc/watch" for some of them
+	@$(BIN)/python -m tests.mutants $(ARGS)
 
 lint: $(VENV)/.ready ## Check the format and the style
 	@$(BIN)/ruff format --check --quiet || { $(BIN)/ruff format --diff; exit 1; }
@@ -60,7 +66,7 @@ proto-breaking: $(BIN)/buf ## Tell what in proto/ breaks callers since a commit;
 	@then=$$(mktemp -d) && trap 'rm -rf "$$then"' EXIT && git archive $(AGAINST) proto | tar -x -C "$$then" && \
 	$(BIN)/buf breaking proto --against "$$then/proto" && echo "Nothing breaks callers of $(AGAINST)."
 
-check: lint types proto-check test ## All of the checks above but those with buf
+check: lint types proto-check test ## What these four check: lint, types, proto-check, test
 
 bench: $(VENV)/.ready ## Measure the server on this machine
 	@$(BIN)/python -m benchmarks $(ARGS)

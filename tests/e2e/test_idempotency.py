@@ -2,15 +2,18 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
 from notecase import v1
+from notecase_server.models.openai import OpenAIProvider
+from notecase_server.serve import now, open_store
+from notecase_server.store.contract import SessionKey, Store
 
 from tests.e2e.driving import kinds, log_of, reason_of, said
 from tests.support.openai_server import OpenAIServer, reply
-from tests.support.server import TENANT, Running
+from tests.support.server import TENANT, Running, running
 
 Write = Callable[[Running, str], Awaitable[Any]]
 
@@ -137,6 +140,48 @@ async def test_the_same_run_id_attaches_and_another_body_is_refused(
     assert reason_of(refused.value) == "REQUEST_ID_REUSED"
 
 
+class Met:
+    """A store that lets the first two who ask for a run go on together, once both were told that there is none."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._both = asyncio.Barrier(2)
+        self._asked = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def get_run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
+        found = await self._store.get_run(key, run)
+        self._asked += 1
+        if self._asked <= 2:
+            assert found is None
+            await self._both.wait()
+        return found
+
+
+@pytest.mark.parametrize("on_busy", [v1.StartRun.ON_BUSY_INTERRUPT, v1.StartRun.ON_BUSY_ROLLBACK])
+async def test_a_repeat_does_not_stop_the_very_run_that_it_asks_for(
+    store_url: str, model: OpenAIServer, on_busy: v1.StartRun.OnBusy.ValueType
+) -> None:
+    """Two that come at once, under one run_id: one starts the run, and the other finds it at work."""
+    go_on = asyncio.Event()
+    model.script(reply("Once.").held(go_on), reply("Twice."))
+    store = cast(Store, Met(await open_store(store_url, now)))
+    async with running(store, {"openai": OpenAIProvider("key", model.url, "stub-1")}) as served:
+        await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="a", agent=v1.Agent(llm=v1.LlmAgent())))
+        session = v1.Session(agent="agents/a")
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case", session=session))
+        start = v1.StartRun(session="sessions/case", run_id="r1", messages=[said("Go")], on_busy=on_busy)
+        request = v1.CreateRunRequest(start=start)
+        both = await asyncio.gather(served.runs.CreateRun(request), served.runs.CreateRun(request))
+        assert ["sessions/case/runs/r1"] * 2 == [run.name for run in both]
+        go_on.set()
+        ended = await served.runs.WaitRun(v1.WaitRunRequest(name=both[0].name))
+        assert (v1.Run.STATE_SUCCEEDED, 1) == (ended.state, len(model.requests))
+        assert not any(event.HasField("rewound") for event in await log_of(served, "sessions/case"))
+
+
 async def test_the_same_command_twice_takes_effect_once(served: Running, session: str) -> None:
     """The second answer is DUPLICATE at the first one's sequence; another body under the id is refused."""
     update = v1.StateUpdate(ops=[v1.StateOp(key="n", increment=1)])
@@ -221,7 +266,11 @@ async def test_another_tenants_resource_is_not_found(
     value = v1.Value(string_value="secret")
     await served.state.PutState(v1.PutStateRequest(name="users/ada/state", key="k", value=value))
     other = ((TENANT, "other"),)
+    frames = iter([v1.UploadBlobRequest(blob=v1.Blob(media_type="text/plain"), chunk=b"secret", last=True)])
+    blob = (await served.blobs.UploadBlob(frames)).name
     attempts: list[Awaitable[Any]] = [
+        served.blobs.GetBlob(v1.GetBlobRequest(name=blob), metadata=other),
+        served.blobs.DownloadBlob(v1.DownloadBlobRequest(name=blob), metadata=other).read(),
         served.sessions.GetSession(v1.GetSessionRequest(name=session), metadata=other),
         served.agents.GetAgent(v1.GetAgentRequest(name=agent), metadata=other),
         served.runs.GetRun(v1.GetRunRequest(name=mine.run.name), metadata=other),

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import grpc
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from notecase import SessionView, v1
@@ -905,5 +905,6 @@ TestSession.settings = settings(
     max_examples=12,
     stateful_step_count=20,
     deadline=None,
+    phases=[Phase.generate],  # to shrink what goes wrong takes many minutes; it is shown as it was found
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -2,17 +2,27 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any, cast
 
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import Client, SessionView, v1
 from notecase_server.engine import session as live
+from notecase_server.models.openai import OpenAIProvider
 from notecase_server.rpc.watch import Pace
+from notecase_server.serve import now, open_store
+from notecase_server.store.contract import Commit, SessionKey, Store
 
 from tests.e2e.driving import durable, events_of, kinds, log_of, metadata_of, reason_of, said
-from tests.support.openai_server import OpenAIServer, chunk, reply, stream
-from tests.support.server import Running, running
+from tests.support.openai_server import OpenAIServer, chunk, reply, stream, tool_calls
+from tests.support.server import TENANT, Running, running
+
+
+@pytest.fixture
+async def store(store_url: str) -> Store:
+    """An open store, which the server that it is handed to closes."""
+    return await open_store(store_url, now)
 
 
 async def frames_of(
@@ -188,8 +198,6 @@ async def test_without_any_bell_everything_still_arrives(
 ) -> None:
     """Live delivery is a hint: what is durable reaches a watcher whose bells are all cut, only later."""
     monkeypatch.setattr(live.Bell, "ring", lambda self: None)
-    from notecase_server.models.openai import OpenAIProvider
-
     provider = OpenAIProvider("key", model.url, "stub-1")
     async with running(store_url, {"openai": provider}, pace=Pace(poll=0.02)) as served:
         await served.agents.CreateAgent(
@@ -201,6 +209,85 @@ async def test_without_any_bell_everything_still_arrives(
         assert durable(frames) == await log_of(served, "sessions/s")
         again = v1.InvokeRequest(start=v1.StartRun(session="sessions/s", messages=[said("?")]))
         assert (await served.runs.Invoke(again)).reply.parts[0].text == "Again."
+
+
+async def test_what_is_written_past_this_server_is_found_by_a_look_into_the_store(store: Store) -> None:
+    """Nothing in the process hears of it: neither a bell nor the session's live side."""
+    async with running(store, pace=Pace(poll=0.02)) as served:
+        made = await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case"))
+        key = SessionKey("default", "case", made.uid)
+        watch = served.runs.WatchEvents(
+            v1.WatchEventsRequest(name=made.name, after_sequence=0, options=v1.WatchOptions(keep_open=True))
+        )
+        assert (await frame_of(watch)).HasField("attached")
+        assert (await frame_of(watch)).batch.caught_up
+        note = v1.Event(message_added=v1.Message(name="m1", role=v1.Message.ROLE_USER, parts=[v1.Part(text="Psst.")]))
+        await store.commit(Commit(key=key, events=[note]))
+        (event,) = (await frame_of(watch)).batch.events
+        assert ("sessions/case/messages/m1", 1) == (event.message_added.name, event.sequence)
+        await store.delete_session(key)
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await watch.read()
+        assert "SESSION_NOT_FOUND" == reason_of(ended.value)
+
+
+class Asked:
+    """A store that says when somebody was told about a run."""
+
+    def __init__(self, store: Store) -> None:
+        self.told = asyncio.Event()
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    async def get_run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
+        found = await self._store.get_run(key, run)
+        self.told.set()
+        return found
+
+
+async def test_the_end_of_a_run_that_is_written_past_this_server_ends_a_wait(store: Store, model: OpenAIServer) -> None:
+    provider = OpenAIProvider("key", model.url, "stub-1")
+    model.script(tool_calls(("weigh", "{}")))
+    asked = Asked(store)
+    async with running(cast(Store, asked), {"openai": provider}, pace=Pace(poll=0.02)) as served:
+        await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="a", agent=v1.Agent(llm=v1.LlmAgent())))
+        session = v1.Session(name="sessions/case", agent="agents/a")
+        tool = v1.Tool(name="weigh", client=v1.ClientTool())
+        start = v1.StartRun(new_session=session, run_id="r1", messages=[said("Go")], client_tools=[tool])
+        waiting = (await served.runs.Invoke(v1.InvokeRequest(start=start))).run
+        assert v1.Run.STATE_WAITING == waiting.state
+        asked.told.clear()
+        wait = served.runs.WaitRun(v1.WaitRunRequest(name=waiting.name, after_sequence=waiting.last_sequence))
+        await asked.told.wait()
+        made = await served.sessions.GetSession(v1.GetSessionRequest(name="sessions/case"))
+        call = v1.ToolCall(call_id=waiting.pending_calls[0].call_id, outcome=v1.ToolCall.OUTCOME_CANCELLED)
+        ended = v1.RunStateChanged(state=v1.Run.STATE_CANCELLED)
+        events = [v1.Event(run="r1", tool_finished=call), v1.Event(run="r1", run_state_changed=ended)]
+        await store.commit(Commit(key=SessionKey("default", "case", made.uid), events=events))
+        assert v1.Run.STATE_CANCELLED == (await wait).state
+
+
+async def test_the_state_of_an_app_is_told_to_the_sessions_of_its_tenant_only(served: Running) -> None:
+    """Each tenant's sessions hear of a change of their own app's state first, whoever changed theirs before."""
+    watches = []
+    for tenant in ("default", "other"):
+        metadata = ((TENANT, tenant),)
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case"), metadata=metadata)
+        request = v1.WatchEventsRequest(name="sessions/case", options=v1.WatchOptions(keep_open=True))
+        watch = served.runs.WatchEvents(request, metadata=metadata)
+        assert (await frame_of(watch)).HasField("attached")
+        assert (await frame_of(watch)).batch.caught_up
+        watches.append(watch)
+    for tenant in ("default", "other"):
+        put = v1.PutStateRequest(name="app/state", key="whose", value=v1.Value(string_value=tenant))
+        await served.state.PutState(put, metadata=((TENANT, tenant),))
+    for tenant, watch in zip(("default", "other"), watches, strict=True):
+        (event, *more) = (await frame_of(watch)).batch.events
+        assert [tenant] == [op.set.string_value for op in event.state_changed.ops]
+        assert [] == more
+        watch.cancel()
 
 
 async def test_deleting_a_session_ends_its_streams_with_not_found(served: Running, session: str) -> None:

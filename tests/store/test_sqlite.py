@@ -175,6 +175,20 @@ async def test_what_was_acknowledged_survives_sigkill(path: Path) -> None:
         await store.close()
 
 
+def test_the_writer_waits_for_the_disk_and_overwrites_what_it_deletes(path: Path) -> None:
+    """A process that is killed loses nothing without that either; a machine that loses its power would."""
+    connections = sqlite_file.connect(path, 1)
+    try:
+        settings = ("journal_mode", "synchronous", "secure_delete")
+        found = [connections.writer.execute(f"PRAGMA {name}").fetchone()[0] for name in settings]
+        (reader,) = connections.readers
+        assert 1 == reader.execute("PRAGMA query_only").fetchone()[0]
+    finally:
+        connections.close()
+    full = 2
+    assert ["wal", full, 1] == found
+
+
 async def test_a_second_owner_in_this_process_is_refused(store: SqliteStore, path: Path, tmp_path: Path) -> None:
     assert f"{path} is in use" in await refusal(path)
     alias = tmp_path / "alias.db"

@@ -91,6 +91,8 @@ class Worker:
             if error.reason not in LOST:
                 raise
             self.lost = True
+            if error.reason == v1.ERROR_REASON_SESSION_NOT_FOUND:
+                self.log.live.deleted = True
             self.log.log.info("run_left", reason=errors.reason_name(error.reason))
         finally:
             if alarm is not None:
@@ -116,6 +118,8 @@ class Worker:
             why = errors.not_found("session", names.session(session))
         elif self.log.ended:
             why = errors.run_ended(names.run(session, self.log.run.name), self.log.run.state)
+        elif self.log.live.deleted:
+            why = errors.not_found("session", names.session(session))
         else:
             why = errors.draining() if self._draining else errors.worker_lost(session)
         self._halts.refuse_all(why)

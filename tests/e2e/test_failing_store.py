@@ -1,0 +1,105 @@
+"""A store that fails at the worst moment: what was promised holds afterwards."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from notecase import v1
+from notecase_server.models.openai import OpenAIProvider
+from notecase_server.serve import new_uid, now, open_store
+from notecase_server.store.contract import Commit, RunRecord, SessionKey, Store
+
+from tests.e2e.driving import log_of, said
+from tests.support.failing import Failing, Mode
+from tests.support.openai_server import OpenAIServer, reply
+from tests.support.server import Running, running
+
+
+@pytest.fixture
+async def store(store_url: str) -> Store:
+    """An open store, which the server that it is handed to closes."""
+    return await open_store(store_url, now)
+
+
+async def set_up(served: Running) -> None:
+    await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="a", agent=v1.Agent(llm=v1.LlmAgent())))
+    await served.sessions.CreateSession(
+        v1.CreateSessionRequest(session_id="case", session=v1.Session(agent="agents/a"))
+    )
+
+
+def replies(commit: Any) -> bool:
+    """Counts the commits that bring a reply."""
+    return any(event.message_added.role == v1.Message.ROLE_ASSISTANT for event in commit.events)
+
+
+async def test_a_reply_whose_commit_nobody_can_say_was_made_is_in_the_log_once(
+    store: Store, model: OpenAIServer
+) -> None:
+    """The answer of the commit is lost, and so is that of the question what became of it."""
+    model.script(reply("Once."))
+    silent = Failing(store, "find_commit", Mode.PASSING)
+    failing = Failing(silent.store, "commit", Mode.AFTER, counts=replies)
+    async with running(failing.store, {"openai": OpenAIProvider("key", model.url, "stub-1")}) as served:
+        await set_up(served)
+        start = v1.StartRun(session="sessions/case", run_id="r1", messages=[said("Go")])
+        ended = await served.runs.Invoke(v1.InvokeRequest(start=start))
+        assert failing.failed.is_set()
+        assert silent.failed.is_set()
+        assert (v1.Run.STATE_SUCCEEDED, "Once.") == (ended.run.state, ended.reply.parts[0].text)
+        log = await log_of(served, "sessions/case")
+        assert 1 == sum(event.message_added.role == v1.Message.ROLE_ASSISTANT for event in log)
+        assert 1 == sum(event.run_state_changed.state == v1.Run.STATE_SUCCEEDED for event in log)
+    assert 1 == len(model.requests)
+
+
+async def test_a_queued_start_that_is_refused_for_good_fails_and_the_next_has_its_turn(
+    store: Store, model: OpenAIServer
+) -> None:
+    def begins_r2(commit: Any) -> bool:
+        return any(event.run == "r2" and event.HasField("run_started") for event in commit.events)
+
+    go_on = asyncio.Event()
+    model.script(reply("First.").held(go_on), reply("Third."))
+    failing = Failing(store, "commit", Mode.FOR_GOOD, counts=begins_r2)
+    async with running(failing.store, {"openai": OpenAIProvider("key", model.url, "stub-1")}) as served:
+        await set_up(served)
+        for number in (1, 2, 3):
+            start = v1.StartRun(session="sessions/case", run_id=f"r{number}", messages=[said("Go")])
+            start.on_busy = v1.StartRun.ON_BUSY_QUEUE
+            start.state["n"].int_value = number
+            await served.runs.CreateRun(v1.CreateRunRequest(start=start))
+        go_on.set()
+        runs = [await served.runs.WaitRun(v1.WaitRunRequest(name=f"sessions/case/runs/r{n}")) for n in (1, 2, 3)]
+        assert [v1.Run.STATE_SUCCEEDED, v1.Run.STATE_FAILED, v1.Run.STATE_SUCCEEDED] == [run.state for run in runs]
+        assert v1.ERROR_REASON_PAYLOAD_TOO_LARGE == runs[1].error.reason
+        state = await served.state.GetState(v1.GetStateRequest(name="sessions/case/state"))
+        assert 3 == state.entries["n"].value.int_value
+
+
+@pytest.mark.parametrize(("deaths", "state"), [(1, v1.Run.STATE_SUCCEEDED), (2, v1.Run.STATE_FAILED)])
+async def test_a_run_that_its_process_dies_of_fails(
+    store: Store, model: OpenAIServer, deaths: int, state: v1.Run.State.ValueType
+) -> None:
+    """The process died so often before, and once more: it was not left in good order."""
+    go_on = asyncio.Event()
+    model.script(reply("At last.").held(go_on))
+    agent = await store.create_agent("default", "a", v1.Agent(llm=v1.LlmAgent()))
+    key = SessionKey("default", "case", new_uid())
+    begun = v1.Event(run="r1", run_started=v1.RunStarted(agent="agents/a"))
+    asked = v1.Event(
+        run="r1", message_added=v1.Message(name="m1", role=v1.Message.ROLE_USER, parts=[v1.Part(text="?")])
+    )
+    create = v1.Session(agent="agents/a")
+    record = RunRecord(b"digest", agent)
+    await store.commit(Commit(key=key, create=create, claim=True, events=[begun, asked], start=record, deaths=deaths))
+    async with running(store, {"openai": OpenAIProvider("key", model.url, "stub-1")}) as served:
+        if state == v1.Run.STATE_SUCCEEDED:
+            await model.request(0)
+            active = await store.active_run(key, "r1")
+            assert active is not None
+            assert deaths + 1 == active.deaths
+        go_on.set()
+        ended = await served.runs.WaitRun(v1.WaitRunRequest(name="sessions/case/runs/r1"))
+        assert state == ended.state
+        assert (state == v1.Run.STATE_SUCCEEDED) == bool(model.requests)
