@@ -5,7 +5,6 @@ log, and an error told by its reason.
 """
 
 import sys
-from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import grpc
@@ -37,14 +36,11 @@ def converse(channel: grpc.Channel) -> None:
 
     question = v1.Message(parts=[v1.Part(text="Where do we begin?")])
     start = v1.StartRun(session=session.name, messages=[question])
-    printed = Counter[str]()  # Characters, by message.
     # The commands end after the start; the reply comes nonetheless.
     for event in events(runs.Run(iter([v1.RunRequest(start=start)]))):
-        delta, message = event.block_delta, event.message_added
-        say(delta.text)
-        printed[delta.message] += len(delta.text)
-        if message.role == v1.Message.ROLE_ASSISTANT:  # Whole, and maybe ahead of its last deltas.
-            say("".join(part.text for part in message.parts)[printed[message.name] :])
+        say(event.block_delta.text)
+        if event.HasField("message_discarded"):  # The reply begins anew.
+            say("\n")
 
     # A stream that broke is taken up after the last sequence seen; after 0 comes the whole log.
     log = runs.WatchEvents(v1.WatchEventsRequest(name=session.name, after_sequence=0))

@@ -36,17 +36,10 @@ func main() {
 	run := must(runs.Run(ctx))
 	run.Send(&notecase.RunRequest{Command: &notecase.RunRequest_Start{Start: start}}) // What goes wrong, Recv tells.
 	run.CloseSend()                                                                   // No more commands.
-	printed := map[string]int{}                                                       // Bytes, by message.
 	each(run.Recv, func(event *notecase.Event) {
-		delta, message := event.GetBlockDelta(), event.GetMessageAdded()
-		fmt.Print(delta.GetText())
-		printed[delta.GetMessage()] += len(delta.GetText())
-		if message.GetRole() == notecase.Message_ROLE_ASSISTANT { // Whole, and maybe ahead of its last deltas.
-			text := ""
-			for _, part := range message.Parts {
-				text += part.GetText()
-			}
-			fmt.Print(text[printed[message.Name]:])
+		fmt.Print(event.GetBlockDelta().GetText())
+		if event.GetMessageDiscarded() != nil { // The reply begins anew.
+			fmt.Println()
 		}
 	})
 

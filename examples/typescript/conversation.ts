@@ -7,7 +7,7 @@ import { ConnectError, createClient } from "@connectrpc/connect";
 import { createGrpcTransport } from "@connectrpc/connect-node";
 import { ErrorInfoSchema } from "./gen/google/rpc/error_info_pb.js";
 import { AgentService } from "./gen/notecase/v1/agent_pb.js";
-import { Message_Role, type MessageSchema } from "./gen/notecase/v1/message_pb.js";
+import type { MessageSchema } from "./gen/notecase/v1/message_pb.js";
 import { type Event, type RunRequestSchema, type RunResponse, RunService } from "./gen/notecase/v1/run_pb.js";
 import { SessionService } from "./gen/notecase/v1/session_pb.js";
 
@@ -41,16 +41,11 @@ async function* events(stream: AsyncIterable<RunResponse>): AsyncGenerator<Event
   }
 }
 
-const printed = new Map<string, number>(); // Characters, by message.
 for await (const { payload } of events(runs.run(commands()))) {
   if (payload.case === "blockDelta" && payload.value.delta.case === "text") {
-    const { message, delta } = payload.value;
-    process.stdout.write(delta.value);
-    printed.set(message, (printed.get(message) ?? 0) + delta.value.length);
-  } else if (payload.case === "messageAdded" && payload.value.role === Message_Role.ASSISTANT) {
-    // Whole, and maybe ahead of its last deltas.
-    const text = payload.value.parts.map(({ kind }) => (kind.case === "text" ? kind.value : "")).join("");
-    process.stdout.write(text.slice(printed.get(payload.value.name) ?? 0));
+    process.stdout.write(payload.value.delta.value);
+  } else if (payload.case === "messageDiscarded") {
+    process.stdout.write("\n"); // The reply begins anew.
   }
 }
 

@@ -453,9 +453,13 @@ async def test_a_deleted_session_ends_its_streams(client: Client, session: str) 
 
 async def test_a_reply_begun_again_is_set_apart(client: Client, session: str, model: OpenAIServer) -> None:
     """A model call that broke off is repeated as another message, after a blank line."""
-    model.script(reply("Half of it", chunks=2).cut(2), reply("All of it"))
+    heard = asyncio.Event()
+    model.script(reply("Half of it", chunks=2).held(heard, 2).cut(3), reply("All of it"))
+    text = ""
     async with client.run(session, "Speak", options=EAGER) as run:
-        text = "".join([piece async for piece in run.text()])
+        async for piece in run.text():
+            text += piece
+            heard.set()
     assert text == "Half \n\nAll of it"
     assert text_of(run.result.reply) == "All of it"
 

@@ -59,6 +59,26 @@ def test_a_vector_holds(path: Path) -> None:
             assert parsed(step["view"], vector["after"]) == view, f"step {number}"
 
 
+@pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
+def test_what_a_client_prints_from_deltas_alone(path: Path) -> None:
+    """It drops what it printed of a discarded message, and of an unfinished one when it attaches."""
+    vector = json.loads(path.read_text())
+    printed: dict[str, dict[str, str]] = {}
+    whole: set[str] = set()
+    for step in vector["steps"]:
+        event = ParseDict(step.get("event", {}), v1.Event())
+        delta = event.block_delta
+        if "attached" in step:
+            printed = {message: blocks for message, blocks in printed.items() if message in whole}
+        elif event.HasField("block_delta") and step["gives"] == "new":
+            piece = delta.text or delta.json or delta.reasoning or delta.refusal or delta.arguments
+            blocks = printed.setdefault(delta.message, {})
+            blocks[str(delta.block)] = blocks.get(str(delta.block), "") + piece
+        printed.pop(event.message_discarded.message, None)
+        whole.add(event.message_added.name)
+    assert vector.get("printed", printed) == printed
+
+
 def test_the_vectors_show_every_kind_of_event() -> None:
     """So that whoever passes them has seen all there is."""
     steps = [step for path in VECTORS for step in json.loads(path.read_text())["steps"]]

@@ -77,8 +77,7 @@ class Printer:
         return [b"".join(blocks[index] for index in sorted(blocks)).decode() for blocks in self.printed.values()]
 
 
-async def taken(call: Any) -> v1.RunResponse:
-    """Reads the next frame of a stream that goes on."""
+async def frame_of(call: Any) -> v1.RunResponse:
     frame = await call.read()
     assert isinstance(frame, v1.RunResponse), "the stream goes on"
     return frame
@@ -122,7 +121,7 @@ async def test_a_watch_of_the_session_prints_every_reply_to_come(
     options = v1.WatchOptions(keep_open=True)
     watch = served.runs.WatchEvents(v1.WatchEventsRequest(name=session, after_sequence=0, options=options))
     printer = Printer()
-    printer.take(await taken(watch))
+    printer.take(await frame_of(watch))
     for _ in range(5):
         model.script(reply(EIGHT, chunks=8))
         start = v1.StartRun(session=session, messages=[said(f"/say {EIGHT}")])
@@ -130,7 +129,7 @@ async def test_a_watch_of_the_session_prints_every_reply_to_come(
     remembered = v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(text="As I said: "), v1.Part(json="[8]")])
     await served.messages.AppendMessages(v1.AppendMessagesRequest(parent=session, messages=[remembered]))
     while len(printer.whole) < 6:
-        printer.take(await taken(watch))
+        printer.take(await frame_of(watch))
     watch.cancel()
     assert printer.texts == [EIGHT] * 5 + ["As I said: [8]"]
 
@@ -278,14 +277,14 @@ async def test_long_replies_are_cut_into_batches_of_about_a_page(store_url: str)
         options = v1.WatchOptions(keep_open=True)
         watch = served.runs.WatchEvents(v1.WatchEventsRequest(name=CASE, after_sequence=0, options=options))
         printer = Printer()
-        printer.take(await taken(watch))
+        printer.take(await frame_of(watch))
         for _ in range(2):
             start = v1.StartRun(session=CASE, messages=[said("/big 900000")])
             await served.runs.Invoke(v1.InvokeRequest(start=start))
             said_before = v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(text=text)] * 4)
             await served.messages.AppendMessages(v1.AppendMessagesRequest(parent=CASE, messages=[said_before]))
         while len(printer.whole) < 4:
-            frame = await taken(watch)
+            frame = await frame_of(watch)
             assert frame.ByteSize() <= PAGE_BYTES + 100
             printer.take(frame)
         watch.cancel()
@@ -318,7 +317,7 @@ async def test_a_draft_is_not_sent_again_behind_its_message(
         view = SessionView(after)
         events: list[v1.Event] = []
         while True:
-            frame = await taken(watch)
+            frame = await frame_of(watch)
             if frame.HasField("attached"):
                 view = SessionView(after if after is not None else frame.attached.last_sequence)
                 view.attach(frame.attached)
@@ -337,7 +336,7 @@ async def test_a_draft_is_not_sent_again_behind_its_message(
     ended = await case.runs.WaitRun(v1.WaitRunRequest(name=f"{CASE}/runs/s"))
     for view, watch in views:
         while view.last_sequence != ended.last_sequence:
-            for event in (await taken(watch)).batch.events:
+            for event in (await frame_of(watch)).batch.events:
                 view.apply(event)
                 assert len(view.open) <= 1
         assert view.open == {}
@@ -353,7 +352,7 @@ async def test_a_stream_that_comes_after_a_discard_is_spared_it(case: Running, h
     held.say(Text("Half a"))
     printer, view = Printer(), SessionView(0)
     while not view.open:
-        frame = await taken(call)
+        frame = await frame_of(call)
         printer.take(frame)
         for event in frame.batch.events:
             view.apply(event)
@@ -383,7 +382,7 @@ async def test_two_drafts_are_open_in_one_session(case: Running) -> None:
     other; a stream that comes in between gets both from their beginning."""
     sessions = case.server._sessions
     key, row = await sessions.find("default", "case")
-    live = sessions.seen(key, row)
+    live = sessions.live(key)
     await case.runs.CreateRun(v1.CreateRunRequest(start=v1.StartRun(session=CASE, run_id="r", messages=[said("Go")])))
     started = live.head
     one, two = StepKey("r", "draft"), StepKey("r", "review")

@@ -15,6 +15,8 @@ from tests.store.build import (
     KEY,
     ManualClock,
     add,
+    answered,
+    asked,
     called,
     changed,
     create,
@@ -142,6 +144,22 @@ def test_a_foreign_and_a_newer_file_are_told_apart() -> None:
     assert read(made_of([], v1.ExportHeader())).session.last_sequence == 0
     by_hand = numbered(said("m1"), started("r1"), said("m2", run="r1"), ended("r1"), versioned(nested(16)))
     assert read(made_of(by_hand, v1.ExportHeader())).session.last_sequence == 5
+
+
+@pytest.mark.parametrize(("version", "kept"), [(1, []), (2, ["i1"])])
+async def test_an_answer_that_the_first_format_remembered_is_dropped(version: int, kept: list[str]) -> None:
+    """It named only a tool, and an answer holds for what a call is bound to."""
+    store = MemoryStore(ManualClock())
+    await create(store)
+    await start(store, "r1", called("m1", "r1", "c1"))
+    answer = answered("i1", "r1", remember=v1.InputResponse.REMEMBER_RUN)
+    await add(store, asked("i1", "c1", "r1"), answer, finished("c1", "r1"), ended("r1"))
+    body = b"notecase" + bytes([version]) + (await export(store))[9:-32]
+    restore = read(body + hashlib.sha256(body).digest())
+    assert [list(run.remembered) for run, _ in restore.runs] == [kept]
+    assert [
+        event.input_resolved.response.remember for event in restore.events() if event.HasField("input_resolved")
+    ] == [v1.InputResponse.REMEMBER_RUN]
 
 
 @pytest.mark.parametrize(

@@ -290,3 +290,48 @@ async def test_uploads_without_a_byte_are_removed_in_small_steps_too(
     monkeypatch.setattr(store, "_write", counted)
     await swept(store, clock)
     assert removed == [16, 16, 8, 16, 16, 8], "the uploads, then where their content was"
+
+
+async def uploaders(store: Store, sha256: str, tenant: str = "acme") -> set[str]:
+    """Who of some is recorded as having uploaded a blob."""
+    assert isinstance(store, TableStore)
+    asked = ("", "ada", "eve", "bob")
+    return await store._read(lambda tables: {who for who in asked if tables.uploaded(tenant, who, sha256)})
+
+
+async def test_each_who_uploads_a_blob_is_recorded_with_it(store: Store, clock: ManualClock) -> None:
+    """By whichever way; in its tenant, and for as long as the blob is there."""
+    data = b"a portrait"
+    sha256 = hashlib.sha256(data).hexdigest()
+    assert await store.touch_blob("acme", "bob", sha256) is None
+    assert await uploaders(store, sha256) == set()
+    await store.put_blob("acme", "ada", sha256, data)
+    assert await uploaders(store, sha256) == {"ada"}
+    await store.touch_blob("acme", "eve", sha256)
+    await store.touch_blob("acme", "eve", sha256)
+    assert await uploaders(store, sha256) == {"ada", "eve"}
+    await store.open_upload("acme", "u1", clock.now + 100)
+    await store.add_chunk("acme", "u1", 0, data)
+    assert await uploaders(store, sha256) == {"ada", "eve"}, "nothing was uploaded yet"
+    for _ in range(2):
+        await store.complete_upload("acme", "bob", "u1", len(data), sha256)
+    await store.put_blob("acme", "", sha256, data)
+    assert await uploaders(store, sha256) == {"ada", "eve", "bob", ""}
+    assert await uploaders(store, sha256, "globex") == set()
+    await store.get_blob("acme", sha256)
+    clock.now += 1
+    assert await store.sweep_blobs(clock.now, clock.now) == 1
+    assert await uploaders(store, sha256) == set()
+    await store.put_blob("acme", "eve", sha256, data)
+    assert await uploaders(store, sha256) == {"eve"}
+
+
+async def test_who_completes_an_upload_of_new_content_is_recorded(store: Store, clock: ManualClock) -> None:
+    sha256 = hashlib.sha256(b"new").hexdigest()
+    await store.open_upload("acme", "u1", clock.now + 100)
+    await store.add_chunk("acme", "u1", 0, b"new")
+    with refused("UPLOAD_OFFSET_MISMATCH"):
+        await store.complete_upload("acme", "ada", "u1", 2, sha256)
+    assert await uploaders(store, sha256) == set()
+    await store.complete_upload("acme", "ada", "u1", 3, sha256)
+    assert await uploaders(store, sha256) == {"ada"}

@@ -1,5 +1,6 @@
 """Every store: when sessions expire, what is erased with a user, and that nothing of it can be read any more."""
 
+import asyncio
 import hashlib
 from typing import Any
 
@@ -155,6 +156,16 @@ async def test_a_users_state_is_erased_when_no_session_is_left(store: Store) -> 
         await store.recall(_counted("erase"))
     assert v1.EraseUserResponse.FromString(replayed.value.response).sessions_deleted == 1
     assert await store.erase_state("acme", "users/nobody")
+
+
+async def test_of_two_erasures_with_one_id_one_is_done(store: Store) -> None:
+    await store.update_state(USER_STATE, [put("name", "x")])
+    done = await asyncio.gather(
+        *(store.erase_state("acme", "users/ada", _counted("erase")) for _ in range(2)), return_exceptions=True
+    )
+    assert [type(each) for each in done] == [bool, Replayed]
+    with refused("REQUEST_ID_REUSED"):
+        await store.erase_state("acme", "users/eve", once("erase", digest=b"other"))
 
 
 async def test_an_erased_users_state_refers_to_no_blob_any_more(store: Store, clock: ManualClock) -> None:

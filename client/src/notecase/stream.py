@@ -154,7 +154,7 @@ class RunStream:
         told: dict[tuple[str, int], int] = {}
         speaking = ""
         async for event in self:
-            for message, block, start, text in _texts(event):
+            for message, block, start, text in self._texts(event):
                 data = text.encode()
                 have = told.get((message, block), start)
                 told[message, block] = max(have, start + len(data))
@@ -308,21 +308,21 @@ class RunStream:
         self._close()
         await self._calls.close()
 
+    def _texts(self, event: v1.Event) -> Iterable[tuple[str, int, int, str]]:
+        """The agent's words in an event: message, part index, the byte of the part they start at, text. They come as
+        deltas, but for replies that were whole before the stream was attached."""
+        delta, message = event.block_delta, event.message_added
+        if piece := delta.text or delta.json:
+            yield delta.message, delta.block, delta.start, piece
+        elif message.role == v1.Message.ROLE_ASSISTANT and self._attached is not None:
+            for block, part in enumerate(message.parts if event.sequence <= self._attached.last_sequence else ()):
+                yield message.name, block, 0, part.text or part.json
+
     def _close(self) -> None:
         if self._call is not None:
             self._call.cancel()
         self._call = self._frames = None
         self._waiting.clear()
-
-
-def _texts(event: v1.Event) -> Iterable[tuple[str, int, int, str]]:
-    """The agent's words in an event: message, part index, the byte of the part they start at, text."""
-    delta, message = event.block_delta, event.message_added
-    if piece := delta.text or delta.json:
-        yield delta.message, delta.block, delta.start, piece
-    if message.role == v1.Message.ROLE_ASSISTANT:
-        for block, part in enumerate(message.parts):
-            yield message.name, block, 0, part.text or part.json
 
 
 def waits_for_others(run: v1.Run, tools: Iterable[str]) -> bool:

@@ -342,7 +342,9 @@ class Tool(_message.Message):
     TIMEOUT_FIELD_NUMBER: _builtins.int
     ON_INTERRUPT_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Letters, digits, "_" and "-", at most 64; unique in the agent. For `mcp` a prefix of the server's own names, or empty."""
+    """Letters, digits, "_" and "-", at most 64; unique in the agent. For `mcp` a prefix of the server's own names, or empty. Two
+    tools that yield one name are refused, or fail the run with TOOL_ERROR where only the server knows its names.
+    """
     description: _builtins.str
     """For the model. Empty: what the implementation says of itself."""
     parameters: _builtins.str
@@ -425,7 +427,10 @@ Global___ServerTool: _TypeAlias = ServerTool  # noqa: Y015
 
 @_typing.final
 class McpTool(_message.Message):
-    """All tools of an MCP server that the operator configured (ServerInfo.mcp_servers), or those named."""
+    """All tools of an MCP server that the operator configured (ServerInfo.mcp_servers), or those named, at most 128. In its names
+    "_" takes the place of what models do not take, and a name longer than 64 is shortened; where that would make two names
+    one, a digest keeps them apart.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -861,7 +861,7 @@ class Attached(_message.Message):
     SESSION_UID_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     last_sequence: _builtins.int
-    """The head of the log at that moment."""
+    """The head of the log at that moment; for a run that this stream started, the end of the commit that started it."""
     existing: _builtins.bool
     """The run existed before this stream's `start`."""
     session_uid: _builtins.str
@@ -1412,7 +1412,9 @@ Global___RunStateChanged: _TypeAlias = RunStateChanged  # noqa: Y015
 
 @_typing.final
 class MessageDiscarded(_message.Message):
-    """The model call is repeated under another message: forget the open blocks of this one."""
+    """Nothing of this message is kept: forget its open blocks. Where the model is asked again, that is under another message.
+    Sent to streams that were sent a part of it.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1494,9 +1496,12 @@ Global___StateChanged: _TypeAlias = StateChanged  # noqa: Y015
 
 @_typing.final
 class BlockDelta(_message.Message):
-    """A slice of one part of a message being made. `start` 0 replaces what the watcher has of the block; `start` equal to the
-    last `end` appends; anything else is a gap: attach again. Slices fall between code points. `message_added` may come before
-    a message's last slices, or instead of all of them: what follows the last `end` is in it.
+    """A slice of one part of a message being made. On a stream without `durable_only`, each assistant's `message_added` with a
+    sequence above `Attached.last_sequence` comes after deltas that make each of its text, reasoning, json, refusal and
+    argument parts, whole. So a client that prints deltas, and drops what it printed of a message at its
+    `message_discarded` and of every unfinished one at `Attached` (on paper: begins a new line), is right.
+    `start` 0 begins a block, once in a stream; otherwise it is the last `end`: anything else is a gap, attach again. Slices
+    fall between code points. All deltas of a block in one stream are of one kind.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1524,7 +1529,9 @@ class BlockDelta(_message.Message):
     """Of the call in call_id."""
     refusal: _builtins.str
     json: _builtins.str
-    """Of an agent with an output_schema. Where calls of tools follow it, the finished message has it as text."""
+    """Of an agent with an output_schema. Where calls of tools follow it, the finished message has the same bytes as text,
+    and a stream that was sent none of it before gets them as text.
+    """
     call_id: _builtins.str
     tool: _builtins.str
     end: _builtins.int

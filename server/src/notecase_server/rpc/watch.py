@@ -198,11 +198,11 @@ class Cursor:
 
     def _add_passing(self, batch: _Batch) -> bool:
         """Adds notices, discarded messages and what is new in the drafts; False when the batch is full."""
-        for notice in self._live.notices(self._noticed):
+        notices = self._live.notices(self._noticed)
+        for number, notice in enumerate(notices, self._live.noticed - len(notices) + 1):
             if not batch.add(self._rendered(notice)):
                 return False
-            self._noticed += 1
-        self._noticed = self._live.noticed
+            self._noticed = number
         for name in self._discarded():
             discarded = v1.MessageDiscarded(message=name)
             if not batch.add(self._rendered(v1.Event(run=self._sent[name].run, message_discarded=discarded))):

@@ -465,7 +465,8 @@ class Store(Protocol):
         ...
 
     async def release_run(self, key: SessionKey, run: str) -> None:
-        """Takes note that the process that was at work on a run lets go of it in good order, before its end."""
+        """Takes note that the process that was at work on a run lets go of it in good order, before its end. Of a run
+        that has ended, or is gone with its session: nothing."""
         ...
 
     # State.

@@ -391,8 +391,10 @@ class _MemoryTables:
                         yield _active(SessionKey(tenant, session.name, uid), session, run)
 
     def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
-        row = self._existing(key).runs[run]
-        row.deaths, row.released = row.deaths if deaths is None else deaths, released
+        session = self._session(key)
+        row = session.runs.get(run) if session else None
+        if row is not None and row.agent is not None:
+            row.deaths, row.released = row.deaths if deaths is None else deaths, released
 
     def delete_state(self, scope: Scope) -> None:
         tenant = self._tenants[scope.tenant]

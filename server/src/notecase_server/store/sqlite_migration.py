@@ -1,7 +1,7 @@
 """A file of the first schema becomes one of the second, inside a transaction that somebody else begins and ends.
 
 The tables whose rows change are set aside, made anew and filled row by row; the others, content among them, stay where
-they are. So a file needs room for its rows a second time, and memory for a few of them.
+they are. So the disk needs room for several times the rows, and memory holds a few of them.
 """
 
 import re

@@ -124,6 +124,10 @@ def _made(tables: Tables, key: SessionKey, row: SessionRow, made: CommitRow) -> 
             message = tables.message(key, holder)
             if message is not None:
                 done.messages[holder] = message
+        if event.HasField("rewound"):
+            after = Query(_ALL, (event.rewound.to_sequence,))
+            later = (each.row for each in tables.messages(key, after, False, None, True))
+            done.messages.update({row.name: row for row in later if _superseded_by(event, row)})
         found = tables.run(key, event.run) if event.run else None
         if found is not None:
             done.runs[event.run] = found[0]
@@ -131,10 +135,15 @@ def _made(tables: Tables, key: SessionKey, row: SessionRow, made: CommitRow) -> 
             change = event.state_changed
             scope = fold.state_scope(key, row.session.user, change.state)
             state = done.state.setdefault(scope, v1.State())
-            state.version = change.version
+            state.version = tables.version(scope)
             names = [op.key for op in change.ops]
             fold.show_entries(state, _entries(tables, scope, set(names)), names)
     return done
+
+
+def _superseded_by(event: v1.Event, message: v1.Message) -> bool:
+    """Nothing changes a superseded message any more."""
+    return message.status == v1.Message.STATUS_SUPERSEDED and message.update_sequence == event.sequence
 
 
 def recall(tables: Tables, once: Once | None) -> None:
@@ -398,6 +407,7 @@ def expire_session(tables: Tables, now: int, key: SessionKey) -> bool:
 
 def erase_state(tables: Tables, now: int, tenant: str, user: str, once: Once | None) -> bool:
     """Store.erase_state."""
+    recall(tables, once)
     if take(tables.sessions(tenant, Query(1, where=Compare("user", "=", user))), 1).rows:
         return False
     _remember(tables, once, None, now)

@@ -179,7 +179,7 @@ class Tables(Protocol):
     def idle_runs(self) -> list[ActiveRun]: ...
 
     def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
-        """Sets what is known of a run that has not ended; None leaves the deaths as they are."""
+        """Sets what is known of a run that has not ended; None leaves the deaths as they are. Else nothing."""
         ...
 
     def delete_state(self, scope: Scope) -> None:

@@ -7,9 +7,7 @@ import io.grpc.protobuf.StatusProto;
 import io.grpc.stub.BlockingClientCall;
 import java.io.PrintStream;
 import java.nio.charset.StandardCharsets;
-import java.util.HashMap;
 import java.util.function.Consumer;
-import java.util.stream.Collectors;
 
 /**
  * One conversation with notecase from Java: an agent, a session, a streamed reply, the log, and an error told by its reason.
@@ -40,16 +38,9 @@ public final class Conversation {
     var run = runs.run();
     run.write(RunRequest.newBuilder().setStart(start).build());
     run.halfClose(); // No more commands; the reply comes nonetheless.
-    var printed = new HashMap<String, Integer>(); // Characters, by message.
     each(run, event -> {
-      var delta = event.getBlockDelta();
-      out.print(delta.getText());
-      printed.merge(delta.getMessage(), delta.getText().length(), Integer::sum);
-      var message = event.getMessageAdded();
-      if (message.getRole() == Message.Role.ROLE_ASSISTANT) { // Whole, and maybe ahead of its last deltas.
-        var text = message.getPartsList().stream().map(Part::getText).collect(Collectors.joining());
-        out.print(text.substring(printed.getOrDefault(message.getName(), 0)));
-      }
+      out.print(event.getBlockDelta().getText());
+      if (event.hasMessageDiscarded()) out.println(); // The reply begins anew.
     });
 
     // A stream that broke is taken up after the last sequence seen; after 0 comes the whole log.
