@@ -292,9 +292,6 @@ async def test_an_import_has_a_uid_of_its_own(served: Running) -> None:
     assert [uid for uid in uids if uid.encode() in file] == []
 
 
-# ---- commits whose answer is lost
-
-
 async def lossy(store_url: str, method: str, counts: Callable[..., bool] = lambda *_, **__: True) -> Failing:
     """A store that makes the first such write and loses its answer."""
     return Failing(await open_store(store_url, ManualClock()), method, Mode.AFTER, counts=counts)
@@ -421,12 +418,13 @@ async def test_a_write_whose_answer_was_lost_is_made_once(store_url: str, lost: 
     made = []
     for fails in (False, True):
         url = store_url + (".failing" if fails and store_url != "memory:" else "")
-        failing = Failing(await open_store(url, ManualClock()), method, Mode.AFTER, nth=10**9)
+        armed = asyncio.Event()
+        failing = await lossy(url, method, lambda *_, armed=armed, **__: armed.is_set())
         async with running(failing.store, clock=ManualClock()) as served:
             await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=v1.Agent(llm=v1.LlmAgent())))
             await create(served)
             if fails:
-                failing._failures = range(failing.calls + 1, failing.calls + 2)
+                armed.set()
             answer = await write(served, request_id)
             assert failing.failed.is_set() == fails
             agents = await served.agents.ListAgentRevisions(v1.ListAgentRevisionsRequest(name="agents/clerk"))
