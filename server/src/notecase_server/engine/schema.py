@@ -135,7 +135,7 @@ class _Worker:
         """The answer, for which it may work so long. None when it died of the question; NotecaseError RATE_LIMITED when
         it got no turn to answer. It is then at its end, either way."""
         encoded = msgspec.json.encode({**question, "seconds": seconds})
-        exchange = asyncio.ensure_future(self._in_thread(lambda: self._exchange(encoded)))
+        exchange = self._in_thread(lambda: self._exchange(encoded))
         line, late = b"", False
         try:
             done, _ = await asyncio.wait([exchange], timeout=START_SECONDS)
