@@ -9,16 +9,19 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
+from google.rpc import error_details_pb2
 from notecase import v1
 from notecase_server import errors
 from notecase_server.engine import upkeep
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Text
+from notecase_server.rpc.watch import Pace
 from notecase_server.serve import now, open_store
 from notecase_server.store.contract import Commit
 from notecase_server.store.fold import ENDED
 
-from tests.e2e.driving import reason_of, said
+from tests.e2e.driving import detail_of, log_of, reason_of, said
+from tests.store.build import ManualClock
 from tests.support.failing import Failing, Fault, Mode
 from tests.support.server import Running, running
 
@@ -362,3 +365,138 @@ async def test_one_damaged_session_of_a_hundred_keeps_nobody_from_going_on(tmp_p
         assert reason_of(refused.value) == "STORE_UNAVAILABLE"
         await served.info.GetServerInfo(v1.GetServerInfoRequest())
         assert not served.server.broken.is_set()
+
+
+# Places.
+
+
+async def test_no_more_runs_are_at_work_than_there_are_places_however_they_came_to_it(tmp_path: Path) -> None:
+    """Runs that were taken over, starts that were queued, and runs that have waited for their caller."""
+    url = f"sqlite:{tmp_path / 'n.db'}"
+    before = Model()
+    held, waiting = ["h1", "h2", "h3", "h4"], ["w1", "w2", "w3"]
+    async with running(url, {"model": before}, grace=0.1) as served:
+        await prepared(served, *held, *waiting)
+        for name in held:
+            await start(served, "hold", "one", name)
+            await start(served, "hi", "two", name, on_busy=QUEUE)
+        for name in waiting:
+            await start(served, "look", "one", name)
+            await rests(served, "one", name)
+        for _ in (*held, *waiting):
+            await before.arrived.acquire()
+    after = Model()
+    async with running(url, {"model": after}, max_runs=2) as served:
+        for _ in range(2):
+            await after.arrived.acquire()
+        for name in waiting:
+            call = (await rests(served, "one", name)).pending_calls[0]
+            command = v1.RunRequest(tool_result=v1.ToolResult(call_id=call.call_id))
+            await served.runs.SendCommand(v1.SendCommandRequest(session=f"sessions/{name}", command=command))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await start(served, "hi", "new", "w1", on_busy=v1.StartRun.ON_BUSY_REJECT)
+        assert reason_of(refused.value) in {"RUN_ACTIVE", "RATE_LIMITED"}
+        after.let.set()
+        runs = [*((name, "one") for name in held + waiting), *((name, "two") for name in held)]
+        for name, run in runs:
+            assert SUCCEEDED == (await ended(served, run, name)).state
+    assert 2 == after.most
+
+
+async def test_a_start_beyond_the_places_is_refused_and_nothing_of_it_is_kept() -> None:
+    model = Model()
+    async with running("memory:", {"model": model}, max_runs=1) as served:
+        await prepared(served, "s", "t")
+        await start(served, "hold", "one")
+        new = v1.StartRun(new_session=v1.Session(name="sessions/u", agent="agents/a"), messages=[said("hi")])
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await served.runs.CreateRun(v1.CreateRunRequest(start=new))
+        assert reason_of(refused.value) == "RATE_LIMITED"
+        assert detail_of(refused.value, error_details_pb2.RetryInfo).retry_delay.ToMilliseconds() > 0
+        listed = await served.sessions.ListSessions(v1.ListSessionsRequest())
+        assert {"sessions/s", "sessions/t"} == {session.name for session in listed.sessions}
+        replaced = await start(served, "hi", "two", on_busy=v1.StartRun.ON_BUSY_INTERRUPT)
+        assert SUCCEEDED == (await ended(served, "two")).state, replaced
+        assert CANCELLED == (await ended(served, "one")).state
+
+
+async def test_a_start_in_place_of_a_run_that_waits_is_refused_before_anything_is_sealed() -> None:
+    model = Model()
+    async with running("memory:", {"model": model}, max_runs=1) as served:
+        await prepared(served, "s", "t")
+        await start(served, "look", "one")
+        waits = await rests(served, "one")
+        await start(served, "hold", "one", "t")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await start(served, "hi", "two", on_busy=v1.StartRun.ON_BUSY_INTERRUPT)
+        assert reason_of(refused.value) == "RATE_LIMITED"
+        assert waits == await rests(served, "one")
+
+
+async def test_waiting_for_a_place_is_no_time_at_work() -> None:
+    """Neither for running_duration nor for Limits.timeout, by a clock that moves only meanwhile."""
+    time, model = ManualClock(), Model()
+    async with running("memory:", {"model": model}, max_runs=1, clock=time) as served:
+        await prepared(served, "s", "t")
+        await start(served, "look", "one", limits=v1.Limits(timeout=Duration(seconds=30)))
+        waits = await rests(served, "one")
+        await start(served, "hold", "one", "t")
+        command = v1.RunRequest(tool_result=v1.ToolResult(call_id=waits.pending_calls[0].call_id))
+        await served.runs.SendCommand(v1.SendCommandRequest(session="sessions/s", command=command))
+        assert RUNNING == (await served.runs.GetRun(v1.GetRunRequest(name="sessions/s/runs/one"))).state
+        time.now += 3_600_000_000
+        model.let.set()
+        one = await ended(served, "one")
+        assert SUCCEEDED == one.state
+        assert one.running_duration.ToMicroseconds() < 1_000_000
+        told = [event.run_state_changed.place_wait.ToSeconds() for event in await log_of(served, "sessions/s")]
+        assert 3600 == max(told)
+
+
+async def test_a_halt_of_a_run_that_waits_for_its_place_is_carried_out_at_once() -> None:
+    model = Model()
+    async with running("memory:", {"model": model}, max_runs=1) as served:
+        await prepared(served, "s", "t")
+        await start(served, "look", "one")
+        waits = await rests(served, "one")
+        await start(served, "hold", "one", "t")
+        command = v1.RunRequest(tool_result=v1.ToolResult(call_id=waits.pending_calls[0].call_id))
+        await served.runs.SendCommand(v1.SendCommandRequest(session="sessions/s", command=command))
+        run = await served.runs.CancelRun(v1.CancelRunRequest(name="sessions/s/runs/one"))
+        assert CANCELLED == run.state
+        model.let.set()
+        assert SUCCEEDED == (await ended(served, "one", "t")).state
+        assert SUCCEEDED == (await ended_after(served, "two", "s")).state, "its turn was given up"
+
+
+async def test_places_come_back_from_sessions_that_are_deleted() -> None:
+    """At any moment of their runs: the place of each is free afterwards."""
+    model = Model()
+    async with running("memory:", {"model": model}, max_runs=2) as served:
+        for number in range(12):
+            await prepared_session(served, f"d{number}") if number else await prepared(served, "d0")
+            await start(served, "hold", "one", f"d{number}")
+            if number % 3:
+                await model.arrived.acquire()
+            await served.sessions.DeleteSession(v1.DeleteSessionRequest(name=f"sessions/d{number}"))
+        await prepared_session(served, "s")
+        assert SUCCEEDED == (await ended_after(served, "one", "s")).state
+
+
+async def prepared_session(served: Running, session: str) -> None:
+    request = v1.CreateSessionRequest(session_id=session, session=v1.Session(agent="agents/a"))
+    await served.sessions.CreateSession(request)
+
+
+async def test_who_waits_for_a_run_hears_of_the_deletion_of_its_session_at_once() -> None:
+    model = Model()
+    async with running("memory:", {"model": model}, pace=Pace(poll=3600.0)) as served:
+        await prepared(served)
+        await start(served, "hold", "one")
+        await model.arrived.acquire()
+        waiting = asyncio.ensure_future(served.runs.WaitRun(v1.WaitRunRequest(name="sessions/s/runs/one")))
+        await served.runs.GetRun(v1.GetRunRequest(name="sessions/s/runs/one"))
+        await served.sessions.DeleteSession(v1.DeleteSessionRequest(name="sessions/s"))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await asyncio.wait_for(waiting, SECONDS)
+        assert reason_of(refused.value) in {"SESSION_NOT_FOUND", "RUN_NOT_FOUND"}
