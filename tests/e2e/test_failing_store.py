@@ -9,7 +9,7 @@ from notecase_server.models.openai import OpenAIProvider
 from notecase_server.serve import new_uid, now, open_store
 from notecase_server.store.contract import Commit, RunRecord, SessionKey, Store
 
-from tests.e2e.driving import log_of, said
+from tests.e2e.driving import said
 from tests.support.failing import Failing, Mode
 from tests.support.openai_server import Answer, OpenAIServer, reply, tool_calls
 from tests.support.server import Running, running
@@ -53,7 +53,8 @@ async def test_a_reply_whose_commit_nobody_can_say_was_made_is_in_the_log_once(
         assert failing.failed.is_set()
         assert silent.failed.is_set()
         assert (state, False) == (run.state, run.HasField("error"))
-        log = await log_of(served, "sessions/case")
+        session = await served.sessions.GetSession(v1.GetSessionRequest(name="sessions/case"))
+        log = await store.read_events(SessionKey("default", "case", session.uid), 0)
         assert 1 == sum(event.message_added.role == v1.Message.ROLE_ASSISTANT for event in log)
         assert 1 == sum(event.run_state_changed.state == state for event in log)
         assert (state == v1.Run.STATE_WAITING) == (1 == sum(event.HasField("tool_started") for event in log))
