@@ -9,9 +9,9 @@ from notecase_server.models.openai import OpenAIProvider
 from notecase_server.serve import new_uid, now, open_store
 from notecase_server.store.contract import Commit, RunRecord, SessionKey, Store
 
-from tests.e2e.driving import log_of, said
+from tests.e2e.driving import said
 from tests.support.failing import Failing, Mode
-from tests.support.openai_server import OpenAIServer, reply
+from tests.support.openai_server import Answer, OpenAIServer, reply, tool_calls
 from tests.support.server import Running, running
 
 
@@ -33,23 +33,31 @@ def replies(commit: Any) -> bool:
     return any(event.message_added.role == v1.Message.ROLE_ASSISTANT for event in commit.events)
 
 
+@pytest.mark.parametrize(
+    ("answer", "state"),
+    [(reply("Once."), v1.Run.STATE_SUCCEEDED), (tool_calls(("weigh", "{}")), v1.Run.STATE_WAITING)],
+    ids=["the end", "a call"],
+)
 async def test_a_reply_whose_commit_nobody_can_say_was_made_is_in_the_log_once(
-    store: Store, model: OpenAIServer
+    store: Store, model: OpenAIServer, answer: Answer, state: v1.Run.State.ValueType
 ) -> None:
     """The answer of the commit is lost, and so is that of the question what became of it."""
-    model.script(reply("Once."))
+    model.script(answer)
     silent = Failing(store, "find_commit", Mode.PASSING)
     failing = Failing(silent.store, "commit", Mode.AFTER, counts=replies)
     async with running(failing.store, {"openai": OpenAIProvider("key", model.url, "stub-1")}) as served:
         await set_up(served)
         start = v1.StartRun(session="sessions/case", run_id="r1", messages=[said("Go")])
-        ended = await served.runs.Invoke(v1.InvokeRequest(start=start))
+        start.client_tools.add(name="weigh").client.SetInParent()
+        run = (await served.runs.Invoke(v1.InvokeRequest(start=start))).run
         assert failing.failed.is_set()
         assert silent.failed.is_set()
-        assert (v1.Run.STATE_SUCCEEDED, "Once.") == (ended.run.state, ended.reply.parts[0].text)
-        log = await log_of(served, "sessions/case")
+        assert (state, False) == (run.state, run.HasField("error"))
+        session = await served.sessions.GetSession(v1.GetSessionRequest(name="sessions/case"))
+        log = await store.read_events(SessionKey("default", "case", session.uid), 0)
         assert 1 == sum(event.message_added.role == v1.Message.ROLE_ASSISTANT for event in log)
-        assert 1 == sum(event.run_state_changed.state == v1.Run.STATE_SUCCEEDED for event in log)
+        assert 1 == sum(event.run_state_changed.state == state for event in log)
+        assert (state == v1.Run.STATE_WAITING) == (1 == sum(event.HasField("tool_started") for event in log))
     assert 1 == len(model.requests)
 
 
