@@ -291,5 +291,5 @@ async def test_a_defect_ends_neither_the_sweeper_nor_the_server(clock: ManualClo
         with capture_logs() as told:
             clock.now += SECOND
             await gone(stream)
-        assert [event["event"] for event in told].count("sweep_crashed") == 1
+        assert [event["event"] for event in told].count("service_restarted") == 1
     assert broken == []
