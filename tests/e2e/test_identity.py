@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from notecase import v1
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.serve import open_store
-from notecase_server.store.contract import Commit
+from notecase_server.store.contract import CommandId, Commit, SessionKey
 
 from tests.e2e.driving import events_of, fields_of, log_of, reason_of, said
 from tests.e2e.test_transfer import export, load
@@ -277,6 +277,25 @@ async def test_of_two_made_at_once_during_a_deletion_one_is_there(served: Runnin
         listed = await served.sessions.ListSessions(v1.ListSessionsRequest())
         assert [session.uid for session in listed.sessions if session.name == CASE] == [there.uid]
         await served.sessions.DeleteSession(v1.DeleteSessionRequest(name=CASE))
+
+
+async def test_a_start_that_makes_a_session_never_takes_a_uid_over(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the one that had the name is deleted between the look at it and the commit."""
+    old = await create(served)
+    store = served.server._store
+    recall = store.recall_command
+
+    async def deleted_meanwhile(key: SessionKey, command: CommandId | None) -> None:
+        if key.uid == old.uid:
+            await served.server._sessions.delete(key)
+        await recall(key, command)
+
+    monkeypatch.setattr(store, "recall_command", deleted_meanwhile)
+    new = await start_new(served)
+    assert UUID4.fullmatch(new.uid)
+    assert new.uid != old.uid
 
 
 async def test_an_import_has_a_uid_of_its_own(served: Running) -> None:
