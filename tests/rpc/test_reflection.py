@@ -305,7 +305,7 @@ async def test_health_keeps_its_own_protocol(served: Running) -> None:
     listed = await channel.unary_unary("/grpc.health.v1.Health/List")(b"")
     statuses = health_pb2.HealthListResponse.FromString(listed).statuses  # type: ignore[attr-defined]  # as in ops.py
     ours = [name for name in SERVICES if name.startswith("notecase.")]
-    assert dict.fromkeys(["", *ours], health_pb2.HealthCheckResponse.SERVING) == {
+    assert dict.fromkeys(["", "liveness", *ours], health_pb2.HealthCheckResponse.SERVING) == {
         name: held.status for name, held in statuses.items()
     }
 

@@ -20,6 +20,7 @@ from notecase_server.engine.halt import Halted, Halts
 from notecase_server.engine.ledger import Bound
 from notecase_server.engine.results import READ_RESULT, Results
 from notecase_server.engine.run_log import RunLog, taken
+from notecase_server.engine.schema import value_of
 from notecase_server.engine.tokens import Gauge
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Finish, ModelRequest, Provider, Used
@@ -74,6 +75,14 @@ class Reply(NamedTuple):
     """What its calls can be bound to."""
     read: Mapping[str, Outcome]
     """What the engine itself answers, by call: see Results.read."""
+
+    def note(self, agent: v1.Agent) -> v1.Value | None:
+        """Returns a reply that ends a turn as it is put under the agent's output_key: its text, or what its JSON
+        says."""
+        if agent.llm.output_schema:
+            return next((value_of(part.json) for part in self.message.parts if part.HasField("json")), None)
+        text = "".join(part.text for part in self.message.parts)
+        return v1.Value(string_value=text) if text else None
 
 
 class ModelTurn:

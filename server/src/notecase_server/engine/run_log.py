@@ -68,13 +68,16 @@ class RunLog:
         """The sequence of the summary in effect."""
         self.spent: v1.Usage | None = None
         """What the last call of a model took, as far as its provider told and no commit has counted."""
-        self.step = StepKey(active.run.name)
         self.log = log.bind(session=live.key.session, run=active.run.name)
         self._know(session, ())
 
     @property
     def ended(self) -> bool:
         return self.run.state in ENDED
+
+    @property
+    def step(self) -> StepKey:
+        return StepKey(self.run.name)
 
     @property
     def draft(self) -> Draft | None:

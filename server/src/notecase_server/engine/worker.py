@@ -19,7 +19,6 @@ from notecase_server.engine.ledger import Bound
 from notecase_server.engine.model_turn import Budget, ModelTurn, Reply
 from notecase_server.engine.rewind import Rewind, back
 from notecase_server.engine.run_log import LOST, RUNNING, RunLog, taken
-from notecase_server.engine.schema import value_of
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import Committed, Duplicate, Replayed
 from notecase_server.supervisor import is_own_end
@@ -118,8 +117,6 @@ class Worker:
             why = errors.not_found("session", names.session(session))
         elif self.log.ended:
             why = errors.run_ended(names.run(session, self.log.run.name), self.log.run.state)
-        elif self.log.live.deleted:
-            why = errors.not_found("session", names.session(session))
         else:
             why = errors.draining() if self._draining else errors.worker_lost(session)
         self._halts.refuse_all(why)
@@ -244,7 +241,7 @@ class Worker:
                 call.binding.CopyFrom(reply.bound[call.tool].binding)
         message.status = v1.Message.STATUS_IN_PROGRESS if calls else v1.Message.STATUS_COMPLETED
         events = [v1.Event(message_added=message), v1.Event(usage=reply.finish.usage)]
-        if self.log.agent.output_key and not calls and (note := self._note(message)):
+        if self.log.agent.output_key and not calls and (note := reply.note(self.log.agent)):
             put = v1.StateOp(key=self.log.agent.output_key, set=note)
             events.append(v1.Event(state_changed=v1.StateChanged(ops=[put])))
         limit = run.limits.max_tool_calls
@@ -273,14 +270,6 @@ class Worker:
             made = [event for event in made if not event.HasField("input_requested")]
             made += [ledger.cancelled(call, "The run is to end.") for call in asked]
         return made
-
-    def _note(self, message: v1.Message) -> v1.Value | None:
-        """Returns a reply that ends a turn as it is put under the agent's output_key: its text, or what its JSON
-        says."""
-        if self.log.agent.llm.output_schema:
-            return next((value_of(part.json) for part in message.parts if part.HasField("json")), None)
-        text = "".join(part.text for part in message.parts)
-        return v1.Value(string_value=text) if text else None
 
     async def _tend(self) -> None:
         """Runs the calls that are the server's, and commits each outcome as it comes."""
