@@ -11,7 +11,6 @@ from pathlib import Path
 
 import structlog
 import uuid_utils
-import uvloop
 
 from notecase_server import __version__
 from notecase_server.config import Settings
@@ -256,6 +255,8 @@ class Server:
 def run(settings: Settings, ready: Callable[[int], None] = lambda port: None) -> None:
     """Serves until SIGTERM or SIGINT. Code of tools that will not stop does not keep the process from ending: what
     matters is on record by then. Raises what `serve` raises."""
+    import uvloop  # noqa: PLC0415  # what else is here needs no loop of its own: a backup is made without one
+
     failed = True
     runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
     try:
