@@ -135,13 +135,6 @@ async def cancel_after(served: Running, model: Model) -> Mapping[str, int]:
     return {"one": CANCELLED}
 
 
-async def denial_by_queue(served: Running, model: Model) -> Mapping[str, int]:
-    """What was said to a run that then waits for an approval only, takes the approval's place."""
-    await start(served, "hold ask", "one")
-    await model.arrived.acquire()
-    return {"one": SUCCEEDED}
-
-
 Putting = Callable[[Running, Model], Awaitable[Mapping[str, int]]]
 
 FAULTS = [
@@ -227,7 +220,7 @@ async def test_a_queued_start_that_breaks_the_server_fails_and_the_next_has_its_
 
 
 async def test_a_poisoned_queue_that_a_start_of_the_server_finds_is_repaired(tmp_path: Path) -> None:
-    """What the session's blobs may be together was lowered meanwhile, so that the queued start can never begin."""
+    """Its own commit is refused for good from then on, so that the queued start can never begin."""
     url = f"sqlite:{tmp_path / 'n.db'}"
     before = Model()
     async with running(url, {"model": before}, grace=0.1) as served:
