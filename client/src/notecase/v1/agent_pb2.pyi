@@ -360,7 +360,9 @@ class Tool(_message.Message):
     def mcp(self) -> Global___McpTool: ...
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
-        """From the dispatch of a call to its outcome; when it passes the call fails. Unset: none."""
+        """From the dispatch of a call to its outcome; when it passes the call fails. The time in which the tool waits for the answer
+        to a question of its own does not count. Unset: none.
+        """
 
     def __init__(
         self,

@@ -43,7 +43,7 @@ class Run(_message.Message):
         """Behind another run of its session, or for a place in the server."""
         STATE_RUNNING: Run._State.ValueType  # 2
         STATE_WAITING: Run._State.ValueType  # 3
-        """For a tool's result, an approval or an answer; it holds no worker and survives restarts."""
+        """For a tool's result, an approval or an answer; it takes none of the places of runs at work, and survives restarts."""
         STATE_SUCCEEDED: Run._State.ValueType  # 4
         STATE_FAILED: Run._State.ValueType  # 5
         STATE_CANCELLED: Run._State.ValueType  # 6
@@ -56,7 +56,7 @@ class Run(_message.Message):
     """Behind another run of its session, or for a place in the server."""
     STATE_RUNNING: Run.State.ValueType  # 2
     STATE_WAITING: Run.State.ValueType  # 3
-    """For a tool's result, an approval or an answer; it holds no worker and survives restarts."""
+    """For a tool's result, an approval or an answer; it takes none of the places of runs at work, and survives restarts."""
     STATE_SUCCEEDED: Run.State.ValueType  # 4
     STATE_FAILED: Run.State.ValueType  # 5
     STATE_CANCELLED: Run.State.ValueType  # 6
@@ -541,7 +541,9 @@ class Limits(_message.Message):
 
     @_builtins.property
     def input_timeout(self) -> _duration_pb2.Duration:
-        """How long an approval, a question or a call at the caller may stay open: then it is denied, or fails. Unset: for ever."""
+        """How long an approval, a question or a call at the caller may stay open: then it is denied, or fails; a tool's question is
+        answered with DECISION_CANCEL. Unset: for ever.
+        """
 
     def __init__(
         self,
@@ -562,7 +564,9 @@ Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
 class UserInput(_message.Message):
-    """What a user says to a run under way. A waiting run's open approvals and questions are denied by it."""
+    """What a user says to a run under way. A waiting run's open approvals and questions are denied by it; a tool that asked goes
+    on, and the messages are taken up behind its result.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -660,6 +664,8 @@ class InputResponse(_message.Message):
         """Do not; of an interrupted call: it failed. `reason` is shown to the model."""
         DECISION_ANSWER: InputResponse._Decision.ValueType  # 3
         """Of a question: `answer` is the answer; of an interrupted call: its result."""
+        DECISION_CANCEL: InputResponse._Decision.ValueType  # 4
+        """Of a tool's question: it was dismissed, and nothing was chosen."""
 
     class Decision(_Decision, metaclass=_DecisionEnumTypeWrapper): ...
     DECISION_UNSPECIFIED: InputResponse.Decision.ValueType  # 0
@@ -669,6 +675,8 @@ class InputResponse(_message.Message):
     """Do not; of an interrupted call: it failed. `reason` is shown to the model."""
     DECISION_ANSWER: InputResponse.Decision.ValueType  # 3
     """Of a question: `answer` is the answer; of an interrupted call: its result."""
+    DECISION_CANCEL: InputResponse.Decision.ValueType  # 4
+    """Of a tool's question: it was dismissed, and nothing was chosen."""
 
     class _Remember:
         ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -702,6 +710,9 @@ class InputResponse(_message.Message):
     edited_arguments: _builtins.str
     """With DECISION_APPROVE: JSON text instead of the model's arguments."""
     answer: _builtins.str
+    """With DECISION_ANSWER: text, or JSON text where the question has a `schema`; INVALID_FIELD when it does not fit that, and
+    the question stays open.
+    """
     reason: _builtins.str
     remember: Global___InputResponse.Remember.ValueType
     def __init__(
@@ -1257,7 +1268,10 @@ class InputRequest(_message.Message):
         KIND_APPROVAL: InputRequest._Kind.ValueType  # 1
         """May `call` run? Approve, approve with edited arguments, or deny."""
         KIND_QUESTION: InputRequest._Kind.ValueType  # 2
-        """`prompt` is the question."""
+        """`prompt` is the question. When `call` is OUTCOME_RUNNING, it is its tool that asks: the answer is given to the tool, which
+        goes on. The tool waits in the server's process. When that is lost, the question is withdrawn, and the call is treated
+        as its tool's `on_interrupt` has it.
+        """
         KIND_INTERRUPTED_CALL: InputRequest._Kind.ValueType  # 3
         """`call` had started in a process that was lost. Approve: run it again; deny: it failed; answer: this is its result."""
 
@@ -1266,7 +1280,10 @@ class InputRequest(_message.Message):
     KIND_APPROVAL: InputRequest.Kind.ValueType  # 1
     """May `call` run? Approve, approve with edited arguments, or deny."""
     KIND_QUESTION: InputRequest.Kind.ValueType  # 2
-    """`prompt` is the question."""
+    """`prompt` is the question. When `call` is OUTCOME_RUNNING, it is its tool that asks: the answer is given to the tool, which
+    goes on. The tool waits in the server's process. When that is lost, the question is withdrawn, and the call is treated
+    as its tool's `on_interrupt` has it.
+    """
     KIND_INTERRUPTED_CALL: InputRequest.Kind.ValueType  # 3
     """`call` had started in a process that was lost. Approve: run it again; deny: it failed; answer: this is its result."""
 
@@ -1275,14 +1292,17 @@ class InputRequest(_message.Message):
     PROMPT_FIELD_NUMBER: _builtins.int
     CALL_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    SCHEMA_FIELD_NUMBER: _builtins.int
     input_id: _builtins.str
     kind: Global___InputRequest.Kind.ValueType
     prompt: _builtins.str
+    schema: _builtins.str
+    """Of a tool's question: JSON Schema (draft 2020-12) of the answer, an object. Empty: any text."""
     @_builtins.property
     def call(self) -> _content_pb2.ToolCall: ...
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When it denies itself."""
+        """When it denies itself; a tool's question: is answered with DECISION_CANCEL."""
 
     def __init__(
         self,
@@ -1292,10 +1312,11 @@ class InputRequest(_message.Message):
         prompt: _builtins.str = ...,
         call: _content_pb2.ToolCall | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
+        schema: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "expire_time", b"expire_time", "input_id", b"input_id", "kind", b"kind", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "expire_time", b"expire_time", "input_id", b"input_id", "kind", b"kind", "prompt", b"prompt", "schema", b"schema"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1308,7 +1329,7 @@ class InputResolved(_message.Message):
     RESPONSE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def response(self) -> Global___InputResponse:
-        """Without a decision: it was withdrawn, because its run stopped."""
+        """Without a decision: it was withdrawn, because its run or its call stopped."""
 
     def __init__(
         self,
