@@ -75,9 +75,20 @@ class Commands:
         )
         return await self.send(name, v1.RunRequest(input_response=response))
 
-    async def answer(self, name: str, input_id: str, answer: str) -> int:
-        """Answers a question; of a call that was interrupted, this is its result. Errors as in `approve`."""
-        response = v1.InputResponse(input_id=input_id, decision=v1.InputResponse.DECISION_ANSWER, answer=answer)
+    async def answer(self, name: str, input_id: str, answer: str | Mapping[str, Any]) -> int:
+        """Answers a question, where it has a `schema` with JSON text or with what becomes it; of a call that was
+        interrupted, this is its result.
+
+        Raises NotecaseError INVALID_FIELD for an answer that does not fit the schema; the question then stays open.
+        Other errors as in `approve`."""
+        text = answer if isinstance(answer, str) else dump(dict(answer))
+        response = v1.InputResponse(input_id=input_id, decision=v1.InputResponse.DECISION_ANSWER, answer=text)
+        return await self.send(name, v1.RunRequest(input_response=response))
+
+    async def dismiss(self, name: str, input_id: str, reason: str = "") -> int:
+        """Closes a tool's question without a choice; `deny` declines it. Errors as in `approve`, and INVALID_FIELD for
+        what is no tool's question."""
+        response = v1.InputResponse(input_id=input_id, decision=v1.InputResponse.DECISION_CANCEL, reason=reason)
         return await self.send(name, v1.RunRequest(input_response=response))
 
     async def give_result(self, name: str, call_id: str, result: Any = None, *, error: str = "") -> int:

@@ -38,7 +38,7 @@ class RunStream:
     for example, is cancelled here. Iterating raises what kept an answer from being sent.
 
     A run that waits for a person keeps the stream open: `input_requested` tells what for, and `approve`, `deny`,
-    `answer` or `say` let it go on, from here or from anywhere.
+    `answer`, `dismiss` or `say` let it go on, from here or from anywhere.
 
     Leaving, cancelling the task, or losing the process closes the stream, cancels its calls, and nothing else: the run
     goes on, and `attach` finds it and the calls that wait. After a cancelled `anext` (a timeout, for example) iteration
@@ -192,9 +192,13 @@ class RunStream:
         """Does not let a call run; see `Commands.deny`."""
         return await self._commands.deny(self._target, input_id, reason, remember=remember)
 
-    async def answer(self, input_id: str, answer: str) -> int:
+    async def answer(self, input_id: str, answer: str | Mapping[str, Any]) -> int:
         """Answers a question; see `Commands.answer`."""
         return await self._commands.answer(self._target, input_id, answer)
+
+    async def dismiss(self, input_id: str, reason: str = "") -> int:
+        """Closes a tool's question without a choice; see `Commands.dismiss`."""
+        return await self._commands.dismiss(self._target, input_id, reason)
 
     async def cancel(self, reason: str = "", *, after_turn: bool = False, call_id: str = "") -> int:
         """Stops the run, or one of its calls; see `Commands.cancel`."""
