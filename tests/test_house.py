@@ -67,17 +67,18 @@ ROOMS: dict[str, Room] = {
     "models.offline": Room({"errors", "models.contract", "models.answers"}, "A provider knows no other."),
     "tools": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
     "tools.contract": Room({"client"}, "A promise knows none of those who keep it; values are plain ones to a tool."),
+    "tools.clock": Room(set(), "Time stands still in the same way for whoever waits."),
     "tools.naming": Room(set(), "What a tool may be called is the same wherever it is declared."),
     "tools.outcome": Room({"tools.contract"}, "A result's bounds are the same whoever made it."),
     "tools.functions": Room({"tools.contract", "tools.outcome"}, "Functions know nothing of remote tools."),
     "tools.mcp": Room(
-        {"errors", "supervisor", "tools.contract", "tools.naming", "tools.outcome"},
+        {"errors", "supervisor", "tools.clock", "tools.contract", "tools.naming", "tools.outcome"},
         "Remote tools know nothing of functions.",
     ),
     "tools.toolbox": Room({"errors", "tools.contract", "tools.functions", "tools.mcp"}, "It composes the two."),
     "engine": Room(
         {"errors", "names", "store.bindings", "store.contract", "store.earlier", "store.fold", "models.contract"}
-        | {"supervisor", "tools.contract", "tools.naming"},
+        | {"supervisor", "tools.clock", "tools.contract", "tools.naming"},
         "Runs are the same whatever stores, answers or carries them.",
     ),
     "rpc": Room(

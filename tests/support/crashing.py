@@ -22,6 +22,7 @@ from notecase_server import serve
 from notecase_server.config import Settings, configure_logging, openai_from_environment
 from notecase_server.store.contract import Clock, Commit, Committed, Store
 from notecase_server.tools.functions import CallContext, tool
+from notecase_server.tools.mcp_settings import read_mcp_servers
 
 from tests.support.server import Spawned
 
@@ -178,6 +179,7 @@ def main() -> None:
     parser.add_argument("--before", type=int, help="the commit that is never made")
     parser.add_argument("--after", type=int, help="the commit that nobody is told of")
     parser.add_argument("--grace", type=float, default=5.0)
+    parser.add_argument("--mcp-config", type=Path)
     options = parser.parse_args()
 
     configure_logging("console", "info")
@@ -187,7 +189,12 @@ def main() -> None:
         return _Mortal(await open_store(url, clock), options.before, options.after)
 
     settings = Settings(
-        listen="127.0.0.1:0", store=options.store, openai=openai_from_environment(), tools=(TOOLS,), grace=options.grace
+        listen="127.0.0.1:0",
+        store=options.store,
+        openai=openai_from_environment(),
+        tools=(TOOLS,),
+        mcp_servers=read_mcp_servers(options.mcp_config) if options.mcp_config else {},
+        grace=options.grace,
     )
 
     def ready(port: int) -> None:

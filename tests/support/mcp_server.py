@@ -2,7 +2,7 @@
 
 `python -m tests.support.mcp_server stdio` speaks on its pipes. `… http` serves streamable HTTP on the loopback
 interface and prints its URL; with `--sessions` it knows only the protocol's earlier versions, in which a server keeps
-sessions and forgets them when it ends.
+sessions and forgets them when it ends; with `--sessionless` only the newest.
 """
 
 import argparse
@@ -13,12 +13,13 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import uvicorn
-from mcp.server.mcpserver import Context, MCPServer
+from mcp.server.mcpserver import Context, Elicit, MCPServer, Resolve
 from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import (
+    UNSUPPORTED_PROTOCOL_VERSION,
     AudioContent,
     BlobResourceContents,
     CallToolResult,
@@ -29,7 +30,8 @@ from mcp.types import (
     TextResourceContents,
     Tool,
 )
-from starlette.responses import PlainTextResponse
+from pydantic import BaseModel
+from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
@@ -150,6 +152,77 @@ def broken_image() -> CallToolResult:
     return CallToolResult(content=[ImageContent(data="!!", mime_type="image/png")])
 
 
+class Coat(BaseModel):
+    colour: Literal["red", "blue"]
+
+
+class Oil(BaseModel):
+    colour: str
+
+
+@plain
+async def paint(context: Context, what: str = "fence") -> str:
+    """Asks its user in which colour, and tells what came of it."""
+    got = await context.elicit(f"Which colour for the {what}?", schema=Coat)
+    return f"accept {got.data.colour}" if got.action == "accept" else got.action
+
+
+async def tone() -> Elicit[Oil]:
+    return Elicit("Which tone?", Oil)
+
+
+@plain
+async def varnish(oil: Annotated[Oil, Resolve(tone)]) -> str:
+    """Asks as every version of the protocol can."""
+    return f"{oil.colour} varnish"
+
+
+@plain
+async def pay(context: Context) -> str:
+    """Sends its user somewhere."""
+    return (await context.elicit_url("Please pay.", "https://example.org/pay", "payment-1")).action
+
+
+@plain
+async def deliver(context: Context) -> str:
+    """Asks for more than a form can hold."""
+    form = {"type": "object", "properties": {"address": {"type": "object"}}}
+    answer: str = (await context.session.elicit_form("Where to?", form, context.request_id)).action
+    return answer
+
+
+@plain
+async def prime_and_paint(context: Context) -> str:
+    """Asks two things at once."""
+    asked = (context.elicit(f"Which colour for the {what}?", schema=Coat) for what in ("primer", "top"))
+    return " ".join(got.action for got in await asyncio.gather(*asked))
+
+
+@plain
+async def doubt(context: Context, witness: str) -> str:
+    """Asks, and does not want to know any more once a unix socket is closed."""
+    reader, writer = await asyncio.open_unix_connection(witness)
+    asking = asyncio.create_task(context.elicit("Which colour?", schema=Coat))
+    await reader.read()
+    asking.cancel()
+    await asyncio.wait([asking])
+    writer.close()
+    return "never mind"
+
+
+@plain
+async def ask_and_tell(context: Context, witness: str) -> str:
+    """Asks, and tells a unix socket when it is cancelled."""
+    _, writer = await asyncio.open_unix_connection(witness)
+    try:
+        return (await context.elicit("Which colour?", schema=Coat)).action
+    except asyncio.CancelledError:
+        writer.write(b"cancelled\n")
+        raise
+    finally:
+        writer.close()
+
+
 @plain
 async def grow(name: str, context: Context) -> str:
     """Gives the server one more tool, and says so."""
@@ -173,11 +246,28 @@ class OnlySessions:
             await self._app(scope, receive, send)
 
 
+class NoSessions:
+    """Knows the protocol's newest version only."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        versions = [value for name, value in scope.get("headers", []) if name == b"mcp-protocol-version"]
+        if scope["type"] == "http" and not any(version > b"2025-12-31" for version in versions):
+            supported = {"supported": ["2026-07-28"]}
+            told = {"code": UNSUPPORTED_PROTOCOL_VERSION, "message": "no handshake", "data": supported}
+            await JSONResponse({"jsonrpc": "2.0", "id": 1, "error": told}, 400)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("transport", choices=["stdio", "http"])
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--sessions", action="store_true")
+    parser.add_argument("--sessionless", action="store_true")
     options = parser.parse_args()
     if options.transport == "stdio":
         pipes.append(os.dup(1))
@@ -187,7 +277,9 @@ def main() -> None:
     sys.stdout.write(f"http://127.0.0.1:{listening.getsockname()[1]}/mcp\n")
     sys.stdout.flush()
     app: Any = server.streamable_http_app()
-    config = uvicorn.Config(OnlySessions(app) if options.sessions else app, log_level="critical")
+    if options.sessions or options.sessionless:
+        app = OnlySessions(app) if options.sessions else NoSessions(app)
+    config = uvicorn.Config(app, log_level="critical")
     uvicorn.Server(config).run(sockets=[listening])
 
 

@@ -1,15 +1,21 @@
 """What the engine is to a tool: a context for its call, and a place where what it does outside is seen."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 from notecase import to_value, v1
 from notecase_server.tools.contract import CallContext
 
+Pose = Callable[[str, str], Awaitable[v1.InputResponse]]
 
-def context(state: Mapping[str, v1.Value] | None = None) -> CallContext:
+
+async def nobody(question: str, schema: str) -> v1.InputResponse:
+    raise AssertionError(f"nobody is there to be asked {question!r}")
+
+
+def context(state: Mapping[str, v1.Value] | None = None, pose: Pose | None = None) -> CallContext:
     held = state or {}
 
     async def get_state(*keys: str) -> Mapping[str, v1.Value]:
@@ -17,12 +23,14 @@ def context(state: Mapping[str, v1.Value] | None = None) -> CallContext:
 
     return CallContext(
         session="sessions/s",
+        session_uid="00000000-0000-4000-8000-000000000000",
         user="users/u",
         run="sessions/s/runs/r",
         call_id="call-1",
         idempotency_key="s/call-1",
         attempt=2,
         get_state=get_state,
+        pose=pose or nobody,
     )
 
 

@@ -5,69 +5,33 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import uuid
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
 from notecase import v1
-from notecase_server.errors import NotecaseError
+from notecase_server.errors import NotecaseError, tool_error
+from notecase_server.tools.clock import Clock
 from notecase_server.tools.contract import Function, Outcome, Toolbox
 from notecase_server.tools.mcp_settings import McpServerSettings
 from notecase_server.tools.outcome import MAX_ERROR, MAX_MEDIA, MAX_RESULT
 from notecase_server.tools.toolbox import make_toolbox
 
+from tests.support.mcp_process import TRANSPORTS, Http, over, stdio
 from tests.support.mcp_server import PIXEL
-from tests.tools.calls import Witness, context
-
-ROOT = Path(__file__).parent.parent.parent
-MODULE = ("-m", "tests.support.mcp_server")
-
-
-def stdio(**more: object) -> McpServerSettings:
-    given = {"command": sys.executable, "args": (*MODULE, "stdio"), "cwd": str(ROOT), **more}
-    return McpServerSettings(**given)  # type: ignore[arg-type]
-
-
-class Http:
-    """The server over HTTP, as a process that can be killed and started again at the same address."""
-
-    def __init__(self, *options: str) -> None:
-        self._options = options
-        self._port = "0"
-        self.start()
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, *MODULE, "http", "--port", self._port, *self._options],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._process.stdout is not None
-        self.url = self._process.stdout.readline().strip()
-        self._port = self.url.rpartition(":")[2].partition("/")[0]
-
-    def kill(self) -> None:
-        self._process.kill()
-        self._process.communicate()
+from tests.tools.calls import Pose, Witness, context, nobody
 
 
 @pytest.fixture(scope="module")
 def http() -> Iterator[Http]:
     """Shared by all tests that leave it alive."""
     served = Http()
-    yield served
-    served.kill()
-
-
-@pytest.fixture(scope="module")
-def http_sessions() -> Iterator[Http]:
-    served = Http("--sessions")
     yield served
     served.kill()
 
@@ -94,14 +58,15 @@ async def run(box: Toolbox, function: Function, /, **arguments: object) -> Outco
     return await box.call(function.implementation, arguments, context())
 
 
-@pytest.fixture(params=["stdio", "http", "http_sessions"])
-async def box(request: pytest.FixtureRequest) -> AsyncIterator[Toolbox]:
+async def ask(box: Toolbox, name: str, pose: Pose, /, **arguments: object) -> Outcome:
+    """Calls a tool that asks `pose`."""
+    return await box.call((await resolved(box, name))[name].implementation, arguments, context(pose=pose))
+
+
+@pytest.fixture(params=TRANSPORTS)
+async def box(request: pytest.FixtureRequest, http: Http) -> AsyncIterator[Toolbox]:
     """The same server behind each transport."""
-    if request.param == "stdio":
-        settings = stdio()
-    else:
-        settings = McpServerSettings(url=request.getfixturevalue(request.param).url)
-    async with tools(settings) as made:
+    async with tools(over(request.param, http)) as made:
         yield made
 
 
@@ -256,15 +221,19 @@ async def test_a_process_that_ends_between_calls_is_started_again_unnoticed(fact
         assert "mcp_connected" == await facts.get()
 
 
-async def test_a_url_that_dies_in_mid_call_is_an_error_and_serves_again_once_it_is_back(witness: Witness) -> None:
+@pytest.mark.parametrize(("transport", "then"), [("http", "was lost"), ("http 2026-07-28", "cannot be reached")])
+async def test_a_url_that_dies_in_mid_call_is_an_error_and_serves_again_once_it_is_back(
+    witness: Witness, transport: str, then: str
+) -> None:
+    """With sessions, what is asked next finds out that the server is gone."""
     served = Http()
-    async with tools(McpServerSettings(url=served.url)) as box:
+    async with tools(over(transport, served)) as box:
         echo, wait = (await resolved(box, "echo", "wait")).values()
         waiting = asyncio.ensure_future(run(box, wait, witness=witness.path))
         assert (await witness.heard()).startswith("started ")
         served.kill()
         assert "may have taken effect, or not" in (await waiting).error
-        assert "cannot be reached" in (await run(box, echo, text="nobody is there")).error
+        assert then in (await run(box, echo, text="nobody is there")).error
         served.start()
         assert Outcome([v1.Part(text="back")]) == await run(box, echo, text="back")
     served.kill()
@@ -331,6 +300,147 @@ async def test_what_a_process_prints_beside_its_messages_reaches_no_log(
         await call(box, "babble")
     assert [] == caplog.records
     assert "to standard error" not in capfd.readouterr().err
+
+
+ANSWERS = {
+    "accept red": v1.InputResponse(decision=v1.InputResponse.DECISION_ANSWER, answer='{"colour": "red"}'),
+    "decline": v1.InputResponse(decision=v1.InputResponse.DECISION_DENY, reason="none"),
+    "cancel": v1.InputResponse(decision=v1.InputResponse.DECISION_CANCEL),
+}
+
+
+@pytest.mark.parametrize("told", [*ANSWERS, "withdrawn"])
+async def test_a_question_of_a_tool_has_a_flat_form_and_three_answers(http: Http, told: str) -> None:
+    posed: list[tuple[str, dict[str, Any]]] = []
+
+    async def pose(question: str, schema: str) -> v1.InputResponse:
+        posed.append((question, json.loads(schema)))
+        return ANSWERS.get(told, v1.InputResponse())
+
+    async with tools(over("http", http)) as box:
+        outcome = await ask(box, "paint", pose, what="fence")
+    assert Outcome([v1.Part(text="cancel" if told == "withdrawn" else told)]) == outcome
+    ((question, schema),) = posed
+    assert "Which colour for the fence?" == question
+    assert ("object", False, ["colour"]) == (schema["type"], schema["additionalProperties"], schema["required"])
+    assert ["red", "blue"] == schema["properties"]["colour"]["enum"]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_tool_that_returns_its_question_is_called_again_with_the_answer(http: Http, transport: str) -> None:
+    """Written so, it asks whatever the version of the protocol."""
+
+    async def pose(question: str, schema: str) -> v1.InputResponse:
+        return ANSWERS["accept red"]
+
+    async with tools(over(transport, http)) as box:
+        assert Outcome([v1.Part(text="red varnish")]) == await ask(box, "varnish", pose)
+
+
+async def test_a_tool_that_sends_its_question_cannot_where_the_settings_ask_for_the_next_protocol(http: Http) -> None:
+    async with tools(over("http 2026-07-28", http)) as box:
+        assert "elicitation/create" in (await ask(box, "paint", nobody)).error
+
+
+async def test_a_server_without_a_handshake_is_spoken_to_in_the_next_protocol() -> None:
+    served = Http("--sessionless")
+    async with tools(over("http", served)) as box:
+        assert Outcome([v1.Part(text="here")]) == await call(box, "echo", text="here")
+    served.kill()
+
+
+async def test_a_question_that_leads_to_a_url_is_declined_and_one_with_a_deep_form_refused(http: Http) -> None:
+    async with tools(over("http", http)) as box:
+        assert Outcome([v1.Part(text="decline")]) == await ask(box, "pay", nobody)
+        assert "'address'" in (await ask(box, "deliver", nobody)).error
+        assert Outcome([v1.Part(text="still here")]) == await call(box, "echo", text="still here")
+
+
+async def test_a_question_that_cannot_be_asked_is_an_error_for_its_tool(http: Http) -> None:
+    async def pose(question: str, schema: str) -> v1.InputResponse:
+        raise tool_error("A call may ask 32 questions.")
+
+    async with tools(over("http", http)) as box:
+        assert "A call may ask 32 questions." in (await ask(box, "paint", pose)).error
+
+
+@pytest.mark.parametrize("transport", ["http", "stdio"])
+async def test_the_time_for_a_call_stands_still_while_its_tool_asks(
+    http: Http, transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clocks: list[Clock] = []
+
+    class Seen(Clock):
+        def __init__(self, seconds: float | None) -> None:
+            super().__init__(seconds)
+            clocks.append(self)
+
+    async def pose(question: str, schema: str) -> v1.InputResponse:
+        assert [None] == [clock.until for clock in clocks]
+        return ANSWERS["cancel"]
+
+    monkeypatch.setattr("notecase_server.tools.mcp.Clock", Seen)
+    async with tools(over(transport, http)) as box:
+        assert Outcome([v1.Part(text="cancel")]) == await ask(box, "paint", pose)
+
+
+@pytest.mark.parametrize("transport", ["http", "stdio"])
+async def test_each_of_several_calls_asks_its_own_user(http: Http, transport: str) -> None:
+    """Both are under way before either asks, and the answers come in the other order."""
+    asked: dict[str, str] = {}
+    both = asyncio.Barrier(2)
+
+    def user(name: str) -> Pose:
+        async def pose(question: str, schema: str) -> v1.InputResponse:
+            asked[name] = question
+            await both.wait()
+            return v1.InputResponse(decision=v1.InputResponse.DECISION_ANSWER, answer=f'{{"colour": "{name}"}}')
+
+        return pose
+
+    async with tools(over(transport, http)) as box:
+        paint = (await resolved(box, "paint"))["paint"].implementation
+        of = {name: replace(context(pose=user(name)), session_uid=name, call_id=name) for name in ("red", "blue")}
+        outcomes = await asyncio.gather(*(box.call(paint, {"what": name}, where) for name, where in of.items()))
+    assert {"red": "Which colour for the red?", "blue": "Which colour for the blue?"} == asked
+    assert ["accept red", "accept blue"] == [outcome.parts[0].text for outcome in outcomes]
+
+
+async def test_over_pipes_that_tell_nothing_only_the_calls_of_one_run_may_ask(witness: Witness) -> None:
+    """A server that does not hand on the trace of a request. A question of one user is never shown to another."""
+
+    async def pose(question: str, schema: str) -> v1.InputResponse:
+        return ANSWERS["accept red"]
+
+    async with tools(stdio(env={"OTEL_PROPAGATORS": "none"})) as box:
+        wait = (await resolved(box, "wait"))["wait"].implementation
+        waiting = asyncio.create_task(box.call(wait, {"witness": witness.path}, context(pose=pose)))
+        assert (await witness.heard()).startswith("started ")
+        assert Outcome([v1.Part(text="accept red")]) == await ask(box, "paint", pose)
+        paint = (await resolved(box, "paint"))["paint"].implementation
+        other = replace(context(pose=nobody), session_uid="another")
+        refused = await box.call(paint, {}, other)
+        assert "nothing says which of them asks" in refused.error
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        assert "cancelled" == await witness.heard()
+        assert Outcome([v1.Part(text="accept red")]) == await box.call(paint, {}, replace(other, pose=pose))
+
+
+async def test_a_question_that_was_taken_for_another_calls_is_asked_anew_when_that_has_ended(witness: Witness) -> None:
+    async def pose(question: str, schema: str) -> v1.InputResponse:
+        return ANSWERS["accept red"]
+
+    async def ended(question: str, schema: str) -> v1.InputResponse:
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        return v1.InputResponse()
+
+    async with tools(stdio(env={"OTEL_PROPAGATORS": "none"})) as box:
+        wait = (await resolved(box, "wait"))["wait"].implementation
+        waiting = asyncio.create_task(box.call(wait, {"witness": witness.path}, context(pose=ended)))
+        assert (await witness.heard()).startswith("started ")
+        assert Outcome([v1.Part(text="accept red")]) == await ask(box, "paint", pose)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from notecase_server.engine.opening import INTERRUPT, ROLLBACK, is_answer, openi
 from notecase_server.engine.rewind import Back, rewound
 from notecase_server.engine.rewind import back as way_back
 from notecase_server.engine.roster import QUEUED, Caused, Roster
+from notecase_server.engine.run_log import WAITING
 from notecase_server.engine.services import Services
 from notecase_server.engine.session import LiveSession
 from notecase_server.engine.sessions import Sessions
@@ -258,7 +259,8 @@ class Admission:
                 to_sequence = back.events[0].rewound.to_sequence
             if not start.messages:
                 await self._require_question(key, to_sequence)
-            if self._roster.at_work(key, active) is None:
+            waits = worker.log.run.state == WAITING and not worker.placed
+            if waits or self._roster.at_work(key, active) is None:
                 self._services.places.take()
                 worker.placed = True
             events = opening(start, session.user, agent, run_id, caused.cause_id, self._new_id)

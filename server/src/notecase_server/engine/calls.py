@@ -9,11 +9,13 @@ from notecase import v1
 
 from notecase_server import names
 from notecase_server.engine import ledger
+from notecase_server.engine.questions import Questions
 from notecase_server.engine.run_log import LOST, RunLog
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import PAGE_BYTES
 from notecase_server.store.fold import ops_fit
 from notecase_server.supervisor import Tasks
+from notecase_server.tools.clock import Clock
 from notecase_server.tools.contract import CallContext, Outcome
 
 Result = tuple[Outcome, Sequence[v1.StateOp]]
@@ -22,8 +24,11 @@ Result = tuple[Outcome, Sequence[v1.StateOp]]
 class Calls:
     """Holds the calls at work for one worker, which alone waits for them."""
 
-    def __init__(self, run_log: RunLog) -> None:
+    def __init__(self, run_log: RunLog, stirred: asyncio.Event) -> None:
+        """`stirred` is set when a call asks something."""
         self._log = run_log
+        self._stirred = stirred
+        self._questions = Questions(run_log, stirred)
         self._tasks: dict[str, asyncio.Task[Result]] = {}
         self._owned = Tasks("calls")
 
@@ -31,14 +36,16 @@ class Calls:
         return bool(self._tasks)
 
     def begin(self) -> None:
-        """Starts every call that the server runs and that is not at work yet."""
+        """Starts every call that the server runs and that is not at work yet, and gives those that asked their
+        answers."""
+        self._questions.hand_out()
         for call in self._log.started:
             if call.call_id not in self._tasks:
                 self._tasks[call.call_id] = self._owned.start(self._execute(call), f"call {call.call_id}")
 
-    async def wait(self, stirred: asyncio.Event) -> None:
+    async def wait(self) -> None:
         """Returns when a call has ended, or when the event is set."""
-        watch = self._owned.start(stirred.wait(), "stirred")
+        watch = self._owned.start(self._stirred.wait(), "stirred")
         try:
             await asyncio.wait([watch, *self._tasks.values()], return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -49,6 +56,7 @@ class Calls:
         task = self._tasks.pop(call_id, None)
         if task is not None:
             task.cancel()
+        self._questions.close(call_id)
 
     def stop_all(self) -> None:
         for call_id in list(self._tasks):
@@ -58,6 +66,11 @@ class Calls:
         """Stops all calls and waits until their tools have let go."""
         self.stop_all()
         await self._owned.close()
+
+    async def keep(self) -> None:
+        """Commits the results that are there, and what calls ask."""
+        await self.keep_finished()
+        await self._questions.keep()
 
     async def keep_finished(self) -> None:
         """Commits the results that are there."""
@@ -77,14 +90,17 @@ class Calls:
             if outcome.error or refused.reason in LOST:
                 raise
             await self._log.durably(partial(self._outcome, call_id, Outcome(error=refused.message), ()))
+        self._questions.close(call_id)
 
     def _outcome(self, call_id: str, outcome: Outcome, ops: Sequence[v1.StateOp]) -> list[v1.Event]:
-        """A result with the state it changed. Nothing when somebody gave the call an end before."""
+        """A result with the state it changed, behind which nothing is asked any more. Nothing when somebody gave the
+        call an end before."""
         for call in self._log.open:
             if call.call_id == call_id:
                 kept = fitting(self._log.message, outcome)
                 changed = [v1.Event(state_changed=v1.StateChanged(ops=ops))] if ops and not kept.error else []
-                return [ledger.finished(call, kept), *changed]
+                asked = [request for request in self._log.run.pending_inputs if request.call.call_id == call_id]
+                return [*ledger.unasked(asked, "The call has ended."), ledger.finished(call, kept), *changed]
         return []
 
     async def _execute(self, call: v1.ToolCall) -> Result:
@@ -92,10 +108,10 @@ class Calls:
         log the rest."""
         if not call.HasField("binding"):
             return Outcome(error=f"There is no tool {call.tool!r}."), []
-        where = self._where(call)
         tool = ledger.declaration(self._log.agent, self._log.run, call)
         seconds = tool.timeout.ToMicroseconds() / 1e6 if tool.HasField("timeout") else None
-        clock = asyncio.timeout(seconds)
+        clock = Clock(seconds)
+        where = self._where(call, clock)
         try:
             async with clock:
                 toolbox = self._log.services.toolbox
@@ -108,7 +124,7 @@ class Calls:
                 raise
             return self._broken(call, "CancelledError"), []
         except BaseException as error:  # noqa: BLE001  (also what would end the process: a tool has no say in that)
-            if clock.expired():
+            if clock.expired:
                 return Outcome(error=f"The tool took longer than {seconds:g} seconds."), []
             return self._broken(call, type(error).__name__, error), []
         size = sum(op.ByteSize() for op in where.ops)
@@ -125,7 +141,7 @@ class Calls:
         self._log.log.debug("tool_traceback", tool=call.tool, call_id=call.call_id, exc_info=error)
         return Outcome(error="The tool failed.")
 
-    def _where(self, call: v1.ToolCall) -> CallContext:
+    def _where(self, call: v1.ToolCall, clock: Clock) -> CallContext:
         live = self._log.live
 
         async def get_state(*keys: str) -> dict[str, v1.Value]:
@@ -134,12 +150,14 @@ class Calls:
 
         return CallContext(
             session=names.session(live.key.session),
+            session_uid=live.key.uid,
             user=live.user,
             run=names.run(live.key.session, self._log.run.name),
             call_id=call.call_id,
             idempotency_key=f"{live.key.session}/{call.call_id}",
             attempt=call.attempt,
             get_state=get_state,
+            pose=self._questions.of(call.call_id, clock),
         )
 
 

@@ -54,13 +54,20 @@ class Commands:
 
     async def _respond(self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused) -> Committed:
         late = errors.input_not_pending(response.input_id)
-        async with self._roster.worker(key, run_id, caused, late) as worker:
-            for request in worker.log.run.pending_inputs:
-                if request.input_id == response.input_id:
-                    _check_decision(request, response)
+        checked = response.decision != ledger.ANSWER
+        while True:
+            async with self._roster.worker(key, run_id, caused, late) as worker:
+                asked = [each for each in worker.log.run.pending_inputs if each.input_id == response.input_id]
+                if not asked:
+                    raise late
+                (request,) = asked
+                _check_decision(request, response)
+                if checked or not request.schema:
                     call = worker.log.call(request.call.call_id)
                     return await worker.log.command(ledger.answered(request, response, call), *caused)
-            raise late
+            # Another process judges, and the session is not held up meanwhile; what is asked under an id never changes.
+            await self._services.schemas.require_valid("input_response.answer", request.schema, response.answer)
+            checked = True
 
     # ---- input
 
@@ -78,15 +85,17 @@ class Commands:
             if said.when == v1.UserInput.WHEN_INTERRUPT:
                 halt = Halt(said=added, reason="The user interrupted.", once=caused.once, command=caused.command)
                 self._roster.halt(worker, halt)
-            elif run_log.run.state == WAITING and not run_log.run.pending_calls:
-                denied = ledger.withdrawn(run_log.run, run_log.message, words(said), deny=True)
-                return await run_log.command([*denied, *added], *caused), False
             else:
+                denied: list[v1.Event] = []
+                if run_log.run.state == WAITING and not run_log.run.pending_calls:
+                    denied = ledger.withdrawn(run_log.run, run_log.message, words(said), deny=True)
+                    if not ledger.left_open(run_log.message, denied):
+                        return await run_log.command([*denied, *added], *caused), False
                 event = v1.Event(cause_id=caused.cause_id or self._services.new_id())
                 event.command_queued.input.CopyFrom(said)
                 del event.command_queued.input.messages[:]
                 event.command_queued.input.messages.extend(messages)
-                return await run_log.command([event], *caused), True
+                return await run_log.command([event, *denied], *caused), True
         return await self._halted(key, halt), False
 
     # ---- cancels
@@ -197,7 +206,7 @@ def _check_decision(request: v1.InputRequest, response: v1.InputResponse) -> Non
         v1.InputRequest.KIND_QUESTION: {ledger.ANSWER, ledger.DENY},
         v1.InputRequest.KIND_INTERRUPTED_CALL: {ledger.APPROVE, ledger.DENY, ledger.ANSWER},
     }
-    allowed = kinds[request.kind]
+    allowed = kinds[request.kind] | ({ledger.CANCEL} if ledger.asked_by_tool(request) else set())
     if response.decision not in allowed:
         told = " or ".join(sorted(v1.InputResponse.Decision.Name(decision) for decision in allowed))
         raise errors.invalid([Violation("input_response.decision", f"this asks for {told}")])

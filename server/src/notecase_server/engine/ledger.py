@@ -17,10 +17,11 @@ from notecase_server.tools.contract import ASK_USER, Function, Outcome
 
 RETRY, ASK, FAIL = v1.Tool.ON_INTERRUPT_RETRY, v1.Tool.ON_INTERRUPT_ASK, v1.Tool.ON_INTERRUPT_FAIL
 WITHDRAWN = v1.InputResponse.DECISION_UNSPECIFIED
-APPROVE, DENY, ANSWER = (
+APPROVE, DENY, ANSWER, CANCEL = (
     v1.InputResponse.DECISION_APPROVE,
     v1.InputResponse.DECISION_DENY,
     v1.InputResponse.DECISION_ANSWER,
+    v1.InputResponse.DECISION_CANCEL,
 )
 
 
@@ -190,9 +191,17 @@ def _ended(
     return event
 
 
+def asked_by_tool(request: v1.InputRequest) -> bool:
+    """Returns whether the tool of a call at work asks: it is given the answer and goes on, so that the answer is no
+    outcome of the call."""
+    return request.kind == v1.InputRequest.KIND_QUESTION and request.call.outcome == v1.ToolCall.OUTCOME_RUNNING
+
+
 def answered(request: v1.InputRequest, response: v1.InputResponse, call: v1.ToolCall) -> list[v1.Event]:
     """Returns what an answer makes of its call."""
     events = [v1.Event(input_resolved=v1.InputResolved(response=response))]
+    if asked_by_tool(request):
+        return events
     if response.decision == DENY:
         reason = response.reason
         if request.kind == v1.InputRequest.KIND_INTERRUPTED_CALL:
@@ -207,24 +216,34 @@ def answered(request: v1.InputRequest, response: v1.InputResponse, call: v1.Tool
 
 
 def withdrawn(run: v1.Run, message: v1.Message | None, reason: str, deny: bool = False) -> list[v1.Event]:
-    """Returns the events that withdraw every open approval and question, and deny or cancel its call."""
+    """Returns the events that withdraw every open approval and question, and deny or cancel its call. The call of a
+    tool that asks is left alone."""
     calls = {call.call_id: call for call in open_calls(message)} if message else {}
     events = []
     for request in run.pending_inputs:
         response = v1.InputResponse(input_id=request.input_id, decision=DENY if deny else WITHDRAWN, reason=reason)
         events.append(v1.Event(input_resolved=v1.InputResolved(response=response)))
         call = calls.get(request.call.call_id)
-        if call is not None:
+        if call is not None and not asked_by_tool(request):
             events.append(denied(call, reason) if deny else cancelled(call, reason))
     return events
 
 
 def dropped(run: v1.Run, call: v1.ToolCall, reason: str) -> list[v1.Event]:
     """Returns the events that cancel one call, wherever it runs, and withdraw what is asked about it."""
-    asked = [request.input_id for request in run.pending_inputs if request.call.call_id == call.call_id]
-    responses = [v1.InputResponse(input_id=input_id, decision=WITHDRAWN, reason=reason) for input_id in asked]
-    resolved = [v1.Event(input_resolved=v1.InputResolved(response=response)) for response in responses]
-    return [*resolved, cancelled(call, reason)]
+    asked = [request for request in run.pending_inputs if request.call.call_id == call.call_id]
+    return [*unasked(asked, reason), cancelled(call, reason)]
+
+
+def unasked(requests: Iterable[v1.InputRequest], reason: str) -> list[v1.Event]:
+    """Returns the events that withdraw what is asked, and leave its calls alone."""
+    responses = (v1.InputResponse(input_id=each.input_id, decision=WITHDRAWN, reason=reason) for each in requests)
+    return [v1.Event(input_resolved=v1.InputResolved(response=response)) for response in responses]
+
+
+def lost(run: v1.Run) -> list[v1.InputRequest]:
+    """Returns what is asked by tools of a run whose worker is gone: no tool waits for those answers."""
+    return [request for request in run.pending_inputs if asked_by_tool(request)]
 
 
 def sealed(run: v1.Run, message: v1.Message | None, reason: str) -> list[v1.Event]:

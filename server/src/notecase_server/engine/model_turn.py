@@ -294,7 +294,7 @@ class ModelTurn:
                 raise
             await self._log.durably(self._log.used)
             session = await self._log.patiently(lambda: store.get_session(key))  # a caller had it summarised meanwhile
-            self._log.summary = session.summary_sequence if session else 0
+            self._log.session = session or v1.Session()
         return True
 
 

@@ -11,6 +11,7 @@ import structlog
 from notecase import v1
 
 from notecase_server import errors, names
+from notecase_server.engine import ledger
 from notecase_server.engine.halt import Halt
 from notecase_server.engine.run_log import RUNNING, RunLog
 from notecase_server.engine.services import Services
@@ -57,6 +58,8 @@ class Roster:
         """Called with a worker that is not at work: see Upkeep.settle."""
         self.employed: Callable[[Worker], None] = lambda _: None
         """Called with a worker that was set to work: see Upkeep.employed."""
+        self.tending: Callable[[Worker], None] = lambda _: None
+        """Called with a worker that waits for calls: see Upkeep.tending."""
         self.lost: Callable[[Worker], None] = lambda _: None
         """Called with a worker that broke: see Upkeep.lost."""
         self._sessions = sessions
@@ -90,9 +93,11 @@ class Roster:
 
     def worker_for(self, run_log: RunLog) -> Worker:
         """Makes a worker that is not at work yet."""
-        return Worker(run_log, self._begin_next)
+        return Worker(run_log, self)
 
-    def _begin_next(self, worker: Worker, halt: Halt, committed: Committed) -> None:
+    def begin_next(self, worker: Worker, halt: Halt, committed: Committed) -> None:
+        """Sets to work on the run that a halt has put in the place of a worker's. Called with the session's lock held,
+        so that nobody decides in between."""
         assert halt.replacement is not None
         run, agent = halt.replacement.run, halt.replacement.record.agent
         placed, worker.placed = worker.placed, False
@@ -197,13 +202,14 @@ class Roster:
             raise await self._not_under_way(live.key, run)
         if active.run.state == QUEUED:
             raise errors.run_active(names.run(live.key.session, session.active_run or run))
-        if self.draining and active.run.state == RUNNING:
+        if self.draining and (active.run.state == RUNNING or ledger.lost(active.run)):
             raise errors.draining()
         return await self.adopted(live, session, active)
 
     async def adopted(self, live: LiveSession, session: v1.Session, active: ActiveRun) -> Worker:
         """Makes a worker from the rows. A run that is RUNNING was another worker's: its epoch is raised, so that the
-        other can commit nothing more. The caller holds the session's lock, and settles the worker."""
+        other can commit nothing more. What tools under that worker asked is withdrawn: nobody takes an answer. The
+        caller holds the session's lock, and settles the worker."""
         step = StepKey(active.run.name)
         newest = await self._store.list_messages(live.key, Query(1), newest_first=True, step=step)
         message = newest.rows[0] if newest.rows and open_calls(newest.rows[0]) else None
@@ -217,6 +223,10 @@ class Roster:
         if active.run.state == RUNNING:
             worker.log.epoch = await self._store.claim(live.key, active.epoch)
             worker.takes_over = active.deaths + (not active.released)
+        if lost := ledger.lost(active.run):
+            worker.takes_over = worker.takes_over or 0
+            withdrawn = ledger.unasked(lost, "The process was lost in which its tool waited for the answer.")
+            await worker.log.command(withdrawn, deaths=worker.takes_over)
         return worker
 
     async def _not_under_way(self, key: SessionKey, run: str) -> NotecaseError:

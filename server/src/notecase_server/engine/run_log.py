@@ -62,10 +62,9 @@ class RunLog:
         self.deaths = active.deaths
         self.message = message
         self.said = list(said)
-        self.answers: dict[bytes, bool] = {}
-        """Remembered answers: see ledger.remembered."""
-        self.summary = 0
-        """The sequence of the summary in effect."""
+        self.session = session
+        self.resolved: dict[str, v1.InputResponse] = {}
+        """What was answered, by input_id, until `Questions.hand_out` has given it to the tools that asked."""
         self.spent: v1.Usage | None = None
         """What the last call of a model took, as far as its provider told and no commit has counted."""
         self.log = log.bind(session=live.key.session, run=active.run.name)
@@ -83,6 +82,16 @@ class RunLog:
     def draft(self) -> Draft | None:
         """The reply being written."""
         return self.live.drafts.get(self.step)
+
+    @property
+    def answers(self) -> dict[bytes, bool]:
+        """Remembered answers: see ledger.remembered."""
+        return ledger.remembered(self.session, self.run)
+
+    @property
+    def summary(self) -> int:
+        """The sequence of the summary in effect."""
+        return self.session.summary_sequence
 
     @property
     def open(self) -> list[v1.ToolCall]:
@@ -171,12 +180,18 @@ class RunLog:
     # ---- commits
 
     async def command(
-        self, events: Sequence[v1.Event], cause_id: str = "", once: Once | None = None, command: CommandId | None = None
+        self,
+        events: Sequence[v1.Event],
+        cause_id: str = "",
+        once: Once | None = None,
+        command: CommandId | None = None,
+        deaths: int | None = None,
     ) -> Committed:
         """Commits on behalf of a command, with what follows. The caller holds the session's lock."""
         for event in events:
             event.cause_id = event.cause_id or cause_id
-        return await self._commit(self.own([*events, *self.consequence(events)]), once=once, command=command)
+        owned = self.own([*events, *self.consequence(events)])
+        return await self._commit(owned, once=once, command=command, deaths=deaths)
 
     async def durably(self, decide: Callable[[], list[v1.Event]]) -> Committed | None:
         """Commits what `decide` says under the session's lock, with what follows; None when that is nothing. Waits for
@@ -297,8 +312,10 @@ class RunLog:
     def _know(self, session: v1.Session, events: Sequence[v1.Event]) -> None:
         waiting = {queued.sequence for queued in session.queued_commands if queued.run == self.run.name}
         self.said = [event for event in (*self.said, *events) if event.sequence in waiting]
-        self.answers = ledger.remembered(session, self.run)
-        self.summary = session.summary_sequence
+        self.session = session
+        for event in events:
+            if event.HasField("input_resolved") and event.run == self.run.name:
+                self.resolved[event.input_resolved.response.input_id] = event.input_resolved.response
 
 
 def taken(queued: Sequence[v1.Event]) -> list[v1.Event]:

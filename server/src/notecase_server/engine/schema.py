@@ -55,26 +55,34 @@ class Schemas:
     async def require(self, field: str, schema: str) -> None:
         """Raises NotecaseError INVALID_FIELD when the text is no JSON Schema, or one that is never to be used here;
         RATE_LIMITED when the server cannot tell just now."""
-        if not schema:
-            return
+        if schema and (problem := await self._asked({"schema": schema})):
+            raise errors.invalid([errors.Violation(field, f"is no JSON Schema (draft 2020-12): {problem}")])
+
+    async def require_valid(self, field: str, schema: str, text: str) -> None:
+        """Raises NotecaseError INVALID_FIELD when the text is not as the schema has it; RATE_LIMITED when the server
+        cannot tell just now."""
+        if problem := await self._asked({"schema": schema, "reply": text}):
+            raise errors.invalid([errors.Violation(field, f"is not as the schema has it: {problem}")])
+
+    async def _asked(self, question: Mapping[str, str]) -> str:
+        """The answer for a caller, who does not wait behind many others."""
         if self._waiting >= MAX_WAITING:
             raise errors.too_busy("check schemas")
         self._waiting += 1
         try:
-            problem = await self._ask({"schema": schema})
+            return await self._ask(question)
         finally:
             self._waiting -= 1
-        if problem:
-            raise errors.invalid([errors.Violation(field, f"is no JSON Schema (draft 2020-12): {problem}")])
 
-    async def problem(self, schema: str, reply: str) -> str:
-        """What is wrong with a reply, in words for its author: at most about a kilobyte, quoting no value. Empty when
-        it is valid. While the server cannot tell, it waits until it can."""
-        if not reply:
+    async def problem(self, schema: str, reply: str | None) -> str:
+        """What is wrong with a reply, with None with the schema itself, in words for its author: at most about a
+        kilobyte, quoting no value. Empty when it is valid. While the server cannot tell, it waits until it can."""
+        if reply == "":
             return "it is empty"
+        question = {"schema": schema} if reply is None else {"schema": schema, "reply": reply}
         for wait in backoff():
             try:
-                return await self._ask({"schema": schema, "reply": reply})
+                return await self._ask(question)
             except NotecaseError as error:
                 log.warning("schemas_wait", reason=errors.reason_name(error.reason), seconds=round(wait, 2))
             await asyncio.sleep(wait)

@@ -10,7 +10,9 @@ from collections.abc import Awaitable, Callable, Iterator
 
 from notecase import v1
 
+from notecase_server import errors
 from notecase_server.engine import ledger
+from notecase_server.engine.halt import Halt
 from notecase_server.engine.run_log import RunLog
 from notecase_server.engine.session import Bell, LiveSession
 from notecase_server.store.contract import Clock, SessionKey, Store
@@ -68,7 +70,8 @@ def _deadlines(log: RunLog) -> Iterator[tuple[int, list[v1.Event]]]:
     for request in run.pending_inputs:
         if request.HasField("expire_time"):
             reason = "Nobody answered in time."
-            nobody = v1.InputResponse(input_id=request.input_id, decision=ledger.DENY, reason=reason)
+            decision = ledger.CANCEL if ledger.asked_by_tool(request) else ledger.DENY
+            nobody = v1.InputResponse(input_id=request.input_id, decision=decision, reason=reason)
             call = log.call(request.call.call_id)
             yield request.expire_time.ToMicroseconds(), ledger.answered(request, nobody, call)
     for call in run.pending_calls:
@@ -78,6 +81,30 @@ def _deadlines(log: RunLog) -> Iterator[tuple[int, list[v1.Event]]]:
         if times:
             late = ledger.finished(call, Outcome(error="The caller gave no result in time."))
             yield call.start_time.ToMicroseconds() + min(times), [late]
+
+
+class Alarm:
+    """Halts a run when its time at work is over, if that is limited."""
+
+    def __init__(self, run: v1.Run, halt: Callable[[Halt], None]) -> None:
+        self._run = run
+        self._halt = halt
+        self._timer: asyncio.TimerHandle | None = None
+
+    def set(self, at_work: bool) -> None:
+        """Lets the time go on, or stand still."""
+        if self._timer is not None and not at_work:
+            self._timer.cancel()
+            self._timer = None
+        elif self._timer is None and at_work and self._run.limits.HasField("timeout"):
+            left = self._run.limits.timeout.ToMicroseconds() - self._run.running_duration.ToMicroseconds()
+            self._timer = asyncio.get_running_loop().call_later(max(left, 0) / 1e6, self._over)
+
+    def _over(self) -> None:
+        seconds = self._run.limits.timeout.ToMicroseconds() / 1e6
+        told = f"The run took longer than its {errors.counted(seconds, 'second')}."
+        error = errors.limit_exceeded("timeout", round(seconds), told)
+        self._halt(Halt(state=v1.Run.STATE_FAILED, error=error.to_proto()))
 
 
 class Company:

@@ -74,6 +74,7 @@ class Upkeep:
         self._left_over: set[tuple[SessionKey, str]] = set()
         """Runs that could not be taken over: they are tried again."""
         roster.settle, roster.lost, roster.employed = self.settle, self.lost, self.employed
+        roster.tending = self.tending
         admission.queued = self.start_next
 
     def start(self) -> None:
@@ -160,15 +161,23 @@ class Upkeep:
             return
         run_log = worker.log
         key, run = run_log.live.key, run_log.run
-        self._timers.arm(key, run.name, deadline(run_log) if run.state == WAITING else None)
+        self._timers.arm(key, run.name, None)
         if run.state == RUNNING:
             self._roster.employ(worker)
-        elif run.state == WAITING and run_log.said and run.pending_inputs and not run.pending_calls:
-            self._duty("deny", key, run.name, lambda: self._deny_for_queue(key, run.name))
+        elif run.state == WAITING:
+            self.tending(worker)
+            self._accompany(worker)
         elif run_log.ended:
             self.start_next(key)
-        if run.state == WAITING:
-            self._accompany(worker)
+
+    def tending(self, worker: Worker) -> None:
+        """Arms the timers of what a run waits for, with tools of it at work or without. Where it waits for people
+        alone, and a user has sent new input, that takes the place of their answers."""
+        run_log = worker.log
+        key, run = run_log.live.key, run_log.run
+        self._timers.arm(key, run.name, deadline(run_log))
+        if run.state == WAITING and run_log.said and run.pending_inputs and not run.pending_calls:
+            self._duty("deny", key, run.name, lambda: self._deny_for_queue(key, run.name))
 
     def _duty(self, name: str, key: SessionKey, run: str, act: Callable[[], Awaitable[None]]) -> None:
         """Does something for a run; when it is refused for good and the run has not moved on, the run fails."""
@@ -191,7 +200,8 @@ class Upkeep:
                 raise
 
     async def _deny_for_queue(self, key: SessionKey, run: str) -> None:
-        """The run waits only for approvals or answers, and a user has sent new input: that takes their place."""
+        """The run waits only for approvals or answers, and a user has sent new input: that takes their place, behind
+        the results of tools that asked."""
         async with self._roster.worker(key, run, Caused()) as worker:
             run_log = worker.log
             waits = run_log.run.state == WAITING and not run_log.run.pending_calls and run_log.run.pending_inputs
@@ -199,7 +209,8 @@ class Upkeep:
                 queued = run_log.queued(v1.UserInput.WHEN_FOLLOW_UP)
                 reason = " ".join(words(event.command_queued.input) for event in queued)
                 denied = ledger.withdrawn(run_log.run, run_log.message, reason, deny=True)
-                await run_log.command([*denied, *taken(queued)])
+                left = ledger.left_open(run_log.message, denied)  # tools that asked: they go on first
+                await run_log.command(denied if left else [*denied, *taken(queued)])
 
     # ---- the queue
 

@@ -7,7 +7,7 @@ here or after a restart, goes on from the last: it looks at the rows, not at wha
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from notecase import v1
 
@@ -18,11 +18,15 @@ from notecase_server.engine.halt import Halt, Halted, Halts
 from notecase_server.engine.ledger import Bound
 from notecase_server.engine.model_turn import Budget, ModelTurn, Reply
 from notecase_server.engine.rewind import Rewind, back
-from notecase_server.engine.run_log import LOST, RUNNING, RunLog, taken
+from notecase_server.engine.run_log import LOST, RUNNING, WAITING, RunLog, taken
+from notecase_server.engine.timers import Alarm
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import Committed, Duplicate, Replayed
 from notecase_server.supervisor import is_own_end
 from notecase_server.tools.contract import Outcome
+
+if TYPE_CHECKING:
+    from notecase_server.engine.roster import Roster
 
 T = TypeVar("T")
 
@@ -36,9 +40,7 @@ SUSPECT_DEATHS = 2
 class Worker:
     """Works on one run in one process. `work` makes it go on; the other methods may be called meanwhile."""
 
-    def __init__(self, run_log: RunLog, begin_next: Callable[["Worker", Halt, Committed], None]) -> None:
-        """`begin_next` sets to work on the run that a halt has put in the place of this one; it is called with the
-        session's lock held, so that nobody decides in between."""
+    def __init__(self, run_log: RunLog, roster: "Roster") -> None:
         self.log = run_log
         self.lost = False
         """The run is no longer this worker's."""
@@ -47,9 +49,9 @@ class Worker:
         self.takes_over: int | None = None
         """It goes on with the run of another worker, after so many deaths in a row; None: it does not."""
         self._services = run_log.services
-        self._begin_next = begin_next
+        self._roster = roster
         self._halts = Halts()
-        self._calls = Calls(run_log)
+        self._calls = Calls(run_log, self._halts.stirred)
         self._budget = Budget(run_log.run, run_log.agent)
         self._bound: Mapping[str, Bound] | None = None
         self._draining = False
@@ -75,12 +77,12 @@ class Worker:
         self._halts.stirred.set()
 
     async def work(self) -> None:
-        """Works until the run has ended, waits, was left to a successor, or belongs to another owner."""
-        alarm: asyncio.TimerHandle | None = None
+        """Works until the run has ended, waits for what is in the rows alone, was left to a successor, or belongs to
+        another owner."""
+        alarm = Alarm(self.log.run, self.halt)
         try:
             while self._goes_on:
-                if self.placed and alarm is None and self.log.run.limits.HasField("timeout"):
-                    alarm = self._set_alarm()
+                alarm.set(self.placed)
                 await self._step()
                 if self._suspect and not self.log.deaths:
                     self._clear()
@@ -94,20 +96,25 @@ class Worker:
                 self.log.live.deleted = True
             self.log.log.info("run_left", reason=errors.reason_name(error.reason))
         finally:
-            if alarm is not None:
-                alarm.cancel()
+            alarm.set(False)
             self.log.live.discard(self.log.step)
             self._calls.stop_all()
             self.let_go()
 
     @property
     def _goes_on(self) -> bool:
-        return not self.log.ended and (bool(self._halts) or (self.log.run.state == RUNNING and not self._may_leave))
+        works = self.log.run.state == RUNNING and not self._may_leave
+        return not self.log.ended and (bool(self._halts) or works or self._rests)
+
+    @property
+    def _rests(self) -> bool:
+        """Whether all that is under way is tools that wait for a person's answer. A stop does not wait for people."""
+        return self.log.run.state == WAITING and bool(self._calls) and not self._draining
 
     @property
     def _may_leave(self) -> bool:
         """Calls under way are not left behind: somebody would have to say what became of them."""
-        begun = self.placed and self.takes_over is None
+        begun = (self.placed and self.takes_over is None) or bool(self._calls)
         return self._draining and (self.log.message is None or not begun)
 
     def let_go(self) -> None:
@@ -134,21 +141,11 @@ class Worker:
         self._suspect = False
         self._services.suspects.release()
 
-    def _set_alarm(self) -> asyncio.TimerHandle:
-        limit = self.log.run.limits.timeout.ToMicroseconds()
-        left = limit - self.log.run.running_duration.ToMicroseconds()
-        return asyncio.get_running_loop().call_later(max(left, 0) / 1e6, self._out_of_time, limit / 1e6)
-
-    def _out_of_time(self, seconds: float) -> None:
-        told = f"The run took longer than its {errors.counted(seconds, 'second')}."
-        error = errors.limit_exceeded("timeout", round(seconds), told)
-        self.halt(Halt(state=v1.Run.STATE_FAILED, error=error.to_proto()))
-
     async def _step(self) -> None:
         try:
             if self._halts:
                 await self._seal(self._halts.first)
-            elif not self.placed:
+            elif not (self.placed or self._rests):
                 await self._begin()
             elif self.log.message is not None:
                 await self._tend()
@@ -178,7 +175,7 @@ class Worker:
             await self._gets(suspects.acquire(), suspects.release)
             self._suspect = waited = True
         idle = max(self._services.clock() - begun, 0) if waited else 0
-        if self._draining:
+        if self._draining and not self._calls:
             self._give_back()
         elif self.takes_over is not None:
             await self._take_over(self.takes_over, idle)
@@ -272,16 +269,24 @@ class Worker:
         return made
 
     async def _tend(self) -> None:
-        """Runs the calls that are the server's, and commits each outcome as it comes."""
-        self._calls.begin()
+        """Runs the calls that are the server's, and commits each outcome and each question of theirs as it comes.
+        While the run waits for answers, it has no place."""
+        self._halts.stirred.clear()
+        await self._calls.keep()
+        if self._rests and self.placed:
+            self._give_back()
+            return
+        works = self.log.run.state == RUNNING and self.placed
+        if self._halts or self.log.message is None or not (works or self._rests):
+            return
+        if works:
+            self._calls.begin()
         if not self._calls:
             # Nothing of it is the server's any more: the run waits, unless somebody gives the last result just now.
             await self.log.durably(list)
             return
-        self._halts.stirred.clear()
-        await self._calls.wait(self._halts.stirred)
-        if not self._halts:
-            await self._calls.keep_finished()
+        self._roster.tending(self)
+        await self._calls.wait()
 
     async def _seal(self, halt: Halt) -> None:
         """Stops everything under way in one commit, and ends the run or goes on with what the user says. A halt that is
@@ -319,7 +324,7 @@ class Worker:
                     command=halt.command,
                     if_last_sequence=head,
                     start=replacement.record if replacement is not None else None,
-                    then=(lambda made: self._begin_next(self, halt, made)) if replacement is not None else None,
+                    then=(lambda made: self._roster.begin_next(self, halt, made)) if replacement else None,
                 )
             except NotecaseError as error:
                 if way is None or error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:

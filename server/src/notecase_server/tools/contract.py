@@ -3,6 +3,7 @@
 Tools that run at the caller have no part in this: the engine only waits for their results.
 """
 
+import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +28,8 @@ class CallContext:
 
     session: str
     """sessions/{session}"""
+    session_uid: str
+    """Session.uid. Unlike the name it is never another session's, nor another tenant's."""
     user: str
     """users/{user}, or empty."""
     run: str
@@ -38,6 +41,8 @@ class CallContext:
     """1, and one more each time the call is run again after its process was lost."""
     get_state: Callable[..., Awaitable[Mapping[str, v1.Value]]]
     """`await get_state("key", …)`: the session's own state as it is, those of the keys that exist."""
+    pose: Callable[[str, str], Awaitable[v1.InputResponse]]
+    """`await pose(question, schema)`: see `ask`; the schema as JSON text, or empty."""
     ops: list[v1.StateOp] = field(default_factory=list)
     """Operations on the session's state: they commit with the call's result, all or none; a failed call's are
     dropped."""
@@ -46,6 +51,18 @@ class CallContext:
         """The session's own state as it is, those of the keys that exist. A function that is not async has no way to
         await it, and takes what it needs as arguments."""
         return {key: from_value(value) for key, value in (await self.get_state(*keys)).items()}
+
+    async def ask(self, question: str, schema: Mapping[str, Any] | None = None) -> v1.InputResponse:
+        """Asks the user, and returns the answer once somebody has given it, which may take days. It is text, or with a
+        JSON Schema of an object JSON text that fits it. A call asks one question after the other.
+
+        The decision is DECISION_ANSWER with `answer`; DECISION_DENY with a `reason`; DECISION_CANCEL when nobody chose
+        in time or somebody dismissed the question; or unspecified when it was withdrawn, because the call or the run
+        stops. The call's time-out does not count meanwhile. When the process is lost, the call and its question are.
+
+        Raises NotecaseError TOOL_ERROR for a question that is too large or one too many, or a schema that is none: what
+        a tool does not catch is its failure."""
+        return await self.pose(question, "" if schema is None else json.dumps(schema, ensure_ascii=False))
 
     def put(self, key: str, value: Plain) -> None:
         self.ops.append(v1.StateOp(key=key, set=to_value(value)))

@@ -28,7 +28,9 @@ from notecase import v1
 from notecase_server import __version__, errors
 from notecase_server.supervisor import Tasks
 from notecase_server.tools import naming
+from notecase_server.tools.clock import Clock
 from notecase_server.tools.contract import CallContext, Function, Outcome
+from notecase_server.tools.mcp_questions import Questions
 from notecase_server.tools.mcp_settings import McpServerSettings
 from notecase_server.tools.outcome import MAX_MEDIA, MAX_RESULT, failed, succeeded
 
@@ -120,7 +122,11 @@ class McpServer:
     async def call(self, tool: str, arguments: Mapping[str, Any], context: CallContext) -> Outcome:
         """Calls a tool by the server's own name of it, as Toolbox.call promises."""
         # By these a server that knows them makes an outside effect once, whatever becomes of the connection.
-        meta = {"notecase/idempotency_key": context.idempotency_key, "notecase/attempt": context.attempt}
+        meta: dict[str, Any] = {
+            "notecase/idempotency_key": context.idempotency_key,
+            "notecase/attempt": context.attempt,
+        }
+        clock = Clock(self._settings.timeout)
         try:
             json.dumps(arguments, ensure_ascii=False).encode()
         except UnicodeEncodeError:
@@ -131,16 +137,16 @@ class McpServer:
         except errors.NotecaseError as error:
             return failed(error.message)
         try:
-            result = await connection.client.call_tool(
-                tool,
-                dict(arguments),
-                read_timeout_seconds=self._settings.timeout,
-                meta=cast("types.RequestParamsMeta", meta),
-            )
+            async with clock:
+                with connection.questions.of(context, clock) as call:
+                    meta["traceparent"] = call.trace
+                    result = await connection.client.call_tool(
+                        tool, dict(arguments), meta=cast("types.RequestParamsMeta", meta)
+                    )
         except MCPError as error:
             return failed(self._broken(error.code, error.message))
         except BROKEN:
-            return failed(self._broken(types.CONNECTION_CLOSED, ""))
+            return failed(self._broken(types.REQUEST_TIMEOUT if clock.expired else types.CONNECTION_CLOSED, ""))
         except INVALID as error:
             log.warning("mcp_answer_invalid", server=self._name, tool=tool, error=type(error).__name__)
             return failed(f"The MCP server {self._name!r} gave an answer that is not valid.")
@@ -186,6 +192,7 @@ class _Connection:
     def __init__(self, name: str, settings: McpServerSettings) -> None:
         self.settled = asyncio.Event()
         """Open, or over."""
+        self.questions = Questions(name)
         self._name = name
         self._settings = settings
         self._scope = anyio.CancelScope()
@@ -210,12 +217,8 @@ class _Connection:
         try:
             with self._scope:
                 self._scope.deadline = anyio.current_time() + self._settings.connect_timeout
-                transport = cast("Transport", self._streams())
-                about = types.Implementation(name="notecase", version=__version__)
-                async with (
-                    Client(transport, message_handler=self._heard, client_info=about, cache=None) as self.client,
-                    AsyncExitStack() as stack,
-                ):
+                async with AsyncExitStack() as stack:
+                    self.client = await self._opened(stack)
                     changes = await self._subscribe(stack)
                     self._scope.deadline = math.inf
                     opened = True
@@ -231,6 +234,29 @@ class _Connection:
             log.info("mcp_disconnected", server=self._name, errors=sorted(wrong))
         else:
             log.warning("mcp_unreachable", server=self._name, errors=sorted(wrong or {"TimeoutError"}))
+
+    async def _opened(self, stack: AsyncExitStack) -> Client:
+        """Speaks the versions of the protocol in which a running tool can ask its user, which begin with a handshake,
+        unless the settings say otherwise or the server refuses them."""
+        if self._settings.protocol is None:
+            try:
+                return await stack.enter_async_context(self._made("legacy"))
+            except (MCPError, ExceptionGroup) as error:
+                codes = {leaf.code for leaf in _leaves(error) if isinstance(leaf, MCPError)}
+                if not codes or codes & {types.CONNECTION_CLOSED, types.REQUEST_TIMEOUT}:
+                    raise
+                log.info("mcp_handshake_refused", server=self._name, codes=sorted(codes))
+        return await stack.enter_async_context(self._made("auto"))
+
+    def _made(self, mode: str) -> Client:
+        return Client(
+            cast("Transport", self._streams()),
+            message_handler=self._heard,
+            elicitation_callback=self.questions.answer,
+            client_info=types.Implementation(name="notecase", version=__version__),
+            mode=mode,
+            cache=None,
+        )
 
     async def tools(self) -> Sequence[types.Tool]:
         """The server's tools, asked for when they are not known or not fresh."""

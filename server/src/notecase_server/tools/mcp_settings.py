@@ -34,10 +34,14 @@ class McpServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
     url: str | None = None
     headers: dict[str, str] = {}
     """Sent with every request."""
+    protocol: Literal["2026-07-28"] | None = None
+    """Speaks this version where the server has it. Unset, the versions before it come first: in this one a running tool
+    cannot send a question to its user, but only answer its call with one. In turn it needs no sessions."""
     connect_timeout: float = 10.0
     """Seconds for starting the process or reaching the URL, and for it to say what it offers."""
     timeout: float = 300.0
-    """Seconds for one call, whatever a tool's own `timeout` says."""
+    """Seconds for one call, whatever a tool's own `timeout` says; while its tool waits for a user's answer, they do not
+    count."""
 
     def __post_init__(self) -> None:
         if bool(self.command) == bool(self.url):

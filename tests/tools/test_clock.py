@@ -1,0 +1,40 @@
+"""A call's time-out that stands still while its tool waits for a person."""
+
+import asyncio
+
+import pytest
+from notecase_server.tools.clock import Clock
+
+SECONDS = 0.02
+
+
+async def test_what_takes_longer_than_its_time_is_cancelled() -> None:
+    clock = Clock(SECONDS)
+    with pytest.raises(TimeoutError):
+        async with clock:
+            await asyncio.Event().wait()
+    assert clock.expired
+
+
+async def test_it_stands_still_while_anybody_waits_and_goes_on_afterwards() -> None:
+    clock = Clock(SECONDS)
+    longer = asyncio.Event()
+    asyncio.get_running_loop().call_later(2 * SECONDS, longer.set)
+    with pytest.raises(TimeoutError):
+        async with clock:
+            with clock.paused():
+                with clock.paused():
+                    pass
+                await longer.wait()
+            assert not clock.expired
+            await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("seconds", [None, SECONDS])
+async def test_who_waits_longer_than_the_call_does_no_harm(seconds: float | None) -> None:
+    clock = Clock(seconds)
+    async with clock:
+        pause = clock.paused()
+        pause.__enter__()
+    pause.__exit__(None, None, None)
+    assert not clock.expired
