@@ -10,21 +10,20 @@ from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.models.answers.event_stream import MAX_EVENT_BYTES, EventSplitter
 from notecase_server.models.answers.redaction import Redactor
-from notecase_server.models.chat_stream import MAX_SILENT_BYTES, MAX_TEXT_BYTES, ChatReply
-from notecase_server.models.contract import Delta
+from notecase_server.models.chat_stream import MAX_SILENT_BYTES, MAX_TEXT_BYTES, ChatReply, Piece
 
 from tests.support.openai_server import DONE, MODEL, chunk, event, stream, tool_calls
 from tests.support.replies import Reply, fold
 
 
-def made(**options: bool) -> ChatReply:
+def made(**options: Any) -> ChatReply:
     return ChatReply("asked", Redactor(""), **options)
 
 
-def pieces_of(*chunks: bytes) -> list[Delta]:
+def pieces_of(*chunks: bytes) -> list[Piece]:
     """All pieces of an answer that comes in these chunks and then ends."""
     reply = made()
-    pieces: list[Delta] = []
+    pieces: list[Piece] = []
     for data in chunks:
         pieces += reply.feed(data)
         if reply.done:

@@ -33,6 +33,9 @@ DECLARED = {
 USAGE = {"include_usage": True}
 PNG = v1.Part(data=v1.InlineData(data=b"png", media_type="image/png"))
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,cG5n"}}
+MADE_PNG = v1.Part(data=v1.InlineData(data=b"png", media_type="image/png", filename="image-1.png"))
+MADE_LINK = v1.Part(file=v1.FileUri(uri="https://images.example/b", media_type="image/*"))
+SPOKEN = v1.Part(data=v1.InlineData(data=b"wav", media_type="audio/wav", filename="audio-1.wav"))
 
 Strict = Callable[[Json], str]
 """What a server says to a request that it refuses; empty for one that it takes."""
@@ -219,6 +222,13 @@ def openai(body: Json) -> str:
     return ""
 
 
+def images_of_users(body: Json) -> str:
+    for number, message in enumerate(body["messages"]):
+        if message["role"] != "user" and not isinstance(message["content"], str):
+            return f"Invalid 'messages[{number}]'. Image URLs are only allowed for messages with role 'user'."
+    return alternating(body)
+
+
 def in_place(body: Json) -> str:
     """Not refused by anybody: what would be lost where it need not be."""
     return "" if roles(body) == "user assistant system user" else f"the order was lost: {roles(body)}"
@@ -256,6 +266,7 @@ class Play(NamedTuple):
 
 
 HELLO: Json = {"role": "user", "content": "Hello"}
+TEXT_HELLO: Sequence[Json] = [{"type": "text", "text": "Hello"}]
 MORE = user("More")
 THOUGHT = ({"reasoning_content": "I need "}, {"reasoning_content": "ping."})
 DETAILS: Sequence[Json] = (
@@ -411,6 +422,80 @@ PLAYS = [
         },
         reply=calls(before=THOUGHT),
         after=[MORE],
+    ),
+    Play(
+        "images and sound of a reply in words",
+        "",
+        images_of_users,
+        {
+            "messages": [
+                HELLO,
+                {"role": "assistant", "content": "One\n[image/png: image-1.png]\nTwo\n[image/*]"},
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "[audio/wav: audio-1.wav]"},
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "Hi"},
+                {"role": "user", "content": "More"},
+            ],
+            "stream_options": USAGE,
+        },
+        [
+            user("Hello"),
+            said(ASSISTANT, "One", MADE_PNG, "Two", MADE_LINK),
+            user("Hello"),
+            said(ASSISTANT, SPOKEN),
+            user("Hello"),
+            said(ASSISTANT, "Hi", SPOKEN),
+            MORE,
+        ],
+    ),
+    Play(
+        "the newest images that an image model made, behind their reply",
+        "",
+        images_of_users,
+        {
+            "messages": [
+                HELLO,
+                {"role": "assistant", "content": "One"},
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "Two"},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "From your reply:"},
+                        IMAGE,
+                        {"type": "image_url", "image_url": {"url": "https://images.example/b"}},
+                        {"type": "text", "text": "Hello"},
+                    ],
+                },
+                {"role": "assistant", "content": "Three"},
+                {"role": "user", "content": "More"},
+            ],
+            "stream_options": USAGE,
+        },
+        [
+            user("Hello"),
+            said(ASSISTANT, "One", MADE_PNG),
+            user("Hello"),
+            said(ASSISTANT, "Two", MADE_PNG, MADE_LINK),
+            user("Hello"),
+            said(ASSISTANT, "Three"),
+            MORE,
+        ],
+        model="google/gemini-2.5-flash-image-preview",
+    ),
+    Play(
+        "an image of a reply that is nothing else",
+        "",
+        images_of_users,
+        {
+            "messages": [
+                {"role": "user", "content": [*TEXT_HELLO, {"type": "text", "text": "From your reply:"}, IMAGE]}
+            ],
+            "stream_options": USAGE,
+        },
+        [user("Hello"), said(ASSISTANT, MADE_PNG)],
+        model="gpt-image-1",
     ),
     Play(
         "a refusal",

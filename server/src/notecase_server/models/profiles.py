@@ -48,6 +48,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """How many calls one assistant's message may hold. With "one" parallel calls are also declined."""
     reasoning: Literal["none", "turn", "always"] = "turn"
     """How long the provider gets its model's reasoning back: not at all, until the user speaks again, or always."""
+    made_images: Literal["words", "user"] = "words"
+    """What becomes of the images of a reply: each is named there, or those of the newest reply that has any are shown
+    in a user's message behind it, which is the only place where servers take images."""
     unsigned_call: dict[str, Any] = {}
     """Members of a call that has no provider data: it was made elsewhere, or cut."""
     unsigned_reply: dict[str, Any] = {}
@@ -195,6 +198,13 @@ ROWS: Sequence[Row] = (
     Row("groq", {"reasoning": "none"}, "janhq/jan#8136, karthink/gptel#774", host=r"api\.groq\.com"),
     Row("groq", {"output_with_tools": "words"}, "vercel/ai#16540, agno-agi/agno#1065", host=r"api\.groq\.com"),
     Row("cerebras", {"reasoning": "none"}, "Kilo-Org/kilocode#10375", host=r"api\.cerebras\.ai"),
+    Row(
+        "image-models",
+        {"made_images": "user"},
+        "danny-avila/LibreChat#11591, suurt8ll/open_webui_functions#15: they go on from the image that they made; "
+        "OpenHands/OpenHands#7700: images are taken from users only",
+        model=r".*\bimage\b.*",
+    ),
     Row("lmstudio", {"empty_content": "empty"}, "lmstudio-ai/lmstudio-bug-tracker#261"),
     Row("mlx", {"empty_content": "empty"}, "cubist38/mlx-openai-server#205, mistralai/mistral-common#324"),
     Row(

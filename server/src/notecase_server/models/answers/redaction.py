@@ -12,6 +12,9 @@ TOLD_CHARS = 300
 _SEARCHED_CHARS = 8 << 10
 """What is looked at for the key before it is cut to what is told."""
 
+MAX_LINK_CHARS = 2048
+"""Of an address: signed ones have some hundreds, and browsers take no more than this of all."""
+
 _LEAST_RUN = 8
 """Characters of the key in a row that are not told. Fewer tell nothing and are in many words."""
 
@@ -19,6 +22,7 @@ _LONGEST_RUN = 16
 
 _ANY_KEY = re.compile(r"(?i)\bbearer\s+\S+|\bsk-[\w*.-]{6,}")
 _OTHER = re.compile(r"[^a-z0-9]")
+_LINK = re.compile(r"https?://[^\s<>\"]+")
 _NAME = re.compile(r"[\w][\w.:/@+ -]{0,127}\Z", re.ASCII)
 
 
@@ -55,9 +59,15 @@ class Redactor:
             return ""
         return text
 
+    def link(self, uri: str) -> str:
+        """Returns an address that a provider names, or nothing where it is none that can be shown or holds the key."""
+        if len(uri) > MAX_LINK_CHARS or not (_LINK.fullmatch(uri) and uri.isprintable()):
+            return ""
+        return "" if self._holds(uri) or self._holds(unquote(uri)) or _ANY_KEY.search(uri) else uri
+
     def _holds(self, text: str) -> bool:
         bare = _bare(text)
-        return any(bare[at : at + size] in runs for size, runs in self._runs.items() for at in range(len(bare)))
+        return any(run in bare for runs in self._runs.values() for run in runs)
 
     def _without_key(self, text: str) -> str:
         if not self._runs:
