@@ -87,8 +87,8 @@ def come(pieces: Iterable[Piece], failure: NotecaseError | None) -> Came:
     )
 
 
-def read(chunks: Iterable[bytes], *, behind_calls: bool = False) -> Came:
-    reply = ChatReply("asked", Redactor(""), behind_calls=behind_calls, audio_format="pcm16")
+def read(chunks: Iterable[bytes], *, behind_calls: bool = False, think_tags: bool = True) -> Came:
+    reply = ChatReply("asked", Redactor(""), behind_calls=behind_calls, think_tags=think_tags, audio_format="pcm16")
     pieces: list[Piece] = []
     try:
         for data in chunks:
@@ -781,6 +781,14 @@ def test_behind_finished_calls_a_model_may_have_nothing_more_to_say() -> None:
     assert Came(reasoning="hm") == read([chunk({"reasoning": "hm"}) + END], behind_calls=True)
     for data in (DONE, CALLS, chunk(finish="because"), chunk(finish="abort")):
         assert read([data], behind_calls=True).reason == UNAVAILABLE
+
+
+def test_tags_are_text_where_no_profile_says_otherwise() -> None:
+    """And places in the text are those that the provider counted."""
+    said = "<think>hm</think>Hi"
+    annotation = {"url": "https://a.example", "start_index": 17, "end_index": 19}
+    data = chunk({"content": said, "annotations": [annotation]}) + END
+    assert Came(said, sources=(Source("https://a.example", "", 17, 19),)) == read([data], think_tags=False)
 
 
 def test_a_choice_beyond_the_first_is_another_reply() -> None:

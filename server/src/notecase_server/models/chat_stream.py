@@ -55,12 +55,12 @@ class ChatReply:
         redactor: Redactor,
         *,
         behind_calls: bool = False,
-        think_tags: bool = True,
+        think_tags: bool = False,
         audio_format: str = "",
     ) -> None:
         """`model` is the one asked for; an answer that names its own is believed. `behind_calls` says that the request
         ended with the outcomes of calls, so that the model may have nothing more to say. `think_tags` says that
-        reasoning may come within the text, `audio_format` in which format audio was asked for."""
+        reasoning may come in tags before the text, `audio_format` in which format audio was asked for."""
         self._asked = self._model = self._named = model
         self._redactor = redactor
         self._behind_calls = behind_calls

@@ -138,6 +138,7 @@ class OpenAIProvider:
             model,
             self._redactor,
             behind_calls=_is_behind_calls(request.messages),
+            think_tags=self._profiles.of(model).think_tags,
             audio_format=_audio_format(sent),
         )
         made = itertools.count(1)
