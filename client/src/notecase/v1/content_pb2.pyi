@@ -671,7 +671,9 @@ class ToolCall(_message.Message):
     """How often it was dispatched."""
     @_builtins.property
     def result(self) -> _containers.RepeatedCompositeFieldContainer[Global___Part]:
-        """What the tool gave back: text, json, file and data parts."""
+        """What the tool gave back: text, json, file and data parts. The results of all calls of a reply fit into 1 MiB with it: text
+        and json beyond a call's share become blobs.
+        """
 
     @_builtins.property
     def elapsed(self) -> _duration_pb2.Duration:

@@ -190,8 +190,10 @@ def _ended(
     return event
 
 
-def answered(request: v1.InputRequest, response: v1.InputResponse, call: v1.ToolCall) -> list[v1.Event]:
-    """Returns what an answer makes of its call."""
+def answered(
+    request: v1.InputRequest, response: v1.InputResponse, call: v1.ToolCall, answer: Outcome | None = None
+) -> list[v1.Event]:
+    """Returns what an answer makes of its call; `answer` is what it says, where that is the call's result."""
     events = [v1.Event(input_resolved=v1.InputResolved(response=response))]
     if response.decision == DENY:
         reason = response.reason
@@ -200,7 +202,7 @@ def answered(request: v1.InputRequest, response: v1.InputResponse, call: v1.Tool
         else:
             events.append(denied(call, reason))
     elif response.decision == ANSWER:
-        events.append(finished(call, Outcome([v1.Part(text=response.answer)])))
+        events.append(finished(call, answer or Outcome([v1.Part(text=response.answer)])))
     else:
         events.append(started(call, response.edited_arguments))
     return events
