@@ -204,6 +204,10 @@ async def test_sources_are_few_and_their_titles_short_and_without_the_key(
     assert 50 == len(cited.sources)
     assert Source("https://0.example", "It is [key].") == cited.sources[0]
     assert {300} == {len(source.title) for source in cited.sources[1:]}
+    long = [f"https://{number}.example/{'a' * 1000}" for number in range(60)]
+    server.script(stream(chunk({"content": "Hi"}), chunk(citations=long)))
+    (cited,) = [piece for piece in await pieces_of(provider) if isinstance(piece, Cited)]
+    assert long[:16] == [source.uri for source in cited.sources]
 
 
 @given(st.binary(max_size=60), st.lists(st.integers(0, 100), max_size=8))

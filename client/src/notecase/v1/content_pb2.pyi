@@ -393,8 +393,8 @@ class Part(_message.Message):
     """
     @_builtins.property
     def citations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Citation]:
-        """Of a reply's text or json, made by models only: the sources that its provider names, in its order, at most 50. Where the
-        text says "[1]", the first is meant.
+        """Of a reply's text or json, made by models only: the sources that its provider names, in its order; at most 50, with 16
+        KiB of addresses. Where the text says "[1]", the first is meant.
         """
 
     @_builtins.property

@@ -21,7 +21,7 @@ from notecase_server.models.answers.media import Audio, Encoded
 from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.answers.think_tags import ThinkTags
 from notecase_server.models.answers.usage import Counts
-from notecase_server.models.contract import Call, Cited, Delta, Finish, Link, Reasoning, Refusal, Text, Used
+from notecase_server.models.contract import Call, Cited, Delta, Finish, Link, Reasoning, Refusal, Returned, Text, Used
 from notecase_server.models.provider_data import ProviderData
 
 MAX_TEXT_BYTES = 1 << 20
@@ -121,7 +121,7 @@ class ChatReply:
             if self._failure is None:
                 self._rest(pieces)
                 finish = self._judged(pieces, cut)
-                pieces += [*self._cited(), *self._data.all(), finish]
+                pieces += [*self._cited(), *self._returned(), finish]
         except NotecaseError as failure:
             self._fail(failure)
         if self._failure is not None:
@@ -336,6 +336,8 @@ class ChatReply:
             found = media.find(entry)
             if isinstance(found, Link) and not self._redactor.link(found.uri):
                 found = None
+            if isinstance(found, Encoded):
+                found = self._typed(found)
             if found is None:
                 self._unread = True
             elif (digest := hash(found)) not in self._images:
@@ -343,9 +345,21 @@ class ChatReply:
                 pieces.append(found)
                 self._spoken = True
 
+    def _typed(self, found: Encoded) -> Encoded:
+        """Content with a media type that can be told."""
+        return found._replace(media_type=self._redactor.name(found.media_type))
+
     def _cited(self) -> list[Cited]:
         found = self._citations.all(self._redactor, self._think.skipped if self._think else 0)
         return [Cited(found)] if found else []
+
+    def _returned(self) -> list[Returned]:
+        """What goes back, without what holds the key, since callers can read it."""
+        return [
+            returned
+            for returned in self._data.all()
+            if not self._redactor.is_echoed(returned.data.members + returned.data.call_id.encode())
+        ]
 
     def _take_call(self, piece: CallPiece, pieces: list[Piece]) -> None:
         if piece.function is None and (piece.name or piece.arguments):
@@ -366,11 +380,11 @@ class ChatReply:
         pieces.extend(Call(call.key, "", self._mended(call.key, call.arguments)) for call in self._calls.end())
         pieces.extend(Call(key, "", "\ufffd") if isinstance(key, int) else key("\ufffd") for key in self._halves)
         if (clip := self._audio.made()) is not None:
-            pieces.append(clip)
+            pieces.append(self._typed(clip))
             self._spoken = True
         called = bool(self._calls)
         end = meaning(self._reason) if self._reason else (End.CALLS if called else End.WHOLE)
-        word = self._redactor.name(self._valid(self._reason)) or _WORDS.get(end, "stop")
+        word = self._redactor.reason(self._valid(self._reason)) or _WORDS.get(end, "stop")
         if not (self._reason or self.done or self._audio.whole):
             raise cut or errors.model_unavailable("The model provider ended its answer before the reply was whole.")
         if end is End.FAILED:

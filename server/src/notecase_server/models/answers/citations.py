@@ -10,6 +10,9 @@ from notecase_server.models.contract import Source
 MOST = 50
 """Sources of a reply: a search that is shown to a reader finds five to twenty."""
 
+MOST_CHARS = 16 << 10
+"""Of their addresses together, which are looked through for the key: some 10 ms."""
+
 
 class Citations:
     """Collects the sources of one reply. Servers tell them once, with each chunk, or again with a whole message."""
@@ -48,7 +51,12 @@ class Citations:
         titles |= {uri: title for uri, title in self._listed.items() if title}
         found = [(uri, 0, 0) for uri in self._listed]
         found += [(uri, start, end) for uri, start, end in self._placed if end > start or uri not in self._listed]
-        shown = {uri: redactor.told(titles.get(uri, "")) for uri, _, _ in found[:MOST] if redactor.link(uri)}
+        shown: dict[str, str] = {}
+        left = MOST_CHARS
+        for uri in dict.fromkeys(uri for uri, _, _ in found[:MOST]):
+            left -= len(uri)
+            if left >= 0 and redactor.link(uri):
+                shown[uri] = redactor.told(titles.get(uri, ""))
         return [
             Source(uri, shown[uri], *((start - unsaid, end - unsaid) if end > start >= unsaid else (0, 0)))
             for uri, start, end in found[:MOST]
