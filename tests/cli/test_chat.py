@@ -47,6 +47,17 @@ async def test_each_line_of_a_pipe_is_a_message_and_each_reply_goes_to_standard_
     assert ["SUCCEEDED"] * 3 == await states(served, session.name)
 
 
+async def test_what_the_model_made_and_its_sources_are_named_beside_the_reply(served: Running, agent: v1.Agent) -> None:
+    """On standard error, as each came; nothing in them can command the terminal."""
+    await open_case(served, agent)
+    directives = "/say Here: /image /cite https://example.org/\x1b[2J\n"
+    done = await notecase("chat", "--session", "case", "--server", served.address, said=directives)
+    named = ["[1] example.org https://example.org/\ufffd[2J", "[image-1.png, image/png, 69 bytes]"]
+    assert (0, "Here:\n", named) == (done.code, done.out, done.err.splitlines())
+    done = await notecase("sessions", "show", "case", "--server", served.address)
+    assert ["Here:", *named] == done.out.split("\n\n")[-1].splitlines()[1:]
+
+
 async def test_a_session_is_resumed(served: Running, agent: v1.Agent) -> None:
     """By id or by name, with its history shown to the model and nothing but the reply on standard output."""
     await open_case(served, agent)

@@ -68,6 +68,7 @@ class Printer:
         expected = {
             index: (part.text or part.json or part.reasoning.text or part.refusal or part.tool_call.arguments).encode()
             for index, part in enumerate(message.parts)
+            if part.WhichOneof("kind") not in {"blob", "file"}
         }
         assert self.printed[message.name] == expected
         self.whole.append(message.name)

@@ -280,3 +280,29 @@ async def test_a_start_cancelled_just_as_it_stops_another_run_leaves_that_one_as
     calls = [event.tool_finished for event in log if event.HasField("tool_finished")]
     assert [(call.outcome, call.attempt) for call in calls] == [(SUCCEEDED, 1)]
     assert not [event for event in log if event.HasField("rewound")]
+
+
+async def test_what_a_call_took_is_counted_that_a_refused_halt_cut(
+    served: Running, session: str, store: Observed, model: OpenAIServer
+) -> None:
+    """The model is asked again: both calls count, each once, in the run and in the session."""
+    told = chunk({"content": "Half"}, usage={"prompt_tokens": 50, "completion_tokens": 4})
+    model.script(Answer((told, asyncio.Event())), reply("Whole."))
+    run = await started(served, session)
+    await until(served, run, lambda event: event.HasField("block_delta"))
+
+    async def refuse(commit: Commit) -> None:
+        if ends(commit):
+            store.before = None
+            raise errors.reused("request_id", "r")
+
+    store.before = refuse
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await served.runs.CancelRun(v1.CancelRunRequest(name=run.name))
+    assert reason_of(refused.value) == "REQUEST_ID_REUSED"
+    ended = await served.runs.WaitRun(v1.WaitRunRequest(name=run.name, after_sequence=10**6))
+    assert (ended.state, ended.reply.parts[0].text) == (v1.Run.STATE_SUCCEEDED, "Whole.")
+    both = v1.Usage(input_tokens=50 + 11, output_tokens=4 + 7, model_calls=2, model="stub-1")
+    assert [both, both] == [ended.usage, (await served.sessions.GetSession(v1.GetSessionRequest(name=session))).usage]
+    log = await log_of(served, session)
+    assert [50, 11] == [event.usage.input_tokens for event in log if event.HasField("usage")]

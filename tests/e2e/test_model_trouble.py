@@ -3,14 +3,16 @@ at a limit runs none of its calls."""
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import v1
+from notecase_server.models.contract import Delta, Finish, ModelRequest, Text, Used
 
 from tests.support.openai_server import DONE, Answer, OpenAIServer, chunk, error, event, reply, stream, tool_calls
-from tests.support.server import Running
+from tests.support.server import Running, running
 
 OVERLOADED = event({"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}})
 ROLE = chunk({"role": "assistant", "content": ""})
@@ -197,6 +199,109 @@ async def test_a_summary_is_repeated_as_a_reply_is(served: Running, model: OpenA
     await invoke(served, made.name, "q1")
     await invoke(served, made.name, "q2")
     assert "In short." in str(model.requests[-1]["messages"])
+
+
+COUNTED = {"prompt_tokens": 50, "completion_tokens": 4}
+USED = v1.Usage(input_tokens=50, output_tokens=4, model_calls=1, model="stub-1")
+
+
+def used(*calls: v1.Usage) -> v1.Usage:
+    """What these calls of one model took together; those of the stub's own are `reply`."""
+    total = v1.Usage(model="stub-1", model_calls=len(calls))
+    total.input_tokens = sum(call.input_tokens for call in calls)
+    total.output_tokens = sum(call.output_tokens for call in calls)
+    return total
+
+
+REPLIED = v1.Usage(input_tokens=11, output_tokens=7)
+
+
+async def summarising(served: Running, model: OpenAIServer) -> str:
+    """A session whose next run begins with a summary."""
+    context = v1.Context(summary=v1.Context.Summary(keep_recent=1, batch=1))
+    agent = await served.agents.CreateAgent(v1.CreateAgentRequest(agent=v1.Agent(llm=v1.LlmAgent(context=context))))
+    made = await served.sessions.CreateSession(v1.CreateSessionRequest(session=v1.Session(agent=agent.name)))
+    model.script(reply("a1"))
+    await invoke(served, made.name, "q1")
+    return str(made.name)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "failed"),
+    [
+        (Answer((chunk({"content": "In "}, usage=COUNTED),)).cut(after=1), False),
+        (Answer((chunk({"content": "In "}, usage=COUNTED) + OVERLOADED,)), False),
+        (stream(usage=COUNTED), False),
+        (Answer((chunk({"content": ""}, usage=COUNTED), chunk({"content": "x" * 70_000}), asyncio.Event())), True),
+        (stream(chunk({"content": ""}, usage=COUNTED), finish="content_filter", usage=None), True),
+    ],
+    ids=["cut", "an error", "empty", "too long", "withheld"],
+)
+async def test_what_a_summary_took_that_came_to_nothing_is_counted(
+    served: Running, model: OpenAIServer, trouble: Answer, failed: bool
+) -> None:
+    """Whether it is asked for again or given up, in the run and in the session."""
+    session = await summarising(served, model)
+    model.script(trouble, *([] if failed else [reply("In short.")]), reply("a2"))
+    done = await invoke(served, session, "q2")
+    assert (done.run.state, done.reply.parts[0].text) == (v1.Run.STATE_SUCCEEDED, "a2")
+    expected = used(USED, *([] if failed else [REPLIED]), REPLIED)
+    assert expected == done.run.usage
+    whole = (await served.sessions.GetSession(v1.GetSessionRequest(name=session))).usage
+    assert used(expected, REPLIED).input_tokens == whole.input_tokens
+
+
+class Halfway:
+    """A model that tells of its second reply what it took so far, and then says nothing more."""
+
+    def __init__(self) -> None:
+        self.told = asyncio.Event()
+        self._replies = 0
+
+    async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
+        self._replies += 1
+        if self._replies == 2:
+            yield Used(USED)
+            self.told.set()
+            await asyncio.Event().wait()
+        yield Text("a")
+        yield Finish("stop", v1.Usage(model_calls=1, model="stub-1"))
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+async def test_what_a_summary_took_that_a_cancel_cuts_is_counted(store_url: str, model: OpenAIServer) -> None:
+    halfway = Halfway()
+    async with running(store_url, {"openai": halfway}) as served:
+        session = await summarising(served, model)
+        message = v1.Message(parts=[v1.Part(text="q2")])
+        run = await served.runs.CreateRun(v1.CreateRunRequest(start=v1.StartRun(session=session, messages=[message])))
+        await halfway.told.wait()
+        await served.runs.CancelRun(v1.CancelRunRequest(name=run.name))
+        ended = await served.runs.GetRun(v1.GetRunRequest(name=run.name))
+        assert (v1.Run.STATE_CANCELLED, USED) == (ended.state, ended.usage)
+
+
+def saying(text: str) -> bytes:
+    return chunk({"content": text})
+
+
+def calling(arguments: str) -> bytes:
+    return chunk({"tool_calls": [{"index": 0, "id": "a", "function": {"arguments": arguments}}]})
+
+
+@pytest.mark.parametrize("piece", [saying, calling])
+async def test_what_a_reply_took_that_is_too_large_is_counted(
+    served: Running, session: str, model: OpenAIServer, piece: Callable[[str], bytes]
+) -> None:
+    """As far as its provider told before; nothing more is read of it."""
+    counts = chunk({"content": ""}, usage=COUNTED)
+    model.script(Answer((counts, piece('{"a": "' + "x" * 600_000), piece("x" * 600_000), asyncio.Event())))
+    done = await invoke(served, session)
+    assert (v1.Run.STATE_FAILED, "reply_bytes") == (done.run.state, done.run.error.metadata["limit"])
+    assert USED == done.run.usage
+    assert 1 == len(model.requests)
 
 
 async def test_json_behind_words_tags_and_fences_is_the_reply(served: Running, model: OpenAIServer) -> None:

@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 from notecase import v1
-from notecase_server.engine.results import PREVIEW_BYTES, READ_BYTES, READ_RESULT, SHOWN_BYTES
+from notecase_server.engine.results import PREVIEW_BYTES, READ_BYTES, READ_RESULT, SHOWN_BYTES, TOGETHER_BYTES
 from notecase_server.models.openai import OpenAIProvider
+from notecase_server.store.contract import PAGE_BYTES
 from notecase_server.tools.functions import tool
 from notecase_server.tools.toolbox import make_toolbox
 
@@ -84,7 +85,8 @@ async def ask(served: Running, session: str) -> v1.Run:
 
 
 @pytest.mark.parametrize(
-    ("at_once", "size"), [(1, 20_000), (1, 200_000), (1, 300_000), (4, 200_000), (20, 20_000), (20, 300_000)]
+    ("at_once", "size"),
+    [(1, 20_000), (1, 200_000), (1, 300_000), (4, 200_000), (20, 20_000), (20, 200_000), (20, 300_000)],
 )
 async def test_a_turn_of_twenty_large_results_goes_on(at_once: int, size: int, store_url: str) -> None:
     """One after the other and in one reply; some are shown, some in part, some left out; the log has them whole."""
@@ -114,6 +116,109 @@ async def test_a_turn_of_twenty_large_results_goes_on(at_once: int, size: int, s
                 whole = page(number, size)
                 assert (part.blob.size_bytes or len(part.text.encode())) == len(whole.encode())
                 assert part.text in ("", whole)
+
+
+def whole_of(call: v1.ToolCall) -> int:
+    """Bytes of a call's result, wherever they are kept."""
+    return sum(part.blob.size_bytes or len((part.text or part.json).encode()) for part in call.result)
+
+
+async def calls_of(served: Running, session: str) -> list[v1.ToolCall]:
+    """The calls of the first reply, which fits into a page with what they came to."""
+    listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session))
+    (message, *_) = [message for message in listed.messages if message.role == v1.Message.ROLE_ASSISTANT]
+    assert message.ByteSize() < PAGE_BYTES
+    return [part.tool_call for part in message.parts]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shown"),
+    [
+        ([SHOWN_BYTES - 50] * 4, [None] * 4),
+        ([SHOWN_BYTES - 100 * number for number in range(1, 21)], [PREVIEW_BYTES] * 19 + [None]),
+        (
+            [100, 31_000, 30_000, 5_000, 31_500, 20_000, 29_000],
+            [None, None, None, None, PREVIEW_BYTES, None, None],
+        ),
+        ([900] * 300, [436] * 300),
+    ],
+    ids=["as much as fits", "twenty", "the largest first", "hundreds"],
+)
+async def test_results_of_one_reply_are_shown_together_within_a_bound(
+    served: Running, model: OpenAIServer, sizes: list[int], shown: list[int | None]
+) -> None:
+    """Of the largest it is shown how they begin, each time the same; the log has them whole, in one page."""
+    session = await opened(served)
+    model.script(asks(*enumerate(sizes)), reply("ok"), reply("ok"))
+    for _ in range(2):
+        assert v1.Run.STATE_SUCCEEDED == (await ask(served, session)).state
+    told = results_in(model.requests[1])
+    texts = [text.rsplit("\n[Bytes", 1)[0] for text in told]
+    assert sum(len(text.encode()) for text in texts) <= TOGETHER_BYTES
+    expected = [page(number, size) for number, size in enumerate(sizes)]
+    for text, whole, most in zip(texts, expected, shown, strict=True):
+        assert whole.startswith(text)
+        assert 0 <= (most or len(whole.encode())) - len(text.encode()) < 4
+    assert told == results_in(model.requests[2])
+    assert [len(whole.encode()) for whole in expected] == [whole_of(call) for call in await calls_of(served, session)]
+
+
+@pytest.mark.parametrize("by", ["tools", "a caller", "a person"])
+async def test_results_of_one_reply_fit_into_a_page_together(served: Running, model: OpenAIServer, by: str) -> None:
+    """Each just below what a message keeps to itself; what does not fit is kept aside, and nothing fails."""
+    tools = {
+        "a caller": v1.Tool(name="weigh", client=v1.ClientTool()),
+        "a person": v1.Tool(name="weigh", server=v1.ServerTool(function="ask_user")),
+    }
+    session = await opened(served, *([tools[by]] if by in tools else []))
+    size = 250_000
+    model.script(asks(*[(7, size)] * 20) if by == "tools" else tool_calls(*[("weigh", "{}")] * 20), reply("ok"))
+    run = await ask(served, session)
+    for call in run.pending_calls:
+        given = v1.ToolResult(call_id=call.call_id, result=[v1.Part(json=f'"{"x" * size}"')])
+        await send(served, session, v1.RunRequest(tool_result=given))
+    for asked in run.pending_inputs:
+        answer = v1.InputResponse(input_id=asked.input_id, decision=v1.InputResponse.DECISION_ANSWER, answer="y" * size)
+        await send(served, session, v1.RunRequest(input_response=answer))
+    ended = await served.runs.WaitRun(v1.WaitRunRequest(name=run.name, after_sequence=10**6))
+    assert v1.Run.STATE_SUCCEEDED == ended.state, ended.error
+    calls = await calls_of(served, session)
+    assert {v1.ToolCall.OUTCOME_SUCCEEDED} == {call.outcome for call in calls}
+    assert [{"tools": len(page(7, size).encode()), "a caller": size + 2, "a person": size}[by]] * 20 == [
+        whole_of(call) for call in calls
+    ]
+
+
+async def send(served: Running, session: str, command: v1.RunRequest) -> None:
+    await served.runs.SendCommand(v1.SendCommandRequest(session=session, command=command))
+
+
+async def test_errors_of_one_reply_fit_into_a_page_together(served: Running, model: OpenAIServer) -> None:
+    """Those that come when it is full are cut."""
+    session = await opened(served, v1.Tool(name="weigh", client=v1.ClientTool()))
+    model.script(tool_calls(*[("weigh", "{}")] * 20), reply("ok"))
+    run = await ask(served, session)
+    for call in run.pending_calls:
+        await send(served, session, v1.RunRequest(tool_result=v1.ToolResult(call_id=call.call_id, error="e" * 65_000)))
+    ended = await served.runs.WaitRun(v1.WaitRunRequest(name=run.name, after_sequence=10**6))
+    assert v1.Run.STATE_SUCCEEDED == ended.state
+    errors = [call.error for call in await calls_of(served, session)]
+    assert ({"e" * 65_000}, {"e" * 100 + "…"}) == (set(errors[:15]), set(errors[16:]))
+
+
+async def test_what_is_read_at_once_is_bounded(served: Running, model: OpenAIServer) -> None:
+    session = await opened(served)
+    model.script(asks((7, 400_000)), reply("ok"))
+    await ask(served, session)
+    (name,) = names_in(model.requests[-1])
+    spans = [json.dumps({"result": name, "offset": at * READ_BYTES}) for at in range(6)]
+    model.script(tool_calls(*((READ_RESULT, span) for span in spans)), reply("ok"))
+    await ask(served, session)
+    read = results_in(model.requests[-1])[1:]
+    assert (
+        page(7, 400_000).encode().startswith("".join(text.rsplit("\n[", 1)[0] for text in read[:4]).encode()[:99_999])
+    )
+    assert {"That is too much for one reply. Read it in the next one."} == set(read[4:])
 
 
 @pytest.mark.parametrize("size", [SHOWN_BYTES + 100, 300_000], ids=["text", "a blob"])

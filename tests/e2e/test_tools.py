@@ -1,6 +1,7 @@
 """Calls of tools: dispatched once, answered once, by the caller or by a person, on every store and in both forms."""
 
 import asyncio
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from google.protobuf.duration_pb2 import Duration
 from notecase import v1
 
 from tests.e2e.driving import BySendCommand, OnStream, durable, fields_of, kinds, log_of, reason_of, said
-from tests.support.openai_server import OpenAIServer, chunk, reply, stream, tool_calls
+from tests.support.openai_server import OpenAIServer, chunk, error, reply, stream, tool_calls
 from tests.support.server import Running
 
 DRIVERS = [OnStream, BySendCommand]
@@ -145,11 +146,11 @@ async def test_of_two_results_for_one_call_the_first_wins(
     assert second in {"B 0", "B 1"}
 
 
-async def test_results_that_are_too_large_are_refused_or_fail_and_the_run_goes_on(
+async def test_results_that_are_too_large_are_refused_or_kept_aside_and_the_run_goes_on(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
-    """One that no frame or no field takes leaves its call waiting; of several that each fit and together do not, those
-    that come too late are failures that the model is told of."""
+    """One that no frame or no field takes leaves its call waiting; several that each fit and together do not are kept
+    whole."""
     model.script(tool_calls(*[("weigh", "{}")] * 5), reply("Heavy."))
     run = (await served.runs.Invoke(v1.InvokeRequest(start=start_with(session, client_tool("weigh"))))).run
 
@@ -166,8 +167,70 @@ async def test_results_that_are_too_large_are_refused_or_fail_and_the_run_goes_o
     ended = await served.runs.WaitRun(v1.WaitRunRequest(name=run.name, after_sequence=run.last_sequence + 1))
     assert ended.state == v1.Run.STATE_SUCCEEDED
     results = results_of(model.requests[1])
-    assert ["of 250000." in told for told in results[:4]] == [True] * 4
-    assert "together larger" in results[4]
+    assert ["of 250000." in told for told in results] == [True] * 5
+
+
+def choices(model: OpenAIServer) -> list[Any]:
+    return [request.get("tool_choice") for request in model.requests]
+
+
+FORCED = {"type": "function", "function": {"name": "weigh"}}
+
+
+@pytest.fixture
+async def forced(served: Running, model: OpenAIServer) -> str:
+    """A session whose agent has to call `weigh` before it speaks."""
+    generation = v1.Generation(extra=json.dumps({"tool_choice": FORCED}))
+    weigh = client_tool("weigh", requires_approval=True)
+    llm = v1.LlmAgent(generation=generation, tools=[client_tool("look"), weigh])
+    agent = await served.agents.CreateAgent(v1.CreateAgentRequest(agent=v1.Agent(llm=llm)))
+    made = await served.sessions.CreateSession(v1.CreateSessionRequest(session=v1.Session(agent=agent.name)))
+    return str(made.name)
+
+
+async def wait_again(served: Running, run: v1.Run) -> v1.Run:
+    """The run once it has gone on and waits or has ended."""
+    return await served.runs.WaitRun(v1.WaitRunRequest(name=run.name, after_sequence=run.last_sequence))
+
+
+@pytest.mark.parametrize("approved", [True, False], ids=["a result", "a denial"])
+async def test_a_forced_choice_holds_until_its_call_has_an_outcome(
+    served: Running, forced: str, model: OpenAIServer, approved: bool
+) -> None:
+    """Over a failed try and the call of another tool; then the model may speak, and the user's next message begins it
+    anew."""
+    model.script(error(503), tool_calls(("look", "{}")), tool_calls(("weigh", "{}")), reply("1 kg."), reply("Again."))
+    run = (await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=forced, messages=[said("Go")])))).run
+    (look,) = run.pending_calls
+    await served.runs.SendCommand(v1.SendCommandRequest(session=forced, command=result(look.call_id, "a box")))
+    run = await wait_again(served, run)
+    assert [FORCED] * 3 == choices(model)
+    (asked,) = run.pending_inputs
+    decision = v1.InputResponse.DECISION_APPROVE if approved else v1.InputResponse.DECISION_DENY
+    answer = v1.RunRequest(input_response=v1.InputResponse(input_id=asked.input_id, decision=decision))
+    await served.runs.SendCommand(v1.SendCommandRequest(session=forced, command=answer))
+    if approved:
+        run = await wait_again(served, run)
+        (weigh,) = run.pending_calls
+        await served.runs.SendCommand(v1.SendCommandRequest(session=forced, command=result(weigh.call_id, "1 kg")))
+    ended = await served.runs.WaitRun(v1.WaitRunRequest(name=run.name, after_sequence=10**6))
+    assert ended.state == v1.Run.STATE_SUCCEEDED
+    assert [FORCED] * 3 + ["auto"] == choices(model)
+    await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=forced, messages=[said("And now?")])))
+    assert [FORCED] * 3 + ["auto", FORCED] == choices(model)
+
+
+async def test_a_forced_choice_begins_anew_with_what_a_user_says_meanwhile(
+    served: Running, forced: str, model: OpenAIServer
+) -> None:
+    """What is said while the call waits is a message of its own behind the call's result."""
+    model.script(tool_calls(("weigh", "{}")), tool_calls(("weigh", "{}")))
+    run = (await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=forced, messages=[said("Go")])))).run
+    said_more = v1.RunRequest(input=v1.UserInput(messages=[said("The other one.")]))
+    await served.runs.SendCommand(v1.SendCommandRequest(session=forced, command=said_more))
+    run = await wait_again(served, run)
+    assert run.state == v1.Run.STATE_WAITING
+    assert [FORCED, FORCED] == choices(model)
 
 
 async def test_a_result_for_a_call_of_another_session_is_refused(

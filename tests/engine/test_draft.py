@@ -4,9 +4,9 @@ import itertools
 
 import pytest
 from notecase import v1
-from notecase_server.engine.draft import MAX_REPLY_BYTES, Draft
+from notecase_server.engine.draft import MAX_MEDIA, MAX_REPLY_BYTES, Draft
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Call, Reasoning, Text
+from notecase_server.models.contract import MAX_MEDIA_BYTES, Call, Cited, Link, Reasoning, Source, Text
 
 COMPLETED = v1.Message.STATUS_COMPLETED
 
@@ -49,3 +49,65 @@ def test_a_lone_surrogate_becomes_a_sign_that_can_be_sent() -> None:
     made = draft()
     made.feed(Text("a\ud800b"))
     assert "a\ufffdb" == made.message("a", COMPLETED).parts[0].text
+
+
+IMAGE = v1.Part(blob=v1.Blob(name="blobs/x", media_type="image/png", size_bytes=5))
+
+
+def test_what_was_made_stands_between_texts_and_is_no_block_of_theirs() -> None:
+    made = draft()
+    assert [True, False, True] == [made.feed(piece) for piece in (Text("a"), Link("https://x", "image/*"), Text("b"))]
+    made.place(IMAGE)
+    kinds = [part.WhichOneof("kind") for part in made.message("a", COMPLETED).parts]
+    assert ["text", "file", "text", "blob"] == kinds
+    assert [b"a", b"", b"b", b""] == [bytes(block.data) for block in made.blocks]
+
+
+def test_what_is_not_kept_is_said_in_words_at_its_place() -> None:
+    """What is kept elsewhere stays."""
+    made = draft()
+    made.feed(Link("https://x", "image/*"))
+    assert not made.forget_made()
+    made.place(IMAGE)
+    made.feed(Text("b"))
+    assert made.forget_made()
+    file, words, text = made.message("a", COMPLETED).parts
+    assert ("https://x", "[image/png, 5 bytes, not kept]", "b") == (file.file.uri, words.text, text.text)
+    assert not made.forget_made()
+
+
+def test_an_image_alone_is_kept_of_a_reply_that_is_cut() -> None:
+    made = draft()
+    made.place(IMAGE)
+    cut = made.cut("a")
+    assert cut is not None
+    assert [IMAGE] == list(cut.parts)
+
+
+def test_what_is_made_is_bounded() -> None:
+    made = draft()
+    made.make_room(MAX_MEDIA_BYTES)
+    with pytest.raises(NotecaseError) as failed:
+        made.make_room(1)
+    assert ("reply_media_bytes", str(MAX_MEDIA_BYTES)) == (
+        failed.value.metadata["limit"],
+        failed.value.metadata["value"],
+    )
+    made = draft()
+    for _ in range(MAX_MEDIA):
+        made.make_room(0)
+        made.place(IMAGE)
+    with pytest.raises(NotecaseError) as failed:
+        made.make_room(0)
+    assert "reply_media" == failed.value.metadata["limit"]
+
+
+def test_sources_cost_no_reply() -> None:
+    """They are kept while there is room, with text only, in places that the text has."""
+    made = draft()
+    made.feed(Cited([Source("https://a", "")]))
+    made.feed(Text("x" * (MAX_REPLY_BYTES - 4096)))
+    made.feed(Cited([Source(f"https://{number}/{'a' * 500}", "", 1, MAX_REPLY_BYTES) for number in range(50)]))
+    (part,) = made.message("a", COMPLETED).parts
+    assert 0 < len(part.citations) < 10
+    assert {(0, 0)} == {(citation.start, citation.end) for citation in part.citations}

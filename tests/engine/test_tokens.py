@@ -73,3 +73,13 @@ def test_content_counts_too(part: v1.Part, tokens: int) -> None:
     assert Gauge().tokens(v1.Message(parts=[part])) == 4 + tokens
     called = v1.Message(parts=[v1.Part(tool_call=v1.ToolCall(result=[part]))])
     assert Gauge().tokens(called) == 4 + 4 + tokens
+
+
+def test_what_a_model_made_is_told_in_words_and_measures_nothing() -> None:
+    """Its provider counted the image as well, which says nothing of text; long text of a reply is shown whole."""
+    image = v1.Part(blob=v1.Blob(media_type="image/png", size_bytes=5))
+    made = v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[v1.Part(text="x" * 40), image])
+    made.usage.output_tokens = 1300
+    assert Gauge([made]).tokens(made) == 4 + 10
+    long = v1.Part(blob=v1.Blob(media_type="text/plain", size_bytes=400))
+    assert Gauge().tokens(v1.Message(role=v1.Message.ROLE_ASSISTANT, parts=[long])) == 4 + 100

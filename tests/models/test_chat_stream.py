@@ -8,23 +8,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.errors import NotecaseError
+from notecase_server.models.answers.calls import MAX_HELD
 from notecase_server.models.answers.event_stream import MAX_EVENT_BYTES, EventSplitter
 from notecase_server.models.answers.redaction import Redactor
-from notecase_server.models.chat_stream import MAX_SILENT_BYTES, MAX_TEXT_BYTES, ChatReply
-from notecase_server.models.contract import Delta
+from notecase_server.models.chat_stream import MAX_SILENT_BYTES, MAX_TEXT_BYTES, ChatReply, Piece
+from notecase_server.models.contract import Call
 
 from tests.support.openai_server import DONE, MODEL, chunk, event, stream, tool_calls
 from tests.support.replies import Reply, fold
 
 
-def made(**options: bool) -> ChatReply:
+def made(**options: Any) -> ChatReply:
     return ChatReply("asked", Redactor(""), **options)
 
 
-def pieces_of(*chunks: bytes) -> list[Delta]:
+def pieces_of(*chunks: bytes) -> list[Piece]:
     """All pieces of an answer that comes in these chunks and then ends."""
     reply = made()
-    pieces: list[Delta] = []
+    pieces: list[Piece] = []
     for data in chunks:
         pieces += reply.feed(data)
         if reply.done:
@@ -393,6 +394,18 @@ class TestFaults:
 
     def test_text_that_no_message_could_hold_is_refused(self) -> None:
         assert v1.ERROR_REASON_MODEL_ERROR == failure(chunk({"content": "x" * (MAX_TEXT_BYTES + 1)}), DONE).reason
+
+    def test_arguments_that_are_held_back_are_bounded(self) -> None:
+        """They may be sent again as a whole, which only the end tells."""
+        reply = made()
+        piece = chunk({"tool_calls": [{"index": 0, "id": "a", "function": {"arguments": "x" * (1 << 18)}}]})
+        for _ in range(MAX_HELD >> 18):
+            assert [Call(0, "", "")] == reply.feed(piece)
+        assert not reply.done
+        reply.feed(piece)
+        with pytest.raises(NotecaseError) as caught:
+            reply.end()
+        assert v1.ERROR_REASON_MODEL_ERROR == caught.value.reason
 
     def test_what_says_nothing_is_bounded(self) -> None:
         reply = made()

@@ -12,13 +12,16 @@ from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import (
     Call,
+    Cited,
     Delta,
     Finish,
+    Media,
     ModelRequest,
     Provider,
     Reasoning,
     Refusal,
     Returned,
+    Source,
     Text,
 )
 from notecase_server.models.offline import DIALECTS, OfflineProvider
@@ -167,10 +170,20 @@ async def test_big_has_the_size_asked_for(size: int) -> None:
         "/call",
         "/dialect",
         "/dialect x",
+        "/cite",
+        "/cite ftp://example.org",
     ],
 )
 async def test_a_directive_that_cannot_be_carried_out_is_answered_in_words(wrong: str) -> None:
     assert (await text(user(wrong))).startswith(f"{wrong.split(maxsplit=1)[0]} takes ")
+
+
+async def test_images_are_made_and_sources_named() -> None:
+    deltas = await replied(user("/say a /cite https://example.org/x?y /image /say b /image"))
+    names = [delta.filename for delta in deltas if isinstance(delta, Media)]
+    assert ["image-1.png", "image-2.png"] == names
+    assert Cited([Source("https://example.org/x?y", "example.org")]) == deltas[-2]
+    assert (await text(user("/cite https://example.org/x"))).startswith("I am the offline model.")
 
 
 async def test_a_message_full_of_directives_is_not_answered_for_ever() -> None:

@@ -231,7 +231,6 @@ class TestRequest:
             user(v1.Part(file=v1.FileUri(uri="https://example.org/a"))),
             user("a", v1.Part(tool_call=v1.ToolCall(call_id="c"))),
             user(v1.Part()),
-            assistant(data(b"x", "image/png")),
             message(v1.Message.ROLE_SYSTEM, data(b"x", "image/png")),
             assistant(
                 v1.Part(

@@ -1,7 +1,10 @@
 """Every kind of answer that a server may give, as bytes, with what it comes to: a reply, or one typed failure. None of
 it depends on how the bytes were cut on their way."""
 
+import base64
+import io
 import json
+import wave
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.errors import NotecaseError
+from notecase_server.models.answers.media import Encoded, decoded
 from notecase_server.models.answers.redaction import Redactor
-from notecase_server.models.chat_stream import ChatReply
-from notecase_server.models.contract import Call, Delta, Finish, Reasoning, Refusal, Text
+from notecase_server.models.chat_stream import ChatReply, Piece
+from notecase_server.models.contract import Call, Cited, Finish, Link, Reasoning, Refusal, Source, Text
 
 from tests.support.openai_server import DONE, chunk, event
 
@@ -26,6 +30,9 @@ class Came(NamedTuple):
     reasoning: str = ""
     refusal: str = ""
     calls: tuple[tuple[str, str], ...] = ()
+    made: tuple[tuple[str, bytes | str], ...] = ()
+    """Images and clips: media type, and content or address."""
+    sources: tuple[Source, ...] = ()
     finish: str = "stop"
     cut: bool = False
     tokens: tuple[int, int, int, int] = (0, 0, 0, 0)
@@ -40,12 +47,21 @@ def failed(reason: int, words: str = "", *, code: str = "", repeats: int | None 
     return Came(finish="", reason=reason, words=words, code=code, repeats=repeats, **said)
 
 
-def come(pieces: Iterable[Delta], failure: NotecaseError | None) -> Came:
+def come(pieces: Iterable[Piece], failure: NotecaseError | None) -> Came:
     calls: dict[int, tuple[str, str]] = {}
     said: dict[type, str] = {Text: "", Reasoning: "", Refusal: ""}
+    made: list[tuple[str, bytes | str]] = []
+    sources: tuple[Source, ...] = ()
     finish = Finish("", v1.Usage())
     for piece in pieces:
         match piece:
+            case Encoded():
+                data, media_type, _ = decoded(piece, 1)
+                made.append((media_type, data))
+            case Link(uri, media_type):
+                made.append((media_type, uri))
+            case Cited(found):
+                sources = tuple(found)
             case Call(key, tool, arguments):
                 before = calls.get(key, ("", ""))
                 calls[key] = (before[0] + tool, before[1] + arguments)
@@ -59,6 +75,8 @@ def come(pieces: Iterable[Delta], failure: NotecaseError | None) -> Came:
         reasoning=said[Reasoning],
         refusal=said[Refusal],
         calls=tuple(calls.values()),
+        made=tuple(made),
+        sources=sources,
         finish=finish.reason,
         cut=finish.cut,
         tokens=(used.input_tokens, used.cached_input_tokens, used.output_tokens, used.reasoning_tokens),
@@ -69,9 +87,9 @@ def come(pieces: Iterable[Delta], failure: NotecaseError | None) -> Came:
     )
 
 
-def read(chunks: Iterable[bytes], *, behind_calls: bool = False) -> Came:
-    reply = ChatReply("asked", Redactor(""), behind_calls=behind_calls)
-    pieces: list[Delta] = []
+def read(chunks: Iterable[bytes], *, behind_calls: bool = False, think_tags: bool = True) -> Came:
+    reply = ChatReply("asked", Redactor(""), behind_calls=behind_calls, think_tags=think_tags, audio_format="pcm16")
+    pieces: list[Piece] = []
     try:
         for data in chunks:
             pieces += reply.feed(data)
@@ -101,6 +119,33 @@ def whole(data: bytes) -> bytes:
 
 
 LOOK = (("look", '{"q":"x"}'),)
+PNG = b"\x89PNG\r\n\x1a\n and so on"
+PNG_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
+OTHER_URL = "data:image/png;base64," + base64.b64encode(PNG + b"2").decode()
+THIRD_URL = "data:;base64," + base64.b64encode(PNG + b"3").decode()
+IMAGE = (("image/png", PNG),)
+ELSEWHERE = "https://images.example/a.webp?sign=x"
+SAMPLES = bytes(range(40))
+
+
+def images(*entries: Any, **members: Any) -> bytes:
+    return chunk({"images": list(entries), **members})
+
+
+def base64_of(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+def wav(samples: bytes) -> tuple[tuple[str, bytes | str], ...]:
+    """A clip of 24,000 samples a second, 16 bits each, as Python writes one."""
+    file = io.BytesIO()
+    with wave.open(file, "wb") as made:
+        made.setnchannels(1)
+        made.setsampwidth(2)
+        made.setframerate(24_000)
+        made.writeframes(samples)
+    return (("audio/wav", file.getvalue()),)
+
 
 REPLIES: dict[str, tuple[bytes, Came]] = {
     "a byte order mark": (b"\xef\xbb\xbf" + HI + END, Came(SAID)),
@@ -239,13 +284,203 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
     ),
     "audio with its transcript": (
         chunk({"audio": {"id": "x", "transcript": "Grüß "}})
-        + chunk({"audio": {"data": "AAAA", "transcript": "dich"}})
+        + chunk({"audio": {"data": base64_of(SAMPLES[:7]), "transcript": "dich"}})
+        + chunk({"audio": {"data": base64_of(SAMPLES[7:])}})
+        + chunk({"audio": {"expires_at": 1_900_000_000}})
         + END,
-        Came(SAID),
+        Came(SAID, made=wav(SAMPLES)),
+    ),
+    "audio whose base64 is cut anywhere": (
+        b"".join(
+            chunk({"audio": {"data": base64_of(SAMPLES)[start:end]}})
+            for start, end in ((0, 1), (1, 7), (7, 26), (26, 99))
+        )
+        + END,
+        Came(made=wav(SAMPLES)),
+    ),
+    "audio that ends with its expiry and no reason": (
+        chunk({"audio": {"data": base64_of(SAMPLES), "transcript": SAID}}) + chunk({"audio": {"expires_at": 1}}),
+        Came(SAID, made=wav(SAMPLES)),
+    ),
+    "audio in a whole message": (
+        event(
+            {
+                "choices": [
+                    {
+                        "message": {
+                            "content": None,
+                            "audio": {"id": "x", "data": base64_of(b"RIFF\0\0\0\0WAVEfmt "), "transcript": SAID},
+                        },
+                        "finish_reason": "stop",
+                    }
+                ]
+            }
+        ),
+        Came(SAID, made=(("audio/wav", b"RIFF\0\0\0\0WAVEfmt "),)),
+    ),
+    "audio that a whole message repeats": (
+        chunk({"audio": {"transcript": "Grüß "}})
+        + chunk({"audio": {"data": base64_of(SAMPLES), "transcript": "dich"}})
+        + event({"choices": [{"message": {"audio": {"data": base64_of(SAMPLES), "transcript": SAID}}}]})
+        + END,
+        Came(SAID, made=wav(SAMPLES)),
+    ),
+    "audio without a transcript": (
+        chunk({"audio": {"id": "x", "data": base64_of(SAMPLES + b"?")}}) + END,
+        Came(made=wav(SAMPLES)),
+    ),
+    "MP3 in a data URL": (
+        chunk({"audio": {"data": "data:audio/mp3;base64," + base64_of(b"ID3")}}) + END,
+        Came(made=(("audio/mp3", b"ID3"),)),
     ),
     "an image beside text": (
-        chunk({"content": "Here:", "images": [{"image_url": {"url": "data:image/png;base64," + "A" * 3000}}]}) + END,
-        Came("Here:"),
+        images({"type": "image_url", "image_url": {"url": PNG_URL}}, content="Here:") + END,
+        Came("Here:", made=IMAGE),
+    ),
+    "an image alone": (images({"image_url": {"url": PNG_URL}}, content="") + END, Came(made=IMAGE)),
+    "an image behind finished text, repeated in a whole message": (
+        HI
+        + images({"type": "image_url", "index": 0, "image_url": {"url": PNG_URL}})
+        + event(
+            {"choices": [{"message": {"content": SAID, "images": [{"image_url": {"url": PNG_URL}}]}}]},
+        )
+        + END,
+        Came(SAID, made=IMAGE),
+    ),
+    "two images": (
+        images({"image_url": {"url": PNG_URL}}, {"image_url": {"url": "data:image/jpeg;base64,/9j/"}}) + END,
+        Came(made=(*IMAGE, ("image/jpeg", b"\xff\xd8\xff"))),
+    ),
+    "images in every known shape": (
+        images(
+            {"image_url": PNG_URL},
+            OTHER_URL,
+            {"url": THIRD_URL},
+            {"b64_json": base64_of(PNG + b"c")},
+            {"type": "image", "source": {"type": "base64", "media_type": "image/tiff", "data": base64_of(PNG + b"d")}},
+            {"inline_data": {"mime_type": "IMAGE/AVIF", "data": base64_of(PNG + b"e")}},
+            {"inlineData": {"mimeType": "image/bmp; q=1", "data": base64_of(PNG + b"f")}},
+            {"type": "image_generation_call", "result": base64_of(PNG + b"g")},
+            {"type": "image", "data": base64_of(PNG + b"h"), "mimeType": "text/html"},
+        )
+        + END,
+        Came(
+            made=(
+                ("image/png", PNG),
+                ("image/png", PNG + b"2"),
+                ("image/png", PNG + b"3"),
+                ("image/png", PNG + b"c"),
+                ("image/tiff", PNG + b"d"),
+                ("image/avif", PNG + b"e"),
+                ("image/bmp", PNG + b"f"),
+                ("image/png", PNG + b"g"),
+                ("image/png", PNG + b"h"),
+            )
+        ),
+    ),
+    "one image that is no list": (chunk({"image": {"url": PNG_URL, "detail": "auto"}}) + END, Came(made=IMAGE)),
+    "images as parts": (
+        chunk(
+            {
+                "content": [
+                    {"type": "text", "text": "a"},
+                    {"type": "output_image", "image_url": PNG_URL},
+                    {"inline_data": {"data": base64_of(PNG + b"!")}},
+                    {"type": "text", "text": "b"},
+                ]
+            }
+        )
+        + END,
+        Came("ab", made=(*IMAGE, ("image/png", PNG + b"!"))),
+    ),
+    "an image in a whole completion": (
+        json.dumps(
+            {
+                "choices": [
+                    {"message": {"content": "a", "images": [{"image_url": {"url": PNG_URL}}]}, "finish_reason": "stop"}
+                ]
+            }
+        ).encode(),
+        Came("a", made=IMAGE),
+    ),
+    "base64 for URLs, with line breaks and without padding": (
+        images({"image_url": {"url": "data:image/gif;base64,R0lG\r\nOD_-\n_w"}}) + END,
+        Came(made=(("image/gif", b"GIF8?\xfe\xff"),)),
+    ),
+    "content of no known kind": (
+        images({"image_url": {"url": "data:application/x-thing;base64,AAAA"}}) + END,
+        Came(made=(("application/octet-stream", b"\0\0\0"),)),
+    ),
+    "an image elsewhere": (
+        images({"image_url": {"url": ELSEWHERE}}, {"image_url": {"url": "http://images.example/b"}}, content="a") + END,
+        Came("a", made=(("image/webp", ELSEWHERE), ("image/*", "http://images.example/b"))),
+    ),
+    "an image of no known shape beside text": (
+        images({"file": "a.png"}, {"image_url": {"url": "files/a.png"}}, 7, content="a") + END,
+        Came("a"),
+    ),
+    "citations of places": (
+        HI
+        + chunk(
+            {
+                "annotations": [
+                    {
+                        "type": "url_citation",
+                        "url_citation": {"url": "https://a.example", "title": "A", "start_index": 2},
+                    },
+                    {
+                        "type": "url_citation",
+                        "url_citation": {"url": "https://b.example", "title": "B", "start_index": 5, "end_index": 9},
+                    },
+                    {"type": "url_citation", "url": "https://c.example", "start_index": 0, "end_index": 4},
+                    {"type": "file_citation", "file_citation": {"file_id": "x"}},
+                    "odd",
+                ]
+            }
+        )
+        + chunk({"annotations": [{"url_citation": {"url": "https://c.example", "start_index": 0, "end_index": 4}}]})
+        + END,
+        Came(
+            SAID,
+            sources=(
+                Source("https://a.example", "A"),
+                Source("https://b.example", "B", 5, 9),
+                Source("https://c.example", "", 0, 4),
+            ),
+        ),
+    ),
+    "citations behind reasoning in tags": (
+        chunk({"content": "<think>hm</think>\n\nGrüß dich"})
+        + chunk({"annotations": [{"url": "https://a.example", "start_index": 25, "end_index": 29}]})
+        + END,
+        Came(SAID, "hm", sources=(Source("https://a.example", "", 6, 10),)),
+    ),
+    "citations in a list, with each chunk": (
+        b"".join(
+            chunk({"content": text}, citations=["https://a.example", "https://b.example"], search_results=results)
+            for text, results in (
+                ("Grüß ", None),
+                ("dich", [{"title": "B", "url": "https://b.example", "date": None}, {"url": "https://c.example"}]),
+            )
+        )
+        + END,
+        Came(
+            SAID,
+            sources=(
+                Source("https://a.example", ""),
+                Source("https://b.example", "B"),
+                Source("https://c.example", ""),
+            ),
+        ),
+    ),
+    "citations of odd types": (
+        chunk(
+            {"content": SAID, "annotations": {"url": "x"}},
+            citations="x",
+            search_results=[7, {"url": 7}, {"url": "ftp://x"}],
+        )
+        + END,
+        Came(SAID),
     ),
     "cut at a limit": (HI + chunk(finish="MAX_TOKENS") + DONE, Came(SAID, finish="MAX_TOKENS", cut=True)),
     "cut at the context window": (
@@ -432,17 +667,12 @@ FAILURES: dict[str, tuple[bytes, Came]] = {
             MODEL_ERROR, "The model provider answered with a web page in place of a reply; its base URL may be wrong."
         ),
     ),
-    "images and nothing else": (
-        chunk({"content": "", "images": [{"image_url": {"url": "data:image/png;base64,AAAA"}}]}) + END,
-        failed(v1.ERROR_REASON_CONTENT_UNSUPPORTED, "The model answered with images alone; only its words are kept."),
-    ),
-    "an image as a part and nothing else": (
-        chunk({"content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]}) + END,
-        failed(v1.ERROR_REASON_CONTENT_UNSUPPORTED, "The model answered with images alone; only its words are kept."),
-    ),
-    "audio without a transcript": (
-        chunk({"audio": {"id": "x", "data": "AAAA"}}) + END,
-        failed(v1.ERROR_REASON_CONTENT_UNSUPPORTED, "The model answered with audio alone; only its words are kept."),
+    "an image of no known shape and nothing else": (
+        images({"file": "a.png"}, content="") + END,
+        failed(
+            v1.ERROR_REASON_CONTENT_UNSUPPORTED,
+            "The model answered with an image that cannot be read, and nothing else.",
+        ),
     ),
     "what is not JSON": (
         HI + b"data: oops\n\n" + END,
@@ -551,6 +781,14 @@ def test_behind_finished_calls_a_model_may_have_nothing_more_to_say() -> None:
     assert Came(reasoning="hm") == read([chunk({"reasoning": "hm"}) + END], behind_calls=True)
     for data in (DONE, CALLS, chunk(finish="because"), chunk(finish="abort")):
         assert read([data], behind_calls=True).reason == UNAVAILABLE
+
+
+def test_tags_are_text_where_no_profile_says_otherwise() -> None:
+    """And places in the text are those that the provider counted."""
+    said = "<think>hm</think>Hi"
+    annotation = {"url": "https://a.example", "start_index": 17, "end_index": 19}
+    data = chunk({"content": said, "annotations": [annotation]}) + END
+    assert Came(said, sources=(Source("https://a.example", "", 17, 19),)) == read([data], think_tags=False)
 
 
 def test_a_choice_beyond_the_first_is_another_reply() -> None:

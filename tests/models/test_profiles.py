@@ -3,7 +3,9 @@ what was sent is compared in full. The table of profiles holds no row that nothi
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -33,6 +35,9 @@ DECLARED = {
 USAGE = {"include_usage": True}
 PNG = v1.Part(data=v1.InlineData(data=b"png", media_type="image/png"))
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,cG5n"}}
+MADE_PNG = v1.Part(data=v1.InlineData(data=b"png", media_type="image/png", filename="image-1.png"))
+MADE_LINK = v1.Part(file=v1.FileUri(uri="https://images.example/b", media_type="image/*"))
+SPOKEN = v1.Part(data=v1.InlineData(data=b"wav", media_type="audio/wav", filename="audio-1.wav"))
 
 Strict = Callable[[Json], str]
 """What a server says to a request that it refuses; empty for one that it takes."""
@@ -219,6 +224,13 @@ def openai(body: Json) -> str:
     return ""
 
 
+def images_of_users(body: Json) -> str:
+    for number, message in enumerate(body["messages"]):
+        if message["role"] != "user" and not isinstance(message["content"], str):
+            return f"Invalid 'messages[{number}]'. Image URLs are only allowed for messages with role 'user'."
+    return alternating(body)
+
+
 def in_place(body: Json) -> str:
     """Not refused by anybody: what would be lost where it need not be."""
     return "" if roles(body) == "user assistant system user" else f"the order was lost: {roles(body)}"
@@ -256,6 +268,7 @@ class Play(NamedTuple):
 
 
 HELLO: Json = {"role": "user", "content": "Hello"}
+TEXT_HELLO: Sequence[Json] = [{"type": "text", "text": "Hello"}]
 MORE = user("More")
 THOUGHT = ({"reasoning_content": "I need "}, {"reasoning_content": "ping."})
 DETAILS: Sequence[Json] = (
@@ -411,6 +424,80 @@ PLAYS = [
         },
         reply=calls(before=THOUGHT),
         after=[MORE],
+    ),
+    Play(
+        "images and sound of a reply in words",
+        "",
+        images_of_users,
+        {
+            "messages": [
+                HELLO,
+                {"role": "assistant", "content": "One\n[image/png: image-1.png]\nTwo\n[image/*]"},
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "[audio/wav: audio-1.wav]"},
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "Hi"},
+                {"role": "user", "content": "More"},
+            ],
+            "stream_options": USAGE,
+        },
+        [
+            user("Hello"),
+            said(ASSISTANT, "One", MADE_PNG, "Two", MADE_LINK),
+            user("Hello"),
+            said(ASSISTANT, SPOKEN),
+            user("Hello"),
+            said(ASSISTANT, "Hi", SPOKEN),
+            MORE,
+        ],
+    ),
+    Play(
+        "the newest images that an image model made, behind their reply",
+        "",
+        images_of_users,
+        {
+            "messages": [
+                HELLO,
+                {"role": "assistant", "content": "One"},
+                {"role": "user", "content": "Hello"},
+                {"role": "assistant", "content": "Two"},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "From your reply:"},
+                        IMAGE,
+                        {"type": "image_url", "image_url": {"url": "https://images.example/b"}},
+                        {"type": "text", "text": "Hello"},
+                    ],
+                },
+                {"role": "assistant", "content": "Three"},
+                {"role": "user", "content": "More"},
+            ],
+            "stream_options": USAGE,
+        },
+        [
+            user("Hello"),
+            said(ASSISTANT, "One", MADE_PNG),
+            user("Hello"),
+            said(ASSISTANT, "Two", MADE_PNG, MADE_LINK),
+            user("Hello"),
+            said(ASSISTANT, "Three"),
+            MORE,
+        ],
+        model="google/gemini-2.5-flash-image-preview",
+    ),
+    Play(
+        "an image of a reply that is nothing else",
+        "",
+        images_of_users,
+        {
+            "messages": [
+                {"role": "user", "content": [*TEXT_HELLO, {"type": "text", "text": "From your reply:"}, IMAGE]}
+            ],
+            "stream_options": USAGE,
+        },
+        [user("Hello"), said(ASSISTANT, MADE_PNG)],
+        model="gpt-image-1",
     ),
     Play(
         "a refusal",
@@ -745,6 +832,83 @@ def _refusal(words: str) -> Answer:
     return Answer((json.dumps(body).encode(),), 400, {"Content-Type": "application/json"})
 
 
+class Thought(NamedTuple):
+    """A reply that begins with reasoning in tags, and who gives it."""
+
+    host: str
+    model: str
+    opens: str = "<think>"
+    closes: str = "</think>"
+
+
+THOUGHTS = [
+    *(Thought(host, "m") for host in ("localhost", "vllm", "10.1.2.3", "192.168.0.9", "172.31.0.1", "gpu.internal")),
+    Thought("models.example", "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B"),
+    Thought("models.example", "deepseek-r1:8b"),
+    Thought("generativelanguage.googleapis.com", "gemini-3-pro", "<thought>", "</thought>"),
+    Thought("api.minimax.io", "m"),
+    Thought("api.minimaxi.com", "m"),
+    Thought("models.example", "MiniMaxAI/MiniMax-M2.5", "<thinking>", "</thinking>"),
+    Thought("api.groq.com", "qwen/qwen3-32b"),
+    Thought("api.cerebras.ai", "qwen-3-32b"),
+    Thought("models.example", "Qwen/QwQ-32B"),
+    Thought("models.example", "THUDM/GLM-Z1-32B-0414"),
+    Thought("models.example", "zai-org/GLM-4.1V-9B-Thinking"),
+    Thought("models.example", "mistralai/Magistral-Small-2509", "[THINK]", "[/THINK]"),
+    Thought("models.example", "moonshotai/Kimi-VL-A3B-Thinking", "◁think▷", "◁/think▷"),
+    Thought("models.example", "ByteDance-Seed/Seed-OSS-36B-Instruct", "<seed:think>", "</seed:think>"),
+    Thought("models.example", "swiss-ai/Apertus-70B", "<|inner_prefix|>", "<|inner_suffix|>"),
+    Thought("models.example", "RekaAI/reka-flash-3", "<reasoning>", "</reasoning>"),
+    Thought("api.perplexity.ai", "sonar-reasoning-pro"),
+    Thought("models.example", "perplexity/sonar-deep-research"),
+]
+
+SPOKEN_TAGS = [
+    Thought("api.openai.com", "gpt-5.5"),
+    Thought("models.example", "m"),
+    Thought("8.8.8.8", "m"),
+    Thought("172.32.0.1", "m"),
+    Thought("api.anthropic.com", "claude-sonnet-4-5"),
+    Thought("openrouter.ai", "qwen/qwen-2.5-72b-instruct"),
+    Thought("api.deepseek.com", "deepseek-v4-pro"),
+]
+"""Whose text may begin with a tag, since they tell their reasoning elsewhere."""
+
+
+async def thought(
+    play: Thought, monkeypatch: pytest.MonkeyPatch, rows: Sequence[Row] = ROWS, schema: str = ""
+) -> tuple[str, str]:
+    """The reasoning and the text of the reply."""
+    async with OpenAIServer() as server:
+        monkeypatch.setenv("HTTP_PROXY", server.url.removesuffix("/v1"))
+        server.script(reply(f"{play.opens}\nhm {{\n{play.closes}\n\n{{}}", chunks=9))
+        provider = OpenAIProvider("key", f"http://{play.host}/v1", play.model, rows=rows)
+        request = ModelRequest("", "", [user("Hello")], v1.Generation(), output_schema=schema)
+        pieces = [piece async for piece in provider.stream(request)]
+        await provider.close()
+    return (
+        "".join(piece.text for piece in pieces if isinstance(piece, Reasoning)),
+        "".join(piece.text for piece in pieces if isinstance(piece, Text)),
+    )
+
+
+@pytest.mark.parametrize("play", THOUGHTS, ids=lambda play: f"{play.host} {play.model}")
+@pytest.mark.parametrize("schema", ["", SCHEMA], ids=["text", "json"])
+async def test_reasoning_in_tags_is_told_apart(play: Thought, schema: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also before JSON that was asked for."""
+    assert ("\nhm {\n", "{}") == await thought(play, monkeypatch, schema=schema)
+
+
+@pytest.mark.parametrize("play", SPOKEN_TAGS, ids=lambda play: f"{play.host} {play.model}")
+async def test_others_say_what_they_say(play: Thought, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ("", "<think>\nhm {\n</think>\n\n{}") == await thought(play, monkeypatch)
+
+
+async def test_an_operator_says_of_any_server_that_it_thinks_in_tags() -> None:
+    assert Profiles("models.example", read('{"think_tags": true}')).of("m").think_tags
+    assert not Profiles("localhost", read('{"think_tags": false}')).of("qwen3:8b").think_tags
+
+
 @pytest.mark.parametrize("play", PLAYS, ids=lambda play: play.title)
 async def test_a_strict_server_takes_the_request(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
     refused, sent = await played(play, monkeypatch)
@@ -760,6 +924,10 @@ async def test_no_row_can_be_spared(row: Row, monkeypatch: pytest.MonkeyPatch) -
             refused, sent = await played(play, monkeypatch, rows)
             if ("", {"model": play.model, "stream": True, **play.expected}) != (refused, sent):
                 return
+    for told in THOUGHTS:
+        profiles = [Profiles(told.host, {}, held).of(told.model) for held in (rows, ROWS)]
+        if profiles[0] != profiles[1] and ("\nhm {\n", "{}") != await thought(told, monkeypatch, rows):
+            return
     raise AssertionError("no play needs the row")
 
 
@@ -819,6 +987,34 @@ async def test_what_a_query_holds_is_told_to_nobody(key: str) -> None:
         assert "key=query-5ecret-1&api-version=1" == server.received[0].query
     assert "key=[key]" in caught.value.message
     assert "5ecret" not in str(caught.value.to_proto())
+
+
+def table_of_providers() -> dict[str, list[list[str]]]:
+    """The lines of the guide's table, by profile."""
+    guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
+    table = guide.partition("| Provider | Profile | Found by | Sets | Played, not reached |\n")[2].partition("\n\n")[0]
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()[1:]]
+    found: dict[str, list[list[str]]] = {}
+    for line in lines:
+        provider, profile, *rest = (cell.strip() for cell in line)
+        found.setdefault(profile.strip("`"), []).append([provider, *rest])
+    return found
+
+
+def test_the_guide_has_a_line_for_each_profile_and_each_says_what_was_played() -> None:
+    table = table_of_providers()
+    assert set(NAMES) == set(table)
+    assert {1} == {len(lines) for name, lines in table.items() if name != "default"}
+    assert all(provider and played for lines in table.values() for provider, _, _, played in lines)
+
+
+@pytest.mark.parametrize("name", sorted({row.name for row in ROWS}))
+def test_the_guide_says_of_a_profile_how_it_is_found_and_what_it_sets(name: str) -> None:
+    rows = [row for row in ROWS if row.name == name]
+    ((_, found_by, sets, _),) = table_of_providers()[name]
+    by = [kind for kind in ("host", "model") if any(getattr(row, kind) for row in rows)]
+    assert (by or ["name"]) == found_by.split(", ")
+    assert {member for row in rows for member in row.sets} == set(re.findall(r"`(\w+)`", sets))
 
 
 class TestChoice:

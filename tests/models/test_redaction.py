@@ -33,6 +33,17 @@ WRITINGS = {
     "quoted for URLs": quote(KEY, safe=""),
     "quoted twice": quote(quote(KEY, safe=""), safe=""),
     "every character quoted": "".join(f"%{byte:02x}" for byte in KEY.encode()),
+    "every character quoted twice": "".join(f"%25{byte:02x}" for byte in KEY.encode()),
+    "wide letters": "".join(chr(ord(char) + 0xFEE0) for char in KEY),
+    "base64 of UTF-16": base64.b64encode(KEY.encode("utf-16-le")).decode(),
+    "hex of UTF-16": KEY.encode("utf-16-le").hex(),
+    "bytes as numbers": ", ".join(str(byte) for byte in KEY.encode()),
+    "bytes as octals": "".join(f"\\{byte:03o}" for byte in KEY.encode()),
+    "a dump": KEY.encode().hex(" "),
+    "quoted-printable": "".join(f"={byte:02X}" for byte in KEY.encode()),
+    "escapes of JavaScript": "".join(f"\\u{{{byte:x}}}" for byte in KEY.encode()),
+    "escapes of C": "".join(f"\\x{byte:02x}" for byte in KEY.encode()),
+    "quoted HTML": quote("".join(f"&#{byte};" for byte in KEY.encode())),
     "HTML": "".join(f"&#{byte};" for byte in KEY.encode()),
     "HTML's names": html.escape(KEY).replace("/", "&sol;"),
     "JSON": "".join(f"\\u00{byte:02x}" for byte in KEY.encode()),
@@ -56,8 +67,31 @@ def test_the_key_is_told_in_no_writing(name: str) -> None:
 
 @pytest.mark.parametrize("name", WRITINGS)
 def test_no_name_holds_the_key(name: str) -> None:
-    assert "" == Redactor(KEY).name(WRITINGS[name])
-    assert "" == Redactor(KEY).name(f"model-{WRITINGS[name]}")
+    for shaped in (Redactor(KEY).name, Redactor(KEY).reason):
+        assert "" == shaped(WRITINGS[name])
+        assert "" == shaped(f"model-{WRITINGS[name]}")
+
+
+@pytest.mark.parametrize("name", WRITINGS)
+def test_no_address_holds_the_key(name: str) -> None:
+    assert "" == Redactor(KEY).link(f"https://images.example/a?sign={WRITINGS[name]}")
+
+
+@pytest.mark.parametrize("part", ["name", "reason", "link", "told"])
+def test_half_of_the_key_is_no_less_of_a_secret(part: str) -> None:
+    """So that a provider which spreads it over two members tells it in none."""
+    for half in (KEY[:13], KEY[13:]):
+        before = "https://a.example/" if part == "link" else ""
+        assert half[:8] not in getattr(Redactor(KEY), part)(before + half)
+
+
+@pytest.mark.parametrize("key", ["sk-proj-" + "aB3" * 50, "0123456789abcdef0123", "A" * 40])
+def test_what_is_read_of_the_key_costs_others_nothing(key: str) -> None:
+    """Words, codes and addresses that have nothing of it are told as they are."""
+    redactor = Redactor(key)
+    words = "The request has 115 107 45 tokens; see https://example.org/a%20b?x=1&y=%2F for =3D and 100% more."
+    assert (words, "model-1") == (redactor.told(words), redactor.name("model-1"))
+    assert "https://example.org/a%20b?x=1&y=%2F" == redactor.link("https://example.org/a%20b?x=1&y=%2F")
 
 
 def test_what_stands_around_the_key_is_told() -> None:
@@ -84,6 +118,35 @@ def test_what_looks_like_anybodys_key_is_not_told(text: str) -> None:
 @pytest.mark.parametrize("name", ["stop", "gpt-4.1-mini", "accounts/fireworks/models/x", "qwen2.5:7b", "a b"])
 def test_a_name_of_known_shape_is_kept(name: str) -> None:
     assert name == Redactor(KEY).name(name)
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("stop", "stop"),
+        ("eos found", "eos_found"),
+        ("FinishReason.STOP", "FinishReason.STOP"),
+        ("stop-sequence", "stop-sequence"),
+        ("x" * 64, "x" * 64),
+        ("x" * 65, ""),
+        ("Call +1 555 0100", ""),
+        ("1", ""),
+        ("a/b", ""),
+        ("é", ""),
+        ("a\x00", ""),
+        ("Bearer abc", ""),
+        ("sk-abcdefgh", ""),
+        ("", ""),
+    ],
+)
+def test_a_finish_reason_is_one_short_word(word: str, told: str) -> None:
+    assert told == Redactor(KEY).reason(word)
+
+
+def test_opaque_data_is_looked_through_for_the_key_itself() -> None:
+    assert Redactor(KEY).is_echoed(f'{{"a":"{KEY.upper()}"}}'.encode())
+    assert not Redactor(KEY).is_echoed(b'{"a":"c2lnbmVk"}')
+    assert not Redactor("none").is_echoed(b"none")
 
 
 @pytest.mark.parametrize("name", ["", "a\nb", "x" * 200, "<b>", "\x1b[31m", "é", " a"])

@@ -1,12 +1,13 @@
 """The tables of facts about providers: each row is played, and none can go without a test that fails."""
 
+import base64
 import re
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
 import pytest
-from notecase_server.models.answers import error_table, finish_reasons, think_tags, too_long, usage
+from notecase_server.models.answers import error_table, finish_reasons, media, think_tags, too_long, usage
 from notecase_server.models.answers.error_table import Verdict
 from notecase_server.models.answers.finish_reasons import Finish
 from notecase_server.models.answers.provider_errors import judge, told_by
@@ -293,6 +294,62 @@ TAGGED = (
 )
 
 
+PNG = base64.b64encode(b"\x89PNG").decode()
+NO_FORMAT = base64.b64encode(b"?").decode()
+
+IMAGES: Sequence[Any] = (
+    {"image_url": {"url": PNG}},
+    {"image_url": PNG},
+    {"inline_data": {"data": PNG}},
+    {"inlineData": {"data": PNG}},
+    {"source": {"data": PNG}},
+    {"source": {"url": "https://example.org/a"}},
+    {"url": PNG},
+    {"b64_json": PNG},
+    {"result": PNG},
+    {"data": PNG},
+)
+
+IMAGE_TYPES: Sequence[Any] = (
+    {"inline_data": {"data": PNG, "mime_type": "image/tiff"}},
+    {"inlineData": {"data": PNG, "mimeType": "image/tiff"}},
+    {"source": {"data": PNG, "media_type": "image/tiff"}},
+    {"data": PNG, "mime_type": "image/tiff"},
+    {"data": PNG, "mimeType": "image/tiff"},
+)
+
+CONTENT = (
+    (b"\x89PNG\r\n", "image/png", "image-1.png"),
+    (b"\xff\xd8\xff\xe0", "image/jpeg", "image-1.jpg"),
+    (b"GIF89a", "image/gif", "image-1.gif"),
+    (b"RIFF\x10\0\0\0WEBPVP8 ", "image/webp", "image-1.webp"),
+    (b"RIFF\x10\0\0\0WAVEfmt ", "audio/wav", "image-1.wav"),
+    (b"ID3\x04", "audio/mpeg", "image-1.mp3"),
+    (b"\xff\xfb\x90", "audio/mpeg", "image-1.mp3"),
+    (b"fLaC\0", "audio/flac", "image-1.flac"),
+    (b"OggS\0", "audio/ogg", "image-1.ogg"),
+    (b"\xff\xf1\x50", "audio/aac", "image-1.aac"),
+    (b"BM", "application/octet-stream", "image-1"),
+)
+
+AUDIO = (
+    ("wav", "audio/wav"),
+    ("mp3", "audio/mpeg"),
+    ("flac", "audio/flac"),
+    ("opus", "audio/ogg"),
+    ("aac", "audio/aac"),
+)
+
+
+def told(data: bytes) -> tuple[str, str]:
+    made = media.decoded(media.Encoded((base64.b64encode(data).decode(),), "image"), 1)
+    return made.media_type, made.filename
+
+
+def heard(name: str) -> str:
+    return media.decoded(media.Encoded((NO_FORMAT,), "audio", name=name), 1).media_type
+
+
 def by_code(body: Any) -> tuple[Verdict, Verdict]:
     """What the error means within a reply, and as a refusal with status 400: codes tell in one of them at least."""
     return judge(None, told_by(body)), judge(400, told_by(body))
@@ -367,6 +424,28 @@ def test_tags_of_reasoning(text: str) -> None:
     assert "hm" == thought(text)
 
 
+@pytest.mark.parametrize("entry", IMAGES, ids=str)
+def test_places_of_images(entry: Any) -> None:
+    assert media.find(entry) is not None
+
+
+@pytest.mark.parametrize("entry", IMAGE_TYPES, ids=str)
+def test_places_of_media_types(entry: Any) -> None:
+    found = media.find(entry)
+    assert isinstance(found, media.Encoded)
+    assert "image/tiff" == found.media_type
+
+
+@pytest.mark.parametrize(("data", "media_type", "filename"), CONTENT)
+def test_beginnings_of_content(data: bytes, media_type: str, filename: str) -> None:
+    assert (media_type, filename) == told(data)
+
+
+@pytest.mark.parametrize(("name", "media_type"), AUDIO)
+def test_formats_that_audio_is_asked_for_in(name: str, media_type: str) -> None:
+    assert media_type == heard(name)
+
+
 NUMBERS = ({"error_code": 336007}, {"error_code": "336103"}, {"base_resp": {"status_code": 1039}})
 TABLES: dict[str, tuple[ModuleType, Callable[[], Any]]] = {
     "WORDS of finish reasons": (finish_reasons, lambda: [finish_reasons.meaning(word) for word, _ in FINISH]),
@@ -385,6 +464,9 @@ TABLES: dict[str, tuple[ModuleType, Callable[[], Any]]] = {
     "OTHERS": (too_long, lambda: [too_long.is_too_long((), words) for words in NOT_TOO_LONG]),
     "SHARES": (too_long, lambda: [too_long.is_too_long((), words) for words in SHARES]),
     "PLACES": (usage, lambda: [counted(path) for _, path in USAGE]),
+    "PLACES of images": (media, lambda: [media.find(entry) for entry in IMAGES]),
+    "TYPES": (media, lambda: [media.find(entry) for entry in IMAGE_TYPES]),
+    "FORMATS": (media, lambda: [told(data) for data, _, _ in CONTENT] + [("", heard(name)) for name, _ in AUDIO]),
     "TAGS": (think_tags, lambda: [thought(text) for text in TAGGED]),
 }
 

@@ -4,7 +4,8 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from notecase import v1
-from notecase_server.models.contract import Call, Delta, Finish, Reasoning, Refusal, Text
+from notecase_server.models.chat_stream import Piece
+from notecase_server.models.contract import Call, Finish, Reasoning, Refusal, Text
 
 
 class Reply(NamedTuple):
@@ -18,7 +19,7 @@ class Reply(NamedTuple):
     usage: v1.Usage = v1.Usage()
 
 
-def fold(pieces: Sequence[Delta]) -> Reply:
+def fold(pieces: Sequence[Piece]) -> Reply:
     """Puts a whole reply together. Fails when it does not end with its one Finish."""
     *rest, last = pieces
     assert isinstance(last, Finish), f"the last piece is {last}"
@@ -38,5 +39,5 @@ def fold(pieces: Sequence[Delta]) -> Reply:
     )
 
 
-def _joined(kind: type[Text | Reasoning | Refusal], pieces: Iterable[Delta]) -> str:
+def _joined(kind: type[Text | Reasoning | Refusal], pieces: Iterable[Piece]) -> str:
     return "".join(piece.text for piece in pieces if isinstance(piece, kind))

@@ -367,6 +367,7 @@ class Part(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    CITATIONS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     REASONING_FIELD_NUMBER: _builtins.int
     BLOB_FIELD_NUMBER: _builtins.int
@@ -391,16 +392,24 @@ class Part(_message.Message):
     RESOURCE_EXHAUSTED when the messages said at once then have more than 2 MiB.
     """
     @_builtins.property
+    def citations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Citation]:
+        """Of a reply's text or json, made by models only: the sources that its provider names, in its order; at most 50, with 16
+        KiB of addresses. Where the text says "[1]", the first is meant.
+        """
+
+    @_builtins.property
     def reasoning(self) -> Global___Reasoning:
         """What a model thought before it spoke; made by models only."""
 
     @_builtins.property
     def blob(self) -> Global___Blob:
-        """Content stored here: NOT_FOUND when it is not."""
+        """Content stored here: NOT_FOUND when it is not. In a reply it is an image or a clip that the model made, at most 16 of
+        them with the files, and 32 MiB together; what was said in the clip is text beside it.
+        """
 
     @_builtins.property
     def file(self) -> Global___FileUri:
-        """Content kept elsewhere."""
+        """Content kept elsewhere. In a reply it is an image that the model's provider keeps, for as long as it does."""
 
     @_builtins.property
     def data(self) -> Global___InlineData:
@@ -413,6 +422,7 @@ class Part(_message.Message):
     def __init__(
         self,
         *,
+        citations: _abc.Iterable[Global___Citation] | None = ...,
         text: _builtins.str = ...,
         reasoning: Global___Reasoning | None = ...,
         blob: Global___Blob | None = ...,
@@ -425,13 +435,46 @@ class Part(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "data", b"data", "file", b"file", "json", b"json", "kind", b"kind", "reasoning", b"reasoning", "refusal", b"refusal", "state_key", b"state_key", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "data", b"data", "file", b"file", "json", b"json", "kind", b"kind", "reasoning", b"reasoning", "refusal", b"refusal", "state_key", b"state_key", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blob", b"blob", "citations", b"citations", "data", b"data", "file", b"file", "json", b"json", "kind", b"kind", "reasoning", b"reasoning", "refusal", b"refusal", "state_key", b"state_key", "text", b"text", "tool_call", b"tool_call"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["text", "reasoning", "blob", "file", "data", "json", "tool_call", "refusal", "state_key"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Part: _TypeAlias = Part  # noqa: Y015
+
+@_typing.final
+class Citation(_message.Message):
+    """A source that a reply's text rests on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    URI_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    uri: _builtins.str
+    """An http or https URI of at most 2048 characters."""
+    title: _builtins.str
+    """At most 300 characters; may be empty."""
+    start: _builtins.int
+    """Where in the part's text it is cited, in bytes of UTF-8, as `end`; both are 0 where the provider does not say."""
+    end: _builtins.int
+    def __init__(
+        self,
+        *,
+        uri: _builtins.str = ...,
+        title: _builtins.str = ...,
+        start: _builtins.int = ...,
+        end: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end", b"end", "start", b"start", "title", b"title", "uri", b"uri"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Citation: _TypeAlias = Citation  # noqa: Y015
 
 @_typing.final
 class Reasoning(_message.Message):
@@ -512,7 +555,9 @@ class FileUri(_message.Message):
     uri: _builtins.str
     """An absolute URI, for example "https://example.org/plan.png"."""
     media_type: _builtins.str
-    """For example "image/png". Images are the only media that providers take by URI."""
+    """For example "image/png"; in a reply "image/*" where neither its provider nor the URI tells. Images are the only media that
+    providers take by URI.
+    """
     filename: _builtins.str
     def __init__(
         self,
@@ -626,7 +671,9 @@ class ToolCall(_message.Message):
     """How often it was dispatched."""
     @_builtins.property
     def result(self) -> _containers.RepeatedCompositeFieldContainer[Global___Part]:
-        """What the tool gave back: text, json, file and data parts."""
+        """What the tool gave back: text, json, file and data parts. The results of all calls of a reply fit into 1 MiB with it: text
+        and json beyond a call's share become blobs.
+        """
 
     @_builtins.property
     def elapsed(self) -> _duration_pb2.Duration:

@@ -107,13 +107,34 @@ def attachment(blob: v1.Blob) -> str:
 
 def message(found: v1.Message, most: int | None = None) -> str:
     """Returns a whole message, the text of each part cut to so many characters."""
-    lines = [_part(part, most) for part in found.parts]
+    lines = [line for part in found.parts for line in (_part(part, most), *map(_dim, _sources(part)))]
     if found.status == v1.Message.STATUS_INCOMPLETE:
         lines.append(click.style("(cut off)", dim=True))
     text = "\n".join(lines)
     if found.role == v1.Message.ROLE_USER:
         return click.style(PROMPT, fg="cyan", bold=True) + text.replace("\n", f"\n{CONTINUED}")
     return click.style("system: ", dim=True) + text if found.role == v1.Message.ROLE_SYSTEM else text
+
+
+def _dim(text: str) -> str:
+    return click.style(text, dim=True)
+
+
+def _sources(part: v1.Part) -> list[str]:
+    """Returns a line for each source of a text, numbered as the text may refer to them."""
+    named = ((citation.title, citation.uri) for citation in part.citations)
+    return [f"[{number}] {one_line(' '.join(filter(None, told)), 200)}" for number, told in enumerate(named, 1)]
+
+
+def _content(part: v1.Part) -> str:
+    """Returns content on one line."""
+    match part.WhichOneof("kind"):
+        case "file":
+            return f"[{one_line(part.file.uri, 200)}]"
+        case "blob":
+            return f"[{attachment(part.blob)}]"
+        case _:
+            return f"[{one_line(part.data.media_type)}, {len(part.data.data)} bytes]"
 
 
 def _part(part: v1.Part, most: int | None) -> str:
@@ -124,12 +145,8 @@ def _part(part: v1.Part, most: int | None) -> str:
             return _refusal(_cut(part.refusal, most))
         case "tool_call":
             return click.style(call(part.tool_call), dim=True)
-        case "file":
-            return click.style(f"[{one_line(part.file.uri, 200)}]", dim=True)
-        case "blob":
-            return click.style(f"[{attachment(part.blob)}]", dim=True)
-        case "data":
-            return click.style(f"[{one_line(part.data.media_type)}, {len(part.data.data)} bytes]", dim=True)
+        case "file" | "blob" | "data":
+            return _dim(_content(part))
         case _:
             return _cut(part.text or part.json, most)
 
@@ -213,8 +230,12 @@ class Reply:
             if kind == "tool_call":
                 if part.tool_call.outcome != v1.ToolCall.OUTCOME_PENDING:
                     self._aside(call(part.tool_call))
+            elif kind in {"blob", "file"}:
+                self._aside(_content(part))
             else:
                 self._grow((added.name, index), kind, part.reasoning.text or part.refusal or part.text or part.json)
+            for source in _sources(part):
+                self._aside(source)
         self.end()
         if added.finish_reason == "length":
             self._aside("The model stopped there, having reached its limit of tokens.")

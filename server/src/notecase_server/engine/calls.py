@@ -8,7 +8,7 @@ from functools import partial
 from notecase import v1
 
 from notecase_server import names
-from notecase_server.engine import ledger
+from notecase_server.engine import ledger, results
 from notecase_server.engine.questions import Questions
 from notecase_server.engine.run_log import LOST, RunLog
 from notecase_server.errors import NotecaseError
@@ -84,7 +84,8 @@ class Calls:
         not the run."""
         contents, key = self._log.services.contents, self._log.live.key
         try:
-            parts = await self._log.patiently(lambda: contents.parts(key, outcome.parts))
+            message = self._log.message
+            parts = await self._log.patiently(lambda: results.kept(contents, key, message, outcome.parts))
             await self._log.durably(partial(self._outcome, call_id, outcome._replace(parts=parts), ops))
         except NotecaseError as refused:
             if outcome.error or refused.reason in LOST:
@@ -97,7 +98,7 @@ class Calls:
         call an end before."""
         for call in self._log.open:
             if call.call_id == call_id:
-                kept = fitting(self._log.message, outcome)
+                kept = results.fitting(self._log.message, outcome)
                 changed = [v1.Event(state_changed=v1.StateChanged(ops=ops))] if ops and not kept.error else []
                 asked = [request for request in self._log.run.pending_inputs if request.call.call_id == call_id]
                 return [*ledger.unasked(asked, "The call has ended."), ledger.finished(call, kept), *changed]
@@ -170,11 +171,3 @@ def _place(error: BaseException | None) -> str:
 def _result(task: asyncio.Task[Result]) -> Result:
     """What a call came to. A tool that cancelled itself has failed."""
     return (Outcome(error="The tool failed."), []) if task.cancelled() else task.result()
-
-
-def fitting(message: v1.Message | None, outcome: Outcome) -> Outcome:
-    """Returns the outcome if the message that holds the call still fits into a page with it, and an error otherwise."""
-    size = sum(part.ByteSize() for part in outcome.parts) + (message.ByteSize() if message else 0)
-    if size > PAGE_BYTES - (16 << 10):
-        return Outcome(error=f"The results of this reply's calls are together larger than {PAGE_BYTES} bytes.")
-    return outcome

@@ -1,12 +1,12 @@
 """Carries out what callers send to a run under way: results, answers, input, cancels. And waits for its end."""
 
 import asyncio
+from collections.abc import Sequence
 
 from notecase import v1
 
 from notecase_server import errors, names
-from notecase_server.engine import ledger
-from notecase_server.engine.calls import fitting
+from notecase_server.engine import ledger, results
 from notecase_server.engine.halt import Halt
 from notecase_server.engine.opening import incoming
 from notecase_server.engine.roster import QUEUED, Caused, Roster
@@ -42,8 +42,7 @@ class Commands:
         async with self._roster.worker(key, run_id, caused, late) as worker:
             for call in worker.log.run.pending_calls:
                 if call.call_id == result.call_id:
-                    parts = await self._services.contents.parts(key, result.result)
-                    outcome = fitting(worker.log.message, Outcome(parts, result.error))
+                    outcome = await self._outcome(worker.log, result.result, result.error)
                     return await worker.log.command([ledger.finished(call, outcome)], *caused)
             raise late
 
@@ -64,10 +63,18 @@ class Commands:
                 _check_decision(request, response)
                 if checked or not request.schema:
                     call = worker.log.call(request.call.call_id)
-                    return await worker.log.command(ledger.answered(request, response, call), *caused)
+                    answer = None
+                    if response.decision == ledger.ANSWER and not ledger.asked_by_tool(request):
+                        answer = await self._outcome(worker.log, [v1.Part(text=response.answer)])
+                    return await worker.log.command(ledger.answered(request, response, call, answer), *caused)
             # Another process judges, and the session is not held up meanwhile; what is asked under an id never changes.
             await self._services.schemas.require_valid("input_response.answer", request.schema, response.answer)
             checked = True
+
+    async def _outcome(self, run_log: RunLog, parts: Sequence[v1.Part], error: str = "") -> Outcome:
+        """What a caller says as the result of a call, as it fits into the message that holds the call."""
+        held = await results.kept(self._services.contents, run_log.live.key, run_log.message, parts)
+        return results.fitting(run_log.message, Outcome(held, error))
 
     # ---- input
 

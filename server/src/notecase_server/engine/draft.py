@@ -1,13 +1,24 @@
 """Writes the reply of one step of a run: takes deltas in, keeps blocks within bounds, and gives a message out. Pure."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from notecase import v1
 
 from notecase_server import errors
 from notecase_server.engine.schema import Unfenced
-from notecase_server.models.contract import Call, Finish, Reasoning, Refusal, Returned, Text
+from notecase_server.models.contract import (
+    MAX_MEDIA_BYTES,
+    Call,
+    Cited,
+    Finish,
+    Link,
+    Reasoning,
+    Refusal,
+    Returned,
+    Source,
+    Text,
+)
 from notecase_server.store.contract import PAGE_BYTES
 
 MAX_REPLY_BYTES = PAGE_BYTES - (64 << 10)
@@ -16,17 +27,23 @@ MAX_REPLY_BYTES = PAGE_BYTES - (64 << 10)
 BLOCK_BYTES = 1024
 """What a part needs besides its text: ids, names, what a call is bound to, and frames, rounded up."""
 
-Kind = Literal["text", "json", "reasoning", "refusal", "arguments"]
+MAX_MEDIA = 16
+"""Images and clips of one reply: a model draws a handful."""
+
+Kind = Literal["text", "json", "reasoning", "refusal", "arguments", "made"]
 
 
 class Block:
     """Holds one part of a message being made. Its bytes are UTF-8 and only grow, by whole code points."""
 
-    __slots__ = ("call_id", "data", "kind", "provider_data", "tool")
+    __slots__ = ("call_id", "citations", "data", "kind", "made", "provider_data", "tool")
 
-    def __init__(self, kind: Kind, call_id: str = "") -> None:
+    def __init__(self, kind: Kind, call_id: str = "", made: v1.Part | None = None) -> None:
         self.kind = kind
         self.call_id = call_id
+        self.made = made
+        """The part itself, where it is no text: nothing of it is streamed."""
+        self.citations: list[v1.Citation] = []
         self.tool = ""
         self.data = bytearray()
         self.provider_data: v1.ProviderData | None = None
@@ -45,7 +62,7 @@ class Block:
 class Draft:
     """Holds one reply in the making; a block's index is that of the part it will be. It is fed until its Finish."""
 
-    __slots__ = ("_calls", "_new_id", "_size", "_unfenced", "blocks", "name", "run", "settled")
+    __slots__ = ("_calls", "_media_bytes", "_new_id", "_size", "_unfenced", "blocks", "name", "run", "settled")
 
     def __init__(self, name: str, run: str, new_id: Callable[[], str], as_json: bool = False) -> None:
         """`name` is the message's id, `new_id` makes the ids of calls. With `as_json` the text is the JSON that the
@@ -58,13 +75,21 @@ class Draft:
         rest from the message."""
         self._new_id = new_id
         self._size = 0
+        self._media_bytes = 0
         self._calls: dict[int, Block] = {}
         self._unfenced = Unfenced() if as_json else None
 
-    def feed(self, delta: Text | Reasoning | Refusal | Call | Returned) -> bool:
+    def feed(self, delta: Text | Reasoning | Refusal | Call | Link | Cited | Returned) -> bool:
         """Takes in a delta, and returns whether it began a block. Raises NotecaseError LIMIT_EXCEEDED once the reply is
-        larger than MAX_REPLY_BYTES."""
+        larger than MAX_REPLY_BYTES, or has more than MAX_MEDIA of images and clips."""
         match delta:
+            case Link(uri, media_type):
+                self.make_room(0)
+                self.place(v1.Part(file=v1.FileUri(uri=uri, media_type=media_type)))
+                return False
+            case Cited(sources):
+                self._cite(sources)
+                return False
             case Returned(key, data):
                 self._return(None if key is None else self._calls.get(key), data)
                 return False
@@ -91,6 +116,31 @@ class Draft:
             told = f"The model's reply is longer than {MAX_REPLY_BYTES} bytes."
             raise errors.limit_exceeded("reply_bytes", MAX_REPLY_BYTES, told)
         return first
+
+    def make_room(self, size: int) -> None:
+        """Says that an image or a clip of so many bytes will be placed. Raises NotecaseError LIMIT_EXCEEDED."""
+        self._media_bytes += size
+        if self._media_bytes > MAX_MEDIA_BYTES:
+            told = f"The images and clips of the model's reply have more than {MAX_MEDIA_BYTES} bytes."
+            raise errors.limit_exceeded("reply_media_bytes", MAX_MEDIA_BYTES, told)
+        if sum(block.made is not None for block in self.blocks) >= MAX_MEDIA:
+            told = f"The model's reply has more than {MAX_MEDIA} images and clips."
+            raise errors.limit_exceeded("reply_media", MAX_MEDIA, told)
+
+    def place(self, made: v1.Part) -> None:
+        """Adds an image or a clip, for which room was made."""
+        self._begin(Block("made", made=made))
+        self._size += made.ByteSize()
+
+    def forget_made(self) -> bool:
+        """Puts words in the place of images and clips, which cannot be kept; returns whether there were any. Other
+        blocks keep their indexes."""
+        blocks = [block for block in self.blocks if block.made is not None and block.made.HasField("blob")]
+        for block in blocks:
+            assert block.made is not None
+            block.add(f"[{block.made.blob.media_type}, {block.made.blob.size_bytes} bytes, not kept]")
+            block.kind, block.made = "text", None
+        return bool(blocks)
 
     def finish(self, _: Finish) -> None:
         """Takes in the end: what was held back for a fence around the JSON belongs to it after all."""
@@ -125,17 +175,20 @@ class Draft:
                     part.reasoning.provider_data.CopyFrom(block.provider_data)
             elif block.kind == "refusal":
                 part.refusal = text
+            elif block.made is not None:
+                part.CopyFrom(block.made)
             else:
                 call = part.tool_call
                 call.call_id, call.tool, call.arguments = block.call_id, block.tool, text
                 call.outcome = v1.ToolCall.OUTCOME_PENDING
                 if block.provider_data is not None:
                     call.provider_data.CopyFrom(block.provider_data)
+            part.citations.extend(block.citations)
         return message
 
     def cut(self, author: str) -> v1.Message | None:
         """Returns the message of a reply that was stopped, whose calls were never whole; None when nothing came."""
-        if not any(block.data for block in self.blocks):
+        if not any(block.data or block.made for block in self.blocks):
             return None
         message = self.message(author, v1.Message.STATUS_INCOMPLETE)
         for part in message.parts:
@@ -150,6 +203,25 @@ class Draft:
         blocks = [call] if call else [block for block in self.blocks if block.kind == "reasoning"]
         (blocks[-1] if blocks else self._begin(Block("reasoning"))).provider_data = data
         self._size += data.ByteSize()
+
+    def _cite(self, sources: Sequence[Source]) -> None:
+        """Keeps the sources with the text that they are cited in, or else with the last one, while there is room. In
+        JSON, which may have lost what was around it, no place is sure."""
+        blocks = [block for block in self.blocks if block.kind in {"text", "json"}]
+        texts = [block.data.decode() if block.kind == "text" else "" for block in blocks]
+        for source in sources if blocks else ():
+            start, end, at = source.start, source.end, 0
+            while at < len(texts) - 1 and start >= len(texts[at]):
+                start, end, at = start - len(texts[at]), end - len(texts[at]), at + 1
+            citation = v1.Citation(uri=source.uri, title=source.title)
+            if source.end and end <= len(texts[at]):
+                citation.start, citation.end = (len(texts[at][:where].encode()) for where in (start, end))
+            elif not source.end:
+                at = -1
+            self._size += citation.ByteSize() + 4
+            if self._size + BLOCK_BYTES * len(self.blocks) > MAX_REPLY_BYTES:
+                return
+            blocks[at].citations.append(citation)
 
     def _begin(self, block: Block) -> Block:
         self.blocks.append(block)

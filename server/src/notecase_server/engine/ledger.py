@@ -197,8 +197,10 @@ def asked_by_tool(request: v1.InputRequest) -> bool:
     return request.kind == v1.InputRequest.KIND_QUESTION and request.call.outcome == v1.ToolCall.OUTCOME_RUNNING
 
 
-def answered(request: v1.InputRequest, response: v1.InputResponse, call: v1.ToolCall) -> list[v1.Event]:
-    """Returns what an answer makes of its call."""
+def answered(
+    request: v1.InputRequest, response: v1.InputResponse, call: v1.ToolCall, answer: Outcome | None = None
+) -> list[v1.Event]:
+    """Returns what an answer makes of its call; `answer` is what it says, where that is the call's result."""
     events = [v1.Event(input_resolved=v1.InputResolved(response=response))]
     if asked_by_tool(request):
         return events
@@ -209,7 +211,7 @@ def answered(request: v1.InputRequest, response: v1.InputResponse, call: v1.Tool
         else:
             events.append(denied(call, reason))
     elif response.decision == ANSWER:
-        events.append(finished(call, Outcome([v1.Part(text=response.answer)])))
+        events.append(finished(call, answer or Outcome([v1.Part(text=response.answer)])))
     else:
         events.append(started(call, response.edited_arguments))
     return events

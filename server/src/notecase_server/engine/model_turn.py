@@ -23,7 +23,7 @@ from notecase_server.engine.run_log import RunLog, taken
 from notecase_server.engine.schema import value_of
 from notecase_server.engine.tokens import Gauge
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Finish, ModelRequest, Provider, Used
+from notecase_server.models.contract import Finish, Media, ModelRequest, Provider, Used
 from notecase_server.models.contract import Tool as ModelTool
 from notecase_server.store import bindings
 from notecase_server.tools.contract import Function, Outcome
@@ -220,6 +220,9 @@ class ModelTurn:
                 if isinstance(delta, Used):
                     self._log.spend(delta.usage)
                     continue
+                if isinstance(delta, Media):
+                    await self._keep(delta, draft)
+                    continue
                 if isinstance(delta, Finish):
                     self._log.spend(delta.usage)
                     draft.finish(delta)
@@ -227,6 +230,16 @@ class ModelTurn:
                     return delta
                 live.written(draft.feed(delta))
         raise errors.model_unavailable("The model's reply ended before it was whole.")
+
+    async def _keep(self, made: Media, draft: Draft) -> None:
+        """Stores an image or a clip; the commit of the reply then refers to it. Raises LIMIT_EXCEEDED and
+        PAYLOAD_TOO_LARGE."""
+        draft.make_room(len(made.data))
+        contents, tenant = self._services.contents, self._log.live.key.tenant
+        if len(made.data) > contents.limits.blob:
+            raise errors.too_large("What the model made", len(made.data), contents.limits.blob)
+        blob = await self._log.patiently(lambda: contents.put(tenant, *made))
+        draft.place(v1.Part(blob=blob))
 
     # ---- what is asked for by a schema
 

@@ -1,18 +1,20 @@
 """Results of calls that are too large for a model: it is shown how they begin, or where they are, and reads on with a
 tool that the engine itself answers.
 
-Only what the model is shown is shortened. The log has every result whole, and that is what is read.
+Only what the model is shown is shortened. The log has every result whole, beside the message where the results of one
+reply would not fit into a page together, and that is what is read.
 """
 
 import codecs
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import msgspec
 from notecase import v1
 
 from notecase_server import names
-from notecase_server.engine.content import Contents
+from notecase_server.engine.content import MEDIA_TYPES, Contents
 from notecase_server.engine.tokens import Gauge
 from notecase_server.models.contract import Tool, is_text
 from notecase_server.store.contract import PAGE_BYTES, SessionKey, Store
@@ -21,8 +23,21 @@ from notecase_server.tools.contract import Outcome
 SHOWN_BYTES = 32 << 10
 """Of a result's text that a model is shown: a few pages, and some 8,000 tokens."""
 
+TOGETHER_BYTES = 128 << 10
+"""Of the text of all results of one reply, which a model gets at once: some 32,000 tokens, a quarter of what most
+models read. Of the largest of them it is then shown how they begin."""
+
 PREVIEW_BYTES = 4 << 10
 """Of a result that has more: enough to tell what it is, and whether the rest is needed."""
+
+LEAST_BYTES = 256
+"""What is shown of a result at least, and what a part has that is worth keeping aside."""
+
+RESULTS_BYTES = PAGE_BYTES - (16 << 10)
+"""Of a reply with the results of all its calls: it fits into one page."""
+
+FRAME_BYTES = 256
+"""What the outcome of a call has besides its result: times and lengths."""
 
 READ_BYTES = SHOWN_BYTES - 512
 """Of one reading, which is a result itself and is to be shown whole."""
@@ -48,6 +63,41 @@ TOOL = Tool(
 )
 
 
+async def kept(
+    contents: Contents, key: SessionKey, message: v1.Message | None, parts: Sequence[v1.Part]
+) -> list[v1.Part]:
+    """Returns what a tool gave for a call of `message` as the log holds it. Text beyond the call's share of a page is
+    kept aside as blobs, whatever the other calls give. Raises NotecaseError as Contents.parts."""
+    held, size, share = list[v1.Part](), 0, _share(message)
+    for part in await contents.parts(key, parts):
+        text = (part.text or part.json).encode()
+        if size + part.ByteSize() > share and len(text) >= LEAST_BYTES:
+            kind = "json" if part.json else "text"
+            part = v1.Part(blob=await contents.put(key.tenant, text, MEDIA_TYPES[kind]))  # noqa: PLW2901
+        size += part.ByteSize()
+        held.append(part)
+    return held
+
+
+def _share(message: v1.Message | None) -> int:
+    """What each call of a reply may have of the page that its results fit into together."""
+    if message is None:
+        return RESULTS_BYTES
+    calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
+    size = message.ByteSize() - sum(part.ByteSize() for call in calls for part in call.result)
+    return (RESULTS_BYTES - size) // max(len(calls), 1) - FRAME_BYTES
+
+
+def fitting(message: v1.Message | None, outcome: Outcome) -> Outcome:
+    """Returns the outcome if the message that holds the call still fits into a page with it, and a short error
+    otherwise: of parts that are too many, or errors that are too long together."""
+    size = sum(part.ByteSize() for part in outcome.parts) + (message.ByteSize() if message else 0)
+    if size + len(outcome.error.encode()) <= RESULTS_BYTES:
+        return outcome
+    told = f"The results of this reply's calls are together larger than {PAGE_BYTES} bytes."
+    return Outcome(error=f"{outcome.error[:100]}…" if outcome.error else told)
+
+
 class Results:
     """The results in one session's log."""
 
@@ -57,16 +107,15 @@ class Results:
         self._key = key
 
     async def shown(self, messages: Sequence[v1.Message], most_tokens: int = 0) -> Sequence[v1.Message]:
-        """Returns the messages as a model is shown them: of large results how they begin, and, with `most_tokens`, of
-        the newest turn's oldest results where they are, until the messages fit or only the newest result is left. The
-        same sequence where nothing is shortened."""
+        """Returns the messages as a model is shown them: of results that are large, or large together, how they begin,
+        and, with `most_tokens`, of the newest turn's oldest results where they are, until the messages fit or only the
+        newest result is left. The same sequence where nothing is shortened."""
         made: Sequence[v1.Message] = messages
-        for index, at, call in _calls(messages):
-            if _size(call) > SHOWN_BYTES:
-                begun, end = await self._text(call, 0, PREVIEW_BYTES)
-                name = _name(messages[index], at)
-                told = f"{begun}\n[{_of(end, call)}. Read on with {READ_RESULT}: result {name!r}, offset {end}.]"
-                made = _with(made, messages, index, at, told)
+        for index, at, call, most in _too_large(messages):
+            begun, end = await self._text(call, 0, most)
+            name = _name(messages[index], at)
+            told = f"{begun}\n[{_of(end, call)}. Read on with {READ_RESULT}: result {name!r}, offset {end}.]"
+            made = _with(made, messages, index, at, told)
         return self._left_out(made, messages, most_tokens) if most_tokens else made
 
     def _left_out(
@@ -89,12 +138,13 @@ class Results:
 
     async def read(self, calls: Iterable[v1.ToolCall], size: int) -> Mapping[str, Outcome]:
         """Returns what each of these calls of the tool reads, by id. They are of one reply, of `size` bytes, which has
-        to fit into a page with them."""
+        to fit into a page with them, and are to be shown whole."""
         found: dict[str, Outcome] = {}
+        read = 0
         for call in calls:
             outcome = await self._read(call.arguments)
-            size += sum(part.ByteSize() for part in outcome.parts)
-            if size > PAGE_BYTES - (64 << 10):
+            read += sum(part.ByteSize() for part in outcome.parts)
+            if read > TOGETHER_BYTES or size + read > PAGE_BYTES - (64 << 10):
                 outcome = Outcome(error="That is too much for one reply. Read it in the next one.")
             found[call.call_id] = outcome
         return found
@@ -145,6 +195,22 @@ def _calls(messages: Sequence[v1.Message]) -> list[tuple[int, int, v1.ToolCall]]
         for at, part in enumerate(message.parts)
         if part.HasField("tool_call")
     ]
+
+
+def _too_large(messages: Sequence[v1.Message]) -> Iterator[tuple[int, int, v1.ToolCall, int]]:
+    """The results that are not shown whole, and how many bytes of each are: those that are large, and of each reply the
+    largest, until the others fit. What the model itself read is shown."""
+    for index, found in groupby(_calls(messages), key=lambda found: found[0]):
+        sized = [(_size(call), at, call) for _, at, call in found]
+        total = sum(size for size, _, _ in sized)
+        if total <= SHOWN_BYTES:
+            continue
+        most = max(min(PREVIEW_BYTES, TOGETHER_BYTES // len(sized)), LEAST_BYTES)
+        for size, at, call in sorted(sized, key=lambda each: -each[0]):
+            alone = size > SHOWN_BYTES
+            if alone or (total > TOGETHER_BYTES and size > most and call.tool != READ_RESULT):
+                total -= size - most
+                yield index, at, call, most
 
 
 def _parts(call: v1.ToolCall) -> Sequence[v1.Part]:

@@ -230,12 +230,25 @@ class RunLog:
                 if not events:
                     return None
                 commit_id = self.services.new_id()
-                made = await self._commit(events, commit_id, once, command, if_last_sequence, start, deaths)
+                conditions = (once, command, if_last_sequence, start, deaths)
+                try:
+                    made = await self._commit(events, commit_id, *conditions)
+                except NotecaseError as error:
+                    # A run must be able to end: what `cut` keeps then has no content.
+                    if not self._forget_made(error):
+                        raise
+                    made = await self._commit(decide(), commit_id, *conditions)
                 if then is not None:
                     then(made)
                 return made
 
         return await self.patiently(commit)
+
+    def _forget_made(self, error: NotecaseError) -> bool:
+        """Puts words in the place of the images and clips of the reply being written, if the session has no room for
+        them; returns whether it did."""
+        too_large = error.reason == v1.ERROR_REASON_PAYLOAD_TOO_LARGE
+        return too_large and self.draft is not None and self.draft.forget_made()
 
     async def patiently(self, act: Callable[[], Awaitable[T]]) -> T:
         """Does something again for as long as the store is away: what a run has made is worth more than its place."""

@@ -45,10 +45,12 @@ class Gauge:
         self.bytes_per_token = min(max(size / tokens, least), most) if size and tokens else BYTES_PER_TOKEN
 
     def tokens(self, message: v1.Message) -> int:
-        """Of all that a provider is shown of a message: its reasoning is not, what its calls came to is."""
+        """Of all that a provider is shown of a message: its reasoning and what was made in it are not, what its calls
+        came to is."""
         total = MESSAGE_TOKENS + (_reported(message) or self._text(_text_bytes(message)))
         for part in message.parts:
-            total += self._content(part)
+            if message.role != v1.Message.ROLE_ASSISTANT or is_text(part.blob.media_type):
+                total += self._content(part)
             if part.HasField("tool_call"):
                 call = part.tool_call
                 text = sum(len((shown.text + shown.json).encode()) for shown in call.result) or len(call.error.encode())
@@ -79,7 +81,9 @@ class Gauge:
 
 
 def _reported(message: v1.Message) -> int:
-    """The tokens of a reply's own text and calls; 0 where its provider told none."""
+    """The tokens of a reply's own text and calls; 0 where its provider told none, or counted what was made as well."""
+    if any(part.HasField("blob") or part.HasField("file") for part in message.parts):
+        return 0
     return max(message.usage.output_tokens - message.usage.reasoning_tokens, 0)
 
 

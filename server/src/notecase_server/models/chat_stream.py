@@ -10,16 +10,18 @@ from typing import Any
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
 from notecase_server.models.answers import chunk as documents
-from notecase_server.models.answers import provider_errors
+from notecase_server.models.answers import media, provider_errors
 from notecase_server.models.answers.calls import Calls
 from notecase_server.models.answers.chunk import CallPiece, Choice, Chunk, Said, thought_of
+from notecase_server.models.answers.citations import Citations
 from notecase_server.models.answers.event_stream import MAX_EVENT_BYTES, Event, EventSplitter, documents_of, too_large
 from notecase_server.models.answers.finish_reasons import Finish as End
 from notecase_server.models.answers.finish_reasons import is_cut, meaning
+from notecase_server.models.answers.media import Audio, Encoded
 from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.answers.think_tags import ThinkTags
 from notecase_server.models.answers.usage import Counts
-from notecase_server.models.contract import Call, Delta, Finish, Reasoning, Refusal, Text, Used
+from notecase_server.models.contract import Call, Cited, Delta, Finish, Link, Reasoning, Refusal, Returned, Text, Used
 from notecase_server.models.provider_data import ProviderData
 
 MAX_TEXT_BYTES = 1 << 20
@@ -40,13 +42,25 @@ _WORDS = {
 """OpenAI's word for each end, for a reply whose server gave none, or one that is not fit to be told."""
 
 
+Piece = Delta | Encoded
+"""What an answer's bytes come to: content that the model made is left for who has the time to decode it."""
+
+
 class ChatReply:
     """One reply in the making: bytes in, pieces out, and at the end whether it is whole."""
 
-    def __init__(self, model: str, redactor: Redactor, *, behind_calls: bool = False, think_tags: bool = True) -> None:
+    def __init__(
+        self,
+        model: str,
+        redactor: Redactor,
+        *,
+        behind_calls: bool = False,
+        think_tags: bool = False,
+        audio_format: str = "",
+    ) -> None:
         """`model` is the one asked for; an answer that names its own is believed. `behind_calls` says that the request
         ended with the outcomes of calls, so that the model may have nothing more to say. `think_tags` says that
-        reasoning may come within the text."""
+        reasoning may come in tags before the text, `audio_format` in which format audio was asked for."""
         self._asked = self._model = self._named = model
         self._redactor = redactor
         self._behind_calls = behind_calls
@@ -60,8 +74,12 @@ class ChatReply:
         self._counts = Counts()
         self._reason = ""
         self._spoken = False
-        self._made = ""
-        """What the model made besides words, of which nothing is kept."""
+        self._audio = Audio(audio_format)
+        self._images: set[int] = set()
+        """Digests of those that came, which a whole message at the end repeats."""
+        self._unread = False
+        """An image came in no known shape."""
+        self._citations = Citations()
         self._so_far: list[str] = []
         self._silent = 0
         self._ragged = False
@@ -69,15 +87,19 @@ class ChatReply:
         self._failure: NotecaseError | None = None
         self.done = False
         """Nothing that follows matters: the server said that this was all, or the reply has failed."""
+        self.heard = False
+        """The bytes fed last held something of the reply, if only for a later piece."""
 
-    def feed(self, chunk: bytes) -> list[Delta]:
+    def feed(self, chunk: bytes) -> list[Piece]:
         """Returns the pieces that `chunk` completes, in order. A failure is raised by `end`, so that the pieces before
         it do not depend on how the bytes were cut."""
-        pieces: list[Delta] = []
+        pieces: list[Piece] = []
+        self.heard = False
         try:
             self._feed(chunk, pieces)
         except NotecaseError as failure:
             self._fail(failure)
+        self.heard = self.heard or bool(pieces)
         return pieces
 
     def used(self) -> Used | None:
@@ -87,19 +109,19 @@ class ChatReply:
         self._counts.changed = False
         return Used(self._counts.usage(self._model))
 
-    def end(self, cut: NotecaseError | None = None) -> list[Delta]:
+    def end(self, cut: NotecaseError | None = None) -> list[Piece]:
         """Returns the last pieces, Finish being the very last. `cut` is raised where the connection broke before the
         reply was whole.
 
         Raises what an error within the answer means; MODEL_UNAVAILABLE when the reply is not whole, was cut by a
         failure or is empty; MODEL_ERROR when it is no reply, or empty for a reason that a repeat would meet again;
-        CONTENT_UNSUPPORTED when it holds images or audio alone."""
-        pieces: list[Delta] = []
+        CONTENT_UNSUPPORTED when it holds nothing but images of no known shape."""
+        pieces: list[Piece] = []
         try:
             if self._failure is None:
                 self._rest(pieces)
                 finish = self._judged(pieces, cut)
-                pieces += [*self._data.all(), finish]
+                pieces += [*self._cited(), *self._returned(), finish]
         except NotecaseError as failure:
             self._fail(failure)
         if self._failure is not None:
@@ -112,7 +134,7 @@ class ChatReply:
         if (used := self._counts.usage(self._model)).input_tokens or used.output_tokens:
             failure.usage = used
 
-    def _feed(self, chunk: bytes, pieces: list[Delta]) -> None:
+    def _feed(self, chunk: bytes, pieces: list[Piece]) -> None:
         if not self._begun:
             self._head += chunk
             if not self._begin():
@@ -130,7 +152,7 @@ class ChatReply:
                 self.done = True
                 return
             self._take(event, pieces)
-        if len(pieces) > before:
+        if len(pieces) > before or self.heard:
             self._silent = 0
         else:
             self._bound_silence(len(chunk))
@@ -157,7 +179,7 @@ class ChatReply:
             )
         return self._begun
 
-    def _rest(self, pieces: list[Delta]) -> None:
+    def _rest(self, pieces: list[Piece]) -> None:
         """Takes what the end of the answer completes. What is cut within a document is none."""
         if self._document is not None:
             whole = bytes(self._document).removeprefix(_BOM)
@@ -180,7 +202,7 @@ class ChatReply:
             except documents.NotJsonError:
                 break
 
-    def _take(self, event: Event, pieces: list[Delta]) -> None:
+    def _take(self, event: Event, pieces: list[Piece]) -> None:
         chunk, ragged = documents.decode(event.data)
         self._ragged = self._ragged or ragged
         named = bool(event.name) and any(word in event.name.lower() for word in ("error", "exception", "fail"))
@@ -208,7 +230,7 @@ class ChatReply:
                 return data.decode("utf-8", "replace")
             raise
 
-    def _take_plain(self, value: Any, named: bool, pieces: list[Delta]) -> None:
+    def _take_plain(self, value: Any, named: bool, pieces: list[Piece]) -> None:
         before = len(pieces)
         for document in provider_errors.documents_in(value):
             if (error := provider_errors.find(document, named=named)) is not None:
@@ -221,17 +243,19 @@ class ChatReply:
             self._take_chunk(chunk, pieces)
         self._bound_text(pieces, before)
 
-    def _bound_text(self, pieces: list[Delta], start: int) -> None:
+    def _bound_text(self, pieces: list[Piece], start: int) -> None:
         for piece in pieces[start:]:
             text = piece.arguments if isinstance(piece, Call) else getattr(piece, "text", "")
             if len(text) > MAX_TEXT_BYTES:
                 del pieces[start:]
                 raise too_large(MAX_TEXT_BYTES)
 
-    def _take_chunk(self, chunk: Chunk, pieces: list[Delta]) -> None:
+    def _take_chunk(self, chunk: Chunk, pieces: list[Piece]) -> None:
         if chunk.model and chunk.model != self._named and isinstance(chunk.model, str):
             self._named = chunk.model
             self._model = self._redactor.name(chunk.model) or self._model
+        if chunk.citations or chunk.search_results:
+            self._citations.listed(chunk.citations, chunk.search_results)
         for choice in chunk.choices or ():
             # With `n` above 1 the further choices are other replies, and there is one.
             if choice.index:
@@ -245,13 +269,17 @@ class ChatReply:
             if choice.finish_reason:
                 self._reason = choice.finish_reason
 
-    def _take_message(self, choice: Choice, incremental: bool, pieces: list[Delta]) -> None:
+    def _take_message(self, choice: Choice, incremental: bool, pieces: list[Piece]) -> None:
         """Takes of a whole message what the pieces before it did not say. Some servers repeat the reply so at its end,
         some send all of it so far each time, and some call each delta a message."""
         message = choice.message
         assert message is not None
         if choice.delta is not None and (choice.delta.content or choice.delta.tool_calls):
             return
+        message.content = _words(message)
+        if isinstance(message.audio, dict):
+            repeated = self._audio and not incremental
+            message.audio = None if repeated else message.audio | {"transcript": None}
         if self._so_far or self._calls:
             said, content = "".join(self._so_far), message.content or ""
             if content.startswith(said):
@@ -265,7 +293,7 @@ class ChatReply:
                 message.tool_calls = message.function_call = None
         self._take_said(message, pieces)
 
-    def _take_said(self, said: Said, pieces: list[Delta]) -> None:
+    def _take_said(self, said: Said, pieces: list[Piece]) -> None:
         self._data.message(said)
         # Some servers send two fields with the same text.
         thought = said.reasoning_content or said.reasoning
@@ -273,28 +301,28 @@ class ChatReply:
             for other in (said.reasoning_text, said.thinking, said.thought, said.reasoning_details):
                 if other and (thought := thought_of(other)):
                     break
-        content = said.content
+        content = _words(said)
         if said.extra_content is not None and _is_thought(said.extra_content):
             thought, content = content, None
         if reasoning := self._mended(Reasoning, thought):
             pieces.append(Reasoning(reasoning))
-        if not content and isinstance(said.audio, dict) and isinstance(said.audio.get("transcript"), str):
-            content = said.audio["transcript"]
-        if said.images:
-            self._made = "images"
-        elif isinstance(said.audio, dict) and said.audio.get("data"):
-            self._made = "audio"
         if text := self._mended(Text, content):
             self._take_text(text, pieces)
         if refusal := self._mended(Refusal, said.refusal):
             pieces.append(Refusal(refusal))
             self._spoken = True
+        if said.images or said.image:
+            self._take_images(said, pieces)
+        if isinstance(said.audio, dict) and self._audio.take(said.audio):
+            self.heard = True
+        if said.annotations:
+            self._citations.annotated(said.annotations)
         for piece in said.tool_calls or ():
             self._take_call(piece, pieces)
         if isinstance(said.function_call, dict):
             self._take_call(documents.call_piece(said.function_call, "function_call"), pieces)
 
-    def _take_text(self, text: str, pieces: list[Delta]) -> None:
+    def _take_text(self, text: str, pieces: list[Piece]) -> None:
         self._so_far.append(text)
         if self._think is None or self._think.begun:
             pieces.append(Text(text))
@@ -303,14 +331,44 @@ class ChatReply:
             pieces.append(piece)
             self._spoken = self._spoken or (isinstance(piece, Text) and bool(piece.text.strip()))
 
-    def _take_call(self, piece: CallPiece, pieces: list[Delta]) -> None:
+    def _take_images(self, said: Said, pieces: list[Piece]) -> None:
+        for entry in media.entries(said.images, said.image):
+            found = media.find(entry)
+            if isinstance(found, Link) and not self._redactor.link(found.uri):
+                found = None
+            if isinstance(found, Encoded):
+                found = self._typed(found)
+            if found is None:
+                self._unread = True
+            elif (digest := hash(found)) not in self._images:
+                self._images.add(digest)
+                pieces.append(found)
+                self._spoken = True
+
+    def _typed(self, found: Encoded) -> Encoded:
+        """Content with a media type that can be told."""
+        return found._replace(media_type=self._redactor.name(found.media_type))
+
+    def _cited(self) -> list[Cited]:
+        found = self._citations.all(self._redactor, self._think.skipped if self._think else 0)
+        return [Cited(found)] if found else []
+
+    def _returned(self) -> list[Returned]:
+        """What goes back, without what holds the key, since callers can read it."""
+        return [
+            returned
+            for returned in self._data.all()
+            if not self._redactor.is_echoed(returned.data.members + returned.data.call_id.encode())
+        ]
+
+    def _take_call(self, piece: CallPiece, pieces: list[Piece]) -> None:
         if piece.function is None and (piece.name or piece.arguments):
             piece = documents.flat(piece)
         call = self._calls.take(piece)
         self._data.call(call.key, piece)
         pieces.append(Call(call.key, self._valid(call.tool), self._mended(call.key, call.arguments)))
 
-    def _judged(self, pieces: list[Delta], cut: NotecaseError | None) -> Finish:
+    def _judged(self, pieces: list[Piece], cut: NotecaseError | None) -> Finish:
         """Adds what was held back, and makes the end of the reply. Raises what is no reply."""
         if self._think is not None:
             for text in self._think.end():
@@ -321,10 +379,13 @@ class ChatReply:
             self._spoken = self._spoken or any(text.strip() for text in self._so_far)
         pieces.extend(Call(call.key, "", self._mended(call.key, call.arguments)) for call in self._calls.end())
         pieces.extend(Call(key, "", "\ufffd") if isinstance(key, int) else key("\ufffd") for key in self._halves)
+        if (clip := self._audio.made()) is not None:
+            pieces.append(self._typed(clip))
+            self._spoken = True
         called = bool(self._calls)
         end = meaning(self._reason) if self._reason else (End.CALLS if called else End.WHOLE)
-        word = self._redactor.name(self._valid(self._reason)) or _WORDS.get(end, "stop")
-        if not self._reason and not self.done:
+        word = self._redactor.reason(self._valid(self._reason)) or _WORDS.get(end, "stop")
+        if not (self._reason or self.done or self._audio.whole):
             raise cut or errors.model_unavailable("The model provider ended its answer before the reply was whole.")
         if end is End.FAILED:
             raise errors.model_unavailable(
@@ -358,8 +419,8 @@ class ChatReply:
                 )
             case End.FILTERED:
                 raise errors.model_error(f"The model provider withheld the reply {told}.", finish_reason=word)
-        if self._made:
-            raise errors.content_unsupported(f"The model answered with {self._made} alone; only its words are kept.")
+        if self._unread:
+            raise errors.content_unsupported("The model answered with an image that cannot be read, and nothing else.")
         if not (self._behind_calls and end is End.WHOLE and self._reason):
             raise errors.model_unavailable(
                 f"The model provider ended its answer without a reply {told}.", finish_reason=word
@@ -378,6 +439,14 @@ class ChatReply:
 
     def _valid(self, text: str) -> str:
         return _without_surrogates(text)
+
+
+def _words(said: Said) -> str | None:
+    """What is said in text, or else in sound."""
+    if said.content or not isinstance(said.audio, dict):
+        return said.content
+    transcript = said.audio.get("transcript")
+    return transcript if isinstance(transcript, str) else said.content
 
 
 def _is_thought(extra: Any) -> bool:

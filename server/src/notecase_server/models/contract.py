@@ -5,6 +5,10 @@ from typing import NamedTuple, Protocol
 
 from notecase import v1
 
+MAX_MEDIA_BYTES = 32 << 20
+"""Of what a model makes in one reply besides words, together: as much as one request carries, so that it can be shown
+again. An image has 1 to 3 MB, and a minute of audio 3."""
+
 _TEXTS = frozenset({"application/json", "application/xml", "application/yaml", "application/x-yaml"})
 
 
@@ -71,6 +75,37 @@ class Call(NamedTuple):
     arguments: str
 
 
+class Media(NamedTuple):
+    """An image or a clip that the model made, whole."""
+
+    data: bytes
+    media_type: str
+    filename: str
+
+
+class Link(NamedTuple):
+    """An image that the model made, by the address where its provider keeps it. Nobody fetches it."""
+
+    uri: str
+    media_type: str
+
+
+class Source(NamedTuple):
+    """What the reply's text rests on, as its provider says; `uri` is an http or https one. It is cited from `start` to
+    `end`, in characters of all text of the reply; both are 0 where the provider does not say."""
+
+    uri: str
+    title: str
+    start: int = 0
+    end: int = 0
+
+
+class Cited(NamedTuple):
+    """The sources of the reply's text; at most once, after all of it."""
+
+    sources: Sequence[Source]
+
+
 class Returned(NamedTuple):
     """What the provider gets back with a later request: with the call of that key, or, where it is None, with the
     message, for its reasoning. At most one for each, after all pieces of it."""
@@ -95,7 +130,7 @@ class Finish(NamedTuple):
     """The reply was cut at a limit or by a filter: no call in it is run, and a repeat would end the same."""
 
 
-Delta = Text | Reasoning | Refusal | Call | Returned | Used | Finish
+Delta = Text | Reasoning | Refusal | Call | Media | Link | Cited | Returned | Used | Finish
 
 
 class Repeats(NamedTuple):

@@ -10,19 +10,23 @@ may hold directives, on lines of their own or one after another; what else it sa
     /chunks N        say the numbers 1 to N, a piece each, at most 100000
     /big BYTES       say so many bytes, in pieces of 1 KB, at most 4194304
     /refuse TEXT     refuse in these words
+    /image           make an image: one pixel
+    /cite URI        name a source of what is said
     /stop REASON     end with this finish reason, "length" for example
     /dialect NAME    reply as that provider does: deepseek, gemini, kimi, mistral, openrouter
     /pause MS        wait so long before each piece, at most 10000
     /fail HOW        fail: error (MODEL_ERROR), unavailable (MODEL_UNAVAILABLE), midway (the same after half)
     /help            tell these lines
 
-They take effect in their order; /dialect, /stop, /pause and /fail apply to the whole reply, and alone to the usual one.
+They take effect in their order; /cite, /dialect, /stop, /pause and /fail apply to the whole reply, and alone to the
+usual one.
 Once its calls have outcomes it replies with those. Where JSON by a schema is asked for, it makes up the least that will
 do, with what it heard for text; of `pattern`, `format`, `not` and `if` it knows nothing. Tokens in its usage are words.
 Of `generation` it heeds only `max_output_tokens`.
 """
 
 import asyncio
+import base64
 import itertools
 import json
 import re
@@ -36,14 +40,16 @@ from notecase_server import errors
 from notecase_server.models.answers.finish_reasons import is_cut
 from notecase_server.models.contract import (
     Call,
+    Cited,
     Delta,
     Finish,
+    Media,
     ModelRequest,
     Reasoning,
     Refusal,
     Returned,
+    Source,
     Text,
-    Used,
 )
 
 HELP = "I am the offline model. A message may ask me to:\n\n" + "\n".join(
@@ -65,7 +71,9 @@ NESTED = 16
 
 MOST_ITEMS = 10
 
-_DIRECTIVE = re.compile(r"(?:^|(?<=\s))/(say|reason|call|chunks|big|refuse|stop|dialect|pause|fail|help)\b[ \t]*")
+_DIRECTIVE = re.compile(
+    r"(?:^|(?<=\s))/(say|reason|call|chunks|big|refuse|image|cite|stop|dialect|pause|fail|help)\b[ \t]*"
+)
 _PIECE = re.compile(r"\s*\S+|\s+$")
 _LARGEST = {"chunks": 100_000, "big": 4 << 20, "pause": 10_000}
 _FAILURES = ("error", "unavailable", "midway")
@@ -92,6 +100,8 @@ DIALECTS = {
         text_member="reasoning",
     ),
 }
+
+PIXEL = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mM4oKAAAAKkAQHdsXSBAAAAAElFTkSuQmCC")
 
 MEDIA = frozenset({"file", "data", "blob"})
 """Kinds of parts that hold what is not read here."""
@@ -124,6 +134,8 @@ class OfflineProvider:
         if plan.failure == "midway":
             raise errors.model_unavailable("The offline model was asked to fail midway.")
         if reason != "length":  # a reply that is cut has all of it or nothing
+            if plan.sources:
+                yield Cited(plan.sources)
             for returned in plan.returned():
                 yield returned
         yield Finish(reason, usage, is_cut(reason))
@@ -143,6 +155,7 @@ class _Plan:
     failure: str = ""
     calls: int = 0
     spoken: bool = False
+    sources: list[Source] = field(default_factory=list)
     dialect: _Dialect | None = None
 
     def returned(self) -> Iterator[Returned]:
@@ -292,6 +305,13 @@ def _direct(plan: _Plan, name: str, argument: str) -> None:
         plan.reason = argument or "stop"
     elif name == "reason":
         plan.pieces.extend(Reasoning(piece) for piece in _PIECE.findall(argument))
+    elif name == "image":
+        number = 1 + sum(isinstance(piece, Media) for piece in plan.pieces)
+        plan.pieces.append(Media(PIXEL, "image/png", f"image-{number}.png"))
+    elif name == "cite" and not re.fullmatch(r"https?://\S+", argument):
+        plan.say(f"/cite takes an http or https URI, not {_cut(argument)}.")
+    elif name == "cite":
+        plan.sources.append(Source(argument, argument.split("/")[2]))
     elif name == "refuse":
         plan.pieces.extend(Refusal(piece) for piece in _PIECE.findall(argument or "I would rather not."))
     else:
@@ -355,10 +375,9 @@ def _content(piece: Delta) -> str:
     match piece:
         case Call():
             return piece.tool + piece.arguments
-        case Finish() | Returned() | Used():
-            return ""
-        case _:
+        case Text() | Reasoning() | Refusal():
             return piece.text
+    return ""
 
 
 def _heard(request: ModelRequest) -> Iterator[str]:

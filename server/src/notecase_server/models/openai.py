@@ -9,6 +9,7 @@ which is the engine's business.
 import asyncio
 import contextlib
 import hashlib
+import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -23,10 +24,11 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
-from notecase_server.models.answers import provider_errors, too_long
+from notecase_server.models.answers import media, provider_errors, too_long
+from notecase_server.models.answers.media import Encoded
 from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import ChatReply
-from notecase_server.models.contract import Delta, ModelRequest, Returned
+from notecase_server.models.contract import Delta, Media, ModelRequest, Returned
 from notecase_server.models.profiles import ROWS, Profiles, Row
 from notecase_server.models.request import body, loaded, returns_data
 
@@ -121,17 +123,25 @@ class OpenAIProvider:
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         """See Provider.stream. Closing it before its end drops the connection, which is how the provider learns of it.
         After Finish it ends within _DRAIN_SECONDS; who does not wait for that gives up the connection's next use."""
-        given, request = request, await loaded(request)
         model = request.model or self._default_model
-        shape = partial(body, request, model, self._profiles.of(model), self._tag)
+        profile = self._profiles.of(model)
+        given, request = request, await loaded(request, profile)
+        shape = partial(body, request, model, profile, self._tag)
         # With content it has megabytes.
         sent = shape() if request is given else await asyncio.to_thread(shape)
         if returns_data(request, model, self._tag):
-            answer = self._answer(sent, lambda: body(request, model, self._profiles.of(model), "", with_data=False))
+            answer = self._answer(sent, lambda: body(request, model, profile, "", with_data=False))
         else:
             answer = self._answer(sent)
         model = str(sent["model"])
-        reply = ChatReply(model, self._redactor, behind_calls=_is_behind_calls(request.messages))
+        reply = ChatReply(
+            model,
+            self._redactor,
+            behind_calls=_is_behind_calls(request.messages),
+            think_tags=self._profiles.of(model).think_tags,
+            audio_format=_audio_format(sent),
+        )
+        made = itertools.count(1)
         cut: NotecaseError | None = None
         async with answer as response:
             chunks = response.aiter_bytes()
@@ -144,9 +154,9 @@ class OpenAIProvider:
                     if chunk is None:
                         break
                     pieces = reply.feed(chunk)
-                    clock.heard(bool(pieces))
+                    clock.heard(reply.heard)
                     for piece in pieces:
-                        yield piece
+                        yield await _decoded(piece, next(made)) if isinstance(piece, Encoded) else piece
                     if not reply.done and (used := reply.used()) is not None:
                         yield used
                     reads += 1
@@ -159,7 +169,10 @@ class OpenAIProvider:
             except TimeoutError:
                 cut = clock.complaint
             for piece in reply.end(cut):
-                yield _tagged(piece, self._tag, model)
+                if isinstance(piece, Encoded):
+                    yield await _decoded(piece, next(made))
+                else:
+                    yield _tagged(piece, self._tag, model)
             await _drain(chunks)
 
     async def close(self) -> None:
@@ -300,6 +313,18 @@ def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
 def _is_behind_calls(messages: Sequence[v1.Message]) -> bool:
     """Whether a request ends with the outcomes of calls, behind which a model may have nothing more to say."""
     return bool(messages) and any(part.HasField("tool_call") for part in messages[-1].parts)
+
+
+async def _decoded(found: Encoded, number: int) -> Media:
+    """The content, decoded off the loop: it may have megabytes."""
+    return await asyncio.to_thread(media.decoded, found, number)
+
+
+def _audio_format(sent: Json) -> str:
+    """The format that `generation.extra` asks for."""
+    audio = sent.get("audio")
+    asked = audio.get("format") if isinstance(audio, dict) else None
+    return asked if isinstance(asked, str) else ""
 
 
 def _tagged(piece: Delta, provider: str, model: str) -> Delta:

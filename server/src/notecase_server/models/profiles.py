@@ -48,6 +48,9 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """How many calls one assistant's message may hold. With "one" parallel calls are also declined."""
     reasoning: Literal["none", "turn", "always"] = "turn"
     """How long the provider gets its model's reasoning back: not at all, until the user speaks again, or always."""
+    made_images: Literal["words", "user"] = "words"
+    """What becomes of the images of a reply: each is named there, or those of the newest reply that has any are shown
+    in a user's message behind it, which is the only place where servers take images."""
     unsigned_call: dict[str, Any] = {}
     """Members of a call that has no provider data: it was made elsewhere, or cut."""
     unsigned_reply: dict[str, Any] = {}
@@ -64,6 +67,8 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     """How a reply by a schema is asked for. All but "json_schema" tell the schema in the system message."""
     output_with_tools: Literal["same", "words"] = "same"
     """How it is asked for where tools are declared."""
+    think_tags: bool = False
+    """Whether a reply may begin with reasoning in tags, such as <think>, which is then told apart from its text."""
 
 
 class Row(NamedTuple):
@@ -85,6 +90,9 @@ class Row(NamedTuple):
 
 _AZURE_OPENAI = r".+\.(openai\.azure\.com|cognitiveservices\.azure\.com)"
 _MISTRAL = r"(api|codestral)\.mistral\.ai"
+_PRIVATE = r"(127|10)(\.\d+){3}|192\.168(\.\d+){2}|172\.(1[6-9]|2\d|3[01])(\.\d+){2}"
+_OWN = rf"[^.]+|{_PRIVATE}|.+\.(local|localdomain|lan|internal)"
+"""Hosts of one's own network: names without a dot, IPv6 addresses and private ones."""
 _GEMINI = r"(generativelanguage|.*aiplatform)\.googleapis\.com"
 
 ROWS: Sequence[Row] = (
@@ -195,6 +203,92 @@ ROWS: Sequence[Row] = (
     Row("groq", {"reasoning": "none"}, "janhq/jan#8136, karthink/gptel#774", host=r"api\.groq\.com"),
     Row("groq", {"output_with_tools": "words"}, "vercel/ai#16540, agno-agi/agno#1065", host=r"api\.groq\.com"),
     Row("cerebras", {"reasoning": "none"}, "Kilo-Org/kilocode#10375", host=r"api\.cerebras\.ai"),
+    Row(
+        "image-models",
+        {"made_images": "user"},
+        "danny-avila/LibreChat#11591, suurt8ll/open_webui_functions#15: they go on from the image that they made; "
+        "OpenHands/OpenHands#7700: images are taken from users only",
+        model=r".*\bimage\b.*",
+    ),
+    Row(
+        "local",
+        {"think_tags": True},
+        "langchain-ai/langchain#32120, zed-industries/zed#58042, ggml-org/llama.cpp#25292: servers of one's own that "
+        "run without a parser for the reasoning of their model",
+        host=_OWN,
+    ),
+    Row(
+        "deepseek",
+        {"think_tags": True},
+        "vllm-project/vllm#14170, andrewyng/openworker#111: R1 wherever it is served without a parser",
+        model=r"(.*[/:])?deepseek-r1\b.*",
+    ),
+    Row(
+        "gemini",
+        {"think_tags": True},
+        "ai.google.dev/gemini-api/docs/openai: include_thoughts puts them into the content, in <thought>",
+        host=_GEMINI,
+    ),
+    Row(
+        "minimax",
+        {"think_tags": True},
+        "can1357/oh-my-pi#1205: both of its endpoints",
+        host=r"api\.minimaxi?\.(io|com|chat)",
+    ),
+    Row(
+        "minimax",
+        {"think_tags": True},
+        "RooCodeInc/Roo-Code#8989, QwenLM/qwen-code#3228, decolua/9router#2231: wherever it is served",
+        model=r"(.*[/:])?minimax-m\d.*",
+    ),
+    Row(
+        "qwen",
+        {"think_tags": True},
+        "QwenLM/qwen-code#6751, OpenWhispr/openwhispr#178, Cerebras/cerebras-cloud-sdk-python#10",
+        model=r"(.*[/:])?(qwen-?3|qwq)\b.*",
+    ),
+    Row(
+        "glm",
+        {"think_tags": True},
+        "zai-org/GLM-4#772, zai-org/GLM-V#138: on servers without a parser",
+        model=r"(.*[/:])?glm-(z1|4\.\d).*",
+    ),
+    Row(
+        "mistral",
+        {"think_tags": True},
+        "LostRuins/koboldcpp#1745, ollama/ollama#11064: Magistral writes [THINK] or <think>",
+        model=r"(.*[/:])?magistral\b.*",
+    ),
+    Row(
+        "moonshot",
+        {"think_tags": True},
+        "huggingface.co/moonshotai/Kimi-VL-A3B-Thinking-2506, Blaizzy/mlx-vlm#299: ◁think▷",
+        model=r"(.*[/:])?kimi-vl\b.*",
+    ),
+    Row(
+        "seed-oss",
+        {"think_tags": True},
+        "vllm-project/vllm#23241, open-webui/open-webui#16856, anomalyco/opencode#3703: <seed:think>",
+        model=r"(.*[/:])?seed-oss\b.*",
+    ),
+    Row(
+        "apertus",
+        {"think_tags": True},
+        "vllm-project/vllm#50496, sgl-project/sglang#31383: <|inner_prefix|>",
+        model=r"(.*[/:])?apertus\b.*",
+    ),
+    Row(
+        "reka",
+        {"think_tags": True},
+        "huggingface.co/RekaAI/reka-flash-3: <reasoning>",
+        model=r"(.*[/:])?reka-flash-3\b.*",
+    ),
+    Row(
+        "perplexity",
+        {"think_tags": True},
+        "docs.perplexity.ai/guides/structured-outputs: sonar-reasoning-pro thinks in <think>, and JSON comes behind it",
+        model=r"(.*[/:])?sonar-(reasoning|deep-research)\b.*",
+    ),
     Row("lmstudio", {"empty_content": "empty"}, "lmstudio-ai/lmstudio-bug-tracker#261"),
     Row("mlx", {"empty_content": "empty"}, "cubist38/mlx-openai-server#205, mistralai/mistral-common#324"),
     Row(

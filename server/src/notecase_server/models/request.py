@@ -127,47 +127,72 @@ def returns_data(request: ModelRequest, model: str, provider: str) -> bool:
     )
 
 
-async def loaded(request: ModelRequest) -> ModelRequest:
-    """Returns the request with the content that its messages refer to within them.
+async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
+    """Returns the request with the content that its messages refer to within them, as far as it is shown.
 
     Raises CONTENT_UNSUPPORTED for a media type that there is no place for, and for more content than a request may
-    carry, before any of it is read."""
-    referring = [index for index, message in enumerate(request.messages) if _refers(message)]
-    if not referring:
+    carry, before any of it is read. Images that a model made are left out where there is no room for them."""
+    messages = request.messages
+    newest = _newest_images(messages, profile)
+    if newest >= 0 and _content_bytes(messages, newest) > MAX_CONTENT_BYTES:
+        newest = -1
+    carrying = [index for index, message in enumerate(messages) if any(_carried(message, index == newest))]
+    if not carrying:
         return request
-    blobs = [part.blob for index in referring for part in _all_parts(request.messages[index]) if part.HasField("blob")]
-    for blob in blobs:
-        _check_media_type(blob.media_type)
-    total = sum(blob.size_bytes for blob in blobs)
-    if total > MAX_CONTENT_BYTES:
+    if (total := _content_bytes(messages, newest)) > MAX_CONTENT_BYTES:
         raise errors.content_unsupported(
             f"The conversation refers to {total} bytes of content; the model takes at most {MAX_CONTENT_BYTES}."
         )
     assert request.load is not None, "who refers to content brings the means to load it"
-    messages = list(request.messages)
-    for index in referring:
-        copied = v1.Message()
-        copied.CopyFrom(messages[index])
-        messages[index] = copied
-        for part in _all_parts(copied):
-            if part.HasField("blob"):
-                media_type, filename = part.blob.media_type, part.blob.filename
-                data = await request.load(part.blob)
-                part.data.CopyFrom(v1.InlineData(data=data, media_type=media_type, filename=filename))
-    return request._replace(messages=messages)
+    filled = list(messages)
+    for index in carrying:
+        filled[index] = v1.Message()
+        filled[index].CopyFrom(messages[index])
+        for part in _carried(filled[index], index == newest):
+            media_type, filename = part.blob.media_type, part.blob.filename
+            data = await request.load(part.blob)
+            part.data.CopyFrom(v1.InlineData(data=data, media_type=media_type, filename=filename))
+    return request._replace(messages=filled)
 
 
-def _refers(message: v1.Message) -> bool:
+def _content_bytes(messages: Sequence[v1.Message], newest: int) -> int:
+    """Of the content that a request carries. Raises CONTENT_UNSUPPORTED for a media type that has no place in it."""
+    total = 0
+    for index, message in enumerate(messages):
+        for part in _carried(message, index == newest):
+            _check_media_type(part.blob.media_type)
+            total += part.blob.size_bytes
+    return total
+
+
+def _carried(message: v1.Message, images: bool) -> Iterator[v1.Part]:
+    """The parts whose content a request carries. Of what a model made that is text alone, unless its `images` are
+    shown."""
     if len(message.parts) == 1 and message.parts[0].text:
-        return False  # nearly every message
-    return any(part.HasField("blob") for part in _all_parts(message))
-
-
-def _all_parts(message: v1.Message) -> Iterator[v1.Part]:
-    """Those of the results of its calls, too."""
+        return  # nearly every message
+    reply = message.role == v1.Message.ROLE_ASSISTANT
     for part in message.parts:
-        yield part
-        yield from part.tool_call.result
+        if part.HasField("blob") and (not reply or is_text(part.blob.media_type) or (images and _is_image(part))):
+            yield part
+        yield from (inner for inner in part.tool_call.result if inner.HasField("blob"))
+
+
+def _newest_images(messages: Sequence[v1.Message], profile: Profile) -> int:
+    """The index of the newest reply with images, if such are shown; -1 for none."""
+    if profile.made_images == "words":
+        return -1
+    found = (
+        index
+        for index in range(len(messages) - 1, -1, -1)
+        if messages[index].role == v1.Message.ROLE_ASSISTANT and any(map(_is_image, messages[index].parts))
+    )
+    return next(found, -1)
+
+
+def _is_image(part: v1.Part) -> bool:
+    """Whether a part is an image, here or elsewhere."""
+    media_type = part.blob.media_type or part.data.media_type or part.file.media_type
+    return _media_type(media_type).startswith("image/")
 
 
 def _extra(text: str) -> Json:
@@ -289,6 +314,7 @@ class _Conversation:
         for text in filter(None, first):
             self._say_system(text)
         turn = self._turn(messages)
+        newest = _newest_images(messages, self._profile)
         for index, message in enumerate(messages):
             role, parts = message.role, message.parts
             if len(parts) == 1 and (text := parts[0].text or parts[0].json):
@@ -300,7 +326,7 @@ class _Conversation:
                 else:
                     self._say_user(text)
             elif role == v1.Message.ROLE_ASSISTANT:
-                self._reply(message, index >= turn)
+                self._reply(message, index >= turn, index == newest)
             elif role == v1.Message.ROLE_SYSTEM:
                 if text := _text(parts, "A system message"):
                     self._say_system(text)
@@ -364,17 +390,30 @@ class _Conversation:
             return "\n\n".join(part["text"] for part in content)
         return content
 
-    def _reply(self, message: v1.Message, with_reasoning: bool) -> None:
+    def _reply(self, message: v1.Message, with_reasoning: bool, with_images: bool) -> None:
         """What the model said, and behind it one answer to each of its calls."""
         profile = self._profile
         said = [part for part in message.parts if part.WhichOneof("kind") not in {"reasoning", "refusal", "tool_call"}]
-        text = _text(said, "An assistant's message")
+        images = [part for part in said if with_images and _is_image(part) and not part.HasField("blob")]
+        text = _told(said, profile.made_images == "words")
         refusal = "".join(part.refusal for part in message.parts)
         calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
         if refusal and profile.refusal == "text":
             text, refusal = f"{text}\n\n{refusal}" if text else refusal, ""
-        if not (text or refusal or calls):
-            return
+        if text or refusal or calls:
+            self._say_reply(message, text, refusal, calls, with_reasoning)
+        # A tool's answer can only be text there, and so can a reply: what else they gave is shown behind them.
+        for call in calls:
+            if media := [_content(part) for part in call.result if _words(part) is None]:
+                title = {"type": "text", "text": f"From the result of {call.tool}:"}
+                self._say_user([title, *(part for part in media if part is not None)])
+        if shown := [content for part in images if (content := _content(part)) is not None]:
+            self._say_user([{"type": "text", "text": "From your reply:"}, *shown])
+
+    def _say_reply(
+        self, message: v1.Message, text: str, refusal: str, calls: list[v1.ToolCall], with_reasoning: bool
+    ) -> None:
+        profile = self._profile
         made: Json = {"role": "assistant", "content": text or None}
         if refusal:
             made["refusal"] = refusal
@@ -396,11 +435,6 @@ class _Conversation:
             made = {name: value for name, value in made.items() if name == "role" or name in reasoning}
             if profile.empty_content != "absent":
                 made["content"] = None if profile.empty_content == "null" else ""
-        # A tool's answer can only be text there, so that what else it gave is shown behind the answers.
-        for call in calls:
-            if media := [_content(part) for part in call.result if _words(part) is None]:
-                title = {"type": "text", "text": f"From the result of {call.tool}:"}
-                self._say_user([title, *(part for part in media if part is not None)])
 
     def _reasoning(self, message: v1.Message) -> Json:
         """What the provider gets back of its model's reasoning, if it is its own and whole."""
@@ -472,6 +506,22 @@ def _text(parts: Iterable[v1.Part], where: str) -> str:
             raise errors.content_unsupported(f"{where} holds {held}; the model takes only text there.")
         texts.append(words)
     return "".join(texts)
+
+
+def _told(parts: Sequence[v1.Part], named: bool) -> str:
+    """A reply in words, since an assistant's message can be nothing else. What was made there is `named`; sound is not,
+    where words say what it says."""
+    spoken = any(_words(part) for part in parts)
+    told = []
+    for part in parts:
+        if (words := _words(part)) is not None:
+            told.append(words)
+        elif named:
+            made = part.blob if part.HasField("blob") else part.data if part.HasField("data") else part.file
+            sound = made.media_type.startswith("audio/")
+            told.append("" if sound and spoken else f"\n[{made.media_type}{made.filename and ': '}{made.filename}]\n")
+    text = "".join(told)
+    return text if len(parts) == 1 and spoken else text.strip("\n")
 
 
 def _words(part: v1.Part) -> str | None:

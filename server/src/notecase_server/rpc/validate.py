@@ -283,6 +283,7 @@ class Check:
             self._part(f"{field}.parts[{index}]", part)
 
     def _part(self, field: str, part: v1.Part) -> None:
+        self(not part.citations, f"{field}.citations", "are made by models only")
         match part.WhichOneof("kind"):
             case "text":
                 self(part.text != "", f"{field}.text", "is empty")

@@ -3,16 +3,21 @@
 import msgspec
 
 from notecase_server.models.answers.chunk import CallPiece, Function, Label
+from notecase_server.models.answers.event_stream import too_large
 from notecase_server.models.contract import Call
 
 _NOTHING = frozenset({"null", "None", '""', "[]", "undefined"})
 """What servers write for no arguments, besides nothing and {}."""
 
 
+MAX_HELD = 1 << 20
+"""Characters of arguments that are held back: more than a message takes."""
+
+
 class _OpenCall:
     """One tool call of the reply, as far as it has come."""
 
-    __slots__ = ("arguments", "held", "id", "key", "name", "size")
+    __slots__ = ("arguments", "held", "held_size", "id", "key", "name", "size")
 
     def __init__(self, key: int, call_id: Label) -> None:
         self.key = key
@@ -24,6 +29,7 @@ class _OpenCall:
         """Characters of that."""
         self.held: list[str] = []
         """What came since the first piece that may go on with the arguments or may begin them again."""
+        self.held_size = 0
 
     def is_whole(self) -> bool:
         """Whether the arguments are a JSON object to its end, so that more of them can only be another call's, or the
@@ -37,11 +43,15 @@ class _OpenCall:
         return self.arguments[0] if self.arguments else ""
 
     def take(self, piece: str) -> str:
-        """Returns what of a piece of the arguments is certain to go on with them."""
+        """Returns what of a piece of the arguments is certain to go on with them. Raises MODEL_ERROR for more than can
+        be held back."""
         if not piece:
             return ""
         if self.held or self._is_doubtful(piece):
             self.held.append(piece)
+            self.held_size += len(piece)
+            if self.held_size > MAX_HELD:
+                raise too_large(MAX_HELD)
             return ""
         self.arguments.append(piece)
         self.size += len(piece)

@@ -47,6 +47,7 @@ class Said(msgspec.Struct, gc=False):
     reasoning_details: Any = None
     audio: Any = None
     images: Any = None
+    image: Any = None
     annotations: Any = None
     extra_content: Any = None
     thinking_blocks: Any = None
@@ -73,6 +74,8 @@ class Chunk(msgspec.Struct):
     object: Any = None
     error: Any = None
     x_groq: Any = None
+    citations: Any = None
+    search_results: Any = None
 
 
 _MALFORMED = "The model provider sent something that is no part of a Chat Completions reply."
@@ -90,13 +93,17 @@ _AS_THEY_ARE = (
     "reasoning_details",
     "audio",
     "images",
+    "image",
     "annotations",
     "extra_content",
     "thinking_blocks",
     "reasoning_opaque",
 )
 
-_IMAGE_PARTS = frozenset({"image_url", "output_image", "image"})
+_IMAGE_PARTS = frozenset({"image_url", "output_image", "image", "image_generation_call", "inline_data", "inlineData"})
+"""Types of parts that hold an image, and members by which one without a type does."""
+
+_OF_CHUNKS = ("usage", "model", "object", "error", "x_groq", "citations", "search_results")
 
 
 def decode(data: bytes) -> tuple[Chunk | None, bool]:
@@ -134,7 +141,7 @@ def loose(value: Any) -> Chunk:
         raise malformed()
     return Chunk(
         choices=[_choice(choice) for choice in choices or () if isinstance(choice, dict)],
-        **{name: value.get(name) for name in ("usage", "model", "object", "error", "x_groq")},
+        **{name: value.get(name) for name in _OF_CHUNKS},
     )
 
 
@@ -253,7 +260,11 @@ def _thoughts_within(content: Any) -> str:
 
 
 def _images_within(content: Any) -> list[Json]:
-    return [part for part in _parts(content) if isinstance(part, dict) and part.get("type") in _IMAGE_PARTS]
+    return [
+        part
+        for part in _parts(content)
+        if isinstance(part, dict) and (part.get("type") in _IMAGE_PARTS or not part.keys().isdisjoint(_IMAGE_PARTS))
+    ]
 
 
 def _parts(content: Any) -> Iterator[Any]:

@@ -4,6 +4,7 @@ import base64
 import binascii
 import html
 import re
+from collections.abc import Iterator
 from urllib.parse import quote, quote_plus, unquote
 
 TOLD_CHARS = 300
@@ -12,6 +13,9 @@ TOLD_CHARS = 300
 _SEARCHED_CHARS = 8 << 10
 """What is looked at for the key before it is cut to what is told."""
 
+MAX_LINK_CHARS = 2048
+"""Of an address: signed ones have some hundreds, and browsers take no more than this of all."""
+
 _LEAST_RUN = 8
 """Characters of the key in a row that are not told. Fewer tell nothing and are in many words."""
 
@@ -19,7 +23,15 @@ _LONGEST_RUN = 16
 
 _ANY_KEY = re.compile(r"(?i)\bbearer\s+\S+|\bsk-[\w*.-]{6,}")
 _OTHER = re.compile(r"[^a-z0-9]")
+_LINK = re.compile(r"https?://[^\s<>\"]+")
 _NAME = re.compile(r"[\w][\w.:/@+ -]{0,127}\Z", re.ASCII)
+_REASON = re.compile(r"[A-Za-z][\w.:-]{0,63}\Z", re.ASCII)
+_SPACES = re.compile(r"\s+")
+
+_WIDE = {0xFF01 + at: 0x21 + at for at in range(94)}
+
+_ROUNDS = 3
+"""How often a text is read anew, for what was quoted and then quoted again."""
 
 
 class Redactor:
@@ -30,6 +42,7 @@ class Redactor:
         such as "none" or "lm-studio", which stand in many messages."""
         self._runs: dict[int, set[str]] = {}
         secrets = [key for key in keys if is_secret(key)]
+        self._plain = [key.encode().lower() for key in secrets]
         self._tails = sorted({key[len(key.rstrip("=+/-_.~")) :] for key in secrets}, key=len, reverse=True)
         for writing in {writing for key in secrets for writing in _writings(key)}:
             size = max(min(len(writing) // 3, _LONGEST_RUN), _LEAST_RUN)
@@ -40,24 +53,44 @@ class Redactor:
         """Returns a provider's words as one short line, with "[key]" in place of whatever looks like a key or holds a
         run of the key's characters."""
         text = text[:_SEARCHED_CHARS]
-        for other in (unquote(text), html.unescape(text), _unescaped(text)):
-            if other != text and self._holds(other):
-                return "[key]"
+        if any(map(self._holds, _readings(text))):
+            return "[key]"
         text = self._without_key(text)
         text = " ".join(_ANY_KEY.sub("[key]", text).split())
         text = "".join(char if char.isprintable() else "\ufffd" for char in text)
         return text if len(text) <= TOLD_CHARS else text[: TOLD_CHARS - 1] + "…"
 
     def name(self, text: str) -> str:
-        """Returns a name that a provider gives (a code, a model, a finish reason), or nothing where it has the shape of
-        none or holds the key."""
-        if not _NAME.match(text) or self._holds(text) or _ANY_KEY.search(text):
-            return ""
-        return text
+        """Returns a name that a provider gives (a code, a model), or nothing where it has the shape of none or holds
+        the key."""
+        return text if _NAME.match(text) and not self._tells(text) else ""
+
+    def reason(self, text: str) -> str:
+        """Returns the word with which a provider ends a reply, as one word, or nothing where it is none or holds the
+        key."""
+        word = _SPACES.sub("_", text[:_SEARCHED_CHARS].strip())
+        return word if _REASON.match(word) and not self._tells(text) else ""
+
+    def link(self, uri: str) -> str:
+        """Returns an address that a provider names, or nothing where it is none that can be shown or holds the key."""
+        fine = len(uri) <= MAX_LINK_CHARS and _LINK.fullmatch(uri) and uri.isprintable()
+        return uri if fine and not self._tells(uri) else ""
+
+    def is_echoed(self, data: bytes) -> bool:
+        """Returns whether data that is kept as it came holds the key, in whatever case. It is opaque, so that nothing
+        else is looked for."""
+        data = data.lower() if self._plain else b""
+        return any(key in data for key in self._plain)
+
+    def _tells(self, text: str) -> bool:
+        return bool(_ANY_KEY.search(text)) or self._holds(text) or any(map(self._holds, _readings(text)))
 
     def _holds(self, text: str) -> bool:
         bare = _bare(text)
-        return any(bare[at : at + size] in runs for size, runs in self._runs.items() for at in range(len(bare)))
+        return any(
+            not runs.isdisjoint(bare[at : at + size] for at in range(len(bare) - size + 1))
+            for size, runs in self._runs.items()
+        )
 
     def _without_key(self, text: str) -> str:
         if not self._runs:
@@ -100,18 +133,39 @@ def _bare(text: str) -> str:
 
 def _writings(key: str) -> set[str]:
     """The key in each writing, bare."""
-    data = key.encode()
+    data, wide = key.encode(), key.encode("utf-16-le")
     made = {key, quote(key, safe=""), quote(key), quote_plus(key), quote(quote(key, safe=""), safe="")}
-    made |= {binascii.hexlify(data).decode(), "".join(f"x{byte:02x}" for byte in data)}
-    for encode in (base64.b64encode, base64.urlsafe_b64encode):
-        for before in range(3):
-            # The characters that share bits with what stands before and behind are not the key's alone.
-            encoded = encode(b"\0" * before + data).decode().rstrip("=")
-            made.add(encoded[(before * 8 + 5) // 6 : -1])
+    made |= {binascii.hexlify(each).decode() for each in (data, wide)}
+    made |= {"".join(f"{byte:{form}}" for byte in data) for form in ("d", "o", "03o")}
+    made.add("".join(f"x{byte:02x}" for byte in data))
+    for each in (data, wide):
+        for encode in (base64.b64encode, base64.urlsafe_b64encode):
+            for before in range(3):
+                # The characters that share bits with what stands before and behind are not the key's alone.
+                encoded = encode(b"\0" * before + each).decode().rstrip("=")
+                made.add(encoded[(before * 8 + 5) // 6 : -1])
     made.add(base64.b32encode(data).decode().rstrip("="))
     return {bare for writing in made if len(bare := _bare(writing)) >= _LEAST_RUN}
 
 
+def _readings(text: str) -> Iterator[str]:
+    """What a text says to who undoes its quoting: of URLs, HTML, JSON, quoted-printable and wide letters."""
+    for _ in range(_ROUNDS):
+        before = text
+        for read in (unquote, html.unescape, _unescaped, _narrow):
+            other = read(text)
+            if other != text:
+                yield other
+            text = other
+        if text == before:
+            return
+
+
 def _unescaped(text: str) -> str:
-    r"""The text with \u002d and \x2d read."""
-    return re.sub(r"\\(?:u00|x)([0-9a-fA-F]{2})", lambda found: chr(int(found[1], 16)), text)
+    r"""The text with \u002d, \u{2d}, \x2d and =2D read."""
+    return re.sub(r"(?:\\(?:u00|u\{|x)|=)([0-9a-fA-F]{2})\}?", lambda found: chr(int(found[1], 16)), text)
+
+
+def _narrow(text: str) -> str:
+    """The text with full-width letters and signs as plain ones."""
+    return text if text.isascii() else text.translate(_WIDE)

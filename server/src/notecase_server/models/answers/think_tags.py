@@ -35,12 +35,15 @@ class ThinkTags:
         self._strip = False
         self.begun = False
         """The text proper has begun, so that nothing more need be looked at."""
+        self.skipped = 0
+        """Characters that came and are no text."""
 
     def feed(self, piece: str) -> Iterator[Text | Reasoning]:
         """Yields what of the text is certain."""
         if self.begun:
             yield Text(piece)
             return
+        self.skipped += len(piece)
         held = self._held + piece
         if self._closes is None and not self._strip:
             start = held.lstrip()
@@ -75,11 +78,15 @@ class ThinkTags:
     def end(self) -> Iterator[Text | Reasoning]:
         """Yields what was held back."""
         held, self._held = self._held, ""
-        if held:
-            yield Reasoning(held) if self._closes is not None else Text(held)
+        if held and self._closes is not None:
+            yield Reasoning(held)
+        elif held:
+            self.skipped -= len(held)
+            yield Text(held)
 
     def _begin(self, text: str) -> Iterator[Text]:
         self._held = ""
         self.begun = True
+        self.skipped -= len(text)
         if text:
             yield Text(text)
