@@ -39,6 +39,9 @@ class Settings:
     listen: str
     store: str = "memory:"
     max_runs: int = 1000
+    max_calls: int = 10_000
+    max_connections: int = 10_000
+    max_unread_bytes: int = 256 << 20
     max_blob_bytes: int = 256 << 20
     max_session_bytes: int = 1 << 30
     grace: float = 10.0

@@ -24,10 +24,11 @@ from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Provider, Repeats
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.desk import Desk
+from notecase_server.rpc.gate import Gate
 from notecase_server.rpc.interceptor import Authenticate, Doorway, development
 from notecase_server.rpc.pages import Pages
 from notecase_server.rpc.run import Streams
-from notecase_server.rpc.server import build
+from notecase_server.rpc.server import build, options
 from notecase_server.rpc.watch import Pace
 from notecase_server.store import sqlite_file
 from notecase_server.store.contract import Clock, Store, StoreOpenError
@@ -144,7 +145,8 @@ class Server:
         self._store = store
         self._providers = dict(providers)
         self._clock = clock
-        self._doorway = Doorway(authenticate, make_id, pace.stall)
+        self.gate = Gate(settings.max_calls, settings.max_unread_bytes)
+        self._doorway = Doorway(authenticate, make_id, pace.stall, self.gate)
         limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
         self._contents = Contents(store, make_id, clock, limits)
         sessions = self._sessions = Sessions(store, make_id, new_uid, limits.session)
@@ -190,7 +192,8 @@ class Server:
     async def start(self) -> int:
         """Serves, and takes over the runs that were left; returns the port. Raises RuntimeError when the address is
         taken."""
-        self._grpc, self._health = await build(self._desk, self._doorway)
+        channel = options(self._settings.max_calls, self._settings.max_connections)
+        self._grpc, self._health = await build(self._desk, self._doorway, channel)
         self.port = self._grpc.add_insecure_port(self._settings.listen)
         await self._grpc.start()
         self._runs.upkeep.start()

@@ -22,7 +22,7 @@ class Places:
     def take(self) -> None:
         """Takes a place at once. Raises NotecaseError RATE_LIMITED when there is none, or others wait for one."""
         if self._taken >= self.most or self._waiting:
-            raise errors.too_many_runs(self.most)
+            raise errors.too_many("run", self.most)
         self._taken += 1
 
     async def wait(self, tenant: str) -> bool:
