@@ -161,7 +161,7 @@ async def invoke(served: Running, begun: asyncio.Event) -> None:
 
 
 async def import_session(served: Running, begun: asyncio.Event) -> None:
-    await served.sessions.ImportSession(held(v1.ImportSessionRequest(chunk=b"x")))
+    await served.sessions.ImportSession(held(v1.ImportSessionRequest(chunk=b"notecase")))
 
 
 async def upload(served: Running, begun: asyncio.Event) -> None:

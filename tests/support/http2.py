@@ -7,6 +7,8 @@ from typing import Self
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 SETTINGS = b"\0\0\0\4\0\0\0\0\0"
+ACKNOWLEDGED = b"\0\0\0\4\1\0\0\0\0"
+"""Of the server's own settings, which are all that is read."""
 WIDE = b"\0\0\4\x08\0\0\0\0\0\x40\0\0\0"
 """Opens the connection's own window, so that each stream has what one stream may send ahead."""
 HEADERS, DATA, END_HEADERS, END_STREAM = 1, 0, 4, 1
@@ -23,6 +25,9 @@ class Deaf:
     async def __aenter__(self) -> Self:
         self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
         self._writer.write(PREFACE + SETTINGS + WIDE)
+        size = int.from_bytes((await self._reader.readexactly(9))[:3], "big")
+        await self._reader.readexactly(size)
+        self._writer.write(ACKNOWLEDGED)
         return self
 
     async def __aexit__(
@@ -44,7 +49,7 @@ class Deaf:
 
 
 def _string(text: str) -> bytes:
-    assert len(text) < 127  # noqa: PLR2004  # longer ones take more than a byte for their length
+    assert len(text) < 127  # longer ones take more than a byte for their length
     return bytes([len(text)]) + text.encode()
 
 

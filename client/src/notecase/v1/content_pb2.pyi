@@ -392,7 +392,7 @@ class Part(_message.Message):
     state_key: _builtins.str
     """Input only: the value that the session's state has under this key when the message is taken. A blob or bytes become a
     blob, a string becomes text, and what else there is becomes json. NOT_FOUND when the key does not exist.
-    RESOURCE_EXHAUSTED when the messages said at once then have more than 2 MiB.
+    RESOURCE_EXHAUSTED when the messages said at once then have more than 2.75 MiB.
     """
     @_builtins.property
     def reasoning(self) -> Global___Reasoning:

@@ -55,7 +55,8 @@ def _number(name: str, told: str, least: int = 1) -> Callable[[F], F]:
 @_number("max-calls", "Calls and streams open at once, of all callers; one connection has at most half of them.")
 @_number("max-connections", "Connections at once; one above it is closed.")
 @_number("max-unread-bytes", "Answers that wait for their readers, together; a connection has at most an eighth of it.")
-@_number("max-imports", "Files of sessions that are taken in at once; they wait on this machine's disk.")
+@_number("max-imports", "Files of sessions that are taken in at once.")
+@_number("max-import-bytes", "Files of sessions that wait on this machine's disk while they are taken in, together.")
 @_number("max-heavy-reads", "Readings of a long past at once: forks, rewinds, states as they were; others wait.")
 @_number("max-blob-bytes", "The largest content that is stored.")
 @_number("max-session-bytes", "The most content, in all, that one session refers to.")
@@ -63,8 +64,13 @@ def _number(name: str, told: str, least: int = 1) -> Callable[[F], F]:
 @_number("max-agents", "Agents of a tenant. 0: any number.", least=0)
 @_number("max-revisions", "Revisions of an agent. 0: any number.", least=0)
 @_number("max-state-keys", "Keys of one state. 0: any number.", least=0)
-@_number("max-session-events", "Entries of a session's log, above which nothing is begun in it. 0: any number.", least=0)
+@_number(
+    "max-session-events", "Entries of a session's log, above which nothing is begun in it. 0: any number.", least=0
+)
+@_number("max-session-log-bytes", "Bytes of a session's log, in the same way.", least=0)
 @_number("max-tenant-blob-bytes", "All content of a tenant. 0: as much as the disk holds.", least=0)
+@_number("max-uploads", "Uploads of a tenant, under way or remembered. 0: any number.", least=0)
+@_number("max-requests", "Requests of a tenant that are remembered for a day. 0: any number.", least=0)
 @click.option(
     "--grace",
     type=click.FloatRange(0),

@@ -4,6 +4,10 @@ grpc keeps each frame until its connection takes it, and a connection whose othe
 call counts until grpc is done with it: its status was taken, or its connection is gone.
 """
 
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 from notecase_server import errors
@@ -103,3 +107,44 @@ class Call:
         """Grpc is done with the call, and with what waited."""
         self.read(self._unread)
         self._gate._leave(self._peer, self._connection)
+
+
+async def deliver(
+    responses: AsyncGenerator[Any, None], serializer: Callable[[Any], bytes], context: Any, stall: float, call: Call
+) -> None:
+    """Sends responses as they come. Raises NotecaseError WATCHER_TOO_SLOW when one waits `stall` seconds for room, or
+    would wait where too much waits on its connection already.
+
+    Room is what the reader's transport takes in advance, a few megabytes: a stream with less to say is never too slow.
+    One clock looks after the whole stream, because one for each response would cost a tenth of sending it."""
+    loop = asyncio.get_running_loop()
+    since = math.inf  # when the write under way began
+    alarm: asyncio.TimerHandle
+
+    def look() -> None:
+        nonlocal alarm
+        left = min(since + stall - loop.time(), stall)
+        if left > 0:
+            alarm = loop.call_later(left, look)
+        else:
+            patience.reschedule(loop.time())
+
+    alarm = loop.call_later(stall, look)
+    try:
+        async with aclosing(responses), asyncio.timeout(None) as patience:
+            async for response in responses:
+                frame = serializer(response)
+                size = len(frame)
+                if not call.has_room(size):
+                    raise errors.unread_stream()
+                call.waits(size)
+                since = loop.time()
+                await context.write(frame)
+                since = math.inf
+                call.read(size)
+    except TimeoutError:
+        if not patience.expired():
+            raise
+        raise errors.watcher_too_slow(stall) from None
+    finally:
+        alarm.cancel()

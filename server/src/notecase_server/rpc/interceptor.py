@@ -11,8 +11,8 @@ import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,7 +25,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError, Violation
-from notecase_server.rpc.gate import Call, Gate
+from notecase_server.rpc.gate import Call, Gate, deliver
 from notecase_server.store.contract import Replayed
 
 log = structlog.get_logger()
@@ -260,47 +260,6 @@ SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {
 def _encode(serializer: Callable[[Any], bytes], response: Any) -> bytes:
     """Serializes an answer, unless it is a replayed one, which is bytes already."""
     return response if isinstance(response, bytes) else serializer(response)
-
-
-async def deliver(
-    responses: AsyncGenerator[Any, None], serializer: Callable[[Any], bytes], context: Any, stall: float, call: Call
-) -> None:
-    """Sends responses as they come. Raises NotecaseError WATCHER_TOO_SLOW when one waits `stall` seconds for room, or
-    would wait where too much waits on its connection already.
-
-    Room is what the reader's transport takes in advance, a few megabytes: a stream with less to say is never too slow.
-    One clock looks after the whole stream, because one for each response would cost a tenth of sending it."""
-    loop = asyncio.get_running_loop()
-    since = math.inf  # when the write under way began
-    alarm: asyncio.TimerHandle
-
-    def look() -> None:
-        nonlocal alarm
-        left = min(since + stall - loop.time(), stall)
-        if left > 0:
-            alarm = loop.call_later(left, look)
-        else:
-            patience.reschedule(loop.time())
-
-    alarm = loop.call_later(stall, look)
-    try:
-        async with aclosing(responses), asyncio.timeout(None) as patience:
-            async for response in responses:
-                frame = serializer(response)
-                size = len(frame)
-                if not call.has_room(size):
-                    raise errors.unread_stream()
-                call.waits(size)
-                since = loop.time()
-                await context.write(frame)
-                since = math.inf
-                call.read(size)
-    except TimeoutError:
-        if not patience.expired():
-            raise
-        raise errors.watcher_too_slow(stall) from None
-    finally:
-        alarm.cancel()
 
 
 async def abort(context: Any, error: Exception) -> None:

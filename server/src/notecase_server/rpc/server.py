@@ -1,6 +1,6 @@
 """Builds the gRPC server: its services, its doorway, and how it treats a connection."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import grpc
 from notecase import v1
@@ -18,7 +18,7 @@ from notecase_server.rpc.servers import Servers
 from notecase_server.rpc.sessions import SessionsService
 from notecase_server.rpc.states import States
 
-FIXED: Mapping[str, int] = {
+FIXED = {
     "grpc.max_receive_message_length": TRANSPORT_BYTES,
     # Headers: refused at random above the first, always above the second.
     "grpc.max_metadata_size": 16 << 10,
