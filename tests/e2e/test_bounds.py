@@ -6,11 +6,12 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
 from notecase import v1
 from notecase_server.rpc.run import MAX_RESULTS, Results
 
-from tests.e2e.driving import detail_of, reason_of, said
+from tests.e2e.driving import detail_of, fields_of, reason_of, said
 from tests.rpc.test_gate import until
 from tests.support.server import Running, running
 
@@ -273,3 +274,117 @@ async def test_results_that_wait_for_their_reader_are_bounded(store_url: str) ->
             assert (more, more) == (carried_out, read)
             results.get_nowait()
         reader.cancel()
+
+
+def starting(**fields: Any) -> v1.InvokeRequest:
+    return v1.InvokeRequest(start=v1.StartRun(session="sessions/s", agent="agents/a0", **fields))
+
+
+def client_tool(name: str, description: str) -> v1.Tool:
+    return v1.Tool(name=name, description=description, client=v1.ClientTool())
+
+
+LONG = "x" * (100 << 10)
+WIDE = {f"k{n}": v1.Value(string_value=LONG) for n in range(8)}
+
+FIXED: dict[str, tuple[str, Any, str, str]] = {
+    "labels": (
+        "SessionService/CreateSession",
+        v1.CreateSessionRequest(session=v1.Session(labels={f"k{n}": "v" for n in range(65)})),
+        "INVALID_FIELD",
+        "session.labels",
+    ),
+    "the value of a label": (
+        "SessionService/CreateSession",
+        v1.CreateSessionRequest(session=v1.Session(labels={"k": "v" * 257})),
+        "INVALID_FIELD",
+        "session.labels['k']",
+    ),
+    "a display name": (
+        "SessionService/CreateSession",
+        v1.CreateSessionRequest(session=v1.Session(display_name="x" * 4097)),
+        "INVALID_FIELD",
+        "session.display_name",
+    ),
+    "what is said at once": (
+        "MessageService/AppendMessages",
+        v1.AppendMessagesRequest(parent="sessions/s", messages=[said(LONG)] * 30),
+        "PAYLOAD_TOO_LARGE",
+        "",
+    ),
+    "client tools": (
+        "RunService/Invoke",
+        starting(messages=[said("Hi")], client_tools=[client_tool(f"t{n}", "x" * 4000) for n in range(100)]),
+        "INVALID_FIELD",
+        "start.client_tools",
+    ),
+    "a state and tools that come with a start": (
+        "RunService/Invoke",
+        starting(
+            messages=[said("Hi")],
+            state=WIDE,
+            client_tools=[client_tool(f"t{n}", "x" * 3500) for n in range(70)],
+        ),
+        "INVALID_FIELD",
+        "start",
+    ),
+    "a schema": (
+        "AgentService/CreateAgent",
+        v1.CreateAgentRequest(agent=v1.Agent(llm=v1.LlmAgent(output_schema='{"title": "' + "x" * (64 << 10) + '"}'))),
+        "INVALID_FIELD",
+        "agent.llm.output_schema",
+    ),
+    "a template": (
+        "AgentService/CreateAgent",
+        v1.CreateAgentRequest(agent=v1.Agent(llm=v1.LlmAgent(instruction="x" * ((64 << 10) + 1)))),
+        "TEMPLATE_ERROR",
+        "agent.llm.instruction",
+    ),
+    "a filter": (
+        "SessionService/ListSessions",
+        v1.ListSessionsRequest(filter='user = "' + "x" * 2048 + '"'),
+        "INVALID_FIELD",
+        "filter",
+    ),
+    "recent messages": (
+        "SessionService/CompactSession",
+        v1.CompactSessionRequest(name="sessions/s", keep_recent=501),
+        "INVALID_FIELD",
+        "keep_recent",
+    ),
+    "a batch's delay": (
+        "RunService/WatchEvents",
+        v1.WatchEventsRequest(
+            name="sessions/s", options=v1.WatchOptions(max_batch_delay=duration_pb2.Duration(seconds=11))
+        ),
+        "INVALID_FIELD",
+        "options.max_batch_delay",
+    ),
+    "a piece of an upload": (
+        "BlobService/UploadBlob",
+        v1.UploadBlobRequest(blob=v1.Blob(media_type="text/plain"), chunk=bytes((1 << 20) + 1)),
+        "INVALID_FIELD",
+        "chunk",
+    ),
+    "a piece of a file": (
+        "SessionService/ImportSession",
+        v1.ImportSessionRequest(chunk=bytes((1 << 20) + 1)),
+        "INVALID_FIELD",
+        "chunk",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FIXED)
+async def test_what_one_request_may_hold_is_bounded(case: str) -> None:
+    method, request, reason, field = FIXED[case]
+    async with running() as served:
+        await agent(served, 0)
+        await create_one(served, 0)
+        channel: Any = served.channel
+        call = channel.stream_stream(f"/notecase.v1.{method}")
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call(iter([request.SerializeToString()])).read()
+        assert reason == reason_of(refused.value)
+        if field:
+            assert {field} == fields_of(refused.value)
