@@ -75,7 +75,9 @@ def sentences() -> list[str]:
     """What every function of the catalog says, of every kind of resource and of none, one and several of a thing."""
     told = [make(kind, "x") for make in (errors.not_found, errors.already_exists) for kind in KINDS]
     for number in (0, 1, 2, 5_000_000):
-        told += [errors.too_large("What is said", number, number), errors.too_many_runs(number)]
+        told += [errors.too_large("What is said", number, number), errors.too_many("run", number)]
+        told += [errors.too_many("call", number, " on one connection")]
+        told += [errors.quota_exceeded("session", number, "in a tenant")]
         told += [errors.queue_full(number), errors.watcher_too_slow(number), errors.sequence_ahead(number, number)]
         told += [errors.blob_cut(number, number, resumable) for resumable in (True, False)]
         told += [errors.version_mismatch("The state", number), errors.sequence_mismatch(number)]
@@ -86,6 +88,7 @@ def sentences() -> list[str]:
     told += [make("sessions/x") for make in (errors.no_run, errors.cancelled_before_start, errors.internal)]
     told += [errors.etag_mismatch("agents/x", "1"), errors.state_key_not_found("app/state", "x")]
     told += [errors.run_ended("sessions/x/runs/y", v1.Run.STATE_FAILED), errors.owner_lost("x")]
+    told += [errors.unread_answers(), errors.unread_stream()]
     told += [errors.page_token_invalid(), errors.draining(), errors.store_unavailable()]
     return [text for error in told for text in (error.message, error.quota) if text]
 

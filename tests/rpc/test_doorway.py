@@ -15,6 +15,7 @@ from notecase import v1
 from notecase_server import errors, serve
 from notecase_server.errors import Violation
 from notecase_server.models.openai import OpenAIProvider
+from notecase_server.rpc.gate import Gate
 from notecase_server.rpc.interceptor import Doorway, caller, development
 from notecase_server.store import sqlite
 from structlog.testing import capture_logs
@@ -160,7 +161,7 @@ async def invoke(served: Running, begun: asyncio.Event) -> None:
 
 
 async def import_session(served: Running, begun: asyncio.Event) -> None:
-    await served.sessions.ImportSession(held(v1.ImportSessionRequest(chunk=b"x")))
+    await served.sessions.ImportSession(held(v1.ImportSessionRequest(chunk=b"notecase")))
 
 
 async def upload(served: Running, begun: asyncio.Event) -> None:
@@ -258,7 +259,7 @@ class Waiting:
         self.gate = asyncio.Event()
         self.begun = asyncio.Event()
         self.ended: list[str] = []
-        self.door = Doorway(development, lambda: "id", stall=60)
+        self.door = Doorway(development, lambda: "id", stall=60, gate=Gate(100, 1 << 20))
 
     async def wait(self) -> health_pb2.HealthCheckResponse:
         try:

@@ -22,6 +22,7 @@ from notecase_server.store.contract import (
     Compare,
     Fork,
     Query,
+    Quotas,
     Scope,
     SessionKey,
     StepKey,
@@ -97,7 +98,7 @@ async def held(store: SqliteStore) -> AsyncIterator[asyncio.Task[v1.State]]:
     def wait(tables: Tables, now: int) -> v1.State:
         loop.call_soon_threadsafe(entered.set)
         release.wait()
-        return steps.update_state(tables, now, Scope("acme", "app", ""), [put("held", 1)], None, None)
+        return steps.update_state(tables, now, Scope("acme", "app", ""), [put("held", 1)], None, None, Quotas())
 
     blocker = asyncio.create_task(store._write(wait))
     await entered.wait()

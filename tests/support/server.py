@@ -58,24 +58,17 @@ async def running(
     store: str | Store = "memory:",
     providers: Mapping[str, Provider] | None = None,
     *,
-    max_runs: int = 100,
-    max_blob_bytes: int = 256 << 20,
-    max_session_bytes: int = 1 << 30,
     grace: float = 5.0,
     pace: Pace | None = None,
     toolbox: Toolbox | None = None,
     clock: Clock = now,
     authenticate: Authenticate = tenant_of,
+    **bounds: int,
 ) -> AsyncIterator[Running]:
-    """Serves until the block is left, then stops as SIGTERM would. `store` by its address, or open."""
-    settings = Settings(
-        listen="127.0.0.1:0",
-        store=store if isinstance(store, str) else store.kind,
-        max_runs=max_runs,
-        max_blob_bytes=max_blob_bytes,
-        max_session_bytes=max_session_bytes,
-        grace=grace,
-    )
+    """Serves until the block is left, then stops as SIGTERM would. `store` by its address, or open; `bounds` are
+    settings that bound something, by name."""
+    kind = store if isinstance(store, str) else store.kind
+    settings = Settings(listen="127.0.0.1:0", store=kind, grace=grace, **{"max_runs": 100, **bounds})  # type: ignore[arg-type]
     server = Server(
         settings,
         await open_store(store, clock) if isinstance(store, str) else store,

@@ -39,8 +39,24 @@ class Settings:
     listen: str
     store: str = "memory:"
     max_runs: int = 1000
+    max_calls: int = 10_000
+    max_connections: int = 10_000
+    max_unread_bytes: int = 256 << 20
+    max_imports: int = 8
+    max_import_bytes: int = 4 << 30
+    max_heavy_reads: int = 2
     max_blob_bytes: int = 256 << 20
     max_session_bytes: int = 1 << 30
+    max_sessions: int = 0
+    max_agents: int = 0
+    max_revisions: int = 0
+    max_state_keys: int = 0
+    max_session_events: int = 0
+    max_session_log_bytes: int = 0
+    max_tenant_blob_bytes: int = 0
+    max_uploads: int = 0
+    max_requests: int = 0
+    """From max_sessions on, 0 is no bound. docs/limits.md says what each of these bounds."""
     grace: float = 10.0
     """Seconds that runs and streams have to come to rest when the server stops."""
     openai: OpenAISettings | None = None

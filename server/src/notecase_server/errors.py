@@ -58,6 +58,7 @@ CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
     v1.ERROR_REASON_UPLOAD_OFFSET_MISMATCH: Kind(code_pb2.ABORTED),
     v1.ERROR_REASON_QUEUE_FULL: Kind(code_pb2.RESOURCE_EXHAUSTED, retry_after=1.0),
     v1.ERROR_REASON_RATE_LIMITED: Kind(code_pb2.RESOURCE_EXHAUSTED, retry_after=1.0),
+    v1.ERROR_REASON_QUOTA_EXCEEDED: Kind(code_pb2.RESOURCE_EXHAUSTED, retry_after=60.0),
     v1.ERROR_REASON_LIMIT_EXCEEDED: Kind(code_pb2.RESOURCE_EXHAUSTED),
     v1.ERROR_REASON_SERVER_DRAINING: Kind(code_pb2.UNAVAILABLE, retry_after=1.0),
     v1.ERROR_REASON_STORE_UNAVAILABLE: Kind(code_pb2.UNAVAILABLE, retry_after=1.0),
@@ -323,12 +324,40 @@ def too_large(what: str, size: int, limit: int) -> NotecaseError:
     )
 
 
-def too_many_runs(limit: int) -> NotecaseError:
+def too_many(noun: str, limit: int, where: str = "") -> NotecaseError:
+    """What the process can carry at once; `where` is "" for all of it."""
     return NotecaseError(
         v1.ERROR_REASON_RATE_LIMITED,
-        f"The server takes at most {counted(limit, 'run')} at once and has that many; try again shortly.",
+        f"The server takes at most {counted(limit, noun)} at once{where} and has that many; try again shortly.",
         metadata={"limit": limit},
-        quota=f"runs at once: {limit}",
+        quota=f"{noun}s at once{where}: {limit}",
+    )
+
+
+def unread_answers() -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_RATE_LIMITED,
+        "Too many bytes of answers wait on this connection for their reader; read them, and try again.",
+        quota="answers of a connection that are not read",
+    )
+
+
+def unread_stream() -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_WATCHER_TOO_SLOW,
+        "Too many bytes wait on this stream's connection for their reader; attach again after the last sequence you "
+        "have.",
+        quota="frames of a connection that are not read",
+    )
+
+
+def quota_exceeded(noun: str, limit: int, where: str) -> NotecaseError:
+    """What an operator lets be kept, which is there until something is deleted or the operator allows more."""
+    return NotecaseError(
+        v1.ERROR_REASON_QUOTA_EXCEEDED,
+        f"The operator of this server allows {counted(limit, noun)} {where}, and that many are there.",
+        metadata={"limit": limit},
+        quota=f"{noun}s {where}: {limit}",
     )
 
 

@@ -14,6 +14,7 @@ import uuid_utils
 
 from notecase_server import __version__
 from notecase_server.config import Settings
+from notecase_server.engine.arrivals import Arrivals
 from notecase_server.engine.content import Contents, Limits
 from notecase_server.engine.places import Places
 from notecase_server.engine.runs import Runs
@@ -24,13 +25,14 @@ from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Provider, Repeats
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.desk import Desk
+from notecase_server.rpc.gate import Gate
 from notecase_server.rpc.interceptor import Authenticate, Doorway, development
 from notecase_server.rpc.pages import Pages
 from notecase_server.rpc.run import Streams
-from notecase_server.rpc.server import build
+from notecase_server.rpc.server import build, options
 from notecase_server.rpc.watch import Pace
 from notecase_server.store import sqlite_file
-from notecase_server.store.contract import Clock, Store, StoreOpenError
+from notecase_server.store.contract import Clock, Quotas, Store, StoreOpenError
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
 from notecase_server.supervisor import STUCK_SECONDS, Supervisor, Tasks
@@ -142,9 +144,23 @@ class Server:
         self.port = 0
         self._settings = settings
         self._store = store
+        store.quotas = Quotas(
+            sessions=settings.max_sessions,
+            agents=settings.max_agents,
+            revisions=settings.max_revisions,
+            state_keys=settings.max_state_keys,
+            events=settings.max_session_events,
+            log_bytes=settings.max_session_log_bytes,
+            blob_bytes=settings.max_tenant_blob_bytes,
+            uploads=settings.max_uploads,
+            requests=settings.max_requests,
+        )
         self._providers = dict(providers)
         self._clock = clock
-        self._doorway = Doorway(authenticate, make_id, pace.stall)
+        self.arrivals = Arrivals(settings.max_imports, settings.max_import_bytes)
+        self.heavy = Places(settings.max_heavy_reads)
+        self.gate = Gate(settings.max_calls, settings.max_unread_bytes)
+        self._doorway = Doorway(authenticate, make_id, pace.stall, self.gate)
         limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
         self._contents = Contents(store, make_id, clock, limits)
         sessions = self._sessions = Sessions(store, make_id, new_uid, limits.session)
@@ -166,19 +182,21 @@ class Server:
             repeats=Repeats(given.max_retries, given.retry_time) if given else Repeats(),
         )
         self._runs = Runs(sessions, services, pace.poll)
-        self._streams = Streams(sessions, self._runs, self._supervisor, pace)
+        self.streams = Streams(sessions, self._runs, self._supervisor, pace)
         self._desk = Desk(
             version=__version__,
             store=store,
             sessions=sessions,
             runs=self._runs,
             max_runs=settings.max_runs,
-            streams=self._streams,
+            streams=self.streams,
             providers=tuple(self._providers),
             toolbox=toolbox,
             schemas=self._schemas,
             pages=Pages(store.secret),
             contents=self._contents,
+            arrivals=self.arrivals,
+            heavy=self.heavy,
             new_id=make_id,
         )
 
@@ -190,7 +208,8 @@ class Server:
     async def start(self) -> int:
         """Serves, and takes over the runs that were left; returns the port. Raises RuntimeError when the address is
         taken."""
-        self._grpc, self._health = await build(self._desk, self._doorway)
+        channel = options(self._settings.max_calls, self._settings.max_connections)
+        self._grpc, self._health = await build(self._desk, self._doorway, channel)
         self.port = self._grpc.add_insecure_port(self._settings.listen)
         await self._grpc.start()
         self._runs.upkeep.start()
@@ -205,10 +224,10 @@ class Server:
         grace = self._settings.grace
         log.info("server_draining", grace=grace)
         await self._health.stop()
-        self._streams.drain.begin(grace)
+        self.streams.drain.begin(grace)
         await self._runs.drain(grace)
         await self._contents.drain()
-        self._streams.drain.close()
+        self.streams.drain.close()
         await self._doorway.close(LAST_CALLS_SECONDS)
         await self._grpc.stop(LAST_CALLS_SECONDS)
         for provider in self._providers.values():

@@ -77,7 +77,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 20
     """RESOURCE_EXHAUSTED: too many commands wait in the session; RetryInfo says when to try again."""
     ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 21
-    """RESOURCE_EXHAUSTED: too many runs at once; RetryInfo says when to try again."""
+    """RESOURCE_EXHAUSTED: more at once than the server can carry (runs, calls, unread answers); RetryInfo says when to try again."""
     ERROR_REASON_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 22
     """RESOURCE_EXHAUSTED, inside a run: one of its limits was reached; metadata.limit names it."""
     ERROR_REASON_SERVER_DRAINING: _ErrorReason.ValueType  # 23
@@ -116,6 +116,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: a message refers to a key that the session's state does not have."""
     ERROR_REASON_OUTPUT_INVALID: _ErrorReason.ValueType  # 38
     """FAILED_PRECONDITION, inside a run: the reply is not what the agent's output_schema asks for; metadata.problem says where."""
+    ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 40
+    """RESOURCE_EXHAUSTED: more than the operator lets be kept; QuotaFailure says of what, metadata.limit how much."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of every error's google.rpc.ErrorInfo, there without the prefix, under the domain "notecase.dev"."""
@@ -169,7 +171,7 @@ ERROR_REASON_BLOB_CORRUPT: ErrorReason.ValueType  # 19
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 20
 """RESOURCE_EXHAUSTED: too many commands wait in the session; RetryInfo says when to try again."""
 ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 21
-"""RESOURCE_EXHAUSTED: too many runs at once; RetryInfo says when to try again."""
+"""RESOURCE_EXHAUSTED: more at once than the server can carry (runs, calls, unread answers); RetryInfo says when to try again."""
 ERROR_REASON_LIMIT_EXCEEDED: ErrorReason.ValueType  # 22
 """RESOURCE_EXHAUSTED, inside a run: one of its limits was reached; metadata.limit names it."""
 ERROR_REASON_SERVER_DRAINING: ErrorReason.ValueType  # 23
@@ -208,6 +210,8 @@ ERROR_REASON_STATE_KEY_NOT_FOUND: ErrorReason.ValueType  # 39
 """NOT_FOUND: a message refers to a key that the session's state does not have."""
 ERROR_REASON_OUTPUT_INVALID: ErrorReason.ValueType  # 38
 """FAILED_PRECONDITION, inside a run: the reply is not what the agent's output_schema asks for; metadata.problem says where."""
+ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 40
+"""RESOURCE_EXHAUSTED: more than the operator lets be kept; QuotaFailure says of what, metadata.limit how much."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
@@ -389,7 +393,7 @@ class Part(_message.Message):
     state_key: _builtins.str
     """Input only: the value that the session's state has under this key when the message is taken. A blob or bytes become a
     blob, a string becomes text, and what else there is becomes json. NOT_FOUND when the key does not exist.
-    RESOURCE_EXHAUSTED when the messages said at once then have more than 2 MiB.
+    RESOURCE_EXHAUSTED when the messages said at once then have more than 2.75 MiB.
     """
     @_builtins.property
     def citations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Citation]:

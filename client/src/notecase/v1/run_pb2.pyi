@@ -394,13 +394,13 @@ class StartRun(_message.Message):
 
     @_builtins.property
     def state(self) -> _containers.MessageMap[_builtins.str, _content_pb2.Value]:
-        """Session state to set in the same commit."""
+        """Session state to set in the same commit; with the client_tools at most 1 MiB."""
 
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
         """What the user says. May be empty when the session's history ends with something to answer, with ON_BUSY_ROLLBACK: when it
         does so before the run that is rolled back. A start that has to queue needs some: what it will find there is not known yet.
-        Together at most 2 MiB, without content that becomes a blob.
+        Together at most 2.75 MiB, without content that becomes a blob.
         """
 
     @_builtins.property

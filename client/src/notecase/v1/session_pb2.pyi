@@ -108,6 +108,7 @@ class Session(_message.Message):
     QUEUED_COMMANDS_FIELD_NUMBER: _builtins.int
     REMEMBERED_FIELD_NUMBER: _builtins.int
     CONTENT_BYTES_FIELD_NUMBER: _builtins.int
+    LOG_BYTES_FIELD_NUMBER: _builtins.int
     SUMMARY_SEQUENCE_FIELD_NUMBER: _builtins.int
     ETAG_FIELD_NUMBER: _builtins.int
     UID_FIELD_NUMBER: _builtins.int
@@ -130,6 +131,8 @@ class Session(_message.Message):
     """Output only: the newest sequence that it has of its parent."""
     content_bytes: _builtins.int
     """Output only: of all blobs that its log refers to, each counted once."""
+    log_bytes: _builtins.int
+    """Output only: of the log itself, as it is stored, without the content that it refers to."""
     summary_sequence: _builtins.int
     """Output only: the `summarized` event in effect. 0: none."""
     etag: _builtins.str
@@ -196,13 +199,14 @@ class Session(_message.Message):
         queued_commands: _abc.Iterable[Global___QueuedCommand] | None = ...,
         remembered: _abc.Mapping[_builtins.str, Global___RememberedApproval] | None = ...,
         content_bytes: _builtins.int = ...,
+        log_bytes: _builtins.int = ...,
         summary_sequence: _builtins.int = ...,
         etag: _builtins.str = ...,
         uid: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expiration", b"expiration", "expire_time", b"expire_time", "idle_ttl", b"idle_ttl", "ttl", b"ttl", "update_time", b"update_time", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_run", b"active_run", "activity", b"activity", "agent", b"agent", "content_bytes", b"content_bytes", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "expiration", b"expiration", "expire_time", b"expire_time", "fork_sequence", b"fork_sequence", "idle_ttl", b"idle_ttl", "labels", b"labels", "last_sequence", b"last_sequence", "name", b"name", "parent_session", b"parent_session", "queued_commands", b"queued_commands", "remembered", b"remembered", "summary_sequence", b"summary_sequence", "ttl", b"ttl", "uid", b"uid", "update_time", b"update_time", "usage", b"usage", "user", b"user"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["active_run", b"active_run", "activity", b"activity", "agent", b"agent", "content_bytes", b"content_bytes", "create_time", b"create_time", "display_name", b"display_name", "etag", b"etag", "expiration", b"expiration", "expire_time", b"expire_time", "fork_sequence", b"fork_sequence", "idle_ttl", b"idle_ttl", "labels", b"labels", "last_sequence", b"last_sequence", "log_bytes", b"log_bytes", "name", b"name", "parent_session", b"parent_session", "queued_commands", b"queued_commands", "remembered", b"remembered", "summary_sequence", b"summary_sequence", "ttl", b"ttl", "uid", b"uid", "update_time", b"update_time", "usage", b"usage", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_expiration: _TypeAlias = _typing.Literal["expire_time", "ttl"]  # noqa: Y015
     _WhichOneofArgType_expiration: _TypeAlias = _typing.Literal["expiration", b"expiration"]  # noqa: Y015

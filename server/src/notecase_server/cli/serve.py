@@ -1,8 +1,9 @@
 """`notecase serve`."""
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import click
 
@@ -13,6 +14,23 @@ from notecase_server.serve import run as serve_forever
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.tools.contract import ToolSettingsError
 from notecase_server.tools.mcp_settings import read_mcp_servers
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULTS = {each.name: each.default for each in fields(Settings)}
+
+
+def _number(name: str, told: str, least: int = 1) -> Callable[[F], F]:
+    """The option for a setting that bounds something, with the setting's name and default."""
+    setting = name.replace("-", "_")
+    return click.option(
+        f"--{name}",
+        type=click.IntRange(least),
+        default=DEFAULTS[setting],
+        envvar=f"NOTECASE_{setting.upper()}",
+        show_envvar=True,
+        help=told,
+    )
 
 
 @click.command()
@@ -33,31 +51,26 @@ from notecase_server.tools.mcp_settings import read_mcp_servers
     show_envvar=True,
     help="Serve beyond this machine, with no TLS and no credentials: everybody who reaches the port may do all.",
 )
-@click.option(
-    "--max-runs",
-    type=click.IntRange(1),
-    default=1000,
-    envvar="NOTECASE_MAX_RUNS",
-    show_envvar=True,
-    help="Runs at work at once; a new start above it is refused with RESOURCE_EXHAUSTED, and what was accepted before "
-    "waits.",
+@_number("max-runs", "Runs at work at once; a new start above it is refused, and what was accepted before waits.")
+@_number("max-calls", "Calls and streams open at once, of all callers; one connection has at most half of them.")
+@_number("max-connections", "Connections at once; one above it is closed.")
+@_number("max-unread-bytes", "Answers that wait for their readers, together; a connection has at most an eighth of it.")
+@_number("max-imports", "Files of sessions that are taken in at once.")
+@_number("max-import-bytes", "Files of sessions that wait on this machine's disk while they are taken in, together.")
+@_number("max-heavy-reads", "Readings of a long past at once: forks, rewinds, states as they were; others wait.")
+@_number("max-blob-bytes", "The largest content that is stored.")
+@_number("max-session-bytes", "The most content, in all, that one session refers to.")
+@_number("max-sessions", "Sessions of a tenant. 0: as many as the disk holds.", least=0)
+@_number("max-agents", "Agents of a tenant. 0: any number.", least=0)
+@_number("max-revisions", "Revisions of an agent. 0: any number.", least=0)
+@_number("max-state-keys", "Keys of one state. 0: any number.", least=0)
+@_number(
+    "max-session-events", "Entries of a session's log, above which nothing is begun in it. 0: any number.", least=0
 )
-@click.option(
-    "--max-blob-bytes",
-    type=click.IntRange(1),
-    default=256 << 20,
-    envvar="NOTECASE_MAX_BLOB_BYTES",
-    show_envvar=True,
-    help="The largest content that is stored.",
-)
-@click.option(
-    "--max-session-bytes",
-    type=click.IntRange(1),
-    default=1 << 30,
-    envvar="NOTECASE_MAX_SESSION_BYTES",
-    show_envvar=True,
-    help="The most content, in all, that one session refers to.",
-)
+@_number("max-session-log-bytes", "Bytes of a session's log, in the same way.", least=0)
+@_number("max-tenant-blob-bytes", "All content of a tenant. 0: as much as the disk holds.", least=0)
+@_number("max-uploads", "Uploads of a tenant, under way or remembered. 0: any number.", least=0)
+@_number("max-requests", "Requests of a tenant that are remembered for a day. 0: any number.", least=0)
 @click.option(
     "--grace",
     type=click.FloatRange(0),
@@ -167,15 +180,12 @@ def serve(
     listen: str,
     store: str,
     insecure: bool,
-    max_runs: int,
-    max_blob_bytes: int,
-    max_session_bytes: int,
     grace: float,
     tools: tuple[str, ...],
     mcp_config: Path | None,
     log_format: Literal["console", "json"],
     log_level: str,
-    **provider: Any,
+    **others: Any,
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
@@ -190,18 +200,16 @@ def serve(
     configure_logging(log_format, log_level)
     openai = openai_from_environment()
     if openai is not None:
-        openai = replace(openai, **provider)  # the other options: each has the name of its setting
+        openai = replace(openai, **{name: given for name, given in others.items() if name not in DEFAULTS})
     try:
         settings = Settings(
             listen=listen,
             store=store,
-            max_runs=max_runs,
-            max_blob_bytes=max_blob_bytes,
-            max_session_bytes=max_session_bytes,
             grace=grace,
             openai=openai,
             tools=tools,
             mcp_servers=read_mcp_servers(mcp_config) if mcp_config else {},
+            **{name: given for name, given in others.items() if name in DEFAULTS},
         )
         serve_forever(settings, lambda port: click.echo(f"listening on port {port}"))
     except (StoreOpenError, ToolSettingsError, ProviderSettingsError) as error:

@@ -28,9 +28,9 @@ MAX_PART_BYTES = 256 << 10
 MAX_MESSAGE_BYTES = PAGE_BYTES - (64 << 10)
 """Bytes of a message, without what becomes blobs: it fits into one page."""
 
-MAX_SAID_BYTES = 2 << 20
+MAX_SAID_BYTES = 11 << 18
 """Limit for all messages that are said at once, without what became blobs: AppendMessages answers with them, and a
-start that is queued is one event with them and its state."""
+start that is queued is one event with them, its state and its tools: 4 MiB is what a default gRPC client accepts."""
 
 MEDIA_TYPES = {"text": "text/plain; charset=utf-8", "json": "application/json"}
 """Of parts that become blobs when they are large."""

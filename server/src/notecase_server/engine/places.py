@@ -19,10 +19,15 @@ class Places:
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
         """By tenant; the tenant whose turn is next comes first."""
 
+    @property
+    def waiting(self) -> int:
+        """How many wait for a place."""
+        return sum(map(len, self._waiting.values()))
+
     def take(self) -> None:
         """Takes a place at once. Raises NotecaseError RATE_LIMITED when there is none, or others wait for one."""
         if self._taken >= self.most or self._waiting:
-            raise errors.too_many_runs(self.most)
+            raise errors.too_many("run", self.most)
         self._taken += 1
 
     async def wait(self, tenant: str) -> bool:

@@ -23,6 +23,9 @@ MAGIC = b"notecase"
 VERSION = 2
 """Format that is written; the one before is read, too."""
 
+BEGIN_BYTES = len(MAGIC) + 1
+"""What comes before the first record: the magic word and the format."""
+
 DIGEST_BYTES = 32
 
 CHUNK_BYTES = 256 << 10
@@ -30,6 +33,8 @@ CHUNK_BYTES = 256 << 10
 
 MAX_RECORD_BYTES = 8 << 20
 """More than any event has: a length beyond it is no length."""
+
+MAX_LENGTH_BYTES = 4
 
 ARRIVED = b"imported"
 """In place of the digest of a run's start, which is not in the log: no start is a repeat of such a run's."""
@@ -161,11 +166,10 @@ def read(file: BinaryIO, key: SessionKey) -> Restore:
         raise errors.import_invalid("has a record that does not decode") from None
 
 
-def _check(file: BinaryIO) -> int:
-    """The format of a file that is an export, and as long and the same as when it was written."""
-    file.seek(0)
-    digest = hashlib.sha256()
-    begun = file.read(len(MAGIC) + 1)
+def begins(begun: bytes) -> bool:
+    """Whether all of what comes before the first record is there. Raises NotecaseError IMPORT_INVALID when it is not
+    that of a file that this server reads."""
+    begun = begun[:BEGIN_BYTES]
     if begun[: len(MAGIC)] != MAGIC[: len(begun)]:
         raise errors.import_invalid("is no export of a session")
     if len(begun) > len(MAGIC) and begun[-1] > VERSION:
@@ -174,7 +178,37 @@ def _check(file: BinaryIO) -> int:
         )
     if len(begun) > len(MAGIC) and begun[-1] == 0:
         raise errors.import_invalid(f"is in format 0, which no notecase writes; this one reads 1 to {VERSION}")
-    digest.update(begun)
+    return len(begun) == BEGIN_BYTES
+
+
+def length_at(data: bytearray, at: int) -> tuple[int, int]:
+    """How many bytes the length of the record at `at` takes, 0 while they are not all there, and the length. Raises
+    NotecaseError IMPORT_INVALID for what is no length of a record."""
+    size = 0
+    for place in range(MAX_LENGTH_BYTES):
+        if at + place >= len(data):
+            return 0, 0
+        byte = data[at + place]
+        size |= (byte & 0x7F) << 7 * place
+        if not byte & 0x80:
+            break
+    else:
+        raise _cut()
+    if size > MAX_RECORD_BYTES:
+        raise _cut()
+    return place + 1, size
+
+
+def out_of_place(number: int) -> NotecaseError:
+    return errors.import_invalid(f"has something else where entry {number} of the log belongs")
+
+
+def _check(file: BinaryIO) -> int:
+    """The format of a file that is an export, and as long and the same as when it was written."""
+    file.seek(0)
+    begun = file.read(BEGIN_BYTES)
+    begins(begun)
+    digest = hashlib.sha256(begun)
     for length, body in _frames(file):
         digest.update(length + body)
     trailer = file.read(DIGEST_BYTES + 1)
@@ -196,7 +230,7 @@ def _frames(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
         while not length or length[-1] & 0x80:
             byte = file.read(1)
             length += byte
-            if not byte or len(length) > 4:
+            if not byte or len(length) > MAX_LENGTH_BYTES:
                 raise _cut()
         size = sum((byte & 0x7F) << 7 * place for place, byte in enumerate(length))
         body = file.read(size) if size <= MAX_RECORD_BYTES else b""
@@ -240,14 +274,15 @@ def _replayed(file: BinaryIO, key: SessionKey, version: int) -> Restore:
     rows = fold.Rows(v1.Session(user=told.user), 0)
     unstarted = set[str]()
     blobs: dict[str, tuple[int, int]] = {}
-    number = 0
+    number = log_bytes = 0
     for record in records:
         if record.HasField("blob") or record.HasField("chunk"):
             continue
         event = record.event
         number += 1
+        log_bytes += event.ByteSize()
         if not record.HasField("event") or event.sequence != number:
-            raise errors.import_invalid(f"has something else where entry {number} of the log belongs")
+            raise out_of_place(number)
         if event.run not in rows.runs and event.HasField("run_state_changed"):
             unstarted.add(event.run)
         for blob in fold.references(event):
@@ -265,6 +300,7 @@ def _replayed(file: BinaryIO, key: SessionKey, version: int) -> Restore:
     session = v1.Session(display_name=told.display_name, agent=told.agent, user=told.user, labels=told.labels)
     session.last_sequence = rows.session.last_sequence
     session.summary_sequence = rows.session.summary_sequence
+    session.log_bytes = log_bytes
     session.content_bytes = sum(size for _, size in blobs.values())
     if told.HasField("usage"):
         session.usage.CopyFrom(told.usage)

@@ -1,14 +1,17 @@
 """What the services of one server share: the parts of the server, and how a request is looked at."""
 
 import hashlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
+from notecase_server.engine.arrivals import Arrivals
 from notecase_server.engine.content import Contents
+from notecase_server.engine.places import Places
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
 from notecase_server.engine.sessions import Sessions
@@ -55,6 +58,10 @@ class Desk:
     schemas: Schemas
     pages: Pages
     contents: Contents
+    arrivals: Arrivals
+    heavy: Places
+    """For what reads a long past: forks, rewinds, states as they were. Whoever asks for such waits for its turn, and
+    not all others for it."""
     new_id: Callable[[], str]
 
     async def session(self, session: str, once: Once | None = None, if_uid: str = "") -> SessionKey:
@@ -69,6 +76,15 @@ class Desk:
         if check.violations:
             return SessionKey(caller.get().tenant, session, "")
         return await self.session(session)
+
+    @asynccontextmanager
+    async def patiently(self) -> AsyncIterator[None]:
+        """A place for heavy work: tenants in turn."""
+        await self.heavy.wait(caller.get().tenant)
+        try:
+            yield
+        finally:
+            self.heavy.give_back()
 
     async def surely(self, once: Once | None, answer: Answer, write: Callable[[Once], Awaitable[R]]) -> R:
         """Makes a write that no session's log records: see Sessions.surely."""

@@ -11,8 +11,8 @@ import functools
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from contextvars import ContextVar
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,6 +25,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError, Violation
+from notecase_server.rpc.gate import Call, Gate, deliver
 from notecase_server.store.contract import Replayed
 
 log = structlog.get_logger()
@@ -40,6 +41,9 @@ TRANSPORT_BYTES = 16 << 20
 
 STATUS_BYTES = 4 << 10
 """The size of the details at most: they travel in trailers, of which clients accept 8 KiB."""
+
+READS = ("Get", "List")
+"""How the names of methods begin that change nothing."""
 
 STATUS = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -66,9 +70,10 @@ def development(_metadata: Mapping[str, str | bytes]) -> str:
 class Doorway(grpc.aio.ServerInterceptor):
     """Wraps the handler of every method once, as an endpoint of its shape."""
 
-    def __init__(self, authenticate: Authenticate, new_id: Callable[[], str], stall: float) -> None:
+    def __init__(self, authenticate: Authenticate, new_id: Callable[[], str], stall: float, gate: Gate) -> None:
         """A stream on which one frame waits for its reader for `stall` seconds ends with WATCHER_TOO_SLOW."""
         self.stall = stall
+        self._gate = gate
         self._authenticate = authenticate
         self._new_id = new_id
         self._endpoints: dict[str, Any] = {}
@@ -97,10 +102,10 @@ class Doorway(grpc.aio.ServerInterceptor):
         if cut:
             await asyncio.wait(list(cut), timeout=patience)
 
-    def enter(self, method: str, context: Any) -> asyncio.Timeout:
+    def enter(self, method: str, context: Any) -> tuple[asyncio.Timeout, Call]:
         """Admits a call: finds out who calls, and gives the log its context. Returns the limit to work within, which
-        passes when the server cuts the call; `leave` ends it. Raises NotecaseError SERVER_DRAINING, and what
-        `authenticate` raises."""
+        passes when the server cuts the call, and its place at the gate; `leave` ends it. Raises NotecaseError
+        SERVER_DRAINING and RATE_LIMITED, and what `authenticate` raises."""
         metadata = dict(context.invocation_metadata() or ())
         given = metadata.get("x-request-id", "")
         request_id = (
@@ -111,10 +116,12 @@ class Doorway(grpc.aio.ServerInterceptor):
         structlog.contextvars.bind_contextvars(request_id=request_id, method=method, peer=context.peer())
         if self._closing:
             raise errors.draining()
-        if not method.startswith(HEALTH):
+        probe = method.startswith(HEALTH)
+        if not probe:
             caller.set(Caller(self._authenticate(metadata), request_id, method))
+        call = self._gate.enter(context, probe=probe)
         limit = self._under_way[_this_task()] = asyncio.timeout(None)
-        return limit
+        return limit, call
 
     def leave(self) -> None:
         """Ends what `enter` began in this task."""
@@ -146,9 +153,9 @@ class Endpoint(ABC):
     async def _handle(self, request: Any, context: Any) -> Any:
         limit = None
         try:
-            limit = self._door.enter(self._method, context)
+            limit, call = self._door.enter(self._method, context)
             async with limit:
-                return await self._answer(request, context)
+                return await self._answer(request, context, call)
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001  (nothing internal may reach the client)
@@ -157,7 +164,7 @@ class Endpoint(ABC):
             self._door.leave()
 
     @abstractmethod
-    async def _answer(self, request: Any, context: Any) -> Any:
+    async def _answer(self, request: Any, context: Any, call: Call) -> Any:
         """Carries the call out. `request` is a frame, or an iterator of frames, as they came."""
 
     async def _refuse(self, context: Any, error: Exception) -> None:
@@ -181,23 +188,30 @@ class Endpoint(ABC):
 class Single(Endpoint):
     """Answers with one message."""
 
-    async def _respond(self, answer: Awaitable[Any]) -> Any:
-        """Returns what the handler returns, or the bytes that answered the same request before."""
+    async def _respond(self, answer: Awaitable[Any], call: Call) -> bytes:
+        """Returns what the handler returns, or the bytes that answered the same request before.
+
+        Raises NotecaseError RATE_LIMITED for what was only read when too much waits on the connection already: of a
+        write the caller has to hear."""
         try:
-            return await answer
+            frame: bytes = self._wrapped.response_serializer(await answer)
         except Replayed as replayed:
-            return replayed.response
+            frame = replayed.response
+        if not call.has_room(len(frame)) and self._method.rpartition("/")[2].startswith(READS):
+            raise errors.unread_answers()
+        call.waits(len(frame))
+        return frame
 
 
 class Streaming(Endpoint):
     """Answers with a stream of messages."""
 
-    async def _respond(self, answers: Any, context: Any) -> None:
+    async def _respond(self, answers: Any, context: Any, call: Call) -> None:
         """Sends what the handler yields. A handler that yields nothing, such as that of health, writes by itself."""
         if inspect.isawaitable(answers):
             await answers
         else:
-            await deliver(answers, context, self._door.stall)
+            await deliver(answers, self._wrapped.response_serializer, context, self._door.stall, call)
 
     async def _refuse(self, context: Any, error: Exception) -> None:
         """Waits at most the doorway's `stall`: the status is sent behind the frames, which nobody may be reading."""
@@ -209,29 +223,29 @@ class Streaming(Endpoint):
 class UnaryUnary(Single):
     make = grpc.unary_unary_rpc_method_handler
 
-    async def _answer(self, request: Any, context: Any) -> Any:
-        return await self._respond(self._wrapped.unary_unary(self._decode(request), context))
+    async def _answer(self, request: Any, context: Any, call: Call) -> Any:
+        return await self._respond(self._wrapped.unary_unary(self._decode(request), context), call)
 
 
 class StreamUnary(Single):
     make = grpc.stream_unary_rpc_method_handler
 
-    async def _answer(self, request: Any, context: Any) -> Any:
-        return await self._respond(self._wrapped.stream_unary(self._decoded(request), context))
+    async def _answer(self, request: Any, context: Any, call: Call) -> Any:
+        return await self._respond(self._wrapped.stream_unary(self._decoded(request), context), call)
 
 
 class UnaryStream(Streaming):
     make = grpc.unary_stream_rpc_method_handler
 
-    async def _answer(self, request: Any, context: Any) -> None:
-        await self._respond(self._wrapped.unary_stream(self._decode(request), context), context)
+    async def _answer(self, request: Any, context: Any, call: Call) -> None:
+        await self._respond(self._wrapped.unary_stream(self._decode(request), context), context, call)
 
 
 class StreamStream(Streaming):
     make = grpc.stream_stream_rpc_method_handler
 
-    async def _answer(self, request: Any, context: Any) -> None:
-        await self._respond(self._wrapped.stream_stream(self._decoded(request), context), context)
+    async def _answer(self, request: Any, context: Any, call: Call) -> None:
+        await self._respond(self._wrapped.stream_stream(self._decoded(request), context), context, call)
 
 
 SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {
@@ -246,38 +260,6 @@ SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {
 def _encode(serializer: Callable[[Any], bytes], response: Any) -> bytes:
     """Serializes an answer, unless it is a replayed one, which is bytes already."""
     return response if isinstance(response, bytes) else serializer(response)
-
-
-async def deliver(responses: AsyncGenerator[Any, None], context: Any, stall: float) -> None:
-    """Sends responses as they come. Raises NotecaseError WATCHER_TOO_SLOW when one waits `stall` seconds for room.
-
-    Room is what the reader's transport takes in advance, a few megabytes: a stream with less to say is never too slow.
-    One clock looks after the whole stream, because one for each response would cost a tenth of sending it."""
-    loop = asyncio.get_running_loop()
-    since = math.inf  # when the write under way began
-    alarm: asyncio.TimerHandle
-
-    def look() -> None:
-        nonlocal alarm
-        left = min(since + stall - loop.time(), stall)
-        if left > 0:
-            alarm = loop.call_later(left, look)
-        else:
-            patience.reschedule(loop.time())
-
-    alarm = loop.call_later(stall, look)
-    try:
-        async with aclosing(responses), asyncio.timeout(None) as patience:
-            async for response in responses:
-                since = loop.time()
-                await context.write(response)
-                since = math.inf
-    except TimeoutError:
-        if not patience.expired():
-            raise
-        raise errors.watcher_too_slow(stall) from None
-    finally:
-        alarm.cancel()
 
 
 async def abort(context: Any, error: Exception) -> None:

@@ -23,6 +23,11 @@ from notecase_server.store.contract import CommandId, Commit, Committed, Duplica
 from notecase_server.store.fold import ENDED
 from notecase_server.supervisor import Supervisor
 
+Results = asyncio.Queue[v1.CommandResult]
+
+MAX_RESULTS = 16
+"""Results of one stream that wait for their reader; then its next command is read only when one was taken."""
+
 
 class Drain:
     """The server's stop, as streams hear of it."""
@@ -72,8 +77,8 @@ class Streams:
             check.done()
             started = await self._runs.admission.start(tenant, first.start, _caused(first))
             place = await self._started(started, first.start.options)
-        results: list[v1.CommandResult] = []
-        reader = self._supervisor.start(self._read(place, requests, results), "commands")
+        results = Results(MAX_RESULTS)
+        reader = self._supervisor.start(self.read(place, requests, results), "commands")
         try:
             async for response in self._write(place, results, reader):
                 yield response
@@ -85,7 +90,9 @@ class Streams:
     ) -> AsyncGenerator[v1.RunResponse, None]:
         """The WatchEvents RPC. Raises NotecaseError: SESSION_NOT_FOUND, RUN_NOT_FOUND, SEQUENCE_AHEAD, and
         SERVER_DRAINING when the server stops."""
-        async for response in self._write(await self.attach(tenant, name, after, options, if_session_uid), [], None):
+        async for response in self._write(
+            await self.attach(tenant, name, after, options, if_session_uid), Results(), None
+        ):
             yield response
 
     async def attach(
@@ -140,7 +147,7 @@ class Streams:
         return Place(live, attached, cursor, followed)
 
     async def _write(
-        self, place: "Place", results: list[v1.CommandResult], reader: asyncio.Task[None] | None
+        self, place: "Place", results: Results, reader: asyncio.Task[None] | None
     ) -> AsyncGenerator[v1.RunResponse, None]:
         place.live.join()
         try:
@@ -150,7 +157,7 @@ class Streams:
             place.live.leave()
 
     async def _frames(
-        self, place: "Place", results: list[v1.CommandResult], reader: asyncio.Task[None] | None
+        self, place: "Place", results: Results, reader: asyncio.Task[None] | None
     ) -> AsyncGenerator[v1.RunResponse, None]:
         yield v1.RunResponse(attached=place.attached)
         cursor = place.cursor
@@ -158,11 +165,11 @@ class Streams:
 
         def woken() -> bool:
             leaving = self.drain.closing or (self.drain.grace is not None and not told)
-            return bool(results) or leaving or _broken(reader) is not None
+            return not results.empty() or leaving or _broken(reader) is not None
 
         while True:
-            while results:
-                yield v1.RunResponse(result=results.pop(0))
+            while not results.empty():
+                yield v1.RunResponse(result=results.get_nowait())
             if (broken := _broken(reader)) is not None:
                 raise broken
             if self.drain.grace is not None and not told:
@@ -179,15 +186,14 @@ class Streams:
                 break
             if self.drain.closing:
                 raise errors.draining()
-        while results:
-            yield v1.RunResponse(result=results.pop(0))
+        while not results.empty():
+            yield v1.RunResponse(result=results.get_nowait())
 
-    async def _read(
-        self, place: "Place", requests: AsyncIterator[v1.RunRequest], results: list[v1.CommandResult]
-    ) -> None:
+    async def read(self, place: "Place", requests: AsyncIterator[v1.RunRequest], results: Results) -> None:
+        """Carries out commands in their order. Their results wait for their reader, and the next command for them."""
         try:
             async for frame in requests:
-                results.append(await self._carry_out(place, frame))
+                await results.put(await self._carry_out(place, frame))
                 place.live.ring()
         finally:
             place.live.ring()

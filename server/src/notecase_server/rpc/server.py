@@ -1,5 +1,7 @@
 """Builds the gRPC server: its services, its doorway, and how it treats a connection."""
 
+from collections.abc import Sequence
+
 import grpc
 from notecase import v1
 
@@ -16,16 +18,35 @@ from notecase_server.rpc.servers import Servers
 from notecase_server.rpc.sessions import SessionsService
 from notecase_server.rpc.states import States
 
-OPTIONS = (
-    ("grpc.max_receive_message_length", TRANSPORT_BYTES),
+FIXED = {
+    "grpc.max_receive_message_length": TRANSPORT_BYTES,
+    # Headers: refused at random above the first, always above the second.
+    "grpc.max_metadata_size": 16 << 10,
+    "grpc.absolute_max_metadata_size": 32 << 10,
+    # A connection that says nothing to begin with, or does not answer the settings.
+    "grpc.server_handshake_timeout_ms": 20_000,
+    "grpc.http2.settings_timeout": 20_000,
+    # A connection whose other end is gone is noticed, and one without a call is let go; a client opens another.
+    "grpc.keepalive_time_ms": 60_000,
+    "grpc.keepalive_timeout_ms": 20_000,
+    "grpc.max_connection_idle_ms": 30 * 60_000,
     # A client behind a proxy that drops idle connections pings, with or without a call open. The default server takes
     # pings more often than every five minutes for an attack and cuts the connection.
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.http2.max_ping_strikes", 0),
+    "grpc.http2.min_ping_interval_without_data_ms": 10_000,
+    "grpc.keepalive_permit_without_calls": 1,
+    "grpc.http2.max_ping_strikes": 0,
     # Two servers on one port would each get half of the calls.
-    ("grpc.so_reuseport", 0),
-)
+    "grpc.so_reuseport": 0,
+}
+"""How the transport is bounded, whatever the settings: see docs/limits.md."""
+
+
+def options(max_calls: int, max_connections: int) -> tuple[tuple[str, int], ...]:
+    """The arguments of grpc's channel. A connection may ask for more streams than the gate lets it have, so that it is
+    told why it does not get them, but not for any number."""
+    chosen = {"grpc.max_concurrent_streams": max_calls, "grpc.max_allowed_incoming_connections": max_connections}
+    return tuple((FIXED | chosen).items())
+
 
 SERVICES = (
     "ServerService",
@@ -38,9 +59,10 @@ SERVICES = (
 )
 
 
-async def build(desk: Desk, doorway: Doorway) -> tuple[grpc.aio.Server, Health]:
-    """Makes a server with every service added and no port yet."""
-    server = grpc.aio.server(interceptors=[doorway], options=OPTIONS)
+async def build(desk: Desk, doorway: Doorway, channel: Sequence[tuple[str, int]]) -> tuple[grpc.aio.Server, Health]:
+    """Makes a server with every service added and no port yet. `channel` are grpc's arguments, as `options` makes
+    them."""
+    server = grpc.aio.server(interceptors=[doorway], options=channel)
     v1.add_ServerServiceServicer_to_server(Servers(desk), server)
     v1.add_AgentServiceServicer_to_server(Agents(desk), server)
     v1.add_SessionServiceServicer_to_server(SessionsService(desk), server)

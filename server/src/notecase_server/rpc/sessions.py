@@ -2,11 +2,10 @@
 
 import asyncio
 import hashlib
-import tempfile
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
@@ -14,6 +13,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine import transfer
+from notecase_server.engine.arrivals import Arrival
 from notecase_server.engine.roster import Caused
 from notecase_server.rpc import filter as filters
 from notecase_server.rpc.desk import NOTHING, SESSION, SUBJECT, Desk, checked, copied, listed, masked, once
@@ -131,7 +131,9 @@ class SessionsService(v1.SessionServiceServicer):
         source = await self.desk.session(session, repeat)
         key = self.desk.sessions.new_key(source.tenant, request.session_id or self.desk.new_id())
         await self._require_agent(request.session.agent)
-        return _session_of(await self.desk.runs.at_rest.fork(source, at_sequence, key, request.session, repeat))
+        async with self.desk.patiently():
+            forked = await self.desk.runs.at_rest.fork(source, at_sequence, key, request.session, repeat)
+        return _session_of(forked)
 
     async def RewindSession(self, request: v1.RewindSessionRequest, context: Any) -> v1.Session:
         check = checked(request)
@@ -143,7 +145,8 @@ class SessionsService(v1.SessionServiceServicer):
         expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
         caused = Caused(request.request_id, once(request, SESSION))
         key = await self.desk.session(session, caused.once)
-        return _session_of(await self.desk.runs.at_rest.rewind(key, request.to_sequence, expected, caused))
+        async with self.desk.patiently():
+            return _session_of(await self.desk.runs.at_rest.rewind(key, request.to_sequence, expected, caused))
 
     async def EraseUser(self, request: v1.EraseUserRequest, context: Any) -> v1.EraseUserResponse:
         check = checked(request)
@@ -167,23 +170,28 @@ class SessionsService(v1.SessionServiceServicer):
 
     async def ImportSession(self, request: AsyncIterator[v1.ImportSessionRequest], context: Any) -> v1.Session:
         """The file waits on disk until it is whole: its size is no matter of memory."""
-        with tempfile.TemporaryFile() as file:
+        async with self.desk.arrivals.file() as arrival:
+            file = arrival.file
             most = MAX_IMPORT_BYTES + self.desk.contents.limits.session
-            header, digest = await _spooled(request, file, most)
+            header, digest = await _spooled(request, arrival, most)
             who = caller.get()
             key = self.desk.sessions.new_key(who.tenant, header.session_id or self.desk.new_id())
             repeat = None
             if header.request_id:
                 repeat = Once(who.tenant, SUBJECT, who.method, header.request_id, digest, SESSION)
             await self.desk.store.recall(repeat)
-            restore = await asyncio.to_thread(transfer.read, file, key)
+            async with self.desk.patiently():
+                restore = await asyncio.to_thread(transfer.read, file, key)
             check = Check()
             check.session_body("header", restore.session)
             if check.violations:
                 raise errors.import_invalid("has a header that no session can have")
             await transfer.keep_content(self.desk.contents, file, restore)
             store = self.desk.store
-            made = await self.desk.surely(repeat, SESSION, lambda record: store.restore(replace(restore, once=record)))
+            async with self.desk.patiently():
+                made = await self.desk.surely(
+                    repeat, SESSION, lambda record: store.restore(replace(restore, once=record))
+                )
             return _rendered(made)
 
     async def _require_agent(self, name: str) -> None:
@@ -204,9 +212,9 @@ def _set_expiration(session: v1.Session, given: v1.Session, fields: Iterable[str
 
 
 async def _spooled(
-    frames: AsyncIterator[v1.ImportSessionRequest], file: BinaryIO, most: int
+    frames: AsyncIterator[v1.ImportSessionRequest], arrival: Arrival, most: int
 ) -> tuple[v1.ImportHeader, bytes]:
-    """Puts a stream's chunks into the file, and returns its header and the digest of both."""
+    """Puts a stream's chunks into its file, and returns its header and the digest of both."""
     header, digest, size = v1.ImportHeader(), hashlib.sha256(), 0
     async for number, frame in _numbered(frames):
         check = Check()
@@ -223,7 +231,7 @@ async def _spooled(
         if size > most:
             raise errors.too_large("The file", size, most)
         digest.update(frame.chunk)
-        await asyncio.to_thread(file.write, frame.chunk)
+        await arrival.add(frame.chunk)
     return header, digest.digest()
 
 

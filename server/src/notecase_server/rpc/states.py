@@ -1,6 +1,7 @@
 """StateService: parse, call, render."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from notecase import v1
@@ -35,7 +36,8 @@ class States(v1.StateServiceServicer):
         state_key = await self._parent(check, scope)
         about = ("state", scope.tenant, scope.kind, state_key.id, str(at), *(repr(key) for key in keys))
         query = listed(check, self.desk.pages, request, *about)
-        state, page = await self.store.list_state(state_key, query, at, keys)
+        async with self.desk.patiently() if at else nullcontext():
+            state, page = await self.store.list_state(state_key, query, at, keys)
         token = self.desk.pages.token(page.next, *about)
         return v1.GetStateResponse(
             name=request.name, entries=state.entries, version=state.version, next_page_token=token

@@ -545,6 +545,8 @@ class Check:
             self.agent(f"{field}.agent", start.agent)
         self.chosen_id(f"{field}.run_id", start.run_id)
         self.first_state(f"{field}.state", start.state)
+        held = sum(map(_entry_bytes, start.state.items())) + sum(tool.ByteSize() for tool in start.client_tools)
+        self(held <= PAGE_BYTES, field, f"has a state and client_tools of more than {PAGE_BYTES} bytes together")
         self.labels(f"{field}.labels", start.labels)
         self.messages(f"{field}.messages", start.messages, [v1.Message.ROLE_USER, v1.Message.ROLE_SYSTEM])
         if start.HasField("if_last_sequence"):
@@ -600,3 +602,7 @@ def _is_json_object(text: str) -> bool:
 
 def _becomes_blob(part: v1.Part) -> bool:
     return part.HasField("data") or is_large(part)
+
+
+def _entry_bytes(entry: tuple[str, v1.Value]) -> int:
+    return len(entry[0].encode()) + entry[1].ByteSize()

@@ -18,6 +18,7 @@ from notecase_server.store.contract import (
     Page,
     Past,
     Query,
+    Quotas,
     Restore,
     Scope,
     SessionEdit,
@@ -37,6 +38,8 @@ class TableStore(ABC):
     """Every method of the contract but `close`, in terms of `_read` and `_write`. Both raise NotecaseError
     STORE_UNAVAILABLE once the store is closed."""
 
+    quotas = Quotas()
+
     @abstractmethod
     async def _read(self, step: Callable[[Tables], T]) -> T:
         """Runs a step that only reads, on one consistent state of the rows."""
@@ -46,7 +49,7 @@ class TableStore(ABC):
         """Runs a step in a transaction, given the time. What it raises undoes it."""
 
     async def commit(self, commit: Commit) -> Committed:
-        return await self._write(partial(steps.commit, commit=commit))
+        return await self._write(partial(steps.commit, commit=commit, quotas=self.quotas))
 
     async def find_commit(self, key: SessionKey, commit_id: str) -> Committed | None:
         return await self._read(lambda tables: steps.find_commit(tables, key, commit_id))
@@ -70,10 +73,10 @@ class TableStore(ABC):
         return await self._read(lambda tables: past.read(tables, key, at))
 
     async def fork(self, fork: Fork) -> Committed:
-        return await self._write(partial(steps.fork, fork=fork))
+        return await self._write(partial(steps.fork, fork=fork, quotas=self.quotas))
 
     async def restore(self, restore: Restore) -> v1.Session:
-        return await self._write(partial(steps.restore, restore=restore))
+        return await self._write(partial(steps.restore, restore=restore, quotas=self.quotas))
 
     async def get_session(self, key: SessionKey) -> v1.Session | None:
         found = await self._read(lambda tables: tables.session(key))
@@ -146,10 +149,12 @@ class TableStore(ABC):
     async def update_state(
         self, scope: Scope, ops: Sequence[v1.StateOp], if_version: int | None = None, once: Once | None = None
     ) -> v1.State:
-        return await self._write(partial(steps.update_state, scope=scope, ops=ops, if_version=if_version, once=once))
+        step = partial(steps.update_state, scope=scope, ops=ops, if_version=if_version)
+        return await self._write(partial(step, once=once, quotas=self.quotas))
 
     async def create_agent(self, tenant: str, agent_id: str, agent: v1.Agent, once: Once | None = None) -> v1.Agent:
-        return await self._write(partial(steps.create_agent, tenant=tenant, agent_id=agent_id, agent=agent, once=once))
+        step = partial(steps.create_agent, tenant=tenant, agent_id=agent_id, agent=agent)
+        return await self._write(partial(step, once=once, quotas=self.quotas))
 
     async def get_agent(self, tenant: str, agent_id: str, revision: int = 0) -> v1.Agent | None:
         return await self._read(lambda tables: steps.agent(tables, tenant, agent_id, revision))
@@ -169,13 +174,14 @@ class TableStore(ABC):
         once: Once | None = None,
     ) -> v1.Agent:
         step = partial(steps.edit_agent, tenant=tenant, agent_id=agent_id, agent=agent, if_revision=if_revision)
-        return await self._write(partial(step, once=once))
+        return await self._write(partial(step, once=once, quotas=self.quotas))
 
     async def delete_agent(self, tenant: str, agent_id: str, if_etag: str = "", once: Once | None = None) -> None:
         await self._write(partial(steps.delete_agent, tenant=tenant, agent_id=agent_id, if_etag=if_etag, once=once))
 
     async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes) -> None:
-        await self._write(partial(content.put_blob, tenant=tenant, subject=subject, sha256=sha256, data=data))
+        step = partial(content.put_blob, tenant=tenant, subject=subject, sha256=sha256, data=data)
+        await self._write(partial(step, quotas=self.quotas))
 
     async def get_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
         return await self._read(lambda tables: content.get_blob(tables, tenant, sha256))
@@ -187,13 +193,15 @@ class TableStore(ABC):
         return await self._read(lambda tables: content.read_blob(tables, tenant, sha256, offset))
 
     async def open_upload(self, tenant: str, upload_id: str, expire_time: int) -> v1.Upload:
-        return await self._write(lambda tables, _: content.open_upload(tables, tenant, upload_id, expire_time))
+        return await self._write(
+            lambda tables, _: content.open_upload(tables, tenant, upload_id, expire_time, self.quotas)
+        )
 
     async def get_upload(self, tenant: str, upload_id: str) -> v1.Upload | None:
         return await self._read(lambda tables: content.get_upload(tables, tenant, upload_id))
 
     async def add_chunk(self, tenant: str, upload_id: str, offset: int, data: bytes) -> None:
-        await self._write(lambda tables, _: content.add_chunk(tables, tenant, upload_id, offset, data))
+        await self._write(lambda tables, _: content.add_chunk(tables, tenant, upload_id, offset, data, self.quotas))
 
     async def read_upload(self, tenant: str, upload_id: str, offset: int) -> bytes:
         return await self._read(lambda tables: content.read_upload(tables, tenant, upload_id, offset))

@@ -10,8 +10,9 @@ from typing import TypeVar
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.store.contract import CHUNK_BYTES, Scope
+from notecase_server.store.contract import CHUNK_BYTES, Quotas, Scope
 from notecase_server.store.fold import PREFIX, references
+from notecase_server.store.quotas import require_content, require_upload
 from notecase_server.store.tables import BlobRow, Tables, UploadRow
 
 M = TypeVar("M", v1.Event, v1.StateOp)
@@ -50,10 +51,11 @@ def refer_entry(tables: Tables, scope: Scope, key: str, entry: v1.StateEntry | N
             tables.refer(scope, key, sha256, 0)
 
 
-def put_blob(tables: Tables, now: int, tenant: str, subject: str, sha256: str, data: bytes) -> None:
+def put_blob(tables: Tables, now: int, tenant: str, subject: str, sha256: str, data: bytes, quotas: Quotas) -> None:
     """Store.put_blob."""
     row = tables.blob(tenant, sha256)
     if row is None:
+        require_content(tables, quotas, tenant)
         row = BlobRow(tables.new_content(), len(data))
         _add_pieces(tables, row.content, 0, data)
     tables.put_blob(tenant, subject, sha256, row, now)
@@ -108,21 +110,24 @@ def _upload(tables: Tables, tenant: str, upload_id: str) -> UploadRow:
     return row
 
 
-def open_upload(tables: Tables, tenant: str, upload_id: str, expire_time: int) -> v1.Upload:
+def open_upload(tables: Tables, tenant: str, upload_id: str, expire_time: int, quotas: Quotas) -> v1.Upload:
     """Store.open_upload."""
     row = tables.upload(tenant, upload_id)
     if row is None:
+        require_upload(tables, quotas, tenant)
+        require_content(tables, quotas, tenant)
         row = UploadRow(tables.new_content(), 0, expire_time, "")
     row = row if row.sha256 else row._replace(expire_time=expire_time)
     tables.put_upload(tenant, upload_id, row)
     return _told(upload_id, row)
 
 
-def add_chunk(tables: Tables, tenant: str, upload_id: str, offset: int, data: bytes) -> None:
+def add_chunk(tables: Tables, tenant: str, upload_id: str, offset: int, data: bytes, quotas: Quotas) -> None:
     """Store.add_chunk."""
     row = _upload(tables, tenant, upload_id)
     if row.size != offset or row.sha256:
         raise errors.upload_offset_mismatch(upload_id, row.size)
+    require_content(tables, quotas, tenant)
     _add_pieces(tables, row.content, offset, data)
     tables.put_upload(tenant, upload_id, row._replace(size=offset + len(data)))
 

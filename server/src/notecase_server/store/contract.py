@@ -328,6 +328,30 @@ class ActiveRun(NamedTuple):
     """The process that was at work on it last has let go of it in good order."""
 
 
+class Quotas(NamedTuple):
+    """What an operator lets be kept; 0 is no bound. A write beyond it is QUOTA_EXCEEDED, unless it is a repeat, which
+    is answered as before. What a run does is let through, so that each that was begun comes to its end."""
+
+    sessions: int = 0
+    """Of a tenant, by name; those that have expired count until they are removed."""
+    agents: int = 0
+    """Of a tenant."""
+    revisions: int = 0
+    """Of an agent."""
+    state_keys: int = 0
+    """Of one state."""
+    events: int = 0
+    """Of a session's log; one commit may go beyond it."""
+    log_bytes: int = 0
+    """Of a session's log; one commit may go beyond it."""
+    blob_bytes: int = 0
+    """Of a tenant's content, with uploads under way; one piece of content may go beyond it."""
+    uploads: int = 0
+    """Of a tenant, under way or remembered."""
+    requests: int = 0
+    """Of a tenant: records of Once, those that the engine makes included."""
+
+
 class StoreOpenError(Exception):
     """A store cannot be opened. Its text is for the operator: whole sentences that say what to do."""
 
@@ -337,6 +361,9 @@ class Store(Protocol):
     """As ServerInfo.store names it."""
     secret: bytes
     """32 random bytes made with the store, the same for each process that opens it: signs page tokens."""
+
+    quotas: Quotas
+    """May be set before the store is used."""
 
     # The log.
 

@@ -28,7 +28,7 @@ from notecase_server.store.contract import (
 )
 from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import Found, matches
-from notecase_server.store.tables import Applied, BlobRow, CommitRow, Recorded, SessionRow, Tables, UploadRow
+from notecase_server.store.tables import Applied, BlobRow, CommitRow, Kept, Recorded, SessionRow, Tables, UploadRow
 
 T = TypeVar("T")
 
@@ -180,6 +180,26 @@ class _MemoryTables:
         for request in self._tenants[tenant].requests.values():
             if request.owner == owner:
                 request.recorded = request.recorded._replace(response=None)
+
+    def kept(self, kind: Kept, tenant: str, *within: str) -> int:
+        rows = self._tenants[tenant]
+        match kind:
+            case "revisions":
+                return len(self._agent(tenant, within[0]).revisions)
+            case "agents":
+                return sum(bool(agent.revisions) for agent in rows.agents.values())
+            case "keys":
+                state = rows.states.get((within[0], within[1]))
+                return len(state.entries) if state else 0
+            case "blob_bytes":
+                under_way = (row.size for row in rows.uploads.values() if not row.sha256)
+                return sum(blob.row.size for blob in rows.blobs.values()) + sum(under_way)
+            case "requests":
+                return len(rows.requests)
+            case "sessions":
+                return len(rows.sessions)
+            case "uploads":
+                return len(rows.uploads)
 
     def touch(self) -> None:
         pass
@@ -519,6 +539,9 @@ class _MemoryTables:
         tenant = self._tenants[key.tenant]
         held = tenant.references.get((key.state, ""), {})
         return sum(tenant.blobs[sha256].row.size for sha256, sequence in held.items() if sequence <= until)
+
+    def log_bytes(self, key: SessionKey, until: int) -> int:
+        return sum(map(len, self._existing(key).events[:until]))
 
     def refer(self, scope: Scope, key: str, sha256: str, sequence: int) -> None:
         tenant = self._tenants[scope.tenant]

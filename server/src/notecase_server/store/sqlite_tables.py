@@ -9,7 +9,7 @@ be named in a JSON path and compared in the order of its bytes, whatever charact
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any
@@ -39,7 +39,7 @@ from notecase_server.store.contract import (
 from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import LABELS, OPERATORS, Found, Labelled, check_column, column
 from notecase_server.store.sqlite_schema import VERSION
-from notecase_server.store.tables import Applied, BlobRow, CommitRow, Recorded, SessionRow, UploadRow
+from notecase_server.store.tables import Applied, BlobRow, CommitRow, Kept, Recorded, SessionRow, UploadRow
 
 log = structlog.get_logger()
 
@@ -68,6 +68,17 @@ MESSAGES = """SELECT m.sequence, m.body, e.body FROM messages m LEFT JOIN events
     AND e.tenant = m.tenant AND e.uid = m.uid AND e.sequence = m.sequence
     WHERE m.tenant = ? AND m.uid = ?"""
 """With the event where the message has no body of its own."""
+
+KEPT: Mapping[Kept, str] = {
+    "requests": "SELECT count(*) FROM requests WHERE tenant = ?",
+    "sessions": "SELECT count(*) FROM sessions WHERE tenant = ?",
+    "agents": "SELECT count(DISTINCT agent) FROM revisions WHERE tenant = ?",
+    "revisions": "SELECT count(*) FROM revisions WHERE tenant = ? AND agent = ?",
+    "keys": "SELECT count(*) FROM entries WHERE tenant = ? AND kind = ? AND id = ?",
+    "uploads": "SELECT count(*) FROM uploads WHERE tenant = ?",
+    "blob_bytes": """SELECT coalesce((SELECT sum(size) FROM blobs WHERE tenant = ?1), 0)
+        + coalesce((SELECT sum(size) FROM uploads WHERE tenant = ?1 AND sha256 = ''), 0)""",
+}
 
 COPIES = (
     """INSERT INTO events SELECT :tenant, :uid, sequence, tells_past, body FROM events
@@ -161,6 +172,9 @@ class SqliteTables:
         self._execute(
             "UPDATE requests SET response = NULL WHERE tenant = ? AND owner = ? AND owner != ''", (tenant, owner)
         )
+
+    def kept(self, kind: Kept, tenant: str, *within: str) -> int:
+        return int(self._one(KEPT[kind], tenant, *within)[0])
 
     def touch(self) -> None:
         # A row is not written again when it stays as it is; the file's header is.
@@ -550,6 +564,14 @@ class SqliteTables:
             """SELECT coalesce(sum(b.size), 0) FROM blob_references r
                 JOIN blobs b ON b.tenant = r.tenant AND b.sha256 = r.sha256
                 WHERE r.tenant = ? AND r.kind = 'session' AND r.id = ? AND r.key = '' AND r.sequence <= ?""",
+            *_of(key),
+            until,
+        )
+        return int(row[0])
+
+    def log_bytes(self, key: SessionKey, until: int) -> int:
+        row = self._one(
+            "SELECT coalesce(sum(length(body)), 0) FROM events WHERE tenant = ? AND uid = ? AND sequence <= ?",
             *_of(key),
             until,
         )

@@ -4,7 +4,7 @@ A step first reads and decides, and writes only when nothing can be refused any 
 nothing, in a store that cannot undo as in one that can.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import TypeVar
@@ -26,6 +26,7 @@ from notecase_server.store.contract import (
     Once,
     Page,
     Query,
+    Quotas,
     Replayed,
     Restore,
     RunRecord,
@@ -34,6 +35,13 @@ from notecase_server.store.contract import (
     SessionKey,
 )
 from notecase_server.store.lists import Found, take
+from notecase_server.store.quotas import (
+    require_agent,
+    require_keys,
+    require_log,
+    require_record,
+    require_session,
+)
 from notecase_server.store.tables import CommitRow, SessionRow, Tables
 
 M = TypeVar("M", bound=Message)
@@ -44,7 +52,7 @@ _ALL = 1 << 40
 FIRST_EPOCH = 1
 
 
-def commit(tables: Tables, now: int, commit: Commit) -> Committed:
+def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committed:
     """Store.commit."""
     if commit.id and (made := find_commit(tables, commit.key, commit.id)) is not None:
         return made
@@ -53,9 +61,18 @@ def commit(tables: Tables, now: int, commit: Commit) -> Committed:
     events, blobs = content.sized(tables, commit.key.tenant, commit.events)
     commit = replace(commit, events=events)
     rows, commits = _load(tables, commit, now)
+    require_record(tables, quotas, commit.once)
+    if commit.create is not None:
+        require_session(tables, quotas, commit.key.tenant)
+    require_log(quotas, commit, rows.session)
     before = {name: run.state for name, run in rows.runs.items()}
     old_messages, old_calls, old_versions = set(rows.messages), set(rows.calls), dict(rows.versions)
+    old_keys = {scope: _existing(entries) for scope, entries in rows.state.items()}
     done = fold.apply(rows, commit, now)
+    rows.session.log_bytes += sum(event.ByteSize() for event in done.events)
+    if commit.if_epoch is None:
+        for scope in done.state:
+            require_keys(tables, quotas, scope, _existing(rows.state[scope]) - old_keys[scope])
     if commit.start is None and rows.runs.keys() - before.keys():
         raise ValueError("an event that makes a run wants Commit.start")
     log = commit.key.state
@@ -89,6 +106,10 @@ def commit(tables: Tables, now: int, commit: Commit) -> Committed:
     for sha256, (sequence, _) in referred.items():
         tables.refer(log, "", sha256, sequence)
     return done
+
+
+def _existing(entries: Mapping[str, v1.StateEntry | None]) -> int:
+    return sum(entry is not None for entry in entries.values())
 
 
 def _first_references(
@@ -164,11 +185,13 @@ def recall_command(tables: Tables, key: SessionKey, command: CommandId | None) -
         raise Duplicate(applied.sequence, applied.run)
 
 
-def fork(tables: Tables, now: int, fork: Fork) -> Committed:
+def fork(tables: Tables, now: int, fork: Fork, quotas: Quotas) -> Committed:
     """Store.fork."""
     recall(tables, fork.once)
     source = _session(tables, fork.source).session
     _require_free(tables, fork.key)
+    require_record(tables, quotas, fork.once)
+    require_session(tables, quotas, fork.key.tenant)
     then, at = fork.past, fork.past.session.last_sequence
     if source.last_sequence != then.head:
         # It moved on, so more may have changed since `at`; what ends its runs is the same, as they were the same then.
@@ -184,6 +207,7 @@ def fork(tables: Tables, now: int, fork: Fork) -> Committed:
     rows.messages = {message.name: _copied(message) for message in then.messages}
     rows.calls = {call.call_id: message.name for message in then.messages for call in fold.open_calls(message)}
     done = fold.apply(rows, Commit(key=fork.key, events=fork.events), now)
+    session.log_bytes = tables.log_bytes(fork.source, at) + sum(event.ByteSize() for event in done.events)
     _remember(tables, fork.once, done, now, fork.key)
 
     tables.add_session(fork.key, SessionRow(session, FIRST_EPOCH))
@@ -205,11 +229,13 @@ def fork(tables: Tables, now: int, fork: Fork) -> Committed:
     return done
 
 
-def restore(tables: Tables, now: int, restore: Restore) -> v1.Session:
+def restore(tables: Tables, now: int, restore: Restore, quotas: Quotas) -> v1.Session:
     """Store.restore."""
     key = restore.key
     recall(tables, restore.once)
     _require_free(tables, key)
+    require_record(tables, quotas, restore.once)
+    require_session(tables, quotas, key.tenant)
     for sha256, (_, size) in restore.blobs.items():
         row = tables.blob(key.tenant, sha256)
         if row is None:
@@ -220,6 +246,7 @@ def restore(tables: Tables, now: int, restore: Restore) -> v1.Session:
     session.last_sequence = restore.session.last_sequence
     session.summary_sequence = restore.session.summary_sequence
     session.content_bytes = restore.session.content_bytes
+    session.log_bytes = restore.session.log_bytes
     if restore.session.HasField("usage"):
         session.usage.CopyFrom(restore.session.usage)
     _remember(tables, restore.once, session, now, key)
@@ -475,7 +502,13 @@ def page_of_entries(
 
 
 def update_state(
-    tables: Tables, now: int, scope: Scope, ops: Sequence[v1.StateOp], if_version: int | None, once: Once | None
+    tables: Tables,
+    now: int,
+    scope: Scope,
+    ops: Sequence[v1.StateOp],
+    if_version: int | None,
+    once: Once | None,
+    quotas: Quotas,
 ) -> v1.State:
     """Store.update_state."""
     recall(tables, once)
@@ -485,7 +518,10 @@ def update_state(
         raise errors.version_mismatch("The state", before)
     version = before + 1
     entries = _entries(tables, scope, {op.key for op in ops})
+    old_keys = _existing(entries)
     fold.apply_ops(entries, ops, version, now)
+    require_record(tables, quotas, once)
+    require_keys(tables, quotas, scope, _existing(entries) - old_keys)
     state = v1.State(version=version)
     fold.show_entries(state, entries, (op.key for op in ops))
     _remember(tables, once, state, now, f"users/{scope.id}" if scope.kind == "user" else "")
@@ -498,12 +534,16 @@ def agent(tables: Tables, tenant: str, agent_id: str, revision: int) -> v1.Agent
     return tables.agent(tenant, agent_id, revision or tables.last_revision(tenant, agent_id))
 
 
-def create_agent(tables: Tables, now: int, tenant: str, agent_id: str, agent: v1.Agent, once: Once | None) -> v1.Agent:
+def create_agent(
+    tables: Tables, now: int, tenant: str, agent_id: str, agent: v1.Agent, once: Once | None, quotas: Quotas
+) -> v1.Agent:
     """Store.create_agent."""
     recall(tables, once)
     last = tables.last_revision(tenant, agent_id)
     if tables.agent(tenant, agent_id, last) is not None:
         raise errors.already_exists("agent", f"agents/{agent_id}")
+    require_record(tables, quotas, once)
+    require_agent(tables, quotas, tenant, agent_id, new=True)
     return _add_revision(tables, now, tenant, agent_id, agent, last + 1, None, once)
 
 
@@ -515,6 +555,7 @@ def edit_agent(
     agent: v1.Agent,
     if_revision: int,
     once: Once | None,
+    quotas: Quotas,
 ) -> v1.Agent:
     """Store.edit_agent."""
     recall(tables, once)
@@ -525,6 +566,8 @@ def edit_agent(
     if newest is not None and _says_the_same(agent, newest):
         _remember(tables, once, newest, now)
         return newest
+    require_record(tables, quotas, once)
+    require_agent(tables, quotas, tenant, agent_id, new=newest is None)
     return _add_revision(tables, now, tenant, agent_id, agent, last + 1, newest, once)
 
 

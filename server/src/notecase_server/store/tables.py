@@ -4,7 +4,7 @@ A store that keeps its rows in another place implements `Tables`; what a commit 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 from notecase import v1
 
@@ -65,6 +65,9 @@ class UploadRow(NamedTuple):
     sha256: str
 
 
+Kept = Literal["requests", "sessions", "agents", "revisions", "keys", "uploads", "blob_bytes"]
+
+
 class Tables(Protocol):
     """Rows within one transaction. What a read hands out is a copy; what is missing is None, 0 or nothing.
 
@@ -80,6 +83,11 @@ class Tables(Protocol):
 
     def blank_requests(self, tenant: str, owner: str) -> None:
         """Drops the responses of these records, and keeps that they were carried out."""
+        ...
+
+    def kept(self, kind: Kept, tenant: str, *within: str) -> int:
+        """How many there are, `within` an agent by its id for revisions, and within a state by kind and id for keys.
+        Bytes are of content that is there or under way."""
         ...
 
     def touch(self) -> None:
@@ -267,6 +275,10 @@ class Tables(Protocol):
 
     def content_bytes(self, key: SessionKey, until: int) -> int:
         """Of the blobs that a session's log refers to up to that sequence."""
+        ...
+
+    def log_bytes(self, key: SessionKey, until: int) -> int:
+        """Of a session's events up to that sequence."""
         ...
 
     def refer(self, scope: Scope, key: str, sha256: str, sequence: int) -> None:

@@ -59,6 +59,10 @@ MAX_ANSWER = 6 * MAX_RESULT + 2 * MAX_MEDIA
 """Bytes of one answer on an event stream: JSON writes a byte of text as six at most, and three of media as four; so no
 result that is taken is longer."""
 
+MAX_OBJECTS = 10_000
+"""Objects in one answer: the library makes each into one of its own before anybody can look at them, and 500,000 small
+ones take a gigabyte."""
+
 SESSION = "mcp-session-id"
 
 
@@ -311,7 +315,7 @@ class _Connection:
         async with AsyncExitStack() as stack:
             if settings.url:
                 http = httpx2.AsyncClient(
-                    headers=settings.headers,
+                    headers={**settings.headers, "Accept-Encoding": "identity"},
                     # A call's own time-out ends the wait for its answer.
                     timeout=httpx2.Timeout(settings.connect_timeout, read=None),
                     event_hooks={"response": [self._answered]},
@@ -327,10 +331,39 @@ class _Connection:
             yield _Watched(read, self.end), write
 
     async def _answered(self, response: httpx2.Response) -> None:
-        """404 to a request that names its session says that the server has forgotten the session."""
+        """Bounds what is read of an answer. 404 to a request that names its session says that the server has forgotten
+        the session."""
+        events = response.headers.get("content-type", "").startswith("text/event-stream")
+        response.stream = _Bounded(response, events=events)
         if response.status_code == httpx2.codes.NOT_FOUND and SESSION in response.request.headers:
             log.info("mcp_session_gone", server=self._name)
             self.end()
+
+
+class _Bounded(httpx2.AsyncByteStream):
+    """The body of an answer up to what one may have: MAX_ANSWER bytes and MAX_OBJECTS objects; of a stream of events,
+    each event. A packed one is refused, since a megabyte may unpack to a gigabyte and was not asked for."""
+
+    def __init__(self, response: httpx2.Response, *, events: bool) -> None:
+        self._stream = cast("httpx2.AsyncByteStream", response.stream)
+        self._packed = response.headers.get("content-encoding", "identity") != "identity"
+        self._events = events
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        if self._packed:
+            raise httpx2.StreamError("The answer is packed, which was not asked for.")
+        size = objects = 0
+        async for chunk in self._stream:
+            end = max(chunk.rfind(b"\n\n"), chunk.rfind(b"\n\r\n")) if self._events else -1
+            size, objects = size + len(chunk), objects + chunk.count(b"{")
+            if size > MAX_ANSWER or objects > MAX_OBJECTS:
+                raise httpx2.StreamError("The answer is larger than the server takes.")
+            if end >= 0:
+                size, objects = len(chunk) - end, chunk.count(b"{", end)
+            yield chunk
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
 
 
 class _Watched:

@@ -1,0 +1,150 @@
+"""Bounds what the transport holds for callers: the calls that are open, and the frames that wait for a reader.
+
+grpc keeps each frame until its connection takes it, and a connection whose other end reads nothing takes nothing. So a
+call counts until grpc is done with it: its status was taken, or its connection is gone.
+"""
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from notecase_server import errors
+
+READ_AHEAD = 64 << 10
+"""Bytes a connection may always leave unread. About what HTTP/2 lets each end send ahead."""
+
+CALLS_SHARE = 2
+UNREAD_SHARE = 8
+"""One connection has at most a half of the calls, and an eighth of what may wait unread."""
+
+
+class _Connection:
+    __slots__ = ("calls", "unread")
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.unread = 0
+
+
+class Gate:
+    """Counts for one server. Used from one event loop only."""
+
+    def __init__(self, max_calls: int, max_unread: int) -> None:
+        """`max_calls` of all shapes may be open at once; `max_unread` bytes of frames may wait for readers."""
+        self._max_calls = max_calls
+        self._max_unread = max_unread
+        self._connections: dict[str, _Connection] = {}
+        self.calls = 0
+        """Open now."""
+        self.unread = 0
+        """Bytes that wait for their readers now."""
+
+    def enter(self, context: Any, *, probe: bool) -> "Call":
+        """Counts a call until grpc is done with it. Raises NotecaseError RATE_LIMITED when there is no room for it: on
+        its connection, or, unless it is a `probe`, on the server: one that is full is healthy."""
+        peer = context.peer()
+        connection = self._connections.get(peer)
+        most = max(self._max_calls // CALLS_SHARE, 1)
+        if self.calls >= self._max_calls and not probe:
+            raise errors.too_many("call", self._max_calls)
+        if connection is not None and connection.calls >= most:
+            raise errors.too_many("call", most, " on one connection")
+        if connection is not None and connection.unread > self._share():
+            raise errors.unread_answers()
+        if connection is None:
+            connection = self._connections[peer] = _Connection()
+        connection.calls += 1
+        self.calls += 1
+        call = Call(self, peer, connection)
+        context.add_done_callback(call.left)
+        return call
+
+    def _share(self) -> int:
+        """What one connection may leave unread. A connection that reads is far below it, even when the server's bound
+        is reached."""
+        return max(self._max_unread // UNREAD_SHARE, READ_AHEAD) if self.unread < self._max_unread else READ_AHEAD
+
+    def _take(self, connection: _Connection, size: int) -> None:
+        connection.unread += size
+        self.unread += size
+
+    def _leave(self, peer: str, connection: _Connection) -> None:
+        self.calls -= 1
+        connection.calls -= 1
+        if not connection.calls:
+            self._connections.pop(peer, None)
+
+
+class Call:
+    """One open call, and what of it waits for its reader."""
+
+    __slots__ = ("_connection", "_gate", "_peer", "_unread")
+
+    def __init__(self, gate: Gate, peer: str, connection: _Connection) -> None:
+        self._gate = gate
+        self._peer = peer
+        self._connection = connection
+        self._unread = 0
+
+    def has_room(self, size: int) -> bool:
+        """Whether a frame of so many bytes may wait, too. A connection on which nothing waits takes any."""
+        unread = self._connection.unread
+        return not unread or unread + size <= self._gate._share()
+
+    def waits(self, size: int) -> None:
+        """A frame is handed to grpc."""
+        self._unread += size
+        self._gate._take(self._connection, size)
+
+    def read(self, size: int) -> None:
+        """Its connection has taken a frame."""
+        self._unread -= size
+        self._gate._take(self._connection, -size)
+
+    def left(self, _context: Any) -> None:
+        """Grpc is done with the call, and with what waited."""
+        self.read(self._unread)
+        self._gate._leave(self._peer, self._connection)
+
+
+async def deliver(
+    responses: AsyncGenerator[Any, None], serializer: Callable[[Any], bytes], context: Any, stall: float, call: Call
+) -> None:
+    """Sends responses as they come. Raises NotecaseError WATCHER_TOO_SLOW when one waits `stall` seconds for room, or
+    would wait where too much waits on its connection already.
+
+    Room is what the reader's transport takes in advance, a few megabytes: a stream with less to say is never too slow.
+    One clock looks after the whole stream, because one for each response would cost a tenth of sending it."""
+    loop = asyncio.get_running_loop()
+    since = math.inf  # when the write under way began
+    alarm: asyncio.TimerHandle
+
+    def look() -> None:
+        nonlocal alarm
+        left = min(since + stall - loop.time(), stall)
+        if left > 0:
+            alarm = loop.call_later(left, look)
+        else:
+            patience.reschedule(loop.time())
+
+    alarm = loop.call_later(stall, look)
+    try:
+        async with aclosing(responses), asyncio.timeout(None) as patience:
+            async for response in responses:
+                frame = serializer(response)
+                size = len(frame)
+                if not call.has_room(size):
+                    raise errors.unread_stream()
+                call.waits(size)
+                since = loop.time()
+                await context.write(frame)
+                since = math.inf
+                call.read(size)
+    except TimeoutError:
+        if not patience.expired():
+            raise
+        raise errors.watcher_too_slow(stall) from None
+    finally:
+        alarm.cancel()

@@ -1,0 +1,151 @@
+"""The gate: how many calls are open, and how much waits for a reader, of all callers and of each connection."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from notecase import v1
+from notecase_server.rpc.gate import Gate
+from structlog.testing import capture_logs
+
+from tests.e2e.driving import detail_of, reason_of, said
+from tests.support.http2 import Deaf
+from tests.support.server import Running, running
+
+GET_STATE = "/notecase.v1.StateService/GetState"
+WATCH = "/notecase.v1.RunService/WatchEvents"
+UPDATE = "/notecase.v1.StateService/UpdateState"
+
+Lines = list[MutableMapping[str, Any]]
+
+
+@asynccontextmanager
+async def connection(served: Running) -> AsyncIterator[grpc.aio.Channel]:
+    """Another one than every other channel's."""
+    own = (("grpc.use_local_subchannel_pool", 1),)
+    async with grpc.aio.insecure_channel(served.address, options=own) as channel:
+        yield channel
+
+
+async def opened(channel: grpc.aio.Channel) -> grpc.aio.UnaryStreamCall[v1.WatchEventsRequest, v1.RunResponse]:
+    """A stream that the server has taken."""
+    options = v1.WatchOptions(keep_open=True)
+    stream = v1.RunServiceStub(channel).WatchEvents(v1.WatchEventsRequest(name="sessions/s", options=options))
+    await stream.read()
+    return stream
+
+
+async def refusal(call: Awaitable[object]) -> grpc.aio.AioRpcError:
+    with pytest.raises(grpc.aio.AioRpcError) as found:
+        await call
+    return found.value
+
+
+async def until(come: Callable[[], bool]) -> None:
+    """Looks again and again: grpc tells nobody when it is done with a call."""
+    while not come():  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+
+
+def reasons(lines: Lines) -> list[str]:
+    return [line["reason"] for line in lines if line["event"] == "rpc_refused"]
+
+
+async def test_calls_are_bounded_for_a_connection_and_for_the_server() -> None:
+    async with running(max_calls=4) as served, connection(served) as first, connection(served) as second:
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="s"))
+        held = [await opened(first), await opened(first)]
+        get = v1.GetSessionRequest(name="sessions/s")
+        own = await refusal(v1.SessionServiceStub(first).GetSession(get))
+        assert ("RATE_LIMITED", "2 calls at once on one connection" in (own.details() or "")) == (reason_of(own), True)
+        assert 1 == detail_of(own, error_details_pb2.RetryInfo).retry_delay.seconds
+        held += [await opened(second), await opened(second)]
+        of_all = await refusal(served.sessions.GetSession(get))
+        assert ("RATE_LIMITED", "4 calls at once and" in (of_all.details() or "")) == (reason_of(of_all), True)
+        health: Any = health_pb2_grpc.HealthStub(served.channel)
+        await health.Check(health_pb2.HealthCheckRequest())
+        for stream in held:
+            stream.cancel()
+        gate = served.server.gate
+        await until(lambda: not gate.calls)
+        await served.sessions.GetSession(get)
+        await until(lambda: not gate.calls)
+
+
+async def test_answers_that_nobody_reads_are_bounded_and_keep_nobody_else_waiting() -> None:
+    """One of a megabyte waits; the others are refused before they do, and the calls after them before they are made."""
+    async with running(max_unread_bytes=8 << 20) as served, connection(served) as other:
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="s"))
+        big = v1.Value(bytes_value=bytes(900 << 10))
+        await served.state.PutState(v1.PutStateRequest(name="sessions/s/state", key="k", value=big))
+        long = v1.Value(list_value=v1.ValueList(values=[v1.Value(string_value="x" * (200 << 10))]))
+        await served.state.PutState(v1.PutStateRequest(name="sessions/s/state", key="list", value=long))
+        get = v1.GetStateRequest(name="sessions/s/state", keys=["k"])
+        gate = served.server.gate
+        async with Deaf(served.address) as deaf:
+            with capture_logs() as lines:
+                await deaf.call(GET_STATE, get.SerializeToString(), times=40)
+                await until(lambda: len(reasons(lines)) >= 39)
+            assert {"RATE_LIMITED"} == set(reasons(lines))
+            assert big.ByteSize() < gate.unread < 1 << 20
+            answer = await v1.StateServiceStub(other).GetState(get)
+            assert big == answer.entries["k"].value
+            # What a write answers is told whatever waits: its caller has to hear of it.
+            append = v1.UpdateStateRequest(name="sessions/s/state")
+            append.ops.add(key="list", append=v1.Value(bool_value=True))
+            before = gate.unread
+            await deaf.call(UPDATE, append.SerializeToString())
+            await until(lambda: gate.unread > before + (200 << 10))
+            with capture_logs() as lines:
+                await deaf.call(UPDATE, append.SerializeToString())
+                await until(lambda: bool(reasons(lines)))
+        await until(lambda: not (gate.unread or gate.calls))
+        listed = (await served.state.GetState(v1.GetStateRequest(name="sessions/s/state", keys=["list"]))).entries
+        assert 2 == len(listed["list"].value.list_value.values), "the second was refused before it did anything"
+
+
+async def test_a_stream_beside_which_too_much_waits_ends_as_too_slow() -> None:
+    async with running(max_unread_bytes=8 << 20) as served:
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="s"))
+        for _ in range(4):
+            text = said("x" * (200 << 10))
+            await served.messages.AppendMessages(v1.AppendMessagesRequest(parent="sessions/s", messages=[text]))
+        watch = v1.WatchEventsRequest(name="sessions/s", after_sequence=0, options=v1.WatchOptions(keep_open=True))
+        gate = served.server.gate
+        async with Deaf(served.address) as deaf:
+            with capture_logs() as lines:
+                await deaf.call(WATCH, watch.SerializeToString(), times=10)
+                await until(lambda: len(reasons(lines)) >= 9)
+            assert {"WATCHER_TOO_SLOW"} <= set(reasons(lines)) <= {"WATCHER_TOO_SLOW", "RATE_LIMITED"}
+            assert gate.unread < 2 << 20
+        await until(lambda: not (gate.unread or gate.calls))
+
+
+async def test_a_reader_may_leave_something_unread_whatever_others_do() -> None:
+    """Above the server's bound, a connection has what HTTP/2 sends ahead, and no more."""
+    gate = Gate(100, 100)
+    calls = [gate.enter(_Context("a"), probe=False), gate.enter(_Context("b"), probe=False)]
+    calls[0].waits(1 << 20)
+    assert calls[1].has_room(1 << 20)
+    calls[1].waits(60 << 10)
+    assert calls[1].has_room(4 << 10)
+    assert not calls[1].has_room(5 << 10)
+    gate.enter(_Context("b"), probe=False)
+    calls[1].read(60 << 10)
+    assert calls[1].has_room(1 << 20)
+
+
+class _Context:
+    def __init__(self, peer: str) -> None:
+        self._peer = peer
+
+    def peer(self) -> str:
+        return self._peer
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """This call lasts."""
