@@ -436,12 +436,12 @@ async def test_keys_of_state_make_no_message_larger_than_one_may_be(served: Runn
     note = v1.Value(string_value="x" * 250_000)
     await served.state.PutState(v1.PutStateRequest(name=f"{session}/state", key="note", value=note))
     part = v1.Part(state_key="note")
-    for messages in ([v1.Message(parts=[part] * 4)], [v1.Message(parts=[part] * 3)] * 3):
+    for messages in ([v1.Message(parts=[part] * 4)], [v1.Message(parts=[part] * 3)] * 4):
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await served.messages.AppendMessages(v1.AppendMessagesRequest(parent=session, messages=messages))
         assert reason_of(refused.value) == "PAYLOAD_TOO_LARGE"
-    fine = v1.AppendMessagesRequest(parent=session, messages=[v1.Message(parts=[part] * 3)] * 2)
-    assert len((await served.messages.AppendMessages(fine)).messages) == 2
+    fine = v1.AppendMessagesRequest(parent=session, messages=[v1.Message(parts=[part] * 3)] * 3)
+    assert len((await served.messages.AppendMessages(fine)).messages) == 3
 
 
 async def test_large_json_is_a_blob_too(served: Running, session: str, model: OpenAIServer) -> None:
@@ -636,7 +636,7 @@ async def test_two_hundred_megabytes_pass_through_a_server_that_stays_small(tmp_
             count += len(piece)
         assert (count, read.hexdigest()) == (size, expected.hexdigest())
         grown = peak(server) - before
-        assert grown < 60 * MIB, f"the server grew by {grown >> 20} MiB"
+        assert grown < 100 * MIB, f"the server grew by {grown >> 20} MiB"
         assert proxy.sent < size + 40 * MIB, f"{proxy.sent >> 20} MiB went over the wire"
     assert await server.stop() == 0
 

@@ -98,6 +98,7 @@ async def test_answers_that_nobody_reads_are_bounded_and_keep_nobody_else_waitin
             # What a write answers is told whatever waits: its caller has to hear of it.
             append = v1.UpdateStateRequest(name="sessions/s/state")
             append.ops.add(key="list", append=v1.Value(bool_value=True))
+            await until(lambda: gate.unread < 1 << 20)
             before = gate.unread
             await deaf.call(UPDATE, append.SerializeToString())
             await until(lambda: gate.unread > before + (200 << 10))
