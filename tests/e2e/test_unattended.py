@@ -111,8 +111,8 @@ async def ended(served: Running, run: str, session: str = "s") -> v1.Run:
     return found
 
 
-# What is put off. Each goes up to the moment from which a store may fail, arms the failure, and lets time or the queue do
-# the rest; it returns how the runs are to end.
+# What is put off. Each goes up to the moment from which a store may fail, arms the failure, and lets time or the queue
+# do the rest; it returns how the runs are to end.
 
 
 @dataclass
@@ -359,7 +359,9 @@ def ends_a_run(commit: Commit) -> bool:
 async def test_a_worker_whose_end_is_refused_is_given_another_one(away: Sequence[str]) -> None:
     """Also when the store is away as it is looked for, or as the other one begins."""
     model = Model()
-    inner = await store_with([Fault(method, Mode.PASSING) for method in away], lambda *_, **__: refusing.calls, "memory:")
+    inner = await store_with(
+        [Fault(method, Mode.PASSING) for method in away], lambda *_, **__: refusing.calls > 0, "memory:"
+    )
     refusing = Failing(inner, "commit", Mode.FOR_GOOD, times=2, counts=ends_a_run)
     async with running(refusing.store, {"model": model}) as served:
         await prepared(served)
