@@ -4,11 +4,13 @@ import os
 import random
 import shutil
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.support import failing
 
 SEED = "NOTECASE_SEED"
 """The variable with the number by which cases are made up."""
@@ -46,6 +48,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Shuffles the tests alike in every process of one run."""
     if os.environ.get(SHUFFLE):
         random.Random(os.environ[SEED]).shuffle(items)
+
+
+@pytest.fixture(autouse=True)
+def _every_fault_comes() -> Iterator[None]:
+    """Fails a test in which a store was told to fail, and did not."""
+    failing.unfired.clear()
+    yield
+    assert [] == [str(left) for left in failing.unfired]
 
 
 @pytest.fixture(scope="session")

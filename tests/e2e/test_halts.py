@@ -16,6 +16,7 @@ from notecase_server.models.openai import OpenAIProvider
 from notecase_server.serve import now, open_store
 from notecase_server.store.contract import Commit, Committed, Store
 from notecase_server.store.fold import ENDED
+from notecase_server.tools.clock import Clock
 from notecase_server.tools.contract import Outcome
 from notecase_server.tools.functions import CallContext, tool
 from notecase_server.tools.toolbox import make_toolbox
@@ -121,8 +122,8 @@ async def test_a_result_that_is_there_when_a_halt_comes_is_kept_with_what_it_cha
     away, there, halted = asyncio.Event(), asyncio.Event(), asyncio.Event()
     execute, halt = Calls._execute, Worker.halt
 
-    async def executed(calls: Calls, call: v1.ToolCall) -> tuple[Outcome, Sequence[v1.StateOp]]:
-        result = await execute(calls, call)
+    async def executed(calls: Calls, call: v1.ToolCall, clock: Clock) -> tuple[Outcome, Sequence[v1.StateOp]]:
+        result = await execute(calls, call, clock)
         if call.tool == "second":
             there.set()
         return result

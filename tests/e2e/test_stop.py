@@ -4,11 +4,12 @@ from pathlib import Path
 
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from notecase import v1
 
 from tests.e2e.driving import said
 from tests.support.crashing import GATE, Crashing, Gate
-from tests.support.openai_server import OpenAIServer, tool_calls
+from tests.support.openai_server import OpenAIServer, reply, tool_calls
 
 GRACE = 0.2
 
@@ -36,4 +37,25 @@ async def test_a_tool_that_does_not_stop_does_not_keep_the_process(
         assert 0 == await server.stop()
     log = (tmp_path / "log").read_text()
     assert "server_stopped" in log
+    assert "server_left" in log
+
+
+async def test_a_tool_that_does_not_heed_its_time_out_keeps_neither_its_run_nor_the_process(
+    tmp_path: Path, model: OpenAIServer
+) -> None:
+    """The call fails, the run comes to its end, and the log names the tool that goes on."""
+    model.script(tool_calls(("cling", "{}")), reply("Without it."))
+    async with Gate() as gate, await launched(tmp_path, model, gate) as server:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            clings = v1.Tool(name="cling", server=v1.ServerTool(function="cling"), timeout=Duration(nanos=200_000_000))
+            agent = v1.Agent(llm=v1.LlmAgent(model="m", tools=[clings]))
+            await v1.AgentServiceStub(channel).CreateAgent(v1.CreateAgentRequest(agent_id="a", agent=agent))
+            start = v1.StartRun(new_session=v1.Session(name="sessions/s", agent="agents/a"), messages=[said("Go")])
+            run = (await v1.RunServiceStub(channel).Invoke(v1.InvokeRequest(start=start))).run
+            assert (v1.Run.STATE_SUCCEEDED, "Without it.") == (run.state, run.reply.parts[0].text)
+            told = model.requests[1]["messages"][-1]
+            assert "The tool took longer than 0.2 seconds." in told["content"]
+        assert 0 == await server.stop()
+    log = (tmp_path / "log").read_text()
+    assert 1 == log.count("task_stuck")
     assert "server_left" in log

@@ -2,22 +2,24 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+import structlog
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import error_details_pb2
 from notecase import v1
 from notecase_server import errors
-from notecase_server.engine import upkeep
+from notecase_server.engine import timers, upkeep
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Text
 from notecase_server.rpc.watch import Pace
 from notecase_server.serve import now, open_store
-from notecase_server.store.contract import Commit
+from notecase_server.store.contract import Clock, Commit, Store
 from notecase_server.store.fold import ENDED
 
 from tests.e2e.driving import detail_of, log_of, reason_of, said
@@ -34,7 +36,7 @@ SECONDS = 60.0
 
 
 class Model:
-    """Calls the tool that the last message names, holds its reply for "hold" until `let` is set, and says something
+    """Calls the tools that the last message names, holds its reply for "hold" until `let` is set, and says something
     otherwise."""
 
     def __init__(self) -> None:
@@ -56,8 +58,9 @@ class Model:
                 await self.let.wait()
             if text.startswith("odd"):
                 raise asyncio.CancelledError
-            if last.role == v1.Message.ROLE_USER and any(tool.name == text for tool in request.tools):
-                yield Call(0, text, "{}")
+            if last.role == v1.Message.ROLE_USER and {*text.split()} <= {tool.name for tool in request.tools}:
+                for number, name in enumerate(text.split()):
+                    yield Call(number, name, "{}")
             yield Text("Done.")
             yield Finish("stop", v1.Usage())
         finally:
@@ -69,7 +72,7 @@ class Model:
 
 TOOLS = (
     v1.Tool(name="look", client=v1.ClientTool()),
-    v1.Tool(name="late", client=v1.ClientTool(), timeout=Duration(nanos=200_000_000)),
+    v1.Tool(name="late", client=v1.ClientTool(), timeout=Duration(seconds=3600)),
     v1.Tool(name="ask", client=v1.ClientTool(), requires_approval=True),
 )
 
@@ -108,58 +111,145 @@ async def ended(served: Running, run: str, session: str = "s") -> v1.Run:
     return found
 
 
-# What is put off, up to the moment from which a store may fail; then how it ends.
+# What is put off. Each goes up to the moment from which a store may fail, arms the failure, and lets time or the queue
+# do the rest; it returns how the runs are to end.
 
 
-async def queued_start(served: Running, model: Model) -> Mapping[str, int]:
-    await start(served, "hold", "one")
-    await model.arrived.acquire()
-    await start(served, "hi", "two", on_busy=QUEUE)
+@dataclass
+class Scene:
+    served: Running
+    model: Model
+    clock: ManualClock
+    arm: Callable[[], None]
+
+
+async def queued_start(scene: Scene) -> Mapping[str, int]:
+    await start(scene.served, "hold", "one")
+    await scene.model.arrived.acquire()
+    await start(scene.served, "hi", "two", on_busy=QUEUE)
+    scene.arm()
+    scene.model.let.set()
     return {"one": SUCCEEDED, "two": SUCCEEDED}
 
 
-async def input_timeout(served: Running, _: Model) -> Mapping[str, int]:
-    await start(served, "ask", "one", limits=v1.Limits(input_timeout=Duration(nanos=300_000_000)))
-    await rests(served, "one")
+async def input_timeout(scene: Scene) -> Mapping[str, int]:
+    await start(scene.served, "ask", "one", limits=v1.Limits(input_timeout=Duration(seconds=3600)))
+    await rests(scene.served, "one")
+    scene.arm()
+    scene.clock.now += 3_600_000_000
     return {"one": SUCCEEDED}
 
 
-async def tool_timeout(served: Running, _: Model) -> Mapping[str, int]:
-    await start(served, "late", "one")
-    await rests(served, "one")
+async def tool_timeout(scene: Scene) -> Mapping[str, int]:
+    await start(scene.served, "late", "one")
+    await rests(scene.served, "one")
+    scene.arm()
+    scene.clock.now += 3_600_000_000
     return {"one": SUCCEEDED}
 
 
-async def cancel_after(served: Running, model: Model) -> Mapping[str, int]:
-    await start(served, "look", "one", disconnect=v1.Disconnect(cancel_after=Duration(nanos=200_000_000)))
+async def denial(scene: Scene) -> Mapping[str, int]:
+    """A message waits for the result of one call, and then takes the place of the other one's approval."""
+    await start(scene.served, "look ask", "one")
+    waits = await rests(scene.served, "one")
+    more = v1.RunRequest(input=v1.UserInput(messages=[said("Rather not.")]))
+    await scene.served.runs.SendCommand(v1.SendCommandRequest(session="sessions/s", command=more))
+    scene.arm()
+    result = v1.RunRequest(tool_result=v1.ToolResult(call_id=waits.pending_calls[0].call_id))
+    await scene.served.runs.SendCommand(v1.SendCommandRequest(session="sessions/s", command=result))
+    return {"one": SUCCEEDED}
+
+
+async def cancel_after(scene: Scene) -> Mapping[str, int]:
+    """The only stream goes away."""
+    watch = v1.WatchEventsRequest(name="sessions/s", options=v1.WatchOptions(keep_open=True))
+    stream = scene.served.runs.WatchEvents(watch)
+    await stream.read()
+    await start(scene.served, "look", "one", disconnect=v1.Disconnect(cancel_after=Duration(nanos=1_000_000)))
+    await rests(scene.served, "one")
+    scene.arm()
+    stream.cancel()
     return {"one": CANCELLED}
 
 
-Putting = Callable[[Running, Model], Awaitable[Mapping[str, int]]]
+Putting = Callable[[Scene], Awaitable[Mapping[str, int]]]
 
-FAULTS = [
-    *(Fault(name, Mode.PASSING) for name in ("commit", "claim", "get_session", "read_events", "active_run")),
-    *(Fault(name, Mode.PASSING) for name in ("list_messages", "get_run", "find_commit", "idle_runs")),
-    *(Fault(name, Mode.AFTER) for name in ("commit", "claim")),
+WRITES = [
+    (Fault("commit", Mode.PASSING),),
+    (Fault("commit", Mode.AFTER),),
+    (Fault("commit", Mode.AFTER), Fault("find_commit", Mode.PASSING)),
 ]
+READS: Mapping[Putting, Sequence[str]] = {
+    queued_start: ("get_session", "active_run", "read_events"),
+    input_timeout: ("get_session", "active_run", "list_messages"),
+    tool_timeout: ("get_session", "active_run", "list_messages"),
+    denial: ("get_session", "active_run", "list_messages", "read_events"),
+    cancel_after: ("get_session", "active_run", "list_messages", "get_run"),
+}
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
-@pytest.mark.parametrize("putting", [queued_start, input_timeout, tool_timeout, cancel_after])
-async def test_what_is_put_off_outlives_a_store_that_fails_once(putting: Putting, fault: Fault) -> None:
-    armed, model = asyncio.Event(), Model()
-    inner = await open_store("memory:", now)
-    failing = Failing(inner, *fault, counts=lambda *_, **__: armed.is_set())
-    async with running(failing.store, {"model": model}, grace=0.2) as served:
+def unasked(*_: object, **__: object) -> bool:
+    """Counts what is done behind no call of a client."""
+    return not structlog.contextvars.get_contextvars()
+
+
+def by_the_queue(*_: object, **__: object) -> bool:
+    """Counts what the duty does that starts queued runs, and not the run before."""
+    task = asyncio.current_task()
+    return task is not None and task.get_name() == "start"
+
+
+async def store_with(faults: Sequence[Fault], counts: Callable[..., bool], url: str, clock: Clock = now) -> Store:
+    """A store with each of these faults, once."""
+    store = await open_store(url, clock)
+    for fault in faults:
+        store = Failing(store, *fault, counts=counts).store
+    return store
+
+
+def named(case: object) -> str:
+    return " and ".join(map(str, case)) if isinstance(case, tuple) else getattr(case, "__name__", "")
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Upkeep and timers look often."""
+    monkeypatch.setattr(upkeep, "REPAIR_SECONDS", 0.05)
+    monkeypatch.setattr(timers, "LOOK_SECONDS", 0.02)
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize(
+    ("putting", "faults"),
+    [
+        (putting, faults)
+        for putting, reads in READS.items()
+        for faults in (*WRITES, *((Fault(method, Mode.PASSING),) for method in reads))
+    ],
+    ids=named,
+)
+async def test_what_is_put_off_outlives_a_store_that_fails_once(putting: Putting, faults: Sequence[Fault]) -> None:
+    armed, model, clock = asyncio.Event(), Model(), ManualClock()
+    mine = by_the_queue if putting is queued_start else unasked
+    store = await store_with(faults, lambda *_, **__: armed.is_set() and mine(), "memory:", clock)
+    async with running(store, {"model": model}, grace=0.2, clock=clock) as served:
         await prepared(served)
-        ends = await putting(served, model)
-        armed.set()
-        model.let.set()
+        ends = await putting(Scene(served, model, clock, armed.set))
         assert ends == {run: (await ended(served, run)).state for run in ends}
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
-async def test_a_takeover_outlives_a_store_that_fails_once(tmp_path: Path, fault: Fault) -> None:
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize(
+    "faults",
+    [
+        *WRITES,
+        *((Fault("claim", mode),) for mode in (Mode.PASSING, Mode.AFTER)),
+        *((Fault(name, Mode.PASSING),) for name in ("active_runs", "get_session", "active_run")),
+        *((Fault(name, Mode.PASSING),) for name in ("list_messages", "read_events")),
+    ],
+    ids=named,
+)
+async def test_a_takeover_outlives_a_store_that_fails_once(tmp_path: Path, faults: Sequence[Fault]) -> None:
     url = f"sqlite:{tmp_path / 'n.db'}"
     before = Model()
     async with running(url, {"model": before}, grace=0.1) as served:
@@ -171,7 +261,7 @@ async def test_a_takeover_outlives_a_store_that_fails_once(tmp_path: Path, fault
             await before.arrived.acquire()
     after = Model()
     after.let.set()
-    async with running(Failing(await open_store(url, now), *fault).store, {"model": after}) as served:
+    async with running(await store_with(faults, unasked, url), {"model": after}) as served:
         for session, run in (("s", "one"), ("s", "two"), ("t", "one")):
             assert SUCCEEDED == (await ended(served, run, session)).state
 
@@ -189,7 +279,7 @@ async def test_a_queued_start_that_is_refused_for_good_fails_and_the_next_has_it
 ) -> None:
     model = Model()
     inner = await open_store("memory:", now)
-    failing = Failing(inner, "commit", Mode.FOR_GOOD, times=1 << 30, refuse=refuse, counts=starts("two"))
+    failing = Failing(inner, "commit", Mode.FOR_GOOD, times=None, refuse=refuse, counts=starts("two"))
     async with running(failing.store, {"model": model}) as served:
         await prepared(served)
         await start(served, "hold", "one")
@@ -207,7 +297,7 @@ async def test_a_queued_start_that_breaks_the_server_fails_and_the_next_has_its_
     """An exception that is no refusal, each time."""
     model = Model()
     inner = await open_store("memory:", now)
-    failing = Failing(inner, "commit", Mode.FOR_GOOD, times=1 << 30, refuse=RuntimeError, counts=starts("two"))
+    failing = Failing(inner, "commit", Mode.FOR_GOOD, times=None, refuse=RuntimeError, counts=starts("two"))
     async with running(failing.store, {"model": model}) as served:
         await prepared(served)
         await start(served, "hold", "one")
@@ -232,14 +322,14 @@ async def test_a_poisoned_queue_that_a_start_of_the_server_finds_is_repaired(tmp
     after = Model()
     after.let.set()
     inner = await open_store(url, now)
-    failing = Failing(inner, "commit", Mode.FOR_GOOD, times=1 << 30, counts=starts("two"))
+    failing = Failing(inner, "commit", Mode.FOR_GOOD, times=None, counts=starts("two"))
     async with running(failing.store, {"model": after}) as served:
         found = {run: (await ended(served, run)).state for run in ("one", "two", "three")}
     assert found == {"one": SUCCEEDED, "two": FAILED, "three": SUCCEEDED}
 
 
 async def test_a_cancelled_first_start_does_not_fail_the_one_behind_it() -> None:
-    """It is cancelled at the moment at which its start is refused."""
+    """The cancel comes at the moment at which its start is refused, and finds that it has failed."""
     model = Model()
     inner = await open_store("memory:", now)
     failing = Failing(inner, "commit", Mode.FOR_GOOD, counts=starts("two"))
@@ -250,12 +340,11 @@ async def test_a_cancelled_first_start_does_not_fail_the_one_behind_it() -> None
         await start(served, "hi", "three", on_busy=QUEUE)
         model.let.set()
         await failing.failed.wait()
-        try:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
             await served.runs.CancelRun(v1.CancelRunRequest(name="sessions/s/runs/two"))
-        except grpc.aio.AioRpcError as error:
-            assert reason_of(error) == "RUN_ENDED"
+        assert "RUN_ENDED" == reason_of(refused.value)
         assert SUCCEEDED == (await ended(served, "three")).state
-        assert (await ended(served, "two")).state in {FAILED, CANCELLED}
+        assert FAILED == (await ended(served, "two")).state
 
 
 # Workers that are lost.
@@ -265,11 +354,16 @@ def ends_a_run(commit: Commit) -> bool:
     return any(event.run_state_changed.state in ENDED for event in commit.events)
 
 
-async def test_a_worker_whose_end_is_refused_is_given_another_one() -> None:
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("away", [(), ("idle_runs",), ("claim",)], ids=named)
+async def test_a_worker_whose_end_is_refused_is_given_another_one(away: Sequence[str]) -> None:
+    """Also when the store is away as it is looked for, or as the other one begins."""
     model = Model()
-    inner = await open_store("memory:", now)
-    failing = Failing(inner, "commit", Mode.FOR_GOOD, times=2, counts=ends_a_run)
-    async with running(failing.store, {"model": model}) as served:
+    inner = await store_with(
+        [Fault(method, Mode.PASSING) for method in away], lambda *_, **__: refusing.calls > 0, "memory:"
+    )
+    refusing = Failing(inner, "commit", Mode.FOR_GOOD, times=2, counts=ends_a_run)
+    async with running(refusing.store, {"model": model}) as served:
         await prepared(served)
         await start(served, "hi", "one")
         one = await ended(served, "one")
@@ -349,10 +443,10 @@ async def test_one_damaged_session_of_a_hundred_keeps_nobody_from_going_on(tmp_p
         for name in names:
             if name not in {"s7", "s8"}:
                 assert SUCCEEDED == (await ended(served, "one", name)).state
-        for name in ("s7", "s8"):
+        for name, reason in (("s7", "STORE_UNAVAILABLE"), ("s8", "RUN_ACTIVE")):
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await start(served, "hi", "two", name)
-            assert reason_of(refused.value) in {"STORE_UNAVAILABLE", "RUN_ACTIVE"}
+            assert reason == reason_of(refused.value)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await served.runs.GetRun(v1.GetRunRequest(name="sessions/s8/runs/one"))
         assert reason_of(refused.value) == "STORE_UNAVAILABLE"
@@ -369,7 +463,7 @@ async def test_no_more_runs_are_at_work_than_there_are_places_however_they_came_
     before = Model()
     held, waiting = ["h1", "h2", "h3", "h4"], ["w1", "w2", "w3"]
     async with running(url, {"model": before}, grace=0.1) as served:
-        await prepared(served, *held, *waiting)
+        await prepared(served, *held, *waiting, "idle")
         for name in held:
             await start(served, "hold", "one", name)
             await start(served, "hi", "two", name, on_busy=QUEUE)
@@ -386,9 +480,10 @@ async def test_no_more_runs_are_at_work_than_there_are_places_however_they_came_
             call = (await rests(served, "one", name)).pending_calls[0]
             command = v1.RunRequest(tool_result=v1.ToolResult(call_id=call.call_id))
             await served.runs.SendCommand(v1.SendCommandRequest(session=f"sessions/{name}", command=command))
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await start(served, "hi", "new", "w1", on_busy=v1.StartRun.ON_BUSY_REJECT)
-        assert reason_of(refused.value) in {"RUN_ACTIVE", "RATE_LIMITED"}
+        for name, reason in (("w1", "RUN_ACTIVE"), ("idle", "RATE_LIMITED")):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await start(served, "hi", "new", name, on_busy=v1.StartRun.ON_BUSY_REJECT)
+            assert reason == reason_of(refused.value)
         after.let.set()
         runs = [*((name, "one") for name in held + waiting), *((name, "two") for name in held)]
         for name, run in runs:
@@ -415,7 +510,7 @@ async def test_a_start_beyond_the_places_is_refused_and_nothing_of_it_is_kept() 
 
 async def test_a_start_in_place_of_a_run_that_waits_is_refused_before_anything_is_sealed() -> None:
     model = Model()
-    async with running("memory:", {"model": model}, max_runs=1) as served:
+    async with running("memory:", {"model": model}, max_runs=1, grace=0.1) as served:
         await prepared(served, "s", "t")
         await start(served, "look", "one")
         waits = await rests(served, "one")
@@ -492,4 +587,4 @@ async def test_who_waits_for_a_run_hears_of_the_deletion_of_its_session_at_once(
         await served.sessions.DeleteSession(v1.DeleteSessionRequest(name="sessions/s"))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await asyncio.wait_for(waiting, SECONDS)
-        assert reason_of(refused.value) in {"SESSION_NOT_FOUND", "RUN_NOT_FOUND"}
+        assert "SESSION_NOT_FOUND" == reason_of(refused.value)

@@ -5,7 +5,8 @@
         ...
         await failing.failed.wait()
 
-`FAULTS` parametrises one test over every method and mode, and `faults("commit", "update_state")` over some methods.
+A test whose Failing has not failed as often as it was told to fails (`unfired`). `FAULTS` parametrises one test over
+every method and mode, and `faults("commit", "update_state")` over some methods.
 """
 
 import asyncio
@@ -53,13 +54,19 @@ def faults(*methods: str) -> list[Fault]:
 FAULTS = faults(*METHODS)
 
 
+unfired: "set[Failing]" = set()
+"""Those of the test under way that have failures left. A fixture of every test asserts at its end that there are
+none: a fault that never came has shown nothing."""
+
+
 def refusal() -> NotecaseError:
     """Makes the refusal of Mode.FOR_GOOD where a test chooses no other."""
     return errors.too_large("The commit", 2, 1)
 
 
 class Failing:
-    """A store that fails at the `nth` call of a method, counted from 1, and at the next `times - 1` calls."""
+    """A store that fails at the `nth` call of a method, counted from 1, and at the next `times - 1` calls; with None at
+    all that follow."""
 
     def __init__(
         self,
@@ -68,7 +75,7 @@ class Failing:
         mode: Mode,
         *,
         nth: int = 1,
-        times: int = 1,
+        times: int | None = 1,
         refuse: Callable[[], BaseException] = refusal,
         counts: Callable[..., bool] = lambda *_, **__: True,
     ) -> None:
@@ -79,12 +86,18 @@ class Failing:
         self.calls = 0
         """Calls that were counted."""
         self.failed = asyncio.Event()
-        """Set once it has failed for the last time."""
+        """Set once it has failed `times` times; without such a bound, once it has failed."""
         self._store = store
         self._fault = Fault(method, mode)
-        self._failures = range(nth, nth + times)
+        self._first = nth
+        self._last = nth if times is None else nth + times - 1
+        self._ever = times is None
         self._refuse = refuse
         self._counts = counts
+        unfired.add(self)
+
+    def __str__(self) -> str:
+        return f"{self._fault}, {self.calls} calls"
 
     @property
     def store(self) -> Store:
@@ -100,10 +113,11 @@ class Failing:
             if not self._counts(*arguments, **named):
                 return await member(*arguments, **named)
             self.calls += 1
-            if self.calls not in self._failures:
+            if self.calls < self._first or (self.calls > self._last and not self._ever):
                 return await member(*arguments, **named)
-            if self.calls == self._failures[-1]:
+            if self.calls == self._last:
                 self.failed.set()
+                unfired.discard(self)
             if self._fault.mode is Mode.FOR_GOOD:
                 raise self._refuse()
             if self._fault.mode is Mode.AFTER:

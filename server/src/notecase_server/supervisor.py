@@ -18,7 +18,7 @@ import asyncio
 import contextvars
 import random
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator
 from typing import Any, TypeVar
 
 import structlog
@@ -74,8 +74,12 @@ class Tasks:
 
     def __init__(self, owner: str) -> None:
         """`owner` is its name in the log."""
+        self.stuck: Counter[str] = Counter()
+        """Tasks that ignored their cancellation, by name."""
         self._owner = owner
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._left: set[asyncio.Task[Any]] = set()
+        """Those of them that are not waited for any more."""
 
     def start(self, work: Coroutine[Any, Any, T], name: str = "", *, fresh: bool = False) -> asyncio.Task[T]:
         """Begins work whose end the owner awaits or does not depend on. With `fresh` the log's context is empty there:
@@ -88,6 +92,7 @@ class Tasks:
 
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
+        self._left.discard(task)
         if task.cancelled():
             return
         error = task.exception()
@@ -95,20 +100,25 @@ class Tasks:
             log.error("task_crashed", owner=self._owner, task=task.get_name(), exc_info=error)
 
     async def close(self, grace: float = 0.0) -> int:
-        """Waits for the tasks for up to `grace` seconds and cancels those that are left; returns how many those were.
-        A task that ignores its cancellation is left behind after another second, and named in the log."""
-        if not self._tasks:
-            return 0
-        late = set(self._tasks)
-        if grace > 0:
-            _, late = await asyncio.wait(self._tasks, timeout=grace)
+        """Waits for the tasks for up to `grace` seconds and ends those that are left; returns how many those were."""
+        late = self._tasks - self._left
+        if late and grace > 0:
+            _, late = await asyncio.wait(late, timeout=grace)
+        await self.end(late)
+        return len(late)
+
+    async def end(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
+        """Cancels tasks of this owner and waits for them. One that ignores that for STUCK_SECONDS is left behind: it is
+        named in the log and counted, and nobody waits for it again."""
+        late = {*tasks} - self._left
         for task in late:
             task.cancel()
         if late:
             _, stuck = await asyncio.wait(late, timeout=STUCK_SECONDS)
             for task in stuck:
                 log.error("task_stuck", owner=self._owner, task=task.get_name())
-        return len(late)
+                self.stuck[task.get_name()] += 1
+            self._left |= stuck
 
 
 STUCK_SECONDS = 1.0
@@ -153,6 +163,15 @@ class Supervisor:
     def start(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """Begins work whose owner watches it; it is held here and ended by `drain`."""
         return self._work.start(work, name)
+
+    async def end(self, tasks: Iterable[asyncio.Task[Any]]) -> None:
+        """Ends what `start` began: see Tasks.end."""
+        await self._work.end(tasks)
+
+    @property
+    def stuck(self) -> Counter[str]:
+        """Tasks of `start` that went on although they were cancelled, by name."""
+        return self._work.stuck
 
     def duty(
         self,

@@ -14,7 +14,7 @@ from notecase_server.engine.run_log import LOST, RunLog
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import PAGE_BYTES
 from notecase_server.store.fold import ops_fit
-from notecase_server.supervisor import Tasks
+from notecase_server.supervisor import Tasks, is_own_end
 from notecase_server.tools.clock import Clock
 from notecase_server.tools.contract import CallContext, Outcome
 
@@ -29,8 +29,11 @@ class Calls:
         self._log = run_log
         self._stirred = stirred
         self._questions = Questions(run_log, stirred)
+        self._supervisor = run_log.services.supervisor
         self._tasks: dict[str, asyncio.Task[Result]] = {}
         self._owned = Tasks("calls")
+        self._tools: set[asyncio.Task[Result]] = set()
+        """What runs in a tool: held by the supervisor, since a tool may go on longer than its run."""
 
     def __bool__(self) -> bool:
         return bool(self._tasks)
@@ -41,7 +44,7 @@ class Calls:
         self._questions.hand_out()
         for call in self._log.started:
             if call.call_id not in self._tasks:
-                self._tasks[call.call_id] = self._owned.start(self._execute(call), f"call {call.call_id}")
+                self._tasks[call.call_id] = self._owned.start(self._timed(call), f"call {call.call_id}")
 
     async def wait(self) -> None:
         """Returns when a call has ended, or when the event is set."""
@@ -63,9 +66,10 @@ class Calls:
             self.stop(call_id)
 
     async def close(self) -> None:
-        """Stops all calls and waits until their tools have let go."""
+        """Stops all calls and waits until their tools have let go, except for those that do not."""
         self.stop_all()
         await self._owned.close()
+        await self._supervisor.end(self._tools)
 
     async def keep(self) -> None:
         """Commits the results that are there, and what calls ask."""
@@ -104,29 +108,43 @@ class Calls:
                 return [*ledger.unasked(asked, "The call has ended."), ledger.finished(call, kept), *changed]
         return []
 
-    async def _execute(self, call: v1.ToolCall) -> Result:
+    async def _timed(self, call: v1.ToolCall) -> Result:
+        """Runs one call within its tool's time. A tool that does not stop then has no say in how the call ends."""
+        tool = ledger.declaration(self._log.agent, self._log.run, call)
+        seconds = tool.timeout.ToMicroseconds() / 1e6 if tool.HasField("timeout") else None
+        clock = Clock(seconds)
+        work = self._supervisor.start(self._execute(call, clock), call.tool)
+        self._tools.add(work)
+        work.add_done_callback(self._tools.discard)
+        try:
+            async with clock:
+                await asyncio.wait([work])
+        except TimeoutError:
+            if work.done():
+                return _result(work)
+            await self._supervisor.end([work])
+            return Outcome(error=f"The tool took longer than {seconds:g} seconds."), []
+        except asyncio.CancelledError:
+            work.cancel()
+            raise
+        return _result(work)
+
+    async def _execute(self, call: v1.ToolCall, clock: Clock) -> Result:
         """Runs one call. A tool that is broken is a failed call, whatever it raises: the model learns that much, the
         log the rest."""
         if not call.HasField("binding"):
             return Outcome(error=f"There is no tool {call.tool!r}."), []
-        tool = ledger.declaration(self._log.agent, self._log.run, call)
-        seconds = tool.timeout.ToMicroseconds() / 1e6 if tool.HasField("timeout") else None
-        clock = Clock(seconds)
         where = self._where(call, clock)
+        toolbox = self._log.services.toolbox
         try:
-            async with clock:
-                toolbox = self._log.services.toolbox
-                outcome = await toolbox.call(call.binding, ledger.arguments_of(call) or {}, where)
+            outcome = await toolbox.call(call.binding, ledger.arguments_of(call) or {}, where)
         except NotecaseError as error:
             return Outcome(error=error.message), []
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            if is_own_end():
                 raise
             return self._broken(call, "CancelledError"), []
         except BaseException as error:  # noqa: BLE001  (also what would end the process: a tool has no say in that)
-            if clock.expired:
-                return Outcome(error=f"The tool took longer than {seconds:g} seconds."), []
             return self._broken(call, type(error).__name__, error), []
         size = sum(op.ByteSize() for op in where.ops)
         if size > PAGE_BYTES:

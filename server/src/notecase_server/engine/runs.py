@@ -1,5 +1,7 @@
 """Puts the runs of one process together from their rooms."""
 
+import asyncio
+
 from notecase_server.engine.admission import Admission
 from notecase_server.engine.at_rest import AtRest
 from notecase_server.engine.commands import Commands
@@ -25,7 +27,10 @@ class Runs:
         self.upkeep = Upkeep(sessions, services, self.roster, self.admission, self.commands, poll_seconds)
 
     async def drain(self, grace: float) -> None:
-        """Takes nothing new, lets replies and calls under way come to their end for up to `grace` seconds, then lets
-        go. A run that has not ended stays as it is in the store, for the next process to take over."""
+        """Takes nothing new, lets replies and calls under way come to their end, and then what else is under way, for
+        up to `grace` seconds together; then lets go. A run that has not ended stays as it is in the store, for the next
+        process to take over."""
+        now = asyncio.get_running_loop().time
+        until = now() + grace
         await self.roster.drain(grace)
-        await self._services.supervisor.drain(grace)
+        await self._services.supervisor.drain(max(until - now(), 0))
