@@ -20,8 +20,8 @@ CHANGING = re.compile(
     r'|(?<=")[0-9a-f]{8}-(?=\d+")|(?<="next_page_token": ")[^"]+|(?<=": ")\d+(\.\d+)?s'
     r'|(?<="log_bytes": ")\d+'
 )
-"""Times, the server's ids, the part of an etag that is a time or of a uid, page tokens, durations, and the size of a log,
-in which there are times."""
+"""Times, the server's ids, the part of an etag that is a time or of a uid, page tokens, durations, and the size of a
+log, in which there are times."""
 
 
 def calls() -> list[tuple[str, str]]:
