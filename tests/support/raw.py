@@ -19,12 +19,19 @@ REFLECTION = "grpc.reflection.v1.ServerReflection/ServerReflectionInfo"
 """Its messages are those of v1alpha: only the package differs."""
 
 
+LOST = "Internal error from Core"
+"""What grpc's client says when it writes to a call that has just ended: the status is lost."""
+
+TOO_LONG = "The call went on for too long."
+
+
 class Method(NamedTuple):
     """A method of the server."""
 
     path: str
     """Without the leading slash: `notecase.v1.SessionService/GetSession`."""
     request: type[Message]
+    answer: type[Message]
     client_streams: bool
     server_streams: bool
 
@@ -37,6 +44,8 @@ class Outcome(NamedTuple):
     status: status_pb2.Status | None = None
     """The details; None where there are none."""
     answers: Sequence[bytes] = ()
+    cut: bool = False
+    """It was ended by its caller, or by the caller's library, and not by the server."""
 
     @property
     def reason(self) -> str:
@@ -65,8 +74,8 @@ def methods() -> dict[str, Method]:
     found = {}
     for method in (method for service in services for method in service.methods):
         path = f"{method.containing_service.full_name}/{method.name}"
-        request = message_factory.GetMessageClass(method.input_type)
-        found[path] = Method(path, request, method.client_streaming, method.server_streaming)
+        request, answer = (message_factory.GetMessageClass(of) for of in (method.input_type, method.output_type))
+        found[path] = Method(path, request, answer, method.client_streaming, method.server_streaming)
     alpha = found[REFLECTION.replace("v1.", "v1alpha.")]
     return found | {REFLECTION: alpha._replace(path=REFLECTION)}
 
@@ -84,7 +93,7 @@ async def call(
     metadata: Mapping[str, str] | None = None,
 ) -> Outcome:
     """Sends these frames and reads the answers to their end, or until `most` have come: then the call is cancelled,
-    and its code is OK if nothing has gone wrong by then. Raises TimeoutError when it does not end in time."""
+    and its code is OK if nothing has gone wrong by then. A call that goes on for longer is cancelled, too."""
     method, sent = METHODS[path], list(frames)
     shape = {
         (False, False): channel.unary_unary,
@@ -104,7 +113,11 @@ async def call(
                     answers.append(answer)
                     if len(answers) == most:
                         break
+    except TimeoutError:
+        return Outcome(grpc.StatusCode.CANCELLED, TOO_LONG, None, answers, cut=True)
     except grpc.aio.AioRpcError as error:
+        if error.details() == LOST:
+            return Outcome(grpc.StatusCode.CANCELLED, LOST, None, answers, cut=True)
         return Outcome(error.code(), error.details() or "", _details(error), answers)
     finally:
         started.cancel()
