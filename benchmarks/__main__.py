@@ -23,9 +23,9 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-async def measure(names: Sequence[str], rounds: int, found: list[Values]) -> None:
+async def measure(names: Sequence[str], rounds: int, found: list[Values]) -> list[str]:
     """Goes through the measures round by round, so that what else the machine does at a time hits all of them alike.
-    Each round's values are in `found` as soon as they are known."""
+    Each round's values are in `found` as soon as they are known. Returns what the last one has to say besides."""
     cpus = Cpus.choose()
     os.sched_setaffinity(0, {cpus.load})
     say(f"The server runs on CPU {cpus.server}, the model and the load on CPU {cpus.load}; {rounds} rounds.")
@@ -43,22 +43,23 @@ async def measure(names: Sequence[str], rounds: int, found: list[Values]) -> Non
                 for measure_name in names:
                     say(f"[{time.monotonic() - begun:3.0f} s] round {number}: {measure_name}")
                     found[-1] |= await MEASURES[measure_name](bench)
+            return bench.notes
 
 
 async def run(options: argparse.Namespace) -> int:
     found: list[Values] = []
     names = [name for name in MEASURES if not options.only or name in options.only]
-    late = False
+    late, notes = False, list[str]()
     task = asyncio.current_task()
     assert task is not None
     # As an interrupt does, so that whoever ends this process leaves none of its servers behind.
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         async with asyncio.timeout(options.limit):
-            await measure(names, options.rounds, found)
+            notes = await measure(names, options.rounds, found)
     except TimeoutError:
         late = True
-    for line in table(found):
+    for line in (*table(found), *notes):
         say(line)
     if late:
         say(f"Stopped after {options.limit:g} seconds; the table holds what was measured until then.")
@@ -69,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the server on this machine.")
     parser.add_argument("--only", nargs="+", choices=list(MEASURES), metavar="NAME", help=f"of {', '.join(MEASURES)}")
     parser.add_argument("--rounds", type=int, default=3, help="each measures everything once (default: 3)")
-    parser.add_argument("--limit", type=float, default=420.0, help="seconds after which it stops (default: 420)")
+    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which it stops (default: 600)")
     sys.exit(uvloop.run(run(parser.parse_args())))
 
 

@@ -22,6 +22,7 @@ import openai
 from notecase import Client, v1
 
 from benchmarks import stub
+from benchmarks.hostile import hostile
 from benchmarks.load import CONNECTIONS, SAID, Load, WrongError, lanes
 from benchmarks.processes import Cpus, Process, running_server
 
@@ -56,6 +57,8 @@ class Bench:
     prepared: dict[int, str] = field(default_factory=dict)
     """The session of each length that was asked for."""
     names: Any = field(default_factory=itertools.count)
+    notes: list[str] = field(default_factory=list)
+    """What is to be said besides the table."""
 
     async def cpu(self, work: Awaitable[object]) -> float:
         """The seconds of CPU time that the server spends on work that begins when it is awaited."""
@@ -300,6 +303,17 @@ async def start(bench: Bench) -> Values:
         return {"start": time.perf_counter() - begun, "start-cpu": fresh.server.cpu()}
 
 
+async def loop(bench: Bench) -> Values:
+    """How long one request can keep the server from all others."""
+    held = await hostile(bench.cpus, bench.folder, f"hostile-{next(bench.names)}", bench.model)
+    bench.notes = [f"held the loop longest: {found}" for found in (*held.requests[:5], *held.excepted[:1])]
+    return {
+        "loop-held": held.requests[0].seconds * 1e3,
+        "loop-parser": held.excepted[0].seconds * 1e3,
+        "loop-garbage": held.garbage * 1e3,
+    }
+
+
 MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
     "tokens": tokens,
     "turn": turn,
@@ -311,4 +325,5 @@ MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
     "content": content,
     "many": many,
     "start": start,
+    "loop": loop,
 }

@@ -84,12 +84,14 @@ async def running(cpu: int, log: Path, *arguments: str, env: dict[str, str]) -> 
 
 
 @contextlib.asynccontextmanager
-async def running_server(cpu: int, folder: Path, name: str, model_port: int) -> AsyncIterator[Process]:
-    """`notecase serve` over a new SQLite file `name` in `folder`, with the stub as its model."""
+async def running_server(cpu: int, folder: Path, name: str, model_port: int, *module: str) -> AsyncIterator[Process]:
+    """`notecase serve` over a new SQLite file `name` in `folder`, with the stub as its model; by another `module` with
+    its first arguments, where one is given."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "NOTECASE_"))}
     env |= {"OPENAI_BASE_URL": f"http://127.0.0.1:{model_port}/v1", "OPENAI_API_KEY": "none"}
-    arguments = ("-m", "notecase_server", "serve", "--listen", "127.0.0.1:0", "--store", f"sqlite:{folder / name}.db")
-    async with running(cpu, folder / f"{name}.log", *arguments, env=env) as server:
+    program = ("-m", *(module or ("notecase_server",)))
+    arguments = ("serve", "--listen", "127.0.0.1:0", "--store", f"sqlite:{folder / name}.db")
+    async with running(cpu, folder / f"{name}.log", *program, *arguments, env=env) as server:
         yield server
 
 

@@ -41,6 +41,9 @@ TARGETS: dict[str, Figure] = {
     "content-memory": Figure("peak beside 200 MB uploaded and downloaded", "MiB", 40),
     "errors-32": Figure("errors in turns, 32 at once", "", 0),
     "errors-128": Figure("errors in turns, 128 at once", "", 0),
+    "loop-held": Figure("longest callback of the loop, hostile requests", "ms", 20),
+    "loop-parser": Figure("the same, where Protobuf's parser alone takes longer", "ms", None),
+    "loop-garbage": Figure("longest collection of garbage meanwhile", "ms", None),
     "start": Figure("start to first answer, empty store", "s", 1),
     "start-cpu": Figure("CPU until then", "s", None),
 }

@@ -59,9 +59,13 @@ ROOMS: dict[str, Room] = {
         {"errors", "models.contract", "models.answers", "models.provider_data"}, "A format's reader needs no provider."
     ),
     "models.profiles": Room(set(), "What servers take is data; nothing is asked for it."),
-    "models.request": Room({"errors", "models.contract", "models.profiles"}, "A format's writer needs no provider."),
+    "models.pieces": Room(set(), "How bytes are sent has nothing to do with what they say."),
+    "models.request": Room(
+        {"errors", "models.contract", "models.pieces", "models.profiles"}, "A format's writer needs no provider."
+    ),
     "models.openai": Room(
-        {"errors", "models.contract", "models.answers", "models.chat_stream", "models.profiles", "models.request"},
+        {"errors", "models.contract", "models.answers", "models.chat_stream"}
+        | {"models.pieces", "models.profiles", "models.request"},
         "A provider knows no other.",
     ),
     "models.offline": Room({"errors", "models.contract", "models.answers"}, "A provider knows no other."),

@@ -187,6 +187,17 @@ async def test_text_beside_calls_stays_text_and_the_reply_after_them_is_json(
     assert await note(served, session) == TYPED
 
 
+async def test_words_beside_a_refusal_stay_text_and_make_no_note(served: Running, model: OpenAIServer) -> None:
+    """They are not what the schema asks for, and nobody has looked at them."""
+    session = await opened(served)
+    model.script(stream(chunk({"content": "Let me think."}), chunk({"refusal": "I had rather not."})))
+    await driven(served, session)
+    run = await run_of(served, session)
+    assert (v1.Run.STATE_SUCCEEDED, v1.Error()) == (run.state, run.error)
+    assert [v1.Part(refusal="I had rather not."), v1.Part(text="Let me think.")] == list(run.reply.parts)
+    assert await note(served, session) == "no note"
+
+
 async def test_reasoning_in_between_does_not_part_the_json(served: Running, model: OpenAIServer) -> None:
     session = await opened(served)
     halves = [chunk({"content": VERDICT[:20]}), chunk({"reasoning": "Hm."}), chunk({"content": VERDICT[20:]})]

@@ -4,6 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
+from typing import Any
 
 import liquid
 import pytest
@@ -356,3 +359,60 @@ def test_an_attack_is_refused_or_harmless(name: str, attacked: dict[str, str]) -
     told, expected = attacked[name], ATTACKS[name][1]
     assert expected == told if expected.startswith("= ") else expected in told
     assert len(told) < 300
+
+
+LOOPS = "{% for a in (1..99) %}{% for b in (1..99) %}{% if a == b %}x{% endif %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "threads"),
+    [("{{ draft }}", ["MainThread"]), (LOOPS, ["MainThread", "templates"])],
+    ids=["short work", "long work"],
+)
+async def test_what_takes_long_to_render_is_rendered_in_a_thread(
+    source: str, threads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is begun anew there, and comes to the same."""
+    seen: list[str] = []
+    render_ = template.Template.render
+
+    def noted(self: template.Template, *arguments: Any) -> str:
+        seen.append(threading.current_thread().name.partition("_")[0])
+        return render_(self, *arguments)
+
+    monkeypatch.setattr(template.Template, "render", noted)
+    rendered = await template.parse(source).rendered(states({"draft": "d"}))
+    assert (threads, render(source, {"draft": "d"})) == (seen[: len(threads)], rendered)
+
+
+async def test_a_template_beyond_its_limits_fails_alike_wherever_it_is_rendered() -> None:
+    source = "{% assign s = seed %}" + "{% assign s = s | append: s %}" * 30 + "{{ s }}"
+    with pytest.raises(NotecaseError) as raised:
+        await template.parse(source).rendered(states({"seed": "x" * 100}))
+    assert failure(source, {"seed": "x" * 100}) == raised.value.message
+
+
+async def test_a_long_template_is_parsed_in_a_thread_and_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    lex = template._lex
+
+    def noted(source: str) -> Any:
+        seen.append(threading.current_thread().name.partition("_")[0])
+        return lex(source)
+
+    monkeypatch.setattr(template._LIQUID, "tokenizer", lambda: noted)
+    long = "{{ a }}" + "x" * template.SHORT + str(time.monotonic_ns())
+    first, again = await template.parsed(long), await template.parsed(long)
+    assert (["templates"], True) == (seen, first is again)
+    with pytest.raises(NotecaseError) as raised:
+        await template.parsed("{% if %}" + "x" * template.SHORT)
+    assert v1.ERROR_REASON_TEMPLATE_ERROR == raised.value.reason
+
+
+def test_state_is_charged_for_before_it_is_read() -> None:
+    """A map of the state is turned into plain values, which takes longer than to look at it."""
+    wide = {"wide": {f"k{number}": number for number in range(10_000)}}
+    bound = template.parse("{{ wide.size }}")
+    with pytest.raises(template._LongError):
+        bound.render(states(wide), 50_000)
+    assert "10000" == bound.render(states(wide))

@@ -6,9 +6,27 @@ from typing import Any
 
 import pytest
 from notecase import v1
-from notecase_server.store.contract import And, Compare, Filter, Not, Or, Page, Query, SessionKey, Store
+from notecase_server.store import memory
+from notecase_server.store.contract import And, Compare, Filter, Not, Or, Page, Query, Scope, SessionKey, Store
+from notecase_server.store.memory import MemoryStore
+from notecase_server.store.steps import REPLIES
 
-from tests.store.build import AGENT, EVERYTHING, ManualClock, add, create, edit, ended, names, session_key, start
+from tests.store.build import (
+    AGENT,
+    EVERYTHING,
+    ManualClock,
+    add,
+    changed,
+    create,
+    edit,
+    ended,
+    names,
+    put,
+    remove,
+    replied,
+    session_key,
+    start,
+)
 
 
 def key(session: str) -> SessionKey:
@@ -229,3 +247,58 @@ async def test_no_other_column_can_be_named(store: Store, field: str) -> None:
     await create(store, key("a"))
     with pytest.raises(ValueError, match="column"):
         await store.list_sessions("acme", Query(9, where=Compare(field, "=", "x")))
+
+
+async def test_what_is_deleted_is_gone_from_every_list(store: Store, clock: ManualClock) -> None:
+    for session in "abc":
+        await create(store, key(session))
+        await start(store, f"r-{session}", ended(f"r-{session}"), key=key(session))
+        clock.now += 1
+    await store.delete_session(key("b"))
+    assert ["c", "a"] == await every(lambda query: store.list_sessions("acme", query), 1)
+    runs = ["sessions/c/runs/r-c", "sessions/a/runs/r-a"]
+    assert runs == await every(lambda query: store.list_runs("acme", None, query), 1)
+    assert [] == (await store.list_runs("acme", key("b"), Query(5))).rows
+
+
+async def test_keys_of_a_state_stay_in_order_while_they_come_and_go(store: Store) -> None:
+    await create(store)
+    scope = session_key("acme", "case").state
+    for number in (3, 1, 2, 0):
+        await add(store, changed(put(f"k{number}", number)))
+    await add(store, changed(remove("k1")))
+    await add(store, changed(put("k2", 5)))
+    seen: list[str] = []
+    after: tuple[str | int, ...] | None = None
+    while True:
+        _, page = await store.list_state(scope, Query(1, after))
+        seen += page.rows
+        after = page.next
+        if after is None:
+            break
+    assert ["k0", "k2", "k3"] == seen
+
+
+async def test_a_page_of_runs_has_the_replies_of_all(store: Store) -> None:
+    """However many are read at one go."""
+    await create(store)
+    for number in range(2 * REPLIES + 3):
+        name = f"r{number}"
+        await start(store, name, replied(f"m{number}", name, name), ended(name))
+    page = await store.list_runs("acme", None, Query(1000))
+    assert len(page.rows) == 2 * REPLIES + 3
+    assert {row.name.rpartition("/")[2] for row in page.rows} == {row.reply.parts[0].text for row in page.rows}
+
+
+async def test_the_memory_store_sorts_nothing_for_a_page(clock: ManualClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = MemoryStore(clock)
+    for session in "abc":
+        await create(store, key(session))
+        await start(store, "r", ended("r"), key=key(session))
+    await store.update_state(Scope("acme", "app", ""), [put("k", 1)])
+    monkeypatch.setattr(memory, "sorted", lambda rows, **_: pytest.fail("sorted"), raising=False)
+    assert 3 == len((await store.list_sessions("acme", Query(5))).rows)
+    assert 3 == len((await store.list_runs("acme", None, Query(5))).rows)
+    assert 1 == len((await store.list_runs("acme", key("a"), Query(5))).rows)
+    _, page = await store.list_state(Scope("acme", "app", ""), Query(5))
+    assert ["k"] == page.rows

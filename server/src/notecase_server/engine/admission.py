@@ -1,6 +1,5 @@
 """Admits runs: starts, queues or replaces one, each in one commit."""
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
@@ -9,6 +8,7 @@ import structlog
 from notecase import v1
 
 from notecase_server import errors, names
+from notecase_server.engine.content import digest_of
 from notecase_server.engine.halt import Halt, Replacement
 from notecase_server.engine.opening import INTERRUPT, ROLLBACK, is_answer, opening, way_of
 from notecase_server.engine.rewind import Back, rewound
@@ -74,7 +74,7 @@ class Admission:
         body.CopyFrom(start)
         body.ClearField("options")
         body.ClearField("if_session_uid")
-        digest = hashlib.sha256(body.SerializeToString(deterministic=True)).digest()
+        digest = await digest_of(body.SerializeToString(deterministic=True))
         await self._store.recall(caused.once)
         key = await self._meant(tenant, start)
         try:

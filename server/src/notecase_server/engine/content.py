@@ -183,7 +183,7 @@ class Contents:
     async def load(self, tenant: str, blob: v1.Blob) -> bytes:
         """The whole of it. Raises NotecaseError BLOB_NOT_FOUND and BLOB_CORRUPT."""
         pieces = [piece.chunk async for piece in self.download(tenant, names.parse_blob(blob.name) or "")]
-        return b"".join(pieces)
+        return await asyncio.to_thread(b"".join, pieces) if len(pieces) > 1 else b"".join(pieces)
 
     @contextmanager
     def _holding(self, tenant: str, sha256: str) -> Iterator[None]:
@@ -196,7 +196,7 @@ class Contents:
 
     async def put(self, tenant: str, data: bytes, media_type: str, filename: str = "") -> v1.Blob:
         """Stores content that is at hand."""
-        sha256 = (await asyncio.to_thread(hashlib.sha256, data)).hexdigest()  # it may have megabytes
+        sha256 = (await digest_of(data)).hex()
         await self._store.put_blob(tenant, "", sha256, data)
         return v1.Blob(name=names.blob(sha256), media_type=media_type, filename=filename, size_bytes=len(data))
 
@@ -267,10 +267,15 @@ class Contents:
         return v1.Part(json=json.dumps(_shown(value), ensure_ascii=False))
 
 
+async def digest_of(data: bytes) -> bytes:
+    """Its SHA-256; that of much data is made in a thread."""
+    made = hashlib.sha256(data) if len(data) <= CHUNK_BYTES else await asyncio.to_thread(hashlib.sha256, data)
+    return made.digest()
+
+
 def is_large(part: v1.Part) -> bool:
     """Whether a part of text or JSON becomes a blob."""
-    text = part.text or part.json
-    return len(text) > MAX_PART_BYTES or len(text.encode()) > MAX_PART_BYTES
+    return len(text := part.text or part.json) > MAX_PART_BYTES or len(text.encode()) > MAX_PART_BYTES
 
 
 def _shown(value: v1.Value) -> object:

@@ -37,7 +37,7 @@ async def build(
 
 
 async def _instruction(store: Store, key: SessionKey, user: str, source: str) -> str:
-    parsed = template.parse(source)
+    parsed = await template.parsed(source)
     scopes = {
         "session": key.state,
         "user": Scope(key.tenant, "user", user.removeprefix("users/")) if user else None,
@@ -54,7 +54,7 @@ async def _instruction(store: Store, key: SessionKey, user: str, source: str) ->
         else:
             state = await store.get_state(scope, sorted(wanted))
         values[kind] = {name: entry.value for name, entry in state.entries.items()}
-    return parsed.render(values)
+    return await parsed.rendered(values)
 
 
 async def shown(

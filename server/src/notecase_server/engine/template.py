@@ -12,12 +12,15 @@ stalled: its lexer (its regular expressions backtrack over unclosed tags for min
 neither loops one after another, nor what filters make).
 """
 
+import asyncio
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from io import StringIO
 from typing import Any, Final, TextIO
+from weakref import WeakValueDictionary
 
 from liquid import Environment, Node, RenderContext, Tag, TokenStream
 from liquid.builtin.expressions.primitive import RangeLiteral
@@ -67,6 +70,10 @@ MAX_ITERATIONS: Final = 50_000
 """Of all loops of a render together; a loop counts its whole length when it starts."""
 MAX_WORK: Final = 4 << 20
 """Units of work of a render. At 0.02 to 0.05 µs each it is at most about a fifth of a second, and some 50 MB."""
+LOOP_WORK: Final = MAX_WORK >> 5
+"""Units of work that are done while nobody else is served, about 5 ms: hundreds of times what most templates take."""
+SHORT: Final = 1 << 10
+"""Bytes of a template that is parsed while nobody else is served."""
 
 _TAGS = frozenset(
     {
@@ -108,11 +115,18 @@ class Template:
         self._source = source
         self.keys = keys
 
-    def render(self, state: Mapping[str, Mapping[str, v1.Value]]) -> str:
+    async def rendered(self, state: Mapping[str, Mapping[str, v1.Value]]) -> str:
+        """As `render`; what takes long is done in a thread, begun anew."""
+        try:
+            return self.render(state, LOOP_WORK)
+        except _LongError:
+            return await asyncio.get_running_loop().run_in_executor(_THREAD, self.render, state)
+
+    def render(self, state: Mapping[str, Mapping[str, v1.Value]], most_work: int = MAX_WORK) -> str:
         """The text, at most MAX_OUTPUT bytes of UTF-8. `state` has the values under "session", "user" and "app", at
         least those of `keys`; what is not there is empty. Raises NotecaseError TEMPLATE_ERROR when a limit is exceeded
         or a filter or comparison cannot take its values; the message says where, and quotes nothing of the state."""
-        context = _Context(self._bound, state)
+        context = _Context(self._bound, state, most_work)
         buffer = context.get_buffer()
         try:
             for node in self._bound.nodes:
@@ -121,12 +135,32 @@ class Template:
         except LiquidInterrupt:
             raise errors.template_error("The template has a 'break' or 'continue' outside of a loop.") from None
         except LiquidError as error:
+            if most_work < context.work and most_work < MAX_WORK:
+                raise _LongError from None
             raise errors.template_error(_sentence(error, self._source, "cannot be rendered")) from None
         except RecursionError:
             raise errors.template_error("The template is nested too deeply to be rendered.") from None
         except _UNCAUGHT:
             raise errors.template_error("The template cannot be rendered: its values do not go together.") from None
         return buffer.getvalue()
+
+
+class _LongError(Exception):
+    """A render took more than its share of work."""
+
+
+_THREAD = ThreadPoolExecutor(1, "templates")
+"""Long work on templates, one after the other: each thread more would keep the loop from the interpreter for longer."""
+
+_PARSED: WeakValueDictionary[str, Template] = WeakValueDictionary()
+"""Those that are cached, by their sources."""
+
+
+async def parsed(source: str) -> Template:
+    """As `parse`; a long one is parsed in a thread."""
+    if len(source) <= SHORT or source in _PARSED:
+        return parse(source)
+    return await asyncio.get_running_loop().run_in_executor(_THREAD, parse, source)
 
 
 @lru_cache(maxsize=128)  # A template holds 3 MB at the worst, usually 20 KB.
@@ -147,7 +181,8 @@ def parse(source: str) -> Template:
         keys = _keys(analysis)
         if sum(len(names or ()) for names in keys.values()) > MAX_KEYS:
             raise errors.template_error(f"The template reads more than {MAX_KEYS} state keys.") from None
-        return Template(bound, source, keys)
+        made = _PARSED[source] = Template(bound, source, keys)
+        return made
     except RecursionError:
         raise errors.template_error("The template is nested too deeply.") from None
     except LiquidError as error:
@@ -425,16 +460,22 @@ def _keys(analysis: TemplateAnalysis) -> dict[str, frozenset[str] | None]:
 class _State(dict[str, object]):
     """The names a template starts with, each turned into plain values when first asked for."""
 
-    def __init__(self, state: Mapping[str, Mapping[str, v1.Value]]) -> None:
+    def __init__(self, state: Mapping[str, Mapping[str, v1.Value]], charge: Callable[[int], None]) -> None:
         super().__init__()
         self._state = state
+        self._charge = charge
 
     def __missing__(self, name: str) -> object:
         if name in {"user", "app"}:
-            self[name] = {key: _plain(value) for key, value in self._state.get(name, {}).items()}
+            self[name] = {key: self._plain(value) for key, value in self._state.get(name, {}).items()}
         else:
-            self[name] = _plain(self._state.get("session", {})[name])
+            self[name] = self._plain(self._state.get("session", {})[name])
         return self[name]
+
+    def _plain(self, value: v1.Value) -> object:
+        if value.WhichOneof("kind") in {"list_value", "map_value"}:
+            self._charge(value.ByteSize())
+        return _plain(value)
 
 
 def _plain(value: v1.Value) -> object:
@@ -455,11 +496,14 @@ def _plain(value: v1.Value) -> object:
 class _Context(RenderContext):
     """One render: it resolves names and charges for what is done with them."""
 
-    __slots__ = ("iterations", "work")
+    __slots__ = ("iterations", "most_work", "work")
 
-    def __init__(self, bound: BoundTemplate, state: Mapping[str, Mapping[str, v1.Value]]) -> None:
+    def __init__(
+        self, bound: BoundTemplate, state: Mapping[str, Mapping[str, v1.Value]], most_work: int = MAX_WORK
+    ) -> None:
         super().__init__(bound)
-        self.globals = _State(state)
+        self.most_work = most_work
+        self.globals = _State(state, self.charge)
         # The library's own scope also knows "now" and "today".
         self.scope = ReadOnlyChainMap(self.locals, self.globals, self.counters)
         self.work = 0
@@ -467,12 +511,12 @@ class _Context(RenderContext):
 
     def charge(self, units: int) -> None:
         self.work += units
-        if self.work > MAX_WORK:
+        if self.work > self.most_work:
             raise _ExceededError(f"it takes more than {MAX_WORK} units of work: loops, or values copied too often")
 
     def get(self, path: list[object], *, token: Token | None, default: object = UNDEFINED) -> object:
         value = super().get(path, token=token, default=default)
-        self.charge(20 * self.scope.size() + _size(value))  # A name is looked up scope by scope.
+        self.charge(20 * self.scope.size() + self._size(value))  # A name is looked up scope by scope.
         return value
 
     def raise_for_loop_limit(self, length: int = 1) -> None:
@@ -491,13 +535,13 @@ class _Context(RenderContext):
 
     def _apply(self, name: str, function: Callable[..., object], left: Any, /, *args: Any, **kwargs: Any) -> object:
         """One filter, paid for before and after."""
-        self.charge(60 + _size(left) + sum(map(_size, args)) + sum(map(_size, kwargs.values())))
+        self.charge(60 + self._size(left) + sum(map(self._size, args)) + sum(map(self._size, kwargs.values())))
         if name in _TEXT_FILTERS:
             left, args = _text(left), tuple(map(_text, args))
         elif name in {"truncate", "truncatewords"}:
             left = _text(left)
         try:
-            self.charge(_surcharge(name, left, args))
+            self.charge(_surcharge(name, left, args, self._size))
             result = function(left, *args, **kwargs)
         except _ExceededError:
             raise
@@ -505,11 +549,15 @@ class _Context(RenderContext):
             raise FilterArgumentError(f"the filter '{name}' does not take these values", token=None) from error
         if isinstance(result, int) and not -(1 << 63) <= result < 1 << 63:
             raise _ExceededError("a number has more than 64 bits")
-        self.charge(_size(result))
+        self.charge(self._size(result))
         return result
 
+    def _size(self, value: object) -> int:
+        """Of a value, as far as there is work left."""
+        return _size(value, self.most_work - self.work)
 
-def _surcharge(name: str, left: Any, args: tuple[Any, ...]) -> int:
+
+def _surcharge(name: str, left: Any, args: tuple[Any, ...], size: Callable[[object], int]) -> int:
     """What a filter costs beyond the size of its values: the copies it will make, and comparisons."""
     if name.startswith("replace") and len(args) == 2:
         times = left.count(args[0]) if name == "replace" else 1
@@ -517,9 +565,9 @@ def _surcharge(name: str, left: Any, args: tuple[Any, ...]) -> int:
     if name == "join" and isinstance(left, list | tuple | range) and args:
         return len(left) * len(_text(args[0]))
     if name == "uniq" and isinstance(left, list | tuple | range):
-        return len(left) * _size(left) // 64
+        return len(left) * size(left) // 64
     if name in {"sort", "sort_natural"} and isinstance(left, list | tuple | range):
-        return _size(left) * len(left).bit_length() // 8
+        return size(left) * len(left).bit_length() // 8
     return 0
 
 
@@ -529,15 +577,15 @@ def _join(left: object, separator: object = " ") -> str:
     return _text(separator).join(map(_text, items))
 
 
-def _size(value: object) -> int:
-    """Units to copy or compare the whole of a value once. What is in it twice counts twice, and counting ends where the
-    budget does: a few lines of template make a list that holds the same large map a million times."""
+def _size(value: object, most: int) -> int:
+    """Units to copy or compare the whole of a value once. What is in it twice counts twice, and counting ends beyond
+    `most`: a few lines of template make a list that holds the same large map a million times."""
     if isinstance(value, str):
         return len(value)
     if not isinstance(value, list | tuple | dict | range):
         return 1
     total, rest = 0, [value]
-    while rest and total <= MAX_WORK:
+    while rest and total <= most:
         match rest.pop():
             case str() as text:
                 total += len(text)

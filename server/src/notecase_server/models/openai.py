@@ -13,11 +13,10 @@ import itertools
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import httpx2
-import msgspec
 import openai
 import structlog
 from notecase import v1
@@ -29,10 +28,13 @@ from notecase_server.models.answers.media import Encoded
 from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import ChatReply
 from notecase_server.models.contract import Delta, Media, ModelRequest, Returned
+from notecase_server.models.pieces import encoded
 from notecase_server.models.profiles import ROWS, Profiles, Row
-from notecase_server.models.request import body, loaded, returns_data
+from notecase_server.models.request import body, is_large, loaded, returns_data
 
 log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 Json = dict[str, Any]
 
@@ -128,12 +130,13 @@ class OpenAIProvider:
         profile = self._profiles.of(model)
         given, request = request, await loaded(request, profile)
         shape = partial(body, request, model, profile, self._tag)
-        # With content it has megabytes.
-        sent = shape() if request is given else await asyncio.to_thread(shape)
+        large = request is not given or is_large(request)
+        sent = await _made(shape, large)
         if returns_data(request, model, self._tag):
-            answer = self._answer(sent, lambda: body(request, model, profile, "", with_data=False))
+            plainer = partial(body, request, model, profile, "", with_data=False)
+            answer = self._answer(sent, large, plainer)
         else:
-            answer = self._answer(sent)
+            answer = self._answer(sent, large)
         model = str(sent["model"])
         reply = ChatReply(
             model,
@@ -178,19 +181,22 @@ class OpenAIProvider:
         await self._client.close()
 
     @contextlib.asynccontextmanager
-    async def _answer(self, sent: Json, plainer: Callable[[], Json] | None = None) -> AsyncIterator[httpx2.Response]:
+    async def _answer(
+        self, sent: Json, large: bool, plainer: Callable[[], Json] | None = None
+    ) -> AsyncIterator[httpx2.Response]:
         """The provider's answer, its body unread; closed with the block. Where the provider refuses the request,
-        `plainer` makes the one that is tried once instead. Raises what a refusal or a failure to reach it comes to."""
+        `plainer` makes the one that is tried once instead. A `large` request is written in a thread. Raises what a
+        refusal or a failure to reach it comes to."""
         model = str(sent["model"])
         try:
-            response = await self._sent(sent)
+            response = await self._sent(sent, large)
             if plainer is not None and response.status_code in {400, 422}:
                 told = await self._words(response)
                 await response.aclose()
                 if too_long.is_too_long(told.codes, told.words):
                     raise provider_errors.failure(response.status_code, told, model, self._redactor)
                 log.info("provider_data_refused", status=response.status_code)
-                response = await self._sent(plainer())
+                response = await self._sent(await _made(plainer, large), large)
         except _BROKEN as error:
             raise self._broken(error, "The model provider cannot be reached.") from error
         except TimeoutError:
@@ -213,16 +219,17 @@ class OpenAIProvider:
             self._open.discard(response)
             await response.aclose()
 
-    async def _sent(self, body: Json) -> httpx2.Response:
+    async def _sent(self, body: Json, large: bool) -> httpx2.Response:
         """Sends the request, once more to each address that it is redirected to. Raises MODEL_ERROR for an address of
         another origin, where neither the conversation nor the key goes, and for a circle; TimeoutError when the head
         of the answer takes too long."""
-        content = msgspec.json.encode(body)
+        content = await _made(partial(encoded, body), large)
         url, seen = self._url, {self._url}
         headers = {name: value for name, value in self._client.default_headers.items() if isinstance(value, str)}
         headers |= {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
+        headers["Content-Length"] = f"{content.size}"
         while True:
-            request = self._http.build_request("POST", url, content=content, headers=headers)
+            request = self._http.build_request("POST", url, content=content.whole or content, headers=headers)
             async with asyncio.timeout(self._first_timeout):
                 response = await self._http.send(request, stream=True)
             target = response.headers.get("location")
@@ -303,6 +310,11 @@ def _redirected(status: int, where: str) -> NotecaseError:
 
 def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
     return url.scheme, url.host, url.port
+
+
+async def _made(make: Callable[[], T], large: bool) -> T:
+    """What is large is made in a thread."""
+    return await asyncio.to_thread(make) if large else make()
 
 
 def _is_behind_calls(messages: Sequence[v1.Message]) -> bool:

@@ -3,7 +3,7 @@
 The history is sent whole with each call, so that what is done for every message is kept cheap.
 """
 
-import base64
+import asyncio
 import hashlib
 import mimetypes
 import re
@@ -16,6 +16,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.models.contract import ModelRequest, Tool, is_text
+from notecase_server.models.pieces import Base64
 from notecase_server.models.profiles import Profile
 
 Json = dict[str, Any]
@@ -24,8 +25,11 @@ MAX_CONTENT_BYTES = 32 << 20
 """Of all content in one request, before it grows by a third as base64: providers take 50 MB, and each call holds it in
 memory."""
 
-BASE64_BYTES = 3 << 18
-"""Encoded at once, which takes about 3 ms: a multiple of three, so that pieces make one whole."""
+LARGE_BYTES = 64 << 10
+"""Of declarations, from which on a request is written in a thread: a parser takes up to 10 ms for them."""
+
+MANY_MESSAGES = 1000
+"""From which on it is, too: each takes some 5 microseconds."""
 
 BEGIN = "Begin."
 """What a user says in a conversation that would begin with a reply."""
@@ -127,6 +131,12 @@ def returns_data(request: ModelRequest, model: str, provider: str) -> bool:
     )
 
 
+def is_large(request: ModelRequest) -> bool:
+    """Whether it takes long to write, its content apart."""
+    declared = sum(len(tool.description) + len(tool.parameters) for tool in request.tools)
+    return declared + len(request.output_schema) > LARGE_BYTES or len(request.messages) > MANY_MESSAGES
+
+
 async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
     """Returns the request with the content that its messages refer to within them, as far as it is shown.
 
@@ -151,7 +161,8 @@ async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
         for part in _carried(filled[index], index == newest):
             media_type, filename = part.blob.media_type, part.blob.filename
             data = await request.load(part.blob)
-            part.data.CopyFrom(v1.InlineData(data=data, media_type=media_type, filename=filename))
+            part.data.media_type, part.data.filename = media_type, filename
+            await asyncio.to_thread(setattr, part.data, "data", data)
     return request._replace(messages=filled)
 
 
@@ -267,8 +278,12 @@ def _declared(tool: Tool, schemas: str, without: tuple[str, ...]) -> Json:
 
 @lru_cache(1024)
 def _schema(text: str, schemas: str, without: tuple[str, ...], parameters: bool = False) -> msgspec.Raw:
-    """A schema in the shape that servers take: parameters are an object with `properties`, a list says of what."""
-    schema = msgspec.json.decode(text)
+    """A schema in the shape that servers take: parameters are an object with `properties`, a list says of what. One
+    with a number that no double holds stays as it is written."""
+    try:
+        schema = msgspec.json.decode(text)
+    except msgspec.ValidationError:
+        return msgspec.Raw(text.encode())
     if parameters and not schema.keys() & {"$ref", "anyOf", "oneOf", "allOf"}:
         schema.setdefault("type", "object")
         schema.setdefault("properties", {})
@@ -558,22 +573,14 @@ def _content(part: v1.Part) -> Json | None:
 def _data(data: v1.InlineData) -> Json:
     _check_media_type(data.media_type)
     media_type = _media_type(data.media_type)
-    encoded = _base64(data.data)
     if audio_format := _AUDIO_FORMATS.get(media_type):
-        return {"type": "input_audio", "input_audio": {"data": "".join(encoded), "format": audio_format}}
-    url = "".join([f"data:{media_type};base64,", *encoded])
+        return {"type": "input_audio", "input_audio": {"data": Base64("", data.data), "format": audio_format}}
+    url = Base64(f"data:{media_type};base64,", data.data)
     if media_type.startswith("image/"):
         return {"type": "image_url", "image_url": {"url": url}}
     # Providers want a name, and go by its ending.
     name = data.filename or f"file{mimetypes.guess_extension(media_type) or ''}"
     return {"type": "file", "file": {"filename": name, "file_data": url}}
-
-
-def _base64(data: bytes) -> list[str]:
-    """In pieces, between which other threads have their turn."""
-    view = memoryview(data)
-    starts = range(0, len(data), BASE64_BYTES)
-    return [base64.b64encode(view[start : start + BASE64_BYTES]).decode("ascii") for start in starts]
 
 
 def _check_media_type(told: str) -> None:

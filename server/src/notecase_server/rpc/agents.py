@@ -1,7 +1,7 @@
 """AgentService: parse, call, render."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import partial
 from typing import Any
 
@@ -9,6 +9,7 @@ from google.protobuf.empty_pb2 import Empty
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.engine import template
 from notecase_server.errors import NotecaseError
 from notecase_server.rpc import filter as filters
 from notecase_server.rpc.desk import NOTHING, Desk, checked, copied, listed, masked, once
@@ -38,7 +39,7 @@ class Agents(v1.AgentServiceServicer):
         check.done()
         agent_id = request.agent_id or self.desk.new_id()
         create = partial(self.store.create_agent, caller.get().tenant, agent_id, request.agent)
-        return await self.desk.surely(once(request, Answer("agent")), Answer("agent"), create)
+        return await self.desk.surely(await once(request, Answer("agent")), Answer("agent"), create)
 
     async def GetAgent(self, request: v1.GetAgentRequest, context: Any) -> v1.Agent:
         check = Check()
@@ -72,10 +73,11 @@ class Agents(v1.AgentServiceServicer):
         agent_id, revision = check.agent("agent.name", request.agent.name)
         check(revision == 0, "agent.name", "names a revision; an update makes the next one")
         mask = masked(check, request.update_mask, request.agent, AGENT_FIELDS)
-        if not {"llm", "llm.output_schema"}.isdisjoint(mask.paths):
-            await self._judge(check, request.agent)
+        changed = {"llm", "llm.instruction", "llm.output_schema"}.intersection(mask.paths)
+        if changed:
+            await self._judge(check, request.agent, changed)
         tenant, etag = caller.get().tenant, request.agent.etag
-        repeat = self.desk.sessions.record(once(request, Answer("agent")), tenant, Answer("agent"))
+        repeat = self.desk.sessions.record(await once(request, Answer("agent")), tenant, Answer("agent"))
         for tries_left in reversed(range(EDIT_TRIES)):
             newest = await self.store.get_agent(tenant, agent_id) if agent_id else None
             if not check.violations:
@@ -100,9 +102,12 @@ class Agents(v1.AgentServiceServicer):
                     raise
         raise AssertionError("the last try returns or raises")
 
-    async def _judge(self, check: Check, agent: v1.Agent) -> None:
-        """Checks what only the process for schemas can tell."""
-        if len(agent.llm.output_schema) <= MAX_SCHEMA_BYTES:
+    async def _judge(self, check: Check, agent: v1.Agent, paths: Container[str] = ("llm",)) -> None:
+        """Checks what takes a thread or a process to tell, of the fields that the paths name."""
+        if "llm" in paths or "llm.instruction" in paths:
+            with check.taking():
+                await template.parsed(agent.llm.instruction)
+        if ("llm" in paths or "llm.output_schema" in paths) and len(agent.llm.output_schema) <= MAX_SCHEMA_BYTES:
             with check.taking():
                 await self.desk.schemas.require("agent.llm.output_schema", agent.llm.output_schema)
 
@@ -112,5 +117,5 @@ class Agents(v1.AgentServiceServicer):
         check(revision == 0, "name", "names a revision; agents are deleted whole")
         check.done()
         delete = partial(self.store.delete_agent, caller.get().tenant, agent_id, request.etag)
-        await self.desk.surely(once(request, NOTHING), NOTHING, delete)
+        await self.desk.surely(await once(request, NOTHING), NOTHING, delete)
         return Empty()

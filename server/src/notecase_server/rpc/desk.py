@@ -1,6 +1,5 @@
 """What the services of one server share: the parts of the server, and how a request is looked at."""
 
-import hashlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
 from notecase_server.engine.arrivals import Arrivals
-from notecase_server.engine.content import Contents
+from notecase_server.engine.content import Contents, digest_of
 from notecase_server.engine.places import Places
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
@@ -92,13 +91,13 @@ class Desk:
         return await self.sessions.surely(record, write)
 
 
-def once(request: M, answer: Answer) -> Once | None:
+async def once(request: M, answer: Answer) -> Once | None:
     """The record that makes this request idempotent; None when it carries no request_id."""
     request_id: str = request.request_id  # type: ignore[attr-defined]
     if not request_id:
         return None
     who = caller.get()
-    digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
+    digest = await digest_of(request.SerializeToString(deterministic=True))
     return Once(who.tenant, SUBJECT, who.method, request_id, digest, answer)
 
 

@@ -19,12 +19,13 @@ from typing import Any, ClassVar, NamedTuple
 import grpc
 import structlog
 from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.errors import NotecaseError, Violation
+from notecase_server.errors import NotecaseError
+from notecase_server.rpc.frames import Decoder
 from notecase_server.rpc.gate import Call, Gate, deliver
 from notecase_server.store.contract import Replayed
 
@@ -32,12 +33,6 @@ log = structlog.get_logger()
 
 HEALTH = "/grpc.health.v1.Health/"
 """The methods that need no credential: a probe has none."""
-
-MAX_MESSAGE_BYTES = 4 << 20
-"""The largest frame the server takes. The transport takes 16 MiB, so that a frame in between is refused with
-details."""
-
-TRANSPORT_BYTES = 16 << 20
 
 STATUS_BYTES = 4 << 10
 """The size of the details at most: they travel in trailers, of which clients accept 8 KiB."""
@@ -145,6 +140,7 @@ class Endpoint(ABC):
         self._door = door
         self._method = method
         self._wrapped = handler
+        self._decode = Decoder(method, handler.request_deserializer)
 
     def handler(self) -> Any:
         """Makes the handler that takes the place of the wrapped one. It decodes by itself."""
@@ -170,19 +166,9 @@ class Endpoint(ABC):
     async def _refuse(self, context: Any, error: Exception) -> None:
         await abort(context, error)
 
-    def _decode(self, frame: bytes) -> Any:
-        """Raises NotecaseError PAYLOAD_TOO_LARGE and INVALID_FIELD."""
-        if len(frame) > MAX_MESSAGE_BYTES:
-            raise errors.too_large("The request", len(frame), MAX_MESSAGE_BYTES)
-        try:
-            return self._wrapped.request_deserializer(frame)
-        except DecodeError:
-            problem = "does not decode as the method's message; a string may not be UTF-8, or the nesting endless"
-            raise errors.invalid([Violation("request", problem)]) from None
-
     async def _decoded(self, frames: AsyncIterator[bytes]) -> AsyncIterator[Any]:
         async for frame in frames:
-            yield self._decode(frame)
+            yield await self._decode(frame)
 
 
 class Single(Endpoint):
@@ -224,7 +210,7 @@ class UnaryUnary(Single):
     make = grpc.unary_unary_rpc_method_handler
 
     async def _answer(self, request: Any, context: Any, call: Call) -> Any:
-        return await self._respond(self._wrapped.unary_unary(self._decode(request), context), call)
+        return await self._respond(self._wrapped.unary_unary(await self._decode(request), context), call)
 
 
 class StreamUnary(Single):
@@ -238,7 +224,7 @@ class UnaryStream(Streaming):
     make = grpc.unary_stream_rpc_method_handler
 
     async def _answer(self, request: Any, context: Any, call: Call) -> None:
-        await self._respond(self._wrapped.unary_stream(self._decode(request), context), context, call)
+        await self._respond(self._wrapped.unary_stream(await self._decode(request), context), context, call)
 
 
 class StreamStream(Streaming):

@@ -48,9 +48,9 @@ class Messages(v1.MessageServiceServicer):
         check(len(request.messages) > 0, "messages", "is empty")
         roles = [v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT, v1.Message.ROLE_SYSTEM]
         check.messages("messages", request.messages, roles)
-        check.done()
+        await check.settled()
         answer = Answer("messages")
-        repeat = once(request, answer)
+        repeat = await once(request, answer)
         key = await self.desk.session(parent, repeat)
         _, session = await self.desk.sessions.watched(key)
         said = incoming(self.desk.new_id, await self.desk.contents.kept(key, request.messages), session.user)

@@ -14,6 +14,8 @@ from notecase_server.store.contract import Filter, Query
 
 DEFAULT_PAGE_SIZE = 50
 MAX_PAGE_SIZE = 1000
+MAX_TOKEN = 4 << 10
+"""Characters of a token, more than the longest key of a state makes; a signature over megabytes takes its time."""
 
 
 class ListRequest(Protocol):
@@ -36,13 +38,18 @@ class Pages:
         after: tuple[str | int, ...] | None = None
         if request.page_token:
             try:
-                after = tuple(self._signer(about).loads(request.page_token))
+                after = self._position(request.page_token, about)
             except BadData:
                 invalid = errors.page_token_invalid()
                 raise (errors.invalid([*wrong, *invalid.violations]) if wrong else invalid) from None
         if wrong:
             raise errors.invalid(wrong)
         return Query(request.page_size or DEFAULT_PAGE_SIZE, after, where)
+
+    def _position(self, token: str, about: Sequence[str]) -> tuple[str | int, ...]:
+        if len(token) > MAX_TOKEN:
+            raise BadData("it is too long")
+        return tuple(self._signer(about).loads(token))
 
     def token(self, position: Sequence[str | int] | None, *about: str) -> str:
         """For the position after which a page ended; "" when nothing follows."""

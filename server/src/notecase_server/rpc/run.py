@@ -4,7 +4,6 @@ SendCommand and WatchEvents are the same two halves on their own.
 """
 
 import asyncio
-import hashlib
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import NamedTuple
 
@@ -12,6 +11,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine.admission import Started
+from notecase_server.engine.content import digest_of
 from notecase_server.engine.roster import Caused
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.session import LiveSession
@@ -74,8 +74,8 @@ class Streams:
             check = Check()
             check.token_id("command_id", first.command_id)
             check.start("start", first.start)
-            check.done()
-            started = await self._runs.admission.start(tenant, first.start, _caused(first))
+            await check.settled()
+            started = await self._runs.admission.start(tenant, first.start, await _caused(first))
             place = await self._started(started, first.start.options)
         results = Results(MAX_RESULTS)
         reader = self._supervisor.start(self.read(place, requests, results), "commands")
@@ -202,7 +202,7 @@ class Streams:
         try:
             check = Check()
             self.check(check, place.live.key.session, frame)
-            check.done()
+            await check.settled()
             return await self.command(place.live.key, frame, place.run)
         except NotecaseError as error:
             if error.reason == v1.ERROR_REASON_INTERNAL:
@@ -228,7 +228,7 @@ class Streams:
         """Carries out one command in a session, which `check` found right; `run_id` is the run that is meant, "" the
         active one. A refusal is raised as NotecaseError."""
         kind = frame.WhichOneof("command")
-        caused = _caused(frame)
+        caused = await _caused(frame)
         try:
             match kind:
                 case "start":
@@ -278,7 +278,7 @@ class Streams:
         return await live.commit(
             Commit(
                 key=key,
-                command=_command_id(frame),
+                command=await _command_id(frame),
                 if_state_version={state: update.if_version} if update.HasField("if_version") else {},
                 events=[change],
             )
@@ -300,14 +300,14 @@ def _broken(reader: asyncio.Task[None] | None) -> BaseException | None:
     return reader.exception() if reader is not None and reader.done() and not reader.cancelled() else None
 
 
-def _command_id(frame: v1.RunRequest) -> CommandId | None:
+async def _command_id(frame: v1.RunRequest) -> CommandId | None:
     if not frame.command_id:
         return None
-    return CommandId(frame.command_id, hashlib.sha256(frame.SerializeToString(deterministic=True)).digest())
+    return CommandId(frame.command_id, await digest_of(frame.SerializeToString(deterministic=True)))
 
 
-def _caused(frame: v1.RunRequest) -> Caused:
-    return Caused(frame.command_id, None, _command_id(frame))
+async def _caused(frame: v1.RunRequest) -> Caused:
+    return Caused(frame.command_id, None, await _command_id(frame))
 
 
 def _result(

@@ -46,9 +46,9 @@ class RunsService(v1.RunServiceServicer):
         check = checked(request)
         check.start("start", request.start)
         timeout = check.seconds("timeout", request)
-        check.done()
+        await check.settled()
         try:
-            caused = Caused(request.request_id, once(request, Answer("started")))
+            caused = Caused(request.request_id, await once(request, Answer("started")))
             key, run, _ = await self.runs.admission.start(caller.get().tenant, request.start, caused)
             run_id = run.name
         except Replayed as replayed:
@@ -63,8 +63,8 @@ class RunsService(v1.RunServiceServicer):
     async def CreateRun(self, request: v1.CreateRunRequest, context: Any) -> v1.Run:
         check = checked(request)
         check.start("start", request.start)
-        check.done()
-        caused = Caused(request.request_id, once(request, Answer("started")))
+        await check.settled()
+        caused = Caused(request.request_id, await once(request, Answer("started")))
         started = await self.runs.admission.start(caller.get().tenant, request.start, caused)
         return names.render_run(started.key.session, started.run)
 
@@ -107,7 +107,7 @@ class RunsService(v1.RunServiceServicer):
         check.cancel("cancel", request.cancel)
         check.done()
         answer = Answer("run", run)
-        caused = Caused(request.request_id, once(request, answer))
+        caused = Caused(request.request_id, await once(request, answer))
         key = await self.desk.session(session, caused.once)
         try:
             done = await self.runs.commands.cancel(key, run, request.cancel, caused)
@@ -126,6 +126,6 @@ class RunsService(v1.RunServiceServicer):
             check(run.session == session, "run", "is a run of another session")
         check.uid("if_session_uid", request.if_session_uid)
         self.desk.streams.check(check, session, request.command)
-        check.done()
+        await check.settled()
         key = await self.desk.session(session, if_uid=request.if_session_uid)
         return v1.SendCommandResponse(result=await self.desk.streams.command(key, request.command, run.run))

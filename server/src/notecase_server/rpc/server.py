@@ -8,7 +8,8 @@ from notecase import v1
 from notecase_server.rpc.agents import Agents
 from notecase_server.rpc.blobs import Blobs
 from notecase_server.rpc.desk import Desk
-from notecase_server.rpc.interceptor import TRANSPORT_BYTES, Doorway
+from notecase_server.rpc.frames import TRANSPORT_BYTES
+from notecase_server.rpc.interceptor import Doorway
 from notecase_server.rpc.messages import Messages
 from notecase_server.rpc.ops import SERVICE as HEALTH
 from notecase_server.rpc.ops import Health

@@ -5,7 +5,7 @@ from typing import Any
 from notecase import v1
 
 from notecase_server.rpc.desk import Desk
-from notecase_server.rpc.interceptor import MAX_MESSAGE_BYTES
+from notecase_server.rpc.frames import MAX_MESSAGE_BYTES
 from notecase_server.rpc.pages import MAX_PAGE_SIZE
 
 

@@ -56,14 +56,15 @@ class SessionsService(v1.SessionServiceServicer):
         check.chosen_id("session_id", request.session_id)
         check.new_session("session", request.session)
         check.first_state("state", request.state)
-        check.done()
-        repeat = once(request, SESSION)
+        await check.settled()
+        repeat = await once(request, SESSION)
         await self.desk.store.recall(repeat)
         key = self.desk.sessions.new_key(caller.get().tenant, request.session_id or self.desk.new_id())
         await self._require_agent(request.session.agent)
-        ops = [v1.StateOp(key=name, set=value) for name, value in sorted(request.state.items())]
-        change = v1.Event(cause_id=request.request_id, state_changed=v1.StateChanged(ops=ops))
-        events = [change] if ops else []
+        change = v1.Event(cause_id=request.request_id)
+        for name in sorted(request.state):
+            change.state_changed.ops.add(key=name, set=request.state[name])
+        events = [change] if request.state else []
         return _session_of(
             await self.desk.sessions.commit(Commit(key=key, once=repeat, create=request.session, events=events))
         )
@@ -94,7 +95,7 @@ class SessionsService(v1.SessionServiceServicer):
         given = copied(request.session)
         _set_expiration(given, request.session, expiry)
         edit = SessionEdit(tuple(path for path in mask.paths if path not in expiry), given, bool(expiry))
-        repeat = once(request, SESSION)
+        repeat = await once(request, SESSION)
         key = await self.desk.session(session, repeat)
         change = partial(self.desk.store.edit_session, key, edit, request.session.etag)
         return _rendered(await self.desk.surely(repeat, SESSION, change))
@@ -103,7 +104,7 @@ class SessionsService(v1.SessionServiceServicer):
         check = checked(request)
         session = check.session("name", request.name)
         check.done()
-        repeat = once(request, NOTHING)
+        repeat = await once(request, NOTHING)
         await self.desk.sessions.delete(await self.desk.session(session, repeat), request.etag, repeat)
         return Empty()
 
@@ -114,7 +115,7 @@ class SessionsService(v1.SessionServiceServicer):
         if request.agent:
             check.agent("agent", request.agent)
         check.done()
-        caused = Caused(request.request_id, once(request, SESSION))
+        caused = Caused(request.request_id, await once(request, SESSION))
         key = await self.desk.session(session, caused.once)
         return _session_of(await self.desk.runs.at_rest.compact(key, request.keep_recent, request.agent, caused))
 
@@ -127,7 +128,7 @@ class SessionsService(v1.SessionServiceServicer):
         check.new_session("session", request.session)
         check(not request.session.user, "session.user", "a fork's user is its source's")
         check.done()
-        repeat = once(request, SESSION)
+        repeat = await once(request, SESSION)
         source = await self.desk.session(session, repeat)
         key = self.desk.sessions.new_key(source.tenant, request.session_id or self.desk.new_id())
         await self._require_agent(request.session.agent)
@@ -143,7 +144,7 @@ class SessionsService(v1.SessionServiceServicer):
         check(request.if_last_sequence >= 0, "if_last_sequence", "is negative")
         check.done()
         expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
-        caused = Caused(request.request_id, once(request, SESSION))
+        caused = Caused(request.request_id, await once(request, SESSION))
         key = await self.desk.session(session, caused.once)
         async with self.desk.patiently():
             return _session_of(await self.desk.runs.at_rest.rewind(key, request.to_sequence, expected, caused))
@@ -153,7 +154,7 @@ class SessionsService(v1.SessionServiceServicer):
         check.user("name", request.name)
         check.done()
         tenant = caller.get().tenant
-        record = self.desk.sessions.record(once(request, Answer("erased")), tenant, Answer("erased"))
+        record = self.desk.sessions.record(await once(request, Answer("erased")), tenant, Answer("erased"))
         gone = await self.desk.sessions.erase_user(tenant, request.name, record)
         return v1.EraseUserResponse(sessions_deleted=gone)
 

@@ -44,15 +44,15 @@ class States(v1.StateServiceServicer):
         )
 
     async def PutState(self, request: v1.PutStateRequest, context: Any) -> v1.StateEntry:
-        op = v1.StateOp(key=request.key, set=request.value)
-        if request.HasField("if_version"):
-            op.if_version = request.if_version
         check = checked(request)
         scope = check.state("name", caller.get().tenant, request.name)
         check.key("key", request.key, scope.kind == "session")
-        if check(op.ByteSize() <= PAGE_BYTES, "value", f"is larger than {PAGE_BYTES} bytes"):
+        if check(request.value.ByteSize() <= PAGE_BYTES, "value", f"is larger than {PAGE_BYTES} bytes"):
             check.value("value", request.value)
-        check.done()
+        await check.settled()
+        op = v1.StateOp(key=request.key, set=request.value)
+        if request.HasField("if_version"):
+            op.if_version = request.if_version
         answer = Answer("entry", request.key)
         made: v1.StateEntry = await self._update(scope, [op], None, request, answer)
         return made
@@ -61,7 +61,7 @@ class States(v1.StateServiceServicer):
         check = checked(request)
         scope = check.state("name", caller.get().tenant, request.name)
         check.ops("ops", request.ops, scope.kind == "session")
-        check.done()
+        await check.settled()
         if_version = request.if_version if request.HasField("if_version") else None
         answer = Answer("state", request.name)
         made: v1.State = await self._update(scope, request.ops, if_version, request, answer)
@@ -86,7 +86,7 @@ class States(v1.StateServiceServicer):
         answer: Answer,
     ) -> Any:
         """Changes a state, and answers as a repeat is answered."""
-        repeat = once(request, answer)
+        repeat = await once(request, answer)
         key, scope = await self._found(scope, repeat)
         record = repeat if key else self.desk.sessions.record(repeat, scope.tenant, answer)
         made = await self.desk.sessions.update_state(key, scope, ops, if_version, record, request.request_id)

@@ -4,7 +4,7 @@ once, within a budget: what has the wrong size or number is not looked into, and
 Whether it may happen at this moment is not asked here.
 """
 
-import json
+import asyncio
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,10 +14,10 @@ from typing import TypeVar
 
 import msgspec
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from notecase import v1
 
 from notecase_server import errors, names
-from notecase_server.engine import template
 from notecase_server.engine.content import MAX_MESSAGE_BYTES, is_large
 from notecase_server.engine.summary import BATCH, KEEP_RECENT
 from notecase_server.errors import NotecaseError, Violation
@@ -31,11 +31,25 @@ T = TypeVar("T")
 
 MAX_VIOLATIONS = 100
 """Told of one request; nobody mends more at a time."""
-MAX_VALUES = 20_000
+MAX_VALUES = 10_000
 """Values within the values of one request: each takes about a microsecond to look at, while nobody else is served."""
+LIST_PRICE = 2
+"""What a list or map counts for among them."""
+BLOB_PRICE = 10
+"""What a reference to content counts for among them: the store is asked for each."""
+ALONE_BYTES = 64 << 10
+"""JSON from this size on is looked at by itself, in a thread."""
 MAX_PARTS = 1000
 """Of a message or result."""
+MAX_ALL_PARTS = 2000
+"""Of all messages of one request: each takes some 5 microseconds to look at and to take in."""
+MAX_ALL_LABELS = 1000
+"""Of all messages of one request."""
+MAX_FETCHED = 100
+"""Parts of one request for each of which the store is asked: content that becomes a blob, and keys of state."""
 
+MAX_NAME = 512
+"""Characters of a resource's name, more than the longest has."""
 MAX_KEY_BYTES = 256
 MAX_LABELS = 64
 MAX_LABEL_BYTES = 256
@@ -59,6 +73,7 @@ MAX_BATCH_DELAY = 10.0
 """Seconds."""
 
 MAX_CHUNK_BYTES = 1 << 20
+JSON_RULE = "wants JSON text (RFC 8259)"
 PARTS = "text, json, file, data, blob or state_key"
 LAST_SECOND = 253_402_300_799
 """Of the year 9999, where protobuf's times end."""
@@ -82,7 +97,11 @@ class Check:
         self.violations: list[Violation] = []
         self.visited = 0
         """Values that were looked at so far, those within others too."""
+        self.fetched = 0
+        """Parts so far that the store is asked about one by one."""
         self._most = most
+        self._alone: list[tuple[str, str]] = []
+        """JSON that `settled` looks at, with its field."""
         self._refusals: list[NotecaseError] = []
 
     def __call__(self, ok: bool, field: str, description: str) -> bool:
@@ -95,11 +114,22 @@ class Check:
     def done(self) -> None:
         """Raises NotecaseError INVALID_FIELD with all that is wrong; the reason of a part that has its own, such as
         TEMPLATE_ERROR, when nothing else is."""
+        for field, text in self._alone:
+            self(_is_json(text), field, JSON_RULE)
         for refusal in self._refusals:
             if list(refusal.violations) == self.violations:
                 raise refusal
         if self.violations:
             raise errors.invalid(self.violations)
+
+    async def settled(self) -> None:
+        """As `done`, after a look at long JSON, and at the end of a step of the loop: what a request takes to look at
+        and what it takes to carry out do not add up."""
+        while self._alone:
+            field, text = self._alone.pop(0)
+            self(await asyncio.to_thread(_is_json, text), field, JSON_RULE)
+        self.done()
+        await asyncio.sleep(0)
 
     @contextmanager
     def taking(self) -> Iterator[None]:
@@ -121,7 +151,7 @@ class Check:
                 self(False, *found)
 
     def _parsed(self, field: str, name: str, parse: Callable[[str], T | None], like: str) -> T | None:
-        parsed = parse(name) if name else None
+        parsed = parse(name) if 0 < len(name) <= MAX_NAME else None
         self(parsed is not None, field, f"wants {like}" + (f", not {name[:80]!r}" if name else ""))
         return parsed
 
@@ -159,19 +189,28 @@ class Check:
         fine = len(value.encode()) <= MAX_ID_BYTES and value.isprintable()
         self(fine, field, f"wants at most {MAX_ID_BYTES} bytes of printable text")
 
-    def text(self, field: str, value: str, limit: int = MAX_TEXT_BYTES) -> None:
-        self(len(value) <= limit and len(value.encode()) <= limit, field, f"is longer than {limit} bytes")
+    def text(self, field: str, value: str, limit: int = MAX_TEXT_BYTES) -> bool:
+        return self(len(value) <= limit and len(value.encode()) <= limit, field, f"is longer than {limit} bytes")
+
+    def json(self, field: str, value: str, like: str) -> bool:
+        """A JSON object of at most MAX_SCHEMA_BYTES, "" for none; what is longer is not parsed."""
+        short = self.text(field, value, MAX_SCHEMA_BYTES)
+        return short and (not value or self(_is_json_object(value), field, f"wants {like}"))
+
+    def choice(self, field: str, message: Message, name: str) -> None:
+        """The value of an enum. A later contract may have more of them than this server."""
+        number, enum = getattr(message, name), message.DESCRIPTOR.fields_by_name[name].enum_type
+        known = enum is not None and number in enum.values_by_number
+        self(known, f"{field}.{name}", f"is {number}, which this server does not know")
 
     def labels(self, field: str, labels: Mapping[str, str]) -> None:
         self(len(labels) <= MAX_LABELS, field, f"has more than {MAX_LABELS} labels")
         for key, value in islice(labels.items(), MAX_LABELS):
-            fine = LABEL_KEY.fullmatch(key) is not None
-            self(fine, f"{field}[{key[:80]!r}]", "a label's key wants 1 to 63 letters, digits and inner . _ / -")
-            self(
-                len(value.encode()) <= MAX_LABEL_BYTES,
-                f"{field}[{key[:80]!r}]",
-                f"is longer than {MAX_LABEL_BYTES} bytes",
-            )
+            if LABEL_KEY.fullmatch(key) is None:
+                at = f"{field}[{key[:80]!r}]"
+                self(False, at, "a label's key wants 1 to 63 letters, digits and inner . _ / -")
+            if len(value.encode()) > MAX_LABEL_BYTES:
+                self(False, f"{field}[{key[:80]!r}]", f"is longer than {MAX_LABEL_BYTES} bytes")
 
     def seconds(self, field: str, message: v1.InvokeRequest | v1.WaitRunRequest) -> float | None:
         """The field's duration; None when unset."""
@@ -194,32 +233,48 @@ class Check:
         self(not taken, field, f"{key!r} is how templates read the other states; choose another key")
 
     def value(self, field: str, value: v1.Value, depth: int = 1) -> None:
+        if sound := _sound(value, depth, MAX_VALUES - self.visited):
+            self.visited += sound
+        else:
+            self._tell(field, value, depth)
+
+    def _tell(self, field: str, value: v1.Value, depth: int) -> None:
+        """Finds what is wrong with a value, and where."""
         kind = value.WhichOneof("kind")
         self.visited += 1
         match kind:
             case None:
                 self(False, field, "has no value; for nothing use null_value")
             case "blob_value":
+                self.visited += BLOB_PRICE - 1
+                few = self.visited <= MAX_VALUES
+                self(
+                    few,
+                    field,
+                    f"makes it more than {MAX_VALUES} values in one request, where it counts for {BLOB_PRICE}",
+                )
                 self.blob(field, value.blob_value)
             case "double_value":
                 fine = math.isfinite(value.double_value)
                 self(fine, field, f"is {value.double_value}, which JSON and SQL do not have")
             case "list_value":
+                self.visited += LIST_PRICE - 1
                 inner = value.list_value.values
                 if self._inner(field, len(inner), depth):
                     for index, item in enumerate(inner):
                         if item.WhichOneof("kind") in PLAIN:
                             self.visited += 1
                         else:
-                            self.value(f"{field}[{index}]", item, depth + 1)
+                            self._tell(f"{field}[{index}]", item, depth + 1)
             case "map_value":
+                self.visited += LIST_PRICE - 1
                 entries = value.map_value.values
                 if self._inner(field, len(entries), depth):
                     for key, item in entries.items():
                         if item.WhichOneof("kind") in PLAIN:
                             self.visited += 1
                         else:
-                            self.value(f"{field}[{key[:80]!r}]", item, depth + 1)
+                            self._tell(f"{field}[{key[:80]!r}]", item, depth + 1)
 
     def _inner(self, field: str, number: int, depth: int) -> bool:
         """Whether the values within a value are to be looked at."""
@@ -262,6 +317,12 @@ class Check:
     def messages(self, field: str, messages: Sequence[v1.Message], roles: Iterable[v1.Message.Role.ValueType]) -> None:
         if not self(len(messages) <= MAX_MESSAGES, field, f"has more than {MAX_MESSAGES} messages"):
             return
+        parts = sum(min(len(message.parts), MAX_PARTS + 1) for message in messages)
+        if not self(parts <= MAX_ALL_PARTS, field, f"has more than {MAX_ALL_PARTS} parts in all"):
+            return
+        labels = sum(len(message.labels) for message in messages)
+        if not self(labels <= MAX_ALL_LABELS, field, f"has more than {MAX_ALL_LABELS} labels in all"):
+            return
         for index, message in enumerate(messages):
             self._message(f"{field}[{index}]", message, roles)
 
@@ -276,11 +337,20 @@ class Check:
         self(len(message.parts) > 0, f"{field}.parts", "is empty; a message says something")
         if not self(len(message.parts) <= MAX_PARTS, f"{field}.parts", f"has more than {MAX_PARTS} parts"):
             return
-        size = message.ByteSize() - sum(part.ByteSize() for part in message.parts if _becomes_blob(part))
+        apart = [part for part in message.parts if _becomes_blob(part)]
+        if not self._fetched(f"{field}.parts", len(apart), message.parts):
+            return
+        size = message.ByteSize() - sum(part.ByteSize() for part in apart)
         if not self(size <= MAX_MESSAGE_BYTES, field, "is larger than 960 KiB beside what becomes blobs"):
             return
         for index, part in enumerate(message.parts):
             self._part(f"{field}.parts[{index}]", part)
+
+    def _fetched(self, field: str, apart: int, parts: Iterable[v1.Part]) -> bool:
+        """Whether there is room for parts of which `apart` become blobs."""
+        self.fetched += apart + sum(part.HasField("state_key") for part in parts)
+        told = f"makes it more than {MAX_FETCHED} parts in one request that are content or keys of state"
+        return self(self.fetched <= MAX_FETCHED, field, told)
 
     def _part(self, field: str, part: v1.Part) -> None:
         self(not part.citations, f"{field}.citations", "are made by models only")
@@ -288,11 +358,14 @@ class Check:
             case "text":
                 self(part.text != "", f"{field}.text", "is empty")
             case "json":
-                self(_is_json(part.json), f"{field}.json", "wants JSON text (RFC 8259)")
+                if len(text := part.json) < ALONE_BYTES:
+                    self(_is_json(text), f"{field}.json", JSON_RULE)
+                else:
+                    self._alone.append((f"{field}.json", text))
             case "file":
                 fine = (
-                    re.match(r"[a-z][a-z0-9+.-]*:\S", part.file.uri) is not None
-                    and len(part.file.uri) <= MAX_TEXT_BYTES
+                    len(part.file.uri) <= MAX_TEXT_BYTES
+                    and re.match(r"[a-z][a-z0-9+.-]*:\S", part.file.uri) is not None
                 )
                 self(fine, f"{field}.file.uri", "wants an absolute URI, such as https://example.org/plan.png")
                 self._media_type(f"{field}.file.media_type", part.file.media_type)
@@ -335,7 +408,8 @@ class Check:
         self(len(frame.chunk) <= MAX_CHUNK_BYTES, "chunk", f"has {len(frame.chunk)} bytes; at most {MAX_CHUNK_BYTES}")
 
     def _media_type(self, field: str, media_type: str) -> None:
-        self(MEDIA_TYPE.fullmatch(media_type) is not None, field, "wants a media type, such as image/png")
+        fine = len(media_type) <= MAX_TEXT_BYTES and MEDIA_TYPE.fullmatch(media_type) is not None
+        self(fine, field, "wants a media type, such as image/png")
 
     # ---- agents, sessions, runs
 
@@ -355,13 +429,11 @@ class Check:
         fine = not llm.provider or llm.provider in known
         self(fine, "agent.llm.provider", f"this server has {', '.join(known)}")
         self(0 <= llm.max_model_calls <= 1000, "agent.llm.max_model_calls", "wants 0 (for 10) to 1000")
-        with self.taking():
-            template.parse(llm.instruction)
         self.context("agent.llm.context", llm.context)
         self._generation(llm.generation)
         self.text("agent.llm.output_schema", llm.output_schema, MAX_SCHEMA_BYTES)
         self.tools("agent.llm.tools", llm.tools)
-        for index, tool in enumerate(llm.tools):
+        for index, tool in enumerate(llm.tools[:MAX_TOOLS]):
             at = f"agent.llm.tools[{index}]"
             if tool.HasField("server"):
                 known_functions = tool.server.function in toolbox.functions
@@ -404,13 +476,13 @@ class Check:
             self(kind is not None, at, "has no implementation; want client, server or mcp")
             self(not only_client or kind == "client", at, "wants a client tool: the others belong to the agent")
             self.text(f"{at}.description", tool.description, MAX_SCHEMA_BYTES)
-            self.text(f"{at}.parameters", tool.parameters, MAX_SCHEMA_BYTES)
-            if tool.parameters:
-                self(_is_json_object(tool.parameters), f"{at}.parameters", "wants JSON Schema of an object")
+            self.json(f"{at}.parameters", tool.parameters, "JSON Schema of an object")
+            self.choice(at, tool, "on_interrupt")
             self.duration(f"{at}.timeout", tool.timeout)
             few = len(tool.mcp.tools) <= MAX_TOOLS
             self(few, f"{at}.mcp.tools", f"has more than {MAX_TOOLS} names; empty, it stands for all")
-            short = all(0 < len(name) <= naming.OWN_LENGTH for name in tool.mcp.tools[:MAX_TOOLS])
+            lengths = {*map(len, tool.mcp.tools[:MAX_TOOLS])}
+            short = lengths.isdisjoint({0}) and max(lengths, default=0) <= naming.OWN_LENGTH
             bounded &= self(short, f"{at}.mcp.tools", f"wants names of 1 to {naming.OWN_LENGTH} characters") and few
         if bounded:
             self._mcp_names(field, tools)
@@ -439,6 +511,7 @@ class Check:
             self(getattr(limits, name) >= 0, f"{field}.{name}", "is negative")
 
     def cancel(self, field: str, cancel: v1.CancelCommand) -> None:
+        self.choice(field, cancel, "mode")
         self.text(f"{field}.reason", cancel.reason)
         self.text(f"{field}.call_id", cancel.call_id, MAX_ID_BYTES)
 
@@ -446,6 +519,7 @@ class Check:
         """A command to a session, other than `start`; what of it needs the session is looked at where it is read."""
         match frame.WhichOneof("command"):
             case "input":
+                self.choice("input", frame.input, "when")
                 self(len(frame.input.messages) > 0, "input.messages", "is empty")
                 self.messages("input.messages", frame.input.messages, [v1.Message.ROLE_USER, v1.Message.ROLE_SYSTEM])
             case "tool_result":
@@ -472,6 +546,9 @@ class Check:
         self(not (result.error and result.result), f"{field}.error", "goes with no result")
         if not self(len(result.result) <= MAX_PARTS, f"{field}.result", f"has more than {MAX_PARTS} parts"):
             return
+        apart = [part for part in result.result if part.HasField("data")]
+        if not self._fetched(f"{field}.result", len(apart), result.result):
+            return
         size = sum(part.ByteSize() for part in result.result if not part.HasField("data"))
         if not self(size <= MAX_RESULT_BYTES, f"{field}.result", f"has {size} bytes; at most {MAX_RESULT_BYTES}"):
             return
@@ -483,10 +560,12 @@ class Check:
         self(response.input_id != "", f"{field}.input_id", "is missing")
         self.text(f"{field}.input_id", response.input_id, MAX_ID_BYTES)
         self(response.decision != 0, f"{field}.decision", "is missing")
+        self.choice(field, response, "decision")
+        self.choice(field, response, "remember")
         self.text(f"{field}.answer", response.answer, MAX_RESULT_BYTES)
         self.text(f"{field}.reason", response.reason)
-        self.text(f"{field}.edited_arguments", response.edited_arguments, MAX_RESULT_BYTES)
-        if response.edited_arguments:
+        short = self.text(f"{field}.edited_arguments", response.edited_arguments, MAX_RESULT_BYTES)
+        if response.edited_arguments and short:
             approves = response.decision == v1.InputResponse.DECISION_APPROVE
             self(approves, f"{field}.edited_arguments", "goes with DECISION_APPROVE")
             self(_is_json_object(response.edited_arguments), f"{field}.edited_arguments", "wants a JSON object")
@@ -502,9 +581,7 @@ class Check:
         for index, stop in enumerate(generation.stop[:16]):
             self(0 < len(stop) <= 256, f"{at}.stop[{index}]", "wants 1 to 256 characters")
         self.text(f"{at}.reasoning_effort", generation.reasoning_effort)
-        self.text(f"{at}.extra", generation.extra, MAX_SCHEMA_BYTES)
-        if generation.extra:
-            self(_is_json_object(generation.extra), f"{at}.extra", "wants a JSON object")
+        self.json(f"{at}.extra", generation.extra, "a JSON object")
 
     def session_body(self, field: str, session: v1.Session) -> None:
         self.text(f"{field}.display_name", session.display_name)
@@ -557,11 +634,13 @@ class Check:
             self(start.session != "", at, "goes with a session that exists")
             waits = start.on_busy in {v1.StartRun.ON_BUSY_QUEUE, v1.StartRun.ON_BUSY_ROLLBACK}
             self(not waits, at, "goes with ON_BUSY_REJECT or ON_BUSY_INTERRUPT")
+        self.choice(field, start, "on_busy")
         self.options(f"{field}.options", start.options)
-        self.tools(f"{field}.client_tools", start.client_tools, only_client=True)
-        size = sum(tool.ByteSize() for tool in start.client_tools)
-        fine = size <= MAX_CLIENT_TOOLS_BYTES
-        self(fine, f"{field}.client_tools", f"are together larger than {MAX_CLIENT_TOOLS_BYTES} bytes")
+        at = f"{field}.client_tools"
+        few = self(len(start.client_tools) <= MAX_TOOLS, at, f"has more than {MAX_TOOLS} tools")
+        size = sum(tool.ByteSize() for tool in start.client_tools) if few else 0
+        if self(size <= MAX_CLIENT_TOOLS_BYTES, at, f"are together larger than {MAX_CLIENT_TOOLS_BYTES} bytes") and few:
+            self.tools(at, start.client_tools, only_client=True)
         self.limits(f"{field}.limits", start.limits)
         self.duration(f"{field}.disconnect.cancel_after", start.disconnect.cancel_after)
 
@@ -595,9 +674,37 @@ def _is_json(text: str) -> bool:
 
 def _is_json_object(text: str) -> bool:
     try:
-        return isinstance(json.loads(text), dict)
+        msgspec.json.decode(text, type=dict[str, msgspec.Raw])
     except (ValueError, RecursionError):
         return False
+    return True
+
+
+def _sound(value: v1.Value, depth: int, most: int) -> int:
+    """What this value and those in it count for; 0 when one may be wrong, or when there are more than
+    `most`. No path is made here, which takes longer than the look itself."""
+    left, level = most - 1, [value]
+    while level:
+        inner: list[v1.Value] = []
+        for each in level:
+            kind = each.WhichOneof("kind")
+            if kind in PLAIN:
+                continue
+            if kind == "list_value":
+                listed = each.list_value.values
+                left -= len(listed) + LIST_PRICE - 1
+            elif kind == "map_value":
+                mapped = each.map_value.values
+                left -= len(mapped) + LIST_PRICE - 1
+            elif kind == "double_value" and math.isfinite(each.double_value):
+                continue
+            else:
+                return 0
+            if left < 0 or depth > MAX_VALUE_DEPTH:
+                return 0
+            inner += listed if kind == "list_value" else mapped.values()
+        level, depth = inner, depth + 1
+    return most - left
 
 
 def _becomes_blob(part: v1.Part) -> bool:

@@ -2,11 +2,12 @@
 
 import os
 import threading
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from itertools import islice
+from typing import Any, TypeVar
 
 from notecase import v1
 
@@ -27,10 +28,11 @@ from notecase_server.store.contract import (
     StepKey,
 )
 from notecase_server.store.fold import tells_past
-from notecase_server.store.lists import Found, matches
+from notecase_server.store.lists import Found, Position, matches
 from notecase_server.store.tables import Applied, BlobRow, CommitRow, Kept, Recorded, SessionRow, Tables, UploadRow
 
 T = TypeVar("T")
+P = TypeVar("P", bound=Position)
 
 
 class MemoryStore(TableStore):
@@ -97,6 +99,8 @@ class _Session:
     changed: dict[str, int] = field(default_factory=dict)
     """The last sequence that changed a message, by its id, for those that were changed at all."""
     runs: dict[str, _Run] = field(default_factory=dict)
+    started: list[tuple[int, str, str]] = field(default_factory=list)
+    """The create_time, uid and id of each run, ascending."""
     calls: dict[str, str] = field(default_factory=dict)
     commands: dict[str, Applied] = field(default_factory=dict)
 
@@ -105,6 +109,8 @@ class _Session:
 class _State:
     version: int = 0
     entries: dict[str, bytes] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+    """Ascending."""
 
 
 @dataclass(slots=True)
@@ -134,6 +140,10 @@ class _Tenant:
     """By uid."""
     names: dict[str, str] = field(default_factory=dict)
     """The uid of the session that has a name."""
+    created: list[tuple[int, str]] = field(default_factory=list)
+    """The create_time and uid of each session, ascending."""
+    started: list[tuple[int, str, str]] = field(default_factory=list)
+    """Of all runs: see _Session.started."""
     states: dict[tuple[str, str], _State] = field(default_factory=dict)
     agents: dict[str, _Agent] = field(default_factory=dict)
     requests: dict[tuple[str, str, str], _Request] = field(default_factory=dict)
@@ -233,6 +243,7 @@ class _MemoryTables:
         tenant, created = self._tenants[key.tenant], row.session.create_time.ToMicroseconds()
         tenant.sessions[key.uid] = _Session(key.session, b"", row.epoch, created)
         tenant.names[key.session] = key.uid
+        insort(tenant.created, (created, key.uid))
         self.put_session(key, row)
 
     def put_session(self, key: SessionKey, row: SessionRow) -> None:
@@ -242,7 +253,11 @@ class _MemoryTables:
 
     def delete_session(self, key: SessionKey) -> None:
         tenant = self._tenants[key.tenant]
-        del tenant.names[tenant.sessions.pop(key.uid).name]
+        gone = tenant.sessions.pop(key.uid)
+        del tenant.names[gone.name]
+        _remove(tenant.created, (gone.create_time, key.uid))
+        for place in gone.started:
+            _remove(tenant.started, place)
         self.delete_state(key.state)
 
     def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
@@ -257,10 +272,10 @@ class _MemoryTables:
         new.calls = {call_id: message for call_id, message in old.calls.items() if message in names}
         for name, row in old.runs.items():
             if row.agent is None and v1.Run.FromString(row.body).last_sequence <= at:
-                new.runs[name] = replace(row)
+                self._put_run(key, name, replace(row))
         states = self._tenants[key.tenant].states
         if (state := states.get(("session", source.uid))) is not None:
-            states["session", key.uid] = replace(state, entries=dict(state.entries))
+            states["session", key.uid] = replace(state, entries=dict(state.entries), keys=list(state.keys))
         held = self._tenants[key.tenant].references.get((source.state, ""), {})
         for sha256, sequence in list(held.items()):
             if sequence <= at:
@@ -276,13 +291,12 @@ class _MemoryTables:
         return [SessionKey(tenant, name, uid) for _, tenant, uid, name in sorted(found)[:limit]]
 
     def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]:
-        rows = self._tenants[tenant].sessions
-        for position in sorted(((row.create_time, uid) for uid, row in rows.items()), reverse=True):
-            if query.after is None or position < query.after:
-                body = rows[position[1]].body
-                session = v1.Session.FromString(body)
-                if matches(query.where, session, SESSION_COLUMNS):
-                    yield Found(position, session, len(body))
+        rows = self._tenants[tenant]
+        for position in _before(rows.created, query.after):
+            body = rows.sessions[position[1]].body
+            session = v1.Session.FromString(body)
+            if matches(query.where, session, SESSION_COLUMNS):
+                yield Found(position, session, len(body))
 
     def add_events(self, key: SessionKey, events: Sequence[v1.Event]) -> None:
         session = self._existing(key)
@@ -304,6 +318,11 @@ class _MemoryTables:
         session = self._session(key)
         body = session.messages.get(message) if session else None
         return None if body is None else v1.Message.FromString(body)
+
+    def named_messages(self, tenant: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], v1.Message]:
+        rows = self._tenants[tenant].sessions
+        bodies = {(uid, name): rows[uid].messages.get(name) for uid, name in names if uid in rows}
+        return {place: v1.Message.FromString(body) for place, body in bodies.items() if body is not None}
 
     def add_message(self, key: SessionKey, message: v1.Message) -> None:
         session = self._existing(key)
@@ -357,9 +376,14 @@ class _MemoryTables:
         return (v1.Run.FromString(row.body), row.digest) if row else None
 
     def add_run(self, key: SessionKey, run: v1.Run, record: RunRecord) -> None:
-        self._existing(key).runs[run.name] = _Run(
-            run.SerializeToString(), record.digest, run.create_time.ToMicroseconds(), record.agent.SerializeToString()
-        )
+        created, agent = run.create_time.ToMicroseconds(), record.agent.SerializeToString()
+        self._put_run(key, run.name, _Run(run.SerializeToString(), record.digest, created, agent))
+
+    def _put_run(self, key: SessionKey, run: str, row: _Run) -> None:
+        session, place = self._existing(key), (row.create_time, key.uid, run)
+        session.runs[run] = row
+        insort(session.started, place)
+        insort(self._tenants[key.tenant].started, place)
 
     def put_run(self, key: SessionKey, run: v1.Run, moved: bool) -> None:
         self._existing(key).runs[run.name].body = run.SerializeToString()
@@ -368,20 +392,15 @@ class _MemoryTables:
         self._existing(key).runs[run].agent = None
 
     def runs(self, tenant: str, session: SessionKey | None, query: Query) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
-        sessions = self._tenants[tenant].sessions
-        positions = [
-            (run.create_time, uid, run_name)
-            for uid, row in sessions.items()
-            if session is None or uid == session.uid
-            for run_name, run in row.runs.items()
-        ]
-        for position in sorted(positions, reverse=True):
-            if query.after is None or position < query.after:
-                _, uid, name = position
-                body = sessions[uid].runs[name].body
-                found = v1.Run.FromString(body)
-                if matches(query.where, found, RUN_COLUMNS):
-                    yield SessionKey(tenant, sessions[uid].name, uid), Found(position, found, len(body))
+        rows = self._tenants[tenant]
+        of_session = self._session(session) if session is not None else None
+        started = rows.started if session is None else of_session.started if of_session else []
+        for position in _before(started, query.after):
+            _, uid, name = position
+            body = rows.sessions[uid].runs[name].body
+            found = v1.Run.FromString(body)
+            if matches(query.where, found, RUN_COLUMNS):
+                yield SessionKey(tenant, rows.sessions[uid].name, uid), Found(position, found, len(body))
 
     def changed_runs(self, key: SessionKey, at: int) -> list[v1.Run]:
         session = self._session(key)
@@ -437,17 +456,21 @@ class _MemoryTables:
         return None if body is None else v1.StateEntry.FromString(body)
 
     def put_entry(self, scope: Scope, key: str, entry: v1.StateEntry | None) -> None:
-        entries = self._state(scope).entries
+        state = self._state(scope)
         if entry is None:
-            entries.pop(key, None)
-        else:
-            entries[key] = entry.SerializeToString()
+            if state.entries.pop(key, None) is not None:
+                _remove(state.keys, key)
+            return
+        if key not in state.entries:
+            insort(state.keys, key)
+        state.entries[key] = entry.SerializeToString()
 
     def entries(self, scope: Scope, query: Query) -> Iterator[Found[tuple[str, v1.StateEntry]]]:
-        rows = self._state(scope).entries
-        for key in sorted(rows):
-            if query.after is None or (key,) > query.after:
-                yield Found((key,), (key, v1.StateEntry.FromString(rows[key])), len(rows[key]))
+        state = self._state(scope)
+        start = 0 if query.after is None else bisect_right(state.keys, str(query.after[0]))
+        for key in islice(state.keys, start, None):
+            body = state.entries[key]
+            yield Found((key,), (key, v1.StateEntry.FromString(body)), len(body))
 
     def last_revision(self, tenant: str, agent_id: str) -> int:
         return self._agent(tenant, agent_id).last_revision
@@ -567,6 +590,17 @@ class _MemoryTables:
             for upload_id, row in list(rows.uploads.items()):
                 if row.expire_time <= now:
                     yield tenant, upload_id, row
+
+
+def _before(rows: Sequence[P], after: Position | None) -> Iterator[P]:
+    """The rows before `after`, which need not be one of them, from the last on."""
+    end = len(rows) if after is None else bisect_left(rows, after)
+    return (rows[place] for place in range(end - 1, -1, -1))
+
+
+def _remove(rows: list[Any], row: Any) -> None:
+    """From a list in order, in which it is."""
+    del rows[bisect_left(rows, row)]
 
 
 def _active(key: SessionKey, session: _Session, row: _Run) -> ActiveRun:

@@ -79,6 +79,11 @@ KEPT: Mapping[Kept, str] = {
     "blob_bytes": """SELECT coalesce((SELECT sum(size) FROM blobs WHERE tenant = ?1), 0)
         + coalesce((SELECT sum(size) FROM uploads WHERE tenant = ?1 AND sha256 = ''), 0)""",
 }
+NAMED_MESSAGES = """SELECT m.uid, m.message, m.body, e.body
+    FROM json_each(?) n CROSS JOIN messages m ON m.tenant = ?
+        AND m.uid = json_extract(n.value, '$[0]') AND m.message = json_extract(n.value, '$[1]')
+    LEFT JOIN events e ON m.body IS NULL AND e.tenant = m.tenant AND e.uid = m.uid AND e.sequence = m.sequence"""
+"""CROSS keeps the names the outer loop."""
 
 COPIES = (
     """INSERT INTO events SELECT :tenant, :uid, sequence, tells_past, body FROM events
@@ -278,6 +283,10 @@ class SqliteTables:
     def message(self, key: SessionKey, message: str) -> v1.Message | None:
         row = self._one(f"{MESSAGES} AND m.message = ?", *_of(key), message)
         return _message(*row[1:]) if row else None
+
+    def named_messages(self, tenant: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], v1.Message]:
+        rows = self._execute(NAMED_MESSAGES, (json.dumps(names), tenant))
+        return {(uid, name): _message(own, event) for uid, name, own, event in rows}
 
     def add_message(self, key: SessionKey, message: v1.Message) -> None:
         body = None if message.update_sequence == message.sequence else message.SerializeToString()

@@ -49,6 +49,9 @@ M = TypeVar("M", bound=Message)
 _ALL = 1 << 40
 """More rows than any session has."""
 
+REPLIES = 50
+"""Runs whose replies are read at one go: a page may end before it has them all."""
+
 FIRST_EPOCH = 1
 
 
@@ -458,12 +461,17 @@ def _resolve_reply(tables: Tables, key: SessionKey, run: v1.Run) -> None:
 
 
 def whole_runs(tables: Tables, tenant: str, session: SessionKey | None, query: Query) -> Iterator[Found[v1.Run]]:
-    """The rows of Store.list_runs, each read when it is asked for."""
-    for key, found in tables.runs(tenant, session, query):
-        run = found.row
-        _resolve_reply(tables, key, run)
-        run.name = f"sessions/{key.session}/runs/{run.name}"
-        yield Found(found.position, run, run.ByteSize())
+    """The rows of Store.list_runs, some read at a time, with their replies."""
+    rows = tables.runs(tenant, session, query)
+    while some := list(islice(rows, min(query.limit + 1, REPLIES))):
+        names = [(key.uid, found.row.reply.name) for key, found in some if found.row.HasField("reply")]
+        replies = tables.named_messages(tenant, names)
+        for key, found in some:
+            run = found.row
+            if run.HasField("reply") and (reply := replies.get((key.uid, run.reply.name))) is not None:
+                run.reply.CopyFrom(reply)
+            run.name = f"sessions/{key.session}/runs/{run.name}"
+            yield Found(found.position, run, run.ByteSize())
 
 
 def named_entries(tables: Tables, scope: Scope, keys: Sequence[str], at: int) -> v1.State:

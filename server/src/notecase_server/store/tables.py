@@ -142,6 +142,10 @@ class Tables(Protocol):
 
     def message(self, key: SessionKey, message: str) -> v1.Message | None: ...
 
+    def named_messages(self, tenant: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], v1.Message]:
+        """Those that exist of messages of many sessions, by the session's uid and the message's id, at one go."""
+        ...
+
     def add_message(self, key: SessionKey, message: v1.Message) -> None:
         """Of a message whose event is added in the same transaction."""
         ...

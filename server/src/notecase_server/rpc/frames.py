@@ -1,0 +1,55 @@
+"""Frames as they come in: how large they may be, and how they are parsed without holding up others for longer than that
+takes."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from google.protobuf.message import DecodeError
+
+from notecase_server import errors
+from notecase_server.errors import Violation
+from notecase_server.store.contract import PAGE_BYTES
+
+MAX_MESSAGE_BYTES = 4 << 20
+"""The largest frame of the methods in MESSAGES. The transport takes 16 MiB, so that a frame in between is refused with
+details."""
+
+MAX_OTHER_BYTES = PAGE_BYTES + (64 << 10)
+"""The largest frame of any other method: room for an agent or a state, and what is around it. Nothing can interrupt the
+parser, which takes up to 30 ms for a MiB of the smallest messages."""
+
+MESSAGES = frozenset(
+    {
+        "/notecase.v1.MessageService/AppendMessages",
+        *(f"/notecase.v1.RunService/{name}" for name in ("CreateRun", "Invoke", "Run", "SendCommand")),
+    }
+)
+"""The methods by which messages come, with content within them."""
+
+ALONE_BYTES = 32 << 10
+"""A frame from this size on is parsed in a step of the loop by itself."""
+
+TRANSPORT_BYTES = 16 << 20
+
+
+class Decoder:
+    """Parses the frames of one method."""
+
+    def __init__(self, method: str, parse: Callable[[bytes], Any]) -> None:
+        """`method` by its path, such as /notecase.v1.RunService/Run."""
+        self._most = MAX_MESSAGE_BYTES if method in MESSAGES else MAX_OTHER_BYTES
+        self._parse = parse
+
+    async def __call__(self, frame: bytes) -> Any:
+        """Raises NotecaseError PAYLOAD_TOO_LARGE and INVALID_FIELD."""
+        if len(frame) > self._most:
+            raise errors.too_large("The request", len(frame), self._most)
+        try:
+            message = self._parse(frame)
+        except DecodeError:
+            problem = "does not decode as the method's message; a string may not be UTF-8, or the nesting endless"
+            raise errors.invalid([Violation("request", problem)]) from None
+        if len(frame) >= ALONE_BYTES:
+            await asyncio.sleep(0)
+        return message
