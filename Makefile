@@ -19,7 +19,7 @@ TOOLS := $(addprefix $(BIN)/,grpcurl grpcui evans ghz)
 # What buf breaking compares proto/ with: the last commit, or make proto-breaking AGAINST=v0.1.0
 AGAINST := HEAD
 
-.PHONY: help demo serve test test-hard mutants lint format types proto proto-check proto-lint proto-breaking check bench tools clean
+.PHONY: help demo serve test test-hard mutants fuzz lint format types proto proto-check proto-lint proto-breaking check bench tools clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,9 @@ test-hard: $(VENV)/.ready ## Run tests/e2e with seeds 1 to 5 on a busy machine; 
 
 mutants: $(VENV)/.ready ## Break each promise in a copy: a test must notice; ARGS="rpc/watch" for some of them
 	@$(BIN)/python -m tests.mutants $(ARGS)
+
+fuzz: $(VENV)/.ready ## Send whatever can be sent, seed by seed; ARGS="--seed 7 --minutes 30 --store memory"
+	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: $(VENV)/.ready ## Check the format and the style
 	@$(BIN)/ruff format --check --quiet || { $(BIN)/ruff format --diff; exit 1; }

@@ -37,6 +37,10 @@ HEALTH = "/grpc.health.v1.Health/"
 STATUS_BYTES = 4 << 10
 """The size of the details at most: they travel in trailers, of which clients accept 8 KiB."""
 
+DRAIN_BYTES = 64 << 20
+DRAIN_SECONDS = 0.5
+"""What is still read of a stream that was refused, and for how long."""
+
 READS = ("Get", "List")
 """How the names of methods begin that change nothing."""
 
@@ -217,7 +221,11 @@ class StreamUnary(Single):
     make = grpc.stream_unary_rpc_method_handler
 
     async def _answer(self, request: Any, context: Any, call: Call) -> Any:
-        return await self._respond(self._wrapped.stream_unary(self._decoded(request), context), call)
+        try:
+            return await self._respond(self._wrapped.stream_unary(self._decoded(request), context), call)
+        except NotecaseError:
+            await _drain(request)
+            raise
 
 
 class UnaryStream(Streaming):
@@ -241,6 +249,18 @@ SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {
     (True, True): StreamStream,
 }
 """By whether the requests stream, and whether the answers do."""
+
+
+async def _drain(frames: AsyncIterator[bytes]) -> None:
+    """Lets go of what a caller sends on, up to a bound: some clients lose the status of a call that ends while they
+    write."""
+    left = DRAIN_BYTES
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            async for frame in frames:
+                left -= len(frame)
+                if left < 0:
+                    break
 
 
 def _encode(serializer: Callable[[Any], bytes], response: Any) -> bytes:
