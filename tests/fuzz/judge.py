@@ -1,6 +1,7 @@
 """What no answer of the server may be, whatever it was asked."""
 
 import re
+import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -8,13 +9,15 @@ import grpc
 from google.protobuf.message import Message
 from notecase import v1
 
+from tests.promises import ROOT
 from tests.support.raw import Method, Outcome
 
 NEVER = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.DATA_LOSS}
 
 INTERNALS = re.compile(
-    r"Traceback|File \"|\bline \d+, in |site-packages|\.py\b|object at 0x|notecase_server|/tmp/|/work/|/root/"
-    r"|(?i:sqlite)|\b(SELECT|INSERT|UPDATE|DELETE) .*\b(FROM|INTO|SET|WHERE)\b|\b[A-Z][A-Za-z]+(Error|Exception)\b"
+    r"Traceback|File \"|\bline \d+, in |site-packages|\.py\b|object at 0x|notecase_server|"
+    + "|".join(re.escape(str(place)) for place in (ROOT, tempfile.gettempdir()))
+    + r"|(?i:sqlite)|\b(SELECT|INSERT|UPDATE|DELETE) .*\b(FROM|INTO|SET|WHERE)\b|\b[A-Z][A-Za-z]+(Error|Exception)\b"
 )
 """What the server's own language, files and tables are called."""
 
