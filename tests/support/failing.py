@@ -128,7 +128,8 @@ class Failing:
 
 
 class Unreliable:
-    """A store that does not fail until it is told how, and may be told anew."""
+    """A store that does not fail until it is told how, and may be told anew. Whether it has failed is its user's
+    matter: what chance makes need not come to the call."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -140,8 +141,9 @@ class Unreliable:
         return cast(Store, self)
 
     def fail(self, method: str, mode: Mode, *, nth: int = 1, times: int = 1) -> None:
-        """Fails as Failing does, from now on; how it was told to fail before is forgotten."""
+        """Fails as Failing does, from now on, if it comes to that; how it was told to fail before is forgotten."""
         self._now = Failing(self._store, method, mode, nth=nth, times=times)
+        unfired.discard(self._now)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._now, name)

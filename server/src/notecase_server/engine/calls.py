@@ -32,8 +32,8 @@ class Calls:
         self._supervisor = run_log.services.supervisor
         self._tasks: dict[str, asyncio.Task[Result]] = {}
         self._owned = Tasks("calls")
-        self._tools: set[asyncio.Task[Result]] = set()
-        """What runs in a tool: held by the supervisor, since a tool may go on longer than its run."""
+        self._tools: dict[str, asyncio.Task[Result]] = {}
+        """What runs in a tool, by call: held by the supervisor, since a tool may go on longer than its run."""
 
     def __bool__(self) -> bool:
         return bool(self._tasks)
@@ -56,9 +56,9 @@ class Calls:
 
     def stop(self, call_id: str) -> None:
         """Stops a call that runs here, once its end is on record."""
-        task = self._tasks.pop(call_id, None)
-        if task is not None:
-            task.cancel()
+        for task in (self._tools.get(call_id), self._tasks.pop(call_id, None)):
+            if task is not None:
+                task.cancel()
         self._questions.close(call_id)
 
     def stop_all(self) -> None:
@@ -69,7 +69,7 @@ class Calls:
         """Stops all calls and waits until their tools have let go, except for those that do not."""
         self.stop_all()
         await self._owned.close()
-        await self._supervisor.end(self._tools)
+        await self._supervisor.end(self._tools.values())
 
     async def keep(self) -> None:
         """Commits the results that are there, and what calls ask."""
@@ -114,8 +114,8 @@ class Calls:
         seconds = tool.timeout.ToMicroseconds() / 1e6 if tool.HasField("timeout") else None
         clock = Clock(seconds)
         work = self._supervisor.start(self._execute(call, clock), call.tool)
-        self._tools.add(work)
-        work.add_done_callback(self._tools.discard)
+        self._tools[call.call_id] = work
+        work.add_done_callback(lambda _: self._tools.pop(call.call_id, None))
         try:
             async with clock:
                 await asyncio.wait([work])
@@ -125,7 +125,8 @@ class Calls:
             await self._supervisor.end([work])
             return Outcome(error=f"The tool took longer than {seconds:g} seconds."), []
         except asyncio.CancelledError:
-            work.cancel()
+            if not work.cancelling():
+                work.cancel()
             raise
         return _result(work)
 
