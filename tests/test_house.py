@@ -35,6 +35,7 @@ class Room(NamedTuple):
 ROOMS: dict[str, Room] = {
     "__init__": Room(set(), "The root holds the version, and importing it costs nothing."),
     "errors": Room(set(), "Everybody raises them, so they know nobody."),
+    "limit": Room(set(), "How long is too long is told in the same way by whoever waits."),
     "names": Room({"errors", "store.contract"}, "A resource's name becomes its key in one place."),
     "config": Room({"errors", "tools.mcp"}, "Settings are read once and handed in; nobody asks for them."),
     "supervisor": Room({"errors", "store.contract"}, "Who answers for a task is the same everywhere."),
@@ -44,7 +45,7 @@ ROOMS: dict[str, Room] = {
     "store.earlier": Room({"store.bindings", "store.fold"}, "What was stored once is read in one way."),
     "store.answers": Room({"names", "store.contract"}, "What is answered is made from what was written, in one place."),
     "store": Room(
-        {"errors", "store.answers", "store.bindings", "store.contract", "store.fold"},
+        {"errors", "names", "store.answers", "store.bindings", "store.contract", "store.fold"},
         "What stores share knows none of them.",
     ),
     "store.memory": Room({"errors", "store", "store.contract", "store.fold"}, "A store leans on no other."),
@@ -64,7 +65,7 @@ ROOMS: dict[str, Room] = {
         {"errors", "models.contract", "models.pieces", "models.profiles"}, "A format's writer needs no provider."
     ),
     "models.openai": Room(
-        {"errors", "models.contract", "models.answers", "models.chat_stream"}
+        {"errors", "limit", "models.contract", "models.answers", "models.chat_stream"}
         | {"models.pieces", "models.profiles", "models.request"},
         "A provider knows no other.",
     ),
@@ -88,6 +89,7 @@ ROOMS: dict[str, Room] = {
     "rpc": Room(
         {
             "errors",
+            "limit",
             "names",
             "engine",
             "supervisor",

@@ -10,7 +10,7 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.engine.content import digest_of
 from notecase_server.engine.halt import Halt, Replacement
-from notecase_server.engine.opening import INTERRUPT, ROLLBACK, is_answer, opening, way_of
+from notecase_server.engine.opening import INTERRUPT, ROLLBACK, Meant, agent_of, is_answer, opening, way_of
 from notecase_server.engine.rewind import Back, rewound
 from notecase_server.engine.rewind import back as way_back
 from notecase_server.engine.roster import QUEUED, Caused, Roster
@@ -28,7 +28,6 @@ from notecase_server.store.contract import (
     SessionKey,
 )
 from notecase_server.supervisor import is_passing
-from notecase_server.tools import naming
 
 log = structlog.get_logger()
 
@@ -45,7 +44,13 @@ class Started(NamedTuple):
     key: SessionKey
     run: v1.Run
     """The caller's own."""
-    existing: bool
+    session: v1.Session | None
+    """As the start left it; None where the run was found."""
+
+    @property
+    def existing(self) -> bool:
+        """Whether the run was found."""
+        return self.session is None
 
 
 class Admission:
@@ -76,41 +81,49 @@ class Admission:
         body.ClearField("if_session_uid")
         digest = await digest_of(body.SerializeToString(deterministic=True))
         await self._store.recall(caused.once)
-        key = await self._meant(tenant, start)
+        meant = await self._meant(tenant, start)
+        key = meant.key
         try:
             await self._store.recall_command(key, caused.command)
             if found := await self._find(key, start.run_id, digest):
                 return found
             if not start.session:  # the one that has the name may be deleted meanwhile, and its uid is never used again
                 key = self._sessions.new_key(tenant, key.session)
+                meant = meant._replace(key=key, session=start.new_session)
             del body.messages[:]
             body.messages.extend(await self._services.contents.kept(key, start.messages, start.state))
-            return await self._admit(key, body, digest, caused)
+            return await self._admit(meant, body, digest, caused)
         except Duplicate as duplicate:
             row = await self._store.get_run(key, duplicate.run)
             if row is None:
                 raise errors.reused("command_id", caused.cause_id) from None
-            return Started(key, row[0], existing=True)
+            return Started(key, row[0], None)
         except NotecaseError as error:
             if error.reason == v1.ERROR_REASON_ALREADY_EXISTS:
-                key = await self._meant(tenant, start)  # another start has just made a session of this name
+                key = (await self._meant(tenant, start)).key  # another start has just made a session of this name
             elif error.reason != v1.ERROR_REASON_RUN_ACTIVE:
                 raise
             if found := await self._find(key, start.run_id, digest):
                 return found
             raise
 
-    async def _meant(self, tenant: str, start: v1.StartRun) -> SessionKey:
-        """The session that a start names, or the one that it makes; SESSION_NOT_FOUND. A new one whose name is taken
-        is the one that has it: the start may be a repeat."""
+    async def _meant(self, tenant: str, start: v1.StartRun) -> Meant:
+        """What a start names, or makes, read at once; SESSION_NOT_FOUND. A new session whose name is taken is the one
+        that has it: the start may be a repeat."""
+        session = (start.session or start.new_session.name).removeprefix("sessions/")
+        row, agent = await self._store.read_start(tenant, session, start.agent or start.new_session.agent)
+        if row is not None and start.if_session_uid in {"", row.uid}:
+            return Meant(SessionKey(tenant, session, row.uid), row, agent)
         if start.session:
-            key, _ = await self._sessions.find(tenant, start.session.removeprefix("sessions/"), start.if_session_uid)
-            return key
-        session = start.new_session.name.removeprefix("sessions/")
-        row = await self._store.find_session(tenant, session) if session else None
-        if row is not None:
-            return SessionKey(tenant, session, row.uid)
-        return self._sessions.new_key(tenant, session or self._new_id())
+            raise errors.not_found("session", start.session)
+        return Meant(self._sessions.new_key(tenant, session or self._new_id()), start.new_session, agent)
+
+    async def _again(self, key: SessionKey, start: v1.StartRun) -> Meant:
+        """What a start is about by now; SESSION_NOT_FOUND."""
+        row, agent = await self._store.read_start(key.tenant, key.session, start.agent)
+        if row is None or row.uid != key.uid:
+            raise errors.not_found("session", names.session(key.session))
+        return Meant(key, row, agent)
 
     async def _find(self, key: SessionKey, run_id: str, digest: bytes) -> Started | None:
         row = await self._store.get_run(key, run_id) if run_id else None
@@ -120,14 +133,15 @@ class Admission:
             raise errors.cancelled_before_start(names.run(key.session, run_id))
         if row[1] != digest:
             raise errors.reused("run_id", run_id)
-        return Started(key, row[0], existing=True)
+        return Started(key, row[0], None)
 
-    async def _admit(self, key: SessionKey, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
+    async def _admit(self, meant: Meant, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
         if self._roster.draining:
             raise errors.draining()
+        key = meant.key
         for _ in range(BUSY_TRIES):
             try:
-                return await self._start(key, start, digest, caused)
+                return await self._start(meant, start, digest, caused)
             except NotecaseError as error:
                 if error.reason != v1.ERROR_REASON_RUN_ACTIVE:
                     raise
@@ -143,22 +157,21 @@ class Admission:
             except NotecaseError as error:  # it may have ended by itself, and there is nothing to stop
                 if error.reason not in {v1.ERROR_REASON_RUN_ENDED, v1.ERROR_REASON_RUN_NOT_FOUND}:
                     raise
+            meant = await self._again(key, start)
         raise errors.run_active(names.run(key.session, active))
 
     # ---- starting
 
-    async def _start(self, key: SessionKey, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
-        live, session = self._sessions.live(key), start.new_session
-        if start.session:
-            live, session = await self._sessions.watched(key)
-            if session.active_run:  # the commit would say the same: this spares a place that is needed for nothing
-                if start.HasField("if_last_sequence") and start.if_last_sequence != session.last_sequence:
-                    raise errors.sequence_mismatch(session.last_sequence)
-                raise errors.run_active(names.run(key.session, session.active_run))
+    async def _start(self, meant: Meant, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
+        key, session, _ = meant
+        if session.active_run:  # the commit would say the same: this spares a place that is needed for nothing
+            if start.HasField("if_last_sequence") and start.if_last_sequence != session.last_sequence:
+                raise errors.sequence_mismatch(session.last_sequence)
+            raise errors.run_active(names.run(key.session, session.active_run))
         self._services.places.take()
         placed = False
         try:
-            agent = await self._agent(key.tenant, start, session)
+            agent = agent_of(meant, start)
             rewinds = start.HasField("rewind_to_sequence")
             if not (start.messages or rewinds):
                 await self._require_question(key)
@@ -173,6 +186,7 @@ class Admission:
                 events=opening(start, session.user, agent, run_id, caused.cause_id, self._new_id),
                 start=RunRecord(digest, agent),
             )
+            live = self._sessions.live(key)
             async with live.lock:
                 if rewinds:
                     way = Back(start.rewind_to_sequence, "start.rewind_to_sequence")
@@ -181,7 +195,7 @@ class Admission:
                     committed = await live.commit(commit)
                 placed = True
                 self._roster.begin(live, committed, run_id, agent, placed=True)
-            return Started(key, committed.runs[run_id], existing=False)
+            return Started(key, committed.runs[run_id], committed.session)
         finally:
             if not placed:
                 self._services.places.give_back()
@@ -209,20 +223,6 @@ class Admission:
                 if error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:
                     raise
 
-    async def _agent(self, tenant: str, start: v1.StartRun, session: v1.Session) -> v1.Agent:
-        if not (start.agent or session.agent):
-            raise errors.invalid([Violation("start.agent", "neither the start nor the session names an agent")])
-        agent = await self.named_agent(tenant, start.agent or session.agent)
-        taken = {name for tool in agent.llm.tools for name in naming.declared(tool)}
-        clashes = [
-            Violation(f"start.client_tools[{index}].name", f"the agent has a tool {tool.name!r} of its own")
-            for index, tool in enumerate(start.client_tools)
-            if tool.name in taken
-        ]
-        if clashes:
-            raise errors.invalid(clashes)
-        return agent
-
     async def named_agent(self, tenant: str, name: str) -> v1.Agent:
         """Returns the agent of that name, or its revision. Raises NotecaseError AGENT_NOT_FOUND."""
         parsed = names.parse_agent(name)
@@ -248,8 +248,8 @@ class Admission:
         """Ends the active run, rewinds the session if the start says so, and starts another: one commit, so that no run
         that is queued comes between. It takes the place of a run at work; in place of one that waits it is a new
         start."""
-        _, session = await self._sessions.watched(key)
-        agent = await self._agent(key.tenant, start, session)
+        meant = await self._again(key, start)
+        agent = agent_of(meant, start)
         run_id = start.run_id or self._new_id()
         async with self._roster.worker(key, active, Caused()) as worker:
             way = way_of(start)
@@ -263,7 +263,7 @@ class Admission:
             if waits or self._roster.at_work(key, active) is None:
                 self._services.places.take()
                 worker.placed = True
-            events = opening(start, session.user, agent, run_id, caused.cause_id, self._new_id)
+            events = opening(start, meant.session.user, agent, run_id, caused.cause_id, self._new_id)
             halt = Halt(
                 replacement=Replacement(run_id, events, RunRecord(digest, agent), way),
                 reason="Another run was started." if start.on_busy == INTERRUPT else "It was rolled back.",
@@ -271,7 +271,8 @@ class Admission:
                 command=caused.command,
             )
             self._roster.halt(worker, halt)
-        return Started(key, (await halt.done).runs[run_id], existing=False)
+        committed = await halt.done
+        return Started(key, committed.runs[run_id], committed.session)
 
     # ---- queueing
 
@@ -281,17 +282,16 @@ class Admission:
                 "is empty, and it is not known what the session's history will end with when this start's turn comes"
             )
             raise errors.invalid([Violation("start.messages", problem)])
-        live, session = await self._sessions.watched(key)
-        agent = await self._agent(key.tenant, start, session)
+        agent = agent_of(await self._again(key, start), start)
         run_id = start.run_id or self._new_id()
         event = v1.Event(run=run_id, cause_id=caused.cause_id or run_id)
         event.command_queued.start.CopyFrom(start)
         event.command_queued.start.agent = agent.name
-        committed = await live.commit(
+        committed = await self._sessions.commit(
             Commit(key=key, once=caused.once, command=caused.command, events=[event], start=RunRecord(digest, agent))
         )
         self.queued(key)
-        return Started(key, committed.runs[run_id], existing=False)
+        return Started(key, committed.runs[run_id], committed.session)
 
     async def start_next(self, key: SessionKey) -> None:
         """Starts the first queued run of an idle session once there is a place. One that is refused for good ends as

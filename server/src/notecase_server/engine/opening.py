@@ -1,13 +1,46 @@
-"""Makes the events of a start, and asks what a start needs of the history before it. Pure."""
+"""Makes the events of a start, and asks what a start needs: its agent, and the history before it. Pure."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from notecase import v1
 
+from notecase_server import errors
 from notecase_server.engine.rewind import Back
+from notecase_server.errors import Violation
+from notecase_server.store.contract import SessionKey
+from notecase_server.tools import naming
 
 COMPLETED = v1.Message.STATUS_COMPLETED
 INTERRUPT, ROLLBACK = v1.StartRun.ON_BUSY_INTERRUPT, v1.StartRun.ON_BUSY_ROLLBACK
+
+
+class Meant(NamedTuple):
+    """What a start is about, as it was at one moment."""
+
+    key: SessionKey
+    session: v1.Session
+    """The row, or what is to be made."""
+    agent: v1.Agent | None
+    """The one that is named by the start, or else by the session."""
+
+
+def agent_of(meant: Meant, start: v1.StartRun) -> v1.Agent:
+    """The agent of a start. Raises NotecaseError AGENT_NOT_FOUND, and INVALID_FIELD when none is named, or has a tool
+    by the name of one that the start brings."""
+    if not (start.agent or meant.session.agent):
+        raise errors.invalid([Violation("start.agent", "neither the start nor the session names an agent")])
+    if meant.agent is None:
+        raise errors.not_found("agent", start.agent or meant.session.agent)
+    taken = {name for tool in meant.agent.llm.tools for name in naming.declared(tool)}
+    clashes = [
+        Violation(f"start.client_tools[{index}].name", f"the agent has a tool {tool.name!r} of its own")
+        for index, tool in enumerate(start.client_tools)
+        if tool.name in taken
+    ]
+    if clashes:
+        raise errors.invalid(clashes)
+    return meant.agent
 
 
 def opening(

@@ -167,7 +167,7 @@ class Upkeep:
         elif run.state == WAITING:
             self.tending(worker)
             self._accompany(worker)
-        elif run_log.ended:
+        elif run_log.ended and run_log.session.queued_commands:
             self.start_next(key)
 
     def tending(self, worker: Worker) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import itertools
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -23,6 +24,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
+from notecase_server.limit import Limit
 from notecase_server.models.answers import media, provider_errors, too_long
 from notecase_server.models.answers.media import Encoded
 from notecase_server.models.answers.redaction import Redactor
@@ -151,17 +153,19 @@ class OpenAIProvider:
             chunks = _fairly(response.aiter_bytes())
             clock = _Clock(self._first_timeout, self._idle_timeout, self._whole_timeout)
             try:
-                while not reply.done:
-                    async with asyncio.timeout_at(clock.due):
+                async with Limit() as limit:
+                    while not reply.done:
+                        limit.due = clock.due
                         chunk = await anext(chunks, None)
-                    if chunk is None:
-                        break
-                    pieces = reply.feed(chunk)
-                    clock.heard(reply.heard)
-                    for piece in pieces:
-                        yield await _decoded(piece, next(made)) if isinstance(piece, Encoded) else piece
-                    if not reply.done and (used := reply.used()) is not None:
-                        yield used
+                        limit.due = math.inf  # what is done with the pieces takes its own time
+                        if chunk is None:
+                            break
+                        pieces = reply.feed(chunk)
+                        clock.heard(reply.heard)
+                        for piece in pieces:
+                            yield await _decoded(piece, next(made)) if isinstance(piece, Encoded) else piece
+                        if not reply.done and (used := reply.used()) is not None:
+                            yield used
             except _BROKEN as error:
                 cut = self._broken(error, "The connection to the model provider broke within the reply.")
             except TimeoutError:

@@ -11,6 +11,7 @@ from contextlib import aclosing
 from typing import Any
 
 from notecase_server import errors
+from notecase_server.limit import Limit
 
 READ_AHEAD = 64 << 10
 """Bytes a connection may always leave unread. About what HTTP/2 lets each end send ahead."""
@@ -115,36 +116,23 @@ async def deliver(
     """Sends responses as they come. Raises NotecaseError WATCHER_TOO_SLOW when one waits `stall` seconds for room, or
     would wait where too much waits on its connection already.
 
-    Room is what the reader's transport takes in advance, a few megabytes: a stream with less to say is never too slow.
-    One clock looks after the whole stream, because one for each response would cost a tenth of sending it."""
-    loop = asyncio.get_running_loop()
-    since = math.inf  # when the write under way began
-    alarm: asyncio.TimerHandle
-
-    def look() -> None:
-        nonlocal alarm
-        left = min(since + stall - loop.time(), stall)
-        if left > 0:
-            alarm = loop.call_later(left, look)
-        else:
-            patience.reschedule(loop.time())
-
-    alarm = loop.call_later(stall, look)
+    Room is what the reader's transport takes in advance, a few megabytes: a stream with less to say is never too
+    slow."""
+    time = asyncio.get_running_loop().time
+    limit = Limit()
     try:
-        async with aclosing(responses), asyncio.timeout(None) as patience:
+        async with aclosing(responses), limit:
             async for response in responses:
                 frame = serializer(response)
                 size = len(frame)
                 if not call.has_room(size):
                     raise errors.unread_stream()
                 call.waits(size)
-                since = loop.time()
+                limit.due = time() + stall
                 await context.write(frame)
-                since = math.inf
+                limit.due = math.inf
                 call.read(size)
     except TimeoutError:
-        if not patience.expired():
+        if not limit.passed:
             raise
         raise errors.watcher_too_slow(stall) from None
-    finally:
-        alarm.cancel()

@@ -131,10 +131,13 @@ class Streams:
         return Place(live, attached, cursor, followed)
 
     async def _started(self, started: Started, options: v1.WatchOptions) -> "Place":
-        live, session = await self._sessions.watched(started.key)
         run = started.run
-        # A run that was just started may be ahead already; what it says is new to this stream.
-        head = session.last_sequence if started.existing else run.last_sequence
+        if started.session is None:
+            live, session = await self._sessions.watched(started.key)
+            head = session.last_sequence
+        else:
+            live = self._sessions.seen(started.key, started.session)
+            head = run.last_sequence  # it may be ahead already; what it has said since is new to this stream
         attached = v1.Attached(
             session=names.session(started.key.session),
             session_uid=started.key.uid,

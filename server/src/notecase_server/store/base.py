@@ -85,6 +85,9 @@ class TableStore(ABC):
     async def find_session(self, tenant: str, session: str) -> v1.Session | None:
         return await self._read(lambda tables: steps.find_session(tables, tenant, session))
 
+    async def read_start(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
+        return await self._read(lambda tables: steps.read_start(tables, tenant, session, agent))
+
     async def list_sessions(self, tenant: str, query: Query) -> Page[v1.Session]:
         return await self._read(lambda tables: take(tables.sessions(tenant, query), query.limit))
 

@@ -421,6 +421,11 @@ class Store(Protocol):
         """The session that has this name now; its `uid` makes the key."""
         ...
 
+    async def read_start(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
+        """What the start of a run is about, at one moment: the session that has this id now, and the agent that is
+        named so, with or without a revision; where `agent` is empty, the one that the session names."""
+        ...
+
     async def list_sessions(self, tenant: str, query: Query) -> Page[v1.Session]:
         """The last created first; those of one microsecond by uid descending. Positions are (create_time, uid)."""
         ...

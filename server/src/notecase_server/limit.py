@@ -1,0 +1,62 @@
+"""A time limit that moves: what waits for one thing after another sets it at each, which costs next to nothing."""
+
+import asyncio
+import math
+from types import TracebackType
+from typing import Self
+
+
+class Limit:
+    """Ends what is awaited in its block with TimeoutError once its time has come, as asyncio.timeout does. That one
+    makes a timer and takes it back each time that it moves, a tenth of what a token costs; here one timer looks whether
+    the time has come, and is set again if not. Entered and left in one task.
+
+    What is awaited while `due` is set is what ends: never what the task does after `due` was set back."""
+
+    def __init__(self) -> None:
+        self.passed = False
+        """It was this limit that ended the block."""
+        self._loop = asyncio.get_running_loop()
+        self._due = self._looks = math.inf
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[object] | None = None
+        self._cancelling = 0
+
+    @property
+    def due(self) -> float:
+        """The loop's time at which it has been too long; infinite for never, as at first."""
+        return self._due
+
+    @due.setter
+    def due(self, due: float) -> None:
+        self._due = due
+        if due < self._looks:
+            self._look_at(due)
+
+    def _look_at(self, when: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._looks = when
+        self._timer = self._loop.call_at(when, self._look) if when < math.inf else None
+
+    def _look(self) -> None:
+        if self._due > self._loop.time():
+            self._look_at(self._due)
+        elif self._task is not None and not self.passed:
+            self.passed = True
+            self._task.cancel()
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.current_task()
+        assert self._task is not None
+        self._cancelling = self._task.cancelling()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        task, self._task = self._task, None
+        self._due = math.inf
+        self._look_at(math.inf)
+        if self.passed and task is not None and task.uncancel() <= self._cancelling and kind is asyncio.CancelledError:
+            raise TimeoutError from error
