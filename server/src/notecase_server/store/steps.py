@@ -57,13 +57,14 @@ FIRST_EPOCH = 1
 
 def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committed:
     """Store.commit."""
-    if commit.id and (made := find_commit(tables, commit.key, commit.id)) is not None:
-        return made
+    row = tables.session(commit.key)
+    if row is not None and (made := _remembered(row, commit.id)) is not None:
+        return _made(tables, commit.key, row, made)
     recall(tables, commit.once)
     recall_command(tables, commit.key, commit.command)
     events, blobs = content.sized(tables, commit.key.tenant, commit.events)
     commit = replace(commit, events=events)
-    rows, commits = _load(tables, commit, now)
+    rows, commits = _load(tables, commit, row, now)
     require_record(tables, quotas, commit.once)
     if commit.create is not None:
         require_session(tables, quotas, commit.key.tenant)
@@ -130,11 +131,12 @@ def _first_references(
 def find_commit(tables: Tables, key: SessionKey, commit_id: str) -> Committed | None:
     """Store.find_commit."""
     row = tables.session(key)
-    for made in row.commits if row else ():
-        if made.commit_id == commit_id:
-            assert row is not None
-            return _made(tables, key, row, made)
-    return None
+    made = _remembered(row, commit_id) if row is not None else None
+    return _made(tables, key, row, made) if row is not None and made is not None else None
+
+
+def _remembered(row: SessionRow, commit_id: str) -> CommitRow | None:
+    return next((made for made in row.commits if commit_id and made.commit_id == commit_id), None)
 
 
 def _made(tables: Tables, key: SessionKey, row: SessionRow, made: CommitRow) -> Committed:
@@ -313,14 +315,14 @@ def _require_free(tables: Tables, key: SessionKey) -> None:
         raise errors.already_exists("session", f"sessions/{key.session}")
 
 
-def _load(tables: Tables, commit: Commit, now: int) -> tuple[fold.Rows, tuple[CommitRow, ...]]:
+def _load(tables: Tables, commit: Commit, row: SessionRow | None, now: int) -> tuple[fold.Rows, tuple[CommitRow, ...]]:
     """The rows that the commit needs, its session made if it is to be; and the commits that the session remembers."""
     key = commit.key
-    if commit.create is None:
-        row = _session(tables, key)
-    else:
+    if commit.create is not None:
         _require_free(tables, key)
         row = SessionRow(fold.new_session(key, commit.create, now), FIRST_EPOCH)
+    if row is None:
+        raise errors.not_found("session", f"sessions/{key.session}")
     session = row.session
     rows = fold.Rows(session, row.epoch)
     needs = fold.needs(commit, session.user)
