@@ -36,8 +36,10 @@ async def measure(names: Sequence[str], rounds: int, found: list[Values]) -> lis
             running_stub(cpus.load, folder) as model,
             running_server(cpus.server, folder, "bench", model.port) as server,
             Load.connect(server.port) as load,
+            running_server(cpus.server, folder, "floor", model.port, "benchmarks.floor") as floor,
+            Load.connect(floor.port) as floor_load,
         ):
-            bench = Bench(cpus, folder, model, server, load)
+            bench = Bench(cpus, folder, model, server, load, Bench(cpus, folder, model, floor, floor_load))
             for number in range(1, rounds + 1):
                 found.append({})
                 for measure_name in names:

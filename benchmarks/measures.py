@@ -54,6 +54,8 @@ class Bench:
     model: Process
     server: Process
     load: Load
+    floor: "Bench | None" = None
+    """The same load on the least program that does the same work, see `benchmarks.floor`."""
     prepared: dict[int, str] = field(default_factory=dict)
     """The session of each length that was asked for."""
     names: Any = field(default_factory=itertools.count)
@@ -314,10 +316,23 @@ async def loop(bench: Bench) -> Values:
     }
 
 
+def beside_floor(measure: Callable[[Bench], Awaitable[Values]]) -> Callable[[Bench], Awaitable[Values]]:
+    """The measure, and each of its values in those of the floor, which is measured right behind it."""
+
+    async def both(bench: Bench) -> Values:
+        values = await measure(bench)
+        if bench.floor is None:
+            return values
+        floor = await measure(bench.floor)
+        return values | {f"{key}-in-floor": value / floor[key] for key, value in values.items()}
+
+    return both
+
+
 MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
-    "tokens": tokens,
-    "turn": turn,
-    "first-token": first_token,
+    "tokens": beside_floor(tokens),
+    "turn": beside_floor(turn),
+    "first-token": beside_floor(first_token),
     "history": history,
     "pages": pages,
     "fork": fork,
