@@ -81,7 +81,8 @@ class Roster:
     # ---- to work, and from it
 
     def begin(self, live: LiveSession, committed: Committed, run: str, agent: v1.Agent, *, placed: bool) -> None:
-        """Sets a worker to work on a run that a commit has started. The caller holds the session's lock."""
+        """Sets a worker to work on a run that a commit has started, with a place or to wait for one. The caller holds
+        the session's lock."""
         if self.at_work(live.key, run) is not None:
             if placed:
                 self._services.places.give_back()
@@ -170,8 +171,7 @@ class Roster:
         Raises Replayed and Duplicate for a repeat, SESSION_NOT_FOUND, SERVER_DRAINING, and `late` for a run that is not
         under way; by default RUN_NOT_FOUND, RUN_ENDED, and RUN_ACTIVE for a run that is queued behind another."""
         live = self._sessions.live(key)
-        async with live.lock:
-            await self._settle_commit(live)
+        async with live.held():
             await self._store.recall(caused.once)
             await self._store.recall_command(key, caused.command)
             _, session = await self._sessions.watched(key)
@@ -183,18 +183,14 @@ class Roster:
             try:
                 yield worker
             finally:
-                if self.at_work(key, run) is None:
-                    self.settle(worker)
-                else:
-                    worker.stir()
+                live.once_known(lambda: self._go_on(worker))
 
-    async def _settle_commit(self, live: LiveSession) -> None:
-        """Finds out what became of a commit whose answer was lost, before anybody decides on what is known. The caller
-        holds the session's lock."""
-        made = await live.settle()
-        for entry in self if made is not None else ():
-            if entry.worker.log.live is live and made is not None:
-                entry.worker.log.learn(made)
+    def _go_on(self, worker: Worker) -> None:
+        """Sees that what a command has committed is followed by somebody."""
+        if self.at_work(worker.log.live.key, worker.log.run.name) is None:
+            self.settle(worker)
+        else:
+            worker.stir()
 
     async def _made(self, live: LiveSession, session: v1.Session, run: str) -> Worker:
         active = await self._store.active_run(live.key, run) if run else None
