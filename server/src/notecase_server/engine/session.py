@@ -102,7 +102,7 @@ class LiveSession:
         self.watchers = 0
         """Streams attached to the session or a run of it."""
         self.company = Bell()
-        """Rung when that number changes."""
+        """Rung when that number changes, when a run of the session changes its state, and once it is deleted."""
         self.soon = Bell()
         """Rung for what is sent at once: a commit, a block begun, a notice, the end."""
         self.later = Bell()
@@ -193,6 +193,8 @@ class LiveSession:
         self.drafts = {step: draft for step, draft in self.drafts.items() if draft.name not in added}
         self.head = max(self.head, committed.session.last_sequence)
         self.ring()
+        if any(event.HasField("run_state_changed") for event in committed.events):
+            self.company.ring()
         for scope, state in committed.state.items():
             if scope.kind != "session":
                 ops = [

@@ -232,3 +232,4 @@ class Sessions:
             for task in live.work:
                 task.cancel()
             live.ring()
+            live.company.ring()

@@ -258,10 +258,12 @@ class Upkeep:
         self._accompany(worker)
 
     def _accompany(self, worker: Worker) -> None:
-        """Cancels a run that nobody has followed for as long as its `disconnect` allows."""
-        if worker.log.ended or not worker.log.run.disconnect.HasField("cancel_after"):
-            return
+        """Has a run cancelled that nobody has followed for as long as its `disconnect` allows. One task watches over it
+        from its first worker to its end."""
         key, run = worker.log.live.key, worker.log.run.name
+        bounded = worker.log.run.disconnect.HasField("cancel_after") and not worker.log.ended
+        if not bounded or self._services.supervisor.is_at("company", (key, run)):
+            return
         seconds = worker.log.run.disconnect.cancel_after.ToMicroseconds() / 1e6
         company = Company(worker.log.live, run, seconds, self._poll_seconds)
 
