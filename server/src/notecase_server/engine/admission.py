@@ -260,10 +260,10 @@ class Admission:
                 to_sequence = back.events[0].rewound.to_sequence
             if not start.messages:
                 await self._require_question(key, to_sequence)
-            waits = worker.log.run.state == WAITING and not worker.placed
+            waits = worker.log.run.state == WAITING and not worker.seat.taken
             if waits or self._roster.at_work(key, active) is None:
                 self._services.places.take()
-                worker.placed = True
+                worker.seat.taken = True
             events = opening(start, session.user, agent, run_id, caused.cause_id, self._new_id)
             halt = Halt(
                 replacement=Replacement(run_id, events, RunRecord(digest, agent), way),

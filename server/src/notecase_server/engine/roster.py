@@ -14,6 +14,7 @@ from notecase_server import errors, names
 from notecase_server.engine import ledger
 from notecase_server.engine.halt import Halt
 from notecase_server.engine.run_log import RUNNING, RunLog
+from notecase_server.engine.seat import last_work
 from notecase_server.engine.services import Services
 from notecase_server.engine.session import LiveSession
 from notecase_server.engine.sessions import Sessions
@@ -89,7 +90,7 @@ class Roster:
             return
         active = ActiveRun(live.key, committed.runs[run], agent, committed.epoch)
         worker = self.worker_for(RunLog(live, self._services, committed.session, active))
-        worker.placed = placed
+        worker.seat.taken = placed
         self.employ(worker)
 
     def worker_for(self, run_log: RunLog) -> Worker:
@@ -101,7 +102,7 @@ class Roster:
         so that nobody decides in between."""
         assert halt.replacement is not None
         run, agent = halt.replacement.run, halt.replacement.record.agent
-        placed, worker.placed = worker.placed, False
+        placed, worker.seat.taken = worker.seat.taken, False
         self.begin(worker.log.live, committed, run, agent, placed=placed)
 
     def employ(self, worker: Worker) -> None:
@@ -217,6 +218,7 @@ class Roster:
         ]
         worker = self.worker_for(RunLog(live, self._services, session, active, message, said))
         if active.run.state == RUNNING:
+            worker.seat.worked_until = await last_work(self._store, live.key, active.run)
             worker.log.epoch = await self._store.claim(live.key, active.epoch)
             worker.takes_over = active.deaths + (not active.released)
         if lost := ledger.lost(active.run):
