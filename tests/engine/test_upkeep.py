@@ -16,6 +16,7 @@ from tests.store.build import ManualClock
 from tests.support.time import in_no_time
 
 SUCCEEDED, CANCELLED = v1.Run.STATE_SUCCEEDED, v1.Run.STATE_CANCELLED
+WAITING = v1.Run.STATE_WAITING
 HOUR = 3600.0
 ALONE = v1.Disconnect(cancel_after=Duration(seconds=3600))
 
@@ -77,3 +78,52 @@ def test_a_run_that_nobody_follows_is_cancelled_when_its_time_has_come() -> None
             return (await rooms.ended(key)).state, asyncio.get_running_loop().time()
 
     assert (CANCELLED, HOUR) == in_no_time(cancelled())
+
+
+async def test_what_a_process_left_is_taken_over_and_its_queue_goes_on(store: Store, clock: ManualClock) -> None:
+    """A run that waits is left as it is."""
+    model = Model()
+    async with asyncio.timeout(60):
+        async with house(store, clock, model) as rooms:
+            held, waits = await rooms.prepare("s", "t", tools=[client_tool("look")])
+            await rooms.start(held, "hold")
+            await rooms.start(held, "later", "queued", on_busy=v1.StartRun.ON_BUSY_QUEUE)
+            await rooms.start(waits, "call look")
+            before = await rooms.rests(waits)
+            await model.arrived.acquire()
+        model.let.set()
+        async with house(store, clock, model) as rooms:
+            assert 1 == await rooms.runs.upkeep.take_over()
+            first, queued = await rooms.ended(held), await rooms.ended(held, "queued")
+            assert [(SUCCEEDED, 2), (SUCCEEDED, 1)] == [(run.state, run.attempt) for run in (first, queued)]
+            assert before == await rooms.rests(waits)
+
+
+async def test_a_run_without_a_worker_is_given_one_and_no_second_one(store: Store, clock: ManualClock) -> None:
+    model = Model()
+    async with asyncio.timeout(60), house(store, clock, model) as rooms:
+        (key,) = await rooms.prepare()
+        await rooms.run_log(key)
+        for _ in range(3):
+            await rooms.runs.upkeep.repair()
+        run = await rooms.ended(key)
+        assert (SUCCEEDED, 2, ["Go"]) == (run.state, run.attempt, model.asked)
+
+
+def test_what_is_not_answered_in_time_goes_on_without() -> None:
+    """By the clock of the wall, which is looked at every few seconds."""
+
+    async def timed_out() -> tuple[v1.Run, list[v1.Event]]:
+        clock = ManualClock()
+        async with house(MemoryStore(clock), clock, Model()) as rooms:
+            (key,) = await rooms.prepare(tools=[client_tool("look", timeout=Duration(seconds=3600))])
+            rooms.runs.upkeep.start()
+            await rooms.start(key, "call look")
+            assert WAITING == (await rooms.rests(key)).state
+            clock.now += 3_600_000_000
+            return await rooms.ended(key), await rooms.log(key)
+
+    run, events = in_no_time(timed_out())
+    assert SUCCEEDED == run.state
+    (late,) = [event.tool_finished for event in events if event.HasField("tool_finished")]
+    assert (v1.ToolCall.OUTCOME_FAILED, "The caller gave no result in time.") == (late.outcome, late.error)
