@@ -5,10 +5,10 @@ import asyncio
 from notecase import v1
 from notecase_server import errors
 from notecase_server.engine.queue import Queue
-from notecase_server.store.contract import Store
+from notecase_server.store.contract import Commit, RunRecord, Store
 
-from tests.engine.rooms import House, Model, house
-from tests.store.build import ManualClock
+from tests.engine.rooms import TENANT, House, Model, house
+from tests.store.build import ManualClock, refused
 from tests.support.failing import Failing, Mode
 
 QUEUE = v1.StartRun.ON_BUSY_QUEUE
@@ -43,7 +43,23 @@ async def test_a_session_at_work_starts_nothing_and_keeps_no_place(store: Store,
         assert row is not None
         assert QUEUED == row[0].state
         rooms.services.places.take()
-        rooms.services.places.give_back()
+
+
+async def test_a_start_that_the_store_fails_passingly_is_still_queued_and_keeps_no_place(
+    store: Store, clock: ManualClock
+) -> None:
+    failing = Failing(store, "read_events", Mode.PASSING)
+    async with asyncio.timeout(60), house(failing.store, clock, Model(), max_runs=1) as rooms:
+        (key,) = await rooms.prepare()
+        agent = await store.get_agent(TENANT, "clerk")
+        assert agent is not None
+        event = v1.Event(run="r", cause_id="r")
+        event.command_queued.start.messages.add().parts.add(text="hi")
+        await rooms.sessions.commit(Commit(key=key, events=[event], start=RunRecord(b"digest", agent)))
+        with refused("STORE_UNAVAILABLE"):
+            await queue_of(rooms).start_next(key)
+        await queue_of(rooms).start_next(key)
+        assert SUCCEEDED == (await rooms.ended(key)).state
 
 
 async def test_a_start_that_is_refused_for_good_fails_and_the_next_one_starts(store: Store, clock: ManualClock) -> None:
