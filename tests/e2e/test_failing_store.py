@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 from notecase import v1
+from notecase_server import supervisor
+from notecase_server.engine.session import ASKS
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.serve import new_uid, now, open_store
 from notecase_server.store.contract import Commit, RunRecord, SessionKey, Store
@@ -39,11 +41,16 @@ def replies(commit: Any) -> bool:
     ids=["the end", "a call"],
 )
 async def test_a_reply_whose_commit_nobody_can_say_was_made_is_in_the_log_once(
-    store: Store, model: OpenAIServer, answer: Answer, state: v1.Run.State.ValueType
+    store: Store,
+    model: OpenAIServer,
+    answer: Answer,
+    state: v1.Run.State.ValueType,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The answer of the commit is lost, and so is that of the question what became of it."""
+    """The answer of the commit is lost, and so is that of the question what became of it, for a while."""
+    monkeypatch.setattr(supervisor, "BACKOFF", (0.0, 0.0))
     model.script(answer)
-    silent = Failing(store, "find_commit", Mode.PASSING)
+    silent = Failing(store, "find_commit", Mode.PASSING, times=ASKS + 2)
     failing = Failing(silent.store, "commit", Mode.AFTER, counts=replies)
     async with running(failing.store, {"openai": OpenAIProvider("key", model.url, "stub-1")}) as served:
         await set_up(served)

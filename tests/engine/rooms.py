@@ -1,7 +1,8 @@
 """The rooms of the engine, put together as a server does: only the store, the clock and the ids are the test's."""
 
+import asyncio
 import itertools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,7 +17,7 @@ from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
 from notecase_server.engine.services import Services
 from notecase_server.engine.sessions import Sessions
-from notecase_server.models.contract import Provider, Repeats
+from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Provider, Repeats, Text
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.store.contract import ActiveRun, Clock, Commit, RunRecord, SessionKey, Store
 from notecase_server.store.fold import ENDED
@@ -32,6 +33,35 @@ _numbers = itertools.count(1)
 def new_id() -> str:
     """Ids that no two houses make alike."""
     return f"id-{next(_numbers)}"
+
+
+class Model:
+    """Holds its reply to a text that begins with "hold" until `let` is set, calls the tool that a text "call NAME"
+    names, and says "Done." to everything else."""
+
+    def __init__(self) -> None:
+        self.let = asyncio.Event()
+        self.arrived = asyncio.Semaphore(0)
+        """Released once for each request."""
+        self.asked: list[str] = []
+        """The last text of each request."""
+
+    async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
+        last = request.messages[-1]
+        text = "".join(part.text for part in last.parts)
+        self.asked.append(text)
+        self.arrived.release()
+        if text.startswith("hold"):
+            await self.let.wait()
+        if text.startswith("call ") and last.role == v1.Message.ROLE_USER:
+            for number, name in enumerate(text.split()[1:]):
+                yield Call(number, name, "{}")
+        else:
+            yield Text("Done.")
+        yield Finish("stop", v1.Usage())
+
+    async def close(self) -> None:
+        pass
 
 
 class House:

@@ -192,6 +192,10 @@ class Supervisor:
         task = self._duties[place] = self._dutiful_tasks.start(self._dutiful(name, act, refused), name, fresh=True)
         task.add_done_callback(lambda _: self._done(place))
 
+    def is_at(self, name: str, about: object) -> bool:
+        """Returns whether a duty of that name is under way about that."""
+        return (name, about) in self._duties
+
     def _done(self, place: tuple[str, object]) -> None:
         del self._duties[place]
         if (again := self._again.pop(place, None)) is not None:

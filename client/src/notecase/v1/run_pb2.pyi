@@ -1473,8 +1473,9 @@ class RunStateChanged(_message.Message):
 
     @_builtins.property
     def place_wait(self) -> _duration_pb2.Duration:
-        """With STATE_RUNNING: how long the run had waited for a place in its server before this. `running_duration` does not
-        count that time, and neither does `limits.timeout`.
+        """For how long before this nobody was at work on the run although it was RUNNING: it waited for a place in its server,
+        or, after a takeover, since the last event that its server made. `running_duration` does not count that time, and
+        neither does `limits.timeout`. With STATE_RUNNING, and with an end that came meanwhile.
         """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import structlog
@@ -13,10 +14,10 @@ from notecase_server.engine.halt import Halt, Replacement
 from notecase_server.engine.opening import INTERRUPT, ROLLBACK, Meant, agent_of, is_answer, opening, way_of
 from notecase_server.engine.rewind import Back, rewound
 from notecase_server.engine.rewind import back as way_back
-from notecase_server.engine.roster import QUEUED, Caused, Roster
+from notecase_server.engine.roster import Caused, Roster
 from notecase_server.engine.run_log import WAITING
 from notecase_server.engine.services import Services
-from notecase_server.engine.session import LiveSession
+from notecase_server.engine.session import Late, LiveSession
 from notecase_server.engine.sessions import Sessions
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.store.contract import (
@@ -27,12 +28,8 @@ from notecase_server.store.contract import (
     RunRecord,
     SessionKey,
 )
-from notecase_server.supervisor import is_passing
 
 log = structlog.get_logger()
-
-MOVED_ON = frozenset({v1.ERROR_REASON_SESSION_NOT_FOUND, v1.ERROR_REASON_RUN_ACTIVE})
-"""Refusals that say that a queued start has to wait on, or that nothing is left of it."""
 
 BUSY_TRIES = 5
 """How often a start that stops another run tries again when that one had ended and a third one came first."""
@@ -187,22 +184,27 @@ class Admission:
                 start=RunRecord(digest, agent),
             )
             live = self._sessions.live(key)
-            async with live.lock:
+            begin = partial(self._roster.begin, live, run=run_id, agent=agent)
+            late = partial(begin, placed=False)
+            async with live.held():
                 if rewinds:
                     way = Back(start.rewind_to_sequence, "start.rewind_to_sequence")
-                    committed = await self.commit_back(live, commit, way, caused.cause_id)
+                    committed = await self.commit_back(live, commit, way, caused.cause_id, late)
                 else:
-                    committed = await live.commit(commit)
+                    committed = await live.commit(commit, late)
                 placed = True
-                self._roster.begin(live, committed, run_id, agent, placed=True)
+                begin(committed, placed=True)
             return Started(key, committed.runs[run_id], committed.session)
         finally:
             if not placed:
                 self._services.places.give_back()
 
-    async def commit_back(self, live: LiveSession, commit: Commit, way: Back, cause_id: str) -> Committed:
-        """Commits with the way back before the commit's events. The caller holds the session's lock, and yet others
-        write: what they wrote meanwhile is rewound too, unless the commit has a condition of its own."""
+    async def commit_back(
+        self, live: LiveSession, commit: Commit, way: Back, cause_id: str, late: Late | None = None
+    ) -> Committed:
+        """Commits with the way back before the commit's events; `late` as for LiveSession.commit. The caller holds the
+        session's lock, and yet others write: what they wrote meanwhile is rewound too, unless the commit has a
+        condition of its own."""
         assert way.to_sequence is not None
         while True:
             _, session = await self._sessions.watched(live.key)
@@ -216,9 +218,8 @@ class Admission:
             for event in back.events:
                 event.cause_id = cause_id
             try:
-                return await live.commit(
-                    replace(commit, if_last_sequence=back.head, events=[*back.events, *commit.events])
-                )
+                events = [*back.events, *commit.events]
+                return await live.commit(replace(commit, if_last_sequence=back.head, events=events), late)
             except NotecaseError as error:
                 if error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:
                     raise
@@ -259,10 +260,10 @@ class Admission:
                 to_sequence = back.events[0].rewound.to_sequence
             if not start.messages:
                 await self._require_question(key, to_sequence)
-            waits = worker.log.run.state == WAITING and not worker.placed
+            waits = worker.log.run.state == WAITING and not worker.seat.taken
             if waits or self._roster.at_work(key, active) is None:
                 self._services.places.take()
-                worker.placed = True
+                worker.seat.taken = True
             events = opening(start, meant.session.user, agent, run_id, caused.cause_id, self._new_id)
             halt = Halt(
                 replacement=Replacement(run_id, events, RunRecord(digest, agent), way),
@@ -287,57 +288,9 @@ class Admission:
         event = v1.Event(run=run_id, cause_id=caused.cause_id or run_id)
         event.command_queued.start.CopyFrom(start)
         event.command_queued.start.agent = agent.name
-        committed = await self._sessions.commit(
-            Commit(key=key, once=caused.once, command=caused.command, events=[event], start=RunRecord(digest, agent))
+        committed = await self._sessions.live(key).commit(
+            Commit(key=key, once=caused.once, command=caused.command, events=[event], start=RunRecord(digest, agent)),
+            late=lambda _: self.queued(key),
         )
         self.queued(key)
         return Started(key, committed.runs[run_id], committed.session)
-
-    async def start_next(self, key: SessionKey) -> None:
-        """Starts the first queued run of an idle session once there is a place. One that is refused for good ends as
-        failed, and it is the next one's turn. STORE_UNAVAILABLE, SESSION_NOT_FOUND, RUN_ACTIVE."""
-        if await self._first_queued(key) is None:
-            return
-        await self._services.places.wait(key.tenant)
-        placed = False
-        try:
-            live = self._sessions.live(key)
-            async with live.lock:
-                while not placed and (found := await self._first_queued(key)) and not self._roster.draining:
-                    session, queued, agent = found
-                    (event,) = await self._store.read_events(key, queued.sequence - 1, 1)
-                    start = event.command_queued.start
-                    events = opening(start, session.user, agent, queued.run, queued.command_id, self._new_id)
-                    try:
-                        committed = await live.commit(Commit(key=key, claim=True, events=events))
-                    except NotecaseError as error:
-                        if is_passing(error) or error.reason in MOVED_ON:
-                            raise
-                        await self._fail_queued(key, queued.run, error)
-                        continue
-                    placed = True
-                    self._roster.begin(live, committed, queued.run, agent, placed=True)
-        finally:
-            if not placed:
-                self._services.places.give_back()
-
-    async def fail_next(self, key: SessionKey, error: NotecaseError) -> None:
-        """Ends the first queued run of an idle session as failed: it cannot be started."""
-        async with self._sessions.live(key).lock:
-            if (found := await self._first_queued(key)) is not None:
-                await self._fail_queued(key, found[1].run, error)
-
-    async def _fail_queued(self, key: SessionKey, run: str, error: NotecaseError) -> None:
-        """The caller holds the session's lock."""
-        log.error("queued_start_failed", session=key.session, run=run, reason=errors.reason_name(error.reason))
-        change = v1.RunStateChanged(state=v1.Run.STATE_FAILED, error=error.to_proto())
-        await self._sessions.commit(Commit(key=key, events=[v1.Event(run=run, run_state_changed=change)]))
-
-    async def _first_queued(self, key: SessionKey) -> tuple[v1.Session, v1.QueuedCommand, v1.Agent] | None:
-        session = await self._store.get_session(key)
-        if session is not None and not session.active_run:
-            for queued in session.queued_commands:
-                active = await self._store.active_run(key, queued.run)
-                if active is not None and active.run.state == QUEUED:
-                    return session, queued, active.agent
-        return None

@@ -37,7 +37,7 @@ class AtRest:
 
     async def _rewind(self, commit: Commit, way: Back, cause_id: str) -> Committed:
         live = self._sessions.live(commit.key)
-        async with live.lock:
+        async with live.held():
             await self._store.recall(commit.once)
             return await self._admission.commit_back(live, commit, way, cause_id)
 

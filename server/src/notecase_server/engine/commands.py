@@ -144,7 +144,7 @@ class Commands:
         self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused
     ) -> Committed | None:
         """Ends a run that has not begun; None when there is no such run."""
-        async with self._sessions.live(key).lock:
+        async with self._sessions.live(key).held():
             active = await self._store.active_run(key, run_id)
             if active is None or active.run.state != QUEUED:
                 return None

@@ -14,6 +14,7 @@ from notecase_server import errors, names
 from notecase_server.engine import ledger
 from notecase_server.engine.halt import Halt
 from notecase_server.engine.run_log import RUNNING, RunLog
+from notecase_server.engine.seat import last_work
 from notecase_server.engine.services import Services
 from notecase_server.engine.session import LiveSession
 from notecase_server.engine.sessions import Sessions
@@ -81,14 +82,15 @@ class Roster:
     # ---- to work, and from it
 
     def begin(self, live: LiveSession, committed: Committed, run: str, agent: v1.Agent, *, placed: bool) -> None:
-        """Sets a worker to work on a run that a commit has started. The caller holds the session's lock."""
+        """Sets a worker to work on a run that a commit has started, with a place or to wait for one. The caller holds
+        the session's lock."""
         if self.at_work(live.key, run) is not None:
             if placed:
                 self._services.places.give_back()
             return
         active = ActiveRun(live.key, committed.runs[run], agent, committed.epoch)
         worker = self.worker_for(RunLog(live, self._services, committed.session, active))
-        worker.placed = placed
+        worker.seat.taken = placed
         self.employ(worker)
 
     def worker_for(self, run_log: RunLog) -> Worker:
@@ -100,7 +102,7 @@ class Roster:
         so that nobody decides in between."""
         assert halt.replacement is not None
         run, agent = halt.replacement.run, halt.replacement.record.agent
-        placed, worker.placed = worker.placed, False
+        placed, worker.seat.taken = worker.seat.taken, False
         self.begin(worker.log.live, committed, run, agent, placed=placed)
 
     def employ(self, worker: Worker) -> None:
@@ -170,8 +172,7 @@ class Roster:
         Raises Replayed and Duplicate for a repeat, SESSION_NOT_FOUND, SERVER_DRAINING, and `late` for a run that is not
         under way; by default RUN_NOT_FOUND, RUN_ENDED, and RUN_ACTIVE for a run that is queued behind another."""
         live = self._sessions.live(key)
-        async with live.lock:
-            await self._settle_commit(live)
+        async with live.held():
             await self._store.recall(caused.once)
             await self._store.recall_command(key, caused.command)
             _, session = await self._sessions.watched(key)
@@ -183,18 +184,14 @@ class Roster:
             try:
                 yield worker
             finally:
-                if self.at_work(key, run) is None:
-                    self.settle(worker)
-                else:
-                    worker.stir()
+                live.once_known(lambda: self._go_on(worker))
 
-    async def _settle_commit(self, live: LiveSession) -> None:
-        """Finds out what became of a commit whose answer was lost, before anybody decides on what is known. The caller
-        holds the session's lock."""
-        made = await live.settle()
-        for entry in self if made is not None else ():
-            if entry.worker.log.live is live and made is not None:
-                entry.worker.log.learn(made)
+    def _go_on(self, worker: Worker) -> None:
+        """Sees that what a command has committed is followed by somebody."""
+        if self.at_work(worker.log.live.key, worker.log.run.name) is None:
+            self.settle(worker)
+        else:
+            worker.stir()
 
     async def _made(self, live: LiveSession, session: v1.Session, run: str) -> Worker:
         active = await self._store.active_run(live.key, run) if run else None
@@ -221,6 +218,7 @@ class Roster:
         ]
         worker = self.worker_for(RunLog(live, self._services, session, active, message, said))
         if active.run.state == RUNNING:
+            worker.seat.worked_until = await last_work(self._store, live.key, active.run)
             worker.log.epoch = await self._store.claim(live.key, active.epoch)
             worker.takes_over = active.deaths + (not active.released)
         if lost := ledger.lost(active.run):

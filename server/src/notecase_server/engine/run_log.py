@@ -216,31 +216,29 @@ class RunLog:
     ) -> Committed | None:
         """Commits as `durably`, but takes the events exactly as `decide` gives them, and conditions. `then` follows the
         commit at once, with the lock held: before anything else is decided about the session."""
-        commit_id = ""
+        made: Committed | None = None
+
+        def follow(committed: Committed) -> None:
+            nonlocal made
+            made = committed
+            if then is not None:
+                then(committed)
 
         async def commit() -> Committed | None:
-            nonlocal commit_id
-            async with self.live.lock:
-                await self.settle()
-                if commit_id and (found := self.live.settled(commit_id)) is not None:
-                    if then is not None:
-                        then(found)
-                    return found
+            async with self.live.held():
+                if made is not None:  # as was found out since
+                    return made
                 events = decide()
                 if not events:
                     return None
-                commit_id = self.services.new_id()
                 conditions = (once, command, if_last_sequence, start, deaths)
                 try:
-                    made = await self._commit(events, commit_id, *conditions)
+                    return await self._commit(events, *conditions, follow)
                 except NotecaseError as error:
                     # A run must be able to end: what `cut` keeps then has no content.
                     if not self._forget_made(error):
                         raise
-                    made = await self._commit(decide(), commit_id, *conditions)
-                if then is not None:
-                    then(made)
-                return made
+                    return await self._commit(decide(), *conditions, follow)
 
         return await self.patiently(commit)
 
@@ -262,28 +260,27 @@ class RunLog:
             await asyncio.sleep(wait)
         raise AssertionError("the waits have no end")
 
-    async def settle(self) -> None:
-        """Finds out what became of a commit of the run whose answer was lost. The caller holds the session's lock."""
-        made = await self.live.settle()
-        if made is not None:
-            self.learn(made)
-
     async def _commit(
         self,
         events: Sequence[v1.Event],
-        commit_id: str = "",
         once: Once | None = None,
         command: CommandId | None = None,
         if_last_sequence: int | None = None,
         start: RunRecord | None = None,
         deaths: int | None = None,
+        then: Callable[[Committed], None] | None = None,
     ) -> Committed:
+        def follow(committed: Committed) -> None:
+            self.deaths = self.deaths if deaths is None else deaths
+            self._learn(committed)
+            if then is not None:
+                then(committed)
+
         if deaths is None and self.deaths and start is None:
             deaths = 0  # the run got somewhere: what kills its process, if anything, is not what it died of before
         committed = await self.live.commit(
             Commit(
                 key=self.live.key,
-                id=commit_id,
                 once=once,
                 command=command,
                 if_epoch=self.epoch,
@@ -292,13 +289,13 @@ class RunLog:
                 events=events,
                 start=start,
                 deaths=deaths,
-            )
+            ),
+            late=follow,
         )
-        self.deaths = self.deaths if deaths is None else deaths
-        self.learn(committed)
+        follow(committed)
         return committed
 
-    def learn(self, committed: Committed) -> None:
+    def _learn(self, committed: Committed) -> None:
         """Takes in what a commit has made."""
         if any(event.HasField("usage") and event.run == self.run.name for event in committed.events):
             self.spent = None

@@ -5,6 +5,7 @@ import asyncio
 from notecase_server.engine.admission import Admission
 from notecase_server.engine.at_rest import AtRest
 from notecase_server.engine.commands import Commands
+from notecase_server.engine.queue import Queue
 from notecase_server.engine.roster import Roster
 from notecase_server.engine.services import Services
 from notecase_server.engine.sessions import Sessions
@@ -24,7 +25,8 @@ class Runs:
         self.admission = Admission(sessions, services, self.roster)
         self.commands = Commands(sessions, services, self.roster, poll_seconds)
         self.at_rest = AtRest(sessions, services, self.admission)
-        self.upkeep = Upkeep(sessions, services, self.roster, self.admission, self.commands, poll_seconds)
+        queue = Queue(sessions, services, self.roster)
+        self.upkeep = Upkeep(sessions, services, self.roster, self.admission, queue, self.commands, poll_seconds)
 
     async def drain(self, grace: float) -> None:
         """Takes nothing new, lets replies and calls under way come to their end, and then what else is under way, for

@@ -6,9 +6,11 @@ later. Used from one event loop only.
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from itertools import islice
+from typing import Protocol
 
 from notecase import v1
 
@@ -22,12 +24,18 @@ from notecase_server.store.contract import (
     StepKey,
     Store,
 )
+from notecase_server.supervisor import backoff, is_passing
 
-T = TypeVar("T")
+Late = Callable[[Committed], None]
+"""What follows a commit that was found out later to have been made. Called with the session's lock held."""
 
 TAIL_BYTES = 256 << 10
 """Newest events kept for watchers that are nearly there. A turn commits a handful of small ones, so this spares the
 usual watcher the store, and a session that nobody runs or watches keeps none."""
+
+ASKS = 6
+"""How often a store is asked at once what became of a commit: for some three seconds. Then the caller hears that it
+cannot be known yet, and it is asked on without the caller."""
 
 NOTICES = 64
 """Passing notices kept for watchers that are behind; each can be recovered from what is stored."""
@@ -70,6 +78,9 @@ class Registry(Protocol):
     new_id: Callable[[], str]
     content_limit: int | None
 
+    unsure: Callable[["LiveSession"], None]
+    """Called with a session when nobody knows whether a commit of it was made: somebody has to take its lock."""
+
     def state_changed(
         self, scope: Scope, ops: Sequence[v1.StateOp], version: int, besides: "LiveSession | None" = None
     ) -> None: ...
@@ -88,12 +99,10 @@ class LiveSession:
         self.deleted = False
         self.work: set[asyncio.Task[None]] = set()
         """What works on runs of it here; stopped when the session is deleted."""
-        self.lock = asyncio.Lock()
-        """Held while something is decided and committed for a run of this session."""
         self.watchers = 0
         """Streams attached to the session or a run of it."""
         self.company = Bell()
-        """Rung when that number changes."""
+        """Rung when that number changes, when a run of the session changes its state, and once it is deleted."""
         self.soon = Bell()
         """Rung for what is sent at once: a commit, a block begun, a notice, the end."""
         self.later = Bell()
@@ -105,14 +114,24 @@ class LiveSession:
         self._tail_bytes = 0
         self._store = store
         self._sessions = sessions
-        self._unsure = ""
-        """The commit of a run that may have been made: the store was away when it was asked."""
-        self._found: dict[str, Committed] = {}
+        self._lock = asyncio.Lock()
+        self._unsure: dict[str, Late] = {}
+        """The commits that may have been made, by id, in their order: the store was away when it was asked."""
+        self._afterwards: list[Callable[[], None]] = []
+        """What is put off until it is known what became of them."""
 
-    async def commit(self, commit: Commit) -> Committed:
+    @asynccontextmanager
+    async def held(self) -> AsyncIterator[None]:
+        """Holds the lock under which something is decided and committed for a run of this session, once it is known
+        what became of the commits before. Raises STORE_UNAVAILABLE while the store cannot say."""
+        async with self._lock:
+            await self._settle()
+            yield
+
+    async def commit(self, commit: Commit, late: Late | None = None) -> Committed:
         """Commits, then wakes the watchers; see Store.commit for what it raises. A commit whose answer is lost is asked
-        about. When the store cannot say either, STORE_UNAVAILABLE is raised, and what became of a run's commit is left
-        to `settle`."""
+        about. When the store cannot say either, STORE_UNAVAILABLE is raised, and `late` is called once it is known that
+        the commit was made: before anybody decides anything else for a run of this session."""
         commit_id = commit.id or self._sessions.new_id()
         commit = replace(commit, id=commit_id, content_limit=self._sessions.content_limit)
         added = _messages_added(commit.events)
@@ -121,34 +140,50 @@ class LiveSession:
         try:
             committed = await self._store.commit(commit)
         except NotecaseError as error:
-            if error.reason != v1.ERROR_REASON_STORE_UNAVAILABLE:
+            if not is_passing(error):
                 raise
-            if commit.if_epoch is not None:
-                self._unsure = commit_id
-            found = await self._store.find_commit(self.key, commit_id)
-            self._unsure = ""
+            try:
+                found = await self._ask(commit_id)
+            except BaseException:
+                if late is not None:
+                    self._unsure[commit_id] = late
+                    self._sessions.unsure(self)
+                raise
             if found is None:
                 raise
             committed = found
         self.committed(committed)
         return committed
 
-    async def settle(self) -> Committed | None:
-        """Finds out what a run's last commit made when the store could not say before; None where nothing is left open,
-        or it was not made. The caller holds the lock, and has decided nothing yet. Raises STORE_UNAVAILABLE when the
-        store is still away."""
-        if not self._unsure:
-            return None
-        found = await self._store.find_commit(self.key, self._unsure)
-        commit_id, self._unsure = self._unsure, ""
-        if found is not None:
-            self._found = {commit_id: found}
-            self.committed(found)
-        return found
+    async def _ask(self, commit_id: str) -> Committed | None:
+        for wait in islice(backoff(), ASKS - 1):
+            try:
+                return await self._store.find_commit(self.key, commit_id)
+            except NotecaseError as error:
+                if not is_passing(error):
+                    raise
+            await asyncio.sleep(wait)
+        return await self._store.find_commit(self.key, commit_id)
 
-    def settled(self, commit_id: str) -> Committed | None:
-        """Returns what `settle` found out about that commit; to be asked once."""
-        return self._found.pop(commit_id, None)
+    async def _settle(self) -> None:
+        for commit_id, late in list(self._unsure.items()):
+            found = await self._store.find_commit(self.key, commit_id)
+            del self._unsure[commit_id]
+            if found is not None:
+                self.committed(found)
+                late(found)
+        if not self._unsure:
+            acts, self._afterwards = self._afterwards, []
+            for act in acts:
+                act()
+
+    def once_known(self, act: Callable[[], None]) -> None:
+        """Calls `act` with the lock held, once it is known what became of every commit: at once where it is. The caller
+        holds the lock."""
+        if self._unsure:
+            self._afterwards.append(act)
+        else:
+            act()
 
     def committed(self, committed: Committed) -> None:
         self.user = committed.session.user
@@ -158,6 +193,8 @@ class LiveSession:
         self.drafts = {step: draft for step, draft in self.drafts.items() if draft.name not in added}
         self.head = max(self.head, committed.session.last_sequence)
         self.ring()
+        if any(event.HasField("run_state_changed") for event in committed.events):
+            self.company.ring()
         for scope, state in committed.state.items():
             if scope.kind != "session":
                 ops = [

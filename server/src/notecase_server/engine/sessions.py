@@ -49,6 +49,8 @@ class Sessions:
         self.store = store
         self.new_id = new_id
         self.content_limit = content_limit
+        self.unsure: Callable[[LiveSession], None] = lambda _: None
+        """Called with a session when nobody knows whether a commit of it was made: see Upkeep.settle_commits."""
         self._new_uid = new_uid
         self._live: WeakValueDictionary[SessionKey, LiveSession] = WeakValueDictionary()
         self._visits: deque[Iterator[None]] = deque()
@@ -230,3 +232,4 @@ class Sessions:
             for task in live.work:
                 task.cancel()
             live.ring()
+            live.company.ring()

@@ -118,8 +118,8 @@ class Company:
         self._alone_since = asyncio.get_running_loop().time()
 
     async def watch(self, store: Store, cancel: Callable[[str], Awaitable[None]]) -> None:
-        """Returns when the run has ended, or when `cancel` has ended it for the reason given. May be called again after
-        it failed: the time alone goes on."""
+        """Returns as soon as the run has ended or is gone, or when `cancel` has ended it for the reason given. May be
+        called again after it failed: the time alone goes on."""
         loop = asyncio.get_running_loop()
         while True:
             row = await store.get_run(self._live.key, self._run)

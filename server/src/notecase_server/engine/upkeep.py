@@ -15,9 +15,11 @@ from notecase_server.engine import ledger
 from notecase_server.engine.admission import Admission
 from notecase_server.engine.commands import Commands, words
 from notecase_server.engine.halt import Halt
+from notecase_server.engine.queue import Queue
 from notecase_server.engine.roster import QUEUED, Caused, Roster
 from notecase_server.engine.run_log import RUNNING, WAITING, taken
 from notecase_server.engine.services import Services
+from notecase_server.engine.session import LiveSession
 from notecase_server.engine.sessions import Sessions
 from notecase_server.engine.timers import Company, Timers, deadline, expired
 from notecase_server.engine.worker import Worker
@@ -60,6 +62,7 @@ class Upkeep:
         services: Services,
         roster: Roster,
         admission: Admission,
+        queue: Queue,
         commands: Commands,
         poll_seconds: float,
     ) -> None:
@@ -67,7 +70,7 @@ class Upkeep:
         self._services = services
         self._store = services.store
         self._roster = roster
-        self._admission = admission
+        self._queue = queue
         self._commands = commands
         self._poll_seconds = poll_seconds
         self._timers = Timers(services.clock, self._time_is_up)
@@ -76,6 +79,7 @@ class Upkeep:
         roster.settle, roster.lost, roster.employed = self.settle, self.lost, self.employed
         roster.tending = self.tending
         admission.queued = self.start_next
+        sessions.unsure = self.settle_commits
 
     def start(self) -> None:
         """Takes over what a process before this one left, and looks after all runs from then on."""
@@ -129,7 +133,7 @@ class Upkeep:
                 self.start_next(key)
                 return False
             live, _ = await self._sessions.watched(key)
-            async with live.lock:
+            async with live.held():
                 if self._roster.at_work(key, run) is not None:
                     return False
                 active = await self._store.active_run(key, run)
@@ -220,9 +224,23 @@ class Upkeep:
 
         async def refused(error: NotecaseError) -> None:
             if error.reason not in MOVED_ON:  # a defect that shows every time
-                await self._admission.fail_next(key, error)
+                await self._queue.fail_next(key, error)
 
-        self._services.supervisor.duty("start", key, lambda: self._admission.start_next(key), refused)
+        self._services.supervisor.duty("start", key, lambda: self._queue.start_next(key), refused)
+
+    # ---- commits whose answers were lost
+
+    def settle_commits(self, live: LiveSession) -> None:
+        """Asks what became of commits until it is known, so that what follows them does not wait for anybody."""
+
+        async def settle() -> None:
+            async with live.held():
+                pass
+
+        async def refused(error: NotecaseError) -> None:
+            log.error("commit_unknown", session=live.key.session, reason=errors.reason_name(error.reason))
+
+        self._services.supervisor.duty("settle", live.key, settle, refused)
 
     # ---- time
 
@@ -240,10 +258,12 @@ class Upkeep:
         self._accompany(worker)
 
     def _accompany(self, worker: Worker) -> None:
-        """Cancels a run that nobody has followed for as long as its `disconnect` allows."""
-        if worker.log.ended or not worker.log.run.disconnect.HasField("cancel_after"):
-            return
+        """Has a run cancelled that nobody has followed for as long as its `disconnect` allows. One task watches over it
+        from its first worker to its end."""
         key, run = worker.log.live.key, worker.log.run.name
+        bounded = worker.log.run.disconnect.HasField("cancel_after") and not worker.log.ended
+        if not bounded or self._services.supervisor.is_at("company", (key, run)):
+            return
         seconds = worker.log.run.disconnect.cancel_after.ToMicroseconds() / 1e6
         company = Company(worker.log.live, run, seconds, self._poll_seconds)
 

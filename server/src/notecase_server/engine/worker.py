@@ -5,9 +5,9 @@ here or after a restart, goes on from the last: it looks at the rows, not at wha
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from notecase import v1
 
@@ -19,6 +19,7 @@ from notecase_server.engine.ledger import Bound
 from notecase_server.engine.model_turn import Budget, ModelTurn, Reply
 from notecase_server.engine.rewind import Rewind, back
 from notecase_server.engine.run_log import LOST, RUNNING, WAITING, RunLog, taken
+from notecase_server.engine.seat import Seat
 from notecase_server.engine.timers import Alarm
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import Committed, Duplicate, Replayed
@@ -27,8 +28,6 @@ from notecase_server.tools.contract import Outcome
 
 if TYPE_CHECKING:
     from notecase_server.engine.roster import Roster
-
-T = TypeVar("T")
 
 MOST_DEATHS = 3
 """A run whose process died so often in a row is what kills it."""
@@ -44,18 +43,17 @@ class Worker:
         self.log = run_log
         self.lost = False
         """The run is no longer this worker's."""
-        self.placed = False
-        """It has one of the process's places."""
         self.takes_over: int | None = None
         """It goes on with the run of another worker, after so many deaths in a row; None: it does not."""
         self._services = run_log.services
         self._roster = roster
         self._halts = Halts()
+        self.seat = Seat(run_log, self._halts)
+        """Its place, if it has one."""
         self._calls = Calls(run_log, self._halts.stirred)
         self._budget = Budget(run_log.run, run_log.agent)
         self._bound: Mapping[str, Bound] | None = None
         self._draining = False
-        self._suspect = False
 
     def halt(self, halt: Halt) -> None:
         """Cuts what is under way; `work` then seals it."""
@@ -65,7 +63,7 @@ class Worker:
         """Asks the worker to leave the run as it is at its next commit."""
         self._draining = True
         self._halts.stirred.set()
-        if not self.placed or self.takes_over is not None:  # nothing was begun that could be lost
+        if not self.seat.taken or self.takes_over is not None:  # nothing was begun that could be lost
             self._halts.interrupt()
 
     def stop_call(self, call_id: str) -> None:
@@ -82,10 +80,9 @@ class Worker:
         alarm = Alarm(self.log.run, self.halt)
         try:
             while self._goes_on:
-                alarm.set(self.placed)
+                alarm.set(self.seat.taken)
                 await self._step()
-                if self._suspect and not self.log.deaths:
-                    self._clear()
+                self.seat.clear()
                 if not self._goes_on:
                     await self._calls.close()  # while it may still be given a halt
         except NotecaseError as error:
@@ -114,7 +111,7 @@ class Worker:
     @property
     def _may_leave(self) -> bool:
         """Calls under way are not left behind: somebody would have to say what became of them."""
-        begun = (self.placed and self.takes_over is None) or bool(self._calls)
+        begun = (self.seat.taken and self.takes_over is None) or bool(self._calls)
         return self._draining and (self.log.message is None or not begun)
 
     def let_go(self) -> None:
@@ -127,25 +124,13 @@ class Worker:
         else:
             why = errors.draining() if self._draining else errors.worker_lost(session)
         self._halts.refuse_all(why)
-        if self._suspect:
-            self._clear()
-        if self.placed:
-            self._give_back()
-
-    def _give_back(self) -> None:
-        self.placed = False
-        self._services.places.give_back()
-
-    def _clear(self) -> None:
-        """Lets another suspect be at work."""
-        self._suspect = False
-        self._services.suspects.release()
+        self.seat.leave()
 
     async def _step(self) -> None:
         try:
             if self._halts:
                 await self._seal(self._halts.first)
-            elif not (self.placed or self._rests):
+            elif not (self.seat.taken or self._rests):
                 await self._begin()
             elif self.log.message is not None:
                 await self._tend()
@@ -168,51 +153,35 @@ class Worker:
 
     async def _begin(self) -> None:
         """Waits for a place, and then says that it goes on with the run of another worker, if it does."""
-        begun, places, suspects = self._services.clock(), self._services.places, self._services.suspects
-        waited = await self._gets(places.wait(self.log.live.key.tenant), places.give_back)
-        self.placed = True
-        if self.takes_over is not None and self.takes_over >= SUSPECT_DEATHS:
-            await self._gets(suspects.acquire(), suspects.release)
-            self._suspect = waited = True
-        idle = max(self._services.clock() - begun, 0) if waited else 0
+        waited = await self.seat.take(suspect=self.takes_over is not None and self.takes_over >= SUSPECT_DEATHS)
         if self._draining and not self._calls:
-            self._give_back()
+            self.seat.leave()
         elif self.takes_over is not None:
-            await self._take_over(self.takes_over, idle)
-        elif idle:
+            await self._take_over(self.takes_over)
+        elif waited and (idle := self.seat.idle):
             change = v1.RunStateChanged(state=RUNNING)
             change.place_wait.FromMicroseconds(idle)
             await self.log.durably(lambda: [v1.Event(run_state_changed=change)])
 
-    async def _gets(self, wait: Coroutine[Any, Any, T], give_back: Callable[[], None]) -> T:
-        """Waits for something that is held from then on. It is given back when the worker ends at that very moment."""
-        task = self._services.supervisor.start(wait, "place")
-        try:
-            return await self._halts.cut(task)
-        except BaseException:
-            if task.done() and not task.cancelled() and task.exception() is None:
-                give_back()
-            raise
-
-    async def _take_over(self, deaths: int, idle: int) -> None:
+    async def _take_over(self, deaths: int) -> None:
         """Commits that this worker goes on with the run, and what becomes of calls that had started under the one
         before."""
 
         def decide() -> list[v1.Event]:
             reason = "The server stopped; the run goes on from its last commit."
             change = v1.RunStateChanged(state=RUNNING, attempt=self.log.run.attempt + 1, reason=reason)
-            change.place_wait.FromMicroseconds(idle)
+            change.place_wait.FromMicroseconds(self.seat.idle)
             events = ledger.interrupted(
                 self.log.started, self._declaration, self._services.new_id, self._expire_request
             )
             return list(self.log.own([v1.Event(run_state_changed=change), *events]))
 
-        self.takes_over = None
         if deaths >= MOST_DEATHS:
             died = errors.owner_died(self.log.live.key.session, deaths)
             await self._end(v1.Run.STATE_FAILED, died.to_proto())
             return
         await self.log.surely(decide, deaths=deaths)
+        self.takes_over = None
         self._budget = Budget(self.log.run, self.log.agent)
         self.log.log.info("run_taken_over", attempt=self.log.run.attempt, deaths=deaths)
 
@@ -273,10 +242,10 @@ class Worker:
         While the run waits for answers, it has no place."""
         self._halts.stirred.clear()
         await self._calls.keep()
-        if self._rests and self.placed:
-            self._give_back()
+        if self._rests and self.seat.taken:
+            self.seat.leave()
             return
-        works = self.log.run.state == RUNNING and self.placed
+        works = self.log.run.state == RUNNING and self.seat.taken
         if self._halts or self.log.message is None or not (works or self._rests):
             return
         if works:
@@ -338,12 +307,21 @@ class Worker:
         if halt.said:
             events += halt.said
             return list(self.log.own([*events, *self.log.consequence(events)]))
-        ended = self.log.own([*events, self.log.ending(halt.state, halt.error, halt.reason, halt.cause_id)])
+        ended = self.log.own([*events, self._ending(halt.state, halt.error, halt.reason, halt.cause_id)])
         return [*ended, *(way.events if way else ()), *(halt.replacement.events if halt.replacement else ())]
 
     async def _end(self, state: v1.Run.State.ValueType, error: v1.Error | None = None) -> None:
         def decide() -> list[v1.Event]:
             sealed = ledger.sealed(self.log.run, self.log.message, "The run ended.")
-            return [*self.log.cut(), *sealed, self.log.ending(state, error)]
+            return [*self.log.cut(), *sealed, self._ending(state, error)]
 
         await self.log.durably(decide)
+
+    def _ending(
+        self, state: v1.Run.State.ValueType, error: v1.Error | None = None, reason: str = "", cause_id: str = ""
+    ) -> v1.Event:
+        """The event that ends the run, with the time for which it still waited for this worker to come to work."""
+        event = self.log.ending(state, error, reason, cause_id)
+        if self.log.run.state == RUNNING and (self.takes_over is not None or not self.seat.taken):
+            event.run_state_changed.place_wait.FromMicroseconds(self.seat.idle)
+        return event

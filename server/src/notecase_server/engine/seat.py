@@ -1,0 +1,90 @@
+"""A worker's place: the wait for it, for how long nobody was at work meanwhile, and giving it back.
+
+How long that was is told by the log, not by this process: a run may have waited under another worker, which was lost.
+"""
+
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from notecase import v1
+
+from notecase_server.engine.halt import Halts
+from notecase_server.engine.run_log import RunLog
+from notecase_server.store.contract import SessionKey, Store
+
+T = TypeVar("T")
+
+LOOK_BACK = 32
+"""Newest events among which the last one that a worker made is looked for: callers make few while a run waits."""
+
+
+class Seat:
+    """Holds one of the process's places for a worker, once it has waited for it."""
+
+    def __init__(self, run_log: RunLog, halts: Halts) -> None:
+        self.taken = False
+        self.worked_until = 0
+        """When another worker was last seen at work on the run, in microseconds: see `last_work`."""
+        self._log = run_log
+        self._services = run_log.services
+        self._halts = halts
+        self._suspect = False
+
+    @property
+    def idle(self) -> int:
+        """For how long nobody has been at work on a run that is RUNNING, in microseconds, until somebody is."""
+        since = max(self._log.run.state_time.ToMicroseconds(), self.worked_until)
+        return max(self._services.clock() - since, 0)
+
+    async def take(self, *, suspect: bool) -> bool:
+        """Takes a place in turn; a suspect takes its turn among suspects first. Returns whether it had to wait. Raises
+        Halted."""
+        places, suspects = self._services.places, self._services.suspects
+        waited = suspect and suspects.locked()
+        if suspect:
+            await self._get(suspects.acquire(), suspects.release)
+            self._suspect = True
+        try:
+            waited |= await self._get(places.wait(self._log.live.key.tenant), places.give_back)
+        except BaseException:
+            self._let_suspect()
+            raise
+        self.taken = True
+        return waited
+
+    async def _get(self, wait: Coroutine[Any, Any, T], give_back: Callable[[], None]) -> T:
+        """Waits for something that is held from then on. It is given back when the worker ends at that very moment."""
+        task = self._services.supervisor.start(wait, "place")
+        try:
+            return await self._halts.cut(task)
+        except BaseException:
+            if task.done() and not task.cancelled() and task.exception() is None:
+                give_back()
+            raise
+
+    def clear(self) -> None:
+        """Lets another suspect be at work once the run has got somewhere."""
+        if not self._log.deaths:
+            self._let_suspect()
+
+    def leave(self) -> None:
+        """Gives back what it has."""
+        self._let_suspect()
+        if self.taken:
+            self.taken = False
+            self._services.places.give_back()
+
+    def _let_suspect(self) -> None:
+        if self._suspect:
+            self._suspect = False
+            self._services.suspects.release()
+
+
+async def last_work(store: Store, key: SessionKey, run: v1.Run) -> int:
+    """Returns when a worker last made an event of a run, in microseconds; 0 where the newest events tell of none. What
+    callers made meanwhile is no sign of a worker."""
+    for sequence in range(run.last_sequence, max(run.last_sequence - LOOK_BACK, 0), -1):
+        for event in await store.read_events(key, sequence - 1, 1):
+            if event.run == run.name and not event.cause_id:
+                return event.create_time.ToMicroseconds()
+    return 0

@@ -1,0 +1,103 @@
+"""Admission: a start is one commit, made once, and a refused one leaves nothing."""
+
+import asyncio
+
+import pytest
+from notecase import v1
+from notecase_server.engine.admission import Started
+from notecase_server.errors import NotecaseError, reason_name
+from notecase_server.store.contract import Query, Store
+
+from tests.engine.rooms import TENANT, Model, house, kinds
+from tests.store.build import ManualClock, refused
+from tests.support.failing import Failing, Mode
+
+QUEUE, INTERRUPT, ROLLBACK = v1.StartRun.ON_BUSY_QUEUE, v1.StartRun.ON_BUSY_INTERRUPT, v1.StartRun.ON_BUSY_ROLLBACK
+SUCCEEDED = v1.Run.STATE_SUCCEEDED
+
+
+async def test_a_start_that_comes_again_is_found_and_another_under_its_name_refused(
+    store: Store, clock: ManualClock
+) -> None:
+    model = Model()
+    async with house(store, clock, model) as rooms:
+        (key,) = await rooms.prepare()
+        first = await rooms.start(key, "hi")
+        ended = await rooms.ended(key)
+        again = await rooms.start(key, "hi")
+        assert (False, True, ended) == (first.existing, again.existing, again.run)
+        with refused("REQUEST_ID_REUSED"):
+            await rooms.start(key, "something else")
+        assert ["hi"] == model.asked
+
+
+async def test_of_many_starts_at_once_one_is_made_and_the_others_wait_or_are_refused(
+    store: Store, clock: ManualClock
+) -> None:
+    model = Model()
+    async with house(store, clock, model) as rooms:
+        (key,) = await rooms.prepare()
+        ways = [v1.StartRun.ON_BUSY_REJECT] * 3 + [QUEUE] * 3
+        starts = (rooms.start(key, "hold", f"r{number}", on_busy=way) for number, way in enumerate(ways))
+        made = await asyncio.gather(*starts, return_exceptions=True)
+        told = [
+            v1.Run.State.Name(one.run.state) if isinstance(one, Started) else reason_name(one.reason)
+            for one in made
+            if isinstance(one, Started | NotecaseError)
+        ]
+        assert sorted(["STATE_RUNNING", *["RUN_ACTIVE"] * 2, *["STATE_QUEUED"] * 3]) == sorted(told)
+        model.let.set()
+        for one in made:
+            if isinstance(one, Started):
+                assert SUCCEEDED == (await rooms.ended(key, one.run.name)).state
+
+
+@pytest.mark.parametrize("mode", [Mode.FOR_GOOD, Mode.PASSING])
+async def test_a_start_that_is_refused_keeps_no_place_and_no_session(
+    store: Store, clock: ManualClock, mode: Mode
+) -> None:
+    failing = Failing(store, "commit", mode, counts=lambda commit: "run_started" in kinds(commit.events))
+    async with house(failing.store, clock, Model(), max_runs=1) as rooms:
+        (key,) = await rooms.prepare()
+        new = v1.Session(name="sessions/new", agent="agents/clerk")
+        start = v1.StartRun(new_session=new, messages=[v1.Message(parts=[v1.Part(text="hi")])])
+        with pytest.raises(NotecaseError):
+            await rooms.runs.admission.start(TENANT, start)
+        with refused("AGENT_NOT_FOUND"):
+            await rooms.start(key, "hi", agent="agents/nobody")
+        with refused("INVALID_FIELD"):
+            await rooms.start(key, "")
+        assert ["s"] == [row.name for row in (await store.list_sessions(TENANT, Query(10))).rows]
+        await rooms.start(key, "hi")
+        assert SUCCEEDED == (await rooms.ended(key)).state
+
+
+@pytest.mark.parametrize(("way", "marks"), [(INTERRUPT, 0), (ROLLBACK, 1)])
+async def test_a_start_in_place_of_another_run_is_one_commit(
+    store: Store, clock: ManualClock, way: v1.StartRun.OnBusy.ValueType, marks: int
+) -> None:
+    """A run that is queued does not come between, and one place is enough."""
+    model = Model()
+    async with house(store, clock, model, max_runs=1) as rooms:
+        (key,) = await rooms.prepare()
+        await rooms.start(key, "hold", "one")
+        await model.arrived.acquire()
+        await rooms.start(key, "later", "queued", on_busy=QUEUE)
+        started = await rooms.start(key, "hi", "two", on_busy=way)
+        assert ("two", v1.Run.STATE_RUNNING) == (started.run.name, started.run.state)
+        assert SUCCEEDED == (await rooms.ended(key, "queued")).state
+        events = await rooms.log(key)
+        sealed = [event.sequence for event in events if event.run_state_changed.state == v1.Run.STATE_CANCELLED]
+        begun = [event.sequence for event in events if event.HasField("run_started") and event.run == "two"]
+        between = kinds([event for event in events if sealed[0] < event.sequence < begun[0]])
+        assert ["rewound"] * marks == between
+        assert ["hold", "hi", "later"] == model.asked
+
+
+async def test_a_stop_refuses_starts(store: Store, clock: ManualClock) -> None:
+    async with house(store, clock, Model()) as rooms:
+        (key,) = await rooms.prepare()
+        await rooms.runs.roster.drain(0)
+        with refused("SERVER_DRAINING"):
+            await rooms.start(key, "hi")
+        assert [] == await rooms.log(key)

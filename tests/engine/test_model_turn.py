@@ -1,0 +1,124 @@
+"""A turn of a model: one reply, left in the draft, within what the run may spend."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import pytest
+from notecase import v1
+from notecase_server import errors
+from notecase_server.engine.halt import Halt, Halted, Halts
+from notecase_server.engine.model_turn import Budget, ModelTurn, bind
+from notecase_server.engine.run_log import RunLog
+from notecase_server.models.contract import Delta, Finish, ModelRequest, Text
+from notecase_server.store.contract import Store
+from notecase_server.store.memory import MemoryStore
+
+from tests.engine.rooms import House, Model, client_tool, house, kinds
+from tests.store.build import ManualClock, refused
+from tests.support.time import in_no_time
+
+
+class Broken:
+    """Breaks off after the first piece as often as it is told to, and replies whole then."""
+
+    def __init__(self, breaks: int) -> None:
+        self.breaks = breaks
+        self.drafts: list[str] = []
+        """What the run's draft was called at each request."""
+        self.log: RunLog | None = None
+
+    async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
+        assert self.log is not None
+        assert self.log.draft is not None
+        self.drafts.append(self.log.draft.name)
+        yield Text("Half")
+        if len(self.drafts) <= self.breaks:
+            raise errors.model_unavailable("It broke off.")
+        yield Text(" and whole.")
+        yield Finish("stop", v1.Usage(input_tokens=3, output_tokens=2, model_calls=1))
+
+    async def close(self) -> None:
+        pass
+
+
+async def turn(rooms: House, **llm: object) -> tuple[RunLog, Halts, ModelTurn]:
+    (key,) = await rooms.prepare(**llm)
+    log = await rooms.run_log(key)
+    halts = Halts()
+    return log, halts, ModelTurn(log, halts, Budget(log.run, log.agent), await bind(log))
+
+
+async def test_a_reply_is_left_in_the_draft_for_the_commit_that_keeps_it(store: Store, clock: ManualClock) -> None:
+    async with house(store, clock, Model()) as rooms:
+        log, _, one = await turn(rooms)
+        reply = await one.reply()
+        assert ("Done.", v1.Message.STATUS_COMPLETED) == (reply.message.parts[0].text, reply.message.status)
+        assert log.draft is not None
+        assert reply.message.name == log.draft.name
+        assert ["run_started", "message_added"] == kinds(await rooms.log(log.live.key))
+
+
+def test_a_reply_that_broke_off_is_asked_for_again_under_another_name() -> None:
+    async def twice() -> None:
+        clock, model = ManualClock(), Broken(1)
+        async with house(MemoryStore(clock), clock, model) as rooms:
+            model.log, _, one = await turn(rooms)
+            reply = await one.reply()
+            assert 2 == len(set(model.drafts))
+            assert (model.drafts[1], "Half and whole.") == (reply.message.name, reply.message.parts[0].text)
+
+    in_no_time(twice())
+
+
+def test_a_model_that_breaks_off_each_time_fails_typed_and_counts_as_asked() -> None:
+    async def thrice() -> None:
+        clock, model = ManualClock(), Broken(99)
+        async with house(MemoryStore(clock), clock, model) as rooms:
+            (key,) = await rooms.prepare()
+            model.log = await rooms.run_log(key)
+            budget = Budget(model.log.run, model.log.agent)
+            before = budget.left
+            with refused("MODEL_UNAVAILABLE"):
+                await ModelTurn(model.log, Halts(), budget, await bind(model.log)).reply()
+            assert (3, 3) == (len(model.drafts), before - budget.left)
+
+    in_no_time(thrice())
+
+
+async def test_a_halt_cuts_the_model_and_leaves_what_came(store: Store, clock: ManualClock) -> None:
+    model = Model()
+    async with house(store, clock, model) as rooms:
+        (key,) = await rooms.prepare()
+        log, halts = await rooms.run_log(key, "r"), Halts()
+        event = v1.Event(cause_id="c")
+        event.command_queued.input.when = v1.UserInput.WHEN_STEER
+        event.command_queued.input.messages.add(name="m", role=v1.Message.ROLE_USER).parts.add(text="hold on")
+        await log.command([event])
+        asking = asyncio.create_task(ModelTurn(log, halts, Budget(log.run, log.agent), await bind(log)).reply())
+        await model.arrived.acquire()
+        assert ["hold on"] == model.asked  # what steers is taken up before the model is asked
+        halts.add(Halt())
+        with pytest.raises(Halted):
+            await asking
+        assert log.draft is not None
+
+
+async def test_a_run_makes_no_more_model_calls_than_it_may(store: Store, clock: ManualClock) -> None:
+    model = Model()
+    async with house(store, clock, model) as rooms:
+        log, _, one = await turn(rooms, max_model_calls=1)
+        await one.reply()
+        log.live.discard(log.step)
+        with refused("LIMIT_EXCEEDED"):
+            await one.reply()
+        assert 1 == len(model.asked)
+
+
+async def test_what_a_model_may_call_is_what_the_agent_declares(store: Store, clock: ManualClock) -> None:
+    """With two of one name, nothing: the one left out may be the one that needs approval."""
+    async with house(store, clock, Model()) as rooms:
+        (key,) = await rooms.prepare(tools=[client_tool("look")])
+        assert ["look"] == list(await bind(await rooms.run_log(key)))
+        log = await rooms.run_log(await rooms.make("t"), client_tools=[client_tool("look")])
+        with refused("TOOL_ERROR"):
+            await bind(log)

@@ -1,0 +1,123 @@
+"""The sessions of a process: whoever is here hears of each write, and decides on nothing that is not known."""
+
+import asyncio
+
+import pytest
+from notecase import v1
+from notecase_server.engine.session import ASKS, LiveSession
+from notecase_server.store.contract import Answer, Commit, Once, Replayed, SessionKey, Store
+
+from tests.engine.rooms import TENANT, Model, house
+from tests.store.build import APP_STATE, ManualClock, put, refused
+from tests.support.failing import Failing, Mode
+
+
+def note(key: SessionKey, text: str = "n") -> Commit:
+    change = v1.StateChanged(ops=[put(text, 1)])
+    return Commit(key=key, events=[v1.Event(state_changed=change)])
+
+
+async def watching(live: LiveSession) -> asyncio.Task[None]:
+    """Who waits for something new of a session."""
+    task = asyncio.create_task(live.soon.wait())
+    await asyncio.sleep(0)
+    return task
+
+
+async def test_a_session_here_is_one_and_hears_of_each_write_to_it(store: Store, clock: ManualClock) -> None:
+    async with house(store, clock) as rooms:
+        key, other = await rooms.prepare("s", "t")
+        live, elsewhere = rooms.sessions.live(key), rooms.sessions.live(other)
+        mine, others = await watching(live), await watching(elsewhere)
+        await rooms.sessions.commit(note(key))
+        await mine
+        assert not others.done()
+        assert (await rooms.log(key), []) == (live.tail(0), elsewhere.tail(elsewhere.head) or [])
+        assert live is rooms.sessions.live(key)
+        others.cancel()
+
+
+async def test_a_change_of_the_app_is_told_to_every_session_here(store: Store, clock: ManualClock) -> None:
+    async with house(store, clock) as rooms:
+        lives = [rooms.sessions.live(key) for key in await rooms.prepare("s", "t")]
+        once = rooms.sessions.record(None, TENANT, Answer("state"))
+        await rooms.sessions.update_state(None, APP_STATE, [put("policy", "kind")], None, once, "")
+        assert [["app"]] * 2 == [[event.state_changed.state for event in live.notices(0)] for live in lives]
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("mode", [Mode.AFTER, Mode.PASSING])
+async def test_nobody_decides_before_it_is_known_what_a_commit_made(
+    store: Store, clock: ManualClock, mode: Mode
+) -> None:
+    """What follows the commit comes first, once, and only where it was made; then what was put off until it is
+    known."""
+    silent = Failing(store, "find_commit", Mode.PASSING, times=ASKS + 1)
+    failing = Failing(silent.store, "commit", mode, nth=2)
+    done: list[str] = []
+    async with asyncio.timeout(60), house(failing.store, clock) as rooms:
+        (key,) = await rooms.prepare()
+        rooms.sessions.unsure = lambda live: done.append("unsure")  # nobody else asks
+        live = rooms.sessions.live(key)
+        with refused("STORE_UNAVAILABLE"):
+            async with live.held():
+                await live.commit(note(key), late=lambda made: done.append(f"late {made.session.last_sequence}"))
+        with refused("STORE_UNAVAILABLE"):
+            async with live.held():
+                raise AssertionError("it is not known yet")
+        live.once_known(lambda: done.append("known"))
+        for _ in range(2):
+            async with live.held():
+                done.append("decided")
+        late = ["late 1"] if mode is Mode.AFTER else []
+        assert ["unsure", *late, "known", "decided", "decided"] == done
+
+
+@pytest.mark.parametrize("mode", [Mode.AFTER, Mode.PASSING])
+async def test_a_write_whose_answer_is_lost_is_told_as_made_where_it_was(
+    store: Store, clock: ManualClock, mode: Mode
+) -> None:
+    failing = Failing(store, "delete_session", mode)
+    async with house(failing.store, clock) as rooms:
+        (key,) = await rooms.prepare()
+        if mode is Mode.AFTER:
+            with pytest.raises(Replayed):
+                await rooms.sessions.delete(key)
+        else:
+            with refused("STORE_UNAVAILABLE"):
+                await rooms.sessions.delete(key)
+        assert (mode is Mode.AFTER) == (await store.get_session(key) is None)
+
+
+async def test_a_session_that_is_deleted_takes_its_work_and_watchers_with_it(store: Store, clock: ManualClock) -> None:
+    model = Model()
+    async with house(store, clock, model) as rooms:
+        (key,) = await rooms.prepare()
+        await rooms.start(key, "hold")
+        await model.arrived.acquire()
+        live = rooms.sessions.live(key)
+        work, watcher = list(live.work), await watching(live)
+        await rooms.sessions.delete(key)
+        await watcher
+        await asyncio.wait(work)
+        assert live.deleted
+        with refused("SESSION_NOT_FOUND"):
+            await rooms.sessions.watched(key)
+
+
+async def test_sessions_go_when_their_time_has_come_and_a_user_s_with_the_user(
+    store: Store, clock: ManualClock
+) -> None:
+    async with house(store, clock) as rooms:
+        kept, mine = await rooms.prepare("kept"), await rooms.make("mine", "users/eve")
+        short = rooms.sessions.new_key(TENANT, "short")
+        session = v1.Session(agent="agents/clerk", user="users/ada")
+        session.ttl.FromSeconds(60)
+        await rooms.sessions.commit(Commit(key=short, create=session))
+        assert 0 == await rooms.sessions.expire(clock.now)
+        clock.now += 60_000_000
+        assert 1 == await rooms.sessions.expire(clock.now)
+        erased = Once.unnamed(TENANT, "erase", Answer("erased"))
+        assert 1 == await rooms.sessions.erase_user(TENANT, "users/eve", erased)
+        left = [key for key in (*kept, mine, short) if await store.get_session(key) is not None]
+        assert kept == left
