@@ -1,5 +1,4 @@
-"""A session is its uid, and a commit its id: two sessions of one name are two to everybody, and a write whose answer
-was lost is made once."""
+"""A session is its uid: two sessions of one name are two to everybody."""
 
 import asyncio
 import re
@@ -11,14 +10,12 @@ import pytest
 from google.protobuf.message import Message
 from notecase import v1
 from notecase_server.models.openai import OpenAIProvider
-from notecase_server.serve import open_store
-from notecase_server.store.contract import CommandId, Commit, SessionKey
+from notecase_server.store.contract import CommandId, SessionKey
 
 from tests.e2e.driving import events_of, fields_of, log_of, reason_of, said
 from tests.e2e.test_transfer import export, load
 from tests.store.build import ManualClock
-from tests.support.failing import Failing, Mode, of_a_run
-from tests.support.openai_server import OpenAIServer, reply, tool_calls
+from tests.support.openai_server import OpenAIServer, reply
 from tests.support.server import TENANT, Running, running
 
 CASE = "sessions/case"
@@ -309,159 +306,3 @@ async def test_an_import_has_a_uid_of_its_own(served: Running) -> None:
     assert chosen.uid not in uids
     assert all(UUID4.fullmatch(uid) for uid in uids)
     assert [uid for uid in uids if uid.encode() in file] == []
-
-
-async def lossy(store_url: str, method: str, counts: Callable[..., bool] = lambda *_, **__: True) -> Failing:
-    """A store that makes the first such write and loses its answer."""
-    return Failing(await open_store(store_url, ManualClock()), method, Mode.AFTER, counts=counts)
-
-
-def holds(payload: str) -> Callable[[Commit], bool]:
-    return lambda commit: any(event.WhichOneof("payload") == payload for event in commit.events)
-
-
-@pytest.mark.parametrize("way", ["CreateRun", "Invoke", "Run", "SendCommand", "new_session"])
-@pytest.mark.parametrize("request_id", ["", "once"])
-async def test_a_start_whose_answer_was_lost_is_made_once(
-    store_url: str, model: OpenAIServer, way: str, request_id: str
-) -> None:
-    failing = await lossy(store_url, "commit", of_a_run)
-    providers = {"openai": OpenAIProvider("test-key", model.url, "stub-1")}
-    model.script(reply("Hello."))
-    async with running(failing.store, providers) as served:
-        await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=v1.Agent(llm=v1.LlmAgent())))
-        start = v1.StartRun(run_id="r", messages=[said("Hello")])
-        if way == "new_session":
-            start.new_session.MergeFrom(v1.Session(name=CASE, agent="agents/clerk"))
-        else:
-            await create(served)
-            start.session = CASE
-        match way:
-            case "CreateRun" | "new_session":
-                await served.runs.CreateRun(v1.CreateRunRequest(start=start, request_id=request_id))
-            case "Invoke":
-                await served.runs.Invoke(v1.InvokeRequest(start=start, request_id=request_id))
-            case "Run":
-                await drained(served.runs.Run(iter([v1.RunRequest(command_id=request_id, start=start)])))
-            case "SendCommand":
-                command = v1.RunRequest(command_id=request_id, start=start)
-                await served.runs.SendCommand(v1.SendCommandRequest(session=CASE, command=command))
-        run = await served.runs.WaitRun(v1.WaitRunRequest(name=f"{CASE}/runs/r"))
-        assert (run.state, run.attempt) == (v1.Run.STATE_SUCCEEDED, 1)
-        assert failing.failed.is_set()
-        log = await log_of(served, CASE)
-        assert sum(event.HasField("run_started") for event in log) == 1
-        assert [event.message_added.role for event in log if event.HasField("message_added")] == [1, 2]
-        assert len(model.requests) == 1
-
-
-@pytest.mark.parametrize("payload", ["run_started", "tool_finished", "message_added"])
-async def test_a_step_of_a_run_whose_answer_was_lost_is_made_once(
-    store_url: str, model: OpenAIServer, payload: str
-) -> None:
-    """The run goes on as if nothing had happened, and a repeat of the command finds the first."""
-    failing = await lossy(store_url, "commit", holds(payload))
-    model.script(tool_calls(("weigh", "{}")), reply("Three."))
-    async with running(failing.store, {"openai": OpenAIProvider("test-key", model.url, "stub-1")}) as served:
-        agent = v1.Agent(llm=v1.LlmAgent(tools=[v1.Tool(name="weigh", client=v1.ClientTool())]))
-        await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=agent))
-        await create(served)
-        start = v1.StartRun(session=CASE, run_id="r", messages=[said("Go")])
-        waiting = await served.runs.Invoke(v1.InvokeRequest(start=start))
-        (call,) = waiting.run.pending_calls
-        result = v1.ToolResult(call_id=call.call_id, result=[v1.Part(text="3")])
-        command = v1.RunRequest(command_id="result", tool_result=result)
-        sent = await served.runs.SendCommand(v1.SendCommandRequest(session=CASE, command=command))
-        assert sent.result.command_id == "result"
-        run = await served.runs.WaitRun(v1.WaitRunRequest(name=f"{CASE}/runs/r"))
-        assert (run.state, run.attempt) == (v1.Run.STATE_SUCCEEDED, 1)
-        assert failing.failed.is_set()
-        log = await log_of(served, CASE)
-        for kind, times in {"run_started": 1, "tool_finished": 1, "message_added": 3}.items():
-            assert sum(event.WhichOneof("payload") == kind for event in log) == times, kind
-        assert len(model.requests) == 2
-        again = await served.runs.SendCommand(v1.SendCommandRequest(session=CASE, command=command))
-        assert again.result.sequence == sent.result.sequence
-
-
-Write = Callable[[Running, str], Awaitable[Any]]
-INCREMENT = [v1.StateOp(key="n", increment=1)]
-
-
-def increment(state: str) -> Write:
-    return lambda served, request_id: served.state.UpdateState(
-        v1.UpdateStateRequest(name=state, ops=INCREMENT, request_id=request_id)
-    )
-
-
-def update_agent(served: Running, request_id: str) -> Awaitable[v1.Agent]:
-    agent = v1.Agent(name="agents/clerk", display_name="A clerk")
-    return served.agents.UpdateAgent(v1.UpdateAgentRequest(agent=agent, request_id=request_id))
-
-
-def append(served: Running, request_id: str) -> Awaitable[v1.AppendMessagesResponse]:
-    request = v1.AppendMessagesRequest(parent=CASE, messages=[said("Noted.")], request_id=request_id)
-    return served.messages.AppendMessages(request)
-
-
-def update_session(served: Running, request_id: str) -> Awaitable[v1.Session]:
-    session = v1.Session(name=CASE, display_name="A case")
-    return served.sessions.UpdateSession(v1.UpdateSessionRequest(session=session, request_id=request_id))
-
-
-def fork_again(served: Running, request_id: str) -> Awaitable[v1.Session]:
-    return served.sessions.ForkSession(v1.ForkSessionRequest(name=CASE, session_id="fork", request_id=request_id))
-
-
-def delete_case(served: Running, request_id: str) -> Awaitable[Any]:
-    return served.sessions.DeleteSession(v1.DeleteSessionRequest(name=CASE, request_id=request_id))
-
-
-LOST: dict[str, tuple[str, Write]] = {
-    "session state": ("commit", increment(f"{CASE}/state")),
-    "user state": ("update_state", increment("users/ada/state")),
-    "app state": ("update_state", increment("app/state")),
-    "UpdateAgent": ("edit_agent", update_agent),
-    "AppendMessages": ("commit", append),
-    "UpdateSession": ("edit_session", update_session),
-    "ForkSession": ("fork", fork_again),
-    "DeleteSession": ("delete_session", delete_case),
-}
-
-
-@pytest.mark.parametrize("request_id", ["", "once"])
-@pytest.mark.parametrize("lost", LOST)
-async def test_a_write_whose_answer_was_lost_is_made_once(store_url: str, lost: str, request_id: str) -> None:
-    """The caller is answered as if nothing had happened, and everything is as on a store that never failed."""
-    method, write = LOST[lost]
-    made = []
-    for fails in (False, True):
-        url = store_url + (".failing" if fails and store_url != "memory:" else "")
-        armed = asyncio.Event()
-        failing = await lossy(url, method, lambda *_, armed=armed, **__: armed.is_set()) if fails else None
-        store = failing.store if failing else await open_store(url, ManualClock())
-        async with running(store, clock=ManualClock()) as served:
-            await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=v1.Agent(llm=v1.LlmAgent())))
-            await create(served)
-            if fails:
-                armed.set()
-            answer = await write(served, request_id)
-            assert failing is None or failing.failed.is_set()
-            agents = await served.agents.ListAgentRevisions(v1.ListAgentRevisionsRequest(name="agents/clerk"))
-            states = [
-                await served.state.GetState(v1.GetStateRequest(name=name)) for name in ("app/state", "users/ada/state")
-            ]
-            sessions = await served.sessions.ListSessions(v1.ListSessionsRequest())
-            sessions.sessions.sort(key=lambda session: session.name)
-            logs = [await log_of(served, session.name) for session in sessions.sessions]
-            known = [answer, agents, *states, sessions, *(event for log in logs for event in log)]
-            made.append([text_of(message) for message in known])
-            if request_id:
-                assert answer == await write(served, request_id)
-    assert made[0] == made[1]
-
-
-def text_of(message: Message) -> str:
-    """Without the ids that no two servers make alike."""
-    ids = r"[0-9a-f]{8}-[0-9a-f]{4}-[47][0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9a-f]{8,}-(?=\d)"
-    return re.sub(ids, "", str(message))

@@ -52,6 +52,11 @@ async def note(context: CallContext, fact: str) -> str:
 
 
 @tool
+async def identify(context: CallContext) -> str:
+    return context.idempotency_key
+
+
+@tool
 async def refuse(context: CallContext) -> str:
     context.put("kept", True)
     raise ToolFailure("Not today.")
@@ -211,6 +216,24 @@ async def test_a_call_that_fails_changes_nothing_and_the_run_goes_on(
     (call,) = ended_calls(await log_of(served, session))
     assert call.outcome == FAILED
     assert told in results_of(model.requests[1])[0]
+
+
+async def test_an_idempotency_key_belongs_to_one_call_of_one_session(served: Running, model: OpenAIServer) -> None:
+    """The model repeats the ids of its calls in each run, and the session is made again under its name."""
+    session = await session_with(served, "identify")
+    keys = []
+    for _ in range(2):
+        for _ in range(2):
+            model.script(tool_calls(("identify", "{}"), ("identify", "{}")), reply("Done."))
+            await invoke(served, session)
+            keys += results_of(model.requests[-1])[-2:]
+        uid = (await served.sessions.GetSession(v1.GetSessionRequest(name=session))).uid
+        calls = [call.call_id for call in ended_calls(await log_of(served, session))]
+        assert [f"{uid}/{call_id}" for call_id in calls] == keys[-4:]
+        await served.sessions.DeleteSession(v1.DeleteSessionRequest(name=session))
+        again = v1.CreateSessionRequest(session_id="case", session=v1.Session(agent="agents/clerk"))
+        await served.sessions.CreateSession(again)
+    assert len(set(keys)) == 8
 
 
 @pytest.mark.parametrize("function", ["meet", "meet_in_threads"])

@@ -266,7 +266,7 @@ def check_calls(story: Story, before: Stored, after: Stored, effects: Counter[st
         assert (interrupted and tool == "ask") == bool(call.asked)
         dispatched = expected not in {DENIED, CANCELLED}
         assert call.attempts == ([1, 2] if again else [1] if dispatched else [])
-        effect = effects[f"case/{call_id}"]
+        effect = effects[f"{after.session.uid}/{call_id}"]
         if interrupted:
             assert again <= effect <= 1 + again, "it may or may not have come to its effect before the kill"
         else:
@@ -462,7 +462,8 @@ async def test_a_is_kept_and_b_treated_as_its_policy_says(tmp_path: Path, cut: C
                 await caller.runs.Invoke(v1.InvokeRequest(start=next_turn))
             assert await server.stop() == 0
         request = model.requests[-1]
-    log = (await stored(tmp_path)).log
+    after = await stored(tmp_path)
+    log, uid = after.log, after.session.uid
     assert run.state == cut.end
     calls = dict(calls_of(log).values())
     assert [end.outcome for end in calls["a"].ends] == [SUCCEEDED]
@@ -470,8 +471,8 @@ async def test_a_is_kept_and_b_treated_as_its_policy_says(tmp_path: Path, cut: C
     asks = cut.how == "kill" and cut.b.HasField("server") and cut.b.on_interrupt == ASK
     assert len(calls["b"].asked) == asks, "of the policies only one asks"
     effects = effects_of(tmp_path / "effects")
-    assert effects[f"case/{calls['a'].ends[0].call_id}"] == 1
-    assert effects[f"case/{calls['b'].ends[0].call_id}"] == (cut.begun if cut.b.HasField("server") else 0)
+    assert effects[f"{uid}/{calls['a'].ends[0].call_id}"] == 1
+    assert effects[f"{uid}/{calls['b'].ends[0].call_id}"] == (cut.begun if cut.b.HasField("server") else 0)
     check_well_formed(request)
     assert request["messages"][-1] == {"role": "user", "content": "Go on"}
     results = results_of(request)

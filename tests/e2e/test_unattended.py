@@ -3,6 +3,7 @@
 import asyncio
 import sqlite3
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from notecase_server.rpc.watch import Pace
 from notecase_server.serve import now, open_store
 from notecase_server.store.contract import Clock, Commit, Store
 from notecase_server.store.fold import ENDED
+from structlog.testing import capture_logs
 
 from tests.e2e.driving import detail_of, log_of, reason_of, said
 from tests.store.build import ManualClock
@@ -190,7 +192,7 @@ READS: Mapping[Putting, Sequence[str]] = {
 
 def unasked(*_: object, **__: object) -> bool:
     """Counts what is done behind no call of a client."""
-    return not structlog.contextvars.get_contextvars()
+    return "method" not in structlog.contextvars.get_contextvars()
 
 
 def by_the_queue(*_: object, **__: object) -> bool:
@@ -216,6 +218,40 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Upkeep and timers look often."""
     monkeypatch.setattr(upkeep, "REPAIR_SECONDS", 0.05)
     monkeypatch.setattr(timers, "LOOK_SECONDS", 0.02)
+
+
+class Talking(Model):
+    """Writes a line to the log for each request, as a provider may that knows nothing of runs."""
+
+    async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
+        structlog.get_logger().info("model_asked")
+        async with aclosing(super().stream(request)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+
+async def test_the_lines_of_a_run_have_its_own_ids_and_none_of_a_call(store_url: str) -> None:
+    """Whoever began it: a call, the end of the run before it in the queue, or the answer to a call of the model."""
+    model = Talking()
+    with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
+        async with running(store_url, {"model": model}) as served:
+            await prepared(served)
+            await start(served, "hold", "one")
+            await model.arrived.acquire()
+            for run_id in ("two", "three"):
+                await start(served, "look", run_id, on_busy=QUEUE)
+            model.let.set()
+            for run_id in ("two", "three"):
+                waiting = await rests(served, run_id)
+                result = v1.ToolResult(call_id=waiting.pending_calls[0].call_id, result=[v1.Part(text="Seen.")])
+                command = v1.RunRequest(command_id=run_id, tool_result=result)
+                await served.runs.SendCommand(v1.SendCommandRequest(session="sessions/s", command=command))
+                await ended(served, run_id)
+    asked, finished = ([line for line in lines if line["event"] == event] for event in ("model_asked", "run_finished"))
+    assert ["one", "two", "two", "three", "three"] == [line.get("run") for line in asked]
+    assert ["one", "two", "three"] == [line["run"] for line in finished]
+    assert {"s"} == {line["session"] for line in (*asked, *finished)}
+    assert [] == [line for line in (*asked, *finished) if line.keys() & {"request_id", "method", "peer"}]
 
 
 @pytest.mark.usefixtures("hurried")

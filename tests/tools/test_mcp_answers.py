@@ -3,17 +3,22 @@
 import asyncio
 import gzip
 import json
+import os
+import sys
 import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 from notecase import v1
-from notecase_server.tools.mcp import MAX_ANSWER
+from notecase_server.tools.contract import Outcome
+from notecase_server.tools.mcp_answers import MAX_ANSWER
 from notecase_server.tools.mcp_settings import McpServerSettings
 from notecase_server.tools.toolbox import make_toolbox
 
+from tests.support.mcp_process import ROOT
 from tests.tools.calls import context
 
 JSON, EVENTS = "application/json", "text/event-stream"
@@ -132,3 +137,30 @@ async def test_an_answer_is_bounded_for_itself_and_not_with_what_came_before_it(
             assert ["x"] == [part.text for part in outcome.parts]
         finally:
             await box.close()
+
+
+@pytest.mark.parametrize("how", ["long", "many", "endless"])
+async def test_a_line_of_a_program_that_is_too_large_fails_the_call_and_ends_the_program(
+    tmp_path: Path, how: str
+) -> None:
+    """The next call has a new one."""
+    pids = tmp_path / "pids"
+    args = ("-m", "tests.support.mcp_endless", str(pids))
+    box = make_toolbox([], {"s": McpServerSettings(command=sys.executable, args=args, cwd=str(ROOT), timeout=60)})
+    try:
+        (tool,) = await box.resolve(v1.Tool(mcp=v1.McpTool(server="s")))
+        tracemalloc.start()
+        try:
+            outcome = await box.call(tool.implementation, {"how": how}, context())
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert "was lost; the call may have taken effect" in outcome.error
+        assert peak < 4 * MAX_ANSWER
+        assert Outcome([v1.Part(text="x")]) == await box.call(tool.implementation, {"how": "short"}, context())
+    finally:
+        await box.close()
+    first, second = map(int, pids.read_text().split())
+    for pid in (first, second):
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

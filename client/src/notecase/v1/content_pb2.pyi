@@ -661,7 +661,7 @@ class ToolCall(_message.Message):
     PROVIDER_DATA_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     """Made by the server whatever the model sent; unique in the session and stable from the first delta on. A tool's
-    idempotency key is "{session}/{call_id}", the same on every attempt.
+    idempotency key is "{Session.uid}/{call_id}": the same on every attempt, and never that of another session.
     """
     tool: _builtins.str
     arguments: _builtins.str

@@ -16,6 +16,7 @@ import structlog
 from notecase import v1
 
 from notecase_server import errors, names
+from notecase_server.engine.upload import Writer
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import CHUNK_BYTES, PAGE_BYTES, Clock, SessionKey, Store
 from notecase_server.supervisor import Tasks
@@ -126,7 +127,7 @@ class Contents:
     ) -> v1.Blob:
         if first.offset != upload.committed_bytes:
             raise errors.upload_offset_mismatch(upload.upload_id, upload.committed_bytes)
-        writer = _Writer(self._store, tenant, upload, self._check_size)
+        writer = Writer(self._store, tenant, upload, self._check_size)
         try:
             await writer.recall()
             last = False
@@ -141,8 +142,7 @@ class Contents:
                 raise errors.blob_cut(made.size_bytes, first.blob.size_bytes, resumable=first.upload_id != "")
             if problem := _differs(first.blob, made):
                 raise errors.blob_corrupt(problem)
-            sha256 = made.name.removeprefix("blobs/")
-            return await self._store.complete_upload(tenant, "", upload.upload_id, made.size_bytes, sha256)
+            return await writer.complete()
         except BaseException as error:
             # A caller who comes back finds what he has sent; nobody comes back to an upload that has no name.
             refused = isinstance(error, NotecaseError) and error.reason in WRONG
@@ -303,48 +303,3 @@ def _differs(said: v1.Blob, stored: v1.Blob) -> str:
     if said.name and said.name != stored.name:
         return f"has another SHA-256 than its name says: it is {stored.name}"
     return ""
-
-
-class _Writer:
-    """Puts chunks of any size into an upload, in pieces of CHUNK_BYTES."""
-
-    def __init__(self, store: Store, tenant: str, upload: v1.Upload, check_size: Callable[[int], None]) -> None:
-        self.size = 0
-        """What came, before this call and with it."""
-        self._digest = hashlib.sha256()
-        self._store = store
-        self._tenant = tenant
-        self._upload = upload
-        self._check_size = check_size
-        self._pending = bytearray()
-
-    @property
-    def blob(self) -> v1.Blob:
-        """What has come, as a blob."""
-        return v1.Blob(name=names.blob(self._digest.hexdigest()), size_bytes=self.size)
-
-    async def recall(self) -> None:
-        """Takes in what an earlier call has stored."""
-        while piece := await self._store.read_upload(self._tenant, self._upload.upload_id, self.size):
-            self._take(piece)
-
-    def _take(self, chunk: bytes) -> None:
-        self._check_size(self.size + len(chunk))
-        self._digest.update(chunk)
-        self.size += len(chunk)
-
-    async def add(self, chunk: bytes) -> None:
-        self._take(chunk)
-        self._pending += chunk
-        await self._write(len(self._pending) // CHUNK_BYTES * CHUNK_BYTES)
-
-    async def flush(self) -> None:
-        """Stores what has come; durable when it returns."""
-        await self._write(len(self._pending))
-
-    async def _write(self, size: int) -> None:
-        if size:
-            start = self.size - len(self._pending)
-            data = bytes(self._pending[:size])
-            del self._pending[:size]
-            await self._store.add_chunk(self._tenant, self._upload.upload_id, start, data)

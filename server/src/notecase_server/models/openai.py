@@ -127,7 +127,7 @@ class OpenAIProvider:
 
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         """See Provider.stream. Closing it before its end drops the connection, which is how the provider learns of it.
-        After Finish it ends within _DRAIN_SECONDS; who does not wait for that gives up the connection's next use."""
+        Once the reply is whole it ends, or is closed, within _DRAIN_SECONDS: its connection may then be used again."""
         model = request.model or self._default_model
         profile = self._profiles.of(model)
         given, request = request, await loaded(request, profile)
@@ -149,8 +149,7 @@ class OpenAIProvider:
         )
         made = itertools.count(1)
         cut: NotecaseError | None = None
-        async with answer as response:
-            chunks = _fairly(response.aiter_bytes())
+        async with answer as response, _pieces(response, lambda: reply.done) as chunks:
             clock = _Clock(self._first_timeout, self._idle_timeout, self._whole_timeout)
             try:
                 async with Limit() as limit:
@@ -175,7 +174,6 @@ class OpenAIProvider:
                     yield await _decoded(piece, next(made))
                 else:
                     yield _tagged(piece, self._tag, model)
-            await _drain(chunks)
 
     async def close(self) -> None:
         """See Provider.close. A reply under way fails as MODEL_UNAVAILABLE, and so does one asked for later."""
@@ -371,9 +369,26 @@ async def _fairly(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
             yield piece
 
 
-async def _drain(chunks: AsyncIterator[bytes]) -> None:
-    """Reads the end of a body, which lets its connection serve the next call. The reply is whole, so that whatever goes
-    wrong here only costs the connection."""
+@contextlib.asynccontextmanager
+async def _pieces(
+    response: httpx2.Response, is_whole: Callable[[], bool]
+) -> AsyncIterator[AsyncGenerator[bytes, None]]:
+    """The body of an answer in fair pieces. Behind a whole reply the end of the body is read, which lets its connection
+    serve the next call; any other connection is closed."""
+    async with (
+        contextlib.aclosing(response.aiter_bytes()) as body,
+        contextlib.aclosing(_fairly(body)) as chunks,
+    ):
+        try:
+            yield chunks
+        finally:
+            if is_whole():
+                await _read_on(chunks)
+
+
+async def _read_on(chunks: AsyncIterator[bytes]) -> None:
+    """Reads a body to its end, if that comes soon. Nothing of it is needed any more, so whatever goes wrong here only
+    costs the connection."""
     with contextlib.suppress(TimeoutError, *_BROKEN):
         async with asyncio.timeout(_DRAIN_SECONDS):
             async for _ in chunks:

@@ -36,7 +36,8 @@ class CallContext:
     """sessions/{session}/runs/{run}"""
     call_id: str
     idempotency_key: str
-    """The same on every attempt of this call: what an outside effect is to be made once by."""
+    """{session_uid}/{call_id}: the same on every attempt of this call, and never that of another. An outside effect is
+    made once by it."""
     attempt: int
     """1, and one more each time the call is run again after its process was lost."""
     get_state: Callable[..., Awaitable[Mapping[str, v1.Value]]]

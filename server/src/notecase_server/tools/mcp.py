@@ -18,7 +18,7 @@ from typing import Any, Self, TextIO, cast
 import anyio
 import httpx2
 import structlog
-from mcp import Client, MCPError, StdioServerParameters, stdio_client, types
+from mcp import Client, MCPError, types
 from mcp.client import Transport
 from mcp.client.streamable_http import streamable_http_client
 from mcp.client.subscriptions import Subscription, SubscriptionLost
@@ -30,9 +30,11 @@ from notecase_server.supervisor import Tasks
 from notecase_server.tools import naming
 from notecase_server.tools.clock import Clock
 from notecase_server.tools.contract import CallContext, Function, Outcome
+from notecase_server.tools.mcp_answers import MAX_ANSWER, Bounded
+from notecase_server.tools.mcp_pipes import program
 from notecase_server.tools.mcp_questions import Questions
 from notecase_server.tools.mcp_settings import McpServerSettings
-from notecase_server.tools.outcome import MAX_MEDIA, MAX_RESULT, failed, succeeded
+from notecase_server.tools.outcome import failed, succeeded
 
 log = structlog.get_logger()
 
@@ -54,14 +56,6 @@ CLOSE_SECONDS = 10.0
 
 LIST_PAGES = 100
 """More pages than any list has: one that never ends must end a run, not hold it."""
-
-MAX_ANSWER = 6 * MAX_RESULT + 2 * MAX_MEDIA
-"""Bytes of one answer on an event stream: JSON writes a byte of text as six at most, and three of media as four; so no
-result that is taken is longer."""
-
-MAX_OBJECTS = 10_000
-"""Objects in one answer: the library makes each into one of its own before anybody can look at them, and 500,000 small
-ones take a gigabyte."""
 
 SESSION = "mcp-session-id"
 
@@ -323,10 +317,7 @@ class _Connection:
                 await stack.enter_async_context(http)
                 opened = streamable_http_client(settings.url, http_client=http, max_sse_event_size=MAX_ANSWER)
             else:
-                command = StdioServerParameters(
-                    command=settings.command or "", args=list(settings.args), env=settings.env, cwd=settings.cwd
-                )
-                opened = stdio_client(command, errlog=stack.enter_context(_errors_of(settings)))
+                opened = program(self._name, settings, stack.enter_context(_errors_of(settings)))
             read, write = await stack.enter_async_context(opened)
             yield _Watched(read, self.end), write
 
@@ -334,36 +325,10 @@ class _Connection:
         """Bounds what is read of an answer. 404 to a request that names its session says that the server has forgotten
         the session."""
         events = response.headers.get("content-type", "").startswith("text/event-stream")
-        response.stream = _Bounded(response, events=events)
+        response.stream = Bounded(response, events=events)
         if response.status_code == httpx2.codes.NOT_FOUND and SESSION in response.request.headers:
             log.info("mcp_session_gone", server=self._name)
             self.end()
-
-
-class _Bounded(httpx2.AsyncByteStream):
-    """The body of an answer up to what one may have: MAX_ANSWER bytes and MAX_OBJECTS objects; of a stream of events,
-    each event. A packed one is refused, since a megabyte may unpack to a gigabyte and was not asked for."""
-
-    def __init__(self, response: httpx2.Response, *, events: bool) -> None:
-        self._stream = cast("httpx2.AsyncByteStream", response.stream)
-        self._packed = response.headers.get("content-encoding", "identity") != "identity"
-        self._events = events
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        if self._packed:
-            raise httpx2.StreamError("The answer is packed, which was not asked for.")
-        size = objects = 0
-        async for chunk in self._stream:
-            end = max(chunk.rfind(b"\n\n"), chunk.rfind(b"\n\r\n")) if self._events else -1
-            size, objects = size + len(chunk), objects + chunk.count(b"{")
-            if size > MAX_ANSWER or objects > MAX_OBJECTS:
-                raise httpx2.StreamError("The answer is larger than the server takes.")
-            if end >= 0:
-                size, objects = len(chunk) - end, chunk.count(b"{", end)
-            yield chunk
-
-    async def aclose(self) -> None:
-        await self._stream.aclose()
 
 
 class _Watched:

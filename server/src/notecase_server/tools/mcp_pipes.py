@@ -1,0 +1,148 @@
+"""An MCP server that is a program and speaks on its pipes, one message a line.
+
+The protocol's library has such a transport, but it reads lines of any length.
+"""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from typing import Any, TextIO
+
+import anyio
+import structlog
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
+from mcp import types
+from mcp.client.stdio import get_default_environment
+from mcp.shared.message import SessionMessage
+
+from notecase_server.supervisor import Tasks
+from notecase_server.tools.mcp_answers import MAX_ANSWER, fits
+from notecase_server.tools.mcp_settings import McpServerSettings
+
+log = structlog.get_logger()
+
+FLUSH_SECONDS = 0.5
+"""How long what was already said to the program may take to reach it before its input is closed."""
+
+EXIT_SECONDS = 2.0
+"""How long a program may take to end by itself once its input is closed; and once more after SIGTERM."""
+
+LOOK_SECONDS = 0.01
+"""How often it is looked whether a program has ended. The loop would tell of it only after the end of its pipes, which
+its children may hold."""
+
+CLOSED = (anyio.ClosedResourceError, anyio.BrokenResourceError, OSError)
+"""What is raised where the other side of a stream or a pipe has gone."""
+
+
+@asynccontextmanager
+async def program(name: str, settings: McpServerSettings, errors: TextIO) -> AsyncGenerator[tuple[Any, Any], None]:
+    """Starts a server's program, and ends it with the block, with its children if need be. Yields the streams of what
+    it says and of what it is told, as mcp.Client takes them. A line that is no answer of a size that is taken ends the
+    program. Raises OSError when it cannot be started."""
+    process = await asyncio.create_subprocess_exec(
+        settings.command or "",
+        *settings.args,
+        env=get_default_environment() | dict(settings.env or {}),
+        cwd=settings.cwd,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=errors,
+        start_new_session=True,
+        limit=MAX_ANSWER,
+    )
+    said, hears = anyio.create_memory_object_stream[SessionMessage | Exception](0)
+    tells, told = anyio.create_memory_object_stream[SessionMessage](0)
+    pipes = Tasks(f"mcp {name}")
+    pipes.start(_read(name, process, said), "read")
+    writing = pipes.start(_write(process, told, said), "write")
+    try:
+        yield hears, tells
+    finally:
+        with anyio.CancelScope(shield=True):
+            hears.close()
+            tells.close()
+            await asyncio.wait([writing], timeout=FLUSH_SECONDS)
+            await _end(process)
+            await pipes.close()
+
+
+async def _read(
+    name: str, process: asyncio.subprocess.Process, said: MemoryObjectSendStream[SessionMessage | Exception]
+) -> None:
+    """Passes on what the program says. What it says when nobody listens any more is dropped, lest it wait for a full
+    pipe and never end."""
+    assert process.stdout is not None
+    with suppress(*CLOSED):
+        async with said:
+            while line := await _line(process.stdout):
+                await said.send(_message(line))
+            if line is None:
+                log.warning("mcp_answer_too_large", server=name)
+                _signal(process, signal.SIGKILL)
+    with suppress(OSError):
+        while await process.stdout.read(1 << 16):
+            pass
+
+
+async def _line(pipe: asyncio.StreamReader) -> bytes | None:
+    """The next line, empty at the end; None for one that is too large."""
+    try:
+        line = await pipe.readline()
+    except ValueError:
+        return None
+    return line if fits(len(line), line.count(b"{")) else None
+
+
+def _message(line: bytes) -> SessionMessage | Exception:
+    """A line as a message, or why it is none: the library takes both."""
+    try:
+        return SessionMessage(types.jsonrpc_message_adapter.validate_json(line, by_name=False))
+    except ValueError as error:
+        return error
+
+
+async def _write(
+    process: asyncio.subprocess.Process,
+    told: MemoryObjectReceiveStream[SessionMessage],
+    said: MemoryObjectSendStream[SessionMessage | Exception],
+) -> None:
+    """Tells the program what is to be told. Once it does not listen any more, it is heard no more either."""
+    assert process.stdin is not None
+    try:
+        async with told:
+            async for message in told:
+                text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
+                process.stdin.write(f"{text}\n".encode())
+                await process.stdin.drain()
+    except CLOSED:
+        await said.aclose()
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Closes the program's input, and ends it with its children when it does not end by itself."""
+    assert process.stdin is not None
+    process.stdin.close()
+    if not await _ended(process):
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            _signal(process, number)
+            await _ended(process)
+    # A child that is left may hold the pipes, which the loop would then keep open.
+    with suppress(PermissionError):  # of a program that runs as somebody else
+        process._transport.close()  # type: ignore[attr-defined]
+
+
+def _signal(process: asyncio.subprocess.Process, number: signal.Signals) -> None:
+    """Sends a signal to the program and its children, as far as they are there and it may."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, number)
+
+
+async def _ended(process: asyncio.subprocess.Process) -> bool:
+    """Whether the program ends within EXIT_SECONDS."""
+    with anyio.move_on_after(EXIT_SECONDS):
+        while process.returncode is None:  # noqa: ASYNC110  (see LOOK_SECONDS)
+            await anyio.sleep(LOOK_SECONDS)
+    return process.returncode is not None
