@@ -2,9 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
@@ -13,9 +16,12 @@ from notecase_server.rpc.run import MAX_RESULTS, Results
 
 from tests.e2e.driving import detail_of, fields_of, reason_of, said
 from tests.rpc.test_gate import until
-from tests.support.server import Running, running
+from tests.support.http2 import Deaf
+from tests.support.server import Running, Spawned, running
 
 Call = Callable[[Running, int], Awaitable[object]]
+
+LIST_MESSAGES = "/notecase.v1.MessageService/ListMessages"
 
 VALUE = v1.Value(string_value="x")
 
@@ -388,3 +394,31 @@ async def test_what_one_request_may_hold_is_bounded(case: str) -> None:
         assert reason == reason_of(refused.value)
         if field:
             assert {field} == fields_of(refused.value)
+
+
+async def test_memory_that_callers_leave_behind_is_given_back(tmp_path: Path) -> None:
+    """Some 300 MB of answers wait for readers that never come, and then the readers are gone."""
+    server = await Spawned.start(f"sqlite:{tmp_path / 'notecase.db'}", tmp_path / "log")
+    process = psutil.Process(server.process.pid)
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        await v1.SessionServiceStub(channel).CreateSession(v1.CreateSessionRequest(session_id="s"))
+        messages = v1.MessageServiceStub(channel)
+        append = v1.AppendMessagesRequest(parent="sessions/s", messages=[said("x" * 120_000)] * 8)
+        await messages.AppendMessages(append)
+        page = v1.ListMessagesRequest(parent="sessions/s")
+        await messages.ListMessages(page)
+        before = process.memory_info().rss
+        async with AsyncExitStack() as stack:
+            for _ in range(12):
+                deaf = await stack.enter_async_context(Deaf(server.address))
+                await deaf.call(LIST_MESSAGES, page.SerializeToString(), times=30)
+            await eventually(lambda: process.memory_info().rss > before + (200 << 20))
+        await eventually(lambda: process.memory_info().rss < before + (20 << 20))
+    assert await server.stop() == 0
+
+
+async def eventually(reached: Callable[[], bool]) -> None:
+    """Waits for what another process does. Raises TimeoutError after a minute."""
+    async with asyncio.timeout(60):
+        while not reached():  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
