@@ -10,7 +10,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,10 +22,11 @@ import openai
 from notecase import Client, v1
 
 from benchmarks import edge as attacks
+from benchmarks import neighbours as crowds
 from benchmarks import stub
 from benchmarks.hostile import hostile
 from benchmarks.load import CONNECTIONS, SAID, Load, WrongError, lanes
-from benchmarks.neighbour import Times, compare, table
+from benchmarks.neighbour import Beside, Times, Turns, compare, table
 from benchmarks.processes import Cpus, Process, running_server
 
 WINDOW = 10
@@ -320,18 +321,36 @@ async def loop(bench: Bench) -> Values:
 
 async def edge(bench: Bench) -> Values:
     """What callers that speak HTTP/2 badly on purpose do to a neighbour's turn and to the server's memory."""
-    async with bench.another(offline=True) as fresh:
-        await attacks.prepare(fresh.load)
-        described = {name: attack.described for name, attack in attacks.ATTACKS.items()}
-        alone, others = await compare(
-            fresh.load, fresh.server, bench.cpus.load, bench.folder, "benchmarks.edge", described, bench.times
-        )
-    bench.notes["edge"] = list(table(alone, others))
+    described = {name: attack.described for name, attack in attacks.ATTACKS.items()}
+    alone, others = await _beside(bench, "edge", attacks.prepare, described)
     return {
         "edge-alone": alone.p99 * 1e3,
         "edge-beside": max(other.turns.p99 for other in others) / alone.bound,
         "edge-memory": max(other.kept for other in others),
     }
+
+
+async def neighbours(bench: Bench) -> Values:
+    """What callers do whose calls are all valid, and more than a server takes."""
+    described = {name: callers.described for name, callers in crowds.CALLERS.items()}
+    alone, others = await _beside(bench, "neighbours", crowds.prepare, described)
+    return {
+        "neighbours-alone": alone.p99 * 1e3,
+        "neighbours-beside": max(other.turns.p99 for other in others) / alone.bound,
+    }
+
+
+async def _beside(
+    bench: Bench, module: str, prepare: Callable[[Load], Awaitable[None]], described: Mapping[str, str]
+) -> tuple[Turns, list[Beside]]:
+    """A neighbour's turns alone and beside each caller of that module, on a server of their own."""
+    async with bench.another(offline=True) as fresh:
+        await prepare(fresh.load)
+        alone, others = await compare(
+            fresh.load, fresh.server, bench.cpus.load, bench.folder, f"benchmarks.{module}", described, bench.times
+        )
+    bench.notes[module] = list(table(alone, others))
+    return alone, others
 
 
 MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
@@ -347,7 +366,8 @@ MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
     "start": start,
     "loop": loop,
     "edge": edge,
+    "neighbours": neighbours,
 }
 
-ONCE = frozenset({"edge"})
+ONCE = frozenset({"edge", "neighbours"})
 """What takes minutes, and is measured in the first round only."""

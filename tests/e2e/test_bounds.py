@@ -255,6 +255,29 @@ async def test_a_reading_of_the_past_waits_for_its_turn_and_keeps_nobody_else_wa
         heavy.take()
 
 
+async def test_a_large_write_and_a_large_page_wait_for_their_turn_and_small_ones_do_not(store_url: str) -> None:
+    async with running(store_url, max_heavy_reads=1) as served:
+        await create_one(served, 0)
+        large = v1.Value(string_value="x" * (65 << 10))
+        heavy = served.server.heavy
+        heavy.take()
+        waiting: list[Any] = [
+            served.sessions.CreateSession(v1.CreateSessionRequest(session_id="f", state={"k": large})),
+            served.state.PutState(v1.PutStateRequest(name="sessions/s/state", key="k", value=large)),
+            served.messages.AppendMessages(
+                v1.AppendMessagesRequest(parent="sessions/s", messages=[said(large.string_value)])
+            ),
+            served.messages.ListMessages(v1.ListMessagesRequest(parent="sessions/s", page_size=101)),
+        ]
+        await until(lambda: heavy.waiting == len(waiting))
+        await served.state.PutState(v1.PutStateRequest(name="sessions/s/state", key="k", value=VALUE))
+        await served.messages.ListMessages(v1.ListMessagesRequest(parent="sessions/s", page_size=100))
+        assert not any(call.done() for call in waiting)
+        heavy.give_back()
+        await asyncio.gather(*waiting)
+        heavy.take()
+
+
 async def test_results_that_wait_for_their_reader_are_bounded(store_url: str) -> None:
     """The next command is then left unread, so that the transport holds its sender back."""
     async with running(store_url) as served:
