@@ -423,21 +423,23 @@ async def test_memory_that_callers_leave_behind_is_given_back(tmp_path: Path) ->
     """Some 300 MB of answers wait for readers that never come, and then the readers are gone."""
     server = await Spawned.start(f"sqlite:{tmp_path / 'notecase.db'}", tmp_path / "log")
     process = psutil.Process(server.process.pid)
-    async with grpc.aio.insecure_channel(server.address) as channel:
-        await v1.SessionServiceStub(channel).CreateSession(v1.CreateSessionRequest(session_id="s"))
-        messages = v1.MessageServiceStub(channel)
-        append = v1.AppendMessagesRequest(parent="sessions/s", messages=[said("x" * 120_000)] * 8)
-        await messages.AppendMessages(append)
-        page = v1.ListMessagesRequest(parent="sessions/s")
-        await messages.ListMessages(page)
-        before = process.memory_info().rss
-        async with AsyncExitStack() as stack:
-            for _ in range(12):
-                deaf = await stack.enter_async_context(Deaf(server.address))
-                await deaf.call(LIST_MESSAGES, page.SerializeToString(), times=30)
-            await eventually(lambda: process.memory_info().rss > before + (200 << 20))
-        await eventually(lambda: process.memory_info().rss < before + (20 << 20))
-    assert await server.stop() == 0
+    try:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            await v1.SessionServiceStub(channel).CreateSession(v1.CreateSessionRequest(session_id="s"))
+            messages = v1.MessageServiceStub(channel)
+            append = v1.AppendMessagesRequest(parent="sessions/s", messages=[said("x" * 120_000)] * 8)
+            await messages.AppendMessages(append)
+            page = v1.ListMessagesRequest(parent="sessions/s")
+            await messages.ListMessages(page)
+            before = process.memory_info().rss
+            async with AsyncExitStack() as stack:
+                for _ in range(12):
+                    deaf = await stack.enter_async_context(Deaf(server.address))
+                    await deaf.call(LIST_MESSAGES, page.SerializeToString(), times=30)
+                await eventually(lambda: process.memory_info().rss > before + (200 << 20))
+            await eventually(lambda: process.memory_info().rss < before + (20 << 20))
+    finally:
+        assert await server.stop() == 0
 
 
 async def eventually(reached: Callable[[], bool]) -> None:
