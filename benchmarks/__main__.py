@@ -13,7 +13,8 @@ from pathlib import Path
 import uvloop
 
 from benchmarks.load import Load
-from benchmarks.measures import MEASURES, Bench, Values
+from benchmarks.measures import MEASURES, ONCE, Bench, Values
+from benchmarks.neighbour import Times
 from benchmarks.processes import Cpus, running_server, running_stub
 from benchmarks.targets import table
 
@@ -23,9 +24,9 @@ def say(text: str) -> None:
     sys.stdout.flush()
 
 
-async def measure(names: Sequence[str], rounds: int, found: list[Values]) -> list[str]:
+async def measure(names: Sequence[str], rounds: int, times: Times, found: list[Values]) -> list[str]:
     """Goes through the measures round by round, so that what else the machine does at a time hits all of them alike.
-    Each round's values are in `found` as soon as they are known. Returns what the last one has to say besides."""
+    Each round's values are in `found` as soon as they are known. Returns what is to be said besides."""
     cpus = Cpus.choose()
     os.sched_setaffinity(0, {cpus.load})
     say(f"The server runs on CPU {cpus.server}, the model and the load on CPU {cpus.load}; {rounds} rounds.")
@@ -39,13 +40,14 @@ async def measure(names: Sequence[str], rounds: int, found: list[Values]) -> lis
             running_server(cpus.server, folder, "floor", model.port, "benchmarks.floor") as floor,
             Load.connect(floor.port) as floor_load,
         ):
-            bench = Bench(cpus, folder, model, server, load, Bench(cpus, folder, model, floor, floor_load))
+            beside = Bench(cpus, folder, model, floor, floor_load)
+            bench = Bench(cpus, folder, model, server, load, beside, times=times)
             for number in range(1, rounds + 1):
                 found.append({})
-                for measure_name in names:
+                for measure_name in (name for name in names if number == 1 or name not in ONCE):
                     say(f"[{time.monotonic() - begun:3.0f} s] round {number}: {measure_name}")
                     found[-1] |= await MEASURES[measure_name](bench)
-            return bench.notes
+            return [line for lines in bench.notes.values() for line in ("", *lines)]
 
 
 async def run(options: argparse.Namespace) -> int:
@@ -58,7 +60,8 @@ async def run(options: argparse.Namespace) -> int:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
         async with asyncio.timeout(options.limit):
-            notes = await measure(names, options.rounds, found)
+            times = Times(*(getattr(options, name) for name in Times._fields))
+            notes = await measure(names, options.rounds, times, found)
     except TimeoutError:
         late = True
     for line in (*table(found), *notes):
@@ -72,7 +75,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Measure the server on this machine.")
     parser.add_argument("--only", nargs="+", choices=list(MEASURES), metavar="NAME", help=f"of {', '.join(MEASURES)}")
     parser.add_argument("--rounds", type=int, default=3, help="each measures everything once (default: 3)")
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds after which it stops (default: 600)")
+    parser.add_argument("--limit", type=float, default=1200.0, help="seconds after which it stops (default: 1200)")
+    for name, seconds in Times()._asdict().items():
+        told = f"seconds of a neighbour {name} (default: {seconds:g})"
+        parser.add_argument(f"--{name}", type=float, default=seconds, metavar="SECONDS", help=told)
     sys.exit(uvloop.run(run(parser.parse_args())))
 
 

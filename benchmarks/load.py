@@ -58,9 +58,10 @@ class Load:
             self._agents.add(agent_id)
         return f"agents/{agent_id}"
 
-    async def session(self, messages: int = 0) -> str:
+    async def session(self, messages: int = 0, name: str = "") -> str:
         """The name of a new session with a history of so many messages, users' and replies by turns."""
-        created = await self.sessions.CreateSession(v1.CreateSessionRequest(session_id=f"s{next(self._numbers)}"))
+        session_id = name.removeprefix("sessions/") or f"s{next(self._numbers)}"
+        created = await self.sessions.CreateSession(v1.CreateSessionRequest(session_id=session_id))
         roles = (v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT)
         parts = [v1.Part(text=SAID)]
         said = [v1.Message(role=role, author="users/ada", parts=parts) for role in roles] * 50

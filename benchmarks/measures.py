@@ -10,7 +10,7 @@ import itertools
 import os
 import statistics
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,9 +21,12 @@ import grpc
 import openai
 from notecase import Client, v1
 
+from benchmarks import edge as attacks
+from benchmarks import neighbours as crowds
 from benchmarks import stub
 from benchmarks.hostile import hostile
 from benchmarks.load import CONNECTIONS, SAID, Load, WrongError, lanes
+from benchmarks.neighbour import Beside, Times, Turns, compare, table
 from benchmarks.processes import Cpus, Process, running_server
 
 WINDOW = 10
@@ -59,8 +62,9 @@ class Bench:
     prepared: dict[int, str] = field(default_factory=dict)
     """The session of each length that was asked for."""
     names: Any = field(default_factory=itertools.count)
-    notes: list[str] = field(default_factory=list)
-    """What is to be said besides the table."""
+    times: Times = field(default_factory=Times)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    """By measure, what its last round has to say besides the table."""
 
     async def cpu(self, work: Awaitable[object]) -> float:
         """The seconds of CPU time that the server spends on work that begins when it is awaited."""
@@ -79,14 +83,15 @@ class Bench:
         return self.prepared[messages]
 
     @asynccontextmanager
-    async def another(self) -> AsyncIterator["Bench"]:
-        """The same with a server of its own over an empty store."""
+    async def another(self, *, offline: bool = False) -> AsyncIterator["Bench"]:
+        """The same with a server of its own over an empty store; `offline` without the stub."""
         name = f"another-{next(self.names)}"
+        model_port = None if offline else self.model.port
         async with (
-            running_server(self.cpus.server, self.folder, name, self.model.port) as server,
+            running_server(self.cpus.server, self.folder, name, model_port) as server,
             Load.connect(server.port) as load,
         ):
-            yield Bench(self.cpus, self.folder, self.model, server, load)
+            yield Bench(self.cpus, self.folder, self.model, server, load, times=self.times)
 
 
 async def tokens(bench: Bench) -> Values:
@@ -308,7 +313,7 @@ async def start(bench: Bench) -> Values:
 async def loop(bench: Bench) -> Values:
     """How long one request can keep the server from all others."""
     held = await hostile(bench.cpus, bench.folder, f"hostile-{next(bench.names)}", bench.model)
-    bench.notes = [f"held the loop longest: {found}" for found in (*held.requests[:5], *held.excepted[:1])]
+    bench.notes["loop"] = [f"held the loop longest: {found}" for found in (*held.requests[:5], *held.excepted[:1])]
     return {
         "loop-held": held.requests[0].seconds * 1e3,
         "loop-parser": held.excepted[0].seconds * 1e3,
@@ -329,6 +334,40 @@ def beside_floor(measure: Callable[[Bench], Awaitable[Values]]) -> Callable[[Ben
     return both
 
 
+async def edge(bench: Bench) -> Values:
+    """What callers that speak HTTP/2 badly on purpose do to a neighbour's turn and to the server's memory."""
+    described = {name: attack.described for name, attack in attacks.ATTACKS.items()}
+    alone, others = await _beside(bench, "edge", attacks.prepare, described)
+    return {
+        "edge-alone": alone.p99 * 1e3,
+        "edge-beside": max(other.turns.p99 for other in others) / alone.bound,
+        "edge-memory": max(other.kept for other in others),
+    }
+
+
+async def neighbours(bench: Bench) -> Values:
+    """What callers do whose calls are all valid, and more than a server takes."""
+    described = {name: callers.described for name, callers in crowds.CALLERS.items()}
+    alone, others = await _beside(bench, "neighbours", crowds.prepare, described)
+    return {
+        "neighbours-alone": alone.p99 * 1e3,
+        "neighbours-beside": max(other.turns.p99 for other in others) / alone.bound,
+    }
+
+
+async def _beside(
+    bench: Bench, module: str, prepare: Callable[[Load], Awaitable[None]], described: Mapping[str, str]
+) -> tuple[Turns, list[Beside]]:
+    """A neighbour's turns alone and beside each caller of that module, on a server of their own."""
+    async with bench.another(offline=True) as fresh:
+        await prepare(fresh.load)
+        alone, others = await compare(
+            fresh.load, fresh.server, bench.cpus.load, bench.folder, f"benchmarks.{module}", described, bench.times
+        )
+    bench.notes[module] = list(table(alone, others))
+    return alone, others
+
+
 MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
     "tokens": beside_floor(tokens),
     "turn": beside_floor(turn),
@@ -341,4 +380,9 @@ MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
     "many": many,
     "start": start,
     "loop": loop,
+    "edge": edge,
+    "neighbours": neighbours,
 }
+
+ONCE = frozenset({"edge", "neighbours"})
+"""What takes minutes, and is measured in the first round only."""

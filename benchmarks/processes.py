@@ -47,10 +47,22 @@ class Process:
         """Bytes of memory held."""
         return self._info.memory_info().rss
 
+    def forget_peak(self) -> None:
+        """Lets the peak begin anew, at what is held now."""
+        Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
+
     def peak(self) -> int:
         """The most bytes of memory held so far."""
         status = Path(f"/proc/{self._process.pid}/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) << 10
+
+    async def last_words(self) -> str:
+        """Asks it to stop, and returns what it says then; empty where it ended by itself before."""
+        if self._process.returncode is not None:
+            return ""
+        await self.stop()
+        assert self._process.stdout is not None
+        return (await self._process.stdout.read()).decode().strip()
 
     async def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it ended by itself
@@ -84,11 +96,14 @@ async def running(cpu: int, log: Path, *arguments: str, env: dict[str, str]) -> 
 
 
 @contextlib.asynccontextmanager
-async def running_server(cpu: int, folder: Path, name: str, model_port: int, *module: str) -> AsyncIterator[Process]:
-    """`notecase serve` over a new SQLite file `name` in `folder`, with the stub as its model; by another `module` with
-    its first arguments, where one is given."""
+async def running_server(
+    cpu: int, folder: Path, name: str, model_port: int | None, *module: str
+) -> AsyncIterator[Process]:
+    """`notecase serve` over a new SQLite file `name` in `folder`, with the stub as its model, or without a port with
+    the offline one; by another `module` with its first arguments, where one is given."""
     env = {key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "NOTECASE_"))}
-    env |= {"OPENAI_BASE_URL": f"http://127.0.0.1:{model_port}/v1", "OPENAI_API_KEY": "none"}
+    if model_port is not None:
+        env |= {"OPENAI_BASE_URL": f"http://127.0.0.1:{model_port}/v1", "OPENAI_API_KEY": "none"}
     program = ("-m", *(module or ("notecase_server",)))
     arguments = ("serve", "--listen", "127.0.0.1:0", "--store", f"sqlite:{folder / name}.db")
     async with running(cpu, folder / f"{name}.log", *program, *arguments, env=env) as server:

@@ -49,6 +49,11 @@ TARGETS: dict[str, Figure] = {
     "loop-held": Figure("longest callback of the loop, hostile requests", "ms", 20),
     "loop-parser": Figure("the same, where Protobuf's parser alone takes longer", "ms", None),
     "loop-garbage": Figure("longest collection of garbage meanwhile", "ms", None),
+    "edge-alone": Figure("a neighbour's turn, p99, alone", "ms", None),
+    "edge-beside": Figure("its p99 beside the worst bad speaker of HTTP/2, of 2 x alone + 20 ms", "", 1),
+    "edge-memory": Figure("memory held after the worst of them, of before", "", 1.1),
+    "neighbours-alone": Figure("a neighbour's turn, p99, alone beside long sessions", "ms", None),
+    "neighbours-beside": Figure("its p99 beside the worst who only calls, of 2 x alone + 20 ms", "", 1),
     "start": Figure("start to first answer, empty store", "s", 1),
     "start-cpu": Figure("CPU until then", "s", None),
 }

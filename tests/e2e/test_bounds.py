@@ -2,9 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
@@ -13,9 +16,12 @@ from notecase_server.rpc.run import MAX_RESULTS, Results
 
 from tests.e2e.driving import detail_of, fields_of, reason_of, said
 from tests.rpc.test_gate import until
-from tests.support.server import Running, running
+from tests.support.http2 import Deaf
+from tests.support.server import Running, Spawned, running
 
 Call = Callable[[Running, int], Awaitable[object]]
+
+LIST_MESSAGES = "/notecase.v1.MessageService/ListMessages"
 
 VALUE = v1.Value(string_value="x")
 
@@ -249,6 +255,29 @@ async def test_a_reading_of_the_past_waits_for_its_turn_and_keeps_nobody_else_wa
         heavy.take()
 
 
+async def test_a_large_write_and_a_large_page_wait_for_their_turn_and_small_ones_do_not(store_url: str) -> None:
+    async with running(store_url, max_heavy_reads=1) as served:
+        await create_one(served, 0)
+        large = v1.Value(string_value="x" * (65 << 10))
+        heavy = served.server.heavy
+        heavy.take()
+        waiting: list[Any] = [
+            served.sessions.CreateSession(v1.CreateSessionRequest(session_id="f", state={"k": large})),
+            served.state.PutState(v1.PutStateRequest(name="sessions/s/state", key="k", value=large)),
+            served.messages.AppendMessages(
+                v1.AppendMessagesRequest(parent="sessions/s", messages=[said(large.string_value)])
+            ),
+            served.messages.ListMessages(v1.ListMessagesRequest(parent="sessions/s", page_size=101)),
+        ]
+        await until(lambda: heavy.waiting == len(waiting))
+        await served.state.PutState(v1.PutStateRequest(name="sessions/s/state", key="k", value=VALUE))
+        await served.messages.ListMessages(v1.ListMessagesRequest(parent="sessions/s", page_size=100))
+        assert not any(call.done() for call in waiting)
+        heavy.give_back()
+        await asyncio.gather(*waiting)
+        heavy.take()
+
+
 async def test_results_that_wait_for_their_reader_are_bounded(store_url: str) -> None:
     """The next command is then left unread, so that the transport holds its sender back."""
     async with running(store_url) as served:
@@ -388,3 +417,33 @@ async def test_what_one_request_may_hold_is_bounded(case: str) -> None:
         assert reason == reason_of(refused.value)
         if field:
             assert {field} == fields_of(refused.value)
+
+
+async def test_memory_that_callers_leave_behind_is_given_back(tmp_path: Path) -> None:
+    """Some 300 MB of answers wait for readers that never come, and then the readers are gone."""
+    server = await Spawned.start(f"sqlite:{tmp_path / 'notecase.db'}", tmp_path / "log")
+    process = psutil.Process(server.process.pid)
+    try:
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            await v1.SessionServiceStub(channel).CreateSession(v1.CreateSessionRequest(session_id="s"))
+            messages = v1.MessageServiceStub(channel)
+            append = v1.AppendMessagesRequest(parent="sessions/s", messages=[said("x" * 120_000)] * 8)
+            await messages.AppendMessages(append)
+            page = v1.ListMessagesRequest(parent="sessions/s")
+            await messages.ListMessages(page)
+            before = process.memory_info().rss
+            async with AsyncExitStack() as stack:
+                for _ in range(12):
+                    deaf = await stack.enter_async_context(Deaf(server.address))
+                    await deaf.call(LIST_MESSAGES, page.SerializeToString(), times=30)
+                await eventually(lambda: process.memory_info().rss > before + (200 << 20))
+            await eventually(lambda: process.memory_info().rss < before + (20 << 20))
+    finally:
+        assert await server.stop() == 0
+
+
+async def eventually(reached: Callable[[], bool]) -> None:
+    """Waits for what another process does. Raises TimeoutError after a minute."""
+    async with asyncio.timeout(60):
+        while not reached():  # noqa: ASYNC110
+            await asyncio.sleep(0.1)

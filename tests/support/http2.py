@@ -1,4 +1,4 @@
-"""A client that speaks as much HTTP/2 as it takes to call, and reads only when it is told to."""
+"""As much HTTP/2 as it takes to call: frames as bytes, and a client that reads only when it is told to."""
 
 import asyncio
 import struct
@@ -6,12 +6,39 @@ from types import TracebackType
 from typing import Self
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
-SETTINGS = b"\0\0\0\4\0\0\0\0\0"
-ACKNOWLEDGED = b"\0\0\0\4\1\0\0\0\0"
-"""Of the server's own settings, which are all that is read."""
-WIDE = b"\0\0\4\x08\0\0\0\0\0\x40\0\0\0"
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, WINDOW_UPDATE, CONTINUATION = 0, 1, 3, 4, 6, 8, 9
+ACK, END_STREAM, END_HEADERS = 1, 1, 4
+INITIAL_WINDOW_SIZE = 4
+"""A setting: how many bytes the other end may send on a stream before it is asked for more."""
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """One frame; a `payload` above 16 KiB is more than a server takes without being asked."""
+    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
+
+
+def setting(identifier: int, value: int) -> bytes:
+    """One entry of a SETTINGS frame."""
+    return struct.pack(">HI", identifier, value)
+
+
+def header_block(method: str) -> bytes:
+    """The headers of a call of that path, uncompressed."""
+    fields = {":method": "POST", ":scheme": "http", ":path": method, ":authority": "x"}
+    fields |= {"content-type": "application/grpc", "te": "trailers"}
+    return b"".join(b"\0" + _string(name) + _string(value) for name, value in fields.items())
+
+
+def message(request: bytes) -> bytes:
+    """One message as gRPC sends it."""
+    return b"\0" + struct.pack(">I", len(request)) + request
+
+
+OPENING = PREFACE + frame(SETTINGS, 0, 0)
+ACKNOWLEDGED = frame(SETTINGS, ACK, 0)
+"""Answers the server's own settings."""
+WIDE = frame(WINDOW_UPDATE, 0, 0, struct.pack(">I", 1 << 30))
 """Opens the connection's own window, so that each stream has what one stream may send ahead."""
-HEADERS, DATA, END_HEADERS, END_STREAM = 1, 0, 4, 1
 
 
 class Deaf:
@@ -24,7 +51,7 @@ class Deaf:
 
     async def __aenter__(self) -> Self:
         self._reader, self._writer = await asyncio.open_connection(self._host, self._port)
-        self._writer.write(PREFACE + SETTINGS + WIDE)
+        self._writer.write(OPENING + WIDE)
         size = int.from_bytes((await self._reader.readexactly(9))[:3], "big")
         await self._reader.readexactly(size)
         self._writer.write(ACKNOWLEDGED)
@@ -37,13 +64,10 @@ class Deaf:
 
     async def call(self, method: str, request: bytes, times: int = 1) -> None:
         """Sends calls of a method whose request is one message."""
-        fields = {":method": "POST", ":scheme": "http", ":path": method, ":authority": "x"}
-        fields |= {"content-type": "application/grpc", "te": "trailers"}
-        block = b"".join(b"\0" + _string(name) + _string(value) for name, value in fields.items())
-        message = b"\0" + struct.pack(">I", len(request)) + request
+        block = header_block(method)
         for _ in range(times):
-            frames = _frame(HEADERS, END_HEADERS, self._stream, block) + _frame(DATA, END_STREAM, self._stream, message)
-            self._writer.write(frames)
+            self._writer.write(frame(HEADERS, END_HEADERS, self._stream, block))
+            self._writer.write(frame(DATA, END_STREAM, self._stream, message(request)))
             self._stream += 2
         await self._writer.drain()
 
@@ -51,7 +75,3 @@ class Deaf:
 def _string(text: str) -> bytes:
     assert len(text) < 127  # longer ones take more than a byte for their length
     return bytes([len(text)]) + text.encode()
-
-
-def _frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload

@@ -57,7 +57,9 @@ def _number(name: str, told: str, least: int = 1) -> Callable[[F], F]:
 @_number("max-unread-bytes", "Answers that wait for their readers, together; a connection has at most an eighth of it.")
 @_number("max-imports", "Files of sessions that are taken in at once.")
 @_number("max-import-bytes", "Files of sessions that wait on this machine's disk while they are taken in, together.")
-@_number("max-heavy-reads", "Readings of a long past at once: forks, rewinds, states as they were; others wait.")
+@_number(
+    "max-heavy-reads", "Heavy calls at once: forks, rewinds, states as they were, large writes and pages; others wait."
+)
 @_number("max-blob-bytes", "The largest content that is stored.")
 @_number("max-session-bytes", "The most content, in all, that one session refers to.")
 @_number("max-sessions", "Sessions of a tenant. 0: as many as the disk holds.", least=0)

@@ -37,6 +37,12 @@ SUBJECT = ""
 MAX_PATHS = 100
 """Of a mask: several times the fields there are."""
 
+LARGE_BYTES = 64 << 10
+"""A write above this is heavy: some of them in one transaction hold up whatever else is in it."""
+
+LARGE_PAGE = 100
+"""Rows above which a page of messages is heavy: a thread reads and parses each of them."""
+
 SESSION = Answer("session")
 NOTHING = Answer("nothing")
 
@@ -77,8 +83,11 @@ class Desk:
         return await self.session(session)
 
     @asynccontextmanager
-    async def patiently(self) -> AsyncIterator[None]:
-        """A place for heavy work: tenants in turn."""
+    async def patiently(self, *, heavy: bool = True) -> AsyncIterator[None]:
+        """Waits for a place for heavy work, tenants in turn, and holds it meanwhile; what is light goes on at once."""
+        if not heavy:
+            yield
+            return
         await self.heavy.wait(caller.get().tenant)
         try:
             yield

@@ -6,7 +6,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine.opening import incoming
-from notecase_server.rpc.desk import Desk, checked, listed, once
+from notecase_server.rpc.desk import LARGE_BYTES, LARGE_PAGE, Desk, checked, listed, once
 from notecase_server.rpc.validate import Check
 from notecase_server.store import answers
 from notecase_server.store.contract import (
@@ -27,9 +27,9 @@ class Messages(v1.MessageServiceServicer):
         key = await self.desk.parent(check, session)
         about = ("messages", key.tenant, key.uid, request.order_by, str(request.show_superseded))
         query = listed(check, self.desk.pages, request, *about)
-        page = await self.desk.store.list_messages(
-            key, query, request.order_by == "sequence desc", superseded=request.show_superseded
-        )
+        newest_first = request.order_by == "sequence desc"
+        async with self.desk.patiently(heavy=query.limit > LARGE_PAGE):
+            page = await self.desk.store.list_messages(key, query, newest_first, superseded=request.show_superseded)
         rows = [names.render_message(key.session, row) for row in page.rows]
         return v1.ListMessagesResponse(messages=rows, next_page_token=self.desk.pages.token(page.next, *about))
 
@@ -57,5 +57,6 @@ class Messages(v1.MessageServiceServicer):
         events = [v1.Event(cause_id=request.request_id, message_added=message) for message in said]
         expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
         commit = Commit(key=key, once=repeat, if_last_sequence=expected, events=events)
-        made: v1.AppendMessagesResponse = answers.of(answer, await self.desk.sessions.commit(commit))
+        async with self.desk.patiently(heavy=request.ByteSize() > LARGE_BYTES):
+            made: v1.AppendMessagesResponse = answers.of(answer, await self.desk.sessions.commit(commit))
         return made

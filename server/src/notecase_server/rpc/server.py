@@ -24,6 +24,9 @@ FIXED = {
     # Headers: refused at random above the first, always above the second.
     "grpc.max_metadata_size": 16 << 10,
     "grpc.absolute_max_metadata_size": 32 << 10,
+    # Calls that no handler has been given yet: refused at random above the first, always above the second.
+    "grpc.server.max_pending_requests": 1000,
+    "grpc.server.max_pending_requests_hard_limit": 3000,
     # A connection that says nothing to begin with, or does not answer the settings.
     "grpc.server_handshake_timeout_ms": 20_000,
     "grpc.http2.settings_timeout": 20_000,

@@ -16,7 +16,7 @@ from notecase_server.engine import transfer
 from notecase_server.engine.arrivals import Arrival
 from notecase_server.engine.roster import Caused
 from notecase_server.rpc import filter as filters
-from notecase_server.rpc.desk import NOTHING, SESSION, SUBJECT, Desk, checked, copied, listed, masked, once
+from notecase_server.rpc.desk import LARGE_BYTES, NOTHING, SESSION, SUBJECT, Desk, checked, copied, listed, masked, once
 from notecase_server.rpc.interceptor import caller
 from notecase_server.rpc.validate import Check
 from notecase_server.store.contract import (
@@ -65,9 +65,9 @@ class SessionsService(v1.SessionServiceServicer):
         for name in sorted(request.state):
             change.state_changed.ops.add(key=name, set=request.state[name])
         events = [change] if request.state else []
-        return _session_of(
-            await self.desk.sessions.commit(Commit(key=key, once=repeat, create=request.session, events=events))
-        )
+        commit = Commit(key=key, once=repeat, create=request.session, events=events)
+        async with self.desk.patiently(heavy=request.ByteSize() > LARGE_BYTES):
+            return _session_of(await self.desk.sessions.commit(commit))
 
     async def GetSession(self, request: v1.GetSessionRequest, context: Any) -> v1.Session:
         check = Check()

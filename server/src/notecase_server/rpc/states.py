@@ -1,12 +1,11 @@
 """StateService: parse, call, render."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from notecase import v1
 
-from notecase_server.rpc.desk import Desk, checked, listed, once
+from notecase_server.rpc.desk import LARGE_BYTES, Desk, checked, listed, once
 from notecase_server.rpc.interceptor import caller
 from notecase_server.rpc.pages import MAX_PAGE_SIZE
 from notecase_server.rpc.validate import Check
@@ -36,7 +35,7 @@ class States(v1.StateServiceServicer):
         state_key = await self._parent(check, scope)
         about = ("state", scope.tenant, scope.kind, state_key.id, str(at), *(repr(key) for key in keys))
         query = listed(check, self.desk.pages, request, *about)
-        async with self.desk.patiently() if at else nullcontext():
+        async with self.desk.patiently(heavy=bool(at)):
             state, page = await self.store.list_state(state_key, query, at, keys)
         token = self.desk.pages.token(page.next, *about)
         return v1.GetStateResponse(
@@ -89,5 +88,6 @@ class States(v1.StateServiceServicer):
         repeat = await once(request, answer)
         key, scope = await self._found(scope, repeat)
         record = repeat if key else self.desk.sessions.record(repeat, scope.tenant, answer)
-        made = await self.desk.sessions.update_state(key, scope, ops, if_version, record, request.request_id)
+        async with self.desk.patiently(heavy=request.ByteSize() > LARGE_BYTES):
+            made = await self.desk.sessions.update_state(key, scope, ops, if_version, record, request.request_id)
         return answers.of(answer, made)

@@ -1,5 +1,5 @@
 """What an operator lets be kept, looked at before a write: see Quotas. A bound that is not set costs nothing; one that
-is counts the rows that are there, each time."""
+is asks the tables how much there is."""
 
 from notecase import v1
 

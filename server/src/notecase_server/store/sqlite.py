@@ -18,8 +18,9 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from notecase_server import errors
+from notecase_server.store import sqlite_tallies
 from notecase_server.store.base import TableStore
-from notecase_server.store.contract import Clock
+from notecase_server.store.contract import Clock, Quotas
 from notecase_server.store.sqlite_file import BUSY_SECONDS, Connections, connect
 from notecase_server.store.sqlite_tables import SqliteTables
 from notecase_server.store.tables import Tables
@@ -153,7 +154,7 @@ class SqliteStore(TableStore):
             jobs = [job for job in batch if job is not None]
             open_ended = len(jobs) == len(batch)
             if writes := [job for job in jobs if job.step is not _scrub]:
-                self._tell(writer.transact(writes))
+                self._tell(writer.transact(writes, self.quotas))
             if scrubs := [job for job in jobs if job.step is _scrub]:
                 self._tell(writer.scrub(scrubs))
 
@@ -166,10 +167,11 @@ class _Writer:
         self._tables = SqliteTables(connection)
         self._clock = clock
 
-    def transact(self, jobs: list[_Job]) -> list[_Outcome]:
+    def transact(self, jobs: list[_Job], quotas: Quotas) -> list[_Outcome]:
         """Carries all of them out, durably, or when the transaction fails none of them."""
         self._abandon()
         try:
+            self._tally(quotas)
             self._connection.execute("BEGIN IMMEDIATE")
             outcomes = [self._attempt(job) for job in jobs]
             self._connection.execute("COMMIT")
@@ -194,6 +196,13 @@ class _Writer:
         finally:
             self._connection.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")
         return [_Outcome(job.future, not self._tables.deleted, None) for job in jobs]
+
+    def _tally(self, quotas: Quotas) -> None:
+        """Begins to keep tallies of what has a bound now."""
+        bounded = {kind for kind in sqlite_tallies.ROWS if getattr(quotas, kind)}
+        if new := bounded - self._tables.tallied:
+            sqlite_tallies.begin(self._connection, new)
+            self._tables.tallied |= new
 
     def _attempt(self, job: _Job) -> _Outcome:
         """One write in a savepoint. Raises sqlite3.Error when the whole transaction is lost."""

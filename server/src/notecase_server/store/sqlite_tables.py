@@ -18,6 +18,7 @@ import structlog
 from google.protobuf.message import DecodeError
 from notecase import v1
 
+from notecase_server.store import sqlite_tallies
 from notecase_server.store.contract import (
     AGENT_COLUMNS,
     RUN_COLUMNS,
@@ -150,6 +151,8 @@ class SqliteTables:
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.deleted = True
         """Something may be left of rows that were deleted: nobody knows what the process before did."""
+        self.tallied: set[Kept] = set()
+        """What this connection has tallies of."""
         self._execute = connection.execute
         self._executemany = connection.executemany
 
@@ -179,6 +182,9 @@ class SqliteTables:
         )
 
     def kept(self, kind: Kept, tenant: str, *within: str) -> int:
+        if kind in self.tallied:
+            row = self._one(sqlite_tallies.KEPT, kind, tenant)
+            return int(row[0]) if row else 0
         return int(self._one(KEPT[kind], tenant, *within)[0])
 
     def touch(self) -> None:
