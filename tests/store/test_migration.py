@@ -1,4 +1,4 @@
-"""A store that the first schema was left in opens: everything is there, and until all of it is converted nothing is
+"""A store that an older schema was left in opens: everything is there, and until all of it is converted nothing is
 changed."""
 
 import base64
@@ -23,6 +23,7 @@ from notecase_server import names
 from notecase_server.store import bindings, sqlite_file
 from notecase_server.store.contract import Answer, Once, Query, Replayed, Scope, SessionKey, StoreOpenError
 from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite_schema import VERSION
 
 from tests.store.build import ManualClock, refused, said
 from tests.store.test_sqlite import full_disk
@@ -32,12 +33,21 @@ FIXTURES = HERE.parent / "fixtures"
 ALL = Query(1000)
 
 
+def left_by(schema: int, file: Path) -> Path:
+    """The store as a server of that schema left it."""
+    file.write_bytes(gzip.decompress((FIXTURES / f"schema-{schema}.db.gz").read_bytes()))
+    return file
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """The store as its server left it."""
-    file = tmp_path / "store.db"
-    file.write_bytes(gzip.decompress((FIXTURES / "schema-1.db.gz").read_bytes()))
-    return file
+    return left_by(1, tmp_path / "store.db")
+
+
+@pytest.fixture(params=[1, 2])
+def older(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """The same rows, in each older schema."""
+    return left_by(request.param, tmp_path / "store.db")
 
 
 @pytest.fixture
@@ -155,10 +165,10 @@ def known() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("tenant", ["default", "other"])
-async def test_every_session_is_what_it_was(path: Path, tenant: str) -> None:
+async def test_every_session_is_what_it_was(older: Path, tenant: str) -> None:
     """But for its uid and what the open calls of its runs are bound to, and without what was remembered of answers."""
     was = known()[tenant]
-    store = await SqliteStore.open(path, ManualClock())
+    store = await SqliteStore.open(older, ManualClock())
     rows = (await store.list_sessions(tenant, ALL)).rows
     uids = {row.name: row.uid for row in rows}
     is_now = {}
@@ -183,9 +193,9 @@ async def test_every_session_is_what_it_was(path: Path, tenant: str) -> None:
 
 
 @pytest.mark.parametrize("tenant", ["default", "other"])
-async def test_what_lies_outside_of_sessions_is_what_it_was(path: Path, tenant: str) -> None:
+async def test_what_lies_outside_of_sessions_is_what_it_was(older: Path, tenant: str) -> None:
     was = known()[tenant]
-    store = await SqliteStore.open(path, ManualClock())
+    store = await SqliteStore.open(older, ManualClock())
     for name, revisions in was["agents"].items():
         found = await store.list_agent_revisions(tenant, name.removeprefix("agents/"), ALL)
         assert [told(revision) for revision in found.rows] == revisions
@@ -202,7 +212,7 @@ async def test_what_lies_outside_of_sessions_is_what_it_was(path: Path, tenant: 
         assert told(kept) == upload
     await store.close()
     assert store.secret == bytes(32)
-    uploaders = facts(path, f"SELECT sha256, subject FROM uploaders WHERE tenant = '{tenant}'")
+    uploaders = facts(older, f"SELECT sha256, subject FROM uploaders WHERE tenant = '{tenant}'")
     assert sorted(uploaders) == sorted((sha256, "") for sha256 in was["blobs"])
 
 
@@ -313,16 +323,16 @@ def test_a_name_that_no_tool_has_means_nothing() -> None:
     assert [bindings.by_name(agent, v1.Run(), name) for name in ("pa", "desk", "desk_", "desk_wait", "")] == [None] * 5
 
 
-async def test_a_converted_file_has_the_schema_of_a_new_one(path: Path, tmp_path: Path) -> None:
-    for file in (path, tmp_path / "new.db"):
+async def test_a_converted_file_has_the_schema_of_a_new_one(older: Path, tmp_path: Path) -> None:
+    for file in (older, tmp_path / "new.db"):
         await (await SqliteStore.open(file, ManualClock())).close()
-    assert schema(path) == schema(tmp_path / "new.db")
-    assert facts(path, "PRAGMA integrity_check") == [("ok",)]
-    assert facts(path, "PRAGMA user_version") == [(2,)]
-    assert facts(path, "PRAGMA application_id") == [(sqlite_file.APPLICATION_ID,)]
-    converted = dumped(path)
-    await (await SqliteStore.open(path, ManualClock())).close()
-    assert dumped(path) == converted
+    assert schema(older) == schema(tmp_path / "new.db")
+    assert facts(older, "PRAGMA integrity_check") == [("ok",)]
+    assert facts(older, "PRAGMA user_version") == [(VERSION,)]
+    assert facts(older, "PRAGMA application_id") == [(sqlite_file.APPLICATION_ID,)]
+    converted = dumped(older)
+    await (await SqliteStore.open(older, ManualClock())).close()
+    assert dumped(older) == converted
 
 
 async def test_events_keep_their_bytes(path: Path) -> None:
@@ -353,8 +363,8 @@ async def test_a_migration_that_is_killed_leaves_the_file_as_it_was(large: Path,
 async def test_a_migration_that_was_told_of_is_durable(path: Path) -> None:
     with migrating(path, 1000) as running:
         assert first_line(running) == "0 594 store_migrating"
-        assert go_on(running) == "2 store_migrated"
-    assert facts(path, "PRAGMA user_version") == [(2,)]
+        assert go_on(running) == f"{VERSION} store_migrated"
+    assert facts(path, "PRAGMA user_version") == [(VERSION,)]
     assert facts(path, "PRAGMA integrity_check") == [("ok",)]
 
 
@@ -365,7 +375,7 @@ async def test_a_migration_that_finds_the_disk_full_leaves_the_file_as_it_was(la
         assert f"{large} cannot be used as a store" in await refusal(large)
     assert dumped(large) == before
     await (await SqliteStore.open(large, ManualClock())).close()
-    assert facts(large, "PRAGMA user_version") == [(2,)]
+    assert facts(large, "PRAGMA user_version") == [(VERSION,)]
 
 
 async def test_a_row_that_is_damaged_is_told_and_nothing_is_changed(path: Path) -> None:

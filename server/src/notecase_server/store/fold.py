@@ -44,8 +44,8 @@ class Needs:
     keys: dict[Scope, set[str]] = field(default_factory=dict)
     runs: set[str] = field(default_factory=set)
     calls: set[str] = field(default_factory=set)
-    messages_after: int | None = None
-    """All messages after this sequence, and what the summaries made after it continue."""
+    summaries_after: int | None = None
+    """What the summaries made after this sequence continue."""
     shown: set[int] = field(default_factory=set)
     """Sequences of messages, to know whether they are superseded."""
 
@@ -97,7 +97,7 @@ def needs(commit: Commit, user: str) -> Needs:
         elif event.HasField("tool_finished"):
             wanted.calls.add(event.tool_finished.call_id)
         elif event.HasField("rewound"):
-            wanted.messages_after = event.rewound.to_sequence
+            wanted.summaries_after = event.rewound.to_sequence
         elif event.HasField("summarized"):
             wanted.shown.add(event.summarized.last_sequence)
     for state in commit.if_state_version:
@@ -276,7 +276,8 @@ def _change_state(rows: Rows, key: SessionKey, event: v1.Event, done: Committed)
 
 def _rewind(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     """All that a rewind restores by itself: what must be spelled out, calls and state, follows it. Answers that were
-    remembered later are taken back; what the runs that ended remembered is left with them."""
+    remembered later are taken back; what the runs that ended remembered is left with them. Of the messages, only those
+    at hand are marked here: see `stretches`."""
     if rows.session.active_run:
         raise errors.run_active(f"sessions/{key.session}/runs/{rows.session.active_run}")
     rows.sealing = event.rewound.to_sequence

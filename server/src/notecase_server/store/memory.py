@@ -29,6 +29,7 @@ from notecase_server.store.contract import (
 )
 from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import Found, Position, matches
+from notecase_server.store.stretches import Stretch, marked, superseded_at
 from notecase_server.store.tables import Applied, BlobRow, CommitRow, Kept, Recorded, SessionRow, Tables, UploadRow
 
 T = TypeVar("T")
@@ -94,6 +95,8 @@ class _Session:
     messages: dict[str, bytes] = field(default_factory=dict)
     order: list[tuple[int, str, str]] = field(default_factory=list)
     """The sequence, id and run of each message, ascending."""
+    stretches: list[Stretch] = field(default_factory=list)
+    """Ascending."""
     changes: list[int] = field(default_factory=list)
     """The sequences of events that tell the past."""
     changed: dict[str, int] = field(default_factory=dict)
@@ -103,6 +106,10 @@ class _Session:
     """The create_time, uid and id of each run, ascending."""
     calls: dict[str, str] = field(default_factory=dict)
     commands: dict[str, Applied] = field(default_factory=dict)
+
+    def message(self, body: bytes) -> v1.Message:
+        message = v1.Message.FromString(body)
+        return marked(message, superseded_at(self.stretches, message.sequence))
 
 
 @dataclass(slots=True)
@@ -263,6 +270,7 @@ class _MemoryTables:
     def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
         old, new = self._existing(source), self._existing(key)
         new.events = old.events[:at]
+        new.stretches = [stretch for stretch in old.stretches if stretch.sequence <= at]
         new.changes = old.changes[: bisect_right(old.changes, at)]
         added = old.order[: bisect_right(old.order, (at + 1,))]
         new.order = [place for place in added if old.changed.get(place[1], 0) <= at]
@@ -314,15 +322,23 @@ class _MemoryTables:
             for place in range(bisect_right(session.changes, after), bisect_right(session.changes, until)):
                 yield v1.Event.FromString(session.events[session.changes[place] - 1])
 
+    def stretches(self, key: SessionKey, after: int) -> list[Stretch]:
+        session = self._session(key)
+        return [stretch for stretch in session.stretches if stretch.until > after] if session else []
+
+    def add_stretches(self, key: SessionKey, stretches: Sequence[Stretch]) -> None:
+        for stretch in stretches:
+            insort(self._existing(key).stretches, stretch)
+
     def message(self, key: SessionKey, message: str) -> v1.Message | None:
         session = self._session(key)
         body = session.messages.get(message) if session else None
-        return None if body is None else v1.Message.FromString(body)
+        return session.message(body) if session is not None and body is not None else None
 
     def named_messages(self, tenant: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], v1.Message]:
         rows = self._tenants[tenant].sessions
         bodies = {(uid, name): rows[uid].messages.get(name) for uid, name in names if uid in rows}
-        return {place: v1.Message.FromString(body) for place, body in bodies.items() if body is not None}
+        return {place: rows[place[0]].message(body) for place, body in bodies.items() if body is not None}
 
     def add_message(self, key: SessionKey, message: v1.Message) -> None:
         session = self._existing(key)
@@ -352,15 +368,15 @@ class _MemoryTables:
         for place in places:
             sequence, name, holder = order[place]
             if step is None or StepKey(holder) == step:
-                body = session.messages[name]
-                message = v1.Message.FromString(body)
-                if superseded or message.status != v1.Message.STATUS_SUPERSEDED:
-                    yield Found((sequence,), message, len(body))
+                rewind = superseded_at(session.stretches, sequence)
+                if superseded or rewind is None:
+                    body = session.messages[name]
+                    yield Found((sequence,), marked(v1.Message.FromString(body), rewind), len(body))
 
     def changed_messages(self, key: SessionKey, at: int) -> list[v1.Message]:
         session = self._session(key)
         changed = [name for name, sequence in session.changed.items() if sequence > at] if session else []
-        found = [v1.Message.FromString(session.messages[name]) for name in changed] if session else []
+        found = [session.message(session.messages[name]) for name in changed] if session else []
         return [message for message in found if message.sequence <= at]
 
     def call(self, key: SessionKey, call_id: str) -> str:

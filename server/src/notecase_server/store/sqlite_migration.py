@@ -1,13 +1,15 @@
-"""A file of the first schema becomes one of the second, inside a transaction that somebody else begins and ends.
+"""A file of an older schema becomes one of now, inside a transaction that somebody else begins and ends.
 
-The tables whose rows change are set aside, made anew and filled row by row; the others, content among them, stay where
-they are. So the disk needs room for several times the rows, and memory holds a few of them.
+Of the first, the tables whose rows change are set aside, made anew and filled row by row; the others, content among
+them, stay where they are. So the disk needs room for several times the rows, and memory holds a few of them. Of the
+second, only what rewinds have left behind is written down.
 """
 
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from itertools import groupby
 from typing import Any
 
 import structlog
@@ -15,6 +17,7 @@ from notecase import v1
 
 from notecase_server.store import earlier
 from notecase_server.store.sqlite_schema import SCHEMA
+from notecase_server.store.stretches import Stretch, left_behind
 
 log = structlog.get_logger()
 
@@ -48,7 +51,7 @@ ROWS: dict[str, str] = {
             body""",
     ),
     "events": _of_sessions("events", "sequence, tells_past, body"),
-    "messages": _of_sessions("messages", "sequence, message, run, '', superseded, update_sequence, body"),
+    "messages": _of_sessions("messages", "sequence, message, run, '', update_sequence, body"),
     "calls": _of_sessions("calls", "call_id, message"),
     "runs": _of_sessions("runs", "run, state, agent, create_time, labels, first_sequence, last_sequence, digest, body"),
     "active_runs": _of_sessions("active_runs", "run, '', 0, 0, agent"),
@@ -84,8 +87,33 @@ def from_first(connection: sqlite3.Connection) -> None:
         with closing(connection.execute(rows)) as found:
             _fill(connection, table, progress.counted(map(CONVERTED.get(table, lambda row: row), found)))
     _bind(connection)
+    _leave_behind(connection)
     for table in ROWS:
         connection.execute(f"DROP TABLE first_{table}")
+
+
+def from_second(connection: sqlite3.Connection) -> None:
+    """Converts it: a message says no more by itself whether it is superseded. Raises DecodeError as `from_first`."""
+    _make_missing(connection)
+    _leave_behind(connection)
+    connection.execute("ALTER TABLE messages DROP COLUMN superseded")
+
+
+def _leave_behind(connection: sqlite3.Connection) -> None:
+    """Fills `stretches` from the rewinds in the logs."""
+    rows = connection.execute(
+        "SELECT tenant, uid, sequence, body FROM events WHERE tells_past = 1 ORDER BY tenant, uid, sequence"
+    )
+    with closing(rows) as found:
+        for session, events in groupby(found, lambda row: row[:2]):
+            known = list[Stretch]()
+            for *_, sequence, body in events:
+                event = v1.Event.FromString(body)
+                if event.HasField("rewound"):
+                    known = sorted([*known, *left_behind(known, event.rewound.to_sequence, sequence)])
+            connection.executemany(
+                "INSERT INTO stretches VALUES (?, ?, ?, ?, ?)", [(*session, *stretch) for stretch in known]
+            )
 
 
 class _Progress:
@@ -113,6 +141,10 @@ def _set_aside(connection: sqlite3.Connection) -> None:
             connection.execute(f"DROP INDEX {name}")
     for table in ROWS:
         connection.execute(f"ALTER TABLE {table} RENAME TO first_{table}")
+    _make_missing(connection)
+
+
+def _make_missing(connection: sqlite3.Connection) -> None:
     there = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     for statement in SCHEMA:
         named = re.match(r"CREATE (?:UNIQUE )?(?:TABLE|INDEX) (\w+)", statement)

@@ -5,8 +5,8 @@ the serialized message; the columns next to it are what lists search by. `labels
 session is known by its uid everywhere; only `session_names` finds it by its name.
 """
 
-VERSION = 2
-"""Number of the schema, in the file's header as user_version. Files of version 1 are converted when they are opened."""
+VERSION = 3
+"""Number of the schema, in the file's header as user_version. Older files are converted when they are opened."""
 
 SCHEMA = (
     "CREATE TABLE store (secret BLOB NOT NULL)",
@@ -54,12 +54,20 @@ SCHEMA = (
         message TEXT NOT NULL,
         run TEXT NOT NULL,
         step TEXT NOT NULL,
-        superseded INTEGER NOT NULL,
         update_sequence INTEGER NOT NULL,
         body BLOB,
         PRIMARY KEY (tenant, uid, sequence)
     ) WITHOUT ROWID""",
     "CREATE UNIQUE INDEX messages_by_id ON messages (tenant, uid, message)",
+    # What a rewind left behind: the messages between two sequences, which it superseded at its own. None overlap.
+    """CREATE TABLE stretches (
+        tenant TEXT NOT NULL,
+        uid TEXT NOT NULL,
+        after INTEGER NOT NULL,
+        until INTEGER NOT NULL,
+        sequence INTEGER NOT NULL,
+        PRIMARY KEY (tenant, uid, after)
+    ) WITHOUT ROWID""",
     """CREATE TABLE calls (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,

@@ -40,13 +40,14 @@ from notecase_server.store.contract import (
 from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import LABELS, OPERATORS, Found, Labelled, check_column, column
 from notecase_server.store.sqlite_schema import VERSION
+from notecase_server.store.stretches import Stretch, marked
 from notecase_server.store.tables import Applied, BlobRow, CommitRow, Kept, Recorded, SessionRow, UploadRow
 
 log = structlog.get_logger()
 
 Bound = str | int | bytes | None
 
-SESSION_ROWS = ("events", "messages", "calls", "runs", "active_runs", "commands", "sessions")
+SESSION_ROWS = ("events", "messages", "stretches", "calls", "runs", "active_runs", "commands", "sessions")
 """The tables that hold rows of a session under its uid, besides those of its state."""
 
 SESSION_CHANGES = tuple(name for name in SESSION_COLUMNS if name not in {"user", "create_time"})
@@ -65,7 +66,11 @@ ADD_RUN = f"""INSERT INTO runs (tenant, uid, run, {", ".join(RUN_COLUMNS)}, labe
 PUT_AGENT = f"""REPLACE INTO agents (tenant, agent, revision, {", ".join(AGENT_COLUMNS)}, labels)
     VALUES (?, ?, ?{", ?" * len(AGENT_COLUMNS)}, ?)"""
 
-MESSAGES = """SELECT m.sequence, m.body, e.body FROM messages m LEFT JOIN events e ON m.body IS NULL
+REWIND = """(SELECT iif(s.until > m.sequence, s.sequence, NULL) FROM stretches s
+    WHERE s.tenant = m.tenant AND s.uid = m.uid AND s.after < m.sequence ORDER BY s.after DESC LIMIT 1)"""
+"""The rewind that left a message behind, or NULL."""
+
+MESSAGES = f"""SELECT m.sequence, m.body, e.body, {REWIND} FROM messages m LEFT JOIN events e ON m.body IS NULL
     AND e.tenant = m.tenant AND e.uid = m.uid AND e.sequence = m.sequence
     WHERE m.tenant = ? AND m.uid = ?"""
 """With the event where the message has no body of its own."""
@@ -80,7 +85,7 @@ KEPT: Mapping[Kept, str] = {
     "blob_bytes": """SELECT coalesce((SELECT sum(size) FROM blobs WHERE tenant = ?1), 0)
         + coalesce((SELECT sum(size) FROM uploads WHERE tenant = ?1 AND sha256 = ''), 0)""",
 }
-NAMED_MESSAGES = """SELECT m.uid, m.message, m.body, e.body
+NAMED_MESSAGES = f"""SELECT m.uid, m.message, m.body, e.body, {REWIND}
     FROM json_each(?) n CROSS JOIN messages m ON m.tenant = ?
         AND m.uid = json_extract(n.value, '$[0]') AND m.message = json_extract(n.value, '$[1]')
     LEFT JOIN events e ON m.body IS NULL AND e.tenant = m.tenant AND e.uid = m.uid AND e.sequence = m.sequence"""
@@ -89,7 +94,9 @@ NAMED_MESSAGES = """SELECT m.uid, m.message, m.body, e.body
 COPIES = (
     """INSERT INTO events SELECT :tenant, :uid, sequence, tells_past, body FROM events
         WHERE tenant = :tenant AND uid = :source AND sequence <= :at""",
-    """INSERT INTO messages SELECT :tenant, :uid, sequence, message, run, step, superseded, update_sequence, body
+    """INSERT INTO stretches SELECT :tenant, :uid, after, until, sequence FROM stretches
+        WHERE tenant = :tenant AND uid = :source AND sequence <= :at""",
+    """INSERT INTO messages SELECT :tenant, :uid, sequence, message, run, step, update_sequence, body
         FROM messages WHERE tenant = :tenant AND uid = :source AND sequence <= :at AND update_sequence <= :at""",
     """INSERT INTO calls SELECT :tenant, :uid, c.call_id, c.message FROM calls c
         CROSS JOIN messages m ON m.tenant = c.tenant AND m.uid = c.uid AND m.message = c.message
@@ -139,10 +146,6 @@ def _readable(rows: Iterable[tuple[Any, ...]]) -> Iterator[ActiveRun]:
 
 def _expire_time(session: v1.Session) -> int | None:
     return session.expire_time.ToMicroseconds() if session.HasField("expire_time") else None
-
-
-def _superseded(message: v1.Message) -> bool:
-    return message.status == v1.Message.STATUS_SUPERSEDED
 
 
 class SqliteTables:
@@ -286,35 +289,39 @@ class SqliteTables:
         for (body,) in rows:
             yield v1.Event.FromString(body)
 
+    def stretches(self, key: SessionKey, after: int) -> list[Stretch]:
+        rows = self._execute(
+            "SELECT after, until, sequence FROM stretches WHERE tenant = ? AND uid = ? AND until > ? ORDER BY after",
+            (*_of(key), after),
+        )
+        return [Stretch(*row) for row in rows]
+
+    def add_stretches(self, key: SessionKey, stretches: Sequence[Stretch]) -> None:
+        self._executemany(
+            "INSERT INTO stretches (tenant, uid, after, until, sequence) VALUES (?, ?, ?, ?, ?)",
+            [(*_of(key), *stretch) for stretch in stretches],
+        )
+
     def message(self, key: SessionKey, message: str) -> v1.Message | None:
         row = self._one(f"{MESSAGES} AND m.message = ?", *_of(key), message)
         return _message(*row[1:]) if row else None
 
     def named_messages(self, tenant: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], v1.Message]:
         rows = self._execute(NAMED_MESSAGES, (json.dumps(names), tenant))
-        return {(uid, name): _message(own, event) for uid, name, own, event in rows}
+        return {(uid, name): _message(*found) for uid, name, *found in rows}
 
     def add_message(self, key: SessionKey, message: v1.Message) -> None:
         body = None if message.update_sequence == message.sequence else message.SerializeToString()
         self._execute(
-            "INSERT INTO messages (tenant, uid, sequence, message, run, step, superseded, update_sequence, body)"
-            " VALUES (?, ?, ?, ?, ?, '', ?, ?, ?)",
-            (
-                *_of(key),
-                message.sequence,
-                message.name,
-                message.run,
-                _superseded(message),
-                message.update_sequence,
-                body,
-            ),
+            "INSERT INTO messages (tenant, uid, sequence, message, run, step, update_sequence, body)"
+            " VALUES (?, ?, ?, ?, ?, '', ?, ?)",
+            (*_of(key), message.sequence, message.name, message.run, message.update_sequence, body),
         )
 
     def put_message(self, key: SessionKey, message: v1.Message) -> None:
         self._execute(
-            """UPDATE messages SET superseded = ?, update_sequence = ?, body = ?
-                WHERE tenant = ? AND uid = ? AND sequence = ?""",
-            (_superseded(message), message.update_sequence, message.SerializeToString(), *_of(key), message.sequence),
+            "UPDATE messages SET update_sequence = ?, body = ? WHERE tenant = ? AND uid = ? AND sequence = ?",
+            (message.update_sequence, message.SerializeToString(), *_of(key), message.sequence),
         )
 
     def messages(
@@ -322,7 +329,7 @@ class SqliteTables:
     ) -> Iterator[Found[v1.Message]]:
         statement, values = MESSAGES, list[Bound](_of(key))
         if not superseded:
-            statement += " AND m.superseded = 0"
+            statement += f" AND {REWIND} IS NULL"
         if step is not None:
             # The run's own events bound the search: nothing of it lies before its first or after its last.
             bounds = self._one(
@@ -336,12 +343,12 @@ class SqliteTables:
             statement += f" AND m.sequence {'<' if newest_first else '>'} ?"
             values += query.after
         statement += f" ORDER BY m.sequence{' DESC' if newest_first else ''} LIMIT ?"
-        for sequence, own, event in self._execute(statement, (*values, query.limit + 1)):
-            yield Found((sequence,), _message(own, event), len(own or event))
+        for sequence, own, event, rewind in self._execute(statement, (*values, query.limit + 1)):
+            yield Found((sequence,), _message(own, event, rewind), len(own or event))
 
     def changed_messages(self, key: SessionKey, at: int) -> list[v1.Message]:
         rows = self._execute(f"{MESSAGES} AND m.sequence <= ? AND m.update_sequence > ?", (*_of(key), at, at))
-        return [_message(own, event) for _, own, event in rows]
+        return [_message(*found) for _, *found in rows]
 
     def call(self, key: SessionKey, call_id: str) -> str:
         row = self._one("SELECT message FROM calls WHERE tenant = ? AND uid = ? AND call_id = ?", *_of(key), call_id)
@@ -640,8 +647,9 @@ def _commits(column: str | None) -> tuple[CommitRow, ...]:
     return tuple(CommitRow(*made) for made in json.loads(column)) if column else ()
 
 
-def _message(own: bytes | None, event: bytes) -> v1.Message:
-    return v1.Message.FromString(own) if own is not None else v1.Event.FromString(event).message_added
+def _message(own: bytes | None, event: bytes, rewind: int | None) -> v1.Message:
+    message = v1.Message.FromString(own) if own is not None else v1.Event.FromString(event).message_added
+    return marked(message, rewind)
 
 
 def _labels(row: Labelled) -> str | None:

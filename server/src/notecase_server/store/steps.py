@@ -42,6 +42,7 @@ from notecase_server.store.quotas import (
     require_record,
     require_session,
 )
+from notecase_server.store.stretches import left_behind
 from notecase_server.store.tables import CommitRow, SessionRow, Tables
 
 M = TypeVar("M", bound=Message)
@@ -95,7 +96,7 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     if commit.command is not None:
         run_name = next((event.run for event in reversed(done.events) if event.run), "")
         tables.add_command(commit.key, commit.command, rows.session.last_sequence, run_name)
-    tables.add_events(commit.key, done.events)
+    _add_events(tables, commit.key, done.events)
     for name, message in rows.messages.items():
         (tables.put_message if name in old_messages else tables.add_message)(commit.key, message)
     for call_id, holder in rows.calls.items():
@@ -110,6 +111,15 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     for sha256, (sequence, _) in referred.items():
         tables.refer(log, "", sha256, sequence)
     return done
+
+
+def _add_events(tables: Tables, key: SessionKey, events: Sequence[v1.Event]) -> None:
+    """Adds events, and for each rewind what it leaves behind."""
+    tables.add_events(key, events)
+    for event in events:
+        if event.HasField("rewound"):
+            to_sequence = event.rewound.to_sequence
+            tables.add_stretches(key, left_behind(tables.stretches(key, to_sequence), to_sequence, event.sequence))
 
 
 def _existing(entries: Mapping[str, v1.StateEntry | None]) -> int:
@@ -150,10 +160,6 @@ def _made(tables: Tables, key: SessionKey, row: SessionRow, made: CommitRow) -> 
             message = tables.message(key, holder)
             if message is not None:
                 done.messages[holder] = message
-        if event.HasField("rewound"):
-            after = Query(_ALL, (event.rewound.to_sequence,))
-            later = (each.row for each in tables.messages(key, after, False, None, True))
-            done.messages.update({row.name: row for row in later if _superseded_by(event, row)})
         found = tables.run(key, event.run) if event.run else None
         if found is not None:
             done.runs[event.run] = found[0]
@@ -165,11 +171,6 @@ def _made(tables: Tables, key: SessionKey, row: SessionRow, made: CommitRow) -> 
             names = [op.key for op in change.ops]
             fold.show_entries(state, _entries(tables, scope, set(names)), names)
     return done
-
-
-def _superseded_by(event: v1.Event, message: v1.Message) -> bool:
-    """Nothing changes a superseded message any more."""
-    return message.status == v1.Message.STATUS_SUPERSEDED and message.update_sequence == event.sequence
 
 
 def recall(tables: Tables, once: Once | None) -> None:
@@ -217,7 +218,7 @@ def fork(tables: Tables, now: int, fork: Fork, quotas: Quotas) -> Committed:
 
     tables.add_session(fork.key, SessionRow(session, FIRST_EPOCH))
     tables.copy_rows(fork.source, fork.key, at)
-    tables.add_events(fork.key, done.events)
+    _add_events(tables, fork.key, done.events)
     for message in rows.messages.values():
         copied = tables.message(fork.key, message.name) is not None
         (tables.put_message if copied else tables.add_message)(fork.key, message)
@@ -261,7 +262,7 @@ def restore(tables: Tables, now: int, restore: Restore, quotas: Quotas) -> v1.Se
     for sha256, (sequence, _) in restore.blobs.items():
         tables.refer(scope, "", sha256, sequence)
     for event in restore.events():
-        tables.add_events(key, [event])
+        _add_events(tables, key, [event])
         if event.HasField("message_added"):
             tables.add_message(key, restore.message(event))
     for call_id, holder in restore.calls.items():
@@ -337,10 +338,8 @@ def _load(tables: Tables, commit: Commit, row: SessionRow | None, now: int) -> t
         holder = tables.call(key, call_id)
         if holder:
             rows.calls[call_id] = holder
-    if needs.messages_after is not None:
-        after = Query(_ALL, (needs.messages_after,))
-        rows.messages = {found.row.name: found.row for found in tables.messages(key, after, False, None, False)}
-        rows.continued = _continued(tables, key, session.summary_sequence, needs.messages_after)
+    if needs.summaries_after is not None:
+        rows.continued = _continued(tables, key, session.summary_sequence, needs.summaries_after)
     for sequence in needs.shown:
         after = Query(1, (sequence - 1,))
         rows.shown.update(found.row.sequence for found in islice(tables.messages(key, after, False, None, False), 1))

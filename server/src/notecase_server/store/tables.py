@@ -10,6 +10,7 @@ from notecase import v1
 
 from notecase_server.store.contract import ActiveRun, CommandId, Once, Query, RunRecord, Scope, SessionKey, StepKey
 from notecase_server.store.lists import Found
+from notecase_server.store.stretches import Stretch
 
 
 class Recorded(NamedTuple):
@@ -122,8 +123,9 @@ class Tables(Protocol):
 
     def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
         """Gives the session `key`, which has none, the rows that `source` has: its events up to sequence `at`, the
-        messages added and runs ended by then that have not changed since, the calls of messages added by then; and
-        the entries of its state as they are now. The one place that says what of each table a fork has."""
+        messages added and runs ended by then that have not changed since, what rewinds had left behind by then, the
+        calls of messages added by then; and the entries of its state as they are now. The one place that says what of
+        each table a fork has."""
         ...
 
     def expired(self, now: int, limit: int) -> list[SessionKey]:
@@ -138,6 +140,15 @@ class Tables(Protocol):
 
     def changes(self, key: SessionKey, after: int, until: int) -> Iterator[v1.Event]:
         """The events after one sequence and up to another that `fold.tells_past`, in their order."""
+        ...
+
+    def stretches(self, key: SessionKey, after: int) -> list[Stretch]:
+        """What rewinds have left behind that ends after that sequence, in its order. Messages are read as they leave
+        them."""
+        ...
+
+    def add_stretches(self, key: SessionKey, stretches: Sequence[Stretch]) -> None:
+        """Adds such as overlap with none."""
         ...
 
     def message(self, key: SessionKey, message: str) -> v1.Message | None: ...
@@ -157,7 +168,7 @@ class Tables(Protocol):
     ) -> Iterator[Found[v1.Message]]: ...
 
     def changed_messages(self, key: SessionKey, at: int) -> list[v1.Message]:
-        """Those added up to that sequence and changed after it."""
+        """Those added up to that sequence and changed after it, but for what rewinds have done."""
         ...
 
     def call(self, key: SessionKey, call_id: str) -> str:

@@ -1,0 +1,67 @@
+"""A rewind marks what it leaves behind, whatever lies there, and writes no message again."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from notecase import v1
+from notecase_server.store.contract import Commit, Query, SessionKey
+from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.stretches import Stretch, left_behind, superseded_at
+
+from tests.store.build import ManualClock, said
+
+KEY = SessionKey("default", "s", "u")
+
+
+@given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 1 << 16)), max_size=8))
+def test_each_message_is_left_behind_by_the_first_rewind_over_it(steps: list[tuple[int, int]]) -> None:
+    """Rewinds after some messages each, to anywhere before; what holds is compared with what each rewind means."""
+    known, meant, head = list[Stretch](), dict[int, int](), 0
+    for messages, place in steps:
+        head += messages + 1
+        to_sequence = place % head
+        known = sorted([*known, *left_behind(known, to_sequence, head)])
+        for sequence in range(to_sequence + 1, head):
+            meant.setdefault(sequence, head)
+    assert {at: rewind for at in range(1, head + 1) if (rewind := superseded_at(known, at)) is not None} == meant
+    assert all(one.until <= other.after + 1 for one, other in itertools.pairwise(known))
+
+
+@contextmanager
+def counting(store: SqliteStore) -> Iterator[list[int]]:
+    """The rows and the bytes of SQL that the writer is given meanwhile."""
+    writer = store._connections.writer
+    counted, before = [0, 0], writer.total_changes
+
+    def look(statement: str) -> None:
+        counted[1] += len(statement)
+
+    writer.set_trace_callback(look)
+    try:
+        yield counted
+    finally:
+        writer.set_trace_callback(None)
+        counted[0] = writer.total_changes - before
+
+
+@pytest.mark.parametrize("messages", [3, 300])
+async def test_a_rewind_costs_the_same_whatever_lies_behind_it(tmp_path: Path, messages: int) -> None:
+    store = await SqliteStore.open(tmp_path / "s.db", ManualClock())
+    await store.commit(Commit(key=KEY, create=v1.Session(), events=[said("first")]))
+    for number in range(messages):
+        await store.commit(Commit(key=KEY, events=[said(f"m{number}", "x" * 20_000)]))
+    with counting(store) as counted:
+        await store.commit(Commit(key=KEY, events=[v1.Event(rewound=v1.Rewound(to_sequence=1))]))
+    shown = (await store.list_messages(KEY, Query(1000))).rows
+    everything = (await store.list_messages(KEY, Query(1000), superseded=True)).rows
+    await store.close()
+    assert [message.name for message in shown] == ["first"]
+    assert {message.update_sequence for message in everything[1:]} == {messages + 2}
+    rows, size = counted
+    assert rows == 3, "the session, the event and one stretch"
+    assert size < 10_000
