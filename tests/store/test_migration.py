@@ -1,5 +1,5 @@
-"""A store that the first schema was left in opens: everything is there, and until all of it is converted nothing is
-changed."""
+"""A store that an earlier schema was left in opens: everything is there, and until all of it is converted nothing is
+changed. It is the first schema unless a test says otherwise."""
 
 import base64
 import gzip
@@ -23,6 +23,7 @@ from notecase_server import names
 from notecase_server.store import bindings, sqlite_file
 from notecase_server.store.contract import Answer, Once, Query, Replayed, Scope, SessionKey, StoreOpenError
 from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite_schema import VERSION
 
 from tests.store.build import ManualClock, refused, said
 from tests.store.test_sqlite import full_disk
@@ -37,6 +38,14 @@ def path(tmp_path: Path) -> Path:
     """The store as its server left it."""
     file = tmp_path / "store.db"
     file.write_bytes(gzip.decompress((FIXTURES / "schema-1.db.gz").read_bytes()))
+    return file
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> Path:
+    """A store of the second schema."""
+    file = tmp_path / "second.db"
+    file.write_bytes(gzip.decompress((FIXTURES / "schema-2.db.gz").read_bytes()))
     return file
 
 
@@ -235,6 +244,7 @@ async def test_an_answer_goes_with_the_session_or_user_it_is_about(path: Path) -
     row = await store.find_session("default", "talk")
     assert row is not None
     await store.delete_session(SessionKey("default", "talk", row.uid))
+    await store.sweep_sessions()
     await store.close()
     left = facts(path, "SELECT tenant, about FROM requests WHERE response IS NOT NULL AND about LIKE '%/talk'")
     assert left == [("other", "sessions/talk")] * 2
@@ -318,7 +328,7 @@ async def test_a_converted_file_has_the_schema_of_a_new_one(path: Path, tmp_path
         await (await SqliteStore.open(file, ManualClock())).close()
     assert schema(path) == schema(tmp_path / "new.db")
     assert facts(path, "PRAGMA integrity_check") == [("ok",)]
-    assert facts(path, "PRAGMA user_version") == [(2,)]
+    assert facts(path, "PRAGMA user_version") == [(VERSION,)]
     assert facts(path, "PRAGMA application_id") == [(sqlite_file.APPLICATION_ID,)]
     converted = dumped(path)
     await (await SqliteStore.open(path, ManualClock())).close()
@@ -353,8 +363,8 @@ async def test_a_migration_that_is_killed_leaves_the_file_as_it_was(large: Path,
 async def test_a_migration_that_was_told_of_is_durable(path: Path) -> None:
     with migrating(path, 1000) as running:
         assert first_line(running) == "0 594 store_migrating"
-        assert go_on(running) == "2 store_migrated"
-    assert facts(path, "PRAGMA user_version") == [(2,)]
+        assert go_on(running) == f"{VERSION} store_migrated"
+    assert facts(path, "PRAGMA user_version") == [(VERSION,)]
     assert facts(path, "PRAGMA integrity_check") == [("ok",)]
 
 
@@ -365,7 +375,7 @@ async def test_a_migration_that_finds_the_disk_full_leaves_the_file_as_it_was(la
         assert f"{large} cannot be used as a store" in await refusal(large)
     assert dumped(large) == before
     await (await SqliteStore.open(large, ManualClock())).close()
-    assert facts(large, "PRAGMA user_version") == [(2,)]
+    assert facts(large, "PRAGMA user_version") == [(VERSION,)]
 
 
 async def test_a_row_that_is_damaged_is_told_and_nothing_is_changed(path: Path) -> None:
@@ -375,6 +385,27 @@ async def test_a_row_that_is_damaged_is_told_and_nothing_is_changed(path: Path) 
     before = dumped(path)
     assert await refusal(path) == f"{path} has a row that is damaged. Put a backup in its place."
     assert dumped(path) == before
+
+
+async def test_a_store_of_the_second_schema_keeps_every_row(second: Path, tmp_path: Path) -> None:
+    """And what is deleted of it from then on goes as in any other."""
+    tables = [name for (name,) in facts(second, "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+    before = {table: facts(second, f"SELECT * FROM {table}") for table in tables}
+    assert facts(second, "PRAGMA user_version") == [(2,)]
+    for file in (second, tmp_path / "new.db"):
+        await (await SqliteStore.open(file, ManualClock())).close()
+    assert facts(second, "PRAGMA user_version") == [(VERSION,)]
+    assert schema(second) == schema(tmp_path / "new.db")
+    assert {table: facts(second, f"SELECT * FROM {table}") for table in tables} == before
+    store = await SqliteStore.open(second, ManualClock())
+    for row in (await store.list_sessions("acme", ALL)).rows:
+        await store.delete_session(SessionKey("acme", row.name, row.uid))
+    await store.sweep_sessions()
+    assert await store.erase_state("acme", "users/ada")
+    await store.close()
+    kept = {"store", "requests", "contents", "chunks", "blobs", "uploaders", "agents", "revisions"}
+    assert {table for table in schema(second) if table in tables and facts(second, f"SELECT * FROM {table}")} == kept
+    assert facts(second, "SELECT * FROM requests WHERE response IS NOT NULL") == []
 
 
 async def test_a_copy_of_an_older_store_is_of_its_own_schema(path: Path, tmp_path: Path) -> None:

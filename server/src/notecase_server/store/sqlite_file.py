@@ -21,7 +21,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from notecase_server.store.contract import StoreOpenError
-from notecase_server.store.sqlite_migration import from_first
+from notecase_server.store.sqlite_migration import migrate
 from notecase_server.store.sqlite_schema import SCHEMA, VERSION
 
 log = structlog.get_logger()
@@ -206,7 +206,7 @@ def bring_up_to_date(connection: sqlite3.Connection) -> None:
     connection.execute("BEGIN IMMEDIATE")
     try:
         if version:
-            from_first(connection)
+            migrate(connection, version)
         else:
             _make(connection)
         connection.execute(f"PRAGMA user_version = {VERSION}")

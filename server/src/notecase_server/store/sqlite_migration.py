@@ -1,7 +1,8 @@
-"""A file of the first schema becomes one of the second, inside a transaction that somebody else begins and ends.
+"""A file of an earlier schema becomes one of now, inside a transaction that somebody else begins and ends.
 
-The tables whose rows change are set aside, made anew and filled row by row; the others, content among them, stay where
-they are. So the disk needs room for several times the rows, and memory holds a few of them.
+The second schema lacks a table, which begins empty. Of the first, the tables whose rows change are set aside, made anew
+and filled row by row; the others, content among them, stay where they are. So the disk needs room for several times the
+rows, and memory holds a few of them.
 """
 
 import re
@@ -70,10 +71,16 @@ CONVERTED: dict[str, Callable[[Row], Row]] = {
 """By table, what else becomes of a row whose body changes."""
 
 
-def from_first(connection: sqlite3.Connection) -> None:
-    """Converts all of it, with lines in the log that tell how far it is.
+def migrate(connection: sqlite3.Connection, version: int) -> None:
+    """Converts a file of that version. Raises DecodeError for a row that is damaged."""
+    if version == 1:
+        _from_first(connection)
+    else:
+        _make_missing(connection)
 
-    Raises DecodeError for a row that is damaged."""
+
+def _from_first(connection: sqlite3.Connection) -> None:
+    """Converts all of it, with lines in the log that tell how far it is."""
     total = sum(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ROWS)
     progress = _Progress(total)
     _set_aside(connection)
@@ -113,6 +120,11 @@ def _set_aside(connection: sqlite3.Connection) -> None:
             connection.execute(f"DROP INDEX {name}")
     for table in ROWS:
         connection.execute(f"ALTER TABLE {table} RENAME TO first_{table}")
+    _make_missing(connection)
+
+
+def _make_missing(connection: sqlite3.Connection) -> None:
+    """Makes the tables and indexes of now that are not there."""
     there = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     for statement in SCHEMA:
         named = re.match(r"CREATE (?:UNIQUE )?(?:TABLE|INDEX) (\w+)", statement)
