@@ -113,7 +113,7 @@ class TableStore(ABC):
         return await self._read(lambda tables: tables.expired(now, limit))
 
     async def expire_session(self, key: SessionKey) -> bool:
-        return await self._write(lambda tables, now: steps.expire_session(tables, now, key))
+        return await self._write(partial(steps.expire_session, key=key))
 
     async def sweep_sessions(self, tenant: str | None = None, user: str = "") -> None:
         while not await self._write(partial(steps.sweep_sessions, tenant=tenant, user=user)):
