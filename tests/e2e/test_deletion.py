@@ -101,25 +101,27 @@ async def test_a_server_killed_in_a_deletion_goes_on_with_it_at_its_next_start(
             assert erased == await served.sessions.EraseUser(ERASE)
 
 
+@pytest.mark.parametrize("deleted", [1, 2])
 async def test_an_erasure_is_answered_when_the_last_row_is_gone(
-    store_url: str, monkeypatch: pytest.MonkeyPatch
+    store_url: str, deleted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Those of sessions that somebody deleted before, too, even when no session is left."""
     monkeypatch.setattr(steps, "SWEEP_ROWS", 2)
     store = await open_store(store_url, now)
     await fill(store, KEYS[0])
     await create(store, KEYS[1])
+    sweep = store.sweep_sessions
 
-    async def no_sweep(tenant: str | None = None, user: str = "") -> None:
+    async def only_of_users(tenant: str | None = None, user: str = "") -> None:
         if user:
             await sweep(tenant, user)
 
-    sweep = store.sweep_sessions
-    monkeypatch.setattr(store, "sweep_sessions", no_sweep)
+    monkeypatch.setattr(store, "sweep_sessions", only_of_users)
     async with running(store) as served:
-        # Of one that somebody deleted before, too.
-        await served.sessions.DeleteSession(v1.DeleteSessionRequest(name=f"sessions/{KEYS[0].session}"))
-        assert rows_with(store, KEYS[0].uid)
-        assert 1 == (await served.sessions.EraseUser(ERASE)).sessions_deleted
+        for key in KEYS[:deleted]:
+            await served.sessions.DeleteSession(v1.DeleteSessionRequest(name=f"sessions/{key.session}"))
+        assert rows_of_all(store)
+        assert 2 - deleted == (await served.sessions.EraseUser(ERASE)).sessions_deleted
         assert rows_of_all(store) == set()
         await require_nothing(served)
 
