@@ -52,7 +52,7 @@ _ALL = 1 << 40
 REPLIES = 50
 """Runs whose replies are read at one go: a page may end before it has them all."""
 
-SWEEP_ROWS, SWEEP_BYTES, SWEEP_SESSIONS = 500, 1 << 20, 20
+SWEEP_ROWS, SWEEP_BYTES, SWEEP_SESSIONS = 250, 1 << 20, 20
 """Rows of deleted sessions that one transaction removes, their bytes and the sessions that they are of: few enough that
 commits wait for some milliseconds only."""
 
