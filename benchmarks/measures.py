@@ -210,6 +210,33 @@ async def fork(bench: Bench) -> Values:
     return {"fork-short": brief * 1e3, "fork-long": whole * 1e3, "fork-early": early / brief}
 
 
+async def deletion(bench: Bench) -> Values:
+    """How long a write to one session waits at most while another one, long, is deleted and its rows go; and without
+    that."""
+    load = bench.load
+    (other,) = await load.new_sessions(1)
+    long = await load.sessions.ForkSession(v1.ForkSessionRequest(name=await bench.history(LOGS[-1])))
+    put = v1.PutStateRequest(name=f"{other}/state", key="mood", value=v1.Value(string_value="wary"))
+
+    async def longest(count: int) -> float:
+        waits = []
+        for _ in range(count):
+            begun = time.perf_counter()
+            await load.state.PutState(put)
+            waits.append(time.perf_counter() - begun)
+        return max(waits)
+
+    alone = await longest(1000)
+    begun = time.perf_counter()
+    await load.sessions.DeleteSession(v1.DeleteSessionRequest(name=long.name))
+    answered = time.perf_counter() - begun
+    return {
+        "deletion-answer": answered * 1e3,
+        "deletion-wait": await longest(1500) * 1e3,
+        "deletion-alone": alone * 1e3,
+    }
+
+
 async def memory(bench: Bench) -> Values:
     """What a server holds once it has worked, and what it holds on to for a stream and for a session."""
     async with bench.another() as fresh:
@@ -375,6 +402,7 @@ MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
     "history": history,
     "pages": pages,
     "fork": fork,
+    "deletion": deletion,
     "memory": memory,
     "content": content,
     "many": many,

@@ -175,6 +175,7 @@ async def test_a_session_counts_each_content_once_and_is_bounded(store: Store) -
 
 
 async def swept(store: Store, clock: ManualClock, held: set[tuple[str, str]] | None = None) -> int:
+    await store.sweep_sessions()
     return await store.sweep_blobs(clock.now, clock.now - 24 * HOUR, held or set())
 
 
@@ -288,7 +289,7 @@ async def test_uploads_without_a_byte_are_removed_in_small_steps_too(
         await store.open_upload("acme", f"u{number}", clock.now + HOUR)
     clock.now += HOUR
     monkeypatch.setattr(store, "_write", counted)
-    await swept(store, clock)
+    await store.sweep_blobs(clock.now, clock.now)
     assert removed == [16, 16, 8, 16, 16, 8], "the uploads, then where their content was"
 
 

@@ -189,12 +189,16 @@ async def test_requests_about_a_deleted_session_are_not_answered_by_the_next(sto
     await store.delete_session(KEY, once=once("delete", NOTHING))
     await made(store, way, NEXT)
     before = await everything(store, NEXT)
-    for request in (about("create", KEY), about("start", KEY, Answer("run", "r1"))):
-        with refused("SESSION_NOT_FOUND"):
-            await store.recall(request)
-        with refused("SESSION_NOT_FOUND"):
-            await store.commit(Commit(key=NEXT, events=[said("m9")], once=request))
-        assert await recorded(store, request) is None
+    requests = about("create", KEY), about("start", KEY, Answer("run", "r1"))
+    for swept in (False, True):
+        if swept:
+            await store.sweep_sessions()
+        for request in requests:
+            with refused("SESSION_NOT_FOUND"):
+                await store.recall(request)
+            with refused("SESSION_NOT_FOUND"):
+                await store.commit(Commit(key=NEXT, events=[said("m9")], once=request))
+    assert [await recorded(store, request) for request in requests] == [None, None]
     assert await everything(store, NEXT) == before
 
 
@@ -283,6 +287,7 @@ async def test_deletion_leaves_no_row_of_the_uid(store: Store, clock: ManualCloc
             *("states", "entries", "blob_references", "requests"),
         }
     await store.delete_session(KEY)
+    await store.sweep_sessions()
     assert rows_with(store, KEY.uid) <= {"requests", "memory"}
     await store.forget_requests(clock.now + 1)
     assert rows_with(store, KEY.uid) == set()
@@ -296,6 +301,7 @@ async def test_an_expired_session_leaves_no_row_of_the_uid(store: Store, clock: 
     past.session.expire_time.FromMicroseconds(clock.now)
     await store.edit_session(KEY, past)
     assert await store.expire_session(KEY)
+    await store.sweep_sessions()
     await store.forget_requests(clock.now + 1)
     assert rows_with(store, KEY.uid) == set()
     await create(store, NEXT)

@@ -33,7 +33,7 @@ FIXTURES = HERE.parent / "fixtures"
 ALL = Query(1000)
 
 
-def left_by(schema: int, file: Path) -> Path:
+def left_by(schema: int | str, file: Path) -> Path:
     """The store as a server of that schema left it."""
     file.write_bytes(gzip.decompress((FIXTURES / f"schema-{schema}.db.gz").read_bytes()))
     return file
@@ -48,6 +48,12 @@ def path(tmp_path: Path) -> Path:
 def older(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """The same rows, in each older schema."""
     return left_by(request.param, tmp_path / "store.db")
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> Path:
+    """A small store that a server of the second schema closed."""
+    return left_by("2-small", tmp_path / "second.db")
 
 
 @pytest.fixture
@@ -245,6 +251,7 @@ async def test_an_answer_goes_with_the_session_or_user_it_is_about(path: Path) -
     row = await store.find_session("default", "talk")
     assert row is not None
     await store.delete_session(SessionKey("default", "talk", row.uid))
+    await store.sweep_sessions()
     await store.close()
     left = facts(path, "SELECT tenant, about FROM requests WHERE response IS NOT NULL AND about LIKE '%/talk'")
     assert left == [("other", "sessions/talk")] * 2
@@ -385,6 +392,29 @@ async def test_a_row_that_is_damaged_is_told_and_nothing_is_changed(path: Path) 
     before = dumped(path)
     assert await refusal(path) == f"{path} has a row that is damaged. Put a backup in its place."
     assert dumped(path) == before
+
+
+async def test_a_store_of_the_second_schema_keeps_every_row(second: Path, tmp_path: Path) -> None:
+    """And what is deleted of it from then on goes as in any other."""
+    tables = [name for (name,) in facts(second, "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+    columns = dict.fromkeys(tables, "*")
+    columns["messages"] = "tenant, uid, sequence, message, run, step, update_sequence, body"
+    before = {table: facts(second, f"SELECT {columns[table]} FROM {table}") for table in tables}
+    assert facts(second, "PRAGMA user_version") == [(2,)]
+    for file in (second, tmp_path / "new.db"):
+        await (await SqliteStore.open(file, ManualClock())).close()
+    assert facts(second, "PRAGMA user_version") == [(VERSION,)]
+    assert schema(second) == schema(tmp_path / "new.db")
+    assert {table: facts(second, f"SELECT {columns[table]} FROM {table}") for table in tables} == before
+    store = await SqliteStore.open(second, ManualClock())
+    for row in (await store.list_sessions("acme", ALL)).rows:
+        await store.delete_session(SessionKey("acme", row.name, row.uid))
+    await store.sweep_sessions()
+    assert await store.erase_state("acme", "users/ada")
+    await store.close()
+    kept = {"store", "requests", "contents", "chunks", "blobs", "uploaders", "agents", "revisions"}
+    assert {table for table in schema(second) if table in tables and facts(second, f"SELECT * FROM {table}")} == kept
+    assert facts(second, "SELECT * FROM requests WHERE response IS NOT NULL") == []
 
 
 async def test_a_copy_of_an_older_store_is_of_its_own_schema(path: Path, tmp_path: Path) -> None:

@@ -141,6 +141,8 @@ async def test_a_users_state_is_erased_when_no_session_is_left(store: Store) -> 
     assert (await store.get_state(USER_STATE, ["name"])).version == 1
     await store.recall(_counted("erase"))  # raises nothing: what was not done is not recorded
     await store.delete_session(KEY)
+    assert not await store.erase_state("acme", "users/ada", _counted("erase")), "rows of it are left"
+    await store.sweep_sessions("acme", "users/ada")
     assert await store.erase_state("acme", "users/ada", _counted("erase"))
     assert await store.get_state(USER_STATE, ["name"]) == v1.State()
     assert (await store.list_state(USER_STATE, EVERYTHING))[0] == v1.State()

@@ -288,6 +288,7 @@ async def test_deleted_text_is_not_left_in_the_file(path: Path, clock: ManualClo
     assert b"confession" in path.read_bytes()
     store = await SqliteStore.open(path, clock)
     await store.delete_session(KEY)
+    await store.sweep_sessions()
     await store.close()
     assert b"confession" not in path.read_bytes()
 

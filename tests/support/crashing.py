@@ -1,8 +1,9 @@
 """A server that kills itself at a chosen commit, with tools whose effects are counted outside it.
 
 `main` with `--store sqlite:PATH --before 3` is `notecase serve` with these tools, up to the moment at which a run's
-third commit is about to be made; with `--after 3`, that at which it is durable and nobody has been told. Without either
-it lives on. SIGKILL is what the process sends itself: nothing is flushed, closed or told.
+third commit is about to be made; with `--after 3`, that at which it is durable and nobody has been told. With
+`--deletions 3` that is the third transaction of a deletion, counted from the one that begins it, and each removes two
+rows. Without any of these it lives on. SIGKILL is what the process sends itself: nothing is flushed, closed or told.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from unittest import mock
 
 from notecase_server import serve
 from notecase_server.config import Settings, configure_logging, openai_from_environment
+from notecase_server.store import steps
 from notecase_server.store.contract import Clock, Commit, Committed, Store
 from notecase_server.tools.functions import CallContext, tool
 from notecase_server.tools.mcp_settings import read_mcp_servers
@@ -151,6 +153,28 @@ class _Mortal:
         return committed
 
 
+BEGINS = (steps.delete_session, steps.expire_session)
+GOES_ON = (steps.sweep_sessions, steps.erase_state)
+
+
+def _die_deleting(store: Any, after: int) -> None:
+    """Lets the process die when so many transactions of a deletion are durable."""
+    write, made = store._write, 0
+    steps.SWEEP_ROWS = 2
+
+    async def counted(step: Any) -> Any:
+        nonlocal made
+        result = await write(step)
+        does = getattr(step, "func", None)
+        if does in BEGINS or (made and does in GOES_ON):
+            made += 1
+        if made == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    store._write = counted
+
+
 class Crashing(Spawned):
     """Such a server as a process."""
 
@@ -178,6 +202,7 @@ def main() -> None:
     parser.add_argument("--store", required=True)
     parser.add_argument("--before", type=int, help="the commit that is never made")
     parser.add_argument("--after", type=int, help="the commit that nobody is told of")
+    parser.add_argument("--deletions", type=int, help="the transaction of a deletion that nobody is told of")
     parser.add_argument("--grace", type=float, default=5.0)
     parser.add_argument("--mcp-config", type=Path)
     options = parser.parse_args()
@@ -186,7 +211,10 @@ def main() -> None:
     open_store = serve.open_store
 
     async def open_mortal(url: str, clock: Clock) -> Any:
-        return _Mortal(await open_store(url, clock), options.before, options.after)
+        store = await open_store(url, clock)
+        if options.deletions:
+            _die_deleting(store, options.deletions)
+        return _Mortal(store, options.before, options.after)
 
     settings = Settings(
         listen="127.0.0.1:0",

@@ -268,6 +268,7 @@ class Server:
         while True:
             if gone := await self._sessions.expire(self._clock()):
                 log.info("sessions_expired", sessions=gone)
+            await self._store.sweep_sessions()
             if loop.time() >= next_sweep:
                 next_sweep = loop.time() + SWEEP_SECONDS
                 await self._store.forget_requests(self._clock() - REQUESTS_KEPT)

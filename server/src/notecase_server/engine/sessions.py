@@ -200,8 +200,9 @@ class Sessions:
         return gone
 
     async def erase_user(self, tenant: str, user: str, once: Once) -> int:
-        """Deletes every session of "users/{user}", those that are made meanwhile too, then the user's state. Returns
-        how many sessions; so does the record `once`. Raises Replayed."""
+        """Deletes every session of "users/{user}", those that are made meanwhile too, then the user's state, and
+        returns when the last row of them is gone. Returns how many sessions this call deleted; so does the record
+        `once`. Raises Replayed."""
         await self.store.recall(once)
         mine, gone = Query(BATCH, where=Compare("user", "=", user)), 0
 
@@ -209,8 +210,10 @@ class Sessions:
             return await self.store.erase_state(tenant, user, record._replace(answer=Answer("erased", erased=gone)))
 
         while not await self.surely(once, erased):
-            for row in (await self.store.list_sessions(tenant, mine)).rows:
-                gone += await self._deleted(SessionKey(tenant, row.name, row.uid))
+            while rows := (await self.store.list_sessions(tenant, mine)).rows:
+                for row in rows:
+                    gone += await self._deleted(SessionKey(tenant, row.name, row.uid))
+            await self.store.sweep_sessions(tenant, user)
         return gone
 
     async def _deleted(self, key: SessionKey) -> bool:

@@ -65,9 +65,19 @@ class TableStore(ABC):
     async def claim(self, key: SessionKey, epoch: int) -> int:
         return await self._write(lambda tables, _: steps.claim(tables, key, epoch))
 
+    async def _of(self, tenant: str, uid: str, step: Callable[[Tables], T], gone: T) -> T:
+        """Reads of a session; returns `gone` when there is no such session, whatever is left of its rows."""
+        return await self._read(lambda tables: step(tables) if tables.exists(tenant, uid) else gone)
+
+    async def _of_state(self, scope: Scope, at: int, step: Callable[[Tables], T], gone: T) -> T:
+        """As `_of`, if the state is a session's. An earlier one is read from the log, and refused with it."""
+        if at or scope.kind != "session":
+            return await self._read(step)
+        return await self._of(scope.tenant, scope.id, step, gone)
+
     async def read_events(self, key: SessionKey, after: int, limit: int = 1000) -> list[v1.Event]:
-        page = await self._read(lambda tables: take(tables.events(key, after, limit), limit))
-        return page.rows
+        step = partial(steps.events, key=key, after=after, limit=limit)
+        return await self._of(key.tenant, key.uid, step, [])
 
     async def read_past(self, key: SessionKey, at: int) -> Past:
         return await self._read(lambda tables: past.read(tables, key, at))
@@ -103,13 +113,17 @@ class TableStore(ABC):
         return await self._read(lambda tables: tables.expired(now, limit))
 
     async def expire_session(self, key: SessionKey) -> bool:
-        return await self._write(lambda tables, now: steps.expire_session(tables, now, key))
+        return await self._write(partial(steps.expire_session, key=key))
+
+    async def sweep_sessions(self, tenant: str | None = None, user: str = "") -> None:
+        while not await self._write(partial(steps.sweep_sessions, tenant=tenant, user=user)):
+            pass
 
     async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:
         return await self._write(partial(steps.erase_state, tenant=tenant, user=user, once=once))
 
     async def get_message(self, key: SessionKey, message: str) -> v1.Message | None:
-        return await self._read(lambda tables: tables.message(key, message))
+        return await self._of(key.tenant, key.uid, lambda tables: tables.message(key, message), None)
 
     async def list_messages(
         self,
@@ -119,12 +133,15 @@ class TableStore(ABC):
         step: StepKey | None = None,
         superseded: bool = False,
     ) -> Page[v1.Message]:
-        return await self._read(
-            lambda tables: take(tables.messages(key, query, newest_first, step, superseded), query.limit)
+        return await self._of(
+            key.tenant,
+            key.uid,
+            lambda tables: take(tables.messages(key, query, newest_first, step, superseded), query.limit),
+            Page([], None),
         )
 
     async def get_run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
-        return await self._read(lambda tables: steps.whole_run(tables, key, run))
+        return await self._of(key.tenant, key.uid, lambda tables: steps.whole_run(tables, key, run), None)
 
     async def list_runs(self, tenant: str, session: SessionKey | None, query: Query) -> Page[v1.Run]:
         return await self._read(lambda tables: take(steps.whole_runs(tables, tenant, session, query), query.limit))
@@ -142,12 +159,13 @@ class TableStore(ABC):
         await self._write(lambda tables, _: tables.put_record(key, run, None, released=True))
 
     async def get_state(self, scope: Scope, keys: Sequence[str], at: int = 0) -> v1.State:
-        return await self._read(lambda tables: steps.named_entries(tables, scope, keys, at))
+        return await self._of_state(scope, at, partial(steps.named_entries, scope=scope, keys=keys, at=at), v1.State())
 
     async def list_state(
         self, scope: Scope, query: Query, at: int = 0, keys: Sequence[str] = ()
     ) -> tuple[v1.State, Page[str]]:
-        return await self._read(lambda tables: steps.page_of_entries(tables, scope, query, at, keys))
+        step = partial(steps.page_of_entries, scope=scope, query=query, at=at, keys=keys)
+        return await self._of_state(scope, at, step, (v1.State(), Page([], None)))
 
     async def update_state(
         self, scope: Scope, ops: Sequence[v1.StateOp], if_version: int | None = None, once: Once | None = None

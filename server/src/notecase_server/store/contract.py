@@ -438,8 +438,9 @@ class Store(Protocol):
         ...
 
     async def delete_session(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
-        """Removes the session and every row of it, its name and state included. SESSION_NOT_FOUND, ETAG_MISMATCH. A
-        commit that is under way for it either comes before or is refused."""
+        """Removes the session: from now on nothing of it is found, and its name is free. SESSION_NOT_FOUND,
+        ETAG_MISMATCH. A commit that is under way for it either comes before or is refused. Its rows are removed by
+        `sweep_sessions`, so this is one small transaction however long the log is."""
         ...
 
     async def expired_sessions(self, now: int, limit: int) -> list[SessionKey]:
@@ -450,9 +451,16 @@ class Store(Protocol):
         """As delete_session, if there is such a session and its expire_time has come; tells whether."""
         ...
 
+    async def sweep_sessions(self, tenant: str | None = None, user: str = "") -> None:
+        """Removes the rows of deleted sessions, in transactions of a bounded number of rows and of bytes: of all such
+        sessions, or of those of one user of a tenant ("users/{user}"). When it fails or its process dies, what is left
+        of them is removed by the next call. It may be called twice at once."""
+        ...
+
     async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:
-        """Removes all of a user's state ("users/{user}") and tells True, when there is no session of that user (left);
-        otherwise nothing is done, nor recorded."""
+        """Removes a user's state ("users/{user}") when there is no session of that user, nor a row of a deleted one.
+        True when all of it is gone; then it is recorded. False when it is to be called again: a session is left, or the
+        state has more rows than one transaction removes."""
         ...
 
     # Messages and runs.

@@ -30,7 +30,17 @@ from notecase_server.store.contract import (
 from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import Found, Position, matches
 from notecase_server.store.stretches import Stretch, marked, superseded_at
-from notecase_server.store.tables import Applied, BlobRow, CommitRow, Kept, Recorded, SessionRow, Tables, UploadRow
+from notecase_server.store.tables import (
+    Applied,
+    Batch,
+    BlobRow,
+    CommitRow,
+    Kept,
+    Recorded,
+    SessionRow,
+    Tables,
+    UploadRow,
+)
 
 T = TypeVar("T")
 P = TypeVar("P", bound=Position)
@@ -137,7 +147,6 @@ class _Blob:
 @dataclass(slots=True)
 class _Request:
     recorded: Recorded
-    owner: str
     create_time: int
 
 
@@ -145,6 +154,8 @@ class _Request:
 class _Tenant:
     sessions: dict[str, _Session] = field(default_factory=dict)
     """By uid."""
+    deleted: dict[str, tuple[str, _Session]] = field(default_factory=dict)
+    """By uid: the user of each deleted session, and what is left of it."""
     names: dict[str, str] = field(default_factory=dict)
     """The uid of the session that has a name."""
     created: list[tuple[int, str]] = field(default_factory=list)
@@ -190,13 +201,8 @@ class _MemoryTables:
         return found.recorded if found else None
 
     def add_request(self, once: Once, response: bytes, about: str, owner: str, now: int) -> None:
-        made = _Request(Recorded(once.digest, response, about), owner, now)
+        made = _Request(Recorded(once.digest, response, about, owner), now)
         self._tenants[once.tenant].requests[once.subject, once.rpc, once.request_id] = made
-
-    def blank_requests(self, tenant: str, owner: str) -> None:
-        for request in self._tenants[tenant].requests.values():
-            if request.owner == owner:
-                request.recorded = request.recorded._replace(response=None)
 
     def kept(self, kind: Kept, tenant: str, *within: str) -> int:
         rows = self._tenants[tenant]
@@ -242,6 +248,9 @@ class _MemoryTables:
     def named_session(self, tenant: str, session: str) -> str:
         return self._tenants[tenant].names.get(session, "")
 
+    def exists(self, tenant: str, uid: str) -> bool:
+        return uid in self._tenants[tenant].sessions
+
     def session(self, key: SessionKey) -> SessionRow | None:
         row = self._session(key)
         return SessionRow(v1.Session.FromString(row.body), row.epoch, row.commits) if row else None
@@ -263,9 +272,48 @@ class _MemoryTables:
         gone = tenant.sessions.pop(key.uid)
         del tenant.names[gone.name]
         _remove(tenant.created, (gone.create_time, key.uid))
-        for place in gone.started:
-            _remove(tenant.started, place)
-        self.delete_state(key.state)
+        tenant.deleted[key.uid] = (v1.Session.FromString(gone.body).user, gone)
+
+    def deleted_sessions(self, tenant: str | None, user: str, limit: int) -> list[Scope]:
+        found = (
+            Scope(name, "session", uid)
+            for name, rows in self._tenants.items()
+            for uid, (whose, _) in rows.deleted.items()
+            if tenant is None or (name, whose) == (tenant, user)
+        )
+        return list(islice(found, limit))
+
+    def delete_rows(self, scope: Scope, batch: Batch) -> bool:
+        tenant = self._tenants[scope.tenant]
+        if scope.kind == "session":
+            _, gone = tenant.deleted[scope.id]
+            while gone.events and batch.takes(len(gone.events[-1])):
+                gone.events.pop()
+            while gone.started and batch.takes(len(gone.runs[gone.started[-1][2]].body)):
+                _remove(tenant.started, gone.started.pop())
+            for rows in (gone.messages, gone.calls, gone.commands):
+                for row in [row for row in islice(rows, batch.left) if batch.takes(len(rows[row]))]:
+                    del rows[row]
+        entries = self._state(scope).entries
+        for key in [key for key in islice(entries, batch.left) if batch.takes(len(entries[key]))]:
+            self.put_entry(scope, key, None)
+        for place in [place for place in tenant.references if place[0] == scope]:
+            held = tenant.references[place]
+            while held and batch.takes(0):
+                tenant.blobs[held.popitem()[0]].references.discard(place)
+            if not held:
+                del tenant.references[place]
+        owner = scope.id if scope.kind == "session" else f"users/{scope.id}"
+        for request in tenant.requests.values():
+            recorded = request.recorded
+            if recorded.owner == owner and batch.takes(len(recorded.response or b"")):
+                request.recorded = recorded._replace(response=None, owner="")
+        if batch.full:
+            return False
+        tenant.states.pop((scope.kind, scope.id), None)
+        if scope.kind == "session":
+            del tenant.deleted[scope.id]
+        return True
 
     def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
         old, new = self._existing(source), self._existing(key)
@@ -413,6 +461,8 @@ class _MemoryTables:
         started = rows.started if session is None else of_session.started if of_session else []
         for position in _before(started, query.after):
             _, uid, name = position
+            if uid not in rows.sessions:
+                continue
             body = rows.sessions[uid].runs[name].body
             found = v1.Run.FromString(body)
             if matches(query.where, found, RUN_COLUMNS):
@@ -453,12 +503,6 @@ class _MemoryTables:
         row = session.runs.get(run) if session else None
         if row is not None and row.agent is not None:
             row.deaths, row.released = row.deaths if deaths is None else deaths, released
-
-    def delete_state(self, scope: Scope) -> None:
-        tenant = self._tenants[scope.tenant]
-        tenant.states.pop((scope.kind, scope.id), None)
-        for holder, key in [place for place in tenant.references if place[0] == scope]:
-            self.drop_references(holder, key)
 
     def version(self, scope: Scope) -> int:
         return self._state(scope).version

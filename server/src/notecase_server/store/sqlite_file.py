@@ -21,7 +21,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from notecase_server.store.contract import StoreOpenError
-from notecase_server.store.sqlite_migration import from_first, from_second
+from notecase_server.store.sqlite_migration import migrate
 from notecase_server.store.sqlite_schema import SCHEMA, VERSION
 
 log = structlog.get_logger()
@@ -205,10 +205,8 @@ def bring_up_to_date(connection: sqlite3.Connection) -> None:
         return
     connection.execute("BEGIN IMMEDIATE")
     try:
-        if version == 1:
-            from_first(connection)
-        elif version:
-            from_second(connection)
+        if version:
+            migrate(connection, version)
         else:
             _make(connection)
         connection.execute(f"PRAGMA user_version = {VERSION}")

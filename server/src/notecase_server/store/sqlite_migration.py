@@ -1,8 +1,9 @@
 """A file of an older schema becomes one of now, inside a transaction that somebody else begins and ends.
 
 Of the first, the tables whose rows change are set aside, made anew and filled row by row; the others, content among
-them, stay where they are. So the disk needs room for several times the rows, and memory holds a few of them. Of the
-second, only what rewinds have left behind is written down.
+them, stay where they are. So the disk needs room for several times the rows, and memory holds a few of them. The second
+lacks two tables: that of deleted sessions begins empty, and what rewinds have left behind is read from the logs, since
+a message says no more by itself whether it is superseded.
 """
 
 import re
@@ -73,10 +74,18 @@ CONVERTED: dict[str, Callable[[Row], Row]] = {
 """By table, what else becomes of a row whose body changes."""
 
 
-def from_first(connection: sqlite3.Connection) -> None:
-    """Converts all of it, with lines in the log that tell how far it is.
+def migrate(connection: sqlite3.Connection, version: int) -> None:
+    """Converts a file of that version. Raises DecodeError for a row that is damaged."""
+    if version == 1:
+        _from_first(connection)
+    else:
+        _make_missing(connection)
+        _leave_behind(connection)
+        connection.execute("ALTER TABLE messages DROP COLUMN superseded")
 
-    Raises DecodeError for a row that is damaged."""
+
+def _from_first(connection: sqlite3.Connection) -> None:
+    """Converts all of it, with lines in the log that tell how far it is."""
     total = sum(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ROWS)
     progress = _Progress(total)
     _set_aside(connection)
@@ -90,13 +99,6 @@ def from_first(connection: sqlite3.Connection) -> None:
     _leave_behind(connection)
     for table in ROWS:
         connection.execute(f"DROP TABLE first_{table}")
-
-
-def from_second(connection: sqlite3.Connection) -> None:
-    """Converts it: a message says no more by itself whether it is superseded. Raises DecodeError as `from_first`."""
-    _make_missing(connection)
-    _leave_behind(connection)
-    connection.execute("ALTER TABLE messages DROP COLUMN superseded")
 
 
 def _leave_behind(connection: sqlite3.Connection) -> None:
@@ -145,6 +147,7 @@ def _set_aside(connection: sqlite3.Connection) -> None:
 
 
 def _make_missing(connection: sqlite3.Connection) -> None:
+    """Makes the tables and indexes of now that are not there."""
     there = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     for statement in SCHEMA:
         named = re.match(r"CREATE (?:UNIQUE )?(?:TABLE|INDEX) (\w+)", statement)

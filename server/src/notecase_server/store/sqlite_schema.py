@@ -2,7 +2,8 @@
 
 Rows lie in the order of their keys, so that the rows of one session are neighbours and each is written once. `body` is
 the serialized message; the columns next to it are what lists search by. `labels` is explained in sqlite_tables. A
-session is known by its uid everywhere; only `session_names` finds it by its name.
+session is known by its uid everywhere; only `session_names` finds it by its name. Rows of a session that has no row in
+`sessions` are what is left of a deleted one: nobody reads them.
 """
 
 VERSION = 3
@@ -32,6 +33,13 @@ SCHEMA = (
         session TEXT NOT NULL,
         uid TEXT NOT NULL,
         PRIMARY KEY (tenant, session)
+    ) WITHOUT ROWID""",
+    # A deletion takes a session's row and name away, and leaves this one until every other row is gone.
+    """CREATE TABLE deleted_sessions (
+        tenant TEXT NOT NULL,
+        uid TEXT NOT NULL,
+        user TEXT NOT NULL,
+        PRIMARY KEY (tenant, uid)
     ) WITHOUT ROWID""",
     "CREATE INDEX sessions_by_time ON sessions (tenant, create_time, uid)",
     "CREATE INDEX sessions_by_user ON sessions (tenant, user, create_time, uid)",

@@ -41,14 +41,26 @@ from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import LABELS, OPERATORS, Found, Labelled, check_column, column
 from notecase_server.store.sqlite_schema import VERSION
 from notecase_server.store.stretches import Stretch, marked
-from notecase_server.store.tables import Applied, BlobRow, CommitRow, Kept, Recorded, SessionRow, UploadRow
+from notecase_server.store.tables import Applied, Batch, BlobRow, CommitRow, Kept, Recorded, SessionRow, UploadRow
 
 log = structlog.get_logger()
 
 Bound = str | int | bytes | None
 
-SESSION_ROWS = ("events", "messages", "stretches", "calls", "runs", "active_runs", "commands", "sessions")
-"""The tables that hold rows of a session under its uid, besides those of its state."""
+SESSION_ROWS = (
+    ("events", "sequence", "length(body)"),
+    ("messages", "sequence", "length(body)"),
+    ("stretches", "after", "0"),
+    ("calls", "call_id", "0"),
+    ("runs", "run", "length(body)"),
+    ("active_runs", "run, step", "length(agent)"),
+    ("commands", "command_id", "0"),
+)
+"""The tables that hold rows of a session under its uid, but for its own row and those of its state. With each, how a
+row is found within a session, and how many bytes it has beyond a few."""
+
+STATE_ROWS = (("entries", "key", "length(body)"), ("blob_references", "key, sha256", "0"))
+"""The same of the tables that hold rows of a state."""
 
 SESSION_CHANGES = tuple(name for name in SESSION_COLUMNS if name not in {"user", "create_time"})
 """The columns that change: setting one of an index costs a rewrite of the index, changed or not."""
@@ -165,7 +177,7 @@ class SqliteTables:
 
     def request(self, once: Once) -> Recorded | None:
         row = self._one(
-            """SELECT digest, response, about FROM requests
+            """SELECT digest, response, about, owner FROM requests
                 WHERE tenant = ? AND subject = ? AND rpc = ? AND request_id = ?""",
             *once[:4],
         )
@@ -177,11 +189,6 @@ class SqliteTables:
                 (tenant, subject, rpc, request_id, digest, response, about, owner, create_time)
                 VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)""",
             (*once[:4], once.digest, response, about, owner, now),
-        )
-
-    def blank_requests(self, tenant: str, owner: str) -> None:
-        self._execute(
-            "UPDATE requests SET response = NULL WHERE tenant = ? AND owner = ? AND owner != ''", (tenant, owner)
         )
 
     def kept(self, kind: Kept, tenant: str, *within: str) -> int:
@@ -221,6 +228,9 @@ class SqliteTables:
         row = self._one("SELECT uid FROM session_names WHERE tenant = ? AND session = ?", tenant, session)
         return str(row[0]) if row else ""
 
+    def exists(self, tenant: str, uid: str) -> bool:
+        return self._one("SELECT 1 FROM sessions WHERE tenant = ? AND uid = ?", tenant, uid) is not None
+
     def session(self, key: SessionKey) -> SessionRow | None:
         row = self._one("SELECT body, epoch, commits FROM sessions WHERE tenant = ? AND uid = ?", key.tenant, key.uid)
         return SessionRow(v1.Session.FromString(row[0]), row[1], _commits(row[2])) if row else None
@@ -238,10 +248,60 @@ class SqliteTables:
 
     def delete_session(self, key: SessionKey) -> None:
         self.deleted = True
-        for table in SESSION_ROWS:
-            self._execute(f"DELETE FROM {table} WHERE tenant = ? AND uid = ?", _of(key))
+        self._execute(
+            """INSERT INTO deleted_sessions (tenant, uid, user) SELECT tenant, uid, user FROM sessions
+                WHERE tenant = ? AND uid = ?""",
+            _of(key),
+        )
+        self._execute("DELETE FROM sessions WHERE tenant = ? AND uid = ?", _of(key))
         self._execute("DELETE FROM session_names WHERE tenant = ? AND session = ? AND uid = ?", key)
-        self.delete_state(key.state)
+
+    def deleted_sessions(self, tenant: str | None, user: str, limit: int) -> list[Scope]:
+        where, values = ("", ()) if tenant is None else ("WHERE tenant = ? AND user = ?", (tenant, user))
+        rows = self._execute(f"SELECT tenant, uid FROM deleted_sessions {where} LIMIT ?", (*values, limit))
+        return [Scope(tenant, "session", uid) for tenant, uid in rows]
+
+    def delete_rows(self, scope: Scope, batch: Batch) -> bool:
+        self.deleted = True
+        of_session = "tenant = ? AND uid = ?", (scope.tenant, scope.id)
+        of_state = "tenant = ? AND kind = ? AND id = ?", scope
+        if scope.kind == "session":
+            for table, place, size in SESSION_ROWS:
+                self._delete_some(table, *of_session, place, size, batch)
+        for table, place, size in STATE_ROWS:
+            self._delete_some(table, *of_state, place, size, batch)
+        self._blank_some(scope, batch)
+        if batch.full:
+            return False
+        self._execute(f"DELETE FROM states WHERE {of_state[0]}", of_state[1])
+        if scope.kind == "session":
+            self._execute(f"DELETE FROM deleted_sessions WHERE {of_session[0]}", of_session[1])
+        return True
+
+    def _delete_some(
+        self, table: str, where: str, values: Sequence[Bound], place: str, size: str, batch: Batch
+    ) -> None:
+        rows = self._execute(
+            f"SELECT {size}, {place} FROM {table} WHERE {where} ORDER BY {place} LIMIT ?", (*values, batch.left)
+        ).fetchall()
+        taken = [found for size, *found in rows if batch.takes(size or 0)]
+        if taken:
+            marks = ", ".join("?" * len(taken[-1]))
+            self._execute(f"DELETE FROM {table} WHERE {where} AND ({place}) <= ({marks})", (*values, *taken[-1]))
+
+    def _blank_some(self, scope: Scope, batch: Batch) -> None:
+        """Drops the responses of requests that go with it, and keeps that they were carried out."""
+        owner = scope.id if scope.kind == "session" else f"users/{scope.id}"
+        rows = self._execute(
+            """SELECT length(response), tenant, subject, rpc, request_id FROM requests
+                WHERE tenant = ? AND owner = ? AND owner != '' LIMIT ?""",
+            (scope.tenant, owner, batch.left),
+        ).fetchall()
+        self._executemany(
+            """UPDATE requests SET response = NULL, owner = ''
+                WHERE tenant = ? AND subject = ? AND rpc = ? AND request_id = ?""",
+            [place for size, *place in rows if batch.takes(size or 0)],
+        )
 
     def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
         for statement in COPIES:
@@ -396,6 +456,7 @@ class SqliteTables:
         rows = self._execute(
             f"""SELECT create_time, uid, run, body, (SELECT session FROM sessions s
                     WHERE s.tenant = runs.tenant AND s.uid = runs.uid) FROM {source} WHERE tenant = ?{place}{where}
+                AND EXISTS (SELECT 1 FROM sessions s WHERE s.tenant = runs.tenant AND s.uid = runs.uid)
                 ORDER BY create_time DESC, uid DESC, run DESC LIMIT ?""",
             (tenant, *([session.uid] if session else []), *values, query.limit + 1),
         )
@@ -429,11 +490,6 @@ class SqliteTables:
                 WHERE tenant = ? AND uid = ? AND run = ?""",
             (deaths, released, *_of(key), run),
         )
-
-    def delete_state(self, scope: Scope) -> None:
-        self.deleted = True
-        for table in ("states", "entries", "blob_references"):
-            self._execute(f"DELETE FROM {table} WHERE tenant = ? AND kind = ? AND id = ?", scope)
 
     def version(self, scope: Scope) -> int:
         row = self._one("SELECT version FROM states WHERE tenant = ? AND kind = ? AND id = ?", *scope)

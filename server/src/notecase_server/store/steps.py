@@ -43,7 +43,7 @@ from notecase_server.store.quotas import (
     require_session,
 )
 from notecase_server.store.stretches import left_behind
-from notecase_server.store.tables import CommitRow, SessionRow, Tables
+from notecase_server.store.tables import Batch, CommitRow, SessionRow, Tables
 
 M = TypeVar("M", bound=Message)
 
@@ -52,6 +52,10 @@ _ALL = 1 << 40
 
 REPLIES = 50
 """Runs whose replies are read at one go: a page may end before it has them all."""
+
+SWEEP_ROWS, SWEEP_BYTES, SWEEP_SESSIONS = 250, 1 << 20, 20
+"""Rows of deleted sessions that one transaction removes, their bytes and the sessions that they are of: few enough that
+commits wait for some milliseconds only."""
 
 FIRST_EPOCH = 1
 
@@ -178,14 +182,17 @@ def recall(tables: Tables, once: Once | None) -> None:
     if once is not None and (recorded := tables.request(once)) is not None:
         if recorded.digest != once.digest:
             raise errors.reused("request_id", once.request_id)
-        if recorded.response is None and recorded.about.startswith("sessions/"):
+        of_session = recorded.about.startswith("sessions/")
+        if of_session and (recorded.response is None or not tables.exists(once.tenant, recorded.owner)):
             raise errors.not_found("session", recorded.about)
         raise Replayed(recorded.response or b"")
 
 
 def recall_command(tables: Tables, key: SessionKey, command: CommandId | None) -> None:
     """Store.recall_command."""
-    if command is not None and (applied := tables.command(key, command.command_id)) is not None:
+    if command is None or not tables.exists(key.tenant, key.uid):
+        return
+    if (applied := tables.command(key, command.command_id)) is not None:
         if applied.digest != command.digest:
             raise errors.reused("command_id", command.command_id)
         raise Duplicate(applied.sequence, applied.run)
@@ -424,12 +431,7 @@ def delete_session(tables: Tables, now: int, key: SessionKey, if_etag: str, once
     if if_etag and if_etag != session.etag:
         raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
     _remember(tables, once, None, now)
-    _forget_session(tables, key)
-
-
-def _forget_session(tables: Tables, key: SessionKey) -> None:
     tables.delete_session(key)
-    tables.blank_requests(key.tenant, key.uid)
 
 
 def expire_session(tables: Tables, now: int, key: SessionKey) -> bool:
@@ -439,8 +441,15 @@ def expire_session(tables: Tables, now: int, key: SessionKey) -> bool:
         return False
     if found.session.expire_time.ToMicroseconds() > now:
         return False
-    _forget_session(tables, key)
+    tables.delete_session(key)
     return True
+
+
+def sweep_sessions(tables: Tables, now: int, tenant: str | None, user: str) -> bool:
+    """One of the transactions of Store.sweep_sessions; returns whether it was the last."""
+    batch = Batch(SWEEP_ROWS, SWEEP_BYTES)
+    found = tables.deleted_sessions(tenant, user, SWEEP_SESSIONS)
+    return all(tables.delete_rows(scope, batch) for scope in found) and len(found) < SWEEP_SESSIONS
 
 
 def erase_state(tables: Tables, now: int, tenant: str, user: str, once: Once | None) -> bool:
@@ -448,10 +457,18 @@ def erase_state(tables: Tables, now: int, tenant: str, user: str, once: Once | N
     recall(tables, once)
     if take(tables.sessions(tenant, Query(1, where=Compare("user", "=", user))), 1).rows:
         return False
+    if tables.deleted_sessions(tenant, user, 1):
+        return False
+    scope = Scope(tenant, "user", user.removeprefix("users/"))
+    if not tables.delete_rows(scope, Batch(SWEEP_ROWS, SWEEP_BYTES)):
+        return False
     _remember(tables, once, None, now)
-    tables.delete_state(Scope(tenant, "user", user.removeprefix("users/")))
-    tables.blank_requests(tenant, user)
     return True
+
+
+def events(tables: Tables, key: SessionKey, after: int, limit: int) -> list[v1.Event]:
+    """Store.read_events."""
+    return take(tables.events(key, after, limit), limit).rows
 
 
 def whole_run(tables: Tables, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:

@@ -21,6 +21,8 @@ class Recorded(NamedTuple):
     """None once what it told of was deleted."""
     about: str
     """The resource whose content the response holds: "sessions/{session}", "users/{user}", or empty for others."""
+    owner: str
+    """The uid of that session or the name of that user, as long as the response is there; or empty."""
 
 
 class Applied(NamedTuple):
@@ -66,6 +68,28 @@ class UploadRow(NamedTuple):
     sha256: str
 
 
+class Batch:
+    """What one transaction removes: at most `rows` rows of `size` bytes together, or one row that is larger."""
+
+    def __init__(self, rows: int, size: int) -> None:
+        self._rows = rows
+        self._size = size
+        self.full = False
+        """A row did not fit, or none will any more."""
+        self.left = rows
+        """Rows that fit still."""
+
+    def takes(self, size: int) -> bool:
+        """Counts a row in, if it fits."""
+        if not self.full and (self.left == self._rows or size <= self._size):
+            self.left -= 1
+            self._size -= size
+            self.full = not self.left
+            return True
+        self.full = True
+        return False
+
+
 Kept = Literal["requests", "sessions", "agents", "revisions", "keys", "uploads", "blob_bytes"]
 
 
@@ -80,10 +104,6 @@ class Tables(Protocol):
 
     def add_request(self, once: Once, response: bytes, about: str, owner: str, now: int) -> None:
         """`owner` is the uid of the session, or the name of the user, with which the response goes; or empty."""
-        ...
-
-    def blank_requests(self, tenant: str, owner: str) -> None:
-        """Drops the responses of these records, and keeps that they were carried out."""
         ...
 
     def kept(self, kind: Kept, tenant: str, *within: str) -> int:
@@ -107,6 +127,10 @@ class Tables(Protocol):
         """The uid of the session that has this name, or empty."""
         ...
 
+    def exists(self, tenant: str, uid: str) -> bool:
+        """Whether there is such a session. Of one that there is not, there may be rows: those of a deleted one."""
+        ...
+
     def session(self, key: SessionKey) -> SessionRow | None: ...
 
     def add_session(self, key: SessionKey, row: SessionRow) -> None:
@@ -118,7 +142,17 @@ class Tables(Protocol):
         ...
 
     def delete_session(self, key: SessionKey) -> None:
-        """Removes it with its name and every row that is kept for it, requests excepted."""
+        """Removes its row and its name, and records that everything else of it is to go."""
+        ...
+
+    def deleted_sessions(self, tenant: str | None, user: str, limit: int) -> list[Scope]:
+        """The states of at most `limit` deleted sessions that rows are left of: of all, or, with a tenant, of one of
+        its users ("users/{user}")."""
+        ...
+
+    def delete_rows(self, scope: Scope, batch: "Batch") -> bool:
+        """Removes the rows of a deleted session, or of a user's state, that fit into the batch, and blanks the answers
+        of requests about it; returns whether nothing is left of it."""
         ...
 
     def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
@@ -207,10 +241,6 @@ class Tables(Protocol):
 
     def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
         """Sets what is known of a run that has not ended; None leaves the deaths as they are. Else nothing."""
-        ...
-
-    def delete_state(self, scope: Scope) -> None:
-        """With its version."""
         ...
 
     def version(self, scope: Scope) -> int: ...
