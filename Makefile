@@ -20,7 +20,7 @@ TOOLS := $(addprefix $(BIN)/,grpcurl grpcui evans ghz)
 # What buf breaking compares proto/ with: the last commit, or make proto-breaking AGAINST=v0.1.0
 AGAINST := HEAD
 
-.PHONY: help demo serve test test-hard mutants fuzz lint format types proto proto-check proto-lint proto-breaking check bench bench-peers tools clean
+.PHONY: help demo serve test test-hard mutants fuzz lint format types proto proto-check proto-lint proto-breaking check bench bench-peers soak tools clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -77,6 +77,9 @@ bench: $(VENV)/.ready ## Measure the server on this machine
 
 bench-peers: $(VENV)/.ready $(PEERS) ## Measure it beside the OpenAI Agents SDK and the A2A SDK; ARGS="--rounds 5"
 	@$(BIN)/python -m benchmarks.peers $(ARGS)
+
+soak: $(VENV)/.ready ## See whether a server that works for half an hour stays flat; ARGS="--minutes 5 --svg soak.svg"
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 tools: $(TOOLS) $(BIN)/buf ## Build grpcurl, grpcui, evans, ghz and buf into the environment; needs Go
 

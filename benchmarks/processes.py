@@ -66,6 +66,13 @@ class Process:
         status = Path(f"/proc/{self._process.pid}/status").read_text()
         return int(status.partition("VmHWM:")[2].split()[0]) << 10
 
+    def descriptors(self) -> int:
+        """Files, sockets and the like that are open."""
+        return self._info.num_fds()
+
+    def threads(self) -> int:
+        return self._info.num_threads()
+
     async def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it ended by itself
             self._process.terminate()
