@@ -75,7 +75,7 @@ class Mix:
         except (WrongError, grpc.aio.AioRpcError) as error:
             self.wrong[name] += 1
             if len(self.errors) < ERRORS_KEPT:
-                self.errors.append(f"{name}: {error}")
+                self.errors.append(f"{name}: {_words(error)}")
             return
         self.done[name] += 1
         if name != "deletion":
@@ -107,7 +107,7 @@ class Mix:
         async with aclosing(_Stream(self._run(), self._start(session, self._long))) as stream:
             await stream.until("block_delta")
             stop = v1.CancelCommand(mode=v1.CancelCommand.MODE_IMMEDIATE)
-            await stream.write(v1.RunRequest(command_id="stop", cancel=stop))
+            await stream.write(v1.RunRequest(cancel=stop))
             await stream.ended(v1.Run.STATE_CANCELLED)
 
     async def disconnect(self, session: str) -> None:
@@ -137,6 +137,10 @@ class Mix:
     def _start(session: str, agent: str) -> v1.RunRequest:
         said = v1.Message(parts=[v1.Part(text=SAID)])
         return v1.RunRequest(start=v1.StartRun(session=session, agent=agent, messages=[said]))
+
+
+def _words(error: WrongError | grpc.aio.AioRpcError) -> str:
+    return str(error) if isinstance(error, WrongError) else f"{error.code().name} {error.details()}"
 
 
 class _Stream:
