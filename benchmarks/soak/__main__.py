@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 
 import uvloop
 
@@ -93,7 +94,8 @@ async def soak(mix: Mix, server: Process, seconds: float) -> list[Sample]:
         sampling = group.create_task(sampled(server, mix, samples, seconds))
         left_out = await offered(mix, rate, seconds)
         await sampling
-    say(f"{left_out} actions were left out, with {MOST_UNDER_WAY} under way.")
+    busy = fmean(sample.busy for sample in samples)
+    say(f"The server was busy for {busy:.0%}; {left_out} actions were left out, with {MOST_UNDER_WAY} under way.")
     return samples
 
 
