@@ -95,7 +95,7 @@ async def soak(mix: Mix, server: Process, seconds: float) -> list[Sample]:
         left_out = await offered(mix, rate, seconds)
         await sampling
     busy = fmean(sample.busy for sample in samples)
-    say(f"The server was busy for {busy:.0%}; {left_out} actions were left out, with {MOST_UNDER_WAY} under way.")
+    say(f"The server was busy for {busy:.0%}. Left out with {MOST_UNDER_WAY} actions under way: {left_out}.")
     return samples
 
 
