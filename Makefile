@@ -2,6 +2,7 @@
 
 VENV := .venv
 GENERATOR := .venv-proto
+PEERS := $(addsuffix /.ready,$(addprefix .venv-peers/,agents_sdk a2a_sdk))
 BIN := $(VENV)/bin
 STUBS := client/src/notecase/v1
 PROTOS := $(sort $(wildcard proto/notecase/v1/*.proto))
@@ -19,7 +20,7 @@ TOOLS := $(addprefix $(BIN)/,grpcurl grpcui evans ghz)
 # What buf breaking compares proto/ with: the last commit, or make proto-breaking AGAINST=v0.1.0
 AGAINST := HEAD
 
-.PHONY: help demo serve test test-hard mutants fuzz lint format types proto proto-check proto-lint proto-breaking check bench tools clean
+.PHONY: help demo serve test test-hard mutants fuzz lint format types proto proto-check proto-lint proto-breaking check bench bench-peers soak tools clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -74,10 +75,16 @@ check: lint types proto-check test ## What these four check: lint, types, proto-
 bench: $(VENV)/.ready ## Measure the server on this machine
 	@$(BIN)/python -m benchmarks $(ARGS)
 
+bench-peers: $(VENV)/.ready $(PEERS) ## Measure it beside the OpenAI Agents SDK and the A2A SDK; ARGS="--rounds 5"
+	@$(BIN)/python -m benchmarks.peers $(ARGS)
+
+soak: $(VENV)/.ready ## See whether a server that works for half an hour stays flat; ARGS="--minutes 5 --svg soak.svg"
+	@$(BIN)/python -m benchmarks.soak $(ARGS)
+
 tools: $(TOOLS) $(BIN)/buf ## Build grpcurl, grpcui, evans, ghz and buf into the environment; needs Go
 
 clean: ## Remove the environments and what tools left behind
-	@rm -rf $(VENV) $(GENERATOR) .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@rm -rf $(VENV) $(GENERATOR) .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	@find $(wildcard client server tests examples benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment is whole when its .ready is newer than what it was made from. pip itself is pinned because the one that a
@@ -94,6 +101,13 @@ $(GENERATOR)/.ready: proto/requirements.txt
 	@echo "Setting up $(GENERATOR), the stubs' generator."
 	@$(call environment,$(GENERATOR))
 	@$(GENERATOR)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+# Each peer has an environment of its own, so that none decides the versions of another, or ours.
+$(PEERS): .venv-peers/%/.ready: benchmarks/peers/%.txt
+	@echo "Setting up .venv-peers/$*; this takes a minute the first time."
+	@$(call environment,.venv-peers/$*)
+	@.venv-peers/$*/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
 # Tests that need a tool are skipped without it, so a failure to build it stops nobody; CI lets no test be skipped.

@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import os
-import signal
 import sys
 import tempfile
 import time
@@ -15,13 +14,8 @@ import uvloop
 from benchmarks.load import Load
 from benchmarks.measures import MEASURES, ONCE, Bench, Values
 from benchmarks.neighbour import Times
-from benchmarks.processes import Cpus, running_server, running_stub
+from benchmarks.processes import Cpus, end_on_sigterm, running_server, running_stub, say
 from benchmarks.targets import table
-
-
-def say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-    sys.stdout.flush()
 
 
 async def measure(names: Sequence[str], rounds: int, times: Times, found: list[Values]) -> list[str]:
@@ -40,8 +34,8 @@ async def measure(names: Sequence[str], rounds: int, times: Times, found: list[V
             running_server(cpus.server, folder, "floor", model.port, "benchmarks.floor") as floor,
             Load.connect(floor.port) as floor_load,
         ):
-            beside = Bench(cpus, folder, model, floor, floor_load)
-            bench = Bench(cpus, folder, model, server, load, beside, times=times)
+            beside = Bench(floor, floor_load, cpus, folder, model)
+            bench = Bench(server, load, cpus, folder, model, beside, times=times)
             for number in range(1, rounds + 1):
                 found.append({})
                 for measure_name in (name for name in names if number == 1 or name not in ONCE):
@@ -54,10 +48,7 @@ async def run(options: argparse.Namespace) -> int:
     found: list[Values] = []
     names = [name for name in MEASURES if not options.only or name in options.only]
     late, notes = False, list[str]()
-    task = asyncio.current_task()
-    assert task is not None
-    # As an interrupt does, so that whoever ends this process leaves none of its servers behind.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    end_on_sigterm()
     try:
         async with asyncio.timeout(options.limit):
             times = Times(*(getattr(options, name) for name in Times._fields))

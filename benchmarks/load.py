@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
@@ -23,8 +24,39 @@ SAID = "Tell me what you saw at the harbour, and when; leave nothing out, howeve
 """A hundred bytes, as long as people's messages mostly are."""
 
 
-class Load:
-    """A caller of one server."""
+class Caller(ABC):
+    """A caller of one server that holds conversations, whatever the server speaks."""
+
+    @abstractmethod
+    async def agent(self, tokens: int, pause_ms: int = 0) -> str:
+        """The name of an agent whose model answers so."""
+
+    @abstractmethod
+    async def session(self) -> str:
+        """The name of a new session."""
+
+    @abstractmethod
+    async def turn(self, session: str, agent: str, tokens: int, lane: int = 0) -> float:
+        """One user message and its reply, to the end of the stream; returns the seconds to the first token. Raises
+        WrongError when the reply is not what the model said."""
+
+    async def new_sessions(self, count: int) -> list[str]:
+        return await lanes(8, [self.session] * count)
+
+    async def conversations(self, sessions: Iterable[str], turns: int, agent: str, tokens: int, at_once: int) -> None:
+        """So many turns in each session, `at_once` sessions at a time."""
+        lane = itertools.count()
+
+        async def converse(session: str) -> None:
+            number = next(lane)
+            for _ in range(turns):
+                await self.turn(session, agent, tokens, number)
+
+        await lanes(at_once, (partial(converse, session) for session in sessions))
+
+
+class Load(Caller):
+    """A caller of notecase, or of a server with the same methods."""
 
     def __init__(self, channels: list[grpc.aio.Channel]) -> None:
         self._channels = channels
@@ -40,12 +72,7 @@ class Load:
     @classmethod
     @asynccontextmanager
     async def connect(cls, port: int) -> AsyncIterator[Self]:
-        async with AsyncExitStack() as stack:
-            # Channels of one process to one address share a connection unless they are told not to.
-            own = (("grpc.use_local_subchannel_pool", 1),)
-            channels = [grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=own) for _ in range(CONNECTIONS)]
-            for channel in channels:
-                await stack.enter_async_context(channel)
+        async with connections(port) as channels:
             yield cls(channels)
 
     async def agent(self, tokens: int, pause_ms: int = 0, window: int = 0) -> str:
@@ -75,8 +102,6 @@ class Load:
         return await lanes(8, (lambda: self.session(messages) for _ in range(count)))
 
     async def turn(self, session: str, agent: str, tokens: int, lane: int = 0) -> float:
-        """One user message and its reply, to the end of the stream; returns the seconds to the first token. Raises
-        WrongError when the reply is not what the model said."""
         said = v1.Message(parts=[v1.Part(text=SAID)])
         start = v1.RunRequest(start=v1.StartRun(session=session, agent=agent, messages=[said]))
         first = 0.0
@@ -121,16 +146,17 @@ class Load:
         ask = v1.GetServerInfoRequest()
         await lanes(at_once, (partial(next(stubs).GetServerInfo, ask) for _ in range(count)))
 
-    async def conversations(self, sessions: Iterable[str], turns: int, agent: str, tokens: int, at_once: int) -> None:
-        """So many turns in each session, `at_once` sessions at a time."""
-        lane = itertools.count()
 
-        async def converse(session: str) -> None:
-            number = next(lane)
-            for _ in range(turns):
-                await self.turn(session, agent, tokens, number)
-
-        await lanes(at_once, (partial(converse, session) for session in sessions))
+@asynccontextmanager
+async def connections(port: int) -> AsyncIterator[list[grpc.aio.Channel]]:
+    """The channels over which all load comes, each a connection of its own."""
+    async with AsyncExitStack() as stack:
+        # Channels of one process to one address share a connection unless they are told not to.
+        own = (("grpc.use_local_subchannel_pool", 1),)
+        channels = [grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=own) for _ in range(CONNECTIONS)]
+        for channel in channels:
+            await stack.enter_async_context(channel)
+        yield channels
 
 
 class WrongError(Exception):

@@ -25,7 +25,7 @@ from benchmarks import edge as attacks
 from benchmarks import neighbours as crowds
 from benchmarks import stub
 from benchmarks.hostile import hostile
-from benchmarks.load import CONNECTIONS, SAID, Load, WrongError, lanes
+from benchmarks.load import CONNECTIONS, SAID, Caller, Load, WrongError, lanes
 from benchmarks.neighbour import Beside, Times, Turns, compare, table
 from benchmarks.processes import Cpus, Process, running_server
 
@@ -49,14 +49,27 @@ Values = dict[str, float]
 
 
 @dataclass
-class Bench:
-    """One server at work, with the load that is on it and the model behind it."""
+class Side:
+    """One server at work, and the load that is on it."""
 
+    server: Process
+    load: Caller
+
+    async def cpu(self, work: Awaitable[object]) -> float:
+        """The seconds of CPU time that the server spends on work that begins when it is awaited."""
+        before = self.server.cpu()
+        await work
+        return self.server.cpu() - before
+
+
+@dataclass
+class Bench(Side):
+    """The server that is measured, with what the measures need besides."""
+
+    load: Load
     cpus: Cpus
     folder: Path
     model: Process
-    server: Process
-    load: Load
     floor: "Bench | None" = None
     """The same load on the least program that does the same work, see `benchmarks.floor`."""
     prepared: dict[int, str] = field(default_factory=dict)
@@ -65,12 +78,6 @@ class Bench:
     times: Times = field(default_factory=Times)
     notes: dict[str, list[str]] = field(default_factory=dict)
     """By measure, what its last round has to say besides the table."""
-
-    async def cpu(self, work: Awaitable[object]) -> float:
-        """The seconds of CPU time that the server spends on work that begins when it is awaited."""
-        before = self.server.cpu()
-        await work
-        return self.server.cpu() - before
 
     async def history(self, messages: int) -> str:
         """A session with a history of at least that length, and one of state's keys."""
@@ -91,33 +98,36 @@ class Bench:
             running_server(self.cpus.server, self.folder, name, model_port) as server,
             Load.connect(server.port) as load,
         ):
-            yield Bench(self.cpus, self.folder, self.model, server, load, times=self.times)
+            yield Bench(server, load, self.cpus, self.folder, self.model, times=self.times)
 
 
-async def tokens(bench: Bench) -> Values:
+async def tokens(side: Side) -> Values:
     """What a token costs, from the model's bytes to the caller's."""
-    load = bench.load
+    load = side.load
     flat, paced = await load.agent(200), await load.agent(200, pause_ms=10)
     await load.conversations(await load.new_sessions(8), 1, flat, 200, at_once=8)
     few, many = await load.new_sessions(16), await load.new_sessions(32)
-    flat_out = await bench.cpu(load.conversations(few, 10, flat, 200, at_once=8))
-    at_pace = await bench.cpu(load.conversations(many, 1, paced, 200, at_once=32))
+    flat_out = await side.cpu(load.conversations(few, 10, flat, 200, at_once=8))
+    at_pace = await side.cpu(load.conversations(many, 1, paced, 200, at_once=32))
     return {"token-flat": flat_out / (16 * 10 * 200) * 1e6, "token-paced": at_pace / (32 * 200) * 1e6}
 
 
 async def turn(bench: Bench) -> Values:
     """What a turn costs whose reply is one token: two durable commits, a model call and a stream."""
-    load = bench.load
-    agent = await load.agent(1)
-    await load.conversations(await load.new_sessions(8), 5, agent, 1, at_once=8)
-    await load.bare_calls(200, at_once=8)
+    await short_turns(bench)
+    await bench.load.bare_calls(200, at_once=8)
     turns = calls = 0.0
     # By turns, since one is divided by the other.
     for _ in range(6):
-        sessions = await load.new_sessions(8)
-        turns += await bench.cpu(load.conversations(sessions, 10, agent, 1, at_once=8)) / 480
-        calls += await bench.cpu(load.bare_calls(400, at_once=8)) / 2400
+        turns += await short_turns(bench) / 6
+        calls += await bench.cpu(bench.load.bare_calls(400, at_once=8)) / 2400
     return {"turn": turns * 1e3, "turn-in-calls": turns / calls, "call": calls * 1e6}
+
+
+async def short_turns(side: Side) -> float:
+    """The seconds of CPU time for a turn of one token: ten in each of eight new sessions, eight at once."""
+    agent, sessions = await side.load.agent(1), await side.load.new_sessions(8)
+    return await side.cpu(side.load.conversations(sessions, 10, agent, 1, at_once=8)) / 80
 
 
 async def first_token(bench: Bench) -> Values:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import os
+import signal
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -13,6 +14,19 @@ import psutil
 
 STOP_SECONDS = 20.0
 """More than a server's own grace period; what is not gone then is killed."""
+
+
+def say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def end_on_sigterm() -> None:
+    """Ends the current task at SIGTERM as an interrupt does, so that whoever ends this process leaves none of its
+    servers behind."""
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
 
 class Cpus(NamedTuple):
@@ -64,6 +78,13 @@ class Process:
         assert self._process.stdout is not None
         return (await self._process.stdout.read()).decode().strip()
 
+    def descriptors(self) -> int:
+        """Files, sockets and the like that are open."""
+        return self._info.num_fds()
+
+    def threads(self) -> int:
+        return self._info.num_threads()
+
     async def stop(self) -> None:
         with contextlib.suppress(ProcessLookupError):  # it ended by itself
             self._process.terminate()
@@ -75,12 +96,14 @@ class Process:
 
 
 @contextlib.asynccontextmanager
-async def running(cpu: int, log: Path, *arguments: str, env: dict[str, str]) -> AsyncIterator[Process]:
-    """Python with these arguments on one CPU, until the block is left. `env` is its whole environment; its standard
+async def running(
+    cpu: int, log: Path, *arguments: str, env: dict[str, str], python: str = sys.executable
+) -> AsyncIterator[Process]:
+    """`python` with these arguments on one CPU, until the block is left. `env` is its whole environment; its standard
     error is appended to `log`. Raises RuntimeError, with the log, when it ends before it has a port."""
     with log.open("ab") as errors:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, *arguments, env=env, stdout=asyncio.subprocess.PIPE, stderr=errors
+            python, *arguments, env=env, stdout=asyncio.subprocess.PIPE, stderr=errors
         )
     os.sched_setaffinity(process.pid, {cpu})
     assert process.stdout is not None
@@ -95,18 +118,21 @@ async def running(cpu: int, log: Path, *arguments: str, env: dict[str, str]) -> 
         await started.stop()
 
 
+def with_model(port: int | None) -> dict[str, str]:
+    """The environment of a server that asks the stub at that port, or without one the offline model."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "NOTECASE_"))}
+    return env if port is None else env | {"OPENAI_BASE_URL": f"http://127.0.0.1:{port}/v1", "OPENAI_API_KEY": "none"}
+
+
 @contextlib.asynccontextmanager
 async def running_server(
     cpu: int, folder: Path, name: str, model_port: int | None, *module: str
 ) -> AsyncIterator[Process]:
     """`notecase serve` over a new SQLite file `name` in `folder`, with the stub as its model, or without a port with
     the offline one; by another `module` with its first arguments, where one is given."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("OPENAI_", "NOTECASE_"))}
-    if model_port is not None:
-        env |= {"OPENAI_BASE_URL": f"http://127.0.0.1:{model_port}/v1", "OPENAI_API_KEY": "none"}
     program = ("-m", *(module or ("notecase_server",)))
     arguments = ("serve", "--listen", "127.0.0.1:0", "--store", f"sqlite:{folder / name}.db")
-    async with running(cpu, folder / f"{name}.log", *program, *arguments, env=env) as server:
+    async with running(cpu, folder / f"{name}.log", *program, *arguments, env=with_model(model_port)) as server:
         yield server
 
 

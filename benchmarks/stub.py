@@ -1,7 +1,8 @@
 """A model that costs next to nothing: an OpenAI-compatible endpoint whose answers are bytes made beforehand.
 
 The model's name says how it answers: `tokens-200` writes 200 tokens as fast as the connection takes them,
-`tokens-200-every-10` one every 10 ms. Each token is an event, an HTTP chunk and a write of its own, as providers send
+`tokens-200-every-10` one every 10 ms. `calls-20` first calls the tool `look`, and writes 20 tokens once it has the
+result. Each token is an event, an HTTP chunk and a write of its own, as providers send
 them. Run as a module it prints its port and serves until it is terminated.
 """
 
@@ -17,7 +18,10 @@ import uvloop
 
 TOKEN = " violin"
 
-_MODEL = re.compile(rb'"model": ?"tokens-(\d+)(?:-every-(\d+))?"')
+TOOL = "look"
+"""The tool that is called."""
+
+_MODEL = re.compile(rb'"model": ?"(tokens|calls)-(\d+)(?:-every-(\d+))?"')
 _LENGTH = re.compile(rb"\r\ncontent-length: ?(\d+)", re.IGNORECASE)
 
 _HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -43,18 +47,34 @@ def model(tokens: int, pause_ms: int = 0) -> str:
 
 @functools.cache
 def _answer(tokens: int, pause_ms: int) -> Answer:
-    usage = {"prompt_tokens": 100, "completion_tokens": tokens, "total_tokens": 100 + tokens}
-    end = (_event(_choice({}, "stop")), _event(choices=[], usage=usage), _chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n")
     return Answer(
         first=_HEAD + _event(_choice({"role": "assistant", "content": "", "refusal": None})),
         token=_event(_choice({"content": TOKEN})),
         tokens=tokens,
-        last=b"".join(end),
+        last=_last("stop", tokens),
         pause=pause_ms / 1000,
     )
 
 
-def _choice(delta: dict[str, str | None], finish: str | None = None) -> dict[str, object]:
+@functools.cache
+def _call() -> Answer:
+    function = {"name": TOOL, "arguments": '{"at":"the harbour"}'}
+    return Answer(
+        first=_HEAD + _event(_choice({"role": "assistant", "content": None, "refusal": None})),
+        token=_event(_choice({"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": function}]})),
+        tokens=1,
+        last=_last("tool_calls", 10),
+        pause=0.0,
+    )
+
+
+def _last(finish: str, tokens: int) -> bytes:
+    usage = {"prompt_tokens": 100, "completion_tokens": tokens, "total_tokens": 100 + tokens}
+    end = (_event(_choice({}, finish)), _event(choices=[], usage=usage), _chunk(b"data: [DONE]\n\n"), b"0\r\n\r\n")
+    return b"".join(end)
+
+
+def _choice(delta: dict[str, object], finish: str | None = None) -> dict[str, object]:
     return {"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}], "usage": None}
 
 
@@ -100,12 +120,16 @@ class Connection(asyncio.Protocol):
         if len(self._received) < end:
             return
         asked = _MODEL.search(self._received, head, end)
+        body = bytes(self._received[head + 4 : end]) if asked and asked[1] == b"calls" else b""
         self._received = self._received[end:]
         if asked is None:
             self._transport.write(_REFUSED)
             self._transport.close()
             return
-        answer = _answer(int(asked[1]), int(asked[2] or 0))
+        if body and json.loads(body)["messages"][-1]["role"] != "tool":
+            answer = _call()
+        else:
+            answer = _answer(int(asked[2]), int(asked[3] or 0))
         self._transport.write(answer.first)
         self._write(answer, iter(range(1, answer.tokens + 1)), self._loop.time())
 

@@ -65,8 +65,7 @@ TARGETS: dict[str, Figure] = {
 def table(rounds: Sequence[Mapping[str, float]]) -> Iterator[str]:
     """The lines of a Markdown table: of each figure that was measured the median of the rounds, its spread, and
     whether it is within its target."""
-    head = ("", "median", "min to max", "target", "")
-    rows = [head]
+    rows: list[Sequence[str]] = [("", "median", "min to max", "target", "")]
     for key, (name, unit, target) in TARGETS.items():
         values = [measured[key] for measured in rounds if key in measured]
         if not values:
@@ -76,19 +75,24 @@ def table(rounds: Sequence[Mapping[str, float]]) -> Iterator[str]:
         rows.append(
             (
                 name,
-                f"{_digits(median)} {unit}".rstrip(),
-                f"{_digits(min(values))} to {_digits(max(values))}",
+                f"{digits(median)} {unit}".rstrip(),
+                f"{digits(min(values))} to {digits(max(values))}",
                 "" if target is None else f"{target:g}",
                 verdict,
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    yield from markdown(rows)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table whose first row is its head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for number, row in enumerate(rows):
         yield f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |"
         if not number:
             yield f"| {' | '.join('-' * width for width in widths)} |"
 
 
-def _digits(value: float) -> str:
+def digits(value: float) -> str:
     """Three of them that mean something."""
     return f"{value:.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
