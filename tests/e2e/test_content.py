@@ -568,6 +568,7 @@ async def test_every_way_into_state_holds_what_it_refers_to(served: Running, ses
 async def forgotten(served: Running) -> int:
     """How many blobs a day later would find without anybody who needs them."""
     later = now() + 25 * 3600 * 1_000_000
+    await served.server._store.sweep_sessions()
     return await served.server._store.sweep_blobs(later, later)
 
 

@@ -252,6 +252,7 @@ async def test_imported_content_is_held_and_bounded(tmp_path: Path, served: Runn
         assert await store.sweep_blobs(clock.now, clock.now) == 0
         assert b"".join([piece async for piece in client.download(blob)]) == b"x" * 1000
         await client.sessions.DeleteSession(v1.DeleteSessionRequest(name=made.name))
+        await store.sweep_sessions()
         assert await store.sweep_blobs(clock.now, clock.now) == 1
     async with running(max_session_bytes=999) as small, small.client() as client:
         with pytest.raises(NotecaseError) as refused:
