@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.store.contract import Commit, Query, SessionKey
 from notecase_server.store.sqlite import SqliteStore
-from notecase_server.store.stretches import Stretch, left_behind, superseded_at
+from notecase_server.store.stretches import Stretch, last_of, left_behind, superseded_at
 
 from tests.store.build import ManualClock, said
 
@@ -25,7 +26,7 @@ def test_each_message_is_left_behind_by_the_first_rewind_over_it(steps: list[tup
     for messages, place in steps:
         head += messages + 1
         to_sequence = place % head
-        known = sorted([*known, *left_behind(known, to_sequence, head)])
+        known = sorted([*known, *left_behind(partial(last_of, known), to_sequence, head)])
         for sequence in range(to_sequence + 1, head):
             meant.setdefault(sequence, head)
     assert {at: rewind for at in range(1, head + 1) if (rewind := superseded_at(known, at)) is not None} == meant
@@ -65,3 +66,19 @@ async def test_a_rewind_costs_the_same_whatever_lies_behind_it(tmp_path: Path, m
     rows, size = counted
     assert rows == 3, "the session, the event and one stretch"
     assert size < 10_000
+
+
+@pytest.mark.parametrize("rewinds", [10, 1000])
+def test_a_rewind_looks_at_as_many_stretches_as_it_adds(rewinds: int) -> None:
+    """However many there are: a log that is rewound to its beginning again and again, then once more."""
+    known, looked = list[Stretch](), 0
+
+    def last(before: int) -> Stretch | None:
+        nonlocal looked
+        looked += 1
+        return last_of(known, before)
+
+    for number in range(1, rewinds + 1):
+        known = sorted([*known, *left_behind(partial(last_of, known), 0, 3 * number)])
+    added = left_behind(last, 0, 3 * rewinds + 3)
+    assert (len(added), looked) == (1, 2)

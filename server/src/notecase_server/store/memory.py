@@ -29,7 +29,7 @@ from notecase_server.store.contract import (
 )
 from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import Found, Position, matches
-from notecase_server.store.stretches import Stretch, marked, superseded_at
+from notecase_server.store.stretches import Stretch, last_of, marked, superseded_at
 from notecase_server.store.tables import (
     Applied,
     Batch,
@@ -370,9 +370,9 @@ class _MemoryTables:
             for place in range(bisect_right(session.changes, after), bisect_right(session.changes, until)):
                 yield v1.Event.FromString(session.events[session.changes[place] - 1])
 
-    def stretches(self, key: SessionKey, after: int) -> list[Stretch]:
+    def last_stretch(self, key: SessionKey, before: int) -> Stretch | None:
         session = self._session(key)
-        return [stretch for stretch in session.stretches if stretch.until > after] if session else []
+        return last_of(session.stretches, before) if session else None
 
     def add_stretches(self, key: SessionKey, stretches: Sequence[Stretch]) -> None:
         for stretch in stretches:

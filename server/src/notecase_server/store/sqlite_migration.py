@@ -8,8 +8,10 @@ a message says no more by itself whether it is superseded.
 
 import re
 import sqlite3
+from bisect import insort
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -18,7 +20,7 @@ from notecase import v1
 
 from notecase_server.store import earlier
 from notecase_server.store.sqlite_schema import SCHEMA
-from notecase_server.store.stretches import Stretch, left_behind
+from notecase_server.store.stretches import Stretch, last_of, left_behind
 
 log = structlog.get_logger()
 
@@ -112,9 +114,10 @@ def _leave_behind(connection: sqlite3.Connection) -> None:
             for *_, sequence, body in events:
                 event = v1.Event.FromString(body)
                 if event.HasField("rewound"):
-                    known = sorted([*known, *left_behind(known, event.rewound.to_sequence, sequence)])
+                    for stretch in left_behind(partial(last_of, known), event.rewound.to_sequence, sequence):
+                        insort(known, stretch)
             connection.executemany(
-                "INSERT INTO stretches VALUES (?, ?, ?, ?, ?)", [(*session, *stretch) for stretch in known]
+                "INSERT INTO stretches VALUES (?, ?, ?, ?, ?, ?)", [(*session, *stretch) for stretch in known]
             )
 
 

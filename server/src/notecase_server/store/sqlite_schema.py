@@ -74,6 +74,7 @@ SCHEMA = (
         after INTEGER NOT NULL,
         until INTEGER NOT NULL,
         sequence INTEGER NOT NULL,
+        back INTEGER NOT NULL,
         PRIMARY KEY (tenant, uid, after)
     ) WITHOUT ROWID""",
     """CREATE TABLE calls (

@@ -106,7 +106,7 @@ NAMED_MESSAGES = f"""SELECT m.uid, m.message, m.body, e.body, {REWIND}
 COPIES = (
     """INSERT INTO events SELECT :tenant, :uid, sequence, tells_past, body FROM events
         WHERE tenant = :tenant AND uid = :source AND sequence <= :at""",
-    """INSERT INTO stretches SELECT :tenant, :uid, after, until, sequence FROM stretches
+    """INSERT INTO stretches SELECT :tenant, :uid, after, until, sequence, back FROM stretches
         WHERE tenant = :tenant AND uid = :source AND sequence <= :at""",
     """INSERT INTO messages SELECT :tenant, :uid, sequence, message, run, step, update_sequence, body
         FROM messages WHERE tenant = :tenant AND uid = :source AND sequence <= :at AND update_sequence <= :at""",
@@ -349,16 +349,18 @@ class SqliteTables:
         for (body,) in rows:
             yield v1.Event.FromString(body)
 
-    def stretches(self, key: SessionKey, after: int) -> list[Stretch]:
-        rows = self._execute(
-            "SELECT after, until, sequence FROM stretches WHERE tenant = ? AND uid = ? AND until > ? ORDER BY after",
-            (*_of(key), after),
+    def last_stretch(self, key: SessionKey, before: int) -> Stretch | None:
+        row = self._one(
+            """SELECT after, until, sequence, back FROM stretches WHERE tenant = ? AND uid = ? AND after < ?
+                ORDER BY after DESC LIMIT 1""",
+            *_of(key),
+            before,
         )
-        return [Stretch(*row) for row in rows]
+        return Stretch(*row) if row else None
 
     def add_stretches(self, key: SessionKey, stretches: Sequence[Stretch]) -> None:
         self._executemany(
-            "INSERT INTO stretches (tenant, uid, after, until, sequence) VALUES (?, ?, ?, ?, ?)",
+            "INSERT INTO stretches (tenant, uid, after, until, sequence, back) VALUES (?, ?, ?, ?, ?, ?)",
             [(*_of(key), *stretch) for stretch in stretches],
         )
 

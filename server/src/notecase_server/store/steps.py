@@ -6,6 +6,7 @@ nothing, in a store that cannot undo as in one that can.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -122,8 +123,8 @@ def _add_events(tables: Tables, key: SessionKey, events: Sequence[v1.Event]) -> 
     tables.add_events(key, events)
     for event in events:
         if event.HasField("rewound"):
-            to_sequence = event.rewound.to_sequence
-            tables.add_stretches(key, left_behind(tables.stretches(key, to_sequence), to_sequence, event.sequence))
+            last = partial(tables.last_stretch, key)
+            tables.add_stretches(key, left_behind(last, event.rewound.to_sequence, event.sequence))
 
 
 def _existing(entries: Mapping[str, v1.StateEntry | None]) -> int:

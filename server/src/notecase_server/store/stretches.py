@@ -1,40 +1,50 @@
 """What rewinds have left behind, as stretches of a log: a message that lies in one is superseded. So a rewind writes no
 message again, however many lie behind it.
 
-Stretches of one log do not overlap: what a rewind has left behind stays that one's.
+Stretches of one log do not overlap: what a rewind has left behind stays that one's. Everything between a rewind and
+where it went back to is left behind, by it or by others, so a search steps over all of them at once: what a rewind
+costs is the stretches that it adds, however many there are.
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from notecase import v1
 
 
 class Stretch(NamedTuple):
-    """What lies behind sequence `after` and before `until`, superseded by the rewind at `sequence`."""
+    """What lies behind sequence `after` and before `until`, superseded by the rewind at `sequence`, which went back to
+    `back`."""
 
     after: int
     until: int
     sequence: int
+    back: int
 
 
-def left_behind(known: Sequence[Stretch], to_sequence: int, sequence: int) -> list[Stretch]:
-    """Returns the stretches that a rewind adds, between those of `known`, which are in their order: all from where it
-    goes back to up to itself."""
-    added, after = list[Stretch](), to_sequence
-    for stretch in known:
-        if stretch.until - 1 > after:
-            added.append(Stretch(after, stretch.after + 1, sequence))
-            after = stretch.until - 1
-    added.append(Stretch(after, sequence, sequence))
+def left_behind(last: Callable[[int], Stretch | None], back: int, sequence: int) -> list[Stretch]:
+    """Returns the stretches that a rewind to `back` adds, the last first: what lies between and is in force. `last`
+    finds the last stretch that begins before a sequence."""
+    added, until, stretch = list[Stretch](), sequence, last(sequence)
+    while stretch is not None and stretch.until - 1 > back:
+        added.append(Stretch(stretch.until - 1, until, sequence, back))
+        until = stretch.back + 1
+        stretch = last(stretch.back)
+    added.append(Stretch(back, until, sequence, back))
     return [stretch for stretch in added if stretch.until > stretch.after + 1]
+
+
+def last_of(known: Sequence[Stretch], before: int) -> Stretch | None:
+    """Returns the last one that begins before a sequence, of those of a log in their order."""
+    place = bisect_left(known, (before,)) - 1
+    return known[place] if place >= 0 else None
 
 
 def superseded_at(known: Sequence[Stretch], sequence: int) -> int | None:
     """Returns the rewind that left this sequence behind; None when it is in force."""
-    place = bisect_left(known, (sequence,)) - 1
-    return known[place].sequence if place >= 0 and known[place].until > sequence else None
+    stretch = last_of(known, sequence)
+    return stretch.sequence if stretch is not None and stretch.until > sequence else None
 
 
 def marked(message: v1.Message, rewind: int | None) -> v1.Message:

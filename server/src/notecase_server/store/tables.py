@@ -176,9 +176,8 @@ class Tables(Protocol):
         """The events after one sequence and up to another that `fold.tells_past`, in their order."""
         ...
 
-    def stretches(self, key: SessionKey, after: int) -> list[Stretch]:
-        """What rewinds have left behind that ends after that sequence, in its order. Messages are read as they leave
-        them."""
+    def last_stretch(self, key: SessionKey, before: int) -> Stretch | None:
+        """The last that begins before that sequence. Messages are read as stretches leave them."""
         ...
 
     def add_stretches(self, key: SessionKey, stretches: Sequence[Stretch]) -> None:
