@@ -164,7 +164,8 @@ async def test_connections_are_bounded() -> None:
         await served.info.GetServerInfo(v1.GetServerInfoRequest())
         opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(4)]
         ends = [asyncio.create_task(reader.read()) for reader, _ in opened]
-        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        ended, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        assert ended
         await served.info.GetServerInfo(v1.GetServerInfoRequest())
         for end in ends:
             end.cancel()

@@ -114,6 +114,9 @@ async def replayed(store: Store, key: SessionKey) -> dict[str, Any]:
     scope = key.state
     for entry in await store.read_events(key, 0):
         fold.replay(rows, key, entry)
+        for message in rows.messages.values() if entry.HasField("rewound") else ():
+            if message.sequence > entry.rewound.to_sequence and message.status != v1.Message.STATUS_SUPERSEDED:
+                message.status, message.update_sequence = v1.Message.STATUS_SUPERSEDED, entry.sequence
     session = rows.session
     activity = session.activity or v1.Session.ACTIVITY_IDLE
     state = v1.State(version=rows.versions.get(scope, 0))

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from notecase import v1
+from notecase_server.store import fold
 from notecase_server.store.contract import Commit, Query, SessionKey
 from notecase_server.store.sqlite import SqliteStore
 from notecase_server.store.stretches import Stretch, last_of, left_behind, superseded_at
@@ -82,3 +84,19 @@ def test_a_rewind_looks_at_as_many_stretches_as_it_adds(rewinds: int) -> None:
         known = sorted([*known, *left_behind(partial(last_of, known), 0, 3 * number)])
     added = left_behind(last, 0, 3 * rewinds + 3)
     assert (len(added), looked) == (1, 2)
+
+
+def test_a_rewind_that_is_read_again_looks_at_no_message() -> None:
+    """A file to import may have as many rewinds as messages."""
+
+    class Unread(dict[str, v1.Message]):
+        def values(self) -> Any:
+            raise AssertionError("a rewind looks at every message")
+
+    rows = fold.Rows(v1.Session(), 0, messages=Unread())
+    for sequence in range(1, 4):
+        event = said(f"m{sequence}")
+        event.sequence = sequence
+        fold.replay(rows, KEY, event)
+    fold.replay(rows, KEY, v1.Event(sequence=4, rewound=v1.Rewound(to_sequence=1)))
+    assert rows.sealing == 1

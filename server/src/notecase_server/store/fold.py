@@ -170,6 +170,8 @@ def apply(rows: Rows, commit: Commit, now: int) -> Committed:
         event.sequence = session.last_sequence
         event.create_time.FromMicroseconds(now)
         _apply_event(rows, commit.key, event, done, early=commit.start is not None and not commit.start.digest)
+        if event.HasField("rewound"):
+            _leave_behind(rows, event)
         done.events.append(event)
     if done.events:
         session.update_time.FromMicroseconds(now)
@@ -276,20 +278,24 @@ def _change_state(rows: Rows, key: SessionKey, event: v1.Event, done: Committed)
 
 def _rewind(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     """All that a rewind restores by itself: what must be spelled out, calls and state, follows it. Answers that were
-    remembered later are taken back; what the runs that ended remembered is left with them. Of the messages, only those
-    at hand are marked here: see `stretches`."""
+    remembered later are taken back; what the runs that ended remembered is left with them. Messages are marked as they
+    are read: see `stretches`."""
     if rows.session.active_run:
         raise errors.run_active(f"sessions/{key.session}/runs/{rows.session.active_run}")
     rows.sealing = event.rewound.to_sequence
-    for message in rows.messages.values():
-        if message.sequence > event.rewound.to_sequence and message.status != v1.Message.STATUS_SUPERSEDED:
-            message.status = v1.Message.STATUS_SUPERSEDED
-            message.update_sequence = event.sequence
     remembered = rows.session.remembered
     for input_id in [key for key, answer in remembered.items() if answer.sequence > event.rewound.to_sequence]:
         del remembered[input_id]
     while rows.session.summary_sequence > event.rewound.to_sequence:
         rows.session.summary_sequence = rows.continued[rows.session.summary_sequence]
+
+
+def _leave_behind(rows: Rows, event: v1.Event) -> None:
+    """Marks the messages of the same commit, which its caller is told of."""
+    for message in rows.messages.values():
+        if message.sequence > event.rewound.to_sequence and message.status != v1.Message.STATUS_SUPERSEDED:
+            message.status = v1.Message.STATUS_SUPERSEDED
+            message.update_sequence = event.sequence
 
 
 def _summarize(rows: Rows, event: v1.Event) -> None:
