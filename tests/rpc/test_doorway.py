@@ -15,6 +15,7 @@ from notecase import v1
 from notecase_server import errors, serve
 from notecase_server.errors import Violation
 from notecase_server.models.openai import OpenAIProvider
+from notecase_server.rpc import interceptor
 from notecase_server.rpc.gate import Gate
 from notecase_server.rpc.interceptor import Doorway, caller, development
 from notecase_server.store import sqlite
@@ -340,6 +341,37 @@ async def test_a_call_that_ends_within_the_patience_is_answered_and_a_new_one_is
         await closing
         await waiting.door.close(patience=3600)
     assert ["answered"] == waiting.ended
+
+
+@pytest.mark.parametrize("shape", WAITING)
+async def test_a_call_that_is_being_refused_when_the_doorway_closes_ends_with_its_own_error(
+    shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stop of the server neither fails with it nor takes its word, however often it asks."""
+    waiting = Waiting()
+    refusing, told = asyncio.Event(), asyncio.Event()
+    abort = interceptor.abort
+
+    async def slowly(context: Any, error: Exception) -> None:
+        refusing.set()
+        await told.wait()
+        await abort(context, error)
+
+    async def refused() -> health_pb2.HealthCheckResponse:
+        raise errors.invalid([Violation("service", "is unknown")])
+
+    monkeypatch.setattr(interceptor, "abort", slowly)
+    monkeypatch.setattr(waiting, "wait", refused)
+    async with waiting.serving() as channel:
+        calling = asyncio.ensure_future(WAITING[shape](channel, f"/test.Waiting/{shape}", b""))
+        await refusing.wait()
+        await waiting.door.close(patience=0)
+        await waiting.door.close(patience=0)
+        told.set()
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await calling
+        assert "INVALID_FIELD" == reason_of(ended.value)
+        await waiting.door.close(patience=3600)
 
 
 async def test_a_caller_that_leaves_is_not_taken_for_the_stop() -> None:

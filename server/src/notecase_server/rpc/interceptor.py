@@ -25,6 +25,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
+from notecase_server.limit import Limit
 from notecase_server.rpc.frames import Decoder
 from notecase_server.rpc.gate import Call, Gate, deliver
 from notecase_server.store.contract import Replayed
@@ -76,7 +77,7 @@ class Doorway(grpc.aio.ServerInterceptor):
         self._authenticate = authenticate
         self._new_id = new_id
         self._endpoints: dict[str, Any] = {}
-        self._under_way: dict[asyncio.Task[Any], asyncio.Timeout] = {}
+        self._under_way: dict[asyncio.Task[Any], Limit] = {}
         self._closing = False
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
@@ -91,17 +92,18 @@ class Doorway(grpc.aio.ServerInterceptor):
 
     async def close(self, patience: float) -> None:
         """Refuses new calls, lets those under way go on for `patience` seconds, and then ends them with
-        SERVER_DRAINING. A call whose status nobody reads is waited for once more as long. May be called again."""
+        SERVER_DRAINING; one that is being refused already ends with what it was refused for. A call whose status
+        nobody reads is waited for once more as long. May be called again."""
         self._closing = True
         if self._under_way:
             await asyncio.wait(list(self._under_way), timeout=patience)
         cut = dict(self._under_way)
         for limit in cut.values():
-            limit.reschedule(asyncio.get_running_loop().time())
+            limit.due = asyncio.get_running_loop().time()
         if cut:
             await asyncio.wait(list(cut), timeout=patience)
 
-    def enter(self, method: str, context: Any) -> tuple[asyncio.Timeout, Call]:
+    def enter(self, method: str, context: Any) -> tuple[Limit, Call]:
         """Admits a call: finds out who calls, and gives the log its context. Returns the limit to work within, which
         passes when the server cuts the call, and its place at the gate; `leave` ends it. Raises NotecaseError
         SERVER_DRAINING and RATE_LIMITED, and what `authenticate` raises."""
@@ -119,7 +121,7 @@ class Doorway(grpc.aio.ServerInterceptor):
         if not probe:
             caller.set(Caller(self._authenticate(metadata), request_id, method))
         call = self._gate.enter(context, probe=probe)
-        limit = self._under_way[_this_task()] = asyncio.timeout(None)
+        limit = self._under_way[_this_task()] = Limit()
         return limit, call
 
     def leave(self) -> None:
@@ -159,7 +161,7 @@ class Endpoint(ABC):
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001  (nothing internal may reach the client)
-            await self._refuse(context, errors.cut() if limit and limit.expired() else error)
+            await self._refuse(context, errors.cut() if limit and limit.passed else error)
         finally:
             self._door.leave()
 
