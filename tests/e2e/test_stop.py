@@ -6,10 +6,12 @@ import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import v1
+from notecase_server.models.offline import OfflineProvider
 
 from tests.e2e.driving import said
 from tests.support.crashing import GATE, Crashing, Gate
 from tests.support.openai_server import OpenAIServer, reply, tool_calls
+from tests.support.server import running
 
 GRACE = 0.2
 
@@ -59,3 +61,20 @@ async def test_a_tool_that_does_not_heed_its_time_out_keeps_neither_its_run_nor_
     log = (tmp_path / "log").read_text()
     assert 1 == log.count("task_stuck")
     assert "server_left" in log
+
+
+class Jammed(OfflineProvider):
+    """A provider that cannot be closed."""
+
+    async def close(self) -> None:
+        raise OSError("jammed")
+
+
+async def test_what_fails_in_a_stop_keeps_nothing_else_open(tmp_path: Path) -> None:
+    """The failure is raised, and the store is closed: another server may have it."""
+    store = f"sqlite:{tmp_path / 'store.db'}"
+    with pytest.raises(OSError, match="jammed"):
+        async with running(store, {"offline": Jammed()}) as served:
+            await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="s"))
+    async with running(store) as served:
+        assert "sessions/s" == (await served.sessions.GetSession(v1.GetSessionRequest(name="sessions/s"))).name

@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import structlog
@@ -225,21 +226,22 @@ class Server:
 
     async def stop(self) -> None:
         """Takes nothing new, brings runs to their next commit or leaves them to the next start, tells the streams and
-        all other calls, and closes the store. Takes about `grace` seconds at most."""
+        all other calls, and closes the store, whatever of that fails. Takes about `grace` seconds at most."""
         grace = self._settings.grace
         log.info("server_draining", grace=grace)
-        await self._health.stop()
-        self.streams.drain.begin(grace)
-        await self._runs.drain(grace)
-        await self._contents.drain()
-        self.streams.drain.close()
-        await self._doorway.close(LAST_CALLS_SECONDS)
-        await self._grpc.stop(LAST_CALLS_SECONDS)
-        for provider in self._providers.values():
-            await provider.close()
-        await self._toolbox.close()
-        await self._schemas.close()
-        await self._store.close()
+        async with AsyncExitStack() as then:
+            then.push_async_callback(self._store.close)
+            then.push_async_callback(self._schemas.close)
+            then.push_async_callback(self._toolbox.close)
+            for provider in self._providers.values():
+                then.push_async_callback(provider.close)
+            then.push_async_callback(self._grpc.stop, LAST_CALLS_SECONDS)
+            then.push_async_callback(self._doorway.close, LAST_CALLS_SECONDS)
+            await self._health.stop()
+            self.streams.drain.begin(grace)
+            await self._runs.drain(grace)
+            await self._contents.drain()
+            self.streams.drain.close()
         log.info("server_stopped")
 
     async def _probe(self) -> None:
