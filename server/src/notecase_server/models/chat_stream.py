@@ -294,6 +294,10 @@ class ChatReply:
         self._take_said(message, pieces)
 
     def _take_said(self, said: Said, pieces: list[Piece]) -> None:
+        if said == Said(content=said.content):
+            if text := self._mended(Text, said.content):
+                self._take_text(text, pieces)
+            return  # a token of text and nothing else, as nearly every piece is
         self._data.message(said)
         # Some servers send two fields with the same text.
         thought = said.reasoning_content or said.reasoning

@@ -51,24 +51,24 @@ class EventSplitter:
             tail.clear()
         if self._after_cr or b"\r" in chunk:
             chunk = self._with_line_feeds(chunk)
-        if (
-            not (tail or self._lines or self._name)
-            and chunk.startswith(b"data: ")
-            and chunk.find(b"\n") == len(chunk) - 2
-            and chunk.endswith(b"\n\n")
-        ):
-            _bound(len(chunk))
-            return [Event(chunk[6:-2])]  # one token, as nearly every read is
+        if not tail and chunk.endswith(b"\n\n") and (data := self._plain(chunk[:-2])):
+            return [Event(data)]  # one token, as nearly every read is
         start = len(tail)
         tail += chunk
-        end = tail.rfind(b"\n", start)
-        if end < 0:
+        end = tail.rfind(b"\n", start) + 1
+        if not end:
             _bound(len(tail) + self._size)
             return []
-        block = bytes(tail[:end])
-        del tail[: end + 1]
+        *whole, rest = bytes(tail[:end]).split(b"\n\n")
+        del tail[:end]
         found: list[Event] = []
-        for line in block.split(b"\n"):
+        for piece in whole:
+            if data := self._plain(piece):
+                found.append(Event(data))
+            else:
+                for line in (*piece.split(b"\n"), b""):
+                    self._take(line, found)
+        for line in rest.splitlines():
             self._take(line, found)
         _bound(len(tail) + self._size)
         return found
@@ -83,6 +83,11 @@ class EventSplitter:
             self._tail.clear()
         self._flush(found)
         return found
+
+    def _plain(self, piece: bytes) -> bytes:
+        """Returns the data of an event that is one line and nothing else, without its end; empty for any other."""
+        whole = b"\n" not in piece and piece.startswith(b"data: ") and not (self._lines or self._name)
+        return piece[6:] if whole and len(piece) <= MAX_EVENT_BYTES else b""
 
     def _take(self, line: bytes, found: list[Event]) -> None:
         if not line:
