@@ -6,14 +6,18 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from importlib.metadata import packages_distributions
+from inspect import getmembers, iscoroutinefunction
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import notecase_server
 import pytest
+from notecase_server.store import contract
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -129,6 +133,9 @@ LINES: dict[str, Line] = {
     "mcp": Line({"tools.mcp"}, "One protocol's ways stay behind the contract."),
     "pydantic": Line({"tools.functions"}, "What an operator's types mean is asked in one place."),
     "sqlite3": Line({"store.sqlite"}, "SQL lives in its store."),
+    "notecase_server.store.contract.Store": Line(
+        {"serve", "store", "rpc.server"}, "Only composition names the whole store; all else asks for the parts it uses."
+    ),
     "jsonschema_rs": Line({"engine.schema"}, "Schemas of strangers are applied in one place, in a process of its own."),
     "liquid": Line({"engine.template"}, "Untrusted templates pass one gate, with its limits."),
     "click": Line({"cli"}, "Nothing below the command asks what was typed."),
@@ -280,6 +287,8 @@ def test_an_import_against_the_arrows_is_found(module: str, source: str, named: 
         ("engine.runs", "import uuid_utils.compat"),
         ("engine.runs", "from time import time as now\nnow()"),
         ("store.sqlite", "import time\nclock = time.time_ns"),
+        ("engine.summary", "from notecase_server.store.contract import Store"),
+        ("rpc.desk", "from notecase_server.store import contract\ndef look(store: contract.Store): pass"),
         ("engine.runs", "import datetime\ndatetime.datetime.now()"),
         ("engine.runs", "from datetime import date\ndate.today()"),
         ("store.fold", "def stamp(event):\n    event.create_time.GetCurrentTime()"),
@@ -299,11 +308,26 @@ def test_a_line_out_of_place_is_found(module: str, source: str) -> None:
         ("store.sqlite_file", "import sqlite3\nfrom .sqlite_tables import SqliteTables"),
         ("models.openai", "import openai"),
         ("serve", "from notecase_server.models.openai import OpenAIProvider"),
+        ("serve", "from notecase_server.store.contract import Store"),
+        ("engine.summary", "from notecase_server.store.contract import RunStore, StoreOpenError"),
     ],
 )
 def test_a_line_in_its_place_is_left_alone(module: str, source: str) -> None:
     used = uses(source, f"notecase_server.{module}")
     assert [] == [*forbidden_imports(module, used), *misplaced_lines(module, used)]
+
+
+PART_CALLS = 12
+"""Methods of one part of a store: more are two parts."""
+
+
+def test_a_store_is_the_sum_of_small_parts() -> None:
+    """So that who asks for a part asks for little, and no call is in two of them."""
+    parts = [part for part in contract.Store.__bases__ if part is not Protocol]
+    calls = [[name for name, member in vars(part).items() if iscoroutinefunction(member)] for part in parts]
+    assert [] == [part.__name__ for part, some in zip(parts, calls, strict=True) if not 0 < len(some) <= PART_CALLS]
+    assert [] == [name for name, often in Counter(chain(*calls)).items() if often > 1]
+    assert {name for name, _ in getmembers(contract.Store, iscoroutinefunction)} == set(chain(*calls))
 
 
 SMALL = ("cli", "engine", "rpc.interceptor", "supervisor")

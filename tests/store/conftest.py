@@ -1,25 +1,30 @@
-"""`store`: the one suite runs over every store there is."""
+"""`open_store`: the one suite runs over every store there is."""
 
+import tempfile
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from notecase_server.store.contract import Store
+from notecase_server.store.contract import Clock, Store
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
 
-from tests.store.build import ManualClock
+from tests.store.fixtures import Open, clock, store
 
-
-@pytest.fixture
-def clock() -> ManualClock:
-    return ManualClock()
+__all__ = ["clock", "open_store", "store"]
 
 
 @pytest.fixture(params=["memory", "sqlite"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path, clock: ManualClock) -> AsyncIterator[Store]:
-    opened: Store = (
-        MemoryStore(clock) if request.param == "memory" else await SqliteStore.open(tmp_path / "store.db", clock)
-    )
-    yield opened
-    await opened.close()
+def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+    @asynccontextmanager
+    async def opened(clock: Clock) -> AsyncIterator[Store]:
+        with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+            memory = request.param == "memory"
+            store: Store = MemoryStore(clock) if memory else await SqliteStore.open(Path(folder, "store.db"), clock)
+            try:
+                yield store
+            finally:
+                await store.close()
+
+    return opened

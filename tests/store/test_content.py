@@ -1,4 +1,4 @@
-"""Content: stored once under its digest, resumable at any piece, there for as long as anything refers to it."""
+"""Every store: content lies once under its digest, is resumable at any piece, and there while anything refers to it."""
 
 import hashlib
 from typing import Any, cast
@@ -22,6 +22,7 @@ from tests.store.build import (
     session_key,
     value,
 )
+from tests.store.fixtures import looks_inside
 
 HOUR = 3600 * 1_000_000
 
@@ -275,6 +276,7 @@ async def test_a_fork_holds_on_to_what_its_own_log_refers_to(store: Store, clock
     assert await swept(store, clock) == 1
 
 
+@looks_inside
 async def test_uploads_without_a_byte_are_removed_in_small_steps_too(
     store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -300,6 +302,7 @@ async def uploaders(store: Store, sha256: str, tenant: str = "acme") -> set[str]
     return await store._read(lambda tables: {who for who in asked if tables.uploaded(tenant, who, sha256)})
 
 
+@looks_inside
 async def test_each_who_uploads_a_blob_is_recorded_with_it(store: Store, clock: ManualClock) -> None:
     """By whichever way; in its tenant, and for as long as the blob is there."""
     data = b"a portrait"
@@ -327,6 +330,7 @@ async def test_each_who_uploads_a_blob_is_recorded_with_it(store: Store, clock: 
     assert await uploaders(store, sha256) == {"eve"}
 
 
+@looks_inside
 async def test_who_completes_an_upload_of_new_content_is_recorded(store: Store, clock: ManualClock) -> None:
     sha256 = hashlib.sha256(b"new").hexdigest()
     await store.open_upload("acme", "u1", clock.now + 100)

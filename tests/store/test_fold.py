@@ -1,20 +1,15 @@
 """Every store: whatever is committed, the rows are what the log says, read again from its beginning."""
 
 import asyncio
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import Store
 from notecase_server.store.fold import ENDED
-from notecase_server.store.memory import MemoryStore
-from notecase_server.store.sqlite import SqliteStore
 
 from tests.store.build import (
     APP_STATE,
@@ -48,6 +43,7 @@ from tests.store.build import (
     taken,
     used,
 )
+from tests.store.fixtures import Open
 
 RUNS = st.sampled_from(["r1", "r2", "r3"])
 KEYS = st.sampled_from(["a", "b", "c"])
@@ -312,12 +308,9 @@ async def check(store: Store) -> None:
     assert session.usage.model_calls == sum(entry.HasField("usage") for entry in log)
 
 
-async def scenario(kind: Literal["memory", "sqlite"], commits: list[list[tuple[Any, ...]]]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        clock = ManualClock()
-        store: Store = (
-            MemoryStore(clock) if kind == "memory" else await SqliteStore.open(Path(folder, "store.db"), clock)
-        )
+async def scenario(open_store: Open, commits: list[list[tuple[Any, ...]]]) -> None:
+    clock = ManualClock()
+    async with open_store(clock) as store:
         await create(store)
         number, made = 0, Made([], [], [])
         for actions in commits:
@@ -334,11 +327,9 @@ async def scenario(kind: Literal["memory", "sqlite"], commits: list[list[tuple[A
             else:
                 made = known
         await check(store)
-        await store.close()
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
-@settings(max_examples=100, deadline=None, database=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=100, deadline=None, database=None)
 @given(commits=st.lists(st.lists(EVENTS, max_size=3), max_size=25))
-def test_rows_are_the_fold_of_the_log(kind: Literal["memory", "sqlite"], commits: list[list[tuple[Any, ...]]]) -> None:
-    asyncio.run(scenario(kind, commits))
+def test_rows_are_the_fold_of_the_log(open_store: Open, commits: list[list[tuple[Any, ...]]]) -> None:
+    asyncio.run(scenario(open_store, commits))

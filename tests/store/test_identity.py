@@ -49,6 +49,7 @@ from tests.store.build import (
     start,
     started,
 )
+from tests.store.fixtures import looks_inside
 
 NEXT = reborn(KEY)
 COMMAND = CommandId("command", b"d")
@@ -181,6 +182,7 @@ async def test_by_the_key_of_a_deleted_session_nothing_is_found_or_changed(store
     assert await everything(store, NEXT) == before
 
 
+@looks_inside
 @pytest.mark.parametrize("way", WAYS)
 async def test_requests_about_a_deleted_session_are_not_answered_by_the_next(store: Store, way: Way) -> None:
     """Nor do they make another; what they were answered is gone."""
@@ -277,6 +279,7 @@ def rows_with(store: Store, uid: str) -> set[str]:
     return found
 
 
+@looks_inside
 async def test_deletion_leaves_no_row_of_the_uid(store: Store, clock: ManualClock) -> None:
     """Requests alone are remembered, without their answers, until they are forgotten."""
     await fill(store, KEY)
@@ -295,6 +298,7 @@ async def test_deletion_leaves_no_row_of_the_uid(store: Store, clock: ManualCloc
     assert await store.sweep_blobs(clock.now, clock.now) == 1
 
 
+@looks_inside
 async def test_an_expired_session_leaves_no_row_of_the_uid(store: Store, clock: ManualClock) -> None:
     await fill(store, KEY)
     past = edit(expiry=True)

@@ -2,13 +2,11 @@
 
 import asyncio
 import io
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.engine import transfer
@@ -16,8 +14,6 @@ from notecase_server.engine.rewind import ended, rewound
 from notecase_server.errors import NotecaseError
 from notecase_server.store import fold
 from notecase_server.store.contract import CommandId, Commit, Committed, Fork, Query, Replayed, SessionKey, Store
-from notecase_server.store.memory import MemoryStore
-from notecase_server.store.sqlite import SqliteStore
 
 from tests.store.build import (
     EVERYTHING,
@@ -47,6 +43,7 @@ from tests.store.build import (
     used,
 )
 from tests.store.build import ended as over
+from tests.store.fixtures import Open
 from tests.store.test_fold import EVENTS, Made, event, state_by_hand
 
 WHERE = st.integers(0, 60)
@@ -183,12 +180,9 @@ async def check_moved(store: Store, key: SessionKey) -> None:
     assert b"".join([piece async for piece in transfer.exported(store, other)]) == file
 
 
-async def scenario(kind: Literal["memory", "sqlite"], actions: list[tuple[Any, ...]]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        clock = ManualClock()
-        store: Store = (
-            MemoryStore(clock) if kind == "memory" else await SqliteStore.open(Path(folder, "store.db"), clock)
-        )
+async def scenario(open_store: Open, actions: list[tuple[Any, ...]]) -> None:
+    clock = ManualClock()
+    async with open_store(clock) as store:
         await create(store)
         sessions = [Told(KEY)]
         latest = clock.now
@@ -227,16 +221,14 @@ async def scenario(kind: Literal["memory", "sqlite"], actions: list[tuple[Any, .
         for told in sessions:
             await check_past(store, told)
             await check_moved(store, told.key)
-        await store.close()
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
-@settings(max_examples=60, deadline=None, database=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None, database=None)
 @given(actions=st.lists(ACTIONS, max_size=25))
-def test_the_past_is_what_the_log_says(kind: Literal["memory", "sqlite"], actions: list[tuple[Any, ...]]) -> None:
+def test_the_past_is_what_the_log_says(open_store: Open, actions: list[tuple[Any, ...]]) -> None:
     """State at every sequence is the fold of the log up to it; a fork is a session that was told the same and then put
     to rest; rows are the fold, whatever was rewound and forked."""
-    asyncio.run(scenario(kind, actions))
+    asyncio.run(scenario(open_store, actions))
 
 
 async def test_a_fork_that_its_source_outran_is_right(store: Store) -> None:

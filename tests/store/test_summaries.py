@@ -1,18 +1,13 @@
 """Every store: one summary is in effect, each continues the one before it, and a rewind goes back to that."""
 
 import asyncio
-import tempfile
-from pathlib import Path
-from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import Fork, Store
-from notecase_server.store.memory import MemoryStore
-from notecase_server.store.sqlite import SqliteStore
 
 from tests.store.build import (
     KEY,
@@ -27,6 +22,7 @@ from tests.store.build import (
     summarized,
     used,
 )
+from tests.store.fixtures import Open
 
 
 async def in_effect(store: Store) -> int:
@@ -114,12 +110,9 @@ def by_hand(log: list[v1.Event]) -> int:
     return 0
 
 
-async def scenario(kind: Literal["memory", "sqlite"], actions: list[tuple[str, int]]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        clock = ManualClock()
-        store: Store = (
-            MemoryStore(clock) if kind == "memory" else await SqliteStore.open(Path(folder, "store.db"), clock)
-        )
+async def scenario(open_store: Open, actions: list[tuple[str, int]]) -> None:
+    clock = ManualClock()
+    async with open_store(clock) as store:
         await create(store)
         for number, (action, back) in enumerate(actions):
             head = len(await store.read_events(KEY, 0))
@@ -134,16 +127,12 @@ async def scenario(kind: Literal["memory", "sqlite"], actions: list[tuple[str, i
                 except NotecaseError:
                     assert head == len(await store.read_events(KEY, 0))
             assert await in_effect(store) == by_hand(await store.read_events(KEY, 0))
-        await store.close()
 
 
-@pytest.mark.parametrize("kind", ["memory", "sqlite"])
-@settings(max_examples=60, deadline=None, database=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None, database=None)
 @given(actions=st.lists(ACTIONS, max_size=20))
-def test_the_summary_in_effect_is_what_the_log_says(
-    kind: Literal["memory", "sqlite"], actions: list[tuple[str, int]]
-) -> None:
-    asyncio.run(scenario(kind, actions))
+def test_the_summary_in_effect_is_what_the_log_says(open_store: Open, actions: list[tuple[str, int]]) -> None:
+    asyncio.run(scenario(open_store, actions))
 
 
 async def test_a_fork_has_the_summary_that_was_in_effect_where_it_leaves(store: Store) -> None:

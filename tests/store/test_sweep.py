@@ -1,4 +1,4 @@
-"""Every store: a session is deleted at once, and its rows go after it in small transactions that may be cut."""
+"""Stores of tables: a session is deleted at once, and its rows go after it in small transactions that may be cut."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable

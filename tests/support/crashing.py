@@ -129,8 +129,8 @@ class Gate:
         writer.transport.abort() if gone.done() else writer.close()
 
 
-class _Mortal:
-    """A store that dies with its process at the chosen commit of a run."""
+class Mortal:
+    """A store that dies with its process at the chosen commit of a run; with None for both it never does."""
 
     def __init__(self, store: Store, before: int | None, after: int | None) -> None:
         self._store = store
@@ -214,7 +214,7 @@ def main() -> None:
         store = await open_store(url, clock)
         if options.deletions:
             _die_deleting(store, options.deletions)
-        return _Mortal(store, options.before, options.after)
+        return Mortal(store, options.before, options.after)
 
     settings = Settings(
         listen="127.0.0.1:0",

@@ -42,7 +42,7 @@ class Fault(NamedTuple):
         return f"{self.method} {self.mode}"
 
 
-METHODS = tuple(name for name, member in vars(Store).items() if inspect.iscoroutinefunction(member) and name != "close")
+METHODS = tuple(name for name, _ in inspect.getmembers(Store, inspect.iscoroutinefunction) if name != "close")
 """Every call of the contract that may fail."""
 
 

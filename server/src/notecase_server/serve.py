@@ -191,7 +191,7 @@ class Server:
         self.streams = Streams(sessions, self._runs, self._supervisor, pace)
         self._desk = Desk(
             version=__version__,
-            store=store,
+            requests=store,
             sessions=sessions,
             runs=self._runs,
             max_runs=settings.max_runs,
@@ -215,7 +215,7 @@ class Server:
         """Serves, and takes over the runs that were left; returns the port. Raises RuntimeError when the address is
         taken."""
         channel = options(self._settings.max_calls, self._settings.max_connections)
-        self._grpc, self._health = await build(self._desk, self._doorway, channel)
+        self._grpc, self._health = await build(self._desk, self._store, self._doorway, channel)
         self.port = self._grpc.add_insecure_port(self._settings.listen)
         await self._grpc.start()
         self._runs.upkeep.start()

@@ -60,7 +60,8 @@ class AtRest:
                 getattr(made, name).CopyFrom(getattr(chosen, name))
         fork = Fork(key=key, source=source, past=past, session=made, events=ended(past))
         record = self._sessions.record(once, key.tenant, Answer("session"))
-        committed = await self._sessions.surely(record, lambda record: self._store.fork(replace(fork, once=record)))
+        store = self._sessions.store
+        committed = await self._sessions.surely(record, lambda record: store.fork(replace(fork, once=record)))
         self._sessions.live(key).committed(committed)
         return committed
 

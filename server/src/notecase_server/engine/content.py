@@ -10,7 +10,7 @@ import json
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import structlog
 from notecase import v1
@@ -18,7 +18,7 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.engine.upload import Writer
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import CHUNK_BYTES, PAGE_BYTES, Clock, SessionKey, Store
+from notecase_server.store.contract import CHUNK_BYTES, PAGE_BYTES, BlobStore, Clock, SessionKey, StateStore
 from notecase_server.supervisor import Tasks
 
 log = structlog.get_logger()
@@ -53,10 +53,14 @@ class Limits(NamedTuple):
     """Of all blobs that its log refers to."""
 
 
+class ContentStore(BlobStore, StateStore, Protocol):
+    """Holds content, and the states that may name some."""
+
+
 class Contents:
     """The content of one server. Content that is read here is held: no sweep removes it meanwhile."""
 
-    def __init__(self, store: Store, new_id: Callable[[], str], clock: Clock, limits: Limits) -> None:
+    def __init__(self, store: ContentStore, new_id: Callable[[], str], clock: Clock, limits: Limits) -> None:
         self.limits = limits
         self._store = store
         self._new_id = new_id

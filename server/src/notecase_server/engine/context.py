@@ -4,13 +4,15 @@ the part of the history that fits.
 The log is never cut; only the request is.
 """
 
+from typing import Protocol
+
 from notecase import v1
 
 from notecase_server.engine import template
 from notecase_server.engine.summary import Summary, in_effect
 from notecase_server.engine.tokens import Gauge
 from notecase_server.models.contract import ModelRequest
-from notecase_server.store.contract import Query, Scope, SessionKey, StepKey, Store
+from notecase_server.store.contract import History, Query, Scope, SessionKey, StateStore, StepKey
 
 PAGE = 500
 """Messages read at a time."""
@@ -22,8 +24,12 @@ MAX_KEYS = 1000
 """Entries of one state that a template may see when it names them only at run time."""
 
 
+class Shown(History, StateStore, Protocol):
+    """Holds what a model is shown."""
+
+
 async def build(
-    store: Store, key: SessionKey, user: str, run: str, agent: v1.Agent, summary: int = 0, most_tokens: int = 0
+    store: Shown, key: SessionKey, user: str, run: str, agent: v1.Agent, summary: int = 0, most_tokens: int = 0
 ) -> ModelRequest:
     """Builds the request for the next model call of `run`. `summary` is the sequence of the session's summary;
     `most_tokens` bounds the messages in addition to the agent's own limits; 0 for neither.
@@ -36,7 +42,7 @@ async def build(
     return ModelRequest(llm.model, instruction, messages, llm.generation)
 
 
-async def _instruction(store: Store, key: SessionKey, user: str, source: str) -> str:
+async def _instruction(store: StateStore, key: SessionKey, user: str, source: str) -> str:
     parsed = await template.parsed(source)
     scopes = {
         "session": key.state,
@@ -58,7 +64,7 @@ async def _instruction(store: Store, key: SessionKey, user: str, source: str) ->
 
 
 async def shown(
-    store: Store, key: SessionKey, context: v1.Context, run: str, summary: Summary | None = None, most_tokens: int = 0
+    store: History, key: SessionKey, context: v1.Context, run: str, summary: Summary | None = None, most_tokens: int = 0
 ) -> list[v1.Message]:
     """Returns the summary, then the newest messages that it does not cover and that fit the limits, oldest first: at
     most `most_tokens` of them, too, unless that is 0. They begin with what a user or the system said, and hold the

@@ -17,7 +17,7 @@ from notecase_server import names
 from notecase_server.engine.content import MEDIA_TYPES, Contents
 from notecase_server.engine.tokens import Gauge
 from notecase_server.models.contract import Tool, is_text
-from notecase_server.store.contract import PAGE_BYTES, SessionKey, Store
+from notecase_server.store.contract import PAGE_BYTES, History, SessionKey
 from notecase_server.tools.contract import Outcome
 
 SHOWN_BYTES = 32 << 10
@@ -101,7 +101,7 @@ def fitting(message: v1.Message | None, outcome: Outcome) -> Outcome:
 class Results:
     """The results in one session's log."""
 
-    def __init__(self, store: Store, contents: Contents, key: SessionKey) -> None:
+    def __init__(self, store: History, contents: Contents, key: SessionKey) -> None:
         self._store = store
         self._contents = contents
         self._key = key

@@ -11,7 +11,7 @@ from notecase import v1
 from notecase_server import errors
 from notecase_server.engine import ledger
 from notecase_server.errors import Violation
-from notecase_server.store.contract import Past, SessionKey, Store
+from notecase_server.store.contract import History, Past, SessionKey
 from notecase_server.store.fold import open_calls
 
 PAGE_OPS = 500
@@ -34,14 +34,14 @@ class Back(NamedTuple):
     """Where the caller named the sequence."""
 
 
-async def back(store: Store, key: SessionKey, run: v1.Run, way: Back) -> Rewind:
+async def back(store: History, key: SessionKey, run: v1.Run, way: Back) -> Rewind:
     """Returns the way back from where `run` is under way. Raises as `rewound` and `rolled_back`."""
     if way.to_sequence is None:
         return await rolled_back(store, key, run)
     return await rewound(store, key, way.to_sequence, way.field)
 
 
-async def rewound(store: Store, key: SessionKey, to_sequence: int, field: str) -> Rewind:
+async def rewound(store: History, key: SessionKey, to_sequence: int, field: str) -> Rewind:
     """Returns the way back to a sequence that is still part of the conversation; `field` is where the caller named it.
 
     Raises NotecaseError SESSION_NOT_FOUND, SEQUENCE_AHEAD, and INVALID_FIELD inside a stretch that was rewound before:
@@ -55,7 +55,7 @@ async def rewound(store: Store, key: SessionKey, to_sequence: int, field: str) -
     return _back(past, to_sequence)
 
 
-async def rolled_back(store: Store, key: SessionKey, run: v1.Run) -> Rewind:
+async def rolled_back(store: History, key: SessionKey, run: v1.Run) -> Rewind:
     """Returns the way back to before a run's start: what went on while it was queued is not its doing, and stays. Where
     that was rewound meanwhile, it goes as far as the rewind went."""
     before = await _before(store, key, run)
@@ -65,7 +65,7 @@ async def rolled_back(store: Store, key: SessionKey, run: v1.Run) -> Rewind:
     return _back(past, past.session.last_sequence, run.name)
 
 
-async def _before(store: Store, key: SessionKey, run: v1.Run) -> int:
+async def _before(store: History, key: SessionKey, run: v1.Run) -> int:
     """The sequence before the run's start, which is its first event unless it was queued."""
     before, size = run.first_sequence - 1, 1
     while events := await store.read_events(key, before, size):

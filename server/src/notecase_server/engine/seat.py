@@ -10,7 +10,7 @@ from notecase import v1
 
 from notecase_server.engine.halt import Halts
 from notecase_server.engine.run_log import RunLog
-from notecase_server.store.contract import SessionKey, Store
+from notecase_server.store.contract import History, SessionKey
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ class Seat:
             self._services.suspects.release()
 
 
-async def last_work(store: Store, key: SessionKey, run: v1.Run) -> int:
+async def last_work(store: History, key: SessionKey, run: v1.Run) -> int:
     """Returns when a worker last made an event of a run, in microseconds; 0 where the newest events tell of none. What
     callers made meanwhile is no sign of a worker."""
     for sequence in range(run.last_sequence, max(run.last_sequence - LOOK_BACK, 0), -1):

@@ -3,21 +3,26 @@
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from notecase_server.engine.content import Contents
 from notecase_server.engine.places import Places
 from notecase_server.engine.schema import Schemas
 from notecase_server.models.contract import Provider, Repeats
-from notecase_server.store.contract import Clock, Store
+from notecase_server.store.contract import AgentStore, Clock, History, RequestStore, RunStore, StateStore
 from notecase_server.supervisor import Supervisor
 from notecase_server.tools.contract import Toolbox
+
+
+class WorkStore(History, RequestStore, RunStore, StateStore, AgentStore, Protocol):
+    """Holds what work on runs reads; what it writes goes through the live session."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """Holds what works on runs needs; nothing in it is replaced while the process lives."""
 
-    store: Store
+    store: WorkStore
     providers: Mapping[str, Provider]
     """By name, the default one under "" as well."""
     toolbox: Toolbox

@@ -16,14 +16,7 @@ from notecase import v1
 
 from notecase_server.engine.draft import Draft
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import (
-    Commit,
-    Committed,
-    Scope,
-    SessionKey,
-    StepKey,
-    Store,
-)
+from notecase_server.store.contract import Commit, Committed, LogStore, Scope, SessionKey, StepKey
 from notecase_server.supervisor import backoff, is_passing
 
 Late = Callable[[Committed], None]
@@ -89,7 +82,7 @@ class Registry(Protocol):
 class LiveSession:
     """Holds one session, as long as a run or a watcher here holds on to it."""
 
-    def __init__(self, key: SessionKey, store: Store, sessions: "Registry") -> None:
+    def __init__(self, key: SessionKey, store: LogStore, sessions: "Registry") -> None:
         self.key = key
         self.user = ""
         self.head = 0

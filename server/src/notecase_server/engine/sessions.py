@@ -4,7 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TypeVar
+from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 from notecase import v1
@@ -17,12 +17,17 @@ from notecase_server.store.contract import (
     Commit,
     Committed,
     Compare,
+    History,
+    LogStore,
     Once,
     Query,
     Replayed,
+    RequestStore,
+    RunStore,
     Scope,
     SessionKey,
-    Store,
+    SessionStore,
+    StateStore,
 )
 
 T = TypeVar("T")
@@ -34,13 +39,17 @@ VISITS = 200
 """Sessions that hear of a change in one step of the loop: some 10 to 20 microseconds each."""
 
 
+class CaseStore(LogStore, History, RequestStore, SessionStore, RunStore, StateStore, Protocol):
+    """Holds sessions, with all that belongs to them."""
+
+
 class Sessions:
     """Holds the sessions alive in this process, and makes every write to one, so that its watchers here hear of it at
     once."""
 
     def __init__(
         self,
-        store: Store,
+        store: CaseStore,
         new_id: Callable[[], str],
         new_uid: Callable[[], str],
         content_limit: int | None = None,

@@ -14,7 +14,7 @@ from notecase import v1
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Finish, ModelRequest, Provider, Text, Tool, Used
-from notecase_server.store.contract import Query, SessionKey, Store
+from notecase_server.store.contract import History, Query, SessionKey
 
 KEEP_RECENT = 10
 BATCH = 20
@@ -48,7 +48,7 @@ class Summary(NamedTuple):
         return v1.Message(role=v1.Message.ROLE_SYSTEM, parts=[v1.Part(text=said)])
 
 
-async def in_effect(store: Store, key: SessionKey, sequence: int) -> Summary | None:
+async def in_effect(store: History, key: SessionKey, sequence: int) -> Summary | None:
     """Returns the summary whose event has that sequence; None for 0."""
     for event in await store.read_events(key, sequence - 1, 1) if sequence else ():
         return Summary(sequence, event.summarized.last_sequence, event.summarized.text)
@@ -87,7 +87,7 @@ class Plan(NamedTuple):
         return [v1.Event(summarized=summarized), v1.Event(usage=usage)]
 
 
-async def plan(store: Store, key: SessionKey, sequence: int, keep: int, batch: int) -> Plan | None:
+async def plan(store: History, key: SessionKey, sequence: int, keep: int, batch: int) -> Plan | None:
     """What to cover beyond the summary of that sequence, once `keep` + `batch` messages are not: all of a page but the
     newest `keep`, and never the newest of a user or what follows it. None when that leaves nothing."""
     before = await in_effect(store, key, sequence)

@@ -15,7 +15,7 @@ from notecase_server.engine import ledger
 from notecase_server.engine.halt import Halt
 from notecase_server.engine.run_log import RunLog
 from notecase_server.engine.session import Bell, LiveSession
-from notecase_server.store.contract import Clock, SessionKey, Store
+from notecase_server.store.contract import Clock, RunStore, SessionKey
 from notecase_server.store.fold import ENDED
 from notecase_server.tools.contract import Outcome
 
@@ -117,7 +117,7 @@ class Company:
         self._poll_seconds = poll_seconds
         self._alone_since = asyncio.get_running_loop().time()
 
-    async def watch(self, store: Store, cancel: Callable[[str], Awaitable[None]]) -> None:
+    async def watch(self, store: RunStore, cancel: Callable[[str], Awaitable[None]]) -> None:
         """Returns as soon as the run has ended or is gone, or when `cancel` has ended it for the reason given. May be
         called again after it failed: the time alone goes on."""
         loop = asyncio.get_running_loop()

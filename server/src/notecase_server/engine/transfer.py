@@ -17,7 +17,7 @@ from notecase_server import errors, names
 from notecase_server.engine.content import Contents
 from notecase_server.errors import NotecaseError
 from notecase_server.store import earlier, fold
-from notecase_server.store.contract import Restore, RunRecord, SessionKey, Store
+from notecase_server.store.contract import History, Restore, RunRecord, SessionKey
 
 MAGIC = b"notecase"
 VERSION = 2
@@ -47,7 +47,7 @@ OF_ANY = frozenset({"message_added", "tool_finished", "state_changed", "usage", 
 """Kinds of events that a log holds: those that are some run's, and those that need not be."""
 
 
-async def exported(store: Store, key: SessionKey, contents: Contents | None = None) -> AsyncIterator[bytes]:
+async def exported(store: History, key: SessionKey, contents: Contents | None = None) -> AsyncIterator[bytes]:
     """Yields the file, in pieces of at most CHUNK_BYTES, with the content that the log refers to if that is given. The
     same session gives the same bytes.
 
@@ -65,7 +65,7 @@ async def exported(store: Store, key: SessionKey, contents: Contents | None = No
     yield digest.digest()
 
 
-async def _written(store: Store, key: SessionKey, contents: Contents | None) -> AsyncIterator[bytes]:
+async def _written(store: History, key: SessionKey, contents: Contents | None) -> AsyncIterator[bytes]:
     """All that the file's digest is of."""
     session = await store.get_session(key)
     if session is None:

@@ -7,14 +7,14 @@ from notecase import v1
 
 from notecase_server import names
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import CHUNK_BYTES, Store
+from notecase_server.store.contract import CHUNK_BYTES, BlobStore
 from notecase_server.supervisor import is_passing
 
 
 class Writer:
     """Puts chunks of any size into an upload, in pieces of CHUNK_BYTES."""
 
-    def __init__(self, store: Store, tenant: str, upload: v1.Upload, check_size: Callable[[int], None]) -> None:
+    def __init__(self, store: BlobStore, tenant: str, upload: v1.Upload, check_size: Callable[[int], None]) -> None:
         self.size = 0
         """What came, before this call and with it."""
         self._digest = hashlib.sha256()

@@ -15,9 +15,7 @@ from notecase_server.rpc import filter as filters
 from notecase_server.rpc.desk import NOTHING, Desk, checked, copied, listed, masked, once
 from notecase_server.rpc.interceptor import caller
 from notecase_server.rpc.validate import MAX_SCHEMA_BYTES, Check
-from notecase_server.store.contract import (
-    Answer,
-)
+from notecase_server.store.contract import AgentStore, Answer
 
 AGENT_FILTER: Mapping[str, filters.FieldKind] = {"display_name": "text", "create_time": "time", "update_time": "time"}
 EDIT_TRIES = 20
@@ -27,9 +25,9 @@ AGENT_FIELDS = ("display_name", "description", "llm", "output_key", "labels")
 
 
 class Agents(v1.AgentServiceServicer):
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, store: AgentStore) -> None:
         self.desk = desk
-        self.store = desk.store
+        self.store = store
 
     async def CreateAgent(self, request: v1.CreateAgentRequest, context: Any) -> v1.Agent:
         check = checked(request)
@@ -81,7 +79,7 @@ class Agents(v1.AgentServiceServicer):
         for tries_left in reversed(range(EDIT_TRIES)):
             newest = await self.store.get_agent(tenant, agent_id) if agent_id else None
             if not check.violations:
-                await self.store.recall(repeat)
+                await self.desk.requests.recall(repeat)
             stale = bool(etag) and etag != (newest.etag if newest is not None else "")
             edited = v1.Agent() if newest is None else copied(newest)
             mask.MergeMessage(request.agent, edited, replace_message_field=True, replace_repeated_field=True)

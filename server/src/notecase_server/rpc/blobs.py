@@ -10,11 +10,13 @@ from notecase_server import errors
 from notecase_server.rpc.desk import Desk
 from notecase_server.rpc.interceptor import caller
 from notecase_server.rpc.validate import Check
+from notecase_server.store.contract import BlobStore
 
 
 class Blobs(v1.BlobServiceServicer):
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, store: BlobStore) -> None:
         self.desk = desk
+        self.store = store
 
     async def UploadBlob(self, request: AsyncIterator[v1.UploadBlobRequest], context: Any) -> v1.Blob:
         first = await anext(request, v1.UploadBlobRequest())
@@ -43,7 +45,7 @@ class Blobs(v1.BlobServiceServicer):
         check = Check()
         check.token_id("upload_id", request.upload_id)
         check.done()
-        upload = await self.desk.store.get_upload(caller.get().tenant, request.upload_id)
+        upload = await self.store.get_upload(caller.get().tenant, request.upload_id)
         if upload is None:
             raise errors.not_found("upload", request.upload_id)
         return upload
@@ -55,7 +57,7 @@ class Blobs(v1.BlobServiceServicer):
         return await self._blob(request.name, sha256)
 
     async def _blob(self, name: str, sha256: str) -> v1.Blob:
-        found = await self.desk.store.get_blob(caller.get().tenant, sha256)
+        found = await self.store.get_blob(caller.get().tenant, sha256)
         if found is None:
             raise errors.not_found("blob", name)
         return found

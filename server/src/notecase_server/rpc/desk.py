@@ -19,13 +19,7 @@ from notecase_server.rpc.interceptor import caller
 from notecase_server.rpc.pages import ListRequest, Pages
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.validate import Check
-from notecase_server.store.contract import (
-    Answer,
-    Once,
-    Query,
-    SessionKey,
-    Store,
-)
+from notecase_server.store.contract import Answer, Once, Query, RequestStore, SessionKey
 from notecase_server.tools.contract import Toolbox
 
 M = TypeVar("M", bound=Message)
@@ -52,7 +46,7 @@ class Desk:
     """What the services of one server share."""
 
     version: str
-    store: Store
+    requests: RequestStore
     sessions: Sessions
     runs: Runs
     max_runs: int
@@ -72,7 +66,7 @@ class Desk:
     async def session(self, session: str, once: Once | None = None, if_uid: str = "") -> SessionKey:
         """The session of this id, after a look whether the request was carried out before: what it was about may be
         gone by now. Raises Replayed, and NotecaseError SESSION_NOT_FOUND and REQUEST_ID_REUSED."""
-        await self.store.recall(once)
+        await self.requests.recall(once)
         key, _ = await self.sessions.find(caller.get().tenant, session, if_uid)
         return key
 

@@ -9,15 +9,13 @@ from notecase_server.engine.opening import incoming
 from notecase_server.rpc.desk import LARGE_BYTES, LARGE_PAGE, Desk, checked, listed, once
 from notecase_server.rpc.validate import Check
 from notecase_server.store import answers
-from notecase_server.store.contract import (
-    Answer,
-    Commit,
-)
+from notecase_server.store.contract import Answer, Commit, History
 
 
 class Messages(v1.MessageServiceServicer):
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, store: History) -> None:
         self.desk = desk
+        self.store = store
 
     async def ListMessages(self, request: v1.ListMessagesRequest, context: Any) -> v1.ListMessagesResponse:
         check = Check()
@@ -29,7 +27,7 @@ class Messages(v1.MessageServiceServicer):
         query = listed(check, self.desk.pages, request, *about)
         newest_first = request.order_by == "sequence desc"
         async with self.desk.patiently(heavy=query.limit > LARGE_PAGE):
-            page = await self.desk.store.list_messages(key, query, newest_first, superseded=request.show_superseded)
+            page = await self.store.list_messages(key, query, newest_first, superseded=request.show_superseded)
         rows = [names.render_message(key.session, row) for row in page.rows]
         return v1.ListMessagesResponse(messages=rows, next_page_token=self.desk.pages.token(page.next, *about))
 
@@ -37,7 +35,7 @@ class Messages(v1.MessageServiceServicer):
         check = Check()
         session, message = check.message("name", request.name)
         check.done()
-        row = await self.desk.store.get_message(await self.desk.session(session), message)
+        row = await self.store.get_message(await self.desk.session(session), message)
         if row is None:
             raise errors.not_found("message", request.name)
         return names.render_message(session, row)

@@ -14,12 +14,7 @@ from notecase_server.rpc.desk import Desk, checked, listed, once
 from notecase_server.rpc.interceptor import caller
 from notecase_server.rpc.validate import Check
 from notecase_server.store import answers
-from notecase_server.store.contract import (
-    ANSWER_BYTES,
-    Answer,
-    Page,
-    Replayed,
-)
+from notecase_server.store.contract import ANSWER_BYTES, Answer, Page, Replayed, RunStore
 
 RUN_FILTER: Mapping[str, filters.FieldKind] = {
     "state": filters.EnumField(v1.Run.State, "STATE_"),
@@ -29,8 +24,9 @@ RUN_FILTER: Mapping[str, filters.FieldKind] = {
 
 
 class RunsService(v1.RunServiceServicer):
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, store: RunStore) -> None:
         self.desk = desk
+        self.store = store
         self.runs = desk.runs
 
     def Run(self, request: AsyncIterator[v1.RunRequest], context: Any) -> AsyncIterator[v1.RunResponse]:
@@ -72,7 +68,7 @@ class RunsService(v1.RunServiceServicer):
         check = Check()
         session, run = check.run("name", request.name)
         check.done()
-        row = await self.desk.store.get_run(await self.desk.session(session), run)
+        row = await self.store.get_run(await self.desk.session(session), run)
         if row is None:
             raise errors.not_found("run", request.name)
         return names.render_run(session, row[0])
@@ -84,7 +80,7 @@ class RunsService(v1.RunServiceServicer):
         key = await self.desk.parent(check, session) if request.parent != "sessions/-" else None
         about = ("runs", tenant, key.uid if key else "-", request.filter)
         query = listed(check, self.desk.pages, request, *about, fields=RUN_FILTER)
-        page: Page[v1.Run] = await self.desk.store.list_runs(tenant, key, query)
+        page: Page[v1.Run] = await self.store.list_runs(tenant, key, query)
         rows = []
         for row in page.rows:
             found = names.parse_run(row.name)

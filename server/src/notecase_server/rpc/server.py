@@ -18,6 +18,7 @@ from notecase_server.rpc.runs import RunsService
 from notecase_server.rpc.servers import Servers
 from notecase_server.rpc.sessions import SessionsService
 from notecase_server.rpc.states import States
+from notecase_server.store.contract import Store
 
 FIXED = {
     "grpc.max_receive_message_length": TRANSPORT_BYTES,
@@ -63,17 +64,19 @@ SERVICES = (
 )
 
 
-async def build(desk: Desk, doorway: Doorway, channel: Sequence[tuple[str, int]]) -> tuple[grpc.aio.Server, Health]:
+async def build(
+    desk: Desk, store: Store, doorway: Doorway, channel: Sequence[tuple[str, int]]
+) -> tuple[grpc.aio.Server, Health]:
     """Makes a server with every service added and no port yet. `channel` are grpc's arguments, as `options` makes
     them."""
     server = grpc.aio.server(interceptors=[doorway], options=channel)
-    v1.add_ServerServiceServicer_to_server(Servers(desk), server)
-    v1.add_AgentServiceServicer_to_server(Agents(desk), server)
-    v1.add_SessionServiceServicer_to_server(SessionsService(desk), server)
-    v1.add_StateServiceServicer_to_server(States(desk), server)
-    v1.add_MessageServiceServicer_to_server(Messages(desk), server)
-    v1.add_RunServiceServicer_to_server(RunsService(desk), server)
-    v1.add_BlobServiceServicer_to_server(Blobs(desk), server)
+    v1.add_ServerServiceServicer_to_server(Servers(desk, store.kind), server)
+    v1.add_AgentServiceServicer_to_server(Agents(desk, store), server)
+    v1.add_SessionServiceServicer_to_server(SessionsService(desk, store), server)
+    v1.add_StateServiceServicer_to_server(States(desk, store), server)
+    v1.add_MessageServiceServicer_to_server(Messages(desk, store), server)
+    v1.add_RunServiceServicer_to_server(RunsService(desk, store), server)
+    v1.add_BlobServiceServicer_to_server(Blobs(desk, store), server)
     services = [f"notecase.v1.{name}" for name in SERVICES]
     health = Health(services)
     await health.add_to(server)

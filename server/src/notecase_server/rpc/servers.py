@@ -10,13 +10,15 @@ from notecase_server.rpc.pages import MAX_PAGE_SIZE
 
 
 class Servers(v1.ServerServiceServicer):
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, store: str) -> None:
+        """`store` is the store's kind."""
         self.desk = desk
+        self.store = store
 
     async def GetServerInfo(self, request: v1.GetServerInfoRequest, context: Any) -> v1.ServerInfo:
         return v1.ServerInfo(
             version=self.desk.version,
-            store=self.desk.store.kind,
+            store=self.store,
             providers=self.desk.providers,
             functions=self.desk.toolbox.functions,
             mcp_servers=self.desk.toolbox.mcp_servers,

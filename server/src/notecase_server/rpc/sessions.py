@@ -19,14 +19,7 @@ from notecase_server.rpc import filter as filters
 from notecase_server.rpc.desk import LARGE_BYTES, NOTHING, SESSION, SUBJECT, Desk, checked, copied, listed, masked, once
 from notecase_server.rpc.interceptor import caller
 from notecase_server.rpc.validate import Check
-from notecase_server.store.contract import (
-    PAGE_BYTES,
-    Answer,
-    Commit,
-    Committed,
-    Once,
-    SessionEdit,
-)
+from notecase_server.store.contract import PAGE_BYTES, AgentStore, Answer, Commit, Committed, Once, SessionEdit
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R")
@@ -48,8 +41,10 @@ SESSION_FIELDS = ("display_name", "agent", "labels", *EXPIRY_FIELDS)
 
 
 class SessionsService(v1.SessionServiceServicer):
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, agents: AgentStore) -> None:
         self.desk = desk
+        self.agents = agents
+        self.store = desk.sessions.store
 
     async def CreateSession(self, request: v1.CreateSessionRequest, context: Any) -> v1.Session:
         check = checked(request)
@@ -58,7 +53,7 @@ class SessionsService(v1.SessionServiceServicer):
         check.first_state("state", request.state)
         await check.settled()
         repeat = await once(request, SESSION)
-        await self.desk.store.recall(repeat)
+        await self.desk.requests.recall(repeat)
         key = self.desk.sessions.new_key(caller.get().tenant, request.session_id or self.desk.new_id())
         await self._require_agent(request.session.agent)
         change = v1.Event(cause_id=request.request_id)
@@ -79,7 +74,7 @@ class SessionsService(v1.SessionServiceServicer):
     async def ListSessions(self, request: v1.ListSessionsRequest, context: Any) -> v1.ListSessionsResponse:
         about = ("sessions", caller.get().tenant, request.filter)
         query = listed(Check(), self.desk.pages, request, *about, fields=SESSION_FILTER)
-        page = await self.desk.store.list_sessions(caller.get().tenant, query)
+        page = await self.store.list_sessions(caller.get().tenant, query)
         rows = [names.render_session(row) for row in page.rows]
         return v1.ListSessionsResponse(sessions=rows, next_page_token=self.desk.pages.token(page.next, *about))
 
@@ -97,7 +92,7 @@ class SessionsService(v1.SessionServiceServicer):
         edit = SessionEdit(tuple(path for path in mask.paths if path not in expiry), given, bool(expiry))
         repeat = await once(request, SESSION)
         key = await self.desk.session(session, repeat)
-        change = partial(self.desk.store.edit_session, key, edit, request.session.etag)
+        change = partial(self.store.edit_session, key, edit, request.session.etag)
         return _rendered(await self.desk.surely(repeat, SESSION, change))
 
     async def DeleteSession(self, request: v1.DeleteSessionRequest, context: Any) -> Empty:
@@ -166,7 +161,7 @@ class SessionsService(v1.SessionServiceServicer):
         check.done()
         key = await self.desk.session(session)
         contents = self.desk.contents if request.with_blobs else None
-        async for chunk in transfer.exported(self.desk.store, key, contents):
+        async for chunk in transfer.exported(self.store, key, contents):
             yield v1.ExportSessionResponse(chunk=chunk)
 
     async def ImportSession(self, request: AsyncIterator[v1.ImportSessionRequest], context: Any) -> v1.Session:
@@ -180,7 +175,7 @@ class SessionsService(v1.SessionServiceServicer):
             repeat = None
             if header.request_id:
                 repeat = Once(who.tenant, SUBJECT, who.method, header.request_id, digest, SESSION)
-            await self.desk.store.recall(repeat)
+            await self.desk.requests.recall(repeat)
             async with self.desk.patiently():
                 restore = await asyncio.to_thread(transfer.read, file, key)
             check = Check()
@@ -188,7 +183,7 @@ class SessionsService(v1.SessionServiceServicer):
             if check.violations:
                 raise errors.import_invalid("has a header that no session can have")
             await transfer.keep_content(self.desk.contents, file, restore)
-            store = self.desk.store
+            store = self.store
             async with self.desk.patiently():
                 made = await self.desk.surely(
                     repeat, SESSION, lambda record: store.restore(replace(restore, once=record))
@@ -197,7 +192,7 @@ class SessionsService(v1.SessionServiceServicer):
 
     async def _require_agent(self, name: str) -> None:
         parsed = names.parse_agent(name) if name else None
-        if parsed and await self.desk.store.get_agent(caller.get().tenant, parsed.agent, parsed.revision) is None:
+        if parsed and await self.agents.get_agent(caller.get().tenant, parsed.agent, parsed.revision) is None:
             raise errors.not_found("agent", name)
 
 

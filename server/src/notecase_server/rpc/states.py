@@ -10,19 +10,13 @@ from notecase_server.rpc.interceptor import caller
 from notecase_server.rpc.pages import MAX_PAGE_SIZE
 from notecase_server.rpc.validate import Check
 from notecase_server.store import answers
-from notecase_server.store.contract import (
-    PAGE_BYTES,
-    Answer,
-    Once,
-    Scope,
-    SessionKey,
-)
+from notecase_server.store.contract import PAGE_BYTES, Answer, Once, Scope, SessionKey, StateStore
 
 
 class States(v1.StateServiceServicer):
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, store: StateStore) -> None:
         self.desk = desk
-        self.store = desk.store
+        self.store = store
 
     async def GetState(self, request: v1.GetStateRequest, context: Any) -> v1.GetStateResponse:
         check = Check()

@@ -14,7 +14,7 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.engine.draft import Block
 from notecase_server.engine.session import LiveSession
-from notecase_server.store.contract import PAGE_BYTES, Store
+from notecase_server.store.contract import PAGE_BYTES, History
 from notecase_server.store.fold import ENDED
 
 DEFAULT_BATCH_DELAY = 0.03
@@ -70,7 +70,7 @@ class Cursor:
     def __init__(
         self,
         live: LiveSession,
-        store: Store,
+        store: History,
         after: int,
         head: int,
         options: v1.WatchOptions,

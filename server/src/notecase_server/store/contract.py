@@ -356,16 +356,8 @@ class StoreOpenError(Exception):
     """A store cannot be opened. Its text is for the operator: whole sentences that say what to do."""
 
 
-class Store(Protocol):
-    kind: str
-    """As ServerInfo.store names it."""
-    secret: bytes
-    """32 random bytes made with the store, the same for each process that opens it: signs page tokens."""
-
-    quotas: Quotas
-    """May be set before the store is used."""
-
-    # The log.
+class LogStore(Protocol):
+    """Writes a session's log."""
 
     async def commit(self, commit: Commit) -> Committed:
         """Appends to a session's log, in one transaction, with all its effects: see Commit and `fold`. When it returns
@@ -378,20 +370,21 @@ class Store(Protocol):
         lost. The rows are as they are now, the events those of the commit. None where it was not made."""
         ...
 
-    async def recall(self, once: Once | None) -> None:
-        """Raises what a write would for a repeat: Replayed, or REQUEST_ID_REUSED. Returns when it is new, so that a
-        caller can tell a repeat before it checks what may have changed since the first time, and when `once` is
-        None."""
+    async def fork(self, fork: Fork) -> Committed:
+        """Copies a session up to a sequence and ends there what was under way, in one transaction: sequences, messages,
+        ended runs and state are as they were then, in rows of their own. Usage starts at 0; ids of requests and
+        commands, what was remembered and what was queued are not copied. `events` are those of Fork only."""
         ...
 
-    async def recall_command(self, key: SessionKey, command: CommandId | None) -> None:
-        """As `recall`, of a command: Duplicate, or REQUEST_ID_REUSED."""
+    async def restore(self, restore: Restore) -> v1.Session:
+        """Stores a session that was kept elsewhere, in one transaction, under whatever name. Its create_time is now."""
         ...
 
-    async def claim(self, key: SessionKey, epoch: int) -> int:
-        """Raises the session's epoch from `epoch` and returns the new one; from then on every commit with an older one
-        is refused. OWNER_LOST when it is not `epoch` any more, SESSION_NOT_FOUND when there is no session."""
-        ...
+
+class History(Protocol):
+    """Reads what one session holds."""
+
+    async def get_session(self, key: SessionKey) -> v1.Session | None: ...
 
     async def read_events(self, key: SessionKey, after: int, limit: int = 1000) -> list[v1.Event]:
         """The events with sequences after + 1, after + 2, …: dense, at most `limit`, ending at PAGE_BYTES. Empty at the
@@ -403,27 +396,45 @@ class Store(Protocol):
         the changes of state up to there when it has changed. SESSION_NOT_FOUND; SEQUENCE_AHEAD beyond the head."""
         ...
 
-    async def fork(self, fork: Fork) -> Committed:
-        """Copies a session up to a sequence and ends there what was under way, in one transaction: sequences, messages,
-        ended runs and state are as they were then, in rows of their own. Usage starts at 0; ids of requests and
-        commands, what was remembered and what was queued are not copied. `events` are those of Fork only."""
+    async def get_message(self, key: SessionKey, message: str) -> v1.Message | None: ...
+
+    async def list_messages(
+        self,
+        key: SessionKey,
+        query: Query,
+        newest_first: bool = False,
+        step: StepKey | None = None,
+        superseded: bool = False,
+    ) -> Page[v1.Message]:
+        """By sequence, ascending unless `newest_first`; of one step when `step` is set; with the superseded ones on
+        demand. Positions are (sequence,). `query.where` is not looked at. Ends at PAGE_BYTES. Empty where there is no
+        session."""
         ...
 
-    async def restore(self, restore: Restore) -> v1.Session:
-        """Stores a session that was kept elsewhere, in one transaction, under whatever name. Its create_time is now."""
+
+class RequestStore(Protocol):
+    """Knows which requests and commands were carried out."""
+
+    async def recall(self, once: Once | None) -> None:
+        """Raises what a write would for a repeat: Replayed, or REQUEST_ID_REUSED. Returns when it is new, so that a
+        caller can tell a repeat before it checks what may have changed since the first time, and when `once` is
+        None."""
         ...
 
-    # Sessions.
+    async def recall_command(self, key: SessionKey, command: CommandId | None) -> None:
+        """As `recall`, of a command: Duplicate, or REQUEST_ID_REUSED."""
+        ...
 
-    async def get_session(self, key: SessionKey) -> v1.Session | None: ...
+    async def forget_requests(self, before: int) -> int:
+        """Drops the records of Once made before that time; returns how many."""
+        ...
+
+
+class SessionStore(Protocol):
+    """Finds, lists, edits and removes sessions."""
 
     async def find_session(self, tenant: str, session: str) -> v1.Session | None:
         """The session that has this name now; its `uid` makes the key."""
-        ...
-
-    async def read_start(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
-        """What the start of a run is about, at one moment: the session that has this id now, and the agent that is
-        named so, with or without a revision; where `agent` is empty, the one that the session names."""
         ...
 
     async def list_sessions(self, tenant: str, query: Query) -> Page[v1.Session]:
@@ -463,21 +474,13 @@ class Store(Protocol):
         state has more rows than one transaction removes."""
         ...
 
-    # Messages and runs.
 
-    async def get_message(self, key: SessionKey, message: str) -> v1.Message | None: ...
+class RunStore(Protocol):
+    """Reads runs, and knows which process may commit for one."""
 
-    async def list_messages(
-        self,
-        key: SessionKey,
-        query: Query,
-        newest_first: bool = False,
-        step: StepKey | None = None,
-        superseded: bool = False,
-    ) -> Page[v1.Message]:
-        """By sequence, ascending unless `newest_first`; of one step when `step` is set; with the superseded ones on
-        demand. Positions are (sequence,). `query.where` is not looked at. Ends at PAGE_BYTES. Empty where there is no
-        session."""
+    async def read_start(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
+        """What the start of a run is about, at one moment: the session that has this id now, and the agent that is
+        named so, with or without a revision; where `agent` is empty, the one that the session names."""
         ...
 
     async def get_run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
@@ -504,12 +507,19 @@ class Store(Protocol):
         those that are QUEUED. In no promised order."""
         ...
 
+    async def claim(self, key: SessionKey, epoch: int) -> int:
+        """Raises the session's epoch from `epoch` and returns the new one; from then on every commit with an older one
+        is refused. OWNER_LOST when it is not `epoch` any more, SESSION_NOT_FOUND when there is no session."""
+        ...
+
     async def release_run(self, key: SessionKey, run: str) -> None:
         """Takes note that the process that was at work on a run lets go of it in good order, before its end. Of a run
         that has ended, or is gone with its session: nothing."""
         ...
 
-    # State.
+
+class StateStore(Protocol):
+    """Reads states, and writes those that no session's log records."""
 
     async def get_state(self, scope: Scope, keys: Sequence[str], at: int = 0) -> v1.State:
         """The named keys that exist, and the state's version. `name` is empty. A state nobody wrote to is empty at
@@ -535,7 +545,9 @@ class Store(Protocol):
         says."""
         ...
 
-    # Agents.
+
+class AgentStore(Protocol):
+    """Keeps agents, with their revisions."""
 
     async def create_agent(self, tenant: str, agent_id: str, agent: v1.Agent, once: Once | None = None) -> v1.Agent:
         """Stores `agent` as its next revision: 1, or one after the last of a deleted agent of that id. Sets name,
@@ -571,13 +583,14 @@ class Store(Protocol):
         """Removes every revision, remembering only the last number. AGENT_NOT_FOUND, ETAG_MISMATCH."""
         ...
 
-    # Content.
-    #
-    # A blob is named by its tenant and the SHA-256 of its bytes, in lower-case hexadecimal. Each commit or state that
-    # refers to a blob is refused with BLOB_NOT_FOUND when it is not there, is given its size, and holds on to it: a
-    # session by its log, until it is deleted; a user's or the app's state by its entries as they are.
 
-    # Each subject that uploaded a blob is recorded with it.
+class BlobStore(Protocol):
+    """Keeps content, and uploads under way.
+
+    A blob is named by its tenant and the SHA-256 of its bytes, in lower-case hexadecimal. Each commit or state that
+    refers to a blob is refused with BLOB_NOT_FOUND when it is not there, is given its size, and holds on to it: a
+    session by its log, until it is deleted; a user's or the app's state by its entries as they are. Each subject that
+    uploaded a blob is recorded with it."""
 
     async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes) -> None:
         """Stores content whole; what is there already counts as uploaded just now. The caller vouches for the
@@ -626,11 +639,17 @@ class Store(Protocol):
         transactions."""
         ...
 
-    # Life.
 
-    async def forget_requests(self, before: int) -> int:
-        """Drops the records of Once made before that time; returns how many."""
-        ...
+class StoreLife(Protocol):
+    """Says what a store is, and carries it to its end."""
+
+    kind: str
+    """As ServerInfo.store names it."""
+    secret: bytes
+    """32 random bytes made with the store, the same for each process that opens it: signs page tokens."""
+
+    quotas: Quotas
+    """May be set before the store is used."""
 
     async def probe(self) -> None:
         """Makes the least write that reaches the disk, and changes nothing; STORE_UNAVAILABLE when it is refused."""
@@ -645,3 +664,9 @@ class Store(Protocol):
         """Waits for commits under way, then lets go of everything. Afterwards every call raises STORE_UNAVAILABLE.
         Idempotent."""
         ...
+
+
+class Store(
+    LogStore, History, RequestStore, SessionStore, RunStore, StateStore, AgentStore, BlobStore, StoreLife, Protocol
+):
+    """Keeps everything. Only what composes a server names the whole; all else asks for the parts that it uses."""
