@@ -41,7 +41,8 @@ PREFIX = "blobs/"
 class Needs:
     """The rows a commit reads, beside its session."""
 
-    keys: dict[Scope, set[str]] = field(default_factory=dict)
+    keys: dict[str, set[str]] = field(default_factory=dict)
+    """By state, in stored form."""
     runs: set[str] = field(default_factory=set)
     calls: set[str] = field(default_factory=set)
     summaries_after: int | None = None
@@ -83,15 +84,15 @@ def state_scope(key: SessionKey, user: str, state: str) -> Scope:
     return Scope(key.tenant, "app", "") if state == "app" else key.state
 
 
-def needs(commit: Commit, user: str) -> Needs:
-    """What `apply` will look at. `user` is the session's."""
+def needs(commit: Commit) -> Needs:
+    """What `apply` will look at."""
     wanted = Needs()
     for event in commit.events:
         if event.run:
             wanted.runs.add(event.run)
         if event.HasField("state_changed"):
-            scope = state_scope(commit.key, user, event.state_changed.state)
-            wanted.keys.setdefault(scope, set()).update(op.key for op in event.state_changed.ops)
+            keys = wanted.keys.setdefault(event.state_changed.state, set())
+            keys.update(op.key for op in event.state_changed.ops)
         elif event.HasField("tool_started"):
             wanted.calls.add(event.tool_started.call_id)
         elif event.HasField("tool_finished"):
@@ -101,7 +102,7 @@ def needs(commit: Commit, user: str) -> Needs:
         elif event.HasField("summarized"):
             wanted.shown.add(event.summarized.last_sequence)
     for state in commit.if_state_version:
-        wanted.keys.setdefault(state_scope(commit.key, user, state), set())
+        wanted.keys.setdefault(state, set())
     return wanted
 
 
