@@ -36,8 +36,9 @@ from notecase_server.store.contract import (
     SessionKey,
     StepKey,
 )
+from notecase_server.store.fold import ENDED
 from notecase_server.store.lists import LABELS, OPERATORS, Found, Labelled, check_column, column
-from notecase_server.store.sqlite_schema import VERSION
+from notecase_server.store.sqlite_schema import UNENDED, VERSION
 from notecase_server.store.stretches import Stretch, marked
 from notecase_server.store.tables import (
     Applied,
@@ -497,6 +498,8 @@ class SqliteTables(Saving):
         where, values = _where(query, RUN_COLUMNS, "(create_time, uid, run) < (?, ?, ?)")
         # Of one session, its own index always: the planner could think that of a state would do as well.
         source, place = ("runs INDEXED BY runs_by_session", " AND uid = ?") if session else ("runs", "")
+        if session is None and _is_unended(query.where):
+            place = f" AND {UNENDED}"
         rows = self._execute(
             f"""SELECT create_time, uid, run, body, (SELECT session FROM sessions s
                     WHERE s.tenant = runs.tenant AND s.uid = runs.uid) FROM {source} WHERE tenant = ?{place}{where}
@@ -776,6 +779,18 @@ def _labels(row: Labelled) -> str | None:
 
 def _hex(text: str) -> str:
     return text.encode().hex()
+
+
+def _is_unended(where: Filter | None) -> bool:
+    """Whether a filter of runs holds only for such as have not ended."""
+    match where:
+        case Compare("state", "=", state):
+            return state not in ENDED
+        case And(terms):
+            return any(map(_is_unended, terms))
+        case Or(terms):
+            return all(map(_is_unended, terms))
+    return False
 
 
 def _where(query: Query, columns: tuple[str, ...], after: str) -> tuple[str, list[Bound]]:
