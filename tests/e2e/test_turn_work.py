@@ -16,7 +16,7 @@ from notecase_server.store.sqlite import SqliteStore
 from tests.e2e.driving import OnStream, events_of, kinds, said
 from tests.support.server import running
 
-HANDOVERS, STATEMENTS, PAGES = ["read", "write", "read", "write"], 24, 16
+HANDOVERS, STATEMENTS, PAGES = ["read", "write", "write"], 21, 16
 """Of a turn in a new session that is all there is: what the store is asked for, statements of SQL with those that begin
 and end transactions, and pages of the write-ahead log."""
 

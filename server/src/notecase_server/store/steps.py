@@ -103,6 +103,9 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     for scope, name, entry in changes.entries:
         if scope.kind != "session":
             content.refer_entry(tables, scope, name, entry)
+    if commit.newest:
+        messages = tables.messages(key, Query(commit.newest), newest_first=True, step=None, superseded=False)
+        done.newest = take(messages, commit.newest)
     return done
 
 
@@ -190,7 +193,8 @@ def _stretches(tables: Tables, key: SessionKey, events: Sequence[v1.Event]) -> l
 def _add_events(tables: Tables, key: SessionKey, events: Sequence[v1.Event]) -> None:
     """Adds events, and for each rewind what it leaves behind."""
     tables.add_events(key, _rows(events))
-    tables.add_stretches(key, _stretches(tables, key, events))
+    if stretches := _stretches(tables, key, events):
+        tables.add_stretches(key, stretches)
 
 
 def _existing(entries: Mapping[str, v1.StateEntry | None]) -> int:
