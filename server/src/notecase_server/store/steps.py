@@ -96,7 +96,8 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     size, limit = rows.session.content_bytes, commit.content_limit
     if referred and limit is not None and size > limit:
         raise errors.too_large("The content that the session refers to", size, limit)
-    changes = before.changes(rows, commit, done, row.commits, _stretches(tables, key, done.events))
+    changes = before.changes(rows, commit, done, row.commits)
+    changes.stretches = _stretches(tables, key, done.events)
     changes.references = {sha256: sequence for sha256, (sequence, _) in referred.items()}
     _remember(tables, commit.once, done, now, key)
     tables.save(changes)
@@ -126,16 +127,9 @@ class _Before(NamedTuple):
         keys = {scope: _existing(entries) for scope, entries in rows.state.items()}
         return cls(runs, set(rows.messages), set(rows.calls), dict(rows.versions), keys)
 
-    def changes(
-        self,
-        rows: fold.Rows,
-        commit: Commit,
-        done: Committed,
-        commits: tuple[CommitRow, ...],
-        stretches: Sequence[Stretch],
-    ) -> Changes:
-        """Returns what the commit writes once `fold.apply` has taken place. `commits` are those that the session
-        remembered before. Counts the events in the session's log_bytes."""
+    def changes(self, rows: fold.Rows, commit: Commit, done: Committed, commits: tuple[CommitRow, ...]) -> Changes:
+        """Returns what the commit writes once `fold.apply` has taken place, but for what only the tables can tell.
+        `commits` are those that the session remembered before. Counts the events in the session's log_bytes."""
         events = _rows(done.events)
         rows.session.log_bytes += sum(len(event.body) for event in events)
         last = rows.session.last_sequence
@@ -153,7 +147,6 @@ class _Before(NamedTuple):
             session=SessionRow(rows.session, rows.epoch, commits),
             made=commit.create is not None,
             events=events,
-            stretches=stretches,
             messages=[message for name, message in rows.messages.items() if name not in self.messages],
             changed_messages=[message for name, message in rows.messages.items() if name in self.messages],
             calls={call_id: holder for call_id, holder in rows.calls.items() if call_id not in self.calls},
@@ -168,7 +161,6 @@ class _Before(NamedTuple):
                 for key, entry in rows.state[scope].items()
                 if entry is None or entry.version > self.versions[scope]
             ],
-            references={},
             command=command,
         )
 

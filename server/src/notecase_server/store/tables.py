@@ -4,7 +4,7 @@ A store that keeps its rows in another place implements `Tables`; what a commit 
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 from notecase import v1
@@ -112,7 +112,6 @@ class Changes:
     made: bool
     """The session is new."""
     events: Sequence[EventRow]
-    stretches: Sequence[Stretch]
     messages: Sequence[v1.Message]
     """New ones."""
     changed_messages: Sequence[v1.Message]
@@ -129,10 +128,11 @@ class Changes:
     versions: Mapping[Scope, int]
     entries: Sequence[tuple[Scope, str, v1.StateEntry | None]]
     """Of the states with those versions. None is to be removed."""
-    references: Mapping[str, int]
-    """By digest, the first event of the log that refers to the blob."""
     command: tuple[str, Applied] | None
     """By its id."""
+    stretches: Sequence[Stretch] = ()
+    references: Mapping[str, int] = field(default_factory=dict)
+    """By digest, the first event of the log that refers to the blob."""
 
 
 class Saving:
