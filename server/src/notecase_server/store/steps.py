@@ -72,7 +72,8 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     if row is not None and commit.command is not None:
         _recall_applied(tables, key, commit.command)
     events, blobs = content.sized(tables, key.tenant, commit.events)
-    commit = replace(commit, events=events)
+    if any(blobs):
+        commit = replace(commit, events=events)
     if commit.create is not None:
         _require_free(tables, key)
         row = SessionRow(fold.new_session(key, commit.create, now), FIRST_EPOCH)
@@ -130,7 +131,7 @@ class _Before(NamedTuple):
     def changes(self, rows: fold.Rows, commit: Commit, done: Committed, commits: tuple[CommitRow, ...]) -> Changes:
         """Returns what the commit writes once `fold.apply` has taken place, but for what only the tables can tell.
         `commits` are those that the session remembered before. Counts the events in the session's log_bytes."""
-        events = _rows(done.events)
+        events = event_rows(done.events)
         rows.session.log_bytes += sum(len(event.body) for event in events)
         last = rows.session.last_sequence
         if commit.id:
@@ -165,7 +166,8 @@ class _Before(NamedTuple):
         )
 
 
-def _rows(events: Sequence[v1.Event]) -> list[EventRow]:
+def event_rows(events: Sequence[v1.Event]) -> list[EventRow]:
+    """Returns events as they are stored."""
     return [EventRow(event.sequence, fold.tells_past(event), event.SerializeToString()) for event in events]
 
 
@@ -184,7 +186,7 @@ def _stretches(tables: Tables, key: SessionKey, events: Sequence[v1.Event]) -> l
 
 def _add_events(tables: Tables, key: SessionKey, events: Sequence[v1.Event]) -> None:
     """Adds events, and for each rewind what it leaves behind."""
-    tables.add_events(key, _rows(events))
+    tables.add_events(key, event_rows(events))
     if stretches := _stretches(tables, key, events):
         tables.add_stretches(key, stretches)
 
