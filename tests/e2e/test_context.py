@@ -10,6 +10,10 @@ from typing import Any
 import grpc
 import pytest
 from notecase import v1
+from notecase_server.engine import model_turn
+from notecase_server.engine.context import FEW
+from notecase_server.engine.ledger import Bound
+from notecase_server.engine.run_log import RunLog
 from notecase_server.engine.summary import INSTRUCTION
 
 from tests.e2e.driving import durable, kinds, log_of, metadata_of, reason_of, said
@@ -105,6 +109,30 @@ async def test_a_window_of_messages_begins_with_a_question(served: Running, mode
     session = await opened(served, v1.Context(max_messages=4))
     await talk(served, model, session, 1, 2, 3)
     assert model.requests[-1] == body(system("Be brief."), *exchange(2), user("q3"))
+
+
+async def test_a_history_of_several_pages_is_shown_whole(served: Running, model: OpenAIServer) -> None:
+    """Its newest messages come with the commit of the start, the others are read after it."""
+    session = await opened(served)
+    await append(served, session, *(said(f"m{number}") for number in range(2 * FEW)))
+    await talk(served, model, session, 1)
+    said_first = [f"m{number}" for number in range(2 * FEW)]
+    assert [user("\n\n".join([*said_first, "q1"]))] == model.requests[-1]["messages"][1:]
+
+
+async def test_what_is_said_between_a_start_and_its_model_call_is_shown(
+    served: Running, model: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = await opened(served)
+    bind = model_turn.bind
+
+    async def late(run_log: RunLog) -> Mapping[str, Bound]:
+        await append(served, session, said("And quickly."))
+        return await bind(run_log)
+
+    monkeypatch.setattr(model_turn, "bind", late)
+    await talk(served, model, session, 1)
+    assert [user("q1\n\nAnd quickly.")] == model.requests[-1]["messages"][1:]
 
 
 async def test_a_window_holds_the_newest_question_and_all_that_follows_it(served: Running, model: OpenAIServer) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import Store
-from notecase_server.store.fold import ENDED
+from notecase_server.store.fold import ENDED, KINDS
 
 from tests.store.build import (
     APP_STATE,
@@ -333,3 +333,10 @@ async def scenario(open_store: Open, commits: list[list[tuple[Any, ...]]]) -> No
 @given(commits=st.lists(st.lists(EVENTS, max_size=3), max_size=25))
 def test_rows_are_the_fold_of_the_log(open_store: Open, commits: list[list[tuple[Any, ...]]]) -> None:
     asyncio.run(scenario(open_store, commits))
+
+
+def test_every_kind_of_event_is_known() -> None:
+    """One that changes rows has an entry; the others are facts, or are not kept."""
+    payloads = {field.name for field in v1.Event.DESCRIPTOR.oneofs_by_name["payload"].fields}
+    others = {"summary_failed", "tools_unavailable", "block_delta", "message_discarded"}
+    assert payloads - others == KINDS.keys()

@@ -5,7 +5,7 @@ import asyncio
 import pytest
 from google.protobuf.message import Message
 from notecase import v1
-from notecase_server.store.contract import Answer, CommandId, Commit, Committed, Duplicate, Replayed, Store
+from notecase_server.store.contract import Answer, CommandId, Commit, Committed, Duplicate, Query, Replayed, Store
 
 from tests.store.build import (
     APP_STATE,
@@ -500,3 +500,11 @@ async def test_a_closed_store_refuses_everything_and_closes_again(store: Store) 
 
 async def test_a_store_has_a_secret_of_32_bytes(store: Store) -> None:
     assert len(store.secret) == 32
+
+
+async def test_a_commit_returns_the_newest_messages_as_it_leaves_them(store: Store) -> None:
+    await create(store)
+    await add(store, *(said(f"m{number}") for number in range(4)))
+    committed = await add(store, said("m4"), newest=2)
+    assert committed.newest == await store.list_messages(KEY, Query(2), newest_first=True)
+    assert (await add(store, said("m5"))).newest is None

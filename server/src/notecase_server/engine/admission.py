@@ -10,6 +10,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine.content import digest_of
+from notecase_server.engine.context import read_first
 from notecase_server.engine.halt import Halt, Replacement
 from notecase_server.engine.opening import INTERRUPT, ROLLBACK, Meant, agent_of, is_answer, opening, way_of
 from notecase_server.engine.rewind import Back, rewound
@@ -182,6 +183,7 @@ class Admission:
                 if_last_sequence=start.if_last_sequence if start.HasField("if_last_sequence") else None,
                 events=opening(start, session.user, agent, run_id, caused.cause_id, self._new_id),
                 start=RunRecord(digest, agent),
+                newest=read_first(agent.llm.context),
             )
             live = self._sessions.live(key)
             begin = partial(self._roster.begin, live, run=run_id, agent=agent)

@@ -4,7 +4,7 @@ the part of the history that fits.
 The log is never cut; only the request is.
 """
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from notecase import v1
 
@@ -12,13 +12,13 @@ from notecase_server.engine import template
 from notecase_server.engine.summary import Summary, in_effect
 from notecase_server.engine.tokens import Gauge
 from notecase_server.models.contract import ModelRequest
-from notecase_server.store.contract import History, Query, Scope, SessionKey, StateStore, StepKey
+from notecase_server.store.contract import History, Page, Query, Scope, SessionKey, StateStore, StepKey
 
 PAGE = 500
 """Messages read at a time."""
 
 FEW = 50
-"""Messages read first where that may be enough. They also tell how this conversation's text falls into tokens."""
+"""Messages read first, since they may be enough. They also tell how this conversation's text falls into tokens."""
 
 MAX_KEYS = 1000
 """Entries of one state that a template may see when it names them only at run time."""
@@ -28,17 +28,37 @@ class Shown(History, StateStore, Protocol):
     """Holds what a model is shown."""
 
 
+class Newest(NamedTuple):
+    """The newest messages of a session while its log ended at `head`."""
+
+    head: int
+    page: Page[v1.Message]
+
+
+def read_first(context: v1.Context) -> int:
+    """Returns how many of a session's messages are read first for a request; 0 where other runs' are not shown."""
+    return 0 if context.stateless else min(context.max_messages or FEW, FEW)
+
+
 async def build(
-    store: Shown, key: SessionKey, user: str, run: str, agent: v1.Agent, summary: int = 0, most_tokens: int = 0
+    store: Shown,
+    key: SessionKey,
+    user: str,
+    run: str,
+    agent: v1.Agent,
+    summary: int = 0,
+    most_tokens: int = 0,
+    newest: Page[v1.Message] | None = None,
 ) -> ModelRequest:
     """Builds the request for the next model call of `run`. `summary` is the sequence of the session's summary;
-    `most_tokens` bounds the messages in addition to the agent's own limits; 0 for neither.
+    `most_tokens` bounds the messages in addition to the agent's own limits; 0 for neither. `newest` is the page of
+    `read_first` messages where it has been read already.
 
     Raises NotecaseError TEMPLATE_ERROR when the instruction exceeds its limits over this state."""
     llm = agent.llm
     instruction = await _instruction(store, key, user, llm.instruction)
     told = None if llm.context.stateless else await in_effect(store, key, summary)
-    messages = await shown(store, key, llm.context, run, told, most_tokens)
+    messages = await shown(store, key, llm.context, run, told, most_tokens, newest)
     return ModelRequest(llm.model, instruction, messages, llm.generation)
 
 
@@ -64,30 +84,33 @@ async def _instruction(store: StateStore, key: SessionKey, user: str, source: st
 
 
 async def shown(
-    store: History, key: SessionKey, context: v1.Context, run: str, summary: Summary | None = None, most_tokens: int = 0
+    store: History,
+    key: SessionKey,
+    context: v1.Context,
+    run: str,
+    summary: Summary | None = None,
+    most_tokens: int = 0,
+    newest: Page[v1.Message] | None = None,
 ) -> list[v1.Message]:
     """Returns the summary, then the newest messages that it does not cover and that fit the limits, oldest first: at
     most `most_tokens` of them, too, unless that is 0. They begin with what a user or the system said, and hold the
     newest message of a user with all that follows it, whatever the limits are."""
-    only = run if context.stateless else ""
     told = [summary.message] if summary else []
     covered = summary.last_sequence if summary else 0
     room = _Window(context.max_messages, min(filter(None, (context.max_tokens, most_tokens)), default=0))
-    size = min(context.max_messages or PAGE, FEW if room.tokens or covered else PAGE)
-    after: tuple[str | int, ...] | None = None
-    gauge: Gauge | None = None
+    step = StepKey(run) if context.stateless else None
+    page = newest
+    if page is None:
+        page = await store.list_messages(key, Query(read_first(context) or PAGE), newest_first=True, step=step)
+    gauge = Gauge(page.rows if room.tokens else ())
+    room.used = sum(map(gauge.tokens, told))
     while True:
-        step = StepKey(only) if only else None
-        page = await store.list_messages(key, Query(size, after), newest_first=True, step=step)
-        if gauge is None:
-            gauge = Gauge(page.rows if room.tokens else ())
-            room.used = sum(map(gauge.tokens, told))
         for message in page.rows:
             if message.sequence <= covered or not room.take(message, gauge):
                 return told + _aligned(room.newest)
-        after, size = page.next, PAGE
-        if after is None or room.full:
+        if page.next is None or room.full:
             return told + _aligned(room.newest)
+        page = await store.list_messages(key, Query(PAGE, page.next), newest_first=True, step=step)
 
 
 class _Window:

@@ -15,6 +15,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.engine import context, ledger, results, summary
+from notecase_server.engine.context import Newest
 from notecase_server.engine.draft import Draft
 from notecase_server.engine.halt import Halted, Halts
 from notecase_server.engine.ledger import Bound
@@ -88,8 +89,12 @@ class Reply(NamedTuple):
 class ModelTurn:
     """Asks the model of a run for one reply. The draft is left open until the reply is on record."""
 
-    def __init__(self, run_log: RunLog, halts: Halts, budget: Budget, bound: Mapping[str, Bound]) -> None:
+    def __init__(
+        self, run_log: RunLog, halts: Halts, budget: Budget, bound: Mapping[str, Bound], newest: Newest | None = None
+    ) -> None:
+        """`newest` is what the commit before has read for this turn."""
         self._log = run_log
+        self._newest = newest
         self._services = run_log.services
         self._halts = halts
         self._budget = budget
@@ -143,10 +148,11 @@ class ModelTurn:
 
     async def _request(self) -> ModelRequest:
         live, run = self._log.live, self._log.run
-        where = (self._services.store, live.key, live.user, run.name)
-        request = await self._log.patiently(
-            lambda: context.build(*where, self._log.agent, self._log.summary, self._budget.most_tokens)
-        )
+        newest, self._newest = self._newest, None
+        page = newest.page if newest is not None and newest.head == live.head else None
+        what = (self._services.store, live.key, live.user, run.name, self._log.agent)
+        bounds = (self._log.summary, self._budget.most_tokens)
+        request = await self._log.patiently(lambda: context.build(*what, *bounds, page))
         tools = [ModelTool(tool.name, tool.description, tool.parameters) for tool in self._bound.values()]
 
         async def load(blob: v1.Blob) -> bytes:

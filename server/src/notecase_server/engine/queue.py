@@ -6,6 +6,7 @@ import structlog
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.engine.context import read_first
 from notecase_server.engine.opening import opening
 from notecase_server.engine.roster import QUEUED, Roster
 from notecase_server.engine.services import Services
@@ -45,7 +46,8 @@ class Queue:
                     start = event.command_queued.start
                     events = opening(start, session.user, agent, queued.run, queued.command_id, self._services.new_id)
                     begin = partial(self._roster.begin, live, run=queued.run, agent=agent)
-                    commit = Commit(key=key, claim=True, events=events)
+                    newest = read_first(agent.llm.context)
+                    commit = Commit(key=key, claim=True, events=events, newest=newest)
                     try:
                         committed = await live.commit(commit, late=partial(begin, placed=False))
                     except NotecaseError as error:

@@ -12,6 +12,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine import ledger
+from notecase_server.engine.context import Newest
 from notecase_server.engine.halt import Halt
 from notecase_server.engine.run_log import RUNNING, RunLog
 from notecase_server.engine.seat import last_work
@@ -91,6 +92,8 @@ class Roster:
         active = ActiveRun(live.key, committed.runs[run], agent, committed.epoch)
         worker = self.worker_for(RunLog(live, self._services, committed.session, active))
         worker.seat.taken = placed
+        if committed.newest is not None:
+            worker.newest = Newest(committed.session.last_sequence, committed.newest)
         self.employ(worker)
 
     def worker_for(self, run_log: RunLog) -> Worker:

@@ -14,6 +14,7 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.engine import ledger, model_turn
 from notecase_server.engine.calls import Calls
+from notecase_server.engine.context import Newest
 from notecase_server.engine.halt import Halt, Halted, Halts
 from notecase_server.engine.ledger import Bound
 from notecase_server.engine.model_turn import Budget, ModelTurn, Reply
@@ -45,6 +46,8 @@ class Worker:
         """The run is no longer this worker's."""
         self.takes_over: int | None = None
         """It goes on with the run of another worker, after so many deaths in a row; None: it does not."""
+        self.newest: Newest | None = None
+        """The messages that the commit of the run's start has read."""
         self._services = run_log.services
         self._roster = roster
         self._halts = Halts()
@@ -194,7 +197,8 @@ class Worker:
     async def _turn(self) -> None:
         if self._bound is None:
             self._bound = await model_turn.bind(self.log)
-        reply = await ModelTurn(self.log, self._halts, self._budget, self._bound).reply()
+        newest, self.newest = self.newest, None
+        reply = await ModelTurn(self.log, self._halts, self._budget, self._bound, newest).reply()
         await self.log.durably(lambda: self._replied(reply))
 
     def _replied(self, reply: Reply) -> list[v1.Event]:

@@ -178,7 +178,7 @@ class TableStore(ABC):
         return await self._write(partial(step, once=once, quotas=self.quotas))
 
     async def get_agent(self, tenant: str, agent_id: str, revision: int = 0) -> v1.Agent | None:
-        return await self._read(lambda tables: steps.agent(tables, tenant, agent_id, revision))
+        return await self._read(lambda tables: tables.agent(tenant, agent_id, revision))
 
     async def list_agents(self, tenant: str, query: Query) -> Page[v1.Agent]:
         return await self._read(lambda tables: take(tables.agents(tenant, query), query.limit))

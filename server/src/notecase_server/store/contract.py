@@ -174,6 +174,8 @@ class Commit:
     deaths: int | None = None
     """What is to be known of the run that the events belong to when its process dies: ActiveRun.deaths. Unset: what
     was known stays."""
+    newest: int = 0
+    """How many messages to return as Committed.newest: few, since other commits wait meanwhile."""
 
 
 @dataclass(slots=True)
@@ -190,6 +192,9 @@ class Committed:
     """The rows of all messages added or changed."""
     state: dict[Scope, v1.State]
     """Of each state changed: its version and the named keys that exist now."""
+    newest: "Page[v1.Message] | None" = None
+    """As list_messages returns them, newest first, right after this commit; None when none were asked for, and where a
+    commit was made before."""
 
 
 # ---- the past

@@ -1,6 +1,7 @@
 """What an event does: the one place that turns entries of the log into rows of sessions, runs, messages and state.
 
-Pure: a store reads the rows that `needs` names, calls `apply` inside its transaction, and writes what changed. So all
+Pure: a store reads the rows that `needs` names, calls `apply` inside its transaction, and writes what changed. KINDS
+says of each kind of event what it needs, what it does, and what it does when the log is read again. So all
 stores keep the same promises, and the rows can be checked against the log at any time.
 
 A payload that would break a promise is refused, whoever made it: a second run at once, a rewind meanwhile, and what a
@@ -11,9 +12,9 @@ type does not have (STATE_TYPE_MISMATCH), a summary that does not continue the o
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.message import Message
 from notecase import v1
@@ -41,7 +42,8 @@ PREFIX = "blobs/"
 class Needs:
     """The rows a commit reads, beside its session."""
 
-    keys: dict[Scope, set[str]] = field(default_factory=dict)
+    keys: dict[str, set[str]] = field(default_factory=dict)
+    """By state, in stored form."""
     runs: set[str] = field(default_factory=set)
     calls: set[str] = field(default_factory=set)
     summaries_after: int | None = None
@@ -83,25 +85,15 @@ def state_scope(key: SessionKey, user: str, state: str) -> Scope:
     return Scope(key.tenant, "app", "") if state == "app" else key.state
 
 
-def needs(commit: Commit, user: str) -> Needs:
-    """What `apply` will look at. `user` is the session's."""
+def needs(commit: Commit) -> Needs:
+    """What `apply` will look at."""
     wanted = Needs()
     for event in commit.events:
         if event.run:
             wanted.runs.add(event.run)
-        if event.HasField("state_changed"):
-            scope = state_scope(commit.key, user, event.state_changed.state)
-            wanted.keys.setdefault(scope, set()).update(op.key for op in event.state_changed.ops)
-        elif event.HasField("tool_started"):
-            wanted.calls.add(event.tool_started.call_id)
-        elif event.HasField("tool_finished"):
-            wanted.calls.add(event.tool_finished.call_id)
-        elif event.HasField("rewound"):
-            wanted.summaries_after = event.rewound.to_sequence
-        elif event.HasField("summarized"):
-            wanted.shown.add(event.summarized.last_sequence)
+        _kind(event).needs(wanted, event)
     for state in commit.if_state_version:
-        wanted.keys.setdefault(state_scope(commit.key, user, state), set())
+        wanted.keys.setdefault(state, set())
     return wanted
 
 
@@ -169,9 +161,12 @@ def apply(rows: Rows, commit: Commit, now: int) -> Committed:
         session.last_sequence += 1
         event.sequence = session.last_sequence
         event.create_time.FromMicroseconds(now)
-        _apply_event(rows, commit.key, event, done, early=commit.start is not None and not commit.start.digest)
+        early = commit.start is not None and not commit.start.digest
+        _apply_event(rows, commit.key, event, early, _kind(event).does)
         if event.HasField("rewound"):
             _leave_behind(rows, event)
+        elif event.HasField("state_changed"):
+            _tell_state(rows, commit.key, event, done)
         done.events.append(event)
     if done.events:
         session.update_time.FromMicroseconds(now)
@@ -185,61 +180,27 @@ def replay(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     session = rows.session
     session.last_sequence = event.sequence
     session.update_time.CopyFrom(event.create_time)
-    elsewhere = event.state_changed.state != ""
-    if event.HasField("summarized"):
-        rows.shown.add(event.summarized.last_sequence)
     early = event.run not in rows.runs and event.run_state_changed.state == v1.Run.STATE_CANCELLED
-    done = Committed(session, rows.epoch, [], rows.runs, rows.messages, {})
-    _apply_event(rows, key, event, done, early, elsewhere)
+    kind = _kind(event)
+    _apply_event(rows, key, event, early, kind.replayed or kind.does)
 
 
 def tells_past(event: v1.Event) -> bool:
     """Whether what was before cannot be told without it: it changed the session's state, summarised, or rewound."""
-    changed = event.HasField("state_changed") and not event.state_changed.state
-    return changed or event.HasField("summarized") or event.HasField("rewound")
+    return _kind(event).tells_past(event)
 
 
-def _apply_event(
-    rows: Rows, key: SessionKey, event: v1.Event, done: Committed, early: bool, elsewhere: bool = False
-) -> None:
-    """`early` says that it may be a run's end before its start, `elsewhere` that it changed what is no row here."""
-    session = rows.session
-    kind = event.WhichOneof("payload")
-    if kind != "tool_finished" or event.run:
+def _kind(event: v1.Event) -> "Kind":
+    return KINDS.get(event.WhichOneof("payload") or "", OTHER)
+
+
+def _apply_event(rows: Rows, key: SessionKey, event: v1.Event, early: bool, does: "Does") -> None:
+    """`early` says that it may be a run's end before its start."""
+    if event.run or not event.HasField("tool_finished"):
         rows.sealing = None
-    if event.run and not (kind == "run_started" or event.command_queued.HasField("start")):
+    if event.run and not (event.HasField("run_started") or event.command_queued.HasField("start")):
         _go_on(rows, key, event, early)
-    match kind:
-        case "state_changed" if not elsewhere:
-            _change_state(rows, key, event, done)
-        case "message_added":
-            _add_message(rows, event)
-        case "tool_started":
-            _start_call(rows, event)
-        case "tool_finished" if event.run:
-            _finish_call(rows, event)
-        case "tool_finished":
-            _seal_call(rows, event)
-        case "input_requested":
-            rows.runs[event.run].pending_inputs.append(event.input_requested)
-        case "input_resolved":
-            _resolve_input(rows, event)
-        case "rewound":
-            _rewind(rows, key, event)
-        case "summarized":
-            _summarize(rows, event)
-        case "command_queued":
-            _queue(rows, key, event)
-        case "usage":
-            add_usage(session.usage, event.usage)
-            if event.run:
-                add_usage(rows.runs[event.run].usage, event.usage)
-        case "run_started":
-            _start_run(rows, key, event)
-        case "run_state_changed":
-            _change_run(rows, event)
-    if kind in {"message_added", "run_started"} and event.cause_id:
-        _take_up(session, lambda queued: queued.run == event.run and queued.command_id == event.cause_id)
+    does(rows, key, event)
 
 
 def _go_on(rows: Rows, key: SessionKey, event: v1.Event, early: bool) -> None:
@@ -262,18 +223,28 @@ def _go_on(rows: Rows, key: SessionKey, event: v1.Event, early: bool) -> None:
     run.last_sequence = event.sequence
 
 
-def _change_state(rows: Rows, key: SessionKey, event: v1.Event, done: Committed) -> None:
+def _change_state(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     change = event.state_changed
     scope = state_scope(key, rows.session.user, change.state)
     version = rows.versions[scope] = rows.versions.get(scope, 0) + 1
-    entries = rows.state.setdefault(scope, {})
-    apply_ops(entries, change.ops, version, event.create_time.ToMicroseconds())
+    apply_ops(rows.state.setdefault(scope, {}), change.ops, version, event.create_time.ToMicroseconds())
     for op in change.ops:
         op.ClearField("if_version")
     change.version = version
+
+
+def _change_own_state(rows: Rows, key: SessionKey, event: v1.Event) -> None:
+    if not event.state_changed.state:
+        _change_state(rows, key, event)
+
+
+def _tell_state(rows: Rows, key: SessionKey, event: v1.Event, done: Committed) -> None:
+    """Adds to what a commit returns the state that an event has changed."""
+    change = event.state_changed
+    scope = state_scope(key, rows.session.user, change.state)
     told = done.state.setdefault(scope, v1.State())
-    told.version = version
-    show_entries(told, entries, (op.key for op in change.ops))
+    told.version = change.version
+    show_entries(told, rows.state[scope], (op.key for op in change.ops))
 
 
 def _rewind(rows: Rows, key: SessionKey, event: v1.Event) -> None:
@@ -298,7 +269,7 @@ def _leave_behind(rows: Rows, event: v1.Event) -> None:
             message.update_sequence = event.sequence
 
 
-def _summarize(rows: Rows, event: v1.Event) -> None:
+def _summarize(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     session, summary = rows.session, event.summarized
     if summary.previous != session.summary_sequence or summary.last_sequence not in rows.shown:
         raise errors.sequence_mismatch(event.sequence - 1)
@@ -306,7 +277,12 @@ def _summarize(rows: Rows, event: v1.Event) -> None:
     rows.continued[event.sequence] = summary.previous
 
 
-def _add_message(rows: Rows, event: v1.Event) -> None:
+def _summarize_again(rows: Rows, key: SessionKey, event: v1.Event) -> None:
+    rows.shown.add(event.summarized.last_sequence)
+    _summarize(rows, key, event)
+
+
+def _add_message(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     message = event.message_added
     message.sequence = message.update_sequence = event.sequence
     message.create_time.CopyFrom(event.create_time)
@@ -317,6 +293,7 @@ def _add_message(rows: Rows, event: v1.Event) -> None:
             rows.calls[part.tool_call.call_id] = message.name
     if event.run and message.role == v1.Message.ROLE_ASSISTANT and message.status == v1.Message.STATUS_COMPLETED:
         rows.runs[event.run].reply.CopyFrom(v1.Message(name=message.name, sequence=message.sequence))
+    _take_up_cause(rows.session, event)
 
 
 def _start_run(rows: Rows, key: SessionKey, event: v1.Event) -> None:
@@ -337,6 +314,7 @@ def _start_run(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     run.attempt = 1
     session.active_run = event.run
     session.activity = v1.Session.ACTIVITY_RUNNING
+    _take_up_cause(session, event)
 
 
 def _describe(run: v1.Run, started: v1.RunStarted) -> None:
@@ -351,7 +329,7 @@ def _describe(run: v1.Run, started: v1.RunStarted) -> None:
         run.disconnect.CopyFrom(started.disconnect)
 
 
-def _change_run(rows: Rows, event: v1.Event) -> None:
+def _change_run(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     session, change, run = rows.session, event.run_state_changed, rows.runs[event.run]
     if run.state == v1.Run.STATE_RUNNING:
         ran = event.create_time.ToMicroseconds() - run.state_time.ToMicroseconds() - change.place_wait.ToMicroseconds()
@@ -395,6 +373,12 @@ def _queue(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     rows.session.queued_commands.add(command_id=event.cause_id, sequence=event.sequence, run=event.run)
 
 
+def _take_up_cause(session: v1.Session, event: v1.Event) -> None:
+    """Takes the command that this event carries out from the queue."""
+    if event.cause_id:
+        _take_up(session, lambda queued: queued.run == event.run and queued.command_id == event.cause_id)
+
+
 def _take_up(session: v1.Session, taken: Callable[[v1.QueuedCommand], bool]) -> None:
     left = [queued for queued in session.queued_commands if not taken(queued)]
     if len(left) < len(session.queued_commands):
@@ -412,7 +396,7 @@ def _call(rows: Rows, call_id: str, run: str) -> tuple[v1.Message, v1.ToolCall]:
     raise errors.call_not_pending(call_id)
 
 
-def _start_call(rows: Rows, event: v1.Event) -> None:
+def _start_call(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     message, call = _call(rows, event.tool_started.call_id, event.run)
     run = rows.runs[event.run]
     run.tool_calls += call.outcome == v1.ToolCall.OUTCOME_PENDING
@@ -424,7 +408,10 @@ def _start_call(rows: Rows, event: v1.Event) -> None:
         run.pending_calls.append(call)
 
 
-def _finish_call(rows: Rows, event: v1.Event) -> None:
+def _finish_call(rows: Rows, key: SessionKey, event: v1.Event) -> None:
+    if not event.run:
+        _seal_call(rows, event)
+        return
     message, call = _call(rows, event.tool_finished.call_id, event.run)
     if call.HasField("start_time"):
         took = event.create_time.ToMicroseconds() - call.start_time.ToMicroseconds()
@@ -466,7 +453,11 @@ def open_calls(message: v1.Message) -> list[v1.ToolCall]:
     return [part.tool_call for part in message.parts if part.tool_call.outcome in OPEN_OUTCOMES]
 
 
-def _resolve_input(rows: Rows, event: v1.Event) -> None:
+def _request_input(rows: Rows, key: SessionKey, event: v1.Event) -> None:
+    rows.runs[event.run].pending_inputs.append(event.input_requested)
+
+
+def _resolve_input(rows: Rows, key: SessionKey, event: v1.Event) -> None:
     response, run = event.input_resolved.response, rows.runs[event.run]
     asked = [pending for pending in run.pending_inputs if pending.input_id == response.input_id]
     if not asked:
@@ -576,6 +567,63 @@ def add_usage(total: v1.Usage, one: v1.Usage) -> None:
     total.output_tokens += one.output_tokens
     total.reasoning_tokens += one.reasoning_tokens
     total.model_calls += one.model_calls
+
+
+def _use(rows: Rows, key: SessionKey, event: v1.Event) -> None:
+    add_usage(rows.session.usage, event.usage)
+    if event.run:
+        add_usage(rows.runs[event.run].usage, event.usage)
+
+
+def _need_keys(needs: Needs, event: v1.Event) -> None:
+    needs.keys.setdefault(event.state_changed.state, set()).update(op.key for op in event.state_changed.ops)
+
+
+def _need_call(needs: Needs, event: v1.Event) -> None:
+    needs.calls |= {event.tool_started.call_id, event.tool_finished.call_id} - {""}
+
+
+def _need_summaries(needs: Needs, event: v1.Event) -> None:
+    needs.summaries_after = event.rewound.to_sequence
+
+
+def _need_shown(needs: Needs, event: v1.Event) -> None:
+    needs.shown.add(event.summarized.last_sequence)
+
+
+Does = Callable[[Rows, SessionKey, v1.Event], None]
+
+
+class Kind(NamedTuple):
+    """A kind of event: all that the fold knows of it."""
+
+    does: Does = lambda _rows, _key, _event: None
+    """Applies it to the rows, and sets what the server sets in it."""
+    needs: Callable[[Needs, v1.Event], None] = lambda _needs, _event: None
+    """Names the rows that it reads, but for its run."""
+    replayed: Does | None = None
+    """Applies it when it is read again; None: as when it was new."""
+    tells_past: Callable[[v1.Event], bool] = lambda _event: False
+    """Whether what was before cannot be told without it."""
+
+
+KINDS: Mapping[str, Kind] = {
+    "state_changed": Kind(_change_state, _need_keys, _change_own_state, lambda event: not event.state_changed.state),
+    "message_added": Kind(_add_message),
+    "tool_started": Kind(_start_call, _need_call),
+    "tool_finished": Kind(_finish_call, _need_call),
+    "input_requested": Kind(_request_input),
+    "input_resolved": Kind(_resolve_input),
+    "rewound": Kind(_rewind, _need_summaries, tells_past=lambda _: True),
+    "summarized": Kind(_summarize, _need_shown, _summarize_again, lambda _: True),
+    "command_queued": Kind(_queue),
+    "usage": Kind(_use),
+    "run_started": Kind(_start_run),
+    "run_state_changed": Kind(_change_run),
+}
+"""By payload. Events of other kinds are facts that change no row."""
+
+OTHER = Kind()
 
 
 def references(message: Message) -> list[v1.Blob]:

@@ -4,7 +4,7 @@ import os
 import threading
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeVar
@@ -19,7 +19,6 @@ from notecase_server.store.contract import (
     SESSION_COLUMNS,
     ActiveRun,
     Clock,
-    CommandId,
     Once,
     Query,
     RunRecord,
@@ -27,7 +26,6 @@ from notecase_server.store.contract import (
     SessionKey,
     StepKey,
 )
-from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import Found, Position, matches
 from notecase_server.store.stretches import Stretch, last_of, marked, superseded_at
 from notecase_server.store.tables import (
@@ -35,8 +33,10 @@ from notecase_server.store.tables import (
     Batch,
     BlobRow,
     CommitRow,
+    EventRow,
     Kept,
     Recorded,
+    Saving,
     SessionRow,
     Tables,
     UploadRow,
@@ -172,7 +172,7 @@ class _Tenant:
     """By whom: the digests, each with the first event that refers to it."""
 
 
-class _MemoryTables:
+class _MemoryTables(Saving):
     """Tables in dicts, a tree for each tenant. They hold serialized bytes, so that nobody's changes reach them."""
 
     def __init__(self) -> None:
@@ -242,8 +242,8 @@ class _MemoryTables:
         session = self._session(key)
         return session.commands.get(command_id) if session else None
 
-    def add_command(self, key: SessionKey, command: CommandId, sequence: int, run: str) -> None:
-        self._existing(key).commands[command.command_id] = Applied(command.digest, sequence, run)
+    def add_command(self, key: SessionKey, command_id: str, applied: Applied) -> None:
+        self._existing(key).commands[command_id] = applied
 
     def named_session(self, tenant: str, session: str) -> str:
         return self._tenants[tenant].names.get(session, "")
@@ -254,6 +254,16 @@ class _MemoryTables:
     def session(self, key: SessionKey) -> SessionRow | None:
         row = self._session(key)
         return SessionRow(v1.Session.FromString(row.body), row.epoch, row.commits) if row else None
+
+    def session_of_name(self, tenant: str, session: str) -> SessionRow | None:
+        uid = self.named_session(tenant, session)
+        return self.session(SessionKey(tenant, session, uid))
+
+    def session_with_runs(self, key: SessionKey, runs: Collection[str]) -> tuple[SessionRow, dict[str, v1.Run]] | None:
+        row, kept = self.session(key), self._session(key)
+        if row is None or kept is None:
+            return None
+        return row, {name: v1.Run.FromString(kept.runs[name].body) for name in runs if name in kept.runs}
 
     def add_session(self, key: SessionKey, row: SessionRow) -> None:
         tenant, created = self._tenants[key.tenant], row.session.create_time.ToMicroseconds()
@@ -354,10 +364,10 @@ class _MemoryTables:
             if matches(query.where, session, SESSION_COLUMNS):
                 yield Found(position, session, len(body))
 
-    def add_events(self, key: SessionKey, events: Sequence[v1.Event]) -> None:
+    def add_events(self, key: SessionKey, events: Sequence[EventRow]) -> None:
         session = self._existing(key)
-        session.events.extend(event.SerializeToString() for event in events)
-        session.changes.extend(event.sequence for event in events if tells_past(event))
+        session.events.extend(event.body for event in events)
+        session.changes.extend(event.sequence for event in events if event.tells_past)
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]:
         session = self._session(key)
@@ -388,12 +398,13 @@ class _MemoryTables:
         bodies = {(uid, name): rows[uid].messages.get(name) for uid, name in names if uid in rows}
         return {place: rows[place[0]].message(body) for place, body in bodies.items() if body is not None}
 
-    def add_message(self, key: SessionKey, message: v1.Message) -> None:
+    def add_messages(self, key: SessionKey, messages: Sequence[v1.Message]) -> None:
         session = self._existing(key)
-        session.messages[message.name] = message.SerializeToString()
-        if message.update_sequence != message.sequence:
-            session.changed[message.name] = message.update_sequence
-        insort(session.order, (message.sequence, message.name, message.run))
+        for message in messages:
+            session.messages[message.name] = message.SerializeToString()
+            if message.update_sequence != message.sequence:
+                session.changed[message.name] = message.update_sequence
+            insort(session.order, (message.sequence, message.name, message.run))
 
     def put_message(self, key: SessionKey, message: v1.Message) -> None:
         session = self._existing(key)
@@ -427,12 +438,14 @@ class _MemoryTables:
         found = [session.message(session.messages[name]) for name in changed] if session else []
         return [message for message in found if message.sequence <= at]
 
-    def call(self, key: SessionKey, call_id: str) -> str:
+    def messages_of_calls(self, key: SessionKey, calls: Collection[str]) -> dict[str, v1.Message]:
         session = self._session(key)
-        return session.calls.get(call_id, "") if session else ""
+        held = {call_id: session.calls[call_id] for call_id in calls if call_id in session.calls} if session else {}
+        messages = {holder: message for holder in set(held.values()) if (message := self.message(key, holder))}
+        return {call_id: messages[holder] for call_id, holder in held.items() if holder in messages}
 
-    def put_call(self, key: SessionKey, call_id: str, message: str) -> None:
-        self._existing(key).calls[call_id] = message
+    def put_calls(self, key: SessionKey, calls: Mapping[str, str]) -> None:
+        self._existing(key).calls.update(calls)
 
     def run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
         session = self._session(key)
@@ -511,9 +524,12 @@ class _MemoryTables:
         states = self._tenants[scope.tenant].states
         states.setdefault((scope.kind, scope.id), _State()).version = version
 
-    def entry(self, scope: Scope, key: str) -> v1.StateEntry | None:
-        body = self._state(scope).entries.get(key)
-        return None if body is None else v1.StateEntry.FromString(body)
+    def state(self, scope: Scope, keys: Collection[str]) -> tuple[int, dict[str, v1.StateEntry | None]]:
+        state = self._state(scope)
+        found: dict[str, v1.StateEntry | None] = {
+            key: v1.StateEntry.FromString(state.entries[key]) for key in keys if key in state.entries
+        }
+        return state.version, found
 
     def put_entry(self, scope: Scope, key: str, entry: v1.StateEntry | None) -> None:
         state = self._state(scope)
@@ -536,7 +552,8 @@ class _MemoryTables:
         return self._agent(tenant, agent_id).last_revision
 
     def agent(self, tenant: str, agent_id: str, revision: int) -> v1.Agent | None:
-        body = self._agent(tenant, agent_id).revisions.get(revision)
+        found = self._agent(tenant, agent_id)
+        body = found.revisions.get(revision or found.last_revision)
         return None if body is None else v1.Agent.FromString(body)
 
     def add_revision(self, tenant: str, agent_id: str, agent: v1.Agent) -> None:

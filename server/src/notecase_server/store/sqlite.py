@@ -9,7 +9,7 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -34,6 +34,10 @@ log = structlog.get_logger()
 
 READERS = 3
 """They share the interpreter, so more would not read faster; while one waits for the disk, others go on."""
+
+ALONE = ("ROLLBACK",)
+AMONG_OTHERS = ("ROLLBACK TO write", "RELEASE write")
+"""What undoes a write that fails: the only one of a transaction, or one of several."""
 
 DEFECTS = (sqlite3.IntegrityError, sqlite3.ProgrammingError)
 """What SQLite raises for a write that can never succeed, such as a message id used twice: our mistake and not the
@@ -173,8 +177,9 @@ class _Writer:
         try:
             self._tally(quotas)
             self._connection.execute("BEGIN IMMEDIATE")
-            outcomes = [self._attempt(job) for job in jobs]
-            self._connection.execute("COMMIT")
+            outcomes = [self._among_others(job) for job in jobs] if len(jobs) > 1 else [self._attempt(jobs[0], ALONE)]
+            if self._connection.in_transaction:
+                self._connection.execute("COMMIT")
         except sqlite3.Error as error:
             self._abandon()
             log.error("store_write_failed", error=_name(error), writes=len(jobs))
@@ -204,20 +209,24 @@ class _Writer:
             sqlite_tallies.begin(self._connection, new)
             self._tables.tallied |= new
 
-    def _attempt(self, job: _Job) -> _Outcome:
-        """One write in a savepoint. Raises sqlite3.Error when the whole transaction is lost."""
-        connection = self._connection
-        connection.execute("SAVEPOINT write")
+    def _among_others(self, job: _Job) -> _Outcome:
+        """One write of several, in a savepoint."""
+        self._connection.execute("SAVEPOINT write")
+        outcome = self._attempt(job, AMONG_OTHERS)
+        if outcome.error is None:
+            self._connection.execute("RELEASE write")
+        return outcome
+
+    def _attempt(self, job: _Job, undo: Sequence[str]) -> _Outcome:
+        """One write, undone when it fails. Raises sqlite3.Error when the whole transaction is lost."""
         try:
-            result = job.step(self._tables, self._clock())
+            return _Outcome(job.future, job.step(self._tables, self._clock()), None)
         except Exception as error:
-            if isinstance(error, sqlite3.Error) and not connection.in_transaction:
+            if isinstance(error, sqlite3.Error) and not self._connection.in_transaction:
                 raise  # SQLite gave the transaction up, as it does when the disk is full or fails
-            connection.execute("ROLLBACK TO write")
-            connection.execute("RELEASE write")
+            for statement in undo:
+                self._connection.execute(statement)
             return _Outcome(job.future, None, _told(error))
-        connection.execute("RELEASE write")
-        return _Outcome(job.future, result, None)
 
     def _abandon(self) -> None:
         """Rolls back what is left of a failed transaction."""

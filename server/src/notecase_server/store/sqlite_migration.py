@@ -81,6 +81,7 @@ def migrate(connection: sqlite3.Connection, version: int) -> None:
     if version == 1:
         _from_first(connection)
     else:
+        connection.execute("DROP INDEX runs_by_state")
         _make_missing(connection)
         _leave_behind(connection)
         connection.execute("ALTER TABLE messages DROP COLUMN superseded")

@@ -6,8 +6,13 @@ session is known by its uid everywhere; only `session_names` finds it by its nam
 `sessions` are what is left of a deleted one: nobody reads them.
 """
 
+from notecase_server.store.fold import ENDED
+
 VERSION = 3
 """Number of the schema, in the file's header as user_version. Older files are converted when they are opened."""
+
+UNENDED = f"state NOT IN ({', '.join(map(str, sorted(ENDED)))})"
+"""The condition of runs that have not ended. A query is answered from their index only if it has these very words."""
 
 SCHEMA = (
     "CREATE TABLE store (secret BLOB NOT NULL)",
@@ -101,7 +106,7 @@ SCHEMA = (
     "CREATE INDEX runs_by_time ON runs (tenant, create_time, uid, run)",
     "CREATE INDEX runs_by_session ON runs (tenant, uid, create_time, run)",
     # What runs or waits over all sessions is asked often, and is few among many.
-    "CREATE INDEX runs_by_state ON runs (tenant, state, create_time, uid, run)",
+    f"CREATE INDEX unended_runs ON runs (tenant, state, create_time, uid, run) WHERE {UNENDED}",
     # What is kept of each run that has not ended, apart from its row, which every commit writes anew.
     """CREATE TABLE active_runs (
         tenant TEXT NOT NULL,

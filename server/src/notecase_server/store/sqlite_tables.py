@@ -9,7 +9,7 @@ be named in a JSON path and compared in the order of its bytes, whatever charact
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any
@@ -25,7 +25,6 @@ from notecase_server.store.contract import (
     SESSION_COLUMNS,
     ActiveRun,
     And,
-    CommandId,
     Compare,
     Filter,
     Not,
@@ -37,15 +36,29 @@ from notecase_server.store.contract import (
     SessionKey,
     StepKey,
 )
-from notecase_server.store.fold import tells_past
+from notecase_server.store.fold import ENDED
 from notecase_server.store.lists import LABELS, OPERATORS, Found, Labelled, check_column, column
-from notecase_server.store.sqlite_schema import VERSION
+from notecase_server.store.sqlite_schema import UNENDED, VERSION
 from notecase_server.store.stretches import Stretch, marked
-from notecase_server.store.tables import Applied, Batch, BlobRow, CommitRow, Kept, Recorded, SessionRow, UploadRow
+from notecase_server.store.tables import (
+    Applied,
+    Batch,
+    BlobRow,
+    CommitRow,
+    EventRow,
+    Kept,
+    Recorded,
+    Saving,
+    SessionRow,
+    UploadRow,
+)
 
 log = structlog.get_logger()
 
 Bound = str | int | bytes | None
+
+INSERTED = 16
+"""Rows that one statement adds at most, so that there are few of such statements to compile."""
 
 SESSION_ROWS = (
     ("events", "sequence", "length(body)"),
@@ -64,6 +77,8 @@ STATE_ROWS = (("entries", "key", "length(body)"), ("blob_references", "key, sha2
 
 SESSION_CHANGES = tuple(name for name in SESSION_COLUMNS if name not in {"user", "create_time"})
 """The columns that change: setting one of an index costs a rewrite of the index, changed or not."""
+
+ONE_SESSION = "SELECT body, epoch, commits FROM sessions WHERE tenant = ? AND uid = ?"
 
 ADD_SESSION = f"""INSERT INTO sessions
     (tenant, uid, session, {", ".join(SESSION_COLUMNS)}, expire_time, labels, epoch, commits, body)
@@ -97,6 +112,12 @@ KEPT: Mapping[Kept, str] = {
     "blob_bytes": """SELECT coalesce((SELECT sum(size) FROM blobs WHERE tenant = ?1), 0)
         + coalesce((SELECT sum(size) FROM uploads WHERE tenant = ?1 AND sha256 = ''), 0)""",
 }
+CALLS = f"""SELECT c.call_id, m.sequence, m.body, e.body, {REWIND} FROM calls c
+    CROSS JOIN messages m ON m.tenant = c.tenant AND m.uid = c.uid AND m.message = c.message
+    LEFT JOIN events e ON m.body IS NULL AND e.tenant = m.tenant AND e.uid = m.uid AND e.sequence = m.sequence
+    WHERE c.tenant = ? AND c.uid = ?"""
+"""With their messages. CROSS keeps the calls the outer loop."""
+
 NAMED_MESSAGES = f"""SELECT m.uid, m.message, m.body, e.body, {REWIND}
     FROM json_each(?) n CROSS JOIN messages m ON m.tenant = ?
         AND m.uid = json_extract(n.value, '$[0]') AND m.message = json_extract(n.value, '$[1]')
@@ -160,7 +181,7 @@ def _expire_time(session: v1.Session) -> int | None:
     return session.expire_time.ToMicroseconds() if session.HasField("expire_time") else None
 
 
-class SqliteTables:
+class SqliteTables(Saving):
     """Rows as one connection sees them; used inside a transaction that somebody else begins and ends."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
@@ -170,6 +191,13 @@ class SqliteTables:
         """What this connection has tallies of."""
         self._execute = connection.execute
         self._executemany = connection.executemany
+
+    def _insert(self, into: str, rows: Sequence[tuple[Bound, ...]]) -> None:
+        """Adds rows to a table, given with its columns: many with one statement."""
+        for at in range(0, len(rows), INSERTED):
+            some = rows[at : at + INSERTED]
+            values = ", ".join([f"({_marks(some[0])})"] * len(some))
+            self._execute(f"INSERT INTO {into} VALUES {values}", [value for row in some for value in row])
 
     def _one(self, statement: str, *values: Bound) -> Any:
         """The first row as a tuple, or None."""
@@ -218,10 +246,10 @@ class SqliteTables:
         )
         return Applied(*row) if row else None
 
-    def add_command(self, key: SessionKey, command: CommandId, sequence: int, run: str) -> None:
+    def add_command(self, key: SessionKey, command_id: str, applied: Applied) -> None:
         self._execute(
             "INSERT INTO commands (tenant, uid, command_id, digest, sequence, run) VALUES (?, ?, ?, ?, ?, ?)",
-            (*_of(key), *command, sequence, run),
+            (*_of(key), command_id, *applied),
         )
 
     def named_session(self, tenant: str, session: str) -> str:
@@ -232,8 +260,23 @@ class SqliteTables:
         return self._one("SELECT 1 FROM sessions WHERE tenant = ? AND uid = ?", tenant, uid) is not None
 
     def session(self, key: SessionKey) -> SessionRow | None:
-        row = self._one("SELECT body, epoch, commits FROM sessions WHERE tenant = ? AND uid = ?", key.tenant, key.uid)
-        return SessionRow(v1.Session.FromString(row[0]), row[1], _commits(row[2])) if row else None
+        row = self._one(ONE_SESSION, key.tenant, key.uid)
+        return _session(*row) if row else None
+
+    def session_of_name(self, tenant: str, session: str) -> SessionRow | None:
+        uid = "(SELECT uid FROM session_names n WHERE n.tenant = sessions.tenant AND n.session = ?)"
+        row = self._one(ONE_SESSION.replace("uid = ?", f"uid = {uid}"), tenant, session)
+        return _session(*row) if row else None
+
+    def session_with_runs(self, key: SessionKey, runs: Collection[str]) -> tuple[SessionRow, dict[str, v1.Run]] | None:
+        rows = self._execute(
+            f"""SELECT s.body, s.epoch, s.commits, r.body FROM sessions s LEFT JOIN runs r
+                ON r.tenant = s.tenant AND r.uid = s.uid AND r.run IN ({_marks(runs)})
+                WHERE s.tenant = ? AND s.uid = ?""",
+            (*runs, *_of(key)),
+        ).fetchall()
+        found = [v1.Run.FromString(body) for *_, body in rows if body is not None]
+        return (_session(*rows[0][:3]), {run.name: run for run in found}) if rows else None
 
     def add_session(self, key: SessionKey, row: SessionRow) -> None:
         columns = (column(row.session, name) for name in SESSION_COLUMNS)
@@ -325,11 +368,9 @@ class SqliteTables:
         for create_time, uid, body in rows:
             yield Found((create_time, uid), v1.Session.FromString(body), len(body))
 
-    def add_events(self, key: SessionKey, events: Sequence[v1.Event]) -> None:
-        self._executemany(
-            "INSERT INTO events (tenant, uid, sequence, tells_past, body) VALUES (?, ?, ?, ?, ?)",
-            [(*_of(key), event.sequence, tells_past(event), event.SerializeToString()) for event in events],
-        )
+    def add_events(self, key: SessionKey, events: Sequence[EventRow]) -> None:
+        of = _of(key)
+        self._insert("events (tenant, uid, sequence, tells_past, body)", [of + event for event in events])
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]:
         rows = self._execute(
@@ -372,13 +413,13 @@ class SqliteTables:
         rows = self._execute(NAMED_MESSAGES, (json.dumps(names), tenant))
         return {(uid, name): _message(*found) for uid, name, *found in rows}
 
-    def add_message(self, key: SessionKey, message: v1.Message) -> None:
-        body = None if message.update_sequence == message.sequence else message.SerializeToString()
-        self._execute(
-            "INSERT INTO messages (tenant, uid, sequence, message, run, step, update_sequence, body)"
-            " VALUES (?, ?, ?, ?, ?, '', ?, ?)",
-            (*_of(key), message.sequence, message.name, message.run, message.update_sequence, body),
-        )
+    def add_messages(self, key: SessionKey, messages: Sequence[v1.Message]) -> None:
+        rows = list[tuple[Bound, ...]]()
+        for message in messages:
+            body = None if message.update_sequence == message.sequence else message.SerializeToString()
+            place = (*_of(key), message.sequence, message.name)
+            rows.append((*place, message.run, "", message.update_sequence, body))
+        self._insert("messages (tenant, uid, sequence, message, run, step, update_sequence, body)", rows)
 
     def put_message(self, key: SessionKey, message: v1.Message) -> None:
         self._execute(
@@ -412,13 +453,15 @@ class SqliteTables:
         rows = self._execute(f"{MESSAGES} AND m.sequence <= ? AND m.update_sequence > ?", (*_of(key), at, at))
         return [_message(*found) for _, *found in rows]
 
-    def call(self, key: SessionKey, call_id: str) -> str:
-        row = self._one("SELECT message FROM calls WHERE tenant = ? AND uid = ? AND call_id = ?", *_of(key), call_id)
-        return str(row[0]) if row else ""
+    def messages_of_calls(self, key: SessionKey, calls: Collection[str]) -> dict[str, v1.Message]:
+        rows = self._execute(f"{CALLS} AND c.call_id IN ({_marks(calls)})", (*_of(key), *calls)).fetchall()
+        messages = {holder: _message(*found) for _, holder, *found in rows}
+        return {call_id: messages[holder] for call_id, holder, *_ in rows}
 
-    def put_call(self, key: SessionKey, call_id: str, message: str) -> None:
-        self._execute(
-            "REPLACE INTO calls (tenant, uid, call_id, message) VALUES (?, ?, ?, ?)", (*_of(key), call_id, message)
+    def put_calls(self, key: SessionKey, calls: Mapping[str, str]) -> None:
+        self._executemany(
+            "REPLACE INTO calls (tenant, uid, call_id, message) VALUES (?, ?, ?, ?)",
+            [(*_of(key), *call) for call in calls.items()],
         )
 
     def run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
@@ -455,6 +498,8 @@ class SqliteTables:
         where, values = _where(query, RUN_COLUMNS, "(create_time, uid, run) < (?, ?, ?)")
         # Of one session, its own index always: the planner could think that of a state would do as well.
         source, place = ("runs INDEXED BY runs_by_session", " AND uid = ?") if session else ("runs", "")
+        if session is None and _is_unended(query.where):
+            place = f" AND {UNENDED}"
         rows = self._execute(
             f"""SELECT create_time, uid, run, body, (SELECT session FROM sessions s
                     WHERE s.tenant = runs.tenant AND s.uid = runs.uid) FROM {source} WHERE tenant = ?{place}{where}
@@ -497,12 +542,20 @@ class SqliteTables:
         row = self._one("SELECT version FROM states WHERE tenant = ? AND kind = ? AND id = ?", *scope)
         return int(row[0]) if row else 0
 
+    def state(self, scope: Scope, keys: Collection[str]) -> tuple[int, dict[str, v1.StateEntry | None]]:
+        rows = self._execute(
+            f"""SELECT s.version, e.key, e.body FROM states s LEFT JOIN entries e
+                ON e.tenant = s.tenant AND e.kind = s.kind AND e.id = s.id AND e.key IN ({_marks(keys)})
+                WHERE s.tenant = ? AND s.kind = ? AND s.id = ?""",
+            (*keys, *scope),
+        ).fetchall()
+        entries: dict[str, v1.StateEntry | None] = {
+            key: v1.StateEntry.FromString(body) for _, key, body in rows if key is not None
+        }
+        return (rows[0][0] if rows else 0), entries
+
     def put_version(self, scope: Scope, version: int) -> None:
         self._execute("REPLACE INTO states (tenant, kind, id, version) VALUES (?, ?, ?, ?)", (*scope, version))
-
-    def entry(self, scope: Scope, key: str) -> v1.StateEntry | None:
-        row = self._one("SELECT body FROM entries WHERE tenant = ? AND kind = ? AND id = ? AND key = ?", *scope, key)
-        return v1.StateEntry.FromString(row[0]) if row else None
 
     def put_entry(self, scope: Scope, key: str, entry: v1.StateEntry | None) -> None:
         if entry is None:
@@ -530,7 +583,9 @@ class SqliteTables:
 
     def agent(self, tenant: str, agent_id: str, revision: int) -> v1.Agent | None:
         row = self._one(
-            "SELECT body FROM revisions WHERE tenant = ? AND agent = ? AND revision = ?", tenant, agent_id, revision
+            """SELECT body FROM revisions WHERE tenant = ?1 AND agent = ?2
+                AND revision = iif(?3, ?3, (SELECT revision FROM agents WHERE tenant = ?1 AND agent = ?2))""",
+            *(tenant, agent_id, revision),
         )
         return v1.Agent.FromString(row[0]) if row else None
 
@@ -701,6 +756,14 @@ def _kept(row: SessionRow) -> tuple[Bound, ...]:
     return _expire_time(row.session), _labels(row.session), row.epoch, commits, row.session.SerializeToString()
 
 
+def _session(body: bytes, epoch: int, commits: str | None) -> SessionRow:
+    return SessionRow(v1.Session.FromString(body), epoch, _commits(commits))
+
+
+def _marks(values: Collection[object]) -> str:
+    return ", ".join("?" * len(values))
+
+
 def _commits(column: str | None) -> tuple[CommitRow, ...]:
     return tuple(CommitRow(*made) for made in json.loads(column)) if column else ()
 
@@ -716,6 +779,18 @@ def _labels(row: Labelled) -> str | None:
 
 def _hex(text: str) -> str:
     return text.encode().hex()
+
+
+def _is_unended(where: Filter | None) -> bool:
+    """Whether a filter of runs holds only for such as have not ended."""
+    match where:
+        case Compare("state", "=", state):
+            return state not in ENDED
+        case And(terms):
+            return any(map(_is_unended, terms))
+        case Or(terms):
+            return all(map(_is_unended, terms))
+    return False
 
 
 def _where(query: Query, columns: tuple[str, ...], after: str) -> tuple[str, list[Bound]]:

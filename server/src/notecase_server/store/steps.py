@@ -4,11 +4,10 @@ A step first reads and decides, and writes only when nothing can be refused any 
 nothing, in a store that cannot undo as in one that can.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import replace
-from functools import partial
 from itertools import islice
-from typing import TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
@@ -43,8 +42,8 @@ from notecase_server.store.quotas import (
     require_record,
     require_session,
 )
-from notecase_server.store.stretches import left_behind
-from notecase_server.store.tables import Batch, CommitRow, SessionRow, Tables
+from notecase_server.store.stretches import Stretch, last_of, left_behind
+from notecase_server.store.tables import Applied, Batch, Changes, CommitRow, EventRow, SessionRow, Tables
 
 M = TypeVar("M", bound=Message)
 
@@ -63,68 +62,133 @@ FIRST_EPOCH = 1
 
 def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committed:
     """Store.commit."""
-    row = tables.session(commit.key)
+    key = commit.key
+    needs = fold.needs(commit)
+    found = tables.session_with_runs(key, needs.runs)
+    row = found[0] if found is not None else None
     if row is not None and (made := _remembered(row, commit.id)) is not None:
-        return _made(tables, commit.key, row, made)
+        return _made(tables, key, row, made)
     recall(tables, commit.once)
-    recall_command(tables, commit.key, commit.command)
-    events, blobs = content.sized(tables, commit.key.tenant, commit.events)
-    commit = replace(commit, events=events)
-    rows, commits = _load(tables, commit, row, now)
+    if row is not None and commit.command is not None:
+        _recall_applied(tables, key, commit.command)
+    events, blobs = content.sized(tables, key.tenant, commit.events)
+    if any(blobs):
+        commit = replace(commit, events=events)
+    if commit.create is not None:
+        _require_free(tables, key)
+        row = SessionRow(fold.new_session(key, commit.create, now), FIRST_EPOCH)
+    if row is None:
+        raise errors.not_found("session", f"sessions/{key.session}")
+    rows = fold.Rows(row.session, row.epoch, runs=found[1] if found is not None else {})
+    _load(tables, key, needs, rows)
     require_record(tables, quotas, commit.once)
     if commit.create is not None:
-        require_session(tables, quotas, commit.key.tenant)
+        require_session(tables, quotas, key.tenant)
     require_log(quotas, commit, rows.session)
-    before = {name: run.state for name, run in rows.runs.items()}
-    old_messages, old_calls, old_versions = set(rows.messages), set(rows.calls), dict(rows.versions)
-    old_keys = {scope: _existing(entries) for scope, entries in rows.state.items()}
+    before = _Before.of(rows)
     done = fold.apply(rows, commit, now)
-    rows.session.log_bytes += sum(event.ByteSize() for event in done.events)
     if commit.if_epoch is None:
         for scope in done.state:
-            require_keys(tables, quotas, scope, _existing(rows.state[scope]) - old_keys[scope])
-    if commit.start is None and rows.runs.keys() - before.keys():
+            require_keys(tables, quotas, scope, _existing(rows.state[scope]) - before.keys[scope])
+    if commit.start is None and rows.runs.keys() - before.runs.keys():
         raise ValueError("an event that makes a run wants Commit.start")
-    log = commit.key.state
-    referred = _first_references(tables, log, done, blobs)
+    referred = _first_references(tables, key.state, done, blobs)
     rows.session.content_bytes += sum(size for _, size in referred.values())
     size, limit = rows.session.content_bytes, commit.content_limit
     if referred and limit is not None and size > limit:
         raise errors.too_large("The content that the session refers to", size, limit)
-    _remember(tables, commit.once, done, now, commit.key)
-
-    if commit.id:
-        last = rows.session.last_sequence
-        commits = (*commits, CommitRow(commit.id, last - len(done.events) + 1, last))[-REMEMBERED_COMMITS:]
-    row = SessionRow(rows.session, rows.epoch, commits)
-    (tables.put_session if commit.create is None else tables.add_session)(commit.key, row)
-    if commit.command is not None:
-        run_name = next((event.run for event in reversed(done.events) if event.run), "")
-        tables.add_command(commit.key, commit.command, rows.session.last_sequence, run_name)
-    _add_events(tables, commit.key, done.events)
-    for name, message in rows.messages.items():
-        (tables.put_message if name in old_messages else tables.add_message)(commit.key, message)
-    for call_id, holder in rows.calls.items():
-        if call_id not in old_calls:
-            tables.put_call(commit.key, call_id, holder)
-    for name, run in rows.runs.items():
-        _save_run(tables, commit, run, before.get(name))
-        if commit.deaths is not None and run.state not in fold.ENDED:
-            tables.put_record(commit.key, name, commit.deaths, released=False)
-    for scope in done.state:
-        _save_state(tables, scope, rows.versions[scope], rows.state[scope], old_versions[scope])
-    for sha256, (sequence, _) in referred.items():
-        tables.refer(log, "", sha256, sequence)
+    changes = before.changes(rows, commit, done, row.commits)
+    changes.stretches = _stretches(tables, key, done.events)
+    changes.references = {sha256: sequence for sha256, (sequence, _) in referred.items()}
+    _remember(tables, commit.once, done, now, key)
+    tables.save(changes)
+    for scope, name, entry in changes.entries:
+        if scope.kind != "session":
+            content.refer_entry(tables, scope, name, entry)
+    if commit.newest:
+        messages = tables.messages(key, Query(commit.newest), newest_first=True, step=None, superseded=False)
+        done.newest = take(messages, commit.newest)
     return done
+
+
+class _Before(NamedTuple):
+    """What of the rows of a commit there was before it."""
+
+    runs: Mapping[str, v1.Run.State.ValueType]
+    messages: Set[str]
+    calls: Set[str]
+    versions: Mapping[Scope, int]
+    keys: Mapping[Scope, int]
+    """How many of those it names each state had."""
+
+    @classmethod
+    def of(cls, rows: fold.Rows) -> Self:
+        """Takes note of rows as they were loaded."""
+        runs = {name: run.state for name, run in rows.runs.items()}
+        keys = {scope: _existing(entries) for scope, entries in rows.state.items()}
+        return cls(runs, set(rows.messages), set(rows.calls), dict(rows.versions), keys)
+
+    def changes(self, rows: fold.Rows, commit: Commit, done: Committed, commits: tuple[CommitRow, ...]) -> Changes:
+        """Returns what the commit writes once `fold.apply` has taken place, but for what only the tables can tell.
+        `commits` are those that the session remembered before. Counts the events in the session's log_bytes."""
+        events = event_rows(done.events)
+        rows.session.log_bytes += sum(len(event.body) for event in events)
+        last = rows.session.last_sequence
+        if commit.id:
+            commits = (*commits, CommitRow(commit.id, last - len(events) + 1, last))[-REMEMBERED_COMMITS:]
+        command = None
+        if commit.command is not None:
+            run = next((event.run for event in reversed(done.events) if event.run), "")
+            command = commit.command.command_id, Applied(commit.command.digest, last, run)
+        runs = rows.runs.values()
+        new = [run for run in runs if run.name not in self.runs]
+        ended = [run.name for run in runs if run.state in fold.ENDED]
+        return Changes(
+            key=commit.key,
+            session=SessionRow(rows.session, rows.epoch, commits),
+            made=commit.create is not None,
+            events=events,
+            messages=[message for name, message in rows.messages.items() if name not in self.messages],
+            changed_messages=[message for name, message in rows.messages.items() if name in self.messages],
+            calls={call_id: holder for call_id, holder in rows.calls.items() if call_id not in self.calls},
+            runs=[(run, commit.start) for run in new if commit.start is not None],
+            changed_runs=[(run, run.state != self.runs[run.name]) for run in runs if run.name in self.runs],
+            ended=ended,
+            deaths={} if commit.deaths is None else {name: commit.deaths for name in rows.runs if name not in ended},
+            versions={scope: rows.versions[scope] for scope in done.state},
+            entries=[
+                (scope, key, entry)
+                for scope in done.state
+                for key, entry in rows.state[scope].items()
+                if entry is None or entry.version > self.versions[scope]
+            ],
+            command=command,
+        )
+
+
+def event_rows(events: Sequence[v1.Event]) -> list[EventRow]:
+    """Returns events as they are stored."""
+    return [EventRow(event.sequence, fold.tells_past(event), event.SerializeToString()) for event in events]
+
+
+def _stretches(tables: Tables, key: SessionKey, events: Sequence[v1.Event]) -> list[Stretch]:
+    """What the rewinds among these events leave behind."""
+    made = list[Stretch]()
+
+    def last(before: int) -> Stretch | None:
+        return max(filter(None, (tables.last_stretch(key, before), last_of(sorted(made), before))), default=None)
+
+    for event in events:
+        if event.HasField("rewound"):
+            made += left_behind(last, event.rewound.to_sequence, event.sequence)
+    return made
 
 
 def _add_events(tables: Tables, key: SessionKey, events: Sequence[v1.Event]) -> None:
     """Adds events, and for each rewind what it leaves behind."""
-    tables.add_events(key, events)
-    for event in events:
-        if event.HasField("rewound"):
-            last = partial(tables.last_stretch, key)
-            tables.add_stretches(key, left_behind(last, event.rewound.to_sequence, event.sequence))
+    tables.add_events(key, event_rows(events))
+    if stretches := _stretches(tables, key, events):
+        tables.add_stretches(key, stretches)
 
 
 def _existing(entries: Mapping[str, v1.StateEntry | None]) -> int:
@@ -160,11 +224,8 @@ def _made(tables: Tables, key: SessionKey, row: SessionRow, made: CommitRow) -> 
     done = Committed(row.session, row.epoch, events, {}, {}, {})
     for event in events:
         calls = {event.tool_started.call_id, event.tool_finished.call_id} - {""}
-        holders = {event.message_added.name, *(tables.call(key, call_id) for call_id in calls)} - {""}
-        for holder in holders:
-            message = tables.message(key, holder)
-            if message is not None:
-                done.messages[holder] = message
+        touched = [*tables.messages_of_calls(key, calls).values(), tables.message(key, event.message_added.name)]
+        done.messages.update((message.name, message) for message in touched if message is not None)
         found = tables.run(key, event.run) if event.run else None
         if found is not None:
             done.runs[event.run] = found[0]
@@ -172,9 +233,9 @@ def _made(tables: Tables, key: SessionKey, row: SessionRow, made: CommitRow) -> 
             change = event.state_changed
             scope = fold.state_scope(key, row.session.user, change.state)
             state = done.state.setdefault(scope, v1.State())
-            state.version = tables.version(scope)
             names = [op.key for op in change.ops]
-            fold.show_entries(state, _entries(tables, scope, set(names)), names)
+            state.version, entries = tables.state(scope, set(names))
+            fold.show_entries(state, entries, names)
     return done
 
 
@@ -191,8 +252,11 @@ def recall(tables: Tables, once: Once | None) -> None:
 
 def recall_command(tables: Tables, key: SessionKey, command: CommandId | None) -> None:
     """Store.recall_command."""
-    if command is None or not tables.exists(key.tenant, key.uid):
-        return
+    if command is not None and tables.exists(key.tenant, key.uid):
+        _recall_applied(tables, key, command)
+
+
+def _recall_applied(tables: Tables, key: SessionKey, command: CommandId) -> None:
     if (applied := tables.command(key, command.command_id)) is not None:
         if applied.digest != command.digest:
             raise errors.reused("command_id", command.command_id)
@@ -229,7 +293,10 @@ def fork(tables: Tables, now: int, fork: Fork, quotas: Quotas) -> Committed:
     _add_events(tables, fork.key, done.events)
     for message in rows.messages.values():
         copied = tables.message(fork.key, message.name) is not None
-        (tables.put_message if copied else tables.add_message)(fork.key, message)
+        if copied:
+            tables.put_message(fork.key, message)
+        else:
+            tables.add_messages(fork.key, [message])
     for run in rows.runs.values():
         kept = tables.run(fork.source, run.name)
         assert kept is not None
@@ -272,9 +339,8 @@ def restore(tables: Tables, now: int, restore: Restore, quotas: Quotas) -> v1.Se
     for event in restore.events():
         _add_events(tables, key, [event])
         if event.HasField("message_added"):
-            tables.add_message(key, restore.message(event))
-    for call_id, holder in restore.calls.items():
-        tables.put_call(key, call_id, holder)
+            tables.add_messages(key, [restore.message(event)])
+    tables.put_calls(key, restore.calls)
     for run, record in restore.runs:
         tables.add_run(key, run, record)
         tables.drop_record(key, run.name)
@@ -307,8 +373,7 @@ def _session(tables: Tables, key: SessionKey) -> SessionRow:
 
 def find_session(tables: Tables, tenant: str, session: str) -> v1.Session | None:
     """Store.find_session."""
-    uid = tables.named_session(tenant, session)
-    row = tables.session(SessionKey(tenant, session, uid)) if uid else None
+    row = tables.session_of_name(tenant, session)
     return row.session if row else None
 
 
@@ -316,7 +381,7 @@ def read_start(tables: Tables, tenant: str, session: str, named: str) -> tuple[v
     """Store.read_start."""
     row = find_session(tables, tenant, session)
     name = names.parse_agent(named or (row.agent if row else ""))
-    return row, agent(tables, tenant, name.agent, name.revision) if name else None
+    return row, tables.agent(tenant, name.agent, name.revision) if name else None
 
 
 def _require_free(tables: Tables, key: SessionKey) -> None:
@@ -324,38 +389,21 @@ def _require_free(tables: Tables, key: SessionKey) -> None:
         raise errors.already_exists("session", f"sessions/{key.session}")
 
 
-def _load(tables: Tables, commit: Commit, row: SessionRow | None, now: int) -> tuple[fold.Rows, tuple[CommitRow, ...]]:
-    """The rows that the commit needs, its session made if it is to be; and the commits that the session remembers."""
-    key = commit.key
-    if commit.create is not None:
-        _require_free(tables, key)
-        row = SessionRow(fold.new_session(key, commit.create, now), FIRST_EPOCH)
-    if row is None:
-        raise errors.not_found("session", f"sessions/{key.session}")
-    session = row.session
-    rows = fold.Rows(session, row.epoch)
-    needs = fold.needs(commit, session.user)
-    for scope, keys in needs.keys.items():
-        rows.versions[scope] = tables.version(scope)
-        rows.state[scope] = _entries(tables, scope, keys)
-    for name in needs.runs:
-        found = tables.run(key, name)
-        if found is not None:
-            rows.runs[name] = found[0]
-    for call_id in needs.calls:
-        holder = tables.call(key, call_id)
-        if holder:
-            rows.calls[call_id] = holder
+def _load(tables: Tables, key: SessionKey, needs: fold.Needs, rows: fold.Rows) -> None:
+    """Reads what a commit needs besides its session and runs."""
+    session = rows.session
+    for state, keys in needs.keys.items():
+        scope = fold.state_scope(key, session.user, state)
+        rows.versions[scope], rows.state[scope] = tables.state(scope, keys)
+    if needs.calls:
+        held = tables.messages_of_calls(key, needs.calls)
+        rows.calls = {call_id: message.name for call_id, message in held.items()}
+        rows.messages = {message.name: message for message in held.values()}
     if needs.summaries_after is not None:
         rows.continued = _continued(tables, key, session.summary_sequence, needs.summaries_after)
     for sequence in needs.shown:
         after = Query(1, (sequence - 1,))
         rows.shown.update(found.row.sequence for found in islice(tables.messages(key, after, False, None, False), 1))
-    for holder in set(rows.calls.values()) - rows.messages.keys():
-        message = tables.message(key, holder)
-        if message is not None:
-            rows.messages[holder] = message
-    return rows, row.commits
 
 
 def _continued(tables: Tables, key: SessionKey, summary: int, after: int) -> dict[int, int]:
@@ -366,22 +414,6 @@ def _continued(tables: Tables, key: SessionKey, summary: int, after: int) -> dic
         continued[summary] = found.row.summarized.previous
         summary = continued[summary]
     return continued
-
-
-def _entries(tables: Tables, scope: Scope, keys: set[str]) -> dict[str, v1.StateEntry | None]:
-    """Those of the keys that exist."""
-    found = ((key, tables.entry(scope, key)) for key in keys)
-    return {key: entry for key, entry in found if entry is not None}
-
-
-def _save_run(tables: Tables, commit: Commit, run: v1.Run, before: v1.Run.State.ValueType | None) -> None:
-    """`before` is the state it had, None when the commit starts it."""
-    if before is None and commit.start is not None:
-        tables.add_run(commit.key, run, commit.start)
-    else:
-        tables.put_run(commit.key, run, moved=run.state != before)
-    if run.state in fold.ENDED:
-        tables.drop_record(commit.key, run.name)
 
 
 def _save_state(
@@ -505,7 +537,7 @@ def named_entries(tables: Tables, scope: Scope, keys: Sequence[str], at: int) ->
     if at:
         version, entries = past.state(tables, scope, at, set(keys))
     else:
-        version, entries = tables.version(scope), _entries(tables, scope, set(keys))
+        version, entries = tables.state(scope, set(keys))
     state = v1.State(version=version)
     fold.show_entries(state, entries, keys)
     return state
@@ -518,10 +550,9 @@ def page_of_entries(
     if at or keys:
         if at:
             version, entries = past.state(tables, scope, at, set(keys) or None)
-            found = ((key, entries[key]) for key in sorted(entries))
         else:
-            version = tables.version(scope)
-            found = ((key, tables.entry(scope, key)) for key in sorted(set(keys)))
+            version, entries = tables.state(scope, set(keys))
+        found = ((key, entries[key]) for key in sorted(entries))
         after = str(query.after[0]) if query.after else ""
         later = ((key, entry) for key, entry in found if key > after)
         rows = (Found((key,), (key, entry), entry.ByteSize()) for key, entry in later if entry is not None)
@@ -547,11 +578,10 @@ def update_state(
     """Store.update_state."""
     recall(tables, once)
     ops, _ = content.sized(tables, scope.tenant, ops)
-    before = tables.version(scope)
+    before, entries = tables.state(scope, {op.key for op in ops})
     if if_version is not None and if_version != before:
         raise errors.version_mismatch("The state", before)
     version = before + 1
-    entries = _entries(tables, scope, {op.key for op in ops})
     old_keys = _existing(entries)
     fold.apply_ops(entries, ops, version, now)
     require_record(tables, quotas, once)
@@ -561,11 +591,6 @@ def update_state(
     _remember(tables, once, state, now, f"users/{scope.id}" if scope.kind == "user" else "")
     _save_state(tables, scope, version, entries, before)
     return state
-
-
-def agent(tables: Tables, tenant: str, agent_id: str, revision: int) -> v1.Agent | None:
-    """Store.get_agent."""
-    return tables.agent(tenant, agent_id, revision or tables.last_revision(tenant, agent_id))
 
 
 def create_agent(
@@ -640,7 +665,7 @@ def _add_revision(
 def delete_agent(tables: Tables, now: int, tenant: str, agent_id: str, if_etag: str, once: Once | None) -> None:
     """Store.delete_agent."""
     recall(tables, once)
-    newest = agent(tables, tenant, agent_id, 0)
+    newest = tables.agent(tenant, agent_id, 0)
     if newest is None:
         raise errors.not_found("agent", f"agents/{agent_id}")
     if if_etag and if_etag != newest.etag:

@@ -3,12 +3,13 @@
 A store that keeps its rows in another place implements `Tables`; what a commit or an edit means is written once.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 from notecase import v1
 
-from notecase_server.store.contract import ActiveRun, CommandId, Once, Query, RunRecord, Scope, SessionKey, StepKey
+from notecase_server.store.contract import ActiveRun, Once, Query, RunRecord, Scope, SessionKey, StepKey
 from notecase_server.store.lists import Found
 from notecase_server.store.stretches import Stretch
 
@@ -41,6 +42,15 @@ class CommitRow(NamedTuple):
     """The sequence of its first event."""
     last: int
     """Of its last one: one less than `first` when it had none."""
+
+
+class EventRow(NamedTuple):
+    """An entry of the log as it is stored."""
+
+    sequence: int
+    tells_past: bool
+    """See `fold.tells_past`."""
+    body: bytes
 
 
 class SessionRow(NamedTuple):
@@ -93,12 +103,79 @@ class Batch:
 Kept = Literal["requests", "sessions", "agents", "revisions", "keys", "uploads", "blob_bytes"]
 
 
+@dataclass(slots=True, kw_only=True)
+class Changes:
+    """What one commit writes, by table. A row is here once."""
+
+    key: SessionKey
+    session: SessionRow
+    made: bool
+    """The session is new."""
+    events: Sequence[EventRow]
+    messages: Sequence[v1.Message]
+    """New ones."""
+    changed_messages: Sequence[v1.Message]
+    calls: Mapping[str, str]
+    """New ones, each with the id of its message."""
+    runs: Sequence[tuple[v1.Run, RunRecord]]
+    """New ones."""
+    changed_runs: Sequence[tuple[v1.Run, bool]]
+    """With whether the state is another than before."""
+    ended: Sequence[str]
+    """Runs that have ended, new ones among them."""
+    deaths: Mapping[str, int]
+    """Of runs that have not ended."""
+    versions: Mapping[Scope, int]
+    entries: Sequence[tuple[Scope, str, v1.StateEntry | None]]
+    """Of the states with those versions. None is to be removed."""
+    command: tuple[str, Applied] | None
+    """By its id."""
+    stretches: Sequence[Stretch] = ()
+    references: Mapping[str, int] = field(default_factory=dict)
+    """By digest, the first event of the log that refers to the blob."""
+
+
+class Saving:
+    """Carries changes out row by row, for tables that lie in this process: it costs nothing to ask them often."""
+
+    def save(self: "Tables", changes: Changes) -> None:
+        key = changes.key
+        (self.add_session if changes.made else self.put_session)(key, changes.session)
+        self.add_events(key, changes.events)
+        if changes.command is not None:
+            self.add_command(key, *changes.command)
+        if changes.stretches:
+            self.add_stretches(key, changes.stretches)
+        if changes.messages:
+            self.add_messages(key, changes.messages)
+        if changes.calls:
+            self.put_calls(key, changes.calls)
+        for message in changes.changed_messages:
+            self.put_message(key, message)
+        for run, record in changes.runs:
+            self.add_run(key, run, record)
+        for run, moved in changes.changed_runs:
+            self.put_run(key, run, moved)
+        for name in changes.ended:
+            self.drop_record(key, name)
+        for name, deaths in changes.deaths.items():
+            self.put_record(key, name, deaths, released=False)
+        for scope, version in changes.versions.items():
+            self.put_version(scope, version)
+        for scope, name, entry in changes.entries:
+            self.put_entry(scope, name, entry)
+        for sha256, sequence in changes.references.items():
+            self.refer(key.state, "", sha256, sequence)
+
+
 class Tables(Protocol):
     """Rows within one transaction. What a read hands out is a copy; what is missing is None, 0 or nothing.
 
     The iterators of lists are lazy, in the order the contract gives the list, and hold what matches the query and comes
     after its position; they may go on beyond its limit. They end with the transaction.
     """
+
+    def save(self, changes: Changes) -> None: ...
 
     def request(self, once: Once) -> Recorded | None: ...
 
@@ -121,7 +198,7 @@ class Tables(Protocol):
 
     def command(self, key: SessionKey, command_id: str) -> Applied | None: ...
 
-    def add_command(self, key: SessionKey, command: CommandId, sequence: int, run: str) -> None: ...
+    def add_command(self, key: SessionKey, command_id: str, applied: Applied) -> None: ...
 
     def named_session(self, tenant: str, session: str) -> str:
         """The uid of the session that has this name, or empty."""
@@ -132,6 +209,14 @@ class Tables(Protocol):
         ...
 
     def session(self, key: SessionKey) -> SessionRow | None: ...
+
+    def session_of_name(self, tenant: str, session: str) -> SessionRow | None:
+        """The session that has this name."""
+        ...
+
+    def session_with_runs(self, key: SessionKey, runs: Collection[str]) -> tuple[SessionRow, dict[str, v1.Run]] | None:
+        """A session with those of the named runs that exist, as `run` has them."""
+        ...
 
     def add_session(self, key: SessionKey, row: SessionRow) -> None:
         """Gives it its name, too."""
@@ -168,7 +253,7 @@ class Tables(Protocol):
 
     def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]: ...
 
-    def add_events(self, key: SessionKey, events: Sequence[v1.Event]) -> None: ...
+    def add_events(self, key: SessionKey, events: Sequence[EventRow]) -> None: ...
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]: ...
 
@@ -190,8 +275,8 @@ class Tables(Protocol):
         """Those that exist of messages of many sessions, by the session's uid and the message's id, at one go."""
         ...
 
-    def add_message(self, key: SessionKey, message: v1.Message) -> None:
-        """Of a message whose event is added in the same transaction."""
+    def add_messages(self, key: SessionKey, messages: Sequence[v1.Message]) -> None:
+        """Of messages whose events are added in the same transaction."""
         ...
 
     def put_message(self, key: SessionKey, message: v1.Message) -> None: ...
@@ -204,11 +289,13 @@ class Tables(Protocol):
         """Those added up to that sequence and changed after it, but for what rewinds have done."""
         ...
 
-    def call(self, key: SessionKey, call_id: str) -> str:
-        """The id of the message that holds the call, or empty."""
+    def messages_of_calls(self, key: SessionKey, calls: Collection[str]) -> dict[str, v1.Message]:
+        """By call, the message that holds it: one object for all of its calls. Of those that exist."""
         ...
 
-    def put_call(self, key: SessionKey, call_id: str, message: str) -> None: ...
+    def put_calls(self, key: SessionKey, calls: Mapping[str, str]) -> None:
+        """By call, the id of the message that holds it."""
+        ...
 
     def run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
         """The run, `reply` by id and sequence only, and its digest."""
@@ -244,11 +331,13 @@ class Tables(Protocol):
 
     def version(self, scope: Scope) -> int: ...
 
+    def state(self, scope: Scope, keys: Collection[str]) -> tuple[int, dict[str, v1.StateEntry | None]]:
+        """The version, and those of the keys that exist."""
+        ...
+
     def put_version(self, scope: Scope, version: int) -> None:
         """Before the entries that it brings."""
         ...
-
-    def entry(self, scope: Scope, key: str) -> v1.StateEntry | None: ...
 
     def put_entry(self, scope: Scope, key: str, entry: v1.StateEntry | None) -> None:
         """None removes it."""
@@ -262,7 +351,9 @@ class Tables(Protocol):
         """The last number given out under this id, whether the agent still exists or not."""
         ...
 
-    def agent(self, tenant: str, agent_id: str, revision: int) -> v1.Agent | None: ...
+    def agent(self, tenant: str, agent_id: str, revision: int) -> v1.Agent | None:
+        """That revision, or with 0 the newest."""
+        ...
 
     def add_revision(self, tenant: str, agent_id: str, agent: v1.Agent) -> None:
         """Makes it the newest."""

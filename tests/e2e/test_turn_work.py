@@ -1,0 +1,78 @@
+"""What a turn of one token costs the store, counted: the counts are the same on every machine."""
+
+import sqlite3
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from notecase import v1
+from notecase_server import serve
+from notecase_server.engine import upkeep
+from notecase_server.store.sqlite import SqliteStore
+
+from tests.e2e.driving import OnStream, events_of, kinds, said
+from tests.support.server import running
+
+HANDOVERS, STATEMENTS, PAGES = ["read", "write", "write"], 21, 16
+"""Of a turn in a new session that is all there is: what the store is asked for, statements of SQL with those that begin
+and end transactions, and pages of the write-ahead log."""
+
+
+@contextmanager
+def asked(store: SqliteStore) -> Iterator[list[str]]:
+    """Fills with what the store is asked for."""
+    seen: list[str] = []
+    ask = store._ask
+
+    async def counted(jobs: Any, step: Callable[..., Any]) -> Any:
+        seen.append("write" if jobs is store._writes else "read")
+        return await ask(jobs, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store, "_ask", counted)
+        yield seen
+
+
+@contextmanager
+def traced(store: SqliteStore) -> Iterator[list[str]]:
+    """Fills with the statements that SQLite carries out."""
+    statements: list[str] = []
+    connections: list[sqlite3.Connection] = [store._connections.writer, *store._connections.readers]
+    for connection in connections:
+        connection.set_trace_callback(statements.append)
+    yield statements
+    for connection in connections:
+        connection.set_trace_callback(None)
+
+
+def pages(path: Path) -> int:
+    """Counts the pages that the write-ahead log has."""
+    log = Path(f"{path}-wal").read_bytes()
+    size: int = struct.unpack(">I", log[8:12])[0]
+    return (len(log) - 32) // (24 + size)
+
+
+async def test_a_turn_asks_little_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module, name in ((serve, "EXPIRY_SECONDS"), (serve, "PROBE_SECONDS"), (upkeep, "REPAIR_SECONDS")):
+        monkeypatch.setattr(module, name, 3600.0)  # what is done beside the turn is not counted
+    path = tmp_path / "store.db"
+    async with running(f"sqlite:{path}") as served:
+        store = served.server._store
+        assert isinstance(store, SqliteStore)
+        agent = v1.Agent(llm=v1.LlmAgent(model="offline/echo", instruction="Answer briefly."))
+        await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=agent))
+        await served.sessions.CreateSession(
+            v1.CreateSessionRequest(session_id="case", session=v1.Session(agent="agents/clerk"))
+        )
+        before = pages(path)
+        with asked(store) as handovers, traced(store) as statements:
+            start = v1.StartRun(session="sessions/case", messages=[said("Hi")])
+            async for frame in OnStream().start(served, start):
+                if "run_state_changed" in kinds(events_of([frame])):
+                    break
+        assert handovers == HANDOVERS
+        assert len(statements) == STATEMENTS, "\n".join(statements)
+        assert pages(path) - before == PAGES
