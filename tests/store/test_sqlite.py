@@ -11,6 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from notecase import v1
@@ -28,7 +29,7 @@ from notecase_server.store.contract import (
     StepKey,
     StoreOpenError,
 )
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite import CHECKPOINT_WRITES, SqliteStore
 from notecase_server.store.sqlite_schema import SCHEMA
 from notecase_server.store.tables import Tables
 from structlog.testing import capture_logs
@@ -183,6 +184,7 @@ def test_the_writer_waits_for_the_disk_and_overwrites_what_it_deletes(path: Path
         settings = ("journal_mode", "synchronous", "secure_delete")
         found = [connections.writer.execute(f"PRAGMA {name}").fetchone()[0] for name in settings]
         (reader,) = connections.readers
+        assert 2 == connections.checkpointer.execute("PRAGMA synchronous").fetchone()[0]
         assert 1 == reader.execute("PRAGMA query_only").fetchone()[0]
     finally:
         connections.close()
@@ -594,3 +596,68 @@ async def test_a_row_that_does_not_decode_is_a_store_that_cannot_be_used(
         await add(store, said("m1"))
     assert await store.get_session(other) is not None
     await store.close()
+
+
+async def moved(store: SqliteStore) -> None:
+    """Has all moved into the database that can be, after what the checkpointer was asked to do before."""
+    done = asyncio.get_running_loop().create_future()
+    store._checkpoints.put([done])
+    await done
+
+
+async def test_the_log_does_not_grow_with_what_is_written(store: SqliteStore, path: Path) -> None:
+    """Also where nothing is deleted: the writer asks for a checkpoint again and again."""
+    passes: list[str] = []
+    store._connections.checkpointer.set_trace_callback(passes.append)
+    await create(store)
+    longest = 0
+    for number in range(40):
+        await add(store, said(f"m{number}", "x" * 500_000))
+        await moved(store)
+        longest = max(longest, Path(f"{path}-wal").stat().st_size)
+    await store.close()
+    assert 40 + 41 // CHECKPOINT_WRITES == len(passes)
+    assert longest < 5 << 20
+
+
+async def test_the_writer_moves_the_rest_of_a_long_log_and_no_commit_does(store: SqliteStore, path: Path) -> None:
+    """The log has become long as somebody read. Callers have their answer before; the next write begins the log again,
+    although the checkpointer has not had another turn."""
+    seen: list[str] = []
+    writer, tell = store._connections.writer, store._tell
+    assert (0,) == writer.execute("PRAGMA wal_autocheckpoint").fetchone()
+
+    def told(outcomes: Any) -> None:
+        if threading.current_thread().name == "store-writer":
+            seen.append("told")
+        tell(outcomes)
+
+    store._tell = told  # type: ignore[method-assign]
+    await create(store)
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM store").fetchall()
+        for number in range(9):
+            await add(store, said(f"m{number}", "x" * 500_000))
+        await moved(store)
+    writer.set_trace_callback(seen.append)
+    await add(store, said("m9"))
+    size = Path(f"{path}-wal").stat().st_size
+    assert size > 4 << 20
+    for number in range(10, 13):
+        await add(store, said(f"m{number}", "x" * 500_000))
+    writer.set_trace_callback(None)
+    assert size == Path(f"{path}-wal").stat().st_size
+    (at,) = (place for place, sql in enumerate(seen) if "wal_checkpoint" in sql)
+    assert ["COMMIT", "told"] == seen[at - 2 : at]
+
+
+async def test_a_checkpoint_that_fails_loses_nothing(store: SqliteStore) -> None:
+    store._connections.checkpointer.close()
+    await create(store)
+    with capture_logs() as logs:
+        for number in range(20):
+            await add(store, said(f"m{number}", "x" * 1000))
+        await moved(store)
+    assert "store_checkpoint_failed" in {line["event"] for line in logs}
+    assert 20 == len(await store.read_events(KEY, 0))

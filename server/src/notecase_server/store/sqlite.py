@@ -2,6 +2,7 @@
 
 One thread writes: it takes all writes that wait and makes one transaction of them, so that the disk is waited for
 once. A few threads read beside it, each on a consistent state of the file that holds every write that has returned.
+One more checkpoints: it moves what was committed from the write-ahead log into the database while commits go on.
 """
 
 import asyncio
@@ -38,6 +39,14 @@ READERS = 3
 ALONE = ("ROLLBACK",)
 AMONG_OTHERS = ("ROLLBACK TO write", "RELEASE write")
 """What undoes a write that fails: the only one of a transaction, or one of several."""
+CHECKPOINT_WRITES = 16
+CHECKPOINT_ROWS = 1000
+"""Transactions and changed rows between two checkpoints, which a thread of its own makes: some hundred pages."""
+
+CHECKPOINT_PAGES = 1000
+"""Length of the write-ahead log, 4 MB, from which on it begins again at the next chance. That needs a moment without
+writes in which all of it is in the database: the writer moves what came since the checkpoint. A short log is also cut
+fast; one file system took 3 ms for each MB."""
 
 DEFECTS = (sqlite3.IntegrityError, sqlite3.ProgrammingError)
 """What SQLite raises for a write that can never succeed, such as a message id used twice: our mistake and not the
@@ -79,12 +88,19 @@ class SqliteStore(TableStore):
     def __init__(self, connections: Connections, clock: Clock) -> None:
         self.secret = connections.secret
         self._connections = connections
-        self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._writes: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._reads: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._checkpoints: queue.SimpleQueue[list[asyncio.Future[None]] | None] = queue.SimpleQueue()
+        """Each with those who wait for it."""
+        self._checkpointing = False
+        """Set by the writer when it asks for a checkpoint, until that is made, with the writer's part of it."""
+        self._log_is_long = False
+        """Set by the checkpointer when the rest is the writer's part."""
+        self._writer = _Writer(connections.writer, clock)
         self._threads = [
             threading.Thread(target=self._write_batches, name="store-writer", daemon=True),
+            threading.Thread(target=self._checkpoint, name="store-checkpointer", daemon=True),
             *(
                 threading.Thread(target=self._read_steps, args=(reader,), name="store-reader", daemon=True)
                 for reader in connections.readers
@@ -110,7 +126,12 @@ class SqliteStore(TableStore):
 
     async def scrub(self) -> bool:
         """What is deleted is overwritten in the database, in the same transaction (`secure_delete`); the write-ahead
-        log has it until it is cut."""
+        log has it until it is cut. The writer cuts it, and finds moved into the database what was there before. False
+        also while another checkpoint is being made."""
+        if self._writer.deleted and self._closing is None:
+            moved: asyncio.Future[None] = self._loop.create_future()
+            self._checkpoints.put([moved])
+            await moved
         return await self._ask(self._writes, _scrub)
 
     async def close(self) -> None:
@@ -120,6 +141,7 @@ class SqliteStore(TableStore):
 
     async def _close(self) -> None:
         self._writes.put(None)
+        self._checkpoints.put(None)
         for _ in self._connections.readers:
             self._reads.put(None)
         await asyncio.to_thread(self._let_go)
@@ -147,9 +169,18 @@ class SqliteStore(TableStore):
                 outcome = _Outcome(job.future, None, _told(error))
             self._tell([outcome])
 
+    def _checkpoint(self) -> None:
+        """Moves what was committed, while commits go on. Once the log is long, the writer moves the rest."""
+        while (waiting := self._checkpoints.get()) is not None:
+            if _checkpointed(self._connections.checkpointer) < CHECKPOINT_PAGES:
+                self._checkpointing = False
+            else:
+                self._log_is_long = True
+            if waiting:
+                self._tell([_Outcome(future, None, None) for future in waiting])
+
     def _write_batches(self) -> None:
-        writer = _Writer(self._connections.writer, self._clock)
-        open_ended = True
+        writer, open_ended = self._writer, True
         while open_ended:
             batch = [self._writes.get()]
             with suppress(queue.Empty):  # that is all of them
@@ -158,7 +189,14 @@ class SqliteStore(TableStore):
             jobs = [job for job in batch if job is not None]
             open_ended = len(jobs) == len(batch)
             if writes := [job for job in jobs if job.step is not _scrub]:
-                self._tell(writer.transact(writes, self.quotas))
+                outcomes = writer.transact(writes, self.quotas)
+                if writer.checkpoint_due() and not self._checkpointing:
+                    self._checkpointing = True
+                    self._checkpoints.put([])
+                self._tell(outcomes)
+                if self._log_is_long:
+                    writer.checkpoint()
+                    self._log_is_long = self._checkpointing = False
             if scrubs := [job for job in jobs if job.step is _scrub]:
                 self._tell(writer.scrub(scrubs))
 
@@ -170,6 +208,10 @@ class _Writer:
         self._connection = connection
         self._tables = SqliteTables(connection)
         self._clock = clock
+        self._writes = 0
+        """Transactions since the last checkpoint was due."""
+        self._rows = 0
+        """Rows that the connection had changed when it was."""
 
     def transact(self, jobs: list[_Job], quotas: Quotas) -> list[_Outcome]:
         """Carries all of them out, durably, or when the transaction fails none of them."""
@@ -185,6 +227,24 @@ class _Writer:
             log.error("store_write_failed", error=_name(error), writes=len(jobs))
             return [_Outcome(job.future, None, _unavailable(error)) for job in jobs]
         return outcomes
+
+    @property
+    def deleted(self) -> bool:
+        """Whether the write-ahead log may hold what was deleted since."""
+        return self._tables.deleted
+
+    def checkpoint_due(self) -> bool:
+        """Tells so once for each of CHECKPOINT_WRITES transactions or CHECKPOINT_ROWS rows."""
+        self._writes += 1
+        if self._writes < CHECKPOINT_WRITES and self._connection.total_changes - self._rows < CHECKPOINT_ROWS:
+            return False
+        self._writes, self._rows = 0, self._connection.total_changes
+        return True
+
+    def checkpoint(self) -> None:
+        """Moves what the checkpointer has left, so that the next write begins the log again."""
+        self._abandon()
+        _checkpointed(self._connection)
 
     def scrub(self, jobs: list[_Job]) -> list[_Outcome]:
         """Cuts the write-ahead log to nothing, if something was deleted and nobody reads an older state: commits are
@@ -233,6 +293,16 @@ class _Writer:
         if self._connection.in_transaction:
             with suppress(sqlite3.Error):  # the disk fails still; it is tried again before the next transaction
                 self._connection.execute("ROLLBACK")
+
+
+def _checkpointed(connection: sqlite3.Connection) -> int:
+    """Moves what nobody is in the way of; returns the length of the log in pages, or 0 when it failed."""
+    try:
+        pages: int = connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1]
+    except sqlite3.Error as error:
+        log.error("store_checkpoint_failed", error=_name(error))
+        return 0
+    return pages
 
 
 def _settle(outcomes: list[_Outcome]) -> None:

@@ -35,10 +35,6 @@ BUSY_SECONDS = 5.0
 WRITER_CACHE_KIB = 8192
 """The writer touches the same upper pages again and again; readers keep SQLite's 2 MB each."""
 
-CHECKPOINT_PAGES = 4000
-"""The write-ahead log goes into the database every 16 MB: by then most of its pages were written many times, and go
-there once."""
-
 WAL_BYTES = 64 << 20
 """What the write-ahead log is cut back to when a burst has made it longer."""
 
@@ -47,6 +43,8 @@ class Connections(NamedTuple):
     """An open file. `close` lets go of everything, the lock last."""
 
     writer: sqlite3.Connection
+    checkpointer: sqlite3.Connection
+    """Only moves pages from the write-ahead log into the database."""
     readers: Sequence[sqlite3.Connection]
     secret: bytes
     close: Callable[[], None]
@@ -65,9 +63,11 @@ def connect(path: Path, readers: int) -> Connections:
             _check(path, writer)
             writer.execute("PRAGMA journal_mode = WAL")
             # A full sync is what lets a commit be announced; the other settings say what deletion and the log cost.
-            writer.execute("PRAGMA synchronous = FULL")
+            checkpointer = _connection(path, opened)
+            for connection in (writer, checkpointer):
+                connection.execute("PRAGMA synchronous = FULL")
             writer.execute("PRAGMA secure_delete = ON")
-            writer.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_PAGES}")
+            writer.execute("PRAGMA wal_autocheckpoint = 0")  # a commit would make it, and its caller wait
             writer.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
             writer.execute(f"PRAGMA cache_size = -{WRITER_CACHE_KIB}")
             bring_up_to_date(writer)
@@ -81,7 +81,7 @@ def connect(path: Path, readers: int) -> Connections:
             raise StoreOpenError(_sqlite_refusal(path, error)) from error
         except DecodeError as error:
             raise StoreOpenError(f"{path} has a row that is damaged. Put a backup in its place.") from error
-        return Connections(writer, pool, secret, opened.pop_all().close)
+        return Connections(writer, checkpointer, pool, secret, opened.pop_all().close)
 
 
 def _lock(path: Path, opened: ExitStack) -> None:
