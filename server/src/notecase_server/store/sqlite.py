@@ -39,6 +39,7 @@ READERS = 3
 ALONE = ("ROLLBACK",)
 AMONG_OTHERS = ("ROLLBACK TO write", "RELEASE write")
 """What undoes a write that fails: the only one of a transaction, or one of several."""
+
 CHECKPOINT_WRITES = 16
 CHECKPOINT_ROWS = 1000
 """Transactions and changed rows between two checkpoints, which a thread of its own makes: some hundred pages."""
