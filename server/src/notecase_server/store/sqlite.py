@@ -77,6 +77,7 @@ class SqliteStore(TableStore):
         return cls(connect(Path(path), READERS), clock)
 
     def __init__(self, connections: Connections, clock: Clock) -> None:
+        super().__init__()
         self.secret = connections.secret
         self._connections = connections
         self._clock = clock
