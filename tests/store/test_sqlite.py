@@ -533,9 +533,10 @@ async def test_eight_writers_and_readers_at_once(store: SqliteStore) -> None:
 
 
 async def test_a_fork_copies_many_rows_with_a_statement_and_its_cost_grows_with_the_log_only(
-    store: SqliteStore,
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also where there are many calls, each of which is looked for in its message."""
+    """Also in many transactions, and where there are many calls, each of which is looked for in its message."""
+    monkeypatch.setattr(copies, "COPY_ROWS", 50)
     connections = (store._connections.writer, *store._connections.readers)
     await create(store)
     costs: list[int] = []

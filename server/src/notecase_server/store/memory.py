@@ -384,8 +384,9 @@ class _MemoryTables(Saving):
                 rows = ((name, len(body)) for name, body in ended if v1.Run.FromString(body).last_sequence <= at)
                 yield from _behind(last, rows)
             case 6:
-                entries = self._state(source.state).entries
-                yield from _behind(last, ((key, len(body)) for key, body in entries.items()))
+                state = self._state(source.state)
+                for key in islice(state.keys, bisect_right(state.keys, last or ""), None):
+                    yield key, len(state.entries[key])
 
     def copy_rows(self, source: SessionKey, key: SessionKey, at: int, pieces: Sequence[Piece]) -> None:
         for table, places in pieces:
@@ -415,8 +416,11 @@ class _MemoryTables(Saving):
             case 5:
                 self._put_run(key, place, replace(old.runs[place]))
             case 6:
-                for name, entry in self.state(source.state, [place])[1].items():
-                    self.put_entry(key.state, name, entry)
+                states = self._tenants[key.tenant].states
+                state = states.setdefault(("session", key.uid), _State())
+                if (body := self._state(source.state).entries.get(place)) is not None:
+                    state.entries[place] = body
+                    state.keys.append(place)
 
     def expired(self, now: int, limit: int) -> list[SessionKey]:
         found = [

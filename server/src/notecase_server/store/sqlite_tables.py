@@ -176,7 +176,8 @@ COPIES = (
     ),
     _Copied("entries", OF_ITS_STATE, "key", "", "length(body)", ":tenant, 'session', :uid, key, body"),
 )
-"""In the order in which they are copied: what holds content comes first."""
+"""In the order in which they are copied: what holds content comes first. CROSS keeps the rows that are named the outer
+loop."""
 
 AGENTS = """SELECT a.agent, r.body FROM agents a
     JOIN revisions r ON r.tenant = a.tenant AND r.agent = a.agent AND r.revision = a.revision
@@ -409,8 +410,9 @@ class SqliteTables(Saving):
         for number, places in pieces:
             table, rows, place, _, _, values, which = COPIES[number]
             self._execute(
-                f"""INSERT INTO {table} SELECT {values} FROM {table}
-                    WHERE {rows} AND {place} IN (SELECT value FROM json_each(:places)) AND {which}""",
+                f"""INSERT INTO {table} SELECT {values}
+                    FROM (SELECT value AS one FROM json_each(:places)) CROSS JOIN {table} ON {place} = one
+                    WHERE {rows} AND {which}""",
                 {"tenant": key.tenant, "uid": key.uid, "source": source.uid, "at": at, "places": json.dumps(places)},
             )
 
