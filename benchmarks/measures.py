@@ -224,27 +224,59 @@ async def deletion(bench: Bench) -> Values:
     """How long a write to one session waits at most while another one, long, is deleted and its rows go; and without
     that."""
     load = bench.load
-    (other,) = await load.new_sessions(1)
     long = await load.sessions.ForkSession(v1.ForkSessionRequest(name=await bench.history(LOGS[-1])))
-    put = v1.PutStateRequest(name=f"{other}/state", key="mood", value=v1.Value(string_value="wary"))
-
-    async def longest(count: int) -> float:
-        waits = []
-        for _ in range(count):
-            begun = time.perf_counter()
-            await load.state.PutState(put)
-            waits.append(time.perf_counter() - begun)
-        return max(waits)
-
-    alone = await longest(1000)
+    write = await _small_write(load)
+    alone = await _longest(write, 1000)
     begun = time.perf_counter()
     await load.sessions.DeleteSession(v1.DeleteSessionRequest(name=long.name))
     answered = time.perf_counter() - begun
     return {
         "deletion-answer": answered * 1e3,
-        "deletion-wait": await longest(1500) * 1e3,
+        "deletion-wait": await _longest(write, 1500) * 1e3,
         "deletion-alone": alone * 1e3,
     }
+
+
+async def copies(bench: Bench) -> Values:
+    """How long a write to one session waits at most while another one, long, is forked, and while it is imported; and
+    without that."""
+    load = bench.load
+    long = await bench.history(LOGS[-1])
+    exported = load.sessions.ExportSession(v1.ExportSessionRequest(name=long))
+    file = [v1.ImportSessionRequest(chunk=piece.chunk) async for piece in exported]
+    write = await _small_write(load)
+    alone = await _longest(write, 1000)
+    waits = []
+    for ask in (
+        lambda: load.sessions.ForkSession(v1.ForkSessionRequest(name=long)),
+        lambda: load.sessions.ImportSession(iter(file)),
+    ):
+        asked: asyncio.Future[v1.Session] = asyncio.ensure_future(ask())
+        longest = 0.0
+        while not asked.done():
+            longest = max(longest, await _longest(write, 1))
+        waits.append(longest)
+        await load.sessions.DeleteSession(v1.DeleteSessionRequest(name=(await asked).name))
+        await _longest(write, 1500)  # until its rows are gone
+    forked, imported = waits
+    return {"copies-fork": forked * 1e3, "copies-import": imported * 1e3, "copies-alone": alone * 1e3}
+
+
+async def _small_write(load: Load) -> Callable[[], Awaitable[object]]:
+    """A write to a session of its own."""
+    (session,) = await load.new_sessions(1)
+    put = v1.PutStateRequest(name=f"{session}/state", key="mood", value=v1.Value(string_value="wary"))
+    return partial(load.state.PutState, put)
+
+
+async def _longest(write: Callable[[], Awaitable[object]], count: int) -> float:
+    """The seconds that the longest of so many writes takes, one after the other."""
+    waits = []
+    for _ in range(count):
+        begun = time.perf_counter()
+        await write()
+        waits.append(time.perf_counter() - begun)
+    return max(waits)
 
 
 async def memory(bench: Bench) -> Values:
@@ -413,6 +445,7 @@ MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
     "pages": pages,
     "fork": fork,
     "deletion": deletion,
+    "copies": copies,
     "memory": memory,
     "content": content,
     "many": many,

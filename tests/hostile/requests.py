@@ -267,7 +267,14 @@ SESSION = {
         bytes=64 * KIB,
         handovers=0,
     ),
-    "a fork of 1,200 events": accepted("SessionService/ForkSession", lambda: v1.ForkSessionRequest(name=BIG)),
+    "a fork of 1,200 events and 10,000 keys": accepted(
+        "SessionService/ForkSession",
+        lambda: v1.ForkSessionRequest(name=BIG),
+        calls=250_000,
+        handovers=70,
+        writes=35,
+        statements=200,
+    ),
     "an export": accepted("SessionService/ExportSession", lambda: v1.ExportSessionRequest(name=BIG), handovers=8),
     "an export with content": accepted(
         "SessionService/ExportSession",
@@ -282,7 +289,9 @@ SESSION = {
         IMPORT, lambda: imported(b"notecase\x02" + b"\x02\x12\x00" * 200_000), INVALID, "IMPORT_INVALID"
     ),
     "an import of 3,000 messages": Hostile(
-        IMPORT, lambda: imported(export_of(map(spoken, range(1, 3001)))), most={"calls": 120_000, "statements": 7000}
+        IMPORT,
+        lambda: imported(export_of(map(spoken, range(1, 3001)))),
+        most={"calls": 120_000, "handovers": 20, "writes": 20, "statements": 7000},
     ),
     "an import of 100,000 headers": Hostile(
         IMPORT, lambda: [v1.ImportSessionRequest(header=v1.ImportHeader())] * 100_000, INVALID, "INVALID_FIELD"

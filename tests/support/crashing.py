@@ -3,7 +3,8 @@
 `main` with `--store sqlite:PATH --before 3` is `notecase serve` with these tools, up to the moment at which a run's
 third commit is about to be made; with `--after 3`, that at which it is durable and nobody has been told. With
 `--deletions 3` that is the third transaction of a deletion, counted from the one that begins it, and each removes two
-rows. Without any of these it lives on. SIGKILL is what the process sends itself: nothing is flushed, closed or told.
+rows; with `--copies 3` the third of a fork or an import, each of which writes `--copy-rows` rows. Without any of these
+it lives on. SIGKILL is what the process sends itself: nothing is flushed, closed or told.
 """
 
 import argparse
@@ -14,18 +15,19 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import Any, Self
 from unittest import mock
 
 from notecase_server import serve
 from notecase_server.config import Settings, configure_logging, openai_from_environment
-from notecase_server.store import steps
+from notecase_server.store import copies, steps
 from notecase_server.store.contract import Clock, Commit, Committed, Store
 from notecase_server.tools.functions import CallContext, tool
 from notecase_server.tools.mcp_settings import read_mcp_servers
 
+from tests.support.copying import Made, transactions
 from tests.support.server import Spawned
 
 TOOLS = __name__
@@ -175,6 +177,17 @@ def _die_deleting(store: Any, after: int) -> None:
     store._write = counted
 
 
+def _die_copying(store: Any, after: int, rows: int | None) -> AbstractContextManager[Made]:
+    """Lets the process die, within the block, when so many transactions of a fork or an import are durable."""
+    copies.COPY_ROWS = rows or copies.COPY_ROWS
+
+    async def die(made: int) -> None:
+        if made == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return transactions(store, after=die)
+
+
 class Crashing(Spawned):
     """Such a server as a process."""
 
@@ -203,6 +216,8 @@ def main() -> None:
     parser.add_argument("--before", type=int, help="the commit that is never made")
     parser.add_argument("--after", type=int, help="the commit that nobody is told of")
     parser.add_argument("--deletions", type=int, help="the transaction of a deletion that nobody is told of")
+    parser.add_argument("--copies", type=int, help="the transaction of a fork or an import that nobody is told of")
+    parser.add_argument("--copy-rows", type=int, help="how many rows each of them writes")
     parser.add_argument("--grace", type=float, default=5.0)
     parser.add_argument("--mcp-config", type=Path)
     options = parser.parse_args()
@@ -214,6 +229,8 @@ def main() -> None:
         store = await open_store(url, clock)
         if options.deletions:
             _die_deleting(store, options.deletions)
+        if options.copies:
+            dying.enter_context(_die_copying(store, options.copies, options.copy_rows))
         return Mortal(store, options.before, options.after)
 
     settings = Settings(
@@ -229,5 +246,5 @@ def main() -> None:
         sys.stdout.write(f"listening on port {port}\n")
         sys.stdout.flush()
 
-    with mock.patch.object(serve, "open_store", open_mortal):
+    with ExitStack() as dying, mock.patch.object(serve, "open_store", open_mortal):
         serve.run(settings, ready)

@@ -1,13 +1,14 @@
 """A whole Store, given Tables and two ways to run a step on them."""
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
 from notecase import v1
 
-from notecase_server.store import content, past, steps
+from notecase_server.store import content, copies, past, steps
 from notecase_server.store.contract import (
     ActiveRun,
     CommandId,
@@ -25,6 +26,7 @@ from notecase_server.store.contract import (
     SessionKey,
     StepKey,
 )
+from notecase_server.store.copies import Copies
 from notecase_server.store.lists import take
 from notecase_server.store.tables import Tables
 
@@ -39,6 +41,9 @@ class TableStore(ABC):
     STORE_UNAVAILABLE once the store is closed."""
 
     quotas = Quotas()
+
+    def __init__(self) -> None:
+        self._copies = Copies()
 
     @abstractmethod
     async def _read(self, step: Callable[[Tables], T]) -> T:
@@ -83,10 +88,27 @@ class TableStore(ABC):
         return await self._read(lambda tables: past.read(tables, key, at))
 
     async def fork(self, fork: Fork) -> Committed:
-        return await self._write(partial(steps.fork, fork=fork, quotas=self.quotas))
+        with self._copies.under_way(fork.key, fork.past.session.user):
+            await self._write(partial(copies.begin_fork, fork=fork, quotas=self.quotas))
+            last = copies.BEGINNING
+            while pieces := await self._read(partial(copies.rows_to_copy, fork=fork, after=last)):
+                await self._write(partial(copies.copy_rows, fork=fork, pieces=pieces))
+                last = pieces[-1]
+            whole = await self._read(partial(copies.whole, fork=fork))
+            await self._write_rows(fork.key, fork.source, copies.put_right(fork.key, whole.past))
+            return await self._write(partial(copies.finish_fork, fork=fork, whole=whole, quotas=self.quotas))
 
     async def restore(self, restore: Restore) -> v1.Session:
-        return await self._write(partial(steps.restore, restore=restore, quotas=self.quotas))
+        with self._copies.under_way(restore.key, restore.session.user):
+            await self._write(partial(copies.begin_restore, restore=restore, quotas=self.quotas))
+            await self._write_rows(restore.key, None, copies.restored(restore))
+            return await self._write(partial(copies.finish_restore, restore=restore, quotas=self.quotas))
+
+    async def _write_rows(self, key: SessionKey, source: SessionKey | None, rows: Iterator[copies.Row]) -> None:
+        """Writes rows of a copy, in bounded transactions."""
+        batches = copies.batches(rows)
+        while writes := await asyncio.to_thread(next, batches, None):
+            await self._write(partial(copies.write_rows, key=key, source=source, writes=writes))
 
     async def get_session(self, key: SessionKey) -> v1.Session | None:
         found = await self._read(lambda tables: tables.session(key))
@@ -116,7 +138,10 @@ class TableStore(ABC):
         return await self._write(partial(steps.expire_session, key=key))
 
     async def sweep_sessions(self, tenant: str | None = None, user: str = "") -> None:
-        while not await self._write(partial(steps.sweep_sessions, tenant=tenant, user=user)):
+        if tenant is not None:
+            await self._copies.end(tenant, user)
+        sweep = partial(steps.sweep_sessions, tenant=tenant, user=user, spared=self._copies.scopes)
+        while not await self._write(sweep):
             pass
 
     async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:

@@ -226,6 +226,7 @@ class Fork:
     """A new session that begins with the log of another. Conditions are checked in the order of the fields below."""
 
     key: SessionKey
+    """Of a uid that was never used."""
     once: Once | None = None
     source: SessionKey
     """Of the same tenant. SESSION_NOT_FOUND when it is gone."""
@@ -242,6 +243,7 @@ class Restore:
     """A whole session that was kept elsewhere: its log, and the rows that the fold makes of it."""
 
     key: SessionKey
+    """As Fork.key."""
     once: Once | None = None
     session: v1.Session
     """Its metadata, usage and last_sequence. ALREADY_EXISTS when another session has the name."""
@@ -376,13 +378,19 @@ class LogStore(Protocol):
         ...
 
     async def fork(self, fork: Fork) -> Committed:
-        """Copies a session up to a sequence and ends there what was under way, in one transaction: sequences, messages,
-        ended runs and state are as they were then, in rows of their own. Usage starts at 0; ids of requests and
-        commands, what was remembered and what was queued are not copied. `events` are those of Fork only."""
+        """Copies a session up to a sequence and ends there what was under way: sequences, messages, ended runs and
+        state are as they were then, in rows of their own. Usage starts at 0; ids of requests and commands, what was
+        remembered and what was queued are not copied. `events` are those of Fork only.
+
+        Writes in transactions of a bounded number of rows and of bytes. Nobody finds anything of the session until the
+        last of them, which checks every condition again: until then the source may move on, and is SESSION_NOT_FOUND
+        when it is deleted. When a fork fails, is cancelled or its process dies, `sweep_sessions` removes what was
+        written."""
         ...
 
     async def restore(self, restore: Restore) -> v1.Session:
-        """Stores a session that was kept elsewhere, in one transaction, under whatever name. Its create_time is now."""
+        """Stores a session that was kept elsewhere, under whatever name. Its create_time is now. Writes as `fork`
+        does."""
         ...
 
 
@@ -468,9 +476,10 @@ class SessionStore(Protocol):
         ...
 
     async def sweep_sessions(self, tenant: str | None = None, user: str = "") -> None:
-        """Removes the rows of deleted sessions, in transactions of a bounded number of rows and of bytes: of all such
-        sessions, or of those of one user of a tenant ("users/{user}"). When it fails or its process dies, what is left
-        of them is removed by the next call. It may be called twice at once."""
+        """Removes the rows of deleted sessions, and of forks and imports that nobody goes on with, in transactions of a
+        bounded number of rows and of bytes: of all such sessions, or of those of one user of a tenant ("users/{user}"),
+        and then it first waits for those under way. When it fails or its process dies, what is left of them is removed
+        by the next call. It may be called twice at once."""
         ...
 
     async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:

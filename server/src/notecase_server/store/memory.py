@@ -4,7 +4,7 @@ import os
 import threading
 from bisect import bisect_left, bisect_right, insort
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ from notecase_server.store.contract import (
     SessionKey,
     StepKey,
 )
+from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import Found, Position, matches
 from notecase_server.store.stretches import Stretch, last_of, marked, superseded_at
 from notecase_server.store.tables import (
@@ -35,6 +36,7 @@ from notecase_server.store.tables import (
     CommitRow,
     EventRow,
     Kept,
+    Piece,
     Recorded,
     Saving,
     SessionRow,
@@ -52,6 +54,7 @@ class MemoryStore(TableStore):
     kind = "memory"
 
     def __init__(self, clock: Clock) -> None:
+        super().__init__()
         self.secret = os.urandom(32)
         self._clock = clock
         self._tables = _MemoryTables()
@@ -95,9 +98,9 @@ class _Run:
 @dataclass(slots=True)
 class _Session:
     name: str
-    body: bytes
-    epoch: int
-    create_time: int
+    body: bytes = b""
+    epoch: int = 0
+    create_time: int = 0
     commits: tuple[CommitRow, ...] = ()
     expire_time: int | None = None
     events: list[bytes] = field(default_factory=list)
@@ -155,7 +158,8 @@ class _Tenant:
     sessions: dict[str, _Session] = field(default_factory=dict)
     """By uid."""
     deleted: dict[str, tuple[str, _Session]] = field(default_factory=dict)
-    """By uid: the user of each deleted session, and what is left of it."""
+    """By uid: the user of each session that does not exist, and the rows that it has all the same: what is left of a
+    deleted one, or what is there of a copy."""
     names: dict[str, str] = field(default_factory=dict)
     """The uid of the session that has a name."""
     created: list[tuple[int, str]] = field(default_factory=list)
@@ -172,6 +176,10 @@ class _Tenant:
     """By whom: the digests, each with the first event that refers to it."""
 
 
+TABLES_COPIED = 7
+"""References, events, stretches, messages, calls, runs and entries: what holds content comes first."""
+
+
 class _MemoryTables(Saving):
     """Tables in dicts, a tree for each tenant. They hold serialized bytes, so that nobody's changes reach them."""
 
@@ -186,7 +194,9 @@ class _MemoryTables(Saving):
         return self._tenants[key.tenant].sessions.get(key.uid)
 
     def _existing(self, key: SessionKey) -> _Session:
-        return self._tenants[key.tenant].sessions[key.uid]
+        """The rows of a session or of a copy, one of which there is."""
+        tenant = self._tenants[key.tenant]
+        return tenant.sessions.get(key.uid) or tenant.deleted[key.uid][1]
 
     def _state(self, scope: Scope) -> _State:
         """The state, an empty one where nobody wrote to it."""
@@ -266,10 +276,13 @@ class _MemoryTables(Saving):
         return row, {name: v1.Run.FromString(kept.runs[name].body) for name in runs if name in kept.runs}
 
     def add_session(self, key: SessionKey, row: SessionRow) -> None:
-        tenant, created = self._tenants[key.tenant], row.session.create_time.ToMicroseconds()
-        tenant.sessions[key.uid] = _Session(key.session, b"", row.epoch, created)
+        self._bind(key, row, _Session(key.session))
+
+    def _bind(self, key: SessionKey, row: SessionRow, rows: _Session) -> None:
+        tenant, rows.create_time = self._tenants[key.tenant], row.session.create_time.ToMicroseconds()
+        tenant.sessions[key.uid] = rows
         tenant.names[key.session] = key.uid
-        insort(tenant.created, (created, key.uid))
+        insort(tenant.created, (rows.create_time, key.uid))
         self.put_session(key, row)
 
     def put_session(self, key: SessionKey, row: SessionRow) -> None:
@@ -325,27 +338,89 @@ class _MemoryTables(Saving):
             del tenant.deleted[scope.id]
         return True
 
-    def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
+    def begin_copy(self, key: SessionKey, user: str) -> None:
+        self._tenants[key.tenant].deleted[key.uid] = (user, _Session(key.session))
+
+    def is_copy(self, key: SessionKey) -> bool:
+        return key.uid in self._tenants[key.tenant].deleted
+
+    def bind_copy(self, key: SessionKey, row: SessionRow) -> None:
+        _, rows = self._tenants[key.tenant].deleted.pop(key.uid)
+        self._bind(key, row, rows)
+
+    def rows_to_copy(self, source: SessionKey, at: int, after: Piece, batch: Batch) -> list[Piece]:
+        found = list[Piece]()
+        for table in range(after.table, TABLES_COPIED):
+            last = after.places[-1] if table == after.table and after.places else None
+            rows = islice(self._to_copy(source, at, table, last), batch.left)
+            if places := [place for place, size in rows if batch.takes(size)]:
+                found.append(Piece(table, places))
+            if batch.full:
+                break
+        return found
+
+    def _to_copy(self, source: SessionKey, at: int, table: int, last: Any) -> Iterator[tuple[Any, int]]:
+        """The places of a table's rows behind `last`, ascending, and the size of each row."""
+        old = self._existing(source)
+        match table:
+            case 0:
+                held = self._tenants[source.tenant].references.get((source.state, ""), {})
+                yield from _behind(last, ((sha256, 0) for sha256, sequence in held.items() if sequence <= at))
+            case 1:
+                for sequence in range((last or 0) + 1, at + 1):
+                    yield sequence, len(old.events[sequence - 1])
+            case 2:
+                yield from _behind(last, ((one.after, 0) for one in old.stretches if one.sequence <= at))
+            case 3:
+                begin, end = bisect_left(old.order, ((last or 0) + 1,)), bisect_left(old.order, (at + 1,))
+                for sequence, name, _ in islice(old.order, begin, end):
+                    if old.changed.get(name, 0) <= at:
+                        yield sequence, len(old.messages[name])
+            case 4:
+                added = {name for _, name, _ in old.order[: bisect_left(old.order, (at + 1,))]}
+                yield from _behind(last, ((call, 0) for call, message in old.calls.items() if message in added))
+            case 5:
+                ended = ((name, row.body) for name, row in old.runs.items() if row.agent is None)
+                rows = ((name, len(body)) for name, body in ended if v1.Run.FromString(body).last_sequence <= at)
+                yield from _behind(last, rows)
+            case 6:
+                state = self._state(source.state)
+                for key in islice(state.keys, bisect_right(state.keys, last or ""), None):
+                    yield key, len(state.entries[key])
+
+    def copy_rows(self, source: SessionKey, key: SessionKey, at: int, pieces: Sequence[Piece]) -> None:
+        for table, places in pieces:
+            for place in places:
+                self._copy_row(source, key, at, table, place)
+
+    def _copy_row(self, source: SessionKey, key: SessionKey, at: int, table: int, place: Any) -> None:
         old, new = self._existing(source), self._existing(key)
-        new.events = old.events[:at]
-        new.stretches = [stretch for stretch in old.stretches if stretch.sequence <= at]
-        new.changes = old.changes[: bisect_right(old.changes, at)]
-        added = old.order[: bisect_right(old.order, (at + 1,))]
-        new.order = [place for place in added if old.changed.get(place[1], 0) <= at]
-        new.messages = {name: old.messages[name] for _, name, _ in new.order}
-        new.changed = {name: old.changed[name] for name in new.messages if name in old.changed}
-        names = {name for _, name, _ in added}
-        new.calls = {call_id: message for call_id, message in old.calls.items() if message in names}
-        for name, row in old.runs.items():
-            if row.agent is None and v1.Run.FromString(row.body).last_sequence <= at:
-                self._put_run(key, name, replace(row))
-        states = self._tenants[key.tenant].states
-        if (state := states.get(("session", source.uid))) is not None:
-            states["session", key.uid] = replace(state, entries=dict(state.entries), keys=list(state.keys))
-        held = self._tenants[key.tenant].references.get((source.state, ""), {})
-        for sha256, sequence in list(held.items()):
-            if sequence <= at:
-                self.refer(key.state, "", sha256, sequence)
+        match table:
+            case 0:
+                self.refer(key.state, "", place, self._tenants[key.tenant].references[source.state, ""][place])
+            case 1:
+                body = old.events[place - 1]
+                self.add_events(key, [EventRow(place, tells_past(v1.Event.FromString(body)), body)])
+            case 2:
+                insort(new.stretches, old.stretches[bisect_left(old.stretches, (place,))])
+            case 3:
+                row = old.order[bisect_left(old.order, (place,))]
+                name, changed = row[1], old.changed.get(row[1], 0)
+                if changed <= at:
+                    new.messages[name] = old.messages[name]
+                    new.order.append(row)
+                    if changed:
+                        new.changed[name] = changed
+            case 4:
+                new.calls[place] = old.calls[place]
+            case 5:
+                self._put_run(key, place, replace(old.runs[place]))
+            case 6:
+                states = self._tenants[key.tenant].states
+                state = states.setdefault(("session", key.uid), _State())
+                if (body := self._state(source.state).entries.get(place)) is not None:
+                    state.entries[place] = body
+                    state.keys.append(place)
 
     def expired(self, now: int, limit: int) -> list[SessionKey]:
         found = [
@@ -389,7 +464,7 @@ class _MemoryTables(Saving):
             insort(self._existing(key).stretches, stretch)
 
     def message(self, key: SessionKey, message: str) -> v1.Message | None:
-        session = self._session(key)
+        session = self._existing(key) if self.exists(key.tenant, key.uid) or self.is_copy(key) else None
         body = session.messages.get(message) if session else None
         return session.message(body) if session is not None and body is not None else None
 
@@ -532,7 +607,8 @@ class _MemoryTables(Saving):
         return state.version, found
 
     def put_entry(self, scope: Scope, key: str, entry: v1.StateEntry | None) -> None:
-        state = self._state(scope)
+        states = self._tenants[scope.tenant].states
+        state = states.setdefault((scope.kind, scope.id), _State())
         if entry is None:
             if state.entries.pop(key, None) is not None:
                 _remove(state.keys, key)
@@ -673,6 +749,11 @@ def _before(rows: Sequence[P], after: Position | None) -> Iterator[P]:
     """The rows before `after`, which need not be one of them, from the last on."""
     end = len(rows) if after is None else bisect_left(rows, after)
     return (rows[place] for place in range(end - 1, -1, -1))
+
+
+def _behind(last: Any, rows: Iterable[tuple[Any, int]]) -> list[tuple[Any, int]]:
+    """Those whose place follows `last`, ascending; all of them for None."""
+    return sorted(row for row in rows if last is None or row[0] > last)
 
 
 def _remove(rows: list[Any], row: Any) -> None:

@@ -87,6 +87,7 @@ class SqliteStore(TableStore):
         return cls(connect(Path(path), READERS), clock)
 
     def __init__(self, connections: Connections, clock: Clock) -> None:
+        super().__init__()
         self.secret = connections.secret
         self._connections = connections
         self._loop = asyncio.get_running_loop()

@@ -3,7 +3,7 @@
 Rows lie in the order of their keys, so that the rows of one session are neighbours and each is written once. `body` is
 the serialized message; the columns next to it are what lists search by. `labels` is explained in sqlite_tables. A
 session is known by its uid everywhere; only `session_names` finds it by its name. Rows of a session that has no row in
-`sessions` are what is left of a deleted one: nobody reads them.
+`sessions` are what is left of a deleted one, or a fork or an import under way: nobody reads them.
 """
 
 from notecase_server.store.fold import ENDED
@@ -39,7 +39,8 @@ SCHEMA = (
         uid TEXT NOT NULL,
         PRIMARY KEY (tenant, session)
     ) WITHOUT ROWID""",
-    # A deletion takes a session's row and name away, and leaves this one until every other row is gone.
+    # A deletion takes a session's row and name away, and leaves this one until every other row is gone. A fork or an
+    # import begins with it, and takes it away when it adds the session's row and name.
     """CREATE TABLE deleted_sessions (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,

@@ -12,7 +12,7 @@ import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 from google.protobuf.message import DecodeError
@@ -47,6 +47,7 @@ from notecase_server.store.tables import (
     CommitRow,
     EventRow,
     Kept,
+    Piece,
     Recorded,
     Saving,
     SessionRow,
@@ -124,25 +125,59 @@ NAMED_MESSAGES = f"""SELECT m.uid, m.message, m.body, e.body, {REWIND}
     LEFT JOIN events e ON m.body IS NULL AND e.tenant = m.tenant AND e.uid = m.uid AND e.sequence = m.sequence"""
 """CROSS keeps the names the outer loop."""
 
+
+class _Copied(NamedTuple):
+    """A table that a fork has rows of."""
+
+    table: str
+    source: str
+    """The rows of the source that are looked at."""
+    place: str
+    """The column that tells them apart."""
+    before: str | int
+    """Comes before every place."""
+    size: str
+    values: str
+    """What a row becomes."""
+    which: str = "true"
+    """The rows that are copied."""
+
+
+OF_SOURCE = "tenant = :tenant AND uid = :source"
+OF_ITS_STATE = "tenant = :tenant AND kind = 'session' AND id = :source"
+
 COPIES = (
-    """INSERT INTO events SELECT :tenant, :uid, sequence, tells_past, body FROM events
-        WHERE tenant = :tenant AND uid = :source AND sequence <= :at""",
-    """INSERT INTO stretches SELECT :tenant, :uid, after, until, sequence, back FROM stretches
-        WHERE tenant = :tenant AND uid = :source AND sequence <= :at""",
-    """INSERT INTO messages SELECT :tenant, :uid, sequence, message, run, step, update_sequence, body
-        FROM messages WHERE tenant = :tenant AND uid = :source AND sequence <= :at AND update_sequence <= :at""",
-    """INSERT INTO calls SELECT :tenant, :uid, c.call_id, c.message FROM calls c
-        CROSS JOIN messages m ON m.tenant = c.tenant AND m.uid = c.uid AND m.message = c.message
-        WHERE c.tenant = :tenant AND c.uid = :source AND m.sequence <= :at""",
-    f"""INSERT INTO runs SELECT :tenant, :uid, run, {", ".join(RUN_COLUMNS)}, labels, first_sequence, last_sequence,
-        digest, body FROM runs WHERE tenant = :tenant AND uid = :source AND last_sequence <= :at AND NOT EXISTS
-        (SELECT * FROM active_runs a WHERE a.tenant = runs.tenant AND a.uid = runs.uid AND a.run = runs.run)""",
-    """INSERT INTO entries SELECT :tenant, 'session', :uid, key, body FROM entries
-        WHERE tenant = :tenant AND kind = 'session' AND id = :source""",
-    """INSERT INTO blob_references SELECT :tenant, 'session', :uid, '', sha256, sequence FROM blob_references
-        WHERE tenant = :tenant AND kind = 'session' AND id = :source AND key = '' AND sequence <= :at""",
+    _Copied(
+        *("blob_references", f"{OF_ITS_STATE} AND key = ''", "sha256", "", "0"),
+        *(":tenant, 'session', :uid, '', sha256, sequence", "sequence <= :at"),
+    ),
+    _Copied(
+        *("events", f"{OF_SOURCE} AND sequence <= :at", "sequence", 0, "length(body)"),
+        ":tenant, :uid, sequence, tells_past, body",
+    ),
+    _Copied(
+        *("stretches", OF_SOURCE, "after", -1, "0"),
+        *(":tenant, :uid, after, until, sequence, back", "sequence <= :at"),
+    ),
+    _Copied(
+        *("messages", f"{OF_SOURCE} AND sequence <= :at", "sequence", 0, "length(body)"),
+        *(":tenant, :uid, sequence, message, run, step, update_sequence, body", "update_sequence <= :at"),
+    ),
+    _Copied(
+        *("calls", OF_SOURCE, "call_id", "", "0", ":tenant, :uid, call_id, message"),
+        """EXISTS (SELECT 1 FROM messages m WHERE m.tenant = calls.tenant AND m.uid = calls.uid
+            AND m.message = calls.message AND m.sequence <= :at)""",
+    ),
+    _Copied(
+        *("runs", OF_SOURCE, "run", "", "length(body)"),
+        f":tenant, :uid, run, {', '.join(RUN_COLUMNS)}, labels, first_sequence, last_sequence, digest, body",
+        """last_sequence <= :at AND NOT EXISTS
+            (SELECT 1 FROM active_runs a WHERE a.tenant = runs.tenant AND a.uid = runs.uid AND a.run = runs.run)""",
+    ),
+    _Copied("entries", OF_ITS_STATE, "key", "", "length(body)", ":tenant, 'session', :uid, key, body"),
 )
-"""One statement for each table that a fork has rows of. CROSS keeps the calls the outer loop."""
+"""In the order in which they are copied: what holds content comes first. CROSS keeps the rows that are named the outer
+loop."""
 
 AGENTS = """SELECT a.agent, r.body FROM agents a
     JOIN revisions r ON r.tenant = a.tenant AND r.agent = a.agent AND r.revision = a.revision
@@ -346,9 +381,40 @@ class SqliteTables(Saving):
             [place for size, *place in rows if batch.takes(size or 0)],
         )
 
-    def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
-        for statement in COPIES:
-            self._execute(statement, {"tenant": key.tenant, "uid": key.uid, "source": source.uid, "at": at})
+    def begin_copy(self, key: SessionKey, user: str) -> None:
+        self._execute("INSERT INTO deleted_sessions (tenant, uid, user) VALUES (?, ?, ?)", (*_of(key), user))
+
+    def is_copy(self, key: SessionKey) -> bool:
+        return self._one("SELECT 1 FROM deleted_sessions WHERE tenant = ? AND uid = ?", *_of(key)) is not None
+
+    def bind_copy(self, key: SessionKey, row: SessionRow) -> None:
+        self._execute("DELETE FROM deleted_sessions WHERE tenant = ? AND uid = ?", _of(key))
+        self.add_session(key, row)
+
+    def rows_to_copy(self, source: SessionKey, at: int, after: Piece, batch: Batch) -> list[Piece]:
+        found = list[Piece]()
+        for number, (table, rows, place, before, size, _, which) in islice(enumerate(COPIES), after.table, None):
+            last = after.places[-1] if number == after.table and after.places else before
+            sizes = self._execute(
+                f"""SELECT {place}, {size} FROM {table} WHERE {rows} AND {place} > :last AND {which}
+                    ORDER BY {place} LIMIT :limit""",
+                {"tenant": source.tenant, "source": source.uid, "at": at, "last": last, "limit": batch.left},
+            ).fetchall()
+            if places := [one for one, size in sizes if batch.takes(size or 0)]:
+                found.append(Piece(number, places))
+            if batch.full:
+                break
+        return found
+
+    def copy_rows(self, source: SessionKey, key: SessionKey, at: int, pieces: Sequence[Piece]) -> None:
+        for number, places in pieces:
+            table, rows, place, _, _, values, which = COPIES[number]
+            self._execute(
+                f"""INSERT INTO {table} SELECT {values}
+                    FROM (SELECT value AS one FROM json_each(:places)) CROSS JOIN {table} ON {place} = one
+                    WHERE {rows} AND {which}""",
+                {"tenant": key.tenant, "uid": key.uid, "source": source.uid, "at": at, "places": json.dumps(places)},
+            )
 
     def expired(self, now: int, limit: int) -> list[SessionKey]:
         rows = self._execute(

@@ -4,7 +4,7 @@ A step first reads and decides, and writes only when nothing can be refused any 
 nothing, in a store that cannot undo as in one that can.
 """
 
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple, Self, TypeVar
@@ -22,14 +22,11 @@ from notecase_server.store.contract import (
     Committed,
     Compare,
     Duplicate,
-    Fork,
     Once,
     Page,
     Query,
     Quotas,
     Replayed,
-    Restore,
-    RunRecord,
     Scope,
     SessionEdit,
     SessionKey,
@@ -75,7 +72,7 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     if any(blobs):
         commit = replace(commit, events=events)
     if commit.create is not None:
-        _require_free(tables, key)
+        require_free(tables, key)
         row = SessionRow(fold.new_session(key, commit.create, now), FIRST_EPOCH)
     if row is None:
         raise errors.not_found("session", f"sessions/{key.session}")
@@ -100,7 +97,7 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     changes = before.changes(rows, commit, done, row.commits)
     changes.stretches = _stretches(tables, key, done.events)
     changes.references = {sha256: sequence for sha256, (sequence, _) in referred.items()}
-    _remember(tables, commit.once, done, now, key)
+    remember(tables, commit.once, done, now, key)
     tables.save(changes)
     for scope, name, entry in changes.entries:
         if scope.kind != "session":
@@ -184,13 +181,6 @@ def _stretches(tables: Tables, key: SessionKey, events: Sequence[v1.Event]) -> l
     return made
 
 
-def _add_events(tables: Tables, key: SessionKey, events: Sequence[v1.Event]) -> None:
-    """Adds events, and for each rewind what it leaves behind."""
-    tables.add_events(key, event_rows(events))
-    if stretches := _stretches(tables, key, events):
-        tables.add_stretches(key, stretches)
-
-
 def _existing(entries: Mapping[str, v1.StateEntry | None]) -> int:
     return sum(entry is not None for entry in entries.values())
 
@@ -263,108 +253,22 @@ def _recall_applied(tables: Tables, key: SessionKey, command: CommandId) -> None
         raise Duplicate(applied.sequence, applied.run)
 
 
-def fork(tables: Tables, now: int, fork: Fork, quotas: Quotas) -> Committed:
-    """Store.fork."""
-    recall(tables, fork.once)
-    source = _session(tables, fork.source).session
-    _require_free(tables, fork.key)
-    require_record(tables, quotas, fork.once)
-    require_session(tables, quotas, fork.key.tenant)
-    then, at = fork.past, fork.past.session.last_sequence
-    if source.last_sequence != then.head:
-        # It moved on, so more may have changed since `at`; what ends its runs is the same, as they were the same then.
-        then = past.read(tables, fork.source, at)
-    session = fold.new_session(fork.key, fork.session, now)
-    session.user, session.parent_session, session.fork_sequence = source.user, fork.source.session, at
-    session.last_sequence, session.active_run = at, then.session.active_run
-    session.queued_commands.extend(then.session.queued_commands)
-    session.summary_sequence = then.session.summary_sequence
-    session.content_bytes = tables.content_bytes(fork.source, at)
-    rows = fold.Rows(session, FIRST_EPOCH)
-    rows.runs = {run.name: _copied(run) for run in then.runs}
-    rows.messages = {message.name: _copied(message) for message in then.messages}
-    rows.calls = {call.call_id: message.name for message in then.messages for call in fold.open_calls(message)}
-    done = fold.apply(rows, Commit(key=fork.key, events=fork.events), now)
-    session.log_bytes = tables.log_bytes(fork.source, at) + sum(event.ByteSize() for event in done.events)
-    _remember(tables, fork.once, done, now, fork.key)
-
-    tables.add_session(fork.key, SessionRow(session, FIRST_EPOCH))
-    tables.copy_rows(fork.source, fork.key, at)
-    _add_events(tables, fork.key, done.events)
-    for message in rows.messages.values():
-        copied = tables.message(fork.key, message.name) is not None
-        if copied:
-            tables.put_message(fork.key, message)
-        else:
-            tables.add_messages(fork.key, [message])
-    for run in rows.runs.values():
-        kept = tables.run(fork.source, run.name)
-        assert kept is not None
-        tables.add_run(fork.key, run, RunRecord(kept[1], v1.Agent()))
-        tables.drop_record(fork.key, run.name)
-    if then.version or then.entries:
-        scope = fork.key.state
-        tables.put_version(scope, then.version)
-        for name, entry in then.entries.items():
-            tables.put_entry(scope, name, entry)
-    return done
-
-
-def restore(tables: Tables, now: int, restore: Restore, quotas: Quotas) -> v1.Session:
-    """Store.restore."""
-    key = restore.key
-    recall(tables, restore.once)
-    _require_free(tables, key)
-    require_record(tables, quotas, restore.once)
-    require_session(tables, quotas, key.tenant)
-    for sha256, (_, size) in restore.blobs.items():
-        row = tables.blob(key.tenant, sha256)
-        if row is None:
-            raise errors.not_found("blob", f"blobs/{sha256}")
-        if row.size != size:
-            raise errors.import_invalid(f"says that blobs/{sha256} has {size} bytes, and it has {row.size}")
-    session = fold.new_session(key, restore.session, now)
-    session.last_sequence = restore.session.last_sequence
-    session.summary_sequence = restore.session.summary_sequence
-    session.content_bytes = restore.session.content_bytes
-    session.log_bytes = restore.session.log_bytes
-    if restore.session.HasField("usage"):
-        session.usage.CopyFrom(restore.session.usage)
-    _remember(tables, restore.once, session, now, key)
-
-    scope = key.state
-    tables.add_session(key, SessionRow(session, FIRST_EPOCH))
-    for sha256, (sequence, _) in restore.blobs.items():
-        tables.refer(scope, "", sha256, sequence)
-    for event in restore.events():
-        _add_events(tables, key, [event])
-        if event.HasField("message_added"):
-            tables.add_messages(key, [restore.message(event)])
-    tables.put_calls(key, restore.calls)
-    for run, record in restore.runs:
-        tables.add_run(key, run, record)
-        tables.drop_record(key, run.name)
-    if restore.version:
-        tables.put_version(scope, restore.version)
-        for name, entry in restore.entries.items():
-            tables.put_entry(scope, name, entry)
-    return session
-
-
-def _copied(row: M) -> M:
+def copied(row: M) -> M:
+    """Returns a copy."""
     copy = type(row)()
     copy.CopyFrom(row)
     return copy
 
 
-def _remember(tables: Tables, once: Once | None, result: answers.Result, now: int, of: SessionKey | str = "") -> None:
-    """`of` is the session, or the user by name, whose content the answer holds."""
+def remember(tables: Tables, once: Once | None, result: answers.Result, now: int, of: SessionKey | str = "") -> None:
+    """Records a request with its answer. `of` is the session, or the user by name, whose content that holds."""
     if once is not None:
         about, owner = (f"sessions/{of.session}", of.uid) if isinstance(of, SessionKey) else (of, of)
         tables.add_request(once, answers.of(once.answer, result).SerializeToString(), about, owner, now)
 
 
-def _session(tables: Tables, key: SessionKey) -> SessionRow:
+def existing(tables: Tables, key: SessionKey) -> SessionRow:
+    """Returns the row of a session. Raises NotecaseError SESSION_NOT_FOUND."""
     found = tables.session(key)
     if found is None:
         raise errors.not_found("session", f"sessions/{key.session}")
@@ -384,7 +288,8 @@ def read_start(tables: Tables, tenant: str, session: str, named: str) -> tuple[v
     return row, tables.agent(tenant, name.agent, name.revision) if name else None
 
 
-def _require_free(tables: Tables, key: SessionKey) -> None:
+def require_free(tables: Tables, key: SessionKey) -> None:
+    """Raises NotecaseError ALREADY_EXISTS when a session has the name."""
     if tables.named_session(key.tenant, key.session):
         raise errors.already_exists("session", f"sessions/{key.session}")
 
@@ -430,7 +335,7 @@ def _save_state(
 
 def claim(tables: Tables, key: SessionKey, epoch: int) -> int:
     """Store.claim."""
-    row = _session(tables, key)
+    row = existing(tables, key)
     if row.epoch != epoch:
         raise errors.owner_lost(key.session)
     tables.put_session(key, row._replace(epoch=epoch + 1))
@@ -442,7 +347,7 @@ def edit_session(
 ) -> v1.Session:
     """Store.edit_session."""
     recall(tables, once)
-    row = _session(tables, key)
+    row = existing(tables, key)
     session = row.session
     if if_etag and if_etag != session.etag:
         raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
@@ -452,7 +357,7 @@ def edit_session(
     if edit.expiry:
         fold.set_expiration(session, edit.session, now)
     fold.touch_session(session, now)
-    _remember(tables, once, session, now, key)
+    remember(tables, once, session, now, key)
     tables.put_session(key, row)
     return session
 
@@ -460,10 +365,10 @@ def edit_session(
 def delete_session(tables: Tables, now: int, key: SessionKey, if_etag: str, once: Once | None) -> None:
     """Store.delete_session."""
     recall(tables, once)
-    session = _session(tables, key).session
+    session = existing(tables, key).session
     if if_etag and if_etag != session.etag:
         raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
-    _remember(tables, once, None, now)
+    remember(tables, once, None, now)
     tables.delete_session(key)
 
 
@@ -478,10 +383,14 @@ def expire_session(tables: Tables, now: int, key: SessionKey) -> bool:
     return True
 
 
-def sweep_sessions(tables: Tables, now: int, tenant: str | None, user: str) -> bool:
-    """One of the transactions of Store.sweep_sessions; returns whether it was the last."""
+def sweep_sessions(
+    tables: Tables, now: int, tenant: str | None, user: str, spared: Collection[Scope] = frozenset()
+) -> bool:
+    """One of the transactions of Store.sweep_sessions; returns whether it was the last. Nothing is removed of the
+    `spared`."""
     batch = Batch(SWEEP_ROWS, SWEEP_BYTES)
-    found = tables.deleted_sessions(tenant, user, SWEEP_SESSIONS)
+    recorded = tables.deleted_sessions(tenant, user, SWEEP_SESSIONS + len(spared))
+    found = [scope for scope in recorded if scope not in spared][:SWEEP_SESSIONS]
     return all(tables.delete_rows(scope, batch) for scope in found) and len(found) < SWEEP_SESSIONS
 
 
@@ -495,7 +404,7 @@ def erase_state(tables: Tables, now: int, tenant: str, user: str, once: Once | N
     scope = Scope(tenant, "user", user.removeprefix("users/"))
     if not tables.delete_rows(scope, Batch(SWEEP_ROWS, SWEEP_BYTES)):
         return False
-    _remember(tables, once, None, now)
+    remember(tables, once, None, now)
     return True
 
 
@@ -588,7 +497,7 @@ def update_state(
     require_keys(tables, quotas, scope, _existing(entries) - old_keys)
     state = v1.State(version=version)
     fold.show_entries(state, entries, (op.key for op in ops))
-    _remember(tables, once, state, now, f"users/{scope.id}" if scope.kind == "user" else "")
+    remember(tables, once, state, now, f"users/{scope.id}" if scope.kind == "user" else "")
     _save_state(tables, scope, version, entries, before)
     return state
 
@@ -623,7 +532,7 @@ def edit_agent(
     if if_revision != (newest.revision if newest is not None else 0):
         raise errors.etag_mismatch(f"agents/{agent_id}", newest.etag if newest is not None else "")
     if newest is not None and _says_the_same(agent, newest):
-        _remember(tables, once, newest, now)
+        remember(tables, once, newest, now)
         return newest
     require_record(tables, quotas, once)
     require_agent(tables, quotas, tenant, agent_id, new=newest is None)
@@ -632,7 +541,7 @@ def edit_agent(
 
 def _says_the_same(agent: v1.Agent, newest: v1.Agent) -> bool:
     """Compares two agents by what callers set in them."""
-    given = _copied(agent)
+    given = copied(agent)
     given.name, given.revision, given.etag = newest.name, newest.revision, newest.etag
     given.create_time.CopyFrom(newest.create_time)
     given.update_time.CopyFrom(newest.update_time)
@@ -657,7 +566,7 @@ def _add_revision(
     made.create_time.CopyFrom(made.update_time if before is None else before.create_time)
     # Revisions are never given out twice under one id, so the number alone tells two states of an agent apart.
     made.etag = f"{revision}"
-    _remember(tables, once, made, now)
+    remember(tables, once, made, now)
     tables.add_revision(tenant, agent_id, made)
     return made
 
@@ -670,5 +579,5 @@ def delete_agent(tables: Tables, now: int, tenant: str, agent_id: str, if_etag: 
         raise errors.not_found("agent", f"agents/{agent_id}")
     if if_etag and if_etag != newest.etag:
         raise errors.etag_mismatch(f"agents/{agent_id}", newest.etag)
-    _remember(tables, once, None, now)
+    remember(tables, once, None, now)
     tables.delete_agent(tenant, agent_id)

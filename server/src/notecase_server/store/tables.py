@@ -79,7 +79,8 @@ class UploadRow(NamedTuple):
 
 
 class Batch:
-    """What one transaction removes: at most `rows` rows of `size` bytes together, or one row that is larger."""
+    """What one transaction writes or removes: at most `rows` rows of `size` bytes together, or one row that is
+    larger."""
 
     def __init__(self, rows: int, size: int) -> None:
         self._rows = rows
@@ -98,6 +99,15 @@ class Batch:
             return True
         self.full = True
         return False
+
+
+class Piece(NamedTuple):
+    """Rows of one table that a fork has of its source."""
+
+    table: int
+    """Its number in the order in which a fork is copied, from 0."""
+    places: Sequence[str | int] = ()
+    """What tells the rows apart within their session, ascending."""
 
 
 Kept = Literal["requests", "sessions", "agents", "revisions", "keys", "uploads", "blob_bytes"]
@@ -205,7 +215,8 @@ class Tables(Protocol):
         ...
 
     def exists(self, tenant: str, uid: str) -> bool:
-        """Whether there is such a session. Of one that there is not, there may be rows: those of a deleted one."""
+        """Whether there is such a session. Of one that there is not, there may be rows: those of a deleted one, or of a
+        copy."""
         ...
 
     def session(self, key: SessionKey) -> SessionRow | None: ...
@@ -231,8 +242,8 @@ class Tables(Protocol):
         ...
 
     def deleted_sessions(self, tenant: str | None, user: str, limit: int) -> list[Scope]:
-        """The states of at most `limit` deleted sessions that rows are left of: of all, or, with a tenant, of one of
-        its users ("users/{user}")."""
+        """The states of at most `limit` sessions that do not exist and may have rows, deleted ones and copies: of all,
+        or, with a tenant, of one of its users ("users/{user}")."""
         ...
 
     def delete_rows(self, scope: Scope, batch: "Batch") -> bool:
@@ -240,11 +251,29 @@ class Tables(Protocol):
         of requests about it; returns whether nothing is left of it."""
         ...
 
-    def copy_rows(self, source: SessionKey, key: SessionKey, at: int) -> None:
-        """Gives the session `key`, which has none, the rows that `source` has: its events up to sequence `at`, the
-        messages added and runs ended by then that have not changed since, what rewinds had left behind by then, the
-        calls of messages added by then; and the entries of its state as they are now. The one place that says what of
-        each table a fork has."""
+    def begin_copy(self, key: SessionKey, user: str) -> None:
+        """Records that rows of the session `key` are about to be written although it does not exist: as those that a
+        deletion leaves, they are to go unless `bind_copy` comes first. Nothing may ever have had this uid."""
+        ...
+
+    def is_copy(self, key: SessionKey) -> bool:
+        """Whether there is such a record, or one that a deletion left."""
+        ...
+
+    def bind_copy(self, key: SessionKey, row: SessionRow) -> None:
+        """As add_session, of a copy that was begun: the rows that were written are now the session's."""
+        ...
+
+    def rows_to_copy(self, source: SessionKey, at: int, after: Piece, batch: Batch) -> list[Piece]:
+        """The next rows that a fork of `source` at sequence `at` has of it, behind `after`, as many as fit into the
+        batch; empty at the end. Those are what its log refers to by then; its events up to there, and what rewinds had
+        left behind; the messages added and runs ended by then that have not changed since; the calls of messages added
+        by then; and the entries of its state as they are now. The one place that says what of each table a fork
+        has."""
+        ...
+
+    def copy_rows(self, source: SessionKey, key: SessionKey, at: int, pieces: Sequence[Piece]) -> None:
+        """Gives the copy `key` those of the rows that `rows_to_copy` would find still."""
         ...
 
     def expired(self, now: int, limit: int) -> list[SessionKey]:
@@ -269,7 +298,9 @@ class Tables(Protocol):
         """Adds such as overlap with none."""
         ...
 
-    def message(self, key: SessionKey, message: str) -> v1.Message | None: ...
+    def message(self, key: SessionKey, message: str) -> v1.Message | None:
+        """Of a session, or of a copy."""
+        ...
 
     def named_messages(self, tenant: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], v1.Message]:
         """Those that exist of messages of many sessions, by the session's uid and the message's id, at one go."""

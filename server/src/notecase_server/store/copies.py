@@ -1,0 +1,295 @@
+"""Copies of whole sessions, forks and imports, in transactions of a bounded number of rows and of bytes.
+
+A copy is written under its uid while there is no such session, so nothing finds it. Its first transaction records it as
+a deletion records what it leaves, and the last one takes that record back and adds the session with its name. So a copy
+that is not finished is one that `Store.sweep_sessions` removes, except while this process is at it (`Copies`).
+
+The source of a fork moves on meanwhile, but its log up to the fork's sequence does not change, and that log tells what
+each row was. A row that changes before it is copied is left out, and a value of the state may be copied too new; after
+everything was copied, `Past` names both, and they are put right, still unseen. So it does not matter at which moments
+rows were copied, and the last transaction reads nothing again.
+"""
+
+import asyncio
+from bisect import insort
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.store import fold, past
+from notecase_server.store.contract import (
+    Commit,
+    Committed,
+    Fork,
+    Once,
+    Past,
+    Quotas,
+    Restore,
+    RunRecord,
+    Scope,
+    SessionKey,
+)
+from notecase_server.store.quotas import require_record, require_session
+from notecase_server.store.steps import FIRST_EPOCH, copied, event_rows, existing, recall, remember, require_free
+from notecase_server.store.stretches import Stretch, last_of, left_behind
+from notecase_server.store.tables import Batch, Piece, SessionRow, Tables
+
+COPY_ROWS, COPY_BYTES = 500, 1 << 20
+"""Rows of a copy that one transaction writes, and their bytes: few enough that commits wait for some milliseconds
+only."""
+
+BEGINNING = Piece(0)
+"""Comes before all that a fork copies."""
+
+Write = Callable[[Tables], None]
+Row = tuple[int, Write]
+"""The bytes of a row, and what writes it."""
+
+
+class Copies:
+    """The copies that this process is at; all others are left from one that has ended, or from a call that has."""
+
+    def __init__(self) -> None:
+        self._under_way: dict[Scope, tuple[str, asyncio.Event]] = {}
+
+    @property
+    def scopes(self) -> Collection[Scope]:
+        """The states of the sessions that they are to become, as they are at each look."""
+        return self._under_way.keys()
+
+    @contextmanager
+    def under_way(self, key: SessionKey, user: str) -> Iterator[None]:
+        """Spares the copy `key`, of that user, within the block."""
+        ended = asyncio.Event()
+        self._under_way[key.state] = (user, ended)
+        try:
+            yield
+        finally:
+            del self._under_way[key.state]
+            ended.set()
+
+    async def end(self, tenant: str, user: str) -> None:
+        """Waits until those of one user that are under way now have ended."""
+        for scope, (whose, ended) in list(self._under_way.items()):
+            if (scope.tenant, whose) == (tenant, user):
+                await ended.wait()
+
+
+class Whole(NamedTuple):
+    """What the session of a fork needs besides the rows that were copied."""
+
+    past: Past
+    """As Fork.past; messages and entries are those that may not have been copied as they were."""
+    log_bytes: int
+    content_bytes: int
+
+
+def begin_fork(tables: Tables, now: int, fork: Fork, quotas: Quotas) -> None:
+    """The first transaction of Store.fork."""
+    recall(tables, fork.once)
+    source = existing(tables, fork.source).session
+    _begin(tables, fork.key, fork.once, source.user, fork.past.version, quotas)
+
+
+def rows_to_copy(tables: Tables, fork: Fork, after: Piece) -> list[Piece]:
+    """Returns what the next transaction copies, behind that piece; empty when everything was. Raises NotecaseError
+    SESSION_NOT_FOUND, as `copy_rows` does, when the source is gone."""
+    existing(tables, fork.source)
+    at = fork.past.session.last_sequence
+    return tables.rows_to_copy(fork.source, at, after, Batch(COPY_ROWS, COPY_BYTES))
+
+
+def copy_rows(tables: Tables, now: int, fork: Fork, pieces: Sequence[Piece]) -> None:
+    """One of the transactions of Store.fork."""
+    existing(tables, fork.source)
+    _require_begun(tables, fork.key)
+    tables.copy_rows(fork.source, fork.key, fork.past.session.last_sequence, pieces)
+
+
+def whole(tables: Tables, fork: Fork) -> Whole:
+    """Reads what is left to be known once everything was copied. Raises NotecaseError SESSION_NOT_FOUND."""
+    then, at = fork.past, fork.past.session.last_sequence
+    if existing(tables, fork.source).session.last_sequence != then.head:
+        then = past.read(tables, fork.source, at)
+    return Whole(then, tables.log_bytes(fork.source, at), tables.content_bytes(fork.source, at))
+
+
+def put_right(key: SessionKey, then: Past) -> Iterator[Row]:
+    """Yields the rows that may not have been copied as they were."""
+    for message in then.messages:
+        yield message.ByteSize(), partial(_set_message, key=key, message=message)
+    for name, entry in then.entries.items():
+        size = entry.ByteSize() if entry is not None else 0
+        yield size, partial(_set_entry, scope=key.state, name=name, entry=entry)
+
+
+def _set_message(tables: Tables, key: SessionKey, message: v1.Message) -> None:
+    there = tables.message(key, message.name) is not None
+    if there:
+        tables.put_message(key, message)
+    else:
+        tables.add_messages(key, [message])
+
+
+def _set_entry(tables: Tables, scope: Scope, name: str, entry: v1.StateEntry | None) -> None:
+    tables.put_entry(scope, name, entry)
+
+
+def finish_fork(tables: Tables, now: int, fork: Fork, whole: Whole, quotas: Quotas) -> Committed:
+    """The last transaction of Store.fork."""
+    recall(tables, fork.once)
+    source = existing(tables, fork.source).session
+    _require_new(tables, fork.key, fork.once, quotas)
+    _require_begun(tables, fork.key)
+    then, at = whole.past, fork.past.session.last_sequence
+    session = fold.new_session(fork.key, fork.session, now)
+    session.user, session.parent_session, session.fork_sequence = source.user, fork.source.session, at
+    session.last_sequence, session.active_run = at, then.session.active_run
+    session.queued_commands.extend(then.session.queued_commands)
+    session.summary_sequence = then.session.summary_sequence
+    session.content_bytes = whole.content_bytes
+    rows = fold.Rows(session, FIRST_EPOCH)
+    rows.runs = {run.name: copied(run) for run in then.runs}
+    rows.messages = {message.name: copied(message) for message in then.messages if fold.open_calls(message)}
+    rows.calls = {call.call_id: message.name for message in rows.messages.values() for call in fold.open_calls(message)}
+    done = fold.apply(rows, Commit(key=fork.key, events=fork.events), now)
+    session.log_bytes = whole.log_bytes + sum(event.ByteSize() for event in done.events)
+    remember(tables, fork.once, done, now, fork.key)
+
+    tables.bind_copy(fork.key, SessionRow(session, FIRST_EPOCH))
+    tables.add_events(fork.key, event_rows(done.events))
+    for message in rows.messages.values():
+        tables.put_message(fork.key, message)
+    for run in rows.runs.values():
+        kept = tables.run(fork.source, run.name)
+        assert kept is not None
+        tables.add_run(fork.key, run, RunRecord(kept[1], v1.Agent()))
+        tables.drop_record(fork.key, run.name)
+    return done
+
+
+def begin_restore(tables: Tables, now: int, restore: Restore, quotas: Quotas) -> None:
+    """The first transaction of Store.restore."""
+    recall(tables, restore.once)
+    _begin(tables, restore.key, restore.once, restore.session.user, restore.version, quotas)
+
+
+def restored(restore: Restore) -> Iterator[Row]:
+    """Yields all rows of an imported session, what holds content first. Blocks: the log is read from its file."""
+    key, stretches = restore.key, list[Stretch]()
+    for sha256, (sequence, size) in restore.blobs.items():
+        yield 0, partial(_refer, key=key, sha256=sha256, sequence=sequence, size=size)
+    for event in restore.events():
+        yield event.ByteSize(), partial(_add_event, key=key, event=event)
+        if event.HasField("message_added"):
+            message = restore.message(event)
+            yield message.ByteSize(), partial(_add_message, key=key, message=message)
+        if event.HasField("rewound"):
+            last = partial(last_of, stretches)
+            for stretch in left_behind(last, event.rewound.to_sequence, event.sequence):
+                insort(stretches, stretch)
+    for stretch in stretches:
+        yield 0, partial(_add_stretch, key=key, stretch=stretch)
+    for call_id, holder in restore.calls.items():
+        yield 0, partial(_put_call, key=key, call_id=call_id, holder=holder)
+    for run, record in restore.runs:
+        yield run.ByteSize(), partial(_add_run, key=key, run=run, record=record)
+    for name, entry in restore.entries.items():
+        yield entry.ByteSize(), partial(_set_entry, scope=key.state, name=name, entry=entry)
+
+
+def _refer(tables: Tables, key: SessionKey, sha256: str, sequence: int, size: int) -> None:
+    row = tables.blob(key.tenant, sha256)
+    if row is None:
+        raise errors.not_found("blob", f"blobs/{sha256}")
+    if row.size != size:
+        raise errors.import_invalid(f"says that blobs/{sha256} has {size} bytes, and it has {row.size}")
+    tables.refer(key.state, "", sha256, sequence)
+
+
+def _add_event(tables: Tables, key: SessionKey, event: v1.Event) -> None:
+    tables.add_events(key, event_rows([event]))
+
+
+def _add_message(tables: Tables, key: SessionKey, message: v1.Message) -> None:
+    tables.add_messages(key, [message])
+
+
+def _add_stretch(tables: Tables, key: SessionKey, stretch: Stretch) -> None:
+    tables.add_stretches(key, [stretch])
+
+
+def _put_call(tables: Tables, key: SessionKey, call_id: str, holder: str) -> None:
+    tables.put_calls(key, {call_id: holder})
+
+
+def _add_run(tables: Tables, key: SessionKey, run: v1.Run, record: RunRecord) -> None:
+    tables.add_run(key, run, record)
+    tables.drop_record(key, run.name)
+
+
+def finish_restore(tables: Tables, now: int, restore: Restore, quotas: Quotas) -> v1.Session:
+    """The last transaction of Store.restore."""
+    key = restore.key
+    recall(tables, restore.once)
+    _require_new(tables, key, restore.once, quotas)
+    _require_begun(tables, key)
+    session = fold.new_session(key, restore.session, now)
+    session.last_sequence = restore.session.last_sequence
+    session.summary_sequence = restore.session.summary_sequence
+    session.content_bytes = restore.session.content_bytes
+    session.log_bytes = restore.session.log_bytes
+    if restore.session.HasField("usage"):
+        session.usage.CopyFrom(restore.session.usage)
+    remember(tables, restore.once, session, now, key)
+    tables.bind_copy(key, SessionRow(session, FIRST_EPOCH))
+    return session
+
+
+def batches(rows: Iterator[Row]) -> Iterator[list[Write]]:
+    """Yields what each transaction writes of these rows."""
+    writes, batch = list[Write](), Batch(COPY_ROWS, COPY_BYTES)
+    for size, write in rows:
+        if not batch.takes(size):
+            yield writes
+            writes, batch = [], Batch(COPY_ROWS, COPY_BYTES)
+            batch.takes(size)
+        writes.append(write)
+    if writes:
+        yield writes
+
+
+def write_rows(tables: Tables, now: int, key: SessionKey, source: SessionKey | None, writes: Sequence[Write]) -> None:
+    """One of the transactions of a copy. Raises NotecaseError SESSION_NOT_FOUND when its source is gone, and what a
+    row raises."""
+    if source is not None:
+        existing(tables, source)
+    _require_begun(tables, key)
+    for write in writes:
+        write(tables)
+
+
+def _begin(tables: Tables, key: SessionKey, once: Once | None, user: str, version: int, quotas: Quotas) -> None:
+    _require_new(tables, key, once, quotas)
+    tables.begin_copy(key, user)
+    if version:
+        tables.put_version(key.state, version)
+
+
+def _require_new(tables: Tables, key: SessionKey, once: Once | None, quotas: Quotas) -> None:
+    """Checks what another session needs: at the beginning, so that nothing is done in vain, and at the end, where it
+    counts."""
+    require_free(tables, key)
+    require_record(tables, quotas, once)
+    require_session(tables, quotas, key.tenant)
+
+
+def _require_begun(tables: Tables, key: SessionKey) -> None:
+    """Refuses to write rows that nobody would ever remove: those of a copy whose caller went away, and that was swept
+    before this transaction came."""
+    if not tables.is_copy(key):
+        raise errors.not_found("session", f"sessions/{key.session}")

@@ -1,0 +1,217 @@
+"""A fork or an import is all there or not at all, whatever becomes of its server, its store or its caller."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import grpc
+import pytest
+from notecase import v1
+from notecase_server import errors, serve
+from notecase_server.engine import transfer
+from notecase_server.serve import now, open_store
+from notecase_server.store import copies
+from notecase_server.store.contract import Fork, SessionKey, Store
+from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite_tables import SESSION_ROWS, STATE_ROWS
+
+from tests.e2e.driving import reason_of
+from tests.e2e.test_deletion import Swept
+from tests.e2e.test_transfer import frames
+from tests.store.build import add, changed, create, ended, put, replied, said, start
+from tests.support.copying import Act, transactions
+from tests.support.crashing import Crashing
+from tests.support.server import Running, running
+
+SOURCE = SessionKey("default", "source", "00000000-dead-4000-8000-000000000000")
+Way = Literal["fork", "import"]
+WAYS: list[Way] = ["fork", "import"]
+SWEEPER_SECONDS = 60.0
+"""How long the sweeper is waited for before it is taken for lost."""
+
+
+@pytest.fixture(autouse=True)
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweeper comes more often than every second, so that nobody waits for it."""
+    monkeypatch.setattr(serve, "EXPIRY_SECONDS", 0.02)
+
+
+async def fill(store: Store, turns: int, messages: int = 0) -> bytes:
+    """A session of five events a turn and one a message, and its export."""
+    await create(store, SOURCE)
+    for number in range(turns):
+        run = f"r{number}"
+        told = (said(f"m{number}", run=run), replied(f"a{number}", run), changed(put(f"k{number % 20}", number)))
+        await start(store, run, *told[:2], key=SOURCE)
+        await add(store, told[2], ended(run), key=SOURCE)
+    for begin in range(0, messages, 1000):
+        await add(store, *(said(f"s{number}") for number in range(begin, begin + 1000)), key=SOURCE)
+    return await exported(store, SOURCE)
+
+
+async def exported(store: Store, key: SessionKey) -> bytes:
+    return b"".join([piece async for piece in transfer.exported(store, key)])
+
+
+def call(sessions: v1.SessionServiceStub, way: Way, file: bytes, copy: str) -> Any:
+    """Asks for a copy of that id; the same request each time."""
+    if way == "fork":
+        return sessions.ForkSession(
+            v1.ForkSessionRequest(name="sessions/source", session_id=copy, request_id=f"make {copy}")
+        )
+    return sessions.ImportSession(iter(frames(file, session_id=copy, request_id=f"make {copy}")))
+
+
+def orphans(store: Any) -> set[str]:
+    """The uids that have rows and no session."""
+    if not isinstance(store, SqliteStore):
+        return {uid for tenant in store._tables._tenants.values() for uid in tenant.deleted}
+    reader = store._connections.readers[0]
+    found = {uid for (uid,) in reader.execute("SELECT uid FROM deleted_sessions")}
+    for table, *_ in SESSION_ROWS:
+        found |= {uid for (uid,) in reader.execute(f"SELECT DISTINCT uid FROM {table}")}
+    for table, *_ in STATE_ROWS:
+        found |= {uid for (uid,) in reader.execute(f"SELECT DISTINCT id FROM {table} WHERE kind = 'session'")}
+    return found - {uid for (uid,) in reader.execute("SELECT uid FROM sessions")}
+
+
+@asynccontextmanager
+async def swept(store: Store) -> AsyncIterator[tuple[Running, Callable[[], Awaitable[None]]]]:
+    """A server, and what waits until its sweeper has left no orphan."""
+    telling = Swept(store)
+
+    async def clean() -> None:
+        while orphans(store):
+            telling.done.clear()
+            async with asyncio.timeout(SWEEPER_SECONDS):
+                await telling.done.wait()
+
+    async with running(cast(Store, telling)) as served:
+        yield served, clean
+
+
+async def require_nothing(served: Running, copy: str) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await served.sessions.GetSession(v1.GetSessionRequest(name=f"sessions/{copy}"))
+    assert "SESSION_NOT_FOUND" == reason_of(refused.value)
+    listed = await served.sessions.ListSessions(v1.ListSessionsRequest())
+    assert ["sessions/source"] == [session.name for session in listed.sessions]
+
+
+async def require_whole(store: Store, served: Running, way: Way, file: bytes, copy: str) -> None:
+    """The request, repeated, is answered with the one session that there is, and that is all of it."""
+    made = await call(served.sessions, way, file, copy)
+    assert f"sessions/{copy}" == made.name
+    assert made == await call(served.sessions, way, file, copy)
+    assert file == await exported(store, SessionKey("default", copy, made.uid))
+    listed = await served.sessions.ListSessions(v1.ListSessionsRequest())
+    assert {"sessions/source", made.name} == {session.name for session in listed.sessions}
+    await served.sessions.DeleteSession(v1.DeleteSessionRequest(name=made.name))
+
+
+async def died(folder: Path, way: Way, file: bytes, copy: str, after: int, *arguments: str) -> bool:
+    """Whether a server that is asked for a copy comes to its end after so many transactions."""
+    async with (
+        await Crashing.launch(folder, "--copies", str(after), *arguments, env={}) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        try:
+            await call(v1.SessionServiceStub(channel), way, file, copy)
+        except grpc.aio.AioRpcError:
+            await server.death()
+            return True
+    return False
+
+
+async def require_all_or_nothing(path: str, way: Way, file: bytes, copy: str) -> bool:
+    """Nothing is there and no row stays, or all is; returns whether it was there."""
+    store = await open_store(path, now)
+    async with swept(store) as (served, clean):
+        there = await store.find_session("default", copy) is not None
+        assert there or orphans(store)
+        if not there:
+            await require_nothing(served, copy)
+        await clean()
+        await require_whole(store, served, way, file, copy)
+        await clean()
+    return there
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_server_killed_after_any_transaction_leaves_all_or_nothing(tmp_path: Path, way: Way) -> None:
+    path = f"sqlite:{tmp_path / 'notecase.db'}"
+    store = await open_store(path, now)
+    file = await fill(store, 50)
+    await store.close()
+    there = list[bool]()
+    for number in count(1):
+        copy = f"copy{number}"
+        if not await died(tmp_path, way, file, copy, number, "--copy-rows", "90"):
+            break
+        there.append(await require_all_or_nothing(path, way, file, copy))
+    assert len(there) > 6
+    assert [*([False] * (len(there) - 1)), True] == there
+
+
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_server_killed_in_a_copy_of_ten_thousand_events_leaves_all_or_nothing(tmp_path: Path, way: Way) -> None:
+    """In the middle and after the last: each costs a start and the sweep of all that was written."""
+    path = f"sqlite:{tmp_path / 'notecase.db'}"
+    store = await open_store(path, now)
+    file = await fill(store, 10, 10_000)
+    past = await store.read_past(SOURCE, 10_050)
+    key = SOURCE._replace(session="counted", uid="counted")
+    with transactions(store) as made:
+        if way == "fork":
+            await store.fork(Fork(key=key, source=SOURCE, past=past, session=v1.Session()))
+        else:
+            with (tmp_path / "file").open("w+b") as spooled:
+                spooled.write(file)
+                await store.restore(transfer.read(spooled, key))
+    assert file == await exported(store, key)
+    await store.delete_session(key)
+    await store.sweep_sessions()
+    await store.close()
+    assert made.count > 10_000 // copies.COPY_ROWS
+    for number in (made.count // 2, made.count):
+        copy = f"copy{number}"
+        assert await died(tmp_path, way, file, copy, number)
+        assert (number == made.count) == await require_all_or_nothing(path, way, file, copy)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mode", ["passing", "for good", "after", "gone"])
+async def test_a_copy_that_is_cut_is_swept_by_the_server(
+    store_url: str, way: Way, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At any transaction, by a store that fails once or by a caller who goes away; the request can be repeated."""
+    monkeypatch.setattr(copies, "COPY_ROWS", 20)
+    store = await open_store(store_url, now)
+    file = await fill(store, 10)
+    async with swept(store) as (served, clean):
+        for number in count(1):
+            copy = f"copy{number}"
+            asked = call(served.sessions, way, file, copy)
+
+            async def cut(made: int, number: int = number, asked: Any = asked) -> None:
+                if made != number:
+                    return
+                if mode == "gone":
+                    asked.cancel()
+                    await asyncio.Event().wait()  # ends with the call
+                raise errors.too_large("The copy", 2, 1) if mode == "for good" else errors.store_unavailable()
+
+            acts: dict[str, Act] = {"after" if mode == "after" else "before": cut}
+            with transactions(store, **acts) as made:
+                done: Any = (await asyncio.gather(asked, return_exceptions=True))[0]
+            if isinstance(done, BaseException):
+                await clean()
+                await require_nothing(served, copy)
+            await require_whole(store, served, way, file, copy)
+            if made.count < number and not isinstance(done, BaseException):
+                break
+        await clean()
+    assert number > 6
