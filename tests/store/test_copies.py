@@ -1,4 +1,4 @@
-"""Every store: a fork or an import is written in small transactions, and is all there or not at all."""
+"""A fork or an import is written in small transactions, on any tables, and is all there or not at all."""
 
 import asyncio
 import io
