@@ -20,7 +20,7 @@ TOOLS := $(addprefix $(BIN)/,grpcurl grpcui evans ghz)
 # What buf breaking compares proto/ with: the last commit, or make proto-breaking AGAINST=v0.1.0
 AGAINST := HEAD
 
-.PHONY: help demo serve test test-hard mutants fuzz lint format types proto proto-check proto-lint proto-breaking check bench bench-peers soak tools clean
+.PHONY: help demo serve test test-hard mutants fuzz lint format types proto proto-check proto-lint proto-breaking check bench bench-peers profile soak tools clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -72,11 +72,14 @@ proto-breaking: $(BIN)/buf ## Tell what in proto/ breaks callers since a commit;
 
 check: lint types proto-check test ## What these four check: lint, types, proto-check, test
 
-bench: $(VENV)/.ready ## Measure the server on this machine
+bench: $(VENV)/.ready ## Measure the server on this machine; ARGS="--write docs/performance.md" keeps the table
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 bench-peers: $(VENV)/.ready $(PEERS) ## Measure it beside the OpenAI Agents SDK and the A2A SDK; ARGS="--rounds 5"
 	@$(BIN)/python -m benchmarks.peers $(ARGS)
+
+profile: $(VENV)/.ready ## See where a turn's time goes, and a token's; ARGS="--write docs/profile.md" keeps the table
+	@$(BIN)/python -m benchmarks.where $(ARGS)
 
 soak: $(VENV)/.ready ## See whether a server that works for half an hour stays flat; ARGS="--minutes 5 --svg soak.svg"
 	@$(BIN)/python -m benchmarks.soak $(ARGS)

@@ -1,4 +1,4 @@
-"""Measures the server and prints the table: `python -m benchmarks [--only tokens turn] [--rounds 3]`."""
+"""Measures the server and prints the table: `python -m benchmarks [--only tokens turn] [--rounds 3] [--write PAGE]`."""
 
 import argparse
 import asyncio
@@ -16,6 +16,7 @@ from benchmarks.measures import MEASURES, ONCE, Bench, Values
 from benchmarks.neighbour import Times
 from benchmarks.processes import Cpus, end_on_sigterm, running_server, running_stub, say
 from benchmarks.targets import table
+from benchmarks.written import write
 
 
 async def measure(names: Sequence[str], rounds: int, times: Times, found: list[Values]) -> list[str]:
@@ -55,8 +56,11 @@ async def run(options: argparse.Namespace) -> int:
             notes = await measure(names, options.rounds, times, found)
     except TimeoutError:
         late = True
-    for line in (*table(found), *notes):
+    lines = [*table(found), *notes]
+    for line in lines:
         say(line)
+    if options.write:
+        write(options.write, [f"The median of {options.rounds} rounds, their least and their most.", "", *lines])
     if late:
         say(f"Stopped after {options.limit:g} seconds; the table holds what was measured until then.")
     return int(late)
@@ -67,6 +71,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(MEASURES), metavar="NAME", help=f"of {', '.join(MEASURES)}")
     parser.add_argument("--rounds", type=int, default=3, help="each measures everything once (default: 3)")
     parser.add_argument("--limit", type=float, default=1200.0, help="seconds after which it stops (default: 1200)")
+    parser.add_argument(
+        "--write", type=Path, metavar="PAGE", help="put the table into this page, with when and on what"
+    )
     for name, seconds in Times()._asdict().items():
         told = f"seconds of a neighbour {name} (default: {seconds:g})"
         parser.add_argument(f"--{name}", type=float, default=seconds, metavar="SECONDS", help=told)

@@ -53,6 +53,10 @@ class Process:
         # threads that have ended too, where /proc counts hundredths of a second.
         self._clock = (~process.pid << 3) | 2
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def cpu(self) -> float:
         """Seconds of CPU time used so far, user and system."""
         return time.clock_gettime(self._clock)

@@ -6,12 +6,16 @@ from xml.etree import ElementTree
 
 import pytest
 
+from benchmarks import where
 from benchmarks.load import Load
 from benchmarks.peers.__main__ import table
 from benchmarks.processes import Cpus, running_server, running_stub
 from benchmarks.soak.mix import Mix
 from benchmarks.soak.plot import svg
 from benchmarks.soak.verdict import Growth, Sample, growth
+from benchmarks.where import shares
+from benchmarks.written import write
+from tests.promises import ROOT
 
 
 def test_the_peers_table_compares_each_server_with_ours_round_by_round() -> None:
@@ -99,3 +103,54 @@ def test_a_plot_has_a_line_for_each_panel() -> None:
     )
     lines = [line.attrib["points"] for line in drawn.iter("{http://www.w3.org/2000/svg}polyline")]
     assert ["60.0,150.0 420.0,90.0 780.0,30.0", "60.0,320.0 420.0,320.0 780.0,320.0"] == lines
+
+
+def test_a_look_counts_for_the_innermost_part_that_it_can_be_told_for() -> None:
+    ours = "run (notecase_server/serve.py:9);commit (notecase_server/store/steps.py:70)"
+    stacks = [
+        f"{ours} 3",
+        f"{ours};sqlite3_step (libsqlite3.so.0);memcpy (libc.so.6) 2",
+        f"{ours};execute (sqlite3/dbapi2.py:4);fsync (libc.so.6) 2",
+        "start_thread (libc.so.6);grpc_core::Work (grpc/_cython/cygrpc.cpython-311-x86_64-linux-gnu.so) 2",
+        "clone (libc.so.6) 1",
+    ]
+    assert {
+        "The store's Python (`store/`)": 0.3,
+        "SQLite": 0.4,
+        "gRPC": 0.2,
+        "The rest": 0.1,
+    } == shares(stacks)
+
+
+def test_the_table_of_a_profile_adds_up_to_what_was_measured() -> None:
+    found = shares(["a (notecase_server/rpc/watch.py:1) 1", "b (uvloop/loop.pyx:2) 3"])
+    lines = list(where.table([(where.WORKS[0], 4000.0, found), (where.WORKS[1], 20.0, found)]))
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert ["The event loop", "3000", "15"] == cells[2]
+    assert ["All", "4000", "20"] == cells[-1]
+    for column in (1, 2):
+        assert float(cells[-1][column]) == sum(float(row[column]) for row in cells[2:-1])
+
+
+def test_a_table_takes_the_place_of_the_one_in_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Head\n\n<!-- measured -->\nold\n<!-- /measured -->\n\nTail\n")
+    for rows in (["| one |"], ["| two |"]):
+        write(page, rows)
+    said = page.read_text()
+    assert said.startswith("# Head\n\n<!-- measured -->\nMeasured on 20")
+    assert said.endswith("\n\n| two |\n<!-- /measured -->\n\nTail\n")
+    assert "one" not in said
+    assert "old" not in said
+    page.write_text("# No place")
+    with pytest.raises(ValueError, match="no place for a table"):
+        write(page, ["| three |"])
+    assert "# No place" == page.read_text()
+
+
+def test_the_pages_have_a_place_for_their_tables(tmp_path: Path) -> None:
+    for name in ("performance.md", "profile.md"):
+        page = tmp_path / name
+        page.write_text((ROOT / "docs" / name).read_text())
+        write(page, ["| new |"])
+        assert "| new |" in page.read_text()
