@@ -21,7 +21,12 @@ REQUEST = ModelRequest("m", "", [v1.Message(parts=[v1.Part(text="Hello")])], v1.
 
 @asynccontextmanager
 async def endless(first: bytes, again: bytes) -> AsyncIterator[str]:
-    """A server that answers with `first` and then with `again`, over and over, until its client is gone."""
+    """A server that answers with `first` and then with `again`, over and over, until its client is gone. It is left
+    when the last client is."""
+    answering: set[asyncio.Task[None]] = set()
+
+    def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        answering.add(asyncio.ensure_future(serve(reader, writer)))
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
@@ -36,8 +41,9 @@ async def endless(first: bytes, again: bytes) -> AsyncIterator[str]:
         finally:
             writer.close()
 
-    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+        await asyncio.gather(*answering)
 
 
 async def failure(url: str, **settings: Any) -> NotecaseError:
