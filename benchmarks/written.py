@@ -27,7 +27,7 @@ def circumstances() -> str:
     today = datetime.datetime.now(datetime.UTC).date()
     packages = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     return (
-        f"Measured on {today}: {len(os.sched_getaffinity(0))} CPUs ({_processor()}), "
+        f"Measured on {today}: {os.cpu_count()} CPUs ({_processor()}), "
         f"{platform.system()} {platform.release()}, Python {platform.python_version()}, {packages}."
     )
 

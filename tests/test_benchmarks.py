@@ -110,7 +110,8 @@ def test_a_look_counts_for_the_innermost_part_that_it_can_be_told_for() -> None:
     stacks = [
         f"{ours} 3",
         f"{ours};sqlite3_step (libsqlite3.so.0);memcpy (libc.so.6) 2",
-        f"{ours};execute (sqlite3/dbapi2.py:4);fsync (libc.so.6) 2",
+        f"{ours};execute (sqlite3/dbapi2.py:4);pwrite (libc.so.6) 2",
+        f"{ours};execute (sqlite3/dbapi2.py:4);fdatasync (libc.so.6) 9",
         "start_thread (libc.so.6);grpc_core::Work (grpc/_cython/cygrpc.cpython-311-x86_64-linux-gnu.so) 2",
         "clone (libc.so.6) 1",
     ]

@@ -83,8 +83,10 @@ async def test_a_turn_asks_little_of_the_store(tmp_path: Path, monkeypatch: pyte
         )
         await scrubbed.wait()  # that cuts the log
         turns = [await turn(served, store, path) for _ in range(5)]
-    # What a server does by itself when it begins may fall into the first of them.
-    assert [median(counts) for counts in zip(*turns, strict=True)] == [HANDOVERS, STATEMENTS, PAGES]
+    handovers, statements, written = zip(*turns, strict=True)
+    # What a server does by itself may fall into one of them, and a page of an index may be split in two.
+    assert (min(handovers), min(statements)) == (HANDOVERS, STATEMENTS), turns
+    assert median(written) == PAGES, turns
 
 
 async def turn(served: Running, store: SqliteStore, path: Path) -> tuple[int, int, int]:
