@@ -1,7 +1,6 @@
 """Admits runs: starts, queues or replaces one, each in one commit."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -221,7 +220,7 @@ class Admission:
                 event.cause_id = cause_id
             try:
                 events = [*back.events, *commit.events]
-                return await live.commit(replace(commit, if_last_sequence=back.head, events=events), late)
+                return await live.commit(commit._replace(if_last_sequence=back.head, events=events), late)
             except NotecaseError as error:
                 if error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:
                     raise

@@ -5,7 +5,7 @@ it with that commit, or with a refusal; a halt that is refused has changed nothi
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -63,7 +63,8 @@ class Halts:
     def __init__(self) -> None:
         self._pending: list[Halt] = []
         self._cutting: asyncio.Task[Any] | None = None
-        self._interrupted = False
+        self._cuts = 0
+        """How often it was cancelled for what is in `cut` now."""
         self.stirred = asyncio.Event()
         """Set when there is something new to look at."""
 
@@ -78,13 +79,12 @@ class Halts:
         """Cuts what runs in `cut`; the worker then carries the halt out."""
         self._pending.append(halt)
         self.stirred.set()
-        if self._cutting is not None:
-            self._cutting.cancel()
+        self.interrupt()
 
     def interrupt(self) -> None:
         """Cuts what runs in `cut` at this moment, without a halt."""
         if self._cutting is not None:
-            self._interrupted = True
+            self._cuts += 1
             self._cutting.cancel()
 
     def remove(self, halt: Halt) -> None:
@@ -96,21 +96,26 @@ class Halts:
             halt.refuse(error)
         self._pending.clear()
 
-    async def cut(self, task: asyncio.Task[T]) -> T:
-        """Waits for a task that a halt cancels: Halted is then raised. A task that ends as cancelled without anybody
-        having asked for that has failed: MODEL_UNAVAILABLE, since only calls out of this process do so."""
+    async def cut(self, work: Coroutine[Any, Any, T]) -> T:
+        """Does work that a halt cuts, in the task that asks for it: Halted is then raised. Work that ends as cancelled
+        without anybody having asked for that has failed: MODEL_UNAVAILABLE, since only calls out of this process do
+        so."""
         if self._pending:
-            task.cancel()
-        self._cutting = task
+            work.close()
+            raise Halted
+        task = asyncio.current_task()
+        assert task is not None
+        asked = task.cancelling()
+        self._cutting, self._cuts = task, 0
         try:
-            return await task
+            return await work
         except asyncio.CancelledError:
-            if self._pending or self._interrupted:
-                raise Halted from None
-            caller = asyncio.current_task()
-            if caller is not None and caller.cancelling():
-                task.cancel()
+            if task.cancelling() - self._cuts > asked:
                 raise
+            if self._cuts:
+                raise Halted from None
             raise errors.model_unavailable("The model's provider broke off.") from None
         finally:
-            self._cutting, self._interrupted = None, False
+            self._cutting = None
+            for _ in range(self._cuts):
+                task.uncancel()

@@ -113,7 +113,8 @@ class ModelTurn:
         settings = self._llm.context.summary
         keep, batch = settings.keep_recent or summary.KEEP_RECENT, settings.batch or summary.BATCH
         while True:
-            await self._log.durably(lambda: taken(self._log.queued(v1.UserInput.WHEN_STEER)))
+            if self._log.said:
+                await self._log.durably(lambda: taken(self._log.queued(v1.UserInput.WHEN_STEER)))
             self._check_tokens()
             due = self._llm.context.HasField("summary") and not self._shortened
             if due and await self._summarize(provider, keep, batch):
@@ -193,7 +194,7 @@ class ModelTurn:
                 raise Halted
             self._log.spent = None
             try:
-                return await self._halting(ask())
+                return await self._halts.cut(ask())
             except NotecaseError as error:
                 passing = most if error.reason == v1.ERROR_REASON_MODEL_UNAVAILABLE else 0
                 wait = max(random.uniform(0, 0.5 * 2**repeat), error.retry_after or 0)
@@ -206,7 +207,7 @@ class ModelTurn:
                     self._budget.give_back()
                 self._log.live.discard(self._log.step)
                 seconds -= wait
-            await self._halting(asyncio.sleep(wait))
+            await self._halts.cut(asyncio.sleep(wait))
         raise AssertionError("the last repeat returns or raises")
 
     def _begin(self, request: ModelRequest) -> Draft:
@@ -214,10 +215,6 @@ class ModelTurn:
         draft = Draft(new_id(), self._log.run.name, new_id, as_json=bool(request.output_schema))
         self._log.live.begin(self._log.step, draft)
         return draft
-
-    async def _halting(self, work: Coroutine[Any, Any, T]) -> T:
-        """Waits for something that a halt cuts."""
-        return await self._halts.cut(self._services.supervisor.start(work, "model call"))
 
     async def _read(self, provider: Provider, request: ModelRequest, draft: Draft) -> Finish:
         live = self._log.live

@@ -5,7 +5,7 @@ commit whose answer was lost is asked about before anything is decided again.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import TypeVar
 
 import structlog
@@ -250,15 +250,17 @@ class RunLog:
 
     async def patiently(self, act: Callable[[], Awaitable[T]]) -> T:
         """Does something again for as long as the store is away: what a run has made is worth more than its place."""
-        for wait in backoff():
+        waits: Iterator[float] | None = None
+        while True:
             try:
                 return await act()
             except NotecaseError as error:
                 if not is_passing(error):
                     raise
+            waits = waits or backoff()
+            wait = next(waits)
             self.log.warning("run_waits_for_store", seconds=round(wait, 2))
             await asyncio.sleep(wait)
-        raise AssertionError("the waits have no end")
 
     async def _commit(
         self,

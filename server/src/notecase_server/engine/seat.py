@@ -3,6 +3,7 @@
 How long that was is told by the log, not by this process: a run may have waited under another worker, which was lost.
 """
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -56,7 +57,7 @@ class Seat:
         """Waits for something that is held from then on. It is given back when the worker ends at that very moment."""
         task = self._services.supervisor.start(wait, "place")
         try:
-            return await self._halts.cut(task)
+            return await self._halts.cut(_end_of(task))
         except BaseException:
             if task.done() and not task.cancelled() and task.exception() is None:
                 give_back()
@@ -78,6 +79,10 @@ class Seat:
         if self._suspect:
             self._suspect = False
             self._services.suspects.release()
+
+
+async def _end_of(task: asyncio.Task[T]) -> T:
+    return await task
 
 
 async def last_work(store: History, key: SessionKey, run: v1.Run) -> int:

@@ -6,9 +6,8 @@ later. Used from one event loop only.
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from itertools import islice
 from typing import Protocol
 
@@ -65,6 +64,27 @@ def _wake(waiter: asyncio.Future[None]) -> None:
         waiter.set_result(None)
 
 
+class _Held:
+    """Holds a lock, and has settled something before the block begins."""
+
+    __slots__ = ("_lock", "_settle")
+
+    def __init__(self, lock: asyncio.Lock, settle: Callable[[], Awaitable[None]]) -> None:
+        self._lock = lock
+        self._settle = settle
+
+    async def __aenter__(self) -> None:
+        await self._lock.acquire()
+        try:
+            await self._settle()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    async def __aexit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class Registry(Protocol):
     """The sessions that a live one belongs to, as far as it needs them."""
 
@@ -113,20 +133,17 @@ class LiveSession:
         self._afterwards: list[Callable[[], None]] = []
         """What is put off until it is known what became of them."""
 
-    @asynccontextmanager
-    async def held(self) -> AsyncIterator[None]:
+    def held(self) -> AbstractAsyncContextManager[None]:
         """Holds the lock under which something is decided and committed for a run of this session, once it is known
         what became of the commits before. Raises STORE_UNAVAILABLE while the store cannot say."""
-        async with self._lock:
-            await self._settle()
-            yield
+        return _Held(self._lock, self._settle)
 
     async def commit(self, commit: Commit, late: Late | None = None) -> Committed:
         """Commits, then wakes the watchers; see Store.commit for what it raises. A commit whose answer is lost is asked
         about. When the store cannot say either, STORE_UNAVAILABLE is raised, and `late` is called once it is known that
         the commit was made: before anybody decides anything else for a run of this session."""
         commit_id = commit.id or self._sessions.new_id()
-        commit = replace(commit, id=commit_id, content_limit=self._sessions.content_limit)
+        commit = commit._replace(id=commit_id, content_limit=self._sessions.content_limit)
         added = _messages_added(commit.events)
         for draft in self.drafts.values():
             draft.settled = draft.settled or draft.name in added

@@ -119,15 +119,18 @@ class Worker:
 
     def let_go(self) -> None:
         """Gives back its place and answers the halts that it will not carry out: also when it never came to work."""
+        if self._halts:
+            self._halts.refuse_all(self._gone())
+        self.seat.leave()
+
+    def _gone(self) -> NotecaseError:
+        """Why nobody carries out a halt."""
         session = self.log.live.key.session
         if self.log.live.deleted:
-            why = errors.not_found("session", names.session(session))
-        elif self.log.ended:
-            why = errors.run_ended(names.run(session, self.log.run.name), self.log.run.state)
-        else:
-            why = errors.draining() if self._draining else errors.worker_lost(session)
-        self._halts.refuse_all(why)
-        self.seat.leave()
+            return errors.not_found("session", names.session(session))
+        if self.log.ended:
+            return errors.run_ended(names.run(session, self.log.run.name), self.log.run.state)
+        return errors.draining() if self._draining else errors.worker_lost(session)
 
     async def _step(self) -> None:
         try:

@@ -166,7 +166,7 @@ class Endpoint(ABC):
             self._door.leave()
 
     @abstractmethod
-    async def _answer(self, request: Any, context: Any, call: Call) -> Any:
+    def _answer(self, request: Any, context: Any, call: Call) -> Awaitable[Any]:
         """Carries the call out. `request` is a frame, or an iterator of frames, as they came."""
 
     async def _refuse(self, context: Any, error: Exception) -> None:
@@ -198,12 +198,11 @@ class Single(Endpoint):
 class Streaming(Endpoint):
     """Answers with a stream of messages."""
 
-    async def _respond(self, answers: Any, context: Any, call: Call) -> None:
+    def _respond(self, answers: Any, context: Any, call: Call) -> Awaitable[None]:
         """Sends what the handler yields. A handler that yields nothing, such as that of health, writes by itself."""
-        if inspect.isawaitable(answers):
-            await answers
-        else:
-            await deliver(answers, self._wrapped.response_serializer, context, self._door.stall, call)
+        if inspect.isasyncgen(answers):
+            return deliver(answers, self._wrapped.response_serializer, context, self._door.stall, call)
+        return answers  # type: ignore[no-any-return]
 
     async def _refuse(self, context: Any, error: Exception) -> None:
         """Waits at most the doorway's `stall`: the status is sent behind the frames, which nobody may be reading."""
@@ -240,8 +239,8 @@ class UnaryStream(Streaming):
 class StreamStream(Streaming):
     make = grpc.stream_stream_rpc_method_handler
 
-    async def _answer(self, request: Any, context: Any, call: Call) -> None:
-        await self._respond(self._wrapped.stream_stream(self._decoded(request), context), context, call)
+    def _answer(self, request: Any, context: Any, call: Call) -> Awaitable[None]:
+        return self._respond(self._wrapped.stream_stream(self._decoded(request), context), context, call)
 
 
 SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {

@@ -80,7 +80,7 @@ class Streams:
         results = Results(MAX_RESULTS)
         reader = self._supervisor.start(self.read(place, requests, results), "commands")
         try:
-            async for response in self._write(place, results, reader):
+            async for response in self._frames(place, results, reader):
                 yield response
         finally:
             reader.cancel()
@@ -90,9 +90,8 @@ class Streams:
     ) -> AsyncGenerator[v1.RunResponse, None]:
         """The WatchEvents RPC. Raises NotecaseError: SESSION_NOT_FOUND, RUN_NOT_FOUND, SEQUENCE_AHEAD, and
         SERVER_DRAINING when the server stops."""
-        async for response in self._write(
-            await self.attach(tenant, name, after, options, if_session_uid), Results(), None
-        ):
+        place = await self.attach(tenant, name, after, options, if_session_uid)
+        async for response in self._frames(place, Results(), None):
             yield response
 
     async def attach(
@@ -149,20 +148,9 @@ class Streams:
         cursor = Cursor(live, self._sessions.store, after, head, options, self._pace, followed)
         return Place(live, attached, cursor, followed)
 
-    async def _write(
-        self, place: "Place", results: Results, reader: asyncio.Task[None] | None
-    ) -> AsyncGenerator[v1.RunResponse, None]:
-        place.live.join()
-        try:
-            async for response in self._frames(place, results, reader):
-                yield response
-        finally:
-            place.live.leave()
-
     async def _frames(
         self, place: "Place", results: Results, reader: asyncio.Task[None] | None
     ) -> AsyncGenerator[v1.RunResponse, None]:
-        yield v1.RunResponse(attached=place.attached)
         cursor = place.cursor
         told = False
 
@@ -170,27 +158,30 @@ class Streams:
             leaving = self.drain.closing or (self.drain.grace is not None and not told)
             return not results.empty() or leaving or _broken(reader) is not None
 
-        while True:
+        place.live.join()
+        try:
+            yield v1.RunResponse(attached=place.attached)
+            while True:
+                while not results.empty():
+                    yield v1.RunResponse(result=results.get_nowait())
+                if (broken := _broken(reader)) is not None:
+                    raise broken
+                if self.drain.grace is not None and not told:
+                    told = True
+                    yield v1.RunResponse(go_away=_go_away(cursor.sequence, self.drain.grace))
+                batch = await cursor.next(woken)
+                if batch is not None:
+                    yield v1.RunResponse(batch=batch)
+                elif not (woken() or cursor.finished):
+                    yield v1.RunResponse(heartbeat=v1.Heartbeat(last_sequence=cursor.sequence))
+                if cursor.finished:
+                    break
+                if self.drain.closing:
+                    raise errors.draining()
             while not results.empty():
                 yield v1.RunResponse(result=results.get_nowait())
-            if (broken := _broken(reader)) is not None:
-                raise broken
-            if self.drain.grace is not None and not told:
-                told = True
-                away = v1.GoAway(sequence=cursor.sequence, reason="The server is stopping; attach again shortly.")
-                away.time_left.FromMilliseconds(round(self.drain.grace * 1000))
-                yield v1.RunResponse(go_away=away)
-            batch = await cursor.next(woken)
-            if batch is not None:
-                yield v1.RunResponse(batch=batch)
-            elif not (woken() or cursor.finished):
-                yield v1.RunResponse(heartbeat=v1.Heartbeat(last_sequence=cursor.sequence))
-            if cursor.finished:
-                break
-            if self.drain.closing:
-                raise errors.draining()
-        while not results.empty():
-            yield v1.RunResponse(result=results.get_nowait())
+        finally:
+            place.live.leave()
 
     async def read(self, place: "Place", requests: AsyncIterator[v1.RunRequest], results: Results) -> None:
         """Carries out commands in their order. Their results wait for their reader, and the next command for them."""
@@ -296,6 +287,12 @@ class Place(NamedTuple):
     cursor: Cursor
     run: str
     """The run that the stream follows, "" when idle."""
+
+
+def _go_away(sequence: int, grace: float) -> v1.GoAway:
+    away = v1.GoAway(sequence=sequence, reason="The server is stopping; attach again shortly.")
+    away.time_left.FromMilliseconds(round(grace * 1000))
+    return away
 
 
 def _broken(reader: asyncio.Task[None] | None) -> BaseException | None:

@@ -1,6 +1,7 @@
 """Builds the gRPC server: its services, its doorway, and how it treats a connection."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import grpc
 from notecase import v1
@@ -53,6 +54,17 @@ def options(max_calls: int, max_connections: int) -> tuple[tuple[str, int], ...]
     return tuple((FIXED | chosen).items())
 
 
+class _Unregistered:
+    """Adds services by their generic handlers alone. For each method that is registered as well, grpc's asyncio server
+    keeps a task, and every call waits for all of them anew."""
+
+    def __init__(self, server: grpc.aio.Server) -> None:
+        self.add_generic_rpc_handlers = server.add_generic_rpc_handlers
+
+    def add_registered_method_handlers(self, service: str, handlers: object) -> None:
+        """Registers none."""
+
+
 SERVICES = (
     "ServerService",
     "AgentService",
@@ -70,15 +82,16 @@ async def build(
     """Makes a server with every service added and no port yet. `channel` are grpc's arguments, as `options` makes
     them."""
     server = grpc.aio.server(interceptors=[doorway], options=channel)
-    v1.add_ServerServiceServicer_to_server(Servers(desk, store.kind), server)
-    v1.add_AgentServiceServicer_to_server(Agents(desk, store), server)
-    v1.add_SessionServiceServicer_to_server(SessionsService(desk, store), server)
-    v1.add_StateServiceServicer_to_server(States(desk, store), server)
-    v1.add_MessageServiceServicer_to_server(Messages(desk, store), server)
-    v1.add_RunServiceServicer_to_server(RunsService(desk, store), server)
-    v1.add_BlobServiceServicer_to_server(Blobs(desk, store), server)
+    methods: Any = _Unregistered(server)
+    v1.add_ServerServiceServicer_to_server(Servers(desk, store.kind), methods)
+    v1.add_AgentServiceServicer_to_server(Agents(desk, store), methods)
+    v1.add_SessionServiceServicer_to_server(SessionsService(desk, store), methods)
+    v1.add_StateServiceServicer_to_server(States(desk, store), methods)
+    v1.add_MessageServiceServicer_to_server(Messages(desk, store), methods)
+    v1.add_RunServiceServicer_to_server(RunsService(desk, store), methods)
+    v1.add_BlobServiceServicer_to_server(Blobs(desk, store), methods)
     services = [f"notecase.v1.{name}" for name in SERVICES]
     health = Health(services)
-    await health.add_to(server)
+    await health.add_to(methods)
     add_reflection(server, [*services, HEALTH])
     return server, health

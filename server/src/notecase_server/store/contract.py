@@ -13,7 +13,8 @@ key. Every method may raise NotecaseError STORE_UNAVAILABLE, after which nothing
 """
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
 from notecase import v1
@@ -140,8 +141,7 @@ REMEMBERED_COMMITS = 8
 works on the session; so those of a few callers at once are enough."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
+class Commit(NamedTuple):
     """Events that belong together: all of them become the log's next entries, with their effects, or nothing happens.
 
     Conditions are checked in the order of the fields below, against what is stored at that moment."""
@@ -162,7 +162,7 @@ class Commit:
     """Raises the session's epoch by 1 in the same transaction."""
     if_last_sequence: int | None = None
     """SEQUENCE_MISMATCH when the log's head is another."""
-    if_state_version: Mapping[str, int] = field(default_factory=dict)
+    if_state_version: Mapping[str, int] = MappingProxyType({})
     """By state, in stored form. STATE_VERSION_MISMATCH when the version of the whole state is another."""
     events: Sequence[v1.Event] = ()
     """Without sequence and create_time: the store sets both. `fold` says what each payload does and refuses."""

@@ -5,7 +5,6 @@ nothing, in a store that cannot undo as in one that can.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence, Set
-from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple, Self, TypeVar
 
@@ -70,7 +69,7 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
         _recall_applied(tables, key, commit.command)
     events, blobs = content.sized(tables, key.tenant, commit.events)
     if any(blobs):
-        commit = replace(commit, events=events)
+        commit = commit._replace(events=events)
     if commit.create is not None:
         require_free(tables, key)
         row = SessionRow(fold.new_session(key, commit.create, now), FIRST_EPOCH)
