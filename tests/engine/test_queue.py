@@ -62,6 +62,28 @@ async def test_a_start_that_the_store_fails_passingly_is_still_queued_and_keeps_
         assert SUCCEEDED == (await rooms.ended(key)).state
 
 
+async def test_a_start_that_finds_the_session_idle_does_not_overtake_what_is_queued(
+    store: Store, clock: ManualClock
+) -> None:
+    """Between the end of a run and the start of the next one, which waits for the store here, nobody comes in."""
+    failing = Failing(store, "read_events", Mode.PASSING, times=3)
+    model = Model()
+    async with asyncio.timeout(60), house(failing.store, clock, model) as rooms:
+        (key,) = await rooms.prepare()
+        agent = await store.get_agent(TENANT, "clerk")
+        assert agent is not None
+        event = v1.Event(run="first", cause_id="first")
+        event.command_queued.start.messages.add().parts.add(text="first")
+        await rooms.sessions.commit(Commit(key=key, events=[event], start=RunRecord(b"digest", agent)))
+        with refused("RUN_ACTIVE"):
+            await rooms.start(key, "refused", "refused")
+        assert QUEUED == (await rooms.start(key, "second", "second", on_busy=QUEUE)).run.state
+        await rooms.start(key, "hurried", "hurried", on_busy=v1.StartRun.ON_BUSY_INTERRUPT)
+        for run in ("hurried", "first", "second"):
+            assert SUCCEEDED == (await rooms.ended(key, run)).state
+        assert ["hurried", "first", "second"] == model.asked
+
+
 async def test_a_start_that_is_refused_for_good_fails_and_the_next_one_starts(store: Store, clock: ManualClock) -> None:
     failing = Failing(
         store,

@@ -11,7 +11,7 @@ from notecase_server import errors, names
 from notecase_server.engine.content import digest_of
 from notecase_server.engine.context import read_first
 from notecase_server.engine.halt import Halt, Replacement
-from notecase_server.engine.opening import INTERRUPT, ROLLBACK, Meant, agent_of, is_answer, opening, way_of
+from notecase_server.engine.opening import INTERRUPT, ROLLBACK, Meant, agent_of, ahead, is_answer, opening, way_of
 from notecase_server.engine.rewind import Back, rewound
 from notecase_server.engine.rewind import back as way_back
 from notecase_server.engine.roster import Caused, Roster
@@ -161,10 +161,10 @@ class Admission:
 
     async def _start(self, meant: Meant, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
         key, session, _ = meant
-        if session.active_run:  # the commit would say the same: this spares a place that is needed for nothing
+        if busy := ahead(session, start):
             if start.HasField("if_last_sequence") and start.if_last_sequence != session.last_sequence:
                 raise errors.sequence_mismatch(session.last_sequence)
-            raise errors.run_active(names.run(key.session, session.active_run))
+            raise errors.run_active(names.run(key.session, busy))
         self._services.places.take()
         placed = False
         try:
