@@ -40,7 +40,7 @@ PARTS: Mapping[str, str] = {
     "SQLite": r"sqlite3",
     "Protobuf": r"google/_upb|_message|google/protobuf|upb",
     "msgspec": r"msgspec",
-    "The openai SDK and its HTTP": r"openai/|httpx2?/|httpcore2?/|h11/|anyio/|sniffio/|pydantic",
+    "HTTP to the model (aiohttp)": r"aiohttp/|_http_parser|yarl/|multidict|openai/|httpx2?/|anyio/|pydantic",
     "gRPC": r"cygrpc|grpc/",
     "The log's lines (structlog)": r"structlog/|logging/",
     "The event loop": r"uvloop|asyncio/|contextlib|contextvars",

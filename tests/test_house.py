@@ -65,12 +65,16 @@ ROOMS: dict[str, Room] = {
     ),
     "models.profiles": Room(set(), "What servers take is data; nothing is asked for it."),
     "models.pieces": Room(set(), "How bytes are sent has nothing to do with what they say."),
+    "models.proxies": Room(set(), "Which way an address is reached is asked of the environment alone."),
+    "models.wire": Room(
+        {"errors", "models.pieces", "models.proxies"}, "A connection carries bytes, whatever model they are for."
+    ),
     "models.request": Room(
         {"errors", "models.contract", "models.pieces", "models.profiles"}, "A format's writer needs no provider."
     ),
     "models.openai": Room(
         {"errors", "limit", "models.contract", "models.answers", "models.chat_stream"}
-        | {"models.pieces", "models.profiles", "models.request"},
+        | {"models.pieces", "models.profiles", "models.request", "models.wire"},
         "A provider knows no other.",
     ),
     "models.offline": Room({"errors", "models.contract", "models.answers"}, "A provider knows no other."),
@@ -128,8 +132,11 @@ LINES: dict[str, Line] = {
     "*.abort": Line({"rpc.interceptor"}, "As for statuses: everywhere else a failure is raised."),
     "grpc*": Line({"rpc", "cli.health"}, "Only the doorway and its caller know the transport."),
     "openai": Line({"models.openai"}, "One provider's ways stay behind the contract."),
-    "aiohttp": Line({"models.openai"}, "Its transport goes with it."),
-    "httpx2": Line({"models.openai", "tools.mcp"}, "Its transport goes with it, and with MCP's library."),
+    "aiohttp": Line({"models.wire"}, "A model is asked over one kind of connection."),
+    "httpx2": Line(
+        {"models.openai", "models.proxies", "models.wire", "tools.mcp"},
+        "URLs and certificates mean what they mean to the openai SDK, and MCP's library sends with it.",
+    ),
     "mcp": Line({"tools.mcp"}, "One protocol's ways stay behind the contract."),
     "pydantic": Line({"tools.functions"}, "What an operator's types mean is asked in one place."),
     "sqlite3": Line({"store.sqlite"}, "SQL lives in its store."),

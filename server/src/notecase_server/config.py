@@ -111,5 +111,5 @@ def configure_logging(form: Literal["console", "json"], level: str) -> None:
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells of every request of a model
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells of every request to an MCP server
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)

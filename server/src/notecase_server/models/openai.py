@@ -1,8 +1,8 @@
 """Models behind any OpenAI-compatible Chat Completions endpoint: each call ends as a whole reply or as one typed
 failure, and neither the key nor a header is ever told.
 
-The openai SDK makes the headers and brings its aiohttp transport. The rest goes past it: the request's JSON is made by
-`request`, the answer's bytes are read by `chat_stream`, refusals by `answers`, all bounded. Nothing is repeated here,
+The openai SDK makes the headers, once. The rest goes past it: the request's JSON is made by `request` and goes out
+over `wire`, the answer's bytes are read by `chat_stream`, refusals by `answers`, all bounded. Nothing is repeated here,
 which is the engine's business.
 """
 
@@ -11,12 +11,11 @@ import contextlib
 import hashlib
 import itertools
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-import aiohttp
 import httpx2
 import openai
 import structlog
@@ -33,6 +32,7 @@ from notecase_server.models.contract import Delta, Media, ModelRequest, Returned
 from notecase_server.models.pieces import encoded
 from notecase_server.models.profiles import ROWS, Profiles, Row
 from notecase_server.models.request import body, is_large, loaded, returns_data
+from notecase_server.models.wire import BROKEN, Answer, Wire
 
 log = structlog.get_logger(__name__)
 
@@ -42,29 +42,12 @@ Json = dict[str, Any]
 
 OPENAI_URL = "https://api.openai.com/v1"
 
-_BROKEN = (openai.APIConnectionError, httpx2.RequestError, aiohttp.ClientError)
-"""What a connection that cannot be made or breaks raises: the transport translates most of aiohttp's errors, not
-all."""
-
-_DRAIN_SECONDS = 0.1
-"""How long to wait for the end of a body whose reply is whole, to keep its connection: less than opening another costs
-far away, and no more than the SDK's own iterator waits."""
-
 _MAX_REFUSAL_BYTES = 64 << 10
 """What is read of a refusal, unpacked: a sentence and its frame."""
 
-_FAIR_BYTES = 32 << 10
-"""Bytes of an answer after which other tasks get their turn: ten thousand lines of them take 10 ms, and packed answers
-come without a pause."""
-
-_MOST_REDIRECTS = 3
-
-_REDIRECTS = frozenset({301, 302, 307, 308})
-"""Statuses that name another address for the same request. It is sent there as it was, within the same origin."""
-
 
 class OpenAIProvider:
-    """The provider `openai`. One object, with one pool of connections, serves all runs at once."""
+    """The provider `openai`. One object, with one pool of connections, serves all runs at once, of one loop."""
 
     def __init__(
         self,
@@ -113,32 +96,37 @@ class OpenAIProvider:
         auth: dict[str, Any] = {"Authorization": f"Bearer {key}"}
         if self._profiles.of("").auth == "api-key":
             auth = {"api-key": key, "Authorization": openai.Omit()}
-        # How long a server may be silent is looked at here, since it is another time before the reply and within it.
-        timeout = httpx2.Timeout(None, connect=connect_timeout)
-        self._http = openai.DefaultAioHttpClient(timeout=timeout, follow_redirects=False)
+        certificates = httpx2.create_ssl_context()
         self._client = openai.AsyncOpenAI(
-            api_key=key, base_url=self._base_url, default_headers=auth, http_client=self._http
+            api_key=key,
+            base_url=self._base_url,
+            default_headers=auth,
+            http_client=httpx2.AsyncClient(verify=certificates, trust_env=False),
         )
-        path = f"{self._base_url.path.rstrip('/')}/chat/completions"
-        self._url = url.copy_with(path=path)
-        self._open: set[httpx2.Response] = set()
         if not host.endswith(".openai.com"):
             self._client.organization = self._client.project = None
+        path = f"{self._base_url.path.rstrip('/')}/chat/completions"
+        self._wire = Wire(
+            url.copy_with(path=path),
+            self._headers,
+            certificates,
+            openai.DEFAULT_CONNECTION_LIMITS,
+            connect_timeout=connect_timeout,
+            head_timeout=first_timeout,
+        )
 
     async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
         """See Provider.stream. Closing it before its end drops the connection, which is how the provider learns of it.
-        Once the reply is whole it ends, or is closed, within _DRAIN_SECONDS: its connection may then be used again."""
+        Once the reply is whole it ends, or is closed, within wire.DRAIN_SECONDS: its connection may be used again."""
         model = request.model or self._default_model
         profile = self._profiles.of(model)
         given, request = request, await loaded(request, profile)
         shape = partial(body, request, model, profile, self._tag)
         large = request is not given or is_large(request)
         sent = await _made(shape, large)
+        plainer: Callable[[], Json] | None = None
         if returns_data(request, model, self._tag):
             plainer = partial(body, request, model, profile, "", with_data=False)
-            answer = self._answer(sent, large, plainer)
-        else:
-            answer = self._answer(sent, large)
         model = str(sent["model"])
         reply = ChatReply(
             model,
@@ -149,15 +137,16 @@ class OpenAIProvider:
         )
         made = itertools.count(1)
         cut: NotecaseError | None = None
-        async with answer as response, _pieces(response, lambda: reply.done) as chunks:
-            clock = _Clock(self._first_timeout, self._idle_timeout, self._whole_timeout)
+        answer = await self._answer(sent, large, plainer)
+        clock = _Clock(self._first_timeout, self._idle_timeout, self._whole_timeout)
+        try:
             try:
                 async with Limit() as limit:
                     while not reply.done:
                         limit.due = clock.due
-                        chunk = await anext(chunks, None)
+                        chunk = await answer.read()
                         limit.due = math.inf  # what is done with the pieces takes its own time
-                        if chunk is None:
+                        if not chunk:
                             break
                         pieces = reply.feed(chunk)
                         clock.heard(reply.heard)
@@ -165,7 +154,7 @@ class OpenAIProvider:
                             yield await _decoded(piece, next(made)) if isinstance(piece, Encoded) else piece
                         if not reply.done and (used := reply.used()) is not None:
                             yield used
-            except _BROKEN as error:
+            except BROKEN as error:
                 cut = self._broken(error, "The connection to the model provider broke within the reply.")
             except TimeoutError:
                 cut = clock.complaint
@@ -174,89 +163,54 @@ class OpenAIProvider:
                     yield await _decoded(piece, next(made))
                 else:
                     yield _tagged(piece, self._tag, model)
+        finally:
+            await answer.leave(whole=reply.done)
 
     async def close(self) -> None:
         """See Provider.close. A reply under way fails as MODEL_UNAVAILABLE, and so does one asked for later."""
-        # Closing the client alone would leave the readers of its connections waiting for ever.
-        for response in tuple(self._open):
-            await response.aclose()
-        await self._client.close()
+        await self._wire.close()
 
-    @contextlib.asynccontextmanager
-    async def _answer(
-        self, sent: Json, large: bool, plainer: Callable[[], Json] | None = None
-    ) -> AsyncIterator[httpx2.Response]:
-        """The provider's answer, its body unread; closed with the block. Where the provider refuses the request,
-        `plainer` makes the one that is tried once instead. A `large` request is written in a thread. Raises what a
-        refusal or a failure to reach it comes to."""
+    def _headers(self) -> Mapping[str, str]:
+        """The headers of every request, as the SDK makes them. It says there which loop runs."""
+        made = {name: value for name, value in self._client.default_headers.items() if isinstance(value, str)}
+        return made | {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
+
+    async def _answer(self, sent: Json, large: bool, plainer: Callable[[], Json] | None) -> Answer:
+        """Returns the provider's answer, its body unread. Where the provider refuses the request, `plainer` makes the
+        one that is tried once instead. A `large` request is written in a thread. Raises what a refusal or a failure to
+        reach it comes to."""
         model = str(sent["model"])
         try:
-            response = await self._sent(sent, large)
-            if plainer is not None and response.status_code in {400, 422}:
-                told = await self._words(response)
-                await response.aclose()
+            answer = await self._sent(sent, large)
+            if plainer is not None and answer.status in {400, 422}:
+                told = await self._words(answer)
                 if too_long.is_too_long(told.codes, told.words):
-                    raise provider_errors.failure(response.status_code, told, model, self._redactor)
-                log.info("provider_data_refused", status=response.status_code)
-                response = await self._sent(await _made(plainer, large), large)
-        except _BROKEN as error:
+                    raise provider_errors.failure(answer.status, told, model, self._redactor)
+                log.info("provider_data_refused", status=answer.status)
+                answer = await self._sent(await _made(plainer, large), large)
+        except BROKEN as error:
             raise self._broken(error, "The model provider cannot be reached.") from error
         except TimeoutError:
             raise _silent(self._first_timeout, again=False) from None
-        except RuntimeError:
-            if not self._http.is_closed:
-                raise
-            raise errors.model_unavailable("The connections to the model provider are closed.") from None
-        self._open.add(response)
-        try:
-            if not response.is_success:
-                told = await self._words(response)
-                wait = provider_errors.retry_after(response.headers, self._clock)
-                refused = provider_errors.failure(response.status_code, told, model, self._redactor, wait)
-                if response.headers.get("x-should-retry") == "false":
-                    refused.repeats = 0
-                raise refused
-            yield response
-        finally:
-            self._open.discard(response)
-            await response.aclose()
+        if answer.is_success:
+            return answer
+        told = await self._words(answer)
+        wait = provider_errors.retry_after(answer.headers, self._clock)
+        refused = provider_errors.failure(answer.status, told, model, self._redactor, wait)
+        if answer.headers.get("x-should-retry") == "false":
+            refused.repeats = 0
+        raise refused
 
-    async def _sent(self, body: Json, large: bool) -> httpx2.Response:
-        """Sends the request, once more to each address that it is redirected to. Raises MODEL_ERROR for an address of
-        another origin, where neither the conversation nor the key goes, and for a circle; TimeoutError when the head
-        of the answer takes too long."""
-        content = await _made(partial(encoded, body), large)
-        url, seen = self._url, {self._url}
-        headers = {name: value for name, value in self._client.default_headers.items() if isinstance(value, str)}
-        headers |= {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
-        headers["Content-Length"] = f"{content.size}"
-        while True:
-            request = self._http.build_request("POST", url, content=content.whole or content, headers=headers)
-            async with asyncio.timeout(self._first_timeout):
-                response = await self._http.send(request, stream=True)
-            target = response.headers.get("location")
-            if response.status_code not in _REDIRECTS or not target:
-                return response
-            await response.aclose()
-            try:
-                url = url.join(target)
-            except (httpx2.InvalidURL, UnicodeError, ValueError):
-                raise _redirected(response.status_code, "to what is no address") from None
-            if _origin(url) != _origin(request.url):
-                raise _redirected(response.status_code, "to another origin, where nothing is sent")
-            if url in seen or len(seen) > _MOST_REDIRECTS:
-                raise _redirected(response.status_code, "in a circle")
-            seen.add(url)
+    async def _sent(self, body: Json, large: bool) -> Answer:
+        return await self._wire.post(await _made(partial(encoded, body), large))
 
-    async def _words(self, response: httpx2.Response) -> provider_errors.Told:
-        """What a refusal says, of as much of its body as a refusal takes."""
+    async def _words(self, answer: Answer) -> provider_errors.Told:
+        """What a refusal says, of as much of its body as a refusal takes. The answer is closed with it."""
         body = bytearray()
-        with contextlib.suppress(TimeoutError, *_BROKEN):
+        with contextlib.closing(answer), contextlib.suppress(TimeoutError, *BROKEN):
             async with asyncio.timeout(self._idle_timeout):
-                async for chunk in response.aiter_bytes():
+                while len(body) <= _MAX_REFUSAL_BYTES and (chunk := await answer.read()):
                     body += chunk
-                    if len(body) > _MAX_REFUSAL_BYTES:
-                        break
         return provider_errors.told_by_body(bytes(body[:_MAX_REFUSAL_BYTES]))
 
     def _broken(self, error: BaseException, message: str) -> NotecaseError:
@@ -304,16 +258,6 @@ def _silent(seconds: float, *, again: bool) -> NotecaseError:
     return failure
 
 
-def _redirected(status: int, where: str) -> NotecaseError:
-    return errors.model_error(
-        f"The model provider redirects the call {where} (status {status}); its base URL may be wrong.", status=status
-    )
-
-
-def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
-    return url.scheme, url.host, url.port
-
-
 async def _made(make: Callable[[], T], large: bool) -> T:
     """What is large is made in a thread."""
     return await asyncio.to_thread(make) if large else make()
@@ -354,42 +298,3 @@ def _checked_url(base_url: str) -> httpx2.URL:
     if url.userinfo or url.fragment:
         raise ValueError("the base URL must hold neither credentials nor a fragment")
     return url
-
-
-async def _fairly(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
-    """Yields an answer in pieces of at most _FAIR_BYTES, and lets other tasks have their turn behind as much."""
-    size = 0
-    async for chunk in chunks:
-        for start in range(0, len(chunk), _FAIR_BYTES):
-            if size >= _FAIR_BYTES:
-                size = 0
-                await asyncio.sleep(0)
-            piece = chunk[start : start + _FAIR_BYTES]
-            size += len(piece)
-            yield piece
-
-
-@contextlib.asynccontextmanager
-async def _pieces(
-    response: httpx2.Response, is_whole: Callable[[], bool]
-) -> AsyncIterator[AsyncGenerator[bytes, None]]:
-    """The body of an answer in fair pieces. Behind a whole reply the end of the body is read, which lets its connection
-    serve the next call; any other connection is closed."""
-    async with (
-        contextlib.aclosing(response.aiter_bytes()) as body,
-        contextlib.aclosing(_fairly(body)) as chunks,
-    ):
-        try:
-            yield chunks
-        finally:
-            if is_whole():
-                await _read_on(chunks)
-
-
-async def _read_on(chunks: AsyncIterator[bytes]) -> None:
-    """Reads a body to its end, if that comes soon. Nothing of it is needed any more, so whatever goes wrong here only
-    costs the connection."""
-    with contextlib.suppress(TimeoutError, *_BROKEN):
-        async with asyncio.timeout(_DRAIN_SECONDS):
-            async for _ in chunks:
-                pass
