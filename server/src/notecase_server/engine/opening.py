@@ -44,8 +44,8 @@ def agent_of(meant: Meant, start: v1.StartRun) -> v1.Agent:
 
 
 def ahead(session: v1.Session, start: v1.StartRun) -> str:
-    """Returns the run that a start has to wait for: the active one, or one that is queued, whose turn comes first unless
-    the start is one that does not wait; "" for none."""
+    """Returns the run that a start has to wait for: the active one, or one that is queued and whose turn comes first,
+    unless the start is one that does not wait. "" for none."""
     if session.active_run or start.on_busy in {INTERRUPT, ROLLBACK}:
         return session.active_run
     return next((queued.run for queued in session.queued_commands), "")

@@ -119,8 +119,9 @@ class Cursor:
                 continue
             if woken() or self.finished or now >= beat:
                 return None
-            if later:
-                await self._live.soon.wait(self._flushed + self._delay - now)
+            pause = self._flushed + self._delay - now
+            if later or (pause > 0 and self._live.drafts and not self._durable_only):  # nothing is due before
+                await self._live.soon.wait(pause)
                 continue
             if now >= poll:
                 await self._look()
