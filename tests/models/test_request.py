@@ -3,10 +3,11 @@
 import json
 from typing import Any
 
+import msgspec
 import pytest
 from notecase import v1
 from notecase_server.models.contract import ModelRequest, Tool
-from notecase_server.models.profiles import Profile
+from notecase_server.models.profiles import ROWS, Profile, Row
 from notecase_server.models.request import body
 
 PING = Tool("ping", "", "")
@@ -118,3 +119,17 @@ def test_a_long_history_is_written_whole() -> None:
     history = [turn for n in range(2000) for turn in (user(f"q{n}"), called("ping", f"c{n}"))]
     made = written(*history, user("Go"))
     assert 2000 * 4 + 1 == len(made["messages"])
+
+
+def _texts(*said: str) -> list[v1.Message]:
+    """What users and assistants said: a text that begins with "-" is the assistant's."""
+    roles = {True: v1.Message.ROLE_ASSISTANT, False: v1.Message.ROLE_USER}
+    return [v1.Message(role=roles[text.startswith("-")], parts=[v1.Part(text=text)]) for text in said]
+
+
+@pytest.mark.parametrize("said", [("a", "-b"), ("-a", "b", "c", "-d", "-e"), ("a", "-b", "c"), ()], ids=str)
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_messages_of_which_it_is_known_that_they_are_text_are_written_like_any(row: Row, said: tuple[str, ...]) -> None:
+    profile = msgspec.convert(row.sets, Profile)
+    request = ModelRequest("m", "Be kind.", _texts(*said), v1.Generation())
+    assert body(request, "m", profile, "p") == body(request._replace(only_text=True), "m", profile, "p")

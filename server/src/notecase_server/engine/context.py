@@ -4,13 +4,16 @@ the part of the history that fits.
 The log is never cut; only the request is.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from notecase import v1
 
 from notecase_server.engine import template
+from notecase_server.engine.session import LiveSession
 from notecase_server.engine.summary import Summary, in_effect
 from notecase_server.engine.tokens import Gauge
+from notecase_server.engine.transcripts import Transcript, is_only_text
 from notecase_server.models.contract import ModelRequest
 from notecase_server.store.contract import History, Page, Query, Scope, SessionKey, StateStore, StepKey
 
@@ -49,17 +52,46 @@ async def build(
     summary: int = 0,
     most_tokens: int = 0,
     newest: Page[v1.Message] | None = None,
+    whole: Transcript | None = None,
 ) -> ModelRequest:
     """Builds the request for the next model call of `run`. `summary` is the sequence of the session's summary;
     `most_tokens` bounds the messages in addition to the agent's own limits; 0 for neither. `newest` is the page of
-    `read_first` messages where it has been read already.
+    `read_first` messages where it has been read already, and `whole` are all messages, where `shows_all` says that they
+    are wanted.
 
     Raises NotecaseError TEMPLATE_ERROR when the instruction exceeds its limits over this state."""
     llm = agent.llm
     instruction = await _instruction(store, key, user, llm.instruction)
     told = None if llm.context.stateless else await in_effect(store, key, summary)
+    if whole is not None and told is None:
+        messages = _aligned(whole.messages)
+        return ModelRequest(llm.model, instruction, messages, llm.generation, only_text=whole.only_text)
     messages = await shown(store, key, llm.context, run, told, most_tokens, newest)
     return ModelRequest(llm.model, instruction, messages, llm.generation)
+
+
+def shows_all(context: v1.Context, summary: int, most_tokens: int) -> bool:
+    """Whether the model is shown every message of the session, however many there are."""
+    limited = context.max_messages or context.max_tokens or most_tokens
+    return not (context.stateless or summary or limited)
+
+
+async def transcript(store: History, live: LiveSession, newest: Page[v1.Message] | None) -> Transcript | None:
+    """Returns all messages of a session that has more than its `newest` page, kept from turn to turn; None where that
+    page is all, or has not been read."""
+    if (found := live.transcript()) is not None:
+        return found
+    if newest is None or newest.next is None:
+        return None
+    head, page, messages = live.head, newest, list(newest.rows)
+    only_text = is_only_text(messages)
+    while page.next is not None:
+        page = await store.list_messages(live.key, Query(PAGE, page.next), newest_first=True)
+        messages += page.rows
+        only_text = only_text and is_only_text(page.rows)
+    found = Transcript(messages[::-1], only_text)
+    live.keep(found, head)
+    return found
 
 
 async def _instruction(store: StateStore, key: SessionKey, user: str, source: str) -> str:
@@ -107,9 +139,9 @@ async def shown(
     while True:
         for message in page.rows:
             if message.sequence <= covered or not room.take(message, gauge):
-                return told + _aligned(room.newest)
+                return told + _aligned(room.newest[::-1])
         if page.next is None or room.full:
-            return told + _aligned(room.newest)
+            return told + _aligned(room.newest[::-1])
         page = await store.list_messages(key, Query(PAGE, page.next), newest_first=True, step=step)
 
 
@@ -140,10 +172,10 @@ class _Window:
         return True
 
 
-def _aligned(newest: list[v1.Message]) -> list[v1.Message]:
-    """Oldest first. A reply whose question was cut off is cut off too, unless nothing else would be left."""
-    messages = newest[::-1]
+def _aligned(messages: Sequence[v1.Message]) -> list[v1.Message]:
+    """The messages, oldest first. A reply whose question was cut off is cut off too, unless nothing else would be
+    left."""
     for index, message in enumerate(messages):
         if message.role != v1.Message.ROLE_ASSISTANT:
-            return messages[index:]
-    return messages
+            return list(messages[index:])
+    return list(messages)

@@ -153,13 +153,16 @@ class ModelTurn:
         page = newest.page if newest is not None and newest.head == live.head else None
         what = (self._services.store, live.key, live.user, run.name, self._log.agent)
         bounds = (self._log.summary, self._budget.most_tokens)
-        request = await self._log.patiently(lambda: context.build(*what, *bounds, page))
+        whole = None
+        if context.shows_all(self._llm.context, *bounds):
+            whole = await self._log.patiently(lambda: context.transcript(self._services.store, live, page))
+        request = await self._log.patiently(lambda: context.build(*what, *bounds, page, whole))
         tools = [ModelTool(tool.name, tool.description, tool.parameters) for tool in self._bound.values()]
 
         async def load(blob: v1.Blob) -> bytes:
             return await self._log.patiently(partial(self._services.contents.load, live.key.tenant, blob))
 
-        if READ_RESULT not in self._bound:
+        if READ_RESULT not in self._bound and not request.only_text:
             messages = await self._log.patiently(
                 lambda: self._results.shown(request.messages, self._budget.most_tokens)
             )
@@ -265,7 +268,9 @@ class ModelTurn:
             self._log.live.discard(self._log.step)
             complaint = v1.Part(text=_complaint(problem, request.output_schema))
             asked = v1.Message(role=v1.Message.ROLE_USER, parts=[complaint])
-            finish = await self._generate(provider, request._replace(messages=[*request.messages, message, asked]))
+            finish = await self._generate(
+                provider, request._replace(messages=[*request.messages, message, asked], only_text=False)
+            )
         return finish
 
     # ---- making room

@@ -14,6 +14,7 @@ from typing import Protocol
 from notecase import v1
 
 from notecase_server.engine.draft import Draft
+from notecase_server.engine.transcripts import Transcript, Transcripts
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import Commit, Committed, LogStore, Scope, SessionKey, StepKey
 from notecase_server.supervisor import backoff, is_passing
@@ -90,6 +91,8 @@ class Registry(Protocol):
 
     new_id: Callable[[], str]
     content_limit: int | None
+
+    transcripts: Transcripts
 
     unsure: Callable[["LiveSession"], None]
     """Called with a session when nobody knows whether a commit of it was made: somebody has to take its lock."""
@@ -202,6 +205,7 @@ class LiveSession:
         added = _messages_added(committed.events)
         self.drafts = {step: draft for step, draft in self.drafts.items() if draft.name not in added}
         self.head = max(self.head, committed.session.last_sequence)
+        self._sessions.transcripts.follow(self.key, committed)
         self.ring()
         if any(event.HasField("run_state_changed") for event in committed.events):
             self.company.ring()
@@ -223,6 +227,15 @@ class LiveSession:
         self._tail_bytes += event.ByteSize()
         while self._tail_bytes > TAIL_BYTES:
             self._tail_bytes -= self._tail.popleft().ByteSize()
+
+    def transcript(self) -> Transcript | None:
+        """The messages of a long session up to the head, where they are kept; None where they are only in the store."""
+        return self._sessions.transcripts.find(self.key, self.head)
+
+    def keep(self, transcript: Transcript, head: int) -> None:
+        """Keeps what was read while the log ended at `head`, unless it has grown since."""
+        if head == self.head and not self.deleted:
+            self._sessions.transcripts.keep(self.key, head, transcript)
 
     def tail(self, after: int) -> list[v1.Event] | None:
         """Returns the committed events after that sequence up to the head, or None when some are only in the store. Not

@@ -11,6 +11,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.engine.session import LiveSession
+from notecase_server.engine.transcripts import Transcripts
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import (
     Answer,
@@ -60,6 +61,7 @@ class Sessions:
         self.content_limit = content_limit
         self.unsure: Callable[[LiveSession], None] = lambda _: None
         """Called with a session when nobody knows whether a commit of it was made: see Upkeep.settle_commits."""
+        self.transcripts = Transcripts()
         self._new_uid = new_uid
         self._live: WeakValueDictionary[SessionKey, LiveSession] = WeakValueDictionary()
         self._visits: deque[Iterator[None]] = deque()
@@ -238,6 +240,7 @@ class Sessions:
         return True
 
     def _gone(self, key: SessionKey) -> None:
+        self.transcripts.drop(key)
         live = self._live.get(key)
         if live is not None:
             live.deleted = True

@@ -43,6 +43,8 @@ class ModelRequest(NamedTuple):
     output_schema: str = ""
     """JSON Schema text of an object that the reply is asked to be valid by; whether it is, is looked at by the
     engine."""
+    only_text: bool = False
+    """Each message is known to be one text that a user or the assistant said: nothing in it has to be looked for."""
     plain: bool = False
     """The reply is a text about the conversation: what the agent's `generation.extra` says of tools and of the form of
     its replies does not apply."""

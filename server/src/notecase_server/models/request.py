@@ -41,6 +41,8 @@ BRIDGE = "I have the result."
 """What an assistant says between a tool's message and a user's, for servers that take no user there."""
 
 
+_SPEAKERS = {v1.Message.ROLE_USER: "user", v1.Message.ROLE_ASSISTANT: "assistant"}
+
 _TOOL_NAME = re.compile(r"[^a-zA-Z0-9_-]")
 
 _NINE = re.compile(r"[a-zA-Z0-9]{9}")
@@ -89,7 +91,9 @@ def body(request: ModelRequest, model: str, profile: Profile, provider: str, *, 
     origin = (provider, model) if with_data else ("", "")
     made: Json = {
         "model": model,
-        "messages": _Conversation(profile, origin).told([request.instruction, asked], request.messages),
+        "messages": _Conversation(profile, origin).told(
+            [request.instruction, asked], request.messages, only_text=request.only_text
+        ),
         "stream": True,
     }
     if profile.stream_options:
@@ -123,7 +127,7 @@ def body(request: ModelRequest, model: str, profile: Profile, provider: str, *, 
 
 def returns_data(request: ModelRequest, model: str, provider: str) -> bool:
     """Whether anything in the request's history is the provider's own data for that model."""
-    return any(
+    return not request.only_text and any(
         _is_from(data, (provider, model))
         for message in request.messages
         for part in message.parts
@@ -142,6 +146,8 @@ async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
 
     Raises CONTENT_UNSUPPORTED for a media type that there is no place for, and for more content than a request may
     carry, before any of it is read. Images that a model made are left out where there is no room for them."""
+    if request.only_text:
+        return request
     messages = request.messages
     newest = _newest_images(messages, profile)
     if newest >= 0 and _content_bytes(messages, newest) > MAX_CONTENT_BYTES:
@@ -323,11 +329,25 @@ class _Conversation:
         self._taken: set[str] = set()
         """Ids of calls so far: some servers begin anew with each reply."""
 
-    def told(self, first: Iterable[str], messages: Sequence[v1.Message]) -> list[Json]:
+    def told(self, first: Iterable[str], messages: Sequence[v1.Message], *, only_text: bool = False) -> list[Json]:
         """The conversation as Chat Completions has it. A message that holds nothing is left out, since providers refuse
-        it."""
+        it. `only_text` as in ModelRequest."""
         for text in filter(None, first):
             self._say_system(text)
+        if only_text and not self._joined and not self._unsigned:
+            self._made += [{"role": _SPEAKERS[message.role], "content": message.parts[0].text} for message in messages]
+        else:
+            self._say(messages)
+        made = self._made
+        if self._profile.last == "user" and (not made or made[-1]["role"] not in ("user", "tool")):
+            self._say_user(GO_ON)
+        if self._profile.first == "user" and made and made[0]["role"] == "assistant":
+            made.insert(0, {"role": "user", "content": BEGIN})
+        if self._system:
+            made.insert(0, {"role": self._profile.system_role, "content": "\n\n".join(self._system)})
+        return made
+
+    def _say(self, messages: Sequence[v1.Message]) -> None:
         turn = self._turn(messages)
         newest = _newest_images(messages, self._profile)
         for index, message in enumerate(messages):
@@ -347,14 +367,6 @@ class _Conversation:
                     self._say_system(text)
             elif content := [shown for part in parts if (shown := _content(part)) is not None]:
                 self._say_user(self._as_text(content))
-        made = self._made
-        if self._profile.last == "user" and (not made or made[-1]["role"] not in ("user", "tool")):
-            self._say_user(GO_ON)
-        if self._profile.first == "user" and made and made[0]["role"] == "assistant":
-            made.insert(0, {"role": "user", "content": BEGIN})
-        if self._system:
-            made.insert(0, {"role": self._profile.system_role, "content": "\n\n".join(self._system)})
-        return made
 
     def _turn(self, messages: Sequence[v1.Message]) -> int:
         """The index from which on reasoning is given back."""

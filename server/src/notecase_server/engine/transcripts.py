@@ -1,0 +1,131 @@
+"""Keeps the messages of long sessions between their turns, so that a turn reads what is new and not all over again.
+
+What is kept was true at one sequence and is used at that one only. It follows a commit that begins right behind it;
+one that was made elsewhere shows as a gap, and then all is forgotten and read anew. It is never asked in place of the
+store: whoever works on a run has just committed, and knows by that where the log ends.
+"""
+
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from notecase import v1
+
+from notecase_server.store.contract import Committed, SessionKey
+
+MOST_BYTES = 64 << 20
+"""Of all that is kept: the sessions that were used last."""
+
+LONGEST = 10_000
+LONGEST_BYTES = 16 << 20
+"""Messages of one session, and bytes of them. A longer one is read again for each turn, which its model takes much
+longer for."""
+
+MESSAGE_BYTES = 300
+"""Of a message beside its content, in memory."""
+
+_SPOKEN = (v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT)
+
+
+class Transcript(NamedTuple):
+    """Messages of a session that are not superseded, whatever runs they belong to."""
+
+    messages: Sequence[v1.Message]
+    """Oldest first, up to the newest. Not to be changed."""
+    only_text: bool
+    """Each of them is one text that a user or the assistant said, and nothing else."""
+
+
+def is_only_text(messages: Iterable[v1.Message]) -> bool:
+    """See Transcript.only_text."""
+    return all(message.role in _SPOKEN and len(message.parts) == 1 and message.parts[0].text for message in messages)
+
+
+class _Kept:
+    __slots__ = ("head", "messages", "only_text", "size")
+
+    def __init__(self, head: int, transcript: Transcript) -> None:
+        self.head = head
+        self.messages = list(transcript.messages)
+        self.only_text = transcript.only_text
+        self.size = sum(map(_size, self.messages))
+
+    @property
+    def fits(self) -> bool:
+        return len(self.messages) <= LONGEST and self.size <= LONGEST_BYTES
+
+    def put(self, message: v1.Message) -> None:
+        """Adds a message, or puts it in the place of what it was before."""
+        copy = v1.Message()
+        copy.CopyFrom(message)
+        self.only_text = self.only_text and is_only_text([copy])
+        self.size += _size(copy)
+        at = bisect_left(self.messages, copy.sequence, key=lambda kept: kept.sequence)
+        if at < len(self.messages) and self.messages[at].sequence == copy.sequence:
+            self.size -= _size(self.messages[at])
+            self.messages[at] = copy
+        elif at == len(self.messages):
+            self.messages.append(copy)
+
+
+class Transcripts:
+    """Those of one process. Used from one event loop only."""
+
+    def __init__(self, most_bytes: int = MOST_BYTES) -> None:
+        self.size = 0
+        """Bytes, nearly: the texts with MESSAGE_BYTES for each."""
+        self._most = most_bytes
+        self._kept: OrderedDict[SessionKey, _Kept] = OrderedDict()
+
+    def find(self, key: SessionKey, head: int) -> Transcript | None:
+        """What is kept of a session whose log ends at `head`; None for nothing."""
+        kept = self._kept.get(key)
+        if kept is None or kept.head != head:
+            return None
+        self._kept.move_to_end(key)
+        return Transcript(kept.messages.copy(), kept.only_text)
+
+    def keep(self, key: SessionKey, head: int, transcript: Transcript) -> None:
+        """Keeps what was read of a session while its log ended at `head`, if it is not too long for that."""
+        self.drop(key)
+        messages = transcript.messages
+        if not messages or len(messages) > LONGEST or messages[-1].sequence > head:
+            return
+        kept = _Kept(head, transcript)
+        if kept.fits:
+            self._kept[key] = kept
+            self.size += kept.size
+            self._bound()
+
+    def follow(self, key: SessionKey, committed: Committed) -> None:
+        """Takes in what a commit has changed."""
+        kept = self._kept.get(key)
+        if kept is None or not committed.events:
+            return
+        gap = committed.events[0].sequence != kept.head + 1
+        if gap or any(event.HasField("rewound") for event in committed.events):
+            self.drop(key)
+            return
+        self.size -= kept.size
+        for message in sorted(committed.messages.values(), key=lambda message: message.sequence):
+            kept.put(message)
+        self.size += kept.size
+        kept.head = committed.events[-1].sequence
+        if not kept.fits:
+            self.drop(key)
+        self._bound()
+
+    def drop(self, key: SessionKey) -> None:
+        """Forgets a session."""
+        if (kept := self._kept.pop(key, None)) is not None:
+            self.size -= kept.size
+
+    def _bound(self) -> None:
+        while self.size > self._most:
+            _, kept = self._kept.popitem(last=False)
+            self.size -= kept.size
+
+
+def _size(message: v1.Message) -> int:
+    return message.ByteSize() + MESSAGE_BYTES
