@@ -5,8 +5,9 @@ import asyncio
 import pytest
 from notecase import v1
 from notecase_server.engine.admission import Started
+from notecase_server.engine.roster import Caused
 from notecase_server.errors import NotecaseError, reason_name
-from notecase_server.store.contract import Query, Store
+from notecase_server.store.contract import CommandId, Query, SessionKey, Store
 
 from tests.engine.rooms import TENANT, Model, house, kinds
 from tests.store.build import ManualClock, refused
@@ -101,3 +102,25 @@ async def test_a_stop_refuses_starts(store: Store, clock: ManualClock) -> None:
         with refused("SERVER_DRAINING"):
             await rooms.start(key, "hi")
         assert [] == await rooms.log(key)
+
+
+async def test_a_repeat_that_meets_the_deletion_of_its_session_is_told_of_that(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is known as a repeat, and its run is gone before it is read."""
+    async with house(store, clock, Model()) as rooms:
+        (key,) = await rooms.prepare()
+        start = v1.StartRun(session="sessions/s", messages=[v1.Message(parts=[v1.Part(text="hi")])])
+        caused = Caused("c", None, CommandId("c", b"digest"))
+        made = await rooms.runs.admission.start(TENANT, start, caused)
+        await rooms.ended(key, made.run.name)
+        assert (await rooms.runs.admission.start(TENANT, start, caused)).existing
+        read = store.get_run
+
+        async def late(key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
+            await rooms.sessions.delete(key)
+            return await read(key, run)
+
+        monkeypatch.setattr(store, "get_run", late)
+        with refused("SESSION_NOT_FOUND"):
+            await rooms.runs.admission.start(TENANT, start, caused)

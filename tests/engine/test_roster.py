@@ -43,6 +43,31 @@ async def test_a_run_at_work_is_decided_about_with_its_own_worker(store: Store, 
         assert [mine] == [entry.worker for entry in rooms.runs.roster]
 
 
+@pytest.mark.parametrize("end", ["deletion", "a crash"])
+async def test_a_worker_that_stopped_while_a_command_was_decided_about_is_not_set_to_work_again(
+    store: Store, clock: ManualClock, end: str
+) -> None:
+    """It would run its calls once more, under the same attempt, without having committed anything."""
+    model = Model()
+    async with asyncio.timeout(60), house(store, clock, model) as rooms:
+        (key,) = await rooms.prepare()
+        await rooms.start(key, "hold")
+        await model.arrived.acquire()
+        (entry,) = rooms.runs.roster
+        with refused("CALL_NOT_PENDING"):
+            async with rooms.runs.roster.worker(key, "r", Caused()):
+                if end == "deletion":
+                    await rooms.sessions.delete(key)
+                else:
+                    entry.task.cancel()
+                await asyncio.wait([entry.task])
+                raise errors.call_not_pending("c")
+        assert rooms.runs.roster.at_work(key, "r") is None
+        await asyncio.sleep(0)
+        assert not list(rooms.runs.roster)
+        assert ["hold"] == model.asked
+
+
 async def test_who_decides_about_a_run_that_is_not_under_way_is_told_why(store: Store, clock: ManualClock) -> None:
     model = Model()
     async with house(store, clock, model) as rooms:

@@ -93,6 +93,7 @@ class Admission:
         except Duplicate as duplicate:
             row = await self._store.get_run(key, duplicate.run)
             if row is None:
+                await self._sessions.watched(key)  # it may be gone since
                 raise errors.reused("command_id", caused.cause_id) from None
             return Started(key, row[0], None)
         except NotecaseError as error:

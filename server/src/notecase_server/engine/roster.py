@@ -136,6 +136,7 @@ class Roster:
         if task.cancelled() or task.exception() is not None:
             if not (live.deleted or self.draining):
                 log.error("run_lost", session=live.key.session, run=step.run, cancelled=task.cancelled())
+                worker.lost = True
                 self.lost(worker)
         elif not worker.lost:
             self.settle(worker)
@@ -190,10 +191,12 @@ class Roster:
                 live.once_known(lambda: self._go_on(worker))
 
     def _go_on(self, worker: Worker) -> None:
-        """Sees that what a command has committed is followed by somebody."""
-        if self.at_work(worker.log.live.key, worker.log.run.name) is None:
+        """Sees that what a command has committed is followed by somebody. One who has just stopped is seen to when that
+        is told: it may be that it is not to go on."""
+        entry = self._entries.get((worker.log.live.key, worker.log.step))
+        if entry is None:
             self.settle(worker)
-        else:
+        elif not entry.task.done():
             worker.stir()
 
     async def _made(self, live: LiveSession, session: v1.Session, run: str) -> Worker:

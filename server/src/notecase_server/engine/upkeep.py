@@ -160,8 +160,9 @@ class Upkeep:
     # ---- what follows when a worker has gone home
 
     def settle(self, worker: Worker) -> None:
-        """Restarts a run without a worker, arms its timers, or starts the next queued run."""
-        if self._roster.draining:
+        """Restarts a run without a worker, arms its timers, or starts the next queued run. Nothing of a session that is
+        gone, or by a worker that has lost its run: whoever has it now sees to it."""
+        if self._roster.draining or worker.lost or worker.log.live.deleted:
             return
         run_log = worker.log
         key, run = run_log.live.key, run_log.run
