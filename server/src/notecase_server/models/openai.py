@@ -172,8 +172,12 @@ class OpenAIProvider:
 
     def _headers(self) -> Mapping[str, str]:
         """The headers of every request, as the SDK makes them. It says there which loop runs."""
-        made = {name: value for name, value in self._client.default_headers.items() if isinstance(value, str)}
-        return made | {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
+        made: dict[str, tuple[str, str]] = {}
+        sent = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
+        for name, value in (self._client.default_headers | sent).items():
+            if isinstance(value, str):
+                made[name.lower()] = name, value  # an operator may have written a name in another case
+        return dict(made.values())
 
     async def _answer(self, sent: Json, large: bool, plainer: Callable[[], Json] | None) -> Answer:
         """Returns the provider's answer, its body unread. Where the provider refuses the request, `plainer` makes the
