@@ -365,6 +365,15 @@ class TestEnvironment:
         assert "Basic bWU6cEBzcw==" == theirs.by_name["proxy-authorization"] == ours.by_name["proxy-authorization"]
         assert f"Bearer {KEY}" == ours.by_name["authorization"]
 
+    @pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:1", "socks5h://127.0.0.1:1", "ftp://127.0.0.1"])
+    def test_a_proxy_that_does_not_speak_http_is_refused_at_once(
+        self, monkeypatch: pytest.MonkeyPatch, proxy: str
+    ) -> None:
+        """The SDK's aiohttp client would speak HTTP to a SOCKS proxy."""
+        monkeypatch.setenv("ALL_PROXY", proxy)
+        with pytest.raises(ValueError, match="the proxy that the environment names"):
+            OpenAIProvider(KEY, f"http://{HOST}/v1", "m")
+
     async def test_https_goes_through_a_tunnel_that_sees_no_key(
         self, proxy: Recorder, monkeypatch: pytest.MonkeyPatch
     ) -> None:

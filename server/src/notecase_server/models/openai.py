@@ -76,7 +76,7 @@ class OpenAIProvider:
         and OPENAI_PROJECT_ID count for OpenAI's own endpoint only, being nobody else's business. HTTPS_PROXY and its
         relatives are honoured.
 
-        Raises ValueError, without the key in it, when the key or the URL cannot work."""
+        Raises ValueError, without the key in it, when the key, the URL or the proxy cannot work."""
         key = api_key or "none"
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise ValueError("the API key holds a space, a line break or a character outside ASCII")
