@@ -30,6 +30,10 @@ MAX_TEXT_BYTES = 1 << 20
 MAX_SILENT_BYTES = MAX_EVENT_BYTES
 """What may come between two pieces of a reply: comments, empty chunks and whatever else says nothing."""
 
+_MOST_MISSES = 8
+"""How often in a reply a chunk is taken for text alone and is not, before none is taken for that any more. A miss costs
+about as much as a token."""
+
 _BOM = b"\xef\xbb\xbf"
 
 _WORDS = {
@@ -69,6 +73,9 @@ class ChatReply:
         self._head = b""
         self._document: bytearray | None = None
         self._begun = False
+        self._in_text = True
+        """The next chunk is probably text alone."""
+        self._misses = 0
         self._calls = Calls()
         self._data = ProviderData()
         self._counts = Counts()
@@ -148,6 +155,8 @@ class ChatReply:
             return
         before = len(pieces)
         for event in self._events.feed(chunk):
+            if self._in_text and self._take_token(event, pieces):
+                continue
             if event.data.startswith(b"[DONE]"):
                 self.done = True
                 return
@@ -202,10 +211,35 @@ class ChatReply:
             except documents.NotJsonError:
                 break
 
+    def _take_token(self, event: Event, pieces: list[Piece]) -> bool:
+        """Takes a chunk that is text alone, as `_take` would. Returns False for any other."""
+        if event.name or len(event.data) > MAX_TEXT_BYTES:
+            return False
+        token = documents.token(event.data)
+        if token is None:
+            self._in_text = False
+            self._misses += 1
+            return False
+        if token.model != self._named:
+            self._name(token.model)
+        if text := token.choices[0].delta.content:
+            self._take_text(self._mended(Text, text) if self._halves else text, pieces)
+        return True
+
     def _take(self, event: Event, pieces: list[Piece]) -> None:
         chunk, ragged = documents.decode(event.data)
         self._ragged = self._ragged or ragged
         named = bool(event.name) and any(word in event.name.lower() for word in ("error", "exception", "fail"))
+        if (
+            chunk is not None
+            and not chunk.choices
+            and chunk.usage
+            and not named
+            and (counted := documents.counted(event.data)) is not None
+        ):
+            self._counts.take(counted.usage)
+            self._name(counted.model)
+            return
         if chunk is None or not chunk.choices or chunk.error or named:
             self._take_plain(self._plain(event.data, named), named, pieces)
             return
@@ -251,9 +285,7 @@ class ChatReply:
                 raise too_large(MAX_TEXT_BYTES)
 
     def _take_chunk(self, chunk: Chunk, pieces: list[Piece]) -> None:
-        if chunk.model and chunk.model != self._named and isinstance(chunk.model, str):
-            self._named = chunk.model
-            self._model = self._redactor.name(chunk.model) or self._model
+        self._name(chunk.model)
         if chunk.citations or chunk.search_results:
             self._citations.listed(chunk.citations, chunk.search_results)
         for choice in chunk.choices or ():
@@ -268,6 +300,11 @@ class ChatReply:
                 self._take_message(choice, chunk.object == "chat.completion.chunk", pieces)
             if choice.finish_reason:
                 self._reason = choice.finish_reason
+
+    def _name(self, model: Any) -> None:
+        if model and model != self._named and isinstance(model, str):
+            self._named = model
+            self._model = self._redactor.name(model) or self._model
 
     def _take_message(self, choice: Choice, incremental: bool, pieces: list[Piece]) -> None:
         """Takes of a whole message what the pieces before it did not say. Some servers repeat the reply so at its end,
@@ -295,6 +332,7 @@ class ChatReply:
 
     def _take_said(self, said: Said, pieces: list[Piece]) -> None:
         if said == Said(content=said.content):
+            self._in_text = self._misses < _MOST_MISSES
             if text := self._mended(Text, said.content):
                 self._take_text(text, pieces)
             return  # a token of text and nothing else, as nearly every piece is

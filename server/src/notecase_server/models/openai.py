@@ -76,7 +76,7 @@ class OpenAIProvider:
         and OPENAI_PROJECT_ID count for OpenAI's own endpoint only, being nobody else's business. HTTPS_PROXY and its
         relatives are honoured.
 
-        Raises ValueError, without the key in it, when the key or the URL cannot work."""
+        Raises ValueError, without the key in it, when the key, the URL or the proxy cannot work."""
         key = api_key or "none"
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise ValueError("the API key holds a space, a line break or a character outside ASCII")
@@ -172,8 +172,12 @@ class OpenAIProvider:
 
     def _headers(self) -> Mapping[str, str]:
         """The headers of every request, as the SDK makes them. It says there which loop runs."""
-        made = {name: value for name, value in self._client.default_headers.items() if isinstance(value, str)}
-        return made | {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
+        made: dict[str, tuple[str, str]] = {}
+        sent = {"Content-Type": "application/json", "Accept-Encoding": "gzip, deflate"}
+        for name, value in (self._client.default_headers | sent).items():
+            if isinstance(value, str):
+                made[name.lower()] = name, value  # an operator may have written a name in another case
+        return dict(made.values())
 
     async def _answer(self, sent: Json, large: bool, plainer: Callable[[], Json] | None) -> Answer:
         """Returns the provider's answer, its body unread. Where the provider refuses the request, `plainer` makes the

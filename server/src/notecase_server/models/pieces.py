@@ -55,13 +55,18 @@ class Pieces:
 def encoded(body: Mapping[str, Any]) -> Pieces:
     """The JSON of a request, whose values may be Base64."""
     held: list[Base64] = []
-    mark = secrets.token_hex(16)
+    mark = ""
 
     def marked(value: Base64) -> str:
+        nonlocal mark
         held.append(value)
+        mark = mark or secrets.token_hex(16)
         return mark
 
-    first, *texts = msgspec.json.encode(body, enc_hook=marked).split(f'"{mark}"'.encode())
+    text = msgspec.json.encode(body, enc_hook=marked)
+    if not held:
+        return Pieces([text])
+    first, *texts = text.split(f'"{mark}"'.encode())
     pieces = [first]
     for value, text in zip(held, texts, strict=True):
         pieces += [*value.pieces(), text]

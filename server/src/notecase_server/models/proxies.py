@@ -11,12 +11,20 @@ _PORTS = {"http": 80, "https": 443}
 
 def proxy_of(url: httpx2.URL) -> str | None:
     """Returns the proxy's URL, credentials included, or None where the address is asked directly: HTTPS_PROXY or
-    HTTP_PROXY by the address's scheme, else ALL_PROXY, unless NO_PROXY excepts its host."""
+    HTTP_PROXY by the address's scheme, else ALL_PROXY, unless NO_PROXY excepts its host. Raises ValueError for a proxy
+    that does not speak HTTP, such as a SOCKS one."""
     named = urllib.request.getproxies()
     proxy = named.get(url.scheme) or named.get("all")
     if not proxy or any(_excepts(entry.strip().lower(), url) for entry in named.get("no", "").split(",")):
         return None
-    return proxy if "://" in proxy else f"http://{proxy}"
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    try:
+        known = httpx2.URL(proxy).scheme in _PORTS
+    except httpx2.InvalidURL:
+        known = False
+    if not known:
+        raise ValueError("the proxy that the environment names has no http:// or https:// URL")
+    return proxy
 
 
 def _excepts(entry: str, url: httpx2.URL) -> bool:

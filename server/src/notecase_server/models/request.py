@@ -130,6 +130,7 @@ def returns_data(request: ModelRequest, model: str, provider: str) -> bool:
     return not request.only_text and any(
         _is_from(data, (provider, model))
         for message in request.messages
+        if message.role == v1.Message.ROLE_ASSISTANT and not _is_text(message)
         for part in message.parts
         for data in (part.reasoning.provider_data, part.tool_call.provider_data)
     )
@@ -185,8 +186,8 @@ def _content_bytes(messages: Sequence[v1.Message], newest: int) -> int:
 def _carried(message: v1.Message, images: bool) -> Iterator[v1.Part]:
     """The parts whose content a request carries. Of what a model made that is text alone, unless its `images` are
     shown."""
-    if len(message.parts) == 1 and message.parts[0].text:
-        return  # nearly every message
+    if _is_text(message):
+        return
     reply = message.role == v1.Message.ROLE_ASSISTANT
     for part in message.parts:
         if part.HasField("blob") and (not reply or is_text(part.blob.media_type) or (images and _is_image(part))):
@@ -201,9 +202,17 @@ def _newest_images(messages: Sequence[v1.Message], profile: Profile) -> int:
     found = (
         index
         for index in range(len(messages) - 1, -1, -1)
-        if messages[index].role == v1.Message.ROLE_ASSISTANT and any(map(_is_image, messages[index].parts))
+        if messages[index].role == v1.Message.ROLE_ASSISTANT
+        and not _is_text(messages[index])
+        and any(map(_is_image, messages[index].parts))
     )
     return next(found, -1)
+
+
+def _is_text(message: v1.Message) -> bool:
+    """Whether a message is one text and nothing else, as nearly every one is."""
+    parts = message.parts
+    return len(parts) == 1 and bool(parts[0].text)
 
 
 def _is_image(part: v1.Part) -> bool:

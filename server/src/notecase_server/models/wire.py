@@ -51,7 +51,7 @@ class Wire:
     ) -> None:
         """`headers` is called once, within the running loop, and gives the headers of every request. Seconds:
         `connect_timeout` to connect, `head_timeout` until the head of an answer. A proxy that the environment names is
-        used."""
+        used; ValueError for one that cannot be."""
         self._url = str(url)
         self._headers = headers
         self._certificates = certificates

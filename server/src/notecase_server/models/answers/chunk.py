@@ -7,7 +7,7 @@ document that is no object is refused.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from notecase import v1
@@ -78,9 +78,66 @@ class Chunk(msgspec.Struct):
     search_results: Any = None
 
 
+class _TextDelta(msgspec.Struct, gc=False):
+    content: str | None = None
+    reasoning_content: None = None
+    reasoning: None = None
+    refusal: None = None
+    tool_calls: None = None
+    function_call: None = None
+    reasoning_details: None = None
+    audio: None = None
+    images: None = None
+    image: None = None
+    annotations: None = None
+    extra_content: None = None
+    thinking_blocks: None = None
+    reasoning_opaque: None = None
+    reasoning_text: None = None
+    thinking: None = None
+    thought: None = None
+
+
+class _TextChoice(msgspec.Struct, gc=False):
+    delta: _TextDelta
+    index: Literal[0] | None = None
+    message: None = None
+    finish_reason: None = None
+    usage: None = None
+    error: None = None
+
+
+class Token(msgspec.Struct, gc=False):
+    """A chunk that holds some text and nothing else, as nearly every one does: what `Chunk` has besides is absent."""
+
+    choices: tuple[_TextChoice]
+    model: str | None = None
+    usage: None = None
+    error: None = None
+    x_groq: None = None
+    citations: None = None
+    search_results: None = None
+
+
+class Counted(msgspec.Struct, forbid_unknown_fields=True):
+    """A chunk that holds the usage and nothing else, as OpenAI ends a reply."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: tuple[()]
+    usage: dict[str, Any]
+    id: Any = None
+    created: Any = None
+    model: str | None = None
+    service_tier: Any = None
+    system_fingerprint: Any = None
+    obfuscation: Any = None
+
+
 _MALFORMED = "The model provider sent something that is no part of a Chat Completions reply."
 
 _CHUNK = msgspec.json.Decoder(Chunk)
+_TOKEN = msgspec.json.Decoder(Token)
+_COUNTED = msgspec.json.Decoder(Counted)
 _ANY = msgspec.json.Decoder()
 
 _THOUGHTS = ("reasoning_content", "reasoning", "reasoning_text", "thinking", "thought", "thinking_content")
@@ -115,6 +172,22 @@ def decode(data: bytes) -> tuple[Chunk | None, bool]:
         return None, False
     except ValueError:
         return None, True
+
+
+def token(data: bytes) -> Token | None:
+    """Returns the chunk if it is nothing but text."""
+    try:
+        return _TOKEN.decode(data)
+    except (ValueError, RecursionError):
+        return None
+
+
+def counted(data: bytes) -> Counted | None:
+    """Returns the chunk if it is nothing but the usage."""
+    try:
+        return _COUNTED.decode(data)
+    except (ValueError, RecursionError):
+        return None
 
 
 def plain(data: bytes) -> Any:

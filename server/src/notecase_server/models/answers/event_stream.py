@@ -53,14 +53,13 @@ class EventSplitter:
             chunk = self._with_line_feeds(chunk)
         if not tail and chunk.endswith(b"\n\n") and (data := self._plain(chunk[:-2])):
             return [Event(data)]  # one token, as nearly every read is
-        start = len(tail)
-        tail += chunk
-        end = tail.rfind(b"\n", start) + 1
+        end = chunk.rfind(b"\n") + 1
         if not end:
+            tail += chunk
             _bound(len(tail) + self._size)
             return []
-        *whole, rest = bytes(tail[:end]).split(b"\n\n")
-        del tail[:end]
+        *whole, rest = (bytes(tail) + chunk[:end]).split(b"\n\n")
+        tail[:] = chunk[end:]
         found: list[Event] = []
         for piece in whole:
             if data := self._plain(piece):
@@ -86,8 +85,9 @@ class EventSplitter:
 
     def _plain(self, piece: bytes) -> bytes:
         """Returns the data of an event that is one line and nothing else, without its end; empty for any other."""
-        whole = b"\n" not in piece and piece.startswith(b"data: ") and not (self._lines or self._name)
-        return piece[6:] if whole and len(piece) <= MAX_EVENT_BYTES else b""
+        if self._lines or self._name or not piece.startswith(b"data: ") or b"\n" in piece:
+            return b""
+        return piece[6:] if len(piece) <= MAX_EVENT_BYTES else b""
 
     def _take(self, line: bytes, found: list[Event]) -> None:
         if not line:

@@ -5,6 +5,7 @@ import binascii
 import html
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from urllib.parse import quote, quote_plus, unquote
 
 TOLD_CHARS = 300
@@ -30,6 +31,10 @@ _SPACES = re.compile(r"\s+")
 
 _WIDE = {0xFF01 + at: 0x21 + at for at in range(94)}
 
+_WORD_CHARS = 128
+_KNOWN_WORDS = 256
+"""Names of models and reasons of ends come again with each reply, so that what they tell is remembered."""
+
 _ROUNDS = 3
 """How often a text is read anew, for what was quoted and then quoted again."""
 
@@ -48,6 +53,7 @@ class Redactor:
             size = max(min(len(writing) // 3, _LONGEST_RUN), _LEAST_RUN)
             runs = self._runs.setdefault(size, set())
             runs.update(writing[start : start + size] for start in range(len(writing) - size + 1))
+        self._known = lru_cache(_KNOWN_WORDS)(self._tells)
 
     def told(self, text: str) -> str:
         """Returns a provider's words as one short line, with "[key]" in place of whatever looks like a key or holds a
@@ -63,13 +69,14 @@ class Redactor:
     def name(self, text: str) -> str:
         """Returns a name that a provider gives (a code, a model), or nothing where it has the shape of none or holds
         the key."""
-        return text if _NAME.match(text) and not self._tells(text) else ""
+        return text if _NAME.match(text) and not self._known(text) else ""
 
     def reason(self, text: str) -> str:
         """Returns the word with which a provider ends a reply, as one word, or nothing where it is none or holds the
         key."""
         word = _SPACES.sub("_", text[:_SEARCHED_CHARS].strip())
-        return word if _REASON.match(word) and not self._tells(text) else ""
+        tells = self._known if len(text) <= _WORD_CHARS else self._tells
+        return word if _REASON.match(word) and not tells(text) else ""
 
     def link(self, uri: str) -> str:
         """Returns an address that a provider names, or nothing where it is none that can be shown or holds the key."""

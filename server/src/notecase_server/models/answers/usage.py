@@ -66,7 +66,7 @@ class Counts:
             return
         seen: set[str] = set()
         for place in PLACES:
-            if place.field not in seen and (number := _number(told, place.path)):
+            if place.path[0] in told and place.field not in seen and (number := _number(told, place.path)):
                 seen.add(place.field)
                 self.changed = self.changed or number != self._counts.get(place.field)
                 self._counts[place.field] = number
