@@ -105,7 +105,7 @@ async def made(store: Store, way: Way, key: SessionKey) -> None:
             await store.fork(Fork(key=key, source=source, past=past, session=v1.Session()))
         case "restore":
             file = b"".join([piece async for piece in transfer.exported(store, source)])
-            await store.restore(transfer.read(io.BytesIO(file), key))
+            await store.restore(await transfer.read(io.BytesIO(file), key))
 
 
 async def prepare(store: Store, tenant: str) -> None:

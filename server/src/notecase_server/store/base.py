@@ -2,7 +2,7 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -27,6 +27,7 @@ from notecase_server.store.contract import (
     StepKey,
 )
 from notecase_server.store.copies import Copies
+from notecase_server.store.imports import Replay
 from notecase_server.store.lists import take
 from notecase_server.store.tables import Tables
 
@@ -93,6 +94,7 @@ class TableStore(ABC):
             last = copies.BEGINNING
             while pieces := await self._read(partial(copies.rows_to_copy, fork=fork, after=last)):
                 await self._write(partial(copies.copy_rows, fork=fork, pieces=pieces))
+                await asyncio.sleep(0)  # others have their turn in a store that waits for nothing, too
                 last = pieces[-1]
             whole = await self._read(partial(copies.whole, fork=fork))
             await self._write_rows(fork.key, fork.source, copies.put_right(fork.key, whole.past))
@@ -101,14 +103,19 @@ class TableStore(ABC):
     async def restore(self, restore: Restore) -> v1.Session:
         with self._copies.under_way(restore.key, restore.session.user):
             await self._write(partial(copies.begin_restore, restore=restore, quotas=self.quotas))
-            await self._write_rows(restore.key, None, copies.restored(restore))
-            return await self._write(partial(copies.finish_restore, restore=restore, quotas=self.quotas))
+            await self._write_rows(restore.key, None, copies.references(restore))
+            replay = Replay(restore)
+            while events := await asyncio.to_thread(replay.read):
+                rows = await self._read(partial(replay.rows, events=events))
+                await self._write_rows(restore.key, None, rows)
+            finish = partial(copies.finish_restore, restore=restore, replayed=replay.session)
+            return await self._write(partial(finish, quotas=self.quotas))
 
-    async def _write_rows(self, key: SessionKey, source: SessionKey | None, rows: Iterator[copies.Row]) -> None:
+    async def _write_rows(self, key: SessionKey, source: SessionKey | None, rows: Iterable[copies.Row]) -> None:
         """Writes rows of a copy, in bounded transactions."""
-        batches = copies.batches(rows)
-        while writes := await asyncio.to_thread(next, batches, None):
+        for writes in copies.batches(rows):
             await self._write(partial(copies.write_rows, key=key, source=source, writes=writes))
+            await asyncio.sleep(0)
 
     async def get_session(self, key: SessionKey) -> v1.Session | None:
         found = await self._read(lambda tables: tables.session(key))

@@ -193,10 +193,16 @@ class _MemoryTables(Saving):
     def _session(self, key: SessionKey) -> _Session | None:
         return self._tenants[key.tenant].sessions.get(key.uid)
 
+    def _rows(self, tenant: str, uid: str) -> _Session | None:
+        """The rows of a session or of a copy, if there are any."""
+        rows = self._tenants[tenant]
+        return rows.sessions.get(uid) or (rows.deleted[uid][1] if uid in rows.deleted else None)
+
     def _existing(self, key: SessionKey) -> _Session:
         """The rows of a session or of a copy, one of which there is."""
-        tenant = self._tenants[key.tenant]
-        return tenant.sessions.get(key.uid) or tenant.deleted[key.uid][1]
+        rows = self._rows(key.tenant, key.uid)
+        assert rows is not None
+        return rows
 
     def _state(self, scope: Scope) -> _State:
         """The state, an empty one where nobody wrote to it."""
@@ -445,7 +451,7 @@ class _MemoryTables(Saving):
         session.changes.extend(event.sequence for event in events if event.tells_past)
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]:
-        session = self._session(key)
+        session = self._rows(key.tenant, key.uid)
         for sequence, body in enumerate(session.events[after : after + limit] if session else (), after + 1):
             yield Found((sequence,), v1.Event.FromString(body), len(body))
 
@@ -456,7 +462,7 @@ class _MemoryTables(Saving):
                 yield v1.Event.FromString(session.events[session.changes[place] - 1])
 
     def last_stretch(self, key: SessionKey, before: int) -> Stretch | None:
-        session = self._session(key)
+        session = self._rows(key.tenant, key.uid)
         return last_of(session.stretches, before) if session else None
 
     def add_stretches(self, key: SessionKey, stretches: Sequence[Stretch]) -> None:
@@ -464,14 +470,17 @@ class _MemoryTables(Saving):
             insort(self._existing(key).stretches, stretch)
 
     def message(self, key: SessionKey, message: str) -> v1.Message | None:
-        session = self._existing(key) if self.exists(key.tenant, key.uid) or self.is_copy(key) else None
+        session = self._rows(key.tenant, key.uid)
         body = session.messages.get(message) if session else None
         return session.message(body) if session is not None and body is not None else None
 
     def named_messages(self, tenant: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], v1.Message]:
-        rows = self._tenants[tenant].sessions
-        bodies = {(uid, name): rows[uid].messages.get(name) for uid, name in names if uid in rows}
-        return {place: rows[place[0]].message(body) for place, body in bodies.items() if body is not None}
+        found = dict[tuple[str, str], v1.Message]()
+        for uid, name in names:
+            rows = self._rows(tenant, uid)
+            if rows is not None and name in rows.messages:
+                found[uid, name] = rows.message(rows.messages[name])
+        return found
 
     def add_messages(self, key: SessionKey, messages: Sequence[v1.Message]) -> None:
         session = self._existing(key)
@@ -514,7 +523,7 @@ class _MemoryTables(Saving):
         return [message for message in found if message.sequence <= at]
 
     def messages_of_calls(self, key: SessionKey, calls: Collection[str]) -> dict[str, v1.Message]:
-        session = self._session(key)
+        session = self._rows(key.tenant, key.uid)
         held = {call_id: session.calls[call_id] for call_id in calls if call_id in session.calls} if session else {}
         messages = {holder: message for holder in set(held.values()) if (message := self.message(key, holder))}
         return {call_id: messages[holder] for call_id, holder in held.items() if holder in messages}
@@ -523,7 +532,7 @@ class _MemoryTables(Saving):
         self._existing(key).calls.update(calls)
 
     def run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
-        session = self._session(key)
+        session = self._rows(key.tenant, key.uid)
         row = session.runs.get(run) if session else None
         return (v1.Run.FromString(row.body), row.digest) if row else None
 

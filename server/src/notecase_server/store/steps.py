@@ -60,7 +60,7 @@ FIRST_EPOCH = 1
 def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committed:
     """Store.commit."""
     key = commit.key
-    needs = fold.needs(commit)
+    needs = fold.needs(commit.events, commit.if_state_version)
     found = tables.session_with_runs(key, needs.runs)
     row = found[0] if found is not None else None
     if row is not None and (made := _remembered(row, commit.id)) is not None:
@@ -77,7 +77,7 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     if row is None:
         raise errors.not_found("session", f"sessions/{key.session}")
     rows = fold.Rows(row.session, row.epoch, runs=found[1] if found is not None else {})
-    _load(tables, key, needs, rows)
+    load(tables, key, needs, rows)
     require_record(tables, quotas, commit.once)
     if commit.create is not None:
         require_session(tables, quotas, key.tenant)
@@ -95,7 +95,7 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     if referred and limit is not None and size > limit:
         raise errors.too_large("The content that the session refers to", size, limit)
     changes = before.changes(rows, commit, done, row.commits)
-    changes.stretches = _stretches(tables, key, done.events)
+    changes.stretches = stretches_of(tables, key, done.events)
     changes.references = {sha256: sequence for sha256, (sequence, _) in referred.items()}
     remember(tables, commit.once, done, now, key)
     tables.save(changes)
@@ -168,8 +168,8 @@ def event_rows(events: Sequence[v1.Event]) -> list[EventRow]:
     return [EventRow(event.sequence, fold.tells_past(event), event.SerializeToString()) for event in events]
 
 
-def _stretches(tables: Tables, key: SessionKey, events: Sequence[v1.Event]) -> list[Stretch]:
-    """What the rewinds among these events leave behind."""
+def stretches_of(tables: Tables, key: SessionKey, events: Sequence[v1.Event]) -> list[Stretch]:
+    """Returns what the rewinds among these events leave behind, which the tables do not have yet."""
     made = list[Stretch]()
 
     def last(before: int) -> Stretch | None:
@@ -294,8 +294,8 @@ def require_free(tables: Tables, key: SessionKey) -> None:
         raise errors.already_exists("session", f"sessions/{key.session}")
 
 
-def _load(tables: Tables, key: SessionKey, needs: fold.Needs, rows: fold.Rows) -> None:
-    """Reads what a commit needs besides its session and runs."""
+def load(tables: Tables, key: SessionKey, needs: fold.Needs, rows: fold.Rows) -> None:
+    """Reads what events need besides their session and runs."""
     session = rows.session
     for state, keys in needs.keys.items():
         scope = fold.state_scope(key, session.user, state)
