@@ -44,7 +44,7 @@ def path(tmp_path: Path) -> Path:
     return left_by(1, tmp_path / "store.db")
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 3])
 def older(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """The same rows, in each older schema."""
     return left_by(request.param, tmp_path / "store.db")
@@ -399,7 +399,9 @@ async def test_a_store_of_the_second_schema_keeps_every_row(second: Path, tmp_pa
     tables = [name for (name,) in facts(second, "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
     columns = dict.fromkeys(tables, "*")
     columns["messages"] = "tenant, uid, sequence, message, run, step, update_sequence, body"
+    columns["active_runs"] = "tenant, uid, run, step, deaths, released, agent"
     before = {table: facts(second, f"SELECT {columns[table]} FROM {table}") for table in tables}
+    columns["active_runs"] = "tenant, uid, run, step, deaths, released, revision"
     assert facts(second, "PRAGMA user_version") == [(2,)]
     for file in (second, tmp_path / "new.db"):
         await (await SqliteStore.open(file, ManualClock())).close()

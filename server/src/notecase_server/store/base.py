@@ -181,7 +181,7 @@ class TableStore(ABC):
     async def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
         return await self._read(lambda tables: tables.active_run(key, run))
 
-    async def active_runs(self, after: tuple[str, str, str] | None = None, limit: int = 1 << 40) -> list[ActiveRun]:
+    async def active_runs(self, after: ActiveRun | None = None, limit: int = 1 << 40) -> list[ActiveRun]:
         return await self._read(lambda tables: tables.active_runs(after, limit))
 
     async def idle_runs(self) -> list[ActiveRun]:

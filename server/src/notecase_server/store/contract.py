@@ -506,9 +506,9 @@ class RunStore(Protocol):
         """The run with what a worker needs; None when it does not exist or has ended."""
         ...
 
-    async def active_runs(self, after: tuple[str, str, str] | None = None, limit: int = 1 << 40) -> list[ActiveRun]:
-        """The runs of every tenant that have not ended, at most `limit`, ordered by tenant, uid and run and following
-        that position."""
+    async def active_runs(self, after: ActiveRun | None = None, limit: int = 1 << 40) -> list[ActiveRun]:
+        """At most `limit` runs that have not ended, of all tenants, ordered by tenant, create_time, uid and run; only
+        those that follow `after`."""
         ...
 
     async def idle_runs(self) -> list[ActiveRun]:

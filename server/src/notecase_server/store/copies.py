@@ -28,7 +28,6 @@ from notecase_server.store.contract import (
     Past,
     Quotas,
     Restore,
-    RunRecord,
     Scope,
     SessionKey,
 )
@@ -167,8 +166,7 @@ def finish_fork(tables: Tables, now: int, fork: Fork, whole: Whole, quotas: Quot
     for run in rows.runs.values():
         kept = tables.run(fork.source, run.name)
         assert kept is not None
-        tables.add_run(fork.key, run, RunRecord(kept[1], v1.Agent()))
-        tables.drop_record(fork.key, run.name)
+        tables.add_run(fork.key, run, kept[1])
     return done
 
 

@@ -12,7 +12,7 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.errors import NotecaseError
 from notecase_server.store import copies, fold
-from notecase_server.store.contract import Restore, RunRecord, Scope, SessionKey
+from notecase_server.store.contract import Restore, Scope, SessionKey
 from notecase_server.store.copies import Row
 from notecase_server.store.steps import load, stretches_of
 from notecase_server.store.stretches import Stretch
@@ -92,8 +92,8 @@ class Replay:
         for name, run in rows.runs.items():
             if self._forgets:
                 run.ClearField("remembered")
-            record = RunRecord(b"" if name in unstarted else ARRIVED, v1.Agent())
-            made.append((run.ByteSize(), partial(_put_run, key=key, run=run, new=None if name in runs else record)))
+            digest = None if name in runs else b"" if name in unstarted else ARRIVED
+            made.append((run.ByteSize(), partial(_put_run, key=key, run=run, digest=digest)))
         if rows.versions.get(scope, 0) > version:
             made.append((0, partial(_put_version, scope=scope, version=rows.versions[scope])))
         made += [
@@ -149,13 +149,11 @@ def _put_call(tables: Tables, key: SessionKey, call_id: str, holder: str) -> Non
     tables.put_calls(key, {call_id: holder})
 
 
-def _put_run(tables: Tables, key: SessionKey, run: v1.Run, new: RunRecord | None) -> None:
-    if new is not None:
-        tables.add_run(key, run, new)
+def _put_run(tables: Tables, key: SessionKey, run: v1.Run, digest: bytes | None) -> None:
+    if digest is not None:
+        tables.add_run(key, run, digest)
     else:
         tables.put_run(key, run, moved=True)
-    if run.state in fold.ENDED:
-        tables.drop_record(key, run.name)
 
 
 def _put_version(tables: Tables, scope: Scope, version: int) -> None:

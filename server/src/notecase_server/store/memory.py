@@ -21,7 +21,6 @@ from notecase_server.store.contract import (
     Clock,
     Once,
     Query,
-    RunRecord,
     Scope,
     SessionKey,
     StepKey,
@@ -536,9 +535,9 @@ class _MemoryTables(Saving):
         row = session.runs.get(run) if session else None
         return (v1.Run.FromString(row.body), row.digest) if row else None
 
-    def add_run(self, key: SessionKey, run: v1.Run, record: RunRecord) -> None:
-        created, agent = run.create_time.ToMicroseconds(), record.agent.SerializeToString()
-        self._put_run(key, run.name, _Run(run.SerializeToString(), record.digest, created, agent))
+    def add_run(self, key: SessionKey, run: v1.Run, digest: bytes) -> None:
+        created = run.create_time.ToMicroseconds()
+        self._put_run(key, run.name, _Run(run.SerializeToString(), digest, created, None))
 
     def _put_run(self, key: SessionKey, run: str, row: _Run) -> None:
         session, place = self._existing(key), (row.create_time, key.uid, run)
@@ -548,6 +547,9 @@ class _MemoryTables(Saving):
 
     def put_run(self, key: SessionKey, run: v1.Run, moved: bool) -> None:
         self._existing(key).runs[run.name].body = run.SerializeToString()
+
+    def add_record(self, key: SessionKey, run: v1.Run, agent: v1.Agent) -> None:
+        self._existing(key).runs[run.name].agent = agent.SerializeToString()
 
     def drop_record(self, key: SessionKey, run: str) -> None:
         self._existing(key).runs[run].agent = None
@@ -575,9 +577,9 @@ class _MemoryTables(Saving):
         row = session.runs.get(run) if session else None
         return _active(key, session, row) if session and row and row.agent is not None else None
 
-    def active_runs(self, after: tuple[str, str, str] | None, limit: int) -> list[ActiveRun]:
+    def active_runs(self, after: ActiveRun | None, limit: int) -> list[ActiveRun]:
         found = sorted(self._active(), key=_position)
-        return [active for active in found if after is None or _position(active) > after][:limit]
+        return [active for active in found if after is None or _position(active) > _position(after)][:limit]
 
     def idle_runs(self) -> list[ActiveRun]:
         idle = []
@@ -775,5 +777,5 @@ def _active(key: SessionKey, session: _Session, row: _Run) -> ActiveRun:
     return ActiveRun(key, run, agent, session.epoch, row.deaths, row.released)
 
 
-def _position(active: ActiveRun) -> tuple[str, str, str]:
-    return active.key.tenant, active.key.uid, active.run.name
+def _position(active: ActiveRun) -> tuple[str, int, str, str]:
+    return active.key.tenant, active.run.create_time.ToMicroseconds(), active.key.uid, active.run.name

@@ -3,7 +3,7 @@
 Of the first, the tables whose rows change are set aside, made anew and filled row by row; the others, content among
 them, stay where they are. So the disk needs room for several times the rows, and memory holds a few of them. The second
 lacks two tables: that of deleted sessions begins empty, and what rewinds have left behind is read from the logs, since
-a message says no more by itself whether it is superseded.
+a message says no more by itself whether it is superseded. The third has its runs that have not ended in another order.
 """
 
 import re
@@ -57,7 +57,9 @@ ROWS: dict[str, str] = {
     "messages": _of_sessions("messages", "sequence, message, run, '', update_sequence, body"),
     "calls": _of_sessions("calls", "call_id, message"),
     "runs": _of_sessions("runs", "run, state, agent, create_time, labels, first_sequence, last_sequence, digest, body"),
-    "active_runs": _of_sessions("active_runs", "run, '', 0, 0, agent"),
+    "active_runs": """SELECT t.tenant, r.create_time, n.uid, t.run, '', 0, 0, t.agent FROM first_active_runs t
+        CROSS JOIN session_names n ON n.tenant = t.tenant AND n.session = t.session
+        JOIN first_runs r ON r.tenant = t.tenant AND r.session = t.session AND r.run = t.run""",
     "commands": _of_sessions("commands", "command_id, digest, sequence, run"),
     "states": _of_states("states", "version"),
     "entries": _of_states("entries", "key, body"),
@@ -80,9 +82,16 @@ def migrate(connection: sqlite3.Connection, version: int) -> None:
     """Converts a file of that version. Raises DecodeError for a row that is damaged."""
     if version == 1:
         _from_first(connection)
-    else:
-        connection.execute("DROP INDEX runs_by_state")
-        _make_missing(connection)
+        return
+    connection.execute("ALTER TABLE active_runs RENAME TO before_active_runs")
+    connection.execute("DROP INDEX runs_by_state" if version == 2 else "DROP INDEX unended_runs")
+    _make_missing(connection)
+    connection.execute(
+        """INSERT INTO active_runs SELECT tenant, r.create_time, uid, run, '', deaths, released, a.agent
+            FROM before_active_runs a JOIN runs r USING (tenant, uid, run) JOIN sessions s USING (tenant, uid)"""
+    )
+    connection.execute("DROP TABLE before_active_runs")
+    if version == 2:
         _leave_behind(connection)
         connection.execute("ALTER TABLE messages DROP COLUMN superseded")
 
@@ -168,7 +177,7 @@ def _fill(connection: sqlite3.Connection, table: str, rows: Iterable[Row]) -> No
 def _bind(connection: sqlite3.Connection) -> None:
     """Gives the open calls of runs that have not ended what they are bound to, in the row of the run and in its
     messages: such a message has a body of its own from then on, and the event that added it stays as it is."""
-    with closing(connection.execute("SELECT tenant, uid, run, agent FROM active_runs")) as active:
+    with closing(connection.execute("SELECT tenant, uid, run, revision FROM active_runs")) as active:
         for tenant, uid, name, body in active:
             agent, place = v1.Agent.FromString(body), (tenant, uid, name)
             found = connection.execute(

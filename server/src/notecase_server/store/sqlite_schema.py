@@ -6,13 +6,8 @@ session is known by its uid everywhere; only `session_names` finds it by its nam
 `sessions` are what is left of a deleted one, or a fork or an import under way: nobody reads them.
 """
 
-from notecase_server.store.fold import ENDED
-
-VERSION = 3
+VERSION = 4
 """Number of the schema, in the file's header as user_version. Older files are converted when they are opened."""
-
-UNENDED = f"state NOT IN ({', '.join(map(str, sorted(ENDED)))})"
-"""The condition of runs that have not ended. A query is answered from their index only if it has these very words."""
 
 SCHEMA = (
     "CREATE TABLE store (secret BLOB NOT NULL)",
@@ -106,18 +101,18 @@ SCHEMA = (
     ) WITHOUT ROWID""",
     "CREATE INDEX runs_by_time ON runs (tenant, create_time, uid, run)",
     "CREATE INDEX runs_by_session ON runs (tenant, uid, create_time, run)",
-    # What runs or waits over all sessions is asked often, and is few among many.
-    f"CREATE INDEX unended_runs ON runs (tenant, state, create_time, uid, run) WHERE {UNENDED}",
-    # What is kept of each run that has not ended, apart from its row, which every commit writes anew.
+    # Runs that have not ended, in the order in which they are listed over all sessions: few among many, and asked for
+    # often. What is kept here of each lies apart from its row, which every commit writes anew.
     """CREATE TABLE active_runs (
         tenant TEXT NOT NULL,
+        create_time INTEGER NOT NULL,
         uid TEXT NOT NULL,
         run TEXT NOT NULL,
         step TEXT NOT NULL,
         deaths INTEGER NOT NULL,
         released INTEGER NOT NULL,
-        agent BLOB NOT NULL,
-        PRIMARY KEY (tenant, uid, run, step)
+        revision BLOB NOT NULL,
+        PRIMARY KEY (tenant, create_time, uid, run, step)
     ) WITHOUT ROWID""",
     """CREATE TABLE states (
         tenant TEXT NOT NULL,

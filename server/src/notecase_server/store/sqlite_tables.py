@@ -31,14 +31,13 @@ from notecase_server.store.contract import (
     Once,
     Or,
     Query,
-    RunRecord,
     Scope,
     SessionKey,
     StepKey,
 )
 from notecase_server.store.fold import ENDED
 from notecase_server.store.lists import LABELS, OPERATORS, Found, Labelled, check_column, column
-from notecase_server.store.sqlite_schema import UNENDED, VERSION
+from notecase_server.store.sqlite_schema import VERSION
 from notecase_server.store.stretches import Stretch, marked
 from notecase_server.store.tables import (
     Applied,
@@ -67,11 +66,10 @@ SESSION_ROWS = (
     ("stretches", "after", "0"),
     ("calls", "call_id", "0"),
     ("runs", "run", "length(body)"),
-    ("active_runs", "run, step", "length(agent)"),
     ("commands", "command_id", "0"),
 )
-"""The tables that hold rows of a session under its uid, but for its own row and those of its state. With each, how a
-row is found within a session, and how many bytes it has beyond a few."""
+"""The tables that hold rows of a session under its uid, but for its own row, those of its state, and what its deletion
+takes away at once. With each, how a row is found within a session, and how many bytes it has beyond a few."""
 
 STATE_ROWS = (("entries", "key", "length(body)"), ("blob_references", "key, sha256", "0"))
 """The same of the tables that hold rows of a state."""
@@ -172,7 +170,8 @@ COPIES = (
         *("runs", OF_SOURCE, "run", "", "length(body)"),
         f":tenant, :uid, run, {', '.join(RUN_COLUMNS)}, labels, first_sequence, last_sequence, digest, body",
         """last_sequence <= :at AND NOT EXISTS
-            (SELECT 1 FROM active_runs a WHERE a.tenant = runs.tenant AND a.uid = runs.uid AND a.run = runs.run)""",
+            (SELECT 1 FROM active_runs a WHERE a.tenant = runs.tenant AND a.create_time = runs.create_time
+                AND a.uid = runs.uid AND a.run = runs.run)""",
     ),
     _Copied("entries", OF_ITS_STATE, "key", "", "length(body)", ":tenant, 'session', :uid, key, body"),
 )
@@ -187,9 +186,13 @@ AGENTS = """SELECT a.agent, r.body FROM agents a
 LOOSE_BLOBS = """SELECT tenant, sha256 FROM blobs b WHERE upload_time < ? AND NOT EXISTS
     (SELECT 1 FROM blob_references r WHERE r.tenant = b.tenant AND r.sha256 = b.sha256)"""
 
-ACTIVE_RUNS = """SELECT a.tenant, s.session, a.uid, r.body, a.agent, s.epoch, a.deaths, a.released FROM active_runs a
-    JOIN runs r ON r.tenant = a.tenant AND r.uid = a.uid AND r.run = a.run
+ACTIVE_RUNS = """SELECT a.tenant, s.session, a.uid, r.body, a.revision, s.epoch, a.deaths, a.released FROM active_runs a
+    JOIN runs r ON r.tenant = a.tenant AND r.uid = a.uid AND r.run = a.run AND r.create_time = a.create_time
     JOIN sessions s ON s.tenant = a.tenant AND s.uid = a.uid"""
+
+ACTIVE_RUN = """tenant = ?1 AND uid = ?2 AND run = ?3
+    AND create_time = (SELECT create_time FROM runs WHERE tenant = ?1 AND uid = ?2 AND run = ?3)"""
+"""Finds the row that a run has among those that have not ended."""
 
 
 IDLE_RUNS = f"""{ACTIVE_RUNS} WHERE r.state = {v1.Run.STATE_RUNNING}
@@ -534,15 +537,11 @@ class SqliteTables(Saving):
         row = self._one("SELECT body, digest FROM runs WHERE tenant = ? AND uid = ? AND run = ?", *_of(key), run)
         return (v1.Run.FromString(row[0]), row[1]) if row else None
 
-    def add_run(self, key: SessionKey, run: v1.Run, record: RunRecord) -> None:
+    def add_run(self, key: SessionKey, run: v1.Run, digest: bytes) -> None:
         columns = (column(run, name) for name in RUN_COLUMNS)
         bounds = (run.first_sequence, run.last_sequence)
         body = run.SerializeToString()
-        self._execute(ADD_RUN, (*_of(key), run.name, *columns, _labels(run), *bounds, record.digest, body))
-        self._execute(
-            "INSERT INTO active_runs (tenant, uid, run, step, deaths, released, agent) VALUES (?, ?, ?, '', 0, 0, ?)",
-            (*_of(key), run.name, record.agent.SerializeToString()),
-        )
+        self._execute(ADD_RUN, (*_of(key), run.name, *columns, _labels(run), *bounds, digest, body))
 
     def put_run(self, key: SessionKey, run: v1.Run, moved: bool) -> None:
         body = run.SerializeToString()
@@ -557,15 +556,21 @@ class SqliteTables(Saving):
                 (run.last_sequence, body, *_of(key), run.name),
             )
 
+    def add_record(self, key: SessionKey, run: v1.Run, agent: v1.Agent) -> None:
+        self._execute(
+            """INSERT INTO active_runs (tenant, create_time, uid, run, step, deaths, released, revision)
+                VALUES (?, ?, ?, ?, '', 0, 0, ?)""",
+            (key.tenant, column(run, "create_time"), key.uid, run.name, agent.SerializeToString()),
+        )
+
     def drop_record(self, key: SessionKey, run: str) -> None:
-        self._execute("DELETE FROM active_runs WHERE tenant = ? AND uid = ? AND run = ?", (*_of(key), run))
+        self._execute(f"DELETE FROM active_runs WHERE {ACTIVE_RUN}", (*_of(key), run))
 
     def runs(self, tenant: str, session: SessionKey | None, query: Query) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
         where, values = _where(query, RUN_COLUMNS, "(create_time, uid, run) < (?, ?, ?)")
-        # Of one session, its own index always: the planner could think that of a state would do as well.
         source, place = ("runs INDEXED BY runs_by_session", " AND uid = ?") if session else ("runs", "")
         if session is None and _is_unended(query.where):
-            place = f" AND {UNENDED}"
+            source = "active_runs CROSS JOIN runs USING (tenant, create_time, uid, run)"
         rows = self._execute(
             f"""SELECT create_time, uid, run, body, (SELECT session FROM sessions s
                     WHERE s.tenant = runs.tenant AND s.uid = runs.uid) FROM {source} WHERE tenant = ?{place}{where}
@@ -585,13 +590,17 @@ class SqliteTables(Saving):
         return [v1.Run.FromString(body) for (body,) in rows]
 
     def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
-        where = " WHERE a.tenant = ? AND a.uid = ? AND a.run = ?"
+        where = " WHERE r.tenant = ? AND r.uid = ? AND r.run = ?"
         row = self._execute(ACTIVE_RUNS + where, (*_of(key), run)).fetchone()
         return _active_run(*row) if row else None
 
-    def active_runs(self, after: tuple[str, str, str] | None, limit: int) -> list[ActiveRun]:
-        where = " WHERE (a.tenant, a.uid, a.run) > (?, ?, ?)" if after else ""
-        with closing(self._execute(f"{ACTIVE_RUNS}{where} ORDER BY a.tenant, a.uid, a.run", after or ())) as rows:
+    def active_runs(self, after: ActiveRun | None, limit: int) -> list[ActiveRun]:
+        where, values = "", tuple[Bound, ...]()
+        if after is not None:
+            where = " WHERE (a.tenant, a.create_time, a.uid, a.run) > (?, ?, ?, ?)"
+            values = (after.key.tenant, column(after.run, "create_time"), after.key.uid, after.run.name)
+        order = " ORDER BY a.tenant, a.create_time, a.uid, a.run"
+        with closing(self._execute(f"{ACTIVE_RUNS}{where}{order}", values)) as rows:
             return list(islice(_readable(rows), limit))
 
     def idle_runs(self) -> list[ActiveRun]:
@@ -599,9 +608,8 @@ class SqliteTables(Saving):
 
     def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
         self._execute(
-            """UPDATE active_runs SET deaths = coalesce(?, deaths), released = ?
-                WHERE tenant = ? AND uid = ? AND run = ?""",
-            (deaths, released, *_of(key), run),
+            f"UPDATE active_runs SET deaths = coalesce(?4, deaths), released = ?5 WHERE {ACTIVE_RUN}",
+            (*_of(key), run, deaths, released),
         )
 
     def version(self, scope: Scope) -> int:

@@ -369,6 +369,12 @@ def delete_session(tables: Tables, now: int, key: SessionKey, if_etag: str, once
     if if_etag and if_etag != session.etag:
         raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
     remember(tables, once, None, now)
+    _delete(tables, key, session)
+
+
+def _delete(tables: Tables, key: SessionKey, session: v1.Session) -> None:
+    for run in {session.active_run, *(queued.run for queued in session.queued_commands)} - {""}:
+        tables.drop_record(key, run)
     tables.delete_session(key)
 
 
@@ -379,7 +385,7 @@ def expire_session(tables: Tables, now: int, key: SessionKey) -> bool:
         return False
     if found.session.expire_time.ToMicroseconds() > now:
         return False
-    tables.delete_session(key)
+    _delete(tables, key, found.session)
     return True
 
 
