@@ -14,7 +14,7 @@ from notecase_server.errors import NotecaseError
 from notecase_server.store import copies, fold
 from notecase_server.store.contract import Restore, Scope, SessionKey
 from notecase_server.store.copies import Row
-from notecase_server.store.steps import load, stretches_of
+from notecase_server.store.steps import event_row, load, stretches_of
 from notecase_server.store.stretches import Stretch
 from notecase_server.store.tables import Batch, EventRow, Tables
 
@@ -126,7 +126,7 @@ def _replayed(rows: fold.Rows, key: SessionKey, event: v1.Event, taken: Set[str]
         fits = False
     if not fits or event.SerializeToString(deterministic=True) != body:
         raise errors.import_invalid(f"has an entry {event.sequence} that cannot come there in a log")
-    return EventRow(event.sequence, fold.tells_past(event), body)
+    return event_row(event, body)
 
 
 def _add_event(tables: Tables, key: SessionKey, row: EventRow) -> None:

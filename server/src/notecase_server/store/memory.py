@@ -25,7 +25,6 @@ from notecase_server.store.contract import (
     SessionKey,
     StepKey,
 )
-from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import Found, Position, matches
 from notecase_server.store.stretches import Stretch, last_of, marked, superseded_at
 from notecase_server.store.tables import (
@@ -404,8 +403,9 @@ class _MemoryTables(Saving):
             case 0:
                 self.refer(key.state, "", place, self._tenants[key.tenant].references[source.state, ""][place])
             case 1:
-                body = old.events[place - 1]
-                self.add_events(key, [EventRow(place, tells_past(v1.Event.FromString(body)), body)])
+                new.events.append(old.events[place - 1])
+                if place in old.changes[bisect_left(old.changes, place) :][:1]:
+                    new.changes.append(place)
             case 2:
                 insort(new.stretches, old.stretches[bisect_left(old.stretches, (place,))])
             case 3:

@@ -45,29 +45,31 @@ SCHEMA = (
     "CREATE INDEX sessions_by_time ON sessions (tenant, create_time, uid)",
     "CREATE INDEX sessions_by_user ON sessions (tenant, user, create_time, uid)",
     "CREATE INDEX sessions_by_expiry ON sessions (expire_time, tenant, uid) WHERE expire_time IS NOT NULL",
+    # `message`, `run` and `step` are of events that added a message, and NULL in others.
     """CREATE TABLE events (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,
         sequence INTEGER NOT NULL,
         tells_past INTEGER NOT NULL,
+        message TEXT,
+        run TEXT,
+        step TEXT,
         body BLOB NOT NULL,
         PRIMARY KEY (tenant, uid, sequence)
     ) WITHOUT ROWID""",
     # What a state was is told by the few events that changed it or rewound.
     "CREATE INDEX events_of_past ON events (tenant, uid, sequence) WHERE tells_past = 1",
+    "CREATE INDEX messages_in_order ON events (tenant, uid, sequence) WHERE message IS NOT NULL",
+    "CREATE UNIQUE INDEX messages_by_id ON events (tenant, uid, message) WHERE message IS NOT NULL",
     # A message is the event that added it, until something changes it and it gets a body of its own.
-    """CREATE TABLE messages (
+    """CREATE TABLE changed_messages (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,
         sequence INTEGER NOT NULL,
-        message TEXT NOT NULL,
-        run TEXT NOT NULL,
-        step TEXT NOT NULL,
         update_sequence INTEGER NOT NULL,
-        body BLOB,
+        body BLOB NOT NULL,
         PRIMARY KEY (tenant, uid, sequence)
     ) WITHOUT ROWID""",
-    "CREATE UNIQUE INDEX messages_by_id ON messages (tenant, uid, message)",
     # What a rewind left behind: the messages between two sequences, which it superseded at its own. None overlap.
     """CREATE TABLE stretches (
         tenant TEXT NOT NULL,

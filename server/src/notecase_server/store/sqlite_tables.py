@@ -62,7 +62,7 @@ INSERTED = 16
 
 SESSION_ROWS = (
     ("events", "sequence", "length(body)"),
-    ("messages", "sequence", "length(body)"),
+    ("changed_messages", "sequence", "length(body)"),
     ("stretches", "after", "0"),
     ("calls", "call_id", "0"),
     ("runs", "run", "length(body)"),
@@ -92,14 +92,21 @@ ADD_RUN = f"""INSERT INTO runs (tenant, uid, run, {", ".join(RUN_COLUMNS)}, labe
 PUT_AGENT = f"""REPLACE INTO agents (tenant, agent, revision, {", ".join(AGENT_COLUMNS)}, labels)
     VALUES (?, ?, ?{", ?" * len(AGENT_COLUMNS)}, ?)"""
 
-REWIND = """(SELECT iif(s.until > m.sequence, s.sequence, NULL) FROM stretches s
-    WHERE s.tenant = m.tenant AND s.uid = m.uid AND s.after < m.sequence ORDER BY s.after DESC LIMIT 1)"""
+REWIND = """(SELECT iif(s.until > e.sequence, s.sequence, NULL) FROM stretches s
+    WHERE s.tenant = e.tenant AND s.uid = e.uid AND s.after < e.sequence ORDER BY s.after DESC LIMIT 1)"""
 """The rewind that left a message behind, or NULL."""
 
-MESSAGES = f"""SELECT m.sequence, m.body, e.body, {REWIND} FROM messages m LEFT JOIN events e ON m.body IS NULL
-    AND e.tenant = m.tenant AND e.uid = m.uid AND e.sequence = m.sequence
-    WHERE m.tenant = ? AND m.uid = ?"""
-"""With the event where the message has no body of its own."""
+CHANGED = "LEFT JOIN changed_messages c ON c.tenant = e.tenant AND c.uid = e.uid AND c.sequence = e.sequence"
+
+MESSAGES = f"""SELECT e.sequence, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND}
+    FROM events e INDEXED BY messages_in_order {CHANGED} WHERE e.message IS NOT NULL AND e.tenant = ? AND e.uid = ?"""
+"""Of each its own body, or where it has none the event's."""
+
+MESSAGE = f"{MESSAGES.replace('messages_in_order', 'messages_by_id')} AND e.message = ?"
+
+CHANGED_MESSAGES = f"""SELECT e.sequence, c.body, NULL, {REWIND} FROM changed_messages c
+    JOIN events e ON e.tenant = c.tenant AND e.uid = c.uid AND e.sequence = c.sequence
+    WHERE c.tenant = ? AND c.uid = ? AND c.sequence <= ? AND c.update_sequence > ?"""
 
 KEPT: Mapping[Kept, str] = {
     "requests": "SELECT count(*) FROM requests WHERE tenant = ?",
@@ -111,16 +118,15 @@ KEPT: Mapping[Kept, str] = {
     "blob_bytes": """SELECT coalesce((SELECT sum(size) FROM blobs WHERE tenant = ?1), 0)
         + coalesce((SELECT sum(size) FROM uploads WHERE tenant = ?1 AND sha256 = ''), 0)""",
 }
-CALLS = f"""SELECT c.call_id, m.sequence, m.body, e.body, {REWIND} FROM calls c
-    CROSS JOIN messages m ON m.tenant = c.tenant AND m.uid = c.uid AND m.message = c.message
-    LEFT JOIN events e ON m.body IS NULL AND e.tenant = m.tenant AND e.uid = m.uid AND e.sequence = m.sequence
-    WHERE c.tenant = ? AND c.uid = ?"""
+CALLS = f"""SELECT t.call_id, e.sequence, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND} FROM calls t
+    CROSS JOIN events e INDEXED BY messages_by_id
+        ON e.message IS NOT NULL AND e.tenant = t.tenant AND e.uid = t.uid AND e.message = t.message
+    {CHANGED} WHERE t.tenant = ? AND t.uid = ?"""
 """With their messages. CROSS keeps the calls the outer loop."""
 
-NAMED_MESSAGES = f"""SELECT m.uid, m.message, m.body, e.body, {REWIND}
-    FROM json_each(?) n CROSS JOIN messages m ON m.tenant = ?
-        AND m.uid = json_extract(n.value, '$[0]') AND m.message = json_extract(n.value, '$[1]')
-    LEFT JOIN events e ON m.body IS NULL AND e.tenant = m.tenant AND e.uid = m.uid AND e.sequence = m.sequence"""
+NAMED_MESSAGES = f"""SELECT e.uid, e.message, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND}
+    FROM json_each(?) n CROSS JOIN events e INDEXED BY messages_by_id ON e.message IS NOT NULL AND e.tenant = ?
+        AND e.uid = json_extract(n.value, '$[0]') AND e.message = json_extract(n.value, '$[1]') {CHANGED}"""
 """CROSS keeps the names the outer loop."""
 
 
@@ -151,20 +157,20 @@ COPIES = (
     ),
     _Copied(
         *("events", f"{OF_SOURCE} AND sequence <= :at", "sequence", 0, "length(body)"),
-        ":tenant, :uid, sequence, tells_past, body",
+        ":tenant, :uid, sequence, tells_past, message, run, step, body",
     ),
     _Copied(
         *("stretches", OF_SOURCE, "after", -1, "0"),
         *(":tenant, :uid, after, until, sequence, back", "sequence <= :at"),
     ),
     _Copied(
-        *("messages", f"{OF_SOURCE} AND sequence <= :at", "sequence", 0, "length(body)"),
-        *(":tenant, :uid, sequence, message, run, step, update_sequence, body", "update_sequence <= :at"),
+        *("changed_messages", f"{OF_SOURCE} AND sequence <= :at", "sequence", 0, "length(body)"),
+        *(":tenant, :uid, sequence, update_sequence, body", "update_sequence <= :at"),
     ),
     _Copied(
         *("calls", OF_SOURCE, "call_id", "", "0", ":tenant, :uid, call_id, message"),
-        """EXISTS (SELECT 1 FROM messages m WHERE m.tenant = calls.tenant AND m.uid = calls.uid
-            AND m.message = calls.message AND m.sequence <= :at)""",
+        """EXISTS (SELECT 1 FROM events e INDEXED BY messages_by_id WHERE e.tenant = calls.tenant AND e.uid = calls.uid
+            AND e.message = calls.message AND e.message IS NOT NULL AND e.sequence <= :at)""",
     ),
     _Copied(
         *("runs", OF_SOURCE, "run", "", "length(body)"),
@@ -438,8 +444,11 @@ class SqliteTables(Saving):
             yield Found((create_time, uid), v1.Session.FromString(body), len(body))
 
     def add_events(self, key: SessionKey, events: Sequence[EventRow]) -> None:
-        of = _of(key)
-        self._insert("events (tenant, uid, sequence, tells_past, body)", [of + event for event in events])
+        rows = [
+            (*_of(key), event.sequence, event.tells_past, *(event.message or (None, None, None)), event.body)
+            for event in events
+        ]
+        self._insert("events (tenant, uid, sequence, tells_past, message, run, step, body)", rows)
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]:
         rows = self._execute(
@@ -475,7 +484,7 @@ class SqliteTables(Saving):
         )
 
     def message(self, key: SessionKey, message: str) -> v1.Message | None:
-        row = self._one(f"{MESSAGES} AND m.message = ?", *_of(key), message)
+        row = self._one(MESSAGE, *_of(key), message)
         return _message(*row[1:]) if row else None
 
     def named_messages(self, tenant: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], v1.Message]:
@@ -483,17 +492,14 @@ class SqliteTables(Saving):
         return {(uid, name): _message(*found) for uid, name, *found in rows}
 
     def add_messages(self, key: SessionKey, messages: Sequence[v1.Message]) -> None:
-        rows = list[tuple[Bound, ...]]()
         for message in messages:
-            body = None if message.update_sequence == message.sequence else message.SerializeToString()
-            place = (*_of(key), message.sequence, message.name)
-            rows.append((*place, message.run, "", message.update_sequence, body))
-        self._insert("messages (tenant, uid, sequence, message, run, step, update_sequence, body)", rows)
+            if message.update_sequence != message.sequence:
+                self.put_message(key, message)
 
     def put_message(self, key: SessionKey, message: v1.Message) -> None:
         self._execute(
-            "UPDATE messages SET update_sequence = ?, body = ? WHERE tenant = ? AND uid = ? AND sequence = ?",
-            (message.update_sequence, message.SerializeToString(), *_of(key), message.sequence),
+            "REPLACE INTO changed_messages (tenant, uid, sequence, update_sequence, body) VALUES (?, ?, ?, ?, ?)",
+            (*_of(key), message.sequence, message.update_sequence, message.SerializeToString()),
         )
 
     def messages(
@@ -509,21 +515,23 @@ class SqliteTables(Saving):
                 *_of(key),
                 step.run,
             )
-            statement += " AND m.run = ? AND m.step = ? AND m.sequence BETWEEN ? AND ?"
+            statement += " AND e.run = ? AND e.step = ? AND e.sequence BETWEEN ? AND ?"
             values += [*step, *(bounds or (0, 0))]
         if query.after is not None:
-            statement += f" AND m.sequence {'<' if newest_first else '>'} ?"
+            statement += f" AND e.sequence {'<' if newest_first else '>'} ?"
             values += query.after
-        statement += f" ORDER BY m.sequence{' DESC' if newest_first else ''} LIMIT ?"
+        statement += f" ORDER BY e.sequence{' DESC' if newest_first else ''} LIMIT ?"
         for sequence, own, event, rewind in self._execute(statement, (*values, query.limit + 1)):
             yield Found((sequence,), _message(own, event, rewind), len(own or event))
 
     def changed_messages(self, key: SessionKey, at: int) -> list[v1.Message]:
-        rows = self._execute(f"{MESSAGES} AND m.sequence <= ? AND m.update_sequence > ?", (*_of(key), at, at))
+        rows = self._execute(CHANGED_MESSAGES, (*_of(key), at, at))
         return [_message(*found) for _, *found in rows]
 
     def messages_of_calls(self, key: SessionKey, calls: Collection[str]) -> dict[str, v1.Message]:
-        rows = self._execute(f"{CALLS} AND c.call_id IN ({_marks(calls)})", (*_of(key), *calls)).fetchall()
+        if not calls:
+            return {}
+        rows = self._execute(f"{CALLS} AND t.call_id IN ({_marks(calls)})", (*_of(key), *calls)).fetchall()
         messages = {holder: _message(*found) for _, holder, *found in rows}
         return {call_id: messages[holder] for call_id, holder, *_ in rows}
 
@@ -842,8 +850,8 @@ def _commits(column: str | None) -> tuple[CommitRow, ...]:
     return tuple(CommitRow(*made) for made in json.loads(column)) if column else ()
 
 
-def _message(own: bytes | None, event: bytes, rewind: int | None) -> v1.Message:
-    message = v1.Message.FromString(own) if own is not None else v1.Event.FromString(event).message_added
+def _message(own: bytes | None, event: bytes | None, rewind: int | None) -> v1.Message:
+    message = v1.Message.FromString(own) if own is not None else v1.Event.FromString(event or b"").message_added
     return marked(message, rewind)
 
 

@@ -40,7 +40,7 @@ from notecase_server.store.quotas import (
     require_session,
 )
 from notecase_server.store.stretches import Stretch, last_of, left_behind
-from notecase_server.store.tables import Applied, Batch, Changes, CommitRow, EventRow, SessionRow, Tables
+from notecase_server.store.tables import Added, Applied, Batch, Changes, CommitRow, EventRow, SessionRow, Tables
 
 M = TypeVar("M", bound=Message)
 
@@ -165,7 +165,13 @@ class _Before(NamedTuple):
 
 def event_rows(events: Sequence[v1.Event]) -> list[EventRow]:
     """Returns events as they are stored."""
-    return [EventRow(event.sequence, fold.tells_past(event), event.SerializeToString()) for event in events]
+    return [event_row(event, event.SerializeToString()) for event in events]
+
+
+def event_row(event: v1.Event, body: bytes) -> EventRow:
+    """Returns an event as it is stored, with its bytes."""
+    added = Added(event.message_added.name, event.run) if event.HasField("message_added") else None
+    return EventRow(event.sequence, fold.tells_past(event), added, body)
 
 
 def stretches_of(tables: Tables, key: SessionKey, events: Sequence[v1.Event]) -> list[Stretch]:

@@ -44,12 +44,21 @@ class CommitRow(NamedTuple):
     """Of its last one: one less than `first` when it had none."""
 
 
+class Added(NamedTuple):
+    """What a message that an event added is found by."""
+
+    message: str
+    run: str
+    step: str = ""
+
+
 class EventRow(NamedTuple):
     """An entry of the log as it is stored."""
 
     sequence: int
     tells_past: bool
     """See `fold.tells_past`."""
+    message: Added | None
     body: bytes
 
 
@@ -286,7 +295,9 @@ class Tables(Protocol):
 
     def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]: ...
 
-    def add_events(self, key: SessionKey, events: Sequence[EventRow]) -> None: ...
+    def add_events(self, key: SessionKey, events: Sequence[EventRow]) -> None:
+        """The messages that they add are to follow."""
+        ...
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]: ...
 
