@@ -47,8 +47,9 @@ class TableStore(ABC):
         self._copies = Copies()
 
     @abstractmethod
-    async def _read(self, step: Callable[[Tables], T]) -> T:
-        """Runs a step that only reads, on one consistent state of the rows."""
+    async def _read(self, step: Callable[[Tables], T], alone: bool = False) -> T:
+        """Runs a step that only reads, on one consistent state of the rows. `alone` says that it asks them once, which
+        is consistent by itself."""
 
     @abstractmethod
     async def _write(self, step: Callable[[Tables, int], T]) -> T:
@@ -125,7 +126,7 @@ class TableStore(ABC):
         return await self._read(lambda tables: steps.find_session(tables, tenant, session))
 
     async def read_start(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
-        return await self._read(lambda tables: steps.read_start(tables, tenant, session, agent))
+        return await self._read(lambda tables: tables.start_of(tenant, session, agent), alone=True)
 
     async def list_sessions(self, tenant: str, query: Query) -> Page[v1.Session]:
         return await self._read(lambda tables: take(tables.sessions(tenant, query), query.limit))

@@ -59,7 +59,7 @@ class MemoryStore(TableStore):
         self._lock = threading.Lock()
         self._closed = False
 
-    async def _read(self, step: Callable[[Tables], T]) -> T:
+    async def _read(self, step: Callable[[Tables], T], alone: bool = False) -> T:
         with self._lock:
             return step(self._open())
 
@@ -650,6 +650,12 @@ class _MemoryTables(Saving):
 
     def delete_agent(self, tenant: str, agent_id: str) -> None:
         self._agent(tenant, agent_id).revisions.clear()
+
+    def start_of(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
+        row = self.session_of_name(tenant, session)
+        named = agent or (row.session.agent if row else "")
+        agent_id, _, revision = named.removeprefix("agents/").partition("@")
+        return row.session if row else None, self.agent(tenant, agent_id, int(revision or 0))
 
     def agents(self, tenant: str, query: Query) -> Iterator[Found[v1.Agent]]:
         rows = self._tenants[tenant].agents

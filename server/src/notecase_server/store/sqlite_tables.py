@@ -184,6 +184,17 @@ COPIES = (
 """In the order in which they are copied: what holds content comes first. CROSS keeps the rows that are named the outer
 loop."""
 
+NAMED = "coalesce(:agent, s.agent)"
+AT = f"instr({NAMED} || '@', '@')"
+
+START = f"""SELECT s.body, r.body FROM (SELECT 1)
+    LEFT JOIN session_names n ON n.tenant = :tenant AND n.session = :session
+    LEFT JOIN sessions s ON s.tenant = :tenant AND s.uid = n.uid
+    LEFT JOIN agents a ON a.tenant = :tenant AND a.agent = substr({NAMED}, 8, {AT} - 8)
+    LEFT JOIN revisions r ON r.tenant = :tenant AND r.agent = a.agent
+        AND r.revision = coalesce(nullif(substr({NAMED}, {AT} + 1) + 0, 0), a.revision)"""
+"""A session, and the agent that is named, or if none is the session's: both as `agents/ID` or `agents/ID@REVISION`."""
+
 AGENTS = """SELECT a.agent, r.body FROM agents a
     JOIN revisions r ON r.tenant = a.tenant AND r.agent = a.agent AND r.revision = a.revision
     WHERE a.tenant = ?"""
@@ -670,6 +681,11 @@ class SqliteTables(Saving):
             *(tenant, agent_id, revision),
         )
         return v1.Agent.FromString(row[0]) if row else None
+
+    def start_of(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
+        named = {"tenant": tenant, "session": session, "agent": agent or None}
+        row, revision = self._execute(START, named).fetchone()
+        return v1.Session.FromString(row) if row else None, v1.Agent.FromString(revision) if revision else None
 
     def add_revision(self, tenant: str, agent_id: str, agent: v1.Agent) -> None:
         columns = (column(agent, name) for name in AGENT_COLUMNS)

@@ -13,7 +13,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from notecase import v1
 
-from notecase_server import errors, names
+from notecase_server import errors
 from notecase_server.store import answers, content, fold, past
 from notecase_server.store.contract import (
     REMEMBERED_COMMITS,
@@ -285,13 +285,6 @@ def find_session(tables: Tables, tenant: str, session: str) -> v1.Session | None
     """Store.find_session."""
     row = tables.session_of_name(tenant, session)
     return row.session if row else None
-
-
-def read_start(tables: Tables, tenant: str, session: str, named: str) -> tuple[v1.Session | None, v1.Agent | None]:
-    """Store.read_start."""
-    row = find_session(tables, tenant, session)
-    name = names.parse_agent(named or (row.agent if row else ""))
-    return row, tables.agent(tenant, name.agent, name.revision) if name else None
 
 
 def require_free(tables: Tables, key: SessionKey) -> None:

@@ -405,6 +405,10 @@ class Tables(Protocol):
         """That revision, or with 0 the newest."""
         ...
 
+    def start_of(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
+        """Store.read_start, at one go."""
+        ...
+
     def add_revision(self, tenant: str, agent_id: str, agent: v1.Agent) -> None:
         """Makes it the newest."""
         ...
