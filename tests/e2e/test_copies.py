@@ -170,7 +170,7 @@ async def test_a_server_killed_in_a_copy_of_ten_thousand_events_leaves_all_or_no
         else:
             with (tmp_path / "file").open("w+b") as spooled:
                 spooled.write(file)
-                await store.restore(transfer.read(spooled, key))
+                await store.restore(await transfer.read(spooled, key))
     assert file == await exported(store, key)
     await store.delete_session(key)
     await store.sweep_sessions()

@@ -3,12 +3,18 @@
 import hashlib
 import io
 from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
 
 import pytest
 from notecase import v1
 from notecase_server.engine import transfer
+from notecase_server.engine.content import Contents
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import Restore
+from notecase_server.store import copies
+from notecase_server.store.contract import Query, Restore
 from notecase_server.store.memory import MemoryStore
 
 from tests.store.build import (
@@ -40,13 +46,31 @@ async def export(store: MemoryStore) -> bytes:
     return b"".join([piece async for piece in transfer.exported(store, KEY)])
 
 
-def read(file: bytes) -> Restore:
-    return transfer.read(io.BytesIO(file), OTHER)
+async def read(file: bytes) -> Restore:
+    return await transfer.read(io.BytesIO(file), OTHER)
 
 
-def problem_of(file: bytes) -> str:
+async def stored(file: bytes) -> MemoryStore:
+    store = MemoryStore(ManualClock())
+    await store.restore(await read(file))
+    return store
+
+
+async def head_of(file: bytes) -> int:
+    session = await (await stored(file)).get_session(OTHER)
+    assert session is not None
+    return session.last_sequence
+
+
+async def problem_of(file: bytes) -> str:
     with refused("IMPORT_INVALID") as caught:
-        read(file)
+        await read(file)
+    return caught.value.message
+
+
+async def problem_of_log(file: bytes) -> str:
+    with refused("IMPORT_INVALID") as caught:
+        await stored(file)
     return caught.value.message
 
 
@@ -99,18 +123,18 @@ def nested(levels: int) -> v1.Value:
 
 
 async def test_a_whole_file_is_read(file: bytes) -> None:
-    restore = read(file)
-    added = [restore.message(event) for event in restore.events() if event.HasField("message_added")]
+    restore, store = await read(file), await stored(file)
+    added = (await store.list_messages(OTHER, Query(10))).rows
     assert [(message.name, message.update_sequence, len(message.parts)) for message in added] == [
         ("m1", 4, 2),
         ("m2", 5, 1),
     ]
-    assert (restore.session.last_sequence, dict(restore.session.labels)) == (6, {"a": "1", "b": "2"})
+    assert (await head_of(file), dict(restore.session.labels)) == (6, {"a": "1", "b": "2"})
     assert [event.sequence for event in restore.events()] == list(range(1, 7))
 
 
 async def test_a_file_cut_at_any_byte_is_refused(file: bytes) -> None:
-    told = {problem_of(file[:length]) for length in range(len(file))}
+    told = {await problem_of(file[:length]) for length in range(len(file))}
     assert told == {"The file ends before its trailer: it was cut off, or is damaged; nothing of it was imported."}
 
 
@@ -120,7 +144,7 @@ async def test_a_file_with_any_bit_flipped_is_refused(file: bytes) -> None:
         for bit in range(8):
             flipped = bytearray(file)
             flipped[place] ^= 1 << bit
-            told.add(problem_of(bytes(flipped)).partition(":")[0].partition(",")[0])
+            told.add((await problem_of(bytes(flipped))).partition(":")[0].partition(",")[0])
     assert told == {
         "The file is no export of a session; nothing of it was imported.",
         "The file was written by a newer notecase",
@@ -131,19 +155,23 @@ async def test_a_file_with_any_bit_flipped_is_refused(file: bytes) -> None:
 
 
 async def test_a_file_that_goes_on_is_refused(file: bytes) -> None:
-    assert "is damaged" in problem_of(file + b"\0")
-    assert "is damaged" in problem_of(file + file)
+    assert "is damaged" in await problem_of(file + b"\0")
+    assert "is damaged" in await problem_of(file + file)
 
 
-def test_a_foreign_and_a_newer_file_are_told_apart() -> None:
-    assert problem_of(b"PK\3\4 something else").startswith("The file is no export of a session")
+async def test_a_foreign_and_a_newer_file_are_told_apart() -> None:
+    assert (await problem_of(b"PK\3\4 something else")).startswith("The file is no export of a session")
     newer = made_of([], v1.ExportHeader(), magic=b"notecase\3")
-    assert problem_of(newer).startswith("The file was written by a newer notecase, in format 3; this one reads up to 2")
+    assert (await problem_of(newer)).startswith(
+        "The file was written by a newer notecase, in format 3; this one reads up to 2"
+    )
     older = made_of([], v1.ExportHeader(), magic=b"notecase\0")
-    assert problem_of(older).startswith("The file is in format 0, which no notecase writes; this one reads 1 to 2")
-    assert read(made_of([], v1.ExportHeader())).session.last_sequence == 0
+    assert (await problem_of(older)).startswith(
+        "The file is in format 0, which no notecase writes; this one reads 1 to 2"
+    )
+    assert await head_of(made_of([], v1.ExportHeader())) == 0
     by_hand = numbered(said("m1"), started("r1"), said("m2", run="r1"), ended("r1"), versioned(nested(16)))
-    assert read(made_of(by_hand, v1.ExportHeader())).session.last_sequence == 5
+    assert await head_of(made_of(by_hand, v1.ExportHeader())) == 5
 
 
 @pytest.mark.parametrize(("version", "kept"), [(1, []), (2, ["i1"])])
@@ -155,10 +183,14 @@ async def test_an_answer_that_the_first_format_remembered_is_dropped(version: in
     answer = answered("i1", "r1", remember=v1.InputResponse.REMEMBER_RUN)
     await add(store, asked("i1", "c1", "r1"), answer, finished("c1", "r1"), ended("r1"))
     body = b"notecase" + bytes([version]) + (await export(store))[9:-32]
-    restore = read(body + hashlib.sha256(body).digest())
-    assert [list(run.remembered) for run, _ in restore.runs] == [kept]
+    there = await stored(body + hashlib.sha256(body).digest())
+    run = await there.get_run(OTHER, "r1")
+    assert run is not None
+    assert list(run[0].remembered) == kept
     assert [
-        event.input_resolved.response.remember for event in restore.events() if event.HasField("input_resolved")
+        event.input_resolved.response.remember
+        for event in await there.read_events(OTHER, 0)
+        if event.HasField("input_resolved")
     ] == [v1.InputResponse.REMEMBER_RUN]
 
 
@@ -185,15 +217,44 @@ async def test_an_answer_that_the_first_format_remembered_is_dropped(version: in
         numbered(said("m1"), summarized(1, 1, previous=1)),
     ],
 )
-def test_what_no_log_holds_is_refused(events: list[v1.Event]) -> None:
+@pytest.mark.parametrize("rows", [2, copies.COPY_ROWS])
+async def test_what_no_log_holds_is_refused(events: list[v1.Event], rows: int) -> None:
     """Though the trailer holds: gaps, ids used twice, two runs at once, runs without an end, versions that are none."""
-    assert "The file has" in problem_of(made_of(events, v1.ExportHeader()))
+    with mock.patch.object(copies, "COPY_ROWS", rows):
+        assert "The file has" in await problem_of_log(made_of(events, v1.ExportHeader()))
 
 
-def test_what_is_no_record_is_refused() -> None:
-    assert "does not begin with its header" in problem_of(made_of(numbered(said("m1"))))
+async def test_what_is_no_record_is_refused() -> None:
+    assert "does not begin with its header" in await problem_of(made_of(numbered(said("m1"))))
     body = b"notecase\2" + framed(b"\xff\xff\xff") + b"\0"
-    assert "does not decode" in problem_of(body + hashlib.sha256(body).digest())
+    assert "does not decode" in await problem_of(body + hashlib.sha256(body).digest())
+
+
+async def test_a_file_is_read_in_pieces_by_few_steps_of_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have their turn between two of them, and hardly within one that asks for the interpreter all the time."""
+    file, steps = made_of(numbered(*(said(f"m{number}", "x" * 1000) for number in range(3000))), v1.ExportHeader()), 0
+    read = list[int]()
+
+    class Counted(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            data = super().read(size)
+            read.append(len(data))
+            return data
+
+    async def stepped(does: Any, *arguments: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        return does(*arguments)
+
+    monkeypatch.setattr(transfer, "asyncio", SimpleNamespace(to_thread=stepped))
+    restore = await transfer.read(Counted(file), OTHER)
+    contents = cast("Contents", SimpleNamespace(limits=SimpleNamespace(session=1)))
+    await transfer.keep_content(contents, Counted(file), replace(restore, blobs={"none": (1, 1)}))
+    pieces = len(file) // transfer.CHUNK_BYTES
+    assert pieces > 10
+    assert 2 * pieces <= steps <= 2 * pieces + 6
+    assert 2 * pieces <= len(read) <= 2 * pieces + 10
+    assert transfer.CHUNK_BYTES == max(read)
 
 
 async def test_a_session_at_work_is_not_exported() -> None:

@@ -4,7 +4,7 @@ import pytest
 from notecase import v1
 from notecase_server.store.contract import Answer, Query, Replayed, Store
 
-from tests.store.build import EVERYTHING, NOTHING, ManualClock, names, once, refused
+from tests.store.build import EVERYTHING, NOTHING, ManualClock, create, names, once, refused, session_key
 
 MADE = Answer("agent")
 
@@ -154,3 +154,35 @@ async def test_pages_of_agents_end_at_a_mebibyte(store: Store) -> None:
         await store.edit_agent("acme", "a", titled(str(revision) * 600_000), if_revision=revision)
     revisions = await store.list_agent_revisions("acme", "a", EVERYTHING)
     assert ([agent.revision for agent in revisions.rows], revisions.next) == ([3, 2], (2,))
+
+
+async def test_a_start_reads_its_session_and_the_agent_that_is_meant(store: Store) -> None:
+    """That which it names, at a revision or the newest, or else the session's; what is not there is None."""
+    for revision, instruction in enumerate(("one", "two")):
+        await store.edit_agent("acme", "clerk", v1.Agent(llm=v1.LlmAgent(instruction=instruction)), revision)
+    await store.create_agent("acme", "a", v1.Agent(llm=v1.LlmAgent(instruction="other")))
+    await store.create_agent("acme", "gone", v1.Agent())
+    await store.delete_agent("acme", "gone")
+    for name, agent in (
+        ("newest", "agents/clerk"),
+        ("pinned", "agents/clerk@1"),
+        ("none", ""),
+        ("lost", "agents/gone"),
+    ):
+        await create(store, session_key("acme", name), agent=agent)
+
+    async def read(session: str, agent: str = "", tenant: str = "acme") -> tuple[str, str]:
+        row, found = await store.read_start(tenant, session, agent)
+        return row.name if row else "", found.llm.instruction if found else "none"
+
+    assert ("newest", "two") == await read("newest")
+    assert ("pinned", "one") == await read("pinned")
+    assert ("none", "none") == await read("none")
+    assert ("lost", "none") == await read("lost")
+    assert ("none", "two") == await read("none", "agents/clerk")
+    assert ("newest", "one") == await read("newest", "agents/clerk@1")
+    assert ("newest", "none") == await read("newest", "agents/clerk@3")
+    assert ("newest", "other") == await read("newest", "agents/a")
+    assert ("newest", "none") == await read("newest", "agents/gone")
+    assert ("", "two") == await read("nobody", "agents/clerk@2")
+    assert ("", "none") == await read("newest", tenant="globex")

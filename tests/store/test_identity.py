@@ -105,7 +105,7 @@ async def made(store: Store, way: Way, key: SessionKey) -> None:
             await store.fork(Fork(key=key, source=source, past=past, session=v1.Session()))
         case "restore":
             file = b"".join([piece async for piece in transfer.exported(store, source)])
-            await store.restore(transfer.read(io.BytesIO(file), key))
+            await store.restore(await transfer.read(io.BytesIO(file), key))
 
 
 async def prepare(store: Store, tenant: str) -> None:
@@ -286,7 +286,7 @@ async def test_deletion_leaves_no_row_of_the_uid(store: Store, clock: ManualCloc
     filled = rows_with(store, KEY.uid)
     if isinstance(store, SqliteStore):
         assert filled == {
-            *("sessions", "session_names", "events", "messages", "calls", "runs", "active_runs", "commands"),
+            *("sessions", "session_names", "events", "changed_messages", "calls", "runs", "active_runs", "commands"),
             *("states", "entries", "blob_references", "requests"),
         }
     await store.delete_session(KEY)

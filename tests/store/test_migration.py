@@ -31,6 +31,7 @@ from tests.store.test_sqlite import full_disk
 HERE = Path(__file__).parent
 FIXTURES = HERE.parent / "fixtures"
 ALL = Query(1000)
+TABLES = "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name"
 
 
 def left_by(schema: int | str, file: Path) -> Path:
@@ -44,7 +45,7 @@ def path(tmp_path: Path) -> Path:
     return left_by(1, tmp_path / "store.db")
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 3])
 def older(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """The same rows, in each older schema."""
     return left_by(request.param, tmp_path / "store.db")
@@ -396,16 +397,22 @@ async def test_a_row_that_is_damaged_is_told_and_nothing_is_changed(path: Path) 
 
 async def test_a_store_of_the_second_schema_keeps_every_row(second: Path, tmp_path: Path) -> None:
     """And what is deleted of it from then on goes as in any other."""
-    tables = [name for (name,) in facts(second, "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+    tables = [name for (name,) in facts(second, TABLES)]
     columns = dict.fromkeys(tables, "*")
     columns["messages"] = "tenant, uid, sequence, message, run, step, update_sequence, body"
+    columns["events"] = "tenant, uid, sequence, tells_past, body"
+    columns["active_runs"] = "tenant, uid, run, step, deaths, released, agent"
     before = {table: facts(second, f"SELECT {columns[table]} FROM {table}") for table in tables}
+    columns["active_runs"] = "tenant, uid, run, step, deaths, released, revision"
+    columns["messages"] = "tenant, uid, sequence, message, run, step, coalesce(update_sequence, sequence), c.body"
+    places = {"messages": "events LEFT JOIN changed_messages c USING (tenant, uid, sequence) WHERE message NOT NULL"}
     assert facts(second, "PRAGMA user_version") == [(2,)]
     for file in (second, tmp_path / "new.db"):
         await (await SqliteStore.open(file, ManualClock())).close()
     assert facts(second, "PRAGMA user_version") == [(VERSION,)]
     assert schema(second) == schema(tmp_path / "new.db")
-    assert {table: facts(second, f"SELECT {columns[table]} FROM {table}") for table in tables} == before
+    after = {table: facts(second, f"SELECT {columns[table]} FROM {places.get(table, table)}") for table in tables}
+    assert after == before
     store = await SqliteStore.open(second, ManualClock())
     for row in (await store.list_sessions("acme", ALL)).rows:
         await store.delete_session(SessionKey("acme", row.name, row.uid))
@@ -413,7 +420,7 @@ async def test_a_store_of_the_second_schema_keeps_every_row(second: Path, tmp_pa
     assert await store.erase_state("acme", "users/ada")
     await store.close()
     kept = {"store", "requests", "contents", "chunks", "blobs", "uploaders", "agents", "revisions"}
-    assert {table for table in schema(second) if table in tables and facts(second, f"SELECT * FROM {table}")} == kept
+    assert {name for (name,) in facts(second, TABLES) if facts(second, f"SELECT * FROM {name}")} == kept
     assert facts(second, "SELECT * FROM requests WHERE response IS NOT NULL") == []
 
 

@@ -175,7 +175,7 @@ async def check_moved(store: Store, key: SessionKey) -> None:
     except NotecaseError:
         return  # a run is under way or queued
     other = session_key("elsewhere", key.session)
-    await store.restore(transfer.read(io.BytesIO(file), other))
+    await store.restore(await transfer.read(io.BytesIO(file), other))
     assert await rows_of(store, other) == await rows_of(store, key)
     assert b"".join([piece async for piece in transfer.exported(store, other)]) == file
 

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 from notecase import v1
-from notecase_server.store.contract import SessionKey, Store
+from notecase_server.store.contract import ActiveRun, SessionKey, Store
 from notecase_server.store.sqlite import SqliteStore
 
 from tests.store.build import (
@@ -72,22 +72,29 @@ async def test_idle_runs_are_those_that_run_and_those_whose_turn_has_come(store:
     assert await idle(store) == {(waiting, "r1")}
 
 
-async def test_runs_that_have_not_ended_are_paged_by_tenant_uid_and_run(store: Store) -> None:
-    keys = [session_key(tenant, name) for tenant in ("globex", "acme") for name in ("a", "b")]
-    for key in [*keys, KEY]:
+async def test_runs_that_have_not_ended_are_paged_by_tenant_time_uid_and_run(store: Store, clock: ManualClock) -> None:
+    keys = [session_key(tenant, name) for tenant in ("globex", "acme") for name in ("b", "a", "c")]
+    for number, key in enumerate([*keys, KEY]):
+        clock.now += number % 2
         await create(store, key)
         await start(store, "r2", key=key)
         await queue(store, "r1", key)
     await add(store, ended("r2"), ended("r1"))
-    expected = sorted((key.tenant, key.uid, run) for key in keys for run in ("r1", "r2"))
-    for limit in (1, 2, 3, 8, 9):
-        found: list[tuple[str, str, str]] = []
+    expected = sorted((*place(each), each.run.name) for each in await store.active_runs())
+    assert {(key.tenant, key.uid, run) for key in keys for run in ("r1", "r2")} == {
+        (tenant, uid, run) for tenant, _, uid, run in expected
+    }
+    for limit in (1, 2, 3, 12, 13):
+        found = list[ActiveRun]()
         while page := await store.active_runs(found[-1] if found else None, limit):
             assert len(page) <= limit
-            found += [(each.key.tenant, each.key.uid, each.run.name) for each in page]
-        assert found == expected
-    assert [(each.key.tenant, each.key.uid, each.run.name) for each in await store.active_runs()] == expected
+            found += page
+        assert [(*place(each), each.run.name) for each in found] == expected
     assert {each.key for each in await store.active_runs()} == set(keys)
+
+
+def place(active: ActiveRun) -> tuple[str, int, str]:
+    return active.key.tenant, active.run.create_time.ToMicroseconds(), active.key.uid
 
 
 async def test_a_run_begins_without_deaths_at_work(store: Store) -> None:

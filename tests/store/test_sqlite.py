@@ -472,7 +472,7 @@ async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:
         if sql.startswith("SELECT")
     }
     assert len(plans) > 20
-    assert [sql for sql in plans if "state NOT IN " in sql]
+    assert [sql for sql in plans if "active_runs" in sql]
     for sql, plan in plans.items():
         # What is asked for by a list of names has that list for a table.
         scans = [step for step in plan if "SCAN" in step and "VIRTUAL TABLE" not in step]
@@ -480,8 +480,8 @@ async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:
     for sql, plan in plans.items():
         if "user = " in sql:
             assert "sessions_by_user" in plan[0]
-        if "state NOT IN " in sql:
-            assert "unended_runs" in plan[0]
+        if "active_runs" in sql:
+            assert "SEARCH active_runs USING PRIMARY KEY (tenant=?" in plan[0]
 
 
 async def test_a_page_of_messages_needs_no_more_of_the_file_when_it_is_long(store: SqliteStore) -> None:
@@ -570,7 +570,7 @@ async def test_a_fork_copies_many_rows_with_a_statement_and_its_cost_grows_with_
         costs.append(steps)
         inserted = Counter(sql.split()[2] for sql in seen if sql.startswith("INSERT"))
         assert {"deleted_sessions": 1, "sessions": 1, "session_names": 1}.items() <= inserted.items()
-        assert {"events", "messages", "calls", "runs"} == inserted.keys() & {table.table for table in COPIES}
+        assert {"events", "changed_messages", "calls", "runs"} == inserted.keys() & {table.table for table in COPIES}
         assert max(inserted.values()) <= 1 + length * 5 * len(costs) // copies.COPY_ROWS
     assert costs[1] <= costs[0] * 2.3
     early = session_key("acme", "early")

@@ -1,13 +1,15 @@
 """A session as a file, to be taken elsewhere: written from its log, and read only when it is whole.
 
 The format is told in export.proto. A file is checked from its first byte to its last before anything of it is believed.
-Then its log is replayed through the fold, outside of any transaction, and what does not fit there is refused.
+Its log is replayed through the fold as it is stored (`store/imports`), and what does not fit there is refused.
 """
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import BinaryIO
 
 from google.protobuf.message import DecodeError
@@ -16,8 +18,8 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.engine.content import Contents
 from notecase_server.errors import NotecaseError
-from notecase_server.store import earlier, fold
-from notecase_server.store.contract import History, Restore, RunRecord, SessionKey
+from notecase_server.store import fold
+from notecase_server.store.contract import History, Restore, SessionKey
 
 MAGIC = b"notecase"
 VERSION = 2
@@ -28,6 +30,9 @@ BEGIN_BYTES = len(MAGIC) + 1
 
 DIGEST_BYTES = 32
 
+PREFIX = fold.PREFIX.encode()
+"""In the bytes of every record that refers to content."""
+
 CHUNK_BYTES = 256 << 10
 """What a stream carries well at a time; far below what a message may have."""
 
@@ -35,16 +40,6 @@ MAX_RECORD_BYTES = 8 << 20
 """More than any event has: a length beyond it is no length."""
 
 MAX_LENGTH_BYTES = 4
-
-ARRIVED = b"imported"
-"""In place of the digest of a run's start, which is not in the log: no start is a repeat of such a run's."""
-
-OF_RUNS = frozenset(
-    {"run_started", "run_state_changed", "command_queued", "tool_started", "input_requested", "input_resolved"}
-    | {"summary_failed", "tools_unavailable"}
-)
-OF_ANY = frozenset({"message_added", "tool_finished", "state_changed", "usage", "rewound", "summarized"})
-"""Kinds of events that a log holds: those that are some run's, and those that need not be."""
 
 
 async def exported(store: History, key: SessionKey, contents: Contents | None = None) -> AsyncIterator[bytes]:
@@ -113,6 +108,8 @@ async def keep_content(contents: Contents, file: BinaryIO, restore: Restore) -> 
     """Stores the content that a whole file carries; it goes within a day or so unless the session is stored, too.
 
     Raises NotecaseError IMPORT_INVALID for content that is not what its name says, and PAYLOAD_TOO_LARGE."""
+    if not restore.blobs:
+        return
     size = sum(size for _, size in restore.blobs.values())
     if size > contents.limits.session:
         raise errors.too_large("The content that the session refers to", size, contents.limits.session)
@@ -130,20 +127,36 @@ async def keep_content(contents: Contents, file: BinaryIO, restore: Restore) -> 
 
 
 class _Reader:
-    """A file's records, the next of them at hand before it is taken."""
+    """A file's records of content, the next of them at hand before it is taken."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.record: v1.ExportRecord | None = None
-        self._records = _records(file)
+        """None behind the last."""
+        self._records = _content_records(file)
 
     async def advance(self) -> None:
-        self.record = await asyncio.to_thread(next, self._records, None)
+        found = v1.ExportRecord()
+        while found is not None and not found.WhichOneof("record"):
+            found = await asyncio.to_thread(next, self._records, None)
+        self.record = found
 
     async def chunks(self) -> AsyncIterator[v1.UploadBlobRequest]:
         """The pieces of the blob that was just taken."""
         while self.record is not None and self.record.HasField("chunk"):
             yield v1.UploadBlobRequest(chunk=self.record.chunk)
             await self.advance()
+
+
+def _content_records(file: BinaryIO) -> Iterator[v1.ExportRecord]:
+    """The records that hold content, and an empty one for each CHUNK_BYTES of others: no look for the next holds others
+    up."""
+    passed = 0
+    for record in _records(file):
+        if record.HasField("blob") or record.HasField("chunk"):
+            yield record
+        elif (passed := passed + record.ByteSize()) >= CHUNK_BYTES:
+            passed = 0
+            yield v1.ExportRecord()
 
 
 def _framed(record: v1.ExportRecord) -> bytes:
@@ -155,15 +168,23 @@ def _framed(record: v1.ExportRecord) -> bytes:
     return bytes([*length, size]) + body
 
 
-def read(file: BinaryIO, key: SessionKey) -> Restore:
-    """What is to be stored of a whole file, as the session `key`. The file is read again when it is stored. Blocks.
+async def read(file: BinaryIO, key: SessionKey) -> Restore:
+    """What is to be stored of a whole file, as the session `key`. The log is read again when it is stored, and replayed
+    then.
 
     Raises NotecaseError IMPORT_INVALID with a sentence that says what is wrong."""
-    version = _check(file)
-    try:
-        return _replayed(file, key, version)
-    except DecodeError:
-        raise errors.import_invalid("has a record that does not decode") from None
+    check = await asyncio.to_thread(_Check, file)
+    while await asyncio.to_thread(check.more):
+        pass
+    header = next(_records(file), v1.ExportRecord())
+    if not header.HasField("header"):
+        raise errors.import_invalid("does not begin with its header")
+    told = header.header
+    session = v1.Session(display_name=told.display_name, agent=told.agent, user=told.user, labels=told.labels)
+    if told.HasField("usage"):
+        session.usage.CopyFrom(told.usage)
+    events = partial(_events, file)
+    return Restore(key=key, session=session, blobs=check.blobs, events=events, forgets=check.version == 1)
 
 
 def begins(begun: bytes) -> bool:
@@ -203,20 +224,47 @@ def out_of_place(number: int) -> NotecaseError:
     return errors.import_invalid(f"has something else where entry {number} of the log belongs")
 
 
-def _check(file: BinaryIO) -> int:
-    """The format of a file that is an export, and as long and the same as when it was written."""
-    file.seek(0)
-    begun = file.read(BEGIN_BYTES)
-    begins(begun)
-    digest = hashlib.sha256(begun)
-    for length, body in _frames(file):
-        digest.update(length + body)
-    trailer = file.read(DIGEST_BYTES + 1)
-    if len(trailer) < DIGEST_BYTES:
-        raise _cut()
-    if trailer != digest.digest():
-        raise errors.import_invalid("is damaged: its SHA-256 is not that of what it holds")
-    return begun[-1]
+class _Check:
+    """Finds out whether a file is an export, and as long and the same as when it was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        file.seek(0)
+        begun = file.read(BEGIN_BYTES)
+        begins(begun)
+        self.version = begun[-1] if begun else 0
+        self.blobs = dict[str, tuple[int, int]]()
+        """What the log refers to, by digest: the first event that does, and the size."""
+        self._file = file
+        self._digest = hashlib.sha256(begun)
+        self._frames = _frames(file)
+
+    def more(self) -> bool:
+        """Reads on in a piece of about CHUNK_BYTES; returns whether more follows. Blocks. Raises NotecaseError
+        IMPORT_INVALID."""
+        size = 0
+        while size < CHUNK_BYTES:
+            length, body = next(self._frames)
+            self._digest.update(length + body)
+            if not body:
+                self._require_end()
+                return False
+            if PREFIX in body:
+                self._note(body)
+            size += len(body)
+        return True
+
+    def _require_end(self) -> None:
+        trailer = self._file.read(DIGEST_BYTES + 1)
+        if len(trailer) < DIGEST_BYTES:
+            raise _cut()
+        if trailer != self._digest.digest():
+            raise errors.import_invalid("is damaged: its SHA-256 is not that of what it holds")
+
+    def _note(self, body: bytes) -> None:
+        with suppress(DecodeError):  # if the file is whole, it is refused when the log is read
+            event = v1.ExportRecord.FromString(body).event
+            for blob in fold.references(event):
+                self.blobs.setdefault(names.parse_blob(blob.name) or "", (event.sequence, blob.size_bytes))
 
 
 def _cut() -> NotecaseError:
@@ -224,127 +272,43 @@ def _cut() -> NotecaseError:
 
 
 def _frames(file: BinaryIO) -> Iterator[tuple[bytes, bytes]]:
-    """The length of each record as it is written, and its body; the last is the zero that is no record's."""
+    """The length of each record as it is written, and its body; the last is the zero that is no record's, and behind it
+    the file is read on."""
+    data, at, begin = bytearray(), 0, file.tell()
     while True:
-        length = bytearray()
-        while not length or length[-1] & 0x80:
-            byte = file.read(1)
-            length += byte
-            if not byte or len(length) > MAX_LENGTH_BYTES:
+        length, size = length_at(data, at)
+        end = at + length + size
+        if not length or len(data) < end:
+            more = file.read(CHUNK_BYTES)
+            if not more:
                 raise _cut()
-        size = sum((byte & 0x7F) << 7 * place for place, byte in enumerate(length))
-        body = file.read(size) if size <= MAX_RECORD_BYTES else b""
-        if len(body) < size:
-            raise _cut()
-        yield bytes(length), body
+            begin += at
+            data, at = data[at:] + more, 0
+            continue
+        if not size:
+            file.seek(begin + end)
+        yield bytes(data[at : at + length]), bytes(data[at + length : end])
         if not size:
             return
+        at = end
 
 
 def _records(file: BinaryIO) -> Iterator[v1.ExportRecord]:
-    file.seek(len(MAGIC) + 1)
+    file.seek(BEGIN_BYTES)
     for _, body in _frames(file):
         if body:
-            yield v1.ExportRecord.FromString(body)
+            try:
+                yield v1.ExportRecord.FromString(body)
+            except DecodeError:
+                raise errors.import_invalid("has a record that does not decode") from None
 
 
 def _events(file: BinaryIO) -> Iterator[v1.Event]:
-    for record in _records(file):
-        if record.HasField("event"):
+    """The log, of which each entry is in its place."""
+    number = 0
+    for record in islice(_records(file), 1, None):
+        if not record.HasField("blob") and not record.HasField("chunk"):
+            number += 1
+            if not record.HasField("event") or record.event.sequence != number:
+                raise out_of_place(number)
             yield record.event
-
-
-def _message(rows: Mapping[str, v1.Message], event: v1.Event) -> v1.Message:
-    """As it is by the end of the log: where its parts are not held, they are those it came with."""
-    row = rows[event.message_added.name]
-    if row.parts:
-        return row
-    message = v1.Message()
-    message.CopyFrom(row)
-    message.parts.extend(event.message_added.parts)
-    return message
-
-
-def _replayed(file: BinaryIO, key: SessionKey, version: int) -> Restore:
-    records = _records(file)
-    header = next(records, v1.ExportRecord())
-    if not header.HasField("header"):
-        raise errors.import_invalid("does not begin with its header")
-    told = header.header
-    rows = fold.Rows(v1.Session(user=told.user), 0)
-    unstarted = set[str]()
-    blobs: dict[str, tuple[int, int]] = {}
-    number = log_bytes = 0
-    for record in records:
-        if record.HasField("blob") or record.HasField("chunk"):
-            continue
-        event = record.event
-        number += 1
-        log_bytes += event.ByteSize()
-        if not record.HasField("event") or event.sequence != number:
-            raise out_of_place(number)
-        if event.run not in rows.runs and event.HasField("run_state_changed"):
-            unstarted.add(event.run)
-        for blob in fold.references(event):
-            blobs.setdefault(names.parse_blob(blob.name) or "", (number, blob.size_bytes))
-        _replay(rows, key, event)
-        if event.HasField("message_added") and not any(
-            part.HasField("tool_call") for part in event.message_added.parts
-        ):
-            _forget_parts(rows, event.message_added.name)
-    for run in rows.runs.values():
-        if run.state not in fold.ENDED:
-            raise errors.import_invalid(f"has a run that has not ended, {run.name!r}")
-        if version == 1:
-            earlier.forget(run)
-    session = v1.Session(display_name=told.display_name, agent=told.agent, user=told.user, labels=told.labels)
-    session.last_sequence = rows.session.last_sequence
-    session.summary_sequence = rows.session.summary_sequence
-    session.log_bytes = log_bytes
-    session.content_bytes = sum(size for _, size in blobs.values())
-    if told.HasField("usage"):
-        session.usage.CopyFrom(told.usage)
-    scope = key.state
-    entries = rows.state.get(scope, {})
-    return Restore(
-        key=key,
-        session=session,
-        events=partial(_events, file),
-        message=partial(_message, rows.messages),
-        calls=rows.calls,
-        blobs=blobs,
-        runs=[(run, RunRecord(b"" if run.name in unstarted else ARRIVED, v1.Agent())) for run in rows.runs.values()],
-        version=rows.versions.get(scope, 0),
-        entries={name: entry for name, entry in entries.items() if entry is not None},
-    )
-
-
-def _forget_parts(rows: fold.Rows, name: str) -> None:
-    """Nothing to come changes what was said, so it is not held while the rest is read. A copy, since a message gives no
-    memory back."""
-    whole, rows.messages[name] = rows.messages[name], v1.Message()
-    whole.ClearField("parts")
-    rows.messages[name].CopyFrom(whole)
-
-
-def _replay(rows: fold.Rows, key: SessionKey, event: v1.Event) -> None:
-    """Applies an entry that may have been written by anybody."""
-    kind = event.WhichOneof("payload")
-    ids = [event.run] if event.run or kind in OF_RUNS else []
-    ids += [event.message_added.name] if kind == "message_added" else []
-    covers = event.summarized.last_sequence
-    fits = (
-        kind in OF_RUNS | OF_ANY
-        and covers < event.sequence
-        and fold.ops_fit(event.state_changed.ops)
-        and all(map(names.is_id, ids))
-        and event.message_added.name not in rows.messages
-    )
-    before = event.SerializeToString(deterministic=True)
-    try:
-        if fits:
-            fold.replay(rows, key, event)
-    except (NotecaseError, ValueError):
-        fits = False
-    if not fits or event.SerializeToString(deterministic=True) != before:
-        raise errors.import_invalid(f"has an entry {event.sequence} that cannot come there in a log")

@@ -101,8 +101,7 @@ class Upkeep:
         while page := await self._store.active_runs(after, TAKEOVER_BATCH):
             for active in page:
                 taken_over += await self._adopt(active)
-            last = page[-1]
-            after = (last.key.tenant, last.key.uid, last.run.name)
+            after = page[-1]
             if len(page) == TAKEOVER_BATCH:
                 await asyncio.sleep(RAMP_SECONDS)
         return taken_over

@@ -1,6 +1,5 @@
 """SessionService: parse, call, render."""
 
-import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import replace
@@ -177,7 +176,7 @@ class SessionsService(v1.SessionServiceServicer):
                 repeat = Once(who.tenant, SUBJECT, who.method, header.request_id, digest, SESSION)
             await self.desk.requests.recall(repeat)
             async with self.desk.patiently():
-                restore = await asyncio.to_thread(transfer.read, file, key)
+                restore = await transfer.read(file, key)
             check = Check()
             check.session_body("header", restore.session)
             if check.violations:

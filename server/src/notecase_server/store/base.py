@@ -2,7 +2,7 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -27,6 +27,7 @@ from notecase_server.store.contract import (
     StepKey,
 )
 from notecase_server.store.copies import Copies
+from notecase_server.store.imports import Replay
 from notecase_server.store.lists import take
 from notecase_server.store.tables import Tables
 
@@ -46,8 +47,9 @@ class TableStore(ABC):
         self._copies = Copies()
 
     @abstractmethod
-    async def _read(self, step: Callable[[Tables], T]) -> T:
-        """Runs a step that only reads, on one consistent state of the rows."""
+    async def _read(self, step: Callable[[Tables], T], alone: bool = False) -> T:
+        """Runs a step that only reads, on one consistent state of the rows. `alone` says that it asks them once, which
+        is consistent by itself."""
 
     @abstractmethod
     async def _write(self, step: Callable[[Tables, int], T]) -> T:
@@ -93,6 +95,7 @@ class TableStore(ABC):
             last = copies.BEGINNING
             while pieces := await self._read(partial(copies.rows_to_copy, fork=fork, after=last)):
                 await self._write(partial(copies.copy_rows, fork=fork, pieces=pieces))
+                await asyncio.sleep(0)  # others have their turn in a store that waits for nothing, too
                 last = pieces[-1]
             whole = await self._read(partial(copies.whole, fork=fork))
             await self._write_rows(fork.key, fork.source, copies.put_right(fork.key, whole.past))
@@ -101,14 +104,19 @@ class TableStore(ABC):
     async def restore(self, restore: Restore) -> v1.Session:
         with self._copies.under_way(restore.key, restore.session.user):
             await self._write(partial(copies.begin_restore, restore=restore, quotas=self.quotas))
-            await self._write_rows(restore.key, None, copies.restored(restore))
-            return await self._write(partial(copies.finish_restore, restore=restore, quotas=self.quotas))
+            await self._write_rows(restore.key, None, copies.references(restore))
+            replay = Replay(restore)
+            while events := await asyncio.to_thread(replay.read):
+                rows = await self._read(partial(replay.rows, events=events))
+                await self._write_rows(restore.key, None, rows)
+            finish = partial(copies.finish_restore, restore=restore, replayed=replay.session)
+            return await self._write(partial(finish, quotas=self.quotas))
 
-    async def _write_rows(self, key: SessionKey, source: SessionKey | None, rows: Iterator[copies.Row]) -> None:
+    async def _write_rows(self, key: SessionKey, source: SessionKey | None, rows: Iterable[copies.Row]) -> None:
         """Writes rows of a copy, in bounded transactions."""
-        batches = copies.batches(rows)
-        while writes := await asyncio.to_thread(next, batches, None):
+        for writes in copies.batches(rows):
             await self._write(partial(copies.write_rows, key=key, source=source, writes=writes))
+            await asyncio.sleep(0)
 
     async def get_session(self, key: SessionKey) -> v1.Session | None:
         found = await self._read(lambda tables: tables.session(key))
@@ -118,7 +126,7 @@ class TableStore(ABC):
         return await self._read(lambda tables: steps.find_session(tables, tenant, session))
 
     async def read_start(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
-        return await self._read(lambda tables: steps.read_start(tables, tenant, session, agent))
+        return await self._read(lambda tables: tables.start_of(tenant, session, agent), alone=True)
 
     async def list_sessions(self, tenant: str, query: Query) -> Page[v1.Session]:
         return await self._read(lambda tables: take(tables.sessions(tenant, query), query.limit))
@@ -174,7 +182,7 @@ class TableStore(ABC):
     async def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
         return await self._read(lambda tables: tables.active_run(key, run))
 
-    async def active_runs(self, after: tuple[str, str, str] | None = None, limit: int = 1 << 40) -> list[ActiveRun]:
+    async def active_runs(self, after: ActiveRun | None = None, limit: int = 1 << 40) -> list[ActiveRun]:
         return await self._read(lambda tables: tables.active_runs(after, limit))
 
     async def idle_runs(self) -> list[ActiveRun]:

@@ -240,27 +240,22 @@ class Fork:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restore:
-    """A whole session that was kept elsewhere: its log, and the rows that the fold makes of it."""
+    """A whole session that was kept elsewhere: its log, of which the fold makes all rows. Conditions are checked in the
+    order of the fields below."""
 
     key: SessionKey
     """As Fork.key."""
     once: Once | None = None
     session: v1.Session
-    """Its metadata, usage and last_sequence. ALREADY_EXISTS when another session has the name."""
-    events: Callable[[], Iterator[v1.Event]]
-    """The log from sequence 1, read anew at each call: nobody holds all of it."""
-    message: Callable[[v1.Event], v1.Message]
-    """The message that an event added, as it is by the end of the log."""
-    calls: Mapping[str, str]
-    """The message of each call, by id."""
+    """Its metadata and usage. ALREADY_EXISTS when another session has the name."""
     blobs: Mapping[str, tuple[int, int]]
     """What the log refers to, by digest: its first event that does, and the size. BLOB_NOT_FOUND when one is missing,
     IMPORT_INVALID when it has another size."""
-    runs: Sequence[tuple[v1.Run, RunRecord]]
-    """All of them have ended."""
-    version: int
-    entries: Mapping[str, v1.StateEntry]
-    """Of the session's state."""
+    events: Callable[[], Iterator[v1.Event]]
+    """The log from sequence 1, read anew at each call: nobody holds all of it. IMPORT_INVALID for one that `fold` does
+    not take, and when a run has not ended by its end."""
+    forgets: bool = False
+    """Drops what runs remembered of answers."""
 
 
 # ---- lists
@@ -511,9 +506,9 @@ class RunStore(Protocol):
         """The run with what a worker needs; None when it does not exist or has ended."""
         ...
 
-    async def active_runs(self, after: tuple[str, str, str] | None = None, limit: int = 1 << 40) -> list[ActiveRun]:
-        """The runs of every tenant that have not ended, at most `limit`, ordered by tenant, uid and run and following
-        that position."""
+    async def active_runs(self, after: ActiveRun | None = None, limit: int = 1 << 40) -> list[ActiveRun]:
+        """At most `limit` runs that have not ended, of all tenants, ordered by tenant, create_time, uid and run; only
+        those that follow `after`."""
         ...
 
     async def idle_runs(self) -> list[ActiveRun]:

@@ -11,8 +11,7 @@ rows were copied, and the last transaction reads nothing again.
 """
 
 import asyncio
-from bisect import insort
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -29,13 +28,11 @@ from notecase_server.store.contract import (
     Past,
     Quotas,
     Restore,
-    RunRecord,
     Scope,
     SessionKey,
 )
 from notecase_server.store.quotas import require_record, require_session
 from notecase_server.store.steps import FIRST_EPOCH, copied, event_rows, existing, recall, remember, require_free
-from notecase_server.store.stretches import Stretch, last_of, left_behind
 from notecase_server.store.tables import Batch, Piece, SessionRow, Tables
 
 COPY_ROWS, COPY_BYTES = 500, 1 << 20
@@ -92,7 +89,9 @@ def begin_fork(tables: Tables, now: int, fork: Fork, quotas: Quotas) -> None:
     """The first transaction of Store.fork."""
     recall(tables, fork.once)
     source = existing(tables, fork.source).session
-    _begin(tables, fork.key, fork.once, source.user, fork.past.version, quotas)
+    _begin(tables, fork.key, fork.once, source.user, quotas)
+    if fork.past.version:
+        tables.put_version(fork.key.state, fork.past.version)
 
 
 def rows_to_copy(tables: Tables, fork: Fork, after: Piece) -> list[Piece]:
@@ -167,39 +166,20 @@ def finish_fork(tables: Tables, now: int, fork: Fork, whole: Whole, quotas: Quot
     for run in rows.runs.values():
         kept = tables.run(fork.source, run.name)
         assert kept is not None
-        tables.add_run(fork.key, run, RunRecord(kept[1], v1.Agent()))
-        tables.drop_record(fork.key, run.name)
+        tables.add_run(fork.key, run, kept[1])
     return done
 
 
 def begin_restore(tables: Tables, now: int, restore: Restore, quotas: Quotas) -> None:
     """The first transaction of Store.restore."""
     recall(tables, restore.once)
-    _begin(tables, restore.key, restore.once, restore.session.user, restore.version, quotas)
+    _begin(tables, restore.key, restore.once, restore.session.user, quotas)
 
 
-def restored(restore: Restore) -> Iterator[Row]:
-    """Yields all rows of an imported session, what holds content first. Blocks: the log is read from its file."""
-    key, stretches = restore.key, list[Stretch]()
+def references(restore: Restore) -> Iterator[Row]:
+    """Yields what holds the content of an imported session: it comes before all other rows."""
     for sha256, (sequence, size) in restore.blobs.items():
-        yield 0, partial(_refer, key=key, sha256=sha256, sequence=sequence, size=size)
-    for event in restore.events():
-        yield event.ByteSize(), partial(_add_event, key=key, event=event)
-        if event.HasField("message_added"):
-            message = restore.message(event)
-            yield message.ByteSize(), partial(_add_message, key=key, message=message)
-        if event.HasField("rewound"):
-            last = partial(last_of, stretches)
-            for stretch in left_behind(last, event.rewound.to_sequence, event.sequence):
-                insort(stretches, stretch)
-    for stretch in stretches:
-        yield 0, partial(_add_stretch, key=key, stretch=stretch)
-    for call_id, holder in restore.calls.items():
-        yield 0, partial(_put_call, key=key, call_id=call_id, holder=holder)
-    for run, record in restore.runs:
-        yield run.ByteSize(), partial(_add_run, key=key, run=run, record=record)
-    for name, entry in restore.entries.items():
-        yield entry.ByteSize(), partial(_set_entry, scope=key.state, name=name, entry=entry)
+        yield 0, partial(_refer, key=restore.key, sha256=sha256, sequence=sequence, size=size)
 
 
 def _refer(tables: Tables, key: SessionKey, sha256: str, sequence: int, size: int) -> None:
@@ -211,38 +191,16 @@ def _refer(tables: Tables, key: SessionKey, sha256: str, sequence: int, size: in
     tables.refer(key.state, "", sha256, sequence)
 
 
-def _add_event(tables: Tables, key: SessionKey, event: v1.Event) -> None:
-    tables.add_events(key, event_rows([event]))
-
-
-def _add_message(tables: Tables, key: SessionKey, message: v1.Message) -> None:
-    tables.add_messages(key, [message])
-
-
-def _add_stretch(tables: Tables, key: SessionKey, stretch: Stretch) -> None:
-    tables.add_stretches(key, [stretch])
-
-
-def _put_call(tables: Tables, key: SessionKey, call_id: str, holder: str) -> None:
-    tables.put_calls(key, {call_id: holder})
-
-
-def _add_run(tables: Tables, key: SessionKey, run: v1.Run, record: RunRecord) -> None:
-    tables.add_run(key, run, record)
-    tables.drop_record(key, run.name)
-
-
-def finish_restore(tables: Tables, now: int, restore: Restore, quotas: Quotas) -> v1.Session:
-    """The last transaction of Store.restore."""
+def finish_restore(tables: Tables, now: int, restore: Restore, replayed: v1.Session, quotas: Quotas) -> v1.Session:
+    """The last transaction of Store.restore. `replayed` is what the log makes of the session."""
     key = restore.key
     recall(tables, restore.once)
     _require_new(tables, key, restore.once, quotas)
     _require_begun(tables, key)
     session = fold.new_session(key, restore.session, now)
-    session.last_sequence = restore.session.last_sequence
-    session.summary_sequence = restore.session.summary_sequence
-    session.content_bytes = restore.session.content_bytes
-    session.log_bytes = restore.session.log_bytes
+    session.last_sequence, session.log_bytes = replayed.last_sequence, replayed.log_bytes
+    session.summary_sequence = replayed.summary_sequence
+    session.content_bytes = sum(size for _, size in restore.blobs.values())
     if restore.session.HasField("usage"):
         session.usage.CopyFrom(restore.session.usage)
     remember(tables, restore.once, session, now, key)
@@ -250,7 +208,7 @@ def finish_restore(tables: Tables, now: int, restore: Restore, quotas: Quotas) -
     return session
 
 
-def batches(rows: Iterator[Row]) -> Iterator[list[Write]]:
+def batches(rows: Iterable[Row]) -> Iterator[list[Write]]:
     """Yields what each transaction writes of these rows."""
     writes, batch = list[Write](), Batch(COPY_ROWS, COPY_BYTES)
     for size, write in rows:
@@ -273,11 +231,9 @@ def write_rows(tables: Tables, now: int, key: SessionKey, source: SessionKey | N
         write(tables)
 
 
-def _begin(tables: Tables, key: SessionKey, once: Once | None, user: str, version: int, quotas: Quotas) -> None:
+def _begin(tables: Tables, key: SessionKey, once: Once | None, user: str, quotas: Quotas) -> None:
     _require_new(tables, key, once, quotas)
     tables.begin_copy(key, user)
-    if version:
-        tables.put_version(key.state, version)
 
 
 def _require_new(tables: Tables, key: SessionKey, once: Once | None, quotas: Quotas) -> None:

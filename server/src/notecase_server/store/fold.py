@@ -85,14 +85,14 @@ def state_scope(key: SessionKey, user: str, state: str) -> Scope:
     return Scope(key.tenant, "app", "") if state == "app" else key.state
 
 
-def needs(commit: Commit) -> Needs:
-    """What `apply` will look at."""
+def needs(events: Iterable[v1.Event], states: Iterable[str] = ()) -> Needs:
+    """What `apply` and `replay` look at for these events, and for the versions of these states."""
     wanted = Needs()
-    for event in commit.events:
+    for event in events:
         if event.run:
             wanted.runs.add(event.run)
         _kind(event).needs(wanted, event)
-    for state in commit.if_state_version:
+    for state in states:
         wanted.keys.setdefault(state, set())
     return wanted
 
@@ -584,7 +584,8 @@ def _need_call(needs: Needs, event: v1.Event) -> None:
 
 
 def _need_summaries(needs: Needs, event: v1.Event) -> None:
-    needs.summaries_after = event.rewound.to_sequence
+    back = event.rewound.to_sequence
+    needs.summaries_after = back if needs.summaries_after is None else min(back, needs.summaries_after)
 
 
 def _need_shown(needs: Needs, event: v1.Event) -> None:

@@ -21,12 +21,10 @@ from notecase_server.store.contract import (
     Clock,
     Once,
     Query,
-    RunRecord,
     Scope,
     SessionKey,
     StepKey,
 )
-from notecase_server.store.fold import tells_past
 from notecase_server.store.lists import Found, Position, matches
 from notecase_server.store.stretches import Stretch, last_of, marked, superseded_at
 from notecase_server.store.tables import (
@@ -61,7 +59,7 @@ class MemoryStore(TableStore):
         self._lock = threading.Lock()
         self._closed = False
 
-    async def _read(self, step: Callable[[Tables], T]) -> T:
+    async def _read(self, step: Callable[[Tables], T], alone: bool = False) -> T:
         with self._lock:
             return step(self._open())
 
@@ -193,10 +191,16 @@ class _MemoryTables(Saving):
     def _session(self, key: SessionKey) -> _Session | None:
         return self._tenants[key.tenant].sessions.get(key.uid)
 
+    def _rows(self, tenant: str, uid: str) -> _Session | None:
+        """The rows of a session or of a copy, if there are any."""
+        rows = self._tenants[tenant]
+        return rows.sessions.get(uid) or (rows.deleted[uid][1] if uid in rows.deleted else None)
+
     def _existing(self, key: SessionKey) -> _Session:
         """The rows of a session or of a copy, one of which there is."""
-        tenant = self._tenants[key.tenant]
-        return tenant.sessions.get(key.uid) or tenant.deleted[key.uid][1]
+        rows = self._rows(key.tenant, key.uid)
+        assert rows is not None
+        return rows
 
     def _state(self, scope: Scope) -> _State:
         """The state, an empty one where nobody wrote to it."""
@@ -399,8 +403,9 @@ class _MemoryTables(Saving):
             case 0:
                 self.refer(key.state, "", place, self._tenants[key.tenant].references[source.state, ""][place])
             case 1:
-                body = old.events[place - 1]
-                self.add_events(key, [EventRow(place, tells_past(v1.Event.FromString(body)), body)])
+                new.events.append(old.events[place - 1])
+                if place in old.changes[bisect_left(old.changes, place) :][:1]:
+                    new.changes.append(place)
             case 2:
                 insort(new.stretches, old.stretches[bisect_left(old.stretches, (place,))])
             case 3:
@@ -445,7 +450,7 @@ class _MemoryTables(Saving):
         session.changes.extend(event.sequence for event in events if event.tells_past)
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]:
-        session = self._session(key)
+        session = self._rows(key.tenant, key.uid)
         for sequence, body in enumerate(session.events[after : after + limit] if session else (), after + 1):
             yield Found((sequence,), v1.Event.FromString(body), len(body))
 
@@ -456,7 +461,7 @@ class _MemoryTables(Saving):
                 yield v1.Event.FromString(session.events[session.changes[place] - 1])
 
     def last_stretch(self, key: SessionKey, before: int) -> Stretch | None:
-        session = self._session(key)
+        session = self._rows(key.tenant, key.uid)
         return last_of(session.stretches, before) if session else None
 
     def add_stretches(self, key: SessionKey, stretches: Sequence[Stretch]) -> None:
@@ -464,14 +469,17 @@ class _MemoryTables(Saving):
             insort(self._existing(key).stretches, stretch)
 
     def message(self, key: SessionKey, message: str) -> v1.Message | None:
-        session = self._existing(key) if self.exists(key.tenant, key.uid) or self.is_copy(key) else None
+        session = self._rows(key.tenant, key.uid)
         body = session.messages.get(message) if session else None
         return session.message(body) if session is not None and body is not None else None
 
     def named_messages(self, tenant: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], v1.Message]:
-        rows = self._tenants[tenant].sessions
-        bodies = {(uid, name): rows[uid].messages.get(name) for uid, name in names if uid in rows}
-        return {place: rows[place[0]].message(body) for place, body in bodies.items() if body is not None}
+        found = dict[tuple[str, str], v1.Message]()
+        for uid, name in names:
+            rows = self._rows(tenant, uid)
+            if rows is not None and name in rows.messages:
+                found[uid, name] = rows.message(rows.messages[name])
+        return found
 
     def add_messages(self, key: SessionKey, messages: Sequence[v1.Message]) -> None:
         session = self._existing(key)
@@ -514,7 +522,7 @@ class _MemoryTables(Saving):
         return [message for message in found if message.sequence <= at]
 
     def messages_of_calls(self, key: SessionKey, calls: Collection[str]) -> dict[str, v1.Message]:
-        session = self._session(key)
+        session = self._rows(key.tenant, key.uid)
         held = {call_id: session.calls[call_id] for call_id in calls if call_id in session.calls} if session else {}
         messages = {holder: message for holder in set(held.values()) if (message := self.message(key, holder))}
         return {call_id: messages[holder] for call_id, holder in held.items() if holder in messages}
@@ -523,13 +531,13 @@ class _MemoryTables(Saving):
         self._existing(key).calls.update(calls)
 
     def run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
-        session = self._session(key)
+        session = self._rows(key.tenant, key.uid)
         row = session.runs.get(run) if session else None
         return (v1.Run.FromString(row.body), row.digest) if row else None
 
-    def add_run(self, key: SessionKey, run: v1.Run, record: RunRecord) -> None:
-        created, agent = run.create_time.ToMicroseconds(), record.agent.SerializeToString()
-        self._put_run(key, run.name, _Run(run.SerializeToString(), record.digest, created, agent))
+    def add_run(self, key: SessionKey, run: v1.Run, digest: bytes) -> None:
+        created = run.create_time.ToMicroseconds()
+        self._put_run(key, run.name, _Run(run.SerializeToString(), digest, created, None))
 
     def _put_run(self, key: SessionKey, run: str, row: _Run) -> None:
         session, place = self._existing(key), (row.create_time, key.uid, run)
@@ -539,6 +547,9 @@ class _MemoryTables(Saving):
 
     def put_run(self, key: SessionKey, run: v1.Run, moved: bool) -> None:
         self._existing(key).runs[run.name].body = run.SerializeToString()
+
+    def add_record(self, key: SessionKey, run: v1.Run, agent: v1.Agent) -> None:
+        self._existing(key).runs[run.name].agent = agent.SerializeToString()
 
     def drop_record(self, key: SessionKey, run: str) -> None:
         self._existing(key).runs[run].agent = None
@@ -566,9 +577,9 @@ class _MemoryTables(Saving):
         row = session.runs.get(run) if session else None
         return _active(key, session, row) if session and row and row.agent is not None else None
 
-    def active_runs(self, after: tuple[str, str, str] | None, limit: int) -> list[ActiveRun]:
+    def active_runs(self, after: ActiveRun | None, limit: int) -> list[ActiveRun]:
         found = sorted(self._active(), key=_position)
-        return [active for active in found if after is None or _position(active) > after][:limit]
+        return [active for active in found if after is None or _position(active) > _position(after)][:limit]
 
     def idle_runs(self) -> list[ActiveRun]:
         idle = []
@@ -639,6 +650,12 @@ class _MemoryTables(Saving):
 
     def delete_agent(self, tenant: str, agent_id: str) -> None:
         self._agent(tenant, agent_id).revisions.clear()
+
+    def start_of(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
+        row = self.session_of_name(tenant, session)
+        named = agent or (row.session.agent if row else "")
+        agent_id, _, revision = named.removeprefix("agents/").partition("@")
+        return row.session if row else None, self.agent(tenant, agent_id, int(revision or 0))
 
     def agents(self, tenant: str, query: Query) -> Iterator[Found[v1.Agent]]:
         rows = self._tenants[tenant].agents
@@ -766,5 +783,5 @@ def _active(key: SessionKey, session: _Session, row: _Run) -> ActiveRun:
     return ActiveRun(key, run, agent, session.epoch, row.deaths, row.released)
 
 
-def _position(active: ActiveRun) -> tuple[str, str, str]:
-    return active.key.tenant, active.key.uid, active.run.name
+def _position(active: ActiveRun) -> tuple[str, int, str, str]:
+    return active.key.tenant, active.run.create_time.ToMicroseconds(), active.key.uid, active.run.name

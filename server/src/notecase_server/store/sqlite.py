@@ -59,6 +59,8 @@ class _Job(NamedTuple):
 
     step: Callable[..., Any]
     future: asyncio.Future[Any]
+    alone: bool = False
+    """It is a single statement, which needs no transaction."""
 
 
 def _scrub(*_: Any) -> bool:
@@ -113,17 +115,17 @@ class SqliteStore(TableStore):
         for thread in self._threads:
             thread.start()
 
-    async def _read(self, step: Callable[[Tables], T]) -> T:
-        return await self._ask(self._reads, step)
+    async def _read(self, step: Callable[[Tables], T], alone: bool = False) -> T:
+        return await self._ask(self._reads, step, alone)
 
     async def _write(self, step: Callable[[Tables, int], T]) -> T:
         return await self._ask(self._writes, step)
 
-    async def _ask(self, jobs: queue.SimpleQueue[_Job | None], step: Callable[..., T]) -> T:
+    async def _ask(self, jobs: queue.SimpleQueue[_Job | None], step: Callable[..., T], alone: bool = False) -> T:
         if self._closing is not None:
             raise errors.store_unavailable()
         future: asyncio.Future[T] = self._loop.create_future()
-        jobs.put(_Job(step, future))
+        jobs.put(_Job(step, future, alone))
         return await future
 
     async def scrub(self) -> bool:
@@ -162,11 +164,13 @@ class SqliteStore(TableStore):
         tables = SqliteTables(connection)
         while (job := self._reads.get()) is not None:
             try:
-                connection.execute("BEGIN")
+                if not job.alone:
+                    connection.execute("BEGIN")
                 try:
                     outcome = _Outcome(job.future, job.step(tables), None)
                 finally:
-                    connection.execute("ROLLBACK")
+                    if not job.alone:
+                        connection.execute("ROLLBACK")
             except Exception as error:  # noqa: BLE001 - it belongs to the caller
                 outcome = _Outcome(job.future, None, _told(error))
             self._tell([outcome])

@@ -1,9 +1,10 @@
 """A file of an older schema becomes one of now, inside a transaction that somebody else begins and ends.
 
-Of the first, the tables whose rows change are set aside, made anew and filled row by row; the others, content among
-them, stay where they are. So the disk needs room for several times the rows, and memory holds a few of them. The second
-lacks two tables: that of deleted sessions begins empty, and what rewinds have left behind is read from the logs, since
-a message says no more by itself whether it is superseded.
+The tables whose rows change are set aside, made anew and filled, of the first schema row by row; the others, content
+among them, stay where they are. So the disk needs room for several times the rows, and memory holds a few of them. The
+second lacks two tables: that of deleted sessions begins empty, and what rewinds have left behind is read from the logs,
+since a message says no more by itself whether it is superseded. Both it and the third had a row for each message
+besides that of its event.
 """
 
 import re
@@ -53,11 +54,14 @@ ROWS: dict[str, str] = {
         """t.session, user, agent, activity, display_name, create_time, update_time, expire_time, labels, epoch, NULL,
             body""",
     ),
-    "events": _of_sessions("events", "sequence, tells_past, body"),
-    "messages": _of_sessions("messages", "sequence, message, run, '', update_sequence, body"),
+    "events": f"""{_of_sessions("events", "t.sequence, tells_past, message, run, substr(message, 1, 0), t.body")}
+        LEFT JOIN first_messages m ON m.tenant = t.tenant AND m.session = t.session AND m.sequence = t.sequence""",
+    "changed_messages": f"""{_of_sessions("messages", "sequence, update_sequence, body")} WHERE t.body IS NOT NULL""",
     "calls": _of_sessions("calls", "call_id, message"),
     "runs": _of_sessions("runs", "run, state, agent, create_time, labels, first_sequence, last_sequence, digest, body"),
-    "active_runs": _of_sessions("active_runs", "run, '', 0, 0, agent"),
+    "active_runs": """SELECT t.tenant, r.create_time, n.uid, t.run, '', 0, 0, t.agent FROM first_active_runs t
+        CROSS JOIN session_names n ON n.tenant = t.tenant AND n.session = t.session
+        JOIN first_runs r ON r.tenant = t.tenant AND r.session = t.session AND r.run = t.run""",
     "commands": _of_sessions("commands", "command_id, digest, sequence, run"),
     "states": _of_states("states", "version"),
     "entries": _of_states("entries", "key, body"),
@@ -68,6 +72,21 @@ ROWS: dict[str, str] = {
             ON about LIKE 'sessions/%' AND n.tenant = t.tenant AND n.session = substr(about, 10)""",
 }
 """By table, its rows of now, from those of then."""
+
+FIRST = ("messages", *(table for table in ROWS if table != "changed_messages"))
+"""The tables of the first schema that have those."""
+
+BEFORE = ("events", "messages", "active_runs")
+"""The tables of the second and the third schema whose rows lie elsewhere now."""
+
+FROM_BEFORE = (
+    """INSERT INTO events SELECT tenant, uid, sequence, tells_past, message, run, step, e.body FROM before_events e
+        LEFT JOIN before_messages m USING (tenant, uid, sequence)""",
+    """INSERT INTO changed_messages SELECT tenant, uid, sequence, update_sequence, body FROM before_messages
+        WHERE body IS NOT NULL""",
+    """INSERT INTO active_runs SELECT tenant, r.create_time, uid, run, step, deaths, released, a.agent
+        FROM before_active_runs a JOIN runs r USING (tenant, uid, run) JOIN sessions s USING (tenant, uid)""",
+)
 
 CONVERTED: dict[str, Callable[[Row], Row]] = {
     "sessions": lambda row: (*row[:-1], earlier.session(row[-1], row[1]).SerializeToString()),
@@ -80,16 +99,23 @@ def migrate(connection: sqlite3.Connection, version: int) -> None:
     """Converts a file of that version. Raises DecodeError for a row that is damaged."""
     if version == 1:
         _from_first(connection)
-    else:
-        connection.execute("DROP INDEX runs_by_state")
-        _make_missing(connection)
+        return
+    for index in ("events_of_past", "messages_by_id", "runs_by_state" if version == 2 else "unended_runs"):
+        connection.execute(f"DROP INDEX {index}")
+    for table in BEFORE:
+        connection.execute(f"ALTER TABLE {table} RENAME TO before_{table}")
+    _make_missing(connection)
+    for statement in FROM_BEFORE:
+        connection.execute(statement)
+    for table in BEFORE:
+        connection.execute(f"DROP TABLE before_{table}")
+    if version == 2:
         _leave_behind(connection)
-        connection.execute("ALTER TABLE messages DROP COLUMN superseded")
 
 
 def _from_first(connection: sqlite3.Connection) -> None:
     """Converts all of it, with lines in the log that tell how far it is."""
-    total = sum(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in ROWS)
+    total = sum(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] for table in FIRST)
     progress = _Progress(total)
     _set_aside(connection)
     connection.execute(f"INSERT INTO session_names SELECT tenant, session, {UID} FROM first_sessions")
@@ -100,7 +126,7 @@ def _from_first(connection: sqlite3.Connection) -> None:
             _fill(connection, table, progress.counted(map(CONVERTED.get(table, lambda row: row), found)))
     _bind(connection)
     _leave_behind(connection)
-    for table in ROWS:
+    for table in FIRST:
         connection.execute(f"DROP TABLE first_{table}")
 
 
@@ -143,9 +169,9 @@ def _set_aside(connection: sqlite3.Connection) -> None:
     """Renames the tables whose rows change, and makes what is not there then."""
     indexes = connection.execute("SELECT name, tbl_name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")
     for name, table in indexes.fetchall():
-        if table in ROWS:
+        if table in FIRST:
             connection.execute(f"DROP INDEX {name}")
-    for table in ROWS:
+    for table in FIRST:
         connection.execute(f"ALTER TABLE {table} RENAME TO first_{table}")
     _make_missing(connection)
 
@@ -168,7 +194,7 @@ def _fill(connection: sqlite3.Connection, table: str, rows: Iterable[Row]) -> No
 def _bind(connection: sqlite3.Connection) -> None:
     """Gives the open calls of runs that have not ended what they are bound to, in the row of the run and in its
     messages: such a message has a body of its own from then on, and the event that added it stays as it is."""
-    with closing(connection.execute("SELECT tenant, uid, run, agent FROM active_runs")) as active:
+    with closing(connection.execute("SELECT tenant, uid, run, revision FROM active_runs")) as active:
         for tenant, uid, name, body in active:
             agent, place = v1.Agent.FromString(body), (tenant, uid, name)
             found = connection.execute(
@@ -182,8 +208,8 @@ def _bind(connection: sqlite3.Connection) -> None:
             for message in _messages(connection, place, run):
                 if earlier.bind_message(agent, run, message):
                     connection.execute(
-                        "UPDATE messages SET body = ? WHERE tenant = ? AND uid = ? AND sequence = ?",
-                        (message.SerializeToString(), tenant, uid, message.sequence),
+                        "REPLACE INTO changed_messages VALUES (?, ?, ?, ?, ?)",
+                        (tenant, uid, message.sequence, message.update_sequence, message.SerializeToString()),
                     )
 
 
@@ -191,7 +217,7 @@ def _messages(connection: sqlite3.Connection, place: Row, run: v1.Run) -> Iterat
     """The messages of a run, the newest first; each may be changed before the next is taken."""
     last = run.last_sequence
     while found := connection.execute(
-        """SELECT sequence, m.body, e.body FROM messages m JOIN events e USING (tenant, uid, sequence)
+        """SELECT sequence, c.body, e.body FROM events e LEFT JOIN changed_messages c USING (tenant, uid, sequence)
             WHERE tenant = ? AND uid = ? AND run = ? AND sequence BETWEEN ? AND ? ORDER BY sequence DESC LIMIT 1""",
         (*place, run.first_sequence, last),
     ).fetchone():

@@ -6,13 +6,8 @@ session is known by its uid everywhere; only `session_names` finds it by its nam
 `sessions` are what is left of a deleted one, or a fork or an import under way: nobody reads them.
 """
 
-from notecase_server.store.fold import ENDED
-
-VERSION = 3
+VERSION = 4
 """Number of the schema, in the file's header as user_version. Older files are converted when they are opened."""
-
-UNENDED = f"state NOT IN ({', '.join(map(str, sorted(ENDED)))})"
-"""The condition of runs that have not ended. A query is answered from their index only if it has these very words."""
 
 SCHEMA = (
     "CREATE TABLE store (secret BLOB NOT NULL)",
@@ -50,29 +45,31 @@ SCHEMA = (
     "CREATE INDEX sessions_by_time ON sessions (tenant, create_time, uid)",
     "CREATE INDEX sessions_by_user ON sessions (tenant, user, create_time, uid)",
     "CREATE INDEX sessions_by_expiry ON sessions (expire_time, tenant, uid) WHERE expire_time IS NOT NULL",
+    # `message`, `run` and `step` are of events that added a message, and NULL in others.
     """CREATE TABLE events (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,
         sequence INTEGER NOT NULL,
         tells_past INTEGER NOT NULL,
+        message TEXT,
+        run TEXT,
+        step TEXT,
         body BLOB NOT NULL,
         PRIMARY KEY (tenant, uid, sequence)
     ) WITHOUT ROWID""",
     # What a state was is told by the few events that changed it or rewound.
     "CREATE INDEX events_of_past ON events (tenant, uid, sequence) WHERE tells_past = 1",
+    "CREATE INDEX messages_in_order ON events (tenant, uid, sequence) WHERE message IS NOT NULL",
+    "CREATE UNIQUE INDEX messages_by_id ON events (tenant, uid, message) WHERE message IS NOT NULL",
     # A message is the event that added it, until something changes it and it gets a body of its own.
-    """CREATE TABLE messages (
+    """CREATE TABLE changed_messages (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,
         sequence INTEGER NOT NULL,
-        message TEXT NOT NULL,
-        run TEXT NOT NULL,
-        step TEXT NOT NULL,
         update_sequence INTEGER NOT NULL,
-        body BLOB,
+        body BLOB NOT NULL,
         PRIMARY KEY (tenant, uid, sequence)
     ) WITHOUT ROWID""",
-    "CREATE UNIQUE INDEX messages_by_id ON messages (tenant, uid, message)",
     # What a rewind left behind: the messages between two sequences, which it superseded at its own. None overlap.
     """CREATE TABLE stretches (
         tenant TEXT NOT NULL,
@@ -106,18 +103,18 @@ SCHEMA = (
     ) WITHOUT ROWID""",
     "CREATE INDEX runs_by_time ON runs (tenant, create_time, uid, run)",
     "CREATE INDEX runs_by_session ON runs (tenant, uid, create_time, run)",
-    # What runs or waits over all sessions is asked often, and is few among many.
-    f"CREATE INDEX unended_runs ON runs (tenant, state, create_time, uid, run) WHERE {UNENDED}",
-    # What is kept of each run that has not ended, apart from its row, which every commit writes anew.
+    # Runs that have not ended, in the order in which they are listed over all sessions: few among many, and asked for
+    # often. What is kept here of each lies apart from its row, which every commit writes anew.
     """CREATE TABLE active_runs (
         tenant TEXT NOT NULL,
+        create_time INTEGER NOT NULL,
         uid TEXT NOT NULL,
         run TEXT NOT NULL,
         step TEXT NOT NULL,
         deaths INTEGER NOT NULL,
         released INTEGER NOT NULL,
-        agent BLOB NOT NULL,
-        PRIMARY KEY (tenant, uid, run, step)
+        revision BLOB NOT NULL,
+        PRIMARY KEY (tenant, create_time, uid, run, step)
     ) WITHOUT ROWID""",
     """CREATE TABLE states (
         tenant TEXT NOT NULL,

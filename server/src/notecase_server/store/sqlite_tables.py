@@ -31,14 +31,13 @@ from notecase_server.store.contract import (
     Once,
     Or,
     Query,
-    RunRecord,
     Scope,
     SessionKey,
     StepKey,
 )
 from notecase_server.store.fold import ENDED
 from notecase_server.store.lists import LABELS, OPERATORS, Found, Labelled, check_column, column
-from notecase_server.store.sqlite_schema import UNENDED, VERSION
+from notecase_server.store.sqlite_schema import VERSION
 from notecase_server.store.stretches import Stretch, marked
 from notecase_server.store.tables import (
     Applied,
@@ -63,15 +62,14 @@ INSERTED = 16
 
 SESSION_ROWS = (
     ("events", "sequence", "length(body)"),
-    ("messages", "sequence", "length(body)"),
+    ("changed_messages", "sequence", "length(body)"),
     ("stretches", "after", "0"),
     ("calls", "call_id", "0"),
     ("runs", "run", "length(body)"),
-    ("active_runs", "run, step", "length(agent)"),
     ("commands", "command_id", "0"),
 )
-"""The tables that hold rows of a session under its uid, but for its own row and those of its state. With each, how a
-row is found within a session, and how many bytes it has beyond a few."""
+"""The tables that hold rows of a session under its uid, but for its own row, those of its state, and what its deletion
+takes away at once. With each, how a row is found within a session, and how many bytes it has beyond a few."""
 
 STATE_ROWS = (("entries", "key", "length(body)"), ("blob_references", "key, sha256", "0"))
 """The same of the tables that hold rows of a state."""
@@ -94,14 +92,21 @@ ADD_RUN = f"""INSERT INTO runs (tenant, uid, run, {", ".join(RUN_COLUMNS)}, labe
 PUT_AGENT = f"""REPLACE INTO agents (tenant, agent, revision, {", ".join(AGENT_COLUMNS)}, labels)
     VALUES (?, ?, ?{", ?" * len(AGENT_COLUMNS)}, ?)"""
 
-REWIND = """(SELECT iif(s.until > m.sequence, s.sequence, NULL) FROM stretches s
-    WHERE s.tenant = m.tenant AND s.uid = m.uid AND s.after < m.sequence ORDER BY s.after DESC LIMIT 1)"""
+REWIND = """(SELECT iif(s.until > e.sequence, s.sequence, NULL) FROM stretches s
+    WHERE s.tenant = e.tenant AND s.uid = e.uid AND s.after < e.sequence ORDER BY s.after DESC LIMIT 1)"""
 """The rewind that left a message behind, or NULL."""
 
-MESSAGES = f"""SELECT m.sequence, m.body, e.body, {REWIND} FROM messages m LEFT JOIN events e ON m.body IS NULL
-    AND e.tenant = m.tenant AND e.uid = m.uid AND e.sequence = m.sequence
-    WHERE m.tenant = ? AND m.uid = ?"""
-"""With the event where the message has no body of its own."""
+CHANGED = "LEFT JOIN changed_messages c ON c.tenant = e.tenant AND c.uid = e.uid AND c.sequence = e.sequence"
+
+MESSAGES = f"""SELECT e.sequence, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND}
+    FROM events e INDEXED BY messages_in_order {CHANGED} WHERE e.message IS NOT NULL AND e.tenant = ? AND e.uid = ?"""
+"""Of each its own body, or where it has none the event's."""
+
+MESSAGE = f"{MESSAGES.replace('messages_in_order', 'messages_by_id')} AND e.message = ?"
+
+CHANGED_MESSAGES = f"""SELECT e.sequence, c.body, NULL, {REWIND} FROM changed_messages c
+    JOIN events e ON e.tenant = c.tenant AND e.uid = c.uid AND e.sequence = c.sequence
+    WHERE c.tenant = ? AND c.uid = ? AND c.sequence <= ? AND c.update_sequence > ?"""
 
 KEPT: Mapping[Kept, str] = {
     "requests": "SELECT count(*) FROM requests WHERE tenant = ?",
@@ -113,16 +118,15 @@ KEPT: Mapping[Kept, str] = {
     "blob_bytes": """SELECT coalesce((SELECT sum(size) FROM blobs WHERE tenant = ?1), 0)
         + coalesce((SELECT sum(size) FROM uploads WHERE tenant = ?1 AND sha256 = ''), 0)""",
 }
-CALLS = f"""SELECT c.call_id, m.sequence, m.body, e.body, {REWIND} FROM calls c
-    CROSS JOIN messages m ON m.tenant = c.tenant AND m.uid = c.uid AND m.message = c.message
-    LEFT JOIN events e ON m.body IS NULL AND e.tenant = m.tenant AND e.uid = m.uid AND e.sequence = m.sequence
-    WHERE c.tenant = ? AND c.uid = ?"""
+CALLS = f"""SELECT t.call_id, e.sequence, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND} FROM calls t
+    CROSS JOIN events e INDEXED BY messages_by_id
+        ON e.message IS NOT NULL AND e.tenant = t.tenant AND e.uid = t.uid AND e.message = t.message
+    {CHANGED} WHERE t.tenant = ? AND t.uid = ?"""
 """With their messages. CROSS keeps the calls the outer loop."""
 
-NAMED_MESSAGES = f"""SELECT m.uid, m.message, m.body, e.body, {REWIND}
-    FROM json_each(?) n CROSS JOIN messages m ON m.tenant = ?
-        AND m.uid = json_extract(n.value, '$[0]') AND m.message = json_extract(n.value, '$[1]')
-    LEFT JOIN events e ON m.body IS NULL AND e.tenant = m.tenant AND e.uid = m.uid AND e.sequence = m.sequence"""
+NAMED_MESSAGES = f"""SELECT e.uid, e.message, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND}
+    FROM json_each(?) n CROSS JOIN events e INDEXED BY messages_by_id ON e.message IS NOT NULL AND e.tenant = ?
+        AND e.uid = json_extract(n.value, '$[0]') AND e.message = json_extract(n.value, '$[1]') {CHANGED}"""
 """CROSS keeps the names the outer loop."""
 
 
@@ -153,31 +157,43 @@ COPIES = (
     ),
     _Copied(
         *("events", f"{OF_SOURCE} AND sequence <= :at", "sequence", 0, "length(body)"),
-        ":tenant, :uid, sequence, tells_past, body",
+        ":tenant, :uid, sequence, tells_past, message, run, step, body",
     ),
     _Copied(
         *("stretches", OF_SOURCE, "after", -1, "0"),
         *(":tenant, :uid, after, until, sequence, back", "sequence <= :at"),
     ),
     _Copied(
-        *("messages", f"{OF_SOURCE} AND sequence <= :at", "sequence", 0, "length(body)"),
-        *(":tenant, :uid, sequence, message, run, step, update_sequence, body", "update_sequence <= :at"),
+        *("changed_messages", f"{OF_SOURCE} AND sequence <= :at", "sequence", 0, "length(body)"),
+        *(":tenant, :uid, sequence, update_sequence, body", "update_sequence <= :at"),
     ),
     _Copied(
         *("calls", OF_SOURCE, "call_id", "", "0", ":tenant, :uid, call_id, message"),
-        """EXISTS (SELECT 1 FROM messages m WHERE m.tenant = calls.tenant AND m.uid = calls.uid
-            AND m.message = calls.message AND m.sequence <= :at)""",
+        """EXISTS (SELECT 1 FROM events e INDEXED BY messages_by_id WHERE e.tenant = calls.tenant AND e.uid = calls.uid
+            AND e.message = calls.message AND e.message IS NOT NULL AND e.sequence <= :at)""",
     ),
     _Copied(
         *("runs", OF_SOURCE, "run", "", "length(body)"),
         f":tenant, :uid, run, {', '.join(RUN_COLUMNS)}, labels, first_sequence, last_sequence, digest, body",
         """last_sequence <= :at AND NOT EXISTS
-            (SELECT 1 FROM active_runs a WHERE a.tenant = runs.tenant AND a.uid = runs.uid AND a.run = runs.run)""",
+            (SELECT 1 FROM active_runs a WHERE a.tenant = runs.tenant AND a.create_time = runs.create_time
+                AND a.uid = runs.uid AND a.run = runs.run)""",
     ),
     _Copied("entries", OF_ITS_STATE, "key", "", "length(body)", ":tenant, 'session', :uid, key, body"),
 )
 """In the order in which they are copied: what holds content comes first. CROSS keeps the rows that are named the outer
 loop."""
+
+NAMED = "coalesce(:agent, s.agent)"
+AT = f"instr({NAMED} || '@', '@')"
+
+START = f"""SELECT s.body, r.body FROM (SELECT 1)
+    LEFT JOIN session_names n ON n.tenant = :tenant AND n.session = :session
+    LEFT JOIN sessions s ON s.tenant = :tenant AND s.uid = n.uid
+    LEFT JOIN agents a ON a.tenant = :tenant AND a.agent = substr({NAMED}, 8, {AT} - 8)
+    LEFT JOIN revisions r ON r.tenant = :tenant AND r.agent = a.agent
+        AND r.revision = coalesce(nullif(substr({NAMED}, {AT} + 1) + 0, 0), a.revision)"""
+"""A session, and the agent that is named, or if none is the session's: both as `agents/ID` or `agents/ID@REVISION`."""
 
 AGENTS = """SELECT a.agent, r.body FROM agents a
     JOIN revisions r ON r.tenant = a.tenant AND r.agent = a.agent AND r.revision = a.revision
@@ -187,9 +203,13 @@ AGENTS = """SELECT a.agent, r.body FROM agents a
 LOOSE_BLOBS = """SELECT tenant, sha256 FROM blobs b WHERE upload_time < ? AND NOT EXISTS
     (SELECT 1 FROM blob_references r WHERE r.tenant = b.tenant AND r.sha256 = b.sha256)"""
 
-ACTIVE_RUNS = """SELECT a.tenant, s.session, a.uid, r.body, a.agent, s.epoch, a.deaths, a.released FROM active_runs a
-    JOIN runs r ON r.tenant = a.tenant AND r.uid = a.uid AND r.run = a.run
+ACTIVE_RUNS = """SELECT a.tenant, s.session, a.uid, r.body, a.revision, s.epoch, a.deaths, a.released FROM active_runs a
+    JOIN runs r ON r.tenant = a.tenant AND r.uid = a.uid AND r.run = a.run AND r.create_time = a.create_time
     JOIN sessions s ON s.tenant = a.tenant AND s.uid = a.uid"""
+
+ACTIVE_RUN = """tenant = ?1 AND uid = ?2 AND run = ?3
+    AND create_time = (SELECT create_time FROM runs WHERE tenant = ?1 AND uid = ?2 AND run = ?3)"""
+"""Finds the row that a run has among those that have not ended."""
 
 
 IDLE_RUNS = f"""{ACTIVE_RUNS} WHERE r.state = {v1.Run.STATE_RUNNING}
@@ -435,8 +455,11 @@ class SqliteTables(Saving):
             yield Found((create_time, uid), v1.Session.FromString(body), len(body))
 
     def add_events(self, key: SessionKey, events: Sequence[EventRow]) -> None:
-        of = _of(key)
-        self._insert("events (tenant, uid, sequence, tells_past, body)", [of + event for event in events])
+        rows = [
+            (*_of(key), event.sequence, event.tells_past, *(event.message or (None, None, None)), event.body)
+            for event in events
+        ]
+        self._insert("events (tenant, uid, sequence, tells_past, message, run, step, body)", rows)
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]:
         rows = self._execute(
@@ -472,7 +495,7 @@ class SqliteTables(Saving):
         )
 
     def message(self, key: SessionKey, message: str) -> v1.Message | None:
-        row = self._one(f"{MESSAGES} AND m.message = ?", *_of(key), message)
+        row = self._one(MESSAGE, *_of(key), message)
         return _message(*row[1:]) if row else None
 
     def named_messages(self, tenant: str, names: Sequence[tuple[str, str]]) -> dict[tuple[str, str], v1.Message]:
@@ -480,17 +503,14 @@ class SqliteTables(Saving):
         return {(uid, name): _message(*found) for uid, name, *found in rows}
 
     def add_messages(self, key: SessionKey, messages: Sequence[v1.Message]) -> None:
-        rows = list[tuple[Bound, ...]]()
         for message in messages:
-            body = None if message.update_sequence == message.sequence else message.SerializeToString()
-            place = (*_of(key), message.sequence, message.name)
-            rows.append((*place, message.run, "", message.update_sequence, body))
-        self._insert("messages (tenant, uid, sequence, message, run, step, update_sequence, body)", rows)
+            if message.update_sequence != message.sequence:
+                self.put_message(key, message)
 
     def put_message(self, key: SessionKey, message: v1.Message) -> None:
         self._execute(
-            "UPDATE messages SET update_sequence = ?, body = ? WHERE tenant = ? AND uid = ? AND sequence = ?",
-            (message.update_sequence, message.SerializeToString(), *_of(key), message.sequence),
+            "REPLACE INTO changed_messages (tenant, uid, sequence, update_sequence, body) VALUES (?, ?, ?, ?, ?)",
+            (*_of(key), message.sequence, message.update_sequence, message.SerializeToString()),
         )
 
     def messages(
@@ -506,21 +526,23 @@ class SqliteTables(Saving):
                 *_of(key),
                 step.run,
             )
-            statement += " AND m.run = ? AND m.step = ? AND m.sequence BETWEEN ? AND ?"
+            statement += " AND e.run = ? AND e.step = ? AND e.sequence BETWEEN ? AND ?"
             values += [*step, *(bounds or (0, 0))]
         if query.after is not None:
-            statement += f" AND m.sequence {'<' if newest_first else '>'} ?"
+            statement += f" AND e.sequence {'<' if newest_first else '>'} ?"
             values += query.after
-        statement += f" ORDER BY m.sequence{' DESC' if newest_first else ''} LIMIT ?"
+        statement += f" ORDER BY e.sequence{' DESC' if newest_first else ''} LIMIT ?"
         for sequence, own, event, rewind in self._execute(statement, (*values, query.limit + 1)):
             yield Found((sequence,), _message(own, event, rewind), len(own or event))
 
     def changed_messages(self, key: SessionKey, at: int) -> list[v1.Message]:
-        rows = self._execute(f"{MESSAGES} AND m.sequence <= ? AND m.update_sequence > ?", (*_of(key), at, at))
+        rows = self._execute(CHANGED_MESSAGES, (*_of(key), at, at))
         return [_message(*found) for _, *found in rows]
 
     def messages_of_calls(self, key: SessionKey, calls: Collection[str]) -> dict[str, v1.Message]:
-        rows = self._execute(f"{CALLS} AND c.call_id IN ({_marks(calls)})", (*_of(key), *calls)).fetchall()
+        if not calls:
+            return {}
+        rows = self._execute(f"{CALLS} AND t.call_id IN ({_marks(calls)})", (*_of(key), *calls)).fetchall()
         messages = {holder: _message(*found) for _, holder, *found in rows}
         return {call_id: messages[holder] for call_id, holder, *_ in rows}
 
@@ -534,15 +556,11 @@ class SqliteTables(Saving):
         row = self._one("SELECT body, digest FROM runs WHERE tenant = ? AND uid = ? AND run = ?", *_of(key), run)
         return (v1.Run.FromString(row[0]), row[1]) if row else None
 
-    def add_run(self, key: SessionKey, run: v1.Run, record: RunRecord) -> None:
+    def add_run(self, key: SessionKey, run: v1.Run, digest: bytes) -> None:
         columns = (column(run, name) for name in RUN_COLUMNS)
         bounds = (run.first_sequence, run.last_sequence)
         body = run.SerializeToString()
-        self._execute(ADD_RUN, (*_of(key), run.name, *columns, _labels(run), *bounds, record.digest, body))
-        self._execute(
-            "INSERT INTO active_runs (tenant, uid, run, step, deaths, released, agent) VALUES (?, ?, ?, '', 0, 0, ?)",
-            (*_of(key), run.name, record.agent.SerializeToString()),
-        )
+        self._execute(ADD_RUN, (*_of(key), run.name, *columns, _labels(run), *bounds, digest, body))
 
     def put_run(self, key: SessionKey, run: v1.Run, moved: bool) -> None:
         body = run.SerializeToString()
@@ -557,15 +575,21 @@ class SqliteTables(Saving):
                 (run.last_sequence, body, *_of(key), run.name),
             )
 
+    def add_record(self, key: SessionKey, run: v1.Run, agent: v1.Agent) -> None:
+        self._execute(
+            """INSERT INTO active_runs (tenant, create_time, uid, run, step, deaths, released, revision)
+                VALUES (?, ?, ?, ?, '', 0, 0, ?)""",
+            (key.tenant, column(run, "create_time"), key.uid, run.name, agent.SerializeToString()),
+        )
+
     def drop_record(self, key: SessionKey, run: str) -> None:
-        self._execute("DELETE FROM active_runs WHERE tenant = ? AND uid = ? AND run = ?", (*_of(key), run))
+        self._execute(f"DELETE FROM active_runs WHERE {ACTIVE_RUN}", (*_of(key), run))
 
     def runs(self, tenant: str, session: SessionKey | None, query: Query) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
         where, values = _where(query, RUN_COLUMNS, "(create_time, uid, run) < (?, ?, ?)")
-        # Of one session, its own index always: the planner could think that of a state would do as well.
         source, place = ("runs INDEXED BY runs_by_session", " AND uid = ?") if session else ("runs", "")
         if session is None and _is_unended(query.where):
-            place = f" AND {UNENDED}"
+            source = "active_runs CROSS JOIN runs USING (tenant, create_time, uid, run)"
         rows = self._execute(
             f"""SELECT create_time, uid, run, body, (SELECT session FROM sessions s
                     WHERE s.tenant = runs.tenant AND s.uid = runs.uid) FROM {source} WHERE tenant = ?{place}{where}
@@ -585,13 +609,17 @@ class SqliteTables(Saving):
         return [v1.Run.FromString(body) for (body,) in rows]
 
     def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
-        where = " WHERE a.tenant = ? AND a.uid = ? AND a.run = ?"
+        where = " WHERE r.tenant = ? AND r.uid = ? AND r.run = ?"
         row = self._execute(ACTIVE_RUNS + where, (*_of(key), run)).fetchone()
         return _active_run(*row) if row else None
 
-    def active_runs(self, after: tuple[str, str, str] | None, limit: int) -> list[ActiveRun]:
-        where = " WHERE (a.tenant, a.uid, a.run) > (?, ?, ?)" if after else ""
-        with closing(self._execute(f"{ACTIVE_RUNS}{where} ORDER BY a.tenant, a.uid, a.run", after or ())) as rows:
+    def active_runs(self, after: ActiveRun | None, limit: int) -> list[ActiveRun]:
+        where, values = "", tuple[Bound, ...]()
+        if after is not None:
+            where = " WHERE (a.tenant, a.create_time, a.uid, a.run) > (?, ?, ?, ?)"
+            values = (after.key.tenant, column(after.run, "create_time"), after.key.uid, after.run.name)
+        order = " ORDER BY a.tenant, a.create_time, a.uid, a.run"
+        with closing(self._execute(f"{ACTIVE_RUNS}{where}{order}", values)) as rows:
             return list(islice(_readable(rows), limit))
 
     def idle_runs(self) -> list[ActiveRun]:
@@ -599,9 +627,8 @@ class SqliteTables(Saving):
 
     def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
         self._execute(
-            """UPDATE active_runs SET deaths = coalesce(?, deaths), released = ?
-                WHERE tenant = ? AND uid = ? AND run = ?""",
-            (deaths, released, *_of(key), run),
+            f"UPDATE active_runs SET deaths = coalesce(?4, deaths), released = ?5 WHERE {ACTIVE_RUN}",
+            (*_of(key), run, deaths, released),
         )
 
     def version(self, scope: Scope) -> int:
@@ -654,6 +681,11 @@ class SqliteTables(Saving):
             *(tenant, agent_id, revision),
         )
         return v1.Agent.FromString(row[0]) if row else None
+
+    def start_of(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
+        named = {"tenant": tenant, "session": session, "agent": agent or None}
+        row, revision = self._execute(START, named).fetchone()
+        return v1.Session.FromString(row) if row else None, v1.Agent.FromString(revision) if revision else None
 
     def add_revision(self, tenant: str, agent_id: str, agent: v1.Agent) -> None:
         columns = (column(agent, name) for name in AGENT_COLUMNS)
@@ -834,8 +866,8 @@ def _commits(column: str | None) -> tuple[CommitRow, ...]:
     return tuple(CommitRow(*made) for made in json.loads(column)) if column else ()
 
 
-def _message(own: bytes | None, event: bytes, rewind: int | None) -> v1.Message:
-    message = v1.Message.FromString(own) if own is not None else v1.Event.FromString(event).message_added
+def _message(own: bytes | None, event: bytes | None, rewind: int | None) -> v1.Message:
+    message = v1.Message.FromString(own) if own is not None else v1.Event.FromString(event or b"").message_added
     return marked(message, rewind)
 
 

@@ -12,7 +12,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from notecase import v1
 
-from notecase_server import errors, names
+from notecase_server import errors
 from notecase_server.store import answers, content, fold, past
 from notecase_server.store.contract import (
     REMEMBERED_COMMITS,
@@ -39,7 +39,7 @@ from notecase_server.store.quotas import (
     require_session,
 )
 from notecase_server.store.stretches import Stretch, last_of, left_behind
-from notecase_server.store.tables import Applied, Batch, Changes, CommitRow, EventRow, SessionRow, Tables
+from notecase_server.store.tables import Added, Applied, Batch, Changes, CommitRow, EventRow, SessionRow, Tables
 
 M = TypeVar("M", bound=Message)
 
@@ -59,7 +59,7 @@ FIRST_EPOCH = 1
 def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committed:
     """Store.commit."""
     key = commit.key
-    needs = fold.needs(commit)
+    needs = fold.needs(commit.events, commit.if_state_version)
     found = tables.session_with_runs(key, needs.runs)
     row = found[0] if found is not None else None
     if row is not None and (made := _remembered(row, commit.id)) is not None:
@@ -76,7 +76,7 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     if row is None:
         raise errors.not_found("session", f"sessions/{key.session}")
     rows = fold.Rows(row.session, row.epoch, runs=found[1] if found is not None else {})
-    _load(tables, key, needs, rows)
+    load(tables, key, needs, rows)
     require_record(tables, quotas, commit.once)
     if commit.create is not None:
         require_session(tables, quotas, key.tenant)
@@ -94,7 +94,7 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     if referred and limit is not None and size > limit:
         raise errors.too_large("The content that the session refers to", size, limit)
     changes = before.changes(rows, commit, done, row.commits)
-    changes.stretches = _stretches(tables, key, done.events)
+    changes.stretches = stretches_of(tables, key, done.events)
     changes.references = {sha256: sequence for sha256, (sequence, _) in referred.items()}
     remember(tables, commit.once, done, now, key)
     tables.save(changes)
@@ -164,11 +164,17 @@ class _Before(NamedTuple):
 
 def event_rows(events: Sequence[v1.Event]) -> list[EventRow]:
     """Returns events as they are stored."""
-    return [EventRow(event.sequence, fold.tells_past(event), event.SerializeToString()) for event in events]
+    return [event_row(event, event.SerializeToString()) for event in events]
 
 
-def _stretches(tables: Tables, key: SessionKey, events: Sequence[v1.Event]) -> list[Stretch]:
-    """What the rewinds among these events leave behind."""
+def event_row(event: v1.Event, body: bytes) -> EventRow:
+    """Returns an event as it is stored, with its bytes."""
+    added = Added(event.message_added.name, event.run) if event.HasField("message_added") else None
+    return EventRow(event.sequence, fold.tells_past(event), added, body)
+
+
+def stretches_of(tables: Tables, key: SessionKey, events: Sequence[v1.Event]) -> list[Stretch]:
+    """Returns what the rewinds among these events leave behind, which the tables do not have yet."""
     made = list[Stretch]()
 
     def last(before: int) -> Stretch | None:
@@ -280,21 +286,14 @@ def find_session(tables: Tables, tenant: str, session: str) -> v1.Session | None
     return row.session if row else None
 
 
-def read_start(tables: Tables, tenant: str, session: str, named: str) -> tuple[v1.Session | None, v1.Agent | None]:
-    """Store.read_start."""
-    row = find_session(tables, tenant, session)
-    name = names.parse_agent(named or (row.agent if row else ""))
-    return row, tables.agent(tenant, name.agent, name.revision) if name else None
-
-
 def require_free(tables: Tables, key: SessionKey) -> None:
     """Raises NotecaseError ALREADY_EXISTS when a session has the name."""
     if tables.named_session(key.tenant, key.session):
         raise errors.already_exists("session", f"sessions/{key.session}")
 
 
-def _load(tables: Tables, key: SessionKey, needs: fold.Needs, rows: fold.Rows) -> None:
-    """Reads what a commit needs besides its session and runs."""
+def load(tables: Tables, key: SessionKey, needs: fold.Needs, rows: fold.Rows) -> None:
+    """Reads what events need besides their session and runs."""
     session = rows.session
     for state, keys in needs.keys.items():
         scope = fold.state_scope(key, session.user, state)
@@ -368,6 +367,12 @@ def delete_session(tables: Tables, now: int, key: SessionKey, if_etag: str, once
     if if_etag and if_etag != session.etag:
         raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
     remember(tables, once, None, now)
+    _delete(tables, key, session)
+
+
+def _delete(tables: Tables, key: SessionKey, session: v1.Session) -> None:
+    for run in {session.active_run, *(queued.run for queued in session.queued_commands)} - {""}:
+        tables.drop_record(key, run)
     tables.delete_session(key)
 
 
@@ -378,7 +383,7 @@ def expire_session(tables: Tables, now: int, key: SessionKey) -> bool:
         return False
     if found.session.expire_time.ToMicroseconds() > now:
         return False
-    tables.delete_session(key)
+    _delete(tables, key, found.session)
     return True
 
 

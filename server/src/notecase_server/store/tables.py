@@ -44,12 +44,21 @@ class CommitRow(NamedTuple):
     """Of its last one: one less than `first` when it had none."""
 
 
+class Added(NamedTuple):
+    """What a message that an event added is found by."""
+
+    message: str
+    run: str
+    step: str = ""
+
+
 class EventRow(NamedTuple):
     """An entry of the log as it is stored."""
 
     sequence: int
     tells_past: bool
     """See `fold.tells_past`."""
+    message: Added | None
     body: bytes
 
 
@@ -163,11 +172,14 @@ class Saving:
         for message in changes.changed_messages:
             self.put_message(key, message)
         for run, record in changes.runs:
-            self.add_run(key, run, record)
+            self.add_run(key, run, record.digest)
+            if run.name not in changes.ended:
+                self.add_record(key, run, record.agent)
         for run, moved in changes.changed_runs:
             self.put_run(key, run, moved)
-        for name in changes.ended:
-            self.drop_record(key, name)
+        for run, _ in changes.changed_runs:
+            if run.name in changes.ended:
+                self.drop_record(key, run.name)
         for name, deaths in changes.deaths.items():
             self.put_record(key, name, deaths, released=False)
         for scope, version in changes.versions.items():
@@ -238,7 +250,8 @@ class Tables(Protocol):
         ...
 
     def delete_session(self, key: SessionKey) -> None:
-        """Removes its row and its name, and records that everything else of it is to go."""
+        """Removes the row and the name of a session without records of runs, and records that everything else of it is
+        to go."""
         ...
 
     def deleted_sessions(self, tenant: str | None, user: str, limit: int) -> list[Scope]:
@@ -282,7 +295,9 @@ class Tables(Protocol):
 
     def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]: ...
 
-    def add_events(self, key: SessionKey, events: Sequence[EventRow]) -> None: ...
+    def add_events(self, key: SessionKey, events: Sequence[EventRow]) -> None:
+        """The messages that they add are to follow."""
+        ...
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]: ...
 
@@ -332,14 +347,18 @@ class Tables(Protocol):
         """The run, `reply` by id and sequence only, and its digest."""
         ...
 
-    def add_run(self, key: SessionKey, run: v1.Run, record: RunRecord) -> None: ...
+    def add_run(self, key: SessionKey, run: v1.Run, digest: bytes) -> None: ...
 
     def put_run(self, key: SessionKey, run: v1.Run, moved: bool) -> None:
         """`moved` says that its state is another than before."""
         ...
 
+    def add_record(self, key: SessionKey, run: v1.Run, agent: v1.Agent) -> None:
+        """Makes a run one of those that have not ended, at work with that agent. A copy has none."""
+        ...
+
     def drop_record(self, key: SessionKey, run: str) -> None:
-        """Forgets the agent of a run that has ended: it is not active any more."""
+        """Makes it one of the others: it has ended, or its session is about to be deleted."""
         ...
 
     def runs(self, tenant: str, session: SessionKey | None, query: Query) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
@@ -352,7 +371,7 @@ class Tables(Protocol):
 
     def active_run(self, key: SessionKey, run: str) -> ActiveRun | None: ...
 
-    def active_runs(self, after: tuple[str, str, str] | None, limit: int) -> list[ActiveRun]: ...
+    def active_runs(self, after: ActiveRun | None, limit: int) -> list[ActiveRun]: ...
 
     def idle_runs(self) -> list[ActiveRun]: ...
 
@@ -384,6 +403,10 @@ class Tables(Protocol):
 
     def agent(self, tenant: str, agent_id: str, revision: int) -> v1.Agent | None:
         """That revision, or with 0 the newest."""
+        ...
+
+    def start_of(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
+        """Store.read_start, at one go."""
         ...
 
     def add_revision(self, tenant: str, agent_id: str, agent: v1.Agent) -> None:

@@ -1,0 +1,164 @@
+"""The log of an import, which anybody may have written: replayed through the fold with all its refusals, and made rows.
+
+It is replayed in pieces, each on the rows that the pieces before it have left. So what is held of the file is one
+piece, however long the log is, and nobody waits for more than that.
+"""
+
+from collections.abc import Set
+from functools import partial
+
+from notecase import v1
+
+from notecase_server import errors, names
+from notecase_server.errors import NotecaseError
+from notecase_server.store import copies, fold
+from notecase_server.store.contract import Restore, Scope, SessionKey
+from notecase_server.store.copies import Row
+from notecase_server.store.steps import event_row, load, stretches_of
+from notecase_server.store.stretches import Stretch
+from notecase_server.store.tables import Batch, EventRow, Tables
+
+ARRIVED = b"imported"
+"""In place of the digest of a run's start, which is not in the log: no start is a repeat of such a run's."""
+
+OF_RUNS = frozenset(
+    {"run_started", "run_state_changed", "command_queued", "tool_started", "input_requested", "input_resolved"}
+    | {"summary_failed", "tools_unavailable"}
+)
+OF_ANY = frozenset({"message_added", "tool_finished", "state_changed", "usage", "rewound", "summarized"})
+"""Kinds of events that a log holds: those that are some run's, and those that need not be."""
+
+
+PIECE = 5
+"""Entries of a piece are so many times fewer than the rows that a transaction writes: one takes as long to replay as
+several rows to write, and makes some of them."""
+
+
+class Replay:
+    """One log on its way from a file into rows."""
+
+    def __init__(self, restore: Restore) -> None:
+        self.session = v1.Session(user=restore.session.user)
+        """As it is behind what was replayed."""
+        self._key = restore.key
+        self._events = restore.events()
+        self._next: v1.Event | None = None
+        self._forgets = restore.forgets
+        self._sealing: int | None = None
+        self._unended = set[str]()
+
+    def read(self) -> list[v1.Event]:
+        """Returns the next piece of the log; empty behind its end. Blocks. Raises NotecaseError IMPORT_INVALID."""
+        piece, batch = list[v1.Event](), Batch(max(copies.COPY_ROWS // PIECE, 1), copies.COPY_BYTES)
+        self._next = self._next or next(self._events, None)
+        while self._next is not None and batch.takes(self._next.ByteSize()):
+            piece.append(self._next)
+            self._next = next(self._events, None)
+        if not piece and self._unended:
+            raise errors.import_invalid(f"has a run that has not ended, {min(self._unended)!r}")
+        return piece
+
+    def rows(self, tables: Tables, events: list[v1.Event]) -> list[Row]:
+        """Replays a piece, and returns the rows that it makes or changes. All that came before it must be rows by now.
+        Raises NotecaseError IMPORT_INVALID."""
+        key, scope, needs = self._key, self._key.state, fold.needs(events)
+        needs.keys = {state: keys for state, keys in needs.keys.items() if not state}
+        rows = fold.Rows(self.session, 0, sealing=self._sealing)
+        rows.runs = {name: found[0] for name in needs.runs if (found := tables.run(key, name)) is not None}
+        load(tables, key, needs, rows)
+        added = [(key.uid, event.message_added.name) for event in events if event.HasField("message_added")]
+        taken = {name for _, name in tables.named_messages(key.tenant, added)}
+        runs, messages, calls = set(rows.runs), set(rows.messages), set(rows.calls)
+        version, unstarted, made = rows.versions.get(scope, 0), set[str](), list[Row]()
+        for event in events:
+            if event.run not in rows.runs and event.HasField("run_state_changed"):
+                unstarted.add(event.run)
+            row = _replayed(rows, key, event, taken)
+            self.session.log_bytes += len(row.body)
+            made.append((len(row.body), partial(_add_event, key=key, row=row)))
+        self.session.ClearField("remembered")  # an answer holds for the session in which it was given
+        self._sealing = rows.sealing
+        self._unended -= rows.runs.keys()
+        self._unended |= {name for name, run in rows.runs.items() if run.state not in fold.ENDED}
+        made += [(0, partial(_add_stretch, key=key, stretch=one)) for one in stretches_of(tables, key, events)]
+        for name, message in rows.messages.items():
+            write = _put_message if name in messages else _add_message
+            made.append((message.ByteSize(), partial(write, key=key, message=message)))
+        made += [
+            (0, partial(_put_call, key=key, call_id=call_id, holder=holder))
+            for call_id, holder in rows.calls.items()
+            if call_id not in calls
+        ]
+        for name, run in rows.runs.items():
+            if self._forgets:
+                run.ClearField("remembered")
+            digest = None if name in runs else b"" if name in unstarted else ARRIVED
+            made.append((run.ByteSize(), partial(_put_run, key=key, run=run, digest=digest)))
+        if rows.versions.get(scope, 0) > version:
+            made.append((0, partial(_put_version, scope=scope, version=rows.versions[scope])))
+        made += [
+            (entry.ByteSize() if entry is not None else 0, partial(_put_entry, scope=scope, name=name, entry=entry))
+            for name, entry in rows.state.get(scope, {}).items()
+            if entry is None or entry.version > version
+        ]
+        return made
+
+
+def _replayed(rows: fold.Rows, key: SessionKey, event: v1.Event, taken: Set[str]) -> EventRow:
+    """Applies an entry, and returns its row. `taken` are the ids of messages that there were before."""
+    kind = event.WhichOneof("payload")
+    message = event.message_added.name
+    ids = [event.run] if event.run or kind in OF_RUNS else []
+    ids += [message] if kind == "message_added" else []
+    fits = (
+        kind in OF_RUNS | OF_ANY
+        and event.summarized.last_sequence < event.sequence
+        and fold.ops_fit(event.state_changed.ops)
+        and all(map(names.is_id, ids))
+        and message not in rows.messages
+        and message not in taken
+    )
+    body = event.SerializeToString(deterministic=True)
+    try:
+        if fits:
+            fold.replay(rows, key, event)
+    except (NotecaseError, ValueError):
+        fits = False
+    if not fits or event.SerializeToString(deterministic=True) != body:
+        raise errors.import_invalid(f"has an entry {event.sequence} that cannot come there in a log")
+    return event_row(event, body)
+
+
+def _add_event(tables: Tables, key: SessionKey, row: EventRow) -> None:
+    tables.add_events(key, [row])
+
+
+def _add_stretch(tables: Tables, key: SessionKey, stretch: Stretch) -> None:
+    tables.add_stretches(key, [stretch])
+
+
+def _add_message(tables: Tables, key: SessionKey, message: v1.Message) -> None:
+    tables.add_messages(key, [message])
+
+
+def _put_message(tables: Tables, key: SessionKey, message: v1.Message) -> None:
+    tables.put_message(key, message)
+
+
+def _put_call(tables: Tables, key: SessionKey, call_id: str, holder: str) -> None:
+    tables.put_calls(key, {call_id: holder})
+
+
+def _put_run(tables: Tables, key: SessionKey, run: v1.Run, digest: bytes | None) -> None:
+    if digest is not None:
+        tables.add_run(key, run, digest)
+    else:
+        tables.put_run(key, run, moved=True)
+
+
+def _put_version(tables: Tables, scope: Scope, version: int) -> None:
+    tables.put_version(scope, version)
+
+
+def _put_entry(tables: Tables, scope: Scope, name: str, entry: v1.StateEntry | None) -> None:
+    tables.put_entry(scope, name, entry)
