@@ -1,6 +1,5 @@
 """Every store: a commit that is made again under its id, or asked about, is what it was the first time."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +96,7 @@ async def test_a_commit_made_again_is_what_it_was_and_makes_nothing(store: Store
         if name == "create":
             await add(store, command=command)
         before = await contents(store)
-        again = replace(
-            commit,
+        again = commit._replace(
             once=used_once,
             command=CommandId("used", b"another"),
             create=BORN,
