@@ -83,6 +83,8 @@ class Draft:
         """Takes in a delta, and returns whether it began a block. Raises NotecaseError LIMIT_EXCEEDED once the reply is
         larger than MAX_REPLY_BYTES, or has more than MAX_MEDIA of images and clips."""
         match delta:
+            case Text(text) if self._unfenced is None:
+                block = self._current("text")
             case Link(uri, media_type):
                 self.make_room(0)
                 self.place(v1.Part(file=v1.FileUri(uri=uri, media_type=media_type)))
@@ -100,12 +102,11 @@ class Draft:
                         self._size += self._json().add(words)
                     block = self._calls[key] = self._begin(Block("arguments", self._new_id()))
                 block.tool += tool
-            case Text(text) if self._unfenced is not None:
+            case Text(text):
+                assert self._unfenced is not None
                 if not (text := self._unfenced.feed(text)):
                     return False
                 block = self._json()
-            case Text(text):
-                block = self._current("text")
             case Reasoning(text):
                 block = self._current("reasoning")
             case Refusal(text):

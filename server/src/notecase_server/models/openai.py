@@ -27,8 +27,8 @@ from notecase_server.limit import Limit
 from notecase_server.models.answers import media, provider_errors, too_long
 from notecase_server.models.answers.media import Encoded
 from notecase_server.models.answers.redaction import Redactor
-from notecase_server.models.chat_stream import ChatReply
-from notecase_server.models.contract import Delta, Media, ModelRequest, Returned
+from notecase_server.models.chat_stream import ChatReply, Piece
+from notecase_server.models.contract import Delta, Media, ModelRequest, Returned, Text
 from notecase_server.models.pieces import encoded
 from notecase_server.models.profiles import ROWS, Profiles, Row
 from notecase_server.models.request import body, is_large, loaded, returns_data
@@ -150,7 +150,7 @@ class OpenAIProvider:
                             break
                         pieces = reply.feed(chunk)
                         clock.heard(reply.heard)
-                        for piece in pieces:
+                        for piece in _joined(pieces):
                             yield await _decoded(piece, next(made)) if isinstance(piece, Encoded) else piece
                         if not reply.done and (used := reply.used()) is not None:
                             yield used
@@ -275,6 +275,25 @@ def _is_behind_calls(messages: Sequence[v1.Message]) -> bool:
 async def _decoded(found: Encoded, number: int) -> Media:
     """The content, decoded off the loop: it may have megabytes."""
     return await asyncio.to_thread(media.decoded, found, number)
+
+
+def _joined(pieces: list[Piece]) -> list[Piece]:
+    """The pieces, with texts that follow each other as one: what was read together goes on together."""
+    if len(pieces) < 2:
+        return pieces
+    made: list[Piece] = []
+    texts: list[str] = []
+    for piece in pieces:
+        if type(piece) is Text:
+            texts.append(piece.text)
+            continue
+        if texts:
+            made.append(Text("".join(texts)))
+            texts.clear()
+        made.append(piece)
+    if texts:
+        made.append(Text("".join(texts)))
+    return made
 
 
 def _audio_format(sent: Json) -> str:
