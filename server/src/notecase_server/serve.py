@@ -319,13 +319,17 @@ async def serve(settings: Settings, ready: Callable[[int], None] = lambda port: 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
-    providers = make_providers(settings)  # first, since a bad key or address is no reason to open the store
-    toolbox = make_toolbox(settings.tools, settings.mcp_servers)
-    server = Server(settings, await open_store(settings.store, now), providers, toolbox)
-    port = await server.start()
-    # What is loaded by here stays for good, and need not be looked at each time that garbage is collected.
-    gc.collect()
-    gc.freeze()
+    gc.disable()
+    try:
+        providers = make_providers(settings)  # first, since a bad key or address is no reason to open the store
+        toolbox = make_toolbox(settings.tools, settings.mcp_servers)
+        server = Server(settings, await open_store(settings.store, now), providers, toolbox)
+        port = await server.start()
+        # What is loaded by here stays for good, and need not be looked at each time that garbage is collected.
+        gc.collect()
+        gc.freeze()
+    finally:
+        gc.enable()
     ready(port)
     ends = Tasks("serve")
     await asyncio.wait(
