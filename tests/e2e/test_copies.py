@@ -213,7 +213,7 @@ async def test_a_server_killed_in_a_copy_of_ten_thousand_events_leaves_all_or_no
 ) -> None:
     """After one transaction of each part, by the run's seed, and after the last; `make test-kills` takes them all."""
     last = prepared.transactions[way]
-    points = range(1 + part, last + 1, PARTS)
+    points = list(range(1 + part, last + 1, PARTS))
     if not os.environ.get(KILLS):
         chosen = random.Random(f"{os.environ.get('NOTECASE_SEED')} {way} {part}").choice(points)
         points = sorted({chosen, *({last} & set(points))})
