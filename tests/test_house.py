@@ -90,8 +90,10 @@ ROOMS: dict[str, Room] = {
         | {"supervisor", "tools.clock", "tools.contract", "tools.naming"},
         "Runs are the same whatever stores, answers or carries them.",
     ),
+    "auth": Room({"errors", "store.contract"}, "Who calls is found out without a look at what they ask."),
     "rpc": Room(
         {
+            "auth",
             "errors",
             "limit",
             "names",

@@ -12,10 +12,10 @@ from typing import Self
 
 import grpc
 from notecase import Client, v1
+from notecase_server.auth.principal import AuthContext, Authenticator, Metadata, Principal, Role
 from notecase_server.config import Settings
 from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
-from notecase_server.rpc.interceptor import Authenticate
 from notecase_server.rpc.watch import Pace
 from notecase_server.serve import Server, new_id, now, open_store
 from notecase_server.store.contract import Clock, Store
@@ -25,11 +25,14 @@ from notecase_server.tools.toolbox import make_toolbox
 from tests.support.forking import Forked
 
 TENANT = "x-test-tenant"
-"""The metadata by which a test says whose call it is, where a credential will be."""
+"""The metadata by which a test says whose call it is, where it is not about credentials."""
 
 
-def tenant_of(metadata: Mapping[str, str | bytes]) -> str:
-    return str(metadata.get(TENANT, "default"))
+class ByTenant:
+    """Takes a caller's word for its tenant."""
+
+    async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal:
+        return Principal(str(metadata.get(TENANT, "default")), "", Role.ADMIN)
 
 
 @dataclass
@@ -62,7 +65,7 @@ async def running(
     pace: Pace | None = None,
     toolbox: Toolbox | None = None,
     clock: Clock = now,
-    authenticate: Authenticate = tenant_of,
+    authenticators: Sequence[Authenticator] = (ByTenant(),),
     **bounds: int,
 ) -> AsyncIterator[Running]:
     """Serves until the block is left, then stops as SIGTERM would. `store` by its address, or open; `bounds` are
@@ -74,7 +77,7 @@ async def running(
         await open_store(store, clock) if isinstance(store, str) else store,
         providers or {"offline": OfflineProvider()},
         toolbox or make_toolbox((), {}),
-        authenticate=authenticate,
+        authenticators=authenticators,
         pace=pace,
         make_id=new_id,
         clock=clock,

@@ -74,6 +74,8 @@ CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
     v1.ERROR_REASON_IMPORT_INVALID: Kind(code_pb2.INVALID_ARGUMENT),
     v1.ERROR_REASON_WATCHER_TOO_SLOW: Kind(code_pb2.RESOURCE_EXHAUSTED, retry_after=1.0),
     v1.ERROR_REASON_OUTPUT_INVALID: Kind(code_pb2.FAILED_PRECONDITION),
+    v1.ERROR_REASON_UNAUTHENTICATED: Kind(code_pb2.UNAUTHENTICATED),
+    v1.ERROR_REASON_ROLE_MISSING: Kind(code_pb2.PERMISSION_DENIED),
 }
 
 
@@ -150,6 +152,39 @@ def invalid(violations: Iterable[Violation]) -> NotecaseError:
     told = "; ".join(f"{v.field}: {v.description}" for v in found[:3])
     more = f"; and {len(found) - 3} more" if len(found) > 3 else ""
     return NotecaseError(v1.ERROR_REASON_INVALID_FIELD, f"{told}{more}.", violations=found)
+
+
+def unauthenticated() -> NotecaseError:
+    """A credential that is bad, expired or revoked: which of these is not told."""
+    return NotecaseError(
+        v1.ERROR_REASON_UNAUTHENTICATED, "The credential of this call is not valid, or not any more; send another one."
+    )
+
+
+def no_credential() -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_UNAUTHENTICATED,
+        "This call needs a credential, and has none that this server knows; send one as metadata: "
+        "authorization: Bearer KEY.",
+    )
+
+
+def several_credentials() -> NotecaseError:
+    return NotecaseError(v1.ERROR_REASON_UNAUTHENTICATED, "This call has more than one credential; send one.")
+
+
+def role_missing(role: str, fields: Iterable[str] = ()) -> NotecaseError:
+    """`role` is the least that is needed, such as "DEVELOPER"; `fields` are those that it is needed for, none when it
+    is needed for the call."""
+    needs = f"needs the role {role.lower()}"
+    found = [Violation(field, needs) for field in fields]
+    told = ", ".join(violation.field for violation in found[:3]) or "This call"
+    return NotecaseError(
+        v1.ERROR_REASON_ROLE_MISSING,
+        f"{told}: {needs}." if found else f"{told} {needs}, which the credential does not have.",
+        metadata={"role": role},
+        violations=found,
+    )
 
 
 def not_found(kind: str, name: str) -> NotecaseError:

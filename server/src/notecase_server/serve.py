@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import structlog
 import uuid_utils
 
 from notecase_server import __version__
+from notecase_server.auth.chain import Chain
+from notecase_server.auth.principal import Authenticator
 from notecase_server.config import Settings
 from notecase_server.engine.arrivals import Arrivals
 from notecase_server.engine.content import Contents, Limits
@@ -28,7 +30,7 @@ from notecase_server.models.contract import Provider, Repeats
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.desk import Desk
 from notecase_server.rpc.gate import Gate
-from notecase_server.rpc.interceptor import Authenticate, Doorway, development
+from notecase_server.rpc.interceptor import Doorway
 from notecase_server.rpc.pages import Pages
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.server import build, options
@@ -140,12 +142,13 @@ class Server:
         store: Store,
         providers: Mapping[str, Provider],
         toolbox: Toolbox,
-        authenticate: Authenticate = development,
+        authenticators: Sequence[Authenticator] = (),
         pace: Pace | None = None,
         make_id: Callable[[], str] = new_id,
         clock: Clock = now,
     ) -> None:
-        """`providers` by name, the default one first. The server closes them, the toolbox and the store."""
+        """`providers` by name, the default one first. The server closes them, the toolbox and the store. Without
+        `authenticators` every caller is the admin of one tenant."""
         pace = pace or Pace()
         self.port = 0
         self._settings = settings
@@ -166,7 +169,7 @@ class Server:
         self.arrivals = Arrivals(settings.max_imports, settings.max_import_bytes)
         self.heavy = Places(settings.max_heavy_reads)
         self.gate = Gate(settings.max_calls, settings.max_unread_bytes)
-        self._doorway = Doorway(authenticate, make_id, pace.stall, self.gate)
+        self._doorway = Doorway(Chain(authenticators), make_id, pace.stall, self.gate)
         limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
         self._contents = Contents(store, make_id, clock, limits)
         sessions = self._sessions = Sessions(store, make_id, new_uid, limits.session)
@@ -221,6 +224,7 @@ class Server:
         self._runs.upkeep.start()
         self._supervisor.service("sweeper", self._sweep)
         self._supervisor.service("prober", self._probe)
+        self._supervisor.service("judge", self._doorway.keep_judging)
         log.info("server_started", listen=self._settings.listen, port=self.port, store=self._store.kind)
         return self.port
 

@@ -7,8 +7,8 @@ from typing import Any
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.rpc.caller import caller
 from notecase_server.rpc.desk import Desk
-from notecase_server.rpc.interceptor import caller
 from notecase_server.rpc.validate import Check
 from notecase_server.store.contract import BlobStore
 

@@ -10,8 +10,8 @@ from notecase_server.engine.roster import Caused
 from notecase_server.errors import NotecaseError
 from notecase_server.names import RunName
 from notecase_server.rpc import filter as filters
+from notecase_server.rpc.caller import caller
 from notecase_server.rpc.desk import Desk, checked, listed, once
-from notecase_server.rpc.interceptor import caller
 from notecase_server.rpc.validate import Check
 from notecase_server.store import answers
 from notecase_server.store.contract import ANSWER_BYTES, Answer, Page, Replayed, RunStore

@@ -12,12 +12,13 @@ from google.protobuf.message import Message
 from notecase import v1
 
 from notecase_server import errors, names
+from notecase_server.auth import rights
 from notecase_server.engine import transfer
 from notecase_server.engine.arrivals import Arrival
 from notecase_server.engine.roster import Caused
 from notecase_server.rpc import filter as filters
-from notecase_server.rpc.desk import LARGE_BYTES, NOTHING, SESSION, SUBJECT, Desk, checked, copied, listed, masked, once
-from notecase_server.rpc.interceptor import caller
+from notecase_server.rpc.caller import caller
+from notecase_server.rpc.desk import LARGE_BYTES, NOTHING, SESSION, Desk, checked, copied, listed, masked, once
 from notecase_server.rpc.validate import Check
 from notecase_server.store.contract import PAGE_BYTES, AgentStore, Answer, Commit, Committed, Once, SessionEdit
 
@@ -81,8 +82,11 @@ class SessionsService(v1.SessionServiceServicer):
     async def UpdateSession(self, request: v1.UpdateSessionRequest, context: Any) -> v1.Session:
         check = checked(request)
         session = check.session("session.name", request.session.name)
-        check.session_body("session", request.session)
         mask = masked(check, request.update_mask, request.session, SESSION_FIELDS)
+        labels = any(path.partition(".")[0] == "labels" for path in mask.paths)
+        check.session_body("session", request.session, labels)
+        if labels:
+            check.needs(rights.LABELS, "session.labels")
         check.done()
         if "agent" in mask.paths:
             await self._require_agent(request.session.agent)
@@ -174,7 +178,7 @@ class SessionsService(v1.SessionServiceServicer):
             key = self.desk.sessions.new_key(who.tenant, header.session_id or self.desk.new_id())
             repeat = None
             if header.request_id:
-                repeat = Once(who.tenant, SUBJECT, who.method, header.request_id, digest, SESSION)
+                repeat = Once(who.tenant, who.principal.subject, who.method, header.request_id, digest, SESSION)
             await self.desk.requests.recall(repeat)
             async with self.desk.patiently():
                 restore = await asyncio.to_thread(transfer.read, file, key)

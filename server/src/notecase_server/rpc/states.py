@@ -5,8 +5,9 @@ from typing import Any
 
 from notecase import v1
 
+from notecase_server.auth import rights
+from notecase_server.rpc.caller import caller
 from notecase_server.rpc.desk import LARGE_BYTES, Desk, checked, listed, once
-from notecase_server.rpc.interceptor import caller
 from notecase_server.rpc.pages import MAX_PAGE_SIZE
 from notecase_server.rpc.validate import Check
 from notecase_server.store import answers
@@ -39,6 +40,7 @@ class States(v1.StateServiceServicer):
     async def PutState(self, request: v1.PutStateRequest, context: Any) -> v1.StateEntry:
         check = checked(request)
         scope = check.state("name", caller.get().tenant, request.name)
+        _require_right(check, scope)
         check.key("key", request.key, scope.kind == "session")
         if check(request.value.ByteSize() <= PAGE_BYTES, "value", f"is larger than {PAGE_BYTES} bytes"):
             check.value("value", request.value)
@@ -53,6 +55,7 @@ class States(v1.StateServiceServicer):
     async def UpdateState(self, request: v1.UpdateStateRequest, context: Any) -> v1.State:
         check = checked(request)
         scope = check.state("name", caller.get().tenant, request.name)
+        _require_right(check, scope)
         check.ops("ops", request.ops, scope.kind == "session")
         await check.settled()
         if_version = request.if_version if request.HasField("if_version") else None
@@ -85,3 +88,8 @@ class States(v1.StateServiceServicer):
         async with self.desk.patiently(heavy=request.ByteSize() > LARGE_BYTES):
             made = await self.desk.sessions.update_state(key, scope, ops, if_version, record, request.request_id)
         return answers.of(answer, made)
+
+
+def _require_right(check: Check, scope: Scope) -> None:
+    if scope.kind == "app":
+        check.needs(rights.APP_STATE, "name")

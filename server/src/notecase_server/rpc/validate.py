@@ -18,10 +18,13 @@ from google.protobuf.message import Message
 from notecase import v1
 
 from notecase_server import errors, names
+from notecase_server.auth import rights
+from notecase_server.auth.principal import Role
 from notecase_server.engine.content import MAX_MESSAGE_BYTES, is_large
 from notecase_server.engine.summary import BATCH, KEEP_RECENT
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.names import AgentName, MessageName, RunName
+from notecase_server.rpc.caller import caller
 from notecase_server.store.contract import PAGE_BYTES, Scope
 from notecase_server.store.fold import MAX_VALUE_DEPTH
 from notecase_server.tools import naming
@@ -103,6 +106,8 @@ class Check:
         self._alone: list[tuple[str, str]] = []
         """JSON that `settled` looks at, with its field."""
         self._refusals: list[NotecaseError] = []
+        self._missing: dict[str, Role] = {}
+        """Fields that the caller may not set, each with the least role that may."""
 
     def __call__(self, ok: bool, field: str, description: str) -> bool:
         if not ok:
@@ -112,8 +117,10 @@ class Check:
         return ok
 
     def done(self) -> None:
-        """Raises NotecaseError INVALID_FIELD with all that is wrong; the reason of a part that has its own, such as
-        TEMPLATE_ERROR, when nothing else is."""
+        """Raises NotecaseError ROLE_MISSING with all fields that the caller may not set, or INVALID_FIELD with all that
+        is wrong; the reason of a part that has its own, such as TEMPLATE_ERROR, when nothing else is."""
+        if self._missing:
+            raise errors.role_missing(max(self._missing.values()).name, self._missing)
         for field, text in self._alone:
             self(_is_json(text), field, JSON_RULE)
         for refusal in self._refusals:
@@ -130,6 +137,11 @@ class Check:
             self(await asyncio.to_thread(_is_json, text), field, JSON_RULE)
         self.done()
         await asyncio.sleep(0)
+
+    def needs(self, role: Role, field: str) -> None:
+        """Takes note of a field that only a caller of that role may set."""
+        if not rights.may(caller.get().principal.role, role):
+            self._missing[field] = role
 
     @contextmanager
     def taking(self) -> Iterator[None]:
@@ -205,6 +217,8 @@ class Check:
 
     def labels(self, field: str, labels: Mapping[str, str]) -> None:
         self(len(labels) <= MAX_LABELS, field, f"has more than {MAX_LABELS} labels")
+        if labels:
+            self.needs(rights.LABELS, field)
         for key, value in islice(labels.items(), MAX_LABELS):
             if LABEL_KEY.fullmatch(key) is None:
                 at = f"{field}[{key[:80]!r}]"
@@ -532,6 +546,8 @@ class Check:
                 name, kind = frame.update_state.name, "session"
                 if name:
                     kind = self.state("update_state.name", "", name).kind
+                if kind == "app":
+                    self.needs(rights.APP_STATE, "update_state.name")
                 self.ops("update_state.ops", frame.update_state.ops, session=kind == "session")
             case "attach":
                 self(False, "command", "attach is for the first frame of a Run stream")
@@ -583,9 +599,11 @@ class Check:
         self.text(f"{at}.reasoning_effort", generation.reasoning_effort)
         self.json(f"{at}.extra", generation.extra, "a JSON object")
 
-    def session_body(self, field: str, session: v1.Session) -> None:
+    def session_body(self, field: str, session: v1.Session, labels: bool = True) -> None:
+        """`labels` says whether those of the session are set, or only came along."""
         self.text(f"{field}.display_name", session.display_name)
-        self.labels(f"{field}.labels", session.labels)
+        if labels:
+            self.labels(f"{field}.labels", session.labels)
         if session.agent:
             self.agent(f"{field}.agent", session.agent)
         if session.user:
