@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import grpc
 from notecase import Client, v1
@@ -50,6 +50,7 @@ class Running:
         self.messages = v1.MessageServiceStub(self.channel)
         self.runs = v1.RunServiceStub(self.channel)
         self.blobs = v1.BlobServiceStub(self.channel)
+        self.keys = v1.KeyServiceStub(self.channel)
         self.info = v1.ServerServiceStub(self.channel)
 
     def client(self) -> Client:
@@ -66,12 +67,12 @@ async def running(
     toolbox: Toolbox | None = None,
     clock: Clock = now,
     authenticators: Sequence[Authenticator] = (ByTenant(),),
-    **bounds: int,
+    **bounds: Any,
 ) -> AsyncIterator[Running]:
     """Serves until the block is left, then stops as SIGTERM would. `store` by its address, or open; `bounds` are
-    settings that bound something, by name."""
+    further settings, by name."""
     kind = store if isinstance(store, str) else store.kind
-    settings = Settings(listen="127.0.0.1:0", store=kind, grace=grace, **{"max_runs": 100, **bounds})  # type: ignore[arg-type]
+    settings = Settings(listen="127.0.0.1:0", store=kind, grace=grace, **{"max_runs": 100, **bounds})
     server = Server(
         settings,
         await open_store(store, clock) if isinstance(store, str) else store,
