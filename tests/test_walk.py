@@ -12,12 +12,15 @@ from itertools import count
 from typing import Any, NamedTuple
 
 import pytest
+from google.protobuf import descriptor_pool
+from google.protobuf.descriptor_pb2 import MethodOptions
 from google.protobuf.message import Message
 from grpc_reflection.v1alpha import reflection_pb2
 from notecase import v1
 from notecase_server.auth import rights
 from notecase_server.auth.keys import Keys
 from notecase_server.auth.principal import Role
+from notecase_server.rpc.server import SERVICES
 from notecase_server.serve import now, open_store
 
 from tests.support import raw
@@ -199,6 +202,24 @@ def test_every_method_has_a_row() -> None:
     """But for health, which anybody may ask."""
     methods = {path for path in raw.METHODS if not path.startswith("grpc.health.")}
     assert methods == {path for path, _ in ALL.values()}
+
+
+def test_a_right_follows_from_what_a_method_does() -> None:
+    """Readers are viewers and writers users, but for what is named here: the table of rights, said in another way."""
+    higher = {
+        **{f"AgentService/{name}Agent": Role.DEVELOPER for name in ("Create", "Update", "Delete")},
+        "SessionService/ExportSession": Role.DEVELOPER,
+        "SessionService/ImportSession": Role.DEVELOPER,
+        "SessionService/EraseUser": Role.ADMIN,
+        **{f"KeyService/{name}": Role.ADMIN for name in ("CreateKey", "ListKeys", "RevokeKey", "RotateKey")},
+    }
+    pool, found = descriptor_pool.Default(), {}
+    for service in SERVICES:
+        for method in pool.FindServiceByName(f"notecase.v1.{service}").methods:
+            reads = method.GetOptions().idempotency_level == MethodOptions.NO_SIDE_EFFECTS
+            usual = Role.VIEWER if reads else Role.USER
+            found[f"/notecase.v1.{service}/{method.name}"] = higher.get(f"{service}/{method.name}", usual)
+    assert found == {path: right.least for path, right in rights.METHODS.items() if path in found}
 
 
 class Walk:
