@@ -1,5 +1,5 @@
-"""The walk: every method by every role, on what is the caller's own and on what is another tenant's. A method without a
-row fails it.
+"""The walk: every method by every role, on what is the caller's own, another user's and another tenant's. A method
+without a row fails it.
 
 One server carries out all of it. What a caller may not do changes nothing, which is seen by reading everything before
 and after.
@@ -30,6 +30,8 @@ TENANTS = [Role.VIEWER, Role.USER, Role.DEVELOPER, Role.ADMIN]
 MARK = "acme-only"
 """Stands in everything of the tenant `acme`, and in nothing that another tenant may read."""
 
+ADA, EVE = "users/ada", "users/eve"
+
 Metadata = dict[str, str]
 Frames = Message | Sequence[Message]
 
@@ -59,6 +61,10 @@ class Row(NamedTuple):
     """The reason for which another tenant is refused that names the same; empty where it is answered, with its own."""
     operator: str = ""
     """The same of an operator, where operators may call the method."""
+    stranger: str | None = None
+    """The same of a caller in the tenant that is bound to another user; None where it is as for another tenant."""
+    bound: str = ""
+    """The same of one that is bound to the user whose all of this is."""
 
 
 def text(said: str) -> v1.Message:
@@ -95,6 +101,7 @@ ROWS: dict[str, Row] = {
     "SessionService/CreateSession": Row(
         lambda case: v1.CreateSessionRequest(session_id=case.spare, session=v1.Session(agent=case.agent)),
         "AGENT_NOT_FOUND",
+        stranger="",
     ),
     "SessionService/GetSession": Row(lambda case: v1.GetSessionRequest(name=case.session), "SESSION_NOT_FOUND"),
     "SessionService/ListSessions": Row(lambda case: v1.ListSessionsRequest(filter=f"user = {case.user}"), ""),
@@ -118,13 +125,19 @@ ROWS: dict[str, Row] = {
     ),
     "SessionService/ImportSession": Row(imported, "BLOB_NOT_FOUND"),
     "StateService/GetState": Row(lambda case: v1.GetStateRequest(name=f"{case.session}/state"), "SESSION_NOT_FOUND"),
-    "StateService/GetState, a user's": Row(lambda case: v1.GetStateRequest(name=f"{case.user}/state"), ""),
-    "StateService/GetState, the tenant's": Row(lambda case: v1.GetStateRequest(name="app/state"), ""),
+    "StateService/GetState, a user's": Row(
+        lambda case: v1.GetStateRequest(name=f"{case.user}/state"), "", stranger="USER_NOT_FOUND"
+    ),
+    "StateService/GetState, the tenant's": Row(
+        lambda case: v1.GetStateRequest(name="app/state"), "", stranger="ROLE_MISSING", bound="ROLE_MISSING"
+    ),
     "StateService/PutState": Row(
         lambda case: v1.PutStateRequest(name=f"{case.session}/state", key="note", value=OP.set), "SESSION_NOT_FOUND"
     ),
     "StateService/PutState, a user's": Row(
-        lambda case: v1.PutStateRequest(name=f"{case.user}/state", key="note", value=OP.set), ""
+        lambda case: v1.PutStateRequest(name=f"{case.user}/state", key="note", value=OP.set),
+        "",
+        stranger="USER_NOT_FOUND",
     ),
     "StateService/PutState, a user's, with content": Row(
         lambda case: v1.PutStateRequest(
@@ -156,6 +169,7 @@ ROWS: dict[str, Row] = {
             )
         ],
         "AGENT_NOT_FOUND",
+        stranger="",
     ),
     "RunService/Invoke": Row(lambda case: v1.InvokeRequest(start=start(case)), "SESSION_NOT_FOUND"),
     "RunService/CreateRun": Row(lambda case: v1.CreateRunRequest(start=start(case)), "SESSION_NOT_FOUND"),
@@ -186,7 +200,9 @@ ROWS: dict[str, Row] = {
         lambda case: [v1.UploadBlobRequest(blob=v1.Blob(name=case.blob, media_type="text/plain"))], "BLOB_CORRUPT"
     ),
     "BlobService/DownloadBlob": Row(lambda case: v1.DownloadBlobRequest(name=case.blob), "BLOB_NOT_FOUND"),
-    "BlobService/GetUpload": Row(lambda case: v1.GetUploadRequest(upload_id=case.upload_id), "BLOB_NOT_FOUND"),
+    "BlobService/GetUpload": Row(
+        lambda case: v1.GetUploadRequest(upload_id=case.upload_id), "BLOB_NOT_FOUND", bound="BLOB_NOT_FOUND"
+    ),
     "BlobService/GetBlob": Row(lambda case: v1.GetBlobRequest(name=case.blob), "BLOB_NOT_FOUND"),
 }
 """By the method, and what of it."""
@@ -229,6 +245,8 @@ class Walk:
         self.served = served
         self.keys = keys
         self.callers: dict[tuple[str, Role], Metadata] = {}
+        self.bound: dict[tuple[str, Role], Metadata] = {}
+        """In acme, those that are bound to a user."""
         self._numbers = count()
 
     async def hire(self) -> None:
@@ -237,10 +255,17 @@ class Walk:
                 key = v1.Key(display_name=MARK if tenant == "acme" else "", role=v1.Key.Role.Value(f"ROLE_{role.name}"))
                 await self._hire(tenant, role, key)
         await self._hire("", Role.OPERATOR, v1.Key(role=v1.Key.ROLE_OPERATOR))
+        for user in (ADA, EVE):
+            for role in (Role.VIEWER, Role.USER):
+                key = v1.Key(display_name=MARK, role=v1.Key.Role.Value(f"ROLE_{role.name}"), user=user)
+                self.bound[user, role] = await self._made("acme", key)
 
     async def _hire(self, tenant: str, role: Role, key: v1.Key) -> None:
+        self.callers[tenant, role] = await self._made(tenant, key)
+
+    async def _made(self, tenant: str, key: v1.Key) -> Metadata:
         _, secret = await self.keys.create(tenant, key)
-        self.callers[tenant, role] = {"authorization": f"Bearer {secret}"}
+        return {"authorization": f"Bearer {secret}"}
 
     async def call(self, name: str, case: Case, metadata: Metadata) -> raw.Outcome:
         path, row = ALL[name]
@@ -263,34 +288,35 @@ class Walk:
         agent = await on.agents.CreateAgent(
             v1.CreateAgentRequest(agent_id=f"agent-{number}", agent=v1.Agent(display_name=MARK, llm=llm)), metadata=by
         )
-        user, session_id = f"users/ada-{number}", f"session-{number}"
         new = v1.Session(
-            name=f"sessions/{session_id}", agent=agent.name, user=user, display_name=MARK, labels={"team": MARK}
+            name=f"sessions/session-{number}", agent=agent.name, user=ADA, display_name=MARK, labels={"team": MARK}
         )
         said = v1.Message(parts=[v1.Part(text=f"/say {MARK}"), v1.Part(blob=blob)])
         first = v1.StartRun(new_session=new, run_id="first", messages=[said])
         first.state["note"].string_value = MARK
         done = await on.runs.Invoke(v1.InvokeRequest(start=first), metadata=by)
         assert v1.Run.STATE_SUCCEEDED == done.run.state
-        for name in (f"{user}/state", "app/state"):
+        for name in (f"{ADA}/state", "app/state"):
             request = v1.PutStateRequest(name=name, key="note", value=v1.Value(string_value=MARK))
             await on.state.PutState(request, metadata=by)
         key, _ = await self.keys.create("acme", v1.Key(display_name=MARK, role=v1.Key.ROLE_USER))
         export = on.sessions.ExportSession(v1.ExportSessionRequest(name=new.name), metadata=by)
         file = b"".join([response.chunk async for response in export])
         return Case(
-            *(agent.name, new.name, done.run.name, done.reply.name, user, blob.name, upload.upload_id, key.name, file),
+            *(agent.name, new.name, done.run.name, done.reply.name, ADA, blob.name, upload.upload_id, key.name, file),
             spare=f"spare-{number}",
         )
 
     async def world(self) -> list[str]:
-        """All that acme has, as text."""
+        """All that acme has, as text, but for what the walk's callers make for themselves."""
         on, by = self.served, tuple(self.callers["acme", Role.ADMIN].items())
-        sessions = (await on.sessions.ListSessions(v1.ListSessionsRequest(page_size=1000), metadata=by)).sessions
+        listed = await on.sessions.ListSessions(v1.ListSessionsRequest(page_size=1000), metadata=by)
+        sessions = [session for session in listed.sessions if session.user != EVE]
+        runs = await on.runs.ListRuns(v1.ListRunsRequest(parent="sessions/-", page_size=1000), metadata=by)
         found: list[Any] = [
             *sessions,
             *(await on.agents.ListAgents(v1.ListAgentsRequest(page_size=1000), metadata=by)).agents,
-            *(await on.runs.ListRuns(v1.ListRunsRequest(parent="sessions/-", page_size=1000), metadata=by)).runs,
+            *[run for run in runs.runs if "/spare-" not in run.name],
             *(await on.keys.ListKeys(v1.ListKeysRequest(page_size=1000), metadata=by)).keys,
             await on.state.GetState(v1.GetStateRequest(name="app/state"), metadata=by),
         ]
@@ -320,9 +346,16 @@ async def walk(request: pytest.FixtureRequest, tmp_path: Any) -> AsyncIterator[W
         yield made
 
 
-def expected(name: str, role: Role) -> str:
+UNBOUND = {"AgentService", "KeyService", "SessionService/EraseUser", "SessionService/ImportSession"}
+"""Services and methods that are not for callers that are bound to a user."""
+
+
+def expected(name: str, role: Role, bound: bool = False) -> str:
     """The reason for which a role is refused; empty where it may call the method."""
     path, _ = ALL[name]
+    method = path.removeprefix("notecase.v1.")
+    if bound and {method, method.partition("/")[0]} & UNBOUND:
+        return "ROLE_MISSING"
     right = rights.METHODS[f"/{path}"]
     if role is Role.OPERATOR:
         return "" if right.operators else "ROLE_MISSING"
@@ -330,10 +363,10 @@ def expected(name: str, role: Role) -> str:
 
 
 async def test_what_a_caller_may_not_do_is_refused_and_changes_nothing(walk: Walk) -> None:
-    """Without a credential, with a role that is too low, and of another tenant. What another tenant is answered holds
-    nothing of the one that it named."""
+    """Without a credential, with a role that is too low, of another tenant and bound to another user. What these are
+    answered holds nothing of what they named."""
     case = await walk.case()
-    before, wrong = await walk.world(), []
+    before, wrong, spare = await walk.world(), list[str](), count()
     for name, (_, row) in ALL.items():
         asked: list[tuple[str, Metadata, str]] = [("nobody", {}, "UNAUTHENTICATED")]
         for (tenant, role), metadata in walk.callers.items():
@@ -341,8 +374,12 @@ async def test_what_a_caller_may_not_do_is_refused_and_changes_nothing(walk: Wal
             if tenant != "acme" or reason:  # else it is its own, which it may change
                 allowed = row.elsewhere if tenant else row.operator
                 asked.append((f"{tenant} {role.name}", metadata, reason or allowed))
-        for number, (who, metadata, reason) in enumerate(asked):
-            outcome = await walk.call(name, case._replace(spare=f"{case.spare}-{number}"), metadata)
+        for role in (Role.VIEWER, Role.USER):
+            stranger = row.elsewhere if row.stranger is None else row.stranger
+            reason = expected(name, role, bound=True) or stranger
+            asked.append((f"acme {role.name} bound to eve", walk.bound[EVE, role], reason))
+        for who, metadata, reason in asked:
+            outcome = await walk.call(name, case._replace(spare=f"spare-of-{next(spare)}"), metadata)
             if outcome.reason != reason:
                 wrong.append(f"{name} by {who}: {outcome.reason or outcome.code}, not {reason or 'OK'}")
             if MARK.encode() in b"".join(outcome.answers):
@@ -360,4 +397,9 @@ async def test_what_a_caller_may_do_is_done(walk: Walk) -> None:
             outcome = await walk.call(name, await walk.case(), walk.callers["acme", role])
             if outcome.code.name != "OK":
                 wrong.append(f"{name} by {role.name}: {outcome.reason or outcome.code} {outcome.message}")
+        for role in (Role.VIEWER, Role.USER):
+            reason = expected(name, role, bound=True) or ALL[name][1].bound
+            outcome = await walk.call(name, await walk.case(), walk.bound[ADA, role])
+            if outcome.reason != reason:
+                wrong.append(f"{name} by {role.name}, bound: {outcome.reason or outcome.code} {outcome.message}")
     assert [] == wrong
