@@ -9,7 +9,7 @@ import pytest
 from google.rpc import code_pb2, error_details_pb2
 from notecase import v1
 from notecase_server import errors
-from notecase_server.rpc.interceptor import to_status
+from notecase_server.rpc.status import to_status
 
 ROOT = Path(__file__).parent.parent
 SERVER = ROOT / "server/src/notecase_server"
@@ -88,6 +88,8 @@ def sentences() -> list[str]:
     told += [make("sessions/x") for make in (errors.no_run, errors.cancelled_before_start, errors.internal)]
     told += [errors.etag_mismatch("agents/x", "1"), errors.state_key_not_found("app/state", "x")]
     told += [errors.run_ended("sessions/x/runs/y", v1.Run.STATE_FAILED), errors.owner_lost("x")]
+    told += [errors.unauthenticated(), errors.no_credential(), errors.several_credentials()]
+    told += [errors.role_missing("DEVELOPER", fields) for fields in ((), ["labels"], ["a", "b", "c", "d"])]
     told += [errors.unread_answers(), errors.unread_stream()]
     told += [errors.page_token_invalid(), errors.draining(), errors.store_unavailable()]
     return [text for error in told for text in (error.message, error.quota) if text]

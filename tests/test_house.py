@@ -96,8 +96,10 @@ ROOMS: dict[str, Room] = {
         | {"supervisor", "tools.clock", "tools.contract", "tools.naming"},
         "Runs are the same whatever stores, answers or carries them.",
     ),
+    "auth": Room({"errors", "store.contract"}, "Who calls is found out without a look at what they ask."),
     "rpc": Room(
         {
+            "auth",
             "errors",
             "limit",
             "names",
@@ -113,8 +115,9 @@ ROOMS: dict[str, Room] = {
     ),
     "serve": Room({"*"}, "The one place that composes, and so the one that sees all."),
     "cli": Room({"client"}, "A command is a client of a server, and knows it only by its address."),
+    "cli.keys": Room({"cli", "client", "serve", "store.contract"}, "The first key is made where no server is."),
     "cli.serve": Room(
-        {"cli", "serve", "config", "store.contract", "tools.contract", "tools.mcp"},
+        {"auth", "cli", "serve", "config", "store.contract", "tools.contract", "tools.mcp"},
         "This command starts a server; it needs no client.",
     ),
     "cli.backup": Room({"cli", "serve", "store.contract"}, "The server's composition copies the store."),

@@ -2,7 +2,7 @@
 
 import asyncio
 import sqlite3
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,14 @@ from google.rpc import error_details_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from notecase import v1
 from notecase_server import errors, serve
+from notecase_server.auth.chain import DEVELOPMENT, Chain
+from notecase_server.auth.principal import AuthContext, Metadata, Principal
 from notecase_server.errors import Violation
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.rpc import interceptor
+from notecase_server.rpc.caller import caller
 from notecase_server.rpc.gate import Gate
-from notecase_server.rpc.interceptor import Doorway, caller, development
+from notecase_server.rpc.interceptor import Doorway
 from notecase_server.store import sqlite
 from structlog.testing import capture_logs
 
@@ -130,18 +133,20 @@ def test_a_caller_is_told_that_the_disk_is_full() -> None:
     assert "SQLITE_FULL" == lines[0]["error"]
 
 
+class Refusing:
+    async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal:
+        raise errors.unauthenticated()
+
+
 async def test_a_probe_needs_no_credential() -> None:
     """Health is asked by what knows nothing of this service."""
 
-    def refuse(metadata: Mapping[str, str | bytes]) -> str:
-        raise errors.invalid([Violation("authorization", "is missing")])
-
-    async with running(authenticate=refuse) as served:
+    async with running(authenticators=[Refusing()]) as served:
         health: Any = health_pb2_grpc.HealthStub(served.channel)
         assert health_pb2.HealthCheckResponse.SERVING == (await health.Check(health_pb2.HealthCheckRequest())).status
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await served.info.GetServerInfo(v1.GetServerInfoRequest())
-        assert {"authorization"} == fields_of(refused.value)
+        assert (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED") == (refused.value.code(), reason_of(refused.value))
 
 
 def start() -> v1.StartRun:
@@ -220,10 +225,11 @@ async def test_a_call_that_the_stop_of_the_server_cuts_is_told_so(call: str) -> 
     make, method = CALLS[call]
     begun = asyncio.Event()
 
-    def authenticate(metadata: Mapping[str, str | bytes]) -> str:
-        if method and caller.get().method.endswith(method):
-            begun.set()
-        return "default"
+    class Noticing:
+        async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal:
+            if method and caller.get().method.endswith(method):
+                begun.set()
+            return DEVELOPMENT
 
     never = asyncio.Event()
     with capture_logs() as lines:
@@ -232,7 +238,7 @@ async def test_a_call_that_the_stop_of_the_server_cuts_is_told_so(call: str) -> 
             running(
                 providers={"openai": OpenAIProvider("test-key", model.url, "stub-1")},
                 grace=0.1,
-                authenticate=authenticate,
+                authenticators=[Noticing()],
             ) as served,
         ):
             model.script(reply("Never.").held(never))
@@ -260,7 +266,7 @@ class Waiting:
         self.gate = asyncio.Event()
         self.begun = asyncio.Event()
         self.ended: list[str] = []
-        self.door = Doorway(development, lambda: "id", stall=60, gate=Gate(100, 1 << 20))
+        self.door = Doorway(Chain(), lambda: "id", stall=60, gate=Gate(100, 1 << 20))
 
     async def wait(self) -> health_pb2.HealthCheckResponse:
         try:

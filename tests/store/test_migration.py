@@ -51,10 +51,10 @@ def older(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return left_by(request.param, tmp_path / "store.db")
 
 
-@pytest.fixture
-def second(tmp_path: Path) -> Path:
-    """A small store that a server of the second schema closed."""
-    return left_by("2-small", tmp_path / "second.db")
+@pytest.fixture(params=[2, 3])
+def small(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A small store that a server of the second or the third schema closed."""
+    return left_by(f"{request.param}-small", tmp_path / f"{request.param}.db")
 
 
 @pytest.fixture
@@ -395,33 +395,34 @@ async def test_a_row_that_is_damaged_is_told_and_nothing_is_changed(path: Path) 
     assert dumped(path) == before
 
 
-async def test_a_store_of_the_second_schema_keeps_every_row(second: Path, tmp_path: Path) -> None:
+async def test_a_store_of_a_later_schema_keeps_every_row(small: Path, tmp_path: Path) -> None:
     """And what is deleted of it from then on goes as in any other."""
-    tables = [name for (name,) in facts(second, TABLES)]
+    tables = [name for (name,) in facts(small, TABLES)]
     columns = dict.fromkeys(tables, "*")
     columns["messages"] = "tenant, uid, sequence, message, run, step, update_sequence, body"
     columns["events"] = "tenant, uid, sequence, tells_past, body"
     columns["active_runs"] = "tenant, uid, run, step, deaths, released, agent"
-    before = {table: facts(second, f"SELECT {columns[table]} FROM {table}") for table in tables}
+    columns["store"] = "secret"
+    before = {table: facts(small, f"SELECT {columns[table]} FROM {table}") for table in tables}
     columns["active_runs"] = "tenant, uid, run, step, deaths, released, revision"
     columns["messages"] = "tenant, uid, sequence, message, run, step, coalesce(update_sequence, sequence), c.body"
     places = {"messages": "events LEFT JOIN changed_messages c USING (tenant, uid, sequence) WHERE message NOT NULL"}
-    assert facts(second, "PRAGMA user_version") == [(2,)]
-    for file in (second, tmp_path / "new.db"):
+    assert facts(small, "PRAGMA user_version") == [(int(small.stem),)]
+    for file in (small, tmp_path / "new.db"):
         await (await SqliteStore.open(file, ManualClock())).close()
-    assert facts(second, "PRAGMA user_version") == [(VERSION,)]
-    assert schema(second) == schema(tmp_path / "new.db")
-    after = {table: facts(second, f"SELECT {columns[table]} FROM {places.get(table, table)}") for table in tables}
+    assert facts(small, "PRAGMA user_version") == [(VERSION,)]
+    assert schema(small) == schema(tmp_path / "new.db")
+    after = {table: facts(small, f"SELECT {columns[table]} FROM {places.get(table, table)}") for table in tables}
     assert after == before
-    store = await SqliteStore.open(second, ManualClock())
+    store = await SqliteStore.open(small, ManualClock())
     for row in (await store.list_sessions("acme", ALL)).rows:
         await store.delete_session(SessionKey("acme", row.name, row.uid))
     await store.sweep_sessions()
     assert await store.erase_state("acme", "users/ada")
     await store.close()
     kept = {"store", "requests", "contents", "chunks", "blobs", "uploaders", "agents", "revisions"}
-    assert {name for (name,) in facts(second, TABLES) if facts(second, f"SELECT * FROM {name}")} == kept
-    assert facts(second, "SELECT * FROM requests WHERE response IS NOT NULL") == []
+    assert {name for (name,) in facts(small, TABLES) if facts(small, f"SELECT * FROM {name}")} == kept
+    assert facts(small, "SELECT * FROM requests WHERE response IS NOT NULL") == []
 
 
 async def test_a_copy_of_an_older_store_is_of_its_own_schema(path: Path, tmp_path: Path) -> None:

@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import grpc
 from notecase import Client, v1
+from notecase_server.auth.principal import AuthContext, Authenticator, Metadata, Principal, Role
 from notecase_server.config import Settings
 from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
-from notecase_server.rpc.interceptor import Authenticate
 from notecase_server.rpc.watch import Pace
 from notecase_server.serve import Server, new_id, now, open_store
 from notecase_server.store.contract import Clock, Store
@@ -25,11 +25,14 @@ from notecase_server.tools.toolbox import make_toolbox
 from tests.support.forking import Forked
 
 TENANT = "x-test-tenant"
-"""The metadata by which a test says whose call it is, where a credential will be."""
+"""The metadata by which a test says whose call it is, where it is not about credentials."""
 
 
-def tenant_of(metadata: Mapping[str, str | bytes]) -> str:
-    return str(metadata.get(TENANT, "default"))
+class ByTenant:
+    """Takes a caller's word for its tenant."""
+
+    async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal:
+        return Principal(str(metadata.get(TENANT, "default")), "", Role.ADMIN)
 
 
 @dataclass
@@ -47,6 +50,7 @@ class Running:
         self.messages = v1.MessageServiceStub(self.channel)
         self.runs = v1.RunServiceStub(self.channel)
         self.blobs = v1.BlobServiceStub(self.channel)
+        self.keys = v1.KeyServiceStub(self.channel)
         self.info = v1.ServerServiceStub(self.channel)
 
     def client(self) -> Client:
@@ -62,19 +66,19 @@ async def running(
     pace: Pace | None = None,
     toolbox: Toolbox | None = None,
     clock: Clock = now,
-    authenticate: Authenticate = tenant_of,
-    **bounds: int,
+    authenticators: Sequence[Authenticator] = (ByTenant(),),
+    **bounds: Any,
 ) -> AsyncIterator[Running]:
     """Serves until the block is left, then stops as SIGTERM would. `store` by its address, or open; `bounds` are
-    settings that bound something, by name."""
+    further settings, by name."""
     kind = store if isinstance(store, str) else store.kind
-    settings = Settings(listen="127.0.0.1:0", store=kind, grace=grace, **{"max_runs": 100, **bounds})  # type: ignore[arg-type]
+    settings = Settings(listen="127.0.0.1:0", store=kind, grace=grace, **{"max_runs": 100, **bounds})
     server = Server(
         settings,
         await open_store(store, clock) if isinstance(store, str) else store,
         providers or {"offline": OfflineProvider()},
         toolbox or make_toolbox((), {}),
-        authenticate=authenticate,
+        authenticators=authenticators,
         pace=pace,
         make_id=new_id,
         clock=clock,

@@ -42,17 +42,17 @@ class RunWaiting(Exception):
 class Client(Commands):
     """A client of one server, for the event loop it is made in: `async with Client("127.0.0.1:7420") as client`.
 
-    `agents`, `sessions`, `state`, `messages`, `runs`, `blobs` and `server` are the generated stubs: each call takes its
-    `v1` request, and `timeout=` (seconds) or `metadata=` where wanted, raises `NotecaseError`, and is made once. What
-    they return is awaited or iterated like grpc's own calls, but is no instance of their classes.
+    `agents`, `sessions`, `state`, `messages`, `runs`, `blobs`, `keys` and `server` are the generated stubs: each call
+    takes its `v1` request, and `timeout=` (seconds) or `metadata=` where wanted, raises `NotecaseError`, and is made
+    once. What they return is awaited or iterated like grpc's own calls, but is no instance of their classes.
 
     The methods here are short for the calls made most. They send a request_id, a command_id or a run_id, so that they
     are safe to repeat, and are repeated as `retry` says while the connection is broken or the server is away. To
     bound one in time, use `asyncio.timeout`. Those inherited from `Commands` speak to a run by its name, such as
     `client.approve(run.name, run.pending_inputs[0].input_id)`.
 
-    Without `credentials` the connection is plain text. `options` are grpc channel options and win over the client's
-    own.
+    `token` is a key, sent with every call. Without `credentials` the connection is plain text. `options` are grpc
+    channel options and win over the client's own.
     """
 
     def __init__(
@@ -60,6 +60,7 @@ class Client(Commands):
         target: str = "127.0.0.1:7420",
         *,
         credentials: grpc.ChannelCredentials | None = None,
+        token: str = "",
         options: Sequence[tuple[str, Any]] = (),
         retry: Retry | None = None,
     ) -> None:
@@ -68,7 +69,7 @@ class Client(Commands):
             aio.secure_channel(target, credentials, merged) if credentials else aio.insecure_channel(target, merged)
         )
         self._retry = retry or Retry()
-        channel = cast(aio.Channel, _Channel(self._channel))
+        channel = cast(aio.Channel, _Channel(self._channel, token))
         self.agents = v1.AgentServiceStub(channel)
         self.sessions = v1.SessionServiceStub(channel)
         self.state = v1.StateServiceStub(channel)
@@ -76,6 +77,7 @@ class Client(Commands):
         self.runs = v1.RunServiceStub(channel)
         self.server = v1.ServerServiceStub(channel)
         self.blobs = v1.BlobServiceStub(channel)
+        self.keys = v1.KeyServiceStub(channel)
         self._contents = Contents(self.blobs, self._retry)
         self._turns = Turns()
         super().__init__(self.runs, self._retry)
@@ -353,17 +355,24 @@ class _Channel:
 
     Not an interceptor: those put a task and a queue between caller and call, and lose the call's metadata."""
 
-    def __init__(self, channel: aio.Channel) -> None:
-        self.unary_unary = _translated(channel.unary_unary)
-        self.unary_stream = _translated(channel.unary_stream)
-        self.stream_unary = _translated(channel.stream_unary)
-        self.stream_stream = _translated(channel.stream_stream)
+    def __init__(self, channel: aio.Channel, token: str) -> None:
+        credential = (("authorization", f"Bearer {token}"),) if token else ()
+        self.unary_unary = _translated(channel.unary_unary, credential)
+        self.unary_stream = _translated(channel.unary_stream, credential)
+        self.stream_unary = _translated(channel.stream_unary, credential)
+        self.stream_stream = _translated(channel.stream_stream, credential)
 
 
-def _translated(shape: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]]:
+def _translated(
+    shape: Callable[..., Callable[..., Any]], credential: Sequence[tuple[str, str]]
+) -> Callable[..., Callable[..., Any]]:
     def multicallable(*args: Any, **kwargs: Any) -> Callable[..., Any]:
         method = shape(*args, **kwargs)
-        return lambda *args, **kwargs: _Call(method(*args, **kwargs))
+
+        def call(*args: Any, metadata: Iterable[tuple[str, Any]] | None = None, **kwargs: Any) -> _Call:
+            return _Call(method(*args, metadata=(*credential, *(metadata or ())), **kwargs))
+
+        return call
 
     return multicallable
 

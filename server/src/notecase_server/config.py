@@ -37,6 +37,12 @@ class Settings:
     """Everything a server is told."""
 
     listen: str
+    auth: Literal["auto", "keys"] = "auto"
+    """With "auto" callers need a credential when the store has ever had a key."""
+    admin_key: str = ""
+    """A key that the operator chose, for an admin of the tenant `default`; empty for none."""
+    insecure: bool = False
+    """Everybody who reaches the port may do all."""
     store: str = "memory:"
     max_runs: int = 1000
     max_calls: int = 10_000
@@ -63,6 +69,16 @@ class Settings:
     tools: tuple[str, ...] = ()
     """Modules whose functions are tools."""
     mcp_servers: Mapping[str, McpServerSettings] = field(default_factory=dict)
+
+    @property
+    def has_credentials(self) -> bool:
+        """Whether callers need a credential, as far as is known without the store."""
+        return self.auth == "keys" or self.admin_key != ""
+
+
+def admin_key_from_environment() -> str:
+    """NOTECASE_ADMIN_KEY, which is no option since other users of the machine see those. Empty for none."""
+    return os.environ.get("NOTECASE_ADMIN_KEY", "")
 
 
 def openai_from_environment() -> OpenAISettings | None:

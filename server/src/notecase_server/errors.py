@@ -74,6 +74,10 @@ CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
     v1.ERROR_REASON_IMPORT_INVALID: Kind(code_pb2.INVALID_ARGUMENT),
     v1.ERROR_REASON_WATCHER_TOO_SLOW: Kind(code_pb2.RESOURCE_EXHAUSTED, retry_after=1.0),
     v1.ERROR_REASON_OUTPUT_INVALID: Kind(code_pb2.FAILED_PRECONDITION),
+    v1.ERROR_REASON_UNAUTHENTICATED: Kind(code_pb2.UNAUTHENTICATED),
+    v1.ERROR_REASON_ROLE_MISSING: Kind(code_pb2.PERMISSION_DENIED),
+    v1.ERROR_REASON_KEY_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
+    v1.ERROR_REASON_USER_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
 }
 
 
@@ -141,6 +145,8 @@ _NOT_FOUND = {
     "message": v1.ERROR_REASON_MESSAGE_NOT_FOUND,
     "blob": v1.ERROR_REASON_BLOB_NOT_FOUND,
     "upload": v1.ERROR_REASON_BLOB_NOT_FOUND,
+    "key": v1.ERROR_REASON_KEY_NOT_FOUND,
+    "user": v1.ERROR_REASON_USER_NOT_FOUND,
 }
 
 
@@ -152,8 +158,50 @@ def invalid(violations: Iterable[Violation]) -> NotecaseError:
     return NotecaseError(v1.ERROR_REASON_INVALID_FIELD, f"{told}{more}.", violations=found)
 
 
+def unauthenticated() -> NotecaseError:
+    """A credential that is bad, expired or revoked: which of these is not told."""
+    return NotecaseError(
+        v1.ERROR_REASON_UNAUTHENTICATED, "The credential of this call is not valid, or not any more; send another one."
+    )
+
+
+def no_credential() -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_UNAUTHENTICATED,
+        "This call needs a credential, and has none that this server knows; send one as metadata: "
+        "authorization: Bearer KEY.",
+    )
+
+
+def several_credentials() -> NotecaseError:
+    return NotecaseError(v1.ERROR_REASON_UNAUTHENTICATED, "This call has more than one credential; send one.")
+
+
+def role_missing(role: str, fields: Iterable[str] = ()) -> NotecaseError:
+    """`role` is the least that is needed, such as "DEVELOPER"; `fields` are those that it is needed for, none when it
+    is needed for the call."""
+    needs = f"needs the role {role.lower()}"
+    found = [Violation(field, needs) for field in fields]
+    told = ", ".join(violation.field for violation in found[:3]) or "This call"
+    return NotecaseError(
+        v1.ERROR_REASON_ROLE_MISSING,
+        f"{told}: {needs}." if found else f"{told} {needs}, which the credential does not have.",
+        metadata={"role": role},
+        violations=found,
+    )
+
+
+def bound_to_user(role: str, fields: Iterable[str] = ()) -> NotecaseError:
+    """As `role_missing`, for a caller that may not because it is bound to a user, and whatever its role."""
+    needs = f"needs a caller that is not bound to a user, of the role {role.lower()}"
+    found = [Violation(field, needs) for field in fields]
+    told = ", ".join(violation.field for violation in found[:3]) or "This call"
+    return NotecaseError(v1.ERROR_REASON_ROLE_MISSING, f"{told}: {needs}.", metadata={"role": role}, violations=found)
+
+
 def not_found(kind: str, name: str) -> NotecaseError:
-    """`kind` is "agent", "session", "run", "message", "blob" or "upload"; `name` its whole resource name."""
+    """`kind` is "agent", "session", "run", "message", "blob", "upload", "key" or "user"; `name` its whole resource
+    name."""
     return NotecaseError(_NOT_FOUND[kind], f"There is no {kind} {name!r}.", resource=Resource(kind, name))
 
 

@@ -7,14 +7,19 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
 import uuid_utils
+from notecase import v1
 
 from notecase_server import __version__
+from notecase_server.auth.chain import Chain
+from notecase_server.auth.keys import Keys
+from notecase_server.auth.principal import Authenticator
 from notecase_server.config import Settings
 from notecase_server.engine.arrivals import Arrivals
 from notecase_server.engine.content import Contents, Limits
@@ -28,7 +33,8 @@ from notecase_server.models.contract import Provider, Repeats
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.desk import Desk
 from notecase_server.rpc.gate import Gate
-from notecase_server.rpc.interceptor import Authenticate, Doorway, development
+from notecase_server.rpc.interceptor import Doorway
+from notecase_server.rpc.mentions import Mentions
 from notecase_server.rpc.pages import Pages
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.server import build, options
@@ -99,6 +105,23 @@ def backup(url: str, destination: Path, force: bool) -> None:
     sqlite_file.backup(Path(path), destination, force)
 
 
+def bootstrap(url: str, tenant: str, name: str) -> tuple[v1.Key, str]:
+    """Makes the key of an admin of the tenant, or of an operator where it is empty, in a store that no server has open.
+    Returns it with what is to be sent. Raises StoreOpenError."""
+    if url == "memory:":
+        raise StoreOpenError("A store in memory has no key before it is served; set NOTECASE_ADMIN_KEY for one.")
+
+    async def make() -> tuple[v1.Key, str]:
+        store = await open_store(url, now)
+        try:
+            role = v1.Key.ROLE_ADMIN if tenant else v1.Key.ROLE_OPERATOR
+            return await Keys(store, new_id, now, time.monotonic).create(tenant, v1.Key(display_name=name, role=role))
+        finally:
+            await store.close()
+
+    return asyncio.run(make())
+
+
 def make_providers(settings: Settings) -> dict[str, Provider]:
     """Makes the providers by name, the default one first: the configured one, or else the offline one. Raises
     ProviderSettingsError for a key or an address that cannot be used."""
@@ -127,6 +150,10 @@ def make_providers(settings: Settings) -> dict[str, Provider]:
     return providers
 
 
+class ExposureError(Exception):
+    """A server would be open to more than it is meant for; the text is for the operator."""
+
+
 class ServerBrokenError(Exception):
     """A part of the server that it cannot do without broke again and again; the text is for the operator."""
 
@@ -140,12 +167,14 @@ class Server:
         store: Store,
         providers: Mapping[str, Provider],
         toolbox: Toolbox,
-        authenticate: Authenticate = development,
+        authenticators: Sequence[Authenticator] = (),
         pace: Pace | None = None,
         make_id: Callable[[], str] = new_id,
         clock: Clock = now,
     ) -> None:
-        """`providers` by name, the default one first. The server closes them, the toolbox and the store."""
+        """`providers` by name, the default one first. The server closes them, the toolbox and the store. Without
+        `authenticators`, and where the settings ask for no credentials, every caller is the admin of one tenant;
+        otherwise the store's keys are taken besides."""
         pace = pace or Pace()
         self.port = 0
         self._settings = settings
@@ -166,7 +195,9 @@ class Server:
         self.arrivals = Arrivals(settings.max_imports, settings.max_import_bytes)
         self.heavy = Places(settings.max_heavy_reads)
         self.gate = Gate(settings.max_calls, settings.max_unread_bytes)
-        self._doorway = Doorway(authenticate, make_id, pace.stall, self.gate)
+        self._keys = Keys(store, make_id, clock, time.monotonic, settings.admin_key)
+        known = (self._keys, *authenticators) if authenticators or settings.has_credentials else ()
+        self._doorway = Doorway(Chain(known), make_id, pace.stall, self.gate, Mentions(store).require_own)
         limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
         self._contents = Contents(store, make_id, clock, limits)
         sessions = self._sessions = Sessions(store, make_id, new_uid, limits.session)
@@ -215,12 +246,13 @@ class Server:
         """Serves, and takes over the runs that were left; returns the port. Raises RuntimeError when the address is
         taken."""
         channel = options(self._settings.max_calls, self._settings.max_connections)
-        self._grpc, self._health = await build(self._desk, self._store, self._doorway, channel)
+        self._grpc, self._health = await build(self._desk, self._store, self._keys, self._doorway, channel)
         self.port = self._grpc.add_insecure_port(self._settings.listen)
         await self._grpc.start()
         self._runs.upkeep.start()
         self._supervisor.service("sweeper", self._sweep)
         self._supervisor.service("prober", self._probe)
+        self._supervisor.service("judge", self._doorway.keep_judging)
         log.info("server_started", listen=self._settings.listen, port=self.port, store=self._store.kind)
         return self.port
 
@@ -313,6 +345,23 @@ async def _end_everything() -> list[str]:
     return sorted(task.get_name() for task in stuck)
 
 
+async def make_server(settings: Settings) -> Server:
+    """Makes the server that the settings describe, over its store. Raises ProviderSettingsError, ToolSettingsError,
+    StoreOpenError and ExposureError, whose texts are for the operator."""
+    providers = make_providers(settings)  # first, since a bad key or address is no reason to open the store
+    toolbox = make_toolbox(settings.tools, settings.mcp_servers)
+    store = await open_store(settings.store, now)
+    if await store.is_keyed():
+        settings = replace(settings, auth="keys")
+    if settings.insecure and settings.has_credentials:
+        await store.close()
+        raise ExposureError(
+            "--insecure lets everybody do all, and this server has credentials: a key, --auth keys, or a store that has"
+            " had a key. Leave --insecure out, or take another store."
+        )
+    return Server(settings, store, providers, toolbox)
+
+
 async def serve(settings: Settings, ready: Callable[[int], None] = lambda port: None) -> None:
     """Serves until SIGTERM or SIGINT."""
     asked = asyncio.Event()
@@ -321,15 +370,15 @@ async def serve(settings: Settings, ready: Callable[[int], None] = lambda port: 
         loop.add_signal_handler(number, asked.set)
     gc.disable()
     try:
-        providers = make_providers(settings)  # first, since a bad key or address is no reason to open the store
-        toolbox = make_toolbox(settings.tools, settings.mcp_servers)
-        server = Server(settings, await open_store(settings.store, now), providers, toolbox)
+        server = await make_server(settings)
         port = await server.start()
         # What is loaded by here stays for good, and need not be looked at each time that garbage is collected.
         gc.collect()
         gc.freeze()
     finally:
         gc.enable()
+    if settings.insecure:
+        log.warning("server_insecure", problem="Everybody who reaches the port may do all.")
     ready(port)
     ends = Tasks("serve")
     await asyncio.wait(

@@ -9,6 +9,7 @@ import click
 from notecase import Client, NotecaseError
 
 from notecase_server.cli import screen
+from notecase_server.cli.options import TOKEN
 
 INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended, as shells have it."""
@@ -18,8 +19,10 @@ def ask(server: str, conversation: Callable[[Client], Awaitable[int | None]]) ->
     """Talks to a server and exits with the code that the conversation returns. Raises ClickException, whose exit code
     is 1, with a sentence for what went wrong."""
 
+    token = click.get_current_context().meta.get(TOKEN, "")
+
     async def talk() -> int | None:
-        async with Client(server) as client:
+        async with Client(server, token=token) as client:
             return await conversation(client)
 
     for stream in (sys.stdin, sys.stdout, sys.stderr):

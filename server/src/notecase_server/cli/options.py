@@ -1,8 +1,12 @@
 """The options that several commands share."""
 
 import re
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_ADDRESS = "127.0.0.1:7420"
 """Where `serve` listens and the other commands look for it."""
@@ -24,7 +28,26 @@ def _server(context: click.Context, option: click.Parameter, value: str) -> str:
     return address(context, option, value if given or above is None else str(above))
 
 
-SERVER = click.option(
+TOKEN = "notecase.token"
+"""Under which a command's context has the key that it calls with."""
+
+
+def _keep(context: click.Context, option: click.Parameter, value: str) -> None:
+    context.meta[TOKEN] = value
+
+
+_TOKEN = click.option(
+    "--token",
+    default="",
+    show_default=False,
+    envvar="NOTECASE_TOKEN",
+    show_envvar=True,
+    metavar="KEY",
+    callback=_keep,
+    expose_value=False,
+    help="The key to call with, where the server needs one. Others on the machine see options, and not variables.",
+)
+_SERVER = click.option(
     "--server",
     default=DEFAULT_ADDRESS,
     envvar="NOTECASE_SERVER",
@@ -33,6 +56,13 @@ SERVER = click.option(
     callback=_server,
     help="The server to talk to.",
 )
+
+
+def SERVER(command: F) -> F:  # noqa: N802  (as the other options are named)
+    """The options of a command that calls a server; the command is given the address only."""
+    return _SERVER(_TOKEN(command))
+
+
 STORE = click.option(
     "--store",
     default="sqlite:notecase.db",

@@ -7,9 +7,16 @@ from typing import Any, Literal, TypeVar
 
 import click
 
+from notecase_server.auth.keys import MIN_ADMIN_KEY
 from notecase_server.cli.options import DEFAULT_ADDRESS, STORE, address
-from notecase_server.config import Settings, configure_logging, is_loopback, openai_from_environment
-from notecase_server.serve import ProviderSettingsError
+from notecase_server.config import (
+    Settings,
+    admin_key_from_environment,
+    configure_logging,
+    is_loopback,
+    openai_from_environment,
+)
+from notecase_server.serve import ExposureError, ProviderSettingsError
 from notecase_server.serve import run as serve_forever
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.tools.contract import ToolSettingsError
@@ -49,7 +56,15 @@ def _number(name: str, told: str, least: int = 1) -> Callable[[F], F]:
     is_flag=True,
     envvar="NOTECASE_INSECURE",
     show_envvar=True,
-    help="Serve beyond this machine, with no TLS and no credentials: everybody who reaches the port may do all.",
+    help="Serve without credentials, beyond this machine too: everybody who reaches the port may do all.",
+)
+@click.option(
+    "--auth",
+    type=click.Choice(["auto", "keys"]),
+    default="auto",
+    envvar="NOTECASE_AUTH",
+    show_envvar=True,
+    help="Whether callers need a key: always, or with `auto` once the store has ever had one.",
 )
 @_number("max-runs", "Runs at work at once; a new start above it is refused, and what was accepted before waits.")
 @_number("max-calls", "Calls and streams open at once, of all callers; one connection has at most half of them.")
@@ -182,6 +197,7 @@ def serve(
     listen: str,
     store: str,
     insecure: bool,
+    auth: Literal["auto", "keys"],
     grace: float,
     tools: tuple[str, ...],
     mcp_config: Path | None,
@@ -191,13 +207,20 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
+    NOTECASE_ADMIN_KEY is a key that you choose: who calls with it is an admin of the tenant `default`.
+
     The model's provider is `openai` when OPENAI_API_KEY or OPENAI_BASE_URL is set (OPENAI_MODEL names the default
     model), and the built-in `offline` one otherwise.
     """
-    if not insecure and not is_loopback(listen):
+    admin_key = admin_key_from_environment()
+    if admin_key and (len(admin_key) < MIN_ADMIN_KEY or not admin_key.isprintable() or " " in admin_key):
         raise click.ClickException(
-            f"{listen} can be reached from other machines, and this server has no TLS and no credentials yet. "
-            f"Listen on {DEFAULT_ADDRESS}, or say --insecure where the network itself is trusted."
+            f"NOTECASE_ADMIN_KEY is no key: it wants at least {MIN_ADMIN_KEY} printable characters without a space."
+        )
+    if not (insecure or auth == "keys" or admin_key or is_loopback(listen)):
+        raise click.ClickException(
+            f"{listen} can be reached from other machines, and everybody there could do all. Say --auth keys, after "
+            f"`notecase keys bootstrap`; or listen on {DEFAULT_ADDRESS}; or say --insecure to try things out."
         )
     configure_logging(log_format, log_level)
     openai = openai_from_environment()
@@ -206,6 +229,9 @@ def serve(
     try:
         settings = Settings(
             listen=listen,
+            auth=auth,
+            admin_key=admin_key,
+            insecure=insecure,
             store=store,
             grace=grace,
             openai=openai,
@@ -214,7 +240,7 @@ def serve(
             **{name: given for name, given in others.items() if name in DEFAULTS},
         )
         serve_forever(settings, lambda port: click.echo(f"listening on port {port}"))
-    except (StoreOpenError, ToolSettingsError, ProviderSettingsError) as error:
+    except (StoreOpenError, ToolSettingsError, ProviderSettingsError, ExposureError) as error:
         raise click.ClickException(str(error)) from None
     except RuntimeError as error:
         if "bind" not in str(error):

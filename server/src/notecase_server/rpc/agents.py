@@ -12,8 +12,8 @@ from notecase_server import errors
 from notecase_server.engine import template
 from notecase_server.errors import NotecaseError
 from notecase_server.rpc import filter as filters
+from notecase_server.rpc.caller import caller
 from notecase_server.rpc.desk import NOTHING, Desk, checked, copied, listed, masked, once
-from notecase_server.rpc.interceptor import caller
 from notecase_server.rpc.validate import MAX_SCHEMA_BYTES, Check
 from notecase_server.store.contract import AgentStore, Answer
 

@@ -15,7 +15,7 @@ from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
 from notecase_server.engine.sessions import Sessions
 from notecase_server.rpc import filter as filters
-from notecase_server.rpc.interceptor import caller
+from notecase_server.rpc.caller import caller
 from notecase_server.rpc.pages import ListRequest, Pages
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.validate import Check
@@ -24,9 +24,6 @@ from notecase_server.tools.contract import Toolbox
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R")
-
-SUBJECT = ""
-"""Who asks: nobody in particular, as long as callers have no credentials."""
 
 MAX_PATHS = 100
 """Of a mask: several times the fields there are."""
@@ -64,10 +61,12 @@ class Desk:
     new_id: Callable[[], str]
 
     async def session(self, session: str, once: Once | None = None, if_uid: str = "") -> SessionKey:
-        """The session of this id, after a look whether the request was carried out before: what it was about may be
-        gone by now. Raises Replayed, and NotecaseError SESSION_NOT_FOUND and REQUEST_ID_REUSED."""
+        """The session of this id, if the caller may see it, after a look whether the request was carried out before:
+        what it was about may be gone by now. Raises Replayed, and NotecaseError SESSION_NOT_FOUND and
+        REQUEST_ID_REUSED."""
         await self.requests.recall(once)
-        key, _ = await self.sessions.find(caller.get().tenant, session, if_uid)
+        who = caller.get()
+        key, _ = await self.sessions.find(who.tenant, session, if_uid, who.user)
         return key
 
     async def parent(self, check: Check, session: str) -> SessionKey:
@@ -101,7 +100,7 @@ async def once(request: M, answer: Answer) -> Once | None:
         return None
     who = caller.get()
     digest = await digest_of(request.SerializeToString(deterministic=True))
-    return Once(who.tenant, SUBJECT, who.method, request_id, digest, answer)
+    return Once(who.tenant, who.principal.subject, who.method, request_id, digest, answer)
 
 
 def checked(request: Any) -> Check:

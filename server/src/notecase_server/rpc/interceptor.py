@@ -9,34 +9,32 @@ everything that is raised there leaves as one of the catalog's errors.
 import asyncio
 import functools
 import inspect
-import math
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from contextvars import ContextVar
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import grpc
 import structlog
-from google.protobuf import any_pb2, duration_pb2
-from google.protobuf.message import Message
-from google.rpc import error_details_pb2, status_pb2
-from notecase import v1
 
 from notecase_server import errors
+from notecase_server.auth import rights
+from notecase_server.auth.chain import Chain
+from notecase_server.auth.principal import Principal
 from notecase_server.errors import NotecaseError
 from notecase_server.limit import Limit
+from notecase_server.rpc.caller import NOBODY, Caller, caller
 from notecase_server.rpc.frames import Decoder
 from notecase_server.rpc.gate import Call, Gate, deliver
+from notecase_server.rpc.status import to_status
 from notecase_server.store.contract import Replayed
+from notecase_server.supervisor import is_passing
 
 log = structlog.get_logger()
 
 HEALTH = "/grpc.health.v1.Health/"
 """The methods that need no credential: a probe has none."""
-
-STATUS_BYTES = 4 << 10
-"""The size of the details at most: they travel in trailers, of which clients accept 8 KiB."""
 
 DRAIN_BYTES = 64 << 20
 DRAIN_SECONDS = 0.5
@@ -45,39 +43,60 @@ DRAIN_SECONDS = 0.5
 READS = ("Get", "List")
 """How the names of methods begin that change nothing."""
 
+JUDGE_SECONDS = 2.0
+"""How long a stream may go on after its credential has expired, was revoked or has changed."""
+
+JUDGED_AT_ONCE = 100
+"""Calls that are judged in one step of the loop, at most."""
+
+WAITS = ("Invoke", "WaitRun")
+"""Methods that answer once, and may take as long as a stream."""
+
 STATUS = {code.value[0]: code for code in grpc.StatusCode}
 
 
-class Caller(NamedTuple):
-    """Who calls, as the transport knows it."""
+@dataclass(slots=True, eq=False)
+class UnderWay:
+    """A call from its admission to its end."""
 
-    tenant: str
-    request_id: str
-    method: str
+    limit: Limit
+    """Passes when the server ends the call."""
+    call: Call
+    context: Any
+    lasts: bool
+    """It is judged again while it lasts."""
+    principal: Principal | None = None
+    """None until the call was judged, and of a probe."""
+    why: NotecaseError | None = None
+    """Says why the server ends the call."""
 
-
-Authenticate = Callable[[Mapping[str, str | bytes]], str]
-"""Returns the caller's tenant from a call's metadata. Raises NotecaseError for a credential that is missing or bad."""
-
-caller: ContextVar[Caller] = ContextVar("caller")
-
-
-def development(_metadata: Mapping[str, str | bytes]) -> str:
-    """Takes everybody for one tenant, on a server that only its own machine can reach."""
-    return "default"
+    def end(self, why: NotecaseError) -> None:
+        """Cuts the call; one that is being cut already ends for the first reason."""
+        if self.why is None:
+            self.why = why
+            self.limit.due = asyncio.get_running_loop().time()
 
 
 class Doorway(grpc.aio.ServerInterceptor):
     """Wraps the handler of every method once, as an endpoint of its shape."""
 
-    def __init__(self, authenticate: Authenticate, new_id: Callable[[], str], stall: float, gate: Gate) -> None:
-        """A stream on which one frame waits for its reader for `stall` seconds ends with WATCHER_TOO_SLOW."""
+    def __init__(
+        self,
+        chain: Chain,
+        new_id: Callable[[], str],
+        stall: float,
+        gate: Gate,
+        judge: Callable[[Any], Awaitable[None]] | None = None,
+    ) -> None:
+        """A stream on which one frame waits for its reader for `stall` seconds ends with WATCHER_TOO_SLOW. `judge`
+        looks at each request of a caller that is bound to a user."""
         self.stall = stall
+        self.judge_request = judge
         self._gate = gate
-        self._authenticate = authenticate
+        self._chain = chain
         self._new_id = new_id
         self._endpoints: dict[str, Any] = {}
-        self._under_way: dict[asyncio.Task[Any], Limit] = {}
+        self._under_way: dict[asyncio.Task[Any], UnderWay] = {}
         self._closing = False
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Any:
@@ -98,31 +117,64 @@ class Doorway(grpc.aio.ServerInterceptor):
         if self._under_way:
             await asyncio.wait(list(self._under_way), timeout=patience)
         cut = dict(self._under_way)
-        for limit in cut.values():
-            limit.due = asyncio.get_running_loop().time()
+        for one in cut.values():
+            one.end(errors.cut())
         if cut:
             await asyncio.wait(list(cut), timeout=patience)
 
-    def enter(self, method: str, context: Any) -> tuple[Limit, Call]:
-        """Admits a call: finds out who calls, and gives the log its context. Returns the limit to work within, which
-        passes when the server cuts the call, and its place at the gate; `leave` ends it. Raises NotecaseError
-        SERVER_DRAINING and RATE_LIMITED, and what `authenticate` raises."""
-        metadata = dict(context.invocation_metadata() or ())
-        given = metadata.get("x-request-id", "")
+    def enter(self, method: str, lasts: bool, context: Any) -> UnderWay:
+        """Takes a call in and gives the log its context; `leave` ends it. Raises NotecaseError SERVER_DRAINING and
+        RATE_LIMITED."""
+        given = next((text for name, text in context.invocation_metadata() or () if name == "x-request-id"), "")
         request_id = (
             given if isinstance(given, str) and given.isprintable() and 0 < len(given) <= 128 else self._new_id()
         )
-        caller.set(Caller("", request_id, method))
+        caller.set(Caller(NOBODY, request_id, method))
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(request_id=request_id, method=method, peer=context.peer())
         if self._closing:
             raise errors.draining()
-        probe = method.startswith(HEALTH)
-        if not probe:
-            caller.set(Caller(self._authenticate(metadata), request_id, method))
-        call = self._gate.enter(context, probe=probe)
-        limit = self._under_way[_this_task()] = Limit()
-        return limit, call
+        call = self._gate.enter(context, probe=method.startswith(HEALTH))
+        one = self._under_way[_this_task()] = UnderWay(Limit(), call, context, lasts)
+        return one
+
+    async def admit(self, one: UnderWay) -> None:
+        """Finds out who makes a call that was taken in, and whether they may. Raises NotecaseError UNAUTHENTICATED,
+        ROLE_MISSING, and STORE_UNAVAILABLE when a credential cannot be looked up."""
+        who = caller.get()
+        if who.method.startswith(HEALTH):
+            return
+        principal = await self._principal(one)
+        if (refusal := rights.refusal(principal, who.method)) is not None:
+            raise refusal
+        one.principal = principal
+        caller.set(who._replace(principal=principal))
+        if principal.subject:
+            structlog.contextvars.bind_contextvars(tenant=principal.tenant, subject=principal.subject)
+
+    async def _principal(self, one: UnderWay) -> Principal:
+        return await self._chain.principal(one.context.invocation_metadata() or (), one.context.auth_context())
+
+    async def keep_judging(self) -> None:
+        """Judges calls that last, for ever."""
+        while True:
+            await asyncio.sleep(JUDGE_SECONDS)
+            await self.judge()
+
+    async def judge(self) -> None:
+        """Authenticates every call that lasts once more, and ends with UNAUTHENTICATED each whose credential is not
+        valid any more or makes another principal. One that cannot be judged, since the store is away, goes on until
+        it can."""
+        lasting = [one for one in self._under_way.values() if one.lasts and one.principal is not None]
+        for number, one in enumerate(lasting, 1):
+            try:
+                same = await self._principal(one) == one.principal
+            except NotecaseError as error:
+                same = is_passing(error)
+            if not same:
+                one.end(errors.unauthenticated())
+            if number % JUDGED_AT_ONCE == 0:
+                await asyncio.sleep(0)
 
     def leave(self) -> None:
         """Ends what `enter` began in this task."""
@@ -146,28 +198,35 @@ class Endpoint(ABC):
         self._door = door
         self._method = method
         self._wrapped = handler
-        self._decode = Decoder(method, handler.request_deserializer)
+        streams = handler.request_streaming or handler.response_streaming
+        self._lasts = streams or method.rpartition("/")[2] in WAITS
+        self._decode = Decoder(method, handler.request_deserializer, door.judge_request)
 
     def handler(self) -> Any:
         """Makes the handler that takes the place of the wrapped one. It decodes by itself."""
         return type(self).make(self._handle, None, functools.partial(_encode, self._wrapped.response_serializer))
 
     async def _handle(self, request: Any, context: Any) -> Any:
-        limit = None
+        one = None
         try:
-            limit, call = self._door.enter(self._method, context)
-            async with limit:
-                return await self._answer(request, context, call)
+            one = self._door.enter(self._method, self._lasts, context)
+            async with one.limit:
+                return await self._answer(request, context, one)
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001  (nothing internal may reach the client)
-            await self._refuse(context, errors.cut() if limit and limit.passed else error)
+            await self._refuse(context, one.why if one and one.limit.passed and one.why else error)
         finally:
             self._door.leave()
 
+    async def _answer(self, request: Any, context: Any, one: UnderWay) -> Any:
+        """Carries the call out, if its caller may make it."""
+        await self._door.admit(one)
+        return await self._carry_out(request, context, one.call)
+
     @abstractmethod
-    def _answer(self, request: Any, context: Any, call: Call) -> Awaitable[Any]:
-        """Carries the call out. `request` is a frame, or an iterator of frames, as they came."""
+    def _carry_out(self, request: Any, context: Any, call: Call) -> Awaitable[Any]:
+        """Calls the handler. `request` is a frame, or an iterator of frames, as they came."""
 
     async def _refuse(self, context: Any, error: Exception) -> None:
         await abort(context, error)
@@ -214,32 +273,35 @@ class Streaming(Endpoint):
 class UnaryUnary(Single):
     make = grpc.unary_unary_rpc_method_handler
 
-    async def _answer(self, request: Any, context: Any, call: Call) -> Any:
+    async def _carry_out(self, request: Any, context: Any, call: Call) -> Any:
         return await self._respond(self._wrapped.unary_unary(await self._decode(request), context), call)
 
 
 class StreamUnary(Single):
     make = grpc.stream_unary_rpc_method_handler
 
-    async def _answer(self, request: Any, context: Any, call: Call) -> Any:
+    async def _answer(self, request: Any, context: Any, one: UnderWay) -> Any:
         try:
-            return await self._respond(self._wrapped.stream_unary(self._decoded(request), context), call)
+            return await super()._answer(request, context, one)
         except NotecaseError:
             await _drain(request)
             raise
+
+    async def _carry_out(self, request: Any, context: Any, call: Call) -> Any:
+        return await self._respond(self._wrapped.stream_unary(self._decoded(request), context), call)
 
 
 class UnaryStream(Streaming):
     make = grpc.unary_stream_rpc_method_handler
 
-    async def _answer(self, request: Any, context: Any, call: Call) -> None:
+    async def _carry_out(self, request: Any, context: Any, call: Call) -> None:
         await self._respond(self._wrapped.unary_stream(await self._decode(request), context), context, call)
 
 
 class StreamStream(Streaming):
     make = grpc.stream_stream_rpc_method_handler
 
-    def _answer(self, request: Any, context: Any, call: Call) -> Awaitable[None]:
+    def _carry_out(self, request: Any, context: Any, call: Call) -> Awaitable[None]:
         return self._respond(self._wrapped.stream_stream(self._decoded(request), context), context, call)
 
 
@@ -280,48 +342,3 @@ async def abort(context: Any, error: Exception) -> None:
         log.info("rpc_refused", reason=errors.reason_name(error.reason), problem=error.message[:300])
     status = to_status(error)
     await context.abort(STATUS[status.code], status.message, (("grpc-status-details-bin", status.SerializeToString()),))
-
-
-def to_status(error: NotecaseError) -> status_pb2.Status:
-    """Returns the failure as google.rpc.Status, ErrorInfo first. Long lists of violations are cut to what a trailer
-    holds."""
-    status = status_pb2.Status(code=error.code, message=error.message[:1000])
-    info = error_details_pb2.ErrorInfo(
-        domain=v1.ERROR_DOMAIN,
-        reason=errors.reason_name(error.reason),
-        metadata={key: value[:300] for key, value in error.metadata.items()},
-    )
-    _add(status, info)
-    if error.retry_after is not None:
-        seconds = math.floor(error.retry_after)
-        nanos = int((error.retry_after - seconds) * 1e9)
-        _add(status, error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(seconds=seconds, nanos=nanos)))
-    if error.resource is not None:
-        _add(
-            status,
-            error_details_pb2.ResourceInfo(
-                resource_type=f"notecase.v1.{error.resource.kind.title()}", resource_name=error.resource.name[:300]
-            ),
-        )
-    if error.quota:
-        violation = error_details_pb2.QuotaFailure.Violation(subject="server", description=error.quota)
-        _add(status, error_details_pb2.QuotaFailure(violations=[violation]))
-    if error.violations:
-        bad = error_details_pb2.BadRequest()
-        for found in error.violations:
-            bad.field_violations.add(field=found.field[:200], description=found.description[:300])
-            if bad.ByteSize() + status.ByteSize() > STATUS_BYTES:
-                bad.field_violations[-1].CopyFrom(
-                    error_details_pb2.BadRequest.FieldViolation(
-                        description=f"and {len(error.violations) - len(bad.field_violations) + 1} more"
-                    )
-                )
-                break
-        _add(status, bad)
-    return status
-
-
-def _add(status: status_pb2.Status, detail: Message) -> None:
-    packed = any_pb2.Any()
-    packed.Pack(detail)
-    status.details.append(packed)

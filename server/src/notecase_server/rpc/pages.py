@@ -1,6 +1,6 @@
 """Page tokens: the last row's position in its list, signed together with the list's arguments.
 
-So a token can neither be made up nor be used with another parent, filter, order or tenant.
+So a token can neither be made up nor be used with another parent, filter, order or tenant, nor by another caller.
 """
 
 from collections.abc import Sequence
@@ -10,6 +10,7 @@ from itsdangerous import BadData, URLSafeSerializer
 
 from notecase_server import errors
 from notecase_server.errors import Violation
+from notecase_server.rpc.caller import caller
 from notecase_server.store.contract import Filter, Query
 
 DEFAULT_PAGE_SIZE = 50
@@ -56,4 +57,5 @@ class Pages:
         return "" if position is None else str(self._signer(about).dumps(list(position)))
 
     def _signer(self, about: Sequence[str]) -> URLSafeSerializer:
-        return URLSafeSerializer(self._secret, salt="\0".join(about).encode())
+        subject = caller.get().principal.subject
+        return URLSafeSerializer(self._secret, salt="\0".join((subject, *about)).encode())

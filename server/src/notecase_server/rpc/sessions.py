@@ -11,14 +11,25 @@ from google.protobuf.message import Message
 from notecase import v1
 
 from notecase_server import errors, names
+from notecase_server.auth import rights
 from notecase_server.engine import transfer
 from notecase_server.engine.arrivals import Arrival
 from notecase_server.engine.roster import Caused
 from notecase_server.rpc import filter as filters
-from notecase_server.rpc.desk import LARGE_BYTES, NOTHING, SESSION, SUBJECT, Desk, checked, copied, listed, masked, once
-from notecase_server.rpc.interceptor import caller
+from notecase_server.rpc.caller import caller
+from notecase_server.rpc.desk import LARGE_BYTES, NOTHING, SESSION, Desk, checked, copied, listed, masked, once
 from notecase_server.rpc.validate import Check
-from notecase_server.store.contract import PAGE_BYTES, AgentStore, Answer, Commit, Committed, Once, SessionEdit
+from notecase_server.store.contract import (
+    PAGE_BYTES,
+    AgentStore,
+    And,
+    Answer,
+    Commit,
+    Committed,
+    Compare,
+    Once,
+    SessionEdit,
+)
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R")
@@ -51,6 +62,7 @@ class SessionsService(v1.SessionServiceServicer):
         check.new_session("session", request.session)
         check.first_state("state", request.state)
         await check.settled()
+        request.session.user = request.session.user or caller.get().user
         repeat = await once(request, SESSION)
         await self.desk.requests.recall(repeat)
         key = self.desk.sessions.new_key(caller.get().tenant, request.session_id or self.desk.new_id())
@@ -67,12 +79,16 @@ class SessionsService(v1.SessionServiceServicer):
         check = Check()
         session = check.session("name", request.name)
         check.done()
-        _, row = await self.desk.sessions.find(caller.get().tenant, session)
+        who = caller.get()
+        _, row = await self.desk.sessions.find(who.tenant, session, user=who.user)
         return names.render_session(row)
 
     async def ListSessions(self, request: v1.ListSessionsRequest, context: Any) -> v1.ListSessionsResponse:
         about = ("sessions", caller.get().tenant, request.filter)
         query = listed(Check(), self.desk.pages, request, *about, fields=SESSION_FILTER)
+        if user := caller.get().user:
+            mine = Compare("user", "=", user)
+            query = query._replace(where=mine if query.where is None else And((mine, query.where)))
         page = await self.store.list_sessions(caller.get().tenant, query)
         rows = [names.render_session(row) for row in page.rows]
         return v1.ListSessionsResponse(sessions=rows, next_page_token=self.desk.pages.token(page.next, *about))
@@ -80,8 +96,11 @@ class SessionsService(v1.SessionServiceServicer):
     async def UpdateSession(self, request: v1.UpdateSessionRequest, context: Any) -> v1.Session:
         check = checked(request)
         session = check.session("session.name", request.session.name)
-        check.session_body("session", request.session)
         mask = masked(check, request.update_mask, request.session, SESSION_FIELDS)
+        labels = any(path.partition(".")[0] == "labels" for path in mask.paths)
+        check.session_body("session", request.session, labels)
+        if labels:
+            check.needs(rights.LABELS, "session.labels")
         check.done()
         if "agent" in mask.paths:
             await self._require_agent(request.session.agent)
@@ -173,7 +192,7 @@ class SessionsService(v1.SessionServiceServicer):
             key = self.desk.sessions.new_key(who.tenant, header.session_id or self.desk.new_id())
             repeat = None
             if header.request_id:
-                repeat = Once(who.tenant, SUBJECT, who.method, header.request_id, digest, SESSION)
+                repeat = Once(who.tenant, who.principal.subject, who.method, header.request_id, digest, SESSION)
             await self.desk.requests.recall(repeat)
             async with self.desk.patiently():
                 restore = await transfer.read(file, key)

@@ -5,8 +5,10 @@ from typing import Any
 
 from notecase import v1
 
+from notecase_server import errors
+from notecase_server.auth import rights
+from notecase_server.rpc.caller import caller
 from notecase_server.rpc.desk import LARGE_BYTES, Desk, checked, listed, once
-from notecase_server.rpc.interceptor import caller
 from notecase_server.rpc.pages import MAX_PAGE_SIZE
 from notecase_server.rpc.validate import Check
 from notecase_server.store import answers
@@ -21,6 +23,7 @@ class States(v1.StateServiceServicer):
     async def GetState(self, request: v1.GetStateRequest, context: Any) -> v1.GetStateResponse:
         check = Check()
         scope = check.state("name", caller.get().tenant, request.name)
+        _require_own(check, scope)
         check(len(request.keys) <= MAX_PAGE_SIZE, "keys", f"has more than {MAX_PAGE_SIZE} keys")
         at = request.at_sequence
         check(at >= 0, "at_sequence", "is negative")
@@ -39,6 +42,7 @@ class States(v1.StateServiceServicer):
     async def PutState(self, request: v1.PutStateRequest, context: Any) -> v1.StateEntry:
         check = checked(request)
         scope = check.state("name", caller.get().tenant, request.name)
+        _require_right(check, scope)
         check.key("key", request.key, scope.kind == "session")
         if check(request.value.ByteSize() <= PAGE_BYTES, "value", f"is larger than {PAGE_BYTES} bytes"):
             check.value("value", request.value)
@@ -53,6 +57,7 @@ class States(v1.StateServiceServicer):
     async def UpdateState(self, request: v1.UpdateStateRequest, context: Any) -> v1.State:
         check = checked(request)
         scope = check.state("name", caller.get().tenant, request.name)
+        _require_right(check, scope)
         check.ops("ops", request.ops, scope.kind == "session")
         await check.settled()
         if_version = request.if_version if request.HasField("if_version") else None
@@ -85,3 +90,18 @@ class States(v1.StateServiceServicer):
         async with self.desk.patiently(heavy=request.ByteSize() > LARGE_BYTES):
             made = await self.desk.sessions.update_state(key, scope, ops, if_version, record, request.request_id)
         return answers.of(answer, made)
+
+
+def _require_own(check: Check, scope: Scope) -> None:
+    """A caller that is bound to a user has no more to do with `app/state` than others with what needs a role, and other
+    users are not there for it: USER_NOT_FOUND."""
+    bound = caller.get().principal.user
+    if bound and scope.kind == "user" and scope.id != bound:
+        raise errors.not_found("user", f"users/{scope.id}")
+    check.own(not (bound and scope.kind == "app"), "name")
+
+
+def _require_right(check: Check, scope: Scope) -> None:
+    _require_own(check, scope)
+    if scope.kind == "app":
+        check.needs(rights.APP_STATE, "name")

@@ -15,13 +15,17 @@ from typing import TypeVar
 import msgspec
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import v1
 
 from notecase_server import errors, names
+from notecase_server.auth import rights
+from notecase_server.auth.principal import Role
 from notecase_server.engine.content import MAX_MESSAGE_BYTES, is_large
 from notecase_server.engine.summary import BATCH, KEEP_RECENT
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.names import AgentName, MessageName, RunName
+from notecase_server.rpc.caller import caller
 from notecase_server.store.contract import PAGE_BYTES, Scope
 from notecase_server.store.fold import MAX_VALUE_DEPTH
 from notecase_server.tools import naming
@@ -88,6 +92,12 @@ TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}( *;.{0,200})?")
 
 
+def _user() -> str:
+    """The user that the caller is bound to, by its whole name."""
+    who = caller.get(None)
+    return who.user if who is not None else ""
+
+
 class Check:
     """Collects what is wrong with one request. Every method takes the field's path first and says nothing when all is
     well; `done` raises them all, and so does every method that finds the last one of the budget."""
@@ -103,6 +113,10 @@ class Check:
         self._alone: list[tuple[str, str]] = []
         """JSON that `settled` looks at, with its field."""
         self._refusals: list[NotecaseError] = []
+        self._missing: dict[str, Role] = {}
+        """Fields that the caller may not set, each with the least role that may."""
+        self._bound: dict[str, Role] = {}
+        """The same of what a caller may not set that is bound to a user."""
 
     def __call__(self, ok: bool, field: str, description: str) -> bool:
         if not ok:
@@ -112,8 +126,12 @@ class Check:
         return ok
 
     def done(self) -> None:
-        """Raises NotecaseError INVALID_FIELD with all that is wrong; the reason of a part that has its own, such as
-        TEMPLATE_ERROR, when nothing else is."""
+        """Raises NotecaseError ROLE_MISSING with all fields that the caller may not set, or INVALID_FIELD with all that
+        is wrong; the reason of a part that has its own, such as TEMPLATE_ERROR, when nothing else is."""
+        if self._bound:
+            raise errors.bound_to_user(max(self._bound.values()).name, self._bound)
+        if self._missing:
+            raise errors.role_missing(max(self._missing.values()).name, self._missing)
         for field, text in self._alone:
             self(_is_json(text), field, JSON_RULE)
         for refusal in self._refusals:
@@ -130,6 +148,18 @@ class Check:
             self(await asyncio.to_thread(_is_json, text), field, JSON_RULE)
         self.done()
         await asyncio.sleep(0)
+
+    def needs(self, role: Role, field: str) -> None:
+        """Takes note of a field that only a caller of that role may set that is bound to no user."""
+        if caller.get().user:
+            self._bound[field] = role
+        elif not rights.has(caller.get().principal.role, role):
+            self._missing[field] = role
+
+    def own(self, ok: bool, field: str) -> None:
+        """Takes note of a field that a caller that is bound to a user has set to what `ok` says is not its own."""
+        if not ok:
+            self._bound[field] = Role.USER
 
     @contextmanager
     def taking(self) -> Iterator[None]:
@@ -203,8 +233,22 @@ class Check:
         known = enum is not None and number in enum.values_by_number
         self(known, f"{field}.{name}", f"is {number}, which this server does not know")
 
+    def time(self, field: str, time: Timestamp) -> None:
+        fine = 0 <= time.seconds <= LAST_SECOND and 0 <= time.nanos < 1_000_000_000
+        self(fine, field, "wants a time from 1970 to 9999")
+
+    def key_name(self, field: str, name: str) -> str:
+        """The key's id."""
+        return self._parsed(field, name, names.parse_key, "keys/{key}") or ""
+
+    def tenant(self, field: str, name: str) -> str:
+        """The tenant's id."""
+        return self._parsed(field, name, names.parse_tenant, "tenants/{tenant}") or ""
+
     def labels(self, field: str, labels: Mapping[str, str]) -> None:
         self(len(labels) <= MAX_LABELS, field, f"has more than {MAX_LABELS} labels")
+        if labels:
+            self.needs(rights.LABELS, field)
         for key, value in islice(labels.items(), MAX_LABELS):
             if LABEL_KEY.fullmatch(key) is None:
                 at = f"{field}[{key[:80]!r}]"
@@ -330,6 +374,9 @@ class Check:
         allowed = {v1.Message.ROLE_UNSPECIFIED, *roles}
         known = [v1.Message.Role.Name(role) for role in roles]
         self(message.role in allowed, f"{field}.role", f"wants {' or '.join(known)}")
+        if user := _user():
+            self.own(message.author in {"", user}, f"{field}.author")
+            self.own(message.role in {v1.Message.ROLE_UNSPECIFIED, v1.Message.ROLE_USER}, f"{field}.role")
         if message.author:
             speaks = names.parse_user(message.author) is not None or names.parse_agent(message.author) is not None
             self(speaks, f"{field}.author", "wants users/{user} or agents/{agent}")
@@ -532,6 +579,8 @@ class Check:
                 name, kind = frame.update_state.name, "session"
                 if name:
                     kind = self.state("update_state.name", "", name).kind
+                if kind == "app":
+                    self.needs(rights.APP_STATE, "update_state.name")
                 self.ops("update_state.ops", frame.update_state.ops, session=kind == "session")
             case "attach":
                 self(False, "command", "attach is for the first frame of a Run stream")
@@ -583,16 +632,17 @@ class Check:
         self.text(f"{at}.reasoning_effort", generation.reasoning_effort)
         self.json(f"{at}.extra", generation.extra, "a JSON object")
 
-    def session_body(self, field: str, session: v1.Session) -> None:
+    def session_body(self, field: str, session: v1.Session, labels: bool = True) -> None:
+        """`labels` says whether those of the session are set, or only came along."""
         self.text(f"{field}.display_name", session.display_name)
-        self.labels(f"{field}.labels", session.labels)
+        if labels:
+            self.labels(f"{field}.labels", session.labels)
         if session.agent:
             self.agent(f"{field}.agent", session.agent)
         if session.user:
             self.user(f"{field}.user", session.user)
-        until = session.expire_time
-        fine = 0 <= until.seconds <= LAST_SECOND and 0 <= until.nanos < 1_000_000_000
-        self(fine, f"{field}.expire_time", "wants a time from 1970 to 9999")
+            self.own(_user() in {"", session.user}, f"{field}.user")
+        self.time(f"{field}.expire_time", session.expire_time)
         for name in ("ttl", "idle_ttl"):
             if session.HasField(name):
                 span = getattr(session, name)
@@ -621,6 +671,7 @@ class Check:
         if start.agent:
             self.agent(f"{field}.agent", start.agent)
         self.chosen_id(f"{field}.run_id", start.run_id)
+        self.own(not (start.client_tools and _user()), f"{field}.client_tools")
         self.first_state(f"{field}.state", start.state)
         held = sum(map(_entry_bytes, start.state.items())) + sum(tool.ByteSize() for tool in start.client_tools)
         self(held <= PAGE_BYTES, field, f"has a state and client_tools of more than {PAGE_BYTES} bytes together")

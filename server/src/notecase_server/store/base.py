@@ -2,19 +2,20 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from functools import partial
 from typing import TypeVar
 
 from notecase import v1
 
-from notecase_server.store import content, copies, past, steps
+from notecase_server.store import content, copies, keys, past, steps
 from notecase_server.store.contract import (
     ActiveRun,
     CommandId,
     Commit,
     Committed,
     Fork,
+    KeyRow,
     Once,
     Page,
     Past,
@@ -176,8 +177,9 @@ class TableStore(ABC):
     async def get_run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
         return await self._of(key.tenant, key.uid, lambda tables: steps.whole_run(tables, key, run), None)
 
-    async def list_runs(self, tenant: str, session: SessionKey | None, query: Query) -> Page[v1.Run]:
-        return await self._read(lambda tables: take(steps.whole_runs(tables, tenant, session, query), query.limit))
+    async def list_runs(self, tenant: str, session: SessionKey | None, query: Query, user: str = "") -> Page[v1.Run]:
+        whole = partial(steps.whole_runs, tenant=tenant, session=session, query=query, user=user)
+        return await self._read(lambda tables: take(whole(tables), query.limit))
 
     async def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
         return await self._read(lambda tables: tables.active_run(key, run))
@@ -240,6 +242,11 @@ class TableStore(ABC):
     async def get_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
         return await self._read(lambda tables: content.get_blob(tables, tenant, sha256))
 
+    async def known_blobs(self, tenant: str, subject: str, user: str, digests: Collection[str]) -> set[str]:
+        return await self._read(
+            lambda tables: {each for each in digests if tables.knows_blob(tenant, each, subject, user)}
+        )
+
     async def touch_blob(self, tenant: str, subject: str, sha256: str) -> v1.Blob | None:
         return await self._write(partial(content.touch_blob, tenant=tenant, subject=subject, sha256=sha256))
 
@@ -285,6 +292,27 @@ class TableStore(ABC):
         while (more := await self._write(step)) == limit:
             done += more
         return done + more
+
+    async def add_key(self, row: KeyRow, once: Once | None = None) -> v1.Key:
+        return await self._write(partial(keys.add_key, row=row, once=once))
+
+    async def find_key(self, key_id: str) -> KeyRow | None:
+        return await self._read(lambda tables: tables.key(key_id))
+
+    async def list_keys(self, tenant: str, query: Query) -> Page[v1.Key]:
+        return await self._read(lambda tables: take(tables.keys(tenant, query), query.limit))
+
+    async def rotate_key(
+        self, tenant: str, key_id: str, digest: bytes, overlap: int, once: Once | None = None
+    ) -> v1.Key:
+        step = partial(keys.rotate_key, tenant=tenant, key_id=key_id, digest=digest, overlap=overlap)
+        return await self._write(partial(step, once=once))
+
+    async def delete_key(self, tenant: str, key_id: str, once: Once | None = None) -> None:
+        await self._write(partial(keys.delete_key, tenant=tenant, key_id=key_id, once=once))
+
+    async def is_keyed(self) -> bool:
+        return await self._read(lambda tables: tables.is_keyed())
 
     async def probe(self) -> None:
         await self._write(lambda tables, _: tables.touch())

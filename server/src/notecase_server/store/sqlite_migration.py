@@ -4,7 +4,7 @@ The tables whose rows change are set aside, made anew and filled, of the first s
 among them, stay where they are. So the disk needs room for several times the rows, and memory holds a few of them. The
 second lacks two tables: that of deleted sessions begins empty, and what rewinds have left behind is read from the logs,
 since a message says no more by itself whether it is superseded. Both it and the third had a row for each message
-besides that of its event.
+besides that of its event, and neither had keys, nor what says whether there ever was one.
 """
 
 import re
@@ -99,18 +99,19 @@ def migrate(connection: sqlite3.Connection, version: int) -> None:
     """Converts a file of that version. Raises DecodeError for a row that is damaged."""
     if version == 1:
         _from_first(connection)
-        return
-    for index in ("events_of_past", "messages_by_id", "runs_by_state" if version == 2 else "unended_runs"):
-        connection.execute(f"DROP INDEX {index}")
-    for table in BEFORE:
-        connection.execute(f"ALTER TABLE {table} RENAME TO before_{table}")
-    _make_missing(connection)
-    for statement in FROM_BEFORE:
-        connection.execute(statement)
-    for table in BEFORE:
-        connection.execute(f"DROP TABLE before_{table}")
-    if version == 2:
-        _leave_behind(connection)
+    else:
+        for index in ("events_of_past", "messages_by_id", "runs_by_state" if version == 2 else "unended_runs"):
+            connection.execute(f"DROP INDEX {index}")
+        for table in BEFORE:
+            connection.execute(f"ALTER TABLE {table} RENAME TO before_{table}")
+        _make_missing(connection)
+        for statement in FROM_BEFORE:
+            connection.execute(statement)
+        for table in BEFORE:
+            connection.execute(f"DROP TABLE before_{table}")
+        if version == 2:
+            _leave_behind(connection)
+    connection.execute("ALTER TABLE store ADD COLUMN keyed INTEGER NOT NULL DEFAULT 0")
 
 
 def _from_first(connection: sqlite3.Connection) -> None:

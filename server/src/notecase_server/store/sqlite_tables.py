@@ -27,6 +27,7 @@ from notecase_server.store.contract import (
     And,
     Compare,
     Filter,
+    KeyRow,
     Not,
     Once,
     Or,
@@ -585,17 +586,20 @@ class SqliteTables(Saving):
     def drop_record(self, key: SessionKey, run: str) -> None:
         self._execute(f"DELETE FROM active_runs WHERE {ACTIVE_RUN}", (*_of(key), run))
 
-    def runs(self, tenant: str, session: SessionKey | None, query: Query) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
+    def runs(
+        self, tenant: str, session: SessionKey | None, query: Query, user: str
+    ) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
         where, values = _where(query, RUN_COLUMNS, "(create_time, uid, run) < (?, ?, ?)")
         source, place = ("runs INDEXED BY runs_by_session", " AND uid = ?") if session else ("runs", "")
+        whose = " AND s.user = ?" if user else ""
         if session is None and _is_unended(query.where):
             source = "active_runs CROSS JOIN runs USING (tenant, create_time, uid, run)"
         rows = self._execute(
             f"""SELECT create_time, uid, run, body, (SELECT session FROM sessions s
                     WHERE s.tenant = runs.tenant AND s.uid = runs.uid) FROM {source} WHERE tenant = ?{place}{where}
-                AND EXISTS (SELECT 1 FROM sessions s WHERE s.tenant = runs.tenant AND s.uid = runs.uid)
+                AND EXISTS (SELECT 1 FROM sessions s WHERE s.tenant = runs.tenant AND s.uid = runs.uid{whose})
                 ORDER BY create_time DESC, uid DESC, run DESC LIMIT ?""",
-            (tenant, *([session.uid] if session else []), *values, query.limit + 1),
+            (tenant, *([session.uid] if session else []), *values, *([user] if user else []), query.limit + 1),
         )
         for create_time, uid, run, body, name in rows:
             found = Found((create_time, uid, run), v1.Run.FromString(body), len(body))
@@ -771,6 +775,19 @@ class SqliteTables(Saving):
         statement = "SELECT 1 FROM uploaders WHERE tenant = ? AND sha256 = ? AND subject = ?"
         return self._one(statement, tenant, sha256, subject) is not None
 
+    def knows_blob(self, tenant: str, sha256: str, subject: str, user: str) -> bool:
+        return self.uploaded(tenant, subject, sha256) or (
+            self._one(
+                """SELECT 1 FROM blob_references r WHERE r.tenant = ? AND r.sha256 = ? AND (
+                        r.kind = 'user' AND 'users/' || r.id = ?
+                        OR r.kind = 'session' AND EXISTS (
+                            SELECT 1 FROM sessions s WHERE s.tenant = r.tenant AND s.uid = r.id AND s.user = ?))
+                    LIMIT 1""",
+                *(tenant, sha256, user, user),
+            )
+            is not None
+        )
+
     def delete_blob(self, tenant: str, sha256: str) -> None:
         for table in ("blobs", "uploaders"):
             self._execute(f"DELETE FROM {table} WHERE tenant = ? AND sha256 = ?", (tenant, sha256))
@@ -818,6 +835,41 @@ class SqliteTables(Saving):
 
     def drop_references(self, scope: Scope, key: str) -> None:
         self._execute("DELETE FROM blob_references WHERE tenant = ? AND kind = ? AND id = ? AND key = ?", (*scope, key))
+
+    def key(self, key_id: str) -> KeyRow | None:
+        row = self._one("SELECT tenant, body, digest, former FROM keys WHERE key = ?", key_id)
+        return KeyRow(row[0], key_id, v1.Key.FromString(row[1]), *row[2:]) if row else None
+
+    def put_key(self, row: KeyRow) -> None:
+        self._execute(
+            "REPLACE INTO keys (key, tenant, create_time, digest, former, body) VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                *(row.key_id, row.tenant, row.key.create_time.ToMicroseconds()),
+                *(row.digest, row.former, row.key.SerializeToString()),
+            ),
+        )
+        self._execute("UPDATE store SET keyed = 1 WHERE NOT keyed", ())
+
+    def delete_key(self, key_id: str) -> None:
+        self.deleted = True
+        self._execute("DELETE FROM keys WHERE key = ?", (key_id,))
+
+    def keys(self, tenant: str, query: Query) -> Iterator[Found[v1.Key]]:
+        where, values = _where(query._replace(where=None), (), "(create_time, 'keys/' || key) < (?, ?)")
+        rows = self._execute(
+            f"SELECT create_time, body FROM keys WHERE tenant = ?{where} ORDER BY create_time DESC, key DESC LIMIT ?",
+            (tenant, *values, query.limit + 1),
+        )
+        for create_time, body in rows:
+            key = v1.Key.FromString(body)
+            yield Found((create_time, key.name), key, len(body))
+
+    def count_keys(self, tenant: str) -> int:
+        return int(self._one("SELECT count(*) FROM keys WHERE tenant = ?", tenant)[0])
+
+    def is_keyed(self) -> bool:
+        row = self._one("SELECT keyed FROM store")
+        return bool(row and row[0])
 
     def upload(self, tenant: str, upload_id: str) -> UploadRow | None:
         row = self._one(

@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from notecase import v1
 
-from notecase_server.store.contract import ActiveRun, Once, Query, RunRecord, Scope, SessionKey, StepKey
+from notecase_server.store.contract import ActiveRun, KeyRow, Once, Query, RunRecord, Scope, SessionKey, StepKey
 from notecase_server.store.lists import Found
 from notecase_server.store.stretches import Stretch
 
@@ -361,8 +361,10 @@ class Tables(Protocol):
         """Makes it one of the others: it has ended, or its session is about to be deleted."""
         ...
 
-    def runs(self, tenant: str, session: SessionKey | None, query: Query) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
-        """With the session of each."""
+    def runs(
+        self, tenant: str, session: SessionKey | None, query: Query, user: str
+    ) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
+        """With the session of each; where `user` is set, of that user's sessions only."""
         ...
 
     def changed_runs(self, key: SessionKey, at: int) -> list[v1.Run]:
@@ -450,6 +452,10 @@ class Tables(Protocol):
         """Whether that subject uploaded it."""
         ...
 
+    def knows_blob(self, tenant: str, sha256: str, subject: str, user: str) -> bool:
+        """Whether that subject uploaded it, or a session or the state of that user refers to it."""
+        ...
+
     def delete_blob(self, tenant: str, sha256: str) -> None: ...
 
     def is_loose(self, tenant: str, sha256: str, before: int) -> bool:
@@ -484,4 +490,20 @@ class Tables(Protocol):
 
     def expired_uploads(self, now: int) -> Iterator[tuple[str, str, UploadRow]]:
         """With tenant and id, in no order."""
+        ...
+
+    def key(self, key_id: str) -> KeyRow | None: ...
+
+    def put_key(self, row: KeyRow) -> None:
+        """Adds a key, or replaces it."""
+        ...
+
+    def delete_key(self, key_id: str) -> None: ...
+
+    def keys(self, tenant: str, query: Query) -> Iterator[Found[v1.Key]]: ...
+
+    def count_keys(self, tenant: str) -> int: ...
+
+    def is_keyed(self) -> bool:
+        """Whether there was ever a key."""
         ...

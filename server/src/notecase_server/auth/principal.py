@@ -1,0 +1,46 @@
+"""Who calls: a principal, and what makes one of a credential."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Protocol
+
+
+class Role(IntEnum):
+    """What a principal may do. Each of the first four has the rights of those before it; OPERATOR stands apart: it has
+    no tenant, and reads no content."""
+
+    VIEWER = 1
+    USER = 2
+    DEVELOPER = 3
+    ADMIN = 4
+    OPERATOR = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who calls, as its credential says. Two calls with equal principals are the same caller's."""
+
+    tenant: str
+    """Empty for the role OPERATOR alone."""
+    subject: str
+    """Stays the same when the credential is renewed."""
+    role: Role
+    user: str = ""
+    """The id of the user whose sessions and state are all that this principal sees; empty when it is bound to none."""
+
+
+Metadata = Mapping[str, str | bytes]
+"""What came with a call; the names are in lower case."""
+
+AuthContext = Mapping[str, Sequence[bytes]]
+"""What the transport says of the other end, as grpc's `ServicerContext.auth_context` gives it."""
+
+
+class Authenticator(Protocol):
+    """Judges one kind of credential."""
+
+    async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
+        """Who calls; None where the call holds no credential of this kind. Raises NotecaseError UNAUTHENTICATED for
+        one that is bad, expired or revoked, in one sentence that tells neither which of these nor anything of it."""
+        ...
