@@ -41,7 +41,7 @@ ROOMS: dict[str, Room] = {
     "errors": Room(set(), "Everybody raises them, so they know nobody."),
     "limit": Room(set(), "How long is too long is told in the same way by whoever waits."),
     "names": Room({"errors", "store.contract"}, "A resource's name becomes its key in one place."),
-    "config": Room({"errors", "tools.mcp"}, "Settings are read once and handed in; nobody asks for them."),
+    "config": Room({"auth", "errors", "tools.mcp"}, "Settings are read once and handed in; nobody asks for them."),
     "supervisor": Room({"errors", "store.contract"}, "Who answers for a task is the same everywhere."),
     "store.contract": Room({"errors"}, "A promise knows none of those who keep it."),
     "store.fold": Room({"errors", "store.contract"}, "What a log means is the same on every store."),
@@ -90,7 +90,10 @@ ROOMS: dict[str, Room] = {
         | {"supervisor", "tools.clock", "tools.contract", "tools.naming"},
         "Runs are the same whatever stores, answers or carries them.",
     ),
-    "auth": Room({"errors", "store.contract"}, "Who calls is found out without a look at what they ask."),
+    "auth": Room(
+        {"errors", "names", "store.contract", "supervisor"},
+        "Who calls is found out without a look at what they ask.",
+    ),
     "rpc": Room(
         {
             "auth",
@@ -110,7 +113,7 @@ ROOMS: dict[str, Room] = {
     "serve": Room({"*"}, "The one place that composes, and so the one that sees all."),
     "cli": Room({"client"}, "A command is a client of a server, and knows it only by its address."),
     "cli.serve": Room(
-        {"cli", "serve", "config", "store.contract", "tools.contract", "tools.mcp"},
+        {"auth", "cli", "serve", "config", "store.contract", "tools.contract", "tools.mcp"},
         "This command starts a server; it needs no client.",
     ),
     "cli.backup": Room({"cli", "serve", "store.contract"}, "The server's composition copies the store."),
@@ -128,9 +131,11 @@ class Line(NamedTuple):
 LINES: dict[str, Line] = {
     "*.StatusCode": Line({"rpc.interceptor"}, "A failure becomes a status in one place."),
     "*.abort": Line({"rpc.interceptor"}, "As for statuses: everywhere else a failure is raised."),
-    "grpc*": Line({"rpc", "cli.health"}, "Only the doorway and its caller know the transport."),
+    "grpc*": Line({"rpc", "auth.tls", "cli.health"}, "Only the doorway and its caller know the transport."),
+    "cryptography": Line({"auth.tls"}, "Certificates are read in one place."),
+    "jwt": Line({"auth.jwks", "auth.tokens"}, "Tokens are judged in one place."),
     "openai": Line({"models.openai"}, "One provider's ways stay behind the contract."),
-    "aiohttp": Line({"models.openai"}, "Its transport goes with it."),
+    "aiohttp": Line({"models.openai", "auth.jwks"}, "Its transport goes with it, and fetches the keys of tokens."),
     "httpx2": Line({"models.openai", "tools.mcp"}, "Its transport goes with it, and with MCP's library."),
     "mcp": Line({"tools.mcp"}, "One protocol's ways stay behind the contract."),
     "pydantic": Line({"tools.functions"}, "What an operator's types mean is asked in one place."),

@@ -52,7 +52,7 @@ async def test_an_unknown_command_is_told_with_one_like_it() -> None:
 async def test_an_address_beyond_this_machine_wants_to_be_called_insecure(listen: str) -> None:
     done = await notecase("serve", "--listen", listen, "--store", "memory:")
     assert 1 == done.code
-    assert done.err.startswith(f"Error: {listen} can be reached from other machines")
+    assert done.err.startswith(f"Error: --listen: {listen} can be reached from other machines")
     assert "--insecure" in done.err
 
 

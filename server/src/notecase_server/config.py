@@ -4,12 +4,14 @@ import ipaddress
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import structlog
 
+from notecase_server.auth.tables import Mistake
 from notecase_server.tools.mcp_settings import McpServerSettings
 
 
@@ -37,6 +39,22 @@ class Settings:
     """Everything a server is told."""
 
     listen: str
+    """HOST:PORT or unix:PATH: TLS where `tls` is set, and plain text otherwise."""
+    listen_mtls: str = ""
+    """HOST:PORT for callers with a certificate that `tls_client_ca` signed; empty for none."""
+    tls_cert: Path | None = None
+    """The certificate of the server, followed by those that lead to one that callers know."""
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    """All three are PEM, and read again when they change."""
+    client_principals: Path | None = None
+    """A file for `read_client_principals`."""
+    issuers: Path | None = None
+    """A file for `read_issuers`."""
+    behind_tls_proxy: str = ""
+    """The only other machines that are served, for `read_networks`, since they do TLS; empty where none does."""
+    insecure: bool = False
+    """Everybody who reaches the address may do all, and may be listened to."""
     store: str = "memory:"
     max_runs: int = 1000
     max_calls: int = 10_000
@@ -63,6 +81,54 @@ class Settings:
     tools: tuple[str, ...] = ()
     """Modules whose functions are tools."""
     mcp_servers: Mapping[str, McpServerSettings] = field(default_factory=dict)
+
+    @property
+    def has_tls(self) -> bool:
+        return bool(self.tls_cert or self.tls_key)
+
+    @property
+    def has_credentials(self) -> bool:
+        """Whether callers need a credential."""
+        return bool(self.issuers or self.client_principals)
+
+
+def exposure_mistakes(settings: Settings) -> Iterator[Mistake]:
+    """Yields what does not go together of where a server listens, what protects it there, and who may call."""
+    if settings.tls_cert and not settings.tls_key:
+        yield Mistake("--tls-key", "This is missing: --tls-cert needs its key.")
+    if settings.tls_key and not settings.tls_cert:
+        yield Mistake("--tls-cert", "This is missing: --tls-key needs its certificate.")
+    if settings.listen_mtls:
+        for option, given, why in (
+            ("--tls-cert", settings.tls_cert, "has TLS"),
+            ("--tls-client-ca", settings.tls_client_ca, "takes certificates that these authorities signed"),
+            ("--client-principals", settings.client_principals, "asks this file whom a certificate names"),
+        ):
+            if not given:
+                yield Mistake(option, f"This is missing: --listen-mtls {why}.")
+    else:
+        for option, given in (
+            ("--tls-client-ca", settings.tls_client_ca),
+            ("--client-principals", settings.client_principals),
+        ):
+            if given:
+                yield Mistake(option, "This is for --listen-mtls, which is missing.")
+    if settings.behind_tls_proxy and settings.has_tls:
+        yield Mistake("--behind-tls-proxy", "Either a proxy does TLS, or this server by --tls-cert.")
+    if settings.insecure and (settings.has_credentials or settings.behind_tls_proxy):
+        yield Mistake("--insecure", "Everybody may call: this goes neither with credentials nor with a proxy's.")
+    if not settings.insecure and not is_loopback(settings.listen):
+        yield from _unprotected(settings)
+
+
+def _unprotected(settings: Settings) -> Iterator[Mistake]:
+    beyond = f"{settings.listen} can be reached from other machines, and"
+    if not settings.has_tls and not settings.behind_tls_proxy:
+        text = f"{beyond} calls would be plain text: set --tls-cert and --tls-key, or --behind-tls-proxy for a proxy's."
+        yield Mistake("--listen", text)
+    if not settings.has_credentials:
+        text = f"{beyond} anybody could call: set --issuers for credentials, or --insecure to try things out."
+        yield Mistake("--listen", text)
 
 
 def openai_from_environment() -> OpenAISettings | None:
