@@ -47,9 +47,10 @@ def from_url(url: str) -> Load:
     """Fetches over HTTP, from exactly there: a redirect is a failure."""
 
     async def load() -> bytes:
+        headers = {"accept": "application/json", "accept-encoding": "identity"}
         async with (
-            aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=FETCH_SECONDS)) as session,
-            session.get(url, allow_redirects=False, headers={"accept": "application/json"}) as response,
+            aiohttp.ClientSession(headers=headers, auto_decompress=False) as session,
+            session.get(url, allow_redirects=False) as response,
         ):
             if response.status != 200:
                 raise ValueError(f"the status is {response.status}")
@@ -108,7 +109,7 @@ class KeySet:
             if self._fetch is not None and not (failing and self._keys):
                 await asyncio.shield(self._fetch)
         key = self._known(key_id)
-        if key is None and self._fetch is None and now - self._searched > PATIENCE_SECONDS and self._keys:
+        if key is None and self._keys and self._fetched <= now and now - self._searched > PATIENCE_SECONDS:
             self._searched = now
             self._begin()
         if key is None and self._fetch is not None:
@@ -166,7 +167,7 @@ def _key(given: Any) -> Key | None:
         key = jwt.PyJWK(given)
     except (jwt.PyJWTError, ValueError, TypeError, KeyError):
         return None
-    key_id, algorithm = given.get("kid", ""), given.get("alg", "")
+    key_id, algorithm = given.get("kid") or "", given.get("alg") or ""
     if key.algorithm_name not in ALGORITHMS or not isinstance(key_id, str):
         return None
     return Key(key_id, algorithm, key.key)

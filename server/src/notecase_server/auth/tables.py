@@ -73,7 +73,8 @@ class Table:
 
     def text(self, key: str, *, needed: bool = True) -> str:
         value = self.take(key, str)
-        self.check(bool(value) or not needed or (value is None and key in self.values), key, "This is missing.")
+        self.check(not needed or key in self.values, key, "This is missing.")
+        self.check(value != "", key, "This is empty.")
         return value or ""
 
     def texts(self, key: str, *, needed: bool = True) -> tuple[str, ...]:
