@@ -41,7 +41,10 @@ ROOMS: dict[str, Room] = {
     "errors": Room(set(), "Everybody raises them, so they know nobody."),
     "limit": Room(set(), "How long is too long is told in the same way by whoever waits."),
     "names": Room({"errors", "store.contract"}, "A resource's name becomes its key in one place."),
-    "config": Room({"auth", "errors", "tools.mcp"}, "Settings are read once and handed in; nobody asks for them."),
+    "loopback": Room(set(), "What stays on this machine is the same to those who serve and those who ask."),
+    "config": Room(
+        {"auth", "errors", "loopback", "tools.mcp"}, "Settings are read once and handed in; nobody asks for them."
+    ),
     "supervisor": Room({"errors", "store.contract"}, "Who answers for a task is the same everywhere."),
     "store.contract": Room({"errors"}, "A promise knows none of those who keep it."),
     "store.fold": Room({"errors", "store.contract"}, "What a log means is the same on every store."),
@@ -111,7 +114,7 @@ ROOMS: dict[str, Room] = {
         "The doorway leads to the engine, and to the store's contract for what is only read.",
     ),
     "serve": Room({"*"}, "The one place that composes, and so the one that sees all."),
-    "cli": Room({"client"}, "A command is a client of a server, and knows it only by its address."),
+    "cli": Room({"client", "loopback"}, "A command is a client of a server, and knows it only by its address."),
     "cli.serve": Room(
         {"auth", "cli", "serve", "config", "store.contract", "tools.contract", "tools.mcp"},
         "This command starts a server; it needs no client.",

@@ -1,6 +1,5 @@
 """The settings of a server, and the only reader of the environment beside the command line's own options."""
 
-import ipaddress
 import logging
 import os
 import sys
@@ -12,6 +11,7 @@ from typing import Literal
 import structlog
 
 from notecase_server.auth.tables import Mistake
+from notecase_server.loopback import is_loopback
 from notecase_server.tools.mcp_settings import McpServerSettings
 
 
@@ -141,17 +141,6 @@ def openai_from_environment() -> OpenAISettings | None:
     return OpenAISettings(
         api_key=api_key or "none", base_url=base_url, default_model=os.environ.get("OPENAI_MODEL") or "gpt-4.1-mini"
     )
-
-
-def is_loopback(listen: str) -> bool:
-    """Whether only this machine can reach that address."""
-    if listen.startswith("unix:"):
-        return True
-    host = listen.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def configure_logging(form: Literal["console", "json"], level: str) -> None:
