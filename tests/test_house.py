@@ -115,6 +115,7 @@ ROOMS: dict[str, Room] = {
     ),
     "serve": Room({"*"}, "The one place that composes, and so the one that sees all."),
     "cli": Room({"client", "loopback"}, "A command is a client of a server, and knows it only by its address."),
+    "cli.keys": Room({"cli", "client", "serve", "store.contract"}, "The first key is made where no server is."),
     "cli.serve": Room(
         {"auth", "cli", "serve", "config", "store.contract", "tools.contract", "tools.mcp"},
         "This command starts a server; it needs no client.",

@@ -127,6 +127,33 @@ def update_state(state: str) -> Write:
     )
 
 
+async def create_key(served: Running, request_id: str) -> Message:
+    """What is answered but for the secret: that is told once."""
+    key = v1.Key(display_name="ci", role=v1.Key.ROLE_VIEWER)
+    return (await served.keys.CreateKey(v1.CreateKeyRequest(key=key, request_id=request_id))).key
+
+
+async def first_key(served: Running) -> str:
+    keys = (await served.keys.ListKeys(v1.ListKeysRequest())).keys
+    return keys[0].name if keys else ""
+
+
+async def rotate_key(served: Running, request_id: str) -> Message:
+    name = await first_key(served)
+    return (await served.keys.RotateKey(v1.RotateKeyRequest(name=name, request_id=request_id))).key
+
+
+def revoke_key() -> Write:
+    """A repeat names the key that was there the first time."""
+    named: list[str] = []
+
+    async def revoke(served: Running, request_id: str) -> Message:
+        named[:] = [await first_key(served) or named[0]]
+        return await served.keys.RevokeKey(v1.RevokeKeyRequest(name=named[0], request_id=request_id))
+
+    return revoke
+
+
 async def upload(served: Running, request_id: str) -> Message:
     frame = v1.UploadBlobRequest(upload_id=request_id)
     frame.MergeFrom(WORDS)
@@ -215,6 +242,9 @@ ROWS: dict[str, Row] = {
     "UpdateState, session": commit(update_state(f"{CASE}/state")),
     "UpdateState, user": Row("update_state", update_state("users/ada/state")),
     "UpdateState, app": Row("update_state", update_state("app/state")),
+    "CreateKey": Row("add_key", create_key),
+    "RotateKey": Row("rotate_key", rotate_key),
+    "RevokeKey": Row("delete_key", revoke_key()),
     "UploadBlob": Row("complete_upload", upload, asks="get_upload"),
     "Run": work(run, "run_started"),
     "Invoke": work(invoke, "run_started"),
@@ -253,6 +283,7 @@ async def scene(store: Store) -> AsyncIterator[Running]:
             request = v1.AppendMessagesRequest(parent=session, messages=[*words, *words])
             await served.messages.AppendMessages(request)
         await update_state("users/ada/state")(served, "")
+        await create_key(served, "")
         begun = v1.StartRun(session=WAITING, run_id="w", messages=[said("Go")])
         await served.runs.Invoke(v1.InvokeRequest(start=begun))
         asked = len(model.requests)
@@ -276,6 +307,7 @@ async def world(served: Running) -> list[str]:
         *(await served.sessions.ListSessions(v1.ListSessionsRequest())).sessions,
         *ended,
         *agents,
+        *(await served.keys.ListKeys(v1.ListKeysRequest())).keys,
         *[await served.state.GetState(v1.GetStateRequest(name=name)) for name in states],
         *[event for session in sessions for event in await log_so_far(served, session.name)],
     ]

@@ -107,6 +107,10 @@ def blob(make: Maker) -> str:
     return one(make, f"blobs/{'0' * 64}", lambda name: name.startswith("blobs/"))
 
 
+def key(make: Maker) -> str:
+    return one(make, "keys/none", lambda name: name.startswith("keys/"))
+
+
 def one(make: Maker, none: str, fits: Callable[[str], bool]) -> str:
     """A name that the server said lately."""
     return make.chance.choice(list(filter(fits, make.world.known("name")))[-8:] or [none])
@@ -291,6 +295,10 @@ _FRAMES: Mapping[str, Frames] = {
     "RunService/CancelRun": lambda make: v1.CancelRunRequest(name=run(make), allow_missing=make.chance.random() < 0.5),
     "RunService/SendCommand": lambda make: v1.SendCommandRequest(session=session(make), command=command(make)),
     "RunService/WatchEvents": watch,
+    "KeyService/CreateKey": lambda make: v1.CreateKeyRequest(key=v1.Key(display_name="ci", role=v1.Key.ROLE_USER)),
+    "KeyService/ListKeys": lambda make: v1.ListKeysRequest(page_size=2, page_token=token(make)),
+    "KeyService/RevokeKey": lambda make: v1.RevokeKeyRequest(name=key(make)),
+    "KeyService/RotateKey": lambda make: v1.RotateKeyRequest(name=key(make), overlap=Duration(seconds=60)),
     "BlobService/UploadBlob": upload,
     "BlobService/DownloadBlob": lambda make: v1.DownloadBlobRequest(name=blob(make), offset=1, limit=3),
     "BlobService/GetUpload": lambda make: v1.GetUploadRequest(upload_id=make.chance.choice(("u1", "u2"))),

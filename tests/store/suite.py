@@ -22,6 +22,7 @@ PARTS = (
     "content",
     "fold",
     "identity",
+    "keys",
     "lists",
     "log",
     "past",

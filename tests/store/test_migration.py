@@ -50,10 +50,10 @@ def older(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return left_by(request.param, tmp_path / "store.db")
 
 
-@pytest.fixture
-def second(tmp_path: Path) -> Path:
-    """A small store that a server of the second schema closed."""
-    return left_by("2-small", tmp_path / "second.db")
+@pytest.fixture(params=[2, 3])
+def small(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A small store that a server of the second or the third schema closed."""
+    return left_by(f"{request.param}-small", tmp_path / f"{request.param}.db")
 
 
 @pytest.fixture
@@ -394,27 +394,28 @@ async def test_a_row_that_is_damaged_is_told_and_nothing_is_changed(path: Path) 
     assert dumped(path) == before
 
 
-async def test_a_store_of_the_second_schema_keeps_every_row(second: Path, tmp_path: Path) -> None:
+async def test_a_store_of_a_later_schema_keeps_every_row(small: Path, tmp_path: Path) -> None:
     """And what is deleted of it from then on goes as in any other."""
-    tables = [name for (name,) in facts(second, "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
+    tables = [name for (name,) in facts(small, "SELECT name FROM sqlite_master WHERE type = 'table' ORDER BY name")]
     columns = dict.fromkeys(tables, "*")
     columns["messages"] = "tenant, uid, sequence, message, run, step, update_sequence, body"
-    before = {table: facts(second, f"SELECT {columns[table]} FROM {table}") for table in tables}
-    assert facts(second, "PRAGMA user_version") == [(2,)]
-    for file in (second, tmp_path / "new.db"):
+    columns["store"] = "secret"
+    before = {table: facts(small, f"SELECT {columns[table]} FROM {table}") for table in tables}
+    assert facts(small, "PRAGMA user_version") == [(int(small.stem),)]
+    for file in (small, tmp_path / "new.db"):
         await (await SqliteStore.open(file, ManualClock())).close()
-    assert facts(second, "PRAGMA user_version") == [(VERSION,)]
-    assert schema(second) == schema(tmp_path / "new.db")
-    assert {table: facts(second, f"SELECT {columns[table]} FROM {table}") for table in tables} == before
-    store = await SqliteStore.open(second, ManualClock())
+    assert facts(small, "PRAGMA user_version") == [(VERSION,)]
+    assert schema(small) == schema(tmp_path / "new.db")
+    assert {table: facts(small, f"SELECT {columns[table]} FROM {table}") for table in tables} == before
+    store = await SqliteStore.open(small, ManualClock())
     for row in (await store.list_sessions("acme", ALL)).rows:
         await store.delete_session(SessionKey("acme", row.name, row.uid))
     await store.sweep_sessions()
     assert await store.erase_state("acme", "users/ada")
     await store.close()
     kept = {"store", "requests", "contents", "chunks", "blobs", "uploaders", "agents", "revisions"}
-    assert {table for table in schema(second) if table in tables and facts(second, f"SELECT * FROM {table}")} == kept
-    assert facts(second, "SELECT * FROM requests WHERE response IS NOT NULL") == []
+    assert {table for table in schema(small) if table in tables and facts(small, f"SELECT * FROM {table}")} == kept
+    assert facts(small, "SELECT * FROM requests WHERE response IS NOT NULL") == []
 
 
 async def test_a_copy_of_an_older_store_is_of_its_own_schema(path: Path, tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ class Running:
         self.messages = v1.MessageServiceStub(self.channel)
         self.runs = v1.RunServiceStub(self.channel)
         self.blobs = v1.BlobServiceStub(self.channel)
+        self.keys = v1.KeyServiceStub(self.channel)
         self.info = v1.ServerServiceStub(self.channel)
 
     def client(self) -> Client:

@@ -10,6 +10,7 @@ from typing import Literal
 
 import structlog
 
+from notecase_server.auth.keys import MIN_ADMIN_KEY
 from notecase_server.auth.tables import Mistake
 from notecase_server.loopback import is_loopback
 from notecase_server.tools.mcp_settings import McpServerSettings
@@ -53,6 +54,10 @@ class Settings:
     """A file for `read_issuers`."""
     behind_tls_proxy: str = ""
     """The only other machines that are served, for `read_networks`, since they do TLS; empty where none does."""
+    auth: Literal["auto", "keys"] = "auto"
+    """With "auto" callers need a credential when the store has ever had a key."""
+    admin_key: str = ""
+    """A key that the operator chose, for an admin of the tenant `default`; empty for none."""
     insecure: bool = False
     """Everybody who reaches the address may do all, and may be listened to."""
     store: str = "memory:"
@@ -88,12 +93,20 @@ class Settings:
 
     @property
     def has_credentials(self) -> bool:
-        """Whether callers need a credential."""
-        return bool(self.issuers or self.client_principals)
+        """Whether callers need a credential, as far as is known without the store."""
+        return self.auth == "keys" or bool(self.admin_key or self.issuers or self.client_principals)
+
+
+def admin_key_from_environment() -> str:
+    """NOTECASE_ADMIN_KEY, which is no option since other users of the machine see those. Empty for none."""
+    return os.environ.get("NOTECASE_ADMIN_KEY", "")
 
 
 def exposure_mistakes(settings: Settings) -> Iterator[Mistake]:
     """Yields what does not go together of where a server listens, what protects it there, and who may call."""
+    if (key := settings.admin_key) and (len(key) < MIN_ADMIN_KEY or not key.isprintable() or " " in key):
+        text = f"This is not a key, which has at least {MIN_ADMIN_KEY} printable characters and no space."
+        yield Mistake("NOTECASE_ADMIN_KEY", text)
     if settings.tls_cert and not settings.tls_key:
         yield Mistake("--tls-key", "This is missing: --tls-cert needs its key.")
     if settings.tls_key and not settings.tls_cert:
@@ -127,7 +140,7 @@ def _unprotected(settings: Settings) -> Iterator[Mistake]:
         text = f"{beyond} calls would be plain text: set --tls-cert and --tls-key, or --behind-tls-proxy for a proxy's."
         yield Mistake("--listen", text)
     if not settings.has_credentials:
-        text = f"{beyond} anybody could call: set --issuers for credentials, or --insecure to try things out."
+        text = f"{beyond} anybody could call: set --auth keys or --issuers, or --insecure to try things out."
         yield Mistake("--listen", text)
 
 

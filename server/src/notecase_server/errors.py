@@ -76,6 +76,7 @@ CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
     v1.ERROR_REASON_OUTPUT_INVALID: Kind(code_pb2.FAILED_PRECONDITION),
     v1.ERROR_REASON_UNAUTHENTICATED: Kind(code_pb2.UNAUTHENTICATED),
     v1.ERROR_REASON_ROLE_MISSING: Kind(code_pb2.PERMISSION_DENIED),
+    v1.ERROR_REASON_KEY_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
 }
 
 
@@ -143,6 +144,7 @@ _NOT_FOUND = {
     "message": v1.ERROR_REASON_MESSAGE_NOT_FOUND,
     "blob": v1.ERROR_REASON_BLOB_NOT_FOUND,
     "upload": v1.ERROR_REASON_BLOB_NOT_FOUND,
+    "key": v1.ERROR_REASON_KEY_NOT_FOUND,
 }
 
 
@@ -188,7 +190,7 @@ def role_missing(role: str, fields: Iterable[str] = ()) -> NotecaseError:
 
 
 def not_found(kind: str, name: str) -> NotecaseError:
-    """`kind` is "agent", "session", "run", "message", "blob" or "upload"; `name` its whole resource name."""
+    """`kind` is "agent", "session", "run", "message", "blob", "upload" or "key"; `name` its whole resource name."""
     return NotecaseError(_NOT_FOUND[kind], f"There is no {kind} {name!r}.", resource=Resource(kind, name))
 
 

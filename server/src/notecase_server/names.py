@@ -16,6 +16,9 @@ ID = re.compile(r"[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?")
 USER = re.compile(r"[A-Za-z0-9._~@|:+=-]{1,128}")
 """Users come from identity providers, whose ids have capitals, pipes and at-signs."""
 
+KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+"""The id of a key, a UUID."""
+
 BLOB = re.compile(r"blobs/[0-9a-f]{64}")
 
 ID_RULE = "wants 1 to 63 lower-case letters, digits and inner '.', '_' or '-'"
@@ -54,6 +57,18 @@ def parse_session(name: str) -> str | None:
     """The {session} of `sessions/{session}`."""
     collection, _, session = name.partition("/")
     return session if collection == "sessions" and is_id(session) else None
+
+
+def parse_key(name: str) -> str | None:
+    """The {key} of `keys/{key}`."""
+    collection, _, key = name.partition("/")
+    return key if collection == "keys" and KEY.fullmatch(key) else None
+
+
+def parse_tenant(name: str) -> str | None:
+    """The {tenant} of `tenants/{tenant}`."""
+    collection, _, tenant = name.partition("/")
+    return tenant if collection == "tenants" and is_id(tenant) else None
 
 
 def parse_user(name: str) -> str | None:
@@ -97,6 +112,10 @@ def parse_state(tenant: str, name: str) -> Scope | None:
 def parse_blob(name: str) -> str | None:
     """The {sha256} of `blobs/{sha256}`."""
     return name.removeprefix("blobs/") if BLOB.fullmatch(name) else None
+
+
+def key(key_id: str) -> str:
+    return f"keys/{key_id}"
 
 
 def blob(sha256: str) -> str:

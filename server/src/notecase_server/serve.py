@@ -9,16 +9,19 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
 import uuid_utils
+from notecase import v1
 
 from notecase_server import __version__
 from notecase_server.auth.certificates import Certificates
 from notecase_server.auth.chain import Chain
 from notecase_server.auth.files import Files, Watched
+from notecase_server.auth.keys import Keys
 from notecase_server.auth.principal import Authenticator
 from notecase_server.auth.settings import read_client_principals, read_issuers, read_networks
 from notecase_server.auth.tables import Mistake, SettingsError
@@ -110,6 +113,23 @@ def backup(url: str, destination: Path, force: bool) -> None:
     sqlite_file.backup(Path(path), destination, force)
 
 
+def bootstrap(url: str, tenant: str, name: str) -> tuple[v1.Key, str]:
+    """Makes the key of an admin of the tenant, or of an operator where it is empty, in a store that no server has open.
+    Returns it with what is to be sent. Raises StoreOpenError."""
+    if url == "memory:":
+        raise StoreOpenError("A store in memory has no key before it is served; set NOTECASE_ADMIN_KEY for one.")
+
+    async def make() -> tuple[v1.Key, str]:
+        store = await open_store(url, now)
+        try:
+            role = v1.Key.ROLE_ADMIN if tenant else v1.Key.ROLE_OPERATOR
+            return await Keys(store, new_id, now, time.monotonic).create(tenant, v1.Key(display_name=name, role=role))
+        finally:
+            await store.close()
+
+    return asyncio.run(make())
+
+
 def make_providers(settings: Settings) -> dict[str, Provider]:
     """Makes the providers by name, the default one first: the configured one, or else the offline one. Raises
     ProviderSettingsError for a key or an address that cannot be used."""
@@ -199,8 +219,9 @@ class Server:
         files: Files | None = None,
     ) -> None:
         """`providers` by name, the default one first. The server closes them, the toolbox and the store; it looks after
-        `files`. Without `authenticators` every caller is the admin of one tenant. Raises SettingsError for the files of
-        TLS and for proxies that are no addresses."""
+        `files`. Without `authenticators`, and where the settings ask for no credentials, every caller is the admin of
+        one tenant; otherwise the store's keys are taken besides. Raises SettingsError for the files of TLS and for
+        proxies that are no addresses."""
         pace = pace or Pace()
         self.port = 0
         self.mtls_port = 0
@@ -223,9 +244,11 @@ class Server:
         self.arrivals = Arrivals(settings.max_imports, settings.max_import_bytes)
         self.heavy = Places(settings.max_heavy_reads)
         self.gate = Gate(settings.max_calls, settings.max_unread_bytes, Peers(read_networks(settings.behind_tls_proxy)))
-        self._doorway = Doorway(Chain(authenticators), make_id, pace.stall, self.gate)
         self._files = files or Files()
         self._identity = _watch_identity(settings, self._files)
+        self._keys = Keys(store, make_id, clock, time.monotonic, settings.admin_key)
+        known = (self._keys, *authenticators) if authenticators or settings.has_credentials else ()
+        self._doorway = Doorway(Chain(known), make_id, pace.stall, self.gate)
         limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
         self._contents = Contents(store, make_id, clock, limits)
         sessions = self._sessions = Sessions(store, make_id, new_uid, limits.session)
@@ -274,7 +297,7 @@ class Server:
         """Serves, and takes over the runs that were left; returns the port. Raises RuntimeError when an address is
         taken."""
         channel = options(self._settings.max_calls, self._settings.max_connections)
-        self._grpc, self._health = await build(self._desk, self._store, self._doorway, channel)
+        self._grpc, self._health = await build(self._desk, self._store, self._keys, self._doorway, channel)
         self._listen()
         await self._grpc.start()
         self._runs.upkeep.start()
@@ -399,9 +422,14 @@ async def serve(settings: Settings, ready: Callable[[Server], None] = lambda ser
     toolbox = make_toolbox(settings.tools, settings.mcp_servers)
     files, fetches = Files(), Tasks("auth")
     authenticators = make_authenticators(settings, files, fetches)
-    server = Server(
-        settings, await open_store(settings.store, now), providers, toolbox, authenticators=authenticators, files=files
-    )
+    store = await open_store(settings.store, now)
+    if await store.is_keyed():
+        settings = replace(settings, auth="keys")
+        if settings.insecure:
+            await store.close()
+            text = "Everybody may call, and this store has had keys: leave this out, or take another store."
+            raise SettingsError([Mistake("--insecure", text)])
+    server = Server(settings, store, providers, toolbox, authenticators=authenticators, files=files)
     await server.start()
     # What is loaded by here stays for good, and need not be looked at each time that garbage is collected.
     gc.collect()

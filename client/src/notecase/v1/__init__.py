@@ -6,6 +6,8 @@ from notecase.v1.blob_pb2 import *
 from notecase.v1.blob_pb2_grpc import *
 from notecase.v1.content_pb2 import *
 from notecase.v1.export_pb2 import *
+from notecase.v1.key_pb2 import *
+from notecase.v1.key_pb2_grpc import *
 from notecase.v1.message_pb2 import *
 from notecase.v1.message_pb2_grpc import *
 from notecase.v1.run_pb2 import *

@@ -126,6 +126,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """PERMISSION_DENIED: the caller's role may not call this method, or not set the fields in BadRequest; metadata.role is the
     least that may. Never for what is not the caller's: that is NOT_FOUND.
     """
+    ERROR_REASON_KEY_NOT_FOUND: _ErrorReason.ValueType  # 43
+    """NOT_FOUND, with ResourceInfo."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of every error's google.rpc.ErrorInfo, there without the prefix, under the domain "notecase.dev"."""
@@ -228,6 +230,8 @@ ERROR_REASON_ROLE_MISSING: ErrorReason.ValueType  # 42
 """PERMISSION_DENIED: the caller's role may not call this method, or not set the fields in BadRequest; metadata.role is the
 least that may. Never for what is not the caller's: that is NOT_FOUND.
 """
+ERROR_REASON_KEY_NOT_FOUND: ErrorReason.ValueType  # 43
+"""NOT_FOUND, with ResourceInfo."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

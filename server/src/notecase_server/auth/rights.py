@@ -62,6 +62,10 @@ METHODS: Mapping[str, Right] = {
         SendCommand=USER,
         WatchEvents=VIEWER,
     ),
+    **{
+        f"/notecase.v1.KeyService/{method}": Right(ADMIN, operators=True)
+        for method in ("CreateKey", "ListKeys", "RevokeKey", "RotateKey")
+    },
     **_service("BlobService", UploadBlob=USER, DownloadBlob=VIEWER, GetUpload=VIEWER, GetBlob=VIEWER),
     **{
         f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo": Right(VIEWER, operators=True)
@@ -78,16 +82,13 @@ APP_STATE = DEVELOPER
 """Roles that may set labels, and change the state of the whole tenant."""
 
 
-def may(role: Role, least: Role) -> bool:
-    """Returns whether a role of a tenant has the rights of another one."""
-    return least <= role < OPERATOR
+def has(role: Role, least: Role) -> bool:
+    """Returns whether a role has the rights of another one. An operator has only its own."""
+    return role is least if OPERATOR in (role, least) else role >= least
 
 
 def refusal(principal: Principal, method: str) -> NotecaseError | None:
     """Returns ROLE_MISSING when the principal may not call the method."""
     right = METHODS.get(method, UNKNOWN)
-    if principal.role is OPERATOR:
-        allowed = right.operators or right.least is OPERATOR
-    else:
-        allowed = may(principal.role, right.least)
+    allowed = has(principal.role, right.least) or (right.operators and principal.role is OPERATOR)
     return None if allowed else errors.role_missing(right.least.name)

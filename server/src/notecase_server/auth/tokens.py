@@ -10,6 +10,7 @@ import structlog
 
 from notecase_server import errors, names
 from notecase_server.auth.jwks import Key, KeySet, from_file, from_url
+from notecase_server.auth.keys import bearer
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
 from notecase_server.auth.settings import Claim, IssuerSettings
 from notecase_server.auth.tables import ROLES
@@ -83,7 +84,7 @@ class Tokens:
     async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
         """Returns who calls; None where the call has no credential of this form. Raises NotecaseError UNAUTHENTICATED
         for a token that is not valid, or whose issuer's keys cannot be had."""
-        token = _token(metadata.get("authorization"))
+        token = _token(metadata)
         if token is None:
             return None
         try:
@@ -137,13 +138,10 @@ class Tokens:
         return _Verified(_principal(settings, claims), expires, issuer, key)
 
 
-def _token(given: str | bytes | None) -> str | None:
-    """Returns the token in `Bearer TOKEN`, if it has the form of a JSON Web Token; other keys have no dots."""
-    if not isinstance(given, str):
-        return None
-    scheme, _, token = given.partition(" ")
-    token = token.strip()
-    return token if scheme.lower() == "bearer" and token.count(".") == 2 else None
+def _token(metadata: Metadata) -> str | None:
+    """Returns a call's JSON Web Token: three parts, of which the first is a JSON object. Other keys are not like it."""
+    token = bearer(metadata)
+    return token if token is not None and token.startswith("ey") and token.count(".") == 2 else None
 
 
 def _need(right: bool, problem: str) -> None:

@@ -9,7 +9,12 @@ import click
 
 from notecase_server.auth.tables import SettingsError
 from notecase_server.cli.options import DEFAULT_ADDRESS, STORE, address
-from notecase_server.config import Settings, configure_logging, openai_from_environment
+from notecase_server.config import (
+    Settings,
+    admin_key_from_environment,
+    configure_logging,
+    openai_from_environment,
+)
 from notecase_server.serve import ProviderSettingsError, Server, settings_mistakes
 from notecase_server.serve import run as serve_forever
 from notecase_server.store.contract import StoreOpenError
@@ -83,7 +88,15 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     is_flag=True,
     envvar="NOTECASE_INSECURE",
     show_envvar=True,
-    help="Serve beyond this machine although callers need no credential: everybody who reaches the port may do all.",
+    help="Serve without credentials, beyond this machine too: everybody who reaches the port may do all.",
+)
+@click.option(
+    "--auth",
+    type=click.Choice(["auto", "keys"]),
+    default="auto",
+    envvar="NOTECASE_AUTH",
+    show_envvar=True,
+    help="Whether callers need a key: always, or with `auto` once the store has ever had one.",
 )
 @STORE
 @_number("max-runs", "Runs at work at once; a new start above it is refused, and what was accepted before waits.")
@@ -225,6 +238,8 @@ def serve(
 ) -> None:
     """Serve until SIGTERM or SIGINT.
 
+    NOTECASE_ADMIN_KEY is a key that you choose: who calls with it is an admin of the tenant `default`.
+
     The model's provider is `openai` when OPENAI_API_KEY or OPENAI_BASE_URL is set (OPENAI_MODEL names the default
     model), and the built-in `offline` one otherwise.
     """
@@ -235,6 +250,7 @@ def serve(
     try:
         settings = Settings(
             listen=listen,
+            admin_key=admin_key_from_environment(),
             store=store,
             grace=grace,
             openai=openai,

@@ -5,11 +5,13 @@ from collections.abc import Sequence
 import grpc
 from notecase import v1
 
+from notecase_server.auth.keys import Keys
 from notecase_server.rpc.agents import Agents
 from notecase_server.rpc.blobs import Blobs
 from notecase_server.rpc.desk import Desk
 from notecase_server.rpc.frames import TRANSPORT_BYTES
 from notecase_server.rpc.interceptor import Doorway
+from notecase_server.rpc.keys import KeysService
 from notecase_server.rpc.messages import Messages
 from notecase_server.rpc.ops import SERVICE as HEALTH
 from notecase_server.rpc.ops import Health
@@ -61,11 +63,12 @@ SERVICES = (
     "MessageService",
     "RunService",
     "BlobService",
+    "KeyService",
 )
 
 
 async def build(
-    desk: Desk, store: Store, doorway: Doorway, channel: Sequence[tuple[str, int]]
+    desk: Desk, store: Store, keys: Keys, doorway: Doorway, channel: Sequence[tuple[str, int]]
 ) -> tuple[grpc.aio.Server, Health]:
     """Makes a server with every service added and no port yet. `channel` are grpc's arguments, as `options` makes
     them."""
@@ -77,6 +80,7 @@ async def build(
     v1.add_MessageServiceServicer_to_server(Messages(desk, store), server)
     v1.add_RunServiceServicer_to_server(RunsService(desk, store), server)
     v1.add_BlobServiceServicer_to_server(Blobs(desk, store), server)
+    v1.add_KeyServiceServicer_to_server(KeysService(desk, store, keys), server)
     services = [f"notecase.v1.{name}" for name in SERVICES]
     health = Health(services)
     await health.add_to(server)

@@ -15,6 +15,7 @@ from typing import TypeVar
 import msgspec
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import v1
 
 from notecase_server import errors, names
@@ -140,7 +141,7 @@ class Check:
 
     def needs(self, role: Role, field: str) -> None:
         """Takes note of a field that only a caller of that role may set."""
-        if not rights.may(caller.get().principal.role, role):
+        if not rights.has(caller.get().principal.role, role):
             self._missing[field] = role
 
     @contextmanager
@@ -214,6 +215,18 @@ class Check:
         number, enum = getattr(message, name), message.DESCRIPTOR.fields_by_name[name].enum_type
         known = enum is not None and number in enum.values_by_number
         self(known, f"{field}.{name}", f"is {number}, which this server does not know")
+
+    def time(self, field: str, time: Timestamp) -> None:
+        fine = 0 <= time.seconds <= LAST_SECOND and 0 <= time.nanos < 1_000_000_000
+        self(fine, field, "wants a time from 1970 to 9999")
+
+    def key_name(self, field: str, name: str) -> str:
+        """The key's id."""
+        return self._parsed(field, name, names.parse_key, "keys/{key}") or ""
+
+    def tenant(self, field: str, name: str) -> str:
+        """The tenant's id."""
+        return self._parsed(field, name, names.parse_tenant, "tenants/{tenant}") or ""
 
     def labels(self, field: str, labels: Mapping[str, str]) -> None:
         self(len(labels) <= MAX_LABELS, field, f"has more than {MAX_LABELS} labels")
@@ -608,9 +621,7 @@ class Check:
             self.agent(f"{field}.agent", session.agent)
         if session.user:
             self.user(f"{field}.user", session.user)
-        until = session.expire_time
-        fine = 0 <= until.seconds <= LAST_SECOND and 0 <= until.nanos < 1_000_000_000
-        self(fine, f"{field}.expire_time", "wants a time from 1970 to 9999")
+        self.time(f"{field}.expire_time", session.expire_time)
         for name in ("ttl", "idle_ttl"):
             if session.HasField(name):
                 span = getattr(session, name)

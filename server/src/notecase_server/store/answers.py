@@ -15,9 +15,9 @@ from notecase_server.store.contract import PAGE_BYTES, Answer, Committed
 
 M = TypeVar("M", bound=Message)
 
-Result = Committed | v1.Session | v1.State | v1.Agent | None
-"""What writes return: a commit, a session that was edited or imported, a user's or the app's state, an agent; None for
-a deletion."""
+Result = Committed | v1.Session | v1.State | v1.Agent | v1.Key | None
+"""What writes return: a commit, a session that was edited or imported, a user's or the app's state, an agent, a key;
+None for a deletion."""
 
 
 def of(answer: Answer, result: Result) -> Any:
@@ -84,6 +84,17 @@ def _erased(answer: Answer, result: Result) -> v1.EraseUserResponse:
     return v1.EraseUserResponse(sessions_deleted=answer.erased)
 
 
+def _made_key(answer: Answer, result: Result) -> v1.CreateKeyResponse:
+    """Without the secret, which is kept nowhere."""
+    assert isinstance(result, v1.Key)
+    return v1.CreateKeyResponse(key=result)
+
+
+def _rotated_key(answer: Answer, result: Result) -> v1.RotateKeyResponse:
+    assert isinstance(result, v1.Key)
+    return v1.RotateKeyResponse(key=result)
+
+
 def _written(result: Result) -> v1.State:
     """The one state that a write of state changed."""
     if isinstance(result, Committed):
@@ -109,4 +120,6 @@ _ANSWERS: Mapping[str, Callable[[Answer, Result], Message]] = {
     "messages": _messages,
     "agent": _agent,
     "erased": _erased,
+    "made_key": _made_key,
+    "rotated_key": _rotated_key,
 }

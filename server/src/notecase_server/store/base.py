@@ -8,13 +8,14 @@ from typing import TypeVar
 
 from notecase import v1
 
-from notecase_server.store import content, copies, past, steps
+from notecase_server.store import content, copies, keys, past, steps
 from notecase_server.store.contract import (
     ActiveRun,
     CommandId,
     Commit,
     Committed,
     Fork,
+    KeyRow,
     Once,
     Page,
     Past,
@@ -277,6 +278,27 @@ class TableStore(ABC):
         while (more := await self._write(step)) == limit:
             done += more
         return done + more
+
+    async def add_key(self, row: KeyRow, once: Once | None = None) -> v1.Key:
+        return await self._write(partial(keys.add_key, row=row, once=once))
+
+    async def find_key(self, key_id: str) -> KeyRow | None:
+        return await self._read(lambda tables: tables.key(key_id))
+
+    async def list_keys(self, tenant: str, query: Query) -> Page[v1.Key]:
+        return await self._read(lambda tables: take(tables.keys(tenant, query), query.limit))
+
+    async def rotate_key(
+        self, tenant: str, key_id: str, digest: bytes, overlap: int, once: Once | None = None
+    ) -> v1.Key:
+        step = partial(keys.rotate_key, tenant=tenant, key_id=key_id, digest=digest, overlap=overlap)
+        return await self._write(partial(step, once=once))
+
+    async def delete_key(self, tenant: str, key_id: str, once: Once | None = None) -> None:
+        await self._write(partial(keys.delete_key, tenant=tenant, key_id=key_id, once=once))
+
+    async def is_keyed(self) -> bool:
+        return await self._read(lambda tables: tables.is_keyed())
 
     async def probe(self) -> None:
         await self._write(lambda tables, _: tables.touch())

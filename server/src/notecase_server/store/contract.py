@@ -67,7 +67,19 @@ class Scope(NamedTuple):
 class Answer(NamedTuple):
     """Says what of a write's result is answered, and so recorded: see `answers.of`."""
 
-    kind: Literal["nothing", "session", "run", "started", "entry", "state", "messages", "agent", "erased"]
+    kind: Literal[
+        "nothing",
+        "session",
+        "run",
+        "started",
+        "entry",
+        "state",
+        "messages",
+        "agent",
+        "erased",
+        "made_key",
+        "rotated_key",
+    ]
     name: str = ""
     """The run's id, the state's whole name, or the entry's key."""
     erased: int = 0
@@ -134,6 +146,9 @@ class RunRecord(NamedTuple):
     digest: bytes
     agent: v1.Agent
 
+
+MAX_KEYS = 1000
+"""Keys of one tenant, and of all operators: some for each program that calls, not one for each user."""
 
 REMEMBERED_COMMITS = 8
 """Commits that a session's row remembers. A commit is asked about right after it was made, by the one process that
@@ -357,6 +372,19 @@ class Quotas(NamedTuple):
     """Of a tenant, under way or remembered."""
     requests: int = 0
     """Of a tenant: records of Once, those that the engine makes included."""
+
+
+class KeyRow(NamedTuple):
+    """A caller's key, as it is kept."""
+
+    tenant: str
+    """Empty for an operator's."""
+    key_id: str
+    key: v1.Key
+    digest: bytes
+    """SHA-256 of the key as it is sent."""
+    former: bytes
+    """The same of what was sent before the last rotation; taken until overlap_end_time."""
 
 
 class StoreOpenError(Exception):
@@ -654,6 +682,38 @@ class BlobStore(Protocol):
         ...
 
 
+class KeyStore(Protocol):
+    """Keeps callers' keys, which have one space of ids for all tenants."""
+
+    async def add_key(self, row: KeyRow, once: Once | None = None) -> v1.Key:
+        """Stores a new key, of an id that was never used, and sets its name and create_time. QUOTA_EXCEEDED when the
+        tenant has MAX_KEYS."""
+        ...
+
+    async def find_key(self, key_id: str) -> KeyRow | None:
+        """The key of that id, of whatever tenant."""
+        ...
+
+    async def list_keys(self, tenant: str, query: Query) -> Page[v1.Key]:
+        """The last created first, those of one microsecond by name descending. Positions are (create_time, name).
+        `query.where` is not looked at."""
+        ...
+
+    async def rotate_key(
+        self, tenant: str, key_id: str, digest: bytes, overlap: int, once: Once | None = None
+    ) -> v1.Key:
+        """Gives a key another digest, and takes the one before for `overlap` microseconds more. KEY_NOT_FOUND."""
+        ...
+
+    async def delete_key(self, tenant: str, key_id: str, once: Once | None = None) -> None:
+        """KEY_NOT_FOUND."""
+        ...
+
+    async def is_keyed(self) -> bool:
+        """Whether there was ever a key here."""
+        ...
+
+
 class StoreLife(Protocol):
     """Says what a store is, and carries it to its end."""
 
@@ -681,6 +741,16 @@ class StoreLife(Protocol):
 
 
 class Store(
-    LogStore, History, RequestStore, SessionStore, RunStore, StateStore, AgentStore, BlobStore, StoreLife, Protocol
+    LogStore,
+    History,
+    RequestStore,
+    SessionStore,
+    RunStore,
+    StateStore,
+    AgentStore,
+    BlobStore,
+    KeyStore,
+    StoreLife,
+    Protocol,
 ):
     """Keeps everything. Only what composes a server names the whole; all else asks for the parts that it uses."""

@@ -19,6 +19,7 @@ from notecase_server.store.contract import (
     SESSION_COLUMNS,
     ActiveRun,
     Clock,
+    KeyRow,
     Once,
     Query,
     RunRecord,
@@ -189,6 +190,8 @@ class _MemoryTables(Saving):
         """The pieces of each by where they start."""
         self._last_content = 0
         self._discarded: list[int] = []
+        self._keys: dict[str, KeyRow] = {}
+        self._keyed = False
 
     def _session(self, key: SessionKey) -> _Session | None:
         return self._tenants[key.tenant].sessions.get(key.uid)
@@ -729,6 +732,29 @@ class _MemoryTables(Saving):
         for sha256 in tenant.references.pop((scope, key), ()):
             tenant.blobs[sha256].references.discard((scope, key))
 
+    def key(self, key_id: str) -> KeyRow | None:
+        row = self._keys.get(key_id)
+        return row._replace(key=_copied(row.key)) if row else None
+
+    def put_key(self, row: KeyRow) -> None:
+        self._keys[row.key_id] = row._replace(key=_copied(row.key))
+        self._keyed = True
+
+    def delete_key(self, key_id: str) -> None:
+        del self._keys[key_id]
+
+    def keys(self, tenant: str, query: Query) -> Iterator[Found[v1.Key]]:
+        mine = ((row.key.create_time.ToMicroseconds(), row.key) for row in self._keys.values() if row.tenant == tenant)
+        for create_time, key in sorted(mine, key=lambda row: (row[0], row[1].name), reverse=True):
+            if query.after is None or (create_time, key.name) < query.after:
+                yield Found((create_time, key.name), _copied(key), key.ByteSize())
+
+    def count_keys(self, tenant: str) -> int:
+        return sum(row.tenant == tenant for row in self._keys.values())
+
+    def is_keyed(self) -> bool:
+        return self._keyed
+
     def upload(self, tenant: str, upload_id: str) -> UploadRow | None:
         return self._tenants[tenant].uploads.get(upload_id)
 
@@ -754,6 +780,12 @@ def _before(rows: Sequence[P], after: Position | None) -> Iterator[P]:
 def _behind(last: Any, rows: Iterable[tuple[Any, int]]) -> list[tuple[Any, int]]:
     """Those whose place follows `last`, ascending; all of them for None."""
     return sorted(row for row in rows if last is None or row[0] > last)
+
+
+def _copied(key: v1.Key) -> v1.Key:
+    copy = v1.Key()
+    copy.CopyFrom(key)
+    return copy
 
 
 def _remove(rows: list[Any], row: Any) -> None:

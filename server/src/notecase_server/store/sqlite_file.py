@@ -223,4 +223,4 @@ def _make(connection: sqlite3.Connection) -> None:
     for statement in SCHEMA:
         connection.execute(statement)
     connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    connection.execute("INSERT INTO store VALUES (randomblob(32))")
+    connection.execute("INSERT INTO store (secret) VALUES (randomblob(32))")

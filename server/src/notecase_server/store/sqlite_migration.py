@@ -3,7 +3,8 @@
 Of the first, the tables whose rows change are set aside, made anew and filled row by row; the others, content among
 them, stay where they are. So the disk needs room for several times the rows, and memory holds a few of them. The second
 lacks two tables: that of deleted sessions begins empty, and what rewinds have left behind is read from the logs, since
-a message says no more by itself whether it is superseded.
+a message says no more by itself whether it is superseded. The third lacks that of keys, and what says whether there
+ever was one.
 """
 
 import re
@@ -80,11 +81,14 @@ def migrate(connection: sqlite3.Connection, version: int) -> None:
     """Converts a file of that version. Raises DecodeError for a row that is damaged."""
     if version == 1:
         _from_first(connection)
-    else:
+    elif version == 2:
         connection.execute("DROP INDEX runs_by_state")
         _make_missing(connection)
         _leave_behind(connection)
         connection.execute("ALTER TABLE messages DROP COLUMN superseded")
+    else:
+        _make_missing(connection)
+    connection.execute("ALTER TABLE store ADD COLUMN keyed INTEGER NOT NULL DEFAULT 0")
 
 
 def _from_first(connection: sqlite3.Connection) -> None:

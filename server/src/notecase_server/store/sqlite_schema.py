@@ -8,14 +8,14 @@ session is known by its uid everywhere; only `session_names` finds it by its nam
 
 from notecase_server.store.fold import ENDED
 
-VERSION = 3
+VERSION = 4
 """Number of the schema, in the file's header as user_version. Older files are converted when they are opened."""
 
 UNENDED = f"state NOT IN ({', '.join(map(str, sorted(ENDED)))})"
 """The condition of runs that have not ended. A query is answered from their index only if it has these very words."""
 
 SCHEMA = (
-    "CREATE TABLE store (secret BLOB NOT NULL)",
+    "CREATE TABLE store (secret BLOB NOT NULL, keyed INTEGER NOT NULL DEFAULT 0)",
     """CREATE TABLE sessions (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,
@@ -204,6 +204,18 @@ SCHEMA = (
     ) WITHOUT ROWID""",
     "CREATE INDEX uploads_by_time ON uploads (expire_time)",
     "CREATE INDEX requests_by_owner ON requests (tenant, owner) WHERE owner != ''",
+    # Of a caller's key there are digests only. `keyed` says for good that there was one: such a store is never served
+    # to callers without credentials.
+    """CREATE TABLE keys (
+        key TEXT NOT NULL,
+        tenant TEXT NOT NULL,
+        create_time INTEGER NOT NULL,
+        digest BLOB NOT NULL,
+        former BLOB NOT NULL,
+        body BLOB NOT NULL,
+        PRIMARY KEY (key)
+    ) WITHOUT ROWID""",
+    "CREATE INDEX keys_by_time ON keys (tenant, create_time, key)",
     # The row of a deleted agent stays, without revisions, for its last number.
     """CREATE TABLE agents (
         tenant TEXT NOT NULL,

@@ -27,6 +27,7 @@ from notecase_server.store.contract import (
     And,
     Compare,
     Filter,
+    KeyRow,
     Not,
     Once,
     Or,
@@ -786,6 +787,41 @@ class SqliteTables(Saving):
 
     def drop_references(self, scope: Scope, key: str) -> None:
         self._execute("DELETE FROM blob_references WHERE tenant = ? AND kind = ? AND id = ? AND key = ?", (*scope, key))
+
+    def key(self, key_id: str) -> KeyRow | None:
+        row = self._one("SELECT tenant, body, digest, former FROM keys WHERE key = ?", key_id)
+        return KeyRow(row[0], key_id, v1.Key.FromString(row[1]), *row[2:]) if row else None
+
+    def put_key(self, row: KeyRow) -> None:
+        self._execute(
+            "REPLACE INTO keys (key, tenant, create_time, digest, former, body) VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                *(row.key_id, row.tenant, row.key.create_time.ToMicroseconds()),
+                *(row.digest, row.former, row.key.SerializeToString()),
+            ),
+        )
+        self._execute("UPDATE store SET keyed = 1 WHERE NOT keyed", ())
+
+    def delete_key(self, key_id: str) -> None:
+        self.deleted = True
+        self._execute("DELETE FROM keys WHERE key = ?", (key_id,))
+
+    def keys(self, tenant: str, query: Query) -> Iterator[Found[v1.Key]]:
+        where, values = _where(query._replace(where=None), (), "(create_time, 'keys/' || key) < (?, ?)")
+        rows = self._execute(
+            f"SELECT create_time, body FROM keys WHERE tenant = ?{where} ORDER BY create_time DESC, key DESC LIMIT ?",
+            (tenant, *values, query.limit + 1),
+        )
+        for create_time, body in rows:
+            key = v1.Key.FromString(body)
+            yield Found((create_time, key.name), key, len(body))
+
+    def count_keys(self, tenant: str) -> int:
+        return int(self._one("SELECT count(*) FROM keys WHERE tenant = ?", tenant)[0])
+
+    def is_keyed(self) -> bool:
+        row = self._one("SELECT keyed FROM store")
+        return bool(row and row[0])
 
     def upload(self, tenant: str, upload_id: str) -> UploadRow | None:
         row = self._one(

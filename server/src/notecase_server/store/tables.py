@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from notecase import v1
 
-from notecase_server.store.contract import ActiveRun, Once, Query, RunRecord, Scope, SessionKey, StepKey
+from notecase_server.store.contract import ActiveRun, KeyRow, Once, Query, RunRecord, Scope, SessionKey, StepKey
 from notecase_server.store.lists import Found
 from notecase_server.store.stretches import Stretch
 
@@ -461,4 +461,20 @@ class Tables(Protocol):
 
     def expired_uploads(self, now: int) -> Iterator[tuple[str, str, UploadRow]]:
         """With tenant and id, in no order."""
+        ...
+
+    def key(self, key_id: str) -> KeyRow | None: ...
+
+    def put_key(self, row: KeyRow) -> None:
+        """Adds a key, or replaces it."""
+        ...
+
+    def delete_key(self, key_id: str) -> None: ...
+
+    def keys(self, tenant: str, query: Query) -> Iterator[Found[v1.Key]]: ...
+
+    def count_keys(self, tenant: str) -> int: ...
+
+    def is_keyed(self) -> bool:
+        """Whether there was ever a key."""
         ...

@@ -1,0 +1,153 @@
+"""Keys that this server makes and knows again: 256 random bits, of which it keeps a digest."""
+
+import hashlib
+import hmac
+import secrets
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import NamedTuple, TypeVar
+
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
+from notecase_server.errors import Violation
+from notecase_server.store.contract import Clock, KeyRow, KeyStore, Once
+
+T = TypeVar("T")
+
+PREFIX = "nck_"
+SECRET_BYTES = 32
+
+MAX_KEY = 256
+"""Characters of a key: what is longer is none of ours."""
+
+MIN_ADMIN_KEY = 32
+"""Characters of a key that an operator chose."""
+
+CACHED_KEYS = 10_000
+CACHED_SECONDS = 5.0
+"""How many keys are remembered, and for how long: only another process on the same store changes one meanwhile."""
+
+ADMIN_KEY = Principal("default", "admin-key", Role.ADMIN)
+"""Calls with the key that the operator chose."""
+
+
+class _Cached(NamedTuple):
+    row: KeyRow
+    principal: Principal
+    until: float
+    """By the monotonic clock."""
+
+
+def bearer(metadata: Metadata) -> str | None:
+    """Returns the token of `authorization: Bearer TOKEN`; None where there is no such."""
+    held = metadata.get("authorization")
+    if not isinstance(held, str):
+        return None
+    scheme, _, token = held.partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None
+
+
+class Keys:
+    """Makes keys, and is the authenticator that knows them."""
+
+    def __init__(
+        self,
+        store: KeyStore,
+        new_id: Callable[[], str],
+        clock: Clock,
+        monotonic: Callable[[], float],
+        admin_key: str = "",
+    ) -> None:
+        """`admin_key` is one that an operator chose, of at least MIN_ADMIN_KEY characters; empty for none."""
+        self._store = store
+        self._new_id = new_id
+        self._clock = clock
+        self._monotonic = monotonic
+        self._admin_digest = _digest(admin_key) if admin_key else b""
+        self._cached: OrderedDict[str, _Cached] = OrderedDict()
+        self._changes = 0
+
+    async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
+        """Returns whose key a call holds; None where it holds none that looks like one. Raises NotecaseError
+        UNAUTHENTICATED, and STORE_UNAVAILABLE."""
+        token = bearer(metadata)
+        if not token or len(token) > MAX_KEY:
+            return None
+        digest = _digest(token)
+        if self._admin_digest and hmac.compare_digest(digest, self._admin_digest):
+            return ADMIN_KEY
+        if not token.startswith(PREFIX):
+            return None
+        known = await self._known(token.removeprefix(PREFIX).partition("_")[0])
+        if known is None or not self._opens(known.row, digest):
+            raise errors.unauthenticated()
+        return known.principal
+
+    def _opens(self, row: KeyRow, digest: bytes) -> bool:
+        """Whether a key of that digest is valid. Takes the same time for each digest."""
+        now = self._clock()
+        current = hmac.compare_digest(digest, row.digest)
+        former = hmac.compare_digest(digest, row.former) and now < row.key.overlap_end_time.ToMicroseconds()
+        lasts = not row.key.HasField("expire_time") or now < row.key.expire_time.ToMicroseconds()
+        return (current or former) and lasts
+
+    async def _known(self, key_id: str) -> _Cached | None:
+        known = self._cached.get(key_id)
+        if known is not None and self._monotonic() < known.until:
+            return known
+        changes = self._changes
+        row = await self._store.find_key(key_id)
+        if row is None:
+            return None
+        role = Role[v1.Key.Role.Name(row.key.role).removeprefix("ROLE_")]
+        principal = Principal(row.tenant, row.key.name, role)
+        known = _Cached(row, principal, self._monotonic() + CACHED_SECONDS)
+        if changes == self._changes:  # else the row may be from before the change
+            self._cached[key_id] = known
+            self._cached.move_to_end(key_id)
+            if len(self._cached) > CACHED_KEYS:
+                self._cached.popitem(last=False)
+        return known
+
+    async def create(self, tenant: str, key: v1.Key, once: Once | None = None) -> tuple[v1.Key, str]:
+        """Makes a key with the display name, the role and the expiry of `key`, and returns it with what is to be sent.
+        Raises NotecaseError INVALID_FIELD for an expiry that has passed, and what the store raises; Replayed for a
+        repeat."""
+        if key.HasField("expire_time") and key.expire_time.ToMicroseconds() <= self._clock():
+            raise errors.invalid([Violation("key.expire_time", "has passed")])
+        key_id = self._new_id()
+        token = _new_token(key_id)
+        given = v1.Key(display_name=key.display_name, role=key.role)
+        if key.HasField("expire_time"):
+            given.expire_time.CopyFrom(key.expire_time)
+        return await self._store.add_key(KeyRow(tenant, key_id, given, _digest(token), b""), once), token
+
+    async def rotate(self, tenant: str, key_id: str, overlap: int, once: Once | None = None) -> tuple[v1.Key, str]:
+        """Gives a key another secret, and takes the one before for `overlap` microseconds more. Returns as `create`
+        does. Raises NotecaseError KEY_NOT_FOUND; Replayed for a repeat."""
+        token = _new_token(key_id)
+        rotating = self._store.rotate_key(tenant, key_id, _digest(token), overlap, once)
+        return await self._changed(key_id, rotating), token
+
+    async def revoke(self, tenant: str, key_id: str, once: Once | None = None) -> None:
+        """Takes a key back: no call with it is let in after this has returned. Raises NotecaseError KEY_NOT_FOUND;
+        Replayed for a repeat."""
+        await self._changed(key_id, self._store.delete_key(tenant, key_id, once))
+
+    async def _changed(self, key_id: str, change: Awaitable[T]) -> T:
+        """Makes a change of a key, and forgets what was known of it, whether the change is known to be made or not."""
+        try:
+            return await change
+        finally:
+            self._changes += 1
+            self._cached.pop(key_id, None)
+
+
+def _new_token(key_id: str) -> str:
+    return f"{PREFIX}{key_id}_{secrets.token_urlsafe(SECRET_BYTES)}"
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode()).digest()

@@ -1,0 +1,147 @@
+"""`notecase keys`: the keys by which programs call a server."""
+
+import re
+from datetime import timedelta
+
+import click
+from notecase import Client, v1
+
+from notecase_server import serve
+from notecase_server.cli import screen
+from notecase_server.cli.ask import ask, name_of
+from notecase_server.cli.options import SERVER, STORE
+from notecase_server.store.contract import StoreOpenError
+
+ROLES = {name.removeprefix("ROLE_").lower(): value for name, value in v1.Key.Role.items() if value}
+UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+class Span(click.ParamType[timedelta]):
+    """A time span such as 90d, 12h or 30m."""
+
+    name = "span"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        if isinstance(value, timedelta):
+            return value
+        found = re.fullmatch(r"(\d{1,6})([smhd])", str(value))
+        if found is None:
+            self.fail(f"{value!r} is no time span; want a number and s, m, h or d, for example 90d.", param, ctx)
+        return timedelta(**{UNITS[found[2]]: int(found[1])})
+
+
+TENANT = click.option(
+    "--tenant",
+    default="",
+    show_default=False,
+    metavar="ID",
+    help="Whose keys; another than one's own only operators name.",
+)
+KEY = click.argument("key", metavar="ID")
+
+
+@click.group()
+def keys() -> None:
+    """Make, list, rotate and revoke the keys by which programs call a server.
+
+    All but `bootstrap` ask the server, with the key in NOTECASE_TOKEN, which is an admin's or an operator's.
+    """
+
+
+@keys.command()
+@click.option("--name", default="", show_default=False, metavar="TEXT", help="What the key is for.")
+@click.option("--role", type=click.Choice(list(ROLES)), required=True, help="What its callers may do.")
+@click.option("--expires", type=Span(), metavar="SPAN", help="When it ends, for example 90d; else never.")
+@TENANT
+@SERVER
+def create(name: str, role: str, expires: timedelta | None, tenant: str, server: str) -> None:
+    """Make a key and print it, this once."""
+
+    async def make(client: Client) -> None:
+        key = v1.Key(display_name=name, role=ROLES[role])
+        if expires is not None:
+            key.expire_time.GetCurrentTime()
+            key.expire_time.FromMicroseconds(key.expire_time.ToMicroseconds() + expires // timedelta(microseconds=1))
+        made = await client.keys.CreateKey(v1.CreateKeyRequest(tenant=_tenant(tenant), key=key))
+        _show(made.key, made.secret)
+
+    ask(server, make)
+
+
+@keys.command("list")
+@TENANT
+@SERVER
+def list_keys(tenant: str, server: str) -> None:
+    """List keys, the last created first."""
+
+    async def look(client: Client) -> None:
+        request, rows = v1.ListKeysRequest(tenant=_tenant(tenant), page_size=1000), []
+        page = await client.keys.ListKeys(request)
+        for key in page.keys:
+            ends = screen.moment(key.expire_time) if key.HasField("expire_time") else "never"
+            role = v1.Key.Role.Name(key.role).removeprefix("ROLE_").lower()
+            made = screen.moment(key.create_time)
+            rows.append((screen.id_of(key.name), role, made, ends, screen.one_line(key.display_name)))
+        click.echo(screen.table(("KEY", "ROLE", "CREATED", "EXPIRES", "NAME"), rows))
+
+    ask(server, look)
+
+
+@keys.command()
+@KEY
+@TENANT
+@SERVER
+def revoke(key: str, tenant: str, server: str) -> None:
+    """Take a key back: from now on no call with it is let in."""
+
+    async def end(client: Client) -> None:
+        await client.keys.RevokeKey(v1.RevokeKeyRequest(name=name_of("keys", key), tenant=_tenant(tenant)))
+
+    ask(server, end)
+
+
+@keys.command()
+@KEY
+@click.option("--overlap", type=Span(), default="1h", metavar="SPAN", help="How long the one before is taken, too.")
+@TENANT
+@SERVER
+def rotate(key: str, overlap: timedelta, tenant: str, server: str) -> None:
+    """Give a key another secret and print it, this once.
+
+    Whose key it is stays the same, and so does its id.
+    """
+
+    async def renew(client: Client) -> None:
+        request = v1.RotateKeyRequest(name=name_of("keys", key), tenant=_tenant(tenant))
+        request.overlap.FromTimedelta(overlap)
+        made = await client.keys.RotateKey(request)
+        _show(made.key, made.secret)
+
+    ask(server, renew)
+
+
+@keys.command()
+@STORE
+@click.option("--tenant", default="default", metavar="ID", help="Whose admin it is for.")
+@click.option("--operator", is_flag=True, help="A key of an operator, who has no tenant, instead of an admin's.")
+@click.option("--name", default="bootstrap", metavar="TEXT", help="What the key is for.")
+def bootstrap(store: str, tenant: str, operator: bool, name: str) -> None:
+    """Make the first key in a store that no server has open, and print it, this once.
+
+    From then on `notecase serve` takes calls to this store with a key only.
+    """
+    try:
+        made, secret = serve.bootstrap(store, "" if operator else tenant, name)
+    except StoreOpenError as error:
+        raise click.ClickException(str(error)) from None
+    _show(made, secret)
+
+
+def _tenant(given: str) -> str:
+    return name_of("tenants", given) if given else ""
+
+
+def _show(key: v1.Key, secret: str) -> None:
+    """Prints the secret on standard output, alone, so that it can be piped on."""
+    screen.aside(f"{key.name}, shown this once:")
+    click.echo(secret)
