@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import grpc
 import pytest
@@ -40,6 +40,12 @@ OPS = Principal("", "email:ops@example.org", Role.OPERATOR)
 URI, DNS, EMAIL = x509.UniformResourceIdentifier, x509.DNSName, x509.RFC822Name
 
 
+async def asked(channel: grpc.aio.Channel) -> str:
+    ask: Any = channel.unary_unary("/test.Who/Ask")
+    answer: bytes = await ask(b"")
+    return answer.decode()
+
+
 class Port:
     """A port that requires certificates; each call is answered with what the authenticator makes of it."""
 
@@ -54,14 +60,15 @@ class Port:
         self.principals = Watched([self.table], lambda: read_client_principals(self.table))
         self._certificates = Certificates(self.principals)
         self._server = grpc.aio.server()
-        handler = grpc.unary_unary_rpc_method_handler(self._handle)
+        handler: Any = grpc.unary_unary_rpc_method_handler(self._handle)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Who", {"Ask": handler}),))
         self._port = self._server.add_secure_port("127.0.0.1:0", credentials(identity, require_client=True))
         self._plain = self._server.add_insecure_port("127.0.0.1:0")
 
     async def _handle(self, _: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         try:
-            principal = await self._certificates.principal({}, context.auth_context())
+            transport: Any = context.auth_context()
+            principal = await self._certificates.principal({}, transport)
         except NotecaseError as error:
             return f"refused {error.code}".encode()
         return repr(principal).encode()
@@ -72,13 +79,11 @@ class Port:
         channel = grpc.ssl_channel_credentials(self._authority.cert, key, cert)
         own = (("grpc.use_local_subchannel_pool", 1),)
         async with grpc.aio.secure_channel(f"127.0.0.1:{self._port}", channel, own) as opened:
-            answer: bytes = await opened.unary_unary("/test.Who/Ask")(b"")
-            return answer.decode()
+            return await asked(opened)
 
     async def ask_in_plain_text(self) -> str:
         async with grpc.aio.insecure_channel(f"127.0.0.1:{self._plain}") as opened:
-            answer: bytes = await opened.unary_unary("/test.Who/Ask")(b"")
-            return answer.decode()
+            return await asked(opened)
 
     async def __aenter__(self) -> Self:
         await self._server.start()

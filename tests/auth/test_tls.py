@@ -5,6 +5,7 @@ import ssl
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -32,7 +33,7 @@ def authority() -> Authority:
 
 
 @pytest.fixture
-def files(tmp_path: Path, authority: Authority) -> dict[str, Path]:
+def files(tmp_path: Path, authority: Authority) -> dict[str, Any]:
     """The settings of TLS."""
     cert, key = authority.issue().write(tmp_path)
     (tmp_path / "ca.pem").write_bytes(authority.cert)
@@ -56,7 +57,7 @@ def certificate(pair: Pair) -> x509.Certificate:
 
 
 async def test_a_server_with_a_certificate_is_called_by_who_knows_its_authority(
-    authority: Authority, files: Mapping[str, Path]
+    authority: Authority, files: Mapping[str, Any]
 ) -> None:
     async with running(credentials=grpc.ssl_channel_credentials(authority.cert), **files) as served:
         assert "memory" == (await served.info.GetServerInfo(INFO)).store
@@ -74,7 +75,7 @@ async def info(address: str, channel: grpc.ChannelCredentials | None) -> v1.Serv
 
 
 async def test_a_certificate_that_changes_is_served_without_a_restart(
-    authority: Authority, files: Mapping[str, Path], tmp_path: Path
+    authority: Authority, files: Mapping[str, Any], tmp_path: Path
 ) -> None:
     """To new connections; those that are open go on."""
     async with running(credentials=grpc.ssl_channel_credentials(authority.cert), **files) as served:
@@ -88,7 +89,7 @@ async def test_a_certificate_that_changes_is_served_without_a_restart(
 
 
 async def test_a_broken_certificate_leaves_the_old_one_and_is_told_once(
-    authority: Authority, files: Mapping[str, Path], tmp_path: Path
+    authority: Authority, files: Mapping[str, Any], tmp_path: Path
 ) -> None:
     cert, key = files["tls_cert"], files["tls_key"]
     identity = Watched([cert, key], lambda: read_identity(cert, key, None, now))

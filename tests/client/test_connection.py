@@ -146,7 +146,7 @@ async def test_beyond_this_machine_it_is_tls_unless_plain_text_is_asked_for() ->
         ({"plaintext": True}, HTTP_2),
         ({"plaintext": True, "token": "secret-1"}, HTTP_2),
     ):
-        async with first_byte() as (address, came), Client(address, retry=Retry(tries=0), **arguments) as client:  # type: ignore[arg-type]
+        async with first_byte() as (address, came), Client(address, retry=Retry(tries=0), **arguments) as client:
             with pytest.raises(NotecaseError):
                 await client.server.GetServerInfo(INFO)
             assert expected == await came()

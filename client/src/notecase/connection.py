@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Itera
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import grpc
 from grpc import aio
@@ -62,7 +62,7 @@ class Connection:
         self._channel = (
             aio.secure_channel(address, credentials, merged) if credentials else aio.insecure_channel(address, merged)
         )
-        self.channel: Any = _Channel(self._channel, self._token)
+        self.channel = cast(aio.Channel, _Channel(self._channel, self._token))
 
     @property
     def renews_token(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import structlog
 
-from notecase_server.auth.settings import SettingsError
+from notecase_server.auth.tables import SettingsError
 
 T = TypeVar("T")
 

@@ -1,7 +1,7 @@
 """What an operator says of credentials: the files of TLS, of client certificates and of identity providers."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
@@ -51,7 +51,7 @@ def read_issuers(path: Path, option: str = "--issuers") -> tuple[IssuerSettings,
     top = load(path, option)
     given = top.take("issuer", list) or []
     top.check(bool(given), "issuer", "The file has no table [[issuer]].")
-    found = []
+    found: list[IssuerSettings] = []
     for number, values in enumerate(given):
         place = f"issuer[{number}]"
         if top.check(isinstance(values, dict), place, "This is a table: [[issuer]]."):
@@ -87,7 +87,7 @@ def _issuer(table: Table) -> IssuerSettings:
     return settings
 
 
-def _wrong(settings: IssuerSettings, given: Iterator[str]) -> Iterator[tuple[str, str]]:
+def _wrong(settings: IssuerSettings, given: Collection[str]) -> Iterator[tuple[str, str]]:
     """The keys whose values do not go together, each with a sentence."""
     for name in settings.algorithms:
         if name not in ALGORITHMS:

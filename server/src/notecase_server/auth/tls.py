@@ -79,4 +79,5 @@ def credentials(identity: Watched[Identity], *, require_client: bool = False) ->
         given = identity.value
         return configuration(given)
 
-    return grpc.dynamic_ssl_server_credentials(configuration(given), changed, require_client)
+    # The types do not know that None means no change.
+    return grpc.dynamic_ssl_server_credentials(configuration(given), changed, require_client)  # type: ignore[arg-type]
