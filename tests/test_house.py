@@ -152,7 +152,7 @@ LINES: dict[str, Line] = {
     "click": Line({"cli"}, "Nothing below the command asks what was typed."),
     "prompt_toolkit": Line({"cli.terminal"}, "Only a conversation edits lines."),
     "uvloop": Line({"cli.serve", "serve"}, "Which loop runs is no business of what runs on it."),
-    "os.environ*": Line({"config"}, "Settings have one reader."),
+    "os.environ*": Line({"config", "cli.grpc_log"}, "Settings have one reader."),
     "os.getenv*": Line({"config"}, "As os.environ."),
     "uuid": Line({"serve", "cli"}, "Ids are passed in, so that tests are exact."),
     "uuid_utils": Line({"serve", "cli"}, "As uuid."),

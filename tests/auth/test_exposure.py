@@ -1,5 +1,8 @@
 """Where a server may be reached, and what it takes: all that is wrong is told at once, each by its option."""
 
+import asyncio
+import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +11,8 @@ from typing import Any
 import grpc
 import pytest
 from cryptography import x509
-from notecase import v1
+from notecase import Client, v1
+from notecase import NotecaseError as CallError
 from notecase_server.auth.settings import read_networks
 from notecase_server.config import Settings
 from notecase_server.errors import NotecaseError
@@ -18,6 +22,7 @@ from notecase_server.serve import settings_mistakes
 
 from tests.cli.command import notecase
 from tests.support.authority import Authority
+from tests.support.issuer import KeyServer, SigningKey
 from tests.support.server import Spawned
 
 BEYOND = "0.0.0.0:7420"
@@ -124,6 +129,51 @@ async def test_a_server_has_a_port_with_tls_and_one_for_client_certificates(fold
         assert "memory" == (await v1.ServerServiceStub(channel).GetServerInfo(request)).store
     assert 0 == await served.stop()
     assert "server_insecure" not in served.log.read_text()
+
+
+async def test_a_connection_that_fails_its_handshake_is_not_in_the_log(folder: Path, tmp_path: Path) -> None:
+    """Strangers would write the log, and not as JSON."""
+    files = ("--tls-cert", str(folder / "server.pem"), "--tls-key", str(folder / "server.key"))
+    served = await Spawned.start("memory:", tmp_path / "log", *files, "--log-format", "json")
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(served.address.rpartition(":")[2]))
+    writer.write(b"GET / HTTP/1.1\r\n\r\n")
+    assert b"" == await reader.read()
+    writer.close()
+    assert 0 == await served.stop()
+    events = [json.loads(line)["event"] for line in served.log.read_text().splitlines()]
+    assert ["server_started", "server_draining", "runs_drained", "server_stopped"] == events
+
+
+async def test_a_server_takes_the_tokens_of_its_issuers(folder: Path, tmp_path: Path) -> None:
+    """As an operator sets it up: by TLS, with the keys over HTTP, and by the wall clock."""
+    key = SigningKey("first")
+    claims = {"iss": "https://login.example", "aud": "notecase", "sub": "ada", "exp": round(time.time()) + 600}
+    async with KeyServer(key) as issuer:
+        issuers = tmp_path / "issuers.toml"
+        issuers.write_text(
+            '[[issuer]]\nissuer = "https://login.example"\naudience = "notecase"\nalgorithms = ["ES256"]\n'
+            f'jwks_url = "{issuer.url}"\ntenant = "acme"\nrole_claim = "role"\n'
+        )
+        served = await Spawned.start(
+            "memory:",
+            tmp_path / "log",
+            *("--tls-cert", str(folder / "server.pem"), "--tls-key", str(folder / "server.key")),
+            *("--issuers", str(issuers)),
+        )
+        token = key.sign({**claims, "role": "user"})
+        async with Client(served.address, token=token, ca=folder / "ca.pem") as client:
+            session = await client.create_session(session_id="s")
+            assert "sessions/s" == session.name
+            with pytest.raises(CallError) as refused:
+                await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="a"))
+            assert "ROLE_MISSING" == refused.value.reason
+        env = {"NOTECASE_ADDRESS": served.address, "NOTECASE_CA": str(folder / "ca.pem")}
+        done = await notecase("sessions", env={**env, "NOTECASE_TOKEN": key.sign({**claims, "role": "viewer"})})
+        assert (0, "") == (done.code, done.err)
+        done = await notecase("sessions", env={**env, "NOTECASE_TOKEN": SigningKey("first").sign(claims)})
+        assert (1, "Error: The credential of this call is not valid") == (done.code, done.err.partition(",")[0])
+        assert 0 == await served.stop()
+        assert token not in served.log.read_text()
 
 
 async def test_a_server_for_everybody_warns_at_each_start(tmp_path: Path) -> None:
