@@ -50,7 +50,7 @@ def sentence(error: NotecaseError, server: str) -> str:
     if error.code.name == "UNAVAILABLE" and "certificate" in error.message.lower():
         return f"The certificate of {server} is not of an authority that is known here, or not for this name; see --ca."
     if error.code.name == "UNAVAILABLE":
-        return f"No server can be reached at {server}. `notecase serve` starts one; --server names another; --ca is for TLS."
+        return f"No server can be reached at {server}. `notecase serve` starts one; see --server, and --ca for TLS."
     return f"{server} does not answer as a notecase server does ({error.code.name}: {one_line(error.message, 200)})."
 
 
