@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, PrivateFormat
 from cryptography.hazmat.primitives.serialization import load_pem_private_key as load_key
 from notecase import v1
@@ -136,6 +137,34 @@ def test_all_files_of_tls_that_cannot_be_used_are_told_at_once(tmp_path: Path, a
     with pytest.raises(SettingsError) as found:
         read_identity(cert, key, None, now)
     assert ("--tls-key", f"{key} does not hold a private key in PEM.") == found.value.mistakes[1]
+
+
+@pytest.mark.parametrize("key", [ed448.Ed448PrivateKey.generate(), ec.generate_private_key(ec.SECP256K1())])
+def test_a_key_that_grpc_does_not_know_is_refused(tmp_path: Path, authority: Authority, key: Any) -> None:
+    """Here, since gRPC tells of it only that it cannot bind to the address."""
+    files = authority.issue(key=key).write(tmp_path)
+    with pytest.raises(SettingsError, match="is of a kind that gRPC does not know"):
+        read_identity(*files, None, now)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        rsa.generate_private_key(65537, 2048),
+        ed25519.Ed25519PrivateKey.generate(),
+        ec.generate_private_key(ec.SECP384R1()),
+        ec.generate_private_key(ec.SECP521R1()),
+    ],
+)
+async def test_a_key_of_a_known_kind_is_served(tmp_path: Path, authority: Authority, key: Any) -> None:
+    pair = authority.issue(key=key)
+    files = pair.write(tmp_path)
+    server = grpc.aio.server()
+    identity = Watched(files, lambda: read_identity(*files, None, now))
+    port = server.add_secure_port("127.0.0.1:0", credentials(identity))
+    await server.start()
+    assert certificate(pair) == await served_certificate(port)
+    await server.stop(None)
 
 
 def test_a_certificate_that_has_expired_is_taken_with_a_warning(tmp_path: Path, authority: Authority) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
@@ -48,9 +49,15 @@ class Authority:
         """Its own certificate, as PEM."""
         return self._cert.public_bytes(Encoding.PEM)
 
-    def issue(self, names: Sequence[x509.GeneralName] = HERE, *, lasts: timedelta = DAY) -> Pair:
-        """Makes a certificate for these names; its serial number is new each time."""
-        key = ec.generate_private_key(ec.SECP256R1())
+    def issue(
+        self,
+        names: Sequence[x509.GeneralName] = HERE,
+        *,
+        lasts: timedelta = DAY,
+        key: CertificateIssuerPrivateKeyTypes | None = None,
+    ) -> Pair:
+        """Makes a certificate for these names, and for a key that is new unless one is given."""
+        key = key or ec.generate_private_key(ec.SECP256R1())
         builder = _builder(_named("one"), self._name, key, datetime.now(UTC) + lasts)
         if names:
             builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=False)
@@ -64,7 +71,7 @@ def _named(name: str) -> x509.Name:
 
 
 def _builder(
-    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, until: datetime
+    subject: x509.Name, issuer: x509.Name, key: CertificateIssuerPrivateKeyTypes, until: datetime
 ) -> x509.CertificateBuilder:
     return (
         x509.CertificateBuilder()

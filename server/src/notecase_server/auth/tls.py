@@ -9,6 +9,8 @@ import grpc
 import structlog
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives.asymmetric.types import PrivateKeyTypes
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from notecase_server.auth.files import Watched
@@ -17,6 +19,9 @@ from notecase_server.auth.tables import Mistake, SettingsError
 T = TypeVar("T")
 
 log = structlog.get_logger()
+
+CURVES = (ec.SECP256R1, ec.SECP384R1, ec.SECP521R1)
+"""Those that gRPC's TLS knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,10 @@ def read_identity(cert: Path, key: Path, client_ca: Path | None, clock: Callable
     mistakes: list[Mistake] = []
     chain_pem, chain = _parsed("--tls-cert", cert, x509.load_pem_x509_certificates, mistakes)
     key_pem, private = _parsed("--tls-key", key, lambda pem: load_pem_private_key(pem, None), mistakes)
+    if private and not _is_known(private):
+        mistakes.append(
+            Mistake("--tls-key", f"{key} is of a kind that gRPC does not know; give RSA, P-256 or Ed25519.")
+        )
     ca_pem = None
     if client_ca is not None:
         ca_pem, _ = _parsed("--tls-client-ca", client_ca, x509.load_pem_x509_certificates, mistakes)
@@ -47,6 +56,12 @@ def read_identity(cert: Path, key: Path, client_ca: Path | None, clock: Callable
     if expires.timestamp() * 1e6 <= clock():
         log.warning("certificate_expired", file=str(cert), expires=expires.isoformat())
     return Identity(key_pem, chain_pem, ca_pem)
+
+
+def _is_known(key: PrivateKeyTypes) -> bool:
+    if isinstance(key, ec.EllipticCurvePrivateKey):
+        return isinstance(key.curve, CURVES)
+    return isinstance(key, rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey)
 
 
 def _parsed(option: str, path: Path, parse: Callable[[bytes], T], mistakes: list[Mistake]) -> tuple[bytes, T | None]:
