@@ -46,7 +46,7 @@ async def test_a_key_from_nothing_to_its_end(shop: Shop, tmp_path: Path) -> None
     made = await shop("keys", "create", "--role", "developer", "--name", "ci", "--expires", "90d")
     assert (0, True) == (made.code, bool(KEY.fullmatch(made.out)))
     listed = (await shop("keys", "list")).out.splitlines()
-    assert ["KEY", "ROLE", "CREATED", "EXPIRES", "NAME"] == listed[0].split()
+    assert ["KEY", "ROLE", "USER", "CREATED", "EXPIRES", "NAME"] == listed[0].split()
     assert [["developer", "ci"], ["admin", "bootstrap"]] == [[line.split()[1], line.split()[-1]] for line in listed[1:]]
     key_id, key = listed[1].split()[0], made.out.strip()
     assert 0 == (await shop("sessions", key=key)).code
@@ -100,6 +100,19 @@ async def test_an_operators_first_key_makes_keys_of_a_tenant(tmp_path: Path) -> 
     assert 0 == (await notecase("sessions", env={**env, "NOTECASE_TOKEN": made.out.strip()})).code
     assert "needs the role viewer" in (await notecase("sessions", env=env)).err
     await server.stop()
+
+
+async def test_a_key_that_is_bound_to_a_user_sees_that_users_sessions_only(shop: Shop) -> None:
+    made = await shop("keys", "create", "--role", "user", "--user", "ada", "--name", "phone")
+    assert (0, True) == (made.code, bool(KEY.fullmatch(made.out)))
+    assert ["user", "ada"] == (await shop("keys", "list")).out.splitlines()[1].split()[1:3]
+    put = await shop("state", "put", "users/ada", "note", "mine", key=made.out.strip())
+    assert 0 == put.code
+    other = await shop("state", "get", "users/eve", key=made.out.strip())
+    assert (1, "") == (other.code, other.out)
+    assert "There is no user 'users/eve'" in other.err
+    refused = await shop("keys", "create", "--role", "developer", "--user", "ada")
+    assert "key.role: wants ROLE_VIEWER or ROLE_USER where the key has a user" in refused.err
 
 
 async def test_a_key_that_the_operator_chose_opens_a_store_in_memory(tmp_path: Path) -> None:

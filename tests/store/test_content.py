@@ -6,11 +6,12 @@ from typing import Any, cast
 import pytest
 from notecase import v1
 from notecase_server.store.base import TableStore
-from notecase_server.store.contract import CHUNK_BYTES, Fork, Store
+from notecase_server.store.contract import CHUNK_BYTES, Commit, Fork, Store
 
 from tests.store.build import (
     APP_STATE,
     KEY,
+    USER_STATE,
     ManualClock,
     add,
     changed,
@@ -340,3 +341,25 @@ async def test_who_completes_an_upload_of_new_content_is_recorded(store: Store, 
     assert await uploaders(store, sha256) == set()
     await store.complete_upload("acme", "ada", "u1", 3, sha256)
     assert await uploaders(store, sha256) == {"ada"}
+
+
+async def test_a_blob_is_known_to_its_uploader_and_to_the_user_whose_sessions_and_state_refer_to_it(
+    store: Store,
+) -> None:
+    sha256 = hashlib.sha256(b"x").hexdigest()
+    await store.put_blob("acme", "somebody", sha256, b"x")
+    assert {sha256} == await store.known_blobs("acme", "somebody", "users/eve", [sha256, "0" * 64])
+    assert set() == await store.known_blobs("acme", "ada", "users/ada", [sha256])
+    assert set() == await store.known_blobs("other", "somebody", "users/ada", [sha256])
+    note = v1.StateOp(key="k", set=v1.Value(blob_value=v1.Blob(name=f"blobs/{sha256}", media_type="text/plain")))
+    await create(store)
+    change = v1.Event(state_changed=v1.StateChanged(ops=[note]))
+    await store.commit(Commit(key=KEY, events=[change]))
+    assert {sha256} == await store.known_blobs("acme", "ada", "users/ada", [sha256])
+    assert set() == await store.known_blobs("acme", "ada", "users/eve", [sha256])
+    await store.delete_session(KEY)
+    assert set() == await store.known_blobs("acme", "ada", "users/ada", [sha256])
+    await store.update_state(APP_STATE, [note])
+    assert set() == await store.known_blobs("acme", "ada", "users/ada", [sha256])
+    await store.update_state(USER_STATE, [note])
+    assert {sha256} == await store.known_blobs("acme", "ada", "users/ada", [sha256])

@@ -118,6 +118,25 @@ async def test_runs_are_listed_over_all_sessions_or_of_one(store: Store, clock: 
     assert await every(lambda query: store.list_runs("acme", key("none"), query), limit) == []
 
 
+@pytest.mark.parametrize("limit", [1, 2, 100])
+async def test_the_runs_of_a_users_sessions_fill_their_pages(store: Store, clock: ManualClock, limit: int) -> None:
+    for session, user in (("a", "users/ada"), ("b", "users/eve"), ("c", "users/ada")):
+        await create(store, key(session), user=user)
+        clock.now += 1
+        await start(store, "r", ended("r"), key=key(session))
+
+    def of(user: str) -> Callable[[Query], Awaitable[Page[Any]]]:
+        return lambda query: store.list_runs("acme", None, query, user)
+
+    assert ["sessions/c/runs/r", "sessions/a/runs/r"] == await every(of("users/ada"), limit)
+    assert ["sessions/b/runs/r"] == await every(of("users/eve"), limit)
+    assert [] == await every(of("users/none"), limit)
+    succeeded = Compare("state", "=", v1.Run.STATE_SUCCEEDED)
+    assert ["sessions/c/runs/r", "sessions/a/runs/r"] == await every(of("users/ada"), limit, succeeded)
+    waiting = Compare("state", "=", v1.Run.STATE_WAITING)
+    assert [] == await every(of("users/ada"), limit, waiting)
+
+
 async def sessions_to_filter(store: Store, clock: ManualClock) -> None:
     """a to e, created a second apart; c is at work, d has another agent and user, e no labels."""
     for number, session in enumerate("abcde"):

@@ -77,6 +77,7 @@ CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
     v1.ERROR_REASON_UNAUTHENTICATED: Kind(code_pb2.UNAUTHENTICATED),
     v1.ERROR_REASON_ROLE_MISSING: Kind(code_pb2.PERMISSION_DENIED),
     v1.ERROR_REASON_KEY_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
+    v1.ERROR_REASON_USER_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
 }
 
 
@@ -145,6 +146,7 @@ _NOT_FOUND = {
     "blob": v1.ERROR_REASON_BLOB_NOT_FOUND,
     "upload": v1.ERROR_REASON_BLOB_NOT_FOUND,
     "key": v1.ERROR_REASON_KEY_NOT_FOUND,
+    "user": v1.ERROR_REASON_USER_NOT_FOUND,
 }
 
 
@@ -189,8 +191,17 @@ def role_missing(role: str, fields: Iterable[str] = ()) -> NotecaseError:
     )
 
 
+def bound_to_user(role: str, fields: Iterable[str] = ()) -> NotecaseError:
+    """As `role_missing`, for a caller that may not because it is bound to a user, and whatever its role."""
+    needs = f"needs a caller that is not bound to a user, of the role {role.lower()}"
+    found = [Violation(field, needs) for field in fields]
+    told = ", ".join(violation.field for violation in found[:3]) or "This call"
+    return NotecaseError(v1.ERROR_REASON_ROLE_MISSING, f"{told}: {needs}.", metadata={"role": role}, violations=found)
+
+
 def not_found(kind: str, name: str) -> NotecaseError:
-    """`kind` is "agent", "session", "run", "message", "blob", "upload" or "key"; `name` its whole resource name."""
+    """`kind` is "agent", "session", "run", "message", "blob", "upload", "key" or "user"; `name` its whole resource
+    name."""
     return NotecaseError(_NOT_FOUND[kind], f"There is no {kind} {name!r}.", resource=Resource(kind, name))
 
 

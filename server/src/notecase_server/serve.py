@@ -39,6 +39,7 @@ from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.desk import Desk
 from notecase_server.rpc.gate import Gate
 from notecase_server.rpc.interceptor import Doorway
+from notecase_server.rpc.mentions import Mentions
 from notecase_server.rpc.pages import Pages
 from notecase_server.rpc.peers import Peers
 from notecase_server.rpc.run import Streams
@@ -248,7 +249,7 @@ class Server:
         self._identity = _watch_identity(settings, self._files)
         self._keys = Keys(store, make_id, clock, time.monotonic, settings.admin_key)
         known = (self._keys, *authenticators) if authenticators or settings.has_credentials else ()
-        self._doorway = Doorway(Chain(known), make_id, pace.stall, self.gate)
+        self._doorway = Doorway(Chain(known), make_id, pace.stall, self.gate, Mentions(store).require_own)
         limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
         self._contents = Contents(store, make_id, clock, limits)
         sessions = self._sessions = Sessions(store, make_id, new_uid, limits.session)

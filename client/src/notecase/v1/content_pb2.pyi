@@ -123,11 +123,14 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     changed: attach again with another.
     """
     ERROR_REASON_ROLE_MISSING: _ErrorReason.ValueType  # 42
-    """PERMISSION_DENIED: the caller's role may not call this method, or not set the fields in BadRequest; metadata.role is the
-    least that may. Never for what is not the caller's: that is NOT_FOUND.
+    """PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this approval;
+    metadata.role is the least that may. A caller that is bound to a user may do less than its role. Never for what is not the
+    caller's: that is NOT_FOUND.
     """
     ERROR_REASON_KEY_NOT_FOUND: _ErrorReason.ValueType  # 43
     """NOT_FOUND, with ResourceInfo."""
+    ERROR_REASON_USER_NOT_FOUND: _ErrorReason.ValueType  # 44
+    """NOT_FOUND, with ResourceInfo: to a caller that is bound to a user, the state of another one."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of every error's google.rpc.ErrorInfo, there without the prefix, under the domain "notecase.dev"."""
@@ -227,11 +230,14 @@ ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 41
 changed: attach again with another.
 """
 ERROR_REASON_ROLE_MISSING: ErrorReason.ValueType  # 42
-"""PERMISSION_DENIED: the caller's role may not call this method, or not set the fields in BadRequest; metadata.role is the
-least that may. Never for what is not the caller's: that is NOT_FOUND.
+"""PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this approval;
+metadata.role is the least that may. A caller that is bound to a user may do less than its role. Never for what is not the
+caller's: that is NOT_FOUND.
 """
 ERROR_REASON_KEY_NOT_FOUND: ErrorReason.ValueType  # 43
 """NOT_FOUND, with ResourceInfo."""
+ERROR_REASON_USER_NOT_FOUND: ErrorReason.ValueType  # 44
+"""NOT_FOUND, with ResourceInfo: to a caller that is bound to a user, the state of another one."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

@@ -67,12 +67,18 @@ class Key(_message.Message):
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     ROTATE_TIME_FIELD_NUMBER: _builtins.int
     OVERLAP_END_TIME_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """keys/{key}, made by the server."""
     display_name: _builtins.str
     """For people: what the key is for."""
     role: Global___Key.Role.ValueType
     """Needed."""
+    user: _builtins.str
+    """users/{user}. When set, the callers of the key see and run the sessions and the state of that user only, whatever there is
+    of others is NOT_FOUND to them, and the role is ROLE_VIEWER or ROLE_USER. They say things as that user only; they set no
+    tools, labels or author, have nothing to do with agents and `app/state`, and answer no approval.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -97,10 +103,11 @@ class Key(_message.Message):
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         rotate_time: _timestamp_pb2.Timestamp | None = ...,
         overlap_end_time: _timestamp_pb2.Timestamp | None = ...,
+        user: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "expire_time", b"expire_time", "overlap_end_time", b"overlap_end_time", "rotate_time", b"rotate_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "expire_time", b"expire_time", "name", b"name", "overlap_end_time", b"overlap_end_time", "role", b"role", "rotate_time", b"rotate_time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "expire_time", b"expire_time", "name", b"name", "overlap_end_time", b"overlap_end_time", "role", b"role", "rotate_time", b"rotate_time", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -118,7 +125,7 @@ class CreateKeyRequest(_message.Message):
     request_id: _builtins.str
     @_builtins.property
     def key(self) -> Global___Key:
-        """display_name, role and expire_time. The role of a tenant's key is not ROLE_OPERATOR, that of an operator's is."""
+        """display_name, role, user and expire_time. The role of a tenant's key is not ROLE_OPERATOR, that of an operator's is."""
 
     def __init__(
         self,

@@ -102,7 +102,7 @@ class Keys:
         if row is None:
             return None
         role = Role[v1.Key.Role.Name(row.key.role).removeprefix("ROLE_")]
-        principal = Principal(row.tenant, row.key.name, role)
+        principal = Principal(row.tenant, row.key.name, role, row.key.user.removeprefix("users/"))
         known = _Cached(row, principal, self._monotonic() + CACHED_SECONDS)
         if changes == self._changes:  # else the row may be from before the change
             self._cached[key_id] = known
@@ -112,14 +112,14 @@ class Keys:
         return known
 
     async def create(self, tenant: str, key: v1.Key, once: Once | None = None) -> tuple[v1.Key, str]:
-        """Makes a key with the display name, the role and the expiry of `key`, and returns it with what is to be sent.
-        Raises NotecaseError INVALID_FIELD for an expiry that has passed, and what the store raises; Replayed for a
-        repeat."""
+        """Makes a key with the display name, the role, the user and the expiry of `key`, and returns it with what is
+        to be sent. Raises NotecaseError INVALID_FIELD for an expiry that has passed, and what the store raises;
+        Replayed for a repeat."""
         if key.HasField("expire_time") and key.expire_time.ToMicroseconds() <= self._clock():
             raise errors.invalid([Violation("key.expire_time", "has passed")])
         key_id = self._new_id()
         token = _new_token(key_id)
-        given = v1.Key(display_name=key.display_name, role=key.role)
+        given = v1.Key(display_name=key.display_name, role=key.role, user=key.user)
         if key.HasField("expire_time"):
             given.expire_time.CopyFrom(key.expire_time)
         return await self._store.add_key(KeyRow(tenant, key_id, given, _digest(token), b""), once), token

@@ -74,6 +74,14 @@ METHODS: Mapping[str, Right] = {
 }
 """By the method's path. Health is not here: it needs no credential."""
 
+UNBOUND = (
+    "/notecase.v1.AgentService/",
+    "/notecase.v1.KeyService/",
+    "/notecase.v1.SessionService/EraseUser",
+    "/notecase.v1.SessionService/ImportSession",
+)
+"""How the methods begin that are not for principals that are bound to a user, whatever their role."""
+
 UNKNOWN = Right(ADMIN)
 """Holds for a method without a row."""
 
@@ -90,5 +98,7 @@ def has(role: Role, least: Role) -> bool:
 def refusal(principal: Principal, method: str) -> NotecaseError | None:
     """Returns ROLE_MISSING when the principal may not call the method."""
     right = METHODS.get(method, UNKNOWN)
+    if principal.user and (method not in METHODS or method.startswith(UNBOUND)):
+        return errors.bound_to_user(right.least.name)
     allowed = has(principal.role, right.least) or (right.operators and principal.role is OPERATOR)
     return None if allowed else errors.role_missing(right.least.name)

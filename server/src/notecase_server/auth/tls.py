@@ -41,9 +41,7 @@ def read_identity(cert: Path, key: Path, client_ca: Path | None, clock: Callable
     chain_pem, chain = _parsed("--tls-cert", cert, x509.load_pem_x509_certificates, mistakes)
     key_pem, private = _parsed("--tls-key", key, lambda pem: load_pem_private_key(pem, None), mistakes)
     if private and not _is_known(private):
-        mistakes.append(
-            Mistake("--tls-key", f"{key} is of a kind that gRPC does not know; give RSA, P-256 or Ed25519.")
-        )
+        mistakes.append(Mistake("--tls-key", f"{key} is of a kind that gRPC does not know; give RSA, EC or Ed25519."))
     ca_pem = None
     if client_ca is not None:
         ca_pem, _ = _parsed("--tls-client-ca", client_ca, x509.load_pem_x509_certificates, mistakes)

@@ -51,14 +51,15 @@ def keys() -> None:
 @keys.command()
 @click.option("--name", default="", show_default=False, metavar="TEXT", help="What the key is for.")
 @click.option("--role", type=click.Choice(list(ROLES)), required=True, help="What its callers may do.")
+@click.option("--user", default="", show_default=False, metavar="ID", help="Whose sessions and state are all it sees.")
 @click.option("--expires", type=Span(), metavar="SPAN", help="When it ends, for example 90d; else never.")
 @TENANT
 @SERVER
-def create(name: str, role: str, expires: timedelta | None, tenant: str, server: str) -> None:
+def create(name: str, role: str, user: str, expires: timedelta | None, tenant: str, server: str) -> None:
     """Make a key and print it, this once."""
 
     async def make(client: Client) -> None:
-        key = v1.Key(display_name=name, role=ROLES[role])
+        key = v1.Key(display_name=name, role=ROLES[role], user=name_of("users", user) if user else "")
         if expires is not None:
             key.expire_time.GetCurrentTime()
             key.expire_time.FromMicroseconds(key.expire_time.ToMicroseconds() + expires // timedelta(microseconds=1))
@@ -81,8 +82,9 @@ def list_keys(tenant: str, server: str) -> None:
             ends = screen.moment(key.expire_time) if key.HasField("expire_time") else "never"
             role = v1.Key.Role.Name(key.role).removeprefix("ROLE_").lower()
             made = screen.moment(key.create_time)
-            rows.append((screen.id_of(key.name), role, made, ends, screen.one_line(key.display_name)))
-        click.echo(screen.table(("KEY", "ROLE", "CREATED", "EXPIRES", "NAME"), rows))
+            user = screen.id_of(key.user) if key.user else "-"
+            rows.append((screen.id_of(key.name), role, user, made, ends, screen.one_line(key.display_name)))
+        click.echo(screen.table(("KEY", "ROLE", "USER", "CREATED", "EXPIRES", "NAME"), rows))
 
     ask(server, look)
 

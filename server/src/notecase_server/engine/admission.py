@@ -63,23 +63,24 @@ class Admission:
         self._roster = roster
         self._new_id = services.new_id
 
-    async def start(self, tenant: str, start: v1.StartRun, caused: Caused | None = None) -> Started:
-        """Starts a run in a session, made if need be, in one commit. A run_id that exists with the same body is found,
+    async def start(self, tenant: str, start: v1.StartRun, caused: Caused | None = None, user: str = "") -> Started:
+        """Starts a run in a session, made if need be, in one commit; where `user` is set ("users/{user}"), in a session
+        of that user only. A run_id that exists with the same body is found,
         not started again, and so is a command that came before.
 
         Raises Replayed for a repeat, and NotecaseError: SESSION_NOT_FOUND, AGENT_NOT_FOUND, ALREADY_EXISTS, RUN_ACTIVE,
         REQUEST_ID_REUSED, SEQUENCE_MISMATCH, RATE_LIMITED, QUEUE_FULL, SERVER_DRAINING, INVALID_FIELD,
         RUN_CANCELLED_BEFORE_START."""
-        return await self._services.supervisor.whole(self._found_or_started(tenant, start, caused or Caused()))
+        return await self._services.supervisor.whole(self._found_or_started(tenant, start, caused or Caused(), user))
 
-    async def _found_or_started(self, tenant: str, start: v1.StartRun, caused: Caused) -> Started:
+    async def _found_or_started(self, tenant: str, start: v1.StartRun, caused: Caused, user: str) -> Started:
         body = v1.StartRun()
         body.CopyFrom(start)
         body.ClearField("options")
         body.ClearField("if_session_uid")
         digest = await digest_of(body.SerializeToString(deterministic=True))
         await self._store.recall(caused.once)
-        meant = await self._meant(tenant, start)
+        meant = await self._meant(tenant, start, user)
         key = meant.key
         try:
             await self._store.recall_command(key, caused.command)
@@ -98,19 +99,20 @@ class Admission:
             return Started(key, row[0], None)
         except NotecaseError as error:
             if error.reason == v1.ERROR_REASON_ALREADY_EXISTS:
-                key = (await self._meant(tenant, start)).key  # another start has just made a session of this name
+                key = (await self._meant(tenant, start, user)).key  # another start has just made a session of this name
             elif error.reason != v1.ERROR_REASON_RUN_ACTIVE:
                 raise
             if found := await self._find(key, start.run_id, digest):
                 return found
             raise
 
-    async def _meant(self, tenant: str, start: v1.StartRun) -> Meant:
-        """What a start names, or makes, read at once; SESSION_NOT_FOUND. A new session whose name is taken is the one
-        that has it: the start may be a repeat."""
+    async def _meant(self, tenant: str, start: v1.StartRun, user: str) -> Meant:
+        """What a start names, or makes, read at once; SESSION_NOT_FOUND, also where it is not of `user`. A new session
+        whose name is taken is the one that has it: the start may be a repeat."""
         session = (start.session or start.new_session.name).removeprefix("sessions/")
         row, agent = await self._store.read_start(tenant, session, start.agent or start.new_session.agent)
-        if row is not None and start.if_session_uid in {"", row.uid}:
+        theirs = user and row is not None and row.user != user
+        if row is not None and start.if_session_uid in {"", row.uid} and not theirs:
             return Meant(SessionKey(tenant, session, row.uid), row, agent)
         if start.session:
             raise errors.not_found("session", start.session)

@@ -46,12 +46,16 @@ class Commands:
                     return await worker.log.command([ledger.finished(call, outcome)], *caused)
             raise late
 
-    async def respond(self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused) -> Committed:
+    async def respond(
+        self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused, questions_only: bool = False
+    ) -> Committed:
         """Answers an approval or a question. Raises INPUT_NOT_PENDING when nobody asks (any more), whatever the run
-        does by now."""
-        return await self._whole(self._respond(key, run_id, response, caused))
+        does by now; with `questions_only` ROLE_MISSING for anything but a question."""
+        return await self._whole(self._respond(key, run_id, response, caused, questions_only))
 
-    async def _respond(self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused) -> Committed:
+    async def _respond(
+        self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused, questions_only: bool
+    ) -> Committed:
         late = errors.input_not_pending(response.input_id)
         checked = response.decision != ledger.ANSWER
         while True:
@@ -60,6 +64,8 @@ class Commands:
                 if not asked:
                     raise late
                 (request,) = asked
+                if questions_only and request.kind != v1.InputRequest.KIND_QUESTION:
+                    raise errors.bound_to_user("USER", ["input_response.input_id"])
                 _check_decision(request, response)
                 if checked or not request.schema:
                     call = worker.log.call(request.call.call_id)
@@ -78,14 +84,23 @@ class Commands:
 
     # ---- input
 
-    async def say(self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused) -> tuple[Committed, bool]:
+    async def say(
+        self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused, questions_only: bool = False
+    ) -> tuple[Committed, bool]:
         """Commits what a user says to a run under way. Returns the commit, and whether it only queued the input. Raises
-        RUN_ENDED and QUEUE_FULL."""
-        return await self._whole(self._say(key, run_id, said, caused))
+        RUN_ENDED and QUEUE_FULL; with `questions_only` ROLE_MISSING while the run asks for anything but answers to
+        questions, since the input would withdraw that."""
+        return await self._whole(self._say(key, run_id, said, caused, questions_only))
 
-    async def _say(self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused) -> tuple[Committed, bool]:
+    async def _say(
+        self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused, questions_only: bool
+    ) -> tuple[Committed, bool]:
         async with self._roster.worker(key, run_id, caused) as worker:
             run_log = worker.log
+            if questions_only and any(
+                each.kind != v1.InputRequest.KIND_QUESTION for each in run_log.run.pending_inputs
+            ):
+                raise errors.bound_to_user("USER", ["input"])
             kept = await self._services.contents.kept(key, said.messages)
             messages = incoming(self._services.new_id, kept, run_log.live.user)
             added = [v1.Event(message_added=message, cause_id=caused.cause_id) for message in messages]

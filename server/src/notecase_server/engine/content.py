@@ -72,20 +72,26 @@ class Contents:
     # ---- blobs
 
     async def upload(
-        self, tenant: str, first: v1.UploadBlobRequest, frames: AsyncIterator[v1.UploadBlobRequest]
+        self,
+        tenant: str,
+        first: v1.UploadBlobRequest,
+        frames: AsyncIterator[v1.UploadBlobRequest],
+        subject: str = "",
+        user: str = "",
     ) -> v1.Blob:
         """The blob that UploadBlob makes of its frames, `first` among them, with the media type and filename that it
-        gives. When they break off, what has come is kept if the caller named the upload.
+        gives. When they break off, what has come is kept if the caller named the upload. Where the caller is bound to a
+        `user` ("users/{user}"), a blob that it cannot know of does not count as sent.
 
         Raises NotecaseError BLOB_CORRUPT, PAYLOAD_TOO_LARGE, UPLOAD_OFFSET_MISMATCH, REQUEST_ID_REUSED,
         SERVER_DRAINING; what `frames` raises."""
         self._check_size(first.blob.size_bytes)
-        stored = await self._stored(tenant, first.blob)
+        stored = await self._stored(tenant, first.blob, subject, user)
         if stored is None:
             upload_id = first.upload_id or self._new_id()
             upload = await self._store.open_upload(tenant, upload_id, self._clock() + UPLOAD_MICROSECONDS)
             if not upload.HasField("blob"):
-                stored = await self._received(tenant, upload, first, frames)
+                stored = await self._received(tenant, upload, first, frames, subject)
             elif _differs(first.blob, upload.blob):
                 raise errors.reused("upload_id", upload_id)
             else:
@@ -97,10 +103,12 @@ class Contents:
             filename=first.blob.filename,
         )
 
-    async def _stored(self, tenant: str, said: v1.Blob) -> v1.Blob | None:
-        """The blob that the first frame names, if it is here; it then counts as uploaded just now."""
+    async def _stored(self, tenant: str, said: v1.Blob, subject: str, user: str) -> v1.Blob | None:
+        """The blob that the first frame names, if it is here for its caller; it then counts as uploaded just now."""
         sha256 = names.parse_blob(said.name)
-        stored = await self._store.touch_blob(tenant, "", sha256) if sha256 else None
+        if sha256 and user and not await self._store.known_blobs(tenant, subject, user, [sha256]):
+            return None  # what it is not told of it has to send
+        stored = await self._store.touch_blob(tenant, subject, sha256) if sha256 else None
         if stored is not None and (problem := _differs(said, stored)):
             raise errors.blob_corrupt(problem)
         return stored
@@ -111,11 +119,12 @@ class Contents:
         upload: v1.Upload,
         first: v1.UploadBlobRequest,
         frames: AsyncIterator[v1.UploadBlobRequest],
+        subject: str,
     ) -> v1.Blob:
         if self._draining:
             raise errors.draining()
         try:
-            return await self._receiving.start(self._receive(tenant, upload, first, frames), "upload")
+            return await self._receiving.start(self._receive(tenant, upload, first, frames, subject), "upload")
         except asyncio.CancelledError:
             caller = asyncio.current_task()
             if self._draining and caller is not None and not caller.cancelling():
@@ -128,10 +137,11 @@ class Contents:
         upload: v1.Upload,
         first: v1.UploadBlobRequest,
         frames: AsyncIterator[v1.UploadBlobRequest],
+        subject: str,
     ) -> v1.Blob:
         if first.offset != upload.committed_bytes:
             raise errors.upload_offset_mismatch(upload.upload_id, upload.committed_bytes)
-        writer = Writer(self._store, tenant, upload, self._check_size)
+        writer = Writer(self._store, tenant, subject, upload, self._check_size)
         try:
             await writer.recall()
             last = False

@@ -69,11 +69,12 @@ class Sessions:
         """Returns the key of a session that is about to be made under that id."""
         return SessionKey(tenant, session, self._new_uid())
 
-    async def find(self, tenant: str, session: str, if_uid: str = "") -> tuple[SessionKey, v1.Session]:
+    async def find(self, tenant: str, session: str, if_uid: str = "", user: str = "") -> tuple[SessionKey, v1.Session]:
         """Returns the key of the session that has this id now, and its row. Raises NotecaseError SESSION_NOT_FOUND when
-        there is none, or when `if_uid` is set and it is another one."""
+        there is none, when `if_uid` is set and it is another one, or when `user` is set ("users/{user}") and it is
+        another's."""
         row = await self.store.find_session(tenant, session)
-        if row is None or (if_uid and row.uid != if_uid):
+        if row is None or (if_uid and row.uid != if_uid) or (user and row.user != user):
             raise errors.not_found("session", f"sessions/{session}")
         return SessionKey(tenant, session, row.uid), row
 

@@ -14,12 +14,16 @@ from notecase_server.supervisor import is_passing
 class Writer:
     """Puts chunks of any size into an upload, in pieces of CHUNK_BYTES."""
 
-    def __init__(self, store: BlobStore, tenant: str, upload: v1.Upload, check_size: Callable[[int], None]) -> None:
+    def __init__(
+        self, store: BlobStore, tenant: str, subject: str, upload: v1.Upload, check_size: Callable[[int], None]
+    ) -> None:
+        """`subject` is who uploads."""
         self.size = 0
         """What came, before this call and with it."""
         self._digest = hashlib.sha256()
         self._store = store
         self._tenant = tenant
+        self._subject = subject
         self._upload = upload
         self._check_size = check_size
         self._pending = bytearray()
@@ -54,7 +58,7 @@ class Writer:
         made, upload_id = self.blob, self._upload.upload_id
         try:
             return await self._store.complete_upload(
-                self._tenant, "", upload_id, made.size_bytes, self._digest.hexdigest()
+                self._tenant, self._subject, upload_id, made.size_bytes, self._digest.hexdigest()
             )
         except NotecaseError as error:
             if not is_passing(error):

@@ -23,7 +23,11 @@ class Blobs(v1.BlobServiceServicer):
         check = Check()
         check.upload(first)
         check.done()
-        return await self.desk.contents.upload(caller.get().tenant, first, _frames(first, request))
+        who = caller.get()
+        if first.upload_id:
+            first.upload_id = _own(first.upload_id)
+        frames = _frames(first, request)
+        return await self.desk.contents.upload(who.tenant, first, frames, who.principal.subject, who.user)
 
     async def DownloadBlob(
         self, request: v1.DownloadBlobRequest, context: Any
@@ -45,9 +49,10 @@ class Blobs(v1.BlobServiceServicer):
         check = Check()
         check.token_id("upload_id", request.upload_id)
         check.done()
-        upload = await self.store.get_upload(caller.get().tenant, request.upload_id)
+        upload = await self.store.get_upload(caller.get().tenant, _own(request.upload_id))
         if upload is None:
             raise errors.not_found("upload", request.upload_id)
+        upload.upload_id = request.upload_id
         return upload
 
     async def GetBlob(self, request: v1.GetBlobRequest, context: Any) -> v1.Blob:
@@ -57,10 +62,20 @@ class Blobs(v1.BlobServiceServicer):
         return await self._blob(request.name, sha256)
 
     async def _blob(self, name: str, sha256: str) -> v1.Blob:
-        found = await self.store.get_blob(caller.get().tenant, sha256)
+        who = caller.get()
+        found = await self.store.get_blob(who.tenant, sha256)
+        if found is not None and who.user:
+            known = await self.store.known_blobs(who.tenant, who.principal.subject, who.user, [sha256])
+            found = found if known else None
         if found is None:
             raise errors.not_found("blob", name)
         return found
+
+
+def _own(upload_id: str) -> str:
+    """The id under which an upload is kept: one that a caller bound to a user chose is no other's."""
+    user = caller.get().user
+    return f"{user} {upload_id}" if user else upload_id
 
 
 async def _frames(

@@ -21,6 +21,11 @@ class Caller(NamedTuple):
     def tenant(self) -> str:
         return self.principal.tenant
 
+    @property
+    def user(self) -> str:
+        """The user that the caller is bound to, by its whole name; empty when it is bound to none."""
+        return f"users/{self.principal.user}" if self.principal.user else ""
+
 
 caller: ContextVar[Caller] = ContextVar("caller")
 """Set by the doorway, for all that a call does."""

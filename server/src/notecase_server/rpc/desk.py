@@ -61,10 +61,12 @@ class Desk:
     new_id: Callable[[], str]
 
     async def session(self, session: str, once: Once | None = None, if_uid: str = "") -> SessionKey:
-        """The session of this id, after a look whether the request was carried out before: what it was about may be
-        gone by now. Raises Replayed, and NotecaseError SESSION_NOT_FOUND and REQUEST_ID_REUSED."""
+        """The session of this id, if the caller may see it, after a look whether the request was carried out before:
+        what it was about may be gone by now. Raises Replayed, and NotecaseError SESSION_NOT_FOUND and
+        REQUEST_ID_REUSED."""
         await self.requests.recall(once)
-        key, _ = await self.sessions.find(caller.get().tenant, session, if_uid)
+        who = caller.get()
+        key, _ = await self.sessions.find(who.tenant, session, if_uid, who.user)
         return key
 
     async def parent(self, check: Check, session: str) -> SessionKey:

@@ -2,13 +2,14 @@
 takes."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from google.protobuf.message import DecodeError
 
 from notecase_server import errors
 from notecase_server.errors import Violation
+from notecase_server.rpc.caller import caller
 from notecase_server.store.contract import PAGE_BYTES
 
 MAX_MESSAGE_BYTES = 4 << 20
@@ -36,13 +37,17 @@ TRANSPORT_BYTES = 16 << 20
 class Decoder:
     """Parses the frames of one method."""
 
-    def __init__(self, method: str, parse: Callable[[bytes], Any]) -> None:
-        """`method` by its path, such as /notecase.v1.RunService/Run."""
+    def __init__(
+        self, method: str, parse: Callable[[bytes], Any], judge: Callable[[Any], Awaitable[None]] | None = None
+    ) -> None:
+        """`method` by its path, such as /notecase.v1.RunService/Run. `judge` looks at what was parsed where the caller
+        is bound to a user."""
+        self._judge = judge
         self._most = MAX_MESSAGE_BYTES if method in MESSAGES else MAX_OTHER_BYTES
         self._parse = parse
 
     async def __call__(self, frame: bytes) -> Any:
-        """Raises NotecaseError PAYLOAD_TOO_LARGE and INVALID_FIELD."""
+        """Raises NotecaseError PAYLOAD_TOO_LARGE and INVALID_FIELD, and what the judge raises."""
         if len(frame) > self._most:
             raise errors.too_large("The request", len(frame), self._most)
         try:
@@ -52,4 +57,6 @@ class Decoder:
             raise errors.invalid([Violation("request", problem)]) from None
         if len(frame) >= ALONE_BYTES:
             await asyncio.sleep(0)
+        if self._judge is not None and caller.get().principal.user:
+            await self._judge(message)
         return message

@@ -80,9 +80,18 @@ class UnderWay:
 class Doorway(grpc.aio.ServerInterceptor):
     """Wraps the handler of every method once, as an endpoint of its shape."""
 
-    def __init__(self, chain: Chain, new_id: Callable[[], str], stall: float, gate: Gate) -> None:
-        """A stream on which one frame waits for its reader for `stall` seconds ends with WATCHER_TOO_SLOW."""
+    def __init__(
+        self,
+        chain: Chain,
+        new_id: Callable[[], str],
+        stall: float,
+        gate: Gate,
+        judge: Callable[[Any], Awaitable[None]] | None = None,
+    ) -> None:
+        """A stream on which one frame waits for its reader for `stall` seconds ends with WATCHER_TOO_SLOW. `judge`
+        looks at each request of a caller that is bound to a user."""
         self.stall = stall
+        self.judge_request = judge
         self._gate = gate
         self._chain = chain
         self._new_id = new_id
@@ -191,7 +200,7 @@ class Endpoint(ABC):
         self._wrapped = handler
         streams = handler.request_streaming or handler.response_streaming
         self._lasts = streams or method.rpartition("/")[2] in WAITS
-        self._decode = Decoder(method, handler.request_deserializer)
+        self._decode = Decoder(method, handler.request_deserializer, door.judge_request)
 
     def handler(self) -> Any:
         """Makes the handler that takes the place of the wrapped one. It decodes by itself."""

@@ -17,6 +17,7 @@ from notecase_server.engine.runs import Runs
 from notecase_server.engine.session import LiveSession
 from notecase_server.engine.sessions import Sessions
 from notecase_server.errors import NotecaseError, Violation
+from notecase_server.rpc.caller import caller
 from notecase_server.rpc.validate import Check
 from notecase_server.rpc.watch import Cursor, Pace
 from notecase_server.store.contract import CommandId, Commit, Committed, Duplicate, SessionKey
@@ -75,7 +76,8 @@ class Streams:
             check.token_id("command_id", first.command_id)
             check.start("start", first.start)
             await check.settled()
-            started = await self._runs.admission.start(tenant, first.start, await _caused(first))
+            start, caused = claimed(first.start), await _caused(first)
+            started = await self._runs.admission.start(tenant, start, caused, caller.get().user)
             place = await self._started(started, first.start.options)
         results = Results(MAX_RESULTS)
         reader = self._supervisor.start(self.read(place, requests, results), "commands")
@@ -107,7 +109,7 @@ class Streams:
         check = Check()
         session_id, run_id = check.watch(field, name, after or 0, options, if_session_uid)
         check.done()
-        key, session = await self._sessions.find(tenant, session_id, if_session_uid)
+        key, session = await self._sessions.find(tenant, session_id, if_session_uid, caller.get().user)
         live = self._sessions.seen(key, session)
         if after is not None and after > session.last_sequence:
             raise errors.sequence_ahead(after, session.last_sequence)
@@ -163,7 +165,7 @@ class Streams:
         self, place: "Place", results: Results, reader: asyncio.Task[None] | None
     ) -> AsyncGenerator[v1.RunResponse, None]:
         yield v1.RunResponse(attached=place.attached)
-        cursor = place.cursor
+        cursor, bound = place.cursor, caller.get().user != ""
         told = False
 
         def woken() -> bool:
@@ -182,7 +184,7 @@ class Streams:
                 yield v1.RunResponse(go_away=away)
             batch = await cursor.next(woken)
             if batch is not None:
-                yield v1.RunResponse(batch=batch)
+                yield v1.RunResponse(batch=_shown(batch) if bound else batch)
             elif not (woken() or cursor.finished):
                 yield v1.RunResponse(heartbeat=v1.Heartbeat(last_sequence=cursor.sequence))
             if cursor.finished:
@@ -236,22 +238,24 @@ class Streams:
             match kind:
                 case "start":
                     start = v1.StartRun()
-                    start.CopyFrom(frame.start)
+                    start.CopyFrom(claimed(frame.start))
                     start.if_session_uid = start.if_session_uid or key.uid
-                    started = await self._runs.admission.start(key.tenant, start, caused)
+                    started = await self._runs.admission.start(key.tenant, start, caused, caller.get().user)
                     queued = started.run.state == v1.Run.STATE_QUEUED
                     done = v1.CommandResult.DISPOSITION_QUEUED if queued else v1.CommandResult.DISPOSITION_APPLIED
                     if started.existing:
                         done = v1.CommandResult.DISPOSITION_DUPLICATE
                     return _result(frame, started.run.first_sequence, done)
                 case "input":
-                    committed, queued = await self._runs.commands.say(key, run_id, frame.input, caused)
+                    bound = caller.get().user != ""
+                    committed, queued = await self._runs.commands.say(key, run_id, frame.input, caused, bound)
                     done = v1.CommandResult.DISPOSITION_QUEUED if queued else v1.CommandResult.DISPOSITION_APPLIED
                     return _result(frame, committed.session.last_sequence, done)
                 case "tool_result":
                     committed = await self._runs.commands.tool_result(key, run_id, frame.tool_result, caused)
                 case "input_response":
-                    committed = await self._runs.commands.respond(key, run_id, frame.input_response, caused)
+                    bound = caller.get().user != ""
+                    committed = await self._runs.commands.respond(key, run_id, frame.input_response, caused, bound)
                 case "cancel":
                     committed = await self._runs.commands.cancel(key, run_id, frame.cancel, caused)
                     if frame.cancel.mode == v1.CancelCommand.MODE_AFTER_TURN and not frame.cancel.call_id:
@@ -288,6 +292,13 @@ class Streams:
         )
 
 
+def claimed(start: v1.StartRun) -> v1.StartRun:
+    """A start whose new session, if it makes one, is of the user that the caller is bound to."""
+    if (user := caller.get().user) and not start.session:
+        start.new_session.user = user
+    return start
+
+
 class Place(NamedTuple):
     """Where a stream is attached."""
 
@@ -296,6 +307,18 @@ class Place(NamedTuple):
     cursor: Cursor
     run: str
     """The run that the stream follows, "" when idle."""
+
+
+def _shown(batch: v1.EventBatch) -> v1.EventBatch:
+    """What a caller that is bound to a user is shown: nothing of the state of the whole tenant."""
+    hidden = [event for event in batch.events if not event.sequence and event.state_changed.state == "app/state"]
+    if not hidden:
+        return batch
+    shown = v1.EventBatch()
+    shown.CopyFrom(batch)
+    del shown.events[:]
+    shown.events.extend(event for event in batch.events if event not in hidden)
+    return shown
 
 
 def _broken(reader: asyncio.Task[None] | None) -> BaseException | None:

@@ -12,6 +12,7 @@ from notecase_server.names import RunName
 from notecase_server.rpc import filter as filters
 from notecase_server.rpc.caller import caller
 from notecase_server.rpc.desk import Desk, checked, listed, once
+from notecase_server.rpc.run import claimed
 from notecase_server.rpc.validate import Check
 from notecase_server.store import answers
 from notecase_server.store.contract import ANSWER_BYTES, Answer, Page, Replayed, RunStore
@@ -44,8 +45,8 @@ class RunsService(v1.RunServiceServicer):
         timeout = check.seconds("timeout", request)
         await check.settled()
         try:
-            caused = Caused(request.request_id, await once(request, Answer("started")))
-            key, run, _ = await self.runs.admission.start(caller.get().tenant, request.start, caused)
+            who, caused = caller.get(), Caused(request.request_id, await once(request, Answer("started")))
+            key, run, _ = await self.runs.admission.start(who.tenant, claimed(request.start), caused, who.user)
             run_id = run.name
         except Replayed as replayed:
             session, run_id = names.parse_run(v1.Run.FromString(replayed.response).name) or RunName("", "")
@@ -60,8 +61,8 @@ class RunsService(v1.RunServiceServicer):
         check = checked(request)
         check.start("start", request.start)
         await check.settled()
-        caused = Caused(request.request_id, await once(request, Answer("started")))
-        started = await self.runs.admission.start(caller.get().tenant, request.start, caused)
+        who, caused = caller.get(), Caused(request.request_id, await once(request, Answer("started")))
+        started = await self.runs.admission.start(who.tenant, claimed(request.start), caused, who.user)
         return names.render_run(started.key.session, started.run)
 
     async def GetRun(self, request: v1.GetRunRequest, context: Any) -> v1.Run:
@@ -80,7 +81,7 @@ class RunsService(v1.RunServiceServicer):
         key = await self.desk.parent(check, session) if request.parent != "sessions/-" else None
         about = ("runs", tenant, key.uid if key else "-", request.filter)
         query = listed(check, self.desk.pages, request, *about, fields=RUN_FILTER)
-        page: Page[v1.Run] = await self.store.list_runs(tenant, key, query)
+        page: Page[v1.Run] = await self.store.list_runs(tenant, key, query, caller.get().user)
         rows = []
         for row in page.rows:
             found = names.parse_run(row.name)

@@ -20,7 +20,17 @@ from notecase_server.rpc import filter as filters
 from notecase_server.rpc.caller import caller
 from notecase_server.rpc.desk import LARGE_BYTES, NOTHING, SESSION, Desk, checked, copied, listed, masked, once
 from notecase_server.rpc.validate import Check
-from notecase_server.store.contract import PAGE_BYTES, AgentStore, Answer, Commit, Committed, Once, SessionEdit
+from notecase_server.store.contract import (
+    PAGE_BYTES,
+    AgentStore,
+    And,
+    Answer,
+    Commit,
+    Committed,
+    Compare,
+    Once,
+    SessionEdit,
+)
 
 M = TypeVar("M", bound=Message)
 R = TypeVar("R")
@@ -53,6 +63,7 @@ class SessionsService(v1.SessionServiceServicer):
         check.new_session("session", request.session)
         check.first_state("state", request.state)
         await check.settled()
+        request.session.user = request.session.user or caller.get().user
         repeat = await once(request, SESSION)
         await self.desk.requests.recall(repeat)
         key = self.desk.sessions.new_key(caller.get().tenant, request.session_id or self.desk.new_id())
@@ -69,12 +80,16 @@ class SessionsService(v1.SessionServiceServicer):
         check = Check()
         session = check.session("name", request.name)
         check.done()
-        _, row = await self.desk.sessions.find(caller.get().tenant, session)
+        who = caller.get()
+        _, row = await self.desk.sessions.find(who.tenant, session, user=who.user)
         return names.render_session(row)
 
     async def ListSessions(self, request: v1.ListSessionsRequest, context: Any) -> v1.ListSessionsResponse:
         about = ("sessions", caller.get().tenant, request.filter)
         query = listed(Check(), self.desk.pages, request, *about, fields=SESSION_FILTER)
+        if user := caller.get().user:
+            mine = Compare("user", "=", user)
+            query = query._replace(where=mine if query.where is None else And((mine, query.where)))
         page = await self.store.list_sessions(caller.get().tenant, query)
         rows = [names.render_session(row) for row in page.rows]
         return v1.ListSessionsResponse(sessions=rows, next_page_token=self.desk.pages.token(page.next, *about))

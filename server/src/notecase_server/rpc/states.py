@@ -5,6 +5,7 @@ from typing import Any
 
 from notecase import v1
 
+from notecase_server import errors
 from notecase_server.auth import rights
 from notecase_server.rpc.caller import caller
 from notecase_server.rpc.desk import LARGE_BYTES, Desk, checked, listed, once
@@ -22,6 +23,7 @@ class States(v1.StateServiceServicer):
     async def GetState(self, request: v1.GetStateRequest, context: Any) -> v1.GetStateResponse:
         check = Check()
         scope = check.state("name", caller.get().tenant, request.name)
+        _require_own(check, scope)
         check(len(request.keys) <= MAX_PAGE_SIZE, "keys", f"has more than {MAX_PAGE_SIZE} keys")
         at = request.at_sequence
         check(at >= 0, "at_sequence", "is negative")
@@ -90,6 +92,16 @@ class States(v1.StateServiceServicer):
         return answers.of(answer, made)
 
 
+def _require_own(check: Check, scope: Scope) -> None:
+    """A caller that is bound to a user has no more to do with `app/state` than others with what needs a role, and other
+    users are not there for it: USER_NOT_FOUND."""
+    bound = caller.get().principal.user
+    if bound and scope.kind == "user" and scope.id != bound:
+        raise errors.not_found("user", f"users/{scope.id}")
+    check.own(not (bound and scope.kind == "app"), "name")
+
+
 def _require_right(check: Check, scope: Scope) -> None:
+    _require_own(check, scope)
     if scope.kind == "app":
         check.needs(rights.APP_STATE, "name")

@@ -92,6 +92,12 @@ TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 MEDIA_TYPE = re.compile(r"[a-z0-9][a-z0-9!#$&^_.+-]{0,126}/[a-z0-9][a-z0-9!#$&^_.+-]{0,126}( *;.{0,200})?")
 
 
+def _user() -> str:
+    """The user that the caller is bound to, by its whole name."""
+    who = caller.get(None)
+    return who.user if who is not None else ""
+
+
 class Check:
     """Collects what is wrong with one request. Every method takes the field's path first and says nothing when all is
     well; `done` raises them all, and so does every method that finds the last one of the budget."""
@@ -109,6 +115,8 @@ class Check:
         self._refusals: list[NotecaseError] = []
         self._missing: dict[str, Role] = {}
         """Fields that the caller may not set, each with the least role that may."""
+        self._bound: dict[str, Role] = {}
+        """The same of what a caller may not set that is bound to a user."""
 
     def __call__(self, ok: bool, field: str, description: str) -> bool:
         if not ok:
@@ -120,6 +128,8 @@ class Check:
     def done(self) -> None:
         """Raises NotecaseError ROLE_MISSING with all fields that the caller may not set, or INVALID_FIELD with all that
         is wrong; the reason of a part that has its own, such as TEMPLATE_ERROR, when nothing else is."""
+        if self._bound:
+            raise errors.bound_to_user(max(self._bound.values()).name, self._bound)
         if self._missing:
             raise errors.role_missing(max(self._missing.values()).name, self._missing)
         for field, text in self._alone:
@@ -140,9 +150,16 @@ class Check:
         await asyncio.sleep(0)
 
     def needs(self, role: Role, field: str) -> None:
-        """Takes note of a field that only a caller of that role may set."""
-        if not rights.has(caller.get().principal.role, role):
+        """Takes note of a field that only a caller of that role may set that is bound to no user."""
+        if caller.get().user:
+            self._bound[field] = role
+        elif not rights.has(caller.get().principal.role, role):
             self._missing[field] = role
+
+    def own(self, ok: bool, field: str) -> None:
+        """Takes note of a field that a caller that is bound to a user has set to what `ok` says is not its own."""
+        if not ok:
+            self._bound[field] = Role.USER
 
     @contextmanager
     def taking(self) -> Iterator[None]:
@@ -357,6 +374,9 @@ class Check:
         allowed = {v1.Message.ROLE_UNSPECIFIED, *roles}
         known = [v1.Message.Role.Name(role) for role in roles]
         self(message.role in allowed, f"{field}.role", f"wants {' or '.join(known)}")
+        if user := _user():
+            self.own(message.author in {"", user}, f"{field}.author")
+            self.own(message.role in {v1.Message.ROLE_UNSPECIFIED, v1.Message.ROLE_USER}, f"{field}.role")
         if message.author:
             speaks = names.parse_user(message.author) is not None or names.parse_agent(message.author) is not None
             self(speaks, f"{field}.author", "wants users/{user} or agents/{agent}")
@@ -621,6 +641,7 @@ class Check:
             self.agent(f"{field}.agent", session.agent)
         if session.user:
             self.user(f"{field}.user", session.user)
+            self.own(_user() in {"", session.user}, f"{field}.user")
         self.time(f"{field}.expire_time", session.expire_time)
         for name in ("ttl", "idle_ttl"):
             if session.HasField(name):
@@ -650,6 +671,7 @@ class Check:
         if start.agent:
             self.agent(f"{field}.agent", start.agent)
         self.chosen_id(f"{field}.run_id", start.run_id)
+        self.own(not (start.client_tools and _user()), f"{field}.client_tools")
         self.first_state(f"{field}.state", start.state)
         held = sum(map(_entry_bytes, start.state.items())) + sum(tool.ByteSize() for tool in start.client_tools)
         self(held <= PAGE_BYTES, field, f"has a state and client_tools of more than {PAGE_BYTES} bytes together")

@@ -2,7 +2,7 @@
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -169,8 +169,9 @@ class TableStore(ABC):
     async def get_run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
         return await self._of(key.tenant, key.uid, lambda tables: steps.whole_run(tables, key, run), None)
 
-    async def list_runs(self, tenant: str, session: SessionKey | None, query: Query) -> Page[v1.Run]:
-        return await self._read(lambda tables: take(steps.whole_runs(tables, tenant, session, query), query.limit))
+    async def list_runs(self, tenant: str, session: SessionKey | None, query: Query, user: str = "") -> Page[v1.Run]:
+        whole = partial(steps.whole_runs, tenant=tenant, session=session, query=query, user=user)
+        return await self._read(lambda tables: take(whole(tables), query.limit))
 
     async def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
         return await self._read(lambda tables: tables.active_run(key, run))
@@ -232,6 +233,11 @@ class TableStore(ABC):
 
     async def get_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
         return await self._read(lambda tables: content.get_blob(tables, tenant, sha256))
+
+    async def known_blobs(self, tenant: str, subject: str, user: str, digests: Collection[str]) -> set[str]:
+        return await self._read(
+            lambda tables: {each for each in digests if tables.knows_blob(tenant, each, subject, user)}
+        )
 
     async def touch_blob(self, tenant: str, subject: str, sha256: str) -> v1.Blob | None:
         return await self._write(partial(content.touch_blob, tenant=tenant, subject=subject, sha256=sha256))

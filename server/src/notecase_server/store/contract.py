@@ -12,7 +12,7 @@ Time is a count of microseconds since 1970, UTC, from the clock the store was op
 key. Every method may raise NotecaseError STORE_UNAVAILABLE, after which nothing of the call was kept.
 """
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -529,10 +529,10 @@ class RunStore(Protocol):
         """The run, `reply` in full, and the digest it was started with."""
         ...
 
-    async def list_runs(self, tenant: str, session: SessionKey | None, query: Query) -> Page[v1.Run]:
-        """Of one session, or of all: the last created first, those of one microsecond by session's uid and id
-        descending. Positions are (create_time, uid, id). Ends at PAGE_BYTES. `reply` is in full, `name` is
-        "sessions/{session}/runs/{run}" (this list alone can span sessions)."""
+    async def list_runs(self, tenant: str, session: SessionKey | None, query: Query, user: str = "") -> Page[v1.Run]:
+        """Of one session, or of all, or of all of a user ("users/{user}"): the last created first, those of one
+        microsecond by session's uid and id descending. Positions are (create_time, uid, id). Ends at PAGE_BYTES.
+        `reply` is in full, `name` is "sessions/{session}/runs/{run}" (this list alone can span sessions)."""
         ...
 
     async def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
@@ -641,6 +641,11 @@ class BlobStore(Protocol):
 
     async def get_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
         """Name and size."""
+        ...
+
+    async def known_blobs(self, tenant: str, subject: str, user: str, digests: Collection[str]) -> set[str]:
+        """Those of the blobs that the subject uploaded, or that a session or the state of that user ("users/{user}")
+        refers to."""
         ...
 
     async def touch_blob(self, tenant: str, subject: str, sha256: str) -> v1.Blob | None:

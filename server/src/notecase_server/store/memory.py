@@ -546,18 +546,25 @@ class _MemoryTables(Saving):
     def drop_record(self, key: SessionKey, run: str) -> None:
         self._existing(key).runs[run].agent = None
 
-    def runs(self, tenant: str, session: SessionKey | None, query: Query) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
+    def runs(
+        self, tenant: str, session: SessionKey | None, query: Query, user: str
+    ) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
         rows = self._tenants[tenant]
         of_session = self._session(session) if session is not None else None
         started = rows.started if session is None else of_session.started if of_session else []
         for position in _before(started, query.after):
             _, uid, name = position
-            if uid not in rows.sessions:
+            if uid not in rows.sessions or (user and self._user(tenant, uid) != user):
                 continue
             body = rows.sessions[uid].runs[name].body
             found = v1.Run.FromString(body)
             if matches(query.where, found, RUN_COLUMNS):
                 yield SessionKey(tenant, rows.sessions[uid].name, uid), Found(position, found, len(body))
+
+    def _user(self, tenant: str, uid: str) -> str:
+        """Of a session; empty where there is none."""
+        row = self._tenants[tenant].sessions.get(uid)
+        return v1.Session.FromString(row.body).user if row else ""
 
     def changed_runs(self, key: SessionKey, at: int) -> list[v1.Run]:
         session = self._session(key)
@@ -699,6 +706,17 @@ class _MemoryTables(Saving):
     def uploaded(self, tenant: str, subject: str, sha256: str) -> bool:
         found = self._tenants[tenant].blobs.get(sha256)
         return found is not None and subject in found.uploaders
+
+    def knows_blob(self, tenant: str, sha256: str, subject: str, user: str) -> bool:
+        found = self._tenants[tenant].blobs.get(sha256)
+        return found is not None and (
+            subject in found.uploaders
+            or any(
+                user == (f"users/{scope.id}" if scope.kind == "user" else self._user(tenant, scope.id))
+                for scope, _ in found.references
+                if scope.kind != "app"
+            )
+        )
 
     def delete_blob(self, tenant: str, sha256: str) -> None:
         del self._tenants[tenant].blobs[sha256]

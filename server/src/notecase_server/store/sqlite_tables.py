@@ -561,18 +561,21 @@ class SqliteTables(Saving):
     def drop_record(self, key: SessionKey, run: str) -> None:
         self._execute("DELETE FROM active_runs WHERE tenant = ? AND uid = ? AND run = ?", (*_of(key), run))
 
-    def runs(self, tenant: str, session: SessionKey | None, query: Query) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
+    def runs(
+        self, tenant: str, session: SessionKey | None, query: Query, user: str
+    ) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
         where, values = _where(query, RUN_COLUMNS, "(create_time, uid, run) < (?, ?, ?)")
         # Of one session, its own index always: the planner could think that of a state would do as well.
         source, place = ("runs INDEXED BY runs_by_session", " AND uid = ?") if session else ("runs", "")
+        whose = " AND s.user = ?" if user else ""
         if session is None and _is_unended(query.where):
             place = f" AND {UNENDED}"
         rows = self._execute(
             f"""SELECT create_time, uid, run, body, (SELECT session FROM sessions s
                     WHERE s.tenant = runs.tenant AND s.uid = runs.uid) FROM {source} WHERE tenant = ?{place}{where}
-                AND EXISTS (SELECT 1 FROM sessions s WHERE s.tenant = runs.tenant AND s.uid = runs.uid)
+                AND EXISTS (SELECT 1 FROM sessions s WHERE s.tenant = runs.tenant AND s.uid = runs.uid{whose})
                 ORDER BY create_time DESC, uid DESC, run DESC LIMIT ?""",
-            (tenant, *([session.uid] if session else []), *values, query.limit + 1),
+            (tenant, *([session.uid] if session else []), *values, *([user] if user else []), query.limit + 1),
         )
         for create_time, uid, run, body, name in rows:
             found = Found((create_time, uid, run), v1.Run.FromString(body), len(body))
@@ -739,6 +742,19 @@ class SqliteTables(Saving):
     def uploaded(self, tenant: str, subject: str, sha256: str) -> bool:
         statement = "SELECT 1 FROM uploaders WHERE tenant = ? AND sha256 = ? AND subject = ?"
         return self._one(statement, tenant, sha256, subject) is not None
+
+    def knows_blob(self, tenant: str, sha256: str, subject: str, user: str) -> bool:
+        return self.uploaded(tenant, subject, sha256) or (
+            self._one(
+                """SELECT 1 FROM blob_references r WHERE r.tenant = ? AND r.sha256 = ? AND (
+                        r.kind = 'user' AND 'users/' || r.id = ?
+                        OR r.kind = 'session' AND EXISTS (
+                            SELECT 1 FROM sessions s WHERE s.tenant = r.tenant AND s.uid = r.id AND s.user = ?))
+                    LIMIT 1""",
+                *(tenant, sha256, user, user),
+            )
+            is not None
+        )
 
     def delete_blob(self, tenant: str, sha256: str) -> None:
         for table in ("blobs", "uploaders"):

@@ -427,9 +427,11 @@ def _resolve_reply(tables: Tables, key: SessionKey, run: v1.Run) -> None:
         run.reply.CopyFrom(reply)
 
 
-def whole_runs(tables: Tables, tenant: str, session: SessionKey | None, query: Query) -> Iterator[Found[v1.Run]]:
+def whole_runs(
+    tables: Tables, tenant: str, session: SessionKey | None, query: Query, user: str
+) -> Iterator[Found[v1.Run]]:
     """The rows of Store.list_runs, some read at a time, with their replies."""
-    rows = tables.runs(tenant, session, query)
+    rows = tables.runs(tenant, session, query, user)
     while some := list(islice(rows, min(query.limit + 1, REPLIES))):
         names = [(key.uid, found.row.reply.name) for key, found in some if found.row.HasField("reply")]
         replies = tables.named_messages(tenant, names)

@@ -342,8 +342,10 @@ class Tables(Protocol):
         """Forgets the agent of a run that has ended: it is not active any more."""
         ...
 
-    def runs(self, tenant: str, session: SessionKey | None, query: Query) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
-        """With the session of each."""
+    def runs(
+        self, tenant: str, session: SessionKey | None, query: Query, user: str
+    ) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
+        """With the session of each; where `user` is set, of that user's sessions only."""
         ...
 
     def changed_runs(self, key: SessionKey, at: int) -> list[v1.Run]:
@@ -425,6 +427,10 @@ class Tables(Protocol):
 
     def uploaded(self, tenant: str, subject: str, sha256: str) -> bool:
         """Whether that subject uploaded it."""
+        ...
+
+    def knows_blob(self, tenant: str, sha256: str, subject: str, user: str) -> bool:
+        """Whether that subject uploaded it, or a session or the state of that user refers to it."""
         ...
 
     def delete_blob(self, tenant: str, sha256: str) -> None: ...

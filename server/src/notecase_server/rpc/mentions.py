@@ -1,0 +1,36 @@
+"""Looks at what a request refers to, for a caller that is bound to a user: content that is not its own is not there."""
+
+from google.protobuf.message import Message
+
+from notecase_server import errors, names
+from notecase_server.errors import Violation
+from notecase_server.rpc.caller import caller
+from notecase_server.store.contract import BlobStore
+from notecase_server.store.fold import references
+
+MAX_MENTIONED = 1000
+"""Blobs that one request may refer to: no valid one refers to more."""
+
+UPLOAD = "/notecase.v1.BlobService/UploadBlob"
+"""It names what it is about to send."""
+
+
+class Mentions:
+    """Judges the requests of one server, each before its handler sees it."""
+
+    def __init__(self, store: BlobStore) -> None:
+        self._store = store
+
+    async def require_own(self, message: Message) -> None:
+        """Raises NotecaseError BLOB_NOT_FOUND for a reference to content that the caller did not upload, and that no
+        session of its user refers to, nor that user's state."""
+        who = caller.get()
+        if not who.user or who.method == UPLOAD:
+            return
+        named = {sha256: blob.name for blob in references(message) if (sha256 := names.parse_blob(blob.name))}
+        if len(named) > MAX_MENTIONED:
+            raise errors.invalid([Violation("request", f"refers to more than {MAX_MENTIONED} blobs")])
+        if named:
+            known = await self._store.known_blobs(who.tenant, who.principal.subject, who.user, named)
+            for sha256 in named.keys() - known:
+                raise errors.not_found("blob", named[sha256])
