@@ -41,7 +41,10 @@ ROOMS: dict[str, Room] = {
     "errors": Room(set(), "Everybody raises them, so they know nobody."),
     "limit": Room(set(), "How long is too long is told in the same way by whoever waits."),
     "names": Room({"errors", "store.contract"}, "A resource's name becomes its key in one place."),
-    "config": Room({"errors", "tools.mcp"}, "Settings are read once and handed in; nobody asks for them."),
+    "loopback": Room(set(), "What stays on this machine is the same to those who serve and those who ask."),
+    "config": Room(
+        {"auth", "errors", "loopback", "tools.mcp"}, "Settings are read once and handed in; nobody asks for them."
+    ),
     "supervisor": Room({"errors", "store.contract"}, "Who answers for a task is the same everywhere."),
     "store.contract": Room({"errors"}, "A promise knows none of those who keep it."),
     "store.fold": Room({"errors", "store.contract"}, "What a log means is the same on every store."),
@@ -96,7 +99,10 @@ ROOMS: dict[str, Room] = {
         | {"supervisor", "tools.clock", "tools.contract", "tools.naming"},
         "Runs are the same whatever stores, answers or carries them.",
     ),
-    "auth": Room({"errors", "store.contract"}, "Who calls is found out without a look at what they ask."),
+    "auth": Room(
+        {"errors", "names", "store.contract", "supervisor"},
+        "Who calls is found out without a look at what they ask.",
+    ),
     "rpc": Room(
         {
             "auth",
@@ -114,7 +120,7 @@ ROOMS: dict[str, Room] = {
         "The doorway leads to the engine, and to the store's contract for what is only read.",
     ),
     "serve": Room({"*"}, "The one place that composes, and so the one that sees all."),
-    "cli": Room({"client"}, "A command is a client of a server, and knows it only by its address."),
+    "cli": Room({"client", "loopback"}, "A command is a client of a server, and knows it only by its address."),
     "cli.keys": Room({"cli", "client", "serve", "store.contract"}, "The first key is made where no server is."),
     "cli.serve": Room(
         {"auth", "cli", "serve", "config", "store.contract", "tools.contract", "tools.mcp"},
@@ -135,9 +141,11 @@ class Line(NamedTuple):
 LINES: dict[str, Line] = {
     "*.StatusCode": Line({"rpc.interceptor"}, "A failure becomes a status in one place."),
     "*.abort": Line({"rpc.interceptor"}, "As for statuses: everywhere else a failure is raised."),
-    "grpc*": Line({"rpc", "cli.health"}, "Only the doorway and its caller know the transport."),
+    "grpc*": Line({"rpc", "auth.tls", "cli.health"}, "Only the doorway and its caller know the transport."),
+    "cryptography": Line({"auth.tls"}, "Certificates are read in one place."),
+    "jwt": Line({"auth.jwks", "auth.tokens"}, "Tokens are judged in one place."),
     "openai": Line({"models.openai"}, "One provider's ways stay behind the contract."),
-    "aiohttp": Line({"models.wire"}, "A model is asked over one kind of connection."),
+    "aiohttp": Line({"models.wire", "auth.jwks"}, "A model is asked over one kind of connection, and so are keys."),
     "httpx2": Line(
         {"models.openai", "models.proxies", "models.wire", "tools.mcp"},
         "URLs and certificates mean what they mean to the openai SDK, and MCP's library sends with it.",
@@ -153,7 +161,7 @@ LINES: dict[str, Line] = {
     "click": Line({"cli"}, "Nothing below the command asks what was typed."),
     "prompt_toolkit": Line({"cli.terminal"}, "Only a conversation edits lines."),
     "uvloop": Line({"cli.serve", "serve"}, "Which loop runs is no business of what runs on it."),
-    "os.environ*": Line({"config"}, "Settings have one reader."),
+    "os.environ*": Line({"config", "cli.grpc_log"}, "Settings have one reader."),
     "os.getenv*": Line({"config"}, "As os.environ."),
     "uuid": Line({"serve", "cli"}, "Ids are passed in, so that tests are exact."),
     "uuid_utils": Line({"serve", "cli"}, "As uuid."),

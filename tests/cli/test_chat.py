@@ -80,7 +80,7 @@ async def test_another_agent_answers_in_a_resumed_session(served: Running, agent
     await open_case(served, agent)
     clerk = v1.Agent(llm=v1.LlmAgent(instruction="Be brief."))
     await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=clerk))
-    there = {"NOTECASE_SERVER": served.address, "NOTECASE_AGENT": "clerk@1"}
+    there = {"NOTECASE_ADDRESS": served.address, "NOTECASE_AGENT": "clerk@1"}
     done = await notecase("chat", "--session", "case", env=there, said="Hello\n")
     assert "I was told: Be brief.\n" in done.out
     assert "agents/detective" == (await only_session(served)).agent
@@ -192,7 +192,7 @@ async def test_words_cannot_command_the_terminal(served: Running, agent: v1.Agen
 
 
 async def test_what_is_missing_is_a_sentence_and_exit_code_1(served: Running) -> None:
-    there = {"NOTECASE_SERVER": served.address}
+    there = {"NOTECASE_ADDRESS": served.address}
     assert (1, "", "Error: There is no session 'sessions/none'.\n") == await notecase(
         "chat", "--session", "none", env=there
     )
@@ -207,7 +207,7 @@ async def test_what_is_missing_is_a_sentence_and_exit_code_1(served: Running) ->
     done = await notecase("chat", said="Hello\n", env=there)
     assert 1 == done.code
     assert done.err.endswith("for example of clerk, tutor.\n")
-    done = await notecase("chat", said="Hello\n", env={"NOTECASE_SERVER": "127.0.0.1:1"})
+    done = await notecase("chat", said="Hello\n", env={"NOTECASE_ADDRESS": "127.0.0.1:1"})
     assert 1 == done.code
     assert done.err.startswith("Error: No server can be reached at 127.0.0.1:1.")
 

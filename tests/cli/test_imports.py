@@ -73,7 +73,7 @@ async def test_a_command_that_asks_a_server_imports_the_client_alone(
     session = v1.Session(agent=agent.name)
     await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case", session=session))
     words = (str(tmp_path / "file") if word == "FILE" else word for word in arguments)
-    assert CLIENT == await imported(*words, env={"NOTECASE_SERVER": served.address})
+    assert CLIENT == await imported(*words, env={"NOTECASE_ADDRESS": served.address})
 
 
 async def test_health_needs_no_client(served: Running) -> None:

@@ -96,7 +96,7 @@ async def test_agents_are_a_table_and_one_is_shown_with_its_instruction(served: 
 
 @pytest.mark.parametrize("command", [["sessions"], ["sessions", "show", "s"], ["agents"], ["agents", "show", "a"]])
 async def test_a_server_that_is_not_there_is_told_in_a_sentence(command: list[str]) -> None:
-    done = await notecase(*command, env={"NOTECASE_SERVER": NOBODY})
+    done = await notecase(*command, env={"NOTECASE_ADDRESS": NOBODY})
     assert (1, "") == (done.code, done.out)
     assert done.err.startswith(f"Error: No server can be reached at {NOBODY}.")
 

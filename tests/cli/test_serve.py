@@ -52,7 +52,7 @@ async def test_an_unknown_command_is_told_with_one_like_it() -> None:
 async def test_an_address_beyond_this_machine_wants_to_be_called_insecure(listen: str) -> None:
     done = await notecase("serve", "--listen", listen, "--store", "memory:")
     assert 1 == done.code
-    assert done.err.startswith(f"Error: {listen} can be reached from other machines")
+    assert done.err.startswith(f"Error: --listen: {listen} can be reached from other machines")
     assert "--insecure" in done.err
 
 
@@ -111,7 +111,7 @@ async def test_a_provider_that_cannot_work_is_told_before_anything_is_served(
 
 
 async def test_health_is_an_exit_code(served: Running) -> None:
-    done = await notecase("health", env={"NOTECASE_SERVER": served.address})
+    done = await notecase("health", env={"NOTECASE_ADDRESS": served.address})
     assert (0, "SERVING\n") == (done.code, done.out)
     done = await notecase("health", "--server", NOBODY)
     assert (1, f"Error: {NOBODY} does not answer (UNAVAILABLE).\n") == (done.code, done.err)

@@ -71,7 +71,7 @@ async def test_a_state_in_a_pipe_is_one_object_of_json(served: Running, case: st
 
 async def test_one_key_is_its_value_alone(served: Running, case: str) -> None:
     """Text and bytes as they are, so that a file comes out as it went in; --json is JSON always."""
-    there = {"NOTECASE_SERVER": served.address}
+    there = {"NOTECASE_ADDRESS": served.address}
     assert (0, "the missing violin\n", "") == await notecase("state", "get", "case", "case", env=there)
     assert (0, '"the missing violin"\n', "") == await notecase("state", "get", "case", "case", "--json", env=there)
     assert (0, '["a", 1.5, null]\n', "") == await notecase("state", "get", "case", "tags", env=there)
@@ -148,7 +148,7 @@ async def test_a_file_is_put_and_read_back(served: Running, client: Client, case
 
 async def test_a_put_prints_the_version_that_the_next_one_can_ask_for(served: Running, client: Client) -> None:
     """Of two who saw the same version one is told the current one."""
-    there = {"NOTECASE_SERVER": served.address}
+    there = {"NOTECASE_ADDRESS": served.address}
     version = "0"
     for value in ("first", "second"):
         done = await notecase("state", "put", "app", "k", value, "--if-version", version, env=there)

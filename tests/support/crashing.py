@@ -242,8 +242,8 @@ def main() -> None:
         grace=options.grace,
     )
 
-    def ready(port: int) -> None:
-        sys.stdout.write(f"listening on port {port}\n")
+    def ready(server: serve.Server) -> None:
+        sys.stdout.write(f"listening on port {server.port}\n")
         sys.stdout.flush()
 
     with ExitStack() as dying, mock.patch.object(serve, "open_store", open_mortal):

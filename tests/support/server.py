@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import grpc
 from notecase import Client, v1
+from notecase_server.auth.files import Files
 from notecase_server.auth.principal import AuthContext, Authenticator, Metadata, Principal, Role
 from notecase_server.config import Settings
 from notecase_server.models.contract import Provider
@@ -67,12 +68,14 @@ async def running(
     toolbox: Toolbox | None = None,
     clock: Clock = now,
     authenticators: Sequence[Authenticator] = (ByTenant(),),
-    **bounds: Any,
+    files: Files | None = None,
+    credentials: grpc.ChannelCredentials | None = None,
+    **others: Any,
 ) -> AsyncIterator[Running]:
-    """Serves until the block is left, then stops as SIGTERM would. `store` by its address, or open; `bounds` are
-    further settings, by name."""
+    """Serves until the block is left, then stops as SIGTERM would. `store` by its address, or open; `credentials` are
+    those of the channel, none for plain text; `others` are further settings by name."""
     kind = store if isinstance(store, str) else store.kind
-    settings = Settings(listen="127.0.0.1:0", store=kind, grace=grace, **{"max_runs": 100, **bounds})
+    settings = Settings(listen="127.0.0.1:0", store=kind, grace=grace, **{"max_runs": 100, **others})
     server = Server(
         settings,
         await open_store(store, clock) if isinstance(store, str) else store,
@@ -82,10 +85,13 @@ async def running(
         pace=pace,
         make_id=new_id,
         clock=clock,
+        files=files,
     )
     address = f"127.0.0.1:{await server.start()}"
     try:
-        async with grpc.aio.insecure_channel(address) as channel:
+        async with (
+            grpc.aio.secure_channel(address, credentials) if credentials else grpc.aio.insecure_channel(address)
+        ) as channel:
             yield Running(server, address, channel)
     finally:
         await server.stop()

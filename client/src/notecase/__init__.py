@@ -3,6 +3,7 @@
 from notecase import v1
 from notecase.client import Client, RunWaiting
 from notecase.commands import Commands
+from notecase.connection import Token
 from notecase.errors import NotecaseError, Resource, Violation
 from notecase.retry import Retry
 from notecase.stream import RunStream
@@ -22,6 +23,7 @@ __all__ = [
     "RunStream",
     "RunWaiting",
     "SessionView",
+    "Token",
     "Tool",
     "Violation",
     "from_value",

@@ -1,31 +1,23 @@
 """One connection to a notecase server: every call typed, and the few made all the time in a line each."""
 
 import uuid
-from collections.abc import AsyncIterator, Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import grpc
-from grpc import aio
 
 from notecase import v1
 from notecase.calls import Turns
 from notecase.commands import Commands
+from notecase.connection import Connection, Token
 from notecase.content import Contents
 from notecase.errors import NotecaseError
 from notecase.retry import Retry, repeat
 from notecase.stream import RunStream, waits_for_others
 from notecase.tools import Tool, as_tools
 from notecase.values import Plain, from_value, to_message, to_value
-
-_OPTIONS: Mapping[str, int] = {
-    "grpc.keepalive_time_ms": 20_000,  # notices a peer that vanished; the server allows a ping every 10 s
-    "grpc.keepalive_timeout_ms": 10_000,
-    "grpc.http2.max_pings_without_data": 0,  # the connection of a silent stream is to be watched still
-    "grpc.max_reconnect_backoff_ms": 2_000,  # grpc's own two minutes would outlast every retry here
-}
 
 
 class RunWaiting(Exception):
@@ -51,25 +43,37 @@ class Client(Commands):
     bound one in time, use `asyncio.timeout`. Those inherited from `Commands` speak to a run by its name, such as
     `client.approve(run.name, run.pending_inputs[0].input_id)`.
 
-    `token` is a key, sent with every call. Without `credentials` the connection is plain text. `options` are grpc
-    channel options and win over the client's own.
+    `token` is sent with every call: a key, or the token of an identity provider. A function is asked for it before each
+    call, may be asynchronous, and returns at once what it has until that expires; a stream whose token has expired goes
+    on with the next one.
+
+    On this machine the connection is plain text, and by TLS with `ca`, a file of certificates as PEM, or its bytes.
+    Beyond it the connection is by TLS: with `ca`, or by the authorities that grpc knows. `plaintext` makes it plain
+    text there too, `token` included. `credentials` are grpc's own and stand for all of this, for example with a client
+    certificate: `grpc.ssl_channel_credentials(ca, key, certificate)`.
+
+    Without `target`, `token` and `ca` there are NOTECASE_ADDRESS, NOTECASE_TOKEN and NOTECASE_CA; without these, the
+    server is looked for at 127.0.0.1:7420. `options` are grpc channel options and win over the client's own.
+
+    Raises ValueError for a token that cannot be sent, OSError for a file of `ca` that cannot be read.
     """
 
     def __init__(
         self,
-        target: str = "127.0.0.1:7420",
+        target: str | None = None,
         *,
+        token: Token | None = None,
+        ca: str | PathLike[str] | bytes | None = None,
+        plaintext: bool = False,
         credentials: grpc.ChannelCredentials | None = None,
-        token: str = "",
         options: Sequence[tuple[str, Any]] = (),
         retry: Retry | None = None,
     ) -> None:
-        merged = [*{**_OPTIONS, **dict(options)}.items()]
-        self._channel = (
-            aio.secure_channel(target, credentials, merged) if credentials else aio.insecure_channel(target, merged)
+        self._connection = Connection(
+            target, token=token, ca=ca, plaintext=plaintext, credentials=credentials, options=options
         )
         self._retry = retry or Retry()
-        channel = cast(aio.Channel, _Channel(self._channel, token))
+        channel = self._connection.channel
         self.agents = v1.AgentServiceStub(channel)
         self.sessions = v1.SessionServiceStub(channel)
         self.state = v1.StateServiceStub(channel)
@@ -92,7 +96,7 @@ class Client(Commands):
 
     async def close(self) -> None:
         """Closes the connection and every call on it; runs go on in the server. May be called twice."""
-        await self._channel.close()
+        await self._connection.close()
 
     async def create_session(
         self,
@@ -258,7 +262,7 @@ class Client(Commands):
             start.new_session.name = f"sessions/{uuid.uuid4().hex}"
             start.new_session.agent = agent.partition("@")[0]
         first = v1.RunRequest(command_id=uuid.uuid4().hex, start=start)
-        return RunStream(self.runs, first, self._retry, tools=functions.values(), turns=self._turns)
+        return self._follow(first, functions.values())
 
     def attach(
         self,
@@ -277,7 +281,7 @@ class Client(Commands):
         Raises TypeError for a function that cannot be a tool. Entering raises NotecaseError: SEQUENCE_AHEAD,
         SESSION_NOT_FOUND, RUN_NOT_FOUND."""
         first = v1.RunRequest(attach=v1.AttachRun(name=name, after_sequence=after_sequence, options=options))
-        return RunStream(self.runs, first, self._retry, tools=tools, turns=self._turns)
+        return self._follow(first, tools)
 
     async def invoke(
         self,
@@ -342,80 +346,13 @@ class Client(Commands):
             if not request.page_token:
                 return
 
+    def _follow(self, first: v1.RunRequest, tools: Iterable[Callable[..., Any] | Tool]) -> RunStream:
+        renews = self._connection.renews_token
+        return RunStream(self.runs, first, self._retry, tools=tools, turns=self._turns, renews_token=renews)
+
     async def _get_run(self, name: str) -> v1.Run:
         return await repeat(self._retry, lambda: self.runs.GetRun(v1.GetRunRequest(name=name)))
 
 
 def _values(plain: Mapping[str, Plain] | None) -> dict[str, v1.Value]:
     return {key: to_value(value) for key, value in (plain or {}).items()}
-
-
-class _Channel:
-    """A channel as the stubs use it, whose calls raise NotecaseError.
-
-    Not an interceptor: those put a task and a queue between caller and call, and lose the call's metadata."""
-
-    def __init__(self, channel: aio.Channel, token: str) -> None:
-        credential = (("authorization", f"Bearer {token}"),) if token else ()
-        self.unary_unary = _translated(channel.unary_unary, credential)
-        self.unary_stream = _translated(channel.unary_stream, credential)
-        self.stream_unary = _translated(channel.stream_unary, credential)
-        self.stream_stream = _translated(channel.stream_stream, credential)
-
-
-def _translated(
-    shape: Callable[..., Callable[..., Any]], credential: Sequence[tuple[str, str]]
-) -> Callable[..., Callable[..., Any]]:
-    def multicallable(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-        method = shape(*args, **kwargs)
-
-        def call(*args: Any, metadata: Iterable[tuple[str, Any]] | None = None, **kwargs: Any) -> _Call:
-            return _Call(method(*args, metadata=(*credential, *(metadata or ())), **kwargs))
-
-        return call
-
-    return multicallable
-
-
-class _Call:
-    """A call in progress: all that can raise is translated, the rest is grpc's."""
-
-    def __init__(self, call: Any) -> None:
-        self._call = call
-        self._responses: AsyncIterator[Any] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._call, name)
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        with _translating():
-            return (yield from self._call.__await__())
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Any:
-        if self._responses is None:
-            self._responses = aiter(self._call)
-        with _translating():
-            return await anext(self._responses)
-
-    async def read(self) -> Any:
-        with _translating():
-            return await self._call.read()
-
-    async def write(self, request: Any) -> None:
-        with _translating():
-            await self._call.write(request)
-
-    async def wait_for_connection(self) -> None:
-        with _translating():
-            await self._call.wait_for_connection()
-
-
-@contextmanager
-def _translating() -> Iterator[None]:
-    try:
-        yield
-    except aio.AioRpcError as error:
-        raise NotecaseError.from_rpc_error(error) from error

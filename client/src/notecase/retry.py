@@ -33,18 +33,25 @@ class Retry:
 class Backoff:
     """Counts failures in a row and waits between them."""
 
-    def __init__(self, retry: Retry) -> None:
+    def __init__(self, retry: Retry, renews_token: bool = False) -> None:
+        """With `renews_token` a refused token is worth one more try, with the next one."""
         self._retry = retry
+        self._renews = renews_token
         self._failures = 0
+        self._refused = False
 
     def progress(self) -> None:
         """There was success: the next failure is a first one."""
         self._failures = 0
+        self._refused = False
 
     async def wait(self, error: NotecaseError | Gap) -> None:
         """Waits until it is time to try again; raises `error` when that is of no use, or was tried often enough."""
-        if self._failures >= self._retry.tries or not _may_pass(error):
+        refused = isinstance(error, NotecaseError) and error.code is grpc.StatusCode.UNAUTHENTICATED
+        worth = self._renews and not self._refused if refused else _may_pass(error)
+        if self._failures >= self._retry.tries or not worth:
             raise error
+        self._refused |= refused
         delay = min(self._retry.first_delay * 2**self._failures, self._retry.max_delay)
         self._failures += 1
         # Spread out, so that the clients of a server that restarts do not come back all at once.

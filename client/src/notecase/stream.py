@@ -25,8 +25,9 @@ class RunStream:
     start is to name its session (or new_session) and its run_id, which make it safe to repeat.
 
     Events of the log come in the order of their sequence, each exactly once; passing events (sequence 0) in between.
-    When the connection breaks, the server restarts or another process takes the run over, the stream attaches again
-    after the last entry it gave out, as patiently as `Retry` says. Open blocks then come again whole; `view` knows.
+    When the connection breaks, the server restarts, another process takes the run over, or the token expires and is one
+    that is renewed, the stream attaches again after the last entry it gave out, as patiently as `Retry` says. Open
+    blocks then come again whole; `view` knows.
 
     Entering raises NotecaseError when the service refuses the start or cannot be reached, iterating when it can no
     longer be reached or the session is deleted. A run that fails is no error of the stream: see `result`. The stream
@@ -53,13 +54,14 @@ class RunStream:
         *,
         tools: Iterable[Callable[..., Any] | Tool] = (),
         turns: Turns | None = None,
+        renews_token: bool = False,
     ) -> None:
         """`tools` are answered here; the start declares those that the agent does not. Streams with the same `turns`
-        share out their calls."""
+        share out their calls. With `renews_token` the next call of the stub may have another token."""
         self._stub = stub
         self._first = first
         retry = retry or Retry()
-        self._backoff = Backoff(retry)
+        self._backoff = Backoff(retry, renews_token)
         self._commands = Commands(stub, retry)
         self._tools = as_tools(tools)
         self._calls = Calls(self._tools, self._commands, turns or Turns(), self._fail)

@@ -1,15 +1,18 @@
 """The settings of a server, and the only reader of the environment beside the command line's own options."""
 
-import ipaddress
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import structlog
 
+from notecase_server.auth.keys import MIN_ADMIN_KEY
+from notecase_server.auth.tables import Mistake
+from notecase_server.loopback import is_loopback
 from notecase_server.tools.mcp_settings import McpServerSettings
 
 
@@ -37,12 +40,26 @@ class Settings:
     """Everything a server is told."""
 
     listen: str
+    """HOST:PORT or unix:PATH: TLS where `tls` is set, and plain text otherwise."""
+    listen_mtls: str = ""
+    """HOST:PORT for callers with a certificate that `tls_client_ca` signed; empty for none."""
+    tls_cert: Path | None = None
+    """The certificate of the server, followed by those that lead to one that callers know."""
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    """All three are PEM, and read again when they change."""
+    client_principals: Path | None = None
+    """A file for `read_client_principals`."""
+    issuers: Path | None = None
+    """A file for `read_issuers`."""
+    behind_tls_proxy: str = ""
+    """The only other machines that are served, for `read_networks`, since they do TLS; empty where none does."""
     auth: Literal["auto", "keys"] = "auto"
     """With "auto" callers need a credential when the store has ever had a key."""
     admin_key: str = ""
     """A key that the operator chose, for an admin of the tenant `default`; empty for none."""
     insecure: bool = False
-    """Everybody who reaches the port may do all."""
+    """Everybody who reaches the address may do all, and may be listened to."""
     store: str = "memory:"
     max_runs: int = 1000
     max_calls: int = 10_000
@@ -71,14 +88,60 @@ class Settings:
     mcp_servers: Mapping[str, McpServerSettings] = field(default_factory=dict)
 
     @property
+    def has_tls(self) -> bool:
+        return bool(self.tls_cert or self.tls_key)
+
+    @property
     def has_credentials(self) -> bool:
         """Whether callers need a credential, as far as is known without the store."""
-        return self.auth == "keys" or self.admin_key != ""
+        return self.auth == "keys" or bool(self.admin_key or self.issuers or self.client_principals)
 
 
 def admin_key_from_environment() -> str:
     """NOTECASE_ADMIN_KEY, which is no option since other users of the machine see those. Empty for none."""
     return os.environ.get("NOTECASE_ADMIN_KEY", "")
+
+
+def exposure_mistakes(settings: Settings) -> Iterator[Mistake]:
+    """Yields what does not go together of where a server listens, what protects it there, and who may call."""
+    if (key := settings.admin_key) and (len(key) < MIN_ADMIN_KEY or not key.isprintable() or " " in key):
+        text = f"This is not a key, which has at least {MIN_ADMIN_KEY} printable characters and no space."
+        yield Mistake("NOTECASE_ADMIN_KEY", text)
+    if settings.tls_cert and not settings.tls_key:
+        yield Mistake("--tls-key", "This is missing: --tls-cert needs its key.")
+    if settings.tls_key and not settings.tls_cert:
+        yield Mistake("--tls-cert", "This is missing: --tls-key needs its certificate.")
+    if settings.listen_mtls:
+        for option, given, why in (
+            ("--tls-cert", settings.tls_cert, "has TLS"),
+            ("--tls-client-ca", settings.tls_client_ca, "takes certificates that these authorities signed"),
+            ("--client-principals", settings.client_principals, "asks this file whom a certificate names"),
+        ):
+            if not given:
+                yield Mistake(option, f"This is missing: --listen-mtls {why}.")
+    else:
+        for option, given in (
+            ("--tls-client-ca", settings.tls_client_ca),
+            ("--client-principals", settings.client_principals),
+        ):
+            if given:
+                yield Mistake(option, "This is for --listen-mtls, which is missing.")
+    if settings.behind_tls_proxy and settings.has_tls:
+        yield Mistake("--behind-tls-proxy", "Either a proxy does TLS, or this server by --tls-cert.")
+    if settings.insecure and (settings.has_credentials or settings.behind_tls_proxy):
+        yield Mistake("--insecure", "Everybody may call: this goes neither with credentials nor with a proxy's.")
+    if not settings.insecure and not is_loopback(settings.listen):
+        yield from _unprotected(settings)
+
+
+def _unprotected(settings: Settings) -> Iterator[Mistake]:
+    beyond = f"{settings.listen} can be reached from other machines, and"
+    if not settings.has_tls and not settings.behind_tls_proxy:
+        text = f"{beyond} calls would be plain text: set --tls-cert and --tls-key, or --behind-tls-proxy for a proxy's."
+        yield Mistake("--listen", text)
+    if not settings.has_credentials:
+        text = f"{beyond} anybody could call: set --auth keys or --issuers, or --insecure to try things out."
+        yield Mistake("--listen", text)
 
 
 def openai_from_environment() -> OpenAISettings | None:
@@ -91,17 +154,6 @@ def openai_from_environment() -> OpenAISettings | None:
     return OpenAISettings(
         api_key=api_key or "none", base_url=base_url, default_model=os.environ.get("OPENAI_MODEL") or "gpt-4.1-mini"
     )
-
-
-def is_loopback(listen: str) -> bool:
-    """Whether only this machine can reach that address."""
-    if listen.startswith("unix:"):
-        return True
-    host = listen.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def configure_logging(form: Literal["console", "json"], level: str) -> None:

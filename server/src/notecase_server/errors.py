@@ -418,6 +418,10 @@ def limit_exceeded(limit: str, value: int, message: str) -> NotecaseError:
     return NotecaseError(v1.ERROR_REASON_LIMIT_EXCEEDED, message, metadata={"limit": limit, "value": value})
 
 
+def unserved_peer() -> NotecaseError:
+    return NotecaseError(v1.ERROR_REASON_UNAUTHENTICATED, "This server is called through its proxy only.")
+
+
 def draining() -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_SERVER_DRAINING, "The server is stopping and takes nothing new; try again shortly."

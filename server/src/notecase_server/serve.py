@@ -11,16 +11,21 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import structlog
 import uuid_utils
 from notecase import v1
 
 from notecase_server import __version__
+from notecase_server.auth.certificates import Certificates
 from notecase_server.auth.chain import Chain
+from notecase_server.auth.files import Files, Watched
 from notecase_server.auth.keys import Keys
 from notecase_server.auth.principal import Authenticator
-from notecase_server.config import Settings
+from notecase_server.auth.settings import read_client_principals, read_issuers, read_networks
+from notecase_server.auth.tables import Mistake, SettingsError
+from notecase_server.config import Settings, exposure_mistakes
 from notecase_server.engine.arrivals import Arrivals
 from notecase_server.engine.content import Contents, Limits
 from notecase_server.engine.places import Places
@@ -36,6 +41,7 @@ from notecase_server.rpc.gate import Gate
 from notecase_server.rpc.interceptor import Doorway
 from notecase_server.rpc.mentions import Mentions
 from notecase_server.rpc.pages import Pages
+from notecase_server.rpc.peers import Peers
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.server import build, options
 from notecase_server.rpc.watch import Pace
@@ -46,6 +52,9 @@ from notecase_server.store.sqlite import SqliteStore
 from notecase_server.supervisor import STUCK_SECONDS, Supervisor, Tasks
 from notecase_server.tools.contract import Toolbox
 from notecase_server.tools.toolbox import make_toolbox
+
+if TYPE_CHECKING:
+    from notecase_server.auth.tls import Identity
 
 log = structlog.get_logger()
 
@@ -150,8 +159,45 @@ def make_providers(settings: Settings) -> dict[str, Provider]:
     return providers
 
 
-class ExposureError(Exception):
-    """A server would be open to more than it is meant for; the text is for the operator."""
+def settings_mistakes(settings: Settings) -> list[Mistake]:
+    """Returns all that is wrong with how a server is exposed, and with the files that this takes."""
+    found = list(exposure_mistakes(settings))
+    reads: list[Callable[[], object]] = [
+        lambda: _watch_identity(settings, Files()),
+        lambda: settings.client_principals and read_client_principals(settings.client_principals),
+        lambda: settings.issuers and read_issuers(settings.issuers),
+        lambda: read_networks(settings.behind_tls_proxy),
+    ]
+    for read in reads:
+        try:
+            read()
+        except SettingsError as error:
+            found.extend(error.mistakes)
+    return found
+
+
+def _watch_identity(settings: Settings, files: Files) -> "Watched[Identity] | None":
+    """Reads the server's certificate, if it has one, now and when it changes. Raises SettingsError."""
+    cert, key, client_ca = settings.tls_cert, settings.tls_key, settings.tls_client_ca
+    if cert is None or key is None:
+        return None
+    from notecase_server.auth.tls import read_identity  # noqa: PLC0415  # cryptography is imported where there is TLS
+
+    paths = [path for path in (cert, key, client_ca) if path is not None]
+    return files.watch(paths, lambda: read_identity(cert, key, client_ca, now))
+
+
+def make_authenticators(settings: Settings, files: Files, fetches: Tasks) -> list[Authenticator]:
+    """Makes what judges the credentials of calls. Watches their files, and fetches keys in tasks that `fetches` owns.
+    Raises SettingsError."""
+    found: list[Authenticator] = []
+    if (path := settings.client_principals) is not None:
+        found.append(Certificates(files.watch([path], lambda: read_client_principals(path))))
+    if settings.issuers is not None:
+        from notecase_server.auth.tokens import Tokens  # noqa: PLC0415  # as for cryptography
+
+        found.append(Tokens(read_issuers(settings.issuers), fetches, now, time.monotonic))
+    return found
 
 
 class ServerBrokenError(Exception):
@@ -171,12 +217,16 @@ class Server:
         pace: Pace | None = None,
         make_id: Callable[[], str] = new_id,
         clock: Clock = now,
+        files: Files | None = None,
     ) -> None:
-        """`providers` by name, the default one first. The server closes them, the toolbox and the store. Without
-        `authenticators`, and where the settings ask for no credentials, every caller is the admin of one tenant;
-        otherwise the store's keys are taken besides."""
+        """`providers` by name, the default one first. The server closes them, the toolbox and the store; it looks after
+        `files`. Without `authenticators`, and where the settings ask for no credentials, every caller is the admin of
+        one tenant; otherwise the store's keys are taken besides. Raises SettingsError for the files of TLS and for
+        proxies that are no addresses."""
         pace = pace or Pace()
         self.port = 0
+        self.mtls_port = 0
+        """The port for callers with certificates; 0 where there is none."""
         self._settings = settings
         self._store = store
         store.quotas = Quotas(
@@ -194,7 +244,9 @@ class Server:
         self._clock = clock
         self.arrivals = Arrivals(settings.max_imports, settings.max_import_bytes)
         self.heavy = Places(settings.max_heavy_reads)
-        self.gate = Gate(settings.max_calls, settings.max_unread_bytes)
+        self.gate = Gate(settings.max_calls, settings.max_unread_bytes, Peers(read_networks(settings.behind_tls_proxy)))
+        self._files = files or Files()
+        self._identity = _watch_identity(settings, self._files)
         self._keys = Keys(store, make_id, clock, time.monotonic, settings.admin_key)
         known = (self._keys, *authenticators) if authenticators or settings.has_credentials else ()
         self._doorway = Doorway(Chain(known), make_id, pace.stall, self.gate, Mentions(store).require_own)
@@ -243,18 +295,33 @@ class Server:
         return self._supervisor.broken
 
     async def start(self) -> int:
-        """Serves, and takes over the runs that were left; returns the port. Raises RuntimeError when the address is
+        """Serves, and takes over the runs that were left; returns the port. Raises RuntimeError when an address is
         taken."""
         channel = options(self._settings.max_calls, self._settings.max_connections)
         self._grpc, self._health = await build(self._desk, self._store, self._keys, self._doorway, channel)
-        self.port = self._grpc.add_insecure_port(self._settings.listen)
+        self._listen()
         await self._grpc.start()
         self._runs.upkeep.start()
         self._supervisor.service("sweeper", self._sweep)
         self._supervisor.service("prober", self._probe)
         self._supervisor.service("judge", self._doorway.keep_judging)
+        self._supervisor.service("files", self._files.keep_looking)
         log.info("server_started", listen=self._settings.listen, port=self.port, store=self._store.kind)
+        if self._settings.insecure:
+            log.warning("server_insecure", problem="Everybody who reaches the port may do all.")
         return self.port
+
+    def _listen(self) -> None:
+        """Takes the ports of the server."""
+        listen, listen_mtls, identity = self._settings.listen, self._settings.listen_mtls, self._identity
+        if identity is None:
+            self.port = self._grpc.add_insecure_port(listen)
+            return
+        from notecase_server.auth.tls import credentials  # noqa: PLC0415  # see `_watch_identity`
+
+        self.port = self._grpc.add_secure_port(listen, credentials(identity))
+        if listen_mtls:
+            self.mtls_port = self._grpc.add_secure_port(listen_mtls, credentials(identity, require_client=True))
 
     async def stop(self) -> None:
         """Takes nothing new, brings runs to their next commit or leaves them to the next start, tells the streams and
@@ -315,7 +382,7 @@ class Server:
             await asyncio.sleep(EXPIRY_SECONDS)
 
 
-def run(settings: Settings, ready: Callable[[int], None] = lambda port: None) -> None:
+def run(settings: Settings, ready: Callable[[Server], None] = lambda server: None) -> None:
     """Serves until SIGTERM or SIGINT. Code of tools that will not stop does not keep the process from ending: what
     matters is on record by then. Raises what `serve` raises."""
     import uvloop  # noqa: PLC0415  # what else is here needs no loop of its own: a backup is made without one
@@ -345,41 +412,41 @@ async def _end_everything() -> list[str]:
     return sorted(task.get_name() for task in stuck)
 
 
-async def make_server(settings: Settings) -> Server:
-    """Makes the server that the settings describe, over its store. Raises ProviderSettingsError, ToolSettingsError,
-    StoreOpenError and ExposureError, whose texts are for the operator."""
+async def make_server(settings: Settings, fetches: Tasks) -> Server:
+    """Makes the server that the settings describe, over its store. `fetches` owns what gets the keys of identity
+    providers. Raises SettingsError, StoreOpenError,
+    ProviderSettingsError and ToolSettingsError, whose texts are for the operator."""
     providers = make_providers(settings)  # first, since a bad key or address is no reason to open the store
     toolbox = make_toolbox(settings.tools, settings.mcp_servers)
+    files = Files()
+    authenticators = make_authenticators(settings, files, fetches)
     store = await open_store(settings.store, now)
     if await store.is_keyed():
         settings = replace(settings, auth="keys")
-    if settings.insecure and settings.has_credentials:
-        await store.close()
-        raise ExposureError(
-            "--insecure lets everybody do all, and this server has credentials: a key, --auth keys, or a store that has"
-            " had a key. Leave --insecure out, or take another store."
-        )
-    return Server(settings, store, providers, toolbox)
+        if settings.insecure:
+            await store.close()
+            text = "Everybody may call, and this store has had keys: leave this out, or take another store."
+            raise SettingsError([Mistake("--insecure", text)])
+    return Server(settings, store, providers, toolbox, authenticators=authenticators, files=files)
 
 
-async def serve(settings: Settings, ready: Callable[[int], None] = lambda port: None) -> None:
-    """Serves until SIGTERM or SIGINT."""
-    asked = asyncio.Event()
+async def serve(settings: Settings, ready: Callable[[Server], None] = lambda server: None) -> None:
+    """Serves until SIGTERM or SIGINT; calls `ready` once it does. Raises ServerBrokenError for what ended it, and what
+    `make_server` raises."""
+    asked, fetches = asyncio.Event(), Tasks("auth")
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
     gc.disable()
     try:
-        server = await make_server(settings)
-        port = await server.start()
+        server = await make_server(settings, fetches)
+        await server.start()
         # What is loaded by here stays for good, and need not be looked at each time that garbage is collected.
         gc.collect()
         gc.freeze()
     finally:
         gc.enable()
-    if settings.insecure:
-        log.warning("server_insecure", problem="Everybody who reaches the port may do all.")
-    ready(port)
+    ready(server)
     ends = Tasks("serve")
     await asyncio.wait(
         [ends.start(asked.wait(), "asked"), ends.start(server.broken.wait(), "broken")],
@@ -387,5 +454,6 @@ async def serve(settings: Settings, ready: Callable[[int], None] = lambda port: 
     )
     await ends.close()
     await server.stop()
+    await fetches.close()
     if server.broken.is_set():
         raise ServerBrokenError("A part of the server broke again and again; its log says which.")

@@ -3,6 +3,7 @@
 
 import click
 
+import notecase_server.cli.grpc_log  # noqa: F401  # before a command imports gRPC
 from notecase_server import __version__
 from notecase_server.cli.lazy import Lazy, LazyGroup
 

@@ -9,7 +9,7 @@ import click
 from notecase import Client, NotecaseError
 
 from notecase_server.cli import screen
-from notecase_server.cli.options import TOKEN
+from notecase_server.cli.options import connection
 
 INTERRUPTED = 130
 """The exit code of a command that Ctrl-C ended, as shells have it."""
@@ -19,10 +19,14 @@ def ask(server: str, conversation: Callable[[Client], Awaitable[int | None]]) ->
     """Talks to a server and exits with the code that the conversation returns. Raises ClickException, whose exit code
     is 1, with a sentence for what went wrong."""
 
-    token = click.get_current_context().meta.get(TOKEN, "")
+    given = connection()
 
     async def talk() -> int | None:
-        async with Client(server, token=token) as client:
+        try:
+            client = Client(server, **given)
+        except (ValueError, OSError) as error:  # a token that cannot be sent, a file that cannot be read
+            raise click.ClickException(f"{server} cannot be called: {error}.") from None
+        async with client:
             return await conversation(client)
 
     for stream in (sys.stdin, sys.stdout, sys.stderr):

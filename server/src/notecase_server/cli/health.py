@@ -2,13 +2,15 @@
 
 import asyncio
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from notecase_server.cli.options import SERVER
+from notecase_server.cli.options import SERVER, connection
+from notecase_server.loopback import is_loopback
 
 
 @click.command()
@@ -19,8 +21,18 @@ def health(server: str) -> None:
     The exit code is 0 when it serves and 1 otherwise.
     """
 
+    given = connection()
+    ca = given.get("ca")
+    credentials = None
+    if not given.get("plaintext") and (ca or not is_loopback(server)):
+        try:
+            credentials = grpc.ssl_channel_credentials(Path(ca).read_bytes() if ca else None)
+        except OSError as error:
+            raise click.ClickException(f"{ca} cannot be read: {error.strerror}.") from None
+
     async def check() -> int:
-        async with grpc.aio.insecure_channel(server) as channel:
+        channel = grpc.aio.secure_channel(server, credentials) if credentials else grpc.aio.insecure_channel(server)
+        async with channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)  # its types know no methods
             answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=3)
         click.echo(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))

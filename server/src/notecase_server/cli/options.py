@@ -28,39 +28,71 @@ def _server(context: click.Context, option: click.Parameter, value: str) -> str:
     return address(context, option, value if given or above is None else str(above))
 
 
-TOKEN = "notecase.token"
-"""Under which a command's context has the key that it calls with."""
+_CONNECTION = "notecase.connection"
 
 
-def _keep(context: click.Context, option: click.Parameter, value: str) -> None:
-    context.meta[TOKEN] = value
+def _keep(context: click.Context, option: click.Parameter, value: Any) -> None:
+    """Keeps an option for `connection`, the group's too where the command has none. A token that only a variable says
+    is left to the client, which sends it with more care."""
+    name = option.name or ""
+    source = context.get_parameter_source(name)
+    if source is click.core.ParameterSource.COMMANDLINE or (value and name != "token"):
+        context.meta.setdefault(_CONNECTION, {})[name] = value
 
 
-_TOKEN = click.option(
-    "--token",
-    default="",
-    show_default=False,
-    envvar="NOTECASE_TOKEN",
-    show_envvar=True,
-    metavar="KEY",
-    callback=_keep,
-    expose_value=False,
-    help="The key to call with, where the server needs one. Others on the machine see options, and not variables.",
+def connection() -> dict[str, Any]:
+    """Returns what the options of the command say of its connection: those arguments of Client that are given, of
+    `token`, `ca` and `plaintext`."""
+    given = dict(click.get_current_context().meta.get(_CONNECTION, {}))
+    if given.get("plaintext"):
+        given.pop("ca", None)
+    return given
+
+
+_OPTIONS = (
+    click.option(
+        "--server",
+        default=DEFAULT_ADDRESS,
+        envvar="NOTECASE_ADDRESS",
+        show_envvar=True,
+        metavar="HOST:PORT",
+        callback=_server,
+        help="The server to talk to: by TLS, unless it is on this machine and no --ca is given.",
+    ),
+    click.option(
+        "--token",
+        envvar="NOTECASE_TOKEN",
+        show_envvar=True,
+        metavar="TOKEN",
+        callback=_keep,
+        expose_value=False,
+        help="The key or token to call with. Other users of the machine see options, and not variables.",
+    ),
+    click.option(
+        "--ca",
+        type=click.Path(),
+        envvar="NOTECASE_CA",
+        show_envvar=True,
+        metavar="FILE",
+        callback=_keep,
+        expose_value=False,
+        help="The authorities that the server's certificate may be of: PEM. Without it, those that are known widely.",
+    ),
+    click.option(
+        "--plaintext",
+        is_flag=True,
+        callback=_keep,
+        expose_value=False,
+        help="Talk without TLS beyond this machine, too; who is on the way can read it all.",
+    ),
 )
-_SERVER = click.option(
-    "--server",
-    default=DEFAULT_ADDRESS,
-    envvar="NOTECASE_SERVER",
-    show_envvar=True,
-    metavar="HOST:PORT",
-    callback=_server,
-    help="The server to talk to.",
-)
 
 
-def SERVER(command: F) -> F:  # noqa: N802  (as the other options are named)
-    """The options of a command that calls a server; the command is given the address only."""
-    return _SERVER(_TOKEN(command))
+def SERVER(command: F) -> F:  # noqa: N802  # named as the other options are
+    """The options of a command that talks to a server; the command itself gets its address alone."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
 
 
 STORE = click.option(

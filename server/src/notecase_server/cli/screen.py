@@ -47,8 +47,10 @@ def sentence(error: NotecaseError, server: str) -> str:
     """Says what went wrong, in the service's own words where the error is the service's."""
     if error.reason:
         return harmless(error.message)
+    if error.code.name == "UNAVAILABLE" and "certificate" in error.message.lower():
+        return f"The certificate of {server} is not of an authority that is known here, or not for this name; see --ca."
     if error.code.name == "UNAVAILABLE":
-        return f"No server can be reached at {server}. `notecase serve` starts one; --server names another."
+        return f"No server can be reached at {server}. `notecase serve` starts one; see --server, and --ca for TLS."
     return f"{server} does not answer as a notecase server does ({error.code.name}: {one_line(error.message, 200)})."
 
 

@@ -7,16 +7,15 @@ from typing import Any, Literal, TypeVar
 
 import click
 
-from notecase_server.auth.keys import MIN_ADMIN_KEY
+from notecase_server.auth.tables import SettingsError
 from notecase_server.cli.options import DEFAULT_ADDRESS, STORE, address
 from notecase_server.config import (
     Settings,
     admin_key_from_environment,
     configure_logging,
-    is_loopback,
     openai_from_environment,
 )
-from notecase_server.serve import ExposureError, ProviderSettingsError
+from notecase_server.serve import ProviderSettingsError, Server, settings_mistakes
 from notecase_server.serve import run as serve_forever
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.tools.contract import ToolSettingsError
@@ -40,6 +39,13 @@ def _number(name: str, told: str, least: int = 1) -> Callable[[F], F]:
     )
 
 
+def _file(name: str, told: str) -> Callable[[F], F]:
+    """The option for a file that is read, and found wrong, with all others."""
+    kind = click.Path(path_type=Path)
+    variable = f"NOTECASE_{name.replace('-', '_').upper()}"
+    return click.option(f"--{name}", type=kind, envvar=variable, show_envvar=True, metavar="FILE", help=told)
+
+
 @click.command()
 @click.option(
     "--listen",
@@ -50,7 +56,33 @@ def _number(name: str, told: str, least: int = 1) -> Callable[[F], F]:
     callback=address,
     help="Where to serve; port 0 takes a free one and prints it.",
 )
-@STORE
+@click.option(
+    "--listen-mtls",
+    default="",
+    show_default=False,
+    envvar="NOTECASE_LISTEN_MTLS",
+    show_envvar=True,
+    metavar="HOST:PORT",
+    callback=lambda context, option, value: address(context, option, value) if value else value,
+    help="Where to serve callers who have client certificates, besides the others.",
+)
+@_file(
+    "tls-cert", "The server's certificate, with those between it and its authority: PEM. Read again when it changes."
+)
+@_file("tls-key", "The key of that certificate: PEM, not encrypted.")
+@_file("tls-client-ca", "The authorities that sign client certificates: PEM.")
+@_file("client-principals", "Which names of client certificates are whose: tenant, role, user. TOML or JSON.")
+@_file("issuers", "Identity providers whose tokens callers may have: TOML with a table [[issuer]] for each.")
+@click.option(
+    "--behind-tls-proxy",
+    default="",
+    show_default=False,
+    envvar="NOTECASE_BEHIND_TLS_PROXY",
+    show_envvar=True,
+    metavar="ADDRESSES",
+    help="Serve plain text beyond this machine, but to these only: the proxies that do TLS, as addresses and networks "
+    "with commas between them.",
+)
 @click.option(
     "--insecure",
     is_flag=True,
@@ -66,6 +98,7 @@ def _number(name: str, told: str, least: int = 1) -> Callable[[F], F]:
     show_envvar=True,
     help="Whether callers need a key: always, or with `auto` once the store has ever had one.",
 )
+@STORE
 @_number("max-runs", "Runs at work at once; a new start above it is refused, and what was accepted before waits.")
 @_number("max-calls", "Calls and streams open at once, of all callers; one connection has at most half of them.")
 @_number("max-connections", "Connections at once; one above it is closed.")
@@ -196,8 +229,6 @@ def _number(name: str, told: str, least: int = 1) -> Callable[[F], F]:
 def serve(
     listen: str,
     store: str,
-    insecure: bool,
-    auth: Literal["auto", "keys"],
     grace: float,
     tools: tuple[str, ...],
     mcp_config: Path | None,
@@ -212,16 +243,6 @@ def serve(
     The model's provider is `openai` when OPENAI_API_KEY or OPENAI_BASE_URL is set (OPENAI_MODEL names the default
     model), and the built-in `offline` one otherwise.
     """
-    admin_key = admin_key_from_environment()
-    if admin_key and (len(admin_key) < MIN_ADMIN_KEY or not admin_key.isprintable() or " " in admin_key):
-        raise click.ClickException(
-            f"NOTECASE_ADMIN_KEY is no key: it wants at least {MIN_ADMIN_KEY} printable characters without a space."
-        )
-    if not (insecure or auth == "keys" or admin_key or is_loopback(listen)):
-        raise click.ClickException(
-            f"{listen} can be reached from other machines, and everybody there could do all. Say --auth keys, after "
-            f"`notecase keys bootstrap`; or listen on {DEFAULT_ADDRESS}; or say --insecure to try things out."
-        )
     configure_logging(log_format, log_level)
     openai = openai_from_environment()
     if openai is not None:
@@ -229,9 +250,7 @@ def serve(
     try:
         settings = Settings(
             listen=listen,
-            auth=auth,
-            admin_key=admin_key,
-            insecure=insecure,
+            admin_key=admin_key_from_environment(),
             store=store,
             grace=grace,
             openai=openai,
@@ -239,10 +258,19 @@ def serve(
             mcp_servers=read_mcp_servers(mcp_config) if mcp_config else {},
             **{name: given for name, given in others.items() if name in DEFAULTS},
         )
-        serve_forever(settings, lambda port: click.echo(f"listening on port {port}"))
-    except (StoreOpenError, ToolSettingsError, ProviderSettingsError, ExposureError) as error:
+        if mistakes := settings_mistakes(settings):
+            raise SettingsError(mistakes)
+        serve_forever(settings, _announce)
+    except (SettingsError, StoreOpenError, ToolSettingsError, ProviderSettingsError) as error:
         raise click.ClickException(str(error)) from None
     except RuntimeError as error:
         if "bind" not in str(error):
             raise
-        raise click.ClickException(f"{listen} cannot be listened on; another server may have it.") from None
+        taken = settings.listen_mtls if settings.listen_mtls and settings.listen_mtls in str(error) else listen
+        raise click.ClickException(f"{taken} cannot be listened on; another server may have it.") from None
+
+
+def _announce(server: Server) -> None:
+    click.echo(f"listening on port {server.port}")
+    if server.mtls_port:
+        click.echo(f"listening for client certificates on port {server.mtls_port}")

@@ -12,6 +12,7 @@ from typing import Any
 
 from notecase_server import errors
 from notecase_server.limit import Limit
+from notecase_server.rpc.peers import Peers
 
 READ_AHEAD = 64 << 10
 """Bytes a connection may always leave unread. About what HTTP/2 lets each end send ahead."""
@@ -32,8 +33,10 @@ class _Connection:
 class Gate:
     """Counts for one server. Used from one event loop only."""
 
-    def __init__(self, max_calls: int, max_unread: int) -> None:
-        """`max_calls` of all shapes may be open at once; `max_unread` bytes of frames may wait for readers."""
+    def __init__(self, max_calls: int, max_unread: int, peers: Peers | None = None) -> None:
+        """`max_calls` of all shapes may be open at once; `max_unread` bytes of frames may wait for readers. Without
+        `peers` calls come from anywhere."""
+        self._peers = peers or Peers()
         self._max_calls = max_calls
         self._max_unread = max_unread
         self._connections: dict[str, _Connection] = {}
@@ -43,10 +46,13 @@ class Gate:
         """Bytes that wait for their readers now."""
 
     def enter(self, context: Any, *, probe: bool) -> "Call":
-        """Counts a call until grpc is done with it. Raises NotecaseError RATE_LIMITED when there is no room for it: on
-        its connection, or, unless it is a `probe`, on the server: one that is full is healthy."""
+        """Counts a call until grpc is done with it. Raises NotecaseError UNAUTHENTICATED when its peer is not served,
+        and RATE_LIMITED when there is no room for it: on its connection, or, unless it is a `probe`, on the server: one
+        that is full is healthy."""
         peer = context.peer()
         connection = self._connections.get(peer)
+        if connection is None and not self._peers.serves(peer):
+            raise errors.unserved_peer()
         most = max(self._max_calls // CALLS_SHARE, 1)
         if self.calls >= self._max_calls and not probe:
             raise errors.too_many("call", self._max_calls)

@@ -1,0 +1,217 @@
+"""How a client reaches its server: in plain text or by TLS, and with a token for each call."""
+
+import asyncio
+import ipaddress
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self, cast
+
+import grpc
+from grpc import aio
+
+from notecase.errors import NotecaseError
+
+DEFAULT_ADDRESS = "127.0.0.1:7420"
+
+Token = str | Callable[[], str | Awaitable[str]]
+"""A token, or what returns one that is valid now; it is asked for each call, and so it keeps its token until that
+expires."""
+
+_OPTIONS: Mapping[str, int] = {
+    "grpc.keepalive_time_ms": 20_000,  # notices a peer that vanished; the server allows a ping every 10 s
+    "grpc.keepalive_timeout_ms": 10_000,
+    "grpc.http2.max_pings_without_data": 0,  # the connection of a silent stream is to be watched still
+    "grpc.max_reconnect_backoff_ms": 2_000,  # grpc's own two minutes would outlast every retry here
+}
+
+
+class Connection:
+    """One connection to a server. `channel` is for the stubs: its calls have the token, and raise NotecaseError."""
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        token: Token | None = None,
+        ca: str | PathLike[str] | bytes | None = None,
+        credentials: grpc.ChannelCredentials | None = None,
+        plaintext: bool = False,
+        options: Sequence[tuple[str, Any]] = (),
+    ) -> None:
+        """See Client. Raises ValueError for a token that cannot be sent, or only in plain text, and OSError for a file
+        of `ca` that cannot be read."""
+        address = address or os.environ.get("NOTECASE_ADDRESS") or DEFAULT_ADDRESS
+        if plaintext and (credentials or ca):
+            raise ValueError("plaintext goes neither with ca nor with credentials")
+        ca = ca or os.environ.get("NOTECASE_CA")
+        here = is_loopback(address)
+        if credentials is None and not plaintext and (ca or not here):
+            credentials = grpc.ssl_channel_credentials(ca if isinstance(ca, bytes) else _pem(ca))
+        found = os.environ.get("NOTECASE_TOKEN") if token is None else None
+        if found and credentials is None and not here:
+            raise ValueError(f"NOTECASE_TOKEN would go to {address} in plain text; to do that, hand it in as token")
+        self._token = token or found
+        if isinstance(self._token, str):
+            _bearer(self._token)  # refused here rather than by every call
+        # A proxy of the environment's would see the plain text of what is meant to stay on this machine.
+        own = {**_OPTIONS, "grpc.enable_http_proxy": 0} if here else _OPTIONS
+        merged = [*{**own, **dict(options)}.items()]
+        self._channel = (
+            aio.secure_channel(address, credentials, merged) if credentials else aio.insecure_channel(address, merged)
+        )
+        self.channel = cast(aio.Channel, _Channel(self._channel, self._token))
+
+    @property
+    def renews_token(self) -> bool:
+        """Whether a call that is made again may have another token."""
+        return callable(self._token)
+
+    async def close(self) -> None:
+        """Closes the connection and every call on it. May be called twice."""
+        await self._channel.close()
+
+
+def is_loopback(address: str) -> bool:
+    """Whether what is sent to that address stays on this machine."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _pem(path: str | PathLike[str] | None) -> bytes | None:
+    """Returns a file's content; None where grpc is to take the authorities that it knows."""
+    return Path(path).read_bytes() if path else None
+
+
+def _bearer(token: str) -> tuple[str, str]:
+    """Returns the metadata that a call has a token by. Raises ValueError, which does not quote it."""
+    token = token.strip()  # a file that holds one often ends with a line's end
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError("the token is empty, or holds what no token does: a space, or something other than ASCII")
+    return "authorization", f"Bearer {token}"
+
+
+class _Channel:
+    """A channel as the stubs use it.
+
+    Not an interceptor: those put a task and a queue between caller and call, and lose the call's metadata. Nor are they
+    grpc's own call credentials, which need TLS on loopback too, and hide what a token's function raises."""
+
+    def __init__(self, channel: aio.Channel, token: Token | None) -> None:
+        self._token = token
+        self.unary_unary = self._called(channel.unary_unary)
+        self.unary_stream = self._called(channel.unary_stream)
+        self.stream_unary = self._called(channel.stream_unary)
+        self.stream_stream = self._called(channel.stream_stream)
+
+    def _called(self, shape: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]]:
+        def multicallable(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+            method = shape(*args, **kwargs)
+            return lambda *args, **kwargs: self._call(method, args, kwargs)
+
+        return multicallable
+
+    def _call(self, method: Callable[..., Any], args: Iterable[Any], kwargs: dict[str, Any]) -> "_Call":
+        metadata = tuple(kwargs.pop("metadata", None) or ())
+        if self._token is None or any(name == "authorization" for name, _ in metadata):
+            return _Call(method(*args, metadata=metadata, **kwargs))
+        token = self._token if isinstance(self._token, str) else self._token()
+        if isinstance(token, str):
+            return _Call(method(*args, metadata=(*metadata, _bearer(token)), **kwargs))
+
+        def begin(token: str, timeout: float | None) -> Any:
+            return method(*args, metadata=(*metadata, _bearer(token)), **{**kwargs, "timeout": timeout})
+
+        return _LateCall(token, begin, kwargs.get("timeout"))
+
+
+class _Call:
+    """A call in progress: all that can raise is translated, the rest is grpc's."""
+
+    def __init__(self, call: Any) -> None:
+        self._call = call
+        self._responses: AsyncIterator[Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._call, name)
+
+    async def _begun(self) -> Any:
+        return self._call
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        call = yield from self._begun().__await__()
+        with _translating():
+            return (yield from call.__await__())
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._responses is None:
+            self._responses = aiter(await self._begun())
+        with _translating():
+            return await anext(self._responses)
+
+    async def read(self) -> Any:
+        call = await self._begun()
+        with _translating():
+            return await call.read()
+
+    async def write(self, request: Any) -> None:
+        call = await self._begun()
+        with _translating():
+            await call.write(request)
+
+    async def wait_for_connection(self) -> None:
+        call = await self._begun()
+        with _translating():
+            await call.wait_for_connection()
+
+
+class _LateCall(_Call):
+    """A call that begins when it is first awaited, read or written, and once its token is there. Until then it can be
+    cancelled, and asked for nothing."""
+
+    def __init__(self, token: Awaitable[str], begin: Callable[[str, float | None], Any], seconds: float | None) -> None:
+        """`begin` makes the call with a token and what is left of the `seconds` that the caller allows."""
+        super().__init__(None)
+        self._time = asyncio.get_running_loop().time
+        self._due = None if seconds is None else self._time() + seconds
+        self._token = asyncio.ensure_future(token)
+        self._begin = begin
+
+    async def _begun(self) -> Any:
+        if self._call is None:
+            token = await self._asked()
+            if self._call is None:  # another task may have waited, too
+                self._call = self._begin(token, None if self._due is None else self._due - self._time())
+        return self._call
+
+    async def _asked(self) -> str:
+        bound = asyncio.timeout_at(self._due)
+        try:
+            async with bound:
+                return await self._token
+        except TimeoutError:
+            if not bound.expired():
+                raise
+            message = "The token did not come in time."
+            raise NotecaseError(grpc.StatusCode.DEADLINE_EXCEEDED, "", message) from None
+
+    def cancel(self) -> bool:
+        return bool(self._token.cancel() if self._call is None else self._call.cancel())
+
+
+@contextmanager
+def _translating() -> Iterator[None]:
+    try:
+        yield
+    except aio.AioRpcError as error:
+        raise NotecaseError.from_rpc_error(error) from error

@@ -1,0 +1,39 @@
+"""Client certificates as credentials: the names that they hold, by a table of the operator's."""
+
+from collections.abc import Mapping
+
+import structlog
+
+from notecase_server import errors
+from notecase_server.auth.files import Watched
+from notecase_server.auth.principal import AuthContext, Metadata, Principal
+from notecase_server.auth.settings import san
+
+log = structlog.get_logger()
+
+KINDS = ("uri", "dns", "email")
+"""The kinds of names that a caller is known by. An address is not one: it says where a caller is."""
+
+
+class Certificates:
+    """Judges the certificate of a connection. The transport has judged already that its CA is known, that it is valid
+    now, and that the caller has its key."""
+
+    def __init__(self, principals: Watched[Mapping[str, Principal]]) -> None:
+        """`principals` by name, as `read_client_principals` reads them."""
+        self._principals = principals
+
+    async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
+        """Returns who calls: that of the one name in the table; None on a connection without a certificate. Raises
+        NotecaseError UNAUTHENTICATED when the table has none of the names, or more than one."""
+        if "x509_pem_cert" not in transport:
+            return None
+        known = self._principals.value
+        held = {
+            san(kind, name.decode(errors="replace")) for kind in KINDS for name in transport.get(f"peer_{kind}", ())
+        }
+        found = [known[name] for name in held if name in known]
+        if len(found) != 1:
+            log.info("certificate_refused", names=sorted(held)[:10], known=len(found))
+            raise errors.unauthenticated()
+        return found[0]

@@ -1,0 +1,173 @@
+"""The keys of an identity provider: fetched when they are needed, and kept while their place is away."""
+
+import asyncio
+import json
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+import jwt
+import structlog
+
+from notecase_server.auth.settings import ALGORITHMS
+from notecase_server.supervisor import Tasks
+
+log = structlog.get_logger()
+
+MOST_BYTES = 256 << 10
+FETCH_SECONDS = 5.0
+"""What a fetch may bring, and how long it may take."""
+
+FRESH_SECONDS = 300.0
+"""How long keys are used without being fetched again: a key that was withdrawn counts no longer than that."""
+
+PATIENCE_SECONDS = 30.0
+"""How long after a fetch that failed, or that was for an unknown key, the next may be."""
+
+FIRST_SECONDS = 1.0
+"""The same while there are no keys at all, and so no caller is known."""
+
+KEPT_SECONDS = 24 * 3600.0
+"""How long keys count whose place is away."""
+
+Load = Callable[[], Awaitable[bytes]]
+
+
+class Key(NamedTuple):
+    """A public key, with the id and the algorithm that its issuer names for it; either may be empty."""
+
+    id: str
+    algorithm: str
+    value: Any
+
+
+def from_url(url: str) -> Load:
+    """Fetches over HTTP, from exactly there: a redirect is a failure."""
+
+    async def load() -> bytes:
+        headers = {"accept": "application/json", "accept-encoding": "identity"}
+        async with (
+            aiohttp.ClientSession(headers=headers, auto_decompress=False) as session,
+            session.get(url, allow_redirects=False) as response,
+        ):
+            if response.status != 200:
+                raise ValueError(f"the status is {response.status}")
+            content = bytearray()
+            async for piece in response.content.iter_any():
+                content += piece
+                if len(content) > MOST_BYTES:
+                    raise ValueError(f"there are more than {MOST_BYTES} bytes")
+            return bytes(content)
+
+    return load
+
+
+def from_file(path: Path) -> Load:
+    """Reads a file."""
+
+    def read() -> bytes:
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"there are more than {MOST_BYTES} bytes")
+        return content
+
+    async def load() -> bytes:
+        return await asyncio.to_thread(read)
+
+    return load
+
+
+class KeySet:
+    """The keys of one issuer."""
+
+    def __init__(self, issuer: str, load: Load, tasks: Tasks, monotonic: Callable[[], float]) -> None:
+        """Fetches nothing yet. `tasks` own the fetches, which do not end with the caller that needed one; `monotonic`
+        tells seconds."""
+        self._issuer = issuer
+        self._load = load
+        self._tasks = tasks
+        self._monotonic = monotonic
+        self._keys: Sequence[Key] = ()
+        self._fetched = self._failed = self._searched = -math.inf
+        self._fetch: asyncio.Task[None] | None = None
+
+    async def find(self, key_id: str) -> Key | None:
+        """Returns the key with that id, or the only key for an empty id; None if there is none.
+
+        Waits for a fetch when there are no keys, when they are old, and when the id is unknown, though for that only
+        every PATIENCE_SECONDS. While the place of the keys is away, those that were fetched last count for
+        KEPT_SECONDS, and nobody waits."""
+        self._forget()
+        now = self._monotonic()
+        if now - self._fetched > FRESH_SECONDS:
+            failing = self._failed > self._fetched
+            if now - self._failed > (PATIENCE_SECONDS if self._keys else FIRST_SECONDS):
+                self._begin()
+            if self._fetch is not None and not (failing and self._keys):
+                await asyncio.shield(self._fetch)
+        key = self._known(key_id)
+        if key is None and self._keys and self._fetched <= now and now - self._searched > PATIENCE_SECONDS:
+            self._searched = now
+            self._begin()
+        if key is None and self._fetch is not None:
+            await asyncio.shield(self._fetch)
+            key = self._known(key_id)
+        return key
+
+    def vouches_for(self, key: Key) -> bool:
+        """Whether that is a key of the issuer, as far as is known without a fetch."""
+        return self._monotonic() - self._fetched <= FRESH_SECONDS and key in self._keys
+
+    def _known(self, key_id: str) -> Key | None:
+        if not key_id:
+            return self._keys[0] if len(self._keys) == 1 else None
+        return next((key for key in self._keys if key.id == key_id), None)
+
+    def _forget(self) -> None:
+        if self._keys and self._monotonic() - self._fetched > KEPT_SECONDS:
+            log.error("issuer_keys_too_old", issuer=self._issuer)
+            self._keys = ()
+
+    def _begin(self) -> None:
+        if self._fetch is None:
+            self._fetch = self._tasks.start(self._renew(), f"keys of {self._issuer}", fresh=True)
+
+    async def _renew(self) -> None:
+        try:
+            async with asyncio.timeout(FETCH_SECONDS):
+                keys = await asyncio.to_thread(parse, await self._load())
+        except (OSError, ValueError, RecursionError, aiohttp.ClientError) as error:
+            self._failed = self._monotonic()
+            log.warning("issuer_keys_unavailable", issuer=self._issuer, problem=str(error) or type(error).__name__)
+        else:
+            if [key.id for key in keys] != [key.id for key in self._keys]:
+                log.info("issuer_keys", issuer=self._issuer, keys=[key.id for key in keys])
+            self._keys, self._fetched = keys, self._monotonic()
+        finally:
+            self._fetch = None
+
+
+def parse(content: bytes) -> Sequence[Key]:
+    """Returns the keys of a JWKS that verify signatures; others are left out. Raises ValueError when there are none."""
+    top = json.loads(content)
+    given = top.get("keys") if isinstance(top, dict) else None
+    keys = [key for one in given if (key := _key(one)) is not None] if isinstance(given, list) else []
+    if not keys:
+        raise ValueError("there is no JSON Web Key Set with a public key for signatures")
+    return keys
+
+
+def _key(given: Any) -> Key | None:
+    if not isinstance(given, dict) or given.get("use", "sig") != "sig":
+        return None
+    try:
+        key = jwt.PyJWK(given)
+    except (jwt.PyJWTError, ValueError, TypeError, KeyError):
+        return None
+    key_id, algorithm = given.get("kid") or "", given.get("alg") or ""
+    if key.algorithm_name not in ALGORITHMS or not isinstance(key_id, str):
+        return None
+    return Key(key_id, algorithm, key.key)

@@ -1,0 +1,165 @@
+"""What an operator says of credentials: the files of TLS, of client certificates and of identity providers."""
+
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network, ip_network
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from notecase_server.auth.principal import Principal, Role
+from notecase_server.auth.tables import Mistake, SettingsError, Table, load
+
+ALGORITHMS = frozenset({"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA"})
+"""All are asymmetric: a key that everybody can fetch must never be the secret of a signature."""
+
+SAN = re.compile(r"(uri|dns|email):.+")
+
+Network = IPv4Network | IPv6Network
+
+
+Claim = tuple[str, ...]
+"""Where a claim is: its name, or several names where it is within others."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IssuerSettings:
+    """One identity provider, and what its tokens say of their callers. Tenant and role are a fixed value or a claim; a
+    user may be neither, and then the caller is not bound to one."""
+
+    issuer: str
+    """The claim `iss`, exactly."""
+    audiences: tuple[str, ...]
+    """The claim `aud` holds one of them."""
+    algorithms: tuple[str, ...]
+    jwks_url: str = ""
+    jwks_file: Path | None = None
+    """Where the issuer's keys are: one of the two."""
+    tenant: str = ""
+    tenant_claim: Claim = ()
+    role: Role | None = None
+    role_claim: Claim = ()
+    roles: Mapping[str, Role] = field(default_factory=dict)
+    """What the values of `role_claim` mean. Without any, they are names of roles; operator is not one of these."""
+    user: str = ""
+    user_claim: Claim = ()
+    subject_claim: Claim = ("sub",)
+
+
+def read_issuers(path: Path, option: str = "--issuers") -> tuple[IssuerSettings, ...]:
+    """Reads identity providers: a table [[issuer]] for each. Raises SettingsError."""
+    top = load(path, option)
+    given = top.take("issuer", list) or []
+    top.check(bool(given), "issuer", "The file has no table [[issuer]].")
+    found: list[IssuerSettings] = []
+    for number, values in enumerate(given):
+        place = f"issuer[{number}]"
+        if top.check(isinstance(values, dict), place, "This is a table: [[issuer]]."):
+            issuer = _issuer(top.inner(place, values))
+            known = any(issuer.issuer == other.issuer for other in found)
+            top.check(not known, f"{place}.issuer", f"{issuer.issuer} is in the file twice.")
+            found.append(issuer)
+    top.done()
+    top.raise_mistakes()
+    return tuple(found)
+
+
+def _issuer(table: Table) -> IssuerSettings:
+    file = table.text("jwks_file", needed=False)
+    settings = IssuerSettings(
+        issuer=table.text("issuer"),
+        audiences=table.texts("audience"),
+        algorithms=table.texts("algorithms"),
+        jwks_url=table.text("jwks_url", needed=False),
+        jwks_file=Path(file) if file else None,
+        tenant=table.tenant(needed=False),
+        tenant_claim=table.texts("tenant_claim", needed=False),
+        role=table.role(needed=False),
+        role_claim=table.texts("role_claim", needed=False),
+        roles=table.roles("roles"),
+        user=table.user(),
+        user_claim=table.texts("user_claim", needed=False),
+        subject_claim=table.texts("subject_claim", needed=False) or ("sub",),
+    )
+    table.done()
+    for key, wrong in _wrong(settings, table.values.keys()):
+        table.check(False, key, wrong)
+    return settings
+
+
+def _wrong(settings: IssuerSettings, given: Collection[str]) -> Iterator[tuple[str, str]]:
+    """The keys whose values do not go together, each with a sentence."""
+    for name in settings.algorithms:
+        if name not in ALGORITHMS:
+            yield "algorithms", f"{name} is none of {', '.join(sorted(ALGORITHMS))}."
+    if ("jwks_url" in given) == ("jwks_file" in given):
+        yield "jwks_url", "The issuer's keys are at jwks_url or in jwks_file: give one of the two."
+    if settings.jwks_url and not _is_safe(settings.jwks_url):
+        yield "jwks_url", "This begins with https://, or with http:// on this machine only."
+    for name in ("tenant", "role", "user"):
+        if name in given and f"{name}_claim" in given:
+            yield name, f"Give {name} or {name}_claim, not both."
+    if settings.roles and not settings.role_claim:
+        yield "roles", "This says what the values of role_claim mean, which is missing."
+    if not {"role", "role_claim"} & set(given):
+        yield "role", "Give role or role_claim."
+    belongs = {"tenant", "tenant_claim"} & set(given)
+    if settings.role is Role.OPERATOR and (belongs or {"user", "user_claim"} & set(given)):
+        yield "role", "An operator has no tenant and no user."
+    if settings.role is not Role.OPERATOR and not belongs:
+        yield "tenant", "Give tenant or tenant_claim."
+
+
+def _is_safe(url: str) -> bool:
+    """Whether nobody on the way can change what is read there."""
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+    except ValueError:
+        return False
+    here = {"localhost", "127.0.0.1", "::1"}
+    return bool(host) and (parts.scheme == "https" or (parts.scheme == "http" and host in here))
+
+
+def read_client_principals(path: Path, option: str = "--client-principals") -> Mapping[str, Principal]:
+    """Reads who the callers with client certificates are: for each name that a certificate may hold (`uri:`, `dns:` or
+    `email:` and the name) a table with tenant, role and, for a caller that is bound to one, user. Raises
+    SettingsError."""
+    top = load(path, option)
+    top.check(bool(top.values), "", "The file is empty.")
+    found = {}
+    for name in top.values:
+        right = top.check(SAN.fullmatch(name) is not None, name, "A name begins with uri:, dns: or email:.")
+        if not right or (values := top.take(name, dict)) is None:
+            continue
+        table = top.inner(name, values)
+        role = table.role()
+        tenant, user = table.tenant(needed=role is not Role.OPERATOR), table.user()
+        if role is Role.OPERATOR:
+            table.check(not tenant and not user, "role", "An operator has no tenant and no user.")
+        table.done()
+        key = san(*name.split(":", 1))
+        top.check(key not in found, name, "This name is in the file twice.")
+        found[key] = Principal(tenant, key, role or Role.VIEWER, user)
+    top.raise_mistakes()
+    return found
+
+
+def san(kind: str, name: str) -> str:
+    """Returns a name of a certificate as `read_client_principals` has it. Only names of hosts have no case."""
+    return f"{kind}:{name.lower() if kind == 'dns' else name}"
+
+
+def read_networks(text: str, option: str = "--behind-tls-proxy") -> tuple[Network, ...]:
+    """Reads addresses and networks, such as 10.0.0.0/8, with commas between them; none of an empty text. Raises
+    SettingsError."""
+    found: list[Network] = []
+    mistakes = []
+    for one in (part.strip() for part in text.split(",") if text):
+        try:
+            found.append(ip_network(one))
+        except ValueError:
+            mistakes.append(Mistake(option, f"{one} is neither an address nor a network such as 10.0.0.0/8."))
+    if mistakes:
+        raise SettingsError(mistakes)
+    return tuple(found)

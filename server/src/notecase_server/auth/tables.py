@@ -1,0 +1,131 @@
+"""Reads files of settings, and tells everything that is wrong with one at once."""
+
+import json
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from notecase_server import names
+from notecase_server.auth.principal import Role
+
+T = TypeVar("T")
+
+ROLES: Mapping[str, Role] = {role.name.lower(): role for role in Role}
+
+_KINDS: Mapping[type, str] = {str: "a text", list: "a list", dict: "a table"}
+
+
+class Mistake(NamedTuple):
+    """One setting that is wrong."""
+
+    setting: str
+    """An option such as `--tls-key`, for a file with the key in it: `--issuers issuer[0].audience`."""
+    text: str
+    """A sentence that says what would be right."""
+
+
+class SettingsError(Exception):
+    """Settings cannot be used; it holds every mistake that was found."""
+
+    def __init__(self, mistakes: Iterable[Mistake]) -> None:
+        self.mistakes = tuple(mistakes)
+        super().__init__("\n".join(f"{mistake.setting}: {mistake.text}" for mistake in self.mistakes))
+
+
+class Table:
+    """A table of a file that is being read. Its methods take a key, return its value, or an empty one where it is
+    missing or wrong, and keep the mistake."""
+
+    def __init__(self, values: Mapping[str, Any], place: str, mistakes: list[Mistake]) -> None:
+        """`place` begins the names of its settings."""
+        self.values = values
+        self.mistakes = mistakes
+        self._place = place
+        self._taken: set[str] = set()
+
+    def check(self, right: bool, key: str, text: str) -> bool:
+        """Keeps a mistake unless it is right; returns whether it is."""
+        if not right:
+            self.mistakes.append(Mistake(f"{self._place}{key}".strip(), text))
+        return right
+
+    def done(self) -> None:
+        """Keeps a mistake for every key that was not taken: a key that is read over changes what callers may do."""
+        for key in sorted(self.values.keys() - self._taken):
+            self.check(False, key, f"There is no such key; there are {', '.join(sorted(self._taken))}.")
+
+    def raise_mistakes(self) -> None:
+        """Raises SettingsError if anything was wrong, in any table of the file."""
+        if self.mistakes:
+            raise SettingsError(self.mistakes)
+
+    def take(self, key: str, kind: type[T]) -> T | None:
+        self._taken.add(key)
+        value = self.values.get(key)
+        if value is None or not self.check(isinstance(value, kind), key, f"This is {_KINDS[kind]}."):
+            return None
+        return value  # type: ignore[no-any-return]
+
+    def inner(self, key: str, values: Mapping[str, Any]) -> "Table":
+        """Makes a table that is under `key`; its mistakes are kept with those of this one."""
+        return Table(values, f"{self._place}{key}.", self.mistakes)
+
+    def text(self, key: str, *, needed: bool = True) -> str:
+        value = self.take(key, str)
+        self.check(not needed or key in self.values, key, "This is missing.")
+        self.check(value != "", key, "This is empty.")
+        return value or ""
+
+    def texts(self, key: str, *, needed: bool = True) -> tuple[str, ...]:
+        """One text, or several in a list."""
+        self._taken.add(key)
+        value = self.values.get(key)
+        many = [value] if isinstance(value, str) else value
+        if many is None:
+            self.check(not needed, key, "This is missing.")
+            return ()
+        right = isinstance(many, list) and bool(many) and all(isinstance(one, str) and one for one in many)
+        return tuple(many) if self.check(right, key, "This is a text, or a list of texts.") else ()
+
+    def matching(self, key: str, right: Callable[[str], bool], rule: str, *, needed: bool) -> str:
+        value = self.text(key, needed=needed)
+        return value if not value or self.check(right(value), key, rule) else ""
+
+    def tenant(self, *, needed: bool = True) -> str:
+        return self.matching("tenant", names.is_id, f"A tenant {names.ID_RULE}.", needed=needed)
+
+    def user(self) -> str:
+        """Returns the id in `users/{user}`; empty where there is none."""
+        rule = "A user is users/ and its id."
+        return self.matching("user", lambda name: bool(names.parse_user(name)), rule, needed=False)[len("users/") :]
+
+    def role(self, *, needed: bool = True) -> Role | None:
+        return ROLES.get(self.matching("role", ROLES.__contains__, f"A role is one of {_ROLE_NAMES}.", needed=needed))
+
+    def roles(self, key: str) -> Mapping[str, Role]:
+        """A table from any text to the name of a role."""
+        values = self.take(key, dict) or {}
+        table = self.inner(key, values)
+        found = {value: ROLES.get(role) if isinstance(role, str) else None for value, role in values.items()}
+        for value, role in found.items():
+            table.check(role is not None, value, f"A role is one of {_ROLE_NAMES}.")
+        return {value: role for value, role in found.items() if role is not None}
+
+
+_ROLE_NAMES = ", ".join(ROLES)
+
+
+def load(path: Path, option: str) -> Table:
+    """Reads a file that is JSON when its name ends so, and TOML otherwise. Raises SettingsError; `option` names it."""
+    form = "JSON" if path.suffix == ".json" else "TOML"
+    try:
+        text = path.read_text()
+        values = json.loads(text) if form == "JSON" else tomllib.loads(text)
+    except OSError as error:
+        raise SettingsError([Mistake(option, f"{path} cannot be read: {error.strerror}.")]) from None
+    except (ValueError, RecursionError) as error:
+        raise SettingsError([Mistake(option, f"{path} is not {form}: {error}.")]) from None
+    if not isinstance(values, dict):
+        raise SettingsError([Mistake(option, f"{path} does not hold a table.")])
+    return Table(values, f"{option} ", [])

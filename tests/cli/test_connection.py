@@ -1,0 +1,91 @@
+"""How commands reach a server beyond this machine: by TLS, and with a token."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple
+
+import grpc
+import pytest
+from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
+
+from tests.cli.command import notecase
+from tests.support.authority import Authority
+from tests.support.server import running
+
+
+class ByToken:
+    """Takes whoever has the one token."""
+
+    async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
+        known = metadata.get("authorization") == "Bearer secret-1"
+        return Principal("default", "one", Role.ADMIN) if known else None
+
+
+class Place(NamedTuple):
+    address: str
+    ca: str
+
+
+@pytest.fixture
+async def place(tmp_path: Path) -> AsyncIterator[Place]:
+    """A server with TLS that knows one token."""
+    authority = Authority()
+    cert, key = authority.issue().write(tmp_path)
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes(authority.cert)
+    channel = grpc.ssl_channel_credentials(authority.cert)
+    async with running(authenticators=[ByToken()], credentials=channel, tls_cert=cert, tls_key=key) as served:
+        yield Place(served.address, str(ca))
+
+
+async def test_a_command_is_told_where_the_server_is_and_its_token(place: Place) -> None:
+    put = ("state", "put", "app", "case", "7")
+    done = await notecase(*put, "--server", place.address, "--ca", place.ca, "--token", "secret-1")
+    assert (0, "") == (done.code, done.err)
+    variables = {"NOTECASE_ADDRESS": place.address, "NOTECASE_CA": place.ca, "NOTECASE_TOKEN": "secret-1"}
+    done = await notecase("state", "get", "app", env=variables)
+    assert (0, "") == (done.code, done.err)
+    assert "case" in done.out
+    done = await notecase("health", env=variables)
+    assert (0, "SERVING\n") == (done.code, done.out)
+
+
+async def test_options_of_a_group_hold_for_its_commands(place: Place) -> None:
+    options = ("--server", place.address, "--ca", place.ca, "--token", "secret-1")
+    done = await notecase("sessions", *options, "show", "none")
+    assert (1, "Error: There is no session 'sessions/none'.\n") == (done.code, done.err)
+
+
+async def test_a_command_without_a_valid_token_says_so(place: Place) -> None:
+    for token in ((), ("--token", "secret-2")):
+        done = await notecase("sessions", "--server", place.address, "--ca", place.ca, *token)
+        assert 1 == done.code
+        assert done.err.startswith("Error: This call needs a credential")
+        assert "secret-2" not in done.err
+
+
+async def test_a_server_of_an_unknown_authority_is_told(place: Place, tmp_path: Path) -> None:
+    other = tmp_path / "other.pem"
+    other.write_bytes(Authority().cert)
+    done = await notecase("sessions", "--server", place.address, "--ca", str(other))
+    assert 1 == done.code
+    assert f"Error: The certificate of {place.address} is not of an authority that is known here" in done.err
+
+
+async def test_what_cannot_be_sent_is_told_before_it_is(tmp_path: Path) -> None:
+    none = str(tmp_path / "none.pem")
+    for arguments, env, told in (
+        (("sessions", "--ca", none), {}, "No such file or directory"),
+        (("health", "--ca", none), {}, f"{none} cannot be read: No such file or directory."),
+        (("sessions", "--token", "two words"), {}, "the token is empty, or holds what no token does"),
+        (
+            ("sessions", "--server", "192.0.2.1:7420", "--plaintext"),
+            {"NOTECASE_TOKEN": "secret-1"},
+            "NOTECASE_TOKEN would go to 192.0.2.1:7420 in plain text",
+        ),
+    ):
+        done = await notecase(*arguments, env=env)
+        assert 1 == done.code
+        assert told in done.err
+        assert "words" not in done.err
+        assert "secret-1" not in done.err
