@@ -82,6 +82,7 @@ class Draft:
     def feed(self, delta: Text | Reasoning | Refusal | Call | Link | Cited | Returned) -> bool:
         """Takes in a delta, and returns whether it began a block. Raises NotecaseError LIMIT_EXCEEDED once the reply is
         larger than MAX_REPLY_BYTES, or has more than MAX_MEDIA of images and clips."""
+        block: Block | None
         match delta:
             case Text(text) if self._unfenced is None:
                 block = self._current("text")

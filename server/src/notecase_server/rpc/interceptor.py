@@ -10,7 +10,7 @@ import asyncio
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -259,9 +259,10 @@ class Streaming(Endpoint):
 
     def _respond(self, answers: Any, context: Any, call: Call) -> Awaitable[None]:
         """Sends what the handler yields. A handler that yields nothing, such as that of health, writes by itself."""
-        if inspect.isasyncgen(answers):
-            return deliver(answers, self._wrapped.response_serializer, context, self._door.stall, call)
-        return answers  # type: ignore[no-any-return]
+        if not inspect.isasyncgen(answers):
+            return answers  # type: ignore[no-any-return]
+        responses: AsyncGenerator[Any, None] = answers
+        return deliver(responses, self._wrapped.response_serializer, context, self._door.stall, call)
 
     async def _refuse(self, context: Any, error: Exception) -> None:
         """Waits at most the doorway's `stall`: the status is sent behind the frames, which nobody may be reading."""
