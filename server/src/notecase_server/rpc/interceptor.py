@@ -10,7 +10,7 @@ import asyncio
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -261,7 +261,7 @@ class Streaming(Endpoint):
         """Sends what the handler yields. A handler that yields nothing, such as that of health, writes by itself."""
         if not inspect.isasyncgen(answers):
             return answers  # type: ignore[no-any-return]
-        responses: AsyncGenerator[Any, None] = answers
+        responses: Any = answers
         return deliver(responses, self._wrapped.response_serializer, context, self._door.stall, call)
 
     async def _refuse(self, context: Any, error: Exception) -> None:
