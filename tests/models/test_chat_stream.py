@@ -67,7 +67,9 @@ _TEXTS = st.sampled_from(["Hi", " there", "", "\ud83d", "\ude00", "😀", None])
 
 def _mostly(usual: Mapping[str, Any], *rare: str) -> st.SearchStrategy[dict[str, Any]]:
     """An object with the usual members, and at times with one or two of the rare ones."""
-    odd = st.one_of(st.just({}), st.dictionaries(st.sampled_from(rare), _ODD, max_size=2))
+    odd: st.SearchStrategy[dict[str, Any]] = st.one_of(
+        st.just({}), st.dictionaries(st.sampled_from(rare), _ODD, max_size=2)
+    )
     return st.builds(lambda told, more: told | more, st.fixed_dictionaries({**usual}), odd)
 
 
