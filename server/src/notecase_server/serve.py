@@ -23,14 +23,10 @@ from notecase_server.auth.chain import Chain
 from notecase_server.auth.files import Files, Watched
 from notecase_server.auth.keys import Keys
 from notecase_server.auth.principal import Authenticator
-<<<<<<< HEAD
 from notecase_server.auth.settings import read_client_principals, read_issuers, read_networks
 from notecase_server.auth.tables import Mistake, SettingsError
-from notecase_server.config import Settings, exposure_mistakes
-=======
 from notecase_server.auth.tenants import Tenants
-from notecase_server.config import Settings
->>>>>>> doors
+from notecase_server.config import Settings, exposure_mistakes
 from notecase_server.engine.arrivals import Arrivals
 from notecase_server.engine.content import Contents, Limits
 from notecase_server.engine.places import Places
@@ -311,25 +307,17 @@ class Server:
         """Serves, and takes over the runs that were left; returns the port. Raises RuntimeError when an address is
         taken."""
         channel = options(self._settings.max_calls, self._settings.max_connections)
-<<<<<<< HEAD
-        self._grpc, self._health = await build(self._desk, self._store, self._keys, self._doorway, channel)
-        self._listen()
-=======
         self._grpc, self._health = await build(
             self._desk, self._store, self._keys, self._tenants, self._tenancy, self._doorway, channel
         )
-        self.port = self._grpc.add_insecure_port(self._settings.listen)
->>>>>>> doors
+        self._listen()
         await self._grpc.start()
         self._runs.upkeep.start()
         self._supervisor.service("sweeper", self._sweep)
         self._supervisor.service("prober", self._probe)
         self._supervisor.service("judge", self._doorway.keep_judging)
-<<<<<<< HEAD
         self._supervisor.service("files", self._files.keep_looking)
-=======
         self._supervisor.service("tenancy", self._tenancy.keep_looking)
->>>>>>> doors
         log.info("server_started", listen=self._settings.listen, port=self.port, store=self._store.kind)
         if self._settings.insecure:
             log.warning("server_insecure", problem="Everybody who reaches the port may do all.")
