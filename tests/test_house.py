@@ -59,7 +59,9 @@ ROOMS: dict[str, Room] = {
     "models": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
     "models.contract": Room({"errors"}, "A promise knows none of those who keep it."),
     "models.answers": Room({"errors", "models.contract"}, "What a word means is the same whoever reads it."),
-    "models.provider_data": Room({"models.contract"}, "What goes back is picked out of a reply, whoever sends it."),
+    "models.provider_data": Room(
+        {"models.contract", "models.answers"}, "What goes back is picked out of a reply, whoever sends it."
+    ),
     "models.chat_stream": Room(
         {"errors", "models.contract", "models.answers", "models.provider_data"}, "A format's reader needs no provider."
     ),

@@ -21,6 +21,7 @@ from tests.support.replies import fold
 
 KEY = "live-Secret.0123/456+789"
 JSON = {"Content-Type": "application/json"}
+PACKED = reply("Hi").body
 MODEL_ERROR, UNAVAILABLE = v1.ERROR_REASON_MODEL_ERROR, v1.ERROR_REASON_MODEL_UNAVAILABLE
 
 
@@ -155,10 +156,23 @@ class TestTooMuch:
         assert "that hold nothing of a reply" in caught.message
         assert turns > 10
 
-    async def test_a_packed_reply_is_read(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
-        headers = {"Content-Type": "text/event-stream", "Content-Encoding": "gzip"}
-        server.script(Answer((gzip.compress(reply("Hi").body),), 200, headers))
-        assert "Hi" == fold(await ask(provider)).text
+    @pytest.mark.parametrize(
+        ("encoding", "packed"),
+        [
+            ("gzip", gzip.compress(PACKED)),
+            ("gzip", gzip.compress(PACKED[:100]) + gzip.compress(PACKED[100:])),
+            ("deflate", zlib.compress(PACKED)),
+            ("deflate", zlib.compress(PACKED)[2:-4]),
+        ],
+        ids=["gzip", "two members", "deflate", "deflate without a head"],
+    )
+    async def test_a_packed_reply_is_read(
+        self, server: OpenAIServer, provider: OpenAIProvider, encoding: str, packed: bytes
+    ) -> None:
+        """However it is cut."""
+        whole = Answer((packed,), 200, {"Content-Type": "text/event-stream", "Content-Encoding": encoding})
+        server.script(whole, whole.split(range(1, len(packed))))
+        assert ["Hi", "Hi"] == [fold(await ask(provider)).text for _ in range(2)]
 
     async def test_a_packing_that_is_broken(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
         headers = {"Content-Type": "text/event-stream", "Content-Encoding": "gzip"}

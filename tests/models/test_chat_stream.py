@@ -1,18 +1,21 @@
 """Any bytes a provider may send end as the reply they mean, or as one typed failure."""
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.errors import NotecaseError
+from notecase_server.models.answers import chunk as documents
 from notecase_server.models.answers.calls import MAX_HELD
+from notecase_server.models.answers.chunk import Choice, Chunk, Said
 from notecase_server.models.answers.event_stream import MAX_EVENT_BYTES, EventSplitter
 from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import MAX_SILENT_BYTES, MAX_TEXT_BYTES, ChatReply, Piece
-from notecase_server.models.contract import Call
+from notecase_server.models.contract import Call, Returned
 
 from tests.support.openai_server import DONE, MODEL, chunk, event, stream, tool_calls
 from tests.support.replies import Reply, fold
@@ -57,6 +60,30 @@ def counted(model: str = MODEL, **tokens: int) -> v1.Usage:
 
 
 SAID = chunk({"content": "Hi"})
+
+_ODD = st.sampled_from([None, "", "x", 0, 1, True, False, [], {}, [1], {"a": 1}, "\ud83d", "\ude00", {"text": "t"}])
+_TEXTS = st.sampled_from(["Hi", " there", "", "\ud83d", "\ude00", "😀", None])
+
+
+def _mostly(usual: Mapping[str, Any], *rare: str) -> st.SearchStrategy[dict[str, Any]]:
+    """An object with the usual members, and at times with one or two of the rare ones."""
+    odd: st.SearchStrategy[dict[str, Any]] = st.one_of(
+        st.just({}), st.dictionaries(st.sampled_from(rare), _ODD, max_size=2)
+    )
+    return st.builds(lambda told, more: told | more, st.fixed_dictionaries({**usual}), odd)
+
+
+_DELTAS = _mostly({"content": _TEXTS}, *Said.__struct_fields__, "role")
+_CHOICES = _mostly({"delta": _DELTAS, "index": st.just(0)}, *Choice.__struct_fields__)
+_CHUNKS = _mostly({"choices": st.lists(_CHOICES, min_size=1, max_size=1)}, *Chunk.__struct_fields__, "code", "message")
+_COUNTED = _mostly(
+    {
+        "object": st.just("chat.completion.chunk"),
+        "choices": st.just([]),
+        "usage": st.just({"prompt_tokens": 3, "completion_tokens": "7"}),
+    },
+    *(*Chunk.__struct_fields__, "id", "code", "message", "type", "errors", "base_resp", "success", "service_tier"),
+)
 
 
 class TestEvents:
@@ -439,6 +466,38 @@ class TestFaults:
             for text in texts
         ]
         assert (("", expected),) == read(*arguments, DONE).calls
+
+    def test_what_goes_back_to_the_provider_is_valid_unicode_too(self) -> None:
+        """A half of a character in a member that is kept failed the reply as a defect of the server."""
+
+        def thought(text: str) -> bytes:
+            detail = {"type": "reasoning.text", "text": text, "index": 0}
+            return b"data: " + json.dumps({"choices": [{"delta": {"reasoning_details": [detail]}}]}).encode() + b"\n\n"
+
+        call = {"index": 0, "id": "c\ud83d", "function": {"name": "f", "arguments": "{}"}}
+        called = b"data: " + json.dumps({"choices": [{"delta": {"tool_calls": [call]}}]}).encode() + b"\n\n"
+        pieces = pieces_of(thought("a\ud83d"), thought("\ude00\ud83d"), called, DONE)
+        told = [(piece.key, piece.data) for piece in pieces if isinstance(piece, Returned)]
+        members = '{"reasoning_details":[{"type":"reasoning.text","text":"a😀\ufffd","index":0}]}'
+        assert [(0, v1.ProviderData(call_id="c\ufffd")), (None, v1.ProviderData(members=members.encode()))] == told
+
+    @settings(max_examples=200)
+    @given(st.lists(st.one_of(_CHUNKS, _CHUNKS, _CHUNKS, _COUNTED), min_size=1, max_size=8))
+    def test_the_short_ways_to_read_a_chunk_say_what_the_long_one_says(self, chunks: list[Any]) -> None:
+        """Those for a chunk that is text alone, and for one that is the usage alone."""
+        data = [b"data: " + json.dumps(told).encode() + b"\n\n" for told in chunks] + [DONE]
+
+        def told() -> tuple[Any, ...]:
+            try:
+                return tuple(pieces_of(*data))
+            except NotecaseError as error:
+                return error.reason, error.message, error.metadata, error.usage
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(documents, "token", lambda data: None)
+            patch.setattr(documents, "counted", lambda data: None)
+            expected = told()
+        assert expected == told()
 
     def test_names_and_reasons_are_valid_unicode_too(self) -> None:
         call = rb'{"choices":[{"delta":{"tool_calls":[{"function":{"name":"f\ud800"}}]},"finish_reason":"s\udfff"}]'

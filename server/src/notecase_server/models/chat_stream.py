@@ -19,6 +19,7 @@ from notecase_server.models.answers.finish_reasons import Finish as End
 from notecase_server.models.answers.finish_reasons import is_cut, meaning
 from notecase_server.models.answers.media import Audio, Encoded
 from notecase_server.models.answers.redaction import Redactor
+from notecase_server.models.answers.surrogates import mended
 from notecase_server.models.answers.think_tags import ThinkTags
 from notecase_server.models.answers.usage import Counts
 from notecase_server.models.contract import Call, Cited, Delta, Finish, Link, Reasoning, Refusal, Returned, Text, Used
@@ -408,7 +409,7 @@ class ChatReply:
             piece = documents.flat(piece)
         call = self._calls.take(piece)
         self._data.call(call.key, piece)
-        pieces.append(Call(call.key, self._valid(call.tool), self._mended(call.key, call.arguments)))
+        pieces.append(Call(call.key, mended(call.tool), self._mended(call.key, call.arguments)))
 
     def _judged(self, pieces: list[Piece], cut: NotecaseError | None) -> Finish:
         """Adds what was held back, and makes the end of the reply. Raises what is no reply."""
@@ -426,7 +427,7 @@ class ChatReply:
             self._spoken = True
         called = bool(self._calls)
         end = meaning(self._reason) if self._reason else (End.CALLS if called else End.WHOLE)
-        word = self._redactor.reason(self._valid(self._reason)) or _WORDS.get(end, "stop")
+        word = self._redactor.reason(mended(self._reason)) or _WORDS.get(end, "stop")
         if not (self._reason or self.done or self._audio.whole):
             raise cut or errors.model_unavailable("The model provider ended its answer before the reply was whole.")
         if end is End.FAILED:
@@ -477,10 +478,7 @@ class ChatReply:
         if "\ud800" <= text[-1] <= "\udbff":
             self._halves[key] = text[-1]
             text = text[:-1]
-        return _without_surrogates(text)
-
-    def _valid(self, text: str) -> str:
-        return _without_surrogates(text)
+        return mended(text)
 
 
 def _words(said: Said) -> str | None:
@@ -495,7 +493,3 @@ def _is_thought(extra: Any) -> bool:
     """Whether Gemini's compatible endpoint marks the content as a thought."""
     google = extra.get("google") if isinstance(extra, dict) else None
     return isinstance(google, dict) and google.get("thought") is True
-
-
-def _without_surrogates(text: str) -> str:
-    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

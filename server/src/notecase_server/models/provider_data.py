@@ -1,11 +1,13 @@
 """What a provider gets back with a later request, picked out of a reply: each keeps its own signatures and encrypted
 thoughts in members of its own."""
 
+import json
 from typing import Any
 
 import msgspec
 from notecase import v1
 
+from notecase_server.models.answers.surrogates import mended
 from notecase_server.models.contract import Returned
 
 MAX_BYTES = 128 << 10
@@ -42,7 +44,7 @@ class ProviderData:
     def call(self, key: int, piece: Any) -> None:
         """Takes one piece of the call of that key: an object with the members of an entry of `tool_calls`."""
         if piece.id and key not in self._ids:
-            self._ids[key] = str(piece.id)
+            self._ids[key] = mended(str(piece.id))
         for name in OF_CALLS:
             if value := getattr(piece, name, None):
                 members = self._calls.setdefault(key, {})
@@ -67,7 +69,12 @@ class ProviderData:
 
 
 def _encoded(members: dict[str, Any] | None) -> bytes:
-    return msgspec.json.encode(members) if members else b""
+    if not members:
+        return b""
+    try:
+        return msgspec.json.encode(members)
+    except UnicodeEncodeError:  # by halves of characters
+        return mended(json.dumps(members, ensure_ascii=False, separators=(",", ":"))).encode()
 
 
 def _more(before: Any, value: Any) -> Any:

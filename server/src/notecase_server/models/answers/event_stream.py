@@ -64,7 +64,7 @@ class EventSplitter:
         for piece in whole:
             if data := self._plain(piece):
                 found.append(Event(data))
-            else:
+            elif piece or self._lines or self._name:
                 for line in (*piece.split(b"\n"), b""):
                     self._take(line, found)
         for line in rest.splitlines():
