@@ -20,7 +20,7 @@ TOOLS := $(addprefix $(BIN)/,grpcurl grpcui evans ghz)
 # What buf breaking compares proto/ with: the last commit, or make proto-breaking AGAINST=v0.1.0
 AGAINST := HEAD
 
-.PHONY: help demo serve test test-hard mutants fuzz lint format types proto proto-check proto-lint proto-breaking check bench bench-peers profile soak tools clean
+.PHONY: help demo serve test test-hard test-kills mutants fuzz lint format types proto proto-check proto-lint proto-breaking check bench bench-peers profile soak tools clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -36,6 +36,9 @@ test: $(VENV)/.ready $(GENERATOR)/.ready $(if $(GO),$(TOOLS)) ## Run the tests s
 
 test-hard: $(VENV)/.ready ## Run tests/e2e with seeds 1 to 5 on a busy machine; ARGS="--seeds 1 2 -- tests/e2e/test_watch.py"
 	@$(BIN)/python -m tests.hard $(ARGS)
+
+test-kills: $(VENV)/.ready ## Kill a server after every transaction of a long fork and import, where make test takes some
+	@NOTECASE_KILLS=1 $(BIN)/python -m pytest -n auto --dist worksteal -k ten_thousand tests/e2e/test_copies.py $(ARGS)
 
 mutants: $(VENV)/.ready ## Break each promise in a copy: a test must notice; ARGS="rpc/watch" for some of them
 	@$(BIN)/python -m tests.mutants $(ARGS)

@@ -1,11 +1,16 @@
 """A fork or an import is all there or not at all, whatever becomes of its server, its store or its caller."""
 
 import asyncio
+import hashlib
+import io
+import os
+import random
+import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import grpc
 import pytest
@@ -29,6 +34,10 @@ from tests.support.server import Running, running
 SOURCE = SessionKey("default", "source", "00000000-dead-4000-8000-000000000000")
 Way = Literal["fork", "import"]
 WAYS: list[Way] = ["fork", "import"]
+KILLS = "NOTECASE_KILLS"
+"""The variable that, when it is set, has a server killed after every transaction of long copies."""
+PARTS = 4
+"""Into which the transactions of a long copy are divided: tests that can go side by side."""
 SWEEPER_SECONDS = 60.0
 """How long the sweeper is waited for before it is taken for lost."""
 
@@ -156,30 +165,82 @@ async def test_a_server_killed_after_any_transaction_leaves_all_or_nothing(tmp_p
     assert [*([False] * (len(there) - 1)), True] == there
 
 
-@pytest.mark.parametrize("way", WAYS)
-async def test_a_server_killed_in_a_copy_of_ten_thousand_events_leaves_all_or_nothing(tmp_path: Path, way: Way) -> None:
-    """In the middle and after the last: each costs a start and the sweep of all that was written."""
-    path = f"sqlite:{tmp_path / 'notecase.db'}"
-    store = await open_store(path, now)
-    file = await fill(store, 10, 10_000)
-    past = await store.read_past(SOURCE, 10_050)
-    key = SOURCE._replace(session="counted", uid="counted")
-    with transactions(store) as made:
-        if way == "fork":
-            await store.fork(Fork(key=key, source=SOURCE, past=past, session=v1.Session()))
-        else:
-            with (tmp_path / "file").open("w+b") as spooled:
-                spooled.write(file)
-                await store.restore(await transfer.read(spooled, key))
-    assert file == await exported(store, key)
-    await store.delete_session(key)
+PORTRAIT = hashlib.sha256(b"a portrait").hexdigest()
+
+
+class Prepared(NamedTuple):
+    """A session of ten thousand events at rest, in a store that nobody has open."""
+
+    store: Path
+    file: bytes
+    transactions: dict[Way, int]
+    """How many each way of copying it takes."""
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepared:
+    return asyncio.run(prepare(tmp_path_factory.mktemp("prepared")))
+
+
+async def prepare(folder: Path) -> Prepared:
+    store = await open_store(f"sqlite:{folder / 'notecase.db'}", now)
+    await fill(store, 10, 9_900)
+    await store.put_blob("default", "", PORTRAIT, b"a portrait")
+    portrait = v1.Value(blob_value=v1.Blob(name=f"blobs/{PORTRAIT}"))
+    done = await add(store, changed(v1.StateOp(key="portrait", set=portrait)), key=SOURCE)
+    file, counts = await exported(store, SOURCE), dict[Way, int]()
+    for way in WAYS:
+        key = SOURCE._replace(session=way, uid=way)
+        with transactions(store) as made:
+            if way == "fork":
+                past = await store.read_past(SOURCE, done.session.last_sequence)
+                await store.fork(Fork(key=key, source=SOURCE, past=past, session=v1.Session()))
+            else:
+                await store.restore(await transfer.read(io.BytesIO(file), key))
+        assert file == await exported(store, key)
+        await store.delete_session(key)
+        counts[way] = made.count
     await store.sweep_sessions()
     await store.close()
-    assert made.count > 10_000 // copies.COPY_ROWS
-    for number in (made.count // 2, made.count):
-        copy = f"copy{number}"
-        assert await died(tmp_path, way, file, copy, number)
-        assert (number == made.count) == await require_all_or_nothing(path, way, file, copy)
+    assert min(counts.values()) > done.session.last_sequence // copies.COPY_ROWS
+    return Prepared(folder / "notecase.db", file, counts)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("part", range(PARTS))
+async def test_a_server_killed_in_a_copy_of_ten_thousand_events_leaves_all_or_nothing(
+    tmp_path: Path, prepared: Prepared, way: Way, part: int
+) -> None:
+    """After one transaction of each part, by the run's seed, and after the last; `make test-kills` takes them all."""
+    last = prepared.transactions[way]
+    points = list(range(1 + part, last + 1, PARTS))
+    if not os.environ.get(KILLS):
+        chosen = random.Random(f"{os.environ.get('NOTECASE_SEED')} {way} {part}").choice(points)
+        points = sorted({chosen, *({last} & set(points))})
+    for number in points:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        shutil.copy(prepared.store, folder)
+        assert await died(folder, way, prepared.file, "copy", number)
+        store = await open_store(f"sqlite:{folder / 'notecase.db'}", now)
+        async with swept(store) as (served, clean):
+            made = await store.find_session("default", "copy")
+            assert (number == last) == (made is not None)
+            if made is None:
+                assert orphans(store)
+                await require_nothing(served, "copy")
+            else:
+                listed = await served.sessions.ListSessions(v1.ListSessionsRequest())
+                assert {"sessions/source", "sessions/copy"} == {session.name for session in listed.sessions}
+                assert prepared.file == await exported(store, SessionKey("default", "copy", made.uid))
+                assert len(b"a portrait") == made.content_bytes
+            await clean()
+            assert b"a portrait" == await store.read_blob("default", PORTRAIT, 0)
+            for session in ["source", "copy"] if made else ["source"]:
+                await served.sessions.DeleteSession(v1.DeleteSessionRequest(name=f"sessions/{session}"))
+            await clean()
+            assert 1 == await store.sweep_blobs(1 << 60, 1 << 60)
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -291,7 +291,7 @@ SESSION = {
     "an import of 3,000 messages": Hostile(
         IMPORT,
         lambda: imported(export_of(map(spoken, range(1, 3001)))),
-        most={"calls": 120_000, "handovers": 20, "writes": 20, "statements": 7000},
+        most={"calls": 120_000, "handovers": 70, "writes": 35, "statements": 4000},
     ),
     "an import of 100,000 headers": Hostile(
         IMPORT, lambda: [v1.ImportSessionRequest(header=v1.ImportHeader())] * 100_000, INVALID, "INVALID_FIELD"

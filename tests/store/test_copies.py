@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import io
+import sqlite3
 import tempfile
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -178,6 +179,20 @@ async def test_an_import_is_replayed_in_small_pieces_that_nobody_holds(store: St
     assert (1010, copies.COPY_ROWS // PIECE) == (sum(pieces), max(pieces))
     assert max(held[1:]) < held[0] + 3 * max(pieces)
     assert await rows_of(store, KEY) == await rows_of(store, COPY)
+
+
+async def test_an_import_takes_an_event_that_changes_more_keys_than_a_statement_has_variables(store: Store) -> None:
+    many, log = 3000, [v1.Event(sequence=number) for number in (1, 2)]
+    for number, each in enumerate(log, 1):
+        each.state_changed.version = number
+        for key in range(many):
+            each.state_changed.ops.add(key=f"{key}", increment=number)
+    if isinstance(store, SqliteStore):
+        for connection in (store._connections.writer, *store._connections.readers):
+            connection.setlimit(sqlite3.SQLITE_LIMIT_VARIABLE_NUMBER, many // 2)
+    await store.restore(Restore(key=COPY, session=v1.Session(), blobs={}, events=lambda: iter(log)))
+    state = await store.get_state(COPY.state, ["0", f"{many - 1}"])
+    assert [3, 3] == [entry.value.int_value for entry in state.entries.values()]
 
 
 @pytest.mark.parametrize("way", WAYS)

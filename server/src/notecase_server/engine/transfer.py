@@ -135,7 +135,7 @@ class _Reader:
         self._records = _content_records(file)
 
     async def advance(self) -> None:
-        found = v1.ExportRecord()
+        found: v1.ExportRecord | None = v1.ExportRecord()
         while found is not None and not found.WhichOneof("record"):
             found = await asyncio.to_thread(next, self._records, None)
         self.record = found

@@ -14,6 +14,7 @@ import asyncio
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from operator import methodcaller
 from typing import NamedTuple
 
 from notecase import v1
@@ -123,7 +124,7 @@ def put_right(key: SessionKey, then: Past) -> Iterator[Row]:
         yield message.ByteSize(), partial(_set_message, key=key, message=message)
     for name, entry in then.entries.items():
         size = entry.ByteSize() if entry is not None else 0
-        yield size, partial(_set_entry, scope=key.state, name=name, entry=entry)
+        yield size, methodcaller("put_entry", key.state, name, entry)
 
 
 def _set_message(tables: Tables, key: SessionKey, message: v1.Message) -> None:
@@ -132,10 +133,6 @@ def _set_message(tables: Tables, key: SessionKey, message: v1.Message) -> None:
         tables.put_message(key, message)
     else:
         tables.add_messages(key, [message])
-
-
-def _set_entry(tables: Tables, scope: Scope, name: str, entry: v1.StateEntry | None) -> None:
-    tables.put_entry(scope, name, entry)
 
 
 def finish_fork(tables: Tables, now: int, fork: Fork, whole: Whole, quotas: Quotas) -> Committed:

@@ -5,17 +5,16 @@ piece, however long the log is, and nobody waits for more than that.
 """
 
 from collections.abc import Set
-from functools import partial
+from operator import methodcaller
 
 from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.errors import NotecaseError
 from notecase_server.store import copies, fold
-from notecase_server.store.contract import Restore, Scope, SessionKey
+from notecase_server.store.contract import Restore, SessionKey
 from notecase_server.store.copies import Row
 from notecase_server.store.steps import event_row, load, stretches_of
-from notecase_server.store.stretches import Stretch
 from notecase_server.store.tables import Batch, EventRow, Tables
 
 ARRIVED = b"imported"
@@ -32,6 +31,9 @@ OF_ANY = frozenset({"message_added", "tool_finished", "state_changed", "usage", 
 PIECE = 5
 """Entries of a piece are so many times fewer than the rows that a transaction writes: one takes as long to replay as
 several rows to write, and makes some of them."""
+
+KEYS = 1000
+"""That are asked for at a time: anybody may have written an event that changes more of them than a statement takes."""
 
 
 class Replay:
@@ -61,11 +63,7 @@ class Replay:
     def rows(self, tables: Tables, events: list[v1.Event]) -> list[Row]:
         """Replays a piece, and returns the rows that it makes or changes. All that came before it must be rows by now.
         Raises NotecaseError IMPORT_INVALID."""
-        key, scope, needs = self._key, self._key.state, fold.needs(events)
-        needs.keys = {state: keys for state, keys in needs.keys.items() if not state}
-        rows = fold.Rows(self.session, 0, sealing=self._sealing)
-        rows.runs = {name: found[0] for name in needs.runs if (found := tables.run(key, name)) is not None}
-        load(tables, key, needs, rows)
+        key, scope, rows = self._key, self._key.state, self._load(tables, events)
         added = [(key.uid, event.message_added.name) for event in events if event.HasField("message_added")]
         taken = {name for _, name in tables.named_messages(key.tenant, added)}
         runs, messages, calls = set(rows.runs), set(rows.messages), set(rows.calls)
@@ -75,33 +73,48 @@ class Replay:
                 unstarted.add(event.run)
             row = _replayed(rows, key, event, taken)
             self.session.log_bytes += len(row.body)
-            made.append((len(row.body), partial(_add_event, key=key, row=row)))
+            made.append((len(row.body), methodcaller("add_events", key, [row])))
         self.session.ClearField("remembered")  # an answer holds for the session in which it was given
         self._sealing = rows.sealing
         self._unended -= rows.runs.keys()
         self._unended |= {name for name, run in rows.runs.items() if run.state not in fold.ENDED}
-        made += [(0, partial(_add_stretch, key=key, stretch=one)) for one in stretches_of(tables, key, events)]
+        made += [(0, methodcaller("add_stretches", key, [one])) for one in stretches_of(tables, key, events)]
         for name, message in rows.messages.items():
-            write = _put_message if name in messages else _add_message
-            made.append((message.ByteSize(), partial(write, key=key, message=message)))
+            add, put = methodcaller("add_messages", key, [message]), methodcaller("put_message", key, message)
+            made.append((message.ByteSize(), put if name in messages else add))
         made += [
-            (0, partial(_put_call, key=key, call_id=call_id, holder=holder))
+            (0, methodcaller("put_calls", key, {call_id: holder}))
             for call_id, holder in rows.calls.items()
             if call_id not in calls
         ]
         for name, run in rows.runs.items():
             if self._forgets:
                 run.ClearField("remembered")
-            digest = None if name in runs else b"" if name in unstarted else ARRIVED
-            made.append((run.ByteSize(), partial(_put_run, key=key, run=run, digest=digest)))
+            digest = b"" if name in unstarted else ARRIVED
+            add, put = methodcaller("add_run", key, run, digest), methodcaller("put_run", key, run, True)
+            made.append((run.ByteSize(), put if name in runs else add))
         if rows.versions.get(scope, 0) > version:
-            made.append((0, partial(_put_version, scope=scope, version=rows.versions[scope])))
+            made.append((0, methodcaller("put_version", scope, rows.versions[scope])))
         made += [
-            (entry.ByteSize() if entry is not None else 0, partial(_put_entry, scope=scope, name=name, entry=entry))
+            (entry.ByteSize() if entry is not None else 0, methodcaller("put_entry", scope, name, entry))
             for name, entry in rows.state.get(scope, {}).items()
             if entry is None or entry.version > version
         ]
         return made
+
+    def _load(self, tables: Tables, events: list[v1.Event]) -> fold.Rows:
+        """Reads what the piece needs."""
+        key, needs = self._key, fold.needs(events)
+        own = sorted(needs.keys.get("", ()))
+        needs.keys = {}
+        rows = fold.Rows(self.session, 0, sealing=self._sealing)
+        rows.runs = {name: found[0] for name in needs.runs if (found := tables.run(key, name)) is not None}
+        load(tables, key, needs, rows)
+        rows.state[key.state] = {}
+        for at in range(0, len(own), KEYS):
+            rows.versions[key.state], found_entries = tables.state(key.state, own[at : at + KEYS])
+            rows.state[key.state] |= found_entries
+        return rows
 
 
 def _replayed(rows: fold.Rows, key: SessionKey, event: v1.Event, taken: Set[str]) -> EventRow:
@@ -127,38 +140,3 @@ def _replayed(rows: fold.Rows, key: SessionKey, event: v1.Event, taken: Set[str]
     if not fits or event.SerializeToString(deterministic=True) != body:
         raise errors.import_invalid(f"has an entry {event.sequence} that cannot come there in a log")
     return event_row(event, body)
-
-
-def _add_event(tables: Tables, key: SessionKey, row: EventRow) -> None:
-    tables.add_events(key, [row])
-
-
-def _add_stretch(tables: Tables, key: SessionKey, stretch: Stretch) -> None:
-    tables.add_stretches(key, [stretch])
-
-
-def _add_message(tables: Tables, key: SessionKey, message: v1.Message) -> None:
-    tables.add_messages(key, [message])
-
-
-def _put_message(tables: Tables, key: SessionKey, message: v1.Message) -> None:
-    tables.put_message(key, message)
-
-
-def _put_call(tables: Tables, key: SessionKey, call_id: str, holder: str) -> None:
-    tables.put_calls(key, {call_id: holder})
-
-
-def _put_run(tables: Tables, key: SessionKey, run: v1.Run, digest: bytes | None) -> None:
-    if digest is not None:
-        tables.add_run(key, run, digest)
-    else:
-        tables.put_run(key, run, moved=True)
-
-
-def _put_version(tables: Tables, scope: Scope, version: int) -> None:
-    tables.put_version(scope, version)
-
-
-def _put_entry(tables: Tables, scope: Scope, name: str, entry: v1.StateEntry | None) -> None:
-    tables.put_entry(scope, name, entry)

@@ -404,8 +404,8 @@ class _MemoryTables(Saving):
                 self.refer(key.state, "", place, self._tenants[key.tenant].references[source.state, ""][place])
             case 1:
                 new.events.append(old.events[place - 1])
-                if place in old.changes[bisect_left(old.changes, place) :][:1]:
-                    new.changes.append(place)
+                found = bisect_left(old.changes, place)
+                new.changes += [place] if old.changes[found : found + 1] == [place] else []
             case 2:
                 insort(new.stretches, old.stretches[bisect_left(old.stretches, (place,))])
             case 3:
