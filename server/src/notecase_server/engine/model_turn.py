@@ -234,7 +234,10 @@ class ModelTurn:
                     draft.finish(delta)
                     live.written(first=False)
                     return delta
-                live.written(draft.feed(delta))
+                begun = draft.feed(delta)
+                live.written(begun)
+                if begun:  # who watches is told of it before what follows, which may be the reply's commit
+                    await asyncio.sleep(0)
         raise errors.model_unavailable("The model's reply ended before it was whole.")
 
     async def _keep(self, made: Media, draft: Draft) -> None:
