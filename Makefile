@@ -38,7 +38,7 @@ test-hard: $(VENV)/.ready ## Run tests/e2e with seeds 1 to 5 on a busy machine; 
 	@$(BIN)/python -m tests.hard $(ARGS)
 
 test-kills: $(VENV)/.ready ## Kill a server after every transaction of a long fork and import, where make test takes some
-	@NOTECASE_KILLS=1 $(BIN)/python -m pytest -n auto --dist worksteal -k ten_thousand tests/e2e/test_copies.py $(ARGS)
+	@NOTECASE_KILLS=1 $(BIN)/python -m pytest -n auto --dist worksteal --timeout 900 -k ten_thousand tests/e2e/test_copies.py $(ARGS)
 
 mutants: $(VENV)/.ready ## Break each promise in a copy: a test must notice; ARGS="rpc/watch" for some of them
 	@$(BIN)/python -m tests.mutants $(ARGS)
