@@ -17,13 +17,15 @@ FROM python:${PYTHON}
 RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin notecase \
  && install --directory --owner notecase --group notecase --mode 0700 /data
 COPY --from=build /opt/notecase /opt/notecase
-ENV PATH=/opt/notecase/bin:$PATH PYTHONUNBUFFERED=1
+ENV PATH=/opt/notecase/bin:$PATH PYTHONUNBUFFERED=1 \
+    NOTECASE_LISTEN=0.0.0.0:7420 NOTECASE_STORE=sqlite:/data/notecase.db
 USER 10001:10001
 WORKDIR /data
 VOLUME /data
 EXPOSE 7420
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10s \
     CMD ["notecase", "health"]
-# --insecure because the container's own loopback reaches nobody: publish the port on 127.0.0.1, or behind what does TLS.
+# --insecure because the container's own loopback reaches nobody: publish the port on 127.0.0.1. With keys the command is
+# `serve --auth keys`, which is refused together with --insecure, with TLS or --behind-tls-proxy: see docs/operate.md.
 ENTRYPOINT ["notecase"]
-CMD ["serve", "--listen", "0.0.0.0:7420", "--insecure", "--store", "sqlite:/data/notecase.db"]
+CMD ["serve", "--insecure"]

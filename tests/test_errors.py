@@ -68,7 +68,7 @@ def test_every_failure_travels_as_a_standard_status(reason: v1.ErrorReason.Value
     assert len(retries) == (errors.CATALOG[reason].retry_after is not None)
 
 
-KINDS = ("agent", "session", "run", "message", "blob", "upload")
+KINDS = ("agent", "session", "run", "message", "blob", "upload", "tenant")
 
 
 def sentences() -> list[str]:
@@ -90,6 +90,8 @@ def sentences() -> list[str]:
     told += [errors.run_ended("sessions/x/runs/y", v1.Run.STATE_FAILED), errors.owner_lost("x")]
     told += [errors.unauthenticated(), errors.no_credential(), errors.several_credentials()]
     told += [errors.role_missing("DEVELOPER", fields) for fields in ((), ["labels"], ["a", "b", "c", "d"])]
+    told += [errors.bound_to_user("USER", fields) for fields in ((), ["input"])]
+    told += [errors.tenant_suspended(), errors.not_found("key", "x"), errors.not_found("user", "x")]
     told += [errors.unread_answers(), errors.unread_stream()]
     told += [errors.page_token_invalid(), errors.draining(), errors.store_unavailable()]
     return [text for error in told for text in (error.message, error.quota) if text]

@@ -196,6 +196,16 @@ ROWS: dict[str, Row] = {
     "KeyService/ListKeys": Row(lambda case: v1.ListKeysRequest(), ""),
     "KeyService/RevokeKey": Row(lambda case: v1.RevokeKeyRequest(name=case.key), "KEY_NOT_FOUND", "KEY_NOT_FOUND"),
     "KeyService/RotateKey": Row(lambda case: v1.RotateKeyRequest(name=case.key), "KEY_NOT_FOUND", "KEY_NOT_FOUND"),
+    "TenantService/CreateTenant": Row(lambda case: v1.CreateTenantRequest(tenant_id=case.spare), ""),
+    "TenantService/GetTenant": Row(lambda case: v1.GetTenantRequest(name="tenants/acme"), ""),
+    "TenantService/ListTenants": Row(lambda case: v1.ListTenantsRequest(), ""),
+    "TenantService/SuspendTenant": Row(lambda case: v1.SuspendTenantRequest(name=f"tenants/{case.spare}"), ""),
+    "TenantService/ResumeTenant": Row(
+        lambda case: v1.ResumeTenantRequest(name=f"tenants/{case.spare}"), "", "TENANT_NOT_FOUND"
+    ),
+    "TenantService/DeleteTenant": Row(
+        lambda case: v1.DeleteTenantRequest(name=f"tenants/{case.spare}"), "", "TENANT_NOT_FOUND"
+    ),
     "BlobService/UploadBlob": Row(
         lambda case: [v1.UploadBlobRequest(blob=v1.Blob(name=case.blob, media_type="text/plain"))], "BLOB_CORRUPT"
     ),
@@ -234,6 +244,8 @@ def test_a_right_follows_from_what_a_method_does() -> None:
         for method in pool.FindServiceByName(f"notecase.v1.{service}").methods:
             reads = method.GetOptions().idempotency_level == MethodOptions.NO_SIDE_EFFECTS
             usual = Role.VIEWER if reads else Role.USER
+            if service == "TenantService":
+                usual = Role.OPERATOR
             found[f"/notecase.v1.{service}/{method.name}"] = higher.get(f"{service}/{method.name}", usual)
     assert found == {path: right.least for path, right in rights.METHODS.items() if path in found}
 
@@ -346,7 +358,7 @@ async def walk(request: pytest.FixtureRequest, tmp_path: Any) -> AsyncIterator[W
         yield made
 
 
-UNBOUND = {"AgentService", "KeyService", "SessionService/EraseUser", "SessionService/ImportSession"}
+UNBOUND = {"AgentService", "KeyService", "TenantService", "SessionService/EraseUser", "SessionService/ImportSession"}
 """Services and methods that are not for callers that are bound to a user."""
 
 
@@ -358,7 +370,7 @@ def expected(name: str, role: Role, bound: bool = False) -> str:
         return "ROLE_MISSING"
     right = rights.METHODS[f"/{path}"]
     if role is Role.OPERATOR:
-        return "" if right.operators else "ROLE_MISSING"
+        return "" if right.operators or right.least is role else "ROLE_MISSING"
     return "" if role >= right.least else "ROLE_MISSING"
 
 

@@ -22,7 +22,7 @@ from tests.e2e.test_transfer import export, frames
 from tests.store.build import ManualClock
 from tests.support.failing import Failing, Mode
 from tests.support.openai_server import OpenAIServer, reply, tool_calls
-from tests.support.server import Running, running
+from tests.support.server import TENANT, Running, running
 
 CASE = "sessions/case"
 WAITING = "sessions/waiting"
@@ -154,6 +154,29 @@ def revoke_key() -> Write:
     return revoke
 
 
+OPERATOR = ((TENANT, ""),)
+
+
+async def create_tenant(served: Running, request_id: str) -> Message:
+    request = v1.CreateTenantRequest(tenant_id="new", request_id=request_id)
+    return await served.tenants.CreateTenant(request, metadata=OPERATOR)
+
+
+async def suspend_tenant(served: Running, request_id: str) -> Message:
+    request = v1.SuspendTenantRequest(name="tenants/acme", request_id=request_id)
+    return await served.tenants.SuspendTenant(request, metadata=OPERATOR)
+
+
+async def resume_tenant(served: Running, request_id: str) -> Message:
+    request = v1.ResumeTenantRequest(name="tenants/acme", request_id=request_id)
+    return await served.tenants.ResumeTenant(request, metadata=OPERATOR)
+
+
+async def delete_tenant(served: Running, request_id: str) -> Message:
+    request = v1.DeleteTenantRequest(name="tenants/acme", request_id=request_id)
+    return await served.tenants.DeleteTenant(request, metadata=OPERATOR)
+
+
 async def upload(served: Running, request_id: str) -> Message:
     frame = v1.UploadBlobRequest(upload_id=request_id)
     frame.MergeFrom(WORDS)
@@ -245,6 +268,10 @@ ROWS: dict[str, Row] = {
     "CreateKey": Row("add_key", create_key),
     "RotateKey": Row("rotate_key", rotate_key),
     "RevokeKey": Row("delete_key", revoke_key()),
+    "CreateTenant": Row("create_tenant", create_tenant),
+    "SuspendTenant": Row("set_tenant_state", suspend_tenant),
+    "ResumeTenant": Row("set_tenant_state", resume_tenant),
+    "DeleteTenant": Row("set_tenant_state", delete_tenant),
     "UploadBlob": Row("complete_upload", upload, asks="get_upload"),
     "Run": work(run, "run_started"),
     "Invoke": work(invoke, "run_started"),
@@ -284,6 +311,7 @@ async def scene(store: Store) -> AsyncIterator[Running]:
             await served.messages.AppendMessages(request)
         await update_state("users/ada/state")(served, "")
         await create_key(served, "")
+        await served.tenants.CreateTenant(v1.CreateTenantRequest(tenant_id="acme"), metadata=OPERATOR)
         begun = v1.StartRun(session=WAITING, run_id="w", messages=[said("Go")])
         await served.runs.Invoke(v1.InvokeRequest(start=begun))
         asked = len(model.requests)

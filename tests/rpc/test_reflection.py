@@ -25,7 +25,7 @@ SERVICES = [
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",
     *(f"notecase.v1.{name}Service" for name in ("Agent", "Blob", "Key", "Message")),
-    *(f"notecase.v1.{name}Service" for name in ("Run", "Server", "Session", "State")),
+    *(f"notecase.v1.{name}Service" for name in ("Run", "Server", "Session", "State", "Tenant")),
 ]
 
 Request = reflection_pb2.ServerReflectionRequest

@@ -31,6 +31,7 @@ PARTS = (
     "runs",
     "state",
     "summaries",
+    "tenancy",
     "tenants",
 )
 """The modules of tests/store that ask about every store."""

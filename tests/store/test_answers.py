@@ -8,7 +8,7 @@ from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
 from notecase import v1
 from notecase_server.store import answers
-from notecase_server.store.contract import PAGE_BYTES, Answer, Once, Replayed, Store
+from notecase_server.store.contract import PAGE_BYTES, Answer, KeyRow, Once, Replayed, Store
 
 from tests.store.build import (
     APP_STATE,
@@ -70,6 +70,15 @@ WRITES: dict[str, tuple[Answer, Write]] = {
     "another agent": (AGENT, lambda store, record: store.edit_agent("acme", "sherlock", SHERLOCK, 1, record)),
     "a deleted agent": (NOTHING, lambda store, record: store.delete_agent("acme", "sherlock", "", record)),
     "a deleted session": (NOTHING, lambda store, record: store.delete_session(KEY, "", record)),
+    "a new key": (
+        Answer("made_key"),
+        lambda store, record: store.add_key(KeyRow("acme", "new", v1.Key(), b"d", b""), record),
+    ),
+    "a rotated key": (
+        Answer("rotated_key"),
+        lambda store, record: store.rotate_key("acme", "old", b"d", 0, record),
+    ),
+    "a tenant": (Answer("tenant"), lambda store, record: store.create_tenant("other", "", record)),
     "an erased user": (
         Answer("erased", erased=3),
         lambda store, record: store.erase_state("acme", "users/nobody", record),
@@ -85,6 +94,9 @@ TOLD: dict[str, Callable[[Any], Message]] = {
     "state": lambda result: v1.State(version=1),
     "messages": lambda result: v1.AppendMessagesResponse(last_sequence=5),
     "agent": lambda result: result,
+    "made_key": lambda result: v1.CreateKeyResponse(key=result),
+    "rotated_key": lambda result: v1.RotateKeyResponse(key=result),
+    "tenant": lambda result: result,
     "erased": lambda result: v1.EraseUserResponse(sessions_deleted=3),
 }
 """What of each kind must be told, at least."""
@@ -93,6 +105,7 @@ TOLD: dict[str, Callable[[Any], Message]] = {
 async def prepare(store: Store) -> None:
     await create(store)
     await store.create_agent("acme", "sherlock", v1.Agent(display_name="before"))
+    await store.add_key(KeyRow("acme", "old", v1.Key(), b"c", b""))
     await start(store, "r1", said("m1", run="r1"))
 
 

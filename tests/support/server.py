@@ -30,10 +30,11 @@ TENANT = "x-test-tenant"
 
 
 class ByTenant:
-    """Takes a caller's word for its tenant."""
+    """Takes a caller's word for its tenant; with an empty one it is an operator."""
 
     async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal:
-        return Principal(str(metadata.get(TENANT, "default")), "", Role.ADMIN)
+        tenant = str(metadata.get(TENANT, "default"))
+        return Principal(tenant, "", Role.ADMIN if tenant else Role.OPERATOR)
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Running:
         self.runs = v1.RunServiceStub(self.channel)
         self.blobs = v1.BlobServiceStub(self.channel)
         self.keys = v1.KeyServiceStub(self.channel)
+        self.tenants = v1.TenantServiceStub(self.channel)
         self.info = v1.ServerServiceStub(self.channel)
 
     def client(self) -> Client:

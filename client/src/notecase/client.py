@@ -34,9 +34,9 @@ class RunWaiting(Exception):
 class Client(Commands):
     """A client of one server, for the event loop it is made in: `async with Client("127.0.0.1:7420") as client`.
 
-    `agents`, `sessions`, `state`, `messages`, `runs`, `blobs`, `keys` and `server` are the generated stubs: each call
-    takes its `v1` request, and `timeout=` (seconds) or `metadata=` where wanted, raises `NotecaseError`, and is made
-    once. What they return is awaited or iterated like grpc's own calls, but is no instance of their classes.
+    `agents`, `sessions`, `state`, `messages`, `runs`, `blobs`, `keys`, `tenants` and `server` are the generated stubs:
+    each call takes its `v1` request, and `timeout=` (seconds) or `metadata=` where wanted, raises `NotecaseError`, and
+    is made once. What they return is awaited or iterated like grpc's own calls, but is no instance of their classes.
 
     The methods here are short for the calls made most. They send a request_id, a command_id or a run_id, so that they
     are safe to repeat, and are repeated as `retry` says while the connection is broken or the server is away. To
@@ -82,6 +82,7 @@ class Client(Commands):
         self.server = v1.ServerServiceStub(channel)
         self.blobs = v1.BlobServiceStub(channel)
         self.keys = v1.KeyServiceStub(channel)
+        self.tenants = v1.TenantServiceStub(channel)
         self._contents = Contents(self.blobs, self._retry)
         self._turns = Turns()
         super().__init__(self.runs, self._retry)

@@ -78,6 +78,8 @@ CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
     v1.ERROR_REASON_ROLE_MISSING: Kind(code_pb2.PERMISSION_DENIED),
     v1.ERROR_REASON_KEY_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
     v1.ERROR_REASON_USER_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
+    v1.ERROR_REASON_TENANT_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
+    v1.ERROR_REASON_TENANT_SUSPENDED: Kind(code_pb2.PERMISSION_DENIED),
 }
 
 
@@ -135,6 +137,7 @@ _NOUNS = {
     "message": "a message",
     "blob": "a blob",
     "upload": "an upload",
+    "tenant": "a tenant",
 }
 """Each kind with its article."""
 
@@ -147,6 +150,7 @@ _NOT_FOUND = {
     "upload": v1.ERROR_REASON_BLOB_NOT_FOUND,
     "key": v1.ERROR_REASON_KEY_NOT_FOUND,
     "user": v1.ERROR_REASON_USER_NOT_FOUND,
+    "tenant": v1.ERROR_REASON_TENANT_NOT_FOUND,
 }
 
 
@@ -191,6 +195,12 @@ def role_missing(role: str, fields: Iterable[str] = ()) -> NotecaseError:
     )
 
 
+def tenant_suspended() -> NotecaseError:
+    return NotecaseError(
+        v1.ERROR_REASON_TENANT_SUSPENDED, "The operator of this server takes no calls of this tenant just now."
+    )
+
+
 def bound_to_user(role: str, fields: Iterable[str] = ()) -> NotecaseError:
     """As `role_missing`, for a caller that may not because it is bound to a user, and whatever its role."""
     needs = f"needs a caller that is not bound to a user, of the role {role.lower()}"
@@ -200,8 +210,8 @@ def bound_to_user(role: str, fields: Iterable[str] = ()) -> NotecaseError:
 
 
 def not_found(kind: str, name: str) -> NotecaseError:
-    """`kind` is "agent", "session", "run", "message", "blob", "upload", "key" or "user"; `name` its whole resource
-    name."""
+    """`kind` is "agent", "session", "run", "message", "blob", "upload", "key", "user" or "tenant"; `name` its whole
+    resource name."""
     return NotecaseError(_NOT_FOUND[kind], f"There is no {kind} {name!r}.", resource=Resource(kind, name))
 
 

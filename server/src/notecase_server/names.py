@@ -114,6 +114,10 @@ def parse_blob(name: str) -> str | None:
     return name.removeprefix("blobs/") if BLOB.fullmatch(name) else None
 
 
+def tenant(tenant_id: str) -> str:
+    return f"tenants/{tenant_id}"
+
+
 def key(key_id: str) -> str:
     return f"keys/{key_id}"
 

@@ -25,6 +25,7 @@ from notecase_server.auth.keys import Keys
 from notecase_server.auth.principal import Authenticator
 from notecase_server.auth.settings import read_client_principals, read_issuers, read_networks
 from notecase_server.auth.tables import Mistake, SettingsError
+from notecase_server.auth.tenants import Tenants
 from notecase_server.config import Settings, exposure_mistakes
 from notecase_server.engine.arrivals import Arrivals
 from notecase_server.engine.content import Contents, Limits
@@ -33,6 +34,7 @@ from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
 from notecase_server.engine.services import Services
 from notecase_server.engine.sessions import Sessions
+from notecase_server.engine.tenancy import Tenancy
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Provider, Repeats
 from notecase_server.models.offline import OfflineProvider
@@ -249,7 +251,9 @@ class Server:
         self._identity = _watch_identity(settings, self._files)
         self._keys = Keys(store, make_id, clock, time.monotonic, settings.admin_key)
         known = (self._keys, *authenticators) if authenticators or settings.has_credentials else ()
-        self._doorway = Doorway(Chain(known), make_id, pace.stall, self.gate, Mentions(store).require_own)
+        self._tenants = Tenants(store, time.monotonic)
+        own, tenants = Mentions(store).require_own, self._tenants if settings.has_credentials else None
+        self._doorway = Doorway(Chain(known), make_id, pace.stall, self.gate, own, tenants)
         limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
         self._contents = Contents(store, make_id, clock, limits)
         sessions = self._sessions = Sessions(store, make_id, new_uid, limits.session)
@@ -271,6 +275,7 @@ class Server:
             repeats=Repeats(given.max_retries, given.retry_time) if given else Repeats(),
         )
         self._runs = Runs(sessions, services, pace.poll)
+        self._tenancy = Tenancy(store, sessions, self._runs, self._removed)
         self.streams = Streams(sessions, self._runs, self._supervisor, pace)
         self._desk = Desk(
             version=__version__,
@@ -289,6 +294,10 @@ class Server:
             new_id=make_id,
         )
 
+    def _removed(self, tenant: str) -> None:
+        self._keys.forget()
+        self._tenants.changed(tenant)
+
     @property
     def broken(self) -> asyncio.Event:
         """Set when a part of the server that it cannot do without has given up."""
@@ -298,7 +307,9 @@ class Server:
         """Serves, and takes over the runs that were left; returns the port. Raises RuntimeError when an address is
         taken."""
         channel = options(self._settings.max_calls, self._settings.max_connections)
-        self._grpc, self._health = await build(self._desk, self._store, self._keys, self._doorway, channel)
+        self._grpc, self._health = await build(
+            self._desk, self._store, self._keys, self._tenants, self._tenancy, self._doorway, channel
+        )
         self._listen()
         await self._grpc.start()
         self._runs.upkeep.start()
@@ -306,6 +317,7 @@ class Server:
         self._supervisor.service("prober", self._probe)
         self._supervisor.service("judge", self._doorway.keep_judging)
         self._supervisor.service("files", self._files.keep_looking)
+        self._supervisor.service("tenancy", self._tenancy.keep_looking)
         log.info("server_started", listen=self._settings.listen, port=self.port, store=self._store.kind)
         if self._settings.insecure:
             log.warning("server_insecure", problem="Everybody who reaches the port may do all.")

@@ -18,6 +18,8 @@ from notecase.v1.session_pb2 import *
 from notecase.v1.session_pb2_grpc import *
 from notecase.v1.state_pb2 import *
 from notecase.v1.state_pb2_grpc import *
+from notecase.v1.tenant_pb2 import *
+from notecase.v1.tenant_pb2_grpc import *
 
 ERROR_DOMAIN = "notecase.dev"
 """The domain of the google.rpc.ErrorInfo in every error of this service."""

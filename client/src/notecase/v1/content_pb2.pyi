@@ -131,6 +131,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND, with ResourceInfo."""
     ERROR_REASON_USER_NOT_FOUND: _ErrorReason.ValueType  # 44
     """NOT_FOUND, with ResourceInfo: to a caller that is bound to a user, the state of another one."""
+    ERROR_REASON_TENANT_NOT_FOUND: _ErrorReason.ValueType  # 45
+    """NOT_FOUND, with ResourceInfo."""
+    ERROR_REASON_TENANT_SUSPENDED: _ErrorReason.ValueType  # 46
+    """PERMISSION_DENIED: an operator has suspended the caller's tenant, or is removing it."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of every error's google.rpc.ErrorInfo, there without the prefix, under the domain "notecase.dev"."""
@@ -238,6 +242,10 @@ ERROR_REASON_KEY_NOT_FOUND: ErrorReason.ValueType  # 43
 """NOT_FOUND, with ResourceInfo."""
 ERROR_REASON_USER_NOT_FOUND: ErrorReason.ValueType  # 44
 """NOT_FOUND, with ResourceInfo: to a caller that is bound to a user, the state of another one."""
+ERROR_REASON_TENANT_NOT_FOUND: ErrorReason.ValueType  # 45
+"""NOT_FOUND, with ResourceInfo."""
+ERROR_REASON_TENANT_SUSPENDED: ErrorReason.ValueType  # 46
+"""PERMISSION_DENIED: an operator has suspended the caller's tenant, or is removing it."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

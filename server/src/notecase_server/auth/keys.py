@@ -136,6 +136,11 @@ class Keys:
         Replayed for a repeat."""
         await self._changed(key_id, self._store.delete_key(tenant, key_id, once))
 
+    def forget(self) -> None:
+        """Forgets every key: some are gone by another way than `revoke`."""
+        self._changes += 1
+        self._cached.clear()
+
     async def _changed(self, key_id: str, change: Awaitable[T]) -> T:
         """Makes a change of a key, and forgets what was known of it, whether the change is known to be made or not."""
         try:

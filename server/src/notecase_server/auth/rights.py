@@ -66,6 +66,10 @@ METHODS: Mapping[str, Right] = {
         f"/notecase.v1.KeyService/{method}": Right(ADMIN, operators=True)
         for method in ("CreateKey", "ListKeys", "RevokeKey", "RotateKey")
     },
+    **{
+        f"/notecase.v1.TenantService/{method}Tenant{'s' if method == 'List' else ''}": Right(OPERATOR)
+        for method in ("Create", "Get", "List", "Suspend", "Resume", "Delete")
+    },
     **_service("BlobService", UploadBlob=USER, DownloadBlob=VIEWER, GetUpload=VIEWER, GetBlob=VIEWER),
     **{
         f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo": Right(VIEWER, operators=True)
@@ -77,6 +81,7 @@ METHODS: Mapping[str, Right] = {
 UNBOUND = (
     "/notecase.v1.AgentService/",
     "/notecase.v1.KeyService/",
+    "/notecase.v1.TenantService/",
     "/notecase.v1.SessionService/EraseUser",
     "/notecase.v1.SessionService/ImportSession",
 )

@@ -222,12 +222,12 @@ class Sessions:
         while not await self.surely(once, erased):
             while rows := (await self.store.list_sessions(tenant, mine)).rows:
                 for row in rows:
-                    gone += await self._deleted(SessionKey(tenant, row.name, row.uid))
+                    gone += await self.delete_if_there(SessionKey(tenant, row.name, row.uid))
             await self.store.sweep_sessions(tenant, user)
         return gone
 
-    async def _deleted(self, key: SessionKey) -> bool:
-        """Deletes a session; whether it was not somebody else who did."""
+    async def delete_if_there(self, key: SessionKey) -> bool:
+        """Deletes a session; returns whether it was not somebody else who did."""
         try:
             await self.delete(key)
         except Replayed:

@@ -2,7 +2,8 @@
 takes."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -33,6 +34,10 @@ ALONE_BYTES = 32 << 10
 
 TRANSPORT_BYTES = 16 << 20
 
+DRAIN_BYTES = 64 << 20
+DRAIN_SECONDS = 0.5
+"""What is still read of a stream that was refused, and for how long."""
+
 
 class Decoder:
     """Parses the frames of one method."""
@@ -60,3 +65,15 @@ class Decoder:
         if self._judge is not None and caller.get().principal.user:
             await self._judge(message)
         return message
+
+
+async def drain(frames: AsyncIterator[bytes]) -> None:
+    """Lets go of what a caller sends on, up to a bound: some clients lose the status of a call that ends while they
+    write."""
+    left = DRAIN_BYTES
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_SECONDS):
+            async for frame in frames:
+                left -= len(frame)
+                if left < 0:
+                    break

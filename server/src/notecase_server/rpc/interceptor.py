@@ -22,10 +22,11 @@ from notecase_server import errors
 from notecase_server.auth import rights
 from notecase_server.auth.chain import Chain
 from notecase_server.auth.principal import Principal
+from notecase_server.auth.tenants import Tenants
 from notecase_server.errors import NotecaseError
 from notecase_server.limit import Limit
 from notecase_server.rpc.caller import NOBODY, Caller, caller
-from notecase_server.rpc.frames import Decoder
+from notecase_server.rpc.frames import Decoder, drain
 from notecase_server.rpc.gate import Call, Gate, deliver
 from notecase_server.rpc.status import to_status
 from notecase_server.store.contract import Replayed
@@ -35,10 +36,6 @@ log = structlog.get_logger()
 
 HEALTH = "/grpc.health.v1.Health/"
 """The methods that need no credential: a probe has none."""
-
-DRAIN_BYTES = 64 << 20
-DRAIN_SECONDS = 0.5
-"""What is still read of a stream that was refused, and for how long."""
 
 READS = ("Get", "List")
 """How the names of methods begin that change nothing."""
@@ -87,11 +84,13 @@ class Doorway(grpc.aio.ServerInterceptor):
         stall: float,
         gate: Gate,
         judge: Callable[[Any], Awaitable[None]] | None = None,
+        tenants: Tenants | None = None,
     ) -> None:
         """A stream on which one frame waits for its reader for `stall` seconds ends with WATCHER_TOO_SLOW. `judge`
         looks at each request of a caller that is bound to a user."""
         self.stall = stall
         self.judge_request = judge
+        self._tenants = tenants
         self._gate = gate
         self._chain = chain
         self._new_id = new_id
@@ -153,7 +152,10 @@ class Doorway(grpc.aio.ServerInterceptor):
             structlog.contextvars.bind_contextvars(tenant=principal.tenant, subject=principal.subject)
 
     async def _principal(self, one: UnderWay) -> Principal:
-        return await self._chain.principal(one.context.invocation_metadata() or (), one.context.auth_context())
+        found = await self._chain.principal(one.context.invocation_metadata() or (), one.context.auth_context())
+        if self._tenants is not None:
+            await self._tenants.require_open(found)
+        return found
 
     async def keep_judging(self) -> None:
         """Judges calls that last, for ever."""
@@ -162,17 +164,17 @@ class Doorway(grpc.aio.ServerInterceptor):
             await self.judge()
 
     async def judge(self) -> None:
-        """Authenticates every call that lasts once more, and ends with UNAUTHENTICATED each whose credential is not
-        valid any more or makes another principal. One that cannot be judged, since the store is away, goes on until
-        it can."""
+        """Authenticates every call that lasts once more, and ends each whose credential is not valid any more or
+        makes another principal, or whose tenant is not open. One that cannot be judged, since the store is away, goes
+        on until it can."""
         lasting = [one for one in self._under_way.values() if one.lasts and one.principal is not None]
         for number, one in enumerate(lasting, 1):
             try:
-                same = await self._principal(one) == one.principal
+                if await self._principal(one) != one.principal:
+                    one.end(errors.unauthenticated())
             except NotecaseError as error:
-                same = is_passing(error)
-            if not same:
-                one.end(errors.unauthenticated())
+                if not is_passing(error):
+                    one.end(error)
             if number % JUDGED_AT_ONCE == 0:
                 await asyncio.sleep(0)
 
@@ -285,7 +287,7 @@ class StreamUnary(Single):
         try:
             return await super()._answer(request, context, one)
         except NotecaseError:
-            await _drain(request)
+            await drain(request)
             raise
 
     async def _carry_out(self, request: Any, context: Any, call: Call) -> Any:
@@ -313,18 +315,6 @@ SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {
     (True, True): StreamStream,
 }
 """By whether the requests stream, and whether the answers do."""
-
-
-async def _drain(frames: AsyncIterator[bytes]) -> None:
-    """Lets go of what a caller sends on, up to a bound: some clients lose the status of a call that ends while they
-    write."""
-    left = DRAIN_BYTES
-    with suppress(TimeoutError):
-        async with asyncio.timeout(DRAIN_SECONDS):
-            async for frame in frames:
-                left -= len(frame)
-                if left < 0:
-                    break
 
 
 def _encode(serializer: Callable[[Any], bytes], response: Any) -> bytes:

@@ -6,6 +6,8 @@ import grpc
 from notecase import v1
 
 from notecase_server.auth.keys import Keys
+from notecase_server.auth.tenants import Tenants
+from notecase_server.engine.tenancy import Tenancy
 from notecase_server.rpc.agents import Agents
 from notecase_server.rpc.blobs import Blobs
 from notecase_server.rpc.desk import Desk
@@ -20,6 +22,7 @@ from notecase_server.rpc.runs import RunsService
 from notecase_server.rpc.servers import Servers
 from notecase_server.rpc.sessions import SessionsService
 from notecase_server.rpc.states import States
+from notecase_server.rpc.tenants import TenantsService
 from notecase_server.store.contract import Store
 
 FIXED = {
@@ -64,11 +67,18 @@ SERVICES = (
     "RunService",
     "BlobService",
     "KeyService",
+    "TenantService",
 )
 
 
 async def build(
-    desk: Desk, store: Store, keys: Keys, doorway: Doorway, channel: Sequence[tuple[str, int]]
+    desk: Desk,
+    store: Store,
+    keys: Keys,
+    tenants: Tenants,
+    tenancy: Tenancy,
+    doorway: Doorway,
+    channel: Sequence[tuple[str, int]],
 ) -> tuple[grpc.aio.Server, Health]:
     """Makes a server with every service added and no port yet. `channel` are grpc's arguments, as `options` makes
     them."""
@@ -81,6 +91,7 @@ async def build(
     v1.add_RunServiceServicer_to_server(RunsService(desk, store), server)
     v1.add_BlobServiceServicer_to_server(Blobs(desk, store), server)
     v1.add_KeyServiceServicer_to_server(KeysService(desk, store, keys), server)
+    v1.add_TenantServiceServicer_to_server(TenantsService(desk, store, tenants, tenancy), server)
     services = [f"notecase.v1.{name}" for name in SERVICES]
     health = Health(services)
     await health.add_to(server)

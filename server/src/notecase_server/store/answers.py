@@ -15,9 +15,9 @@ from notecase_server.store.contract import PAGE_BYTES, Answer, Committed
 
 M = TypeVar("M", bound=Message)
 
-Result = Committed | v1.Session | v1.State | v1.Agent | v1.Key | None
-"""What writes return: a commit, a session that was edited or imported, a user's or the app's state, an agent, a key;
-None for a deletion."""
+Result = Committed | v1.Session | v1.State | v1.Agent | v1.Key | v1.Tenant | None
+"""What writes return: a commit, a session that was edited or imported, a user's or the app's state, an agent, a key, a
+tenant; None for a deletion."""
 
 
 def of(answer: Answer, result: Result) -> Any:
@@ -90,6 +90,11 @@ def _made_key(answer: Answer, result: Result) -> v1.CreateKeyResponse:
     return v1.CreateKeyResponse(key=result)
 
 
+def _tenant(answer: Answer, result: Result) -> v1.Tenant:
+    assert isinstance(result, v1.Tenant)
+    return result
+
+
 def _rotated_key(answer: Answer, result: Result) -> v1.RotateKeyResponse:
     assert isinstance(result, v1.Key)
     return v1.RotateKeyResponse(key=result)
@@ -122,4 +127,5 @@ _ANSWERS: Mapping[str, Callable[[Answer, Result], Message]] = {
     "erased": _erased,
     "made_key": _made_key,
     "rotated_key": _rotated_key,
+    "tenant": _tenant,
 }

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from notecase import v1
 
-from notecase_server.store import content, copies, keys, past, steps
+from notecase_server.store import content, copies, keys, past, steps, tenants
 from notecase_server.store.contract import (
     ActiveRun,
     CommandId,
@@ -305,6 +305,23 @@ class TableStore(ABC):
 
     async def is_keyed(self) -> bool:
         return await self._read(lambda tables: tables.is_keyed())
+
+    async def create_tenant(self, tenant: str, display_name: str, once: Once | None = None) -> v1.Tenant:
+        return await self._write(partial(tenants.create_tenant, tenant=tenant, display_name=display_name, once=once))
+
+    async def get_tenant(self, tenant: str) -> v1.Tenant | None:
+        return await self._read(lambda tables: tables.tenant(tenant))
+
+    async def list_tenants(self, query: Query) -> Page[v1.Tenant]:
+        return await self._read(lambda tables: take(tables.tenants(query), query.limit))
+
+    async def set_tenant_state(
+        self, tenant: str, state: v1.Tenant.State.ValueType, once: Once | None = None
+    ) -> v1.Tenant:
+        return await self._write(partial(tenants.set_tenant_state, tenant=tenant, state=state, once=once))
+
+    async def erase_tenant(self, tenant: str) -> bool:
+        return await self._write(partial(tenants.erase_tenant, tenant=tenant))
 
     async def probe(self) -> None:
         await self._write(lambda tables, _: tables.touch())

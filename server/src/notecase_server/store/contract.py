@@ -79,6 +79,7 @@ class Answer(NamedTuple):
         "erased",
         "made_key",
         "rotated_key",
+        "tenant",
     ]
     name: str = ""
     """The run's id, the state's whole name, or the entry's key."""
@@ -719,6 +720,33 @@ class KeyStore(Protocol):
         ...
 
 
+class TenantStore(Protocol):
+    """Knows the tenants that an operator has to do with, and removes them."""
+
+    async def create_tenant(self, tenant: str, display_name: str, once: Once | None = None) -> v1.Tenant:
+        """Makes a tenant known. ALREADY_EXISTS."""
+        ...
+
+    async def get_tenant(self, tenant: str) -> v1.Tenant | None: ...
+
+    async def list_tenants(self, query: Query) -> Page[v1.Tenant]:
+        """By name ascending. Positions are (name,). `query.where` is not looked at."""
+        ...
+
+    async def set_tenant_state(
+        self, tenant: str, state: v1.Tenant.State.ValueType, once: Once | None = None
+    ) -> v1.Tenant:
+        """Changes the state of a tenant, and makes it known when it is to be suspended; else TENANT_NOT_FOUND. One that
+        is being removed stays so."""
+        ...
+
+    async def erase_tenant(self, tenant: str) -> bool:
+        """Removes rows of a tenant that has no sessions, in one transaction of a bounded number of rows. True when all
+        of it is gone, itself too. False when it is to be called again: rows are left, or a session, or rows of a
+        deleted one."""
+        ...
+
+
 class StoreLife(Protocol):
     """Says what a store is, and carries it to its end."""
 
@@ -755,6 +783,7 @@ class Store(
     AgentStore,
     BlobStore,
     KeyStore,
+    TenantStore,
     StoreLife,
     Protocol,
 ):

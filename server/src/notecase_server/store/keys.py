@@ -6,6 +6,7 @@ from notecase_server import errors, names
 from notecase_server.store.contract import MAX_KEYS, KeyRow, Once
 from notecase_server.store.steps import recall, remember
 from notecase_server.store.tables import Tables
+from notecase_server.store.tenants import known_tenant
 
 
 def add_key(tables: Tables, now: int, row: KeyRow, once: Once | None) -> v1.Key:
@@ -13,6 +14,8 @@ def add_key(tables: Tables, now: int, row: KeyRow, once: Once | None) -> v1.Key:
     recall(tables, once)
     if tables.count_keys(row.tenant) >= MAX_KEYS:
         raise errors.quota_exceeded("key", MAX_KEYS, "in a tenant")
+    if row.tenant:
+        known_tenant(tables, now, row.tenant)
     made = v1.Key()
     made.CopyFrom(row.key)
     made.name = names.key(row.key_id)

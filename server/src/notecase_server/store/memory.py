@@ -192,6 +192,8 @@ class _MemoryTables(Saving):
         self._discarded: list[int] = []
         self._keys: dict[str, KeyRow] = {}
         self._keyed = False
+        self._known: dict[str, bytes] = {}
+        """Tenants by id, where there is a row."""
 
     def _session(self, key: SessionKey) -> _Session | None:
         return self._tenants[key.tenant].sessions.get(key.uid)
@@ -766,6 +768,36 @@ class _MemoryTables(Saving):
         for create_time, key in sorted(mine, key=lambda row: (row[0], row[1].name), reverse=True):
             if query.after is None or (create_time, key.name) < query.after:
                 yield Found((create_time, key.name), _copied(key), key.ByteSize())
+
+    def tenant(self, tenant: str) -> v1.Tenant | None:
+        body = self._known.get(tenant)
+        return None if body is None else v1.Tenant.FromString(body)
+
+    def put_tenant(self, tenant: str, row: v1.Tenant) -> None:
+        self._known[tenant] = row.SerializeToString()
+
+    def delete_tenant(self, tenant: str) -> None:
+        self._known.pop(tenant, None)
+
+    def tenants(self, query: Query) -> Iterator[Found[v1.Tenant]]:
+        for tenant in sorted(self._known):
+            row = v1.Tenant.FromString(self._known[tenant])
+            if query.after is None or (row.name,) > query.after:
+                yield Found((row.name,), row, len(self._known[tenant]))
+
+    def has_deleted_sessions(self, tenant: str) -> bool:
+        return bool(self._tenants[tenant].deleted)
+
+    def erase_rows(self, tenant: str, limit: int) -> bool:
+        rows = self._tenants.pop(tenant, _Tenant())
+        kept = [*(blob.row.content for blob in rows.blobs.values())]
+        kept += [upload.content for upload in rows.uploads.values() if not upload.sha256]
+        for content in kept:
+            self.discard(content)
+        mine = [key_id for key_id, row in self._keys.items() if row.tenant == tenant]
+        for key_id in mine:
+            del self._keys[key_id]
+        return bool(mine or kept or rows.states or rows.agents or rows.requests or rows.uploads)
 
     def count_keys(self, tenant: str) -> int:
         return sum(row.tenant == tenant for row in self._keys.values())

@@ -216,6 +216,8 @@ SCHEMA = (
         PRIMARY KEY (key)
     ) WITHOUT ROWID""",
     "CREATE INDEX keys_by_time ON keys (tenant, create_time, key)",
+    # Those that an operator has to do with: a tenant needs no row.
+    "CREATE TABLE tenants (tenant TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY (tenant)) WITHOUT ROWID",
     # The row of a deleted agent stays, without revisions, for its last number.
     """CREATE TABLE agents (
         tenant TEXT NOT NULL,

@@ -77,6 +77,19 @@ row is found within a session, and how many bytes it has beyond a few."""
 STATE_ROWS = (("entries", "key", "length(body)"), ("blob_references", "key, sha256", "0"))
 """The same of the tables that hold rows of a state."""
 
+TENANT_ROWS = (
+    ("entries", "kind, id, key"),
+    ("states", "kind, id"),
+    ("blob_references", "kind, id, key, sha256"),
+    ("requests", "subject, rpc, request_id"),
+    ("uploaders", "sha256, subject"),
+    ("uploads", "upload_id"),
+    ("agents", "agent"),
+    ("revisions", "agent, revision"),
+    ("keys", "key"),
+)
+"""The tables that hold rows of a tenant outside of its sessions, content left out; with each, how a row is found."""
+
 SESSION_CHANGES = tuple(name for name in SESSION_COLUMNS if name not in {"user", "create_time"})
 """The columns that change: setting one of an index costs a rewrite of the index, changed or not."""
 
@@ -831,6 +844,51 @@ class SqliteTables(Saving):
         for create_time, body in rows:
             key = v1.Key.FromString(body)
             yield Found((create_time, key.name), key, len(body))
+
+    def tenant(self, tenant: str) -> v1.Tenant | None:
+        row = self._one("SELECT body FROM tenants WHERE tenant = ?", tenant)
+        return v1.Tenant.FromString(row[0]) if row else None
+
+    def put_tenant(self, tenant: str, row: v1.Tenant) -> None:
+        self._execute("REPLACE INTO tenants (tenant, body) VALUES (?, ?)", (tenant, row.SerializeToString()))
+
+    def delete_tenant(self, tenant: str) -> None:
+        self.deleted = True
+        self._execute("DELETE FROM tenants WHERE tenant = ?", (tenant,))
+
+    def tenants(self, query: Query) -> Iterator[Found[v1.Tenant]]:
+        after = str(query.after[0]).removeprefix("tenants/") if query.after else ""
+        rows = self._execute(
+            "SELECT body FROM tenants WHERE tenant > ? ORDER BY tenant LIMIT ?", (after, query.limit + 1)
+        )
+        for (body,) in rows:
+            row = v1.Tenant.FromString(body)
+            yield Found((row.name,), row, len(body))
+
+    def has_deleted_sessions(self, tenant: str) -> bool:
+        return self._one("SELECT 1 FROM deleted_sessions WHERE tenant = ? LIMIT 1", tenant) is not None
+
+    def erase_rows(self, tenant: str, limit: int) -> bool:
+        self.deleted = True
+        contents = self._execute(
+            """SELECT content FROM blobs WHERE tenant = ?1 UNION ALL
+                SELECT content FROM uploads WHERE tenant = ?1 AND sha256 = '' ORDER BY content LIMIT ?2""",
+            (tenant, limit),
+        ).fetchall()
+        for (content,) in contents:
+            self.discard(content)
+            for table in ("blobs", "uploads"):
+                self._execute(f"DELETE FROM {table} WHERE tenant = ? AND content = ?", (tenant, content))
+        if contents:
+            return True
+        erased = 0
+        for table, place in TENANT_ROWS:
+            erased += self._execute(
+                f"""DELETE FROM {table} WHERE tenant = ? AND ({place}) IN
+                    (SELECT {place} FROM {table} WHERE tenant = ? LIMIT ?)""",
+                (tenant, tenant, limit),
+            ).rowcount
+        return erased > 0
 
     def count_keys(self, tenant: str) -> int:
         return int(self._one("SELECT count(*) FROM keys WHERE tenant = ?", tenant)[0])

@@ -1,0 +1,81 @@
+"""Brings the runs of suspended tenants to rest, and removes tenants."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+from notecase import v1
+
+from notecase_server import errors, names
+from notecase_server.engine.runs import Runs
+from notecase_server.engine.sessions import Sessions
+from notecase_server.errors import NotecaseError
+from notecase_server.store.contract import Compare, Or, Query, RunStore, SessionKey, SessionStore, TenantStore
+
+log = structlog.get_logger()
+
+LOOK_SECONDS = 2.0
+"""How often it is looked for runs of suspended tenants that a deadline or a start of the server has put to work."""
+
+REST_SECONDS = 0.01
+"""Between two transactions of a removal: others write, too, and a fork that is under way comes to its end."""
+
+PAGE = 100
+
+AT_WORK = Or((Compare("state", "=", v1.Run.STATE_RUNNING), Compare("state", "=", v1.Run.STATE_QUEUED)))
+
+
+class TenancyStore(TenantStore, SessionStore, RunStore, Protocol):
+    """Holds tenants, and what is in them."""
+
+
+class Tenancy:
+    """What operators do with whole tenants."""
+
+    def __init__(self, store: TenancyStore, sessions: Sessions, runs: Runs, removed: Callable[[str], None]) -> None:
+        """`removed` is called with a tenant that is gone, before its name means another."""
+        self._store = store
+        self._removed = removed
+        self._sessions = sessions
+        self._runs = runs
+
+    async def keep_looking(self) -> None:
+        """For ever, cancels what is at work in suspended tenants, and goes on with removals that were cut."""
+        while True:
+            after: tuple[str | int, ...] | None = None
+            while True:
+                page = await self._store.list_tenants(Query(PAGE, after))
+                for row in page.rows:
+                    tenant = row.name.removeprefix("tenants/")
+                    if row.state == v1.Tenant.STATE_SUSPENDED:
+                        await self.rest(tenant)
+                    elif row.state == v1.Tenant.STATE_DELETING:
+                        await self.remove(tenant)
+                if (after := page.next) is None:
+                    break
+            await asyncio.sleep(LOOK_SECONDS)
+
+    async def rest(self, tenant: str) -> None:
+        """Cancels every run of a tenant that is at work or queued."""
+        stuck = 0
+        while rows := (await self._store.list_runs(tenant, None, Query(stuck + 1, where=AT_WORK))).rows[stuck:]:
+            name = names.parse_run(rows[0].name)
+            assert name is not None
+            try:
+                key, _ = await self._sessions.find(tenant, name.session)
+                await self._runs.commands.cancel(key, name.run, v1.CancelCommand(reason="The tenant is suspended."))
+            except NotecaseError as error:
+                stuck += 1  # it has just ended, or the next look finds it again
+                log.info("run_not_cancelled", run=rows[0].name, reason=errors.reason_name(error.reason))
+
+    async def remove(self, tenant: str) -> None:
+        """Removes a tenant with everything; returns when the last row is gone."""
+        while not await self._store.erase_tenant(tenant):
+            while rows := (await self._store.list_sessions(tenant, Query(PAGE))).rows:
+                for row in rows:
+                    await self._sessions.delete_if_there(SessionKey(tenant, row.name, row.uid))
+            await self._store.sweep_sessions()
+            await asyncio.sleep(REST_SECONDS)
+        self._removed(tenant)
+        log.info("tenant_removed", tenant=tenant)

@@ -1,0 +1,80 @@
+"""TenantService: parse, call, render."""
+
+from functools import partial
+from typing import Any
+
+from google.protobuf.empty_pb2 import Empty
+from notecase import v1
+
+from notecase_server import errors
+from notecase_server.auth.tenants import Tenants
+from notecase_server.engine.tenancy import Tenancy
+from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, once
+from notecase_server.rpc.validate import Check
+from notecase_server.store.contract import Answer, TenantStore
+
+TENANT = Answer("tenant")
+
+
+class TenantsService(v1.TenantServiceServicer):
+    def __init__(self, desk: Desk, store: TenantStore, tenants: Tenants, tenancy: Tenancy) -> None:
+        self.desk = desk
+        self.store = store
+        self.tenants = tenants
+        self.tenancy = tenancy
+
+    async def CreateTenant(self, request: v1.CreateTenantRequest, context: Any) -> v1.Tenant:
+        check = checked(request)
+        check(request.tenant_id != "", "tenant_id", "is missing")
+        check.chosen_id("tenant_id", request.tenant_id)
+        check.text("tenant.display_name", request.tenant.display_name)
+        check.done()
+        create = partial(self.store.create_tenant, request.tenant_id, request.tenant.display_name)
+        return await self.desk.surely(await once(request, TENANT), TENANT, create)
+
+    async def GetTenant(self, request: v1.GetTenantRequest, context: Any) -> v1.Tenant:
+        check = Check()
+        tenant = check.tenant("name", request.name)
+        check.done()
+        found = await self.store.get_tenant(tenant)
+        if found is None:
+            raise errors.not_found("tenant", request.name)
+        return found
+
+    async def ListTenants(self, request: v1.ListTenantsRequest, context: Any) -> v1.ListTenantsResponse:
+        query = listed(Check(), self.desk.pages, request, "tenants")
+        page = await self.store.list_tenants(query)
+        return v1.ListTenantsResponse(tenants=page.rows, next_page_token=self.desk.pages.token(page.next, "tenants"))
+
+    async def SuspendTenant(self, request: v1.SuspendTenantRequest, context: Any) -> v1.Tenant:
+        tenant, row = await self._set(request, v1.Tenant.STATE_SUSPENDED)
+        await self.tenancy.rest(tenant)
+        return row
+
+    async def ResumeTenant(self, request: v1.ResumeTenantRequest, context: Any) -> v1.Tenant:
+        _, row = await self._set(request, v1.Tenant.STATE_ACTIVE)
+        return row
+
+    async def _set(
+        self, request: v1.SuspendTenantRequest | v1.ResumeTenantRequest, state: v1.Tenant.State.ValueType
+    ) -> tuple[str, v1.Tenant]:
+        check = checked(request)
+        tenant = check.tenant("name", request.name)
+        check.done()
+        try:
+            change = partial(self.store.set_tenant_state, tenant, state)
+            return tenant, await self.desk.surely(await once(request, TENANT), TENANT, change)
+        finally:
+            self.tenants.changed(tenant)
+
+    async def DeleteTenant(self, request: v1.DeleteTenantRequest, context: Any) -> Empty:
+        check = checked(request)
+        tenant = check.tenant("name", request.name)
+        check.done()
+        change = partial(self.store.set_tenant_state, tenant, v1.Tenant.STATE_DELETING)
+        try:
+            await self.desk.surely(await once(request, NOTHING), NOTHING, change)
+        finally:
+            self.tenants.changed(tenant)
+        await self.tenancy.remove(tenant)
+        return Empty()
