@@ -26,6 +26,6 @@ EXPOSE 7420
 HEALTHCHECK --interval=30s --timeout=5s --start-period=10s \
     CMD ["notecase", "health"]
 # --insecure because the container's own loopback reaches nobody: publish the port on 127.0.0.1. With keys the command is
-# `serve --auth keys`, which is refused together with --insecure.
+# `serve --auth keys`, which is refused together with --insecure, with TLS or --behind-tls-proxy: see docs/operate.md.
 ENTRYPOINT ["notecase"]
 CMD ["serve", "--insecure"]
