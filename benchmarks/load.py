@@ -71,8 +71,9 @@ class Load(Caller):
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, port: int) -> AsyncIterator[Self]:
-        async with connections(port) as channels:
+    async def connect(cls, port: int, key: str = "") -> AsyncIterator[Self]:
+        """`key` goes with each call."""
+        async with connections(port, key) as channels:
             yield cls(channels)
 
     async def agent(self, tokens: int, pause_ms: int = 0, window: int = 0) -> str:
@@ -147,13 +148,34 @@ class Load(Caller):
         await lanes(at_once, (partial(next(stubs).GetServerInfo, ask) for _ in range(count)))
 
 
+class _Key(grpc.aio.UnaryUnaryClientInterceptor):
+    """Sends a key with each call."""
+
+    def __init__(self, key: str) -> None:
+        self._metadata = grpc.aio.Metadata(("authorization", f"Bearer {key}"))
+
+    async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        return await continuation(details._replace(metadata=self._metadata), request)
+
+
+class _StreamKey(grpc.aio.StreamStreamClientInterceptor):
+    """As _Key, with each stream."""
+
+    def __init__(self, key: str) -> None:
+        self._metadata = grpc.aio.Metadata(("authorization", f"Bearer {key}"))
+
+    async def intercept_stream_stream(self, continuation: Any, details: Any, requests: Any) -> Any:
+        return await continuation(details._replace(metadata=self._metadata), requests)
+
+
 @asynccontextmanager
-async def connections(port: int) -> AsyncIterator[list[grpc.aio.Channel]]:
+async def connections(port: int, key: str = "") -> AsyncIterator[list[grpc.aio.Channel]]:
     """The channels over which all load comes, each a connection of its own."""
+    keys = [_Key(key), _StreamKey(key)] if key else []
     async with AsyncExitStack() as stack:
         # Channels of one process to one address share a connection unless they are told not to.
         own = (("grpc.use_local_subchannel_pool", 1),)
-        channels = [grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=own) for _ in range(CONNECTIONS)]
+        channels = [grpc.aio.insecure_channel(f"127.0.0.1:{port}", own, interceptors=keys) for _ in range(CONNECTIONS)]
         for channel in channels:
             await stack.enter_async_context(channel)
         yield channels

@@ -27,7 +27,7 @@ from benchmarks import stub
 from benchmarks.hostile import hostile
 from benchmarks.load import CONNECTIONS, SAID, Caller, Load, WrongError, lanes
 from benchmarks.neighbour import Beside, Times, Turns, compare, table
-from benchmarks.processes import Cpus, Process, running_server
+from benchmarks.processes import Cpus, Process, running, running_server
 
 WINDOW = 10
 """Messages of the fixed window: as many as the shortest history has, so that every model call carries the same."""
@@ -41,6 +41,10 @@ IDLE_STREAMS = 500
 SESSIONS_KEPT = 150
 
 CONTENT_BYTES = 200_000_000
+
+KEY = "a-key-that-is-as-long-as-the-server-wants-it"
+KEY_ROUNDS = 5
+"""By turns with the server that asks for none."""
 
 FILLING = 30_000
 """Messages whose pages are more than the store's caches hold."""
@@ -90,13 +94,14 @@ class Bench(Side):
         return self.prepared[messages]
 
     @asynccontextmanager
-    async def another(self, *, offline: bool = False) -> AsyncIterator["Bench"]:
-        """The same with a server of its own over an empty store; `offline` without the stub."""
+    async def another(self, *, offline: bool = False, key: str = "") -> AsyncIterator["Bench"]:
+        """The same with a server of its own over an empty store; `offline` without the stub, with a `key` that callers
+        need."""
         name = f"another-{next(self.names)}"
         model_port = None if offline else self.model.port
         async with (
-            running_server(self.cpus.server, self.folder, name, model_port) as server,
-            Load.connect(server.port) as load,
+            running_server(self.cpus.server, self.folder, name, model_port, key=key) as server,
+            Load.connect(server.port, key) as load,
         ):
             yield Bench(server, load, self.cpus, self.folder, self.model, times=self.times)
 
@@ -128,6 +133,25 @@ async def short_turns(side: Side) -> float:
     """The seconds of CPU time for a turn of one token: ten in each of eight new sessions, eight at once."""
     agent, sessions = await side.load.agent(1), await side.load.new_sessions(8)
     return await side.cpu(side.load.conversations(sessions, 10, agent, 1, at_once=8)) / 80
+
+
+async def keys(bench: Bench) -> Values:
+    """What it costs that callers need a key: the same calls and tokens on a server that asks for one and on one that
+    does not, by turns."""
+    async with bench.another() as without, bench.another(key=KEY) as asked:
+        took = dict.fromkeys(["call", "asked-call", "token", "asked-token"], 0.0)
+        for side in (without, asked):
+            await side.load.bare_calls(400, at_once=8)
+            await tokens(side)
+        for _ in range(KEY_ROUNDS):
+            for side, name in ((without, ""), (asked, "asked-")):
+                agent, sessions = await side.load.agent(200), await side.load.new_sessions(8)
+                took[f"{name}call"] += await side.cpu(side.load.bare_calls(1000, at_once=8))
+                took[f"{name}token"] += await side.cpu(side.load.conversations(sessions, 5, agent, 200, at_once=8))
+    return {
+        "key-call": (took["asked-call"] - took["call"]) / (1000 * KEY_ROUNDS) * 1e6,
+        "key-token": took["asked-token"] / took["token"],
+    }
 
 
 async def first_token(bench: Bench) -> Values:
@@ -303,8 +327,10 @@ async def memory(bench: Bench) -> Values:
         for stream in streams:
             stream.cancel()
         await asyncio.gather(*(stream.code() for stream in streams))
+    _, imports = await _imports(bench)
     return {
         "memory-warm": warm / 2**20,
+        "memory-over": (warm - imports) / 2**20,
         "memory-stream": (attached - before) / IDLE_STREAMS / 2**10,
         "memory-session": (kept - filled) / SESSIONS_KEPT / 2**10,
     }
@@ -376,7 +402,16 @@ async def start(bench: Bench) -> Values:
     begun = time.perf_counter()
     async with bench.another() as fresh:
         await fresh.load.info[0].GetServerInfo(v1.GetServerInfoRequest(), wait_for_ready=True)
-        return {"start": time.perf_counter() - begun, "start-cpu": fresh.server.cpu()}
+        taken, cpu = time.perf_counter() - begun, fresh.server.cpu()
+    alone, _ = await _imports(bench)
+    return {"start": taken, "start-cpu": cpu, "start-in-imports": cpu / alone}
+
+
+async def _imports(bench: Bench) -> tuple[float, int]:
+    """The CPU seconds and the bytes of a process that imports grpc and the openai SDK, and nothing else."""
+    program = "import signal; import grpc, openai; print(0, flush=True); signal.pause()"
+    async with running(bench.cpus.server, bench.folder / "imports.log", "-c", program, env=dict(os.environ)) as alone:
+        return alone.cpu(), alone.resident()
 
 
 async def loop(bench: Bench) -> Values:
@@ -440,6 +475,7 @@ async def _beside(
 MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
     "tokens": beside_floor(tokens),
     "turn": beside_floor(turn),
+    "keys": keys,
     "first-token": beside_floor(first_token),
     "history": history,
     "pages": pages,
