@@ -12,6 +12,8 @@ import pytest
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
 from notecase import v1
+from notecase_server.auth.principal import Principal, Role
+from notecase_server.rpc.caller import Caller, caller
 from notecase_server.rpc.run import MAX_RESULTS, Results
 
 from tests.e2e.driving import detail_of, fields_of, reason_of, said
@@ -284,6 +286,7 @@ async def test_results_that_wait_for_their_reader_are_bounded(store_url: str) ->
     async with running(store_url) as served:
         await create_one(served, 0)
         streams = served.server.streams
+        caller.set(Caller(Principal("default", "", Role.ADMIN), "", ""))
         place = await streams.attach("default", "sessions/s", None, v1.WatchOptions(keep_open=True), "")
         read = 0
 

@@ -6,9 +6,11 @@ alone, as it does wherever owners are known by leases.
 """
 
 import asyncio
+import os
 import signal
+import sqlite3
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import grpc
@@ -67,6 +69,15 @@ async def calling(server: Spawned) -> AsyncIterator[Caller]:
         yield Caller(channel)
 
 
+def stop_between_writes(server: Spawned, file: Path) -> None:
+    """Stops a process at a moment at which it is not within a transaction: one that is would keep the file's lock."""
+    with closing(sqlite3.connect(file, isolation_level=None, timeout=60)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        server.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, server.process.pid, os.WSTOPPED | os.WNOWAIT)
+        other.execute("ROLLBACK")
+
+
 def ends_of(log: list[v1.Event]) -> list[v1.Event]:
     return [event for event in log if event.run_state_changed.state in ENDED]
 
@@ -86,7 +97,7 @@ async def test_a_process_that_was_stopped_finds_its_run_taken_over(
     async with calling(stale) as to_stale:
         await to_stale.begin()
         await model.request(0)
-        stale.process.send_signal(signal.SIGSTOP)
+        stop_between_writes(stale, tmp_path / "notecase.db")
         (tmp_path / "notecase.db-lock").unlink()
         owner = await spawn(tmp_path, model, "owner")
         async with calling(owner) as to_owner:

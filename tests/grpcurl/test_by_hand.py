@@ -16,7 +16,10 @@ from tests.support.values import KEYS, VALUES, exactly, nested
 
 Json = dict[str, Any]
 
-NOTECASE = {f"notecase.v1.{name}Service" for name in ("Agent", "Blob", "Message", "Run", "Server", "Session", "State")}
+NOTECASE = {
+    f"notecase.v1.{name}Service"
+    for name in ("Agent", "Blob", "Key", "Message", "Run", "Server", "Session", "State", "Tenant")
+}
 OPERATIONS = {
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",

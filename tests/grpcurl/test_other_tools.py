@@ -19,7 +19,10 @@ SERVICES = [
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",
-    *(f"notecase.v1.{name}Service" for name in ("Agent", "Blob", "Message", "Run", "Server", "Session", "State")),
+    *(
+        f"notecase.v1.{name}Service"
+        for name in ("Agent", "Blob", "Key", "Message", "Run", "Server", "Session", "State", "Tenant")
+    ),
 ]
 
 
