@@ -82,6 +82,7 @@ ROOMS: dict[str, Room] = {
         | {"models.pieces", "models.profiles", "models.request", "models.wire"},
         "A provider knows no other.",
     ),
+    "models.guard": Room({"errors", "models.contract"}, "A bound is the same whatever provider it is for."),
     "models.offline": Room({"errors", "models.contract", "models.answers"}, "A provider knows no other."),
     "tools": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
     "tools.contract": Room({"client"}, "A promise knows none of those who keep it; values are plain ones to a tool."),
