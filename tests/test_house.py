@@ -127,6 +127,11 @@ ROOMS: dict[str, Room] = {
         {"auth", "cli", "serve", "config", "store.contract", "tools.contract", "tools.mcp"},
         "This command starts a server; it needs no client.",
     ),
+    "cli.config": Room({"auth", "cli", "cli.serve"}, "A file is checked as the command that serves with it reads it."),
+    "cli.providers": Room(
+        {"auth", "cli", "cli.serve", "config", "errors", "models.contract", "serve"},
+        "A provider is tried out as the server asks it, without one.",
+    ),
     "cli.backup": Room({"cli", "serve", "store.contract"}, "The server's composition copies the store."),
     "__main__": Room({"cli"}, "The command by another name."),
 }

@@ -83,7 +83,7 @@ class House:
             places=Places(max_runs),
             new_id=new_id,
             clock=clock,
-            repeats=Repeats(2, 60.0),
+            repeats={"": Repeats(2, 60.0)},
         )
         self.sessions = Sessions(store, new_id, new_id)
         self.runs = Runs(self.sessions, self.services, poll)

@@ -7,9 +7,11 @@ from contextlib import aclosing
 import pytest
 from notecase import v1
 from notecase_server import errors
+from notecase_server.config import ProviderSettings, Settings
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Delta, Finish, ModelRequest, Text
+from notecase_server.models.contract import Delta, Finish, ModelRequest, Provider, Text
 from notecase_server.models.guard import Breaker, Guarded
+from notecase_server.serve import make_providers
 
 REQUEST = ModelRequest("m", "", (), v1.Generation())
 
@@ -45,11 +47,11 @@ class Clock:
         return self.seconds
 
 
-async def call(provider: Guarded, model: str = "m") -> Sequence[Delta]:
+async def call(provider: Provider, model: str = "m") -> Sequence[Delta]:
     return [delta async for delta in provider.stream(REQUEST._replace(model=model))]
 
 
-async def fails(provider: Guarded) -> NotecaseError:
+async def fails(provider: Provider) -> NotecaseError:
     with pytest.raises(NotecaseError) as failure:
         await call(provider)
     return failure.value
@@ -169,3 +171,14 @@ async def test_a_request_that_is_wrong_says_nothing_against_its_provider() -> No
     await call(guarded)
     await guarded.close()
     assert provider.closed
+
+
+async def test_what_the_settings_of_a_provider_bound_is_bounded() -> None:
+    given = ProviderSettings(name="small", kind="offline", max_concurrent=1)
+    provider = make_providers(Settings(listen="", providers=(given,)))["small"]
+    request = REQUEST._replace(messages=[v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text="Hello.")])])
+    async with asyncio.TaskGroup() as group, aclosing(provider.stream(request)) as stream:
+        await anext(stream)
+        second = group.create_task(call(provider))
+        await rest()
+        assert not second.done()

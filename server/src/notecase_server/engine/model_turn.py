@@ -24,7 +24,7 @@ from notecase_server.engine.run_log import RunLog, taken
 from notecase_server.engine.schema import value_of
 from notecase_server.engine.tokens import Gauge
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Finish, Media, ModelRequest, Provider, Used
+from notecase_server.models.contract import Finish, Media, ModelRequest, Provider, Repeats, Used
 from notecase_server.models.contract import Tool as ModelTool
 from notecase_server.store import bindings
 from notecase_server.tools.contract import Function, Outcome
@@ -191,7 +191,7 @@ class ModelTurn:
     async def _repeated(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Asks a model, and again while what went wrong may pass, before its first piece or after it. A try from which
         nothing came does not count as a model call; what one took, as far as its provider told, is counted."""
-        most, seconds = self._services.repeats
+        most, seconds = self._services.repeats.get(self._llm.provider, Repeats())
         for repeat in itertools.count():
             if self._halts:
                 raise Halted

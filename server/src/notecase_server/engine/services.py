@@ -32,8 +32,8 @@ class Services:
     places: Places
     new_id: Callable[[], str]
     clock: Clock
-    repeats: Repeats = field(default_factory=Repeats)
-    """How a model call is repeated that failed in a way that may pass."""
+    repeats: Mapping[str, Repeats] = field(default_factory=dict)
+    """How a call of a provider's model is repeated that failed in a way that may pass, by the provider's name."""
     suspects: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a run is at work whose last two processes died: one such run at a time, so that the one that kills its
     process does not take others with it."""
