@@ -174,11 +174,16 @@ async def test_a_request_that_is_wrong_says_nothing_against_its_provider() -> No
 
 
 async def test_what_the_settings_of_a_provider_bound_is_bounded() -> None:
-    given = ProviderSettings(name="small", kind="offline", max_concurrent=1)
-    provider = make_providers(Settings(listen="", providers=(given,)))["small"]
+    """A call that began before another one, and is not bound, has ended when that one has."""
+    small = ProviderSettings(name="small", kind="offline", max_concurrent=1)
+    other = ProviderSettings(name="other", kind="offline")
+    provider, unbound = make_providers(Settings(listen="", providers=(small, other))).values()
     request = REQUEST._replace(messages=[v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text="Hello.")])])
-    async with asyncio.TaskGroup() as group, aclosing(provider.stream(request)) as stream:
-        await anext(stream)
-        second = group.create_task(call(provider))
-        await rest()
-        assert not second.done()
+    async with asyncio.TaskGroup() as group:
+        async with aclosing(provider.stream(request)) as stream:
+            await anext(stream)
+            second = group.create_task(call(provider))
+            await rest()
+            await call(unbound)
+            await rest()
+            assert not second.done()
