@@ -179,11 +179,10 @@ async def test_what_the_settings_of_a_provider_bound_is_bounded() -> None:
     other = ProviderSettings(name="other", kind="offline")
     provider, unbound = make_providers(Settings(listen="", providers=(small, other))).values()
     request = REQUEST._replace(messages=[v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text="Hello.")])])
-    async with asyncio.TaskGroup() as group:
-        async with aclosing(provider.stream(request)) as stream:
-            await anext(stream)
-            second = group.create_task(call(provider))
-            await rest()
-            await call(unbound)
-            await rest()
-            assert not second.done()
+    async with asyncio.TaskGroup() as group, aclosing(provider.stream(request)) as stream:
+        await anext(stream)
+        second = group.create_task(call(provider))
+        await rest()
+        await call(unbound)
+        await rest()
+        assert not second.done()

@@ -32,7 +32,7 @@ from notecase_server.engine.content import Contents, Limits
 from notecase_server.engine.places import Places
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
-from notecase_server.engine.services import Services
+from notecase_server.engine.services import NamedProvider, Services
 from notecase_server.engine.sessions import Sessions
 from notecase_server.engine.tenancy import Tenancy
 from notecase_server.errors import NotecaseError
@@ -272,14 +272,17 @@ class Server:
         limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
         self._contents = Contents(store, make_id, clock, limits)
         sessions = self._sessions = Sessions(store, make_id, new_uid, limits.session)
-        default = next(iter(self._providers.values()))
         self._toolbox = toolbox
         self._schemas = Schemas()
         self._supervisor = Supervisor(make_id)
         repeats = {given.name: Repeats(given.max_retries, given.retry_time) for given in settings.providers}
+        named = {
+            name: NamedProvider(name, provider, repeats.get(name, Repeats()))
+            for name, provider in self._providers.items()
+        }
         services = Services(
             store=store,
-            providers={"": default, **self._providers},
+            providers={"": next(iter(named.values())), **named},
             toolbox=toolbox,
             contents=self._contents,
             schemas=self._schemas,
@@ -287,7 +290,6 @@ class Server:
             places=Places(settings.max_runs),
             new_id=make_id,
             clock=clock,
-            repeats={"": repeats.get(next(iter(self._providers)), Repeats()), **repeats},
         )
         self._runs = Runs(sessions, services, pace.poll)
         self._tenancy = Tenancy(store, sessions, self._runs, self._removed)

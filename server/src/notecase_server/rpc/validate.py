@@ -55,6 +55,7 @@ MAX_FETCHED = 100
 MAX_NAME = 512
 """Characters of a resource's name, more than the longest has."""
 MAX_KEY_BYTES = 256
+MAX_FALLBACKS = 8
 MAX_LABELS = 64
 MAX_LABEL_BYTES = 256
 MAX_TEXT_BYTES = 4 << 10
@@ -472,9 +473,7 @@ class Check:
             return
         llm = agent.llm
         self.text("agent.llm.model", llm.model)
-        known = [name for name in providers if name]
-        fine = not llm.provider or llm.provider in known
-        self(fine, "agent.llm.provider", f"this server has {', '.join(known)}")
+        self._providers(llm, [name for name in providers if name])
         self(0 <= llm.max_model_calls <= 1000, "agent.llm.max_model_calls", "wants 0 (for 10) to 1000")
         self.context("agent.llm.context", llm.context)
         self._generation(llm.generation)
@@ -488,6 +487,21 @@ class Check:
             elif tool.HasField("mcp"):
                 known_servers = ", ".join(toolbox.mcp_servers) or "none"
                 self(tool.mcp.server in toolbox.mcp_servers, f"{at}.mcp.server", f"this server has {known_servers}")
+
+    def _providers(self, llm: v1.LlmAgent, known: Sequence[str]) -> None:
+        """Those that an agent names. One behind another of the same model would only be another repeat."""
+        told = f"this server has {', '.join(known)}"
+        self(not llm.provider or llm.provider in known, "agent.llm.provider", told)
+        at = "agent.llm.fallbacks"
+        if not self(len(llm.fallbacks) <= MAX_FALLBACKS, at, f"has more than {MAX_FALLBACKS}"):
+            return
+        seen = {(llm.provider or known[0], llm.model)}
+        for index, fallback in enumerate(llm.fallbacks):
+            named = (fallback.provider or known[0], fallback.model)
+            self(named[0] in known, f"{at}[{index}].provider", told)
+            self.text(f"{at}[{index}].model", fallback.model)
+            self(named not in seen, f"{at}[{index}]", "is there twice, or the agent's own")
+            seen.add(named)
 
     def context(self, field: str, context: v1.Context) -> None:
         self(context.max_messages >= 0, f"{field}.max_messages", "is negative")
