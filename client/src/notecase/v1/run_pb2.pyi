@@ -423,8 +423,8 @@ class StartRun(_message.Message):
 
     @_builtins.property
     def settings(self) -> Global___RunSettings:
-        """What takes the place of the agent's own for this run. Developers and admins set it, and no caller that is bound to a user:
-        ROLE_MISSING otherwise.
+        """What takes the place of the agent's own for this run, at most 1 MiB. Developers and admins set it, and no caller that is
+        bound to a user: ROLE_MISSING otherwise.
         """
 
     def __init__(
