@@ -4,7 +4,7 @@ mistakes of a file at once."""
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from notecase_server.auth.principal import Principal
 from notecase_server.auth.settings import IssuerSettings, listed_issuers, listed_principals
@@ -196,25 +196,19 @@ def _mcp_servers(top: Table, secrets: _Secrets) -> dict[str, McpServerSettings]:
 
 def _mcp_server(table: Table, secrets: _Secrets) -> McpServerSettings | None:
     passed = table.texts("pass_env", needed=False)
-    texts = {key: table.text(key, needed=False) or None for key in ("command", "cwd", "stderr", "url")}
-    protocol: Literal["2026-07-28"] | None = "2026-07-28" if table.text("protocol", needed=False) else None
-    table.check(table.values.get("protocol", protocol) == protocol, "protocol", "This is 2026-07-28.")
-    environment = {
+    given: dict[str, Any] = {key: table.text(key, needed=False) for key in ("command", "cwd", "stderr", "url")}
+    given["protocol"] = table.matching("protocol", "2026-07-28".__eq__, "This is 2026-07-28.", needed=False)
+    given["args"] = table.texts("args", needed=False)
+    given["headers"] = secrets.headers(table)
+    given["env"] = {
         **table.named_texts("env"),
         **{name: secrets.variable(table, "pass_env", name) for name in passed},
     }
-    args, headers = table.texts("args", needed=False), secrets.headers(table)
-    seconds = {key: table.number(key, above=True) for key in ("connect_timeout", "timeout")}
+    for key in ("connect_timeout", "timeout"):
+        given[key] = table.number(key, above=True)
     table.done()
     try:
-        return McpServerSettings(
-            **texts,
-            args=args,
-            env=environment,
-            headers=headers,
-            protocol=protocol,
-            **{key: value for key, value in seconds.items() if value is not None},
-        )
+        return McpServerSettings(**{key: value for key, value in given.items() if value})
     except ValueError as error:
         table.check(False, "command", f"{error}.")
         return None
