@@ -104,7 +104,7 @@ async def test_grpcurl_calls_with_a_token_and_with_a_certificate(place: Place, g
 
 
 def test_the_files_of_an_operator_are_read(tmp_path: Path) -> None:
-    principals, issuers = blocks("operate.md", "toml")
+    principals, issuers, _ = blocks("operate.md", "toml")
     path = tmp_path / "file.toml"
     path.write_text(principals)
     assert [Role.DEVELOPER, Role.USER, Role.OPERATOR] == [one.role for one in read_client_principals(path).values()]

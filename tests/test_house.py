@@ -82,6 +82,7 @@ ROOMS: dict[str, Room] = {
         | {"models.pieces", "models.profiles", "models.request", "models.wire"},
         "A provider knows no other.",
     ),
+    "models.guard": Room({"errors", "models.contract"}, "A bound is the same whatever provider it is for."),
     "models.offline": Room({"errors", "models.contract", "models.answers"}, "A provider knows no other."),
     "tools": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
     "tools.contract": Room({"client"}, "A promise knows none of those who keep it; values are plain ones to a tool."),
@@ -125,6 +126,11 @@ ROOMS: dict[str, Room] = {
     "cli.serve": Room(
         {"auth", "cli", "serve", "config", "store.contract", "tools.contract", "tools.mcp"},
         "This command starts a server; it needs no client.",
+    ),
+    "cli.config": Room({"auth", "cli", "cli.serve"}, "A file is checked as the command that serves with it reads it."),
+    "cli.providers": Room(
+        {"auth", "cli", "cli.serve", "config", "errors", "models.contract", "serve"},
+        "A provider is tried out as the server asks it, without one.",
     ),
     "cli.backup": Room({"cli", "serve", "store.contract"}, "The server's composition copies the store."),
     "__main__": Room({"cli"}, "The command by another name."),

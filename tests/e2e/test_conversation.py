@@ -106,9 +106,8 @@ async def test_usage_is_told_per_call_and_summed_per_run_and_session(
     }
     model.script(tool_calls(("nothing", "{}"), usage=counted), reply("Done.", usage=counted))
     answer = await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=session, messages=[said("Go")])))
-    twice = v1.Usage(
-        input_tokens=20, cached_input_tokens=8, output_tokens=10, reasoning_tokens=4, model_calls=2, model="stub-1"
-    )
+    twice = v1.Usage(input_tokens=20, cached_input_tokens=8, output_tokens=10, reasoning_tokens=4, model_calls=2)
+    twice.model, twice.provider = "stub-1", "openai"
     assert answer.run.usage == twice
     assert (await served.sessions.GetSession(v1.GetSessionRequest(name=session))).usage == twice
     per_call = [event.usage for event in await log_of(served, session) if event.HasField("usage")]

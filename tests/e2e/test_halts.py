@@ -303,7 +303,7 @@ async def test_what_a_call_took_is_counted_that_a_refused_halt_cut(
     assert reason_of(refused.value) == "REQUEST_ID_REUSED"
     ended = await served.runs.WaitRun(v1.WaitRunRequest(name=run.name, after_sequence=10**6))
     assert (ended.state, ended.reply.parts[0].text) == (v1.Run.STATE_SUCCEEDED, "Whole.")
-    both = v1.Usage(input_tokens=50 + 11, output_tokens=4 + 7, model_calls=2, model="stub-1")
+    both = v1.Usage(input_tokens=50 + 11, output_tokens=4 + 7, model_calls=2, model="stub-1", provider="openai")
     assert [both, both] == [ended.usage, (await served.sessions.GetSession(v1.GetSessionRequest(name=session))).usage]
     log = await log_of(served, session)
     assert [50, 11] == [event.usage.input_tokens for event in log if event.HasField("usage")]

@@ -156,7 +156,7 @@ async def test_what_a_call_took_that_a_halt_cuts_is_counted(
         await invoke(served, session, on_busy=v1.StartRun.ON_BUSY_INTERRUPT)
     ended = await served.runs.GetRun(v1.GetRunRequest(name=run.name))
     assert ended.state == v1.Run.STATE_CANCELLED
-    assert ended.usage == v1.Usage(input_tokens=50, output_tokens=4, model_calls=1, model="stub-1")
+    assert ended.usage == v1.Usage(input_tokens=50, output_tokens=4, model_calls=1, model="stub-1", provider="openai")
     whole = (await served.sessions.GetSession(v1.GetSessionRequest(name=session))).usage
     assert whole.model_calls == (1 if by == "a cancel" else 2)
 
@@ -202,12 +202,12 @@ async def test_a_summary_is_repeated_as_a_reply_is(served: Running, model: OpenA
 
 
 COUNTED = {"prompt_tokens": 50, "completion_tokens": 4}
-USED = v1.Usage(input_tokens=50, output_tokens=4, model_calls=1, model="stub-1")
+USED = v1.Usage(input_tokens=50, output_tokens=4, model_calls=1, model="stub-1", provider="openai")
 
 
 def used(*calls: v1.Usage) -> v1.Usage:
     """What these calls of one model took together; those of the stub's own are `reply`."""
-    total = v1.Usage(model="stub-1", model_calls=len(calls))
+    total = v1.Usage(model="stub-1", provider="openai", model_calls=len(calls))
     total.input_tokens = sum(call.input_tokens for call in calls)
     total.output_tokens = sum(call.output_tokens for call in calls)
     return total

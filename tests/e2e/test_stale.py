@@ -20,7 +20,7 @@ from notecase_server.engine.content import Contents, Limits
 from notecase_server.engine.places import Places
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
-from notecase_server.engine.services import Services
+from notecase_server.engine.services import NamedProvider, Services
 from notecase_server.engine.sessions import Sessions
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Text
 from notecase_server.serve import new_id, new_uid, now
@@ -160,7 +160,7 @@ async def test_of_two_owners_in_one_process_the_later_one_wins() -> None:
             Sessions(store, new_id, new_uid),
             Services(
                 store=store,
-                providers={"": provider},
+                providers={"": NamedProvider("openai", provider)},
                 toolbox=make_toolbox((), {}),
                 contents=contents,
                 schemas=Schemas(),

@@ -15,9 +15,9 @@ from notecase_server.engine.places import Places
 from notecase_server.engine.run_log import RunLog
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
-from notecase_server.engine.services import Services
+from notecase_server.engine.services import NamedProvider, Services
 from notecase_server.engine.sessions import Sessions
-from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Provider, Repeats, Text
+from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Provider, Text
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.store.contract import ActiveRun, Clock, Commit, RunRecord, SessionKey, Store
 from notecase_server.store.fold import ENDED
@@ -75,7 +75,7 @@ class House:
         self.supervisor = Supervisor(new_id)
         self.services = Services(
             store=store,
-            providers={"": provider},
+            providers={"": NamedProvider("first", provider)},
             toolbox=make_toolbox(tools, {}),
             contents=Contents(store, new_id, clock, Limits()),
             schemas=Schemas(),
@@ -83,7 +83,6 @@ class House:
             places=Places(max_runs),
             new_id=new_id,
             clock=clock,
-            repeats=Repeats(2, 60.0),
         )
         self.sessions = Sessions(store, new_id, new_id)
         self.runs = Runs(self.sessions, self.services, poll)

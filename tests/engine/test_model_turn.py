@@ -6,8 +6,9 @@ from collections.abc import AsyncGenerator
 import pytest
 from notecase import v1
 from notecase_server import errors
+from notecase_server.engine.asking import Budget
 from notecase_server.engine.halt import Halt, Halted, Halts
-from notecase_server.engine.model_turn import Budget, ModelTurn, bind
+from notecase_server.engine.model_turn import ModelTurn, bind
 from notecase_server.engine.run_log import RunLog
 from notecase_server.models.contract import Delta, Finish, ModelRequest, Text
 from notecase_server.store.contract import Store

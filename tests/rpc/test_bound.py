@@ -105,6 +105,13 @@ FORBIDDEN: dict[str, tuple[Callable[[Running], Awaitable[Any]], set[str]]] = {
         ),
         {"start.messages[0].role", "start.client_tools"},
     ),
+    "settings of a run": (
+        lambda on: on.runs.CreateRun(
+            v1.CreateRunRequest(start=start(settings=v1.RunSettings(model="m"))),
+            metadata=ADA,
+        ),
+        {"start.settings"},
+    ),
     "the tenant's state": (
         lambda on: on.state.PutState(v1.PutStateRequest(name="app/state", key="k", value=OP.set), metadata=ADA),
         {"name"},
@@ -135,6 +142,8 @@ async def test_a_developer_that_is_bound_sets_no_more() -> None:
     async with running(authenticators=[ByWord()]) as served:
         new = v1.CreateSessionRequest(session=v1.Session(labels={"a": "b"}))
         assert ("ROLE_MISSING", {"session.labels"}) == await refusal(served.sessions.CreateSession(new, metadata=ada))
+        begun = v1.CreateRunRequest(start=start(settings=v1.RunSettings()))
+        assert ("ROLE_MISSING", {"start.settings"}) == await refusal(served.runs.CreateRun(begun, metadata=ada))
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await served.agents.ListAgents(v1.ListAgentsRequest(), metadata=ada)
         assert "ROLE_MISSING" == reason_of(refused.value)

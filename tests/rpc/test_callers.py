@@ -124,6 +124,12 @@ LABELLED = v1.Message(labels=LABELS, parts=said("Hello.").parts)
 NEW = v1.Session(agent="agents/clerk", labels=LABELS)
 PUT = v1.PutStateRequest(name="app/state", key="policy", value=v1.Value(bool_value=True))
 OP = v1.StateOp(key="policy", set=v1.Value(bool_value=True))
+SETTLED = v1.StartRun(session="sessions/case", messages=[said("/say done")], settings=v1.RunSettings(instruction=""))
+
+
+async def drained(call: Any) -> list[v1.RunResponse]:
+    return [frame async for frame in call]
+
 
 FIELDS: dict[str, tuple[Callable[[Running, Words], Awaitable[Any]], set[str]]] = {
     "labels of a new session": (
@@ -157,6 +163,24 @@ FIELDS: dict[str, tuple[Callable[[Running, Words], Awaitable[Any]], set[str]]] =
             metadata=by,
         ),
         {"start.labels", "start.new_session.labels", "start.messages[0].labels"},
+    ),
+    "settings of a run": (
+        lambda on, by: on.runs.CreateRun(v1.CreateRunRequest(start=SETTLED), metadata=by),
+        {"start.settings"},
+    ),
+    "settings of a run by a command": (
+        lambda on, by: on.runs.SendCommand(
+            v1.SendCommandRequest(session="sessions/case", command=v1.RunRequest(start=SETTLED)), metadata=by
+        ),
+        {"start.settings"},
+    ),
+    "settings of a run on a stream": (
+        lambda on, by: drained(on.runs.Run(iter([v1.RunRequest(start=SETTLED)]), metadata=by)),
+        {"start.settings"},
+    ),
+    "settings of a run that is waited for": (
+        lambda on, by: on.runs.Invoke(v1.InvokeRequest(start=SETTLED), metadata=by),
+        {"start.settings"},
     ),
     "labels of a message": (
         lambda on, by: on.messages.AppendMessages(

@@ -21,7 +21,7 @@ from typing import Any, Self
 from unittest import mock
 
 from notecase_server import serve
-from notecase_server.config import Settings, configure_logging, openai_from_environment
+from notecase_server.config import Settings, configure_logging, providers_from_environment
 from notecase_server.store import copies, steps
 from notecase_server.store.contract import Clock, Commit, Committed, Store
 from notecase_server.tools.functions import CallContext, tool
@@ -236,7 +236,7 @@ def main() -> None:
     settings = Settings(
         listen="127.0.0.1:0",
         store=options.store,
-        openai=openai_from_environment(),
+        providers=providers_from_environment(),
         tools=(TOOLS,),
         mcp_servers=read_mcp_servers(options.mcp_config) if options.mcp_config else {},
         grace=options.grace,

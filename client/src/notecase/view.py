@@ -315,6 +315,7 @@ def _copy(message: M) -> M:
 
 def _add_usage(total: v1.Usage, one: v1.Usage) -> None:
     total.model = one.model if total.model_calls == 0 or total.model == one.model else ""
+    total.provider = one.provider if total.model_calls == 0 or total.provider == one.provider else ""
     total.input_tokens += one.input_tokens
     total.cached_input_tokens += one.cached_input_tokens
     total.output_tokens += one.output_tokens

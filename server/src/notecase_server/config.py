@@ -11,20 +11,30 @@ from typing import Literal
 import structlog
 
 from notecase_server.auth.keys import MIN_ADMIN_KEY
+from notecase_server.auth.principal import Principal
+from notecase_server.auth.settings import IssuerSettings
 from notecase_server.auth.tables import Mistake
 from notecase_server.loopback import is_loopback
 from notecase_server.tools.mcp_settings import McpServerSettings
 
+DEFAULT_MODEL = "gpt-4.1-mini"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class OpenAISettings:
-    """Where the `openai` provider is, and who pays."""
+class ProviderSettings:
+    """Where the models of one provider are, and who pays."""
 
-    api_key: str
-    base_url: str | None
-    default_model: str
+    name: str
+    """What agents call it."""
+    kind: Literal["openai", "offline"] = "openai"
+    """`offline` is the built-in provider, which heeds none of the others but `max_concurrent` and the breaker's."""
+    api_key: str = field(default="none", repr=False)
+    base_url: str | None = None
+    default_model: str = DEFAULT_MODEL
     profile: str = ""
     """The name of a built-in profile, a JSON object of overrides, or the path of a file with one."""
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Sent with every request besides the provider's own."""
     connect_timeout: float = 10.0
     first_timeout: float = 600.0
     idle_timeout: float = 300.0
@@ -33,6 +43,14 @@ class OpenAISettings:
     max_retries: int = 2
     retry_time: float = 60.0
     """Repeats of a model call that failed in a way that may pass, and the seconds to wait between all of them."""
+    max_concurrent: int = 0
+    """Calls at once; others wait for their turn. 0: any number."""
+    breaker_failures: int = 0
+    breaker_seconds: float = 30.0
+    """After so many failures in a row that may pass, calls are refused for so many seconds. 0 failures: never."""
+
+
+OFFLINE = ProviderSettings(name="offline", kind="offline")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +70,9 @@ class Settings:
     """A file for `read_client_principals`."""
     issuers: Path | None = None
     """A file for `read_issuers`."""
+    listed_principals: Mapping[str, Principal] = field(default_factory=dict)
+    listed_issuers: tuple[IssuerSettings, ...] = ()
+    """Those of the configuration file, instead of a file of their own."""
     behind_tls_proxy: str = ""
     """The only other machines that are served, for `read_networks`, since they do TLS; empty where none does."""
     auth: Literal["auto", "keys"] = "auto"
@@ -82,7 +103,8 @@ class Settings:
     """From max_sessions on, 0 is no bound. docs/limits.md says what each of these bounds."""
     grace: float = 10.0
     """Seconds that runs and streams have to come to rest when the server stops."""
-    openai: OpenAISettings | None = None
+    providers: tuple[ProviderSettings, ...] = ()
+    """The first is the default; without any there is the built-in one, `offline`."""
     tools: tuple[str, ...] = ()
     """Modules whose functions are tools."""
     mcp_servers: Mapping[str, McpServerSettings] = field(default_factory=dict)
@@ -94,7 +116,15 @@ class Settings:
     @property
     def has_credentials(self) -> bool:
         """Whether callers need a credential, as far as is known without the store."""
-        return self.auth == "keys" or bool(self.admin_key or self.issuers or self.client_principals)
+        return self.auth == "keys" or bool(self.admin_key or self.has_issuers or self.has_principals)
+
+    @property
+    def has_issuers(self) -> bool:
+        return bool(self.issuers or self.listed_issuers)
+
+    @property
+    def has_principals(self) -> bool:
+        return bool(self.client_principals or self.listed_principals)
 
 
 def admin_key_from_environment() -> str:
@@ -115,14 +145,14 @@ def exposure_mistakes(settings: Settings) -> Iterator[Mistake]:
         for option, given, why in (
             ("--tls-cert", settings.tls_cert, "has TLS"),
             ("--tls-client-ca", settings.tls_client_ca, "takes certificates that these authorities signed"),
-            ("--client-principals", settings.client_principals, "asks this file whom a certificate names"),
+            ("--client-principals", settings.has_principals, "asks this file whom a certificate names"),
         ):
             if not given:
                 yield Mistake(option, f"This is missing: --listen-mtls {why}.")
     else:
         for option, given in (
             ("--tls-client-ca", settings.tls_client_ca),
-            ("--client-principals", settings.client_principals),
+            ("--client-principals", settings.has_principals),
         ):
             if given:
                 yield Mistake(option, "This is for --listen-mtls, which is missing.")
@@ -144,16 +174,22 @@ def _unprotected(settings: Settings) -> Iterator[Mistake]:
         yield Mistake("--listen", text)
 
 
-def openai_from_environment() -> OpenAISettings | None:
-    """OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL, the names that every tool of that field reads. None when
-    neither a key nor an address is set; a server at an address of one's own often wants no key."""
+def providers_from_environment() -> tuple[ProviderSettings, ...]:
+    """OPENAI_API_KEY, OPENAI_BASE_URL and OPENAI_MODEL, the names that every tool of that field reads, and the built-in
+    provider behind it. None when neither a key nor an address is set; a server at an address of one's own often wants
+    no key."""
     api_key = os.environ.get("OPENAI_API_KEY", "")
     base_url = os.environ.get("OPENAI_BASE_URL") or None
     if not api_key and not base_url:
-        return None
-    return OpenAISettings(
-        api_key=api_key or "none", base_url=base_url, default_model=os.environ.get("OPENAI_MODEL") or "gpt-4.1-mini"
-    )
+        return ()
+    model = os.environ.get("OPENAI_MODEL") or DEFAULT_MODEL
+    openai = ProviderSettings(name="openai", api_key=api_key or "none", base_url=base_url, default_model=model)
+    return openai, OFFLINE
+
+
+def variable(name: str) -> str:
+    """Returns a variable of the environment that the configuration file names; empty where it is not set."""
+    return os.environ.get(name, "")
 
 
 def configure_logging(form: Literal["console", "json"], level: str) -> None:

@@ -26,17 +26,18 @@ from notecase_server.auth.principal import Authenticator
 from notecase_server.auth.settings import read_client_principals, read_issuers, read_networks
 from notecase_server.auth.tables import Mistake, SettingsError
 from notecase_server.auth.tenants import Tenants
-from notecase_server.config import Settings, exposure_mistakes
+from notecase_server.config import OFFLINE, ProviderSettings, Settings, exposure_mistakes
 from notecase_server.engine.arrivals import Arrivals
 from notecase_server.engine.content import Contents, Limits
 from notecase_server.engine.places import Places
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
-from notecase_server.engine.services import Services
+from notecase_server.engine.services import NamedProvider, Services
 from notecase_server.engine.sessions import Sessions
 from notecase_server.engine.tenancy import Tenancy
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Provider, Repeats
+from notecase_server.models.guard import Breaker, Guarded
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.desk import Desk
 from notecase_server.rpc.gate import Gate
@@ -134,31 +135,42 @@ def bootstrap(url: str, tenant: str, name: str) -> tuple[v1.Key, str]:
 
 
 def make_providers(settings: Settings) -> dict[str, Provider]:
-    """Makes the providers by name, the default one first: the configured one, or else the offline one. Raises
-    ProviderSettingsError for a key or an address that cannot be used."""
-    providers: dict[str, Provider] = {}
-    if settings.openai is not None:
-        # Its SDK takes most of a second to import; a server without it starts without it.
-        from notecase_server.models.openai import OpenAIProvider  # noqa: PLC0415
-        from notecase_server.models.profiles import read  # noqa: PLC0415
+    """Makes the providers by name, the default one first. Raises ProviderSettingsError for a key or an address that
+    cannot be used."""
+    given = settings.providers or (OFFLINE,)
+    return {one.name: _guarded(make_provider(one), one) for one in given}
 
-        given = settings.openai
-        try:
-            providers["openai"] = OpenAIProvider(
-                given.api_key,
-                given.base_url,
-                given.default_model,
-                connect_timeout=given.connect_timeout,
-                first_timeout=given.first_timeout,
-                idle_timeout=given.idle_timeout,
-                whole_timeout=given.whole_timeout,
-                profile=read(given.profile),
-                clock=now,
-            )
-        except ValueError as error:
-            raise ProviderSettingsError(f"The openai provider cannot be used: {error}.") from None
-    providers["offline"] = OfflineProvider()
-    return providers
+
+def _guarded(provider: Provider, given: ProviderSettings) -> Provider:
+    """Puts a provider behind its bounds where it has any; without, no piece of a reply takes another step."""
+    name, failures = given.name, given.breaker_failures
+    breaker = Breaker(name, failures, given.breaker_seconds, time.monotonic) if failures else None
+    return Guarded(provider, given.max_concurrent, breaker) if breaker or given.max_concurrent else provider
+
+
+def make_provider(given: ProviderSettings) -> Provider:
+    """Makes one provider. Raises ProviderSettingsError for a key or an address that cannot be used."""
+    if given.kind == "offline":
+        return OfflineProvider()
+    # Its SDK takes most of a second to import; a server without it starts without it.
+    from notecase_server.models.openai import OpenAIProvider  # noqa: PLC0415
+    from notecase_server.models.profiles import read  # noqa: PLC0415
+
+    try:
+        return OpenAIProvider(
+            given.api_key,
+            given.base_url,
+            given.default_model,
+            headers=given.headers,
+            connect_timeout=given.connect_timeout,
+            first_timeout=given.first_timeout,
+            idle_timeout=given.idle_timeout,
+            whole_timeout=given.whole_timeout,
+            profile=read(given.profile),
+            clock=now,
+        )
+    except ValueError as error:
+        raise ProviderSettingsError(f"The {given.name} provider cannot be used: {error}.") from None
 
 
 def settings_mistakes(settings: Settings) -> list[Mistake]:
@@ -195,10 +207,13 @@ def make_authenticators(settings: Settings, files: Files, fetches: Tasks) -> lis
     found: list[Authenticator] = []
     if (path := settings.client_principals) is not None:
         found.append(Certificates(files.watch([path], lambda: read_client_principals(path))))
-    if settings.issuers is not None:
+    elif settings.listed_principals:
+        found.append(Certificates(files.watch([], lambda: settings.listed_principals)))
+    if settings.has_issuers:
         from notecase_server.auth.tokens import Tokens  # noqa: PLC0415  # as for cryptography
 
-        found.append(Tokens(read_issuers(settings.issuers), fetches, now, time.monotonic))
+        issuers = read_issuers(settings.issuers) if settings.issuers else settings.listed_issuers
+        found.append(Tokens(issuers, fetches, now, time.monotonic))
     return found
 
 
@@ -257,14 +272,17 @@ class Server:
         limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
         self._contents = Contents(store, make_id, clock, limits)
         sessions = self._sessions = Sessions(store, make_id, new_uid, limits.session)
-        default = next(iter(self._providers.values()))
         self._toolbox = toolbox
         self._schemas = Schemas()
         self._supervisor = Supervisor(make_id)
-        given = settings.openai
+        repeats = {given.name: Repeats(given.max_retries, given.retry_time) for given in settings.providers}
+        named = {
+            name: NamedProvider(name, provider, repeats.get(name, Repeats()))
+            for name, provider in self._providers.items()
+        }
         services = Services(
             store=store,
-            providers={"": default, **self._providers},
+            providers={"": next(iter(named.values())), **named},
             toolbox=toolbox,
             contents=self._contents,
             schemas=self._schemas,
@@ -272,7 +290,6 @@ class Server:
             places=Places(settings.max_runs),
             new_id=make_id,
             clock=clock,
-            repeats=Repeats(given.max_retries, given.retry_time) if given else Repeats(),
         )
         self._runs = Runs(sessions, services, pace.poll)
         self._tenancy = Tenancy(store, sessions, self._runs, self._removed)

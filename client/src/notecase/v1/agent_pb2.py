@@ -28,7 +28,7 @@ from google.protobuf import field_mask_pb2 as google_dot_protobuf_dot_field__mas
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17notecase/v1/agent.proto\x12\x0bnotecase.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe3\x02\n\x05\x41gent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12$\n\x03llm\x18\x04 \x01(\x0b\x32\x15.notecase.v1.LlmAgentH\x00\x12\x12\n\noutput_key\x18\t \x01(\t\x12.\n\x06labels\x18\n \x03(\x0b\x32\x1e.notecase.v1.Agent.LabelsEntry\x12\x10\n\x08revision\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x0e \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x06\n\x04kind\"\xe6\x01\n\x08LlmAgent\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0binstruction\x18\x02 \x01(\t\x12 \n\x05tools\x18\x03 \x03(\x0b\x32\x11.notecase.v1.Tool\x12+\n\ngeneration\x18\x04 \x01(\x0b\x32\x17.notecase.v1.Generation\x12%\n\x07\x63ontext\x18\x05 \x01(\x0b\x32\x14.notecase.v1.Context\x12\x15\n\routput_schema\x18\x06 \x01(\t\x12\x17\n\x0fmax_model_calls\x18\x07 \x01(\x05\x12\x10\n\x08provider\x18\x08 \x01(\t\"\xdd\x01\n\nGeneration\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1e\n\x11max_output_tokens\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x18\n\x10reasoning_effort\x18\x06 \x01(\t\x12\r\n\x05\x65xtra\x18\x07 \x01(\tB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x14\n\x12_max_output_tokensB\x07\n\x05_seed\"\xc8\x01\n\x07\x43ontext\x12\x11\n\tstateless\x18\x01 \x01(\x08\x12\x14\n\x0cmax_messages\x18\x02 \x01(\x05\x12\x12\n\nmax_tokens\x18\x03 \x01(\x03\x12-\n\x07summary\x18\x04 \x01(\x0b\x32\x1c.notecase.v1.Context.Summary\x1aQ\n\x07Summary\x12\x13\n\x0bkeep_recent\x18\x01 \x01(\x05\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\x05\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0binstruction\x18\x04 \x01(\t\"\xbe\x03\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\x12)\n\x06\x63lient\x18\x04 \x01(\x0b\x32\x17.notecase.v1.ClientToolH\x00\x12)\n\x06server\x18\x05 \x01(\x0b\x32\x17.notecase.v1.ServerToolH\x00\x12#\n\x03mcp\x18\x06 \x01(\x0b\x32\x14.notecase.v1.McpToolH\x00\x12\x19\n\x11requires_approval\x18\x08 \x01(\x08\x12*\n\x07timeout\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x0con_interrupt\x18\n \x01(\x0e\x32\x1d.notecase.v1.Tool.OnInterrupt\"p\n\x0bOnInterrupt\x12\x1c\n\x18ON_INTERRUPT_UNSPECIFIED\x10\x00\x12\x16\n\x12ON_INTERRUPT_RETRY\x10\x01\x12\x14\n\x10ON_INTERRUPT_ASK\x10\x02\x12\x15\n\x11ON_INTERRUPT_FAIL\x10\x03\x42\x10\n\x0eimplementationJ\x04\x08\x07\x10\x08\"\x0c\n\nClientTool\"\x1e\n\nServerTool\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\":\n\x07McpTool\x12\x0e\n\x06server\x18\x01 \x01(\t\x12\r\n\x05tools\x18\x02 \x03(\t\x12\x10\n\x08required\x18\x03 \x01(\x08\"]\n\x12\x43reateAgentRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12!\n\x05\x61gent\x18\x02 \x01(\x0b\x32\x12.notecase.v1.Agent\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\x1f\n\x0fGetAgentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"J\n\x11ListAgentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\"Q\n\x12ListAgentsResponse\x12\"\n\x06\x61gents\x18\x01 \x03(\x0b\x32\x12.notecase.v1.Agent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x93\x01\n\x12UpdateAgentRequest\x12!\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x12.notecase.v1.Agent\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rallow_missing\x18\x04 \x01(\x08\"P\n\x19ListAgentRevisionsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"Y\n\x1aListAgentRevisionsResponse\x12\"\n\x06\x61gents\x18\x01 \x03(\x0b\x32\x12.notecase.v1.Agent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"D\n\x12\x44\x65leteAgentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t2\xe1\x03\n\x0c\x41gentService\x12\x42\n\x0b\x43reateAgent\x12\x1f.notecase.v1.CreateAgentRequest\x1a\x12.notecase.v1.Agent\x12\x41\n\x08GetAgent\x12\x1c.notecase.v1.GetAgentRequest\x1a\x12.notecase.v1.Agent\"\x03\x90\x02\x01\x12R\n\nListAgents\x12\x1e.notecase.v1.ListAgentsRequest\x1a\x1f.notecase.v1.ListAgentsResponse\"\x03\x90\x02\x01\x12\x42\n\x0bUpdateAgent\x12\x1f.notecase.v1.UpdateAgentRequest\x1a\x12.notecase.v1.Agent\x12j\n\x12ListAgentRevisions\x12&.notecase.v1.ListAgentRevisionsRequest\x1a\'.notecase.v1.ListAgentRevisionsResponse\"\x03\x90\x02\x01\x12\x46\n\x0b\x44\x65leteAgent\x12\x1f.notecase.v1.DeleteAgentRequest\x1a\x16.google.protobuf.EmptyBV\n\x0f\x64\x65v.notecase.v1B\nAgentProtoP\x01Z\'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17notecase/v1/agent.proto\x12\x0bnotecase.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a google/protobuf/field_mask.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe3\x02\n\x05\x41gent\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12$\n\x03llm\x18\x04 \x01(\x0b\x32\x15.notecase.v1.LlmAgentH\x00\x12\x12\n\noutput_key\x18\t \x01(\t\x12.\n\x06labels\x18\n \x03(\x0b\x32\x1e.notecase.v1.Agent.LabelsEntry\x12\x10\n\x08revision\x18\x0b \x01(\x03\x12/\n\x0b\x63reate_time\x18\x0c \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0bupdate_time\x18\r \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04\x65tag\x18\x0e \x01(\t\x1a-\n\x0bLabelsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\x42\x06\n\x04kind\"\x90\x02\n\x08LlmAgent\x12\r\n\x05model\x18\x01 \x01(\t\x12\x13\n\x0binstruction\x18\x02 \x01(\t\x12 \n\x05tools\x18\x03 \x03(\x0b\x32\x11.notecase.v1.Tool\x12+\n\ngeneration\x18\x04 \x01(\x0b\x32\x17.notecase.v1.Generation\x12%\n\x07\x63ontext\x18\x05 \x01(\x0b\x32\x14.notecase.v1.Context\x12\x15\n\routput_schema\x18\x06 \x01(\t\x12\x17\n\x0fmax_model_calls\x18\x07 \x01(\x05\x12\x10\n\x08provider\x18\x08 \x01(\t\x12(\n\tfallbacks\x18\t \x03(\x0b\x32\x15.notecase.v1.Fallback\"+\n\x08\x46\x61llback\x12\x10\n\x08provider\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\"\xdd\x01\n\nGeneration\x12\x18\n\x0btemperature\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x1e\n\x11max_output_tokens\x18\x03 \x01(\x05H\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x03H\x03\x88\x01\x01\x12\x0c\n\x04stop\x18\x05 \x03(\t\x12\x18\n\x10reasoning_effort\x18\x06 \x01(\t\x12\r\n\x05\x65xtra\x18\x07 \x01(\tB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x14\n\x12_max_output_tokensB\x07\n\x05_seed\"\xc8\x01\n\x07\x43ontext\x12\x11\n\tstateless\x18\x01 \x01(\x08\x12\x14\n\x0cmax_messages\x18\x02 \x01(\x05\x12\x12\n\nmax_tokens\x18\x03 \x01(\x03\x12-\n\x07summary\x18\x04 \x01(\x0b\x32\x1c.notecase.v1.Context.Summary\x1aQ\n\x07Summary\x12\x13\n\x0bkeep_recent\x18\x01 \x01(\x05\x12\r\n\x05\x62\x61tch\x18\x02 \x01(\x05\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0binstruction\x18\x04 \x01(\t\"\xbe\x03\n\x04Tool\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x02 \x01(\t\x12\x12\n\nparameters\x18\x03 \x01(\t\x12)\n\x06\x63lient\x18\x04 \x01(\x0b\x32\x17.notecase.v1.ClientToolH\x00\x12)\n\x06server\x18\x05 \x01(\x0b\x32\x17.notecase.v1.ServerToolH\x00\x12#\n\x03mcp\x18\x06 \x01(\x0b\x32\x14.notecase.v1.McpToolH\x00\x12\x19\n\x11requires_approval\x18\x08 \x01(\x08\x12*\n\x07timeout\x18\t \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x33\n\x0con_interrupt\x18\n \x01(\x0e\x32\x1d.notecase.v1.Tool.OnInterrupt\"p\n\x0bOnInterrupt\x12\x1c\n\x18ON_INTERRUPT_UNSPECIFIED\x10\x00\x12\x16\n\x12ON_INTERRUPT_RETRY\x10\x01\x12\x14\n\x10ON_INTERRUPT_ASK\x10\x02\x12\x15\n\x11ON_INTERRUPT_FAIL\x10\x03\x42\x10\n\x0eimplementationJ\x04\x08\x07\x10\x08\"\x0c\n\nClientTool\"\x1e\n\nServerTool\x12\x10\n\x08\x66unction\x18\x01 \x01(\t\":\n\x07McpTool\x12\x0e\n\x06server\x18\x01 \x01(\t\x12\r\n\x05tools\x18\x02 \x03(\t\x12\x10\n\x08required\x18\x03 \x01(\x08\"]\n\x12\x43reateAgentRequest\x12\x10\n\x08\x61gent_id\x18\x01 \x01(\t\x12!\n\x05\x61gent\x18\x02 \x01(\x0b\x32\x12.notecase.v1.Agent\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"\x1f\n\x0fGetAgentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"J\n\x11ListAgentsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x03 \x01(\t\"Q\n\x12ListAgentsResponse\x12\"\n\x06\x61gents\x18\x01 \x03(\x0b\x32\x12.notecase.v1.Agent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"\x93\x01\n\x12UpdateAgentRequest\x12!\n\x05\x61gent\x18\x01 \x01(\x0b\x32\x12.notecase.v1.Agent\x12/\n\x0bupdate_mask\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.FieldMask\x12\x12\n\nrequest_id\x18\x03 \x01(\t\x12\x15\n\rallow_missing\x18\x04 \x01(\x08\"P\n\x19ListAgentRevisionsRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"Y\n\x1aListAgentRevisionsResponse\x12\"\n\x06\x61gents\x18\x01 \x03(\x0b\x32\x12.notecase.v1.Agent\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"D\n\x12\x44\x65leteAgentRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x65tag\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t2\xe1\x03\n\x0c\x41gentService\x12\x42\n\x0b\x43reateAgent\x12\x1f.notecase.v1.CreateAgentRequest\x1a\x12.notecase.v1.Agent\x12\x41\n\x08GetAgent\x12\x1c.notecase.v1.GetAgentRequest\x1a\x12.notecase.v1.Agent\"\x03\x90\x02\x01\x12R\n\nListAgents\x12\x1e.notecase.v1.ListAgentsRequest\x1a\x1f.notecase.v1.ListAgentsResponse\"\x03\x90\x02\x01\x12\x42\n\x0bUpdateAgent\x12\x1f.notecase.v1.UpdateAgentRequest\x1a\x12.notecase.v1.Agent\x12j\n\x12ListAgentRevisions\x12&.notecase.v1.ListAgentRevisionsRequest\x1a\'.notecase.v1.ListAgentRevisionsResponse\"\x03\x90\x02\x01\x12\x46\n\x0b\x44\x65leteAgent\x12\x1f.notecase.v1.DeleteAgentRequest\x1a\x16.google.protobuf.EmptyBV\n\x0f\x64\x65v.notecase.v1B\nAgentProtoP\x01Z\'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -49,39 +49,41 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_AGENT_LABELSENTRY']._serialized_start=471
   _globals['_AGENT_LABELSENTRY']._serialized_end=516
   _globals['_LLMAGENT']._serialized_start=527
-  _globals['_LLMAGENT']._serialized_end=757
-  _globals['_GENERATION']._serialized_start=760
-  _globals['_GENERATION']._serialized_end=981
-  _globals['_CONTEXT']._serialized_start=984
-  _globals['_CONTEXT']._serialized_end=1184
-  _globals['_CONTEXT_SUMMARY']._serialized_start=1103
-  _globals['_CONTEXT_SUMMARY']._serialized_end=1184
-  _globals['_TOOL']._serialized_start=1187
-  _globals['_TOOL']._serialized_end=1633
-  _globals['_TOOL_ONINTERRUPT']._serialized_start=1497
-  _globals['_TOOL_ONINTERRUPT']._serialized_end=1609
-  _globals['_CLIENTTOOL']._serialized_start=1635
-  _globals['_CLIENTTOOL']._serialized_end=1647
-  _globals['_SERVERTOOL']._serialized_start=1649
-  _globals['_SERVERTOOL']._serialized_end=1679
-  _globals['_MCPTOOL']._serialized_start=1681
-  _globals['_MCPTOOL']._serialized_end=1739
-  _globals['_CREATEAGENTREQUEST']._serialized_start=1741
-  _globals['_CREATEAGENTREQUEST']._serialized_end=1834
-  _globals['_GETAGENTREQUEST']._serialized_start=1836
-  _globals['_GETAGENTREQUEST']._serialized_end=1867
-  _globals['_LISTAGENTSREQUEST']._serialized_start=1869
-  _globals['_LISTAGENTSREQUEST']._serialized_end=1943
-  _globals['_LISTAGENTSRESPONSE']._serialized_start=1945
-  _globals['_LISTAGENTSRESPONSE']._serialized_end=2026
-  _globals['_UPDATEAGENTREQUEST']._serialized_start=2029
-  _globals['_UPDATEAGENTREQUEST']._serialized_end=2176
-  _globals['_LISTAGENTREVISIONSREQUEST']._serialized_start=2178
-  _globals['_LISTAGENTREVISIONSREQUEST']._serialized_end=2258
-  _globals['_LISTAGENTREVISIONSRESPONSE']._serialized_start=2260
-  _globals['_LISTAGENTREVISIONSRESPONSE']._serialized_end=2349
-  _globals['_DELETEAGENTREQUEST']._serialized_start=2351
-  _globals['_DELETEAGENTREQUEST']._serialized_end=2419
-  _globals['_AGENTSERVICE']._serialized_start=2422
-  _globals['_AGENTSERVICE']._serialized_end=2903
+  _globals['_LLMAGENT']._serialized_end=799
+  _globals['_FALLBACK']._serialized_start=801
+  _globals['_FALLBACK']._serialized_end=844
+  _globals['_GENERATION']._serialized_start=847
+  _globals['_GENERATION']._serialized_end=1068
+  _globals['_CONTEXT']._serialized_start=1071
+  _globals['_CONTEXT']._serialized_end=1271
+  _globals['_CONTEXT_SUMMARY']._serialized_start=1190
+  _globals['_CONTEXT_SUMMARY']._serialized_end=1271
+  _globals['_TOOL']._serialized_start=1274
+  _globals['_TOOL']._serialized_end=1720
+  _globals['_TOOL_ONINTERRUPT']._serialized_start=1584
+  _globals['_TOOL_ONINTERRUPT']._serialized_end=1696
+  _globals['_CLIENTTOOL']._serialized_start=1722
+  _globals['_CLIENTTOOL']._serialized_end=1734
+  _globals['_SERVERTOOL']._serialized_start=1736
+  _globals['_SERVERTOOL']._serialized_end=1766
+  _globals['_MCPTOOL']._serialized_start=1768
+  _globals['_MCPTOOL']._serialized_end=1826
+  _globals['_CREATEAGENTREQUEST']._serialized_start=1828
+  _globals['_CREATEAGENTREQUEST']._serialized_end=1921
+  _globals['_GETAGENTREQUEST']._serialized_start=1923
+  _globals['_GETAGENTREQUEST']._serialized_end=1954
+  _globals['_LISTAGENTSREQUEST']._serialized_start=1956
+  _globals['_LISTAGENTSREQUEST']._serialized_end=2030
+  _globals['_LISTAGENTSRESPONSE']._serialized_start=2032
+  _globals['_LISTAGENTSRESPONSE']._serialized_end=2113
+  _globals['_UPDATEAGENTREQUEST']._serialized_start=2116
+  _globals['_UPDATEAGENTREQUEST']._serialized_end=2263
+  _globals['_LISTAGENTREVISIONSREQUEST']._serialized_start=2265
+  _globals['_LISTAGENTREVISIONSREQUEST']._serialized_end=2345
+  _globals['_LISTAGENTREVISIONSRESPONSE']._serialized_start=2347
+  _globals['_LISTAGENTREVISIONSRESPONSE']._serialized_end=2436
+  _globals['_DELETEAGENTREQUEST']._serialized_start=2438
+  _globals['_DELETEAGENTREQUEST']._serialized_end=2506
+  _globals['_AGENTSERVICE']._serialized_start=2509
+  _globals['_AGENTSERVICE']._serialized_end=2990
 # @@protoc_insertion_point(module_scope)

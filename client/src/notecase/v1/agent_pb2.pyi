@@ -121,6 +121,7 @@ class LlmAgent(_message.Message):
     OUTPUT_SCHEMA_FIELD_NUMBER: _builtins.int
     MAX_MODEL_CALLS_FIELD_NUMBER: _builtins.int
     PROVIDER_FIELD_NUMBER: _builtins.int
+    FALLBACKS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Handed to the provider untouched. Empty: the provider's default."""
     instruction: _builtins.str
@@ -144,6 +145,13 @@ class LlmAgent(_message.Message):
     def generation(self) -> Global___Generation: ...
     @_builtins.property
     def context(self) -> Global___Context: ...
+    @_builtins.property
+    def fallbacks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Fallback]:
+        """Asked in this order when the provider, and then each of them, has failed with MODEL_UNAVAILABLE for all of its repeats; at
+        most 8. What had come of a reply is discarded then. Each turn begins with `provider` again. `Usage.provider` says who
+        answered. One that the server does not have any more is passed over.
+        """
+
     def __init__(
         self,
         *,
@@ -155,14 +163,41 @@ class LlmAgent(_message.Message):
         output_schema: _builtins.str = ...,
         max_model_calls: _builtins.int = ...,
         provider: _builtins.str = ...,
+        fallbacks: _abc.Iterable[Global___Fallback] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "generation", b"generation"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "generation", b"generation", "instruction", b"instruction", "max_model_calls", b"max_model_calls", "model", b"model", "output_schema", b"output_schema", "provider", b"provider", "tools", b"tools"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "fallbacks", b"fallbacks", "generation", b"generation", "instruction", b"instruction", "max_model_calls", b"max_model_calls", "model", b"model", "output_schema", b"output_schema", "provider", b"provider", "tools", b"tools"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___LlmAgent: _TypeAlias = LlmAgent  # noqa: Y015
+
+@_typing.final
+class Fallback(_message.Message):
+    """A model that takes another one's place."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROVIDER_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    provider: _builtins.str
+    """As LlmAgent.provider."""
+    model: _builtins.str
+    """Empty: the provider's default."""
+    def __init__(
+        self,
+        *,
+        provider: _builtins.str = ...,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "provider", b"provider"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Fallback: _TypeAlias = Fallback  # noqa: Y015
 
 @_typing.final
 class Generation(_message.Message):

@@ -829,6 +829,7 @@ class Usage(_message.Message):
     REASONING_TOKENS_FIELD_NUMBER: _builtins.int
     MODEL_CALLS_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    PROVIDER_FIELD_NUMBER: _builtins.int
     input_tokens: _builtins.int
     cached_input_tokens: _builtins.int
     """The part of `input_tokens` that the provider had in its cache."""
@@ -837,6 +838,9 @@ class Usage(_message.Message):
     """The part of `output_tokens` spent on reasoning."""
     model_calls: _builtins.int
     model: _builtins.str
+    """Of a sum: empty where there were several. The same holds for `provider`."""
+    provider: _builtins.str
+    """The provider that answered, as ServerInfo.providers names it."""
     def __init__(
         self,
         *,
@@ -846,10 +850,11 @@ class Usage(_message.Message):
         reasoning_tokens: _builtins.int = ...,
         model_calls: _builtins.int = ...,
         model: _builtins.str = ...,
+        provider: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_input_tokens", b"cached_input_tokens", "input_tokens", b"input_tokens", "model", b"model", "model_calls", b"model_calls", "output_tokens", b"output_tokens", "reasoning_tokens", b"reasoning_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_input_tokens", b"cached_input_tokens", "input_tokens", b"input_tokens", "model", b"model", "model_calls", b"model_calls", "output_tokens", b"output_tokens", "provider", b"provider", "reasoning_tokens", b"reasoning_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -6,6 +6,7 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import duration_pb2 as _duration_pb2
+from google.protobuf import field_mask_pb2 as _field_mask_pb2
 from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
@@ -370,6 +371,7 @@ class StartRun(_message.Message):
     OPTIONS_FIELD_NUMBER: _builtins.int
     REWIND_TO_SEQUENCE_FIELD_NUMBER: _builtins.int
     IF_SESSION_UID_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """sessions/{session}. Empty: a new one, as in new_session."""
     agent: _builtins.str
@@ -419,6 +421,12 @@ class StartRun(_message.Message):
     def options(self) -> Global___WatchOptions:
         """How the stream that starts the run watches it. Ignored by CreateRun and Invoke."""
 
+    @_builtins.property
+    def settings(self) -> Global___RunSettings:
+        """What takes the place of the agent's own for this run, at most 1 MiB. Developers and admins set it, and no caller that is
+        bound to a user: ROLE_MISSING otherwise.
+        """
+
     def __init__(
         self,
         *,
@@ -437,10 +445,11 @@ class StartRun(_message.Message):
         options: Global___WatchOptions | None = ...,
         rewind_to_sequence: _builtins.int | None = ...,
         if_session_uid: _builtins.str = ...,
+        settings: Global___RunSettings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "_rewind_to_sequence", b"_rewind_to_sequence", "disconnect", b"disconnect", "if_last_sequence", b"if_last_sequence", "limits", b"limits", "new_session", b"new_session", "options", b"options", "rewind_to_sequence", b"rewind_to_sequence"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "_rewind_to_sequence", b"_rewind_to_sequence", "disconnect", b"disconnect", "if_last_sequence", b"if_last_sequence", "limits", b"limits", "new_session", b"new_session", "options", b"options", "rewind_to_sequence", b"rewind_to_sequence", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "_rewind_to_sequence", b"_rewind_to_sequence", "agent", b"agent", "client_tools", b"client_tools", "disconnect", b"disconnect", "if_last_sequence", b"if_last_sequence", "if_session_uid", b"if_session_uid", "labels", b"labels", "limits", b"limits", "messages", b"messages", "new_session", b"new_session", "on_busy", b"on_busy", "options", b"options", "rewind_to_sequence", b"rewind_to_sequence", "run_id", b"run_id", "session", b"session", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence", "_rewind_to_sequence", b"_rewind_to_sequence", "agent", b"agent", "client_tools", b"client_tools", "disconnect", b"disconnect", "if_last_sequence", b"if_last_sequence", "if_session_uid", b"if_session_uid", "labels", b"labels", "limits", b"limits", "messages", b"messages", "new_session", b"new_session", "on_busy", b"on_busy", "options", b"options", "rewind_to_sequence", b"rewind_to_sequence", "run_id", b"run_id", "session", b"session", "settings", b"settings", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__if_last_sequence: _TypeAlias = _typing.Literal["if_last_sequence"]  # noqa: Y015
     _WhichOneofArgType__if_last_sequence: _TypeAlias = _typing.Literal["_if_last_sequence", b"_if_last_sequence"]  # noqa: Y015
@@ -1159,8 +1168,47 @@ class Event(_message.Message):
 Global___Event: _TypeAlias = Event  # noqa: Y015
 
 @_typing.final
+class RunSettings(_message.Message):
+    """How one run differs from its agent. It is kept with the run until that has ended; the log only says which fields were set."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    INSTRUCTION_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    """As LlmAgent.model: of the same provider. It is not the fallbacks'."""
+    instruction: _builtins.str
+    """As LlmAgent.instruction."""
+    @_builtins.property
+    def generation(self) -> _agent_pb2.Generation:
+        """As a whole in the place of LlmAgent.generation."""
+
+    def __init__(
+        self,
+        *,
+        model: _builtins.str | None = ...,
+        instruction: _builtins.str | None = ...,
+        generation: _agent_pb2.Generation | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_instruction", b"_instruction", "_model", b"_model", "generation", b"generation", "instruction", b"instruction", "model", b"model"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_instruction", b"_instruction", "_model", b"_model", "generation", b"generation", "instruction", b"instruction", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__instruction: _TypeAlias = _typing.Literal["instruction"]  # noqa: Y015
+    _WhichOneofArgType__instruction: _TypeAlias = _typing.Literal["_instruction", b"_instruction"]  # noqa: Y015
+    _WhichOneofReturnType__model: _TypeAlias = _typing.Literal["model"]  # noqa: Y015
+    _WhichOneofArgType__model: _TypeAlias = _typing.Literal["_model", b"_model"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__instruction) -> _WhichOneofReturnType__instruction | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__model) -> _WhichOneofReturnType__model | None: ...
+
+Global___RunSettings: _TypeAlias = RunSettings  # noqa: Y015
+
+@_typing.final
 class RunStarted(_message.Message):
-    """Committed with the messages that start the run: all that a takeover must know."""
+    """Committed with the messages that start the run."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1190,6 +1238,7 @@ class RunStarted(_message.Message):
     LIMITS_FIELD_NUMBER: _builtins.int
     DISCONNECT_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
     agent: _builtins.str
     agent_revision: _builtins.int
     @_builtins.property
@@ -1200,6 +1249,10 @@ class RunStarted(_message.Message):
     def disconnect(self) -> Global___Disconnect: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def settings(self) -> _field_mask_pb2.FieldMask:
+        """The fields of StartRun.settings that were set."""
+
     def __init__(
         self,
         *,
@@ -1209,10 +1262,11 @@ class RunStarted(_message.Message):
         limits: Global___Limits | None = ...,
         disconnect: Global___Disconnect | None = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        settings: _field_mask_pb2.FieldMask | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["disconnect", b"disconnect", "limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["disconnect", b"disconnect", "limits", b"limits", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_revision", b"agent_revision", "client_tools", b"client_tools", "disconnect", b"disconnect", "labels", b"labels", "limits", b"limits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "agent_revision", b"agent_revision", "client_tools", b"client_tools", "disconnect", b"disconnect", "labels", b"labels", "limits", b"limits", "settings", b"settings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1234,7 +1288,9 @@ class CommandQueued(_message.Message):
         """MODE_AFTER_TURN."""
 
     @_builtins.property
-    def start(self) -> Global___StartRun: ...
+    def start(self) -> Global___StartRun:
+        """The fields of its `settings` are there without their values."""
+
     def __init__(
         self,
         *,

@@ -92,7 +92,8 @@ UNKNOWN = Right(ADMIN)
 
 LABELS = DEVELOPER
 APP_STATE = DEVELOPER
-"""Roles that may set labels, and change the state of the whole tenant."""
+RUN_SETTINGS = DEVELOPER
+"""Roles that may set labels, change the state of the whole tenant, and set how one run differs from its agent."""
 
 
 def has(role: Role, least: Role) -> bool:

@@ -49,18 +49,21 @@ class IssuerSettings:
 def read_issuers(path: Path, option: str = "--issuers") -> tuple[IssuerSettings, ...]:
     """Reads identity providers: a table [[issuer]] for each. Raises SettingsError."""
     top = load(path, option)
-    given = top.take("issuer", list) or []
-    top.check(bool(given), "issuer", "The file has no table [[issuer]].")
-    found: list[IssuerSettings] = []
-    for number, values in enumerate(given):
-        place = f"issuer[{number}]"
-        if top.check(isinstance(values, dict), place, "This is a table: [[issuer]]."):
-            issuer = _issuer(top.inner(place, values))
-            known = any(issuer.issuer == other.issuer for other in found)
-            top.check(not known, f"{place}.issuer", f"{issuer.issuer} is in the file twice.")
-            found.append(issuer)
+    found = listed_issuers(top)
+    top.check("issuer" in top.values, "issuer", "The file has no table [[issuer]].")
     top.done()
     top.raise_mistakes()
+    return found
+
+
+def listed_issuers(top: Table) -> tuple[IssuerSettings, ...]:
+    """Takes the tables [[issuer]] of a file that is being read."""
+    found: list[IssuerSettings] = []
+    for place, table in top.tables("issuer"):
+        issuer = _issuer(table)
+        known = any(issuer.issuer == other.issuer for other in found)
+        top.check(not known, f"{place}.issuer", f"{issuer.issuer} is in the file twice.")
+        found.append(issuer)
     return tuple(found)
 
 
@@ -127,22 +130,37 @@ def read_client_principals(path: Path, option: str = "--client-principals") -> M
     SettingsError."""
     top = load(path, option)
     top.check(bool(top.values), "", "The file is empty.")
-    found = {}
+    found: dict[str, Principal] = {}
     for name in top.values:
-        right = top.check(SAN.fullmatch(name) is not None, name, "A name begins with uri:, dns: or email:.")
-        if not right or (values := top.take(name, dict)) is None:
-            continue
-        table = top.inner(name, values)
-        role = table.role()
-        tenant, user = table.tenant(needed=role is not Role.OPERATOR), table.user()
-        if role is Role.OPERATOR:
-            table.check(not tenant and not user, "role", "An operator has no tenant and no user.")
-        table.done()
-        key = san(*name.split(":", 1))
-        top.check(key not in found, name, "This name is in the file twice.")
-        found[key] = Principal(tenant, key, role or Role.VIEWER, user)
+        if _is_san(top, name, name) and (values := top.take(name, dict)) is not None:
+            _add_principal(found, name, top, name, top.inner(name, values))
     top.raise_mistakes()
     return found
+
+
+def listed_principals(top: Table) -> Mapping[str, Principal]:
+    """Takes the tables [[client_principal]] of a file that is being read; `name` in them is the certificate's."""
+    found: dict[str, Principal] = {}
+    for place, table in top.tables("client_principal"):
+        name = table.text("name")
+        if name and _is_san(table, "name", name):
+            _add_principal(found, name, top, place, table)
+    return found
+
+
+def _is_san(table: Table, key: str, name: str) -> bool:
+    return table.check(SAN.fullmatch(name) is not None, key, "A name begins with uri:, dns: or email:.")
+
+
+def _add_principal(found: dict[str, Principal], name: str, top: Table, place: str, table: Table) -> None:
+    role = table.role()
+    tenant, user = table.tenant(needed=role is not Role.OPERATOR), table.user()
+    if role is Role.OPERATOR:
+        table.check(not tenant and not user, "role", "An operator has no tenant and no user.")
+    table.done()
+    key = san(*name.split(":", 1))
+    top.check(key not in found, place, "This name is in the file twice.")
+    found[key] = Principal(tenant, key, role or Role.VIEWER, user)
 
 
 def san(kind: str, name: str) -> str:

@@ -1,8 +1,10 @@
 """Reads files of settings, and tells everything that is wrong with one at once."""
 
+import difflib
 import json
+import math
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -53,7 +55,9 @@ class Table:
     def done(self) -> None:
         """Keeps a mistake for every key that was not taken: a key that is read over changes what callers may do."""
         for key in sorted(self.values.keys() - self._taken):
-            self.check(False, key, f"There is no such key; there are {', '.join(sorted(self._taken))}.")
+            near = difflib.get_close_matches(key, self._taken, n=1)
+            rest = f"the nearest is {near[0]}" if near else f"there are {', '.join(sorted(self._taken))}"
+            self.check(False, key, f"There is no such key; {rest}.")
 
     def raise_mistakes(self) -> None:
         """Raises SettingsError if anything was wrong, in any table of the file."""
@@ -63,13 +67,20 @@ class Table:
     def take(self, key: str, kind: type[T]) -> T | None:
         self._taken.add(key)
         value = self.values.get(key)
-        if value is None or not self.check(isinstance(value, kind), key, f"This is {_KINDS[kind]}."):
+        if value is None or not self.check(isinstance(value, kind), key, f"This is {_KINDS.get(kind)}."):
             return None
         return value  # type: ignore[no-any-return]
 
     def inner(self, key: str, values: Mapping[str, Any]) -> "Table":
         """Makes a table that is under `key`; its mistakes are kept with those of this one."""
         return Table(values, f"{self._place}{key}.", self.mistakes)
+
+    def tables(self, key: str) -> Iterator[tuple[str, "Table"]]:
+        """The tables [[key]], each with its place in the file."""
+        for number, values in enumerate(self.take(key, list) or []):
+            place = f"{key}[{number}]"
+            if self.check(isinstance(values, dict), place, f"This is a table: [[{key}]]."):
+                yield place, self.inner(place, values)
 
     def text(self, key: str, *, needed: bool = True) -> str:
         value = self.take(key, str)
@@ -87,6 +98,26 @@ class Table:
             return ()
         right = isinstance(many, list) and bool(many) and all(isinstance(one, str) and one for one in many)
         return tuple(many) if self.check(right, key, "This is a text, or a list of texts.") else ()
+
+    def number(self, key: str, *, least: float = 0, above: bool = False, whole: bool = False) -> float | None:
+        """A number of at least `least`, or above it; None where it is missing or wrong."""
+        self._taken.add(key)
+        value = self.values.get(key)
+        kinds = (int,) if whole else (int, float)
+        right = isinstance(value, kinds) and not isinstance(value, bool) and least <= value < math.inf
+        rule = f"This is a {'whole ' if whole else ''}number {'above' if above else 'of at least'} {least:g}."
+        right = right and not (above and value == least)
+        return value if value is not None and self.check(right, key, rule) else None
+
+    def named_texts(self, key: str) -> Mapping[str, str]:
+        """A table from any name to a text."""
+        values = self.take(key, dict) or {}
+        table = self.inner(key, values)
+        return {
+            name: value
+            for name, value in values.items()
+            if table.check(isinstance(value, str), name, "This is a text.")
+        }
 
     def matching(self, key: str, right: Callable[[str], bool], rule: str, *, needed: bool) -> str:
         value = self.text(key, needed=needed)
@@ -116,9 +147,10 @@ class Table:
 _ROLE_NAMES = ", ".join(ROLES)
 
 
-def load(path: Path, option: str) -> Table:
-    """Reads a file that is JSON when its name ends so, and TOML otherwise. Raises SettingsError; `option` names it."""
-    form = "JSON" if path.suffix == ".json" else "TOML"
+def load(path: Path, option: str, *, toml: bool = False) -> Table:
+    """Reads a file that is JSON when its name ends so, and TOML otherwise or with `toml`; then its settings
+    are named by their keys alone. Raises SettingsError; `option` names the file."""
+    form = "JSON" if path.suffix == ".json" and not toml else "TOML"
     try:
         text = path.read_text()
         values = json.loads(text) if form == "JSON" else tomllib.loads(text)
@@ -128,4 +160,4 @@ def load(path: Path, option: str) -> Table:
         raise SettingsError([Mistake(option, f"{path} is not {form}: {error}.")]) from None
     if not isinstance(values, dict):
         raise SettingsError([Mistake(option, f"{path} does not hold a table.")])
-    return Table(values, f"{option} ", [])
+    return Table(values, "" if toml else f"{option} ", [])

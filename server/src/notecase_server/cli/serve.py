@@ -1,7 +1,7 @@
 """`notecase serve`."""
 
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -9,17 +9,12 @@ import click
 
 from notecase_server.auth.tables import SettingsError
 from notecase_server.cli.options import DEFAULT_ADDRESS, STORE, address
-from notecase_server.config import (
-    Settings,
-    admin_key_from_environment,
-    configure_logging,
-    openai_from_environment,
-)
-from notecase_server.serve import ProviderSettingsError, Server, settings_mistakes
+from notecase_server.cli.serve_settings import load, settings
+from notecase_server.config import Settings, configure_logging
+from notecase_server.serve import ProviderSettingsError, Server
 from notecase_server.serve import run as serve_forever
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.tools.contract import ToolSettingsError
-from notecase_server.tools.mcp_settings import read_mcp_servers
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,6 +42,18 @@ def _file(name: str, told: str) -> Callable[[F], F]:
 
 
 @click.command()
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    envvar="NOTECASE_CONFIG",
+    show_envvar=True,
+    metavar="FILE",
+    is_eager=True,
+    expose_value=False,
+    callback=load,
+    help="The configuration file: TOML with a key for each of these options, and tables of providers, identity "
+    "providers and MCP servers. What an option or its variable says wins over it.",
+)
 @click.option(
     "--listen",
     default=DEFAULT_ADDRESS,
@@ -147,7 +154,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     envvar="NOTECASE_CONNECT_TIMEOUT",
     show_envvar=True,
     metavar="SECONDS",
-    help="How long connecting to the model's provider may take.",
+    help="How long connecting to a model's provider may take.",
 )
 @click.option(
     "--first-timeout",
@@ -226,47 +233,24 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     show_envvar=True,
     help="The least that is logged.",
 )
-def serve(
-    listen: str,
-    store: str,
-    grace: float,
-    tools: tuple[str, ...],
-    mcp_config: Path | None,
-    log_format: Literal["console", "json"],
-    log_level: str,
-    **others: Any,
-) -> None:
+def serve(listen: str, log_format: Literal["console", "json"], log_level: str, **others: Any) -> None:
     """Serve until SIGTERM or SIGINT.
 
     NOTECASE_ADMIN_KEY is a key that you choose: who calls with it is an admin of the tenant `default`.
 
-    The model's provider is `openai` when OPENAI_API_KEY or OPENAI_BASE_URL is set (OPENAI_MODEL names the default
-    model), and the built-in `offline` one otherwise.
+    Without providers in the configuration file, the model's provider is `openai` when OPENAI_API_KEY or OPENAI_BASE_URL
+    is set (OPENAI_MODEL names the default model), and the built-in `offline` one otherwise.
     """
     configure_logging(log_format, log_level)
-    openai = openai_from_environment()
-    if openai is not None:
-        openai = replace(openai, **{name: given for name, given in others.items() if name not in DEFAULTS})
     try:
-        settings = Settings(
-            listen=listen,
-            admin_key=admin_key_from_environment(),
-            store=store,
-            grace=grace,
-            openai=openai,
-            tools=tools,
-            mcp_servers=read_mcp_servers(mcp_config) if mcp_config else {},
-            **{name: given for name, given in others.items() if name in DEFAULTS},
-        )
-        if mistakes := settings_mistakes(settings):
-            raise SettingsError(mistakes)
-        serve_forever(settings, _announce)
+        serve_forever(settings({"listen": listen, **others}), _announce)
     except (SettingsError, StoreOpenError, ToolSettingsError, ProviderSettingsError) as error:
         raise click.ClickException(str(error)) from None
     except RuntimeError as error:
         if "bind" not in str(error):
             raise
-        taken = settings.listen_mtls if settings.listen_mtls and settings.listen_mtls in str(error) else listen
+        other = others["listen_mtls"]
+        taken = other if other and other in str(error) else listen
         raise click.ClickException(f"{taken} cannot be listened on; another server may have it.") from None
 
 

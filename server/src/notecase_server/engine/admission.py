@@ -11,7 +11,17 @@ from notecase_server import errors, names
 from notecase_server.engine.content import digest_of
 from notecase_server.engine.context import read_first
 from notecase_server.engine.halt import Halt, Replacement
-from notecase_server.engine.opening import INTERRUPT, ROLLBACK, Meant, agent_of, ahead, is_answer, opening, way_of
+from notecase_server.engine.opening import (
+    INTERRUPT,
+    ROLLBACK,
+    Meant,
+    agent_of,
+    ahead,
+    is_answer,
+    opening,
+    way_of,
+    without_values,
+)
 from notecase_server.engine.rewind import Back, rewound
 from notecase_server.engine.rewind import back as way_back
 from notecase_server.engine.roster import Caused, Roster
@@ -292,6 +302,8 @@ class Admission:
         event = v1.Event(run=run_id, cause_id=caused.cause_id or run_id)
         event.command_queued.start.CopyFrom(start)
         event.command_queued.start.agent = agent.name
+        if start.HasField("settings"):  # the run's record has them
+            event.command_queued.start.settings.CopyFrom(without_values(start.settings))
         committed = await self._sessions.live(key).commit(
             Commit(key=key, once=caused.once, command=caused.command, events=[event], start=RunRecord(digest, agent)),
             late=lambda _: self.queued(key),

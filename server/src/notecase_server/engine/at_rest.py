@@ -7,6 +7,7 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.engine import summary
 from notecase_server.engine.admission import Admission
+from notecase_server.engine.asking import sources
 from notecase_server.engine.rewind import Back, ended
 from notecase_server.engine.roster import Caused
 from notecase_server.engine.services import Services
@@ -89,10 +90,10 @@ class AtRest:
         plan = await summary.plan(self._store, key, session.summary_sequence, keep, batch=1)
         events: list[v1.Event] = []
         if plan is not None:
-            provider = self._services.providers.get(llm.provider)
-            if provider is None:
-                raise errors.model_error(f"This server has no provider {llm.provider!r}.")
-            events = plan.events(*await summary.write(provider, plan.request(llm)))
+            source, *_ = sources(self._services, llm)
+            text, usage = await summary.write(source.named.provider, plan.request(llm))
+            source.own(usage)
+            events = plan.events(text, usage)
         for event in events:
             event.cause_id = caused.cause_id
         return await live.commit(Commit(key=key, once=caused.once, events=events))

@@ -3,68 +3,33 @@
 A ModelTurn is made anew for each turn. What holds for all turns of a run in this process is its Budget.
 """
 
-import asyncio
-import itertools
-import random
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from notecase import v1
 
 from notecase_server import errors
 from notecase_server.engine import context, ledger, results, summary
+from notecase_server.engine.asking import Asking, Budget, Source
 from notecase_server.engine.context import Newest
 from notecase_server.engine.draft import Draft
-from notecase_server.engine.halt import Halted, Halts
+from notecase_server.engine.halt import Halts
 from notecase_server.engine.ledger import Bound
 from notecase_server.engine.results import READ_RESULT, Results
 from notecase_server.engine.run_log import RunLog, taken
 from notecase_server.engine.schema import value_of
 from notecase_server.engine.tokens import Gauge
 from notecase_server.errors import NotecaseError
-from notecase_server.models.contract import Finish, Media, ModelRequest, Provider, Used
+from notecase_server.models.contract import Finish, Media, ModelRequest, Used
 from notecase_server.models.contract import Tool as ModelTool
 from notecase_server.store import bindings
 from notecase_server.tools.contract import Function, Outcome
 
-T = TypeVar("T")
-
-DEFAULT_MODEL_CALLS = 10
-"""Model calls in a run whose agent sets no limit: enough for a chain of tools, few enough to stop a loop."""
-
 OUTPUT_REPEATS = 1
 """How often a reply that is not what the agent's output_schema asks for is asked for again: a model that was told what
 is wrong either knows better at once, or not at all."""
-
-
-class Budget:
-    """Counts what the model calls of a run have used up, and keeps what was found out about its model."""
-
-    def __init__(self, run: v1.Run, agent: v1.Agent) -> None:
-        limit = agent.llm.max_model_calls or DEFAULT_MODEL_CALLS
-        self._most = min(limit, run.limits.max_model_calls or limit)
-        self._calls = run.usage.model_calls + max(run.attempt - 1, 0)
-        self.most_tokens = 0
-        """Token limit for the messages, set after the provider rejected a request as too long. 0: none."""
-        self.may_summarize = not agent.llm.context.stateless
-
-    @property
-    def left(self) -> int:
-        """Model calls that the run may still make."""
-        return self._most - self._calls
-
-    def spend(self) -> None:
-        """Counts a model call that is about to be made. Raises NotecaseError LIMIT_EXCEEDED when none is left."""
-        if self.left <= 0:
-            told = f"The run made {errors.counted(self._most, 'model call')}, all that it may, without an end."
-            raise errors.limit_exceeded("max_model_calls", self._most, told)
-        self._calls += 1
-
-    def give_back(self) -> None:
-        """Takes back a call that is made once more through no fault of the model."""
-        self._calls -= 1
 
 
 class Reply(NamedTuple):
@@ -92,7 +57,8 @@ class ModelTurn:
     def __init__(
         self, run_log: RunLog, halts: Halts, budget: Budget, bound: Mapping[str, Bound], newest: Newest | None = None
     ) -> None:
-        """`newest` is what the commit before has read for this turn."""
+        """`newest` is what the commit before has read for this turn. Raises MODEL_ERROR where the server does not have
+        the agent's provider."""
         self._log = run_log
         self._newest = newest
         self._services = run_log.services
@@ -100,6 +66,7 @@ class ModelTurn:
         self._budget = budget
         self._bound = bound
         self._llm = run_log.agent.llm
+        self._asking = Asking(run_log, halts, budget)
         self._results = Results(run_log.services.store, run_log.services.contents, run_log.live.key)
         self._shortened = False
         """The request was made shorter, after one that was too long."""
@@ -107,9 +74,6 @@ class ModelTurn:
     async def reply(self) -> Reply:
         """Returns the model's reply. Raises Halted, and NotecaseError for a model that fails, a limit that is reached,
         a request that is too long even when shortened, and OUTPUT_INVALID."""
-        provider = self._services.providers.get(self._llm.provider)
-        if provider is None:
-            raise errors.model_error(f"This server has no provider {self._llm.provider!r}.")
         settings = self._llm.context.summary
         keep, batch = settings.keep_recent or summary.KEEP_RECENT, settings.batch or summary.BATCH
         while True:
@@ -117,16 +81,16 @@ class ModelTurn:
                 await self._log.durably(lambda: taken(self._log.queued(v1.UserInput.WHEN_STEER)))
             self._check_tokens()
             due = self._llm.context.HasField("summary") and not self._shortened
-            if due and await self._summarize(provider, keep, batch):
+            if due and await self._summarize(keep, batch):
                 continue
             request = await self._request()
             try:
-                finish = await self._checked(provider, request, await self._generate(provider, request))
+                finish = await self._checked(request, await self._generate(request))
             except NotecaseError as error:
                 begun = self._log.draft is not None and self._log.draft.blocks
                 if not summary.too_long(error) or begun:
                     raise
-                await self._shorten(provider, request, error)
+                await self._shorten(request, error)
                 continue
             draft = self._draft
             message = draft.message(self._log.run.agent, v1.Message.STATUS_COMPLETED)
@@ -179,39 +143,14 @@ class ModelTurn:
 
     # ---- asking
 
-    async def _generate(self, provider: Provider, request: ModelRequest) -> Finish:
+    async def _generate(self, request: ModelRequest) -> Finish:
         """Leaves one reply in the draft."""
 
-        async def ask() -> Finish:
+        async def once(source: Source) -> Finish:
             self._budget.spend()
-            return await self._read(provider, request, self._begin(request))
+            return await self._read(source, source.fit(request), self._begin(request))
 
-        return await self._repeated(ask)
-
-    async def _repeated(self, ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Asks a model, and again while what went wrong may pass, before its first piece or after it. A try from which
-        nothing came does not count as a model call; what one took, as far as its provider told, is counted."""
-        most, seconds = self._services.repeats
-        for repeat in itertools.count():
-            if self._halts:
-                raise Halted
-            self._log.spent = None
-            try:
-                return await self._halts.cut(ask())
-            except NotecaseError as error:
-                passing = most if error.reason == v1.ERROR_REASON_MODEL_UNAVAILABLE else 0
-                wait = max(random.uniform(0, 0.5 * 2**repeat), error.retry_after or 0)
-                self._log.spent = error.usage or self._log.spent
-                await self._log.durably(self._log.used)
-                if repeat >= (passing if error.repeats is None else error.repeats) or wait > seconds:
-                    raise
-                self._log.log.info("model_call_repeated", repeat=repeat + 1, seconds=round(wait, 3))
-                if error.usage is None and self._log.draft is not None and not self._log.draft.blocks:
-                    self._budget.give_back()
-                self._log.live.discard(self._log.step)
-                seconds -= wait
-            await self._halts.cut(asyncio.sleep(wait))
-        raise AssertionError("the last repeat returns or raises")
+        return await self._asking.ask(once)
 
     def _begin(self, request: ModelRequest) -> Draft:
         new_id = self._services.new_id
@@ -219,17 +158,19 @@ class ModelTurn:
         self._log.live.begin(self._log.step, draft)
         return draft
 
-    async def _read(self, provider: Provider, request: ModelRequest, draft: Draft) -> Finish:
+    async def _read(self, source: Source, request: ModelRequest, draft: Draft) -> Finish:
         live = self._log.live
-        async with aclosing(provider.stream(request)) as stream:
+        async with aclosing(source.named.provider.stream(request)) as stream:
             async for delta in stream:
                 if isinstance(delta, Used):
+                    source.own(delta.usage)
                     self._log.spend(delta.usage)
                     continue
                 if isinstance(delta, Media):
                     await self._keep(delta, draft)
                     continue
                 if isinstance(delta, Finish):
+                    source.own(delta.usage)
                     self._log.spend(delta.usage)
                     draft.finish(delta)
                     live.written(first=False)
@@ -252,7 +193,7 @@ class ModelTurn:
 
     # ---- what is asked for by a schema
 
-    async def _checked(self, provider: Provider, request: ModelRequest, finish: Finish) -> Finish:
+    async def _checked(self, request: ModelRequest, finish: Finish) -> Finish:
         """Leaves a reply that is valid by the agent's output_schema in the draft, at the second try if need be; calls
         of tools and refusals are not such replies. Raises OUTPUT_INVALID."""
         repeat = 0
@@ -272,13 +213,13 @@ class ModelTurn:
             complaint = v1.Part(text=_complaint(problem, request.output_schema))
             asked = v1.Message(role=v1.Message.ROLE_USER, parts=[complaint])
             finish = await self._generate(
-                provider, request._replace(messages=[*request.messages, message, asked], only_text=False)
+                request._replace(messages=[*request.messages, message, asked], only_text=False)
             )
         return finish
 
     # ---- making room
 
-    async def _shorten(self, provider: Provider, request: ModelRequest, error: NotecaseError) -> None:
+    async def _shorten(self, request: ModelRequest, error: NotecaseError) -> None:
         """Makes the next request shorter than one that was too long: by a summary, once, and else by leaving out half
         of it. Raises its error where nothing of it can be spared."""
         self._log.live.discard(self._log.step)
@@ -287,12 +228,12 @@ class ModelTurn:
         again, self._shortened = self._shortened, True
         self._log.log.info("request_too_long", messages=len(request.messages))
         self._budget.most_tokens = sum(map(Gauge(request.messages).tokens, request.messages)) // 2
-        if not again and await self._summarize(provider, keep=1, batch=1):
+        if not again and await self._summarize(keep=1, batch=1):
             return
         if (await self._request()).messages == request.messages:
             raise error
 
-    async def _summarize(self, provider: Provider, keep: int, batch: int) -> bool:
+    async def _summarize(self, keep: int, batch: int) -> bool:
         """Commits a summary of what is older than the newest `keep` messages, if that is `batch` messages or more and
         the reply's own call is still left. False when none is made: the run goes on without, since nothing is lost."""
         if not self._budget.may_summarize or self._budget.left < 2:
@@ -303,7 +244,7 @@ class ModelTurn:
             return False
         self._budget.spend()
         try:
-            made = await self._repeated(partial(summary.write, provider, plan.request(self._llm), self._log.spend))
+            made = await self._asking.ask(partial(self._write, plan.request(self._llm)))
         except NotecaseError as error:
             self._budget.may_summarize = False
             reason = errors.reason_name(error.reason)
@@ -320,6 +261,13 @@ class ModelTurn:
             session = await self._log.patiently(lambda: store.get_session(key))  # a caller had it summarised meanwhile
             self._log.session = session or v1.Session()
         return True
+
+    async def _write(self, request: ModelRequest, source: Source) -> tuple[str, v1.Usage]:
+        def used(usage: v1.Usage) -> None:
+            source.own(usage)
+            self._log.spend(usage)
+
+        return await summary.write(source.named.provider, source.fit(request), used)
 
 
 async def bind(run_log: RunLog) -> Mapping[str, Bound]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from google.protobuf.field_mask_pb2 import FieldMask
 from notecase import v1
 
 from notecase_server import errors
@@ -26,8 +27,8 @@ class Meant(NamedTuple):
 
 
 def agent_of(meant: Meant, start: v1.StartRun) -> v1.Agent:
-    """The agent of a start. Raises NotecaseError AGENT_NOT_FOUND, and INVALID_FIELD when none is named, or has a tool
-    by the name of one that the start brings."""
+    """The agent of a start, as its settings change it. Raises NotecaseError AGENT_NOT_FOUND, and INVALID_FIELD when
+    none is named, or has a tool by the name of one that the start brings."""
     if not (start.agent or meant.session.agent):
         raise errors.invalid([Violation("start.agent", "neither the start nor the session names an agent")])
     if meant.agent is None:
@@ -40,7 +41,29 @@ def agent_of(meant: Meant, start: v1.StartRun) -> v1.Agent:
     ]
     if clashes:
         raise errors.invalid(clashes)
-    return meant.agent
+    return _changed(meant.agent, start.settings) if start.HasField("settings") else meant.agent
+
+
+def _changed(agent: v1.Agent, settings: v1.RunSettings) -> v1.Agent:
+    """Returns the agent with what a run sets in the place of its own."""
+    changed = v1.Agent()
+    changed.CopyFrom(agent)
+    if settings.HasField("model"):
+        changed.llm.model = settings.model
+    if settings.HasField("instruction"):
+        changed.llm.instruction = settings.instruction
+    if settings.HasField("generation"):
+        changed.llm.generation.CopyFrom(settings.generation)
+    return changed
+
+
+def without_values(settings: v1.RunSettings) -> v1.RunSettings:
+    """Returns settings with their fields set to nothing: the values are not for all who may read the log."""
+    return v1.RunSettings(
+        model="" if settings.HasField("model") else None,
+        instruction="" if settings.HasField("instruction") else None,
+        generation=v1.Generation() if settings.HasField("generation") else None,
+    )
 
 
 def ahead(session: v1.Session, start: v1.StartRun) -> str:
@@ -62,6 +85,7 @@ def opening(
         limits=start.limits if start.HasField("limits") else None,
         disconnect=start.disconnect if start.HasField("disconnect") else None,
         labels=start.labels,
+        settings=FieldMask(paths=paths) if (paths := [one.name for one, _ in start.settings.ListFields()]) else None,
     )
     events = [v1.Event(run_started=started)]
     if start.state:

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from notecase_server.engine.content import Contents
 from notecase_server.engine.places import Places
@@ -18,12 +18,20 @@ class WorkStore(History, RequestStore, RunStore, StateStore, AgentStore, Protoco
     """Holds what work on runs reads; what it writes goes through the live session."""
 
 
+class NamedProvider(NamedTuple):
+    """A provider that the operator has named."""
+
+    name: str
+    provider: Provider
+    repeats: Repeats = Repeats()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """Holds what works on runs needs; nothing in it is replaced while the process lives."""
 
     store: WorkStore
-    providers: Mapping[str, Provider]
+    providers: Mapping[str, NamedProvider]
     """By name, the default one under "" as well."""
     toolbox: Toolbox
     contents: Contents
@@ -32,8 +40,6 @@ class Services:
     places: Places
     new_id: Callable[[], str]
     clock: Clock
-    repeats: Repeats = field(default_factory=Repeats)
-    """How a model call is repeated that failed in a way that may pass."""
     suspects: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a run is at work whose last two processes died: one such run at a time, so that the one that kills its
     process does not take others with it."""

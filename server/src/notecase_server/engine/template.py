@@ -47,6 +47,7 @@ from liquid.utils import ReadOnlyChainMap
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.errors import NotecaseError
 
 MAX_SOURCE: Final = 64 << 10
 """Bytes of a template: some thirty pages, more than a model follows as an instruction."""
@@ -156,11 +157,14 @@ _PARSED: WeakValueDictionary[str, Template] = WeakValueDictionary()
 """Those that are cached, by their sources."""
 
 
-async def parsed(source: str) -> Template:
-    """As `parse`; a long one is parsed in a thread."""
-    if len(source) <= SHORT or source in _PARSED:
-        return parse(source)
-    return await asyncio.get_running_loop().run_in_executor(_THREAD, parse, source)
+async def parsed(source: str, field: str = "agent.llm.instruction") -> Template:
+    """As `parse`; a long one is parsed in a thread. `field` is what is refused."""
+    try:
+        if len(source) <= SHORT or source in _PARSED:
+            return parse(source)
+        return await asyncio.get_running_loop().run_in_executor(_THREAD, parse, source)
+    except NotecaseError as error:
+        raise errors.template_error(error.message, field) from None
 
 
 @lru_cache(maxsize=128)  # A template holds 3 MB at the worst, usually 20 KB.

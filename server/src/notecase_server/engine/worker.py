@@ -13,11 +13,12 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine import ledger, model_turn
+from notecase_server.engine.asking import Budget
 from notecase_server.engine.calls import Calls
 from notecase_server.engine.context import Newest
 from notecase_server.engine.halt import Halt, Halted, Halts
 from notecase_server.engine.ledger import Bound
-from notecase_server.engine.model_turn import Budget, ModelTurn, Reply
+from notecase_server.engine.model_turn import ModelTurn, Reply
 from notecase_server.engine.rewind import Rewind, back
 from notecase_server.engine.run_log import LOST, RUNNING, WAITING, RunLog, taken
 from notecase_server.engine.seat import Seat

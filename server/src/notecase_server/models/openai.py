@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -55,6 +56,7 @@ class OpenAIProvider:
         base_url: str | None,
         default_model: str,
         *,
+        headers: Mapping[str, str] = MappingProxyType({}),
         connect_timeout: float = 10.0,
         first_timeout: float = 600.0,
         idle_timeout: float = 300.0,
@@ -64,7 +66,8 @@ class OpenAIProvider:
         clock: Callable[[], int] = lambda: 0,
     ) -> None:
         """An empty `api_key` is for servers that want none. `base_url` None is OpenAI's own; a query in it goes with
-        each request. `profile` is an operator's choice as `profiles.read` gives it.
+        each request, and so do `headers`, whose values are kept as secret as the key. `profile` is an operator's choice
+        as `profiles.read` gives it.
 
         Seconds: `connect_timeout` to connect; `first_timeout` until the first piece of a reply, `idle_timeout` between
         two, whatever else the server sends meanwhile; `whole_timeout` for a whole answer. A server that was silent for
@@ -80,6 +83,11 @@ class OpenAIProvider:
         key = api_key or "none"
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise ValueError("the API key holds a space, a line break or a character outside ASCII")
+        for name, value in headers.items():
+            if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) or not (
+                value.isascii() and value.isprintable()
+            ):
+                raise ValueError("a header holds a line break or a character that none may hold")
         self._clock = clock
         self._default_model = default_model
         self._first_timeout = first_timeout
@@ -88,7 +96,7 @@ class OpenAIProvider:
         url = _checked_url(base_url or OPENAI_URL)
         self._base_url = url.copy_with(query=None)
         secrets = [value for name, value in url.params.multi_items() if name != "api-version"]
-        self._redactor = Redactor(api_key, *secrets)
+        self._redactor = Redactor(api_key, *secrets, *headers.values())
         host = self._base_url.host
         self._profiles = Profiles(host, profile, rows)
         self._tag = f"openai-{hashlib.sha256(str(self._base_url).encode()).hexdigest()[:16]}"
@@ -100,7 +108,7 @@ class OpenAIProvider:
         self._client = openai.AsyncOpenAI(
             api_key=key,
             base_url=self._base_url,
-            default_headers=auth,
+            default_headers={**auth, **headers},
             http_client=httpx2.AsyncClient(verify=certificates, trust_env=False),
         )
         if not host.endswith(".openai.com"):

@@ -21,6 +21,7 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.auth import rights
 from notecase_server.auth.principal import Role
+from notecase_server.engine import template
 from notecase_server.engine.content import MAX_MESSAGE_BYTES, is_large
 from notecase_server.engine.summary import BATCH, KEEP_RECENT
 from notecase_server.errors import NotecaseError, Violation
@@ -55,6 +56,7 @@ MAX_FETCHED = 100
 MAX_NAME = 512
 """Characters of a resource's name, more than the longest has."""
 MAX_KEY_BYTES = 256
+MAX_FALLBACKS = 8
 MAX_LABELS = 64
 MAX_LABEL_BYTES = 256
 MAX_TEXT_BYTES = 4 << 10
@@ -112,6 +114,8 @@ class Check:
         self._most = most
         self._alone: list[tuple[str, str]] = []
         """JSON that `settled` looks at, with its field."""
+        self._templates: list[tuple[str, str]] = []
+        """As `_alone`, of templates."""
         self._refusals: list[NotecaseError] = []
         self._missing: dict[str, Role] = {}
         """Fields that the caller may not set, each with the least role that may."""
@@ -141,11 +145,14 @@ class Check:
             raise errors.invalid(self.violations)
 
     async def settled(self) -> None:
-        """As `done`, after a look at long JSON, and at the end of a step of the loop: what a request takes to look at
-        and what it takes to carry out do not add up."""
+        """As `done`, after a look at long JSON and at templates, and at the end of a step of the loop: what a request
+        takes to look at and what it takes to carry out do not add up."""
         while self._alone:
             field, text = self._alone.pop(0)
             self(await asyncio.to_thread(_is_json, text), field, JSON_RULE)
+        for field, source in () if self._missing or self._bound else self._templates:
+            with self.taking():
+                await template.parsed(source, field)
         self.done()
         await asyncio.sleep(0)
 
@@ -472,12 +479,10 @@ class Check:
             return
         llm = agent.llm
         self.text("agent.llm.model", llm.model)
-        known = [name for name in providers if name]
-        fine = not llm.provider or llm.provider in known
-        self(fine, "agent.llm.provider", f"this server has {', '.join(known)}")
+        self._providers(llm, [name for name in providers if name])
         self(0 <= llm.max_model_calls <= 1000, "agent.llm.max_model_calls", "wants 0 (for 10) to 1000")
         self.context("agent.llm.context", llm.context)
-        self._generation(llm.generation)
+        self._generation("agent.llm.generation", llm.generation)
         self.text("agent.llm.output_schema", llm.output_schema, MAX_SCHEMA_BYTES)
         self.tools("agent.llm.tools", llm.tools)
         for index, tool in enumerate(llm.tools[:MAX_TOOLS]):
@@ -488,6 +493,21 @@ class Check:
             elif tool.HasField("mcp"):
                 known_servers = ", ".join(toolbox.mcp_servers) or "none"
                 self(tool.mcp.server in toolbox.mcp_servers, f"{at}.mcp.server", f"this server has {known_servers}")
+
+    def _providers(self, llm: v1.LlmAgent, known: Sequence[str]) -> None:
+        """Those that an agent names. One behind another of the same model would only be another repeat."""
+        told = f"this server has {', '.join(known)}"
+        self(not llm.provider or llm.provider in known, "agent.llm.provider", told)
+        at = "agent.llm.fallbacks"
+        if not self(len(llm.fallbacks) <= MAX_FALLBACKS, at, f"has more than {MAX_FALLBACKS}"):
+            return
+        seen = {(llm.provider or known[0], llm.model)}
+        for index, fallback in enumerate(llm.fallbacks):
+            named = (fallback.provider or known[0], fallback.model)
+            self(named[0] in known, f"{at}[{index}].provider", told)
+            self.text(f"{at}[{index}].model", fallback.model)
+            self(named not in seen, f"{at}[{index}]", "is there twice, or the agent's own")
+            seen.add(named)
 
     def context(self, field: str, context: v1.Context) -> None:
         self(context.max_messages >= 0, f"{field}.max_messages", "is negative")
@@ -619,8 +639,7 @@ class Check:
             self(approves, f"{field}.edited_arguments", "goes with DECISION_APPROVE")
             self(_is_json_object(response.edited_arguments), f"{field}.edited_arguments", "wants a JSON object")
 
-    def _generation(self, generation: v1.Generation) -> None:
-        at = "agent.llm.generation"
+    def _generation(self, at: str, generation: v1.Generation) -> None:
         for field in ("temperature", "top_p"):
             value = getattr(generation, field)
             self(math.isfinite(value) and value >= 0, f"{at}.{field}", "wants a number from 0 up")
@@ -673,6 +692,8 @@ class Check:
         self.chosen_id(f"{field}.run_id", start.run_id)
         self.own(not (start.client_tools and _user()), f"{field}.client_tools")
         self.first_state(f"{field}.state", start.state)
+        if start.HasField("settings"):
+            self._settings(f"{field}.settings", start.settings)
         held = sum(map(_entry_bytes, start.state.items())) + sum(tool.ByteSize() for tool in start.client_tools)
         self(held <= PAGE_BYTES, field, f"has a state and client_tools of more than {PAGE_BYTES} bytes together")
         self.labels(f"{field}.labels", start.labels)
@@ -694,6 +715,14 @@ class Check:
             self.tools(at, start.client_tools, only_client=True)
         self.limits(f"{field}.limits", start.limits)
         self.duration(f"{field}.disconnect.cancel_after", start.disconnect.cancel_after)
+
+    def _settings(self, field: str, settings: v1.RunSettings) -> None:
+        self.needs(rights.RUN_SETTINGS, field)
+        if not self(settings.ByteSize() <= PAGE_BYTES, field, f"is larger than {PAGE_BYTES} bytes"):
+            return
+        self.text(f"{field}.model", settings.model)
+        self._generation(f"{field}.generation", settings.generation)
+        self._templates.append((f"{field}.instruction", settings.instruction))
 
     def options(self, field: str, options: v1.WatchOptions) -> None:
         at = f"{field}.max_batch_delay"

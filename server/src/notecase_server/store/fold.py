@@ -558,10 +558,8 @@ def _incremented(op: v1.StateOp, before: v1.StateEntry | None) -> int:
 
 def add_usage(total: v1.Usage, one: v1.Usage) -> None:
     """Adds one model call's usage to a sum."""
-    if not total.model_calls:
-        total.model = one.model
-    elif total.model != one.model:
-        total.model = ""
+    total.model = one.model if not total.model_calls or total.model == one.model else ""
+    total.provider = one.provider if not total.model_calls or total.provider == one.provider else ""
     total.input_tokens += one.input_tokens
     total.cached_input_tokens += one.cached_input_tokens
     total.output_tokens += one.output_tokens

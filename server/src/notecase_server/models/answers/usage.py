@@ -81,7 +81,7 @@ class Counts:
                 return
 
     def usage(self, model: str) -> v1.Usage:
-        return v1.Usage(model_calls=1, model=model, **self._counts)
+        return v1.Usage(model_calls=1, model=model, provider="", **self._counts)
 
 
 def _reports(value: Any) -> Iterator[Any]:

@@ -1,0 +1,144 @@
+"""Makes the settings of a server of the options of `serve`, of its configuration file and of the environment."""
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import structlog
+
+from notecase_server.auth.tables import Mistake, SettingsError
+from notecase_server.cli.options import DEFAULT_ADDRESS
+from notecase_server.config import (
+    OFFLINE,
+    ProviderSettings,
+    Settings,
+    admin_key_from_environment,
+    providers_from_environment,
+)
+from notecase_server.config_file import PROVIDER_DEFAULTS, ConfigFile, by_key, read_config
+from notecase_server.serve import ProviderSettingsError, make_provider, settings_mistakes
+from notecase_server.tools.contract import ToolSettingsError
+from notecase_server.tools.mcp_settings import read_mcp_servers
+
+_NAMES = {each.name for each in fields(Settings)}
+
+_FOUND = "notecase.config"
+
+log = structlog.get_logger()
+
+
+def load(context: click.Context, option: click.Parameter, value: Path | None) -> None:
+    """Reads the configuration file before the other options, whose defaults it then says. Raises ClickException with
+    all that is wrong with it."""
+    if value is None:
+        return
+    try:
+        found = read_config(value, lambda name, given: complaint(context.command, name, given))
+        if found.mistakes:
+            raise SettingsError(found.mistakes)
+    except SettingsError as error:
+        raise click.ClickException(f"{value} cannot be used:\n{error}") from None
+    context.default_map = dict(found.options)
+    context.meta[_FOUND] = found
+
+
+def settings(values: Mapping[str, Any]) -> Settings:
+    """Returns the settings of the command that runs, by the values of its options. Raises ToolSettingsError for the
+    file of MCP servers, and SettingsError."""
+    found = click.get_current_context().meta.get(_FOUND, ConfigFile())
+    for path in found.exposed:
+        log.warning("secret_exposed", file=str(path), problem="Other users of this machine can read it.")
+    made = _settings(values, found)
+    if mistakes := settings_mistakes(made):
+        raise SettingsError(mistakes)
+    return made
+
+
+class Checked(NamedTuple):
+    """What a configuration file says by itself, without options and their variables."""
+
+    settings: Settings
+    exposed: tuple[Path, ...]
+    """Files with secrets that others on this machine can read."""
+    mistakes: tuple[Mistake, ...]
+    """Every one that keeps a server from starting, each by its key."""
+
+
+def check(command: click.Command, path: Path) -> Checked:
+    """Reads a configuration file for `command`, which is `serve`. Raises SettingsError where it cannot be read."""
+    found = read_config(path, lambda name, given: complaint(command, name, given))
+    context = click.Context(command)
+    values: dict[str, Any] = {"listen": DEFAULT_ADDRESS}
+    for option in command.params:
+        if option.name in found.options:
+            values[option.name] = option.process_value(context, found.options[option.name])
+    mistakes = list(found.mistakes)
+    wrong = {mistake.setting for mistake in mistakes}
+    try:
+        made = _settings(values, found)
+    except ToolSettingsError as error:
+        mistakes.append(Mistake("server.mcp_config", str(error)))
+        made = _settings({**values, "mcp_config": None}, found)
+    mistakes += [one for one in map(by_key, settings_mistakes(made)) if one.setting not in wrong]
+    for number, provider in enumerate(made.providers if found.providers else ()):
+        try:
+            make_provider(provider)
+        except ProviderSettingsError as error:
+            mistakes.append(Mistake(f"provider[{number}]", str(error)))
+    return Checked(made, found.exposed, tuple(mistakes))
+
+
+def providers(command: click.Command, path: Path | None) -> tuple[ProviderSettings, ...]:
+    """Returns the providers of a configuration file, or of the environment where there is none. Raises SettingsError
+    for whatever is wrong with the file."""
+    if path is None:
+        return providers_from_environment() or (OFFLINE,)
+    found = check(command, path)
+    if found.mistakes:
+        raise SettingsError(found.mistakes)
+    return found.settings.providers or (OFFLINE,)
+
+
+def complaint(command: click.Command, name: str, value: object) -> str:
+    """Says what is wrong with a value that a file has for an option, or nothing."""
+    option = next(one for one in command.params if one.name == name)
+    assert isinstance(option, click.Option)
+    if option.is_flag:
+        kind, right = "true or false", isinstance(value, bool)
+    elif option.multiple:
+        kind, right = "a list of texts", isinstance(value, list) and all(isinstance(one, str) for one in value)
+    elif isinstance(option.type, click.IntRange):
+        kind, right = "a whole number", isinstance(value, int) and not isinstance(value, bool)
+    elif isinstance(option.type, click.FloatRange):
+        kind, right = "a number", isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        kind, right = "a text", isinstance(value, str)
+    if not right:
+        return f"This is {kind}."
+    try:
+        option.process_value(click.Context(command), value)
+    except click.BadParameter as error:
+        return error.message
+    return ""
+
+
+def _settings(values: Mapping[str, Any], found: ConfigFile) -> Settings:
+    mcp_config = values.get("mcp_config")
+    defaults = {name: values[name] for name in PROVIDER_DEFAULTS if name in values}
+    providers = tuple(ProviderSettings(**{**defaults, **given}) for given in found.providers)
+    if not providers:
+        providers = tuple(_with(provider, defaults) for provider in providers_from_environment())
+    return Settings(
+        admin_key=admin_key_from_environment(),
+        providers=providers,
+        listed_issuers=found.issuers,
+        listed_principals=found.principals,
+        mcp_servers={**found.mcp_servers, **(read_mcp_servers(mcp_config) if mcp_config else {})},
+        **{name: given for name, given in values.items() if name in _NAMES},
+    )
+
+
+def _with(provider: ProviderSettings, defaults: Mapping[str, Any]) -> ProviderSettings:
+    return replace(provider, **defaults) if provider.kind == "openai" else provider

@@ -1,0 +1,293 @@
+"""`--config`, `notecase config check` and `notecase providers test`: one file says it all, and nothing wrong in it is
+passed over."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from cryptography import x509
+from notecase import Client, v1
+from notecase_server.cli.serve import serve
+from notecase_server.config_file import KEYS
+
+from tests.cli.command import notecase
+from tests.promises import ROOT
+from tests.support.authority import Authority
+from tests.support.openai_server import OpenAIServer, error, reply
+from tests.support.server import Spawned
+
+PAGE = (ROOT / "docs" / "operate.md").read_text().partition("## The configuration file")[2]
+
+SECRETS = {"MAIN_KEY": "k-1", "MAIN_ORGANISATION": "o-1", "FILES_TOKEN": "t-1", "SEARCH_AUTHORIZATION": "Bearer b-1"}
+
+OPTIONS = {option.name for option in serve.params if option.name != "config"}
+
+WRONG = """
+[server]
+listn = "127.0.0.1:0"
+grace = "2"
+tools = "one"
+log_level = "loud"
+[limits]
+max_runs = 0
+max_calls = true
+[tls]
+cert = "missing.pem"
+[provider_defaults]
+retry_time = -1
+[[provider]]
+name = "main"
+key = "secret-1"
+key_env = "MISSING"
+first_timeout = 0
+max_concurrent = 1.5
+headers = {authorization = "Bearer secret-1"}
+header_env = {X-Other = "MISSING"}
+[[provider]]
+name = "main"
+kind = "opnai"
+base_url = "ftp://models.example"
+[[issuer]]
+issuer = "https://ci.example"
+audience = "notecase"
+algorithms = ["ES256"]
+jwks_file = "keys.json"
+tenant = "acme"
+rolle = "user"
+[[client_principal]]
+name = "acme"
+role = "chief"
+tenant = "acme"
+[mcp.files]
+comand = "files-mcp"
+[mcp.search]
+url = "https://mcp.example/mcp"
+pass_env = "MISSING"
+[extra]
+"""
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "notecase.toml"
+    path.write_text(text)
+    return path
+
+
+def given(path: Path, *arguments: str) -> dict[str, Any]:
+    """The options of `serve` with that file."""
+    return serve.make_context("serve", ["--config", str(path), *arguments]).params
+
+
+def test_every_option_has_a_key_that_the_page_tells() -> None:
+    assert OPTIONS == set(KEYS)
+    assert len(KEYS) == len(set(KEYS.values()))
+    told = re.sub(r"`\.(\w+)`", r"`provider_defaults.\1`", PAGE)
+    assert set() == {key for key in KEYS.values() if f"`{key}`" not in told and not key.startswith("limits.max_")}
+
+
+def value_for(option: click.Option) -> tuple[str, object]:
+    """A value that is not the option's default, as TOML has it, and as the command gets it."""
+    if option.is_flag:
+        return "true", True
+    if option.multiple:
+        return '["one", "two"]', ("one", "two")
+    if isinstance(option.type, click.Choice):
+        return f'"{option.type.choices[-1]}"', option.type.choices[-1]
+    if isinstance(option.type, click.IntRange):
+        return "77", 77
+    if isinstance(option.type, click.FloatRange):
+        return "7", 7.0
+    if option.name in {"listen", "listen_mtls"}:
+        return '"127.0.0.1:7"', "127.0.0.1:7"
+    if isinstance(option.type, click.Path):
+        return '"settings.toml"', Path("settings.toml")
+    return '"text"', "text"
+
+
+@pytest.mark.parametrize("name", sorted(KEYS))
+def test_a_key_says_what_its_option_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "settings.toml").write_text("")
+    option = next(one for one in serve.params if one.name == name)
+    assert isinstance(option, click.Option)
+    text, value = value_for(option)
+    section, _, key = KEYS[name].partition(".")
+    assert value == given(written(tmp_path, f"[{section}]\n{key} = {text}\n"))[name]
+
+
+def test_options_and_variables_win_over_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, "[limits]\nmax_runs = 5\nmax_calls = 6\nmax_imports = 7\n")
+    monkeypatch.setenv("NOTECASE_MAX_CALLS", "60")
+    found = given(path, "--max-runs", "50")
+    assert [50, 60, 7] == [found[name] for name in ("max_runs", "max_calls", "max_imports")]
+
+
+async def test_all_that_is_wrong_is_told_at_once_and_no_secret_is(tmp_path: Path) -> None:
+    path = written(tmp_path, WRONG)
+    done = await notecase("config", "check", str(path))
+    known = "auth, client_principal, issuer, limits, mcp, provider, provider_defaults, server, store, tls"
+    assert [
+        "server.grace: This is a number.",
+        "server.tools: This is a list of texts.",
+        "server.log_level: 'loud' is not one of 'debug', 'info', 'warning', 'error'.",
+        "server.listn: There is no such key; the nearest is listen.",
+        "limits.max_runs: 0 is not in the range x>=1.",
+        "limits.max_calls: This is a whole number.",
+        "provider_defaults.retry_time: -1.0 is not in the range x>=0.",
+        "provider[0].key_env: The variable MISSING is not set.",
+        "provider[0].headers.authorization: This is a secret: name the variable that has it in header_env.",
+        "provider[0].header_env.X-Other: The variable MISSING is not set.",
+        "provider[0].first_timeout: This is a number above 0.",
+        "provider[0].max_concurrent: This is a whole number of at least 0.",
+        "provider[0].key: There is no such key; the nearest is key_env.",
+        "provider[1].kind: This is openai or offline.",
+        "provider[1].name: main is in the file twice.",
+        "mcp.files.comand: There is no such key; the nearest is command.",
+        "mcp.files.command: a server has a `command`, or a `url`, and not both.",
+        "mcp.search.pass_env: The variable MISSING is not set.",
+        "mcp.search.command: `env` has no meaning for a server with a `url`.",
+        "issuer[0].rolle: There is no such key; the nearest is role.",
+        "issuer[0].role: Give role or role_claim.",
+        "client_principal[0].name: A name begins with uri:, dns: or email:.",
+        f"extra: There is no such key; there are {known}.",
+        "tls.key: This is missing: tls.cert needs its key.",
+        "provider[1]: The main provider cannot be used: the base URL must begin with http:// or https:// and name a "
+        "host.",
+    ] == done.out.splitlines()
+    assert 1 == done.code
+    assert "secret-1" not in done.out + done.err
+    begun = await notecase("serve", "--config", str(path))
+    assert (1, "") == (begun.code, begun.out)
+    assert begun.err.startswith(f"Error: {path} cannot be used:\nserver.grace: This is a number.\n")
+    assert "secret-1" not in begun.err
+
+
+@pytest.mark.parametrize("text", ["[server", "= 1", None])
+async def test_a_file_that_cannot_be_read_is_told(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "notecase.toml" if text is None else written(tmp_path, text)
+    for command in (("config", "check"), ("serve", "--config"), ("providers", "test", "main", "--config")):
+        done = await notecase(*command, str(path))
+        assert (1, "") == (done.code, done.out)
+        assert f"{path} {'cannot be read' if text is None else 'is not TOML'}" in done.err
+
+
+async def test_the_whole_example_of_the_page_is_fine(tmp_path: Path) -> None:
+    authority = Authority()
+    authority.issue([x509.DNSName("localhost")]).write(tmp_path)
+    (tmp_path / "clients.pem").write_bytes(authority.cert)
+    (tmp_path / "ci-keys.json").write_text('{"keys": []}')
+    (example,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+    path = written(tmp_path, example.replace("/etc/notecase", str(tmp_path)))
+    done = await notecase("config", "check", str(path), env=SECRETS)
+    assert (0, f"{path} is fine.\n", "") == (done.code, done.out, done.err)
+    missing = await notecase("config", "check", str(path))
+    assert [f"The variable {name} is not set." for name in SECRETS] == [
+        line.partition(": ")[2] for line in missing.out.splitlines()
+    ]
+
+
+async def test_a_server_serves_what_its_file_says(tmp_path: Path) -> None:
+    """Its providers and no others, each with its own key and headers, and what other users can read is warned about."""
+    key = tmp_path / "key"
+    key.write_text("file-key-1\n")
+    key.chmod(0o644)
+    async with OpenAIServer(lambda body: reply(str(body["model"]))) as models:
+        path = written(
+            tmp_path,
+            f"""
+            [limits]
+            max_runs = 12
+            [[provider]]
+            name = "first"
+            base_url = "{models.url}"
+            key_file = "{key}"
+            model = "one"
+            headers = {{X-Priority = "low"}}
+            max_concurrent = 1
+            [[provider]]
+            name = "second"
+            base_url = "{models.url}"
+            key_env = "SECOND"
+            model = "two"
+            header_env = {{X-Organisation = "ORGANISATION"}}
+            """,
+        )
+        environment = {"SECOND": "variable-key-1", "ORGANISATION": "acme", "OPENAI_API_KEY": "unused"}
+        log = tmp_path / "log"
+        served = await Spawned.start("memory:", log, "--config", str(path), env=environment)
+        async with Client(served.address) as client:
+            info = await client.server.GetServerInfo(v1.GetServerInfoRequest())
+            assert (["first", "second"], 12) == (list(info.providers), info.max_runs)
+            replies = [await said(client, provider) for provider in ("", "second")]
+        assert 0 == await served.stop()
+    assert ["one", "two"] == replies
+    sent = [received.headers for received in models.received]
+    assert ["Bearer file-key-1", "Bearer variable-key-1"] == [headers["Authorization"] for headers in sent]
+    assert [("low", None), (None, "acme")] == [
+        (headers.get("X-Priority"), headers.get("X-Organisation")) for headers in sent
+    ]
+    assert 1 == log.read_text().count("secret_exposed")
+    assert "file-key-1" not in log.read_text()
+
+
+async def said(client: Client, provider: str) -> str:
+    """What the model of an agent of that provider says."""
+    return "".join(part.text for part in (await invoked(client, provider)).reply.parts)
+
+
+async def invoked(client: Client, provider: str = "") -> v1.Run:
+    """A run of an agent of that provider, once it has ended."""
+    agent = await client.agents.CreateAgent(v1.CreateAgentRequest(agent=v1.Agent(llm=v1.LlmAgent(provider=provider))))
+    start = v1.StartRun(agent=agent.name, messages=[v1.Message(parts=[v1.Part(text="Hello.")])])
+    return (await client.runs.Invoke(v1.InvokeRequest(start=start))).run
+
+
+async def test_a_provider_of_the_file_is_left_alone_while_it_is_down(tmp_path: Path) -> None:
+    async with OpenAIServer(lambda body: error(503, "later")) as models:
+        path = written(
+            tmp_path,
+            f"""
+            [[provider]]
+            name = "main"
+            base_url = "{models.url}"
+            max_retries = 0
+            breaker_failures = 2
+            breaker_seconds = 3600
+            """,
+        )
+        served = await Spawned.start("memory:", tmp_path / "log", "--config", str(path))
+        async with Client(served.address) as client:
+            errors = [(await invoked(client)).error for _ in range(3)]
+        assert 0 == await served.stop()
+    assert 3 * [v1.ERROR_REASON_MODEL_UNAVAILABLE] == [one.reason for one in errors]
+    assert [False, False, True] == ["left alone" in one.message for one in errors]
+    assert 2 == len(models.received)
+
+
+ASKED: Sequence[tuple[object, int, str]] = [
+    (reply("ready"), 0, r"model: stub-1\nfirst token: \d+ ms\nusage: \d+ input tokens, \d+ output tokens\n"),
+    (error(401, "who is that"), 1, "Error: MODEL_ERROR: .*\n"),
+    (error(503, "later"), 1, "Error: MODEL_UNAVAILABLE: .*\n"),
+]
+
+
+@pytest.mark.parametrize(("answer", "code", "told"), ASKED, ids=["a reply", "a wrong key", "away"])
+async def test_a_provider_is_tried_out_with_one_question(tmp_path: Path, answer: Any, code: int, told: str) -> None:
+    async with OpenAIServer() as models:
+        models.script(answer)
+        path = written(tmp_path, f'[[provider]]\nname = "main"\nbase_url = "{models.url}"\nmodel = "stub"\n')
+        done = await notecase("providers", "test", "main", "--config", str(path))
+    assert code == done.code
+    assert re.fullmatch(told, done.err if code else done.out)
+    assert 1 == len(models.received)
+
+
+async def test_a_provider_that_the_file_does_not_have_is_told_with_those_that_it_has(tmp_path: Path) -> None:
+    path = written(tmp_path, '[[provider]]\nname = "main"\nkind = "offline"\n')
+    done = await notecase("providers", "test", "mian", env={"NOTECASE_CONFIG": str(path)})
+    assert (1, "Error: There is no provider 'mian'; there are main.\n") == (done.code, done.err)
+    done = await notecase("providers", "test", "offline")
+    assert (0, "model: offline") == (done.code, done.out.splitlines()[0])
