@@ -23,6 +23,7 @@ from notecase_server.auth.chain import Chain
 from notecase_server.auth.files import Files, Watched
 from notecase_server.auth.keys import Keys
 from notecase_server.auth.principal import Authenticator
+from notecase_server.auth.principals import Principals
 from notecase_server.auth.settings import read_client_principals, read_issuers, read_networks
 from notecase_server.auth.tables import Mistake, SettingsError
 from notecase_server.auth.tenants import Tenants
@@ -253,7 +254,8 @@ class Server:
         known = (self._keys, *authenticators) if authenticators or settings.has_credentials else ()
         self._tenants = Tenants(store, time.monotonic)
         own, tenants = Mentions(store).require_own, self._tenants if settings.has_credentials else None
-        self._doorway = Doorway(Chain(known), make_id, pace.stall, self.gate, own, tenants)
+        self._principals = Principals(store, make_id)
+        self._doorway = Doorway(Chain(known), make_id, pace.stall, self.gate, own, tenants, self._principals)
         limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
         self._contents = Contents(store, make_id, clock, limits)
         sessions = self._sessions = Sessions(store, make_id, new_uid, limits.session)
@@ -290,12 +292,14 @@ class Server:
             pages=Pages(store.secret),
             contents=self._contents,
             arrivals=self.arrivals,
+            principals=self._principals,
             heavy=self.heavy,
             new_id=make_id,
         )
 
     def _removed(self, tenant: str) -> None:
         self._keys.forget()
+        self._principals.forget()
         self._tenants.changed(tenant)
 
     @property

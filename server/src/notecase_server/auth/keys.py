@@ -102,7 +102,8 @@ class Keys:
         if row is None:
             return None
         role = Role[v1.Key.Role.Name(row.key.role).removeprefix("ROLE_")]
-        principal = Principal(row.tenant, row.key.name, role, row.key.user.removeprefix("users/"))
+        user = row.key.user.removeprefix("users/")
+        principal = Principal(row.tenant, row.key.name, role, user, row.key.display_name)
         known = _Cached(row, principal, self._monotonic() + CACHED_SECONDS)
         if changes == self._changes:  # else the row may be from before the change
             self._cached[key_id] = known

@@ -105,7 +105,13 @@ class Commands:
             messages = incoming(self._services.new_id, kept, run_log.live.user)
             added = [v1.Event(message_added=message, cause_id=caused.cause_id) for message in messages]
             if said.when == v1.UserInput.WHEN_INTERRUPT:
-                halt = Halt(said=added, reason="The user interrupted.", once=caused.once, command=caused.command)
+                halt = Halt(
+                    said=added,
+                    reason="The user interrupted.",
+                    once=caused.once,
+                    command=caused.command,
+                    principal=caused.principal,
+                )
                 self._roster.halt(worker, halt)
             else:
                 denied: list[v1.Event] = []
@@ -142,7 +148,13 @@ class Commands:
                 return committed
             if cancel.mode == v1.CancelCommand.MODE_AFTER_TURN:
                 return await worker.log.command(_after_turn(worker.log, cancel), *caused)
-            halt = Halt(reason=cancel.reason, cause_id=caused.cause_id, once=caused.once, command=caused.command)
+            halt = Halt(
+                reason=cancel.reason,
+                cause_id=caused.cause_id,
+                once=caused.once,
+                command=caused.command,
+                principal=caused.principal,
+            )
             self._roster.halt(worker, halt)
         return await self._halted(key, halt)
 
@@ -183,7 +195,14 @@ class Commands:
         change = v1.RunStateChanged(state=v1.Run.STATE_CANCELLED, reason=cancel.reason)
         event = v1.Event(run=run_id, cause_id=caused.cause_id, run_state_changed=change)
         return await self._sessions.commit(
-            Commit(key=key, once=caused.once, command=caused.command, events=[event], start=start)
+            Commit(
+                key=key,
+                once=caused.once,
+                command=caused.command,
+                events=[event],
+                principal=caused.principal,
+                start=start,
+            )
         )
 
     # ---- waiting

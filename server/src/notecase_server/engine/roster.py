@@ -42,6 +42,8 @@ class Caused(NamedTuple):
     cause_id: str = ""
     once: Once | None = None
     command: CommandId | None = None
+    principal: str = ""
+    """Whose request it is: see Commit.principal."""
 
 
 class Entry(NamedTuple):

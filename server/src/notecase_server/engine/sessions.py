@@ -128,6 +128,7 @@ class Sessions:
         if_version: int | None,
         once: Once | None,
         cause_id: str,
+        principal: str = "",
     ) -> Committed | v1.State:
         """Changes a state of any scope: that of the session `key` by an event of its log, others in place and with a
         record."""
@@ -135,7 +136,8 @@ class Sessions:
             change = v1.Event(cause_id=cause_id)
             change.state_changed.ops.extend(ops)
             versions = {} if if_version is None else {"": if_version}
-            return await self.commit(Commit(key=key, once=once, if_state_version=versions, events=[change]))
+            commit = Commit(key=key, once=once, if_state_version=versions, events=[change], principal=principal)
+            return await self.commit(commit)
         assert once is not None
         state = await self.surely(once, lambda record: self.store.update_state(scope, ops, if_version, record))
         self.state_changed(scope, ops, state.version)

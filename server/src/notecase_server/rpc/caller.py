@@ -16,6 +16,9 @@ class Caller(NamedTuple):
     request_id: str
     method: str
     """The path, such as /notecase.v1.RunService/Run."""
+    principal_name: str = ""
+    """How events name the principal: principals/{principal}. Empty without credentials, and in calls that only
+    read."""
 
     @property
     def tenant(self) -> str:

@@ -8,9 +8,11 @@ from typing import Any, TypeVar
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
+from notecase_server.auth.principals import Principals
 from notecase_server.engine.arrivals import Arrivals
 from notecase_server.engine.content import Contents, digest_of
 from notecase_server.engine.places import Places
+from notecase_server.engine.roster import Caused
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
 from notecase_server.engine.sessions import Sessions
@@ -55,6 +57,7 @@ class Desk:
     pages: Pages
     contents: Contents
     arrivals: Arrivals
+    principals: Principals
     heavy: Places
     """For what reads a long past: forks, rewinds, states as they were. Whoever asks for such waits for its turn, and
     not all others for it."""
@@ -101,6 +104,12 @@ async def once(request: M, answer: Answer) -> Once | None:
     who = caller.get()
     digest = await digest_of(request.SerializeToString(deterministic=True))
     return Once(who.tenant, who.principal.subject, who.method, request_id, digest, answer)
+
+
+async def caused_by(request: M, answer: Answer) -> Caused:
+    """Names what is behind the events that this request leads to."""
+    repeat = await once(request, answer)
+    return Caused(request.request_id, repeat, principal=caller.get().principal_name)  # type: ignore[attr-defined]
 
 
 def checked(request: Any) -> Check:

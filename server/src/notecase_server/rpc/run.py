@@ -279,6 +279,7 @@ class Streams:
                 command=await _command_id(frame),
                 if_state_version={state: update.if_version} if update.HasField("if_version") else {},
                 events=[change],
+                principal=caller.get().principal_name,
             )
         )
 
@@ -330,7 +331,7 @@ async def _command_id(frame: v1.RunRequest) -> CommandId | None:
 
 
 async def _caused(frame: v1.RunRequest) -> Caused:
-    return Caused(frame.command_id, None, await _command_id(frame))
+    return Caused(frame.command_id, None, await _command_id(frame), caller.get().principal_name)
 
 
 def _result(

@@ -14,10 +14,20 @@ from notecase_server import errors, names
 from notecase_server.auth import rights
 from notecase_server.engine import transfer
 from notecase_server.engine.arrivals import Arrival
-from notecase_server.engine.roster import Caused
 from notecase_server.rpc import filter as filters
 from notecase_server.rpc.caller import caller
-from notecase_server.rpc.desk import LARGE_BYTES, NOTHING, SESSION, Desk, checked, copied, listed, masked, once
+from notecase_server.rpc.desk import (
+    LARGE_BYTES,
+    NOTHING,
+    SESSION,
+    Desk,
+    caused_by,
+    checked,
+    copied,
+    listed,
+    masked,
+    once,
+)
 from notecase_server.rpc.validate import Check
 from notecase_server.store.contract import (
     PAGE_BYTES,
@@ -71,7 +81,8 @@ class SessionsService(v1.SessionServiceServicer):
         for name in sorted(request.state):
             change.state_changed.ops.add(key=name, set=request.state[name])
         events = [change] if request.state else []
-        commit = Commit(key=key, once=repeat, create=request.session, events=events)
+        principal = caller.get().principal_name
+        commit = Commit(key=key, once=repeat, create=request.session, events=events, principal=principal)
         async with self.desk.patiently(heavy=request.ByteSize() > LARGE_BYTES):
             return _session_of(await self.desk.sessions.commit(commit))
 
@@ -128,7 +139,7 @@ class SessionsService(v1.SessionServiceServicer):
         if request.agent:
             check.agent("agent", request.agent)
         check.done()
-        caused = Caused(request.request_id, await once(request, SESSION))
+        caused = await caused_by(request, SESSION)
         key = await self.desk.session(session, caused.once)
         return _session_of(await self.desk.runs.at_rest.compact(key, request.keep_recent, request.agent, caused))
 
@@ -141,12 +152,12 @@ class SessionsService(v1.SessionServiceServicer):
         check.new_session("session", request.session)
         check(not request.session.user, "session.user", "a fork's user is its source's")
         check.done()
-        repeat = await once(request, SESSION)
-        source = await self.desk.session(session, repeat)
+        caused = await caused_by(request, SESSION)
+        source = await self.desk.session(session, caused.once)
         key = self.desk.sessions.new_key(source.tenant, request.session_id or self.desk.new_id())
         await self._require_agent(request.session.agent)
         async with self.desk.patiently():
-            forked = await self.desk.runs.at_rest.fork(source, at_sequence, key, request.session, repeat)
+            forked = await self.desk.runs.at_rest.fork(source, at_sequence, key, request.session, caused)
         return _session_of(forked)
 
     async def RewindSession(self, request: v1.RewindSessionRequest, context: Any) -> v1.Session:
@@ -157,7 +168,7 @@ class SessionsService(v1.SessionServiceServicer):
         check(request.if_last_sequence >= 0, "if_last_sequence", "is negative")
         check.done()
         expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
-        caused = Caused(request.request_id, await once(request, SESSION))
+        caused = await caused_by(request, SESSION)
         key = await self.desk.session(session, caused.once)
         async with self.desk.patiently():
             return _session_of(await self.desk.runs.at_rest.rewind(key, request.to_sequence, expected, caused))
@@ -168,7 +179,10 @@ class SessionsService(v1.SessionServiceServicer):
         check.done()
         tenant = caller.get().tenant
         record = self.desk.sessions.record(await once(request, Answer("erased")), tenant, Answer("erased"))
-        gone = await self.desk.sessions.erase_user(tenant, request.name, record)
+        try:
+            gone = await self.desk.sessions.erase_user(tenant, request.name, record)
+        finally:
+            self.desk.principals.forget()
         return v1.EraseUserResponse(sessions_deleted=gone)
 
     async def ExportSession(

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from notecase import v1
 
-from notecase_server.store import content, copies, keys, past, steps, tenants
+from notecase_server import names
+from notecase_server.store import content, copies, keys, past, principals, steps, tenants
 from notecase_server.store.contract import (
     ActiveRun,
     CommandId,
@@ -313,6 +314,12 @@ class TableStore(ABC):
 
     async def is_keyed(self) -> bool:
         return await self._read(lambda tables: tables.is_keyed())
+
+    async def know_principal(self, tenant: str, principal: v1.Principal) -> v1.Principal:
+        return await self._write(partial(principals.know, tenant=tenant, principal=principal))
+
+    async def get_principal(self, tenant: str, principal_id: str) -> v1.Principal | None:
+        return await self._read(lambda tables: tables.principal(tenant, names.principal(principal_id)))
 
     async def create_tenant(self, tenant: str, display_name: str, once: Once | None = None) -> v1.Tenant:
         return await self._write(partial(tenants.create_tenant, tenant=tenant, display_name=display_name, once=once))

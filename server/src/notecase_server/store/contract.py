@@ -185,6 +185,8 @@ class Commit(NamedTuple):
     content_limit: int | None = None
     """PAYLOAD_TOO_LARGE when the log would refer to blobs of more than so many bytes together, and to more than it did;
     checked last."""
+    principal: str = ""
+    """Who caused the events that name nobody themselves: principals/{principal}, or empty for nobody."""
     start: RunRecord | None = None
     """With the event that makes a run: its start, its place in the queue, or its end when that came first."""
     deaths: int | None = None
@@ -507,9 +509,9 @@ class SessionStore(Protocol):
         ...
 
     async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:
-        """Removes a user's state ("users/{user}") when there is no session of that user, nor a row of a deleted one.
-        True when all of it is gone; then it is recorded. False when it is to be called again: a session is left, or the
-        state has more rows than one transaction removes."""
+        """Removes a user's state ("users/{user}"), and the principals that are bound to the user, when there is no
+        session of that user, nor a row of a deleted one. True when all of it is gone; then it is recorded. False when
+        it is to be called again: a session is left, or there are more rows than one transaction removes."""
         ...
 
 
@@ -715,6 +717,17 @@ class KeyStore(Protocol):
         ...
 
 
+class PrincipalStore(Protocol):
+    """Keeps who the principals are that events name."""
+
+    async def know_principal(self, tenant: str, principal: v1.Principal) -> v1.Principal:
+        """The principal of that subject, role and user; stored as it is given when there is none. create_time is the
+        store's."""
+        ...
+
+    async def get_principal(self, tenant: str, principal_id: str) -> v1.Principal | None: ...
+
+
 class TenantStore(Protocol):
     """Knows the tenants that an operator has to do with, and removes them."""
 
@@ -778,6 +791,7 @@ class Store(
     AgentStore,
     BlobStore,
     KeyStore,
+    PrincipalStore,
     TenantStore,
     StoreLife,
     Protocol,

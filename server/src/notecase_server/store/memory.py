@@ -171,6 +171,7 @@ class _Tenant:
     """By subject, RPC and id."""
     blobs: dict[str, _Blob] = field(default_factory=dict)
     uploads: dict[str, UploadRow] = field(default_factory=dict)
+    principals: dict[str, bytes] = field(default_factory=dict)
     references: defaultdict[tuple[Scope, str], dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
     """By whom: the digests, each with the first event that refers to it."""
 
@@ -786,6 +787,25 @@ class _MemoryTables(Saving):
             if query.after is None or (create_time, key.name) < query.after:
                 yield Found((create_time, key.name), _copied(key), key.ByteSize())
 
+    def principal(self, tenant: str, name: str) -> v1.Principal | None:
+        body = self._tenants[tenant].principals.get(name)
+        return v1.Principal.FromString(body) if body is not None else None
+
+    def principal_like(self, tenant: str, principal: v1.Principal) -> v1.Principal | None:
+        return next((row for row in self._principals(tenant) if _who(row) == _who(principal)), None)
+
+    def add_principal(self, tenant: str, principal: v1.Principal) -> None:
+        self._tenants[tenant].principals[principal.name] = principal.SerializeToString()
+
+    def delete_principals(self, tenant: str, user: str, limit: int) -> bool:
+        bound = [row.name for row in self._principals(tenant) if row.user == user][:limit]
+        for name in bound:
+            del self._tenants[tenant].principals[name]
+        return bool(bound)
+
+    def _principals(self, tenant: str) -> Iterator[v1.Principal]:
+        return map(v1.Principal.FromString, self._tenants[tenant].principals.values())
+
     def tenant(self, tenant: str) -> v1.Tenant | None:
         body = self._known.get(tenant)
         return None if body is None else v1.Tenant.FromString(body)
@@ -814,7 +834,7 @@ class _MemoryTables(Saving):
         mine = [key_id for key_id, row in self._keys.items() if row.tenant == tenant]
         for key_id in mine:
             del self._keys[key_id]
-        return bool(mine or kept or rows.states or rows.agents or rows.requests or rows.uploads)
+        return bool(mine or kept or rows.states or rows.agents or rows.requests or rows.uploads or rows.principals)
 
     def count_keys(self, tenant: str) -> int:
         return sum(row.tenant == tenant for row in self._keys.values())
@@ -847,6 +867,10 @@ def _before(rows: Sequence[P], after: Position | None) -> Iterator[P]:
 def _behind(last: Any, rows: Iterable[tuple[Any, int]]) -> list[tuple[Any, int]]:
     """Those whose place follows `last`, ascending; all of them for None."""
     return sorted(row for row in rows if last is None or row[0] > last)
+
+
+def _who(principal: v1.Principal) -> tuple[str, str, int]:
+    return principal.user, principal.subject, principal.role
 
 
 def _copied(key: v1.Key) -> v1.Key:

@@ -85,6 +85,7 @@ TENANT_ROWS = (
     ("agents", "agent"),
     ("revisions", "agent, revision"),
     ("keys", "key"),
+    ("principals", "principal"),
 )
 """The tables that hold rows of a tenant outside of its sessions, content left out; with each, how a row is found."""
 
@@ -876,6 +877,35 @@ class SqliteTables(Saving):
         for create_time, body in rows:
             key = v1.Key.FromString(body)
             yield Found((create_time, key.name), key, len(body))
+
+    def principal(self, tenant: str, name: str) -> v1.Principal | None:
+        row = self._one("SELECT body FROM principals WHERE tenant = ? AND principal = ?", tenant, name)
+        return v1.Principal.FromString(row[0]) if row else None
+
+    def principal_like(self, tenant: str, principal: v1.Principal) -> v1.Principal | None:
+        row = self._one(
+            "SELECT body FROM principals WHERE tenant = ? AND user = ? AND subject = ? AND role = ?",
+            *(tenant, principal.user, principal.subject, principal.role),
+        )
+        return v1.Principal.FromString(row[0]) if row else None
+
+    def add_principal(self, tenant: str, principal: v1.Principal) -> None:
+        self._execute(
+            "INSERT INTO principals (tenant, principal, user, subject, role, body) VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                *(tenant, principal.name, principal.user, principal.subject, principal.role),
+                principal.SerializeToString(),
+            ),
+        )
+
+    def delete_principals(self, tenant: str, user: str, limit: int) -> bool:
+        self.deleted = True
+        gone = self._execute(
+            """DELETE FROM principals WHERE tenant = ?1 AND principal IN
+                (SELECT principal FROM principals WHERE tenant = ?1 AND user = ?2 LIMIT ?3)""",
+            (tenant, user, limit),
+        )
+        return gone.rowcount > 0
 
     def tenant(self, tenant: str) -> v1.Tenant | None:
         row = self._one("SELECT body FROM tenants WHERE tenant = ?", tenant)

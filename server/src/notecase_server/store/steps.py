@@ -408,6 +408,8 @@ def erase_state(tables: Tables, now: int, tenant: str, user: str, once: Once | N
     scope = Scope(tenant, "user", user.removeprefix("users/"))
     if not tables.delete_rows(scope, Batch(SWEEP_ROWS, SWEEP_BYTES)):
         return False
+    if tables.delete_principals(tenant, user, SWEEP_ROWS):
+        return False
     remember(tables, once, None, now)
     return True
 
