@@ -1,6 +1,7 @@
 """Who did it: every event that a caller caused names its principal, and what else happens names nobody."""
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import grpc
 import pytest
 from notecase import v1
 from notecase_server.auth.principal import Role
+from notecase_server.engine import transfer
 from notecase_server.serve import now, open_store
 from notecase_server.store.contract import Store
 
@@ -196,6 +198,21 @@ async def test_a_fork_keeps_who_did_it_and_a_file_tells_nobody(served: Running) 
     await served.sessions.ImportSession(iter(frames), metadata=DEVELOPER)
     copied = await log(served, "sessions/copy")
     assert (len(events), {""}) == (len(copied), {event.principal for event in copied})
+
+
+async def test_a_file_that_tells_who_did_it_is_not_believed(served: Running) -> None:
+    event = v1.Event(sequence=1, principal="principals/forged", message_added=said("Hi."))
+    event.message_added.name = "first"
+    records = [v1.ExportRecord(header=v1.ExportHeader()), v1.ExportRecord(event=event)]
+    body = transfer.MAGIC + bytes([transfer.VERSION]) + b"".join(map(transfer._framed, records)) + b"\0"
+    frames = [
+        v1.ImportSessionRequest(header=v1.ImportHeader(session_id="forged")),
+        v1.ImportSessionRequest(chunk=body + hashlib.sha256(body).digest()),
+    ]
+    await served.sessions.ImportSession(iter(frames), metadata=DEVELOPER)
+    assert [("first", "")] == [
+        (each.message_added.name.rpartition("/")[2], each.principal) for each in await log(served, "sessions/forged")
+    ]
 
 
 async def test_a_fork_that_cancels_calls_says_who_forked(served: Running) -> None:
