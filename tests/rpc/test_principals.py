@@ -201,8 +201,10 @@ async def test_a_fork_keeps_who_did_it_and_a_file_tells_nobody(served: Running) 
 
 
 async def test_a_file_that_tells_who_did_it_is_not_believed(served: Running) -> None:
-    event = v1.Event(sequence=1, principal="principals/forged", message_added=said("Hi."))
-    event.message_added.name = "first"
+    op = v1.StateOp(key="note", set=v1.Value(string_value="first"))
+    change = v1.StateChanged(ops=[op], version=1)
+    event = v1.Event(sequence=1, principal="principals/forged", state_changed=change)
+    event.create_time.GetCurrentTime()
     records = [v1.ExportRecord(header=v1.ExportHeader()), v1.ExportRecord(event=event)]
     body = transfer.MAGIC + bytes([transfer.VERSION]) + b"".join(map(transfer._framed, records)) + b"\0"
     frames = [
@@ -210,9 +212,7 @@ async def test_a_file_that_tells_who_did_it_is_not_believed(served: Running) -> 
         v1.ImportSessionRequest(chunk=body + hashlib.sha256(body).digest()),
     ]
     await served.sessions.ImportSession(iter(frames), metadata=DEVELOPER)
-    assert [("first", "")] == [
-        (each.message_added.name.rpartition("/")[2], each.principal) for each in await log(served, "sessions/forged")
-    ]
+    assert [("state_changed", "")] == await told(served, await log(served, "sessions/forged"))
 
 
 async def test_a_fork_that_cancels_calls_says_who_forked(served: Running) -> None:
