@@ -199,6 +199,7 @@ ROWS: dict[str, Row] = {
     "KeyService/RevokeKey": Row(lambda case: v1.RevokeKeyRequest(name=case.key), "KEY_NOT_FOUND", "KEY_NOT_FOUND"),
     "KeyService/RotateKey": Row(lambda case: v1.RotateKeyRequest(name=case.key), "KEY_NOT_FOUND", "KEY_NOT_FOUND"),
     "AuditService/GetPrincipal": Row(lambda case: v1.GetPrincipalRequest(name=case.principal), "PRINCIPAL_NOT_FOUND"),
+    "AuditService/ListAuditEntries": Row(lambda case: v1.ListAuditEntriesRequest(), ""),
     "TenantService/CreateTenant": Row(lambda case: v1.CreateTenantRequest(tenant_id=case.spare), ""),
     "TenantService/GetTenant": Row(lambda case: v1.GetTenantRequest(name="tenants/acme"), ""),
     "TenantService/ListTenants": Row(lambda case: v1.ListTenantsRequest(), ""),
@@ -241,6 +242,7 @@ def test_a_right_follows_from_what_a_method_does() -> None:
         "SessionService/ImportSession": Role.DEVELOPER,
         "SessionService/EraseUser": Role.ADMIN,
         "AuditService/GetPrincipal": Role.DEVELOPER,
+        "AuditService/ListAuditEntries": Role.ADMIN,
         **{f"KeyService/{name}": Role.ADMIN for name in ("CreateKey", "ListKeys", "RevokeKey", "RotateKey")},
     }
     pool, found = descriptor_pool.Default(), {}
@@ -370,7 +372,10 @@ async def walk(request: pytest.FixtureRequest, tmp_path: Any) -> AsyncIterator[W
         yield made
 
 
-UNBOUND = {"AgentService", "KeyService", "TenantService", "SessionService/EraseUser", "SessionService/ImportSession"}
+UNBOUND = {
+    *("AgentService", "KeyService", "TenantService"),
+    *("AuditService/ListAuditEntries", "SessionService/EraseUser", "SessionService/ImportSession"),
+}
 """Services and methods that are not for callers that are bound to a user."""
 
 

@@ -40,6 +40,11 @@ class AuditServiceStub(object):
                 request_serializer=notecase_dot_v1_dot_audit__pb2.GetPrincipalRequest.SerializeToString,
                 response_deserializer=notecase_dot_v1_dot_audit__pb2.Principal.FromString,
                 _registered_method=True)
+        self.ListAuditEntries = channel.unary_unary(
+                '/notecase.v1.AuditService/ListAuditEntries',
+                request_serializer=notecase_dot_v1_dot_audit__pb2.ListAuditEntriesRequest.SerializeToString,
+                response_deserializer=notecase_dot_v1_dot_audit__pb2.ListAuditEntriesResponse.FromString,
+                _registered_method=True)
 
 
 class AuditServiceServicer(object):
@@ -54,6 +59,15 @@ class AuditServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListAuditEntries(self, request, context):
+        """What was done to keys and tenants, deletions of sessions and users, exports, answers to approvals, and refusals: the last one
+        first. Admins have their tenant's; operators what was done to tenants and operators' keys, and of a tenant that they name what
+        was done to its keys. Callers without credentials leave no entries.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AuditServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -61,6 +75,11 @@ def add_AuditServiceServicer_to_server(servicer, server):
                     servicer.GetPrincipal,
                     request_deserializer=notecase_dot_v1_dot_audit__pb2.GetPrincipalRequest.FromString,
                     response_serializer=notecase_dot_v1_dot_audit__pb2.Principal.SerializeToString,
+            ),
+            'ListAuditEntries': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListAuditEntries,
+                    request_deserializer=notecase_dot_v1_dot_audit__pb2.ListAuditEntriesRequest.FromString,
+                    response_serializer=notecase_dot_v1_dot_audit__pb2.ListAuditEntriesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -91,6 +110,33 @@ class AuditService(object):
             '/notecase.v1.AuditService/GetPrincipal',
             notecase_dot_v1_dot_audit__pb2.GetPrincipalRequest.SerializeToString,
             notecase_dot_v1_dot_audit__pb2.Principal.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListAuditEntries(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/notecase.v1.AuditService/ListAuditEntries',
+            notecase_dot_v1_dot_audit__pb2.ListAuditEntriesRequest.SerializeToString,
+            notecase_dot_v1_dot_audit__pb2.ListAuditEntriesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,11 @@ class AuditServiceStub:
     """Says who a principal is, as events name it. For developers and admins, of their tenant; callers that are bound to a user
     find the principals of that user only. NOT_FOUND when there is none of that name, also since its user was erased.
     """
+    ListAuditEntries: _grpc.UnaryUnaryMultiCallable[_audit_pb2.ListAuditEntriesRequest, _audit_pb2.ListAuditEntriesResponse]
+    """What was done to keys and tenants, deletions of sessions and users, exports, answers to approvals, and refusals: the last one
+    first. Admins have their tenant's; operators what was done to tenants and operators' keys, and of a tenant that they name what
+    was done to its keys. Callers without credentials leave no entries.
+    """
 
 @_typing.type_check_only
 class AuditServiceAsyncStub(AuditServiceStub):
@@ -46,6 +51,11 @@ class AuditServiceAsyncStub(AuditServiceStub):
     GetPrincipal: _aio.UnaryUnaryMultiCallable[_audit_pb2.GetPrincipalRequest, _audit_pb2.Principal]  # type: ignore[assignment]
     """Says who a principal is, as events name it. For developers and admins, of their tenant; callers that are bound to a user
     find the principals of that user only. NOT_FOUND when there is none of that name, also since its user was erased.
+    """
+    ListAuditEntries: _aio.UnaryUnaryMultiCallable[_audit_pb2.ListAuditEntriesRequest, _audit_pb2.ListAuditEntriesResponse]  # type: ignore[assignment]
+    """What was done to keys and tenants, deletions of sessions and users, exports, answers to approvals, and refusals: the last one
+    first. Admins have their tenant's; operators what was done to tenants and operators' keys, and of a tenant that they name what
+    was done to its keys. Callers without credentials leave no entries.
     """
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -59,6 +69,17 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_audit_pb2.Principal, _abc.Awaitable[_audit_pb2.Principal]]:
         """Says who a principal is, as events name it. For developers and admins, of their tenant; callers that are bound to a user
         find the principals of that user only. NOT_FOUND when there is none of that name, also since its user was erased.
+        """
+
+    @_abc_1.abstractmethod
+    def ListAuditEntries(
+        self,
+        request: _audit_pb2.ListAuditEntriesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_audit_pb2.ListAuditEntriesResponse, _abc.Awaitable[_audit_pb2.ListAuditEntriesResponse]]:
+        """What was done to keys and tenants, deletions of sessions and users, exports, answers to approvals, and refusals: the last one
+        first. Admins have their tenant's; operators what was done to tenants and operators' keys, and of a tenant that they name what
+        was done to its keys. Callers without credentials leave no entries.
         """
 
 def add_AuditServiceServicer_to_server(servicer: AuditServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -72,7 +72,8 @@ METHODS: Mapping[str, Right] = {
         f"/notecase.v1.TenantService/{method}Tenant{'s' if method == 'List' else ''}": Right(OPERATOR)
         for method in ("Create", "Get", "List", "Suspend", "Resume", "Delete")
     },
-    "/notecase.v1.AuditService/GetPrincipal": Right(DEVELOPER, bound=True),
+    "/notecase.v1.AuditService/GetPrincipal": Right(DEVELOPER, operators=True, bound=True),
+    "/notecase.v1.AuditService/ListAuditEntries": Right(ADMIN, operators=True),
     **_service("BlobService", UploadBlob=USER, DownloadBlob=VIEWER, GetUpload=VIEWER, GetBlob=VIEWER),
     **{
         f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo": Right(VIEWER, operators=True)
@@ -83,6 +84,7 @@ METHODS: Mapping[str, Right] = {
 
 UNBOUND = (
     "/notecase.v1.AgentService/",
+    "/notecase.v1.AuditService/ListAuditEntries",
     "/notecase.v1.KeyService/",
     "/notecase.v1.TenantService/",
     "/notecase.v1.SessionService/EraseUser",

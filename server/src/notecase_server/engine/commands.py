@@ -67,6 +67,7 @@ class Commands:
                 if questions_only and request.kind != v1.InputRequest.KIND_QUESTION:
                     raise errors.bound_to_user("USER", ["input_response.input_id"])
                 _check_decision(request, response)
+                caused = _told(caused, names.run(key.session, worker.log.run.name), request, response)
                 if checked or not request.schema:
                     call = worker.log.call(request.call.call_id)
                     answer = None
@@ -251,6 +252,17 @@ def _check_decision(request: v1.InputRequest, response: v1.InputResponse) -> Non
     if response.decision not in allowed:
         told = " or ".join(sorted(v1.InputResponse.Decision.Name(decision) for decision in allowed))
         raise errors.invalid([Violation("input_response.decision", f"this asks for {told}")])
+
+
+def _told(caused: Caused, run: str, request: v1.InputRequest, response: v1.InputResponse) -> Caused:
+    """Says in the audit what of which run is answered, and how. Answers to questions are not in it."""
+    if caused.audit is None or request.kind == v1.InputRequest.KIND_QUESTION:
+        return caused._replace(audit=None)
+    entry = v1.AuditEntry()
+    entry.CopyFrom(caused.audit.entry)
+    entry.resource, entry.input_id = run, response.input_id
+    entry.outcome = v1.InputResponse.Decision.Name(response.decision).removeprefix("DECISION_")
+    return caused._replace(audit=caused.audit._replace(entry=entry))
 
 
 def words(said: v1.UserInput) -> str:

@@ -19,6 +19,7 @@ from notecase_server.engine.session import LiveSession
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import (
     ActiveRun,
+    AuditRow,
     CommandId,
     Commit,
     Committed,
@@ -186,13 +187,14 @@ class RunLog:
         once: Once | None = None,
         command: CommandId | None = None,
         principal: str = "",
+        audit: AuditRow | None = None,
         deaths: int | None = None,
     ) -> Committed:
         """Commits on behalf of a command, with what follows. The caller holds the session's lock."""
         for event in events:
             event.cause_id = event.cause_id or cause_id
         owned = self.own([*events, *self.consequence(events)])
-        return await self._commit(owned, once, command, principal, deaths=deaths)
+        return await self._commit(owned, once, command, principal, audit=audit, deaths=deaths)
 
     async def durably(self, decide: Callable[[], list[v1.Event]]) -> Committed | None:
         """Commits what `decide` says under the session's lock, with what follows; None when that is nothing. Waits for
@@ -274,6 +276,7 @@ class RunLog:
         start: RunRecord | None = None,
         deaths: int | None = None,
         then: Callable[[Committed], None] | None = None,
+        audit: AuditRow | None = None,
     ) -> Committed:
         def follow(committed: Committed) -> None:
             self.deaths = self.deaths if deaths is None else deaths
@@ -293,6 +296,7 @@ class RunLog:
                 if_last_sequence=if_last_sequence,
                 events=events,
                 principal=principal,
+                audit=audit,
                 start=start,
                 deaths=deaths,
             ),

@@ -106,7 +106,7 @@ async def build(
     v1.add_RunServiceServicer_to_server(RunsService(desk, store), methods)
     v1.add_BlobServiceServicer_to_server(Blobs(desk, store), methods)
     v1.add_KeyServiceServicer_to_server(KeysService(desk, store, keys), methods)
-    v1.add_AuditServiceServicer_to_server(AuditsService(store), methods)
+    v1.add_AuditServiceServicer_to_server(AuditsService(desk, store), methods)
     v1.add_TenantServiceServicer_to_server(TenantsService(desk, store, tenants, tenancy), methods)
     services = [f"notecase.v1.{name}" for name in SERVICES]
     health = Health(services)

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
@@ -34,6 +34,7 @@ from notecase_server.store.contract import (
     AgentStore,
     And,
     Answer,
+    AuditStore,
     Commit,
     Committed,
     Compare,
@@ -60,10 +61,14 @@ SESSION_FIELDS = ("display_name", "agent", "labels", *EXPIRY_FIELDS)
 """What an update may change."""
 
 
+class DeskStore(AgentStore, AuditStore, Protocol):
+    """Holds what is looked up and written besides sessions."""
+
+
 class SessionsService(v1.SessionServiceServicer):
-    def __init__(self, desk: Desk, agents: AgentStore) -> None:
+    def __init__(self, desk: Desk, others: DeskStore) -> None:
         self.desk = desk
-        self.agents = agents
+        self.others = others
         self.store = desk.sessions.store
 
     async def CreateSession(self, request: v1.CreateSessionRequest, context: Any) -> v1.Session:
@@ -129,7 +134,8 @@ class SessionsService(v1.SessionServiceServicer):
         session = check.session("name", request.name)
         check.done()
         repeat = await once(request, NOTHING)
-        await self.desk.sessions.delete(await self.desk.session(session, repeat), request.etag, repeat)
+        key = await self.desk.session(session, repeat)
+        await self.desk.sessions.delete(key, request.etag, repeat, caller.get().audit(request.name))
         return Empty()
 
     async def CompactSession(self, request: v1.CompactSessionRequest, context: Any) -> v1.Session:
@@ -177,8 +183,9 @@ class SessionsService(v1.SessionServiceServicer):
         check = checked(request)
         check.user("name", request.name)
         check.done()
-        tenant = caller.get().tenant
-        record = self.desk.sessions.record(await once(request, Answer("erased")), tenant, Answer("erased"))
+        tenant, audit = caller.get().tenant, caller.get().audit(request.name)
+        repeat = await once(request, Answer("erased"))
+        record = self.desk.sessions.record(repeat, tenant, Answer("erased"))._replace(audit=audit)
         try:
             gone = await self.desk.sessions.erase_user(tenant, request.name, record)
         finally:
@@ -192,6 +199,8 @@ class SessionsService(v1.SessionServiceServicer):
         session = check.session("name", request.name)
         check.done()
         key = await self.desk.session(session)
+        if (audit := caller.get().audit(request.name)) is not None:
+            await self.others.add_audit([audit])  # before the first byte
         contents = self.desk.contents if request.with_blobs else None
         async for chunk in transfer.exported(self.store, key, contents):
             yield v1.ExportSessionResponse(chunk=chunk)
@@ -224,7 +233,7 @@ class SessionsService(v1.SessionServiceServicer):
 
     async def _require_agent(self, name: str) -> None:
         parsed = names.parse_agent(name) if name else None
-        if parsed and await self.agents.get_agent(caller.get().tenant, parsed.agent, parsed.revision) is None:
+        if parsed and await self.others.get_agent(caller.get().tenant, parsed.agent, parsed.revision) is None:
             raise errors.not_found("agent", name)
 
 

@@ -21,6 +21,7 @@ from notecase import v1
 from notecase_server.store import sqlite_tallies
 from notecase_server.store.contract import (
     AGENT_COLUMNS,
+    AUDIT_COLUMNS,
     RUN_COLUMNS,
     SESSION_COLUMNS,
     ActiveRun,
@@ -86,6 +87,7 @@ TENANT_ROWS = (
     ("revisions", "agent, revision"),
     ("keys", "key"),
     ("principals", "principal"),
+    ("audit", "number"),
 )
 """The tables that hold rows of a tenant outside of its sessions, content left out; with each, how a row is found."""
 
@@ -906,6 +908,27 @@ class SqliteTables(Saving):
             (tenant, user, limit),
         )
         return gone.rowcount > 0
+
+    def add_audit(self, tenant: str, entry: v1.AuditEntry) -> None:
+        self._execute(
+            f"INSERT INTO audit (tenant, {', '.join(AUDIT_COLUMNS)}, body) VALUES (?{', ?' * len(AUDIT_COLUMNS)}, ?)",
+            (tenant, *(column(entry, name) for name in AUDIT_COLUMNS), entry.SerializeToString()),
+        )
+
+    def audit(self, tenant: str, query: Query) -> Iterator[Found[v1.AuditEntry]]:
+        where, values = _where(query, AUDIT_COLUMNS, "number < ?")
+        rows = self._execute(
+            f"SELECT number, body FROM audit WHERE tenant = ?{where} ORDER BY number DESC LIMIT ?",
+            (tenant, *values, query.limit + 1),
+        )
+        for number, body in rows:
+            yield Found((number,), v1.AuditEntry.FromString(body), len(body))
+
+    def forget_audit(self, before: int, limit: int) -> int:
+        return self._execute(
+            "DELETE FROM audit WHERE number IN (SELECT number FROM audit WHERE create_time < ? LIMIT ?)",
+            (before, limit),
+        ).rowcount
 
     def tenant(self, tenant: str) -> v1.Tenant | None:
         row = self._one("SELECT body FROM tenants WHERE tenant = ?", tenant)
