@@ -198,7 +198,9 @@ ROWS: dict[str, Row] = {
     "KeyService/ListKeys": Row(lambda case: v1.ListKeysRequest(), ""),
     "KeyService/RevokeKey": Row(lambda case: v1.RevokeKeyRequest(name=case.key), "KEY_NOT_FOUND", "KEY_NOT_FOUND"),
     "KeyService/RotateKey": Row(lambda case: v1.RotateKeyRequest(name=case.key), "KEY_NOT_FOUND", "KEY_NOT_FOUND"),
-    "AuditService/GetPrincipal": Row(lambda case: v1.GetPrincipalRequest(name=case.principal), "PRINCIPAL_NOT_FOUND"),
+    "AuditService/GetPrincipal": Row(
+        lambda case: v1.GetPrincipalRequest(name=case.principal), "PRINCIPAL_NOT_FOUND", "PRINCIPAL_NOT_FOUND"
+    ),
     "AuditService/ListAuditEntries": Row(lambda case: v1.ListAuditEntriesRequest(), ""),
     "TenantService/CreateTenant": Row(lambda case: v1.CreateTenantRequest(tenant_id=case.spare), ""),
     "TenantService/GetTenant": Row(lambda case: v1.GetTenantRequest(name="tenants/acme"), ""),

@@ -199,10 +199,12 @@ class SessionsService(v1.SessionServiceServicer):
         session = check.session("name", request.name)
         check.done()
         key = await self.desk.session(session)
-        if (audit := caller.get().audit(request.name)) is not None:
-            await self.others.add_audit([audit])  # before the first byte
+        audit = caller.get().audit(request.name)
         contents = self.desk.contents if request.with_blobs else None
         async for chunk in transfer.exported(self.store, key, contents):
+            if audit is not None:
+                await self.others.add_audit([audit])  # before the first byte
+                audit = None
             yield v1.ExportSessionResponse(chunk=chunk)
 
     async def ImportSession(self, request: AsyncIterator[v1.ImportSessionRequest], context: Any) -> v1.Session:
