@@ -188,6 +188,18 @@ async def test_refusals_are_told_up_to_a_bound_and_then_counted(served: Running)
     assert len(found) + 1 == len(await entries(served))  # a minute later they are told again
 
 
+async def test_refusals_of_more_principals_than_are_counted_apart_are_the_operators(
+    served: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refusals, "MOST_PRINCIPALS", 1)
+    for by in (CLERK, BOSS, ADA, CLERK):
+        await refusal(served.keys.ListKeys(v1.ListKeysRequest(), metadata=by))
+    await written(served)
+    assert [("clerk", "KeyService/ListKeys", "", "ROLE_MISSING")] * 2 == await lines(served)
+    (entry,) = await entries(served, OPERATOR)
+    assert ("", "ROLE_MISSING", 2) == (entry.principal, entry.outcome, entry.call_count)
+
+
 async def test_what_a_stream_refuses_for_want_of_a_role_is_told(served: Running) -> None:
     await begin(served, ADA, "hers")
     start = v1.StartRun(session="sessions/hers", messages=[said("/call pay {}")])

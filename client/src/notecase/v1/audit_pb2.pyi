@@ -102,7 +102,7 @@ class AuditEntry(_message.Message):
     INPUT_ID_FIELD_NUMBER: _builtins.int
     CALL_COUNT_FIELD_NUMBER: _builtins.int
     principal: _builtins.str
-    """principals/{principal}. Empty for calls that were UNAUTHENTICATED."""
+    """principals/{principal}. Empty for calls that were UNAUTHENTICATED, and for refusals of more principals than are told apart."""
     method: _builtins.str
     """Such as notecase.v1.KeyService/CreateKey. Empty for calls that are counted together."""
     resource: _builtins.str
