@@ -47,6 +47,8 @@ class Case(NamedTuple):
     blob: str
     upload_id: str
     key: str
+    principal: str
+    """One that is bound to the user."""
     file: bytes
     """The session, exported without its content."""
     spare: str
@@ -196,6 +198,10 @@ ROWS: dict[str, Row] = {
     "KeyService/ListKeys": Row(lambda case: v1.ListKeysRequest(), ""),
     "KeyService/RevokeKey": Row(lambda case: v1.RevokeKeyRequest(name=case.key), "KEY_NOT_FOUND", "KEY_NOT_FOUND"),
     "KeyService/RotateKey": Row(lambda case: v1.RotateKeyRequest(name=case.key), "KEY_NOT_FOUND", "KEY_NOT_FOUND"),
+    "AuditService/GetPrincipal": Row(
+        lambda case: v1.GetPrincipalRequest(name=case.principal), "PRINCIPAL_NOT_FOUND", "PRINCIPAL_NOT_FOUND"
+    ),
+    "AuditService/ListAuditEntries": Row(lambda case: v1.ListAuditEntriesRequest(), ""),
     "TenantService/CreateTenant": Row(lambda case: v1.CreateTenantRequest(tenant_id=case.spare), ""),
     "TenantService/GetTenant": Row(lambda case: v1.GetTenantRequest(name="tenants/acme"), ""),
     "TenantService/ListTenants": Row(lambda case: v1.ListTenantsRequest(), ""),
@@ -237,6 +243,8 @@ def test_a_right_follows_from_what_a_method_does() -> None:
         "SessionService/ExportSession": Role.DEVELOPER,
         "SessionService/ImportSession": Role.DEVELOPER,
         "SessionService/EraseUser": Role.ADMIN,
+        "AuditService/GetPrincipal": Role.DEVELOPER,
+        "AuditService/ListAuditEntries": Role.ADMIN,
         **{f"KeyService/{name}": Role.ADMIN for name in ("CreateKey", "ListKeys", "RevokeKey", "RotateKey")},
     }
     pool, found = descriptor_pool.Default(), {}
@@ -314,8 +322,16 @@ class Walk:
         key, _ = await self.keys.create("acme", v1.Key(display_name=MARK, role=v1.Key.ROLE_USER))
         export = on.sessions.ExportSession(v1.ExportSessionRequest(name=new.name), metadata=by)
         file = b"".join([response.chunk async for response in export])
+        ada = tuple(self.bound[ADA, Role.USER].items())
+        await on.messages.AppendMessages(
+            v1.AppendMessagesRequest(parent=new.name, messages=[text("Me.")]), metadata=ada
+        )
+        watch = v1.WatchEventsRequest(name=new.name, after_sequence=0)
+        events = [each async for frame in on.runs.WatchEvents(watch, metadata=by) for each in frame.batch.events]
         return Case(
-            *(agent.name, new.name, done.run.name, done.reply.name, ADA, blob.name, upload.upload_id, key.name, file),
+            *(agent.name, new.name, done.run.name, done.reply.name, ADA, blob.name, upload.upload_id, key.name),
+            principal=events[-1].principal,
+            file=file,
             spare=f"spare-{number}",
         )
 
@@ -358,7 +374,10 @@ async def walk(request: pytest.FixtureRequest, tmp_path: Any) -> AsyncIterator[W
         yield made
 
 
-UNBOUND = {"AgentService", "KeyService", "TenantService", "SessionService/EraseUser", "SessionService/ImportSession"}
+UNBOUND = {
+    *("AgentService", "KeyService", "TenantService"),
+    *("AuditService/ListAuditEntries", "SessionService/EraseUser", "SessionService/ImportSession"),
+}
 """Services and methods that are not for callers that are bound to a user."""
 
 
@@ -369,6 +388,8 @@ def expected(name: str, role: Role, bound: bool = False) -> str:
     if bound and {method, method.partition("/")[0]} & UNBOUND:
         return "ROLE_MISSING"
     right = rights.METHODS[f"/{path}"]
+    if bound and right.bound:
+        return ""
     if role is Role.OPERATOR:
         return "" if right.operators or right.least is role else "ROLE_MISSING"
     return "" if role >= right.least else "ROLE_MISSING"

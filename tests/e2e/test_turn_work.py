@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 from notecase import v1
 from notecase_server import serve
+from notecase_server.auth.principal import AuthContext, Authenticator, Metadata, Principal, Role
 from notecase_server.engine import upkeep
 from notecase_server.store import sqlite
 from notecase_server.store.sqlite import SqliteStore
 
 from tests.e2e.driving import OnStream, events_of, kinds, said
-from tests.support.server import Running, running
+from tests.support.server import ByTenant, Running, running
 
 HANDOVERS, STATEMENTS, PAGES = 3, 16, 14
 """Of a turn in a new session that is all there is: how often the store is asked, statements of SQL with those that
@@ -60,7 +61,17 @@ def pages(path: Path) -> int:
     return (len(log) - 32) // (24 + size)
 
 
-async def test_a_turn_asks_little_of_the_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+class Somebody:
+    """Knows every caller as the same one, who has a credential."""
+
+    async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal:
+        return Principal("default", "keys/somebody", Role.ADMIN)
+
+
+@pytest.mark.parametrize("known", [ByTenant(), Somebody()], ids=["nobody", "somebody"])
+async def test_a_turn_asks_little_of_the_store(
+    known: Authenticator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for module, name in ((serve, "EXPIRY_SECONDS"), (serve, "PROBE_SECONDS"), (upkeep, "REPAIR_SECONDS")):
         monkeypatch.setattr(module, name, 3600.0)  # what is done beside the turn is not counted
     monkeypatch.setattr(sqlite, "CHECKPOINT_WRITES", 1000)  # after one the log would begin again
@@ -73,7 +84,7 @@ async def test_a_turn_asks_little_of_the_store(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(SqliteStore, "scrub", told)
     path = tmp_path / "store.db"
-    async with running(f"sqlite:{path}") as served:
+    async with running(f"sqlite:{path}", authenticators=[known]) as served:
         store = served.server._store
         assert isinstance(store, SqliteStore)
         agent = v1.Agent(llm=v1.LlmAgent(model="offline/echo", instruction="Answer briefly."))

@@ -299,6 +299,10 @@ _FRAMES: Mapping[str, Frames] = {
     "KeyService/ListKeys": lambda make: v1.ListKeysRequest(page_size=2, page_token=token(make)),
     "KeyService/RevokeKey": lambda make: v1.RevokeKeyRequest(name=key(make)),
     "KeyService/RotateKey": lambda make: v1.RotateKeyRequest(name=key(make), overlap=Duration(seconds=60)),
+    "AuditService/GetPrincipal": lambda make: v1.GetPrincipalRequest(name=f"principals/{key(make)[5:]}"),
+    "AuditService/ListAuditEntries": lambda make: v1.ListAuditEntriesRequest(
+        page_size=2, page_token=token(make), filter=make.chance.choice(FILTERS)
+    ),
     "TenantService/CreateTenant": lambda make: v1.CreateTenantRequest(tenant_id=make.chance.choice(("t", "u"))),
     "TenantService/GetTenant": lambda make: v1.GetTenantRequest(name="tenants/t"),
     "TenantService/ListTenants": lambda make: v1.ListTenantsRequest(page_size=1, page_token=token(make)),

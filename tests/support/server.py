@@ -53,6 +53,7 @@ class Running:
         self.runs = v1.RunServiceStub(self.channel)
         self.blobs = v1.BlobServiceStub(self.channel)
         self.keys = v1.KeyServiceStub(self.channel)
+        self.audit = v1.AuditServiceStub(self.channel)
         self.tenants = v1.TenantServiceStub(self.channel)
         self.info = v1.ServerServiceStub(self.channel)
 

@@ -82,6 +82,7 @@ class Client(Commands):
         self.server = v1.ServerServiceStub(channel)
         self.blobs = v1.BlobServiceStub(channel)
         self.keys = v1.KeyServiceStub(channel)
+        self.audit = v1.AuditServiceStub(channel)
         self.tenants = v1.TenantServiceStub(channel)
         self._contents = Contents(self.blobs, self._retry)
         self._turns = Turns()

@@ -101,6 +101,8 @@ class Settings:
     max_uploads: int = 0
     max_requests: int = 0
     """From max_sessions on, 0 is no bound. docs/limits.md says what each of these bounds."""
+    audit_days: int = 90
+    """How long entries of the audit are kept; 0 is for ever."""
     grace: float = 10.0
     """Seconds that runs and streams have to come to rest when the server stops."""
     providers: tuple[ProviderSettings, ...] = ()

@@ -80,6 +80,7 @@ CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
     v1.ERROR_REASON_USER_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
     v1.ERROR_REASON_TENANT_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
     v1.ERROR_REASON_TENANT_SUSPENDED: Kind(code_pb2.PERMISSION_DENIED),
+    v1.ERROR_REASON_PRINCIPAL_NOT_FOUND: Kind(code_pb2.NOT_FOUND),
 }
 
 
@@ -138,6 +139,7 @@ _NOUNS = {
     "blob": "a blob",
     "upload": "an upload",
     "tenant": "a tenant",
+    "principal": "a principal",
 }
 """Each kind with its article."""
 
@@ -151,6 +153,7 @@ _NOT_FOUND = {
     "key": v1.ERROR_REASON_KEY_NOT_FOUND,
     "user": v1.ERROR_REASON_USER_NOT_FOUND,
     "tenant": v1.ERROR_REASON_TENANT_NOT_FOUND,
+    "principal": v1.ERROR_REASON_PRINCIPAL_NOT_FOUND,
 }
 
 
@@ -210,8 +213,8 @@ def bound_to_user(role: str, fields: Iterable[str] = ()) -> NotecaseError:
 
 
 def not_found(kind: str, name: str) -> NotecaseError:
-    """`kind` is "agent", "session", "run", "message", "blob", "upload", "key", "user" or "tenant"; `name` its whole
-    resource name."""
+    """`kind` is "agent", "session", "run", "message", "blob", "upload", "key", "user", "tenant" or "principal"; `name`
+    its whole resource name."""
     return NotecaseError(_NOT_FOUND[kind], f"There is no {kind} {name!r}.", resource=Resource(kind, name))
 
 

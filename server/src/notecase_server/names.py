@@ -17,7 +17,7 @@ USER = re.compile(r"[A-Za-z0-9._~@|:+=-]{1,128}")
 """Users come from identity providers, whose ids have capitals, pipes and at-signs."""
 
 KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-"""The id of a key, a UUID."""
+"""The id of a key or a principal, a UUID."""
 
 BLOB = re.compile(r"blobs/[0-9a-f]{64}")
 
@@ -63,6 +63,12 @@ def parse_key(name: str) -> str | None:
     """The {key} of `keys/{key}`."""
     collection, _, key = name.partition("/")
     return key if collection == "keys" and KEY.fullmatch(key) else None
+
+
+def parse_principal(name: str) -> str | None:
+    """The {principal} of `principals/{principal}`."""
+    collection, _, principal = name.partition("/")
+    return principal if collection == "principals" and KEY.fullmatch(principal) else None
 
 
 def parse_tenant(name: str) -> str | None:
@@ -120,6 +126,10 @@ def tenant(tenant_id: str) -> str:
 
 def key(key_id: str) -> str:
     return f"keys/{key_id}"
+
+
+def principal(principal_id: str) -> str:
+    return f"principals/{principal_id}"
 
 
 def blob(sha256: str) -> str:

@@ -23,6 +23,7 @@ from notecase_server.auth.chain import Chain
 from notecase_server.auth.files import Files, Watched
 from notecase_server.auth.keys import Keys
 from notecase_server.auth.principal import Authenticator
+from notecase_server.auth.principals import Principals
 from notecase_server.auth.settings import read_client_principals, read_issuers, read_networks
 from notecase_server.auth.tables import Mistake, SettingsError
 from notecase_server.auth.tenants import Tenants
@@ -45,6 +46,7 @@ from notecase_server.rpc.interceptor import Doorway
 from notecase_server.rpc.mentions import Mentions
 from notecase_server.rpc.pages import Pages
 from notecase_server.rpc.peers import Peers
+from notecase_server.rpc.refusals import Refusals
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.server import build, options
 from notecase_server.rpc.watch import Pace
@@ -63,6 +65,9 @@ log = structlog.get_logger()
 
 REQUESTS_KEPT = 24 * 60 * 60 * 1_000_000
 """Microseconds that the record of a request_id is kept: longer than any client tries again."""
+
+DAY = 24 * 60 * 60 * 1_000_000
+"""Microseconds."""
 
 SWEEP_SECONDS = 600.0
 
@@ -268,7 +273,11 @@ class Server:
         known = (self._keys, *authenticators) if authenticators or settings.has_credentials else ()
         self._tenants = Tenants(store, time.monotonic)
         own, tenants = Mentions(store).require_own, self._tenants if settings.has_credentials else None
-        self._doorway = Doorway(Chain(known), make_id, pace.stall, self.gate, own, tenants)
+        self._principals = Principals(store, make_id)
+        self._refusals = Refusals(store, self._principals)
+        self._doorway = Doorway(
+            Chain(known), make_id, pace.stall, self.gate, own, tenants, self._principals, self._refusals.note
+        )
         limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
         self._contents = Contents(store, make_id, clock, limits)
         sessions = self._sessions = Sessions(store, make_id, new_uid, limits.session)
@@ -293,7 +302,7 @@ class Server:
         )
         self._runs = Runs(sessions, services, pace.poll)
         self._tenancy = Tenancy(store, sessions, self._runs, self._removed)
-        self.streams = Streams(sessions, self._runs, self._supervisor, pace)
+        self.streams = Streams(sessions, self._runs, self._supervisor, pace, self._refusals)
         self._desk = Desk(
             version=__version__,
             requests=store,
@@ -307,12 +316,14 @@ class Server:
             pages=Pages(store.secret),
             contents=self._contents,
             arrivals=self.arrivals,
+            principals=self._principals,
             heavy=self.heavy,
             new_id=make_id,
         )
 
     def _removed(self, tenant: str) -> None:
         self._keys.forget()
+        self._principals.forget()
         self._tenants.changed(tenant)
 
     @property
@@ -333,6 +344,7 @@ class Server:
         self._supervisor.service("sweeper", self._sweep)
         self._supervisor.service("prober", self._probe)
         self._supervisor.service("judge", self._doorway.keep_judging)
+        self._supervisor.service("refusals", self._refusals.keep_writing)
         self._supervisor.service("files", self._files.keep_looking)
         self._supervisor.service("tenancy", self._tenancy.keep_looking)
         log.info("server_started", listen=self._settings.listen, port=self.port, store=self._store.kind)
@@ -359,6 +371,7 @@ class Server:
         log.info("server_draining", grace=grace)
         async with AsyncExitStack() as then:
             then.push_async_callback(self._store.close)
+            then.push_async_callback(self._refusals.close)
             then.push_async_callback(self._schemas.close)
             then.push_async_callback(self._toolbox.close)
             for provider in self._providers.values():
@@ -402,6 +415,8 @@ class Server:
             if loop.time() >= next_sweep:
                 next_sweep = loop.time() + SWEEP_SECONDS
                 await self._store.forget_requests(self._clock() - REQUESTS_KEPT)
+                if self._settings.audit_days:
+                    await self._store.forget_audit(self._clock() - self._settings.audit_days * DAY)
                 if removed := await self._contents.sweep():
                     log.info("blobs_removed", blobs=removed)
             await self._store.scrub()

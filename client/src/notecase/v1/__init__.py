@@ -2,6 +2,8 @@
 
 from notecase.v1.agent_pb2 import *
 from notecase.v1.agent_pb2_grpc import *
+from notecase.v1.audit_pb2 import *
+from notecase.v1.audit_pb2_grpc import *
 from notecase.v1.blob_pb2 import *
 from notecase.v1.blob_pb2_grpc import *
 from notecase.v1.content_pb2 import *

@@ -135,6 +135,8 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND, with ResourceInfo."""
     ERROR_REASON_TENANT_SUSPENDED: _ErrorReason.ValueType  # 46
     """PERMISSION_DENIED: an operator has suspended the caller's tenant, or is removing it."""
+    ERROR_REASON_PRINCIPAL_NOT_FOUND: _ErrorReason.ValueType  # 47
+    """NOT_FOUND, with ResourceInfo."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of every error's google.rpc.ErrorInfo, there without the prefix, under the domain "notecase.dev"."""
@@ -246,6 +248,8 @@ ERROR_REASON_TENANT_NOT_FOUND: ErrorReason.ValueType  # 45
 """NOT_FOUND, with ResourceInfo."""
 ERROR_REASON_TENANT_SUSPENDED: ErrorReason.ValueType  # 46
 """PERMISSION_DENIED: an operator has suspended the caller's tenant, or is removing it."""
+ERROR_REASON_PRINCIPAL_NOT_FOUND: ErrorReason.ValueType  # 47
+"""NOT_FOUND, with ResourceInfo."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

@@ -1055,6 +1055,7 @@ class Event(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     CAUSE_ID_FIELD_NUMBER: _builtins.int
+    PRINCIPAL_FIELD_NUMBER: _builtins.int
     STATE_CHANGED_FIELD_NUMBER: _builtins.int
     MESSAGE_ADDED_FIELD_NUMBER: _builtins.int
     RUN_STATE_CHANGED_FIELD_NUMBER: _builtins.int
@@ -1072,13 +1073,18 @@ class Event(_message.Message):
     BLOCK_DELTA_FIELD_NUMBER: _builtins.int
     MESSAGE_DISCARDED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Set aside: 6 for the principal that caused it, 7 for the step of the run, 8 and 9 for more about any event, 25 to 39 for
-    payloads that are stored. Payloads from 40 on are passing.
+    """Set aside: 7 for the step of the run, 8 and 9 for more about any event, 25 to 39 for payloads that are stored. Payloads from
+    40 on are passing.
     """
     run: _builtins.str
     """sessions/{session}/runs/{run}; empty for what no run did."""
     cause_id: _builtins.str
     """The command_id or request_id behind it."""
+    principal: _builtins.str
+    """principals/{principal}: the caller whose request was committed with it. What was queued names its caller when it is taken up,
+    too. AuditService.GetPrincipal says who that is. Empty for what the server does by itself, such as a reply, a deadline or a
+    takeover, for callers without credentials, and after an import. A fork keeps it.
+    """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -1140,6 +1146,7 @@ class Event(_message.Message):
         run: _builtins.str = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
         cause_id: _builtins.str = ...,
+        principal: _builtins.str = ...,
         state_changed: Global___StateChanged | None = ...,
         message_added: _message_pb2.Message | None = ...,
         run_state_changed: Global___RunStateChanged | None = ...,
@@ -1159,7 +1166,7 @@ class Event(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["block_delta", b"block_delta", "command_queued", b"command_queued", "create_time", b"create_time", "input_requested", b"input_requested", "input_resolved", b"input_resolved", "message_added", b"message_added", "message_discarded", b"message_discarded", "payload", b"payload", "rewound", b"rewound", "run_started", b"run_started", "run_state_changed", b"run_state_changed", "state_changed", b"state_changed", "summarized", b"summarized", "summary_failed", b"summary_failed", "tool_finished", b"tool_finished", "tool_started", b"tool_started", "tools_unavailable", b"tools_unavailable", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_delta", b"block_delta", "cause_id", b"cause_id", "command_queued", b"command_queued", "create_time", b"create_time", "input_requested", b"input_requested", "input_resolved", b"input_resolved", "message_added", b"message_added", "message_discarded", b"message_discarded", "payload", b"payload", "rewound", b"rewound", "run", b"run", "run_started", b"run_started", "run_state_changed", b"run_state_changed", "sequence", b"sequence", "state_changed", b"state_changed", "summarized", b"summarized", "summary_failed", b"summary_failed", "tool_finished", b"tool_finished", "tool_started", b"tool_started", "tools_unavailable", b"tools_unavailable", "usage", b"usage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_delta", b"block_delta", "cause_id", b"cause_id", "command_queued", b"command_queued", "create_time", b"create_time", "input_requested", b"input_requested", "input_resolved", b"input_resolved", "message_added", b"message_added", "message_discarded", b"message_discarded", "payload", b"payload", "principal", b"principal", "rewound", b"rewound", "run", b"run", "run_started", b"run_started", "run_state_changed", b"run_state_changed", "sequence", b"sequence", "state_changed", b"state_changed", "summarized", b"summarized", "summary_failed", b"summary_failed", "tool_finished", b"tool_finished", "tool_started", b"tool_started", "tools_unavailable", b"tools_unavailable", "usage", b"usage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_payload: _TypeAlias = _typing.Literal["state_changed", "message_added", "run_state_changed", "tool_started", "tool_finished", "input_requested", "input_resolved", "rewound", "summarized", "usage", "command_queued", "run_started", "summary_failed", "tools_unavailable", "block_delta", "message_discarded"]  # noqa: Y015
     _WhichOneofArgType_payload: _TypeAlias = _typing.Literal["payload", b"payload"]  # noqa: Y015

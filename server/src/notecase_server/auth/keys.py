@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from notecase import v1
 
-from notecase_server import errors
+from notecase_server import errors, names
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
 from notecase_server.errors import Violation
 from notecase_server.store.contract import Clock, KeyRow, KeyStore, Once
@@ -102,7 +102,8 @@ class Keys:
         if row is None:
             return None
         role = Role[v1.Key.Role.Name(row.key.role).removeprefix("ROLE_")]
-        principal = Principal(row.tenant, row.key.name, role, row.key.user.removeprefix("users/"))
+        user = row.key.user.removeprefix("users/")
+        principal = Principal(row.tenant, row.key.name, role, user, row.key.display_name)
         known = _Cached(row, principal, self._monotonic() + CACHED_SECONDS)
         if changes == self._changes:  # else the row may be from before the change
             self._cached[key_id] = known
@@ -122,6 +123,8 @@ class Keys:
         given = v1.Key(display_name=key.display_name, role=key.role, user=key.user)
         if key.HasField("expire_time"):
             given.expire_time.CopyFrom(key.expire_time)
+        if once is not None and once.audit is not None:
+            once.audit.entry.resource = names.key(key_id)
         return await self._store.add_key(KeyRow(tenant, key_id, given, _digest(token), b""), once), token
 
     async def rotate(self, tenant: str, key_id: str, overlap: int, once: Once | None = None) -> tuple[v1.Key, str]:

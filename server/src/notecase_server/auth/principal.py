@@ -1,7 +1,7 @@
 """Who calls: a principal, and what makes one of a credential."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
 
@@ -28,6 +28,8 @@ class Principal:
     role: Role
     user: str = ""
     """The id of the user whose sessions and state are all that this principal sees; empty when it is bound to none."""
+    display_name: str = field(default="", compare=False)
+    """For people."""
 
 
 Metadata = Mapping[str, str | bytes]

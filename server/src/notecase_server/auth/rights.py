@@ -17,6 +17,8 @@ class Right(NamedTuple):
     """The least role of a tenant; OPERATOR where no role of a tenant may."""
     operators: bool = False
     """Operators may, too."""
+    bound: bool = False
+    """Callers that are bound to a user may, too, whatever their role: about what is their own."""
 
 
 def _service(name: str, **methods: Role) -> Mapping[str, Right]:
@@ -70,6 +72,8 @@ METHODS: Mapping[str, Right] = {
         f"/notecase.v1.TenantService/{method}Tenant{'s' if method == 'List' else ''}": Right(OPERATOR)
         for method in ("Create", "Get", "List", "Suspend", "Resume", "Delete")
     },
+    "/notecase.v1.AuditService/GetPrincipal": Right(DEVELOPER, operators=True, bound=True),
+    "/notecase.v1.AuditService/ListAuditEntries": Right(ADMIN, operators=True),
     **_service("BlobService", UploadBlob=USER, DownloadBlob=VIEWER, GetUpload=VIEWER, GetBlob=VIEWER),
     **{
         f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo": Right(VIEWER, operators=True)
@@ -80,6 +84,7 @@ METHODS: Mapping[str, Right] = {
 
 UNBOUND = (
     "/notecase.v1.AgentService/",
+    "/notecase.v1.AuditService/ListAuditEntries",
     "/notecase.v1.KeyService/",
     "/notecase.v1.TenantService/",
     "/notecase.v1.SessionService/EraseUser",
@@ -101,10 +106,15 @@ def has(role: Role, least: Role) -> bool:
     return role is least if OPERATOR in (role, least) else role >= least
 
 
+def leaves_traces(method: str) -> bool:
+    """Returns whether what a method does is to say who did it: whether it is for more than to read."""
+    return METHODS.get(method, UNKNOWN).least is not VIEWER
+
+
 def refusal(principal: Principal, method: str) -> NotecaseError | None:
     """Returns ROLE_MISSING when the principal may not call the method."""
     right = METHODS.get(method, UNKNOWN)
     if principal.user and (method not in METHODS or method.startswith(UNBOUND)):
         return errors.bound_to_user(right.least.name)
-    allowed = has(principal.role, right.least) or (right.operators and principal.role is OPERATOR)
-    return None if allowed else errors.role_missing(right.least.name)
+    besides = (right.operators and principal.role is OPERATOR) or (right.bound and bool(principal.user))
+    return None if has(principal.role, right.least) or besides else errors.role_missing(right.least.name)

@@ -9,6 +9,7 @@ from notecase_server.cli.lazy import Lazy, LazyGroup
 
 COMMANDS = {
     "agents": Lazy("look:agents", "List agents by name."),
+    "audit": Lazy("audit:audit", "List who did what: keys, tenants, deletions, exports, approvals, refusals."),
     "backup": Lazy("backup:backup", "Copy a store to the file DEST, while a server goes on with it."),
     "chat": Lazy("chat:chat", "Talk with an agent."),
     "config": Lazy("config:config", "Check a configuration file."),

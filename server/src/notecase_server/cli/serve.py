@@ -128,6 +128,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
 @_number("max-tenant-blob-bytes", "All content of a tenant. 0: as much as the disk holds.", least=0)
 @_number("max-uploads", "Uploads of a tenant, under way or remembered. 0: any number.", least=0)
 @_number("max-requests", "Requests of a tenant that are remembered for a day. 0: any number.", least=0)
+@_number("audit-days", "How long it is kept who did what (AuditService), in days. 0: for ever.", least=0)
 @click.option(
     "--grace",
     type=click.FloatRange(0),

@@ -195,6 +195,7 @@ class Admission:
                 if_last_sequence=start.if_last_sequence if start.HasField("if_last_sequence") else None,
                 events=opening(start, session.user, agent, run_id, caused.cause_id, self._new_id),
                 start=RunRecord(digest, agent),
+                principal=caused.principal,
                 newest=read_first(agent.llm.context),
             )
             live = self._sessions.live(key)
@@ -284,6 +285,7 @@ class Admission:
                 reason="Another run was started." if start.on_busy == INTERRUPT else "It was rolled back.",
                 once=caused.once,
                 command=caused.command,
+                principal=caused.principal,
             )
             self._roster.halt(worker, halt)
         committed = await halt.done
@@ -305,7 +307,14 @@ class Admission:
         if start.HasField("settings"):  # the run's record has them
             event.command_queued.start.settings.CopyFrom(without_values(start.settings))
         committed = await self._sessions.live(key).commit(
-            Commit(key=key, once=caused.once, command=caused.command, events=[event], start=RunRecord(digest, agent)),
+            Commit(
+                key=key,
+                once=caused.once,
+                command=caused.command,
+                events=[event],
+                principal=caused.principal,
+                start=RunRecord(digest, agent),
+            ),
             late=lambda _: self.queued(key),
         )
         self.queued(key)

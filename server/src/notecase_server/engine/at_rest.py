@@ -13,7 +13,7 @@ from notecase_server.engine.roster import Caused
 from notecase_server.engine.services import Services
 from notecase_server.engine.sessions import Sessions
 from notecase_server.errors import Violation
-from notecase_server.store.contract import Answer, Commit, Committed, Fork, Once, SessionKey
+from notecase_server.store.contract import Answer, Commit, Committed, Fork, SessionKey
 
 
 class AtRest:
@@ -32,7 +32,7 @@ class AtRest:
 
         Raises Replayed for a repeat, and NotecaseError: SESSION_NOT_FOUND, RUN_ACTIVE, SEQUENCE_MISMATCH,
         SEQUENCE_AHEAD, INVALID_FIELD."""
-        commit = Commit(key=key, once=caused.once, if_last_sequence=if_last_sequence)
+        commit = Commit(key=key, once=caused.once, if_last_sequence=if_last_sequence, principal=caused.principal)
         way = Back(to_sequence, "to_sequence")
         return await self._services.supervisor.whole(self._rewind(commit, way, caused.cause_id))
 
@@ -43,7 +43,7 @@ class AtRest:
             return await self._admission.commit_back(live, commit, way, cause_id)
 
     async def fork(
-        self, source: SessionKey, at_sequence: int | None, key: SessionKey, chosen: v1.Session, once: Once | None
+        self, source: SessionKey, at_sequence: int | None, key: SessionKey, chosen: v1.Session, caused: Caused
     ) -> Committed:
         """Makes a session that begins with the log of another up to a sequence, its head for None. What of `chosen` is
         empty is taken from the source, except for its expiry.
@@ -59,8 +59,11 @@ class AtRest:
         for name in ("expire_time", "ttl", "idle_ttl"):
             if chosen.HasField(name):
                 getattr(made, name).CopyFrom(getattr(chosen, name))
-        fork = Fork(key=key, source=source, past=past, session=made, events=ended(past))
-        record = self._sessions.record(once, key.tenant, Answer("session"))
+        events = ended(past)
+        for event in events:
+            event.principal = caused.principal
+        fork = Fork(key=key, source=source, past=past, session=made, events=events)
+        record = self._sessions.record(caused.once, key.tenant, Answer("session"))
         store = self._sessions.store
         committed = await self._sessions.surely(record, lambda record: store.fork(replace(fork, once=record)))
         self._sessions.live(key).committed(committed)
@@ -96,4 +99,4 @@ class AtRest:
             events = plan.events(text, usage)
         for event in events:
             event.cause_id = caused.cause_id
-        return await live.commit(Commit(key=key, once=caused.once, events=events))
+        return await live.commit(Commit(key=key, once=caused.once, events=events, principal=caused.principal))

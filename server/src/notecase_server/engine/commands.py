@@ -67,6 +67,7 @@ class Commands:
                 if questions_only and request.kind != v1.InputRequest.KIND_QUESTION:
                     raise errors.bound_to_user("USER", ["input_response.input_id"])
                 _check_decision(request, response)
+                caused = _told(caused, names.run(key.session, worker.log.run.name), request, response)
                 if checked or not request.schema:
                     call = worker.log.call(request.call.call_id)
                     answer = None
@@ -105,7 +106,13 @@ class Commands:
             messages = incoming(self._services.new_id, kept, run_log.live.user)
             added = [v1.Event(message_added=message, cause_id=caused.cause_id) for message in messages]
             if said.when == v1.UserInput.WHEN_INTERRUPT:
-                halt = Halt(said=added, reason="The user interrupted.", once=caused.once, command=caused.command)
+                halt = Halt(
+                    said=added,
+                    reason="The user interrupted.",
+                    once=caused.once,
+                    command=caused.command,
+                    principal=caused.principal,
+                )
                 self._roster.halt(worker, halt)
             else:
                 denied: list[v1.Event] = []
@@ -142,7 +149,13 @@ class Commands:
                 return committed
             if cancel.mode == v1.CancelCommand.MODE_AFTER_TURN:
                 return await worker.log.command(_after_turn(worker.log, cancel), *caused)
-            halt = Halt(reason=cancel.reason, cause_id=caused.cause_id, once=caused.once, command=caused.command)
+            halt = Halt(
+                reason=cancel.reason,
+                cause_id=caused.cause_id,
+                once=caused.once,
+                command=caused.command,
+                principal=caused.principal,
+            )
             self._roster.halt(worker, halt)
         return await self._halted(key, halt)
 
@@ -183,7 +196,14 @@ class Commands:
         change = v1.RunStateChanged(state=v1.Run.STATE_CANCELLED, reason=cancel.reason)
         event = v1.Event(run=run_id, cause_id=caused.cause_id, run_state_changed=change)
         return await self._sessions.commit(
-            Commit(key=key, once=caused.once, command=caused.command, events=[event], start=start)
+            Commit(
+                key=key,
+                once=caused.once,
+                command=caused.command,
+                events=[event],
+                principal=caused.principal,
+                start=start,
+            )
         )
 
     # ---- waiting
@@ -232,6 +252,17 @@ def _check_decision(request: v1.InputRequest, response: v1.InputResponse) -> Non
     if response.decision not in allowed:
         told = " or ".join(sorted(v1.InputResponse.Decision.Name(decision) for decision in allowed))
         raise errors.invalid([Violation("input_response.decision", f"this asks for {told}")])
+
+
+def _told(caused: Caused, run: str, request: v1.InputRequest, response: v1.InputResponse) -> Caused:
+    """Says in the audit what of which run is answered, and how. Answers to questions are not in it."""
+    if caused.audit is None or request.kind == v1.InputRequest.KIND_QUESTION:
+        return caused._replace(audit=None)
+    entry = v1.AuditEntry()
+    entry.CopyFrom(caused.audit.entry)
+    entry.resource, entry.input_id = run, response.input_id
+    entry.outcome = v1.InputResponse.Decision.Name(response.decision).removeprefix("DECISION_")
+    return caused._replace(audit=caused.audit._replace(entry=entry))
 
 
 def words(said: v1.UserInput) -> str:

@@ -43,6 +43,8 @@ class Halt:
     cause_id: str = ""
     once: Once | None = None
     command: CommandId | None = None
+    principal: str = ""
+    """Who asks: see Commit.principal."""
     done: asyncio.Future[Committed] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """The commit that sealed. NotecaseError RUN_ENDED when the run ended by itself first, Replayed or Duplicate when
     another halt of the same command came before, SERVER_DRAINING when the server stopped first."""

@@ -47,7 +47,7 @@ class Queue:
                     events = opening(start, session.user, agent, queued.run, queued.command_id, self._services.new_id)
                     begin = partial(self._roster.begin, live, run=queued.run, agent=agent)
                     newest = read_first(agent.llm.context)
-                    commit = Commit(key=key, claim=True, events=events, newest=newest)
+                    commit = Commit(key=key, claim=True, events=events, principal=event.principal, newest=newest)
                     try:
                         committed = await live.commit(commit, late=partial(begin, placed=False))
                     except NotecaseError as error:

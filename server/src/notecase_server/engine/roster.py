@@ -21,7 +21,7 @@ from notecase_server.engine.session import LiveSession
 from notecase_server.engine.sessions import Sessions
 from notecase_server.engine.worker import Worker
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import ActiveRun, CommandId, Committed, Once, Query, SessionKey, StepKey
+from notecase_server.store.contract import ActiveRun, AuditRow, CommandId, Committed, Once, Query, SessionKey, StepKey
 from notecase_server.store.fold import ENDED, open_calls
 from notecase_server.supervisor import Tasks, backoff
 
@@ -42,6 +42,10 @@ class Caused(NamedTuple):
     cause_id: str = ""
     once: Once | None = None
     command: CommandId | None = None
+    principal: str = ""
+    """Whose request it is: see Commit.principal."""
+    audit: AuditRow | None = None
+    """To be written with it: see Commit.audit."""
 
 
 class Entry(NamedTuple):

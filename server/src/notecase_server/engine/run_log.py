@@ -19,6 +19,7 @@ from notecase_server.engine.session import LiveSession
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import (
     ActiveRun,
+    AuditRow,
     CommandId,
     Commit,
     Committed,
@@ -185,13 +186,15 @@ class RunLog:
         cause_id: str = "",
         once: Once | None = None,
         command: CommandId | None = None,
+        principal: str = "",
+        audit: AuditRow | None = None,
         deaths: int | None = None,
     ) -> Committed:
         """Commits on behalf of a command, with what follows. The caller holds the session's lock."""
         for event in events:
             event.cause_id = event.cause_id or cause_id
         owned = self.own([*events, *self.consequence(events)])
-        return await self._commit(owned, once=once, command=command, deaths=deaths)
+        return await self._commit(owned, once, command, principal, audit=audit, deaths=deaths)
 
     async def durably(self, decide: Callable[[], list[v1.Event]]) -> Committed | None:
         """Commits what `decide` says under the session's lock, with what follows; None when that is nothing. Waits for
@@ -209,6 +212,7 @@ class RunLog:
         *,
         once: Once | None = None,
         command: CommandId | None = None,
+        principal: str = "",
         if_last_sequence: int | None = None,
         start: RunRecord | None = None,
         deaths: int | None = None,
@@ -231,7 +235,7 @@ class RunLog:
                 events = decide()
                 if not events:
                     return None
-                conditions = (once, command, if_last_sequence, start, deaths)
+                conditions = (once, command, principal, if_last_sequence, start, deaths)
                 try:
                     return await self._commit(events, *conditions, follow)
                 except NotecaseError as error:
@@ -267,10 +271,12 @@ class RunLog:
         events: Sequence[v1.Event],
         once: Once | None = None,
         command: CommandId | None = None,
+        principal: str = "",
         if_last_sequence: int | None = None,
         start: RunRecord | None = None,
         deaths: int | None = None,
         then: Callable[[Committed], None] | None = None,
+        audit: AuditRow | None = None,
     ) -> Committed:
         def follow(committed: Committed) -> None:
             self.deaths = self.deaths if deaths is None else deaths
@@ -289,6 +295,8 @@ class RunLog:
                 claim=start is not None,
                 if_last_sequence=if_last_sequence,
                 events=events,
+                principal=principal,
+                audit=audit,
                 start=start,
                 deaths=deaths,
             ),
@@ -331,9 +339,9 @@ class RunLog:
 
 
 def taken(queued: Sequence[v1.Event]) -> list[v1.Event]:
-    """Returns the messages that were said, as events under the ids of their commands."""
+    """Returns the messages that were said, as events under the ids and the principals of their commands."""
     return [
-        v1.Event(cause_id=event.cause_id, message_added=message)
+        v1.Event(cause_id=event.cause_id, principal=event.principal, message_added=message)
         for event in queued
         for message in event.command_queued.input.messages
     ]

@@ -9,12 +9,13 @@ from weakref import WeakValueDictionary
 
 from notecase import v1
 
-from notecase_server import errors
+from notecase_server import errors, names
 from notecase_server.engine.session import LiveSession
 from notecase_server.engine.transcripts import Transcripts
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import (
     Answer,
+    AuditRow,
     Commit,
     Committed,
     Compare,
@@ -128,6 +129,7 @@ class Sessions:
         if_version: int | None,
         once: Once | None,
         cause_id: str,
+        principal: str = "",
     ) -> Committed | v1.State:
         """Changes a state of any scope: that of the session `key` by an event of its log, others in place and with a
         record."""
@@ -135,7 +137,8 @@ class Sessions:
             change = v1.Event(cause_id=cause_id)
             change.state_changed.ops.extend(ops)
             versions = {} if if_version is None else {"": if_version}
-            return await self.commit(Commit(key=key, once=once, if_state_version=versions, events=[change]))
+            commit = Commit(key=key, once=once, if_state_version=versions, events=[change], principal=principal)
+            return await self.commit(commit)
         assert once is not None
         state = await self.surely(once, lambda record: self.store.update_state(scope, ops, if_version, record))
         self.state_changed(scope, ops, state.version)
@@ -187,9 +190,11 @@ class Sessions:
         for live in list(self._live.values()):
             live.ring()
 
-    async def delete(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
+    async def delete(
+        self, key: SessionKey, if_etag: str = "", once: Once | None = None, audit: AuditRow | None = None
+    ) -> None:
         """Deletes a session and lets its watchers go; see Store.delete_session. Raises Replayed for a repeat."""
-        record = self.record(once, key.tenant, Answer("nothing"))
+        record = self.record(once, key.tenant, Answer("nothing"))._replace(audit=audit)
         try:
             await self.surely(record, lambda record: self.store.delete_session(key, if_etag, record))
         except Replayed:
@@ -224,14 +229,19 @@ class Sessions:
         while not await self.surely(once, erased):
             while rows := (await self.store.list_sessions(tenant, mine)).rows:
                 for row in rows:
-                    gone += await self.delete_if_there(SessionKey(tenant, row.name, row.uid))
+                    gone += await self.delete_if_there(SessionKey(tenant, row.name, row.uid), once.audit)
             await self.store.sweep_sessions(tenant, user)
         return gone
 
-    async def delete_if_there(self, key: SessionKey) -> bool:
-        """Deletes a session; returns whether it was not somebody else who did."""
+    async def delete_if_there(self, key: SessionKey, audit: AuditRow | None = None) -> bool:
+        """Deletes a session; returns whether it was not somebody else who did. `audit` says what led to it."""
+        if audit is not None:
+            entry = v1.AuditEntry()
+            entry.CopyFrom(audit.entry)
+            entry.resource = names.session(key.session)
+            audit = audit._replace(entry=entry)
         try:
-            await self.delete(key)
+            await self.delete(key, audit=audit)
         except Replayed:
             return True
         except NotecaseError as error:

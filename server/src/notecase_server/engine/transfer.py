@@ -82,6 +82,7 @@ async def _written(store: History, key: SessionKey, contents: Contents | None) -
         for event in events:
             if event.sequence > session.last_sequence:
                 break
+            event.ClearField("principal")
             for blob in fold.references(event) if contents is not None else ():
                 if contents is not None and blob.name not in told:
                     told.add(blob.name)
@@ -311,4 +312,5 @@ def _events(file: BinaryIO) -> Iterator[v1.Event]:
             number += 1
             if not record.HasField("event") or record.event.sequence != number:
                 raise out_of_place(number)
+            record.event.ClearField("principal")
             yield record.event

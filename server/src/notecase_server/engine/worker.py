@@ -299,6 +299,7 @@ class Worker:
                     lambda way=way: self._sealing(halt, way),  # type: ignore[misc]
                     once=halt.once,
                     command=halt.command,
+                    principal=halt.principal,
                     if_last_sequence=head,
                     start=replacement.record if replacement is not None else None,
                     then=(lambda made: self._roster.begin_next(self, halt, made)) if replacement else None,

@@ -3,7 +3,10 @@
 from contextvars import ContextVar
 from typing import NamedTuple
 
+from notecase import v1
+
 from notecase_server.auth.principal import Principal, Role
+from notecase_server.store.contract import AuditRow
 
 NOBODY = Principal("", "", Role.VIEWER)
 """Makes the calls that need no credential, and those that were not judged yet."""
@@ -16,6 +19,9 @@ class Caller(NamedTuple):
     request_id: str
     method: str
     """The path, such as /notecase.v1.RunService/Run."""
+    principal_name: str = ""
+    """How events name the principal: principals/{principal}. Empty without credentials, and in calls that only
+    read."""
 
     @property
     def tenant(self) -> str:
@@ -25,6 +31,26 @@ class Caller(NamedTuple):
     def user(self) -> str:
         """The user that the caller is bound to, by its whole name; empty when it is bound to none."""
         return f"users/{self.principal.user}" if self.principal.user else ""
+
+    def audit(self, resource: str = "") -> AuditRow | None:
+        """Returns what the audit of the caller's tenant says of this call; None for a caller without credentials."""
+        return audit_row(self, self.tenant, self.principal_name, resource)
+
+
+def audit_row(who: Caller, tenant: str, principal_name: str, resource: str) -> AuditRow | None:
+    """Returns what the audit of a tenant says of a call, whose principal has that name there; None where it has
+    none."""
+    if not principal_name:
+        return None
+    entry = v1.AuditEntry(
+        principal=principal_name,
+        method=who.method.removeprefix("/"),
+        resource=resource,
+        outcome="OK",
+        request_id=who.request_id,
+        call_count=1,
+    )
+    return AuditRow(tenant, entry)
 
 
 caller: ContextVar[Caller] = ContextVar("caller")

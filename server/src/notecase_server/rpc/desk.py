@@ -8,18 +8,21 @@ from typing import Any, TypeVar
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
+from notecase_server.auth.principal import Role
+from notecase_server.auth.principals import Principals
 from notecase_server.engine.arrivals import Arrivals
 from notecase_server.engine.content import Contents, digest_of
 from notecase_server.engine.places import Places
+from notecase_server.engine.roster import Caused
 from notecase_server.engine.runs import Runs
 from notecase_server.engine.schema import Schemas
 from notecase_server.engine.sessions import Sessions
 from notecase_server.rpc import filter as filters
-from notecase_server.rpc.caller import caller
+from notecase_server.rpc.caller import audit_row, caller
 from notecase_server.rpc.pages import ListRequest, Pages
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.validate import Check
-from notecase_server.store.contract import Answer, Once, Query, RequestStore, SessionKey
+from notecase_server.store.contract import Answer, AuditRow, Once, Query, RequestStore, SessionKey
 from notecase_server.tools.contract import Toolbox
 
 M = TypeVar("M", bound=Message)
@@ -55,6 +58,7 @@ class Desk:
     pages: Pages
     contents: Contents
     arrivals: Arrivals
+    principals: Principals
     heavy: Places
     """For what reads a long past: forks, rewinds, states as they were. Whoever asks for such waits for its turn, and
     not all others for it."""
@@ -87,10 +91,17 @@ class Desk:
         finally:
             self.heavy.give_back()
 
-    async def surely(self, once: Once | None, answer: Answer, write: Callable[[Once], Awaitable[R]]) -> R:
-        """Makes a write that no session's log records: see Sessions.surely."""
-        record = self.sessions.record(once, caller.get().tenant, answer)
+    async def surely(
+        self, once: Once | None, answer: Answer, write: Callable[[Once], Awaitable[R]], audit: AuditRow | None = None
+    ) -> R:
+        """Makes a write that no session's log records, with what the audit says of it: see Sessions.surely."""
+        record = self.sessions.record(once, caller.get().tenant, answer)._replace(audit=audit)
         return await self.sessions.surely(record, write)
+
+    async def audit_of(self, tenant: str, resource: str) -> AuditRow | None:
+        """Returns what the audit of a tenant, or of the operators for "", says of this call."""
+        who = caller.get()
+        return audit_row(who, tenant, await self.principals.name(who.principal, tenant), resource)
 
 
 async def once(request: M, answer: Answer) -> Once | None:
@@ -103,11 +114,26 @@ async def once(request: M, answer: Answer) -> Once | None:
     return Once(who.tenant, who.principal.subject, who.method, request_id, digest, answer)
 
 
+async def caused_by(request: M, answer: Answer) -> Caused:
+    """Names what is behind the events that this request leads to."""
+    repeat = await once(request, answer)
+    return Caused(request.request_id, repeat, principal=caller.get().principal_name)  # type: ignore[attr-defined]
+
+
 def checked(request: Any) -> Check:
     """A Check that has looked at the request_id, for a write."""
     check = Check()
     check.token_id("request_id", request.request_id)
     return check
+
+
+def named_tenant(check: Check, name: str) -> str:
+    """The tenant that is meant, empty for the operators. Only an operator may name another than its own."""
+    own = caller.get().tenant
+    tenant = (check.tenant("tenant", name) if name else "") or own
+    if tenant != own:
+        check.needs(Role.OPERATOR, "tenant")
+    return tenant
 
 
 def masked(check: Check, mask: FieldMask, given: Message, allowed: Iterable[str]) -> FieldMask:

@@ -22,6 +22,7 @@ from notecase_server import errors
 from notecase_server.auth import rights
 from notecase_server.auth.chain import Chain
 from notecase_server.auth.principal import Principal
+from notecase_server.auth.principals import Principals
 from notecase_server.auth.tenants import Tenants
 from notecase_server.errors import NotecaseError
 from notecase_server.limit import Limit
@@ -85,9 +86,13 @@ class Doorway(grpc.aio.ServerInterceptor):
         gate: Gate,
         judge: Callable[[Any], Awaitable[None]] | None = None,
         tenants: Tenants | None = None,
+        principals: Principals | None = None,
+        note: Callable[[NotecaseError], None] = lambda error: None,
     ) -> None:
         """A stream on which one frame waits for its reader for `stall` seconds ends with WATCHER_TOO_SLOW. `judge`
-        looks at each request of a caller that is bound to a user."""
+        looks at each request of a caller that is bound to a user; `note` is told each refusal."""
+        self.note = note
+        self._principals = principals
         self.stall = stall
         self.judge_request = judge
         self._tenants = tenants
@@ -144,10 +149,14 @@ class Doorway(grpc.aio.ServerInterceptor):
         if who.method.startswith(HEALTH):
             return
         principal = await self._principal(one)
+        caller.set(who := who._replace(principal=principal))
         if (refusal := rights.refusal(principal, who.method)) is not None:
             raise refusal
         one.principal = principal
-        caller.set(who._replace(principal=principal))
+        name = ""
+        if self._principals is not None and rights.leaves_traces(who.method):
+            name = await self._principals.name(principal, principal.tenant)
+        caller.set(who._replace(principal_name=name))
         if principal.subject:
             structlog.contextvars.bind_contextvars(tenant=principal.tenant, subject=principal.subject)
 
@@ -217,7 +226,10 @@ class Endpoint(ABC):
         except grpc.aio.AbortError:
             raise
         except Exception as error:  # noqa: BLE001  (nothing internal may reach the client)
-            await self._refuse(context, one.why if one and one.limit.passed and one.why else error)
+            why = one.why if one and one.limit.passed and one.why else error
+            if isinstance(why, NotecaseError):
+                self._door.note(why)
+            await self._refuse(context, why)
         finally:
             self._door.leave()
 

@@ -7,9 +7,7 @@ from google.protobuf.empty_pb2 import Empty
 from notecase import v1
 
 from notecase_server.auth.keys import Keys
-from notecase_server.auth.principal import Role
-from notecase_server.rpc.caller import caller
-from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, once
+from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, named_tenant, once
 from notecase_server.rpc.validate import Check
 from notecase_server.store.contract import Answer, KeyStore
 
@@ -25,7 +23,7 @@ class KeysService(v1.KeyServiceServicer):
 
     async def CreateKey(self, request: v1.CreateKeyRequest, context: Any) -> v1.CreateKeyResponse:
         check = checked(request)
-        tenant = _tenant(check, request.tenant)
+        tenant = named_tenant(check, request.tenant)
         check.text("key.display_name", request.key.display_name)
         check.choice("key", request.key, "role")
         role = request.key.role
@@ -43,12 +41,14 @@ class KeysService(v1.KeyServiceServicer):
         answer = Answer("made_key")
         repeat = await once(request, answer)
         await self.desk.requests.recall(repeat)
-        key, secret = await self.desk.surely(repeat, answer, partial(self.keys.create, tenant, request.key))
+        audit = await self.desk.audit_of(tenant, "")
+        create = partial(self.keys.create, tenant, request.key)
+        key, secret = await self.desk.surely(repeat, answer, create, audit)
         return v1.CreateKeyResponse(key=key, secret=secret)
 
     async def ListKeys(self, request: v1.ListKeysRequest, context: Any) -> v1.ListKeysResponse:
         check = Check()
-        tenant = _tenant(check, request.tenant)
+        tenant = named_tenant(check, request.tenant)
         about = ("keys", tenant)
         query = listed(check, self.desk.pages, request, *about)
         page = await self.store.list_keys(tenant, query)
@@ -56,29 +56,23 @@ class KeysService(v1.KeyServiceServicer):
 
     async def RevokeKey(self, request: v1.RevokeKeyRequest, context: Any) -> Empty:
         check = checked(request)
-        tenant, key_id = _tenant(check, request.tenant), check.key_name("name", request.name)
+        tenant, key_id = named_tenant(check, request.tenant), check.key_name("name", request.name)
         check.done()
         repeat = await once(request, NOTHING)
-        await self.desk.surely(repeat, NOTHING, partial(self.keys.revoke, tenant, key_id))
+        audit = await self.desk.audit_of(tenant, request.name)
+        await self.desk.surely(repeat, NOTHING, partial(self.keys.revoke, tenant, key_id), audit)
         return Empty()
 
     async def RotateKey(self, request: v1.RotateKeyRequest, context: Any) -> v1.RotateKeyResponse:
         check = checked(request)
-        tenant, key_id = _tenant(check, request.tenant), check.key_name("name", request.name)
+        tenant, key_id = named_tenant(check, request.tenant), check.key_name("name", request.name)
         if check.duration("overlap", request.overlap):
             check(request.overlap.seconds <= MAX_OVERLAP, "overlap", "is longer than 30 days")
         check.done()
         answer = Answer("rotated_key")
         repeat = await once(request, answer)
         overlap = request.overlap.ToMicroseconds()
-        key, secret = await self.desk.surely(repeat, answer, partial(self.keys.rotate, tenant, key_id, overlap))
+        audit = await self.desk.audit_of(tenant, request.name)
+        rotate = partial(self.keys.rotate, tenant, key_id, overlap)
+        key, secret = await self.desk.surely(repeat, answer, rotate, audit)
         return v1.RotateKeyResponse(key=key, secret=secret)
-
-
-def _tenant(check: Check, name: str) -> str:
-    """The tenant whose keys are meant, empty for operators' own. Only an operator may name another than its own."""
-    own = caller.get().tenant
-    tenant = (check.tenant("tenant", name) if name else "") or own
-    if tenant != own:
-        check.needs(Role.OPERATOR, "tenant")
-    return tenant

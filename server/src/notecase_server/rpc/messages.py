@@ -6,6 +6,7 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine.opening import incoming
+from notecase_server.rpc.caller import caller
 from notecase_server.rpc.desk import LARGE_BYTES, LARGE_PAGE, Desk, checked, listed, once
 from notecase_server.rpc.validate import Check
 from notecase_server.store import answers
@@ -54,7 +55,8 @@ class Messages(v1.MessageServiceServicer):
         said = incoming(self.desk.new_id, await self.desk.contents.kept(key, request.messages), session.user)
         events = [v1.Event(cause_id=request.request_id, message_added=message) for message in said]
         expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
-        commit = Commit(key=key, once=repeat, if_last_sequence=expected, events=events)
+        principal = caller.get().principal_name
+        commit = Commit(key=key, once=repeat, if_last_sequence=expected, events=events, principal=principal)
         async with self.desk.patiently(heavy=request.ByteSize() > LARGE_BYTES):
             made: v1.AppendMessagesResponse = answers.of(answer, await self.desk.sessions.commit(commit))
         return made

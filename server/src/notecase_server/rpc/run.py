@@ -18,6 +18,7 @@ from notecase_server.engine.session import LiveSession
 from notecase_server.engine.sessions import Sessions
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.rpc.caller import caller
+from notecase_server.rpc.refusals import Refusals
 from notecase_server.rpc.validate import Check
 from notecase_server.rpc.watch import Cursor, Pace
 from notecase_server.store.contract import CommandId, Commit, Committed, Duplicate, SessionKey
@@ -52,8 +53,9 @@ class Drain:
 class Streams:
     """What the streams of a server share."""
 
-    def __init__(self, sessions: Sessions, runs: Runs, supervisor: Supervisor, pace: Pace) -> None:
+    def __init__(self, sessions: Sessions, runs: Runs, supervisor: Supervisor, pace: Pace, refusals: Refusals) -> None:
         self.drain = Drain(sessions)
+        self._refusals = refusals
         self._sessions = sessions
         self._runs = runs
         self._supervisor = supervisor
@@ -203,6 +205,7 @@ class Streams:
         except NotecaseError as error:
             if error.reason == v1.ERROR_REASON_INTERNAL:
                 raise
+            self._refusals.note(error)
             return v1.CommandResult(
                 command_id=frame.command_id,
                 disposition=v1.CommandResult.DISPOSITION_REFUSED,
@@ -279,6 +282,7 @@ class Streams:
                 command=await _command_id(frame),
                 if_state_version={state: update.if_version} if update.HasField("if_version") else {},
                 events=[change],
+                principal=caller.get().principal_name,
             )
         )
 
@@ -330,7 +334,9 @@ async def _command_id(frame: v1.RunRequest) -> CommandId | None:
 
 
 async def _caused(frame: v1.RunRequest) -> Caused:
-    return Caused(frame.command_id, None, await _command_id(frame))
+    who = caller.get()
+    audit = who.audit() if frame.HasField("input_response") else None
+    return Caused(frame.command_id, None, await _command_id(frame), who.principal_name, audit)
 
 
 def _result(

@@ -6,12 +6,11 @@ from typing import Any
 from notecase import v1
 
 from notecase_server import errors, names
-from notecase_server.engine.roster import Caused
 from notecase_server.errors import NotecaseError
 from notecase_server.names import RunName
 from notecase_server.rpc import filter as filters
 from notecase_server.rpc.caller import caller
-from notecase_server.rpc.desk import Desk, checked, listed, once
+from notecase_server.rpc.desk import Desk, caused_by, checked, listed
 from notecase_server.rpc.run import claimed
 from notecase_server.rpc.validate import Check
 from notecase_server.store import answers
@@ -45,7 +44,7 @@ class RunsService(v1.RunServiceServicer):
         timeout = check.seconds("timeout", request)
         await check.settled()
         try:
-            who, caused = caller.get(), Caused(request.request_id, await once(request, Answer("started")))
+            who, caused = caller.get(), await caused_by(request, Answer("started"))
             key, run, _ = await self.runs.admission.start(who.tenant, claimed(request.start), caused, who.user)
             run_id = run.name
         except Replayed as replayed:
@@ -61,7 +60,7 @@ class RunsService(v1.RunServiceServicer):
         check = checked(request)
         check.start("start", request.start)
         await check.settled()
-        who, caused = caller.get(), Caused(request.request_id, await once(request, Answer("started")))
+        who, caused = caller.get(), await caused_by(request, Answer("started"))
         started = await self.runs.admission.start(who.tenant, claimed(request.start), caused, who.user)
         return names.render_run(started.key.session, started.run)
 
@@ -104,7 +103,7 @@ class RunsService(v1.RunServiceServicer):
         check.cancel("cancel", request.cancel)
         check.done()
         answer = Answer("run", run)
-        caused = Caused(request.request_id, await once(request, answer))
+        caused = await caused_by(request, answer)
         key = await self.desk.session(session, caused.once)
         try:
             done = await self.runs.commands.cancel(key, run, request.cancel, caused)

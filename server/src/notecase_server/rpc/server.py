@@ -10,6 +10,7 @@ from notecase_server.auth.keys import Keys
 from notecase_server.auth.tenants import Tenants
 from notecase_server.engine.tenancy import Tenancy
 from notecase_server.rpc.agents import Agents
+from notecase_server.rpc.audit import AuditsService
 from notecase_server.rpc.blobs import Blobs
 from notecase_server.rpc.desk import Desk
 from notecase_server.rpc.frames import TRANSPORT_BYTES
@@ -79,6 +80,7 @@ SERVICES = (
     "RunService",
     "BlobService",
     "KeyService",
+    "AuditService",
     "TenantService",
 )
 
@@ -104,6 +106,7 @@ async def build(
     v1.add_RunServiceServicer_to_server(RunsService(desk, store), methods)
     v1.add_BlobServiceServicer_to_server(Blobs(desk, store), methods)
     v1.add_KeyServiceServicer_to_server(KeysService(desk, store, keys), methods)
+    v1.add_AuditServiceServicer_to_server(AuditsService(desk, store), methods)
     v1.add_TenantServiceServicer_to_server(TenantsService(desk, store, tenants, tenancy), methods)
     services = [f"notecase.v1.{name}" for name in SERVICES]
     health = Health(services)

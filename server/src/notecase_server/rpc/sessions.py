@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from google.protobuf.empty_pb2 import Empty
 from google.protobuf.message import Message
@@ -14,16 +14,27 @@ from notecase_server import errors, names
 from notecase_server.auth import rights
 from notecase_server.engine import transfer
 from notecase_server.engine.arrivals import Arrival
-from notecase_server.engine.roster import Caused
 from notecase_server.rpc import filter as filters
 from notecase_server.rpc.caller import caller
-from notecase_server.rpc.desk import LARGE_BYTES, NOTHING, SESSION, Desk, checked, copied, listed, masked, once
+from notecase_server.rpc.desk import (
+    LARGE_BYTES,
+    NOTHING,
+    SESSION,
+    Desk,
+    caused_by,
+    checked,
+    copied,
+    listed,
+    masked,
+    once,
+)
 from notecase_server.rpc.validate import Check
 from notecase_server.store.contract import (
     PAGE_BYTES,
     AgentStore,
     And,
     Answer,
+    AuditStore,
     Commit,
     Committed,
     Compare,
@@ -50,10 +61,14 @@ SESSION_FIELDS = ("display_name", "agent", "labels", *EXPIRY_FIELDS)
 """What an update may change."""
 
 
+class DeskStore(AgentStore, AuditStore, Protocol):
+    """Holds what is looked up and written besides sessions."""
+
+
 class SessionsService(v1.SessionServiceServicer):
-    def __init__(self, desk: Desk, agents: AgentStore) -> None:
+    def __init__(self, desk: Desk, others: DeskStore) -> None:
         self.desk = desk
-        self.agents = agents
+        self.others = others
         self.store = desk.sessions.store
 
     async def CreateSession(self, request: v1.CreateSessionRequest, context: Any) -> v1.Session:
@@ -71,7 +86,8 @@ class SessionsService(v1.SessionServiceServicer):
         for name in sorted(request.state):
             change.state_changed.ops.add(key=name, set=request.state[name])
         events = [change] if request.state else []
-        commit = Commit(key=key, once=repeat, create=request.session, events=events)
+        principal = caller.get().principal_name
+        commit = Commit(key=key, once=repeat, create=request.session, events=events, principal=principal)
         async with self.desk.patiently(heavy=request.ByteSize() > LARGE_BYTES):
             return _session_of(await self.desk.sessions.commit(commit))
 
@@ -118,7 +134,8 @@ class SessionsService(v1.SessionServiceServicer):
         session = check.session("name", request.name)
         check.done()
         repeat = await once(request, NOTHING)
-        await self.desk.sessions.delete(await self.desk.session(session, repeat), request.etag, repeat)
+        key = await self.desk.session(session, repeat)
+        await self.desk.sessions.delete(key, request.etag, repeat, caller.get().audit(request.name))
         return Empty()
 
     async def CompactSession(self, request: v1.CompactSessionRequest, context: Any) -> v1.Session:
@@ -128,7 +145,7 @@ class SessionsService(v1.SessionServiceServicer):
         if request.agent:
             check.agent("agent", request.agent)
         check.done()
-        caused = Caused(request.request_id, await once(request, SESSION))
+        caused = await caused_by(request, SESSION)
         key = await self.desk.session(session, caused.once)
         return _session_of(await self.desk.runs.at_rest.compact(key, request.keep_recent, request.agent, caused))
 
@@ -141,12 +158,12 @@ class SessionsService(v1.SessionServiceServicer):
         check.new_session("session", request.session)
         check(not request.session.user, "session.user", "a fork's user is its source's")
         check.done()
-        repeat = await once(request, SESSION)
-        source = await self.desk.session(session, repeat)
+        caused = await caused_by(request, SESSION)
+        source = await self.desk.session(session, caused.once)
         key = self.desk.sessions.new_key(source.tenant, request.session_id or self.desk.new_id())
         await self._require_agent(request.session.agent)
         async with self.desk.patiently():
-            forked = await self.desk.runs.at_rest.fork(source, at_sequence, key, request.session, repeat)
+            forked = await self.desk.runs.at_rest.fork(source, at_sequence, key, request.session, caused)
         return _session_of(forked)
 
     async def RewindSession(self, request: v1.RewindSessionRequest, context: Any) -> v1.Session:
@@ -157,7 +174,7 @@ class SessionsService(v1.SessionServiceServicer):
         check(request.if_last_sequence >= 0, "if_last_sequence", "is negative")
         check.done()
         expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
-        caused = Caused(request.request_id, await once(request, SESSION))
+        caused = await caused_by(request, SESSION)
         key = await self.desk.session(session, caused.once)
         async with self.desk.patiently():
             return _session_of(await self.desk.runs.at_rest.rewind(key, request.to_sequence, expected, caused))
@@ -166,9 +183,13 @@ class SessionsService(v1.SessionServiceServicer):
         check = checked(request)
         check.user("name", request.name)
         check.done()
-        tenant = caller.get().tenant
-        record = self.desk.sessions.record(await once(request, Answer("erased")), tenant, Answer("erased"))
-        gone = await self.desk.sessions.erase_user(tenant, request.name, record)
+        tenant, audit = caller.get().tenant, caller.get().audit(request.name)
+        repeat = await once(request, Answer("erased"))
+        record = self.desk.sessions.record(repeat, tenant, Answer("erased"))._replace(audit=audit)
+        try:
+            gone = await self.desk.sessions.erase_user(tenant, request.name, record)
+        finally:
+            self.desk.principals.forget()
         return v1.EraseUserResponse(sessions_deleted=gone)
 
     async def ExportSession(
@@ -178,8 +199,12 @@ class SessionsService(v1.SessionServiceServicer):
         session = check.session("name", request.name)
         check.done()
         key = await self.desk.session(session)
+        audit = caller.get().audit(request.name)
         contents = self.desk.contents if request.with_blobs else None
         async for chunk in transfer.exported(self.store, key, contents):
+            if audit is not None:
+                await self.others.add_audit([audit])  # before the first byte
+                audit = None
             yield v1.ExportSessionResponse(chunk=chunk)
 
     async def ImportSession(self, request: AsyncIterator[v1.ImportSessionRequest], context: Any) -> v1.Session:
@@ -210,7 +235,7 @@ class SessionsService(v1.SessionServiceServicer):
 
     async def _require_agent(self, name: str) -> None:
         parsed = names.parse_agent(name) if name else None
-        if parsed and await self.agents.get_agent(caller.get().tenant, parsed.agent, parsed.revision) is None:
+        if parsed and await self.others.get_agent(caller.get().tenant, parsed.agent, parsed.revision) is None:
             raise errors.not_found("agent", name)
 
 

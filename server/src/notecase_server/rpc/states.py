@@ -88,7 +88,9 @@ class States(v1.StateServiceServicer):
         key, scope = await self._found(scope, repeat)
         record = repeat if key else self.desk.sessions.record(repeat, scope.tenant, answer)
         async with self.desk.patiently(heavy=request.ByteSize() > LARGE_BYTES):
-            made = await self.desk.sessions.update_state(key, scope, ops, if_version, record, request.request_id)
+            made = await self.desk.sessions.update_state(
+                key, scope, ops, if_version, record, request.request_id, caller.get().principal_name
+            )
         return answers.of(answer, made)
 
 

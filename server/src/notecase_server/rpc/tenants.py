@@ -6,9 +6,10 @@ from typing import Any
 from google.protobuf.empty_pb2 import Empty
 from notecase import v1
 
-from notecase_server import errors
+from notecase_server import errors, names
 from notecase_server.auth.tenants import Tenants
 from notecase_server.engine.tenancy import Tenancy
+from notecase_server.rpc.caller import caller
 from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, once
 from notecase_server.rpc.validate import Check
 from notecase_server.store.contract import Answer, TenantStore
@@ -30,7 +31,8 @@ class TenantsService(v1.TenantServiceServicer):
         check.text("tenant.display_name", request.tenant.display_name)
         check.done()
         create = partial(self.store.create_tenant, request.tenant_id, request.tenant.display_name)
-        return await self.desk.surely(await once(request, TENANT), TENANT, create)
+        audit = caller.get().audit(names.tenant(request.tenant_id))
+        return await self.desk.surely(await once(request, TENANT), TENANT, create, audit)
 
     async def GetTenant(self, request: v1.GetTenantRequest, context: Any) -> v1.Tenant:
         check = Check()
@@ -63,7 +65,8 @@ class TenantsService(v1.TenantServiceServicer):
         check.done()
         try:
             change = partial(self.store.set_tenant_state, tenant, state)
-            return tenant, await self.desk.surely(await once(request, TENANT), TENANT, change)
+            audit = caller.get().audit(request.name)
+            return tenant, await self.desk.surely(await once(request, TENANT), TENANT, change, audit)
         finally:
             self.tenants.changed(tenant)
 
@@ -73,7 +76,7 @@ class TenantsService(v1.TenantServiceServicer):
         check.done()
         change = partial(self.store.set_tenant_state, tenant, v1.Tenant.STATE_DELETING)
         try:
-            await self.desk.surely(await once(request, NOTHING), NOTHING, change)
+            await self.desk.surely(await once(request, NOTHING), NOTHING, change, caller.get().audit(request.name))
         finally:
             self.tenants.changed(tenant)
         await self.tenancy.remove(tenant)

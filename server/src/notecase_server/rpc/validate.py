@@ -248,6 +248,10 @@ class Check:
         """The key's id."""
         return self._parsed(field, name, names.parse_key, "keys/{key}") or ""
 
+    def principal(self, field: str, name: str) -> str:
+        """The principal's id."""
+        return self._parsed(field, name, names.parse_principal, "principals/{principal}") or ""
+
     def tenant(self, field: str, name: str) -> str:
         """The tenant's id."""
         return self._parsed(field, name, names.parse_tenant, "tenants/{tenant}") or ""

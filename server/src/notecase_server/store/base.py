@@ -8,9 +8,11 @@ from typing import TypeVar
 
 from notecase import v1
 
-from notecase_server.store import content, copies, keys, past, steps, tenants
+from notecase_server import names
+from notecase_server.store import content, copies, keys, past, principals, steps, tenants
 from notecase_server.store.contract import (
     ActiveRun,
+    AuditRow,
     CommandId,
     Commit,
     Committed,
@@ -313,6 +315,21 @@ class TableStore(ABC):
 
     async def is_keyed(self) -> bool:
         return await self._read(lambda tables: tables.is_keyed())
+
+    async def know_principal(self, tenant: str, principal: v1.Principal) -> v1.Principal:
+        return await self._write(partial(principals.know, tenant=tenant, principal=principal))
+
+    async def get_principal(self, tenant: str, principal_id: str) -> v1.Principal | None:
+        return await self._read(lambda tables: tables.principal(tenant, names.principal(principal_id)))
+
+    async def add_audit(self, rows: Sequence[AuditRow]) -> None:
+        await self._write(partial(steps.add_audit, rows=rows))
+
+    async def list_audit(self, tenant: str, query: Query) -> Page[v1.AuditEntry]:
+        return await self._read(lambda tables: take(tables.audit(tenant, query), query.limit))
+
+    async def forget_audit(self, before: int) -> int:
+        return await self._all(lambda tables, _: tables.forget_audit(before, FORGET_BATCH), FORGET_BATCH)
 
     async def create_tenant(self, tenant: str, display_name: str, once: Once | None = None) -> v1.Tenant:
         return await self._write(partial(tenants.create_tenant, tenant=tenant, display_name=display_name, once=once))

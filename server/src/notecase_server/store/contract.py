@@ -88,6 +88,14 @@ class Answer(NamedTuple):
     """How many sessions were erased before."""
 
 
+class AuditRow(NamedTuple):
+    """Tells who did something, in whose audit. The store sets create_time."""
+
+    tenant: str
+    """Whose it is; empty for what is the operators'."""
+    entry: v1.AuditEntry
+
+
 class Once(NamedTuple):
     """Makes a write idempotent: the record is part of the write's own transaction and outlives what the write made.
     Of what is deleted it keeps no answer: a repeat is then SESSION_NOT_FOUND, or of an erased user's state an empty
@@ -108,6 +116,8 @@ class Once(NamedTuple):
     digest: bytes
     """Of the request's body."""
     answer: Answer
+    audit: AuditRow | None = None
+    """Written with the record."""
 
     @classmethod
     def unnamed(cls, tenant: str, commit_id: str, answer: Answer) -> "Once":
@@ -185,6 +195,10 @@ class Commit(NamedTuple):
     content_limit: int | None = None
     """PAYLOAD_TOO_LARGE when the log would refer to blobs of more than so many bytes together, and to more than it did;
     checked last."""
+    principal: str = ""
+    """Who caused the events that name nobody themselves: principals/{principal}, or empty for nobody."""
+    audit: AuditRow | None = None
+    """Written with the events."""
     start: RunRecord | None = None
     """With the event that makes a run: its start, its place in the queue, or its end when that came first."""
     deaths: int | None = None
@@ -303,6 +317,7 @@ Filter = Compare | And | Or | Not
 SESSION_COLUMNS = ("user", "agent", "activity", "display_name", "create_time", "update_time")
 AGENT_COLUMNS = ("display_name", "create_time", "update_time")
 RUN_COLUMNS = ("state", "agent", "create_time")
+AUDIT_COLUMNS = ("principal", "method", "resource", "outcome", "create_time")
 """What a list of each can be filtered by, beside labels. Agents and users by their whole names (`agents/a`)."""
 
 
@@ -507,9 +522,9 @@ class SessionStore(Protocol):
         ...
 
     async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:
-        """Removes a user's state ("users/{user}") when there is no session of that user, nor a row of a deleted one.
-        True when all of it is gone; then it is recorded. False when it is to be called again: a session is left, or the
-        state has more rows than one transaction removes."""
+        """Removes a user's state ("users/{user}"), and the principals that are bound to the user, when there is no
+        session of that user, nor a row of a deleted one. True when all of it is gone; then it is recorded. False when
+        it is to be called again: a session is left, or there are more rows than one transaction removes."""
         ...
 
 
@@ -715,6 +730,34 @@ class KeyStore(Protocol):
         ...
 
 
+class PrincipalStore(Protocol):
+    """Keeps who the principals are that events name."""
+
+    async def know_principal(self, tenant: str, principal: v1.Principal) -> v1.Principal:
+        """The principal of that subject, role and user; stored as it is given when there is none. create_time is the
+        store's."""
+        ...
+
+    async def get_principal(self, tenant: str, principal_id: str) -> v1.Principal | None: ...
+
+
+class AuditStore(Protocol):
+    """Keeps who did what. Entries of writes are written by the writes themselves: Once.audit and Commit.audit."""
+
+    async def add_audit(self, rows: Sequence[AuditRow]) -> None:
+        """Adds entries in one transaction."""
+        ...
+
+    async def list_audit(self, tenant: str, query: Query) -> Page[v1.AuditEntry]:
+        """The last written first. Positions are (number,), by which later entries have higher numbers."""
+        ...
+
+    async def forget_audit(self, before: int) -> int:
+        """Removes the entries of all tenants that were written before that time, in transactions of a bounded number of
+        rows; returns how many."""
+        ...
+
+
 class TenantStore(Protocol):
     """Knows the tenants that an operator has to do with, and removes them."""
 
@@ -778,6 +821,8 @@ class Store(
     AgentStore,
     BlobStore,
     KeyStore,
+    PrincipalStore,
+    AuditStore,
     TenantStore,
     StoreLife,
     Protocol,

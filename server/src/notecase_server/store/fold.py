@@ -161,6 +161,7 @@ def apply(rows: Rows, commit: Commit, now: int) -> Committed:
         session.last_sequence += 1
         event.sequence = session.last_sequence
         event.create_time.FromMicroseconds(now)
+        event.principal = event.principal or commit.principal
         early = commit.start is not None and not commit.start.digest
         _apply_event(rows, commit.key, event, early, _kind(event).does)
         if event.HasField("rewound"):

@@ -55,7 +55,7 @@ def take(found: Iterable[Found[T]], limit: int) -> Page[T]:
     return Page(rows, None)
 
 
-def column(row: Labelled, name: str) -> str | int:
+def column(row: Any, name: str) -> str | int:
     """A field as lists compare it: a time in microseconds, everything else as it is."""
     value: str | int | Timestamp = getattr(row, name)
     return value.ToMicroseconds() if isinstance(value, Timestamp) else value
@@ -68,8 +68,8 @@ def check_column(name: str, columns: tuple[str, ...]) -> str:
     return name
 
 
-def matches(where: Filter | None, row: Labelled, columns: tuple[str, ...]) -> bool:
-    """Whether a filter holds for a row."""
+def matches(where: Filter | None, row: Any, columns: tuple[str, ...]) -> bool:
+    """Whether a filter holds for a row, which is Labelled where the filter names labels."""
     match where:
         case None:
             return True

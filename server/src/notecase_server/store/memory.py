@@ -15,6 +15,7 @@ from notecase_server import errors
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import (
     AGENT_COLUMNS,
+    AUDIT_COLUMNS,
     RUN_COLUMNS,
     SESSION_COLUMNS,
     ActiveRun,
@@ -27,6 +28,7 @@ from notecase_server.store.contract import (
     StepKey,
 )
 from notecase_server.store.lists import Found, Position, matches
+from notecase_server.store.steps import copied
 from notecase_server.store.stretches import Stretch, last_of, marked, superseded_at
 from notecase_server.store.tables import (
     Applied,
@@ -171,6 +173,9 @@ class _Tenant:
     """By subject, RPC and id."""
     blobs: dict[str, _Blob] = field(default_factory=dict)
     uploads: dict[str, UploadRow] = field(default_factory=dict)
+    principals: dict[str, bytes] = field(default_factory=dict)
+    audit: list[tuple[int, v1.AuditEntry]] = field(default_factory=list)
+    """By number."""
     references: defaultdict[tuple[Scope, str], dict[str, int]] = field(default_factory=lambda: defaultdict(dict))
     """By whom: the digests, each with the first event that refers to it."""
 
@@ -190,6 +195,7 @@ class _MemoryTables(Saving):
         self._discarded: list[int] = []
         self._keys: dict[str, KeyRow] = {}
         self._keyed = False
+        self._last_audit = 0
         self._known: dict[str, bytes] = {}
         """Tenants by id, where there is a row."""
 
@@ -771,10 +777,10 @@ class _MemoryTables(Saving):
 
     def key(self, key_id: str) -> KeyRow | None:
         row = self._keys.get(key_id)
-        return row._replace(key=_copied(row.key)) if row else None
+        return row._replace(key=copied(row.key)) if row else None
 
     def put_key(self, row: KeyRow) -> None:
-        self._keys[row.key_id] = row._replace(key=_copied(row.key))
+        self._keys[row.key_id] = row._replace(key=copied(row.key))
         self._keyed = True
 
     def delete_key(self, key_id: str) -> None:
@@ -784,7 +790,45 @@ class _MemoryTables(Saving):
         mine = ((row.key.create_time.ToMicroseconds(), row.key) for row in self._keys.values() if row.tenant == tenant)
         for create_time, key in sorted(mine, key=lambda row: (row[0], row[1].name), reverse=True):
             if query.after is None or (create_time, key.name) < query.after:
-                yield Found((create_time, key.name), _copied(key), key.ByteSize())
+                yield Found((create_time, key.name), copied(key), key.ByteSize())
+
+    def principal(self, tenant: str, name: str) -> v1.Principal | None:
+        body = self._tenants[tenant].principals.get(name)
+        return v1.Principal.FromString(body) if body is not None else None
+
+    def principal_like(self, tenant: str, principal: v1.Principal) -> v1.Principal | None:
+        return next((row for row in self._principals(tenant) if _who(row) == _who(principal)), None)
+
+    def add_principal(self, tenant: str, principal: v1.Principal) -> None:
+        self._tenants[tenant].principals[principal.name] = principal.SerializeToString()
+
+    def delete_principals(self, tenant: str, user: str, limit: int) -> bool:
+        bound = [row.name for row in self._principals(tenant) if row.user == user][:limit]
+        for name in bound:
+            del self._tenants[tenant].principals[name]
+        return bool(bound)
+
+    def _principals(self, tenant: str) -> Iterator[v1.Principal]:
+        return map(v1.Principal.FromString, self._tenants[tenant].principals.values())
+
+    def add_audit(self, tenant: str, entry: v1.AuditEntry) -> None:
+        self._last_audit += 1
+        self._tenants[tenant].audit.append((self._last_audit, copied(entry)))
+
+    def audit(self, tenant: str, query: Query) -> Iterator[Found[v1.AuditEntry]]:
+        for number, entry in reversed(self._tenants[tenant].audit):
+            behind = query.after is None or (number,) < query.after
+            if behind and matches(query.where, entry, AUDIT_COLUMNS):
+                yield Found((number,), copied(entry), entry.ByteSize())
+
+    def forget_audit(self, before: int, limit: int) -> int:
+        forgotten = 0
+        for rows in self._tenants.values():
+            old = bisect_left(rows.audit, before, key=lambda row: row[1].create_time.ToMicroseconds())
+            gone = min(old, limit - forgotten)
+            del rows.audit[:gone]
+            forgotten += gone
+        return forgotten
 
     def tenant(self, tenant: str) -> v1.Tenant | None:
         body = self._known.get(tenant)
@@ -814,7 +858,9 @@ class _MemoryTables(Saving):
         mine = [key_id for key_id, row in self._keys.items() if row.tenant == tenant]
         for key_id in mine:
             del self._keys[key_id]
-        return bool(mine or kept or rows.states or rows.agents or rows.requests or rows.uploads)
+        return bool(
+            mine or kept or rows.states or rows.agents or rows.requests or rows.uploads or rows.principals or rows.audit
+        )
 
     def count_keys(self, tenant: str) -> int:
         return sum(row.tenant == tenant for row in self._keys.values())
@@ -849,10 +895,8 @@ def _behind(last: Any, rows: Iterable[tuple[Any, int]]) -> list[tuple[Any, int]]
     return sorted(row for row in rows if last is None or row[0] > last)
 
 
-def _copied(key: v1.Key) -> v1.Key:
-    copy = v1.Key()
-    copy.CopyFrom(key)
-    return copy
+def _who(principal: v1.Principal) -> tuple[str, str, int]:
+    return principal.user, principal.subject, principal.role
 
 
 def _remove(rows: list[Any], row: Any) -> None:

@@ -213,6 +213,30 @@ SCHEMA = (
         PRIMARY KEY (key)
     ) WITHOUT ROWID""",
     "CREATE INDEX keys_by_time ON keys (tenant, create_time, key)",
+    # Who they are that events name. No row is ever changed.
+    """CREATE TABLE principals (
+        tenant TEXT NOT NULL,
+        principal TEXT NOT NULL,
+        user TEXT NOT NULL,
+        subject TEXT NOT NULL,
+        role INTEGER NOT NULL,
+        body BLOB NOT NULL,
+        PRIMARY KEY (tenant, principal)
+    ) WITHOUT ROWID""",
+    "CREATE UNIQUE INDEX principals_by_user ON principals (tenant, user, subject, role)",
+    # Who did what, in the order it was done.
+    """CREATE TABLE audit (
+        number INTEGER PRIMARY KEY,
+        tenant TEXT NOT NULL,
+        principal TEXT NOT NULL,
+        method TEXT NOT NULL,
+        resource TEXT NOT NULL,
+        outcome TEXT NOT NULL,
+        create_time INTEGER NOT NULL,
+        body BLOB NOT NULL
+    )""",
+    "CREATE INDEX audit_by_tenant ON audit (tenant, number)",
+    "CREATE INDEX audit_by_time ON audit (create_time)",
     # Those that an operator has to do with: a tenant needs no row.
     "CREATE TABLE tenants (tenant TEXT NOT NULL, body BLOB NOT NULL, PRIMARY KEY (tenant)) WITHOUT ROWID",
     # The row of a deleted agent stays, without revisions, for its last number.

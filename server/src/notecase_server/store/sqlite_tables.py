@@ -21,6 +21,7 @@ from notecase import v1
 from notecase_server.store import sqlite_tallies
 from notecase_server.store.contract import (
     AGENT_COLUMNS,
+    AUDIT_COLUMNS,
     RUN_COLUMNS,
     SESSION_COLUMNS,
     ActiveRun,
@@ -85,6 +86,8 @@ TENANT_ROWS = (
     ("agents", "agent"),
     ("revisions", "agent, revision"),
     ("keys", "key"),
+    ("principals", "principal"),
+    ("audit", "number"),
 )
 """The tables that hold rows of a tenant outside of its sessions, content left out; with each, how a row is found."""
 
@@ -876,6 +879,56 @@ class SqliteTables(Saving):
         for create_time, body in rows:
             key = v1.Key.FromString(body)
             yield Found((create_time, key.name), key, len(body))
+
+    def principal(self, tenant: str, name: str) -> v1.Principal | None:
+        row = self._one("SELECT body FROM principals WHERE tenant = ? AND principal = ?", tenant, name)
+        return v1.Principal.FromString(row[0]) if row else None
+
+    def principal_like(self, tenant: str, principal: v1.Principal) -> v1.Principal | None:
+        row = self._one(
+            "SELECT body FROM principals WHERE tenant = ? AND user = ? AND subject = ? AND role = ?",
+            *(tenant, principal.user, principal.subject, principal.role),
+        )
+        return v1.Principal.FromString(row[0]) if row else None
+
+    def add_principal(self, tenant: str, principal: v1.Principal) -> None:
+        self._execute(
+            "INSERT INTO principals (tenant, principal, user, subject, role, body) VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                *(tenant, principal.name, principal.user, principal.subject, principal.role),
+                principal.SerializeToString(),
+            ),
+        )
+
+    def delete_principals(self, tenant: str, user: str, limit: int) -> bool:
+        self.deleted = True
+        gone = self._execute(
+            """DELETE FROM principals WHERE tenant = ?1 AND principal IN
+                (SELECT principal FROM principals WHERE tenant = ?1 AND user = ?2 LIMIT ?3)""",
+            (tenant, user, limit),
+        )
+        return gone.rowcount > 0
+
+    def add_audit(self, tenant: str, entry: v1.AuditEntry) -> None:
+        self._execute(
+            f"INSERT INTO audit (tenant, {', '.join(AUDIT_COLUMNS)}, body) VALUES (?{', ?' * len(AUDIT_COLUMNS)}, ?)",
+            (tenant, *(column(entry, name) for name in AUDIT_COLUMNS), entry.SerializeToString()),
+        )
+
+    def audit(self, tenant: str, query: Query) -> Iterator[Found[v1.AuditEntry]]:
+        where, values = _where(query, AUDIT_COLUMNS, "number < ?")
+        rows = self._execute(
+            f"SELECT number, body FROM audit WHERE tenant = ?{where} ORDER BY number DESC LIMIT ?",
+            (tenant, *values, query.limit + 1),
+        )
+        for number, body in rows:
+            yield Found((number,), v1.AuditEntry.FromString(body), len(body))
+
+    def forget_audit(self, before: int, limit: int) -> int:
+        return self._execute(
+            "DELETE FROM audit WHERE number IN (SELECT number FROM audit WHERE create_time < ? LIMIT ?)",
+            (before, limit),
+        ).rowcount
 
     def tenant(self, tenant: str) -> v1.Tenant | None:
         row = self._one("SELECT body FROM tenants WHERE tenant = ?", tenant)

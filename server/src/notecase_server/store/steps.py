@@ -16,6 +16,7 @@ from notecase_server import errors
 from notecase_server.store import answers, content, fold, past
 from notecase_server.store.contract import (
     REMEMBERED_COMMITS,
+    AuditRow,
     CommandId,
     Commit,
     Committed,
@@ -98,6 +99,7 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     changes.references = {sha256: sequence for sha256, (sequence, _) in referred.items()}
     remember(tables, commit.once, done, now, key)
     tables.save(changes)
+    add_audit(tables, now, [commit.audit] if commit.audit is not None else [])
     for scope, name, entry in changes.entries:
         if scope.kind != "session":
             content.refer_entry(tables, scope, name, entry)
@@ -270,6 +272,15 @@ def remember(tables: Tables, once: Once | None, result: answers.Result, now: int
     if once is not None:
         about, owner = (f"sessions/{of.session}", of.uid) if isinstance(of, SessionKey) else (of, of)
         tables.add_request(once, answers.of(once.answer, result).SerializeToString(), about, owner, now)
+        add_audit(tables, now, [once.audit] if once.audit is not None else [])
+
+
+def add_audit(tables: Tables, now: int, rows: Sequence[AuditRow]) -> None:
+    """Store.add_audit."""
+    for row in rows:
+        entry = copied(row.entry)
+        entry.create_time.FromMicroseconds(now)
+        tables.add_audit(row.tenant, entry)
 
 
 def existing(tables: Tables, key: SessionKey) -> SessionRow:
@@ -407,6 +418,8 @@ def erase_state(tables: Tables, now: int, tenant: str, user: str, once: Once | N
         return False
     scope = Scope(tenant, "user", user.removeprefix("users/"))
     if not tables.delete_rows(scope, Batch(SWEEP_ROWS, SWEEP_BYTES)):
+        return False
+    if tables.delete_principals(tenant, user, SWEEP_ROWS):
         return False
     remember(tables, once, None, now)
     return True

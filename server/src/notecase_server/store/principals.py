@@ -1,0 +1,16 @@
+"""Steps on principals."""
+
+from notecase import v1
+
+from notecase_server.store.steps import copied
+from notecase_server.store.tables import Tables
+
+
+def know(tables: Tables, now: int, tenant: str, principal: v1.Principal) -> v1.Principal:
+    """Store.know_principal."""
+    known = tables.principal_like(tenant, principal)
+    if known is None:
+        known = copied(principal)
+        known.create_time.FromMicroseconds(now)
+        tables.add_principal(tenant, known)
+    return known

@@ -1,0 +1,73 @@
+"""Every store: who the principals are that events name."""
+
+import pytest
+from notecase import v1
+from notecase_server.store import steps
+from notecase_server.store.contract import Commit, Store
+
+from tests.store.build import KEY, ManualClock, changed, put
+
+
+def principal(number: int, subject: str = "keys/a", user: str = "", role: int = v1.Key.ROLE_USER) -> v1.Principal:
+    return v1.Principal(name=f"principals/{number}", subject=subject, user=user, role=role)  # type: ignore[arg-type]
+
+
+async def test_a_principal_is_made_once_for_each_subject_role_and_user(store: Store, clock: ManualClock) -> None:
+    first = await store.know_principal("acme", principal(1))
+    assert ("principals/1", clock.now) == (first.name, first.create_time.ToMicroseconds())
+    clock.now += 1
+    assert first == await store.know_principal("acme", principal(2))
+    others = [
+        await store.know_principal("acme", principal(3, subject="keys/b")),
+        await store.know_principal("acme", principal(4, user="users/ada")),
+        await store.know_principal("acme", principal(5, role=v1.Key.ROLE_ADMIN)),
+        await store.know_principal("other", principal(6)),
+    ]
+    assert ["principals/3", "principals/4", "principals/5", "principals/6"] == [row.name for row in others]
+    assert first == await store.get_principal("acme", "1")
+    assert await store.get_principal("acme", "2") is None
+    assert await store.get_principal("other", "1") is None
+
+
+async def test_what_is_handed_out_is_a_copy(store: Store) -> None:
+    given = principal(1)
+    made = await store.know_principal("acme", given)
+    made.display_name = given.display_name = "changed"
+    found = await store.get_principal("acme", "1")
+    assert found is not None
+    assert "" == found.display_name
+
+
+async def test_a_commit_names_who_caused_its_events_but_for_those_that_say_so(store: Store) -> None:
+    events = [changed(put("a", 1)), changed(put("b", 2))]
+    events[1].principal = "principals/2"
+    made = await store.commit(Commit(key=KEY, create=v1.Session(), events=events, principal="principals/1"))
+    assert ["principals/1", "principals/2"] == [event.principal for event in made.events]
+    stored = await store.read_events(KEY, 0)
+    assert made.events == stored
+
+
+async def test_erasing_a_user_removes_the_principals_that_are_bound_to_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "SWEEP_ROWS", 2)
+    for number in range(3):
+        await store.know_principal("acme", principal(number, f"keys/{number}", "users/ada"))
+    await store.know_principal("acme", principal(7, user="users/eve"))
+    await store.know_principal("other", principal(8, user="users/ada"))
+    calls = 0
+    while not await store.erase_state("acme", "users/ada"):
+        calls += 1
+    assert 2 == calls
+    assert [None] * 3 == [await store.get_principal("acme", f"{number}") for number in range(3)]
+    assert await store.get_principal("acme", "7") is not None
+    assert await store.get_principal("other", "8") is not None
+
+
+async def test_a_principal_goes_with_its_tenant(store: Store) -> None:
+    await store.know_principal("acme", principal(1))
+    await store.know_principal("other", principal(2))
+    while not await store.erase_tenant("acme"):
+        pass
+    assert await store.get_principal("acme", "1") is None
+    assert await store.get_principal("other", "2") is not None
