@@ -43,7 +43,7 @@ async def waits_for_a_place(rooms: House, model: Model) -> tuple[SessionKey, Ses
 
 async def say(rooms: House, key: SessionKey) -> None:
     said = v1.UserInput(messages=[v1.Message(parts=[v1.Part(text="Quick")])])
-    await rooms.runs.commands.say(key, "r", said, Caused("said"))
+    await rooms.runs.commands.say(key, "r", said, Caused("said"), v1.Tool.APPROVER_ADMIN)
 
 
 async def waited(rooms: House, key: SessionKey) -> int:
@@ -112,7 +112,7 @@ async def test_work_up_to_the_last_commit_counts_though_the_worker_is_lost(store
             clock.now += HOUR
             message = v1.Message(parts=[v1.Part(text="call stay")])
             said = v1.UserInput(messages=[message], when=v1.UserInput.WHEN_FOLLOW_UP)
-            await rooms.runs.commands.say(key, "r", said, Caused("said"))
+            await rooms.runs.commands.say(key, "r", said, Caused("said"), v1.Tool.APPROVER_ADMIN)
             model.let.set()
             await begun[0].wait()
             clock.now += HOUR

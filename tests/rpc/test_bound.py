@@ -276,9 +276,11 @@ async def test_it_answers_questions_and_no_approvals_nor_takes_them_back(served:
     for decision in (v1.InputResponse.DECISION_APPROVE, v1.InputResponse.DECISION_DENY):
         answer = v1.InputResponse(input_id=asked.input_id, decision=decision)
         assert ("ROLE_MISSING", {"input_response.input_id"}) == await refusal(send(served, ADA, input_response=answer))
-    for when in (v1.UserInput.WHEN_STEER, v1.UserInput.WHEN_FOLLOW_UP, v1.UserInput.WHEN_INTERRUPT):
+    for when in (v1.UserInput.WHEN_STEER, v1.UserInput.WHEN_FOLLOW_UP):
         said_ = v1.UserInput(messages=[said("Go on.")], when=when)
-        assert ("ROLE_MISSING", {"input"}) == await refusal(send(served, ADA, input=said_))
+        assert v1.CommandResult.DISPOSITION_QUEUED == (await send(served, ADA, input=said_)).disposition
+    said_ = v1.UserInput(messages=[said("Go on.")], when=v1.UserInput.WHEN_INTERRUPT)
+    assert ("ROLE_MISSING", {"input"}) == await refusal(send(served, ADA, input=said_))
     found = await served.runs.GetRun(v1.GetRunRequest(name=run.name), metadata=ADMIN)
     assert [asked.input_id] == [each.input_id for each in found.pending_inputs]
     assert (

@@ -367,6 +367,29 @@ class Tool(_message.Message):
     ON_INTERRUPT_FAIL: Tool.OnInterrupt.ValueType  # 3
     """It failed: the model is shown an error."""
 
+    class _Approver:
+        ValueType = _typing.NewType("ValueType", _builtins.int)
+        V: _TypeAlias = ValueType  # noqa: Y015
+
+    class _ApproverEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Tool._Approver.ValueType], _builtins.type):
+        DESCRIPTOR: _descriptor.EnumDescriptor
+        APPROVER_UNSPECIFIED: Tool._Approver.ValueType  # 0
+        """Any caller of the role user or above that is not bound to a user."""
+        APPROVER_USER: Tool._Approver.ValueType  # 1
+        APPROVER_DEVELOPER: Tool._Approver.ValueType  # 2
+        APPROVER_ADMIN: Tool._Approver.ValueType  # 3
+
+    class Approver(_Approver, metaclass=_ApproverEnumTypeWrapper):
+        """The least role of who may answer an approval, or a KIND_INTERRUPTED_CALL, of a call. A caller that is bound to a user answers
+        those with APPROVER_USER alone, whatever its role.
+        """
+
+    APPROVER_UNSPECIFIED: Tool.Approver.ValueType  # 0
+    """Any caller of the role user or above that is not bound to a user."""
+    APPROVER_USER: Tool.Approver.ValueType  # 1
+    APPROVER_DEVELOPER: Tool.Approver.ValueType  # 2
+    APPROVER_ADMIN: Tool.Approver.ValueType  # 3
+
     NAME_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
     PARAMETERS_FIELD_NUMBER: _builtins.int
@@ -376,6 +399,7 @@ class Tool(_message.Message):
     REQUIRES_APPROVAL_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
     ON_INTERRUPT_FIELD_NUMBER: _builtins.int
+    APPROVER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """Letters, digits, "_" and "-", at most 64; unique in the agent. For `mcp` a prefix of the server's own names, or empty. Two
     tools that yield one name are refused, or fail the run with TOOL_ERROR where only the server knows its names.
@@ -387,6 +411,8 @@ class Tool(_message.Message):
     requires_approval: _builtins.bool
     """Every call waits for a person's approval first."""
     on_interrupt: Global___Tool.OnInterrupt.ValueType
+    approver: Global___Tool.Approver.ValueType
+    """PERMISSION_DENIED (ROLE_MISSING) for everybody else. Questions of the model and of tools need no approver."""
     @_builtins.property
     def client(self) -> Global___ClientTool: ...
     @_builtins.property
@@ -411,10 +437,11 @@ class Tool(_message.Message):
         requires_approval: _builtins.bool = ...,
         timeout: _duration_pb2.Duration | None = ...,
         on_interrupt: Global___Tool.OnInterrupt.ValueType = ...,
+        approver: Global___Tool.Approver.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "implementation", b"implementation", "mcp", b"mcp", "server", b"server", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "description", b"description", "implementation", b"implementation", "mcp", b"mcp", "name", b"name", "on_interrupt", b"on_interrupt", "parameters", b"parameters", "requires_approval", b"requires_approval", "server", b"server", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approver", b"approver", "client", b"client", "description", b"description", "implementation", b"implementation", "mcp", b"mcp", "name", b"name", "on_interrupt", b"on_interrupt", "parameters", b"parameters", "requires_approval", b"requires_approval", "server", b"server", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_implementation: _TypeAlias = _typing.Literal["client", "server", "mcp"]  # noqa: Y015
     _WhichOneofArgType_implementation: _TypeAlias = _typing.Literal["implementation", b"implementation"]  # noqa: Y015

@@ -77,7 +77,8 @@ class Key(_message.Message):
     user: _builtins.str
     """users/{user}. When set, the callers of the key see and run the sessions and the state of that user only, whatever there is
     of others is NOT_FOUND to them, and the role is ROLE_VIEWER or ROLE_USER. They say things as that user only; they set no
-    tools, labels or author, have nothing to do with agents and `app/state`, and answer no approval.
+    tools, labels or author, have nothing to do with agents and `app/state`, and answer approvals
+    only where the tool says APPROVER_USER.
     """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...

@@ -574,7 +574,8 @@ Global___Limits: _TypeAlias = Limits  # noqa: Y015
 @_typing.final
 class UserInput(_message.Message):
     """What a user says to a run under way. A waiting run's open approvals and questions are denied by it; a tool that asked goes
-    on, and the messages are taken up behind its result.
+    on, and the messages are taken up behind its result. While the run waits for an approval that the caller may not answer, the
+    messages deny nothing: they are queued as WHEN_FOLLOW_UP, and WHEN_INTERRUPT is PERMISSION_DENIED (ROLE_MISSING).
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -778,7 +779,7 @@ class CancelCommand(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     mode: Global___CancelCommand.Mode.ValueType
     call_id: _builtins.str
-    """Only this call."""
+    """Only this call; PERMISSION_DENIED (ROLE_MISSING) while it waits for an approval that the caller may not answer."""
     reason: _builtins.str
     """Kept in the log, for whoever reads it."""
     def __init__(
@@ -1288,6 +1289,9 @@ class CommandQueued(_message.Message):
     INPUT_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     START_FIELD_NUMBER: _builtins.int
+    APPROVER_FIELD_NUMBER: _builtins.int
+    approver: _agent_pb2.Tool.Approver.ValueType
+    """Of an input: as which approver its sender counts. The input denies no approval that needs another one, and waits behind it."""
     @_builtins.property
     def input(self) -> Global___UserInput: ...
     @_builtins.property
@@ -1304,10 +1308,11 @@ class CommandQueued(_message.Message):
         input: Global___UserInput | None = ...,
         cancel: Global___CancelCommand | None = ...,
         start: Global___StartRun | None = ...,
+        approver: _agent_pb2.Tool.Approver.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "input", b"input", "start", b"start"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "command", b"command", "input", b"input", "start", b"start"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approver", b"approver", "cancel", b"cancel", "command", b"command", "input", b"input", "start", b"start"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["input", "cancel", "start"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
@@ -1356,11 +1361,14 @@ class InputRequest(_message.Message):
     CALL_FIELD_NUMBER: _builtins.int
     EXPIRE_TIME_FIELD_NUMBER: _builtins.int
     SCHEMA_FIELD_NUMBER: _builtins.int
+    APPROVER_FIELD_NUMBER: _builtins.int
     input_id: _builtins.str
     kind: Global___InputRequest.Kind.ValueType
     prompt: _builtins.str
     schema: _builtins.str
     """Of a tool's question: JSON Schema (draft 2020-12) of the answer, an object. Empty: any text."""
+    approver: _agent_pb2.Tool.Approver.ValueType
+    """Who may answer, but for a question, as the declaration says that `call` is bound to."""
     @_builtins.property
     def call(self) -> _content_pb2.ToolCall: ...
     @_builtins.property
@@ -1376,10 +1384,11 @@ class InputRequest(_message.Message):
         call: _content_pb2.ToolCall | None = ...,
         expire_time: _timestamp_pb2.Timestamp | None = ...,
         schema: _builtins.str = ...,
+        approver: _agent_pb2.Tool.Approver.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "expire_time", b"expire_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call", b"call", "expire_time", b"expire_time", "input_id", b"input_id", "kind", b"kind", "prompt", b"prompt", "schema", b"schema"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approver", b"approver", "call", b"call", "expire_time", b"expire_time", "input_id", b"input_id", "kind", b"kind", "prompt", b"prompt", "schema", b"schema"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

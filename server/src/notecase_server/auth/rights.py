@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from notecase import v1
+
 from notecase_server import errors
 from notecase_server.auth.principal import Principal, Role
 from notecase_server.errors import NotecaseError
@@ -109,6 +111,16 @@ def has(role: Role, least: Role) -> bool:
 def leaves_traces(method: str) -> bool:
     """Returns whether what a method does is to say who did it: whether it is for more than to read."""
     return METHODS.get(method, UNKNOWN).least is not VIEWER
+
+
+def approver(principal: Principal) -> v1.Tool.Approver.ValueType:
+    """Returns as which approver a principal counts that may call the methods by which approvals are answered."""
+    if principal.user:
+        return v1.Tool.APPROVER_USER
+    return _APPROVERS.get(principal.role, v1.Tool.APPROVER_UNSPECIFIED)
+
+
+_APPROVERS = {DEVELOPER: v1.Tool.APPROVER_DEVELOPER, ADMIN: v1.Tool.APPROVER_ADMIN}
 
 
 def refusal(principal: Principal, method: str) -> NotecaseError | None:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from notecase import v1
 
@@ -17,6 +18,9 @@ from notecase_server.errors import NotecaseError, Violation
 from notecase_server.store.contract import Commit, Committed, RunRecord, SessionKey
 from notecase_server.store.fold import ENDED
 from notecase_server.tools.contract import Outcome
+
+Approver: TypeAlias = "v1.Tool.Approver.ValueType"
+"""As which approver the caller counts: see ledger.RANKS."""
 
 
 class Commands:
@@ -47,14 +51,14 @@ class Commands:
             raise late
 
     async def respond(
-        self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused, questions_only: bool = False
+        self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused, approver: Approver
     ) -> Committed:
         """Answers an approval or a question. Raises INPUT_NOT_PENDING when nobody asks (any more), whatever the run
-        does by now; with `questions_only` ROLE_MISSING for anything but a question."""
-        return await self._whole(self._respond(key, run_id, response, caused, questions_only))
+        does by now, and ROLE_MISSING for what needs another approver than the caller counts as."""
+        return await self._whole(self._respond(key, run_id, response, caused, approver))
 
     async def _respond(
-        self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused, questions_only: bool
+        self, key: SessionKey, run_id: str, response: v1.InputResponse, caused: Caused, approver: Approver
     ) -> Committed:
         late = errors.input_not_pending(response.input_id)
         checked = response.decision != ledger.ANSWER
@@ -64,8 +68,8 @@ class Commands:
                 if not asked:
                     raise late
                 (request,) = asked
-                if questions_only and request.kind != v1.InputRequest.KIND_QUESTION:
-                    raise errors.bound_to_user("USER", ["input_response.input_id"])
+                if (refused := ledger.refusal(asked, approver, "input_response.input_id")) is not None:
+                    raise refused
                 _check_decision(request, response)
                 caused = _told(caused, names.run(key.session, worker.log.run.name), request, response)
                 if checked or not request.schema:
@@ -86,28 +90,29 @@ class Commands:
     # ---- input
 
     async def say(
-        self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused, questions_only: bool = False
+        self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused, approver: Approver
     ) -> tuple[Committed, bool]:
-        """Commits what a user says to a run under way. Returns the commit, and whether it only queued the input. Raises
-        RUN_ENDED and QUEUE_FULL; with `questions_only` ROLE_MISSING while the run asks for anything but answers to
-        questions, since the input would withdraw that."""
-        return await self._whole(self._say(key, run_id, said, caused, questions_only))
+        """Commits what a user says to a run under way. Returns the commit, and whether it only queued the input. While
+        the run asks for what needs another approver than the caller counts as, it denies nothing and waits behind that.
+
+        Raises RUN_ENDED and QUEUE_FULL, and ROLE_MISSING for an interrupt that would withdraw such an approval."""
+        return await self._whole(self._say(key, run_id, said, caused, approver))
 
     async def _say(
-        self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused, questions_only: bool
+        self, key: SessionKey, run_id: str, said: v1.UserInput, caused: Caused, approver: Approver
     ) -> tuple[Committed, bool]:
         async with self._roster.worker(key, run_id, caused) as worker:
             run_log = worker.log
-            if questions_only and any(
-                each.kind != v1.InputRequest.KIND_QUESTION for each in run_log.run.pending_inputs
-            ):
-                raise errors.bound_to_user("USER", ["input"])
+            refused = ledger.refusal(run_log.run.pending_inputs, approver, "input")
+            if refused is not None and said.when == v1.UserInput.WHEN_INTERRUPT:
+                raise refused
             kept = await self._services.contents.kept(key, said.messages)
             messages = incoming(self._services.new_id, kept, run_log.live.user)
             added = [v1.Event(message_added=message, cause_id=caused.cause_id) for message in messages]
             if said.when == v1.UserInput.WHEN_INTERRUPT:
                 halt = Halt(
                     said=added,
+                    by=approver,
                     reason="The user interrupted.",
                     once=caused.once,
                     command=caused.command,
@@ -116,12 +121,15 @@ class Commands:
                 self._roster.halt(worker, halt)
             else:
                 denied: list[v1.Event] = []
-                if run_log.run.state == WAITING and not run_log.run.pending_calls:
+                if refused is None and run_log.run.state == WAITING and not run_log.run.pending_calls:
                     denied = ledger.withdrawn(run_log.run, run_log.message, words(said), deny=True)
                     if not ledger.left_open(run_log.message, denied):
                         return await run_log.command([*denied, *added], *caused), False
                 event = v1.Event(cause_id=caused.cause_id or self._services.new_id())
+                event.command_queued.approver = approver
                 event.command_queued.input.CopyFrom(said)
+                if refused is not None:
+                    event.command_queued.input.when = v1.UserInput.WHEN_FOLLOW_UP
                 del event.command_queued.input.messages[:]
                 event.command_queued.input.messages.extend(messages)
                 return await run_log.command([event, *denied], *caused), True
@@ -130,20 +138,30 @@ class Commands:
     # ---- cancels
 
     async def cancel(
-        self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused | None = None
+        self,
+        key: SessionKey,
+        run_id: str,
+        cancel: v1.CancelCommand,
+        caused: Caused | None = None,
+        approver: Approver = v1.Tool.APPROVER_ADMIN,
     ) -> Committed:
         """Stops a run, "" the session's active one, or one of its calls; returns the commit that made it durable.
 
         Raises Replayed and Duplicate for a repeat, and NotecaseError: SESSION_NOT_FOUND, RUN_NOT_FOUND, RUN_ENDED,
-        CALL_NOT_PENDING."""
-        return await self._whole(self._cancel(key, run_id, cancel, caused or Caused()))
+        CALL_NOT_PENDING, and ROLE_MISSING for a call that waits for another approver than the caller counts as."""
+        return await self._whole(self._cancel(key, run_id, cancel, caused or Caused(), approver))
 
-    async def _cancel(self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused) -> Committed:
+    async def _cancel(
+        self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused, approver: Approver
+    ) -> Committed:
         if run_id and not cancel.call_id and (queued := await self._cancel_queued(key, run_id, cancel, caused)):
             return queued
         async with self._roster.worker(key, run_id, caused) as worker:
             if cancel.call_id:
                 call = worker.log.call(cancel.call_id)
+                asked = [each for each in worker.log.run.pending_inputs if each.call.call_id == cancel.call_id]
+                if (refused := ledger.refusal(asked, approver, "cancel.call_id")) is not None:
+                    raise refused
                 committed = await worker.log.command(ledger.dropped(worker.log.run, call, cancel.reason), *caused)
                 worker.stop_call(call.call_id)
                 return committed
@@ -179,7 +197,7 @@ class Commands:
             return await self._cancel_run(key, run_id, cancel, caused)
 
     async def cancel_unstarted(
-        self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused
+        self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused, approver: Approver
     ) -> Committed:
         """Puts the end of a run on record whose start has not arrived; one that has just arrived is cancelled as by
         `cancel`. Raises SESSION_NOT_FOUND."""
@@ -188,7 +206,7 @@ class Commands:
         except NotecaseError as error:
             if error.reason != v1.ERROR_REASON_ALREADY_EXISTS:
                 raise
-        return await self.cancel(key, run_id, cancel, caused)
+        return await self.cancel(key, run_id, cancel, caused, approver)
 
     async def _cancel_run(
         self, key: SessionKey, run_id: str, cancel: v1.CancelCommand, caused: Caused, start: RunRecord | None = None

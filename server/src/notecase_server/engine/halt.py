@@ -35,6 +35,8 @@ class Halt:
 
     said: Sequence[v1.Event] = ()
     """The user's messages: with any, the run goes on with them."""
+    by: v1.Tool.Approver.ValueType = v1.Tool.APPROVER_ADMIN
+    """As which approver the user counts: what needs another one is not withdrawn by messages."""
     replacement: Replacement | None = None
     state: v1.Run.State.ValueType = v1.Run.STATE_CANCELLED
     """How the run ends, when it does not go on."""

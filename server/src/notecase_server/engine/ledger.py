@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from notecase import v1
 
 from notecase_server import errors
+from notecase_server.errors import NotecaseError
 from notecase_server.store import bindings
 from notecase_server.store.bindings import declared
 from notecase_server.store.fold import OPEN_OUTCOMES, open_calls
@@ -23,6 +24,15 @@ APPROVE, DENY, ANSWER, CANCEL = (
     v1.InputResponse.DECISION_ANSWER,
     v1.InputResponse.DECISION_CANCEL,
 )
+
+
+RANKS = {
+    v1.Tool.APPROVER_USER: 0,
+    v1.Tool.APPROVER_UNSPECIFIED: 1,
+    v1.Tool.APPROVER_DEVELOPER: 2,
+    v1.Tool.APPROVER_ADMIN: 3,
+}
+"""Approvers by what they may answer: each also all that those before it may."""
 
 
 class Bound(NamedTuple):
@@ -139,7 +149,7 @@ def triage(
             events.append(denied(call, "This tool was denied before."))
         else:
             prompt = f"May {call.tool} run?"
-            events.append(_request(call, v1.InputRequest.KIND_APPROVAL, prompt, new_id, expire))
+            events.append(_request(call, v1.InputRequest.KIND_APPROVAL, prompt, new_id, expire, target.tool))
     return events
 
 
@@ -149,8 +159,11 @@ def _request(
     prompt: str,
     new_id: Callable[[], str],
     expire: Callable[[v1.InputRequest], None],
+    tool: v1.Tool | None = None,
 ) -> v1.Event:
+    """Returns the event that asks about a call; `tool` is its declaration where that says who may answer."""
     request = v1.InputRequest(input_id=new_id(), kind=kind, prompt=prompt, call=call)
+    request.approver = tool.approver if tool is not None else v1.Tool.APPROVER_UNSPECIFIED
     expire(request)
     return v1.Event(input_requested=request)
 
@@ -195,6 +208,27 @@ def asked_by_tool(request: v1.InputRequest) -> bool:
     """Returns whether the tool of a call at work asks: it is given the answer and goes on, so that the answer is no
     outcome of the call."""
     return request.kind == v1.InputRequest.KIND_QUESTION and request.call.outcome == v1.ToolCall.OUTCOME_RUNNING
+
+
+def refusal(
+    requests: Iterable[v1.InputRequest], approver: v1.Tool.Approver.ValueType, field: str
+) -> NotecaseError | None:
+    """Returns ROLE_MISSING, about that field of the caller's, when one of the requests needs another approver than the
+    caller counts as. Questions need none."""
+    needed = [each.approver for each in requests if each.kind != v1.InputRequest.KIND_QUESTION]
+    if all(RANKS[each] <= RANKS[approver] for each in needed):
+        return None
+    role = _ROLES[max(needed, key=lambda each: RANKS[each])]
+    bound = approver == v1.Tool.APPROVER_USER
+    return errors.bound_to_user(role, [field]) if bound else errors.role_missing(role, [field])
+
+
+_ROLES = {
+    v1.Tool.APPROVER_USER: "USER",
+    v1.Tool.APPROVER_UNSPECIFIED: "USER",
+    v1.Tool.APPROVER_DEVELOPER: "DEVELOPER",
+    v1.Tool.APPROVER_ADMIN: "ADMIN",
+}
 
 
 def answered(
@@ -266,16 +300,16 @@ def interrupted(
     """Returns what a takeover makes of calls that had started in the process that was lost."""
     events = []
     for call in calls:
-        on_interrupt = of(call).on_interrupt
-        if on_interrupt == RETRY:
+        tool = of(call)
+        if tool.on_interrupt == RETRY:
             events.append(started(call))
-        elif on_interrupt == FAIL:
+        elif tool.on_interrupt == FAIL:
             events.append(finished(call, Outcome(error="Its process was lost; it may or may not have taken effect.")))
         else:
             prompt = (
                 f"{call.tool} had started when its process was lost. Run it again, did it fail, or what was its result?"
             )
-            events.append(_request(call, v1.InputRequest.KIND_INTERRUPTED_CALL, prompt, new_id, expire))
+            events.append(_request(call, v1.InputRequest.KIND_INTERRUPTED_CALL, prompt, new_id, expire, tool))
     return events
 
 

@@ -17,7 +17,7 @@ from notecase_server.engine.commands import Commands, words
 from notecase_server.engine.halt import Halt
 from notecase_server.engine.queue import Queue
 from notecase_server.engine.roster import QUEUED, Caused, Roster
-from notecase_server.engine.run_log import RUNNING, WAITING, taken
+from notecase_server.engine.run_log import RUNNING, WAITING, RunLog, taken
 from notecase_server.engine.services import Services
 from notecase_server.engine.session import LiveSession
 from notecase_server.engine.sessions import Sessions
@@ -51,6 +51,16 @@ MOVED_ON = frozenset(
     }
 )
 """Refusals that say that there is nothing left to do."""
+
+
+def denies(run_log: RunLog) -> bool:
+    """Returns whether a run waits for people alone, and a user who may answer all that it asks has said something
+    instead."""
+    run = run_log.run
+    if run.state != WAITING or run.pending_calls or not run.pending_inputs:
+        return False
+    senders = (event.command_queued.approver for event in run_log.said)
+    return any(ledger.refusal(run.pending_inputs, sender, "input") is None for sender in senders)
 
 
 class Upkeep:
@@ -176,11 +186,11 @@ class Upkeep:
 
     def tending(self, worker: Worker) -> None:
         """Arms the timers of what a run waits for, with tools of it at work or without. Where it waits for people
-        alone, and a user has sent new input, that takes the place of their answers."""
+        alone, and a user who may answer has sent new input, that takes the place of their answers."""
         run_log = worker.log
         key, run = run_log.live.key, run_log.run
         self._timers.arm(key, run.name, deadline(run_log))
-        if run.state == WAITING and run_log.said and run.pending_inputs and not run.pending_calls:
+        if denies(run_log):
             self._duty("deny", key, run.name, lambda: self._deny_for_queue(key, run.name))
 
     def _duty(self, name: str, key: SessionKey, run: str, act: Callable[[], Awaitable[None]]) -> None:
@@ -204,12 +214,11 @@ class Upkeep:
                 raise
 
     async def _deny_for_queue(self, key: SessionKey, run: str) -> None:
-        """The run waits only for approvals or answers, and a user has sent new input: that takes their place, behind
-        the results of tools that asked."""
+        """Puts what users said in the place of the answers that the run waits for, behind the results of tools that
+        asked."""
         async with self._roster.worker(key, run, Caused()) as worker:
             run_log = worker.log
-            waits = run_log.run.state == WAITING and not run_log.run.pending_calls and run_log.run.pending_inputs
-            if waits and run_log.said:
+            if denies(run_log):
                 queued = run_log.queued(v1.UserInput.WHEN_FOLLOW_UP)
                 reason = " ".join(words(event.command_queued.input) for event in queued)
                 denied = ledger.withdrawn(run_log.run, run_log.message, reason, deny=True)

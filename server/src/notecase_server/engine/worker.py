@@ -313,6 +313,8 @@ class Worker:
 
     def _sealing(self, halt: Halt, way: Rewind | None) -> list[v1.Event]:
         events = [*self.log.cut(), *ledger.sealed(self.log.run, self.log.message, halt.reason)]
+        if halt.said and (refused := ledger.refusal(self.log.run.pending_inputs, halt.by, "input")) is not None:
+            raise refused  # asked for since the command was taken
         if halt.said:
             events += halt.said
             return list(self.log.own([*events, *self.log.consequence(events)]))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from notecase import v1
 
 from notecase_server import errors, names
+from notecase_server.auth import rights
 from notecase_server.engine.admission import Started
 from notecase_server.engine.content import digest_of
 from notecase_server.engine.roster import Caused
@@ -227,7 +228,7 @@ class Streams:
         """Carries out one command in a session, which `check` found right; `run_id` is the run that is meant, "" the
         active one. A refusal is raised as NotecaseError."""
         kind = frame.WhichOneof("command")
-        caused = await _caused(frame)
+        caused, approver = await _caused(frame), rights.approver(caller.get().principal)
         try:
             match kind:
                 case "start":
@@ -241,17 +242,15 @@ class Streams:
                         done = v1.CommandResult.DISPOSITION_DUPLICATE
                     return _result(frame, started.run.first_sequence, done)
                 case "input":
-                    bound = caller.get().user != ""
-                    committed, queued = await self._runs.commands.say(key, run_id, frame.input, caused, bound)
+                    committed, queued = await self._runs.commands.say(key, run_id, frame.input, caused, approver)
                     done = v1.CommandResult.DISPOSITION_QUEUED if queued else v1.CommandResult.DISPOSITION_APPLIED
                     return _result(frame, committed.session.last_sequence, done)
                 case "tool_result":
                     committed = await self._runs.commands.tool_result(key, run_id, frame.tool_result, caused)
                 case "input_response":
-                    bound = caller.get().user != ""
-                    committed = await self._runs.commands.respond(key, run_id, frame.input_response, caused, bound)
+                    committed = await self._runs.commands.respond(key, run_id, frame.input_response, caused, approver)
                 case "cancel":
-                    committed = await self._runs.commands.cancel(key, run_id, frame.cancel, caused)
+                    committed = await self._runs.commands.cancel(key, run_id, frame.cancel, caused, approver)
                     if frame.cancel.mode == v1.CancelCommand.MODE_AFTER_TURN and not frame.cancel.call_id:
                         ended = any(run.state in ENDED for run in committed.runs.values())
                         queued = not ended

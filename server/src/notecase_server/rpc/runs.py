@@ -6,6 +6,7 @@ from typing import Any
 from notecase import v1
 
 from notecase_server import errors, names
+from notecase_server.auth import rights
 from notecase_server.errors import NotecaseError
 from notecase_server.names import RunName
 from notecase_server.rpc import filter as filters
@@ -105,12 +106,13 @@ class RunsService(v1.RunServiceServicer):
         answer = Answer("run", run)
         caused = await caused_by(request, answer)
         key = await self.desk.session(session, caused.once)
+        approver = rights.approver(caller.get().principal)
         try:
-            done = await self.runs.commands.cancel(key, run, request.cancel, caused)
+            done = await self.runs.commands.cancel(key, run, request.cancel, caused, approver)
         except NotecaseError as error:
             if error.reason != v1.ERROR_REASON_RUN_NOT_FOUND or not request.allow_missing:
                 raise
-            done = await self.runs.commands.cancel_unstarted(key, run, request.cancel, caused)
+            done = await self.runs.commands.cancel_unstarted(key, run, request.cancel, caused, approver)
         ended: v1.Run = answers.of(answer, done)
         return ended
 

@@ -549,6 +549,7 @@ class Check:
             self.text(f"{at}.description", tool.description, MAX_SCHEMA_BYTES)
             self.json(f"{at}.parameters", tool.parameters, "JSON Schema of an object")
             self.choice(at, tool, "on_interrupt")
+            self.choice(at, tool, "approver")
             self.duration(f"{at}.timeout", tool.timeout)
             few = len(tool.mcp.tools) <= MAX_TOOLS
             self(few, f"{at}.mcp.tools", f"has more than {MAX_TOOLS} names; empty, it stands for all")
