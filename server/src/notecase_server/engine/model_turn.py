@@ -3,6 +3,7 @@
 A ModelTurn is made anew for each turn. What holds for all turns of a run in this process is its Budget.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
