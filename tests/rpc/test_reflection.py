@@ -24,7 +24,7 @@ SERVICES = [
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",
-    *(f"notecase.v1.{name}Service" for name in ("Agent", "Blob", "Key", "Message")),
+    *(f"notecase.v1.{name}Service" for name in ("Agent", "Audit", "Blob", "Key", "Message")),
     *(f"notecase.v1.{name}Service" for name in ("Run", "Server", "Session", "State", "Tenant")),
 ]
 

@@ -17,6 +17,7 @@ __all__ = ["Open", "clock", "store"]
 PARTS = (
     "agents",
     "answers",
+    "audit",
     "calls",
     "commit_ids",
     "content",
@@ -26,6 +27,7 @@ PARTS = (
     "lists",
     "log",
     "past",
+    "principals",
     "retention",
     "roster",
     "runs",

@@ -1,11 +1,15 @@
 """Every store: who did what, written with what was done."""
 
+from typing import Any, cast
+
 import pytest
 from notecase import v1
 from notecase_server.store import base
+from notecase_server.store.base import TableStore
 from notecase_server.store.contract import AuditRow, Commit, Compare, KeyRow, Query, Replayed, Store
 
 from tests.store.build import EVERYTHING, KEY, NOTHING, ManualClock, changed, create, once, put, refused
+from tests.store.fixtures import looks_inside
 
 
 def row(resource: str, tenant: str = "acme", **fields: str) -> AuditRow:
@@ -68,16 +72,30 @@ async def test_a_commit_and_its_entry_are_both_there_or_neither(store: Store) ->
     assert ["sessions/case/runs/first"] == await resources(store)
 
 
-async def test_what_is_old_is_forgotten_in_bounded_steps(
-    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(base, "FORGET_BATCH", 2)
+async def test_entries_that_are_old_are_forgotten(store: Store, clock: ManualClock) -> None:
     for number in range(5):
         await store.add_audit([row(f"{number}", ("acme", "other")[number % 2])])
         clock.now += 1
     assert 4 == await store.forget_audit(clock.now - 1)
     assert (["4"], []) == (await resources(store), await resources(store, "other"))
     assert 0 == await store.forget_audit(clock.now - 1)
+
+
+@looks_inside
+async def test_entries_that_are_old_are_forgotten_in_bounded_steps(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "FORGET_BATCH", 2)
+    await store.add_audit([row(f"{number}") for number in range(5)])
+    write, removed = cast(TableStore, store)._write, list[int]()
+
+    async def counted(step: Any) -> Any:
+        removed.append(await write(step))
+        return removed[-1]
+
+    monkeypatch.setattr(store, "_write", counted)
+    assert 5 == await store.forget_audit(clock.now + 1)
+    assert [2, 2, 1] == removed
 
 
 async def test_an_audit_goes_with_its_tenant(store: Store) -> None:
@@ -92,7 +110,7 @@ async def test_an_audit_goes_with_its_tenant(store: Store) -> None:
     )
 
 
-async def test_what_is_handed_out_is_a_copy(store: Store) -> None:
+async def test_an_entry_that_is_handed_out_is_a_copy(store: Store) -> None:
     given = row("a")
     await store.add_audit([given])
     given.entry.resource = "changed"
