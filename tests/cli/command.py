@@ -83,9 +83,9 @@ class Terminal:
 
 
 @asynccontextmanager
-async def terminal(*arguments: str) -> AsyncIterator[Terminal]:
+async def terminal(*arguments: str, env: Mapping[str, str] | None = None) -> AsyncIterator[Terminal]:
     """The command on a terminal that cannot tell where its cursor is; it has ended when the block is left."""
-    env = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    env = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", **(env or {})}
     process = await spawn(*ON_A_TERMINAL, *COMMAND, *arguments, env=env)
     try:
         yield Terminal(process)

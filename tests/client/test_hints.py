@@ -216,9 +216,10 @@ class Scales:
 
 async def test_a_tool_is_declared_as_its_function_says() -> None:
     """A method's self is not an argument; a default need not be given, and holds."""
-    tool = Tool(Scales().weigh_all, requires_approval=True, timeout=1.5)
+    tool = Tool(Scales().weigh_all, requires_approval=True, approver=v1.Tool.APPROVER_ADMIN, timeout=1.5)
     assert (tool.definition.name, tool.definition.description) == ("weigh_all", "Weighs things.\n\nOne after another.")
     assert (tool.definition.requires_approval, tool.definition.timeout.ToMilliseconds()) == (True, 1500)
+    assert v1.Tool.APPROVER_ADMIN == tool.definition.approver
     assert tool.definition.HasField("client")
     schema = json.loads(tool.definition.parameters)
     assert schema["required"] == ["things"]

@@ -187,8 +187,12 @@ async def test_it_is_the_setting_of_the_declaration_that_the_call_was_bound_to(o
 async def test_it_holds_for_tools_of_every_kind() -> None:
     """One of the caller's, and all of an MCP server's."""
     async with opened("memory:", one=MCP) as office:
-        mcp, client = {"server": None, "mcp": v1.McpTool(server="one")}, {"server": None, "client": v1.ClientTool()}
-        await office.session(paying(USER, "", **mcp), paying(USER, "weigh", **client), paying(name="wire", **client))
+
+        def mine(approver: v1.Tool.Approver.ValueType, name: str) -> v1.Tool:
+            return paying(approver, name, server=None, client=v1.ClientTool())
+
+        mcp = paying(USER, "", server=None, mcp=v1.McpTool(server="one"))
+        await office.session(mcp, mine(USER, "weigh"), mine(ANYBODY, "wire"))
         for call, needed in (('echo {"text": "hello"}', USER), ("weigh", USER), ("wire", ANYBODY)):
             run = await office.run(call)
             assert [needed] == [asked.approver for asked in run.pending_inputs]

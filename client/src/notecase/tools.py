@@ -53,10 +53,12 @@ class Tool:
         name: str = "",
         description: str = "",
         requires_approval: bool = False,
+        approver: "v1.Tool.Approver.ValueType" = v1.Tool.APPROVER_UNSPECIFIED,
         timeout: float | None = None,
         declare: bool = True,
     ) -> None:
-        """`timeout` is in seconds, from the dispatch of a call to its outcome. A tool with `declare` False is not
+        """`approver` is the least role that may approve a call, for example `v1.Tool.APPROVER_ADMIN`. `timeout` is in
+        seconds, from the dispatch of a call to its outcome. A tool with `declare` False is not
         declared by the run, because its agent does so already: `v1.LlmAgent(tools=[search.definition])`."""
         self.function = function
         self.declare = declare
@@ -73,6 +75,7 @@ class Tool:
             parameters=dump(self._arguments.schema),
             client=v1.ClientTool(),
             requires_approval=requires_approval,
+            approver=approver,
         )
         """How an agent or a run declares it."""
         if timeout is not None:

@@ -29,15 +29,21 @@ def ask(server: str, conversation: Callable[[Client], Awaitable[int | None]]) ->
         async with client:
             return await conversation(client)
 
-    for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a character that one of them does not know is shown as another
+    replace_unknown()
     try:
         sys.exit(asyncio.run(talk()))
     except NotecaseError as error:
         raise click.ClickException(screen.sentence(error, server)) from None
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+
+
+def replace_unknown() -> None:
+    """Has the standard streams replace characters that they do not know. Called before anything is read from them:
+    afterwards Python refuses the change."""
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors != "replace":
+            stream.reconfigure(errors="replace")
 
 
 def name_of(collection: str, given: str) -> str:
