@@ -18,7 +18,7 @@ Json = dict[str, Any]
 
 NOTECASE = {
     f"notecase.v1.{name}Service"
-    for name in ("Agent", "Blob", "Key", "Message", "Run", "Server", "Session", "State", "Tenant")
+    for name in ("Agent", "Audit", "Blob", "Key", "Message", "Run", "Server", "Session", "State", "Tenant")
 }
 OPERATIONS = {
     "grpc.health.v1.Health",

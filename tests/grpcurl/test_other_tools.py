@@ -21,7 +21,7 @@ SERVICES = [
     "grpc.reflection.v1alpha.ServerReflection",
     *(
         f"notecase.v1.{name}Service"
-        for name in ("Agent", "Blob", "Key", "Message", "Run", "Server", "Session", "State", "Tenant")
+        for name in ("Agent", "Audit", "Blob", "Key", "Message", "Run", "Server", "Session", "State", "Tenant")
     ),
 ]
 
