@@ -1,6 +1,7 @@
 """MCP servers as real processes: what their tools give, and that nothing of theirs takes the server with it."""
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import structlog
 from notecase import v1
@@ -502,6 +504,20 @@ async def test_closing_does_not_wait_for_a_server_that_never_answers() -> None:
         await box.close()
         with pytest.raises(NotecaseError, match="cannot be reached"):
             await waiting
+
+
+@pytest.mark.parametrize("steps", range(12))
+async def test_closing_while_its_program_is_started_leaves_no_process(steps: int) -> None:
+    async with tools(McpServerSettings(command=sys.executable, args=("-c", "import sys; sys.stdin.read()"))) as box:
+        waiting = asyncio.create_task(resolved(box))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await box.close()
+        with pytest.raises(NotecaseError):
+            await waiting
+        left = [child for child in psutil.Process().children() if sys.executable in child.cmdline()[:1]]
+        assert not left, "its program is still running"
+    gc.collect()  # a pipe that was left open is found here, and is an error
 
 
 async def test_many_who_come_at_once_share_one_connection(facts: asyncio.Queue[str]) -> None:

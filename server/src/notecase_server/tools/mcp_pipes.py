@@ -42,17 +42,18 @@ async def program(name: str, settings: McpServerSettings, errors: TextIO) -> Asy
     """Starts a server's program, and ends it with the block, with its children if need be. Yields the streams of what
     it says and of what it is told, as mcp.Client takes them. A line that is no answer of a size that is taken ends the
     program. Raises OSError when it cannot be started."""
-    process = await asyncio.create_subprocess_exec(
-        settings.command or "",
-        *settings.args,
-        env=get_default_environment() | dict(settings.env or {}),
-        cwd=settings.cwd,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=errors,
-        start_new_session=True,
-        limit=MAX_ANSWER,
-    )
+    with anyio.CancelScope(shield=True):  # who leaves while it is started would leave it behind, with its pipes open
+        process = await asyncio.create_subprocess_exec(
+            settings.command or "",
+            *settings.args,
+            env=get_default_environment() | dict(settings.env or {}),
+            cwd=settings.cwd,
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+            limit=MAX_ANSWER,
+        )
     said, hears = anyio.create_memory_object_stream[SessionMessage | Exception](0)
     tells, told = anyio.create_memory_object_stream[SessionMessage](0)
     pipes = Tasks(f"mcp {name}")
