@@ -35,6 +35,7 @@ KEYS: Mapping[str, str] = {
     "insecure": "auth.insecure",
     "issuers": "auth.issuers",
     "client_principals": "auth.client_principals",
+    "audit_days": "audit.days",
     **{name: f"limits.{name}" for name in LIMITS},
     **{name: f"provider_defaults.{name}" for name in PROVIDER_DEFAULTS},
 }
