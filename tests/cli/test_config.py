@@ -128,7 +128,7 @@ def test_options_and_variables_win_over_the_file(tmp_path: Path, monkeypatch: py
 async def test_all_that_is_wrong_is_told_at_once_and_no_secret_is(tmp_path: Path) -> None:
     path = written(tmp_path, WRONG)
     done = await notecase("config", "check", str(path))
-    known = "auth, client_principal, issuer, limits, mcp, provider, provider_defaults, server, store, tls"
+    known = "audit, auth, client_principal, issuer, limits, mcp, provider, provider_defaults, server, store, tls"
     assert [
         "server.grace: This is a number.",
         "server.tools: This is a list of texts.",
