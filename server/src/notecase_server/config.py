@@ -76,7 +76,7 @@ class Settings:
     behind_tls_proxy: str = ""
     """The only other machines that are served, for `read_networks`, since they do TLS; empty where none does."""
     auth: Literal["auto", "keys"] = "auto"
-    """With "auto" callers need a credential when the store has ever had a key."""
+    """With "auto" callers need a credential when the store had ever had a key at the start."""
     admin_key: str = ""
     """A key that the operator chose, for an admin of the tenant `default`; empty for none."""
     insecure: bool = False
