@@ -1,7 +1,6 @@
 """MCP servers as real processes: what their tools give, and that nothing of theirs takes the server with it."""
 
 import asyncio
-import gc
 import json
 import os
 import signal
@@ -506,18 +505,28 @@ async def test_closing_does_not_wait_for_a_server_that_never_answers() -> None:
             await waiting
 
 
-@pytest.mark.parametrize("steps", range(12))
-async def test_closing_while_its_program_is_started_leaves_no_process(steps: int) -> None:
-    program = f"import sys; sys.stdin.read({steps} - 100)"
+async def test_closing_while_its_program_is_started_leaves_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, begun, go = "import sys; sys.stdin.read(-7)", asyncio.Event(), asyncio.Event()
+    create = asyncio.create_subprocess_exec
+
+    async def slow(*command: Any, **how: Any) -> asyncio.subprocess.Process:
+        process = await create(*command, **how)
+        begun.set()
+        await go.wait()
+        return process
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", slow)
     async with tools(McpServerSettings(command=sys.executable, args=("-c", program))) as box:
         waiting = asyncio.create_task(resolved(box))
-        for _ in range(steps):
+        await begun.wait()
+        closing = asyncio.create_task(box.close())
+        for _ in range(3):  # who closes has asked for the end by then
             await asyncio.sleep(0)
-        await box.close()
+        go.set()
+        await closing
         with pytest.raises(NotecaseError):
             await waiting
         assert not [child for child in psutil.Process().children() if program in child.cmdline()]
-    gc.collect()  # a pipe that was left open is found here, and is an error
 
 
 async def test_many_who_come_at_once_share_one_connection(facts: asyncio.Queue[str]) -> None:
