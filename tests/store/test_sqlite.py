@@ -342,6 +342,21 @@ async def test_a_write_that_fails_half_way_leaves_nothing(store: SqliteStore) ->
     assert (await add(store, said("m2"))).session.last_sequence == 2
 
 
+async def test_a_write_that_fails_half_way_fails_alone(store: SqliteStore) -> None:
+    """The others of its transaction are made, each once and in their order."""
+    await create(store)
+    await add(store, said("m1"))
+    async with held(store) as blocker:
+        events = [(said("m2"),), (said("m3"), said("m1")), (said("m4"), said("m5"))]
+        writes = [asyncio.create_task(add(store, *each)) for each in events]
+        await waiting(*writes)
+    _, *done = await asyncio.gather(blocker, *writes, return_exceptions=True)
+    assert [type(each) for each in done] == [Committed, sqlite3.IntegrityError, Committed]
+    assert [(event.sequence, event.message_added.name) for event in await store.read_events(KEY, 0)] == [
+        *((1, "m1"), (2, "m2"), (3, "m4"), (4, "m5"))
+    ]
+
+
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
     """No file of this process can grow beyond that size: a write beyond it fails, for root too."""

@@ -10,7 +10,7 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
@@ -35,10 +35,6 @@ log = structlog.get_logger()
 
 READERS = 3
 """They share the interpreter, so more would not read faster; while one waits for the disk, others go on."""
-
-ALONE = ("ROLLBACK",)
-AMONG_OTHERS = ("ROLLBACK TO write", "RELEASE write")
-"""What undoes a write that fails: the only one of a transaction, or one of several."""
 
 CHECKPOINT_WRITES = 16
 CHECKPOINT_ROWS = 1000
@@ -224,14 +220,35 @@ class _Writer:
         self._abandon()
         try:
             self._tally(quotas)
-            self._connection.execute("BEGIN IMMEDIATE")
-            outcomes = [self._among_others(job) for job in jobs] if len(jobs) > 1 else [self._attempt(jobs[0], ALONE)]
-            if self._connection.in_transaction:
-                self._connection.execute("COMMIT")
+            outcomes = self._together(jobs)
         except sqlite3.Error as error:
             self._abandon()
             log.error("store_write_failed", error=_name(error), writes=len(jobs))
             return [_Outcome(job.future, None, _unavailable(error)) for job in jobs]
+        if outcomes is None:
+            return [outcome for job in jobs for outcome in self.transact([job], quotas)]
+        return outcomes
+
+    def _together(self, jobs: list[_Job]) -> list[_Outcome] | None:
+        """Makes one transaction of all jobs. Returns None, with nothing written, when one of several failed half-way: a
+        step decides before it writes, so that needs a defect or a disk that fails. Raises sqlite3.Error when the
+        transaction is lost."""
+        connection, outcomes = self._connection, list[_Outcome]()
+        connection.execute("BEGIN IMMEDIATE")
+        for job in jobs:
+            changes = connection.total_changes
+            try:
+                outcomes.append(_Outcome(job.future, job.step(self._tables, self._clock()), None))
+            except Exception as error:
+                if isinstance(error, sqlite3.Error) and not connection.in_transaction:
+                    raise  # SQLite gave the transaction up, as it does when the disk is full or fails
+                if connection.total_changes != changes:
+                    connection.execute("ROLLBACK")
+                    if len(jobs) > 1:
+                        return None
+                outcomes.append(_Outcome(job.future, None, _told(error)))
+        if connection.in_transaction:
+            connection.execute("COMMIT")
         return outcomes
 
     @property
@@ -274,25 +291,6 @@ class _Writer:
         if new := bounded - self._tables.tallied:
             sqlite_tallies.begin(self._connection, new)
             self._tables.tallied |= new
-
-    def _among_others(self, job: _Job) -> _Outcome:
-        """One write of several, in a savepoint."""
-        self._connection.execute("SAVEPOINT write")
-        outcome = self._attempt(job, AMONG_OTHERS)
-        if outcome.error is None:
-            self._connection.execute("RELEASE write")
-        return outcome
-
-    def _attempt(self, job: _Job, undo: Sequence[str]) -> _Outcome:
-        """One write, undone when it fails. Raises sqlite3.Error when the whole transaction is lost."""
-        try:
-            return _Outcome(job.future, job.step(self._tables, self._clock()), None)
-        except Exception as error:
-            if isinstance(error, sqlite3.Error) and not self._connection.in_transaction:
-                raise  # SQLite gave the transaction up, as it does when the disk is full or fails
-            for statement in undo:
-                self._connection.execute(statement)
-            return _Outcome(job.future, None, _told(error))
 
     def _abandon(self) -> None:
         """Rolls back what is left of a failed transaction."""
