@@ -14,6 +14,7 @@ from contextlib import closing
 from itertools import islice
 from typing import Any, NamedTuple
 
+import msgspec
 import structlog
 from google.protobuf.message import DecodeError
 from notecase import v1
@@ -56,6 +57,8 @@ from notecase_server.store.tables import (
 )
 
 log = structlog.get_logger()
+
+_COMMITS = msgspec.json.Decoder(tuple[CommitRow, ...])
 
 Bound = str | int | bytes | None
 
@@ -118,6 +121,9 @@ CHANGED = "LEFT JOIN changed_messages c ON c.tenant = e.tenant AND c.uid = e.uid
 MESSAGES = f"""SELECT e.sequence, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND}
     FROM events e INDEXED BY messages_in_order {CHANGED} WHERE e.message IS NOT NULL AND e.tenant = ? AND e.uid = ?"""
 """Of each its own body, or where it has none the event's."""
+
+IN_FORCE = f"{MESSAGES.replace(REWIND, 'NULL', 1)} AND {REWIND} IS NULL"
+"""As MESSAGES, of those that no rewind left behind."""
 
 MESSAGE = f"{MESSAGES.replace('messages_in_order', 'messages_by_id')} AND e.message = ?"
 
@@ -533,9 +539,7 @@ class SqliteTables(Saving):
     def messages(
         self, key: SessionKey, query: Query, newest_first: bool, step: StepKey | None, superseded: bool
     ) -> Iterator[Found[v1.Message]]:
-        statement, values = MESSAGES, list[Bound](_of(key))
-        if not superseded:
-            statement += f" AND {REWIND} IS NULL"
+        statement, values = MESSAGES if superseded else IN_FORCE, list[Bound](_of(key))
         if step is not None:
             # The run's own events bound the search: nothing of it lies before its first or after its last.
             bounds = self._one(
@@ -1013,7 +1017,7 @@ def _of(key: SessionKey) -> tuple[str, str]:
 
 def _kept(row: SessionRow) -> tuple[Bound, ...]:
     """The columns of a session that no list is filtered by."""
-    commits = json.dumps(row.commits, separators=(",", ":")) if row.commits else None
+    commits = msgspec.json.encode(row.commits).decode() if row.commits else None
     return _expire_time(row.session), _labels(row.session), row.epoch, commits, row.session.SerializeToString()
 
 
@@ -1026,7 +1030,7 @@ def _marks(values: Collection[object]) -> str:
 
 
 def _commits(column: str | None) -> tuple[CommitRow, ...]:
-    return tuple(CommitRow(*made) for made in json.loads(column)) if column else ()
+    return _COMMITS.decode(column) if column else ()
 
 
 def _message(own: bytes | None, event: bytes | None, rewind: int | None) -> v1.Message:
