@@ -20,7 +20,7 @@ from notecase_server.store.sqlite import SqliteStore
 from tests.e2e.driving import OnStream, events_of, kinds, said
 from tests.support.server import ByTenant, Running, running
 
-HANDOVERS, STATEMENTS, PAGES = 2, 15, 14
+HANDOVERS, STATEMENTS, PAGES = 2, 12, 14
 """Of a turn in a new session that is all there is: how often the store is asked, statements of SQL with those that
 begin and end transactions, and pages of the write-ahead log."""
 

@@ -260,6 +260,7 @@ class _Writer:
             self._tally(quotas)
             outcomes = self._together(jobs)
         except sqlite3.Error as error:
+            self._tables.forget()
             self._abandon()
             log.error("store_write_failed", error=_name(error), writes=len(jobs))
             return [_Outcome(job, None, _unavailable(error)) for job in jobs]
@@ -281,6 +282,7 @@ class _Writer:
                 if isinstance(error, sqlite3.Error) and not connection.in_transaction:
                     raise  # SQLite gave the transaction up, as it does when the disk is full or fails
                 if connection.total_changes != changes:
+                    self._tables.forget()
                     connection.execute("ROLLBACK")
                     if len(jobs) > 1:
                         return None
@@ -333,6 +335,7 @@ class _Writer:
     def _abandon(self) -> None:
         """Rolls back what is left of a failed transaction."""
         if self._connection.in_transaction:
+            self._tables.forget()
             with suppress(sqlite3.Error):  # the disk fails still; it is tried again before the next transaction
                 self._connection.execute("ROLLBACK")
 
