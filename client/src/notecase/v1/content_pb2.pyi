@@ -30,226 +30,238 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     DESCRIPTOR: _descriptor.EnumDescriptor
     ERROR_REASON_UNSPECIFIED: _ErrorReason.ValueType  # 0
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 1
-    """INVALID_ARGUMENT: fields are missing or malformed, templates, schemas, filters and page tokens among them; BadRequest lists
-    all of them. When a template or a page token is all that is wrong, the reason is its own, TEMPLATE_ERROR or
+    """INVALID_ARGUMENT: fields are missing or malformed; BadRequest lists all of them. Templates, schemas, filters and page
+    tokens count as fields. When a template or a page token is the only one that is wrong, the reason is TEMPLATE_ERROR or
     PAGE_TOKEN_INVALID.
     """
     ERROR_REASON_AGENT_NOT_FOUND: _ErrorReason.ValueType  # 2
-    """NOT_FOUND, with ResourceInfo."""
+    """NOT_FOUND: there is no such agent, or no such revision of it. ResourceInfo names it."""
     ERROR_REASON_SESSION_NOT_FOUND: _ErrorReason.ValueType  # 3
-    """NOT_FOUND, with ResourceInfo."""
+    """NOT_FOUND: there is no such session. ResourceInfo names it."""
     ERROR_REASON_RUN_NOT_FOUND: _ErrorReason.ValueType  # 4
-    """NOT_FOUND, with ResourceInfo: the run, or the session where a command names no run and none is under way."""
+    """NOT_FOUND: there is no such run. ResourceInfo names it, or the session when a command names no run and none is under way."""
     ERROR_REASON_MESSAGE_NOT_FOUND: _ErrorReason.ValueType  # 5
-    """NOT_FOUND, with ResourceInfo."""
+    """NOT_FOUND: there is no such message. ResourceInfo names it."""
     ERROR_REASON_BLOB_NOT_FOUND: _ErrorReason.ValueType  # 6
-    """NOT_FOUND, with ResourceInfo: a blob or an upload."""
+    """NOT_FOUND: there is no such blob or upload. ResourceInfo names it."""
     ERROR_REASON_ALREADY_EXISTS: _ErrorReason.ValueType  # 7
-    """ALREADY_EXISTS: the id is taken; ResourceInfo names the holder."""
+    """ALREADY_EXISTS: the id is taken. ResourceInfo names the resource that has it."""
     ERROR_REASON_REQUEST_ID_REUSED: _ErrorReason.ValueType  # 8
-    """ALREADY_EXISTS: a request_id, command_id, run_id or upload_id came again with another body."""
+    """ALREADY_EXISTS: a request_id, command_id, run_id or upload_id was sent before with another body."""
     ERROR_REASON_ETAG_MISMATCH: _ErrorReason.ValueType  # 9
-    """ABORTED: the resource changed since; metadata.etag is the current one."""
+    """ABORTED: the resource has changed since it was read. metadata.etag is its current etag."""
     ERROR_REASON_SEQUENCE_MISMATCH: _ErrorReason.ValueType  # 10
-    """ABORTED: the log moved on; metadata.last_sequence is its head."""
+    """ABORTED: the log has grown since it was read. metadata.last_sequence is its last sequence."""
     ERROR_REASON_STATE_VERSION_MISMATCH: _ErrorReason.ValueType  # 11
-    """ABORTED: the key or the state changed since; metadata.version is the current one."""
+    """ABORTED: the key or the state has changed since it was read. metadata.version is its current version."""
     ERROR_REASON_RUN_ACTIVE: _ErrorReason.ValueType  # 12
-    """FAILED_PRECONDITION: the session has a run under way; metadata.run names it."""
+    """FAILED_PRECONDITION: the session has a run under way. metadata.run names it."""
     ERROR_REASON_RUN_ENDED: _ErrorReason.ValueType  # 13
-    """FAILED_PRECONDITION: the run has ended; metadata.state says how."""
+    """FAILED_PRECONDITION: the run has ended. metadata.state says how."""
     ERROR_REASON_RUN_CANCELLED_BEFORE_START: _ErrorReason.ValueType  # 14
-    """CANCELLED: a cancel of this run came before its start."""
+    """CANCELLED: the run was cancelled before it was started."""
     ERROR_REASON_INPUT_NOT_PENDING: _ErrorReason.ValueType  # 15
-    """FAILED_PRECONDITION: no approval or question of that input_id waits in this session or in the run named: it was answered
-    or withdrawn, its run has ended or never was, or it is another session's.
+    """FAILED_PRECONDITION: no approval or question with this input_id is waiting in the session, or in the run that is named. It
+    was answered or withdrawn, its run has ended or never existed, or it belongs to another session.
     """
     ERROR_REASON_CALL_NOT_PENDING: _ErrorReason.ValueType  # 16
-    """FAILED_PRECONDITION: no call of that call_id waits for a caller in this session or in the run named: it has an outcome, was
-    never dispatched to a caller, its run has ended or never was, or it is another session's.
+    """FAILED_PRECONDITION: no call with this call_id is waiting for a caller in the session, or in the run that is named. It has
+    an outcome, it was never dispatched to a caller, its run has ended or never existed, or it belongs to another session.
     """
     ERROR_REASON_PAGE_TOKEN_INVALID: _ErrorReason.ValueType  # 17
-    """INVALID_ARGUMENT: the page token was not made by this server, or for another list."""
+    """INVALID_ARGUMENT: the page token was not made by this server, or was made for another list or another caller."""
     ERROR_REASON_PAYLOAD_TOO_LARGE: _ErrorReason.ValueType  # 18
-    """RESOURCE_EXHAUSTED: larger than the server takes; QuotaFailure says how large it may be."""
+    """RESOURCE_EXHAUSTED: the request or its content is larger than the server accepts. QuotaFailure says how large it may be."""
     ERROR_REASON_BLOB_CORRUPT: _ErrorReason.ValueType  # 19
-    """INVALID_ARGUMENT: what was uploaded is not what it was said to be."""
+    """INVALID_ARGUMENT: the uploaded bytes do not have the size or the digest that was announced."""
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 20
-    """RESOURCE_EXHAUSTED: too many commands wait in the session; RetryInfo says when to try again."""
+    """RESOURCE_EXHAUSTED: too many commands or runs are queued in the session. RetryInfo says when to try again."""
     ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 21
-    """RESOURCE_EXHAUSTED: more at once than the server can carry (runs, calls, unread answers); RetryInfo says when to try again."""
+    """RESOURCE_EXHAUSTED: the server is at a limit of what it carries at once, such as runs, calls or unread answers. RetryInfo
+    says when to try again.
+    """
     ERROR_REASON_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 22
-    """RESOURCE_EXHAUSTED, inside a run: one of its limits was reached; metadata.limit names it."""
+    """RESOURCE_EXHAUSTED: a run failed because it reached one of its limits. metadata.limit names the limit."""
     ERROR_REASON_SERVER_DRAINING: _ErrorReason.ValueType  # 23
-    """UNAVAILABLE: the server is stopping; try again, RetryInfo says when."""
+    """UNAVAILABLE: the server is stopping. RetryInfo says when to try again."""
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 24
-    """UNAVAILABLE: the store cannot be read or written, a full disk for example; nothing of the call was kept."""
+    """UNAVAILABLE: the store cannot be read or written, for example because its disk is full. Nothing of the call was kept."""
     ERROR_REASON_OWNER_LOST: _ErrorReason.ValueType  # 25
-    """UNAVAILABLE: another process runs this session now, or the run has lost its worker; attach or send again. Inside a run:
-    its process died three times in a row, without a commit of the run in between.
+    """UNAVAILABLE: another process has taken over the session, or the run has lost its worker; attach or send again. As the
+    error of a run: its process died three times in a row, without a commit of the run in between.
     """
     ERROR_REASON_MODEL_ERROR: _ErrorReason.ValueType  # 26
-    """FAILED_PRECONDITION, and inside a run: the model's provider refused the request, or answered with something that is no
-    reply.
+    """FAILED_PRECONDITION: the model's provider refused the request, or its answer cannot be read as a reply. Mostly the error
+    of a run.
     """
     ERROR_REASON_MODEL_UNAVAILABLE: _ErrorReason.ValueType  # 27
-    """UNAVAILABLE, and inside a run: the model's provider cannot be reached or is overloaded, after retries."""
+    """UNAVAILABLE: the model's provider cannot be reached or is overloaded, after all retries. Mostly the error of a run."""
     ERROR_REASON_TOOL_ERROR: _ErrorReason.ValueType  # 28
-    """Inside a run: the tools it needs cannot be had."""
+    """UNAVAILABLE: a run failed because tools that it needs are not available."""
     ERROR_REASON_TEMPLATE_ERROR: _ErrorReason.ValueType  # 29
-    """INVALID_ARGUMENT where an agent is written, and inside a run: the instruction is no template, or exceeds its limits."""
+    """INVALID_ARGUMENT: the instruction is not a valid template, or its rendering exceeds a limit. Sent when an agent is
+    written, and as the error of a run.
+    """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 31
-    """INTERNAL: a defect; metadata.request_id finds it in the server's log."""
+    """INTERNAL: the server has a defect. metadata.request_id finds the details in the server's log."""
     ERROR_REASON_STATE_TYPE_MISMATCH: _ErrorReason.ValueType  # 32
-    """FAILED_PRECONDITION: an operation that the value's type does not have, or an integer overflow."""
+    """FAILED_PRECONDITION: the operation does not exist for a value of this type, or an integer would overflow."""
     ERROR_REASON_SEQUENCE_AHEAD: _ErrorReason.ValueType  # 33
-    """OUT_OF_RANGE: the sequence asked for is beyond the head; metadata.last_sequence is the head."""
+    """OUT_OF_RANGE: the sequence is beyond the end of the log. metadata.last_sequence is the last one."""
     ERROR_REASON_CONTENT_UNSUPPORTED: _ErrorReason.ValueType  # 34
-    """INVALID_ARGUMENT, and inside a run: content that the model cannot take."""
+    """INVALID_ARGUMENT: the model does not accept this kind of content. Mostly the error of a run."""
     ERROR_REASON_IMPORT_INVALID: _ErrorReason.ValueType  # 35
-    """INVALID_ARGUMENT: the file is no export of a session, or not a whole one, or of a newer format."""
+    """INVALID_ARGUMENT: the file is not an export of a session, is incomplete or damaged, or has a newer format."""
     ERROR_REASON_WATCHER_TOO_SLOW: _ErrorReason.ValueType  # 36
-    """RESOURCE_EXHAUSTED: the stream's reader took nothing for too long; go on after what was read last."""
+    """RESOURCE_EXHAUSTED: the stream was not read for too long. Attach again after the last sequence that was read."""
     ERROR_REASON_UPLOAD_OFFSET_MISMATCH: _ErrorReason.ValueType  # 37
-    """ABORTED: the upload goes on elsewhere; metadata.committed_bytes says where."""
+    """ABORTED: the upload continues at another offset. metadata.committed_bytes is that offset."""
     ERROR_REASON_STATE_KEY_NOT_FOUND: _ErrorReason.ValueType  # 39
     """NOT_FOUND: a message refers to a key that the session's state does not have."""
     ERROR_REASON_OUTPUT_INVALID: _ErrorReason.ValueType  # 38
-    """FAILED_PRECONDITION, inside a run: the reply is not what the agent's output_schema asks for; metadata.problem says where."""
+    """FAILED_PRECONDITION: a run failed because the reply does not match the agent's output_schema. metadata.problem says where."""
     ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 40
-    """RESOURCE_EXHAUSTED: more than the operator lets be kept; QuotaFailure says of what, metadata.limit how much."""
+    """RESOURCE_EXHAUSTED: the operator does not allow more to be stored. QuotaFailure says of what, and metadata.limit how much
+    is allowed.
+    """
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 41
-    """UNAUTHENTICATED: the call has no credential, a bad one, or more than one; of a stream, its credential expired, was revoked or
-    changed: attach again with another.
+    """UNAUTHENTICATED: the call has no credential, an invalid one, or more than one. On a stream: its credential has expired,
+    was revoked or was changed; attach again with another one.
     """
     ERROR_REASON_ROLE_MISSING: _ErrorReason.ValueType  # 42
-    """PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this approval;
-    metadata.role is the least that may. A caller that is bound to a user may do less than its role. Never for what is not the
-    caller's: that is NOT_FOUND.
+    """PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this approval.
+    metadata.role is the lowest role that may. A caller that is bound to a user may do less than its role. What belongs to
+    others is NOT_FOUND instead.
     """
     ERROR_REASON_KEY_NOT_FOUND: _ErrorReason.ValueType  # 43
-    """NOT_FOUND, with ResourceInfo."""
+    """NOT_FOUND: there is no such key. ResourceInfo names it."""
     ERROR_REASON_USER_NOT_FOUND: _ErrorReason.ValueType  # 44
-    """NOT_FOUND, with ResourceInfo: to a caller that is bound to a user, the state of another one."""
+    """NOT_FOUND: the caller is bound to a user, and asked for the state of another user. ResourceInfo names it."""
     ERROR_REASON_TENANT_NOT_FOUND: _ErrorReason.ValueType  # 45
-    """NOT_FOUND, with ResourceInfo."""
+    """NOT_FOUND: there is no such tenant. ResourceInfo names it."""
     ERROR_REASON_TENANT_SUSPENDED: _ErrorReason.ValueType  # 46
-    """PERMISSION_DENIED: an operator has suspended the caller's tenant, or is removing it."""
+    """PERMISSION_DENIED: an operator has suspended the caller's tenant, or is deleting it."""
     ERROR_REASON_PRINCIPAL_NOT_FOUND: _ErrorReason.ValueType  # 47
-    """NOT_FOUND, with ResourceInfo."""
+    """NOT_FOUND: there is no such principal. ResourceInfo names it."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of every error's google.rpc.ErrorInfo, there without the prefix, under the domain "notecase.dev"."""
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 1
-"""INVALID_ARGUMENT: fields are missing or malformed, templates, schemas, filters and page tokens among them; BadRequest lists
-all of them. When a template or a page token is all that is wrong, the reason is its own, TEMPLATE_ERROR or
+"""INVALID_ARGUMENT: fields are missing or malformed; BadRequest lists all of them. Templates, schemas, filters and page
+tokens count as fields. When a template or a page token is the only one that is wrong, the reason is TEMPLATE_ERROR or
 PAGE_TOKEN_INVALID.
 """
 ERROR_REASON_AGENT_NOT_FOUND: ErrorReason.ValueType  # 2
-"""NOT_FOUND, with ResourceInfo."""
+"""NOT_FOUND: there is no such agent, or no such revision of it. ResourceInfo names it."""
 ERROR_REASON_SESSION_NOT_FOUND: ErrorReason.ValueType  # 3
-"""NOT_FOUND, with ResourceInfo."""
+"""NOT_FOUND: there is no such session. ResourceInfo names it."""
 ERROR_REASON_RUN_NOT_FOUND: ErrorReason.ValueType  # 4
-"""NOT_FOUND, with ResourceInfo: the run, or the session where a command names no run and none is under way."""
+"""NOT_FOUND: there is no such run. ResourceInfo names it, or the session when a command names no run and none is under way."""
 ERROR_REASON_MESSAGE_NOT_FOUND: ErrorReason.ValueType  # 5
-"""NOT_FOUND, with ResourceInfo."""
+"""NOT_FOUND: there is no such message. ResourceInfo names it."""
 ERROR_REASON_BLOB_NOT_FOUND: ErrorReason.ValueType  # 6
-"""NOT_FOUND, with ResourceInfo: a blob or an upload."""
+"""NOT_FOUND: there is no such blob or upload. ResourceInfo names it."""
 ERROR_REASON_ALREADY_EXISTS: ErrorReason.ValueType  # 7
-"""ALREADY_EXISTS: the id is taken; ResourceInfo names the holder."""
+"""ALREADY_EXISTS: the id is taken. ResourceInfo names the resource that has it."""
 ERROR_REASON_REQUEST_ID_REUSED: ErrorReason.ValueType  # 8
-"""ALREADY_EXISTS: a request_id, command_id, run_id or upload_id came again with another body."""
+"""ALREADY_EXISTS: a request_id, command_id, run_id or upload_id was sent before with another body."""
 ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 9
-"""ABORTED: the resource changed since; metadata.etag is the current one."""
+"""ABORTED: the resource has changed since it was read. metadata.etag is its current etag."""
 ERROR_REASON_SEQUENCE_MISMATCH: ErrorReason.ValueType  # 10
-"""ABORTED: the log moved on; metadata.last_sequence is its head."""
+"""ABORTED: the log has grown since it was read. metadata.last_sequence is its last sequence."""
 ERROR_REASON_STATE_VERSION_MISMATCH: ErrorReason.ValueType  # 11
-"""ABORTED: the key or the state changed since; metadata.version is the current one."""
+"""ABORTED: the key or the state has changed since it was read. metadata.version is its current version."""
 ERROR_REASON_RUN_ACTIVE: ErrorReason.ValueType  # 12
-"""FAILED_PRECONDITION: the session has a run under way; metadata.run names it."""
+"""FAILED_PRECONDITION: the session has a run under way. metadata.run names it."""
 ERROR_REASON_RUN_ENDED: ErrorReason.ValueType  # 13
-"""FAILED_PRECONDITION: the run has ended; metadata.state says how."""
+"""FAILED_PRECONDITION: the run has ended. metadata.state says how."""
 ERROR_REASON_RUN_CANCELLED_BEFORE_START: ErrorReason.ValueType  # 14
-"""CANCELLED: a cancel of this run came before its start."""
+"""CANCELLED: the run was cancelled before it was started."""
 ERROR_REASON_INPUT_NOT_PENDING: ErrorReason.ValueType  # 15
-"""FAILED_PRECONDITION: no approval or question of that input_id waits in this session or in the run named: it was answered
-or withdrawn, its run has ended or never was, or it is another session's.
+"""FAILED_PRECONDITION: no approval or question with this input_id is waiting in the session, or in the run that is named. It
+was answered or withdrawn, its run has ended or never existed, or it belongs to another session.
 """
 ERROR_REASON_CALL_NOT_PENDING: ErrorReason.ValueType  # 16
-"""FAILED_PRECONDITION: no call of that call_id waits for a caller in this session or in the run named: it has an outcome, was
-never dispatched to a caller, its run has ended or never was, or it is another session's.
+"""FAILED_PRECONDITION: no call with this call_id is waiting for a caller in the session, or in the run that is named. It has
+an outcome, it was never dispatched to a caller, its run has ended or never existed, or it belongs to another session.
 """
 ERROR_REASON_PAGE_TOKEN_INVALID: ErrorReason.ValueType  # 17
-"""INVALID_ARGUMENT: the page token was not made by this server, or for another list."""
+"""INVALID_ARGUMENT: the page token was not made by this server, or was made for another list or another caller."""
 ERROR_REASON_PAYLOAD_TOO_LARGE: ErrorReason.ValueType  # 18
-"""RESOURCE_EXHAUSTED: larger than the server takes; QuotaFailure says how large it may be."""
+"""RESOURCE_EXHAUSTED: the request or its content is larger than the server accepts. QuotaFailure says how large it may be."""
 ERROR_REASON_BLOB_CORRUPT: ErrorReason.ValueType  # 19
-"""INVALID_ARGUMENT: what was uploaded is not what it was said to be."""
+"""INVALID_ARGUMENT: the uploaded bytes do not have the size or the digest that was announced."""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 20
-"""RESOURCE_EXHAUSTED: too many commands wait in the session; RetryInfo says when to try again."""
+"""RESOURCE_EXHAUSTED: too many commands or runs are queued in the session. RetryInfo says when to try again."""
 ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 21
-"""RESOURCE_EXHAUSTED: more at once than the server can carry (runs, calls, unread answers); RetryInfo says when to try again."""
+"""RESOURCE_EXHAUSTED: the server is at a limit of what it carries at once, such as runs, calls or unread answers. RetryInfo
+says when to try again.
+"""
 ERROR_REASON_LIMIT_EXCEEDED: ErrorReason.ValueType  # 22
-"""RESOURCE_EXHAUSTED, inside a run: one of its limits was reached; metadata.limit names it."""
+"""RESOURCE_EXHAUSTED: a run failed because it reached one of its limits. metadata.limit names the limit."""
 ERROR_REASON_SERVER_DRAINING: ErrorReason.ValueType  # 23
-"""UNAVAILABLE: the server is stopping; try again, RetryInfo says when."""
+"""UNAVAILABLE: the server is stopping. RetryInfo says when to try again."""
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 24
-"""UNAVAILABLE: the store cannot be read or written, a full disk for example; nothing of the call was kept."""
+"""UNAVAILABLE: the store cannot be read or written, for example because its disk is full. Nothing of the call was kept."""
 ERROR_REASON_OWNER_LOST: ErrorReason.ValueType  # 25
-"""UNAVAILABLE: another process runs this session now, or the run has lost its worker; attach or send again. Inside a run:
-its process died three times in a row, without a commit of the run in between.
+"""UNAVAILABLE: another process has taken over the session, or the run has lost its worker; attach or send again. As the
+error of a run: its process died three times in a row, without a commit of the run in between.
 """
 ERROR_REASON_MODEL_ERROR: ErrorReason.ValueType  # 26
-"""FAILED_PRECONDITION, and inside a run: the model's provider refused the request, or answered with something that is no
-reply.
+"""FAILED_PRECONDITION: the model's provider refused the request, or its answer cannot be read as a reply. Mostly the error
+of a run.
 """
 ERROR_REASON_MODEL_UNAVAILABLE: ErrorReason.ValueType  # 27
-"""UNAVAILABLE, and inside a run: the model's provider cannot be reached or is overloaded, after retries."""
+"""UNAVAILABLE: the model's provider cannot be reached or is overloaded, after all retries. Mostly the error of a run."""
 ERROR_REASON_TOOL_ERROR: ErrorReason.ValueType  # 28
-"""Inside a run: the tools it needs cannot be had."""
+"""UNAVAILABLE: a run failed because tools that it needs are not available."""
 ERROR_REASON_TEMPLATE_ERROR: ErrorReason.ValueType  # 29
-"""INVALID_ARGUMENT where an agent is written, and inside a run: the instruction is no template, or exceeds its limits."""
+"""INVALID_ARGUMENT: the instruction is not a valid template, or its rendering exceeds a limit. Sent when an agent is
+written, and as the error of a run.
+"""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 31
-"""INTERNAL: a defect; metadata.request_id finds it in the server's log."""
+"""INTERNAL: the server has a defect. metadata.request_id finds the details in the server's log."""
 ERROR_REASON_STATE_TYPE_MISMATCH: ErrorReason.ValueType  # 32
-"""FAILED_PRECONDITION: an operation that the value's type does not have, or an integer overflow."""
+"""FAILED_PRECONDITION: the operation does not exist for a value of this type, or an integer would overflow."""
 ERROR_REASON_SEQUENCE_AHEAD: ErrorReason.ValueType  # 33
-"""OUT_OF_RANGE: the sequence asked for is beyond the head; metadata.last_sequence is the head."""
+"""OUT_OF_RANGE: the sequence is beyond the end of the log. metadata.last_sequence is the last one."""
 ERROR_REASON_CONTENT_UNSUPPORTED: ErrorReason.ValueType  # 34
-"""INVALID_ARGUMENT, and inside a run: content that the model cannot take."""
+"""INVALID_ARGUMENT: the model does not accept this kind of content. Mostly the error of a run."""
 ERROR_REASON_IMPORT_INVALID: ErrorReason.ValueType  # 35
-"""INVALID_ARGUMENT: the file is no export of a session, or not a whole one, or of a newer format."""
+"""INVALID_ARGUMENT: the file is not an export of a session, is incomplete or damaged, or has a newer format."""
 ERROR_REASON_WATCHER_TOO_SLOW: ErrorReason.ValueType  # 36
-"""RESOURCE_EXHAUSTED: the stream's reader took nothing for too long; go on after what was read last."""
+"""RESOURCE_EXHAUSTED: the stream was not read for too long. Attach again after the last sequence that was read."""
 ERROR_REASON_UPLOAD_OFFSET_MISMATCH: ErrorReason.ValueType  # 37
-"""ABORTED: the upload goes on elsewhere; metadata.committed_bytes says where."""
+"""ABORTED: the upload continues at another offset. metadata.committed_bytes is that offset."""
 ERROR_REASON_STATE_KEY_NOT_FOUND: ErrorReason.ValueType  # 39
 """NOT_FOUND: a message refers to a key that the session's state does not have."""
 ERROR_REASON_OUTPUT_INVALID: ErrorReason.ValueType  # 38
-"""FAILED_PRECONDITION, inside a run: the reply is not what the agent's output_schema asks for; metadata.problem says where."""
+"""FAILED_PRECONDITION: a run failed because the reply does not match the agent's output_schema. metadata.problem says where."""
 ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 40
-"""RESOURCE_EXHAUSTED: more than the operator lets be kept; QuotaFailure says of what, metadata.limit how much."""
+"""RESOURCE_EXHAUSTED: the operator does not allow more to be stored. QuotaFailure says of what, and metadata.limit how much
+is allowed.
+"""
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 41
-"""UNAUTHENTICATED: the call has no credential, a bad one, or more than one; of a stream, its credential expired, was revoked or
-changed: attach again with another.
+"""UNAUTHENTICATED: the call has no credential, an invalid one, or more than one. On a stream: its credential has expired,
+was revoked or was changed; attach again with another one.
 """
 ERROR_REASON_ROLE_MISSING: ErrorReason.ValueType  # 42
-"""PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this approval;
-metadata.role is the least that may. A caller that is bound to a user may do less than its role. Never for what is not the
-caller's: that is NOT_FOUND.
+"""PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this approval.
+metadata.role is the lowest role that may. A caller that is bound to a user may do less than its role. What belongs to
+others is NOT_FOUND instead.
 """
 ERROR_REASON_KEY_NOT_FOUND: ErrorReason.ValueType  # 43
-"""NOT_FOUND, with ResourceInfo."""
+"""NOT_FOUND: there is no such key. ResourceInfo names it."""
 ERROR_REASON_USER_NOT_FOUND: ErrorReason.ValueType  # 44
-"""NOT_FOUND, with ResourceInfo: to a caller that is bound to a user, the state of another one."""
+"""NOT_FOUND: the caller is bound to a user, and asked for the state of another user. ResourceInfo names it."""
 ERROR_REASON_TENANT_NOT_FOUND: ErrorReason.ValueType  # 45
-"""NOT_FOUND, with ResourceInfo."""
+"""NOT_FOUND: there is no such tenant. ResourceInfo names it."""
 ERROR_REASON_TENANT_SUSPENDED: ErrorReason.ValueType  # 46
-"""PERMISSION_DENIED: an operator has suspended the caller's tenant, or is removing it."""
+"""PERMISSION_DENIED: an operator has suspended the caller's tenant, or is deleting it."""
 ERROR_REASON_PRINCIPAL_NOT_FOUND: ErrorReason.ValueType  # 47
-"""NOT_FOUND, with ResourceInfo."""
+"""NOT_FOUND: there is no such principal. ResourceInfo names it."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
