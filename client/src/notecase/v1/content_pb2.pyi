@@ -145,7 +145,7 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """NOT_FOUND: there is no such principal. ResourceInfo names it."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
-    """The `reason` of every error's google.rpc.ErrorInfo, there without the prefix, under the domain "notecase.dev"."""
+    """The `reason` of the google.rpc.ErrorInfo of every error, without the prefix, in the domain "notecase.dev"."""
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 1
@@ -266,8 +266,8 @@ Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
 class Value(_message.Message):
-    """A typed value of state. What goes in comes out: an int64 stays an int64, bytes stay bytes. At most 16 levels deep,
-    because protobuf parsers stop at 100 nested messages and an event that holds a value must decode everywhere.
+    """A typed value of state. It is returned as it was stored: an int64 stays an int64, bytes stay bytes. At most 16 levels deep,
+    because protobuf parsers stop at 100 nested messages, and an event that holds a value must decode everywhere.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -384,7 +384,9 @@ Global___ValueMap: _TypeAlias = ValueMap  # noqa: Y015
 
 @_typing.final
 class Blob(_message.Message):
-    """Content kept beside the log, named by its SHA-256; media type and filename belong to the reference, not to the content."""
+    """Content that is stored outside the log and named by its SHA-256. Media type and filename belong to the reference, not to the
+    content.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -397,7 +399,7 @@ class Blob(_message.Message):
     media_type: _builtins.str
     """For example "application/pdf"."""
     size_bytes: _builtins.int
-    """Output only where a blob is referred to."""
+    """Output only in a reference to a blob."""
     filename: _builtins.str
     def __init__(
         self,
@@ -417,7 +419,7 @@ Global___Blob: _TypeAlias = Blob  # noqa: Y015
 
 @_typing.final
 class Part(_message.Message):
-    """One part of a message. Beside content that becomes a blob, the parts of one message are together at most 960 KiB."""
+    """One part of a message. The parts of a message have at most 960 KiB in all, not counting content that becomes a blob."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -432,46 +434,46 @@ class Part(_message.Message):
     REFUSAL_FIELD_NUMBER: _builtins.int
     STATE_KEY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Above 256 KiB, in what a caller or a tool says, it becomes a blob of media type text/plain."""
+    """From a caller or a tool, text of more than 256 KiB becomes a blob of media type text/plain."""
     json: _builtins.str
     """RFC 8259 text: a reply of an agent with an `output_schema`, or data that a caller sends, which the model reads as text.
-    In an incomplete message it may be cut off, or not what the schema asked for. Above 256 KiB, in what a caller or a
-    tool says, it becomes a blob of media type application/json.
+    In an incomplete message it may be cut off or not match the schema. From a caller or a tool, JSON of more than 256 KiB
+    becomes a blob of media type application/json.
     """
     refusal: _builtins.str
-    """The model's own words for not answering; made by models only."""
+    """The model's words when it refuses to answer. Made by models only."""
     state_key: _builtins.str
-    """Input only: the value that the session's state has under this key when the message is taken. A blob or bytes become a
-    blob, a string becomes text, and what else there is becomes json. NOT_FOUND when the key does not exist.
-    RESOURCE_EXHAUSTED when the messages said at once then have more than 2.75 MiB.
+    """Input only: the value that the session's state has under this key when the message is committed. A blob or bytes become
+    a blob, a string becomes text, and any other value becomes json. NOT_FOUND when the key does not exist.
+    RESOURCE_EXHAUSTED when the messages of the request then have more than 2.75 MiB.
     """
     @_builtins.property
     def citations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Citation]:
-        """Of a reply's text or json, made by models only: the sources that its provider names, in its order; at most 50, with 16
-        KiB of addresses. Where the text says "[1]", the first is meant.
+        """The sources of a reply's text or json, as its provider lists them. Made by models only; at most 50, with 16 KiB of
+        addresses. "[1]" in the text means the first.
         """
 
     @_builtins.property
     def reasoning(self) -> Global___Reasoning:
-        """What a model thought before it spoke; made by models only."""
+        """The model's reasoning. Made by models only."""
 
     @_builtins.property
     def blob(self) -> Global___Blob:
-        """Content stored here: NOT_FOUND when it is not. In a reply it is an image or a clip that the model made, at most 16 of
-        them with the files, and 32 MiB together; what was said in the clip is text beside it.
+        """Content that this server has; otherwise NOT_FOUND. In a reply it is an image or an audio clip that the model made; a
+        reply has at most 16 of these and of `file` parts, with 32 MiB in all. The words of a clip are a text part.
         """
 
     @_builtins.property
     def file(self) -> Global___FileUri:
-        """Content kept elsewhere. In a reply it is an image that the model's provider keeps, for as long as it does."""
+        """Content that is stored elsewhere. In a reply it is an image at the model's provider, which may delete it."""
 
     @_builtins.property
     def data(self) -> Global___InlineData:
-        """Content carried here. Input only: the server stores it as a blob."""
+        """Content within the message. Input only: the server stores it as a blob."""
 
     @_builtins.property
     def tool_call(self) -> Global___ToolCall:
-        """A call the model asked for, with its outcome; made by models only."""
+        """A call that the model asked for, with its outcome. Made by models only."""
 
     def __init__(
         self,
@@ -499,7 +501,7 @@ Global___Part: _TypeAlias = Part  # noqa: Y015
 
 @_typing.final
 class Citation(_message.Message):
-    """A source that a reply's text rests on."""
+    """A source of a reply's text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -512,7 +514,7 @@ class Citation(_message.Message):
     title: _builtins.str
     """At most 300 characters; may be empty."""
     start: _builtins.int
-    """Where in the part's text it is cited, in bytes of UTF-8, as `end`; both are 0 where the provider does not say."""
+    """The start of the citation in the part's text, in bytes of UTF-8, like `end`. Both are 0 when the provider does not say."""
     end: _builtins.int
     def __init__(
         self,
@@ -542,7 +544,7 @@ class Reasoning(_message.Message):
     """Empty where the provider shows none of it."""
     @_builtins.property
     def provider_data(self) -> Global___ProviderData:
-        """Output only: what the provider gets back with the message that this part belongs to."""
+        """Output only: data that is sent back to the provider with this part's message."""
 
     def __init__(
         self,
@@ -560,8 +562,8 @@ Global___Reasoning: _TypeAlias = Reasoning  # noqa: Y015
 
 @_typing.final
 class ProviderData(_message.Message):
-    """What a model's provider gets back with a later request, as it came: signatures, encrypted reasoning, its own call ids. It is
-    made by the server, opaque to everybody else, and sent to the same provider and model only.
+    """Data that is sent back, unchanged, to the model's provider with later requests: signatures, encrypted reasoning, its own
+    call ids. Set by the server, opaque to callers, and sent only to the provider and model from which it came.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -572,10 +574,10 @@ class ProviderData(_message.Message):
     CALL_ID_FIELD_NUMBER: _builtins.int
     TEXT_MEMBER_FIELD_NUMBER: _builtins.int
     provider: _builtins.str
-    """Stands for the provider's endpoint."""
+    """An identifier of the provider's endpoint."""
     model: _builtins.str
     members: _builtins.bytes
-    """A JSON object: members of the call, or of the message of a reasoning part."""
+    """A JSON object: members of the call, or of the message with the reasoning."""
     call_id: _builtins.str
     """The provider's own id of the call."""
     text_member: _builtins.str
@@ -599,7 +601,7 @@ Global___ProviderData: _TypeAlias = ProviderData  # noqa: Y015
 
 @_typing.final
 class FileUri(_message.Message):
-    """Content that the model's provider fetches by itself."""
+    """Content that the model's provider fetches."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -609,8 +611,8 @@ class FileUri(_message.Message):
     uri: _builtins.str
     """An absolute URI, for example "https://example.org/plan.png"."""
     media_type: _builtins.str
-    """For example "image/png"; in a reply "image/*" where neither its provider nor the URI tells. Images are the only media that
-    providers take by URI.
+    """For example "image/png"; in a reply "image/*" when neither the provider nor the URI says more. Providers accept only
+    images by URI.
     """
     filename: _builtins.str
     def __init__(
@@ -630,7 +632,7 @@ Global___FileUri: _TypeAlias = FileUri  # noqa: Y015
 
 @_typing.final
 class InlineData(_message.Message):
-    """Content carried in the message: an image, a PDF, an audio clip."""
+    """Content within a message: an image, a PDF, an audio clip."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -658,7 +660,7 @@ Global___InlineData: _TypeAlias = InlineData  # noqa: Y015
 
 @_typing.final
 class ToolCall(_message.Message):
-    """A call the model asked for, and its outcome: one part, so that nothing can come between the two."""
+    """A call that the model asked for, and its outcome. Both are one part, so that they are never separated."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -670,30 +672,30 @@ class ToolCall(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         OUTCOME_UNSPECIFIED: ToolCall._Outcome.ValueType  # 0
         OUTCOME_PENDING: ToolCall._Outcome.ValueType  # 1
-        """Not begun: it waits for approval, or for the run to go on."""
+        """Not started: it waits for an approval, or for the run to go on."""
         OUTCOME_RUNNING: ToolCall._Outcome.ValueType  # 2
-        """Dispatched: it runs in the server, or at the caller."""
+        """Dispatched: it runs in the server or in the caller's process."""
         OUTCOME_SUCCEEDED: ToolCall._Outcome.ValueType  # 3
         OUTCOME_FAILED: ToolCall._Outcome.ValueType  # 4
         """The tool failed, or there is no such tool; the model is shown `error`."""
         OUTCOME_DENIED: ToolCall._Outcome.ValueType  # 5
-        """A person said no; the model is shown `error`."""
+        """A person denied it; the model is shown `error`."""
         OUTCOME_CANCELLED: ToolCall._Outcome.ValueType  # 6
         """The run or the call was cancelled before the call had an outcome."""
 
     class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
-        """What became of a call."""
+        """The outcome of a call."""
 
     OUTCOME_UNSPECIFIED: ToolCall.Outcome.ValueType  # 0
     OUTCOME_PENDING: ToolCall.Outcome.ValueType  # 1
-    """Not begun: it waits for approval, or for the run to go on."""
+    """Not started: it waits for an approval, or for the run to go on."""
     OUTCOME_RUNNING: ToolCall.Outcome.ValueType  # 2
-    """Dispatched: it runs in the server, or at the caller."""
+    """Dispatched: it runs in the server or in the caller's process."""
     OUTCOME_SUCCEEDED: ToolCall.Outcome.ValueType  # 3
     OUTCOME_FAILED: ToolCall.Outcome.ValueType  # 4
     """The tool failed, or there is no such tool; the model is shown `error`."""
     OUTCOME_DENIED: ToolCall.Outcome.ValueType  # 5
-    """A person said no; the model is shown `error`."""
+    """A person denied it; the model is shown `error`."""
     OUTCOME_CANCELLED: ToolCall.Outcome.ValueType  # 6
     """The run or the call was cancelled before the call had an outcome."""
 
@@ -710,40 +712,40 @@ class ToolCall(_message.Message):
     BINDING_FIELD_NUMBER: _builtins.int
     PROVIDER_DATA_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
-    """Made by the server whatever the model sent; unique in the session and stable from the first delta on. A tool's
-    idempotency key is "{Session.uid}/{call_id}": the same on every attempt, and never that of another session.
+    """Chosen by the server, whatever the model sent; unique in the session, and stable from the first delta on. The idempotency
+    key of a call is "{Session.uid}/{call_id}": the same on every attempt, and different in every session.
     """
     tool: _builtins.str
     arguments: _builtins.str
-    """As the model wrote it; usually a JSON object. Once approved with edits, the edited text."""
+    """The arguments as the model wrote them, usually a JSON object; after an approval with edits, the edited text."""
     outcome: Global___ToolCall.Outcome.ValueType
     error: _builtins.str
     """Why the call has no result."""
     client_executed: _builtins.bool
-    """The caller runs it."""
+    """Whether the caller runs it."""
     attempt: _builtins.int
-    """How often it was dispatched."""
+    """How many times it was dispatched."""
     @_builtins.property
     def result(self) -> _containers.RepeatedCompositeFieldContainer[Global___Part]:
-        """What the tool gave back: text, json, file and data parts. The results of all calls of a reply fit into 1 MiB with it: text
-        and json beyond a call's share become blobs.
+        """What the tool returned: text, json, file and data parts. A reply and the results of all its calls fit into 1 MiB: text and
+        json beyond a call's share become blobs.
         """
 
     @_builtins.property
     def elapsed(self) -> _duration_pb2.Duration:
-        """From dispatch to outcome."""
+        """The time from dispatch to outcome."""
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Of the last dispatch."""
+        """The time of the last dispatch."""
 
     @_builtins.property
     def binding(self) -> Global___ToolBinding:
-        """What the name stood for when the call was made. Unset when there was no tool of that name."""
+        """The tool that the name meant when the call was made. Unset when there was no tool with that name."""
 
     @_builtins.property
     def provider_data(self) -> Global___ProviderData:
-        """Output only: what the provider gets back with the call."""
+        """Output only: data that is sent back to the provider with the call."""
 
     def __init__(
         self,
@@ -771,7 +773,7 @@ Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
 
 @_typing.final
 class ToolBinding(_message.Message):
-    """What a call was bound to: it stays the call's whatever its name comes to mean later."""
+    """The tool to which a call is bound. It does not change when the name comes to mean another tool."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -782,7 +784,7 @@ class ToolBinding(_message.Message):
     declaration: _builtins.int
     """The index of the declaration among the run's tools: those of the agent's revision, then Run.client_tools."""
     digest: _builtins.bytes
-    """SHA-256 of the declaration and of what implements it: answers that are remembered hold for this."""
+    """The SHA-256 of the declaration and the implementation. Remembered answers apply to this digest."""
     function: _builtins.str
     """The function of the server."""
     @_builtins.property
@@ -809,7 +811,7 @@ Global___ToolBinding: _TypeAlias = ToolBinding  # noqa: Y015
 
 @_typing.final
 class McpBinding(_message.Message):
-    """A tool as its MCP server has it."""
+    """A tool of an MCP server, by its own name."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -854,7 +856,7 @@ class Usage(_message.Message):
     """The part of `output_tokens` spent on reasoning."""
     model_calls: _builtins.int
     model: _builtins.str
-    """Of a sum: empty where there were several. The same holds for `provider`."""
+    """In a sum over several models empty. The same applies to `provider`."""
     provider: _builtins.str
     """The provider that answered, as ServerInfo.providers names it."""
     def __init__(
@@ -878,7 +880,7 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class Error(_message.Message):
-    """Why a run failed or a command was refused: the same facts as a refused call carries in its status."""
+    """Why a run failed or a command was refused. It has the same facts as the status of a refused call."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -910,7 +912,7 @@ class Error(_message.Message):
     """A google.rpc.Code."""
     reason: Global___ErrorReason.ValueType
     message: _builtins.str
-    """Whole sentences for a person, saying what to do where something can be done."""
+    """Sentences for people, which say what to do when something can be done."""
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """For a program: the current version, the active run, the request id."""
