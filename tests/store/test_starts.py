@@ -168,3 +168,20 @@ async def test_any_writes_at_once_leave_what_the_file_holds(store: SqliteStore, 
         await asyncio.gather(*writes, return_exceptions=True)
         for agent in ("", "agents/sherlock", "agents/sherlock@1", "agents/nobody"):
             await read(store, agent)
+
+
+async def test_the_rows_of_few_and_small_sessions_are_kept_for_their_next_commit(
+    store: SqliteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("notecase_server.store.sqlite_tables.SAVED_SESSIONS", 3)
+    kept = store._writer._tables._saved
+    keys = [SessionKey(TENANT, f"s{number}", f"u{number}") for number in range(9)]
+    for key in keys:
+        await create(store, key)
+        await add(store, said("m1"), key=key)
+    assert [uid for _, uid in kept] == ["u6", "u7", "u8"]
+    await store.commit(Commit(key=KEY, create=v1.Session(display_name="x" * 20_000)))
+    assert [uid for _, uid in kept] == ["u6", "u7", "u8"]
+    await store.edit_session(keys[8], edit(display_name="renamed"))
+    assert [uid for _, uid in kept] == ["u6", "u7"]
+    assert (await add(store, said("m2"), key=keys[8])).session.display_name == "renamed"
