@@ -1,7 +1,7 @@
 """How a client reaches its server: in plain text or by TLS, and with a token for each call."""
 
 import asyncio
-import ipaddress
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,9 +12,14 @@ from typing import Any, Self, cast
 import grpc
 from grpc import aio
 
+from notecase.address import DEFAULT_ADDRESS, is_loopback, with_port
 from notecase.errors import NotecaseError
 
-DEFAULT_ADDRESS = "127.0.0.1:7420"
+log = logging.getLogger("notecase")
+
+TOLD_AFTER = 1.0
+"""Seconds after which the log says that the first connection is not there yet. gRPC waits 20 s for a host that is
+silent, and nobody should wonder for so long."""
 
 Token = str | Callable[[], str | Awaitable[str]]
 """A token, or what returns one that is valid now; it is asked for each call, and so it keeps its token until that
@@ -41,9 +46,11 @@ class Connection:
         plaintext: bool = False,
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        """See Client. Raises ValueError for a token that cannot be sent, or only in plain text, and OSError for a file
-        of `ca` that cannot be read."""
-        address = address or os.environ.get("NOTECASE_ADDRESS") or DEFAULT_ADDRESS
+        """See Client. Raises ValueError for what is not an address, and for a token that cannot be sent, or only in
+        plain text; OSError for a file of `ca` that cannot be read."""
+        if address is None:
+            address = os.environ.get("NOTECASE_ADDRESS") or DEFAULT_ADDRESS
+        address = with_port(address)
         if plaintext and (credentials or ca):
             raise ValueError("plaintext goes neither with ca nor with credentials")
         ca = ca or os.environ.get("NOTECASE_CA")
@@ -62,7 +69,7 @@ class Connection:
         self._channel = (
             aio.secure_channel(address, credentials, merged) if credentials else aio.insecure_channel(address, merged)
         )
-        self.channel = cast(aio.Channel, _Channel(self._channel, self._token))
+        self.channel = cast(aio.Channel, _Channel(self._channel, self._token, address))
 
     @property
     def renews_token(self) -> bool:
@@ -72,17 +79,6 @@ class Connection:
     async def close(self) -> None:
         """Closes the connection and every call on it. May be called twice."""
         await self._channel.close()
-
-
-def is_loopback(address: str) -> bool:
-    """Whether what is sent to that address stays on this machine."""
-    if address.startswith("unix:"):
-        return True
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _pem(path: str | PathLike[str] | None) -> bytes | None:
@@ -104,8 +100,11 @@ class _Channel:
     Not an interceptor: those put a task and a queue between caller and call, and lose the call's metadata. Nor are they
     grpc's own call credentials, which need TLS on loopback too, and hide what a token's function raises."""
 
-    def __init__(self, channel: aio.Channel, token: Token | None) -> None:
+    def __init__(self, channel: aio.Channel, token: Token | None, address: str) -> None:
         self._token = token
+        self._address = address
+        self._get_state = channel.get_state
+        self._used = False
         self.unary_unary = self._called(channel.unary_unary)
         self.unary_stream = self._called(channel.unary_stream)
         self.stream_unary = self._called(channel.stream_unary)
@@ -119,24 +118,33 @@ class _Channel:
         return multicallable
 
     def _call(self, method: Callable[..., Any], args: Iterable[Any], kwargs: dict[str, Any]) -> "_Call":
+        if not self._used:
+            self._used = True
+            asyncio.get_running_loop().call_later(TOLD_AFTER, self._tell)
         metadata = tuple(kwargs.pop("metadata", None) or ())
         if self._token is None or any(name == "authorization" for name, _ in metadata):
-            return _Call(method(*args, metadata=metadata, **kwargs))
+            return _Call(method(*args, metadata=metadata, **kwargs), self._address)
         token = self._token if isinstance(self._token, str) else self._token()
         if isinstance(token, str):
-            return _Call(method(*args, metadata=(*metadata, _bearer(token)), **kwargs))
+            return _Call(method(*args, metadata=(*metadata, _bearer(token)), **kwargs), self._address)
 
         def begin(token: str, timeout: float | None) -> Any:
             return method(*args, metadata=(*metadata, _bearer(token)), **{**kwargs, "timeout": timeout})
 
-        return _LateCall(token, begin, kwargs.get("timeout"))
+        return _LateCall(token, begin, kwargs.get("timeout"), self._address)
+
+    def _tell(self) -> None:
+        """Logs that there is no connection yet. A refused one is logged by whoever tries again."""
+        if self._get_state() in {grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING}:
+            log.warning("%s has not answered for %g s; still connecting.", self._address, TOLD_AFTER)
 
 
 class _Call:
     """A call in progress: all that can raise is translated, the rest is grpc's."""
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, address: str) -> None:
         self._call = call
+        self._address = address
         self._responses: AsyncIterator[Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -147,7 +155,7 @@ class _Call:
 
     def __await__(self) -> Generator[Any, None, Any]:
         call = yield from self._begun().__await__()
-        with _translating():
+        with _translating(self._address):
             return (yield from call.__await__())
 
     def __aiter__(self) -> Self:
@@ -156,22 +164,22 @@ class _Call:
     async def __anext__(self) -> Any:
         if self._responses is None:
             self._responses = aiter(await self._begun())
-        with _translating():
+        with _translating(self._address):
             return await anext(self._responses)
 
     async def read(self) -> Any:
         call = await self._begun()
-        with _translating():
+        with _translating(self._address):
             return await call.read()
 
     async def write(self, request: Any) -> None:
         call = await self._begun()
-        with _translating():
+        with _translating(self._address):
             await call.write(request)
 
     async def wait_for_connection(self) -> None:
         call = await self._begun()
-        with _translating():
+        with _translating(self._address):
             await call.wait_for_connection()
 
 
@@ -179,9 +187,11 @@ class _LateCall(_Call):
     """A call that begins when it is first awaited, read or written, and once its token is there. Until then it can be
     cancelled, and asked for nothing."""
 
-    def __init__(self, token: Awaitable[str], begin: Callable[[str, float | None], Any], seconds: float | None) -> None:
+    def __init__(
+        self, token: Awaitable[str], begin: Callable[[str, float | None], Any], seconds: float | None, address: str
+    ) -> None:
         """`begin` makes the call with a token and what is left of the `seconds` that the caller allows."""
-        super().__init__(None)
+        super().__init__(None, address)
         self._time = asyncio.get_running_loop().time
         self._due = None if seconds is None else self._time() + seconds
         self._token = asyncio.ensure_future(token)
@@ -210,8 +220,8 @@ class _LateCall(_Call):
 
 
 @contextmanager
-def _translating() -> Iterator[None]:
+def _translating(address: str) -> Iterator[None]:
     try:
         yield
     except aio.AioRpcError as error:
-        raise NotecaseError.from_rpc_error(error) from error
+        raise NotecaseError.from_rpc_error(error, address) from error

@@ -5,6 +5,7 @@ the same facts. Where a call is behind it, its `RpcError` is the `__cause__`.
 """
 
 import contextlib
+import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple, Self
 
@@ -66,7 +67,7 @@ class NotecaseError(Exception):
         return f"{self.reason or self.code.name}: {self.message}"
 
     @classmethod
-    def from_rpc_error(cls, error: grpc.RpcError) -> Self:
+    def from_rpc_error(cls, error: grpc.RpcError, address: str = "") -> Self:
         """Decodes what a stub raised, synchronous or not.
 
             try:
@@ -74,7 +75,8 @@ class NotecaseError(Exception):
             except grpc.RpcError as error:
                 raise NotecaseError.from_rpc_error(error) from error
 
-        Details that are absent, of an unknown type or do not decode are left out; this never fails."""
+        Details that are absent, of an unknown type or do not decode are left out; this never fails. With `address`, the
+        message of a server that cannot be reached names it."""
         decoded = cls(error.code(), "", error.details() or "")
         # What stands between us and the service may rewrite a status: then its code and words are all there is.
         with contextlib.suppress(ValueError, DecodeError):
@@ -82,6 +84,8 @@ class NotecaseError(Exception):
             status: status_pb2.Status | None = rpc_status.from_call(error)  # type: ignore[arg-type]
             for detail in status.details if status else ():
                 decoded._add(detail)
+        if address and decoded.code is grpc.StatusCode.UNAVAILABLE and not decoded.reason:
+            return cls(decoded.code, "", f"{address} cannot be reached: {_cause(decoded.message)}")
         return decoded
 
     @classmethod
@@ -104,3 +108,10 @@ class NotecaseError(Exception):
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             retry = error_details_pb2.RetryInfo.FromString(detail.value)
             self.retry_after = retry.retry_delay.ToTimedelta().total_seconds()
+
+
+def _cause(details: str) -> str:
+    """The cause in what gRPC says of a connection: "failed to connect to all addresses; last error: UNKNOWN:
+    ipv4:127.0.0.1:7420: Failed to connect to remote host: Connection refused"."""
+    last = details.rpartition("last error: ")[2]
+    return re.sub(r"^[A-Z_]+: |(ipv4|ipv6|unix):\S+: ", "", last)

@@ -7,7 +7,6 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.errors import PydanticUserError
 from pydantic.json_schema import GenerateJsonSchema
 
-
 _ANY: TypeAdapter[Any] = TypeAdapter(Any)
 
 

@@ -1,6 +1,7 @@
 """When to try again, and for how long: only what is safe to repeat passes through here."""
 
 import asyncio
+import logging
 import random
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from notecase.view import Gap
 
 T = TypeVar("T")
 
+log = logging.getLogger("notecase")
+
 _TRANSPORT = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN})
 """What a connection that was reset in the middle of a call looks like, depending on who reset it."""
 
@@ -21,13 +24,19 @@ _TRANSPORT = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grp
 class Retry:
     """How patient a client is when the connection breaks or the server is away. Delays are in seconds.
 
-    The defaults outlast a server's restart: about 15 seconds in all."""
+    The defaults outlast a server's restart: 13 to 26 seconds in all. The logger "notecase" warns at the second failure
+    in a row, which comes after `first_delay` at the latest; a connection that is mended at once makes no warning."""
 
     tries: int = 10
     """In a row, without an entry of the log in between; 0: every failure is raised at once."""
     first_delay: float = 0.1
     """Doubled for each further try."""
     max_delay: float = 5.0
+
+    @property
+    def longest(self) -> float:
+        """The seconds that all the delays come to at most."""
+        return sum(min(self.first_delay * 2**tried, self.max_delay) for tried in range(self.tries))
 
 
 class Backoff:
@@ -51,6 +60,8 @@ class Backoff:
         worth = self._renews and not self._refused if refused else _may_pass(error)
         if self._failures >= self._retry.tries or not worth:
             raise error
+        if isinstance(error, NotecaseError) and not refused and self._failures == 1:
+            log.warning("%s Trying again, for at most %.0f s.", error.message.rstrip(".") + ".", self._retry.longest)
         self._refused |= refused
         delay = min(self._retry.first_delay * 2**self._failures, self._retry.max_delay)
         self._failures += 1
