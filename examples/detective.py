@@ -24,7 +24,7 @@ Last seen: {{ last_seen | default: "nobody knows where" }}.
 async def turn(client: notecase.Client, session: str, question: str) -> None:
     say(f"\n  you        {question}")
     sys.stdout.write("  detective  ")
-    async with client.run(session, question) as run:
+    async with client.run(question, session=session) as run:
         async for text in run.text():
             sys.stdout.write(text.replace("\n", "\n             "))
             sys.stdout.flush()

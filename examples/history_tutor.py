@@ -52,7 +52,7 @@ async def teach(store: Path) -> None:
         await client.put_state(session, "lesson", lesson + 1)
         for question in LESSONS[lesson]:
             say(f"\n  Ada    {question}")
-            reply = await client.invoke(session, question)
+            reply = await client.invoke(question, session=session)
             say("  tutor  " + notecase.text_of(reply).replace("\n", "\n         "))
 
 

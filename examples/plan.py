@@ -37,11 +37,11 @@ async def main() -> None:
             )
 
             question = v1.Message(parts=[v1.Part(text="Where is the violin?"), v1.Part(state_key="plan")])
-            say(notecase.text_of(await client.invoke(session.name, question)) + "\n")
+            say(notecase.text_of(await client.invoke(question, session=session.name)) + "\n")
 
             fork = await client.fork(session.name, at_sequence=1)
             say("Asked again in a fork, which begins where there was only the note:\n")
-            say(notecase.text_of(await client.invoke(fork.name, question)))
+            say(notecase.text_of(await client.invoke(question, session=fork.name)))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ async def main() -> None:
                 agent = v1.Agent(llm=v1.LlmAgent(instruction="You count.", provider="offline"))
                 await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="counter", agent=agent))
                 session = await client.create_session("agents/counter")
-                async with client.run(session.name, "/pause 20\n/chunks 40", run_id="count") as run:
+                async with client.run("/pause 20\n/chunks 40", session=session.name, run_id="count") as run:
                     async for event in run:
                         if event.block_delta.end > 20:
                             break

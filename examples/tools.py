@@ -35,7 +35,7 @@ async def main() -> None:
             await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="detective", agent=agent))
             session = await client.create_session("agents/detective")
             ask = '/call search {"what": "violin"}\n/call weigh {"thing": "violin"}'
-            async with client.run(session.name, ask, tools=[search, weigh]) as run:
+            async with client.run(ask, session=session.name, tools=[search, weigh]) as run:
                 async for event in run:
                     if event.HasField("tool_finished"):
                         call = event.tool_finished

@@ -53,7 +53,7 @@ async def main() -> None:
                 agent = v1.Agent(llm=llm, output_key=member.output_key)
                 await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id=name, agent=agent))
                 said = member.offline if info.providers[0] == "offline" else TASK
-                reply = await client.invoke(session.name, said, agent=f"agents/{name}")
+                reply = await client.invoke(said, session=session.name, agent=f"agents/{name}")
                 say(f"The {name} leaves a note, {member.output_key}:\n")
                 say("    " + notecase.text_of(reply).replace("\n", "\n    ") + "\n")
             notes = await client.get_state(session.name)

@@ -201,9 +201,9 @@ def test_a_tool_needs_a_name_of_its_own() -> None:
     def one() -> None:
         """Does nothing."""
 
-    with pytest.raises(TypeError, match="wants a name"):
+    with pytest.raises(TypeError, match="needs a name"):
         Tool(lambda: None)
-    with pytest.raises(TypeError, match="wants a name"):
+    with pytest.raises(TypeError, match="needs a name"):
         Tool(functools.partial(one))
     with pytest.raises(TypeError, match="two tools have the name one"):
         as_tools([one, Tool(one)])

@@ -5,6 +5,7 @@ from notecase.client import Client, RunWaiting
 from notecase.commands import Commands
 from notecase.connection import Token
 from notecase.errors import NotecaseError, Resource, Violation
+from notecase.reply import Reply
 from notecase.retry import Retry
 from notecase.stream import RunStream
 from notecase.tools import Tool
@@ -18,6 +19,7 @@ __all__ = [
     "Gap",
     "NotecaseError",
     "Plain",
+    "Reply",
     "Resource",
     "Retry",
     "RunStream",

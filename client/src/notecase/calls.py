@@ -2,7 +2,7 @@
 them."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,21 +50,18 @@ class Turns:
 class Calls:
     """The calls that one stream has functions for."""
 
-    def __init__(
-        self, tools: Mapping[str, Tool], commands: Commands, turns: Turns, failed: Callable[[BaseException], None]
-    ) -> None:
-        """`failed` is told of an answer that could not be sent."""
-        self._tools = tools
+    def __init__(self, commands: Commands, turns: Turns, failed: Callable[[BaseException], None]) -> None:
+        """`failed` is called with the error of an answer that could not be sent."""
         self._commands = commands
         self._turns = turns
         self._failed = failed
         self._told: set[_Key] = set()
         self._tasks: dict[str, tuple[asyncio.Task[None], _Turn]] = {}
 
-    def begin(self, run: str, call: v1.ToolCall) -> None:
-        """Executes a dispatched call, if there is a function of its name and it was not told before."""
-        tool, key = self._tools.get(call.tool), _Key(run, call.call_id, call.attempt)
-        if tool is None or key in self._told:
+    def begin(self, run: str, call: v1.ToolCall, tool: Tool) -> None:
+        """Executes a dispatched call by a function, unless it was begun before."""
+        key = _Key(run, call.call_id, call.attempt)
+        if key in self._told:
             return
         self._told.add(key)
         turn = self._turns.of(key)

@@ -7,15 +7,20 @@ from types import TracebackType
 from typing import Any, Self
 
 import grpc
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from notecase import v1
+from notecase.agents import Local, message, split
 from notecase.calls import Turns
 from notecase.commands import Commands
 from notecase.connection import Connection, Token
 from notecase.content import Contents
-from notecase.errors import NotecaseError
+from notecase.hints import dump, of_output
+from notecase.names import Named, OnBusy, choice, name_of
+from notecase.pages import Listing, each
+from notecase.reply import Reply
 from notecase.retry import Retry, repeat
-from notecase.stream import RunStream, waits_for_others
+from notecase.stream import RunStream
 from notecase.tools import Tool, as_tools
 from notecase.values import Plain, from_value, to_message, to_value
 
@@ -40,8 +45,9 @@ class Client(Commands):
 
     The methods here are short for the calls made most. They send a request_id, a command_id or a run_id, so that they
     are safe to repeat, and are repeated as `retry` says while the connection is broken or the server is away. To
-    bound one in time, use `asyncio.timeout`. Those inherited from `Commands` speak to a run by its name, such as
-    `client.approve(run.name, run.pending_inputs[0].input_id)`.
+    bound one in time, use `asyncio.timeout`. Those inherited from `Commands` speak to a run, such as
+    `client.approve(run, run.pending_inputs[0].input_id)`. Agents, sessions and users are named by their id
+    ("detective"), by their name ("agents/detective"), or by the message that the service returned for them.
 
     `token` is sent with every call: a key, or the token of an identity provider. A function is asked for it before each
     call, may be asynchronous, and returns at once what it has until that expires; a stream whose token has expired goes
@@ -52,10 +58,12 @@ class Client(Commands):
     text there too, `token` included. `credentials` are grpc's own and stand for all of this, for example with a client
     certificate: `grpc.ssl_channel_credentials(ca, key, certificate)`.
 
-    Without `target`, `token` and `ca` there are NOTECASE_ADDRESS, NOTECASE_TOKEN and NOTECASE_CA; without these, the
-    server is looked for at 127.0.0.1:7420. `options` are grpc channel options and win over the client's own.
+    `target` is HOST:PORT, or HOST for port 7420. Without `target`, `token` and `ca` the variables NOTECASE_ADDRESS,
+    NOTECASE_TOKEN and NOTECASE_CA are used; without these, the server is looked for at 127.0.0.1:7420. `options` are
+    grpc channel options and win over the client's own.
 
-    Raises ValueError for a token that cannot be sent, OSError for a file of `ca` that cannot be read.
+    Raises ValueError for a target that is not an address and for a token that cannot be sent, OSError for a file of
+    `ca` that cannot be read.
     """
 
     def __init__(
@@ -86,7 +94,13 @@ class Client(Commands):
         self.tenants = v1.TenantServiceStub(channel)
         self._contents = Contents(self.blobs, self._retry)
         self._turns = Turns()
+        self._local: dict[str, Local] = {}
         super().__init__(self.runs, self._retry)
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of the server."""
+        return self._connection.address
 
     async def __aenter__(self) -> Self:
         return self
@@ -100,9 +114,71 @@ class Client(Commands):
         """Closes the connection and every call on it; runs go on in the server. May be called twice."""
         await self._connection.close()
 
+    async def put_agent(
+        self,
+        agent: str,
+        instruction: str = "",
+        *,
+        tools: Iterable[Callable[..., Any] | Tool | v1.Tool] = (),
+        output: Any = None,
+        model: str = "",
+        provider: str = "",
+        generation: v1.Generation | Mapping[str, Any] | None = None,
+        context: v1.Context | Mapping[str, Any] | None = None,
+        max_model_calls: int = 0,
+        fallbacks: Iterable[v1.Fallback] = (),
+        output_key: str = "",
+        display_name: str = "",
+        description: str = "",
+        labels: Mapping[str, str] | None = None,
+    ) -> v1.Agent:
+        """Creates an agent, or makes its next revision when something differs from what it is.
+
+            def search(what: str) -> list[str]:
+                \"""Searches yesterday's papers.\"""
+
+            await client.put_agent("detective", "You are a detective.", tools=[search])
+
+        Functions in `tools` are declared by the agent, and this client executes their calls in every run that it starts
+        with the agent: see `Tool`. A `v1.Tool` declares what the server runs. `output` is a dataclass, a TypedDict or a
+        pydantic model: replies are JSON of that type, and `Reply.parsed` reads them as such in this client.
+        `generation` and `context` may be given by their fields: `generation={"temperature": 0.2}`. `instruction` is a
+        template over state; for this and the rest see `v1.LlmAgent` and `v1.Agent`.
+
+        Raises TypeError for a function or an output that has no JSON Schema, and NotecaseError TEMPLATE_ERROR and
+        INVALID_FIELD for what the server refuses."""
+        definitions, local = split(tools, output)
+        llm = v1.LlmAgent(
+            model=model,
+            instruction=instruction,
+            tools=definitions,
+            generation=message(v1.Generation, generation),
+            context=message(v1.Context, context),
+            output_schema=dump(local.output.schema) if local.output else "",
+            max_model_calls=max_model_calls,
+            provider=provider,
+            fallbacks=fallbacks,
+        )
+        request = v1.UpdateAgentRequest(
+            agent=v1.Agent(
+                name=name_of(agent, "agents"),
+                display_name=display_name,
+                description=description,
+                llm=llm,
+                output_key=output_key,
+                labels=labels,
+            ),
+            update_mask=FieldMask(paths=["*"]),
+            allow_missing=True,
+            request_id=uuid.uuid4().hex,
+        )
+        put = await repeat(self._retry, lambda: self.agents.UpdateAgent(request))
+        self._local[put.name] = local
+        return put
+
     async def create_session(
         self,
-        agent: str = "",
+        agent: str | v1.Agent = "",
         *,
         session_id: str = "",
         user: str = "",
@@ -115,35 +191,46 @@ class Client(Commands):
         Raises NotecaseError ALREADY_EXISTS when the id is taken, AGENT_NOT_FOUND when its agent is missing."""
         request = v1.CreateSessionRequest(
             session_id=session_id,
-            session=v1.Session(agent=agent, user=user, display_name=display_name, labels=labels),
+            session=v1.Session(
+                agent=name_of(agent, "agents").partition("@")[0],
+                user=name_of(user, "users"),
+                display_name=display_name,
+                labels=labels,
+            ),
             state=_values(state),
             request_id=uuid.uuid4().hex,
         )
         return await repeat(self._retry, lambda: self.sessions.CreateSession(request))
 
-    async def fork(self, session: str, at_sequence: int | None = None, *, session_id: str = "") -> v1.Session:
+    async def fork(self, session: str | Named, at_sequence: int | None = None, *, session_id: str = "") -> v1.Session:
         """Makes a new session of the log up to a sequence, the head by default; what it was then, it is there.
 
         Raises NotecaseError SESSION_NOT_FOUND, SEQUENCE_AHEAD beyond the head, ALREADY_EXISTS when the id is taken."""
         request = v1.ForkSessionRequest(
-            name=session, at_sequence=at_sequence, session_id=session_id, request_id=uuid.uuid4().hex
+            name=name_of(session, "sessions"),
+            at_sequence=at_sequence,
+            session_id=session_id,
+            request_id=uuid.uuid4().hex,
         )
         return await repeat(self._retry, lambda: self.sessions.ForkSession(request))
 
-    async def rewind(self, session: str, to_sequence: int) -> v1.Session:
+    async def rewind(self, session: str | Named, to_sequence: int) -> v1.Session:
         """Takes a session back to a sequence: messages since are superseded, and its state is as it was.
 
         Raises NotecaseError RUN_ACTIVE while a run is under way or queued, SESSION_NOT_FOUND, SEQUENCE_AHEAD, and
         INVALID_FIELD for a sequence that a rewind left behind."""
-        request = v1.RewindSessionRequest(name=session, to_sequence=to_sequence, request_id=uuid.uuid4().hex)
+        request = v1.RewindSessionRequest(
+            name=name_of(session, "sessions"), to_sequence=to_sequence, request_id=uuid.uuid4().hex
+        )
         return await repeat(self._retry, lambda: self.sessions.RewindSession(request))
 
-    async def export_session(self, session: str, *, with_blobs: bool = True) -> AsyncIterator[bytes]:
+    async def export_session(self, session: str | Named, *, with_blobs: bool = True) -> AsyncIterator[bytes]:
         """The session as a file, in pieces: `async for piece in client.export_session(name)`. Without its blobs it can
         be imported only where they are.
 
         Raises NotecaseError SESSION_NOT_FOUND, and RUN_ACTIVE while a run is under way or queued."""
-        async for response in self.sessions.ExportSession(v1.ExportSessionRequest(name=session, with_blobs=with_blobs)):
+        request = v1.ExportSessionRequest(name=name_of(session, "sessions"), with_blobs=with_blobs)
+        async for response in self.sessions.ExportSession(request):
             yield response.chunk
 
     async def import_session(self, pieces: Iterable[bytes], *, session_id: str = "") -> v1.Session:
@@ -159,13 +246,13 @@ class Client(Commands):
 
         return await self.sessions.ImportSession(frames())
 
-    async def get_state(self, owner: str, *keys: str, at_sequence: int = 0) -> dict[str, Any]:
+    async def get_state(self, owner: str | Named, *keys: str, at_sequence: int = 0) -> dict[str, Any]:
         """State as Python values: the keys named, those that do not exist left out, or all of it.
 
-        `owner` is sessions/{session}, users/{user} or app; with `at_sequence` a session's state is read as it was then.
-        All of a large state is read in pages, between which it may change. Raises NotecaseError SESSION_NOT_FOUND,
-        SEQUENCE_AHEAD."""
-        request = v1.GetStateRequest(name=f"{owner}/state", keys=keys, page_size=1000, at_sequence=at_sequence)
+        `owner` is sessions/{session}, users/{user} or app, or a `v1.Session`; with `at_sequence` a session's state is
+        read as it was then. All of a large state is read in pages, between which it may change. Raises NotecaseError
+        SESSION_NOT_FOUND, SEQUENCE_AHEAD."""
+        request = v1.GetStateRequest(name=f"{name_of(owner)}/state", keys=keys, page_size=1000, at_sequence=at_sequence)
         values: dict[str, Any] = {}
         while True:
             page = await repeat(self._retry, lambda: self.state.GetState(request))
@@ -174,13 +261,15 @@ class Client(Commands):
             if not request.page_token:
                 return values
 
-    async def put_state(self, owner: str, key: str, value: Plain, *, if_version: int | None = None) -> v1.StateEntry:
+    async def put_state(
+        self, owner: str | Named, key: str, value: Plain, *, if_version: int | None = None
+    ) -> v1.StateEntry:
         """Sets one key of sessions/{session}, users/{user} or app.
 
         With `if_version` only if the key has that version, 0 for none; otherwise NotecaseError STATE_VERSION_MISMATCH
         with the current one in `metadata["version"]`."""
         request = v1.PutStateRequest(
-            name=f"{owner}/state",
+            name=f"{name_of(owner)}/state",
             key=key,
             value=to_value(value),
             if_version=if_version,
@@ -195,7 +284,8 @@ class Client(Commands):
 
             plan = await client.upload("plan.pdf")
             await client.put_state(session, "plan", plan)
-            await client.invoke(session, v1.Message(parts=[v1.Part(text="What is this?"), v1.Part(blob=plan)]))
+            ask = v1.Message(parts=[v1.Part(text="What is this?"), v1.Part(blob=plan)])
+            await client.invoke(ask, session=session)
 
         Of a file, the media type is guessed from its name unless given, and the name is the filename. It is read and
         sent in pieces; a broken connection costs only what had not arrived. With an `upload_id` of your own an upload
@@ -218,103 +308,135 @@ class Client(Commands):
 
     def run(
         self,
-        session: str = "",
         *said: str | v1.Message,
-        agent: str = "",
+        agent: str | v1.Agent = "",
+        session: str | v1.Session = "",
         state: Mapping[str, Plain] | None = None,
-        run_id: str = "",
         tools: Iterable[Callable[..., Any] | Tool] = (),
-        on_busy: v1.StartRun.OnBusy.ValueType = v1.StartRun.ON_BUSY_REJECT,
-        limits: v1.Limits | None = None,
+        output: Any = None,
+        model: str | None = None,
+        instruction: str | None = None,
+        generation: v1.Generation | Mapping[str, Any] | None = None,
+        on_busy: OnBusy = "reject",
+        limits: v1.Limits | Mapping[str, Any] | None = None,
         cancel_after: float | None = None,
         rewind_to: int | None = None,
+        run_id: str = "",
         options: v1.WatchOptions | None = None,
     ) -> RunStream:
         """Starts a run when entered, and follows it to its end.
+
+            async with client.run("Where is the violin?", agent="detective") as run:
+                async for text in run.text():
+                    print(text, end="")
 
         `said` is what the user says, texts or messages; none, where the session's history ends with something to
         answer. Without `session` a new one is opened for `agent`; with it, `agent` may name another than the
         session's. `state` is put into the session in the same commit. A `run_id` of your own makes the start the same
         across processes.
 
-        `tools` are Python functions that the model may call in this run, executed here while the stream is iterated:
-        see `Tool`. `on_busy` says what to do when the session has a run; `limits` what this one may use. With
-        `cancel_after` the run is cancelled once no stream has been attached to it for so many seconds. `rewind_to`
-        takes the session back to that sequence in the same commit: without `said` to generate a reply anew, with it to
-        edit what was said.
+        `tools` are functions that the model may call in this run besides its agent's, executed here while the stream is
+        iterated: see `Tool`; those that `put_agent` was given are executed, too. `output` is the type of
+        `RunStream.parsed`, where `put_agent` was not given it. `model`, `instruction` and `generation` take the place
+        of the agent's in this run.
 
-        Raises TypeError for a function that cannot be a tool. Entering raises NotecaseError: RUN_ACTIVE when the
-        session has a run, AGENT_NOT_FOUND, SESSION_NOT_FOUND and so on."""
+        `on_busy` says what to do when the session has a run: "reject", "queue", "interrupt" or "rollback"; `limits`
+        what this run may use. With `cancel_after` the run is cancelled once no stream has been attached to it for so
+        many seconds. `rewind_to` takes the session back to that sequence in the same commit: without `said` to generate
+        a reply anew, with it to edit what was said.
+
+        Raises ValueError without agent and session, TypeError for a function that cannot be a tool. Entering raises
+        NotecaseError: RUN_ACTIVE when the session has a run, AGENT_NOT_FOUND, SESSION_NOT_FOUND and so on."""
+        agent, session = name_of(agent, "agents"), name_of(session, "sessions")
+        if not agent and not session:
+            raise ValueError("who is to answer? Name an agent, a session, or both: agent=…, session=…")
         functions = as_tools(tools)
+        declared = self._local.get(agent.partition("@")[0], Local()).tools
         start = v1.StartRun(
             session=session,
             agent=agent,
             state=_values(state),
             run_id=run_id or uuid.uuid4().hex,
             messages=map(to_message, said),
-            client_tools=[tool.definition for tool in functions.values() if tool.declare],
-            on_busy=on_busy,
-            limits=limits,
+            client_tools=[one.definition for name, one in functions.items() if one.declare and name not in declared],
+            on_busy=choice(v1.StartRun.OnBusy, on_busy),
+            limits=message(v1.Limits, limits),
             options=options,
             rewind_to_sequence=rewind_to,
         )
+        if not (model is instruction is generation is None):
+            settings = {"model": model, "instruction": instruction, "generation": message(v1.Generation, generation)}
+            start.settings.CopyFrom(v1.RunSettings(**settings))
         if cancel_after is not None:
             start.disconnect.cancel_after.FromMilliseconds(round(cancel_after * 1000))
         if not session:  # named here, so that a repeat finds it
             start.new_session.name = f"sessions/{uuid.uuid4().hex}"
             start.new_session.agent = agent.partition("@")[0]
         first = v1.RunRequest(command_id=uuid.uuid4().hex, start=start)
-        return self._follow(first, functions.values())
+        return self._follow(first, functions.values(), output, self._local)
 
     def attach(
         self,
-        name: str,
+        name: str | Named,
         after_sequence: int | None = None,
         *,
         tools: Iterable[Callable[..., Any] | Tool] = (),
+        output: Any = None,
         options: v1.WatchOptions | None = None,
     ) -> RunStream:
         """Follows a run (sessions/{session}/runs/{run}) or a session that exists, when entered.
 
         Events begin after `after_sequence`, 0 for the whole log; without it, at the run's first event or at the
         session's head. A session without a run under way ends the stream at its head, unless `options` say keep_open.
-        Calls of the `tools` that wait or come are executed here; attaching declares none.
+        Calls of the `tools` that wait or come are executed here, and of no others; attaching declares none. `output` is
+        the type of `RunStream.parsed`.
 
         Raises TypeError for a function that cannot be a tool. Entering raises NotecaseError: SEQUENCE_AHEAD,
         SESSION_NOT_FOUND, RUN_NOT_FOUND."""
-        first = v1.RunRequest(attach=v1.AttachRun(name=name, after_sequence=after_sequence, options=options))
-        return self._follow(first, tools)
+        attach = v1.AttachRun(name=name_of(name, "sessions"), after_sequence=after_sequence, options=options)
+        return self._follow(v1.RunRequest(attach=attach), tools, output)
 
     async def invoke(
         self,
-        session: str = "",
         *said: str | v1.Message,
-        agent: str = "",
+        agent: str | v1.Agent = "",
+        session: str | v1.Session = "",
         state: Mapping[str, Plain] | None = None,
-        run_id: str = "",
         tools: Iterable[Callable[..., Any] | Tool] = (),
-        on_busy: v1.StartRun.OnBusy.ValueType = v1.StartRun.ON_BUSY_REJECT,
-        limits: v1.Limits | None = None,
+        output: Any = None,
+        model: str | None = None,
+        instruction: str | None = None,
+        generation: v1.Generation | Mapping[str, Any] | None = None,
+        on_busy: OnBusy = "reject",
+        limits: v1.Limits | Mapping[str, Any] | None = None,
         cancel_after: float | None = None,
         rewind_to: int | None = None,
-    ) -> v1.Message:
+        run_id: str = "",
+    ) -> Reply:
         """Runs to the end and returns the reply: `run` without the watching, with the same arguments.
 
-        Raises NotecaseError as entering `run` does, with the run's own error when it fails, and with code CANCELLED
-        when it is cancelled; RunWaiting when it waits for a person or for a tool that was not handed in. Cancelling the
-        call leaves the run going on."""
-        functions = as_tools(tools)
+            reply = await client.invoke("Where is the violin?", agent="detective")
+            print(reply.text)
+            await client.invoke("And the bow?", session=reply.session)
+
+        Raises as `run` does and as entering it does, NotecaseError with the run's own error when it fails, and with
+        code CANCELLED when it is cancelled; RunWaiting when it waits for a person or for a tool that was not handed in.
+        Cancelling the call leaves the run going on."""
         stream = self.run(
-            session,
             *said,
             agent=agent,
+            session=session,
             state=state,
-            run_id=run_id,
-            tools=functions.values(),
+            tools=tools,
+            output=output,
+            model=model,
+            instruction=instruction,
+            generation=generation,
             on_busy=on_busy,
             limits=limits,
             cancel_after=cancel_after,
             rewind_to=rewind_to,
+            run_id=run_id,
             options=v1.WatchOptions(durable_only=True),
         )
         async with stream as run:
@@ -322,35 +444,69 @@ class Client(Commands):
                 if run.waits_for_others:
                     # What was told may be long past, when the run existed, or not all of what it waits for.
                     found = await self._get_run(run.name)
-                    if waits_for_others(found, functions):
+                    if run.cannot_answer(found):
                         raise RunWaiting(found)
-        if run.result.state == v1.Run.STATE_FAILED:
-            raise NotecaseError.from_proto(run.result.error)
-        if run.result.state == v1.Run.STATE_CANCELLED:
-            raise NotecaseError(grpc.StatusCode.CANCELLED, "", f"{run.name} was cancelled.")
-        return run.result.reply
+        return run.reply
 
-    async def waiting(self, session: str = "sessions/-") -> AsyncIterator[v1.Run]:
+    def list_agents(self) -> Listing[v1.Agent]:
+        """The agents, each at its newest revision, by name. Pages are read as they are needed:
+
+        async for agent in client.list_agents():
+            print(agent.name)
+        """
+        return each(self._retry, self.agents.ListAgents, v1.ListAgentsRequest())
+
+    def list_sessions(self, filter: str = "", *, agent: str | v1.Agent = "", user: str = "") -> Listing[v1.Session]:  # noqa: A002 - the API's word
+        """Sessions, those that changed last first; `filter` as in `v1.ListSessionsRequest`.
+
+        Raises NotecaseError INVALID_FIELD for a filter that cannot be read."""
+        conditions = [f"({filter})"] if filter else []
+        conditions += [f'agent = "{name_of(agent, "agents")}"'] if agent else []
+        conditions += [f'user = "{name_of(user, "users")}"'] if user else []
+        request = v1.ListSessionsRequest(filter=" AND ".join(conditions))
+        return each(self._retry, self.sessions.ListSessions, request)
+
+    def list_messages(self, session: str | Named, *, newest_first: bool = False) -> Listing[v1.Message]:
+        """The messages of a session, in their order. Raises NotecaseError SESSION_NOT_FOUND."""
+        order = "sequence desc" if newest_first else ""
+        request = v1.ListMessagesRequest(parent=name_of(session, "sessions"), order_by=order)
+        return each(self._retry, self.messages.ListMessages, request)
+
+    def list_runs(self, session: str | Named = "-", filter: str = "") -> Listing[v1.Run]:  # noqa: A002 - the API's word
+        """The runs of a session, or of all, the last created first; `filter` as in `v1.ListRunsRequest`.
+
+        Raises NotecaseError SESSION_NOT_FOUND, INVALID_FIELD for a filter that cannot be read."""
+        request = v1.ListRunsRequest(parent=name_of(session, "sessions"), filter=filter)
+        return each(self._retry, self.runs.ListRuns, request)
+
+    def waiting(self, session: str | Named = "-") -> Listing[v1.Run]:
         """The runs that wait for a person or a caller, of one session or of all, the last created first: see their
         `pending_inputs` and `pending_calls`.
 
             async for run in client.waiting():
                 for asked in run.pending_inputs:
-                    await client.deny(run.name, asked.input_id, "It is late.")
+                    await client.deny(run, asked.input_id, "It is late.")
 
         Raises NotecaseError SESSION_NOT_FOUND."""
-        request = v1.ListRunsRequest(parent=session, filter="state = WAITING")
-        while True:
-            page = await repeat(self._retry, lambda: self.runs.ListRuns(request))
-            for run in page.runs:
-                yield run
-            request.page_token = page.next_page_token
-            if not request.page_token:
-                return
+        return self.list_runs(session, "state = WAITING")
 
-    def _follow(self, first: v1.RunRequest, tools: Iterable[Callable[..., Any] | Tool]) -> RunStream:
-        renews = self._connection.renews_token
-        return RunStream(self.runs, first, self._retry, tools=tools, turns=self._turns, renews_token=renews)
+    def _follow(
+        self,
+        first: v1.RunRequest,
+        tools: Iterable[Callable[..., Any] | Tool],
+        output: Any,
+        local: Mapping[str, Local] | None = None,
+    ) -> RunStream:
+        return RunStream(
+            self.runs,
+            first,
+            self._retry,
+            tools=tools,
+            output=None if output is None else of_output(output),
+            local=local,
+            turns=self._turns,
+            renews_token=self._connection.renews_token,
+        )
 
     async def _get_run(self, name: str) -> v1.Run:
         return await repeat(self._retry, lambda: self.runs.GetRun(v1.GetRunRequest(name=name)))

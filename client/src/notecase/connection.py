@@ -50,7 +50,7 @@ class Connection:
         plain text; OSError for a file of `ca` that cannot be read."""
         if address is None:
             address = os.environ.get("NOTECASE_ADDRESS") or DEFAULT_ADDRESS
-        address = with_port(address)
+        self.address = address = with_port(address)
         if plaintext and (credentials or ca):
             raise ValueError("plaintext goes neither with ca nor with credentials")
         ca = ca or os.environ.get("NOTECASE_CA")

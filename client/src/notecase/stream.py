@@ -9,9 +9,13 @@ from typing import Any, Self
 import grpc
 
 from notecase import v1
+from notecase.agents import Local
 from notecase.calls import Calls, Turns
 from notecase.commands import Commands
 from notecase.errors import NotecaseError
+from notecase.hints import Kind
+from notecase.names import Remember, When
+from notecase.reply import Reply
 from notecase.retry import Backoff, Retry
 from notecase.tools import Tool, as_tools
 from notecase.values import Plain, to_value
@@ -53,18 +57,23 @@ class RunStream:
         retry: Retry | None = None,
         *,
         tools: Iterable[Callable[..., Any] | Tool] = (),
+        output: Kind | None = None,
+        local: Mapping[str, Local] | None = None,
         turns: Turns | None = None,
         renews_token: bool = False,
     ) -> None:
-        """`tools` are answered here; the start declares those that the agent does not. Streams with the same `turns`
-        share out their calls. With `renews_token` the next call of the stub may have another token."""
+        """`tools` are answered here; the start declares those that the agent does not. `output` reads the reply.
+        `local` has further tools, and outputs, by the name of the agent whose run this is. Streams with the same
+        `turns` share out their calls. With `renews_token` the next call of the stub may have another token."""
         self._stub = stub
         self._first = first
         retry = retry or Retry()
         self._backoff = Backoff(retry, renews_token)
         self._commands = Commands(stub, retry)
         self._tools = as_tools(tools)
-        self._calls = Calls(self._tools, self._commands, turns or Turns(), self._fail)
+        self._output = output
+        self._local = local or {}
+        self._calls = Calls(self._commands, turns or Turns(), self._fail)
         self._failure: BaseException | None = None
         self._frames: AsyncIterator[v1.RunResponse] | None = None
         self._call: grpc.aio.StreamStreamCall[v1.RunRequest, v1.RunResponse] | None = None
@@ -105,6 +114,18 @@ class RunStream:
         if run is None or run.state not in ENDED:
             raise RuntimeError("the run has not ended yet: iterate to the end of the stream first")
         return run
+
+    @property
+    def reply(self) -> Reply:
+        """What came of the run, as `Client.invoke` returns it. Raises RuntimeError while it has not ended, and
+        NotecaseError when it failed or was cancelled."""
+        result = self.result
+        return Reply(result, self._output or self._local_of(result).output)
+
+    @property
+    def parsed(self) -> Any:
+        """The reply's JSON; see `Reply.parsed`. Raises as `reply` does."""
+        return self.reply.parsed
 
     async def __aenter__(self) -> Self:
         try:
@@ -170,7 +191,7 @@ class RunStream:
         if run is not None and run.state == v1.Run.STATE_FAILED:
             raise NotecaseError.from_proto(run.error)
 
-    async def say(self, *said: str | v1.Message, when: v1.UserInput.When.ValueType = v1.UserInput.WHEN_STEER) -> int:
+    async def say(self, *said: str | v1.Message, when: When = "steer") -> int:
         """Says something to the run under way; see `Commands.say`."""
         return await self._commands.say(self._target, *said, when=when)
 
@@ -179,7 +200,7 @@ class RunStream:
         input_id: str,
         arguments: str | Mapping[str, Any] | None = None,
         *,
-        remember: v1.InputResponse.Remember.ValueType = v1.InputResponse.REMEMBER_ONCE,
+        remember: Remember = "once",
     ) -> int:
         """Lets a call run, with other arguments where given; see `Commands.approve`."""
         return await self._commands.approve(self._target, input_id, arguments, remember=remember)
@@ -189,7 +210,7 @@ class RunStream:
         input_id: str,
         reason: str = "",
         *,
-        remember: v1.InputResponse.Remember.ValueType = v1.InputResponse.REMEMBER_ONCE,
+        remember: Remember = "once",
     ) -> int:
         """Does not let a call run; see `Commands.deny`."""
         return await self._commands.deny(self._target, input_id, reason, remember=remember)
@@ -227,7 +248,16 @@ class RunStream:
         """Whether the run waits, as far as the events given out tell, for something that no function here answers: for
         a person, or for a tool in another process."""
         run = self.view.runs.get(self.name)
-        return run is not None and waits_for_others(run, self._tools)
+        return run is not None and self.cannot_answer(run)
+
+    def cannot_answer(self, run: v1.Run) -> bool:
+        """Whether a run waits for something other than the results of the functions here."""
+        here = {*self._tools, *self._local_of(run).tools}
+        called = {call.tool for call in run.pending_calls}
+        return run.state == v1.Run.STATE_WAITING and bool(run.pending_inputs or called - here)
+
+    def _local_of(self, run: v1.Run) -> Local:
+        return self._local.get(run.agent.partition("@")[0], Local())
 
     @property
     def _follows_session(self) -> bool:
@@ -248,8 +278,10 @@ class RunStream:
                 self._begin(event.run, event.tool_started)
 
     def _begin(self, run: str, call: v1.ToolCall) -> None:
-        if self._follows_session or run == self.name:
-            self._calls.begin(run, call)
+        if self._attached is not None and (self._follows_session or run == self.name):
+            tool = self._tools.get(call.tool) or self._local_of(self._attached.run).tools.get(call.tool)
+            if tool is not None:
+                self._calls.begin(run, call, tool)
 
     def _fail(self, error: BaseException) -> None:
         """Iteration is to raise it, also when it is waiting for a frame."""
@@ -329,9 +361,3 @@ class RunStream:
             self._call.cancel()
         self._call = self._frames = None
         self._waiting.clear()
-
-
-def waits_for_others(run: v1.Run, tools: Iterable[str]) -> bool:
-    """Whether a run waits for something other than the results of these tools."""
-    called = {call.tool for call in run.pending_calls}
-    return run.state == v1.Run.STATE_WAITING and bool(run.pending_inputs or called - set(tools))
