@@ -85,7 +85,7 @@ def test_two_types_of_one_name_are_refused() -> None:
     class Node(BaseModel):
         inner: "Node | None" = None
 
-    other = type("Node", (BaseModel,), {"__annotations__": {"more": "Node | None"}, "more": None})
+    other: Any = type("Node", (BaseModel,), {"__annotations__": {"more": "Node | None"}, "more": None})
     other.model_rebuild(_types_namespace={"Node": other})
 
     def twice(one: Any, two: Any) -> None: ...

@@ -114,7 +114,9 @@ async def test_what_is_left_early_is_closed(offline: Running) -> None:
     def ask() -> None:
         with Client(offline.address) as client:
             session = client.create_session(client.put_agent("counter", "You count."))
-            events = client.runs.WatchEvents(v1.WatchEventsRequest(name=session.name, options={"keep_open": True}))
+            events = client.runs.WatchEvents(
+                v1.WatchEventsRequest(name=session.name, options=v1.WatchOptions(keep_open=True))
+            )
             client.put_state(session, "n", 1)
             first: Iterator[v1.RunResponse] = iter(events)
             assert next(first).HasField("attached")

@@ -2,9 +2,10 @@
 
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -14,7 +15,6 @@ from notecase.agents import Local, message, split
 from notecase.calls import Turns
 from notecase.commands import Commands
 from notecase.connection import Connection, Token
-from notecase.content import Contents
 from notecase.hints import dump, of_output
 from notecase.names import Named, OnBusy, choice, name_of
 from notecase.pages import Listing, each
@@ -23,6 +23,9 @@ from notecase.retry import Retry, repeat
 from notecase.stream import RunStream
 from notecase.tools import Tool, as_tools
 from notecase.values import Plain, from_value, to_message, to_value
+
+if TYPE_CHECKING:
+    from notecase.content import Contents
 
 
 class RunWaiting(Exception):
@@ -92,10 +95,15 @@ class Client(Commands):
         self.keys = v1.KeyServiceStub(channel)
         self.audit = v1.AuditServiceStub(channel)
         self.tenants = v1.TenantServiceStub(channel)
-        self._contents = Contents(self.blobs, self._retry)
         self._turns = Turns()
         self._local: dict[str, Local] = {}
         super().__init__(self.runs, self._retry)
+
+    @cached_property
+    def _contents(self) -> "Contents":
+        from notecase.content import Contents  # noqa: PLC0415 - most programs need none, and it takes 3 ms
+
+        return Contents(self.blobs, self._retry)
 
     @property
     def address(self) -> str:
@@ -364,9 +372,9 @@ class Client(Commands):
             options=options,
             rewind_to_sequence=rewind_to,
         )
-        if not (model is instruction is generation is None):
-            settings = {"model": model, "instruction": instruction, "generation": message(v1.Generation, generation)}
-            start.settings.CopyFrom(v1.RunSettings(**settings))
+        settings = v1.RunSettings(model=model, instruction=instruction, generation=message(v1.Generation, generation))
+        if settings.ListFields():
+            start.settings.CopyFrom(settings)
         if cancel_after is not None:
             start.disconnect.cancel_after.FromMilliseconds(round(cancel_after * 1000))
         if not session:  # named here, so that a repeat finds it

@@ -36,7 +36,7 @@ class Retry:
     @property
     def longest(self) -> float:
         """The seconds that all the delays come to at most."""
-        return sum(min(self.first_delay * 2**tried, self.max_delay) for tried in range(self.tries))
+        return float(sum(min(self.first_delay * 2**tried, self.max_delay) for tried in range(self.tries)))
 
 
 class Backoff:
