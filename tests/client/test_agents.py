@@ -1,9 +1,11 @@
 """Agents as a program declares them, and replies as it wants them, over a real connection."""
 
 import asyncio
+import re
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
+import grpc
 import pytest
 from notecase import Client, NotecaseError, Retry, RunWaiting, Tool, v1
 from pydantic import BaseModel
@@ -209,6 +211,23 @@ async def test_lists_go_on_over_their_pages(client: Client, monkeypatch: pytest.
     assert [] == [one async for one in client.list_runs("s1")]
     with pytest.raises(NotecaseError, match="SESSION_NOT_FOUND"):
         _ = [one async for one in client.list_messages("nowhere")]
+
+
+async def test_fields_are_named_as_the_caller_wrote_them(client: Client) -> None:
+    """Where they stand in the request is the client's affair."""
+    with pytest.raises(NotecaseError) as put:
+        await client.put_agent("A b", "{{", max_model_calls=-1)
+    with pytest.raises(NotecaseError) as created:
+        await client.create_session("A b", user="a b")
+    with pytest.raises(NotecaseError) as run:
+        await client.invoke("Hello", agent="A b", limits={"max_model_calls": -1})
+    told = [[violation.field for violation in error.value.violations] for error in (put, created, run)]
+    assert [["name", "instruction", "max_model_calls"], ["agent", "user"]] == [sorted(told[0], key=len), told[1]]
+    assert {"agent", "limits.max_model_calls"} == set(told[2])
+    for error, fields in zip((put, created, run), told, strict=True):
+        assert "INVALID_FIELD" == error.value.reason
+        assert fields == re.findall(r"(?:^|; )([a-z_.]+): ", error.value.message)
+        assert isinstance(error.value.__cause__, grpc.RpcError)
 
 
 async def test_an_output_or_a_function_without_a_schema_is_refused_at_once(served: Running) -> None:

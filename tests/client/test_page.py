@@ -3,22 +3,20 @@
 import ast
 import asyncio
 import io
-import os
 import re
-import subprocess
-import sys
 from functools import partial
 from inspect import isawaitable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import notecase
+import pytest
 from notecase import Client
 
 from tests.support.server import running
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "python.md").read_text()
-GUIDE, COMPARISON = PAGE.split("## Beside the OpenAI Agents SDK and ADK")
+GUIDE, COMPARISON = PAGE.split("## Compared with the OpenAI Agents SDK and ADK")
 
 
 class Block(NamedTuple):
@@ -35,28 +33,24 @@ def is_program(source: str) -> bool:
     return "asyncio.run(" in source or "notecase.sync" in source
 
 
-async def run_program(source: str, address: str) -> str:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", source),
-        env={**os.environ, "NOTECASE_ADDRESS": address},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    out, err = await process.communicate()
-    assert (0, "") == (process.returncode, err.decode())
-    return out.decode()
+async def run_program(source: str) -> str:
+    output = io.StringIO()
+    names = {"__name__": "__main__", "print": partial(print, file=output)}
+    await asyncio.to_thread(exec, compile(source, "python.md", "exec"), names)
+    return output.getvalue()
 
 
-async def test_every_snippet_prints_what_the_page_says() -> None:
+async def test_every_snippet_prints_what_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
     found = blocks(GUIDE)
     shown = 0
     async with running() as served, Client(served.address) as client:
+        monkeypatch.setenv("NOTECASE_ADDRESS", served.address)
         names: dict[str, Any] = {"client": client, "notecase": notecase}
         for (language, source), (following, expected) in zip(found, [*found[1:], Block("", "")], strict=True):
             if language != "python":
                 continue
             if is_program(source):
-                printed = await run_program(source, served.address)
+                printed = await run_program(source)
             else:
                 output = io.StringIO()
                 names["print"] = partial(print, file=output)
@@ -88,7 +82,8 @@ def test_ours_are_no_longer_than_theirs_and_the_table_counts_right() -> None:
     assert counted == sorted((int(theirs), int(ours)) for theirs, ours in told)
 
 
-async def test_our_programs_run_as_they_stand() -> None:
+async def test_our_programs_run_as_they_stand(monkeypatch: pytest.MonkeyPatch) -> None:
     async with running() as served:
+        monkeypatch.setenv("NOTECASE_ADDRESS", served.address)
         for _, ours in pairs():
-            assert "" != await run_program(ours, served.address)
+            assert "" != await run_program(ours)

@@ -15,6 +15,7 @@ from notecase.agents import Local, message, split
 from notecase.calls import Turns
 from notecase.commands import Commands
 from notecase.connection import Connection, Token
+from notecase.errors import as_written
 from notecase.hints import dump, of_output
 from notecase.names import Named, OnBusy, choice, name_of
 from notecase.pages import Listing, each
@@ -180,7 +181,8 @@ class Client(Commands):
             allow_missing=True,
             request_id=uuid.uuid4().hex,
         )
-        put = await repeat(self._retry, lambda: self.agents.UpdateAgent(request))
+        with as_written("agent.llm.", "agent."):
+            put = await repeat(self._retry, lambda: self.agents.UpdateAgent(request))
         self._local[put.name] = local
         return put
 
@@ -208,7 +210,8 @@ class Client(Commands):
             state=_values(state),
             request_id=uuid.uuid4().hex,
         )
-        return await repeat(self._retry, lambda: self.sessions.CreateSession(request))
+        with as_written("session."):
+            return await repeat(self._retry, lambda: self.sessions.CreateSession(request))
 
     async def fork(self, session: str | Named, at_sequence: int | None = None, *, session_id: str = "") -> v1.Session:
         """Makes a new session of the log up to a sequence, the head by default; what it was then, it is there.

@@ -6,7 +6,7 @@ the same facts. Where a call is behind it, its `RpcError` is the `__cause__`.
 
 import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, Self
 
 import grpc
@@ -108,6 +108,32 @@ class NotecaseError(Exception):
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             retry = error_details_pb2.RetryInfo.FromString(detail.value)
             self.retry_after = retry.retry_delay.ToTimedelta().total_seconds()
+
+
+@contextlib.contextmanager
+def as_written(*prefixes: str) -> Iterator[None]:
+    """Names the fields of a request as its caller wrote them: without the first of `prefixes` that fits. A caller of
+    a method with arguments does not see where in the request they stand."""
+    try:
+        yield
+    except NotecaseError as error:
+        if not error.violations:
+            raise
+        told = {_without(prefixes, one.field): one.description for one in error.violations}
+        message = "; ".join(f"{field}: {description}" for field, description in told.items())
+        raise NotecaseError(
+            error.code,
+            error.reason,
+            message if message.endswith(".") else f"{message}.",
+            metadata=error.metadata,
+            violations=[Violation(*one) for one in told.items()],
+            resource=error.resource,
+            retry_after=error.retry_after,
+        ) from error.__cause__
+
+
+def _without(prefixes: Iterable[str], field: str) -> str:
+    return next((field.removeprefix(prefix) for prefix in prefixes if field.startswith(prefix)), field)
 
 
 def _cause(details: str) -> str:

@@ -12,7 +12,7 @@ from notecase import v1
 from notecase.agents import Local
 from notecase.calls import Calls, Turns
 from notecase.commands import Commands
-from notecase.errors import NotecaseError
+from notecase.errors import NotecaseError, as_written
 from notecase.hints import Kind
 from notecase.names import Remember, When
 from notecase.reply import Reply
@@ -129,8 +129,9 @@ class RunStream:
 
     async def __aenter__(self) -> Self:
         try:
-            while self._attached is None:
-                await self._receive()
+            with as_written("start.new_session.", "start.settings.", "start.", "attach."):
+                while self._attached is None:
+                    await self._receive()
         except BaseException:
             await self._leave()
             raise
