@@ -36,5 +36,8 @@ def converse(client: Client) -> None:
 
 
 if __name__ == "__main__":
-    with Client(sys.argv[1] if len(sys.argv) > 1 else None) as connected:
-        converse(connected)
+    try:
+        with Client(sys.argv[1] if len(sys.argv) > 1 else None) as connected:
+            converse(connected)
+    except KeyboardInterrupt:
+        sys.exit(130)  # as shells have it

@@ -21,9 +21,10 @@ from notecase.names import Named, OnBusy, choice, name_of
 from notecase.pages import Listing, each
 from notecase.reply import Reply
 from notecase.retry import Retry, repeat
+from notecase.sessions import Sessions
 from notecase.stream import RunStream
 from notecase.tools import Tool, as_tools
-from notecase.values import Plain, from_value, to_message, to_value
+from notecase.values import Plain, to_message, to_values
 
 if TYPE_CHECKING:
     from notecase.content import Contents
@@ -40,7 +41,7 @@ class RunWaiting(Exception):
         """As it was then: see its `pending_inputs` and `pending_calls`."""
 
 
-class Client(Commands):
+class Client(Commands, Sessions):
     """A client of one server, for the event loop it is made in: `async with Client("127.0.0.1:7420") as client`.
 
     `agents`, `sessions`, `state`, `messages`, `runs`, `blobs`, `keys`, `tenants` and `server` are the generated stubs:
@@ -186,108 +187,6 @@ class Client(Commands):
         self._local[put.name] = local
         return put
 
-    async def create_session(
-        self,
-        agent: str | v1.Agent = "",
-        *,
-        session_id: str = "",
-        user: str = "",
-        display_name: str = "",
-        labels: Mapping[str, str] | None = None,
-        state: Mapping[str, Plain] | None = None,
-    ) -> v1.Session:
-        """Opens a session; `state` are its first notes.
-
-        Raises NotecaseError ALREADY_EXISTS when the id is taken, AGENT_NOT_FOUND when its agent is missing."""
-        request = v1.CreateSessionRequest(
-            session_id=session_id,
-            session=v1.Session(
-                agent=name_of(agent, "agents").partition("@")[0],
-                user=name_of(user, "users"),
-                display_name=display_name,
-                labels=labels,
-            ),
-            state=_values(state),
-            request_id=uuid.uuid4().hex,
-        )
-        with as_written("session."):
-            return await repeat(self._retry, lambda: self.sessions.CreateSession(request))
-
-    async def fork(self, session: str | Named, at_sequence: int | None = None, *, session_id: str = "") -> v1.Session:
-        """Makes a new session of the log up to a sequence, the head by default; what it was then, it is there.
-
-        Raises NotecaseError SESSION_NOT_FOUND, SEQUENCE_AHEAD beyond the head, ALREADY_EXISTS when the id is taken."""
-        request = v1.ForkSessionRequest(
-            name=name_of(session, "sessions"),
-            at_sequence=at_sequence,
-            session_id=session_id,
-            request_id=uuid.uuid4().hex,
-        )
-        return await repeat(self._retry, lambda: self.sessions.ForkSession(request))
-
-    async def rewind(self, session: str | Named, to_sequence: int) -> v1.Session:
-        """Takes a session back to a sequence: messages since are superseded, and its state is as it was.
-
-        Raises NotecaseError RUN_ACTIVE while a run is under way or queued, SESSION_NOT_FOUND, SEQUENCE_AHEAD, and
-        INVALID_FIELD for a sequence that a rewind left behind."""
-        request = v1.RewindSessionRequest(
-            name=name_of(session, "sessions"), to_sequence=to_sequence, request_id=uuid.uuid4().hex
-        )
-        return await repeat(self._retry, lambda: self.sessions.RewindSession(request))
-
-    async def export_session(self, session: str | Named, *, with_blobs: bool = True) -> AsyncIterator[bytes]:
-        """The session as a file, in pieces: `async for piece in client.export_session(name)`. Without its blobs it can
-        be imported only where they are.
-
-        Raises NotecaseError SESSION_NOT_FOUND, and RUN_ACTIVE while a run is under way or queued."""
-        request = v1.ExportSessionRequest(name=name_of(session, "sessions"), with_blobs=with_blobs)
-        async for response in self.sessions.ExportSession(request):
-            yield response.chunk
-
-    async def import_session(self, pieces: Iterable[bytes], *, session_id: str = "") -> v1.Session:
-        """Makes a session of such a file, given in pieces of at most 1 MiB, once the server has all of it.
-
-        Raises NotecaseError ALREADY_EXISTS when the id is taken, IMPORT_INVALID when the file is not whole."""
-        header = v1.ImportHeader(session_id=session_id, request_id=uuid.uuid4().hex)
-
-        async def frames() -> AsyncIterator[v1.ImportSessionRequest]:
-            yield v1.ImportSessionRequest(header=header)
-            for piece in pieces:
-                yield v1.ImportSessionRequest(chunk=piece)
-
-        return await self.sessions.ImportSession(frames())
-
-    async def get_state(self, owner: str | Named, *keys: str, at_sequence: int = 0) -> dict[str, Any]:
-        """State as Python values: the keys named, those that do not exist left out, or all of it.
-
-        `owner` is sessions/{session}, users/{user} or app, or a `v1.Session`; with `at_sequence` a session's state is
-        read as it was then. All of a large state is read in pages, between which it may change. Raises NotecaseError
-        SESSION_NOT_FOUND, SEQUENCE_AHEAD."""
-        request = v1.GetStateRequest(name=f"{name_of(owner)}/state", keys=keys, page_size=1000, at_sequence=at_sequence)
-        values: dict[str, Any] = {}
-        while True:
-            page = await repeat(self._retry, lambda: self.state.GetState(request))
-            values.update((key, from_value(entry.value)) for key, entry in page.entries.items())
-            request.page_token = page.next_page_token
-            if not request.page_token:
-                return values
-
-    async def put_state(
-        self, owner: str | Named, key: str, value: Plain, *, if_version: int | None = None
-    ) -> v1.StateEntry:
-        """Sets one key of sessions/{session}, users/{user} or app.
-
-        With `if_version` only if the key has that version, 0 for none; otherwise NotecaseError STATE_VERSION_MISMATCH
-        with the current one in `metadata["version"]`."""
-        request = v1.PutStateRequest(
-            name=f"{name_of(owner)}/state",
-            key=key,
-            value=to_value(value),
-            if_version=if_version,
-            request_id=uuid.uuid4().hex,
-        )
-        return await repeat(self._retry, lambda: self.state.PutState(request))
-
     async def upload(
         self, content: bytes | str | PathLike[str], media_type: str = "", *, filename: str = "", upload_id: str = ""
     ) -> v1.Blob:
@@ -348,8 +247,8 @@ class Client(Commands):
 
         `tools` are functions that the model may call in this run besides its agent's, executed here while the stream is
         iterated: see `Tool`; those that `put_agent` was given are executed, too. `output` is the type of
-        `RunStream.parsed`, where `put_agent` was not given it. `model`, `instruction` and `generation` take the place
-        of the agent's in this run.
+        `RunStream.parsed` for an agent with an output that another program has put. `model`, `instruction` and
+        `generation` take the place of the agent's in this run.
 
         `on_busy` says what to do when the session has a run: "reject", "queue", "interrupt" or "rollback"; `limits`
         what this run may use. With `cancel_after` the run is cancelled once no stream has been attached to it for so
@@ -366,7 +265,7 @@ class Client(Commands):
         start = v1.StartRun(
             session=session,
             agent=agent,
-            state=_values(state),
+            state=to_values(state),
             run_id=run_id or uuid.uuid4().hex,
             messages=map(to_message, said),
             client_tools=[one.definition for name, one in functions.items() if one.declare and name not in declared],
@@ -467,40 +366,6 @@ class Client(Commands):
         """
         return each(self._retry, self.agents.ListAgents, v1.ListAgentsRequest())
 
-    def list_sessions(self, filter: str = "", *, agent: str | v1.Agent = "", user: str = "") -> Listing[v1.Session]:  # noqa: A002 - the API's word
-        """Sessions, those that changed last first; `filter` as in `v1.ListSessionsRequest`.
-
-        Raises NotecaseError INVALID_FIELD for a filter that cannot be read."""
-        conditions = [f"({filter})"] if filter else []
-        conditions += [f'agent = "{name_of(agent, "agents")}"'] if agent else []
-        conditions += [f'user = "{name_of(user, "users")}"'] if user else []
-        request = v1.ListSessionsRequest(filter=" AND ".join(conditions))
-        return each(self._retry, self.sessions.ListSessions, request)
-
-    def list_messages(self, session: str | Named, *, newest_first: bool = False) -> Listing[v1.Message]:
-        """The messages of a session, in their order. Raises NotecaseError SESSION_NOT_FOUND."""
-        order = "sequence desc" if newest_first else ""
-        request = v1.ListMessagesRequest(parent=name_of(session, "sessions"), order_by=order)
-        return each(self._retry, self.messages.ListMessages, request)
-
-    def list_runs(self, session: str | Named = "-", filter: str = "") -> Listing[v1.Run]:  # noqa: A002 - the API's word
-        """The runs of a session, or of all, the last created first; `filter` as in `v1.ListRunsRequest`.
-
-        Raises NotecaseError SESSION_NOT_FOUND, INVALID_FIELD for a filter that cannot be read."""
-        request = v1.ListRunsRequest(parent=name_of(session, "sessions"), filter=filter)
-        return each(self._retry, self.runs.ListRuns, request)
-
-    def waiting(self, session: str | Named = "-") -> Listing[v1.Run]:
-        """The runs that wait for a person or a caller, of one session or of all, the last created first: see their
-        `pending_inputs` and `pending_calls`.
-
-            async for run in client.waiting():
-                for asked in run.pending_inputs:
-                    await client.deny(run, asked.input_id, "It is late.")
-
-        Raises NotecaseError SESSION_NOT_FOUND."""
-        return self.list_runs(session, "state = WAITING")
-
     def _follow(
         self,
         first: v1.RunRequest,
@@ -521,7 +386,3 @@ class Client(Commands):
 
     async def _get_run(self, name: str) -> v1.Run:
         return await repeat(self._retry, lambda: self.runs.GetRun(v1.GetRunRequest(name=name)))
-
-
-def _values(plain: Mapping[str, Plain] | None) -> dict[str, v1.Value]:
-    return {key: to_value(value) for key, value in (plain or {}).items()}

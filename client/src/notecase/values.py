@@ -48,6 +48,11 @@ def to_value(plain: Plain) -> v1.Value:
             raise TypeError(f"state cannot hold a {type(plain).__name__}")
 
 
+def to_values(plain: Mapping[str, Plain] | None) -> dict[str, v1.Value]:
+    """`to_value` for each of several keys."""
+    return {key: to_value(held) for key, held in (plain or {}).items()}
+
+
 def from_value(value: v1.Value) -> Any:
     """The Python value, sharing nothing with `value`; None also for a `v1.Value` that is not set, or of a kind this
     version of the client does not know."""
