@@ -182,6 +182,19 @@ async def test_choices_are_words(client: Client, session: str, model: OpenAIServ
     assert v1.Tool.APPROVER_ADMIN == Tool(search, approver="admin").definition.approver
 
 
+async def test_a_queued_run_has_the_functions_of_the_sessions_agent(client: Client, model: OpenAIServer) -> None:
+    """The caller did not name the agent; the service does when the stream attaches."""
+    release = asyncio.Event()
+    model.script(reply("One.").held(release, 0), tool_calls(("search", '{"what": "bow"}')), reply("Found."))
+    session = await client.create_session(await client.put_agent("finder", "You find things.", tools=[search]))
+    async with client.run("One", session=session) as first:
+        second = asyncio.create_task(client.invoke("Find it", session=session, on_busy="queue"))
+        while not (await anext(first)).HasField("command_queued"):
+            pass
+        release.set()
+        assert "Found." == (await second).text
+
+
 async def test_nobody_is_asked_nothing(client: Client) -> None:
     """A run that names neither agent nor session is refused before anything is sent."""
     with pytest.raises(ValueError, match="Name an agent, a session, or both"):

@@ -1,4 +1,4 @@
-"""One connection to a notecase server: every call typed, and the few made all the time in a line each."""
+"""The client of a notecase server: all calls as typed stubs, and the common ones as methods."""
 
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
@@ -31,41 +31,45 @@ if TYPE_CHECKING:
 
 
 class RunWaiting(Exception):
-    """What `Client.invoke` raises when its run waits for a person, or for a tool in another process.
+    """Raised by `Client.invoke` when its run waits for a person, or for a tool in another process.
 
-    It is no failure: the run goes on once it is answered, `attach(error.run.name)` follows it to its reply."""
+    The run has not failed. It continues once it is answered, and `attach(error.run)` follows it to its reply."""
 
     def __init__(self, run: v1.Run) -> None:
         super().__init__(f"{run.name} waits for an answer")
         self.run = run
-        """As it was then: see its `pending_inputs` and `pending_calls`."""
+        """The run as it was then, with its `pending_inputs` and `pending_calls`."""
 
 
 class Client(Commands, Sessions):
-    """A client of one server, for the event loop it is made in: `async with Client("127.0.0.1:7420") as client`.
+    """A client of one server, for the event loop in which it is made:
 
-    `agents`, `sessions`, `state`, `messages`, `runs`, `blobs`, `keys`, `tenants` and `server` are the generated stubs:
-    each call takes its `v1` request, and `timeout=` (seconds) or `metadata=` where wanted, raises `NotecaseError`, and
-    is made once. What they return is awaited or iterated like grpc's own calls, but is no instance of their classes.
+        async with Client("127.0.0.1:7420") as client:
+            reply = await client.invoke("Where is the violin?", agent="detective")
 
-    The methods here are short for the calls made most. They send a request_id, a command_id or a run_id, so that they
-    are safe to repeat, and are repeated as `retry` says while the connection is broken or the server is away. To
-    bound one in time, use `asyncio.timeout`. Those inherited from `Commands` speak to a run, such as
+    The methods make the common calls. Each sends a request_id, a command_id or a run_id, so that a repeat has no second
+    effect, and is repeated as `retry` says while the connection is broken or the server is away; `asyncio.timeout`
+    bounds it in time. The methods of `Commands` speak to a run, for example
     `client.approve(run, run.pending_inputs[0].input_id)`. Agents, sessions and users are named by their id
     ("detective"), by their name ("agents/detective"), or by the message that the service returned for them.
 
-    `token` is sent with every call: a key, or the token of an identity provider. A function is asked for it before each
-    call, may be asynchronous, and returns at once what it has until that expires; a stream whose token has expired goes
-    on with the next one.
+    `agents`, `sessions`, `state`, `messages`, `runs`, `blobs`, `keys`, `audit`, `tenants` and `server` are generated
+    stubs. Each call takes its `v1` request and optionally `timeout=` (seconds) or `metadata=`, raises `NotecaseError`,
+    and is not repeated. Its result is awaited or iterated like grpc's own calls, but is not an instance of their
+    classes.
 
-    On this machine the connection is plain text, and by TLS with `ca`, a file of certificates as PEM, or its bytes.
-    Beyond it the connection is by TLS: with `ca`, or by the authorities that grpc knows. `plaintext` makes it plain
-    text there too, `token` included. `credentials` are grpc's own and stand for all of this, for example with a client
+    `token` is sent with every call: a key, or the token of an identity provider. A function is called for it before
+    each call; it may be asynchronous, and should return the same token until that expires. A stream whose token has
+    expired continues with the next one.
+
+    On this machine the connection is plain text, or TLS when `ca` is given: a file of certificates in PEM, or its
+    bytes. To other machines the connection is TLS, with `ca` or with the authorities that grpc knows; `plaintext` makes
+    it plain text, `token` included. `credentials` are grpc's own and replace all of this, for example with a client
     certificate: `grpc.ssl_channel_credentials(ca, key, certificate)`.
 
     `target` is HOST:PORT, or HOST for port 7420. Without `target`, `token` and `ca` the variables NOTECASE_ADDRESS,
-    NOTECASE_TOKEN and NOTECASE_CA are used; without these, the server is looked for at 127.0.0.1:7420. `options` are
-    grpc channel options and win over the client's own.
+    NOTECASE_TOKEN and NOTECASE_CA are used, and then 127.0.0.1:7420. `options` are grpc channel options and override
+    the client's own.
 
     Raises ValueError for a target that is not an address and for a token that cannot be sent, OSError for a file of
     `ca` that cannot be read.
@@ -121,7 +125,7 @@ class Client(Commands, Sessions):
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection and every call on it; runs go on in the server. May be called twice."""
+        """Closes the connection and every call on it. Runs continue in the server. May be called twice."""
         await self._connection.close()
 
     async def put_agent(
@@ -197,23 +201,23 @@ class Client(Commands, Sessions):
             ask = v1.Message(parts=[v1.Part(text="What is this?"), v1.Part(blob=plan)])
             await client.invoke(ask, session=session)
 
-        Of a file, the media type is guessed from its name unless given, and the name is the filename. It is read and
-        sent in pieces; a broken connection costs only what had not arrived. With an `upload_id` of your own an upload
-        goes on even in another process.
+        For a file, the name is the default `filename`, and the default media type is guessed from it. The content is
+        read and sent in pieces, and after a broken connection only the missing ones are sent. With an `upload_id` of
+        your own another process can continue the upload.
 
-        Raises OSError for a file that cannot be read, ValueError when there is no media type to be told, and
-        NotecaseError PAYLOAD_TOO_LARGE, or UPLOAD_OFFSET_MISMATCH when somebody else sends under the same id."""
+        Raises OSError for a file that cannot be read, ValueError when the media type is neither given nor known, and
+        NotecaseError PAYLOAD_TOO_LARGE, or UPLOAD_OFFSET_MISMATCH when somebody else uploads under the same id."""
         return await self._contents.upload(content, media_type, filename=filename, upload_id=upload_id)
 
     def download(self, blob: str | v1.Blob, offset: int = 0, limit: int = 0) -> AsyncIterator[bytes]:
-        """The content of a blob, by the blob or its name, in pieces of at most 2 MiB: from `offset` on, at most `limit`
-        bytes unless it is 0. A broken connection is made again where it broke.
+        """Yields the content of a blob, given by itself or by name, in pieces of at most 2 MiB: from `offset` on, and
+        at most `limit` bytes unless it is 0. After a broken connection it continues where it stopped.
 
             async for piece in client.download(blob):
                 file.write(piece)
 
-        Raises NotecaseError BLOB_NOT_FOUND; at the end of the whole of it BLOB_CORRUPT, when it is not what its name
-        says."""
+        Raises NotecaseError BLOB_NOT_FOUND, and BLOB_CORRUPT at the end of a whole content whose SHA-256 is not that of
+        its name."""
         return self._contents.download(blob, offset, limit)
 
     def run(
@@ -240,10 +244,10 @@ class Client(Commands, Sessions):
                 async for text in run.text():
                     print(text, end="")
 
-        `said` is what the user says, texts or messages; none, where the session's history ends with something to
-        answer. Without `session` a new one is opened for `agent`; with it, `agent` may name another than the
-        session's. `state` is put into the session in the same commit. A `run_id` of your own makes the start the same
-        across processes.
+        `said` is what the user says, as texts or messages; it may be left out where the session's history ends with
+        something to answer. Without `session` a new one is opened for `agent`; with it, `agent` may be another than the
+        session's own. `state` is put into the session in the same commit. With a `run_id` of your own, a start that
+        another process repeats is the same run.
 
         `tools` are functions that the model may call in this run besides its agent's, executed here while the stream is
         iterated: see `Tool`; those that `put_agent` was given are executed, too. `output` is the type of
@@ -251,9 +255,9 @@ class Client(Commands, Sessions):
         `generation` take the place of the agent's in this run.
 
         `on_busy` says what to do when the session has a run: "reject", "queue", "interrupt" or "rollback"; `limits`
-        what this run may use. With `cancel_after` the run is cancelled once no stream has been attached to it for so
+        what this run may use. With `cancel_after` the run is cancelled once no stream has been attached to it for that
         many seconds. `rewind_to` takes the session back to that sequence in the same commit: without `said` to generate
-        a reply anew, with it to edit what was said.
+        a reply again, with it to edit what was said.
 
         Raises ValueError without agent and session, TypeError for a function that cannot be a tool. Entering raises
         NotecaseError: RUN_ACTIVE when the session has a run, AGENT_NOT_FOUND, SESSION_NOT_FOUND and so on."""
@@ -297,9 +301,9 @@ class Client(Commands, Sessions):
         """Follows a run (sessions/{session}/runs/{run}) or a session that exists, when entered.
 
         Events begin after `after_sequence`, 0 for the whole log; without it, at the run's first event or at the
-        session's head. A session without a run under way ends the stream at its head, unless `options` say keep_open.
-        Calls of the `tools` that wait or come are executed here, and of no others; attaching declares none. `output` is
-        the type of `RunStream.parsed`.
+        session's newest. In a session without an active run the stream ends at the newest event, unless `options` has
+        keep_open. Pending and later calls of the `tools` are executed here, and no others; attaching declares none.
+        `output` is the type of `RunStream.parsed`.
 
         Raises TypeError for a function that cannot be a tool. Entering raises NotecaseError: SEQUENCE_AHEAD,
         SESSION_NOT_FOUND, RUN_NOT_FOUND."""
@@ -323,15 +327,15 @@ class Client(Commands, Sessions):
         rewind_to: int | None = None,
         run_id: str = "",
     ) -> Reply:
-        """Runs to the end and returns the reply: `run` without the watching, with the same arguments.
+        """Runs to the end and returns the reply. The arguments are those of `run`.
 
             reply = await client.invoke("Where is the violin?", agent="detective")
             print(reply.text)
             await client.invoke("And the bow?", session=reply.session)
 
-        Raises as `run` does and as entering it does, NotecaseError with the run's own error when it fails, and with
-        code CANCELLED when it is cancelled; RunWaiting when it waits for a person or for a tool that was not handed in.
-        Cancelling the call leaves the run going on."""
+        Raises what `run` and entering it raise, NotecaseError with the run's error when it fails and with code
+        CANCELLED when it is cancelled, and RunWaiting when it waits for a person or for a tool that is not here.
+        Cancelling this call does not cancel the run."""
         stream = self.run(
             *said,
             agent=agent,
@@ -352,18 +356,15 @@ class Client(Commands, Sessions):
         async with stream as run:
             async for _ in run:
                 if run.waits_for_others:
-                    # What was told may be long past, when the run existed, or not all of what it waits for.
+                    # The events may be old, where the run existed before, and may not show all that it waits for.
                     found = await self._get_run(run.name)
                     if run.cannot_answer(found):
                         raise RunWaiting(found)
         return run.reply
 
     def list_agents(self) -> Listing[v1.Agent]:
-        """The agents, each at its newest revision, by name. Pages are read as they are needed:
-
-        async for agent in client.list_agents():
-            print(agent.name)
-        """
+        """Iterates over the agents at their newest revision, by name: `async for agent in client.list_agents()`. Pages
+        are read as they are needed."""
         return each(self._retry, self.agents.ListAgents, v1.ListAgentsRequest())
 
     def _follow(

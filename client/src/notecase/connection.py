@@ -1,4 +1,4 @@
-"""How a client reaches its server: in plain text or by TLS, and with a token for each call."""
+"""Connects a client to its server, in plain text or by TLS, and adds a token to each call."""
 
 import asyncio
 import logging
@@ -17,11 +17,11 @@ from notecase.errors import NotecaseError
 log = logging.getLogger("notecase")
 
 TOLD_AFTER = 1.0
-"""Seconds after which the log says that the first connection is not there yet. gRPC waits 20 s for a host that is
-silent, and nobody should wonder for so long."""
+"""Seconds after which the log says that the first connection is not made yet. gRPC itself waits 20 s for a host that
+does not answer."""
 
 Token = str | Callable[[], str | Awaitable[str]]
-"""A token, or what returns one that is valid now; it is asked for each call, and so it keeps its token until that
+"""A token, or a function that returns a valid one. It is called before each call, so it should keep a token until that
 expires."""
 
 _OPTIONS: Mapping[str, int] = {
@@ -33,7 +33,7 @@ _OPTIONS: Mapping[str, int] = {
 
 
 class Connection:
-    """One connection to a server. `channel` is for the stubs: its calls have the token, and raise NotecaseError."""
+    """One connection to a server. Stubs on its `channel` send the token and raise NotecaseError."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Connection:
 
     @property
     def renews_token(self) -> bool:
-        """Whether a call that is made again may have another token."""
+        """Whether a repeated call may have another token."""
         return callable(self._token)
 
     async def close(self) -> None:
@@ -81,14 +81,14 @@ class Connection:
 
 
 def _pem(path: str | PathLike[str] | None) -> bytes | None:
-    """Returns a file's content; None where grpc is to take the authorities that it knows."""
+    """Returns a file's content, or None for the authorities that grpc knows."""
     from pathlib import Path  # noqa: PLC0415 - needed with `ca` alone, and takes 3 ms
 
     return Path(path).read_bytes() if path else None
 
 
 def _bearer(token: str) -> tuple[str, str]:
-    """Returns the metadata that a call has a token by. Raises ValueError, which does not quote it."""
+    """Returns the metadata that carries a token. Raises ValueError, which does not quote it."""
     token = token.strip()  # a file that holds one often ends with a line's end
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError("the token is empty, or holds what no token does: a space, or something other than ASCII")
@@ -96,10 +96,10 @@ def _bearer(token: str) -> tuple[str, str]:
 
 
 class _Channel:
-    """A channel as the stubs use it.
+    """The channel that the stubs use.
 
-    Not an interceptor: those put a task and a queue between caller and call, and lose the call's metadata. Nor are they
-    grpc's own call credentials, which need TLS on loopback too, and hide what a token's function raises."""
+    It does not use grpc's interceptors, which put a task and a queue between caller and call and lose the call's
+    metadata, nor grpc's call credentials, which need TLS on loopback too and hide what a token's function raises."""
 
     def __init__(self, channel: aio.Channel, token: Token | None, address: str) -> None:
         self._token = token
@@ -135,13 +135,13 @@ class _Channel:
         return _LateCall(token, begin, kwargs.get("timeout"), self._address)
 
     def _tell(self) -> None:
-        """Logs that there is no connection yet. A refused one is logged by whoever tries again."""
+        """Logs that the connection is not made yet. A connection that fails is logged where it is repeated."""
         if self._get_state() in {grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING}:
             log.warning("%s has not answered for %g s; still connecting.", self._address, TOLD_AFTER)
 
 
 class _Call:
-    """A call in progress: all that can raise is translated, the rest is grpc's."""
+    """Wraps a call of grpc's and raises its errors as NotecaseError."""
 
     def __init__(self, call: Any, address: str) -> None:
         self._call = call
@@ -185,13 +185,13 @@ class _Call:
 
 
 class _LateCall(_Call):
-    """A call that begins when it is first awaited, read or written, and once its token is there. Until then it can be
-    cancelled, and asked for nothing."""
+    """A call that starts when it is first awaited, read or written and its token has arrived. Before that it can only
+    be cancelled."""
 
     def __init__(
         self, token: Awaitable[str], begin: Callable[[str, float | None], Any], seconds: float | None, address: str
     ) -> None:
-        """`begin` makes the call with a token and what is left of the `seconds` that the caller allows."""
+        """`begin` makes the call with a token and the time that is left of the caller's `seconds`."""
         super().__init__(None, address)
         self._time = asyncio.get_running_loop().time
         self._due = None if seconds is None else self._time() + seconds

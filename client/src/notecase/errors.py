@@ -1,7 +1,7 @@
-"""Every refusal and failure as one exception with a stable reason: `NotecaseError`.
+"""One exception with a stable reason for every refusal and failure: `NotecaseError`.
 
-It is no `grpc.RpcError`, because not all that fails is a call: a refused command and a failed run are data that carry
-the same facts. Where a call is behind it, its `RpcError` is the `__cause__`.
+It is not a `grpc.RpcError`, because a refused command and a failed run are data, not failed calls, and carry the same
+facts. Where a call failed, its `RpcError` is the `__cause__`.
 """
 
 import contextlib
@@ -36,11 +36,11 @@ class Resource(NamedTuple):
 
 
 class NotecaseError(Exception):
-    """What the service refused or failed at, or why it could not be reached.
+    """The service refused a request or failed, or could not be reached.
 
-    `reason` is what programs decide by: a `v1.ErrorReason` without its prefix, such as "RUN_ACTIVE". It is empty when
-    the error was not made by the service: the connection broke, the deadline passed, or something else answered.
-    `code` is always set. `message` is for people. `retry_after` is in seconds, None where the service names no time.
+    Programs decide by `reason`: a `v1.ErrorReason` without its prefix, such as "RUN_ACTIVE". It is empty when the error
+    does not come from the service: the connection broke, the deadline passed, or something else answered. `code` is
+    always set. `message` is for people. `retry_after` is in seconds, or None.
     """
 
     def __init__(

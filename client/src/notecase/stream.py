@@ -1,4 +1,4 @@
-"""A run as it happens, whole: each event once and in order, whatever becomes of the connection."""
+"""Follows a run: gives each event once and in order, over broken connections."""
 
 import asyncio
 from collections import deque
@@ -23,31 +23,32 @@ from notecase.view import ENDED, Gap, SessionView
 
 
 class RunStream:
-    """A run, or a session, being followed: `async with` attaches, `async for` gives its `v1.Event`s.
+    """Follows a run or a session: `async with` attaches, `async for` yields its `v1.Event`s.
 
-    `Client.run` and `Client.attach` make it. Directly it is made from any `v1.RunRequest` that starts or attaches; a
-    start is to name its session (or new_session) and its run_id, which make it safe to repeat.
+    `Client.run` and `Client.attach` return one. It can also be made from any `v1.RunRequest` that starts or attaches; a
+    start must name its session (or new_session) and its run_id, so that it can be repeated safely.
 
-    Events of the log come in the order of their sequence, each exactly once; passing events (sequence 0) in between.
-    When the connection breaks, the server restarts, another process takes the run over, or the token expires and is one
-    that is renewed, the stream attaches again after the last entry it gave out, as patiently as `Retry` says. Open
-    blocks then come again whole; `view` knows.
+    Events of the log are yielded in the order of their sequence, each exactly once, with passing events (sequence 0)
+    between them. When the connection breaks, the server restarts, another process takes the run over, or a renewable
+    token expires, the stream attaches again after the last event that it yielded, as `Retry` says. The blocks of an
+    unfinished message are then sent again from their start; `view` handles that.
 
-    Entering raises NotecaseError when the service refuses the start or cannot be reached, iterating when it can no
-    longer be reached or the session is deleted. A run that fails is no error of the stream: see `result`. The stream
-    ends when the run does; with `keep_open` it does not.
+    Entering raises NotecaseError when the service refuses the start or cannot be reached; iterating raises it when the
+    service can no longer be reached or the session is deleted. A run that fails does not raise here: see `result` and
+    `reply`. The stream ends when the run ends, unless `keep_open` is set.
 
-    Calls of the `tools` handed in are executed as iteration comes to them, several at once and beside it, and answered;
-    those that waited when the stream came, too, and each once in this client, however often it is told. They are those
-    of the run followed, or of any run when a session is followed. A call that gets its outcome elsewhere, by a cancel
-    for example, is cancelled here. Iterating raises what kept an answer from being sent.
+    While the stream is iterated, calls of the given `tools` are executed and answered, several at once. That includes
+    calls that were pending before the stream attached. Each is executed once in this client, even when several events
+    or streams report it. A stream of a run executes calls of that run, a stream of a session those of any run. A call
+    that is resolved elsewhere, for example by a cancel, is cancelled here. An answer that cannot be sent raises its
+    error from the iteration.
 
-    A run that waits for a person keeps the stream open: `input_requested` tells what for, and `approve`, `deny`,
-    `answer`, `dismiss` or `say` let it go on, from here or from anywhere.
+    A run that waits for a person keeps the stream open. `input_requested` says what it waits for; `approve`, `deny`,
+    `answer`, `dismiss` or `say` let it continue, here or in any other process.
 
-    Leaving, cancelling the task, or losing the process closes the stream, cancels its calls, and nothing else: the run
-    goes on, and `attach` finds it and the calls that wait. After a cancelled `anext` (a timeout, for example) iteration
-    goes on where it was. One task iterates at a time; commands may be sent from any, also inside the loop.
+    Leaving the block, cancelling the task or losing the process closes the stream and cancels its calls. The run
+    continues, and `attach` finds it with the calls that are pending. After a cancelled `anext`, for example by a
+    timeout, iteration can continue. One task may iterate at a time; any task may send commands, also inside the loop.
     """
 
     def __init__(
@@ -62,9 +63,9 @@ class RunStream:
         turns: Turns | None = None,
         renews_token: bool = False,
     ) -> None:
-        """`tools` are answered here; the start declares those that the agent does not. `output` reads the reply.
-        `local` has further tools, and outputs, by the name of the agent whose run this is. Streams with the same
-        `turns` share out their calls. With `renews_token` the next call of the stub may have another token."""
+        """`tools` are executed here; the start declares those that its agent does not declare. `output` reads the
+        reply. `local` has further tools and outputs by the name of the run's agent. Streams that share `turns` do not
+        execute a call twice. `renews_token` says that the next call of the stub may have another token."""
         self._stub = stub
         self._first = first
         retry = retry or Retry()
@@ -83,12 +84,12 @@ class RunStream:
         attach = first.attach
         known = attach.after_sequence if attach.HasField("after_sequence") else None
         self.view = SessionView(known)
-        """The session as far as the events given out tell."""
+        """The session as the events yielded so far describe it."""
 
     @property
     def name(self) -> str:
-        """sessions/{session}/runs/{run}: the run being followed, of a session the newest that was told of; empty before
-        entering and in an idle session."""
+        """The run that is followed, sessions/{session}/runs/{run}; in a stream of a session its newest run. Empty
+        before entering, and in a session without runs."""
         if self._attached is None:
             return ""
         newest = self.view.run if self._follows_session else None
@@ -96,20 +97,20 @@ class RunStream:
 
     @property
     def session(self) -> str:
-        """sessions/{session}; empty before entering."""
+        """The session, sessions/{session}. Empty before entering."""
         return self._attached.session if self._attached else ""
 
     @property
     def last_sequence(self) -> int | None:
-        """Of the newest entry of the log given out: where `attach` goes on, in this process or another. None before
-        the first."""
+        """The sequence of the last event of the log that was yielded, after which `attach` continues, in this process
+        or another. None before the first."""
         return self.view.last_sequence
 
     @property
     def result(self) -> v1.Run:
         """The run as it ended: succeeded, failed or cancelled, with its reply, usage and error.
 
-        Raises RuntimeError while it has not, as far as the events given out tell."""
+        Raises RuntimeError before its end was yielded."""
         run = self.view.runs.get(self.name)
         if run is None or run.state not in ENDED:
             raise RuntimeError("the run has not ended yet: iterate to the end of the stream first")
@@ -117,7 +118,7 @@ class RunStream:
 
     @property
     def reply(self) -> Reply:
-        """What came of the run, as `Client.invoke` returns it. Raises RuntimeError while it has not ended, and
+        """The run's reply, as `Client.invoke` returns it. Raises RuntimeError before the run's end was yielded, and
         NotecaseError when it failed or was cancelled."""
         result = self.result
         return Reply(result, self._output or self._local_of(result).output)
@@ -166,15 +167,14 @@ class RunStream:
             await self._receive()
 
     async def text(self) -> AsyncIterator[str]:
-        """What the agent says, in pieces as they come, up to the end of the run; joined, the pieces of one message are
-        its text exactly.
+        """Yields what the agent says, in pieces as they arrive, up to the end of the run. Joined, the pieces of one
+        message are exactly its text. Between two messages it yields "\\n\\n".
 
-        What was yielded cannot be taken back. When a model call is repeated, after its failure or a takeover, the
-        reply begins anew as another message; as between any two messages, "\\n\\n" comes first. Who wants to erase
-        what was discarded iterates the events and shows `view`.
+        A model call that is repeated, after a failure or a takeover, starts its reply again as another message. To
+        remove the text that was discarded from a screen, iterate the events and show `view` instead.
 
-        Raises NotecaseError with the run's error when it fails; when it is cancelled, the text just ends, and while it
-        waits for a person, nothing comes."""
+        Raises NotecaseError with the run's error when it fails. A cancelled run just ends the text, and nothing is
+        yielded while the run waits for a person."""
         told: dict[tuple[str, int], int] = {}
         speaking = ""
         async for event in self:
@@ -235,10 +235,11 @@ class RunStream:
         ops: Iterable[v1.StateOp] = (),
         if_version: int | None = None,
     ) -> int:
-        """Sets session state, applies further operations, all or none, and returns the sequence of the change.
+        """Sets keys of the session's state and applies further operations, all or none. Returns the sequence of the
+        change. It is repeated when the connection breaks, without a second effect.
 
-        Safe to repeat and repeated when the connection breaks. Raises NotecaseError STATE_VERSION_MISMATCH when a
-        condition misses, STATE_TYPE_MISMATCH when a value's type does not have the operation."""
+        Raises NotecaseError STATE_VERSION_MISMATCH when a condition does not hold, STATE_TYPE_MISMATCH when a value's
+        type does not have the operation."""
         sets = [v1.StateOp(key=key, set=to_value(value)) for key, value in (values or {}).items()]
         update = v1.StateUpdate(ops=[*sets, *ops], if_version=if_version)
         # State is the session's: it can be changed in every state of the run.
@@ -246,8 +247,8 @@ class RunStream:
 
     @property
     def waits_for_others(self) -> bool:
-        """Whether the run waits, as far as the events given out tell, for something that no function here answers: for
-        a person, or for a tool in another process."""
+        """Whether the run waits for something that no function here answers, according to the events yielded so far:
+        for a person, or for a tool in another process."""
         run = self.view.runs.get(self.name)
         return run is not None and self.cannot_answer(run)
 
@@ -266,7 +267,7 @@ class RunStream:
 
     @property
     def _target(self) -> str:
-        """Commands go beside the stream, not on it: their results arrive even while nobody iterates."""
+        """Commands are calls of their own, so that their results arrive even while nobody iterates the stream."""
         return self.name or self.session
 
     def _follow_calls(self, event: v1.Event) -> None:
@@ -274,7 +275,7 @@ class RunStream:
             self._calls.end(event.tool_finished.call_id)
         elif event.tool_started.client_executed and self._attached is not None:
             run, head = self._attached.run, self._attached.last_sequence
-            # Up to there `Attached` told which calls wait still; the events before tell also of those that do not.
+            # `Attached` listed the calls that are pending at that sequence; earlier events also report resolved ones.
             if event.sequence > (run.last_sequence if event.run == run.name else head):
                 self._begin(event.run, event.tool_started)
 
@@ -285,29 +286,29 @@ class RunStream:
                 self._calls.begin(run, call, tool)
 
     def _fail(self, error: BaseException) -> None:
-        """Iteration is to raise it, also when it is waiting for a frame."""
+        """Makes the iteration raise an error, also while it waits for a frame."""
         self._failure = error
         if self._call is not None:
             self._call.cancel()
 
     async def _receive(self) -> None:
-        """Takes one frame, or mends the stream; sets `_over` at its right end."""
+        """Receives one frame, or attaches again. Sets `_over` when the server ended the stream with OK."""
         try:
             if self._frames is None:
                 self._call = self._stub.Run(iter([self._opening()]))
                 self._frames = aiter(self._call)
             frame = await anext(self._frames)
-        except StopAsyncIteration:  # ended with OK: all is told; whatever cuts a stream makes it an error
+        except StopAsyncIteration:  # ended with OK; a stream that is cut ends with an error
             self._over = True
             return
         except NotecaseError as error:
             await self._mend(error)
             return
         except asyncio.CancelledError:
-            self._close()  # grpc has given the call up with the read; the next one attaches again
+            self._close()  # grpc cancelled the call together with the read; the next one attaches again
             task = asyncio.current_task()
             if self._failure is not None and task is not None and not task.cancelling():
-                raise self._failure from None  # it was no one else who cancelled the call
+                raise self._failure from None  # nobody but _fail cancelled the call
             raise
         # A go_away needs no answer: until the server cuts the stream, what is under way may well come to its end.
         match frame.WhichOneof("frame"):
@@ -319,7 +320,7 @@ class RunStream:
                 self._backoff.progress()
 
     def _opening(self) -> v1.RunRequest:
-        """The first frame: the start itself until it is known to have arrived, then where it is to go on."""
+        """Returns the first frame of a call: the start until the server has answered it, then an attach."""
         if self._attached is None:
             return self._first
         again = v1.RunRequest(attach=v1.AttachRun(name=self.name, after_sequence=self.last_sequence))
@@ -348,8 +349,8 @@ class RunStream:
         await self._calls.close()
 
     def _texts(self, event: v1.Event) -> Iterable[tuple[str, int, int, str]]:
-        """The agent's words in an event: message, part index, the byte of the part they start at, text. They come as
-        deltas, but for replies that were whole before the stream was attached."""
+        """Yields the agent's text in an event as (message, index of the part, first byte within the part, text). Text
+        arrives in deltas, except for replies that were complete before the stream attached."""
         delta, message = event.block_delta, event.message_added
         if piece := delta.text or delta.json:
             yield delta.message, delta.block, delta.start, piece

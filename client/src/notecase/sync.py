@@ -74,8 +74,9 @@ class _Loop:
             while (entry := self.run(advance())) is not _END:
                 yield entry
         finally:
-            if entry is not _END and not self._loop.is_closed():
-                self.run(close())
+            if entry is not _END:
+                with suppress(RuntimeError):  # the client is closed, or its own thread collects what was left
+                    self.run(close())
 
     def close(self) -> None:
         """Cancels what is under way and ends the thread. May be called twice."""

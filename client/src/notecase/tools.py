@@ -1,4 +1,4 @@
-"""Python functions that a model may call, run in the process that follows the run."""
+"""Python functions that a model may call, executed in the process that follows the run."""
 
 import asyncio
 import inspect
@@ -12,13 +12,14 @@ from notecase.hints import Mismatch, dump, of_arguments, parse
 from notecase.names import Approver, choice
 
 RESULT_BYTES = 512 << 10
-"""A larger text is an error: it would be in the log for good, and in every further request to the model."""
+"""The longest text of a result; a longer one is an error. It is in the log for good and in every further request to the
+model."""
 
 DATA_BYTES = 3 << 20
-"""Of data in a result, which the server keeps as blobs. What is larger is uploaded, and referred to by the result."""
+"""The most data in a result, which the server keeps as blobs. Larger data can be uploaded and referred to."""
 
 ERROR_CHARACTERS = 4000
-"""An exception may quote anything; more of it helps no model."""
+"""The longest error that a model reads. An exception may quote anything."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -28,8 +29,8 @@ log = logging.getLogger("notecase")
 class Tool:
     """A function that a model may call, for `tools` of `Client.put_agent`, `run`, `invoke` and `attach`.
 
-    Whatever needs no options is handed there as it is: `tools=[search]`. The tool has the function's name, its
-    docstring for a description, and the JSON Schema that its type hints come to:
+    A function that needs no options is given as it is: `tools=[search]`. The tool's name is that of the function, its
+    description is the docstring, and its JSON Schema comes from the type hints:
 
         def search(query: Annotated[str, "words to look for"], limit: int = 10) -> list[str]:
             \"""Searches the newspapers.\"""
@@ -45,7 +46,7 @@ class Tool:
     the logger "notecase". Arguments that do not fit and a result of more than 512 KiB of text or 3 MiB of data are
     errors for the model, too.
 
-    Raises TypeError for a function whose arguments a model cannot be told of.
+    Raises TypeError for a function whose arguments have no JSON Schema.
     """
 
     def __init__(
@@ -79,12 +80,12 @@ class Tool:
             requires_approval=requires_approval,
             approver=choice(v1.Tool.Approver, approver),
         )
-        """How an agent or a run declares it."""
+        """The declaration, for an agent or a run."""
         if timeout is not None:
             self.definition.timeout.FromMilliseconds(round(timeout * 1000))
 
     async def answer(self, call: v1.ToolCall) -> v1.ToolResult:
-        """Calls the function and tells what came of it; raises nothing but CancelledError."""
+        """Calls the function and returns its result or error. Raises nothing but CancelledError."""
         told = v1.ToolResult(call_id=call.call_id)
         try:
             arguments = self._arguments.read(parse(call.arguments), "")
@@ -132,7 +133,8 @@ def as_tools(functions: Iterable[Callable[..., Any] | Tool]) -> dict[str, Tool]:
 
 
 def parts_of(returned: Any) -> list[v1.Part]:
-    """What a function returned as parts of a result; TypeError or ValueError for what JSON cannot say."""
+    """Converts what a function returned to the parts of a result. Raises TypeError or ValueError for a value that
+    cannot be written as JSON."""
     match returned:
         case v1.Part():
             return [returned]
