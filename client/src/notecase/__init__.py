@@ -1,4 +1,5 @@
-"""The Python client of notecase: `Client` to talk to a server, `v1` for every message and stub of the API."""
+"""The Python client of notecase: `Client` for programs with asyncio, `notecase.sync.Client` for those without, and `v1`
+with all messages and stubs of the API."""
 
 from notecase import v1
 from notecase.client import Client, RunWaiting
