@@ -20,7 +20,7 @@ TOOLS := $(addprefix $(BIN)/,grpcurl grpcui evans ghz)
 # What buf breaking compares proto/ with: the last commit, or make proto-breaking AGAINST=v0.1.0
 AGAINST := HEAD
 
-.PHONY: help demo serve test test-hard test-kills mutants fuzz lint format types proto proto-check proto-lint proto-breaking check bench bench-peers profile soak tools clean
+.PHONY: help demo serve test test-hard test-kills mutants fuzz lint format types proto proto-check proto-lint proto-breaking dist check bench bench-peers profile soak tools clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -72,6 +72,15 @@ proto-lint: $(BIN)/buf ## Check the protos' style with buf; wants Go, and two mi
 proto-breaking: $(BIN)/buf ## Tell what in proto/ breaks callers since a commit; AGAINST=v0.1.0, else the last one
 	@then=$$(mktemp -d) && trap 'rm -rf "$$then"' EXIT && git archive $(AGAINST) proto | tar -x -C "$$then" && \
 	$(BIN)/buf breaking proto --against "$$then/proto" && echo "Nothing breaks callers of $(AGAINST)."
+
+dist: $(VENV)/.ready ## Build wheels and source distributions into dist/, and check them
+	@rm -rf dist
+	@for part in client server; do (cd $$part && "$(CURDIR)/$(BIN)/hatchling" build --directory ../dist >/dev/null) || exit 1; done
+	@$(BIN)/twine --no-color check --strict dist/*
+	@again=$$(mktemp -d) && trap 'rm -rf "$$again"' EXIT && \
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$$again" dist/*.tar.gz && \
+	for wheel in dist/*.whl; do cmp "$$wheel" "$$again/$${wheel#dist/}" || exit 1; done && \
+	echo "Each source distribution builds the same wheel."
 
 check: lint types proto-check test ## What these four check: lint, types, proto-check, test
 
