@@ -17,6 +17,12 @@ ghz := github.com/bojand/ghz v0.120.0 /cmd/ghz
 buf := github.com/bufbuild/buf v1.75.0 /cmd/buf
 TOOLS := $(addprefix $(BIN)/,grpcurl grpcui evans ghz)
 
+# What writes the stubs in client/go; Go builds these plugins, too.
+protoc-gen-go := google.golang.org/protobuf v1.36.12 /cmd/protoc-gen-go
+protoc-gen-go-grpc := google.golang.org/grpc/cmd/protoc-gen-go-grpc v1.6.2
+GO_STUBS := client/go/notecase/v1
+GO_PLUGINS := $(if $(GO),$(addprefix $(GENERATOR)/bin/,protoc-gen-go protoc-gen-go-grpc))
+
 # What buf breaking compares proto/ with: the last commit, or make proto-breaking AGAINST=v0.1.0
 AGAINST := HEAD
 
@@ -57,13 +63,17 @@ format: $(VENV)/.ready ## Put the code in its format
 types: $(VENV)/.ready ## Check the types, strictly
 	@$(BIN)/mypy $(wildcard client/src server/src tests examples benchmarks)
 
-proto: $(GENERATOR)/.ready ## Write the stubs from proto/
+proto: $(GENERATOR)/.ready $(GO_PLUGINS) ## Write the stubs of Python and Go from proto/
 	@rm -f $(STUBS)/*_pb2*
 	@$(call generate,client/src)
+	@if test -n "$(GO)"; then rm -f $(GO_STUBS)/*.pb.go && $(call generate-go,client/go); \
+	else echo "Go is not here: the stubs in $(GO_STUBS) stay as they are." >&2; fi
 
-proto-check: $(GENERATOR)/.ready ## Check that the stubs are what proto/ says
-	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(call generate,"$$out") && \
-	if diff -r -q -x __init__.py -x __pycache__ "$$out/notecase/v1" $(STUBS); then echo "The stubs are what proto/ says."; \
+proto-check: $(GENERATOR)/.ready $(GO_PLUGINS) ## Check that the stubs are what proto/ says
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && mkdir "$$out/go" && $(call generate,"$$out") && \
+	if test -n "$(GO)"; then $(call generate-go,"$$out/go"); else echo "Go is not here: its stubs are not checked." >&2; fi && \
+	if diff -r -q -x __init__.py -x __pycache__ "$$out/notecase/v1" $(STUBS) && \
+		{ test -z "$(GO)" || diff -r -q "$$out/go/notecase/v1" $(GO_STUBS); }; then echo "The stubs are what proto/ says."; \
 	else echo "The stubs are not what proto/ says: run make proto." >&2; exit 1; fi
 
 proto-lint: $(BIN)/buf ## Check the protos' style with buf; wants Go, and two minutes the first time
@@ -130,6 +140,9 @@ $(TOOLS): $(BIN)/%: | $(VENV)/.ready
 	@echo "Building $* for the tests; this takes a minute the first time."
 	@$(call gobuild,$($*)) || echo "$* could not be built: the tests that use it will be skipped." >&2
 
+$(GO_PLUGINS): $(GENERATOR)/bin/%: | $(GENERATOR)/.ready
+	@$(call gobuild,$($*))
+
 $(BIN)/buf: | $(VENV)/.ready
 	@echo "Building buf; this takes two minutes the first time."
 	@$(call gobuild,$(buf))
@@ -152,6 +165,12 @@ mypy="--plugin=protoc-gen-mypy=$(GENERATOR)/bin/protoc-gen-mypy --plugin=protoc-
 $(GENERATOR)/bin/python -m grpc_tools.protoc -I proto $$mypy --python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS) && \
 $(GENERATOR)/bin/python -m grpc_tools.protoc -I proto $$mypy --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) \
 	$$(grep -l '^service ' $(PROTOS))
+endef
+
+# $(call generate-go,DIR) writes Go's stubs below DIR, as the module notecase.dev/api.
+define generate-go
+PATH="$(CURDIR)/$(GENERATOR)/bin:$$PATH" $(GENERATOR)/bin/python -m grpc_tools.protoc -I proto \
+	--go_out=module=notecase.dev/api:$(1) --go-grpc_out=module=notecase.dev/api:$(1) $(PROTOS)
 endef
 
 # $(call gobuild,MODULE VERSION PATH) builds the target and says nothing unless that fails. A module of its own asks for the
