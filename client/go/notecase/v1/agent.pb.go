@@ -25,7 +25,8 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// What a takeover does with a call that had started in the process that was lost. Calls that wait for a caller stay.
+// What a takeover does with a call that was running in the process that was lost. Calls that wait for a caller stay
+// dispatched.
 type Tool_OnInterrupt int32
 
 const (
@@ -33,9 +34,9 @@ const (
 	Tool_ON_INTERRUPT_UNSPECIFIED Tool_OnInterrupt = 0
 	// Run it again, with the same idempotency key and the next attempt.
 	Tool_ON_INTERRUPT_RETRY Tool_OnInterrupt = 1
-	// Ask with KIND_INTERRUPTED_CALL: run it again, it failed, or this is its result?
+	// Ask a person with KIND_INTERRUPTED_CALL whether to run it again, to treat it as failed, or what its result was.
 	Tool_ON_INTERRUPT_ASK Tool_OnInterrupt = 2
-	// It failed: the model is shown an error.
+	// Treat it as failed: the model is shown an error.
 	Tool_ON_INTERRUPT_FAIL Tool_OnInterrupt = 3
 )
 
@@ -82,12 +83,12 @@ func (Tool_OnInterrupt) EnumDescriptor() ([]byte, []int) {
 	return file_notecase_v1_agent_proto_rawDescGZIP(), []int{5, 0}
 }
 
-// The least role of who may answer an approval, or a KIND_INTERRUPTED_CALL, of a call. A caller that is bound to a user answers
-// those with APPROVER_USER alone, whatever its role.
+// The lowest role that may answer the approvals of a tool and decide about its interrupted calls. A caller that is bound to
+// a user may do so only with APPROVER_USER, whatever its role.
 type Tool_Approver int32
 
 const (
-	// Any caller of the role user or above that is not bound to a user.
+	// Callers with the role user or above that are not bound to a user.
 	Tool_APPROVER_UNSPECIFIED Tool_Approver = 0
 	Tool_APPROVER_USER        Tool_Approver = 1
 	Tool_APPROVER_DEVELOPER   Tool_Approver = 2
@@ -137,7 +138,7 @@ func (Tool_Approver) EnumDescriptor() ([]byte, []int) {
 	return file_notecase_v1_agent_proto_rawDescGZIP(), []int{5, 1}
 }
 
-// Who answers in a session: a model with an instruction.
+// An agent answers in sessions: a model with an instruction, tools and limits.
 type Agent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// agents/{agent}
@@ -150,18 +151,18 @@ type Agent struct {
 	//
 	//	*Agent_Llm
 	Kind isAgent_Kind `protobuf_oneof:"kind"`
-	// Each reply of this agent that ends a turn is put into session state under this key: its text, or with `llm.output_schema` its
-	// JSON as a typed value (objects as maps, whole numbers that fit as ints, all others as doubles). What the model says beside
-	// calls of tools is no result, and a reply without text leaves what is there. Empty: nowhere.
+	// The key of session state that receives each reply that ends a turn: its text, or with `llm.output_schema` its JSON as a
+	// typed value (objects as maps, whole numbers that fit as ints, all others as doubles). Text that comes together with tool
+	// calls is not stored, and a reply without text does not change the key. Empty: replies are not stored.
 	OutputKey string            `protobuf:"bytes,9,opt,name=output_key,json=outputKey,proto3" json:"output_key,omitempty"`
 	Labels    map[string]string `protobuf:"bytes,10,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// Output only: 1 and up, one more with each update.
+	// Output only: 1, plus 1 for each update.
 	Revision int64 `protobuf:"varint,11,opt,name=revision,proto3" json:"revision,omitempty"`
-	// Output only: of the first revision.
+	// Output only: the time of the first revision.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
-	// Output only: of this revision.
+	// Output only: the time of this revision.
 	UpdateTime *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=update_time,json=updateTime,proto3" json:"update_time,omitempty"`
-	// Changes with each revision; given back in an update it makes the update conditional.
+	// Changes with each revision. When an update sets it, the update is conditional.
 	Etag          string `protobuf:"bytes,14,opt,name=etag,proto3" json:"etag,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -289,7 +290,7 @@ func (*Agent_Llm) isAgent_Kind() {}
 // An agent that is one model with an instruction.
 type LlmAgent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Handed to the provider untouched. Empty: the provider's default.
+	// Sent to the provider as it is. Empty: the provider's default.
 	Model string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
 	// A Liquid template over state: `{{ draft }}` reads the session's, `{{ user.name }}` the user's, `{{ app.policy }}` the
 	// tenant's. Nothing is HTML-escaped, a missing key is empty, bytes are empty.
@@ -298,18 +299,19 @@ type LlmAgent struct {
 	Generation  *Generation `protobuf:"bytes,4,opt,name=generation,proto3" json:"generation,omitempty"`
 	Context     *Context    `protobuf:"bytes,5,opt,name=context,proto3" json:"context,omitempty"`
 	// JSON Schema (draft 2020-12) of the reply, an object of at most 64 KiB; nothing outside of it is ever fetched, and a
-	// `pattern` has no lookaround and no backreference. The reply that ends a turn is then one `json` part that is valid, at most
-	// 16 levels deep; in a ```json fence it counts without the fence. An invalid one is discarded and asked for once more, which
-	// counts as a model call; a second fails the run with OUTPUT_INVALID. A refusal stays a `refusal` part, and text beside calls
-	// of tools stays text. The provider is told the schema as `response_format`; what it makes of it is its own.
+	// `pattern` has no lookaround and no backreference. The reply that ends a turn is then one valid `json` part, at most 16
+	// levels deep; a ```json fence around it is removed. An invalid reply is discarded, and the model is asked once more, which
+	// counts as a model call; a second invalid reply fails the run with OUTPUT_INVALID. A refusal stays a `refusal` part, and
+	// text that comes together with tool calls stays text. The provider is sent the schema as `response_format`, and may ignore
+	// it.
 	OutputSchema string `protobuf:"bytes,6,opt,name=output_schema,json=outputSchema,proto3" json:"output_schema,omitempty"`
-	// Model calls in one run, summaries and repeats after a failure or a takeover included. 0: 10.
+	// The most model calls in one run, including summaries and repeats after a failure or a takeover. 0: 10.
 	MaxModelCalls int32 `protobuf:"varint,7,opt,name=max_model_calls,json=maxModelCalls,proto3" json:"max_model_calls,omitempty"`
-	// A provider the server has (ServerInfo.providers). Empty: its default. "offline" needs no network.
+	// One of ServerInfo.providers. Empty: the server's default. "offline" needs no network.
 	Provider string `protobuf:"bytes,8,opt,name=provider,proto3" json:"provider,omitempty"`
-	// Asked in this order when the provider, and then each of them, has failed with MODEL_UNAVAILABLE for all of its repeats; at
-	// most 8. What had come of a reply is discarded then. Each turn begins with `provider` again. `Usage.provider` says who
-	// answered. One that the server does not have any more is passed over.
+	// Providers that are asked, in this order, when `provider` and those before have failed with MODEL_UNAVAILABLE after all
+	// retries; at most 8. A partial reply is discarded then. Each turn begins with `provider` again. `Usage.provider` says which
+	// one answered. One that the server no longer has is skipped.
 	Fallbacks     []*Fallback `protobuf:"bytes,9,rep,name=fallbacks,proto3" json:"fallbacks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -408,7 +410,7 @@ func (x *LlmAgent) GetFallbacks() []*Fallback {
 	return nil
 }
 
-// A model that takes another one's place.
+// A model that is asked in place of another.
 type Fallback struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As LlmAgent.provider.
@@ -463,7 +465,7 @@ func (x *Fallback) GetModel() string {
 	return ""
 }
 
-// How the model writes. What is unset is left to the provider.
+// How the model writes. The provider decides what is not set.
 type Generation struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	Temperature     *float64               `protobuf:"fixed64,1,opt,name=temperature,proto3,oneof" json:"temperature,omitempty"`
@@ -471,7 +473,7 @@ type Generation struct {
 	MaxOutputTokens *int32                 `protobuf:"varint,3,opt,name=max_output_tokens,json=maxOutputTokens,proto3,oneof" json:"max_output_tokens,omitempty"`
 	Seed            *int64                 `protobuf:"varint,4,opt,name=seed,proto3,oneof" json:"seed,omitempty"`
 	Stop            []string               `protobuf:"bytes,5,rep,name=stop,proto3" json:"stop,omitempty"`
-	// "low", "medium", "high", or what else the model knows.
+	// "low", "medium", "high", or another value that the model knows.
 	ReasoningEffort string `protobuf:"bytes,6,opt,name=reasoning_effort,json=reasoningEffort,proto3" json:"reasoning_effort,omitempty"`
 	// A JSON object merged into the provider's request as it is.
 	Extra         string `protobuf:"bytes,7,opt,name=extra,proto3" json:"extra,omitempty"`
@@ -558,21 +560,22 @@ func (x *Generation) GetExtra() string {
 	return ""
 }
 
-// What of the history the model is shown. The log itself is never cut. What is shown begins with what a user or the system
-// said, a call never parts from its result, and the newest user message with all that follows it is always shown. A request
-// that the provider finds too long is made shorter and asked once more: all but the newest turn is summarised or, where that
+// Which part of the history the model is shown. The log itself is never cut. The first message shown is from a user or the
+// system, calls are shown with their results, and the newest user message and all that follows it are always shown. A request
+// that the provider rejects as too long is shortened and sent once more: all but the newest turn is summarised or, when that
 // fails, the older half is left out for the rest of the run.
 type Context struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Only the messages of the run itself, and no summary.
 	Stateless bool `protobuf:"varint,1,opt,name=stateless,proto3" json:"stateless,omitempty"`
-	// At most this many of the newest messages. 0: all. Beside `summary` at least its `keep_recent` and `batch` together.
+	// At most this many of the newest messages. 0: all. With `summary`, at least the sum of its `keep_recent` and `batch`.
 	MaxMessages int32 `protobuf:"varint,2,opt,name=max_messages,json=maxMessages,proto3" json:"max_messages,omitempty"`
-	// At most about this many tokens of the newest messages and the summary. 0: all. A reply counts as what its provider
-	// reported, output without reasoning; all other text by the bytes a token of this conversation's own replies, four where
-	// none was reported; an image as 1000 tokens, audio as one for each 1000 bytes, a document as one for each 50 bytes.
+	// At most about this many tokens of the newest messages and the summary. 0: all. A reply counts as the output tokens that
+	// its provider reported, without reasoning. Other text is estimated from the bytes per token of this conversation's replies,
+	// or 4 when none was reported. An image counts as 1000 tokens, audio as one for each 1000 bytes, a document as one for each
+	// 50 bytes.
 	MaxTokens int64 `protobuf:"varint,3,opt,name=max_tokens,json=maxTokens,proto3" json:"max_tokens,omitempty"`
-	// Unset: nothing is summarised but what CompactSession or a request that was too long asks for.
+	// Unset: only CompactSession, and a request that was too long, make a summary.
 	Summary       *Context_Summary `protobuf:"bytes,4,opt,name=summary,proto3" json:"summary,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -639,12 +642,12 @@ func (x *Context) GetSummary() *Context_Summary {
 // A function that the model may call.
 type Tool struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Letters, digits, "_" and "-", at most 64; unique in the agent. For `mcp` a prefix of the server's own names, or empty. Two
-	// tools that yield one name are refused, or fail the run with TOOL_ERROR where only the server knows its names.
+	// Letters, digits, "_" and "-", at most 64; unique in the agent. For `mcp` a prefix to the names of the server's tools, or
+	// empty. Two tools with the same name are refused, or fail the run with TOOL_ERROR when only the MCP server knows its names.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// For the model. Empty: what the implementation says of itself.
+	// For the model. Empty: the implementation's own description.
 	Description string `protobuf:"bytes,2,opt,name=description,proto3" json:"description,omitempty"`
-	// JSON Schema of the arguments, an object. Empty: what the implementation says of itself, or anything.
+	// The JSON Schema of the arguments, an object. Empty: the implementation's own schema, or any arguments.
 	Parameters string `protobuf:"bytes,3,opt,name=parameters,proto3" json:"parameters,omitempty"`
 	// Types that are valid to be assigned to Implementation:
 	//
@@ -654,11 +657,11 @@ type Tool struct {
 	Implementation isTool_Implementation `protobuf_oneof:"implementation"`
 	// Every call waits for a person's approval first.
 	RequiresApproval bool `protobuf:"varint,8,opt,name=requires_approval,json=requiresApproval,proto3" json:"requires_approval,omitempty"`
-	// From the dispatch of a call to its outcome; when it passes the call fails. The time in which the tool waits for the answer
-	// to a question of its own does not count. Unset: none.
+	// The longest time from the dispatch of a call to its outcome; when it passes, the call fails. Time in which the tool waits
+	// for an answer to its own question does not count. Unset: no limit.
 	Timeout     *durationpb.Duration `protobuf:"bytes,9,opt,name=timeout,proto3" json:"timeout,omitempty"`
 	OnInterrupt Tool_OnInterrupt     `protobuf:"varint,10,opt,name=on_interrupt,json=onInterrupt,proto3,enum=notecase.v1.Tool_OnInterrupt" json:"on_interrupt,omitempty"`
-	// PERMISSION_DENIED (ROLE_MISSING) for everybody else. Questions of the model and of tools need no approver.
+	// Who may answer; others get PERMISSION_DENIED (ROLE_MISSING). Does not apply to questions of the model or of tools.
 	Approver      Tool_Approver `protobuf:"varint,11,opt,name=approver,proto3,enum=notecase.v1.Tool_Approver" json:"approver,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -836,8 +839,8 @@ func (*ClientTool) Descriptor() ([]byte, []int) {
 	return file_notecase_v1_agent_proto_rawDescGZIP(), []int{6}
 }
 
-// A Python function registered with the server (ServerInfo.functions). "ask_user" is always there: its call asks a person
-// the question in its argument `question`, and the answer is its result.
+// A Python function registered with the server (ServerInfo.functions). Every server has "ask_user": it asks a person the
+// question in its argument `question`, and its result is the answer.
 type ServerTool struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Function      string                 `protobuf:"bytes,1,opt,name=function,proto3" json:"function,omitempty"`
@@ -882,15 +885,15 @@ func (x *ServerTool) GetFunction() string {
 	return ""
 }
 
-// All tools of an MCP server that the operator configured (ServerInfo.mcp_servers), or those named, at most 128. In its names
-// "_" takes the place of what models do not take, and a name longer than 64 is shortened; where that would make two names
-// one, a digest keeps them apart.
+// All tools of an MCP server that the operator configured (ServerInfo.mcp_servers), or those named, at most 128. Characters in
+// their names that models do not accept become "_", and a name longer than 64 is shortened; a digest is added when two names
+// would become the same.
 type McpTool struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Server string                 `protobuf:"bytes,1,opt,name=server,proto3" json:"server,omitempty"`
 	Tools  []string               `protobuf:"bytes,2,rep,name=tools,proto3" json:"tools,omitempty"`
-	// A run fails with TOOL_ERROR when the tools cannot be had as it begins. Otherwise it goes on without them, and its log says
-	// so (`tools_unavailable`).
+	// Fail a run with TOOL_ERROR when the tools are not available at its start. Otherwise it goes on without them, and its log
+	// says so (`tools_unavailable`).
 	Required      bool `protobuf:"varint,3,opt,name=required,proto3" json:"required,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -949,7 +952,7 @@ func (x *McpTool) GetRequired() bool {
 
 type CreateAgentRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The {agent} of its name: lower-case letters, digits and inner "._-", at most 63. Empty: made by the server.
+	// The {agent} of its name: lower-case letters, digits and inner "._-", at most 63. Empty: chosen by the server.
 	AgentId       string `protobuf:"bytes,1,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
 	Agent         *Agent `protobuf:"bytes,2,opt,name=agent,proto3" json:"agent,omitempty"`
 	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
@@ -1410,18 +1413,18 @@ func (x *DeleteAgentRequest) GetRequestId() string {
 	return ""
 }
 
-// A summary that takes the place of older messages and is carried on as the session grows. Each is a model call of the run
-// and an event of the log (`summarized`); none is made while the run has only one call left, and one that fails is tried
-// again in the next run.
+// A summary that replaces older messages and is extended as the session grows. Each one costs a model call of the run and is
+// an event of the log (`summarized`). None is made while the run has only one model call left; one that fails is tried again
+// in the next run.
 type Context_Summary struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The newest messages that are shown as they are, at least. 0: 10; at most 500.
+	// At least this many of the newest messages are not summarised. 0: 10; at most 500.
 	KeepRecent int32 `protobuf:"varint,1,opt,name=keep_recent,json=keepRecent,proto3" json:"keep_recent,omitempty"`
-	// A summary is made when this many messages more than `keep_recent` are covered by none. 0: 20; at most 500.
+	// A summary is made when this many messages in addition to `keep_recent` are not summarised yet. 0: 20; at most 500.
 	Batch int32 `protobuf:"varint,2,opt,name=batch,proto3" json:"batch,omitempty"`
-	// Of the agent's provider. Empty: the agent's model.
+	// A model of the agent's provider. Empty: the agent's model.
 	Model string `protobuf:"bytes,3,opt,name=model,proto3" json:"model,omitempty"`
-	// What the model is asked for, after the messages to be covered. Empty: a request that the server has for it.
+	// The request for a summary, which follows the messages to be covered. Empty: the server's own.
 	Instruction   string `protobuf:"bytes,4,opt,name=instruction,proto3" json:"instruction,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -37,15 +37,16 @@ type AgentServiceClient interface {
 	// Creates revision 1 of an agent. ALREADY_EXISTS when the id is taken. INVALID_ARGUMENT with reason TEMPLATE_ERROR when
 	// the instruction does not parse. A repeat with the same request_id returns the first answer.
 	CreateAgent(ctx context.Context, in *CreateAgentRequest, opts ...grpc.CallOption) (*Agent, error)
-	// The agent as it is (`agents/a`), or as one revision was (`agents/a@3`). NOT_FOUND when either is missing.
+	// Returns the newest revision of an agent (`agents/a`), or the one that is named (`agents/a@3`). NOT_FOUND when it does not
+	// exist.
 	GetAgent(ctx context.Context, in *GetAgentRequest, opts ...grpc.CallOption) (*Agent, error)
-	// A page of agents at their newest revision, by name ascending.
+	// Returns a page of agents at their newest revision, by name.
 	ListAgents(ctx context.Context, in *ListAgentsRequest, opts ...grpc.CallOption) (*ListAgentsResponse, error)
-	// Makes the next revision; runs under way keep theirs. An update that changes nothing makes none, and returns the agent as it
-	// is. ABORTED when `agent.etag` is set and stale. With allow_missing it creates what is missing. A repeat with the same
-	// request_id returns the first answer.
+	// Creates the next revision; runs under way keep theirs. An update that changes nothing returns the agent without a new
+	// revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A repeat
+	// with the same request_id returns the first answer.
 	UpdateAgent(ctx context.Context, in *UpdateAgentRequest, opts ...grpc.CallOption) (*Agent, error)
-	// A page of an agent's revisions, newest first.
+	// Returns a page of an agent's revisions, newest first.
 	ListAgentRevisions(ctx context.Context, in *ListAgentRevisionsRequest, opts ...grpc.CallOption) (*ListAgentRevisionsResponse, error)
 	// Deletes an agent with its revisions; runs under way go on, and an agent made later under the same id continues the
 	// numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
@@ -129,15 +130,16 @@ type AgentServiceServer interface {
 	// Creates revision 1 of an agent. ALREADY_EXISTS when the id is taken. INVALID_ARGUMENT with reason TEMPLATE_ERROR when
 	// the instruction does not parse. A repeat with the same request_id returns the first answer.
 	CreateAgent(context.Context, *CreateAgentRequest) (*Agent, error)
-	// The agent as it is (`agents/a`), or as one revision was (`agents/a@3`). NOT_FOUND when either is missing.
+	// Returns the newest revision of an agent (`agents/a`), or the one that is named (`agents/a@3`). NOT_FOUND when it does not
+	// exist.
 	GetAgent(context.Context, *GetAgentRequest) (*Agent, error)
-	// A page of agents at their newest revision, by name ascending.
+	// Returns a page of agents at their newest revision, by name.
 	ListAgents(context.Context, *ListAgentsRequest) (*ListAgentsResponse, error)
-	// Makes the next revision; runs under way keep theirs. An update that changes nothing makes none, and returns the agent as it
-	// is. ABORTED when `agent.etag` is set and stale. With allow_missing it creates what is missing. A repeat with the same
-	// request_id returns the first answer.
+	// Creates the next revision; runs under way keep theirs. An update that changes nothing returns the agent without a new
+	// revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A repeat
+	// with the same request_id returns the first answer.
 	UpdateAgent(context.Context, *UpdateAgentRequest) (*Agent, error)
-	// A page of an agent's revisions, newest first.
+	// Returns a page of an agent's revisions, newest first.
 	ListAgentRevisions(context.Context, *ListAgentRevisionsRequest) (*ListAgentRevisionsResponse, error)
 	// Deletes an agent with its revisions; runs under way go on, and an agent made later under the same id continues the
 	// numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.

@@ -22,18 +22,18 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// A caller, as its credential said when it first wrote in that role. Never changes: with another role or user it is another
-// principal.
+// A caller, as its credential described it when it first wrote in that role. A principal never changes: the same credential
+// with another role or user is another principal.
 type Principal struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// principals/{principal}, made by the server, which tells nothing of who it is.
+	// principals/{principal}, chosen by the server. The name does not reveal who it is.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// What the credential says of whose it is: keys/{key}, the issuer and subject of a token, the name in a certificate.
+	// The owner of the credential: keys/{key}, the issuer and subject of a token, or the name in a certificate.
 	Subject string   `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
 	Role    Key_Role `protobuf:"varint,3,opt,name=role,proto3,enum=notecase.v1.Key_Role" json:"role,omitempty"`
-	// users/{user}, where the caller is bound to one. Erasing the user removes the principal.
+	// users/{user}, when the caller is bound to one. Erasing the user removes the principal.
 	User string `protobuf:"bytes,4,opt,name=user,proto3" json:"user,omitempty"`
-	// For people: that of the key.
+	// For people: the display name of the key.
 	DisplayName string `protobuf:"bytes,5,opt,name=display_name,json=displayName,proto3" json:"display_name,omitempty"`
 	// When it first wrote.
 	CreateTime    *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
@@ -158,26 +158,27 @@ func (x *GetPrincipalRequest) GetName() string {
 	return ""
 }
 
-// One thing that a caller did, or was refused. An entry of a write is written with it, or neither is; a write that is repeated
-// with its request_id leaves one. Entries are never changed, and are removed once they are as old as the operator says.
+// One thing that a caller did or was refused. The entry of a write is written in the same transaction; a write that is
+// repeated with its request_id leaves one entry. Entries never change, and are removed at the age that the operator sets.
 type AuditEntry struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
-	// principals/{principal}. Empty for calls that were UNAUTHENTICATED, and for refusals of more principals than are told apart.
+	// principals/{principal}. Empty for calls that were UNAUTHENTICATED, and for refusals beyond the number of principals that
+	// are counted separately.
 	Principal string `protobuf:"bytes,2,opt,name=principal,proto3" json:"principal,omitempty"`
-	// Such as notecase.v1.KeyService/CreateKey. Empty for calls that are counted together.
+	// For example notecase.v1.KeyService/CreateKey. Empty for calls that are counted together.
 	Method string `protobuf:"bytes,3,opt,name=method,proto3" json:"method,omitempty"`
-	// The name of what it was about: a key, a tenant, a user, a session, or the run that was answered. Empty for a call that was
-	// refused before its request was looked at.
+	// The name of the resource: a key, a tenant, a user, a session, or the run that was answered. Empty for a call that was
+	// refused before its request was read.
 	Resource string `protobuf:"bytes,4,opt,name=resource,proto3" json:"resource,omitempty"`
 	// OK; for an answer its decision, such as APPROVE or DENY; or the reason of the refusal: ROLE_MISSING or UNAUTHENTICATED.
 	Outcome string `protobuf:"bytes,5,opt,name=outcome,proto3" json:"outcome,omitempty"`
-	// Of the call, as the server's log has it.
+	// The id of the call, as in the server's log.
 	RequestId string `protobuf:"bytes,6,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
-	// Of an answer: the input that it was for.
+	// For an answer: the input that was answered.
 	InputId string `protobuf:"bytes,7,opt,name=input_id,json=inputId,proto3" json:"input_id,omitempty"`
-	// How many calls this stands for: 1, but for refusals beyond the tenth of a principal in a minute, and for calls that were
-	// UNAUTHENTICATED, which are counted by the minute.
+	// How many calls the entry stands for: 1, except for refusals of a principal beyond the tenth in a minute, and for calls
+	// that were UNAUTHENTICATED, which are counted by the minute.
 	CallCount     int64 `protobuf:"varint,8,opt,name=call_count,json=callCount,proto3" json:"call_count,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -271,12 +272,12 @@ func (x *AuditEntry) GetCallCount() int64 {
 
 type ListAuditEntriesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// tenants/{tenant}. Empty: the caller's own; of an operator: what was done to tenants and operators' keys. Others only an
-	// operator may name.
+	// tenants/{tenant}. Empty: the caller's own tenant or, for an operator, changes of tenants and of operators' keys. Only an
+	// operator may name another tenant.
 	Tenant    string `protobuf:"bytes,1,opt,name=tenant,proto3" json:"tenant,omitempty"`
 	PageSize  int32  `protobuf:"varint,2,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
 	PageToken string `protobuf:"bytes,3,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
-	// By principal, method, resource, outcome and create_time.
+	// AIP-160 over principal, method, resource, outcome and create_time.
 	Filter        string `protobuf:"bytes,4,opt,name=filter,proto3" json:"filter,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

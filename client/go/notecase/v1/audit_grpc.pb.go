@@ -27,14 +27,14 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Tells who did what.
+// Answers who did what.
 type AuditServiceClient interface {
-	// Says who a principal is, as events name it. For developers and admins, of their tenant; callers that are bound to a user
-	// find the principals of that user only. NOT_FOUND when there is none of that name, also since its user was erased.
+	// Returns the principal that an event names. For developers and admins, in their own tenant; callers that are bound to a
+	// user find only the principals of that user. NOT_FOUND when there is none with that name, or its user was erased.
 	GetPrincipal(ctx context.Context, in *GetPrincipalRequest, opts ...grpc.CallOption) (*Principal, error)
-	// What was done to keys and tenants, deletions of sessions and users, exports, answers to approvals, and refusals: the last one
-	// first. Admins have their tenant's; operators what was done to tenants and operators' keys, and of a tenant that they name what
-	// was done to its keys. Callers without credentials leave no entries.
+	// Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
+	// approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
+	// for a tenant that they name, changes of its keys. Callers without credentials leave no entries.
 	ListAuditEntries(ctx context.Context, in *ListAuditEntriesRequest, opts ...grpc.CallOption) (*ListAuditEntriesResponse, error)
 }
 
@@ -70,14 +70,14 @@ func (c *auditServiceClient) ListAuditEntries(ctx context.Context, in *ListAudit
 // All implementations must embed UnimplementedAuditServiceServer
 // for forward compatibility.
 //
-// Tells who did what.
+// Answers who did what.
 type AuditServiceServer interface {
-	// Says who a principal is, as events name it. For developers and admins, of their tenant; callers that are bound to a user
-	// find the principals of that user only. NOT_FOUND when there is none of that name, also since its user was erased.
+	// Returns the principal that an event names. For developers and admins, in their own tenant; callers that are bound to a
+	// user find only the principals of that user. NOT_FOUND when there is none with that name, or its user was erased.
 	GetPrincipal(context.Context, *GetPrincipalRequest) (*Principal, error)
-	// What was done to keys and tenants, deletions of sessions and users, exports, answers to approvals, and refusals: the last one
-	// first. Admins have their tenant's; operators what was done to tenants and operators' keys, and of a tenant that they name what
-	// was done to its keys. Callers without credentials leave no entries.
+	// Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
+	// approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
+	// for a tenant that they name, changes of its keys. Callers without credentials leave no entries.
 	ListAuditEntries(context.Context, *ListAuditEntriesRequest) (*ListAuditEntriesResponse, error)
 	mustEmbedUnimplementedAuditServiceServer()
 }

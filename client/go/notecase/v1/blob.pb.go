@@ -24,13 +24,14 @@ const (
 
 type UploadBlobRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// In the first frame: what comes. `name` and `size_bytes` are checked when set; media_type and filename are given back.
+	// In the first frame: the content that follows. `name` and `size_bytes` are checked when set; media_type and filename are
+	// returned as sent.
 	Blob *Blob `protobuf:"bytes,1,opt,name=blob,proto3" json:"blob,omitempty"`
 	// At most 1 MiB.
 	Chunk []byte `protobuf:"bytes,2,opt,name=chunk,proto3" json:"chunk,omitempty"`
-	// In the first frame: the caller's own, at most 128 bytes of printable text. Empty: the upload cannot be resumed.
+	// In the first frame: an id chosen by the caller, at most 128 bytes of printable text. Empty: the upload cannot be resumed.
 	UploadId string `protobuf:"bytes,3,opt,name=upload_id,json=uploadId,proto3" json:"upload_id,omitempty"`
-	// In the first frame: where the first chunk belongs, which is what GetUpload tells.
+	// In the first frame: the offset of the first chunk, as GetUpload returns it.
 	Offset int64 `protobuf:"varint,4,opt,name=offset,proto3" json:"offset,omitempty"`
 	// The content ends with this frame's chunk. Needed when the first frame gives no size_bytes.
 	Last          bool `protobuf:"varint,5,opt,name=last,proto3" json:"last,omitempty"`
@@ -170,7 +171,7 @@ type DownloadBlobResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// At most 2 MiB.
 	Chunk []byte `protobuf:"bytes,1,opt,name=chunk,proto3" json:"chunk,omitempty"`
-	// Of the chunk's first byte.
+	// The offset of the chunk's first byte.
 	Offset        int64 `protobuf:"varint,2,opt,name=offset,proto3" json:"offset,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -264,15 +265,15 @@ func (x *GetUploadRequest) GetUploadId() string {
 	return ""
 }
 
-// Content under way.
+// An upload that is under way or completed.
 type Upload struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	UploadId string                 `protobuf:"bytes,1,opt,name=upload_id,json=uploadId,proto3" json:"upload_id,omitempty"`
-	// What is stored for good: where the next call goes on.
+	// The number of bytes that are stored. The next call continues at this offset.
 	CommittedBytes int64 `protobuf:"varint,2,opt,name=committed_bytes,json=committedBytes,proto3" json:"committed_bytes,omitempty"`
-	// When an upload that is not completed is forgotten.
+	// When an upload that is not completed is discarded.
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
-	// Once completed.
+	// Set when the upload is completed.
 	Blob          *Blob `protobuf:"bytes,4,opt,name=blob,proto3" json:"blob,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -24,111 +24,114 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// The `reason` of every error's google.rpc.ErrorInfo, there without the prefix, under the domain "notecase.dev".
+// The `reason` of the google.rpc.ErrorInfo of every error, without the prefix, in the domain "notecase.dev".
 type ErrorReason int32
 
 const (
 	ErrorReason_ERROR_REASON_UNSPECIFIED ErrorReason = 0
-	// INVALID_ARGUMENT: fields are missing or malformed, templates, schemas, filters and page tokens among them; BadRequest lists
-	// all of them. When a template or a page token is all that is wrong, the reason is its own, TEMPLATE_ERROR or
+	// INVALID_ARGUMENT: fields are missing or malformed; BadRequest lists all of them. Templates, schemas, filters and page
+	// tokens count as fields. When a template or a page token is the only one that is wrong, the reason is TEMPLATE_ERROR or
 	// PAGE_TOKEN_INVALID.
 	ErrorReason_ERROR_REASON_INVALID_FIELD ErrorReason = 1
-	// NOT_FOUND, with ResourceInfo.
+	// NOT_FOUND: there is no such agent, or no such revision of it. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_AGENT_NOT_FOUND ErrorReason = 2
-	// NOT_FOUND, with ResourceInfo.
+	// NOT_FOUND: there is no such session. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_SESSION_NOT_FOUND ErrorReason = 3
-	// NOT_FOUND, with ResourceInfo: the run, or the session where a command names no run and none is under way.
+	// NOT_FOUND: there is no such run. ResourceInfo names it, or the session when a command names no run and none is under way.
 	ErrorReason_ERROR_REASON_RUN_NOT_FOUND ErrorReason = 4
-	// NOT_FOUND, with ResourceInfo.
+	// NOT_FOUND: there is no such message. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_MESSAGE_NOT_FOUND ErrorReason = 5
-	// NOT_FOUND, with ResourceInfo: a blob or an upload.
+	// NOT_FOUND: there is no such blob or upload. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_BLOB_NOT_FOUND ErrorReason = 6
-	// ALREADY_EXISTS: the id is taken; ResourceInfo names the holder.
+	// ALREADY_EXISTS: the id is taken. ResourceInfo names the resource that has it.
 	ErrorReason_ERROR_REASON_ALREADY_EXISTS ErrorReason = 7
-	// ALREADY_EXISTS: a request_id, command_id, run_id or upload_id came again with another body.
+	// ALREADY_EXISTS: a request_id, command_id, run_id or upload_id was sent before with another body.
 	ErrorReason_ERROR_REASON_REQUEST_ID_REUSED ErrorReason = 8
-	// ABORTED: the resource changed since; metadata.etag is the current one.
+	// ABORTED: the resource has changed since it was read. metadata.etag is its current etag.
 	ErrorReason_ERROR_REASON_ETAG_MISMATCH ErrorReason = 9
-	// ABORTED: the log moved on; metadata.last_sequence is its head.
+	// ABORTED: the log has grown since it was read. metadata.last_sequence is its last sequence.
 	ErrorReason_ERROR_REASON_SEQUENCE_MISMATCH ErrorReason = 10
-	// ABORTED: the key or the state changed since; metadata.version is the current one.
+	// ABORTED: the key or the state has changed since it was read. metadata.version is its current version.
 	ErrorReason_ERROR_REASON_STATE_VERSION_MISMATCH ErrorReason = 11
-	// FAILED_PRECONDITION: the session has a run under way; metadata.run names it.
+	// FAILED_PRECONDITION: the session has a run under way. metadata.run names it.
 	ErrorReason_ERROR_REASON_RUN_ACTIVE ErrorReason = 12
-	// FAILED_PRECONDITION: the run has ended; metadata.state says how.
+	// FAILED_PRECONDITION: the run has ended. metadata.state says how.
 	ErrorReason_ERROR_REASON_RUN_ENDED ErrorReason = 13
-	// CANCELLED: a cancel of this run came before its start.
+	// CANCELLED: the run was cancelled before it was started.
 	ErrorReason_ERROR_REASON_RUN_CANCELLED_BEFORE_START ErrorReason = 14
-	// FAILED_PRECONDITION: no approval or question of that input_id waits in this session or in the run named: it was answered
-	// or withdrawn, its run has ended or never was, or it is another session's.
+	// FAILED_PRECONDITION: no approval or question with this input_id is waiting in the session, or in the run that is named. It
+	// was answered or withdrawn, its run has ended or never existed, or it belongs to another session.
 	ErrorReason_ERROR_REASON_INPUT_NOT_PENDING ErrorReason = 15
-	// FAILED_PRECONDITION: no call of that call_id waits for a caller in this session or in the run named: it has an outcome, was
-	// never dispatched to a caller, its run has ended or never was, or it is another session's.
+	// FAILED_PRECONDITION: no call with this call_id is waiting for a caller in the session, or in the run that is named. It has
+	// an outcome, it was never dispatched to a caller, its run has ended or never existed, or it belongs to another session.
 	ErrorReason_ERROR_REASON_CALL_NOT_PENDING ErrorReason = 16
-	// INVALID_ARGUMENT: the page token was not made by this server, or for another list.
+	// INVALID_ARGUMENT: the page token was not made by this server, or was made for another list or another caller.
 	ErrorReason_ERROR_REASON_PAGE_TOKEN_INVALID ErrorReason = 17
-	// RESOURCE_EXHAUSTED: larger than the server takes; QuotaFailure says how large it may be.
+	// RESOURCE_EXHAUSTED: the request or its content is larger than the server accepts. QuotaFailure says how large it may be.
 	ErrorReason_ERROR_REASON_PAYLOAD_TOO_LARGE ErrorReason = 18
-	// INVALID_ARGUMENT: what was uploaded is not what it was said to be.
+	// INVALID_ARGUMENT: the uploaded bytes do not have the size or the digest that was announced.
 	ErrorReason_ERROR_REASON_BLOB_CORRUPT ErrorReason = 19
-	// RESOURCE_EXHAUSTED: too many commands wait in the session; RetryInfo says when to try again.
+	// RESOURCE_EXHAUSTED: too many commands or runs are queued in the session. RetryInfo says when to try again.
 	ErrorReason_ERROR_REASON_QUEUE_FULL ErrorReason = 20
-	// RESOURCE_EXHAUSTED: more at once than the server can carry (runs, calls, unread answers); RetryInfo says when to try again.
+	// RESOURCE_EXHAUSTED: the server is at a limit of what it carries at once, such as runs, calls or unread answers. RetryInfo
+	// says when to try again.
 	ErrorReason_ERROR_REASON_RATE_LIMITED ErrorReason = 21
-	// RESOURCE_EXHAUSTED, inside a run: one of its limits was reached; metadata.limit names it.
+	// RESOURCE_EXHAUSTED: a run failed because it reached one of its limits. metadata.limit names the limit.
 	ErrorReason_ERROR_REASON_LIMIT_EXCEEDED ErrorReason = 22
-	// UNAVAILABLE: the server is stopping; try again, RetryInfo says when.
+	// UNAVAILABLE: the server is stopping. RetryInfo says when to try again.
 	ErrorReason_ERROR_REASON_SERVER_DRAINING ErrorReason = 23
-	// UNAVAILABLE: the store cannot be read or written, a full disk for example; nothing of the call was kept.
+	// UNAVAILABLE: the store cannot be read or written, for example because its disk is full. Nothing of the call was kept.
 	ErrorReason_ERROR_REASON_STORE_UNAVAILABLE ErrorReason = 24
-	// UNAVAILABLE: another process runs this session now, or the run has lost its worker; attach or send again. Inside a run:
-	// its process died three times in a row, without a commit of the run in between.
+	// UNAVAILABLE: another process has taken over the session, or the run has lost its worker; attach or send again. As the
+	// error of a run: its process died three times in a row, without a commit of the run in between.
 	ErrorReason_ERROR_REASON_OWNER_LOST ErrorReason = 25
-	// FAILED_PRECONDITION, and inside a run: the model's provider refused the request, or answered with something that is no
-	// reply.
+	// FAILED_PRECONDITION: the model's provider refused the request, or its answer cannot be read as a reply. Mostly the error
+	// of a run.
 	ErrorReason_ERROR_REASON_MODEL_ERROR ErrorReason = 26
-	// UNAVAILABLE, and inside a run: the model's provider cannot be reached or is overloaded, after retries.
+	// UNAVAILABLE: the model's provider cannot be reached or is overloaded, after all retries. Mostly the error of a run.
 	ErrorReason_ERROR_REASON_MODEL_UNAVAILABLE ErrorReason = 27
-	// Inside a run: the tools it needs cannot be had.
+	// UNAVAILABLE: a run failed because tools that it needs are not available.
 	ErrorReason_ERROR_REASON_TOOL_ERROR ErrorReason = 28
-	// INVALID_ARGUMENT where an agent is written, and inside a run: the instruction is no template, or exceeds its limits.
+	// INVALID_ARGUMENT: the instruction is not a valid template, or its rendering exceeds a limit. Sent when an agent is
+	// written, and as the error of a run.
 	ErrorReason_ERROR_REASON_TEMPLATE_ERROR ErrorReason = 29
-	// INTERNAL: a defect; metadata.request_id finds it in the server's log.
+	// INTERNAL: the server has a defect. metadata.request_id finds the details in the server's log.
 	ErrorReason_ERROR_REASON_INTERNAL ErrorReason = 31
-	// FAILED_PRECONDITION: an operation that the value's type does not have, or an integer overflow.
+	// FAILED_PRECONDITION: the operation does not exist for a value of this type, or an integer would overflow.
 	ErrorReason_ERROR_REASON_STATE_TYPE_MISMATCH ErrorReason = 32
-	// OUT_OF_RANGE: the sequence asked for is beyond the head; metadata.last_sequence is the head.
+	// OUT_OF_RANGE: the sequence is beyond the end of the log. metadata.last_sequence is the last one.
 	ErrorReason_ERROR_REASON_SEQUENCE_AHEAD ErrorReason = 33
-	// INVALID_ARGUMENT, and inside a run: content that the model cannot take.
+	// INVALID_ARGUMENT: the model does not accept this kind of content. Mostly the error of a run.
 	ErrorReason_ERROR_REASON_CONTENT_UNSUPPORTED ErrorReason = 34
-	// INVALID_ARGUMENT: the file is no export of a session, or not a whole one, or of a newer format.
+	// INVALID_ARGUMENT: the file is not an export of a session, is incomplete or damaged, or has a newer format.
 	ErrorReason_ERROR_REASON_IMPORT_INVALID ErrorReason = 35
-	// RESOURCE_EXHAUSTED: the stream's reader took nothing for too long; go on after what was read last.
+	// RESOURCE_EXHAUSTED: the stream was not read for too long. Attach again after the last sequence that was read.
 	ErrorReason_ERROR_REASON_WATCHER_TOO_SLOW ErrorReason = 36
-	// ABORTED: the upload goes on elsewhere; metadata.committed_bytes says where.
+	// ABORTED: the upload continues at another offset. metadata.committed_bytes is that offset.
 	ErrorReason_ERROR_REASON_UPLOAD_OFFSET_MISMATCH ErrorReason = 37
 	// NOT_FOUND: a message refers to a key that the session's state does not have.
 	ErrorReason_ERROR_REASON_STATE_KEY_NOT_FOUND ErrorReason = 39
-	// FAILED_PRECONDITION, inside a run: the reply is not what the agent's output_schema asks for; metadata.problem says where.
+	// FAILED_PRECONDITION: a run failed because the reply does not match the agent's output_schema. metadata.problem says where.
 	ErrorReason_ERROR_REASON_OUTPUT_INVALID ErrorReason = 38
-	// RESOURCE_EXHAUSTED: more than the operator lets be kept; QuotaFailure says of what, metadata.limit how much.
+	// RESOURCE_EXHAUSTED: the operator does not allow more to be stored. QuotaFailure says of what, and metadata.limit how much
+	// is allowed.
 	ErrorReason_ERROR_REASON_QUOTA_EXCEEDED ErrorReason = 40
-	// UNAUTHENTICATED: the call has no credential, a bad one, or more than one; of a stream, its credential expired, was revoked or
-	// changed: attach again with another.
+	// UNAUTHENTICATED: the call has no credential, an invalid one, or more than one. On a stream: its credential has expired,
+	// was revoked or was changed; attach again with another one.
 	ErrorReason_ERROR_REASON_UNAUTHENTICATED ErrorReason = 41
-	// PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this approval;
-	// metadata.role is the least that may. A caller that is bound to a user may do less than its role. Never for what is not the
-	// caller's: that is NOT_FOUND.
+	// PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this approval.
+	// metadata.role is the lowest role that may. A caller that is bound to a user may do less than its role. What belongs to
+	// others is NOT_FOUND instead.
 	ErrorReason_ERROR_REASON_ROLE_MISSING ErrorReason = 42
-	// NOT_FOUND, with ResourceInfo.
+	// NOT_FOUND: there is no such key. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_KEY_NOT_FOUND ErrorReason = 43
-	// NOT_FOUND, with ResourceInfo: to a caller that is bound to a user, the state of another one.
+	// NOT_FOUND: the caller is bound to a user, and asked for the state of another user. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_USER_NOT_FOUND ErrorReason = 44
-	// NOT_FOUND, with ResourceInfo.
+	// NOT_FOUND: there is no such tenant. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_TENANT_NOT_FOUND ErrorReason = 45
-	// PERMISSION_DENIED: an operator has suspended the caller's tenant, or is removing it.
+	// PERMISSION_DENIED: an operator has suspended the caller's tenant, or is deleting it.
 	ErrorReason_ERROR_REASON_TENANT_SUSPENDED ErrorReason = 46
-	// NOT_FOUND, with ResourceInfo.
+	// NOT_FOUND: there is no such principal. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_PRINCIPAL_NOT_FOUND ErrorReason = 47
 )
 
@@ -261,19 +264,19 @@ func (ErrorReason) EnumDescriptor() ([]byte, []int) {
 	return file_notecase_v1_content_proto_rawDescGZIP(), []int{0}
 }
 
-// What became of a call.
+// The outcome of a call.
 type ToolCall_Outcome int32
 
 const (
 	ToolCall_OUTCOME_UNSPECIFIED ToolCall_Outcome = 0
-	// Not begun: it waits for approval, or for the run to go on.
+	// Not started: it waits for an approval, or for the run to go on.
 	ToolCall_OUTCOME_PENDING ToolCall_Outcome = 1
-	// Dispatched: it runs in the server, or at the caller.
+	// Dispatched: it runs in the server or in the caller's process.
 	ToolCall_OUTCOME_RUNNING   ToolCall_Outcome = 2
 	ToolCall_OUTCOME_SUCCEEDED ToolCall_Outcome = 3
 	// The tool failed, or there is no such tool; the model is shown `error`.
 	ToolCall_OUTCOME_FAILED ToolCall_Outcome = 4
-	// A person said no; the model is shown `error`.
+	// A person denied it; the model is shown `error`.
 	ToolCall_OUTCOME_DENIED ToolCall_Outcome = 5
 	// The run or the call was cancelled before the call had an outcome.
 	ToolCall_OUTCOME_CANCELLED ToolCall_Outcome = 6
@@ -328,8 +331,8 @@ func (ToolCall_Outcome) EnumDescriptor() ([]byte, []int) {
 	return file_notecase_v1_content_proto_rawDescGZIP(), []int{10, 0}
 }
 
-// A typed value of state. What goes in comes out: an int64 stays an int64, bytes stay bytes. At most 16 levels deep,
-// because protobuf parsers stop at 100 nested messages and an event that holds a value must decode everywhere.
+// A typed value of state. It is returned as it was stored: an int64 stays an int64, bytes stay bytes. At most 16 levels deep,
+// because protobuf parsers stop at 100 nested messages, and an event that holds a value must decode everywhere.
 type Value struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Kind:
@@ -615,14 +618,15 @@ func (x *ValueMap) GetValues() map[string]*Value {
 	return nil
 }
 
-// Content kept beside the log, named by its SHA-256; media type and filename belong to the reference, not to the content.
+// Content that is stored outside the log and named by its SHA-256. Media type and filename belong to the reference, not to the
+// content.
 type Blob struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// blobs/{sha256}, in lower-case hexadecimal.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// For example "application/pdf".
 	MediaType string `protobuf:"bytes,2,opt,name=media_type,json=mediaType,proto3" json:"media_type,omitempty"`
-	// Output only where a blob is referred to.
+	// Output only in a reference to a blob.
 	SizeBytes     int64  `protobuf:"varint,3,opt,name=size_bytes,json=sizeBytes,proto3" json:"size_bytes,omitempty"`
 	Filename      string `protobuf:"bytes,4,opt,name=filename,proto3" json:"filename,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -687,11 +691,11 @@ func (x *Blob) GetFilename() string {
 	return ""
 }
 
-// One part of a message. Beside content that becomes a blob, the parts of one message are together at most 960 KiB.
+// One part of a message. The parts of a message have at most 960 KiB in all, not counting content that becomes a blob.
 type Part struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Of a reply's text or json, made by models only: the sources that its provider names, in its order; at most 50, with 16
-	// KiB of addresses. Where the text says "[1]", the first is meant.
+	// The sources of a reply's text or json, as its provider lists them. Made by models only; at most 50, with 16 KiB of
+	// addresses. "[1]" in the text means the first.
 	Citations []*Citation `protobuf:"bytes,10,rep,name=citations,proto3" json:"citations,omitempty"`
 	// Types that are valid to be assigned to Kind:
 	//
@@ -839,52 +843,52 @@ type isPart_Kind interface {
 }
 
 type Part_Text struct {
-	// Above 256 KiB, in what a caller or a tool says, it becomes a blob of media type text/plain.
+	// From a caller or a tool, text of more than 256 KiB becomes a blob of media type text/plain.
 	Text string `protobuf:"bytes,1,opt,name=text,proto3,oneof"`
 }
 
 type Part_Reasoning struct {
-	// What a model thought before it spoke; made by models only.
+	// The model's reasoning. Made by models only.
 	Reasoning *Reasoning `protobuf:"bytes,2,opt,name=reasoning,proto3,oneof"`
 }
 
 type Part_Blob struct {
-	// Content stored here: NOT_FOUND when it is not. In a reply it is an image or a clip that the model made, at most 16 of
-	// them with the files, and 32 MiB together; what was said in the clip is text beside it.
+	// Content that this server has; otherwise NOT_FOUND. In a reply it is an image or an audio clip that the model made; a
+	// reply has at most 16 of these and of `file` parts, with 32 MiB in all. The words of a clip are a text part.
 	Blob *Blob `protobuf:"bytes,3,opt,name=blob,proto3,oneof"`
 }
 
 type Part_File struct {
-	// Content kept elsewhere. In a reply it is an image that the model's provider keeps, for as long as it does.
+	// Content that is stored elsewhere. In a reply it is an image at the model's provider, which may delete it.
 	File *FileUri `protobuf:"bytes,4,opt,name=file,proto3,oneof"`
 }
 
 type Part_Data struct {
-	// Content carried here. Input only: the server stores it as a blob.
+	// Content within the message. Input only: the server stores it as a blob.
 	Data *InlineData `protobuf:"bytes,5,opt,name=data,proto3,oneof"`
 }
 
 type Part_Json struct {
 	// RFC 8259 text: a reply of an agent with an `output_schema`, or data that a caller sends, which the model reads as text.
-	// In an incomplete message it may be cut off, or not what the schema asked for. Above 256 KiB, in what a caller or a
-	// tool says, it becomes a blob of media type application/json.
+	// In an incomplete message it may be cut off or not match the schema. From a caller or a tool, JSON of more than 256 KiB
+	// becomes a blob of media type application/json.
 	Json string `protobuf:"bytes,6,opt,name=json,proto3,oneof"`
 }
 
 type Part_ToolCall struct {
-	// A call the model asked for, with its outcome; made by models only.
+	// A call that the model asked for, with its outcome. Made by models only.
 	ToolCall *ToolCall `protobuf:"bytes,7,opt,name=tool_call,json=toolCall,proto3,oneof"`
 }
 
 type Part_Refusal struct {
-	// The model's own words for not answering; made by models only.
+	// The model's words when it refuses to answer. Made by models only.
 	Refusal string `protobuf:"bytes,8,opt,name=refusal,proto3,oneof"`
 }
 
 type Part_StateKey struct {
-	// Input only: the value that the session's state has under this key when the message is taken. A blob or bytes become a
-	// blob, a string becomes text, and what else there is becomes json. NOT_FOUND when the key does not exist.
-	// RESOURCE_EXHAUSTED when the messages said at once then have more than 2.75 MiB.
+	// Input only: the value that the session's state has under this key when the message is committed. A blob or bytes become
+	// a blob, a string becomes text, and any other value becomes json. NOT_FOUND when the key does not exist.
+	// RESOURCE_EXHAUSTED when the messages of the request then have more than 2.75 MiB.
 	StateKey string `protobuf:"bytes,9,opt,name=state_key,json=stateKey,proto3,oneof"`
 }
 
@@ -906,14 +910,14 @@ func (*Part_Refusal) isPart_Kind() {}
 
 func (*Part_StateKey) isPart_Kind() {}
 
-// A source that a reply's text rests on.
+// A source of a reply's text.
 type Citation struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// An http or https URI of at most 2048 characters.
 	Uri string `protobuf:"bytes,1,opt,name=uri,proto3" json:"uri,omitempty"`
 	// At most 300 characters; may be empty.
 	Title string `protobuf:"bytes,2,opt,name=title,proto3" json:"title,omitempty"`
-	// Where in the part's text it is cited, in bytes of UTF-8, as `end`; both are 0 where the provider does not say.
+	// The start of the citation in the part's text, in bytes of UTF-8, like `end`. Both are 0 when the provider does not say.
 	Start         int64 `protobuf:"varint,3,opt,name=start,proto3" json:"start,omitempty"`
 	End           int64 `protobuf:"varint,4,opt,name=end,proto3" json:"end,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -983,7 +987,7 @@ type Reasoning struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Empty where the provider shows none of it.
 	Text string `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"`
-	// Output only: what the provider gets back with the message that this part belongs to.
+	// Output only: data that is sent back to the provider with this part's message.
 	ProviderData  *ProviderData `protobuf:"bytes,2,opt,name=provider_data,json=providerData,proto3" json:"provider_data,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1033,14 +1037,14 @@ func (x *Reasoning) GetProviderData() *ProviderData {
 	return nil
 }
 
-// What a model's provider gets back with a later request, as it came: signatures, encrypted reasoning, its own call ids. It is
-// made by the server, opaque to everybody else, and sent to the same provider and model only.
+// Data that is sent back, unchanged, to the model's provider with later requests: signatures, encrypted reasoning, its own
+// call ids. Set by the server, opaque to callers, and sent only to the provider and model from which it came.
 type ProviderData struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Stands for the provider's endpoint.
+	// An identifier of the provider's endpoint.
 	Provider string `protobuf:"bytes,1,opt,name=provider,proto3" json:"provider,omitempty"`
 	Model    string `protobuf:"bytes,2,opt,name=model,proto3" json:"model,omitempty"`
-	// A JSON object: members of the call, or of the message of a reasoning part.
+	// A JSON object: members of the call, or of the message with the reasoning.
 	Members []byte `protobuf:"bytes,3,opt,name=members,proto3" json:"members,omitempty"`
 	// The provider's own id of the call.
 	CallId string `protobuf:"bytes,4,opt,name=call_id,json=callId,proto3" json:"call_id,omitempty"`
@@ -1115,13 +1119,13 @@ func (x *ProviderData) GetTextMember() string {
 	return ""
 }
 
-// Content that the model's provider fetches by itself.
+// Content that the model's provider fetches.
 type FileUri struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// An absolute URI, for example "https://example.org/plan.png".
 	Uri string `protobuf:"bytes,1,opt,name=uri,proto3" json:"uri,omitempty"`
-	// For example "image/png"; in a reply "image/*" where neither its provider nor the URI tells. Images are the only media that
-	// providers take by URI.
+	// For example "image/png"; in a reply "image/*" when neither the provider nor the URI says more. Providers accept only
+	// images by URI.
 	MediaType     string `protobuf:"bytes,2,opt,name=media_type,json=mediaType,proto3" json:"media_type,omitempty"`
 	Filename      string `protobuf:"bytes,3,opt,name=filename,proto3" json:"filename,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1179,7 +1183,7 @@ func (x *FileUri) GetFilename() string {
 	return ""
 }
 
-// Content carried in the message: an image, a PDF, an audio clip.
+// Content within a message: an image, a PDF, an audio clip.
 type InlineData struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Data  []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
@@ -1241,32 +1245,32 @@ func (x *InlineData) GetFilename() string {
 	return ""
 }
 
-// A call the model asked for, and its outcome: one part, so that nothing can come between the two.
+// A call that the model asked for, and its outcome. Both are one part, so that they are never separated.
 type ToolCall struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Made by the server whatever the model sent; unique in the session and stable from the first delta on. A tool's
-	// idempotency key is "{Session.uid}/{call_id}": the same on every attempt, and never that of another session.
+	// Chosen by the server, whatever the model sent; unique in the session, and stable from the first delta on. The idempotency
+	// key of a call is "{Session.uid}/{call_id}": the same on every attempt, and different in every session.
 	CallId string `protobuf:"bytes,1,opt,name=call_id,json=callId,proto3" json:"call_id,omitempty"`
 	Tool   string `protobuf:"bytes,2,opt,name=tool,proto3" json:"tool,omitempty"`
-	// As the model wrote it; usually a JSON object. Once approved with edits, the edited text.
+	// The arguments as the model wrote them, usually a JSON object; after an approval with edits, the edited text.
 	Arguments string           `protobuf:"bytes,3,opt,name=arguments,proto3" json:"arguments,omitempty"`
 	Outcome   ToolCall_Outcome `protobuf:"varint,4,opt,name=outcome,proto3,enum=notecase.v1.ToolCall_Outcome" json:"outcome,omitempty"`
-	// What the tool gave back: text, json, file and data parts. The results of all calls of a reply fit into 1 MiB with it: text
-	// and json beyond a call's share become blobs.
+	// What the tool returned: text, json, file and data parts. A reply and the results of all its calls fit into 1 MiB: text and
+	// json beyond a call's share become blobs.
 	Result []*Part `protobuf:"bytes,5,rep,name=result,proto3" json:"result,omitempty"`
 	// Why the call has no result.
 	Error string `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
-	// The caller runs it.
+	// Whether the caller runs it.
 	ClientExecuted bool `protobuf:"varint,7,opt,name=client_executed,json=clientExecuted,proto3" json:"client_executed,omitempty"`
-	// How often it was dispatched.
+	// How many times it was dispatched.
 	Attempt int32 `protobuf:"varint,8,opt,name=attempt,proto3" json:"attempt,omitempty"`
-	// From dispatch to outcome.
+	// The time from dispatch to outcome.
 	Elapsed *durationpb.Duration `protobuf:"bytes,9,opt,name=elapsed,proto3" json:"elapsed,omitempty"`
-	// Of the last dispatch.
+	// The time of the last dispatch.
 	StartTime *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=start_time,json=startTime,proto3" json:"start_time,omitempty"`
-	// What the name stood for when the call was made. Unset when there was no tool of that name.
+	// The tool that the name meant when the call was made. Unset when there was no tool with that name.
 	Binding *ToolBinding `protobuf:"bytes,11,opt,name=binding,proto3" json:"binding,omitempty"`
-	// Output only: what the provider gets back with the call.
+	// Output only: data that is sent back to the provider with the call.
 	ProviderData  *ProviderData `protobuf:"bytes,12,opt,name=provider_data,json=providerData,proto3" json:"provider_data,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1386,14 +1390,14 @@ func (x *ToolCall) GetProviderData() *ProviderData {
 	return nil
 }
 
-// What a call was bound to: it stays the call's whatever its name comes to mean later.
+// The tool to which a call is bound. It does not change when the name comes to mean another tool.
 type ToolBinding struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The index of the declaration among the run's tools: those of the agent's revision, then Run.client_tools.
 	Declaration int32 `protobuf:"varint,1,opt,name=declaration,proto3" json:"declaration,omitempty"`
-	// SHA-256 of the declaration and of what implements it: answers that are remembered hold for this.
+	// The SHA-256 of the declaration and the implementation. Remembered answers apply to this digest.
 	Digest []byte `protobuf:"bytes,2,opt,name=digest,proto3" json:"digest,omitempty"`
-	// The caller's own tool has none of these.
+	// Unset for a client tool.
 	//
 	// Types that are valid to be assigned to Implementation:
 	//
@@ -1491,7 +1495,7 @@ func (*ToolBinding_Function) isToolBinding_Implementation() {}
 
 func (*ToolBinding_Mcp) isToolBinding_Implementation() {}
 
-// A tool as its MCP server has it.
+// A tool of an MCP server, by its own name.
 type McpBinding struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Server        string                 `protobuf:"bytes,1,opt,name=server,proto3" json:"server,omitempty"`
@@ -1555,7 +1559,7 @@ type Usage struct {
 	// The part of `output_tokens` spent on reasoning.
 	ReasoningTokens int64 `protobuf:"varint,4,opt,name=reasoning_tokens,json=reasoningTokens,proto3" json:"reasoning_tokens,omitempty"`
 	ModelCalls      int32 `protobuf:"varint,5,opt,name=model_calls,json=modelCalls,proto3" json:"model_calls,omitempty"`
-	// Of a sum: empty where there were several. The same holds for `provider`.
+	// In a sum over several models empty. The same applies to `provider`.
 	Model string `protobuf:"bytes,6,opt,name=model,proto3" json:"model,omitempty"`
 	// The provider that answered, as ServerInfo.providers names it.
 	Provider      string `protobuf:"bytes,7,opt,name=provider,proto3" json:"provider,omitempty"`
@@ -1642,13 +1646,13 @@ func (x *Usage) GetProvider() string {
 	return ""
 }
 
-// Why a run failed or a command was refused: the same facts as a refused call carries in its status.
+// Why a run failed or a command was refused. It has the same facts as the status of a refused call.
 type Error struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// A google.rpc.Code.
 	Code   int32       `protobuf:"varint,1,opt,name=code,proto3" json:"code,omitempty"`
 	Reason ErrorReason `protobuf:"varint,2,opt,name=reason,proto3,enum=notecase.v1.ErrorReason" json:"reason,omitempty"`
-	// Whole sentences for a person, saying what to do where something can be done.
+	// Sentences for people, which say what to do when something can be done.
 	Message string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
 	// For a program: the current version, the active run, the request id.
 	Metadata      map[string]string `protobuf:"bytes,4,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`

@@ -24,7 +24,7 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// What the callers of a key may do. Each has the rights of those before it, but for operators.
+// What a caller may do. Each role has the rights of those before it, except operators.
 type Key_Role int32
 
 const (
@@ -37,7 +37,7 @@ const (
 	Key_ROLE_DEVELOPER Key_Role = 3
 	// Keys, and the erasure of users.
 	Key_ROLE_ADMIN Key_Role = 4
-	// Of no tenant: keys of any tenant, and no content.
+	// Has no tenant: manages tenants and the keys of any tenant, and reads no content.
 	Key_ROLE_OPERATOR Key_Role = 5
 )
 
@@ -88,26 +88,25 @@ func (Key_Role) EnumDescriptor() ([]byte, []int) {
 	return file_notecase_v1_key_proto_rawDescGZIP(), []int{0, 0}
 }
 
-// A key, without its secret: the server has only a digest of that.
+// A key without its secret, of which the server stores only a digest.
 type Key struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// keys/{key}, made by the server.
+	// keys/{key}, chosen by the server.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// For people: what the key is for.
 	DisplayName string `protobuf:"bytes,2,opt,name=display_name,json=displayName,proto3" json:"display_name,omitempty"`
 	// Needed.
 	Role       Key_Role               `protobuf:"varint,3,opt,name=role,proto3,enum=notecase.v1.Key_Role" json:"role,omitempty"`
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
-	// When it is not taken any more. Unset: it does not expire.
+	// When it expires. Unset: it does not expire.
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
 	// When it was rotated last.
 	RotateTime *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=rotate_time,json=rotateTime,proto3" json:"rotate_time,omitempty"`
-	// Until when the secret from before that is taken, too.
+	// Until when the previous secret is accepted, too.
 	OverlapEndTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=overlap_end_time,json=overlapEndTime,proto3" json:"overlap_end_time,omitempty"`
-	// users/{user}. When set, the callers of the key see and run the sessions and the state of that user only, whatever there is
-	// of others is NOT_FOUND to them, and the role is ROLE_VIEWER or ROLE_USER. They say things as that user only; they set no
-	// tools, labels or author, have nothing to do with agents and `app/state`, and answer approvals
-	// only where the tool says APPROVER_USER.
+	// users/{user}. When set, callers with the key can use only the sessions and the state of that user; everything else is
+	// NOT_FOUND to them. The role is ROLE_VIEWER or ROLE_USER. Such callers write messages as that user only, cannot set tools,
+	// labels or author, cannot use agents and `app/state` directly, and answer approvals only of tools with APPROVER_USER.
 	User          string `protobuf:"bytes,8,opt,name=user,proto3" json:"user,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -201,9 +200,11 @@ func (x *Key) GetUser() string {
 
 type CreateKeyRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// tenants/{tenant}. Empty: the caller's own; of an operator: an operator's key. Others only an operator may name.
+	// tenants/{tenant}. Empty: the caller's own tenant or, for an operator, no tenant (an operator's key). Only an operator may
+	// name another tenant.
 	Tenant string `protobuf:"bytes,1,opt,name=tenant,proto3" json:"tenant,omitempty"`
-	// display_name, role, user and expire_time. The role of a tenant's key is not ROLE_OPERATOR, that of an operator's is.
+	// display_name, role, user and expire_time are read. The role is ROLE_OPERATOR for an operator's key, and never for a
+	// tenant's.
 	Key           *Key   `protobuf:"bytes,2,opt,name=key,proto3" json:"key,omitempty"`
 	RequestId     string `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -264,7 +265,7 @@ func (x *CreateKeyRequest) GetRequestId() string {
 type CreateKeyResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Key   *Key                   `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
-	// The whole of it, as it is sent: nck_{key}_{secret}.
+	// The whole key, as it is sent in a call: nck_{key}_{secret}.
 	Secret        string `protobuf:"bytes,2,opt,name=secret,proto3" json:"secret,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -495,7 +496,7 @@ type RotateKeyRequest struct {
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// As in CreateKeyRequest.
 	Tenant string `protobuf:"bytes,2,opt,name=tenant,proto3" json:"tenant,omitempty"`
-	// At most 30 days. Unset: the secret before is not taken any more.
+	// At most 30 days. Unset: the previous secret is no longer accepted.
 	Overlap       *durationpb.Duration `protobuf:"bytes,3,opt,name=overlap,proto3" json:"overlap,omitempty"`
 	RequestId     string               `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields

@@ -30,20 +30,21 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Keys by which programs call this server, as metadata: `authorization: Bearer nck_…`. Admins have those of their own tenant;
-// operators those of any tenant, and operators' own.
+// API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
+// operators manage those of any tenant, and operators' own.
 type KeyServiceClient interface {
-	// Makes a key and shows its secret, this once. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000 keys.
-	// A repeat with the same request_id returns the key without its secret: rotate it where that was lost.
+	// Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
+	// keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
 	CreateKey(ctx context.Context, in *CreateKeyRequest, opts ...grpc.CallOption) (*CreateKeyResponse, error)
-	// The last created first, those that have expired among them.
+	// Returns a page of keys, newest first, including those that have expired.
 	ListKeys(ctx context.Context, in *ListKeysRequest, opts ...grpc.CallOption) (*ListKeysResponse, error)
-	// Takes a key back: calls with it are UNAUTHENTICATED from now on, and streams that it opened end within seconds. NOT_FOUND
-	// when there is none of that name. A repeat with the same request_id succeeds.
+	// Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
+	// no such key. A repeat with the same request_id succeeds.
 	RevokeKey(ctx context.Context, in *RevokeKeyRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
-	// Gives a key another secret and shows it, this once; whose key it is stays the same. The secret before is taken for as long
-	// as `overlap` says, one from an earlier rotation not any more. NOT_FOUND when there is none of that name.
-	// A repeat with the same request_id returns the key without its secret: rotate it again where that was lost.
+	// Gives a key another secret and returns it; it is not shown again. The name and the rights of the key stay the same. The
+	// previous secret is accepted for the time in `overlap`, and one from an earlier rotation no longer. NOT_FOUND when there is
+	// no such key. A repeat with the same request_id returns the key without its secret; rotate the key again if the secret was
+	// lost.
 	RotateKey(ctx context.Context, in *RotateKeyRequest, opts ...grpc.CallOption) (*RotateKeyResponse, error)
 }
 
@@ -99,20 +100,21 @@ func (c *keyServiceClient) RotateKey(ctx context.Context, in *RotateKeyRequest, 
 // All implementations must embed UnimplementedKeyServiceServer
 // for forward compatibility.
 //
-// Keys by which programs call this server, as metadata: `authorization: Bearer nck_…`. Admins have those of their own tenant;
-// operators those of any tenant, and operators' own.
+// API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
+// operators manage those of any tenant, and operators' own.
 type KeyServiceServer interface {
-	// Makes a key and shows its secret, this once. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000 keys.
-	// A repeat with the same request_id returns the key without its secret: rotate it where that was lost.
+	// Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
+	// keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
 	CreateKey(context.Context, *CreateKeyRequest) (*CreateKeyResponse, error)
-	// The last created first, those that have expired among them.
+	// Returns a page of keys, newest first, including those that have expired.
 	ListKeys(context.Context, *ListKeysRequest) (*ListKeysResponse, error)
-	// Takes a key back: calls with it are UNAUTHENTICATED from now on, and streams that it opened end within seconds. NOT_FOUND
-	// when there is none of that name. A repeat with the same request_id succeeds.
+	// Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
+	// no such key. A repeat with the same request_id succeeds.
 	RevokeKey(context.Context, *RevokeKeyRequest) (*emptypb.Empty, error)
-	// Gives a key another secret and shows it, this once; whose key it is stays the same. The secret before is taken for as long
-	// as `overlap` says, one from an earlier rotation not any more. NOT_FOUND when there is none of that name.
-	// A repeat with the same request_id returns the key without its secret: rotate it again where that was lost.
+	// Gives a key another secret and returns it; it is not shown again. The name and the rights of the key stay the same. The
+	// previous secret is accepted for the time in `overlap`, and one from an earlier rotation no longer. NOT_FOUND when there is
+	// no such key. A repeat with the same request_id returns the key without its secret; rotate the key again if the secret was
+	// lost.
 	RotateKey(context.Context, *RotateKeyRequest) (*RotateKeyResponse, error)
 	mustEmbedUnimplementedKeyServiceServer()
 }

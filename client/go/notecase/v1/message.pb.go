@@ -22,7 +22,7 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// Who speaks, in the words that models use.
+// Who speaks, in the terms of model providers.
 type Message_Role int32
 
 const (
@@ -75,7 +75,7 @@ func (Message_Role) EnumDescriptor() ([]byte, []int) {
 	return file_notecase_v1_message_proto_rawDescGZIP(), []int{0, 0}
 }
 
-// How whole it is.
+// Whether a message is complete.
 type Message_Status int32
 
 const (
@@ -83,7 +83,7 @@ const (
 	// Calls in it have no outcome yet.
 	Message_STATUS_IN_PROGRESS Message_Status = 1
 	Message_STATUS_COMPLETED   Message_Status = 2
-	// Cut off, by a cancel or a failure; its parts hold what was made.
+	// Cut off by a cancel or a failure; its parts hold what was written until then.
 	Message_STATUS_INCOMPLETE Message_Status = 3
 	// Rewound: it stays in the log and is not shown to the model.
 	Message_STATUS_SUPERSEDED Message_Status = 4
@@ -134,7 +134,7 @@ func (Message_Status) EnumDescriptor() ([]byte, []int) {
 	return file_notecase_v1_message_proto_rawDescGZIP(), []int{0, 1}
 }
 
-// What was said once: by a user, by an agent, or by the system.
+// What a user, an agent or the system said at one time.
 type Message struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}/messages/{message}. Output only: made by the server.
@@ -148,16 +148,16 @@ type Message struct {
 	Status Message_Status `protobuf:"varint,5,opt,name=status,proto3,enum=notecase.v1.Message_Status" json:"status,omitempty"`
 	// sessions/{session}/runs/{run}. Output only: the run that added it.
 	Run string `protobuf:"bytes,6,opt,name=run,proto3" json:"run,omitempty"`
-	// Output only: the event that added it.
+	// Output only: the sequence of the event that added it.
 	Sequence int64 `protobuf:"varint,7,opt,name=sequence,proto3" json:"sequence,omitempty"`
-	// Output only: the provider's word for why the model stopped, for example "stop" or "length".
+	// Output only: why the model stopped, in the provider's words, for example "stop" or "length".
 	FinishReason string `protobuf:"bytes,8,opt,name=finish_reason,json=finishReason,proto3" json:"finish_reason,omitempty"`
-	// Output only: of the model call that made it.
+	// Output only: the usage of the model call that made it.
 	Usage *Usage `protobuf:"bytes,9,opt,name=usage,proto3" json:"usage,omitempty"`
 	// Output only.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	Labels     map[string]string      `protobuf:"bytes,11,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// Output only: the last event that changed it; `sequence` when none has.
+	// Output only: the sequence of the last event that changed it, or `sequence` when none has.
 	UpdateSequence int64 `protobuf:"varint,12,opt,name=update_sequence,json=updateSequence,proto3" json:"update_sequence,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache

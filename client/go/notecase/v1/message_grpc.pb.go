@@ -30,12 +30,12 @@ const (
 //
 // The conversation as messages: a view of the session's log.
 type MessageServiceClient interface {
-	// A page of a session's messages, oldest first. A page ends at page_size or 1 MiB, whichever comes first.
+	// Returns a page of a session's messages, oldest first. A page ends at page_size or 1 MiB, whichever comes first.
 	ListMessages(ctx context.Context, in *ListMessagesRequest, opts ...grpc.CallOption) (*ListMessagesResponse, error)
-	// One message with the outcomes its calls have so far.
+	// Returns a message, with the outcomes that its calls have so far.
 	GetMessage(ctx context.Context, in *GetMessageRequest, opts ...grpc.CallOption) (*Message, error)
-	// Adds messages without running an agent, all in one commit, together at most 2.75 MiB. ABORTED when if_last_sequence is not the head.
-	// A repeat with the same request_id returns the first answer.
+	// Adds messages without running an agent, in one commit; at most 2.75 MiB in all. ABORTED when if_last_sequence is not the
+	// head. A repeat with the same request_id returns the first answer.
 	AppendMessages(ctx context.Context, in *AppendMessagesRequest, opts ...grpc.CallOption) (*AppendMessagesResponse, error)
 }
 
@@ -83,12 +83,12 @@ func (c *messageServiceClient) AppendMessages(ctx context.Context, in *AppendMes
 //
 // The conversation as messages: a view of the session's log.
 type MessageServiceServer interface {
-	// A page of a session's messages, oldest first. A page ends at page_size or 1 MiB, whichever comes first.
+	// Returns a page of a session's messages, oldest first. A page ends at page_size or 1 MiB, whichever comes first.
 	ListMessages(context.Context, *ListMessagesRequest) (*ListMessagesResponse, error)
-	// One message with the outcomes its calls have so far.
+	// Returns a message, with the outcomes that its calls have so far.
 	GetMessage(context.Context, *GetMessageRequest) (*Message, error)
-	// Adds messages without running an agent, all in one commit, together at most 2.75 MiB. ABORTED when if_last_sequence is not the head.
-	// A repeat with the same request_id returns the first answer.
+	// Adds messages without running an agent, in one commit; at most 2.75 MiB in all. ABORTED when if_last_sequence is not the
+	// head. A repeat with the same request_id returns the first answer.
 	AppendMessages(context.Context, *AppendMessagesRequest) (*AppendMessagesResponse, error)
 	mustEmbedUnimplementedMessageServiceServer()
 }

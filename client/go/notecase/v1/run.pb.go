@@ -24,15 +24,16 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// Where a run is. The last three are ends, and a run ends exactly once.
+// The state of a run. The last three are final, and a run ends exactly once.
 type Run_State int32
 
 const (
 	Run_STATE_UNSPECIFIED Run_State = 0
-	// Behind another run of its session, or for a place in the server.
+	// Waits for another run of its session to end, or for a place in the server.
 	Run_STATE_QUEUED  Run_State = 1
 	Run_STATE_RUNNING Run_State = 2
-	// For a tool's result, an approval or an answer; it takes none of the places of runs at work, and survives restarts.
+	// Waits for a tool's result, an approval or an answer. It does not count towards ServerInfo.max_runs, and survives
+	// restarts.
 	Run_STATE_WAITING   Run_State = 3
 	Run_STATE_SUCCEEDED Run_State = 4
 	Run_STATE_FAILED    Run_State = 5
@@ -96,7 +97,7 @@ const (
 	StartRun_ON_BUSY_UNSPECIFIED StartRun_OnBusy = 0
 	// FAILED_PRECONDITION RUN_ACTIVE, naming the run.
 	StartRun_ON_BUSY_REJECT StartRun_OnBusy = 1
-	// Start when those before it have ended.
+	// Start when the runs before it have ended.
 	StartRun_ON_BUSY_QUEUE StartRun_OnBusy = 2
 	// Stop the current run, keep what it made, then start: one commit.
 	StartRun_ON_BUSY_INTERRUPT StartRun_OnBusy = 3
@@ -159,7 +160,7 @@ const (
 	UserInput_WHEN_STEER UserInput_When = 1
 	// When the run would otherwise end.
 	UserInput_WHEN_FOLLOW_UP UserInput_When = 2
-	// At once: what is being generated is kept as it is, calls under way are cancelled, and the model is asked again.
+	// At once: the unfinished reply is kept as incomplete, calls under way are cancelled, and the model is asked again.
 	UserInput_WHEN_INTERRUPT UserInput_When = 3
 )
 
@@ -210,13 +211,13 @@ type InputResponse_Decision int32
 
 const (
 	InputResponse_DECISION_UNSPECIFIED InputResponse_Decision = 0
-	// Run the call; of an interrupted call: run it again.
+	// Run the call, or run an interrupted call again.
 	InputResponse_DECISION_APPROVE InputResponse_Decision = 1
-	// Do not; of an interrupted call: it failed. `reason` is shown to the model.
+	// Do not run the call, or treat an interrupted call as failed. `reason` is shown to the model.
 	InputResponse_DECISION_DENY InputResponse_Decision = 2
-	// Of a question: `answer` is the answer; of an interrupted call: its result.
+	// `answer` is the answer to a question, or the result of an interrupted call.
 	InputResponse_DECISION_ANSWER InputResponse_Decision = 3
-	// Of a tool's question: it was dismissed, and nothing was chosen.
+	// Dismiss a tool's question without a choice.
 	InputResponse_DECISION_CANCEL InputResponse_Decision = 4
 )
 
@@ -265,7 +266,7 @@ func (InputResponse_Decision) EnumDescriptor() ([]byte, []int) {
 	return file_notecase_v1_run_proto_rawDescGZIP(), []int{8, 0}
 }
 
-// For which calls of the same tool the decision holds.
+// The calls of the same tool to which the decision applies.
 type InputResponse_Remember int32
 
 const (
@@ -324,10 +325,10 @@ type CancelCommand_Mode int32
 const (
 	// MODE_IMMEDIATE.
 	CancelCommand_MODE_UNSPECIFIED CancelCommand_Mode = 0
-	// Now: what was generated is kept as an incomplete message, finished results stay, open calls are cancelled.
+	// Now: the unfinished reply is kept as an incomplete message, finished results stay, and open calls are cancelled.
 	CancelCommand_MODE_IMMEDIATE CancelCommand_Mode = 1
-	// When the turn is over: open approvals and questions are cancelled now, dispatched calls are awaited, no further model
-	// call is made. A turn that ends the run anyway ends it SUCCEEDED.
+	// After the turn: open approvals and questions are cancelled now, dispatched calls are awaited, and the model is not
+	// called again. When the turn ends the run anyway, the run is SUCCEEDED.
 	CancelCommand_MODE_AFTER_TURN CancelCommand_Mode = 2
 )
 
@@ -372,7 +373,7 @@ func (CancelCommand_Mode) EnumDescriptor() ([]byte, []int) {
 	return file_notecase_v1_run_proto_rawDescGZIP(), []int{9, 0}
 }
 
-// What became of a command.
+// What was done with a command.
 type CommandResult_Disposition int32
 
 const (
@@ -381,7 +382,7 @@ const (
 	CommandResult_DISPOSITION_APPLIED CommandResult_Disposition = 1
 	// Committed at `sequence` as `command_queued`; it takes effect later, with this command_id as its events' cause_id.
 	CommandResult_DISPOSITION_QUEUED CommandResult_Disposition = 2
-	// The command_id came before; `sequence` is the first one's.
+	// A command with this command_id was carried out before; `sequence` is that of the first.
 	CommandResult_DISPOSITION_DUPLICATE CommandResult_Disposition = 3
 	// Nothing changed; `error` says why.
 	CommandResult_DISPOSITION_REFUSED CommandResult_Disposition = 4
@@ -438,9 +439,9 @@ const (
 	InputRequest_KIND_UNSPECIFIED InputRequest_Kind = 0
 	// May `call` run? Approve, approve with edited arguments, or deny.
 	InputRequest_KIND_APPROVAL InputRequest_Kind = 1
-	// `prompt` is the question. When `call` is OUTCOME_RUNNING, it is its tool that asks: the answer is given to the tool, which
-	// goes on. The tool waits in the server's process. When that is lost, the question is withdrawn, and the call is treated
-	// as its tool's `on_interrupt` has it.
+	// `prompt` is the question. When `call` is OUTCOME_RUNNING, the tool of that call asks, and goes on with the answer. The
+	// tool waits in the server's process. When that process is lost, the question is withdrawn, and the call is treated as its
+	// tool's `on_interrupt` says.
 	InputRequest_KIND_QUESTION InputRequest_Kind = 2
 	// `call` had started in a process that was lost. Approve: run it again; deny: it failed; answer: this is its result.
 	InputRequest_KIND_INTERRUPTED_CALL InputRequest_Kind = 3
@@ -489,7 +490,7 @@ func (InputRequest_Kind) EnumDescriptor() ([]byte, []int) {
 	return file_notecase_v1_run_proto_rawDescGZIP(), []int{21, 0}
 }
 
-// One agent at work in one session, from a start to an end.
+// One piece of work of an agent in a session, from a start to an end.
 type Run struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}/runs/{run}
@@ -500,17 +501,17 @@ type Run struct {
 	State         Run_State `protobuf:"varint,4,opt,name=state,proto3,enum=notecase.v1.Run_State" json:"state,omitempty"`
 	// Why it failed.
 	Error *Error `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
-	// The last reply it completed.
+	// The last reply that it completed.
 	Reply *Message `protobuf:"bytes,6,opt,name=reply,proto3" json:"reply,omitempty"`
-	// Approvals and questions that nobody has answered.
+	// Approvals and questions that are not answered yet.
 	PendingInputs []*InputRequest `protobuf:"bytes,7,rep,name=pending_inputs,json=pendingInputs,proto3" json:"pending_inputs,omitempty"`
-	// Calls dispatched to the caller and unanswered.
+	// Calls that were dispatched to the caller and are not answered yet.
 	PendingCalls []*ToolCall `protobuf:"bytes,8,rep,name=pending_calls,json=pendingCalls,proto3" json:"pending_calls,omitempty"`
 	Usage        *Usage      `protobuf:"bytes,9,opt,name=usage,proto3" json:"usage,omitempty"`
-	// 1, and one more each time a server took the run over from a lost process.
+	// 1, plus 1 for each takeover of the run from a process that was lost.
 	Attempt       int32 `protobuf:"varint,10,opt,name=attempt,proto3" json:"attempt,omitempty"`
 	FirstSequence int64 `protobuf:"varint,11,opt,name=first_sequence,json=firstSequence,proto3" json:"first_sequence,omitempty"`
-	// Its newest event; its end once it has ended.
+	// The sequence of its newest event, or of its end.
 	LastSequence int64                  `protobuf:"varint,12,opt,name=last_sequence,json=lastSequence,proto3" json:"last_sequence,omitempty"`
 	CreateTime   *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	EndTime      *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=end_time,json=endTime,proto3" json:"end_time,omitempty"`
@@ -518,16 +519,15 @@ type Run struct {
 	ClientTools  []*Tool                `protobuf:"bytes,16,rep,name=client_tools,json=clientTools,proto3" json:"client_tools,omitempty"`
 	Limits       *Limits                `protobuf:"bytes,17,opt,name=limits,proto3" json:"limits,omitempty"`
 	Disconnect   *Disconnect            `protobuf:"bytes,18,opt,name=disconnect,proto3" json:"disconnect,omitempty"`
-	// The answers that hold for later calls of the same tool in this run (REMEMBER_RUN), by the input_id that each of them
-	// answered.
+	// Answers that also apply to later calls of the same tool in this run (REMEMBER_RUN), by the input_id that was answered.
 	Remembered map[string]*RememberedApproval `protobuf:"bytes,25,rep,name=remembered,proto3" json:"remembered,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// Calls of tools so far.
+	// The number of tool calls so far.
 	ToolCalls int32 `protobuf:"varint,21,opt,name=tool_calls,json=toolCalls,proto3" json:"tool_calls,omitempty"`
-	// It is to end once its turn has (MODE_AFTER_TURN).
+	// Whether the run will end after its current turn (MODE_AFTER_TURN).
 	Ending bool `protobuf:"varint,22,opt,name=ending,proto3" json:"ending,omitempty"`
-	// Time in STATE_RUNNING up to the last change of state.
+	// The time spent in STATE_RUNNING, up to the last change of state.
 	RunningDuration *durationpb.Duration `protobuf:"bytes,23,opt,name=running_duration,json=runningDuration,proto3" json:"running_duration,omitempty"`
-	// Of the last change of state.
+	// The time of the last change of state.
 	StateTime     *timestamppb.Timestamp `protobuf:"bytes,24,opt,name=state_time,json=stateTime,proto3" json:"state_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -727,8 +727,8 @@ func (x *Run) GetStateTime() *timestamppb.Timestamp {
 // A frame from the caller.
 type RunRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Made by the caller, scoped to the session and kept as long as its log: sent twice, a command takes effect once.
-	// Empty: not de-duplicated.
+	// Chosen by the caller, unique in the session, and kept as long as its log: a command that is sent twice takes effect once.
+	// Empty: a repeat takes effect again.
 	CommandId string `protobuf:"bytes,1,opt,name=command_id,json=commandId,proto3" json:"command_id,omitempty"`
 	// Types that are valid to be assigned to Command:
 	//
@@ -904,19 +904,19 @@ type StartRun struct {
 	Session string `protobuf:"bytes,1,opt,name=session,proto3" json:"session,omitempty"`
 	// The session to create in the same commit; its name may be set to choose the id. Not together with `session`.
 	NewSession *Session `protobuf:"bytes,2,opt,name=new_session,json=newSession,proto3" json:"new_session,omitempty"`
-	// Session state to set in the same commit; with the client_tools at most 1 MiB.
+	// Session state to set in the same commit. At most 1 MiB together with the client_tools.
 	State map[string]*Value `protobuf:"bytes,3,rep,name=state,proto3" json:"state,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// agents/{agent}, or agents/{agent}@{revision}. Empty: the session's.
 	Agent string `protobuf:"bytes,4,opt,name=agent,proto3" json:"agent,omitempty"`
-	// The {run} of its name. Made by the caller, a repeat attaches to the run; with another body it is refused.
-	// Empty: made by the server.
+	// The {run} of its name. When the caller chooses it, a repeat attaches to the run, and a repeat with another body is
+	// refused. Empty: chosen by the server.
 	RunId string `protobuf:"bytes,5,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
-	// What the user says. May be empty when the session's history ends with something to answer, with ON_BUSY_ROLLBACK: when it
-	// does so before the run that is rolled back. A start that has to queue needs some: what it will find there is not known yet.
-	// Together at most 2.75 MiB, without content that becomes a blob.
+	// What the user says. May be empty when the session's history ends with a message that needs an answer; with
+	// ON_BUSY_ROLLBACK, when the history before the run that is rolled back does. A start that is queued needs messages. At most
+	// 2.75 MiB in all, not counting content that becomes a blob.
 	Messages []*Message `protobuf:"bytes,6,rep,name=messages,proto3" json:"messages,omitempty"`
-	// Tools of this run only, besides the agent's: `client` tools, with names that the agent does not have, together at most
-	// 256 KiB.
+	// Tools for this run only, in addition to the agent's: `client` tools whose names the agent does not have. At most 256 KiB
+	// in all.
 	ClientTools    []*Tool           `protobuf:"bytes,7,rep,name=client_tools,json=clientTools,proto3" json:"client_tools,omitempty"`
 	OnBusy         StartRun_OnBusy   `protobuf:"varint,8,opt,name=on_busy,json=onBusy,proto3,enum=notecase.v1.StartRun_OnBusy" json:"on_busy,omitempty"`
 	Disconnect     *Disconnect       `protobuf:"bytes,9,opt,name=disconnect,proto3" json:"disconnect,omitempty"`
@@ -928,11 +928,11 @@ type StartRun struct {
 	// Rewinds the session first, in the same commit, as RewindSession does: to regenerate, without messages, or to edit, with
 	// new ones. Not with ON_BUSY_QUEUE or ON_BUSY_ROLLBACK.
 	RewindToSequence *int64 `protobuf:"varint,14,opt,name=rewind_to_sequence,json=rewindToSequence,proto3,oneof" json:"rewind_to_sequence,omitempty"`
-	// Session.uid of the session that is meant: SESSION_NOT_FOUND when its name is another session's by now. Empty: whichever
-	// session has the name. Not together with `new_session`.
+	// The expected Session.uid: SESSION_NOT_FOUND when another session has the name by now. Empty: the session that has the
+	// name. Not together with `new_session`.
 	IfSessionUid string `protobuf:"bytes,15,opt,name=if_session_uid,json=ifSessionUid,proto3" json:"if_session_uid,omitempty"`
-	// What takes the place of the agent's own for this run, at most 1 MiB. Developers and admins set it, and no caller that is
-	// bound to a user: ROLE_MISSING otherwise.
+	// Settings that replace the agent's for this run, at most 1 MiB. For developers and admins that are not bound to a user;
+	// ROLE_MISSING for other callers.
 	Settings      *RunSettings `protobuf:"bytes,16,opt,name=settings,proto3" json:"settings,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1080,14 +1080,14 @@ func (x *StartRun) GetSettings() *RunSettings {
 	return nil
 }
 
-// Attaches to a session or a run. Events are never filtered, so they are always dense: a run's name only sets where the
-// stream begins and ends.
+// Attaches to a session or a run. Events are never filtered, so their sequences have no gaps: the name of a run only sets
+// where the stream begins and ends.
 type AttachRun struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session} or sessions/{session}/runs/{run}
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// The last sequence the caller has; 0: everything. Unset: the session's head, or before the run's first event.
-	// Beyond the head: OUT_OF_RANGE.
+	// The last sequence that the caller has. 0: send everything. Unset: begin at the session's head, or before the run's first
+	// event. OUT_OF_RANGE beyond the head.
 	AfterSequence *int64        `protobuf:"varint,2,opt,name=after_sequence,json=afterSequence,proto3,oneof" json:"after_sequence,omitempty"`
 	Options       *WatchOptions `protobuf:"bytes,3,opt,name=options,proto3" json:"options,omitempty"`
 	// As in StartRun.
@@ -1154,11 +1154,12 @@ func (x *AttachRun) GetIfSessionUid() string {
 	return ""
 }
 
-// When a run is to be cancelled for want of company.
+// When to cancel a run that nobody watches.
 type Disconnect struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// No stream has been attached to the session or the run for this long, by the server's clock; counted from the start, and
-	// anew after a takeover; not while the run waits for a person. Unset: never.
+	// Cancel the run when no stream has been attached to it or to its session for this long, by the server's clock. The time is
+	// counted from the start of the run, begins again after a takeover, and does not pass while the run waits for a person.
+	// Unset: never.
 	CancelAfter   *durationpb.Duration `protobuf:"bytes,1,opt,name=cancel_after,json=cancelAfter,proto3" json:"cancel_after,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1201,18 +1202,18 @@ func (x *Disconnect) GetCancelAfter() *durationpb.Duration {
 	return nil
 }
 
-// What a run may use. Reaching one ends the run as FAILED with LIMIT_EXCEEDED, naming it.
+// Limits of a run. A run that reaches one fails with LIMIT_EXCEEDED; metadata.limit names it.
 type Limits struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Time in STATE_RUNNING.
 	Timeout *durationpb.Duration `protobuf:"bytes,1,opt,name=timeout,proto3" json:"timeout,omitempty"`
-	// The smaller one of this and the agent's counts.
+	// The smaller of this and the agent's limit applies.
 	MaxModelCalls int32 `protobuf:"varint,2,opt,name=max_model_calls,json=maxModelCalls,proto3" json:"max_model_calls,omitempty"`
 	MaxToolCalls  int32 `protobuf:"varint,3,opt,name=max_tool_calls,json=maxToolCalls,proto3" json:"max_tool_calls,omitempty"`
-	// Input and output tokens as reported.
+	// Input and output tokens, as the provider reports them.
 	MaxTotalTokens int64 `protobuf:"varint,4,opt,name=max_total_tokens,json=maxTotalTokens,proto3" json:"max_total_tokens,omitempty"`
-	// How long an approval, a question or a call at the caller may stay open: then it is denied, or fails; a tool's question is
-	// answered with DECISION_CANCEL. Unset: for ever.
+	// How long an approval, a question or a call dispatched to the caller may stay open. When it passes, an approval or a
+	// question of the model is denied, a call fails, and a question of a tool is answered with DECISION_CANCEL. Unset: no limit.
 	InputTimeout  *durationpb.Duration `protobuf:"bytes,5,opt,name=input_timeout,json=inputTimeout,proto3" json:"input_timeout,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1283,9 +1284,10 @@ func (x *Limits) GetInputTimeout() *durationpb.Duration {
 	return nil
 }
 
-// What a user says to a run under way. A waiting run's open approvals and questions are denied by it; a tool that asked goes
-// on, and the messages are taken up behind its result. While the run waits for an approval that the caller may not answer, the
-// messages deny nothing: they are queued as WHEN_FOLLOW_UP, and WHEN_INTERRUPT is PERMISSION_DENIED (ROLE_MISSING).
+// What a user says to a run under way. It denies the open approvals and questions of a run that waits; a tool that asked a
+// question goes on, and the messages are added after its result. While the run waits for an approval that the caller may not
+// answer, the messages deny nothing: they are queued as WHEN_FOLLOW_UP, and WHEN_INTERRUPT is PERMISSION_DENIED
+// (ROLE_MISSING).
 type UserInput struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Messages      []*Message             `protobuf:"bytes,1,rep,name=messages,proto3" json:"messages,omitempty"`
@@ -1338,13 +1340,13 @@ func (x *UserInput) GetWhen() UserInput_When {
 	return UserInput_WHEN_UNSPECIFIED
 }
 
-// The outcome of a call that was dispatched to the caller. The first result wins; a later one is CALL_NOT_PENDING.
+// The outcome of a call that was dispatched to the caller. The first result counts; a later one is CALL_NOT_PENDING.
 type ToolResult struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	CallId string                 `protobuf:"bytes,1,opt,name=call_id,json=callId,proto3" json:"call_id,omitempty"`
 	// text, json, file and data parts.
 	Result []*Part `protobuf:"bytes,2,rep,name=result,proto3" json:"result,omitempty"`
-	// Set: the tool failed, and the model is shown this.
+	// When set, the tool failed, and the model is shown this text.
 	Error         string `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1408,8 +1410,8 @@ type InputResponse struct {
 	Decision InputResponse_Decision `protobuf:"varint,2,opt,name=decision,proto3,enum=notecase.v1.InputResponse_Decision" json:"decision,omitempty"`
 	// With DECISION_APPROVE: JSON text instead of the model's arguments.
 	EditedArguments string `protobuf:"bytes,3,opt,name=edited_arguments,json=editedArguments,proto3" json:"edited_arguments,omitempty"`
-	// With DECISION_ANSWER: text, or JSON text where the question has a `schema`; INVALID_FIELD when it does not fit that, and
-	// the question stays open.
+	// With DECISION_ANSWER: text, or JSON text when the question has a `schema`. When it does not match the schema:
+	// INVALID_FIELD, and the question stays open.
 	Answer        string                 `protobuf:"bytes,4,opt,name=answer,proto3" json:"answer,omitempty"`
 	Reason        string                 `protobuf:"bytes,5,opt,name=reason,proto3" json:"reason,omitempty"`
 	Remember      InputResponse_Remember `protobuf:"varint,6,opt,name=remember,proto3,enum=notecase.v1.InputResponse_Remember" json:"remember,omitempty"`
@@ -1495,7 +1497,7 @@ type CancelCommand struct {
 	Mode  CancelCommand_Mode     `protobuf:"varint,1,opt,name=mode,proto3,enum=notecase.v1.CancelCommand_Mode" json:"mode,omitempty"`
 	// Only this call; PERMISSION_DENIED (ROLE_MISSING) while it waits for an approval that the caller may not answer.
 	CallId string `protobuf:"bytes,2,opt,name=call_id,json=callId,proto3" json:"call_id,omitempty"`
-	// Kept in the log, for whoever reads it.
+	// Kept in the log, for people.
 	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1556,7 +1558,8 @@ type WatchOptions struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// No block deltas.
 	DurableOnly bool `protobuf:"varint,1,opt,name=durable_only,json=durableOnly,proto3" json:"durable_only,omitempty"`
-	// How long a delta may wait for company; the first delta of a block never waits. Unset: 30 ms. At most 10 s.
+	// How long deltas are collected before they are sent together; the first delta of a block is sent at once. Unset: 30 ms. At
+	// most 10 s.
 	MaxBatchDelay *durationpb.Duration `protobuf:"bytes,2,opt,name=max_batch_delay,json=maxBatchDelay,proto3" json:"max_batch_delay,omitempty"`
 	// Do not end with the run.
 	KeepOpen      bool `protobuf:"varint,3,opt,name=keep_open,json=keepOpen,proto3" json:"keep_open,omitempty"`
@@ -1753,11 +1756,12 @@ type Attached struct {
 	Session string                 `protobuf:"bytes,1,opt,name=session,proto3" json:"session,omitempty"`
 	// The run this stream follows; unset when the session is idle.
 	Run *Run `protobuf:"bytes,2,opt,name=run,proto3" json:"run,omitempty"`
-	// The head of the log at that moment; for a run that this stream started, the end of the commit that started it.
+	// The last sequence of the log at that moment; when this stream started the run, the last sequence of the commit that
+	// started it.
 	LastSequence int64 `protobuf:"varint,3,opt,name=last_sequence,json=lastSequence,proto3" json:"last_sequence,omitempty"`
-	// The run existed before this stream's `start`.
+	// Whether the run existed before this stream's `start`.
 	Existing bool `protobuf:"varint,4,opt,name=existing,proto3" json:"existing,omitempty"`
-	// Session.uid of the session that this stream is attached to, and that its commands are for.
+	// The Session.uid of the session to which the stream is attached and its commands go.
 	SessionUid    string `protobuf:"bytes,5,opt,name=session_uid,json=sessionUid,proto3" json:"session_uid,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1828,11 +1832,11 @@ func (x *Attached) GetSessionUid() string {
 	return ""
 }
 
-// Events in their order. A slow watcher gets larger batches, never a longer queue in the server.
+// Events in order. A slow watcher gets larger batches; the server has no queue for it.
 type EventBatch struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Events []*Event               `protobuf:"bytes,1,rep,name=events,proto3" json:"events,omitempty"`
-	// Set once: everything committed before the stream came has now been sent.
+	// Set once, when everything that was committed before the stream attached has been sent.
 	CaughtUp      bool `protobuf:"varint,2,opt,name=caught_up,json=caughtUp,proto3" json:"caught_up,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1950,7 +1954,7 @@ func (x *CommandResult) GetError() *Error {
 	return nil
 }
 
-// Sent when nothing else was for a while.
+// Sent when nothing else has been sent for a while.
 type Heartbeat struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	LastSequence  int64                  `protobuf:"varint,1,opt,name=last_sequence,json=lastSequence,proto3" json:"last_sequence,omitempty"`
@@ -1998,7 +2002,7 @@ func (x *Heartbeat) GetLastSequence() int64 {
 // The server is stopping: attach again, after `sequence`.
 type GoAway struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Until streams that are still open are cut.
+	// The time until the server cuts the streams that are still open.
 	TimeLeft *durationpb.Duration `protobuf:"bytes,1,opt,name=time_left,json=timeLeft,proto3" json:"time_left,omitempty"`
 	// The last sequence sent on this stream.
 	Sequence      int64  `protobuf:"varint,2,opt,name=sequence,proto3" json:"sequence,omitempty"`
@@ -2058,21 +2062,22 @@ func (x *GoAway) GetReason() string {
 	return ""
 }
 
-// One entry of a session's log (`sequence` 1, 2, 3 …, no gap, the same for every watcher and after every restart), or a
-// passing notice (`sequence` 0), which is never stored and can always be recovered from what is.
+// One entry of a session's log, or a passing notice. The entries have the sequences 1, 2, 3 … without a gap, the same for
+// every watcher and after every restart. A passing notice has sequence 0; it is never stored, and what it says can always be
+// recovered from the log.
 type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Set aside: 7 for the step of the run, 8 and 9 for more about any event, 25 to 39 for payloads that are stored. Payloads from
 	// 40 on are passing.
 	Sequence int64 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
-	// sessions/{session}/runs/{run}; empty for what no run did.
+	// sessions/{session}/runs/{run}. Empty when the event belongs to no run.
 	Run        string                 `protobuf:"bytes,2,opt,name=run,proto3" json:"run,omitempty"`
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
-	// The command_id or request_id behind it.
+	// The command_id or request_id of the request that caused it.
 	CauseId string `protobuf:"bytes,5,opt,name=cause_id,json=causeId,proto3" json:"cause_id,omitempty"`
-	// principals/{principal}: the caller whose request was committed with it. What was queued names its caller when it is taken up,
-	// too. AuditService.GetPrincipal says who that is. Empty for what the server does by itself, such as a reply, a deadline or a
-	// takeover, for callers without credentials, and after an import. A fork keeps it.
+	// principals/{principal}: the caller who caused the event, also when its command was queued first. AuditService.GetPrincipal
+	// says who that is. Empty for what the server does by itself (a reply, a deadline, a takeover), for callers without
+	// credentials, and after an import. A fork keeps it.
 	Principal string `protobuf:"bytes,6,opt,name=principal,proto3" json:"principal,omitempty"`
 	// Types that are valid to be assigned to Payload:
 	//
@@ -2318,12 +2323,12 @@ type isEvent_Payload interface {
 }
 
 type Event_StateChanged struct {
-	// Passing (sequence 0) when the change was made elsewhere, to the state of the session's user or of the app.
+	// Passing (sequence 0) when the state of the user or of the app was changed elsewhere.
 	StateChanged *StateChanged `protobuf:"bytes,10,opt,name=state_changed,json=stateChanged,proto3,oneof"`
 }
 
 type Event_MessageAdded struct {
-	// Whole: the commit point of input and of model output.
+	// A whole message. Input and replies are durable from this event on.
 	MessageAdded *Message `protobuf:"bytes,11,opt,name=message_added,json=messageAdded,proto3,oneof"`
 }
 
@@ -2332,7 +2337,7 @@ type Event_RunStateChanged struct {
 }
 
 type Event_ToolStarted struct {
-	// A call was dispatched. Callers run on this, never on message_added.
+	// A call was dispatched. Callers run their tools on this event, never on message_added.
 	ToolStarted *ToolCall `protobuf:"bytes,13,opt,name=tool_started,json=toolStarted,proto3,oneof"`
 }
 
@@ -2349,8 +2354,8 @@ type Event_InputResolved struct {
 }
 
 type Event_Rewound struct {
-	// Calls that were open then are cancelled by the `tool_finished` of no run that follow at once, whatever became of them
-	// since; further operations in the same commit put session state back as it was then.
+	// The session was rewound. In the same commit follow a `tool_finished` without a run for each call that was open at that
+	// sequence, which cancels it, and operations that restore session state.
 	Rewound *Rewound `protobuf:"bytes,17,opt,name=rewound,proto3,oneof"`
 }
 
@@ -2359,7 +2364,7 @@ type Event_Summarized struct {
 }
 
 type Event_Usage struct {
-	// Of one model call.
+	// The usage of one model call.
 	Usage *Usage `protobuf:"bytes,20,opt,name=usage,proto3,oneof"`
 }
 
@@ -2372,12 +2377,12 @@ type Event_RunStarted struct {
 }
 
 type Event_SummaryFailed struct {
-	// A summary was due and could not be made. The run goes on without it, and a later run tries again.
+	// A summary was due and could not be made. The run goes on without it; a later run tries again.
 	SummaryFailed *SummaryFailed `protobuf:"bytes,23,opt,name=summary_failed,json=summaryFailed,proto3,oneof"`
 }
 
 type Event_ToolsUnavailable struct {
-	// Tools of an MCP server cannot be had: the run goes on without them.
+	// The tools of an MCP server are not available; the run goes on without them.
 	ToolsUnavailable *ToolsUnavailable `protobuf:"bytes,24,opt,name=tools_unavailable,json=toolsUnavailable,proto3,oneof"`
 }
 
@@ -2423,14 +2428,15 @@ func (*Event_BlockDelta) isEvent_Payload() {}
 
 func (*Event_MessageDiscarded) isEvent_Payload() {}
 
-// How one run differs from its agent. It is kept with the run until that has ended; the log only says which fields were set.
+// Settings that replace the agent's in one run. They are kept with the run until it ends; the log only names the fields that
+// were set.
 type RunSettings struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// As LlmAgent.model: of the same provider. It is not the fallbacks'.
+	// As LlmAgent.model, of the same provider. Fallbacks keep their own.
 	Model *string `protobuf:"bytes,1,opt,name=model,proto3,oneof" json:"model,omitempty"`
 	// As LlmAgent.instruction.
 	Instruction *string `protobuf:"bytes,2,opt,name=instruction,proto3,oneof" json:"instruction,omitempty"`
-	// As a whole in the place of LlmAgent.generation.
+	// Replaces LlmAgent.generation as a whole.
 	Generation    *Generation `protobuf:"bytes,3,opt,name=generation,proto3" json:"generation,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2581,7 +2587,7 @@ func (x *RunStarted) GetSettings() *fieldmaskpb.FieldMask {
 	return nil
 }
 
-// What was answered QUEUED: durable, and no message yet. It is taken up by events with the same cause_id.
+// A command that was answered QUEUED: durable, and not carried out yet. The events that carry it out have the same cause_id.
 type CommandQueued struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Command:
@@ -2590,7 +2596,8 @@ type CommandQueued struct {
 	//	*CommandQueued_Cancel
 	//	*CommandQueued_Start
 	Command isCommandQueued_Command `protobuf_oneof:"command"`
-	// Of an input: as which approver its sender counts. The input denies no approval that needs another one, and waits behind it.
+	// For an input: the approver that its sender counts as. The input does not deny an approval that needs a higher one; it
+	// waits until that is answered.
 	Approver      Tool_Approver `protobuf:"varint,4,opt,name=approver,proto3,enum=notecase.v1.Tool_Approver" json:"approver,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2681,7 +2688,7 @@ type CommandQueued_Cancel struct {
 }
 
 type CommandQueued_Start struct {
-	// The fields of its `settings` are there without their values.
+	// Its `settings` name the fields that were set, without their values.
 	Start *StartRun `protobuf:"bytes,3,opt,name=start,proto3,oneof"`
 }
 
@@ -2691,18 +2698,19 @@ func (*CommandQueued_Cancel) isCommandQueued_Command() {}
 
 func (*CommandQueued_Start) isCommandQueued_Command() {}
 
-// A person is asked. Answered by an InputResponse from anybody who may, in this process or another, days later.
+// A question or an approval for a person. Any caller who may answer it does so with an InputResponse, from any process, also
+// days later.
 type InputRequest struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	InputId string                 `protobuf:"bytes,1,opt,name=input_id,json=inputId,proto3" json:"input_id,omitempty"`
 	Kind    InputRequest_Kind      `protobuf:"varint,2,opt,name=kind,proto3,enum=notecase.v1.InputRequest_Kind" json:"kind,omitempty"`
 	Prompt  string                 `protobuf:"bytes,3,opt,name=prompt,proto3" json:"prompt,omitempty"`
 	Call    *ToolCall              `protobuf:"bytes,4,opt,name=call,proto3" json:"call,omitempty"`
-	// When it denies itself; a tool's question: is answered with DECISION_CANCEL.
+	// When the input is denied automatically; a question of a tool is then answered with DECISION_CANCEL.
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
-	// Of a tool's question: JSON Schema (draft 2020-12) of the answer, an object. Empty: any text.
+	// For a tool's question: the JSON Schema (draft 2020-12) of the answer, an object. Empty: any text.
 	Schema string `protobuf:"bytes,6,opt,name=schema,proto3" json:"schema,omitempty"`
-	// Who may answer, but for a question, as the declaration says that `call` is bound to.
+	// Who may answer, from the declaration that `call` is bound to. Not used for a question.
 	Approver      Tool_Approver `protobuf:"varint,7,opt,name=approver,proto3,enum=notecase.v1.Tool_Approver" json:"approver,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2789,7 +2797,7 @@ func (x *InputRequest) GetApprover() Tool_Approver {
 
 type InputResolved struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Without a decision: it was withdrawn, because its run or its call stopped.
+	// Without a decision when the input was withdrawn because its run or its call stopped.
 	Response      *InputResponse `protobuf:"bytes,1,opt,name=response,proto3" json:"response,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -2886,16 +2894,16 @@ func (x *Rewound) GetRun() string {
 	return ""
 }
 
-// From now on agents are shown `text` in place of the messages up to `last_sequence`, which stay in the log and in all lists.
-// A rewind to before this event puts the summary into effect again that it continues.
+// From this event on, agents are shown `text` in place of the messages up to `last_sequence`, which stay in the log and in all
+// lists. After a rewind to before this event, the summary in `previous` applies again.
 type Summarized struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Of the first message that it adds to the summary before it.
+	// The sequence of the first message that it adds to the previous summary.
 	FirstSequence int64 `protobuf:"varint,1,opt,name=first_sequence,json=firstSequence,proto3" json:"first_sequence,omitempty"`
-	// Of the last message that it covers.
+	// The sequence of the last message that it covers.
 	LastSequence int64  `protobuf:"varint,2,opt,name=last_sequence,json=lastSequence,proto3" json:"last_sequence,omitempty"`
 	Text         string `protobuf:"bytes,3,opt,name=text,proto3" json:"text,omitempty"`
-	// The sequence of the summary that it continues. 0: none.
+	// The sequence of the summary that it extends. 0: none.
 	Previous      int64 `protobuf:"varint,4,opt,name=previous,proto3" json:"previous,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3061,15 +3069,15 @@ type RunStateChanged struct {
 	State Run_State              `protobuf:"varint,1,opt,name=state,proto3,enum=notecase.v1.Run_State" json:"state,omitempty"`
 	// With STATE_FAILED.
 	Error *Error `protobuf:"bytes,2,opt,name=error,proto3" json:"error,omitempty"`
-	// With STATE_RUNNING: 2 and up after a takeover. Forget the run's open blocks.
+	// With STATE_RUNNING: 2 or more after a takeover. The run's open blocks are void.
 	Attempt int32 `protobuf:"varint,3,opt,name=attempt,proto3" json:"attempt,omitempty"`
-	// In the words of who cancelled it, or why it was taken over.
+	// The caller's reason for a cancel, or the reason for a takeover.
 	Reason string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
-	// With an end: the command_ids of inputs that were queued and are not taken up.
+	// With a final state: the command_ids of queued inputs that were dropped.
 	DroppedCommands []string `protobuf:"bytes,5,rep,name=dropped_commands,json=droppedCommands,proto3" json:"dropped_commands,omitempty"`
-	// For how long before this nobody was at work on the run although it was RUNNING: it waited for a place in its server,
-	// or, after a takeover, since the last event that its server made. `running_duration` does not count that time, and
-	// neither does `limits.timeout`. With STATE_RUNNING, and with an end that came meanwhile.
+	// How long the run had no worker although it was RUNNING: it waited for a place in its server, or was taken over (then
+	// counted from the last event before). `running_duration` and `limits.timeout` do not count that time. Set with
+	// STATE_RUNNING, and with a final state that came while the run waited.
 	PlaceWait     *durationpb.Duration `protobuf:"bytes,6,opt,name=place_wait,json=placeWait,proto3" json:"place_wait,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3147,8 +3155,8 @@ func (x *RunStateChanged) GetPlaceWait() *durationpb.Duration {
 	return nil
 }
 
-// Nothing of this message is kept: forget its open blocks. Where the model is asked again, that is under another message.
-// Sent to streams that were sent a part of it.
+// Nothing of this message is kept, and its open blocks are void. When the model is asked again, the new reply has another
+// name. Sent only to streams that were sent a part of the message.
 type MessageDiscarded struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}/messages/{message}
@@ -3194,7 +3202,7 @@ func (x *MessageDiscarded) GetMessage() string {
 	return ""
 }
 
-// Operations on a state, as a command: all or none.
+// Operations on a state, as a command. All of them are applied, or none.
 type StateUpdate struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}/state, users/{user}/state (the session's user) or app/state. Empty: the session's own.
@@ -3261,7 +3269,7 @@ type StateChanged struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	State string                 `protobuf:"bytes,1,opt,name=state,proto3" json:"state,omitempty"`
 	Ops   []*StateOp             `protobuf:"bytes,2,rep,name=ops,proto3" json:"ops,omitempty"`
-	// The state's version since.
+	// The state's version after them.
 	Version       int64 `protobuf:"varint,3,opt,name=version,proto3" json:"version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3318,19 +3326,19 @@ func (x *StateChanged) GetVersion() int64 {
 	return 0
 }
 
-// A slice of one part of a message being made. On a stream without `durable_only`, each assistant's `message_added` with a
-// sequence above `Attached.last_sequence` comes after deltas that make each of its text, reasoning, json, refusal and
-// argument parts, whole. So a client that prints deltas, and drops what it printed of a message at its
-// `message_discarded` and of every unfinished one at `Attached` (on paper: begins a new line), is right.
-// `start` 0 begins a block, once in a stream; otherwise it is the last `end`: anything else is a gap, attach again. Slices
-// fall between code points. All deltas of a block in one stream are of one kind.
+// A slice of one part of a message that is being written. On a stream without `durable_only`, each assistant's `message_added`
+// with a sequence above `Attached.last_sequence` comes after the deltas of all its text, reasoning, json, refusal and argument
+// parts. So a client may print deltas alone, if it removes what it printed of a message at its `message_discarded`, and of
+// every unfinished message at `Attached` (on paper: begins a new line). `start` 0 begins a block, once in a stream; otherwise
+// `start` is the last `end`. Anything else is a gap: attach again. Slices fall between code points. All deltas of a block in
+// one stream are of one kind.
 type BlockDelta struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// sessions/{session}/messages/{message}: the name the finished message will have.
+	// sessions/{session}/messages/{message}: the name that the finished message will have.
 	Message string `protobuf:"bytes,1,opt,name=message,proto3" json:"message,omitempty"`
 	// The index of the part in the finished message.
 	Block int32 `protobuf:"varint,2,opt,name=block,proto3" json:"block,omitempty"`
-	// In bytes of UTF-8, as `end`.
+	// In bytes of UTF-8, like `end`.
 	Start int64 `protobuf:"varint,3,opt,name=start,proto3" json:"start,omitempty"`
 	// Types that are valid to be assigned to Delta:
 	//
@@ -3485,7 +3493,7 @@ type BlockDelta_Reasoning struct {
 }
 
 type BlockDelta_Arguments struct {
-	// Of the call in call_id.
+	// The arguments of the call in call_id.
 	Arguments string `protobuf:"bytes,6,opt,name=arguments,proto3,oneof"`
 }
 
@@ -3494,8 +3502,8 @@ type BlockDelta_Refusal struct {
 }
 
 type BlockDelta_Json struct {
-	// Of an agent with an output_schema. Where calls of tools follow it, the finished message has the same bytes as text,
-	// and a stream that was sent none of it before gets them as text.
+	// Sent for an agent with an output_schema. When tool calls follow, the finished message has the same bytes as a text part,
+	// and a stream that was sent nothing of the block before gets them as text.
 	Json string `protobuf:"bytes,11,opt,name=json,proto3,oneof"`
 }
 
@@ -3572,7 +3580,7 @@ func (x *InvokeRequest) GetRequestId() string {
 
 type InvokeResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Without its `reply` where both would be too large for one message.
+	// Without `run.reply` when both would not fit into one message.
 	Run *Run `protobuf:"bytes,1,opt,name=run,proto3" json:"run,omitempty"`
 	// The run's reply, for convenience.
 	Reply         *Message `protobuf:"bytes,2,opt,name=reply,proto3" json:"reply,omitempty"`
@@ -3849,7 +3857,7 @@ type WaitRunRequest struct {
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Unset: until the run ends or waits, or the call's deadline passes.
 	Timeout *durationpb.Duration `protobuf:"bytes,2,opt,name=timeout,proto3" json:"timeout,omitempty"`
-	// Ignore a wait that began by this sequence.
+	// Ignore a wait that began at or before this sequence.
 	AfterSequence int64 `protobuf:"varint,3,opt,name=after_sequence,json=afterSequence,proto3" json:"after_sequence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -3910,7 +3918,7 @@ type CancelRunRequest struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Name   string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Cancel *CancelCommand         `protobuf:"bytes,2,opt,name=cancel,proto3" json:"cancel,omitempty"`
-	// The session must exist.
+	// Accept a run that does not exist yet. The session must exist.
 	AllowMissing  bool   `protobuf:"varint,3,opt,name=allow_missing,json=allowMissing,proto3" json:"allow_missing,omitempty"`
 	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -3979,9 +3987,9 @@ type SendCommandRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}
 	Session string `protobuf:"bytes,1,opt,name=session,proto3" json:"session,omitempty"`
-	// Anything but `attach`.
+	// Any command except `attach`.
 	Command *RunRequest `protobuf:"bytes,2,opt,name=command,proto3" json:"command,omitempty"`
-	// The run meant. Empty: the active one.
+	// sessions/{session}/runs/{run}. Empty: the active run.
 	Run string `protobuf:"bytes,3,opt,name=run,proto3" json:"run,omitempty"`
 	// As in StartRun.
 	IfSessionUid  string `protobuf:"bytes,4,opt,name=if_session_uid,json=ifSessionUid,proto3" json:"if_session_uid,omitempty"`

@@ -62,20 +62,21 @@ type ServerInfo struct {
 	Version string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
 	// "memory" or "sqlite".
 	Store string `protobuf:"bytes,2,opt,name=store,proto3" json:"store,omitempty"`
-	// For LlmAgent.provider; the default one first.
+	// The values of LlmAgent.provider, the default first.
 	Providers []string `protobuf:"bytes,3,rep,name=providers,proto3" json:"providers,omitempty"`
-	// For ServerTool.function.
+	// The values of ServerTool.function.
 	Functions []string `protobuf:"bytes,4,rep,name=functions,proto3" json:"functions,omitempty"`
-	// For McpTool.server.
+	// The values of McpTool.server.
 	McpServers []string `protobuf:"bytes,5,rep,name=mcp_servers,json=mcpServers,proto3" json:"mcp_servers,omitempty"`
-	// The largest request the server takes.
+	// The largest request that the server accepts.
 	MaxMessageBytes int64 `protobuf:"varint,6,opt,name=max_message_bytes,json=maxMessageBytes,proto3" json:"max_message_bytes,omitempty"`
-	// Of one blob.
+	// The largest blob.
 	MaxBlobBytes int64 `protobuf:"varint,7,opt,name=max_blob_bytes,json=maxBlobBytes,proto3" json:"max_blob_bytes,omitempty"`
 	MaxPageSize  int32 `protobuf:"varint,8,opt,name=max_page_size,json=maxPageSize,proto3" json:"max_page_size,omitempty"`
-	// Runs at work at once, over all sessions. A new start above it is RATE_LIMITED; a run that was accepted before waits.
+	// The most runs at work at once, over all sessions. A new start above it is RATE_LIMITED; a run that was accepted before
+	// waits.
 	MaxRuns int32 `protobuf:"varint,9,opt,name=max_runs,json=maxRuns,proto3" json:"max_runs,omitempty"`
-	// Of all blobs that one session refers to.
+	// The most bytes of all blobs to which one session refers.
 	MaxSessionBytes int64 `protobuf:"varint,10,opt,name=max_session_bytes,json=maxSessionBytes,proto3" json:"max_session_bytes,omitempty"`
 	unknownFields   protoimpl.UnknownFields
 	sizeCache       protoimpl.SizeCache

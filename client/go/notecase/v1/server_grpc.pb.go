@@ -26,7 +26,7 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// What this server is and has: read once at connect.
+// Describes the server. Clients may read it once when they connect.
 type ServerServiceClient interface {
 	GetServerInfo(ctx context.Context, in *GetServerInfoRequest, opts ...grpc.CallOption) (*ServerInfo, error)
 }
@@ -53,7 +53,7 @@ func (c *serverServiceClient) GetServerInfo(ctx context.Context, in *GetServerIn
 // All implementations must embed UnimplementedServerServiceServer
 // for forward compatibility.
 //
-// What this server is and has: read once at connect.
+// Describes the server. Clients may read it once when they connect.
 type ServerServiceServer interface {
 	GetServerInfo(context.Context, *GetServerInfoRequest) (*ServerInfo, error)
 	mustEmbedUnimplementedServerServiceServer()

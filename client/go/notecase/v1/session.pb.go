@@ -32,7 +32,7 @@ const (
 	Session_ACTIVITY_UNSPECIFIED Session_Activity = 0
 	Session_ACTIVITY_IDLE        Session_Activity = 1
 	Session_ACTIVITY_RUNNING     Session_Activity = 2
-	// For a tool's result, an approval or an answer.
+	// Waits for a tool's result, an approval or an answer.
 	Session_ACTIVITY_WAITING Session_Activity = 3
 )
 
@@ -84,52 +84,55 @@ type Session struct {
 	// sessions/{session}
 	Name        string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	DisplayName string `protobuf:"bytes,2,opt,name=display_name,json=displayName,proto3" json:"display_name,omitempty"`
-	// agents/{agent}: answers where a run names no other. May be empty.
+	// agents/{agent}: used when a run does not name an agent. May be empty.
 	Agent string `protobuf:"bytes,3,opt,name=agent,proto3" json:"agent,omitempty"`
-	// users/{user}: whose state its templates read. Immutable; may be empty.
+	// users/{user}: the user whose state templates read. Immutable; may be empty.
 	User   string            `protobuf:"bytes,4,opt,name=user,proto3" json:"user,omitempty"`
 	Labels map[string]string `protobuf:"bytes,5,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Output only.
 	Activity Session_Activity `protobuf:"varint,6,opt,name=activity,proto3,enum=notecase.v1.Session_Activity" json:"activity,omitempty"`
 	// sessions/{session}/runs/{run}. Output only: empty when idle.
 	ActiveRun string `protobuf:"bytes,7,opt,name=active_run,json=activeRun,proto3" json:"active_run,omitempty"`
-	// Output only: the head of the log; each durable event adds exactly 1.
+	// Output only: the last sequence of the log. Each durable event adds 1.
 	LastSequence int64 `protobuf:"varint,8,opt,name=last_sequence,json=lastSequence,proto3" json:"last_sequence,omitempty"`
-	// Output only: of all its runs.
+	// Output only: the sum over all its runs.
 	Usage *Usage `protobuf:"bytes,9,opt,name=usage,proto3" json:"usage,omitempty"`
-	// sessions/{session}. Output only: what it was forked from, which may be gone; empty when it was not.
+	// sessions/{session}. Output only: the session from which it was forked, which may have been deleted. Empty when it is not a
+	// fork.
 	ParentSession string `protobuf:"bytes,10,opt,name=parent_session,json=parentSession,proto3" json:"parent_session,omitempty"`
-	// Output only: the newest sequence that it has of its parent.
+	// Output only: the last sequence that it has from its parent.
 	ForkSequence int64 `protobuf:"varint,11,opt,name=fork_sequence,json=forkSequence,proto3" json:"fork_sequence,omitempty"`
 	// Output only.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
-	// Output only: of the last commit or metadata change.
+	// Output only: the time of the last commit or change of metadata.
 	UpdateTime *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=update_time,json=updateTime,proto3" json:"update_time,omitempty"`
-	// When the session is deleted, as by DeleteSession, whatever it is doing: within seconds after, and until then it is there.
-	// Neither: never. In an update, a path of these or of idle_ttl that is masked and unset clears all of them.
+	// When the session is deleted, as by DeleteSession, whatever it is doing. The deletion comes within seconds of that time.
+	// Neither is set: never. In an update, a field mask that names one of these or idle_ttl, with the field unset, clears all of
+	// them.
 	//
 	// Types that are valid to be assigned to Expiration:
 	//
 	//	*Session_ExpireTime
 	//	*Session_Ttl
 	Expiration isSession_Expiration `protobuf_oneof:"expiration"`
-	// Each commit to the session sets expire_time to so long from then. While a run is under way, waiting too, it is unset: such
-	// a session is not idle. At creation not together with the others.
+	// Each commit to the session sets expire_time to this long from then. While a run is under way, or waits, expire_time is
+	// unset. At creation not together with expire_time or ttl.
 	IdleTtl *durationpb.Duration `protobuf:"bytes,16,opt,name=idle_ttl,json=idleTtl,proto3" json:"idle_ttl,omitempty"`
-	// Output only: what was answered QUEUED and not yet taken up, in order.
+	// Output only: commands that were answered QUEUED and are not carried out yet, in order.
 	QueuedCommands []*QueuedCommand `protobuf:"bytes,18,rep,name=queued_commands,json=queuedCommands,proto3" json:"queued_commands,omitempty"`
-	// Output only: the answers that hold for later calls of the same tool in this session (REMEMBER_SESSION), by the input_id
-	// that each of them answered. A rewind to before an answer takes it back, and a fork or an import has none.
+	// Output only: answers that also apply to later calls of the same tool in this session (REMEMBER_SESSION), by the input_id
+	// that was answered. A rewind to before an answer removes it; forks and imports have none.
 	Remembered map[string]*RememberedApproval `protobuf:"bytes,25,rep,name=remembered,proto3" json:"remembered,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// Output only: of all blobs that its log refers to, each counted once.
+	// Output only: the bytes of all blobs to which its log refers, each counted once.
 	ContentBytes int64 `protobuf:"varint,23,opt,name=content_bytes,json=contentBytes,proto3" json:"content_bytes,omitempty"`
-	// Output only: of the log itself, as it is stored, without the content that it refers to.
+	// Output only: the bytes of the log as it is stored, without blobs.
 	LogBytes int64 `protobuf:"varint,26,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
-	// Output only: the `summarized` event in effect. 0: none.
+	// Output only: the sequence of the `summarized` event that applies. 0: none.
 	SummarySequence int64 `protobuf:"varint,22,opt,name=summary_sequence,json=summarySequence,proto3" json:"summary_sequence,omitempty"`
-	// Of the metadata, not of the log; given back in an update it makes the update conditional.
+	// The etag of the metadata, not of the log. When an update sets it, the update is conditional.
 	Etag string `protobuf:"bytes,17,opt,name=etag,proto3" json:"etag,omitempty"`
-	// Output only: made at creation, fork and import, a random UUID. A session made later under the same name has another one.
+	// Output only: a random UUID, chosen at creation, fork and import. A session that is created later under the same name has
+	// another one.
 	Uid           string `protobuf:"bytes,24,opt,name=uid,proto3" json:"uid,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -342,12 +345,12 @@ type isSession_Expiration interface {
 }
 
 type Session_ExpireTime struct {
-	// Output only with idle_ttl, where an update ignores it. In the past: at once.
+	// Output only when idle_ttl is set; an update then ignores it. A time in the past: at once.
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,14,opt,name=expire_time,json=expireTime,proto3,oneof"`
 }
 
 type Session_Ttl struct {
-	// Input only: expire_time is set to so long from now.
+	// Input only: sets expire_time to this long from now.
 	Ttl *durationpb.Duration `protobuf:"bytes,15,opt,name=ttl,proto3,oneof"`
 }
 
@@ -355,18 +358,18 @@ func (*Session_ExpireTime) isSession_Expiration() {}
 
 func (*Session_Ttl) isSession_Expiration() {}
 
-// An answer that holds for later calls of one tool: of the same agent, with the same declaration and implementation. A tool
-// that is declared in another way is asked about again.
+// An answer that also applies to later calls of a tool, as long as the agent, the declaration and the implementation are the
+// same. After a change of the declaration a person is asked again.
 type RememberedApproval struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// agents/{agent}
 	Agent string `protobuf:"bytes,1,opt,name=agent,proto3" json:"agent,omitempty"`
 	// The name that the model called.
 	Tool string `protobuf:"bytes,2,opt,name=tool,proto3" json:"tool,omitempty"`
-	// SHA-256 of the declaration and of what implements it; as ToolBinding.digest.
+	// The SHA-256 of the declaration and the implementation, as in ToolBinding.digest.
 	Digest   []byte `protobuf:"bytes,3,opt,name=digest,proto3" json:"digest,omitempty"`
 	Approved bool   `protobuf:"varint,4,opt,name=approved,proto3" json:"approved,omitempty"`
-	// Of the event that holds the answer.
+	// The sequence of the event with the answer.
 	Sequence      int64 `protobuf:"varint,5,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -501,7 +504,7 @@ func (x *QueuedCommand) GetRun() string {
 
 type CreateSessionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The {session} of its name: lower-case letters, digits and inner "._-", at most 63. Empty: made by the server (UUIDv7).
+	// The {session} of its name: lower-case letters, digits and inner "._-", at most 63. Empty: chosen by the server (UUIDv7).
 	SessionId     string            `protobuf:"bytes,1,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
 	Session       *Session          `protobuf:"bytes,2,opt,name=session,proto3" json:"session,omitempty"`
 	State         map[string]*Value `protobuf:"bytes,3,rep,name=state,proto3" json:"state,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
@@ -949,7 +952,7 @@ func (x *DeleteSessionRequest) GetRequestId() string {
 type CompactSessionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// The newest messages that are left as they are, at least. 0: the agent's `context.summary.keep_recent`; at most 500.
+	// At least this many of the newest messages are not summarised. 0: the agent's `context.summary.keep_recent`; at most 500.
 	KeepRecent int32 `protobuf:"varint,2,opt,name=keep_recent,json=keepRecent,proto3" json:"keep_recent,omitempty"`
 	// agents/{agent}, or agents/{agent}@{revision}: whose provider, model and `context.summary` are used. Empty: the session's.
 	Agent         string `protobuf:"bytes,3,opt,name=agent,proto3" json:"agent,omitempty"`
@@ -1020,7 +1023,8 @@ type ForkSessionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}: the source.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// 0: an empty log. Unset: the head. It may lie in a stretch that was rewound since: its messages are then as they were.
+	// 0: an empty log. Unset: the head. It may lie in a range that was rewound later: messages are then as they were before the
+	// rewind.
 	AtSequence *int64 `protobuf:"varint,2,opt,name=at_sequence,json=atSequence,proto3,oneof" json:"at_sequence,omitempty"`
 	// As in CreateSession.
 	SessionId string `protobuf:"bytes,3,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
@@ -1100,8 +1104,8 @@ type RewindSessionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// The newest sequence that stays in force; 0: nothing does. Required. Inside a stretch that was rewound before it is
-	// refused: fork there instead.
+	// The last sequence that stays in effect. 0: none. Required. A sequence inside a range that was rewound before is refused:
+	// fork there instead.
 	ToSequence     *int64 `protobuf:"varint,2,opt,name=to_sequence,json=toSequence,proto3,oneof" json:"to_sequence,omitempty"`
 	IfLastSequence *int64 `protobuf:"varint,3,opt,name=if_last_sequence,json=ifLastSequence,proto3,oneof" json:"if_last_sequence,omitempty"`
 	RequestId      string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
@@ -1171,7 +1175,7 @@ type ExportSessionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// With the content that its log refers to. Without, it can be imported only where that content is.
+	// Include the content to which the log refers. Without it, the file can be imported only on a server that has the content.
 	WithBlobs     bool `protobuf:"varint,2,opt,name=with_blobs,json=withBlobs,proto3" json:"with_blobs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1337,7 +1341,7 @@ type isImportSessionRequest_Frame interface {
 }
 
 type ImportSessionRequest_Header struct {
-	// The first frame, or left out.
+	// Optional, in the first frame only.
 	Header *ImportHeader `protobuf:"bytes,1,opt,name=header,proto3,oneof"`
 }
 

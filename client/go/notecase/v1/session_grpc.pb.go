@@ -37,51 +37,51 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// A session is the case file of one conversation: one log of events, with the state and the runs it tells of.
+// A session is one conversation: a log of events, with the state and the runs that follow from it.
 type SessionServiceClient interface {
-	// Opens a session; first notes become event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is missing.
-	// A repeat with the same request_id returns the first answer.
+	// Creates a session. Its first state is event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is missing. A
+	// repeat with the same request_id returns the first answer.
 	CreateSession(ctx context.Context, in *CreateSessionRequest, opts ...grpc.CallOption) (*Session, error)
 	GetSession(ctx context.Context, in *GetSessionRequest, opts ...grpc.CallOption) (*Session, error)
-	// A page of sessions, the last created first.
+	// Returns a page of sessions, newest first.
 	ListSessions(ctx context.Context, in *ListSessionsRequest, opts ...grpc.CallOption) (*ListSessionsResponse, error)
-	// Changes display_name, agent, labels, or when it expires; the log does not move. ABORTED when `session.etag` is set and stale.
-	// A repeat with the same request_id returns the first answer.
+	// Changes display_name, agent, labels or expiry. The log does not grow. ABORTED when `session.etag` is set and stale. A
+	// repeat with the same request_id returns the first answer.
 	UpdateSession(ctx context.Context, in *UpdateSessionRequest, opts ...grpc.CallOption) (*Session, error)
-	// Deletes a session with its log, state, messages and runs; a run under way stops. Final: what a request made in it is
-	// forgotten too, and a repeat of one is NOT_FOUND; within seconds its rows and the journals of them are overwritten on disk,
-	// and blobs that it alone referred to within a day or so. ABORTED when `etag` is set and stale. A repeat with the same
-	// request_id succeeds.
+	// Deletes a session with its log, state, messages and runs; a run under way stops. This is final: a repeat of a request that
+	// was made in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which only this
+	// session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
 	DeleteSession(ctx context.Context, in *DeleteSessionRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
-	// Summarises the older messages now, with a model call of the agent's: a `summarized` event, and the log and the lists stay
-	// whole. At most 500 messages or 1 MiB are covered at a time; with nothing to cover the session is answered as it is.
-	// FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound
-	// meanwhile; what is only added meanwhile does not matter. A model that fails is a status, MODEL_ERROR or
-	// MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the first answer.
+	// Summarises the older messages now, with a call of the agent's model, and adds a `summarized` event. The log and the lists
+	// stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
+	// FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in
+	// the meantime; messages that were added do not matter. A model that fails is a status, MODEL_ERROR or MODEL_UNAVAILABLE,
+	// and nothing is kept. A repeat with the same request_id returns the first answer.
 	CompactSession(ctx context.Context, in *CompactSessionRequest, opts ...grpc.CallOption) (*Session, error)
-	// Makes a new session of the log up to at_sequence: the same sequences, messages and state, and its runs, as all of it was
-	// then. What was under way at that moment is ended as cancelled in the fork. The source is not touched, and deleting either
-	// leaves the other whole. Usage starts at 0; what was remembered or queued stays behind, and so does when the source expires.
+	// Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then. Runs and
+	// calls that were under way at that sequence are cancelled in the fork. The source does not change, and each can be deleted
+	// without harm to the other. Usage starts at 0. Remembered answers, queued commands and the expiry are not copied.
 	// OUT_OF_RANGE when at_sequence is beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id
 	// returns the first answer.
 	ForkSession(ctx context.Context, in *ForkSessionRequest, opts ...grpc.CallOption) (*Session, error)
-	// Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is put back
-	// as it was, calls that were open then are cancelled. The state of users and the app is not touched.
+	// Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is restored,
+	// and calls that were open at that sequence are cancelled. The state of users and of the app does not change.
 	// FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
 	// OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
 	RewindSession(ctx context.Context, in *RewindSessionRequest, opts ...grpc.CallOption) (*Session, error)
-	// Deletes every session of a user, as DeleteSession does, and the user's state with its versions; what is created for the user
-	// meanwhile too. What others said of the user, and the app's state, stay. In batches: when it fails half-way, some sessions are
-	// gone, and it is safe to repeat. Of a user nobody knows it deletes nothing. A repeat with the same request_id returns the
-	// first answer.
+	// Deletes every session of a user, as DeleteSession does, and the user's state with its versions; sessions that are created
+	// for the user in the meantime are deleted too. What others said about the user, and the app's state, stay. Works in
+	// batches: after a failure some sessions are deleted, and it is safe to repeat. Does nothing for an unknown user. A repeat
+	// with the same request_id returns the first answer.
 	EraseUser(ctx context.Context, in *EraseUserRequest, opts ...grpc.CallOption) (*EraseUserResponse, error)
-	// Streams a session as a file: its metadata and its whole log, in the format that export.proto tells, whose bytes are the
-	// same for the same session under any name. What users and the app have in their states is not in it, and neither are ids
-	// of requests and commands, nor what was remembered. FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued.
+	// Streams a session as a file: its metadata and its whole log, in the format described in export.proto. The bytes do not
+	// depend on the session's name. The file does not contain the state of users and of the app, ids of requests and commands,
+	// and remembered answers. FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued.
 	ExportSession(ctx context.Context, in *ExportSessionRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExportSessionResponse], error)
-	// Makes a session of such a file, once all of it has come and is whole. INVALID_ARGUMENT IMPORT_INVALID for one that is
-	// not, ALREADY_EXISTS when the id is taken, NOT_FOUND when content that it refers to is neither in it nor here; no session
-	// is made then. Its agent need not exist here. A repeat with the same request_id and file returns the first answer.
+	// Creates a session from such a file, when all of it has arrived and its checksum is right. INVALID_ARGUMENT IMPORT_INVALID
+	// when it is not, ALREADY_EXISTS when the id is taken, NOT_FOUND when it refers to content that is neither in the file nor
+	// on this server; then no session is created. The session's agent need not exist on this server. A repeat with the same
+	// request_id and file returns the first answer.
 	ImportSession(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ImportSessionRequest, Session], error)
 }
 
@@ -219,51 +219,51 @@ type SessionService_ImportSessionClient = grpc.ClientStreamingClient[ImportSessi
 // All implementations must embed UnimplementedSessionServiceServer
 // for forward compatibility.
 //
-// A session is the case file of one conversation: one log of events, with the state and the runs it tells of.
+// A session is one conversation: a log of events, with the state and the runs that follow from it.
 type SessionServiceServer interface {
-	// Opens a session; first notes become event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is missing.
-	// A repeat with the same request_id returns the first answer.
+	// Creates a session. Its first state is event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is missing. A
+	// repeat with the same request_id returns the first answer.
 	CreateSession(context.Context, *CreateSessionRequest) (*Session, error)
 	GetSession(context.Context, *GetSessionRequest) (*Session, error)
-	// A page of sessions, the last created first.
+	// Returns a page of sessions, newest first.
 	ListSessions(context.Context, *ListSessionsRequest) (*ListSessionsResponse, error)
-	// Changes display_name, agent, labels, or when it expires; the log does not move. ABORTED when `session.etag` is set and stale.
-	// A repeat with the same request_id returns the first answer.
+	// Changes display_name, agent, labels or expiry. The log does not grow. ABORTED when `session.etag` is set and stale. A
+	// repeat with the same request_id returns the first answer.
 	UpdateSession(context.Context, *UpdateSessionRequest) (*Session, error)
-	// Deletes a session with its log, state, messages and runs; a run under way stops. Final: what a request made in it is
-	// forgotten too, and a repeat of one is NOT_FOUND; within seconds its rows and the journals of them are overwritten on disk,
-	// and blobs that it alone referred to within a day or so. ABORTED when `etag` is set and stale. A repeat with the same
-	// request_id succeeds.
+	// Deletes a session with its log, state, messages and runs; a run under way stops. This is final: a repeat of a request that
+	// was made in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which only this
+	// session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
 	DeleteSession(context.Context, *DeleteSessionRequest) (*emptypb.Empty, error)
-	// Summarises the older messages now, with a model call of the agent's: a `summarized` event, and the log and the lists stay
-	// whole. At most 500 messages or 1 MiB are covered at a time; with nothing to cover the session is answered as it is.
-	// FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound
-	// meanwhile; what is only added meanwhile does not matter. A model that fails is a status, MODEL_ERROR or
-	// MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the first answer.
+	// Summarises the older messages now, with a call of the agent's model, and adds a `summarized` event. The log and the lists
+	// stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
+	// FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in
+	// the meantime; messages that were added do not matter. A model that fails is a status, MODEL_ERROR or MODEL_UNAVAILABLE,
+	// and nothing is kept. A repeat with the same request_id returns the first answer.
 	CompactSession(context.Context, *CompactSessionRequest) (*Session, error)
-	// Makes a new session of the log up to at_sequence: the same sequences, messages and state, and its runs, as all of it was
-	// then. What was under way at that moment is ended as cancelled in the fork. The source is not touched, and deleting either
-	// leaves the other whole. Usage starts at 0; what was remembered or queued stays behind, and so does when the source expires.
+	// Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then. Runs and
+	// calls that were under way at that sequence are cancelled in the fork. The source does not change, and each can be deleted
+	// without harm to the other. Usage starts at 0. Remembered answers, queued commands and the expiry are not copied.
 	// OUT_OF_RANGE when at_sequence is beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id
 	// returns the first answer.
 	ForkSession(context.Context, *ForkSessionRequest) (*Session, error)
-	// Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is put back
-	// as it was, calls that were open then are cancelled. The state of users and the app is not touched.
+	// Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is restored,
+	// and calls that were open at that sequence are cancelled. The state of users and of the app does not change.
 	// FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
 	// OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
 	RewindSession(context.Context, *RewindSessionRequest) (*Session, error)
-	// Deletes every session of a user, as DeleteSession does, and the user's state with its versions; what is created for the user
-	// meanwhile too. What others said of the user, and the app's state, stay. In batches: when it fails half-way, some sessions are
-	// gone, and it is safe to repeat. Of a user nobody knows it deletes nothing. A repeat with the same request_id returns the
-	// first answer.
+	// Deletes every session of a user, as DeleteSession does, and the user's state with its versions; sessions that are created
+	// for the user in the meantime are deleted too. What others said about the user, and the app's state, stay. Works in
+	// batches: after a failure some sessions are deleted, and it is safe to repeat. Does nothing for an unknown user. A repeat
+	// with the same request_id returns the first answer.
 	EraseUser(context.Context, *EraseUserRequest) (*EraseUserResponse, error)
-	// Streams a session as a file: its metadata and its whole log, in the format that export.proto tells, whose bytes are the
-	// same for the same session under any name. What users and the app have in their states is not in it, and neither are ids
-	// of requests and commands, nor what was remembered. FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued.
+	// Streams a session as a file: its metadata and its whole log, in the format described in export.proto. The bytes do not
+	// depend on the session's name. The file does not contain the state of users and of the app, ids of requests and commands,
+	// and remembered answers. FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued.
 	ExportSession(*ExportSessionRequest, grpc.ServerStreamingServer[ExportSessionResponse]) error
-	// Makes a session of such a file, once all of it has come and is whole. INVALID_ARGUMENT IMPORT_INVALID for one that is
-	// not, ALREADY_EXISTS when the id is taken, NOT_FOUND when content that it refers to is neither in it nor here; no session
-	// is made then. Its agent need not exist here. A repeat with the same request_id and file returns the first answer.
+	// Creates a session from such a file, when all of it has arrived and its checksum is right. INVALID_ARGUMENT IMPORT_INVALID
+	// when it is not, ALREADY_EXISTS when the id is taken, NOT_FOUND when it refers to content that is neither in the file nor
+	// on this server; then no session is created. The session's agent need not exist on this server. A repeat with the same
+	// request_id and file returns the first answer.
 	ImportSession(grpc.ClientStreamingServer[ImportSessionRequest, Session]) error
 	mustEmbedUnimplementedSessionServiceServer()
 }

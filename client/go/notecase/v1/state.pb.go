@@ -88,7 +88,7 @@ func (x *State) GetVersion() int64 {
 type StateEntry struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Value *Value                 `protobuf:"bytes,1,opt,name=value,proto3" json:"value,omitempty"`
-	// The State.version of its last change: it only grows, over deletion and re-creation too.
+	// The State.version of its last change. It only grows, also when the key is removed and set again.
 	Version       int64                  `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
 	UpdateTime    *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=update_time,json=updateTime,proto3" json:"update_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -146,7 +146,7 @@ func (x *StateEntry) GetUpdateTime() *timestamppb.Timestamp {
 	return nil
 }
 
-// One operation on one key. Operations of a batch apply in order; a key may be named once.
+// One operation on one key. Operations of a batch are applied in order; a key may be named once.
 type StateOp struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// 1 to 256 bytes of UTF-8. In a session the keys "user" and "app" are refused: templates read the other scopes by them.
@@ -260,17 +260,17 @@ type StateOp_Set struct {
 }
 
 type StateOp_Remove struct {
-	// Of a missing key: nothing, and no error.
+	// Does nothing when the key does not exist.
 	Remove *emptypb.Empty `protobuf:"bytes,4,opt,name=remove,proto3,oneof"`
 }
 
 type StateOp_Increment struct {
-	// Of an int; a missing key counts as 0.
+	// Adds to an int. A missing key counts as 0.
 	Increment int64 `protobuf:"varint,5,opt,name=increment,proto3,oneof"`
 }
 
 type StateOp_Append struct {
-	// To a list; a missing key counts as the empty list.
+	// Appends to a list. A missing key counts as the empty list.
 	Append *Value `protobuf:"bytes,6,opt,name=append,proto3,oneof"`
 }
 
@@ -285,10 +285,10 @@ func (*StateOp_Append) isStateOp_Op() {}
 type GetStateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// Empty: all. A page ends at page_size or 1 MiB, of named keys too.
+	// Empty: all keys. A page ends at page_size or 1 MiB, also when keys are named.
 	Keys []string `protobuf:"bytes,2,rep,name=keys,proto3" json:"keys,omitempty"`
-	// Session state as it was at that entry of the log, with the versions and times of then; 0: as it is now. Costs a reading of
-	// all changes of the state up to there. Refused for users and the app. OUT_OF_RANGE beyond the head.
+	// Returns session state as it was at this sequence, with its versions and times of then. 0: as it is now. The server reads
+	// all changes of the state up to there. Refused for the state of users and the app. OUT_OF_RANGE beyond the head.
 	AtSequence int64 `protobuf:"varint,3,opt,name=at_sequence,json=atSequence,proto3" json:"at_sequence,omitempty"`
 	// 0: 50; at most 1000.
 	PageSize      int32  `protobuf:"varint,4,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`
@@ -367,7 +367,7 @@ type GetStateResponse struct {
 	// As in State.
 	Name    string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Entries map[string]*StateEntry `protobuf:"bytes,2,rep,name=entries,proto3" json:"entries,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// Of the whole state, as in State.
+	// The version of the whole state, as in State.
 	Version int64 `protobuf:"varint,3,opt,name=version,proto3" json:"version,omitempty"`
 	// Empty on the last page.
 	NextPageToken string `protobuf:"bytes,4,opt,name=next_page_token,json=nextPageToken,proto3" json:"next_page_token,omitempty"`
@@ -515,7 +515,7 @@ type UpdateStateRequest struct {
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// 1 to 1000.
 	Ops []*StateOp `protobuf:"bytes,2,rep,name=ops,proto3" json:"ops,omitempty"`
-	// Of the whole state.
+	// The expected version of the whole state.
 	IfVersion     *int64 `protobuf:"varint,3,opt,name=if_version,json=ifVersion,proto3,oneof" json:"if_version,omitempty"`
 	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields

@@ -28,16 +28,18 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// State is the sticky notes, in three scopes: `sessions/{session}/state` for one conversation, `users/{user}/state` for all
-// sessions of a user, `app/state` for all of the tenant. A scope nobody wrote to is empty, not missing; a session must exist.
+// State is a set of typed values by key, in three scopes: `sessions/{session}/state` for one conversation,
+// `users/{user}/state` for all sessions of a user, `app/state` for the whole tenant. The state of a user or of the app that
+// was never written is empty, not missing; a session must exist.
 type StateServiceClient interface {
-	// A page of entries by key, or of the keys named. Missing keys are left out.
+	// Returns a page of entries, in the order of their keys, or the entries of the keys that are named. Missing keys are left
+	// out.
 	GetState(ctx context.Context, in *GetStateRequest, opts ...grpc.CallOption) (*GetStateResponse, error)
 	// Sets one key. ABORTED with metadata.version when if_version is set and differs.
 	PutState(ctx context.Context, in *PutStateRequest, opts ...grpc.CallOption) (*StateEntry, error)
-	// Applies several operations, all or none, in one commit, and returns the keys they name that exist afterwards. Once the
-	// answer holds 1 MiB, the entries that follow come without their values: read those by GetState.
-	// ABORTED when a condition misses, FAILED_PRECONDITION when a value's type does not have the operation.
+	// Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When the
+	// answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a condition is
+	// not met, FAILED_PRECONDITION when an operation does not exist for the value's type.
 	UpdateState(ctx context.Context, in *UpdateStateRequest, opts ...grpc.CallOption) (*State, error)
 }
 
@@ -83,16 +85,18 @@ func (c *stateServiceClient) UpdateState(ctx context.Context, in *UpdateStateReq
 // All implementations must embed UnimplementedStateServiceServer
 // for forward compatibility.
 //
-// State is the sticky notes, in three scopes: `sessions/{session}/state` for one conversation, `users/{user}/state` for all
-// sessions of a user, `app/state` for all of the tenant. A scope nobody wrote to is empty, not missing; a session must exist.
+// State is a set of typed values by key, in three scopes: `sessions/{session}/state` for one conversation,
+// `users/{user}/state` for all sessions of a user, `app/state` for the whole tenant. The state of a user or of the app that
+// was never written is empty, not missing; a session must exist.
 type StateServiceServer interface {
-	// A page of entries by key, or of the keys named. Missing keys are left out.
+	// Returns a page of entries, in the order of their keys, or the entries of the keys that are named. Missing keys are left
+	// out.
 	GetState(context.Context, *GetStateRequest) (*GetStateResponse, error)
 	// Sets one key. ABORTED with metadata.version when if_version is set and differs.
 	PutState(context.Context, *PutStateRequest) (*StateEntry, error)
-	// Applies several operations, all or none, in one commit, and returns the keys they name that exist afterwards. Once the
-	// answer holds 1 MiB, the entries that follow come without their values: read those by GetState.
-	// ABORTED when a condition misses, FAILED_PRECONDITION when a value's type does not have the operation.
+	// Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When the
+	// answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a condition is
+	// not met, FAILED_PRECONDITION when an operation does not exist for the value's type.
 	UpdateState(context.Context, *UpdateStateRequest) (*State, error)
 	mustEmbedUnimplementedStateServiceServer()
 }

@@ -29,7 +29,7 @@ const (
 	Tenant_STATE_UNSPECIFIED Tenant_State = 0
 	Tenant_STATE_ACTIVE      Tenant_State = 1
 	Tenant_STATE_SUSPENDED   Tenant_State = 2
-	// It is being removed.
+	// It is being deleted.
 	Tenant_STATE_DELETING Tenant_State = 3
 )
 
@@ -148,7 +148,7 @@ func (x *Tenant) GetCreateTime() *timestamppb.Timestamp {
 
 type CreateTenantRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Needed: what keys and identity providers call it.
+	// Required: the name that keys and identity providers use.
 	TenantId string `protobuf:"bytes,1,opt,name=tenant_id,json=tenantId,proto3" json:"tenant_id,omitempty"`
 	// display_name.
 	Tenant        *Tenant `protobuf:"bytes,2,opt,name=tenant,proto3" json:"tenant,omitempty"`

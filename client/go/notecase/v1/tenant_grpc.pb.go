@@ -32,25 +32,26 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Tenants, for operators. A tenant is there as soon as a credential names it; this service knows those that an operator made,
+// Tenants, for operators. A tenant exists as soon as a credential names it; this service knows those that an operator created,
 // suspended or gave a key.
 type TenantServiceClient interface {
-	// Makes a tenant known. ALREADY_EXISTS when it is. A repeat with the same request_id returns the first answer.
+	// Makes a tenant known. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the first answer.
 	CreateTenant(ctx context.Context, in *CreateTenantRequest, opts ...grpc.CallOption) (*Tenant, error)
-	// NOT_FOUND when it is not known.
+	// Returns a known tenant. NOT_FOUND when it is not known.
 	GetTenant(ctx context.Context, in *GetTenantRequest, opts ...grpc.CallOption) (*Tenant, error)
-	// Those that are known, by name.
+	// Returns a page of the known tenants, by name.
 	ListTenants(ctx context.Context, in *ListTenantsRequest, opts ...grpc.CallOption) (*ListTenantsResponse, error)
 	// Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds, and
-	// cancels the runs that are at work or queued, now and whenever a deadline wakes one. Runs that wait go on waiting, and
-	// nothing is removed. Of one that is suspended: nothing. A repeat with the same request_id returns the first answer.
+	// cancels the runs that are at work or queued, now and whenever a deadline starts one. Runs that wait go on waiting, and
+	// nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns the first
+	// answer.
 	SuspendTenant(ctx context.Context, in *SuspendTenantRequest, opts ...grpc.CallOption) (*Tenant, error)
-	// Takes calls of the tenant again. NOT_FOUND when it is not known. Of one that is not suspended: nothing.
-	// A repeat with the same request_id returns the first answer.
+	// Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
+	// with the same request_id returns the first answer.
 	ResumeTenant(ctx context.Context, in *ResumeTenantRequest, opts ...grpc.CallOption) (*Tenant, error)
-	// Removes the tenant with everything: sessions, states, agents, content, keys. Answers when the last row is gone; when it is
-	// cut, the server goes on by itself. Calls of the tenant are refused meanwhile, and taken again afterwards where their
-	// credentials are from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+	// Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
+	// call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
+	// if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
 	DeleteTenant(ctx context.Context, in *DeleteTenantRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
 }
 
@@ -126,25 +127,26 @@ func (c *tenantServiceClient) DeleteTenant(ctx context.Context, in *DeleteTenant
 // All implementations must embed UnimplementedTenantServiceServer
 // for forward compatibility.
 //
-// Tenants, for operators. A tenant is there as soon as a credential names it; this service knows those that an operator made,
+// Tenants, for operators. A tenant exists as soon as a credential names it; this service knows those that an operator created,
 // suspended or gave a key.
 type TenantServiceServer interface {
-	// Makes a tenant known. ALREADY_EXISTS when it is. A repeat with the same request_id returns the first answer.
+	// Makes a tenant known. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the first answer.
 	CreateTenant(context.Context, *CreateTenantRequest) (*Tenant, error)
-	// NOT_FOUND when it is not known.
+	// Returns a known tenant. NOT_FOUND when it is not known.
 	GetTenant(context.Context, *GetTenantRequest) (*Tenant, error)
-	// Those that are known, by name.
+	// Returns a page of the known tenants, by name.
 	ListTenants(context.Context, *ListTenantsRequest) (*ListTenantsResponse, error)
 	// Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds, and
-	// cancels the runs that are at work or queued, now and whenever a deadline wakes one. Runs that wait go on waiting, and
-	// nothing is removed. Of one that is suspended: nothing. A repeat with the same request_id returns the first answer.
+	// cancels the runs that are at work or queued, now and whenever a deadline starts one. Runs that wait go on waiting, and
+	// nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns the first
+	// answer.
 	SuspendTenant(context.Context, *SuspendTenantRequest) (*Tenant, error)
-	// Takes calls of the tenant again. NOT_FOUND when it is not known. Of one that is not suspended: nothing.
-	// A repeat with the same request_id returns the first answer.
+	// Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
+	// with the same request_id returns the first answer.
 	ResumeTenant(context.Context, *ResumeTenantRequest) (*Tenant, error)
-	// Removes the tenant with everything: sessions, states, agents, content, keys. Answers when the last row is gone; when it is
-	// cut, the server goes on by itself. Calls of the tenant are refused meanwhile, and taken again afterwards where their
-	// credentials are from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+	// Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
+	// call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
+	// if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
 	DeleteTenant(context.Context, *DeleteTenantRequest) (*emptypb.Empty, error)
 	mustEmbedUnimplementedTenantServiceServer()
 }
