@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import os
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -49,11 +48,12 @@ RUST = Language("rust", ("cargo",), ("proto",), ())
 
 
 def run(command: str, folder: Path, environment: Mapping[str, str] | None = None) -> str:
-    """Runs a shell's commands and returns what they print. Fails with all of it when one of them does."""
+    """Runs a shell's commands, with this process's environment unless another is given, and returns what they print.
+    Fails with all of it when one of them does."""
     done = subprocess.run(
         ["bash", "-euo", "pipefail", "-c", command],
         cwd=folder,
-        env={**os.environ, **(environment or {})},
+        env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -61,7 +61,7 @@ def run(command: str, folder: Path, environment: Mapping[str, str] | None = None
         check=False,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}"
-    return done.stdout
+    return done.stdout.replace("\x1b[0m", "")  # Debian's Maven ends every colour, into a pipe too, though it began none
 
 
 def built(language: Language, cache: Path) -> Path:
