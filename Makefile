@@ -123,7 +123,8 @@ soak: $(VENV)/.ready ## See whether a server that works for half an hour stays f
 tools: $(TOOLS) $(BIN)/buf ## Build grpcurl, grpcui, evans, ghz and buf into the environment; needs Go
 
 clean: ## Remove the environments and what tools left behind
-	@rm -rf $(VENV) $(GENERATOR) $(SITE) .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@rm -rf $(VENV) $(GENERATOR) $(SITE) .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist \
+		$(addprefix client/typescript/,node_modules build src/gen) examples/typescript/node_modules examples/typescript/build
 	@find $(wildcard client server tests examples benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment is whole when its .ready is newer than what it was made from. pip itself is pinned because the one that a
