@@ -171,7 +171,7 @@ def test_all_that_is_wrong_with_the_file_is_told_at_once(tmp_path: Path) -> None
     assert [
         (f"{option} spiffe://acme.example/ci", "A name begins with uri:, dns: or email:."),
         (f"{option} uri:a.role", "A role is one of viewer, user, developer, admin, operator."),
-        (f"{option} uri:a.tenant", "A tenant wants 1 to 63 lower-case letters, digits and inner '.', '_' or '-'."),
+        (f"{option} uri:a.tenant", "A tenant must be 1 to 63 lower-case letters, digits and inner '.', '_' or '-'."),
         (f"{option} uri:a.users", "There is no such key; the nearest is user."),
         (f"{option} dns:b.user", "A user is users/ and its id."),
         (f"{option} DNS:b", "A name begins with uri:, dns: or email:."),
