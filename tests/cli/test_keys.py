@@ -128,7 +128,9 @@ async def test_a_key_that_the_operator_chose_opens_a_store_in_memory(tmp_path: P
 async def test_a_key_that_is_too_easy_is_refused(chosen: str) -> None:
     done = await notecase("serve", "--listen", "127.0.0.1:0", "--store", "memory:", env={"NOTECASE_ADMIN_KEY": chosen})
     assert (1, "") == (done.code, done.out)
-    assert "NOTECASE_ADMIN_KEY: This is not a key, which has at least 32 printable characters and no space." in done.err
+    assert (
+        "NOTECASE_ADMIN_KEY: This is not a valid key: use at least 32 printable characters without spaces." in done.err
+    )
     assert "xxx" not in done.err
 
 
