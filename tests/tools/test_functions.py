@@ -245,8 +245,8 @@ def named() -> str:
         (by_place, "The tool 'by_place' cannot be declared: a model passes arguments by name, which word: str"),
         (unknown, "The tool 'unknown' cannot be declared: name 'Unheard' is not defined."),
         (no_schema, "The tool 'no_schema' cannot be declared: .*has no JSON Schema: use str"),
-        (named, "'two words' is no name for a tool"),
-        (str, "is no function, so it is no tool"),
+        (named, "'two words' is not a name for a tool"),
+        (str, "is not a function, so it cannot be a tool"),
     ],
 )
 def test_a_function_that_no_model_could_call_is_refused_at_the_start(function: Any, told: str) -> None:

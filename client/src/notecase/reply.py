@@ -1,4 +1,4 @@
-"""A run's reply, as the program that asked for it wants to have it."""
+"""The reply of a run, as `Client.invoke` returns it."""
 
 from functools import cached_property
 from typing import Any
