@@ -423,17 +423,6 @@ async def test_what_one_request_may_hold_is_bounded(case: str) -> None:
             assert {field} == fields_of(refused.value)
 
 
-async def test_the_largest_append_is_answered_to_a_default_client() -> None:
-    async with running() as served:
-        await create_one(served, 0)
-        messages = [v1.Message(parts=[v1.Part(text="x" * 240_000)] * 4)] * 4  # no part becomes a blob
-        made = await served.messages.AppendMessages(
-            v1.AppendMessagesRequest(parent="sessions/s", messages=[*messages, said("x" * 80_000)])
-        )
-        assert [960_000] * 4 + [80_000] == [sum(len(part.text) for part in one.parts) for one in made.messages]
-        assert made.ByteSize() < 4 << 20
-
-
 async def test_memory_that_callers_leave_behind_is_given_back(tmp_path: Path) -> None:
     """Some 300 MB of answers wait for readers that never come, and then the readers are gone."""
     server = await Spawned.start(f"sqlite:{tmp_path / 'notecase.db'}", tmp_path / "log")

@@ -16,7 +16,7 @@ _QUOTED = frozenset(" \t=\r\n\"'")
 
 class PlainRenderer:
     """Renders a line as ConsoleRenderer does without colors. ConsoleRenderer takes a tenth of a millisecond for each
-    line, which is much of a short turn; it is left the lines with a traceback."""
+    line, a thirtieth of a short turn; it still renders the lines with a traceback."""
 
     def __init__(self) -> None:
         self._whole = structlog.dev.ConsoleRenderer(colors=False, exception_formatter=structlog.dev.plain_traceback)

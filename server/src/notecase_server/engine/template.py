@@ -115,7 +115,7 @@ class Template:
         self._bound = bound
         self._source = source
         self._plain = "{" not in source and len(source.encode()) <= MAX_OUTPUT
-        """It is what it renders."""
+        """The source has no tags, so it is its own result."""
         self.keys = keys
 
     async def rendered(self, state: Mapping[str, Mapping[str, v1.Value]]) -> str:

@@ -1,8 +1,8 @@
-"""What a start reads, kept while nothing else is written: sessions as their last commits left them, and agents.
+"""Keeps in memory what a start reads: sessions as their last commits left them, and agents.
 
-It is right for one reason: one process owns the file, and one thread writes to it and tells what became of each write
-in the order in which it was made. So this is the file as it was when the last write returned. A commit changes its own
-session and nothing else of this; whatever any other write may have changed, all is forgotten with it.
+One process owns the file, and one thread writes to it and reports the outcomes of the writes in the order in which they
+were made. So the rows kept here are those of the file when the last write returned. A commit changes the row of its own
+session and no agent; any other write may change more, and all rows are forgotten with it.
 """
 
 from collections import OrderedDict
@@ -10,21 +10,21 @@ from collections import OrderedDict
 from notecase import v1
 
 MOST_SESSIONS = 1000
-"""The newest of them; the others are read."""
+"""Sessions that are kept: those that were committed to last."""
 
 MOST_BYTES = 4 << 10
-"""A larger session is read each time."""
+"""A session with a larger row is read each time."""
 
 MOST_AGENTS = 100
 AGENT_BYTES = 64 << 10
 
 
 class Starts:
-    """Those of one file. Used from one event loop only."""
+    """Holds the rows of one file. Used from one event loop only."""
 
     def __init__(self) -> None:
         self.forgotten = 0
-        """How often all was forgotten. What was read before the last time is not to be kept."""
+        """Counts how often all rows were forgotten. An agent that was read before the last time must not be kept."""
         self._sessions: OrderedDict[tuple[str, str], v1.Session] = OrderedDict()
         self._agents: dict[tuple[str, str], v1.Agent] = {}
 
@@ -40,7 +40,7 @@ class Starts:
         return copies
 
     def committed(self, tenant: str, session: str, row: v1.Session | None) -> None:
-        """Takes in what a commit has made of a session; None where that is not known."""
+        """Replaces the row of a session after a commit; None forgets it, where the outcome has no row."""
         self._sessions.pop((tenant, session), None)
         if row is None or row.ByteSize() > MOST_BYTES:
             return
@@ -50,7 +50,7 @@ class Starts:
             self._sessions.popitem(last=False)
 
     def keep(self, tenant: str, name: str, agent: v1.Agent, read: int) -> None:
-        """Keeps an agent by the name that it was asked for, read when `forgotten` was `read`."""
+        """Keeps an agent under the name by which it was read. `read` is what `forgotten` was before the read."""
         if read != self.forgotten or agent.ByteSize() > AGENT_BYTES:
             return
         if len(self._agents) >= MOST_AGENTS:
@@ -59,7 +59,7 @@ class Starts:
         kept.CopyFrom(agent)
 
     def forget(self) -> None:
-        """Forgets all: something was written that is no commit."""
+        """Forgets all rows, after a write that was not a commit."""
         self.forgotten += 1
         self._sessions.clear()
         self._agents.clear()

@@ -124,7 +124,7 @@ ADD_ACTIVE_RUN = (
     )
     + " RETURNING revision"
 )
-"""With its agent: as a revision if that is stored just so."""
+"""Names the revision of the run's agent, if a stored one has the same bytes."""
 
 PUT_AGENT = f"""REPLACE INTO agents (tenant, agent, revision, {", ".join(AGENT_COLUMNS)}, labels)
     VALUES (?, ?, ?{", ?" * len(AGENT_COLUMNS)}, ?)"""
@@ -285,18 +285,18 @@ def _expire_time(session: v1.Session) -> int | None:
 
 
 class _Saved(NamedTuple):
-    """A session as a commit of this connection has left it: the rows that the next commit will load."""
+    """Holds the rows of a session that its next commit loads, as the last commit left them."""
 
     body: bytes
     epoch: int
     commits: tuple[CommitRow, ...]
     runs: Mapping[str, bytes]
-    """Bodies of the commit's runs that have not ended."""
+    """The bodies of the runs of that commit that have not ended."""
 
 
 class SqliteTables(Saving):
-    """Rows as one connection sees them; used inside a transaction that somebody else begins and ends. Whoever rolls one
-    back calls `forget`."""
+    """Rows as one connection sees them; used inside a transaction that the caller begins and ends. A caller that rolls
+    one back calls `forget`."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.deleted = True
@@ -304,7 +304,7 @@ class SqliteTables(Saving):
         self.tallied: set[Kept] = set()
         """What this connection has tallies of."""
         self._saved: OrderedDict[tuple[str, str], _Saved] = OrderedDict()
-        """Only one connection writes, and all its writes to a session's row and runs go through here."""
+        """Rows for the next commit of each session. Every write to a session's row or runs goes through this object."""
         self._retires: bool | None = None
         """Whether `retired_revisions` or `run_agents` may hold something; None while nobody has looked."""
         self._execute = connection.execute
@@ -318,7 +318,7 @@ class SqliteTables(Saving):
             self._execute(f"INSERT INTO {into} VALUES {values}", [value for row in some for value in row])
 
     def forget(self) -> None:
-        """Forgets what was written: it was rolled back."""
+        """Forgets the rows that were kept for the next commit, after a rollback."""
         self._saved.clear()
 
     def save(self, changes: Changes) -> None:
@@ -719,7 +719,7 @@ class SqliteTables(Saving):
         self._execute("UPDATE runs SET revision = NULL WHERE tenant = ? AND uid = ? AND run = ?", (*_of(key), run))
 
     def _drop_agent(self, key: SessionKey, run: str) -> None:
-        """Drops what is kept for a run, which still has its revision, and for no other."""
+        """Drops what only this run needs of its agent. Call it while the run's row still has its revision."""
         if self._retires is None:
             some = "SELECT EXISTS (SELECT 1 FROM run_agents) OR EXISTS (SELECT 1 FROM retired_revisions)"
             self._retires = bool(self._one(some)[0])
@@ -1143,7 +1143,7 @@ class SqliteTables(Saving):
 
 
 def _body(agent: v1.Agent) -> bytes:
-    """An agent as it is stored, the same bytes for the same agent."""
+    """Returns an agent as it is stored: the same bytes for the same agent."""
     return agent.SerializeToString(deterministic=True)
 
 
