@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
@@ -142,29 +142,27 @@ async def test_few_and_small_sessions_and_agents_are_kept(store: SqliteStore, mo
     assert (TENANT, "agents/wordy") not in store._starts._agents
 
 
+def write(store: SqliteStore, chance: random.Random, name: str) -> Awaitable[object]:
+    """Begins a write by chance, or what a start reads."""
+    acts: list[Callable[[], Awaitable[object]]] = [
+        lambda: add(store, said(name)),
+        lambda: start(store, name, ended(name)),
+        lambda: store.edit_session(KEY, edit(display_name=name)),
+        lambda: store.edit_agent(TENANT, "sherlock", v1.Agent(display_name=name), 1),
+        lambda: store.delete_session(KEY),
+        lambda: create(store),
+        lambda: store.read_start(TENANT, KEY.session, ""),
+        lambda: store.read_start(TENANT, KEY.session, "agents/sherlock"),
+    ]
+    return chance.choice(acts)()
+
+
 @pytest.mark.parametrize("seed", range(3))
 async def test_any_writes_at_once_leave_what_the_file_holds(store: SqliteStore, seed: int) -> None:
-    chance, number = random.Random(seed), 0
+    chance = random.Random(seed)
     await create(store)
-    for _ in range(60):
-        writes = []
-        for _ in range(chance.randint(1, 4)):
-            number += 1
-            name = f"n{number}"
-            writes.append(
-                chance.choice(
-                    [
-                        lambda name=name: add(store, said(name)),
-                        lambda name=name: start(store, name, ended(name)),
-                        lambda: store.edit_session(KEY, edit(display_name="x")),
-                        lambda: store.edit_agent(TENANT, "sherlock", v1.Agent(display_name="x"), 1),
-                        lambda: store.delete_session(KEY),
-                        lambda: create(store),
-                        lambda: store.read_start(TENANT, KEY.session, ""),
-                        lambda: store.read_start(TENANT, KEY.session, "agents/sherlock"),
-                    ]
-                )()
-            )
+    for number in range(60):
+        writes = [write(store, chance, f"n{number}-{each}") for each in range(chance.randint(1, 4))]
         await asyncio.gather(*writes, return_exceptions=True)
         for agent in ("", "agents/sherlock", "agents/sherlock@1", "agents/nobody"):
             await read(store, agent)
