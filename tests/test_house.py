@@ -41,9 +41,11 @@ ROOMS: dict[str, Room] = {
     "errors": Room(set(), "Everybody raises them, so they know nobody."),
     "limit": Room(set(), "How long is too long is told in the same way by whoever waits."),
     "names": Room({"errors", "store.contract"}, "A resource's name becomes its key in one place."),
+    "log_lines": Room(set(), "A line of the log is words and facts, whatever they are about."),
     "loopback": Room(set(), "What stays on this machine is the same to those who serve and those who ask."),
     "config": Room(
-        {"auth", "errors", "loopback", "tools.mcp"}, "Settings are read once and handed in; nobody asks for them."
+        {"auth", "errors", "log_lines", "loopback", "tools.mcp"},
+        "Settings are read once and handed in; nobody asks for them.",
     ),
     "supervisor": Room({"errors", "store.contract"}, "Who answers for a task is the same everywhere."),
     "store.contract": Room({"errors"}, "A promise knows none of those who keep it."),

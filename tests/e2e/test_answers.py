@@ -430,9 +430,9 @@ async def test_an_update_of_large_values_is_answered_within_a_page(served: Runni
 
 async def test_appended_messages_are_answered_within_what_a_client_takes(served: Running, session: str) -> None:
     part = v1.Part(text="x" * 200_000)
-    fits = v1.AppendMessagesRequest(parent=session, messages=[v1.Message(parts=[part] * 4)] * 2)
-    assert (await served.messages.AppendMessages(fits)).ByteSize() < LARGEST
-    more = v1.AppendMessagesRequest(parent=session, messages=[v1.Message(parts=[part] * 4)] * 4)
+    fits = v1.AppendMessagesRequest(parent=session, messages=[v1.Message(parts=[part] * 4)] * 4)
+    assert (await served.messages.AppendMessages(fits)).ByteSize() < 4 << 20
+    more = v1.AppendMessagesRequest(parent=session, messages=[v1.Message(parts=[part] * 4)] * 5)
     assert reason_of(await refusal(served.messages.AppendMessages(more))) == "PAYLOAD_TOO_LARGE"
     state = {f"k{number}": v1.Value(string_value="x" * 1000) for number in range(1000)}
     made = await served.sessions.CreateSession(v1.CreateSessionRequest(session=v1.Session(), state=state))

@@ -341,7 +341,7 @@ FIXED: dict[str, tuple[str, Any, str, str]] = {
     ),
     "what is said at once": (
         "MessageService/AppendMessages",
-        v1.AppendMessagesRequest(parent="sessions/s", messages=[said(LONG)] * 30),
+        v1.AppendMessagesRequest(parent="sessions/s", messages=[said(LONG)] * 39),
         "PAYLOAD_TOO_LARGE",
         "",
     ),

@@ -3,7 +3,7 @@
 import asyncio
 import sqlite3
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -20,7 +20,7 @@ from notecase_server.store.sqlite import SqliteStore
 from tests.e2e.driving import OnStream, events_of, kinds, said
 from tests.support.server import ByTenant, Running, running
 
-HANDOVERS, STATEMENTS, PAGES = 3, 16, 14
+HANDOVERS, STATEMENTS, PAGES = 2, 12, 14
 """Of a turn in a new session that is all there is: how often the store is asked, statements of SQL with those that
 begin and end transactions, and pages of the write-ahead log."""
 
@@ -31,9 +31,9 @@ def asked(store: SqliteStore) -> Iterator[list[str]]:
     seen: list[str] = []
     ask = store._ask
 
-    async def counted(jobs: Any, step: Callable[..., Any], *alone: bool) -> Any:
+    async def counted(jobs: Any, *given: Any, **more: Any) -> Any:
         seen.append("write" if jobs is store._writes else "read")
-        return await ask(jobs, step, *alone)
+        return await ask(jobs, *given, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "_ask", counted)

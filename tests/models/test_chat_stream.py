@@ -200,6 +200,53 @@ class TestReply:
         assert v1.ERROR_REASON_MODEL_ERROR == caught.value.reason
 
 
+class TestRunsOfTokens:
+    """Many tokens that come at once are decoded together, which changes nothing but the time it takes."""
+
+    TOKENS = tuple(chunk({"content": f"token {number} "}) for number in range(60))
+
+    @pytest.mark.parametrize(
+        "between",
+        [
+            b"",
+            chunk({"content": None}),
+            chunk({"reasoning_content": "hm"}),
+            b"".join(chunk({"content": "HALF"}).replace(b"HALF", half) for half in (rb"\ud83d", rb"\ude00")),
+            chunk({"content": "other"}, model="another"),
+            chunk({"content": "end"}, finish="stop"),
+            tool_calls(("f", "{}")).body,
+            b": nothing\n\n",
+            b"\n\n",
+            b"event: message\ndata: {}\n\n",
+            b"data: \n\n",
+            b"data: [DONE]\n\n",
+            SAID.strip() + SAID.replace(b"data: ", b","),
+            SAID.strip() + SAID.replace(b"data: ", b"\ndata: "),
+            SAID.replace(b"[", b"[\n\ndata: "),
+            b'data: {"error":{"message":"no more"}}\n\n',
+            b"data: {\n\n",
+            SAID.replace(b"\n", b"\r\n"),
+        ],
+    )
+    @given(at=st.lists(st.integers(0, 20_000), max_size=4), where=st.integers(0, 60))
+    @settings(max_examples=20)
+    def test_they_are_what_they_are_one_by_one(self, between: bytes, at: list[int], where: int) -> None:
+        data = b"".join([*self.TOKENS[:where], between, *self.TOKENS[where:]]) + stream().body
+        assert self._outcome(cut(data, at)) == self._outcome(cut(data, range(0, len(data), 50)))
+
+    def _outcome(self, chunks: Sequence[bytes]) -> Any:
+        try:
+            return read(*chunks)
+        except NotecaseError as error:
+            return error.reason, error.message
+
+    def test_they_are_decoded_at_one_go(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        one_by_one: list[bytes] = []
+        monkeypatch.setattr(documents, "token", one_by_one.append)
+        read(b"".join(self.TOKENS) + stream().body)
+        assert 0 < len(one_by_one) < 6
+
+
 class TestEnd:
     SAID = chunk({"content": "Hi"})
     FINISHED = chunk(finish="length")

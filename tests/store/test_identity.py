@@ -286,7 +286,7 @@ async def test_deletion_leaves_no_row_of_the_uid(store: Store, clock: ManualCloc
     filled = rows_with(store, KEY.uid)
     if isinstance(store, SqliteStore):
         assert filled == {
-            *("sessions", "session_names", "events", "changed_messages", "calls", "runs", "active_runs", "commands"),
+            *("sessions", "session_names", "events", "changed_messages", "calls", "runs", "run_agents", "commands"),
             *("states", "entries", "blob_references", "requests"),
         }
     await store.delete_session(KEY)

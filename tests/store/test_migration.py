@@ -45,15 +45,15 @@ def path(tmp_path: Path) -> Path:
     return left_by(1, tmp_path / "store.db")
 
 
-@pytest.fixture(params=[1, 2, 3])
+@pytest.fixture(params=[1, 2, 3, 4])
 def older(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """The same rows, in each older schema."""
     return left_by(request.param, tmp_path / "store.db")
 
 
-@pytest.fixture(params=[2, 3])
+@pytest.fixture(params=[2, 3, 4])
 def small(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A small store that a server of the second or the third schema closed."""
+    """A small store that a server of a later schema than the first closed."""
     return left_by(f"{request.param}-small", tmp_path / f"{request.param}.db")
 
 
@@ -401,12 +401,16 @@ async def test_a_store_of_a_later_schema_keeps_every_row(small: Path, tmp_path: 
     columns = dict.fromkeys(tables, "*")
     columns["messages"] = "tenant, uid, sequence, message, run, step, update_sequence, body"
     columns["events"] = "tenant, uid, sequence, tells_past, body"
-    columns["active_runs"] = "tenant, uid, run, step, deaths, released, agent"
+    columns["active_runs"] = f"tenant, uid, run, deaths, released, {'revision' if small.stem == '4' else 'agent'}"
+    columns["runs"] = "tenant, uid, run, state, agent, labels, first_sequence, last_sequence, digest, runs.body"
     columns["store"] = "secret"
     before = {table: facts(small, f"SELECT {columns[table]} FROM {table}") for table in tables}
-    columns["active_runs"] = "tenant, uid, run, step, deaths, released, revision"
+    columns["active_runs"] = "tenant, uid, run, deaths, released, run_agents.body"
     columns["messages"] = "tenant, uid, sequence, message, run, step, coalesce(update_sequence, sequence), c.body"
-    places = {"messages": "events LEFT JOIN changed_messages c USING (tenant, uid, sequence) WHERE message NOT NULL"}
+    places = {
+        "messages": "events LEFT JOIN changed_messages c USING (tenant, uid, sequence) WHERE message NOT NULL",
+        "active_runs": "runs JOIN run_agents USING (tenant, uid, run) WHERE revision = 0",
+    }
     assert facts(small, "PRAGMA user_version") == [(int(small.stem),)]
     for file in (small, tmp_path / "new.db"):
         await (await SqliteStore.open(file, ManualClock())).close()

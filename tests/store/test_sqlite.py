@@ -342,6 +342,21 @@ async def test_a_write_that_fails_half_way_leaves_nothing(store: SqliteStore) ->
     assert (await add(store, said("m2"))).session.last_sequence == 2
 
 
+async def test_a_write_that_fails_half_way_fails_alone(store: SqliteStore) -> None:
+    """The others of its transaction are made, each once and in their order."""
+    await create(store)
+    await add(store, said("m1"))
+    async with held(store) as blocker:
+        events = [(said("m2"),), (said("m3"), said("m1")), (said("m4"), said("m5"))]
+        writes = [asyncio.create_task(add(store, *each)) for each in events]
+        await waiting(*writes)
+    _, *done = await asyncio.gather(blocker, *writes, return_exceptions=True)
+    assert [type(each) for each in done] == [Committed, sqlite3.IntegrityError, Committed]
+    assert [(event.sequence, event.message_added.name) for event in await store.read_events(KEY, 0)] == [
+        *((1, "m1"), (2, "m2"), (3, "m4"), (4, "m5"))
+    ]
+
+
 @contextmanager
 def full_disk(size: int) -> Iterator[None]:
     """No file of this process can grow beyond that size: a write beyond it fails, for root too."""
@@ -472,7 +487,7 @@ async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:
         if sql.startswith("SELECT")
     }
     assert len(plans) > 20
-    assert [sql for sql in plans if "active_runs" in sql]
+    assert [sql for sql in plans if "revision IS NOT NULL" in sql]
     for sql, plan in plans.items():
         # What is asked for by a list of names has that list for a table.
         scans = [step for step in plan if "SCAN" in step and "VIRTUAL TABLE" not in step]
@@ -480,8 +495,8 @@ async def test_no_list_sorts_or_reads_a_whole_table(store: SqliteStore) -> None:
     for sql, plan in plans.items():
         if "user = " in sql:
             assert "sessions_by_user" in plan[0]
-        if "active_runs" in sql:
-            assert "SEARCH active_runs USING PRIMARY KEY (tenant=?" in plan[0]
+        if "revision IS NOT NULL" in sql:
+            assert "SEARCH runs USING INDEX unended_runs (tenant=?" in plan[0]
 
 
 async def test_a_page_of_messages_needs_no_more_of_the_file_when_it_is_long(store: SqliteStore) -> None:

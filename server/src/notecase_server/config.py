@@ -14,6 +14,7 @@ from notecase_server.auth.keys import MIN_ADMIN_KEY
 from notecase_server.auth.principal import Principal
 from notecase_server.auth.settings import IssuerSettings
 from notecase_server.auth.tables import Mistake
+from notecase_server.log_lines import PlainRenderer
 from notecase_server.loopback import is_loopback
 from notecase_server.tools.mcp_settings import McpServerSettings
 
@@ -203,9 +204,9 @@ def configure_logging(form: Literal["console", "json"], level: str) -> None:
     ]
     # Both leave out the values of local variables: they are messages, notes and keys.
     tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-    console = structlog.dev.ConsoleRenderer(
-        colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
-    )
+    console: structlog.typing.Processor = PlainRenderer()
+    if sys.stderr.isatty():
+        console = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     last: list[structlog.typing.Processor] = (
         [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer()]
         if form == "json"

@@ -34,7 +34,7 @@ type MessageServiceClient interface {
 	ListMessages(ctx context.Context, in *ListMessagesRequest, opts ...grpc.CallOption) (*ListMessagesResponse, error)
 	// Returns a message, with the outcomes that its calls have so far.
 	GetMessage(ctx context.Context, in *GetMessageRequest, opts ...grpc.CallOption) (*Message, error)
-	// Adds messages without running an agent, in one commit; at most 2.75 MiB in all. ABORTED when if_last_sequence is not the
+	// Adds messages without running an agent, in one commit; at most 3.75 MiB in all. ABORTED when if_last_sequence is not the
 	// head. A repeat with the same request_id returns the first answer.
 	AppendMessages(ctx context.Context, in *AppendMessagesRequest, opts ...grpc.CallOption) (*AppendMessagesResponse, error)
 }
@@ -87,7 +87,7 @@ type MessageServiceServer interface {
 	ListMessages(context.Context, *ListMessagesRequest) (*ListMessagesResponse, error)
 	// Returns a message, with the outcomes that its calls have so far.
 	GetMessage(context.Context, *GetMessageRequest) (*Message, error)
-	// Adds messages without running an agent, in one commit; at most 2.75 MiB in all. ABORTED when if_last_sequence is not the
+	// Adds messages without running an agent, in one commit; at most 3.75 MiB in all. ABORTED when if_last_sequence is not the
 	// head. A repeat with the same request_id returns the first answer.
 	AppendMessages(context.Context, *AppendMessagesRequest) (*AppendMessagesResponse, error)
 	mustEmbedUnimplementedMessageServiceServer()

@@ -445,7 +445,7 @@ class Part(_message.Message):
     state_key: _builtins.str
     """Input only: the value that the session's state has under this key when the message is committed. A blob or bytes become
     a blob, a string becomes text, and any other value becomes json. NOT_FOUND when the key does not exist.
-    RESOURCE_EXHAUSTED when the messages of the request then have more than 2.75 MiB.
+    RESOURCE_EXHAUSTED when the messages are then larger than the method accepts.
     """
     @_builtins.property
     def citations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Citation]:

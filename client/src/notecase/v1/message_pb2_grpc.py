@@ -71,7 +71,7 @@ class MessageServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def AppendMessages(self, request, context):
-        """Adds messages without running an agent, in one commit; at most 2.75 MiB in all. ABORTED when if_last_sequence is not the
+        """Adds messages without running an agent, in one commit; at most 3.75 MiB in all. ABORTED when if_last_sequence is not the
         head. A repeat with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -38,7 +38,7 @@ class MessageServiceStub:
     GetMessage: _grpc.UnaryUnaryMultiCallable[_message_pb2.GetMessageRequest, _message_pb2.Message]
     """Returns a message, with the outcomes that its calls have so far."""
     AppendMessages: _grpc.UnaryUnaryMultiCallable[_message_pb2.AppendMessagesRequest, _message_pb2.AppendMessagesResponse]
-    """Adds messages without running an agent, in one commit; at most 2.75 MiB in all. ABORTED when if_last_sequence is not the
+    """Adds messages without running an agent, in one commit; at most 3.75 MiB in all. ABORTED when if_last_sequence is not the
     head. A repeat with the same request_id returns the first answer.
     """
 
@@ -52,7 +52,7 @@ class MessageServiceAsyncStub(MessageServiceStub):
     GetMessage: _aio.UnaryUnaryMultiCallable[_message_pb2.GetMessageRequest, _message_pb2.Message]  # type: ignore[assignment]
     """Returns a message, with the outcomes that its calls have so far."""
     AppendMessages: _aio.UnaryUnaryMultiCallable[_message_pb2.AppendMessagesRequest, _message_pb2.AppendMessagesResponse]  # type: ignore[assignment]
-    """Adds messages without running an agent, in one commit; at most 2.75 MiB in all. ABORTED when if_last_sequence is not the
+    """Adds messages without running an agent, in one commit; at most 3.75 MiB in all. ABORTED when if_last_sequence is not the
     head. A repeat with the same request_id returns the first answer.
     """
 
@@ -81,7 +81,7 @@ class MessageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _message_pb2.AppendMessagesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_message_pb2.AppendMessagesResponse, _abc.Awaitable[_message_pb2.AppendMessagesResponse]]:
-        """Adds messages without running an agent, in one commit; at most 2.75 MiB in all. ABORTED when if_last_sequence is not the
+        """Adds messages without running an agent, in one commit; at most 3.75 MiB in all. ABORTED when if_last_sequence is not the
         head. A repeat with the same request_id returns the first answer.
         """
 

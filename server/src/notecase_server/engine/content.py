@@ -30,8 +30,11 @@ MAX_MESSAGE_BYTES = PAGE_BYTES - (64 << 10)
 """Bytes of a message, without what becomes blobs: it fits into one page."""
 
 MAX_SAID_BYTES = 11 << 18
-"""Limit for all messages that are said at once, without what became blobs: AppendMessages answers with them, and a
-start that is queued is one event with them, its state and its tools: 4 MiB is what a default gRPC client accepts."""
+"""Limit for all messages that are said at once, without what became blobs: a start that is queued is one event with
+them, its state and its tools, and 4 MiB is what a default gRPC client accepts."""
+
+MAX_APPENDED_BYTES = 15 << 18
+"""The same of AppendMessages: its answer has the messages and their names, and each is an event of its own."""
 
 MEDIA_TYPES = {"text": "text/plain; charset=utf-8", "json": "application/json"}
 """Of parts that become blobs when they are large."""
@@ -222,11 +225,16 @@ class Contents:
     # ---- what is said
 
     async def kept(
-        self, key: SessionKey, messages: Iterable[v1.Message], state: Mapping[str, v1.Value] | None = None
+        self,
+        key: SessionKey,
+        messages: Iterable[v1.Message],
+        state: Mapping[str, v1.Value] | None = None,
+        most: int = MAX_SAID_BYTES,
     ) -> list[v1.Message]:
-        """Messages as the log holds them; `state` is what the session's state is about to be set to.
+        """Messages as the log holds them, at most `most` bytes; `state` is what the session's state is about to be set
+        to.
 
-        Raises NotecaseError STATE_KEY_NOT_FOUND; PAYLOAD_TOO_LARGE when keys of state make them too large."""
+        Raises NotecaseError STATE_KEY_NOT_FOUND; PAYLOAD_TOO_LARGE, also when keys of state make them too large."""
         made, size = [], 0
         for message in messages:
             kept = v1.Message()
@@ -234,8 +242,8 @@ class Contents:
             del kept.parts[:]
             kept.parts.extend(await self.parts(key, message.parts, state))
             size += kept.ByteSize()
-            if size > MAX_SAID_BYTES:
-                raise errors.too_large("The messages of one request", size, MAX_SAID_BYTES)
+            if size > most:
+                raise errors.too_large("The messages of one request", size, most)
             made.append(kept)
         return made
 

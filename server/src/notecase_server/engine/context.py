@@ -67,7 +67,7 @@ async def build(
         messages = _aligned(whole.messages)
         return ModelRequest(llm.model, instruction, messages, llm.generation, only_text=whole.only_text)
     messages = await shown(store, key, llm.context, run, told, most_tokens, newest)
-    return ModelRequest(llm.model, instruction, messages, llm.generation)
+    return ModelRequest(llm.model, instruction, messages, llm.generation, only_text=is_only_text(messages))
 
 
 def shows_all(context: v1.Context, summary: int, most_tokens: int) -> bool:
@@ -164,11 +164,12 @@ class _Window:
 
     def take(self, message: v1.Message, gauge: Gauge) -> bool:
         """Takes the message, or says that it does not fit."""
-        self.used += gauge.tokens(message) if self.tokens else 0
-        if self.full or (self._heard and 0 < self.tokens < self.used):
+        if self.tokens:
+            self.used += gauge.tokens(message)
+        if self._heard and (0 < self.messages <= len(self.newest) or 0 < self.tokens < self.used):
             return False
         self.newest.append(message)
-        self._heard |= message.role == v1.Message.ROLE_USER
+        self._heard = self._heard or message.role == v1.Message.ROLE_USER
         return True
 
 

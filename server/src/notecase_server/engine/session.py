@@ -148,9 +148,10 @@ class LiveSession:
         the commit was made: before anybody decides anything else for a run of this session."""
         commit_id = commit.id or self._sessions.new_id()
         commit = commit._replace(id=commit_id, content_limit=self._sessions.content_limit)
-        added = _messages_added(commit.events)
-        for draft in self.drafts.values():
-            draft.settled = draft.settled or draft.name in added
+        if self.drafts:
+            added = _messages_added(commit.events)
+            for draft in self.drafts.values():
+                draft.settled = draft.settled or draft.name in added
         try:
             committed = await self._store.commit(commit)
         except NotecaseError as error:
@@ -203,8 +204,9 @@ class LiveSession:
         self.user = committed.session.user
         for event in committed.events:
             self._keep(event)
-        added = _messages_added(committed.events)
-        self.drafts = {step: draft for step, draft in self.drafts.items() if draft.name not in added}
+        if self.drafts:
+            added = _messages_added(committed.events)
+            self.drafts = {step: draft for step, draft in self.drafts.items() if draft.name not in added}
         self.head = max(self.head, committed.session.last_sequence)
         self._sessions.transcripts.follow(self.key, committed)
         self.ring()

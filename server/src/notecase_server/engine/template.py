@@ -114,6 +114,8 @@ class Template:
     def __init__(self, bound: BoundTemplate, source: str, keys: Mapping[str, frozenset[str] | None]) -> None:
         self._bound = bound
         self._source = source
+        self._plain = "{" not in source and len(source.encode()) <= MAX_OUTPUT
+        """The source has no tags, so it is its own result."""
         self.keys = keys
 
     async def rendered(self, state: Mapping[str, Mapping[str, v1.Value]]) -> str:
@@ -127,6 +129,8 @@ class Template:
         """The text, at most MAX_OUTPUT bytes of UTF-8. `state` has the values under "session", "user" and "app", at
         least those of `keys`; what is not there is empty. Raises NotecaseError TEMPLATE_ERROR when a limit is exceeded
         or a filter or comparison cannot take its values; the message says where, and quotes nothing of the state."""
+        if self._plain:
+            return self._source
         context = _Context(self._bound, state, most_work)
         buffer = context.get_buffer()
         try:

@@ -31,6 +31,9 @@ MAX_TEXT_BYTES = 1 << 20
 MAX_SILENT_BYTES = MAX_EVENT_BYTES
 """What may come between two pieces of a reply: comments, empty chunks and whatever else says nothing."""
 
+_MANY_BYTES = 1 << 10
+"""A chunk of this much probably holds several tokens, which are taken together."""
+
 _MOST_MISSES = 8
 """How often in a reply a chunk is taken for text alone and is not, before none is taken for that any more. A miss costs
 about as much as a token."""
@@ -154,7 +157,9 @@ class ChatReply:
             if len(self._document) > MAX_EVENT_BYTES:
                 raise too_large(MAX_EVENT_BYTES)
             return
-        before = len(pieces)
+        before, size = len(pieces), len(chunk)
+        if self._in_text and _MANY_BYTES <= size <= MAX_TEXT_BYTES:
+            chunk = self._take_tokens(chunk, pieces)
         for event in self._events.feed(chunk):
             if self._in_text and self._take_token(event, pieces):
                 continue
@@ -165,7 +170,7 @@ class ChatReply:
         if len(pieces) > before or self.heard:
             self._silent = 0
         else:
-            self._bound_silence(len(chunk))
+            self._bound_silence(size)
 
     def _bound_silence(self, size: int) -> None:
         self._silent += size
@@ -211,6 +216,21 @@ class ChatReply:
                 self._take(event, pieces)
             except documents.NotJsonError:
                 break
+
+    def _take_tokens(self, chunk: bytes, pieces: list[Piece]) -> bytes:
+        """Takes those events of a chunk that are text alone, if there are many, and returns what is left to be fed."""
+        run, rest = self._events.run(chunk)
+        if not run:
+            return rest
+        tokens = documents.tokens(run) if not self._halves and len(run) <= MAX_TEXT_BYTES else None
+        if tokens is None:
+            return b"data: " + run + b"\n\n" + rest
+        for token in tokens:
+            if token.model != self._named:
+                self._name(token.model)
+        if text := "".join([token.choices[0].delta.content or "" for token in tokens]):
+            self._take_text(text, pieces)
+        return rest
 
     def _take_token(self, event: Event, pieces: list[Piece]) -> bool:
         """Takes a chunk that is text alone, as `_take` would. Returns False for any other."""

@@ -9,6 +9,7 @@ import mimetypes
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -343,8 +344,12 @@ class _Conversation:
         it. `only_text` as in ModelRequest."""
         for text in filter(None, first):
             self._say_system(text)
-        if only_text and not self._joined and not self._unsigned:
-            self._made += [{"role": _SPEAKERS[message.role], "content": message.parts[0].text} for message in messages]
+        said = [
+            {"role": _SPEAKERS[message.role], "content": message.parts[0].text} for message in messages if only_text
+        ]
+        in_line = pairwise([*self._made[-1:], *said]) if self._joined else ()
+        if only_text and not self._unsigned and all(one["role"] != other["role"] for one, other in in_line):
+            self._made += said
         else:
             self._say(messages)
         made = self._made

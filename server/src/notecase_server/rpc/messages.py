@@ -5,6 +5,7 @@ from typing import Any
 from notecase import v1
 
 from notecase_server import errors, names
+from notecase_server.engine.content import MAX_APPENDED_BYTES
 from notecase_server.engine.opening import incoming
 from notecase_server.rpc.caller import caller
 from notecase_server.rpc.desk import LARGE_BYTES, LARGE_PAGE, Desk, checked, listed, once
@@ -52,7 +53,8 @@ class Messages(v1.MessageServiceServicer):
         repeat = await once(request, answer)
         key = await self.desk.session(parent, repeat)
         _, session = await self.desk.sessions.watched(key)
-        said = incoming(self.desk.new_id, await self.desk.contents.kept(key, request.messages), session.user)
+        kept = await self.desk.contents.kept(key, request.messages, most=MAX_APPENDED_BYTES)
+        said = incoming(self.desk.new_id, kept, session.user)
         events = [v1.Event(cause_id=request.request_id, message_added=message) for message in said]
         expected = request.if_last_sequence if request.HasField("if_last_sequence") else None
         principal = caller.get().principal_name

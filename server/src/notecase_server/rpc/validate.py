@@ -7,7 +7,7 @@ Whether it may happen at this moment is not asked here.
 import asyncio
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from typing import TypeVar
@@ -257,9 +257,10 @@ class Check:
         return self._parsed(field, name, names.parse_tenant, "tenants/{tenant}") or ""
 
     def labels(self, field: str, labels: Mapping[str, str]) -> None:
+        if not labels:
+            return
         self(len(labels) <= MAX_LABELS, field, f"has more than {MAX_LABELS} labels")
-        if labels:
-            self.needs(rights.LABELS, field)
+        self.needs(rights.LABELS, field)
         for key, value in islice(labels.items(), MAX_LABELS):
             if LABEL_KEY.fullmatch(key) is None:
                 at = f"{field}[{key[:80]!r}]"
@@ -339,6 +340,8 @@ class Check:
 
     def first_state(self, field: str, state: Mapping[str, v1.Value]) -> None:
         """Keys to set in a session."""
+        if not state:
+            return
         if not self(len(state) <= MAX_OPS, field, f"has more than {MAX_OPS} keys"):
             return
         size = sum(value.ByteSize() for value in state.values())
@@ -369,7 +372,9 @@ class Check:
 
     # ---- messages
 
-    def messages(self, field: str, messages: Sequence[v1.Message], roles: Iterable[v1.Message.Role.ValueType]) -> None:
+    def messages(
+        self, field: str, messages: Sequence[v1.Message], roles: Collection[v1.Message.Role.ValueType]
+    ) -> None:
         if not self(len(messages) <= MAX_MESSAGES, field, f"has more than {MAX_MESSAGES} messages"):
             return
         parts = sum(min(len(message.parts), MAX_PARTS + 1) for message in messages)
@@ -381,10 +386,10 @@ class Check:
         for index, message in enumerate(messages):
             self._message(f"{field}[{index}]", message, roles)
 
-    def _message(self, field: str, message: v1.Message, roles: Iterable[v1.Message.Role.ValueType]) -> None:
-        allowed = {v1.Message.ROLE_UNSPECIFIED, *roles}
-        known = [v1.Message.Role.Name(role) for role in roles]
-        self(message.role in allowed, f"{field}.role", f"must be {' or '.join(known)}")
+    def _message(self, field: str, message: v1.Message, roles: Collection[v1.Message.Role.ValueType]) -> None:
+        if message.role and message.role not in roles:
+            known = [v1.Message.Role.Name(role) for role in roles]
+            self(False, f"{field}.role", f"must be {' or '.join(known)}")
         if user := _user():
             self.own(message.author in {"", user}, f"{field}.author")
             self.own(message.role in {v1.Message.ROLE_UNSPECIFIED, v1.Message.ROLE_USER}, f"{field}.role")
@@ -705,8 +710,9 @@ class Check:
         self.first_state(f"{field}.state", start.state)
         if start.HasField("settings"):
             self._settings(f"{field}.settings", start.settings)
-        held = sum(map(_entry_bytes, start.state.items())) + sum(tool.ByteSize() for tool in start.client_tools)
-        self(held <= PAGE_BYTES, field, f"has a state and client_tools of more than {PAGE_BYTES} bytes together")
+        if start.state or start.client_tools:
+            held = sum(map(_entry_bytes, start.state.items())) + sum(tool.ByteSize() for tool in start.client_tools)
+            self(held <= PAGE_BYTES, field, f"has a state and client_tools of more than {PAGE_BYTES} bytes together")
         self.labels(f"{field}.labels", start.labels)
         self.messages(f"{field}.messages", start.messages, [v1.Message.ROLE_USER, v1.Message.ROLE_SYSTEM])
         if start.HasField("if_last_sequence"):
@@ -718,14 +724,20 @@ class Check:
             waits = start.on_busy in {v1.StartRun.ON_BUSY_QUEUE, v1.StartRun.ON_BUSY_ROLLBACK}
             self(not waits, at, "needs ON_BUSY_REJECT or ON_BUSY_INTERRUPT")
         self.choice(field, start, "on_busy")
-        self.options(f"{field}.options", start.options)
-        at = f"{field}.client_tools"
-        few = self(len(start.client_tools) <= MAX_TOOLS, at, f"has more than {MAX_TOOLS} tools")
-        size = sum(tool.ByteSize() for tool in start.client_tools) if few else 0
+        if start.HasField("options"):
+            self.options(f"{field}.options", start.options)
+        if start.client_tools:
+            self._client_tools(f"{field}.client_tools", start.client_tools)
+        if start.HasField("limits"):
+            self.limits(f"{field}.limits", start.limits)
+        if start.HasField("disconnect"):
+            self.duration(f"{field}.disconnect.cancel_after", start.disconnect.cancel_after)
+
+    def _client_tools(self, at: str, tools: Sequence[v1.Tool]) -> None:
+        few = self(len(tools) <= MAX_TOOLS, at, f"has more than {MAX_TOOLS} tools")
+        size = sum(tool.ByteSize() for tool in tools) if few else 0
         if self(size <= MAX_CLIENT_TOOLS_BYTES, at, f"are together larger than {MAX_CLIENT_TOOLS_BYTES} bytes") and few:
-            self.tools(at, start.client_tools, only_client=True)
-        self.limits(f"{field}.limits", start.limits)
-        self.duration(f"{field}.disconnect.cancel_after", start.disconnect.cancel_after)
+            self.tools(at, tools, only_client=True)
 
     def _settings(self, field: str, settings: v1.RunSettings) -> None:
         self.needs(rights.RUN_SETTINGS, field)

@@ -43,12 +43,16 @@ class _Batch:
         self.proto = v1.EventBatch()
         self._size = 0
 
-    def add(self, event: v1.Event) -> bool:
-        """Takes an event; False, and the event is left out, when there is no room for it."""
-        size = event.ByteSize()
-        if self._size + size > PAGE_BYTES and self.proto.events:
+    def add(self, live: LiveSession, event: v1.Event) -> bool:
+        """Takes a copy of an event in its whole names; False, and the event is left out, when there is no room for
+        it."""
+        events = self.proto.events
+        added = events.add()
+        added.CopyFrom(event)
+        size = names.render_event(live.key.session, live.user, added).ByteSize()
+        if self._size + size > PAGE_BYTES and len(events) > 1:
+            del events[-1]
             return False
-        self.proto.events.append(event)
         self._size += size
         return True
 
@@ -200,7 +204,7 @@ class Cursor:
         if found is None:
             found = await self._store.read_events(live.key, self.sequence)
         for stored in found:
-            if not (self._complete(batch, stored) and batch.add(self._rendered(stored))):
+            if not (self._complete(batch, stored) and batch.add(live, stored)):
                 return False
             self.sequence = stored.sequence
             self._sent.pop(stored.message_added.name, None)
@@ -220,12 +224,12 @@ class Cursor:
         """Adds notices, discarded messages and what is new in the drafts; False when the batch is full."""
         notices = self._live.notices(self._noticed)
         for number, notice in enumerate(notices, self._live.noticed - len(notices) + 1):
-            if not batch.add(self._rendered(notice)):
+            if not batch.add(self._live, notice):
                 return False
             self._noticed = number
         for name in self._discarded():
             discarded = v1.MessageDiscarded(message=name)
-            if not batch.add(self._rendered(v1.Event(run=self._sent[name].run, message_discarded=discarded))):
+            if not batch.add(self._live, v1.Event(run=self._sent[name].run, message_discarded=discarded)):
                 return False
             del self._sent[name]
         if self._durable_only:
@@ -259,17 +263,12 @@ class Cursor:
                 tool=block.tool,
             )
             setattr(delta, kind, block.data[start:end].decode())
-            if not batch.add(self._rendered(v1.Event(run=run, block_delta=delta))):
+            if not batch.add(self._live, v1.Event(run=run, block_delta=delta)):
                 return False
             self._sent[name] = sent
             sent.blocks[index] = (kind, end)
             start = end
         return True
-
-    def _rendered(self, event: v1.Event) -> v1.Event:
-        copy = v1.Event()
-        copy.CopyFrom(event)
-        return names.render_event(self._live.key.session, self._live.user, copy)
 
 
 def _slice_end(data: bytearray, start: int) -> int:

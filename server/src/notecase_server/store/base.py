@@ -59,7 +59,11 @@ class TableStore(ABC):
         """Runs a step in a transaction, given the time. What it raises undoes it."""
 
     async def commit(self, commit: Commit) -> Committed:
-        return await self._write(partial(steps.commit, commit=commit, quotas=self.quotas))
+        return await self._write(self._commit(commit))
+
+    def _commit(self, commit: Commit) -> Callable[[Tables, int], Committed]:
+        """The step that makes a commit."""
+        return partial(steps.commit, commit=commit, quotas=self.quotas)
 
     async def find_commit(self, key: SessionKey, commit_id: str) -> Committed | None:
         return await self._read(lambda tables: steps.find_commit(tables, key, commit_id))

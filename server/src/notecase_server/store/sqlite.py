@@ -10,19 +10,21 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeVar
 
 import structlog
 from google.protobuf.message import DecodeError
+from notecase import v1
 
 from notecase_server import errors
 from notecase_server.store import sqlite_tallies
 from notecase_server.store.base import TableStore
-from notecase_server.store.contract import Clock, Quotas
+from notecase_server.store.contract import Clock, Commit, Committed, Quotas, SessionKey
 from notecase_server.store.sqlite_file import BUSY_SECONDS, Connections, connect
+from notecase_server.store.sqlite_starts import Starts
 from notecase_server.store.sqlite_tables import SqliteTables
 from notecase_server.store.tables import Tables
 from notecase_server.supervisor import Tasks
@@ -35,10 +37,6 @@ log = structlog.get_logger()
 
 READERS = 3
 """They share the interpreter, so more would not read faster; while one waits for the disk, others go on."""
-
-ALONE = ("ROLLBACK",)
-AMONG_OTHERS = ("ROLLBACK TO write", "RELEASE write")
-"""What undoes a write that fails: the only one of a transaction, or one of several."""
 
 CHECKPOINT_WRITES = 16
 CHECKPOINT_ROWS = 1000
@@ -61,6 +59,9 @@ class _Job(NamedTuple):
     future: asyncio.Future[Any]
     alone: bool = False
     """It is a single statement, which needs no transaction."""
+    writes: bool = False
+    session: SessionKey | None = None
+    """It commits to this session, and writes nothing else."""
 
 
 def _scrub(*_: Any) -> bool:
@@ -69,7 +70,7 @@ def _scrub(*_: Any) -> bool:
 
 
 class _Outcome(NamedTuple):
-    future: asyncio.Future[Any]
+    job: _Job
     result: Any
     error: Exception | None
 
@@ -110,6 +111,7 @@ class SqliteStore(TableStore):
                 for reader in connections.readers
             ),
         ]
+        self._starts = Starts()
         self._tasks = Tasks("store")
         self._closing: asyncio.Task[None] | None = None
         for thread in self._threads:
@@ -121,11 +123,29 @@ class SqliteStore(TableStore):
     async def _write(self, step: Callable[[Tables, int], T]) -> T:
         return await self._ask(self._writes, step)
 
-    async def _ask(self, jobs: queue.SimpleQueue[_Job | None], step: Callable[..., T], alone: bool = False) -> T:
+    async def commit(self, commit: Commit) -> Committed:
+        return await self._ask(self._writes, self._commit(commit), session=commit.key)
+
+    async def read_start(self, tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
+        if self._closing is None and (kept := self._starts.find(tenant, session, agent)) is not None:
+            return kept
+        read = self._starts.forgotten
+        row, found = await super().read_start(tenant, session, agent)
+        if row is not None and found is not None:
+            self._starts.keep(tenant, agent or row.agent, found, read)
+        return row, found
+
+    async def _ask(
+        self,
+        jobs: queue.SimpleQueue[_Job | None],
+        step: Callable[..., T],
+        alone: bool = False,
+        session: SessionKey | None = None,
+    ) -> T:
         if self._closing is not None:
             raise errors.store_unavailable()
         future: asyncio.Future[T] = self._loop.create_future()
-        jobs.put(_Job(step, future, alone))
+        jobs.put(_Job(step, future, alone, jobs is self._writes, session))
         return await future
 
     async def scrub(self) -> bool:
@@ -158,7 +178,21 @@ class SqliteStore(TableStore):
     def _tell(self, outcomes: list[_Outcome]) -> None:
         """Hands outcomes to those who wait, all in one step of the loop."""
         with suppress(RuntimeError):  # the loop is closed, so nobody waits any more
-            self._loop.call_soon_threadsafe(_settle, outcomes)
+            self._loop.call_soon_threadsafe(self._settle, outcomes)
+
+    def _settle(self, outcomes: list[_Outcome]) -> None:
+        for job, result, error in outcomes:
+            if job.session is not None:
+                row = result.session if error is None else None
+                self._starts.committed(job.session.tenant, job.session.session, row)
+            elif job.writes:
+                self._starts.forget()
+            if job.future.done():
+                continue  # its caller was cancelled
+            if error is None:
+                job.future.set_result(result)
+            else:
+                job.future.set_exception(error)
 
     def _read_steps(self, connection: sqlite3.Connection) -> None:
         tables = SqliteTables(connection)
@@ -167,12 +201,12 @@ class SqliteStore(TableStore):
                 if not job.alone:
                     connection.execute("BEGIN")
                 try:
-                    outcome = _Outcome(job.future, job.step(tables), None)
+                    outcome = _Outcome(job, job.step(tables), None)
                 finally:
                     if not job.alone:
                         connection.execute("ROLLBACK")
             except Exception as error:  # noqa: BLE001 - it belongs to the caller
-                outcome = _Outcome(job.future, None, _told(error))
+                outcome = _Outcome(job, None, _told(error))
             self._tell([outcome])
 
     def _checkpoint(self) -> None:
@@ -183,7 +217,7 @@ class SqliteStore(TableStore):
             else:
                 self._log_is_long = True
             if waiting:
-                self._tell([_Outcome(future, None, None) for future in waiting])
+                self._tell([_Outcome(_Job(_scrub, future), None, None) for future in waiting])
 
     def _write_batches(self) -> None:
         writer, open_ended = self._writer, True
@@ -224,14 +258,37 @@ class _Writer:
         self._abandon()
         try:
             self._tally(quotas)
-            self._connection.execute("BEGIN IMMEDIATE")
-            outcomes = [self._among_others(job) for job in jobs] if len(jobs) > 1 else [self._attempt(jobs[0], ALONE)]
-            if self._connection.in_transaction:
-                self._connection.execute("COMMIT")
+            outcomes = self._together(jobs)
         except sqlite3.Error as error:
+            self._tables.forget()
             self._abandon()
             log.error("store_write_failed", error=_name(error), writes=len(jobs))
-            return [_Outcome(job.future, None, _unavailable(error)) for job in jobs]
+            return [_Outcome(job, None, _unavailable(error)) for job in jobs]
+        if outcomes is None:
+            return [outcome for job in jobs for outcome in self.transact([job], quotas)]
+        return outcomes
+
+    def _together(self, jobs: list[_Job]) -> list[_Outcome] | None:
+        """Makes one transaction of all jobs. Returns None, with nothing written, when one of several failed half-way: a
+        step decides before it writes, so that needs a defect or a disk that fails. Raises sqlite3.Error when the
+        transaction is lost."""
+        connection, outcomes = self._connection, list[_Outcome]()
+        connection.execute("BEGIN IMMEDIATE")
+        for job in jobs:
+            changes = connection.total_changes
+            try:
+                outcomes.append(_Outcome(job, job.step(self._tables, self._clock()), None))
+            except Exception as error:
+                if isinstance(error, sqlite3.Error) and not connection.in_transaction:
+                    raise  # SQLite gave the transaction up, as it does when the disk is full or fails
+                if connection.total_changes != changes:
+                    self._tables.forget()
+                    connection.execute("ROLLBACK")
+                    if len(jobs) > 1:
+                        return None
+                outcomes.append(_Outcome(job, None, _told(error)))
+        if connection.in_transaction:
+            connection.execute("COMMIT")
         return outcomes
 
     @property
@@ -263,10 +320,10 @@ class _Writer:
                 self._tables.deleted = bool(busy)
         except sqlite3.Error as error:
             log.error("store_scrub_failed", error=_name(error))
-            return [_Outcome(job.future, None, _unavailable(error)) for job in jobs]
+            return [_Outcome(job, None, _unavailable(error)) for job in jobs]
         finally:
             self._connection.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")
-        return [_Outcome(job.future, not self._tables.deleted, None) for job in jobs]
+        return [_Outcome(job, not self._tables.deleted, None) for job in jobs]
 
     def _tally(self, quotas: Quotas) -> None:
         """Begins to keep tallies of what has a bound now."""
@@ -275,28 +332,10 @@ class _Writer:
             sqlite_tallies.begin(self._connection, new)
             self._tables.tallied |= new
 
-    def _among_others(self, job: _Job) -> _Outcome:
-        """One write of several, in a savepoint."""
-        self._connection.execute("SAVEPOINT write")
-        outcome = self._attempt(job, AMONG_OTHERS)
-        if outcome.error is None:
-            self._connection.execute("RELEASE write")
-        return outcome
-
-    def _attempt(self, job: _Job, undo: Sequence[str]) -> _Outcome:
-        """One write, undone when it fails. Raises sqlite3.Error when the whole transaction is lost."""
-        try:
-            return _Outcome(job.future, job.step(self._tables, self._clock()), None)
-        except Exception as error:
-            if isinstance(error, sqlite3.Error) and not self._connection.in_transaction:
-                raise  # SQLite gave the transaction up, as it does when the disk is full or fails
-            for statement in undo:
-                self._connection.execute(statement)
-            return _Outcome(job.future, None, _told(error))
-
     def _abandon(self) -> None:
         """Rolls back what is left of a failed transaction."""
         if self._connection.in_transaction:
+            self._tables.forget()
             with suppress(sqlite3.Error):  # the disk fails still; it is tried again before the next transaction
                 self._connection.execute("ROLLBACK")
 
@@ -309,16 +348,6 @@ def _checkpointed(connection: sqlite3.Connection) -> int:
         log.error("store_checkpoint_failed", error=_name(error))
         return 0
     return pages
-
-
-def _settle(outcomes: list[_Outcome]) -> None:
-    for future, result, error in outcomes:
-        if future.done():
-            continue  # its caller was cancelled
-        if error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
 
 
 def _told(error: Exception) -> Exception:

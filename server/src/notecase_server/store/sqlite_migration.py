@@ -4,7 +4,8 @@ The tables whose rows change are set aside, made anew and filled, of the first s
 among them, stay where they are. So the disk needs room for several times the rows, and memory holds a few of them. The
 second lacks two tables: that of deleted sessions begins empty, and what rewinds have left behind is read from the logs,
 since a message says no more by itself whether it is superseded. Both it and the third had a row for each message
-besides that of its event, and neither had keys, nor what says whether there ever was one.
+besides that of its event, and neither had keys, nor what says whether there ever was one. Up to the fourth, runs that
+had not ended had a row more, with their agent.
 """
 
 import re
@@ -58,10 +59,14 @@ ROWS: dict[str, str] = {
         LEFT JOIN first_messages m ON m.tenant = t.tenant AND m.session = t.session AND m.sequence = t.sequence""",
     "changed_messages": f"""{_of_sessions("messages", "sequence, update_sequence, body")} WHERE t.body IS NOT NULL""",
     "calls": _of_sessions("calls", "call_id, message"),
-    "runs": _of_sessions("runs", "run, state, agent, create_time, labels, first_sequence, last_sequence, digest, body"),
-    "active_runs": """SELECT t.tenant, r.create_time, n.uid, t.run, '', 0, 0, t.agent FROM first_active_runs t
-        CROSS JOIN session_names n ON n.tenant = t.tenant AND n.session = t.session
-        JOIN first_runs r ON r.tenant = t.tenant AND r.session = t.session AND r.run = t.run""",
+    "runs": f"""{
+        _of_sessions(
+            "runs",
+            '''t.run, state, t.agent, create_time, labels, first_sequence, last_sequence, digest,
+            iif(a.run IS NULL, NULL, 0), 0, 0, body''',
+        )
+    } LEFT JOIN first_active_runs a ON a.tenant = t.tenant AND a.session = t.session AND a.run = t.run""",
+    "run_agents": _of_sessions("active_runs", "run, agent"),
     "commands": _of_sessions("commands", "command_id, digest, sequence, run"),
     "states": _of_states("states", "version"),
     "entries": _of_states("entries", "key, body"),
@@ -73,20 +78,38 @@ ROWS: dict[str, str] = {
 }
 """By table, its rows of now, from those of then."""
 
-FIRST = ("messages", *(table for table in ROWS if table != "changed_messages"))
+FIRST = ("messages", "active_runs", *(table for table in ROWS if table not in {"changed_messages", "run_agents"}))
 """The tables of the first schema that have those."""
 
-BEFORE = ("events", "messages", "active_runs")
-"""The tables of the second and the third schema whose rows lie elsewhere now."""
+MOVED = {
+    2: ("events", "messages", "runs", "active_runs"),
+    3: ("events", "messages", "runs", "active_runs"),
+    4: ("runs", "active_runs"),
+}
+"""The tables of each later schema whose rows lie elsewhere now."""
+
+INDEXES = {
+    2: ("events_of_past", "messages_by_id", "runs_by_state", "runs_by_time", "runs_by_session"),
+    3: ("events_of_past", "messages_by_id", "unended_runs", "runs_by_time", "runs_by_session"),
+    4: ("runs_by_time", "runs_by_session"),
+}
+"""Theirs."""
 
 FROM_BEFORE = (
     """INSERT INTO events SELECT tenant, uid, sequence, tells_past, message, run, step, e.body FROM before_events e
         LEFT JOIN before_messages m USING (tenant, uid, sequence)""",
     """INSERT INTO changed_messages SELECT tenant, uid, sequence, update_sequence, body FROM before_messages
         WHERE body IS NOT NULL""",
-    """INSERT INTO active_runs SELECT tenant, r.create_time, uid, run, step, deaths, released, a.agent
-        FROM before_active_runs a JOIN runs r USING (tenant, uid, run) JOIN sessions s USING (tenant, uid)""",
 )
+
+RUNS_FROM_BEFORE = (
+    """INSERT INTO run_agents SELECT tenant, uid, run, a.{agent} FROM before_active_runs a
+        JOIN sessions s USING (tenant, uid)""",
+    """INSERT INTO runs SELECT tenant, uid, run, state, r.agent, r.create_time, labels, first_sequence, last_sequence,
+        digest, iif(o.body IS NULL, NULL, 0), coalesce(deaths, 0), coalesce(released, 0), r.body FROM before_runs r
+        LEFT JOIN run_agents o USING (tenant, uid, run) LEFT JOIN before_active_runs a USING (tenant, uid, run)""",
+)
+"""An agent is kept as it is, although a revision may say the same: it goes with the end of its run."""
 
 CONVERTED: dict[str, Callable[[Row], Row]] = {
     "sessions": lambda row: (*row[:-1], earlier.session(row[-1], row[1]).SerializeToString()),
@@ -100,18 +123,19 @@ def migrate(connection: sqlite3.Connection, version: int) -> None:
     if version == 1:
         _from_first(connection)
     else:
-        for index in ("events_of_past", "messages_by_id", "runs_by_state" if version == 2 else "unended_runs"):
+        for index in INDEXES[version]:
             connection.execute(f"DROP INDEX {index}")
-        for table in BEFORE:
+        for table in MOVED[version]:
             connection.execute(f"ALTER TABLE {table} RENAME TO before_{table}")
         _make_missing(connection)
-        for statement in FROM_BEFORE:
-            connection.execute(statement)
-        for table in BEFORE:
+        for statement in (*(FROM_BEFORE if version < 4 else ()), *RUNS_FROM_BEFORE):
+            connection.execute(statement.format(agent="agent" if version < 4 else "revision"))
+        for table in MOVED[version]:
             connection.execute(f"DROP TABLE before_{table}")
         if version == 2:
             _leave_behind(connection)
-    connection.execute("ALTER TABLE store ADD COLUMN keyed INTEGER NOT NULL DEFAULT 0")
+    if version < 4:
+        connection.execute("ALTER TABLE store ADD COLUMN keyed INTEGER NOT NULL DEFAULT 0")
 
 
 def _from_first(connection: sqlite3.Connection) -> None:
@@ -195,7 +219,7 @@ def _fill(connection: sqlite3.Connection, table: str, rows: Iterable[Row]) -> No
 def _bind(connection: sqlite3.Connection) -> None:
     """Gives the open calls of runs that have not ended what they are bound to, in the row of the run and in its
     messages: such a message has a body of its own from then on, and the event that added it stays as it is."""
-    with closing(connection.execute("SELECT tenant, uid, run, revision FROM active_runs")) as active:
+    with closing(connection.execute("SELECT tenant, uid, run, body FROM run_agents")) as active:
         for tenant, uid, name, body in active:
             agent, place = v1.Agent.FromString(body), (tenant, uid, name)
             found = connection.execute(

@@ -6,7 +6,7 @@ session is known by its uid everywhere; only `session_names` finds it by its nam
 `sessions` are what is left of a deleted one, or a fork or an import under way: nobody reads them.
 """
 
-VERSION = 4
+VERSION = 5
 """Number of the schema, in the file's header as user_version. Older files are converted when they are opened."""
 
 SCHEMA = (
@@ -87,6 +87,8 @@ SCHEMA = (
         message TEXT NOT NULL,
         PRIMARY KEY (tenant, uid, call_id)
     ) WITHOUT ROWID""",
+    # `revision` is that of the agent of a run that has not ended, 0 where `run_agents` has the agent, and NULL once the
+    # run has ended. `deaths` and `released` are of runs that have not ended.
     """CREATE TABLE runs (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,
@@ -98,23 +100,33 @@ SCHEMA = (
         first_sequence INTEGER NOT NULL,
         last_sequence INTEGER NOT NULL,
         digest BLOB NOT NULL,
+        revision INTEGER,
+        deaths INTEGER NOT NULL,
+        released INTEGER NOT NULL,
         body BLOB NOT NULL,
         PRIMARY KEY (tenant, uid, run)
     ) WITHOUT ROWID""",
     "CREATE INDEX runs_by_time ON runs (tenant, create_time, uid, run)",
     "CREATE INDEX runs_by_session ON runs (tenant, uid, create_time, run)",
     # Runs that have not ended, in the order in which they are listed over all sessions: few among many, and asked for
-    # often. What is kept here of each lies apart from its row, which every commit writes anew.
-    """CREATE TABLE active_runs (
+    # often.
+    "CREATE INDEX unended_runs ON runs (tenant, create_time, uid, run) WHERE revision IS NOT NULL",
+    # The agents of those whose agent is no revision as it is stored, such as one that the start has changed.
+    """CREATE TABLE run_agents (
         tenant TEXT NOT NULL,
-        create_time INTEGER NOT NULL,
         uid TEXT NOT NULL,
         run TEXT NOT NULL,
-        step TEXT NOT NULL,
-        deaths INTEGER NOT NULL,
-        released INTEGER NOT NULL,
-        revision BLOB NOT NULL,
-        PRIMARY KEY (tenant, create_time, uid, run, step)
+        body BLOB NOT NULL,
+        PRIMARY KEY (tenant, uid, run)
+    ) WITHOUT ROWID""",
+    # Revisions of deleted agents, each until the last of the runs that use it has ended.
+    """CREATE TABLE retired_revisions (
+        tenant TEXT NOT NULL,
+        agent TEXT NOT NULL,
+        revision INTEGER NOT NULL,
+        uses INTEGER NOT NULL,
+        body BLOB NOT NULL,
+        PRIMARY KEY (tenant, agent, revision)
     ) WITHOUT ROWID""",
     """CREATE TABLE states (
         tenant TEXT NOT NULL,

@@ -9,11 +9,13 @@ be named in a JSON path and compared in the order of its bytes, whatever charact
 
 import json
 import sqlite3
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import islice
 from typing import Any, NamedTuple
 
+import msgspec
 import structlog
 from google.protobuf.message import DecodeError
 from notecase import v1
@@ -45,6 +47,7 @@ from notecase_server.store.tables import (
     Applied,
     Batch,
     BlobRow,
+    Changes,
     CommitRow,
     EventRow,
     Kept,
@@ -57,7 +60,12 @@ from notecase_server.store.tables import (
 
 log = structlog.get_logger()
 
+_COMMITS = msgspec.json.Decoder(tuple[CommitRow, ...])
+
 Bound = str | int | bytes | None
+
+SAVED_SESSIONS, SAVED_BYTES = 256, 16 << 10
+"""Sessions whose rows are kept for their next commit, and how large those of one may be."""
 
 INSERTED = 16
 """Rows that one statement adds at most, so that there are few of such statements to compile."""
@@ -68,6 +76,7 @@ SESSION_ROWS = (
     ("stretches", "after", "0"),
     ("calls", "call_id", "0"),
     ("runs", "run", "length(body)"),
+    ("run_agents", "run", "length(body)"),
     ("commands", "command_id", "0"),
 )
 """The tables that hold rows of a session under its uid, but for its own row, those of its state, and what its deletion
@@ -85,6 +94,7 @@ TENANT_ROWS = (
     ("uploads", "upload_id"),
     ("agents", "agent"),
     ("revisions", "agent, revision"),
+    ("retired_revisions", "agent, revision"),
     ("keys", "key"),
     ("principals", "principal"),
     ("audit", "number"),
@@ -104,7 +114,17 @@ PUT_SESSION = f"""UPDATE sessions SET {", ".join(f"{name} = ?" for name in SESSI
     expire_time = ?, labels = ?, epoch = ?, commits = ?, body = ? WHERE tenant = ? AND uid = ?"""
 
 ADD_RUN = f"""INSERT INTO runs (tenant, uid, run, {", ".join(RUN_COLUMNS)}, labels, first_sequence, last_sequence,
-    digest, body) VALUES (?, ?, ?{", ?" * len(RUN_COLUMNS)}, ?, ?, ?, ?, ?)"""
+    digest, revision, deaths, released, body) VALUES (?, ?, ?{", ?" * len(RUN_COLUMNS)}, ?, ?, ?, ?, {{}}, 0, 0, ?)"""
+
+ADD_ENDED_RUN = ADD_RUN.format("NULL")
+
+ADD_ACTIVE_RUN = (
+    ADD_RUN.format(
+        """iif(EXISTS (SELECT 1 FROM revisions WHERE tenant = ? AND agent = ? AND revision = ? AND body = ?), ?, 0)"""
+    )
+    + " RETURNING revision"
+)
+"""Names the revision of the run's agent, if a stored one has the same bytes."""
 
 PUT_AGENT = f"""REPLACE INTO agents (tenant, agent, revision, {", ".join(AGENT_COLUMNS)}, labels)
     VALUES (?, ?, ?{", ?" * len(AGENT_COLUMNS)}, ?)"""
@@ -118,6 +138,9 @@ CHANGED = "LEFT JOIN changed_messages c ON c.tenant = e.tenant AND c.uid = e.uid
 MESSAGES = f"""SELECT e.sequence, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND}
     FROM events e INDEXED BY messages_in_order {CHANGED} WHERE e.message IS NOT NULL AND e.tenant = ? AND e.uid = ?"""
 """Of each its own body, or where it has none the event's."""
+
+IN_FORCE = f"{MESSAGES.replace(REWIND, 'NULL', 1)} AND {REWIND} IS NULL"
+"""As MESSAGES, of those that no rewind left behind."""
 
 MESSAGE = f"{MESSAGES.replace('messages_in_order', 'messages_by_id')} AND e.message = ?"
 
@@ -191,10 +214,9 @@ COPIES = (
     ),
     _Copied(
         *("runs", OF_SOURCE, "run", "", "length(body)"),
-        f":tenant, :uid, run, {', '.join(RUN_COLUMNS)}, labels, first_sequence, last_sequence, digest, body",
-        """last_sequence <= :at AND NOT EXISTS
-            (SELECT 1 FROM active_runs a WHERE a.tenant = runs.tenant AND a.create_time = runs.create_time
-                AND a.uid = runs.uid AND a.run = runs.run)""",
+        f""":tenant, :uid, run, {", ".join(RUN_COLUMNS)}, labels, first_sequence, last_sequence, digest, NULL, 0, 0,
+            body""",
+        "last_sequence <= :at AND revision IS NULL",
     ),
     _Copied("entries", OF_ITS_STATE, "key", "", "length(body)", ":tenant, 'session', :uid, key, body"),
 )
@@ -212,6 +234,14 @@ START = f"""SELECT s.body, r.body FROM (SELECT 1)
         AND r.revision = coalesce(nullif(substr({NAMED}, {AT} + 1) + 0, 0), a.revision)"""
 """A session, and the agent that is named, or if none is the session's: both as `agents/ID` or `agents/ID@REVISION`."""
 
+PUT_RUN = "last_sequence = ?, body = ? WHERE tenant = ? AND uid = ? AND run = ?"
+
+RETIRE = """INSERT INTO retired_revisions (tenant, agent, revision, uses, body)
+    SELECT v.tenant, v.agent, v.revision, u.uses, v.body FROM
+        (SELECT revision, count(*) AS uses FROM runs INDEXED BY unended_runs
+            WHERE revision > 0 AND tenant = :tenant AND agent = 'agents/' || :agent GROUP BY revision) u
+        CROSS JOIN revisions v ON v.tenant = :tenant AND v.agent = :agent AND v.revision = u.revision"""
+
 AGENTS = """SELECT a.agent, r.body FROM agents a
     JOIN revisions r ON r.tenant = a.tenant AND r.agent = a.agent AND r.revision = a.revision
     WHERE a.tenant = ?"""
@@ -220,17 +250,18 @@ AGENTS = """SELECT a.agent, r.body FROM agents a
 LOOSE_BLOBS = """SELECT tenant, sha256 FROM blobs b WHERE upload_time < ? AND NOT EXISTS
     (SELECT 1 FROM blob_references r WHERE r.tenant = b.tenant AND r.sha256 = b.sha256)"""
 
-ACTIVE_RUNS = """SELECT a.tenant, s.session, a.uid, r.body, a.revision, s.epoch, a.deaths, a.released FROM active_runs a
-    JOIN runs r ON r.tenant = a.tenant AND r.uid = a.uid AND r.run = a.run AND r.create_time = a.create_time
-    JOIN sessions s ON s.tenant = a.tenant AND s.uid = a.uid"""
+ACTIVE_RUN = """SELECT r.tenant, s.session, r.uid, r.body, coalesce(o.body, v.body, t.body), s.epoch, r.deaths,
+    r.released FROM runs r JOIN sessions s ON s.tenant = r.tenant AND s.uid = r.uid
+    LEFT JOIN run_agents o ON o.tenant = r.tenant AND o.uid = r.uid AND o.run = r.run
+    LEFT JOIN revisions v ON v.tenant = r.tenant AND v.agent = substr(r.agent, 8) AND v.revision = r.revision
+    LEFT JOIN retired_revisions t ON t.tenant = r.tenant AND t.agent = substr(r.agent, 8) AND t.revision = r.revision
+    WHERE r.revision IS NOT NULL"""
 
-ACTIVE_RUN = """tenant = ?1 AND uid = ?2 AND run = ?3
-    AND create_time = (SELECT create_time FROM runs WHERE tenant = ?1 AND uid = ?2 AND run = ?3)"""
-"""Finds the row that a run has among those that have not ended."""
+ACTIVE_RUNS = ACTIVE_RUN.replace("runs r JOIN", "runs r INDEXED BY unended_runs CROSS JOIN")
+"""CROSS keeps the runs the outer loop."""
 
-
-IDLE_RUNS = f"""{ACTIVE_RUNS} WHERE r.state = {v1.Run.STATE_RUNNING}
-    OR (r.state = {v1.Run.STATE_QUEUED} AND s.activity = {v1.Session.ACTIVITY_IDLE})"""
+IDLE_RUNS = f"""{ACTIVE_RUNS} AND (r.state = {v1.Run.STATE_RUNNING}
+    OR (r.state = {v1.Run.STATE_QUEUED} AND s.activity = {v1.Session.ACTIVITY_IDLE}))"""
 
 
 def _active_run(
@@ -253,14 +284,29 @@ def _expire_time(session: v1.Session) -> int | None:
     return session.expire_time.ToMicroseconds() if session.HasField("expire_time") else None
 
 
+class _Saved(NamedTuple):
+    """Holds the rows of a session that its next commit loads, as the last commit left them."""
+
+    body: bytes
+    epoch: int
+    commits: tuple[CommitRow, ...]
+    runs: Mapping[str, bytes]
+    """The bodies of the runs of that commit that have not ended."""
+
+
 class SqliteTables(Saving):
-    """Rows as one connection sees them; used inside a transaction that somebody else begins and ends."""
+    """Rows as one connection sees them; used inside a transaction that the caller begins and ends. A caller that rolls
+    one back calls `forget`."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self.deleted = True
         """Something may be left of rows that were deleted: nobody knows what the process before did."""
         self.tallied: set[Kept] = set()
         """What this connection has tallies of."""
+        self._saved: OrderedDict[tuple[str, str], _Saved] = OrderedDict()
+        """Rows for the next commit of each session. Every write to a session's row or runs goes through this object."""
+        self._retires: bool | None = None
+        """Whether `retired_revisions` or `run_agents` may hold something; None while nobody has looked."""
         self._execute = connection.execute
         self._executemany = connection.executemany
 
@@ -270,6 +316,45 @@ class SqliteTables(Saving):
             some = rows[at : at + INSERTED]
             values = ", ".join([f"({_marks(some[0])})"] * len(some))
             self._execute(f"INSERT INTO {into} VALUES {values}", [value for row in some for value in row])
+
+    def forget(self) -> None:
+        """Forgets the rows that were kept for the next commit, after a rollback."""
+        self._saved.clear()
+
+    def save(self, changes: Changes) -> None:
+        key = changes.key
+        body = (self._add_session if changes.made else self._put_session)(key, changes.session)
+        self.add_events(key, changes.events)
+        if changes.command is not None:
+            self.add_command(key, *changes.command)
+        if changes.stretches:
+            self.add_stretches(key, changes.stretches)
+        if changes.messages:
+            self.add_messages(key, changes.messages)
+        if changes.calls:
+            self.put_calls(key, changes.calls)
+        for message in changes.changed_messages:
+            self.put_message(key, message)
+        runs: dict[str, bytes] = {}
+        for run, record in changes.runs:
+            ended = run.name in changes.ended
+            runs[run.name] = self._add_run(key, run, record.digest, None if ended else record.agent)
+        for run, moved in changes.changed_runs:
+            runs[run.name] = self._put_run(key, run, moved, ended=run.name in changes.ended)
+        for name, deaths in changes.deaths.items():
+            self.put_record(key, name, deaths, released=False)
+        for scope, version in changes.versions.items():
+            self.put_version(scope, version)
+        for scope, name, entry in changes.entries:
+            self.put_entry(scope, name, entry)
+        for sha256, sequence in changes.references.items():
+            self.refer(key.state, "", sha256, sequence)
+        for name in changes.ended:
+            del runs[name]
+        if len(body) + sum(map(len, runs.values())) <= SAVED_BYTES:
+            self._saved[_of(key)] = _Saved(body, changes.session.epoch, changes.session.commits, runs)
+            if len(self._saved) > SAVED_SESSIONS:
+                self._saved.popitem(last=False)
 
     def _one(self, statement: str, *values: Bound) -> Any:
         """The first row as a tuple, or None."""
@@ -341,6 +426,10 @@ class SqliteTables(Saving):
         return _session(*row) if row else None
 
     def session_with_runs(self, key: SessionKey, runs: Collection[str]) -> tuple[SessionRow, dict[str, v1.Run]] | None:
+        saved = self._saved.get(_of(key))
+        if saved is not None and saved.runs.keys() >= set(runs):
+            row = SessionRow(v1.Session.FromString(saved.body), saved.epoch, saved.commits)
+            return row, {name: v1.Run.FromString(saved.runs[name]) for name in runs}
         rows = self._execute(
             f"""SELECT s.body, s.epoch, s.commits, r.body FROM sessions s LEFT JOIN runs r
                 ON r.tenant = s.tenant AND r.uid = s.uid AND r.run IN ({_marks(runs)})
@@ -351,18 +440,30 @@ class SqliteTables(Saving):
         return (_session(*rows[0][:3]), {run.name: run for run in found}) if rows else None
 
     def add_session(self, key: SessionKey, row: SessionRow) -> None:
+        self._add_session(key, row)
+
+    def _add_session(self, key: SessionKey, row: SessionRow) -> bytes:
         columns = (column(row.session, name) for name in SESSION_COLUMNS)
-        self._execute(ADD_SESSION, (key.tenant, key.uid, key.session, *columns, *_kept(row)))
+        body = row.session.SerializeToString()
+        self._execute(ADD_SESSION, (key.tenant, key.uid, key.session, *columns, *_kept(row), body))
         self._execute(
             "INSERT INTO session_names (tenant, session, uid) VALUES (?, ?, ?)", (key.tenant, key.session, key.uid)
         )
+        return body
 
     def put_session(self, key: SessionKey, row: SessionRow) -> None:
+        self._put_session(key, row)
+
+    def _put_session(self, key: SessionKey, row: SessionRow) -> bytes:
+        self._saved.pop(_of(key), None)
         columns = (column(row.session, name) for name in SESSION_CHANGES)
-        self._execute(PUT_SESSION, (*columns, *_kept(row), key.tenant, key.uid))
+        body = row.session.SerializeToString()
+        self._execute(PUT_SESSION, (*columns, *_kept(row), body, key.tenant, key.uid))
+        return body
 
     def delete_session(self, key: SessionKey) -> None:
         self.deleted = True
+        self._saved.pop(_of(key), None)
         self._execute(
             """INSERT INTO deleted_sessions (tenant, uid, user) SELECT tenant, uid, user FROM sessions
                 WHERE tenant = ? AND uid = ?""",
@@ -533,9 +634,7 @@ class SqliteTables(Saving):
     def messages(
         self, key: SessionKey, query: Query, newest_first: bool, step: StepKey | None, superseded: bool
     ) -> Iterator[Found[v1.Message]]:
-        statement, values = MESSAGES, list[Bound](_of(key))
-        if not superseded:
-            statement += f" AND {REWIND} IS NULL"
+        statement, values = MESSAGES if superseded else IN_FORCE, list[Bound](_of(key))
         if step is not None:
             # The run's own events bound the search: nothing of it lies before its first or after its last.
             bounds = self._one(
@@ -574,33 +673,66 @@ class SqliteTables(Saving):
         return (v1.Run.FromString(row[0]), row[1]) if row else None
 
     def add_run(self, key: SessionKey, run: v1.Run, digest: bytes) -> None:
+        self._add_run(key, run, digest, None)
+
+    def _add_run(self, key: SessionKey, run: v1.Run, digest: bytes, agent: v1.Agent | None) -> bytes:
+        """Adds a run, with its agent if it has not ended, and returns its body."""
         columns = (column(run, name) for name in RUN_COLUMNS)
-        bounds = (run.first_sequence, run.last_sequence)
         body = run.SerializeToString()
-        self._execute(ADD_RUN, (*_of(key), run.name, *columns, _labels(run), *bounds, digest, body))
+        row = (*_of(key), run.name, *columns, _labels(run), run.first_sequence, run.last_sequence, digest)
+        if agent is None:
+            self._execute(ADD_ENDED_RUN, (*row, body))
+            return body
+        own, revision = _body(agent), agent.revision
+        name = agent.name.removeprefix("agents/") if agent.name == run.agent else ""
+        (kept,) = self._execute(ADD_ACTIVE_RUN, (*row, key.tenant, name, revision, own, revision, body)).fetchone()
+        if not kept:
+            self._retires = True
+            self._execute(
+                "INSERT INTO run_agents (tenant, uid, run, body) VALUES (?, ?, ?, ?)", (*_of(key), run.name, own)
+            )
+        return body
 
     def put_run(self, key: SessionKey, run: v1.Run, moved: bool) -> None:
+        self._saved.pop(_of(key), None)
+        self._put_run(key, run, moved, ended=False)
+
+    def _put_run(self, key: SessionKey, run: v1.Run, moved: bool, *, ended: bool) -> bytes:
+        """Replaces a run, which has its agent no longer once it has `ended`, and returns its body."""
         body = run.SerializeToString()
-        if moved:
-            self._execute(
-                "UPDATE runs SET state = ?, last_sequence = ?, body = ? WHERE tenant = ? AND uid = ? AND run = ?",
-                (run.state, run.last_sequence, body, *_of(key), run.name),
-            )
+        changed: tuple[Bound, ...] = (run.last_sequence, body, *_of(key), run.name)
+        if ended:
+            self._drop_agent(key, run.name)
+            self._execute(f"UPDATE runs SET revision = NULL, state = ?, {PUT_RUN}", (run.state, *changed))
+        elif moved:
+            self._execute(f"UPDATE runs SET state = ?, {PUT_RUN}", (run.state, *changed))
         else:
-            self._execute(
-                "UPDATE runs SET last_sequence = ?, body = ? WHERE tenant = ? AND uid = ? AND run = ?",
-                (run.last_sequence, body, *_of(key), run.name),
-            )
+            self._execute(f"UPDATE runs SET {PUT_RUN}", changed)
+        return body
 
     def add_record(self, key: SessionKey, run: v1.Run, agent: v1.Agent) -> None:
-        self._execute(
-            """INSERT INTO active_runs (tenant, create_time, uid, run, step, deaths, released, revision)
-                VALUES (?, ?, ?, ?, '', 0, 0, ?)""",
-            (key.tenant, column(run, "create_time"), key.uid, run.name, agent.SerializeToString()),
-        )
+        raise AssertionError("runs are added with their agents")
 
     def drop_record(self, key: SessionKey, run: str) -> None:
-        self._execute(f"DELETE FROM active_runs WHERE {ACTIVE_RUN}", (*_of(key), run))
+        self._saved.pop(_of(key), None)
+        self._drop_agent(key, run)
+        self._execute("UPDATE runs SET revision = NULL WHERE tenant = ? AND uid = ? AND run = ?", (*_of(key), run))
+
+    def _drop_agent(self, key: SessionKey, run: str) -> None:
+        """Drops what only this run needs of its agent. Call it while the run's row still has its revision."""
+        if self._retires is None:
+            some = "SELECT EXISTS (SELECT 1 FROM run_agents) OR EXISTS (SELECT 1 FROM retired_revisions)"
+            self._retires = bool(self._one(some)[0])
+        if not self._retires:
+            return
+        self.deleted = True
+        self._execute("DELETE FROM run_agents WHERE tenant = ? AND uid = ? AND run = ?", (*_of(key), run))
+        self._execute(
+            """UPDATE retired_revisions SET uses = uses - 1 WHERE (tenant, 'agents/' || agent, revision) =
+                (SELECT tenant, agent, revision FROM runs WHERE tenant = ? AND uid = ? AND run = ?)""",
+            (*_of(key), run),
+        )
+        self._execute("DELETE FROM retired_revisions WHERE tenant = ? AND uses = 0", (key.tenant,))
 
     def runs(
         self, tenant: str, session: SessionKey | None, query: Query, user: str
@@ -609,7 +741,7 @@ class SqliteTables(Saving):
         source, place = ("runs INDEXED BY runs_by_session", " AND uid = ?") if session else ("runs", "")
         whose = " AND s.user = ?" if user else ""
         if session is None and _is_unended(query.where):
-            source = "active_runs CROSS JOIN runs USING (tenant, create_time, uid, run)"
+            source, place = "runs INDEXED BY unended_runs", " AND revision IS NOT NULL"
         rows = self._execute(
             f"""SELECT create_time, uid, run, body, (SELECT session FROM sessions s
                     WHERE s.tenant = runs.tenant AND s.uid = runs.uid) FROM {source} WHERE tenant = ?{place}{where}
@@ -629,16 +761,16 @@ class SqliteTables(Saving):
         return [v1.Run.FromString(body) for (body,) in rows]
 
     def active_run(self, key: SessionKey, run: str) -> ActiveRun | None:
-        where = " WHERE r.tenant = ? AND r.uid = ? AND r.run = ?"
-        row = self._execute(ACTIVE_RUNS + where, (*_of(key), run)).fetchone()
+        where = " AND r.tenant = ? AND r.uid = ? AND r.run = ?"
+        row = self._execute(ACTIVE_RUN + where, (*_of(key), run)).fetchone()
         return _active_run(*row) if row else None
 
     def active_runs(self, after: ActiveRun | None, limit: int) -> list[ActiveRun]:
         where, values = "", tuple[Bound, ...]()
         if after is not None:
-            where = " WHERE (a.tenant, a.create_time, a.uid, a.run) > (?, ?, ?, ?)"
+            where = " AND (r.tenant, r.create_time, r.uid, r.run) > (?, ?, ?, ?)"
             values = (after.key.tenant, column(after.run, "create_time"), after.key.uid, after.run.name)
-        order = " ORDER BY a.tenant, a.create_time, a.uid, a.run"
+        order = " ORDER BY r.tenant, r.create_time, r.uid, r.run"
         with closing(self._execute(f"{ACTIVE_RUNS}{where}{order}", values)) as rows:
             return list(islice(_readable(rows), limit))
 
@@ -647,8 +779,9 @@ class SqliteTables(Saving):
 
     def put_record(self, key: SessionKey, run: str, deaths: int | None, released: bool) -> None:
         self._execute(
-            f"UPDATE active_runs SET deaths = coalesce(?4, deaths), released = ?5 WHERE {ACTIVE_RUN}",
-            (*_of(key), run, deaths, released),
+            """UPDATE runs SET deaths = coalesce(?, deaths), released = ?
+                WHERE tenant = ? AND uid = ? AND run = ? AND revision IS NOT NULL""",
+            (deaths, released, *_of(key), run),
         )
 
     def version(self, scope: Scope) -> int:
@@ -712,11 +845,14 @@ class SqliteTables(Saving):
         self._execute(PUT_AGENT, (tenant, agent_id, agent.revision, *columns, _labels(agent)))
         self._execute(
             "INSERT INTO revisions (tenant, agent, revision, body) VALUES (?, ?, ?, ?)",
-            (tenant, agent_id, agent.revision, agent.SerializeToString()),
+            (tenant, agent_id, agent.revision, _body(agent)),
         )
 
     def delete_agent(self, tenant: str, agent_id: str) -> None:
         self.deleted = True
+        retired = self._execute(RETIRE, {"tenant": tenant, "agent": agent_id}).rowcount
+        if retired:
+            self._retires = True
         self._execute("DELETE FROM revisions WHERE tenant = ? AND agent = ?", (tenant, agent_id))
         self._execute(
             "UPDATE agents SET display_name = '', labels = NULL WHERE tenant = ? AND agent = ?", (tenant, agent_id)
@@ -1006,15 +1142,20 @@ class SqliteTables(Saving):
             yield tenant, upload_id, UploadRow(*row)
 
 
+def _body(agent: v1.Agent) -> bytes:
+    """Returns an agent as it is stored: the same bytes for the same agent."""
+    return agent.SerializeToString(deterministic=True)
+
+
 def _of(key: SessionKey) -> tuple[str, str]:
     """What a session's rows begin with."""
     return key.tenant, key.uid
 
 
 def _kept(row: SessionRow) -> tuple[Bound, ...]:
-    """The columns of a session that no list is filtered by."""
-    commits = json.dumps(row.commits, separators=(",", ":")) if row.commits else None
-    return _expire_time(row.session), _labels(row.session), row.epoch, commits, row.session.SerializeToString()
+    """The columns of a session that no list is filtered by, but for its body."""
+    commits = msgspec.json.encode(row.commits).decode() if row.commits else None
+    return _expire_time(row.session), _labels(row.session), row.epoch, commits
 
 
 def _session(body: bytes, epoch: int, commits: str | None) -> SessionRow:
@@ -1026,7 +1167,7 @@ def _marks(values: Collection[object]) -> str:
 
 
 def _commits(column: str | None) -> tuple[CommitRow, ...]:
-    return tuple(CommitRow(*made) for made in json.loads(column)) if column else ()
+    return _COMMITS.decode(column) if column else ()
 
 
 def _message(own: bytes | None, event: bytes | None, rewind: int | None) -> v1.Message:

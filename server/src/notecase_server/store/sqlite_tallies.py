@@ -1,7 +1,7 @@
 """Tallies of what quotas bound by tenant, so that a write does not count rows: that takes 10 ms for 100,000 of them.
 
 They are a temporary table and triggers of the writer's connection, in memory. SQLite changes them with every row that
-this connection inserts or deletes, and takes that back with a savepoint or a transaction that is rolled back. The file
+this connection inserts or deletes, and takes that back with a transaction that is rolled back. The file
 has nothing of them: each process counts once, so a crash, an older file and a backup need no care.
 """
 

@@ -15,6 +15,12 @@ MAX_EVENT_BYTES = 16 << 20
 
 _BOM = b"\xef\xbb\xbf"
 
+BETWEEN = b"\n\ndata: "
+"""What stands between two events of one line each."""
+
+_LAST = 4
+"""Events before whose end a run ends, counted from the end of what has come: the last of a reply are no text."""
+
 _LINE_BYTES = 64
 """What a line costs besides its bytes, so that a million empty ones are bounded too."""
 
@@ -71,6 +77,24 @@ class EventSplitter:
             self._take(line, found)
         _bound(len(tail) + self._size)
         return found
+
+    def run(self, chunk: bytes) -> tuple[bytes, bytes]:
+        """Splits what has come into events of one plain line each, the first without its `data: ` and with BETWEEN
+        before each other one, and the rest. Nothing is kept of either: the caller takes the first, and feeds the rest;
+        or feeds it all, with `data: ` before it. The first is empty, and the rest is `chunk`, where few come or some
+        are not plain."""
+        if self._after_cr or self._lines or self._name or b"\r" in chunk:
+            return b"", chunk
+        whole = bytes(self._tail) + chunk
+        end = len(whole)
+        for _ in range(_LAST):
+            end = whole.rfind(b"\n\n", 0, max(end, 0))
+        run = whole[: max(end, 0)]
+        if not run.startswith(b"data: ") or run.count(b"\n") != 2 * run.count(BETWEEN):
+            return b"", chunk
+        self._begun = True
+        self._tail.clear()
+        return run[6:], whole[end + 2 :]
 
     def end(self) -> list[Event]:
         """Returns what the end of the answer completes: an event whose empty line, or whose last line's end, is
