@@ -92,6 +92,20 @@ async def test_a_secret_is_shown_once(scene: Scene) -> None:
     await scene.look(bearer(first.secret))
 
 
+async def test_a_key_is_read_by_its_name_in_its_tenant_alone(scene: Scene) -> None:
+    made = (await scene.make(scene.admin)).key
+
+    async def look(by: Words, tenant: str = "", name: str = made.name) -> v1.Key:
+        return await scene.served.keys.GetKey(v1.GetKeyRequest(name=name, tenant=tenant), metadata=by)
+
+    assert made == await look(scene.admin)
+    assert made == await look(scene.operator, "tenants/acme")
+    assert "KEY_NOT_FOUND" == (await refusal(look(scene.operator)))[0]
+    assert "KEY_NOT_FOUND" == (await refusal(look(scene.operator, "tenants/other")))[0]
+    assert ("ROLE_MISSING", {"tenant"}) == await refusal(look(scene.admin, "tenants/other"))
+    assert ("INVALID_FIELD", {"name"}) == await refusal(look(scene.admin, name="acme"))
+
+
 async def test_an_admin_names_its_own_tenant_or_none(scene: Scene) -> None:
     await scene.make(scene.admin, "tenants/acme")
     for tenant in ("tenants/other", "tenants/default"):

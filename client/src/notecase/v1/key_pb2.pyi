@@ -43,7 +43,7 @@ class Key(_message.Message):
         ROLE_ADMIN: Key._Role.ValueType  # 4
         """Keys, and the erasure of users."""
         ROLE_OPERATOR: Key._Role.ValueType  # 5
-        """Of no tenant: keys of any tenant, and no content."""
+        """Of no tenant: tenants, and keys of any. Reads no content but by ExportTenant."""
 
     class Role(_Role, metaclass=_RoleEnumTypeWrapper):
         """What the callers of a key may do. Each has the rights of those before it, but for operators."""
@@ -58,7 +58,7 @@ class Key(_message.Message):
     ROLE_ADMIN: Key.Role.ValueType  # 4
     """Keys, and the erasure of users."""
     ROLE_OPERATOR: Key.Role.ValueType  # 5
-    """Of no tenant: keys of any tenant, and no content."""
+    """Of no tenant: tenants, and keys of any. Reads no content but by ExportTenant."""
 
     NAME_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
@@ -166,6 +166,30 @@ class CreateKeyResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateKeyResponse: _TypeAlias = CreateKeyResponse  # noqa: Y015
+
+@_typing.final
+class GetKeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """keys/{key}"""
+    tenant: _builtins.str
+    """As in CreateKeyRequest."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetKeyRequest: _TypeAlias = GetKeyRequest  # noqa: Y015
 
 @_typing.final
 class ListKeysRequest(_message.Message):

@@ -40,6 +40,8 @@ class KeyServiceStub:
     """Makes a key and shows its secret, this once. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000 keys.
     A repeat with the same request_id returns the key without its secret: rotate it where that was lost.
     """
+    GetKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.GetKeyRequest, _key_pb2.Key]
+    """NOT_FOUND when there is none of that name. One that has expired is there until it is revoked."""
     ListKeys: _grpc.UnaryUnaryMultiCallable[_key_pb2.ListKeysRequest, _key_pb2.ListKeysResponse]
     """The last created first, those that have expired among them."""
     RevokeKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.RevokeKeyRequest, _empty_pb2.Empty]
@@ -63,6 +65,8 @@ class KeyServiceAsyncStub(KeyServiceStub):
     """Makes a key and shows its secret, this once. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000 keys.
     A repeat with the same request_id returns the key without its secret: rotate it where that was lost.
     """
+    GetKey: _aio.UnaryUnaryMultiCallable[_key_pb2.GetKeyRequest, _key_pb2.Key]  # type: ignore[assignment]
+    """NOT_FOUND when there is none of that name. One that has expired is there until it is revoked."""
     ListKeys: _aio.UnaryUnaryMultiCallable[_key_pb2.ListKeysRequest, _key_pb2.ListKeysResponse]  # type: ignore[assignment]
     """The last created first, those that have expired among them."""
     RevokeKey: _aio.UnaryUnaryMultiCallable[_key_pb2.RevokeKeyRequest, _empty_pb2.Empty]  # type: ignore[assignment]
@@ -89,6 +93,14 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         """Makes a key and shows its secret, this once. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000 keys.
         A repeat with the same request_id returns the key without its secret: rotate it where that was lost.
         """
+
+    @_abc_1.abstractmethod
+    def GetKey(
+        self,
+        request: _key_pb2.GetKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_key_pb2.Key, _abc.Awaitable[_key_pb2.Key]]:
+        """NOT_FOUND when there is none of that name. One that has expired is there until it is revoked."""
 
     @_abc_1.abstractmethod
     def ListKeys(

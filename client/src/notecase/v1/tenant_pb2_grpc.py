@@ -67,6 +67,11 @@ class TenantServiceStub(object):
                 request_serializer=notecase_dot_v1_dot_tenant__pb2.DeleteTenantRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
+        self.ExportTenant = channel.unary_stream(
+                '/notecase.v1.TenantService/ExportTenant',
+                request_serializer=notecase_dot_v1_dot_tenant__pb2.ExportTenantRequest.SerializeToString,
+                response_deserializer=notecase_dot_v1_dot_tenant__pb2.ExportTenantResponse.FromString,
+                _registered_method=True)
 
 
 class TenantServiceServicer(object):
@@ -121,6 +126,23 @@ class TenantServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportTenant(self, request, context):
+        """Streams what the tenant holds, to be kept or taken elsewhere: sessions as ExportSession writes them without content, the
+        states of the whole tenant and of users, agents with their revisions, and content, each once. In this order, so that what
+        an exported item refers to is not missing although it was made meanwhile. A session with a run under way is exported as
+        a fork of it would be: the file ends with events that cancel the run. Each item is as it was when it was read; suspend the
+        tenant first for all of them as they were at one moment.
+
+        Not exported: keys, principals and the audit, ids of requests and commands, uploads that are not complete.
+
+        This is the one method by which an operator reads content. The audit of the tenant and the operators' own say so before the
+        first record is sent. NOT_FOUND when the tenant is not known, is being removed, or was removed meanwhile. It may be
+        called again: what has not changed is exported in the same order with the same bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TenantServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -153,6 +175,11 @@ def add_TenantServiceServicer_to_server(servicer, server):
                     servicer.DeleteTenant,
                     request_deserializer=notecase_dot_v1_dot_tenant__pb2.DeleteTenantRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'ExportTenant': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportTenant,
+                    request_deserializer=notecase_dot_v1_dot_tenant__pb2.ExportTenantRequest.FromString,
+                    response_serializer=notecase_dot_v1_dot_tenant__pb2.ExportTenantResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -319,6 +346,33 @@ class TenantService(object):
             '/notecase.v1.TenantService/DeleteTenant',
             notecase_dot_v1_dot_tenant__pb2.DeleteTenantRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/notecase.v1.TenantService/ExportTenant',
+            notecase_dot_v1_dot_tenant__pb2.ExportTenantRequest.SerializeToString,
+            notecase_dot_v1_dot_tenant__pb2.ExportTenantResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,19 @@ class TenantServiceStub:
     cut, the server goes on by itself. Calls of the tenant are refused meanwhile, and taken again afterwards where their
     credentials are from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
     """
+    ExportTenant: _grpc.UnaryStreamMultiCallable[_tenant_pb2.ExportTenantRequest, _tenant_pb2.ExportTenantResponse]
+    """Streams what the tenant holds, to be kept or taken elsewhere: sessions as ExportSession writes them without content, the
+    states of the whole tenant and of users, agents with their revisions, and content, each once. In this order, so that what
+    an exported item refers to is not missing although it was made meanwhile. A session with a run under way is exported as
+    a fork of it would be: the file ends with events that cancel the run. Each item is as it was when it was read; suspend the
+    tenant first for all of them as they were at one moment.
+
+    Not exported: keys, principals and the audit, ids of requests and commands, uploads that are not complete.
+
+    This is the one method by which an operator reads content. The audit of the tenant and the operators' own say so before the
+    first record is sent. NOT_FOUND when the tenant is not known, is being removed, or was removed meanwhile. It may be
+    called again: what has not changed is exported in the same order with the same bytes.
+    """
 
 @_typing.type_check_only
 class TenantServiceAsyncStub(TenantServiceStub):
@@ -83,6 +96,19 @@ class TenantServiceAsyncStub(TenantServiceStub):
     """Removes the tenant with everything: sessions, states, agents, content, keys. Answers when the last row is gone; when it is
     cut, the server goes on by itself. Calls of the tenant are refused meanwhile, and taken again afterwards where their
     credentials are from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+    """
+    ExportTenant: _aio.UnaryStreamMultiCallable[_tenant_pb2.ExportTenantRequest, _tenant_pb2.ExportTenantResponse]  # type: ignore[assignment]
+    """Streams what the tenant holds, to be kept or taken elsewhere: sessions as ExportSession writes them without content, the
+    states of the whole tenant and of users, agents with their revisions, and content, each once. In this order, so that what
+    an exported item refers to is not missing although it was made meanwhile. A session with a run under way is exported as
+    a fork of it would be: the file ends with events that cancel the run. Each item is as it was when it was read; suspend the
+    tenant first for all of them as they were at one moment.
+
+    Not exported: keys, principals and the audit, ids of requests and commands, uploads that are not complete.
+
+    This is the one method by which an operator reads content. The audit of the tenant and the operators' own say so before the
+    first record is sent. NOT_FOUND when the tenant is not known, is being removed, or was removed meanwhile. It may be
+    called again: what has not changed is exported in the same order with the same bytes.
     """
 
 class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -144,6 +170,25 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         """Removes the tenant with everything: sessions, states, agents, content, keys. Answers when the last row is gone; when it is
         cut, the server goes on by itself. Calls of the tenant are refused meanwhile, and taken again afterwards where their
         credentials are from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportTenant(
+        self,
+        request: _tenant_pb2.ExportTenantRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_tenant_pb2.ExportTenantResponse], _abc.AsyncIterator[_tenant_pb2.ExportTenantResponse]]:
+        """Streams what the tenant holds, to be kept or taken elsewhere: sessions as ExportSession writes them without content, the
+        states of the whole tenant and of users, agents with their revisions, and content, each once. In this order, so that what
+        an exported item refers to is not missing although it was made meanwhile. A session with a run under way is exported as
+        a fork of it would be: the file ends with events that cancel the run. Each item is as it was when it was read; suspend the
+        tenant first for all of them as they were at one moment.
+
+        Not exported: keys, principals and the audit, ids of requests and commands, uploads that are not complete.
+
+        This is the one method by which an operator reads content. The audit of the tenant and the operators' own say so before the
+        first record is sent. NOT_FOUND when the tenant is not known, is being removed, or was removed meanwhile. It may be
+        called again: what has not changed is exported in the same order with the same bytes.
         """
 
 def add_TenantServiceServicer_to_server(servicer: TenantServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
