@@ -102,9 +102,9 @@ class AuditEntry(_message.Message):
     INPUT_ID_FIELD_NUMBER: _builtins.int
     CALL_COUNT_FIELD_NUMBER: _builtins.int
     principal: _builtins.str
-    """principals/{principal}. Empty for calls that were UNAUTHENTICATED, and for refusals of more principals than are told apart."""
+    """principals/{principal}. Empty for calls that were UNAUTHENTICATED, for `notecase keys bootstrap`, and for refusals of more principals than are told apart."""
     method: _builtins.str
-    """Such as notecase.v1.KeyService/CreateKey. Empty for calls that are counted together."""
+    """Such as notecase.v1.KeyService/CreateKey, or the command `notecase keys bootstrap`. Empty for calls that are counted together."""
     resource: _builtins.str
     """The name of what it was about: a key, a tenant, a user, a session, or the run that was answered. Empty for a call that was
     refused before its request was looked at.

@@ -68,6 +68,12 @@ class Keys:
         self._admin_digest = _digest(admin_key) if admin_key else b""
         self._cached: OrderedDict[str, _Cached] = OrderedDict()
         self._changes = 0
+        self.has_had_key = False
+        """Whether the store is known to have had a key."""
+
+    async def look(self) -> None:
+        """Finds out whether the store has ever had a key. Raises NotecaseError STORE_UNAVAILABLE."""
+        self.has_had_key = self.has_had_key or await self._store.is_keyed()
 
     async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
         """Returns whose key a call holds; None where it holds none that looks like one. Raises NotecaseError
@@ -125,7 +131,9 @@ class Keys:
             given.expire_time.CopyFrom(key.expire_time)
         if once is not None and once.audit is not None:
             once.audit.entry.resource = names.key(key_id)
-        return await self._store.add_key(KeyRow(tenant, key_id, given, _digest(token), b""), once), token
+        made = await self._store.add_key(KeyRow(tenant, key_id, given, _digest(token), b""), once)
+        self.has_had_key = True
+        return made, token
 
     async def rotate(self, tenant: str, key_id: str, overlap: int, once: Once | None = None) -> tuple[v1.Key, str]:
         """Gives a key another secret, and takes the one before for `overlap` microseconds more. Returns as `create`

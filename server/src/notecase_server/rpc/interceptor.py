@@ -174,8 +174,10 @@ class Doorway(grpc.aio.ServerInterceptor):
 
     async def judge(self) -> None:
         """Authenticates every call that lasts once more, and ends each whose credential is not valid any more or
-        makes another principal, or whose tenant is not open. One that cannot be judged, since the store is away, goes
-        on until it can."""
+        makes another principal, or whose tenant is not open, or that has none and needs one by now. One that cannot be
+        judged, since the store is away, goes on until it can."""
+        with suppress(NotecaseError):
+            await self._chain.look()
         lasting = [one for one in self._under_way.values() if one.lasts and one.principal is not None]
         for number, one in enumerate(lasting, 1):
             try:
