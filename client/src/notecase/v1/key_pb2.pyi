@@ -150,7 +150,7 @@ class CreateKeyResponse(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
-    """The whole of it, as it is sent: nck_{key}_{secret}."""
+    """The whole of it, as it is sent: nck_{key}_{secret}, where the secret ends in a tag of 16 characters by which the server knows its own keys."""
     @_builtins.property
     def key(self) -> Global___Key: ...
     def __init__(

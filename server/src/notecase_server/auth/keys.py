@@ -1,11 +1,16 @@
-"""Keys that this server makes and knows again: 256 random bits, of which it keeps a digest."""
+"""Keys that this server makes and knows again: 256 random bits, of which it keeps a digest.
 
+A key ends in a tag that only the store's secret makes. The tag opens nothing. It tells a key of this store from any
+other text, so that callers who guess keys cost the store no reads.
+"""
+
+import base64
 import hashlib
 import hmac
 import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from notecase import v1
 
@@ -18,6 +23,9 @@ T = TypeVar("T")
 
 PREFIX = "nck_"
 SECRET_BYTES = 32
+TAG_BYTES = 12
+TAG_CHARACTERS = 16
+"""Of a tag in base64."""
 
 MAX_KEY = 256
 """Characters of a key: what is longer is none of ours."""
@@ -33,9 +41,15 @@ ADMIN_KEY = Principal("default", "admin-key", Role.ADMIN)
 """Calls with the key that the operator chose."""
 
 
+class KeysStore(KeyStore, Protocol):
+    """Keeps callers' keys, and has a secret."""
+
+    secret: bytes
+
+
 class _Cached(NamedTuple):
-    row: KeyRow
-    principal: Principal
+    found: tuple[KeyRow, Principal] | None
+    """None for a key that was revoked."""
     until: float
     """By the monotonic clock."""
 
@@ -54,7 +68,7 @@ class Keys:
 
     def __init__(
         self,
-        store: KeyStore,
+        store: KeysStore,
         new_id: Callable[[], str],
         clock: Clock,
         monotonic: Callable[[], float],
@@ -86,10 +100,18 @@ class Keys:
             return ADMIN_KEY
         if not token.startswith(PREFIX):
             return None
-        known = await self._known(token.removeprefix(PREFIX).partition("_")[0])
-        if known is None or not self._opens(known.row, digest):
+        body, tag = token[:-TAG_CHARACTERS], token[-TAG_CHARACTERS:]
+        if not hmac.compare_digest(self._tag(body).encode(), tag.encode()):
             raise errors.unauthenticated()
-        return known.principal
+        found = await self._found(body.removeprefix(PREFIX).partition("_")[0])
+        if found is None or not self._opens(found[0], digest):
+            raise errors.unauthenticated()
+        return found[1]
+
+    def _tag(self, body: str) -> str:
+        """Returns what ends a key that begins with `body`."""
+        made = hmac.digest(self._store.secret, f"key {body}".encode(), "sha256")
+        return base64.urlsafe_b64encode(made[:TAG_BYTES]).decode()
 
     def _opens(self, row: KeyRow, digest: bytes) -> bool:
         """Whether a key of that digest is valid. Takes the same time for each digest."""
@@ -99,24 +121,19 @@ class Keys:
         lasts = not row.key.HasField("expire_time") or now < row.key.expire_time.ToMicroseconds()
         return (current or former) and lasts
 
-    async def _known(self, key_id: str) -> _Cached | None:
+    async def _found(self, key_id: str) -> tuple[KeyRow, Principal] | None:
         known = self._cached.get(key_id)
         if known is not None and self._monotonic() < known.until:
-            return known
+            return known.found
         changes = self._changes
         row = await self._store.find_key(key_id)
-        if row is None:
-            return None
-        role = Role[v1.Key.Role.Name(row.key.role).removeprefix("ROLE_")]
-        user = row.key.user.removeprefix("users/")
-        principal = Principal(row.tenant, row.key.name, role, user, row.key.display_name)
-        known = _Cached(row, principal, self._monotonic() + CACHED_SECONDS)
+        found = None if row is None else (row, _principal(row))
         if changes == self._changes:  # else the row may be from before the change
-            self._cached[key_id] = known
+            self._cached[key_id] = _Cached(found, self._monotonic() + CACHED_SECONDS)
             self._cached.move_to_end(key_id)
             if len(self._cached) > CACHED_KEYS:
                 self._cached.popitem(last=False)
-        return known
+        return found
 
     async def create(self, tenant: str, key: v1.Key, once: Once | None = None) -> tuple[v1.Key, str]:
         """Makes a key with the display name, the role, the user and the expiry of `key`, and returns it with what is
@@ -125,7 +142,7 @@ class Keys:
         if key.HasField("expire_time") and key.expire_time.ToMicroseconds() <= self._clock():
             raise errors.invalid([Violation("key.expire_time", "has passed")])
         key_id = self._new_id()
-        token = _new_token(key_id)
+        token = self._new_token(key_id)
         given = v1.Key(display_name=key.display_name, role=key.role, user=key.user)
         if key.HasField("expire_time"):
             given.expire_time.CopyFrom(key.expire_time)
@@ -138,7 +155,7 @@ class Keys:
     async def rotate(self, tenant: str, key_id: str, overlap: int, once: Once | None = None) -> tuple[v1.Key, str]:
         """Gives a key another secret, and takes the one before for `overlap` microseconds more. Returns as `create`
         does. Raises NotecaseError KEY_NOT_FOUND; Replayed for a repeat."""
-        token = _new_token(key_id)
+        token = self._new_token(key_id)
         rotating = self._store.rotate_key(tenant, key_id, _digest(token), overlap, once)
         return await self._changed(key_id, rotating), token
 
@@ -152,6 +169,10 @@ class Keys:
         self._changes += 1
         self._cached.clear()
 
+    def _new_token(self, key_id: str) -> str:
+        body = f"{PREFIX}{key_id}_{secrets.token_urlsafe(SECRET_BYTES)}"
+        return body + self._tag(body)
+
     async def _changed(self, key_id: str, change: Awaitable[T]) -> T:
         """Makes a change of a key, and forgets what was known of it, whether the change is known to be made or not."""
         try:
@@ -161,8 +182,9 @@ class Keys:
             self._cached.pop(key_id, None)
 
 
-def _new_token(key_id: str) -> str:
-    return f"{PREFIX}{key_id}_{secrets.token_urlsafe(SECRET_BYTES)}"
+def _principal(row: KeyRow) -> Principal:
+    role = Role[v1.Key.Role.Name(row.key.role).removeprefix("ROLE_")]
+    return Principal(row.tenant, row.key.name, role, row.key.user.removeprefix("users/"), row.key.display_name)
 
 
 def _digest(token: str) -> bytes:
