@@ -147,7 +147,7 @@ async def test_an_export_that_is_cut_goes_on_where_it_was(tmp_path: Path) -> Non
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "cut")
 
     server = grpc.aio.server()
-    v1.add_TenantServiceServicer_to_server(Cut(), server)
+    v1.add_TenantServiceServicer_to_server(Cut(), server)  # type: ignore[abstract]
     address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     await server.start()
     async with Client(address) as client:
