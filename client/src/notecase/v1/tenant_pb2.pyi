@@ -38,14 +38,14 @@ class Tenant(_message.Message):
         STATE_ACTIVE: Tenant._State.ValueType  # 1
         STATE_SUSPENDED: Tenant._State.ValueType  # 2
         STATE_DELETING: Tenant._State.ValueType  # 3
-        """It is being removed."""
+        """It is being deleted."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper): ...
     STATE_UNSPECIFIED: Tenant.State.ValueType  # 0
     STATE_ACTIVE: Tenant.State.ValueType  # 1
     STATE_SUSPENDED: Tenant.State.ValueType  # 2
     STATE_DELETING: Tenant.State.ValueType  # 3
-    """It is being removed."""
+    """It is being deleted."""
 
     NAME_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
@@ -82,7 +82,7 @@ class CreateTenantRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
-    """Needed: what keys and identity providers call it."""
+    """Required: the name that keys and identity providers use."""
     request_id: _builtins.str
     @_builtins.property
     def tenant(self) -> Global___Tenant:
@@ -246,8 +246,8 @@ class ExportTenantRequest(_message.Message):
     name: _builtins.str
     """tenants/{tenant}"""
     page_token: _builtins.str
-    """From a record of an earlier stream of the same export: the stream begins with that record, and Tenant before it. Empty:
-    with the first.
+    """The page_token of a record of an earlier stream of this export: the stream has the tenant's record, and then continues with
+    that record. Empty: begins with the first record.
     """
     def __init__(
         self,
@@ -276,30 +276,32 @@ class ExportTenantResponse(_message.Message):
     DROPPED_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """The next bytes of the session's file, or of the content, that was begun last; at most 256 KiB."""
+    """The next bytes of the session's file or of the blob that was begun last, at most 256 KiB."""
     dropped: _builtins.str
-    """The name of the session or content that was begun last: it was removed meanwhile, so throw away what came of it."""
+    """The name of the session or blob that was begun last. It cannot be read to its end, since it was deleted during the export
+    or is damaged in the store: discard its chunks.
+    """
     page_token: _builtins.str
-    """Set where a stream can begin again: pass it as page_token to go on with this record after a stream was cut."""
+    """Set on the records at which an export can be resumed."""
     @_builtins.property
     def tenant(self) -> Global___Tenant:
         """The first record of each stream."""
 
     @_builtins.property
     def session(self) -> _session_pb2.Session:
-        """Begins a session. Its file follows in chunks, in the format that export.proto tells. The last created session comes first."""
+        """Begins a session. Its file follows in chunks, in the format that export.proto describes. The newest session comes first."""
 
     @_builtins.property
     def state(self) -> _state_pb2.State:
-        """Some entries of `app/state` or of `users/{user}/state`: a large state comes in several records of its name."""
+        """Entries of `app/state` or of `users/{user}/state`. A large state comes in several records with the same name."""
 
     @_builtins.property
     def agent(self) -> _agent_pb2.Agent:
-        """A revision of an agent, the newest first."""
+        """One revision of an agent. The newest revision comes first."""
 
     @_builtins.property
     def blob(self) -> _content_pb2.Blob:
-        """Begins content, with its name and size. Its bytes follow in chunks."""
+        """Begins a blob, with its name and size. Its bytes follow in chunks."""
 
     def __init__(
         self,

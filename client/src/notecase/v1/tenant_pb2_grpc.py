@@ -27,7 +27,7 @@ if _version_not_supported:
 
 
 class TenantServiceStub(object):
-    """Tenants, for operators. A tenant is there as soon as a credential names it; this service knows those that an operator made,
+    """Tenants, for operators. A tenant exists as soon as a credential names it; this service knows those that an operator created,
     suspended or gave a key.
     """
 
@@ -75,26 +75,26 @@ class TenantServiceStub(object):
 
 
 class TenantServiceServicer(object):
-    """Tenants, for operators. A tenant is there as soon as a credential names it; this service knows those that an operator made,
+    """Tenants, for operators. A tenant exists as soon as a credential names it; this service knows those that an operator created,
     suspended or gave a key.
     """
 
     def CreateTenant(self, request, context):
-        """Makes a tenant known. ALREADY_EXISTS when it is. A repeat with the same request_id returns the first answer.
+        """Makes a tenant known. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTenant(self, request, context):
-        """NOT_FOUND when it is not known.
+        """Returns a known tenant. NOT_FOUND when it is not known.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTenants(self, request, context):
-        """Those that are known, by name.
+        """Returns a page of the known tenants, by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -102,42 +102,43 @@ class TenantServiceServicer(object):
 
     def SuspendTenant(self, request, context):
         """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds, and
-        cancels the runs that are at work or queued, now and whenever a deadline wakes one. Runs that wait go on waiting, and
-        nothing is removed. Of one that is suspended: nothing. A repeat with the same request_id returns the first answer.
+        cancels the runs that are at work or queued, now and whenever a deadline starts one. Runs that wait go on waiting, and
+        nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns the first
+        answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeTenant(self, request, context):
-        """Takes calls of the tenant again. NOT_FOUND when it is not known. Of one that is not suspended: nothing.
-        A repeat with the same request_id returns the first answer.
+        """Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
+        with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteTenant(self, request, context):
-        """Removes the tenant with everything: sessions, states, agents, content, keys. Answers when the last row is gone; when it is
-        cut, the server goes on by itself. Calls of the tenant are refused meanwhile, and taken again afterwards where their
-        credentials are from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+        """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
+        call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
+        if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportTenant(self, request, context):
-        """Streams what the tenant holds, to be kept or taken elsewhere: sessions as ExportSession writes them without content, the
-        states of the whole tenant and of users, agents with their revisions, and content, each once. In this order, so that what
-        an exported item refers to is not missing although it was made meanwhile. A session with a run under way is exported as
-        a fork of it would be: the file ends with events that cancel the run. Each item is as it was when it was read; suspend the
-        tenant first for all of them as they were at one moment.
+        """Streams everything that the tenant holds: its sessions, as ExportSession writes them without content; the states of the
+        tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order, so that
+        an agent or blob that an exported item refers to is not missing for being newer than the item. When a run is under way in
+        a session, the exported file ends with events that cancel it, as in a fork; the session itself is not changed. Each item
+        is exported as it is when it is read; suspend the tenant first to export all of them as they are at one moment.
 
-        Not exported: keys, principals and the audit, ids of requests and commands, uploads that are not complete.
+        Not exported are keys, principals, the audit, the ids of requests and commands, and incomplete uploads.
 
-        This is the one method by which an operator reads content. The audit of the tenant and the operators' own say so before the
-        first record is sent. NOT_FOUND when the tenant is not known, is being removed, or was removed meanwhile. It may be
-        called again: what has not changed is exported in the same order with the same bytes.
+        This is the only method by which an operator reads content. Before the first record is sent, an entry is written to the
+        tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is deleted
+        during the export. May be repeated: what has not changed is exported in the same order with the same bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -190,7 +191,7 @@ def add_TenantServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TenantService(object):
-    """Tenants, for operators. A tenant is there as soon as a credential names it; this service knows those that an operator made,
+    """Tenants, for operators. A tenant exists as soon as a credential names it; this service knows those that an operator created,
     suspended or gave a key.
     """
 

@@ -28,7 +28,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TenantServiceStub:
-    """Tenants, for operators. A tenant is there as soon as a credential names it; this service knows those that an operator made,
+    """Tenants, for operators. A tenant exists as soon as a credential names it; this service knows those that an operator created,
     suspended or gave a key.
     """
 
@@ -37,82 +37,84 @@ class TenantServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TenantServiceAsyncStub: ...
     CreateTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.CreateTenantRequest, _tenant_pb2.Tenant]
-    """Makes a tenant known. ALREADY_EXISTS when it is. A repeat with the same request_id returns the first answer."""
+    """Makes a tenant known. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the first answer."""
     GetTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.GetTenantRequest, _tenant_pb2.Tenant]
-    """NOT_FOUND when it is not known."""
+    """Returns a known tenant. NOT_FOUND when it is not known."""
     ListTenants: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.ListTenantsRequest, _tenant_pb2.ListTenantsResponse]
-    """Those that are known, by name."""
+    """Returns a page of the known tenants, by name."""
     SuspendTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.SuspendTenantRequest, _tenant_pb2.Tenant]
     """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds, and
-    cancels the runs that are at work or queued, now and whenever a deadline wakes one. Runs that wait go on waiting, and
-    nothing is removed. Of one that is suspended: nothing. A repeat with the same request_id returns the first answer.
+    cancels the runs that are at work or queued, now and whenever a deadline starts one. Runs that wait go on waiting, and
+    nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns the first
+    answer.
     """
     ResumeTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.ResumeTenantRequest, _tenant_pb2.Tenant]
-    """Takes calls of the tenant again. NOT_FOUND when it is not known. Of one that is not suspended: nothing.
-    A repeat with the same request_id returns the first answer.
+    """Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
+    with the same request_id returns the first answer.
     """
     DeleteTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.DeleteTenantRequest, _empty_pb2.Empty]
-    """Removes the tenant with everything: sessions, states, agents, content, keys. Answers when the last row is gone; when it is
-    cut, the server goes on by itself. Calls of the tenant are refused meanwhile, and taken again afterwards where their
-    credentials are from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+    """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
+    call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
+    if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
     """
     ExportTenant: _grpc.UnaryStreamMultiCallable[_tenant_pb2.ExportTenantRequest, _tenant_pb2.ExportTenantResponse]
-    """Streams what the tenant holds, to be kept or taken elsewhere: sessions as ExportSession writes them without content, the
-    states of the whole tenant and of users, agents with their revisions, and content, each once. In this order, so that what
-    an exported item refers to is not missing although it was made meanwhile. A session with a run under way is exported as
-    a fork of it would be: the file ends with events that cancel the run. Each item is as it was when it was read; suspend the
-    tenant first for all of them as they were at one moment.
+    """Streams everything that the tenant holds: its sessions, as ExportSession writes them without content; the states of the
+    tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order, so that
+    an agent or blob that an exported item refers to is not missing for being newer than the item. When a run is under way in
+    a session, the exported file ends with events that cancel it, as in a fork; the session itself is not changed. Each item
+    is exported as it is when it is read; suspend the tenant first to export all of them as they are at one moment.
 
-    Not exported: keys, principals and the audit, ids of requests and commands, uploads that are not complete.
+    Not exported are keys, principals, the audit, the ids of requests and commands, and incomplete uploads.
 
-    This is the one method by which an operator reads content. The audit of the tenant and the operators' own say so before the
-    first record is sent. NOT_FOUND when the tenant is not known, is being removed, or was removed meanwhile. It may be
-    called again: what has not changed is exported in the same order with the same bytes.
+    This is the only method by which an operator reads content. Before the first record is sent, an entry is written to the
+    tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is deleted
+    during the export. May be repeated: what has not changed is exported in the same order with the same bytes.
     """
 
 @_typing.type_check_only
 class TenantServiceAsyncStub(TenantServiceStub):
-    """Tenants, for operators. A tenant is there as soon as a credential names it; this service knows those that an operator made,
+    """Tenants, for operators. A tenant exists as soon as a credential names it; this service knows those that an operator created,
     suspended or gave a key.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.CreateTenantRequest, _tenant_pb2.Tenant]  # type: ignore[assignment]
-    """Makes a tenant known. ALREADY_EXISTS when it is. A repeat with the same request_id returns the first answer."""
+    """Makes a tenant known. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the first answer."""
     GetTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.GetTenantRequest, _tenant_pb2.Tenant]  # type: ignore[assignment]
-    """NOT_FOUND when it is not known."""
+    """Returns a known tenant. NOT_FOUND when it is not known."""
     ListTenants: _aio.UnaryUnaryMultiCallable[_tenant_pb2.ListTenantsRequest, _tenant_pb2.ListTenantsResponse]  # type: ignore[assignment]
-    """Those that are known, by name."""
+    """Returns a page of the known tenants, by name."""
     SuspendTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.SuspendTenantRequest, _tenant_pb2.Tenant]  # type: ignore[assignment]
     """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds, and
-    cancels the runs that are at work or queued, now and whenever a deadline wakes one. Runs that wait go on waiting, and
-    nothing is removed. Of one that is suspended: nothing. A repeat with the same request_id returns the first answer.
+    cancels the runs that are at work or queued, now and whenever a deadline starts one. Runs that wait go on waiting, and
+    nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns the first
+    answer.
     """
     ResumeTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.ResumeTenantRequest, _tenant_pb2.Tenant]  # type: ignore[assignment]
-    """Takes calls of the tenant again. NOT_FOUND when it is not known. Of one that is not suspended: nothing.
-    A repeat with the same request_id returns the first answer.
+    """Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
+    with the same request_id returns the first answer.
     """
     DeleteTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.DeleteTenantRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Removes the tenant with everything: sessions, states, agents, content, keys. Answers when the last row is gone; when it is
-    cut, the server goes on by itself. Calls of the tenant are refused meanwhile, and taken again afterwards where their
-    credentials are from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+    """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
+    call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
+    if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
     """
     ExportTenant: _aio.UnaryStreamMultiCallable[_tenant_pb2.ExportTenantRequest, _tenant_pb2.ExportTenantResponse]  # type: ignore[assignment]
-    """Streams what the tenant holds, to be kept or taken elsewhere: sessions as ExportSession writes them without content, the
-    states of the whole tenant and of users, agents with their revisions, and content, each once. In this order, so that what
-    an exported item refers to is not missing although it was made meanwhile. A session with a run under way is exported as
-    a fork of it would be: the file ends with events that cancel the run. Each item is as it was when it was read; suspend the
-    tenant first for all of them as they were at one moment.
+    """Streams everything that the tenant holds: its sessions, as ExportSession writes them without content; the states of the
+    tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order, so that
+    an agent or blob that an exported item refers to is not missing for being newer than the item. When a run is under way in
+    a session, the exported file ends with events that cancel it, as in a fork; the session itself is not changed. Each item
+    is exported as it is when it is read; suspend the tenant first to export all of them as they are at one moment.
 
-    Not exported: keys, principals and the audit, ids of requests and commands, uploads that are not complete.
+    Not exported are keys, principals, the audit, the ids of requests and commands, and incomplete uploads.
 
-    This is the one method by which an operator reads content. The audit of the tenant and the operators' own say so before the
-    first record is sent. NOT_FOUND when the tenant is not known, is being removed, or was removed meanwhile. It may be
-    called again: what has not changed is exported in the same order with the same bytes.
+    This is the only method by which an operator reads content. Before the first record is sent, an entry is written to the
+    tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is deleted
+    during the export. May be repeated: what has not changed is exported in the same order with the same bytes.
     """
 
 class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tenants, for operators. A tenant is there as soon as a credential names it; this service knows those that an operator made,
+    """Tenants, for operators. A tenant exists as soon as a credential names it; this service knows those that an operator created,
     suspended or gave a key.
     """
 
@@ -122,7 +124,7 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tenant_pb2.CreateTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tenant_pb2.Tenant, _abc.Awaitable[_tenant_pb2.Tenant]]:
-        """Makes a tenant known. ALREADY_EXISTS when it is. A repeat with the same request_id returns the first answer."""
+        """Makes a tenant known. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the first answer."""
 
     @_abc_1.abstractmethod
     def GetTenant(
@@ -130,7 +132,7 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tenant_pb2.GetTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tenant_pb2.Tenant, _abc.Awaitable[_tenant_pb2.Tenant]]:
-        """NOT_FOUND when it is not known."""
+        """Returns a known tenant. NOT_FOUND when it is not known."""
 
     @_abc_1.abstractmethod
     def ListTenants(
@@ -138,7 +140,7 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tenant_pb2.ListTenantsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tenant_pb2.ListTenantsResponse, _abc.Awaitable[_tenant_pb2.ListTenantsResponse]]:
-        """Those that are known, by name."""
+        """Returns a page of the known tenants, by name."""
 
     @_abc_1.abstractmethod
     def SuspendTenant(
@@ -147,8 +149,9 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tenant_pb2.Tenant, _abc.Awaitable[_tenant_pb2.Tenant]]:
         """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds, and
-        cancels the runs that are at work or queued, now and whenever a deadline wakes one. Runs that wait go on waiting, and
-        nothing is removed. Of one that is suspended: nothing. A repeat with the same request_id returns the first answer.
+        cancels the runs that are at work or queued, now and whenever a deadline starts one. Runs that wait go on waiting, and
+        nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns the first
+        answer.
         """
 
     @_abc_1.abstractmethod
@@ -157,8 +160,8 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tenant_pb2.ResumeTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tenant_pb2.Tenant, _abc.Awaitable[_tenant_pb2.Tenant]]:
-        """Takes calls of the tenant again. NOT_FOUND when it is not known. Of one that is not suspended: nothing.
-        A repeat with the same request_id returns the first answer.
+        """Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
+        with the same request_id returns the first answer.
         """
 
     @_abc_1.abstractmethod
@@ -167,9 +170,9 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tenant_pb2.DeleteTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Removes the tenant with everything: sessions, states, agents, content, keys. Answers when the last row is gone; when it is
-        cut, the server goes on by itself. Calls of the tenant are refused meanwhile, and taken again afterwards where their
-        credentials are from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+        """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
+        call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
+        if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
         """
 
     @_abc_1.abstractmethod
@@ -178,17 +181,17 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tenant_pb2.ExportTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_tenant_pb2.ExportTenantResponse], _abc.AsyncIterator[_tenant_pb2.ExportTenantResponse]]:
-        """Streams what the tenant holds, to be kept or taken elsewhere: sessions as ExportSession writes them without content, the
-        states of the whole tenant and of users, agents with their revisions, and content, each once. In this order, so that what
-        an exported item refers to is not missing although it was made meanwhile. A session with a run under way is exported as
-        a fork of it would be: the file ends with events that cancel the run. Each item is as it was when it was read; suspend the
-        tenant first for all of them as they were at one moment.
+        """Streams everything that the tenant holds: its sessions, as ExportSession writes them without content; the states of the
+        tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order, so that
+        an agent or blob that an exported item refers to is not missing for being newer than the item. When a run is under way in
+        a session, the exported file ends with events that cancel it, as in a fork; the session itself is not changed. Each item
+        is exported as it is when it is read; suspend the tenant first to export all of them as they are at one moment.
 
-        Not exported: keys, principals and the audit, ids of requests and commands, uploads that are not complete.
+        Not exported are keys, principals, the audit, the ids of requests and commands, and incomplete uploads.
 
-        This is the one method by which an operator reads content. The audit of the tenant and the operators' own say so before the
-        first record is sent. NOT_FOUND when the tenant is not known, is being removed, or was removed meanwhile. It may be
-        called again: what has not changed is exported in the same order with the same bytes.
+        This is the only method by which an operator reads content. Before the first record is sent, an entry is written to the
+        tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is deleted
+        during the export. May be repeated: what has not changed is exported in the same order with the same bytes.
         """
 
 def add_TenantServiceServicer_to_server(servicer: TenantServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
