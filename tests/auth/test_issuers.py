@@ -64,6 +64,12 @@ algorithms = ["ES256"]
 jwks_url = "https://a.example/keys"
 role = "operator"
 tenant = "acme"
+
+[[issuer]]
+issuer = "login.example"
+audience = "notecase"
+algorithms = ["ES256"]
+role = "operator"
 """
 
 
@@ -116,7 +122,7 @@ def test_all_that_is_wrong_with_the_file_is_told_at_once(tmp_path: Path) -> None
         ("[0].rolls", "There is no such key; the nearest is roles."),
         ("[0].algorithms", f"HS256 is none of {known}."),
         ("[0].algorithms", f"none is none of {known}."),
-        ("[0].jwks_url", "The issuer's keys are at jwks_url or in jwks_file: give one of the two."),
+        ("[0].jwks_url", "The issuer's keys are at jwks_url or in jwks_file: give one of the two, or none."),
         ("[0].jwks_url", "This begins with https://, or with http:// on this machine only."),
         ("[0].tenant", "Give tenant or tenant_claim, not both."),
         ("[0].role", "Give role or role_claim, not both."),
@@ -124,11 +130,11 @@ def test_all_that_is_wrong_with_the_file_is_told_at_once(tmp_path: Path) -> None
         ("[1].tenant", "This is empty."),
         ("[1].roles.a", a_role),
         ("[1].roles.b", a_role),
-        ("[1].jwks_url", "The issuer's keys are at jwks_url or in jwks_file: give one of the two."),
         ("[1].role", "Give role or role_claim."),
         ("[2].audience", "This is a text, or a list of texts."),
         ("[2].role", "An operator has no tenant and no user."),
         ("[2].issuer", "https://a.example is in the file twice."),
+        ("[3].issuer", "Without jwks_url this begins with https://, or with http:// on this machine only."),
     ] == told
 
 

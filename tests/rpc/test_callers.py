@@ -320,10 +320,13 @@ async def test_a_stream_ends_when_its_credential_does(lasting: Lasting, shape: s
         pass
 
 
-async def test_a_stream_goes_on_while_its_credential_cannot_be_looked_up(lasting: Lasting) -> None:
+@pytest.mark.parametrize("away", [errors.store_unavailable, errors.issuer_unavailable])
+async def test_a_stream_goes_on_while_its_credential_cannot_be_looked_up(
+    lasting: Lasting, away: Callable[[], NotecaseError]
+) -> None:
     stream = lasting.watch()
     await anext(stream)
-    lasting.words.error = errors.store_unavailable()
+    lasting.words.error = away()
     await lasting.judge()
     lasting.words.error = None
     request = v1.AppendMessagesRequest(parent="sessions/case", messages=[said("Go on.")])
