@@ -229,7 +229,7 @@ async def test_keys_that_are_known_are_bounded(scene: Scene, monkeypatch: pytest
     tokens = [(await scene.make())[1] for _ in range(4)]
     for token in tokens:
         await scene.is_let_in(token)
-    assert 3 == len(scene.keys._cached)
+    assert 3 == len(scene.keys._judged)
     before = scene.store.lookups
     assert [True] * 3 == [await scene.is_let_in(token) for token in tokens[1:]]
     assert before == scene.store.lookups
