@@ -316,7 +316,7 @@ async def test_a_stream_ends_when_its_credential_does(lasting: Lasting, shape: s
     assert (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED") == (ended.value.code(), reason_of(ended.value))
     request = v1.AppendMessagesRequest(parent="sessions/case", messages=[said("Go on.")])
     await lasting.served.messages.AppendMessages(request, metadata=other.by)
-    while (await anext(going_on)).WhichOneof("frame") != "batch":
+    while not (await anext(going_on)).batch.events:
         pass
 
 
@@ -331,7 +331,7 @@ async def test_a_stream_goes_on_while_its_credential_cannot_be_looked_up(
     lasting.words.error = None
     request = v1.AppendMessagesRequest(parent="sessions/case", messages=[said("Go on.")])
     await lasting.served.messages.AppendMessages(request, metadata=lasting.by)
-    while (await anext(stream)).WhichOneof("frame") != "batch":
+    while not (await anext(stream)).batch.events:
         pass
 
 
