@@ -131,13 +131,24 @@ async def test_it_is_repeatable_and_goes_on_from_any_of_its_tokens(served: Runni
 
 async def test_a_session_is_the_file_that_its_own_export_is(served: Running) -> None:
     """Where a run is under way it is at rest in the file, which can be imported."""
+    later = v1.StartRun(session="sessions/case-1", run_id="later", messages=[said("/say done")])
+    later.on_busy = v1.StartRun.ON_BUSY_QUEUE
+    await served.runs.CreateRun(v1.CreateRunRequest(start=later), metadata=ADMIN)
+    more = v1.RunRequest(input=v1.UserInput(messages=[said("And then?")], when=v1.UserInput.WHEN_FOLLOW_UP))
+    await served.runs.SendCommand(v1.SendCommandRequest(session="sessions/case-1", command=more), metadata=ADMIN)
     files = taken(await export(served)).sessions
-    request = v1.ExportSessionRequest(name="sessions/case-0")
-    own = [piece.chunk async for piece in served.sessions.ExportSession(request, metadata=ADMIN)]
-    assert b"".join(own) == files["sessions/case-0"]
+
+    async def own(name: str) -> bytes:
+        request = v1.ExportSessionRequest(name=name)
+        return b"".join([piece.chunk async for piece in served.sessions.ExportSession(request, metadata=ADMIN)])
+
+    assert await own("sessions/case-0") == files["sessions/case-0"]
     header = v1.ImportHeader(session_id="copy")
     frames = [v1.ImportSessionRequest(header=header), v1.ImportSessionRequest(chunk=files["sessions/case-1"])]
     await served.sessions.ImportSession(iter(frames), metadata=ADMIN)
+    assert await own("sessions/copy") == files["sessions/case-1"]
+    queued = await served.runs.GetRun(v1.GetRunRequest(name="sessions/copy/runs/later"), metadata=ADMIN)
+    assert v1.Run.STATE_CANCELLED == queued.state
     for name, state in (("case-1", v1.Run.STATE_WAITING), ("copy", v1.Run.STATE_CANCELLED)):
         run = await served.runs.GetRun(v1.GetRunRequest(name=f"sessions/{name}/runs/first"), metadata=ADMIN)
         assert state == run.state
