@@ -278,8 +278,8 @@ async def test_a_refusal_is_written_within_a_second_by_itself(monkeypatch: pytes
 
 async def test_a_caller_without_credentials_leaves_no_entries() -> None:
     async with running(authenticators=()) as served:
-        made = await served.keys.CreateKey(v1.CreateKeyRequest(key=v1.Key(role=v1.Key.ROLE_ADMIN)))
-        await served.keys.RevokeKey(v1.RevokeKeyRequest(name=made.key.name))
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case"))
+        await served.sessions.DeleteSession(v1.DeleteSessionRequest(name=CASE))
         assert [] == await entries(served, ())
 
 
