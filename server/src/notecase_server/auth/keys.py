@@ -163,7 +163,7 @@ class Keys:
         await self._changed(self._store.delete_key(tenant, key_id, once))
 
     def forget(self) -> None:
-        """Forgets every key: some are gone by another way than `revoke`."""
+        """Discards what is known of keys, since some have changed."""
         self._changes += 1
         self._judged.clear()
 
@@ -172,7 +172,7 @@ class Keys:
         return body + self._tag(body)
 
     async def _changed(self, change: Awaitable[T]) -> T:
-        """Makes a change of a key, and forgets what was known, whether the change is known to be made or not."""
+        """Makes a change of a key, and discards what was known, also when the change may not have been made."""
         try:
             return await change
         finally:
