@@ -90,7 +90,7 @@ class Doorway(grpc.aio.ServerInterceptor):
         note: Callable[[NotecaseError], None] = lambda error: None,
     ) -> None:
         """A stream on which one frame waits for its reader for `stall` seconds ends with WATCHER_TOO_SLOW. `judge`
-        looks at each request of a caller that is bound to a user; `note` is told each refusal."""
+        looks at each request of a caller that is bound to a user; `note` is called with each refusal, and logs it."""
         self.note = note
         self._principals = principals
         self.stall = stall
@@ -343,7 +343,5 @@ async def abort(context: Any, error: Exception) -> None:
         request_id = caller.get().request_id
         log.error("rpc_crashed", exc_info=error)
         error = errors.internal(request_id)
-    else:
-        log.info("rpc_refused", reason=errors.reason_name(error.reason), problem=error.message[:300])
     status = to_status(error)
     await context.abort(STATUS[status.code], status.message, (("grpc-status-details-bin", status.SerializeToString()),))
