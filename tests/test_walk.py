@@ -296,7 +296,9 @@ class Walk:
         frames = row.frames(case)
         sent = [frames] if isinstance(frames, Message) else frames
         bodies = [frame.SerializeToString() for frame in sent]
-        return await raw.call(self.served.channel, path, bodies, metadata=metadata)
+        while (outcome := await raw.call(self.served.channel, path, bodies, metadata=metadata)).cut:
+            assert raw.LOST == outcome.message  # of a stream that was refused while its frame was written
+        return outcome
 
     async def case(self) -> Case:
         """Something of acme's for one call: all of it new."""
