@@ -26,7 +26,7 @@ from benchmarks import neighbours as crowds
 from benchmarks import stub
 from benchmarks.hostile import hostile
 from benchmarks.load import CONNECTIONS, SAID, Caller, Load, WrongError, lanes
-from benchmarks.neighbour import Beside, Times, Turns, compare, table
+from benchmarks.neighbour import Beside, Neighbour, Times, Turns, compare, table
 from benchmarks.processes import Cpus, Process, running, running_server
 
 WINDOW = 10
@@ -138,7 +138,12 @@ async def short_turns(side: Side) -> float:
 async def keys(bench: Bench) -> Values:
     """What it costs that callers need a key: the same calls and tokens on a server that asks for one and on one that
     does not, by turns."""
-    async with bench.another() as without, bench.another(key=KEY) as asked:
+    async with (
+        bench.another() as without,
+        bench.another(key=KEY) as asked,
+        Load.connect(asked.server.port, await _made_key(asked)) as keyed,
+    ):
+        asked.load = keyed
         took = dict.fromkeys(["call", "asked-call", "token", "asked-token"], 0.0)
         for side in (without, asked):
             await side.load.bare_calls(400, at_once=8)
@@ -152,6 +157,33 @@ async def keys(bench: Bench) -> Values:
         "key-call": (took["asked-call"] - took["call"]) / (1000 * KEY_ROUNDS) * 1e6,
         "key-token": took["asked-token"] / took["token"],
     }
+
+
+async def _made_key(bench: Bench) -> str:
+    """A key of a developer's that the server has made."""
+    async with Client(f"127.0.0.1:{bench.server.port}", token=KEY) as client:
+        key = v1.Key(role=v1.Key.ROLE_DEVELOPER)
+        return (await client.keys.CreateKey(v1.CreateKeyRequest(key=key))).secret
+
+
+async def guesses(bench: Bench) -> Values:
+    """What a caller with 1,000 wrong keys a second does to a neighbour's turns, by turns with none such."""
+    alone, beside, did = list[float](), list[float](), ""
+    async with bench.another(offline=True, key=KEY) as fresh:
+        neighbour = Neighbour(fresh.load)
+        await neighbour.prepare()
+        await neighbour.take(100)
+        log, env = bench.folder / "guesses.log", dict(os.environ)
+        for _ in range(KEY_ROUNDS):
+            alone += await neighbour.take(200)
+            arguments = ("-m", "benchmarks.guesses", str(fresh.server.port))
+            async with running(bench.cpus.load, log, *arguments, env=env) as caller:
+                await neighbour.take(20)
+                beside += await neighbour.take(200)
+                did = await caller.last_words()
+    bench.notes["guesses"] = [f"The last caller with wrong keys was given {did}."]
+    (_, alone99), (_, beside99) = _percentiles(alone, 99), _percentiles(beside, 99)
+    return {"guesses-alone": alone99 * 1e3, "guesses-beside": beside99 / alone99}
 
 
 async def first_token(bench: Bench) -> Values:
@@ -184,9 +216,10 @@ async def _called_directly(client: openai.AsyncOpenAI) -> float:
     return first
 
 
-def _percentiles(values: list[float]) -> tuple[float, float]:
+def _percentiles(values: list[float], high: int = 95) -> tuple[float, float]:
+    """The median, and the percentile `high`."""
     hundredths = statistics.quantiles(values, n=100)
-    return hundredths[49], hundredths[94]
+    return hundredths[49], hundredths[high - 1]
 
 
 async def history(bench: Bench) -> Values:
@@ -476,6 +509,7 @@ MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
     "tokens": beside_floor(tokens),
     "turn": beside_floor(turn),
     "keys": keys,
+    "guesses": guesses,
     "first-token": beside_floor(first_token),
     "history": history,
     "pages": pages,

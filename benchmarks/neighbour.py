@@ -112,6 +112,10 @@ class Neighbour:
         hundredths = statistics.quantiles(taken, n=100, method="inclusive")
         return Turns(hundredths[49], hundredths[98], max(taken))
 
+    async def take(self, count: int) -> list[float]:
+        """Takes so many turns, one right after the other, and returns the seconds of each."""
+        return [await self._turn() for _ in range(count)]
+
     async def _turn(self) -> float:
         begun = time.perf_counter()
         ended = v1.RunStateChanged()

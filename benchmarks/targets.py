@@ -26,6 +26,8 @@ TARGETS: dict[str, Figure] = {
     "call": Figure("CPU per bare unary call, 8 at once", "µs", None),
     "key-call": Figure("CPU of a call more where callers need a key", "µs", None),
     "key-token": Figure("CPU per token where callers need a key, against none", "", 1.02),
+    "guesses-alone": Figure("a neighbour's turn, p99, where nobody guesses keys", "ms", None),
+    "guesses-beside": Figure("its p99 beside a caller with 1,000 wrong keys a second, of that", "", 2),
     "first-token-p50": Figure("added time to first token, p50", "ms", None),
     "first-token-p50-in-floor": Figure("the same in that of the floor", "", 1.5),
     "first-token-p95": Figure("added time to first token, p95", "ms", None),

@@ -93,7 +93,7 @@ def sentences() -> list[str]:
     told += [errors.bound_to_user("USER", fields) for fields in ((), ["input"])]
     told += [errors.tenant_suspended(), errors.not_found("key", "x"), errors.not_found("user", "x")]
     told += [errors.unread_answers(), errors.unread_stream()]
-    told += [errors.page_token_invalid(), errors.draining(), errors.store_unavailable()]
+    told += [errors.page_token_invalid(), errors.draining(), errors.store_unavailable(), errors.issuer_unavailable()]
     return [text for error in told for text in (error.message, error.quota) if text]
 
 

@@ -2,15 +2,19 @@
 
 import asyncio
 import json
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 from cryptography import x509
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from notecase import Client, v1
 from notecase import NotecaseError as CallError
 from notecase_server.auth.settings import read_networks
@@ -23,9 +27,10 @@ from notecase_server.serve import settings_mistakes
 from tests.cli.command import notecase
 from tests.support.authority import Authority
 from tests.support.issuer import KeyServer, SigningKey
-from tests.support.server import Spawned
+from tests.support.server import Spawned, running
 
 BEYOND = "0.0.0.0:7420"
+CHOSEN = "a-key-that-an-operator-chose-0123456789"
 
 
 @pytest.fixture(scope="module")
@@ -229,6 +234,39 @@ def test_behind_a_proxy_only_the_proxies_and_this_machine_are_served(peer: str, 
             gate.enter(Context(peer), probe=probe)
         assert v1.ERROR_REASON_UNAUTHENTICATED == refused.value.reason
     assert 0 == gate.calls
+
+
+def own_address() -> str | None:
+    """An address of this machine that is not a loopback one: a connection to it comes from it."""
+    found = (each for addresses in psutil.net_if_addrs().values() for each in addresses)
+    of_others = (each.address for each in found if each.family is socket.AF_INET)
+    return next((address for address in of_others if not ip_address(address).is_loopback), None)
+
+
+@pytest.mark.skipif(own_address() is None, reason="needs a network interface besides loopback")
+@pytest.mark.parametrize("is_named", [False, True])
+async def test_a_stranger_to_the_proxy_is_refused_over_a_real_connection(is_named: bool) -> None:
+    """Whatever its credential; this machine is served by the same port."""
+    own = own_address()
+    metadata = (("authorization", f"Bearer {CHOSEN}"),)
+    async with running(
+        authenticators=(), listen="0.0.0.0:0", admin_key=CHOSEN, behind_tls_proxy=own if is_named else "192.0.2.254"
+    ) as served:
+        await served.info.GetServerInfo(v1.GetServerInfoRequest(), metadata=metadata)
+        async with grpc.aio.insecure_channel(f"{own}:{served.server.port}") as channel:
+            info = v1.ServerServiceStub(channel)
+            health: Any = health_pb2_grpc.HealthStub(channel)
+            calls: list[Callable[[], Awaitable[object]]] = [
+                lambda: info.GetServerInfo(v1.GetServerInfoRequest(), metadata=metadata),
+                lambda: health.Check(health_pb2.HealthCheckRequest()),
+            ]
+            for call in calls:
+                if is_named:
+                    await call()
+                    continue
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await call()
+                assert grpc.StatusCode.UNAUTHENTICATED is refused.value.code()
 
 
 def test_without_a_proxy_everybody_is_served() -> None:

@@ -64,6 +64,12 @@ algorithms = ["ES256"]
 jwks_url = "https://a.example/keys"
 role = "operator"
 tenant = "acme"
+
+[[issuer]]
+issuer = "login.example"
+audience = "notecase"
+algorithms = ["ES256"]
+role = "operator"
 """
 
 
@@ -124,11 +130,11 @@ def test_all_that_is_wrong_with_the_file_is_told_at_once(tmp_path: Path) -> None
         ("[1].tenant", "This is empty."),
         ("[1].roles.a", a_role),
         ("[1].roles.b", a_role),
-        ("[1].jwks_url", "Give jwks_url or jwks_file, and not both."),
         ("[1].role", "Give role or role_claim."),
         ("[2].audience", "This must be a string, or a list of strings."),
         ("[2].role", "An operator has no tenant and no user."),
         ("[2].issuer", "https://a.example is in the file twice."),
+        ("[3].issuer", "Without jwks_url this must begin with https://, or with http:// on this machine only."),
     ] == told
 
 

@@ -41,7 +41,7 @@ class Setting:
     def judge(self, **others: Any) -> None:
         """Begins anew with further settings of the issuer."""
         given = {"tenant": "acme", "role": Role.USER, "jwks_url": self.server.url, "algorithms": ("ES256", "RS256")}
-        settings = IssuerSettings(issuer=ISSUER, audiences=("notecase",), **{**given, **others})
+        settings = IssuerSettings(**{"issuer": ISSUER, "audiences": ("notecase",), **given, **others})
         self.tokens = Tokens([settings], self.tasks, lambda: round(self.now * 1e6), lambda: self.now)
 
     async def ask(self, authorization: str) -> Principal | None:
@@ -59,6 +59,13 @@ class Setting:
         self.unavailable += [line["problem"] for line in lines if line["event"] == "issuer_keys_unavailable"]
         (problem,) = [line["problem"] for line in lines if line["event"] == "token_refused"]
         return str(problem)
+
+    async def cannot_verify(self, token: str) -> None:
+        """Nobody knows whether the token is valid, and its caller hears that it may be later."""
+        with capture_logs() as lines, pytest.raises(NotecaseError) as refused:
+            await self.of(token)
+        assert v1.ERROR_REASON_ISSUER_UNAVAILABLE == refused.value.reason
+        self.unavailable += [line["problem"] for line in lines if line["event"] == "issuer_keys_unavailable"]
 
 
 @pytest.fixture
@@ -322,9 +329,9 @@ async def test_keys_count_on_for_a_day_while_their_place_is_away(setting: Settin
     setting.now += jwks.PATIENCE_SECONDS + 1
     assert await setting.of(token)
     setting.now = NOW + jwks.KEPT_SECONDS + 1
-    await setting.refuses(token)
+    await setting.cannot_verify(token)
     setting.server.status = 200
-    await setting.refuses(token)
+    await setting.cannot_verify(token)
     setting.now += jwks.FIRST_SECONDS + 1
     assert await setting.of(token)
 
@@ -386,7 +393,7 @@ async def test_keys_that_cannot_be_had_leave_the_caller_unknown(
     before = vars(setting.server).copy()
     for name, value in served.items():
         setattr(setting.server, name, asyncio.Event() if name == "hold" else value)
-    await setting.refuses(KEY.sign(claims()))
+    await setting.cannot_verify(KEY.sign(claims()))
     (told,) = setting.unavailable
     assert problem in told
     assert 1 == setting.server.fetches
@@ -399,11 +406,68 @@ async def test_keys_that_cannot_be_had_leave_the_caller_unknown(
 async def test_keys_that_are_away_at_the_start_are_asked_for_every_second(setting: Setting) -> None:
     setting.server.status = 503
     for _ in range(10):
-        await setting.refuses(KEY.sign(claims()))
+        await setting.cannot_verify(KEY.sign(claims()))
     assert 1 == setting.server.fetches
     setting.server.status = 200
     setting.now += 1.1
     assert await setting.of(KEY.sign(claims()))
+
+
+async def test_an_issuers_own_configuration_says_where_its_keys_are(setting: Setting) -> None:
+    setting.server.issuer = issuer = f"{setting.server.base}/realms/acme"
+    for name in (issuer, f"{issuer}/"):
+        setting.server.issuer = name
+        setting.judge(issuer=name, jwks_url="")
+        assert Principal("acme", f"{name}#ada", Role.USER) == await setting.of(KEY.sign(claims(iss=name)))
+    assert 2 == setting.server.fetches
+
+
+@pytest.mark.parametrize(
+    ("served", "problem"),
+    [
+        ({"issuer": "https://other.example"}, "names another issuer"),
+        ({"configuration": b"[]"}, "names another issuer"),
+        ({"configuration": b"<html>"}, "Expecting value"),
+        ({"configuration": b"[" * 200_000}, "recursion"),
+        ({"configuration": b" " * 300_000}, "more than 262144 bytes"),
+        ({"configuration": b"", "status": 500}, "the status is 500"),
+        ({"jwks_uri": None}, "no jwks_uri that begins with https://"),
+        ({"jwks_uri": 7}, "no jwks_uri that begins with https://"),
+        ({"jwks_uri": "file:///etc/passwd"}, "no jwks_uri that begins with https://"),
+        ({"jwks_uri": "http://192.0.2.1/keys"}, "no jwks_uri that begins with https://"),
+    ],
+    ids=["another's", "list", "HTML", "deep", "large", "500", "none", "number", "file", "plain text"],
+)
+async def test_a_configuration_that_is_not_right_gives_no_keys(
+    setting: Setting, served: Mapping[str, Any], problem: str
+) -> None:
+    """And is asked for again."""
+    issuer = setting.server.issuer = f"{setting.server.base}/realms/acme"
+    before = vars(setting.server).copy()
+    vars(setting.server).update(served)
+    setting.judge(issuer=issuer, jwks_url="")
+    await setting.cannot_verify(KEY.sign(claims(iss=issuer)))
+    (told,) = setting.unavailable
+    assert problem in told
+    assert 0 == setting.server.fetches
+    vars(setting.server).update(before)
+    setting.now += jwks.FIRST_SECONDS + 1
+    assert await setting.of(KEY.sign(claims(iss=issuer)))
+
+
+async def test_an_issuer_elsewhere_cannot_send_the_server_to_plain_text_on_this_machine(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+
+    async def fetch(url: str) -> bytes:
+        fetched.append(url)
+        return json.dumps({"issuer": ISSUER, "jwks_uri": setting.server.url}).encode()
+
+    monkeypatch.setattr(jwks, "_fetch", fetch)
+    setting.judge(jwks_url="")
+    await setting.cannot_verify(KEY.sign(claims()))
+    assert [f"{ISSUER}/.well-known/openid-configuration"] == fetched
 
 
 async def test_a_key_without_an_id_is_known_where_it_is_the_only_one(setting: Setting) -> None:
@@ -422,7 +486,7 @@ async def test_a_key_is_for_the_algorithm_that_its_issuer_names(setting: Setting
 async def test_keys_come_from_a_file_too(setting: Setting, tmp_path: Path) -> None:
     path = tmp_path / "keys.json"
     setting.judge(jwks_url="", jwks_file=path)
-    await setting.refuses(KEY.sign(claims()))
+    await setting.cannot_verify(KEY.sign(claims()))
     path.write_text(json.dumps({"keys": [KEY.jwk()]}))
     setting.now += jwks.FIRST_SECONDS + 1
     assert await setting.of(KEY.sign(claims()))

@@ -9,7 +9,7 @@ import pytest
 from tests.cli.command import Done, notecase
 from tests.support.server import Spawned
 
-KEY = re.compile(r"nck_[0-9a-f-]{36}_[\w-]{43}\n")
+KEY = re.compile(r"nck_[0-9a-f-]{36}_[\w-]{59}\n")
 SHORT = "x" * 31
 CHOSEN = "x" * 32
 

@@ -211,3 +211,26 @@ async def test_a_summary_is_made_by_a_fallback_too(setting: Setting) -> None:
     assert "Two." == (await setting.run(session.name)).reply.parts[0].text
     assert ["stub-1", "small-1", "stub-1"] == [request["model"] for request in setting.first.requests]
     assert ["other-1"] == [request["model"] for request in setting.second.requests]
+
+
+async def test_a_compaction_is_made_by_a_fallback_too(setting: Setting) -> None:
+    """Behind the repeats of the agent's own model, whose use is counted; when nobody answers, nothing is kept."""
+    session = await setting.session(SECOND)
+    for text in ("One.", "Two."):
+        setting.first.script(reply(text))
+        await setting.run(session)
+    request = v1.CompactSessionRequest(name=session, keep_recent=1)
+    setting.first.script(AWAY)
+    setting.second.script(AWAY)
+    before = await log_of(setting.served, session)
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        await setting.served.sessions.CompactSession(request)
+    assert "MODEL_UNAVAILABLE" == reason_of(refused.value)
+    assert before == await log_of(setting.served, session)
+    setting.first.script(ABORTED, AWAY)
+    setting.second.script(reply("In short."))
+    assert (await setting.served.sessions.CompactSession(request)).summary_sequence
+    summarized, *used = (await log_of(setting.served, session))[len(before) :]
+    assert "In short." == summarized.summarized.text
+    assert [("second", 11), ("first", 50)] == [(each.usage.provider, each.usage.input_tokens) for each in used]
+    assert ["other-1"] * 2 == [asked["model"] for asked in setting.second.requests]

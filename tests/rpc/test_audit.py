@@ -13,6 +13,7 @@ from notecase_server.auth.principal import Role
 from notecase_server.rpc import refusals
 from notecase_server.serve import now, open_store
 from notecase_server.store.contract import AuditRow
+from structlog.testing import capture_logs
 
 from tests.e2e.driving import reason_of, said
 from tests.support.callers import ByWord, Words, who, word
@@ -231,6 +232,19 @@ async def test_calls_without_a_credential_are_counted_for_operators(served: Runn
     assert 1 == len(await entries(served, OPERATOR))
 
 
+async def test_calls_without_a_credential_fill_no_log(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(refusals, "LOGGED_A_MINUTE", 2)
+    with capture_logs() as lines:
+        for _ in range(5):
+            await refusal(served.sessions.ListSessions(v1.ListSessionsRequest()))
+        await refusal(served.keys.ListKeys(v1.ListKeysRequest(), metadata=CLERK))
+        served.server._refusals.count()
+        await refusal(served.sessions.ListSessions(v1.ListSessionsRequest()))
+    assert ["UNAUTHENTICATED"] * 2 + ["ROLE_MISSING", 5, "UNAUTHENTICATED"] == [
+        line.get("reason", line.get("calls")) for line in lines
+    ]
+
+
 async def test_refusals_wait_for_a_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(refusals, "WRITE_SECONDS", 3600)
     monkeypatch.setattr(refusals, "MOST_WAITING", 2)
@@ -278,8 +292,8 @@ async def test_a_refusal_is_written_within_a_second_by_itself(monkeypatch: pytes
 
 async def test_a_caller_without_credentials_leaves_no_entries() -> None:
     async with running(authenticators=()) as served:
-        made = await served.keys.CreateKey(v1.CreateKeyRequest(key=v1.Key(role=v1.Key.ROLE_ADMIN)))
-        await served.keys.RevokeKey(v1.RevokeKeyRequest(name=made.key.name))
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case"))
+        await served.sessions.DeleteSession(v1.DeleteSessionRequest(name=CASE))
         assert [] == await entries(served, ())
 
 

@@ -316,19 +316,22 @@ async def test_a_stream_ends_when_its_credential_does(lasting: Lasting, shape: s
     assert (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED") == (ended.value.code(), reason_of(ended.value))
     request = v1.AppendMessagesRequest(parent="sessions/case", messages=[said("Go on.")])
     await lasting.served.messages.AppendMessages(request, metadata=other.by)
-    while (await anext(going_on)).WhichOneof("frame") != "batch":
+    while not (await anext(going_on)).batch.events:
         pass
 
 
-async def test_a_stream_goes_on_while_its_credential_cannot_be_looked_up(lasting: Lasting) -> None:
+@pytest.mark.parametrize("away", [errors.store_unavailable, errors.issuer_unavailable])
+async def test_a_stream_goes_on_while_its_credential_cannot_be_looked_up(
+    lasting: Lasting, away: Callable[[], NotecaseError]
+) -> None:
     stream = lasting.watch()
     await anext(stream)
-    lasting.words.error = errors.store_unavailable()
+    lasting.words.error = away()
     await lasting.judge()
     lasting.words.error = None
     request = v1.AppendMessagesRequest(parent="sessions/case", messages=[said("Go on.")])
     await lasting.served.messages.AppendMessages(request, metadata=lasting.by)
-    while (await anext(stream)).WhichOneof("frame") != "batch":
+    while not (await anext(stream)).batch.events:
         pass
 
 

@@ -1,6 +1,9 @@
 """KeyService: who may make which key, and that a key opens what its role says, from the next call on."""
 
+import asyncio
+import sys
 from collections.abc import AsyncIterator, Awaitable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -90,6 +93,20 @@ async def test_a_secret_is_shown_once(scene: Scene) -> None:
     first, second = [await scene.served.keys.RotateKey(request, metadata=scene.admin) for _ in range(2)]
     assert (first.key, "") == (second.key, second.secret)
     await scene.look(bearer(first.secret))
+
+
+async def test_a_key_is_read_by_its_name_in_its_tenant_alone(scene: Scene) -> None:
+    made = (await scene.make(scene.admin)).key
+
+    async def look(by: Words, tenant: str = "", name: str = made.name) -> v1.Key:
+        return await scene.served.keys.GetKey(v1.GetKeyRequest(name=name, tenant=tenant), metadata=by)
+
+    assert made == await look(scene.admin)
+    assert made == await look(scene.operator, "tenants/acme")
+    assert "KEY_NOT_FOUND" == (await refusal(look(scene.operator)))[0]
+    assert "KEY_NOT_FOUND" == (await refusal(look(scene.operator, "tenants/other")))[0]
+    assert ("ROLE_MISSING", {"tenant"}) == await refusal(look(scene.admin, "tenants/other"))
+    assert ("INVALID_FIELD", {"name"}) == await refusal(look(scene.admin, name="acme"))
 
 
 async def test_an_admin_names_its_own_tenant_or_none(scene: Scene) -> None:
@@ -186,9 +203,50 @@ async def test_a_tenants_keys_are_bounded() -> None:
         assert "QUOTA_EXCEEDED" == (await refusal(scene.make(scene.admin)))[0]
 
 
-async def test_a_server_in_development_has_keys_too() -> None:
-    """They are taken once it is served with credentials."""
-    async with running(authenticators=()) as served:
+async def watching(served: Running) -> Any:
+    """A stream that somebody without a credential holds open."""
+    await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case"))
+    request = v1.WatchEventsRequest(name="sessions/case", options=v1.WatchOptions(keep_open=True))
+    stream = served.runs.WatchEvents(request)
+    await stream.read()
+    return stream
+
+
+async def ended(stream: Any) -> str:
+    with pytest.raises(grpc.aio.AioRpcError) as refused:
+        while await stream.read() is not grpc.aio.EOF:
+            pass
+    return reason_of(refused.value)
+
+
+async def test_a_server_without_credentials_wants_them_from_its_first_key_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the next call on; streams that are open end with the next look."""
+    monkeypatch.setattr(interceptor, "JUDGE_SECONDS", 3600)
+    async with running(f"sqlite:{tmp_path / 'notecase.db'}", authenticators=()) as served:
+        stream = await watching(served)
         made = await served.keys.CreateKey(v1.CreateKeyRequest(key=v1.Key(role=ADMIN)))
-        await served.sessions.ListSessions(v1.ListSessionsRequest())
-        await served.sessions.ListSessions(v1.ListSessionsRequest(), metadata=bearer(made.secret))
+        get = v1.GetSessionRequest(name="sessions/case")
+        assert "UNAUTHENTICATED" == (await refusal(served.sessions.GetSession(get)))[0]
+        by = bearer(made.secret)
+        assert "sessions/case" == (await served.sessions.GetSession(get, metadata=by)).name
+        await served.server._doorway.judge()
+        assert "UNAUTHENTICATED" == await ended(stream)
+        await served.keys.RevokeKey(v1.RevokeKeyRequest(name=made.key.name), metadata=by)
+        assert "UNAUTHENTICATED" == (await refusal(served.sessions.GetSession(get)))[0]
+
+
+async def test_a_key_that_another_process_makes_is_the_first_one_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within one look, which comes every two seconds."""
+    monkeypatch.setattr(interceptor, "JUDGE_SECONDS", 0.01)
+    path = tmp_path / "notecase.db"
+    async with running(f"sqlite:{path}", authenticators=()) as served:
+        stream = await watching(served)
+        write = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute(sys.argv[2]); db.commit()"
+        words = (sys.executable, "-c", write, str(path), "UPDATE store SET keyed = 1")
+        assert 0 == await (await asyncio.create_subprocess_exec(*words)).wait()
+        assert "UNAUTHENTICATED" == await ended(stream)
+        assert "UNAUTHENTICATED" == (await refusal(served.sessions.ListSessions(v1.ListSessionsRequest())))[0]

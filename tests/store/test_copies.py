@@ -83,7 +83,7 @@ Make = Callable[..., Awaitable[Any]]
 async def fork_of(store: Store, source: SessionKey, key: SessionKey, at: int, **fields: Any) -> Fork:
     past = await store.read_past(source, at)
     fields = {"session": v1.Session(), **fields}
-    return Fork(key=key, source=source, past=past, events=put_to_rest(past), **fields)
+    return Fork(key=key, source=source, past=past, events=put_to_rest(past, "forked"), **fields)
 
 
 async def maker(store: Store, way: Way, key: SessionKey = COPY, record: Once | None = None) -> Make:

@@ -84,7 +84,9 @@ class Told:
 
 async def fork(store: Store, source: SessionKey, key: SessionKey, at: int, **fields: Any) -> Committed:
     past = await store.read_past(source, at)
-    return await store.fork(Fork(key=key, source=source, past=past, session=v1.Session(), events=ended(past), **fields))
+    return await store.fork(
+        Fork(key=key, source=source, past=past, session=v1.Session(), events=ended(past, "forked"), **fields)
+    )
 
 
 async def rows_of(store: Store, key: SessionKey) -> dict[str, Any]:
@@ -196,7 +198,7 @@ async def scenario(open_store: Open, actions: list[tuple[Any, ...]]) -> None:
                 await fork(store, told.key, key, at)
                 await fed(store, clock, told, at, twin)
                 clock.now = latest
-                if events := ended(await store.read_past(twin, at)):
+                if events := ended(await store.read_past(twin, at), "forked"):
                     await add(store, *events, key=twin)
                 assert await rows_of(store, key) == await rows_of(store, twin)
                 assert await store.read_events(key, 0) == await store.read_events(twin, 0)
@@ -242,7 +244,7 @@ async def test_a_fork_that_its_source_outran_is_right(store: Store) -> None:
     await add(store, v1.Event(rewound=v1.Rewound(to_sequence=1)), changed(remove("a")))
     late, early = session_key("acme", "late"), session_key("acme", "early")
     await fork(store, KEY, late, 5)
-    await store.fork(Fork(key=early, source=KEY, past=past, session=v1.Session(), events=ended(past)))
+    await store.fork(Fork(key=early, source=KEY, past=past, session=v1.Session(), events=ended(past, "forked")))
     assert await rows_of(store, early) == await rows_of(store, late)
     assert dict((await store.list_state(session_key("acme", "early").state, EVERYTHING))[0].entries).keys() == {"a"}
     statuses = {message.name: message.status for message in (await store.list_messages(early, EVERYTHING)).rows}

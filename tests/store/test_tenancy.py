@@ -15,6 +15,7 @@ from tests.store.build import (
     create,
     names,
     once,
+    put,
     refused,
     said,
     session_key,
@@ -122,3 +123,20 @@ async def test_everything_of_a_tenant_is_removed_and_nothing_of_another(store: S
 async def test_an_erased_tenant_is_erased_again(store: Store) -> None:
     assert await store.erase_tenant("acme")
     assert await store.erase_tenant("acme")
+
+
+async def test_users_with_a_state_and_content_are_listed_by_tenant(store: Store) -> None:
+    for tenant in ("acme", "other"):
+        for user in ("b", "a", "c"):
+            await store.update_state(Scope(tenant, "user", f"{user}-{tenant}"), [put("k", "v")])
+        await store.update_state(Scope(tenant, "app", ""), [put("k", "v")])
+    first = await store.list_user_states("acme", Query(2))
+    second = await store.list_user_states("acme", Query(2, first.next))
+    assert (["a-acme", "b-acme"], ["c-acme"], None) == (first.rows, second.rows, second.next)
+    for digest in ("bb", "aa", "cc"):
+        await store.put_blob("acme", "", digest, digest.encode() * 3)
+    await store.put_blob("other", "", "dd", b"d")
+    page = await store.list_blobs("acme", Query(2))
+    last = await store.list_blobs("acme", Query(2, page.next))
+    assert [v1.Blob(name=f"blobs/{digest}", size_bytes=6) for digest in ("aa", "bb", "cc")] == [*page.rows, *last.rows]
+    assert last.next is None

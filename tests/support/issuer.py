@@ -48,12 +48,19 @@ class KeyServer:
         self.headers: dict[str, str] = {}
         self.hold: asyncio.Event | None = None
         """Set when an answer may begin."""
+        self.issuer = ""
+        """What the OpenID Connect configuration says of itself."""
+        self.jwks_uri: Any = ...
+        """What it says of where the keys are; where they are when nothing else is set."""
+        self.configuration: bytes | None = None
+        """What is sent instead of it."""
         self.endless = False
         """The answer is a file without an end."""
 
     async def __aenter__(self) -> Self:
         app = web.Application()
         app.router.add_get("/keys", self._serve)
+        app.router.add_get("/realms/acme/.well-known/openid-configuration", self._configure)
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
@@ -64,8 +71,17 @@ class KeyServer:
         await self._runner.cleanup()
 
     @property
+    def base(self) -> str:
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._port}/keys"
+        return f"{self.base}/keys"
+
+    async def _configure(self, request: web.Request) -> web.Response:
+        told = {"issuer": self.issuer, "jwks_uri": self.url if self.jwks_uri is ... else self.jwks_uri}
+        content = json.dumps(told).encode() if self.configuration is None else self.configuration
+        return web.Response(body=content, status=self.status)
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         self.fetches += 1

@@ -78,7 +78,7 @@ async def running(
     """Serves until the block is left, then stops as SIGTERM would. `store` by its address, or open; `credentials` are
     those of the channel, none for plain text; `others` are further settings by name."""
     kind = store if isinstance(store, str) else store.kind
-    settings = Settings(listen="127.0.0.1:0", store=kind, grace=grace, **{"max_runs": 100, **others})
+    settings = Settings(store=kind, grace=grace, **{"listen": "127.0.0.1:0", "max_runs": 100, **others})
     server = Server(
         settings,
         await open_store(store, clock) if isinstance(store, str) else store,

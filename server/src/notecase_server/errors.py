@@ -62,6 +62,7 @@ CATALOG: Mapping[v1.ErrorReason.ValueType, Kind] = {
     v1.ERROR_REASON_LIMIT_EXCEEDED: Kind(code_pb2.RESOURCE_EXHAUSTED),
     v1.ERROR_REASON_SERVER_DRAINING: Kind(code_pb2.UNAVAILABLE, retry_after=1.0),
     v1.ERROR_REASON_STORE_UNAVAILABLE: Kind(code_pb2.UNAVAILABLE, retry_after=1.0),
+    v1.ERROR_REASON_ISSUER_UNAVAILABLE: Kind(code_pb2.UNAVAILABLE, retry_after=1.0),
     v1.ERROR_REASON_OWNER_LOST: Kind(code_pb2.UNAVAILABLE, retry_after=1.0),
     v1.ERROR_REASON_MODEL_ERROR: Kind(code_pb2.FAILED_PRECONDITION),
     v1.ERROR_REASON_MODEL_UNAVAILABLE: Kind(code_pb2.UNAVAILABLE),
@@ -196,6 +197,14 @@ def role_missing(role: str, fields: Iterable[str] = ()) -> NotecaseError:
         f"{told}: {needs}." if found else f"{told} {needs}, which the credential does not have.",
         metadata={"role": role},
         violations=found,
+    )
+
+
+def issuer_unavailable() -> NotecaseError:
+    """Whether a token is valid cannot be said while there are no keys of its issuer."""
+    return NotecaseError(
+        v1.ERROR_REASON_ISSUER_UNAVAILABLE,
+        "The token cannot be verified, since the keys of its issuer cannot be fetched just now; try again shortly.",
     )
 
 

@@ -53,7 +53,7 @@ from notecase_server.rpc.run import Streams
 from notecase_server.rpc.server import build, options
 from notecase_server.rpc.watch import Pace
 from notecase_server.store import sqlite_file
-from notecase_server.store.contract import Clock, Quotas, Store, StoreOpenError
+from notecase_server.store.contract import Answer, AuditRow, Clock, Once, Quotas, Store, StoreOpenError
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
 from notecase_server.supervisor import STUCK_SECONDS, Supervisor, Tasks
@@ -85,6 +85,10 @@ PROBE_SECONDS = 5.0
 
 LAST_CALLS_SECONDS = 0.5
 """How long calls may go on once runs have come to rest, and how long the rest has to take its status."""
+
+
+BOOTSTRAP = "notecase keys bootstrap"
+"""How the audit names what made a first key: no method did."""
 
 
 class ProviderSettingsError(Exception):
@@ -133,8 +137,10 @@ def bootstrap(url: str, tenant: str, name: str) -> tuple[v1.Key, str]:
     async def make() -> tuple[v1.Key, str]:
         store = await open_store(url, now)
         try:
-            role = v1.Key.ROLE_ADMIN if tenant else v1.Key.ROLE_OPERATOR
-            return await Keys(store, new_id, now, time.monotonic).create(tenant, v1.Key(display_name=name, role=role))
+            key = v1.Key(display_name=name, role=v1.Key.ROLE_ADMIN if tenant else v1.Key.ROLE_OPERATOR)
+            told = AuditRow(tenant, v1.AuditEntry(method=BOOTSTRAP, outcome="OK", call_count=1))
+            once = Once.unnamed(tenant, new_id(), Answer("made_key"))._replace(audit=told)
+            return await Keys(store, new_id, now, time.monotonic).create(tenant, key, once)
         finally:
             await store.close()
 
@@ -267,8 +273,8 @@ class Server:
     ) -> None:
         """`providers` by name, the default one first. The server closes them, the toolbox and the store; it looks after
         `files`. Without `authenticators`, and where the settings ask for no credentials, every caller is the admin of
-        one tenant; otherwise the store's keys are taken besides. Raises SettingsError for the files of TLS and for
-        proxies that are no addresses."""
+        one tenant until the store has a key; otherwise the store's keys are taken besides. Raises SettingsError for the
+        files of TLS and for proxies that are no addresses."""
         pace = pace or Pace()
         self.port = 0
         self.mtls_port = 0
@@ -294,13 +300,14 @@ class Server:
         self._files = files or Files()
         self._identity = _watch_identity(settings, self._files)
         self._keys = Keys(store, make_id, clock, time.monotonic, settings.admin_key)
-        known = (self._keys, *authenticators) if authenticators or settings.has_credentials else ()
+        is_open = not (authenticators or settings.has_credentials)
+        chain = Chain((self._keys, *authenticators), open_until=self._keys if is_open else None)
         self._tenants = Tenants(store, time.monotonic)
-        own, tenants = Mentions(store).require_own, self._tenants if settings.has_credentials else None
+        own = Mentions(store).require_own
         self._principals = Principals(store, make_id)
         self._refusals = Refusals(store, self._principals)
         self._doorway = Doorway(
-            Chain(known), make_id, pace.stall, self.gate, own, tenants, self._principals, self._refusals.note
+            chain, make_id, pace.stall, self.gate, own, self._tenants, self._principals, self._refusals.note
         )
         limits = Limits(settings.max_blob_bytes, settings.max_session_bytes)
         self._contents = Contents(store, make_id, clock, limits)

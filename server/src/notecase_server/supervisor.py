@@ -63,9 +63,12 @@ def is_own_end() -> bool:
     return task is not None and task.cancelling() > 0
 
 
+PASSING = frozenset({v1.ERROR_REASON_STORE_UNAVAILABLE, v1.ERROR_REASON_ISSUER_UNAVAILABLE})
+
+
 def is_passing(error: BaseException) -> bool:
     """Whether the same work may succeed later without anything being changed."""
-    return isinstance(error, NotecaseError) and error.reason == v1.ERROR_REASON_STORE_UNAVAILABLE
+    return isinstance(error, NotecaseError) and error.reason in PASSING
 
 
 class Tasks:

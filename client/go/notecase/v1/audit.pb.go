@@ -163,10 +163,11 @@ func (x *GetPrincipalRequest) GetName() string {
 type AuditEntry struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
-	// principals/{principal}. Empty for calls that were UNAUTHENTICATED, and for refusals beyond the number of principals that
-	// are counted separately.
+	// principals/{principal}. Empty for calls that were UNAUTHENTICATED, for `notecase keys bootstrap`, and for refusals beyond
+	// the number of principals that are counted separately.
 	Principal string `protobuf:"bytes,2,opt,name=principal,proto3" json:"principal,omitempty"`
-	// For example notecase.v1.KeyService/CreateKey. Empty for calls that are counted together.
+	// For example notecase.v1.KeyService/CreateKey, or the command `notecase keys bootstrap`. Empty for calls that are counted
+	// together.
 	Method string `protobuf:"bytes,3,opt,name=method,proto3" json:"method,omitempty"`
 	// The name of the resource: a key, a tenant, a user, a session, or the run that was answered. Empty for a call that was
 	// refused before its request was read.

@@ -133,6 +133,9 @@ const (
 	ErrorReason_ERROR_REASON_TENANT_SUSPENDED ErrorReason = 46
 	// NOT_FOUND: there is no such principal. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_PRINCIPAL_NOT_FOUND ErrorReason = 47
+	// UNAVAILABLE: the token cannot be verified, since the server has not been able to fetch the keys of its issuer. RetryInfo says
+	// when to try again.
+	ErrorReason_ERROR_REASON_ISSUER_UNAVAILABLE ErrorReason = 48
 )
 
 // Enum value maps for ErrorReason.
@@ -185,6 +188,7 @@ var (
 		45: "ERROR_REASON_TENANT_NOT_FOUND",
 		46: "ERROR_REASON_TENANT_SUSPENDED",
 		47: "ERROR_REASON_PRINCIPAL_NOT_FOUND",
+		48: "ERROR_REASON_ISSUER_UNAVAILABLE",
 	}
 	ErrorReason_value = map[string]int32{
 		"ERROR_REASON_UNSPECIFIED":                0,
@@ -234,6 +238,7 @@ var (
 		"ERROR_REASON_TENANT_NOT_FOUND":           45,
 		"ERROR_REASON_TENANT_SUSPENDED":           46,
 		"ERROR_REASON_PRINCIPAL_NOT_FOUND":        47,
+		"ERROR_REASON_ISSUER_UNAVAILABLE":         48,
 	}
 )
 
@@ -1841,7 +1846,7 @@ const file_notecase_v1_content_proto_rawDesc = "" +
 	"\bmetadata\x18\x04 \x03(\v2 .notecase.v1.Error.MetadataEntryR\bmetadata\x1a;\n" +
 	"\rMetadataEntry\x12\x10\n" +
 	"\x03key\x18\x01 \x01(\tR\x03key\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01*\xce\f\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value:\x028\x01*\xf3\f\n" +
 	"\vErrorReason\x12\x1c\n" +
 	"\x18ERROR_REASON_UNSPECIFIED\x10\x00\x12\x1e\n" +
 	"\x1aERROR_REASON_INVALID_FIELD\x10\x01\x12 \n" +
@@ -1890,7 +1895,8 @@ const file_notecase_v1_content_proto_rawDesc = "" +
 	"\x1bERROR_REASON_USER_NOT_FOUND\x10,\x12!\n" +
 	"\x1dERROR_REASON_TENANT_NOT_FOUND\x10-\x12!\n" +
 	"\x1dERROR_REASON_TENANT_SUSPENDED\x10.\x12$\n" +
-	" ERROR_REASON_PRINCIPAL_NOT_FOUND\x10/\"\x04\b\x1e\x10\x1eBX\n" +
+	" ERROR_REASON_PRINCIPAL_NOT_FOUND\x10/\x12#\n" +
+	"\x1fERROR_REASON_ISSUER_UNAVAILABLE\x100\"\x04\b\x1e\x10\x1eBX\n" +
 	"\x0fdev.notecase.v1B\fContentProtoP\x01Z'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\vNotecase.V1b\x06proto3"
 
 var (

@@ -37,7 +37,7 @@ const (
 	Key_ROLE_DEVELOPER Key_Role = 3
 	// Keys, and the erasure of users.
 	Key_ROLE_ADMIN Key_Role = 4
-	// Has no tenant: manages tenants and the keys of any tenant, and reads no content.
+	// Has no tenant: manages tenants and the keys of any tenant, and reads no content except by ExportTenant.
 	Key_ROLE_OPERATOR Key_Role = 5
 )
 
@@ -265,7 +265,7 @@ func (x *CreateKeyRequest) GetRequestId() string {
 type CreateKeyResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Key   *Key                   `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
-	// The whole key, as it is sent in a call: nck_{key}_{secret}.
+	// The whole key, as it is sent in a call: nck_{key}_{secret}. The secret ends in a tag of 16 characters.
 	Secret        string `protobuf:"bytes,2,opt,name=secret,proto3" json:"secret,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -315,6 +315,60 @@ func (x *CreateKeyResponse) GetSecret() string {
 	return ""
 }
 
+type GetKeyRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// keys/{key}
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// As in CreateKeyRequest.
+	Tenant        string `protobuf:"bytes,2,opt,name=tenant,proto3" json:"tenant,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *GetKeyRequest) Reset() {
+	*x = GetKeyRequest{}
+	mi := &file_notecase_v1_key_proto_msgTypes[3]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *GetKeyRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*GetKeyRequest) ProtoMessage() {}
+
+func (x *GetKeyRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_notecase_v1_key_proto_msgTypes[3]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use GetKeyRequest.ProtoReflect.Descriptor instead.
+func (*GetKeyRequest) Descriptor() ([]byte, []int) {
+	return file_notecase_v1_key_proto_rawDescGZIP(), []int{3}
+}
+
+func (x *GetKeyRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *GetKeyRequest) GetTenant() string {
+	if x != nil {
+		return x.Tenant
+	}
+	return ""
+}
+
 type ListKeysRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As in CreateKeyRequest.
@@ -327,7 +381,7 @@ type ListKeysRequest struct {
 
 func (x *ListKeysRequest) Reset() {
 	*x = ListKeysRequest{}
-	mi := &file_notecase_v1_key_proto_msgTypes[3]
+	mi := &file_notecase_v1_key_proto_msgTypes[4]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -339,7 +393,7 @@ func (x *ListKeysRequest) String() string {
 func (*ListKeysRequest) ProtoMessage() {}
 
 func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_notecase_v1_key_proto_msgTypes[3]
+	mi := &file_notecase_v1_key_proto_msgTypes[4]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -352,7 +406,7 @@ func (x *ListKeysRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysRequest.ProtoReflect.Descriptor instead.
 func (*ListKeysRequest) Descriptor() ([]byte, []int) {
-	return file_notecase_v1_key_proto_rawDescGZIP(), []int{3}
+	return file_notecase_v1_key_proto_rawDescGZIP(), []int{4}
 }
 
 func (x *ListKeysRequest) GetTenant() string {
@@ -386,7 +440,7 @@ type ListKeysResponse struct {
 
 func (x *ListKeysResponse) Reset() {
 	*x = ListKeysResponse{}
-	mi := &file_notecase_v1_key_proto_msgTypes[4]
+	mi := &file_notecase_v1_key_proto_msgTypes[5]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -398,7 +452,7 @@ func (x *ListKeysResponse) String() string {
 func (*ListKeysResponse) ProtoMessage() {}
 
 func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_notecase_v1_key_proto_msgTypes[4]
+	mi := &file_notecase_v1_key_proto_msgTypes[5]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -411,7 +465,7 @@ func (x *ListKeysResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListKeysResponse.ProtoReflect.Descriptor instead.
 func (*ListKeysResponse) Descriptor() ([]byte, []int) {
-	return file_notecase_v1_key_proto_rawDescGZIP(), []int{4}
+	return file_notecase_v1_key_proto_rawDescGZIP(), []int{5}
 }
 
 func (x *ListKeysResponse) GetKeys() []*Key {
@@ -441,7 +495,7 @@ type RevokeKeyRequest struct {
 
 func (x *RevokeKeyRequest) Reset() {
 	*x = RevokeKeyRequest{}
-	mi := &file_notecase_v1_key_proto_msgTypes[5]
+	mi := &file_notecase_v1_key_proto_msgTypes[6]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -453,7 +507,7 @@ func (x *RevokeKeyRequest) String() string {
 func (*RevokeKeyRequest) ProtoMessage() {}
 
 func (x *RevokeKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_notecase_v1_key_proto_msgTypes[5]
+	mi := &file_notecase_v1_key_proto_msgTypes[6]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -466,7 +520,7 @@ func (x *RevokeKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RevokeKeyRequest.ProtoReflect.Descriptor instead.
 func (*RevokeKeyRequest) Descriptor() ([]byte, []int) {
-	return file_notecase_v1_key_proto_rawDescGZIP(), []int{5}
+	return file_notecase_v1_key_proto_rawDescGZIP(), []int{6}
 }
 
 func (x *RevokeKeyRequest) GetName() string {
@@ -505,7 +559,7 @@ type RotateKeyRequest struct {
 
 func (x *RotateKeyRequest) Reset() {
 	*x = RotateKeyRequest{}
-	mi := &file_notecase_v1_key_proto_msgTypes[6]
+	mi := &file_notecase_v1_key_proto_msgTypes[7]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -517,7 +571,7 @@ func (x *RotateKeyRequest) String() string {
 func (*RotateKeyRequest) ProtoMessage() {}
 
 func (x *RotateKeyRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_notecase_v1_key_proto_msgTypes[6]
+	mi := &file_notecase_v1_key_proto_msgTypes[7]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -530,7 +584,7 @@ func (x *RotateKeyRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateKeyRequest.ProtoReflect.Descriptor instead.
 func (*RotateKeyRequest) Descriptor() ([]byte, []int) {
-	return file_notecase_v1_key_proto_rawDescGZIP(), []int{6}
+	return file_notecase_v1_key_proto_rawDescGZIP(), []int{7}
 }
 
 func (x *RotateKeyRequest) GetName() string {
@@ -572,7 +626,7 @@ type RotateKeyResponse struct {
 
 func (x *RotateKeyResponse) Reset() {
 	*x = RotateKeyResponse{}
-	mi := &file_notecase_v1_key_proto_msgTypes[7]
+	mi := &file_notecase_v1_key_proto_msgTypes[8]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -584,7 +638,7 @@ func (x *RotateKeyResponse) String() string {
 func (*RotateKeyResponse) ProtoMessage() {}
 
 func (x *RotateKeyResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_notecase_v1_key_proto_msgTypes[7]
+	mi := &file_notecase_v1_key_proto_msgTypes[8]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -597,7 +651,7 @@ func (x *RotateKeyResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use RotateKeyResponse.ProtoReflect.Descriptor instead.
 func (*RotateKeyResponse) Descriptor() ([]byte, []int) {
-	return file_notecase_v1_key_proto_rawDescGZIP(), []int{7}
+	return file_notecase_v1_key_proto_rawDescGZIP(), []int{8}
 }
 
 func (x *RotateKeyResponse) GetKey() *Key {
@@ -646,7 +700,10 @@ const file_notecase_v1_key_proto_rawDesc = "" +
 	"request_id\x18\x03 \x01(\tR\trequestId\"O\n" +
 	"\x11CreateKeyResponse\x12\"\n" +
 	"\x03key\x18\x01 \x01(\v2\x10.notecase.v1.KeyR\x03key\x12\x16\n" +
-	"\x06secret\x18\x02 \x01(\tR\x06secret\"e\n" +
+	"\x06secret\x18\x02 \x01(\tR\x06secret\";\n" +
+	"\rGetKeyRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06tenant\x18\x02 \x01(\tR\x06tenant\"e\n" +
 	"\x0fListKeysRequest\x12\x16\n" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\x1b\n" +
 	"\tpage_size\x18\x02 \x01(\x05R\bpageSize\x12\x1d\n" +
@@ -668,10 +725,11 @@ const file_notecase_v1_key_proto_rawDesc = "" +
 	"request_id\x18\x04 \x01(\tR\trequestId\"O\n" +
 	"\x11RotateKeyResponse\x12\"\n" +
 	"\x03key\x18\x01 \x01(\v2\x10.notecase.v1.KeyR\x03key\x12\x16\n" +
-	"\x06secret\x18\x02 \x01(\tR\x06secret2\xb6\x02\n" +
+	"\x06secret\x18\x02 \x01(\tR\x06secret2\xf3\x02\n" +
 	"\n" +
 	"KeyService\x12J\n" +
-	"\tCreateKey\x12\x1d.notecase.v1.CreateKeyRequest\x1a\x1e.notecase.v1.CreateKeyResponse\x12L\n" +
+	"\tCreateKey\x12\x1d.notecase.v1.CreateKeyRequest\x1a\x1e.notecase.v1.CreateKeyResponse\x12;\n" +
+	"\x06GetKey\x12\x1a.notecase.v1.GetKeyRequest\x1a\x10.notecase.v1.Key\"\x03\x90\x02\x01\x12L\n" +
 	"\bListKeys\x12\x1c.notecase.v1.ListKeysRequest\x1a\x1d.notecase.v1.ListKeysResponse\"\x03\x90\x02\x01\x12B\n" +
 	"\tRevokeKey\x12\x1d.notecase.v1.RevokeKeyRequest\x1a\x16.google.protobuf.Empty\x12J\n" +
 	"\tRotateKey\x12\x1d.notecase.v1.RotateKeyRequest\x1a\x1e.notecase.v1.RotateKeyResponseBT\n" +
@@ -690,42 +748,45 @@ func file_notecase_v1_key_proto_rawDescGZIP() []byte {
 }
 
 var file_notecase_v1_key_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_notecase_v1_key_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_notecase_v1_key_proto_msgTypes = make([]protoimpl.MessageInfo, 9)
 var file_notecase_v1_key_proto_goTypes = []any{
 	(Key_Role)(0),                 // 0: notecase.v1.Key.Role
 	(*Key)(nil),                   // 1: notecase.v1.Key
 	(*CreateKeyRequest)(nil),      // 2: notecase.v1.CreateKeyRequest
 	(*CreateKeyResponse)(nil),     // 3: notecase.v1.CreateKeyResponse
-	(*ListKeysRequest)(nil),       // 4: notecase.v1.ListKeysRequest
-	(*ListKeysResponse)(nil),      // 5: notecase.v1.ListKeysResponse
-	(*RevokeKeyRequest)(nil),      // 6: notecase.v1.RevokeKeyRequest
-	(*RotateKeyRequest)(nil),      // 7: notecase.v1.RotateKeyRequest
-	(*RotateKeyResponse)(nil),     // 8: notecase.v1.RotateKeyResponse
-	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),   // 10: google.protobuf.Duration
-	(*emptypb.Empty)(nil),         // 11: google.protobuf.Empty
+	(*GetKeyRequest)(nil),         // 4: notecase.v1.GetKeyRequest
+	(*ListKeysRequest)(nil),       // 5: notecase.v1.ListKeysRequest
+	(*ListKeysResponse)(nil),      // 6: notecase.v1.ListKeysResponse
+	(*RevokeKeyRequest)(nil),      // 7: notecase.v1.RevokeKeyRequest
+	(*RotateKeyRequest)(nil),      // 8: notecase.v1.RotateKeyRequest
+	(*RotateKeyResponse)(nil),     // 9: notecase.v1.RotateKeyResponse
+	(*timestamppb.Timestamp)(nil), // 10: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),   // 11: google.protobuf.Duration
+	(*emptypb.Empty)(nil),         // 12: google.protobuf.Empty
 }
 var file_notecase_v1_key_proto_depIdxs = []int32{
 	0,  // 0: notecase.v1.Key.role:type_name -> notecase.v1.Key.Role
-	9,  // 1: notecase.v1.Key.create_time:type_name -> google.protobuf.Timestamp
-	9,  // 2: notecase.v1.Key.expire_time:type_name -> google.protobuf.Timestamp
-	9,  // 3: notecase.v1.Key.rotate_time:type_name -> google.protobuf.Timestamp
-	9,  // 4: notecase.v1.Key.overlap_end_time:type_name -> google.protobuf.Timestamp
+	10, // 1: notecase.v1.Key.create_time:type_name -> google.protobuf.Timestamp
+	10, // 2: notecase.v1.Key.expire_time:type_name -> google.protobuf.Timestamp
+	10, // 3: notecase.v1.Key.rotate_time:type_name -> google.protobuf.Timestamp
+	10, // 4: notecase.v1.Key.overlap_end_time:type_name -> google.protobuf.Timestamp
 	1,  // 5: notecase.v1.CreateKeyRequest.key:type_name -> notecase.v1.Key
 	1,  // 6: notecase.v1.CreateKeyResponse.key:type_name -> notecase.v1.Key
 	1,  // 7: notecase.v1.ListKeysResponse.keys:type_name -> notecase.v1.Key
-	10, // 8: notecase.v1.RotateKeyRequest.overlap:type_name -> google.protobuf.Duration
+	11, // 8: notecase.v1.RotateKeyRequest.overlap:type_name -> google.protobuf.Duration
 	1,  // 9: notecase.v1.RotateKeyResponse.key:type_name -> notecase.v1.Key
 	2,  // 10: notecase.v1.KeyService.CreateKey:input_type -> notecase.v1.CreateKeyRequest
-	4,  // 11: notecase.v1.KeyService.ListKeys:input_type -> notecase.v1.ListKeysRequest
-	6,  // 12: notecase.v1.KeyService.RevokeKey:input_type -> notecase.v1.RevokeKeyRequest
-	7,  // 13: notecase.v1.KeyService.RotateKey:input_type -> notecase.v1.RotateKeyRequest
-	3,  // 14: notecase.v1.KeyService.CreateKey:output_type -> notecase.v1.CreateKeyResponse
-	5,  // 15: notecase.v1.KeyService.ListKeys:output_type -> notecase.v1.ListKeysResponse
-	11, // 16: notecase.v1.KeyService.RevokeKey:output_type -> google.protobuf.Empty
-	8,  // 17: notecase.v1.KeyService.RotateKey:output_type -> notecase.v1.RotateKeyResponse
-	14, // [14:18] is the sub-list for method output_type
-	10, // [10:14] is the sub-list for method input_type
+	4,  // 11: notecase.v1.KeyService.GetKey:input_type -> notecase.v1.GetKeyRequest
+	5,  // 12: notecase.v1.KeyService.ListKeys:input_type -> notecase.v1.ListKeysRequest
+	7,  // 13: notecase.v1.KeyService.RevokeKey:input_type -> notecase.v1.RevokeKeyRequest
+	8,  // 14: notecase.v1.KeyService.RotateKey:input_type -> notecase.v1.RotateKeyRequest
+	3,  // 15: notecase.v1.KeyService.CreateKey:output_type -> notecase.v1.CreateKeyResponse
+	1,  // 16: notecase.v1.KeyService.GetKey:output_type -> notecase.v1.Key
+	6,  // 17: notecase.v1.KeyService.ListKeys:output_type -> notecase.v1.ListKeysResponse
+	12, // 18: notecase.v1.KeyService.RevokeKey:output_type -> google.protobuf.Empty
+	9,  // 19: notecase.v1.KeyService.RotateKey:output_type -> notecase.v1.RotateKeyResponse
+	15, // [15:20] is the sub-list for method output_type
+	10, // [10:15] is the sub-list for method input_type
 	10, // [10:10] is the sub-list for extension type_name
 	10, // [10:10] is the sub-list for extension extendee
 	0,  // [0:10] is the sub-list for field type_name
@@ -742,7 +803,7 @@ func file_notecase_v1_key_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_notecase_v1_key_proto_rawDesc), len(file_notecase_v1_key_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   8,
+			NumMessages:   9,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -52,8 +52,8 @@ type SessionServiceClient interface {
 	// was made in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which only this
 	// session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
 	DeleteSession(ctx context.Context, in *DeleteSessionRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
-	// Summarises the older messages now, with a call of the agent's model, and adds a `summarized` event. The log and the lists
-	// stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
+	// Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The log and
+	// the lists stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
 	// FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in
 	// the meantime; messages that were added do not matter. A model that fails is a status, MODEL_ERROR or MODEL_UNAVAILABLE,
 	// and nothing is kept. A repeat with the same request_id returns the first answer.
@@ -234,8 +234,8 @@ type SessionServiceServer interface {
 	// was made in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which only this
 	// session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
 	DeleteSession(context.Context, *DeleteSessionRequest) (*emptypb.Empty, error)
-	// Summarises the older messages now, with a call of the agent's model, and adds a `summarized` event. The log and the lists
-	// stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
+	// Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The log and
+	// the lists stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
 	// FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in
 	// the meantime; messages that were added do not matter. A model that fails is a status, MODEL_ERROR or MODEL_UNAVAILABLE,
 	// and nothing is kept. A repeat with the same request_id returns the first answer.

@@ -516,11 +516,245 @@ func (x *DeleteTenantRequest) GetRequestId() string {
 	return ""
 }
 
+type ExportTenantRequest struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// tenants/{tenant}
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// The page_token of a record of an earlier stream of this export: the stream has the tenant's record, and then continues with
+	// that record. Empty: begins with the first record.
+	PageToken     string `protobuf:"bytes,2,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportTenantRequest) Reset() {
+	*x = ExportTenantRequest{}
+	mi := &file_notecase_v1_tenant_proto_msgTypes[8]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportTenantRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportTenantRequest) ProtoMessage() {}
+
+func (x *ExportTenantRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_notecase_v1_tenant_proto_msgTypes[8]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportTenantRequest.ProtoReflect.Descriptor instead.
+func (*ExportTenantRequest) Descriptor() ([]byte, []int) {
+	return file_notecase_v1_tenant_proto_rawDescGZIP(), []int{8}
+}
+
+func (x *ExportTenantRequest) GetName() string {
+	if x != nil {
+		return x.Name
+	}
+	return ""
+}
+
+func (x *ExportTenantRequest) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+type ExportTenantResponse struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Types that are valid to be assigned to Record:
+	//
+	//	*ExportTenantResponse_Tenant
+	//	*ExportTenantResponse_Session
+	//	*ExportTenantResponse_State
+	//	*ExportTenantResponse_Agent
+	//	*ExportTenantResponse_Blob
+	//	*ExportTenantResponse_Chunk
+	//	*ExportTenantResponse_Dropped
+	Record isExportTenantResponse_Record `protobuf_oneof:"record"`
+	// Set on the records at which an export can be resumed.
+	PageToken     string `protobuf:"bytes,8,opt,name=page_token,json=pageToken,proto3" json:"page_token,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ExportTenantResponse) Reset() {
+	*x = ExportTenantResponse{}
+	mi := &file_notecase_v1_tenant_proto_msgTypes[9]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ExportTenantResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ExportTenantResponse) ProtoMessage() {}
+
+func (x *ExportTenantResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_notecase_v1_tenant_proto_msgTypes[9]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ExportTenantResponse.ProtoReflect.Descriptor instead.
+func (*ExportTenantResponse) Descriptor() ([]byte, []int) {
+	return file_notecase_v1_tenant_proto_rawDescGZIP(), []int{9}
+}
+
+func (x *ExportTenantResponse) GetRecord() isExportTenantResponse_Record {
+	if x != nil {
+		return x.Record
+	}
+	return nil
+}
+
+func (x *ExportTenantResponse) GetTenant() *Tenant {
+	if x != nil {
+		if x, ok := x.Record.(*ExportTenantResponse_Tenant); ok {
+			return x.Tenant
+		}
+	}
+	return nil
+}
+
+func (x *ExportTenantResponse) GetSession() *Session {
+	if x != nil {
+		if x, ok := x.Record.(*ExportTenantResponse_Session); ok {
+			return x.Session
+		}
+	}
+	return nil
+}
+
+func (x *ExportTenantResponse) GetState() *State {
+	if x != nil {
+		if x, ok := x.Record.(*ExportTenantResponse_State); ok {
+			return x.State
+		}
+	}
+	return nil
+}
+
+func (x *ExportTenantResponse) GetAgent() *Agent {
+	if x != nil {
+		if x, ok := x.Record.(*ExportTenantResponse_Agent); ok {
+			return x.Agent
+		}
+	}
+	return nil
+}
+
+func (x *ExportTenantResponse) GetBlob() *Blob {
+	if x != nil {
+		if x, ok := x.Record.(*ExportTenantResponse_Blob); ok {
+			return x.Blob
+		}
+	}
+	return nil
+}
+
+func (x *ExportTenantResponse) GetChunk() []byte {
+	if x != nil {
+		if x, ok := x.Record.(*ExportTenantResponse_Chunk); ok {
+			return x.Chunk
+		}
+	}
+	return nil
+}
+
+func (x *ExportTenantResponse) GetDropped() string {
+	if x != nil {
+		if x, ok := x.Record.(*ExportTenantResponse_Dropped); ok {
+			return x.Dropped
+		}
+	}
+	return ""
+}
+
+func (x *ExportTenantResponse) GetPageToken() string {
+	if x != nil {
+		return x.PageToken
+	}
+	return ""
+}
+
+type isExportTenantResponse_Record interface {
+	isExportTenantResponse_Record()
+}
+
+type ExportTenantResponse_Tenant struct {
+	// The first record of each stream.
+	Tenant *Tenant `protobuf:"bytes,1,opt,name=tenant,proto3,oneof"`
+}
+
+type ExportTenantResponse_Session struct {
+	// Begins a session. Its file follows in chunks, in the format that export.proto describes. The newest session comes first.
+	Session *Session `protobuf:"bytes,2,opt,name=session,proto3,oneof"`
+}
+
+type ExportTenantResponse_State struct {
+	// Entries of `app/state` or of `users/{user}/state`. A large state comes in several records with the same name.
+	State *State `protobuf:"bytes,3,opt,name=state,proto3,oneof"`
+}
+
+type ExportTenantResponse_Agent struct {
+	// One revision of an agent. The newest revision comes first.
+	Agent *Agent `protobuf:"bytes,4,opt,name=agent,proto3,oneof"`
+}
+
+type ExportTenantResponse_Blob struct {
+	// Begins a blob, with its name and size. Its bytes follow in chunks.
+	Blob *Blob `protobuf:"bytes,5,opt,name=blob,proto3,oneof"`
+}
+
+type ExportTenantResponse_Chunk struct {
+	// The next bytes of the session's file or of the blob that was begun last, at most 256 KiB.
+	Chunk []byte `protobuf:"bytes,6,opt,name=chunk,proto3,oneof"`
+}
+
+type ExportTenantResponse_Dropped struct {
+	// The name of the session or blob that was begun last. It cannot be read to its end, since it was deleted during the export
+	// or is damaged in the store: discard its chunks.
+	Dropped string `protobuf:"bytes,7,opt,name=dropped,proto3,oneof"`
+}
+
+func (*ExportTenantResponse_Tenant) isExportTenantResponse_Record() {}
+
+func (*ExportTenantResponse_Session) isExportTenantResponse_Record() {}
+
+func (*ExportTenantResponse_State) isExportTenantResponse_Record() {}
+
+func (*ExportTenantResponse_Agent) isExportTenantResponse_Record() {}
+
+func (*ExportTenantResponse_Blob) isExportTenantResponse_Record() {}
+
+func (*ExportTenantResponse_Chunk) isExportTenantResponse_Record() {}
+
+func (*ExportTenantResponse_Dropped) isExportTenantResponse_Record() {}
+
 var File_notecase_v1_tenant_proto protoreflect.FileDescriptor
 
 const file_notecase_v1_tenant_proto_rawDesc = "" +
 	"\n" +
-	"\x18notecase/v1/tenant.proto\x12\vnotecase.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x88\x02\n" +
+	"\x18notecase/v1/tenant.proto\x12\vnotecase.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17notecase/v1/agent.proto\x1a\x19notecase/v1/content.proto\x1a\x19notecase/v1/session.proto\x1a\x17notecase/v1/state.proto\"\x88\x02\n" +
 	"\x06Tenant\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12!\n" +
 	"\fdisplay_name\x18\x02 \x01(\tR\vdisplayName\x12/\n" +
@@ -557,14 +791,30 @@ const file_notecase_v1_tenant_proto_rawDesc = "" +
 	"\x13DeleteTenantRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\x02 \x01(\tR\trequestId2\xcd\x03\n" +
+	"request_id\x18\x02 \x01(\tR\trequestId\"H\n" +
+	"\x13ExportTenantRequest\x12\x12\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\x02 \x01(\tR\tpageToken\"\xd5\x02\n" +
+	"\x14ExportTenantResponse\x12-\n" +
+	"\x06tenant\x18\x01 \x01(\v2\x13.notecase.v1.TenantH\x00R\x06tenant\x120\n" +
+	"\asession\x18\x02 \x01(\v2\x14.notecase.v1.SessionH\x00R\asession\x12*\n" +
+	"\x05state\x18\x03 \x01(\v2\x12.notecase.v1.StateH\x00R\x05state\x12*\n" +
+	"\x05agent\x18\x04 \x01(\v2\x12.notecase.v1.AgentH\x00R\x05agent\x12'\n" +
+	"\x04blob\x18\x05 \x01(\v2\x11.notecase.v1.BlobH\x00R\x04blob\x12\x16\n" +
+	"\x05chunk\x18\x06 \x01(\fH\x00R\x05chunk\x12\x1a\n" +
+	"\adropped\x18\a \x01(\tH\x00R\adropped\x12\x1d\n" +
+	"\n" +
+	"page_token\x18\b \x01(\tR\tpageTokenB\b\n" +
+	"\x06record2\xa9\x04\n" +
 	"\rTenantService\x12E\n" +
 	"\fCreateTenant\x12 .notecase.v1.CreateTenantRequest\x1a\x13.notecase.v1.Tenant\x12D\n" +
 	"\tGetTenant\x12\x1d.notecase.v1.GetTenantRequest\x1a\x13.notecase.v1.Tenant\"\x03\x90\x02\x01\x12U\n" +
 	"\vListTenants\x12\x1f.notecase.v1.ListTenantsRequest\x1a .notecase.v1.ListTenantsResponse\"\x03\x90\x02\x01\x12G\n" +
 	"\rSuspendTenant\x12!.notecase.v1.SuspendTenantRequest\x1a\x13.notecase.v1.Tenant\x12E\n" +
 	"\fResumeTenant\x12 .notecase.v1.ResumeTenantRequest\x1a\x13.notecase.v1.Tenant\x12H\n" +
-	"\fDeleteTenant\x12 .notecase.v1.DeleteTenantRequest\x1a\x16.google.protobuf.EmptyBW\n" +
+	"\fDeleteTenant\x12 .notecase.v1.DeleteTenantRequest\x1a\x16.google.protobuf.Empty\x12Z\n" +
+	"\fExportTenant\x12 .notecase.v1.ExportTenantRequest\x1a!.notecase.v1.ExportTenantResponse\"\x03\x90\x02\x010\x01BW\n" +
 	"\x0fdev.notecase.v1B\vTenantProtoP\x01Z'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\vNotecase.V1b\x06proto3"
 
 var (
@@ -580,7 +830,7 @@ func file_notecase_v1_tenant_proto_rawDescGZIP() []byte {
 }
 
 var file_notecase_v1_tenant_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_notecase_v1_tenant_proto_msgTypes = make([]protoimpl.MessageInfo, 8)
+var file_notecase_v1_tenant_proto_msgTypes = make([]protoimpl.MessageInfo, 10)
 var file_notecase_v1_tenant_proto_goTypes = []any{
 	(Tenant_State)(0),             // 0: notecase.v1.Tenant.State
 	(*Tenant)(nil),                // 1: notecase.v1.Tenant
@@ -591,31 +841,44 @@ var file_notecase_v1_tenant_proto_goTypes = []any{
 	(*SuspendTenantRequest)(nil),  // 6: notecase.v1.SuspendTenantRequest
 	(*ResumeTenantRequest)(nil),   // 7: notecase.v1.ResumeTenantRequest
 	(*DeleteTenantRequest)(nil),   // 8: notecase.v1.DeleteTenantRequest
-	(*timestamppb.Timestamp)(nil), // 9: google.protobuf.Timestamp
-	(*emptypb.Empty)(nil),         // 10: google.protobuf.Empty
+	(*ExportTenantRequest)(nil),   // 9: notecase.v1.ExportTenantRequest
+	(*ExportTenantResponse)(nil),  // 10: notecase.v1.ExportTenantResponse
+	(*timestamppb.Timestamp)(nil), // 11: google.protobuf.Timestamp
+	(*Session)(nil),               // 12: notecase.v1.Session
+	(*State)(nil),                 // 13: notecase.v1.State
+	(*Agent)(nil),                 // 14: notecase.v1.Agent
+	(*Blob)(nil),                  // 15: notecase.v1.Blob
+	(*emptypb.Empty)(nil),         // 16: google.protobuf.Empty
 }
 var file_notecase_v1_tenant_proto_depIdxs = []int32{
 	0,  // 0: notecase.v1.Tenant.state:type_name -> notecase.v1.Tenant.State
-	9,  // 1: notecase.v1.Tenant.create_time:type_name -> google.protobuf.Timestamp
+	11, // 1: notecase.v1.Tenant.create_time:type_name -> google.protobuf.Timestamp
 	1,  // 2: notecase.v1.CreateTenantRequest.tenant:type_name -> notecase.v1.Tenant
 	1,  // 3: notecase.v1.ListTenantsResponse.tenants:type_name -> notecase.v1.Tenant
-	2,  // 4: notecase.v1.TenantService.CreateTenant:input_type -> notecase.v1.CreateTenantRequest
-	3,  // 5: notecase.v1.TenantService.GetTenant:input_type -> notecase.v1.GetTenantRequest
-	4,  // 6: notecase.v1.TenantService.ListTenants:input_type -> notecase.v1.ListTenantsRequest
-	6,  // 7: notecase.v1.TenantService.SuspendTenant:input_type -> notecase.v1.SuspendTenantRequest
-	7,  // 8: notecase.v1.TenantService.ResumeTenant:input_type -> notecase.v1.ResumeTenantRequest
-	8,  // 9: notecase.v1.TenantService.DeleteTenant:input_type -> notecase.v1.DeleteTenantRequest
-	1,  // 10: notecase.v1.TenantService.CreateTenant:output_type -> notecase.v1.Tenant
-	1,  // 11: notecase.v1.TenantService.GetTenant:output_type -> notecase.v1.Tenant
-	5,  // 12: notecase.v1.TenantService.ListTenants:output_type -> notecase.v1.ListTenantsResponse
-	1,  // 13: notecase.v1.TenantService.SuspendTenant:output_type -> notecase.v1.Tenant
-	1,  // 14: notecase.v1.TenantService.ResumeTenant:output_type -> notecase.v1.Tenant
-	10, // 15: notecase.v1.TenantService.DeleteTenant:output_type -> google.protobuf.Empty
-	10, // [10:16] is the sub-list for method output_type
-	4,  // [4:10] is the sub-list for method input_type
-	4,  // [4:4] is the sub-list for extension type_name
-	4,  // [4:4] is the sub-list for extension extendee
-	0,  // [0:4] is the sub-list for field type_name
+	1,  // 4: notecase.v1.ExportTenantResponse.tenant:type_name -> notecase.v1.Tenant
+	12, // 5: notecase.v1.ExportTenantResponse.session:type_name -> notecase.v1.Session
+	13, // 6: notecase.v1.ExportTenantResponse.state:type_name -> notecase.v1.State
+	14, // 7: notecase.v1.ExportTenantResponse.agent:type_name -> notecase.v1.Agent
+	15, // 8: notecase.v1.ExportTenantResponse.blob:type_name -> notecase.v1.Blob
+	2,  // 9: notecase.v1.TenantService.CreateTenant:input_type -> notecase.v1.CreateTenantRequest
+	3,  // 10: notecase.v1.TenantService.GetTenant:input_type -> notecase.v1.GetTenantRequest
+	4,  // 11: notecase.v1.TenantService.ListTenants:input_type -> notecase.v1.ListTenantsRequest
+	6,  // 12: notecase.v1.TenantService.SuspendTenant:input_type -> notecase.v1.SuspendTenantRequest
+	7,  // 13: notecase.v1.TenantService.ResumeTenant:input_type -> notecase.v1.ResumeTenantRequest
+	8,  // 14: notecase.v1.TenantService.DeleteTenant:input_type -> notecase.v1.DeleteTenantRequest
+	9,  // 15: notecase.v1.TenantService.ExportTenant:input_type -> notecase.v1.ExportTenantRequest
+	1,  // 16: notecase.v1.TenantService.CreateTenant:output_type -> notecase.v1.Tenant
+	1,  // 17: notecase.v1.TenantService.GetTenant:output_type -> notecase.v1.Tenant
+	5,  // 18: notecase.v1.TenantService.ListTenants:output_type -> notecase.v1.ListTenantsResponse
+	1,  // 19: notecase.v1.TenantService.SuspendTenant:output_type -> notecase.v1.Tenant
+	1,  // 20: notecase.v1.TenantService.ResumeTenant:output_type -> notecase.v1.Tenant
+	16, // 21: notecase.v1.TenantService.DeleteTenant:output_type -> google.protobuf.Empty
+	10, // 22: notecase.v1.TenantService.ExportTenant:output_type -> notecase.v1.ExportTenantResponse
+	16, // [16:23] is the sub-list for method output_type
+	9,  // [9:16] is the sub-list for method input_type
+	9,  // [9:9] is the sub-list for extension type_name
+	9,  // [9:9] is the sub-list for extension extendee
+	0,  // [0:9] is the sub-list for field type_name
 }
 
 func init() { file_notecase_v1_tenant_proto_init() }
@@ -623,13 +886,26 @@ func file_notecase_v1_tenant_proto_init() {
 	if File_notecase_v1_tenant_proto != nil {
 		return
 	}
+	file_notecase_v1_agent_proto_init()
+	file_notecase_v1_content_proto_init()
+	file_notecase_v1_session_proto_init()
+	file_notecase_v1_state_proto_init()
+	file_notecase_v1_tenant_proto_msgTypes[9].OneofWrappers = []any{
+		(*ExportTenantResponse_Tenant)(nil),
+		(*ExportTenantResponse_Session)(nil),
+		(*ExportTenantResponse_State)(nil),
+		(*ExportTenantResponse_Agent)(nil),
+		(*ExportTenantResponse_Blob)(nil),
+		(*ExportTenantResponse_Chunk)(nil),
+		(*ExportTenantResponse_Dropped)(nil),
+	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_notecase_v1_tenant_proto_rawDesc), len(file_notecase_v1_tenant_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   8,
+			NumMessages:   10,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -26,6 +26,7 @@ const (
 	TenantService_SuspendTenant_FullMethodName = "/notecase.v1.TenantService/SuspendTenant"
 	TenantService_ResumeTenant_FullMethodName  = "/notecase.v1.TenantService/ResumeTenant"
 	TenantService_DeleteTenant_FullMethodName  = "/notecase.v1.TenantService/DeleteTenant"
+	TenantService_ExportTenant_FullMethodName  = "/notecase.v1.TenantService/ExportTenant"
 )
 
 // TenantServiceClient is the client API for TenantService service.
@@ -53,6 +54,18 @@ type TenantServiceClient interface {
 	// call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
 	// if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
 	DeleteTenant(ctx context.Context, in *DeleteTenantRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
+	// Streams everything that the tenant holds: its sessions, as ExportSession writes them without content; the states of the
+	// tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order, so that
+	// an agent or blob that an exported item refers to is not missing for being newer than the item. When a run is under way in
+	// a session, the exported file ends with events that cancel it, as in a fork; the session itself is not changed. Each item
+	// is exported as it is when it is read; suspend the tenant first to export all of them as they are at one moment.
+	//
+	// Not exported are keys, principals, the audit, the ids of requests and commands, and incomplete uploads.
+	//
+	// This is the only method by which an operator reads content. Before the first record is sent, an entry is written to the
+	// tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is deleted
+	// during the export. May be repeated: what has not changed is exported in the same order with the same bytes.
+	ExportTenant(ctx context.Context, in *ExportTenantRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExportTenantResponse], error)
 }
 
 type tenantServiceClient struct {
@@ -123,6 +136,25 @@ func (c *tenantServiceClient) DeleteTenant(ctx context.Context, in *DeleteTenant
 	return out, nil
 }
 
+func (c *tenantServiceClient) ExportTenant(ctx context.Context, in *ExportTenantRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExportTenantResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &TenantService_ServiceDesc.Streams[0], TenantService_ExportTenant_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[ExportTenantRequest, ExportTenantResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type TenantService_ExportTenantClient = grpc.ServerStreamingClient[ExportTenantResponse]
+
 // TenantServiceServer is the server API for TenantService service.
 // All implementations must embed UnimplementedTenantServiceServer
 // for forward compatibility.
@@ -148,6 +180,18 @@ type TenantServiceServer interface {
 	// call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
 	// if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
 	DeleteTenant(context.Context, *DeleteTenantRequest) (*emptypb.Empty, error)
+	// Streams everything that the tenant holds: its sessions, as ExportSession writes them without content; the states of the
+	// tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order, so that
+	// an agent or blob that an exported item refers to is not missing for being newer than the item. When a run is under way in
+	// a session, the exported file ends with events that cancel it, as in a fork; the session itself is not changed. Each item
+	// is exported as it is when it is read; suspend the tenant first to export all of them as they are at one moment.
+	//
+	// Not exported are keys, principals, the audit, the ids of requests and commands, and incomplete uploads.
+	//
+	// This is the only method by which an operator reads content. Before the first record is sent, an entry is written to the
+	// tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is deleted
+	// during the export. May be repeated: what has not changed is exported in the same order with the same bytes.
+	ExportTenant(*ExportTenantRequest, grpc.ServerStreamingServer[ExportTenantResponse]) error
 	mustEmbedUnimplementedTenantServiceServer()
 }
 
@@ -175,6 +219,9 @@ func (UnimplementedTenantServiceServer) ResumeTenant(context.Context, *ResumeTen
 }
 func (UnimplementedTenantServiceServer) DeleteTenant(context.Context, *DeleteTenantRequest) (*emptypb.Empty, error) {
 	return nil, status.Error(codes.Unimplemented, "method DeleteTenant not implemented")
+}
+func (UnimplementedTenantServiceServer) ExportTenant(*ExportTenantRequest, grpc.ServerStreamingServer[ExportTenantResponse]) error {
+	return status.Error(codes.Unimplemented, "method ExportTenant not implemented")
 }
 func (UnimplementedTenantServiceServer) mustEmbedUnimplementedTenantServiceServer() {}
 func (UnimplementedTenantServiceServer) testEmbeddedByValue()                       {}
@@ -305,6 +352,17 @@ func _TenantService_DeleteTenant_Handler(srv interface{}, ctx context.Context, d
 	return interceptor(ctx, in, info, handler)
 }
 
+func _TenantService_ExportTenant_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(ExportTenantRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(TenantServiceServer).ExportTenant(m, &grpc.GenericServerStream[ExportTenantRequest, ExportTenantResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type TenantService_ExportTenantServer = grpc.ServerStreamingServer[ExportTenantResponse]
+
 // TenantService_ServiceDesc is the grpc.ServiceDesc for TenantService service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -337,6 +395,12 @@ var TenantService_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _TenantService_DeleteTenant_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "ExportTenant",
+			Handler:       _TenantService_ExportTenant_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "notecase/v1/tenant.proto",
 }

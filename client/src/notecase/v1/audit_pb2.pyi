@@ -102,11 +102,13 @@ class AuditEntry(_message.Message):
     INPUT_ID_FIELD_NUMBER: _builtins.int
     CALL_COUNT_FIELD_NUMBER: _builtins.int
     principal: _builtins.str
-    """principals/{principal}. Empty for calls that were UNAUTHENTICATED, and for refusals beyond the number of principals that
-    are counted separately.
+    """principals/{principal}. Empty for calls that were UNAUTHENTICATED, for `notecase keys bootstrap`, and for refusals beyond
+    the number of principals that are counted separately.
     """
     method: _builtins.str
-    """For example notecase.v1.KeyService/CreateKey. Empty for calls that are counted together."""
+    """For example notecase.v1.KeyService/CreateKey, or the command `notecase keys bootstrap`. Empty for calls that are counted
+    together.
+    """
     resource: _builtins.str
     """The name of the resource: a key, a tenant, a user, a session, or the run that was answered. Empty for a call that was
     refused before its request was read.

@@ -143,6 +143,10 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     """PERMISSION_DENIED: an operator has suspended the caller's tenant, or is deleting it."""
     ERROR_REASON_PRINCIPAL_NOT_FOUND: _ErrorReason.ValueType  # 47
     """NOT_FOUND: there is no such principal. ResourceInfo names it."""
+    ERROR_REASON_ISSUER_UNAVAILABLE: _ErrorReason.ValueType  # 48
+    """UNAVAILABLE: the token cannot be verified, since the server has not been able to fetch the keys of its issuer. RetryInfo says
+    when to try again.
+    """
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
     """The `reason` of the google.rpc.ErrorInfo of every error, without the prefix, in the domain "notecase.dev"."""
@@ -262,6 +266,10 @@ ERROR_REASON_TENANT_SUSPENDED: ErrorReason.ValueType  # 46
 """PERMISSION_DENIED: an operator has suspended the caller's tenant, or is deleting it."""
 ERROR_REASON_PRINCIPAL_NOT_FOUND: ErrorReason.ValueType  # 47
 """NOT_FOUND: there is no such principal. ResourceInfo names it."""
+ERROR_REASON_ISSUER_UNAVAILABLE: ErrorReason.ValueType  # 48
+"""UNAVAILABLE: the token cannot be verified, since the server has not been able to fetch the keys of its issuer. RetryInfo says
+when to try again.
+"""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final

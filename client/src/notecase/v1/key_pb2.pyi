@@ -43,7 +43,7 @@ class Key(_message.Message):
         ROLE_ADMIN: Key._Role.ValueType  # 4
         """Keys, and the erasure of users."""
         ROLE_OPERATOR: Key._Role.ValueType  # 5
-        """Has no tenant: manages tenants and the keys of any tenant, and reads no content."""
+        """Has no tenant: manages tenants and the keys of any tenant, and reads no content except by ExportTenant."""
 
     class Role(_Role, metaclass=_RoleEnumTypeWrapper):
         """What a caller may do. Each role has the rights of those before it, except operators."""
@@ -58,7 +58,7 @@ class Key(_message.Message):
     ROLE_ADMIN: Key.Role.ValueType  # 4
     """Keys, and the erasure of users."""
     ROLE_OPERATOR: Key.Role.ValueType  # 5
-    """Has no tenant: manages tenants and the keys of any tenant, and reads no content."""
+    """Has no tenant: manages tenants and the keys of any tenant, and reads no content except by ExportTenant."""
 
     NAME_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
@@ -153,7 +153,7 @@ class CreateKeyResponse(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
-    """The whole key, as it is sent in a call: nck_{key}_{secret}."""
+    """The whole key, as it is sent in a call: nck_{key}_{secret}. The secret ends in a tag of 16 characters."""
     @_builtins.property
     def key(self) -> Global___Key: ...
     def __init__(
@@ -169,6 +169,30 @@ class CreateKeyResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateKeyResponse: _TypeAlias = CreateKeyResponse  # noqa: Y015
+
+@_typing.final
+class GetKeyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """keys/{key}"""
+    tenant: _builtins.str
+    """As in CreateKeyRequest."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetKeyRequest: _TypeAlias = GetKeyRequest  # noqa: Y015
 
 @_typing.final
 class ListKeysRequest(_message.Message):

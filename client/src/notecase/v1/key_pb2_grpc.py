@@ -42,6 +42,11 @@ class KeyServiceStub(object):
                 request_serializer=notecase_dot_v1_dot_key__pb2.CreateKeyRequest.SerializeToString,
                 response_deserializer=notecase_dot_v1_dot_key__pb2.CreateKeyResponse.FromString,
                 _registered_method=True)
+        self.GetKey = channel.unary_unary(
+                '/notecase.v1.KeyService/GetKey',
+                request_serializer=notecase_dot_v1_dot_key__pb2.GetKeyRequest.SerializeToString,
+                response_deserializer=notecase_dot_v1_dot_key__pb2.Key.FromString,
+                _registered_method=True)
         self.ListKeys = channel.unary_unary(
                 '/notecase.v1.KeyService/ListKeys',
                 request_serializer=notecase_dot_v1_dot_key__pb2.ListKeysRequest.SerializeToString,
@@ -67,6 +72,13 @@ class KeyServiceServicer(object):
     def CreateKey(self, request, context):
         """Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
         keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetKey(self, request, context):
+        """Returns a key without its secret; one that has expired, too. NOT_FOUND when there is no key of that name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,6 +116,11 @@ def add_KeyServiceServicer_to_server(servicer, server):
                     servicer.CreateKey,
                     request_deserializer=notecase_dot_v1_dot_key__pb2.CreateKeyRequest.FromString,
                     response_serializer=notecase_dot_v1_dot_key__pb2.CreateKeyResponse.SerializeToString,
+            ),
+            'GetKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetKey,
+                    request_deserializer=notecase_dot_v1_dot_key__pb2.GetKeyRequest.FromString,
+                    response_serializer=notecase_dot_v1_dot_key__pb2.Key.SerializeToString,
             ),
             'ListKeys': grpc.unary_unary_rpc_method_handler(
                     servicer.ListKeys,
@@ -150,6 +167,33 @@ class KeyService(object):
             '/notecase.v1.KeyService/CreateKey',
             notecase_dot_v1_dot_key__pb2.CreateKeyRequest.SerializeToString,
             notecase_dot_v1_dot_key__pb2.CreateKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/notecase.v1.KeyService/GetKey',
+            notecase_dot_v1_dot_key__pb2.GetKeyRequest.SerializeToString,
+            notecase_dot_v1_dot_key__pb2.Key.FromString,
             options,
             channel_credentials,
             insecure,

@@ -40,6 +40,8 @@ class KeyServiceStub:
     """Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
     keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
     """
+    GetKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.GetKeyRequest, _key_pb2.Key]
+    """Returns a key without its secret; one that has expired, too. NOT_FOUND when there is no key of that name."""
     ListKeys: _grpc.UnaryUnaryMultiCallable[_key_pb2.ListKeysRequest, _key_pb2.ListKeysResponse]
     """Returns a page of keys, newest first, including those that have expired."""
     RevokeKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.RevokeKeyRequest, _empty_pb2.Empty]
@@ -64,6 +66,8 @@ class KeyServiceAsyncStub(KeyServiceStub):
     """Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
     keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
     """
+    GetKey: _aio.UnaryUnaryMultiCallable[_key_pb2.GetKeyRequest, _key_pb2.Key]  # type: ignore[assignment]
+    """Returns a key without its secret; one that has expired, too. NOT_FOUND when there is no key of that name."""
     ListKeys: _aio.UnaryUnaryMultiCallable[_key_pb2.ListKeysRequest, _key_pb2.ListKeysResponse]  # type: ignore[assignment]
     """Returns a page of keys, newest first, including those that have expired."""
     RevokeKey: _aio.UnaryUnaryMultiCallable[_key_pb2.RevokeKeyRequest, _empty_pb2.Empty]  # type: ignore[assignment]
@@ -91,6 +95,14 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         """Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
         keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
         """
+
+    @_abc_1.abstractmethod
+    def GetKey(
+        self,
+        request: _key_pb2.GetKeyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_key_pb2.Key, _abc.Awaitable[_key_pb2.Key]]:
+        """Returns a key without its secret; one that has expired, too. NOT_FOUND when there is no key of that name."""
 
     @_abc_1.abstractmethod
     def ListKeys(

@@ -136,8 +136,8 @@ class SessionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CompactSession(self, request, context):
-        """Summarises the older messages now, with a call of the agent's model, and adds a `summarized` event. The log and the lists
-        stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
+        """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The log and
+        the lists stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
         FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in
         the meantime; messages that were added do not matter. A model that fails is a status, MODEL_ERROR or MODEL_UNAVAILABLE,
         and nothing is kept. A repeat with the same request_id returns the first answer.

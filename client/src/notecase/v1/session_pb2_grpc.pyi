@@ -51,8 +51,8 @@ class SessionServiceStub:
     session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
     """
     CompactSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.CompactSessionRequest, _session_pb2.Session]
-    """Summarises the older messages now, with a call of the agent's model, and adds a `summarized` event. The log and the lists
-    stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
+    """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The log and
+    the lists stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
     FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in
     the meantime; messages that were added do not matter. A model that fails is a status, MODEL_ERROR or MODEL_UNAVAILABLE,
     and nothing is kept. A repeat with the same request_id returns the first answer.
@@ -110,8 +110,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
     session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
     """
     CompactSession: _aio.UnaryUnaryMultiCallable[_session_pb2.CompactSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
-    """Summarises the older messages now, with a call of the agent's model, and adds a `summarized` event. The log and the lists
-    stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
+    """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The log and
+    the lists stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
     FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in
     the meantime; messages that were added do not matter. A model that fails is a status, MODEL_ERROR or MODEL_UNAVAILABLE,
     and nothing is kept. A repeat with the same request_id returns the first answer.
@@ -202,8 +202,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.CompactSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
-        """Summarises the older messages now, with a call of the agent's model, and adds a `summarized` event. The log and the lists
-        stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
+        """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The log and
+        the lists stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
         FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in
         the meantime; messages that were added do not matter. A model that fails is a status, MODEL_ERROR or MODEL_UNAVAILABLE,
         and nothing is kept. A repeat with the same request_id returns the first answer.

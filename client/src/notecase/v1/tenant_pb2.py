@@ -24,9 +24,13 @@ _sym_db = _symbol_database.Default()
 
 from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
+from notecase.v1 import agent_pb2 as notecase_dot_v1_dot_agent__pb2
+from notecase.v1 import content_pb2 as notecase_dot_v1_dot_content__pb2
+from notecase.v1 import session_pb2 as notecase_dot_v1_dot_session__pb2
+from notecase.v1 import state_pb2 as notecase_dot_v1_dot_state__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18notecase/v1/tenant.proto\x12\x0bnotecase.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\xe2\x01\n\x06Tenant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.notecase.v1.Tenant.State\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Y\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_ACTIVE\x10\x01\x12\x13\n\x0fSTATE_SUSPENDED\x10\x02\x12\x12\n\x0eSTATE_DELETING\x10\x03\"a\n\x13\x43reateTenantRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12#\n\x06tenant\x18\x02 \x01(\x0b\x32\x13.notecase.v1.Tenant\x12\x12\n\nrequest_id\x18\x03 \x01(\t\" \n\x10GetTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x12ListTenantsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"T\n\x13ListTenantsResponse\x12$\n\x07tenants\x18\x01 \x03(\x0b\x32\x13.notecase.v1.Tenant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"8\n\x14SuspendTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"7\n\x13ResumeTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"7\n\x13\x44\x65leteTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t2\xcd\x03\n\rTenantService\x12\x45\n\x0c\x43reateTenant\x12 .notecase.v1.CreateTenantRequest\x1a\x13.notecase.v1.Tenant\x12\x44\n\tGetTenant\x12\x1d.notecase.v1.GetTenantRequest\x1a\x13.notecase.v1.Tenant\"\x03\x90\x02\x01\x12U\n\x0bListTenants\x12\x1f.notecase.v1.ListTenantsRequest\x1a .notecase.v1.ListTenantsResponse\"\x03\x90\x02\x01\x12G\n\rSuspendTenant\x12!.notecase.v1.SuspendTenantRequest\x1a\x13.notecase.v1.Tenant\x12\x45\n\x0cResumeTenant\x12 .notecase.v1.ResumeTenantRequest\x1a\x13.notecase.v1.Tenant\x12H\n\x0c\x44\x65leteTenant\x12 .notecase.v1.DeleteTenantRequest\x1a\x16.google.protobuf.EmptyBW\n\x0f\x64\x65v.notecase.v1B\x0bTenantProtoP\x01Z\'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18notecase/v1/tenant.proto\x12\x0bnotecase.v1\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17notecase/v1/agent.proto\x1a\x19notecase/v1/content.proto\x1a\x19notecase/v1/session.proto\x1a\x17notecase/v1/state.proto\"\xe2\x01\n\x06Tenant\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12(\n\x05state\x18\x03 \x01(\x0e\x32\x19.notecase.v1.Tenant.State\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"Y\n\x05State\x12\x15\n\x11STATE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSTATE_ACTIVE\x10\x01\x12\x13\n\x0fSTATE_SUSPENDED\x10\x02\x12\x12\n\x0eSTATE_DELETING\x10\x03\"a\n\x13\x43reateTenantRequest\x12\x11\n\ttenant_id\x18\x01 \x01(\t\x12#\n\x06tenant\x18\x02 \x01(\x0b\x32\x13.notecase.v1.Tenant\x12\x12\n\nrequest_id\x18\x03 \x01(\t\" \n\x10GetTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\";\n\x12ListTenantsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\x05\x12\x12\n\npage_token\x18\x02 \x01(\t\"T\n\x13ListTenantsResponse\x12$\n\x07tenants\x18\x01 \x03(\x0b\x32\x13.notecase.v1.Tenant\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"8\n\x14SuspendTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"7\n\x13ResumeTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"7\n\x13\x44\x65leteTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\"7\n\x13\x45xportTenantRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\npage_token\x18\x02 \x01(\t\"\x95\x02\n\x14\x45xportTenantResponse\x12%\n\x06tenant\x18\x01 \x01(\x0b\x32\x13.notecase.v1.TenantH\x00\x12\'\n\x07session\x18\x02 \x01(\x0b\x32\x14.notecase.v1.SessionH\x00\x12#\n\x05state\x18\x03 \x01(\x0b\x32\x12.notecase.v1.StateH\x00\x12#\n\x05\x61gent\x18\x04 \x01(\x0b\x32\x12.notecase.v1.AgentH\x00\x12!\n\x04\x62lob\x18\x05 \x01(\x0b\x32\x11.notecase.v1.BlobH\x00\x12\x0f\n\x05\x63hunk\x18\x06 \x01(\x0cH\x00\x12\x11\n\x07\x64ropped\x18\x07 \x01(\tH\x00\x12\x12\n\npage_token\x18\x08 \x01(\tB\x08\n\x06record2\xa9\x04\n\rTenantService\x12\x45\n\x0c\x43reateTenant\x12 .notecase.v1.CreateTenantRequest\x1a\x13.notecase.v1.Tenant\x12\x44\n\tGetTenant\x12\x1d.notecase.v1.GetTenantRequest\x1a\x13.notecase.v1.Tenant\"\x03\x90\x02\x01\x12U\n\x0bListTenants\x12\x1f.notecase.v1.ListTenantsRequest\x1a .notecase.v1.ListTenantsResponse\"\x03\x90\x02\x01\x12G\n\rSuspendTenant\x12!.notecase.v1.SuspendTenantRequest\x1a\x13.notecase.v1.Tenant\x12\x45\n\x0cResumeTenant\x12 .notecase.v1.ResumeTenantRequest\x1a\x13.notecase.v1.Tenant\x12H\n\x0c\x44\x65leteTenant\x12 .notecase.v1.DeleteTenantRequest\x1a\x16.google.protobuf.Empty\x12Z\n\x0c\x45xportTenant\x12 .notecase.v1.ExportTenantRequest\x1a!.notecase.v1.ExportTenantResponse\"\x03\x90\x02\x01\x30\x01\x42W\n\x0f\x64\x65v.notecase.v1B\x0bTenantProtoP\x01Z\'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,24 +42,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENANTSERVICE'].methods_by_name['GetTenant']._serialized_options = b'\220\002\001'
   _globals['_TENANTSERVICE'].methods_by_name['ListTenants']._loaded_options = None
   _globals['_TENANTSERVICE'].methods_by_name['ListTenants']._serialized_options = b'\220\002\001'
-  _globals['_TENANT']._serialized_start=104
-  _globals['_TENANT']._serialized_end=330
-  _globals['_TENANT_STATE']._serialized_start=241
-  _globals['_TENANT_STATE']._serialized_end=330
-  _globals['_CREATETENANTREQUEST']._serialized_start=332
-  _globals['_CREATETENANTREQUEST']._serialized_end=429
-  _globals['_GETTENANTREQUEST']._serialized_start=431
-  _globals['_GETTENANTREQUEST']._serialized_end=463
-  _globals['_LISTTENANTSREQUEST']._serialized_start=465
-  _globals['_LISTTENANTSREQUEST']._serialized_end=524
-  _globals['_LISTTENANTSRESPONSE']._serialized_start=526
-  _globals['_LISTTENANTSRESPONSE']._serialized_end=610
-  _globals['_SUSPENDTENANTREQUEST']._serialized_start=612
-  _globals['_SUSPENDTENANTREQUEST']._serialized_end=668
-  _globals['_RESUMETENANTREQUEST']._serialized_start=670
-  _globals['_RESUMETENANTREQUEST']._serialized_end=725
-  _globals['_DELETETENANTREQUEST']._serialized_start=727
-  _globals['_DELETETENANTREQUEST']._serialized_end=782
-  _globals['_TENANTSERVICE']._serialized_start=785
-  _globals['_TENANTSERVICE']._serialized_end=1246
+  _globals['_TENANTSERVICE'].methods_by_name['ExportTenant']._loaded_options = None
+  _globals['_TENANTSERVICE'].methods_by_name['ExportTenant']._serialized_options = b'\220\002\001'
+  _globals['_TENANT']._serialized_start=208
+  _globals['_TENANT']._serialized_end=434
+  _globals['_TENANT_STATE']._serialized_start=345
+  _globals['_TENANT_STATE']._serialized_end=434
+  _globals['_CREATETENANTREQUEST']._serialized_start=436
+  _globals['_CREATETENANTREQUEST']._serialized_end=533
+  _globals['_GETTENANTREQUEST']._serialized_start=535
+  _globals['_GETTENANTREQUEST']._serialized_end=567
+  _globals['_LISTTENANTSREQUEST']._serialized_start=569
+  _globals['_LISTTENANTSREQUEST']._serialized_end=628
+  _globals['_LISTTENANTSRESPONSE']._serialized_start=630
+  _globals['_LISTTENANTSRESPONSE']._serialized_end=714
+  _globals['_SUSPENDTENANTREQUEST']._serialized_start=716
+  _globals['_SUSPENDTENANTREQUEST']._serialized_end=772
+  _globals['_RESUMETENANTREQUEST']._serialized_start=774
+  _globals['_RESUMETENANTREQUEST']._serialized_end=829
+  _globals['_DELETETENANTREQUEST']._serialized_start=831
+  _globals['_DELETETENANTREQUEST']._serialized_end=886
+  _globals['_EXPORTTENANTREQUEST']._serialized_start=888
+  _globals['_EXPORTTENANTREQUEST']._serialized_end=943
+  _globals['_EXPORTTENANTRESPONSE']._serialized_start=946
+  _globals['_EXPORTTENANTRESPONSE']._serialized_end=1223
+  _globals['_TENANTSERVICE']._serialized_start=1226
+  _globals['_TENANTSERVICE']._serialized_end=1779
 # @@protoc_insertion_point(module_scope)

@@ -9,6 +9,10 @@ from google.protobuf import message as _message
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from notecase.v1 import agent_pb2 as _agent_pb2
+from notecase.v1 import content_pb2 as _content_pb2
+from notecase.v1 import session_pb2 as _session_pb2
+from notecase.v1 import state_pb2 as _state_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -232,3 +236,91 @@ class DeleteTenantRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DeleteTenantRequest: _TypeAlias = DeleteTenantRequest  # noqa: Y015
+
+@_typing.final
+class ExportTenantRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """tenants/{tenant}"""
+    page_token: _builtins.str
+    """The page_token of a record of an earlier stream of this export: the stream has the tenant's record, and then continues with
+    that record. Empty: begins with the first record.
+    """
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "page_token", b"page_token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExportTenantRequest: _TypeAlias = ExportTenantRequest  # noqa: Y015
+
+@_typing.final
+class ExportTenantResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TENANT_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    BLOB_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    PAGE_TOKEN_FIELD_NUMBER: _builtins.int
+    chunk: _builtins.bytes
+    """The next bytes of the session's file or of the blob that was begun last, at most 256 KiB."""
+    dropped: _builtins.str
+    """The name of the session or blob that was begun last. It cannot be read to its end, since it was deleted during the export
+    or is damaged in the store: discard its chunks.
+    """
+    page_token: _builtins.str
+    """Set on the records at which an export can be resumed."""
+    @_builtins.property
+    def tenant(self) -> Global___Tenant:
+        """The first record of each stream."""
+
+    @_builtins.property
+    def session(self) -> _session_pb2.Session:
+        """Begins a session. Its file follows in chunks, in the format that export.proto describes. The newest session comes first."""
+
+    @_builtins.property
+    def state(self) -> _state_pb2.State:
+        """Entries of `app/state` or of `users/{user}/state`. A large state comes in several records with the same name."""
+
+    @_builtins.property
+    def agent(self) -> _agent_pb2.Agent:
+        """One revision of an agent. The newest revision comes first."""
+
+    @_builtins.property
+    def blob(self) -> _content_pb2.Blob:
+        """Begins a blob, with its name and size. Its bytes follow in chunks."""
+
+    def __init__(
+        self,
+        *,
+        tenant: Global___Tenant | None = ...,
+        session: _session_pb2.Session | None = ...,
+        state: _state_pb2.State | None = ...,
+        agent: _agent_pb2.Agent | None = ...,
+        blob: _content_pb2.Blob | None = ...,
+        chunk: _builtins.bytes = ...,
+        dropped: _builtins.str = ...,
+        page_token: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "blob", b"blob", "chunk", b"chunk", "dropped", b"dropped", "record", b"record", "session", b"session", "state", b"state", "tenant", b"tenant"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "blob", b"blob", "chunk", b"chunk", "dropped", b"dropped", "page_token", b"page_token", "record", b"record", "session", b"session", "state", b"state", "tenant", b"tenant"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_record: _TypeAlias = _typing.Literal["tenant", "session", "state", "agent", "blob", "chunk", "dropped"]  # noqa: Y015
+    _WhichOneofArgType_record: _TypeAlias = _typing.Literal["record", b"record"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_record) -> _WhichOneofReturnType_record | None: ...
+
+Global___ExportTenantResponse: _TypeAlias = ExportTenantResponse  # noqa: Y015

@@ -67,6 +67,11 @@ class TenantServiceStub(object):
                 request_serializer=notecase_dot_v1_dot_tenant__pb2.DeleteTenantRequest.SerializeToString,
                 response_deserializer=google_dot_protobuf_dot_empty__pb2.Empty.FromString,
                 _registered_method=True)
+        self.ExportTenant = channel.unary_stream(
+                '/notecase.v1.TenantService/ExportTenant',
+                request_serializer=notecase_dot_v1_dot_tenant__pb2.ExportTenantRequest.SerializeToString,
+                response_deserializer=notecase_dot_v1_dot_tenant__pb2.ExportTenantResponse.FromString,
+                _registered_method=True)
 
 
 class TenantServiceServicer(object):
@@ -122,6 +127,23 @@ class TenantServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportTenant(self, request, context):
+        """Streams everything that the tenant holds: its sessions, as ExportSession writes them without content; the states of the
+        tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order, so that
+        an agent or blob that an exported item refers to is not missing for being newer than the item. When a run is under way in
+        a session, the exported file ends with events that cancel it, as in a fork; the session itself is not changed. Each item
+        is exported as it is when it is read; suspend the tenant first to export all of them as they are at one moment.
+
+        Not exported are keys, principals, the audit, the ids of requests and commands, and incomplete uploads.
+
+        This is the only method by which an operator reads content. Before the first record is sent, an entry is written to the
+        tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is deleted
+        during the export. May be repeated: what has not changed is exported in the same order with the same bytes.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TenantServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -154,6 +176,11 @@ def add_TenantServiceServicer_to_server(servicer, server):
                     servicer.DeleteTenant,
                     request_deserializer=notecase_dot_v1_dot_tenant__pb2.DeleteTenantRequest.FromString,
                     response_serializer=google_dot_protobuf_dot_empty__pb2.Empty.SerializeToString,
+            ),
+            'ExportTenant': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportTenant,
+                    request_deserializer=notecase_dot_v1_dot_tenant__pb2.ExportTenantRequest.FromString,
+                    response_serializer=notecase_dot_v1_dot_tenant__pb2.ExportTenantResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -320,6 +347,33 @@ class TenantService(object):
             '/notecase.v1.TenantService/DeleteTenant',
             notecase_dot_v1_dot_tenant__pb2.DeleteTenantRequest.SerializeToString,
             google_dot_protobuf_dot_empty__pb2.Empty.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportTenant(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/notecase.v1.TenantService/ExportTenant',
+            notecase_dot_v1_dot_tenant__pb2.ExportTenantRequest.SerializeToString,
+            notecase_dot_v1_dot_tenant__pb2.ExportTenantResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -57,6 +57,19 @@ class TenantServiceStub:
     call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
     if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
     """
+    ExportTenant: _grpc.UnaryStreamMultiCallable[_tenant_pb2.ExportTenantRequest, _tenant_pb2.ExportTenantResponse]
+    """Streams everything that the tenant holds: its sessions, as ExportSession writes them without content; the states of the
+    tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order, so that
+    an agent or blob that an exported item refers to is not missing for being newer than the item. When a run is under way in
+    a session, the exported file ends with events that cancel it, as in a fork; the session itself is not changed. Each item
+    is exported as it is when it is read; suspend the tenant first to export all of them as they are at one moment.
+
+    Not exported are keys, principals, the audit, the ids of requests and commands, and incomplete uploads.
+
+    This is the only method by which an operator reads content. Before the first record is sent, an entry is written to the
+    tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is deleted
+    during the export. May be repeated: what has not changed is exported in the same order with the same bytes.
+    """
 
 @_typing.type_check_only
 class TenantServiceAsyncStub(TenantServiceStub):
@@ -85,6 +98,19 @@ class TenantServiceAsyncStub(TenantServiceStub):
     """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
     call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
     if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+    """
+    ExportTenant: _aio.UnaryStreamMultiCallable[_tenant_pb2.ExportTenantRequest, _tenant_pb2.ExportTenantResponse]  # type: ignore[assignment]
+    """Streams everything that the tenant holds: its sessions, as ExportSession writes them without content; the states of the
+    tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order, so that
+    an agent or blob that an exported item refers to is not missing for being newer than the item. When a run is under way in
+    a session, the exported file ends with events that cancel it, as in a fork; the session itself is not changed. Each item
+    is exported as it is when it is read; suspend the tenant first to export all of them as they are at one moment.
+
+    Not exported are keys, principals, the audit, the ids of requests and commands, and incomplete uploads.
+
+    This is the only method by which an operator reads content. Before the first record is sent, an entry is written to the
+    tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is deleted
+    during the export. May be repeated: what has not changed is exported in the same order with the same bytes.
     """
 
 class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -147,6 +173,25 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
         call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
         if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+        """
+
+    @_abc_1.abstractmethod
+    def ExportTenant(
+        self,
+        request: _tenant_pb2.ExportTenantRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_tenant_pb2.ExportTenantResponse], _abc.AsyncIterator[_tenant_pb2.ExportTenantResponse]]:
+        """Streams everything that the tenant holds: its sessions, as ExportSession writes them without content; the states of the
+        tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order, so that
+        an agent or blob that an exported item refers to is not missing for being newer than the item. When a run is under way in
+        a session, the exported file ends with events that cancel it, as in a fork; the session itself is not changed. Each item
+        is exported as it is when it is read; suspend the tenant first to export all of them as they are at one moment.
+
+        Not exported are keys, principals, the audit, the ids of requests and commands, and incomplete uploads.
+
+        This is the only method by which an operator reads content. Before the first record is sent, an entry is written to the
+        tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is deleted
+        during the export. May be repeated: what has not changed is exported in the same order with the same bytes.
         """
 
 def add_TenantServiceServicer_to_server(servicer: TenantServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

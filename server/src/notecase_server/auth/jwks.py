@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,8 @@ import aiohttp
 import jwt
 import structlog
 
-from notecase_server.auth.settings import ALGORITHMS
+from notecase_server import errors
+from notecase_server.auth.settings import ALGORITHMS, is_safe
 from notecase_server.supervisor import Tasks
 
 log = structlog.get_logger()
@@ -45,23 +47,39 @@ class Key(NamedTuple):
 
 def from_url(url: str) -> Load:
     """Fetches over HTTP, from exactly there: a redirect is a failure."""
+    return partial(_fetch, url)
+
+
+def discovered(issuer: str) -> Load:
+    """Fetches the keys from where the issuer's OpenID Connect configuration says that they are."""
 
     async def load() -> bytes:
-        headers = {"accept": "application/json", "accept-encoding": "identity"}
-        async with (
-            aiohttp.ClientSession(headers=headers, auto_decompress=False) as session,
-            session.get(url, allow_redirects=False) as response,
-        ):
-            if response.status != 200:
-                raise ValueError(f"the status is {response.status}")
-            content = bytearray()
-            async for piece in response.content.iter_any():
-                content += piece
-                if len(content) > MOST_BYTES:
-                    raise ValueError(f"there are more than {MOST_BYTES} bytes")
-            return bytes(content)
+        told = json.loads(await _fetch(f"{issuer.removesuffix('/')}/.well-known/openid-configuration"))
+        if not isinstance(told, dict) or told.get("issuer") != issuer:
+            raise ValueError("the OpenID Connect configuration names another issuer")
+        url = told.get("jwks_uri")
+        # Only an issuer on this machine may send us to plain text on this machine.
+        if not isinstance(url, str) or not is_safe(url) or (issuer.startswith("https:") and url.startswith("http:")):
+            raise ValueError("the OpenID Connect configuration has no jwks_uri that begins with https://")
+        return await _fetch(url)
 
     return load
+
+
+async def _fetch(url: str) -> bytes:
+    headers = {"accept": "application/json", "accept-encoding": "identity"}
+    async with (
+        aiohttp.ClientSession(headers=headers, auto_decompress=False) as session,
+        session.get(url, allow_redirects=False) as response,
+    ):
+        if response.status != 200:
+            raise ValueError(f"the status is {response.status}")
+        content = bytearray()
+        async for piece in response.content.iter_any():
+            content += piece
+            if len(content) > MOST_BYTES:
+                raise ValueError(f"there are more than {MOST_BYTES} bytes")
+        return bytes(content)
 
 
 def from_file(path: Path) -> Load:
@@ -95,7 +113,8 @@ class KeySet:
         self._fetch: asyncio.Task[None] | None = None
 
     async def find(self, key_id: str) -> Key | None:
-        """Returns the key with that id, or the only key for an empty id; None if there is none.
+        """Returns the key with that id, or the only key for an empty id; None if there is none. Raises NotecaseError
+        ISSUER_UNAVAILABLE while there are no keys at all.
 
         Waits for a fetch when there are no keys, when they are old, and when the id is unknown, though for that only
         every PATIENCE_SECONDS. While the place of the keys is away, those that were fetched last count for
@@ -115,6 +134,8 @@ class KeySet:
         if key is None and self._fetch is not None:
             await asyncio.shield(self._fetch)
             key = self._known(key_id)
+        if not self._keys:
+            raise errors.issuer_unavailable()
         return key
 
     def vouches_for(self, key: Key) -> bool:

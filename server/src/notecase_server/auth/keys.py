@@ -1,11 +1,17 @@
-"""Keys that this server makes and knows again: 256 random bits, of which it keeps a digest."""
+"""Keys that this server makes and knows again: 256 random bits, of which it keeps a digest.
 
+A key ends in a tag that only the store's secret makes. The tag opens nothing. It tells a key of this store from any
+other text, so that callers who guess keys cost the store no reads.
+"""
+
+import base64
 import hashlib
 import hmac
+import math
 import secrets
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from notecase import v1
 
@@ -18,6 +24,9 @@ T = TypeVar("T")
 
 PREFIX = "nck_"
 SECRET_BYTES = 32
+TAG_BYTES = 12
+TAG_CHARACTERS = 16
+"""Of a tag in base64."""
 
 MAX_KEY = 256
 """Characters of a key: what is longer is none of ours."""
@@ -33,11 +42,19 @@ ADMIN_KEY = Principal("default", "admin-key", Role.ADMIN)
 """Calls with the key that the operator chose."""
 
 
-class _Cached(NamedTuple):
-    row: KeyRow
-    principal: Principal
+class KeysStore(KeyStore, Protocol):
+    """Keeps callers' keys, and has a secret."""
+
+    secret: bytes
+
+
+class _Judged(NamedTuple):
+    principal: Principal | None
+    """None for a key that is not valid."""
+    ends: float
+    """When it is not valid any more: microseconds since 1970."""
     until: float
-    """By the monotonic clock."""
+    """How long this may be believed, by the monotonic clock."""
 
 
 def bearer(metadata: Metadata) -> str | None:
@@ -54,7 +71,7 @@ class Keys:
 
     def __init__(
         self,
-        store: KeyStore,
+        store: KeysStore,
         new_id: Callable[[], str],
         clock: Clock,
         monotonic: Callable[[], float],
@@ -66,8 +83,15 @@ class Keys:
         self._clock = clock
         self._monotonic = monotonic
         self._admin_digest = _digest(admin_key) if admin_key else b""
-        self._cached: OrderedDict[str, _Cached] = OrderedDict()
+        self._judged: OrderedDict[bytes, _Judged] = OrderedDict()
+        """Keys that end in a right tag, by their digests."""
         self._changes = 0
+        self.has_had_key = False
+        """Whether the store is known to have had a key."""
+
+    async def look(self) -> None:
+        """Finds out whether the store has ever had a key. Raises NotecaseError STORE_UNAVAILABLE."""
+        self.has_had_key = self.has_had_key or await self._store.is_keyed()
 
     async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
         """Returns whose key a call holds; None where it holds none that looks like one. Raises NotecaseError
@@ -80,37 +104,34 @@ class Keys:
             return ADMIN_KEY
         if not token.startswith(PREFIX):
             return None
-        known = await self._known(token.removeprefix(PREFIX).partition("_")[0])
-        if known is None or not self._opens(known.row, digest):
+        judged = self._judged.get(digest)
+        if judged is None or self._monotonic() >= judged.until:
+            judged = await self._judge(token, digest)
+        if judged.principal is None or self._clock() >= judged.ends:
             raise errors.unauthenticated()
-        return known.principal
+        return judged.principal
 
-    def _opens(self, row: KeyRow, digest: bytes) -> bool:
-        """Whether a key of that digest is valid. Takes the same time for each digest."""
-        now = self._clock()
-        current = hmac.compare_digest(digest, row.digest)
-        former = hmac.compare_digest(digest, row.former) and now < row.key.overlap_end_time.ToMicroseconds()
-        lasts = not row.key.HasField("expire_time") or now < row.key.expire_time.ToMicroseconds()
-        return (current or former) and lasts
-
-    async def _known(self, key_id: str) -> _Cached | None:
-        known = self._cached.get(key_id)
-        if known is not None and self._monotonic() < known.until:
-            return known
+    async def _judge(self, token: str, digest: bytes) -> _Judged:
+        """Looks a key up and remembers what came of it. Raises NotecaseError UNAUTHENTICATED, without a look, for what
+        is not a key of this store."""
+        body, tag = token[:-TAG_CHARACTERS], token[-TAG_CHARACTERS:]
+        if not hmac.compare_digest(self._tag(body).encode(), tag.encode()):
+            raise errors.unauthenticated()
         changes = self._changes
-        row = await self._store.find_key(key_id)
-        if row is None:
-            return None
-        role = Role[v1.Key.Role.Name(row.key.role).removeprefix("ROLE_")]
-        user = row.key.user.removeprefix("users/")
-        principal = Principal(row.tenant, row.key.name, role, user, row.key.display_name)
-        known = _Cached(row, principal, self._monotonic() + CACHED_SECONDS)
+        row = await self._store.find_key(body.removeprefix(PREFIX).partition("_")[0])
+        principal, ends = (None, 0.0) if row is None else _opened(row, digest)
+        judged = _Judged(principal, ends, self._monotonic() + CACHED_SECONDS)
         if changes == self._changes:  # else the row may be from before the change
-            self._cached[key_id] = known
-            self._cached.move_to_end(key_id)
-            if len(self._cached) > CACHED_KEYS:
-                self._cached.popitem(last=False)
-        return known
+            self._judged[digest] = judged
+            self._judged.move_to_end(digest)
+            if len(self._judged) > CACHED_KEYS:
+                self._judged.popitem(last=False)
+        return judged
+
+    def _tag(self, body: str) -> str:
+        """Returns what ends a key that begins with `body`."""
+        made = hmac.digest(self._store.secret, f"key {body}".encode(), "sha256")
+        return base64.urlsafe_b64encode(made[:TAG_BYTES]).decode()
 
     async def create(self, tenant: str, key: v1.Key, once: Once | None = None) -> tuple[v1.Key, str]:
         """Makes a key with the display name, the role, the user and the expiry of `key`, and returns it with what is
@@ -119,42 +140,57 @@ class Keys:
         if key.HasField("expire_time") and key.expire_time.ToMicroseconds() <= self._clock():
             raise errors.invalid([Violation("key.expire_time", "has passed")])
         key_id = self._new_id()
-        token = _new_token(key_id)
+        token = self._new_token(key_id)
         given = v1.Key(display_name=key.display_name, role=key.role, user=key.user)
         if key.HasField("expire_time"):
             given.expire_time.CopyFrom(key.expire_time)
         if once is not None and once.audit is not None:
             once.audit.entry.resource = names.key(key_id)
-        return await self._store.add_key(KeyRow(tenant, key_id, given, _digest(token), b""), once), token
+        made = await self._store.add_key(KeyRow(tenant, key_id, given, _digest(token), b""), once)
+        self.has_had_key = True
+        return made, token
 
     async def rotate(self, tenant: str, key_id: str, overlap: int, once: Once | None = None) -> tuple[v1.Key, str]:
         """Gives a key another secret, and takes the one before for `overlap` microseconds more. Returns as `create`
         does. Raises NotecaseError KEY_NOT_FOUND; Replayed for a repeat."""
-        token = _new_token(key_id)
+        token = self._new_token(key_id)
         rotating = self._store.rotate_key(tenant, key_id, _digest(token), overlap, once)
-        return await self._changed(key_id, rotating), token
+        return await self._changed(rotating), token
 
     async def revoke(self, tenant: str, key_id: str, once: Once | None = None) -> None:
         """Takes a key back: no call with it is let in after this has returned. Raises NotecaseError KEY_NOT_FOUND;
         Replayed for a repeat."""
-        await self._changed(key_id, self._store.delete_key(tenant, key_id, once))
+        await self._changed(self._store.delete_key(tenant, key_id, once))
 
     def forget(self) -> None:
-        """Forgets every key: some are gone by another way than `revoke`."""
+        """Discards what is known of keys, since some have changed."""
         self._changes += 1
-        self._cached.clear()
+        self._judged.clear()
 
-    async def _changed(self, key_id: str, change: Awaitable[T]) -> T:
-        """Makes a change of a key, and forgets what was known of it, whether the change is known to be made or not."""
+    def _new_token(self, key_id: str) -> str:
+        body = f"{PREFIX}{key_id}_{secrets.token_urlsafe(SECRET_BYTES)}"
+        return body + self._tag(body)
+
+    async def _changed(self, change: Awaitable[T]) -> T:
+        """Makes a change of a key, and discards what was known, also when the change may not have been made."""
         try:
             return await change
         finally:
-            self._changes += 1
-            self._cached.pop(key_id, None)
+            self.forget()
 
 
-def _new_token(key_id: str) -> str:
-    return f"{PREFIX}{key_id}_{secrets.token_urlsafe(SECRET_BYTES)}"
+def _opened(row: KeyRow, digest: bytes) -> tuple[Principal | None, float]:
+    """Returns who calls with the key of that digest, None for nobody, and until when. Takes the same time for each
+    digest."""
+    ends = row.key.expire_time.ToMicroseconds() if row.key.HasField("expire_time") else math.inf
+    current = hmac.compare_digest(digest, row.digest)
+    former = hmac.compare_digest(digest, row.former)
+    if not current:
+        ends = min(ends, row.key.overlap_end_time.ToMicroseconds())
+    role = Role[v1.Key.Role.Name(row.key.role).removeprefix("ROLE_")]
+    user = row.key.user.removeprefix("users/")
+    principal = Principal(row.tenant, row.key.name, role, user, row.key.display_name)
+    return (principal if current or former else None), ends
 
 
 def _digest(token: str) -> bytes:

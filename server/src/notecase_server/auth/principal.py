@@ -8,7 +8,7 @@ from typing import Protocol
 
 class Role(IntEnum):
     """What a principal may do. Each of the first four has the rights of those before it; OPERATOR stands apart: it has
-    no tenant, and reads no content."""
+    no tenant, and reads no content but by ExportTenant."""
 
     VIEWER = 1
     USER = 2

@@ -68,11 +68,11 @@ METHODS: Mapping[str, Right] = {
     ),
     **{
         f"/notecase.v1.KeyService/{method}": Right(ADMIN, operators=True)
-        for method in ("CreateKey", "ListKeys", "RevokeKey", "RotateKey")
+        for method in ("CreateKey", "GetKey", "ListKeys", "RevokeKey", "RotateKey")
     },
     **{
         f"/notecase.v1.TenantService/{method}Tenant{'s' if method == 'List' else ''}": Right(OPERATOR)
-        for method in ("Create", "Get", "List", "Suspend", "Resume", "Delete")
+        for method in ("Create", "Get", "List", "Suspend", "Resume", "Delete", "Export")
     },
     "/notecase.v1.AuditService/GetPrincipal": Right(DEVELOPER, operators=True, bound=True),
     "/notecase.v1.AuditService/ListAuditEntries": Right(ADMIN, operators=True),

@@ -34,7 +34,7 @@ class IssuerSettings:
     algorithms: tuple[str, ...]
     jwks_url: str = ""
     jwks_file: Path | None = None
-    """Where the issuer's keys are: one of the two."""
+    """Where the issuer's keys are; without either, the issuer's OpenID Connect configuration says it."""
     tenant: str = ""
     tenant_claim: Claim = ()
     role: Role | None = None
@@ -95,9 +95,11 @@ def _wrong(settings: IssuerSettings, given: Collection[str]) -> Iterator[tuple[s
     for name in settings.algorithms:
         if name not in ALGORITHMS:
             yield "algorithms", f"{name} is none of {', '.join(sorted(ALGORITHMS))}."
-    if ("jwks_url" in given) == ("jwks_file" in given):
+    if {"jwks_url", "jwks_file"} <= set(given):
         yield "jwks_url", "Give jwks_url or jwks_file, and not both."
-    if settings.jwks_url and not _is_safe(settings.jwks_url):
+    if not {"jwks_url", "jwks_file"} & set(given) and settings.issuer and not is_safe(settings.issuer):
+        yield "issuer", "Without jwks_url this must begin with https://, or with http:// on this machine only."
+    if settings.jwks_url and not is_safe(settings.jwks_url):
         yield "jwks_url", "This must begin with https://, or with http:// on this machine only."
     for name in ("tenant", "role", "user"):
         if name in given and f"{name}_claim" in given:
@@ -113,7 +115,7 @@ def _wrong(settings: IssuerSettings, given: Collection[str]) -> Iterator[tuple[s
         yield "tenant", "Give tenant or tenant_claim."
 
 
-def _is_safe(url: str) -> bool:
+def is_safe(url: str) -> bool:
     """Whether nobody on the way can change what is read there."""
     try:
         parts = urlsplit(url)

@@ -27,8 +27,8 @@ class Tenants:
 
     async def require_open(self, principal: Principal) -> None:
         """Raises NotecaseError TENANT_SUSPENDED, and STORE_UNAVAILABLE when nobody can say. An operator has no
-        tenant."""
-        if principal.tenant and not await self._is_open(principal.tenant):
+        tenant, and a caller without a subject no operator above it."""
+        if principal.tenant and principal.subject and not await self._is_open(principal.tenant):
             raise errors.tenant_suspended()
 
     async def _is_open(self, tenant: str) -> bool:

@@ -9,7 +9,7 @@ import jwt
 import structlog
 
 from notecase_server import errors, names
-from notecase_server.auth.jwks import Key, KeySet, from_file, from_url
+from notecase_server.auth.jwks import Key, KeySet, Load, discovered, from_file, from_url
 from notecase_server.auth.keys import bearer
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
 from notecase_server.auth.settings import Claim, IssuerSettings
@@ -78,12 +78,11 @@ class Tokens:
         self._verified: OrderedDict[bytes, _Verified] = OrderedDict()
         self._issuers: dict[str, _Issuer] = {}
         for one in issuers:
-            load = from_file(one.jwks_file) if one.jwks_file else from_url(one.jwks_url)
-            self._issuers[one.issuer] = _Issuer(one, KeySet(one.issuer, load, tasks, monotonic))
+            self._issuers[one.issuer] = _Issuer(one, KeySet(one.issuer, _load(one), tasks, monotonic))
 
     async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
         """Returns who calls; None where the call has no credential of this form. Raises NotecaseError UNAUTHENTICATED
-        for a token that is not valid, or whose issuer's keys cannot be had."""
+        for a token that is not valid, and ISSUER_UNAVAILABLE while there are no keys to verify it by."""
         token = _token(metadata)
         if token is None:
             return None
@@ -136,6 +135,12 @@ class Tokens:
         for begin in (claims.get("nbf"), claims.get("iat")):
             _need(begin is None or _time(begin) <= now + LEEWAY_SECONDS, "it is not valid yet")
         return _Verified(_principal(settings, claims), expires, issuer, key)
+
+
+def _load(settings: IssuerSettings) -> Load:
+    if settings.jwks_file:
+        return from_file(settings.jwks_file)
+    return from_url(settings.jwks_url) if settings.jwks_url else discovered(settings.issuer)
 
 
 def _token(metadata: Metadata) -> str | None:

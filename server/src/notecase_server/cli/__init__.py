@@ -21,7 +21,7 @@ COMMANDS = {
     "serve": Lazy("serve:serve", "Serve until SIGTERM or SIGINT."),
     "sessions": Lazy("look:sessions", "List sessions, the last created first."),
     "state": Lazy("state:state", "Read, put and watch the notes of a session, a user or the app."),
-    "tenants": Lazy("tenants:tenants", "Make, list, suspend, resume and delete tenants."),
+    "tenants": Lazy("tenants:tenants", "Make, list, suspend, resume, export and delete tenants."),
 }
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}

@@ -1,6 +1,7 @@
 """`notecase tenants`: whole tenants, for operators."""
 
 import sys
+from pathlib import Path
 
 import click
 from notecase import Client, v1
@@ -8,13 +9,15 @@ from notecase import Client, v1
 from notecase_server.cli import screen
 from notecase_server.cli.ask import ask, name_of, replace_unknown
 from notecase_server.cli.options import SERVER
+from notecase_server.cli.takeout import save
+from notecase_server.cli.transfer import on_disk
 
 TENANT = click.argument("tenant", metavar="ID")
 
 
 @click.group()
 def tenants() -> None:
-    """Make, list, suspend, resume and delete tenants.
+    """Make, list, suspend, resume, export and delete tenants.
 
     With an operator's key in NOTECASE_TOKEN.
     """
@@ -115,6 +118,23 @@ def delete(tenant: str, yes: bool, server: str) -> None:
         await client.tenants.DeleteTenant(v1.DeleteTenantRequest(name=name))
 
     ask(server, remove)
+
+
+@tenants.command("export")
+@TENANT
+@click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
+@SERVER
+def export_tenant(tenant: str, directory: Path, server: str) -> None:
+    """Write what a tenant holds to a new directory: sessions, states, agents and content.
+
+    index.jsonl has a line for each of them; `sessions` has files for `notecase import`. The tenant's audit tells of it.
+    The directory is there once all of it is.
+    """
+    if directory.exists() and any(directory.iterdir()):
+        raise click.UsageError(f"{directory} is not empty.")
+
+    with on_disk(directory):
+        ask(server, lambda client: save(client, name_of("tenants", tenant), directory))
 
 
 def _state(tenant: v1.Tenant) -> str:

@@ -32,7 +32,7 @@ def export_session(session: str, file: Path, server: str) -> None:
             async for piece in client.export_session(name_of("sessions", session)):
                 part.write(piece)
 
-    with _on_disk(file):
+    with on_disk(file):
         ask(server, save)
 
 
@@ -49,7 +49,7 @@ def import_session(file: Path, session: str, server: str) -> None:
             made = await client.import_session(pieces, session_id=session.removeprefix("sessions/"))
         click.echo(f"{made.name}, {made.last_sequence} events")
 
-    with _on_disk(file):
+    with on_disk(file):
         ask(server, load)
 
 
@@ -68,7 +68,7 @@ def _beside(file: Path) -> Iterator[IO[bytes]]:
 
 
 @contextmanager
-def _on_disk(file: Path) -> Iterator[None]:
+def on_disk(file: Path) -> Iterator[None]:
     """Raises ClickException for what the disk refuses during the block."""
     try:
         yield

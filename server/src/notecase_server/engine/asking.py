@@ -3,9 +3,10 @@
 import asyncio
 import itertools
 import random
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import structlog
 from notecase import v1
 
 from notecase_server import errors
@@ -14,6 +15,8 @@ from notecase_server.engine.run_log import RunLog
 from notecase_server.engine.services import NamedProvider, Services
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import ModelRequest
+
+log = structlog.get_logger()
 
 T = TypeVar("T")
 
@@ -75,6 +78,40 @@ def sources(services: Services, llm: v1.LlmAgent) -> Sequence[Source]:
     return [Source(own), *(Source(named, fallback) for named, fallback in others if named is not None)]
 
 
+async def ask_at_rest(
+    models: Sequence[Source], once: Callable[[Source], Awaitable[T]], spend: Callable[[v1.Usage], None]
+) -> T:
+    """Returns what `once` does of the first model that answers, where no run is at work: each is asked again and the
+    next one after it as in a run. `spend` is called with what each call that failed has used, as far as its provider
+    says. Raises what the last one that was asked raises."""
+    for number, source in enumerate(models):
+        most, seconds = source.named.repeats
+        for repeat in itertools.count():
+            try:
+                return await once(source)
+            except NotecaseError as error:
+                if error.usage is not None:
+                    source.own(error.usage)
+                    spend(error.usage)
+                if (wait := _wait(error, repeat, most, seconds)) is None:
+                    if number == len(models) - 1 or error.reason != v1.ERROR_REASON_MODEL_UNAVAILABLE:
+                        raise
+                    log.warning("model_fell_back", provider=source.named.name, problem=error.message)
+                    break
+                log.info("model_call_repeated", repeat=repeat + 1, seconds=round(wait, 3))
+            seconds -= wait
+            await asyncio.sleep(wait)
+    raise AssertionError("the last source returns or raises")
+
+
+def _wait(error: NotecaseError, repeat: int, most: int, seconds: float) -> float | None:
+    """Returns how many seconds to wait before a model call that failed is repeated; None when it is not, since what
+    went wrong does not pass, or after `most` repeats, or when there are fewer `seconds` left for all of them."""
+    passing = most if error.reason == v1.ERROR_REASON_MODEL_UNAVAILABLE else 0
+    wait = max(random.uniform(0, 0.5 * 2**repeat), error.retry_after or 0)
+    return None if repeat >= (passing if error.repeats is None else error.repeats) or wait > seconds else wait
+
+
 class Asking:
     """Makes the model calls of one turn of a run."""
 
@@ -111,13 +148,12 @@ class Asking:
             try:
                 return await self._halts.cut(once(source))
             except NotecaseError as error:
-                passing = most if error.reason == v1.ERROR_REASON_MODEL_UNAVAILABLE else 0
-                wait = max(random.uniform(0, 0.5 * 2**repeat), error.retry_after or 0)
+                wait = _wait(error, repeat, most, seconds)
                 if error.usage is not None:
                     source.own(error.usage)
                 self._log.spent = error.usage or self._log.spent
                 await self._log.durably(self._log.used)
-                if repeat >= (passing if error.repeats is None else error.repeats) or wait > seconds:
+                if wait is None:
                     raise
                 self._log.log.info("model_call_repeated", repeat=repeat + 1, seconds=round(wait, 3))
                 self._forget(error)

@@ -7,7 +7,7 @@ from notecase import v1
 from notecase_server import errors, names
 from notecase_server.engine import summary
 from notecase_server.engine.admission import Admission
-from notecase_server.engine.asking import sources
+from notecase_server.engine.asking import Source, ask_at_rest, sources
 from notecase_server.engine.rewind import Back, ended
 from notecase_server.engine.roster import Caused
 from notecase_server.engine.services import Services
@@ -59,7 +59,7 @@ class AtRest:
         for name in ("expire_time", "ttl", "idle_ttl"):
             if chosen.HasField(name):
                 getattr(made, name).CopyFrom(getattr(chosen, name))
-        events = ended(past)
+        events = ended(past, "The session was forked while the run was under way.")
         for event in events:
             event.principal = caused.principal
         fork = Fork(key=key, source=source, past=past, session=made, events=events)
@@ -93,10 +93,20 @@ class AtRest:
         plan = await summary.plan(self._store, key, session.summary_sequence, keep, batch=1)
         events: list[v1.Event] = []
         if plan is not None:
-            source, *_ = sources(self._services, llm)
-            text, usage = await summary.write(source.named.provider, plan.request(llm))
-            source.own(usage)
-            events = plan.events(text, usage)
+            events = await self._summarized(plan, llm)
         for event in events:
             event.cause_id = caused.cause_id
         return await live.commit(Commit(key=key, once=caused.once, events=events, principal=caused.principal))
+
+    async def _summarized(self, plan: summary.Plan, llm: v1.LlmAgent) -> list[v1.Event]:
+        """Returns the summary's events, with what the calls used that failed before it."""
+        request, failed = plan.request(llm), list[v1.Event]()
+
+        async def once(source: Source) -> list[v1.Event]:
+            text, usage = await summary.write(source.named.provider, source.fit(request))
+            source.own(usage)
+            return plan.events(text, usage)
+
+        models = sources(self._services, llm)
+        made = await ask_at_rest(models, once, lambda usage: failed.append(v1.Event(usage=usage)))
+        return [*made, *failed]

@@ -93,9 +93,8 @@ def _back(past: Past, to_sequence: int, run: str = "") -> Rewind:
     return Rewind(past.head, [mark, *sealed, *restored])
 
 
-def ended(past: Past) -> list[v1.Event]:
-    """Returns the events that end the runs of a session as it was, so that a fork of it is at rest."""
-    reason = "The session was forked while the run was under way."
+def ended(past: Past, reason: str) -> list[v1.Event]:
+    """Returns the events that end the runs of a session as it was, so that a copy of it is at rest."""
     events = []
     for run in past.runs:
         dropped = [

@@ -17,9 +17,10 @@ from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.engine.content import Contents
+from notecase_server.engine.rewind import ended
 from notecase_server.errors import NotecaseError
 from notecase_server.store import fold
-from notecase_server.store.contract import History, Restore, SessionKey
+from notecase_server.store.contract import Commit, History, Restore, SessionKey
 
 MAGIC = b"notecase"
 VERSION = 2
@@ -42,14 +43,17 @@ MAX_RECORD_BYTES = 8 << 20
 MAX_LENGTH_BYTES = 4
 
 
-async def exported(store: History, key: SessionKey, contents: Contents | None = None) -> AsyncIterator[bytes]:
+async def exported(
+    store: History, key: SessionKey, contents: Contents | None = None, end_runs: bool = False
+) -> AsyncIterator[bytes]:
     """Yields the file, in pieces of at most CHUNK_BYTES, with the content that the log refers to if that is given. The
-    same session gives the same bytes.
+    same session gives the same bytes. With `end_runs`, events at the end cancel what is under way.
 
-    Raises NotecaseError RUN_ACTIVE, and SESSION_NOT_FOUND, also when it is deleted meanwhile."""
+    Raises NotecaseError SESSION_NOT_FOUND, also when the session is deleted meanwhile, and RUN_ACTIVE without
+    `end_runs`."""
     pending = bytearray()
     digest = hashlib.sha256()
-    async for framed in _written(store, key, contents):
+    async for framed in _written(store, key, contents, end_runs):
         pending += framed
         while len(pending) >= CHUNK_BYTES:
             digest.update(pending[:CHUNK_BYTES])
@@ -60,12 +64,13 @@ async def exported(store: History, key: SessionKey, contents: Contents | None = 
     yield digest.digest()
 
 
-async def _written(store: History, key: SessionKey, contents: Contents | None) -> AsyncIterator[bytes]:
+async def _written(store: History, key: SessionKey, contents: Contents | None, end_runs: bool) -> AsyncIterator[bytes]:
     """All that the file's digest is of."""
     session = await store.get_session(key)
     if session is None:
         raise errors.not_found("session", names.session(key.session))
-    if busy := session.active_run or next((queued.run for queued in session.queued_commands), ""):
+    busy = session.active_run or next((queued.run for queued in session.queued_commands), "")
+    if busy and not end_runs:
         raise errors.run_active(names.run(key.session, busy))
     header = v1.ExportHeader(
         display_name=session.display_name, agent=session.agent, user=session.user, labels=session.labels
@@ -73,15 +78,13 @@ async def _written(store: History, key: SessionKey, contents: Contents | None) -
     if session.HasField("usage"):
         header.usage.CopyFrom(session.usage)
     yield MAGIC + bytes([VERSION]) + _framed(v1.ExportRecord(header=header))
-    at = 0
+    at = v1.Event()
     told = set[str]()
-    while at < session.last_sequence:
-        events = await store.read_events(key, at)
+    while at.sequence < session.last_sequence:
+        events = await store.read_events(key, at.sequence)
         if not events:
             raise errors.not_found("session", names.session(key.session))
-        for event in events:
-            if event.sequence > session.last_sequence:
-                break
+        for event in events[: session.last_sequence - at.sequence]:
             event.ClearField("principal")
             for blob in fold.references(event) if contents is not None else ():
                 if contents is not None and blob.name not in told:
@@ -89,8 +92,19 @@ async def _written(store: History, key: SessionKey, contents: Contents | None) -
                     async for framed in _content(contents, key.tenant, blob):
                         yield framed
             yield _framed(v1.ExportRecord(event=event))
-        at = events[-1].sequence
+            at = event
+    if busy:
+        for event in await _ends(store, key, at):
+            yield _framed(v1.ExportRecord(event=event))
     yield b"\0"
+
+
+async def _ends(store: History, key: SessionKey, last: v1.Event) -> list[v1.Event]:
+    """Returns the events that cancel what is under way at the event `last`, numbered and dated from there on."""
+    past = await store.read_past(key, last.sequence)
+    events = ended(past, "The session was exported while the run was under way.")
+    rows = fold.rows_of(past, past.session, epoch=0)
+    return fold.apply(rows, Commit(key=key, events=events), last.create_time.ToMicroseconds()).events
 
 
 async def _content(contents: Contents, tenant: str, blob: v1.Blob) -> AsyncIterator[bytes]:

@@ -90,7 +90,7 @@ class Doorway(grpc.aio.ServerInterceptor):
         note: Callable[[NotecaseError], None] = lambda error: None,
     ) -> None:
         """A stream on which one frame waits for its reader for `stall` seconds ends with WATCHER_TOO_SLOW. `judge`
-        looks at each request of a caller that is bound to a user; `note` is told each refusal."""
+        looks at each request of a caller that is bound to a user; `note` is called with each refusal, and logs it."""
         self.note = note
         self._principals = principals
         self.stall = stall
@@ -174,8 +174,10 @@ class Doorway(grpc.aio.ServerInterceptor):
 
     async def judge(self) -> None:
         """Authenticates every call that lasts once more, and ends each whose credential is not valid any more or
-        makes another principal, or whose tenant is not open. One that cannot be judged, since the store is away, goes
-        on until it can."""
+        makes another principal, or whose tenant is not open, or that has none and needs one by now. One that cannot be
+        judged, since the store is away, goes on until it can."""
+        with suppress(NotecaseError):
+            await self._chain.look()
         lasting = [one for one in self._under_way.values() if one.lasts and one.principal is not None]
         for number, one in enumerate(lasting, 1):
             try:
@@ -341,7 +343,5 @@ async def abort(context: Any, error: Exception) -> None:
         request_id = caller.get().request_id
         log.error("rpc_crashed", exc_info=error)
         error = errors.internal(request_id)
-    else:
-        log.info("rpc_refused", reason=errors.reason_name(error.reason), problem=error.message[:300])
     status = to_status(error)
     await context.abort(STATUS[status.code], status.message, (("grpc-status-details-bin", status.SerializeToString()),))

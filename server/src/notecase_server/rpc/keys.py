@@ -6,6 +6,7 @@ from typing import Any
 from google.protobuf.empty_pb2 import Empty
 from notecase import v1
 
+from notecase_server import errors
 from notecase_server.auth.keys import Keys
 from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, named_tenant, once
 from notecase_server.rpc.validate import Check
@@ -45,6 +46,15 @@ class KeysService(v1.KeyServiceServicer):
         create = partial(self.keys.create, tenant, request.key)
         key, secret = await self.desk.surely(repeat, answer, create, audit)
         return v1.CreateKeyResponse(key=key, secret=secret)
+
+    async def GetKey(self, request: v1.GetKeyRequest, context: Any) -> v1.Key:
+        check = Check()
+        tenant, key_id = named_tenant(check, request.tenant), check.key_name("name", request.name)
+        check.done()
+        row = await self.store.find_key(key_id)
+        if row is None or row.tenant != tenant:
+            raise errors.not_found("key", request.name)
+        return row.key
 
     async def ListKeys(self, request: v1.ListKeysRequest, context: Any) -> v1.ListKeysResponse:
         check = Check()

@@ -9,7 +9,7 @@ from typing import Protocol
 from itsdangerous import BadData, URLSafeSerializer
 
 from notecase_server import errors
-from notecase_server.errors import Violation
+from notecase_server.errors import NotecaseError, Violation
 from notecase_server.rpc.caller import caller
 from notecase_server.store.contract import Filter, Query
 
@@ -39,18 +39,21 @@ class Pages:
         after: tuple[str | int, ...] | None = None
         if request.page_token:
             try:
-                after = self._position(request.page_token, about)
-            except BadData:
-                invalid = errors.page_token_invalid()
+                after = self.position(request.page_token, *about)
+            except NotecaseError as invalid:
                 raise (errors.invalid([*wrong, *invalid.violations]) if wrong else invalid) from None
         if wrong:
             raise errors.invalid(wrong)
         return Query(request.page_size or DEFAULT_PAGE_SIZE, after, where)
 
-    def _position(self, token: str, about: Sequence[str]) -> tuple[str | int, ...]:
-        if len(token) > MAX_TOKEN:
-            raise BadData("it is too long")
-        return tuple(self._signer(about).loads(token))
+    def position(self, token: str, *about: str) -> tuple[str | int, ...]:
+        """Returns the position that `token` made that token of. Raises NotecaseError PAGE_TOKEN_INVALID."""
+        try:
+            if len(token) > MAX_TOKEN:
+                raise BadData("it is too long")
+            return tuple(self._signer(about).loads(token))
+        except BadData:
+            raise errors.page_token_invalid() from None
 
     def token(self, position: Sequence[str | int] | None, *about: str) -> str:
         """For the position after which a page ended; "" when nothing follows."""

@@ -19,6 +19,9 @@ log = structlog.get_logger()
 KEPT_A_MINUTE = 10
 """Refusals of one principal in a minute that have an entry each; those beyond have one together."""
 
+LOGGED_A_MINUTE = 100
+"""Calls in a minute that are UNAUTHENTICATED and have a line each in the log."""
+
 WRITE_SECONDS = 1.0
 """How long a refusal waits for its entry: what a process that is killed may lose."""
 
@@ -52,11 +55,15 @@ class Refusals:
         self._lost = 0
 
     def note(self, error: NotecaseError) -> None:
-        """Takes note of why the call that is being answered was refused, if it is something for the audit."""
+        """Logs why the call that is being answered was refused, and takes note of what is for the audit. Beyond
+        LOGGED_A_MINUTE, calls that are UNAUTHENTICATED are only counted: anybody can make any number of them."""
         who = caller.get()
         if error.reason == v1.ERROR_REASON_UNAUTHENTICATED:
             self._unauthenticated += 1
-        elif error.reason == v1.ERROR_REASON_ROLE_MISSING and who.principal.subject:
+            if self._unauthenticated > LOGGED_A_MINUTE:
+                return
+        log.info("rpc_refused", reason=errors.reason_name(error.reason), problem=error.message[:300])
+        if error.reason == v1.ERROR_REASON_ROLE_MISSING and who.principal.subject:
             known = who.principal in self._minute or len(self._minute) < MOST_PRINCIPALS
             principal = who.principal if known else NOBODY
             self._minute[principal] += 1
@@ -77,6 +84,8 @@ class Refusals:
             if beyond > 0:
                 self._add(principal, _entry(ROLE_MISSING, beyond))
         self._minute.clear()
+        if self._unauthenticated > LOGGED_A_MINUTE:
+            log.warning("calls_unauthenticated", calls=self._unauthenticated)
         if self._unauthenticated:
             self._add(NOBODY, _entry(UNAUTHENTICATED, self._unauthenticated))
         self._unauthenticated = 0

@@ -1,26 +1,33 @@
 """TenantService: parse, call, render."""
 
+from collections.abc import AsyncIterator
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from google.protobuf.empty_pb2 import Empty
 from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.auth.tenants import Tenants
+from notecase_server.engine.takeout import Position, Takeout, TakeoutStore
 from notecase_server.engine.tenancy import Tenancy
 from notecase_server.rpc.caller import caller
 from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, once
 from notecase_server.rpc.validate import Check
-from notecase_server.store.contract import Answer, TenantStore
+from notecase_server.store.contract import Answer, AuditStore
 
 TENANT = Answer("tenant")
 
 
+class TenantsStore(TakeoutStore, AuditStore, Protocol):
+    """Holds tenants with all that they have, and the audit."""
+
+
 class TenantsService(v1.TenantServiceServicer):
-    def __init__(self, desk: Desk, store: TenantStore, tenants: Tenants, tenancy: Tenancy) -> None:
+    def __init__(self, desk: Desk, store: TenantsStore, tenants: Tenants, tenancy: Tenancy) -> None:
         self.desk = desk
         self.store = store
+        self.takeout = Takeout(store, desk.contents)
         self.tenants = tenants
         self.tenancy = tenancy
 
@@ -81,3 +88,29 @@ class TenantsService(v1.TenantServiceServicer):
             self.tenants.changed(tenant)
         await self.tenancy.remove(tenant)
         return Empty()
+
+    async def ExportTenant(
+        self, request: v1.ExportTenantRequest, context: Any
+    ) -> AsyncIterator[v1.ExportTenantResponse]:
+        check = Check()
+        tenant = check.tenant("name", request.name)
+        about = ("export", tenant)
+        begin: Position = ()
+        if request.page_token:
+            with check.taking():
+                begin = self.desk.pages.position(request.page_token, *about)
+        check.done()
+        told = False
+        async for record in self.takeout.records(tenant, begin):
+            if not told:  # the tenant is there, and nothing of it was sent
+                await self._tell_export(tenant, request.name)
+                told = True
+            response = record.response
+            if record.position is not None:
+                response.page_token = self.desk.pages.token(record.position, *about)
+            yield response
+
+    async def _tell_export(self, tenant: str, name: str) -> None:
+        """Tells the audit of the tenant, and the operators' own, that the tenant is exported."""
+        rows = [await self.desk.audit_of(tenant, name), caller.get().audit(name)]
+        await self.store.add_audit([row for row in rows if row is not None])

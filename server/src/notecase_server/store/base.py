@@ -208,6 +208,9 @@ class TableStore(ABC):
         step = partial(steps.page_of_entries, scope=scope, query=query, at=at, keys=keys)
         return await self._of_state(scope, at, step, (v1.State(), Page([], None)))
 
+    async def list_user_states(self, tenant: str, query: Query) -> Page[str]:
+        return await self._read(lambda tables: take(tables.users_with_state(tenant, query), query.limit))
+
     async def update_state(
         self, scope: Scope, ops: Sequence[v1.StateOp], if_version: int | None = None, once: Once | None = None
     ) -> v1.State:
@@ -247,6 +250,9 @@ class TableStore(ABC):
 
     async def get_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
         return await self._read(lambda tables: content.get_blob(tables, tenant, sha256))
+
+    async def list_blobs(self, tenant: str, query: Query) -> Page[v1.Blob]:
+        return await self._read(lambda tables: content.list_blobs(tables, tenant, query))
 
     async def known_blobs(self, tenant: str, subject: str, user: str, digests: Collection[str]) -> set[str]:
         return await self._read(

@@ -759,7 +759,7 @@ class AuditStore(Protocol):
 
 
 class TenantStore(Protocol):
-    """Knows the tenants that an operator has to do with, and removes them."""
+    """Knows the tenants that an operator has to do with, lists what they hold, and removes them."""
 
     async def create_tenant(self, tenant: str, display_name: str, once: Once | None = None) -> v1.Tenant:
         """Makes a tenant known. ALREADY_EXISTS."""
@@ -776,6 +776,14 @@ class TenantStore(Protocol):
     ) -> v1.Tenant:
         """Changes the state of a tenant, and makes it known when it is to be suspended; else TENANT_NOT_FOUND. One that
         is being removed stays so."""
+        ...
+
+    async def list_user_states(self, tenant: str, query: Query) -> Page[str]:
+        """The ids of the users that have a state, ascending. Positions are (user,). `query.where` is not looked at."""
+        ...
+
+    async def list_blobs(self, tenant: str, query: Query) -> Page[v1.Blob]:
+        """Names and sizes, by digest ascending. Positions are (digest,). `query.where` is not looked at."""
         ...
 
     async def erase_tenant(self, tenant: str) -> bool:

@@ -33,7 +33,7 @@ from notecase_server.store.contract import (
     SessionKey,
 )
 from notecase_server.store.quotas import require_record, require_session
-from notecase_server.store.steps import FIRST_EPOCH, copied, event_rows, existing, recall, remember, require_free
+from notecase_server.store.steps import FIRST_EPOCH, event_rows, existing, recall, remember, require_free
 from notecase_server.store.tables import Batch, Piece, SessionRow, Tables
 
 COPY_ROWS, COPY_BYTES = 500, 1 << 20
@@ -148,10 +148,7 @@ def finish_fork(tables: Tables, now: int, fork: Fork, whole: Whole, quotas: Quot
     session.queued_commands.extend(then.session.queued_commands)
     session.summary_sequence = then.session.summary_sequence
     session.content_bytes = whole.content_bytes
-    rows = fold.Rows(session, FIRST_EPOCH)
-    rows.runs = {run.name: copied(run) for run in then.runs}
-    rows.messages = {message.name: copied(message) for message in then.messages if fold.open_calls(message)}
-    rows.calls = {call.call_id: message.name for message in rows.messages.values() for call in fold.open_calls(message)}
+    rows = fold.rows_of(then, session, FIRST_EPOCH)
     done = fold.apply(rows, Commit(key=fork.key, events=fork.events), now)
     session.log_bytes = whole.log_bytes + sum(event.ByteSize() for event in done.events)
     remember(tables, fork.once, done, now, fork.key)

@@ -13,6 +13,7 @@ type does not have (STATE_TYPE_MISMATCH), a summary that does not continue the o
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from google.protobuf.message import Message
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.store.contract import PAGE_BYTES, Commit, Committed, Scope, SessionKey
+from notecase_server.store.contract import PAGE_BYTES, Commit, Committed, Past, Scope, SessionKey
 
 ENDED = frozenset({v1.Run.STATE_SUCCEEDED, v1.Run.STATE_FAILED, v1.Run.STATE_CANCELLED})
 OPEN_OUTCOMES = frozenset({v1.ToolCall.OUTCOME_PENDING, v1.ToolCall.OUTCOME_RUNNING})
@@ -140,6 +141,15 @@ def touch_session(session: v1.Session, now: int) -> None:
     count = int(session.etag.rpartition("-")[2] or 0) + 1
     session.etag = f"{session.uid[:8]}-{count}"
     session.update_time.FromMicroseconds(now)
+
+
+def rows_of(past: Past, session: v1.Session, epoch: int) -> Rows:
+    """Returns what events need that end the runs of a session as it was; `session` becomes its row behind them."""
+    rows = Rows(session, epoch)
+    rows.runs = {run.name: deepcopy(run) for run in past.runs}
+    rows.messages = {message.name: deepcopy(message) for message in past.messages if open_calls(message)}
+    rows.calls = {call.call_id: message.name for message in rows.messages.values() for call in open_calls(message)}
+    return rows
 
 
 def apply(rows: Rows, commit: Commit, now: int) -> Committed:

@@ -653,6 +653,12 @@ class _MemoryTables(Saving):
             body = state.entries[key]
             yield Found((key,), (key, v1.StateEntry.FromString(body)), len(body))
 
+    def users_with_state(self, tenant: str, query: Query) -> Iterator[Found[str]]:
+        users = (user for kind, user in self._tenants[tenant].states if kind == "user")
+        for user in sorted(users):
+            if query.after is None or (user,) > query.after:
+                yield Found((user,), user, len(user))
+
     def last_revision(self, tenant: str, agent_id: str) -> int:
         return self._agent(tenant, agent_id).last_revision
 
@@ -722,6 +728,12 @@ class _MemoryTables(Saving):
     def blob(self, tenant: str, sha256: str) -> BlobRow | None:
         found = self._tenants[tenant].blobs.get(sha256)
         return found.row if found else None
+
+    def blobs(self, tenant: str, query: Query) -> Iterator[Found[tuple[str, int]]]:
+        rows = self._tenants[tenant].blobs
+        for sha256 in sorted(rows):
+            if query.after is None or (sha256,) > query.after:
+                yield Found((sha256,), (sha256, rows[sha256].row.size), len(sha256))
 
     def put_blob(self, tenant: str, subject: str, sha256: str, row: BlobRow, now: int) -> None:
         blob = self._tenants[tenant].blobs.setdefault(sha256, _Blob(row, now))

@@ -823,6 +823,14 @@ class SqliteTables(Saving):
         for key, body in rows:
             yield Found((key,), (key, v1.StateEntry.FromString(body)), len(body))
 
+    def users_with_state(self, tenant: str, query: Query) -> Iterator[Found[str]]:
+        rows = self._execute(
+            "SELECT id FROM states WHERE tenant = ? AND kind = 'user' AND id > ? ORDER BY id LIMIT ?",
+            (tenant, *(query.after or ("",)), query.limit + 1),
+        )
+        for (user,) in rows:
+            yield Found((user,), user, len(user))
+
     def last_revision(self, tenant: str, agent_id: str) -> int:
         row = self._one("SELECT revision FROM agents WHERE tenant = ? AND agent = ?", tenant, agent_id)
         return int(row[0]) if row else 0
@@ -913,6 +921,14 @@ class SqliteTables(Saving):
     def blob(self, tenant: str, sha256: str) -> BlobRow | None:
         row = self._one("SELECT content, size FROM blobs WHERE tenant = ? AND sha256 = ?", tenant, sha256)
         return BlobRow(*row) if row else None
+
+    def blobs(self, tenant: str, query: Query) -> Iterator[Found[tuple[str, int]]]:
+        rows = self._execute(
+            "SELECT sha256, size FROM blobs WHERE tenant = ? AND sha256 > ? ORDER BY sha256 LIMIT ?",
+            (tenant, *(query.after or ("",)), query.limit + 1),
+        )
+        for sha256, size in rows:
+            yield Found((sha256,), (sha256, size), len(sha256))
 
     def put_blob(self, tenant: str, subject: str, sha256: str, row: BlobRow, now: int) -> None:
         self._execute(

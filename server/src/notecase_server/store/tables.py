@@ -399,6 +399,8 @@ class Tables(Protocol):
         """With their keys."""
         ...
 
+    def users_with_state(self, tenant: str, query: Query) -> Iterator[Found[str]]: ...
+
     def last_revision(self, tenant: str, agent_id: str) -> int:
         """The last number given out under this id, whether the agent still exists or not."""
         ...
@@ -443,6 +445,10 @@ class Tables(Protocol):
         ...
 
     def blob(self, tenant: str, sha256: str) -> BlobRow | None: ...
+
+    def blobs(self, tenant: str, query: Query) -> Iterator[Found[tuple[str, int]]]:
+        """Digests and sizes."""
+        ...
 
     def put_blob(self, tenant: str, subject: str, sha256: str, row: BlobRow, now: int) -> None:
         """Records that `subject` uploaded it, just now."""
