@@ -15,15 +15,19 @@ from prompt_toolkit.shortcuts.choice_input import ChoiceInput
 from notecase_server.cli import screen
 
 
+def catch_interrupt(act: Callable[[], None]) -> None:
+    """Calls `act` at Ctrl-C from now on. A prompt takes Ctrl-C for itself, so this is to be called again after one."""
+    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, act)
+
+
 @contextlib.contextmanager
 def on_interrupt(act: Callable[[], None]) -> Iterator[None]:
     """Calls `act` at Ctrl-C during the block; afterwards Ctrl-C ends the command again."""
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGINT, act)
+    catch_interrupt(act)
     try:
         yield
     finally:
-        loop.remove_signal_handler(signal.SIGINT)
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
 
 
 @contextlib.contextmanager
@@ -43,7 +47,7 @@ def hushed(terminal: bool) -> Iterator[None]:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
-def prompt(said: Iterable[str]) -> PromptSession[str]:
+def prompt(said: Iterable[str], sign: str = screen.PROMPT) -> PromptSession[str]:
     """Makes an editor for a line, or for several when they are pasted or made with Alt-Enter. The arrow keys recall
     what was `said`, given newest first. Its prompts raise EOFError at Ctrl-C and Ctrl-D."""
     keys = KeyBindings()
@@ -53,13 +57,19 @@ def prompt(said: Iterable[str]) -> PromptSession[str]:
         event.current_buffer.insert_text("\n")
 
     return PromptSession(
-        [("bold ansicyan", screen.PROMPT)],
+        [("bold ansicyan", sign)],
         prompt_continuation=screen.CONTINUED,
         history=InMemoryHistory(list(said)[::-1]),
         key_bindings=keys,
         enable_suspend=True,
         interrupt_exception=EOFError,
     )
+
+
+async def line(sign: str, default: str = "") -> str:
+    """Returns what the user types after the sign, or makes of the default. Raises EOFError at Ctrl-C and Ctrl-D."""
+    typed = await prompt([], sign).prompt_async(default=default)
+    return typed.strip().encode(errors="replace").decode()
 
 
 async def choose(question: str, labels: Sequence[str]) -> int:
