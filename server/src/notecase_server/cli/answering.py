@@ -1,5 +1,6 @@
 """Asks the user at the terminal what a run waits for, and sends the answer."""
 
+import asyncio
 import json
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -22,15 +23,21 @@ class _Wrong(Exception):
     """What was typed cannot be sent; the message says why."""
 
 
-async def answer(client: Client, wait: Wait) -> bool:
+async def answer(client: Client, wait: Wait, sending: asyncio.Event) -> bool:
     """Shows what is waited for and sends the user's answer; False when the user leaves it waiting. What cannot be sent
-    is told, and asked for again.
+    is told, and asked for again. `sending` is set once the user has answered; until then this may be cancelled.
 
-    Raises NotecaseError for any other refusal. May be cancelled while the user is asked."""
+    Raises NotecaseError for any other refusal."""
     _show(wait)
     while True:
         try:
-            return await _ask(client, wait)
+            way = await _choose(wait)
+            if way is None:
+                return False
+            command = await way(client, wait)
+            sending.set()
+            await command
+            return True
         except EOFError:
             return False
         except _Wrong as wrong:
@@ -41,6 +48,7 @@ async def answer(client: Client, wait: Wait) -> bool:
                 return True
             if error.reason != "INVALID_FIELD":
                 raise
+            sending.clear()
             screen.failure(error.message)
 
 
@@ -54,72 +62,71 @@ def _show(wait: Wait) -> None:
     click.echo(f"{screen.one_line(wait.call.tool)} {screen.harmless(pretty(wait.call.arguments))}")
 
 
-async def _ask(client: Client, wait: Wait) -> bool:
+async def _choose(wait: Wait) -> "_Way | None":
+    """Returns how the user wants to answer; None when not at all."""
     if wait.kind == QUESTION and not wait.of_tool:
         screen.aside("Enter sends your answer, Ctrl-C leaves the question waiting.")
-        await _say(client, wait)
-        return True
+        return _say
     ways = {APPROVAL: _APPROVAL, INTERRUPTED: _INTERRUPTED, QUESTION: _TOOLS_QUESTION}.get(wait.kind, _TOOL)
     labels = [label.format(tool=screen.one_line(wait.call.tool, 40)) for label in ways]
     chosen = await terminal.choose("", [*labels, LEAVE])
-    if chosen == len(ways):
-        return False
-    await list(ways.values())[chosen](client, wait)
-    return True
+    return list(ways.values())[chosen] if chosen < len(ways) else None
 
 
-async def _approve(client: Client, wait: Wait) -> None:
-    await client.approve(wait.run, wait.id)
+Command = Awaitable[int]
+"""A command that is sent once it is awaited."""
+
+_Way = Callable[[Client, Wait], Awaitable[Command]]
+"""Asks for what an answer needs besides."""
 
 
-async def _approve_all(client: Client, wait: Wait) -> None:
-    await client.approve(wait.run, wait.id, remember=_REMEMBER)
+async def _approve(client: Client, wait: Wait) -> Command:
+    return client.approve(wait.run, wait.id)
 
 
-async def _edit(client: Client, wait: Wait) -> None:
-    await client.approve(wait.run, wait.id, _json(await terminal.line("arguments> ", _editable(wait.call.arguments))))
+async def _approve_all(client: Client, wait: Wait) -> Command:
+    return client.approve(wait.run, wait.id, remember=_REMEMBER)
 
 
-async def _deny(client: Client, wait: Wait) -> None:
-    await client.deny(wait.run, wait.id, await terminal.line("why (Enter for no reason)> "))
+async def _edit(client: Client, wait: Wait) -> Command:
+    return client.approve(wait.run, wait.id, _json(await terminal.line("arguments> ", _editable(wait.call.arguments))))
 
 
-async def _dismiss(client: Client, wait: Wait) -> None:
-    await client.dismiss(wait.run, wait.id)
+async def _deny(client: Client, wait: Wait) -> Command:
+    return client.deny(wait.run, wait.id, await terminal.line("why (Enter for no reason)> "))
 
 
-async def _say(client: Client, wait: Wait) -> None:
+async def _dismiss(client: Client, wait: Wait) -> Command:
+    return client.dismiss(wait.run, wait.id)
+
+
+async def _say(client: Client, wait: Wait) -> Command:
     """Answers a question, with JSON where it has a schema."""
     schema = wait.asked.schema if wait.asked else ""
     if not schema:
-        await client.answer(wait.run, wait.id, await terminal.line("answer> "))
-        return
+        return client.answer(wait.run, wait.id, await terminal.line("answer> "))
     fields = _fields(schema)
     if fields is None:
         screen.aside(f"As JSON that fits: {screen.harmless(schema)}")
         answer = _json(await terminal.line("answer> "))
     else:
         answer = json.dumps({key: value for key, value in [await _field(*one) for one in fields.items()] if key})
-    await client.answer(wait.run, wait.id, answer)
+    return client.answer(wait.run, wait.id, answer)
 
 
-async def _give(client: Client, wait: Wait) -> None:
+async def _give(client: Client, wait: Wait) -> Command:
     typed = await terminal.line("result> ")
     if wait.asked is not None:
-        await client.answer(wait.run, wait.id, typed)
-    else:
-        await client.give_result(wait.run, wait.id, typed)
+        return client.answer(wait.run, wait.id, typed)
+    return client.give_result(wait.run, wait.id, typed)
 
 
-async def _fail(client: Client, wait: Wait) -> None:
+async def _fail(client: Client, wait: Wait) -> Command:
     why = await terminal.line("what went wrong> ")
     if wait.asked is not None:
-        await client.deny(wait.run, wait.id, why)
-    else:
-        await client.give_result(wait.run, wait.id, error=why or "The tool failed.")
+        return client.deny(wait.run, wait.id, why)
+    return client.give_result(wait.run, wait.id, error=why or "The tool failed.")
 
-
-_Way = Callable[[Client, Wait], Awaitable[None]]
 
 _APPROVAL: Mapping[str, _Way] = {
     "Approve": _approve,

@@ -33,7 +33,7 @@ class Follower:
         self._reply = Quiet(stream) if quiet else _reply(stream, echo)
         self._held: list[v1.Event] = []  # told while the user is asked
         self._changed = asyncio.Event()
-        self._asking: tuple[Wait, asyncio.Task[bool]] | None = None
+        self._asking: tuple[Wait, asyncio.Task[bool], asyncio.Event] | None = None
         self._done: set[str] = set()  # waits that were answered here, or are for others
         self._stopping: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
@@ -112,8 +112,8 @@ class Follower:
             self._reply.show(event)
         else:
             self._held.append(event)
-            wait, task = self._asking
-            if wait.id not in {one.id for one in self._waits()}:
+            wait, task, sending = self._asking
+            if not sending.is_set() and wait.id not in {one.id for one in self._waits()}:
                 task.cancel()
         self._changed.set()
 
@@ -152,8 +152,9 @@ class Follower:
         from notecase_server.cli import answering  # noqa: PLC0415  # only a terminal needs it
 
         self._reply.end()
-        task = asyncio.create_task(answering.answer(self._client, wait))
-        self._asking = (wait, task)
+        sending = asyncio.Event()
+        task = asyncio.create_task(answering.answer(self._client, wait, sending))
+        self._asking = (wait, task, sending)
         try:
             await asyncio.wait([task])
         finally:

@@ -1,7 +1,7 @@
 """A run at a terminal: Markdown as it comes, tools while they run."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
 from markdown_it import MarkdownIt
@@ -43,8 +43,8 @@ class LiveReply(Reply):
     def start(self) -> None:
         if self._live is None:
             self._live = Live(
+                _Bottom(self._moving),
                 console=self._console,
-                get_renderable=lambda: _Bottom(list(self._moving())),
                 refresh_per_second=REFRESHES,
                 transient=True,
             )
@@ -120,11 +120,12 @@ class _Bottom:
     """Draws what moves, and no more of it than its newest lines that fit on the screen: a terminal cannot take back
     what has left it."""
 
-    def __init__(self, parts: list[RenderableType]) -> None:
+    def __init__(self, parts: Callable[[], Iterable[RenderableType]]) -> None:
+        """`parts` is asked for what moves each time."""
         self._parts = parts
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = [line for part in self._parts for line in console.render_lines(part, options, pad=False)]
+        lines = [line for part in self._parts() for line in console.render_lines(part, options, pad=False)]
         for number, line in enumerate(lines[-max(console.size.height - 1, 1) :]):
             if number:
                 yield Text("")
