@@ -6,11 +6,9 @@ from datetime import timedelta
 import click
 from notecase import Client, v1
 
-from notecase_server import serve
 from notecase_server.cli import output, screen
 from notecase_server.cli.ask import ask, name_of
 from notecase_server.cli.options import LIMIT, OUTPUT, SERVER, STORE
-from notecase_server.store.contract import StoreOpenError
 
 ROLES = {name.removeprefix("ROLE_").lower(): value for name, value in v1.Key.Role.items() if value}
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -136,6 +134,9 @@ def bootstrap(store: str, tenant: str, operator: bool, name: str) -> None:
 
     From then on `notecase serve` takes calls to this store with a key only.
     """
+    from notecase_server import serve  # noqa: PLC0415  # no other of these commands needs a server
+    from notecase_server.store.contract import StoreOpenError  # noqa: PLC0415
+
     try:
         made, secret = serve.bootstrap(store, "" if operator else tenant, name)
     except StoreOpenError as error:

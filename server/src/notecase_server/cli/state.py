@@ -23,19 +23,17 @@ def state() -> None:
     "--output",
     "form",
     type=click.Choice(["table", "json", "yaml"]),
-    default="",
-    show_default=False,
     help="Always a table, JSON or YAML, of one KEY too.",
 )
 @SERVER
-def get_state(owner: str, keys: tuple[str, ...], form: str) -> None:
+def get_state(owner: str, keys: tuple[str, ...], form: str | None) -> None:
     """Print a state, that of the app when no OWNER is named, or some keys of it.
 
     Of one KEY the value alone is printed, whole: text and bytes as they are, into a pipe also the content of a file,
     all else as JSON. Otherwise it is a table at a terminal and a JSON object in a pipe, with bytes as base64. The exit
     code is 1 when a KEY is not there.
     """
-    ask(lambda client: notes.get(client, notes.owner_of(owner), keys, form))
+    ask(lambda client: notes.get(client, notes.owner_of(owner), keys, form or ""))
 
 
 @state.command("put", context_settings={"ignore_unknown_options": True})  # -1 is a value
