@@ -2,6 +2,7 @@
 
 VENV := .venv
 GENERATOR := .venv-proto
+SITE := .venv-docs
 PEERS := $(addsuffix /.ready,$(addprefix .venv-peers/,agents_sdk a2a_sdk))
 BIN := $(VENV)/bin
 STUBS := client/src/notecase/v1
@@ -20,7 +21,7 @@ TOOLS := $(addprefix $(BIN)/,grpcurl grpcui evans ghz)
 # What buf breaking compares proto/ with: the last commit, or make proto-breaking AGAINST=v0.1.0
 AGAINST := HEAD
 
-.PHONY: help demo serve test test-hard test-kills mutants fuzz lint format types proto proto-check proto-lint proto-breaking check bench bench-peers profile soak tools clean
+.PHONY: help demo serve test test-hard test-kills mutants fuzz lint format types proto proto-check proto-lint proto-breaking docs errors picture check bench bench-peers profile soak tools clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -73,6 +74,16 @@ proto-breaking: $(BIN)/buf ## Tell what in proto/ breaks callers since a commit;
 	@then=$$(mktemp -d) && trap 'rm -rf "$$then"' EXIT && git archive $(AGAINST) proto | tar -x -C "$$then" && \
 	$(BIN)/buf breaking proto --against "$$then/proto" && echo "Nothing breaks callers of $(AGAINST)."
 
+docs: $(SITE)/.ready ## Build the site from README.md and docs/ in build/site, with its links checked; needs no network
+	@$(SITE)/bin/sphinx-build --quiet --nitpicky --fail-on-warning --keep-going -c docs -d build/site-cache . build/site && \
+	echo "Open build/site/docs/index.html."
+
+errors: $(VENV)/.ready ## Write docs/errors.md from proto/ and the server's catalog of errors
+	@$(BIN)/python docs/tools/errors.py
+
+picture: $(VENV)/.ready $(SITE)/.ready ## Draw docs/demo.svg from a run of make demo on the offline model
+	@env -u OPENAI_API_KEY -u OPENAI_BASE_URL $(BIN)/python examples/detective.py | $(SITE)/bin/python docs/tools/picture.py docs/demo.svg
+
 check: lint types proto-check test ## What these four check: lint, types, proto-check, test
 
 bench: $(VENV)/.ready ## Measure the server on this machine; ARGS="--write docs/performance.md" keeps the table
@@ -90,7 +101,7 @@ soak: $(VENV)/.ready ## See whether a server that works for half an hour stays f
 tools: $(TOOLS) $(BIN)/buf ## Build grpcurl, grpcui, evans, ghz and buf into the environment; needs Go
 
 clean: ## Remove the environments and what tools left behind
-	@rm -rf $(VENV) $(GENERATOR) .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@rm -rf $(VENV) $(GENERATOR) $(SITE) .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
 	@find $(wildcard client server tests examples benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment is whole when its .ready is newer than what it was made from. pip itself is pinned because the one that a
@@ -107,6 +118,12 @@ $(GENERATOR)/.ready: proto/requirements.txt
 	@echo "Setting up $(GENERATOR), the stubs' generator."
 	@$(call environment,$(GENERATOR))
 	@$(GENERATOR)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
+$(SITE)/.ready: docs/requirements.txt
+	@echo "Setting up $(SITE), the generator of the site."
+	@$(call environment,$(SITE))
+	@$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
 # Each peer has an environment of its own, so that none decides the versions of another, or ours.

@@ -71,17 +71,17 @@ ROOMS: dict[str, Room] = {
     "models.profiles": Room(set(), "What servers take is data; nothing is asked for it."),
     "models.pieces": Room(set(), "How bytes are sent has nothing to do with what they say."),
     "models.proxies": Room(set(), "Which way an address is reached is asked of the environment alone."),
-    "models.wire": Room(
-        {"errors", "models.pieces", "models.proxies"}, "A connection carries bytes, whatever model they are for."
-    ),
+    "models.endpoint": Room({"models.proxies"}, "Settings are judged before anything is loaded for them."),
+    "models.wire": Room({"errors", "models.pieces"}, "A connection carries bytes, whatever model they are for."),
     "models.request": Room(
         {"errors", "models.contract", "models.pieces", "models.profiles"}, "A format's writer needs no provider."
     ),
     "models.openai": Room(
         {"errors", "limit", "models.contract", "models.answers", "models.chat_stream"}
-        | {"models.pieces", "models.profiles", "models.request", "models.wire"},
+        | {"models.endpoint", "models.pieces", "models.profiles", "models.request", "models.wire"},
         "A provider knows no other.",
     ),
+    "models.deferred": Room({"errors", "models.contract"}, "When a provider is loaded has nothing to do with which."),
     "models.guard": Room({"errors", "models.contract"}, "A bound is the same whatever provider it is for."),
     "models.offline": Room({"errors", "models.contract", "models.answers"}, "A provider knows no other."),
     "tools": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
@@ -153,7 +153,7 @@ LINES: dict[str, Line] = {
     "openai": Line({"models.openai"}, "One provider's ways stay behind the contract."),
     "aiohttp": Line({"models.wire", "auth.jwks"}, "A model is asked over one kind of connection, and so are keys."),
     "httpx2": Line(
-        {"models.openai", "models.proxies", "models.wire", "tools.mcp"},
+        {"models.endpoint", "models.openai", "models.proxies", "models.wire", "tools.mcp"},
         "URLs and certificates mean what they mean to the openai SDK, and MCP's library sends with it.",
     ),
     "mcp": Line({"tools.mcp"}, "One protocol's ways stay behind the contract."),

@@ -1,5 +1,5 @@
 """What a person at a terminal has with grpcurl and no files: descriptions, health, a conversation on one stream, and
-errors that say what to do. That each call of the README prints what it says is tests/test_readme.py's."""
+errors that say what to do. That each call of docs/calls.md prints what it says is tests/test_docs.py's."""
 
 import asyncio
 import json

@@ -26,7 +26,7 @@ SAID = "Who saw the violin? 🎻 Wer hörte sie zuletzt, und wo? 🎻"
 
 
 class Language(NamedTuple):
-    """An example, and how its first lines and the README say that it is built and run, only quieter."""
+    """An example, and how its first lines and docs/languages.md say that it is built and run, only quieter."""
 
     name: str
     tools: tuple[str, ...]

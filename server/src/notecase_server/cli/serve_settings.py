@@ -18,7 +18,7 @@ from notecase_server.config import (
     providers_from_environment,
 )
 from notecase_server.config_file import PROVIDER_DEFAULTS, ConfigFile, by_key, read_config
-from notecase_server.serve import ProviderSettingsError, make_provider, settings_mistakes
+from notecase_server.serve import ProviderSettingsError, check_provider, settings_mistakes
 from notecase_server.tools.contract import ToolSettingsError
 from notecase_server.tools.mcp_settings import read_mcp_servers
 
@@ -84,7 +84,7 @@ def check(command: click.Command, path: Path) -> Checked:
     mistakes += [one for one in map(by_key, settings_mistakes(made)) if one.setting not in wrong]
     for number, provider in enumerate(made.providers if found.providers else ()):
         try:
-            make_provider(provider)
+            check_provider(provider)
         except ProviderSettingsError as error:
             mistakes.append(Mistake(f"provider[{number}]", str(error)))
     return Checked(made, found.exposed, tuple(mistakes))
