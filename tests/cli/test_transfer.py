@@ -4,7 +4,7 @@ from pathlib import Path
 
 from notecase import v1
 
-from tests.cli.command import notecase
+from tests.cli.command import COMMAND, notecase, spawn
 from tests.support.server import Running
 
 

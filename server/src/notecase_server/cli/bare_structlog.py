@@ -1,6 +1,6 @@
 """Imports structlog without rich; it is to be imported before anything else that imports structlog.
 
-structlog imports all of rich wherever that is installed, for tracebacks that the server never writes, and a start of the
+It imports all of rich where that is installed, for tracebacks that the server never writes, and a start of the
 server would take 50 ms more.
 """
 
