@@ -1,4 +1,4 @@
-"""`notecase export` and `notecase import`: a session as a file, whole or not at all."""
+"""`notecase sessions export` and `import`: a session as a file, whole or not at all."""
 
 from pathlib import Path
 
@@ -17,10 +17,10 @@ async def test_a_session_is_taken_along(served: Running, agent: v1.Agent, tmp_pa
     assert (0, "", "") == tuple(done)
     done = await notecase("sessions", "import", str(file), "--id", "moved", "--server", served.address)
     assert (0, "sessions/moved\n", "") == tuple(done)
-    assert (
-        0 == (await notecase("sessions", "export", "moved", str(tmp_path / "again"), "--server", served.address)).code
-    )
-    assert (tmp_path / "again").read_bytes() == file.read_bytes()
+    process = await spawn(*COMMAND, "sessions", "export", "moved", "-", "--server", served.address)
+    assert file.read_bytes() == (await process.communicate())[0]
+    process = await spawn(*COMMAND, "sessions", "import", "-", "--id", "piped", "--server", served.address)
+    assert b"sessions/piped\n" == (await process.communicate(file.read_bytes()))[0]
     done = await notecase("sessions", "import", str(file), "--id", "moved", "--server", served.address)
     assert 1 == done.code
     assert done.err.startswith("Error: There is already a session 'sessions/moved'")

@@ -84,6 +84,8 @@ class LiveReply(Reply):
     def close_block(self) -> None:
         tail, self._tail = self._tail, ""  # first, so that it is not drawn below what is printed
         self._print(tail)
+        if self._kind == "reasoning":
+            self._console.print()
         self._any = False
 
     def _print(self, text: str) -> None:

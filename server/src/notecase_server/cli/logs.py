@@ -75,7 +75,7 @@ def _told(event: v1.Event, kind: str) -> str:
     """Returns the gist of an event."""
     match kind:
         case "message_added":
-            return f"{screen.author(event.message_added)}: {screen.message(event.message_added, 160)}"
+            return f"{screen.author(event.message_added)}: {click.unstyle(screen.message(event.message_added, 160))}"
         case "run_state_changed":
             change = event.run_state_changed
             return f"{screen.word_of(v1.Run.State, change.state)} {change.error.message or change.reason}"

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -103,7 +104,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         made.add_row(*map(Text, row))
     written = io.StringIO()
     Console(file=written, width=width, force_terminal=True, color_system="standard", highlight=False).print(made)
-    return "\n".join(line.rstrip() for line in written.getvalue().rstrip("\n").split("\n"))
+    return re.sub(r" +(\x1b\[0m)?$", r"\1", written.getvalue().rstrip("\n"), flags=re.MULTILINE)
 
 
 def as_yaml(data: Any) -> str:
