@@ -23,8 +23,10 @@ JSON_TEXTS = {
 }
 """Fields of JSON text, which a file may also hold as YAML."""
 
-DEEPEST = 64
-"""Levels of a file; anchors can make one without end."""
+_PLAIN_TAGS = tuple(
+    f"tag:yaml.org,2002:{kind}" for kind in ("bool", "float", "int", "map", "null", "seq", "str", "time")
+)
+"""Those of values that are written without a tag."""
 
 _WELL_KNOWN = "google.protobuf."
 
@@ -149,7 +151,7 @@ class _Reader:
     def _agent(self, node: yaml.MappingNode) -> Declared:
         self._lines = {"": node.start_mark.line + 1}
         agent = v1.Agent()
-        self._fill(agent, node, "", 0)
+        self._fill(agent, node, "")
         if not agent.name:
             self._wrong(node, "name: every agent needs one.")
         elif not agent.name.startswith("agents/"):
@@ -161,27 +163,26 @@ class _Reader:
     def _wrong(self, node: yaml.Node, text: str) -> None:
         self.mistakes.append(Mistake(self.file, node.start_mark.line + 1, text))
 
-    def _fill(self, message: Message, node: yaml.MappingNode, path: str, level: int) -> None:
+    def _fill(self, message: Message, node: yaml.MappingNode, path: str) -> None:
         """Sets the fields of a message from a mapping."""
         fields = message.DESCRIPTOR.fields_by_name
         chosen: dict[str, str] = {}
-        for key, held in self._members(node, path, level):
+        for key, held in self._members(node, path):
             here = f"{path}.{key}".lstrip(".")
             self._lines[here] = held.start_mark.line + 1
             field = fields.get(key)
             if field is None:
                 self._wrong(held, f"{here}: {_unknown(key, message.DESCRIPTOR)}")
+            elif not held.tag.startswith(_PLAIN_TAGS):
+                self._wrong(held, f"{here}: the tag {held.tag} means nothing here.")
             elif held.tag != "tag:yaml.org,2002:null":
                 group = field.containing_oneof
                 if group is not None and chosen.setdefault(group.name, key) != key and not _optional(field):
                     self._wrong(held, f"{here}: {chosen[group.name]} is set already; only one of them can be.")
-                self._set(message, field, held, here, level)
+                self._set(message, field, held, here)
 
-    def _members(self, node: yaml.MappingNode, path: str, level: int) -> Iterator[tuple[str, yaml.Node]]:
+    def _members(self, node: yaml.MappingNode, path: str) -> Iterator[tuple[str, yaml.Node]]:
         """Yields the members of a mapping, with those that it merges."""
-        if level > DEEPEST:
-            self._wrong(node, f"{path}: this is more than {DEEPEST} levels deep.")
-            return
         own = [str(key.value) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         if id(node) not in self._merged:  # what an alias stands for comes here more than once
             self._merged[id(node)] = node
@@ -193,11 +194,11 @@ class _Reader:
                 self._wrong(node, f"{path or 'This'}: {error.problem}.")
         yield from {str(key.value): held for key, held in node.value}.items()
 
-    def _set(self, message: Any, field: FieldDescriptor, node: yaml.Node, path: str, level: int) -> None:
+    def _set(self, message: Any, field: FieldDescriptor, node: yaml.Node, path: str) -> None:
         kind = field.message_type
         if kind is not None and kind.GetOptions().map_entry:
             if isinstance(node, yaml.MappingNode):
-                for key, held in self._members(node, path, level):
+                for key, held in self._members(node, path):
                     self._lines[f"{path}.{key}"] = held.start_mark.line + 1
                     self._leaf(message, field, {key: self._plain(held, field)}, held, f"{path}.{key}")
             else:
@@ -212,19 +213,19 @@ class _Reader:
                 if kind is None:
                     self._leaf(message, field, [self._plain(one, field)], one, here)
                 else:
-                    self._nested(getattr(message, field.name).add(), one, here, level)
+                    self._nested(getattr(message, field.name).add(), one, here)
         elif kind is not None and not kind.full_name.startswith(_WELL_KNOWN):
             nested = getattr(message, field.name)
             nested.SetInParent()
-            self._nested(nested, node, path, level)
+            self._nested(nested, node, path)
         elif field.full_name in JSON_TEXTS and not isinstance(node, yaml.ScalarNode):
             self._leaf(message, field, self._as_json(node, path), node, path)
         else:
             self._leaf(message, field, self._plain(node, field), node, path)
 
-    def _nested(self, message: Message, node: yaml.Node, path: str, level: int) -> None:
+    def _nested(self, message: Message, node: yaml.Node, path: str) -> None:
         if isinstance(node, yaml.MappingNode):
-            self._fill(message, node, path, level + 1)
+            self._fill(message, node, path)
         else:
             known = ", ".join(message.DESCRIPTOR.fields_by_name)
             self._wrong(node, f"{path}: a mapping is needed, with some of: {known or 'nothing'}.")
