@@ -6,6 +6,9 @@ from collections.abc import AsyncIterator
 import pytest
 from notecase import v1
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
+from notecase_server.tools.contract import CallContext
+from notecase_server.tools.functions import tool
+from notecase_server.tools.toolbox import make_toolbox
 
 from tests.cli.command import notecase, terminal
 from tests.support.server import Running, running
@@ -230,6 +233,72 @@ async def test_of_several_that_wait_one_is_chosen_by_its_id(served: Running, cle
     assert 0 == (await notecase("approve", "case", "--id", wanted, env=there)).code
     done = await notecase("approve", "case", "--id", wanted, env=there)
     assert (1, True) == (done.code, "There is no" in done.err)
+
+
+BOOKING = {
+    "type": "object",
+    "properties": {
+        "seat": {"enum": ["window", "aisle"]},
+        "bags": {"type": "integer", "title": "How many bags?"},
+        "meal": {"type": "boolean"},
+        "note": {"type": "string"},
+    },
+    "required": ["seat", "bags", "meal"],
+}
+
+
+@tool
+async def book(context: CallContext, nested: bool = False) -> str:
+    """Asks its caller's user how to book."""
+    schema = {"type": "object", "properties": {"a": {"type": "object"}}} if nested else BOOKING
+    got = await context.ask("Which seat?", schema)
+    return f"{v1.InputResponse.Decision.Name(got.decision)} {got.answer}"
+
+
+async def test_a_tools_question_is_a_form() -> None:
+    """Its members are asked one by one; what does not fit is told and asked again; it can be declined and dismissed."""
+    async with running(toolbox=make_toolbox((__name__,), {})) as served:
+        booking = v1.Tool(name="book", server=v1.ServerTool(function="book"))
+        agent = v1.Agent(llm=v1.LlmAgent(tools=[booking]))
+        await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=agent))
+        async with terminal("chat", "--new", "--server", served.address) as screen:
+            await screen.until("> ")
+            await screen.type("/call book {}\r")
+            await screen.until("4. Leave it waiting")
+            for bags in ("two", "2"):
+                await screen.type("1\r")
+                await screen.until("2. aisle")
+                await screen.type("2\r")
+                await screen.until("How many bags?")
+                await screen.until("bags> ")
+                await screen.type(f"{bags}\r")
+                if bags == "two":
+                    await screen.until("bags is to be a number.")
+                    await screen.until("4. Leave it waiting")
+            await screen.until("1. Yes")
+            await screen.type("1\r")
+            await screen.until("note (may be empty)> ")
+            await screen.type("\r")
+            await screen.until('DECISION_ANSWER {"seat": "aisle", "bags": 2, "meal": true}')
+            await screen.until("\n> ")
+            await screen.type('/call book {"nested": true}\r')
+            for way, told in (("1", "As JSON that fits"), ("2", "no reason)> ")):
+                await screen.until("4. Leave it waiting")
+                await screen.type(f"{way}\r")
+                await screen.until(told)
+                if way == "1":
+                    await screen.until("answer> ")
+                    await screen.type('{"a": 1}\r')
+            await screen.type("\r")
+            await screen.until("DECISION_DENY")
+            await screen.until("\n> ")
+            await screen.type("/call book {}\r")
+            await screen.until("4. Leave it waiting")
+            await screen.type("3\r")
+            await screen.until("DECISION_CANCEL")
+            await screen.until("\n> ")
+            await screen.type("\x04")
+            assert 0 == await screen.ended()
 
 
 class ByToken:

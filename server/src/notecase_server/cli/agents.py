@@ -79,7 +79,7 @@ def show_agent(agent: str, form: str) -> None:
         if form == "table":
             _show(found)
         else:
-            output.print_data(*_data([found]), form)
+            output.print_data(_data([found])[0], form)
 
     ask(look)
 

@@ -110,7 +110,7 @@ async def _say(client: Client, wait: Wait) -> Command:
         screen.aside(f"As JSON that fits: {screen.harmless(schema)}")
         answer = _json(await terminal.line("answer> "))
     else:
-        answer = json.dumps({key: value for key, value in [await _field(*one) for one in fields.items()] if key})
+        answer = json.dumps({key: value for key, value in [await _field(*one) for one in fields] if key})
     return client.answer(wait.run, wait.id, answer)
 
 
@@ -159,16 +159,20 @@ def _json(text: str) -> str:
     return text
 
 
-def _fields(schema: str) -> dict[str, tuple[str, Any, bool]] | None:
+_PLAIN = ("string", "integer", "number", "boolean")
+"""Types of members that are asked for one by one."""
+
+
+def _fields(schema: str) -> list[tuple[str, dict[str, Any], bool]] | None:
     """Returns the members that a flat object has, each with its name and its schema and whether it is required; None
     for any other schema."""
     try:
         properties: dict[str, dict[str, Any]] = json.loads(schema)["properties"]
         required = json.loads(schema).get("required", [])
-        flat = all(one.get("type") in {"string", "integer", "number", "boolean"} for one in properties.values())
+        flat = all(one.get("enum") or one["type"] in _PLAIN for one in properties.values())
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
-    return {name: (name, held, name in required) for name, held in properties.items()} if flat else None
+    return [(name, held, name in required) for name, held in properties.items()] if flat else None
 
 
 async def _field(name: str, schema: Mapping[str, Any], required: bool) -> tuple[str, Any]:

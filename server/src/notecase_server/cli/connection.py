@@ -32,7 +32,11 @@ class Refusal(click.ClickException):
 
     def __init__(self, message: str, code: Exit) -> None:
         super().__init__(message)
-        self.exit_code = code
+        self.code = code
+
+    @property
+    def exit_code(self) -> int:  # type: ignore[override]  # a constant of click's class
+        return self.code
 
 
 def connection() -> tuple[str, dict[str, Any]]:

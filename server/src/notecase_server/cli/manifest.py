@@ -3,17 +3,22 @@
 import json
 from collections.abc import Iterator
 from difflib import get_close_matches, unified_diff
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from google.protobuf import json_format
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 from notecase import v1
 
 from notecase_server.cli import output
 
-OUTPUT_ONLY = ("revision", "create_time", "update_time", "etag")
+OUTPUT_ONLY: tuple[Literal["revision", "create_time", "update_time", "etag"], ...] = (
+    "revision",
+    "create_time",
+    "update_time",
+    "etag",
+)
 """Fields that a file may hold, since `agents show` prints them, and that are not compared or sent."""
 
 JSON_TEXTS = {
@@ -156,8 +161,8 @@ class _Reader:
             self._wrong(node, "name: every agent needs one.")
         elif not agent.name.startswith("agents/"):
             agent.name = f"agents/{agent.name}"
-        for name in OUTPUT_ONLY:
-            agent.ClearField(name)
+        for field in OUTPUT_ONLY:
+            agent.ClearField(field)
         return Declared(agent, self.file, self._lines)
 
     def _wrong(self, node: yaml.Node, text: str) -> None:
@@ -194,7 +199,7 @@ class _Reader:
                 self._wrong(node, f"{path or 'This'}: {error.problem}.")
         yield from {str(key.value): held for key, held in node.value}.items()
 
-    def _set(self, message: Any, field: FieldDescriptor, node: yaml.Node, path: str) -> None:
+    def _set(self, message: Any, field: Any, node: yaml.Node, path: str) -> None:
         kind = field.message_type
         if kind is not None and kind.GetOptions().map_entry:
             if isinstance(node, yaml.MappingNode):
@@ -230,7 +235,7 @@ class _Reader:
             known = ", ".join(message.DESCRIPTOR.fields_by_name)
             self._wrong(node, f"{path}: a mapping is needed, with some of: {known or 'nothing'}.")
 
-    def _leaf(self, message: Message, field: FieldDescriptor, value: Any, node: yaml.Node, path: str) -> None:
+    def _leaf(self, message: Message, field: Any, value: Any, node: yaml.Node, path: str) -> None:
         """Sets one plain value, read as protobuf's JSON has it."""
         made = type(message)()
         try:
@@ -240,7 +245,7 @@ class _Reader:
         else:
             message.MergeFrom(made)
 
-    def _plain(self, node: yaml.Node, field: FieldDescriptor) -> Any:
+    def _plain(self, node: yaml.Node, field: Any) -> Any:
         """Returns what a node holds: where the field is a text, as it is written, `no` and `1.0` too."""
         kind = field.message_type.fields_by_name["value"] if field.message_type and _is_map(field) else field
         texts = kind.cpp_type in {FieldDescriptor.CPPTYPE_STRING, FieldDescriptor.CPPTYPE_MESSAGE}
@@ -263,12 +268,12 @@ class _Reader:
             return None
 
 
-def _optional(field: FieldDescriptor) -> bool:
+def _optional(field: Any) -> bool:
     """Returns whether the oneof of a field is only how protobuf keeps that it is set."""
     return field.containing_oneof is not None and field.containing_oneof.name == f"_{field.name}"
 
 
-def _is_map(field: FieldDescriptor) -> bool:
+def _is_map(field: Any) -> bool:
     return field.message_type is not None and bool(field.message_type.GetOptions().map_entry)
 
 
@@ -277,14 +282,14 @@ def _whole(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _unknown(key: str, descriptor: Descriptor) -> str:
+def _unknown(key: str, descriptor: Any) -> str:
     known = list(descriptor.fields_by_name)
     if close := get_close_matches(key, known, 1):
         return f"there is no such field; {close[0]!r} may be meant."
     return f"there is no such field; those of {descriptor.name} are: {', '.join(known) or 'none'}."
 
 
-def _needed(field: FieldDescriptor, error: Exception) -> str:
+def _needed(field: Any, error: Exception) -> str:
     if field.enum_type is not None:
         return f"one of these is needed: {', '.join(field.enum_type.values_by_name)}."
     if field.message_type is not None and field.message_type.full_name == "google.protobuf.Duration":

@@ -127,9 +127,7 @@ async def put(
 async def delete(client: Client, owner: str, keys: Sequence[str]) -> None:
     """Removes keys, all in one change; those that are not there are passed over."""
     ops = [v1.StateOp(key=key, remove=Empty()) for key in keys]
-    request = v1.UpdateStateRequest(request_id=uuid.uuid4().hex)
-    request.update.name = f"{owner}/state"
-    request.update.ops.extend(ops)
+    request = v1.UpdateStateRequest(name=f"{owner}/state", ops=ops, request_id=uuid.uuid4().hex)
     await client.state.UpdateState(request)
 
 

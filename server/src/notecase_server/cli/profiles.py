@@ -74,9 +74,13 @@ def set_profile(
     one = held.profiles.get(name, Profile(DEFAULT_ADDRESS))
     if any(given is not None for given in tokens.values()):
         tokens["token"] = sys.stdin.read().strip() if token == "-" else token
-        one = replace(one, **{kind: given or "" for kind, given in tokens.items()})
-    others = {"address": server, "ca": ca, "plaintext": plaintext}
-    held.profiles[name] = replace(one, **{kind: given for kind, given in others.items() if given is not None})
+        one = replace(one, token=tokens["token"] or "", token_file=token_file or "", token_command=token_command or "")
+    held.profiles[name] = replace(
+        one,
+        address=server or one.address,
+        ca=one.ca if ca is None else ca,
+        plaintext=one.plaintext if plaintext is None else plaintext,
+    )
     held.current = held.current or name
     _write(held)
 
