@@ -342,6 +342,12 @@ async def test_who_may_not_approve_is_told_who_may_and_is_not_asked(guarded: str
         await screen.type("paid\r")
         await screen.until("pay gave: paid")
         await screen.until("> ")
+        await screen.type("/call pay {}\r")
+        await screen.until("Ctrl-C leaves it waiting.")
+        await screen.type("\x03")
+        await screen.until("The run waits for an admin to approve: pay({}).")
+        await screen.until("> ")
         await screen.type("\x04")
         assert 0 == await screen.ended()
     assert "May this run?" not in screen.screen
+    assert "STATE_WAITING" in (await notecase("runs", "show", "case", "-o", "yaml", env=user)).out

@@ -17,6 +17,9 @@ from notecase_server.cli.reply import Reply
 REFRESHES = 10
 """A second: what is being made is drawn so often, however fast it comes."""
 
+DRAWN = 8192
+"""Characters: of a longer block that is being written only the end is drawn, and as it is written."""
+
 FRAMES = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 """Of the sign that something is going on."""
 
@@ -36,9 +39,11 @@ class LiveReply(Reply):
         self._live: Live | None = None
         self._kind = ""
         self._tail = ""  # of the open block: what is not finished yet
+        self._next_split = (
+            0  # how long it is to be before it is parsed again: a long block is not parsed for each piece
+        )
         self._any = False  # whether something of the open block is finished
         self._calls: dict[str, tuple[v1.ToolCall, float]] = {}
-        self._hint = ""
 
     def start(self) -> None:
         if self._live is None:
@@ -55,10 +60,6 @@ class LiveReply(Reply):
         if self._live is not None:
             self._live.stop()
             self._live = None
-
-    def hint(self, text: str) -> None:
-        """Shows below the reply what the run waits for; empty when it waits for nothing."""
-        self._hint = text
 
     def note(self, text: str) -> None:
         self._close()
@@ -77,12 +78,14 @@ class LiveReply(Reply):
     def write(self, kind: str, piece: str) -> None:
         self._kind = kind
         self._tail += piece
-        if kind == "text":
+        if kind == "text" and "\n" in piece and len(self._tail) >= self._next_split:
             finished, self._tail = split(self._tail)
+            self._next_split = len(self._tail) + len(self._tail) // 8
             self._print(finished)
 
     def close_block(self) -> None:
         tail, self._tail = self._tail, ""  # first, so that it is not drawn below what is printed
+        self._next_split = 0
         self._print(tail)
         if self._kind == "reasoning":
             self._console.print()
@@ -90,7 +93,9 @@ class LiveReply(Reply):
 
     def _print(self, text: str) -> None:
         if text.strip():
-            self._console.print(*([""] if self._any else []), self._rendered(text), sep="\n")
+            if self._any:
+                self._console.print()
+            self._console.print(self._rendered(text), soft_wrap=self._kind == "json")
             self._any = True
 
     def _rendered(self, text: str) -> RenderableType:
@@ -103,13 +108,12 @@ class LiveReply(Reply):
         if self._tail.strip():
             if self._any:
                 yield Text("")
-            yield self._rendered(self._tail)
+            long = len(self._tail) > DRAWN
+            yield Text(self._tail[-DRAWN:]) if long else self._rendered(self._tail)
         for call, begun in list(self._calls.values()):
             took = f"  {time.monotonic() - begun:.0f} s"
             yield _spinner(screen.called(call) + took)
-        if self._hint:
-            yield _spinner(self._hint)
-        elif not self._tail.strip() and not self._calls:
+        if not self._tail.strip() and not self._calls:
             yield _spinner("")
 
 
