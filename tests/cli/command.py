@@ -61,7 +61,7 @@ class Terminal:
         self._process = process
         self._raw = b""
         self._read = 0
-        self._window = pyte.Screen(columns, lines)
+        self._window = pyte.HistoryScreen(columns, lines, history=10_000)
         self._stream = pyte.ByteStream(self._window)
 
     @property
@@ -73,6 +73,12 @@ class Terminal:
     def window(self) -> list[str]:
         """The lines that are to be seen now, without the empty ones."""
         return [line.rstrip() for line in self._window.display if line.strip()]
+
+    @property
+    def paper(self) -> list[str]:
+        """The lines of the window, and before them those that have left it at its top; without the empty ones."""
+        gone = ["".join(line[x].data for x in range(self._window.columns)) for line in self._window.history.top]
+        return [line.rstrip() for line in gone if line.strip()] + self.window
 
     async def until(self, text: str) -> None:
         """Returns once that is shown, after what was last waited for."""

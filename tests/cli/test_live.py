@@ -1,10 +1,13 @@
 """A reply at a terminal: Markdown as it comes, wide characters, a narrow window, tools while they run."""
 
 import asyncio
+import io
 
 import pytest
 from notecase import v1
-from notecase_server.cli.live import split
+from notecase_server.cli.live import Bottom, split
+from rich.console import Console
+from rich.text import Text
 
 from tests.cli.command import COMMAND, notecase, spawn, terminal
 from tests.support.server import Running
@@ -65,7 +68,7 @@ async def test_markdown_is_drawn_in_a_narrow_window_with_wide_characters(served:
 
 
 async def test_a_reply_longer_than_the_window_is_on_paper_once(served: Running, agent: v1.Agent) -> None:
-    """One paragraph of 60 lines in a window of 12: its end can be seen, and nothing of what was drawn before."""
+    """One paragraph of 60 lines in a window of 12: nothing of what was drawn while it came is left."""
     async with terminal("chat", "--new", "--server", served.address, columns=30, lines=12) as screen:
         await screen.until("> ")
         await screen.type("/pause 1 /chunks 400\r")
@@ -73,9 +76,15 @@ async def test_a_reply_longer_than_the_window_is_on_paper_once(served: Running, 
         await screen.until("\n> ")
         await screen.type("\x04")
         assert 0 == await screen.ended()
-    numbers = " ".join(screen.window).partition(" > ")[0].split()
-    last = [int(number) for number in numbers if number.isdigit()]
-    assert list(range(last[0], 401)) == last
+    paper = screen.paper[next(at for at, line in enumerate(screen.paper) if line.startswith("1 2 3 ")) :]
+    assert list(map(str, range(1, 401))) == " ".join(paper).partition(" > ")[0].split()
+
+
+def test_of_what_is_longer_than_the_window_the_newest_lines_are_drawn() -> None:
+    console = Console(width=20, height=5, file=io.StringIO())
+    with console.capture() as drawn:
+        console.print(Bottom(lambda: [Text("\n".join(map(str, range(10)))), Text("tool")]))
+    assert ["7", "8", "9", "tool"] == drawn.get().split()
 
 
 async def test_a_tool_is_shown_while_it_runs(served: Running) -> None:

@@ -48,7 +48,7 @@ class LiveReply(Reply):
     def start(self) -> None:
         if self._live is None:
             self._live = Live(
-                _Bottom(self._moving),
+                Bottom(self._moving),
                 console=self._console,
                 refresh_per_second=REFRESHES,
                 transient=True,
@@ -122,7 +122,7 @@ def _spinner(text: str) -> RenderableType:
     return Text(f"{frame} {text}", style="dim")
 
 
-class _Bottom:
+class Bottom:
     """Draws what moves, and no more of it than its newest lines that fit on the screen: a terminal cannot take back
     what has left it."""
 
