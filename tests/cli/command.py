@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import pyte
 
+from tests.support.forking import call
+
 COMMAND = (sys.executable, "-m", "notecase_server")
 
 ON_A_TERMINAL = (
@@ -47,11 +49,9 @@ async def spawn(*arguments: str, env: Mapping[str, str] | None = None) -> asynci
 
 async def notecase(*arguments: str, said: str = "", env: Mapping[str, str] | None = None) -> Done:
     """Runs the command to its end; `said` is all of its standard input. None may end with a traceback."""
-    process = await spawn(*COMMAND, *arguments, env=env)
-    out, err = await process.communicate(said.encode())
-    assert process.returncode is not None
+    code, out, err = await call("notecase_server.cli", arguments, environment(env), said.encode())
     assert "Traceback" not in err.decode()
-    return Done(process.returncode, out.decode(), err.decode())
+    return Done(code, out.decode(), err.decode())
 
 
 class Terminal:

@@ -15,7 +15,7 @@ DEFAULT_ADDRESS = "127.0.0.1:7420"
 def address(context: click.Context, option: click.Parameter, value: str) -> str:
     """Returns an option's value if it is an address. Raises BadParameter otherwise: without a port gRPC would take
     443, and without a host all of them."""
-    if value and not re.fullmatch(r"unix:.+|.+:[0-9]+", value):
+    if not re.fullmatch(r"unix:.+|.+:[0-9]+", value):
         raise click.BadParameter(f"{value!r} is no address; want HOST:PORT, for example {DEFAULT_ADDRESS}.")
     return value
 
@@ -34,7 +34,7 @@ def _keep(context: click.Context, option: click.Parameter, value: Any) -> None:
 
 
 def _keep_address(context: click.Context, option: click.Parameter, value: str) -> None:
-    _keep(context, option, address(context, option, value))
+    _keep(context, option, address(context, option, value) if value else value)
 
 
 _OPTIONS = (
