@@ -30,7 +30,7 @@ pygments_style = "default"
 def add_contents(app: Sphinx, docname: str, source: list[str]) -> None:
     """Adds to the index the contents for the sidebar, in the order of its links."""
     if docname == root_doc:
-        pages = re.findall(r"\]\(([\w./]+)\.md\)", source[0])
+        pages = dict.fromkeys(re.findall(r"\]\(([\w./]+)\.md\)", source[0]))
         lines = ["", "```{toctree}", ":hidden:", "", *(page.replace("../", "/") for page in pages), "```", ""]
         source[0] += "\n".join(lines)
 

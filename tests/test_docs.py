@@ -176,3 +176,11 @@ def test_the_page_of_errors_is_made_from_the_contract_and_the_catalog() -> None:
     assert errors.page() == errors.PAGE.read_text()
     named = {v1.ErrorReason.Name(reason).removeprefix("ERROR_REASON_") for reason in CATALOG}
     assert named == set(re.findall(r"^\| ([A-Z_]+) \|", errors.page(), re.MULTILINE))
+
+
+def test_the_picture_loads_nothing() -> None:
+    """Viewers of the README fetch no font for it: its only address is the name of SVG itself."""
+    picture = (ROOT / "docs/demo.svg").read_text()
+    assert ["http://www.w3.org/2000/svg"] == re.findall(r"https?://[^\s\"')]+", picture)
+    assert "@font-face" not in picture
+    assert "make&#160;demo" in picture

@@ -580,7 +580,7 @@ async def test_a_tool_that_asks_on_and_on_fails(served: Running, model: OpenAISe
     ("call", "told"),
     [
         (("ramble", f'{{"size": {MAX_QUESTION_BYTES + 1}}}'), f"at most {MAX_QUESTION_BYTES}"),
-        (("tint", json.dumps({"schema": '{"type": "nothing"}'})), "no JSON Schema"),
+        (("tint", json.dumps({"schema": '{"type": "nothing"}'})), "not a JSON Schema"),
         (("tint", json.dumps({"schema": json.dumps({"description": "x" * 70_000})})), "at most 65536"),
     ],
     ids=["large", "no schema", "large schema"],

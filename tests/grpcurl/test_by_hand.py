@@ -247,7 +247,7 @@ async def test_an_error_can_be_read(terminal: Terminal) -> None:
     agent = {"agent_id": "No Way", "agent": {"llm": {"max_model_calls": -1}}}
     code, told = await terminal.refused("AgentService/CreateAgent", agent)
     assert (64 + 3, ["ERROR:", "  Code: InvalidArgument"]) == (code, told.splitlines()[:2])
-    name, calls = "wants 1 to 63 lower-case letters, digits and inner '.', '_' or '-'", "wants 0 (for 10) to 1000"
+    name, calls = "must be 1 to 63 lower-case letters, digits and inner '.', '_' or '-'", "must be 0 (for 10) to 1000"
     assert told.splitlines()[2] == f"  Message: agent_id: {name}; agent.llm.max_model_calls: {calls}."
     for line in ('"reason": "INVALID_FIELD"', f'"description": "{name}"', f'"description": "{calls}"'):
         assert line in told

@@ -248,8 +248,8 @@ def named() -> str:
         (by_place, "The tool 'by_place' takes word: str; a model passes arguments by name."),
         (unknown, "The types of the tool 'unknown' give no JSON Schema: name 'Unheard' is not defined"),
         (no_schema, "The types of the tool 'no_schema' give no JSON Schema"),
-        (named, "'two words' is no name for a tool"),
-        (str, "is no function, so it is no tool"),
+        (named, "'two words' is not a name for a tool"),
+        (str, "is not a function, so it cannot be a tool"),
     ],
 )
 def test_a_function_that_no_model_could_call_is_refused_at_the_start(function: Any, told: str) -> None:

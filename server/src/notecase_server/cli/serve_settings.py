@@ -108,15 +108,15 @@ def complaint(command: click.Command, name: str, value: object) -> str:
     if option.is_flag:
         kind, right = "true or false", isinstance(value, bool)
     elif option.multiple:
-        kind, right = "a list of texts", isinstance(value, list) and all(isinstance(one, str) for one in value)
+        kind, right = "a list of strings", isinstance(value, list) and all(isinstance(one, str) for one in value)
     elif isinstance(option.type, click.IntRange):
         kind, right = "a whole number", isinstance(value, int) and not isinstance(value, bool)
     elif isinstance(option.type, click.FloatRange):
         kind, right = "a number", isinstance(value, int | float) and not isinstance(value, bool)
     else:
-        kind, right = "a text", isinstance(value, str)
+        kind, right = "a string", isinstance(value, str)
     if not right:
-        return f"This is {kind}."
+        return f"This must be {kind}."
     try:
         option.process_value(click.Context(command), value)
     except click.BadParameter as error:

@@ -91,7 +91,7 @@ class Streams:
         first = await anext(requests, None)
         kind = first.WhichOneof("command") if first is not None else None
         if first is None or kind not in {"start", "attach"}:
-            raise errors.invalid([Violation("command", "the first frame wants start or attach")])
+            raise errors.invalid([Violation("command", "the first frame must be start or attach")])
         if kind == "attach":
             attach = first.attach
             after = attach.after_sequence if attach.HasField("after_sequence") else None

@@ -139,13 +139,15 @@ class PythonTool:
     def __init__(self, function: Callable[..., Any]) -> None:
         """Raises ToolSettingsError when no model could call it."""
         if not inspect.isfunction(function):
-            raise ToolSettingsError(f"{function!r} is no function, so it is no tool.")
+            raise ToolSettingsError(f"{function!r} is not a function, so it cannot be a tool.")
         mark: _Mark = getattr(function, _MARK, _Mark("", ""))
         self.function = function
         self.name = mark.name or function.__name__
         self.description = mark.description or inspect.getdoc(function) or ""
         if not NAME.fullmatch(self.name):
-            raise ToolSettingsError(f"{self.name!r} is no name for a tool: letters, digits, _ and -, at most 64.")
+            raise ToolSettingsError(
+                f"{self.name!r} is not a name for a tool: use letters, digits, _ and -, at most 64."
+            )
         try:
             hints = get_type_hints(function, include_extras=True)
             self._parameters = self._read(function, hints)
