@@ -61,6 +61,13 @@ def test_what_is_shared_is_told_and_exists() -> None:
         assert f"`{name}" in PAGE
 
 
+def test_every_command_that_reads_has_the_three_forms() -> None:
+    for words, command in commands(main):
+        if words.split()[-1] in {"list", "show", "get", "inbox"} and words != "completion show":
+            (form,) = [one for one in command.params if "-o" in one.opts]
+            assert (words, ["table", "json", "yaml"]) == (words, list(getattr(form.type, "choices", [])))
+
+
 def test_every_exit_code_is_told() -> None:
     told = re.findall(r"^\| (\d+) \|", PAGE, re.MULTILINE)
     assert [str(code.value) for code in Exit] == told

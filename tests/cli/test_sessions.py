@@ -1,10 +1,14 @@
 """`notecase sessions` and `notecase agents`: tables for people, and everything for programs."""
 
+import re
+
 import pytest
 from notecase import v1
 
-from tests.cli.command import notecase
+from tests.cli.command import notecase, terminal
 from tests.support.server import Running
+
+CHINESE = re.compile("[\u4e00-\u9fff]")
 
 NOBODY = "127.0.0.1:1"
 """An address where nothing listens."""
@@ -31,6 +35,23 @@ async def test_sessions_are_a_table(served: Running, case: v1.Session) -> None:
     assert ["case", "detective", "idle", "8"] == second.split()[:4]
     assert second.endswith("The violin")
     assert 1 == len({line.index(word) for line, word in ((header, "ACTIVITY"), (first, "idle"), (second, "idle"))})
+
+
+async def test_a_table_fits_a_narrow_terminal_and_nothing_is_cut(served: Running) -> None:
+    """Wide characters count twice; in a pipe a row is a line."""
+    name = "小提琴失踪案" * 6
+    session = v1.Session(display_name=name)
+    await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case", session=session))
+    async with terminal("sessions", "list", "--server", served.address, columns=60) as screen:
+        assert 0 == await screen.ended()
+    assert "…" not in screen.screen
+    assert name[:5] in screen.window[1]
+    assert (
+        name[:30]
+        == "".join(line[line.index(found[0]) :] for line in screen.window if (found := CHINESE.findall(line)))[:30]
+    )
+    done = await notecase("sessions", "list", "--server", served.address)
+    assert 2 == len(done.out.splitlines())
 
 
 async def test_sessions_are_filtered_and_limited(served: Running, case: v1.Session) -> None:

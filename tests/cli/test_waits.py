@@ -2,16 +2,18 @@
 
 import json
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
-from notecase import v1
+from notecase import Client, v1
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
 from notecase_server.tools.contract import CallContext
 from notecase_server.tools.functions import tool
 from notecase_server.tools.toolbox import make_toolbox
 
 from tests.cli.command import notecase, terminal
-from tests.support.server import Running, running
+from tests.support.crashing import EFFECTS, GATE, TOOLS, Gate
+from tests.support.server import Running, Spawned, running
 
 
 @pytest.fixture
@@ -299,6 +301,38 @@ async def test_a_tools_question_is_a_form() -> None:
             await screen.until("\n> ")
             await screen.type("\x04")
             assert 0 == await screen.ended()
+
+
+async def test_a_call_that_its_servers_end_cut_off_is_asked_about(tmp_path: Path) -> None:
+    async with Gate() as gate:
+        env = {EFFECTS: str(tmp_path / "effects"), GATE: str(gate.port)}
+        store, log = f"sqlite:{tmp_path / 'store.db'}", tmp_path / "log"
+        server = await Spawned.start(store, log, "--tools", TOOLS, env=env, forked=True)
+        async with Client(server.address) as client:
+            agent = v1.Agent(llm=v1.LlmAgent(tools=[v1.Tool(name="linger", server=v1.ServerTool(function="linger"))]))
+            await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=agent))
+            await client.create_session("agents/clerk", session_id="case")
+            said = v1.Message(parts=[v1.Part(text="/call linger {}")])
+            await client.runs.CreateRun(
+                v1.CreateRunRequest(start=v1.StartRun(session="sessions/case", messages=[said]))
+            )
+            await gate.arrival()
+        await server.kill()
+        server = await Spawned.start(store, log, "--tools", TOOLS, env=env, forked=True)
+        there = {"NOTECASE_ADDRESS": server.address}
+        async with terminal("chat", "--session", "case", env=there) as screen:
+            await screen.until("This was under way when its server stopped.")
+            assert "interrupted call" in (await notecase("inbox", env=there)).out
+            await screen.until("1. Run it again")
+            await screen.until("4. Leave it waiting")
+            await screen.type("3\r")
+            await screen.until("result> ")
+            await screen.type("by hand\r")
+            await screen.until("linger gave: by hand")
+            await screen.until("> ")
+            await screen.type("\x04")
+            assert 0 == await screen.ended()
+        assert 0 == await server.stop()
 
 
 class ByToken:
