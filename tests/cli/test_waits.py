@@ -313,9 +313,8 @@ async def test_a_call_that_its_servers_end_cut_off_is_asked_about(tmp_path: Path
             await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=agent))
             await client.create_session("agents/clerk", session_id="case")
             said = v1.Message(parts=[v1.Part(text="/call linger {}")])
-            await client.runs.CreateRun(
-                v1.CreateRunRequest(start=v1.StartRun(session="sessions/case", messages=[said]))
-            )
+            start = v1.StartRun(session="sessions/case", messages=[said])
+            await client.runs.CreateRun(v1.CreateRunRequest(start=start))
             await gate.arrival()
         await server.kill()
         server = await Spawned.start(store, log, "--tools", TOOLS, env=env, forked=True)
