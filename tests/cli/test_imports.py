@@ -62,6 +62,7 @@ async def test_a_server_with_a_provider_imports_its_library() -> None:
         ("sessions", "show", "case"),
         ("agents", "show", "detective"),
         ("logs", "case"),
+        ("run", "--session", "case", "Hello"),
         ("state", "get", "case"),
         ("state", "put", "case", "n", "1"),
         ("sessions", "export", "case", "FILE"),

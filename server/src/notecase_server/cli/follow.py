@@ -5,7 +5,7 @@ import sys
 
 from notecase import Client, NotecaseError, RunStream, v1
 
-from notecase_server.cli import screen, terminal
+from notecase_server.cli import keyboard, screen
 from notecase_server.cli.reply import Quiet, Reply
 from notecase_server.cli.waits import QUESTION, Wait, caller_of, may_answer, waits_of
 
@@ -43,7 +43,7 @@ class Follower:
         NotecaseError also when the run fails, Left when it is left waiting, and KeyboardInterrupt at Ctrl-C without a
         terminal."""
         self._following = asyncio.create_task(self._follow())
-        with terminal.on_interrupt(self._interrupt), terminal.hushed(self._asks):
+        with keyboard.on_interrupt(self._interrupt), keyboard.hushed(self._asks):
             await asyncio.wait([self._following])
         self._reply.end()
         gone = self._following.cancelled()
@@ -160,7 +160,7 @@ class Follower:
         finally:
             task.cancel()
             await asyncio.wait([task])
-            terminal.catch_interrupt(self._interrupt)
+            keyboard.catch_interrupt(self._interrupt)
         if task.cancelled():
             screen.aside("It does not wait for this any more.")
         elif not task.result():

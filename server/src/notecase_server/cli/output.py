@@ -2,8 +2,6 @@
 
 import io
 import json
-import re
-import shutil
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -18,9 +16,6 @@ M = TypeVar("M", bound=Message)
 
 PAGE = 1000
 """The largest page of a list that the service gives."""
-
-UNBOUNDED = 100_000
-"""The width of a table in a pipe: no cell is cut or wrapped there."""
 
 MORE = "There are more; --limit lists more of them."
 
@@ -92,19 +87,20 @@ async def every(
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Returns a table: at a terminal no wider than that, with long cells on several lines; in a pipe a line a row."""
-    from rich.console import Console  # noqa: PLC0415  # only what prints a table pays for its import
+    if not sys.stdout.isatty():
+        return "\n".join(screen.aligned([header, *rows]))
+    from rich.console import Console  # noqa: PLC0415  # only a table at a terminal pays for its import
     from rich.table import Table  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else UNBOUNDED
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
     for name in header:
         made.add_column(Text(name, style="dim"), overflow="fold")
     for row in rows:
         made.add_row(*map(Text, row))
     written = io.StringIO()
-    Console(file=written, width=width, force_terminal=True, color_system="standard", highlight=False).print(made)
-    return re.sub(r" +(\x1b\[0m)?$", r"\1", written.getvalue().rstrip("\n"), flags=re.MULTILINE)
+    Console(file=written, force_terminal=True, color_system="standard", highlight=False).print(made)
+    return written.getvalue().rstrip("\n")
 
 
 def as_yaml(data: Any) -> str:

@@ -1,11 +1,6 @@
-"""The terminal of a conversation: its line editor, its menus, and Ctrl-C while a reply comes."""
+"""The terminal of a conversation: its line editor and its menus."""
 
-import asyncio
-import contextlib
-import signal
-import sys
-import termios
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from prompt_toolkit import PromptSession
 from prompt_toolkit.history import InMemoryHistory
@@ -13,38 +8,6 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.shortcuts.choice_input import ChoiceInput
 
 from notecase_server.cli import screen
-
-
-def catch_interrupt(act: Callable[[], None]) -> None:
-    """Calls `act` at Ctrl-C from now on. A prompt takes Ctrl-C for itself, so this is to be called again after one."""
-    asyncio.get_running_loop().add_signal_handler(signal.SIGINT, act)
-
-
-@contextlib.contextmanager
-def on_interrupt(act: Callable[[], None]) -> Iterator[None]:
-    """Calls `act` at Ctrl-C during the block; afterwards Ctrl-C ends the command again."""
-    catch_interrupt(act)
-    try:
-        yield
-    finally:
-        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
-
-
-@contextlib.contextmanager
-def hushed(terminal: bool) -> Iterator[None]:
-    """Hides the keys pressed during the block, so that they do not show in the middle of a reply; the next prompt gets
-    them."""
-    if not terminal:
-        yield
-        return
-    before = termios.tcgetattr(sys.stdin)
-    quiet = before.copy()
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
-    try:
-        yield
-    finally:
-        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def prompt(said: Iterable[str], sign: str = screen.PROMPT) -> PromptSession[str]:
