@@ -64,6 +64,7 @@ async def test_a_log_is_printed_and_followed(served: Running, case: v1.Session, 
     assert "message_added agents/detective: Good evening." in lines[3]
     events = [json.loads(line) for line in (await command("logs case -o json --after 4")).out.splitlines()]
     assert [("5", "usage"), ("6", "run_state_changed")] == [(one["sequence"], next(reversed(one))) for one in events]
+    assert 2 == (await command("logs case -o yaml --after 4")).out.count("---\n")
     process = await spawn(*COMMAND, "logs", "case", "-f", "--after", "6", env={"NOTECASE_ADDRESS": served.address})
     assert process.stdout is not None
     async with served.client() as client:

@@ -368,6 +368,6 @@ async def test_a_caller_is_told_what_its_credential_says() -> None:
         async with serving() as served:
             info = await served.info.GetServerInfo(v1.GetServerInfoRequest(), metadata=word(principal))
         user = f"users/{principal.user}" if principal.user else ""
-        assert v1.ServerInfo.Caller(role=v1.Key.Role.Name(principal.role), user=user) == info.caller
+        assert v1.ServerInfo.Caller(role=v1.Key.Role.Value(f"ROLE_{principal.role.name}"), user=user) == info.caller
     async with running() as served:
         assert not (await served.info.GetServerInfo(v1.GetServerInfoRequest())).HasField("caller")

@@ -10,7 +10,7 @@ from notecase.retry import Backoff
 from notecase_server.cli import output, screen
 from notecase_server.cli.ask import ask, name_of
 from notecase_server.cli.notes import line_of
-from notecase_server.cli.options import SERVER
+from notecase_server.cli.options import OUTPUT, SERVER
 
 PATIENT = Retry(tries=1000)
 """Following resumes after a cut, and gives up after more than an hour without a server."""
@@ -21,18 +21,14 @@ PATIENT = Retry(tries=1000)
 @click.option(
     "-f", "--follow", is_flag=True, help="Go on with what happens, until Ctrl-C; a server that is away is awaited."
 )
-@click.option("--after", type=click.IntRange(0), default=0, metavar="SEQUENCE", help="Begin behind this event.")
-@click.option(
-    "-o",
-    "--output",
-    "form",
-    type=click.Choice(["table", "json"]),
-    default="table",
-    help="A line for people, or an event as JSON on a line.",
-)
+@click.option("--after", type=click.IntRange(0), default=0, metavar="SEQUENCE", help="Begin after this event.")
+@OUTPUT
 @SERVER
 def logs(session: str, follow: bool, after: int, form: str) -> None:
-    """Print a session's log: its events with their sequences, in order."""
+    """Print a session's log: its events with their sequences, in order.
+
+    With -o json each event is an object on a line of its own, with -o yaml a document.
+    """
     ask(lambda client: _print(client, name_of("sessions", session), follow, after, form))
 
 
@@ -50,7 +46,7 @@ async def _print(client: Client, session: str, follow: bool, after: int, form: s
                 for event in frame.batch.events:
                     if event.sequence:
                         request.after_sequence = event.sequence
-                        click.echo(_json(event) if form == "json" else _line(event))
+                        click.echo(_WRITTEN[form](event))
                 if frame.batch.caught_up and not follow:
                     return
             return
@@ -62,6 +58,10 @@ async def _print(client: Client, session: str, follow: bool, after: int, form: s
 
 def _json(event: v1.Event) -> str:
     return json.dumps(output.as_data(event), ensure_ascii=False)
+
+
+def _yaml(event: v1.Event) -> str:
+    return f"---\n{output.as_yaml(output.as_data(event))}"
 
 
 def _line(event: v1.Event) -> str:
@@ -102,3 +102,6 @@ def _told(event: v1.Event, kind: str) -> str:
         case _:
             held = getattr(event, kind, None)
             return str(held) if isinstance(held, Message) else ""
+
+
+_WRITTEN = {"table": _line, "json": _json, "yaml": _yaml}

@@ -18,8 +18,9 @@ class Servers(v1.ServerServiceServicer):
 
     async def GetServerInfo(self, request: v1.GetServerInfoRequest, context: Any) -> v1.ServerInfo:
         who = caller.get()
+        role = v1.Key.Role.Value(f"ROLE_{who.principal.role.name}")
         return v1.ServerInfo(
-            caller=v1.ServerInfo.Caller(role=who.principal.role, user=who.user) if who.principal.subject else None,
+            caller=v1.ServerInfo.Caller(role=role, user=who.user) if who.principal.subject else None,
             version=self.desk.version,
             store=self.store,
             providers=self.desk.providers,
