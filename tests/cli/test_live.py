@@ -102,7 +102,9 @@ async def test_a_tool_is_shown_while_it_runs(served: Running) -> None:
     async with served.client() as client:
         await client.create_session("agents/clerk", session_id="case")
     async with (
-        terminal("run", '/call search {"query": "violin"}', "--session", "case", env=there(served)) as screen,
+        terminal(
+            "run", '/call search {"query": "violin"}', "--session", "case", "--wait", "200", env=there(served)
+        ) as screen,
         served.client() as client,
     ):
         await screen.until('search({"query": "violin"})')

@@ -159,7 +159,7 @@ async def test_a_program_that_has_the_tool_answers_it_and_nobody_is_asked(served
         return "found"
 
     async with (
-        terminal("chat", "--new", "--session", "case", "--server", served.address) as screen,
+        terminal("chat", "--new", "--session", "case", "--wait", "200", "--server", served.address) as screen,
         served.client() as client,
     ):
         await screen.until("> ")

@@ -27,7 +27,7 @@ from notecase_server.cli.options import SERVER, WAIT
 )
 @click.option("--new", is_flag=True, help="Open a new session without asking.")
 @WAIT
-def chat(agent: str, session: str, new: bool, wait: float) -> None:
+def chat(agent: str, session: str, new: bool, wait: float | None) -> None:
     """Talk with an agent.
 
     At a terminal a session is chosen from a list unless --session or --new say which. Ctrl-C stops a reply and keeps

@@ -35,12 +35,12 @@ SHOWN_CHARACTERS = 600
 """How much of each of them is shown, so that they fit on one screen."""
 
 
-async def converse(client: Client, agent: str, session: str, new: bool, patience: float) -> int:
+async def converse(client: Client, agent: str, session: str, new: bool, patience: float | None) -> int:
     """Talks until the user leaves or the input ends, and returns the exit code: 1 when something said through a pipe
     had no reply, since nobody was there to see why.
 
-    `agent` and `session` are ids or names, or empty; see the command's help. Without a terminal a run may wait for
-    `patience` seconds. Raises Refusal when it waits longer, NotecaseError when there can be no
+    `agent` and `session` are ids or names, or empty; see the command's help. A run may wait for `patience` seconds; see
+    Follower. Raises Refusal when it waits longer where nobody can be asked, NotecaseError when there can be no
     conversation, ClickException when it lacks an agent, and KeyboardInterrupt at Ctrl-C without a terminal."""
     # asyncio's own handler would wait for the task to yield, which a read from a pipe does not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -55,7 +55,7 @@ async def converse(client: Client, agent: str, session: str, new: bool, patience
 class _Chat:
     """One conversation. Its session is made with the first thing that is said, so that looking in leaves nothing."""
 
-    def __init__(self, client: Client, patience: float) -> None:
+    def __init__(self, client: Client, patience: float | None) -> None:
         self._client = client
         self._patience = patience
         self._terminal = sys.stdin.isatty() and sys.stdout.isatty()

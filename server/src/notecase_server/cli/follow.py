@@ -12,6 +12,9 @@ from notecase_server.cli.waits import QUESTION, Wait, caller_of, may_answer, wai
 TOOL_PATIENCE = 2.0
 """Seconds that a call may wait for the program that has the tool before the user is asked for its result."""
 
+PIPE_PATIENCE = 10.0
+"""Seconds that a run may wait for anybody where there is no terminal to ask at."""
+
 
 class Left(Exception):  # nothing went wrong
     """The run waits, and is left waiting; the message says for what and how it is answered."""
@@ -22,14 +25,23 @@ class Follower:
     while the run waits, lets go of it."""
 
     def __init__(
-        self, client: Client, stream: RunStream, *, echo: bool = False, patience: float = 0, quiet: bool = False
+        self,
+        client: Client,
+        stream: RunStream,
+        *,
+        echo: bool = False,
+        patience: float | None = None,
+        quiet: bool = False,
     ) -> None:
-        """With `echo` what users say is shown, too; with `quiet` not even the reply is. Where there is no terminal to
-        ask at, the run may wait for `patience` seconds."""
+        """With `echo` what users say is shown, too; with `quiet` not even the reply is.
+
+        At a terminal the run may wait for `patience` seconds for the result of a caller's tool before the user is asked
+        for it, TOOL_PATIENCE if None. Without one it may wait so long for anybody, PIPE_PATIENCE if None."""
         self._client = client
         self._stream = stream
         self._asks = sys.stdin.isatty() and sys.stdout.isatty()
-        self._patience = TOOL_PATIENCE if self._asks else patience
+        usual = TOOL_PATIENCE if self._asks else PIPE_PATIENCE
+        self._patience = usual if patience is None else patience
         self._reply = Quiet(stream) if quiet else _reply(stream, echo)
         self._held: list[v1.Event] = []  # told while the user is asked
         self._changed = asyncio.Event()

@@ -110,9 +110,9 @@ LIMIT = click.option("--limit", type=click.IntRange(1), default=50, help="How ma
 WAIT = click.option(
     "--wait",
     type=click.FloatRange(0),
-    default=10.0,
     metavar="SECONDS",
-    help="Without a terminal: how long a run may wait for people and callers' tools before the command ends.",
+    help="How long a run may wait for a caller's tool before you are asked for its result; 2 without this option. Where "
+    "there is no terminal: for anybody, before the command ends; 10 without it.",
 )
 
 YES = click.option("--yes", is_flag=True, help="Do not ask first.")

@@ -37,7 +37,9 @@ from notecase_server.cli.options import SERVER, WAIT
 )
 @WAIT
 @SERVER
-def run(text: tuple[str, ...], agent: str, session: str, attach: tuple[str, ...], form: str, wait: float) -> None:
+def run(
+    text: tuple[str, ...], agent: str, session: str, attach: tuple[str, ...], form: str, wait: float | None
+) -> None:
     """Say TEXT to an agent, print its reply as it comes, and end.
 
     Without TEXT, or where it is -, standard input is said. Standard output has the reply alone; standard error has
@@ -58,7 +60,7 @@ def run(text: tuple[str, ...], agent: str, session: str, attach: tuple[str, ...]
     ask(answer)
 
 
-async def _run(client: Client, said: v1.Message, agent: str, session: str, form: str, patience: float) -> Exit:
+async def _run(client: Client, said: v1.Message, agent: str, session: str, form: str, patience: float | None) -> Exit:
     name = name_of("sessions", session) if session else ""
     answering = name_of("agents", agent) if agent else ("" if session else await _only_agent(client))
     stream = client.run(name, said, agent=answering)
