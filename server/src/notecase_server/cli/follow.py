@@ -6,6 +6,7 @@ import sys
 from notecase import Client, NotecaseError, RunStream, v1
 
 from notecase_server.cli import keyboard, screen
+from notecase_server.cli.connection import connection
 from notecase_server.cli.reply import Quiet, Reply
 from notecase_server.cli.waits import QUESTION, Wait, caller_of, may_answer, waits_of
 
@@ -59,7 +60,8 @@ class Follower:
             await asyncio.wait([self._following])
         self._reply.end()
         gone = self._following.cancelled()
-        refused = await self._stopped()
+        if self._stopping is not None:
+            self._stopping.cancel()
         if not gone:
             self._following.result()
         elif self._asks and self._waits():
@@ -68,8 +70,6 @@ class Follower:
             screen.aside("Not waited for; what has reached the server goes on there.")
         if (self._stopping or gone) and not self._asks:
             raise KeyboardInterrupt
-        if refused is not None:
-            raise refused
         if gone:
             return False
         if self._stream.result.state == v1.Run.STATE_FAILED:
@@ -80,22 +80,16 @@ class Follower:
         run = self._stream.view.runs.get(self._stream.name)
         waits = run is not None and run.state == v1.Run.STATE_WAITING
         if self._stream.name and not self._stopping and not waits:
-            self._stopping = asyncio.create_task(_stop(self._stream))
+            self._stopping = asyncio.create_task(self._stop())
         elif self._following is not None:
             self._following.cancel()
 
-    async def _stopped(self) -> NotecaseError | None:
-        """Returns why the run could not be cancelled."""
-        if self._stopping is None:
-            return None
-        self._stopping.cancel()
+    async def _stop(self) -> None:
         try:
-            await self._stopping
+            await self._stream.cancel("Ctrl-C")
         except NotecaseError as error:
-            return error
-        except asyncio.CancelledError:
-            pass
-        return None
+            if error.reason != "RUN_ENDED":  # it was faster
+                self._reply.note(screen.sentence(error, connection()[0]))
 
     def _waits(self) -> list[Wait]:
         run = self._stream.view.runs.get(self._stream.name)
@@ -212,11 +206,3 @@ def hint(wait: Wait) -> str:
         f"The run waits for {wait.who} to approve: {wait.describe()}. "
         f"`notecase approve {where}` or `notecase deny {where}` answer."
     )
-
-
-async def _stop(stream: RunStream) -> None:
-    try:
-        await stream.cancel("Ctrl-C")
-    except NotecaseError as error:
-        if error.reason != "RUN_ENDED":  # it was faster
-            raise

@@ -111,8 +111,8 @@ WAIT = click.option(
     "--wait",
     type=click.FloatRange(0),
     metavar="SECONDS",
-    help="How long a run may wait for a caller's tool before you are asked for its result; 2 without this option. Where "
-    "there is no terminal: for anybody, before the command ends; 10 without it.",
+    help="How long a run may wait for a caller's tool before you are asked for its result; 2 without this option. "
+    "Where there is no terminal: for anybody, before the command ends; 10 without it.",
 )
 
 YES = click.option("--yes", is_flag=True, help="Do not ask first.")
