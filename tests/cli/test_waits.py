@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 from notecase import Client, v1
+from notecase_server.auth import rights
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
+from notecase_server.cli.waits import APPROVAL, INTERRUPTED, QUESTION, Wait, may_answer
+from notecase_server.engine import ledger
 from notecase_server.tools.contract import CallContext
 from notecase_server.tools.functions import tool
 from notecase_server.tools.toolbox import make_toolbox
@@ -353,6 +356,20 @@ async def guarded() -> AsyncIterator[str]:
         """
         assert 0 == (await notecase("agents", "apply", "-f", "-", said=declared, env=admin)).code
         yield served.address
+
+
+@pytest.mark.parametrize("role", [Role.USER, Role.DEVELOPER, Role.ADMIN])
+@pytest.mark.parametrize("user", ["", "ada"])
+def test_who_may_answer_is_who_the_server_lets(role: Role, user: str) -> None:
+    """For each kind of wait and each approver."""
+    principal = Principal("acme", "one", role, user)
+    caller = v1.ServerInfo.Caller(role=v1.Key.Role.Value(f"ROLE_{role.name}"), user=user)
+    for approver in v1.Tool.Approver.values():
+        for kind in (APPROVAL, INTERRUPTED, QUESTION):
+            asked = v1.InputRequest(kind=kind, approver=approver)
+            refused = ledger.refusal([asked], rights.approver(principal), "input_response.input_id")
+            assert (refused is None) == may_answer(caller, Wait("r", asked, asked.call))
+            assert may_answer(None, Wait("r", asked, asked.call))
 
 
 async def test_who_may_not_approve_is_told_who_may_and_is_not_asked(guarded: str) -> None:
