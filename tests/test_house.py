@@ -89,7 +89,10 @@ ROOMS: dict[str, Room] = {
     "tools.clock": Room(set(), "Time stands still in the same way for whoever waits."),
     "tools.naming": Room(set(), "What a tool may be called is the same wherever it is declared."),
     "tools.outcome": Room({"tools.contract"}, "A result's bounds are the same whoever made it."),
-    "tools.functions": Room({"tools.contract", "tools.outcome"}, "Functions know nothing of remote tools."),
+    "tools.functions": Room(
+        {"client", "tools.contract", "tools.outcome"},
+        "Functions know nothing of remote tools, and are declared as the client declares its own.",
+    ),
     "tools.mcp": Room(
         {"errors", "supervisor", "tools.clock", "tools.contract", "tools.naming", "tools.outcome"},
         "Remote tools know nothing of functions.",
@@ -450,7 +453,11 @@ def needed(package: Path) -> set[str]:
 def test_the_client_needs_its_three_packages_and_nothing_else() -> None:
     assert {"grpcio", "protobuf", "grpcio-status"} == set(declared("client"))
     # google.rpc's messages are grpcio-status's own arguments and results, and come with it.
-    assert needed(CLIENT) <= set(declared("client")) | {"googleapis-common-protos"}
+    assert needed(CLIENT) <= set(declared("client")) | {"googleapis-common-protos", "pydantic"}
+    assert {"pydantic": ["pydantic>=2.14,<3"]} == project("client")["project"]["optional-dependencies"]
+    assert ["pydantic_hints"] == [
+        name for name, used in modules(CLIENT).items() if "pydantic.TypeAdapter" in used.imports
+    ]
 
 
 def test_the_server_declares_what_it_imports() -> None:

@@ -1,9 +1,9 @@
 """What is packed has one version, and readme files whose programs run; `make dist` builds and checks the packages."""
 
+import asyncio
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import notecase_server
 import pytest
@@ -16,9 +16,7 @@ ROOT = Path(__file__).parent.parent
 async def test_the_program_in_the_clients_readme_runs(capfd: pytest.CaptureFixture[str]) -> None:
     (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "client" / "README.md").read_text(), re.DOTALL)
     async with running() as served:
-        names: dict[str, Any] = {}
-        exec(program.replace("127.0.0.1:7420", served.address).replace("asyncio.run(main())\n", ""), names)
-        await names["main"]()
+        await asyncio.to_thread(exec, program.replace("127.0.0.1:7420", served.address), {})
     assert "Hello." in capfd.readouterr().out
 
 

@@ -17,7 +17,7 @@ async def case(served: Running, agent: v1.Agent) -> v1.Session:
     """A session with one turn and a note."""
     async with served.client() as client:
         session = await client.create_session(agent.name, session_id="case", state={"n": 1})
-        await client.invoke(session.name, "/say Good evening.")
+        await client.invoke("/say Good evening.", session=session.name)
     return session
 
 

@@ -12,7 +12,7 @@ async def test_a_session_is_taken_along(served: Running, agent: v1.Agent, tmp_pa
     file = tmp_path / "case.notecase"
     async with served.client() as client:
         await client.create_session(agent.name, session_id="case", state={"n": 1})
-        await client.invoke("sessions/case", "/say Good evening.")
+        await client.invoke("/say Good evening.", session="sessions/case")
     done = await notecase("sessions", "export", "case", str(file), "--server", served.address)
     assert (0, "", "") == tuple(done)
     done = await notecase("sessions", "import", str(file), "--id", "moved", "--server", served.address)

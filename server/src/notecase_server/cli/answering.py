@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import click
-from notecase import Client, NotecaseError, v1
+from notecase import Client, NotecaseError
 
 from notecase_server.cli import screen, terminal
 from notecase_server.cli.waits import APPROVAL, INTERRUPTED, QUESTION, Wait, too_late
@@ -15,8 +15,6 @@ LEAVE = "Leave it waiting"
 
 _ONE_LINE = 60
 """Arguments that are no longer are edited on one line."""
-
-_REMEMBER = v1.InputResponse.REMEMBER_SESSION
 
 
 class _Wrong(Exception):
@@ -85,7 +83,7 @@ async def _approve(client: Client, wait: Wait) -> Command:
 
 
 async def _approve_all(client: Client, wait: Wait) -> Command:
-    return client.approve(wait.run, wait.id, remember=_REMEMBER)
+    return client.approve(wait.run, wait.id, remember="session")
 
 
 async def _edit(client: Client, wait: Wait) -> Command:

@@ -1,5 +1,7 @@
 """`notecase inbox`, `approve`, `deny` and `answer`: what runs wait for, and the answers."""
 
+from typing import Literal
+
 import click
 from notecase import Client, v1
 
@@ -58,17 +60,18 @@ def inbox(session: str, form: str) -> None:
 )
 @click.option(
     "--remember",
-    type=click.Choice(["run", "session"]),
-    help="Approve further calls of the tool, too: of the run, or of the session.",
+    type=click.Choice(["once", "run", "session"]),
+    default="once",
+    help="For which calls of the tool this holds: this one, or further ones of the run or of the session, too.",
 )
 @SERVER
-def approve(run: str, wanted: str, arguments: str, remember: str | None) -> None:
+def approve(run: str, wanted: str, arguments: str, remember: Literal["once", "run", "session"]) -> None:
     """Let a call run that waits for approval; of an interrupted call: run it again."""
     edited = read_text(arguments)
 
     async def send(client: Client) -> None:
         wait = await _find(client, run, wanted, {APPROVAL, INTERRUPTED})
-        await client.approve(wait.run, wait.id, edited or None, remember=_remember(remember))
+        await client.approve(wait.run, wait.id, edited or None, remember=remember)
 
     ask(send)
 
@@ -79,11 +82,12 @@ def approve(run: str, wanted: str, arguments: str, remember: str | None) -> None
 @click.option("--reason", default="", show_default=False, metavar="TEXT", help="For the model to read.")
 @click.option(
     "--remember",
-    type=click.Choice(["run", "session"]),
-    help="Deny further calls of the tool, too: of the run, or of the session.",
+    type=click.Choice(["once", "run", "session"]),
+    default="once",
+    help="For which calls of the tool this holds: this one, or further ones of the run or of the session, too.",
 )
 @SERVER
-def deny(run: str, wanted: str, reason: str, remember: str | None) -> None:
+def deny(run: str, wanted: str, reason: str, remember: Literal["once", "run", "session"]) -> None:
     """Do not let a call run.
 
     Of an interrupted call and of a caller's tool: it failed. Of a question: nobody answers it.
@@ -94,7 +98,7 @@ def deny(run: str, wanted: str, reason: str, remember: str | None) -> None:
         if wait.asked is None:
             await client.give_result(wait.run, wait.id, error=reason or "The tool failed.")
         else:
-            await client.deny(wait.run, wait.id, reason, remember=_remember(remember))
+            await client.deny(wait.run, wait.id, reason, remember=remember)
 
     ask(send)
 
@@ -126,8 +130,3 @@ async def _find(client: Client, run: str, wanted: str, kinds: set[int]) -> waits
     if not waits.may_answer(await waits.caller_of(client), wait):
         raise Refusal(f"This waits for {wait.who}: {wait.describe()}", Exit.FAILED)
     return wait
-
-
-def _remember(given: str | None) -> v1.InputResponse.Remember.ValueType:
-    choices = {"run": v1.InputResponse.REMEMBER_RUN, "session": v1.InputResponse.REMEMBER_SESSION}
-    return choices.get(given or "", v1.InputResponse.REMEMBER_ONCE)

@@ -63,7 +63,7 @@ def run(
 async def _run(client: Client, said: v1.Message, agent: str, session: str, form: str, patience: float | None) -> Exit:
     name = name_of("sessions", session) if session else ""
     answering = name_of("agents", agent) if agent else ("" if session else await _only_agent(client))
-    stream = client.run(name, said, agent=answering)
+    stream = client.run(said, agent=answering, session=name)
     follower = Follower(client, stream, patience=patience, quiet=form != "text")
     try:
         well = await follower.follow()
