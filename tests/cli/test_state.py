@@ -56,8 +56,9 @@ async def watching(address: str, session: str) -> AsyncIterator[Watch]:
     finally:
         if process.returncode is None:
             process.kill()
-        rest = await process.communicate()
-    assert (b"", b"") == rest
+        out, err = await process.communicate()
+    assert b"" == out
+    assert all(line.startswith(f"{address} cannot be reached".encode()) for line in err.splitlines())
 
 
 async def test_a_state_in_a_pipe_is_one_object_of_json(served: Running, case: str) -> None:
@@ -70,7 +71,7 @@ async def test_a_state_in_a_pipe_is_one_object_of_json(served: Running, case: st
 
 
 async def test_one_key_is_its_value_alone(served: Running, case: str) -> None:
-    """Text and bytes as they are, so that a file comes out as it went in; --json is JSON always."""
+    """Text and bytes as they are, so that a file comes out as it went in; -o json is JSON always."""
     there = {"NOTECASE_ADDRESS": served.address}
     assert (0, "the missing violin\n", "") == await notecase("state", "get", "case", "case", env=there)
     assert (0, '"the missing violin"\n', "") == await notecase("state", "get", "case", "case", "-o", "json", env=there)
