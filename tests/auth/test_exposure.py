@@ -173,9 +173,9 @@ async def test_a_server_takes_the_tokens_of_its_issuers(folder: Path, tmp_path: 
                 await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="a"))
             assert "ROLE_MISSING" == refused.value.reason
         env = {"NOTECASE_ADDRESS": served.address, "NOTECASE_CA": str(folder / "ca.pem")}
-        done = await notecase("sessions", env={**env, "NOTECASE_TOKEN": key.sign({**claims, "role": "viewer"})})
+        done = await notecase("sessions", "list", env={**env, "NOTECASE_TOKEN": key.sign({**claims, "role": "viewer"})})
         assert (0, "") == (done.code, done.err)
-        done = await notecase("sessions", env={**env, "NOTECASE_TOKEN": SigningKey("first").sign(claims)})
+        done = await notecase("sessions", "list", env={**env, "NOTECASE_TOKEN": SigningKey("first").sign(claims)})
         assert (1, "Error: The credential of this call is not valid") == (done.code, done.err.partition(",")[0])
         assert 0 == await served.stop()
         assert token not in served.log.read_text()

@@ -8,6 +8,10 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import NamedTuple
 
+import pyte
+
+from tests.support.forking import call
+
 COMMAND = (sys.executable, "-m", "notecase_server")
 
 ON_A_TERMINAL = (
@@ -15,6 +19,9 @@ ON_A_TERMINAL = (
     "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))",
 )
 """Passes its pipes on to a terminal that the command is in the foreground of."""
+
+OF_A_SIZE = ("sh", "-c", 'stty rows "$LINES" cols "$COLUMNS"; unset LINES COLUMNS; exec "$@"', "sh")
+"""Gives the terminal its size, and goes on as the command."""
 
 CONTROL = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|[=>])|\r")
 """What a terminal obeys and does not show."""
@@ -30,7 +37,8 @@ class Done(NamedTuple):
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's, without the settings that whoever runs the tests may have."""
-    keep = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "NOTECASE_"))}
+    keep = {name: value for name, value in os.environ.items() if not name.startswith(("OPENAI_", "NOTECASE_", "XDG_"))}
+    keep["HOME"] = "/nonexistent"  # where there are no profiles
     return {**keep, "PYTHONIOENCODING": "utf-8", **(extra or {})}
 
 
@@ -41,25 +49,36 @@ async def spawn(*arguments: str, env: Mapping[str, str] | None = None) -> asynci
 
 async def notecase(*arguments: str, said: str = "", env: Mapping[str, str] | None = None) -> Done:
     """Runs the command to its end; `said` is all of its standard input. None may end with a traceback."""
-    process = await spawn(*COMMAND, *arguments, env=env)
-    out, err = await process.communicate(said.encode())
-    assert process.returncode is not None
+    code, out, err = await call("notecase_server.cli", arguments, environment(env), said.encode())
     assert "Traceback" not in err.decode()
-    return Done(process.returncode, out.decode(), err.decode())
+    return Done(code, out.decode(), err.decode())
 
 
 class Terminal:
     """The command on a terminal, which a test types at and reads."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, lines: int, columns: int) -> None:
         self._process = process
         self._raw = b""
         self._read = 0
+        self._window = pyte.HistoryScreen(columns, lines, history=10_000)
+        self._stream = pyte.ByteStream(self._window)
 
     @property
     def screen(self) -> str:
-        """All that has been shown, as text."""
+        """All that has been shown, as text, each time that it was."""
         return CONTROL.sub("", self._raw.decode(errors="ignore"))
+
+    @property
+    def window(self) -> list[str]:
+        """The lines that are to be seen now, without the empty ones."""
+        return [line.rstrip() for line in self._window.display if line.strip()]
+
+    @property
+    def paper(self) -> list[str]:
+        """The lines of the window, and before them those that have left it at its top; without the empty ones."""
+        gone = ["".join(line[x].data for x in range(self._window.columns)) for line in self._window.history.top]
+        return [line.rstrip() for line in gone if line.strip()] + self.window
 
     async def until(self, text: str) -> None:
         """Returns once that is shown, after what was last waited for."""
@@ -67,8 +86,20 @@ class Terminal:
         while (found := self.screen.find(text, self._read)) < 0:
             data = await self._process.stdout.read(1 << 16)
             assert data, f"ended without {text!r}: {self.screen}"
-            self._raw += data
+            self._take(data)
         self._read = found + len(text)
+
+    async def seen(self, text: str) -> None:
+        """Returns once that is to be seen in the window, on one line."""
+        assert self._process.stdout is not None
+        while not any(text in line for line in self.window):
+            data = await self._process.stdout.read(1 << 16)
+            assert data, f"ended without {text!r}: {self.window}"
+            self._take(data)
+
+    def _take(self, data: bytes) -> None:
+        self._raw += data
+        self._stream.feed(data)
 
     async def type(self, keys: str) -> None:
         assert self._process.stdin is not None
@@ -78,17 +109,20 @@ class Terminal:
     async def ended(self) -> int:
         """Its exit code, once everything shown is on the screen."""
         assert self._process.stdout is not None
-        self._raw += await self._process.stdout.read()
+        self._take(await self._process.stdout.read())
         return await self._process.wait()
 
 
 @asynccontextmanager
-async def terminal(*arguments: str, env: Mapping[str, str] | None = None) -> AsyncIterator[Terminal]:
+async def terminal(
+    *arguments: str, env: Mapping[str, str] | None = None, lines: int = 50, columns: int = 100
+) -> AsyncIterator[Terminal]:
     """The command on a terminal that cannot tell where its cursor is; it has ended when the block is left."""
-    env = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", **(env or {})}
-    process = await spawn(*ON_A_TERMINAL, *COMMAND, *arguments, env=env)
+    size = {"LINES": str(lines), "COLUMNS": str(columns)}
+    env = {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", **size, **(env or {})}
+    process = await spawn(*ON_A_TERMINAL, *OF_A_SIZE, *COMMAND, *arguments, env=env)
     try:
-        yield Terminal(process)
+        yield Terminal(process, lines, columns)
     finally:
         if process.returncode is None:
             process.kill()  # closes the terminal, which ends the command

@@ -11,7 +11,7 @@ from notecase import v1
 from notecase_server.store.contract import SessionKey
 from notecase_server.store.sqlite import SqliteStore
 
-from tests.cli.command import notecase
+from tests.cli.command import COMMAND, notecase, spawn
 from tests.store.build import ManualClock
 from tests.support.server import Spawned
 
@@ -61,8 +61,9 @@ async def test_a_store_is_copied_while_its_server_writes(spawned: Spawned, tmp_p
             await asyncio.wait(writers, timeout=0.01)
         for number in range(3):
             before = dict(heads)
-            done = await notecase("backup", "--store", store, str(tmp_path / f"copy{number}.db"))
-            assert (done.code, done.err) == (0, "")
+            process = await spawn(*COMMAND, "backup", "--store", store, str(tmp_path / f"copy{number}.db"))
+            assert await process.communicate() == (b"", b"")
+            assert process.returncode == 0
             assert all(heads[session] > before[session] for session in heads), "nobody waited for it"
             copied = await logs(tmp_path / f"copy{number}.db")
             for session, log in copied.items():

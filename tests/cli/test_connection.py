@@ -50,15 +50,9 @@ async def test_a_command_is_told_where_the_server_is_and_its_token(place: Place)
     assert (0, "SERVING\n") == (done.code, done.out)
 
 
-async def test_options_of_a_group_hold_for_its_commands(place: Place) -> None:
-    options = ("--server", place.address, "--ca", place.ca, "--token", "secret-1")
-    done = await notecase("sessions", *options, "show", "none")
-    assert (1, "Error: There is no session 'sessions/none'.\n") == (done.code, done.err)
-
-
 async def test_a_command_without_a_valid_token_says_so(place: Place) -> None:
     for token in ((), ("--token", "secret-2")):
-        done = await notecase("sessions", "--server", place.address, "--ca", place.ca, *token)
+        done = await notecase("sessions", "list", "--server", place.address, "--ca", place.ca, *token)
         assert 1 == done.code
         assert done.err.startswith("Error: This call needs a credential")
         assert "secret-2" not in done.err
@@ -67,25 +61,25 @@ async def test_a_command_without_a_valid_token_says_so(place: Place) -> None:
 async def test_a_server_of_an_unknown_authority_is_told(place: Place, tmp_path: Path) -> None:
     other = tmp_path / "other.pem"
     other.write_bytes(Authority().cert)
-    done = await notecase("sessions", "--server", place.address, "--ca", str(other))
-    assert 1 == done.code
+    done = await notecase("sessions", "list", "--server", place.address, "--ca", str(other))
+    assert 4 == done.code
     assert f"Error: The certificate of {place.address} is not of an authority that is known here" in done.err
 
 
 async def test_what_cannot_be_sent_is_told_before_it_is(tmp_path: Path) -> None:
     none = str(tmp_path / "none.pem")
     for arguments, env, told in (
-        (("sessions", "--ca", none), {}, "No such file or directory"),
+        (("sessions", "list", "--ca", none), {}, "No such file or directory"),
         (("health", "--ca", none), {}, f"{none} cannot be read: No such file or directory."),
-        (("sessions", "--token", "two words"), {}, "the token is empty, or holds what no token does"),
+        (("sessions", "list", "--token", "two words"), {}, "the token is empty, or holds what no token does"),
         (
-            ("sessions", "--server", "192.0.2.1:7420", "--plaintext"),
+            ("sessions", "list", "--server", "192.0.2.1:7420", "--plaintext"),
             {"NOTECASE_TOKEN": "secret-1"},
             "NOTECASE_TOKEN would go to 192.0.2.1:7420 in plain text",
         ),
     ):
         done = await notecase(*arguments, env=env)
-        assert 1 == done.code
+        assert 2 == done.code
         assert told in done.err
         assert "words" not in done.err
         assert "secret-1" not in done.err

@@ -13,6 +13,7 @@ from tests.support.server import Running
 HEAVY = {
     *("aiohttp", "asyncio", "google.protobuf", "grpc", "jsonschema_rs", "liquid", "mcp", "msgspec"),
     *("notecase", "notecase_server.serve", "openai", "prompt_toolkit", "pydantic", "structlog", "uvloop"),
+    *("markdown_it", "rich.console", "yaml"),
 }
 """Modules that cost a command more to import than all that `--version` needs."""
 
@@ -57,13 +58,14 @@ async def test_a_server_with_a_provider_imports_its_library() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("sessions",),
+        ("sessions", "list", "-o", "json"),
         ("sessions", "show", "case"),
-        ("agents",),
         ("agents", "show", "detective"),
+        ("logs", "case"),
+        ("run", "--session", "case", "Hello"),
         ("state", "get", "case"),
         ("state", "put", "case", "n", "1"),
-        ("export", "case", "FILE"),
+        ("sessions", "export", "case", "FILE"),
     ],
     ids=" ".join,
 )

@@ -40,7 +40,7 @@ async def shop(tmp_path: Path) -> AsyncIterator[Shop]:
 
 async def test_a_key_from_nothing_to_its_end(shop: Shop, tmp_path: Path) -> None:
     """As docs/operate.md tells it."""
-    refused = await notecase("sessions", env={"NOTECASE_ADDRESS": shop.server.address})
+    refused = await notecase("sessions", "list", env={"NOTECASE_ADDRESS": shop.server.address})
     assert (1, "") == (refused.code, refused.out)
     assert "This call needs a credential" in refused.err
     made = await shop("keys", "create", "--role", "developer", "--name", "ci", "--expires", "90d")
@@ -49,15 +49,15 @@ async def test_a_key_from_nothing_to_its_end(shop: Shop, tmp_path: Path) -> None
     assert ["KEY", "ROLE", "USER", "CREATED", "EXPIRES", "NAME"] == listed[0].split()
     assert [["developer", "ci"], ["admin", "bootstrap"]] == [[line.split()[1], line.split()[-1]] for line in listed[1:]]
     key_id, key = listed[1].split()[0], made.out.strip()
-    assert 0 == (await shop("sessions", key=key)).code
+    assert 0 == (await shop("sessions", "list", key=key)).code
     assert "needs the role admin" in (await shop("keys", "list", key=key)).err
     rotated = await shop("keys", "rotate", key_id)
     assert KEY.fullmatch(rotated.out)
     for either in (key, rotated.out.strip()):
-        assert 0 == (await shop("sessions", key=either)).code
+        assert 0 == (await shop("sessions", "list", key=either)).code
     assert (0, "") == (await shop("keys", "revoke", key_id))[:2]
     for either in (key, rotated.out.strip()):
-        assert "is not valid" in (await shop("sessions", key=either)).err
+        assert "is not valid" in (await shop("sessions", "list", key=either)).err
     log = (tmp_path / "log").read_text()
     assert not [secret for secret in (key, shop.first, rotated.out.strip()) if secret.split("_", 2)[2] in log]
 
@@ -70,12 +70,12 @@ async def test_a_store_that_has_had_a_key_is_never_open_again(tmp_path: Path) ->
     assert 0 == (await notecase("keys", "revoke", first.split("_")[1], env=env)).code
     await server.stop()
     server = await Spawned.start(store, tmp_path / "log")
-    assert "needs a credential" in (await notecase("sessions", env={"NOTECASE_ADDRESS": server.address})).err
+    assert "needs a credential" in (await notecase("sessions", "list", env={"NOTECASE_ADDRESS": server.address})).err
     await server.stop()
     second = await notecase("keys", "bootstrap", "--store", store)
     server = await Spawned.start(store, tmp_path / "log")
     env = {"NOTECASE_ADDRESS": server.address, "NOTECASE_TOKEN": second.out.strip()}
-    assert 0 == (await notecase("sessions", env=env)).code
+    assert 0 == (await notecase("sessions", "list", env=env)).code
     await server.stop()
     done = await notecase("serve", "--listen", "127.0.0.1:0", "--store", store, "--insecure")
     assert (1, "") == (done.code, done.out)
@@ -97,8 +97,8 @@ async def test_an_operators_first_key_makes_keys_of_a_tenant(tmp_path: Path) -> 
     assert KEY.fullmatch(made.out)
     listed = await notecase("keys", "list", "--tenant", "acme", env=env)
     assert 2 == len(listed.out.splitlines())
-    assert 0 == (await notecase("sessions", env={**env, "NOTECASE_TOKEN": made.out.strip()})).code
-    assert "needs the role viewer" in (await notecase("sessions", env=env)).err
+    assert 0 == (await notecase("sessions", "list", env={**env, "NOTECASE_TOKEN": made.out.strip()})).code
+    assert "needs the role viewer" in (await notecase("sessions", "list", env=env)).err
     await server.stop()
 
 

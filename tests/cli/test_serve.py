@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 import pytest
-from notecase_server.cli import main
+from notecase_server.cli import COMMANDS, main
 from notecase_server.cli.serve import serve
 
 from tests.cli.command import notecase
@@ -30,9 +30,9 @@ async def test_the_commands_are_listed_with_the_first_sentence_of_their_help() -
     """As click would list them if it imported them all."""
     done = await notecase("--help")
     assert 0 == done.code
-    listed = dict(re.findall(r"^  (\w+) +(\w.*\.)$", done.out.partition("Commands:\n")[2], re.MULTILINE))
-    names = "agents backup chat config export health import providers serve sessions state tenants"
-    assert names.split() == list(listed)
+    told = re.sub(r"\n {6,}", " ", done.out.partition("Commands:\n")[2])
+    listed = dict(re.findall(r"^  (\w+) +(\w.*\.)$", told, re.MULTILINE))
+    assert list(COMMANDS) == list(listed)
     context = click.Context(main)
     commands = {name: main.get_command(context, name) for name in listed}
     assert {name: command.get_short_help_str(100) for name, command in commands.items() if command} == listed
@@ -115,4 +115,4 @@ async def test_health_is_an_exit_code(served: Running) -> None:
     done = await notecase("health", env={"NOTECASE_ADDRESS": served.address})
     assert (0, "SERVING\n") == (done.code, done.out)
     done = await notecase("health", "--server", NOBODY)
-    assert (1, f"Error: {NOBODY} does not answer (UNAVAILABLE).\n") == (done.code, done.err)
+    assert (4, f"Error: {NOBODY} does not answer (UNAVAILABLE).\n") == (done.code, done.err)

@@ -56,8 +56,9 @@ async def watching(address: str, session: str) -> AsyncIterator[Watch]:
     finally:
         if process.returncode is None:
             process.kill()
-        rest = await process.communicate()
-    assert (b"", b"") == rest
+        out, err = await process.communicate()
+    assert b"" == out
+    assert all(line.startswith(f"{address} cannot be reached".encode()) for line in err.splitlines())
 
 
 async def test_a_state_in_a_pipe_is_one_object_of_json(served: Running, case: str) -> None:
@@ -70,10 +71,10 @@ async def test_a_state_in_a_pipe_is_one_object_of_json(served: Running, case: st
 
 
 async def test_one_key_is_its_value_alone(served: Running, case: str) -> None:
-    """Text and bytes as they are, so that a file comes out as it went in; --json is JSON always."""
+    """Text and bytes as they are, so that a file comes out as it went in; -o json is JSON always."""
     there = {"NOTECASE_ADDRESS": served.address}
     assert (0, "the missing violin\n", "") == await notecase("state", "get", "case", "case", env=there)
-    assert (0, '"the missing violin"\n', "") == await notecase("state", "get", "case", "case", "--json", env=there)
+    assert (0, '"the missing violin"\n', "") == await notecase("state", "get", "case", "case", "-o", "json", env=there)
     assert (0, '["a", 1.5, null]\n', "") == await notecase("state", "get", "case", "tags", env=there)
     process = await spawn(*COMMAND, "state", "get", "case", "photo", env=there)
     assert (b"\xff\x00", b"") == await process.communicate()
@@ -136,7 +137,7 @@ async def test_a_file_is_put_and_read_back(served: Running, client: Client, case
     blob = (await client.get_state(case, "plan"))["plan"]
     assert (blob.filename, blob.media_type, blob.size_bytes) == ("plan.pdf", "application/pdf", 12)
     assert (await notecase("state", "get", case, "plan", *server)).out.encode() == plan.read_bytes()
-    told = json.loads((await notecase("state", "get", case, "plan", "--json", *server)).out)
+    told = json.loads((await notecase("state", "get", case, "plan", "-o", "json", *server)).out)
     expected = {"name": blob.name, "media_type": "application/pdf", "size_bytes": "12", "filename": "plan.pdf"}
     assert told == expected
     assert json.loads((await notecase("state", "get", case, *server)).out)["plan"] == expected

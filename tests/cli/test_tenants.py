@@ -52,14 +52,14 @@ async def test_a_tenant_from_its_first_key_to_its_end(operator: Operator) -> Non
     await operator("keys", "create", "--tenant", "other", "--role", "admin")
     assert [["acme", "active", "The", "Acme", "company"], ["other", "active"]] == await listed(operator)
     assert (0, "", "") == await operator("tenants", "suspend", "acme")
-    assert "does not allow calls of this tenant" in (await operator("sessions", key=key)).err
+    assert "does not allow calls of this tenant" in (await operator("sessions", "list", key=key)).err
     shown = (await operator("tenants", "show", "acme")).out.splitlines()
     assert ["tenants/acme The Acme company", "state    suspended"] == shown[:2]
     assert shown[2].startswith("created  ")
     assert (0, "", "") == await operator("tenants", "resume", "tenants/acme")
-    assert 0 == (await operator("sessions", key=key)).code
+    assert 0 == (await operator("sessions", "list", key=key)).code
     assert (0, "", "") == await operator("tenants", "delete", "acme", "--yes")
-    assert "is not valid" in (await operator("sessions", key=key)).err
+    assert "is not valid" in (await operator("sessions", "list", key=key)).err
     assert [["other", "active"]] == await listed(operator)
     gone = await operator("tenants", "show", "acme")
     assert (1, "") == (gone.code, gone.out)

@@ -363,3 +363,14 @@ async def test_a_call_that_waits_ends_as_a_stream_does(method: str, monkeypatch:
             never.set()
             waited = v1.WaitRunRequest(name="sessions/case/runs/first")
             assert v1.Run.STATE_SUCCEEDED == (await served.runs.WaitRun(waited, metadata=other)).state
+
+
+async def test_a_caller_is_told_what_its_credential_says() -> None:
+    """So that a program can tell beforehand what it may do; without credentials everybody may do everything."""
+    for principal in (who(Role.DEVELOPER), who(Role.USER, user="ada")):
+        async with serving() as served:
+            info = await served.info.GetServerInfo(v1.GetServerInfoRequest(), metadata=word(principal))
+        user = f"users/{principal.user}" if principal.user else ""
+        assert v1.ServerInfo.Caller(role=v1.Key.Role.Value(f"ROLE_{principal.role.name}"), user=user) == info.caller
+    async with running() as served:
+        assert not (await served.info.GetServerInfo(v1.GetServerInfoRequest())).HasField("caller")

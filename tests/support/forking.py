@@ -6,6 +6,7 @@ import importlib
 import multiprocessing
 import os
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerProcess
@@ -15,7 +16,11 @@ from typing import Self
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(
     [
+        "notecase_server.cli.applying",
+        "notecase_server.cli.inbox",
+        "notecase_server.cli.run",
         "notecase_server.cli.serve",
+        "notecase_server.cli.sessions",
         "notecase_server.models.openai",
         "notecase_server.tools.mcp",
         "tests.support.crashing",
@@ -61,6 +66,32 @@ class Forked:
         await asyncio.to_thread(self._process.join)
         assert self.returncode is not None
         return self.returncode
+
+
+async def call(module: str, arguments: Sequence[str], env: Mapping[str, str], said: bytes) -> tuple[int, bytes, bytes]:
+    """Calls the module's `main` with these arguments, in exactly this environment and with this standard input, and
+    returns the exit code and what it wrote to standard output and standard error."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder) / name for name in ("in", "out", "err")]
+        files[0].write_bytes(said)
+        process = _FORKS.Process(target=_run, args=(module, arguments, dict(env), files))
+        await asyncio.to_thread(process.start)
+        await asyncio.to_thread(process.join)
+        assert process.exitcode is not None
+        return process.exitcode, files[1].read_bytes(), files[2].read_bytes()
+
+
+def _run(module: str, arguments: Sequence[str], env: Mapping[str, str], files: Sequence[Path]) -> None:
+    os.environ.clear()
+    os.environ.update({"GRPC_VERBOSITY": "ERROR", **env})  # set by the import, which is long past
+    for number, file in enumerate(files):
+        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND * (number > 0)), number)
+    sys.stdin, sys.stdout, sys.stderr = (
+        open(number, "w" if number else "r", encoding="utf-8", closefd=False)  # noqa: SIM115  # for the process's life
+        for number in range(3)
+    )
+    sys.argv = [module, *arguments]
+    importlib.import_module(module).main()
 
 
 def _become(module: str, arguments: Sequence[str], env: Mapping[str, str], stdout: Connection, log: Path) -> None:

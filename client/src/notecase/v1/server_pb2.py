@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from notecase.v1 import key_pb2 as notecase_dot_v1_dot_key__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18notecase/v1/server.proto\x12\x0bnotecase.v1\"\x16\n\x14GetServerInfoRequest\"\xde\x01\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05store\x18\x02 \x01(\t\x12\x11\n\tproviders\x18\x03 \x03(\t\x12\x11\n\tfunctions\x18\x04 \x03(\t\x12\x13\n\x0bmcp_servers\x18\x05 \x03(\t\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x03\x12\x16\n\x0emax_blob_bytes\x18\x07 \x01(\x03\x12\x15\n\rmax_page_size\x18\x08 \x01(\x05\x12\x10\n\x08max_runs\x18\t \x01(\x05\x12\x19\n\x11max_session_bytes\x18\n \x01(\x03\x32\x61\n\rServerService\x12P\n\rGetServerInfo\x12!.notecase.v1.GetServerInfoRequest\x1a\x17.notecase.v1.ServerInfo\"\x03\x90\x02\x01\x42W\n\x0f\x64\x65v.notecase.v1B\x0bServerProtoP\x01Z\'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18notecase/v1/server.proto\x12\x0bnotecase.v1\x1a\x15notecase/v1/key.proto\"\x16\n\x14GetServerInfoRequest\"\xcb\x02\n\nServerInfo\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05store\x18\x02 \x01(\t\x12\x11\n\tproviders\x18\x03 \x03(\t\x12\x11\n\tfunctions\x18\x04 \x03(\t\x12\x13\n\x0bmcp_servers\x18\x05 \x03(\t\x12\x19\n\x11max_message_bytes\x18\x06 \x01(\x03\x12\x16\n\x0emax_blob_bytes\x18\x07 \x01(\x03\x12\x15\n\rmax_page_size\x18\x08 \x01(\x05\x12\x10\n\x08max_runs\x18\t \x01(\x05\x12\x19\n\x11max_session_bytes\x18\n \x01(\x03\x12.\n\x06\x63\x61ller\x18\x0b \x01(\x0b\x32\x1e.notecase.v1.ServerInfo.Caller\x1a;\n\x06\x43\x61ller\x12#\n\x04role\x18\x01 \x01(\x0e\x32\x15.notecase.v1.Key.Role\x12\x0c\n\x04user\x18\x02 \x01(\t2a\n\rServerService\x12P\n\rGetServerInfo\x12!.notecase.v1.GetServerInfoRequest\x1a\x17.notecase.v1.ServerInfo\"\x03\x90\x02\x01\x42W\n\x0f\x64\x65v.notecase.v1B\x0bServerProtoP\x01Z\'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,10 +35,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._serialized_options = b'\n\017dev.notecase.v1B\013ServerProtoP\001Z\'notecase.dev/api/notecase/v1;notecasev1\252\002\013Notecase.V1'
   _globals['_SERVERSERVICE'].methods_by_name['GetServerInfo']._loaded_options = None
   _globals['_SERVERSERVICE'].methods_by_name['GetServerInfo']._serialized_options = b'\220\002\001'
-  _globals['_GETSERVERINFOREQUEST']._serialized_start=41
-  _globals['_GETSERVERINFOREQUEST']._serialized_end=63
-  _globals['_SERVERINFO']._serialized_start=66
-  _globals['_SERVERINFO']._serialized_end=288
-  _globals['_SERVERSERVICE']._serialized_start=290
-  _globals['_SERVERSERVICE']._serialized_end=387
+  _globals['_GETSERVERINFOREQUEST']._serialized_start=64
+  _globals['_GETSERVERINFOREQUEST']._serialized_end=86
+  _globals['_SERVERINFO']._serialized_start=89
+  _globals['_SERVERINFO']._serialized_end=420
+  _globals['_SERVERINFO_CALLER']._serialized_start=361
+  _globals['_SERVERINFO_CALLER']._serialized_end=420
+  _globals['_SERVERSERVICE']._serialized_start=422
+  _globals['_SERVERSERVICE']._serialized_end=519
 # @@protoc_insertion_point(module_scope)

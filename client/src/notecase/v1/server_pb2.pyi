@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from notecase.v1 import key_pb2 as _key_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -37,6 +38,29 @@ Global___GetServerInfoRequest: _TypeAlias = GetServerInfoRequest  # noqa: Y015
 class ServerInfo(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class Caller(_message.Message):
+        """What the credential of a call says."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ROLE_FIELD_NUMBER: _builtins.int
+        USER_FIELD_NUMBER: _builtins.int
+        role: _key_pb2.Key.Role.ValueType
+        user: _builtins.str
+        """users/{user}: the caller sees and runs only what is that user's. Empty: it is bound to no user."""
+        def __init__(
+            self,
+            *,
+            role: _key_pb2.Key.Role.ValueType = ...,
+            user: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["role", b"role", "user", b"user"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VERSION_FIELD_NUMBER: _builtins.int
     STORE_FIELD_NUMBER: _builtins.int
     PROVIDERS_FIELD_NUMBER: _builtins.int
@@ -47,6 +71,7 @@ class ServerInfo(_message.Message):
     MAX_PAGE_SIZE_FIELD_NUMBER: _builtins.int
     MAX_RUNS_FIELD_NUMBER: _builtins.int
     MAX_SESSION_BYTES_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     store: _builtins.str
     """"memory" or "sqlite"."""
@@ -73,6 +98,10 @@ class ServerInfo(_message.Message):
     def mcp_servers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The values of McpTool.server."""
 
+    @_builtins.property
+    def caller(self) -> Global___ServerInfo.Caller:
+        """Who asks. Unset on a server without credentials, where every caller may do everything."""
+
     def __init__(
         self,
         *,
@@ -86,10 +115,11 @@ class ServerInfo(_message.Message):
         max_page_size: _builtins.int = ...,
         max_runs: _builtins.int = ...,
         max_session_bytes: _builtins.int = ...,
+        caller: Global___ServerInfo.Caller | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["functions", b"functions", "max_blob_bytes", b"max_blob_bytes", "max_message_bytes", b"max_message_bytes", "max_page_size", b"max_page_size", "max_runs", b"max_runs", "max_session_bytes", b"max_session_bytes", "mcp_servers", b"mcp_servers", "providers", b"providers", "store", b"store", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "functions", b"functions", "max_blob_bytes", b"max_blob_bytes", "max_message_bytes", b"max_message_bytes", "max_page_size", b"max_page_size", "max_runs", b"max_runs", "max_session_bytes", b"max_session_bytes", "mcp_servers", b"mcp_servers", "providers", b"providers", "store", b"store", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,19 +8,37 @@ from notecase_server import __version__
 from notecase_server.cli.lazy import Lazy, LazyGroup
 
 COMMANDS = {
-    "agents": Lazy("look:agents", "List agents by name."),
+    "agents": Lazy("agents:agents", "List, show, create, apply, edit, compare and delete agents."),
+    "answer": Lazy(
+        "inbox:answer", "Answer a question, or give the result of a caller's tool or of an interrupted call."
+    ),
+    "approve": Lazy("inbox:approve", "Let a call run that waits for approval; of an interrupted call: run it again."),
     "audit": Lazy("audit:audit", "List who did what: keys, tenants, deletions, exports, approvals, refusals."),
     "backup": Lazy("backup:backup", "Copy a store to the file DEST, while a server goes on with it."),
+    "blobs": Lazy("blobs:blobs", "Upload, show and download content."),
     "chat": Lazy("chat:chat", "Talk with an agent."),
+    "completion": Lazy(
+        "completion:completion", "Complete commands and options with the Tab key, in bash, zsh and fish."
+    ),
     "config": Lazy("config:config", "Check a configuration file."),
-    "export": Lazy("transfer:export_session", "Write a session to a file, to be imported here or elsewhere."),
+    "deny": Lazy("inbox:deny", "Do not let a call run."),
     "health": Lazy("health:health", "Ask a server how it is."),
-    "import": Lazy("transfer:import_session", "Make a new session of an exported one."),
+    "inbox": Lazy("inbox:inbox", "List what runs wait for: approvals, questions and the results of callers' tools."),
     "keys": Lazy("keys:keys", "Make, list, rotate and revoke the keys by which programs call a server."),
+    "logs": Lazy("logs:logs", "Print a session's log: its events with their sequences, in order."),
+    "messages": Lazy("messages:messages", "List, show and add the messages of a session."),
+    "profiles": Lazy(
+        "profiles:profiles",
+        "List, set, choose and delete profiles: servers by name, each with its token and authorities.",
+    ),
     "providers": Lazy("providers:providers", "Try the providers of models out."),
+    "run": Lazy("run:run", "Say TEXT to an agent, print its reply as it comes, and end."),
+    "runs": Lazy("runs:runs", "List, show and cancel runs."),
     "serve": Lazy("serve:serve", "Serve until SIGTERM or SIGINT."),
-    "sessions": Lazy("look:sessions", "List sessions, the last created first."),
-    "state": Lazy("state:state", "Read, put and watch the notes of a session, a user or the app."),
+    "sessions": Lazy(
+        "sessions:sessions", "List, show, make, fork, rewind, compact, delete, export and import sessions."
+    ),
+    "state": Lazy("state:state", "Read, put, delete and watch the notes of a session, a user or the app."),
     "tenants": Lazy("tenants:tenants", "Make, list, suspend, resume, export and delete tenants."),
 }
 
@@ -32,5 +50,7 @@ HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_d
 def main() -> None:
     """A self-hosted gRPC agent service: agents, their sessions, state, messages and runs.
 
-    Every option that shows a NOTECASE_ variable can also be set by it.
+    Every option that shows a NOTECASE_ variable can also be set by it. Commands exit with 0 when they are done, 1 when
+    the service refuses or a run fails, 2 when the command line or a file is wrong, 3 when a run waits for somebody, 4
+    when no server answers, 5 when what was compared differs, and 130 at Ctrl-C.
     """

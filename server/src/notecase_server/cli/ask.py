@@ -9,23 +9,19 @@ import click
 from notecase import Client, NotecaseError
 
 from notecase_server.cli import screen
-from notecase_server.cli.options import connection
-
-INTERRUPTED = 130
-"""The exit code of a command that Ctrl-C ended, as shells have it."""
+from notecase_server.cli.connection import Exit, Refusal, connection
 
 
-def ask(server: str, conversation: Callable[[Client], Awaitable[int | None]]) -> None:
-    """Talks to a server and exits with the code that the conversation returns. Raises ClickException, whose exit code
-    is 1, with a sentence for what went wrong."""
-
-    given = connection()
+def ask(conversation: Callable[[Client], Awaitable[int | None]]) -> None:
+    """Talks to the server that the options of SERVER name, and exits with the code that the conversation returns.
+    Raises Refusal with a sentence for what went wrong."""
+    server, given = connection()
 
     async def talk() -> int | None:
         try:
             client = Client(server, **given)
         except (ValueError, OSError) as error:  # a token that cannot be sent, a file that cannot be read
-            raise click.ClickException(f"{server} cannot be called: {error}.") from None
+            raise Refusal(f"{server} cannot be called: {error}.", Exit.USAGE) from None
         async with client:
             return await conversation(client)
 
@@ -33,9 +29,14 @@ def ask(server: str, conversation: Callable[[Client], Awaitable[int | None]]) ->
     try:
         sys.exit(asyncio.run(talk()))
     except NotecaseError as error:
-        raise click.ClickException(screen.sentence(error, server)) from None
+        raise Refusal(screen.sentence(error, server), failure_code(error)) from None
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        sys.exit(Exit.INTERRUPTED)
+
+
+def failure_code(error: NotecaseError) -> Exit:
+    """Returns the exit code for an error of the service, or of a server that is none."""
+    return Exit.FAILED if error.reason else Exit.UNREACHABLE
 
 
 def replace_unknown() -> None:
@@ -46,6 +47,33 @@ def replace_unknown() -> None:
             stream.reconfigure(errors="replace")
 
 
+def confirm(question: str, yes: bool) -> None:
+    """Returns if the user agrees, or has done so with --yes. Raises Abort otherwise, and UsageError where there is no
+    terminal to ask at."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise click.UsageError("Nobody can be asked here; say --yes if you mean it.")
+    replace_unknown()
+    click.confirm(screen.harmless(question), abort=True, err=True)
+
+
 def name_of(collection: str, given: str) -> str:
     """Returns the resource name for an id, or for what is a name already."""
     return given if given.startswith(f"{collection}/") else f"{collection}/{given}"
+
+
+def run_of(given: str) -> tuple[str, str]:
+    """Returns the session's name and the run's of sessions/S/runs/R, of S/R, of sessions/S and of S; the run's is empty
+    where only a session is named."""
+    session, _, run = given.removeprefix("sessions/").partition("/")
+    session, run = f"sessions/{session}", run.removeprefix("runs/")
+    return session, f"{session}/runs/{run}" if run else ""
+
+
+def read_text(given: str) -> str:
+    """Returns the words of an argument, or all of standard input for `-`."""
+    if given != "-":
+        return given
+    replace_unknown()
+    return sys.stdin.read()

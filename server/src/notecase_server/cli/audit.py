@@ -5,10 +5,9 @@ from collections.abc import Iterable
 import click
 from notecase import Client, NotecaseError, v1
 
-from notecase_server.cli import screen
+from notecase_server.cli import output, screen
 from notecase_server.cli.ask import ask, name_of
-from notecase_server.cli.look import LIMIT, MORE
-from notecase_server.cli.options import SERVER
+from notecase_server.cli.options import LIMIT, OUTPUT, SERVER
 
 
 @click.group()
@@ -37,31 +36,27 @@ def audit() -> None:
     help="Whose; another than one's own only operators name, and see what was done to its keys.",
 )
 @LIMIT
+@OUTPUT
 @SERVER
-def list_entries(where: str, tenant: str, limit: int, server: str) -> None:
+def list_entries(where: str, tenant: str, limit: int, form: str) -> None:
     """List entries, the last one first."""
 
     async def look(client: Client) -> None:
-        name = name_of("tenants", tenant) if tenant else ""
-        request = v1.ListAuditEntriesRequest(tenant=name, page_size=limit, filter=where)
-        page = await client.audit.ListAuditEntries(request)
-        subjects = await _subjects(client, {entry.principal for entry in page.entries if entry.principal})
-        rows = [
-            (
-                screen.moment(entry.create_time),
-                screen.one_line(subjects.get(entry.principal, entry.principal)) or "-",
-                str(entry.call_count),
-                entry.outcome,
-                entry.method.removeprefix("notecase.v1.") or "-",
-                screen.one_line(entry.resource) or "-",
-            )
-            for entry in page.entries
-        ]
-        click.echo(screen.table(("TIME", "SUBJECT", "CALLS", "OUTCOME", "METHOD", "RESOURCE"), rows))
-        if page.next_page_token:
-            screen.aside(MORE)
+        request = v1.ListAuditEntriesRequest(tenant=name_of("tenants", tenant) if tenant else "", filter=where)
+        entries = await output.listed(client.audit.ListAuditEntries, request, "entries", limit)
+        named = {entry.principal for entry in entries if entry.principal} if form == "table" else ()
+        subjects = await _subjects(client, named)
+        columns = {
+            "TIME": lambda one: screen.moment(one.create_time),
+            "SUBJECT": lambda one: screen.one_line(subjects.get(one.principal, one.principal)) or "-",
+            "CALLS": lambda one: str(one.call_count),
+            "OUTCOME": lambda one: one.outcome,
+            "METHOD": lambda one: one.method.removeprefix("notecase.v1.") or "-",
+            "RESOURCE": lambda one: screen.one_line(one.resource) or "-",
+        }
+        output.print_list(entries, form, columns)
 
-    ask(server, look)
+    ask(look)
 
 
 async def _subjects(client: Client, principals: Iterable[str]) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """A conversation at the terminal or through a pipe. The session is kept whatever happens to the command."""
 
-import asyncio
 import os
 import signal
 import sys
@@ -12,6 +11,8 @@ from notecase import Client, NotecaseError, RunStream, text_of, v1
 
 from notecase_server.cli import notes, screen, terminal
 from notecase_server.cli.ask import name_of
+from notecase_server.cli.connection import Exit, Refusal, connection
+from notecase_server.cli.follow import Follower, Left
 
 HELP = """\
 /notes            shows the session's state
@@ -34,15 +35,16 @@ SHOWN_CHARACTERS = 600
 """How much of each of them is shown, so that they fit on one screen."""
 
 
-async def converse(client: Client, server: str, agent: str, session: str, new: bool) -> int:
+async def converse(client: Client, agent: str, session: str, new: bool, patience: float | None) -> int:
     """Talks until the user leaves or the input ends, and returns the exit code: 1 when something said through a pipe
     had no reply, since nobody was there to see why.
 
-    `agent` and `session` are ids or names, or empty; see the command's help. Raises NotecaseError when there can be no
+    `agent` and `session` are ids or names, or empty; see the command's help. A run may wait for `patience` seconds; see
+    Follower. Raises Refusal when it waits longer where nobody can be asked, NotecaseError when there can be no
     conversation, ClickException when it lacks an agent, and KeyboardInterrupt at Ctrl-C without a terminal."""
     # asyncio's own handler would wait for the task to yield, which a read from a pipe does not.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    chat = _Chat(client, server)
+    chat = _Chat(client, patience)
     try:
         await chat.open(agent, session, new)
     except EOFError:
@@ -53,9 +55,9 @@ async def converse(client: Client, server: str, agent: str, session: str, new: b
 class _Chat:
     """One conversation. Its session is made with the first thing that is said, so that looking in leaves nothing."""
 
-    def __init__(self, client: Client, server: str) -> None:
+    def __init__(self, client: Client, patience: float | None) -> None:
         self._client = client
-        self._server = server
+        self._patience = patience
         self._terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self._session = ""
         self._agent = ""  # empty: the session's own
@@ -114,7 +116,7 @@ class _Chat:
         except NotecaseError as error:
             if not error.reason and not self._terminal:
                 raise
-            self._fail(screen.sentence(error, self._server))
+            self._fail(screen.sentence(error, connection()[0]))
 
     async def _heed(self, text: str) -> None:
         command, _, rest = text.partition(" ")
@@ -255,33 +257,14 @@ class _Chat:
         return made.name
 
     async def _follow(self, stream: RunStream, echo: bool = False) -> None:
-        """Shows a run up to its end. Ctrl-C cancels it; a second one, or one before the server has answered at all,
-        lets go of it.
-
-        Raises NotecaseError also when the run fails."""
-        reply = screen.Reply(stream, self._terminal, echo)
-        showing = asyncio.create_task(_show(stream, reply))
-        stopping: list[asyncio.Task[None]] = []
-
-        def interrupt() -> None:
-            if stream.name and not stopping:
-                stopping.append(asyncio.create_task(self._attempt(_stop(stream))))
-            else:
-                showing.cancel()
-
-        with terminal.on_interrupt(interrupt), terminal.hushed(self._terminal):
-            await asyncio.wait([showing])
-        reply.end()
-        for task in stopping:
-            task.cancel()
-        if not showing.cancelled():
-            showing.result()
-        elif self._terminal:
-            screen.aside("Not waited for; what has reached the server goes on there.")
-        if (stopping or showing.cancelled()) and not self._terminal:
-            raise KeyboardInterrupt
-        if not showing.cancelled() and stream.result.state == v1.Run.STATE_FAILED:
-            raise NotecaseError.from_proto(stream.result.error)
+        """Shows a run up to its end, or until it is left waiting. Raises NotecaseError also when the run fails, and
+        Refusal when it waits and there is no terminal to ask at."""
+        try:
+            await Follower(self._client, stream, echo=echo, patience=self._patience).follow()
+        except Left as left:
+            if not self._terminal:
+                raise Refusal(str(left), Exit.WAITING) from None
+            screen.aside(str(left))
 
     def _fail(self, text: str) -> None:
         screen.failure(text)
@@ -296,18 +279,3 @@ class _Chat:
 def _at_home(path: str) -> str:
     """Expands `~` as a shell would, which does not see what is typed at a prompt."""
     return os.path.expanduser(path)
-
-
-async def _show(stream: RunStream, reply: screen.Reply) -> None:
-    reply.wait()
-    async with stream:
-        async for event in stream:
-            reply.show(event)
-
-
-async def _stop(stream: RunStream) -> None:
-    try:
-        await stream.cancel("Ctrl-C")
-    except NotecaseError as error:
-        if error.reason != "RUN_ENDED":  # it was faster
-            raise

@@ -9,26 +9,26 @@ import click
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from notecase_server.cli.options import SERVER, connection
+from notecase_server.cli.connection import Exit, Refusal, connection
+from notecase_server.cli.options import SERVER
 from notecase_server.loopback import is_loopback
 
 
 @click.command()
 @SERVER
-def health(server: str) -> None:
+def health() -> None:
     """Ask a server how it is.
 
-    The exit code is 0 when it serves and 1 otherwise.
+    The exit code is 0 when it serves, 1 when it says that it does not, and 4 when it does not answer.
     """
-
-    given = connection()
+    server, given = connection()
     ca = given.get("ca")
     credentials = None
     if not given.get("plaintext") and (ca or not is_loopback(server)):
         try:
             credentials = grpc.ssl_channel_credentials(Path(ca).read_bytes() if ca else None)
         except OSError as error:
-            raise click.ClickException(f"{ca} cannot be read: {error.strerror}.") from None
+            raise Refusal(f"{ca} cannot be read: {error.strerror}.", Exit.USAGE) from None
 
     async def check() -> int:
         channel = grpc.aio.secure_channel(server, credentials) if credentials else grpc.aio.insecure_channel(server)
@@ -41,4 +41,4 @@ def health(server: str) -> None:
     try:
         sys.exit(asyncio.run(check()))
     except grpc.RpcError as error:
-        raise click.ClickException(f"{server} does not answer ({error.code().name}).") from None
+        raise Refusal(f"{server} does not answer ({error.code().name}).", Exit.UNREACHABLE) from None

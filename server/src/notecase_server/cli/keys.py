@@ -6,11 +6,9 @@ from datetime import timedelta
 import click
 from notecase import Client, v1
 
-from notecase_server import serve
-from notecase_server.cli import screen
+from notecase_server.cli import output, screen
 from notecase_server.cli.ask import ask, name_of
-from notecase_server.cli.options import SERVER, STORE
-from notecase_server.store.contract import StoreOpenError
+from notecase_server.cli.options import LIMIT, OUTPUT, SERVER, STORE
 
 ROLES = {name.removeprefix("ROLE_").lower(): value for name, value in v1.Key.Role.items() if value}
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -39,6 +37,15 @@ TENANT = click.option(
 )
 KEY = click.argument("key", metavar="ID")
 
+_COLUMNS = {
+    "KEY": lambda one: screen.id_of(one.name),
+    "ROLE": lambda one: screen.word_of(v1.Key.Role, one.role),
+    "USER": lambda one: screen.id_of(one.user) or "-",
+    "CREATED": lambda one: screen.moment(one.create_time),
+    "EXPIRES": lambda one: screen.moment(one.expire_time) if one.HasField("expire_time") else "never",
+    "NAME": lambda one: screen.one_line(one.display_name),
+}
+
 
 @click.group()
 def keys() -> None:
@@ -55,7 +62,7 @@ def keys() -> None:
 @click.option("--expires", type=Span(), metavar="SPAN", help="When it ends, for example 90d; else never.")
 @TENANT
 @SERVER
-def create(name: str, role: str, user: str, expires: timedelta | None, tenant: str, server: str) -> None:
+def create(name: str, role: str, user: str, expires: timedelta | None, tenant: str) -> None:
     """Make a key and print it, this once."""
 
     async def make(client: Client) -> None:
@@ -66,40 +73,35 @@ def create(name: str, role: str, user: str, expires: timedelta | None, tenant: s
         made = await client.keys.CreateKey(v1.CreateKeyRequest(tenant=_tenant(tenant), key=key))
         _show(made.key, made.secret)
 
-    ask(server, make)
+    ask(make)
 
 
 @keys.command("list")
 @TENANT
+@LIMIT
+@OUTPUT
 @SERVER
-def list_keys(tenant: str, server: str) -> None:
+def list_keys(tenant: str, limit: int, form: str) -> None:
     """List keys, the last created first."""
 
     async def look(client: Client) -> None:
-        request, rows = v1.ListKeysRequest(tenant=_tenant(tenant), page_size=1000), []
-        page = await client.keys.ListKeys(request)
-        for key in page.keys:
-            ends = screen.moment(key.expire_time) if key.HasField("expire_time") else "never"
-            role = v1.Key.Role.Name(key.role).removeprefix("ROLE_").lower()
-            made = screen.moment(key.create_time)
-            user = screen.id_of(key.user) if key.user else "-"
-            rows.append((screen.id_of(key.name), role, user, made, ends, screen.one_line(key.display_name)))
-        click.echo(screen.table(("KEY", "ROLE", "USER", "CREATED", "EXPIRES", "NAME"), rows))
+        request = v1.ListKeysRequest(tenant=_tenant(tenant))
+        output.print_list(await output.listed(client.keys.ListKeys, request, "keys", limit), form, _COLUMNS)
 
-    ask(server, look)
+    ask(look)
 
 
 @keys.command()
 @KEY
 @TENANT
 @SERVER
-def revoke(key: str, tenant: str, server: str) -> None:
+def revoke(key: str, tenant: str) -> None:
     """Take a key back: from now on no call with it is let in."""
 
     async def end(client: Client) -> None:
         await client.keys.RevokeKey(v1.RevokeKeyRequest(name=name_of("keys", key), tenant=_tenant(tenant)))
 
-    ask(server, end)
+    ask(end)
 
 
 @keys.command()
@@ -107,7 +109,7 @@ def revoke(key: str, tenant: str, server: str) -> None:
 @click.option("--overlap", type=Span(), default="1h", metavar="SPAN", help="How long the one before is taken, too.")
 @TENANT
 @SERVER
-def rotate(key: str, overlap: timedelta, tenant: str, server: str) -> None:
+def rotate(key: str, overlap: timedelta, tenant: str) -> None:
     """Give a key another secret and print it, this once.
 
     Whose key it is stays the same, and so does its id.
@@ -119,7 +121,7 @@ def rotate(key: str, overlap: timedelta, tenant: str, server: str) -> None:
         made = await client.keys.RotateKey(request)
         _show(made.key, made.secret)
 
-    ask(server, renew)
+    ask(renew)
 
 
 @keys.command()
@@ -132,6 +134,9 @@ def bootstrap(store: str, tenant: str, operator: bool, name: str) -> None:
 
     From then on `notecase serve` takes calls to this store with a key only.
     """
+    from notecase_server import serve  # noqa: PLC0415  # no other of these commands needs a server
+    from notecase_server.store.contract import StoreOpenError  # noqa: PLC0415
+
     try:
         made, secret = serve.bootstrap(store, "" if operator else tenant, name)
     except StoreOpenError as error:

@@ -3,6 +3,7 @@
 import base64
 import json
 import sys
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from google.protobuf.message import DecodeError
 from notecase import Client, NotecaseError, Plain, Retry, from_value, v1
 from notecase.retry import Backoff
 
-from notecase_server.cli import screen
+from notecase_server.cli import output, screen
 
 CANNOT = (OverflowError, UnicodeError, RecursionError, DecodeError)
 """What is raised for a value that state cannot hold; DecodeError when it is deeper than protobuf copies."""
@@ -67,21 +68,23 @@ def _no_json(name: str) -> float:
     raise ValueError(name)
 
 
-async def get(client: Client, owner: str, keys: Sequence[str], as_json: bool) -> int:
-    """Prints the keys named, or all; returns the exit code: 1 when one that is named is not there."""
+async def get(client: Client, owner: str, keys: Sequence[str], form: str) -> int:
+    """Prints the keys named, or all; returns the exit code: 1 when one that is named is not there. `form` is "table",
+    "json" or "yaml"; empty: as it fits where the output goes."""
     entries = {key: entry async for key, entry in _entries(client, owner, keys)}
     missing = [key for key in keys if key not in entries]
     for key in missing:
         screen.failure(f"{owner}/state has no {key!r}.")
-    if len(keys) == 1:
+    if len(keys) == 1 and form != "table":
         for entry in entries.values():
-            if entry.value.HasField("blob_value") and not (as_json or sys.stdout.isatty()):
+            if entry.value.HasField("blob_value") and not (form or sys.stdout.isatty()):
                 async for piece in client.download(entry.value.blob_value):
                     click.echo(piece, nl=False)
             else:
-                _print_alone(from_value(entry.value), as_json)
-    elif as_json or not sys.stdout.isatty():
-        click.echo(_json({key: from_value(entry.value) for key, entry in sorted(entries.items())}, indent=2))
+                _print_alone(from_value(entry.value), form)
+    elif form in {"json", "yaml"} or not (form or sys.stdout.isatty()):
+        held = {key: from_value(entry.value) for key, entry in sorted(entries.items())}
+        output.print_data(json.loads(_json(held)), form)
     elif entries:
         rows = [
             (
@@ -92,7 +95,7 @@ async def get(client: Client, owner: str, keys: Sequence[str], as_json: bool) ->
             )
             for key, entry in sorted(entries.items())
         ]
-        click.echo(screen.table(("KEY", "VALUE", "VERSION", "UPDATED"), rows))
+        click.echo(output.table(("KEY", "VALUE", "VERSION", "UPDATED"), rows))
     elif not keys:
         screen.aside(NOTHING)
     return 1 if missing else 0
@@ -119,6 +122,13 @@ async def put(
         click.echo(f"{screen.one_line(key)} = {screen.note(value)}  {version}")
     else:
         click.echo(str(entry.version))
+
+
+async def delete(client: Client, owner: str, keys: Sequence[str]) -> None:
+    """Removes keys, all in one change; those that are not there are passed over."""
+    ops = [v1.StateOp(key=key, remove=Empty()) for key in keys]
+    request = v1.UpdateStateRequest(name=f"{owner}/state", ops=ops, request_id=uuid.uuid4().hex)
+    await client.state.UpdateState(request)
 
 
 async def watch(client: Client, session: str) -> None:
@@ -209,9 +219,9 @@ async def _entries(client: Client, owner: str, keys: Iterable[str] = ()) -> Asyn
             return
 
 
-def _json(value: Any, indent: int | None = None) -> str:
+def _json(value: Any) -> str:
     """Returns JSON in which bytes are base64 and a file is its reference, as in protobuf's JSON."""
-    return json.dumps(value, ensure_ascii=False, indent=indent, default=_json_of)
+    return json.dumps(value, ensure_ascii=False, default=_json_of)
 
 
 def _json_of(held: bytes | v1.Blob) -> Any:
@@ -220,10 +230,12 @@ def _json_of(held: bytes | v1.Blob) -> Any:
     return base64.b64encode(held).decode()
 
 
-def _print_alone(value: Any, as_json: bool) -> None:
+def _print_alone(value: Any, form: str) -> None:
     """Prints a whole value: text and bytes as they are, as far as a terminal may have them, all else as JSON."""
     terminal = sys.stdout.isatty()
-    if as_json or not isinstance(value, str | bytes | v1.Blob):
+    if form == "yaml":
+        output.print_data(json.loads(_json(value)), form)
+    elif form or not isinstance(value, str | bytes | v1.Blob):
         click.echo(_json(value))
     elif terminal or isinstance(value, v1.Blob):
         click.echo(screen.harmless(value) if isinstance(value, str) else screen.note(value))
@@ -236,14 +248,23 @@ def _print_changes(changes: Iterable[v1.StateChanged]) -> None:
     terminal = sys.stdout.isatty()
     for change in changes:
         for op in change.ops:
-            kind = op.WhichOneof("op") or ""
-            held = getattr(op, kind, None)
-            value = from_value(held) if isinstance(held, v1.Value) else True if kind == "remove" else held
-            told = {"state": change.state, "version": change.version, "key": op.key, kind: value}
-            click.echo(_line(change.state, op.key, kind, value) if terminal else _json(told))
+            if terminal:
+                click.echo(f"{click.style(change.state.removesuffix('/state'), dim=True)}  {line_of(op)}")
+            else:
+                kind, value = _operation(op)
+                click.echo(_json({"state": change.state, "version": change.version, "key": op.key, kind: value}))
 
 
-def _line(state: str, key: str, kind: str, value: Any) -> str:
+def _operation(op: v1.StateOp) -> tuple[str, Any]:
+    """Returns what an operation does, and its value."""
+    kind = op.WhichOneof("op") or ""
+    held = getattr(op, kind, None)
+    return kind, from_value(held) if isinstance(held, v1.Value) else True if kind == "remove" else held
+
+
+def line_of(op: v1.StateOp) -> str:
+    """Returns an operation on one line, for people."""
+    kind, value = _operation(op)
     match kind:
         case "set":
             told = f"= {screen.note(value)}"
@@ -253,4 +274,4 @@ def _line(state: str, key: str, kind: str, value: Any) -> str:
             told = f"+= [{screen.note(value)}]"
         case _:
             told = "is removed"
-    return f"{click.style(state.removesuffix('/state'), dim=True)}  {screen.one_line(key)} {told}"
+    return f"{screen.one_line(op.key)} {told}"

@@ -20,44 +20,44 @@ def address(context: click.Context, option: click.Parameter, value: str) -> str:
     return value
 
 
-def _server(context: click.Context, option: click.Parameter, value: str) -> str:
-    """Takes the group's option where the command has none: `notecase sessions --server A show S` asks A, too."""
-    name = option.name or ""
-    given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-    above = context.parent.params.get(name) if context.parent else None
-    return address(context, option, value if given or above is None else str(above))
-
-
-_CONNECTION = "notecase.connection"
+CONNECTION = "notecase.connection"
+"""The key of `Context.meta` under which the options below are kept."""
 
 
 def _keep(context: click.Context, option: click.Parameter, value: Any) -> None:
-    """Keeps an option for `connection`, the group's too where the command has none. A token that only a variable says
-    is left to the client, which sends it with more care."""
+    """Keeps an option for `connection`. A token that only a variable says is kept as None: the client takes it from
+    there, and sends it with more care."""
     name = option.name or ""
-    source = context.get_parameter_source(name)
-    if source is click.core.ParameterSource.COMMANDLINE or (value and name != "token"):
-        context.meta.setdefault(_CONNECTION, {})[name] = value
+    given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+    if given or value:
+        context.meta.setdefault(CONNECTION, {})[name] = value if given or name != "token" else None
 
 
-def connection() -> dict[str, Any]:
-    """Returns what the options of the command say of its connection: those arguments of Client that are given, of
-    `token`, `ca` and `plaintext`."""
-    given = dict(click.get_current_context().meta.get(_CONNECTION, {}))
-    if given.get("plaintext"):
-        given.pop("ca", None)
-    return given
+def _keep_address(context: click.Context, option: click.Parameter, value: str) -> None:
+    _keep(context, option, address(context, option, value) if value else value)
 
 
 _OPTIONS = (
     click.option(
         "--server",
-        default=DEFAULT_ADDRESS,
+        default="",
+        show_default=DEFAULT_ADDRESS,
         envvar="NOTECASE_ADDRESS",
         show_envvar=True,
         metavar="HOST:PORT",
-        callback=_server,
+        callback=_keep_address,
+        expose_value=False,
         help="The server to talk to: by TLS, unless it is on this machine and no --ca is given.",
+    ),
+    click.option(
+        "--profile",
+        default="",
+        show_default=False,
+        metavar="NAME",
+        callback=_keep,
+        expose_value=False,
+        help="Take the server, token and authorities of this profile; see `notecase profiles`. Options and variables "
+        "win over it.",
     ),
     click.option(
         "--token",
@@ -83,17 +83,39 @@ _OPTIONS = (
         is_flag=True,
         callback=_keep,
         expose_value=False,
-        help="Talk without TLS beyond this machine, too; who is on the way can read it all.",
+        help="Talk without TLS beyond this machine, too; everybody on the way can read it.",
     ),
 )
 
 
 def SERVER(command: F) -> F:  # noqa: N802  # named as the other options are
-    """The options of a command that talks to a server; the command itself gets its address alone."""
+    """Adds the options of a command that talks to a server. `connection` reads them; the command itself gets none."""
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
 
+
+OUTPUT = click.option(
+    "-o",
+    "--output",
+    "form",
+    type=click.Choice(["table", "json", "yaml"]),
+    default="table",
+    help="A table for people, or everything that the service says as JSON or YAML.",
+)
+"""The form in which a command prints what it reads."""
+
+LIMIT = click.option("--limit", type=click.IntRange(1), default=50, help="How many to list at most.")
+
+WAIT = click.option(
+    "--wait",
+    type=click.FloatRange(0),
+    metavar="SECONDS",
+    help="How long a run may wait for a caller's tool before you are asked for its result; 2 without this option. "
+    "Where there is no terminal: for anybody, before the command ends; 10 without it.",
+)
+
+YES = click.option("--yes", is_flag=True, help="Do not ask first.")
 
 STORE = click.option(
     "--store",

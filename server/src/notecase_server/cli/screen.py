@@ -4,13 +4,15 @@ Standard output carries what was asked for: the agent's words and the tables. Ev
 """
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import UTC
 from typing import Any
 
 import click
 from google.protobuf.timestamp_pb2 import Timestamp
-from notecase import NotecaseError, RunStream, v1
+from notecase import NotecaseError, v1
+from rich.cells import cell_len, set_cell_size
 
 PROMPT = "> "
 """Stands before what a user says, typed or shown."""
@@ -28,9 +30,9 @@ def harmless(text: str) -> str:
 
 
 def one_line(text: str, most: int = 60) -> str:
-    """Returns the words of a text on one line of at most so many characters."""
-    line = " ".join(harmless(text).split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
+    """Returns the words of a text on one line that is at most so many columns wide."""
+    line = " ".join(harmless(text[: 8 * most]).split())
+    return line if cell_len(line) <= most else f"{set_cell_size(line, most - 1).rstrip()}…"
 
 
 def aside(text: str) -> None:
@@ -64,13 +66,20 @@ def moment(time: Timestamp) -> str:
     return time.ToDatetime(UTC).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
+def word_of(enum: Any, value: int) -> str:
+    """Returns the value of an enum without the enum's name, in lower case, such as "waiting"."""
+    name: str = enum.Name(value)
+    prefix = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", enum.DESCRIPTOR.name).upper()
+    return name.removeprefix(f"{prefix}_").lower()
+
+
 def activity(session: v1.Session) -> str:
-    return v1.Session.Activity.Name(session.activity).removeprefix("ACTIVITY_").lower()
+    return word_of(v1.Session.Activity, session.activity)
 
 
 def author(found: v1.Message) -> str:
     """Returns a message's author, or else its role."""
-    return found.author or v1.Message.Role.Name(found.role).removeprefix("ROLE_").lower()
+    return found.author or word_of(v1.Message.Role, found.role)
 
 
 def model_of(agent: v1.Agent) -> str:
@@ -80,13 +89,8 @@ def model_of(agent: v1.Agent) -> str:
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Returns a line for each row, with columns as wide as their widest cell."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    first, *rest = aligned([header, *rows])
-    return "\n".join([click.style(first, dim=True), *rest])
+    widths = [max(map(cell_len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(set_cell_size, row, widths)).rstrip() for row in rows]
 
 
 def _summed_up(held: bytes | v1.Blob) -> str:
@@ -109,7 +113,7 @@ def attachment(blob: v1.Blob) -> str:
 
 def message(found: v1.Message, most: int | None = None) -> str:
     """Returns a whole message, the text of each part cut to so many characters."""
-    lines = [line for part in found.parts for line in (_part(part, most), *map(_dim, _sources(part)))]
+    lines = [line for part in found.parts for line in (_part(part, most), *map(_dim, sources(part)))]
     if found.status == v1.Message.STATUS_INCOMPLETE:
         lines.append(click.style("(cut off)", dim=True))
     text = "\n".join(lines)
@@ -118,17 +122,23 @@ def message(found: v1.Message, most: int | None = None) -> str:
     return click.style("system: ", dim=True) + text if found.role == v1.Message.ROLE_SYSTEM else text
 
 
+def diff(text: str) -> str:
+    """Returns a unified diff in its usual colours."""
+    colours = {"+": "green", "-": "red", "@": "cyan"}
+    return "\n".join(click.style(line, fg=colours.get(line[:1])) for line in harmless(text).split("\n"))
+
+
 def _dim(text: str) -> str:
     return click.style(text, dim=True)
 
 
-def _sources(part: v1.Part) -> list[str]:
+def sources(part: v1.Part) -> list[str]:
     """Returns a line for each source of a text, numbered as the text may refer to them."""
     named = ((citation.title, citation.uri) for citation in part.citations)
     return [f"[{number}] {one_line(' '.join(filter(None, told)), 200)}" for number, told in enumerate(named, 1)]
 
 
-def _content(part: v1.Part) -> str:
+def content(part: v1.Part) -> str:
     """Returns content on one line."""
     match part.WhichOneof("kind"):
         case "file":
@@ -148,7 +158,7 @@ def _part(part: v1.Part, most: int | None) -> str:
         case "tool_call":
             return click.style(call(part.tool_call), dim=True)
         case "file" | "blob" | "data":
-            return _dim(_content(part))
+            return _dim(content(part))
         case _:
             return _cut(part.text or part.json, most)
 
@@ -158,117 +168,25 @@ def _cut(text: str, most: int | None) -> str:
     return text if most is None or len(text) <= most else f"{text[:most]}…"
 
 
+REFUSED = "refused: "
+"""Stands before the words in which a model refuses."""
+
+
 def _refusal(text: str) -> str:
-    return click.style("refused: ", fg="yellow") + text
+    return click.style(REFUSED, fg="yellow") + text
 
 
 def call(made: v1.ToolCall) -> str:
     """Returns a tool call and its outcome on one line."""
-    outcome = v1.ToolCall.Outcome.Name(made.outcome).removeprefix("OUTCOME_").lower()
     told = one_line(made.error or " ".join(part.text or part.json for part in made.result), 120)
-    return f"→ {one_line(made.tool)}({one_line(made.arguments, 80)}) {outcome}{': ' if told else ''}{told}"
+    return f"→ {called(made)} {word_of(v1.ToolCall.Outcome, made.outcome)}{': ' if told else ''}{told}"
+
+
+def called(made: v1.ToolCall) -> str:
+    """Returns a tool call without its outcome on one line."""
+    return f"{one_line(made.tool)}({one_line(made.arguments, 80)})"
 
 
 def summarized(made: v1.Summarized) -> str:
     """Returns a summary on one line, with enough of its text to see that it is about this conversation."""
     return f"Summarised for the model: {one_line(made.text, 80)}"
-
-
-class Reply:
-    """A run on the screen while it happens, from the events of its stream.
-
-    What was shown is not taken back: where a model call is repeated, a line says so and the reply begins anew. Without
-    a terminal the agent's words alone go to standard output, exactly, with a line break after each message."""
-
-    def __init__(self, stream: RunStream, terminal: bool, echo: bool = False) -> None:
-        """With `echo` the user's messages are shown, too; where they have just been typed they are not."""
-        self._stream = stream
-        self._terminal = terminal
-        self._echo = echo
-        self._shown: dict[tuple[str, int], int] = {}
-        self._block: tuple[str, int] | None = None
-        self._waiting = False
-
-    def wait(self) -> None:
-        """Shows that a reply is awaited."""
-        if self._terminal:
-            click.secho("…", dim=True, nl=False)
-            self._waiting = True
-
-    def show(self, event: v1.Event) -> None:
-        """Shows the next event of the stream, once the stream's view has it."""
-        delta, added = event.block_delta, event.message_added
-        match event.WhichOneof("payload"):
-            case "block_delta":
-                if block := self._stream.view.open.get(delta.message, {}).get(delta.block):
-                    self._grow((delta.message, delta.block), block.kind, block.text)
-            case "message_added":
-                self._add(added)
-            case "message_discarded":
-                if any(name == event.message_discarded.message for name, _ in self._shown):
-                    self._aside("The model is asked again; its reply begins anew.")
-            case "tool_finished":
-                self._aside(call(event.tool_finished))
-            case "summarized":
-                self._aside(summarized(event.summarized))
-            case "run_state_changed":
-                self._change(event.run_state_changed)
-
-    def end(self) -> None:
-        """Moves the cursor to the beginning of a line; may be called twice."""
-        self._awaken()
-        if self._block is not None:
-            click.echo()
-            self._block = None
-
-    def _add(self, added: v1.Message) -> None:
-        if added.role != v1.Message.ROLE_ASSISTANT:
-            if self._echo:
-                self.end()
-                click.echo(f"{message(added)}\n")
-            return
-        for index, part in enumerate(added.parts):
-            kind = part.WhichOneof("kind") or ""
-            if kind == "tool_call":
-                if part.tool_call.outcome != v1.ToolCall.OUTCOME_PENDING:
-                    self._aside(call(part.tool_call))
-            elif kind in {"blob", "file"}:
-                self._aside(_content(part))
-            else:
-                self._grow((added.name, index), kind, part.reasoning.text or part.refusal or part.text or part.json)
-            for source in _sources(part):
-                self._aside(source)
-        self.end()
-        if added.finish_reason == "length":
-            self._aside("The model stopped there, having reached its limit of tokens.")
-
-    def _grow(self, block: tuple[str, int], kind: str, text: str) -> None:
-        """Shows the part of a block that is not on the screen yet."""
-        shown = self._shown.get(block, 0)
-        if len(text) <= shown or kind not in {"text", "json", "refusal", "reasoning"}:
-            return
-        if kind == "reasoning" and not self._terminal:
-            return
-        if self._block != block:
-            self.end()
-            self._block = block
-        piece = harmless(text[shown:])
-        if kind == "refusal" and not shown:
-            piece = _refusal(piece)
-        click.echo(click.style(piece, dim=True) if kind == "reasoning" else piece, nl=False)
-        self._shown[block] = len(text)
-
-    def _change(self, changed: v1.RunStateChanged) -> None:
-        if changed.state == v1.Run.STATE_CANCELLED:
-            self._aside(f"Cancelled{': ' if changed.reason else '.'}{one_line(changed.reason, 200)}")
-        elif changed.state == v1.Run.STATE_RUNNING and changed.reason:
-            self._aside(one_line(changed.reason, 200))
-
-    def _aside(self, text: str) -> None:
-        self.end()
-        aside(text)
-
-    def _awaken(self) -> None:
-        if self._waiting:
-            click.echo("\r\x1b[K", nl=False)
-            self._waiting = False

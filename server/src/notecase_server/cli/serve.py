@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import click
 
+import notecase_server.cli.bare_structlog  # noqa: F401  # before others import structlog
 from notecase_server.auth.tables import SettingsError
 from notecase_server.cli.options import DEFAULT_ADDRESS, STORE, address
 from notecase_server.cli.serve_settings import load, settings

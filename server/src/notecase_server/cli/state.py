@@ -3,13 +3,13 @@
 import click
 
 from notecase_server.cli import notes
-from notecase_server.cli.ask import ask, name_of
+from notecase_server.cli.ask import ask, name_of, read_text
 from notecase_server.cli.options import SERVER
 
 
 @click.group()
 def state() -> None:
-    """Read, put and watch the notes of a session, a user or the app.
+    """Read, put, delete and watch the notes of a session, a user or the app.
 
     Together they are its state. OWNER is a session's id, sessions/ID, users/ID or app.
     """
@@ -18,16 +18,22 @@ def state() -> None:
 @state.command("get")
 @click.argument("owner", default="app")
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, at a terminal and of text, too.")
+@click.option(
+    "-o",
+    "--output",
+    "form",
+    type=click.Choice(["table", "json", "yaml"]),
+    help="Always a table, JSON or YAML, of one KEY too.",
+)
 @SERVER
-def get_state(owner: str, keys: tuple[str, ...], as_json: bool, server: str) -> None:
+def get_state(owner: str, keys: tuple[str, ...], form: str | None) -> None:
     """Print a state, that of the app when no OWNER is named, or some keys of it.
 
     Of one KEY the value alone is printed, whole: text and bytes as they are, into a pipe also the content of a file,
     all else as JSON. Otherwise it is a table at a terminal and a JSON object in a pipe, with bytes as base64. The exit
     code is 1 when a KEY is not there.
     """
-    ask(server, lambda client: notes.get(client, notes.owner_of(owner), keys, as_json))
+    ask(lambda client: notes.get(client, notes.owner_of(owner), keys, form or ""))
 
 
 @state.command("put", context_settings={"ignore_unknown_options": True})  # -1 is a value
@@ -43,24 +49,32 @@ def get_state(owner: str, keys: tuple[str, ...], as_json: bool, server: str) -> 
     help="Only if the key has this version; 0: only if there is no such key.",
 )
 @SERVER
-def put_state(
-    owner: str, key: str, value: str, text: bool, from_file: bool, if_version: int | None, server: str
-) -> None:
-    """Set a key to VALUE: JSON as what it is, all else as text.
+def put_state(owner: str, key: str, value: str, text: bool, from_file: bool, if_version: int | None) -> None:
+    """Set a key to VALUE: JSON as what it is, all else as text; - is standard input.
 
     In a pipe the key's new version is printed, which --if-version takes.
     """
     read = notes.as_file if from_file else notes.as_text if text else notes.as_json
-    ask(server, lambda client: notes.put(client, notes.owner_of(owner), key, value, read, if_version))
+    given = value if from_file else read_text(value)
+    ask(lambda client: notes.put(client, notes.owner_of(owner), key, given, read, if_version))
+
+
+@state.command("delete")
+@click.argument("owner")
+@click.argument("keys", metavar="KEY...", nargs=-1, required=True)
+@SERVER
+def delete_state(owner: str, keys: tuple[str, ...]) -> None:
+    """Remove keys, all at once; those that are not there are passed over."""
+    ask(lambda client: notes.delete(client, notes.owner_of(owner), keys))
 
 
 @state.command("watch")
 @click.argument("session", metavar="SESSION")
 @SERVER
-def watch_state(session: str, server: str) -> None:
+def watch_state(session: str) -> None:
     """Print what changes in the state of a session, its user and the app, until Ctrl-C.
 
     Each change is a line, in a pipe an object of JSON. A server that is away is waited for, and what changed meanwhile
     is printed then.
     """
-    ask(server, lambda client: notes.watch(client, name_of("sessions", session)))
+    ask(lambda client: notes.watch(client, name_of("sessions", session)))

@@ -4,6 +4,7 @@ from typing import Any
 
 from notecase import v1
 
+from notecase_server.rpc.caller import caller
 from notecase_server.rpc.desk import Desk
 from notecase_server.rpc.frames import MAX_MESSAGE_BYTES
 from notecase_server.rpc.pages import MAX_PAGE_SIZE
@@ -16,7 +17,10 @@ class Servers(v1.ServerServiceServicer):
         self.store = store
 
     async def GetServerInfo(self, request: v1.GetServerInfoRequest, context: Any) -> v1.ServerInfo:
+        who = caller.get()
+        role = v1.Key.Role.Value(f"ROLE_{who.principal.role.name}")
         return v1.ServerInfo(
+            caller=v1.ServerInfo.Caller(role=role, user=who.user) if who.principal.subject else None,
             version=self.desk.version,
             store=self.store,
             providers=self.desk.providers,

@@ -1,10 +1,14 @@
-"""`notecase sessions` and `notecase agents`: tables and pages for people."""
+"""`notecase sessions` and `notecase agents`: tables for people, and everything for programs."""
+
+import re
 
 import pytest
 from notecase import v1
 
-from tests.cli.command import notecase
+from tests.cli.command import notecase, terminal
 from tests.support.server import Running
+
+CHINESE = re.compile("[\u4e00-\u9fff]")
 
 NOBODY = "127.0.0.1:1"
 """An address where nothing listens."""
@@ -23,7 +27,7 @@ async def case(served: Running, agent: v1.Agent) -> v1.Session:
 
 async def test_sessions_are_a_table(served: Running, case: v1.Session) -> None:
     await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="longer-id"))
-    done = await notecase("sessions", "--server", served.address)
+    done = await notecase("sessions", "list", "--server", served.address)
     assert (0, "") == (done.code, done.err)
     header, first, second = done.out.splitlines()
     assert ["SESSION", "AGENT", "ACTIVITY", "EVENTS", "UPDATED", "DISPLAY", "NAME"] == header.split()
@@ -33,14 +37,27 @@ async def test_sessions_are_a_table(served: Running, case: v1.Session) -> None:
     assert 1 == len({line.index(word) for line, word in ((header, "ACTIVITY"), (first, "idle"), (second, "idle"))})
 
 
+async def test_a_table_fits_a_narrow_terminal_and_nothing_is_cut(served: Running) -> None:
+    """Wide characters count twice; in a pipe a row is a line."""
+    name = "小提琴失踪案" * 4
+    session = v1.Session(display_name=name)
+    await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="case", session=session))
+    async with terminal("sessions", "list", "--server", served.address, columns=60) as screen:
+        assert 0 == await screen.ended()
+    assert "…" not in screen.screen
+    assert name == "".join(CHINESE.findall("".join(screen.window)))
+    done = await notecase("sessions", "list", "--server", served.address)
+    assert 2 == len(done.out.splitlines())
+
+
 async def test_sessions_are_filtered_and_limited(served: Running, case: v1.Session) -> None:
     await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="other"))
-    done = await notecase("sessions", "--filter", 'agent = "agents/detective"', "--server", served.address)
+    done = await notecase("sessions", "list", "--filter", 'agent = "agents/detective"', "--server", served.address)
     assert ["SESSION", "case"] == [line.split()[0] for line in done.out.splitlines()]
-    done = await notecase("sessions", "--limit", "1", "--server", served.address)
+    done = await notecase("sessions", "list", "--limit", "1", "--server", served.address)
     assert ["SESSION", "other"] == [line.split()[0] for line in done.out.splitlines()]
     assert "There are more" in done.err
-    done = await notecase("sessions", "--filter", "colour = red", "--server", served.address)
+    done = await notecase("sessions", "list", "--filter", "colour = red", "--server", served.address)
     assert 1 == done.code
     assert done.err.startswith("Error: filter: unknown field")
 
@@ -55,7 +72,7 @@ async def test_a_session_is_shown_as_a_conversation(served: Running, case: v1.Se
         ["agents/detective", "Hm.", "Good evening.", "→ weather({}) failed: There is no tool 'weather'."],
         ["agents/detective", "The tools are done.", "weather failed: There is no tool 'weather'."],
     ] == [[head.split()[0], *lines] for head, *lines in map(str.splitlines, blocks[1:])]
-    assert done == await notecase("sessions", "--server", served.address, "show", case.name)
+    assert done == await notecase("sessions", "show", case.name, "--server", served.address)
 
 
 async def test_a_long_session_is_shown_whole(served: Running, agent: v1.Agent) -> None:
@@ -73,7 +90,7 @@ async def test_agents_are_a_table_and_one_is_shown_with_its_instruction(served: 
     llm.generation.temperature = 0.5
     clerk = v1.Agent(display_name="Clerk", llm=llm, output_key="draft", labels={"team": "night"})
     await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=clerk))
-    done = await notecase("agents", "--server", served.address)
+    done = await notecase("agents", "list", "--server", served.address)
     assert [
         ["AGENT", "REVISION", "MODEL", "DISPLAY", "NAME"],
         ["clerk", "1", "offline/clever-1", "Clerk"],
@@ -94,10 +111,10 @@ async def test_agents_are_a_table_and_one_is_shown_with_its_instruction(served: 
     assert "Be brief.\nBe kind.\n" == instruction
 
 
-@pytest.mark.parametrize("command", [["sessions"], ["sessions", "show", "s"], ["agents"], ["agents", "show", "a"]])
+@pytest.mark.parametrize("command", [["sessions", "list"], ["logs", "s"], ["agents", "show", "a"]])
 async def test_a_server_that_is_not_there_is_told_in_a_sentence(command: list[str]) -> None:
     done = await notecase(*command, env={"NOTECASE_ADDRESS": NOBODY})
-    assert (1, "") == (done.code, done.out)
+    assert (4, "") == (done.code, done.out)
     assert done.err.startswith(f"Error: No server can be reached at {NOBODY}.")
 
 
@@ -114,7 +131,7 @@ async def test_names_and_messages_cannot_command_the_terminal(served: Running, a
     await served.sessions.CreateSession(v1.CreateSessionRequest(session_id="wicked", session=wicked))
     said = v1.Message(parts=[v1.Part(text="\x1b]0;title\x07\x9b31mred\r\nnext")])
     await served.messages.AppendMessages(v1.AppendMessagesRequest(parent="sessions/wicked", messages=[said]))
-    done = await notecase("sessions", "--server", served.address)
+    done = await notecase("sessions", "list", "--server", served.address)
     assert "\ufffd[2Jnice" in done.out
     done = await notecase("sessions", "show", "wicked", "--server", served.address)
     assert "> \ufffd]0;title\ufffd\ufffd31mred\n  next\n" in done.out

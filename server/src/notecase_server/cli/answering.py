@@ -1,0 +1,196 @@
+"""Asks the user at the terminal what a run waits for, and sends the answer."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+import click
+from notecase import Client, NotecaseError
+
+from notecase_server.cli import screen, terminal
+from notecase_server.cli.waits import APPROVAL, INTERRUPTED, QUESTION, Wait, too_late
+
+LEAVE = "Leave it waiting"
+
+_ONE_LINE = 60
+"""Arguments that are no longer are edited on one line."""
+
+
+class _Wrong(Exception):
+    """What was typed cannot be sent; the message says why."""
+
+
+async def answer(client: Client, wait: Wait, sending: asyncio.Event) -> bool:
+    """Shows what is waited for and sends the user's answer; False when the user leaves it waiting. What cannot be sent
+    is told, and asked for again. `sending` is set once the user has answered; until then this may be cancelled.
+
+    Raises NotecaseError for any other refusal."""
+    _show(wait)
+    while True:
+        try:
+            way = await _choose(wait)
+            if way is None:
+                return False
+            command = await way(client, wait)
+            sending.set()
+            await command
+            return True
+        except EOFError:
+            return False
+        except _Wrong as wrong:
+            screen.failure(str(wrong))
+        except NotecaseError as error:
+            if too_late(error):
+                screen.aside("Somebody else has answered.")
+                return True
+            if error.reason != "INVALID_FIELD":
+                raise
+            sending.clear()
+            screen.failure(error.message)
+
+
+def _show(wait: Wait) -> None:
+    """Shows everything that the answer is about, whole: nobody approves what they cannot see."""
+    if wait.kind == QUESTION and wait.asked is not None:
+        click.secho(screen.harmless(wait.asked.prompt), bold=True)
+        return
+    headings = {APPROVAL: "May this run?", INTERRUPTED: "This was under way when its server stopped."}
+    click.secho(headings.get(wait.kind, "The agent calls a tool of its caller."), bold=True)
+    click.echo(f"{screen.one_line(wait.call.tool)} {screen.harmless(pretty(wait.call.arguments))}")
+
+
+async def _choose(wait: Wait) -> "_Way | None":
+    """Returns how the user wants to answer; None when not at all."""
+    if wait.kind == QUESTION and not wait.of_tool:
+        screen.aside("Enter sends your answer, Ctrl-C leaves the question waiting.")
+        return _say
+    ways = {APPROVAL: _APPROVAL, INTERRUPTED: _INTERRUPTED, QUESTION: _TOOLS_QUESTION}.get(wait.kind, _TOOL)
+    labels = [label.format(tool=screen.one_line(wait.call.tool, 40)) for label in ways]
+    chosen = await terminal.choose("", [*labels, LEAVE])
+    return list(ways.values())[chosen] if chosen < len(ways) else None
+
+
+Command = Awaitable[int]
+"""A command that is sent once it is awaited."""
+
+_Way = Callable[[Client, Wait], Awaitable[Command]]
+"""Asks for what an answer needs besides."""
+
+
+async def _approve(client: Client, wait: Wait) -> Command:
+    return client.approve(wait.run, wait.id)
+
+
+async def _approve_all(client: Client, wait: Wait) -> Command:
+    return client.approve(wait.run, wait.id, remember="session")
+
+
+async def _edit(client: Client, wait: Wait) -> Command:
+    return client.approve(wait.run, wait.id, _json(await terminal.line("arguments> ", _editable(wait.call.arguments))))
+
+
+async def _deny(client: Client, wait: Wait) -> Command:
+    return client.deny(wait.run, wait.id, await terminal.line("why (Enter for no reason)> "))
+
+
+async def _dismiss(client: Client, wait: Wait) -> Command:
+    return client.dismiss(wait.run, wait.id)
+
+
+async def _say(client: Client, wait: Wait) -> Command:
+    """Answers a question, with JSON where it has a schema."""
+    schema = wait.asked.schema if wait.asked else ""
+    if not schema:
+        return client.answer(wait.run, wait.id, await terminal.line("answer> "))
+    fields = _fields(schema)
+    if fields is None:
+        screen.aside(f"As JSON that fits: {screen.harmless(schema)}")
+        answer = _json(await terminal.line("answer> "))
+    else:
+        answer = json.dumps({key: value for key, value in [await _field(*one) for one in fields] if key})
+    return client.answer(wait.run, wait.id, answer)
+
+
+async def _give(client: Client, wait: Wait) -> Command:
+    typed = await terminal.line("result> ")
+    if wait.asked is not None:
+        return client.answer(wait.run, wait.id, typed)
+    return client.give_result(wait.run, wait.id, typed)
+
+
+async def _fail(client: Client, wait: Wait) -> Command:
+    why = await terminal.line("what went wrong> ")
+    if wait.asked is not None:
+        return client.deny(wait.run, wait.id, why)
+    return client.give_result(wait.run, wait.id, error=why or "The tool failed.")
+
+
+_APPROVAL: Mapping[str, _Way] = {
+    "Approve": _approve,
+    "Approve, and all further calls of {tool} in this session": _approve_all,
+    "Edit the arguments, then approve": _edit,
+    "Deny": _deny,
+}
+_INTERRUPTED: Mapping[str, _Way] = {"Run it again": _approve, "It failed": _fail, "Give its result": _give}
+_TOOLS_QUESTION: Mapping[str, _Way] = {"Answer": _say, "Decline": _deny, "Dismiss": _dismiss}
+_TOOL: Mapping[str, _Way] = {"Give its result": _give, "It failed": _fail}
+
+
+def pretty(text: str) -> str:
+    """Returns JSON text with a line for each member, and what is not JSON as it is."""
+    try:
+        return json.dumps(json.loads(text or "{}"), ensure_ascii=False, indent=2)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _editable(arguments: str) -> str:
+    return arguments if len(arguments) <= _ONE_LINE else pretty(arguments)
+
+
+def _json(text: str) -> str:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _Wrong(f"That is not JSON: {error}.") from None
+    return text
+
+
+_PLAIN = ("string", "integer", "number", "boolean")
+"""Types of members that are asked for one by one."""
+
+
+def _fields(schema: str) -> list[tuple[str, dict[str, Any], bool]] | None:
+    """Returns the members that a flat object has, each with its name and its schema and whether it is required; None
+    for any other schema."""
+    try:
+        properties: dict[str, dict[str, Any]] = json.loads(schema)["properties"]
+        required = json.loads(schema).get("required", [])
+        flat = all(one.get("enum") or one["type"] in _PLAIN for one in properties.values())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return [(name, held, name in required) for name, held in properties.items()] if flat else None
+
+
+async def _field(name: str, schema: Mapping[str, Any], required: bool) -> tuple[str, Any]:
+    """Returns the name and the value that the user gives a member; no name for one that is left out."""
+    for told in (schema.get("title"), schema.get("description")):
+        if told:
+            screen.aside(screen.one_line(str(told), 200))
+    choices = schema.get("enum")
+    if isinstance(choices, list) and choices:
+        labels = [screen.one_line(str(one)) for one in choices]
+        return name, choices[await terminal.choose(screen.one_line(name), labels)]
+    if schema["type"] == "boolean":
+        return name, await terminal.choose(screen.one_line(name), ["Yes", "No"]) == 0
+    default = "" if schema.get("default") is None else str(schema["default"])
+    typed = await terminal.line(f"{screen.one_line(name)}{'' if required else ' (may be empty)'}> ", default)
+    if not typed and not required:
+        return "", None
+    if schema["type"] == "string":
+        return name, typed
+    try:
+        return name, int(typed) if schema["type"] == "integer" else float(typed)
+    except ValueError:
+        raise _Wrong(f"{screen.one_line(name)} is to be a number.") from None

@@ -1,0 +1,135 @@
+"""Makes the server's agents what files say, and compares the two."""
+
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from notecase import Client, NotecaseError, v1
+
+from notecase_server.cli import manifest, screen
+from notecase_server.cli.ask import read_text
+from notecase_server.cli.connection import Exit, Refusal
+
+
+def read_files(files: Sequence[str]) -> list[manifest.Declared]:
+    """Returns the agents of all files; - is standard input. Raises Refusal with everything that is wrong in them."""
+    found: list[manifest.Declared] = []
+    wrong: list[str] = []
+    for file in files:
+        try:
+            text = read_text("-") if file == "-" else Path(file).read_text(encoding="utf-8")
+            found += manifest.read("standard input" if file == "-" else file, text)
+        except manifest.Mistakes as mistakes:
+            wrong.append(str(mistakes))
+        except OSError as error:
+            wrong.append(f"{file}: {error.strerror}.")
+        except UnicodeDecodeError:
+            wrong.append(f"{file}: This is not UTF-8.")
+    where = {one.agent.name: one for one in found}
+    wrong += [
+        str(one.at("", "an agent of this name is in another file.")) for one in found if where[one.agent.name] != one
+    ]
+    if wrong:
+        raise Refusal(screen.harmless("the files are wrong:\n" + "\n".join(wrong)), Exit.USAGE)
+    return found
+
+
+async def apply(client: Client, declared: Sequence[manifest.Declared], dry_run: bool) -> Exit:
+    """Applies the agents one after the other and says what became of each; with `dry_run` only how they would change.
+    Those that the server refuses are told at the end."""
+    refused: list[manifest.Mistake] = []
+    for one in declared:
+        name = one.agent.name
+        before = await _find(client, name)
+        diff = _difference(before, one)
+        if before is not None and not diff:
+            click.echo(f"{name} unchanged at revision {before.revision}")
+        elif dry_run:
+            click.echo(screen.diff(diff))
+        else:
+            try:
+                after = await _put(client, one.agent)
+                told = f"changed to revision {after.revision}" if before is not None else "created"
+                click.echo(f"{name} {told}")
+            except NotecaseError as error:
+                if not error.reason:
+                    raise
+                refused += _mistakes(one, error)
+    for mistake in refused:
+        screen.failure(str(mistake))
+    return Exit.FAILED if refused else Exit.OK
+
+
+async def compare(client: Client, names: Sequence[str], declared: Sequence[manifest.Declared]) -> Exit:
+    """Prints how two agents of the server differ, or the server's from those declared."""
+    if names:
+        old, new = [await client.agents.GetAgent(v1.GetAgentRequest(name=name)) for name in names]
+        diffs = [manifest.difference(old, new, (_label(old), _label(new)))]
+    else:
+        diffs = [_difference(await _find(client, one.agent.name), one) for one in declared]
+    for diff in filter(None, diffs):
+        click.echo(screen.diff(diff))
+    return Exit.DIFFERENT if any(diffs) else Exit.OK
+
+
+async def edit(client: Client, name: str) -> Exit:
+    """Has the user edit an agent, and applies it if nobody changed it meanwhile."""
+    before = await client.agents.GetAgent(v1.GetAgentRequest(name=name))
+    if not sys.stdin.isatty():
+        raise click.UsageError("There is no terminal to edit at; `agents apply` takes a file.")
+    text = manifest.written(before)
+    while True:
+        edited = click.edit(text, extension=".yaml")
+        if edited is None or edited == text:
+            screen.aside("Nothing was changed.")
+            return Exit.OK
+        try:
+            declared = manifest.read(name, edited)
+            if [one.agent.name for one in declared] != [name]:
+                raise manifest.Mistakes([manifest.Mistake(name, 0, "There is to be this one agent in it.")])
+            declared[0].agent.etag = before.etag
+            after = await _put(client, declared[0].agent)
+            click.echo(f"{name} changed to revision {after.revision}")
+            return Exit.OK
+        except manifest.Mistakes as mistakes:
+            screen.failure(str(mistakes))
+        except NotecaseError as error:
+            if error.reason == "ETAG_MISMATCH" or not error.reason:
+                raise
+            for mistake in _mistakes(declared[0], error):
+                screen.failure(str(mistake))
+        text = edited
+        if not click.confirm("Edit it again?", default=True, err=True):
+            return Exit.FAILED
+
+
+def _difference(before: v1.Agent | None, one: manifest.Declared) -> str:
+    return manifest.difference(before, one.agent, (_label(before) if before else "nothing", one.file))
+
+
+def _label(agent: v1.Agent) -> str:
+    return f"{agent.name}@{agent.revision}"
+
+
+async def _find(client: Client, name: str) -> v1.Agent | None:
+    try:
+        return await client.agents.GetAgent(v1.GetAgentRequest(name=name))
+    except NotecaseError as error:
+        if error.reason != "AGENT_NOT_FOUND":
+            raise
+        return None
+
+
+async def _put(client: Client, agent: v1.Agent) -> v1.Agent:
+    request = v1.UpdateAgentRequest(agent=agent, allow_missing=True, request_id=uuid.uuid4().hex)
+    request.update_mask.paths.append("*")
+    return await client.agents.UpdateAgent(request)
+
+
+def _mistakes(one: manifest.Declared, error: NotecaseError) -> list[manifest.Mistake]:
+    """Returns what the server finds wrong with an agent, each by its line."""
+    if error.violations:
+        return [one.at(violation.field, violation.description) for violation in error.violations]
+    return [one.at("", error.message)]

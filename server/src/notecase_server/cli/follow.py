@@ -1,0 +1,208 @@
+"""Follows a run to its end: shows it, and asks the user what it waits for."""
+
+import asyncio
+import sys
+
+from notecase import Client, NotecaseError, RunStream, v1
+
+from notecase_server.cli import keyboard, screen
+from notecase_server.cli.connection import connection
+from notecase_server.cli.reply import Quiet, Reply
+from notecase_server.cli.waits import QUESTION, Wait, caller_of, may_answer, waits_of
+
+TOOL_PATIENCE = 2.0
+"""Seconds that a call may wait for the program that has the tool before the user is asked for its result."""
+
+PIPE_PATIENCE = 10.0
+"""Seconds that a run may wait for anybody where there is no terminal to ask at."""
+
+
+class Left(Exception):  # nothing went wrong
+    """The run waits, and is left waiting; the message says for what and how it is answered."""
+
+
+class Follower:
+    """One run, shown up to its end. Ctrl-C cancels it; a second one, one before the server has answered at all, or one
+    while the run waits, lets go of it."""
+
+    def __init__(
+        self,
+        client: Client,
+        stream: RunStream,
+        *,
+        echo: bool = False,
+        patience: float | None = None,
+        quiet: bool = False,
+    ) -> None:
+        """With `echo` what users say is shown, too; with `quiet` not even the reply is.
+
+        At a terminal the run may wait for `patience` seconds for the result of a caller's tool before the user is asked
+        for it, TOOL_PATIENCE if None. Without one it may wait so long for anybody, PIPE_PATIENCE if None."""
+        self._client = client
+        self._stream = stream
+        self._asks = sys.stdin.isatty() and sys.stdout.isatty()
+        usual = TOOL_PATIENCE if self._asks else PIPE_PATIENCE
+        self._patience = usual if patience is None else patience
+        self._reply = Quiet(stream) if quiet else _reply(stream, echo)
+        self._held: list[v1.Event] = []  # told while the user is asked
+        self._changed = asyncio.Event()
+        self._asking: tuple[Wait, asyncio.Task[bool], asyncio.Event] | None = None
+        self._done: set[str] = set()  # waits that were answered here, or are for others
+        self._stopping: asyncio.Task[None] | None = None
+        self._following: asyncio.Task[None] | None = None
+
+    async def follow(self) -> bool:
+        """Returns True once the run has ended, or False when the user has let go of it or cancelled it. Raises
+        NotecaseError also when the run fails, Left when it is left waiting, and KeyboardInterrupt at Ctrl-C without a
+        terminal."""
+        self._following = asyncio.create_task(self._follow())
+        with keyboard.on_interrupt(self._interrupt), keyboard.hushed(self._asks):
+            await asyncio.wait([self._following])
+        self._reply.end()
+        gone = self._following.cancelled()
+        if self._stopping is not None:
+            self._stopping.cancel()
+        if not gone:
+            self._following.result()
+        elif self._asks and self._waits():
+            raise Left(hint(self._waits()[0]))
+        elif self._asks:
+            screen.aside("Not waited for; what has reached the server goes on there.")
+        if (self._stopping or gone) and not self._asks:
+            raise KeyboardInterrupt
+        if gone:
+            return False
+        if self._stream.result.state == v1.Run.STATE_FAILED:
+            raise NotecaseError.from_proto(self._stream.result.error)
+        return self._stream.result.state == v1.Run.STATE_SUCCEEDED
+
+    def _interrupt(self) -> None:
+        run = self._stream.view.runs.get(self._stream.name)
+        waits = run is not None and run.state == v1.Run.STATE_WAITING
+        if self._stream.name and not self._stopping and not waits:
+            self._stopping = asyncio.create_task(self._stop())
+        elif self._following is not None:
+            self._following.cancel()
+
+    async def _stop(self) -> None:
+        try:
+            await self._stream.cancel("Ctrl-C")
+        except NotecaseError as error:
+            if error.reason != "RUN_ENDED":  # it was faster
+                self._reply.note(screen.sentence(error, connection()[0]))
+
+    def _waits(self) -> list[Wait]:
+        run = self._stream.view.runs.get(self._stream.name)
+        return waits_of(run) if run is not None else []
+
+    async def _follow(self) -> None:
+        async with self._stream:
+            self._reply.start()
+            tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._answer())]
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+            self._resume()
+
+    async def _read(self) -> None:
+        async for event in self._stream:
+            self._take(event)
+
+    def _take(self, event: v1.Event) -> None:
+        if self._asking is None:
+            self._reply.show(event)
+        else:
+            self._held.append(event)
+            wait, task, sending = self._asking
+            if not sending.is_set() and wait.id not in {one.id for one in self._waits()}:
+                task.cancel()
+        self._changed.set()
+
+    async def _answer(self) -> None:
+        """Asks what the run waits for, one after the other. Raises Left when it is to be left waiting."""
+        self._changed.set()
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            while wait := next((one for one in self._waits() if one.id not in self._done), None):
+                if await self._settled_elsewhere(wait):
+                    continue
+                if not self._asks:
+                    raise Left(hint(wait))
+                if may_answer(await caller_of(self._client), wait):
+                    await self._ask(wait)
+                else:
+                    self._done.add(wait.id)
+                    self._tell(wait)
+
+    async def _settled_elsewhere(self, wait: Wait) -> bool:
+        """Waits for a program that has the tool; without a terminal for anybody. Returns whether it is answered."""
+        if self._asks and wait.asked is not None:
+            return False
+        try:
+            async with asyncio.timeout(self._patience):
+                while wait.id in {one.id for one in self._waits()}:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        self._changed.set()
+        return True
+
+    async def _ask(self, wait: Wait) -> None:
+        from notecase_server.cli import answering  # noqa: PLC0415  # only a terminal needs it
+
+        self._reply.end()
+        sending = asyncio.Event()
+        task = asyncio.create_task(answering.answer(self._client, wait, sending))
+        self._asking = (wait, task, sending)
+        try:
+            await asyncio.wait([task])
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+            keyboard.catch_interrupt(self._interrupt)
+        if task.cancelled():
+            screen.aside("It does not wait for this any more.")
+        elif not task.result():
+            raise Left(hint(wait))
+        self._done.add(wait.id)
+        self._resume()
+
+    def _resume(self) -> None:
+        """Shows what happened while the user was asked."""
+        self._asking = None
+        self._reply.start()
+        held, self._held = self._held, []
+        for event in held:
+            self._reply.show(event)
+
+    def _tell(self, wait: Wait) -> None:
+        """Says that others are waited for."""
+        self._reply.note(f"This waits for {wait.who}: {wait.describe()}. Ctrl-C leaves it waiting.")
+
+
+def _reply(stream: RunStream, echo: bool) -> Reply:
+    if not sys.stdout.isatty():
+        return Reply(stream, echo)
+    from notecase_server.cli.live import LiveReply  # noqa: PLC0415  # only a terminal needs rich's Markdown
+
+    return LiveReply(stream, echo)
+
+
+def hint(wait: Wait) -> str:
+    """Returns a sentence that says what is waited for, and the command that answers it."""
+    where = wait.run.removeprefix("sessions/").partition("/")[0]
+    if wait.asked is None:
+        return f"The run waits for its caller's tool: {wait.describe()}. `notecase answer {where}` gives the result."
+    if wait.kind == QUESTION:
+        return f"The run waits for an answer: {wait.describe()} `notecase answer {where} TEXT` gives it."
+    return (
+        f"The run waits for {wait.who} to approve: {wait.describe()}. "
+        f"`notecase approve {where}` or `notecase deny {where}` answer."
+    )

@@ -1,0 +1,132 @@
+"""`notecase inbox`, `approve`, `deny` and `answer`: what runs wait for, and the answers."""
+
+from typing import Literal
+
+import click
+from notecase import Client, v1
+
+from notecase_server.cli import output, screen, waits
+from notecase_server.cli.ask import ask, name_of, read_text, run_of
+from notecase_server.cli.connection import Exit, Refusal
+from notecase_server.cli.options import OUTPUT, SERVER
+from notecase_server.cli.waits import APPROVAL, INTERRUPTED, QUESTION
+
+TOOL = v1.InputRequest.KIND_UNSPECIFIED
+
+WHERE = click.argument("run", metavar="SESSION")
+ID = click.option(
+    "--id", "wanted", default="", show_default=False, metavar="ID", help="Which, where a run waits for several."
+)
+
+
+@click.command()
+@click.argument("session", required=False, default="", metavar="[SESSION]")
+@OUTPUT
+@SERVER
+def inbox(session: str, form: str) -> None:
+    """List what runs wait for: approvals, questions and the results of callers' tools.
+
+    Of one session, or of all. `approve`, `deny` and `answer` take the SESSION. MAY ANSWER says who may.
+    """
+
+    async def look(client: Client) -> None:
+        parent = name_of("sessions", session) if session else "sessions/-"
+        if form != "table":
+            output.print_data([output.as_data(run) async for run in client.waiting(parent)], form)
+            return
+        caller = await waits.caller_of(client)
+        found = [(run, wait) async for run in client.waiting(parent) for wait in waits.waits_of(run)]
+        rows = [
+            (
+                run.name.split("/")[1],
+                wait.kind_word,
+                wait.describe(80),
+                "you" if waits.may_answer(caller, wait) else wait.who,
+                screen.moment(run.state_time),
+                wait.id,
+            )
+            for run, wait in found
+        ]
+        click.echo(output.table(("SESSION", "KIND", "WHAT", "MAY ANSWER", "SINCE", "ID"), rows))
+
+    ask(look)
+
+
+@click.command()
+@WHERE
+@ID
+@click.option(
+    "--arguments", default="", show_default=False, metavar="JSON", help="Run it with these; - is standard input."
+)
+@click.option(
+    "--remember",
+    type=click.Choice(["once", "run", "session"]),
+    default="once",
+    help="For which calls of the tool this holds: this one, or further ones of the run or of the session, too.",
+)
+@SERVER
+def approve(run: str, wanted: str, arguments: str, remember: Literal["once", "run", "session"]) -> None:
+    """Let a call run that waits for approval; of an interrupted call: run it again."""
+    edited = read_text(arguments)
+
+    async def send(client: Client) -> None:
+        wait = await _find(client, run, wanted, {APPROVAL, INTERRUPTED})
+        await client.approve(wait.run, wait.id, edited or None, remember=remember)
+
+    ask(send)
+
+
+@click.command()
+@WHERE
+@ID
+@click.option("--reason", default="", show_default=False, metavar="TEXT", help="For the model to read.")
+@click.option(
+    "--remember",
+    type=click.Choice(["once", "run", "session"]),
+    default="once",
+    help="For which calls of the tool this holds: this one, or further ones of the run or of the session, too.",
+)
+@SERVER
+def deny(run: str, wanted: str, reason: str, remember: Literal["once", "run", "session"]) -> None:
+    """Do not let a call run.
+
+    Of an interrupted call and of a caller's tool: it failed. Of a question: nobody answers it.
+    """
+
+    async def send(client: Client) -> None:
+        wait = await _find(client, run, wanted, {APPROVAL, INTERRUPTED, QUESTION, TOOL})
+        if wait.asked is None:
+            await client.give_result(wait.run, wait.id, error=reason or "The tool failed.")
+        else:
+            await client.deny(wait.run, wait.id, reason, remember=remember)
+
+    ask(send)
+
+
+@click.command()
+@WHERE
+@click.argument("text")
+@ID
+@SERVER
+def answer(run: str, text: str, wanted: str) -> None:
+    """Answer a question, or give the result of a caller's tool or of an interrupted call.
+
+    TEXT is text, or JSON where the question says so; - is standard input.
+    """
+    said = read_text(text)
+
+    async def send(client: Client) -> None:
+        wait = await _find(client, run, wanted, {QUESTION, INTERRUPTED, TOOL})
+        if wait.asked is None:
+            await client.give_result(wait.run, wait.id, said)
+        else:
+            await client.answer(wait.run, wait.id, said)
+
+    ask(send)
+
+
+async def _find(client: Client, run: str, wanted: str, kinds: set[int]) -> waits.Wait:
+    wait = await waits.find(client, *run_of(run), wanted, kinds)
+    if not waits.may_answer(await waits.caller_of(client), wait):
+        raise Refusal(f"This waits for {wait.who}: {wait.describe()}", Exit.FAILED)
+    return wait

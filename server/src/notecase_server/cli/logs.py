@@ -1,0 +1,107 @@
+"""`notecase logs`: a session's log, event by event."""
+
+import json
+
+import click
+from google.protobuf.message import Message
+from notecase import Client, NotecaseError, Retry, v1
+from notecase.retry import Backoff
+
+from notecase_server.cli import output, screen
+from notecase_server.cli.ask import ask, name_of
+from notecase_server.cli.notes import line_of
+from notecase_server.cli.options import OUTPUT, SERVER
+
+PATIENT = Retry(tries=1000)
+"""Following resumes after a cut, and gives up after more than an hour without a server."""
+
+
+@click.command()
+@click.argument("session", metavar="SESSION")
+@click.option(
+    "-f", "--follow", is_flag=True, help="Go on with what happens, until Ctrl-C; a server that is away is awaited."
+)
+@click.option("--after", type=click.IntRange(0), default=0, metavar="SEQUENCE", help="Begin after this event.")
+@OUTPUT
+@SERVER
+def logs(session: str, follow: bool, after: int, form: str) -> None:
+    """Print a session's log: its events with their sequences, in order.
+
+    With -o json each event is an object on a line of its own, with -o yaml a document.
+    """
+    ask(lambda client: _print(client, name_of("sessions", session), follow, after, form))
+
+
+async def _print(client: Client, session: str, follow: bool, after: int, form: str) -> None:
+    request = v1.WatchEventsRequest(
+        name=session,
+        after_sequence=after,
+        options=v1.WatchOptions(durable_only=True, keep_open=follow),
+    )
+    backoff = Backoff(PATIENT)
+    while True:
+        try:
+            async for frame in client.runs.WatchEvents(request):
+                backoff.progress()
+                for event in frame.batch.events:
+                    if event.sequence:
+                        request.after_sequence = event.sequence
+                        click.echo(_WRITTEN[form](event))
+                if frame.batch.caught_up and not follow:
+                    return
+            return
+        except NotecaseError as error:
+            if not follow:
+                raise
+            await backoff.wait(error)
+
+
+def _json(event: v1.Event) -> str:
+    return json.dumps(output.as_data(event), ensure_ascii=False)
+
+
+def _yaml(event: v1.Event) -> str:
+    return f"---\n{output.as_yaml(output.as_data(event))}"
+
+
+def _line(event: v1.Event) -> str:
+    kind = event.WhichOneof("payload") or ""
+    run = screen.id_of(event.run)
+    told = " ".join(filter(None, [kind, screen.one_line(_told(event, kind), 160), f"({run})" if run else ""]))
+    return f"{event.sequence:>6}  {click.style(event.create_time.ToJsonString()[:19], dim=True)}  {told}"
+
+
+def _told(event: v1.Event, kind: str) -> str:
+    """Returns the gist of an event."""
+    match kind:
+        case "message_added":
+            return f"{screen.author(event.message_added)}: {click.unstyle(screen.message(event.message_added, 160))}"
+        case "run_state_changed":
+            change = event.run_state_changed
+            return f"{screen.word_of(v1.Run.State, change.state)} {change.error.message or change.reason}"
+        case "tool_started":
+            return screen.called(event.tool_started)
+        case "tool_finished":
+            return screen.call(event.tool_finished)
+        case "input_requested":
+            asked = event.input_requested
+            return f"{screen.word_of(v1.InputRequest.Kind, asked.kind)} {asked.prompt or screen.called(asked.call)}"
+        case "input_resolved":
+            response = event.input_resolved.response
+            return screen.word_of(v1.InputResponse.Decision, response.decision)
+        case "state_changed":
+            return "; ".join(map(line_of, event.state_changed.ops))
+        case "run_started":
+            return f"{event.run_started.agent}@{event.run_started.agent_revision}"
+        case "usage":
+            return f"{event.usage.input_tokens} input tokens, {event.usage.output_tokens} output tokens"
+        case "summarized":
+            return event.summarized.text
+        case "rewound":
+            return f"to {event.rewound.to_sequence}"
+        case _:
+            held = getattr(event, kind, None)
+            return str(held) if isinstance(held, Message) else ""
+
+
+_WRITTEN = {"table": _line, "json": _json, "yaml": _yaml}

@@ -1,0 +1,76 @@
+"""`notecase messages`: a session's conversation, message by message."""
+
+import click
+from notecase import Client, text_of, v1
+
+from notecase_server.cli import output, screen
+from notecase_server.cli.ask import ask, name_of, read_text
+from notecase_server.cli.options import LIMIT, OUTPUT, SERVER
+
+_COLUMNS = {
+    "SEQUENCE": lambda one: str(one.sequence),
+    "MESSAGE": lambda one: screen.id_of(one.name),
+    "AUTHOR": screen.author,
+    "STATUS": lambda one: screen.word_of(v1.Message.Status, one.status).replace("_", " "),
+    "TEXT": lambda one: screen.one_line(text_of(one), 80),
+}
+
+
+@click.group()
+def messages() -> None:
+    """List, show and add the messages of a session."""
+
+
+@messages.command("list")
+@click.argument("session", metavar="SESSION")
+@click.option("--newest", is_flag=True, help="Begin with the newest.")
+@click.option("--superseded", is_flag=True, help="With those that were rewound.")
+@LIMIT
+@OUTPUT
+@SERVER
+def list_messages(session: str, newest: bool, superseded: bool, limit: int, form: str) -> None:
+    """List messages, the oldest first."""
+
+    async def look(client: Client) -> None:
+        request = v1.ListMessagesRequest(
+            parent=name_of("sessions", session),
+            order_by="sequence desc" if newest else "",
+            show_superseded=superseded,
+        )
+        found = await output.listed(client.messages.ListMessages, request, "messages", limit)
+        output.print_list(found, form, _COLUMNS)
+
+    ask(look)
+
+
+@messages.command("show")
+@click.argument("message", metavar="SESSION/MESSAGE")
+@OUTPUT
+@SERVER
+def show_message(message: str, form: str) -> None:
+    """Print one message, with the outcomes of its calls."""
+    session, _, last = message.removeprefix("sessions/").partition("/")
+    name = f"sessions/{session}/messages/{last.removeprefix('messages/')}"
+
+    async def look(client: Client) -> None:
+        found = await client.messages.GetMessage(v1.GetMessageRequest(name=name))
+        output.print_one(found, form, lambda one: click.echo(screen.message(one)))
+
+    ask(look)
+
+
+@messages.command("append")
+@click.argument("session", metavar="SESSION")
+@click.argument("text")
+@click.option("--role", type=click.Choice(["user", "system", "assistant"]), default="user", help="Who says it.")
+@SERVER
+def append_message(session: str, text: str, role: str) -> None:
+    """Add a message without running an agent, and print its name. TEXT may be - for standard input."""
+    said = v1.Message(role=v1.Message.Role.Value(f"ROLE_{role.upper()}"), parts=[v1.Part(text=read_text(text))])
+
+    async def add(client: Client) -> None:
+        request = v1.AppendMessagesRequest(parent=name_of("sessions", session), messages=[said])
+        for added in (await client.messages.AppendMessages(request)).messages:
+            click.echo(added.name)
+
+    ask(add)

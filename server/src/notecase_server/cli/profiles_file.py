@@ -1,0 +1,139 @@
+"""The file of profiles: servers by name, each with how it is called."""
+
+import json
+import os
+import stat
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+COMMAND_SECONDS = 60
+"""How long a command may take to print a token; one that waits for a password in a browser takes a while."""
+
+FRESH_SECONDS = 300
+"""How long a token that a command printed is used before the command runs again."""
+
+
+class ProfilesError(Exception):
+    """The file, or a profile in it, cannot be used; the message says why."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How one server is called. At most one of the three tokens is set."""
+
+    address: str
+    token: str = ""
+    token_file: str = ""
+    token_command: str = ""
+    """Run by a shell; it prints the token."""
+    ca: str = ""
+    plaintext: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns the arguments of Client. Tokens of files and commands are read when a call needs one."""
+        found: dict[str, Any] = {}
+        if self.ca:
+            found["ca"] = os.path.expanduser(self.ca)
+        if self.plaintext:
+            found["plaintext"] = True
+        if token := self._token():
+            found["token"] = token
+        return found
+
+    def _token(self) -> str | Callable[[], str]:
+        if self.token_file:
+            return lambda: _from_file(self.token_file)
+        return _Printed(self.token_command) if self.token_command else self.token
+
+
+@dataclass
+class Profiles:
+    """What the file holds."""
+
+    profiles: dict[str, Profile] = field(default_factory=dict)
+    current: str = ""
+    """The profile that commands use when they name none; empty for none."""
+
+    def chosen(self, name: str) -> Profile | None:
+        """Returns the profile of that name, or the current one. Raises ProfilesError when there is none of the name."""
+        name = name or self.current
+        if not name:
+            return None
+        if name not in self.profiles:
+            known = ", ".join(sorted(self.profiles)) or "none"
+            raise ProfilesError(f"There is no profile {name!r} in {path()}; there are: {known}.")
+        return self.profiles[name]
+
+
+def path() -> Path:
+    """Returns where the file is, whether it exists or not."""
+    return Path(click.get_app_dir("notecase")) / "profiles.json"
+
+
+def read(strict: bool = True) -> Profiles:
+    """Returns what the file holds; nothing when there is no file. Raises ProfilesError for a file that cannot be read,
+    is not of this form, or, if `strict`, holds a token that other users of the machine can read."""
+    file = path()
+    try:
+        with file.open(encoding="utf-8") as opened:
+            mode = stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
+            held = json.load(opened)
+        profiles = {name: Profile(**told) for name, told in held["profiles"].items()}
+        found = Profiles(profiles, held.get("current", ""))
+    except FileNotFoundError:
+        return Profiles()
+    except OSError as error:
+        raise ProfilesError(f"{file} cannot be read: {error.strerror}.") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ProfilesError(f"{file} is not a file of profiles; `notecase profiles set` writes one.") from None
+    if strict and mode & 0o077 and any(one.token for one in found.profiles.values()):
+        raise ProfilesError(f"{file} holds a token, and other users can read it: run `chmod 600 {file}`.")
+    return found
+
+
+def write(found: Profiles) -> None:
+    """Replaces the file, readable by its owner alone. Raises ProfilesError when it cannot be written."""
+    file = path()
+    profiles = {name: {key: held for key, held in asdict(one).items() if held} for name, one in found.profiles.items()}
+    text = json.dumps({"current": found.current, "profiles": profiles}, indent=2, ensure_ascii=False)
+    try:
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as part:  # mode 0600
+            part.write(f"{text}\n")
+        Path(part.name).replace(file)
+    except OSError as error:
+        raise ProfilesError(f"{file} cannot be written: {error.strerror}.") from None
+
+
+def _from_file(name: str) -> str:
+    try:
+        return Path(name).expanduser().read_text().strip()
+    except (OSError, ValueError) as error:
+        raise click.ClickException(f"The token cannot be read from {name}: {error}.") from None
+
+
+class _Printed:
+    """The token that a command prints, which is run again after FRESH_SECONDS."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+        self._token = ""
+        self._until = 0.0
+
+    def __call__(self) -> str:
+        if not self._token or time.monotonic() > self._until:
+            try:
+                done = subprocess.run(
+                    self._command, shell=True, check=True, stdout=subprocess.PIPE, text=True, timeout=COMMAND_SECONDS
+                )
+            except (OSError, subprocess.SubprocessError) as error:
+                raise click.ClickException(f"The command for the token failed: {error}") from None
+            self._token, self._until = done.stdout.strip(), time.monotonic() + FRESH_SECONDS
+        return self._token

@@ -1,0 +1,101 @@
+"""`notecase run`: one question, one answer."""
+
+import sys
+
+import click
+from notecase import Client, NotecaseError, v1
+
+from notecase_server.cli import output, screen
+from notecase_server.cli.ask import ask, name_of, read_text
+from notecase_server.cli.connection import Exit, Refusal
+from notecase_server.cli.follow import Follower, Left
+from notecase_server.cli.options import SERVER, WAIT
+
+
+@click.command()
+@click.argument("text", nargs=-1)
+@click.option(
+    "--agent",
+    default="",
+    show_default=False,
+    envvar="NOTECASE_AGENT",
+    show_envvar=True,
+    metavar="ID",
+    help="Who answers: in a new session it is needed where there are several agents. ID@REVISION is one revision.",
+)
+@click.option("--session", default="", show_default=False, metavar="ID", help="Run in this session; else in a new one.")
+@click.option(
+    "--attach", multiple=True, metavar="FILE", help="A file that goes with the text; may be given several times."
+)
+@click.option(
+    "-o",
+    "--output",
+    "form",
+    type=click.Choice(["text", "json", "yaml"]),
+    default="text",
+    help="The reply as it comes, or the run once it has ended, as JSON or YAML.",
+)
+@WAIT
+@SERVER
+def run(
+    text: tuple[str, ...], agent: str, session: str, attach: tuple[str, ...], form: str, wait: float | None
+) -> None:
+    """Say TEXT to an agent, print its reply as it comes, and end.
+
+    Without TEXT, or where it is -, standard input is said. Standard output has the reply alone; standard error has
+    everything else, the name of a new session too.
+
+    The exit code is 1 when the run fails or is cancelled, and 3 when it waits for somebody: at a terminal you are asked
+    yourself. Ctrl-C cancels the run.
+    """
+    if not text and sys.stdin.isatty():
+        raise click.UsageError("Say something: as TEXT, or through a pipe.")
+    said = read_text("-") if text in {(), ("-",)} else " ".join(text)
+
+    async def answer(client: Client) -> Exit:
+        parts = [v1.Part(text=said)] if said.strip() else []
+        parts += [v1.Part(blob=await _upload(client, file)) for file in attach]
+        return await _run(client, v1.Message(parts=parts), agent, session, form, wait)
+
+    ask(answer)
+
+
+async def _run(client: Client, said: v1.Message, agent: str, session: str, form: str, patience: float | None) -> Exit:
+    name = name_of("sessions", session) if session else ""
+    answering = name_of("agents", agent) if agent else ("" if session else await _only_agent(client))
+    stream = client.run(said, agent=answering, session=name)
+    follower = Follower(client, stream, patience=patience, quiet=form != "text")
+    try:
+        well = await follower.follow()
+    except Left as left:
+        raise Refusal(str(left), Exit.WAITING) from None
+    except NotecaseError:
+        if form != "text" and stream.name:
+            output.print_data(output.as_data(stream.result), form)
+        raise
+    finally:
+        if stream.session and not session:
+            screen.aside(f"{stream.session} with {answering}")
+    if form != "text":
+        output.print_data(output.as_data(stream.result), form)
+    return Exit.OK if well else Exit.FAILED
+
+
+async def _only_agent(client: Client) -> str:
+    """Returns the name of the only agent. Raises Refusal when there is none, or when there are several."""
+    found = (await client.agents.ListAgents(v1.ListAgentsRequest(page_size=9))).agents
+    if len(found) == 1:
+        return found[0].name
+    if not found:
+        raise Refusal("There is no agent yet; `notecase agents create` makes one.", Exit.FAILED)
+    ids = ", ".join(screen.id_of(one.name) for one in found)
+    raise Refusal(f"There are several agents; choose one with --agent, for example of {ids}.", Exit.USAGE)
+
+
+async def _upload(client: Client, file: str) -> v1.Blob:
+    try:
+        return await client.upload(file)
+    except OSError as error:
+        raise Refusal(f"{file} cannot be read: {error.strerror}.", Exit.USAGE) from None
+    except ValueError:
+        raise Refusal(f"What kind of file {file} is cannot be told from its name.", Exit.USAGE) from None

@@ -1,0 +1,119 @@
+"""`notecase runs`: what agents are at work on, and what came of it."""
+
+import click
+from notecase import Client, v1
+
+from notecase_server.cli import output, screen, waits
+from notecase_server.cli.ask import ask, name_of, run_of
+from notecase_server.cli.connection import Exit, Refusal
+from notecase_server.cli.options import LIMIT, OUTPUT, SERVER
+
+RUN = click.argument("run", metavar="RUN")
+
+
+def _state(run: v1.Run) -> str:
+    return screen.word_of(v1.Run.State, run.state)
+
+
+def short(name: str) -> str:
+    """Returns a run's name as the commands take it: SESSION/RUN."""
+    return name.removeprefix("sessions/").replace("/runs/", "/")
+
+
+_COLUMNS = {
+    "RUN": lambda one: short(one.name),
+    "AGENT": lambda one: f"{screen.id_of(one.agent)}@{one.agent_revision}" if one.agent_revision else "",
+    "STATE": _state,
+    "CREATED": lambda one: screen.moment(one.create_time),
+    "ENDED": lambda one: screen.moment(one.end_time) if one.HasField("end_time") else "",
+}
+
+
+@click.group()
+def runs() -> None:
+    """List, show and cancel runs.
+
+    RUN is SESSION/RUN or the run's whole name; SESSION alone is the session's newest run.
+    """
+
+
+@runs.command("list")
+@click.argument("session", required=False, default="", metavar="[SESSION]")
+@click.option(
+    "--filter",
+    "where",
+    default="",
+    show_default=False,
+    metavar="EXPRESSION",
+    help="Which to list, for example: state = RUNNING. Fields are state, agent, create_time and labels.KEY.",
+)
+@LIMIT
+@OUTPUT
+@SERVER
+def list_runs(session: str, where: str, limit: int, form: str) -> None:
+    """List runs of a session, or of all, the last created first."""
+
+    async def look(client: Client) -> None:
+        request = v1.ListRunsRequest(parent=name_of("sessions", session or "-"), filter=where)
+        output.print_list(await output.listed(client.runs.ListRuns, request, "runs", limit), form, _COLUMNS)
+
+    ask(look)
+
+
+@runs.command("show")
+@RUN
+@OUTPUT
+@SERVER
+def show_run(run: str, form: str) -> None:
+    """Print a run: its state, what it waits for, what it used and what it replied."""
+
+    async def look(client: Client) -> None:
+        found = await client.runs.GetRun(v1.GetRunRequest(name=await _named(client, run)))
+        output.print_one(found, form, _show)
+
+    ask(look)
+
+
+@runs.command("cancel")
+@RUN
+@click.option("--reason", default="", show_default=False, metavar="TEXT", help="Kept in the log.")
+@click.option("--after-turn", is_flag=True, help="Let calls of tools that are under way finish first.")
+@SERVER
+def cancel_run(run: str, reason: str, after_turn: bool) -> None:
+    """Stop a run; what it has made is kept."""
+
+    async def stop(client: Client) -> None:
+        await client.cancel(await _named(client, run), reason, after_turn=after_turn)
+
+    ask(stop)
+
+
+async def _named(client: Client, given: str) -> str:
+    """Returns a run's name; of a session alone that of its newest run. Raises Refusal when that has none."""
+    session, run = run_of(given)
+    if run:
+        return run
+    newest = (await client.runs.ListRuns(v1.ListRunsRequest(parent=session, page_size=1))).runs
+    if not newest:
+        raise Refusal(f"{session} has no run.", Exit.FAILED)
+    return newest[0].name
+
+
+def _show(found: v1.Run) -> None:
+    used = found.usage
+    tokens = f"{used.input_tokens} input tokens, {used.output_tokens} output tokens, {used.model_calls} model calls"
+    output.print_settings(
+        found.name,
+        {
+            "state": _state(found),
+            "agent": f"{found.agent}@{found.agent_revision}" if found.agent_revision else found.agent,
+            "created": screen.moment(found.create_time),
+            "ended": screen.moment(found.end_time) if found.HasField("end_time") else "",
+            "error": screen.one_line(found.error.message, 200),
+            "used": tokens,
+        },
+    )
+    for wait in waits.waits_of(found):
+        click.echo(f"\nwaits for {wait.kind_word} {wait.id}\n  {wait.describe()}")
+    if found.HasField("reply"):
+        click.echo(f"\n{screen.message(found.reply)}")

@@ -1,0 +1,199 @@
+"""`notecase sessions`: conversations, from their list to their files."""
+
+import click
+from notecase import Client, v1
+
+from notecase_server.cli import output, screen, transfer
+from notecase_server.cli.ask import ask, confirm, name_of
+from notecase_server.cli.options import LIMIT, OUTPUT, SERVER, YES
+
+SESSION = click.argument("session", metavar="SESSION")
+NEW_ID = click.option("--id", "new_id", default="", show_default=False, metavar="ID", help="The id of the new session.")
+
+_COLUMNS = {
+    "SESSION": lambda one: screen.id_of(one.name),
+    "AGENT": lambda one: screen.id_of(one.agent),
+    "ACTIVITY": screen.activity,
+    "EVENTS": lambda one: str(one.last_sequence),
+    "UPDATED": lambda one: screen.moment(one.update_time),
+    "DISPLAY NAME": lambda one: screen.one_line(one.display_name),
+}
+
+
+@click.group()
+def sessions() -> None:
+    """List, show, make, fork, rewind, compact, delete, export and import sessions.
+
+    SESSION is a session's id, or its whole name, sessions/ID.
+    """
+
+
+@sessions.command("list")
+@click.option(
+    "--filter",
+    "where",
+    default="",
+    show_default=False,
+    metavar="EXPRESSION",
+    help='Which to list, for example: agent = "agents/detective" AND activity = IDLE. Fields are user, agent, '
+    "activity, display_name, create_time, update_time and labels.KEY.",
+)
+@LIMIT
+@OUTPUT
+@SERVER
+def list_sessions(where: str, limit: int, form: str) -> None:
+    """List sessions, the last created first."""
+
+    async def look(client: Client) -> None:
+        request = v1.ListSessionsRequest(filter=where)
+        output.print_list(await output.listed(client.sessions.ListSessions, request, "sessions", limit), form, _COLUMNS)
+
+    ask(look)
+
+
+@sessions.command("show")
+@SESSION
+@OUTPUT
+@SERVER
+def show_session(session: str, form: str) -> None:
+    """Print the conversation of a session; with -o, the session's own fields."""
+
+    async def look(client: Client) -> None:
+        found = await client.sessions.GetSession(v1.GetSessionRequest(name=name_of("sessions", session)))
+        if form != "table":
+            output.print_data(output.as_data(found), form)
+            return
+        click.secho(" ".join([found.name, screen.one_line(found.display_name)]).rstrip(), bold=True)
+        told = (found.agent, screen.activity(found), f"{found.last_sequence} events", screen.moment(found.update_time))
+        click.secho(", ".join(filter(None, told)), dim=True)
+        request = v1.ListMessagesRequest(parent=found.name)
+        async for message in output.every(client.messages.ListMessages, request, "messages"):
+            click.secho(f"\n{screen.author(message)}  {screen.moment(message.create_time)}", dim=True)
+            click.echo(screen.message(message))
+
+    ask(look)
+
+
+@sessions.command("create")
+@click.option("--agent", default="", show_default=False, metavar="ID", help="Who answers in it.")
+@click.option("--user", default="", show_default=False, metavar="ID", help="Whose state its agent reads.")
+@click.option("--name", default="", show_default=False, metavar="TEXT", help="The session's name for people.")
+@NEW_ID
+@SERVER
+def create_session(agent: str, user: str, name: str, new_id: str) -> None:
+    """Make a session and print its name."""
+
+    async def make(client: Client) -> None:
+        made = await client.create_session(
+            name_of("agents", agent) if agent else "",
+            session_id=new_id,
+            user=name_of("users", user) if user else "",
+            display_name=name,
+        )
+        click.echo(made.name)
+
+    ask(make)
+
+
+@sessions.command("delete")
+@click.argument("sessions", metavar="SESSION...", nargs=-1, required=True)
+@YES
+@SERVER
+def delete_sessions(sessions: tuple[str, ...], yes: bool) -> None:
+    """Delete sessions with all that is in them, for good.
+
+    Asks first, and needs --yes where there is no terminal. Stops at the first that cannot be deleted.
+    """
+    names = [name_of("sessions", one) for one in sessions]
+    confirm(f"Delete {', '.join(names)} for good?", yes)
+
+    async def remove(client: Client) -> None:
+        for name in names:
+            await client.sessions.DeleteSession(v1.DeleteSessionRequest(name=name))
+
+    ask(remove)
+
+
+@sessions.command("fork")
+@SESSION
+@click.option("--at", type=click.IntRange(0), metavar="SEQUENCE", help="As the session was then; else as it is.")
+@NEW_ID
+@SERVER
+def fork_session(session: str, at: int | None, new_id: str) -> None:
+    """Make a session that begins as another one, and print its name.
+
+    The other one stays as it is. `notecase logs` shows the sequences.
+    """
+
+    async def copy(client: Client) -> None:
+        click.echo((await client.fork(name_of("sessions", session), at, session_id=new_id)).name)
+
+    ask(copy)
+
+
+@sessions.command("rewind")
+@SESSION
+@click.option("--to", type=click.IntRange(0), metavar="SEQUENCE", required=True, help="The newest that stays in force.")
+@SERVER
+def rewind_session(session: str, to: int) -> None:
+    """Take a session back: its messages since are superseded, and its state is as it was.
+
+    The log keeps everything. `notecase logs` shows the sequences.
+    """
+
+    async def rewind(client: Client) -> None:
+        found = await client.rewind(name_of("sessions", session), to)
+        click.echo(f"{found.name}, {found.last_sequence} events")
+
+    ask(rewind)
+
+
+@sessions.command("compact")
+@SESSION
+@click.option("--keep", type=click.IntRange(1, 500), metavar="NUMBER", help="The newest messages to leave as they are.")
+@SERVER
+def compact_session(session: str, keep: int | None) -> None:
+    """Summarise the older messages of a session for its model.
+
+    This is a call of the model. The log keeps everything.
+    """
+
+    async def compact(client: Client) -> None:
+        request = v1.CompactSessionRequest(name=name_of("sessions", session), keep_recent=keep or 0)
+        found = await client.sessions.CompactSession(request)
+        told = f"summary at {found.summary_sequence}" if found.summary_sequence else "no summary"
+        click.echo(f"{found.name}, {told}")
+
+    ask(compact)
+
+
+@sessions.command("export")
+@SESSION
+@click.argument("file", metavar="FILE")
+@SERVER
+def export_session(session: str, file: str) -> None:
+    """Write a session to a file, or for - to standard output, to be imported here or elsewhere.
+
+    An existing file is replaced once the new one is whole.
+    """
+
+    async def save(client: Client) -> None:
+        with transfer.destination(file) as write:
+            async for piece in client.export_session(name_of("sessions", session)):
+                write(piece)
+
+    ask(save)
+
+
+@sessions.command("import")
+@click.argument("file", metavar="FILE")
+@NEW_ID
+@SERVER
+def import_session(file: str, new_id: str) -> None:
+    """Make a new session of an exported one, from a file or for - from standard input, and print its name."""
+
+    async def load(client: Client) -> None:
+        with transfer.source(file) as pieces:
+            click.echo((await client.import_session(pieces, session_id=new_id)).name)
+
+    ask(load)

@@ -1,0 +1,142 @@
+"""Runs, logs, messages, blobs and the changes of sessions: what each prints, for people and for programs."""
+
+import hashlib
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from notecase import v1
+
+from tests.cli.command import COMMAND, Done, notecase, spawn
+from tests.support.server import Running
+
+
+@pytest.fixture
+async def case(served: Running, agent: v1.Agent) -> v1.Session:
+    """A session with one turn and a note."""
+    async with served.client() as client:
+        session = await client.create_session(agent.name, session_id="case", state={"n": 1})
+        await client.invoke("/say Good evening.", session=session.name)
+    return session
+
+
+class Commands:
+    """The commands on one server."""
+
+    def __init__(self, served: Running) -> None:
+        self._env = {"NOTECASE_ADDRESS": served.address}
+
+    async def __call__(self, words: str, *more: str, said: str = "") -> Done:
+        return await notecase(*words.split(), *more, said=said, env=self._env)
+
+
+@pytest.fixture
+def command(served: Running) -> Commands:
+    return Commands(served)
+
+
+async def test_runs_are_listed_shown_and_cancelled(served: Running, case: v1.Session, command: Commands) -> None:
+    start = v1.StartRun(
+        session=case.name, run_id="r2", messages=[v1.Message(parts=[v1.Part(text="/pause 9000 /say x")])]
+    )
+    await served.runs.CreateRun(v1.CreateRunRequest(start=start))
+    table = [line.split() for line in (await command("runs list case")).out.splitlines()]
+    assert ["RUN", "AGENT", "STATE", "CREATED", "ENDED"] == table[0]
+    assert [("case/r2", "running"), ("detective@1", "succeeded")] == [(table[1][0], table[1][2]), tuple(table[2][1:3])]
+    running = json.loads((await command("runs list -o json --filter", "state = RUNNING")).out)
+    assert ["sessions/case/runs/r2"] == [run["name"] for run in running]
+    assert (0, "", "") == await command("runs cancel case --reason late")
+    shown = await command("runs show case/r2")
+    assert "cancelled" in shown.out
+    assert "STATE_CANCELLED" == json.loads((await command("runs show case -o json")).out)["state"]
+    done = await command("runs cancel case/r2")
+    assert (1, True) == (done.code, "r2" in done.err)
+    done = await command("runs show none")
+    assert (1, True) == (done.code, "There is no session 'sessions/none'" in done.err)
+
+
+async def test_a_log_is_printed_and_followed(served: Running, case: v1.Session, command: Commands) -> None:
+    """A line an event, without any text that a terminal would obey; -f goes on until Ctrl-C."""
+    lines = (await command("logs case")).out.splitlines()
+    assert [str(n) for n in range(1, 7)] == [line.split()[0] for line in lines]
+    assert "state_changed n = 1" in lines[0]
+    assert "message_added agents/detective: Good evening." in lines[3]
+    events = [json.loads(line) for line in (await command("logs case -o json --after 4")).out.splitlines()]
+    assert [("5", "usage"), ("6", "run_state_changed")] == [(one["sequence"], next(reversed(one))) for one in events]
+    assert 2 == (await command("logs case -o yaml --after 4")).out.count("---\n")
+    process = await spawn(*COMMAND, "logs", "case", "-f", "--after", "6", env={"NOTECASE_ADDRESS": served.address})
+    assert process.stdout is not None
+    async with served.client() as client:
+        await client.put_state(case.name, "title", "\x1b[2J")
+    assert b"title = \xef\xbf\xbd[2J" in await process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = await process.communicate()
+    assert (130, b"") == (process.returncode, err)
+
+
+async def test_messages_are_listed_shown_and_added(served: Running, case: v1.Session, command: Commands) -> None:
+    added = await command("messages append case - --role system", said="Be brief.")
+    assert (0, "") == (added.code, added.err)
+    rows = (await command("messages list case --newest")).out.splitlines()
+    assert ["Be brief.", "Good evening."] == [line.split("  ")[-1].strip() for line in rows[1:3]]
+    shown = await command("messages show", added.out.strip())
+    assert "system: Be brief.\n" == shown.out
+    (newest,) = json.loads((await command("messages list case --newest --limit 1 -o json")).out)
+    assert ("ROLE_SYSTEM", added.out.strip()) == (newest["role"], newest["name"])
+
+
+async def test_blobs_go_there_and_back(command: Commands, tmp_path: Path) -> None:
+    file = tmp_path / "plan.pdf"
+    file.write_bytes(b"%PDF-1.7")
+    name = f"blobs/{hashlib.sha256(b'%PDF-1.7').hexdigest()}"
+    assert (0, f"{name}\n", "") == await command("blobs upload", str(file))
+    assert (0, f"{name}\n", "") == await command("blobs upload - --type application/pdf", said="%PDF-1.7")
+    assert "8 bytes" in (await command("blobs show", name)).out
+    assert "%PDF-1.7" == (await command("blobs download", name.removeprefix("blobs/"), "-")).out
+    assert 0 == (await command("blobs download", name, str(tmp_path / "copy"))).code
+    assert b"%PDF-1.7" == (tmp_path / "copy").read_bytes()
+    (tmp_path / "unknown").write_bytes(b"x")
+    done = await command("blobs upload", str(tmp_path / "unknown"))
+    assert (2, True) == (done.code, "say --type" in done.err)
+
+
+async def test_a_session_is_made_forked_rewound_compacted_and_deleted(
+    served: Running, case: v1.Session, command: Commands
+) -> None:
+    made = await command("sessions create --agent detective --user ada --id new --name", "The violin")
+    assert (0, "sessions/new\n", "") == tuple(made)
+    found = json.loads((await command("sessions show new -o json")).out)
+    assert ("users/ada", "The violin", "agents/detective") == (found["user"], found["display_name"], found["agent"])
+    assert (0, "sessions/old\n", "") == await command("sessions fork case --at 1 --id old")
+    assert "1" == json.loads((await command("sessions show old -o json")).out)["last_sequence"]
+    assert (0, "sessions/case, 7 events\n", "") == await command("sessions rewind case --to 1")
+    assert "no summary" in (await command("sessions compact case")).out
+    assert (0, "", "") == await command("sessions delete old new --yes")
+    left = json.loads((await command("sessions list -o json")).out)
+    assert ["sessions/case"] == [one["name"] for one in left]
+    done = await command("sessions delete case")
+    assert (2, True) == (done.code, "say --yes" in done.err)
+
+
+async def test_notes_are_read_from_standard_input_and_deleted(case: v1.Session, command: Commands) -> None:
+    assert 0 == (await command("state put case draft -", said="First line.\nSecond.")).code
+    assert "First line.\nSecond.\n" == (await command("state get case draft")).out
+    assert "draft: |-\n  First line.\n  Second.\nn: 1\n" == (await command("state get case -o yaml")).out
+    assert (0, "", "") == await command("state delete case draft none")
+    assert {"n": 1} == json.loads((await command("state get case")).out)
+
+
+async def test_what_is_run_is_text_or_the_run_itself(served: Running, case: v1.Session, command: Commands) -> None:
+    """In a new session, which is told apart from the reply, or in one that is named; a file goes with it."""
+    assert (0, "Hello\n", "") == await command("run --session case", "/say Hello")
+    done = await command("run -o json --agent detective", said="/say From a pipe.\n")
+    run = json.loads(done.out)
+    assert ("STATE_SUCCEEDED", "From a pipe.") == (run["state"], run["reply"]["parts"][0]["text"])
+    assert done.err == f"{run['name'].partition('/runs/')[0]} with agents/detective\n"
+    done = await command("run -o json", "/fail error")
+    assert (1, "STATE_FAILED") == (done.code, json.loads(done.out)["state"])
+    done = await command("run --session none", "Hello")
+    assert (1, "Error: There is no session 'sessions/none'.\n") == (done.code, done.err)
+    (agents,) = json.loads((await command("agents list -o json")).out)
+    assert "agents/detective" == agents["name"]

@@ -1,0 +1,95 @@
+"""Profiles: servers by name, with a token that goes to no other, in a file that nobody else reads."""
+
+import json
+import stat
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
+
+from tests.cli.command import notecase
+from tests.support.server import Running, running
+
+
+class ByToken:
+    """Knows two tokens, and keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.given: list[str] = []
+
+    async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
+        word = str(metadata.get("authorization", "")).removeprefix("Bearer ")
+        self.given.append(word)
+        return Principal("default", word, Role.ADMIN) if word in {"one", "two"} else None
+
+
+@pytest.fixture
+def words() -> ByToken:
+    return ByToken()
+
+
+@pytest.fixture
+async def guarded(words: ByToken) -> AsyncIterator[Running]:
+    async with running(authenticators=[words]) as served:
+        yield served
+
+
+async def test_a_profile_says_where_the_server_is_and_how_it_is_called(
+    guarded: Running, words: ByToken, tmp_path: Path
+) -> None:
+    """Options and variables win over it, and it wins over no profile at all."""
+    env = {"XDG_CONFIG_HOME": str(tmp_path)}
+    done = await notecase("profiles", "set", "here", "--server", guarded.address, "--token", "-", said="one\n", env=env)
+    assert (0, "", "") == tuple(done)
+    file = tmp_path / "notecase" / "profiles.json"
+    assert 0o600 == stat.S_IMODE(file.stat().st_mode)
+    assert 0 == (await notecase("agents", "list", env=env)).code  # the first profile is used from then on
+    assert "one" == words.given[-1]
+    assert 0 == (await notecase("agents", "list", env={**env, "NOTECASE_TOKEN": "two"})).code
+    assert "two" == words.given[-1]
+    (tmp_path / "token").write_text("two\n")
+    for way in (("--token-file", str(tmp_path / "token")), ("--token-command", f"cat {tmp_path}/token")):
+        assert 0 == (await notecase("profiles", "set", "other", "--server", guarded.address, *way, env=env)).code
+        assert 0 == (await notecase("agents", "list", "--profile", "other", env=env)).code
+        assert "two" == words.given[-1]
+    done = await notecase("profiles", "list", "-o", "json", env=env)
+    assert [("here", True, "kept"), ("other", False, f"command cat {tmp_path}/token")] == [
+        (one["name"], one["current"], one["token"]) for one in json.loads(done.out)
+    ]
+    assert 0 == (await notecase("profiles", "use", "other", env=env)).code
+    table = (await notecase("profiles", "list", env=env)).out
+    assert ["*", "other", guarded.address] == table.splitlines()[2].split()[:3]
+    assert 0 == (await notecase("profiles", "delete", "other", env=env)).code
+    done = await notecase("agents", "list", "--profile", "other", env=env)
+    assert (2, True) == (done.code, "There is no profile 'other'" in done.err)
+
+
+async def test_a_profiles_token_goes_to_its_own_server_only(guarded: Running, words: ByToken, tmp_path: Path) -> None:
+    env = {"XDG_CONFIG_HOME": str(tmp_path)}
+    await notecase("profiles", "set", "elsewhere", "--server", "127.0.0.1:1", "--token", "one", env=env)
+    for arguments, variables in (
+        (("--server", guarded.address), env),
+        ((), {**env, "NOTECASE_ADDRESS": guarded.address}),
+        (("--server", guarded.address, "--profile", "elsewhere"), env),
+    ):
+        done = await notecase("agents", "list", *arguments, env=variables)
+        assert (1, True) == (done.code, "needs a credential" in done.err)
+    assert {""} == set(words.given)
+
+
+async def test_a_file_with_a_token_that_others_can_read_is_not_used(tmp_path: Path) -> None:
+    """Without a token anybody may read it; and what is no file of profiles is told."""
+    env = {"XDG_CONFIG_HOME": str(tmp_path)}
+    await notecase("profiles", "set", "a", "--server", "127.0.0.1:1", "--token", "one", env=env)
+    file = tmp_path / "notecase" / "profiles.json"
+    file.chmod(0o640)
+    done = await notecase("agents", "list", env=env)
+    assert (2, True) == (done.code, f"run `chmod 600 {file}`" in done.err)
+    assert 0 == (await notecase("profiles", "set", "a", "--token-file", "token", env=env)).code
+    file.chmod(0o644)
+    done = await notecase("agents", "list", env=env)
+    assert (1, True) == (done.code, "The token cannot be read from token" in done.err)
+    file.write_text('{"profiles": {"a": {"adress": "x"}}}')
+    done = await notecase("agents", "list", env=env)
+    assert (2, True) == (done.code, "is not a file of profiles" in done.err)

@@ -1,0 +1,403 @@
+"""What a run waits for is shown and answered: in a conversation at a terminal, and by commands of their own."""
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from notecase import Client, v1
+from notecase_server.auth import rights
+from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
+from notecase_server.cli.waits import APPROVAL, INTERRUPTED, QUESTION, Wait, may_answer
+from notecase_server.engine import ledger
+from notecase_server.tools.contract import CallContext
+from notecase_server.tools.functions import tool
+from notecase_server.tools.toolbox import make_toolbox
+
+from tests.cli.command import notecase, terminal
+from tests.support.crashing import EFFECTS, GATE, TOOLS, Gate
+from tests.support.server import Running, Spawned, running
+
+
+@pytest.fixture
+async def clerk(served: Running) -> v1.Agent:
+    return await make_clerk(served)
+
+
+async def make_clerk(served: Running) -> v1.Agent:
+    """An agent that asks people, pays when it may, and has a caller's tool."""
+    tools = [
+        v1.Tool(name="ask_user", server=v1.ServerTool(function="ask_user")),
+        v1.Tool(name="search", client=v1.ClientTool()),
+        v1.Tool(name="pay", client=v1.ClientTool(), requires_approval=True),
+    ]
+    agent = v1.Agent(llm=v1.LlmAgent(instruction="", tools=tools))
+    async with served.client() as client:
+        return await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=agent))
+
+
+async def start(served: Running, session: str, *said: str) -> None:
+    """A session whose run waits."""
+    async with served.client() as client:
+        await client.create_session("agents/clerk", session_id=session)
+        message = v1.Message(parts=[v1.Part(text=text) for text in said])
+        run = await client.runs.CreateRun(
+            v1.CreateRunRequest(start=v1.StartRun(session=f"sessions/{session}", messages=[message]))
+        )
+        await client.runs.WaitRun(v1.WaitRunRequest(name=run.name))
+
+
+async def calls(served: Running, session: str) -> list[v1.ToolCall]:
+    listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=f"sessions/{session}"))
+    return [part.tool_call for message in listed.messages for part in message.parts if part.HasField("tool_call")]
+
+
+async def test_a_question_an_approval_and_a_callers_tool_are_answered_in_the_chat(
+    served: Running, clerk: v1.Agent
+) -> None:
+    """One after the other, at a terminal; what is to be approved is shown whole."""
+    long = "x" * 150
+    async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
+        await screen.until("> ")
+        await screen.type('/call ask_user {"question": "Which city?"}\r')
+        await screen.until("Which city?")
+        await screen.until("answer> ")
+        await screen.type("Vienna\r")
+        await screen.until("succeeded: Vienna")
+        await screen.until("The tools are done.")
+        await screen.until("> ")
+        await screen.type(f'/call pay {{"to": "{long}", "sum": 5}}\r')
+        await screen.until("May this run?")
+        await screen.until(long[:90])
+        await screen.until('"sum": 5')
+        await screen.until("5. Leave it waiting")
+        await screen.type("1\r")
+        await screen.until("The agent calls a tool of its caller.")
+        await screen.until("1. Give its result")
+        await screen.type("1\r")
+        await screen.until("result> ")
+        await screen.type("paid\r")
+        await screen.until("pay gave: paid")
+        await screen.until("> ")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+    assert [("ask_user", "Vienna"), ("pay", "paid")] == [
+        (call.tool, call.result[0].text) for call in await calls(served, "case")
+    ]
+
+
+async def test_arguments_are_edited_and_a_call_is_denied_with_a_reason(served: Running, clerk: v1.Agent) -> None:
+    """What is no JSON is asked for again."""
+    async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
+        await screen.until("> ")
+        await screen.type('/call pay {"sum": 5}\r')
+        await screen.until("3. Edit")
+        await screen.type("3\r")
+        await screen.until('arguments> {"sum": 5}')
+        await screen.type("\x7f\x7f7\r")
+        await screen.until("That is not JSON")
+        await screen.until("3. Edit")
+        await screen.type("3\r")
+        await screen.until('arguments> {"sum": 5}')
+        await screen.type("\x7f\x7f7}\r")
+        await screen.until("2. It failed")
+        await screen.type("2\r")
+        await screen.until("what went wrong> ")
+        await screen.type("no money\r")
+        await screen.until("failed: no money")
+        await screen.until("The tools are done.")
+        await screen.until("> ")
+        await screen.type('/call pay {"sum": 9}\r')
+        await screen.until("4. Deny")
+        await screen.type("4\r")
+        await screen.until("no reason)> ")
+        await screen.type("too much\r")
+        await screen.until("denied: too much")
+        await screen.until("The tools are done.")
+        await screen.until("> ")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+    assert [('{"sum": 7}', "no money"), ('{"sum": 9}', "too much")] == [
+        (call.arguments, call.error) for call in await calls(served, "case")
+    ]
+
+
+async def test_a_run_is_left_waiting_and_found_again(served: Running, clerk: v1.Agent) -> None:
+    """Ctrl-C at a question leaves it; the command to answer it is told, and the next chat asks it again."""
+    async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
+        await screen.until("> ")
+        await screen.type('/call ask_user {"question": "Which city?"}\r')
+        await screen.until("answer> ")
+        await screen.type("\x03")
+        await screen.until("`notecase answer case TEXT` gives it.")
+        await screen.until("> ")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+    async with terminal("chat", "--session", "case", "--server", served.address) as screen:
+        await screen.until("answer> ")
+        await screen.type("Rome\r")
+        await screen.until("succeeded: Rome")
+        await screen.until("The tools are done.")
+        await screen.until("> ")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+
+
+async def test_what_somebody_else_answers_is_not_asked_any_more(served: Running, clerk: v1.Agent) -> None:
+    async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
+        await screen.until("> ")
+        await screen.type('/call pay {"sum": 5}\r')
+        await screen.until("5. Leave it waiting")
+        assert 0 == (await notecase("deny", "case", "--server", served.address)).code
+        await screen.until("It does not wait for this any more.")
+        await screen.until("denied")
+        await screen.until("The tools are done.")
+        await screen.until("> ")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+
+
+async def test_a_program_that_has_the_tool_answers_it_and_nobody_is_asked(served: Running, clerk: v1.Agent) -> None:
+    def search() -> str:
+        return "found"
+
+    async with (
+        terminal("chat", "--new", "--session", "case", "--wait", "200", "--server", served.address) as screen,
+        served.client() as client,
+    ):
+        await screen.until("> ")
+        await screen.type("/say Hello\r")
+        await screen.until("Hello")
+        await screen.until("> ")
+        async with client.attach("sessions/case", tools=[search], options=v1.WatchOptions(keep_open=True)) as stream:
+            await screen.type("/call search {}\r")
+            async for event in stream:
+                if event.HasField("tool_finished"):
+                    break
+            await screen.until("succeeded: found")
+            await screen.until("> ")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+    assert "Give its result" not in screen.screen
+
+
+async def test_in_a_pipe_a_run_that_waits_ends_the_command(served: Running, clerk: v1.Agent) -> None:
+    """With an exit code of its own, and the command that answers it."""
+    for said, told in (
+        ('/call ask_user {"question": "Which city?"}', "Which city? `notecase answer"),
+        ("/call pay {}", "`notecase approve"),
+        ("/call search {}", "search({}). `notecase answer"),
+    ):
+        for command in ("chat", "run"):
+            done = await notecase(command, "--wait", "0", "--server", served.address, said=f"{said}\n")
+            assert (3, "") == (done.code, done.out)
+            assert told in done.err
+
+
+async def test_an_inbox_lists_what_is_waited_for_and_commands_answer_it(served: Running, clerk: v1.Agent) -> None:
+    await start(served, "one", '/call ask_user {"question": "Which city?"}')
+    await start(served, "two", '/call pay {"sum": 5}')
+    await start(served, "three", "/call search {}")
+    there = {"NOTECASE_ADDRESS": served.address}
+    done = await notecase("inbox", env=there)
+    rows = {line.split()[0]: line for line in done.out.splitlines()[1:]}
+    assert {"one", "two", "three"} == set(rows)
+    assert "question" in rows["one"]
+    assert "Which city?" in rows["one"]
+    assert "approval" in rows["two"]
+    assert 'pay({"sum": 5})' in rows["two"]
+    assert "tool" in rows["three"]
+    assert "search({})" in rows["three"]
+    done = await notecase("inbox", "two", "-o", "json", env=there)
+    (run,) = json.loads(done.out)
+    assert "KIND_APPROVAL" == run["pending_inputs"][0]["kind"]
+    assert (0, "", "") == await notecase("answer", "one", "-", said="Rome", env=there)
+    wrong = await notecase("answer", "two", "yes", env=there)
+    assert 1 == wrong.code
+    assert "Nothing waits in sessions/two/runs/" in wrong.err
+    assert (0, "", "") == await notecase("approve", "two", "--arguments", '{"sum": 4}', env=there)
+    assert (0, "", "") == await notecase("answer", "two", "paid", env=there)
+    assert (0, "", "") == await notecase("deny", "three", "--reason", "closed", env=there)
+    (asked,) = await calls(served, "one")
+    (paid,) = await calls(served, "two")
+    (searched,) = await calls(served, "three")
+    assert ("Rome", '{"sum": 4}', "paid", "closed") == (
+        asked.result[0].text,
+        paid.arguments,
+        paid.result[0].text,
+        searched.error,
+    )
+
+
+async def test_of_several_that_wait_one_is_chosen_by_its_id(served: Running, clerk: v1.Agent) -> None:
+    await start(served, "case", '/call pay {"sum": 1}\n/call pay {"sum": 2}')
+    there = {"NOTECASE_ADDRESS": served.address}
+    done = await notecase("approve", "case", env=there)
+    assert 2 == done.code
+    wanted = next(line.split()[0] for line in done.err.splitlines() if '{"sum": 2}' in line)
+    assert 0 == (await notecase("approve", "case", "--id", wanted, env=there)).code
+    done = await notecase("approve", "case", "--id", wanted, env=there)
+    assert (1, True) == (done.code, "There is no" in done.err)
+
+
+BOOKING = {
+    "type": "object",
+    "properties": {
+        "seat": {"enum": ["window", "aisle"]},
+        "bags": {"type": "integer", "title": "How many bags?"},
+        "meal": {"type": "boolean"},
+        "note": {"type": "string"},
+    },
+    "required": ["seat", "bags", "meal"],
+}
+
+
+@tool
+async def book(context: CallContext, nested: bool = False) -> str:
+    """Asks its caller's user how to book."""
+    schema = {"type": "object", "properties": {"a": {"type": "object"}}} if nested else BOOKING
+    got = await context.ask("Which seat?", schema)
+    return f"{v1.InputResponse.Decision.Name(got.decision)} {got.answer}"
+
+
+async def test_a_tools_question_is_a_form() -> None:
+    """Its members are asked one by one; what does not fit is told and asked again; it can be declined and dismissed."""
+    async with running(toolbox=make_toolbox((__name__,), {})) as served:
+        booking = v1.Tool(name="book", server=v1.ServerTool(function="book"))
+        agent = v1.Agent(llm=v1.LlmAgent(tools=[booking]))
+        await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=agent))
+        async with terminal("chat", "--new", "--server", served.address) as screen:
+            await screen.until("> ")
+            await screen.type("/call book {}\r")
+            await screen.until("4. Leave it waiting")
+            for bags in ("two", "2"):
+                await screen.type("1\r")
+                await screen.until("2. aisle")
+                await screen.type("2\r")
+                await screen.until("How many bags?")
+                await screen.until("bags> ")
+                await screen.type(f"{bags}\r")
+                if bags == "two":
+                    await screen.until("bags is to be a number.")
+                    await screen.until("4. Leave it waiting")
+            await screen.until("1. Yes")
+            await screen.type("1\r")
+            await screen.until("note (may be empty)> ")
+            await screen.type("\r")
+            await screen.until('DECISION_ANSWER {"seat": "aisle", "bags": 2, "meal": true}')
+            await screen.until("\n> ")
+            await screen.type('/call book {"nested": true}\r')
+            for way, told in (("1", "As JSON that fits"), ("2", "no reason)> ")):
+                await screen.until("4. Leave it waiting")
+                await screen.type(f"{way}\r")
+                await screen.until(told)
+                if way == "1":
+                    await screen.until("answer> ")
+                    await screen.type('{"a": 1}\r')
+            await screen.type("\r")
+            await screen.until("DECISION_DENY")
+            await screen.until("\n> ")
+            await screen.type("/call book {}\r")
+            await screen.until("4. Leave it waiting")
+            await screen.type("3\r")
+            await screen.until("DECISION_CANCEL")
+            await screen.until("\n> ")
+            await screen.type("\x04")
+            assert 0 == await screen.ended()
+
+
+async def test_a_call_that_its_servers_end_cut_off_is_asked_about(tmp_path: Path) -> None:
+    async with Gate() as gate:
+        env = {EFFECTS: str(tmp_path / "effects"), GATE: str(gate.port)}
+        store, log = f"sqlite:{tmp_path / 'store.db'}", tmp_path / "log"
+        server = await Spawned.start(store, log, "--tools", TOOLS, env=env, forked=True)
+        async with Client(server.address) as client:
+            agent = v1.Agent(llm=v1.LlmAgent(tools=[v1.Tool(name="linger", server=v1.ServerTool(function="linger"))]))
+            await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=agent))
+            await client.create_session("agents/clerk", session_id="case")
+            said = v1.Message(parts=[v1.Part(text="/call linger {}")])
+            start = v1.StartRun(session="sessions/case", messages=[said])
+            await client.runs.CreateRun(v1.CreateRunRequest(start=start))
+            await gate.arrival()
+        await server.kill()
+        server = await Spawned.start(store, log, "--tools", TOOLS, env=env, forked=True)
+        there = {"NOTECASE_ADDRESS": server.address}
+        async with terminal("chat", "--session", "case", env=there) as screen:
+            await screen.until("This was under way when its server stopped.")
+            assert "interrupted call" in (await notecase("inbox", env=there)).out
+            await screen.until("1. Run it again")
+            await screen.until("4. Leave it waiting")
+            await screen.type("3\r")
+            await screen.until("result> ")
+            await screen.type("by hand\r")
+            await screen.until("linger gave: by hand")
+            await screen.until("> ")
+            await screen.type("\x04")
+            assert 0 == await screen.ended()
+        assert 0 == await server.stop()
+
+
+class ByToken:
+    """Takes the token as the name of a role."""
+
+    async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
+        word = str(metadata.get("authorization", "")).removeprefix("Bearer ")
+        return Principal("default", word, Role[word.upper()]) if word else None
+
+
+@pytest.fixture
+async def guarded() -> AsyncIterator[str]:
+    """A server with roles, and a session that waits for an admin's approval."""
+    async with running(authenticators=[ByToken()]) as served:
+        admin = {"NOTECASE_ADDRESS": served.address, "NOTECASE_TOKEN": "admin"}
+        declared = """
+            name: clerk
+            llm: {tools: [{name: pay, client: {}, requires_approval: true, approver: APPROVER_ADMIN}]}
+        """
+        assert 0 == (await notecase("agents", "apply", "-f", "-", said=declared, env=admin)).code
+        yield served.address
+
+
+@pytest.mark.parametrize("role", [Role.USER, Role.DEVELOPER, Role.ADMIN])
+@pytest.mark.parametrize("user", ["", "ada"])
+def test_who_may_answer_is_who_the_server_lets(role: Role, user: str) -> None:
+    """For each kind of wait and each approver."""
+    principal = Principal("acme", "one", role, user)
+    caller = v1.ServerInfo.Caller(role=v1.Key.Role.Value(f"ROLE_{role.name}"), user=user)
+    for approver in v1.Tool.Approver.values():
+        for kind in (APPROVAL, INTERRUPTED, QUESTION):
+            asked = v1.InputRequest(kind=kind, approver=approver)
+            refused = ledger.refusal([asked], rights.approver(principal), "input_response.input_id")
+            assert (refused is None) == may_answer(caller, Wait("r", asked, asked.call))
+            assert may_answer(None, Wait("r", asked, asked.call))
+
+
+async def test_who_may_not_approve_is_told_who_may_and_is_not_asked(guarded: str) -> None:
+    """The chat goes on once somebody has who may."""
+    user, admin = ({"NOTECASE_ADDRESS": guarded, "NOTECASE_TOKEN": role} for role in ("user", "admin"))
+    async with terminal("chat", "--new", "--session", "case", env=user) as screen:
+        await screen.until("> ")
+        await screen.type("/call pay {}\r")
+        await screen.until("This waits for an admin: pay(")
+        done = await notecase("inbox", env=user)
+        assert "an admin" in done.out
+        done = await notecase("approve", "case", env=user)
+        assert (1, True) == (done.code, "This waits for an admin" in done.err)
+        done = await notecase("inbox", env=admin)
+        assert "you" in done.out.split()
+        assert (0, "", "") == await notecase("approve", "case", env=admin)
+        await screen.until("1. Give its result")
+        await screen.type("1\r")
+        await screen.until("result> ")
+        await screen.type("paid\r")
+        await screen.until("pay gave: paid")
+        await screen.until("> ")
+        await screen.type("/call pay {}\r")
+        await screen.until("Ctrl-C leaves it waiting.")
+        await screen.type("\x03")
+        await screen.until("The run waits for an admin to approve: pay({}).")
+        await screen.until("> ")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+    assert "May this run?" not in screen.screen
+    assert "STATE_WAITING" in (await notecase("runs", "show", "case", "-o", "yaml", env=user)).out
