@@ -58,13 +58,23 @@ async def connect(url: str, connections: int, prepared: bool) -> Database:
             async with pool.acquire() as connection:
                 await migrate(connection, where)
                 secret = await connection.fetchval("SELECT secret FROM notecase_store")
-                fence = await connection.fetchval("UPDATE owner SET fence = fence + 1 RETURNING fence")
+                fence = await own(connection)
         except BaseException:
             pool.terminate()
             raise
     except LOST as error:
         raise StoreOpenError(_refusal(where, error)) from None
     return Database(pool, secret, fence)
+
+
+async def own(connection: Any) -> int:
+    """Becomes the owner, and returns the new fence: no write of the owner before is made from then on. Waits for those
+    that are under way."""
+    async with connection.transaction():
+        fence: int = await connection.fetchval("UPDATE owner SET fence = fence + 1 RETURNING fence")
+        # A commit that compared the fence before this lock has ended, and any other compares it afterwards.
+        await connection.execute("LOCK TABLE sessions IN SHARE MODE")
+    return fence
 
 
 async def _reset(connection: Any) -> None:
