@@ -18,6 +18,9 @@ SCHEMES = ("postgresql", "postgres")
 
 CONNECT_SECONDS = 10.0
 
+STATEMENT_SECONDS = 30.0
+"""After which a statement is given up: its database does not answer."""
+
 STATEMENTS = 256
 """Prepared statements that a connection keeps: a commit's text depends on what it reads and writes, in some dozens of
 combinations."""
@@ -49,6 +52,7 @@ async def connect(url: str, connections: int, prepared: bool) -> Database:
             min_size=0,
             max_size=connections,
             timeout=CONNECT_SECONDS,
+            command_timeout=STATEMENT_SECONDS,
             statement_cache_size=STATEMENTS if prepared else 0,
             max_cached_statement_lifetime=0,
             reset=_reset,
