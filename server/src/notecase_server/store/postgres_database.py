@@ -10,7 +10,7 @@ from asyncpg import Pool, Record
 
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.store.postgres_schema import MIGRATIONS, VERSION
-from notecase_server.store.postgres_wire import LOST, sqlstate
+from notecase_server.store.postgres_wire import LOST, Fenced, sqlstate
 
 log = structlog.get_logger()
 
@@ -71,14 +71,15 @@ async def connect(url: str, connections: int, prepared: bool) -> Database:
     return Database(pool, secret, fence)
 
 
-async def own(connection: Any) -> int:
-    """Becomes the owner, and returns the new fence: no write of the owner before is made from then on. Waits for those
-    that are under way."""
-    async with connection.transaction():
-        fence: int = await connection.fetchval("UPDATE owner SET fence = fence + 1 RETURNING fence")
-        # A commit that compared the fence before this lock has ended, and any other compares it afterwards.
-        await connection.execute("LOCK TABLE sessions IN SHARE MODE")
-    return fence
+async def own(connection: Any, fence: int | None = None) -> int:
+    """Raises the fence, and returns the new one: no write that goes by an older one is made from then on. Waits for
+    those that are under way. Raises Fenced where `fence` is given and is not the one in force."""
+    raised: int | None = await connection.fetchval(
+        "UPDATE owner SET fence = fence + 1 WHERE fence = coalesce($1, fence) RETURNING fence", fence
+    )
+    if raised is None:
+        raise Fenced
+    return raised
 
 
 async def _reset(connection: Any) -> None:
