@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,7 @@ from notecase_server.engine.sessions import Sessions
 from notecase_server.engine.tenancy import Tenancy
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Provider, Repeats
+from notecase_server.models.deferred import Deferred
 from notecase_server.models.guard import Breaker, Guarded
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.desk import Desk
@@ -143,11 +145,21 @@ def bootstrap(url: str, tenant: str, name: str) -> tuple[v1.Key, str]:
     return asyncio.run(make())
 
 
-def make_providers(settings: Settings) -> dict[str, Provider]:
-    """Makes the providers by name, the default one first. Raises ProviderSettingsError for a key or an address that
-    cannot be used."""
-    given = settings.providers or (OFFLINE,)
-    return {one.name: _guarded(make_provider(one), one) for one in given}
+Later = Callable[[Callable[[], Provider]], "asyncio.Task[Provider]"]
+"""Begins a task that makes a provider, once there is time for that."""
+
+
+def make_providers(settings: Settings, later: Later) -> dict[str, Provider]:
+    """Makes the providers by name, the default one first; what takes long is made `later`. Raises ProviderSettingsError
+    for a key or an address that cannot be used."""
+    return {one.name: _guarded(_made(one, later), one) for one in settings.providers or (OFFLINE,)}
+
+
+def _made(given: ProviderSettings, later: Later) -> Provider:
+    check_provider(given)
+    if given.kind == "offline":
+        return make_provider(given)
+    return Deferred(given.name, later(partial(make_provider, given)))
 
 
 def _guarded(provider: Provider, given: ProviderSettings) -> Provider:
@@ -157,29 +169,41 @@ def _guarded(provider: Provider, given: ProviderSettings) -> Provider:
     return Guarded(provider, given.max_concurrent, breaker) if breaker or given.max_concurrent else provider
 
 
-def make_provider(given: ProviderSettings) -> Provider:
-    """Makes one provider. Raises ProviderSettingsError for a key or an address that cannot be used."""
+def check_provider(given: ProviderSettings) -> None:
+    """Raises ProviderSettingsError for a key, a header, an address or a profile that cannot be used."""
     if given.kind == "offline":
-        return OfflineProvider()
-    # Its SDK takes most of a second to import; a server without it starts without it.
-    from notecase_server.models.openai import OpenAIProvider  # noqa: PLC0415
+        return
+    from notecase_server.models.endpoint import endpoint_of  # noqa: PLC0415  # as in `make_provider`
     from notecase_server.models.profiles import read  # noqa: PLC0415
 
     try:
-        return OpenAIProvider(
-            given.api_key,
-            given.base_url,
-            given.default_model,
-            headers=given.headers,
-            connect_timeout=given.connect_timeout,
-            first_timeout=given.first_timeout,
-            idle_timeout=given.idle_timeout,
-            whole_timeout=given.whole_timeout,
-            profile=read(given.profile),
-            clock=now,
-        )
+        endpoint_of(given.api_key, given.base_url, given.headers)
+        read(given.profile)
     except ValueError as error:
         raise ProviderSettingsError(f"The {given.name} provider cannot be used: {error}.") from None
+
+
+def make_provider(given: ProviderSettings) -> Provider:
+    """Makes one provider. Raises ProviderSettingsError as `check_provider` does."""
+    check_provider(given)
+    if given.kind == "offline":
+        return OfflineProvider()
+    # Its SDK takes half a second to import; a server without it never does.
+    from notecase_server.models.openai import OpenAIProvider  # noqa: PLC0415
+    from notecase_server.models.profiles import read  # noqa: PLC0415
+
+    return OpenAIProvider(
+        given.api_key,
+        given.base_url,
+        given.default_model,
+        headers=given.headers,
+        connect_timeout=given.connect_timeout,
+        first_timeout=given.first_timeout,
+        idle_timeout=given.idle_timeout,
+        whole_timeout=given.whole_timeout,
+        profile=read(given.profile),
+        clock=now,
+    )
 
 
 def settings_mistakes(settings: Settings) -> list[Mistake]:
@@ -460,11 +484,11 @@ async def _end_everything() -> list[str]:
     return sorted(task.get_name() for task in stuck)
 
 
-async def make_server(settings: Settings, fetches: Tasks) -> Server:
+async def make_server(settings: Settings, fetches: Tasks, later: Later) -> Server:
     """Makes the server that the settings describe, over its store. `fetches` owns what gets the keys of identity
-    providers. Raises SettingsError, StoreOpenError,
+    providers; providers that take long to load are made `later`. Raises SettingsError, StoreOpenError,
     ProviderSettingsError and ToolSettingsError, whose texts are for the operator."""
-    providers = make_providers(settings)  # first, since a bad key or address is no reason to open the store
+    providers = make_providers(settings, later)  # first, since a bad key or address is no reason to open the store
     toolbox = make_toolbox(settings.tools, settings.mcp_servers)
     files = Files()
     authenticators = make_authenticators(settings, files, fetches)
@@ -478,16 +502,27 @@ async def make_server(settings: Settings, fetches: Tasks) -> Server:
     return Server(settings, store, providers, toolbox, authenticators=authenticators, files=files)
 
 
+async def _load(make: Callable[[], Provider], serving: asyncio.Event) -> Provider:
+    """Makes a provider in a thread, once the server serves: modules are loaded in pieces of some milliseconds."""
+    await serving.wait()
+    gc.disable()  # see `Lazy`: nothing of this is garbage
+    try:
+        return await asyncio.to_thread(make)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 async def serve(settings: Settings, ready: Callable[[Server], None] = lambda server: None) -> None:
     """Serves until SIGTERM or SIGINT; calls `ready` once it does. Raises ServerBrokenError for what ended it, and what
     `make_server` raises."""
-    asked, fetches = asyncio.Event(), Tasks("auth")
+    asked, serving, fetches, loads = asyncio.Event(), asyncio.Event(), Tasks("auth"), Tasks("models")
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.set)
     gc.disable()
     try:
-        server = await make_server(settings, fetches)
+        server = await make_server(settings, fetches, lambda make: loads.start(_load(make, serving)))
         await server.start()
         # What is loaded by here stays for good, and need not be looked at each time that garbage is collected.
         gc.collect()
@@ -495,6 +530,7 @@ async def serve(settings: Settings, ready: Callable[[Server], None] = lambda ser
     finally:
         gc.enable()
     ready(server)
+    serving.set()
     ends = Tasks("serve")
     await asyncio.wait(
         [ends.start(asked.wait(), "asked"), ends.start(server.broken.wait(), "broken")],
@@ -503,5 +539,6 @@ async def serve(settings: Settings, ready: Callable[[Server], None] = lambda ser
     await ends.close()
     await server.stop()
     await fetches.close()
+    await loads.close()
     if server.broken.is_set():
         raise ServerBrokenError("A part of the server broke again and again; its log says which.")
