@@ -347,6 +347,7 @@ async def test_a_row_that_somebody_else_holds_is_waited_for_so_long_and_no_longe
     with refused("STORE_UNAVAILABLE"):
         await store.update_state(APP_STATE, [put("k", 2)])
     await beside.execute("COMMIT")
+    monkeypatch.undo()
     assert 2 == (await store.update_state(APP_STATE, [put("k", 2)])).version
 
 
@@ -368,6 +369,7 @@ async def test_a_server_that_stands_still_in_a_transaction_holds_a_row_so_long_a
     ended.set()
     with refused("STORE_UNAVAILABLE"):
         await writing
+    monkeypatch.undo()
     await store.probe()
 
 
