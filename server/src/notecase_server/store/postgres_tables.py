@@ -540,13 +540,17 @@ class PostgresTables:
         self._put(ADD_EVENTS, _of(key), list(map(_event, events)), 1)
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]:
-        rows = self._page(
+        # Some ask for all that there are, however large.
+        while rows := self._page(
             """SELECT sequence, body, length(body) AS size FROM events
                 WHERE tenant = $1 AND uid = $2 AND sequence > $3""",
             *("sequence", (*_of(key), after), limit),
-        )
-        for sequence, body, size, _ in rows:
-            yield Found((sequence,), v1.Event.FromString(body), size)
+        ):
+            for sequence, body, size, _ in rows:
+                yield Found((sequence,), v1.Event.FromString(body), size)
+            after, limit = rows[-1]["sequence"], limit - len(rows)
+            if rows[-1]["before"] + rows[-1]["size"] <= ANSWER_BYTES:
+                break
 
     def changes(self, key: SessionKey, after: int, until: int) -> Iterator[v1.Event]:
         while rows := self._page(
