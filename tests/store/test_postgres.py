@@ -166,6 +166,8 @@ async def test_a_page_of_large_rows_is_not_read_beyond_its_end(store: PostgresSt
         return len(rows)
 
     assert 4 == await store._read(step)
+    assert 12 == await store._read(lambda tables: len(list(tables.events(KEY, 0, 100))))
+    assert 7 == await store._read(lambda tables: len(list(tables.events(KEY, 2, 7))))
     page = await store.list_messages(KEY, EVERYTHING)
     assert (2, (2,)) == (len(page.rows), page.next)
 
