@@ -303,6 +303,25 @@ def come_between(monkeypatch: pytest.MonkeyPatch, act: Any) -> Iterator[list[Com
         yield tries
 
 
+async def test_a_commit_that_others_come_between_every_time_is_given_up(
+    store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await create(store)
+    flush, tries = CommitTables.flush, 0
+
+    def late(tables: CommitTables) -> None:
+        nonlocal tries
+        tries += 1
+        awaited(beside.execute("UPDATE sessions SET epoch = epoch + 1"))
+        flush(tables)
+
+    monkeypatch.setattr(CommitTables, "flush", late)
+    with refused("STORE_UNAVAILABLE"):
+        await add(store, said("m1"))
+    assert postgres_store.TRIES == tries
+    assert [] == await store.read_events(KEY, 0)
+
+
 async def test_of_two_commits_with_one_request_id_or_one_name_one_is_made(store: PostgresStore) -> None:
     """Of different sessions at once, so that neither waits for the other."""
     keys = [session_key("acme", f"s{number}") for number in range(8)]
