@@ -117,6 +117,10 @@ async def open_store(url: str, clock: Clock) -> Store:
         return MemoryStore(clock)
     if kind == "sqlite" and path:
         return await SqliteStore.open(path, clock)
+    if kind in {"postgresql", "postgres"}:
+        from notecase_server.store.postgres import PostgresStore  # noqa: PLC0415 - asyncpg is an extra
+
+        return await PostgresStore.open(url, clock)
     raise StoreOpenError(f"{url!r} is no store; want memory: or sqlite:PATH.")
 
 

@@ -120,7 +120,7 @@ class SqliteStore(TableStore):
     async def _read(self, step: Callable[[Tables], T], alone: bool = False) -> T:
         return await self._ask(self._reads, step, alone)
 
-    async def _write(self, step: Callable[[Tables, int], T]) -> T:
+    async def _write(self, step: Callable[[Tables, int], T], within: str = "") -> T:
         return await self._ask(self._writes, step)
 
     async def commit(self, commit: Commit) -> Committed:
