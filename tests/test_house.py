@@ -133,6 +133,8 @@ ROOMS: dict[str, Room] = {
         "A provider is tried out as the server asks it, without one.",
     ),
     "cli.backup": Room({"cli", "serve", "store.contract"}, "The server's composition copies the store."),
+    "cli.copy": Room({"cli", "serve", "store.contract"}, "As cli.backup."),
+    "cli.store": Room({"cli", "serve", "store.contract"}, "As cli.backup."),
     "__main__": Room({"cli"}, "The command by another name."),
 }
 

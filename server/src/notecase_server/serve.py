@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import structlog
@@ -50,10 +49,8 @@ from notecase_server.rpc.refusals import Refusals
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.server import build, options
 from notecase_server.rpc.watch import Pace
-from notecase_server.store import sqlite_file
+from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import Clock, Quotas, Store, StoreOpenError
-from notecase_server.store.memory import MemoryStore
-from notecase_server.store.sqlite import SqliteStore
 from notecase_server.supervisor import STUCK_SECONDS, Supervisor, Tasks
 from notecase_server.tools.contract import Toolbox
 from notecase_server.tools.toolbox import make_toolbox
@@ -102,24 +99,6 @@ def new_id() -> str:
 def new_uid() -> str:
     """A UUIDv4: it tells nothing, not even when the session was made."""
     return str(uuid_utils.uuid4())
-
-
-async def open_store(url: str, clock: Clock) -> Store:
-    """`memory:` or `sqlite:PATH`. Raises StoreOpenError with a sentence for whoever started the server."""
-    kind, _, path = url.partition(":")
-    if kind == "memory" and not path:
-        return MemoryStore(clock)
-    if kind == "sqlite" and path:
-        return await SqliteStore.open(path, clock)
-    raise StoreOpenError(f"{url!r} is no store; want memory: or sqlite:PATH.")
-
-
-def backup(url: str, destination: Path, force: bool) -> None:
-    """Copies a store to a file while a server owns it. Raises StoreOpenError with a sentence for whoever asked."""
-    kind, _, path = url.partition(":")
-    if kind != "sqlite" or not path:
-        raise StoreOpenError(f"{url!r} is no store with a file; want sqlite:PATH.")
-    sqlite_file.backup(Path(path), destination, force)
 
 
 def bootstrap(url: str, tenant: str, name: str) -> tuple[v1.Key, str]:

@@ -1,5 +1,5 @@
 """The `notecase` command. Each group of commands is a module here, imported when one of its commands is named; all but
-`serve`, `config`, `providers`, `backup` and `keys bootstrap` know a server only by its address."""
+`serve`, `config`, `providers`, `backup`, `copy`, `store` and `keys bootstrap` know a server only by its address."""
 
 import click
 
@@ -13,6 +13,7 @@ COMMANDS = {
     "backup": Lazy("backup:backup", "Copy a store to the file DEST, while a server goes on with it."),
     "chat": Lazy("chat:chat", "Talk with an agent."),
     "config": Lazy("config:config", "Check a configuration file."),
+    "copy": Lazy("copy:copy", "Copy a whole store into an empty one."),
     "export": Lazy("transfer:export_session", "Write a session to a file, to be imported here or elsewhere."),
     "health": Lazy("health:health", "Ask a server how it is."),
     "import": Lazy("transfer:import_session", "Make a new session of an exported one."),
@@ -21,6 +22,7 @@ COMMANDS = {
     "serve": Lazy("serve:serve", "Serve until SIGTERM or SIGINT."),
     "sessions": Lazy("look:sessions", "List sessions, the last created first."),
     "state": Lazy("state:state", "Read, put and watch the notes of a session, a user or the app."),
+    "store": Lazy("store:store", "Change a store that no server has open."),
     "tenants": Lazy("tenants:tenants", "Make, list, suspend, resume and delete tenants."),
 }
 

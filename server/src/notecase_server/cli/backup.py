@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from notecase_server.cli.options import STORE
-from notecase_server.serve import backup as copy
+from notecase_server.serve_stores import backup as copy
 from notecase_server.store.contract import StoreOpenError
 
 
