@@ -278,6 +278,7 @@ class Server:
             places=Places(settings.max_runs),
             new_id=make_id,
             clock=clock,
+            lease=store.lease,
         )
         self._runs = Runs(sessions, services, pace.poll)
         self._tenancy = Tenancy(store, sessions, self._runs, self._removed)

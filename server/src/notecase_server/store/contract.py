@@ -785,6 +785,29 @@ class TenantStore(Protocol):
         ...
 
 
+class Lease(Protocol):
+    """Says whether this process is the owner of its store. What acts outside of the store, and would act twice if two
+    processes took themselves for the owner, asks first."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether no other process can be the owner at this moment."""
+        ...
+
+    async def held(self) -> None:
+        """Returns once it holds; never, when another process has become the owner."""
+        ...
+
+
+class Unshared:
+    """The lease of a store that no other process can own while this one lives."""
+
+    holds = True
+
+    async def held(self) -> None:
+        """Returns at once."""
+
+
 class StoreLife(Protocol):
     """Says what a store is, and carries it to its end."""
 
@@ -795,6 +818,9 @@ class StoreLife(Protocol):
 
     quotas: Quotas
     """May be set before the store is used."""
+
+    @property
+    def lease(self) -> Lease: ...
 
     async def probe(self) -> None:
         """Makes the least write that reaches the disk, and changes nothing; STORE_UNAVAILABLE when it is refused."""
