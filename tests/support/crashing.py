@@ -225,8 +225,8 @@ def main() -> None:
     configure_logging("console", "info")
     open_store = serve.open_store
 
-    async def open_mortal(url: str, clock: Clock) -> Any:
-        store = await open_store(url, clock)
+    async def open_mortal(url: str, clock: Clock, *others: Any) -> Any:
+        store = await open_store(url, clock, *others)
         if options.deletions:
             _die_deleting(store, options.deletions)
         if options.copies:

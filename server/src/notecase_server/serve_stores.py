@@ -13,14 +13,49 @@ from notecase_server.store.sqlite_rows import SqliteRows
 from notecase_server.store.store_copy import Progress, copy_store
 
 
-async def open_store(url: str, clock: Clock) -> Store:
-    """`memory:` or `sqlite:PATH`. Raises StoreOpenError with a sentence for whoever started the server."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Database:
+    """How a PostgreSQL store is opened."""
+
+    password_file: Path | None = None
+    """Read again for each connection."""
+    connections: int = 10
+    lease: float = 10.0
+    """Seconds."""
+    migrate: bool = True
+    """Bring an older schema up to date, and make the tables of an empty database."""
+    prepared: bool = True
+    """Prepare statements, which a pooler has to keep."""
+
+
+Waiting = Callable[[], Awaitable[None]]
+"""Called when the wait for the end of another owner begins."""
+
+
+async def open_store(
+    url: str, clock: Clock, database: Database = Database(), waiting: Waiting | None = None
+) -> Store:
+    """Opens `memory:`, `sqlite:PATH` or `postgresql://…`, the last once no other server owns it; without `waiting` one
+    that does is a StoreOpenError.
+
+    Raises StoreOpenError with a sentence for whoever started the server."""
     kind, _, path = url.partition(":")
     if kind == "memory" and not path:
         return MemoryStore(clock)
     if kind == "sqlite" and path:
         return await SqliteStore.open(path, clock)
-    raise StoreOpenError(f"{url!r} is no store; want memory: or sqlite:PATH.")
+    if kind in POSTGRES:
+        from notecase_server.store.postgres import PostgresStore  # noqa: PLC0415  # asyncpg is an extra
+
+        owned = await _own(url, database, waiting)
+        return await PostgresStore.open(url, clock)
+    raise _no_store(url, "memory:, sqlite:PATH")
+
+
+def _no_store(url: str, wanted: str) -> StoreOpenError:
+    """A URL that may hold a password is not repeated."""
+    shown = "This" if "@" in url else repr(url)
+    return StoreOpenError(f"{shown} is no store; want {wanted} or postgresql://USER@HOST/DATABASE.")
 
 
 def backup(url: str, destination: Path, force: bool) -> None:

@@ -12,6 +12,7 @@ Time is a count of microseconds since 1970, UTC, from the clock the store was op
 key. Every method may raise NotecaseError STORE_UNAVAILABLE, after which nothing of the call was kept.
 """
 
+import asyncio
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -798,6 +799,10 @@ class Lease(Protocol):
         """Returns once it holds; never, when another process has become the owner."""
         ...
 
+    async def lost(self) -> str:
+        """Returns the name of another process once that has become the owner; empty where it is not known."""
+        ...
+
 
 class Unshared:
     """The lease of a store that no other process can own while this one lives."""
@@ -806,6 +811,10 @@ class Unshared:
 
     async def held(self) -> None:
         """Returns at once."""
+
+    async def lost(self) -> str:
+        """Never returns."""
+        return await asyncio.get_running_loop().create_future()
 
 
 class StoreLife(Protocol):

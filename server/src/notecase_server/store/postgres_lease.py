@@ -36,6 +36,9 @@ class Owner(NamedTuple):
     fence: int
 
 
+UNKNOWN = Owner("an unknown owner", -1, -1)
+
+
 class PostgresLease:
     """Takes the lease, keeps it by a connection of its own, and lets go of it.
 
@@ -44,10 +47,6 @@ class PostgresLease:
     def __init__(self, connect: Connect, name: str, clock: Callable[[], float], seconds: float = LEASE_SECONDS) -> None:
         self.fence = 0
         """The number that every write of this owner is compared with."""
-        self.lost = asyncio.Event()
-        """Set when another server has become the owner: this one can write nothing more."""
-        self.lost_to = ""
-        """The name of that server, where it is known."""
         self._connect = connect
         self._name = name
         self._clock = clock
@@ -55,6 +54,7 @@ class PostgresLease:
         self._until = 0.0
         """By the clock, when another server may become the owner, less a margin."""
         self._renewed = asyncio.Event()
+        self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._connection: asyncpg.Connection[asyncpg.Record] | None = None
         self._tasks = Tasks("lease")
 
@@ -69,31 +69,53 @@ class PostgresLease:
             self._renewed.clear()
             await self._renewed.wait()
 
-    async def take(self, wait: bool) -> None:
-        """Becomes the owner, and keeps the lease from then on. An owner that lives is waited for, or with `wait` false
-        is a StoreOpenError once it has shown that it lives. A database that is away is waited for in the same way."""
-        seen, since, told = Owner("", -1, -1), self._clock(), ""
+    async def lost(self) -> str:
+        """Returns the name of another server once that is the owner and this one can write nothing more."""
+        return await asyncio.shield(self._lost)
+
+    def lose(self, owner: str = "") -> None:
+        """Says that a write was refused since another server is the owner."""
+        self._until = 0.0
+        if not self._lost.done():
+            log.error("store_lost", owner=owner, problem="Another server has become the owner of the store.")
+            self._lost.set_result(owner)
+
+    async def take(self, waiting: Callable[[], Awaitable[None]] | None) -> None:
+        """Becomes the owner, and keeps the lease from then on. An owner that lives is waited for, as a database is that
+        is away: `waiting` is called once when that begins. Where it is None a living owner is a StoreOpenError, and
+        what a database that is away raises is raised."""
+        try:
+            former = await self._wait(waiting)
+        except BaseException:
+            await self._disconnect()
+            raise
+        self._tasks.start(self._keep(), "keep", fresh=True)
+        log.info("store_taken", owner=self._name, fence=self.fence, former=former)
+
+    async def _wait(self, waiting: Callable[[], Awaitable[None]] | None) -> str:
+        """Claims the store once it can be; returns the name of the owner before."""
+        seen, since, told = UNKNOWN, self._clock(), list[str]()
         while True:
             begun = self._clock()
             try:
                 found = await self._read()
                 if found != seen:
-                    if not wait and seen.counter >= 0 and found.name:
+                    if waiting is None and seen.counter >= 0 and found.name:
                         raise StoreOpenError(in_use(found.name))
                     seen, since = found, self._clock()
                 if (not found.name or begun - since >= self._seconds) and await self._claim(found):
-                    break
+                    return found.name
             except AWAY as error:
-                if not wait:
+                if waiting is None:
                     raise
-                seen = Owner("", -1, -1)
+                seen = UNKNOWN
                 log.warning("store_away", error=type(error).__name__)
-            if wait and seen.name != told:
-                told = seen.name
-                log.warning("store_owned", owner=told, problem="Another server owns the store; this one waits for it.")
+            if waiting is not None and seen.name not in told:
+                if not told:
+                    await waiting()
+                told.append(seen.name)
+                log.warning("store_owned", owner=seen.name, problem="This server waits for the end of the one before.")
             await asyncio.sleep(self._seconds / 10)
-        self._tasks.start(self._keep(), "keep", fresh=True)
-        log.info("store_taken", owner=self._name, fence=self.fence, former=seen.name)
 
     async def release(self) -> None:
         """Lets go, so that the next server need not wait."""
@@ -135,15 +157,12 @@ class PostgresLease:
                     kept = await connection.fetchval(
                         "UPDATE owner SET counter = counter + 1 WHERE fence = $1 RETURNING true", self.fence
                     )
-                    if not kept:
-                        self.lost_to = await connection.fetchval("SELECT name FROM owner") or ""
+                    owner = "" if kept else await connection.fetchval("SELECT name FROM owner")
             except AWAY as error:
                 log.warning("lease_not_renewed", error=type(error).__name__, holds=self.holds)
                 continue
             if not kept:
-                self._until = 0.0
-                log.error("store_lost", owner=self.lost_to)
-                self.lost.set()
+                self.lose(owner)
                 return
             self._extend(begun)
 
@@ -172,4 +191,4 @@ class PostgresLease:
 
 
 def in_use(name: str) -> str:
-    return f"The store is in use: {name} owns it. Stop that server, or leave out --no-wait to wait for its end."
+    return f"The store is in use: {name} owns it. Stop that server first, or let a server wait for its end."
