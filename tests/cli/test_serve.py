@@ -31,7 +31,7 @@ async def test_the_commands_are_listed_with_the_first_sentence_of_their_help() -
     done = await notecase("--help")
     assert 0 == done.code
     listed = dict(re.findall(r"^  (\w+) +(\w.*\.)$", done.out.partition("Commands:\n")[2], re.MULTILINE))
-    names = "agents backup chat config copy export health import providers serve sessions state store tenants"
+    names = "agents backup chat config copy export health import migrate providers serve sessions state store tenants"
     assert names.split() == list(listed)
     context = click.Context(main)
     commands = {name: main.get_command(context, name) for name in listed}

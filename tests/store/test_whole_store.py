@@ -1,5 +1,6 @@
 """A whole store is copied, and renewed: every row of every table, whatever interrupts it."""
 
+import hashlib
 import signal
 import sqlite3
 import subprocess
@@ -9,21 +10,21 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
+import asyncpg
 import grpc
 import pytest
 from google.protobuf.message import DecodeError
 from notecase import v1
 from notecase_server import serve_stores
 from notecase_server.store import store_copy
-from notecase_server.store.contract import Scope, StoreOpenError
-from notecase_server.store.rows import TABLES, UIDS, Row, Table
-from notecase_server.store.sqlite import SqliteStore
-from notecase_server.store.sqlite_rows import SqliteRows
-from notecase_server.store.store_copy import copy_store, digest
+from notecase_server.store.contract import AuditRow, Scope, Store, StoreOpenError
+from notecase_server.store.rows import TABLES, UIDS, Head, Row, Table
+from notecase_server.store.store_copy import digest
 
 from tests.e2e.driving import reason_of
 from tests.store.build import KEY, ManualClock, add, answered, once, put, refused, said
 from tests.store.filled import GONE, fill
+from tests.support import postgres
 from tests.support.server import TENANT, Running, running
 
 
@@ -40,9 +41,19 @@ def ignore(table: str, rows: int) -> None:
     """Shows no progress."""
 
 
-async def rows_of(path: Path) -> dict[str, list[Row]]:
+@pytest.fixture(params=["sqlite", "postgresql"])
+async def target(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where a store can be copied: there is nothing yet."""
+    return f"sqlite:{tmp_path / 'copy.db'}" if request.param == "sqlite" else await postgres.shared().new_database()
+
+
+def by_url(store: Path | str) -> str:
+    return store if isinstance(store, str) else f"sqlite:{store}"
+
+
+async def rows_of(place: Path | str) -> dict[str, list[Row]]:
     """All that is in a store, by table."""
-    store = SqliteRows.open_source(path)
+    store = await serve_stores.open_rows(by_url(place), is_target=False)
     found = {table.name: [row async for row in store.rows(table)] for table in TABLES}
     await store.close()
     return found
@@ -65,67 +76,90 @@ async def test_every_column_of_every_table_is_among_the_portable_ones(path: Path
     assert all(table.columns[: len(table.key)] == table.key for table in TABLES)
 
 
-async def test_a_copy_has_every_row_and_is_served(path: Path, tmp_path: Path) -> None:
-    """A run that waited is answered in it, what was carried out is known, and page tokens are taken."""
-    serve = await SqliteStore.open(path, ManualClock())
-    secret = serve.secret
-    await serve.close()
-    shown = []
-    digests = await copied(path, tmp_path / "copy.db", lambda table, rows: shown.append((table, rows)))
-    assert await rows_of(path) == await rows_of(tmp_path / "copy.db")
+async def test_postgresql_has_the_same_tables() -> None:
+    """And whatever one kind of store keeps of itself alone."""
+    connection = await asyncpg.connect(await postgres.shared().new_store())
+    rows = await connection.fetch(
+        "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'public'"
+    )
+    keys = await connection.fetch(
+        """SELECT c.relname, array_agg(a.attname::text ORDER BY array_position(i.indkey, a.attnum))
+            FROM pg_index i JOIN pg_class c ON c.oid = i.indrelid AND c.relnamespace = 'public'::regnamespace
+            JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = ANY(i.indkey)
+            WHERE i.indisprimary GROUP BY c.relname"""
+    )
+    await connection.close()
+    found = {name: {column for table, column in rows if table == name} for name, _ in rows}
+    assert {"notecase_store", "owner"} == found.keys() - {table.name for table in TABLES}
+    assert {table.name: set(table.columns) for table in TABLES} == {table.name: found[table.name] for table in TABLES}
+    assert {table.name: list(table.key) for table in TABLES} == dict(keys)
+
+
+async def test_a_copy_has_every_row_and_is_served(path: Path, target: str, tmp_path: Path) -> None:
+    """A run that waited is answered in it, what was carried out is known, page tokens are taken, and new content and
+    audit entries get new numbers. A copy of the copy is the same."""
+    store = await opened(path)
+    secret = store.secret
+    await store.close()
+    shown = list[tuple[str, int]]()
+    digests = await copied(path, target, lambda table, rows: shown.append((table, rows)))
+    assert await rows_of(path) == await rows_of(target)
     assert [table.name for table in TABLES] == list(digests)
     assert [(table.name, -1) for table in TABLES] == shown[-len(TABLES) :]
-    store = await SqliteStore.open(tmp_path / "copy.db", ManualClock())
+    assert digests == await copied(target, tmp_path / "back.db")
+    store = await opened(target)
     assert secret == store.secret
     assert await store.is_keyed()
     with refused("SESSION_NOT_FOUND"):
         await store.recall(once("made"))
     await add(store, answered("i1", "r1"), key=KEY)
-    assert (await store.put_blob("acme", "", "0" * 64, b"more")) is None
+    await store.put_blob("acme", "", "0" * 64, b"more")
+    await store.add_audit([AuditRow("acme", v1.AuditEntry())])
+    assert b"a photograph" == await store.read_blob("acme", hashlib.sha256(b"a photograph").hexdigest(), 0)
     await store.close()
 
 
-async def copied(source: Path, target: Path, progress: Callable[[str, int], None] = ignore) -> dict[str, str]:
-    opened = SqliteRows.open_source(source)
-    try:
-        into = SqliteRows.open_target(target)
-        try:
-            return await copy_store(opened, into, progress)
-        finally:
-            await into.close()
-    finally:
-        await opened.close()
+async def copied(
+    source: Path | str, target: Path | str, progress: Callable[[str, int], None] = ignore
+) -> dict[str, str]:
+    return await serve_stores.copy(by_url(source), by_url(target), progress)
+
+
+async def opened(place: Path | str) -> Store:
+    return await serve_stores.open_store(by_url(place), ManualClock())
+
+
+class Stopped(Exception):
+    """Raised by the progress of a copy, whose transaction before is durable."""
 
 
 async def test_a_copy_that_is_interrupted_anywhere_goes_on(
-    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After each of its transactions. Until it is whole no server opens it; no row is copied twice."""
-    monkeypatch.setattr(store_copy, "BATCH_ROWS", 20)
-    target, expected = tmp_path / "copy.db", await rows_of(path)
-
-    class Stopped(Exception):
-        pass
+    """After each of its transactions. Until it is whole no server opens it, and nobody copies or renews it."""
+    monkeypatch.setattr(store_copy, "BATCH_ROWS", 100)
+    expected, whole = await rows_of(path), False
 
     def stop(table: str, rows: int) -> None:
+        nonlocal whole
+        whole = rows < 0
         raise Stopped
 
-    interrupted = 0
-    while True:
-        try:
+    interruptions = 0
+    while not whole:
+        with pytest.raises(Stopped):
             await copied(path, target, stop)
-        except Stopped:
-            interrupted += 1
-            with pytest.raises(StoreOpenError, match="is an unfinished copy"):
-                await SqliteStore.open(target, ManualClock())
-        if interrupted > sum(len(rows) // 20 + 1 for rows in expected.values()):
-            break
+        interruptions += 1
+    assert interruptions > len([rows for rows in expected.values() if rows])
+    for use in (opened(target), copied(target, "sqlite:never"), serve_stores.renew(target, uid)):
+        with pytest.raises(StoreOpenError, match="Repeat the copy"):
+            await use
     await copied(path, target)
     assert expected == await rows_of(target)
 
 
 KILLED = """
-import os, signal, sys
+import asyncio, os, signal, sys
 from notecase_server import serve_stores
 from notecase_server.store import store_copy
 store_copy.BATCH_ROWS = 20
@@ -135,14 +169,12 @@ def progress(table, rows):
     steps += 1
     if steps == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-serve_stores.copy(sys.argv[1], sys.argv[2], progress)
+asyncio.run(serve_stores.copy(sys.argv[1], sys.argv[2], progress))
 """
 
 
-@pytest.mark.parametrize("steps", [7, 40])
-async def test_a_copy_that_is_killed_goes_on(path: Path, tmp_path: Path, steps: int) -> None:
-    target = tmp_path / "copy.db"
-    assert -signal.SIGKILL == run(KILLED, f"sqlite:{path}", f"sqlite:{target}", str(steps))
+async def test_a_copy_that_is_killed_goes_on(path: Path, target: str) -> None:
+    assert -signal.SIGKILL == run(KILLED, by_url(path), target, "17")
     await copied(path, target)
     assert await rows_of(path) == await rows_of(target)
 
@@ -151,50 +183,57 @@ def run(script: str, *arguments: str) -> int:
     return subprocess.run([sys.executable, "-c", script, *arguments], check=False, timeout=60).returncode
 
 
-async def test_a_place_that_is_not_empty_is_refused(path: Path, tmp_path: Path) -> None:
-    """Another store, a copy that is whole, an unfinished copy of another store, and the store itself."""
-    target = tmp_path / "copy.db"
-    await copied(path, target)
-    other = await fill(tmp_path / "other.db")
-    renew(other)
-    for taken in (target, other):
-        with pytest.raises(StoreOpenError, match=f"{taken.name} is not empty: it has tenants"):
-            await copied(path, taken)
-    with pytest.raises(StoreOpenError, match="is in use"):
-        await copied(path, path)
-    unfinished = SqliteRows.open_target(tmp_path / "unfinished.db")
+async def test_a_place_that_is_not_empty_is_refused(path: Path, target: str) -> None:
+    """A copy that is whole, which may be of the same source, and an unfinished copy of another store."""
+    unfinished = await serve_stores.open_rows(target, is_target=True)
     await unfinished.begin_copy(b"another")
     await unfinished.close()
-    with pytest.raises(StoreOpenError, match="is an unfinished copy of another store"):
-        await copied(path, tmp_path / "unfinished.db")
+    with pytest.raises(StoreOpenError, match="Choose another"):
+        await copied(path, target)
+    again = await serve_stores.open_rows(target, is_target=True)
+    await again.finish_copy(Head(b"secret", keyed=False))
+    await again.close()
+    await copied(path, target)
+    with pytest.raises(StoreOpenError, match="is not empty: it has tenants"):
+        await copied(path, target)
+
+
+async def test_a_store_that_is_open_or_not_there_is_not_copied(path: Path, target: str, tmp_path: Path) -> None:
     with pytest.raises(StoreOpenError, match="There is no store at"):
         await copied(tmp_path / "nothing.db", target)
     assert not (tmp_path / "nothing.db").exists()
+    with pytest.raises(StoreOpenError, match="is in use"):
+        await copied(path, path)
+    with pytest.raises(StoreOpenError, match="'memory:' is no store"):
+        await copied(path, "memory:")
+    await copied(path, target)
+    store = await opened(target)
+    for use in (copied(target, tmp_path / "more.db"), renew(target)):
+        with pytest.raises(StoreOpenError, match="is in use"):
+            await use
+    await store.close()
 
 
-def renew(path: Path) -> int:
-    return serve_stores.renew(f"sqlite:{path}", uid)
+async def renew(place: Path | str) -> int:
+    return await serve_stores.renew(by_url(place), uid)
 
 
-async def test_a_source_that_is_served_meanwhile_is_found_out(path: Path, tmp_path: Path) -> None:
-    """Whether rows before the place where the copy stopped are changed, removed or added."""
-
-    class Stopped(Exception):
-        pass
+async def test_a_source_that_is_served_meanwhile_is_found_out(path: Path, target: str) -> None:
+    """Also where a row has changed that was copied before."""
 
     def stop(table: str, rows: int) -> None:
         if table == "sessions":
             raise Stopped
 
     with pytest.raises(Stopped):
-        await copied(path, tmp_path / "copy.db", stop)
-    store = await SqliteStore.open(path, ManualClock())
+        await copied(path, target, stop)
+    store = await opened(path)
     await add(store, said("m9", "more"), key=KEY)
     await store.close()
     with pytest.raises(StoreOpenError, match="may have been served since the copy was begun"):
-        await copied(path, tmp_path / "copy.db")
+        await copied(path, target)
     with pytest.raises(StoreOpenError, match="is an unfinished copy"):
-        await SqliteStore.open(tmp_path / "copy.db", ManualClock())
+        await opened(target)
 
 
 async def test_a_digest_tells_every_value_and_its_place() -> None:
@@ -212,11 +251,21 @@ async def test_a_digest_tells_every_value_and_its_place() -> None:
     assert len(kinds) + 2 == len(set(digests))
 
 
-async def test_a_renewal_changes_the_uids_and_nothing_else(path: Path) -> None:
+@pytest.fixture(params=["sqlite", "postgresql"])
+async def store_at(request: pytest.FixtureRequest, path: Path) -> str:
+    """The store of these tests, in either kind."""
+    if request.param == "sqlite":
+        return by_url(path)
+    url = await postgres.shared().new_database()
+    await copied(path, url)
+    return url
+
+
+async def test_a_renewal_changes_the_uids_and_nothing_else(store_at: str) -> None:
     """In every row that holds one, the recorded answers too; the old ones are in no row of a session that is there."""
-    before = await rows_of(path)
-    count = renew(path)
-    after = await rows_of(path)
+    before = await rows_of(store_at)
+    count = await renew(store_at)
+    after = await rows_of(store_at)
     fresh = {(row[0], row[1]): new[2] for row, new in zip(before["session_names"], after["session_names"], strict=True)}
     old = {(row[0], row[1]): row[2] for row in before["session_names"]}
     uids = {old[name]: fresh[name] for name in old}
@@ -248,13 +297,13 @@ def renewed(table: Table, row: Row, uids: dict[str, str]) -> Row:
     return tuple(values.values())
 
 
-async def test_a_user_named_like_a_sessions_uid_keeps_its_state(path: Path) -> None:
-    store = await SqliteStore.open(path, ManualClock())
+async def test_a_user_named_like_a_sessions_uid_keeps_its_state(store_at: str) -> None:
+    store = await opened(store_at)
     scope = Scope("acme", "user", KEY.uid)
     await store.update_state(scope, [put("k", "v")])
     await store.close()
-    renew(path)
-    store = await SqliteStore.open(path, ManualClock())
+    await renew(store_at)
+    store = await opened(store_at)
     assert 1 == (await store.get_state(scope, ["k"])).version
     await store.close()
 
@@ -283,15 +332,11 @@ async def test_a_renewal_that_is_cut_leaves_the_store_as_it_was(path: Path, how:
     assert before == await rows_of(path)
 
 
-async def test_a_store_that_is_open_or_not_there_is_not_renewed(path: Path, tmp_path: Path) -> None:
-    store = await SqliteStore.open(path, ManualClock())
-    with pytest.raises(StoreOpenError, match="is in use"):
-        renew(path)
-    await store.close()
+async def test_a_store_that_is_not_there_is_not_renewed(tmp_path: Path) -> None:
     with pytest.raises(StoreOpenError, match="There is no store at"):
-        renew(tmp_path / "nothing.db")
-    with pytest.raises(StoreOpenError, match="is no store that lasts"):
-        serve_stores.renew("memory:", uid)
+        await renew(tmp_path / "nothing.db")
+    with pytest.raises(StoreOpenError, match="'memory:' is no store"):
+        await renew("memory:")
 
 
 async def exports(served: Running, tenant: str) -> dict[str, bytes]:
@@ -317,7 +362,7 @@ async def test_callers_of_a_renewed_store_begin_anew(path: Path) -> None:
         listed.page_token = (await served.sessions.ListSessions(listed, metadata=metadata)).next_page_token
     async with running(f"sqlite:{path}") as served:
         before = {tenant: await exports(served, tenant) for tenant in ("default", "other", "acme")}
-    renew(path)
+    await renew(path)
     async with running(f"sqlite:{path}") as served:
         after = {tenant: await exports(served, tenant) for tenant in ("default", "other", "acme")}
         assert before == {tenant: {name: after[tenant][name] for name in files} for tenant, files in before.items()}

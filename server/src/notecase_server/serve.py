@@ -50,7 +50,7 @@ from notecase_server.rpc.run import Streams
 from notecase_server.rpc.server import build, options
 from notecase_server.rpc.watch import Pace
 from notecase_server.serve_standby import Standby
-from notecase_server.serve_stores import Database, open_store
+from notecase_server.serve_stores import DATABASE, Database, open_store
 from notecase_server.store.contract import Clock, Quotas, Store, StoreOpenError
 from notecase_server.supervisor import STUCK_SECONDS, Supervisor, Tasks
 from notecase_server.tools.contract import Toolbox
@@ -102,14 +102,14 @@ def new_uid() -> str:
     return str(uuid_utils.uuid4())
 
 
-def bootstrap(url: str, tenant: str, name: str) -> tuple[v1.Key, str]:
+def bootstrap(url: str, tenant: str, name: str, database: Database = DATABASE) -> tuple[v1.Key, str]:
     """Makes the key of an admin of the tenant, or of an operator where it is empty, in a store that no server has open.
     Returns it with what is to be sent. Raises StoreOpenError."""
     if url == "memory:":
         raise StoreOpenError("A store in memory has no key before it is served; set NOTECASE_ADMIN_KEY for one.")
 
     async def make() -> tuple[v1.Key, str]:
-        store = await open_store(url, now)
+        store = await open_store(url, now, database)
         try:
             role = v1.Key.ROLE_ADMIN if tenant else v1.Key.ROLE_OPERATOR
             return await Keys(store, new_id, now, time.monotonic).create(tenant, v1.Key(display_name=name, role=role))
@@ -332,12 +332,16 @@ class Server:
 
     async def start(self) -> int:
         """Serves, and takes over the runs that were left; returns the port. Raises RuntimeError when an address is
-        taken."""
+        taken, and lets go of the store then."""
         channel = options(self._settings.max_calls, self._settings.max_connections)
         self._grpc, self._health = await build(
             self._desk, self._store, self._keys, self._tenants, self._tenancy, self._doorway, channel
         )
-        self.port, self.mtls_port = _listen(self._grpc, self._settings, self._identity)
+        try:
+            self.port, self.mtls_port = _listen(self._grpc, self._settings, self._identity)
+        except RuntimeError:
+            await self._store.close()
+            raise
         await self._grpc.start()
         self._runs.upkeep.start()
         self._supervisor.service("sweeper", self._sweep)
@@ -445,8 +449,10 @@ async def _end_everything() -> list[str]:
 
 async def make_server(settings: Settings, fetches: Tasks) -> Server:
     """Makes the server that the settings describe, over its store, once it owns that. `fetches` owns what gets the keys
-    of identity providers. Raises SettingsError, StoreOpenError, ProviderSettingsError and ToolSettingsError, whose texts
-    are for the operator."""
+    of identity providers.
+
+    Raises SettingsError, StoreOpenError, ProviderSettingsError and ToolSettingsError, whose texts are for the
+    operator."""
     providers = make_providers(settings)  # first, since a bad key or address is no reason to open the store
     toolbox = make_toolbox(settings.tools, settings.mcp_servers)
     files = Files()

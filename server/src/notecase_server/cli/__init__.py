@@ -1,5 +1,6 @@
-"""The `notecase` command. Each group of commands is a module here, imported when one of its commands is named; all but
-`serve`, `config`, `providers`, `backup`, `copy`, `store` and `keys bootstrap` know a server only by its address."""
+"""The `notecase` command. Each group of commands is a module here, imported when one of its commands is named. Most
+know a server only by its address; `serve`, `config`, `providers`, `backup`, `copy`, `migrate`, `store` and `keys
+bootstrap` do not."""
 
 import click
 
@@ -18,6 +19,7 @@ COMMANDS = {
     "health": Lazy("health:health", "Ask a server how it is."),
     "import": Lazy("transfer:import_session", "Make a new session of an exported one."),
     "keys": Lazy("keys:keys", "Make, list, rotate and revoke the keys by which programs call a server."),
+    "migrate": Lazy("migrate:migrate", "Bring the tables of a PostgreSQL store up to date."),
     "providers": Lazy("providers:providers", "Try the providers of models out."),
     "serve": Lazy("serve:serve", "Serve until SIGTERM or SIGINT."),
     "sessions": Lazy("look:sessions", "List sessions, the last created first."),

@@ -1,11 +1,13 @@
 """`notecase copy`."""
 
+import asyncio
 import time
 
 import click
 
 from notecase_server import serve_stores
 from notecase_server.cli.screen import aside
+from notecase_server.config import configure_logging
 from notecase_server.store.contract import StoreOpenError
 
 PROGRESS_SECONDS = 2.0
@@ -21,6 +23,7 @@ def copy(source: str, target: str) -> None:
     repeated. At the end all rows of both stores are compared, and the SHA-256 of each table is printed; until then no
     server opens the copy.
     """
+    configure_logging("console", "info")
     shown = [time.monotonic()]
 
     def show(table: str, rows: int) -> None:
@@ -29,7 +32,7 @@ def copy(source: str, target: str) -> None:
             aside(f"{table}: compared" if rows < 0 else f"{table}: {rows:,} rows copied")
 
     try:
-        digests = serve_stores.copy(source, target, show)
+        digests = asyncio.run(serve_stores.copy(source, target, show))
     except StoreOpenError as error:
         raise click.ClickException(str(error)) from None
     for table, digest in digests.items():

@@ -50,7 +50,7 @@ class PostgresLease:
         self._connect = connect
         self._name = name
         self._clock = clock
-        self._seconds = seconds
+        self.seconds = seconds
         self._until = 0.0
         """By the clock, when another server may become the owner, less a margin."""
         self._renewed = asyncio.Event()
@@ -103,7 +103,7 @@ class PostgresLease:
                     if waiting is None and seen.counter >= 0 and found.name:
                         raise StoreOpenError(in_use(found.name))
                     seen, since = found, self._clock()
-                if (not found.name or begun - since >= self._seconds) and await self._claim(found):
+                if (not found.name or begun - since >= self.seconds) and await self._claim(found):
                     return found.name
             except AWAY as error:
                 if waiting is None:
@@ -115,7 +115,7 @@ class PostgresLease:
                     await waiting()
                 told.append(seen.name)
                 log.warning("store_owned", owner=seen.name, problem="This server waits for the end of the one before.")
-            await asyncio.sleep(self._seconds / 10)
+            await asyncio.sleep(self.seconds / 10)
 
     async def release(self) -> None:
         """Lets go, so that the next server need not wait."""
@@ -150,7 +150,7 @@ class PostgresLease:
     async def _keep(self) -> None:
         """Raises the counter three times a lease, until another server is the owner."""
         while True:
-            await asyncio.sleep(self._seconds / 3)
+            await asyncio.sleep(self.seconds / 3)
             begun = self._clock()
             try:
                 async with self._transaction() as connection:
@@ -168,14 +168,14 @@ class PostgresLease:
 
     def _extend(self, begun: float) -> None:
         """Holds the lease from the beginning of the statement that raised the counter on."""
-        self._until = begun + self._seconds * 0.8
+        self._until = begun + self.seconds * 0.8
         self._renewed.set()
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
         """Bounded by a third of a lease; a connection that fails is replaced by the next."""
         try:
-            async with asyncio.timeout(self._seconds / 3):
+            async with asyncio.timeout(self.seconds / 3):
                 if self._connection is None or self._connection.is_closed():
                     self._connection = await self._connect()
                 async with self._connection.transaction():

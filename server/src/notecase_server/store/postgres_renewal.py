@@ -42,7 +42,8 @@ async def _renew_sessions(connection: "asyncpg.Connection[asyncpg.Record]") -> N
     ):
         bodies = [renewed_session(row["body"], row["uid"]) for row in rows]
         await connection.execute(
-            """UPDATE sessions s SET body = u.body FROM unnest($1::text[], $2::text[], $3::bytea[]) AS u(tenant, uid, body)
+            """UPDATE sessions s SET body = u.body
+                FROM unnest($1::text[], $2::text[], $3::bytea[]) AS u(tenant, uid, body)
                 WHERE s.tenant = u.tenant AND s.uid = u.uid""",
             *([row["tenant"] for row in rows], [row["uid"] for row in rows], bodies),
         )

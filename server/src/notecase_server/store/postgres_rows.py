@@ -1,7 +1,7 @@
 """The rows of a PostgreSQL store as portable values, for a copy of the whole store."""
 
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,7 +37,7 @@ class PostgresRows:
         assert row is not None
         return Head(row[0], bool(row[1]))
 
-    async def rows(self, table: Table, after: Row | None = None) -> AsyncIterator[Row]:
+    async def rows(self, table: Table, after: Row | None = None) -> AsyncGenerator[Row, None]:
         where = f"WHERE ({_names(table.key)}) > ({_marks(after)})" if after else ""
         statement = f"SELECT {_names(table.columns)} FROM {table.name} {where} ORDER BY {_names(table.key)}"
         portable = _convert(table, _portable_labels, unescaped)

@@ -6,7 +6,7 @@ None. A boolean is 0 or 1, and labels are a tuple of pairs, ascending by key; no
 of their keys: texts by their bytes in UTF-8.
 """
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 Row = tuple[Any, ...]
@@ -83,7 +83,7 @@ class StoreRows(Protocol):
 
     async def head(self) -> Head: ...
 
-    def rows(self, table: Table, after: Row | None = None) -> AsyncIterator[Row]:
+    def rows(self, table: Table, after: Row | None = None) -> AsyncGenerator[Row, None]:
         """Yields the rows of a table in the order of their keys, all of them or those behind a key. Few are in memory
         at a time."""
         ...

@@ -2,7 +2,7 @@
 
 import json
 import sqlite3
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -41,7 +41,7 @@ class SqliteRows:
             secret, keyed = self._connection.execute("SELECT secret, keyed FROM store").fetchone()
         return Head(secret, bool(keyed))
 
-    async def rows(self, table: Table, after: Row | None = None) -> AsyncIterator[Row]:
+    async def rows(self, table: Table, after: Row | None = None) -> AsyncGenerator[Row, None]:
         columns, key = ", ".join(table.columns), ", ".join(table.key)
         where = f"WHERE ({key}) > ({', '.join('?' * len(after))})" if after else ""
         portable = _convert(table, _labels_of)

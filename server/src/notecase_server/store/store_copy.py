@@ -5,7 +5,8 @@ digest of each table, and only then can the copy be served.
 """
 
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 import msgspec
 
@@ -52,19 +53,21 @@ async def digest(store: StoreRows, table: Table) -> str:
 
 async def _copy_table(source: StoreRows, target: StoreRows, table: Table, progress: Progress) -> None:
     last, count = await target.last_key(table), 0
-    async for batch in _batches(source.rows(table, last)):
-        await target.load(table, batch)
-        count += len(batch)
-        progress(table.name, count)
+    async with aclosing(_batches(source.rows(table, last))) as batches:
+        async for batch in batches:
+            await target.load(table, batch)
+            count += len(batch)
+            progress(table.name, count)
 
 
-async def _batches(rows: AsyncIterator[Row]) -> AsyncIterator[list[Row]]:
+async def _batches(rows: AsyncGenerator[Row, None]) -> AsyncGenerator[list[Row], None]:
     batch, size = list[Row](), 0
-    async for row in rows:
-        batch.append(row)
-        size += sum(len(value) for value in row if isinstance(value, str | bytes))
-        if len(batch) == BATCH_ROWS or size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
+    async with aclosing(rows):
+        async for row in rows:
+            batch.append(row)
+            size += sum(len(value) for value in row if isinstance(value, str | bytes))
+            if len(batch) == BATCH_ROWS or size >= BATCH_BYTES:
+                yield batch
+                batch, size = [], 0
     if batch:
         yield batch
