@@ -100,7 +100,7 @@ $(VENV)/.ready: pyproject.toml client/pyproject.toml server/pyproject.toml const
 	@$(call environment,$(VENV))
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt pip hatchling
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-		--editable client --editable server --group dev
+		--editable client --editable "server[postgres]" --group dev
 	@touch $@
 
 $(GENERATOR)/.ready: proto/requirements.txt

@@ -14,9 +14,10 @@ from notecase_server.store.contract import SessionKey, Store
 
 from tests.e2e.driving import reason_of
 from tests.store.build import create
-from tests.store.test_identity import fill, rows_with
+from tests.store.test_identity import fill
 from tests.support.crashing import Crashing
 from tests.support.failing import Failing, Fault, Mode
+from tests.support.inside import rows_with
 from tests.support.server import Running, running
 
 KEYS = [SessionKey("default", f"case{number}", f"0000000{number}-dead-4000-8000-000000000000") for number in range(2)]
@@ -52,8 +53,8 @@ async def require_nothing(served: Running) -> None:
     assert [] == list((await served.runs.ListRuns(v1.ListRunsRequest(parent="sessions/-"))).runs)
 
 
-def rows_of_all(store: Any) -> set[str]:
-    return set().union(*(rows_with(store, key.uid) for key in KEYS))
+async def rows_of_all(store: Any) -> set[str]:
+    return set().union(*[await rows_with(store, key.uid) for key in KEYS])
 
 
 @pytest.mark.parametrize("after", [1, 2, 3, 4, 6, 8])
@@ -86,7 +87,7 @@ async def test_a_server_killed_in_a_deletion_goes_on_with_it_at_its_next_start(
                 await sessions.UpdateSession(v1.UpdateSessionRequest(session=session))
         await server.death()
     store = await open_store(path, now)
-    assert rows_of_all(store)
+    assert await rows_of_all(store)
     swept = Swept(store)
     async with running(cast(Store, swept)) as served:
         if way == "erase":
@@ -95,7 +96,7 @@ async def test_a_server_killed_in_a_deletion_goes_on_with_it_at_its_next_start(
         else:
             await require_nothing(served)
             await swept.done.wait()
-        assert rows_of_all(store) <= {"requests"}
+        assert await rows_of_all(store) <= {"requests"}
         await require_nothing(served)
         if way == "erase":
             assert erased == await served.sessions.EraseUser(ERASE)
@@ -120,9 +121,9 @@ async def test_an_erasure_is_answered_when_the_last_row_is_gone(
     async with running(store) as served:
         for key in KEYS[:deleted]:
             await served.sessions.DeleteSession(v1.DeleteSessionRequest(name=f"sessions/{key.session}"))
-        assert rows_of_all(store)
+        assert await rows_of_all(store)
         assert 2 - deleted == (await served.sessions.EraseUser(ERASE)).sessions_deleted
-        assert rows_of_all(store) == set()
+        assert await rows_of_all(store) == set()
         await require_nothing(served)
 
 
@@ -153,6 +154,6 @@ async def test_a_store_that_fails_once_leaves_no_row_in_the_end(store_url: str, 
         await failing.failed.wait()
         swept.done.clear()
         await swept.done.wait()
-        assert rows_of_all(store) <= {"requests"}
+        assert await rows_of_all(store) <= {"requests"}
         await require_nothing(served)
         await served.sessions.EraseUser(ERASE)  # raises nothing: it was done

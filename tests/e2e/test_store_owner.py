@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from notecase import to_value, v1
 
-from tests.cli.command import notecase
+from tests.cli.command import COMMAND, notecase, spawn
 from tests.e2e.driving import reason_of, said
 from tests.support import postgres
 from tests.support.freezing import Freezing
@@ -35,13 +35,18 @@ def free_port() -> int:
         return port
 
 
+async def _until(true: Callable[[], bool]) -> None:
+    """Waits for another process."""
+    while True:
+        if true():
+            return
+        await asyncio.sleep(0.02)
+
+
 async def logged(log: Path, what: str) -> str:
     """Waits for a line of a server's log that has these words, and returns it."""
-    while True:
-        for line in log.read_text().splitlines() if log.exists() else ():
-            if what in line:
-                return line
-        await asyncio.sleep(0.02)
+    await _until(lambda: log.exists() and what in log.read_text())
+    return next(line for line in log.read_text().splitlines() if what in line)
 
 
 @asynccontextmanager
@@ -89,26 +94,16 @@ async def test_a_second_server_waits_for_the_end_of_the_first(store: str, tmp_pa
 
 async def test_a_server_that_waits_is_stopped(store: str, tmp_path: Path) -> None:
     first = await Spawned.start(store, tmp_path / "first", *SHORT, forked=True)
-    port = free_port()
-    words = ("serve", "--listen", f"127.0.0.1:{port}", "--store", store)
-    second = asyncio.create_task(notecase(*words))
-    serving = health_pb2.HealthCheckResponse
-    while True:
-        try:
-            assert serving.NOT_SERVING == await health(port)
-        except grpc.aio.AioRpcError:
-            await asyncio.sleep(0.05)
-        else:
-            break
-    assert not second.done()
-    second.cancel()
+    second = await spawn(*COMMAND, "serve", "--listen", "127.0.0.1:0", "--store", store)
+    assert second.stderr is not None
+    while b"server_waiting" not in await second.stderr.readline():
+        pass
+    second.terminate()
+    assert (b"", 0) == ((await second.communicate())[0], second.returncode)
     assert 0 == await first.stop()
 
 
-FROZEN = pytest.mark.parametrize("at", ["transaction", "commit"])
-
-
-@FROZEN
+@pytest.mark.parametrize("at", ["transaction", "commit"])
 async def test_a_frozen_owner_is_replaced_and_can_do_no_harm(
     at: str, store: str, tmp_path: Path, model: OpenAIServer
 ) -> None:
@@ -129,8 +124,7 @@ async def test_a_frozen_owner_is_replaced_and_can_do_no_harm(
         await v1.StateServiceStub(channel).UpdateState(put)
         start = v1.CreateRunRequest(run=v1.StartRun(session="sessions/s", run_id="r", messages=[said("Go")]))
         await v1.RunServiceStub(channel).CreateRun(start)
-        while not model.requests:
-            await asyncio.sleep(0.01)
+        await _until(lambda: bool(model.requests))
         async with waiting(store, tmp_path / "second", **env) as (second, _):
             first.file.touch()
             put.ops[0].set.CopyFrom(to_value("never"))

@@ -2,29 +2,37 @@
 
 import tempfile
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 from notecase_server.store.contract import Clock, Store
 from notecase_server.store.memory import MemoryStore
+from notecase_server.store.postgres import PostgresStore
 from notecase_server.store.sqlite import SqliteStore
 
 from tests.store.fixtures import Open, clock, store
+from tests.support import postgres
 
 __all__ = ["clock", "open_store", "store"]
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
 def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
     @asynccontextmanager
     async def opened(clock: Clock) -> AsyncIterator[Store]:
-        with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
-            memory = request.param == "memory"
-            store: Store = MemoryStore(clock) if memory else await SqliteStore.open(Path(folder, "store.db"), clock)
-            try:
-                yield store
-            finally:
-                await store.close()
+        async with AsyncExitStack() as stack:
+            store: Store
+            match request.param:
+                case "memory":
+                    store = MemoryStore(clock)
+                case "sqlite":
+                    folder = Path(tempfile.mkdtemp(dir=tmp_path))
+                    store = await SqliteStore.open(folder / "store.db", clock)
+                case _:
+                    url = await stack.enter_async_context(postgres.shared().empty_store())
+                    store = await PostgresStore.open(url, clock)
+            stack.push_async_callback(store.close)
+            yield store
 
     return opened

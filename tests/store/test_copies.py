@@ -68,10 +68,11 @@ from tests.store.build import (
     started,
 )
 from tests.store.test_fold import EVENTS, Made, event
-from tests.store.test_identity import PORTRAIT, everything, rows_with
+from tests.store.test_identity import PORTRAIT, everything
 from tests.store.test_past import Told, rows_of, turn
 from tests.store.test_sweep import Tally, tally
 from tests.support.copying import transactions
+from tests.support.inside import rows_with
 
 COPY = session_key("acme", "copy")
 HOUR = 3600 * 1_000_000
@@ -124,7 +125,7 @@ async def require_nothing_left(store: Store, *keys: SessionKey) -> None:
     for key in keys:
         assert await store.get_session(key) is None
     await store.sweep_sessions()
-    assert set() == set().union(*(rows_with(store, key.uid) for key in keys))
+    assert set() == set().union(*[await rows_with(store, key.uid) for key in keys])
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -552,7 +553,7 @@ async def test_an_erasure_waits_for_the_copies_of_its_user_and_leaves_nothing(
             break
         assert made.count == number - 1 or way == "restore"
         await erasing[0]
-        assert set() == rows_with(store, KEY.uid) | rows_with(store, COPY.uid)
+        assert set() == await rows_with(store, KEY.uid) | await rows_with(store, COPY.uid)
     assert number > 10
 
 

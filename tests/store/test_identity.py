@@ -22,7 +22,6 @@ from notecase_server.store.contract import (
     Store,
 )
 from notecase_server.store.memory import MemoryStore
-from notecase_server.store.sqlite import SqliteStore
 
 from tests.store.build import (
     EVERYTHING,
@@ -50,6 +49,7 @@ from tests.store.build import (
     started,
 )
 from tests.store.fixtures import looks_inside
+from tests.support.inside import rows_with
 
 NEXT = reborn(KEY)
 COMMAND = CommandId("command", b"d")
@@ -265,35 +265,21 @@ async def test_sessions_that_took_a_name_one_after_the_other_are_listed_apart(st
     assert [row.uid for row in (await store.list_sessions("acme", Query(1))).rows] == [NEXT.uid]
 
 
-def rows_with(store: Store, uid: str) -> set[str]:
-    """The tables that have the uid in any column of any row."""
-    if isinstance(store, MemoryStore):
-        return {"memory"} if uid in repr(store._tables._tenants) else set()
-    assert isinstance(store, SqliteStore)
-    connection = store._connections.readers[0]
-    found = set[str]()
-    for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
-        for row in connection.execute(f"SELECT * FROM {table}"):
-            if any(uid.encode() in (value if isinstance(value, bytes) else str(value).encode()) for value in row):
-                found.add(table)
-    return found
-
-
 @looks_inside
 async def test_deletion_leaves_no_row_of_the_uid(store: Store, clock: ManualClock) -> None:
     """Requests alone are remembered, without their answers, until they are forgotten."""
     await fill(store, KEY)
-    filled = rows_with(store, KEY.uid)
-    if isinstance(store, SqliteStore):
+    filled = await rows_with(store, KEY.uid)
+    if not isinstance(store, MemoryStore):
         assert filled == {
             *("sessions", "session_names", "events", "changed_messages", "calls", "runs", "active_runs", "commands"),
             *("states", "entries", "blob_references", "requests"),
         }
     await store.delete_session(KEY)
     await store.sweep_sessions()
-    assert rows_with(store, KEY.uid) <= {"requests", "memory"}
+    assert await rows_with(store, KEY.uid) <= {"requests", "memory"}
     await store.forget_requests(clock.now + 1)
-    assert rows_with(store, KEY.uid) == set()
+    assert await rows_with(store, KEY.uid) == set()
     clock.now += 1
     assert await store.sweep_blobs(clock.now, clock.now) == 1
 
@@ -307,5 +293,5 @@ async def test_an_expired_session_leaves_no_row_of_the_uid(store: Store, clock: 
     assert await store.expire_session(KEY)
     await store.sweep_sessions()
     await store.forget_requests(clock.now + 1)
-    assert rows_with(store, KEY.uid) == set()
+    assert await rows_with(store, KEY.uid) == set()
     await create(store, NEXT)

@@ -13,7 +13,6 @@ from notecase_server.store import steps
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Commit, Quotas, Replayed, Store
 from notecase_server.store.memory import MemoryStore
-from notecase_server.store.sqlite import SqliteStore
 from notecase_server.store.sqlite_tables import SESSION_ROWS, STATE_ROWS
 
 from tests.store.build import (
@@ -35,7 +34,8 @@ from tests.store.build import (
     session_key,
     started,
 )
-from tests.store.test_identity import COMMAND, about, everything, fill, prepare, rows_with
+from tests.store.test_identity import COMMAND, about, everything, fill, prepare
+from tests.support.inside import rows_with, select
 
 NEXT = reborn(KEY)
 Step = Callable[..., Any]
@@ -50,13 +50,12 @@ class Tally(NamedTuple):
 
 async def tally(store: Store) -> Tally:
     sizes: list[int] = []
-    if isinstance(store, SqliteStore):
-        reader = store._connections.readers[0]
+    if not isinstance(store, MemoryStore):
         counted = [(table, size) for table, _, size in (*SESSION_ROWS, *STATE_ROWS)]
         for table, size in [*counted, ("requests WHERE owner != ''", "length(response)")]:
-            sizes += [size or 0 for (size,) in reader.execute(f"SELECT {size} FROM {table}")]
+            sizes += [size or 0 for (size,) in await select(store, f"SELECT {size} FROM {table}")]
     else:
-        tenant = cast(MemoryStore, store)._tables._tenants["acme"]
+        tenant = store._tables._tenants["acme"]
         for session in (*tenant.sessions.values(), *(left for _, left in tenant.deleted.values())):
             sizes += map(len, (*session.events, *session.messages.values()))
             sizes += [0] * (len(session.started) + len(session.commands))
@@ -106,7 +105,7 @@ async def test_many_small_sessions_share_a_transaction(store: Store) -> None:
         await create(store, key)
         await store.delete_session(key)
     assert [True, False, False] == [first async for first in sweep(store)]
-    assert set() == set().union(*(rows_with(store, key.uid) for key in keys))
+    assert set() == set().union(*[await rows_with(store, key.uid) for key in keys])
 
 
 async def test_nothing_of_a_deleted_session_is_seen_while_its_rows_go(
@@ -147,7 +146,7 @@ async def test_nothing_of_a_deleted_session_is_seen_while_its_rows_go(
         with pytest.raises(Replayed):
             await store.delete_session(KEY, once=once("delete", NOTHING))
     assert transactions > 15
-    assert rows_with(store, KEY.uid) == set()
+    assert await rows_with(store, KEY.uid) == set()
     assert whole == await everything(store, NEXT)
 
 
@@ -168,7 +167,7 @@ async def test_of_two_deletions_at_once_one_is_done_and_two_sweeps_are_one(
     sweeps = store.sweep_sessions(), store.sweep_sessions("acme", "users/ada")
     await asyncio.gather(*sweeps, store.delete_session(NEXT))
     await store.sweep_sessions()
-    assert rows_with(store, KEY.uid) | rows_with(store, NEXT.uid) == set()
+    assert await rows_with(store, KEY.uid) | await rows_with(store, NEXT.uid) == set()
 
 
 @pytest.mark.parametrize("made", [False, True])
@@ -187,7 +186,7 @@ async def test_a_sweep_that_fails_goes_on_where_it_was(
         raise errors.store_unavailable()
 
     failures = 0
-    while rows_with(store, KEY.uid):
+    while await rows_with(store, KEY.uid):
         monkeypatch.setattr(store, "_write", failing)
         with refused("STORE_UNAVAILABLE"):
             await store.sweep_sessions()
@@ -208,8 +207,8 @@ async def test_only_the_sessions_of_one_user_are_swept_where_it_is_asked_for(sto
         await store.delete_session(key)
     await store.sweep_sessions("acme", "users/ada")
     assert [set(), True, True] == [
-        rows_with(store, mine.uid),
-        *(bool(rows_with(store, k.uid)) for k in (other, elsewhere)),
+        await rows_with(store, mine.uid),
+        *[bool(await rows_with(store, k.uid)) for k in (other, elsewhere)],
     ]
     assert await store.erase_state("acme", "users/ada")
     assert not await store.erase_state("acme", "users/eve")

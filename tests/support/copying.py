@@ -39,11 +39,11 @@ async def nothing(_: int) -> None:
 def transactions(store: Any, *, before: Act = nothing, after: Act = nothing) -> Iterator[Made]:
     write, made = store._write, Made()
 
-    async def counted(step: Any) -> Any:
+    async def counted(step: Any, *within: Any) -> Any:
         if getattr(step, "func", None) not in STEPS:
-            return await write(step)
+            return await write(step, *within)
         await before(made.count + 1)
-        result = await write(step)
+        result = await write(step, *within)
         made.count += 1
         await after(made.count)
         return result

@@ -1,5 +1,5 @@
-"""`notecase` as a process that stops itself, as SIGSTOP of an operator or a machine that sleeps would, at one point of a
-write to PostgreSQL: once a file named FREEZE exists, which it removes.
+"""`notecase` as a process that stops itself, as a SIGSTOP or a machine that sleeps would, at one point of a write to
+PostgreSQL: once a file named FREEZE exists, which it removes.
 
 With `--at transaction` as first arguments that is inside of the transaction of the next write that is no commit, before
 its COMMIT; with `--at commit` between the reading and the writing of the next commit.
@@ -72,7 +72,9 @@ class Freezing(Spawned):
 
     async def frozen(self) -> None:
         """Returns once it has stopped itself."""
-        while _state(self.process.pid) != "T":
+        while True:
+            if _state(self.process.pid) == "T":
+                return
             await asyncio.sleep(0.01)
 
     async def end(self) -> int:

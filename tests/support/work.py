@@ -154,12 +154,12 @@ def _count_steps(work: Work, patch: pytest.MonkeyPatch) -> None:
 
 def _count_handovers(work: Work, store: Any, patch: pytest.MonkeyPatch) -> None:
     def counting(ask: Callable[..., Any], written: int) -> Callable[..., Any]:
-        async def wrapped(step: Callable[..., Any], **how: Any) -> Any:
+        async def wrapped(step: Callable[..., Any], *within: Any, **how: Any) -> Any:
             if not work.mine:
-                return await ask(step, **how)
+                return await ask(step, *within, **how)
             work["handovers"] += 1
             work["writes"] += written
-            return await ask(stepped(step), **how)
+            return await ask(stepped(step), *within, **how)
 
         return wrapped
 

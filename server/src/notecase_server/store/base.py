@@ -58,11 +58,12 @@ class TableStore(ABC):
         is consistent by itself."""
 
     @abstractmethod
-    async def _write(self, step: Callable[[Tables, int], T]) -> T:
-        """Runs a step in a transaction, given the time. What it raises undoes it."""
+    async def _write(self, step: Callable[[Tables, int], T], within: SessionKey | None = None) -> T:
+        """Runs a step in a transaction, given the time. What it raises undoes it. `within` names the one session, or
+        copy, whose rows it writes and depends on; a store may run steps of different sessions side by side."""
 
     async def commit(self, commit: Commit) -> Committed:
-        return await self._write(partial(steps.commit, commit=commit, quotas=self.quotas))
+        return await self._write(partial(steps.commit, commit=commit, quotas=self.quotas), commit.key)
 
     async def find_commit(self, key: SessionKey, commit_id: str) -> Committed | None:
         return await self._read(lambda tables: steps.find_commit(tables, key, commit_id))
@@ -76,7 +77,7 @@ class TableStore(ABC):
             await self._read(lambda tables: steps.recall_command(tables, key, command))
 
     async def claim(self, key: SessionKey, epoch: int) -> int:
-        return await self._write(lambda tables, _: steps.claim(tables, key, epoch))
+        return await self._write(lambda tables, _: steps.claim(tables, key, epoch), key)
 
     async def _of(self, tenant: str, uid: str, step: Callable[[Tables], T], gone: T) -> T:
         """Reads of a session; returns `gone` when there is no such session, whatever is left of its rows."""
@@ -100,7 +101,7 @@ class TableStore(ABC):
             await self._write(partial(copies.begin_fork, fork=fork, quotas=self.quotas))
             last = copies.BEGINNING
             while pieces := await self._read(partial(copies.rows_to_copy, fork=fork, after=last)):
-                await self._write(partial(copies.copy_rows, fork=fork, pieces=pieces))
+                await self._write(partial(copies.copy_rows, fork=fork, pieces=pieces), fork.key)
                 await asyncio.sleep(0)  # others have their turn in a store that waits for nothing, too
                 last = pieces[-1]
             whole = await self._read(partial(copies.whole, fork=fork))
@@ -121,7 +122,7 @@ class TableStore(ABC):
     async def _write_rows(self, key: SessionKey, source: SessionKey | None, rows: Iterable[copies.Row]) -> None:
         """Writes rows of a copy, in bounded transactions."""
         for writes in copies.batches(rows):
-            await self._write(partial(copies.write_rows, key=key, source=source, writes=writes))
+            await self._write(partial(copies.write_rows, key=key, source=source, writes=writes), key)
             await asyncio.sleep(0)
 
     async def get_session(self, key: SessionKey) -> v1.Session | None:
@@ -140,7 +141,7 @@ class TableStore(ABC):
     async def edit_session(
         self, key: SessionKey, edit: SessionEdit, if_etag: str = "", once: Once | None = None
     ) -> v1.Session:
-        return await self._write(partial(steps.edit_session, key=key, edit=edit, if_etag=if_etag, once=once))
+        return await self._write(partial(steps.edit_session, key=key, edit=edit, if_etag=if_etag, once=once), key)
 
     async def delete_session(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
         await self._write(partial(steps.delete_session, key=key, if_etag=if_etag, once=once))
@@ -196,7 +197,7 @@ class TableStore(ABC):
         return await self._read(lambda tables: tables.idle_runs())
 
     async def release_run(self, key: SessionKey, run: str) -> None:
-        await self._write(lambda tables, _: tables.put_record(key, run, None, released=True))
+        await self._write(lambda tables, _: tables.put_record(key, run, None, released=True), key)
 
     async def get_state(self, scope: Scope, keys: Sequence[str], at: int = 0) -> v1.State:
         return await self._of_state(scope, at, partial(steps.named_entries, scope=scope, keys=keys, at=at), v1.State())

@@ -66,7 +66,7 @@ class MemoryStore(TableStore):
         with self._lock:
             return step(self._open())
 
-    async def _write(self, step: Callable[[Tables, int], T]) -> T:
+    async def _write(self, step: Callable[[Tables, int], T], within: SessionKey | None = None) -> T:
         with self._lock:
             return step(self._open(), self._clock())
 

@@ -1,0 +1,190 @@
+"""A store in a PostgreSQL database: durable when a commit returns, owned by one server at a time.
+
+Reads see one state of the rows: a transaction of their own, or a single statement. A commit is two statements and no
+transaction (`postgres_commit`); every other write is one transaction. A write is made in a task of the store's own, so
+that no caller who goes away leaves one half done. Where a connection is lost, STORE_UNAVAILABLE may also mean that the
+write was made: callers ask by the commit's or the request's id.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import Any, Self, TypeVar
+
+import structlog
+
+from notecase_server import errors
+from notecase_server.store import fold, steps
+from notecase_server.store.base import TableStore
+from notecase_server.store.contract import Clock, Commit, Committed, SessionKey
+from notecase_server.store.postgres_commit import CommitTables
+from notecase_server.store.postgres_database import Access, Database, connect
+from notecase_server.store.postgres_lease import PostgresLease
+from notecase_server.store.postgres_locks import Locks
+from notecase_server.store.postgres_tables import PostgresTables
+from notecase_server.store.postgres_wire import GUARD, LOST, REPEATABLE, Fenced, refusals, run, sqlstate
+from notecase_server.store.tables import Tables
+from notecase_server.supervisor import Tasks
+
+__all__ = ["PostgresStore"]
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+CONNECTIONS = 10
+"""That a server opens at most."""
+
+TRIES = 4
+"""How often a write is made before others have come between too often. From the second time on it runs alone."""
+
+WRITE_SECONDS = 5.0
+"""How long a transaction that writes may wait for a lock, for its server's next statement, or for a statement: below
+half a lease, so that a frozen server holds no row for longer."""
+
+READ = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+
+
+class PostgresStore(TableStore):
+    """Used from the event loop it was opened in. A caller that is cancelled does not undo its write."""
+
+    kind = "postgresql"
+
+    @classmethod
+    async def open(
+        cls,
+        url: str,
+        clock: Clock,
+        *,
+        connections: int = CONNECTIONS,
+        prepared: bool = True,
+        password: Callable[[], str] | None = None,
+        lease: PostgresLease | None = None,
+    ) -> Self:
+        """Opens `postgresql://USER@HOST/DATABASE?PARAMETERS`, with the parameters of libpq, under a lease that was
+        taken (`postgres_database.own`); the store lets go of it when it is closed. See `postgres_database.connect` for
+        what happens without.
+
+        Raises StoreOpenError, whose text is for the operator."""
+        return cls(await connect(Access(url, password, prepared), connections, lease), clock, lease)
+
+    def __init__(self, database: Database, clock: Clock, lease: PostgresLease | None = None) -> None:
+        super().__init__()
+        self.secret = database.secret
+        self.fence = database.fence
+        """The number under which this server owns the database. A write is refused once the database has another."""
+        self._lease = lease
+        if lease is not None:
+            self.lease = lease
+        self._write_seconds = min(WRITE_SECONDS, 0.4 * lease.seconds) if lease is not None else WRITE_SECONDS
+        self._pool = database.pool
+        self._clock = clock
+        self._locks = Locks()
+        self._tasks = Tasks("store")
+        self._closing: asyncio.Task[None] | None = None
+
+    async def commit(self, commit: Commit) -> Committed:
+        shared = {"user", "app"} & fold.needs(commit.events, commit.if_state_version).keys.keys()
+        within = None if shared else commit.key
+        return await self._own(self._repeated(partial(self._commit, commit), within))
+
+    async def _commit(self, commit: Commit) -> Committed:
+        async with self._pool.acquire() as connection:
+            return await run(self._commit_step, CommitTables(connection, commit, self.fence), commit)
+
+    def _commit_step(self, tables: CommitTables, commit: Commit) -> Committed:
+        tables.load()
+        done = steps.commit(tables, self._clock(), commit, self.quotas)
+        tables.flush()
+        return done
+
+    async def _read(self, step: Callable[[Tables], T], alone: bool = False) -> T:
+        return await self._own(self._reading(step, alone))
+
+    async def _reading(self, step: Callable[[Tables], T], alone: bool) -> T:
+        async with self._pool.acquire() as connection:
+            tables = PostgresTables(connection)
+            if alone:
+                return await run(step, tables)
+            await connection.execute(READ)
+            try:
+                return await run(step, tables)
+            finally:
+                await _end(connection)
+
+    async def _write(self, step: Callable[[Tables, int], T], within: SessionKey | None = None) -> T:
+        return await self._own(self._repeated(partial(self._transact, step), within))
+
+    async def _transact(self, step: Callable[[Tables, int], T]) -> T:
+        async with self._pool.acquire() as connection:
+            try:
+                await connection.execute(self._begin())
+                result = await run(step, PostgresTables(connection), self._clock())
+                await connection.execute("COMMIT")
+            except BaseException:
+                await _end(connection)
+                raise
+            return result
+
+    def _begin(self) -> str:
+        """Begins a transaction that writes. Another server that takes the store over waits for its end."""
+        limit = round(self._write_seconds * 1000)
+        limits = ("idle_in_transaction_session_timeout", "lock_timeout", "statement_timeout")
+        owned = f"(SELECT count(*) FROM (SELECT FROM owner WHERE fence = {self.fence} FOR SHARE) AS o) = 1"
+        return "; ".join(["BEGIN", *(f"SET LOCAL {name} = {limit}" for name in limits), GUARD.format(owned)])
+
+    async def _repeated(self, attempt: Callable[[], Coroutine[Any, Any, T]], within: SessionKey | None) -> T:
+        """Makes a write, and makes it again when others came between its reads and its writes. `within` names the one
+        session that it is about."""
+        for left in reversed(range(TRIES)):
+            lock: AbstractAsyncContextManager[None]
+            lock = self._locks.session(within.uid) if within is not None else self._locks.alone()
+            async with lock:
+                try:
+                    return await attempt()
+                except Fenced:
+                    if self._lease is not None:
+                        self._lease.lose()
+                    raise
+                except LOST as error:
+                    if sqlstate(error) not in REPEATABLE or not left:
+                        raise
+            within = None
+        raise AssertionError("the last try returns or raises")
+
+    async def _own(self, work: Coroutine[Any, Any, T]) -> T:
+        """Carries work to its end whether or not its caller stays."""
+        if self._closing is not None:
+            work.close()
+            raise errors.store_unavailable()
+        return await asyncio.shield(self._tasks.start(self._told(work), "call"))
+
+    async def _told(self, work: Coroutine[Any, Any, T]) -> T:
+        with refusals():
+            return await work
+
+    async def scrub(self) -> bool:
+        """PostgreSQL overwrites what was deleted when it vacuums, and its log when it is old: neither is ours to ask
+        for."""
+        return True
+
+    async def close(self) -> None:
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close())
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
+        await self._tasks.close(WRITE_SECONDS * 2)
+        await self._pool.close()
+        if self._lease is not None:
+            await self._lease.release()
+
+
+async def _end(connection: Any) -> None:
+    """Ends a transaction that has nothing to keep, so that the connection can be used again, or closes it."""
+    try:
+        if not connection.is_closed():
+            await connection.execute("ROLLBACK")
+    except LOST:
+        connection.terminate()

@@ -1,0 +1,247 @@
+"""A commit on PostgreSQL: one statement reads what it needs, and one writes what it changes.
+
+Nothing is locked in between, and no transaction is open while this process thinks. The statement that writes compares
+what was read: the row of the session by the transaction that wrote it (`xmin`), the versions of states, and the owner's
+fence. When one is another, the statement fails as a whole, and the commit is made again from its beginning.
+"""
+
+import re
+from collections.abc import Collection, Iterator
+from functools import cache
+from typing import Any
+
+from asyncpg import Connection, Record
+from notecase import v1
+
+from notecase_server.store import fold
+from notecase_server.store.contract import Commit, Once, Query, Scope, SessionKey, StepKey
+from notecase_server.store.lists import Found
+from notecase_server.store.postgres_tables import (
+    CALLS,
+    MESSAGES,
+    PUT_SESSION,
+    PUT_VERSION,
+    REWIND,
+    SESSION_CHANGES,
+    PostgresTables,
+    held_calls,
+    message_row,
+    session_changes,
+    session_row,
+)
+from notecase_server.store.postgres_wire import GUARD, Fenced, awaited, escaped, unescaped
+from notecase_server.store.steps import copied
+from notecase_server.store.stretches import superseded_at
+from notecase_server.store.tables import Applied, Changes, Recorded, SessionRow
+
+OF_STATE = {"": ("session", "$2"), "user": ("user", 'substr(s."user", 7)'), "app": ("app", "''")}
+"""By state in stored form, its kind, and its id as the row of the session has it."""
+
+READS = {
+    "runs": "ARRAY(SELECT body FROM runs WHERE tenant = $1 AND uid = $2 AND run = ANY({}))",
+    "request": """(SELECT ROW(digest, response, about, owner) FROM requests
+        WHERE tenant = $1 AND subject = {} AND rpc = {} AND request_id = {})""",
+    "command": """(SELECT ROW(digest, sequence, run) FROM commands
+        WHERE tenant = $1 AND uid = $2 AND command_id = {})""",
+    "named": "(SELECT uid FROM session_names WHERE tenant = $1 AND session = {})",
+    "calls": f"ARRAY(SELECT ROW(call_id, message, own, event, rewind) FROM ({CALLS} AND t.call_id = ANY({{}})) AS h)",
+    "newest": f"""ARRAY(SELECT ROW(sequence, own, event, rewind, size)
+        FROM ({MESSAGES} AND {REWIND} IS NULL ORDER BY sequence DESC LIMIT {{}}) AS m)""",
+    **{
+        f"version {state}": f"(SELECT version FROM states WHERE tenant = $1 AND kind = '{kind}' AND id = {of})"
+        for state, (kind, of) in OF_STATE.items()
+    },
+    **{
+        f"entries {state}": f"""ARRAY(SELECT ROW(key, body) FROM entries
+            WHERE tenant = $1 AND kind = '{kind}' AND id = {of} AND key = ANY({{}}))"""
+        for state, (kind, of) in OF_STATE.items()
+    },
+}
+"""The parts of the statement that reads, each a column of it; a brace stands for each of its own values."""
+
+PUT_READ_SESSION = f"{PUT_SESSION} AND xmin = ${len(SESSION_CHANGES) + 3} RETURNING 1"
+
+PUT_READ_VERSION = f"{PUT_VERSION} WHERE s.version = $5 RETURNING 1"
+
+KEEP_REFERENCES = """DELETE FROM blob_references
+    WHERE tenant = $1 AND kind = $2 AND id = $3 AND key = $4 AND sha256 != ALL($5)"""
+
+ADD_REFERENCES = """INSERT INTO blob_references (tenant, kind, id, key, sha256, sequence)
+    SELECT $1, $2, $3, $4, sha256, 0 FROM unnest($5::text[]) AS r (sha256) ON CONFLICT DO NOTHING"""
+
+
+@cache
+def _reading(parts: tuple[str, ...]) -> str:
+    """The statement with these parts; its values are the session's tenant and uid, and those of the parts."""
+    columns, last = list[str](), 2
+    for part in parts:
+        count = READS[part].count("{}")
+        columns.append(READS[part].format(*(f"${last + at}" for at in range(1, count + 1))))
+        last += count
+    return f"""SELECT {", ".join(["o.fence", "s.body", "s.epoch", "s.commits", "s.xmin", *columns])}
+        FROM owner o LEFT JOIN sessions s ON s.tenant = $1 AND s.uid = $2"""
+
+
+@cache
+def _writing(writes: tuple[tuple[str, bool], ...]) -> str:
+    """One statement of several, each with whether it must write a row; its values are the fence and those of each."""
+    parts, guards, last = list[str](), ["(SELECT fence FROM owner) = $1"], 1
+    for number, (statement, guarded) in enumerate(writes):
+        marks = {int(mark) for mark in re.findall(r"\$(\d+)", statement)}
+        shifted = re.sub(r"\$(\d+)", lambda mark: f"${int(mark[1]) + last}", statement)  # noqa: B023 - at once
+        parts.append(f"w{number} AS ({shifted})")
+        if guarded:
+            guards.append(f"(SELECT count(*) FROM w{number}) = 1")
+        last += max(marks)
+    return f"WITH {', '.join(parts)} {GUARD.format(' AND '.join(guards))}"
+
+
+class CommitTables(PostgresTables):
+    """Rows for one commit: what it needs is read at the first look, and what it writes is written by `flush`."""
+
+    def __init__(self, connection: "Connection[Record]", commit: Commit, fence: int) -> None:
+        super().__init__(connection)
+        self._commit = commit
+        self._fence = fence
+        self._needs = fold.needs(commit.events, commit.if_state_version)
+        self._read: dict[str, Any] = {}
+        """By part of READS."""
+        self._session: SessionRow | None = None
+        self._xmin = 0
+        self._versions: dict[Scope, int] = {}
+        """Of the states that were read."""
+        self._writes: list[tuple[str, bool]] = []
+        self._values: list[Any] = []
+        self._references: dict[tuple[Scope, str], list[str]] = {}
+        """What entries of users' and the app's states refer to from now on."""
+        self._changes: Changes | None = None
+
+    def _wanted(self) -> Iterator[tuple[str, tuple[Any, ...]]]:
+        """The parts of READS that the commit needs, with their values."""
+        commit, needs = self._commit, self._needs
+        if needs.runs:
+            yield "runs", (needs.runs,)
+        if commit.once is not None:
+            yield "request", commit.once[1:4]
+        if commit.command is not None:
+            yield "command", (commit.command.command_id,)
+        if commit.create is not None:
+            yield "named", (commit.key.session,)
+        if needs.calls:
+            yield "calls", (needs.calls,)
+        if commit.newest and not self._rewinds():
+            yield "newest", (commit.newest + 1,)
+        for state, keys in needs.keys.items():
+            if state != "user" or commit.create is None:
+                yield f"version {state}", ()
+                yield f"entries {state}", (keys,)
+
+    def _rewinds(self) -> list[int]:
+        """Where the commit goes back to."""
+        return [event.rewound.to_sequence for event in self._commit.events if event.HasField("rewound")]
+
+    def load(self) -> None:
+        """Reads what the commit needs. Raises Fenced."""
+        wanted = dict(self._wanted())
+        key = self._commit.key
+        values = [key.tenant, key.uid, *(value for values in wanted.values() for value in values)]
+        fence, body, epoch, commits, self._xmin, *found = self._one(_reading(tuple(wanted)), *values)
+        if fence != self._fence:
+            raise Fenced
+        self._read = dict(zip(wanted, found, strict=True))
+        self._session = session_row(body, epoch, commits) if body is not None else None
+
+    def session_with_runs(self, key: SessionKey, runs: Collection[str]) -> tuple[SessionRow, dict[str, v1.Run]] | None:
+        if self._session is None:
+            return None
+        found = [v1.Run.FromString(body) for body in self._read.get("runs", ())]
+        return self._session, {run.name: run for run in found}
+
+    def request(self, once: Once) -> Recorded | None:
+        row = self._read["request"]
+        return Recorded(*row) if row else None
+
+    def command(self, key: SessionKey, command_id: str) -> Applied | None:
+        row = self._read["command"]
+        return Applied(*row) if row else None
+
+    def named_session(self, tenant: str, session: str) -> str:
+        return self._read["named"] or ""
+
+    def messages_of_calls(self, key: SessionKey, calls: Collection[str]) -> dict[str, v1.Message]:
+        if calls and set(calls) <= self._needs.calls:
+            return held_calls(self._read["calls"])
+        return super().messages_of_calls(key, calls)
+
+    def state(self, scope: Scope, keys: Collection[str]) -> tuple[int, dict[str, v1.StateEntry | None]]:
+        state = "" if scope.kind == "session" else scope.kind
+        if f"version {state}" in self._read and set(keys) <= self._needs.keys[state]:
+            version = self._read[f"version {state}"] or 0
+            entries: dict[str, v1.StateEntry | None] = {
+                unescaped(key): v1.StateEntry.FromString(body) for key, body in self._read[f"entries {state}"]
+            }
+        else:
+            version, entries = super().state(scope, keys)
+        self._versions[scope] = version
+        return version, entries
+
+    def messages(
+        self, key: SessionKey, query: Query, newest_first: bool, step: StepKey | None, superseded: bool
+    ) -> Iterator[Found[v1.Message]]:
+        changes = self._changes
+        if changes is None:
+            yield from super().messages(key, query, newest_first, step, superseded)
+            return
+        # The newest, of what is to be written and of what was there before.
+        stretches = sorted(changes.stretches)
+        for message in reversed(changes.messages):
+            if superseded_at(stretches, message.sequence) is None:
+                yield Found((message.sequence,), copied(message), message.ByteSize())
+        changed = {message.sequence: message for message in changes.changed_messages}
+        for found in self._newest_before(key, query.limit):
+            message = changed.get(found.row.sequence)
+            yield found if message is None else Found(found.position, copied(message), message.ByteSize())
+
+    def _newest_before(self, key: SessionKey, limit: int) -> Iterator[Found[v1.Message]]:
+        """The newest messages that were there before, and that the commit leaves in force."""
+        if rewinds := self._rewinds():
+            after = Query(limit, (min(rewinds) + 1,))
+            yield from super().messages(key, after, newest_first=True, step=None, superseded=False)
+            return
+        for sequence, own, event, rewind, size in self._read["newest"]:
+            yield Found((sequence,), message_row(own, event, rewind), size)
+
+    def _do(self, statement: str, *values: Any) -> int:
+        self._write(statement, values)
+        return 0
+
+    def _write(self, statement: str, values: tuple[Any, ...], guarded: bool = False) -> None:
+        """Adds a statement to those that are written together. No row may be written by two of them."""
+        self._writes.append((statement, guarded))
+        self._values += values
+
+    def save(self, changes: Changes) -> None:
+        super().save(changes)
+        self._changes = changes
+
+    def put_session(self, key: SessionKey, row: SessionRow) -> None:
+        self._write(PUT_READ_SESSION, (key.tenant, key.uid, *session_changes(row), self._xmin), guarded=True)
+
+    def put_version(self, scope: Scope, version: int) -> None:
+        self._write(PUT_READ_VERSION, (*scope, version, self._versions[scope]), guarded=True)
+
+    def drop_references(self, scope: Scope, key: str) -> None:
+        self._references[scope, key] = []
+
+    def refer(self, scope: Scope, key: str, sha256: str, sequence: int) -> None:
+        self._references[scope, key].append(sha256)
+
+    def flush(self) -> None:
+        """Writes everything, or raises and writes nothing."""
+        for (scope, key), held in self._references.items():
+            self._write(KEEP_REFERENCES, (*scope, key, held))
+            if held:
+                self._write(ADD_REFERENCES, (*scope, key, held))
+        if self._writes:
+            statement = _writing(tuple(self._writes))
+            awaited(self._connection.execute(statement, self._fence, *map(escaped, self._values)))

@@ -1,0 +1,235 @@
+"""The database of a PostgreSQL store: found fit and brought up to date, or refused with a sentence."""
+
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import asyncpg
+import structlog
+from asyncpg import Connection, Pool, Record
+
+from notecase_server.store.contract import StoreOpenError
+from notecase_server.store.postgres_lease import PostgresLease
+from notecase_server.store.postgres_schema import MIGRATIONS, VERSION
+from notecase_server.store.postgres_wire import LOST, sqlstate
+
+log = structlog.get_logger()
+
+SCHEMES = ("postgresql", "postgres")
+
+CONNECT_SECONDS = 10.0
+
+STATEMENTS = 256
+"""Prepared statements that a connection keeps: a commit's text depends on what it reads and writes, in some dozens of
+combinations."""
+
+MIGRATION_LOCK = 0x6E746373
+"""The number of the advisory lock under which a database is brought up to date: "ntcs"."""
+
+OLDEST_SERVER = 14
+
+
+UNFINISHED = "unfinished_copy"
+"""A table that only a store has that another one is being copied into."""
+
+
+class Access(NamedTuple):
+    """How a database is reached."""
+
+    url: str
+    password: Callable[[], str] | None = None
+    """Asked for each connection; None where the URL, PGPASSWORD or a password file of libpq has it."""
+    prepared: bool = True
+    """False where a pooler keeps no prepared statements."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of a connection of asyncpg."""
+        return {
+            "dsn": self.url,
+            "timeout": CONNECT_SECONDS,
+            "statement_cache_size": STATEMENTS if self.prepared else 0,
+            "max_cached_statement_lifetime": 0,
+            "server_settings": {"application_name": "notecase"},
+            **({"password": self.password} if self.password is not None else {}),
+        }
+
+    async def dial(self) -> "Connection[Record]":
+        """Makes a connection that belongs to no pool. Raises what asyncpg raises."""
+        return await asyncpg.connect(**self.options)
+
+
+class Database(NamedTuple):
+    """An open database."""
+
+    pool: "Pool[Record]"
+    secret: bytes
+    fence: int
+    """The number under which this process owns it."""
+
+
+async def connect(access: Access, connections: int, lease: PostgresLease | None = None) -> Database:
+    """Opens a pool of at most so many connections. Without a lease it makes the tables or brings them up to date, and
+    becomes the owner by force: writes of the one before are refused from then on.
+
+    Raises StoreOpenError, whose text is for the operator and has no password in it."""
+    where = place(access.url)
+    with telling(where):
+        pool = await asyncpg.create_pool(**access.options, min_size=0, max_size=connections, reset=_reset)
+        try:
+            async with pool.acquire() as connection:
+                if lease is None:
+                    await migrate(connection, where)
+                    fence = await connection.fetchval("UPDATE owner SET fence = fence + 1 RETURNING fence")
+                else:
+                    fence = lease.fence
+                secret = await connection.fetchval("SELECT secret FROM notecase_store")
+        except BaseException:
+            pool.terminate()
+            raise
+    return Database(pool, secret, fence)
+
+
+async def own(
+    access: Access,
+    lease: PostgresLease,
+    waiting: Callable[[], Awaitable[None]] | None,
+    may_migrate: bool,
+    unfinished: bool = False,
+) -> None:
+    """Becomes the owner of a database, and then brings its schema up to date. An empty database gets its tables first.
+    `waiting` is as for PostgresLease.take.
+
+    Raises StoreOpenError, also for an older schema where it may not migrate, and for an unfinished copy of another
+    store unless `unfinished` says that one will do."""
+    where = place(access.url)
+    with telling(where):
+        async with dialled(access) as connection:
+            if not await check(connection, where) or not may_migrate:
+                await require(connection, where, may_migrate)
+        await lease.take(waiting)
+        try:
+            async with dialled(access) as connection:
+                await require(connection, where, may_migrate)
+                if not unfinished and await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", UNFINISHED):
+                    text = f"{where} is an unfinished copy of another store. Repeat the copy, or drop the database."
+                    raise StoreOpenError(text)
+        except BaseException:
+            await lease.release()
+            raise
+
+
+async def require(connection: Any, where: str, may_migrate: bool) -> None:
+    """Brings a schema up to date, or refuses an older one. Raises StoreOpenError."""
+    if may_migrate:
+        await migrate(connection, where)
+    elif (version := await check(connection, where)) < VERSION:
+        found = (
+            f"has the schema {version}, and this notecase needs {VERSION}" if version else "has no tables of notecase"
+        )
+        raise StoreOpenError(f"{where} {found}. Run notecase migrate --store URL, or leave out --no-migrate.")
+
+
+@asynccontextmanager
+async def dialled(access: Access) -> "AsyncIterator[Connection[Record]]":
+    """A connection within the block."""
+    connection = await access.dial()
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+@contextmanager
+def telling(where: str) -> Iterator[None]:
+    """Raises StoreOpenError instead of what the database or its driver says."""
+    try:
+        yield
+    except LOST as error:
+        raise StoreOpenError(refusal(where, error)) from None
+
+
+async def _reset(connection: Any) -> None:
+    """Leaves a connection as it is when it goes back to the pool: nothing is ever set in its session."""
+
+
+def place(url: str) -> str:
+    """What the operator is told of a database: its URL without user, password and parameters.
+
+    Raises StoreOpenError for what is no such URL."""
+    try:
+        parts = urlsplit(url)
+        host, port, name = parts.hostname, parts.port, parts.path.lstrip("/")
+    except ValueError:
+        parts, host, port, name = urlsplit(""), None, None, ""
+    if parts.scheme not in SCHEMES:
+        raise StoreOpenError("The store is no URL of a PostgreSQL database; want postgresql://USER@HOST/DATABASE.")
+    return f"postgresql://{host or ''}{f':{port}' if port else ''}/{name}"
+
+
+async def migrate(connection: Any, where: str) -> None:
+    """Makes the tables of an empty database, or brings older ones up to date, in one transaction: others wait, and
+    until all is done the database is what it was. Raises StoreOpenError for one that is not fit, before anything in it
+    is changed."""
+    async with connection.transaction():
+        await connection.execute(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
+        version = await check(connection, where)
+        if version == VERSION:
+            return
+        for migration in MIGRATIONS[version:]:
+            await connection.execute(migration)
+        if version:
+            await connection.execute("UPDATE notecase_store SET schema = $1", VERSION)
+            log.info("store_migrated", schema=VERSION)
+        else:
+            await connection.execute(
+                "INSERT INTO notecase_store (schema, secret) VALUES ($1, $2)", VERSION, secrets.token_bytes(32)
+            )
+
+
+async def check(connection: Any, where: str) -> int:
+    """Returns the number of the schema, 0 in an empty database. Raises StoreOpenError for one that is not fit."""
+    encoding, number, recovering, schema, ours, tables = await connection.fetchrow(
+        """SELECT current_setting('server_encoding'), current_setting('server_version_num')::integer,
+            pg_is_in_recovery(), current_schema(), to_regclass('notecase_store') IS NOT NULL,
+            (SELECT count(*) FROM pg_tables WHERE schemaname = current_schema())"""
+    )
+    if number < OLDEST_SERVER * 10000:
+        raise StoreOpenError(f"{where} is PostgreSQL {number // 10000}; notecase needs {OLDEST_SERVER} or newer.")
+    if encoding != "UTF8":
+        raise StoreOpenError(f"{where} has the encoding {encoding}. Create the database with ENCODING 'UTF8'.")
+    if recovering:
+        raise StoreOpenError(f"{where} is a standby, which cannot be written. Name the primary.")
+    if schema is None:
+        raise StoreOpenError(f"{where} has no schema that its search_path names. Create one, or name another.")
+    if not ours:
+        if tables:
+            raise StoreOpenError(f"{where} is a database of another program. Choose another database or schema.")
+        return 0
+    version: int = await connection.fetchval("SELECT schema FROM notecase_store")
+    if version > VERSION:
+        raise StoreOpenError(
+            f"{where} was written by a newer notecase: its schema is {version}, this one knows up to {VERSION}."
+            " Use that version, or choose another database."
+        )
+    return version
+
+
+def refusal(where: str, error: BaseException) -> str:
+    code = sqlstate(error)
+    if code in {"42501", "25006"}:
+        right = "is read-only" if code == "25006" else "does not let this user create tables"
+        return f"{where} {right}. Grant the right, or choose another user or database."
+    if code[:2] == "28":
+        return f"{where} does not accept this user or password."
+    if code == "3D000":
+        return f"{where}: there is no such database. Create it, or choose another."
+    if code == "53300":
+        return f"{where} has no connection left. Raise max_connections, or lower the number that notecase may open."
+    if isinstance(error, ValueError):
+        return f"{where} has parameters that cannot be understood."
+    if isinstance(error, OSError | TimeoutError | asyncpg.PostgresConnectionError) or code[:3] == "57P":
+        return f"{where} cannot be reached. Start it, or choose another."
+    return f"{where} cannot be used as a store: PostgreSQL says {code or type(error).__name__}."

@@ -1,0 +1,110 @@
+"""How steps, which are plain functions, speak to PostgreSQL, which is awaited: by greenlets.
+
+A step runs in a greenlet of its own. Where it needs an answer from the database it switches to the greenlet of the
+event loop, hands over what is to be awaited, and is switched back to with the answer. So every rule is written once for
+all stores, and a statement costs no thread.
+"""
+
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import asyncpg
+import structlog
+from google.protobuf.message import DecodeError
+from greenlet import getcurrent, greenlet
+
+from notecase_server import errors
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+ESCAPES = {0: "\x01\x01", 1: "\x01\x02"}
+"""What stands for U+0000, which PostgreSQL cannot keep in text, and for U+0001: in this form, too, texts compare by the
+bytes of their UTF-8."""
+
+GUARD = "SELECT 1 / CASE WHEN {} THEN 1 ELSE 0 END"
+"""Divides by zero where a condition does not hold, so that the whole statement, or transaction, is undone."""
+
+REPEATABLE = frozenset({"22012", "23505", "40001", "40P01"})
+"""SQLSTATEs of a write that is made again from its beginning, since others came between its reads and its writes: a
+guard that did not hold, a key that is taken, a serialization failure, a deadlock."""
+
+DEFECTS = ("22", "23", "42")
+"""Classes of SQLSTATEs of what can never succeed: our mistake, so nobody is told to try again."""
+
+MENDABLE = frozenset({"42501", "42P01"})
+"""Those of DEFECTS that an operator or a restore makes, and can mend: a right is missing, or a table."""
+
+DISK_FULL = "53100"
+
+LOST = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, TimeoutError)
+"""What asyncpg raises when a statement has failed, or there is no connection, or no more."""
+
+
+class Fenced(Exception):
+    """Another server has become the owner of the database."""
+
+
+class Defect(Exception):
+    """The database refused a statement that can never succeed."""
+
+
+def awaited(answer: Awaitable[T]) -> T:
+    """Waits for something of the event loop, within a step that `run` runs."""
+    result: T = getcurrent().parent.switch(answer)
+    return result
+
+
+async def run(step: Callable[..., T], *arguments: Any) -> T:
+    """Runs a step, awaiting for it what it hands to `awaited`. Raises what the step raises."""
+    inner = greenlet(step)
+    inner.gr_context = getcurrent().gr_context
+    result = inner.switch(*arguments)
+    while not inner.dead:
+        try:
+            answer = await result
+        except BaseException as error:  # noqa: BLE001 - it belongs to the step
+            result = inner.throw(error)
+        else:
+            result = inner.switch(answer)
+    return result  # type: ignore[no-any-return]
+
+
+def escaped(value: Any) -> Any:
+    """Returns a value, or each of several, as it is bound: see ESCAPES."""
+    if isinstance(value, str):
+        return value.translate(ESCAPES) if "\0" in value or "\x01" in value else value
+    if isinstance(value, list | tuple | set | frozenset):
+        return [escaped(each) for each in value]
+    return value
+
+
+def unescaped(text: str) -> str:
+    """Returns a text as it was before `escaped`."""
+    if "\x01" not in text:
+        return text
+    return "\x01".join(part.replace("\x01\x01", "\0") for part in text.split("\x01\x02"))
+
+
+def sqlstate(error: BaseException) -> str:
+    """The code of an error that the database raised; empty for others."""
+    return getattr(error, "sqlstate", None) or ""
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Raises what the caller is told instead of what the database or its driver said, whose words could quote what is
+    stored: their kind is logged."""
+    try:
+        yield
+    except Fenced:
+        raise errors.store_unavailable() from None
+    except (*LOST, DecodeError) as error:
+        code = sqlstate(error)
+        failed = " ".join(filter(None, (type(error).__name__, code)))
+        if isinstance(error, ValueError) or (code[:2] in DEFECTS and code not in MENDABLE):
+            raise Defect(failed) from None
+        log.error("store_failed", error=failed)
+        raise errors.store_unavailable(full=code == DISK_FULL) from None

