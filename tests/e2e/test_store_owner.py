@@ -25,7 +25,7 @@ SHORT = ("--store-lease", str(LEASE))
 
 @pytest.fixture
 async def store() -> str:
-    return await postgres.shared().new_store()
+    return await postgres.shared().new_database()
 
 
 def free_port() -> int:
@@ -58,7 +58,9 @@ async def waiting(store: str, log: Path, **env: str) -> AsyncIterator[tuple[asyn
         await logged(log, "store_owned")
         yield second, port
     finally:
-        await (await second).kill()
+        if second.done():
+            await second.result().kill()
+        second.cancel()
 
 
 async def health(port: int, service: str = "") -> int:
@@ -114,7 +116,7 @@ async def test_a_frozen_owner_is_replaced_and_can_do_no_harm(
     env = {"OPENAI_API_KEY": "test-key", "OPENAI_BASE_URL": model.url}
     loop = asyncio.get_running_loop()
     first = await Freezing.launch(at, store, tmp_path, *SHORT, **env)
-    async with grpc.aio.insecure_channel(first.address) as channel:
+    async with first, grpc.aio.insecure_channel(first.address) as channel:
         agent = v1.Agent(llm=v1.LlmAgent(model="m"))
         await v1.AgentServiceStub(channel).CreateAgent(v1.CreateAgentRequest(agent_id="a", agent=agent))
         case = v1.Session(agent="agents/a", user="users/ada")
@@ -122,7 +124,7 @@ async def test_a_frozen_owner_is_replaced_and_can_do_no_harm(
         await v1.SessionServiceStub(channel).CreateSession(v1.CreateSessionRequest(session_id="other"))
         put = v1.UpdateStateRequest(name="users/ada/state", ops=[v1.StateOp(key="k", set=to_value("before"))])
         await v1.StateServiceStub(channel).UpdateState(put)
-        start = v1.CreateRunRequest(run=v1.StartRun(session="sessions/s", run_id="r", messages=[said("Go")]))
+        start = v1.CreateRunRequest(start=v1.StartRun(session="sessions/s", run_id="r", messages=[said("Go")]))
         await v1.RunServiceStub(channel).CreateRun(start)
         await _until(lambda: bool(model.requests))
         async with waiting(store, tmp_path / "second", **env) as (second, _):

@@ -78,7 +78,9 @@ async def test_every_column_of_every_table_is_among_the_portable_ones(path: Path
 
 async def test_postgresql_has_the_same_tables() -> None:
     """And whatever one kind of store keeps of itself alone."""
-    connection = await asyncpg.connect(await postgres.shared().new_store())
+    url = await postgres.shared().new_database()
+    await serve_stores.migrate(url)
+    connection = await asyncpg.connect(url)
     rows = await connection.fetch(
         "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'public'"
     )

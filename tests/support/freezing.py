@@ -70,6 +70,13 @@ class Freezing(Spawned):
         made.file = file
         return made
 
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Whatever a test came to, the process does not outlive it."""
+        await self.kill()
+
     async def frozen(self) -> None:
         """Returns once it has stopped itself."""
         while True:

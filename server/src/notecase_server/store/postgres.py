@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, Self, TypeVar
 
+import asyncpg
 import structlog
 
 from notecase_server import errors
@@ -119,7 +120,7 @@ class PostgresStore(TableStore):
     async def _transact(self, step: Callable[[Tables, int], T]) -> T:
         async with self._pool.acquire() as connection:
             try:
-                await connection.execute(self._begin())
+                await self._begin(connection)
                 result = await run(step, PostgresTables(connection), self._clock())
                 await connection.execute("COMMIT")
             except BaseException:
@@ -127,12 +128,18 @@ class PostgresStore(TableStore):
                 raise
             return result
 
-    def _begin(self) -> str:
-        """Begins a transaction that writes. Another server that takes the store over waits for its end."""
+    async def _begin(self, connection: Any) -> None:
+        """Begins a transaction that writes. Another server that takes the store over waits for its end. Raises Fenced
+        when one has."""
         limit = round(self._write_seconds * 1000)
         limits = ("idle_in_transaction_session_timeout", "lock_timeout", "statement_timeout")
         owned = f"(SELECT count(*) FROM (SELECT FROM owner WHERE fence = {self.fence} FOR SHARE) AS o) = 1"
-        return "; ".join(["BEGIN", *(f"SET LOCAL {name} = {limit}" for name in limits), GUARD.format(owned)])
+        try:
+            await connection.execute(
+                "; ".join(["BEGIN", *(f"SET LOCAL {name} = {limit}" for name in limits), GUARD.format(owned)])
+            )
+        except asyncpg.DivisionByZeroError:
+            raise Fenced from None
 
     async def _repeated(self, attempt: Callable[[], Coroutine[Any, Any, T]], within: SessionKey | None) -> T:
         """Makes a write, and makes it again when others came between its reads and its writes. `within` names the one
