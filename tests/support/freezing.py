@@ -32,13 +32,13 @@ def _freeze() -> None:
 def _in_transaction() -> None:
     transact: Any = PostgresStore._transact
 
-    async def frozen(self: PostgresStore, step: Callable[[Any, int], Any]) -> Any:
+    async def frozen(self: PostgresStore, step: Callable[[Any, int], Any], *others: Any) -> Any:
         def stopping(tables: Any, now: int) -> Any:
             result = step(tables, now)
             _freeze()
             return result
 
-        return await transact(self, stopping)
+        return await transact(self, stopping, *others)
 
     PostgresStore._transact = frozen  # type: ignore[method-assign]
 

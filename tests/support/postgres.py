@@ -92,12 +92,12 @@ class Postgres:
         """Returns the URL of a database of this server."""
         return f"postgresql://postgres@/{database}?host={self.directory}"
 
-    async def new_database(self) -> str:
+    async def new_database(self, options: str = "") -> str:
         """Creates a database, and returns its URL."""
         name = f"test_{next(self._databases)}"
         connection = await asyncpg.connect(self.url())
         try:
-            await connection.execute(f"CREATE DATABASE {name} TEMPLATE template0")
+            await connection.execute(f"CREATE DATABASE {name} TEMPLATE template0 {options}")
         finally:
             await connection.close()
         return self.url(name)

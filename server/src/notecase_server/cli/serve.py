@@ -11,7 +11,7 @@ from notecase_server.auth.tables import SettingsError
 from notecase_server.cli.options import DEFAULT_ADDRESS, PASSWORD_FILE, STORE, address
 from notecase_server.cli.serve_settings import load, settings
 from notecase_server.config import Settings, configure_logging
-from notecase_server.serve import ProviderSettingsError, Server
+from notecase_server.serve import ProviderSettingsError, Server, ServerBrokenError
 from notecase_server.serve import run as serve_forever
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.tools.contract import ToolSettingsError
@@ -261,7 +261,7 @@ def serve(listen: str, log_format: Literal["console", "json"], log_level: str, *
     configure_logging(log_format, log_level)
     try:
         serve_forever(settings({"listen": listen, **others}), _announce)
-    except (SettingsError, StoreOpenError, ToolSettingsError, ProviderSettingsError) as error:
+    except (SettingsError, StoreOpenError, ToolSettingsError, ProviderSettingsError, ServerBrokenError) as error:
         raise click.ClickException(str(error)) from None
     except RuntimeError as error:
         if "bind" not in str(error):

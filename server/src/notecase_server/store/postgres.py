@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any, Self, TypeVar
 
 import asyncpg
-import structlog
 
 from notecase_server import errors
 from notecase_server.store import fold, steps
@@ -23,7 +22,8 @@ from notecase_server.store.postgres_commit import CommitTables
 from notecase_server.store.postgres_database import Access, Database, connect
 from notecase_server.store.postgres_lease import PostgresLease
 from notecase_server.store.postgres_locks import Locks
-from notecase_server.store.postgres_tables import PostgresTables
+from notecase_server.store.postgres_tables import Counts, PostgresTables
+from notecase_server.store.postgres_tallies import CountedAloneError, Tallies
 from notecase_server.store.postgres_wire import GUARD, LOST, REPEATABLE, Fenced, refusals, run, sqlstate
 from notecase_server.store.tables import Tables
 from notecase_server.supervisor import Tasks
@@ -32,13 +32,11 @@ __all__ = ["PostgresStore"]
 
 T = TypeVar("T")
 
-log = structlog.get_logger()
-
 CONNECTIONS = 10
 """That a server opens at most."""
 
 TRIES = 4
-"""How often a write is made before others have come between too often. From the second time on it runs alone."""
+"""How often a write is made when others come between."""
 
 WRITE_SECONDS = 5.0
 """How long a transaction that writes may wait for a lock, for its server's next statement, or for a statement: below
@@ -75,6 +73,8 @@ class PostgresStore(TableStore):
         self.secret = database.secret
         self.fence = database.fence
         """The number under which this server owns the database. A write is refused once the database has another."""
+        self.fenced = asyncio.Event()
+        """Set once a write was refused for that."""
         self._lease = lease
         if lease is not None:
             self.lease = lease
@@ -82,6 +82,7 @@ class PostgresStore(TableStore):
         self._pool = database.pool
         self._clock = clock
         self._locks = Locks()
+        self._tallies = Tallies()
         self._tasks = Tasks("store")
         self._closing: asyncio.Task[None] | None = None
 
@@ -90,9 +91,10 @@ class PostgresStore(TableStore):
         within = None if shared else commit.key
         return await self._own(self._repeated(partial(self._commit, commit), within))
 
-    async def _commit(self, commit: Commit) -> Committed:
+    async def _commit(self, commit: Commit, alone: bool) -> Committed:
+        counts = Counts(self.quotas, self._tallies, alone)
         async with self._pool.acquire() as connection:
-            return await run(self._commit_step, CommitTables(connection, commit, self.fence), commit)
+            return await run(self._commit_step, CommitTables(connection, counts, commit, self.fence), commit)
 
     def _commit_step(self, tables: CommitTables, commit: Commit) -> Committed:
         tables.load()
@@ -105,7 +107,7 @@ class PostgresStore(TableStore):
 
     async def _reading(self, step: Callable[[Tables], T], alone: bool) -> T:
         async with self._pool.acquire() as connection:
-            tables = PostgresTables(connection)
+            tables = PostgresTables(connection, Counts(self.quotas, self._tallies, alone=False))
             if alone:
                 return await run(step, tables)
             await connection.execute(READ)
@@ -117,11 +119,12 @@ class PostgresStore(TableStore):
     async def _write(self, step: Callable[[Tables, int], T], within: SessionKey | None = None) -> T:
         return await self._own(self._repeated(partial(self._transact, step), within))
 
-    async def _transact(self, step: Callable[[Tables, int], T]) -> T:
+    async def _transact(self, step: Callable[[Tables, int], T], alone: bool) -> T:
+        counts = Counts(self.quotas, self._tallies, alone)
         async with self._pool.acquire() as connection:
             try:
                 await self._begin(connection)
-                result = await run(step, PostgresTables(connection), self._clock())
+                result = await run(step, PostgresTables(connection, counts), self._clock())
                 await connection.execute("COMMIT")
             except BaseException:
                 await _end(connection)
@@ -129,31 +132,33 @@ class PostgresStore(TableStore):
             return result
 
     async def _begin(self, connection: Any) -> None:
-        """Begins a transaction that writes. Another server that takes the store over waits for its end. Raises Fenced
-        when one has."""
+        """Begins a transaction that writes; another server that takes the store over waits for its end. Raises
+        Fenced."""
         limit = round(self._write_seconds * 1000)
         limits = ("idle_in_transaction_session_timeout", "lock_timeout", "statement_timeout")
         owned = f"(SELECT count(*) FROM (SELECT FROM owner WHERE fence = {self.fence} FOR SHARE) AS o) = 1"
+        begin = ["BEGIN", *(f"SET LOCAL {name} = {limit}" for name in limits), GUARD.format(owned)]
         try:
-            await connection.execute(
-                "; ".join(["BEGIN", *(f"SET LOCAL {name} = {limit}" for name in limits), GUARD.format(owned)])
-            )
+            await connection.execute("; ".join(begin))
         except asyncpg.DivisionByZeroError:
             raise Fenced from None
 
-    async def _repeated(self, attempt: Callable[[], Coroutine[Any, Any, T]], within: SessionKey | None) -> T:
+    async def _repeated(self, attempt: Callable[[bool], Coroutine[Any, Any, T]], within: SessionKey | None) -> T:
         """Makes a write, and makes it again when others came between its reads and its writes. `within` names the one
-        session that it is about."""
+        session that it is about; without one, and from the second time on, it runs alone, as `attempt` is told."""
         for left in reversed(range(TRIES)):
             lock: AbstractAsyncContextManager[None]
             lock = self._locks.session(within.uid) if within is not None else self._locks.alone()
             async with lock:
                 try:
-                    return await attempt()
+                    return await attempt(within is None)
                 except Fenced:
+                    self.fenced.set()
                     if self._lease is not None:
                         self._lease.lose()
                     raise
+                except CountedAloneError:
+                    pass
                 except LOST as error:
                     if sqlstate(error) not in REPEATABLE or not left:
                         raise

@@ -23,6 +23,7 @@ from notecase_server.store.postgres_tables import (
     PUT_VERSION,
     REWIND,
     SESSION_CHANGES,
+    Counts,
     PostgresTables,
     held_calls,
     message_row,
@@ -99,8 +100,8 @@ def _writing(writes: tuple[tuple[str, bool], ...]) -> str:
 class CommitTables(PostgresTables):
     """Rows for one commit: what it needs is read at the first look, and what it writes is written by `flush`."""
 
-    def __init__(self, connection: "Connection[Record]", commit: Commit, fence: int) -> None:
-        super().__init__(connection)
+    def __init__(self, connection: "Connection[Record]", counts: Counts, commit: Commit, fence: int) -> None:
+        super().__init__(connection, counts)
         self._commit = commit
         self._fence = fence
         self._needs = fold.needs(commit.events, commit.if_state_version)

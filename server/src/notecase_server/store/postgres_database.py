@@ -11,7 +11,7 @@ import structlog
 from asyncpg import Connection, Pool, Record
 
 from notecase_server.store.contract import StoreOpenError
-from notecase_server.store.postgres_lease import PostgresLease
+from notecase_server.store.postgres_lease import BARRIER, PostgresLease
 from notecase_server.store.postgres_schema import MIGRATIONS, VERSION
 from notecase_server.store.postgres_wire import LOST, sqlstate
 
@@ -82,7 +82,7 @@ async def connect(access: Access, connections: int, lease: PostgresLease | None 
             async with pool.acquire() as connection:
                 if lease is None:
                     await migrate(connection, where)
-                    fence = await connection.fetchval("UPDATE owner SET fence = fence + 1 RETURNING fence")
+                    fence = await seize(connection)
                 else:
                     fence = lease.fence
                 secret = await connection.fetchval("SELECT secret FROM notecase_store")
@@ -90,6 +90,15 @@ async def connect(access: Access, connections: int, lease: PostgresLease | None 
             pool.terminate()
             raise
     return Database(pool, secret, fence)
+
+
+async def seize(connection: Any) -> int:
+    """Becomes the owner by force, and returns the new fence: no write of the owner before is made from then on. Waits
+    for those that are under way."""
+    async with connection.transaction():
+        fence: int = await connection.fetchval("UPDATE owner SET fence = fence + 1 RETURNING fence")
+        await connection.execute(BARRIER)
+    return fence
 
 
 async def own(

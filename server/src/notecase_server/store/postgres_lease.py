@@ -21,6 +21,10 @@ log = structlog.get_logger()
 
 LEASE_SECONDS = 10.0
 
+BARRIER = "LOCK TABLE sessions IN SHARE MODE"
+"""Follows a raise of the fence, in its transaction: a commit that compared the fence before this lock has ended, and
+any other compares it afterwards."""
+
 Connect = Callable[[], Awaitable["asyncpg.Connection[asyncpg.Record]"]]
 
 AWAY = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
@@ -141,6 +145,7 @@ class PostgresLease:
                     WHERE counter = $2 AND fence = $3 RETURNING fence""",
                 *(self._name, found.counter, found.fence),
             )
+            await connection.execute(BARRIER)
         if fence is None:
             return False
         self.fence = fence

@@ -30,12 +30,14 @@ from notecase_server.store.contract import (
     Once,
     Or,
     Query,
+    Quotas,
     Scope,
     SessionKey,
     StepKey,
 )
 from notecase_server.store.fold import ENDED
 from notecase_server.store.lists import LABELS, OPERATORS, Found, Labelled, check_column, column
+from notecase_server.store.postgres_tallies import TALLIED, CountedAloneError, Tallies
 from notecase_server.store.postgres_wire import awaited, escaped, unescaped
 from notecase_server.store.stretches import Stretch, marked
 from notecase_server.store.tables import (
@@ -267,12 +269,24 @@ ADD_AUDIT = (
 )
 
 
+class Counts(NamedTuple):
+    """What is known of how much there is."""
+
+    quotas: Quotas
+    tallies: Tallies
+    alone: bool
+    """No other write is under way."""
+
+
 class PostgresTables:
     """Rows as one connection sees them, for a step that `postgres_wire.run` runs: within a transaction that somebody
     else begins and ends, or a statement at a time."""
 
-    def __init__(self, connection: "Connection[Record]") -> None:
+    def __init__(self, connection: "Connection[Record]", counts: Counts) -> None:
         self._connection = connection
+        self._counts = counts
+        self._content_added = 0
+        """Bytes that no row says yet whose they are."""
 
     def _rows(self, statement: str, *values: Any) -> list[Record]:
         return awaited(self._connection.fetch(statement, *map(escaped, values)))
@@ -333,10 +347,20 @@ class PostgresTables:
         return Recorded(*row) if row else None
 
     def add_request(self, once: Once, response: bytes, about: str, owner: str, now: int) -> None:
+        self._counts.tallies.added("requests", once.tenant)
         self._do(ADD_REQUEST, *once[:4], once.digest, response, about, owner, now)
 
     def kept(self, kind: Kept, tenant: str, *within: str) -> int:
-        return int(self._one(KEPT[kind], tenant, *within)[0])
+        quotas, tallies, alone = self._counts
+        if kind not in TALLIED:
+            return int(self._one(KEPT[kind], tenant, *within)[0])
+        below = tallies.below(kind, tenant, quotas)
+        if below is None:
+            if not alone:
+                raise CountedAloneError
+            below = int(self._one(KEPT[kind], tenant)[0])
+            tallies.counted(kind, tenant, below)
+        return below
 
     def touch(self) -> None:
         self._do("UPDATE notecase_store SET keyed = keyed")
@@ -388,6 +412,7 @@ class PostgresTables:
 
     def add_session(self, key: SessionKey, row: SessionRow) -> None:
         whose = (row.session.user, column(row.session, "create_time"))
+        self._counts.tallies.added("sessions", key.tenant)
         self._do(ADD_SESSION, *key, *whose, *session_changes(row))
         self._do(ADD_NAME, *key)
 
@@ -773,6 +798,7 @@ class PostgresTables:
         return int(self._one("INSERT INTO contents (discarded) VALUES (0) RETURNING content")[0])
 
     def add_chunk(self, content: int, start: int, data: bytes) -> None:
+        self._content_added += len(data)
         self._do("INSERT INTO chunks (content, start, data) VALUES ($1, $2, $3)", content, start, data)
 
     def chunk(self, content: int, offset: int) -> bytes:
@@ -805,6 +831,7 @@ class PostgresTables:
         return BlobRow(*row) if row else None
 
     def put_blob(self, tenant: str, subject: str, sha256: str, row: BlobRow, now: int) -> None:
+        self._own_content(tenant)
         self._do(
             """INSERT INTO blobs (tenant, sha256, content, size, upload_time) VALUES ($1, $2, $3, $4, $5)
                 ON CONFLICT (tenant, sha256) DO UPDATE
@@ -815,6 +842,11 @@ class PostgresTables:
             "INSERT INTO uploaders (tenant, sha256, subject) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING",
             *(tenant, sha256, subject),
         )
+
+    def _own_content(self, tenant: str) -> None:
+        """Takes note that what was added is that tenant's."""
+        self._counts.tallies.added("blob_bytes", tenant, self._content_added)
+        self._content_added = 0
 
     def uploaded(self, tenant: str, subject: str, sha256: str) -> bool:
         statement = "SELECT 1 FROM uploaders WHERE tenant = $1 AND sha256 = $2 AND subject = $3"
@@ -887,6 +919,8 @@ class PostgresTables:
         return UploadRow(*row) if row else None
 
     def put_upload(self, tenant: str, upload_id: str, row: UploadRow) -> None:
+        self._counts.tallies.added("uploads", tenant)
+        self._own_content(tenant)
         self._do(
             """INSERT INTO uploads (tenant, upload_id, content, size, expire_time, sha256)
                 VALUES ($1, $2, $3, $4, $5, $6) ON CONFLICT (tenant, upload_id) DO UPDATE SET content =

@@ -5,6 +5,7 @@ event loop, hands over what is to be awaited, and is switched back to with the a
 all stores, and a statement costs no thread.
 """
 
+import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -23,6 +24,9 @@ log = structlog.get_logger()
 ESCAPES = {0: "\x01\x01", 1: "\x01\x02"}
 """What stands for U+0000, which PostgreSQL cannot keep in text, and for U+0001: in this form, too, texts compare by the
 bytes of their UTF-8."""
+
+UNESCAPES = {escape: chr(code) for code, escape in ESCAPES.items()}
+ESCAPED = re.compile("\x01[\x01\x02]")
 
 GUARD = "SELECT 1 / CASE WHEN {} THEN 1 ELSE 0 END"
 """Divides by zero where a condition does not hold, so that the whole statement, or transaction, is undone."""
@@ -83,9 +87,7 @@ def escaped(value: Any) -> Any:
 
 def unescaped(text: str) -> str:
     """Returns a text as it was before `escaped`."""
-    if "\x01" not in text:
-        return text
-    return "\x01".join(part.replace("\x01\x01", "\0") for part in text.split("\x01\x02"))
+    return ESCAPED.sub(lambda found: UNESCAPES[found[0]], text) if "\x01" in text else text
 
 
 def sqlstate(error: BaseException) -> str:

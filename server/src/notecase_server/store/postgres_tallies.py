@@ -1,0 +1,41 @@
+"""What quotas bound, counted so that a write need not count rows: that takes 10 ms for 100,000 of them.
+
+A tally is never less than what there is: it was counted once, by a write that ran alone, and from then on whatever is
+added counts, whether its write was made or not, and nothing that is removed does. Rows are counted anew when a tally
+has come to its bound.
+"""
+
+from collections.abc import Mapping
+
+from notecase_server.store.contract import Quotas
+from notecase_server.store.tables import Kept
+
+TALLIED: frozenset[Kept] = frozenset({"sessions", "requests", "uploads", "blob_bytes"})
+"""The others are few within what bounds them, and are counted."""
+
+
+class CountedAloneError(Exception):
+    """Rows must be counted, which needs that no other write is under way."""
+
+
+class Tallies:
+    """Those of one server, by kind and tenant."""
+
+    def __init__(self) -> None:
+        self._most: dict[tuple[Kept, str], int] = {}
+
+    def below(self, kind: Kept, tenant: str, quotas: Quotas) -> int | None:
+        """Returns a tally that is below its bound; None where rows must be counted."""
+        bounds: Mapping[str, int] = quotas._asdict()
+        most = self._most.get((kind, tenant))
+        return most if most is not None and most < bounds[kind] else None
+
+    def counted(self, kind: Kept, tenant: str, count: int) -> None:
+        """Takes note of how much there is."""
+        if kind in TALLIED:
+            self._most[kind, tenant] = count
+
+    def added(self, kind: Kept, tenant: str, amount: int = 1) -> None:
+        """Takes note of what is about to be added."""
+        if (kind, tenant) in self._most:
+            self._most[kind, tenant] += amount

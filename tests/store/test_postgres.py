@@ -1,0 +1,611 @@
+"""What is PostgreSQL's own of its store: the wire, the fence, other writers, and databases that are not fit."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import asyncpg
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from notecase import v1
+from notecase_server.store import postgres as postgres_store
+from notecase_server.store.contract import CommandId, Commit, Committed, Query, Quotas, Scope, StoreOpenError
+from notecase_server.store.postgres import PostgresStore
+from notecase_server.store.postgres_commit import CommitTables
+from notecase_server.store.postgres_tables import PostgresTables
+from notecase_server.store.postgres_wire import Defect, awaited, escaped, unescaped
+
+from tests.store.build import (
+    APP_STATE,
+    EVERYTHING,
+    KEY,
+    NOTHING,
+    USER_STATE,
+    ManualClock,
+    add,
+    called,
+    changed,
+    contents,
+    create,
+    dispatched,
+    ended,
+    finished,
+    increment,
+    once,
+    plain,
+    put,
+    refused,
+    replied,
+    rewound,
+    said,
+    session_key,
+    start,
+)
+from tests.support import postgres
+from tests.support.postgres_proxy import PostgresProxy
+
+
+@pytest.fixture
+async def url() -> AsyncIterator[str]:
+    async with postgres.shared().empty_store() as url:
+        yield url
+
+
+@pytest.fixture
+async def store(url: str, clock: ManualClock) -> AsyncIterator[PostgresStore]:
+    opened = await PostgresStore.open(url, clock)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+async def beside(url: str) -> AsyncIterator[Any]:
+    """A connection of somebody else."""
+    connection = await asyncpg.connect(url)
+    yield connection
+    await connection.close()
+
+
+async def turn(store: PostgresStore, number: int) -> list[Committed]:
+    """What a run commits: its start with what the user said, a call and its result, and its end with the reply."""
+    run, call = f"r{number}", f"c{number}"
+    command = CommandId(f"{number}", b"digest")
+    done = [await start(store, run, said(f"m{number}", run=run), id=f"{number}-1", command=command, newest=5)]
+    asks = (called(f"n{number}", run, call), dispatched(call, run))
+    done.append(await add(store, *asks, changed(put("k", number)), if_epoch=done[0].epoch, id=f"{number}-2"))
+    done.append(await add(store, finished(call, run), if_epoch=done[0].epoch, id=f"{number}-3"))
+    ends = (replied(f"o{number}", run), ended(run))
+    done.append(await add(store, *ends, if_epoch=done[0].epoch, id=f"{number}-4"))
+    return done
+
+
+# ---- round trips
+
+
+@pytest.mark.parametrize(("prepared", "trips"), [(True, 2), (False, 4)])
+async def test_a_commit_takes_two_round_trips_prepared_and_four_without(
+    url: str, clock: ManualClock, prepared: bool, trips: int
+) -> None:
+    async with PostgresProxy(url) as proxy:
+        store = await PostgresStore.open(proxy.url, clock, connections=1, prepared=prepared)
+        await create(store)
+        for number in range(2):
+            await turn(store, number)
+        before = proxy.trips
+        commits = await turn(store, 2)
+        assert trips * len(commits) == proxy.trips - before
+        shared = (changed(increment("n", 1), state="user"), changed(increment("n", 1), state="app"))
+        for number in range(3):
+            before = proxy.trips
+            await add(store, *shared, once=once(f"request {number}", NOTHING))
+        assert trips == proxy.trips - before
+        await store.close()
+
+
+async def test_a_list_and_a_read_take_as_many_round_trips_however_many_rows_there_are(
+    url: str, clock: ManualClock
+) -> None:
+    async with PostgresProxy(url) as proxy:
+        store = await PostgresStore.open(proxy.url, clock, connections=1)
+
+        async def taken() -> dict[str, int]:
+            reads = {
+                "sessions": lambda: store.list_sessions("acme", EVERYTHING),
+                "messages": lambda: store.list_messages(KEY, EVERYTHING),
+                "runs": lambda: store.list_runs("acme", None, EVERYTHING),
+                "state": lambda: store.list_state(KEY.state, EVERYTHING),
+                "events": lambda: store.read_events(KEY, 0),
+                "audit": lambda: store.list_audit("acme", EVERYTHING),
+            }
+            found = {}
+            for name, read in reads.items():
+                await read()
+                before = proxy.trips
+                await read()
+                found[name] = proxy.trips - before
+            return found
+
+        await create(store)
+        await turn(store, 0)
+        few = await taken()
+        await add(store, *(said(f"x{number}") for number in range(200)))
+        await add(store, *(changed(put(f"k{number}", number)) for number in range(200)))
+        for number in range(1, 20):
+            await create(store, session_key("acme", f"s{number}"))
+            await turn(store, number)
+        assert few == await taken()
+        assert max(few.values()) <= 5
+        await store.close()
+
+
+async def test_a_page_of_large_rows_is_not_read_beyond_its_end(store: PostgresStore) -> None:
+    await create(store)
+    for number in range(12):
+        await add(store, said(f"m{number}", "x" * 900_000))
+
+    def step(tables: Any) -> int:
+        assert isinstance(tables, PostgresTables)
+        rows = tables._page(
+            "SELECT sequence, body, length(body) AS size FROM events WHERE uid = $1", "sequence", [KEY.uid], 1000
+        )
+        return len(rows)
+
+    assert 4 == await store._read(step)
+    page = await store.list_messages(KEY, EVERYTHING)
+    assert (2, (2,)) == (len(page.rows), page.next)
+
+
+# ---- owners
+
+
+async def test_a_store_that_another_has_taken_over_writes_nothing_more(
+    url: str, store: PostgresStore, clock: ManualClock
+) -> None:
+    await create(store)
+    await add(store, said("m1"))
+    successor = await PostgresStore.open(url, clock)
+    assert store.fence + 1 == successor.fence
+    for write in (
+        lambda: add(store, said("m2")),
+        lambda: create(store, session_key("acme", "another")),
+        lambda: store.update_state(APP_STATE, [put("k", 1)]),
+        lambda: store.claim(KEY, 1),
+        store.probe,
+    ):
+        store.fenced.clear()
+        with refused("STORE_UNAVAILABLE"):
+            await write()
+        assert store.fenced.is_set()
+    await add(successor, said("m2"))
+    assert ["m1", "m2"] == [row.name for row in (await successor.list_messages(KEY, EVERYTHING)).rows]
+    assert not (await successor.get_state(APP_STATE, ["k"])).entries
+    await successor.close()
+
+
+async def test_a_takeover_between_the_reads_and_the_writes_of_a_commit_refuses_it(
+    url: str, store: PostgresStore, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await create(store)
+    flush, successors = CommitTables.flush, list[PostgresStore]()
+
+    def late(tables: CommitTables) -> None:
+        if not successors:
+            successors.append(awaited(PostgresStore.open(url, clock)))
+        flush(tables)
+
+    monkeypatch.setattr(CommitTables, "flush", late)
+    with refused("STORE_UNAVAILABLE"):
+        await add(store, said("m1"))
+    assert store.fenced.is_set()
+    assert [] == await successors[0].read_events(KEY, 0)
+    await successors[0].close()
+
+
+async def test_a_takeover_waits_for_a_write_under_way_and_then_no_other_is_made(
+    url: str, store: PostgresStore, clock: ManualClock, beside: Any
+) -> None:
+    held, let_go = asyncio.Event(), asyncio.Event()
+
+    def step(tables: Any, now: int) -> None:
+        held.set()
+        awaited(let_go.wait())
+        tables.touch()
+
+    writing = asyncio.create_task(store._write(step))
+    await held.wait()
+    opening = asyncio.create_task(PostgresStore.open(url, clock))
+    await waits_for_a_lock(beside)
+    let_go.set()
+    await writing
+    successor = await opening
+    with refused("STORE_UNAVAILABLE"):
+        await store.probe()
+    await successor.close()
+
+
+async def waits_for_a_lock(connection: Any) -> None:
+    """Returns once a statement in this database waits for a lock."""
+    waiting = "SELECT count(*) FROM pg_locks WHERE NOT granted"
+    while not await connection.fetchval(waiting):
+        pass
+
+
+# ---- other writers
+
+
+async def test_a_commit_whose_session_has_changed_since_it_was_read_is_made_anew(
+    store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await create(store)
+    await add(store, said("m1"))
+    with come_between(monkeypatch, beside.execute("UPDATE sessions SET epoch = epoch + 6")) as tries:
+        done = await add(store, said("m2"))
+    assert (2, 7) == (len(tries), done.epoch)
+    with (
+        come_between(monkeypatch, beside.execute("UPDATE sessions SET epoch = epoch + 1")),
+        refused("OWNER_LOST"),
+    ):
+        await add(store, said("m3"), if_epoch=7)
+    assert ["m1", "m2"] == [row.name for row in (await store.list_messages(KEY, EVERYTHING)).rows]
+
+
+@pytest.mark.parametrize("scope", [USER_STATE, APP_STATE], ids=lambda scope: scope.kind)
+async def test_a_commit_whose_state_has_changed_since_it_was_read_is_made_anew(
+    store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch, scope: Scope
+) -> None:
+    """Also the first time that anybody writes to it."""
+    await create(store)
+    event = changed(increment("n", 1), state=scope.kind)
+    entry = v1.StateEntry(version=1)
+    entry.value.int_value = 40
+    place, body = f"'acme', '{scope.kind}', '{scope.id}'", entry.SerializeToString().hex()
+    raced = f"""INSERT INTO states VALUES ({place}, 1);
+        INSERT INTO entries VALUES ({place}, 'n', '\\x{body}')"""
+    with come_between(monkeypatch, beside.execute(raced)) as tries:
+        await add(store, event)
+    with come_between(monkeypatch, beside.execute("UPDATE states SET version = version + 3")) as more:
+        await add(store, event)
+    assert [2, 2] == [len(tries), len(more)]
+    state = await store.get_state(scope, ["n"])
+    assert (6, 42) == (state.version, plain(state.entries["n"].value))
+
+
+@contextlib.contextmanager
+def come_between(monkeypatch: pytest.MonkeyPatch, act: Any) -> Iterator[list[CommitTables]]:
+    """Lets something happen between the reads and the writes of the next commit; collects what tries to write."""
+    flush, tries = CommitTables.flush, list[CommitTables]()
+
+    def late(tables: CommitTables) -> None:
+        tries.append(tables)
+        if len(tries) == 1:
+            awaited(act)
+        flush(tables)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CommitTables, "flush", late)
+        yield tries
+
+
+async def test_of_two_commits_with_one_request_id_or_one_name_one_is_made(store: PostgresStore) -> None:
+    """Of different sessions at once, so that neither waits for the other."""
+    keys = [session_key("acme", f"s{number}") for number in range(8)]
+    user = v1.Session(user="users/ada")
+    same = (Commit(key=key, create=user, once=once("one", NOTHING)) for key in keys)
+    done = await asyncio.gather(*map(store.commit, same), return_exceptions=True)
+    assert 1 == sum(isinstance(each, Committed) for each in done)
+    assert {"Replayed", "Committed"} == {type(each).__name__ for each in done}
+    named = (Commit(key=key._replace(session="case"), create=user) for key in keys[1:])
+    done = await asyncio.gather(*map(store.commit, named), return_exceptions=True)
+    assert 1 == sum(isinstance(each, Committed) for each in done)
+    assert 2 == len((await store.list_sessions("acme", EVERYTHING)).rows)
+
+
+async def test_a_deadlock_with_somebody_else_is_tried_again(store: PostgresStore, beside: Any) -> None:
+    """The store is the one that PostgreSQL ends: it waits last, and the other looks for no deadlock."""
+    await store.update_state(APP_STATE, [put("k", 1)])
+    held, let_go, tries = asyncio.Event(), asyncio.Event(), 0
+
+    def step(tables: Any, now: int) -> None:
+        nonlocal tries
+        tries += 1
+        held.set()
+        awaited(let_go.wait())
+        tables.put_version(APP_STATE, 7)
+
+    await beside.execute("SET deadlock_timeout = '10min'; BEGIN; SELECT FROM states FOR UPDATE")
+    writing = asyncio.create_task(store._write(step))
+    await held.wait()
+    blocked = asyncio.create_task(beside.execute("UPDATE owner SET counter = counter"))
+    await waits_for_a_lock(store._pool)
+    let_go.set()
+    await blocked
+    await beside.execute("COMMIT")
+    await writing
+    assert (2, 7) == (tries, (await store.get_state(APP_STATE, [])).version)
+
+
+async def test_a_row_that_somebody_else_holds_is_waited_for_so_long_and_no_longer(
+    store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres_store, "WRITE_SECONDS", 0.05)
+    await store.update_state(APP_STATE, [put("k", 1)])
+    await beside.execute("BEGIN; SELECT FROM states FOR UPDATE")
+    with refused("STORE_UNAVAILABLE"):
+        await store.update_state(APP_STATE, [put("k", 2)])
+    await beside.execute("COMMIT")
+    assert 2 == (await store.update_state(APP_STATE, [put("k", 2)])).version
+
+
+async def test_a_server_that_stands_still_in_a_transaction_holds_a_row_so_long_and_no_longer(
+    store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres_store, "WRITE_SECONDS", 0.05)
+    ended = asyncio.Event()
+
+    def step(tables: Any, now: int) -> None:
+        tables.touch()
+        awaited(ended.wait())
+        tables.touch()
+
+    writing = asyncio.create_task(store._write(step))
+    await beside.execute("UPDATE notecase_store SET keyed = keyed")
+    while await beside.fetchval("SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"):
+        pass
+    ended.set()
+    with refused("STORE_UNAVAILABLE"):
+        await writing
+    await store.probe()
+
+
+# ---- failures
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["08006", "25006", "40001", "53100", "53300", "55P03", "57014", "57P01", "57P02", "57P03", "42501", "58030"],
+)
+async def test_a_failure_that_passes_is_told_as_one(store: PostgresStore, code: str) -> None:
+    with refused("STORE_UNAVAILABLE") as told:
+        await store._write(lambda tables, _: raise_sqlstate(tables, code))
+    assert ("disk" in str(told.value)) == (code == "53100")
+    await store.probe()
+
+
+@pytest.mark.parametrize("code", ["22003", "23502", "42601"])
+async def test_a_statement_that_can_never_succeed_is_a_defect_and_says_nothing_of_what_is_stored(
+    store: PostgresStore, code: str
+) -> None:
+    with pytest.raises(Defect) as told:
+        await store._write(lambda tables, _: raise_sqlstate(tables, code))
+    assert code in str(told.value)
+    assert "secret" not in repr(told.value)
+    assert told.value.__cause__ is None
+    await store.probe()
+
+
+def raise_sqlstate(tables: Any, code: str) -> None:
+    tables._do(f"DO $$ BEGIN RAISE EXCEPTION 'a secret' USING ERRCODE = '{code}'; END $$")
+
+
+async def test_an_answer_that_is_lost_is_of_a_commit_that_can_be_asked_about(url: str, clock: ManualClock) -> None:
+    """The connection is cut when the statement that writes has reached the database, and before: it is never half
+    made."""
+    async with PostgresProxy(url) as proxy:
+        store = await PostgresStore.open(proxy.url, clock, connections=1)
+        await create(store)
+        await add(store, said("m0"), id="warm")
+        made = set[bool]()
+        for number, (sync, passed) in enumerate([(1, False), (1, True), (2, False), (2, True)]):
+            left = sync
+
+            def cut(kind: str, body: bytes, passed: bool = passed) -> None:
+                nonlocal left
+                left -= kind == "S"
+                if not left and kind == "S":
+                    if passed:
+                        asyncio.get_running_loop().call_soon(proxy.cut)
+                    else:
+                        proxy.cut()
+
+            proxy.asked = cut
+            with refused("STORE_UNAVAILABLE"):
+                await add(store, said(f"n{number}"), id=f"commit {number}")
+            proxy.asked = lambda kind, body: None
+            found = await store.find_commit(KEY, f"commit {number}")
+            kept = {message.name for message in (await store.list_messages(KEY, EVERYTHING)).rows}
+            assert (found is not None) == (f"n{number}" in kept)
+            made.add(found is not None)
+            assert (sync, passed) == (2, True) or found is None
+        await add(store, said("last"))
+        await store.close()
+
+
+async def test_connections_that_the_database_has_ended_are_replaced(store: PostgresStore, beside: Any) -> None:
+    await create(store)
+    await asyncio.gather(*(store.get_session(KEY) for _ in range(5)))
+    await beside.execute(
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity"
+        " WHERE datname = current_database() AND pid != pg_backend_pid()"
+    )
+    with contextlib.suppress(Exception):
+        await add(store, said("m1"), id="one")
+    found = await store.find_commit(KEY, "one")
+    if found is None:
+        await add(store, said("m1"), id="one")
+    assert ["m1"] == [row.name for row in (await store.list_messages(KEY, EVERYTHING)).rows]
+
+
+async def test_a_caller_who_goes_away_leaves_a_commit_that_is_made(store: PostgresStore) -> None:
+    await create(store)
+    for number in range(1, 4):
+        committing = asyncio.create_task(add(store, said(f"m{number}")))
+        await asyncio.sleep(0)
+        committing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await committing
+        await store.claim(KEY, number)  # it comes behind
+        assert number == len(await store.read_events(KEY, 0))
+
+
+async def test_a_store_that_is_closed_finishes_what_is_under_way(
+    url: str, store: PostgresStore, clock: ManualClock
+) -> None:
+    await create(store)
+    committing = [asyncio.create_task(add(store, said(f"m{number}"))) for number in range(5)]
+    await asyncio.sleep(0)
+    await store.close()
+    await asyncio.gather(*committing)
+    with refused("STORE_UNAVAILABLE"):
+        await store.get_session(KEY)
+    again = await PostgresStore.open(url, clock)
+    assert 5 == len(await again.read_events(KEY, 0))
+    await again.close()
+
+
+async def test_a_rewind_in_a_commit_is_seen_in_the_newest_messages_that_it_returns(store: PostgresStore) -> None:
+    """Which are put together of what was there and of what is written."""
+    await create(store)
+    await add(store, *(said(f"m{number}") for number in range(4)))
+    await start(store, "r1", called("n1", "r1", "c1"), dispatched("c1", "r1"))
+    done = await add(store, finished("c1", "r1"), said("m4", run="r1"), newest=3)
+    assert done.newest == await store.list_messages(KEY, Query(3), newest_first=True)
+    await add(store, ended("r1"))
+    done = await add(store, said("m5"), rewound(2), said("m6"), newest=4)
+    assert done.newest is not None
+    assert ["m6", "m1", "m0"] == [message.name for message in done.newest.rows]
+    assert done.newest == await store.list_messages(KEY, Query(4), newest_first=True)
+
+
+async def test_what_a_quota_bounds_is_counted_once_and_then_only_at_the_bound(
+    store: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, kept = list[str](), PostgresTables._one
+
+    def one(tables: PostgresTables, statement: str, *values: Any) -> Any:
+        if "count(*) FROM sessions" in statement:
+            counted.append(statement)
+        return kept(tables, statement, *values)
+
+    monkeypatch.setattr(PostgresTables, "_one", one)
+    store.quotas = Quotas(sessions=6)
+    keys = [session_key("acme", f"s{number}") for number in range(9)]
+    done = await asyncio.gather(*(create(store, key) for key in keys[:6]))
+    assert (6, 1) == (len(done), len(counted))
+    with refused("QUOTA_EXCEEDED"):
+        await create(store, keys[6])
+    await store.delete_session(keys[0])
+    await create(store, keys[7])
+    with refused("QUOTA_EXCEEDED"):
+        await create(store, keys[8])
+    assert 6 == len((await store.list_sessions("acme", EVERYTHING)).rows)
+
+
+# ---- text
+
+
+@given(st.lists(st.text(st.sampled_from("\x00\x01\x02aé\U0001f50d"), max_size=5), min_size=2, max_size=2))
+def test_escaped_text_has_no_nul_keeps_its_order_and_comes_back(texts: list[str]) -> None:
+    one, two = texts
+    assert one == unescaped(escaped(one))
+    assert "\0" not in escaped(one)
+    assert (one.encode() < two.encode()) == (escaped(one).encode() < escaped(two).encode())
+
+
+async def test_keys_and_labels_with_nul_are_found_and_kept_in_order(store: PostgresStore) -> None:
+    keys = ["\0", "\0\0", "\x01", "\x01\0", "\x02", "a", "a\0", "a\0b", "a\x01", "b"]
+    labels = {"k\0": "v\0", "\x01": "w"}
+    await create(store, labels=labels, display_name="a\0name")
+    await add(store, changed(*(put(key, key) for key in keys)))
+    _, page = await store.list_state(KEY.state, Query(4))
+    _, rest = await store.list_state(KEY.state, Query(9, page.next))
+    assert keys == [*page.rows, *rest.rows]
+    entries = (await store.get_state(KEY.state, keys)).entries
+    assert {key: key for key in keys} == {key: plain(entry.value) for key, entry in entries.items()}
+    assert labels == dict((await contents(store))["session"].labels)
+
+
+async def test_every_text_is_compared_by_its_bytes(beside: Any) -> None:
+    """Whatever collation the database has; `commits` is never compared."""
+    others = await beside.fetch(
+        """SELECT c.relname, a.attname FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid
+            JOIN pg_collation o ON o.oid = a.attcollation
+            WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind = 'r' AND o.collname != 'C'"""
+    )
+    assert [("sessions", "commits")] == [tuple(each) for each in others]
+
+
+# ---- databases
+
+
+async def test_two_servers_that_open_an_empty_database_at_once_make_its_tables_once(clock: ManualClock) -> None:
+    url = await postgres.shared().new_database()
+    stores = await asyncio.gather(*(PostgresStore.open(url, clock) for _ in range(3)))
+    assert 1 == len({store.secret for store in stores})
+    assert [1, 2, 3] == sorted(store.fence for store in stores)
+    for store in stores:
+        await store.close()
+
+
+async def test_a_database_of_a_newer_version_is_refused(url: str, beside: Any, clock: ManualClock) -> None:
+    await beside.execute("UPDATE notecase_store SET schema = schema + 1")
+    try:
+        with pytest.raises(StoreOpenError, match=r"written by a newer notecase: its schema is 2.* knows up to 1\."):
+            await PostgresStore.open(url, clock)
+    finally:
+        await beside.execute("UPDATE notecase_store SET schema = schema - 1")
+
+
+UNFIT = {
+    "tables of another program": ("", "CREATE TABLE orders ()", "is a database of another program"),
+    "another encoding": ("ENCODING 'SQL_ASCII' LOCALE 'C'", "SELECT 1", "has the encoding SQL_ASCII"),
+    "read-only": ("", "ALTER DATABASE {name} SET default_transaction_read_only = on", "is read-only"),
+    "no schema": ("", "DROP SCHEMA public", "has no schema that its search_path names"),
+}
+
+
+@pytest.mark.parametrize("unfit", UNFIT)
+async def test_a_database_that_is_not_fit_is_refused_and_not_changed(clock: ManualClock, unfit: str) -> None:
+    options, prepare, told = UNFIT[unfit]
+    url = await postgres.shared().new_database(options)
+    connection = await asyncpg.connect(url)
+    name = await connection.fetchval("SELECT current_database()")
+    await connection.execute(prepare.format(name=name))
+    with pytest.raises(StoreOpenError, match=told):
+        await PostgresStore.open(url, clock)
+    assert not await connection.fetchval("SELECT count(*) FROM pg_tables WHERE tablename = 'notecase_store'")
+    await connection.close()
+
+
+async def test_a_user_who_may_create_nothing_is_told_so(clock: ManualClock) -> None:
+    url = await postgres.shared().new_database()
+    connection = await asyncpg.connect(url)
+    await connection.execute("DROP ROLE IF EXISTS guest")
+    await connection.execute("CREATE ROLE guest LOGIN PASSWORD 'a-secret'")
+    await connection.close()
+    with pytest.raises(StoreOpenError, match="does not let this user create tables") as told:
+        await PostgresStore.open(url.replace("postgres@", "guest:a-secret@"), clock)
+    assert "a-secret" not in f"{told.value!r}"
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("postgresql://ada:a-secret@127.0.0.1:1/cases", "postgresql://127.0.0.1:1/cases cannot be reached"),
+        ("postgresql://ada:a-secret@127.0.0.1:port/cases", "is no URL of a PostgreSQL database"),
+        ("postgresql://ada:a-secret@127.0.0.1:1/cases?sslmode=a-secret", "has parameters that cannot be understood"),
+        ("mysql://ada:a-secret@127.0.0.1/cases", "is no URL of a PostgreSQL database"),
+    ],
+)
+async def test_a_url_that_leads_nowhere_is_refused_without_its_password(
+    clock: ManualClock, url: str, told: str
+) -> None:
+    with pytest.raises(StoreOpenError, match=told) as refusal:
+        await PostgresStore.open(url, clock)
+    assert "a-secret" not in f"{refusal.value!r}"
+
+
+async def test_a_database_that_does_not_exist_is_named(clock: ManualClock) -> None:
+    with pytest.raises(StoreOpenError, match=r"postgresql:///nowhere: there is no such database\."):
+        await PostgresStore.open(postgres.shared().url("nowhere"), clock)
