@@ -59,6 +59,9 @@ ROOMS: dict[str, Room] = {
     "store.sqlite": Room(
         {"errors", "store", "store.contract", "store.earlier", "store.fold", "supervisor"}, "A store leans on no other."
     ),
+    "store.postgres": Room(
+        {"errors", "store", "store.contract", "store.fold", "supervisor"}, "A store leans on no other."
+    ),
     "models": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
     "models.contract": Room({"errors"}, "A promise knows none of those who keep it."),
     "models.answers": Room({"errors", "models.contract"}, "What a word means is the same whoever reads it."),
@@ -165,6 +168,8 @@ LINES: dict[str, Line] = {
     "mcp": Line({"tools.mcp"}, "One protocol's ways stay behind the contract."),
     "pydantic": Line({"tools.functions"}, "What an operator's types mean is asked in one place."),
     "sqlite3": Line({"store.sqlite"}, "SQL lives in its store."),
+    "asyncpg": Line({"store.postgres"}, "SQL lives in its store."),
+    "greenlet": Line({"store.postgres"}, "Steps await only what a database answers."),
     "notecase_server.store.contract.Store": Line(
         {"serve", "store", "rpc.server"}, "Only composition names the whole store; all else asks for the parts it uses."
     ),
@@ -312,6 +317,7 @@ def test_an_import_against_the_arrows_is_found(module: str, source: str, named: 
         ("serve", "from grpc_health.v1 import health"),
         ("models.chat_stream", "from openai import AsyncOpenAI"),
         ("store.memory", "import sqlite3 as db"),
+        ("store.sqlite", "from asyncpg import Connection"),
         ("rpc.validate", "from liquid import Environment"),
         ("store.sqlite_file", "import os\nhome = os.environ['HOME']"),
         ("cli", "from os import getenv"),
@@ -432,7 +438,10 @@ def requirements(texts: list[str]) -> dict[str, Requirement]:
 
 
 def declared(folder: str) -> dict[str, Requirement]:
-    return requirements(project(folder)["project"]["dependencies"])
+    """What a distribution needs, and what its extras do."""
+    settings = project(folder)["project"]
+    extras = settings.get("optional-dependencies", {}).values()
+    return requirements([*settings["dependencies"], *(text for extra in extras for text in extra)])
 
 
 def needed(package: Path) -> set[str]:

@@ -7,7 +7,7 @@ and after.
 
 import hashlib
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from notecase_server.auth.principal import Role
 from notecase_server.rpc.server import SERVICES
 from notecase_server.serve import now, open_store
 
-from tests.support import raw
+from tests.support import postgres, raw
 from tests.support.server import Running, running
 
 TENANTS = [Role.VIEWER, Role.USER, Role.DEVELOPER, Role.ADMIN]
@@ -368,10 +368,12 @@ async def walking(url: str) -> AsyncIterator[Walk]:
         yield walk
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", "sqlite", "postgresql"])
 async def walk(request: pytest.FixtureRequest, tmp_path: Any) -> AsyncIterator[Walk]:
-    async with walking("memory:" if request.param == "memory" else f"sqlite:{tmp_path / 'notecase.db'}") as made:
-        yield made
+    urls = {"memory": "memory:", "sqlite": f"sqlite:{tmp_path / 'notecase.db'}"}
+    async with AsyncExitStack() as stack:
+        url = urls.get(request.param) or await stack.enter_async_context(postgres.shared().empty_store())
+        yield await stack.enter_async_context(walking(url))
 
 
 UNBOUND = {

@@ -7,7 +7,7 @@ import shutil
 import sqlite3
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, closing
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,13 +21,15 @@ from notecase import SessionView, v1
 from notecase.view import ENDED
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.serve import now
-from notecase_server.store.contract import SessionKey
+from notecase_server.store.contract import SessionKey, Store
+from notecase_server.store.postgres import PostgresStore
 from notecase_server.store.sqlite import SqliteStore
 from notecase_server.tools.functions import CallContext, tool
 from notecase_server.tools.toolbox import make_toolbox
 
 from tests.e2e.driving import reason_of, said
 from tests.e2e.test_takeover import SESSION, check_well_formed, client_tool, server_tool
+from tests.support import postgres
 from tests.support.failing import Mode, Unreliable
 from tests.support.openai_server import Answer, Json, OpenAIServer, chunk, error, reply, tool_calls
 from tests.support.server import TENANT, Running, running
@@ -543,16 +545,76 @@ class Case:
             await self.by_call(v1.RunRequest(tool_result=v1.ToolResult(call_id=call.call_id)), run.name)
 
 
+class SqliteFiles:
+    """Where the store is: in the last of a few files."""
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp())
+        self._files = 0
+
+    def _file(self) -> Path:
+        return self._folder / f"{self._files}.db"
+
+    async def open(self) -> Store:
+        """Opens the store as it is, or as it was at the last kill."""
+        return await SqliteStore.open(self._file(), now)
+
+    async def kill(self, uids: Sequence[str]) -> list[int]:
+        """Lets the process that has the store open be as good as killed: whatever it still does to it is not seen by
+        the next. Returns how many events each session has at that moment."""
+        source = self._file()
+        self._files += 1
+        with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(self._file())) as new:
+            old.backup(new)
+            counting = "SELECT count(*) FROM events WHERE uid = ?"
+            return [count for uid in uids for (count,) in new.execute(counting, (uid,))]
+
+    async def remove(self) -> None:
+        shutil.rmtree(self._folder)
+
+
+class PostgresDatabase:
+    """As SqliteFiles, in a database of PostgreSQL: the next owner refuses all that the one before still does."""
+
+    def __init__(self) -> None:
+        self._stack = AsyncExitStack()
+        self._url = ""
+        self._next: PostgresStore | None = None
+
+    async def open(self) -> Store:
+        if not self._url:
+            self._url = await self._stack.enter_async_context(postgres.shared().empty_store())
+        opened, self._next = self._next or await PostgresStore.open(self._url, now), None
+        return opened
+
+    async def kill(self, uids: Sequence[str]) -> list[int]:
+        self._next = await PostgresStore.open(self._url, now)
+        keys = [SessionKey(tenant, "case", uid) for tenant, uid in zip(TENANTS, uids, strict=True)]
+        return [len(await read_all(self._next, key)) for key in keys]
+
+    async def remove(self) -> None:
+        await self._stack.aclose()
+
+
+async def read_all(store: Store, key: SessionKey) -> list[v1.Event]:
+    """The whole log of a session."""
+    found = list[v1.Event]()
+    while more := await store.read_events(key, len(found)):
+        found += more
+    return found
+
+
 class SessionMachine(RuleBasedStateMachine):
     """Everything happens while a rule runs: in between, the loop stands still."""
 
+    place: type[SqliteFiles | PostgresDatabase] = SqliteFiles
+
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
+        self.kept = self.place()
         self.runner = asyncio.Runner()
         self.stack = AsyncExitStack()
         self.serving = AsyncExitStack()
-        self.files = 0
         self.checked = 0
         self.do(self.begin())
 
@@ -573,14 +635,10 @@ class SessionMachine(RuleBasedStateMachine):
             await case.ask(self.served.agents.CreateAgent, v1.CreateAgentRequest(agent_id="clerk", agent=agent))
             await case.make(self.served)
 
-    @property
-    def file(self) -> Path:
-        return self.folder / f"{self.files}.db"
-
     async def serve(self) -> None:
         providers = {"openai": self.provider}
         toolbox = make_toolbox((__name__,), {})
-        self.store = Unreliable(await SqliteStore.open(self.file, now))
+        self.store = Unreliable(await self.kept.open())
         self.serving = AsyncExitStack()
         self.served: Running = await self.serving.enter_async_context(
             running(self.store.store, providers, toolbox=toolbox, grace=0.0)
@@ -609,27 +667,22 @@ class SessionMachine(RuleBasedStateMachine):
             case.keep()
 
     async def next_server(self, kill: bool) -> None:
-        """Stops the server and opens the next one on its file; one that is killed on the file as it was at that moment,
-        whatever the process still does to it afterwards."""
-        counts = {}
+        """Stops the server and opens the next one on its store; one that is killed on the store as it was at that
+        moment, whatever the process still does to it afterwards."""
+        counts = list[int]()
         cases = self.cases.values()
         for case in cases:
             case.keep()
         if kill:
-            copy = self.folder / f"{self.files + 1}.db"
-            with closing(sqlite3.connect(self.file)) as source, closing(sqlite3.connect(copy)) as target:
-                source.backup(target)
-                for case in cases:
-                    (count,) = target.execute("SELECT count(*) FROM events WHERE uid = ?", (case.uid,)).fetchone()
-                    assert count >= max(len(case.log), case.late.last_sequence or 0), "what was told is kept"
-                    counts[case.tenant] = count
+            counts = await self.kept.kill([case.uid for case in cases])
+            for case, count in zip(cases, counts, strict=True):
+                assert count >= max(len(case.log), case.late.last_sequence or 0), "what was told is kept"
         for case in cases:
             await case.leave()
         await self.serving.aclose()
         if kill:
-            self.files += 1
-            for case in cases:
-                case.cut(counts[case.tenant])
+            for case, count in zip(cases, counts, strict=True):
+                case.cut(count)
         await self.serve()
         for case in cases:
             case.follow(self.served)
@@ -789,8 +842,8 @@ class SessionMachine(RuleBasedStateMachine):
         try:
             self.do(self.finish())
         finally:
+            self.do(self.kept.remove())
             self.runner.close()
-            shutil.rmtree(self.folder)
 
     async def finish(self) -> None:
         """Brings every run to an end, as callers would who answer all that they are asked."""
@@ -811,12 +864,12 @@ class SessionMachine(RuleBasedStateMachine):
                 await case.leave()
             await self.serving.aclose()
             await self.stack.aclose()
-        store = await SqliteStore.open(self.file, now)
+        store = await self.kept.open()
         try:
             for case in cases:
                 session = await store.find_session(case.tenant, "case")
                 assert session is not None
-                kept = await store.read_events(SessionKey(case.tenant, "case", session.uid), 0)
+                kept = await read_all(store, SessionKey(case.tenant, "case", session.uid))
                 assert [event.sequence for event in kept] == [event.sequence for event in case.log]
         finally:
             await store.close()
@@ -900,11 +953,24 @@ def check_ends(log: list[v1.Event], results: Mapping[str, tuple[v1.RunRequest, i
         assert causes, f"{command.WhichOneof('command')} was accepted at {sequence} and is not in the log"
 
 
+class PostgresMachine(SessionMachine):
+    """The same on PostgreSQL."""
+
+    place = PostgresDatabase
+
+
+def played(examples: int) -> settings:
+    """So many histories of twenty steps."""
+    return settings(
+        max_examples=examples,
+        stateful_step_count=20,
+        deadline=None,
+        phases=[Phase.generate],  # to shrink what goes wrong takes many minutes; it is shown as it was found
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
+
+
 TestSession = SessionMachine.TestCase
-TestSession.settings = settings(
-    max_examples=12,
-    stateful_step_count=20,
-    deadline=None,
-    phases=[Phase.generate],  # to shrink what goes wrong takes many minutes; it is shown as it was found
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+TestSession.settings = played(12)
+TestSessionOnPostgres = PostgresMachine.TestCase
+TestSessionOnPostgres.settings = played(4)

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import asyncpg
@@ -111,7 +111,7 @@ async def test_a_list_and_a_read_take_as_many_round_trips_however_many_rows_ther
         store = await PostgresStore.open(proxy.url, clock, connections=1)
 
         async def taken() -> dict[str, int]:
-            reads = {
+            reads: dict[str, Callable[[], Awaitable[Any]]] = {
                 "sessions": lambda: store.list_sessions("acme", EVERYTHING),
                 "messages": lambda: store.list_messages(KEY, EVERYTHING),
                 "runs": lambda: store.list_runs("acme", None, EVERYTHING),

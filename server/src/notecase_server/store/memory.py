@@ -66,7 +66,7 @@ class MemoryStore(TableStore):
         with self._lock:
             return step(self._open())
 
-    async def _write(self, step: Callable[[Tables, int], T], within: SessionKey | None = None) -> T:
+    async def _write(self, step: Callable[[Tables, int], T], within: str = "") -> T:
         with self._lock:
             return step(self._open(), self._clock())
 

@@ -8,7 +8,6 @@ write was made: callers ask by the commit's or the request's id.
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from contextlib import AbstractAsyncContextManager
 from functools import partial
 from typing import Any, Self, TypeVar
 
@@ -17,7 +16,7 @@ import asyncpg
 from notecase_server import errors
 from notecase_server.store import fold, steps
 from notecase_server.store.base import TableStore
-from notecase_server.store.contract import Clock, Commit, Committed, SessionKey
+from notecase_server.store.contract import Clock, Commit, Committed
 from notecase_server.store.postgres_commit import CommitTables
 from notecase_server.store.postgres_database import Access, Database, connect
 from notecase_server.store.postgres_lease import PostgresLease
@@ -84,11 +83,12 @@ class PostgresStore(TableStore):
         self._locks = Locks()
         self._tallies = Tallies()
         self._tasks = Tasks("store")
+        self._ending = Tasks("store")
         self._closing: asyncio.Task[None] | None = None
 
     async def commit(self, commit: Commit) -> Committed:
         shared = {"user", "app"} & fold.needs(commit.events, commit.if_state_version).keys.keys()
-        within = None if shared else commit.key
+        within = "" if shared else commit.key.uid
         return await self._own(self._repeated(partial(self._commit, commit), within))
 
     async def _commit(self, commit: Commit, alone: bool) -> Committed:
@@ -116,7 +116,7 @@ class PostgresStore(TableStore):
             finally:
                 await _end(connection)
 
-    async def _write(self, step: Callable[[Tables, int], T], within: SessionKey | None = None) -> T:
+    async def _write(self, step: Callable[[Tables, int], T], within: str = "") -> T:
         return await self._own(self._repeated(partial(self._transact, step), within))
 
     async def _transact(self, step: Callable[[Tables, int], T], alone: bool) -> T:
@@ -143,15 +143,13 @@ class PostgresStore(TableStore):
         except asyncpg.DivisionByZeroError:
             raise Fenced from None
 
-    async def _repeated(self, attempt: Callable[[bool], Coroutine[Any, Any, T]], within: SessionKey | None) -> T:
-        """Makes a write, and makes it again when others came between its reads and its writes. `within` names the one
-        session that it is about; without one, and from the second time on, it runs alone, as `attempt` is told."""
+    async def _repeated(self, attempt: Callable[[bool], Coroutine[Any, Any, T]], within: str) -> T:
+        """Makes a write, and makes it again when others came between its reads and its writes. `within` names what it
+        is about; without a name, and from the second time on, it runs alone, as `attempt` is told."""
         for left in reversed(range(TRIES)):
-            lock: AbstractAsyncContextManager[None]
-            lock = self._locks.session(within.uid) if within is not None else self._locks.alone()
-            async with lock:
+            async with self._locks.within(within) if within else self._locks.alone():
                 try:
-                    return await attempt(within is None)
+                    return await attempt(not within)
                 except Fenced:
                     self.fenced.set()
                     if self._lease is not None:
@@ -162,7 +160,7 @@ class PostgresStore(TableStore):
                 except LOST as error:
                     if sqlstate(error) not in REPEATABLE or not left:
                         raise
-            within = None
+            within = ""
         raise AssertionError("the last try returns or raises")
 
     async def _own(self, work: Coroutine[Any, Any, T]) -> T:
@@ -183,12 +181,16 @@ class PostgresStore(TableStore):
 
     async def close(self) -> None:
         if self._closing is None:
-            self._closing = asyncio.create_task(self._close())
+            self._closing = self._ending.start(self._close(), "close")
         await asyncio.shield(self._closing)
 
     async def _close(self) -> None:
         await self._tasks.close(WRITE_SECONDS * 2)
-        await self._pool.close()
+        try:
+            async with asyncio.timeout(WRITE_SECONDS):
+                await self._pool.close()
+        except LOST:
+            self._pool.terminate()
         if self._lease is not None:
             await self._lease.release()
 

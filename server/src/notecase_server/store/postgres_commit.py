@@ -200,8 +200,8 @@ class CommitTables(PostgresTables):
                 yield Found((message.sequence,), copied(message), message.ByteSize())
         changed = {message.sequence: message for message in changes.changed_messages}
         for found in self._newest_before(key, query.limit):
-            message = changed.get(found.row.sequence)
-            yield found if message is None else Found(found.position, copied(message), message.ByteSize())
+            anew = changed.get(found.row.sequence)
+            yield found if anew is None else Found(found.position, copied(anew), anew.ByteSize())
 
     def _newest_before(self, key: SessionKey, limit: int) -> Iterator[Found[v1.Message]]:
         """The newest messages that were there before, and that the commit leaves in force."""

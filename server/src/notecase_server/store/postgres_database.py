@@ -21,6 +21,9 @@ SCHEMES = ("postgresql", "postgres")
 
 CONNECT_SECONDS = 10.0
 
+STATEMENT_SECONDS = 30.0
+"""After which a statement is given up: its database does not answer."""
+
 STATEMENTS = 256
 """Prepared statements that a connection keeps: a commit's text depends on what it reads and writes, in some dozens of
 combinations."""
@@ -52,7 +55,7 @@ class Access(NamedTuple):
             "timeout": CONNECT_SECONDS,
             "statement_cache_size": STATEMENTS if self.prepared else 0,
             "max_cached_statement_lifetime": 0,
-            "server_settings": {"application_name": "notecase"},
+            "server_settings": {"application_name": "notecase"} if self.prepared else None,
             **({"password": self.password} if self.password is not None else {}),
         }
 
@@ -77,7 +80,9 @@ async def connect(access: Access, connections: int, lease: PostgresLease | None 
     Raises StoreOpenError, whose text is for the operator and has no password in it."""
     where = place(access.url)
     with telling(where):
-        pool = await asyncpg.create_pool(**access.options, min_size=0, max_size=connections, reset=_reset)
+        pool = await asyncpg.create_pool(
+            **access.options, min_size=0, max_size=connections, command_timeout=STATEMENT_SECONDS, reset=_reset
+        )
         try:
             async with pool.acquire() as connection:
                 if lease is None:
@@ -89,6 +94,7 @@ async def connect(access: Access, connections: int, lease: PostgresLease | None 
         except BaseException:
             pool.terminate()
             raise
+    log.info("store_opened", store=where, fence=fence, connections=connections, prepared=access.prepared)
     return Database(pool, secret, fence)
 
 

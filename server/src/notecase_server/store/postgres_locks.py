@@ -1,4 +1,5 @@
-"""Which writes of one server may run side by side: those of different sessions; all others run alone.
+"""Which writes of one server may run side by side: those to different sessions, or other parts that nothing else
+touches. All others run alone.
 
 The server owns the database, so nobody else writes. PostgreSQL's own locks would tell, too, but only after the work is
 done in vain."""
@@ -18,8 +19,8 @@ class Locks:
         self._idle = asyncio.Event()
         """Set while nothing shares."""
         self._idle.set()
-        self._sessions: dict[str, tuple[asyncio.Lock, int]] = {}
-        """By uid, with how many hold or wait for it."""
+        self._parts: dict[str, tuple[asyncio.Lock, int]] = {}
+        """By name, with how many hold or wait for it."""
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
@@ -29,10 +30,10 @@ class Locks:
             yield
 
     @asynccontextmanager
-    async def session(self, uid: str) -> AsyncIterator[None]:
-        """Keeps out, within the block, every other write of the session, and those that run alone."""
-        lock, waiting = self._sessions.get(uid) or (asyncio.Lock(), 0)
-        self._sessions[uid] = lock, waiting + 1
+    async def within(self, part: str) -> AsyncIterator[None]:
+        """Keeps out, within the block, every other write to that part, and those that run alone."""
+        lock, waiting = self._parts.get(part) or (asyncio.Lock(), 0)
+        self._parts[part] = lock, waiting + 1
         try:
             async with lock:
                 while self._alone.locked():
@@ -47,8 +48,8 @@ class Locks:
                     if not self._sharing:
                         self._idle.set()
         finally:
-            _, waiting = self._sessions[uid]
+            _, waiting = self._parts[part]
             if waiting == 1:
-                del self._sessions[uid]
+                del self._parts[part]
             else:
-                self._sessions[uid] = lock, waiting - 1
+                self._parts[part] = lock, waiting - 1

@@ -430,7 +430,8 @@ class PostgresTables:
 
     def deleted_sessions(self, tenant: str | None, user: str, limit: int) -> list[Scope]:
         where, values = ("", ()) if tenant is None else (' WHERE tenant = $2 AND "user" = $3', (tenant, user))
-        rows = self._rows(f"SELECT tenant, uid FROM deleted_sessions{where} LIMIT $1", limit, *values)
+        # Of a copy that is under way, a transaction that writes to it ends first: see is_copy.
+        rows = self._rows(f"SELECT tenant, uid FROM deleted_sessions{where} LIMIT $1 FOR UPDATE", limit, *values)
         return [Scope(tenant, "session", uid) for tenant, uid in rows]
 
     def delete_rows(self, scope: Scope, batch: Batch) -> bool:
@@ -479,7 +480,8 @@ class PostgresTables:
         self._do('INSERT INTO deleted_sessions (tenant, uid, "user") VALUES ($1, $2, $3)', *_of(key), user)
 
     def is_copy(self, key: SessionKey) -> bool:
-        return self._one("SELECT 1 FROM deleted_sessions WHERE tenant = $1 AND uid = $2", *_of(key)) is not None
+        statement = "SELECT 1 FROM deleted_sessions WHERE tenant = $1 AND uid = $2 FOR SHARE"
+        return self._one(statement, *_of(key)) is not None
 
     def bind_copy(self, key: SessionKey, row: SessionRow) -> None:
         self._do("DELETE FROM deleted_sessions WHERE tenant = $1 AND uid = $2", *_of(key))

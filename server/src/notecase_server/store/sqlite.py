@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 from notecase_server import errors
 from notecase_server.store import sqlite_tallies
 from notecase_server.store.base import TableStore
-from notecase_server.store.contract import Clock, Quotas, SessionKey
+from notecase_server.store.contract import Clock, Quotas
 from notecase_server.store.sqlite_file import BUSY_SECONDS, Connections, connect
 from notecase_server.store.sqlite_tables import SqliteTables
 from notecase_server.store.tables import Tables
@@ -118,7 +118,7 @@ class SqliteStore(TableStore):
     async def _read(self, step: Callable[[Tables], T], alone: bool = False) -> T:
         return await self._ask(self._reads, step, alone)
 
-    async def _write(self, step: Callable[[Tables, int], T], within: SessionKey | None = None) -> T:
+    async def _write(self, step: Callable[[Tables, int], T], within: str = "") -> T:
         return await self._ask(self._writes, step)
 
     async def _ask(self, jobs: queue.SimpleQueue[_Job | None], step: Callable[..., T], alone: bool = False) -> T:
