@@ -20,7 +20,7 @@ TOOLS := $(addprefix $(BIN)/,grpcurl grpcui evans ghz)
 # What buf breaking compares proto/ with: the last commit, or make proto-breaking AGAINST=v0.1.0
 AGAINST := HEAD
 
-.PHONY: help demo serve test test-hard test-kills mutants fuzz lint format types proto proto-check proto-lint proto-breaking check bench bench-peers profile soak tools clean
+.PHONY: help demo serve test test-hard test-kills test-faults test-postgresql mutants fuzz lint format types proto proto-check proto-lint proto-breaking check bench bench-peers profile soak tools clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,10 @@ test-hard: $(VENV)/.ready ## Run tests/e2e with seeds 1 to 5 on a busy machine; 
 
 test-kills: $(VENV)/.ready ## Kill a server after every transaction of a long fork and import, where make test takes some
 	@NOTECASE_KILLS=1 $(BIN)/python -m pytest -n auto --dist worksteal --timeout 900 -k ten_thousand tests/e2e/test_copies.py $(ARGS)
+
+test-faults: $(VENV)/.ready ## Let a PostgreSQL store and its owner fail in every way, ten times, or ROUNDS=2
+	@for round in $$(seq $(or $(ROUNDS),10)); do \
+		$(BIN)/python -m pytest -n0 -q tests/e2e/test_store_owner.py tests/e2e/test_postgres_faults.py $(ARGS) || exit 1; done
 
 mutants: $(VENV)/.ready ## Break each promise in a copy: a test must notice; ARGS="rpc/watch" for some of them
 	@$(BIN)/python -m tests.mutants $(ARGS)

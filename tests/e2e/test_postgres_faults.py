@@ -70,8 +70,8 @@ def role(wrong: str, right: str) -> Fault:
 
 @asynccontextmanager
 async def restarted(place: Place) -> AsyncIterator[None]:
-    """The database is killed, and started again."""
-    await asyncio.to_thread(postgres.shared().stop)
+    """The database ends all connections and stops, and is started again."""
+    await asyncio.to_thread(postgres.shared().stop, "fast")
     yield
     await asyncio.to_thread(postgres.shared().start)
     place.admin = await asyncpg.connect(place.url)
@@ -143,13 +143,13 @@ async def test_connections_that_are_cut_at_random_lose_nothing_and_do_nothing_tw
     async with PostgresProxy(place.url) as proxy:
         url = proxy.url.replace("postgres@", f"{place.name}@")
         async with served(url, model) as server:
-            left = chance.randrange(2, 12)
+            left = chance.randrange(10, 40)
 
             def cut(kind: str, body: bytes) -> None:
                 nonlocal left, cuts
                 left -= kind in {"Q", "S"}
                 if left == 0:
-                    left, cuts = chance.randrange(2, 12), cuts + 1
+                    left, cuts = chance.randrange(10, 40), cuts + 1
                     if chance.random() < 0.5:
                         proxy.cut()
                     else:
@@ -173,9 +173,9 @@ async def test_connections_that_are_cut_at_random_lose_nothing_and_do_nothing_tw
                 assert 6 == from_value(state.entries["n"].value)
             log = await log_of(server, "sessions/s")
             ends = [event.run for event in log if event.run_state_changed.state == v1.Run.STATE_SUCCEEDED]
-            assert ["r0", "r1"] == ends
+            assert ["sessions/s/runs/r0", "sessions/s/runs/r1"] == ends
             assert [event.sequence for event in log] == list(range(1, len(log) + 1))
-    assert cuts >= 5
+    assert cuts >= 3
 
 
 @asynccontextmanager

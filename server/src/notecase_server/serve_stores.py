@@ -84,7 +84,11 @@ async def _own(
     except ImportError as error:
         text = "PostgreSQL needs more packages: install notecase-server[postgres]."
         raise StoreOpenError(text) from error
-    file = database.password_file
+    if (file := database.password_file) is not None:
+        try:
+            file.read_text()
+        except (OSError, UnicodeError):
+            raise StoreOpenError(f"{file} cannot be read: it is to have the password of the store.") from None
     access = Access(url, None if file is None else lambda: file.read_text().strip(), database.prepared)
     lease = PostgresLease(access.dial, f"{socket.gethostname()}:{os.getpid()}", _uptime, database.lease)
     await own(access, lease, waiting, database.migrate, unfinished)

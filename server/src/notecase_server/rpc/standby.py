@@ -28,7 +28,7 @@ class _Nobody:
         raise errors.store_unavailable()
 
 
-class _AnyMethod(grpc.GenericRpcHandler):  # type: ignore[misc]
+class _AnyMethod(grpc.GenericRpcHandler):
     """Has a handler for every method, so that a caller is refused and not told that there is no such method."""
 
     def service(self, handler_call_details: Any) -> Any:

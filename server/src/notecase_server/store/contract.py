@@ -814,7 +814,8 @@ class Unshared:
 
     async def lost(self) -> str:
         """Never returns."""
-        return await asyncio.get_running_loop().create_future()
+        never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await never
 
 
 class StoreLife(Protocol):
