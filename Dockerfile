@@ -13,17 +13,24 @@ RUN python -m pip install --quiet --no-cache-dir --constraint constraints.txt pi
  && python -m pip --python /opt/notecase/bin/python install --quiet --no-cache-dir --constraint constraints.txt /wheels/*.whl
 
 FROM python:${PYTHON}
-# A fixed id, so that who mounts a directory on /data knows whom to give it to.
+LABEL org.opencontainers.image.title="notecase" \
+      org.opencontainers.image.description="A self-hosted service that runs LLM agents and keeps their conversations, over gRPC." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="0.1.0"
+# The user's id is fixed, so that a directory that is mounted on /data can be given to it.
 RUN useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin notecase \
  && install --directory --owner notecase --group notecase --mode 0700 /data
 COPY --from=build /opt/notecase /opt/notecase
+# NOTECASE_GRACE is how long a stop takes. Docker kills a container 10 s after its stop signal unless it is told another time;
+# with a longer one (--stop-timeout, stop_grace_period, terminationGracePeriodSeconds) raise this, too.
 ENV PATH=/opt/notecase/bin:$PATH PYTHONUNBUFFERED=1 \
-    NOTECASE_LISTEN=0.0.0.0:7420 NOTECASE_STORE=sqlite:/data/notecase.db
+    NOTECASE_LISTEN=0.0.0.0:7420 NOTECASE_STORE=sqlite:/data/notecase.db NOTECASE_GRACE=6
 USER 10001:10001
 WORKDIR /data
 VOLUME /data
 EXPOSE 7420
-HEALTHCHECK --interval=30s --timeout=5s --start-period=10s \
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=30s --timeout=5s --start-period=20s \
     CMD ["notecase", "health"]
 # --insecure because the container's own loopback reaches nobody: publish the port on 127.0.0.1. With keys the command is
 # `serve --auth keys`, which is refused together with --insecure, with TLS or --behind-tls-proxy: see docs/operate.md.

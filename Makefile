@@ -2,6 +2,7 @@
 
 VENV := .venv
 GENERATOR := .venv-proto
+SITE := .venv-docs
 PEERS := $(addsuffix /.ready,$(addprefix .venv-peers/,agents_sdk a2a_sdk))
 BIN := $(VENV)/bin
 STUBS := client/src/notecase/v1
@@ -17,10 +18,16 @@ ghz := github.com/bojand/ghz v0.120.0 /cmd/ghz
 buf := github.com/bufbuild/buf v1.75.0 /cmd/buf
 TOOLS := $(addprefix $(BIN)/,grpcurl grpcui evans ghz)
 
+# What writes the stubs in client/go; Go builds these plugins, too.
+protoc-gen-go := google.golang.org/protobuf v1.36.12 /cmd/protoc-gen-go
+protoc-gen-go-grpc := google.golang.org/grpc/cmd/protoc-gen-go-grpc v1.6.2
+GO_STUBS := client/go/notecase/v1
+GO_PLUGINS := $(if $(GO),$(addprefix $(GENERATOR)/bin/,protoc-gen-go protoc-gen-go-grpc))
+
 # What buf breaking compares proto/ with: the last commit, or make proto-breaking AGAINST=v0.1.0
 AGAINST := HEAD
 
-.PHONY: help demo serve test test-hard test-kills test-faults test-postgresql mutants fuzz lint format types proto proto-check proto-lint proto-breaking check bench bench-peers profile soak tools clean
+.PHONY: help demo serve test test-hard test-kills test-faults test-rust mutants fuzz lint format types proto proto-check proto-lint proto-breaking dist docs errors picture check bench bench-peers profile soak tools clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +51,9 @@ test-faults: $(VENV)/.ready ## Let a PostgreSQL store and its owner fail in ever
 	@for round in $$(seq $(or $(ROUNDS),10)); do \
 		$(BIN)/python -m pytest -n0 -q tests/e2e/test_store_owner.py tests/e2e/test_postgres_faults.py $(ARGS) || exit 1; done
 
+test-rust: $(VENV)/.ready ## Build and run the program in Rust of docs/languages.md; needs Cargo, and a minute or two the first time
+	@NOTECASE_RUST=1 $(BIN)/python -m pytest -n0 --timeout 900 -k rust tests/languages/test_page.py $(ARGS)
+
 mutants: $(VENV)/.ready ## Break each promise in a copy: a test must notice; ARGS="rpc/watch" for some of them
 	@$(BIN)/python -m tests.mutants $(ARGS)
 
@@ -61,13 +71,17 @@ format: $(VENV)/.ready ## Put the code in its format
 types: $(VENV)/.ready ## Check the types, strictly
 	@$(BIN)/mypy $(wildcard client/src server/src tests examples benchmarks)
 
-proto: $(GENERATOR)/.ready ## Write the stubs from proto/
+proto: $(GENERATOR)/.ready $(GO_PLUGINS) ## Write the stubs of Python and Go from proto/
 	@rm -f $(STUBS)/*_pb2*
 	@$(call generate,client/src)
+	@if test -n "$(GO)"; then rm -f $(GO_STUBS)/*.pb.go && $(call generate-go,client/go); \
+	else echo "Go is not here: the stubs in $(GO_STUBS) stay as they are." >&2; fi
 
-proto-check: $(GENERATOR)/.ready ## Check that the stubs are what proto/ says
-	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && $(call generate,"$$out") && \
-	if diff -r -q -x __init__.py -x __pycache__ "$$out/notecase/v1" $(STUBS); then echo "The stubs are what proto/ says."; \
+proto-check: $(GENERATOR)/.ready $(GO_PLUGINS) ## Check that the stubs are what proto/ says
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && mkdir "$$out/go" && $(call generate,"$$out") && \
+	if test -n "$(GO)"; then $(call generate-go,"$$out/go"); else echo "Go is not here: its stubs are not checked." >&2; fi && \
+	if diff -r -q -x __init__.py -x __pycache__ "$$out/notecase/v1" $(STUBS) && \
+		{ test -z "$(GO)" || diff -r -q "$$out/go/notecase/v1" $(GO_STUBS); }; then echo "The stubs are what proto/ says."; \
 	else echo "The stubs are not what proto/ says: run make proto." >&2; exit 1; fi
 
 proto-lint: $(BIN)/buf ## Check the protos' style with buf; wants Go, and two minutes the first time
@@ -76,6 +90,25 @@ proto-lint: $(BIN)/buf ## Check the protos' style with buf; wants Go, and two mi
 proto-breaking: $(BIN)/buf ## Tell what in proto/ breaks callers since a commit; AGAINST=v0.1.0, else the last one
 	@then=$$(mktemp -d) && trap 'rm -rf "$$then"' EXIT && git archive $(AGAINST) proto | tar -x -C "$$then" && \
 	$(BIN)/buf breaking proto --against "$$then/proto" && echo "Nothing breaks callers of $(AGAINST)."
+
+dist: $(VENV)/.ready ## Build wheels and source distributions into dist/, and check them
+	@rm -rf dist
+	@for part in client server; do (cd $$part && "$(CURDIR)/$(BIN)/hatchling" build --directory ../dist >/dev/null) || exit 1; done
+	@$(BIN)/twine --no-color check --strict dist/*
+	@again=$$(mktemp -d) && trap 'rm -rf "$$again"' EXIT && \
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$$again" dist/*.tar.gz && \
+	for wheel in dist/*.whl; do cmp "$$wheel" "$$again/$${wheel#dist/}" || exit 1; done && \
+	echo "Each source distribution builds the same wheel."
+
+docs: $(SITE)/.ready ## Build the site from README.md and docs/ in build/site, with its links checked; needs no network
+	@$(SITE)/bin/sphinx-build --quiet --nitpicky --fail-on-warning --keep-going -c docs -d build/site-cache . build/site && \
+	echo "Open build/site/docs/index.html."
+
+errors: $(VENV)/.ready ## Write docs/errors.md from proto/ and the server's catalog of errors
+	@$(BIN)/python docs/tools/errors.py
+
+picture: $(VENV)/.ready $(SITE)/.ready ## Draw docs/demo.svg from a run of make demo on the offline model
+	@env -u OPENAI_API_KEY -u OPENAI_BASE_URL $(BIN)/python examples/detective.py | $(SITE)/bin/python docs/tools/picture.py docs/demo.svg
 
 check: lint types proto-check test ## What these four check: lint, types, proto-check, test
 
@@ -94,7 +127,8 @@ soak: $(VENV)/.ready ## See whether a server that works for half an hour stays f
 tools: $(TOOLS) $(BIN)/buf ## Build grpcurl, grpcui, evans, ghz and buf into the environment; needs Go
 
 clean: ## Remove the environments and what tools left behind
-	@rm -rf $(VENV) $(GENERATOR) .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist
+	@rm -rf $(VENV) $(GENERATOR) $(SITE) .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist \
+		$(addprefix client/typescript/,node_modules build src/gen) examples/typescript/node_modules examples/typescript/build
 	@find $(wildcard client server tests examples benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # An environment is whole when its .ready is newer than what it was made from. pip itself is pinned because the one that a
@@ -113,6 +147,12 @@ $(GENERATOR)/.ready: proto/requirements.txt
 	@$(GENERATOR)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
 
+$(SITE)/.ready: docs/requirements.txt
+	@echo "Setting up $(SITE), the generator of the site."
+	@$(call environment,$(SITE))
+	@$(SITE)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
 # Each peer has an environment of its own, so that none decides the versions of another, or ours.
 $(PEERS): .venv-peers/%/.ready: benchmarks/peers/%.txt
 	@echo "Setting up .venv-peers/$*; this takes a minute the first time."
@@ -124,6 +164,9 @@ $(PEERS): .venv-peers/%/.ready: benchmarks/peers/%.txt
 $(TOOLS): $(BIN)/%: | $(VENV)/.ready
 	@echo "Building $* for the tests; this takes a minute the first time."
 	@$(call gobuild,$($*)) || echo "$* could not be built: the tests that use it will be skipped." >&2
+
+$(GO_PLUGINS): $(GENERATOR)/bin/%: | $(GENERATOR)/.ready
+	@$(call gobuild,$($*))
 
 $(BIN)/buf: | $(VENV)/.ready
 	@echo "Building buf; this takes two minutes the first time."
@@ -147,6 +190,12 @@ mypy="--plugin=protoc-gen-mypy=$(GENERATOR)/bin/protoc-gen-mypy --plugin=protoc-
 $(GENERATOR)/bin/python -m grpc_tools.protoc -I proto $$mypy --python_out=$(1) --mypy_out=quiet:$(1) $(PROTOS) && \
 $(GENERATOR)/bin/python -m grpc_tools.protoc -I proto $$mypy --grpc_python_out=$(1) --mypy_grpc_out=quiet:$(1) \
 	$$(grep -l '^service ' $(PROTOS))
+endef
+
+# $(call generate-go,DIR) writes Go's stubs below DIR, as the module notecase.dev/api.
+define generate-go
+PATH="$(CURDIR)/$(GENERATOR)/bin:$$PATH" $(GENERATOR)/bin/python -m grpc_tools.protoc -I proto \
+	--go_out=module=notecase.dev/api:$(1) --go-grpc_out=module=notecase.dev/api:$(1) $(PROTOS)
 endef
 
 # $(call gobuild,MODULE VERSION PATH) builds the target and says nothing unless that fails. A module of its own asks for the

@@ -4,13 +4,13 @@ It starts a server of its own on a free port, with a SQLite file in a temporary 
 OPENAI_BASE_URL set it talks to that model, otherwise to the built-in offline one.
 """
 
-import asyncio
 import os
 import sys
 import tempfile
 from pathlib import Path
 
 import notecase
+import serving
 from notecase import v1
 from serving import say, server
 
@@ -24,7 +24,7 @@ Last seen: {{ last_seen | default: "nobody knows where" }}.
 async def turn(client: notecase.Client, session: str, question: str) -> None:
     say(f"\n  you        {question}")
     sys.stdout.write("  detective  ")
-    async with client.run(session, question) as run:
+    async with client.run(question, session=session) as run:
         async for text in run.text():
             sys.stdout.write(text.replace("\n", "\n             "))
             sys.stdout.flush()
@@ -40,21 +40,19 @@ async def main() -> None:
             say(f"A server of notecase {info.version} on {address}, keeping everything in {info.store}.")
             if info.providers[0] == "offline":
                 say("No OPENAI_API_KEY is set, so the built-in offline model answers: honest, and not clever.")
-            llm = v1.LlmAgent(instruction=INSTRUCTION, model=os.environ.get("OPENAI_MODEL", ""))
-            agent = v1.Agent(display_name="Detective", llm=llm, output_key="theory")
-            await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="detective", agent=agent))
+            model = os.environ.get("OPENAI_MODEL", "")
+            await client.put_agent("detective", INSTRUCTION, model=model, output_key="theory")
             session = await client.create_session(
-                "agents/detective", session_id="violin", state={"case": "the missing violin"}
+                "detective", session_id="violin", state={"case": "the missing violin"}
             )
             say(f"The agent {session.agent} and the session {session.name}, with a first note: the case.")
             await turn(client, session.name, "Where do we begin?")
-            await client.put_state(session.name, "last_seen", "the harbour, at dusk")
+            await client.put_state(session, "last_seen", "the harbour, at dusk")
             say("\n  a note     last_seen = the harbour, at dusk")
             await turn(client, session.name, "Where was it last seen?")
         say("\nThe server is stopped, and started again on the same file.")
         async with server(store) as address, notecase.Client(address) as client:
-            listed = await client.sessions.ListSessions(v1.ListSessionsRequest())
-            for found in listed.sessions:
+            async for found in client.list_sessions():
                 say(f"It still has {found.name}: {found.last_sequence} events, {found.usage.model_calls} replies.")
             await turn(client, "sessions/violin", "And who was there?")
             notes = await client.get_state("sessions/violin")
@@ -62,4 +60,4 @@ async def main() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    serving.run(main())

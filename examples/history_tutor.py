@@ -6,13 +6,14 @@ asks the next questions of the course each time it is run. Without a file it run
 that it throws away. With OPENAI_API_KEY or OPENAI_BASE_URL set it talks to that model, otherwise to the offline one.
 """
 
-import asyncio
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import notecase
+import serving
 from notecase import v1
 from serving import say, server
 
@@ -27,22 +28,21 @@ LESSONS = [
 
 
 async def open_session(client: notecase.Client) -> str:
-    """The pupil's session: a new one at first, and from then on the one that is there."""
+    """Returns the pupil's session: a new one at first, and from then on the one that is there."""
     try:
-        await client.create_session("agents/tutor", session_id="rome", user="users/ada", state={"topic": "Rome"})
+        await client.create_session("tutor", session_id="rome", user="ada", state={"topic": "Rome"})
     except notecase.NotecaseError as error:
         if error.reason != "ALREADY_EXISTS":
             raise
-        page = await client.messages.ListMessages(v1.ListMessagesRequest(parent="sessions/rome"))
-        say(f"Welcome back. {len(page.messages)} messages were said, the first of them: {first_line(page.messages[0])}")
+        said = [message async for message in client.list_messages("rome")]
+        say(f"Welcome back. {len(said)} messages were said, the first of them: {first_line(said[0])}")
     return "sessions/rome"
 
 
 async def teach(store: Path) -> None:
     """One life of the program: a lesson."""
     async with server(store) as address, notecase.Client(address) as client:
-        tutor = v1.Agent(name="agents/tutor", llm=v1.LlmAgent(instruction=INSTRUCTION))
-        await client.agents.UpdateAgent(v1.UpdateAgentRequest(agent=tutor, allow_missing=True))
+        await client.put_agent("tutor", INSTRUCTION)
         await client.put_state("users/ada", "name", "Ada")
         session = await open_session(client)
         lesson = (await client.get_state(session, "lesson")).get("lesson", 0)
@@ -52,8 +52,8 @@ async def teach(store: Path) -> None:
         await client.put_state(session, "lesson", lesson + 1)
         for question in LESSONS[lesson]:
             say(f"\n  Ada    {question}")
-            reply = await client.invoke(session, question)
-            say("  tutor  " + notecase.text_of(reply).replace("\n", "\n         "))
+            reply = await client.invoke(question, session=session)
+            say("  tutor  " + reply.text.replace("\n", "\n         "))
 
 
 def first_line(message: v1.Message) -> str:
@@ -62,9 +62,9 @@ def first_line(message: v1.Message) -> str:
 
 def main() -> None:
     if len(sys.argv) > 1:
-        asyncio.run(teach(Path(sys.argv[1])))
+        serving.run(teach(Path(sys.argv[1])))
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, suppress(KeyboardInterrupt):
         for life in ("The program starts.", "\nThe program has ended, and starts again."):
             say(life)
             subprocess.run([sys.executable, __file__, str(Path(folder) / "rome.db")], check=True)

@@ -3,11 +3,11 @@
 With OPENAI_API_KEY or OPENAI_BASE_URL set a model reads it, otherwise the built-in offline one says what it was shown.
 """
 
-import asyncio
 import tempfile
 from pathlib import Path
 
 import notecase
+import serving
 from notecase import v1
 from serving import say, server
 
@@ -28,21 +28,20 @@ async def main() -> None:
         path = Path(folder) / "plan.pdf"
         path.write_bytes(PDF)
         async with server(Path(folder) / "notecase.db") as address, notecase.Client(address) as client:
-            detective = v1.Agent(llm=v1.LlmAgent(instruction="You are a detective. Answer in one sentence."))
-            await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="detective", agent=detective))
+            await client.put_agent("detective", "You are a detective. Answer in one sentence.")
             plan = await client.upload(path)
-            session = await client.create_session("agents/detective", state={"plan": plan})
+            session = await client.create_session("detective", state={"plan": plan})
             say(
                 f"{plan.filename}, {plan.size_bytes} bytes, is {plan.name[:14]}…, and a note of {session.name[:13]}….\n"
             )
 
             question = v1.Message(parts=[v1.Part(text="Where is the violin?"), v1.Part(state_key="plan")])
-            say(notecase.text_of(await client.invoke(session.name, question)) + "\n")
+            say((await client.invoke(question, session=session)).text + "\n")
 
-            fork = await client.fork(session.name, at_sequence=1)
+            fork = await client.fork(session, at_sequence=1)
             say("Asked again in a fork, which begins where there was only the note:\n")
-            say(notecase.text_of(await client.invoke(fork.name, question)))
+            say((await client.invoke(question, session=fork)).text)
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    serving.run(main())

@@ -2,9 +2,10 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 @asynccontextmanager
@@ -24,8 +25,17 @@ async def server(store: Path) -> AsyncIterator[str]:
     try:
         yield f"127.0.0.1:{line.split()[-1]}"
     finally:
-        process.terminate()
+        with suppress(ProcessLookupError):  # Ctrl-C in a terminal reaches the server, too
+            process.terminate()
         await process.wait()
+
+
+def run(example: Coroutine[Any, Any, None]) -> None:
+    """`asyncio.run`, but Ctrl-C ends the example without a traceback."""
+    try:
+        asyncio.run(example)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None  # as shells have it
 
 
 def say(text: str = "") -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import notecase
+import serving
 from notecase import v1
 from serving import say, server
 
@@ -31,17 +32,15 @@ async def weigh(thing: str, unit: str = "kg") -> str:
 async def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         async with server(Path(folder) / "notecase.db") as address, notecase.Client(address) as client:
-            agent = v1.Agent(llm=v1.LlmAgent(instruction="You are a detective.", provider="offline"))
-            await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="detective", agent=agent))
-            session = await client.create_session("agents/detective")
+            await client.put_agent("detective", "You are a detective.", provider="offline", tools=[search, weigh])
             ask = '/call search {"what": "violin"}\n/call weigh {"thing": "violin"}'
-            async with client.run(session.name, ask, tools=[search, weigh]) as run:
+            async with client.run(ask, agent="detective") as run:
                 async for event in run:
                     if event.HasField("tool_finished"):
                         call = event.tool_finished
                         say(f"  {call.tool} -> {v1.ToolCall.Outcome.Name(call.outcome)}")
-            say(notecase.text_of(run.result.reply))
+            say(run.reply.text)
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    serving.run(main())

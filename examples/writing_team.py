@@ -5,12 +5,12 @@ are shown none of each other's messages: the notes are all that passes between t
 OPENAI_BASE_URL set they are that model, otherwise the built-in offline one, which says what it is given to say.
 """
 
-import asyncio
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import notecase
+import serving
 from notecase import v1
 from serving import say, server
 
@@ -49,16 +49,16 @@ async def main() -> None:
             info = await client.server.GetServerInfo(v1.GetServerInfoRequest())
             session = await client.create_session()
             for name, member in TEAM.items():
-                llm = v1.LlmAgent(instruction=member.instruction, context=v1.Context(stateless=True))
-                agent = v1.Agent(llm=llm, output_key=member.output_key)
-                await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id=name, agent=agent))
+                await client.put_agent(
+                    name, member.instruction, output_key=member.output_key, context={"stateless": True}
+                )
                 said = member.offline if info.providers[0] == "offline" else TASK
-                reply = await client.invoke(session.name, said, agent=f"agents/{name}")
+                reply = await client.invoke(said, session=session, agent=name)
                 say(f"The {name} leaves a note, {member.output_key}:\n")
-                say("    " + notecase.text_of(reply).replace("\n", "\n    ") + "\n")
-            notes = await client.get_state(session.name)
+                say("    " + reply.text.replace("\n", "\n    ") + "\n")
+            notes = await client.get_state(session)
             say(f"The session holds {', '.join(sorted(notes))}.")
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    serving.run(main())

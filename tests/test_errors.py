@@ -75,7 +75,7 @@ def sentences() -> list[str]:
     """What every function of the catalog says, of every kind of resource and of none, one and several of a thing."""
     told = [make(kind, "x") for make in (errors.not_found, errors.already_exists) for kind in KINDS]
     for number in (0, 1, 2, 5_000_000):
-        told += [errors.too_large("What is said", number, number), errors.too_many("run", number)]
+        told += [errors.too_large("The message", number, number), errors.too_many("run", number)]
         told += [errors.too_many("call", number, " on one connection")]
         told += [errors.quota_exceeded("session", number, "in a tenant")]
         told += [errors.queue_full(number), errors.watcher_too_slow(number), errors.sequence_ahead(number, number)]

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -12,7 +13,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SHOWN = {
     "detective": ["Last seen: the harbour, at dusk.", "stopped, and started again", "It still has sessions/violin"],
     "tools": ["(search runs here: violin)", "search gave: [", "weigh gave: 0.5 kg"],
-    "approval": ["is STATE_WAITING", "Still waiting: sessions/books/runs/rent", "(paid 80000 to the landlord)"],
+    "approval": ["books/runs/rent waits: ", "Still waiting: sessions/books/runs/rent", "(paid 80000 to the landlord)"],
     "history_tutor": [
         "lesson 1 about Rome",
         "starts again",
@@ -42,3 +43,38 @@ async def test_an_example_shows_what_it_says(example: str) -> None:
         found = output.find(words, at)
         assert found >= 0, f"{words!r} does not come next in {output}"
         at = found
+
+
+INTERRUPTED = """
+import asyncio, pathlib, sys, serving
+
+async def main():
+    async with serving.server(pathlib.Path(sys.argv[1]) / "notecase.db"):
+        serving.say("ready")
+        await asyncio.Event().wait()
+
+serving.run(main())
+"""
+
+
+async def test_ctrl_c_ends_an_example_without_a_traceback(tmp_path: Path) -> None:
+    """In a terminal it reaches the example's server at the same time."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", INTERRUPTED, str(tmp_path)),
+        cwd=EXAMPLES,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert b"ready\n" == await process.stdout.readline()
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = await process.communicate()
+    assert (130, b"") == (process.returncode, err)
+
+
+def test_every_example_ends_so() -> None:
+    for example in SHOWN:
+        source = (EXAMPLES / f"{example}.py").read_text()
+        assert "serving.run(" in source
+        assert "asyncio.run(" not in source

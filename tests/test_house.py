@@ -74,17 +74,17 @@ ROOMS: dict[str, Room] = {
     "models.profiles": Room(set(), "What servers take is data; nothing is asked for it."),
     "models.pieces": Room(set(), "How bytes are sent has nothing to do with what they say."),
     "models.proxies": Room(set(), "Which way an address is reached is asked of the environment alone."),
-    "models.wire": Room(
-        {"errors", "models.pieces", "models.proxies"}, "A connection carries bytes, whatever model they are for."
-    ),
+    "models.endpoint": Room({"models.proxies"}, "Settings are judged before anything is loaded for them."),
+    "models.wire": Room({"errors", "models.pieces"}, "A connection carries bytes, whatever model they are for."),
     "models.request": Room(
         {"errors", "models.contract", "models.pieces", "models.profiles"}, "A format's writer needs no provider."
     ),
     "models.openai": Room(
         {"errors", "limit", "models.contract", "models.answers", "models.chat_stream"}
-        | {"models.pieces", "models.profiles", "models.request", "models.wire"},
+        | {"models.endpoint", "models.pieces", "models.profiles", "models.request", "models.wire"},
         "A provider knows no other.",
     ),
+    "models.deferred": Room({"errors", "models.contract"}, "When a provider is loaded has nothing to do with which."),
     "models.guard": Room({"errors", "models.contract"}, "A bound is the same whatever provider it is for."),
     "models.offline": Room({"errors", "models.contract", "models.answers"}, "A provider knows no other."),
     "tools": Room({"errors"}, "A package that only holds others; what joins it gets a row."),
@@ -92,7 +92,10 @@ ROOMS: dict[str, Room] = {
     "tools.clock": Room(set(), "Time stands still in the same way for whoever waits."),
     "tools.naming": Room(set(), "What a tool may be called is the same wherever it is declared."),
     "tools.outcome": Room({"tools.contract"}, "A result's bounds are the same whoever made it."),
-    "tools.functions": Room({"tools.contract", "tools.outcome"}, "Functions know nothing of remote tools."),
+    "tools.functions": Room(
+        {"client", "tools.contract", "tools.outcome"},
+        "Functions know nothing of remote tools, and are declared as the client declares its own.",
+    ),
     "tools.mcp": Room(
         {"errors", "supervisor", "tools.clock", "tools.contract", "tools.naming", "tools.outcome"},
         "Remote tools know nothing of functions.",
@@ -162,7 +165,7 @@ LINES: dict[str, Line] = {
     "openai": Line({"models.openai"}, "One provider's ways stay behind the contract."),
     "aiohttp": Line({"models.wire", "auth.jwks"}, "A model is asked over one kind of connection, and so are keys."),
     "httpx2": Line(
-        {"models.openai", "models.proxies", "models.wire", "tools.mcp"},
+        {"models.endpoint", "models.openai", "models.proxies", "models.wire", "tools.mcp"},
         "URLs and certificates mean what they mean to the openai SDK, and MCP's library sends with it.",
     ),
     "mcp": Line({"tools.mcp"}, "One protocol's ways stay behind the contract."),
@@ -461,7 +464,11 @@ def needed(package: Path) -> set[str]:
 def test_the_client_needs_its_three_packages_and_nothing_else() -> None:
     assert {"grpcio", "protobuf", "grpcio-status"} == set(declared("client"))
     # google.rpc's messages are grpcio-status's own arguments and results, and come with it.
-    assert needed(CLIENT) <= set(declared("client")) | {"googleapis-common-protos"}
+    assert needed(CLIENT) <= set(declared("client")) | {"googleapis-common-protos", "pydantic"}
+    assert {"pydantic": ["pydantic>=2.14,<3"]} == project("client")["project"]["optional-dependencies"]
+    assert ["pydantic_hints"] == [
+        name for name, used in modules(CLIENT).items() if "pydantic.TypeAdapter" in used.imports
+    ]
 
 
 def test_the_server_declares_what_it_imports() -> None:

@@ -169,16 +169,16 @@ def test_all_that_is_wrong_with_the_file_is_told_at_once(tmp_path: Path) -> None
         read_client_principals(path)
     option = "--client-principals"
     assert [
-        (f"{option} spiffe://acme.example/ci", "A name begins with uri:, dns: or email:."),
-        (f"{option} uri:a.role", "A role is one of viewer, user, developer, admin, operator."),
-        (f"{option} uri:a.tenant", "A tenant wants 1 to 63 lower-case letters, digits and inner '.', '_' or '-'."),
+        (f"{option} spiffe://acme.example/ci", "A name must begin with uri:, dns: or email:."),
+        (f"{option} uri:a.role", "A role must be one of viewer, user, developer, admin, operator."),
+        (f"{option} uri:a.tenant", "A tenant must be 1 to 63 lower-case letters, digits and inner '.', '_' or '-'."),
         (f"{option} uri:a.users", "There is no such key; the nearest is user."),
-        (f"{option} dns:b.user", "A user is users/ and its id."),
-        (f"{option} DNS:b", "A name begins with uri:, dns: or email:."),
+        (f"{option} dns:b.user", "A user must be users/ and an id."),
+        (f"{option} DNS:b", "A name must begin with uri:, dns: or email:."),
         (f"{option} email:c.role", "An operator has no tenant and no user."),
         (f"{option} email:d.role", "This is missing."),
         (f"{option} email:d.tenant", "This is missing."),
-        (f"{option} email:e", "This is a table."),
+        (f"{option} email:e", "This must be a table."),
         (f"{option} dns:B", "This name is in the file twice."),
     ] == list(found.value.mistakes)
 
@@ -188,7 +188,7 @@ def test_all_that_is_wrong_with_the_file_is_told_at_once(tmp_path: Path) -> None
     [
         ("a.toml", "", "The file is empty."),
         ("a.toml", "[", "is not TOML"),
-        ("a.json", "[]", "does not hold a table."),
+        ("a.json", "[]", "does not contain a table."),
         ("a.json", "[" * 100_000, "is not JSON"),
         ("a.json", "{", "is not JSON"),
         ("a.toml", b"\xff", "is not TOML"),

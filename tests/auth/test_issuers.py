@@ -108,25 +108,25 @@ def test_all_that_is_wrong_with_the_file_is_told_at_once(tmp_path: Path) -> None
         read_issuers(path)
     told = [(mistake.setting.removeprefix("--issuers issuer"), mistake.text) for mistake in found.value.mistakes]
     known = "ES256, ES384, ES512, EdDSA, PS256, PS384, PS512, RS256, RS384, RS512"
-    a_role = "A role is one of viewer, user, developer, admin, operator."
+    a_role = "A role must be one of viewer, user, developer, admin, operator."
     assert [
         ("[0].issuer", "This is empty."),
-        ("[0].audience", "This is a text, or a list of texts."),
-        ("[0].user", "A user is users/ and its id."),
+        ("[0].audience", "This must be a string, or a list of strings."),
+        ("[0].user", "A user must be users/ and an id."),
         ("[0].rolls", "There is no such key; the nearest is roles."),
         ("[0].algorithms", f"HS256 is none of {known}."),
         ("[0].algorithms", f"none is none of {known}."),
-        ("[0].jwks_url", "The issuer's keys are at jwks_url or in jwks_file: give one of the two."),
-        ("[0].jwks_url", "This begins with https://, or with http:// on this machine only."),
+        ("[0].jwks_url", "Give jwks_url or jwks_file, and not both."),
+        ("[0].jwks_url", "This must begin with https://, or with http:// on this machine only."),
         ("[0].tenant", "Give tenant or tenant_claim, not both."),
         ("[0].role", "Give role or role_claim, not both."),
-        ("[1].algorithms", "This is a text, or a list of texts."),
+        ("[1].algorithms", "This must be a string, or a list of strings."),
         ("[1].tenant", "This is empty."),
         ("[1].roles.a", a_role),
         ("[1].roles.b", a_role),
-        ("[1].jwks_url", "The issuer's keys are at jwks_url or in jwks_file: give one of the two."),
+        ("[1].jwks_url", "Give jwks_url or jwks_file, and not both."),
         ("[1].role", "Give role or role_claim."),
-        ("[2].audience", "This is a text, or a list of texts."),
+        ("[2].audience", "This must be a string, or a list of strings."),
         ("[2].role", "An operator has no tenant and no user."),
         ("[2].issuer", "https://a.example is in the file twice."),
     ] == told

@@ -130,20 +130,20 @@ async def test_all_that_is_wrong_is_told_at_once_and_no_secret_is(tmp_path: Path
     done = await notecase("config", "check", str(path))
     known = "audit, auth, client_principal, issuer, limits, mcp, provider, provider_defaults, server, store, tls"
     assert [
-        "server.grace: This is a number.",
-        "server.tools: This is a list of texts.",
+        "server.grace: This must be a number.",
+        "server.tools: This must be a list of strings.",
         "server.log_level: 'loud' is not one of 'debug', 'info', 'warning', 'error'.",
         "server.listn: There is no such key; the nearest is listen.",
         "limits.max_runs: 0 is not in the range x>=1.",
-        "limits.max_calls: This is a whole number.",
+        "limits.max_calls: This must be a whole number.",
         "provider_defaults.retry_time: -1.0 is not in the range x>=0.",
         "provider[0].key_env: The variable MISSING is not set.",
         "provider[0].headers.authorization: This is a secret: name the variable that has it in header_env.",
         "provider[0].header_env.X-Other: The variable MISSING is not set.",
-        "provider[0].first_timeout: This is a number above 0.",
-        "provider[0].max_concurrent: This is a whole number of at least 0.",
+        "provider[0].first_timeout: This must be a number above 0.",
+        "provider[0].max_concurrent: This must be a whole number of at least 0.",
         "provider[0].key: There is no such key; the nearest is key_env.",
-        "provider[1].kind: This is openai or offline.",
+        "provider[1].kind: This must be openai or offline.",
         "provider[1].name: main is in the file twice.",
         "mcp.files.comand: There is no such key; the nearest is command.",
         "mcp.files.command: a server has a `command`, or a `url`, and not both.",
@@ -151,7 +151,7 @@ async def test_all_that_is_wrong_is_told_at_once_and_no_secret_is(tmp_path: Path
         "mcp.search.command: `env` has no meaning for a server with a `url`.",
         "issuer[0].rolle: There is no such key; the nearest is role.",
         "issuer[0].role: Give role or role_claim.",
-        "client_principal[0].name: A name begins with uri:, dns: or email:.",
+        "client_principal[0].name: A name must begin with uri:, dns: or email:.",
         f"extra: There is no such key; there are {known}.",
         "tls.key: This is missing: tls.cert needs its key.",
         "provider[1]: The main provider cannot be used: the base URL must begin with http:// or https:// and name a "
@@ -161,7 +161,7 @@ async def test_all_that_is_wrong_is_told_at_once_and_no_secret_is(tmp_path: Path
     assert "secret-1" not in done.out + done.err
     begun = await notecase("serve", "--config", str(path))
     assert (1, "") == (begun.code, begun.out)
-    assert begun.err.startswith(f"Error: {path} cannot be used:\nserver.grace: This is a number.\n")
+    assert begun.err.startswith(f"Error: {path} cannot be used:\nserver.grace: This must be a number.\n")
     assert "secret-1" not in begun.err
 
 

@@ -112,7 +112,7 @@ async def test_a_key_that_is_bound_to_a_user_sees_that_users_sessions_only(shop:
     assert (1, "") == (other.code, other.out)
     assert "There is no user 'users/eve'" in other.err
     refused = await shop("keys", "create", "--role", "developer", "--user", "ada")
-    assert "key.role: wants ROLE_VIEWER or ROLE_USER where the key has a user" in refused.err
+    assert "key.role: must be ROLE_VIEWER or ROLE_USER when the key has a user" in refused.err
 
 
 async def test_a_key_that_the_operator_chose_opens_a_store_in_memory(tmp_path: Path) -> None:
@@ -128,7 +128,9 @@ async def test_a_key_that_the_operator_chose_opens_a_store_in_memory(tmp_path: P
 async def test_a_key_that_is_too_easy_is_refused(chosen: str) -> None:
     done = await notecase("serve", "--listen", "127.0.0.1:0", "--store", "memory:", env={"NOTECASE_ADMIN_KEY": chosen})
     assert (1, "") == (done.code, done.out)
-    assert "NOTECASE_ADMIN_KEY: This is not a key, which has at least 32 printable characters and no space." in done.err
+    assert (
+        "NOTECASE_ADMIN_KEY: This is not a valid key: use at least 32 printable characters without spaces." in done.err
+    )
     assert "xxx" not in done.err
 
 

@@ -17,7 +17,7 @@ async def case(served: Running, agent: v1.Agent) -> v1.Session:
         session = await client.create_session(
             agent.name, session_id="case", display_name="The violin", user="users/ada"
         )
-        await client.invoke(session.name, "/reason Hm. /say Good evening.\n/call weather {}")
+        await client.invoke("/reason Hm. /say Good evening.\n/call weather {}", session=session.name)
     return session
 
 

@@ -47,7 +47,7 @@ async def test_a_tenant_from_its_first_key_to_its_end(operator: Operator) -> Non
     await operator("keys", "create", "--tenant", "other", "--role", "admin")
     assert [["acme", "active", "The", "Acme", "company"], ["other", "active"]] == await listed(operator)
     assert (0, "", "") == await operator("tenants", "suspend", "acme")
-    assert "takes no calls of this tenant" in (await operator("sessions", key=key)).err
+    assert "does not allow calls of this tenant" in (await operator("sessions", key=key)).err
     shown = (await operator("tenants", "show", "acme")).out.splitlines()
     assert ["tenants/acme The Acme company", "state    suspended"] == shown[:2]
     assert shown[2].startswith("created  ")

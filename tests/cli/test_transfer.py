@@ -12,7 +12,7 @@ async def test_a_session_is_taken_along(served: Running, agent: v1.Agent, tmp_pa
     file = tmp_path / "case.notecase"
     async with served.client() as client:
         await client.create_session(agent.name, session_id="case", state={"n": 1})
-        await client.invoke("sessions/case", "/say Good evening.")
+        await client.invoke("/say Good evening.", session="sessions/case")
     done = await notecase("export", "case", str(file), "--server", served.address)
     assert (0, "", "") == tuple(done)
     done = await notecase("import", str(file), "--session", "moved", "--server", served.address)
@@ -32,6 +32,6 @@ async def test_a_file_is_never_left_half_written(served: Running, tmp_path: Path
     assert (1, "") == (done.code, done.out)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(file.name, b"before")]
     done = await notecase("import", str(file), "--server", served.address)
-    assert (1, "Error: The file is no export of a session; nothing of it was imported.\n") == (done.code, done.err)
+    assert (1, "Error: The file is not an export of a session; nothing of it was imported.\n") == (done.code, done.err)
     done = await notecase("export", "none", str(tmp_path / "missing" / "file"), "--server", served.address)
     assert (1, True) == (done.code, "No such file or directory" in done.err)

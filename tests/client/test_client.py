@@ -46,14 +46,14 @@ async def test_a_conversation_reads_as_in_the_readme(client: Client, model: Open
     """Open a session with a note, hear a reply as it comes, put a note, ask again: the next reply is told of it."""
     model.script(reply("At the harbour, près du quai. 🎻", chunks=7), reply("Still there."))
     session = await client.create_session(agent="agents/detective", state={"case": "The missing violin"})
-    async with client.run(session.name, "Where was it last seen?") as run:
+    async with client.run("Where was it last seen?", session=session.name) as run:
         pieces = [text async for text in run.text()]
     assert "".join(pieces) == "At the harbour, près du quai. 🎻" == text_of(run.result.reply)
     assert run.result.state == v1.Run.STATE_SUCCEEDED
     assert (run.result.usage.output_tokens, run.session) == (7, session.name)
     await client.put_state(session.name, "seen", "the harbour")
-    answer = await client.invoke(session.name, "And now?")
-    assert text_of(answer) == "Still there."
+    answer = await client.invoke("And now?", session=session.name)
+    assert answer.text == "Still there."
     assert model.requests[1]["messages"][0]["content"] == "Case: The missing violin. Seen: the harbour."
     assert await client.get_state(session.name) == {"case": "The missing violin", "seen": "the harbour"}
 
@@ -63,8 +63,8 @@ async def test_the_view_and_the_result_are_what_the_server_would_tell(
 ) -> None:
     """Run, messages and state rebuilt from events equal those that the server has."""
     model.script(reply("Hm.", chunks=2), reply("Yes."))
-    await client.invoke(session, "One", state={"count": 1})
-    async with client.run(session, "Two") as run:
+    await client.invoke("One", session=session, state={"count": 1})
+    async with client.run("Two", session=session) as run:
         await run.update_state(ops=[v1.StateOp(key="count", increment=2)])
         async for _ in run:
             pass
@@ -82,19 +82,19 @@ async def test_the_view_and_the_result_are_what_the_server_would_tell(
 async def test_a_run_may_open_its_session(client: Client, model: OpenAIServer) -> None:
     """Without a session, a new one is made for the agent, and belongs to it from then on."""
     model.script(reply("Good evening."), reply("Again."))
-    async with client.run("", "Hello", agent="agents/detective@1") as run:
+    async with client.run("Hello", agent="agents/detective@1") as run:
         async for _ in run:
             pass
     session = await client.sessions.GetSession(v1.GetSessionRequest(name=run.session))
     assert session.agent == "agents/detective"
-    assert text_of(await client.invoke(run.session, "Hello again")) == "Again."
+    assert (await client.invoke("Hello again", session=run.session)).text == "Again."
 
 
 async def test_several_messages_and_parts_are_said_at_once(client: Client, session: str, model: OpenAIServer) -> None:
     """Texts and messages mix, in their order."""
     model.script(reply("Seen."))
     note = v1.Message(role=v1.Message.ROLE_SYSTEM, parts=[v1.Part(text="Be kind.")])
-    async with client.run(session, "First", note, "Last") as run:
+    async with client.run("First", note, "Last", session=session) as run:
         async for _ in run:
             pass
     said = [(m.role, text_of(m)) for m in run.view.messages.values()]
@@ -118,7 +118,7 @@ async def test_a_refusal_tells_its_reason_everywhere(client: Client, served: Run
     with pytest.raises(NotecaseError) as method:
         await client.put_state("sessions/nowhere", "key", 1)
     with pytest.raises(NotecaseError) as entered:
-        await client.run("sessions/nowhere", "Hello").__aenter__()
+        await client.run("Hello", session="sessions/nowhere").__aenter__()
     with pytest.raises(NotecaseError) as attached:
         await client.attach("sessions/nowhere").__aenter__()
     with grpc.insecure_channel(served.address) as channel:
@@ -144,9 +144,9 @@ async def test_a_busy_session_names_its_run_and_is_not_asked_again(
     """RUN_ACTIVE is an answer, not a failure of the connection."""
     release = asyncio.Event()
     model.script(reply("One.").held(release, 0))
-    async with client.run(session, "One") as run:
+    async with client.run("One", session=session) as run:
         with pytest.raises(NotecaseError) as refused:
-            await client.invoke(session, "Two")
+            await client.invoke("Two", session=session)
         release.set()
         async for _ in run:
             pass
@@ -160,8 +160,8 @@ async def test_a_failed_run_is_data_and_where_it_matters_an_exception(
     """Events and `result` tell it; `text` and `invoke`, which would else pass it over, raise it."""
     model.script(error(400), error(400))
     with pytest.raises(NotecaseError) as invoked:
-        await client.invoke(session, "Speak")
-    async with client.run(session, "Again") as run:
+        await client.invoke("Speak", session=session)
+    async with client.run("Again", session=session) as run:
         with pytest.raises(NotecaseError) as told:
             async for _ in run.text():
                 pass
@@ -172,7 +172,7 @@ async def test_a_failed_run_is_data_and_where_it_matters_an_exception(
 async def test_a_run_is_cancelled_from_within_its_loop(client: Client, session: str, model: OpenAIServer) -> None:
     """What was said stays, the text just ends, and a second cancel is refused."""
     model.script(reply("Half of it", chunks=2).held(asyncio.Event(), 2))
-    async with client.run(session, "Speak", options=EAGER) as run:
+    async with client.run("Speak", session=session, options=EAGER) as run:
         pieces = []
         async for text in run.text():
             pieces.append(text)
@@ -188,7 +188,7 @@ async def test_a_run_is_cancelled_from_within_its_loop(client: Client, session: 
 async def test_invoke_raises_when_its_run_is_cancelled(client: Client, session: str, model: OpenAIServer) -> None:
     """There is no reply to return."""
     model.script(reply("Never.").held(asyncio.Event(), 0))
-    invoked = asyncio.create_task(client.invoke(session, "Wait", run_id="r1"))
+    invoked = asyncio.create_task(client.invoke("Wait", session=session, run_id="r1"))
     await model.request(0)
     await client.runs.CancelRun(v1.CancelRunRequest(name=f"{session}/runs/r1"))
     with pytest.raises(NotecaseError) as cancelled:
@@ -200,7 +200,7 @@ async def test_state_changes_are_commands_of_the_stream(client: Client, session:
     """They come back as events, at the sequence that was returned; a refused one is raised and changes nothing."""
     release = asyncio.Event()
     model.script(reply("Noted.").held(release, 0))
-    async with client.run(session, "Note it") as run:
+    async with client.run("Note it", session=session) as run:
         sequence = await run.update_state({"seen": "quay", "n": 1}, ops=[v1.StateOp(key="n2", increment=1)])
         with pytest.raises(NotecaseError, match="STATE_TYPE_MISMATCH"):
             await run.update_state({"seen": "nowhere"}, ops=[v1.StateOp(key="n", append=v1.Value(int_value=1))])
@@ -217,7 +217,7 @@ async def test_leaving_a_stream_leaves_the_run_alone(client: Client, session: st
     """The run goes on in the server, and attaching to it tells all of it."""
     release = asyncio.Event()
     model.script(reply("Said to nobody.", chunks=3).held(release, 2))
-    async with client.run(session, "Speak", options=EAGER) as run:
+    async with client.run("Speak", session=session, options=EAGER) as run:
         async for event in run:
             if event.HasField("block_delta"):
                 break
@@ -233,7 +233,7 @@ async def test_leaving_a_stream_leaves_the_run_alone(client: Client, session: st
 async def test_attaching_begins_where_it_is_told(client: Client, session: str, model: OpenAIServer) -> None:
     """At the head of an idle session there is nothing; after a sequence, what follows it; beyond it, a refusal."""
     model.script(reply("One."))
-    await client.invoke(session, "One")
+    await client.invoke("One", session=session)
     events = await log_of(client, session)
     async with client.attach(session) as head:
         assert [event async for event in head] == []
@@ -253,7 +253,7 @@ async def test_a_timeout_while_waiting_for_an_event_loses_none(
     events: list[v1.Event] = []
     async with (
         Client(served.address, retry=Retry(tries=0)) as impatient,
-        impatient.run(session, "Speak", options=EAGER) as run,
+        impatient.run("Speak", session=session, options=EAGER) as run,
     ):
         while True:
             try:
@@ -276,7 +276,7 @@ async def test_a_cut_connection_is_mended_without_gap_or_repeat(
     release = asyncio.Event()
     model.script(reply("Räuber, überall Räuber! 🦹", chunks=6).held(release, 4))
     events = []
-    async with through(served) as (proxy, behind), behind.run(session, "Who?", options=EAGER) as run:
+    async with through(served) as (proxy, behind), behind.run("Who?", session=session, options=EAGER) as run:
         async for event in run:
             events.append(event)
             if event.HasField(kind) and not release.is_set():  # type: ignore[arg-type]
@@ -313,7 +313,7 @@ async def test_a_mended_stream_is_watched_as_before(
     model.script(reply("Quietly done.", chunks=4).held(release, 4))
     quiet = v1.WatchOptions(durable_only=True)
     events = []
-    async with through(served) as (proxy, behind), behind.run(session, "Speak", options=quiet) as run:
+    async with through(served) as (proxy, behind), behind.run("Speak", session=session, options=quiet) as run:
         async for event in run:
             events.append(event)
             if event.HasField("message_added") and not release.is_set():
@@ -334,7 +334,7 @@ async def test_printed_text_goes_on_where_it_was_cut(
     """The open block comes again whole; what was printed of it is not printed again."""
     release = asyncio.Event()
     model.script(reply("Räuber, überall Räuber! 🦹", chunks=6).held(release, 4))
-    async with through(served) as (proxy, behind), behind.run(session, "Who?", options=EAGER) as run:
+    async with through(served) as (proxy, behind), behind.run("Who?", session=session, options=EAGER) as run:
         pieces = []
         async for text in run.text():
             pieces.append(text)
@@ -354,11 +354,11 @@ async def test_a_start_whose_answer_is_lost_happens_once(
     async with through(served) as (proxy, behind):
         await behind.server.GetServerInfo(v1.GetServerInfoRequest())  # the connection stands
         proxy.deaf = True
-        said = asyncio.create_task(behind.invoke(session, "Hello"))
+        said = asyncio.create_task(behind.invoke("Hello", session=session))
         await model.request(0)
         proxy.deaf = False
         proxy.cut()
-        assert text_of(await said) == "Once."
+        assert (await said).text == "Once."
     runs = await client.runs.ListRuns(v1.ListRunsRequest(parent=session))
     assert (len(runs.runs), len(model.requests)) == (1, 1)
 
@@ -384,7 +384,7 @@ async def test_a_command_whose_answer_is_lost_takes_effect_once(
     """The command_id makes the repeat a duplicate, answered with the first one's sequence."""
     release = asyncio.Event()
     model.script(reply("Counted.").held(release, 0))
-    async with through(served) as (proxy, behind), behind.run(session, "Count") as run:
+    async with through(served) as (proxy, behind), behind.run("Count", session=session) as run:
         async with client.attach(session) as watching:
             proxy.deaf = True
             told = asyncio.create_task(run.update_state(ops=[v1.StateOp(key="n", increment=1)]))
@@ -405,7 +405,7 @@ async def test_patience_ends(session: str, served: Running, model: OpenAIServer)
     async with (
         Proxy(served.address) as proxy,
         Client(proxy.address, retry=Retry(tries=0)) as behind,
-        behind.run(session, "Speak") as run,
+        behind.run("Speak", session=session) as run,
     ):
         with pytest.raises(NotecaseError) as broken:
             async for event in run:
@@ -456,7 +456,7 @@ async def test_a_reply_begun_again_is_set_apart(client: Client, session: str, mo
     heard = asyncio.Event()
     model.script(reply("Half of it", chunks=2).held(heard, 2).cut(3), reply("All of it"))
     text = ""
-    async with client.run(session, "Speak", options=EAGER) as run:
+    async with client.run("Speak", session=session, options=EAGER) as run:
         async for piece in run.text():
             text += piece
             heard.set()

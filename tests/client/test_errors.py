@@ -129,7 +129,7 @@ async def test_a_server_that_is_not_there_is_told_by_every_kind_of_call() -> Non
         with pytest.raises(NotecaseError) as read:
             await client.runs.WatchEvents(v1.WatchEventsRequest(name="sessions/s")).read()
         with pytest.raises(NotecaseError) as entered:
-            await client.run("sessions/s", "Hello").__aenter__()
+            await client.run("Hello", session="sessions/s").__aenter__()
         with pytest.raises(NotecaseError) as method:
             await client.put_state("sessions/s", "key", 1)
         raised = [info.value for info in (unary, streamed, read, entered, method)]

@@ -105,7 +105,7 @@ async def test_functions_are_declared_called_and_answered(client: Client, sessio
     model.script(
         tool_calls(("weigh", '{"thing": "violin", "times": 2}'), ("ask", '{"whom": ["Ada", "Zoë"]}')), reply("Light.")
     )
-    async with client.run(session, "How heavy?", tools=[weigh, ask]) as run:
+    async with client.run("How heavy?", session=session, tools=[weigh, ask]) as run:
         kinds = [event.WhichOneof("payload") async for event in run if event.sequence]
     assert text_of(run.result.reply) == "Light."
     assert sorted(seen, key=str) == [("violin", 2.0, False), ["Ada", "Zoë"]]
@@ -132,8 +132,8 @@ async def test_calls_at_once_run_at_once(client: Client, session: str, model: Op
 
     calls = [(tool, f'{{"name": "{name}"}}') for tool in ("meet", "block") for name in "ab"]
     model.script(tool_calls(*calls), reply("Met."))
-    answer = await client.invoke(session, "Meet", tools=[meet, block])
-    assert text_of(answer) == "Met."
+    answer = await client.invoke("Meet", session=session, tools=[meet, block])
+    assert answer.text == "Met."
     assert results(model) == ["a", "b", "a", "b"]
 
 
@@ -149,7 +149,7 @@ async def test_what_goes_wrong_in_a_function_is_for_the_model(
         return v1.Part(refusal="I would rather not.")
 
     model.script(tool_calls(("broken", "{}"), ("broken", '{"x": 1}'), ("strange", "{}")), reply("So be it."))
-    async with client.run(session, "Try", tools=[broken, strange]) as run:
+    async with client.run("Try", session=session, tools=[broken, strange]) as run:
         finished = [event.tool_finished async for event in run if event.HasField("tool_finished")]
     assert {call.outcome for call in finished} == {v1.ToolCall.OUTCOME_FAILED}
     errors = {call.call_id: call.error for call in finished}
@@ -174,8 +174,8 @@ async def test_a_result_that_cannot_be_had_is_for_the_model(
         return made
 
     model.script(tool_calls(("make", "{}"), ("pay", '{"cents": 5}')), reply("So be it."))
-    answer = await client.invoke(session, "Try", tools=[make, pay])
-    assert text_of(answer) == "So be it."
+    answer = await client.invoke("Try", session=session, tools=[make, pay])
+    assert answer.text == "So be it."
     first, second = results(model)
     assert told in first
     assert second == "paid 5"
@@ -186,7 +186,7 @@ async def test_the_stream_goes_on_while_a_function_works(
 ) -> None:
     """Events are handed out, and commands may be sent, between the call and its result."""
     model.script(SEARCH, reply("Done."))
-    async with client.run(session, "Search", tools=[desk.search]) as run:
+    async with client.run("Search", session=session, tools=[desk.search]) as run:
         await until(run, "tool_started")
         assert await desk.asked.get() == Paper("violin", 3)
         sequence = await run.update_state({"seen": 1})
@@ -224,9 +224,9 @@ async def test_a_tool_that_the_agent_declares_is_answered(client: Client, model:
     await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="reader", agent=v1.Agent(llm=llm)))
     session = await client.create_session("agents/reader")
     model.script(SEARCH, reply("One."), SEARCH, reply("Two."))
-    assert text_of(await client.invoke(session.name, "Search", tools=[search])) == "One."
+    assert (await client.invoke("Search", session=session.name, tools=[search])).text == "One."
     async with client.attach(session.name, tools=[search], options=KEEP_OPEN) as watching:
-        invoked = asyncio.create_task(client.invoke(session.name, "Again"))
+        invoked = asyncio.create_task(client.invoke("Again", session=session.name))
         await until(watching, "tool_finished")
         await asyncio.gather(invoked, return_exceptions=True)
         while (await until(watching, "run_state_changed")).run_state_changed.state != v1.Run.STATE_SUCCEEDED:
@@ -240,7 +240,7 @@ async def test_leaving_cancels_the_function_and_attaching_calls_it_again(
 ) -> None:
     """The call waits in the server meanwhile; whoever attaches with the function finds it."""
     model.script(SEARCH, reply("Done."))
-    async with client.run(session, "Search", tools=[desk.search]) as run:
+    async with client.run("Search", session=session, tools=[desk.search]) as run:
         await until(run, "tool_started")
         await desk.asked.get()
     assert desk.cancelled == 1
@@ -255,7 +255,7 @@ async def test_reading_a_log_calls_nothing(client: Client, session: str, model: 
     """Calls of the past are no calls."""
     model.script(SEARCH, reply("Done."))
     desk.release.set()
-    await client.invoke(session, "Search", tools=[desk.search])
+    await client.invoke("Search", session=session, tools=[desk.search])
     async with client.attach(session, 0, tools=[desk.search]) as log:
         kinds = [event.WhichOneof("payload") async for event in log]
     assert "tool_started" in kinds
@@ -270,7 +270,7 @@ async def test_a_call_that_is_told_again_is_executed_once(
     async with (
         Proxy(served.address) as proxy,
         Client(proxy.address, retry=QUICK) as behind,
-        behind.run(session, "Search", tools=[desk.search]) as run,
+        behind.run("Search", session=session, tools=[desk.search]) as run,
     ):
         await until(run, "tool_started")
         await desk.asked.get()
@@ -291,7 +291,7 @@ async def test_a_result_whose_answer_is_lost_counts_once(
     async with (
         Proxy(served.address) as proxy,
         Client(proxy.address, retry=QUICK) as behind,
-        behind.run(session, "Search", tools=[desk.search]) as run,
+        behind.run("Search", session=session, tools=[desk.search]) as run,
     ):
         await until(run, "tool_started")
         await desk.asked.get()
@@ -312,7 +312,7 @@ async def test_two_streams_of_a_client_execute_a_call_once(
     """The second stands by: it takes over when the first one leaves before the answer."""
     model.script(SEARCH, reply("Done."))
     async with client.attach(session, tools=[desk.search], options=KEEP_OPEN) as watching:
-        async with client.run(session, "Search", tools=[desk.search]) as run:
+        async with client.run("Search", session=session, tools=[desk.search]) as run:
             await until(run, "tool_started")
             await desk.asked.get()
             await until(watching, "tool_started")
@@ -333,7 +333,7 @@ async def test_the_first_result_wins_and_the_others_are_let_go(
     quick = Desk()
     async with (
         Client(served.address, retry=QUICK) as other,
-        client.run(session, "Search", tools=[desk.search]) as run,
+        client.run("Search", session=session, tools=[desk.search]) as run,
     ):
         await until(run, "tool_started")
         await desk.asked.get()
@@ -373,7 +373,7 @@ async def test_a_result_that_comes_late_is_nothing(
     """The function answers after the run was cancelled, and before its stream is told: it is refused, and no error."""
     model.script(SEARCH)
     overheard = Overheard(client)
-    async with client.run(session, "Search", tools=[desk.search]) as started:
+    async with client.run("Search", session=session, tools=[desk.search]) as started:
         await until(started, "tool_started")
     async with overheard.attach(started.name, desk.search) as run:
         await desk.asked.get()
@@ -390,7 +390,7 @@ async def test_a_cancelled_call_cancels_its_function(
 ) -> None:
     """Only that call; the model is told, and the run goes on."""
     model.script(SEARCH, reply("Without it, then."))
-    async with client.run(session, "Search", tools=[desk.search]) as run:
+    async with client.run("Search", session=session, tools=[desk.search]) as run:
         started = await until(run, "tool_started")
         await desk.asked.get()
         await run.cancel("too slow", call_id=started.tool_started.call_id)
@@ -403,7 +403,7 @@ async def test_an_answer_that_cannot_be_sent_is_raised(
 ) -> None:
     """By the iteration that waits for what will never come; the call stays open for others."""
     model.script(SEARCH)
-    async with client.run(session, "Search", tools=[desk.search]) as started:
+    async with client.run("Search", session=session, tools=[desk.search]) as started:
         await until(started, "tool_started")
     away = NotecaseError(grpc.StatusCode.UNAVAILABLE, "", "nobody there")
     desk.release.set()
@@ -421,7 +421,7 @@ async def test_a_function_that_cannot_be_a_tool_is_refused_when_handed_in(client
         raise AssertionError(words)
 
     with pytest.raises(TypeError, match="many cannot be a tool"):
-        client.run("sessions/s", "Hello", tools=[many])
+        client.run("Hello", session="sessions/s", tools=[many])
     with pytest.raises(TypeError, match="many cannot be a tool"):
         client.attach("sessions/s", tools=[many])
 
@@ -445,7 +445,7 @@ async def test_a_call_waits_for_approval_in_the_stream(
 ) -> None:
     """The stream stays open; what it is told by `input_requested` can be decided inside the loop."""
     model.script(PAY, reply("So be it."))
-    async with client.run(session, "Pay", tools=[ASKED_PAY]) as run:
+    async with client.run("Pay", session=session, tools=[ASKED_PAY]) as run:
         async for event in run:
             if event.HasField("input_requested"):
                 await decide(run, event.input_requested.input_id)
@@ -461,7 +461,7 @@ async def test_what_waits_is_found_and_answered_from_elsewhere(
     """Another process sees it among all that waits, decides, and needs neither the stream nor the function."""
     model.script(PAY, PAY, reply("Paid twice."))
     with pytest.raises(RunWaiting) as raised:
-        await client.invoke(session, "Pay", tools=[ASKED_PAY])
+        await client.invoke("Pay", session=session, tools=[ASKED_PAY])
     async with Client(served.address, retry=QUICK) as other:
         (waiting,) = [run async for run in other.waiting()]
         assert waiting == raised.value.run
@@ -484,7 +484,7 @@ async def test_a_question_is_answered(client: Client, model: OpenAIServer) -> No
     await client.agents.CreateAgent(v1.CreateAgentRequest(agent_id="curious", agent=agent))
     session = await client.create_session("agents/curious")
     model.script(tool_calls(("ask", '{"question": "Which violin?"}')), reply("That one."))
-    async with client.run(session.name, "Find it") as run:
+    async with client.run("Find it", session=session.name) as run:
         asked = (await until(run, "input_requested")).input_requested
         assert asked.prompt == "Which violin?"
         await run.answer(asked.input_id, "Près du quai 🎻")
@@ -499,14 +499,14 @@ async def test_invoking_tells_when_a_run_waits_for_others(
     model.script(tool_calls(("search", '{"query": "a"}'), ("pay", '{"cents": 1}')), reply("Never."))
     desk.release.set()
     with pytest.raises(RunWaiting, match="waits for an answer") as raised:
-        await client.invoke(session, "Go", tools=[desk.search, ASKED_PAY])
+        await client.invoke("Go", session=session, tools=[desk.search, ASKED_PAY])
     assert [one.call.tool for one in raised.value.run.pending_inputs] == ["pay"]
 
 
 async def test_a_run_is_steered(client: Client, session: str, model: OpenAIServer, desk: Desk) -> None:
     """What is said comes before the next model call, or when the run would have ended."""
     model.script(SEARCH, reply("Found."), reply("And again."))
-    async with client.run(session, "Search", tools=[desk.search]) as run:
+    async with client.run("Search", session=session, tools=[desk.search]) as run:
         await until(run, "tool_started")
         await run.say("Only at night.")
         await client.say(run.name, "Thank you.", when=v1.UserInput.WHEN_FOLLOW_UP)
@@ -520,7 +520,7 @@ async def test_a_run_is_steered(client: Client, session: str, model: OpenAIServe
 async def test_a_run_stops_after_its_turn(client: Client, session: str, model: OpenAIServer, desk: Desk) -> None:
     """The call under way is awaited, the model is not asked again."""
     model.script(SEARCH)
-    async with client.run(session, "Search", tools=[desk.search]) as run:
+    async with client.run("Search", session=session, tools=[desk.search]) as run:
         await until(run, "tool_started")
         await run.cancel("enough", after_turn=True)
         desk.release.set()
@@ -532,10 +532,10 @@ async def test_a_run_stops_after_its_turn(client: Client, session: str, model: O
 async def test_a_run_waits_behind_another(client: Client, session: str, model: OpenAIServer, desk: Desk) -> None:
     """Queued, its stream tells of the run before it too, calls none of that one's functions, and ends with its own."""
     model.script(SEARCH, reply("One."), reply("Two."))
-    async with client.run(session, "First", tools=[desk.search]) as first:
+    async with client.run("First", session=session, tools=[desk.search]) as first:
         await until(first, "tool_started")
         idle = Desk()
-        queue = client.run(session, "Second", tools=[idle.search], on_busy=v1.StartRun.ON_BUSY_QUEUE)
+        queue = client.run("Second", session=session, tools=[idle.search], on_busy=v1.StartRun.ON_BUSY_QUEUE)
         async with queue as second:
             assert second.name != first.name
             desk.release.set()
@@ -551,6 +551,6 @@ async def test_limits_and_company_are_set(client: Client, session: str, model: O
     desk.release.set()
     limits = v1.Limits(max_tool_calls=1, max_model_calls=1)
     with pytest.raises(NotecaseError, match="LIMIT_EXCEEDED"):
-        await client.invoke(session, "Search", tools=[desk.search], limits=limits, cancel_after=90.5)
+        await client.invoke("Search", session=session, tools=[desk.search], limits=limits, cancel_after=90.5)
     run = await held(client, session)
     assert (run.limits, run.disconnect.cancel_after.ToMilliseconds()) == (limits, 90_500)

@@ -1,5 +1,6 @@
 """A server over each store, with the offline model and a scripted OpenAI-compatible one."""
 
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -9,14 +10,23 @@ from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.models.openai import OpenAIProvider
 
+from tests.support import postgres
 from tests.support.openai_server import OpenAIServer
 from tests.support.server import Running, running
 
+STORES = os.environ.get("NOTECASE_STORES", "memory sqlite").split()
+"""The stores that these tests run on. NOTECASE_STORES=postgresql runs them on that one, which `make test` does not: it
+plays sessions on it instead, and holds it to everything that a store promises."""
 
-@pytest.fixture(params=["memory", "sqlite"])
-def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Each store the server has."""
-    return "memory:" if request.param == "memory" else f"sqlite:{tmp_path / 'notecase.db'}"
+
+@pytest.fixture(params=STORES)
+async def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[str]:
+    """Each of STORES."""
+    if request.param == "postgresql":
+        async with postgres.shared().empty_store() as url:
+            yield url
+    else:
+        yield "memory:" if request.param == "memory" else f"sqlite:{tmp_path / 'notecase.db'}"
 
 
 @pytest.fixture

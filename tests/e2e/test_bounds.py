@@ -296,7 +296,7 @@ async def test_results_that_wait_for_their_reader_are_bounded(store_url: str) ->
                 read += 1
                 yield v1.RunRequest(update_state=v1.StateUpdate(ops=[v1.StateOp(key="n", increment=1)]))
 
-        results = Results(MAX_RESULTS)
+        results = Results()
         reader = asyncio.create_task(streams.read(place, commands(), results))
         key = v1.GetStateRequest(name="sessions/s/state")
         for taken in range(3):
@@ -305,7 +305,7 @@ async def test_results_that_wait_for_their_reader_are_bounded(store_url: str) ->
             while carried_out < more:
                 carried_out = (await served.state.GetState(key)).entries["n"].value.int_value
             assert (more, more) == (carried_out, read)
-            results.get_nowait()
+            results.take()
         reader.cancel()
 
 

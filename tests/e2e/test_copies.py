@@ -20,7 +20,7 @@ from notecase_server.engine import transfer
 from notecase_server.serve import now, open_store
 from notecase_server.store import copies
 from notecase_server.store.contract import Fork, SessionKey, Store
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite_tables import SESSION_ROWS, STATE_ROWS
 
 from tests.e2e.driving import reason_of
@@ -29,6 +29,7 @@ from tests.e2e.test_transfer import frames
 from tests.store.build import add, changed, create, ended, put, replied, said, start
 from tests.support.copying import Act, transactions
 from tests.support.crashing import Crashing
+from tests.support.inside import select
 from tests.support.server import Running, running
 
 SOURCE = SessionKey("default", "source", "00000000-dead-4000-8000-000000000000")
@@ -74,17 +75,16 @@ def call(sessions: v1.SessionServiceStub, way: Way, file: bytes, copy: str) -> A
     return sessions.ImportSession(iter(frames(file, session_id=copy, request_id=f"make {copy}")))
 
 
-def orphans(store: Any) -> set[str]:
+async def orphans(store: Any) -> set[str]:
     """The uids that have rows and no session."""
-    if not isinstance(store, SqliteStore):
+    if isinstance(store, MemoryStore):
         return {uid for tenant in store._tables._tenants.values() for uid in tenant.deleted}
-    reader = store._connections.readers[0]
-    found = {uid for (uid,) in reader.execute("SELECT uid FROM deleted_sessions")}
+    found = {uid for (uid,) in await select(store, "SELECT uid FROM deleted_sessions")}
     for table, *_ in SESSION_ROWS:
-        found |= {uid for (uid,) in reader.execute(f"SELECT DISTINCT uid FROM {table}")}
+        found |= {uid for (uid,) in await select(store, f"SELECT DISTINCT uid FROM {table}")}
     for table, *_ in STATE_ROWS:
-        found |= {uid for (uid,) in reader.execute(f"SELECT DISTINCT id FROM {table} WHERE kind = 'session'")}
-    return found - {uid for (uid,) in reader.execute("SELECT uid FROM sessions")}
+        found |= {uid for (uid,) in await select(store, f"SELECT DISTINCT id FROM {table} WHERE kind = 'session'")}
+    return found - {uid for (uid,) in await select(store, "SELECT uid FROM sessions")}
 
 
 @asynccontextmanager
@@ -93,7 +93,7 @@ async def swept(store: Store) -> AsyncIterator[tuple[Running, Callable[[], Await
     telling = Swept(store)
 
     async def clean() -> None:
-        while orphans(store):
+        while await orphans(store):
             telling.done.clear()
             async with asyncio.timeout(SWEEPER_SECONDS):
                 await telling.done.wait()
@@ -138,7 +138,7 @@ async def died(folder: Path, way: Way, file: bytes, copy: str, after: int, *argu
 async def require_all_or_nothing(path: str, way: Way, file: bytes, copy: str) -> bool:
     """Nothing is there and no row stays, or all is; returns whether it was there."""
     store = await open_store(path, now)
-    left = orphans(store)
+    left = await orphans(store)
     async with swept(store) as (served, clean):
         there = await store.find_session("default", copy) is not None
         assert there or left
@@ -224,7 +224,7 @@ async def test_a_server_killed_in_a_copy_of_ten_thousand_events_leaves_all_or_no
         shutil.copy(prepared.store, folder)
         assert await died(folder, way, prepared.file, "copy", number)
         store = await open_store(f"sqlite:{folder / 'notecase.db'}", now)
-        left = orphans(store)
+        left = await orphans(store)
         async with swept(store) as (served, clean):
             made = await store.find_session("default", "copy")
             assert (number == last) == (made is not None)

@@ -40,7 +40,7 @@ async def test_a_run_killed_in_mid_stream_is_taken_over_and_its_log_only_grows(
             v1.CreateAgentRequest(agent_id="clerk", agent=v1.Agent(llm=v1.LlmAgent(instruction="Be brief.")))
         )
         session = await client.create_session("agents/clerk", session_id="case", state={"seen": "harbour"})
-        async with client.run(session.name, "Where?", run_id="r1") as run:
+        async with client.run("Where?", session=session.name, run_id="r1") as run:
             events: list[v1.Event] = []
             killed = False
             before: list[v1.Event] = []

@@ -162,9 +162,9 @@ async def test_fallbacks_that_cannot_be_are_refused_with_all_that_is_wrong(setti
         await setting.agent(*wrong)
     assert [
         ("agent.llm.fallbacks[0].provider", "this server has first, second"),
-        ("agent.llm.fallbacks[2]", "is there twice, or the agent's own"),
-        ("agent.llm.fallbacks[3]", "is there twice, or the agent's own"),
-        ("agent.llm.fallbacks[4]", "is there twice, or the agent's own"),
+        ("agent.llm.fallbacks[2]", "appears twice, or is the agent's own"),
+        ("agent.llm.fallbacks[3]", "appears twice, or is the agent's own"),
+        ("agent.llm.fallbacks[4]", "appears twice, or is the agent's own"),
     ] == violations(refused.value)
     many = [v1.Fallback(model=f"m-{number}") for number in range(9)]
     with pytest.raises(grpc.aio.AioRpcError) as refused:

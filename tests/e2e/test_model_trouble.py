@@ -116,7 +116,7 @@ async def test_a_limit_that_can_never_be_met_is_told_at_once(
     model.script(error(429, words, code="rate_limit_exceeded"))
     done = await invoke(served, session)
     assert done.run.error.reason == v1.ERROR_REASON_MODEL_ERROR
-    assert done.run.error.message == f"The request is larger than a limit of the provider ever allows: {words}"
+    assert done.run.error.message == f"The request is larger than the provider allows: {words}"
     assert len(model.requests) == 1
 
 

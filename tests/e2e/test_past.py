@@ -353,8 +353,8 @@ async def test_a_watcher_sees_a_rewind(served: Running, session: str) -> None:
 async def test_the_client_goes_back_and_branches_off(served: Running, session: str, model: OpenAIServer) -> None:
     model.script(reply("Once."), reply("Twice."))
     async with served.client() as client:
-        await client.invoke(session, "Hello", state={"n": 1})
-        assert (await client.invoke(session, rewind_to=3)).parts[0].text == "Twice."
+        await client.invoke("Hello", session=session, state={"n": 1})
+        assert (await client.invoke(session=session, rewind_to=3)).text == "Twice."
         branch = await client.fork(session, 3, session_id="branch")
         assert (branch.name, branch.fork_sequence) == ("sessions/branch", 3)
         await client.rewind(session, 0)

@@ -580,7 +580,7 @@ async def test_a_tool_that_asks_on_and_on_fails(served: Running, model: OpenAISe
     ("call", "told"),
     [
         (("ramble", f'{{"size": {MAX_QUESTION_BYTES + 1}}}'), f"at most {MAX_QUESTION_BYTES}"),
-        (("tint", json.dumps({"schema": '{"type": "nothing"}'})), "no JSON Schema"),
+        (("tint", json.dumps({"schema": '{"type": "nothing"}'})), "not a JSON Schema"),
         (("tint", json.dumps({"schema": json.dumps({"description": "x" * 70_000})})), "at most 65536"),
     ],
     ids=["large", "no schema", "large schema"],
@@ -607,7 +607,7 @@ async def test_what_is_left_of_a_tool_whose_call_is_over_asks_nobody(served: Run
 async def test_the_client_answers_with_what_becomes_the_form_or_dismisses(served: Running, model: OpenAIServer) -> None:
     model.script(tool_calls(("paint", "{}"), ("tint", "{}")), reply("Done."))
     session = await session_with(served, of_mcp(), of_server("tint"))
-    async with Client(served.address) as client, client.run(session, "Go") as run:
+    async with Client(served.address) as client, client.run("Go", session=session) as run:
         async for event in run:
             if event.input_requested.prompt == "Which tint?":
                 await client.dismiss(run.name, event.input_requested.input_id, "Later.")

@@ -198,7 +198,7 @@ async def test_what_a_tool_changes_commits_with_its_result(served: Running, mode
     ("function", "arguments", "told"),
     [
         ("refuse", "{}", "Not today."),
-        ("spoil", "{}", "increment wants an int"),
+        ("spoil", "{}", "increment needs an int"),
         ("flood", "{}", "bytes of state"),
         ("overdo", '{"how": "deep"}', "no state can hold"),
         ("overdo", '{"how": "endless"}', "no state can hold"),

@@ -85,7 +85,7 @@ async def test_a_second_server_waits_for_the_end_of_the_first(store: str, tmp_pa
         assert "STORE_UNAVAILABLE" == reason_of(refused.value)
         third = await notecase("serve", "--listen", "127.0.0.1:0", "--store", store, "--no-wait")
         assert 1 == third.code
-        assert third.err.splitlines()[-1].startswith(f"Error: The store is in use: {owner} owns it.")
+        assert third.err.splitlines()[-1].startswith(f"Error: The store is in use: {owner} (")
         assert not second.done()
         assert 0 == await first.stop()
         server = await second

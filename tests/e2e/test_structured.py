@@ -280,7 +280,7 @@ async def test_the_clients_text_of_a_reply_by_a_schema_is_its_json(served: Runni
     """As it streams, and whole."""
     session = await opened(served)
     model.script(reply(VERDICT, chunks=4))
-    async with served.client() as client, client.run(session, "Who was it?") as run:
+    async with served.client() as client, client.run("Who was it?", session=session) as run:
         assert "".join([piece async for piece in run.text()]) == VERDICT
         assert run.result is not None
         assert text_of(run.result.reply) == VERDICT

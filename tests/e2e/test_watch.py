@@ -321,7 +321,7 @@ async def test_the_python_client_rebuilds_the_log_it_watched(
     served: Running, session: str, model: OpenAIServer
 ) -> None:
     model.script(reply("Hello, Ada.", chunks=4))
-    async with Client(served.address) as client, client.run(session, "Hi") as run:
+    async with Client(served.address) as client, client.run("Hi", session=session) as run:
         text = "".join([piece async for piece in _texts(run.text())])
     assert text == "Hello, Ada."
     assert run.result.reply.parts[0].text == "Hello, Ada."

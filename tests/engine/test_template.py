@@ -191,8 +191,8 @@ def test_keys_are_what_a_render_may_read(
         ("{{ x | join: environment: x }}", "the filter 'join' does not take these values"),
         ("{% if x > 3 %}{% endif %}", "(line 1, column 9): '<' and '>' are not supported"),
         ("{{ 1 | divided_by: 0 }}", "the filter 'divided_by' does not take these values"),
-        ("{% for i in (1..3) limit: huge %}{% endfor %}", "its values do not go together"),
-        ("{% for a in list %}{% for b in forloop %}{% endfor %}x{% endfor %}", "its values do not go together"),
+        ("{% for i in (1..3) limit: huge %}{% endfor %}", "its values cannot be combined"),
+        ("{% for a in list %}{% for b in forloop %}{% endfor %}x{% endfor %}", "its values cannot be combined"),
     ],
 )
 def test_a_faulty_template_is_told_what_and_where(source: str, told: str) -> None:

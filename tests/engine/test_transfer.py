@@ -146,7 +146,7 @@ async def test_a_file_with_any_bit_flipped_is_refused(file: bytes) -> None:
             flipped[place] ^= 1 << bit
             told.add((await problem_of(bytes(flipped))).partition(":")[0].partition(",")[0])
     assert told == {
-        "The file is no export of a session; nothing of it was imported.",
+        "The file is not an export of a session; nothing of it was imported.",
         "The file was written by a newer notecase",
         "The file is in format 0",
         "The file ends before its trailer",
@@ -160,7 +160,7 @@ async def test_a_file_that_goes_on_is_refused(file: bytes) -> None:
 
 
 async def test_a_foreign_and_a_newer_file_are_told_apart() -> None:
-    assert (await problem_of(b"PK\3\4 something else")).startswith("The file is no export of a session")
+    assert (await problem_of(b"PK\3\4 something else")).startswith("The file is not an export of a session")
     newer = made_of([], v1.ExportHeader(), magic=b"notecase\3")
     assert (await problem_of(newer)).startswith(
         "The file was written by a newer notecase, in format 3; this one reads up to 2"

@@ -1,5 +1,5 @@
 """What a person at a terminal has with grpcurl and no files: descriptions, health, a conversation on one stream, and
-errors that say what to do. That each call of the README prints what it says is tests/test_readme.py's."""
+errors that say what to do. That each call of docs/calls.md prints what it says is tests/test_docs.py's."""
 
 import asyncio
 import json
@@ -247,7 +247,7 @@ async def test_an_error_can_be_read(terminal: Terminal) -> None:
     agent = {"agent_id": "No Way", "agent": {"llm": {"max_model_calls": -1}}}
     code, told = await terminal.refused("AgentService/CreateAgent", agent)
     assert (64 + 3, ["ERROR:", "  Code: InvalidArgument"]) == (code, told.splitlines()[:2])
-    name, calls = "wants 1 to 63 lower-case letters, digits and inner '.', '_' or '-'", "wants 0 (for 10) to 1000"
+    name, calls = "must be 1 to 63 lower-case letters, digits and inner '.', '_' or '-'", "must be 0 (for 10) to 1000"
     assert told.splitlines()[2] == f"  Message: agent_id: {name}; agent.llm.max_model_calls: {calls}."
     for line in ('"reason": "INVALID_FIELD"', f'"description": "{name}"', f'"description": "{calls}"'):
         assert line in told

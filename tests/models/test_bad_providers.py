@@ -286,7 +286,7 @@ class TestWords:
         caught = await failure(provider)
         await provider.close()
         assert {"status": "400", "code": "context_length_exceeded"} == caught.metadata
-        assert "The conversation is longer than the model 'm' takes: Please reduce the length of the messages." == (
+        assert "The conversation is too long for the model 'm': Please reduce the length of the messages." == (
             caught.message
         )
 

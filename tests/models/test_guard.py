@@ -1,7 +1,7 @@
 """Calls of one provider at once are bounded, and one that is down is left alone for a while."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 
 import pytest
@@ -173,11 +173,15 @@ async def test_a_request_that_is_wrong_says_nothing_against_its_provider() -> No
     assert provider.closed
 
 
+def never(make: Callable[[], Provider]) -> "asyncio.Task[Provider]":
+    raise AssertionError("Nothing here takes long to load.")
+
+
 async def test_what_the_settings_of_a_provider_bound_is_bounded() -> None:
     """A call that began before another one, and is not bound, has ended when that one has."""
     small = ProviderSettings(name="small", kind="offline", max_concurrent=1)
     other = ProviderSettings(name="other", kind="offline")
-    provider, unbound = make_providers(Settings(listen="", providers=(small, other))).values()
+    provider, unbound = make_providers(Settings(listen="", providers=(small, other)), never).values()
     request = REQUEST._replace(messages=[v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text="Hello.")])])
     async with asyncio.TaskGroup() as group, aclosing(provider.stream(request)) as stream:
         await anext(stream)

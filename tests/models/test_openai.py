@@ -542,13 +542,13 @@ class TestRefused:
             ),
             (
                 error(400, "This model's maximum context length is 8 tokens", code="context_length_exceeded"),
-                "The conversation is longer than the model 'default-model' takes: "
+                "The conversation is too long for the model 'default-model': "
                 "This model's maximum context length is 8 tokens",
                 {"status": "400", "code": "context_length_exceeded"},
             ),
             (
                 error(400, "the request exceeds the available context size"),
-                "The conversation is longer than the model 'default-model' takes: "
+                "The conversation is too long for the model 'default-model': "
                 "the request exceeds the available context size",
                 {"status": "400", "code": "context_length_exceeded"},
             ),

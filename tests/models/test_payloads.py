@@ -590,9 +590,9 @@ REPLIES: dict[str, tuple[bytes, Came]] = {
     ),
 }
 
-ENDED = "The model provider ended its answer before the reply was whole."
+ENDED = "The model provider ended its answer before the reply was complete."
 NOW = "The model provider cannot answer just now"
-LONG = "The conversation is longer than the model 'asked' takes: "
+LONG = "The conversation is too long for the model 'asked': "
 
 FAILURES: dict[str, tuple[bytes, Came]] = {
     "nothing": (b"", failed(UNAVAILABLE, ENDED)),

@@ -992,7 +992,7 @@ async def test_what_a_query_holds_is_told_to_nobody(key: str) -> None:
 def table_of_providers() -> dict[str, list[list[str]]]:
     """The lines of the guide's table, by profile."""
     guide = (Path(__file__).parents[2] / "docs" / "guide.md").read_text()
-    table = guide.partition("| Provider | Profile | Found by | Sets | Played, not reached |\n")[2].partition("\n\n")[0]
+    table = guide.partition("| Provider | Profile | Found by | Sets | Tested with stubs |\n")[2].partition("\n\n")[0]
     lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()[1:]]
     found: dict[str, list[list[str]]] = {}
     for line in lines:

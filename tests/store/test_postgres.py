@@ -2,7 +2,9 @@
 
 import asyncio
 import contextlib
+import random
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -10,8 +12,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from notecase import v1
+from notecase_server.errors import NotecaseError, reason_name
 from notecase_server.store import postgres as postgres_store
-from notecase_server.store.contract import CommandId, Commit, Committed, Query, Quotas, Scope, StoreOpenError
+from notecase_server.store.contract import (
+    CommandId,
+    Commit,
+    Committed,
+    Query,
+    Quotas,
+    Scope,
+    SessionKey,
+    StoreOpenError,
+)
 from notecase_server.store.postgres import PostgresStore
 from notecase_server.store.postgres_commit import CommitTables
 from notecase_server.store.postgres_tables import PostgresTables
@@ -317,7 +329,7 @@ async def test_a_deadlock_with_somebody_else_is_tried_again(store: PostgresStore
     await beside.execute("SET deadlock_timeout = '10min'; BEGIN; SELECT FROM states FOR UPDATE")
     writing = asyncio.create_task(store._write(step))
     await held.wait()
-    blocked = asyncio.create_task(beside.execute("UPDATE owner SET counter = counter"))
+    blocked = asyncio.create_task(beside.execute("SELECT FROM owner FOR UPDATE"))
     await waits_for_a_lock(store._pool)
     let_go.set()
     await blocked
@@ -400,7 +412,7 @@ async def test_an_answer_that_is_lost_is_of_a_commit_that_can_be_asked_about(url
         for number, (sync, passed) in enumerate([(1, False), (1, True), (2, False), (2, True)]):
             left = sync
 
-            def cut(kind: str, body: bytes, passed: bool = passed) -> None:
+            def cut(kind: str, body: bytes, passed: bool = passed) -> asyncio.Event | None:
                 nonlocal left
                 left -= kind == "S"
                 if not left and kind == "S":
@@ -408,6 +420,7 @@ async def test_an_answer_that_is_lost_is_of_a_commit_that_can_be_asked_about(url
                         asyncio.get_running_loop().call_soon(proxy.cut)
                     else:
                         proxy.cut()
+                return None
 
             proxy.asked = cut
             with refused("STORE_UNAVAILABLE"):
@@ -419,6 +432,87 @@ async def test_an_answer_that_is_lost_is_of_a_commit_that_can_be_asked_about(url
             made.add(found is not None)
             assert (sync, passed) == (2, True) or found is None
         await add(store, said("last"))
+        await store.close()
+
+
+@pytest.mark.parametrize("new", [False, True], ids=["of a session", "of a new session"])
+async def test_a_commit_that_was_said_not_to_be_made_is_never_made(url: str, clock: ManualClock, new: bool) -> None:
+    """Although its statement reaches the database after it was asked about."""
+    async with PostgresProxy(url) as proxy:
+        store = await PostgresStore.open(proxy.url, clock, connections=2)
+        await create(store, session_key("acme", "another"))
+        if not new:
+            await create(store)
+        commit = Commit(key=KEY, id="late", create=v1.Session() if new else None, events=[said("m1")])
+        late, syncs = asyncio.Event(), 0
+
+        def hold(kind: str, body: bytes) -> asyncio.Event | None:
+            nonlocal syncs
+            syncs += kind == "S"
+            return late if kind == "S" and syncs == 2 else None
+
+        proxy.asked = hold
+        with refused("STORE_UNAVAILABLE"):
+            await store.commit(commit)
+        fence = store.fence
+        assert await store.find_commit(KEY, "late") is None
+        assert fence + 1 == store.fence
+        proxy.ended.clear()
+        late.set()
+        await proxy.ended.wait()
+        assert new == (await store.get_session(KEY) is None)
+        assert [] == await store.read_events(KEY, 0)
+        await store.commit(commit)
+        assert 1 == len(await store.read_events(KEY, 0))
+        await store.close()
+
+
+async def test_commits_whose_connections_are_cut_at_random_are_made_once(url: str, clock: ManualClock) -> None:
+    """As long as each is asked about, and repeated when it was not made."""
+    chance, cuts = random.Random(0), 0
+
+    def cut(kind: str, body: bytes) -> asyncio.Event | None:
+        nonlocal cuts
+        if cuts < 20 and chance.random() < 0.04:
+            cuts += 1
+            if chance.random() < 0.5:
+                proxy.cut()
+            else:
+                asyncio.get_running_loop().call_soon(proxy.cut)
+        return None
+
+    async with PostgresProxy(url) as proxy:
+        store = await PostgresStore.open(proxy.url, clock, connections=4)
+        keys = [session_key("acme", f"s{number}") for number in range(4)]
+        for key in keys:
+            await create(store, key)
+
+        async def surely(ask: Callable[[], Awaitable[Any]]) -> Any:
+            while True:
+                try:
+                    return await ask()
+                except NotecaseError as error:
+                    assert "STORE_UNAVAILABLE" == reason_name(error.reason)
+
+        async def write(key: SessionKey) -> None:
+            for number in range(12):
+                commit = Commit(key=key, id=f"{number}", events=[said(f"m{number}")])
+                made = None
+                while made is None:
+                    try:
+                        made = await store.commit(commit)
+                    except NotecaseError:
+                        made = await surely(partial(store.find_commit, key, commit.id))
+                assert number + 1 == made.session.last_sequence
+
+        proxy.asked = cut
+        await asyncio.gather(*map(write, keys))
+        proxy.asked = lambda kind, body: None
+        assert 20 == cuts
+        for key in keys:
+            log = await surely(partial(store.read_events, key, 0))
+            assert [f"m{number}" for number in range(12)] == [event.message_added.name for event in log]
+        assert not store.fenced.is_set()
         await store.close()
 
 

@@ -9,6 +9,7 @@ import asyncio
 import struct
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 from urllib.parse import parse_qs, urlsplit
@@ -24,8 +25,11 @@ class PostgresProxy:
         parts = urlsplit(url)
         self.trips = 0
         """Messages of ASKS that clients have sent."""
-        self.asked: Callable[[str, bytes], None] = lambda kind, body: None
-        """Is called with each message of a client, its kind and its body, before it is passed on."""
+        self.asked: Callable[[str, bytes], asyncio.Event | None] = lambda kind, body: None
+        """Is called with each message of a client, its kind and its body, before it is passed on. Where it returns an
+        event, the client's connection is cut, and the message is passed on all the same once the event is set."""
+        self.ended = asyncio.Event()
+        """Set when a connection has come to its end at the server, too."""
         self._upstream = f"{parse_qs(parts.query)['host'][0]}/.s.PGSQL.5432"
         self._folder = tempfile.TemporaryDirectory(prefix="notecase-proxy-")
         self.url = f"postgresql://postgres@{parts.path}?host={self._folder.name}"
@@ -56,14 +60,16 @@ class PostgresProxy:
         self._writers |= {writer, up_writer}
         try:
             async with asyncio.TaskGroup() as both:
-                both.create_task(self._read_client(reader, up_writer))
+                both.create_task(self._read_client(reader, writer, up_writer))
                 both.create_task(self._pass_on(up_reader, writer))
         finally:
-            for each in (writer, up_writer):
-                self._writers.discard(each)
-                each.transport.abort()
+            self._writers -= {writer, up_writer}
+            up_writer.transport.abort()
+            self.ended.set()
 
-    async def _read_client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _read_client(
+        self, reader: asyncio.StreamReader, client: asyncio.StreamWriter, writer: asyncio.StreamWriter
+    ) -> None:
         startup = True
         try:
             while True:
@@ -73,17 +79,18 @@ class PostgresProxy:
                 body = await reader.readexactly(struct.unpack("!i", length)[0] - 4)
                 startup = startup and body[:4] == struct.pack("!i", 80877103)  # an offer of TLS, which is declined
                 self.trips += kind in ASKS
-                self.asked(kind, body)
+                late = self.asked(kind, body)
+                if late is not None:
+                    client.transport.abort()
+                    await late.wait()
                 writer.write(kind.encode() + length + body)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
-            writer.transport.abort()
+            writer.write_eof()  # what was sent arrives
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
+        with suppress(ConnectionError):
             while data := await reader.read(1 << 16):
-                writer.write(data)
-                await writer.drain()
-        except ConnectionError:
-            pass  # a side has gone
+                if not writer.is_closing():
+                    writer.write(data)
         writer.transport.abort()

@@ -1,10 +1,12 @@
-"""The Python client of notecase: `Client` to talk to a server, `v1` for every message and stub of the API."""
+"""The Python client of notecase: `Client` for programs with asyncio, `notecase.sync.Client` for those without, and `v1`
+with all messages and stubs of the API."""
 
 from notecase import v1
 from notecase.client import Client, RunWaiting
 from notecase.commands import Commands
 from notecase.connection import Token
 from notecase.errors import NotecaseError, Resource, Violation
+from notecase.reply import Reply
 from notecase.retry import Retry
 from notecase.stream import RunStream
 from notecase.tools import Tool
@@ -18,6 +20,7 @@ __all__ = [
     "Gap",
     "NotecaseError",
     "Plain",
+    "Reply",
     "Resource",
     "Retry",
     "RunStream",

@@ -1,8 +1,7 @@
-"""Answers the calls that a run dispatches to its caller: each once, several at once, beside the stream that tells of
-them."""
+"""Executes the calls that a run dispatches to its caller, each once and several at once, in tasks beside the stream."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,8 +11,8 @@ from notecase.errors import NotecaseError
 from notecase.tools import Tool
 
 REMEMBERED = 1000
-"""Calls whose answer is remembered. One is told again within moments, by another stream of the process or by the same
-after a broken connection."""
+"""How many calls are remembered as answered. A call is reported again within moments, by another stream of the process
+or by the same one after a broken connection."""
 
 _SETTLED = frozenset({"CALL_NOT_PENDING", "REQUEST_ID_REUSED"})
 """The call has an outcome already: by another process that has the function too, or by a cancel."""
@@ -36,7 +35,7 @@ class _Turn:
 
 
 class Turns:
-    """What keeps two streams of one client from executing the same call; the one that came second stands by."""
+    """Keeps two streams of one client from executing the same call; the second waits for the first."""
 
     def __init__(self) -> None:
         self._turns: dict[_Key, _Turn] = {}
@@ -48,23 +47,20 @@ class Turns:
 
 
 class Calls:
-    """The calls that one stream has functions for."""
+    """Executes the calls of one stream."""
 
-    def __init__(
-        self, tools: Mapping[str, Tool], commands: Commands, turns: Turns, failed: Callable[[BaseException], None]
-    ) -> None:
-        """`failed` is told of an answer that could not be sent."""
-        self._tools = tools
+    def __init__(self, commands: Commands, turns: Turns, failed: Callable[[BaseException], None]) -> None:
+        """`failed` is called with the error of an answer that could not be sent."""
         self._commands = commands
         self._turns = turns
         self._failed = failed
         self._told: set[_Key] = set()
         self._tasks: dict[str, tuple[asyncio.Task[None], _Turn]] = {}
 
-    def begin(self, run: str, call: v1.ToolCall) -> None:
-        """Executes a dispatched call, if there is a function of its name and it was not told before."""
-        tool, key = self._tools.get(call.tool), _Key(run, call.call_id, call.attempt)
-        if tool is None or key in self._told:
+    def begin(self, run: str, call: v1.ToolCall, tool: Tool) -> None:
+        """Executes a dispatched call by a function, unless it was begun before."""
+        key = _Key(run, call.call_id, call.attempt)
+        if key in self._told:
             return
         self._told.add(key)
         turn = self._turns.of(key)
@@ -73,14 +69,14 @@ class Calls:
         task.add_done_callback(lambda done: self._done(call.call_id, done))
 
     def end(self, call_id: str) -> None:
-        """The call has its outcome, from here or from elsewhere: what still works on it is cancelled."""
+        """Cancels what still works on a call that has its outcome, from here or from elsewhere."""
         if call_id in self._tasks:
             task, turn = self._tasks[call_id]
             turn.answered = True
             task.cancel()
 
     async def close(self) -> None:
-        """Cancels what is under way and waits until it is gone. A thread cannot be cancelled, and is not waited for."""
+        """Cancels the calls under way and waits for their end. Threads cannot be cancelled, and are not waited for."""
         tasks = [task for task, _ in self._tasks.values()]
         for task in tasks:
             task.cancel()

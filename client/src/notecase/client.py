@@ -1,61 +1,78 @@
-"""One connection to a notecase server: every call typed, and the few made all the time in a line each."""
+"""The client of a notecase server: all calls as typed stubs, and the common ones as methods."""
 
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from os import PathLike
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import grpc
+from google.protobuf.field_mask_pb2 import FieldMask
 
 from notecase import v1
+from notecase.agents import Local, message, split
 from notecase.calls import Turns
 from notecase.commands import Commands
 from notecase.connection import Connection, Token
-from notecase.content import Contents
-from notecase.errors import NotecaseError
+from notecase.errors import as_written
+from notecase.hints import dump, of_output
+from notecase.names import Named, OnBusy, choice, name_of
+from notecase.pages import Listing, each
+from notecase.reply import Reply
 from notecase.retry import Retry, repeat
-from notecase.stream import RunStream, waits_for_others
+from notecase.sessions import Sessions
+from notecase.stream import RunStream
 from notecase.tools import Tool, as_tools
-from notecase.values import Plain, from_value, to_message, to_value
+from notecase.values import Plain, to_message, to_values
+
+if TYPE_CHECKING:
+    from notecase.content import Contents
 
 
 class RunWaiting(Exception):
-    """What `Client.invoke` raises when its run waits for a person, or for a tool in another process.
+    """Raised by `Client.invoke` when its run waits for a person, or for a tool in another process.
 
-    It is no failure: the run goes on once it is answered, `attach(error.run.name)` follows it to its reply."""
+    The run has not failed. It continues once it is answered, and `attach(error.run)` follows it to its reply."""
 
     def __init__(self, run: v1.Run) -> None:
         super().__init__(f"{run.name} waits for an answer")
         self.run = run
-        """As it was then: see its `pending_inputs` and `pending_calls`."""
+        """The run as it was then, with its `pending_inputs` and `pending_calls`."""
 
 
-class Client(Commands):
-    """A client of one server, for the event loop it is made in: `async with Client("127.0.0.1:7420") as client`.
+class Client(Commands, Sessions):
+    """A client of one server, for the event loop in which it is made:
 
-    `agents`, `sessions`, `state`, `messages`, `runs`, `blobs`, `keys`, `tenants` and `server` are the generated stubs:
-    each call takes its `v1` request, and `timeout=` (seconds) or `metadata=` where wanted, raises `NotecaseError`, and
-    is made once. What they return is awaited or iterated like grpc's own calls, but is no instance of their classes.
+        async with Client("127.0.0.1:7420") as client:
+            reply = await client.invoke("Where is the violin?", agent="detective")
 
-    The methods here are short for the calls made most. They send a request_id, a command_id or a run_id, so that they
-    are safe to repeat, and are repeated as `retry` says while the connection is broken or the server is away. To
-    bound one in time, use `asyncio.timeout`. Those inherited from `Commands` speak to a run by its name, such as
-    `client.approve(run.name, run.pending_inputs[0].input_id)`.
+    The methods make the common calls. Each sends a request_id, a command_id or a run_id, so that a repeat has no second
+    effect, and is repeated as `retry` says while the connection is broken or the server is away; `asyncio.timeout`
+    bounds it in time. The methods of `Commands` speak to a run, for example
+    `client.approve(run, run.pending_inputs[0].input_id)`. Agents, sessions and users are named by their id
+    ("detective"), by their name ("agents/detective"), or by the message that the service returned for them.
 
-    `token` is sent with every call: a key, or the token of an identity provider. A function is asked for it before each
-    call, may be asynchronous, and returns at once what it has until that expires; a stream whose token has expired goes
-    on with the next one.
+    `agents`, `sessions`, `state`, `messages`, `runs`, `blobs`, `keys`, `audit`, `tenants` and `server` are generated
+    stubs. Each call takes its `v1` request and optionally `timeout=` (seconds) or `metadata=`, raises `NotecaseError`,
+    and is not repeated. Its result is awaited or iterated like grpc's own calls, but is not an instance of their
+    classes.
 
-    On this machine the connection is plain text, and by TLS with `ca`, a file of certificates as PEM, or its bytes.
-    Beyond it the connection is by TLS: with `ca`, or by the authorities that grpc knows. `plaintext` makes it plain
-    text there too, `token` included. `credentials` are grpc's own and stand for all of this, for example with a client
+    `token` is sent with every call: a key, or the token of an identity provider. A function is called for it before
+    each call; it may be asynchronous, and should return the same token until that expires. A stream whose token has
+    expired continues with the next one.
+
+    On this machine the connection is plain text, or TLS when `ca` is given: a file of certificates in PEM, or its
+    bytes. To other machines the connection is TLS, with `ca` or with the authorities that grpc knows; `plaintext` makes
+    it plain text, `token` included. `credentials` are grpc's own and replace all of this, for example with a client
     certificate: `grpc.ssl_channel_credentials(ca, key, certificate)`.
 
-    Without `target`, `token` and `ca` there are NOTECASE_ADDRESS, NOTECASE_TOKEN and NOTECASE_CA; without these, the
-    server is looked for at 127.0.0.1:7420. `options` are grpc channel options and win over the client's own.
+    `target` is HOST:PORT, or HOST for port 7420. Without `target`, `token` and `ca` the variables NOTECASE_ADDRESS,
+    NOTECASE_TOKEN and NOTECASE_CA are used, and then 127.0.0.1:7420. `options` are grpc channel options and override
+    the client's own.
 
-    Raises ValueError for a token that cannot be sent, OSError for a file of `ca` that cannot be read.
+    Raises ValueError for a target that is not an address and for a token that cannot be sent, OSError for a file of
+    `ca` that cannot be read.
     """
 
     def __init__(
@@ -84,9 +101,20 @@ class Client(Commands):
         self.keys = v1.KeyServiceStub(channel)
         self.audit = v1.AuditServiceStub(channel)
         self.tenants = v1.TenantServiceStub(channel)
-        self._contents = Contents(self.blobs, self._retry)
         self._turns = Turns()
+        self._local: dict[str, Local] = {}
         super().__init__(self.runs, self._retry)
+
+    @cached_property
+    def _contents(self) -> "Contents":
+        from notecase.content import Contents  # noqa: PLC0415 - most programs need none, and it takes 3 ms
+
+        return Contents(self.blobs, self._retry)
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT of the server."""
+        return self._connection.address
 
     async def __aenter__(self) -> Self:
         return self
@@ -97,96 +125,71 @@ class Client(Commands):
         await self.close()
 
     async def close(self) -> None:
-        """Closes the connection and every call on it; runs go on in the server. May be called twice."""
+        """Closes the connection and every call on it. Runs continue in the server. May be called twice."""
         await self._connection.close()
 
-    async def create_session(
+    async def put_agent(
         self,
-        agent: str = "",
+        agent: str,
+        instruction: str = "",
         *,
-        session_id: str = "",
-        user: str = "",
+        tools: Iterable[Callable[..., Any] | Tool | v1.Tool] = (),
+        output: Any = None,
+        model: str = "",
+        provider: str = "",
+        generation: v1.Generation | Mapping[str, Any] | None = None,
+        context: v1.Context | Mapping[str, Any] | None = None,
+        max_model_calls: int = 0,
+        fallbacks: Iterable[v1.Fallback] = (),
+        output_key: str = "",
         display_name: str = "",
+        description: str = "",
         labels: Mapping[str, str] | None = None,
-        state: Mapping[str, Plain] | None = None,
-    ) -> v1.Session:
-        """Opens a session; `state` are its first notes.
+    ) -> v1.Agent:
+        """Creates an agent, or makes its next revision when something differs from what it is.
 
-        Raises NotecaseError ALREADY_EXISTS when the id is taken, AGENT_NOT_FOUND when its agent is missing."""
-        request = v1.CreateSessionRequest(
-            session_id=session_id,
-            session=v1.Session(agent=agent, user=user, display_name=display_name, labels=labels),
-            state=_values(state),
+            def search(what: str) -> list[str]:
+                \"""Searches yesterday's papers.\"""
+
+            await client.put_agent("detective", "You are a detective.", tools=[search])
+
+        Functions in `tools` are declared by the agent, and this client executes their calls in every run that it starts
+        with the agent: see `Tool`. A `v1.Tool` declares what the server runs. `output` is a dataclass, a TypedDict or a
+        pydantic model: replies are JSON of that type, and `Reply.parsed` reads them as such in this client.
+        `generation` and `context` may be given by their fields: `generation={"temperature": 0.2}`. `instruction` is a
+        template over state; for this and the rest see `v1.LlmAgent` and `v1.Agent`.
+
+        Raises TypeError for a function or an output that has no JSON Schema, and NotecaseError TEMPLATE_ERROR and
+        INVALID_FIELD for what the server refuses."""
+        definitions, local = split(tools, output)
+        llm = v1.LlmAgent(
+            model=model,
+            instruction=instruction,
+            tools=definitions,
+            generation=message(v1.Generation, generation),
+            context=message(v1.Context, context),
+            output_schema=dump(local.output.schema) if local.output else "",
+            max_model_calls=max_model_calls,
+            provider=provider,
+            fallbacks=fallbacks,
+        )
+        request = v1.UpdateAgentRequest(
+            agent=v1.Agent(
+                name=name_of(agent, "agents"),
+                display_name=display_name,
+                description=description,
+                llm=llm,
+                output_key=output_key,
+                labels=labels,
+            ),
+            update_mask=FieldMask(paths=["*"]),
+            allow_missing=True,
             request_id=uuid.uuid4().hex,
         )
-        return await repeat(self._retry, lambda: self.sessions.CreateSession(request))
-
-    async def fork(self, session: str, at_sequence: int | None = None, *, session_id: str = "") -> v1.Session:
-        """Makes a new session of the log up to a sequence, the head by default; what it was then, it is there.
-
-        Raises NotecaseError SESSION_NOT_FOUND, SEQUENCE_AHEAD beyond the head, ALREADY_EXISTS when the id is taken."""
-        request = v1.ForkSessionRequest(
-            name=session, at_sequence=at_sequence, session_id=session_id, request_id=uuid.uuid4().hex
-        )
-        return await repeat(self._retry, lambda: self.sessions.ForkSession(request))
-
-    async def rewind(self, session: str, to_sequence: int) -> v1.Session:
-        """Takes a session back to a sequence: messages since are superseded, and its state is as it was.
-
-        Raises NotecaseError RUN_ACTIVE while a run is under way or queued, SESSION_NOT_FOUND, SEQUENCE_AHEAD, and
-        INVALID_FIELD for a sequence that a rewind left behind."""
-        request = v1.RewindSessionRequest(name=session, to_sequence=to_sequence, request_id=uuid.uuid4().hex)
-        return await repeat(self._retry, lambda: self.sessions.RewindSession(request))
-
-    async def export_session(self, session: str, *, with_blobs: bool = True) -> AsyncIterator[bytes]:
-        """The session as a file, in pieces: `async for piece in client.export_session(name)`. Without its blobs it can
-        be imported only where they are.
-
-        Raises NotecaseError SESSION_NOT_FOUND, and RUN_ACTIVE while a run is under way or queued."""
-        async for response in self.sessions.ExportSession(v1.ExportSessionRequest(name=session, with_blobs=with_blobs)):
-            yield response.chunk
-
-    async def import_session(self, pieces: Iterable[bytes], *, session_id: str = "") -> v1.Session:
-        """Makes a session of such a file, given in pieces of at most 1 MiB, once the server has all of it.
-
-        Raises NotecaseError ALREADY_EXISTS when the id is taken, IMPORT_INVALID when the file is not whole."""
-        header = v1.ImportHeader(session_id=session_id, request_id=uuid.uuid4().hex)
-
-        async def frames() -> AsyncIterator[v1.ImportSessionRequest]:
-            yield v1.ImportSessionRequest(header=header)
-            for piece in pieces:
-                yield v1.ImportSessionRequest(chunk=piece)
-
-        return await self.sessions.ImportSession(frames())
-
-    async def get_state(self, owner: str, *keys: str, at_sequence: int = 0) -> dict[str, Any]:
-        """State as Python values: the keys named, those that do not exist left out, or all of it.
-
-        `owner` is sessions/{session}, users/{user} or app; with `at_sequence` a session's state is read as it was then.
-        All of a large state is read in pages, between which it may change. Raises NotecaseError SESSION_NOT_FOUND,
-        SEQUENCE_AHEAD."""
-        request = v1.GetStateRequest(name=f"{owner}/state", keys=keys, page_size=1000, at_sequence=at_sequence)
-        values: dict[str, Any] = {}
-        while True:
-            page = await repeat(self._retry, lambda: self.state.GetState(request))
-            values.update((key, from_value(entry.value)) for key, entry in page.entries.items())
-            request.page_token = page.next_page_token
-            if not request.page_token:
-                return values
-
-    async def put_state(self, owner: str, key: str, value: Plain, *, if_version: int | None = None) -> v1.StateEntry:
-        """Sets one key of sessions/{session}, users/{user} or app.
-
-        With `if_version` only if the key has that version, 0 for none; otherwise NotecaseError STATE_VERSION_MISMATCH
-        with the current one in `metadata["version"]`."""
-        request = v1.PutStateRequest(
-            name=f"{owner}/state",
-            key=key,
-            value=to_value(value),
-            if_version=if_version,
-            request_id=uuid.uuid4().hex,
-        )
-        return await repeat(self._retry, lambda: self.state.PutState(request))
+        with as_written("agent.llm.", "agent."):
+            put = await repeat(self._retry, lambda: self.agents.UpdateAgent(request))
+        self._local[put.name] = local
+        return put
 
     async def upload(
         self, content: bytes | str | PathLike[str], media_type: str = "", *, filename: str = "", upload_id: str = ""
@@ -195,166 +198,192 @@ class Client(Commands):
 
             plan = await client.upload("plan.pdf")
             await client.put_state(session, "plan", plan)
-            await client.invoke(session, v1.Message(parts=[v1.Part(text="What is this?"), v1.Part(blob=plan)]))
+            ask = v1.Message(parts=[v1.Part(text="What is this?"), v1.Part(blob=plan)])
+            await client.invoke(ask, session=session)
 
-        Of a file, the media type is guessed from its name unless given, and the name is the filename. It is read and
-        sent in pieces; a broken connection costs only what had not arrived. With an `upload_id` of your own an upload
-        goes on even in another process.
+        For a file, the name is the default `filename`, and the default media type is guessed from it. The content is
+        read and sent in pieces, and after a broken connection only the missing ones are sent. With an `upload_id` of
+        your own another process can continue the upload.
 
-        Raises OSError for a file that cannot be read, ValueError when there is no media type to be told, and
-        NotecaseError PAYLOAD_TOO_LARGE, or UPLOAD_OFFSET_MISMATCH when somebody else sends under the same id."""
+        Raises OSError for a file that cannot be read, ValueError when the media type is neither given nor known, and
+        NotecaseError PAYLOAD_TOO_LARGE, or UPLOAD_OFFSET_MISMATCH when somebody else uploads under the same id."""
         return await self._contents.upload(content, media_type, filename=filename, upload_id=upload_id)
 
     def download(self, blob: str | v1.Blob, offset: int = 0, limit: int = 0) -> AsyncIterator[bytes]:
-        """The content of a blob, by the blob or its name, in pieces of at most 2 MiB: from `offset` on, at most `limit`
-        bytes unless it is 0. A broken connection is made again where it broke.
+        """Yields the content of a blob, given by itself or by name, in pieces of at most 2 MiB: from `offset` on, and
+        at most `limit` bytes unless it is 0. After a broken connection it continues where it stopped.
 
             async for piece in client.download(blob):
                 file.write(piece)
 
-        Raises NotecaseError BLOB_NOT_FOUND; at the end of the whole of it BLOB_CORRUPT, when it is not what its name
-        says."""
+        Raises NotecaseError BLOB_NOT_FOUND, and BLOB_CORRUPT at the end of a whole content whose SHA-256 is not that of
+        its name."""
         return self._contents.download(blob, offset, limit)
 
     def run(
         self,
-        session: str = "",
         *said: str | v1.Message,
-        agent: str = "",
+        agent: str | v1.Agent = "",
+        session: str | v1.Session = "",
         state: Mapping[str, Plain] | None = None,
-        run_id: str = "",
         tools: Iterable[Callable[..., Any] | Tool] = (),
-        on_busy: v1.StartRun.OnBusy.ValueType = v1.StartRun.ON_BUSY_REJECT,
-        limits: v1.Limits | None = None,
+        output: Any = None,
+        model: str | None = None,
+        instruction: str | None = None,
+        generation: v1.Generation | Mapping[str, Any] | None = None,
+        on_busy: OnBusy = "reject",
+        limits: v1.Limits | Mapping[str, Any] | None = None,
         cancel_after: float | None = None,
         rewind_to: int | None = None,
+        run_id: str = "",
         options: v1.WatchOptions | None = None,
     ) -> RunStream:
         """Starts a run when entered, and follows it to its end.
 
-        `said` is what the user says, texts or messages; none, where the session's history ends with something to
-        answer. Without `session` a new one is opened for `agent`; with it, `agent` may name another than the
-        session's. `state` is put into the session in the same commit. A `run_id` of your own makes the start the same
-        across processes.
+            async with client.run("Where is the violin?", agent="detective") as run:
+                async for text in run.text():
+                    print(text, end="")
 
-        `tools` are Python functions that the model may call in this run, executed here while the stream is iterated:
-        see `Tool`. `on_busy` says what to do when the session has a run; `limits` what this one may use. With
-        `cancel_after` the run is cancelled once no stream has been attached to it for so many seconds. `rewind_to`
-        takes the session back to that sequence in the same commit: without `said` to generate a reply anew, with it to
-        edit what was said.
+        `said` is what the user says, as texts or messages; it may be left out where the session's history ends with
+        something to answer. Without `session` a new one is opened for `agent`; with it, `agent` may be another than the
+        session's own. `state` is put into the session in the same commit. With a `run_id` of your own, a start that
+        another process repeats is the same run.
 
-        Raises TypeError for a function that cannot be a tool. Entering raises NotecaseError: RUN_ACTIVE when the
-        session has a run, AGENT_NOT_FOUND, SESSION_NOT_FOUND and so on."""
+        `tools` are functions that the model may call in this run besides its agent's, executed here while the stream is
+        iterated: see `Tool`; those that `put_agent` was given are executed, too. `output` is the type of
+        `RunStream.parsed` for an agent with an output that another program has put. `model`, `instruction` and
+        `generation` take the place of the agent's in this run.
+
+        `on_busy` says what to do when the session has a run: "reject", "queue", "interrupt" or "rollback"; `limits`
+        what this run may use. With `cancel_after` the run is cancelled once no stream has been attached to it for that
+        many seconds. `rewind_to` takes the session back to that sequence in the same commit: without `said` to generate
+        a reply again, with it to edit what was said.
+
+        Raises ValueError without agent and session, TypeError for a function that cannot be a tool. Entering raises
+        NotecaseError: RUN_ACTIVE when the session has a run, AGENT_NOT_FOUND, SESSION_NOT_FOUND and so on."""
+        agent, session = name_of(agent, "agents"), name_of(session, "sessions")
+        if not agent and not session:
+            raise ValueError("who is to answer? Name an agent, a session, or both: agent=…, session=…")
         functions = as_tools(tools)
+        declared = self._local.get(agent.partition("@")[0], Local()).tools
         start = v1.StartRun(
             session=session,
             agent=agent,
-            state=_values(state),
+            state=to_values(state),
             run_id=run_id or uuid.uuid4().hex,
             messages=map(to_message, said),
-            client_tools=[tool.definition for tool in functions.values() if tool.declare],
-            on_busy=on_busy,
-            limits=limits,
+            client_tools=[one.definition for name, one in functions.items() if one.declare and name not in declared],
+            on_busy=choice(v1.StartRun.OnBusy, on_busy),
+            limits=message(v1.Limits, limits),
             options=options,
             rewind_to_sequence=rewind_to,
         )
+        settings = v1.RunSettings(model=model, instruction=instruction, generation=message(v1.Generation, generation))
+        if settings.ListFields():
+            start.settings.CopyFrom(settings)
         if cancel_after is not None:
             start.disconnect.cancel_after.FromMilliseconds(round(cancel_after * 1000))
         if not session:  # named here, so that a repeat finds it
             start.new_session.name = f"sessions/{uuid.uuid4().hex}"
             start.new_session.agent = agent.partition("@")[0]
         first = v1.RunRequest(command_id=uuid.uuid4().hex, start=start)
-        return self._follow(first, functions.values())
+        return self._follow(first, functions.values(), output, self._local)
 
     def attach(
         self,
-        name: str,
+        name: str | Named,
         after_sequence: int | None = None,
         *,
         tools: Iterable[Callable[..., Any] | Tool] = (),
+        output: Any = None,
         options: v1.WatchOptions | None = None,
     ) -> RunStream:
         """Follows a run (sessions/{session}/runs/{run}) or a session that exists, when entered.
 
         Events begin after `after_sequence`, 0 for the whole log; without it, at the run's first event or at the
-        session's head. A session without a run under way ends the stream at its head, unless `options` say keep_open.
-        Calls of the `tools` that wait or come are executed here; attaching declares none.
+        session's newest. In a session without an active run the stream ends at the newest event, unless `options` has
+        keep_open. Pending and later calls of the `tools` are executed here, and no others; attaching declares none.
+        `output` is the type of `RunStream.parsed`.
 
         Raises TypeError for a function that cannot be a tool. Entering raises NotecaseError: SEQUENCE_AHEAD,
         SESSION_NOT_FOUND, RUN_NOT_FOUND."""
-        first = v1.RunRequest(attach=v1.AttachRun(name=name, after_sequence=after_sequence, options=options))
-        return self._follow(first, tools)
+        attach = v1.AttachRun(name=name_of(name, "sessions"), after_sequence=after_sequence, options=options)
+        return self._follow(v1.RunRequest(attach=attach), tools, output)
 
     async def invoke(
         self,
-        session: str = "",
         *said: str | v1.Message,
-        agent: str = "",
+        agent: str | v1.Agent = "",
+        session: str | v1.Session = "",
         state: Mapping[str, Plain] | None = None,
-        run_id: str = "",
         tools: Iterable[Callable[..., Any] | Tool] = (),
-        on_busy: v1.StartRun.OnBusy.ValueType = v1.StartRun.ON_BUSY_REJECT,
-        limits: v1.Limits | None = None,
+        output: Any = None,
+        model: str | None = None,
+        instruction: str | None = None,
+        generation: v1.Generation | Mapping[str, Any] | None = None,
+        on_busy: OnBusy = "reject",
+        limits: v1.Limits | Mapping[str, Any] | None = None,
         cancel_after: float | None = None,
         rewind_to: int | None = None,
-    ) -> v1.Message:
-        """Runs to the end and returns the reply: `run` without the watching, with the same arguments.
+        run_id: str = "",
+    ) -> Reply:
+        """Runs to the end and returns the reply. The arguments are those of `run`.
 
-        Raises NotecaseError as entering `run` does, with the run's own error when it fails, and with code CANCELLED
-        when it is cancelled; RunWaiting when it waits for a person or for a tool that was not handed in. Cancelling the
-        call leaves the run going on."""
-        functions = as_tools(tools)
+            reply = await client.invoke("Where is the violin?", agent="detective")
+            print(reply.text)
+            await client.invoke("And the bow?", session=reply.session)
+
+        Raises what `run` and entering it raise, NotecaseError with the run's error when it fails and with code
+        CANCELLED when it is cancelled, and RunWaiting when it waits for a person or for a tool that is not here.
+        Cancelling this call does not cancel the run."""
         stream = self.run(
-            session,
             *said,
             agent=agent,
+            session=session,
             state=state,
-            run_id=run_id,
-            tools=functions.values(),
+            tools=tools,
+            output=output,
+            model=model,
+            instruction=instruction,
+            generation=generation,
             on_busy=on_busy,
             limits=limits,
             cancel_after=cancel_after,
             rewind_to=rewind_to,
+            run_id=run_id,
             options=v1.WatchOptions(durable_only=True),
         )
         async with stream as run:
             async for _ in run:
                 if run.waits_for_others:
-                    # What was told may be long past, when the run existed, or not all of what it waits for.
+                    # The events may be old, where the run existed before, and may not show all that it waits for.
                     found = await self._get_run(run.name)
-                    if waits_for_others(found, functions):
+                    if run.cannot_answer(found):
                         raise RunWaiting(found)
-        if run.result.state == v1.Run.STATE_FAILED:
-            raise NotecaseError.from_proto(run.result.error)
-        if run.result.state == v1.Run.STATE_CANCELLED:
-            raise NotecaseError(grpc.StatusCode.CANCELLED, "", f"{run.name} was cancelled.")
-        return run.result.reply
+        return run.reply
 
-    async def waiting(self, session: str = "sessions/-") -> AsyncIterator[v1.Run]:
-        """The runs that wait for a person or a caller, of one session or of all, the last created first: see their
-        `pending_inputs` and `pending_calls`.
+    def list_agents(self) -> Listing[v1.Agent]:
+        """Iterates over the agents at their newest revision, by name: `async for agent in client.list_agents()`. Pages
+        are read as they are needed."""
+        return each(self._retry, self.agents.ListAgents, v1.ListAgentsRequest())
 
-            async for run in client.waiting():
-                for asked in run.pending_inputs:
-                    await client.deny(run.name, asked.input_id, "It is late.")
-
-        Raises NotecaseError SESSION_NOT_FOUND."""
-        request = v1.ListRunsRequest(parent=session, filter="state = WAITING")
-        while True:
-            page = await repeat(self._retry, lambda: self.runs.ListRuns(request))
-            for run in page.runs:
-                yield run
-            request.page_token = page.next_page_token
-            if not request.page_token:
-                return
-
-    def _follow(self, first: v1.RunRequest, tools: Iterable[Callable[..., Any] | Tool]) -> RunStream:
-        renews = self._connection.renews_token
-        return RunStream(self.runs, first, self._retry, tools=tools, turns=self._turns, renews_token=renews)
+    def _follow(
+        self,
+        first: v1.RunRequest,
+        tools: Iterable[Callable[..., Any] | Tool],
+        output: Any,
+        local: Mapping[str, Local] | None = None,
+    ) -> RunStream:
+        return RunStream(
+            self.runs,
+            first,
+            self._retry,
+            tools=tools,
+            output=None if output is None else of_output(output),
+            local=local,
+            turns=self._turns,
+            renews_token=self._connection.renews_token,
+        )
 
     async def _get_run(self, name: str) -> v1.Run:
         return await repeat(self._retry, lambda: self.runs.GetRun(v1.GetRunRequest(name=name)))
-
-
-def _values(plain: Mapping[str, Plain] | None) -> dict[str, v1.Value]:
-    return {key: to_value(value) for key, value in (plain or {}).items()}

@@ -1,4 +1,4 @@
-"""What can be said to a run from outside, by whoever may: from the process that started it or any other, days later."""
+"""Commands to a run, from the process that started it or from any other."""
 
 import uuid
 from collections.abc import Mapping
@@ -6,18 +6,20 @@ from typing import Any
 
 from notecase import v1
 from notecase.hints import dump
+from notecase.names import Named, Remember, When, choice, name_of
 from notecase.retry import Retry, repeat
 from notecase.tools import parts_of
 from notecase.values import to_message
 
 
 class Commands:
-    """Commands to a run, `sessions/{session}/runs/{run}`, or to a session's run under way, `sessions/{session}`.
+    """Commands to a run, `sessions/{session}/runs/{run}`, or to a session's run under way, `sessions/{session}`: by the
+    name, or by the `v1.Run` or `v1.Session` that the service returned.
 
-    Each returns the sequence of the log at which it was committed: a command that takes effect at once has it by then,
-    one that waits its turn (a follow-up) is durable and takes effect later. They are sent with a command_id and
-    repeated while the connection is broken, so each happens once. All raise NotecaseError SESSION_NOT_FOUND,
-    RUN_NOT_FOUND, and RUN_ENDED once the run has ended.
+    Each returns the sequence of the log at which it was committed. Most have taken effect by then; one that is queued,
+    such as a follow-up, is durable and takes effect later. They are sent with a command_id and repeated while the
+    connection is broken, without a second effect. All raise NotecaseError SESSION_NOT_FOUND, RUN_NOT_FOUND, and
+    RUN_ENDED once the run has ended.
     """
 
     def __init__(self, stub: "v1.RunServiceAsyncStub", retry: Retry) -> None:
@@ -26,95 +28,98 @@ class Commands:
 
     async def say(
         self,
-        name: str,
+        name: str | Named,
         *said: str | v1.Message,
-        when: v1.UserInput.When.ValueType = v1.UserInput.WHEN_STEER,
+        when: When = "steer",
     ) -> int:
-        """Says something to a run under way: WHEN_STEER before the next model call, WHEN_FOLLOW_UP when it would
-        otherwise end, WHEN_INTERRUPT now. Approvals and questions that wait are denied by it.
+        """Says something to a run under way: "steer" before the next model call, "follow_up" when it would otherwise
+        end, "interrupt" now. Approvals and questions that wait are denied by it.
 
-        Raises NotecaseError QUEUE_FULL when too much waits."""
-        said_then = v1.UserInput(messages=map(to_message, said), when=when)
+        Raises NotecaseError QUEUE_FULL when too many commands are queued."""
+        said_then = v1.UserInput(messages=map(to_message, said), when=choice(v1.UserInput.When, when))
         return await self.send(name, v1.RunRequest(input=said_then))
 
     async def approve(
         self,
-        name: str,
+        name: str | Named,
         input_id: str,
         arguments: str | Mapping[str, Any] | None = None,
         *,
-        remember: v1.InputResponse.Remember.ValueType = v1.InputResponse.REMEMBER_ONCE,
+        remember: Remember = "once",
     ) -> int:
-        """Lets a call run, with other `arguments` than the model's where given: JSON text, or what becomes it. Of a
-        call that was interrupted: runs it again.
+        """Lets a call run, with other `arguments` than the model's where given: JSON text, or a mapping. An interrupted
+        call is run again.
 
-        With REMEMBER_RUN or REMEMBER_SESSION the tool's further calls there are approved too. Raises NotecaseError
-        INPUT_NOT_PENDING when somebody answered before."""
+        With `remember` "run" or "session" the tool's further calls there are approved too. Raises NotecaseError
+        INPUT_NOT_PENDING when it was answered before."""
         edited = arguments if isinstance(arguments, str) else "" if arguments is None else dump(dict(arguments))
         response = v1.InputResponse(
             input_id=input_id,
             decision=v1.InputResponse.DECISION_APPROVE,
             edited_arguments=edited,
-            remember=remember,
+            remember=choice(v1.InputResponse.Remember, remember),
         )
         return await self.send(name, v1.RunRequest(input_response=response))
 
     async def deny(
         self,
-        name: str,
+        name: str | Named,
         input_id: str,
         reason: str = "",
         *,
-        remember: v1.InputResponse.Remember.ValueType = v1.InputResponse.REMEMBER_ONCE,
+        remember: Remember = "once",
     ) -> int:
-        """Does not let a call run; the model is told the reason. Of a call that was interrupted: it failed.
+        """Refuses a call; the model reads the reason. An interrupted call has then failed.
 
-        `remember` and errors as in `approve`."""
+        `remember` and errors are those of `approve`."""
         response = v1.InputResponse(
-            input_id=input_id, decision=v1.InputResponse.DECISION_DENY, reason=reason, remember=remember
+            input_id=input_id,
+            decision=v1.InputResponse.DECISION_DENY,
+            reason=reason,
+            remember=choice(v1.InputResponse.Remember, remember),
         )
         return await self.send(name, v1.RunRequest(input_response=response))
 
-    async def answer(self, name: str, input_id: str, answer: str | Mapping[str, Any]) -> int:
-        """Answers a question, where it has a `schema` with JSON text or with what becomes it; of a call that was
-        interrupted, this is its result.
+    async def answer(self, name: str | Named, input_id: str, answer: str | Mapping[str, Any]) -> int:
+        """Answers a question; one with a `schema` by JSON text or a mapping. For an interrupted call it is the result.
 
         Raises NotecaseError INVALID_FIELD for an answer that does not fit the schema; the question then stays open.
-        Other errors as in `approve`."""
+        Other errors are those of `approve`."""
         text = answer if isinstance(answer, str) else dump(dict(answer))
         response = v1.InputResponse(input_id=input_id, decision=v1.InputResponse.DECISION_ANSWER, answer=text)
         return await self.send(name, v1.RunRequest(input_response=response))
 
-    async def dismiss(self, name: str, input_id: str, reason: str = "") -> int:
-        """Closes a tool's question without a choice; `deny` declines it. Errors as in `approve`, and INVALID_FIELD for
-        what is no tool's question."""
+    async def dismiss(self, name: str | Named, input_id: str, reason: str = "") -> int:
+        """Closes a tool's question without an answer; `deny` declines it. Errors are those of `approve`, and
+        INVALID_FIELD when it is not a tool's question."""
         response = v1.InputResponse(input_id=input_id, decision=v1.InputResponse.DECISION_CANCEL, reason=reason)
         return await self.send(name, v1.RunRequest(input_response=response))
 
-    async def give_result(self, name: str, call_id: str, result: Any = None, *, error: str = "") -> int:
-        """Answers a call that was dispatched to callers (`Run.pending_calls`) by hand: with what a function of that
-        name would return, or with an error for the model to read.
+    async def give_result(self, name: str | Named, call_id: str, result: Any = None, *, error: str = "") -> int:
+        """Answers a call that was dispatched to callers (`Run.pending_calls`): with what a function of that name would
+        return, or with an error for the model to read.
 
-        The same result given again is no error. Raises NotecaseError CALL_NOT_PENDING or REQUEST_ID_REUSED when the
-        call has another outcome, TypeError or ValueError for a result that is not JSON."""
+        The same result may be given again. Raises NotecaseError CALL_NOT_PENDING or REQUEST_ID_REUSED when the call has
+        another outcome, TypeError or ValueError for a result that cannot be written as JSON."""
         parts = [] if error else parts_of(result)
         return await self.send_result(name, v1.ToolResult(call_id=call_id, result=parts, error=error))
 
-    async def cancel(self, name: str, reason: str = "", *, after_turn: bool = False, call_id: str = "") -> int:
-        """Stops the run and keeps what was generated; with `after_turn` once the calls under way have their results,
-        without asking the model again; with `call_id` only that call. The stream tells of it.
+    async def cancel(self, name: str | Named, reason: str = "", *, after_turn: bool = False, call_id: str = "") -> int:
+        """Stops the run and keeps what was generated. With `after_turn` it stops once the calls under way have their
+        results, and the model is not asked again; with `call_id` only that call is stopped.
 
         Raises NotecaseError CALL_NOT_PENDING for a call that has its outcome."""
         mode = v1.CancelCommand.MODE_AFTER_TURN if after_turn else v1.CancelCommand.MODE_IMMEDIATE
         return await self.send(name, v1.RunRequest(cancel=v1.CancelCommand(mode=mode, call_id=call_id, reason=reason)))
 
-    async def send_result(self, name: str, told: v1.ToolResult) -> int:
-        """Sends a tool's result under an id that is the call's own, so that a repeat by anybody is a duplicate."""
+    async def send_result(self, name: str | Named, told: v1.ToolResult) -> int:
+        """Sends a tool's result with a command_id made from the call's id, so that any repeat is a duplicate."""
         return await self.send(name, v1.RunRequest(command_id=f"result.{told.call_id}", tool_result=told))
 
-    async def send(self, name: str, command: v1.RunRequest) -> int:
-        """Sends any command; one without a command_id is given one."""
+    async def send(self, name: str | Named, command: v1.RunRequest) -> int:
+        """Sends any command, with a new command_id where it has none."""
         command.command_id = command.command_id or uuid.uuid4().hex
+        name = name_of(name, "sessions")
         session = "/".join(name.split("/")[:2])
         request = v1.SendCommandRequest(session=session, run=name if name != session else "", command=command)
         answer = await repeat(self._patience, lambda: self._stub.SendCommand(request))

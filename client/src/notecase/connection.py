@@ -1,23 +1,27 @@
-"""How a client reaches its server: in plain text or by TLS, and with a token for each call."""
+"""Connects a client to its server, in plain text or by TLS, and adds a token to each call."""
 
 import asyncio
-import ipaddress
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
-from pathlib import Path
 from typing import Any, Self, cast
 
 import grpc
 from grpc import aio
 
+from notecase.address import DEFAULT_ADDRESS, is_loopback, with_port
 from notecase.errors import NotecaseError
 
-DEFAULT_ADDRESS = "127.0.0.1:7420"
+log = logging.getLogger("notecase")
+
+TOLD_AFTER = 1.0
+"""Seconds after which the log says that the first connection is not made yet. gRPC itself waits 20 s for a host that
+does not answer."""
 
 Token = str | Callable[[], str | Awaitable[str]]
-"""A token, or what returns one that is valid now; it is asked for each call, and so it keeps its token until that
+"""A token, or a function that returns a valid one. It is called before each call, so it should keep a token until that
 expires."""
 
 _OPTIONS: Mapping[str, int] = {
@@ -29,7 +33,7 @@ _OPTIONS: Mapping[str, int] = {
 
 
 class Connection:
-    """One connection to a server. `channel` is for the stubs: its calls have the token, and raise NotecaseError."""
+    """One connection to a server. Stubs on its `channel` send the token and raise NotecaseError."""
 
     def __init__(
         self,
@@ -41,9 +45,11 @@ class Connection:
         plaintext: bool = False,
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
-        """See Client. Raises ValueError for a token that cannot be sent, or only in plain text, and OSError for a file
-        of `ca` that cannot be read."""
-        address = address or os.environ.get("NOTECASE_ADDRESS") or DEFAULT_ADDRESS
+        """See Client. Raises ValueError for what is not an address, and for a token that cannot be sent, or only in
+        plain text; OSError for a file of `ca` that cannot be read."""
+        if address is None:
+            address = os.environ.get("NOTECASE_ADDRESS") or DEFAULT_ADDRESS
+        self.address = address = with_port(address)
         if plaintext and (credentials or ca):
             raise ValueError("plaintext goes neither with ca nor with credentials")
         ca = ca or os.environ.get("NOTECASE_CA")
@@ -62,11 +68,11 @@ class Connection:
         self._channel = (
             aio.secure_channel(address, credentials, merged) if credentials else aio.insecure_channel(address, merged)
         )
-        self.channel = cast(aio.Channel, _Channel(self._channel, self._token))
+        self.channel = cast(aio.Channel, _Channel(self._channel, self._token, address))
 
     @property
     def renews_token(self) -> bool:
-        """Whether a call that is made again may have another token."""
+        """Whether a repeated call may have another token."""
         return callable(self._token)
 
     async def close(self) -> None:
@@ -74,24 +80,15 @@ class Connection:
         await self._channel.close()
 
 
-def is_loopback(address: str) -> bool:
-    """Whether what is sent to that address stays on this machine."""
-    if address.startswith("unix:"):
-        return True
-    host = address.rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def _pem(path: str | PathLike[str] | None) -> bytes | None:
-    """Returns a file's content; None where grpc is to take the authorities that it knows."""
+    """Returns a file's content, or None for the authorities that grpc knows."""
+    from pathlib import Path  # noqa: PLC0415 - needed with `ca` alone, and takes 3 ms
+
     return Path(path).read_bytes() if path else None
 
 
 def _bearer(token: str) -> tuple[str, str]:
-    """Returns the metadata that a call has a token by. Raises ValueError, which does not quote it."""
+    """Returns the metadata that carries a token. Raises ValueError, which does not quote it."""
     token = token.strip()  # a file that holds one often ends with a line's end
     if not token or not token.isascii() or not token.isprintable() or " " in token:
         raise ValueError("the token is empty, or holds what no token does: a space, or something other than ASCII")
@@ -99,13 +96,16 @@ def _bearer(token: str) -> tuple[str, str]:
 
 
 class _Channel:
-    """A channel as the stubs use it.
+    """The channel that the stubs use.
 
-    Not an interceptor: those put a task and a queue between caller and call, and lose the call's metadata. Nor are they
-    grpc's own call credentials, which need TLS on loopback too, and hide what a token's function raises."""
+    It does not use grpc's interceptors, which put a task and a queue between caller and call and lose the call's
+    metadata, nor grpc's call credentials, which need TLS on loopback too and hide what a token's function raises."""
 
-    def __init__(self, channel: aio.Channel, token: Token | None) -> None:
+    def __init__(self, channel: aio.Channel, token: Token | None, address: str) -> None:
         self._token = token
+        self._address = address
+        self._get_state = channel.get_state
+        self._used = False
         self.unary_unary = self._called(channel.unary_unary)
         self.unary_stream = self._called(channel.unary_stream)
         self.stream_unary = self._called(channel.stream_unary)
@@ -119,24 +119,33 @@ class _Channel:
         return multicallable
 
     def _call(self, method: Callable[..., Any], args: Iterable[Any], kwargs: dict[str, Any]) -> "_Call":
+        if not self._used:
+            self._used = True
+            asyncio.get_running_loop().call_later(TOLD_AFTER, self._tell)
         metadata = tuple(kwargs.pop("metadata", None) or ())
         if self._token is None or any(name == "authorization" for name, _ in metadata):
-            return _Call(method(*args, metadata=metadata, **kwargs))
+            return _Call(method(*args, metadata=metadata, **kwargs), self._address)
         token = self._token if isinstance(self._token, str) else self._token()
         if isinstance(token, str):
-            return _Call(method(*args, metadata=(*metadata, _bearer(token)), **kwargs))
+            return _Call(method(*args, metadata=(*metadata, _bearer(token)), **kwargs), self._address)
 
         def begin(token: str, timeout: float | None) -> Any:
             return method(*args, metadata=(*metadata, _bearer(token)), **{**kwargs, "timeout": timeout})
 
-        return _LateCall(token, begin, kwargs.get("timeout"))
+        return _LateCall(token, begin, kwargs.get("timeout"), self._address)
+
+    def _tell(self) -> None:
+        """Logs that the connection is not made yet. A connection that fails is logged where it is repeated."""
+        if self._get_state() in {grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING}:
+            log.warning("%s has not answered for %g s; still connecting.", self._address, TOLD_AFTER)
 
 
 class _Call:
-    """A call in progress: all that can raise is translated, the rest is grpc's."""
+    """Wraps a call of grpc's and raises its errors as NotecaseError."""
 
-    def __init__(self, call: Any) -> None:
+    def __init__(self, call: Any, address: str) -> None:
         self._call = call
+        self._address = address
         self._responses: AsyncIterator[Any] | None = None
 
     def __getattr__(self, name: str) -> Any:
@@ -147,7 +156,7 @@ class _Call:
 
     def __await__(self) -> Generator[Any, None, Any]:
         call = yield from self._begun().__await__()
-        with _translating():
+        with _translating(self._address):
             return (yield from call.__await__())
 
     def __aiter__(self) -> Self:
@@ -156,32 +165,34 @@ class _Call:
     async def __anext__(self) -> Any:
         if self._responses is None:
             self._responses = aiter(await self._begun())
-        with _translating():
+        with _translating(self._address):
             return await anext(self._responses)
 
     async def read(self) -> Any:
         call = await self._begun()
-        with _translating():
+        with _translating(self._address):
             return await call.read()
 
     async def write(self, request: Any) -> None:
         call = await self._begun()
-        with _translating():
+        with _translating(self._address):
             await call.write(request)
 
     async def wait_for_connection(self) -> None:
         call = await self._begun()
-        with _translating():
+        with _translating(self._address):
             await call.wait_for_connection()
 
 
 class _LateCall(_Call):
-    """A call that begins when it is first awaited, read or written, and once its token is there. Until then it can be
-    cancelled, and asked for nothing."""
+    """A call that starts when it is first awaited, read or written and its token has arrived. Before that it can only
+    be cancelled."""
 
-    def __init__(self, token: Awaitable[str], begin: Callable[[str, float | None], Any], seconds: float | None) -> None:
-        """`begin` makes the call with a token and what is left of the `seconds` that the caller allows."""
-        super().__init__(None)
+    def __init__(
+        self, token: Awaitable[str], begin: Callable[[str, float | None], Any], seconds: float | None, address: str
+    ) -> None:
+        """`begin` makes the call with a token and the time that is left of the caller's `seconds`."""
+        super().__init__(None, address)
         self._time = asyncio.get_running_loop().time
         self._due = None if seconds is None else self._time() + seconds
         self._token = asyncio.ensure_future(token)
@@ -210,8 +221,8 @@ class _LateCall(_Call):
 
 
 @contextmanager
-def _translating() -> Iterator[None]:
+def _translating(address: str) -> Iterator[None]:
     try:
         yield
     except aio.AioRpcError as error:
-        raise NotecaseError.from_rpc_error(error) from error
+        raise NotecaseError.from_rpc_error(error, address) from error

@@ -1,4 +1,4 @@
-"""Content on its way to a server and back, whatever breaks in between."""
+"""Uploads and downloads content, over broken connections."""
 
 import asyncio
 import hashlib
@@ -17,11 +17,11 @@ from notecase.errors import NotecaseError
 from notecase.retry import Backoff, Retry, repeat
 
 CHUNK_BYTES = 1 << 20
-"""What the server takes in one frame."""
+"""The most bytes that the server accepts in one frame."""
 
 
 class Contents:
-    """Uploads and downloads over one connection; a broken one is gone on with where it broke."""
+    """Uploads and downloads over one connection, and continues where a broken one stopped."""
 
     def __init__(self, blobs: "v1.BlobServiceAsyncStub", retry: Retry) -> None:
         self._blobs = blobs
@@ -62,7 +62,7 @@ class Contents:
                         await backoff.wait(error)
 
     async def _committed(self, upload_id: str) -> int:
-        """What the server has of an upload; 0 of none."""
+        """Returns how many bytes of an upload the server has."""
         request = v1.GetUploadRequest(upload_id=upload_id)
         try:
             upload = await repeat(self._retry, lambda: self._blobs.GetUpload(request))
@@ -108,7 +108,7 @@ async def _frames(first: v1.UploadBlobRequest, source: BinaryIO) -> AsyncIterato
 
 
 def _media_type(path: Path) -> str:
-    """What a file's name says of it; of a compressed one, how it is compressed."""
+    """Guesses a media type from a file's name; for a compressed file, that of the compression."""
     kind, encoding = mimetypes.guess_type(path)
     if encoding:
         return "application/gzip" if encoding == "gzip" else f"application/x-{encoding}"

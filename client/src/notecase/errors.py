@@ -1,11 +1,12 @@
-"""Every refusal and failure as one exception with a stable reason: `NotecaseError`.
+"""One exception with a stable reason for every refusal and failure: `NotecaseError`.
 
-It is no `grpc.RpcError`, because not all that fails is a call: a refused command and a failed run are data that carry
-the same facts. Where a call is behind it, its `RpcError` is the `__cause__`.
+It is not a `grpc.RpcError`, because a refused command and a failed run are data, not failed calls, and carry the same
+facts. Where a call failed, its `RpcError` is the `__cause__`.
 """
 
 import contextlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, Self
 
 import grpc
@@ -35,11 +36,11 @@ class Resource(NamedTuple):
 
 
 class NotecaseError(Exception):
-    """What the service refused or failed at, or why it could not be reached.
+    """The service refused a request or failed, or could not be reached.
 
-    `reason` is what programs decide by: a `v1.ErrorReason` without its prefix, such as "RUN_ACTIVE". It is empty when
-    the error was not made by the service: the connection broke, the deadline passed, or something else answered.
-    `code` is always set. `message` is for people. `retry_after` is in seconds, None where the service names no time.
+    Programs decide by `reason`: a `v1.ErrorReason` without its prefix, such as "RUN_ACTIVE". It is empty when the error
+    does not come from the service: the connection broke, the deadline passed, or something else answered. `code` is
+    always set. `message` is for people. `retry_after` is in seconds, or None.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class NotecaseError(Exception):
         return f"{self.reason or self.code.name}: {self.message}"
 
     @classmethod
-    def from_rpc_error(cls, error: grpc.RpcError) -> Self:
+    def from_rpc_error(cls, error: grpc.RpcError, address: str = "") -> Self:
         """Decodes what a stub raised, synchronous or not.
 
             try:
@@ -74,7 +75,8 @@ class NotecaseError(Exception):
             except grpc.RpcError as error:
                 raise NotecaseError.from_rpc_error(error) from error
 
-        Details that are absent, of an unknown type or do not decode are left out; this never fails."""
+        Details that are absent, of an unknown type or do not decode are left out; this never fails. With `address`, the
+        message of a server that cannot be reached names it."""
         decoded = cls(error.code(), "", error.details() or "")
         # What stands between us and the service may rewrite a status: then its code and words are all there is.
         with contextlib.suppress(ValueError, DecodeError):
@@ -82,6 +84,8 @@ class NotecaseError(Exception):
             status: status_pb2.Status | None = rpc_status.from_call(error)  # type: ignore[arg-type]
             for detail in status.details if status else ():
                 decoded._add(detail)
+        if address and decoded.code is grpc.StatusCode.UNAVAILABLE and not decoded.reason:
+            return cls(decoded.code, "", f"{address} cannot be reached: {_cause(decoded.message)}")
         return decoded
 
     @classmethod
@@ -104,3 +108,36 @@ class NotecaseError(Exception):
         elif detail.Is(error_details_pb2.RetryInfo.DESCRIPTOR):
             retry = error_details_pb2.RetryInfo.FromString(detail.value)
             self.retry_after = retry.retry_delay.ToTimedelta().total_seconds()
+
+
+@contextlib.contextmanager
+def as_written(*prefixes: str) -> Iterator[None]:
+    """Names the fields of a request as its caller wrote them: without the first of `prefixes` that fits. A caller of
+    a method with arguments does not see where in the request they stand."""
+    try:
+        yield
+    except NotecaseError as error:
+        if not error.violations:
+            raise
+        told = {_without(prefixes, one.field): one.description for one in error.violations}
+        message = "; ".join(f"{field}: {description}" for field, description in told.items())
+        raise NotecaseError(
+            error.code,
+            error.reason,
+            message if message.endswith(".") else f"{message}.",
+            metadata=error.metadata,
+            violations=[Violation(*one) for one in told.items()],
+            resource=error.resource,
+            retry_after=error.retry_after,
+        ) from error.__cause__
+
+
+def _without(prefixes: Iterable[str], field: str) -> str:
+    return next((field.removeprefix(prefix) for prefix in prefixes if field.startswith(prefix)), field)
+
+
+def _cause(details: str) -> str:
+    """The cause in what gRPC says of a connection: "failed to connect to all addresses; last error: UNKNOWN:
+    ipv4:127.0.0.1:7420: Failed to connect to remote host: Connection refused"."""
+    last = details.rpartition("last error: ")[2]
+    return re.sub(r"^[A-Z_]+: |(ipv4|ipv6|unix):\S+: ", "", last)

@@ -1,11 +1,12 @@
-"""Type hints as JSON Schema, and JSON as what the hints promise: what a model is told, and what a function is given."""
+"""Converts type hints to JSON Schema, and reads JSON into what the hints say. Client and server declare a function by
+this module, so that both give it one schema, and call it with the same values."""
 
 import dataclasses
 import inspect
 import json
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import suppress
 from enum import Enum
 from typing import Any, NamedTuple
@@ -15,8 +16,12 @@ Schema = dict[str, Any]
 _MISSING: Any = inspect.Parameter.empty
 
 
+PROBLEMS = 5
+"""How many mistakes in one value are reported at once. A model corrects all that it reads of, and needs no more."""
+
+
 class Mismatch(ValueError):
-    """A value that its hint does not allow; the message says where it is and what is wanted, for a model to read."""
+    """A value does not fit its hint. The message says where and why, in words that a model can act on."""
 
 
 class Kind(NamedTuple):
@@ -36,24 +41,59 @@ class Field(NamedTuple):
     default: Any = _MISSING
 
 
-def of_arguments(function: Callable[..., Any]) -> Kind:
-    """The arguments of a function as an object, read into a dict of keyword arguments.
+def of_arguments(function: Callable[..., Any], leave_out: Container[str] = ()) -> Kind:
+    """Describes the arguments of a function as one object, which is read into a dict of keyword arguments. Parameters
+    named in `leave_out` are not among them.
 
     Hints may be str, int, float, bool, None, Any, Literal, Enum, list[X], tuple[X, ...], dict[str, X], TypedDict, a
-    dataclass, unions of these, and Annotated[X, "what it is for"]. Raises TypeError for anything else, for an argument
-    without a hint, and for those that cannot be named: *args, **kwargs and positional-only ones."""
+    dataclass, unions of these, and Annotated[X, "a description"]. Any other hint is pydantic's, where that is
+    installed: a model, a date, Annotated[int, Field(ge=1)]. Raises TypeError for a hint that neither knows, for a
+    parameter without a hint, and for one that cannot be passed by name: *args, **kwargs and positional-only ones."""
     try:
         hints = typing.get_type_hints(function, include_extras=True)
     except NameError as error:
         raise TypeError(f"its type hints cannot be read: {error}") from error
     fields = []
     for name, parameter in inspect.signature(function).parameters.items():
+        if name in leave_out:
+            continue
         if parameter.kind not in {parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY}:
-            raise TypeError(f"a model gives arguments by name, which {parameter} does not take")
+            raise TypeError(f"a model passes arguments by name, which {parameter} does not take")
         if name not in hints:
             raise TypeError(f"{name} has no type hint")
         fields.append(Field(name, hints[name], parameter.default is _MISSING, parameter.default))
-    return _object(fields, dict, ())
+    return _rooted(_object(fields, dict, ()))
+
+
+def of_output(hint: Any) -> Kind:
+    """Describes what an agent replies: a TypedDict, a dataclass or a pydantic model. Raises TypeError for a hint that
+    `of_arguments` would not take, and for one whose JSON is not an object."""
+    kind = _rooted(_kind(hint, ()))
+    if reference := kind.schema.get("$ref"):  # providers want the object itself at the root
+        kind = kind._replace(
+            schema={**kind.schema["$defs"][reference.rpartition("/")[2]], "$defs": kind.schema["$defs"]}
+        )
+    if kind.schema.get("type") != "object":
+        raise TypeError(f"{_name(hint)} is not an object in JSON: use a dataclass, a TypedDict or a pydantic model")
+    return kind
+
+
+def _rooted(kind: Kind) -> Kind:
+    """Moves the definitions in a schema to its root, where references to them look."""
+    found: Schema = {}
+
+    def without(schema: Any) -> Any:
+        if isinstance(schema, list):
+            return [without(one) for one in schema]
+        if not isinstance(schema, dict):
+            return schema
+        for name, definition in schema.get("$defs", {}).items():
+            if found.setdefault(name, definition) != definition:
+                raise TypeError(f"two of its types have the name {name}")
+        return {key: without(held) for key, held in schema.items() if key != "$defs"}
+
+    schema = without(kind.schema)
+    return kind._replace(schema={**schema, "$defs": found} if found else schema)
 
 
 def parse(text: str) -> Any:
@@ -65,9 +105,10 @@ def parse(text: str) -> Any:
 
 
 def dump(value: Any) -> str:
-    """A value as JSON text: what JSON has, members of an Enum, and dataclasses.
+    """Writes a value as JSON text: what JSON has, members of an Enum, dataclasses, and what pydantic can write where it
+    is installed.
 
-    Raises TypeError or ValueError for anything else, NaN and the infinities among it."""
+    Raises TypeError or ValueError for anything else, including NaN and the infinities."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_plain)
 
 
@@ -76,19 +117,25 @@ def _plain(value: Any) -> Any:
         return value.value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    with suppress(ImportError, ValueError):
+        from notecase import pydantic_hints  # noqa: PLC0415 - an extra, and slow to import
+
+        if not isinstance(value, Iterator):  # which may have no end
+            return pydantic_hints.plain(value)
     raise TypeError(f"a {type(value).__name__} is not JSON")
 
 
 def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is no JSON number")
+    raise ValueError(f"{text} is not a JSON number")
 
 
 def _kind(hint: Any, within: tuple[Any, ...]) -> Kind:
     """`within` are the classes that the hint stands in."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
-        kind = _kind(inner[0], within)
         words = " ".join(word for word in inner[1:] if isinstance(word, str))
+        further = [one for one in inner[1:] if not isinstance(one, str)]
+        kind = _by_pydantic(hint) if further else _kind(inner[0], within)
         return Kind({**kind.schema, "description": words}, kind.read) if words else kind
     if origin in {typing.Required, typing.NotRequired}:
         return _kind(inner[0], within)
@@ -106,8 +153,8 @@ def _kind(hint: Any, within: tuple[Any, ...]) -> Kind:
 
 
 def _class(hint: Any, within: tuple[Any, ...]) -> Kind:
-    if hint in within:
-        raise TypeError(f"{hint.__name__} contains itself, which a schema here cannot say")
+    if hint in within or hasattr(hint, "__pydantic_validator__"):
+        return _by_pydantic(hint)
     if isinstance(hint, type) and issubclass(hint, Enum):
         return _one_of([(member.value, member) for member in hint], hint)
     if typing.is_typeddict(hint):
@@ -117,11 +164,33 @@ def _class(hint: Any, within: tuple[Any, ...]) -> Kind:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         hints = typing.get_type_hints(hint, include_extras=True)
         return _object(list(_fields(hint, hints)), _constructor(hint), (*within, hint))
-    shown = hint.__name__ if isinstance(hint, type) else hint
-    raise TypeError(
-        f"{shown} is no type that a model can be told of: use str, int, float, bool, None, Any, Literal, an Enum, "
-        'list[X], tuple[X, ...], dict[str, X], a TypedDict, a dataclass, or Annotated[X, "a description"]'
-    )
+    return _by_pydantic(hint)
+
+
+def _by_pydantic(hint: Any) -> Kind:
+    try:
+        from notecase import pydantic_hints  # noqa: PLC0415 - an extra, and slow to import
+
+        schema, read = pydantic_hints.describe(hint)
+    except (ImportError, TypeError) as error:
+        raise TypeError(
+            f"{_name(hint)} has no JSON Schema: use str, int, float, bool, None, Any, Literal, an Enum, list[X], "
+            'tuple[X, ...], dict[str, X], a TypedDict, a dataclass, Annotated[X, "a description"], or with '
+            "notecase[pydantic] installed any type that pydantic has a schema for"
+        ) from error
+
+    def read_all(value: Any, where: str) -> Any:
+        try:
+            return read(value)
+        except pydantic_hints.Invalid as error:
+            problems = [f"{_place('.'.join(filter(None, (where, place))))}: {why}" for place, why in error.problems]
+            raise _mismatch(problems) from error
+
+    return Kind(schema, read_all)
+
+
+def _name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def _fields(hint: Any, hints: dict[str, Any]) -> Iterable[Field]:
@@ -150,13 +219,26 @@ def _object(fields: Sequence[Field], make: Callable[[dict[str, Any]], Any], with
 
     def read(value: Any, where: str) -> Any:
         members = _expect(dict, "an object", value, where)
-        if unknown := [name for name in members if name not in kinds]:
-            raise Mismatch(f"{_place(where)} has no {unknown[0]!r}, but {', '.join(kinds) or 'nothing'}")
-        if missing := [name for name in required if name not in members]:
-            raise Mismatch(f"{_place(where)} wants {missing[0]!r}")
-        return make({name: kinds[name].read(held, f"{where}.{name}".lstrip(".")) for name, held in members.items()})
+        problems = [f"{_place(where)} lacks {name!r}" for name in required if name not in members]
+        known = {}
+        for name, held in members.items():
+            if name not in kinds:
+                problems.append(f"{_place(where)} has no {name!r}, but {', '.join(kinds) or 'nothing'}")
+                continue
+            try:
+                known[name] = kinds[name].read(held, f"{where}.{name}".lstrip("."))
+            except Mismatch as mismatch:
+                problems.append(str(mismatch))
+        if problems:
+            raise _mismatch(problems)
+        return make(known)
 
     return Kind(schema, read)
+
+
+def _mismatch(problems: Sequence[str]) -> Mismatch:
+    more = [f"and {len(problems) - PROBLEMS} more"] if len(problems) > PROBLEMS else []
+    return Mismatch("; ".join([*problems[:PROBLEMS], *more]))
 
 
 def _default(field: Field) -> Schema:
@@ -208,14 +290,14 @@ def _one_of(choices: Sequence[tuple[Any, Any]], hint: Any) -> Kind:
         for choice, meant in choices:
             if choice == value and isinstance(choice, bool) == isinstance(value, bool):
                 return meant
-        raise Mismatch(f"{_place(where)} wants one of {dump(values)}, not {_shown(value)}")
+        raise Mismatch(f"{_place(where)} must be one of {dump(values)}, not {_shown(value)}")
 
     return Kind(schema, read)
 
 
 def _expect(kind: type, wanted: str, value: Any, where: str) -> Any:
     if not isinstance(value, kind):
-        raise Mismatch(f"{_place(where)} wants {wanted}, not {_shown(value)}")
+        raise Mismatch(f"{_place(where)} must be {wanted}, not {_shown(value)}")
     return value
 
 
@@ -234,13 +316,13 @@ def _null(value: Any, where: str) -> None:
 def _integer(value: Any, where: str) -> int:
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole:
-        raise Mismatch(f"{_place(where)} wants an integer, not {_shown(value)}")
+        raise Mismatch(f"{_place(where)} must be an integer, not {_shown(value)}")
     return int(value)
 
 
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise Mismatch(f"{_place(where)} wants a number, not {_shown(value)}")
+        raise Mismatch(f"{_place(where)} must be a number, not {_shown(value)}")
     try:
         return float(value)
     except OverflowError as error:

@@ -1,4 +1,4 @@
-"""A run as it happens, whole: each event once and in order, whatever becomes of the connection."""
+"""Follows a run: gives each event once and in order, over broken connections."""
 
 import asyncio
 from collections import deque
@@ -9,9 +9,13 @@ from typing import Any, Self
 import grpc
 
 from notecase import v1
+from notecase.agents import Local
 from notecase.calls import Calls, Turns
 from notecase.commands import Commands
-from notecase.errors import NotecaseError
+from notecase.errors import NotecaseError, as_written
+from notecase.hints import Kind
+from notecase.names import Remember, When
+from notecase.reply import Reply
 from notecase.retry import Backoff, Retry
 from notecase.tools import Tool, as_tools
 from notecase.values import Plain, to_value
@@ -19,31 +23,32 @@ from notecase.view import ENDED, Gap, SessionView
 
 
 class RunStream:
-    """A run, or a session, being followed: `async with` attaches, `async for` gives its `v1.Event`s.
+    """Follows a run or a session: `async with` attaches, `async for` yields its `v1.Event`s.
 
-    `Client.run` and `Client.attach` make it. Directly it is made from any `v1.RunRequest` that starts or attaches; a
-    start is to name its session (or new_session) and its run_id, which make it safe to repeat.
+    `Client.run` and `Client.attach` return one. It can also be made from any `v1.RunRequest` that starts or attaches; a
+    start must name its session (or new_session) and its run_id, so that it can be repeated safely.
 
-    Events of the log come in the order of their sequence, each exactly once; passing events (sequence 0) in between.
-    When the connection breaks, the server restarts, another process takes the run over, or the token expires and is one
-    that is renewed, the stream attaches again after the last entry it gave out, as patiently as `Retry` says. Open
-    blocks then come again whole; `view` knows.
+    Events of the log are yielded in the order of their sequence, each exactly once, with passing events (sequence 0)
+    between them. When the connection breaks, the server restarts, another process takes the run over, or a renewable
+    token expires, the stream attaches again after the last event that it yielded, as `Retry` says. The blocks of an
+    unfinished message are then sent again from their start; `view` handles that.
 
-    Entering raises NotecaseError when the service refuses the start or cannot be reached, iterating when it can no
-    longer be reached or the session is deleted. A run that fails is no error of the stream: see `result`. The stream
-    ends when the run does; with `keep_open` it does not.
+    Entering raises NotecaseError when the service refuses the start or cannot be reached; iterating raises it when the
+    service can no longer be reached or the session is deleted. A run that fails does not raise here: see `result` and
+    `reply`. The stream ends when the run ends, unless `keep_open` is set.
 
-    Calls of the `tools` handed in are executed as iteration comes to them, several at once and beside it, and answered;
-    those that waited when the stream came, too, and each once in this client, however often it is told. They are those
-    of the run followed, or of any run when a session is followed. A call that gets its outcome elsewhere, by a cancel
-    for example, is cancelled here. Iterating raises what kept an answer from being sent.
+    While the stream is iterated, calls of the given `tools` are executed and answered, several at once. That includes
+    calls that were pending before the stream attached. Each is executed once in this client, even when several events
+    or streams report it. A stream of a run executes calls of that run, a stream of a session those of any run. A call
+    that is resolved elsewhere, for example by a cancel, is cancelled here. An answer that cannot be sent raises its
+    error from the iteration.
 
-    A run that waits for a person keeps the stream open: `input_requested` tells what for, and `approve`, `deny`,
-    `answer`, `dismiss` or `say` let it go on, from here or from anywhere.
+    A run that waits for a person keeps the stream open. `input_requested` says what it waits for; `approve`, `deny`,
+    `answer`, `dismiss` or `say` let it continue, here or in any other process.
 
-    Leaving, cancelling the task, or losing the process closes the stream, cancels its calls, and nothing else: the run
-    goes on, and `attach` finds it and the calls that wait. After a cancelled `anext` (a timeout, for example) iteration
-    goes on where it was. One task iterates at a time; commands may be sent from any, also inside the loop.
+    Leaving the block, cancelling the task or losing the process closes the stream and cancels its calls. The run
+    continues, and `attach` finds it with the calls that are pending. After a cancelled `anext`, for example by a
+    timeout, iteration can continue. One task may iterate at a time; any task may send commands, also inside the loop.
     """
 
     def __init__(
@@ -53,18 +58,23 @@ class RunStream:
         retry: Retry | None = None,
         *,
         tools: Iterable[Callable[..., Any] | Tool] = (),
+        output: Kind | None = None,
+        local: Mapping[str, Local] | None = None,
         turns: Turns | None = None,
         renews_token: bool = False,
     ) -> None:
-        """`tools` are answered here; the start declares those that the agent does not. Streams with the same `turns`
-        share out their calls. With `renews_token` the next call of the stub may have another token."""
+        """`tools` are executed here; the start declares those that its agent does not declare. `output` reads the
+        reply. `local` has further tools and outputs by the name of the run's agent. Streams that share `turns` do not
+        execute a call twice. `renews_token` says that the next call of the stub may have another token."""
         self._stub = stub
         self._first = first
         retry = retry or Retry()
         self._backoff = Backoff(retry, renews_token)
         self._commands = Commands(stub, retry)
         self._tools = as_tools(tools)
-        self._calls = Calls(self._tools, self._commands, turns or Turns(), self._fail)
+        self._output = output
+        self._local = local or {}
+        self._calls = Calls(self._commands, turns or Turns(), self._fail)
         self._failure: BaseException | None = None
         self._frames: AsyncIterator[v1.RunResponse] | None = None
         self._call: grpc.aio.StreamStreamCall[v1.RunRequest, v1.RunResponse] | None = None
@@ -74,12 +84,12 @@ class RunStream:
         attach = first.attach
         known = attach.after_sequence if attach.HasField("after_sequence") else None
         self.view = SessionView(known)
-        """The session as far as the events given out tell."""
+        """The session as the events yielded so far describe it."""
 
     @property
     def name(self) -> str:
-        """sessions/{session}/runs/{run}: the run being followed, of a session the newest that was told of; empty before
-        entering and in an idle session."""
+        """The run that is followed, sessions/{session}/runs/{run}; in a stream of a session its newest run. Empty
+        before entering, and in a session without runs."""
         if self._attached is None:
             return ""
         newest = self.view.run if self._follows_session else None
@@ -87,29 +97,42 @@ class RunStream:
 
     @property
     def session(self) -> str:
-        """sessions/{session}; empty before entering."""
+        """The session, sessions/{session}. Empty before entering."""
         return self._attached.session if self._attached else ""
 
     @property
     def last_sequence(self) -> int | None:
-        """Of the newest entry of the log given out: where `attach` goes on, in this process or another. None before
-        the first."""
+        """The sequence of the last event of the log that was yielded, after which `attach` continues, in this process
+        or another. None before the first."""
         return self.view.last_sequence
 
     @property
     def result(self) -> v1.Run:
         """The run as it ended: succeeded, failed or cancelled, with its reply, usage and error.
 
-        Raises RuntimeError while it has not, as far as the events given out tell."""
+        Raises RuntimeError before its end was yielded."""
         run = self.view.runs.get(self.name)
         if run is None or run.state not in ENDED:
             raise RuntimeError("the run has not ended yet: iterate to the end of the stream first")
         return run
 
+    @property
+    def reply(self) -> Reply:
+        """The run's reply, as `Client.invoke` returns it. Raises RuntimeError before the run's end was yielded, and
+        NotecaseError when it failed or was cancelled."""
+        result = self.result
+        return Reply(result, self._output or self._local_of(result).output)
+
+    @property
+    def parsed(self) -> Any:
+        """The reply's JSON; see `Reply.parsed`. Raises as `reply` does."""
+        return self.reply.parsed
+
     async def __aenter__(self) -> Self:
         try:
-            while self._attached is None:
-                await self._receive()
+            with as_written("start.new_session.", "start.settings.", "start.", "attach."):
+                while self._attached is None:
+                    await self._receive()
         except BaseException:
             await self._leave()
             raise
@@ -144,15 +167,14 @@ class RunStream:
             await self._receive()
 
     async def text(self) -> AsyncIterator[str]:
-        """What the agent says, in pieces as they come, up to the end of the run; joined, the pieces of one message are
-        its text exactly.
+        """Yields what the agent says, in pieces as they arrive, up to the end of the run. Joined, the pieces of one
+        message are exactly its text. Between two messages it yields "\\n\\n".
 
-        What was yielded cannot be taken back. When a model call is repeated, after its failure or a takeover, the
-        reply begins anew as another message; as between any two messages, "\\n\\n" comes first. Who wants to erase
-        what was discarded iterates the events and shows `view`.
+        A model call that is repeated, after a failure or a takeover, starts its reply again as another message. To
+        remove the text that was discarded from a screen, iterate the events and show `view` instead.
 
-        Raises NotecaseError with the run's error when it fails; when it is cancelled, the text just ends, and while it
-        waits for a person, nothing comes."""
+        Raises NotecaseError with the run's error when it fails. A cancelled run just ends the text, and nothing is
+        yielded while the run waits for a person."""
         told: dict[tuple[str, int], int] = {}
         speaking = ""
         async for event in self:
@@ -170,7 +192,7 @@ class RunStream:
         if run is not None and run.state == v1.Run.STATE_FAILED:
             raise NotecaseError.from_proto(run.error)
 
-    async def say(self, *said: str | v1.Message, when: v1.UserInput.When.ValueType = v1.UserInput.WHEN_STEER) -> int:
+    async def say(self, *said: str | v1.Message, when: When = "steer") -> int:
         """Says something to the run under way; see `Commands.say`."""
         return await self._commands.say(self._target, *said, when=when)
 
@@ -179,7 +201,7 @@ class RunStream:
         input_id: str,
         arguments: str | Mapping[str, Any] | None = None,
         *,
-        remember: v1.InputResponse.Remember.ValueType = v1.InputResponse.REMEMBER_ONCE,
+        remember: Remember = "once",
     ) -> int:
         """Lets a call run, with other arguments where given; see `Commands.approve`."""
         return await self._commands.approve(self._target, input_id, arguments, remember=remember)
@@ -189,7 +211,7 @@ class RunStream:
         input_id: str,
         reason: str = "",
         *,
-        remember: v1.InputResponse.Remember.ValueType = v1.InputResponse.REMEMBER_ONCE,
+        remember: Remember = "once",
     ) -> int:
         """Does not let a call run; see `Commands.deny`."""
         return await self._commands.deny(self._target, input_id, reason, remember=remember)
@@ -213,10 +235,11 @@ class RunStream:
         ops: Iterable[v1.StateOp] = (),
         if_version: int | None = None,
     ) -> int:
-        """Sets session state, applies further operations, all or none, and returns the sequence of the change.
+        """Sets keys of the session's state and applies further operations, all or none. Returns the sequence of the
+        change. It is repeated when the connection breaks, without a second effect.
 
-        Safe to repeat and repeated when the connection breaks. Raises NotecaseError STATE_VERSION_MISMATCH when a
-        condition misses, STATE_TYPE_MISMATCH when a value's type does not have the operation."""
+        Raises NotecaseError STATE_VERSION_MISMATCH when a condition does not hold, STATE_TYPE_MISMATCH when a value's
+        type does not have the operation."""
         sets = [v1.StateOp(key=key, set=to_value(value)) for key, value in (values or {}).items()]
         update = v1.StateUpdate(ops=[*sets, *ops], if_version=if_version)
         # State is the session's: it can be changed in every state of the run.
@@ -224,10 +247,19 @@ class RunStream:
 
     @property
     def waits_for_others(self) -> bool:
-        """Whether the run waits, as far as the events given out tell, for something that no function here answers: for
-        a person, or for a tool in another process."""
+        """Whether the run waits for something that no function here answers, according to the events yielded so far:
+        for a person, or for a tool in another process."""
         run = self.view.runs.get(self.name)
-        return run is not None and waits_for_others(run, self._tools)
+        return run is not None and self.cannot_answer(run)
+
+    def cannot_answer(self, run: v1.Run) -> bool:
+        """Whether a run waits for something other than the results of the functions here."""
+        here = {*self._tools, *self._local_of(run).tools}
+        called = {call.tool for call in run.pending_calls}
+        return run.state == v1.Run.STATE_WAITING and bool(run.pending_inputs or called - here)
+
+    def _local_of(self, run: v1.Run) -> Local:
+        return self._local.get(run.agent.partition("@")[0], Local())
 
     @property
     def _follows_session(self) -> bool:
@@ -235,7 +267,7 @@ class RunStream:
 
     @property
     def _target(self) -> str:
-        """Commands go beside the stream, not on it: their results arrive even while nobody iterates."""
+        """Commands are calls of their own, so that their results arrive even while nobody iterates the stream."""
         return self.name or self.session
 
     def _follow_calls(self, event: v1.Event) -> None:
@@ -243,38 +275,40 @@ class RunStream:
             self._calls.end(event.tool_finished.call_id)
         elif event.tool_started.client_executed and self._attached is not None:
             run, head = self._attached.run, self._attached.last_sequence
-            # Up to there `Attached` told which calls wait still; the events before tell also of those that do not.
+            # `Attached` listed the calls that are pending at that sequence; earlier events also report resolved ones.
             if event.sequence > (run.last_sequence if event.run == run.name else head):
                 self._begin(event.run, event.tool_started)
 
     def _begin(self, run: str, call: v1.ToolCall) -> None:
-        if self._follows_session or run == self.name:
-            self._calls.begin(run, call)
+        if self._attached is not None and (self._follows_session or run == self.name):
+            tool = self._tools.get(call.tool) or self._local_of(self._attached.run).tools.get(call.tool)
+            if tool is not None:
+                self._calls.begin(run, call, tool)
 
     def _fail(self, error: BaseException) -> None:
-        """Iteration is to raise it, also when it is waiting for a frame."""
+        """Makes the iteration raise an error, also while it waits for a frame."""
         self._failure = error
         if self._call is not None:
             self._call.cancel()
 
     async def _receive(self) -> None:
-        """Takes one frame, or mends the stream; sets `_over` at its right end."""
+        """Receives one frame, or attaches again. Sets `_over` when the server ended the stream with OK."""
         try:
             if self._frames is None:
                 self._call = self._stub.Run(iter([self._opening()]))
                 self._frames = aiter(self._call)
             frame = await anext(self._frames)
-        except StopAsyncIteration:  # ended with OK: all is told; whatever cuts a stream makes it an error
+        except StopAsyncIteration:  # ended with OK; a stream that is cut ends with an error
             self._over = True
             return
         except NotecaseError as error:
             await self._mend(error)
             return
         except asyncio.CancelledError:
-            self._close()  # grpc has given the call up with the read; the next one attaches again
+            self._close()  # grpc cancelled the call together with the read; the next one attaches again
             task = asyncio.current_task()
             if self._failure is not None and task is not None and not task.cancelling():
-                raise self._failure from None  # it was no one else who cancelled the call
+                raise self._failure from None  # nobody but _fail cancelled the call
             raise
         # A go_away needs no answer: until the server cuts the stream, what is under way may well come to its end.
         match frame.WhichOneof("frame"):
@@ -286,7 +320,7 @@ class RunStream:
                 self._backoff.progress()
 
     def _opening(self) -> v1.RunRequest:
-        """The first frame: the start itself until it is known to have arrived, then where it is to go on."""
+        """Returns the first frame of a call: the start until the server has answered it, then an attach."""
         if self._attached is None:
             return self._first
         again = v1.RunRequest(attach=v1.AttachRun(name=self.name, after_sequence=self.last_sequence))
@@ -315,8 +349,8 @@ class RunStream:
         await self._calls.close()
 
     def _texts(self, event: v1.Event) -> Iterable[tuple[str, int, int, str]]:
-        """The agent's words in an event: message, part index, the byte of the part they start at, text. They come as
-        deltas, but for replies that were whole before the stream was attached."""
+        """Yields the agent's text in an event as (message, index of the part, first byte within the part, text). Text
+        arrives in deltas, except for replies that were complete before the stream attached."""
         delta, message = event.block_delta, event.message_added
         if piece := delta.text or delta.json:
             yield delta.message, delta.block, delta.start, piece
@@ -329,9 +363,3 @@ class RunStream:
             self._call.cancel()
         self._call = self._frames = None
         self._waiting.clear()
-
-
-def waits_for_others(run: v1.Run, tools: Iterable[str]) -> bool:
-    """Whether a run waits for something other than the results of these tools."""
-    called = {call.tool for call in run.pending_calls}
-    return run.state == v1.Run.STATE_WAITING and bool(run.pending_inputs or called - set(tools))

@@ -1,4 +1,4 @@
-"""Python functions that a model may call, run in the process that follows the run."""
+"""Python functions that a model may call, executed in the process that follows the run."""
 
 import asyncio
 import inspect
@@ -9,15 +9,17 @@ from typing import Any
 
 from notecase import v1
 from notecase.hints import Mismatch, dump, of_arguments, parse
+from notecase.names import Approver, choice
 
 RESULT_BYTES = 512 << 10
-"""A larger text is an error: it would be in the log for good, and in every further request to the model."""
+"""The longest text of a result; a longer one is an error. It is in the log for good and in every further request to the
+model."""
 
 DATA_BYTES = 3 << 20
-"""Of data in a result, which the server keeps as blobs. What is larger is uploaded, and referred to by the result."""
+"""The most data in a result, which the server keeps as blobs. Larger data can be uploaded and referred to."""
 
 ERROR_CHARACTERS = 4000
-"""An exception may quote anything; more of it helps no model."""
+"""The longest error that a model reads. An exception may quote anything."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -25,25 +27,26 @@ log = logging.getLogger("notecase")
 
 
 class Tool:
-    """A function that a model may call, for `tools` of `Client.run` and `Client.attach`.
+    """A function that a model may call, for `tools` of `Client.put_agent`, `run`, `invoke` and `attach`.
 
-    Whatever needs no options is handed there as it is: `tools=[search]`. The tool has the function's name, its
-    docstring for a description, and the JSON Schema that its type hints come to:
+    A function that needs no options is given as it is: `tools=[search]`. The tool's name is that of the function, its
+    description is the docstring, and its JSON Schema comes from the type hints:
 
         def search(query: Annotated[str, "words to look for"], limit: int = 10) -> list[str]:
             \"""Searches the newspapers.\"""
 
     The arguments may be str, int, float, bool, None, Any, Literal, Enum, list[X], tuple[X, ...], dict[str, X],
-    TypedDict, dataclasses, and unions of these; those with a default may be left out. The function is called with
-    arguments of those types. It may be async; otherwise it runs in a thread, which goes on when its call is cancelled.
+    TypedDict, dataclasses, and unions of these; with notecase[pydantic] installed also pydantic's models and all that
+    it has a schema for. Those with a default may be left out. The function is called with arguments of those types. It
+    may be async; otherwise it runs in a thread, which goes on when its call is cancelled.
 
     What it returns is the result: text as it is, bytes and `v1.Part`s as data and parts, a list of parts as those, and
-    everything else as JSON: what JSON has, enums and dataclasses. An exception becomes the call's `error`, such as
-    "ValueError: no such paper", which the model reads and the log keeps; the traceback stays here, in the logger
-    "notecase". Arguments that do not fit and a result of more than 512 KiB of text or 3 MiB
-    of data are told to the model as errors, too.
+    everything else as JSON: what JSON has, enums, dataclasses and pydantic's models. An exception becomes the call's
+    `error`, such as "ValueError: no such paper", which the model reads and the log keeps; the traceback stays here, in
+    the logger "notecase". Arguments that do not fit and a result of more than 512 KiB of text or 3 MiB of data are
+    errors for the model, too.
 
-    Raises TypeError for a function whose arguments a model cannot be told of.
+    Raises TypeError for a function whose arguments have no JSON Schema.
     """
 
     def __init__(
@@ -53,18 +56,18 @@ class Tool:
         name: str = "",
         description: str = "",
         requires_approval: bool = False,
-        approver: "v1.Tool.Approver.ValueType" = v1.Tool.APPROVER_UNSPECIFIED,
+        approver: Approver = "user",
         timeout: float | None = None,
         declare: bool = True,
     ) -> None:
-        """`approver` is the least role that may approve a call, for example `v1.Tool.APPROVER_ADMIN`. `timeout` is in
+        """`approver` is the least role that may approve a call: "user", "developer" or "admin". `timeout` is in
         seconds, from the dispatch of a call to its outcome. A tool with `declare` False is not
-        declared by the run, because its agent does so already: `v1.LlmAgent(tools=[search.definition])`."""
+        declared by the run, because its agent does so already: for example by `put_agent` in another process."""
         self.function = function
         self.declare = declare
         name = name or getattr(function, "__name__", "")
         if not _NAME.fullmatch(name):
-            raise TypeError(f'{function!r} wants a name of up to 64 letters, digits, "_" and "-"')
+            raise TypeError(f'{function!r} needs a name of up to 64 letters, digits, "_" and "-"')
         try:
             self._arguments = of_arguments(function)
         except TypeError as error:
@@ -75,14 +78,14 @@ class Tool:
             parameters=dump(self._arguments.schema),
             client=v1.ClientTool(),
             requires_approval=requires_approval,
-            approver=approver,
+            approver=choice(v1.Tool.Approver, approver),
         )
-        """How an agent or a run declares it."""
+        """The declaration, for an agent or a run."""
         if timeout is not None:
             self.definition.timeout.FromMilliseconds(round(timeout * 1000))
 
     async def answer(self, call: v1.ToolCall) -> v1.ToolResult:
-        """Calls the function and tells what came of it; raises nothing but CancelledError."""
+        """Calls the function and returns its result or error. Raises nothing but CancelledError."""
         told = v1.ToolResult(call_id=call.call_id)
         try:
             arguments = self._arguments.read(parse(call.arguments), "")
@@ -130,7 +133,8 @@ def as_tools(functions: Iterable[Callable[..., Any] | Tool]) -> dict[str, Tool]:
 
 
 def parts_of(returned: Any) -> list[v1.Part]:
-    """What a function returned as parts of a result; TypeError or ValueError for what JSON cannot say."""
+    """Converts what a function returned to the parts of a result. Raises TypeError or ValueError for a value that
+    cannot be written as JSON."""
     match returned:
         case v1.Part():
             return [returned]

@@ -1,4 +1,4 @@
-"""Python's own values to the API's and back, exactly: `from_value` gives back what `to_value` was given."""
+"""Converts Python's values to the API's and back without a loss: `from_value(to_value(x))` equals `x`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
@@ -8,12 +8,12 @@ from google.protobuf.struct_pb2 import NULL_VALUE
 from notecase import v1
 
 Plain: TypeAlias = "bool | int | float | str | bytes | v1.Blob | Sequence[Plain] | Mapping[str, Plain] | None"
-"""What state can hold. Integers have 64 bits; any sequence comes back as a list, any mapping as a dict. A
+"""The values that state can hold. Integers have 64 bits; any sequence comes back as a list, any mapping as a dict. A
 `v1.Blob` refers to content that was uploaded."""
 
 
 def to_value(plain: Plain) -> v1.Value:
-    """A new `v1.Value` that shares nothing with `plain`.
+    """Returns a new `v1.Value` that shares nothing with `plain`.
 
     Raises OverflowError for an integer beyond 64 bits and TypeError for what state cannot hold, keys that are no
     strings among it. NaN, the infinities and more than 16 levels are left to the server, which refuses them by
@@ -48,9 +48,14 @@ def to_value(plain: Plain) -> v1.Value:
             raise TypeError(f"state cannot hold a {type(plain).__name__}")
 
 
+def to_values(plain: Mapping[str, Plain] | None) -> dict[str, v1.Value]:
+    """`to_value` for each of several keys."""
+    return {key: to_value(held) for key, held in (plain or {}).items()}
+
+
 def from_value(value: v1.Value) -> Any:
-    """The Python value, sharing nothing with `value`; None also for a `v1.Value` that is not set, or of a kind this
-    version of the client does not know."""
+    """Returns the Python value, which shares nothing with `value`. It is None for a `v1.Value` that is not set, or
+    whose kind this version of the client does not know."""
     match value.WhichOneof("kind"):
         case None | "null_value":
             return None
@@ -67,12 +72,12 @@ def from_value(value: v1.Value) -> Any:
 
 
 def to_message(said: str | v1.Message) -> v1.Message:
-    """Text as a user's message; a message as it is."""
+    """Returns a user's message with this text, or the given message."""
     if isinstance(said, v1.Message):
         return said
     return v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text=said)])
 
 
 def text_of(message: v1.Message) -> str:
-    """The text and json parts of a message, joined; empty when it has none."""
+    """Returns the text and json parts of a message, joined; empty when it has none."""
     return "".join(part.text or part.json for part in message.parts)

@@ -1,7 +1,6 @@
-"""A session rebuilt from its events: whoever has seen the same events holds an equal view, however they came.
+"""Rebuilds a session from its events. Two views that were given the same events are equal, however these arrived.
 
-Everything the service tells can be had from this fold over the log, so a program that follows a session need not ask
-again for its messages, its state or its run.
+A program that follows a session need not ask for its messages, its state or its runs: this fold over the log has them.
 """
 
 from collections.abc import Callable, Iterable, MutableSequence
@@ -19,12 +18,12 @@ OPEN_OUTCOMES = frozenset({v1.ToolCall.OUTCOME_PENDING, v1.ToolCall.OUTCOME_RUNN
 
 
 class Gap(Exception):
-    """Something is missing before this event: attach again after `SessionView.last_sequence`."""
+    """Something is missing before an event: attach again after `SessionView.last_sequence`."""
 
 
 @dataclass
 class Block:
-    """One part of a message being made, as far as it is known."""
+    """One part of an unfinished message, as far as it has arrived."""
 
     kind: str
     """"text", "json", "reasoning", "arguments" or "refusal"."""
@@ -37,50 +36,50 @@ class Block:
 
 @dataclass
 class SessionView:
-    """What is known of one session; `attach` and `apply` keep it up to date. Views that know the same are equal.
+    """One session as its events describe it; `attach` and `apply` keep it up to date. Equal events make equal views.
 
     Made with the sequence that the first event follows: 0 for a whole log, None when the first event may be any.
     Messages, runs and values handed out are the view's own: read them, or copy them.
     """
 
     last_sequence: int | None = 0
-    """The newest entry of the log that is in the view, and so where to attach again; None before the first."""
+    """The newest event of the log in the view, after which to attach again. None before the first."""
     messages: dict[str, v1.Message] = field(default_factory=dict)
-    """Whole messages by name, oldest first, with the outcomes their calls have; those rewound are superseded."""
+    """Complete messages by name, oldest first, with the outcomes of their calls. A rewind makes them superseded."""
     open: dict[str, dict[int, Block]] = field(default_factory=dict)
-    """The blocks of messages being made, by message name and part index."""
+    """The blocks of unfinished messages, by message name and part index."""
     state: dict[str, v1.Value] = field(default_factory=dict)
-    """The session's own state: all of it in a view of the whole log; otherwise what was changed since, never wrong but
-    incomplete, since an increment of what the view has not seen remains unknown."""
+    """The session's own state: all of it in a view of the whole log. In another view it holds only what was set since,
+    and is incomplete but not wrong: the result of an increment of an unknown value is unknown."""
     runs: dict[str, v1.Run] = field(default_factory=dict)
-    """Runs by name, those that wait in the queue too, in the order in which they came."""
+    """Runs by name, queued ones too, in the order in which they were accepted."""
     queued: list[v1.QueuedCommand] = field(default_factory=list)
-    """What waits in the session to be taken up, in order, as far as the view saw it come."""
+    """The session's queued commands, in order, as far as the view has their events."""
     remembered: dict[str, v1.RememberedApproval] = field(default_factory=dict)
-    """The answers that hold for later calls in this session, by the input_id that each of them answered, as far as the
-    view saw them given. The newest for one agent and digest counts."""
+    """Remembered answers for later calls in this session, by the input_id that each answered, as far as the view has
+    their events. The newest for one agent and digest applies."""
     summaries: dict[int, v1.Summarized] = field(default_factory=dict)
-    """By sequence, the summary that agents are shown in place of older messages, last, and before it those that it
-    continues, as far as the view saw them made."""
+    """Summaries by sequence, as far as the view has their events. The last is the one that agents are shown in place of
+    older messages; it continues those before it."""
     _whole: bool = field(default=False, init=False, repr=False, compare=False)
     _writers: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """The run that makes each open message."""
+    """The run that writes each unfinished message."""
 
     def __post_init__(self) -> None:
         self._whole = self.last_sequence == 0
 
     @property
     def run(self) -> v1.Run | None:
-        """The run under way, running or waiting; without one the newest, to be told by its state; None before any."""
+        """The run that is running or waiting, otherwise the newest one; see its state. None before the first."""
         for run in reversed(self.runs.values()):
             if run.state in {v1.Run.STATE_RUNNING, v1.Run.STATE_WAITING}:
                 return run
         return next(reversed(self.runs.values()), None)
 
     def attach(self, attached: v1.Attached) -> None:
-        """Takes the first frame of a stream: forgets the open blocks, which the stream sends again whole.
+        """Takes the first frame of a stream, and forgets the open blocks, which the stream sends again.
 
-        A run whose start lies before the view is taken as the server knows it, which may be ahead of the events."""
+        A run that started before the view is taken as the server reports it, which may be ahead of the events."""
         self.open.clear()
         self._writers.clear()
         run, seen = attached.run, self.last_sequence
@@ -88,9 +87,9 @@ class SessionView:
             self.runs[run.name] = _copy(run)
 
     def apply(self, event: v1.Event) -> bool:
-        """Takes the next event and tells whether it was new: an entry of the log that the view has is ignored.
+        """Takes the next event and returns whether it was new; an event of the log that the view has is ignored.
 
-        Raises Gap, with the view unchanged, when an entry of the log or a piece of a block is missing before it."""
+        Raises Gap, with the view unchanged, when an event of the log or a piece of a block is missing before it."""
         if event.sequence:
             if self.last_sequence is None:
                 self.last_sequence = event.sequence - 1
@@ -127,7 +126,7 @@ class SessionView:
         self._writers.pop(message, None)
 
     def _close_all(self, run: str) -> None:
-        """Forgets what a run was making; blocks of another run stay open."""
+        """Forgets the unfinished messages of a run; those of another run stay open."""
         for message, writer in list(self._writers.items()):
             if writer == run or "" in {writer, run}:
                 self._close(message)
@@ -149,7 +148,8 @@ class SessionView:
         self.open.setdefault(delta.message, blocks)[delta.block] = block
 
     def _supersede(self, event: v1.Event) -> None:
-        """A reply may be newer than the rewind, in a run that `attach` was told of ahead of the events."""
+        """Marks messages as superseded. A reply may be newer than the rewind, in a run that `attach` took ahead of its
+        events."""
         replies = (run.reply for run in self.runs.values() if run.HasField("reply"))
         for message in (*self.messages.values(), *replies):
             gone = event.rewound.to_sequence < message.sequence < event.sequence
@@ -161,7 +161,7 @@ class SessionView:
         self.remembered = {asked: answer for asked, answer in self.remembered.items() if answer.sequence <= kept}
 
     def _find_call(self, call_id: str) -> tuple[v1.Message, v1.ToolCall] | None:
-        """A call with its message; None when the message came before the view began."""
+        """Returns a call with its message, or None when the message is older than the view."""
         for message in reversed(self.messages.values()):
             for part in message.parts:
                 if part.HasField("tool_call") and part.tool_call.call_id == call_id:

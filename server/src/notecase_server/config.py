@@ -150,7 +150,7 @@ def admin_key_from_environment() -> str:
 def exposure_mistakes(settings: Settings) -> Iterator[Mistake]:
     """Yields what does not go together of where a server listens, what protects it there, and who may call."""
     if (key := settings.admin_key) and (len(key) < MIN_ADMIN_KEY or not key.isprintable() or " " in key):
-        text = f"This is not a key, which has at least {MIN_ADMIN_KEY} printable characters and no space."
+        text = f"This is not a valid key: use at least {MIN_ADMIN_KEY} printable characters without spaces."
         yield Mistake("NOTECASE_ADMIN_KEY", text)
     if settings.tls_cert and not settings.tls_key:
         yield Mistake("--tls-key", "This is missing: --tls-cert needs its key.")

@@ -170,7 +170,7 @@ def _provider(table: Table, secrets: _Secrets) -> dict[str, Any]:
     kinds = ("openai", "offline")
     given: dict[str, Any] = {
         "name": table.text("name"),
-        "kind": table.matching("kind", kinds.__contains__, "This is openai or offline.", needed=False),
+        "kind": table.matching("kind", kinds.__contains__, "This must be openai or offline.", needed=False),
         "api_key": secrets.key(table),
         "base_url": table.text("base_url", needed=False),
         "default_model": table.text("model", needed=False),
@@ -202,7 +202,7 @@ def _mcp_servers(top: Table, secrets: _Secrets) -> dict[str, McpServerSettings]:
 def _mcp_server(table: Table, secrets: _Secrets) -> McpServerSettings | None:
     passed = table.texts("pass_env", needed=False)
     given: dict[str, Any] = {key: table.text(key, needed=False) for key in ("command", "cwd", "stderr", "url")}
-    given["protocol"] = table.matching("protocol", "2026-07-28".__eq__, "This is 2026-07-28.", needed=False)
+    given["protocol"] = table.matching("protocol", "2026-07-28".__eq__, "This must be 2026-07-28.", needed=False)
     given["args"] = table.texts("args", needed=False)
     given["headers"] = secrets.headers(table)
     given["env"] = {

@@ -168,14 +168,15 @@ def invalid(violations: Iterable[Violation]) -> NotecaseError:
 def unauthenticated() -> NotecaseError:
     """A credential that is bad, expired or revoked: which of these is not told."""
     return NotecaseError(
-        v1.ERROR_REASON_UNAUTHENTICATED, "The credential of this call is not valid, or not any more; send another one."
+        v1.ERROR_REASON_UNAUTHENTICATED,
+        "The credential of this call is not valid, or no longer valid; send another one.",
     )
 
 
 def no_credential() -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_UNAUTHENTICATED,
-        "This call needs a credential, and has none that this server knows; send one as metadata: "
+        "This call needs a credential, and has none that this server accepts; send one as metadata: "
         "authorization: Bearer KEY.",
     )
 
@@ -200,7 +201,7 @@ def role_missing(role: str, fields: Iterable[str] = ()) -> NotecaseError:
 
 def tenant_suspended() -> NotecaseError:
     return NotecaseError(
-        v1.ERROR_REASON_TENANT_SUSPENDED, "The operator of this server takes no calls of this tenant just now."
+        v1.ERROR_REASON_TENANT_SUSPENDED, "The operator of this server does not allow calls of this tenant at present."
     )
 
 
@@ -264,7 +265,7 @@ def blob_cut(committed_bytes: int, size: int, resumable: bool) -> NotecaseError:
 def upload_offset_mismatch(upload_id: str, committed_bytes: int) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_UPLOAD_OFFSET_MISMATCH,
-        f"The upload {upload_id!r} goes on at byte {committed_bytes}; send what follows from there.",
+        f"The upload {upload_id!r} continues at byte {committed_bytes}; send the rest from there.",
         metadata={"committed_bytes": committed_bytes},
     )
 
@@ -288,7 +289,7 @@ def etag_mismatch(name: str, etag: str) -> NotecaseError:
 def sequence_mismatch(last_sequence: int) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_SEQUENCE_MISMATCH,
-        f"The log has moved on: its head is {last_sequence}; read what is new and decide again.",
+        f"The log has grown: its last sequence is {last_sequence}; read what is new and decide again.",
         metadata={"last_sequence": last_sequence},
     )
 
@@ -348,7 +349,7 @@ def input_not_pending(input_id: str) -> NotecaseError:
 def queue_full(limit: int) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_QUEUE_FULL,
-        f"This session has {counted(limit, 'command')} in its queue, which is full; try again when some were taken up.",
+        f"The queue of this session is full, with {counted(limit, 'command')}; try again later.",
         metadata={"limit": limit},
         quota=f"queued commands of a session: {limit}",
     )
@@ -379,7 +380,7 @@ def page_token_invalid() -> NotecaseError:
 def too_large(what: str, size: int, limit: int) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_PAYLOAD_TOO_LARGE,
-        f"{what} has {counted(size, 'byte')}; the server takes at most {limit}.",
+        f"{what} has {counted(size, 'byte')}; the server accepts at most {limit}.",
         metadata={"size": size, "limit": limit},
         quota=f"{what}: at most {counted(limit, 'byte')}",
     )
@@ -389,7 +390,7 @@ def too_many(noun: str, limit: int, where: str = "") -> NotecaseError:
     """What the process can carry at once; `where` is "" for all of it."""
     return NotecaseError(
         v1.ERROR_REASON_RATE_LIMITED,
-        f"The server takes at most {counted(limit, noun)} at once{where} and has that many; try again shortly.",
+        f"The server accepts at most {counted(limit, noun)} at once{where} and has that many; try again shortly.",
         metadata={"limit": limit},
         quota=f"{noun}s at once{where}: {limit}",
     )
@@ -398,7 +399,7 @@ def too_many(noun: str, limit: int, where: str = "") -> NotecaseError:
 def unread_answers() -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_RATE_LIMITED,
-        "Too many bytes of answers wait on this connection for their reader; read them, and try again.",
+        "This connection has too many unread bytes of answers; read them, and try again.",
         quota="answers of a connection that are not read",
     )
 
@@ -406,8 +407,7 @@ def unread_answers() -> NotecaseError:
 def unread_stream() -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_WATCHER_TOO_SLOW,
-        "Too many bytes wait on this stream's connection for their reader; attach again after the last sequence you "
-        "have.",
+        "The connection of this stream has too many unread bytes; attach again after the last sequence that you have.",
         quota="frames of a connection that are not read",
     )
 
@@ -416,7 +416,7 @@ def quota_exceeded(noun: str, limit: int, where: str) -> NotecaseError:
     """What an operator lets be kept, which is there until something is deleted or the operator allows more."""
     return NotecaseError(
         v1.ERROR_REASON_QUOTA_EXCEEDED,
-        f"The operator of this server allows {counted(limit, noun)} {where}, and that many are there.",
+        f"The operator of this server allows {counted(limit, noun)} {where}, and that many exist.",
         metadata={"limit": limit},
         quota=f"{noun}s {where}: {limit}",
     )
@@ -432,12 +432,12 @@ def limit_exceeded(limit: str, value: int, message: str) -> NotecaseError:
 
 
 def unserved_peer() -> NotecaseError:
-    return NotecaseError(v1.ERROR_REASON_UNAUTHENTICATED, "This server is called through its proxy only.")
+    return NotecaseError(v1.ERROR_REASON_UNAUTHENTICATED, "This server accepts calls only through its proxy.")
 
 
 def draining() -> NotecaseError:
     return NotecaseError(
-        v1.ERROR_REASON_SERVER_DRAINING, "The server is stopping and takes nothing new; try again shortly."
+        v1.ERROR_REASON_SERVER_DRAINING, "The server is stopping and accepts nothing new; try again shortly."
     )
 
 
@@ -450,15 +450,15 @@ def cut() -> NotecaseError:
 
 def store_unavailable(full: bool = False) -> NotecaseError:
     """The store's own words stay in the server's log; that its disk is `full` is told."""
-    problem = "The disk of the store is full" if full else "The store cannot be used just now"
+    problem = "The disk of the store is full" if full else "The store cannot be used at present"
     return NotecaseError(v1.ERROR_REASON_STORE_UNAVAILABLE, f"{problem}; nothing of this call was kept.")
 
 
 def owner_died(session: str, deaths: int) -> NotecaseError:
     """A run that every process at work on it died of, or with."""
     told = (
-        f"The server stopped {deaths} times in a row while it was at work on this run of sessions/{session}, without"
-        " having got anywhere in between."
+        f"The server's process died {deaths} times in a row while it worked on this run of sessions/{session}, without"
+        " progress in between."
     )
     return NotecaseError(v1.ERROR_REASON_OWNER_LOST, told, metadata={"deaths": deaths})
 
@@ -467,7 +467,7 @@ def worker_lost(session: str) -> NotecaseError:
     """What worked on a run broke before it carried out what was asked of it."""
     return NotecaseError(
         v1.ERROR_REASON_OWNER_LOST,
-        f"The run of sessions/{session} lost its worker and is given another one; try again.",
+        f"The run of sessions/{session} lost its worker and gets another one; try again.",
         metadata={"session": session},
     )
 
@@ -514,7 +514,7 @@ def output_invalid(problem: str, finish_reason: str) -> NotecaseError:
     """A reply that is not what the agent's output_schema asks for. `problem` says where, and quotes no value of it."""
     return NotecaseError(
         v1.ERROR_REASON_OUTPUT_INVALID,
-        f"The model's reply is not what the agent's output_schema asks for: {problem}.",
+        f"The model's reply does not match the agent's output_schema: {problem}.",
         metadata={"problem": problem, "finish_reason": finish_reason},
     )
 
@@ -523,6 +523,6 @@ def internal(request_id: str) -> NotecaseError:
     """A defect: its words stay in the log, where the request id finds them."""
     return NotecaseError(
         v1.ERROR_REASON_INTERNAL,
-        f"Something went wrong inside the server; its log tells more under request id {request_id}.",
+        f"An internal error occurred; the server's log has the details under request id {request_id}.",
         metadata={"request_id": request_id},
     )

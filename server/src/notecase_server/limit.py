@@ -13,6 +13,8 @@ class Limit:
 
     What is awaited while `due` is set is what ends: never what the task does after `due` was set back."""
 
+    __slots__ = ("_cancelling", "_due", "_looks", "_loop", "_task", "_timer", "passed")
+
     def __init__(self) -> None:
         self.passed = False
         """It was this limit that ended the block."""

@@ -21,7 +21,7 @@ KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 BLOB = re.compile(r"blobs/[0-9a-f]{64}")
 
-ID_RULE = "wants 1 to 63 lower-case letters, digits and inner '.', '_' or '-'"
+ID_RULE = "must be 1 to 63 lower-case letters, digits and inner '.', '_' or '-'"
 
 
 class AgentName(NamedTuple):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -37,6 +38,7 @@ from notecase_server.engine.sessions import Sessions
 from notecase_server.engine.tenancy import Tenancy
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Provider, Repeats
+from notecase_server.models.deferred import Deferred
 from notecase_server.models.guard import Breaker, Guarded
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.desk import Desk
@@ -119,11 +121,21 @@ def bootstrap(url: str, tenant: str, name: str, database: Database = DATABASE) -
     return asyncio.run(make())
 
 
-def make_providers(settings: Settings) -> dict[str, Provider]:
-    """Makes the providers by name, the default one first. Raises ProviderSettingsError for a key or an address that
-    cannot be used."""
-    given = settings.providers or (OFFLINE,)
-    return {one.name: _guarded(make_provider(one), one) for one in given}
+Later = Callable[[Callable[[], Provider]], "asyncio.Task[Provider]"]
+"""Begins a task that makes a provider, once there is time for that."""
+
+
+def make_providers(settings: Settings, later: Later) -> dict[str, Provider]:
+    """Makes the providers by name, the default one first; what takes long is made `later`. Raises ProviderSettingsError
+    for a key or an address that cannot be used."""
+    return {one.name: _guarded(_made(one, later), one) for one in settings.providers or (OFFLINE,)}
+
+
+def _made(given: ProviderSettings, later: Later) -> Provider:
+    check_provider(given)
+    if given.kind == "offline":
+        return make_provider(given)
+    return Deferred(given.name, later(partial(make_provider, given)))
 
 
 def _guarded(provider: Provider, given: ProviderSettings) -> Provider:
@@ -133,29 +145,41 @@ def _guarded(provider: Provider, given: ProviderSettings) -> Provider:
     return Guarded(provider, given.max_concurrent, breaker) if breaker or given.max_concurrent else provider
 
 
-def make_provider(given: ProviderSettings) -> Provider:
-    """Makes one provider. Raises ProviderSettingsError for a key or an address that cannot be used."""
+def check_provider(given: ProviderSettings) -> None:
+    """Raises ProviderSettingsError for a key, a header, an address or a profile that cannot be used."""
     if given.kind == "offline":
-        return OfflineProvider()
-    # Its SDK takes most of a second to import; a server without it starts without it.
-    from notecase_server.models.openai import OpenAIProvider  # noqa: PLC0415
+        return
+    from notecase_server.models.endpoint import endpoint_of  # noqa: PLC0415  # as in `make_provider`
     from notecase_server.models.profiles import read  # noqa: PLC0415
 
     try:
-        return OpenAIProvider(
-            given.api_key,
-            given.base_url,
-            given.default_model,
-            headers=given.headers,
-            connect_timeout=given.connect_timeout,
-            first_timeout=given.first_timeout,
-            idle_timeout=given.idle_timeout,
-            whole_timeout=given.whole_timeout,
-            profile=read(given.profile),
-            clock=now,
-        )
+        endpoint_of(given.api_key, given.base_url, given.headers)
+        read(given.profile)
     except ValueError as error:
         raise ProviderSettingsError(f"The {given.name} provider cannot be used: {error}.") from None
+
+
+def make_provider(given: ProviderSettings) -> Provider:
+    """Makes one provider. Raises ProviderSettingsError as `check_provider` does."""
+    check_provider(given)
+    if given.kind == "offline":
+        return OfflineProvider()
+    # Its SDK takes half a second to import; a server without it never does.
+    from notecase_server.models.openai import OpenAIProvider  # noqa: PLC0415
+    from notecase_server.models.profiles import read  # noqa: PLC0415
+
+    return OpenAIProvider(
+        given.api_key,
+        given.base_url,
+        given.default_model,
+        headers=given.headers,
+        connect_timeout=given.connect_timeout,
+        first_timeout=given.first_timeout,
+        idle_timeout=given.idle_timeout,
+        whole_timeout=given.whole_timeout,
+        profile=read(given.profile),
+        clock=now,
+    )
 
 
 def settings_mistakes(settings: Settings) -> list[Mistake]:
@@ -447,13 +471,13 @@ async def _end_everything() -> list[str]:
     return sorted(task.get_name() for task in stuck)
 
 
-async def make_server(settings: Settings, fetches: Tasks) -> Server:
+async def make_server(settings: Settings, fetches: Tasks, later: Later) -> Server:
     """Makes the server that the settings describe, over its store, once it owns that. `fetches` owns what gets the keys
-    of identity providers.
+    of identity providers; providers that take long to load are made `later`.
 
     Raises SettingsError, StoreOpenError, ProviderSettingsError and ToolSettingsError, whose texts are for the
     operator."""
-    providers = make_providers(settings)  # first, since a bad key or address is no reason to open the store
+    providers = make_providers(settings, later)  # first, since a bad key or address is no reason to open the store
     toolbox = make_toolbox(settings.tools, settings.mcp_servers)
     files = Files()
     authenticators = make_authenticators(settings, files, fetches)
@@ -487,17 +511,29 @@ def _database(settings: Settings) -> Database:
     )
 
 
+async def _load(make: Callable[[], Provider], serving: asyncio.Event) -> Provider:
+    """Makes a provider in a thread, once the server serves: modules are loaded in pieces of some milliseconds."""
+    await serving.wait()
+    gc.disable()  # see `Lazy`: nothing of this is garbage
+    try:
+        return await asyncio.to_thread(make)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 async def serve(settings: Settings, ready: Callable[[Server], None] = lambda server: None) -> None:
     """Serves until SIGTERM or SIGINT; calls `ready` once it does. Raises ServerBrokenError for what ended it, and what
     `make_server` raises."""
-    asked, fetches, ends = asyncio.Event(), Tasks("auth"), Tasks("serve")
+    asked, serving = asyncio.Event(), asyncio.Event()
+    fetches, loads, ends = Tasks("auth"), Tasks("models"), Tasks("serve")
     loop = asyncio.get_running_loop()
     gc.disable()
     try:
         async with asyncio.timeout(None) as making:
             for number in (signal.SIGTERM, signal.SIGINT):
                 loop.add_signal_handler(number, making.reschedule, 0)
-            server = await make_server(settings, fetches)
+            server = await make_server(settings, fetches, lambda make: loads.start(_load(make, serving)))
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, asked.set)
         await server.start()
@@ -508,10 +544,12 @@ async def serve(settings: Settings, ready: Callable[[Server], None] = lambda ser
         if not making.expired():
             raise
         await fetches.close()
+        await loads.close()
         return
     finally:
         gc.enable()
     ready(server)
+    serving.set()
     lost = ends.start(server.lost(), "lost")
     await asyncio.wait(
         [ends.start(asked.wait(), "asked"), ends.start(server.broken.wait(), "broken"), lost],
@@ -520,6 +558,7 @@ async def serve(settings: Settings, ready: Callable[[Server], None] = lambda ser
     await ends.close()
     await server.stop()
     await fetches.close()
+    await loads.close()
     if not lost.cancelled():
         raise ServerBrokenError(f"{lost.result() or 'Another server'} has become the owner of the store.")
     if server.broken.is_set():

@@ -1,6 +1,7 @@
 """Which store a URL means, and what an operator does with a whole store."""
 
 import os
+import secrets
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -90,7 +91,9 @@ async def _own(
         except (OSError, UnicodeError):
             raise StoreOpenError(f"{file} cannot be read: it is to have the password of the store.") from None
     access = Access(url, None if file is None else lambda: file.read_text().strip(), database.prepared)
-    lease = PostgresLease(access.dial, f"{socket.gethostname()}:{os.getpid()}", _uptime, database.lease)
+    lease = PostgresLease(
+        access.dial, f"{socket.gethostname()}:{os.getpid()} ({secrets.token_hex(4)})", _uptime, database.lease
+    )
     await own(access, lease, waiting, database.migrate, unfinished)
     return access, lease
 

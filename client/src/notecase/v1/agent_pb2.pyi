@@ -24,7 +24,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Agent(_message.Message):
-    """Who answers in a session: a model with an instruction."""
+    """An agent answers in sessions: a model with an instruction, tools and limits."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -63,25 +63,25 @@ class Agent(_message.Message):
     display_name: _builtins.str
     description: _builtins.str
     output_key: _builtins.str
-    """Each reply of this agent that ends a turn is put into session state under this key: its text, or with `llm.output_schema` its
-    JSON as a typed value (objects as maps, whole numbers that fit as ints, all others as doubles). What the model says beside
-    calls of tools is no result, and a reply without text leaves what is there. Empty: nowhere.
+    """The key of session state that receives each reply that ends a turn: its text, or with `llm.output_schema` its JSON as a
+    typed value (objects as maps, whole numbers that fit as ints, all others as doubles). Text that comes together with tool
+    calls is not stored, and a reply without text does not change the key. Empty: replies are not stored.
     """
     revision: _builtins.int
-    """Output only: 1 and up, one more with each update."""
+    """Output only: 1, plus 1 for each update."""
     etag: _builtins.str
-    """Changes with each revision; given back in an update it makes the update conditional."""
+    """Changes with each revision. When an update sets it, the update is conditional."""
     @_builtins.property
     def llm(self) -> Global___LlmAgent: ...
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only: of the first revision."""
+        """Output only: the time of the first revision."""
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only: of this revision."""
+        """Output only: the time of this revision."""
 
     def __init__(
         self,
@@ -123,22 +123,23 @@ class LlmAgent(_message.Message):
     PROVIDER_FIELD_NUMBER: _builtins.int
     FALLBACKS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Handed to the provider untouched. Empty: the provider's default."""
+    """Sent to the provider as it is. Empty: the provider's default."""
     instruction: _builtins.str
     """A Liquid template over state: `{{ draft }}` reads the session's, `{{ user.name }}` the user's, `{{ app.policy }}` the
     tenant's. Nothing is HTML-escaped, a missing key is empty, bytes are empty.
     """
     output_schema: _builtins.str
     """JSON Schema (draft 2020-12) of the reply, an object of at most 64 KiB; nothing outside of it is ever fetched, and a
-    `pattern` has no lookaround and no backreference. The reply that ends a turn is then one `json` part that is valid, at most
-    16 levels deep; in a ```json fence it counts without the fence. An invalid one is discarded and asked for once more, which
-    counts as a model call; a second fails the run with OUTPUT_INVALID. A refusal stays a `refusal` part, and text beside calls
-    of tools stays text. The provider is told the schema as `response_format`; what it makes of it is its own.
+    `pattern` has no lookaround and no backreference. The reply that ends a turn is then one valid `json` part, at most 16
+    levels deep; a ```json fence around it is removed. An invalid reply is discarded, and the model is asked once more, which
+    counts as a model call; a second invalid reply fails the run with OUTPUT_INVALID. A refusal stays a `refusal` part, and
+    text that comes together with tool calls stays text. The provider is sent the schema as `response_format`, and may ignore
+    it.
     """
     max_model_calls: _builtins.int
-    """Model calls in one run, summaries and repeats after a failure or a takeover included. 0: 10."""
+    """The most model calls in one run, including summaries and repeats after a failure or a takeover. 0: 10."""
     provider: _builtins.str
-    """A provider the server has (ServerInfo.providers). Empty: its default. "offline" needs no network."""
+    """One of ServerInfo.providers. Empty: the server's default. "offline" needs no network."""
     @_builtins.property
     def tools(self) -> _containers.RepeatedCompositeFieldContainer[Global___Tool]: ...
     @_builtins.property
@@ -147,9 +148,9 @@ class LlmAgent(_message.Message):
     def context(self) -> Global___Context: ...
     @_builtins.property
     def fallbacks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Fallback]:
-        """Asked in this order when the provider, and then each of them, has failed with MODEL_UNAVAILABLE for all of its repeats; at
-        most 8. What had come of a reply is discarded then. Each turn begins with `provider` again. `Usage.provider` says who
-        answered. One that the server does not have any more is passed over.
+        """Providers that are asked, in this order, when `provider` and those before have failed with MODEL_UNAVAILABLE after all
+        retries; at most 8. A partial reply is discarded then. Each turn begins with `provider` again. `Usage.provider` says which
+        one answered. One that the server no longer has is skipped.
         """
 
     def __init__(
@@ -175,7 +176,7 @@ Global___LlmAgent: _TypeAlias = LlmAgent  # noqa: Y015
 
 @_typing.final
 class Fallback(_message.Message):
-    """A model that takes another one's place."""
+    """A model that is asked in place of another."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -201,7 +202,7 @@ Global___Fallback: _TypeAlias = Fallback  # noqa: Y015
 
 @_typing.final
 class Generation(_message.Message):
-    """How the model writes. What is unset is left to the provider."""
+    """How the model writes. The provider decides what is not set."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -217,7 +218,7 @@ class Generation(_message.Message):
     max_output_tokens: _builtins.int
     seed: _builtins.int
     reasoning_effort: _builtins.str
-    """"low", "medium", "high", or what else the model knows."""
+    """"low", "medium", "high", or another value that the model knows."""
     extra: _builtins.str
     """A JSON object merged into the provider's request as it is."""
     @_builtins.property
@@ -258,9 +259,9 @@ Global___Generation: _TypeAlias = Generation  # noqa: Y015
 
 @_typing.final
 class Context(_message.Message):
-    """What of the history the model is shown. The log itself is never cut. What is shown begins with what a user or the system
-    said, a call never parts from its result, and the newest user message with all that follows it is always shown. A request
-    that the provider finds too long is made shorter and asked once more: all but the newest turn is summarised or, where that
+    """Which part of the history the model is shown. The log itself is never cut. The first message shown is from a user or the
+    system, calls are shown with their results, and the newest user message and all that follows it are always shown. A request
+    that the provider rejects as too long is shortened and sent once more: all but the newest turn is summarised or, when that
     fails, the older half is left out for the rest of the run.
     """
 
@@ -268,9 +269,9 @@ class Context(_message.Message):
 
     @_typing.final
     class Summary(_message.Message):
-        """A summary that takes the place of older messages and is carried on as the session grows. Each is a model call of the run
-        and an event of the log (`summarized`); none is made while the run has only one call left, and one that fails is tried
-        again in the next run.
+        """A summary that replaces older messages and is extended as the session grows. Each one costs a model call of the run and is
+        an event of the log (`summarized`). None is made while the run has only one model call left; one that fails is tried again
+        in the next run.
         """
 
         DESCRIPTOR: _descriptor.Descriptor
@@ -280,13 +281,13 @@ class Context(_message.Message):
         MODEL_FIELD_NUMBER: _builtins.int
         INSTRUCTION_FIELD_NUMBER: _builtins.int
         keep_recent: _builtins.int
-        """The newest messages that are shown as they are, at least. 0: 10; at most 500."""
+        """At least this many of the newest messages are not summarised. 0: 10; at most 500."""
         batch: _builtins.int
-        """A summary is made when this many messages more than `keep_recent` are covered by none. 0: 20; at most 500."""
+        """A summary is made when this many messages in addition to `keep_recent` are not summarised yet. 0: 20; at most 500."""
         model: _builtins.str
-        """Of the agent's provider. Empty: the agent's model."""
+        """A model of the agent's provider. Empty: the agent's model."""
         instruction: _builtins.str
-        """What the model is asked for, after the messages to be covered. Empty: a request that the server has for it."""
+        """The request for a summary, which follows the messages to be covered. Empty: the server's own."""
         def __init__(
             self,
             *,
@@ -308,15 +309,16 @@ class Context(_message.Message):
     stateless: _builtins.bool
     """Only the messages of the run itself, and no summary."""
     max_messages: _builtins.int
-    """At most this many of the newest messages. 0: all. Beside `summary` at least its `keep_recent` and `batch` together."""
+    """At most this many of the newest messages. 0: all. With `summary`, at least the sum of its `keep_recent` and `batch`."""
     max_tokens: _builtins.int
-    """At most about this many tokens of the newest messages and the summary. 0: all. A reply counts as what its provider
-    reported, output without reasoning; all other text by the bytes a token of this conversation's own replies, four where
-    none was reported; an image as 1000 tokens, audio as one for each 1000 bytes, a document as one for each 50 bytes.
+    """At most about this many tokens of the newest messages and the summary. 0: all. A reply counts as the output tokens that
+    its provider reported, without reasoning. Other text is estimated from the bytes per token of this conversation's replies,
+    or 4 when none was reported. An image counts as 1000 tokens, audio as one for each 1000 bytes, a document as one for each
+    50 bytes.
     """
     @_builtins.property
     def summary(self) -> Global___Context.Summary:
-        """Unset: nothing is summarised but what CompactSession or a request that was too long asks for."""
+        """Unset: only CompactSession, and a request that was too long, make a summary."""
 
     def __init__(
         self,
@@ -351,21 +353,23 @@ class Tool(_message.Message):
         ON_INTERRUPT_RETRY: Tool._OnInterrupt.ValueType  # 1
         """Run it again, with the same idempotency key and the next attempt."""
         ON_INTERRUPT_ASK: Tool._OnInterrupt.ValueType  # 2
-        """Ask with KIND_INTERRUPTED_CALL: run it again, it failed, or this is its result?"""
+        """Ask a person with KIND_INTERRUPTED_CALL whether to run it again, to treat it as failed, or what its result was."""
         ON_INTERRUPT_FAIL: Tool._OnInterrupt.ValueType  # 3
-        """It failed: the model is shown an error."""
+        """Treat it as failed: the model is shown an error."""
 
     class OnInterrupt(_OnInterrupt, metaclass=_OnInterruptEnumTypeWrapper):
-        """What a takeover does with a call that had started in the process that was lost. Calls that wait for a caller stay."""
+        """What a takeover does with a call that was running in the process that was lost. Calls that wait for a caller stay
+        dispatched.
+        """
 
     ON_INTERRUPT_UNSPECIFIED: Tool.OnInterrupt.ValueType  # 0
     """ON_INTERRUPT_ASK."""
     ON_INTERRUPT_RETRY: Tool.OnInterrupt.ValueType  # 1
     """Run it again, with the same idempotency key and the next attempt."""
     ON_INTERRUPT_ASK: Tool.OnInterrupt.ValueType  # 2
-    """Ask with KIND_INTERRUPTED_CALL: run it again, it failed, or this is its result?"""
+    """Ask a person with KIND_INTERRUPTED_CALL whether to run it again, to treat it as failed, or what its result was."""
     ON_INTERRUPT_FAIL: Tool.OnInterrupt.ValueType  # 3
-    """It failed: the model is shown an error."""
+    """Treat it as failed: the model is shown an error."""
 
     class _Approver:
         ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -374,18 +378,18 @@ class Tool(_message.Message):
     class _ApproverEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[Tool._Approver.ValueType], _builtins.type):
         DESCRIPTOR: _descriptor.EnumDescriptor
         APPROVER_UNSPECIFIED: Tool._Approver.ValueType  # 0
-        """Any caller of the role user or above that is not bound to a user."""
+        """Callers with the role user or above that are not bound to a user."""
         APPROVER_USER: Tool._Approver.ValueType  # 1
         APPROVER_DEVELOPER: Tool._Approver.ValueType  # 2
         APPROVER_ADMIN: Tool._Approver.ValueType  # 3
 
     class Approver(_Approver, metaclass=_ApproverEnumTypeWrapper):
-        """The least role of who may answer an approval, or a KIND_INTERRUPTED_CALL, of a call. A caller that is bound to a user answers
-        those with APPROVER_USER alone, whatever its role.
+        """The lowest role that may answer the approvals of a tool and decide about its interrupted calls. A caller that is bound to
+        a user may do so only with APPROVER_USER, whatever its role.
         """
 
     APPROVER_UNSPECIFIED: Tool.Approver.ValueType  # 0
-    """Any caller of the role user or above that is not bound to a user."""
+    """Callers with the role user or above that are not bound to a user."""
     APPROVER_USER: Tool.Approver.ValueType  # 1
     APPROVER_DEVELOPER: Tool.Approver.ValueType  # 2
     APPROVER_ADMIN: Tool.Approver.ValueType  # 3
@@ -401,18 +405,18 @@ class Tool(_message.Message):
     ON_INTERRUPT_FIELD_NUMBER: _builtins.int
     APPROVER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Letters, digits, "_" and "-", at most 64; unique in the agent. For `mcp` a prefix of the server's own names, or empty. Two
-    tools that yield one name are refused, or fail the run with TOOL_ERROR where only the server knows its names.
+    """Letters, digits, "_" and "-", at most 64; unique in the agent. For `mcp` a prefix to the names of the server's tools, or
+    empty. Two tools with the same name are refused, or fail the run with TOOL_ERROR when only the MCP server knows its names.
     """
     description: _builtins.str
-    """For the model. Empty: what the implementation says of itself."""
+    """For the model. Empty: the implementation's own description."""
     parameters: _builtins.str
-    """JSON Schema of the arguments, an object. Empty: what the implementation says of itself, or anything."""
+    """The JSON Schema of the arguments, an object. Empty: the implementation's own schema, or any arguments."""
     requires_approval: _builtins.bool
     """Every call waits for a person's approval first."""
     on_interrupt: Global___Tool.OnInterrupt.ValueType
     approver: Global___Tool.Approver.ValueType
-    """PERMISSION_DENIED (ROLE_MISSING) for everybody else. Questions of the model and of tools need no approver."""
+    """Who may answer; others get PERMISSION_DENIED (ROLE_MISSING). Does not apply to questions of the model or of tools."""
     @_builtins.property
     def client(self) -> Global___ClientTool: ...
     @_builtins.property
@@ -421,8 +425,8 @@ class Tool(_message.Message):
     def mcp(self) -> Global___McpTool: ...
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
-        """From the dispatch of a call to its outcome; when it passes the call fails. The time in which the tool waits for the answer
-        to a question of its own does not count. Unset: none.
+        """The longest time from the dispatch of a call to its outcome; when it passes, the call fails. Time in which the tool waits
+        for an answer to its own question does not count. Unset: no limit.
         """
 
     def __init__(
@@ -468,8 +472,8 @@ Global___ClientTool: _TypeAlias = ClientTool  # noqa: Y015
 
 @_typing.final
 class ServerTool(_message.Message):
-    """A Python function registered with the server (ServerInfo.functions). "ask_user" is always there: its call asks a person
-    the question in its argument `question`, and the answer is its result.
+    """A Python function registered with the server (ServerInfo.functions). Every server has "ask_user": it asks a person the
+    question in its argument `question`, and its result is the answer.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -491,9 +495,9 @@ Global___ServerTool: _TypeAlias = ServerTool  # noqa: Y015
 
 @_typing.final
 class McpTool(_message.Message):
-    """All tools of an MCP server that the operator configured (ServerInfo.mcp_servers), or those named, at most 128. In its names
-    "_" takes the place of what models do not take, and a name longer than 64 is shortened; where that would make two names
-    one, a digest keeps them apart.
+    """All tools of an MCP server that the operator configured (ServerInfo.mcp_servers), or those named, at most 128. Characters in
+    their names that models do not accept become "_", and a name longer than 64 is shortened; a digest is added when two names
+    would become the same.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -503,8 +507,8 @@ class McpTool(_message.Message):
     REQUIRED_FIELD_NUMBER: _builtins.int
     server: _builtins.str
     required: _builtins.bool
-    """A run fails with TOOL_ERROR when the tools cannot be had as it begins. Otherwise it goes on without them, and its log says
-    so (`tools_unavailable`).
+    """Fail a run with TOOL_ERROR when the tools are not available at its start. Otherwise it goes on without them, and its log
+    says so (`tools_unavailable`).
     """
     @_builtins.property
     def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
@@ -531,7 +535,7 @@ class CreateAgentRequest(_message.Message):
     AGENT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     agent_id: _builtins.str
-    """The {agent} of its name: lower-case letters, digits and inner "._-", at most 63. Empty: made by the server."""
+    """The {agent} of its name: lower-case letters, digits and inner "._-", at most 63. Empty: chosen by the server."""
     request_id: _builtins.str
     @_builtins.property
     def agent(self) -> Global___Agent: ...

@@ -81,30 +81,31 @@ class AgentServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetAgent(self, request, context):
-        """The agent as it is (`agents/a`), or as one revision was (`agents/a@3`). NOT_FOUND when either is missing.
+        """Returns the newest revision of an agent (`agents/a`), or the one that is named (`agents/a@3`). NOT_FOUND when it does not
+        exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAgents(self, request, context):
-        """A page of agents at their newest revision, by name ascending.
+        """Returns a page of agents at their newest revision, by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateAgent(self, request, context):
-        """Makes the next revision; runs under way keep theirs. An update that changes nothing makes none, and returns the agent as it
-        is. ABORTED when `agent.etag` is set and stale. With allow_missing it creates what is missing. A repeat with the same
-        request_id returns the first answer.
+        """Creates the next revision; runs under way keep theirs. An update that changes nothing returns the agent without a new
+        revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A repeat
+        with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAgentRevisions(self, request, context):
-        """A page of an agent's revisions, newest first.
+        """Returns a page of an agent's revisions, newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,16 +39,18 @@ class AgentServiceStub:
     the instruction does not parse. A repeat with the same request_id returns the first answer.
     """
     GetAgent: _grpc.UnaryUnaryMultiCallable[_agent_pb2.GetAgentRequest, _agent_pb2.Agent]
-    """The agent as it is (`agents/a`), or as one revision was (`agents/a@3`). NOT_FOUND when either is missing."""
+    """Returns the newest revision of an agent (`agents/a`), or the one that is named (`agents/a@3`). NOT_FOUND when it does not
+    exist.
+    """
     ListAgents: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ListAgentsRequest, _agent_pb2.ListAgentsResponse]
-    """A page of agents at their newest revision, by name ascending."""
+    """Returns a page of agents at their newest revision, by name."""
     UpdateAgent: _grpc.UnaryUnaryMultiCallable[_agent_pb2.UpdateAgentRequest, _agent_pb2.Agent]
-    """Makes the next revision; runs under way keep theirs. An update that changes nothing makes none, and returns the agent as it
-    is. ABORTED when `agent.etag` is set and stale. With allow_missing it creates what is missing. A repeat with the same
-    request_id returns the first answer.
+    """Creates the next revision; runs under way keep theirs. An update that changes nothing returns the agent without a new
+    revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A repeat
+    with the same request_id returns the first answer.
     """
     ListAgentRevisions: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ListAgentRevisionsRequest, _agent_pb2.ListAgentRevisionsResponse]
-    """A page of an agent's revisions, newest first."""
+    """Returns a page of an agent's revisions, newest first."""
     DeleteAgent: _grpc.UnaryUnaryMultiCallable[_agent_pb2.DeleteAgentRequest, _empty_pb2.Empty]
     """Deletes an agent with its revisions; runs under way go on, and an agent made later under the same id continues the
     numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
@@ -64,16 +66,18 @@ class AgentServiceAsyncStub(AgentServiceStub):
     the instruction does not parse. A repeat with the same request_id returns the first answer.
     """
     GetAgent: _aio.UnaryUnaryMultiCallable[_agent_pb2.GetAgentRequest, _agent_pb2.Agent]  # type: ignore[assignment]
-    """The agent as it is (`agents/a`), or as one revision was (`agents/a@3`). NOT_FOUND when either is missing."""
+    """Returns the newest revision of an agent (`agents/a`), or the one that is named (`agents/a@3`). NOT_FOUND when it does not
+    exist.
+    """
     ListAgents: _aio.UnaryUnaryMultiCallable[_agent_pb2.ListAgentsRequest, _agent_pb2.ListAgentsResponse]  # type: ignore[assignment]
-    """A page of agents at their newest revision, by name ascending."""
+    """Returns a page of agents at their newest revision, by name."""
     UpdateAgent: _aio.UnaryUnaryMultiCallable[_agent_pb2.UpdateAgentRequest, _agent_pb2.Agent]  # type: ignore[assignment]
-    """Makes the next revision; runs under way keep theirs. An update that changes nothing makes none, and returns the agent as it
-    is. ABORTED when `agent.etag` is set and stale. With allow_missing it creates what is missing. A repeat with the same
-    request_id returns the first answer.
+    """Creates the next revision; runs under way keep theirs. An update that changes nothing returns the agent without a new
+    revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A repeat
+    with the same request_id returns the first answer.
     """
     ListAgentRevisions: _aio.UnaryUnaryMultiCallable[_agent_pb2.ListAgentRevisionsRequest, _agent_pb2.ListAgentRevisionsResponse]  # type: ignore[assignment]
-    """A page of an agent's revisions, newest first."""
+    """Returns a page of an agent's revisions, newest first."""
     DeleteAgent: _aio.UnaryUnaryMultiCallable[_agent_pb2.DeleteAgentRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Deletes an agent with its revisions; runs under way go on, and an agent made later under the same id continues the
     numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
@@ -98,7 +102,9 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.GetAgentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.Agent, _abc.Awaitable[_agent_pb2.Agent]]:
-        """The agent as it is (`agents/a`), or as one revision was (`agents/a@3`). NOT_FOUND when either is missing."""
+        """Returns the newest revision of an agent (`agents/a`), or the one that is named (`agents/a@3`). NOT_FOUND when it does not
+        exist.
+        """
 
     @_abc_1.abstractmethod
     def ListAgents(
@@ -106,7 +112,7 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.ListAgentsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.ListAgentsResponse, _abc.Awaitable[_agent_pb2.ListAgentsResponse]]:
-        """A page of agents at their newest revision, by name ascending."""
+        """Returns a page of agents at their newest revision, by name."""
 
     @_abc_1.abstractmethod
     def UpdateAgent(
@@ -114,9 +120,9 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.UpdateAgentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.Agent, _abc.Awaitable[_agent_pb2.Agent]]:
-        """Makes the next revision; runs under way keep theirs. An update that changes nothing makes none, and returns the agent as it
-        is. ABORTED when `agent.etag` is set and stale. With allow_missing it creates what is missing. A repeat with the same
-        request_id returns the first answer.
+        """Creates the next revision; runs under way keep theirs. An update that changes nothing returns the agent without a new
+        revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A repeat
+        with the same request_id returns the first answer.
         """
 
     @_abc_1.abstractmethod
@@ -125,7 +131,7 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.ListAgentRevisionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.ListAgentRevisionsResponse, _abc.Awaitable[_agent_pb2.ListAgentRevisionsResponse]]:
-        """A page of an agent's revisions, newest first."""
+        """Returns a page of an agent's revisions, newest first."""
 
     @_abc_1.abstractmethod
     def DeleteAgent(

@@ -22,8 +22,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Principal(_message.Message):
-    """A caller, as its credential said when it first wrote in that role. Never changes: with another role or user it is another
-    principal.
+    """A caller, as its credential described it when it first wrote in that role. A principal never changes: the same credential
+    with another role or user is another principal.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -35,14 +35,14 @@ class Principal(_message.Message):
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """principals/{principal}, made by the server, which tells nothing of who it is."""
+    """principals/{principal}, chosen by the server. The name does not reveal who it is."""
     subject: _builtins.str
-    """What the credential says of whose it is: keys/{key}, the issuer and subject of a token, the name in a certificate."""
+    """The owner of the credential: keys/{key}, the issuer and subject of a token, or the name in a certificate."""
     role: _key_pb2.Key.Role.ValueType
     user: _builtins.str
-    """users/{user}, where the caller is bound to one. Erasing the user removes the principal."""
+    """users/{user}, when the caller is bound to one. Erasing the user removes the principal."""
     display_name: _builtins.str
-    """For people: that of the key."""
+    """For people: the display name of the key."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
         """When it first wrote."""
@@ -87,8 +87,8 @@ Global___GetPrincipalRequest: _TypeAlias = GetPrincipalRequest  # noqa: Y015
 
 @_typing.final
 class AuditEntry(_message.Message):
-    """One thing that a caller did, or was refused. An entry of a write is written with it, or neither is; a write that is repeated
-    with its request_id leaves one. Entries are never changed, and are removed once they are as old as the operator says.
+    """One thing that a caller did or was refused. The entry of a write is written in the same transaction; a write that is
+    repeated with its request_id leaves one entry. Entries never change, and are removed at the age that the operator sets.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -102,22 +102,24 @@ class AuditEntry(_message.Message):
     INPUT_ID_FIELD_NUMBER: _builtins.int
     CALL_COUNT_FIELD_NUMBER: _builtins.int
     principal: _builtins.str
-    """principals/{principal}. Empty for calls that were UNAUTHENTICATED, and for refusals of more principals than are told apart."""
+    """principals/{principal}. Empty for calls that were UNAUTHENTICATED, and for refusals beyond the number of principals that
+    are counted separately.
+    """
     method: _builtins.str
-    """Such as notecase.v1.KeyService/CreateKey. Empty for calls that are counted together."""
+    """For example notecase.v1.KeyService/CreateKey. Empty for calls that are counted together."""
     resource: _builtins.str
-    """The name of what it was about: a key, a tenant, a user, a session, or the run that was answered. Empty for a call that was
-    refused before its request was looked at.
+    """The name of the resource: a key, a tenant, a user, a session, or the run that was answered. Empty for a call that was
+    refused before its request was read.
     """
     outcome: _builtins.str
     """OK; for an answer its decision, such as APPROVE or DENY; or the reason of the refusal: ROLE_MISSING or UNAUTHENTICATED."""
     request_id: _builtins.str
-    """Of the call, as the server's log has it."""
+    """The id of the call, as in the server's log."""
     input_id: _builtins.str
-    """Of an answer: the input that it was for."""
+    """For an answer: the input that was answered."""
     call_count: _builtins.int
-    """How many calls this stands for: 1, but for refusals beyond the tenth of a principal in a minute, and for calls that were
-    UNAUTHENTICATED, which are counted by the minute.
+    """How many calls the entry stands for: 1, except for refusals of a principal beyond the tenth in a minute, and for calls
+    that were UNAUTHENTICATED, which are counted by the minute.
     """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
@@ -150,13 +152,13 @@ class ListAuditEntriesRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
-    """tenants/{tenant}. Empty: the caller's own; of an operator: what was done to tenants and operators' keys. Others only an
-    operator may name.
+    """tenants/{tenant}. Empty: the caller's own tenant or, for an operator, changes of tenants and of operators' keys. Only an
+    operator may name another tenant.
     """
     page_size: _builtins.int
     page_token: _builtins.str
     filter: _builtins.str
-    """By principal, method, resource, outcome and create_time."""
+    """AIP-160 over principal, method, resource, outcome and create_time."""
     def __init__(
         self,
         *,

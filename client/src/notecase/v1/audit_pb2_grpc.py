@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AuditServiceStub(object):
-    """Tells who did what.
+    """Answers who did what.
     """
 
     def __init__(self, channel):
@@ -48,21 +48,21 @@ class AuditServiceStub(object):
 
 
 class AuditServiceServicer(object):
-    """Tells who did what.
+    """Answers who did what.
     """
 
     def GetPrincipal(self, request, context):
-        """Says who a principal is, as events name it. For developers and admins, of their tenant; callers that are bound to a user
-        find the principals of that user only. NOT_FOUND when there is none of that name, also since its user was erased.
+        """Returns the principal that an event names. For developers and admins, in their own tenant; callers that are bound to a
+        user find only the principals of that user. NOT_FOUND when there is none with that name, or its user was erased.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListAuditEntries(self, request, context):
-        """What was done to keys and tenants, deletions of sessions and users, exports, answers to approvals, and refusals: the last one
-        first. Admins have their tenant's; operators what was done to tenants and operators' keys, and of a tenant that they name what
-        was done to its keys. Callers without credentials leave no entries.
+        """Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
+        approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
+        for a tenant that they name, changes of its keys. Callers without credentials leave no entries.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,7 +90,7 @@ def add_AuditServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AuditService(object):
-    """Tells who did what.
+    """Answers who did what.
     """
 
     @staticmethod

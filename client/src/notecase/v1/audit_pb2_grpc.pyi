@@ -27,39 +27,39 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AuditServiceStub:
-    """Tells who did what."""
+    """Answers who did what."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AuditServiceAsyncStub: ...
     GetPrincipal: _grpc.UnaryUnaryMultiCallable[_audit_pb2.GetPrincipalRequest, _audit_pb2.Principal]
-    """Says who a principal is, as events name it. For developers and admins, of their tenant; callers that are bound to a user
-    find the principals of that user only. NOT_FOUND when there is none of that name, also since its user was erased.
+    """Returns the principal that an event names. For developers and admins, in their own tenant; callers that are bound to a
+    user find only the principals of that user. NOT_FOUND when there is none with that name, or its user was erased.
     """
     ListAuditEntries: _grpc.UnaryUnaryMultiCallable[_audit_pb2.ListAuditEntriesRequest, _audit_pb2.ListAuditEntriesResponse]
-    """What was done to keys and tenants, deletions of sessions and users, exports, answers to approvals, and refusals: the last one
-    first. Admins have their tenant's; operators what was done to tenants and operators' keys, and of a tenant that they name what
-    was done to its keys. Callers without credentials leave no entries.
+    """Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
+    approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
+    for a tenant that they name, changes of its keys. Callers without credentials leave no entries.
     """
 
 @_typing.type_check_only
 class AuditServiceAsyncStub(AuditServiceStub):
-    """Tells who did what."""
+    """Answers who did what."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetPrincipal: _aio.UnaryUnaryMultiCallable[_audit_pb2.GetPrincipalRequest, _audit_pb2.Principal]  # type: ignore[assignment]
-    """Says who a principal is, as events name it. For developers and admins, of their tenant; callers that are bound to a user
-    find the principals of that user only. NOT_FOUND when there is none of that name, also since its user was erased.
+    """Returns the principal that an event names. For developers and admins, in their own tenant; callers that are bound to a
+    user find only the principals of that user. NOT_FOUND when there is none with that name, or its user was erased.
     """
     ListAuditEntries: _aio.UnaryUnaryMultiCallable[_audit_pb2.ListAuditEntriesRequest, _audit_pb2.ListAuditEntriesResponse]  # type: ignore[assignment]
-    """What was done to keys and tenants, deletions of sessions and users, exports, answers to approvals, and refusals: the last one
-    first. Admins have their tenant's; operators what was done to tenants and operators' keys, and of a tenant that they name what
-    was done to its keys. Callers without credentials leave no entries.
+    """Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
+    approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
+    for a tenant that they name, changes of its keys. Callers without credentials leave no entries.
     """
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tells who did what."""
+    """Answers who did what."""
 
     @_abc_1.abstractmethod
     def GetPrincipal(
@@ -67,8 +67,8 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _audit_pb2.GetPrincipalRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_audit_pb2.Principal, _abc.Awaitable[_audit_pb2.Principal]]:
-        """Says who a principal is, as events name it. For developers and admins, of their tenant; callers that are bound to a user
-        find the principals of that user only. NOT_FOUND when there is none of that name, also since its user was erased.
+        """Returns the principal that an event names. For developers and admins, in their own tenant; callers that are bound to a
+        user find only the principals of that user. NOT_FOUND when there is none with that name, or its user was erased.
         """
 
     @_abc_1.abstractmethod
@@ -77,9 +77,9 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _audit_pb2.ListAuditEntriesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_audit_pb2.ListAuditEntriesResponse, _abc.Awaitable[_audit_pb2.ListAuditEntriesResponse]]:
-        """What was done to keys and tenants, deletions of sessions and users, exports, answers to approvals, and refusals: the last one
-        first. Admins have their tenant's; operators what was done to tenants and operators' keys, and of a tenant that they name what
-        was done to its keys. Callers without credentials leave no entries.
+        """Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
+        approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
+        for a tenant that they name, changes of its keys. Callers without credentials leave no entries.
         """
 
 def add_AuditServiceServicer_to_server(servicer: AuditServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

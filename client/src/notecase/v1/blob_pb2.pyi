@@ -30,14 +30,16 @@ class UploadBlobRequest(_message.Message):
     chunk: _builtins.bytes
     """At most 1 MiB."""
     upload_id: _builtins.str
-    """In the first frame: the caller's own, at most 128 bytes of printable text. Empty: the upload cannot be resumed."""
+    """In the first frame: an id chosen by the caller, at most 128 bytes of printable text. Empty: the upload cannot be resumed."""
     offset: _builtins.int
-    """In the first frame: where the first chunk belongs, which is what GetUpload tells."""
+    """In the first frame: the offset of the first chunk, as GetUpload returns it."""
     last: _builtins.bool
     """The content ends with this frame's chunk. Needed when the first frame gives no size_bytes."""
     @_builtins.property
     def blob(self) -> _content_pb2.Blob:
-        """In the first frame: what comes. `name` and `size_bytes` are checked when set; media_type and filename are given back."""
+        """In the first frame: the content that follows. `name` and `size_bytes` are checked when set; media_type and filename are
+        returned as sent.
+        """
 
     def __init__(
         self,
@@ -93,7 +95,7 @@ class DownloadBlobResponse(_message.Message):
     chunk: _builtins.bytes
     """At most 2 MiB."""
     offset: _builtins.int
-    """Of the chunk's first byte."""
+    """The offset of the chunk's first byte."""
     def __init__(
         self,
         *,
@@ -129,7 +131,7 @@ Global___GetUploadRequest: _TypeAlias = GetUploadRequest  # noqa: Y015
 
 @_typing.final
 class Upload(_message.Message):
-    """Content under way."""
+    """An upload that is under way or completed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -139,14 +141,14 @@ class Upload(_message.Message):
     BLOB_FIELD_NUMBER: _builtins.int
     upload_id: _builtins.str
     committed_bytes: _builtins.int
-    """What is stored for good: where the next call goes on."""
+    """The number of bytes that are stored. The next call continues at this offset."""
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When an upload that is not completed is forgotten."""
+        """When an upload that is not completed is discarded."""
 
     @_builtins.property
     def blob(self) -> _content_pb2.Blob:
-        """Once completed."""
+        """Set when the upload is completed."""
 
     def __init__(
         self,

@@ -28,8 +28,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class BlobServiceStub:
-    """Content too large for a message: sent in chunks, stored once however often it is sent (within a tenant), and named by its
-    SHA-256. It stays as long as a session's log or a state refers to it, and for a day after it was sent.
+    """Content that is too large for a message. It is sent in chunks, stored once in a tenant however often it is sent, and named
+    by its SHA-256. It stays as long as a session's log or a state refers to it, and for a day after it was sent.
     """
 
     @_typing.overload
@@ -37,55 +37,55 @@ class BlobServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> BlobServiceAsyncStub: ...
     UploadBlob: _grpc.StreamUnaryMultiCallable[_blob_pb2.UploadBlobRequest, _content_pb2.Blob]
-    """Stores content. The first frame says what comes, and all of them carry it. The blob is complete when as many bytes have
-    come as `blob.size_bytes` says, or with the frame that is `last`, or when the stream ends and the content is what
-    `blob.name` says; the end of the stream alone says nothing, since one that is cut ends as well.
-    What comes behind that is not looked at.
-    INVALID_ARGUMENT BLOB_CORRUPT when the content is not what the first frame says, or not complete; then
-    metadata.committed_bytes says where an upload with an upload_id goes on. What is wrong is forgotten.
-    With an upload_id, what arrived before a cut or a stop of the server is kept, all but the last 256 KiB of it when the
-    server is killed, and the next call goes on from there: ABORTED UPLOAD_OFFSET_MISMATCH, naming the right one, when
-    `offset` is another. A repeat of a completed upload_id returns its blob, and is ALREADY_EXISTS REQUEST_ID_REUSED when
-    its first frame says another size or name. A first frame that names a blob the server has returns it, too: nothing
-    need be sent then.
+    """Stores content. The first frame describes the content, and every frame may carry a chunk. The blob is complete when
+    `blob.size_bytes` bytes have arrived, or with the frame that is `last`, or when the stream ends and the content has the
+    digest in `blob.name`. The end of the stream alone is not enough, since a stream that is cut ends as well. Later frames
+    are ignored. INVALID_ARGUMENT BLOB_CORRUPT when the content does not match the first frame, and is then discarded, or when
+    it is not complete; metadata.committed_bytes then says where an upload with an upload_id continues. With an upload_id,
+    what arrived before a cut or a stop of the server is kept (without the last 256 KiB when the server is killed), and the
+    next call continues from there: ABORTED UPLOAD_OFFSET_MISMATCH, with the right offset, when `offset` is another. A repeat
+    of a completed upload_id returns its blob; ALREADY_EXISTS REQUEST_ID_REUSED when its first frame has another size or name.
+    When the first frame names a blob that the server has, that blob is returned, and no content needs to be sent.
     """
     DownloadBlob: _grpc.UnaryStreamMultiCallable[_blob_pb2.DownloadBlobRequest, _blob_pb2.DownloadBlobResponse]
-    """The content, or a range of it, in order."""
+    """Streams the content, or a range of it, in order."""
     GetUpload: _grpc.UnaryUnaryMultiCallable[_blob_pb2.GetUploadRequest, _blob_pb2.Upload]
-    """How far an upload came. NOT_FOUND when there is none of that id, or its time has passed."""
+    """Returns how much of an upload has arrived. NOT_FOUND when there is none with that id, or it has expired."""
     GetBlob: _grpc.UnaryUnaryMultiCallable[_blob_pb2.GetBlobRequest, _content_pb2.Blob]
-    """Whether the server has a blob, and its size; media type and filename belong to who refers to it."""
+    """Returns a blob's size. NOT_FOUND when the server does not have it. Media type and filename are not returned, since they
+    belong to references.
+    """
 
 @_typing.type_check_only
 class BlobServiceAsyncStub(BlobServiceStub):
-    """Content too large for a message: sent in chunks, stored once however often it is sent (within a tenant), and named by its
-    SHA-256. It stays as long as a session's log or a state refers to it, and for a day after it was sent.
+    """Content that is too large for a message. It is sent in chunks, stored once in a tenant however often it is sent, and named
+    by its SHA-256. It stays as long as a session's log or a state refers to it, and for a day after it was sent.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     UploadBlob: _aio.StreamUnaryMultiCallable[_blob_pb2.UploadBlobRequest, _content_pb2.Blob]  # type: ignore[assignment]
-    """Stores content. The first frame says what comes, and all of them carry it. The blob is complete when as many bytes have
-    come as `blob.size_bytes` says, or with the frame that is `last`, or when the stream ends and the content is what
-    `blob.name` says; the end of the stream alone says nothing, since one that is cut ends as well.
-    What comes behind that is not looked at.
-    INVALID_ARGUMENT BLOB_CORRUPT when the content is not what the first frame says, or not complete; then
-    metadata.committed_bytes says where an upload with an upload_id goes on. What is wrong is forgotten.
-    With an upload_id, what arrived before a cut or a stop of the server is kept, all but the last 256 KiB of it when the
-    server is killed, and the next call goes on from there: ABORTED UPLOAD_OFFSET_MISMATCH, naming the right one, when
-    `offset` is another. A repeat of a completed upload_id returns its blob, and is ALREADY_EXISTS REQUEST_ID_REUSED when
-    its first frame says another size or name. A first frame that names a blob the server has returns it, too: nothing
-    need be sent then.
+    """Stores content. The first frame describes the content, and every frame may carry a chunk. The blob is complete when
+    `blob.size_bytes` bytes have arrived, or with the frame that is `last`, or when the stream ends and the content has the
+    digest in `blob.name`. The end of the stream alone is not enough, since a stream that is cut ends as well. Later frames
+    are ignored. INVALID_ARGUMENT BLOB_CORRUPT when the content does not match the first frame, and is then discarded, or when
+    it is not complete; metadata.committed_bytes then says where an upload with an upload_id continues. With an upload_id,
+    what arrived before a cut or a stop of the server is kept (without the last 256 KiB when the server is killed), and the
+    next call continues from there: ABORTED UPLOAD_OFFSET_MISMATCH, with the right offset, when `offset` is another. A repeat
+    of a completed upload_id returns its blob; ALREADY_EXISTS REQUEST_ID_REUSED when its first frame has another size or name.
+    When the first frame names a blob that the server has, that blob is returned, and no content needs to be sent.
     """
     DownloadBlob: _aio.UnaryStreamMultiCallable[_blob_pb2.DownloadBlobRequest, _blob_pb2.DownloadBlobResponse]  # type: ignore[assignment]
-    """The content, or a range of it, in order."""
+    """Streams the content, or a range of it, in order."""
     GetUpload: _aio.UnaryUnaryMultiCallable[_blob_pb2.GetUploadRequest, _blob_pb2.Upload]  # type: ignore[assignment]
-    """How far an upload came. NOT_FOUND when there is none of that id, or its time has passed."""
+    """Returns how much of an upload has arrived. NOT_FOUND when there is none with that id, or it has expired."""
     GetBlob: _aio.UnaryUnaryMultiCallable[_blob_pb2.GetBlobRequest, _content_pb2.Blob]  # type: ignore[assignment]
-    """Whether the server has a blob, and its size; media type and filename belong to who refers to it."""
+    """Returns a blob's size. NOT_FOUND when the server does not have it. Media type and filename are not returned, since they
+    belong to references.
+    """
 
 class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Content too large for a message: sent in chunks, stored once however often it is sent (within a tenant), and named by its
-    SHA-256. It stays as long as a session's log or a state refers to it, and for a day after it was sent.
+    """Content that is too large for a message. It is sent in chunks, stored once in a tenant however often it is sent, and named
+    by its SHA-256. It stays as long as a session's log or a state refers to it, and for a day after it was sent.
     """
 
     @_abc_1.abstractmethod
@@ -94,17 +94,15 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_blob_pb2.UploadBlobRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_content_pb2.Blob, _abc.Awaitable[_content_pb2.Blob]]:
-        """Stores content. The first frame says what comes, and all of them carry it. The blob is complete when as many bytes have
-        come as `blob.size_bytes` says, or with the frame that is `last`, or when the stream ends and the content is what
-        `blob.name` says; the end of the stream alone says nothing, since one that is cut ends as well.
-        What comes behind that is not looked at.
-        INVALID_ARGUMENT BLOB_CORRUPT when the content is not what the first frame says, or not complete; then
-        metadata.committed_bytes says where an upload with an upload_id goes on. What is wrong is forgotten.
-        With an upload_id, what arrived before a cut or a stop of the server is kept, all but the last 256 KiB of it when the
-        server is killed, and the next call goes on from there: ABORTED UPLOAD_OFFSET_MISMATCH, naming the right one, when
-        `offset` is another. A repeat of a completed upload_id returns its blob, and is ALREADY_EXISTS REQUEST_ID_REUSED when
-        its first frame says another size or name. A first frame that names a blob the server has returns it, too: nothing
-        need be sent then.
+        """Stores content. The first frame describes the content, and every frame may carry a chunk. The blob is complete when
+        `blob.size_bytes` bytes have arrived, or with the frame that is `last`, or when the stream ends and the content has the
+        digest in `blob.name`. The end of the stream alone is not enough, since a stream that is cut ends as well. Later frames
+        are ignored. INVALID_ARGUMENT BLOB_CORRUPT when the content does not match the first frame, and is then discarded, or when
+        it is not complete; metadata.committed_bytes then says where an upload with an upload_id continues. With an upload_id,
+        what arrived before a cut or a stop of the server is kept (without the last 256 KiB when the server is killed), and the
+        next call continues from there: ABORTED UPLOAD_OFFSET_MISMATCH, with the right offset, when `offset` is another. A repeat
+        of a completed upload_id returns its blob; ALREADY_EXISTS REQUEST_ID_REUSED when its first frame has another size or name.
+        When the first frame names a blob that the server has, that blob is returned, and no content needs to be sent.
         """
 
     @_abc_1.abstractmethod
@@ -113,7 +111,7 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _blob_pb2.DownloadBlobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_blob_pb2.DownloadBlobResponse], _abc.AsyncIterator[_blob_pb2.DownloadBlobResponse]]:
-        """The content, or a range of it, in order."""
+        """Streams the content, or a range of it, in order."""
 
     @_abc_1.abstractmethod
     def GetUpload(
@@ -121,7 +119,7 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _blob_pb2.GetUploadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_blob_pb2.Upload, _abc.Awaitable[_blob_pb2.Upload]]:
-        """How far an upload came. NOT_FOUND when there is none of that id, or its time has passed."""
+        """Returns how much of an upload has arrived. NOT_FOUND when there is none with that id, or it has expired."""
 
     @_abc_1.abstractmethod
     def GetBlob(
@@ -129,6 +127,8 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _blob_pb2.GetBlobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_content_pb2.Blob, _abc.Awaitable[_content_pb2.Blob]]:
-        """Whether the server has a blob, and its size; media type and filename belong to who refers to it."""
+        """Returns a blob's size. NOT_FOUND when the server does not have it. Media type and filename are not returned, since they
+        belong to references.
+        """
 
 def add_BlobServiceServicer_to_server(servicer: BlobServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

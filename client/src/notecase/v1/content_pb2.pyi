@@ -30,232 +30,244 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     DESCRIPTOR: _descriptor.EnumDescriptor
     ERROR_REASON_UNSPECIFIED: _ErrorReason.ValueType  # 0
     ERROR_REASON_INVALID_FIELD: _ErrorReason.ValueType  # 1
-    """INVALID_ARGUMENT: fields are missing or malformed, templates, schemas, filters and page tokens among them; BadRequest lists
-    all of them. When a template or a page token is all that is wrong, the reason is its own, TEMPLATE_ERROR or
+    """INVALID_ARGUMENT: fields are missing or malformed; BadRequest lists all of them. Templates, schemas, filters and page
+    tokens count as fields. When a template or a page token is the only one that is wrong, the reason is TEMPLATE_ERROR or
     PAGE_TOKEN_INVALID.
     """
     ERROR_REASON_AGENT_NOT_FOUND: _ErrorReason.ValueType  # 2
-    """NOT_FOUND, with ResourceInfo."""
+    """NOT_FOUND: there is no such agent, or no such revision of it. ResourceInfo names it."""
     ERROR_REASON_SESSION_NOT_FOUND: _ErrorReason.ValueType  # 3
-    """NOT_FOUND, with ResourceInfo."""
+    """NOT_FOUND: there is no such session. ResourceInfo names it."""
     ERROR_REASON_RUN_NOT_FOUND: _ErrorReason.ValueType  # 4
-    """NOT_FOUND, with ResourceInfo: the run, or the session where a command names no run and none is under way."""
+    """NOT_FOUND: there is no such run. ResourceInfo names it, or the session when a command names no run and none is under way."""
     ERROR_REASON_MESSAGE_NOT_FOUND: _ErrorReason.ValueType  # 5
-    """NOT_FOUND, with ResourceInfo."""
+    """NOT_FOUND: there is no such message. ResourceInfo names it."""
     ERROR_REASON_BLOB_NOT_FOUND: _ErrorReason.ValueType  # 6
-    """NOT_FOUND, with ResourceInfo: a blob or an upload."""
+    """NOT_FOUND: there is no such blob or upload. ResourceInfo names it."""
     ERROR_REASON_ALREADY_EXISTS: _ErrorReason.ValueType  # 7
-    """ALREADY_EXISTS: the id is taken; ResourceInfo names the holder."""
+    """ALREADY_EXISTS: the id is taken. ResourceInfo names the resource that has it."""
     ERROR_REASON_REQUEST_ID_REUSED: _ErrorReason.ValueType  # 8
-    """ALREADY_EXISTS: a request_id, command_id, run_id or upload_id came again with another body."""
+    """ALREADY_EXISTS: a request_id, command_id, run_id or upload_id was sent before with another body."""
     ERROR_REASON_ETAG_MISMATCH: _ErrorReason.ValueType  # 9
-    """ABORTED: the resource changed since; metadata.etag is the current one."""
+    """ABORTED: the resource has changed since it was read. metadata.etag is its current etag."""
     ERROR_REASON_SEQUENCE_MISMATCH: _ErrorReason.ValueType  # 10
-    """ABORTED: the log moved on; metadata.last_sequence is its head."""
+    """ABORTED: the log has grown since it was read. metadata.last_sequence is its last sequence."""
     ERROR_REASON_STATE_VERSION_MISMATCH: _ErrorReason.ValueType  # 11
-    """ABORTED: the key or the state changed since; metadata.version is the current one."""
+    """ABORTED: the key or the state has changed since it was read. metadata.version is its current version."""
     ERROR_REASON_RUN_ACTIVE: _ErrorReason.ValueType  # 12
-    """FAILED_PRECONDITION: the session has a run under way; metadata.run names it."""
+    """FAILED_PRECONDITION: the session has a run under way. metadata.run names it."""
     ERROR_REASON_RUN_ENDED: _ErrorReason.ValueType  # 13
-    """FAILED_PRECONDITION: the run has ended; metadata.state says how."""
+    """FAILED_PRECONDITION: the run has ended. metadata.state says how."""
     ERROR_REASON_RUN_CANCELLED_BEFORE_START: _ErrorReason.ValueType  # 14
-    """CANCELLED: a cancel of this run came before its start."""
+    """CANCELLED: the run was cancelled before it was started."""
     ERROR_REASON_INPUT_NOT_PENDING: _ErrorReason.ValueType  # 15
-    """FAILED_PRECONDITION: no approval or question of that input_id waits in this session or in the run named: it was answered
-    or withdrawn, its run has ended or never was, or it is another session's.
+    """FAILED_PRECONDITION: no approval or question with this input_id is waiting in the session, or in the run that is named. It
+    was answered or withdrawn, its run has ended or never existed, or it belongs to another session.
     """
     ERROR_REASON_CALL_NOT_PENDING: _ErrorReason.ValueType  # 16
-    """FAILED_PRECONDITION: no call of that call_id waits for a caller in this session or in the run named: it has an outcome, was
-    never dispatched to a caller, its run has ended or never was, or it is another session's.
+    """FAILED_PRECONDITION: no call with this call_id is waiting for a caller in the session, or in the run that is named. It has
+    an outcome, it was never dispatched to a caller, its run has ended or never existed, or it belongs to another session.
     """
     ERROR_REASON_PAGE_TOKEN_INVALID: _ErrorReason.ValueType  # 17
-    """INVALID_ARGUMENT: the page token was not made by this server, or for another list."""
+    """INVALID_ARGUMENT: the page token was not made by this server, or was made for another list or another caller."""
     ERROR_REASON_PAYLOAD_TOO_LARGE: _ErrorReason.ValueType  # 18
-    """RESOURCE_EXHAUSTED: larger than the server takes; QuotaFailure says how large it may be."""
+    """RESOURCE_EXHAUSTED: the request or its content is larger than the server accepts. QuotaFailure says how large it may be."""
     ERROR_REASON_BLOB_CORRUPT: _ErrorReason.ValueType  # 19
-    """INVALID_ARGUMENT: what was uploaded is not what it was said to be."""
+    """INVALID_ARGUMENT: the uploaded bytes do not have the size or the digest that was announced."""
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 20
-    """RESOURCE_EXHAUSTED: too many commands wait in the session; RetryInfo says when to try again."""
+    """RESOURCE_EXHAUSTED: too many commands or runs are queued in the session. RetryInfo says when to try again."""
     ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 21
-    """RESOURCE_EXHAUSTED: more at once than the server can carry (runs, calls, unread answers); RetryInfo says when to try again."""
+    """RESOURCE_EXHAUSTED: the server is at a limit of what it carries at once, such as runs, calls or unread answers. RetryInfo
+    says when to try again.
+    """
     ERROR_REASON_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 22
-    """RESOURCE_EXHAUSTED, inside a run: one of its limits was reached; metadata.limit names it."""
+    """RESOURCE_EXHAUSTED: a run failed because it reached one of its limits. metadata.limit names the limit."""
     ERROR_REASON_SERVER_DRAINING: _ErrorReason.ValueType  # 23
-    """UNAVAILABLE: the server is stopping; try again, RetryInfo says when."""
+    """UNAVAILABLE: the server is stopping. RetryInfo says when to try again."""
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 24
-    """UNAVAILABLE: the store cannot be read or written, a full disk for example; nothing of the call was kept."""
+    """UNAVAILABLE: the store cannot be read or written, for example because its disk is full. Nothing of the call was kept."""
     ERROR_REASON_OWNER_LOST: _ErrorReason.ValueType  # 25
-    """UNAVAILABLE: another process runs this session now, or the run has lost its worker; attach or send again. Inside a run:
-    its process died three times in a row, without a commit of the run in between.
+    """UNAVAILABLE: another process has taken over the session, or the run has lost its worker; attach or send again. As the
+    error of a run: its process died three times in a row, without a commit of the run in between.
     """
     ERROR_REASON_MODEL_ERROR: _ErrorReason.ValueType  # 26
-    """FAILED_PRECONDITION, and inside a run: the model's provider refused the request, or answered with something that is no
-    reply.
+    """FAILED_PRECONDITION: the model's provider refused the request, or its answer cannot be read as a reply. Mostly the error
+    of a run.
     """
     ERROR_REASON_MODEL_UNAVAILABLE: _ErrorReason.ValueType  # 27
-    """UNAVAILABLE, and inside a run: the model's provider cannot be reached or is overloaded, after retries."""
+    """UNAVAILABLE: the model's provider cannot be reached or is overloaded, after all retries. Mostly the error of a run."""
     ERROR_REASON_TOOL_ERROR: _ErrorReason.ValueType  # 28
-    """Inside a run: the tools it needs cannot be had."""
+    """UNAVAILABLE: a run failed because tools that it needs are not available."""
     ERROR_REASON_TEMPLATE_ERROR: _ErrorReason.ValueType  # 29
-    """INVALID_ARGUMENT where an agent is written, and inside a run: the instruction is no template, or exceeds its limits."""
+    """INVALID_ARGUMENT: the instruction is not a valid template, or its rendering exceeds a limit. Sent when an agent is
+    written, and as the error of a run.
+    """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 31
-    """INTERNAL: a defect; metadata.request_id finds it in the server's log."""
+    """INTERNAL: the server has a defect. metadata.request_id finds the details in the server's log."""
     ERROR_REASON_STATE_TYPE_MISMATCH: _ErrorReason.ValueType  # 32
-    """FAILED_PRECONDITION: an operation that the value's type does not have, or an integer overflow."""
+    """FAILED_PRECONDITION: the operation does not exist for a value of this type, or an integer would overflow."""
     ERROR_REASON_SEQUENCE_AHEAD: _ErrorReason.ValueType  # 33
-    """OUT_OF_RANGE: the sequence asked for is beyond the head; metadata.last_sequence is the head."""
+    """OUT_OF_RANGE: the sequence is beyond the end of the log. metadata.last_sequence is the last one."""
     ERROR_REASON_CONTENT_UNSUPPORTED: _ErrorReason.ValueType  # 34
-    """INVALID_ARGUMENT, and inside a run: content that the model cannot take."""
+    """INVALID_ARGUMENT: the model does not accept this kind of content. Mostly the error of a run."""
     ERROR_REASON_IMPORT_INVALID: _ErrorReason.ValueType  # 35
-    """INVALID_ARGUMENT: the file is no export of a session, or not a whole one, or of a newer format."""
+    """INVALID_ARGUMENT: the file is not an export of a session, is incomplete or damaged, or has a newer format."""
     ERROR_REASON_WATCHER_TOO_SLOW: _ErrorReason.ValueType  # 36
-    """RESOURCE_EXHAUSTED: the stream's reader took nothing for too long; go on after what was read last."""
+    """RESOURCE_EXHAUSTED: the stream was not read for too long. Attach again after the last sequence that was read."""
     ERROR_REASON_UPLOAD_OFFSET_MISMATCH: _ErrorReason.ValueType  # 37
-    """ABORTED: the upload goes on elsewhere; metadata.committed_bytes says where."""
+    """ABORTED: the upload continues at another offset. metadata.committed_bytes is that offset."""
     ERROR_REASON_STATE_KEY_NOT_FOUND: _ErrorReason.ValueType  # 39
     """NOT_FOUND: a message refers to a key that the session's state does not have."""
     ERROR_REASON_OUTPUT_INVALID: _ErrorReason.ValueType  # 38
-    """FAILED_PRECONDITION, inside a run: the reply is not what the agent's output_schema asks for; metadata.problem says where."""
+    """FAILED_PRECONDITION: a run failed because the reply does not match the agent's output_schema. metadata.problem says where."""
     ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 40
-    """RESOURCE_EXHAUSTED: more than the operator lets be kept; QuotaFailure says of what, metadata.limit how much."""
+    """RESOURCE_EXHAUSTED: the operator does not allow more to be stored. QuotaFailure says of what, and metadata.limit how much
+    is allowed.
+    """
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 41
-    """UNAUTHENTICATED: the call has no credential, a bad one, or more than one; of a stream, its credential expired, was revoked or
-    changed: attach again with another.
+    """UNAUTHENTICATED: the call has no credential, an invalid one, or more than one. On a stream: its credential has expired,
+    was revoked or was changed; attach again with another one.
     """
     ERROR_REASON_ROLE_MISSING: _ErrorReason.ValueType  # 42
-    """PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this approval;
-    metadata.role is the least that may. A caller that is bound to a user may do less than its role. Never for what is not the
-    caller's: that is NOT_FOUND.
+    """PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this approval.
+    metadata.role is the lowest role that may. A caller that is bound to a user may do less than its role. What belongs to
+    others is NOT_FOUND instead.
     """
     ERROR_REASON_KEY_NOT_FOUND: _ErrorReason.ValueType  # 43
-    """NOT_FOUND, with ResourceInfo."""
+    """NOT_FOUND: there is no such key. ResourceInfo names it."""
     ERROR_REASON_USER_NOT_FOUND: _ErrorReason.ValueType  # 44
-    """NOT_FOUND, with ResourceInfo: to a caller that is bound to a user, the state of another one."""
+    """NOT_FOUND: the caller is bound to a user, and asked for the state of another user. ResourceInfo names it."""
     ERROR_REASON_TENANT_NOT_FOUND: _ErrorReason.ValueType  # 45
-    """NOT_FOUND, with ResourceInfo."""
+    """NOT_FOUND: there is no such tenant. ResourceInfo names it."""
     ERROR_REASON_TENANT_SUSPENDED: _ErrorReason.ValueType  # 46
-    """PERMISSION_DENIED: an operator has suspended the caller's tenant, or is removing it."""
+    """PERMISSION_DENIED: an operator has suspended the caller's tenant, or is deleting it."""
     ERROR_REASON_PRINCIPAL_NOT_FOUND: _ErrorReason.ValueType  # 47
-    """NOT_FOUND, with ResourceInfo."""
+    """NOT_FOUND: there is no such principal. ResourceInfo names it."""
 
 class ErrorReason(_ErrorReason, metaclass=_ErrorReasonEnumTypeWrapper):
-    """The `reason` of every error's google.rpc.ErrorInfo, there without the prefix, under the domain "notecase.dev"."""
+    """The `reason` of the google.rpc.ErrorInfo of every error, without the prefix, in the domain "notecase.dev"."""
 
 ERROR_REASON_UNSPECIFIED: ErrorReason.ValueType  # 0
 ERROR_REASON_INVALID_FIELD: ErrorReason.ValueType  # 1
-"""INVALID_ARGUMENT: fields are missing or malformed, templates, schemas, filters and page tokens among them; BadRequest lists
-all of them. When a template or a page token is all that is wrong, the reason is its own, TEMPLATE_ERROR or
+"""INVALID_ARGUMENT: fields are missing or malformed; BadRequest lists all of them. Templates, schemas, filters and page
+tokens count as fields. When a template or a page token is the only one that is wrong, the reason is TEMPLATE_ERROR or
 PAGE_TOKEN_INVALID.
 """
 ERROR_REASON_AGENT_NOT_FOUND: ErrorReason.ValueType  # 2
-"""NOT_FOUND, with ResourceInfo."""
+"""NOT_FOUND: there is no such agent, or no such revision of it. ResourceInfo names it."""
 ERROR_REASON_SESSION_NOT_FOUND: ErrorReason.ValueType  # 3
-"""NOT_FOUND, with ResourceInfo."""
+"""NOT_FOUND: there is no such session. ResourceInfo names it."""
 ERROR_REASON_RUN_NOT_FOUND: ErrorReason.ValueType  # 4
-"""NOT_FOUND, with ResourceInfo: the run, or the session where a command names no run and none is under way."""
+"""NOT_FOUND: there is no such run. ResourceInfo names it, or the session when a command names no run and none is under way."""
 ERROR_REASON_MESSAGE_NOT_FOUND: ErrorReason.ValueType  # 5
-"""NOT_FOUND, with ResourceInfo."""
+"""NOT_FOUND: there is no such message. ResourceInfo names it."""
 ERROR_REASON_BLOB_NOT_FOUND: ErrorReason.ValueType  # 6
-"""NOT_FOUND, with ResourceInfo: a blob or an upload."""
+"""NOT_FOUND: there is no such blob or upload. ResourceInfo names it."""
 ERROR_REASON_ALREADY_EXISTS: ErrorReason.ValueType  # 7
-"""ALREADY_EXISTS: the id is taken; ResourceInfo names the holder."""
+"""ALREADY_EXISTS: the id is taken. ResourceInfo names the resource that has it."""
 ERROR_REASON_REQUEST_ID_REUSED: ErrorReason.ValueType  # 8
-"""ALREADY_EXISTS: a request_id, command_id, run_id or upload_id came again with another body."""
+"""ALREADY_EXISTS: a request_id, command_id, run_id or upload_id was sent before with another body."""
 ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 9
-"""ABORTED: the resource changed since; metadata.etag is the current one."""
+"""ABORTED: the resource has changed since it was read. metadata.etag is its current etag."""
 ERROR_REASON_SEQUENCE_MISMATCH: ErrorReason.ValueType  # 10
-"""ABORTED: the log moved on; metadata.last_sequence is its head."""
+"""ABORTED: the log has grown since it was read. metadata.last_sequence is its last sequence."""
 ERROR_REASON_STATE_VERSION_MISMATCH: ErrorReason.ValueType  # 11
-"""ABORTED: the key or the state changed since; metadata.version is the current one."""
+"""ABORTED: the key or the state has changed since it was read. metadata.version is its current version."""
 ERROR_REASON_RUN_ACTIVE: ErrorReason.ValueType  # 12
-"""FAILED_PRECONDITION: the session has a run under way; metadata.run names it."""
+"""FAILED_PRECONDITION: the session has a run under way. metadata.run names it."""
 ERROR_REASON_RUN_ENDED: ErrorReason.ValueType  # 13
-"""FAILED_PRECONDITION: the run has ended; metadata.state says how."""
+"""FAILED_PRECONDITION: the run has ended. metadata.state says how."""
 ERROR_REASON_RUN_CANCELLED_BEFORE_START: ErrorReason.ValueType  # 14
-"""CANCELLED: a cancel of this run came before its start."""
+"""CANCELLED: the run was cancelled before it was started."""
 ERROR_REASON_INPUT_NOT_PENDING: ErrorReason.ValueType  # 15
-"""FAILED_PRECONDITION: no approval or question of that input_id waits in this session or in the run named: it was answered
-or withdrawn, its run has ended or never was, or it is another session's.
+"""FAILED_PRECONDITION: no approval or question with this input_id is waiting in the session, or in the run that is named. It
+was answered or withdrawn, its run has ended or never existed, or it belongs to another session.
 """
 ERROR_REASON_CALL_NOT_PENDING: ErrorReason.ValueType  # 16
-"""FAILED_PRECONDITION: no call of that call_id waits for a caller in this session or in the run named: it has an outcome, was
-never dispatched to a caller, its run has ended or never was, or it is another session's.
+"""FAILED_PRECONDITION: no call with this call_id is waiting for a caller in the session, or in the run that is named. It has
+an outcome, it was never dispatched to a caller, its run has ended or never existed, or it belongs to another session.
 """
 ERROR_REASON_PAGE_TOKEN_INVALID: ErrorReason.ValueType  # 17
-"""INVALID_ARGUMENT: the page token was not made by this server, or for another list."""
+"""INVALID_ARGUMENT: the page token was not made by this server, or was made for another list or another caller."""
 ERROR_REASON_PAYLOAD_TOO_LARGE: ErrorReason.ValueType  # 18
-"""RESOURCE_EXHAUSTED: larger than the server takes; QuotaFailure says how large it may be."""
+"""RESOURCE_EXHAUSTED: the request or its content is larger than the server accepts. QuotaFailure says how large it may be."""
 ERROR_REASON_BLOB_CORRUPT: ErrorReason.ValueType  # 19
-"""INVALID_ARGUMENT: what was uploaded is not what it was said to be."""
+"""INVALID_ARGUMENT: the uploaded bytes do not have the size or the digest that was announced."""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 20
-"""RESOURCE_EXHAUSTED: too many commands wait in the session; RetryInfo says when to try again."""
+"""RESOURCE_EXHAUSTED: too many commands or runs are queued in the session. RetryInfo says when to try again."""
 ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 21
-"""RESOURCE_EXHAUSTED: more at once than the server can carry (runs, calls, unread answers); RetryInfo says when to try again."""
+"""RESOURCE_EXHAUSTED: the server is at a limit of what it carries at once, such as runs, calls or unread answers. RetryInfo
+says when to try again.
+"""
 ERROR_REASON_LIMIT_EXCEEDED: ErrorReason.ValueType  # 22
-"""RESOURCE_EXHAUSTED, inside a run: one of its limits was reached; metadata.limit names it."""
+"""RESOURCE_EXHAUSTED: a run failed because it reached one of its limits. metadata.limit names the limit."""
 ERROR_REASON_SERVER_DRAINING: ErrorReason.ValueType  # 23
-"""UNAVAILABLE: the server is stopping; try again, RetryInfo says when."""
+"""UNAVAILABLE: the server is stopping. RetryInfo says when to try again."""
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 24
-"""UNAVAILABLE: the store cannot be read or written, a full disk for example; nothing of the call was kept."""
+"""UNAVAILABLE: the store cannot be read or written, for example because its disk is full. Nothing of the call was kept."""
 ERROR_REASON_OWNER_LOST: ErrorReason.ValueType  # 25
-"""UNAVAILABLE: another process runs this session now, or the run has lost its worker; attach or send again. Inside a run:
-its process died three times in a row, without a commit of the run in between.
+"""UNAVAILABLE: another process has taken over the session, or the run has lost its worker; attach or send again. As the
+error of a run: its process died three times in a row, without a commit of the run in between.
 """
 ERROR_REASON_MODEL_ERROR: ErrorReason.ValueType  # 26
-"""FAILED_PRECONDITION, and inside a run: the model's provider refused the request, or answered with something that is no
-reply.
+"""FAILED_PRECONDITION: the model's provider refused the request, or its answer cannot be read as a reply. Mostly the error
+of a run.
 """
 ERROR_REASON_MODEL_UNAVAILABLE: ErrorReason.ValueType  # 27
-"""UNAVAILABLE, and inside a run: the model's provider cannot be reached or is overloaded, after retries."""
+"""UNAVAILABLE: the model's provider cannot be reached or is overloaded, after all retries. Mostly the error of a run."""
 ERROR_REASON_TOOL_ERROR: ErrorReason.ValueType  # 28
-"""Inside a run: the tools it needs cannot be had."""
+"""UNAVAILABLE: a run failed because tools that it needs are not available."""
 ERROR_REASON_TEMPLATE_ERROR: ErrorReason.ValueType  # 29
-"""INVALID_ARGUMENT where an agent is written, and inside a run: the instruction is no template, or exceeds its limits."""
+"""INVALID_ARGUMENT: the instruction is not a valid template, or its rendering exceeds a limit. Sent when an agent is
+written, and as the error of a run.
+"""
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 31
-"""INTERNAL: a defect; metadata.request_id finds it in the server's log."""
+"""INTERNAL: the server has a defect. metadata.request_id finds the details in the server's log."""
 ERROR_REASON_STATE_TYPE_MISMATCH: ErrorReason.ValueType  # 32
-"""FAILED_PRECONDITION: an operation that the value's type does not have, or an integer overflow."""
+"""FAILED_PRECONDITION: the operation does not exist for a value of this type, or an integer would overflow."""
 ERROR_REASON_SEQUENCE_AHEAD: ErrorReason.ValueType  # 33
-"""OUT_OF_RANGE: the sequence asked for is beyond the head; metadata.last_sequence is the head."""
+"""OUT_OF_RANGE: the sequence is beyond the end of the log. metadata.last_sequence is the last one."""
 ERROR_REASON_CONTENT_UNSUPPORTED: ErrorReason.ValueType  # 34
-"""INVALID_ARGUMENT, and inside a run: content that the model cannot take."""
+"""INVALID_ARGUMENT: the model does not accept this kind of content. Mostly the error of a run."""
 ERROR_REASON_IMPORT_INVALID: ErrorReason.ValueType  # 35
-"""INVALID_ARGUMENT: the file is no export of a session, or not a whole one, or of a newer format."""
+"""INVALID_ARGUMENT: the file is not an export of a session, is incomplete or damaged, or has a newer format."""
 ERROR_REASON_WATCHER_TOO_SLOW: ErrorReason.ValueType  # 36
-"""RESOURCE_EXHAUSTED: the stream's reader took nothing for too long; go on after what was read last."""
+"""RESOURCE_EXHAUSTED: the stream was not read for too long. Attach again after the last sequence that was read."""
 ERROR_REASON_UPLOAD_OFFSET_MISMATCH: ErrorReason.ValueType  # 37
-"""ABORTED: the upload goes on elsewhere; metadata.committed_bytes says where."""
+"""ABORTED: the upload continues at another offset. metadata.committed_bytes is that offset."""
 ERROR_REASON_STATE_KEY_NOT_FOUND: ErrorReason.ValueType  # 39
 """NOT_FOUND: a message refers to a key that the session's state does not have."""
 ERROR_REASON_OUTPUT_INVALID: ErrorReason.ValueType  # 38
-"""FAILED_PRECONDITION, inside a run: the reply is not what the agent's output_schema asks for; metadata.problem says where."""
+"""FAILED_PRECONDITION: a run failed because the reply does not match the agent's output_schema. metadata.problem says where."""
 ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 40
-"""RESOURCE_EXHAUSTED: more than the operator lets be kept; QuotaFailure says of what, metadata.limit how much."""
+"""RESOURCE_EXHAUSTED: the operator does not allow more to be stored. QuotaFailure says of what, and metadata.limit how much
+is allowed.
+"""
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 41
-"""UNAUTHENTICATED: the call has no credential, a bad one, or more than one; of a stream, its credential expired, was revoked or
-changed: attach again with another.
+"""UNAUTHENTICATED: the call has no credential, an invalid one, or more than one. On a stream: its credential has expired,
+was revoked or was changed; attach again with another one.
 """
 ERROR_REASON_ROLE_MISSING: ErrorReason.ValueType  # 42
-"""PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this approval;
-metadata.role is the least that may. A caller that is bound to a user may do less than its role. Never for what is not the
-caller's: that is NOT_FOUND.
+"""PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this approval.
+metadata.role is the lowest role that may. A caller that is bound to a user may do less than its role. What belongs to
+others is NOT_FOUND instead.
 """
 ERROR_REASON_KEY_NOT_FOUND: ErrorReason.ValueType  # 43
-"""NOT_FOUND, with ResourceInfo."""
+"""NOT_FOUND: there is no such key. ResourceInfo names it."""
 ERROR_REASON_USER_NOT_FOUND: ErrorReason.ValueType  # 44
-"""NOT_FOUND, with ResourceInfo: to a caller that is bound to a user, the state of another one."""
+"""NOT_FOUND: the caller is bound to a user, and asked for the state of another user. ResourceInfo names it."""
 ERROR_REASON_TENANT_NOT_FOUND: ErrorReason.ValueType  # 45
-"""NOT_FOUND, with ResourceInfo."""
+"""NOT_FOUND: there is no such tenant. ResourceInfo names it."""
 ERROR_REASON_TENANT_SUSPENDED: ErrorReason.ValueType  # 46
-"""PERMISSION_DENIED: an operator has suspended the caller's tenant, or is removing it."""
+"""PERMISSION_DENIED: an operator has suspended the caller's tenant, or is deleting it."""
 ERROR_REASON_PRINCIPAL_NOT_FOUND: ErrorReason.ValueType  # 47
-"""NOT_FOUND, with ResourceInfo."""
+"""NOT_FOUND: there is no such principal. ResourceInfo names it."""
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
 class Value(_message.Message):
-    """A typed value of state. What goes in comes out: an int64 stays an int64, bytes stay bytes. At most 16 levels deep,
-    because protobuf parsers stop at 100 nested messages and an event that holds a value must decode everywhere.
+    """A typed value of state. It is returned as it was stored: an int64 stays an int64, bytes stay bytes. At most 16 levels deep,
+    because protobuf parsers stop at 100 nested messages, and an event that holds a value must decode everywhere.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -372,7 +384,9 @@ Global___ValueMap: _TypeAlias = ValueMap  # noqa: Y015
 
 @_typing.final
 class Blob(_message.Message):
-    """Content kept beside the log, named by its SHA-256; media type and filename belong to the reference, not to the content."""
+    """Content that is stored outside the log and named by its SHA-256. Media type and filename belong to the reference, not to the
+    content.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -385,7 +399,7 @@ class Blob(_message.Message):
     media_type: _builtins.str
     """For example "application/pdf"."""
     size_bytes: _builtins.int
-    """Output only where a blob is referred to."""
+    """Output only in a reference to a blob."""
     filename: _builtins.str
     def __init__(
         self,
@@ -405,7 +419,7 @@ Global___Blob: _TypeAlias = Blob  # noqa: Y015
 
 @_typing.final
 class Part(_message.Message):
-    """One part of a message. Beside content that becomes a blob, the parts of one message are together at most 960 KiB."""
+    """One part of a message. The parts of a message have at most 960 KiB in all, not counting content that becomes a blob."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -420,46 +434,46 @@ class Part(_message.Message):
     REFUSAL_FIELD_NUMBER: _builtins.int
     STATE_KEY_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Above 256 KiB, in what a caller or a tool says, it becomes a blob of media type text/plain."""
+    """From a caller or a tool, text of more than 256 KiB becomes a blob of media type text/plain."""
     json: _builtins.str
     """RFC 8259 text: a reply of an agent with an `output_schema`, or data that a caller sends, which the model reads as text.
-    In an incomplete message it may be cut off, or not what the schema asked for. Above 256 KiB, in what a caller or a
-    tool says, it becomes a blob of media type application/json.
+    In an incomplete message it may be cut off or not match the schema. From a caller or a tool, JSON of more than 256 KiB
+    becomes a blob of media type application/json.
     """
     refusal: _builtins.str
-    """The model's own words for not answering; made by models only."""
+    """The model's words when it refuses to answer. Made by models only."""
     state_key: _builtins.str
-    """Input only: the value that the session's state has under this key when the message is taken. A blob or bytes become a
-    blob, a string becomes text, and what else there is becomes json. NOT_FOUND when the key does not exist.
-    RESOURCE_EXHAUSTED when the messages said at once then have more than 2.75 MiB.
+    """Input only: the value that the session's state has under this key when the message is committed. A blob or bytes become
+    a blob, a string becomes text, and any other value becomes json. NOT_FOUND when the key does not exist.
+    RESOURCE_EXHAUSTED when the messages of the request then have more than 2.75 MiB.
     """
     @_builtins.property
     def citations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Citation]:
-        """Of a reply's text or json, made by models only: the sources that its provider names, in its order; at most 50, with 16
-        KiB of addresses. Where the text says "[1]", the first is meant.
+        """The sources of a reply's text or json, as its provider lists them. Made by models only; at most 50, with 16 KiB of
+        addresses. "[1]" in the text means the first.
         """
 
     @_builtins.property
     def reasoning(self) -> Global___Reasoning:
-        """What a model thought before it spoke; made by models only."""
+        """The model's reasoning. Made by models only."""
 
     @_builtins.property
     def blob(self) -> Global___Blob:
-        """Content stored here: NOT_FOUND when it is not. In a reply it is an image or a clip that the model made, at most 16 of
-        them with the files, and 32 MiB together; what was said in the clip is text beside it.
+        """Content that this server has; otherwise NOT_FOUND. In a reply it is an image or an audio clip that the model made; a
+        reply has at most 16 of these and of `file` parts, with 32 MiB in all. The words of a clip are a text part.
         """
 
     @_builtins.property
     def file(self) -> Global___FileUri:
-        """Content kept elsewhere. In a reply it is an image that the model's provider keeps, for as long as it does."""
+        """Content that is stored elsewhere. In a reply it is an image at the model's provider, which may delete it."""
 
     @_builtins.property
     def data(self) -> Global___InlineData:
-        """Content carried here. Input only: the server stores it as a blob."""
+        """Content within the message. Input only: the server stores it as a blob."""
 
     @_builtins.property
     def tool_call(self) -> Global___ToolCall:
-        """A call the model asked for, with its outcome; made by models only."""
+        """A call that the model asked for, with its outcome. Made by models only."""
 
     def __init__(
         self,
@@ -487,7 +501,7 @@ Global___Part: _TypeAlias = Part  # noqa: Y015
 
 @_typing.final
 class Citation(_message.Message):
-    """A source that a reply's text rests on."""
+    """A source of a reply's text."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -500,7 +514,7 @@ class Citation(_message.Message):
     title: _builtins.str
     """At most 300 characters; may be empty."""
     start: _builtins.int
-    """Where in the part's text it is cited, in bytes of UTF-8, as `end`; both are 0 where the provider does not say."""
+    """The start of the citation in the part's text, in bytes of UTF-8, like `end`. Both are 0 when the provider does not say."""
     end: _builtins.int
     def __init__(
         self,
@@ -530,7 +544,7 @@ class Reasoning(_message.Message):
     """Empty where the provider shows none of it."""
     @_builtins.property
     def provider_data(self) -> Global___ProviderData:
-        """Output only: what the provider gets back with the message that this part belongs to."""
+        """Output only: data that is sent back to the provider with this part's message."""
 
     def __init__(
         self,
@@ -548,8 +562,8 @@ Global___Reasoning: _TypeAlias = Reasoning  # noqa: Y015
 
 @_typing.final
 class ProviderData(_message.Message):
-    """What a model's provider gets back with a later request, as it came: signatures, encrypted reasoning, its own call ids. It is
-    made by the server, opaque to everybody else, and sent to the same provider and model only.
+    """Data that is sent back, unchanged, to the model's provider with later requests: signatures, encrypted reasoning, its own
+    call ids. Set by the server, opaque to callers, and sent only to the provider and model from which it came.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -560,10 +574,10 @@ class ProviderData(_message.Message):
     CALL_ID_FIELD_NUMBER: _builtins.int
     TEXT_MEMBER_FIELD_NUMBER: _builtins.int
     provider: _builtins.str
-    """Stands for the provider's endpoint."""
+    """An identifier of the provider's endpoint."""
     model: _builtins.str
     members: _builtins.bytes
-    """A JSON object: members of the call, or of the message of a reasoning part."""
+    """A JSON object: members of the call, or of the message with the reasoning."""
     call_id: _builtins.str
     """The provider's own id of the call."""
     text_member: _builtins.str
@@ -587,7 +601,7 @@ Global___ProviderData: _TypeAlias = ProviderData  # noqa: Y015
 
 @_typing.final
 class FileUri(_message.Message):
-    """Content that the model's provider fetches by itself."""
+    """Content that the model's provider fetches."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -597,8 +611,8 @@ class FileUri(_message.Message):
     uri: _builtins.str
     """An absolute URI, for example "https://example.org/plan.png"."""
     media_type: _builtins.str
-    """For example "image/png"; in a reply "image/*" where neither its provider nor the URI tells. Images are the only media that
-    providers take by URI.
+    """For example "image/png"; in a reply "image/*" when neither the provider nor the URI says more. Providers accept only
+    images by URI.
     """
     filename: _builtins.str
     def __init__(
@@ -618,7 +632,7 @@ Global___FileUri: _TypeAlias = FileUri  # noqa: Y015
 
 @_typing.final
 class InlineData(_message.Message):
-    """Content carried in the message: an image, a PDF, an audio clip."""
+    """Content within a message: an image, a PDF, an audio clip."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -646,7 +660,7 @@ Global___InlineData: _TypeAlias = InlineData  # noqa: Y015
 
 @_typing.final
 class ToolCall(_message.Message):
-    """A call the model asked for, and its outcome: one part, so that nothing can come between the two."""
+    """A call that the model asked for, and its outcome. Both are one part, so that they are never separated."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -658,30 +672,30 @@ class ToolCall(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         OUTCOME_UNSPECIFIED: ToolCall._Outcome.ValueType  # 0
         OUTCOME_PENDING: ToolCall._Outcome.ValueType  # 1
-        """Not begun: it waits for approval, or for the run to go on."""
+        """Not started: it waits for an approval, or for the run to go on."""
         OUTCOME_RUNNING: ToolCall._Outcome.ValueType  # 2
-        """Dispatched: it runs in the server, or at the caller."""
+        """Dispatched: it runs in the server or in the caller's process."""
         OUTCOME_SUCCEEDED: ToolCall._Outcome.ValueType  # 3
         OUTCOME_FAILED: ToolCall._Outcome.ValueType  # 4
         """The tool failed, or there is no such tool; the model is shown `error`."""
         OUTCOME_DENIED: ToolCall._Outcome.ValueType  # 5
-        """A person said no; the model is shown `error`."""
+        """A person denied it; the model is shown `error`."""
         OUTCOME_CANCELLED: ToolCall._Outcome.ValueType  # 6
         """The run or the call was cancelled before the call had an outcome."""
 
     class Outcome(_Outcome, metaclass=_OutcomeEnumTypeWrapper):
-        """What became of a call."""
+        """The outcome of a call."""
 
     OUTCOME_UNSPECIFIED: ToolCall.Outcome.ValueType  # 0
     OUTCOME_PENDING: ToolCall.Outcome.ValueType  # 1
-    """Not begun: it waits for approval, or for the run to go on."""
+    """Not started: it waits for an approval, or for the run to go on."""
     OUTCOME_RUNNING: ToolCall.Outcome.ValueType  # 2
-    """Dispatched: it runs in the server, or at the caller."""
+    """Dispatched: it runs in the server or in the caller's process."""
     OUTCOME_SUCCEEDED: ToolCall.Outcome.ValueType  # 3
     OUTCOME_FAILED: ToolCall.Outcome.ValueType  # 4
     """The tool failed, or there is no such tool; the model is shown `error`."""
     OUTCOME_DENIED: ToolCall.Outcome.ValueType  # 5
-    """A person said no; the model is shown `error`."""
+    """A person denied it; the model is shown `error`."""
     OUTCOME_CANCELLED: ToolCall.Outcome.ValueType  # 6
     """The run or the call was cancelled before the call had an outcome."""
 
@@ -698,40 +712,40 @@ class ToolCall(_message.Message):
     BINDING_FIELD_NUMBER: _builtins.int
     PROVIDER_DATA_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
-    """Made by the server whatever the model sent; unique in the session and stable from the first delta on. A tool's
-    idempotency key is "{Session.uid}/{call_id}": the same on every attempt, and never that of another session.
+    """Chosen by the server, whatever the model sent; unique in the session, and stable from the first delta on. The idempotency
+    key of a call is "{Session.uid}/{call_id}": the same on every attempt, and different in every session.
     """
     tool: _builtins.str
     arguments: _builtins.str
-    """As the model wrote it; usually a JSON object. Once approved with edits, the edited text."""
+    """The arguments as the model wrote them, usually a JSON object; after an approval with edits, the edited text."""
     outcome: Global___ToolCall.Outcome.ValueType
     error: _builtins.str
     """Why the call has no result."""
     client_executed: _builtins.bool
-    """The caller runs it."""
+    """Whether the caller runs it."""
     attempt: _builtins.int
-    """How often it was dispatched."""
+    """How many times it was dispatched."""
     @_builtins.property
     def result(self) -> _containers.RepeatedCompositeFieldContainer[Global___Part]:
-        """What the tool gave back: text, json, file and data parts. The results of all calls of a reply fit into 1 MiB with it: text
-        and json beyond a call's share become blobs.
+        """What the tool returned: text, json, file and data parts. A reply and the results of all its calls fit into 1 MiB: text and
+        json beyond a call's share become blobs.
         """
 
     @_builtins.property
     def elapsed(self) -> _duration_pb2.Duration:
-        """From dispatch to outcome."""
+        """The time from dispatch to outcome."""
 
     @_builtins.property
     def start_time(self) -> _timestamp_pb2.Timestamp:
-        """Of the last dispatch."""
+        """The time of the last dispatch."""
 
     @_builtins.property
     def binding(self) -> Global___ToolBinding:
-        """What the name stood for when the call was made. Unset when there was no tool of that name."""
+        """The tool that the name meant when the call was made. Unset when there was no tool with that name."""
 
     @_builtins.property
     def provider_data(self) -> Global___ProviderData:
-        """Output only: what the provider gets back with the call."""
+        """Output only: data that is sent back to the provider with the call."""
 
     def __init__(
         self,
@@ -759,7 +773,7 @@ Global___ToolCall: _TypeAlias = ToolCall  # noqa: Y015
 
 @_typing.final
 class ToolBinding(_message.Message):
-    """What a call was bound to: it stays the call's whatever its name comes to mean later."""
+    """The tool to which a call is bound. It does not change when the name comes to mean another tool."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -770,7 +784,7 @@ class ToolBinding(_message.Message):
     declaration: _builtins.int
     """The index of the declaration among the run's tools: those of the agent's revision, then Run.client_tools."""
     digest: _builtins.bytes
-    """SHA-256 of the declaration and of what implements it: answers that are remembered hold for this."""
+    """The SHA-256 of the declaration and the implementation. Remembered answers apply to this digest."""
     function: _builtins.str
     """The function of the server."""
     @_builtins.property
@@ -797,7 +811,7 @@ Global___ToolBinding: _TypeAlias = ToolBinding  # noqa: Y015
 
 @_typing.final
 class McpBinding(_message.Message):
-    """A tool as its MCP server has it."""
+    """A tool of an MCP server, by its own name."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -842,7 +856,7 @@ class Usage(_message.Message):
     """The part of `output_tokens` spent on reasoning."""
     model_calls: _builtins.int
     model: _builtins.str
-    """Of a sum: empty where there were several. The same holds for `provider`."""
+    """In a sum over several models empty. The same applies to `provider`."""
     provider: _builtins.str
     """The provider that answered, as ServerInfo.providers names it."""
     def __init__(
@@ -866,7 +880,7 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class Error(_message.Message):
-    """Why a run failed or a command was refused: the same facts as a refused call carries in its status."""
+    """Why a run failed or a command was refused. It has the same facts as the status of a refused call."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -898,7 +912,7 @@ class Error(_message.Message):
     """A google.rpc.Code."""
     reason: Global___ErrorReason.ValueType
     message: _builtins.str
-    """Whole sentences for a person, saying what to do where something can be done."""
+    """Sentences for people, which say what to do when something can be done."""
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """For a program: the current version, the active run, the request id."""

@@ -22,11 +22,12 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ExportRecord(_message.Message):
-    """A record of an exported session. The file is the eight bytes "notecase", a byte for the format's version (2), the records,
-    each behind its length as a varint, the header first and then the events, a zero byte, and the SHA-256 of all before it.
-    Names within the session are bare ids in it, so that it means the same under another name. With its content, each blob
-    stands before the first event that refers to it: its name and size, then its bytes in pieces of 256 KiB, the last one shorter.
-    Files of version 1 can be imported: their calls have no bindings.
+    """A record of an exported session. The file consists of the eight bytes "notecase", a byte with the format's version (2), the
+    records, a zero byte, and the SHA-256 of all bytes before it. Each record follows its length as a varint; the header is the
+    first record, and the events follow. Names within the session are stored as bare ids, so that the file means the same under
+    another name. When content is included, each blob comes before the first event that refers to it: its name and size, then
+    its bytes in chunks of 256 KiB, of which the last may be shorter. Files of version 1 can be imported; their calls have no
+    bindings.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -62,7 +63,7 @@ Global___ExportRecord: _TypeAlias = ExportRecord  # noqa: Y015
 
 @_typing.final
 class ExportHeader(_message.Message):
-    """What of a session is not in its log."""
+    """The part of a session that is not in its log."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

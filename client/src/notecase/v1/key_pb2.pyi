@@ -23,7 +23,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Key(_message.Message):
-    """A key, without its secret: the server has only a digest of that."""
+    """A key without its secret, of which the server stores only a digest."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -43,10 +43,10 @@ class Key(_message.Message):
         ROLE_ADMIN: Key._Role.ValueType  # 4
         """Keys, and the erasure of users."""
         ROLE_OPERATOR: Key._Role.ValueType  # 5
-        """Of no tenant: keys of any tenant, and no content."""
+        """Has no tenant: manages tenants and the keys of any tenant, and reads no content."""
 
     class Role(_Role, metaclass=_RoleEnumTypeWrapper):
-        """What the callers of a key may do. Each has the rights of those before it, but for operators."""
+        """What a caller may do. Each role has the rights of those before it, except operators."""
 
     ROLE_UNSPECIFIED: Key.Role.ValueType  # 0
     ROLE_VIEWER: Key.Role.ValueType  # 1
@@ -58,7 +58,7 @@ class Key(_message.Message):
     ROLE_ADMIN: Key.Role.ValueType  # 4
     """Keys, and the erasure of users."""
     ROLE_OPERATOR: Key.Role.ValueType  # 5
-    """Of no tenant: keys of any tenant, and no content."""
+    """Has no tenant: manages tenants and the keys of any tenant, and reads no content."""
 
     NAME_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
@@ -69,22 +69,21 @@ class Key(_message.Message):
     OVERLAP_END_TIME_FIELD_NUMBER: _builtins.int
     USER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """keys/{key}, made by the server."""
+    """keys/{key}, chosen by the server."""
     display_name: _builtins.str
     """For people: what the key is for."""
     role: Global___Key.Role.ValueType
     """Needed."""
     user: _builtins.str
-    """users/{user}. When set, the callers of the key see and run the sessions and the state of that user only, whatever there is
-    of others is NOT_FOUND to them, and the role is ROLE_VIEWER or ROLE_USER. They say things as that user only; they set no
-    tools, labels or author, have nothing to do with agents and `app/state`, and answer approvals
-    only where the tool says APPROVER_USER.
+    """users/{user}. When set, callers with the key can use only the sessions and the state of that user; everything else is
+    NOT_FOUND to them. The role is ROLE_VIEWER or ROLE_USER. Such callers write messages as that user only, cannot set tools,
+    labels or author, cannot use agents and `app/state` directly, and answer approvals only of tools with APPROVER_USER.
     """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When it is not taken any more. Unset: it does not expire."""
+        """When it expires. Unset: it does not expire."""
 
     @_builtins.property
     def rotate_time(self) -> _timestamp_pb2.Timestamp:
@@ -92,7 +91,7 @@ class Key(_message.Message):
 
     @_builtins.property
     def overlap_end_time(self) -> _timestamp_pb2.Timestamp:
-        """Until when the secret from before that is taken, too."""
+        """Until when the previous secret is accepted, too."""
 
     def __init__(
         self,
@@ -122,11 +121,15 @@ class CreateKeyRequest(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     tenant: _builtins.str
-    """tenants/{tenant}. Empty: the caller's own; of an operator: an operator's key. Others only an operator may name."""
+    """tenants/{tenant}. Empty: the caller's own tenant or, for an operator, no tenant (an operator's key). Only an operator may
+    name another tenant.
+    """
     request_id: _builtins.str
     @_builtins.property
     def key(self) -> Global___Key:
-        """display_name, role, user and expire_time. The role of a tenant's key is not ROLE_OPERATOR, that of an operator's is."""
+        """display_name, role, user and expire_time are read. The role is ROLE_OPERATOR for an operator's key, and never for a
+        tenant's.
+        """
 
     def __init__(
         self,
@@ -150,7 +153,7 @@ class CreateKeyResponse(_message.Message):
     KEY_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
-    """The whole of it, as it is sent: nck_{key}_{secret}."""
+    """The whole key, as it is sent in a call: nck_{key}_{secret}."""
     @_builtins.property
     def key(self) -> Global___Key: ...
     def __init__(
@@ -258,7 +261,7 @@ class RotateKeyRequest(_message.Message):
     request_id: _builtins.str
     @_builtins.property
     def overlap(self) -> _duration_pb2.Duration:
-        """At most 30 days. Unset: the secret before is not taken any more."""
+        """At most 30 days. Unset: the previous secret is no longer accepted."""
 
     def __init__(
         self,

@@ -27,8 +27,8 @@ if _version_not_supported:
 
 
 class KeyServiceStub(object):
-    """Keys by which programs call this server, as metadata: `authorization: Bearer nck_…`. Admins have those of their own tenant;
-    operators those of any tenant, and operators' own.
+    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
+    operators manage those of any tenant, and operators' own.
     """
 
     def __init__(self, channel):
@@ -60,37 +60,38 @@ class KeyServiceStub(object):
 
 
 class KeyServiceServicer(object):
-    """Keys by which programs call this server, as metadata: `authorization: Bearer nck_…`. Admins have those of their own tenant;
-    operators those of any tenant, and operators' own.
+    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
+    operators manage those of any tenant, and operators' own.
     """
 
     def CreateKey(self, request, context):
-        """Makes a key and shows its secret, this once. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000 keys.
-        A repeat with the same request_id returns the key without its secret: rotate it where that was lost.
+        """Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
+        keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListKeys(self, request, context):
-        """The last created first, those that have expired among them.
+        """Returns a page of keys, newest first, including those that have expired.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RevokeKey(self, request, context):
-        """Takes a key back: calls with it are UNAUTHENTICATED from now on, and streams that it opened end within seconds. NOT_FOUND
-        when there is none of that name. A repeat with the same request_id succeeds.
+        """Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
+        no such key. A repeat with the same request_id succeeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RotateKey(self, request, context):
-        """Gives a key another secret and shows it, this once; whose key it is stays the same. The secret before is taken for as long
-        as `overlap` says, one from an earlier rotation not any more. NOT_FOUND when there is none of that name.
-        A repeat with the same request_id returns the key without its secret: rotate it again where that was lost.
+        """Gives a key another secret and returns it; it is not shown again. The name and the rights of the key stay the same. The
+        previous secret is accepted for the time in `overlap`, and one from an earlier rotation no longer. NOT_FOUND when there is
+        no such key. A repeat with the same request_id returns the key without its secret; rotate the key again if the secret was
+        lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -128,8 +129,8 @@ def add_KeyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KeyService(object):
-    """Keys by which programs call this server, as metadata: `authorization: Bearer nck_…`. Admins have those of their own tenant;
-    operators those of any tenant, and operators' own.
+    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
+    operators manage those of any tenant, and operators' own.
     """
 
     @staticmethod

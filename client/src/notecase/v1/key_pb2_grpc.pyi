@@ -28,8 +28,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class KeyServiceStub:
-    """Keys by which programs call this server, as metadata: `authorization: Bearer nck_…`. Admins have those of their own tenant;
-    operators those of any tenant, and operators' own.
+    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
+    operators manage those of any tenant, and operators' own.
     """
 
     @_typing.overload
@@ -37,47 +37,49 @@ class KeyServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> KeyServiceAsyncStub: ...
     CreateKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.CreateKeyRequest, _key_pb2.CreateKeyResponse]
-    """Makes a key and shows its secret, this once. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000 keys.
-    A repeat with the same request_id returns the key without its secret: rotate it where that was lost.
+    """Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
+    keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
     """
     ListKeys: _grpc.UnaryUnaryMultiCallable[_key_pb2.ListKeysRequest, _key_pb2.ListKeysResponse]
-    """The last created first, those that have expired among them."""
+    """Returns a page of keys, newest first, including those that have expired."""
     RevokeKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.RevokeKeyRequest, _empty_pb2.Empty]
-    """Takes a key back: calls with it are UNAUTHENTICATED from now on, and streams that it opened end within seconds. NOT_FOUND
-    when there is none of that name. A repeat with the same request_id succeeds.
+    """Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
+    no such key. A repeat with the same request_id succeeds.
     """
     RotateKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.RotateKeyRequest, _key_pb2.RotateKeyResponse]
-    """Gives a key another secret and shows it, this once; whose key it is stays the same. The secret before is taken for as long
-    as `overlap` says, one from an earlier rotation not any more. NOT_FOUND when there is none of that name.
-    A repeat with the same request_id returns the key without its secret: rotate it again where that was lost.
+    """Gives a key another secret and returns it; it is not shown again. The name and the rights of the key stay the same. The
+    previous secret is accepted for the time in `overlap`, and one from an earlier rotation no longer. NOT_FOUND when there is
+    no such key. A repeat with the same request_id returns the key without its secret; rotate the key again if the secret was
+    lost.
     """
 
 @_typing.type_check_only
 class KeyServiceAsyncStub(KeyServiceStub):
-    """Keys by which programs call this server, as metadata: `authorization: Bearer nck_…`. Admins have those of their own tenant;
-    operators those of any tenant, and operators' own.
+    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
+    operators manage those of any tenant, and operators' own.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateKey: _aio.UnaryUnaryMultiCallable[_key_pb2.CreateKeyRequest, _key_pb2.CreateKeyResponse]  # type: ignore[assignment]
-    """Makes a key and shows its secret, this once. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000 keys.
-    A repeat with the same request_id returns the key without its secret: rotate it where that was lost.
+    """Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
+    keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
     """
     ListKeys: _aio.UnaryUnaryMultiCallable[_key_pb2.ListKeysRequest, _key_pb2.ListKeysResponse]  # type: ignore[assignment]
-    """The last created first, those that have expired among them."""
+    """Returns a page of keys, newest first, including those that have expired."""
     RevokeKey: _aio.UnaryUnaryMultiCallable[_key_pb2.RevokeKeyRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Takes a key back: calls with it are UNAUTHENTICATED from now on, and streams that it opened end within seconds. NOT_FOUND
-    when there is none of that name. A repeat with the same request_id succeeds.
+    """Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
+    no such key. A repeat with the same request_id succeeds.
     """
     RotateKey: _aio.UnaryUnaryMultiCallable[_key_pb2.RotateKeyRequest, _key_pb2.RotateKeyResponse]  # type: ignore[assignment]
-    """Gives a key another secret and shows it, this once; whose key it is stays the same. The secret before is taken for as long
-    as `overlap` says, one from an earlier rotation not any more. NOT_FOUND when there is none of that name.
-    A repeat with the same request_id returns the key without its secret: rotate it again where that was lost.
+    """Gives a key another secret and returns it; it is not shown again. The name and the rights of the key stay the same. The
+    previous secret is accepted for the time in `overlap`, and one from an earlier rotation no longer. NOT_FOUND when there is
+    no such key. A repeat with the same request_id returns the key without its secret; rotate the key again if the secret was
+    lost.
     """
 
 class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Keys by which programs call this server, as metadata: `authorization: Bearer nck_…`. Admins have those of their own tenant;
-    operators those of any tenant, and operators' own.
+    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
+    operators manage those of any tenant, and operators' own.
     """
 
     @_abc_1.abstractmethod
@@ -86,8 +88,8 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _key_pb2.CreateKeyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_key_pb2.CreateKeyResponse, _abc.Awaitable[_key_pb2.CreateKeyResponse]]:
-        """Makes a key and shows its secret, this once. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000 keys.
-        A repeat with the same request_id returns the key without its secret: rotate it where that was lost.
+        """Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
+        keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
         """
 
     @_abc_1.abstractmethod
@@ -96,7 +98,7 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _key_pb2.ListKeysRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_key_pb2.ListKeysResponse, _abc.Awaitable[_key_pb2.ListKeysResponse]]:
-        """The last created first, those that have expired among them."""
+        """Returns a page of keys, newest first, including those that have expired."""
 
     @_abc_1.abstractmethod
     def RevokeKey(
@@ -104,8 +106,8 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _key_pb2.RevokeKeyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Takes a key back: calls with it are UNAUTHENTICATED from now on, and streams that it opened end within seconds. NOT_FOUND
-        when there is none of that name. A repeat with the same request_id succeeds.
+        """Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
+        no such key. A repeat with the same request_id succeeds.
         """
 
     @_abc_1.abstractmethod
@@ -114,9 +116,10 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _key_pb2.RotateKeyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_key_pb2.RotateKeyResponse, _abc.Awaitable[_key_pb2.RotateKeyResponse]]:
-        """Gives a key another secret and shows it, this once; whose key it is stays the same. The secret before is taken for as long
-        as `overlap` says, one from an earlier rotation not any more. NOT_FOUND when there is none of that name.
-        A repeat with the same request_id returns the key without its secret: rotate it again where that was lost.
+        """Gives a key another secret and returns it; it is not shown again. The name and the rights of the key stay the same. The
+        previous secret is accepted for the time in `overlap`, and one from an earlier rotation no longer. NOT_FOUND when there is
+        no such key. A repeat with the same request_id returns the key without its secret; rotate the key again if the secret was
+        lost.
         """
 
 def add_KeyServiceServicer_to_server(servicer: KeyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

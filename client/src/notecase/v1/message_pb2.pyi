@@ -23,7 +23,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Message(_message.Message):
-    """What was said once: by a user, by an agent, or by the system."""
+    """What a user, an agent or the system said at one time."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -39,7 +39,7 @@ class Message(_message.Message):
         ROLE_SYSTEM: Message._Role.ValueType  # 3
 
     class Role(_Role, metaclass=_RoleEnumTypeWrapper):
-        """Who speaks, in the words that models use."""
+        """Who speaks, in the terms of model providers."""
 
     ROLE_UNSPECIFIED: Message.Role.ValueType  # 0
     ROLE_USER: Message.Role.ValueType  # 1
@@ -57,19 +57,19 @@ class Message(_message.Message):
         """Calls in it have no outcome yet."""
         STATUS_COMPLETED: Message._Status.ValueType  # 2
         STATUS_INCOMPLETE: Message._Status.ValueType  # 3
-        """Cut off, by a cancel or a failure; its parts hold what was made."""
+        """Cut off by a cancel or a failure; its parts hold what was written until then."""
         STATUS_SUPERSEDED: Message._Status.ValueType  # 4
         """Rewound: it stays in the log and is not shown to the model."""
 
     class Status(_Status, metaclass=_StatusEnumTypeWrapper):
-        """How whole it is."""
+        """Whether a message is complete."""
 
     STATUS_UNSPECIFIED: Message.Status.ValueType  # 0
     STATUS_IN_PROGRESS: Message.Status.ValueType  # 1
     """Calls in it have no outcome yet."""
     STATUS_COMPLETED: Message.Status.ValueType  # 2
     STATUS_INCOMPLETE: Message.Status.ValueType  # 3
-    """Cut off, by a cancel or a failure; its parts hold what was made."""
+    """Cut off by a cancel or a failure; its parts hold what was written until then."""
     STATUS_SUPERSEDED: Message.Status.ValueType  # 4
     """Rewound: it stays in the log and is not shown to the model."""
 
@@ -116,16 +116,16 @@ class Message(_message.Message):
     run: _builtins.str
     """sessions/{session}/runs/{run}. Output only: the run that added it."""
     sequence: _builtins.int
-    """Output only: the event that added it."""
+    """Output only: the sequence of the event that added it."""
     finish_reason: _builtins.str
-    """Output only: the provider's word for why the model stopped, for example "stop" or "length"."""
+    """Output only: why the model stopped, in the provider's words, for example "stop" or "length"."""
     update_sequence: _builtins.int
-    """Output only: the last event that changed it; `sequence` when none has."""
+    """Output only: the sequence of the last event that changed it, or `sequence` when none has."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.Part]: ...
     @_builtins.property
     def usage(self) -> _content_pb2.Usage:
-        """Output only: of the model call that made it."""
+        """Output only: the usage of the model call that made it."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:

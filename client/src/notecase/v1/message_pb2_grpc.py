@@ -57,22 +57,22 @@ class MessageServiceServicer(object):
     """
 
     def ListMessages(self, request, context):
-        """A page of a session's messages, oldest first. A page ends at page_size or 1 MiB, whichever comes first.
+        """Returns a page of a session's messages, oldest first. A page ends at page_size or 1 MiB, whichever comes first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetMessage(self, request, context):
-        """One message with the outcomes its calls have so far.
+        """Returns a message, with the outcomes that its calls have so far.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AppendMessages(self, request, context):
-        """Adds messages without running an agent, all in one commit, together at most 2.75 MiB. ABORTED when if_last_sequence is not the head.
-        A repeat with the same request_id returns the first answer.
+        """Adds messages without running an agent, in one commit; at most 2.75 MiB in all. ABORTED when if_last_sequence is not the
+        head. A repeat with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

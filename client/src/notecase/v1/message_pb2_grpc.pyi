@@ -34,12 +34,12 @@ class MessageServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> MessageServiceAsyncStub: ...
     ListMessages: _grpc.UnaryUnaryMultiCallable[_message_pb2.ListMessagesRequest, _message_pb2.ListMessagesResponse]
-    """A page of a session's messages, oldest first. A page ends at page_size or 1 MiB, whichever comes first."""
+    """Returns a page of a session's messages, oldest first. A page ends at page_size or 1 MiB, whichever comes first."""
     GetMessage: _grpc.UnaryUnaryMultiCallable[_message_pb2.GetMessageRequest, _message_pb2.Message]
-    """One message with the outcomes its calls have so far."""
+    """Returns a message, with the outcomes that its calls have so far."""
     AppendMessages: _grpc.UnaryUnaryMultiCallable[_message_pb2.AppendMessagesRequest, _message_pb2.AppendMessagesResponse]
-    """Adds messages without running an agent, all in one commit, together at most 2.75 MiB. ABORTED when if_last_sequence is not the head.
-    A repeat with the same request_id returns the first answer.
+    """Adds messages without running an agent, in one commit; at most 2.75 MiB in all. ABORTED when if_last_sequence is not the
+    head. A repeat with the same request_id returns the first answer.
     """
 
 @_typing.type_check_only
@@ -48,12 +48,12 @@ class MessageServiceAsyncStub(MessageServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListMessages: _aio.UnaryUnaryMultiCallable[_message_pb2.ListMessagesRequest, _message_pb2.ListMessagesResponse]  # type: ignore[assignment]
-    """A page of a session's messages, oldest first. A page ends at page_size or 1 MiB, whichever comes first."""
+    """Returns a page of a session's messages, oldest first. A page ends at page_size or 1 MiB, whichever comes first."""
     GetMessage: _aio.UnaryUnaryMultiCallable[_message_pb2.GetMessageRequest, _message_pb2.Message]  # type: ignore[assignment]
-    """One message with the outcomes its calls have so far."""
+    """Returns a message, with the outcomes that its calls have so far."""
     AppendMessages: _aio.UnaryUnaryMultiCallable[_message_pb2.AppendMessagesRequest, _message_pb2.AppendMessagesResponse]  # type: ignore[assignment]
-    """Adds messages without running an agent, all in one commit, together at most 2.75 MiB. ABORTED when if_last_sequence is not the head.
-    A repeat with the same request_id returns the first answer.
+    """Adds messages without running an agent, in one commit; at most 2.75 MiB in all. ABORTED when if_last_sequence is not the
+    head. A repeat with the same request_id returns the first answer.
     """
 
 class MessageServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -65,7 +65,7 @@ class MessageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _message_pb2.ListMessagesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_message_pb2.ListMessagesResponse, _abc.Awaitable[_message_pb2.ListMessagesResponse]]:
-        """A page of a session's messages, oldest first. A page ends at page_size or 1 MiB, whichever comes first."""
+        """Returns a page of a session's messages, oldest first. A page ends at page_size or 1 MiB, whichever comes first."""
 
     @_abc_1.abstractmethod
     def GetMessage(
@@ -73,7 +73,7 @@ class MessageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _message_pb2.GetMessageRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_message_pb2.Message, _abc.Awaitable[_message_pb2.Message]]:
-        """One message with the outcomes its calls have so far."""
+        """Returns a message, with the outcomes that its calls have so far."""
 
     @_abc_1.abstractmethod
     def AppendMessages(
@@ -81,8 +81,8 @@ class MessageServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _message_pb2.AppendMessagesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_message_pb2.AppendMessagesResponse, _abc.Awaitable[_message_pb2.AppendMessagesResponse]]:
-        """Adds messages without running an agent, all in one commit, together at most 2.75 MiB. ABORTED when if_last_sequence is not the head.
-        A repeat with the same request_id returns the first answer.
+        """Adds messages without running an agent, in one commit; at most 2.75 MiB in all. ABORTED when if_last_sequence is not the
+        head. A repeat with the same request_id returns the first answer.
         """
 
 def add_MessageServiceServicer_to_server(servicer: MessageServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

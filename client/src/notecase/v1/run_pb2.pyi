@@ -29,7 +29,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Run(_message.Message):
-    """One agent at work in one session, from a start to an end."""
+    """One piece of work of an agent in a session, from a start to an end."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -41,23 +41,27 @@ class Run(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         STATE_UNSPECIFIED: Run._State.ValueType  # 0
         STATE_QUEUED: Run._State.ValueType  # 1
-        """Behind another run of its session, or for a place in the server."""
+        """Waits for another run of its session to end, or for a place in the server."""
         STATE_RUNNING: Run._State.ValueType  # 2
         STATE_WAITING: Run._State.ValueType  # 3
-        """For a tool's result, an approval or an answer; it takes none of the places of runs at work, and survives restarts."""
+        """Waits for a tool's result, an approval or an answer. It does not count towards ServerInfo.max_runs, and survives
+        restarts.
+        """
         STATE_SUCCEEDED: Run._State.ValueType  # 4
         STATE_FAILED: Run._State.ValueType  # 5
         STATE_CANCELLED: Run._State.ValueType  # 6
 
     class State(_State, metaclass=_StateEnumTypeWrapper):
-        """Where a run is. The last three are ends, and a run ends exactly once."""
+        """The state of a run. The last three are final, and a run ends exactly once."""
 
     STATE_UNSPECIFIED: Run.State.ValueType  # 0
     STATE_QUEUED: Run.State.ValueType  # 1
-    """Behind another run of its session, or for a place in the server."""
+    """Waits for another run of its session to end, or for a place in the server."""
     STATE_RUNNING: Run.State.ValueType  # 2
     STATE_WAITING: Run.State.ValueType  # 3
-    """For a tool's result, an approval or an answer; it takes none of the places of runs at work, and survives restarts."""
+    """Waits for a tool's result, an approval or an answer. It does not count towards ServerInfo.max_runs, and survives
+    restarts.
+    """
     STATE_SUCCEEDED: Run.State.ValueType  # 4
     STATE_FAILED: Run.State.ValueType  # 5
     STATE_CANCELLED: Run.State.ValueType  # 6
@@ -133,29 +137,29 @@ class Run(_message.Message):
     agent_revision: _builtins.int
     state: Global___Run.State.ValueType
     attempt: _builtins.int
-    """1, and one more each time a server took the run over from a lost process."""
+    """1, plus 1 for each takeover of the run from a process that was lost."""
     first_sequence: _builtins.int
     last_sequence: _builtins.int
-    """Its newest event; its end once it has ended."""
+    """The sequence of its newest event, or of its end."""
     tool_calls: _builtins.int
-    """Calls of tools so far."""
+    """The number of tool calls so far."""
     ending: _builtins.bool
-    """It is to end once its turn has (MODE_AFTER_TURN)."""
+    """Whether the run will end after its current turn (MODE_AFTER_TURN)."""
     @_builtins.property
     def error(self) -> _content_pb2.Error:
         """Why it failed."""
 
     @_builtins.property
     def reply(self) -> _message_pb2.Message:
-        """The last reply it completed."""
+        """The last reply that it completed."""
 
     @_builtins.property
     def pending_inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___InputRequest]:
-        """Approvals and questions that nobody has answered."""
+        """Approvals and questions that are not answered yet."""
 
     @_builtins.property
     def pending_calls(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.ToolCall]:
-        """Calls dispatched to the caller and unanswered."""
+        """Calls that were dispatched to the caller and are not answered yet."""
 
     @_builtins.property
     def usage(self) -> _content_pb2.Usage: ...
@@ -173,17 +177,15 @@ class Run(_message.Message):
     def disconnect(self) -> Global___Disconnect: ...
     @_builtins.property
     def remembered(self) -> _containers.MessageMap[_builtins.str, _session_pb2.RememberedApproval]:
-        """The answers that hold for later calls of the same tool in this run (REMEMBER_RUN), by the input_id that each of them
-        answered.
-        """
+        """Answers that also apply to later calls of the same tool in this run (REMEMBER_RUN), by the input_id that was answered."""
 
     @_builtins.property
     def running_duration(self) -> _duration_pb2.Duration:
-        """Time in STATE_RUNNING up to the last change of state."""
+        """The time spent in STATE_RUNNING, up to the last change of state."""
 
     @_builtins.property
     def state_time(self) -> _timestamp_pb2.Timestamp:
-        """Of the last change of state."""
+        """The time of the last change of state."""
 
     def __init__(
         self,
@@ -235,8 +237,8 @@ class RunRequest(_message.Message):
     UPDATE_STATE_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     command_id: _builtins.str
-    """Made by the caller, scoped to the session and kept as long as its log: sent twice, a command takes effect once.
-    Empty: not de-duplicated.
+    """Chosen by the caller, unique in the session, and kept as long as its log: a command that is sent twice takes effect once.
+    Empty: a repeat takes effect again.
     """
     @_builtins.property
     def start(self) -> Global___StartRun: ...
@@ -291,7 +293,7 @@ class StartRun(_message.Message):
         ON_BUSY_REJECT: StartRun._OnBusy.ValueType  # 1
         """FAILED_PRECONDITION RUN_ACTIVE, naming the run."""
         ON_BUSY_QUEUE: StartRun._OnBusy.ValueType  # 2
-        """Start when those before it have ended."""
+        """Start when the runs before it have ended."""
         ON_BUSY_INTERRUPT: StartRun._OnBusy.ValueType  # 3
         """Stop the current run, keep what it made, then start: one commit."""
         ON_BUSY_ROLLBACK: StartRun._OnBusy.ValueType  # 4
@@ -307,7 +309,7 @@ class StartRun(_message.Message):
     ON_BUSY_REJECT: StartRun.OnBusy.ValueType  # 1
     """FAILED_PRECONDITION RUN_ACTIVE, naming the run."""
     ON_BUSY_QUEUE: StartRun.OnBusy.ValueType  # 2
-    """Start when those before it have ended."""
+    """Start when the runs before it have ended."""
     ON_BUSY_INTERRUPT: StartRun.OnBusy.ValueType  # 3
     """Stop the current run, keep what it made, then start: one commit."""
     ON_BUSY_ROLLBACK: StartRun.OnBusy.ValueType  # 4
@@ -377,8 +379,8 @@ class StartRun(_message.Message):
     agent: _builtins.str
     """agents/{agent}, or agents/{agent}@{revision}. Empty: the session's."""
     run_id: _builtins.str
-    """The {run} of its name. Made by the caller, a repeat attaches to the run; with another body it is refused.
-    Empty: made by the server.
+    """The {run} of its name. When the caller chooses it, a repeat attaches to the run, and a repeat with another body is
+    refused. Empty: chosen by the server.
     """
     on_busy: Global___StartRun.OnBusy.ValueType
     if_last_sequence: _builtins.int
@@ -387,8 +389,8 @@ class StartRun(_message.Message):
     new ones. Not with ON_BUSY_QUEUE or ON_BUSY_ROLLBACK.
     """
     if_session_uid: _builtins.str
-    """Session.uid of the session that is meant: SESSION_NOT_FOUND when its name is another session's by now. Empty: whichever
-    session has the name. Not together with `new_session`.
+    """The expected Session.uid: SESSION_NOT_FOUND when another session has the name by now. Empty: the session that has the
+    name. Not together with `new_session`.
     """
     @_builtins.property
     def new_session(self) -> _session_pb2.Session:
@@ -396,19 +398,19 @@ class StartRun(_message.Message):
 
     @_builtins.property
     def state(self) -> _containers.MessageMap[_builtins.str, _content_pb2.Value]:
-        """Session state to set in the same commit; with the client_tools at most 1 MiB."""
+        """Session state to set in the same commit. At most 1 MiB together with the client_tools."""
 
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
-        """What the user says. May be empty when the session's history ends with something to answer, with ON_BUSY_ROLLBACK: when it
-        does so before the run that is rolled back. A start that has to queue needs some: what it will find there is not known yet.
-        Together at most 2.75 MiB, without content that becomes a blob.
+        """What the user says. May be empty when the session's history ends with a message that needs an answer; with
+        ON_BUSY_ROLLBACK, when the history before the run that is rolled back does. A start that is queued needs messages. At most
+        2.75 MiB in all, not counting content that becomes a blob.
         """
 
     @_builtins.property
     def client_tools(self) -> _containers.RepeatedCompositeFieldContainer[_agent_pb2.Tool]:
-        """Tools of this run only, besides the agent's: `client` tools, with names that the agent does not have, together at most
-        256 KiB.
+        """Tools for this run only, in addition to the agent's: `client` tools whose names the agent does not have. At most 256 KiB
+        in all.
         """
 
     @_builtins.property
@@ -423,8 +425,8 @@ class StartRun(_message.Message):
 
     @_builtins.property
     def settings(self) -> Global___RunSettings:
-        """What takes the place of the agent's own for this run, at most 1 MiB. Developers and admins set it, and no caller that is
-        bound to a user: ROLE_MISSING otherwise.
+        """Settings that replace the agent's for this run, at most 1 MiB. For developers and admins that are not bound to a user;
+        ROLE_MISSING for other callers.
         """
 
     def __init__(
@@ -464,8 +466,8 @@ Global___StartRun: _TypeAlias = StartRun  # noqa: Y015
 
 @_typing.final
 class AttachRun(_message.Message):
-    """Attaches to a session or a run. Events are never filtered, so they are always dense: a run's name only sets where the
-    stream begins and ends.
+    """Attaches to a session or a run. Events are never filtered, so their sequences have no gaps: the name of a run only sets
+    where the stream begins and ends.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -477,8 +479,8 @@ class AttachRun(_message.Message):
     name: _builtins.str
     """sessions/{session} or sessions/{session}/runs/{run}"""
     after_sequence: _builtins.int
-    """The last sequence the caller has; 0: everything. Unset: the session's head, or before the run's first event.
-    Beyond the head: OUT_OF_RANGE.
+    """The last sequence that the caller has. 0: send everything. Unset: begin at the session's head, or before the run's first
+    event. OUT_OF_RANGE beyond the head.
     """
     if_session_uid: _builtins.str
     """As in StartRun."""
@@ -504,15 +506,16 @@ Global___AttachRun: _TypeAlias = AttachRun  # noqa: Y015
 
 @_typing.final
 class Disconnect(_message.Message):
-    """When a run is to be cancelled for want of company."""
+    """When to cancel a run that nobody watches."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CANCEL_AFTER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def cancel_after(self) -> _duration_pb2.Duration:
-        """No stream has been attached to the session or the run for this long, by the server's clock; counted from the start, and
-        anew after a takeover; not while the run waits for a person. Unset: never.
+        """Cancel the run when no stream has been attached to it or to its session for this long, by the server's clock. The time is
+        counted from the start of the run, begins again after a takeover, and does not pass while the run waits for a person.
+        Unset: never.
         """
 
     def __init__(
@@ -530,7 +533,7 @@ Global___Disconnect: _TypeAlias = Disconnect  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
-    """What a run may use. Reaching one ends the run as FAILED with LIMIT_EXCEEDED, naming it."""
+    """Limits of a run. A run that reaches one fails with LIMIT_EXCEEDED; metadata.limit names it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -540,18 +543,18 @@ class Limits(_message.Message):
     MAX_TOTAL_TOKENS_FIELD_NUMBER: _builtins.int
     INPUT_TIMEOUT_FIELD_NUMBER: _builtins.int
     max_model_calls: _builtins.int
-    """The smaller one of this and the agent's counts."""
+    """The smaller of this and the agent's limit applies."""
     max_tool_calls: _builtins.int
     max_total_tokens: _builtins.int
-    """Input and output tokens as reported."""
+    """Input and output tokens, as the provider reports them."""
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
         """Time in STATE_RUNNING."""
 
     @_builtins.property
     def input_timeout(self) -> _duration_pb2.Duration:
-        """How long an approval, a question or a call at the caller may stay open: then it is denied, or fails; a tool's question is
-        answered with DECISION_CANCEL. Unset: for ever.
+        """How long an approval, a question or a call dispatched to the caller may stay open. When it passes, an approval or a
+        question of the model is denied, a call fails, and a question of a tool is answered with DECISION_CANCEL. Unset: no limit.
         """
 
     def __init__(
@@ -573,9 +576,10 @@ Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
 class UserInput(_message.Message):
-    """What a user says to a run under way. A waiting run's open approvals and questions are denied by it; a tool that asked goes
-    on, and the messages are taken up behind its result. While the run waits for an approval that the caller may not answer, the
-    messages deny nothing: they are queued as WHEN_FOLLOW_UP, and WHEN_INTERRUPT is PERMISSION_DENIED (ROLE_MISSING).
+    """What a user says to a run under way. It denies the open approvals and questions of a run that waits; a tool that asked a
+    question goes on, and the messages are added after its result. While the run waits for an approval that the caller may not
+    answer, the messages deny nothing: they are queued as WHEN_FOLLOW_UP, and WHEN_INTERRUPT is PERMISSION_DENIED
+    (ROLE_MISSING).
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -593,7 +597,7 @@ class UserInput(_message.Message):
         WHEN_FOLLOW_UP: UserInput._When.ValueType  # 2
         """When the run would otherwise end."""
         WHEN_INTERRUPT: UserInput._When.ValueType  # 3
-        """At once: what is being generated is kept as it is, calls under way are cancelled, and the model is asked again."""
+        """At once: the unfinished reply is kept as incomplete, calls under way are cancelled, and the model is asked again."""
 
     class When(_When, metaclass=_WhenEnumTypeWrapper): ...
     WHEN_UNSPECIFIED: UserInput.When.ValueType  # 0
@@ -603,7 +607,7 @@ class UserInput(_message.Message):
     WHEN_FOLLOW_UP: UserInput.When.ValueType  # 2
     """When the run would otherwise end."""
     WHEN_INTERRUPT: UserInput.When.ValueType  # 3
-    """At once: what is being generated is kept as it is, calls under way are cancelled, and the model is asked again."""
+    """At once: the unfinished reply is kept as incomplete, calls under way are cancelled, and the model is asked again."""
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     WHEN_FIELD_NUMBER: _builtins.int
@@ -626,7 +630,7 @@ Global___UserInput: _TypeAlias = UserInput  # noqa: Y015
 
 @_typing.final
 class ToolResult(_message.Message):
-    """The outcome of a call that was dispatched to the caller. The first result wins; a later one is CALL_NOT_PENDING."""
+    """The outcome of a call that was dispatched to the caller. The first result counts; a later one is CALL_NOT_PENDING."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -635,7 +639,7 @@ class ToolResult(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     error: _builtins.str
-    """Set: the tool failed, and the model is shown this."""
+    """When set, the tool failed, and the model is shown this text."""
     @_builtins.property
     def result(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.Part]:
         """text, json, file and data parts."""
@@ -669,24 +673,24 @@ class InputResponse(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         DECISION_UNSPECIFIED: InputResponse._Decision.ValueType  # 0
         DECISION_APPROVE: InputResponse._Decision.ValueType  # 1
-        """Run the call; of an interrupted call: run it again."""
+        """Run the call, or run an interrupted call again."""
         DECISION_DENY: InputResponse._Decision.ValueType  # 2
-        """Do not; of an interrupted call: it failed. `reason` is shown to the model."""
+        """Do not run the call, or treat an interrupted call as failed. `reason` is shown to the model."""
         DECISION_ANSWER: InputResponse._Decision.ValueType  # 3
-        """Of a question: `answer` is the answer; of an interrupted call: its result."""
+        """`answer` is the answer to a question, or the result of an interrupted call."""
         DECISION_CANCEL: InputResponse._Decision.ValueType  # 4
-        """Of a tool's question: it was dismissed, and nothing was chosen."""
+        """Dismiss a tool's question without a choice."""
 
     class Decision(_Decision, metaclass=_DecisionEnumTypeWrapper): ...
     DECISION_UNSPECIFIED: InputResponse.Decision.ValueType  # 0
     DECISION_APPROVE: InputResponse.Decision.ValueType  # 1
-    """Run the call; of an interrupted call: run it again."""
+    """Run the call, or run an interrupted call again."""
     DECISION_DENY: InputResponse.Decision.ValueType  # 2
-    """Do not; of an interrupted call: it failed. `reason` is shown to the model."""
+    """Do not run the call, or treat an interrupted call as failed. `reason` is shown to the model."""
     DECISION_ANSWER: InputResponse.Decision.ValueType  # 3
-    """Of a question: `answer` is the answer; of an interrupted call: its result."""
+    """`answer` is the answer to a question, or the result of an interrupted call."""
     DECISION_CANCEL: InputResponse.Decision.ValueType  # 4
-    """Of a tool's question: it was dismissed, and nothing was chosen."""
+    """Dismiss a tool's question without a choice."""
 
     class _Remember:
         ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -701,7 +705,7 @@ class InputResponse(_message.Message):
         REMEMBER_SESSION: InputResponse._Remember.ValueType  # 3
 
     class Remember(_Remember, metaclass=_RememberEnumTypeWrapper):
-        """For which calls of the same tool the decision holds."""
+        """The calls of the same tool to which the decision applies."""
 
     REMEMBER_UNSPECIFIED: InputResponse.Remember.ValueType  # 0
     """REMEMBER_ONCE."""
@@ -720,8 +724,8 @@ class InputResponse(_message.Message):
     edited_arguments: _builtins.str
     """With DECISION_APPROVE: JSON text instead of the model's arguments."""
     answer: _builtins.str
-    """With DECISION_ANSWER: text, or JSON text where the question has a `schema`; INVALID_FIELD when it does not fit that, and
-    the question stays open.
+    """With DECISION_ANSWER: text, or JSON text when the question has a `schema`. When it does not match the schema:
+    INVALID_FIELD, and the question stays open.
     """
     reason: _builtins.str
     remember: Global___InputResponse.Remember.ValueType
@@ -758,20 +762,20 @@ class CancelCommand(_message.Message):
         MODE_UNSPECIFIED: CancelCommand._Mode.ValueType  # 0
         """MODE_IMMEDIATE."""
         MODE_IMMEDIATE: CancelCommand._Mode.ValueType  # 1
-        """Now: what was generated is kept as an incomplete message, finished results stay, open calls are cancelled."""
+        """Now: the unfinished reply is kept as an incomplete message, finished results stay, and open calls are cancelled."""
         MODE_AFTER_TURN: CancelCommand._Mode.ValueType  # 2
-        """When the turn is over: open approvals and questions are cancelled now, dispatched calls are awaited, no further model
-        call is made. A turn that ends the run anyway ends it SUCCEEDED.
+        """After the turn: open approvals and questions are cancelled now, dispatched calls are awaited, and the model is not
+        called again. When the turn ends the run anyway, the run is SUCCEEDED.
         """
 
     class Mode(_Mode, metaclass=_ModeEnumTypeWrapper): ...
     MODE_UNSPECIFIED: CancelCommand.Mode.ValueType  # 0
     """MODE_IMMEDIATE."""
     MODE_IMMEDIATE: CancelCommand.Mode.ValueType  # 1
-    """Now: what was generated is kept as an incomplete message, finished results stay, open calls are cancelled."""
+    """Now: the unfinished reply is kept as an incomplete message, finished results stay, and open calls are cancelled."""
     MODE_AFTER_TURN: CancelCommand.Mode.ValueType  # 2
-    """When the turn is over: open approvals and questions are cancelled now, dispatched calls are awaited, no further model
-    call is made. A turn that ends the run anyway ends it SUCCEEDED.
+    """After the turn: open approvals and questions are cancelled now, dispatched calls are awaited, and the model is not
+    called again. When the turn ends the run anyway, the run is SUCCEEDED.
     """
 
     MODE_FIELD_NUMBER: _builtins.int
@@ -781,7 +785,7 @@ class CancelCommand(_message.Message):
     call_id: _builtins.str
     """Only this call; PERMISSION_DENIED (ROLE_MISSING) while it waits for an approval that the caller may not answer."""
     reason: _builtins.str
-    """Kept in the log, for whoever reads it."""
+    """Kept in the log, for people."""
     def __init__(
         self,
         *,
@@ -810,7 +814,9 @@ class WatchOptions(_message.Message):
     """Do not end with the run."""
     @_builtins.property
     def max_batch_delay(self) -> _duration_pb2.Duration:
-        """How long a delta may wait for company; the first delta of a block never waits. Unset: 30 ms. At most 10 s."""
+        """How long deltas are collected before they are sent together; the first delta of a block is sent at once. Unset: 30 ms. At
+        most 10 s.
+        """
 
     def __init__(
         self,
@@ -882,11 +888,13 @@ class Attached(_message.Message):
     SESSION_UID_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     last_sequence: _builtins.int
-    """The head of the log at that moment; for a run that this stream started, the end of the commit that started it."""
+    """The last sequence of the log at that moment; when this stream started the run, the last sequence of the commit that
+    started it.
+    """
     existing: _builtins.bool
-    """The run existed before this stream's `start`."""
+    """Whether the run existed before this stream's `start`."""
     session_uid: _builtins.str
-    """Session.uid of the session that this stream is attached to, and that its commands are for."""
+    """The Session.uid of the session to which the stream is attached and its commands go."""
     @_builtins.property
     def run(self) -> Global___Run:
         """The run this stream follows; unset when the session is idle."""
@@ -910,14 +918,14 @@ Global___Attached: _TypeAlias = Attached  # noqa: Y015
 
 @_typing.final
 class EventBatch(_message.Message):
-    """Events in their order. A slow watcher gets larger batches, never a longer queue in the server."""
+    """Events in order. A slow watcher gets larger batches; the server has no queue for it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     EVENTS_FIELD_NUMBER: _builtins.int
     CAUGHT_UP_FIELD_NUMBER: _builtins.int
     caught_up: _builtins.bool
-    """Set once: everything committed before the stream came has now been sent."""
+    """Set once, when everything that was committed before the stream attached has been sent."""
     @_builtins.property
     def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___Event]: ...
     def __init__(
@@ -950,12 +958,12 @@ class CommandResult(_message.Message):
         DISPOSITION_QUEUED: CommandResult._Disposition.ValueType  # 2
         """Committed at `sequence` as `command_queued`; it takes effect later, with this command_id as its events' cause_id."""
         DISPOSITION_DUPLICATE: CommandResult._Disposition.ValueType  # 3
-        """The command_id came before; `sequence` is the first one's."""
+        """A command with this command_id was carried out before; `sequence` is that of the first."""
         DISPOSITION_REFUSED: CommandResult._Disposition.ValueType  # 4
         """Nothing changed; `error` says why."""
 
     class Disposition(_Disposition, metaclass=_DispositionEnumTypeWrapper):
-        """What became of a command."""
+        """What was done with a command."""
 
     DISPOSITION_UNSPECIFIED: CommandResult.Disposition.ValueType  # 0
     DISPOSITION_APPLIED: CommandResult.Disposition.ValueType  # 1
@@ -963,7 +971,7 @@ class CommandResult(_message.Message):
     DISPOSITION_QUEUED: CommandResult.Disposition.ValueType  # 2
     """Committed at `sequence` as `command_queued`; it takes effect later, with this command_id as its events' cause_id."""
     DISPOSITION_DUPLICATE: CommandResult.Disposition.ValueType  # 3
-    """The command_id came before; `sequence` is the first one's."""
+    """A command with this command_id was carried out before; `sequence` is that of the first."""
     DISPOSITION_REFUSED: CommandResult.Disposition.ValueType  # 4
     """Nothing changed; `error` says why."""
 
@@ -994,7 +1002,7 @@ Global___CommandResult: _TypeAlias = CommandResult  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):
-    """Sent when nothing else was for a while."""
+    """Sent when nothing else has been sent for a while."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1027,7 +1035,7 @@ class GoAway(_message.Message):
     reason: _builtins.str
     @_builtins.property
     def time_left(self) -> _duration_pb2.Duration:
-        """Until streams that are still open are cut."""
+        """The time until the server cuts the streams that are still open."""
 
     def __init__(
         self,
@@ -1046,8 +1054,9 @@ Global___GoAway: _TypeAlias = GoAway  # noqa: Y015
 
 @_typing.final
 class Event(_message.Message):
-    """One entry of a session's log (`sequence` 1, 2, 3 …, no gap, the same for every watcher and after every restart), or a
-    passing notice (`sequence` 0), which is never stored and can always be recovered from what is.
+    """One entry of a session's log, or a passing notice. The entries have the sequences 1, 2, 3 … without a gap, the same for
+    every watcher and after every restart. A passing notice has sequence 0; it is never stored, and what it says can always be
+    recovered from the log.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1078,29 +1087,29 @@ class Event(_message.Message):
     40 on are passing.
     """
     run: _builtins.str
-    """sessions/{session}/runs/{run}; empty for what no run did."""
+    """sessions/{session}/runs/{run}. Empty when the event belongs to no run."""
     cause_id: _builtins.str
-    """The command_id or request_id behind it."""
+    """The command_id or request_id of the request that caused it."""
     principal: _builtins.str
-    """principals/{principal}: the caller whose request was committed with it. What was queued names its caller when it is taken up,
-    too. AuditService.GetPrincipal says who that is. Empty for what the server does by itself, such as a reply, a deadline or a
-    takeover, for callers without credentials, and after an import. A fork keeps it.
+    """principals/{principal}: the caller who caused the event, also when its command was queued first. AuditService.GetPrincipal
+    says who that is. Empty for what the server does by itself (a reply, a deadline, a takeover), for callers without
+    credentials, and after an import. A fork keeps it.
     """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def state_changed(self) -> Global___StateChanged:
-        """Passing (sequence 0) when the change was made elsewhere, to the state of the session's user or of the app."""
+        """Passing (sequence 0) when the state of the user or of the app was changed elsewhere."""
 
     @_builtins.property
     def message_added(self) -> _message_pb2.Message:
-        """Whole: the commit point of input and of model output."""
+        """A whole message. Input and replies are durable from this event on."""
 
     @_builtins.property
     def run_state_changed(self) -> Global___RunStateChanged: ...
     @_builtins.property
     def tool_started(self) -> _content_pb2.ToolCall:
-        """A call was dispatched. Callers run on this, never on message_added."""
+        """A call was dispatched. Callers run their tools on this event, never on message_added."""
 
     @_builtins.property
     def tool_finished(self) -> _content_pb2.ToolCall: ...
@@ -1110,15 +1119,15 @@ class Event(_message.Message):
     def input_resolved(self) -> Global___InputResolved: ...
     @_builtins.property
     def rewound(self) -> Global___Rewound:
-        """Calls that were open then are cancelled by the `tool_finished` of no run that follow at once, whatever became of them
-        since; further operations in the same commit put session state back as it was then.
+        """The session was rewound. In the same commit follow a `tool_finished` without a run for each call that was open at that
+        sequence, which cancels it, and operations that restore session state.
         """
 
     @_builtins.property
     def summarized(self) -> Global___Summarized: ...
     @_builtins.property
     def usage(self) -> _content_pb2.Usage:
-        """Of one model call."""
+        """The usage of one model call."""
 
     @_builtins.property
     def command_queued(self) -> Global___CommandQueued: ...
@@ -1126,11 +1135,11 @@ class Event(_message.Message):
     def run_started(self) -> Global___RunStarted: ...
     @_builtins.property
     def summary_failed(self) -> Global___SummaryFailed:
-        """A summary was due and could not be made. The run goes on without it, and a later run tries again."""
+        """A summary was due and could not be made. The run goes on without it; a later run tries again."""
 
     @_builtins.property
     def tools_unavailable(self) -> Global___ToolsUnavailable:
-        """Tools of an MCP server cannot be had: the run goes on without them."""
+        """The tools of an MCP server are not available; the run goes on without them."""
 
     @_builtins.property
     def block_delta(self) -> Global___BlockDelta:
@@ -1177,7 +1186,9 @@ Global___Event: _TypeAlias = Event  # noqa: Y015
 
 @_typing.final
 class RunSettings(_message.Message):
-    """How one run differs from its agent. It is kept with the run until that has ended; the log only says which fields were set."""
+    """Settings that replace the agent's in one run. They are kept with the run until it ends; the log only names the fields that
+    were set.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1185,12 +1196,12 @@ class RunSettings(_message.Message):
     INSTRUCTION_FIELD_NUMBER: _builtins.int
     GENERATION_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """As LlmAgent.model: of the same provider. It is not the fallbacks'."""
+    """As LlmAgent.model, of the same provider. Fallbacks keep their own."""
     instruction: _builtins.str
     """As LlmAgent.instruction."""
     @_builtins.property
     def generation(self) -> _agent_pb2.Generation:
-        """As a whole in the place of LlmAgent.generation."""
+        """Replaces LlmAgent.generation as a whole."""
 
     def __init__(
         self,
@@ -1282,7 +1293,7 @@ Global___RunStarted: _TypeAlias = RunStarted  # noqa: Y015
 
 @_typing.final
 class CommandQueued(_message.Message):
-    """What was answered QUEUED: durable, and no message yet. It is taken up by events with the same cause_id."""
+    """A command that was answered QUEUED: durable, and not carried out yet. The events that carry it out have the same cause_id."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1291,7 +1302,9 @@ class CommandQueued(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     APPROVER_FIELD_NUMBER: _builtins.int
     approver: _agent_pb2.Tool.Approver.ValueType
-    """Of an input: as which approver its sender counts. The input denies no approval that needs another one, and waits behind it."""
+    """For an input: the approver that its sender counts as. The input does not deny an approval that needs a higher one; it
+    waits until that is answered.
+    """
     @_builtins.property
     def input(self) -> Global___UserInput: ...
     @_builtins.property
@@ -1300,7 +1313,7 @@ class CommandQueued(_message.Message):
 
     @_builtins.property
     def start(self) -> Global___StartRun:
-        """The fields of its `settings` are there without their values."""
+        """Its `settings` name the fields that were set, without their values."""
 
     def __init__(
         self,
@@ -1322,7 +1335,9 @@ Global___CommandQueued: _TypeAlias = CommandQueued  # noqa: Y015
 
 @_typing.final
 class InputRequest(_message.Message):
-    """A person is asked. Answered by an InputResponse from anybody who may, in this process or another, days later."""
+    """A question or an approval for a person. Any caller who may answer it does so with an InputResponse, from any process, also
+    days later.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1336,9 +1351,9 @@ class InputRequest(_message.Message):
         KIND_APPROVAL: InputRequest._Kind.ValueType  # 1
         """May `call` run? Approve, approve with edited arguments, or deny."""
         KIND_QUESTION: InputRequest._Kind.ValueType  # 2
-        """`prompt` is the question. When `call` is OUTCOME_RUNNING, it is its tool that asks: the answer is given to the tool, which
-        goes on. The tool waits in the server's process. When that is lost, the question is withdrawn, and the call is treated
-        as its tool's `on_interrupt` has it.
+        """`prompt` is the question. When `call` is OUTCOME_RUNNING, the tool of that call asks, and goes on with the answer. The
+        tool waits in the server's process. When that process is lost, the question is withdrawn, and the call is treated as its
+        tool's `on_interrupt` says.
         """
         KIND_INTERRUPTED_CALL: InputRequest._Kind.ValueType  # 3
         """`call` had started in a process that was lost. Approve: run it again; deny: it failed; answer: this is its result."""
@@ -1348,9 +1363,9 @@ class InputRequest(_message.Message):
     KIND_APPROVAL: InputRequest.Kind.ValueType  # 1
     """May `call` run? Approve, approve with edited arguments, or deny."""
     KIND_QUESTION: InputRequest.Kind.ValueType  # 2
-    """`prompt` is the question. When `call` is OUTCOME_RUNNING, it is its tool that asks: the answer is given to the tool, which
-    goes on. The tool waits in the server's process. When that is lost, the question is withdrawn, and the call is treated
-    as its tool's `on_interrupt` has it.
+    """`prompt` is the question. When `call` is OUTCOME_RUNNING, the tool of that call asks, and goes on with the answer. The
+    tool waits in the server's process. When that process is lost, the question is withdrawn, and the call is treated as its
+    tool's `on_interrupt` says.
     """
     KIND_INTERRUPTED_CALL: InputRequest.Kind.ValueType  # 3
     """`call` had started in a process that was lost. Approve: run it again; deny: it failed; answer: this is its result."""
@@ -1366,14 +1381,14 @@ class InputRequest(_message.Message):
     kind: Global___InputRequest.Kind.ValueType
     prompt: _builtins.str
     schema: _builtins.str
-    """Of a tool's question: JSON Schema (draft 2020-12) of the answer, an object. Empty: any text."""
+    """For a tool's question: the JSON Schema (draft 2020-12) of the answer, an object. Empty: any text."""
     approver: _agent_pb2.Tool.Approver.ValueType
-    """Who may answer, but for a question, as the declaration says that `call` is bound to."""
+    """Who may answer, from the declaration that `call` is bound to. Not used for a question."""
     @_builtins.property
     def call(self) -> _content_pb2.ToolCall: ...
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """When it denies itself; a tool's question: is answered with DECISION_CANCEL."""
+        """When the input is denied automatically; a question of a tool is then answered with DECISION_CANCEL."""
 
     def __init__(
         self,
@@ -1401,7 +1416,7 @@ class InputResolved(_message.Message):
     RESPONSE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def response(self) -> Global___InputResponse:
-        """Without a decision: it was withdrawn, because its run or its call stopped."""
+        """Without a decision when the input was withdrawn because its run or its call stopped."""
 
     def __init__(
         self,
@@ -1443,8 +1458,8 @@ Global___Rewound: _TypeAlias = Rewound  # noqa: Y015
 
 @_typing.final
 class Summarized(_message.Message):
-    """From now on agents are shown `text` in place of the messages up to `last_sequence`, which stay in the log and in all lists.
-    A rewind to before this event puts the summary into effect again that it continues.
+    """From this event on, agents are shown `text` in place of the messages up to `last_sequence`, which stay in the log and in all
+    lists. After a rewind to before this event, the summary in `previous` applies again.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1454,12 +1469,12 @@ class Summarized(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     PREVIOUS_FIELD_NUMBER: _builtins.int
     first_sequence: _builtins.int
-    """Of the first message that it adds to the summary before it."""
+    """The sequence of the first message that it adds to the previous summary."""
     last_sequence: _builtins.int
-    """Of the last message that it covers."""
+    """The sequence of the last message that it covers."""
     text: _builtins.str
     previous: _builtins.int
-    """The sequence of the summary that it continues. 0: none."""
+    """The sequence of the summary that it extends. 0: none."""
     def __init__(
         self,
         *,
@@ -1532,22 +1547,22 @@ class RunStateChanged(_message.Message):
     PLACE_WAIT_FIELD_NUMBER: _builtins.int
     state: Global___Run.State.ValueType
     attempt: _builtins.int
-    """With STATE_RUNNING: 2 and up after a takeover. Forget the run's open blocks."""
+    """With STATE_RUNNING: 2 or more after a takeover. The run's open blocks are void."""
     reason: _builtins.str
-    """In the words of who cancelled it, or why it was taken over."""
+    """The caller's reason for a cancel, or the reason for a takeover."""
     @_builtins.property
     def error(self) -> _content_pb2.Error:
         """With STATE_FAILED."""
 
     @_builtins.property
     def dropped_commands(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """With an end: the command_ids of inputs that were queued and are not taken up."""
+        """With a final state: the command_ids of queued inputs that were dropped."""
 
     @_builtins.property
     def place_wait(self) -> _duration_pb2.Duration:
-        """For how long before this nobody was at work on the run although it was RUNNING: it waited for a place in its server,
-        or, after a takeover, since the last event that its server made. `running_duration` does not count that time, and
-        neither does `limits.timeout`. With STATE_RUNNING, and with an end that came meanwhile.
+        """How long the run had no worker although it was RUNNING: it waited for a place in its server, or was taken over (then
+        counted from the last event before). `running_duration` and `limits.timeout` do not count that time. Set with
+        STATE_RUNNING, and with a final state that came while the run waited.
         """
 
     def __init__(
@@ -1570,8 +1585,8 @@ Global___RunStateChanged: _TypeAlias = RunStateChanged  # noqa: Y015
 
 @_typing.final
 class MessageDiscarded(_message.Message):
-    """Nothing of this message is kept: forget its open blocks. Where the model is asked again, that is under another message.
-    Sent to streams that were sent a part of it.
+    """Nothing of this message is kept, and its open blocks are void. When the model is asked again, the new reply has another
+    name. Sent only to streams that were sent a part of the message.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1594,7 +1609,7 @@ Global___MessageDiscarded: _TypeAlias = MessageDiscarded  # noqa: Y015
 
 @_typing.final
 class StateUpdate(_message.Message):
-    """Operations on a state, as a command: all or none."""
+    """Operations on a state, as a command. All of them are applied, or none."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1634,7 +1649,7 @@ class StateChanged(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     state: _builtins.str
     version: _builtins.int
-    """The state's version since."""
+    """The state's version after them."""
     @_builtins.property
     def ops(self) -> _containers.RepeatedCompositeFieldContainer[_state_pb2.StateOp]: ...
     def __init__(
@@ -1654,12 +1669,12 @@ Global___StateChanged: _TypeAlias = StateChanged  # noqa: Y015
 
 @_typing.final
 class BlockDelta(_message.Message):
-    """A slice of one part of a message being made. On a stream without `durable_only`, each assistant's `message_added` with a
-    sequence above `Attached.last_sequence` comes after deltas that make each of its text, reasoning, json, refusal and
-    argument parts, whole. So a client that prints deltas, and drops what it printed of a message at its
-    `message_discarded` and of every unfinished one at `Attached` (on paper: begins a new line), is right.
-    `start` 0 begins a block, once in a stream; otherwise it is the last `end`: anything else is a gap, attach again. Slices
-    fall between code points. All deltas of a block in one stream are of one kind.
+    """A slice of one part of a message that is being written. On a stream without `durable_only`, each assistant's `message_added`
+    with a sequence above `Attached.last_sequence` comes after the deltas of all its text, reasoning, json, refusal and argument
+    parts. So a client may print deltas alone, if it removes what it printed of a message at its `message_discarded`, and of
+    every unfinished message at `Attached` (on paper: begins a new line). `start` 0 begins a block, once in a stream; otherwise
+    `start` is the last `end`. Anything else is a gap: attach again. Slices fall between code points. All deltas of a block in
+    one stream are of one kind.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1676,19 +1691,19 @@ class BlockDelta(_message.Message):
     TOOL_FIELD_NUMBER: _builtins.int
     END_FIELD_NUMBER: _builtins.int
     message: _builtins.str
-    """sessions/{session}/messages/{message}: the name the finished message will have."""
+    """sessions/{session}/messages/{message}: the name that the finished message will have."""
     block: _builtins.int
     """The index of the part in the finished message."""
     start: _builtins.int
-    """In bytes of UTF-8, as `end`."""
+    """In bytes of UTF-8, like `end`."""
     text: _builtins.str
     reasoning: _builtins.str
     arguments: _builtins.str
-    """Of the call in call_id."""
+    """The arguments of the call in call_id."""
     refusal: _builtins.str
     json: _builtins.str
-    """Of an agent with an output_schema. Where calls of tools follow it, the finished message has the same bytes as text,
-    and a stream that was sent none of it before gets them as text.
+    """Sent for an agent with an output_schema. When tool calls follow, the finished message has the same bytes as a text part,
+    and a stream that was sent nothing of the block before gets them as text.
     """
     call_id: _builtins.str
     tool: _builtins.str
@@ -1756,7 +1771,7 @@ class InvokeResponse(_message.Message):
     REPLY_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def run(self) -> Global___Run:
-        """Without its `reply` where both would be too large for one message."""
+        """Without `run.reply` when both would not fit into one message."""
 
     @_builtins.property
     def reply(self) -> _message_pb2.Message:
@@ -1882,7 +1897,7 @@ class WaitRunRequest(_message.Message):
     AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     after_sequence: _builtins.int
-    """Ignore a wait that began by this sequence."""
+    """Ignore a wait that began at or before this sequence."""
     @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
         """Unset: until the run ends or waits, or the call's deadline passes."""
@@ -1912,7 +1927,7 @@ class CancelRunRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     allow_missing: _builtins.bool
-    """The session must exist."""
+    """Accept a run that does not exist yet. The session must exist."""
     request_id: _builtins.str
     @_builtins.property
     def cancel(self) -> Global___CancelCommand: ...
@@ -1943,12 +1958,12 @@ class SendCommandRequest(_message.Message):
     session: _builtins.str
     """sessions/{session}"""
     run: _builtins.str
-    """The run meant. Empty: the active one."""
+    """sessions/{session}/runs/{run}. Empty: the active run."""
     if_session_uid: _builtins.str
     """As in StartRun."""
     @_builtins.property
     def command(self) -> Global___RunRequest:
-        """Anything but `attach`."""
+        """Any command except `attach`."""
 
     def __init__(
         self,

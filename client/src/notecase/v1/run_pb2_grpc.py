@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class RunServiceStub(object):
-    """Running agents. A run lives in the server; a stream is an attachment to it, and losing the stream changes nothing.
+    """Runs agents. A run belongs to the server: a stream is only attached to it, and losing the stream does not change the run.
     Run is SendCommand and WatchEvents on one stream: the same frames with the same effects.
     """
 
@@ -84,32 +84,33 @@ class RunServiceStub(object):
 
 
 class RunServiceServicer(object):
-    """Running agents. A run lives in the server; a stream is an attachment to it, and losing the stream changes nothing.
+    """Runs agents. A run belongs to the server: a stream is only attached to it, and losing the stream does not change the run.
     Run is SendCommand and WatchEvents on one stream: the same frames with the same effects.
     """
 
     def Run(self, request_iterator, context):
-        """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or `attach`;
-        a bad first frame ends the stream with a status, a refused later command is a CommandResult and the stream lives.
-        Half-close means no more commands, never cancel. The stream ends with OK after the run's end unless `keep_open`.
+        """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or `attach`; a
+        bad first frame ends the stream with a status. A later command that is refused gets a CommandResult, and the stream goes
+        on. Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end unless
+        `keep_open`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Invoke(self, request, context):
-        """Starts a run, waits for its end, and answers with the reply: one call for one answer. It answers too when the run waits
-        for a tool's result, an approval or an answer: see the run's state. A run that fails is data in
-        `run.error`, not a status. When `timeout` passes first, the answer holds the run as it is then and the run goes on.
-        A repeat with the same request_id waits for the same run.
+        """Starts a run, waits for its end, and returns the reply. Returns earlier when the run waits for a tool's result, an
+        approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When `timeout`
+        passes first, returns the run as it is then, and the run goes on. A repeat with the same request_id waits for the same
+        run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CreateRun(self, request, context):
-        """Starts a run in the background. FAILED_PRECONDITION RUN_ACTIVE when the session has one, naming it.
-        A repeat with the same request_id returns the first answer; the same run_id with the same body returns the run.
+        """Starts a run in the background. FAILED_PRECONDITION RUN_ACTIVE when the session has one; metadata.run names it. A repeat
+        with the same request_id returns the first answer; the same run_id with the same body returns the run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -122,37 +123,37 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListRuns(self, request, context):
-        """A page of a session's runs, or of all sessions' (`sessions/-`), the last created first.
+        """Returns a page of the runs of a session, or of all sessions (`sessions/-`), newest first.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WaitRun(self, request, context):
-        """Answers once the run has ended or waits, or with the run as it is when `timeout` passes.
+        """Returns when the run has ended or waits, or when `timeout` passes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelRun(self, request, context):
-        """Stops a run: see CancelCommand. Answers once that is durable, with allow_missing also for a run whose start has not
-        arrived, which is then refused (RUN_CANCELLED_BEFORE_START). Of a run that has ended: FAILED_PRECONDITION RUN_ENDED.
-        A repeat with the same request_id returns the first answer.
+        """Stops a run: see CancelCommand. Returns when that is durable. With allow_missing it also cancels a run whose start has not
+        arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION RUN_ENDED when the run has ended. A
+        repeat with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def SendCommand(self, request, context):
-        """One command of the Run stream as a call of its own. A refusal is the call's status.
+        """Carries out one command of the Run stream as a unary call. A refusal is the call's status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchEvents(self, request, context):
-        """The events of the Run stream without its commands.
+        """Streams the events of Run, without commands.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -215,7 +216,7 @@ def add_RunServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RunService(object):
-    """Running agents. A run lives in the server; a stream is an attachment to it, and losing the stream changes nothing.
+    """Runs agents. A run belongs to the server: a stream is only attached to it, and losing the stream does not change the run.
     Run is SendCommand and WatchEvents on one stream: the same frames with the same effects.
     """
 

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RunServiceStub:
-    """Running agents. A run lives in the server; a stream is an attachment to it, and losing the stream changes nothing.
+    """Runs agents. A run belongs to the server: a stream is only attached to it, and losing the stream does not change the run.
     Run is SendCommand and WatchEvents on one stream: the same frames with the same effects.
     """
 
@@ -36,74 +36,76 @@ class RunServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RunServiceAsyncStub: ...
     Run: _grpc.StreamStreamMultiCallable[_run_pb2.RunRequest, _run_pb2.RunResponse]
-    """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or `attach`;
-    a bad first frame ends the stream with a status, a refused later command is a CommandResult and the stream lives.
-    Half-close means no more commands, never cancel. The stream ends with OK after the run's end unless `keep_open`.
+    """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or `attach`; a
+    bad first frame ends the stream with a status. A later command that is refused gets a CommandResult, and the stream goes
+    on. Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end unless
+    `keep_open`.
     """
     Invoke: _grpc.UnaryUnaryMultiCallable[_run_pb2.InvokeRequest, _run_pb2.InvokeResponse]
-    """Starts a run, waits for its end, and answers with the reply: one call for one answer. It answers too when the run waits
-    for a tool's result, an approval or an answer: see the run's state. A run that fails is data in
-    `run.error`, not a status. When `timeout` passes first, the answer holds the run as it is then and the run goes on.
-    A repeat with the same request_id waits for the same run.
+    """Starts a run, waits for its end, and returns the reply. Returns earlier when the run waits for a tool's result, an
+    approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When `timeout`
+    passes first, returns the run as it is then, and the run goes on. A repeat with the same request_id waits for the same
+    run.
     """
     CreateRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.CreateRunRequest, _run_pb2.Run]
-    """Starts a run in the background. FAILED_PRECONDITION RUN_ACTIVE when the session has one, naming it.
-    A repeat with the same request_id returns the first answer; the same run_id with the same body returns the run.
+    """Starts a run in the background. FAILED_PRECONDITION RUN_ACTIVE when the session has one; metadata.run names it. A repeat
+    with the same request_id returns the first answer; the same run_id with the same body returns the run.
     """
     GetRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.GetRunRequest, _run_pb2.Run]
     ListRuns: _grpc.UnaryUnaryMultiCallable[_run_pb2.ListRunsRequest, _run_pb2.ListRunsResponse]
-    """A page of a session's runs, or of all sessions' (`sessions/-`), the last created first."""
+    """Returns a page of the runs of a session, or of all sessions (`sessions/-`), newest first."""
     WaitRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.WaitRunRequest, _run_pb2.Run]
-    """Answers once the run has ended or waits, or with the run as it is when `timeout` passes."""
+    """Returns when the run has ended or waits, or when `timeout` passes."""
     CancelRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.CancelRunRequest, _run_pb2.Run]
-    """Stops a run: see CancelCommand. Answers once that is durable, with allow_missing also for a run whose start has not
-    arrived, which is then refused (RUN_CANCELLED_BEFORE_START). Of a run that has ended: FAILED_PRECONDITION RUN_ENDED.
-    A repeat with the same request_id returns the first answer.
+    """Stops a run: see CancelCommand. Returns when that is durable. With allow_missing it also cancels a run whose start has not
+    arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION RUN_ENDED when the run has ended. A
+    repeat with the same request_id returns the first answer.
     """
     SendCommand: _grpc.UnaryUnaryMultiCallable[_run_pb2.SendCommandRequest, _run_pb2.SendCommandResponse]
-    """One command of the Run stream as a call of its own. A refusal is the call's status."""
+    """Carries out one command of the Run stream as a unary call. A refusal is the call's status."""
     WatchEvents: _grpc.UnaryStreamMultiCallable[_run_pb2.WatchEventsRequest, _run_pb2.RunResponse]
-    """The events of the Run stream without its commands."""
+    """Streams the events of Run, without commands."""
 
 @_typing.type_check_only
 class RunServiceAsyncStub(RunServiceStub):
-    """Running agents. A run lives in the server; a stream is an attachment to it, and losing the stream changes nothing.
+    """Runs agents. A run belongs to the server: a stream is only attached to it, and losing the stream does not change the run.
     Run is SendCommand and WatchEvents on one stream: the same frames with the same effects.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Run: _aio.StreamStreamMultiCallable[_run_pb2.RunRequest, _run_pb2.RunResponse]  # type: ignore[assignment]
-    """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or `attach`;
-    a bad first frame ends the stream with a status, a refused later command is a CommandResult and the stream lives.
-    Half-close means no more commands, never cancel. The stream ends with OK after the run's end unless `keep_open`.
+    """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or `attach`; a
+    bad first frame ends the stream with a status. A later command that is refused gets a CommandResult, and the stream goes
+    on. Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end unless
+    `keep_open`.
     """
     Invoke: _aio.UnaryUnaryMultiCallable[_run_pb2.InvokeRequest, _run_pb2.InvokeResponse]  # type: ignore[assignment]
-    """Starts a run, waits for its end, and answers with the reply: one call for one answer. It answers too when the run waits
-    for a tool's result, an approval or an answer: see the run's state. A run that fails is data in
-    `run.error`, not a status. When `timeout` passes first, the answer holds the run as it is then and the run goes on.
-    A repeat with the same request_id waits for the same run.
+    """Starts a run, waits for its end, and returns the reply. Returns earlier when the run waits for a tool's result, an
+    approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When `timeout`
+    passes first, returns the run as it is then, and the run goes on. A repeat with the same request_id waits for the same
+    run.
     """
     CreateRun: _aio.UnaryUnaryMultiCallable[_run_pb2.CreateRunRequest, _run_pb2.Run]  # type: ignore[assignment]
-    """Starts a run in the background. FAILED_PRECONDITION RUN_ACTIVE when the session has one, naming it.
-    A repeat with the same request_id returns the first answer; the same run_id with the same body returns the run.
+    """Starts a run in the background. FAILED_PRECONDITION RUN_ACTIVE when the session has one; metadata.run names it. A repeat
+    with the same request_id returns the first answer; the same run_id with the same body returns the run.
     """
     GetRun: _aio.UnaryUnaryMultiCallable[_run_pb2.GetRunRequest, _run_pb2.Run]  # type: ignore[assignment]
     ListRuns: _aio.UnaryUnaryMultiCallable[_run_pb2.ListRunsRequest, _run_pb2.ListRunsResponse]  # type: ignore[assignment]
-    """A page of a session's runs, or of all sessions' (`sessions/-`), the last created first."""
+    """Returns a page of the runs of a session, or of all sessions (`sessions/-`), newest first."""
     WaitRun: _aio.UnaryUnaryMultiCallable[_run_pb2.WaitRunRequest, _run_pb2.Run]  # type: ignore[assignment]
-    """Answers once the run has ended or waits, or with the run as it is when `timeout` passes."""
+    """Returns when the run has ended or waits, or when `timeout` passes."""
     CancelRun: _aio.UnaryUnaryMultiCallable[_run_pb2.CancelRunRequest, _run_pb2.Run]  # type: ignore[assignment]
-    """Stops a run: see CancelCommand. Answers once that is durable, with allow_missing also for a run whose start has not
-    arrived, which is then refused (RUN_CANCELLED_BEFORE_START). Of a run that has ended: FAILED_PRECONDITION RUN_ENDED.
-    A repeat with the same request_id returns the first answer.
+    """Stops a run: see CancelCommand. Returns when that is durable. With allow_missing it also cancels a run whose start has not
+    arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION RUN_ENDED when the run has ended. A
+    repeat with the same request_id returns the first answer.
     """
     SendCommand: _aio.UnaryUnaryMultiCallable[_run_pb2.SendCommandRequest, _run_pb2.SendCommandResponse]  # type: ignore[assignment]
-    """One command of the Run stream as a call of its own. A refusal is the call's status."""
+    """Carries out one command of the Run stream as a unary call. A refusal is the call's status."""
     WatchEvents: _aio.UnaryStreamMultiCallable[_run_pb2.WatchEventsRequest, _run_pb2.RunResponse]  # type: ignore[assignment]
-    """The events of the Run stream without its commands."""
+    """Streams the events of Run, without commands."""
 
 class RunServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Running agents. A run lives in the server; a stream is an attachment to it, and losing the stream changes nothing.
+    """Runs agents. A run belongs to the server: a stream is only attached to it, and losing the stream does not change the run.
     Run is SendCommand and WatchEvents on one stream: the same frames with the same effects.
     """
 
@@ -113,9 +115,10 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_run_pb2.RunRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_run_pb2.RunResponse], _abc.AsyncIterator[_run_pb2.RunResponse]]:
-        """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or `attach`;
-        a bad first frame ends the stream with a status, a refused later command is a CommandResult and the stream lives.
-        Half-close means no more commands, never cancel. The stream ends with OK after the run's end unless `keep_open`.
+        """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or `attach`; a
+        bad first frame ends the stream with a status. A later command that is refused gets a CommandResult, and the stream goes
+        on. Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end unless
+        `keep_open`.
         """
 
     @_abc_1.abstractmethod
@@ -124,10 +127,10 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.InvokeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.InvokeResponse, _abc.Awaitable[_run_pb2.InvokeResponse]]:
-        """Starts a run, waits for its end, and answers with the reply: one call for one answer. It answers too when the run waits
-        for a tool's result, an approval or an answer: see the run's state. A run that fails is data in
-        `run.error`, not a status. When `timeout` passes first, the answer holds the run as it is then and the run goes on.
-        A repeat with the same request_id waits for the same run.
+        """Starts a run, waits for its end, and returns the reply. Returns earlier when the run waits for a tool's result, an
+        approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When `timeout`
+        passes first, returns the run as it is then, and the run goes on. A repeat with the same request_id waits for the same
+        run.
         """
 
     @_abc_1.abstractmethod
@@ -136,8 +139,8 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.CreateRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.Run, _abc.Awaitable[_run_pb2.Run]]:
-        """Starts a run in the background. FAILED_PRECONDITION RUN_ACTIVE when the session has one, naming it.
-        A repeat with the same request_id returns the first answer; the same run_id with the same body returns the run.
+        """Starts a run in the background. FAILED_PRECONDITION RUN_ACTIVE when the session has one; metadata.run names it. A repeat
+        with the same request_id returns the first answer; the same run_id with the same body returns the run.
         """
 
     @_abc_1.abstractmethod
@@ -153,7 +156,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.ListRunsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.ListRunsResponse, _abc.Awaitable[_run_pb2.ListRunsResponse]]:
-        """A page of a session's runs, or of all sessions' (`sessions/-`), the last created first."""
+        """Returns a page of the runs of a session, or of all sessions (`sessions/-`), newest first."""
 
     @_abc_1.abstractmethod
     def WaitRun(
@@ -161,7 +164,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.WaitRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.Run, _abc.Awaitable[_run_pb2.Run]]:
-        """Answers once the run has ended or waits, or with the run as it is when `timeout` passes."""
+        """Returns when the run has ended or waits, or when `timeout` passes."""
 
     @_abc_1.abstractmethod
     def CancelRun(
@@ -169,9 +172,9 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.CancelRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.Run, _abc.Awaitable[_run_pb2.Run]]:
-        """Stops a run: see CancelCommand. Answers once that is durable, with allow_missing also for a run whose start has not
-        arrived, which is then refused (RUN_CANCELLED_BEFORE_START). Of a run that has ended: FAILED_PRECONDITION RUN_ENDED.
-        A repeat with the same request_id returns the first answer.
+        """Stops a run: see CancelCommand. Returns when that is durable. With allow_missing it also cancels a run whose start has not
+        arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION RUN_ENDED when the run has ended. A
+        repeat with the same request_id returns the first answer.
         """
 
     @_abc_1.abstractmethod
@@ -180,7 +183,7 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.SendCommandRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.SendCommandResponse, _abc.Awaitable[_run_pb2.SendCommandResponse]]:
-        """One command of the Run stream as a call of its own. A refusal is the call's status."""
+        """Carries out one command of the Run stream as a unary call. A refusal is the call's status."""
 
     @_abc_1.abstractmethod
     def WatchEvents(
@@ -188,6 +191,6 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.WatchEventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_run_pb2.RunResponse], _abc.AsyncIterator[_run_pb2.RunResponse]]:
-        """The events of the Run stream without its commands."""
+        """Streams the events of Run, without commands."""
 
 def add_RunServiceServicer_to_server(servicer: RunServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -51,25 +51,27 @@ class ServerInfo(_message.Message):
     store: _builtins.str
     """"memory" or "sqlite"."""
     max_message_bytes: _builtins.int
-    """The largest request the server takes."""
+    """The largest request that the server accepts."""
     max_blob_bytes: _builtins.int
-    """Of one blob."""
+    """The largest blob."""
     max_page_size: _builtins.int
     max_runs: _builtins.int
-    """Runs at work at once, over all sessions. A new start above it is RATE_LIMITED; a run that was accepted before waits."""
+    """The most runs at work at once, over all sessions. A new start above it is RATE_LIMITED; a run that was accepted before
+    waits.
+    """
     max_session_bytes: _builtins.int
-    """Of all blobs that one session refers to."""
+    """The most bytes of all blobs to which one session refers."""
     @_builtins.property
     def providers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """For LlmAgent.provider; the default one first."""
+        """The values of LlmAgent.provider, the default first."""
 
     @_builtins.property
     def functions(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """For ServerTool.function."""
+        """The values of ServerTool.function."""
 
     @_builtins.property
     def mcp_servers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """For McpTool.server."""
+        """The values of McpTool.server."""
 
     def __init__(
         self,

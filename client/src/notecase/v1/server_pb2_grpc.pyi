@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class ServerServiceStub:
-    """What this server is and has: read once at connect."""
+    """Describes the server. Clients may read it once when they connect."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -37,13 +37,13 @@ class ServerServiceStub:
 
 @_typing.type_check_only
 class ServerServiceAsyncStub(ServerServiceStub):
-    """What this server is and has: read once at connect."""
+    """Describes the server. Clients may read it once when they connect."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetServerInfo: _aio.UnaryUnaryMultiCallable[_server_pb2.GetServerInfoRequest, _server_pb2.ServerInfo]  # type: ignore[assignment]
 
 class ServerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """What this server is and has: read once at connect."""
+    """Describes the server. Clients may read it once when they connect."""
 
     @_abc_1.abstractmethod
     def GetServerInfo(

@@ -37,7 +37,7 @@ class Session(_message.Message):
         ACTIVITY_IDLE: Session._Activity.ValueType  # 1
         ACTIVITY_RUNNING: Session._Activity.ValueType  # 2
         ACTIVITY_WAITING: Session._Activity.ValueType  # 3
-        """For a tool's result, an approval or an answer."""
+        """Waits for a tool's result, an approval or an answer."""
 
     class Activity(_Activity, metaclass=_ActivityEnumTypeWrapper):
         """What a session is doing."""
@@ -46,7 +46,7 @@ class Session(_message.Message):
     ACTIVITY_IDLE: Session.Activity.ValueType  # 1
     ACTIVITY_RUNNING: Session.Activity.ValueType  # 2
     ACTIVITY_WAITING: Session.Activity.ValueType  # 3
-    """For a tool's result, an approval or an answer."""
+    """Waits for a tool's result, an approval or an answer."""
 
     @_typing.final
     class LabelsEntry(_message.Message):
@@ -116,34 +116,38 @@ class Session(_message.Message):
     """sessions/{session}"""
     display_name: _builtins.str
     agent: _builtins.str
-    """agents/{agent}: answers where a run names no other. May be empty."""
+    """agents/{agent}: used when a run does not name an agent. May be empty."""
     user: _builtins.str
-    """users/{user}: whose state its templates read. Immutable; may be empty."""
+    """users/{user}: the user whose state templates read. Immutable; may be empty."""
     activity: Global___Session.Activity.ValueType
     """Output only."""
     active_run: _builtins.str
     """sessions/{session}/runs/{run}. Output only: empty when idle."""
     last_sequence: _builtins.int
-    """Output only: the head of the log; each durable event adds exactly 1."""
+    """Output only: the last sequence of the log. Each durable event adds 1."""
     parent_session: _builtins.str
-    """sessions/{session}. Output only: what it was forked from, which may be gone; empty when it was not."""
+    """sessions/{session}. Output only: the session from which it was forked, which may have been deleted. Empty when it is not a
+    fork.
+    """
     fork_sequence: _builtins.int
-    """Output only: the newest sequence that it has of its parent."""
+    """Output only: the last sequence that it has from its parent."""
     content_bytes: _builtins.int
-    """Output only: of all blobs that its log refers to, each counted once."""
+    """Output only: the bytes of all blobs to which its log refers, each counted once."""
     log_bytes: _builtins.int
-    """Output only: of the log itself, as it is stored, without the content that it refers to."""
+    """Output only: the bytes of the log as it is stored, without blobs."""
     summary_sequence: _builtins.int
-    """Output only: the `summarized` event in effect. 0: none."""
+    """Output only: the sequence of the `summarized` event that applies. 0: none."""
     etag: _builtins.str
-    """Of the metadata, not of the log; given back in an update it makes the update conditional."""
+    """The etag of the metadata, not of the log. When an update sets it, the update is conditional."""
     uid: _builtins.str
-    """Output only: made at creation, fork and import, a random UUID. A session made later under the same name has another one."""
+    """Output only: a random UUID, chosen at creation, fork and import. A session that is created later under the same name has
+    another one.
+    """
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
     def usage(self) -> _content_pb2.Usage:
-        """Output only: of all its runs."""
+        """Output only: the sum over all its runs."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
@@ -151,30 +155,30 @@ class Session(_message.Message):
 
     @_builtins.property
     def update_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only: of the last commit or metadata change."""
+        """Output only: the time of the last commit or change of metadata."""
 
     @_builtins.property
     def expire_time(self) -> _timestamp_pb2.Timestamp:
-        """Output only with idle_ttl, where an update ignores it. In the past: at once."""
+        """Output only when idle_ttl is set; an update then ignores it. A time in the past: at once."""
 
     @_builtins.property
     def ttl(self) -> _duration_pb2.Duration:
-        """Input only: expire_time is set to so long from now."""
+        """Input only: sets expire_time to this long from now."""
 
     @_builtins.property
     def idle_ttl(self) -> _duration_pb2.Duration:
-        """Each commit to the session sets expire_time to so long from then. While a run is under way, waiting too, it is unset: such
-        a session is not idle. At creation not together with the others.
+        """Each commit to the session sets expire_time to this long from then. While a run is under way, or waits, expire_time is
+        unset. At creation not together with expire_time or ttl.
         """
 
     @_builtins.property
     def queued_commands(self) -> _containers.RepeatedCompositeFieldContainer[Global___QueuedCommand]:
-        """Output only: what was answered QUEUED and not yet taken up, in order."""
+        """Output only: commands that were answered QUEUED and are not carried out yet, in order."""
 
     @_builtins.property
     def remembered(self) -> _containers.MessageMap[_builtins.str, Global___RememberedApproval]:
-        """Output only: the answers that hold for later calls of the same tool in this session (REMEMBER_SESSION), by the input_id
-        that each of them answered. A rewind to before an answer takes it back, and a fork or an import has none.
+        """Output only: answers that also apply to later calls of the same tool in this session (REMEMBER_SESSION), by the input_id
+        that was answered. A rewind to before an answer removes it; forks and imports have none.
         """
 
     def __init__(
@@ -216,8 +220,8 @@ Global___Session: _TypeAlias = Session  # noqa: Y015
 
 @_typing.final
 class RememberedApproval(_message.Message):
-    """An answer that holds for later calls of one tool: of the same agent, with the same declaration and implementation. A tool
-    that is declared in another way is asked about again.
+    """An answer that also applies to later calls of a tool, as long as the agent, the declaration and the implementation are the
+    same. After a change of the declaration a person is asked again.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -232,10 +236,10 @@ class RememberedApproval(_message.Message):
     tool: _builtins.str
     """The name that the model called."""
     digest: _builtins.bytes
-    """SHA-256 of the declaration and of what implements it; as ToolBinding.digest."""
+    """The SHA-256 of the declaration and the implementation, as in ToolBinding.digest."""
     approved: _builtins.bool
     sequence: _builtins.int
-    """Of the event that holds the answer."""
+    """The sequence of the event with the answer."""
     def __init__(
         self,
         *,
@@ -311,7 +315,7 @@ class CreateSessionRequest(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """The {session} of its name: lower-case letters, digits and inner "._-", at most 63. Empty: made by the server (UUIDv7)."""
+    """The {session} of its name: lower-case letters, digits and inner "._-", at most 63. Empty: chosen by the server (UUIDv7)."""
     request_id: _builtins.str
     @_builtins.property
     def session(self) -> Global___Session: ...
@@ -511,7 +515,7 @@ class CompactSessionRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     keep_recent: _builtins.int
-    """The newest messages that are left as they are, at least. 0: the agent's `context.summary.keep_recent`; at most 500."""
+    """At least this many of the newest messages are not summarised. 0: the agent's `context.summary.keep_recent`; at most 500."""
     agent: _builtins.str
     """agents/{agent}, or agents/{agent}@{revision}: whose provider, model and `context.summary` are used. Empty: the session's."""
     request_id: _builtins.str
@@ -543,7 +547,9 @@ class ForkSessionRequest(_message.Message):
     name: _builtins.str
     """sessions/{session}: the source."""
     at_sequence: _builtins.int
-    """0: an empty log. Unset: the head. It may lie in a stretch that was rewound since: its messages are then as they were."""
+    """0: an empty log. Unset: the head. It may lie in a range that was rewound later: messages are then as they were before the
+    rewind.
+    """
     session_id: _builtins.str
     """As in CreateSession."""
     request_id: _builtins.str
@@ -581,8 +587,8 @@ class RewindSessionRequest(_message.Message):
     name: _builtins.str
     """sessions/{session}"""
     to_sequence: _builtins.int
-    """The newest sequence that stays in force; 0: nothing does. Required. Inside a stretch that was rewound before it is
-    refused: fork there instead.
+    """The last sequence that stays in effect. 0: none. Required. A sequence inside a range that was rewound before is refused:
+    fork there instead.
     """
     if_last_sequence: _builtins.int
     request_id: _builtins.str
@@ -618,7 +624,7 @@ class ExportSessionRequest(_message.Message):
     name: _builtins.str
     """sessions/{session}"""
     with_blobs: _builtins.bool
-    """With the content that its log refers to. Without, it can be imported only where that content is."""
+    """Include the content to which the log refers. Without it, the file can be imported only on a server that has the content."""
     def __init__(
         self,
         *,
@@ -663,7 +669,7 @@ class ImportSessionRequest(_message.Message):
     """The next piece of the file, at most 1 MiB."""
     @_builtins.property
     def header(self) -> Global___ImportHeader:
-        """The first frame, or left out."""
+        """Optional, in the first frame only."""
 
     def __init__(
         self,

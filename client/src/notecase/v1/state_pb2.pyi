@@ -78,7 +78,7 @@ class StateEntry(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     version: _builtins.int
-    """The State.version of its last change: it only grows, over deletion and re-creation too."""
+    """The State.version of its last change. It only grows, also when the key is removed and set again."""
     @_builtins.property
     def value(self) -> _content_pb2.Value: ...
     @_builtins.property
@@ -100,7 +100,7 @@ Global___StateEntry: _TypeAlias = StateEntry  # noqa: Y015
 
 @_typing.final
 class StateOp(_message.Message):
-    """One operation on one key. Operations of a batch apply in order; a key may be named once."""
+    """One operation on one key. Operations of a batch are applied in order; a key may be named once."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -115,16 +115,16 @@ class StateOp(_message.Message):
     if_version: _builtins.int
     """0: the key must not exist."""
     increment: _builtins.int
-    """Of an int; a missing key counts as 0."""
+    """Adds to an int. A missing key counts as 0."""
     @_builtins.property
     def set(self) -> _content_pb2.Value: ...
     @_builtins.property
     def remove(self) -> _empty_pb2.Empty:
-        """Of a missing key: nothing, and no error."""
+        """Does nothing when the key does not exist."""
 
     @_builtins.property
     def append(self) -> _content_pb2.Value:
-        """To a list; a missing key counts as the empty list."""
+        """Appends to a list. A missing key counts as the empty list."""
 
     def __init__(
         self,
@@ -162,15 +162,15 @@ class GetStateRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     at_sequence: _builtins.int
-    """Session state as it was at that entry of the log, with the versions and times of then; 0: as it is now. Costs a reading of
-    all changes of the state up to there. Refused for users and the app. OUT_OF_RANGE beyond the head.
+    """Returns session state as it was at this sequence, with its versions and times of then. 0: as it is now. The server reads
+    all changes of the state up to there. Refused for the state of users and the app. OUT_OF_RANGE beyond the head.
     """
     page_size: _builtins.int
     """0: 50; at most 1000."""
     page_token: _builtins.str
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Empty: all. A page ends at page_size or 1 MiB, of named keys too."""
+        """Empty: all keys. A page ends at page_size or 1 MiB, also when keys are named."""
 
     def __init__(
         self,
@@ -221,7 +221,7 @@ class GetStateResponse(_message.Message):
     name: _builtins.str
     """As in State."""
     version: _builtins.int
-    """Of the whole state, as in State."""
+    """The version of the whole state, as in State."""
     next_page_token: _builtins.str
     """Empty on the last page."""
     @_builtins.property
@@ -287,7 +287,7 @@ class UpdateStateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     if_version: _builtins.int
-    """Of the whole state."""
+    """The expected version of the whole state."""
     request_id: _builtins.str
     @_builtins.property
     def ops(self) -> _containers.RepeatedCompositeFieldContainer[Global___StateOp]:

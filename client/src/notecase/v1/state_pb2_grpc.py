@@ -26,8 +26,9 @@ if _version_not_supported:
 
 
 class StateServiceStub(object):
-    """State is the sticky notes, in three scopes: `sessions/{session}/state` for one conversation, `users/{user}/state` for all
-    sessions of a user, `app/state` for all of the tenant. A scope nobody wrote to is empty, not missing; a session must exist.
+    """State is a set of typed values by key, in three scopes: `sessions/{session}/state` for one conversation,
+    `users/{user}/state` for all sessions of a user, `app/state` for the whole tenant. The state of a user or of the app that
+    was never written is empty, not missing; a session must exist.
     """
 
     def __init__(self, channel):
@@ -54,12 +55,14 @@ class StateServiceStub(object):
 
 
 class StateServiceServicer(object):
-    """State is the sticky notes, in three scopes: `sessions/{session}/state` for one conversation, `users/{user}/state` for all
-    sessions of a user, `app/state` for all of the tenant. A scope nobody wrote to is empty, not missing; a session must exist.
+    """State is a set of typed values by key, in three scopes: `sessions/{session}/state` for one conversation,
+    `users/{user}/state` for all sessions of a user, `app/state` for the whole tenant. The state of a user or of the app that
+    was never written is empty, not missing; a session must exist.
     """
 
     def GetState(self, request, context):
-        """A page of entries by key, or of the keys named. Missing keys are left out.
+        """Returns a page of entries, in the order of their keys, or the entries of the keys that are named. Missing keys are left
+        out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -73,9 +76,9 @@ class StateServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateState(self, request, context):
-        """Applies several operations, all or none, in one commit, and returns the keys they name that exist afterwards. Once the
-        answer holds 1 MiB, the entries that follow come without their values: read those by GetState.
-        ABORTED when a condition misses, FAILED_PRECONDITION when a value's type does not have the operation.
+        """Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When the
+        answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a condition is
+        not met, FAILED_PRECONDITION when an operation does not exist for the value's type.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,8 +111,9 @@ def add_StateServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class StateService(object):
-    """State is the sticky notes, in three scopes: `sessions/{session}/state` for one conversation, `users/{user}/state` for all
-    sessions of a user, `app/state` for all of the tenant. A scope nobody wrote to is empty, not missing; a session must exist.
+    """State is a set of typed values by key, in three scopes: `sessions/{session}/state` for one conversation,
+    `users/{user}/state` for all sessions of a user, `app/state` for the whole tenant. The state of a user or of the app that
+    was never written is empty, not missing; a session must exist.
     """
 
     @staticmethod

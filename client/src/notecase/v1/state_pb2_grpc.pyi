@@ -27,8 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class StateServiceStub:
-    """State is the sticky notes, in three scopes: `sessions/{session}/state` for one conversation, `users/{user}/state` for all
-    sessions of a user, `app/state` for all of the tenant. A scope nobody wrote to is empty, not missing; a session must exist.
+    """State is a set of typed values by key, in three scopes: `sessions/{session}/state` for one conversation,
+    `users/{user}/state` for all sessions of a user, `app/state` for the whole tenant. The state of a user or of the app that
+    was never written is empty, not missing; a session must exist.
     """
 
     @_typing.overload
@@ -36,35 +37,41 @@ class StateServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> StateServiceAsyncStub: ...
     GetState: _grpc.UnaryUnaryMultiCallable[_state_pb2.GetStateRequest, _state_pb2.GetStateResponse]
-    """A page of entries by key, or of the keys named. Missing keys are left out."""
+    """Returns a page of entries, in the order of their keys, or the entries of the keys that are named. Missing keys are left
+    out.
+    """
     PutState: _grpc.UnaryUnaryMultiCallable[_state_pb2.PutStateRequest, _state_pb2.StateEntry]
     """Sets one key. ABORTED with metadata.version when if_version is set and differs."""
     UpdateState: _grpc.UnaryUnaryMultiCallable[_state_pb2.UpdateStateRequest, _state_pb2.State]
-    """Applies several operations, all or none, in one commit, and returns the keys they name that exist afterwards. Once the
-    answer holds 1 MiB, the entries that follow come without their values: read those by GetState.
-    ABORTED when a condition misses, FAILED_PRECONDITION when a value's type does not have the operation.
+    """Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When the
+    answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a condition is
+    not met, FAILED_PRECONDITION when an operation does not exist for the value's type.
     """
 
 @_typing.type_check_only
 class StateServiceAsyncStub(StateServiceStub):
-    """State is the sticky notes, in three scopes: `sessions/{session}/state` for one conversation, `users/{user}/state` for all
-    sessions of a user, `app/state` for all of the tenant. A scope nobody wrote to is empty, not missing; a session must exist.
+    """State is a set of typed values by key, in three scopes: `sessions/{session}/state` for one conversation,
+    `users/{user}/state` for all sessions of a user, `app/state` for the whole tenant. The state of a user or of the app that
+    was never written is empty, not missing; a session must exist.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetState: _aio.UnaryUnaryMultiCallable[_state_pb2.GetStateRequest, _state_pb2.GetStateResponse]  # type: ignore[assignment]
-    """A page of entries by key, or of the keys named. Missing keys are left out."""
+    """Returns a page of entries, in the order of their keys, or the entries of the keys that are named. Missing keys are left
+    out.
+    """
     PutState: _aio.UnaryUnaryMultiCallable[_state_pb2.PutStateRequest, _state_pb2.StateEntry]  # type: ignore[assignment]
     """Sets one key. ABORTED with metadata.version when if_version is set and differs."""
     UpdateState: _aio.UnaryUnaryMultiCallable[_state_pb2.UpdateStateRequest, _state_pb2.State]  # type: ignore[assignment]
-    """Applies several operations, all or none, in one commit, and returns the keys they name that exist afterwards. Once the
-    answer holds 1 MiB, the entries that follow come without their values: read those by GetState.
-    ABORTED when a condition misses, FAILED_PRECONDITION when a value's type does not have the operation.
+    """Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When the
+    answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a condition is
+    not met, FAILED_PRECONDITION when an operation does not exist for the value's type.
     """
 
 class StateServiceServicer(metaclass=_abc_1.ABCMeta):
-    """State is the sticky notes, in three scopes: `sessions/{session}/state` for one conversation, `users/{user}/state` for all
-    sessions of a user, `app/state` for all of the tenant. A scope nobody wrote to is empty, not missing; a session must exist.
+    """State is a set of typed values by key, in three scopes: `sessions/{session}/state` for one conversation,
+    `users/{user}/state` for all sessions of a user, `app/state` for the whole tenant. The state of a user or of the app that
+    was never written is empty, not missing; a session must exist.
     """
 
     @_abc_1.abstractmethod
@@ -73,7 +80,9 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _state_pb2.GetStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_state_pb2.GetStateResponse, _abc.Awaitable[_state_pb2.GetStateResponse]]:
-        """A page of entries by key, or of the keys named. Missing keys are left out."""
+        """Returns a page of entries, in the order of their keys, or the entries of the keys that are named. Missing keys are left
+        out.
+        """
 
     @_abc_1.abstractmethod
     def PutState(
@@ -89,9 +98,9 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _state_pb2.UpdateStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_state_pb2.State, _abc.Awaitable[_state_pb2.State]]:
-        """Applies several operations, all or none, in one commit, and returns the keys they name that exist afterwards. Once the
-        answer holds 1 MiB, the entries that follow come without their values: read those by GetState.
-        ABORTED when a condition misses, FAILED_PRECONDITION when a value's type does not have the operation.
+        """Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When the
+        answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a condition is
+        not met, FAILED_PRECONDITION when an operation does not exist for the value's type.
         """
 
 def add_StateServiceServicer_to_server(servicer: StateServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

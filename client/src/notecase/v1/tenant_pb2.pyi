@@ -34,14 +34,14 @@ class Tenant(_message.Message):
         STATE_ACTIVE: Tenant._State.ValueType  # 1
         STATE_SUSPENDED: Tenant._State.ValueType  # 2
         STATE_DELETING: Tenant._State.ValueType  # 3
-        """It is being removed."""
+        """It is being deleted."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper): ...
     STATE_UNSPECIFIED: Tenant.State.ValueType  # 0
     STATE_ACTIVE: Tenant.State.ValueType  # 1
     STATE_SUSPENDED: Tenant.State.ValueType  # 2
     STATE_DELETING: Tenant.State.ValueType  # 3
-    """It is being removed."""
+    """It is being deleted."""
 
     NAME_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
@@ -78,7 +78,7 @@ class CreateTenantRequest(_message.Message):
     TENANT_FIELD_NUMBER: _builtins.int
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     tenant_id: _builtins.str
-    """Needed: what keys and identity providers call it."""
+    """Required: the name that keys and identity providers use."""
     request_id: _builtins.str
     @_builtins.property
     def tenant(self) -> Global___Tenant:

@@ -27,7 +27,7 @@ if _version_not_supported:
 
 
 class TenantServiceStub(object):
-    """Tenants, for operators. A tenant is there as soon as a credential names it; this service knows those that an operator made,
+    """Tenants, for operators. A tenant exists as soon as a credential names it; this service knows those that an operator created,
     suspended or gave a key.
     """
 
@@ -70,26 +70,26 @@ class TenantServiceStub(object):
 
 
 class TenantServiceServicer(object):
-    """Tenants, for operators. A tenant is there as soon as a credential names it; this service knows those that an operator made,
+    """Tenants, for operators. A tenant exists as soon as a credential names it; this service knows those that an operator created,
     suspended or gave a key.
     """
 
     def CreateTenant(self, request, context):
-        """Makes a tenant known. ALREADY_EXISTS when it is. A repeat with the same request_id returns the first answer.
+        """Makes a tenant known. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetTenant(self, request, context):
-        """NOT_FOUND when it is not known.
+        """Returns a known tenant. NOT_FOUND when it is not known.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListTenants(self, request, context):
-        """Those that are known, by name.
+        """Returns a page of the known tenants, by name.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,25 +97,26 @@ class TenantServiceServicer(object):
 
     def SuspendTenant(self, request, context):
         """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds, and
-        cancels the runs that are at work or queued, now and whenever a deadline wakes one. Runs that wait go on waiting, and
-        nothing is removed. Of one that is suspended: nothing. A repeat with the same request_id returns the first answer.
+        cancels the runs that are at work or queued, now and whenever a deadline starts one. Runs that wait go on waiting, and
+        nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns the first
+        answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ResumeTenant(self, request, context):
-        """Takes calls of the tenant again. NOT_FOUND when it is not known. Of one that is not suspended: nothing.
-        A repeat with the same request_id returns the first answer.
+        """Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
+        with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteTenant(self, request, context):
-        """Removes the tenant with everything: sessions, states, agents, content, keys. Answers when the last row is gone; when it is
-        cut, the server goes on by itself. Calls of the tenant are refused meanwhile, and taken again afterwards where their
-        credentials are from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+        """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
+        call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
+        if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -163,7 +164,7 @@ def add_TenantServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TenantService(object):
-    """Tenants, for operators. A tenant is there as soon as a credential names it; this service knows those that an operator made,
+    """Tenants, for operators. A tenant exists as soon as a credential names it; this service knows those that an operator created,
     suspended or gave a key.
     """
 

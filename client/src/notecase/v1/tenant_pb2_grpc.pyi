@@ -28,7 +28,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TenantServiceStub:
-    """Tenants, for operators. A tenant is there as soon as a credential names it; this service knows those that an operator made,
+    """Tenants, for operators. A tenant exists as soon as a credential names it; this service knows those that an operator created,
     suspended or gave a key.
     """
 
@@ -37,56 +37,58 @@ class TenantServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TenantServiceAsyncStub: ...
     CreateTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.CreateTenantRequest, _tenant_pb2.Tenant]
-    """Makes a tenant known. ALREADY_EXISTS when it is. A repeat with the same request_id returns the first answer."""
+    """Makes a tenant known. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the first answer."""
     GetTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.GetTenantRequest, _tenant_pb2.Tenant]
-    """NOT_FOUND when it is not known."""
+    """Returns a known tenant. NOT_FOUND when it is not known."""
     ListTenants: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.ListTenantsRequest, _tenant_pb2.ListTenantsResponse]
-    """Those that are known, by name."""
+    """Returns a page of the known tenants, by name."""
     SuspendTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.SuspendTenantRequest, _tenant_pb2.Tenant]
     """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds, and
-    cancels the runs that are at work or queued, now and whenever a deadline wakes one. Runs that wait go on waiting, and
-    nothing is removed. Of one that is suspended: nothing. A repeat with the same request_id returns the first answer.
+    cancels the runs that are at work or queued, now and whenever a deadline starts one. Runs that wait go on waiting, and
+    nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns the first
+    answer.
     """
     ResumeTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.ResumeTenantRequest, _tenant_pb2.Tenant]
-    """Takes calls of the tenant again. NOT_FOUND when it is not known. Of one that is not suspended: nothing.
-    A repeat with the same request_id returns the first answer.
+    """Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
+    with the same request_id returns the first answer.
     """
     DeleteTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.DeleteTenantRequest, _empty_pb2.Empty]
-    """Removes the tenant with everything: sessions, states, agents, content, keys. Answers when the last row is gone; when it is
-    cut, the server goes on by itself. Calls of the tenant are refused meanwhile, and taken again afterwards where their
-    credentials are from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+    """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
+    call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
+    if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
     """
 
 @_typing.type_check_only
 class TenantServiceAsyncStub(TenantServiceStub):
-    """Tenants, for operators. A tenant is there as soon as a credential names it; this service knows those that an operator made,
+    """Tenants, for operators. A tenant exists as soon as a credential names it; this service knows those that an operator created,
     suspended or gave a key.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.CreateTenantRequest, _tenant_pb2.Tenant]  # type: ignore[assignment]
-    """Makes a tenant known. ALREADY_EXISTS when it is. A repeat with the same request_id returns the first answer."""
+    """Makes a tenant known. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the first answer."""
     GetTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.GetTenantRequest, _tenant_pb2.Tenant]  # type: ignore[assignment]
-    """NOT_FOUND when it is not known."""
+    """Returns a known tenant. NOT_FOUND when it is not known."""
     ListTenants: _aio.UnaryUnaryMultiCallable[_tenant_pb2.ListTenantsRequest, _tenant_pb2.ListTenantsResponse]  # type: ignore[assignment]
-    """Those that are known, by name."""
+    """Returns a page of the known tenants, by name."""
     SuspendTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.SuspendTenantRequest, _tenant_pb2.Tenant]  # type: ignore[assignment]
     """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds, and
-    cancels the runs that are at work or queued, now and whenever a deadline wakes one. Runs that wait go on waiting, and
-    nothing is removed. Of one that is suspended: nothing. A repeat with the same request_id returns the first answer.
+    cancels the runs that are at work or queued, now and whenever a deadline starts one. Runs that wait go on waiting, and
+    nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns the first
+    answer.
     """
     ResumeTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.ResumeTenantRequest, _tenant_pb2.Tenant]  # type: ignore[assignment]
-    """Takes calls of the tenant again. NOT_FOUND when it is not known. Of one that is not suspended: nothing.
-    A repeat with the same request_id returns the first answer.
+    """Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
+    with the same request_id returns the first answer.
     """
     DeleteTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.DeleteTenantRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Removes the tenant with everything: sessions, states, agents, content, keys. Answers when the last row is gone; when it is
-    cut, the server goes on by itself. Calls of the tenant are refused meanwhile, and taken again afterwards where their
-    credentials are from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+    """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
+    call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
+    if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
     """
 
 class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Tenants, for operators. A tenant is there as soon as a credential names it; this service knows those that an operator made,
+    """Tenants, for operators. A tenant exists as soon as a credential names it; this service knows those that an operator created,
     suspended or gave a key.
     """
 
@@ -96,7 +98,7 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tenant_pb2.CreateTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tenant_pb2.Tenant, _abc.Awaitable[_tenant_pb2.Tenant]]:
-        """Makes a tenant known. ALREADY_EXISTS when it is. A repeat with the same request_id returns the first answer."""
+        """Makes a tenant known. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the first answer."""
 
     @_abc_1.abstractmethod
     def GetTenant(
@@ -104,7 +106,7 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tenant_pb2.GetTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tenant_pb2.Tenant, _abc.Awaitable[_tenant_pb2.Tenant]]:
-        """NOT_FOUND when it is not known."""
+        """Returns a known tenant. NOT_FOUND when it is not known."""
 
     @_abc_1.abstractmethod
     def ListTenants(
@@ -112,7 +114,7 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tenant_pb2.ListTenantsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tenant_pb2.ListTenantsResponse, _abc.Awaitable[_tenant_pb2.ListTenantsResponse]]:
-        """Those that are known, by name."""
+        """Returns a page of the known tenants, by name."""
 
     @_abc_1.abstractmethod
     def SuspendTenant(
@@ -121,8 +123,9 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_tenant_pb2.Tenant, _abc.Awaitable[_tenant_pb2.Tenant]]:
         """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds, and
-        cancels the runs that are at work or queued, now and whenever a deadline wakes one. Runs that wait go on waiting, and
-        nothing is removed. Of one that is suspended: nothing. A repeat with the same request_id returns the first answer.
+        cancels the runs that are at work or queued, now and whenever a deadline starts one. Runs that wait go on waiting, and
+        nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns the first
+        answer.
         """
 
     @_abc_1.abstractmethod
@@ -131,8 +134,8 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tenant_pb2.ResumeTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tenant_pb2.Tenant, _abc.Awaitable[_tenant_pb2.Tenant]]:
-        """Takes calls of the tenant again. NOT_FOUND when it is not known. Of one that is not suspended: nothing.
-        A repeat with the same request_id returns the first answer.
+        """Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
+        with the same request_id returns the first answer.
         """
 
     @_abc_1.abstractmethod
@@ -141,9 +144,9 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tenant_pb2.DeleteTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Removes the tenant with everything: sessions, states, agents, content, keys. Answers when the last row is gone; when it is
-        cut, the server goes on by itself. Calls of the tenant are refused meanwhile, and taken again afterwards where their
-        credentials are from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+        """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
+        call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
+        if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
         """
 
 def add_TenantServiceServicer_to_server(servicer: TenantServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

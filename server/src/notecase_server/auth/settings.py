@@ -96,14 +96,14 @@ def _wrong(settings: IssuerSettings, given: Collection[str]) -> Iterator[tuple[s
         if name not in ALGORITHMS:
             yield "algorithms", f"{name} is none of {', '.join(sorted(ALGORITHMS))}."
     if ("jwks_url" in given) == ("jwks_file" in given):
-        yield "jwks_url", "The issuer's keys are at jwks_url or in jwks_file: give one of the two."
+        yield "jwks_url", "Give jwks_url or jwks_file, and not both."
     if settings.jwks_url and not _is_safe(settings.jwks_url):
-        yield "jwks_url", "This begins with https://, or with http:// on this machine only."
+        yield "jwks_url", "This must begin with https://, or with http:// on this machine only."
     for name in ("tenant", "role", "user"):
         if name in given and f"{name}_claim" in given:
             yield name, f"Give {name} or {name}_claim, not both."
     if settings.roles and not settings.role_claim:
-        yield "roles", "This says what the values of role_claim mean, which is missing."
+        yield "roles", "This needs role_claim, which is missing."
     if not {"role", "role_claim"} & set(given):
         yield "role", "Give role or role_claim."
     belongs = {"tenant", "tenant_claim"} & set(given)
@@ -149,7 +149,7 @@ def listed_principals(top: Table) -> Mapping[str, Principal]:
 
 
 def _is_san(table: Table, key: str, name: str) -> bool:
-    return table.check(SAN.fullmatch(name) is not None, key, "A name begins with uri:, dns: or email:.")
+    return table.check(SAN.fullmatch(name) is not None, key, "A name must begin with uri:, dns: or email:.")
 
 
 def _add_principal(found: dict[str, Principal], name: str, top: Table, place: str, table: Table) -> None:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 ROLES: Mapping[str, Role] = {role.name.lower(): role for role in Role}
 
-_KINDS: Mapping[type, str] = {str: "a text", list: "a list", dict: "a table"}
+_KINDS: Mapping[type, str] = {str: "a string", list: "a list", dict: "a table"}
 
 
 class Mistake(NamedTuple):
@@ -67,7 +67,7 @@ class Table:
     def take(self, key: str, kind: type[T]) -> T | None:
         self._taken.add(key)
         value = self.values.get(key)
-        if value is None or not self.check(isinstance(value, kind), key, f"This is {_KINDS.get(kind)}."):
+        if value is None or not self.check(isinstance(value, kind), key, f"This must be {_KINDS.get(kind)}."):
             return None
         return value  # type: ignore[no-any-return]
 
@@ -79,7 +79,7 @@ class Table:
         """The tables [[key]], each with its place in the file."""
         for number, values in enumerate(self.take(key, list) or []):
             place = f"{key}[{number}]"
-            if self.check(isinstance(values, dict), place, f"This is a table: [[{key}]]."):
+            if self.check(isinstance(values, dict), place, f"This must be a table: [[{key}]]."):
                 yield place, self.inner(place, values)
 
     def text(self, key: str, *, needed: bool = True) -> str:
@@ -97,7 +97,7 @@ class Table:
             self.check(not needed, key, "This is missing.")
             return ()
         right = isinstance(many, list) and bool(many) and all(isinstance(one, str) and one for one in many)
-        return tuple(many) if self.check(right, key, "This is a text, or a list of texts.") else ()
+        return tuple(many) if self.check(right, key, "This must be a string, or a list of strings.") else ()
 
     def number(self, key: str, *, least: float = 0, above: bool = False, whole: bool = False) -> float | None:
         """A number of at least `least`, or above it; None where it is missing or wrong."""
@@ -105,7 +105,7 @@ class Table:
         value = self.values.get(key)
         kinds = (int,) if whole else (int, float)
         right = isinstance(value, kinds) and not isinstance(value, bool) and least <= value < math.inf
-        rule = f"This is a {'whole ' if whole else ''}number {'above' if above else 'of at least'} {least:g}."
+        rule = f"This must be a {'whole ' if whole else ''}number {'above' if above else 'of at least'} {least:g}."
         right = right and not (above and value == least)
         return value if value is not None and self.check(right, key, rule) else None
 
@@ -116,7 +116,7 @@ class Table:
         return {
             name: value
             for name, value in values.items()
-            if table.check(isinstance(value, str), name, "This is a text.")
+            if table.check(isinstance(value, str), name, "This must be a string.")
         }
 
     def matching(self, key: str, right: Callable[[str], bool], rule: str, *, needed: bool) -> str:
@@ -128,11 +128,13 @@ class Table:
 
     def user(self) -> str:
         """Returns the id in `users/{user}`; empty where there is none."""
-        rule = "A user is users/ and its id."
+        rule = "A user must be users/ and an id."
         return self.matching("user", lambda name: bool(names.parse_user(name)), rule, needed=False)[len("users/") :]
 
     def role(self, *, needed: bool = True) -> Role | None:
-        return ROLES.get(self.matching("role", ROLES.__contains__, f"A role is one of {_ROLE_NAMES}.", needed=needed))
+        return ROLES.get(
+            self.matching("role", ROLES.__contains__, f"A role must be one of {_ROLE_NAMES}.", needed=needed)
+        )
 
     def roles(self, key: str) -> Mapping[str, Role]:
         """A table from any text to the name of a role."""
@@ -140,7 +142,7 @@ class Table:
         table = self.inner(key, values)
         found = {value: ROLES.get(role) if isinstance(role, str) else None for value, role in values.items()}
         for value, role in found.items():
-            table.check(role is not None, value, f"A role is one of {_ROLE_NAMES}.")
+            table.check(role is not None, value, f"A role must be one of {_ROLE_NAMES}.")
         return {value: role for value, role in found.items() if role is not None}
 
 
@@ -159,5 +161,5 @@ def load(path: Path, option: str, *, toml: bool = False) -> Table:
     except (ValueError, RecursionError) as error:
         raise SettingsError([Mistake(option, f"{path} is not {form}: {error}.")]) from None
     if not isinstance(values, dict):
-        raise SettingsError([Mistake(option, f"{path} does not hold a table.")])
+        raise SettingsError([Mistake(option, f"{path} does not contain a table.")])
     return Table(values, "" if toml else f"{option} ", [])

@@ -135,7 +135,7 @@ class _Chat:
         self._tell("")
         parts = [v1.Part(text=text), *(v1.Part(blob=blob) for blob in self._attached)]
         try:
-            await self._follow(self._client.run(self._session, v1.Message(parts=parts), agent=self._agent))
+            await self._follow(self._client.run(v1.Message(parts=parts), session=self._session, agent=self._agent))
             self._attached.clear()
         except NotecaseError as busy:
             if busy.reason != "RUN_ACTIVE" or not self._terminal:

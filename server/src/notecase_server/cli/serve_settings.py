@@ -18,7 +18,7 @@ from notecase_server.config import (
     providers_from_environment,
 )
 from notecase_server.config_file import PROVIDER_DEFAULTS, ConfigFile, by_key, read_config
-from notecase_server.serve import ProviderSettingsError, make_provider, settings_mistakes
+from notecase_server.serve import ProviderSettingsError, check_provider, settings_mistakes
 from notecase_server.tools.contract import ToolSettingsError
 from notecase_server.tools.mcp_settings import read_mcp_servers
 
@@ -84,7 +84,7 @@ def check(command: click.Command, path: Path) -> Checked:
     mistakes += [one for one in map(by_key, settings_mistakes(made)) if one.setting not in wrong]
     for number, provider in enumerate(made.providers if found.providers else ()):
         try:
-            make_provider(provider)
+            check_provider(provider)
         except ProviderSettingsError as error:
             mistakes.append(Mistake(f"provider[{number}]", str(error)))
     return Checked(made, found.exposed, tuple(mistakes))
@@ -108,15 +108,15 @@ def complaint(command: click.Command, name: str, value: object) -> str:
     if option.is_flag:
         kind, right = "true or false", isinstance(value, bool)
     elif option.multiple:
-        kind, right = "a list of texts", isinstance(value, list) and all(isinstance(one, str) for one in value)
+        kind, right = "a list of strings", isinstance(value, list) and all(isinstance(one, str) for one in value)
     elif isinstance(option.type, click.IntRange):
         kind, right = "a whole number", isinstance(value, int) and not isinstance(value, bool)
     elif isinstance(option.type, click.FloatRange):
         kind, right = "a number", isinstance(value, int | float) and not isinstance(value, bool)
     else:
-        kind, right = "a text", isinstance(value, str)
+        kind, right = "a string", isinstance(value, str)
     if not right:
-        return f"This is {kind}."
+        return f"This must be {kind}."
     try:
         option.process_value(click.Context(command), value)
     except click.BadParameter as error:

@@ -116,7 +116,7 @@ class _Judge:
             at += length + size
         del self._pending[:at]
         if self._ended and len(self._pending) > transfer.DIGEST_BYTES:
-            raise errors.import_invalid("goes on behind its end")
+            raise errors.import_invalid("has bytes after its end")
 
     def _look(self, body: bytes) -> None:
         try:
@@ -138,4 +138,4 @@ class _Judge:
             if self._content < 0:
                 raise errors.import_invalid("has more content than it says")
         elif kind is None:
-            raise errors.import_invalid("has a record that says nothing")
+            raise errors.import_invalid("has an empty record")

@@ -235,7 +235,7 @@ class Contents:
             kept.parts.extend(await self.parts(key, message.parts, state))
             size += kept.ByteSize()
             if size > MAX_SAID_BYTES:
-                raise errors.too_large("What is said at once", size, MAX_SAID_BYTES)
+                raise errors.too_large("The messages of one request", size, MAX_SAID_BYTES)
             made.append(kept)
         return made
 
@@ -248,7 +248,7 @@ class Contents:
             made.append(await self._part(key, part, state))
             size += made[-1].ByteSize()
             if size > MAX_MESSAGE_BYTES:  # looked at here, lest a few keys of state fill the memory
-                raise errors.too_large("What is said", size, MAX_MESSAGE_BYTES)
+                raise errors.too_large("The message", size, MAX_MESSAGE_BYTES)
         return made
 
     async def _part(self, key: SessionKey, part: v1.Part, state: Mapping[str, v1.Value] | None) -> v1.Part:

@@ -118,7 +118,7 @@ class Halts:
                 raise
             if self._cuts:
                 raise Halted from None
-            raise errors.model_unavailable("The model's provider broke off.") from None
+            raise errors.model_unavailable("The model's provider closed the connection.") from None
         finally:
             self._cutting = None
             for _ in range(self._cuts):

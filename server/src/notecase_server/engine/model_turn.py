@@ -109,7 +109,7 @@ class ModelTurn:
         usage, limit = self._log.run.usage, self._log.run.limits.max_total_tokens
         total = usage.input_tokens + usage.output_tokens
         if limit and total >= limit:
-            told = f"The run used {errors.counted(total, 'token')}, of {limit} that it may."
+            told = f"The run used {errors.counted(total, 'token')}; its limit is {limit}."
             raise errors.limit_exceeded("max_total_tokens", limit, told)
 
     async def _request(self) -> ModelRequest:
@@ -180,7 +180,7 @@ class ModelTurn:
                 live.written(begun)
                 if begun:  # who watches is told of it before what follows, which may be the reply's commit
                     await asyncio.sleep(0)
-        raise errors.model_unavailable("The model's reply ended before it was whole.")
+        raise errors.model_unavailable("The model's reply ended before it was complete.")
 
     async def _keep(self, made: Media, draft: Draft) -> None:
         """Stores an image or a clip; the commit of the reply then refers to it. Raises LIMIT_EXCEEDED and
@@ -188,7 +188,7 @@ class ModelTurn:
         draft.make_room(len(made.data))
         contents, tenant = self._services.contents, self._log.live.key.tenant
         if len(made.data) > contents.limits.blob:
-            raise errors.too_large("What the model made", len(made.data), contents.limits.blob)
+            raise errors.too_large("The content from the model", len(made.data), contents.limits.blob)
         blob = await self._log.patiently(lambda: contents.put(tenant, *made))
         draft.place(v1.Part(blob=blob))
 

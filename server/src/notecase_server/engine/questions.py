@@ -76,7 +76,7 @@ class Questions:
             if (size := len(text.encode())) > most:
                 raise errors.tool_error(f"The {what} has {size} bytes; at most {most} are asked of a person.")
         if schema and (problem := await self._log.services.schemas.problem(schema, None)):
-            raise errors.tool_error(f"The question's schema is no JSON Schema (draft 2020-12): {problem}.")
+            raise errors.tool_error(f"The question's schema is not a JSON Schema (draft 2020-12): {problem}.")
 
     async def _answer(self, call_id: str, question: str, schema: str) -> v1.InputResponse:
         request = v1.InputRequest(
@@ -118,7 +118,7 @@ class Questions:
         ledger.expire(request, run, self._log.services.clock())
         size = sum(pending.ByteSize() for pending in (*run.pending_inputs, request))
         if size > PAGE_BYTES:
-            question.refuse(errors.tool_error("The run asks too much at once."))
+            question.refuse(errors.tool_error("The run asks too many questions at once."))
             return []
         return [v1.Event(input_requested=request)]
 

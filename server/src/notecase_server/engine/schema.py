@@ -56,13 +56,13 @@ class Schemas:
         """Raises NotecaseError INVALID_FIELD when the text is no JSON Schema, or one that is never to be used here;
         RATE_LIMITED when the server cannot tell just now."""
         if schema and (problem := await self._asked({"schema": schema})):
-            raise errors.invalid([errors.Violation(field, f"is no JSON Schema (draft 2020-12): {problem}")])
+            raise errors.invalid([errors.Violation(field, f"is not a JSON Schema (draft 2020-12): {problem}")])
 
     async def require_valid(self, field: str, schema: str, text: str) -> None:
         """Raises NotecaseError INVALID_FIELD when the text is not as the schema has it; RATE_LIMITED when the server
         cannot tell just now."""
         if problem := await self._asked({"schema": schema, "reply": text}):
-            raise errors.invalid([errors.Violation(field, f"is not as the schema has it: {problem}")])
+            raise errors.invalid([errors.Violation(field, f"does not match the schema: {problem}")])
 
     async def _asked(self, question: Mapping[str, str]) -> str:
         """The answer for a caller, who does not wait behind many others."""

@@ -5,7 +5,6 @@ later. Used from one event loop only.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
 from itertools import islice
@@ -37,8 +36,10 @@ NOTICES = 64
 class Bell:
     """Wakes all that wait. A waiter looks at what it waits for, then waits, with no await in between."""
 
+    __slots__ = ("_waiters",)
+
     def __init__(self) -> None:
-        self._waiters: set[asyncio.Future[None]] = set()
+        self._waiters: dict[asyncio.Future[None], None] = {}  # an empty one is a third of an empty set
 
     def ring(self) -> None:
         for waiter in self._waiters:
@@ -50,12 +51,12 @@ class Bell:
         """Returns at the next ring, or after that many seconds."""
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
-        self._waiters.add(waiter)
+        self._waiters[waiter] = None
         alarm = None if seconds is None else loop.call_later(seconds, _wake, waiter)
         try:
             await waiter
         finally:
-            self._waiters.discard(waiter)
+            self._waiters.pop(waiter, None)
             if alarm is not None:
                 alarm.cancel()
 
@@ -125,8 +126,8 @@ class LiveSession:
         """Rung for everything: what is rung here only is text, which is sent in batches."""
         self.noticed = 0
         """Notices ever given: the number of the newest."""
-        self._notices: deque[v1.Event] = deque(maxlen=NOTICES)
-        self._tail: deque[v1.Event] = deque()
+        self._notices: list[v1.Event] = []
+        self._tail: list[v1.Event] = []
         self._tail_bytes = 0
         self._store = store
         self._sessions = sessions
@@ -225,8 +226,11 @@ class LiveSession:
             self._tail_bytes = 0
         self._tail.append(event)
         self._tail_bytes += event.ByteSize()
+        over = 0
         while self._tail_bytes > TAIL_BYTES:
-            self._tail_bytes -= self._tail.popleft().ByteSize()
+            self._tail_bytes -= self._tail[over].ByteSize()
+            over += 1
+        del self._tail[:over]
 
     def transcript(self) -> Transcript | None:
         """The messages of a long session up to the head, where they are kept; None where they are only in the store."""
@@ -247,11 +251,12 @@ class LiveSession:
     def notices(self, after: int) -> list[v1.Event]:
         """Returns the notices given after number `after`, as far as they are kept. Not copies."""
         missed = min(self.noticed - after, len(self._notices))
-        return list(self._notices)[len(self._notices) - missed :] if missed > 0 else []
+        return self._notices[len(self._notices) - missed :] if missed > 0 else []
 
     def notice(self, event: v1.Event) -> None:
         """Gives the watchers an event that is not stored."""
         self._notices.append(event)
+        del self._notices[:-NOTICES]
         self.noticed += 1
         self.ring()
 

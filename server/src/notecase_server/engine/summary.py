@@ -127,8 +127,8 @@ async def write(
             if isinstance(delta, Finish):
                 if text := data.decode("utf-8", "replace").strip():
                     return text, delta.usage
-                raise errors.model_error("The model gave no summary.")
-    raise errors.model_unavailable("The model's summary ended before it was whole.")
+                raise errors.model_error("The model returned no summary.")
+    raise errors.model_unavailable("The model's summary ended before it was complete.")
 
 
 def too_long(error: NotecaseError) -> bool:

@@ -142,7 +142,7 @@ class Template:
         except RecursionError:
             raise errors.template_error("The template is nested too deeply to be rendered.") from None
         except _UNCAUGHT:
-            raise errors.template_error("The template cannot be rendered: its values do not go together.") from None
+            raise errors.template_error("The template cannot be rendered: its values cannot be combined.") from None
         return buffer.getvalue()
 
 

@@ -102,7 +102,7 @@ class Alarm:
 
     def _over(self) -> None:
         seconds = self._run.limits.timeout.ToMicroseconds() / 1e6
-        told = f"The run took longer than its {errors.counted(seconds, 'second')}."
+        told = f"The run took longer than its limit of {errors.counted(seconds, 'second')}."
         error = errors.limit_exceeded("timeout", round(seconds), told)
         self._halt(Halt(state=v1.Run.STATE_FAILED, error=error.to_proto()))
 

@@ -124,7 +124,7 @@ async def keep_content(contents: Contents, file: BinaryIO, restore: Restore) -> 
             except NotecaseError as error:
                 if error.reason != v1.ERROR_REASON_BLOB_CORRUPT:
                     raise
-                raise errors.import_invalid(f"has other content than it says for {record.blob.name!r}") from None
+                raise errors.import_invalid(f"has content that does not match the name {record.blob.name!r}") from None
 
 
 class _Reader:
@@ -193,7 +193,7 @@ def begins(begun: bytes) -> bool:
     that of a file that this server reads."""
     begun = begun[:BEGIN_BYTES]
     if begun[: len(MAGIC)] != MAGIC[: len(begun)]:
-        raise errors.import_invalid("is no export of a session")
+        raise errors.import_invalid("is not an export of a session")
     if len(begun) > len(MAGIC) and begun[-1] > VERSION:
         raise errors.import_invalid(
             f"was written by a newer notecase, in format {begun[-1]}; this one reads up to {VERSION}"
@@ -222,7 +222,7 @@ def length_at(data: bytearray, at: int) -> tuple[int, int]:
 
 
 def out_of_place(number: int) -> NotecaseError:
-    return errors.import_invalid(f"has something else where entry {number} of the log belongs")
+    return errors.import_invalid(f"has another record in place of entry {number} of the log")
 
 
 class _Check:
@@ -259,7 +259,7 @@ class _Check:
         if len(trailer) < DIGEST_BYTES:
             raise _cut()
         if trailer != self._digest.digest():
-            raise errors.import_invalid("is damaged: its SHA-256 is not that of what it holds")
+            raise errors.import_invalid("is damaged: its SHA-256 does not match its bytes")
 
     def _note(self, body: bytes) -> None:
         with suppress(DecodeError):  # if the file is whole, it is refused when the log is read

@@ -220,7 +220,7 @@ class Worker:
             events.append(v1.Event(state_changed=v1.StateChanged(ops=[put])))
         limit = run.limits.max_tool_calls
         if limit and run.tool_calls + len(calls) > limit:
-            told = f"The run may call tools {errors.counted(limit, 'time')}, and needs more."
+            told = f"The run may call tools {errors.counted(limit, 'time')}, and would need more calls."
             error = errors.limit_exceeded("max_tool_calls", limit, told)
             events += [ledger.cancelled(call, error.message) for call in calls]
             return [*events, self.log.ending(v1.Run.STATE_FAILED, error.to_proto())]

@@ -429,7 +429,7 @@ class ChatReply:
         end = meaning(self._reason) if self._reason else (End.CALLS if called else End.WHOLE)
         word = self._redactor.reason(mended(self._reason)) or _WORDS.get(end, "stop")
         if not (self._reason or self.done or self._audio.whole):
-            raise cut or errors.model_unavailable("The model provider ended its answer before the reply was whole.")
+            raise cut or errors.model_unavailable("The model provider ended its answer before the reply was complete.")
         if end is End.FAILED:
             raise errors.model_unavailable(
                 f"The model provider cut the reply because of a failure (finish reason {word!r}).", finish_reason=word
@@ -452,7 +452,7 @@ class ChatReply:
         match end:
             case End.TOO_LONG:
                 raise errors.model_error(
-                    f"The conversation is longer than the model {self._asked!r} takes {told}.",
+                    f"The conversation is too long for the model {self._asked!r} {told}.",
                     code="context_length_exceeded",
                     finish_reason=word,
                 )

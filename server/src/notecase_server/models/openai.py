@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import itertools
 import math
-import re
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -30,6 +29,7 @@ from notecase_server.models.answers.media import Encoded
 from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import ChatReply, Piece
 from notecase_server.models.contract import Delta, Media, ModelRequest, Returned, Text
+from notecase_server.models.endpoint import endpoint_of
 from notecase_server.models.pieces import encoded
 from notecase_server.models.profiles import ROWS, Profiles, Row
 from notecase_server.models.request import body, is_large, loaded, returns_data
@@ -40,8 +40,6 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 Json = dict[str, Any]
-
-OPENAI_URL = "https://api.openai.com/v1"
 
 _MAX_REFUSAL_BYTES = 64 << 10
 """What is read of a refusal, unpacked: a sentence and its frame."""
@@ -80,33 +78,25 @@ class OpenAIProvider:
         relatives are honoured.
 
         Raises ValueError, without the key in it, when the key, the URL or the proxy cannot work."""
-        key = api_key or "none"
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            raise ValueError("the API key holds a space, a line break or a character outside ASCII")
-        for name, value in headers.items():
-            if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) or not (
-                value.isascii() and value.isprintable()
-            ):
-                raise ValueError("a header holds a line break or a character that none may hold")
+        endpoint = endpoint_of(api_key, base_url, headers)
         self._clock = clock
         self._default_model = default_model
         self._first_timeout = first_timeout
         self._idle_timeout = idle_timeout
         self._whole_timeout = whole_timeout
-        url = _checked_url(base_url or OPENAI_URL)
+        url, host = endpoint.url, endpoint.url.host
         self._base_url = url.copy_with(query=None)
         secrets = [value for name, value in url.params.multi_items() if name != "api-version"]
         self._redactor = Redactor(api_key, *secrets, *headers.values())
-        host = self._base_url.host
         self._profiles = Profiles(host, profile, rows)
         self._tag = f"openai-{hashlib.sha256(str(self._base_url).encode()).hexdigest()[:16]}"
         """Stands for the endpoint, whose address is nobody's business, in the data that it gets back."""
-        auth: dict[str, Any] = {"Authorization": f"Bearer {key}"}
+        auth: dict[str, Any] = {"Authorization": f"Bearer {endpoint.key}"}
         if self._profiles.of("").auth == "api-key":
-            auth = {"api-key": key, "Authorization": openai.Omit()}
+            auth = {"api-key": endpoint.key, "Authorization": openai.Omit()}
         certificates = httpx2.create_ssl_context()
         self._client = openai.AsyncOpenAI(
-            api_key=key,
+            api_key=endpoint.key,
             base_url=self._base_url,
             default_headers={**auth, **headers},
             http_client=httpx2.AsyncClient(verify=certificates, trust_env=False),
@@ -119,6 +109,7 @@ class OpenAIProvider:
             self._headers,
             certificates,
             openai.DEFAULT_CONNECTION_LIMITS,
+            endpoint.proxy,
             connect_timeout=connect_timeout,
             head_timeout=first_timeout,
         )
@@ -315,17 +306,3 @@ def _tagged(piece: Delta, provider: str, model: str) -> Delta:
     if isinstance(piece, Returned):
         piece.data.provider, piece.data.model = provider, model
     return piece
-
-
-def _checked_url(base_url: str) -> httpx2.URL:
-    """Raises ValueError for what cannot be a base URL, or would put a secret where URLs are logged."""
-    try:
-        url = httpx2.URL(base_url)
-        url.host.encode("idna")
-    except (httpx2.InvalidURL, UnicodeError):
-        raise ValueError("the base URL is no URL") from None
-    if url.scheme not in {"http", "https"} or not url.host:
-        raise ValueError("the base URL must begin with http:// or https:// and name a host")
-    if url.userinfo or url.fragment:
-        raise ValueError("the base URL must hold neither credentials nor a fragment")
-    return url

@@ -225,7 +225,7 @@ def _extra(text: str) -> Json:
     try:
         return msgspec.json.decode(text, type=Json)
     except (msgspec.DecodeError, RecursionError):
-        raise errors.model_error("The agent's generation.extra is no JSON object.") from None
+        raise errors.model_error("The agent's generation.extra is not a JSON object.") from None
 
 
 def _loosen(made: Json, messages: Sequence[v1.Message]) -> None:
@@ -539,7 +539,7 @@ def _text(parts: Iterable[v1.Part], where: str) -> str:
             kind = part.WhichOneof("kind")
             media_type = part.data.media_type or part.file.media_type
             held = f"media type {media_type!r}" if media_type else f"a part of kind {kind!r}"
-            raise errors.content_unsupported(f"{where} holds {held}; the model takes only text there.")
+            raise errors.content_unsupported(f"{where} holds {held}; the model accepts only text there.")
         texts.append(words)
     return "".join(texts)
 

@@ -17,7 +17,6 @@ import httpx2
 from notecase_server import errors
 from notecase_server.errors import NotecaseError
 from notecase_server.models.pieces import Pieces
-from notecase_server.models.proxies import proxy_of
 
 BROKEN = (aiohttp.ClientError,)
 """What a connection that cannot be made or breaks raises."""
@@ -45,20 +44,21 @@ class Wire:
         headers: Callable[[], Mapping[str, str]],
         certificates: ssl.SSLContext,
         limits: httpx2.Limits,
+        proxy: str | None,
         *,
         connect_timeout: float,
         head_timeout: float,
     ) -> None:
         """`headers` is called once, within the running loop, and gives the headers of every request. Seconds:
-        `connect_timeout` to connect, `head_timeout` until the head of an answer. A proxy that the environment names is
-        used; ValueError for one that cannot be."""
+        `connect_timeout` to connect, `head_timeout` until the head of an answer. `proxy` is the URL of the
+        proxy to go through, if any."""
         self._url = str(url)
         self._headers = headers
         self._certificates = certificates
         self._limits = limits
         self._timeout = aiohttp.ClientTimeout(sock_connect=connect_timeout)
         self._head_timeout = head_timeout
-        self._proxy = proxy_of(url)
+        self._proxy = proxy
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
         self._open: set[Answer] = set()

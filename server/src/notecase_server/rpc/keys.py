@@ -29,13 +29,13 @@ class KeysService(v1.KeyServiceServicer):
         role = request.key.role
         if tenant:
             fine = v1.Key.ROLE_VIEWER <= role <= v1.Key.ROLE_ADMIN
-            check(fine, "key.role", "wants ROLE_VIEWER, ROLE_USER, ROLE_DEVELOPER or ROLE_ADMIN")
+            check(fine, "key.role", "must be ROLE_VIEWER, ROLE_USER, ROLE_DEVELOPER or ROLE_ADMIN")
         else:
-            check(role == v1.Key.ROLE_OPERATOR, "key.role", "wants ROLE_OPERATOR, or the key a tenant")
+            check(role == v1.Key.ROLE_OPERATOR, "key.role", "must be ROLE_OPERATOR, unless the key has a tenant")
         if request.key.user:
             check.user("key.user", request.key.user)
             bound = role in {v1.Key.ROLE_VIEWER, v1.Key.ROLE_USER}
-            check(bound, "key.role", "wants ROLE_VIEWER or ROLE_USER where the key has a user")
+            check(bound, "key.role", "must be ROLE_VIEWER or ROLE_USER when the key has a user")
         check.time("key.expire_time", request.key.expire_time)
         check.done()
         answer = Answer("made_key")

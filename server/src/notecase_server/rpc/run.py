@@ -15,7 +15,7 @@ from notecase_server.engine.admission import Started
 from notecase_server.engine.content import digest_of
 from notecase_server.engine.roster import Caused
 from notecase_server.engine.runs import Runs
-from notecase_server.engine.session import LiveSession
+from notecase_server.engine.session import Bell, LiveSession
 from notecase_server.engine.sessions import Sessions
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.rpc.caller import caller
@@ -26,10 +26,34 @@ from notecase_server.store.contract import CommandId, Commit, Committed, Duplica
 from notecase_server.store.fold import ENDED
 from notecase_server.supervisor import Supervisor
 
-Results = asyncio.Queue[v1.CommandResult]
-
 MAX_RESULTS = 16
 """Results of one stream that wait for their reader; then its next command is read only when one was taken."""
+
+
+class Results:
+    """The results of one stream's commands, in their order, from who carries them out to who sends them. It is made for
+    every stream and stays empty for most, so it holds as little as it can."""
+
+    __slots__ = ("_taken", "_waiting")
+
+    def __init__(self) -> None:
+        self._waiting: list[v1.CommandResult] = []
+        self._taken = Bell()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting)
+
+    async def put(self, result: v1.CommandResult) -> None:
+        """Adds a result, once fewer than MAX_RESULTS wait."""
+        while len(self._waiting) >= MAX_RESULTS:
+            await self._taken.wait()
+        self._waiting.append(result)
+
+    def take(self) -> v1.CommandResult:
+        """Returns the first one. Raises IndexError when there is none."""
+        result = self._waiting.pop(0)
+        self._taken.ring()
+        return result
 
 
 class Drain:
@@ -67,7 +91,7 @@ class Streams:
         first = await anext(requests, None)
         kind = first.WhichOneof("command") if first is not None else None
         if first is None or kind not in {"start", "attach"}:
-            raise errors.invalid([Violation("command", "the first frame wants start or attach")])
+            raise errors.invalid([Violation("command", "the first frame must be start or attach")])
         if kind == "attach":
             attach = first.attach
             after = attach.after_sequence if attach.HasField("after_sequence") else None
@@ -82,7 +106,7 @@ class Streams:
             start, caused = claimed(first.start), await _caused(first)
             started = await self._runs.admission.start(tenant, start, caused, caller.get().user)
             place = await self._started(started, first.start.options)
-        results = Results(MAX_RESULTS)
+        results = Results()
         reader = self._supervisor.start(self.read(place, requests, results), "commands")
         try:
             async for response in self._frames(place, results, reader):
@@ -161,14 +185,14 @@ class Streams:
 
         def woken() -> bool:
             leaving = self.drain.closing or (self.drain.grace is not None and not told)
-            return not results.empty() or leaving or _broken(reader) is not None
+            return bool(results) or leaving or _broken(reader) is not None
 
         place.live.join()
         try:
             yield v1.RunResponse(attached=place.attached)
             while True:
-                while not results.empty():
-                    yield v1.RunResponse(result=results.get_nowait())
+                while results:
+                    yield v1.RunResponse(result=results.take())
                 if (broken := _broken(reader)) is not None:
                     raise broken
                 if self.drain.grace is not None and not told:
@@ -183,8 +207,8 @@ class Streams:
                     break
                 if self.drain.closing:
                     raise errors.draining()
-            while not results.empty():
-                yield v1.RunResponse(result=results.get_nowait())
+            while results:
+                yield v1.RunResponse(result=results.take())
         finally:
             place.live.leave()
 

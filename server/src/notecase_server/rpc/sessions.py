@@ -259,7 +259,7 @@ async def _spooled(
         check = Check()
         if frame.HasField("header"):
             header = frame.header
-            check(number == 0, "header", "goes with the first frame only")
+            check(number == 0, "header", "is for the first frame only")
             check.chosen_id("header.session_id", header.session_id)
             check.token_id("header.request_id", header.request_id)
             digest.update(header.SerializeToString(deterministic=True))

@@ -79,7 +79,7 @@ MAX_BATCH_DELAY = 10.0
 """Seconds."""
 
 MAX_CHUNK_BYTES = 1 << 20
-JSON_RULE = "wants JSON text (RFC 8259)"
+JSON_RULE = "must be JSON text (RFC 8259)"
 PARTS = "text, json, file, data, blob or state_key"
 LAST_SECOND = 253_402_300_799
 """Of the year 9999, where protobuf's times end."""
@@ -189,7 +189,7 @@ class Check:
 
     def _parsed(self, field: str, name: str, parse: Callable[[str], T | None], like: str) -> T | None:
         parsed = parse(name) if 0 < len(name) <= MAX_NAME else None
-        self(parsed is not None, field, f"wants {like}" + (f", not {name[:80]!r}" if name else ""))
+        self(parsed is not None, field, f"must be {like}" + (f", not {name[:80]!r}" if name else ""))
         return parsed
 
     def agent(self, field: str, name: str) -> AgentName:
@@ -219,12 +219,12 @@ class Check:
 
     def uid(self, field: str, value: str) -> None:
         """The uid of a session, where one is given."""
-        self(not value or UID.fullmatch(value) is not None, field, "wants a Session.uid, a UUID in lower case")
+        self(not value or UID.fullmatch(value) is not None, field, "must be a Session.uid, a UUID in lower case")
 
     def token_id(self, field: str, value: str) -> None:
         """A request_id or command_id."""
         fine = len(value.encode()) <= MAX_ID_BYTES and value.isprintable()
-        self(fine, field, f"wants at most {MAX_ID_BYTES} bytes of printable text")
+        self(fine, field, f"must be at most {MAX_ID_BYTES} bytes of printable text")
 
     def text(self, field: str, value: str, limit: int = MAX_TEXT_BYTES) -> bool:
         return self(len(value) <= limit and len(value.encode()) <= limit, field, f"is longer than {limit} bytes")
@@ -232,7 +232,7 @@ class Check:
     def json(self, field: str, value: str, like: str) -> bool:
         """A JSON object of at most MAX_SCHEMA_BYTES, "" for none; what is longer is not parsed."""
         short = self.text(field, value, MAX_SCHEMA_BYTES)
-        return short and (not value or self(_is_json_object(value), field, f"wants {like}"))
+        return short and (not value or self(_is_json_object(value), field, f"must be {like}"))
 
     def choice(self, field: str, message: Message, name: str) -> None:
         """The value of an enum. A later contract may have more of them than this server."""
@@ -242,7 +242,7 @@ class Check:
 
     def time(self, field: str, time: Timestamp) -> None:
         fine = 0 <= time.seconds <= LAST_SECOND and 0 <= time.nanos < 1_000_000_000
-        self(fine, field, "wants a time from 1970 to 9999")
+        self(fine, field, "must be a time from 1970 to 9999")
 
     def key_name(self, field: str, name: str) -> str:
         """The key's id."""
@@ -263,7 +263,7 @@ class Check:
         for key, value in islice(labels.items(), MAX_LABELS):
             if LABEL_KEY.fullmatch(key) is None:
                 at = f"{field}[{key[:80]!r}]"
-                self(False, at, "a label's key wants 1 to 63 letters, digits and inner . _ / -")
+                self(False, at, "a label's key must be 1 to 63 letters, digits and inner . _ / -")
             if len(value.encode()) > MAX_LABEL_BYTES:
                 self(False, f"{field}[{key[:80]!r}]", f"is longer than {MAX_LABEL_BYTES} bytes")
 
@@ -277,13 +277,13 @@ class Check:
     def duration(self, field: str, value: Duration) -> bool:
         """A span of time: every deadline that is made with it has a date."""
         fine = 0 <= value.seconds <= MAX_SECONDS and 0 <= value.nanos < 1_000_000_000
-        return self(fine, field, "wants 0 to 100 years, with nanos from 0 to 999999999")
+        return self(fine, field, "must be 0 to 100 years, with nanos from 0 to 999999999")
 
     # ---- state
 
     def key(self, field: str, key: str, session: bool) -> None:
         size = len(key.encode())
-        self(0 < size <= MAX_KEY_BYTES, field, f"wants 1 to {MAX_KEY_BYTES} bytes of UTF-8, not {size}")
+        self(0 < size <= MAX_KEY_BYTES, field, f"must be 1 to {MAX_KEY_BYTES} bytes of UTF-8, not {size}")
         taken = session and key in {"user", "app"}
         self(not taken, field, f"{key!r} is how templates read the other states; choose another key")
 
@@ -306,7 +306,7 @@ class Check:
                 self(
                     few,
                     field,
-                    f"makes it more than {MAX_VALUES} values in one request, where it counts for {BLOB_PRICE}",
+                    f"exceeds the {MAX_VALUES} values of one request, in which it counts as {BLOB_PRICE}",
                 )
                 self.blob(field, value.blob_value)
             case "double_value":
@@ -335,7 +335,7 @@ class Check:
         """Whether the values within a value are to be looked at."""
         fine = self(depth <= MAX_VALUE_DEPTH, field, f"is more than {MAX_VALUE_DEPTH} levels deep")
         few = self.visited + number <= MAX_VALUES
-        return self(few, field, f"makes it more than {MAX_VALUES} values in one request") and fine
+        return self(few, field, f"exceeds the {MAX_VALUES} values of one request") and fine
 
     def first_state(self, field: str, state: Mapping[str, v1.Value]) -> None:
         """Keys to set in a session."""
@@ -349,7 +349,7 @@ class Check:
             self.value(f"{field}[{key[:80]!r}]", value)
 
     def ops(self, field: str, ops: Sequence[v1.StateOp], session: bool) -> None:
-        if not self(0 < len(ops) <= MAX_OPS, field, f"wants 1 to {MAX_OPS} operations"):
+        if not self(0 < len(ops) <= MAX_OPS, field, f"must be 1 to {MAX_OPS} operations"):
             return
         if not self(sum(op.ByteSize() for op in ops) <= PAGE_BYTES, field, f"is larger than {PAGE_BYTES} bytes"):
             return
@@ -361,7 +361,7 @@ class Check:
             seen.add(op.key)
             match op.WhichOneof("op"):
                 case None:
-                    self(False, at, "has no operation; want set, remove, increment or append")
+                    self(False, at, "has no operation; use set, remove, increment or append")
                 case "set":
                     self.value(f"{at}.set", op.set)
                 case "append":
@@ -384,13 +384,13 @@ class Check:
     def _message(self, field: str, message: v1.Message, roles: Iterable[v1.Message.Role.ValueType]) -> None:
         allowed = {v1.Message.ROLE_UNSPECIFIED, *roles}
         known = [v1.Message.Role.Name(role) for role in roles]
-        self(message.role in allowed, f"{field}.role", f"wants {' or '.join(known)}")
+        self(message.role in allowed, f"{field}.role", f"must be {' or '.join(known)}")
         if user := _user():
             self.own(message.author in {"", user}, f"{field}.author")
             self.own(message.role in {v1.Message.ROLE_UNSPECIFIED, v1.Message.ROLE_USER}, f"{field}.role")
         if message.author:
             speaks = names.parse_user(message.author) is not None or names.parse_agent(message.author) is not None
-            self(speaks, f"{field}.author", "wants users/{user} or agents/{agent}")
+            self(speaks, f"{field}.author", "must be users/{user} or agents/{agent}")
         self.labels(f"{field}.labels", message.labels)
         self(len(message.parts) > 0, f"{field}.parts", "is empty; a message says something")
         if not self(len(message.parts) <= MAX_PARTS, f"{field}.parts", f"has more than {MAX_PARTS} parts"):
@@ -399,7 +399,7 @@ class Check:
         if not self._fetched(f"{field}.parts", len(apart), message.parts):
             return
         size = message.ByteSize() - sum(part.ByteSize() for part in apart)
-        if not self(size <= MAX_MESSAGE_BYTES, field, "is larger than 960 KiB beside what becomes blobs"):
+        if not self(size <= MAX_MESSAGE_BYTES, field, "is larger than 960 KiB, not counting what becomes blobs"):
             return
         for index, part in enumerate(message.parts):
             self._part(f"{field}.parts[{index}]", part)
@@ -407,7 +407,7 @@ class Check:
     def _fetched(self, field: str, apart: int, parts: Iterable[v1.Part]) -> bool:
         """Whether there is room for parts of which `apart` become blobs."""
         self.fetched += apart + sum(part.HasField("state_key") for part in parts)
-        told = f"makes it more than {MAX_FETCHED} parts in one request that are content or keys of state"
+        told = f"exceeds the {MAX_FETCHED} parts with content or state keys of one request"
         return self(self.fetched <= MAX_FETCHED, field, told)
 
     def _part(self, field: str, part: v1.Part) -> None:
@@ -425,7 +425,7 @@ class Check:
                     len(part.file.uri) <= MAX_TEXT_BYTES
                     and re.match(r"[a-z][a-z0-9+.-]*:\S", part.file.uri) is not None
                 )
-                self(fine, f"{field}.file.uri", "wants an absolute URI, such as https://example.org/plan.png")
+                self(fine, f"{field}.file.uri", "must be an absolute URI, such as https://example.org/plan.png")
                 self._media_type(f"{field}.file.media_type", part.file.media_type)
                 self.text(f"{field}.file.filename", part.file.filename)
             case "data":
@@ -437,9 +437,9 @@ class Check:
             case "state_key":
                 self.key(f"{field}.state_key", part.state_key, session=True)
             case None:
-                self(False, field, f"is empty; want {PARTS}")
+                self(False, field, f"is empty; use {PARTS}")
             case other:
-                self(False, field, f"{other} is made by models only; want {PARTS}")
+                self(False, field, f"{other} is made by models only; use {PARTS}")
 
     def blob(self, field: str, blob: v1.Blob) -> None:
         """A reference to content."""
@@ -454,7 +454,7 @@ class Check:
         """The first frame of an upload."""
         self.token_id("upload_id", first.upload_id)
         self(first.offset >= 0, "offset", "is negative")
-        self(first.upload_id != "" or first.offset == 0, "offset", "goes with an upload_id")
+        self(first.upload_id != "" or first.offset == 0, "offset", "needs an upload_id")
         self(first.blob.size_bytes >= 0, "blob.size_bytes", "is negative")
         if first.blob.name:
             self.blob_name("blob.name", first.blob.name)
@@ -467,7 +467,7 @@ class Check:
 
     def _media_type(self, field: str, media_type: str) -> None:
         fine = len(media_type) <= MAX_TEXT_BYTES and MEDIA_TYPE.fullmatch(media_type) is not None
-        self(fine, field, "wants a media type, such as image/png")
+        self(fine, field, "must be a media type, such as image/png")
 
     # ---- agents, sessions, runs
 
@@ -484,7 +484,7 @@ class Check:
         llm = agent.llm
         self.text("agent.llm.model", llm.model)
         self._providers(llm, [name for name in providers if name])
-        self(0 <= llm.max_model_calls <= 1000, "agent.llm.max_model_calls", "wants 0 (for 10) to 1000")
+        self(0 <= llm.max_model_calls <= 1000, "agent.llm.max_model_calls", "must be 0 (for 10) to 1000")
         self.context("agent.llm.context", llm.context)
         self._generation("agent.llm.generation", llm.generation)
         self.text("agent.llm.output_schema", llm.output_schema, MAX_SCHEMA_BYTES)
@@ -510,7 +510,7 @@ class Check:
             named = (fallback.provider or known[0], fallback.model)
             self(named[0] in known, f"{at}[{index}].provider", told)
             self.text(f"{at}[{index}].model", fallback.model)
-            self(named not in seen, f"{at}[{index}]", "is there twice, or the agent's own")
+            self(named not in seen, f"{at}[{index}]", "appears twice, or is the agent's own")
             seen.add(named)
 
     def context(self, field: str, context: v1.Context) -> None:
@@ -518,18 +518,22 @@ class Check:
         self(context.max_tokens >= 0, f"{field}.max_tokens", "is negative")
         if not context.HasField("summary"):
             return
-        self(not context.stateless, f"{field}.summary", "goes with a history, and `stateless` shows none")
+        self(not context.stateless, f"{field}.summary", "cannot be set together with stateless")
         self.kept(f"{field}.summary.keep_recent", context.summary.keep_recent)
         self.kept(f"{field}.summary.batch", context.summary.batch)
         self.text(f"{field}.summary.model", context.summary.model)
         self.text(f"{field}.summary.instruction", context.summary.instruction, MAX_SCHEMA_BYTES)
         uncovered = (context.summary.keep_recent or KEEP_RECENT) + (context.summary.batch or BATCH)
         fine = not 0 < context.max_messages < uncovered
-        self(fine, f"{field}.max_messages", f"wants at least {uncovered}: fewer hide what no summary covers yet")
+        self(
+            fine,
+            f"{field}.max_messages",
+            f"must be at least {uncovered}: fewer would hide messages that no summary covers yet",
+        )
 
     def kept(self, field: str, number: int) -> None:
         """A number of messages that are shown or left as they are."""
-        self(0 <= number <= MAX_RECENT, field, f"wants 0 (for the default) to {MAX_RECENT}")
+        self(0 <= number <= MAX_RECENT, field, f"must be 0 (for the default) to {MAX_RECENT}")
 
     def tools(self, field: str, tools: Sequence[v1.Tool], only_client: bool = False) -> None:
         if not self(len(tools) <= MAX_TOOLS, field, f"has more than {MAX_TOOLS} tools"):
@@ -541,21 +545,21 @@ class Check:
             kind = tool.WhichOneof("implementation")
             unnamed = kind == "mcp" and not tool.name
             fine = unnamed or TOOL_NAME.fullmatch(tool.name) is not None
-            self(fine, f"{at}.name", "wants 1 to 64 letters, digits, '_' or '-'")
-            self(unnamed or tool.name not in seen, f"{at}.name", "is there twice")
+            self(fine, f"{at}.name", "must be 1 to 64 letters, digits, '_' or '-'")
+            self(unnamed or tool.name not in seen, f"{at}.name", "appears twice")
             seen.add(tool.name)
-            self(kind is not None, at, "has no implementation; want client, server or mcp")
-            self(not only_client or kind == "client", at, "wants a client tool: the others belong to the agent")
+            self(kind is not None, at, "has no implementation; use client, server or mcp")
+            self(not only_client or kind == "client", at, "must be a client tool: the others belong to the agent")
             self.text(f"{at}.description", tool.description, MAX_SCHEMA_BYTES)
-            self.json(f"{at}.parameters", tool.parameters, "JSON Schema of an object")
+            self.json(f"{at}.parameters", tool.parameters, "a JSON Schema of an object")
             self.choice(at, tool, "on_interrupt")
             self.choice(at, tool, "approver")
             self.duration(f"{at}.timeout", tool.timeout)
             few = len(tool.mcp.tools) <= MAX_TOOLS
-            self(few, f"{at}.mcp.tools", f"has more than {MAX_TOOLS} names; empty, it stands for all")
+            self(few, f"{at}.mcp.tools", f"has more than {MAX_TOOLS} names; leave it empty for all tools")
             lengths = {*map(len, tool.mcp.tools[:MAX_TOOLS])}
             short = lengths.isdisjoint({0}) and max(lengths, default=0) <= naming.OWN_LENGTH
-            bounded &= self(short, f"{at}.mcp.tools", f"wants names of 1 to {naming.OWN_LENGTH} characters") and few
+            bounded &= self(short, f"{at}.mcp.tools", f"must be names of 1 to {naming.OWN_LENGTH} characters") and few
         if bounded:
             self._mcp_names(field, tools)
 
@@ -569,11 +573,13 @@ class Check:
             at, server, listed = f"{field}[{index}]", tool.mcp.server, len(tool.mcp.tools) > 0
             for name in naming.declared(tool):
                 fine = name not in taken
-                self(fine, f"{at}.mcp.tools", f"yields the name {name!r}, as {taken.get(name)} does; set a prefix")
+                self(fine, f"{at}.mcp.tools", f"has the name {name!r}, as {taken.get(name)} has; set a prefix")
                 taken.setdefault(name, at)
             if not tool.name:
                 fine = server not in whole or (listed and not whole[server])
-                self(fine, f"{at}.mcp.server", "is there twice without a prefix, and yields its names twice; set one")
+                self(
+                    fine, f"{at}.mcp.server", "appears twice without a prefix, so that its names appear twice; set one"
+                )
                 whole[server] = whole.get(server, False) or not listed
 
     def limits(self, field: str, limits: v1.Limits) -> None:
@@ -611,13 +617,13 @@ class Check:
                 self(False, "command", "attach is for the first frame of a Run stream")
             case None:
                 kinds = "start, input, tool_result, input_response, update_state or cancel"
-                self(False, "command", f"has no command; want {kinds}")
+                self(False, "command", f"has no command; use {kinds}")
 
     def _tool_result(self, field: str, result: v1.ToolResult) -> None:
         self(result.call_id != "", f"{field}.call_id", "is missing")
         self.text(f"{field}.call_id", result.call_id, MAX_ID_BYTES)
         self.text(f"{field}.error", result.error, MAX_SCHEMA_BYTES)
-        self(not (result.error and result.result), f"{field}.error", "goes with no result")
+        self(not (result.error and result.result), f"{field}.error", "cannot be set together with a result")
         if not self(len(result.result) <= MAX_PARTS, f"{field}.result", f"has more than {MAX_PARTS} parts"):
             return
         apart = [part for part in result.result if part.HasField("data")]
@@ -641,18 +647,18 @@ class Check:
         short = self.text(f"{field}.edited_arguments", response.edited_arguments, MAX_RESULT_BYTES)
         if response.edited_arguments and short:
             approves = response.decision == v1.InputResponse.DECISION_APPROVE
-            self(approves, f"{field}.edited_arguments", "goes with DECISION_APPROVE")
-            self(_is_json_object(response.edited_arguments), f"{field}.edited_arguments", "wants a JSON object")
+            self(approves, f"{field}.edited_arguments", "needs DECISION_APPROVE")
+            self(_is_json_object(response.edited_arguments), f"{field}.edited_arguments", "must be a JSON object")
 
     def _generation(self, at: str, generation: v1.Generation) -> None:
         for field in ("temperature", "top_p"):
             value = getattr(generation, field)
-            self(math.isfinite(value) and value >= 0, f"{at}.{field}", "wants a number from 0 up")
+            self(math.isfinite(value) and value >= 0, f"{at}.{field}", "must be a number from 0 up")
         if generation.HasField("max_output_tokens"):
-            self(generation.max_output_tokens > 0, f"{at}.max_output_tokens", "wants 1 or more")
+            self(generation.max_output_tokens > 0, f"{at}.max_output_tokens", "must be 1 or more")
         self(len(generation.stop) <= 16, f"{at}.stop", "has more than 16 sequences")
         for index, stop in enumerate(generation.stop[:16]):
-            self(0 < len(stop) <= 256, f"{at}.stop[{index}]", "wants 1 to 256 characters")
+            self(0 < len(stop) <= 256, f"{at}.stop[{index}]", "must be 1 to 256 characters")
         self.text(f"{at}.reasoning_effort", generation.reasoning_effort)
         self.json(f"{at}.extra", generation.extra, "a JSON object")
 
@@ -671,23 +677,23 @@ class Check:
             if session.HasField(name):
                 span = getattr(session, name)
                 if self.duration(f"{field}.{name}", span):
-                    self(span.seconds > 0 or span.nanos > 0, f"{field}.{name}", "wants more than 0")
+                    self(span.seconds > 0 or span.nanos > 0, f"{field}.{name}", "must be more than 0")
         both = session.HasField("idle_ttl") and session.HasField("ttl")
-        self(not both, f"{field}.ttl", "goes with no idle_ttl")
+        self(not both, f"{field}.ttl", "cannot be set together with idle_ttl")
 
     def new_session(self, field: str, session: v1.Session) -> None:
         """As session_body, of one that is to be made."""
         self.session_body(field, session)
         both = session.HasField("idle_ttl") and session.HasField("expire_time")
-        self(not both, f"{field}.expire_time", "goes with no idle_ttl")
+        self(not both, f"{field}.expire_time", "cannot be set together with idle_ttl")
 
     def start(self, field: str, start: v1.StartRun) -> None:
         self.uid(f"{field}.if_session_uid", start.if_session_uid)
         named = start.session != "" or not start.if_session_uid
-        self(named, f"{field}.if_session_uid", "goes with a session that exists")
+        self(named, f"{field}.if_session_uid", "needs a session that exists")
         if start.session:
             self.session(f"{field}.session", start.session)
-            self(not start.HasField("new_session"), f"{field}.new_session", "goes with an empty session only")
+            self(not start.HasField("new_session"), f"{field}.new_session", "cannot be set together with session")
         elif start.HasField("new_session"):
             if start.new_session.name:
                 self.session(f"{field}.new_session.name", start.new_session.name)
@@ -708,9 +714,9 @@ class Check:
         if start.HasField("rewind_to_sequence"):
             at = f"{field}.rewind_to_sequence"
             self(start.rewind_to_sequence >= 0, at, "is negative")
-            self(start.session != "", at, "goes with a session that exists")
+            self(start.session != "", at, "needs a session that exists")
             waits = start.on_busy in {v1.StartRun.ON_BUSY_QUEUE, v1.StartRun.ON_BUSY_ROLLBACK}
-            self(not waits, at, "goes with ON_BUSY_REJECT or ON_BUSY_INTERRUPT")
+            self(not waits, at, "needs ON_BUSY_REJECT or ON_BUSY_INTERRUPT")
         self.choice(field, start, "on_busy")
         self.options(f"{field}.options", start.options)
         at = f"{field}.client_tools"
@@ -733,7 +739,7 @@ class Check:
         at = f"{field}.max_batch_delay"
         if self.duration(at, options.max_batch_delay):
             delay = options.max_batch_delay.seconds + options.max_batch_delay.nanos / 1e9
-            self(delay <= MAX_BATCH_DELAY, at, f"wants 0 to {MAX_BATCH_DELAY:g} seconds")
+            self(delay <= MAX_BATCH_DELAY, at, f"must be 0 to {MAX_BATCH_DELAY:g} seconds")
 
     def watch(self, field: str, name: str, after: int, options: v1.WatchOptions, if_session_uid: str) -> RunName:
         """The session and the run, "" when a session is named."""

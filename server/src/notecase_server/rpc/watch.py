@@ -67,6 +67,24 @@ class _Sent:
 class Cursor:
     """One watcher's place. Not shared; used by one task at a time."""
 
+    __slots__ = (
+        "_caught_up",
+        "_cut_off",
+        "_delay",
+        "_durable_only",
+        "_flushed",
+        "_head",
+        "_keep_open",
+        "_live",
+        "_noticed",
+        "_pace",
+        "_run",
+        "_sent",
+        "_store",
+        "finished",
+        "sequence",
+    )
+
     def __init__(
         self,
         live: LiveSession,

@@ -18,12 +18,22 @@ from notecase_server.store import fold, steps
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Clock, Commit, Committed
 from notecase_server.store.postgres_commit import CommitTables
-from notecase_server.store.postgres_database import Access, Database, connect
+from notecase_server.store.postgres_database import Access, Database, connect, raise_fence
 from notecase_server.store.postgres_lease import PostgresLease
 from notecase_server.store.postgres_locks import Locks
 from notecase_server.store.postgres_tables import Counts, PostgresTables
 from notecase_server.store.postgres_tallies import CountedAloneError, Tallies
-from notecase_server.store.postgres_wire import GUARD, LOST, REPEATABLE, Fenced, refusals, run, sqlstate
+from notecase_server.store.postgres_wire import (
+    GUARD,
+    LOST,
+    OWNED,
+    REPEATABLE,
+    Fenced,
+    is_unsure,
+    refusals,
+    run,
+    sqlstate,
+)
 from notecase_server.store.tables import Tables
 from notecase_server.supervisor import Tasks
 
@@ -71,17 +81,22 @@ class PostgresStore(TableStore):
         super().__init__()
         self.secret = database.secret
         self.fence = database.fence
-        """The number under which this server owns the database. A write is refused once the database has another."""
+        """The number under which this server owns the database: a write is refused once the database has another. It
+        is raised each time that a connection was lost under a write."""
         self.fenced = asyncio.Event()
         """Set once a write was refused for that."""
         self._lease = lease
         if lease is not None:
             self.lease = lease
         self._write_seconds = min(WRITE_SECONDS, 0.4 * lease.seconds) if lease is not None else WRITE_SECONDS
+        self._name = database.name
         self._pool = database.pool
         self._clock = clock
         self._locks = Locks()
         self._tallies = Tallies()
+        self._unsure = False
+        """A connection was lost under a write, which may still come to be made."""
+        self._settling = asyncio.Lock()
         self._tasks = Tasks("store")
         self._ending = Tasks("store")
         self._closing: asyncio.Task[None] | None = None
@@ -106,6 +121,7 @@ class PostgresStore(TableStore):
         return await self._own(self._reading(step, alone))
 
     async def _reading(self, step: Callable[[Tables], T], alone: bool) -> T:
+        await self._settle()
         async with self._pool.acquire() as connection:
             tables = PostgresTables(connection, Counts(self.quotas, self._tallies, alone=False))
             if alone:
@@ -136,8 +152,8 @@ class PostgresStore(TableStore):
         Fenced."""
         limit = round(self._write_seconds * 1000)
         limits = ("idle_in_transaction_session_timeout", "lock_timeout", "statement_timeout")
-        owned = f"(SELECT count(*) FROM (SELECT FROM owner WHERE fence = {self.fence} FOR SHARE) AS o) = 1"
-        begin = ["BEGIN", *(f"SET LOCAL {name} = {limit}" for name in limits), GUARD.format(owned)]
+        guard = GUARD.format(f"(SELECT count(*) FROM ({OWNED.format(self.fence)}) AS o) = 1")
+        begin = ["BEGIN", *(f"SET LOCAL {name} = {limit}" for name in limits), guard]
         try:
             await connection.execute("; ".join(begin))
         except asyncpg.DivisionByZeroError:
@@ -148,20 +164,33 @@ class PostgresStore(TableStore):
         is about; without a name, and from the second time on, it runs alone, as `attempt` is told."""
         for left in reversed(range(TRIES)):
             async with self._locks.within(within) if within else self._locks.alone():
+                await self._settle()
+                fence = self.fence
                 try:
                     return await attempt(not within)
-                except Fenced:
-                    self.fenced.set()
-                    if self._lease is not None:
-                        self._lease.lose()
-                    raise
                 except CountedAloneError:
                     pass
+                except Fenced:
+                    await self._settle()
+                    if fence == self.fence:  # else it was this server that raised it meanwhile
+                        raise
                 except LOST as error:
+                    self._unsure |= is_unsure(error)
                     if sqlstate(error) not in REPEATABLE or not left:
                         raise
             within = ""
         raise AssertionError("the last try returns or raises")
+
+    async def _settle(self) -> None:
+        """Raises the fence, so that whoever asks what became of a write whose connection was lost is told for good: it
+        was made, or it never will be."""
+        if not self._unsure:
+            return
+        async with self._settling:
+            if self._unsure:
+                async with self._pool.acquire() as connection:
+                    self.fence = await raise_fence(connection, self._name)
+                self._unsure = False
 
     async def _own(self, work: Coroutine[Any, Any, T]) -> T:
         """Carries work to its end whether or not its caller stays."""
@@ -171,8 +200,14 @@ class PostgresStore(TableStore):
         return await asyncio.shield(self._tasks.start(self._told(work), "call"))
 
     async def _told(self, work: Coroutine[Any, Any, T]) -> T:
-        with refusals():
-            return await work
+        try:
+            with refusals():
+                return await work
+        except Fenced:
+            self.fenced.set()
+            if self._lease is not None:
+                self._lease.lose()
+            raise errors.store_unavailable() from None
 
     async def scrub(self) -> bool:
         """PostgreSQL overwrites what was deleted when it vacuums, and its log when it is old: neither is ours to ask

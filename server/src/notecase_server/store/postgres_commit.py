@@ -7,7 +7,7 @@ fence. When one is another, the statement fails as a whole, and the commit is ma
 
 import re
 from collections.abc import Collection, Iterator
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 from asyncpg import Connection, Record
@@ -30,7 +30,7 @@ from notecase_server.store.postgres_tables import (
     session_changes,
     session_row,
 )
-from notecase_server.store.postgres_wire import GUARD, Fenced, awaited, escaped, unescaped
+from notecase_server.store.postgres_wire import GUARD, OWNED, Fenced, awaited, escaped, unescaped
 from notecase_server.store.steps import copied
 from notecase_server.store.stretches import superseded_at
 from notecase_server.store.tables import Applied, Changes, Recorded, SessionRow
@@ -64,14 +64,18 @@ PUT_READ_SESSION = f"{PUT_SESSION} AND xmin = ${len(SESSION_CHANGES) + 3} RETURN
 
 PUT_READ_VERSION = f"{PUT_VERSION} WHERE s.version = $5 RETURNING 1"
 
-KEEP_REFERENCES = """DELETE FROM blob_references
-    WHERE tenant = $1 AND kind = $2 AND id = $3 AND key = $4 AND sha256 != ALL($5)"""
+DROP_REFERENCES = """DELETE FROM blob_references
+    WHERE tenant = $1 AND (kind, id, key) IN (SELECT * FROM unnest($2::text[], $3::text[], $4::text[]))
+    AND (kind, id, key, sha256) NOT IN (SELECT * FROM unnest($5::text[], $6::text[], $7::text[], $8::text[]))"""
 
 ADD_REFERENCES = """INSERT INTO blob_references (tenant, kind, id, key, sha256, sequence)
-    SELECT $1, $2, $3, $4, sha256, 0 FROM unnest($5::text[]) AS r (sha256) ON CONFLICT DO NOTHING"""
+    SELECT $1, *, 0 FROM unnest($2::text[], $3::text[], $4::text[], $5::text[]) ON CONFLICT DO NOTHING"""
+
+SHAPES = 1000
+"""Statements whose texts are kept: of a few dozens, most commits have one."""
 
 
-@cache
+@lru_cache(SHAPES)
 def _reading(parts: tuple[str, ...]) -> str:
     """The statement with these parts; its values are the session's tenant and uid, and those of the parts."""
     columns, last = list[str](), 2
@@ -83,10 +87,10 @@ def _reading(parts: tuple[str, ...]) -> str:
         FROM owner o LEFT JOIN sessions s ON s.tenant = $1 AND s.uid = $2"""
 
 
-@cache
+@lru_cache(SHAPES)
 def _writing(writes: tuple[tuple[str, bool], ...]) -> str:
     """One statement of several, each with whether it must write a row; its values are the fence and those of each."""
-    parts, guards, last = list[str](), ["(SELECT fence FROM owner) = $1"], 1
+    parts, guards, last = [f"o AS ({OWNED.format('$1')})"], ["(SELECT count(*) FROM o) = 1"], 1
     for number, (statement, guarded) in enumerate(writes):
         marks = {int(mark) for mark in re.findall(r"\$(\d+)", statement)}
         shifted = re.sub(r"\$(\d+)", lambda mark: f"${int(mark[1]) + last}", statement)  # noqa: B023 - at once
@@ -237,12 +241,23 @@ class CommitTables(PostgresTables):
     def refer(self, scope: Scope, key: str, sha256: str, sequence: int) -> None:
         self._references[scope, key].append(sha256)
 
+    def _refer_entries(self) -> None:
+        """Writes what entries refer to instead of what they did. One that is as before is neither removed nor added."""
+        tenant, places = self._commit.key.tenant, [(*scope[1:], key) for scope, key in self._references]
+        held = [
+            (*place, sha256)
+            for place, digests in zip(places, self._references.values(), strict=True)
+            for sha256 in digests
+        ]
+        columns = list(map(list, zip(*held, strict=True))) or [[]] * 4
+        self._write(DROP_REFERENCES, (tenant, *map(list, zip(*places, strict=True)), *columns))
+        if held:
+            self._write(ADD_REFERENCES, (tenant, *columns))
+
     def flush(self) -> None:
         """Writes everything, or raises and writes nothing."""
-        for (scope, key), held in self._references.items():
-            self._write(KEEP_REFERENCES, (*scope, key, held))
-            if held:
-                self._write(ADD_REFERENCES, (*scope, key, held))
+        if self._references:
+            self._refer_entries()
         if self._writes:
             statement = _writing(tuple(self._writes))
             awaited(self._connection.execute(statement, self._fence, *map(escaped, self._values)))

@@ -11,9 +11,9 @@ import structlog
 from asyncpg import Connection, Pool, Record
 
 from notecase_server.store.contract import StoreOpenError
-from notecase_server.store.postgres_lease import BARRIER, PostgresLease
+from notecase_server.store.postgres_lease import PostgresLease
 from notecase_server.store.postgres_schema import MIGRATIONS, VERSION
-from notecase_server.store.postgres_wire import LOST, sqlstate
+from notecase_server.store.postgres_wire import LOST, Fenced, sqlstate
 
 log = structlog.get_logger()
 
@@ -71,6 +71,8 @@ class Database(NamedTuple):
     secret: bytes
     fence: int
     """The number under which this process owns it."""
+    name: str
+    """The name under which it does, which no other process has."""
 
 
 async def connect(access: Access, connections: int, lease: PostgresLease | None = None) -> Database:
@@ -87,24 +89,34 @@ async def connect(access: Access, connections: int, lease: PostgresLease | None 
             async with pool.acquire() as connection:
                 if lease is None:
                     await migrate(connection, where)
-                    fence = await seize(connection)
+                    name = f"by force {secrets.token_hex(4)}"
+                    fence = await seize(connection, name)
                 else:
-                    fence = lease.fence
+                    name, fence = lease.name, lease.fence
                 secret = await connection.fetchval("SELECT secret FROM notecase_store")
         except BaseException:
             pool.terminate()
             raise
     log.info("store_opened", store=where, fence=fence, connections=connections, prepared=access.prepared)
-    return Database(pool, secret, fence)
+    return Database(pool, secret, fence, name)
 
 
-async def seize(connection: Any) -> int:
+async def seize(connection: Any, name: str) -> int:
     """Becomes the owner by force, and returns the new fence: no write of the owner before is made from then on. Waits
     for those that are under way."""
-    async with connection.transaction():
-        fence: int = await connection.fetchval("UPDATE owner SET fence = fence + 1 RETURNING fence")
-        await connection.execute(BARRIER)
+    fence: int = await connection.fetchval("UPDATE owner SET name = $1, fence = fence + 1 RETURNING fence", name)
     return fence
+
+
+async def raise_fence(connection: Any, name: str) -> int:
+    """Raises the fence of the owner of that name, and returns the new one: no write that goes by an older one is made
+    from then on. Waits for those that are under way. Raises Fenced where another one is the owner."""
+    raised: int | None = await connection.fetchval(
+        "UPDATE owner SET fence = fence + 1 WHERE name = $1 RETURNING fence", name
+    )
+    if raised is None:
+        raise Fenced
+    return raised
 
 
 async def own(

@@ -21,10 +21,6 @@ log = structlog.get_logger()
 
 LEASE_SECONDS = 10.0
 
-BARRIER = "LOCK TABLE sessions IN SHARE MODE"
-"""Follows a raise of the fence, in its transaction: a commit that compared the fence before this lock has ended, and
-any other compares it afterwards."""
-
 Connect = Callable[[], Awaitable["asyncpg.Connection[asyncpg.Record]"]]
 
 AWAY = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
@@ -50,9 +46,9 @@ class PostgresLease:
 
     def __init__(self, connect: Connect, name: str, clock: Callable[[], float], seconds: float = LEASE_SECONDS) -> None:
         self.fence = 0
-        """The number that every write of this owner is compared with."""
+        """The number that every write of this owner is compared with at first. The store may raise it."""
         self._connect = connect
-        self._name = name
+        self.name = name
         self._clock = clock
         self.seconds = seconds
         self._until = 0.0
@@ -94,7 +90,7 @@ class PostgresLease:
             await self._disconnect()
             raise
         self._tasks.start(self._keep(), "keep", fresh=True)
-        log.info("store_taken", owner=self._name, fence=self.fence, former=former)
+        log.info("store_taken", owner=self.name, fence=self.fence, former=former)
 
     async def _wait(self, waiting: Callable[[], Awaitable[None]] | None) -> str:
         """Claims the store once it can be; returns the name of the owner before."""
@@ -127,7 +123,7 @@ class PostgresLease:
         self._until = 0.0
         with suppress(*AWAY):
             async with self._transaction() as connection:
-                await connection.execute("UPDATE owner SET name = '' WHERE fence = $1", self.fence)
+                await connection.execute("UPDATE owner SET name = '' WHERE name = $1", self.name)
         await self._disconnect()
 
     async def _read(self) -> Owner:
@@ -143,9 +139,8 @@ class PostgresLease:
             fence = await connection.fetchval(
                 """UPDATE owner SET name = $1, counter = counter + 1, fence = fence + 1
                     WHERE counter = $2 AND fence = $3 RETURNING fence""",
-                *(self._name, found.counter, found.fence),
+                *(self.name, found.counter, found.fence),
             )
-            await connection.execute(BARRIER)
         if fence is None:
             return False
         self.fence = fence
@@ -160,7 +155,7 @@ class PostgresLease:
             try:
                 async with self._transaction() as connection:
                     kept = await connection.fetchval(
-                        "UPDATE owner SET counter = counter + 1 WHERE fence = $1 RETURNING true", self.fence
+                        "UPDATE owner SET counter = counter + 1 WHERE name = $1 RETURNING true", self.name
                     )
                     owner = "" if kept else await connection.fetchval("SELECT name FROM owner")
             except AWAY as error:

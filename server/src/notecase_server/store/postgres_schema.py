@@ -15,9 +15,10 @@ CREATE TABLE notecase_store (
     keyed smallint NOT NULL DEFAULT 0
 );
 -- One row: the server that may write. Every write compares `fence` with the number that its server got when it became
--- the owner.
-CREATE TABLE owner (name {TEXT}, counter bigint NOT NULL, fence bigint NOT NULL) WITH (fillfactor = 20);
-INSERT INTO owner VALUES ('', 0, 0);
+-- the owner, and locks the row FOR KEY SHARE: so the fence, being the key, is raised only once the writes under way
+-- have ended, while the other columns change without waiting for them.
+CREATE TABLE owner (fence bigint PRIMARY KEY, name {TEXT}, counter bigint NOT NULL) WITH (fillfactor = 20);
+INSERT INTO owner (fence, name, counter) VALUES (0, '', 0);
 CREATE TABLE sessions (
     tenant {TEXT},
     uid {TEXT},

@@ -31,6 +31,9 @@ ESCAPED = re.compile("\x01[\x01\x02]")
 GUARD = "SELECT 1 / CASE WHEN {} THEN 1 ELSE 0 END"
 """Divides by zero where a condition does not hold, so that the whole statement, or transaction, is undone."""
 
+OWNED = "SELECT FROM owner WHERE fence = {} FOR KEY SHARE"
+"""Finds one row, and keeps the fence from being raised until the transaction ends; none when it was raised before."""
+
 REPEATABLE = frozenset({"22012", "23505", "40001", "40P01"})
 """SQLSTATEs of a write that is made again from its beginning, since others came between its reads and its writes: a
 guard that did not hold, a key that is taken, a serialization failure, a deadlock."""
@@ -95,14 +98,17 @@ def sqlstate(error: BaseException) -> str:
     return getattr(error, "sqlstate", None) or ""
 
 
+def is_unsure(error: BaseException) -> bool:
+    """Whether a statement that failed may have been carried out: the database did not answer it."""
+    return not isinstance(error, asyncpg.PostgresError) or sqlstate(error).startswith("08")
+
+
 @contextmanager
 def refusals() -> Iterator[None]:
     """Raises what the caller is told instead of what the database or its driver said, whose words could quote what is
     stored: their kind is logged."""
     try:
         yield
-    except Fenced:
-        raise errors.store_unavailable() from None
     except (*LOST, DecodeError) as error:
         code = sqlstate(error)
         failed = " ".join(filter(None, (type(error).__name__, code)))

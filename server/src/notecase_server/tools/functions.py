@@ -10,9 +10,9 @@ A module of tools is named in the server's settings, or by an entry point of the
         context.append("facts", fact)
         return "Noted."
 
-Arguments are validated against the annotations, whatever the model wrote. The docstring is what the model is told;
-`Annotated[int, pydantic.Field(description="…")]` tells it of one parameter. A parameter annotated `CallContext` is
-given the call's context, and the model does not see it.
+Arguments are validated against the annotations, whatever the model wrote. The model reads the docstring, and the
+description of a parameter in `Annotated[int, "how many"]`. A parameter annotated `CallContext` receives the call's
+context, and the model does not see it.
 """
 
 import asyncio
@@ -20,7 +20,6 @@ import concurrent.futures
 import contextvars
 import importlib
 import inspect
-import json
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,9 +30,8 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints, overload
 
 import structlog
 from notecase import v1
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
-from pydantic.errors import PydanticUserError
-from pydantic.json_schema import GenerateJsonSchema
+from notecase.hints import Mismatch, dump, of_arguments
+from pydantic import ConfigDict, TypeAdapter
 
 from notecase_server.tools.contract import CallContext, Function, Outcome, ToolSettingsError
 from notecase_server.tools.outcome import failed, succeeded
@@ -124,39 +122,28 @@ def _marked(origin: str, module: ModuleType) -> Iterator[tuple[str, Callable[...
     yield from ((origin, function) for function in marked)
 
 
-class _Schema(GenerateJsonSchema):
-    """A schema without what only repeats the parameters' names: the model pays for every word."""
-
-    ignored_warning_kinds = {*GenerateJsonSchema.ignored_warning_kinds, "non-serializable-default"}  # noqa: RUF012
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
-
-
 class PythonTool:
     """One function with its schema."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         """Raises ToolSettingsError when no model could call it."""
         if not inspect.isfunction(function):
-            raise ToolSettingsError(f"{function!r} is no function, so it is no tool.")
+            raise ToolSettingsError(f"{function!r} is not a function, so it cannot be a tool.")
         mark: _Mark = getattr(function, _MARK, _Mark("", ""))
         self.function = function
         self.name = mark.name or function.__name__
         self.description = mark.description or inspect.getdoc(function) or ""
         if not NAME.fullmatch(self.name):
-            raise ToolSettingsError(f"{self.name!r} is no name for a tool: letters, digits, _ and -, at most 64.")
+            raise ToolSettingsError(
+                f"{self.name!r} is not a name for a tool: use letters, digits, _ and -, at most 64."
+            )
         try:
             hints = get_type_hints(function, include_extras=True)
-            self._parameters = self._read(function, hints)
             self._context = [name for name, hint in hints.items() if hint is CallContext and name != "return"]
-            self._arguments = self._model()
-            schema = self._arguments.model_json_schema(schema_generator=_Schema)
-        except (NameError, TypeError, PydanticUserError) as error:
-            raise ToolSettingsError(f"The types of the tool {self.name!r} give no JSON Schema: {error}") from error
-        del schema["title"]
-        schema.setdefault("properties", {})
-        self.parameters = json.dumps(schema, ensure_ascii=False)
+            self._arguments = of_arguments(function, leave_out=self._context)
+        except (NameError, TypeError) as error:
+            raise ToolSettingsError(f"The tool {self.name!r} cannot be declared: {error}.") from error
+        self.parameters = dump(self._arguments.schema)
 
     def offered(self, name: str, description: str, parameters: str) -> Function:
         """As the model is told of it; what is empty is the tool's own."""
@@ -168,10 +155,9 @@ class PythonTool:
     async def call(self, arguments: Mapping[str, Any], context: CallContext) -> Outcome:
         """As Toolbox.call promises. A tool cannot end the server: SystemExit is a defect like any other."""
         try:
-            filled = self._arguments.model_validate(arguments)
-        except ValidationError as error:
-            return failed(_wrong(error))
-        values = {name: getattr(filled, field) for field, (name, _) in self._parameters.items()}
+            values = self._arguments.read(arguments, "")
+        except Mismatch as mismatch:
+            return failed(f"The arguments do not fit: {mismatch}.")
         values.update(dict.fromkeys(self._context, context))
         try:
             result = await self._run(values)
@@ -196,25 +182,6 @@ class PythonTool:
         result = await _in_thread(lambda: self.function(**values))
         return await result if inspect.isawaitable(result) else result
 
-    def _read(self, function: Callable[..., Any], hints: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
-        """What the model gives: a field for each parameter, so that no parameter can collide with what a pydantic
-        model has of its own, with the parameter's name and definition."""
-        read: dict[str, tuple[str, Any]] = {}
-        for name, parameter in inspect.signature(function).parameters.items():
-            if parameter.kind not in {parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY}:
-                raise ToolSettingsError(f"The tool {self.name!r} takes {parameter}; a model passes arguments by name.")
-            if name not in hints:
-                raise ToolSettingsError(f"The parameter {name!r} of the tool {self.name!r} has no type.")
-            if hints[name] is CallContext:
-                continue
-            default = ... if parameter.default is parameter.empty else parameter.default
-            read[f"parameter_{len(read)}"] = (name, (hints[name], Field(default, alias=name)))
-        return read
-
-    def _model(self) -> type[BaseModel]:
-        fields: dict[str, Any] = {field: definition for field, (_, definition) in self._parameters.items()}
-        return create_model(self.name, __config__=ConfigDict(extra="forbid"), **fields)
-
 
 def _in_thread(call: Callable[[], Any]) -> asyncio.Future[Any]:
     """Runs `call` in a thread of its own. A pool's threads would be used up by tools that hang, and keep the process
@@ -234,14 +201,6 @@ def _in_thread(call: Callable[[], Any]) -> asyncio.Future[Any]:
     context = contextvars.copy_context()
     threading.Thread(target=context.run, args=(run,), name="tool", daemon=True).start()
     return asyncio.wrap_future(done)
-
-
-def _wrong(error: ValidationError) -> str:
-    """What the model is told of arguments that do not fit: names and reasons, and nothing of pydantic's links."""
-    found = error.errors(include_url=False, include_context=False, include_input=False)
-    told = [f"{'.'.join(map(str, one['loc'])) or 'arguments'}: {one['msg']}" for one in found[:5]]
-    more = [f"and {len(found) - 5} more"] if len(found) > 5 else []
-    return f"The arguments are wrong: {'; '.join([*told, *more])}."
 
 
 def _parts(result: Any) -> Sequence[v1.Part]:

@@ -115,7 +115,7 @@ class McpServer:
                 return await connection.tools()
         except (MCPError, *BROKEN, *INVALID) as error:
             log.warning("mcp_list_failed", server=self._name, error=type(error).__name__)
-            raise errors.tool_error(f"The MCP server {self._name!r} does not tell its tools.") from error
+            raise errors.tool_error(f"The MCP server {self._name!r} does not list its tools.") from error
 
     async def call(self, tool: str, arguments: Mapping[str, Any], context: CallContext) -> Outcome:
         """Calls a tool by the server's own name of it, as Toolbox.call promises."""

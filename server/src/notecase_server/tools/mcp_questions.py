@@ -102,7 +102,7 @@ class Questions:
             if response.decision or call in self._calls:
                 return response  # otherwise the call has ended that the question was taken for
         log.warning("mcp_question_refused", server=self._server, calls=len(self._calls))
-        raise errors.tool_error("Calls for several users are under way, and nothing says which of them asks.")
+        raise errors.tool_error("Calls for several users are under way, and it is not known which of them asks.")
 
     def _asking(self, meta: Any) -> Call | None:
         trace = str((meta or {}).get("traceparent", "")).split("-")

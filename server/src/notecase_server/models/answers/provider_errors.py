@@ -323,11 +323,11 @@ def failure(
         facts["code"] = code
     if error_table.is_never_met(told.words):
         facts["code"] = "context_length_exceeded"
-        return errors.model_error(f"The request is larger than a limit of the provider ever allows{words}", **facts)
+        return errors.model_error(f"The request is larger than the provider allows{words}", **facts)
     too_large = status == _TOO_LARGE or too_long.is_too_long(told.codes, told.words)
     if status != 429 and verdict is not Verdict.ACCOUNT and too_large:
         facts["code"] = "context_length_exceeded"
-        return errors.model_error(f"The conversation is longer than the model {model!r} takes{words}", **facts)
+        return errors.model_error(f"The conversation is too long for the model {model!r}{words}", **facts)
     match verdict:
         case Verdict.CREDENTIAL:
             return errors.model_error(f"The model provider refused the server's credential ({answer}).", **facts)

@@ -1,0 +1,144 @@
+package notecase
+
+import (
+	"context"
+	"errors"
+	"math/rand/v2"
+	"strings"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	notecasev1 "notecase.dev/api/notecase/v1"
+)
+
+// Error is a refusal or a failure that the service told, or that kept a call from reaching it.
+type Error struct {
+	// Code is always set.
+	Code codes.Code
+	// Reason is what programs decide by: a notecasev1.ErrorReason without its prefix, such as "RUN_ACTIVE". It is empty where
+	// the error was not made by the service: the connection broke, the deadline passed, or something else answered.
+	Reason string
+	// Message is for people.
+	Message string
+	// Metadata holds facts for the program, such as the current version.
+	Metadata map[string]string
+	// Violations are the fields of the request that are wrong, all of them.
+	Violations []*errdetails.BadRequest_FieldViolation
+	// Resource is what the error is about; nil where it names none.
+	Resource *errdetails.ResourceInfo
+	// RetryAfter is how long to wait before the next try; 0 where the service names no time.
+	RetryAfter time.Duration
+}
+
+func (e *Error) Error() string {
+	if e.Reason == "" {
+		return e.Code.String() + ": " + e.Message
+	}
+	return e.Reason + ": " + e.Message
+}
+
+// AsError reads what a call or a Stream returned. Nil gives nil; an error that is not gRPC's has the code UNKNOWN.
+func AsError(err error) *Error {
+	if err == nil {
+		return nil
+	}
+	if known, ok := errors.AsType[*Error](err); ok {
+		return known
+	}
+	told := status.FromContextError(err)
+	if from, ok := status.FromError(err); ok {
+		told = from
+	}
+	read := &Error{Code: told.Code(), Message: told.Message()}
+	for _, detail := range told.Details() {
+		switch detail := detail.(type) {
+		case *errdetails.ErrorInfo:
+			if detail.Domain == "notecase.dev" {
+				read.Reason, read.Metadata = detail.Reason, detail.Metadata
+			}
+		case *errdetails.BadRequest:
+			read.Violations = detail.FieldViolations
+		case *errdetails.ResourceInfo:
+			read.Resource = detail
+		case *errdetails.RetryInfo:
+			read.RetryAfter = detail.RetryDelay.AsDuration()
+		}
+	}
+	return read
+}
+
+// FromProto reads the error of a failed run or of a refused command.
+func FromProto(err *notecasev1.Error) *Error {
+	read := &Error{Code: codes.Code(err.GetCode()), Message: err.GetMessage(), Metadata: err.GetMetadata()}
+	if err.GetReason() != notecasev1.ErrorReason_ERROR_REASON_UNSPECIFIED {
+		read.Reason = strings.TrimPrefix(err.GetReason().String(), "ERROR_REASON_")
+	}
+	return read
+}
+
+// MayPass says whether the same call may succeed later: the service was away, or the connection broke.
+func (e *Error) MayPass() bool {
+	switch e.Code {
+	case codes.Unavailable:
+		return true
+	case codes.Canceled, codes.Internal, codes.Unknown: // what a connection that was reset looks like
+		return e.Reason == ""
+	}
+	return false
+}
+
+// Backoff says how patiently a call that failed is made again. Zero fields have the defaults, which outlast a restart of the
+// server: about 15 seconds in all.
+type Backoff struct {
+	// Tries is how often in a row (10); negative: never.
+	Tries int
+	// First is the first delay (100 ms). Each further one is twice as long.
+	First time.Duration
+	// Max is the longest delay (5 s).
+	Max time.Duration
+}
+
+// Repeat makes a call again while what went wrong may pass. The call must be safe to repeat: a read, or a write with a
+// request_id or command_id that stays the same. It returns an *Error, or the context's error once that is done.
+func (b Backoff) Repeat(ctx context.Context, call func(context.Context) error) error {
+	for failures := 0; ; failures++ {
+		err := call(ctx)
+		if err == nil {
+			return nil
+		}
+		if err = b.wait(ctx, failures, AsError(err), false); err != nil {
+			return err
+		}
+	}
+}
+
+// wait returns nil when it is time for the next try, and the error when there should be none.
+func (b Backoff) wait(ctx context.Context, failures int, err *Error, worth bool) error {
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	if failures >= or(b.Tries, 10) || !worth && !err.MayPass() {
+		return err
+	}
+	delay := min(or(b.First, 100*time.Millisecond)<<min(failures, 20), or(b.Max, 5*time.Second))
+	delay = delay/2 + rand.N(delay/2+1) // the clients of a server that restarts do not come back all at once
+	timer := time.NewTimer(max(delay, err.RetryAfter))
+	defer timer.Stop()
+	select {
+	case <-timer.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func or[T comparable](value, otherwise T) T {
+	var zero T
+	if value == zero {
+		return otherwise
+	}
+	return value
+}

@@ -1,0 +1,124 @@
+// Package notecase connects Go programs to a notecase server: it opens the connection, follows a run or a session over lost
+// connections, joins the deltas of replies, and reads errors.
+//
+// The messages and stubs are in notecase.dev/api/notecase/v1. They work without this package.
+package notecase
+
+import (
+	"context"
+	"crypto/x509"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/keepalive"
+)
+
+// Options say how a server is reached.
+type Options struct {
+	// Token returns the token that a call is sent with, and is asked before each call. Nil: none. See StaticToken.
+	Token func(context.Context) (string, error)
+	// CA names a PEM file of the authorities that may have signed the server's certificate. Empty: those of the system.
+	CA string
+	// Plaintext connects to another machine without TLS. The token then travels in plain text, too.
+	Plaintext bool
+}
+
+// StaticToken is an Options.Token that stays the same.
+func StaticToken(token string) func(context.Context) (string, error) {
+	return func(context.Context) (string, error) { return token, nil }
+}
+
+// FromEnvironment returns the address in NOTECASE_ADDRESS (127.0.0.1:7420 when it is not set), and options with the token in
+// NOTECASE_TOKEN and the authorities in NOTECASE_CA.
+func FromEnvironment() (string, Options) {
+	options := Options{CA: os.Getenv("NOTECASE_CA")}
+	if token := os.Getenv("NOTECASE_TOKEN"); token != "" {
+		options.Token = StaticToken(token)
+	}
+	if address := os.Getenv("NOTECASE_ADDRESS"); address != "" {
+		return address, options
+	}
+	return "127.0.0.1:7420", options
+}
+
+// Dial returns a connection for the stubs. It uses TLS, except to a loopback address without Options.CA and with
+// Options.Plaintext. It returns an error for a CA file that cannot be read; the server is connected to by the first call.
+func Dial(address string, options Options, more ...grpc.DialOption) (*grpc.ClientConn, error) {
+	local := isLoopback(address)
+	if options.Plaintext && options.CA != "" {
+		return nil, fmt.Errorf("notecase: Plaintext and CA exclude each other")
+	}
+	secure := options.CA != "" || !local && !options.Plaintext
+	transport := insecure.NewCredentials()
+	if secure {
+		pool, err := authorities(options.CA)
+		if err != nil {
+			return nil, err
+		}
+		transport = credentials.NewClientTLSFromCert(pool, "")
+	}
+	dial := []grpc.DialOption{
+		grpc.WithTransportCredentials(transport),
+		// Notices a server that vanished. The server allows a ping every 10 s.
+		grpc.WithKeepaliveParams(keepalive.ClientParameters{
+			Time: 20 * time.Second, Timeout: 10 * time.Second, PermitWithoutStream: true,
+		}),
+	}
+	if local {
+		dial = append(dial, grpc.WithNoProxy())
+	}
+	if options.Token != nil {
+		dial = append(dial, grpc.WithPerRPCCredentials(token{options.Token, secure}))
+	}
+	return grpc.NewClient(address, append(dial, more...)...)
+}
+
+type token struct {
+	get    func(context.Context) (string, error)
+	secure bool
+}
+
+func (t token) GetRequestMetadata(ctx context.Context, _ ...string) (map[string]string, error) {
+	value, err := t.get(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return map[string]string{"authorization": "Bearer " + strings.TrimSpace(value)}, nil
+}
+
+func (t token) RequireTransportSecurity() bool { return t.secure }
+
+// authorities returns those in a PEM file; nil, which means the system's, without a file.
+func authorities(path string) (*x509.CertPool, error) {
+	if path == "" {
+		return nil, nil
+	}
+	pem, err := os.ReadFile(path)
+	if err != nil {
+		return nil, fmt.Errorf("notecase: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("notecase: %s has no certificate in PEM format", path)
+	}
+	return pool, nil
+}
+
+func isLoopback(address string) bool {
+	if strings.HasPrefix(address, "unix:") {
+		return true
+	}
+	host, _, err := net.SplitHostPort(address)
+	if err != nil {
+		return false
+	}
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && ip.IsLoopback()
+}

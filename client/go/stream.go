@@ -1,0 +1,195 @@
+package notecase
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"io"
+	"iter"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
+
+	notecasev1 "notecase.dev/api/notecase/v1"
+)
+
+// Stream follows a run or a session: Events and Text attach, and attach again after the last event that they gave out when the
+// connection breaks, the server restarts, or the token expires and Options.Token has another one. Leaving the loop or cancelling
+// the context ends the stream and nothing else: the run goes on.
+//
+// A Stream is used by one goroutine, and is followed once.
+type Stream struct {
+	// View is what the events given out so far tell.
+	View View
+	// Attached is the first frame of the newest stream; nil before.
+	Attached *notecasev1.Attached
+	// Backoff is how patiently it attaches again, counted from the last event of the log that came.
+	Backoff Backoff
+
+	runs    notecasev1.RunServiceClient
+	request *notecasev1.WatchEventsRequest
+}
+
+// Start starts a run and returns the stream of its events. It repeats the start, which takes effect once, while the server is
+// away, and returns an *Error when the server refuses it.
+func Start(ctx context.Context, connection grpc.ClientConnInterface, start *notecasev1.StartRun) (*Stream, error) {
+	runs := notecasev1.NewRunServiceClient(connection)
+	request := &notecasev1.CreateRunRequest{Start: start, RequestId: rand.Text()}
+	var run *notecasev1.Run
+	err := Backoff{}.Repeat(ctx, func(ctx context.Context) (err error) {
+		run, err = runs.CreateRun(ctx, request)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	watch := &notecasev1.WatchEventsRequest{
+		Name: run.Name, AfterSequence: proto.Int64(max(run.FirstSequence-1, 0)), Options: start.Options,
+	}
+	return Watch(connection, watch), nil
+}
+
+// Watch returns the stream of a run or of a session, as WatchEvents describes it. After a stream of another process that is
+// AfterSequence: its View.LastSequence.
+func Watch(connection grpc.ClientConnInterface, request *notecasev1.WatchEventsRequest) *Stream {
+	stream := &Stream{
+		runs:    notecasev1.NewRunServiceClient(connection),
+		request: proto.CloneOf(request),
+	}
+	stream.View.LastSequence = request.GetAfterSequence()
+	stream.View.anywhere = request.AfterSequence == nil
+	return stream
+}
+
+// Events gives the events of the log in the order of their sequence, each once, and passing events (sequence 0) between them.
+// Open blocks come again whole after the stream has attached again; View knows. It ends with the run; with keep_open, and where
+// a session is followed, as WatchEvents does. An error is the last pair: an *Error, or the context's.
+func (s *Stream) Events(ctx context.Context) iter.Seq2[*notecasev1.Event, error] {
+	return func(yield func(*notecasev1.Event, error) bool) {
+		failures, refused := 0, false
+		for {
+			took := func(event *notecasev1.Event) bool {
+				if event.Sequence != 0 {
+					failures, refused = 0, false
+				}
+				return yield(event, nil)
+			}
+			err := s.follow(ctx, took, func() { failures = 0 })
+			if err == nil {
+				return
+			}
+			told := AsError(err)
+			worth := false
+			if gap := (*Gap)(nil); errors.As(err, &gap) {
+				worth = true
+			} else if told.Code == codes.Unauthenticated && !refused && s.Attached != nil {
+				worth, refused = true, true // the next call may have another token
+			}
+			if err := s.Backoff.wait(ctx, failures, told, worth); err != nil {
+				yield(nil, err)
+				return
+			}
+			failures++
+		}
+	}
+}
+
+// follow attaches once. It returns nil at the right end of the stream, and when the events are no longer wanted.
+func (s *Stream) follow(ctx context.Context, take func(*notecasev1.Event) bool, alive func()) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	request := proto.CloneOf(s.request)
+	if !s.View.anywhere {
+		request.AfterSequence = proto.Int64(s.View.LastSequence)
+	}
+	frames, err := s.runs.WatchEvents(ctx, request)
+	if err != nil {
+		return err
+	}
+	for {
+		frame, err := frames.Recv()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		switch frame := frame.Frame.(type) {
+		case *notecasev1.RunResponse_Attached:
+			s.attach(frame.Attached)
+		case *notecasev1.RunResponse_Heartbeat:
+			alive()
+		case *notecasev1.RunResponse_Batch:
+			for _, event := range frame.Batch.Events {
+				fresh, err := s.View.Apply(event)
+				if err != nil {
+					return err
+				}
+				if fresh && !take(event) {
+					return nil
+				}
+			}
+		}
+	}
+}
+
+func (s *Stream) attach(attached *notecasev1.Attached) {
+	if s.View.anywhere && s.request.Name == attached.Session { // such a stream begins at the head of the session
+		s.View.LastSequence, s.View.anywhere = attached.LastSequence, false
+	}
+	s.Attached = attached
+	s.View.Attach(attached)
+}
+
+// Text gives what the agent says, in pieces as they come; joined, the pieces of one message are its text exactly. When a model
+// call is repeated the reply begins anew as another message: as between any two messages, "\n\n" comes first. An error is the
+// last pair; a run that fails ends with its *Error.
+func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
+	type place struct {
+		message string
+		block   int32
+	}
+	return func(yield func(string, error) bool) {
+		given := map[place]int64{} // how many bytes of each block
+		speaking := ""
+		say := func(message string, block int32, start int64, text string) bool {
+			at := place{message, block}
+			have := max(given[at], start)
+			piece := text[min(have-start, int64(len(text))):]
+			given[at] = max(have, start+int64(len(text)))
+			if piece == "" {
+				return true
+			}
+			if speaking != "" && speaking != message && !yield("\n\n", nil) {
+				return false
+			}
+			speaking = message
+			return yield(piece, nil)
+		}
+		for event, err := range s.Events(ctx) {
+			if err != nil {
+				yield("", err)
+				return
+			}
+			delta, message, state := event.GetBlockDelta(), event.GetMessageAdded(), event.GetRunStateChanged()
+			more := true
+			if text := delta.GetText() + delta.GetJson(); text != "" {
+				more = say(delta.Message, delta.Block, delta.Start, text)
+			} else if message.GetRole() == notecasev1.Message_ROLE_ASSISTANT && event.Sequence <= s.Attached.LastSequence {
+				// A reply that was whole before the stream came has no deltas.
+				for block, part := range message.Parts {
+					more = more && say(message.Name, int32(block), 0, part.GetText()+part.GetJson())
+				}
+			}
+			if !more {
+				return
+			}
+			failed := state.GetState() == notecasev1.Run_STATE_FAILED
+			if failed && event.Run == s.Attached.GetRun().GetName() {
+				yield("", FromProto(state.Error))
+				return
+			}
+		}
+	}
+}

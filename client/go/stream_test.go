@@ -1,0 +1,189 @@
+package notecase
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	notecasev1 "notecase.dev/api/notecase/v1"
+)
+
+// scripted plays one script for each call of WatchEvents, and keeps what the calls asked for and with which token.
+type scripted struct {
+	notecasev1.UnimplementedRunServiceServer
+	scripts [][]*notecasev1.Event // events, in one batch
+	ends    []error               // how each script ends
+	after   []int64
+	tokens  []string
+	starts  []*notecasev1.CreateRunRequest
+}
+
+func (s *scripted) CreateRun(_ context.Context, request *notecasev1.CreateRunRequest) (*notecasev1.Run, error) {
+	s.starts = append(s.starts, request)
+	if len(s.starts) == 1 {
+		return nil, status.Error(codes.Unavailable, "away")
+	}
+	return &notecasev1.Run{Name: "sessions/s/runs/r", FirstSequence: 1}, nil
+}
+
+func (s *scripted) WatchEvents(request *notecasev1.WatchEventsRequest, stream notecasev1.RunService_WatchEventsServer) error {
+	number := len(s.after)
+	s.after = append(s.after, request.GetAfterSequence())
+	found, _ := metadata.FromIncomingContext(stream.Context())
+	s.tokens = append(s.tokens, strings.Join(found.Get("authorization"), " "))
+	if number >= len(s.scripts) {
+		return status.Error(codes.FailedPrecondition, "one call too many")
+	}
+	attached := &notecasev1.Attached{Session: "sessions/s", Run: &notecasev1.Run{Name: "sessions/s/runs/r"}, LastSequence: 2}
+	batch := &notecasev1.EventBatch{Events: s.scripts[number]}
+	for _, frame := range []*notecasev1.RunResponse{
+		{Frame: &notecasev1.RunResponse_Attached{Attached: attached}}, {Frame: &notecasev1.RunResponse_Batch{Batch: batch}},
+	} {
+		if err := stream.Send(frame); err != nil {
+			return err
+		}
+	}
+	return s.ends[number]
+}
+
+// serve returns a connection to the server on a loopback port.
+func serve(t *testing.T, service *scripted, options Options) *grpc.ClientConn {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := grpc.NewServer()
+	notecasev1.RegisterRunServiceServer(server, service)
+	go server.Serve(listener)
+	t.Cleanup(server.Stop)
+	connection, err := Dial(listener.Addr().String(), options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { connection.Close() })
+	return connection
+}
+
+func event(sequence int64) *notecasev1.Event {
+	return &notecasev1.Event{Sequence: sequence, Payload: &notecasev1.Event_Usage{Usage: &notecasev1.Usage{}}}
+}
+
+func delta(start int64, text string) *notecasev1.Event {
+	delta := &notecasev1.BlockDelta{
+		Message: "sessions/s/messages/a", Start: start, End: start + int64(len(text)),
+		Delta: &notecasev1.BlockDelta_Text{Text: text},
+	}
+	return &notecasev1.Event{Run: "sessions/s/runs/r", Payload: &notecasev1.Event_BlockDelta{BlockDelta: delta}}
+}
+
+// sequences follows a stream to its end; the error is that of the last pair.
+func sequences(t *testing.T, stream *Stream) (found []int64, last error) {
+	stream.Backoff.First = time.Millisecond
+	for event, err := range stream.Events(t.Context()) {
+		if last = err; err == nil {
+			found = append(found, event.Sequence)
+		}
+	}
+	return found, last
+}
+
+func TestATextGoesOnAfterTheLastEvent(t *testing.T) {
+	service := &scripted{
+		scripts: [][]*notecasev1.Event{{event(1), event(2), delta(0, "Grü")}, {delta(0, "Grüße"), delta(7, "!"), event(3)}},
+		ends:    []error{status.Error(codes.Unavailable, "cut"), nil},
+	}
+	stream, err := Start(t.Context(), serve(t, service, Options{}), &notecasev1.StartRun{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	said := ""
+	for text, err := range stream.Text(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		said += text
+	}
+	if said != "Grüße!" || !slices.Equal(service.after, []int64{0, 2}) || stream.View.LastSequence != 3 {
+		t.Error(said, service.after, stream.View.LastSequence)
+	}
+	if len(service.starts) != 2 || service.starts[0].RequestId == "" || service.starts[0].RequestId != service.starts[1].RequestId {
+		t.Error("a start that is repeated has the request id of the first", service.starts)
+	}
+}
+
+func TestAGapIsAskedForAgain(t *testing.T) {
+	service := &scripted{scripts: [][]*notecasev1.Event{{event(1), event(3)}, {event(2), event(3)}}, ends: []error{nil, nil}}
+	stream := Watch(serve(t, service, Options{}), &notecasev1.WatchEventsRequest{Name: "sessions/s/runs/r"})
+	if found, err := sequences(t, stream); err != nil || !slices.Equal(found, []int64{1, 2, 3}) {
+		t.Error(found, err)
+	}
+	if !slices.Equal(service.after, []int64{0, 1}) {
+		t.Error(service.after)
+	}
+}
+
+func TestATokenThatExpiredIsAskedForOnceMore(t *testing.T) {
+	expired := status.Error(codes.Unauthenticated, "The token has expired.")
+	service := &scripted{scripts: [][]*notecasev1.Event{{event(1)}, {event(2)}, {}, {}}, ends: []error{expired, expired, expired, expired}}
+	asked := 0
+	token := func(context.Context) (string, error) {
+		asked++
+		return fmt.Sprint("token-", asked), nil
+	}
+	stream := Watch(serve(t, service, Options{Token: token}), &notecasev1.WatchEventsRequest{Name: "sessions/s/runs/r"})
+	found, err := sequences(t, stream)
+	if AsError(err).Code != codes.Unauthenticated || !slices.Equal(found, []int64{1, 2}) {
+		t.Error(found, err)
+	}
+	if !slices.Equal(service.tokens, []string{"Bearer token-1", "Bearer token-2", "Bearer token-3"}) {
+		t.Error(service.tokens)
+	}
+}
+
+func TestARefusalEndsTheStreamAtOnce(t *testing.T) {
+	service := &scripted{scripts: [][]*notecasev1.Event{{}}, ends: []error{status.Error(codes.NotFound, "gone")}}
+	stream := Watch(serve(t, service, Options{}), &notecasev1.WatchEventsRequest{Name: "sessions/s"})
+	if found, err := sequences(t, stream); AsError(err).Code != codes.NotFound || len(found) != 0 || len(service.after) != 1 {
+		t.Error(found, err, service.after)
+	}
+}
+
+func TestAContextThatIsDoneEndsTheStream(t *testing.T) {
+	service := &scripted{scripts: [][]*notecasev1.Event{{event(1)}}, ends: []error{status.Error(codes.Unavailable, "away")}}
+	stream := Watch(serve(t, service, Options{}), &notecasev1.WatchEventsRequest{Name: "sessions/s/runs/r"})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	var last error
+	for _, err := range stream.Events(ctx) {
+		last = err
+		cancel()
+	}
+	if !errors.Is(last, context.Canceled) {
+		t.Error(last)
+	}
+}
+
+func TestAFailedRunEndsItsText(t *testing.T) {
+	failure := &notecasev1.Error{Code: 13, Reason: notecasev1.ErrorReason_ERROR_REASON_MODEL_ERROR, Message: "No such model."}
+	change := &notecasev1.RunStateChanged{State: notecasev1.Run_STATE_FAILED, Error: failure}
+	failed := &notecasev1.Event{Sequence: 1, Run: "sessions/s/runs/r", Payload: &notecasev1.Event_RunStateChanged{RunStateChanged: change}}
+	service := &scripted{scripts: [][]*notecasev1.Event{{failed}}, ends: []error{nil}}
+	stream := Watch(serve(t, service, Options{}), &notecasev1.WatchEventsRequest{Name: "sessions/s/runs/r"})
+	var last error
+	for _, err := range stream.Text(t.Context()) {
+		last = err
+	}
+	if AsError(last).Reason != "MODEL_ERROR" {
+		t.Error(last)
+	}
+}

@@ -1,0 +1,39 @@
+"""What a program says of an agent: some is for the server; functions and types stay in the program."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from notecase import v1
+from notecase.hints import Kind, of_output
+from notecase.tools import Tool, as_tools
+
+M = TypeVar("M", bound=Message)
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a client has of an agent that it put: all that the server cannot hold."""
+
+    tools: Mapping[str, Tool] = field(default_factory=dict)
+    """Functions by the names under which the agent declares them."""
+    output: Kind | None = None
+    """Reads the agent's replies."""
+
+
+def split(tools: Iterable[Callable[..., Any] | Tool | v1.Tool], output: Any) -> tuple[list[v1.Tool], Local]:
+    """Divides an agent's tools and its output into what its declaration says and what stays here.
+
+    Raises TypeError for a function or an output that has no JSON Schema."""
+    given = list(tools)
+    functions = as_tools(one for one in given if not isinstance(one, v1.Tool))
+    further = [one for one in given if isinstance(one, v1.Tool)]
+    definitions = [*(tool.definition for tool in functions.values()), *further]
+    return definitions, Local(functions, None if output is None else of_output(output))
+
+
+def message(kind: type[M], given: M | Mapping[str, Any] | None) -> M | None:
+    """A message of the API as it is, or of its fields by name."""
+    return kind(**given) if isinstance(given, Mapping) else given

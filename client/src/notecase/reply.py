@@ -1,0 +1,61 @@
+"""The reply of a run, as `Client.invoke` returns it."""
+
+from functools import cached_property
+from typing import Any
+
+import grpc
+
+from notecase import v1
+from notecase.errors import NotecaseError
+from notecase.hints import Kind, parse
+from notecase.values import text_of
+
+
+class Reply:
+    """What came of a run that succeeded: `print(reply.text)`."""
+
+    def __init__(self, run: v1.Run, output: Kind | None = None) -> None:
+        """`output` reads `parsed`. Raises NotecaseError with the run's error when it failed, and with code CANCELLED
+        when it was cancelled."""
+        if run.state == v1.Run.STATE_FAILED:
+            raise NotecaseError.from_proto(run.error)
+        if run.state == v1.Run.STATE_CANCELLED:
+            raise NotecaseError(grpc.StatusCode.CANCELLED, "", f"{run.name} was cancelled.")
+        self.run = run
+        """The run as it ended, with its usage."""
+        self._output = output
+
+    @property
+    def message(self) -> v1.Message:
+        """The reply with all its parts."""
+        return self.run.reply
+
+    @property
+    def text(self) -> str:
+        """The text and json parts of the reply, joined; empty when it has none."""
+        return text_of(self.run.reply)
+
+    @cached_property
+    def parsed(self) -> Any:
+        """The reply's JSON: as the `output` type, where one was given, otherwise as Python's dicts and lists; None for
+        a reply without JSON where no type was given.
+
+        Raises ValueError for a reply that does not fit the type, such as a refusal."""
+        found = [part.json for part in self.run.reply.parts if part.HasField("json")]
+        if self._output is None:
+            return parse(found[0]) if found else None
+        if not found:
+            refusals = [part.refusal for part in self.run.reply.parts if part.HasField("refusal")]
+            raise ValueError(f"the reply is not JSON: {refusals[0] if refusals else self.text!r}")
+        return self._output.read(parse(found[0]), "")
+
+    @property
+    def session(self) -> str:
+        """sessions/{session}: where the conversation goes on."""
+        return "/".join(self.run.name.split("/")[:2])
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __repr__(self) -> str:
+        return f"Reply({self.text!r}, run={self.run.name!r})"

@@ -1,0 +1,159 @@
+"""Opens, copies, rewinds, exports and lists sessions, and reads and writes their state."""
+
+import uuid
+from collections.abc import AsyncIterator, Iterable, Mapping
+from typing import Any
+
+from notecase import v1
+from notecase.errors import as_written
+from notecase.names import Named, name_of
+from notecase.pages import Listing, each
+from notecase.retry import Retry, repeat
+from notecase.values import Plain, from_value, to_value, to_values
+
+
+class Sessions:
+    """The part of a client that opens sessions and reads what they hold. See `Client`."""
+
+    sessions: "v1.SessionServiceAsyncStub"
+    state: "v1.StateServiceAsyncStub"
+    messages: "v1.MessageServiceAsyncStub"
+    runs: "v1.RunServiceAsyncStub"
+    _retry: Retry
+
+    async def create_session(
+        self,
+        agent: str | v1.Agent = "",
+        *,
+        session_id: str = "",
+        user: str = "",
+        display_name: str = "",
+        labels: Mapping[str, str] | None = None,
+        state: Mapping[str, Plain] | None = None,
+    ) -> v1.Session:
+        """Opens a session with an initial `state`.
+
+        Raises NotecaseError ALREADY_EXISTS when the id is taken, AGENT_NOT_FOUND when its agent is missing."""
+        request = v1.CreateSessionRequest(
+            session_id=session_id,
+            session=v1.Session(
+                agent=name_of(agent, "agents").partition("@")[0],
+                user=name_of(user, "users"),
+                display_name=display_name,
+                labels=labels,
+            ),
+            state=to_values(state),
+            request_id=uuid.uuid4().hex,
+        )
+        with as_written("session."):
+            return await repeat(self._retry, lambda: self.sessions.CreateSession(request))
+
+    async def fork(self, session: str | Named, at_sequence: int | None = None, *, session_id: str = "") -> v1.Session:
+        """Makes a new session of the log up to a sequence, by default all of it, with the state as it was then.
+
+        Raises NotecaseError SESSION_NOT_FOUND, SEQUENCE_AHEAD beyond the head, ALREADY_EXISTS when the id is taken."""
+        request = v1.ForkSessionRequest(
+            name=name_of(session, "sessions"),
+            at_sequence=at_sequence,
+            session_id=session_id,
+            request_id=uuid.uuid4().hex,
+        )
+        return await repeat(self._retry, lambda: self.sessions.ForkSession(request))
+
+    async def rewind(self, session: str | Named, to_sequence: int) -> v1.Session:
+        """Takes a session back to a sequence: later messages are superseded, and its state is as it was then.
+
+        Raises NotecaseError RUN_ACTIVE while a run is under way or queued, SESSION_NOT_FOUND, SEQUENCE_AHEAD, and
+        INVALID_FIELD for a sequence that a rewind left behind."""
+        request = v1.RewindSessionRequest(
+            name=name_of(session, "sessions"), to_sequence=to_sequence, request_id=uuid.uuid4().hex
+        )
+        return await repeat(self._retry, lambda: self.sessions.RewindSession(request))
+
+    async def export_session(self, session: str | Named, *, with_blobs: bool = True) -> AsyncIterator[bytes]:
+        """Yields the session as a file, in pieces: `async for piece in client.export_session(name)`. Without its blobs
+        it can be imported only where they are stored already.
+
+        Raises NotecaseError SESSION_NOT_FOUND, and RUN_ACTIVE while a run is under way or queued."""
+        request = v1.ExportSessionRequest(name=name_of(session, "sessions"), with_blobs=with_blobs)
+        async for response in self.sessions.ExportSession(request):
+            yield response.chunk
+
+    async def import_session(self, pieces: Iterable[bytes], *, session_id: str = "") -> v1.Session:
+        """Makes a session of an exported file, given in pieces of at most 1 MiB.
+
+        Raises NotecaseError ALREADY_EXISTS when the id is taken, IMPORT_INVALID when the file is not whole."""
+        header = v1.ImportHeader(session_id=session_id, request_id=uuid.uuid4().hex)
+
+        async def frames() -> AsyncIterator[v1.ImportSessionRequest]:
+            yield v1.ImportSessionRequest(header=header)
+            for piece in pieces:
+                yield v1.ImportSessionRequest(chunk=piece)
+
+        return await self.sessions.ImportSession(frames())
+
+    async def get_state(self, owner: str | Named, *keys: str, at_sequence: int = 0) -> dict[str, Any]:
+        """Returns state as Python values by key: of the given keys, without those that do not exist, or of all keys.
+
+        `owner` is sessions/{session}, users/{user} or app, or a `v1.Session`. With `at_sequence` a session's state is
+        returned as it was then. A large state is read in pages, and may change between them. Raises NotecaseError
+        SESSION_NOT_FOUND, SEQUENCE_AHEAD."""
+        request = v1.GetStateRequest(name=f"{name_of(owner)}/state", keys=keys, page_size=1000, at_sequence=at_sequence)
+        values: dict[str, Any] = {}
+        while True:
+            page = await repeat(self._retry, lambda: self.state.GetState(request))
+            values.update((key, from_value(entry.value)) for key, entry in page.entries.items())
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return values
+
+    async def put_state(
+        self, owner: str | Named, key: str, value: Plain, *, if_version: int | None = None
+    ) -> v1.StateEntry:
+        """Sets one key of sessions/{session}, users/{user} or app.
+
+        With `if_version` only if the key has that version, where 0 means that it does not exist; otherwise raises
+        NotecaseError STATE_VERSION_MISMATCH with the current version in `metadata["version"]`."""
+        request = v1.PutStateRequest(
+            name=f"{name_of(owner)}/state",
+            key=key,
+            value=to_value(value),
+            if_version=if_version,
+            request_id=uuid.uuid4().hex,
+        )
+        return await repeat(self._retry, lambda: self.state.PutState(request))
+
+    def list_sessions(self, filter: str = "", *, agent: str | v1.Agent = "", user: str = "") -> Listing[v1.Session]:  # noqa: A002 - the API's word
+        """Iterates over sessions, the last changed first; `filter` as in `v1.ListSessionsRequest`.
+
+        Raises NotecaseError INVALID_FIELD for a filter that cannot be read."""
+        conditions = [f"({filter})"] if filter else []
+        conditions += [f'agent = "{name_of(agent, "agents")}"'] if agent else []
+        conditions += [f'user = "{name_of(user, "users")}"'] if user else []
+        request = v1.ListSessionsRequest(filter=" AND ".join(conditions))
+        return each(self._retry, self.sessions.ListSessions, request)
+
+    def list_messages(self, session: str | Named, *, newest_first: bool = False) -> Listing[v1.Message]:
+        """Iterates over the messages of a session, in their order. Raises NotecaseError SESSION_NOT_FOUND."""
+        order = "sequence desc" if newest_first else ""
+        request = v1.ListMessagesRequest(parent=name_of(session, "sessions"), order_by=order)
+        return each(self._retry, self.messages.ListMessages, request)
+
+    def list_runs(self, session: str | Named = "-", filter: str = "") -> Listing[v1.Run]:  # noqa: A002 - the API's word
+        """Iterates over the runs of a session, or of all sessions, the last created first; `filter` as in
+        `v1.ListRunsRequest`.
+
+        Raises NotecaseError SESSION_NOT_FOUND, INVALID_FIELD for a filter that cannot be read."""
+        request = v1.ListRunsRequest(parent=name_of(session, "sessions"), filter=filter)
+        return each(self._retry, self.runs.ListRuns, request)
+
+    def waiting(self, session: str | Named = "-") -> Listing[v1.Run]:
+        """Iterates over the runs that wait for a person or a caller, of one session or of all, the last created first.
+        `pending_inputs` and `pending_calls` say what each waits for.
+
+            async for run in client.waiting():
+                for asked in run.pending_inputs:
+                    await client.deny(run, asked.input_id, "It is late.")
+
+        Raises NotecaseError SESSION_NOT_FOUND."""
+        return self.list_runs(session, "state = WAITING")

@@ -1,0 +1,51 @@
+import { readFileSync } from "node:fs";
+import type { Interceptor, Transport } from "@connectrpc/connect";
+import { createGrpcTransport } from "@connectrpc/connect-node";
+
+/** A token, or a function that returns one that is valid now. The function is asked before each call. */
+export type Token = string | (() => string | Promise<string>);
+
+export interface ConnectOptions {
+  token?: Token;
+  /** A PEM file of the authorities that may have signed the server's certificate. Without it: those that Node.js knows. */
+  ca?: string;
+  /** Connects to another machine without TLS. The token then travels in plain text, too. */
+  plaintext?: boolean;
+}
+
+/** The address in NOTECASE_ADDRESS, or 127.0.0.1:7420, and the options in NOTECASE_TOKEN and NOTECASE_CA. */
+export function fromEnvironment(): [address: string, options: ConnectOptions] {
+  const { NOTECASE_ADDRESS: address, NOTECASE_TOKEN: token, NOTECASE_CA: ca } = process.env;
+  return [address || "127.0.0.1:7420", { ...(token && { token }), ...(ca && { ca }) }];
+}
+
+/**
+ * Returns the transport for clients. It uses TLS, except to a loopback address without `ca`, and with `plaintext`. Throws for a
+ * file that cannot be read; the server is connected to by the first call.
+ */
+export function connect(address: string, options: ConnectOptions = {}): Transport {
+  const { token, ca, plaintext = false } = options;
+  if (plaintext && ca) throw new Error("plaintext and ca exclude each other");
+  const secure = ca !== undefined || !(plaintext || isLoopback(address));
+  return createGrpcTransport({
+    baseUrl: `${secure ? "https" : "http"}://${address}`,
+    interceptors: token === undefined ? [] : [bearer(token)],
+    nodeOptions: ca === undefined ? {} : { ca: readFileSync(ca) },
+    // Notices a server that vanished. The server allows a ping every 10 s.
+    pingIntervalMs: 20_000,
+    pingTimeoutMs: 10_000,
+  });
+}
+
+function bearer(token: Token): Interceptor {
+  return (next) => async (request) => {
+    const value = typeof token === "string" ? token : await token();
+    request.header.set("authorization", `Bearer ${value.trim()}`);
+    return next(request);
+  };
+}
+
+function isLoopback(address: string): boolean {
+  const host = address.slice(0, address.lastIndexOf(":"));
+  return host === "localhost" || host === "[::1]" || /^127(\.\d{1,3}){3}$/.test(host);
+}

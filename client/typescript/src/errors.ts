@@ -1,0 +1,105 @@
+import { setTimeout as sleep } from "node:timers/promises";
+import { Code, ConnectError } from "@connectrpc/connect";
+import { BadRequestSchema, ErrorInfoSchema, ResourceInfoSchema, RetryInfoSchema } from "./gen/google/rpc/error_details_pb.js";
+import { type Error as ErrorMessage, ErrorReason } from "./gen/notecase/v1/content_pb.js";
+
+/** A refusal or a failure that the service told, or that kept a call from reaching it. */
+export class NotecaseError extends Error {
+  override readonly name = "NotecaseError";
+  readonly code: Code;
+  /**
+   * What programs decide by: an ErrorReason, such as "RUN_ACTIVE". Empty where the error was not made by the service: the
+   * connection broke, the deadline passed, or something else answered.
+   */
+  readonly reason: string = "";
+  /** Facts for the program, such as the current version. */
+  readonly metadata: Record<string, string> = {};
+  /** The fields of the request that are wrong, all of them. */
+  readonly violations: { field: string; description: string }[] = [];
+  /** What the error is about. */
+  readonly resource?: { type: string; name: string };
+  /** How long to wait before the next try; 0 where the service names no time. */
+  readonly retryAfterMs: number = 0;
+
+  private constructor(code: Code, message: string, details: Partial<NotecaseError>, cause?: unknown) {
+    super(message, { cause });
+    this.code = code;
+    Object.assign(this, details);
+  }
+
+  /** Reads what a call or a Stream threw. What is no error of a call has the code Unknown. */
+  static from(thrown: unknown): NotecaseError {
+    if (thrown instanceof NotecaseError) return thrown;
+    const error = ConnectError.from(thrown);
+    const info = error.findDetails(ErrorInfoSchema).find((info) => info.domain === "notecase.dev");
+    const [resource] = error.findDetails(ResourceInfoSchema);
+    const delay = error.findDetails(RetryInfoSchema)[0]?.retryDelay;
+    return new NotecaseError(
+      error.code,
+      error.rawMessage,
+      {
+        ...(info && { reason: info.reason, metadata: info.metadata }),
+        violations: error.findDetails(BadRequestSchema).flatMap((bad) => bad.fieldViolations),
+        ...(resource && { resource: { type: resource.resourceType, name: resource.resourceName } }),
+        ...(delay && { retryAfterMs: Number(delay.seconds) * 1000 + delay.nanos / 1e6 }),
+      },
+      thrown,
+    );
+  }
+
+  /** The error of a failed run or of a refused command. */
+  static fromProto(error: ErrorMessage): NotecaseError {
+    const reason = error.reason === ErrorReason.UNSPECIFIED ? "" : (ErrorReason[error.reason] ?? "");
+    return new NotecaseError(error.code as Code, error.message, { reason, metadata: error.metadata });
+  }
+
+  /** Whether the same call may succeed later: the service was away, or the connection broke. */
+  get mayPass(): boolean {
+    if (this.code === Code.Unavailable) return true;
+    // What a connection that was reset looks like.
+    return !this.reason && [Code.Canceled, Code.Internal, Code.Unknown, Code.Aborted].includes(this.code);
+  }
+
+  override toString(): string {
+    return `${this.reason || Code[this.code]}: ${this.message}`;
+  }
+}
+
+/** How patiently a call that failed is made again. The defaults outlast a restart of the server: about 15 seconds in all. */
+export interface Backoff {
+  /** How often in a row: 10. */
+  tries?: number;
+  /** The first delay: 100. Each further one is twice as long. */
+  firstMs?: number;
+  /** The longest delay: 5000. */
+  maxMs?: number;
+}
+
+/**
+ * Makes a call again while what went wrong may pass. The call must be safe to repeat: a read, or a write with a requestId or
+ * commandId that stays the same. Throws a NotecaseError; the reason of the signal once that is aborted.
+ */
+export async function repeat<T>(call: () => Promise<T>, backoff: Backoff = {}, signal?: AbortSignal): Promise<T> {
+  for (let failures = 0; ; failures += 1) {
+    try {
+      return await call();
+    } catch (error) {
+      await pause(failures, NotecaseError.from(error), backoff, signal);
+    }
+  }
+}
+
+/** Returns when it is time for the next try. Throws the error when there should be none. */
+export async function pause(
+  failures: number,
+  error: NotecaseError,
+  { tries = 10, firstMs = 100, maxMs = 5000 }: Backoff,
+  signal?: AbortSignal,
+  worth = error.mayPass,
+): Promise<void> {
+  signal?.throwIfAborted();
+  if (failures >= tries || !worth) throw error;
+  // Spread out, so that the clients of a server that restarts do not come back all at once.
+  const delay = Math.min(firstMs * 2 ** failures, maxMs) * (0.5 + Math.random() / 2);
+  await sleep(Math.max(delay, error.retryAfterMs), undefined, signal && { signal });
+}

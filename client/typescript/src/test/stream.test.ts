@@ -1,0 +1,148 @@
+import assert from "node:assert/strict";
+import { createServer } from "node:http2";
+import type { AddressInfo } from "node:net";
+import { test } from "node:test";
+import type { MessageInitShape } from "@bufbuild/protobuf";
+import { Code, ConnectError } from "@connectrpc/connect";
+import { connectNodeAdapter } from "@connectrpc/connect-node";
+import { type ConnectOptions, connect } from "../connection.js";
+import { NotecaseError } from "../errors.js";
+import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "../gen/google/rpc/error_details_pb.js";
+import { ErrorReason } from "../gen/notecase/v1/content_pb.js";
+import { type EventSchema, type RunResponseSchema, Run_State, RunService } from "../gen/notecase/v1/run_pb.js";
+import { type Stream, start, watch } from "../stream.js";
+
+type Event = MessageInitShape<typeof EventSchema>;
+/** The events of one call of watchEvents, in one batch, and how it ends. */
+type Script = { events: Event[]; end?: ConnectError };
+
+const RUN = "sessions/s/runs/r";
+const backoff = { firstMs: 1 };
+
+/** A server that plays one script for each call of watchEvents, and what its calls asked for. */
+async function serve(scripts: Script[], play: (address: string, told: Told) => Promise<void>): Promise<void> {
+  const told: Told = { after: [], tokens: [], requestIds: [] };
+  const handler = connectNodeAdapter({
+    routes(router) {
+      router.service(RunService, {
+        createRun({ requestId }) {
+          told.requestIds.push(requestId);
+          if (told.requestIds.length === 1) throw new ConnectError("away", Code.Unavailable);
+          return { name: RUN, firstSequence: 1n };
+        },
+        async *watchEvents({ afterSequence = 0n }, { requestHeader }): AsyncGenerator<MessageInitShape<typeof RunResponseSchema>> {
+          const script = scripts[told.after.length];
+          told.after.push(afterSequence);
+          told.tokens.push(requestHeader.get("authorization"));
+          if (!script) throw new ConnectError("one call too many", Code.FailedPrecondition);
+          yield { frame: { case: "attached", value: { session: "sessions/s", run: { name: RUN }, lastSequence: 2n } } };
+          yield { frame: { case: "batch", value: { events: script.events } } };
+          if (script.end) throw script.end;
+        },
+      });
+    },
+  });
+  const server = createServer(handler);
+  const sessions = new Set<{ destroy(): void }>();
+  server.on("session", (session) => sessions.add(session));
+  await new Promise<void>((listening) => server.listen(0, "127.0.0.1", listening));
+  try {
+    await play(`127.0.0.1:${(server.address() as AddressInfo).port}`, told);
+  } finally {
+    for (const session of sessions) session.destroy();
+    server.close();
+  }
+}
+
+interface Told {
+  after: bigint[];
+  tokens: (string | null)[];
+  requestIds: string[];
+}
+
+const event = (sequence: bigint): Event => ({ sequence, payload: { case: "usage", value: {} } });
+const delta = (start: bigint, text: string): Event => {
+  const end = start + BigInt(Buffer.byteLength(text));
+  return { run: RUN, payload: { case: "blockDelta", value: { message: "sessions/s/messages/a", start, end, delta: { case: "text", value: text } } } };
+};
+
+async function sequences(stream: Stream): Promise<bigint[]> {
+  const found: bigint[] = [];
+  for await (const { sequence } of stream.events()) found.push(sequence);
+  return found;
+}
+
+const follow = (address: string, options?: ConnectOptions) => watch(connect(address, options), { name: RUN }, { backoff });
+
+test("a text goes on after the last event", async () => {
+  const cut = new ConnectError("cut", Code.Unavailable);
+  const scripts = [
+    { events: [event(1n), event(2n), delta(0n, "Grü")], end: cut },
+    { events: [delta(0n, "Grüße"), delta(7n, "!"), event(3n)] },
+  ];
+  await serve(scripts, async (address, told) => {
+    const run = await start(connect(address), {}, { backoff });
+    let said = "";
+    for await (const text of run.text()) said += text;
+    assert.equal(said, "Grüße!");
+    assert.deepEqual(told.after, [0n, 2n]);
+    assert.equal(run.view.lastSequence, 3n);
+    // A start that is repeated has the request id of the first.
+    assert.equal(told.requestIds.length, 2);
+    assert.equal(new Set(told.requestIds).size, 1);
+  });
+});
+
+test("a gap is asked for again", async () => {
+  await serve([{ events: [event(1n), event(3n)] }, { events: [event(2n), event(3n)] }], async (address, told) => {
+    assert.deepEqual(await sequences(follow(address)), [1n, 2n, 3n]);
+    assert.deepEqual(told.after, [0n, 1n]);
+  });
+});
+
+test("a token that expired is asked for once more", async () => {
+  const end = new ConnectError("The token has expired.", Code.Unauthenticated);
+  const scripts = [{ events: [event(1n)], end }, { events: [event(2n)], end }, { events: [], end }];
+  await serve(scripts, async (address, told) => {
+    let asked = 0;
+    const token = async () => `token-${(asked += 1)}`;
+    await assert.rejects(sequences(follow(address, { token })), { code: Code.Unauthenticated });
+    assert.deepEqual(told.tokens, ["Bearer token-1", "Bearer token-2", "Bearer token-3"]);
+  });
+});
+
+test("a refusal ends the stream at once, and has what its details say", async () => {
+  const end = new ConnectError("gone", Code.NotFound, undefined, [
+    { desc: ErrorInfoSchema, value: { domain: "notecase.dev", reason: "SESSION_NOT_FOUND", metadata: { a: "b" } } },
+    { desc: BadRequestSchema, value: { fieldViolations: [{ field: "name", description: "wrong" }] } },
+    { desc: RetryInfoSchema, value: { retryDelay: { seconds: 2n, nanos: 500_000_000 } } },
+  ]);
+  await serve([{ events: [], end }], async (address, told) => {
+    const error = await sequences(follow(address)).then(() => assert.fail(), NotecaseError.from);
+    assert.equal(`${error}`, "SESSION_NOT_FOUND: gone");
+    assert.deepEqual(error.metadata, { a: "b" });
+    assert.equal(error.violations[0]?.field, "name");
+    assert.equal(error.retryAfterMs, 2500);
+    assert.equal(told.after.length, 1);
+  });
+});
+
+test("a failed run ends its text", async () => {
+  const error = { code: 13, reason: ErrorReason.MODEL_ERROR, message: "No such model." };
+  const failed: Event = { sequence: 1n, run: RUN, payload: { case: "runStateChanged", value: { state: Run_State.FAILED, error } } };
+  await serve([{ events: [failed] }], async (address) => {
+    await assert.rejects(async () => {
+      for await (const _ of follow(address).text());
+    }, { reason: "MODEL_ERROR", code: Code.Internal });
+  });
+});
+
+test("a signal ends the stream", async () => {
+  await serve([{ events: [event(1n)], end: new ConnectError("away", Code.Unavailable) }], async (address) => {
+    const control = new AbortController();
+    const stream = watch(connect(address), { name: RUN }, { signal: control.signal });
+    await assert.rejects(async () => {
+      for await (const _ of stream.events()) control.abort();
+    }, { name: "AbortError" });
+  });
+});

@@ -1,0 +1,86 @@
+"""docs/languages.md is true: the commands and files of a section, in order and in an empty folder, make a program that
+prints a reply, in plain text and by TLS with a token."""
+
+import asyncio
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import grpc
+import pytest
+from notecase_server.auth.files import Files
+from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
+
+from tests.languages.checkout import GO, JAVA, ROOT, RUST, TYPESCRIPT, Language, built, run
+from tests.support.authority import Authority
+from tests.support.server import running
+
+PAGE = (ROOT / "docs" / "languages.md").read_text()
+
+HEADINGS = {"go": "Go", "typescript": "TypeScript", "java": "Java", "rust": "Rust"}
+
+LANGUAGES = [GO, TYPESCRIPT, JAVA, *([RUST] if os.environ.get("NOTECASE_RUST") else [])]
+"""Rust's first build takes more than a minute of processor time: `make test-rust` asks for it."""
+
+PREPARED = '(cd "$NOTECASE/client/typescript" && npm install && npm run build)\n'
+"""What `built` has done, where other tests use the result meanwhile."""
+
+TOKEN = "a-token-of-the-test"
+
+
+class Step(NamedTuple):
+    """A block of the page: a file where it has a name, else commands."""
+
+    name: str
+    text: str
+
+
+def steps(language: Language) -> Iterator[Step]:
+    """The blocks of a language's section."""
+    section = re.split(r"^## (.+)\n", PAGE, flags=re.MULTILINE)
+    text = section[section.index(HEADINGS[language.name]) + 1]
+    for name, kind, block in re.findall(r"(?:^`([^`\n]+)`:\n\n)?^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE):
+        assert name or kind == "sh"
+        yield Step(name, block)
+
+
+class ByToken:
+    async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
+        known = metadata.get("authorization") == f"Bearer {TOKEN}"
+        return Principal("acme", "one", Role.DEVELOPER) if known else None
+
+
+async def follow(language: Language, cache: Path, folder: Path) -> None:
+    """Does what the section says, and runs its last command again on a server with TLS and a token."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("NOTECASE_")}
+    environment["NOTECASE"] = str(built(language, cache))
+    commands = ""
+    async with running() as plain:
+        for step in steps(language):
+            path = folder / (step.name or "commands")
+            if step.name:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(step.text)
+            elif step.text != PREPARED:
+                commands = step.text
+                said = await asyncio.to_thread(run, commands, folder, environment | {"NOTECASE_ADDRESS": plain.address})
+    assert "Hello." == said.splitlines()[-1]
+
+    authority = Authority()
+    cert, key = authority.issue().write(folder)
+    (folder / "ca.pem").write_bytes(authority.cert)
+    credentials = grpc.ssl_channel_credentials(authority.cert)
+    async with running(
+        authenticators=[ByToken()], files=Files(), credentials=credentials, tls_cert=cert, tls_key=key
+    ) as secure:
+        variables = {"NOTECASE_ADDRESS": secure.address, "NOTECASE_CA": "ca.pem", "NOTECASE_TOKEN": TOKEN}
+        said = await asyncio.to_thread(run, commands.splitlines()[-1], folder, environment | variables)
+    assert "Hello." == said.splitlines()[-1]
+
+
+@pytest.mark.timeout(900)  # The first build fetches what it needs.
+@pytest.mark.parametrize("language", LANGUAGES, ids=lambda language: language.name)
+async def test_a_section_of_the_page_runs_from_an_empty_folder(language: Language, cache: Path, tmp_path: Path) -> None:
+    await follow(language, cache, tmp_path)

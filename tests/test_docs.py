@@ -1,0 +1,186 @@
+"""The README and the pages of docs/ are true: their calls and programs run against a real server, the calls print what
+the pages show, and every link leads somewhere."""
+
+import asyncio
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from notecase import v1
+from notecase_server.errors import CATALOG
+
+from docs.tools import errors
+from tests.support.server import running
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+CHANGING = re.compile(
+    r"\d{4}-\d\d-\d\dT[\d:.]+Z|[0-9a-f]{8}-[0-9a-f]{4}-[47][0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}|[0-9a-f]{13}-(?=\d)"
+    r'|(?<=")[0-9a-f]{8}-(?=\d+")|(?<="next_page_token": ")[^"]+|(?<=": ")\d+(\.\d+)?s'
+    r'|(?<="log_bytes": ")\d+'
+)
+"""Times, the server's ids, the part of an etag that is a time or of a uid, page tokens, durations, and the size of a
+log, in which there are times."""
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The fenced blocks of a page in one language, in order."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+def calls() -> list[tuple[str, str]]:
+    """The commands of docs/calls.md with the output under each, in order."""
+    found = []
+    for block in blocks("docs/calls.md", "console"):
+        for call in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = call.partition("\n")
+            found.append((command, output))
+    return found
+
+
+def told(output: str) -> list[Any]:
+    """What an output says, without what no two runs have alike: ids, times, and how the events fell into batches."""
+    try:
+        documents = list(_documents(CHANGING.sub("", output)))
+    except ValueError:
+        return [line.split() for line in CHANGING.sub("", output).splitlines()]
+    said = [document for document in documents if "batch" not in document]
+    events = [event for document in documents for event in document.get("batch", {}).get("events", [])]
+    return said + [event for event in events if "sequence" in event]
+
+
+def _found(text: str) -> list[str]:
+    """What may be named in later calls, too."""
+    return [found.group() for found in CHANGING.finditer(text) if not found.group().isdigit()]
+
+
+def _documents(text: str) -> list[Any]:
+    decoder, found, at = json.JSONDecoder(), [], 0
+    while text[at:].strip():
+        at += len(text[at:]) - len(text[at:].lstrip())
+        document, at = decoder.raw_decode(text, at)
+        found.append(document)
+    return found
+
+
+async def test_every_call_prints_what_the_page_shows(grpcurl: str) -> None:
+    ids: dict[str, str] = {}
+    async with running(max_runs=1000) as served:
+        for command, printed in calls():
+            words = [ids.get(word, word) for word in shlex.split(command)]
+            for old, new in ids.items():
+                words = [word.replace(old, new) for word in words]
+            assert words[0] == "grpcurl"
+            words = [grpcurl, *(word.replace("localhost:7420", served.address) for word in words[1:])]
+            process = await asyncio.create_subprocess_exec(
+                *words, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+            )
+            output = (await process.communicate())[0].decode()
+            assert told(output) == told(printed), command
+            ids.update(zip(_found(printed), _found(output), strict=False))
+
+
+def test_every_method_of_the_contract_is_shown() -> None:
+    shown = {command.split()[-1].partition(".v1.")[2] for command, _ in calls()}
+    methods = {
+        f"{service}/{method}"
+        for module in ("agent", "blob", "message", "run", "server", "session", "state")
+        for service, described in _services(module)
+        for method in described
+    }
+    assert methods - shown == set()
+
+
+def _services(module: str) -> list[tuple[str, list[str]]]:
+    descriptor = getattr(v1, f"{module}_pb2").DESCRIPTOR
+    return [(name, list(service.methods_by_name)) for name, service in descriptor.services_by_name.items()]
+
+
+async def execute(program: str, page: str, address: str) -> None:
+    """Runs the `main` of a page's program, which is printed with the address of a fresh server."""
+    source = re.sub(r"^asyncio\.run\(main\(\)\).*\n", "", program, flags=re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(compile(source.replace("127.0.0.1:7420", address), page, "exec"), names)
+    await names["main"]()
+
+
+async def test_the_python_of_the_first_steps_runs(capfd: pytest.CaptureFixture[str]) -> None:
+    (program,) = blocks("docs/start.md", "python")
+    async with running() as served:
+        await execute(program, "docs/start.md", served.address)
+    assert "Last seen: the harbour." in capfd.readouterr().out
+
+
+async def test_the_readmes_call_and_its_python_run(grpcurl: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """One after the other: the program uses the agent that the call makes."""
+    (shell,), (program,) = blocks("README.md", "sh"), blocks("README.md", "python")
+    words = shlex.split(shell[shell.index("grpcurl ") :].replace("\\\n", ""))
+    async with running() as served:
+        arguments = [word.replace("localhost:7420", served.address) for word in words[1:]]
+        process = await asyncio.create_subprocess_exec(grpcurl, *arguments, stdout=asyncio.subprocess.PIPE)
+        answer = json.loads((await process.communicate())[0])
+        assert "agents/detective" == answer["name"]
+        await execute(program, "README.md", served.address)
+    assert "Seen: the harbour." in capfd.readouterr().out
+
+
+def test_the_readmes_first_screen_fits_a_screen() -> None:
+    """What it is, the picture, how to start it, a call and a program."""
+    first = (ROOT / "README.md").read_text().split("\n## ")[0]
+    assert first.count("\n") <= 40
+    assert 8 == len([line for line in blocks("README.md", "python")[0].splitlines() if line])
+    assert all(wanted in first for wanted in ("](docs/demo.svg)", "make serve", "grpcurl", "```python"))
+
+
+LINK = re.compile(r"\]\(([^()\s]+)\)")
+"""The target of a link or an image."""
+
+
+def prose(page: Path) -> str:
+    """The page without what stands in code."""
+    return re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = [re.sub(LINK, "", found) for found in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file_and_a_heading(page: Path) -> None:
+    broken = []
+    for target in LINK.findall(prose(page)):
+        path, _, anchor = target.partition("#")
+        if path.startswith(("https://", "http://")):
+            continue
+        found = page.parent / path if path else page
+        if not found.exists() or (anchor and anchor not in anchors(found)):
+            broken.append(target)
+    assert not broken
+
+
+def test_every_page_is_in_the_index() -> None:
+    """Those of docs/ in docs/index.md, and the index in the README."""
+    listed = set(LINK.findall((ROOT / "docs/index.md").read_text()))
+    assert {page.name for page in PAGES if page.parent == ROOT / "docs"} - listed == {"index.md"}
+    assert "docs/index.md" in LINK.findall((ROOT / "README.md").read_text())
+
+
+def test_the_page_of_errors_is_made_from_the_contract_and_the_catalog() -> None:
+    """`make errors` writes it: every reason, with its code and its meaning."""
+    assert errors.page() == errors.PAGE.read_text()
+    named = {v1.ErrorReason.Name(reason).removeprefix("ERROR_REASON_") for reason in CATALOG}
+    assert named == set(re.findall(r"^\| ([A-Z_]+) \|", errors.page(), re.MULTILINE))
+
+
+def test_the_picture_loads_nothing() -> None:
+    """Viewers of the README fetch no font for it: its only address is the name of SVG itself."""
+    picture = (ROOT / "docs/demo.svg").read_text()
+    assert ["http://www.w3.org/2000/svg"] == re.findall(r"https?://[^\s\"')]+", picture)
+    assert "@font-face" not in picture
+    assert "make&#160;demo" in picture
