@@ -5,6 +5,7 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import asyncpg
@@ -159,17 +160,17 @@ async def test_connections_that_are_cut_at_random_lose_nothing_and_do_nothing_tw
             for number in range(6):
                 for name in ("sessions/s/state", "users/ada/state"):
                     add = v1.UpdateStateRequest(name=name, request_id=f"{name} {number}", ops=[increment("n", 1)])
-                    await _patiently(lambda add=add: server.state.UpdateState(add))
+                    await _patiently(partial(server.state.UpdateState, add))
             for number in range(2):
                 model.script(reply("All of it is here."))
                 start = v1.StartRun(session="sessions/s", run_id=f"r{number}", messages=[said("Go")])
-                await _patiently(lambda start=start: server.runs.CreateRun(v1.CreateRunRequest(start=start)))
+                await _patiently(partial(server.runs.CreateRun, v1.CreateRunRequest(start=start)))
                 name = f"sessions/s/runs/r{number}"
-                run = await _patiently(lambda name=name: server.runs.WaitRun(v1.WaitRunRequest(name=name)))
+                run = await _patiently(partial(server.runs.WaitRun, v1.WaitRunRequest(name=name)))
                 assert v1.Run.STATE_SUCCEEDED == run.state, run
             proxy.asked = lambda kind, body: None
             for name in ("sessions/s/state", "users/ada/state"):
-                state = await _patiently(lambda name=name: server.state.GetState(v1.GetStateRequest(name=name)))
+                state = await _patiently(partial(server.state.GetState, v1.GetStateRequest(name=name)))
                 assert 6 == from_value(state.entries["n"].value)
             log = await log_of(server, "sessions/s")
             ends = [event.run for event in log if event.run_state_changed.state == v1.Run.STATE_SUCCEEDED]

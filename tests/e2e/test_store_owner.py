@@ -2,9 +2,10 @@
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import asyncpg
 import grpc
@@ -65,7 +66,7 @@ async def waiting(store: str, log: Path, **env: str) -> AsyncIterator[tuple[asyn
 
 async def health(port: int, service: str = "") -> int:
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        stub: Any = health_pb2_grpc.HealthStub(channel)  # its types know no methods
         answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
     return int(answer.status)
 
@@ -159,7 +160,7 @@ async def test_a_frozen_owner_is_replaced_and_can_do_no_harm(
     assert 2 == len(model.requests)
 
 
-async def _refused(call: grpc.aio.UnaryUnaryCall) -> str:
+async def _refused(call: Awaitable[Any]) -> str:
     with pytest.raises(grpc.aio.AioRpcError) as refused:
         await call
     return reason_of(refused.value)

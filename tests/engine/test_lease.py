@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator
 
 from notecase import v1
 from notecase_server.models.contract import Delta, ModelRequest
+from notecase_server.store.contract import Unshared
 from notecase_server.store.memory import MemoryStore
 from notecase_server.tools.functions import tool
 
@@ -14,7 +15,7 @@ from tests.store.build import ManualClock
 acted: list[str] = []
 
 
-class Shared:
+class Shared(Unshared):
     """A lease that a test gives and takes."""
 
     def __init__(self) -> None:
