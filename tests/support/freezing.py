@@ -40,7 +40,7 @@ def _in_transaction() -> None:
 
         return await transact(self, stopping, *others)
 
-    PostgresStore._transact = frozen  # type: ignore[method-assign]
+    PostgresStore._transact = frozen  # type: ignore[assignment, method-assign]
 
 
 def _in_commit() -> None:
