@@ -23,7 +23,7 @@ async def store() -> str:
 async def guarded(store: str) -> AsyncIterator[str]:
     """The URL of a database whose user needs PASSWORD."""
     admin = await asyncpg.connect(store)
-    name = "keeper" + store.partition("?")[0].rpartition("_")[2]
+    name = "keeper_" + store.partition("?")[0].rpartition("/")[2]
     await admin.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{PASSWORD}'")
     await admin.execute(f"GRANT ALL ON SCHEMA public TO {name}")
     rules = postgres.shared().directory / "data" / "pg_hba.conf"

@@ -44,7 +44,7 @@ class Place:
 async def place() -> AsyncIterator[Place]:
     url = await postgres.shared().new_database()
     admin = await asyncpg.connect(url)
-    name = "app_" + url.partition("?")[0].rpartition("_")[2]
+    name = "app_" + url.partition("?")[0].rpartition("/")[2]
     await admin.execute(f"CREATE ROLE {name} LOGIN")
     await admin.execute(f"CREATE DATABASE {name} OWNER {name} TEMPLATE template0")
     folder = url.partition("?host=")[2]
