@@ -27,6 +27,7 @@ from benchmarks import stub
 from benchmarks.hostile import hostile
 from benchmarks.load import CONNECTIONS, SAID, Caller, Load, WrongError, lanes
 from benchmarks.neighbour import Beside, Times, Turns, compare, table
+from benchmarks.postgres import TURNS, Database, bare, rows_written
 from benchmarks.processes import Cpus, Process, running, running_server
 
 WINDOW = 10
@@ -133,6 +134,39 @@ async def short_turns(side: Side) -> float:
     """The seconds of CPU time for a turn of one token: ten in each of eight new sessions, eight at once."""
     agent, sessions = await side.load.agent(1), await side.load.new_sessions(8)
     return await side.cpu(side.load.conversations(sessions, 10, agent, 1, at_once=8)) / 80
+
+
+async def postgres(bench: Bench) -> Values:
+    """What a turn costs over PostgreSQL: the server's CPU by turns with that over SQLite, the database's own, and what
+    bare asyncpg takes to write as many rows."""
+    database = Database(bench.cpus)
+    try:
+        url = await database.url()
+        name = f"postgres-{next(bench.names)}"
+        async with (
+            running_server(bench.cpus.server, bench.folder, name, bench.model.port, store=url) as server,
+            Load.connect(server.port) as load,
+        ):
+            side = Side(server, load)
+            await short_turns(bench)
+            await short_turns(side)
+            turns = others = backends = 0.0
+            for _ in range(6):
+                others += await short_turns(bench) / 6
+                before = database.cpu()
+                turns += await short_turns(side) / 6
+                backends += (database.cpu() - before) / TURNS / 6
+        rows = await rows_written(url) / (7 * TURNS)
+        least = await bare(await database.url(), round(rows))
+    finally:
+        database.remove()
+    return {
+        "postgres-turn": turns * 1e3,
+        "postgres-turn-in-sqlite": turns / others,
+        "postgres-database": backends * 1e3,
+        "postgres-bare": least * 1e3,
+        "postgres-rows": rows,
+    }
 
 
 async def keys(bench: Bench) -> Values:
@@ -475,6 +509,7 @@ async def _beside(
 MEASURES: dict[str, Callable[[Bench], Awaitable[Values]]] = {
     "tokens": beside_floor(tokens),
     "turn": beside_floor(turn),
+    "postgres": postgres,
     "keys": keys,
     "first-token": beside_floor(first_token),
     "history": history,

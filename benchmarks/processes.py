@@ -130,12 +130,13 @@ def with_model(port: int | None) -> dict[str, str]:
 
 @contextlib.asynccontextmanager
 async def running_server(
-    cpu: int, folder: Path, name: str, model_port: int | None, *module: str, key: str = ""
+    cpu: int, folder: Path, name: str, model_port: int | None, *module: str, key: str = "", store: str = ""
 ) -> AsyncIterator[Process]:
-    """`notecase serve` over a new SQLite file `name` in `folder`, with the stub as its model, or without a port with
-    the offline one; by another `module` with its first arguments, where one is given. With a `key` callers need it."""
+    """`notecase serve` over a new SQLite file `name` in `folder` or another `store`, with the stub as its model, or
+    without a port with the offline one; by another `module` with its first arguments, where one is given. With a `key`
+    callers need it."""
     program = ("-m", *(module or ("notecase_server",)))
-    arguments = ("serve", "--listen", "127.0.0.1:0", "--store", f"sqlite:{folder / name}.db")
+    arguments = ("serve", "--listen", "127.0.0.1:0", "--store", store or f"sqlite:{folder / name}.db")
     env = with_model(model_port) | ({"NOTECASE_ADMIN_KEY": key} if key else {})
     async with running(cpu, folder / f"{name}.log", *program, *arguments, env=env) as server:
         yield server

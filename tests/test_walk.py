@@ -371,9 +371,10 @@ async def walking(url: str) -> AsyncIterator[Walk]:
 
 @pytest.fixture(params=["memory", "sqlite", "postgresql"])
 async def walk(request: pytest.FixtureRequest, tmp_path: Any) -> AsyncIterator[Walk]:
-    urls = {"memory": "memory:", "sqlite": f"sqlite:{tmp_path / 'notecase.db'}"}
     async with AsyncExitStack() as stack:
-        url = urls.get(request.param) or await stack.enter_async_context(postgres.shared().empty_store())
+        url = "memory:" if request.param == "memory" else f"sqlite:{tmp_path / 'notecase.db'}"
+        if request.param == "postgresql":
+            url = await stack.enter_async_context(postgres.shared().empty_store())
         yield await stack.enter_async_context(walking(url))
 
 

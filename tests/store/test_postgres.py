@@ -26,6 +26,7 @@ from notecase_server.store.contract import (
 )
 from notecase_server.store.postgres import PostgresStore
 from notecase_server.store.postgres_commit import CommitTables
+from notecase_server.store.postgres_schema import VERSION
 from notecase_server.store.postgres_tables import PostgresTables
 from notecase_server.store.postgres_wire import Defect, awaited, escaped, unescaped
 
@@ -165,6 +166,8 @@ async def test_a_page_of_large_rows_is_not_read_beyond_its_end(store: PostgresSt
         return len(rows)
 
     assert 4 == await store._read(step)
+    assert 12 == await store._read(lambda tables: len(list(tables.events(KEY, 0, 100))))
+    assert 7 == await store._read(lambda tables: len(list(tables.events(KEY, 2, 7))))
     page = await store.list_messages(KEY, EVERYTHING)
     assert (2, (2,)) == (len(page.rows), page.next)
 
@@ -300,6 +303,25 @@ def come_between(monkeypatch: pytest.MonkeyPatch, act: Any) -> Iterator[list[Com
         yield tries
 
 
+async def test_a_commit_that_others_come_between_every_time_is_given_up(
+    store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await create(store)
+    flush, tries = CommitTables.flush, 0
+
+    def late(tables: CommitTables) -> None:
+        nonlocal tries
+        tries += 1
+        awaited(beside.execute("UPDATE sessions SET epoch = epoch + 1"))
+        flush(tables)
+
+    monkeypatch.setattr(CommitTables, "flush", late)
+    with refused("STORE_UNAVAILABLE"):
+        await add(store, said("m1"))
+    assert postgres_store.TRIES == tries
+    assert [] == await store.read_events(KEY, 0)
+
+
 async def test_of_two_commits_with_one_request_id_or_one_name_one_is_made(store: PostgresStore) -> None:
     """Of different sessions at once, so that neither waits for the other."""
     keys = [session_key("acme", f"s{number}") for number in range(8)]
@@ -347,6 +369,7 @@ async def test_a_row_that_somebody_else_holds_is_waited_for_so_long_and_no_longe
     with refused("STORE_UNAVAILABLE"):
         await store.update_state(APP_STATE, [put("k", 2)])
     await beside.execute("COMMIT")
+    monkeypatch.undo()
     assert 2 == (await store.update_state(APP_STATE, [put("k", 2)])).version
 
 
@@ -368,6 +391,7 @@ async def test_a_server_that_stands_still_in_a_transaction_holds_a_row_so_long_a
     ended.set()
     with refused("STORE_UNAVAILABLE"):
         await writing
+    monkeypatch.undo()
     await store.probe()
 
 
@@ -642,13 +666,22 @@ async def test_two_servers_that_open_an_empty_database_at_once_make_its_tables_o
         await store.close()
 
 
-async def test_a_database_of_a_newer_version_is_refused(url: str, beside: Any, clock: ManualClock) -> None:
+async def test_a_database_that_is_more_than_one_step_newer_is_refused(
+    url: str, beside: Any, clock: ManualClock
+) -> None:
+    """A step newer is what another server makes of it when the servers are replaced one by one; it stays."""
     await beside.execute("UPDATE notecase_store SET schema = schema + 1")
     try:
-        with pytest.raises(StoreOpenError, match=r"written by a newer notecase: its schema is 2.* knows up to 1\."):
+        opened = await PostgresStore.open(url, clock)
+        await opened.close()
+        assert VERSION + 1 == await beside.fetchval(
+            "UPDATE notecase_store SET schema = schema + 1 RETURNING schema - 1"
+        )
+        newer = rf"written by a newer notecase: its schema is {VERSION + 2}, this one works with {VERSION + 1}\."
+        with pytest.raises(StoreOpenError, match=newer):
             await PostgresStore.open(url, clock)
     finally:
-        await beside.execute("UPDATE notecase_store SET schema = schema - 1")
+        await beside.execute("UPDATE notecase_store SET schema = $1", VERSION)
 
 
 UNFIT = {

@@ -21,7 +21,7 @@ from notecase_server.store.postgres_commit import CommitTables
 from notecase_server.store.postgres_database import Access, Database, connect, raise_fence
 from notecase_server.store.postgres_lease import PostgresLease
 from notecase_server.store.postgres_locks import Locks
-from notecase_server.store.postgres_tables import Counts, PostgresTables
+from notecase_server.store.postgres_tables import Counts, PostgresTables, WritingTables
 from notecase_server.store.postgres_tallies import CountedAloneError, Tallies
 from notecase_server.store.postgres_wire import (
     GUARD,
@@ -140,12 +140,17 @@ class PostgresStore(TableStore):
         async with self._pool.acquire() as connection:
             try:
                 await self._begin(connection)
-                result = await run(step, PostgresTables(connection, counts), self._clock())
+                result: T = await run(self._write_step, WritingTables(connection, counts), step)
                 await connection.execute("COMMIT")
             except BaseException:
                 await _end(connection)
                 raise
             return result
+
+    def _write_step(self, tables: WritingTables, step: Callable[[Tables, int], T]) -> T:
+        result = step(tables, self._clock())
+        tables.flush()
+        return result
 
     async def _begin(self, connection: Any) -> None:
         """Begins a transaction that writes; another server that takes the store over waits for its end. Raises

@@ -31,6 +31,10 @@ combinations."""
 MIGRATION_LOCK = 0x6E746373
 """The number of the advisory lock under which a database is brought up to date: "ntcs"."""
 
+NEWER = 1
+"""Steps that a schema may be ahead: a migration only adds what the version before can do without, and the release after
+it removes what is no longer used. So a server of the version before still works while others are replaced."""
+
 OLDEST_SERVER = 14
 
 
@@ -203,7 +207,7 @@ async def migrate(connection: Any, where: str) -> None:
     async with connection.transaction():
         await connection.execute(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
         version = await check(connection, where)
-        if version == VERSION:
+        if version >= VERSION:
             return
         for migration in MIGRATIONS[version:]:
             await connection.execute(migration)
@@ -236,9 +240,9 @@ async def check(connection: Any, where: str) -> int:
             raise StoreOpenError(f"{where} is a database of another program. Choose another database or schema.")
         return 0
     version: int = await connection.fetchval("SELECT schema FROM notecase_store")
-    if version > VERSION:
+    if version > VERSION + NEWER:
         raise StoreOpenError(
-            f"{where} was written by a newer notecase: its schema is {version}, this one knows up to {VERSION}."
+            f"{where} was written by a newer notecase: its schema is {version}, this one works with {VERSION + NEWER}."
             " Use that version, or choose another database."
         )
     return version

@@ -300,6 +300,12 @@ class PostgresTables:
         status: str = awaited(self._connection.execute(statement, *map(escaped, values)))
         return int(status.rpartition(" ")[2])
 
+    def _put(self, statement: str, of: tuple[str, ...], rows: Sequence[tuple[Any, ...]], width: int) -> None:
+        """Writes rows by a statement over their columns, which begin behind the values `of`. The first `width` columns
+        tell a row from all others."""
+        if rows:
+            self._do(statement, *of, *_columns(rows))
+
     def save(self, changes: Changes) -> None:
         key, deaths = changes.key, dict(changes.deaths)
         (self.add_session if changes.made else self.put_session)(key, changes.session)
@@ -531,17 +537,20 @@ class PostgresTables:
             yield Found((create_time, uid), v1.Session.FromString(body), size)
 
     def add_events(self, key: SessionKey, events: Sequence[EventRow]) -> None:
-        if events:
-            self._do(ADD_EVENTS, *_of(key), *_columns(map(_event, events)))
+        self._put(ADD_EVENTS, _of(key), list(map(_event, events)), 1)
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]:
-        rows = self._page(
+        # Some ask for all that there are, however large.
+        while rows := self._page(
             """SELECT sequence, body, length(body) AS size FROM events
                 WHERE tenant = $1 AND uid = $2 AND sequence > $3""",
             *("sequence", (*_of(key), after), limit),
-        )
-        for sequence, body, size, _ in rows:
-            yield Found((sequence,), v1.Event.FromString(body), size)
+        ):
+            for sequence, body, size, _ in rows:
+                yield Found((sequence,), v1.Event.FromString(body), size)
+            after, limit = rows[-1]["sequence"], limit - len(rows)
+            if rows[-1]["before"] + rows[-1]["size"] <= ANSWER_BYTES:
+                break
 
     def changes(self, key: SessionKey, after: int, until: int) -> Iterator[v1.Event]:
         while rows := self._page(
@@ -561,8 +570,7 @@ class PostgresTables:
         return Stretch(*row) if row else None
 
     def add_stretches(self, key: SessionKey, stretches: Sequence[Stretch]) -> None:
-        if stretches:
-            self._do(ADD_STRETCHES, *_of(key), *_columns(stretches))
+        self._put(ADD_STRETCHES, _of(key), stretches, 1)
 
     def message(self, key: SessionKey, message: str) -> v1.Message | None:
         row = self._one(f"{MESSAGES} AND e.message = $3", *_of(key), message)
@@ -587,8 +595,7 @@ class PostgresTables:
 
     def _put_messages(self, key: SessionKey, messages: Sequence[v1.Message]) -> None:
         rows = [(message.sequence, message.update_sequence, message.SerializeToString()) for message in messages]
-        if rows:
-            self._do(PUT_MESSAGES, *_of(key), *_columns(rows))
+        self._put(PUT_MESSAGES, _of(key), rows, 1)
 
     def messages(
         self, key: SessionKey, query: Query, newest_first: bool, step: StepKey | None, superseded: bool
@@ -623,7 +630,7 @@ class PostgresTables:
         return held_calls(self._rows(f"{CALLS} AND t.call_id = ANY($3)", *_of(key), calls)) if calls else {}
 
     def put_calls(self, key: SessionKey, calls: Mapping[str, str]) -> None:
-        self._do(PUT_CALLS, *_of(key), *_columns(calls.items()))
+        self._put(PUT_CALLS, _of(key), list(calls.items()), 1)
 
     def run(self, key: SessionKey, run: str) -> tuple[v1.Run, bytes] | None:
         row = self._one("SELECT body, digest FROM runs WHERE tenant = $1 AND uid = $2 AND run = $3", *_of(key), run)
@@ -721,10 +728,8 @@ class PostgresTables:
     def _put_entries(self, tenant: str, entries: Sequence[tuple[Scope, str, v1.StateEntry | None]]) -> None:
         put = [(*scope[1:], key, entry.SerializeToString()) for scope, key, entry in entries if entry is not None]
         gone = [(*scope[1:], key) for scope, key, entry in entries if entry is None]
-        if put:
-            self._do(PUT_ENTRIES, tenant, *_columns(put))
-        if gone:
-            self._do(DROP_ENTRIES, tenant, *_columns(gone))
+        self._put(PUT_ENTRIES, (tenant,), put, 3)
+        self._put(DROP_ENTRIES, (tenant,), gone, 3)
 
     def entries(self, scope: Scope, query: Query) -> Iterator[Found[tuple[str, v1.StateEntry]]]:
         # No key is empty, so the empty text comes before all.
@@ -907,8 +912,7 @@ class PostgresTables:
         self._refer(scope, key, {sha256: sequence})
 
     def _refer(self, scope: Scope, key: str, references: Mapping[str, int]) -> None:
-        if references:
-            self._do(REFER, *scope, key, *_columns(references.items()))
+        self._put(REFER, (*scope, key), list(references.items()), 1)
 
     def drop_references(self, scope: Scope, key: str) -> None:
         self._do("DELETE FROM blob_references WHERE tenant = $1 AND kind = $2 AND id = $3 AND key = $4", *scope, key)
@@ -1095,6 +1099,43 @@ def session_changes(row: SessionRow) -> list[Any]:
     expire_time = session.expire_time.ToMicroseconds() if session.HasField("expire_time") else None
     commits = json.dumps(row.commits, separators=(",", ":")) if row.commits else None
     return [*columns, expire_time, _labels(session), row.epoch, commits, session.SerializeToString()]
+
+
+class WritingTables(PostgresTables):
+    """Tables within a transaction, which write rows that come one by one together: an import makes hundreds of them.
+    Before anything else is asked or written, and by `flush`."""
+
+    def __init__(self, connection: "Connection[Record]", counts: Counts) -> None:
+        super().__init__(connection, counts)
+        self._waiting: tuple[str, tuple[str, ...]] | None = None
+        """The statement, and the values that come first."""
+        self._rows_waiting: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+    def _put(self, statement: str, of: tuple[str, ...], rows: Sequence[tuple[Any, ...]], width: int) -> None:
+        for row in rows:
+            if self._waiting != (statement, of) or row[:width] in self._rows_waiting:
+                self.flush()
+                self._waiting = statement, of
+            self._rows_waiting[row[:width]] = row
+
+    def flush(self) -> None:
+        """Writes what waits."""
+        if self._waiting is not None:
+            (statement, of), rows = self._waiting, list(self._rows_waiting.values())
+            self._waiting, self._rows_waiting = None, {}
+            super()._put(statement, of, rows, 0)
+
+    def _rows(self, statement: str, *values: Any) -> list[Record]:
+        self.flush()
+        return super()._rows(statement, *values)
+
+    def _one(self, statement: str, *values: Any) -> Any:
+        self.flush()
+        return super()._one(statement, *values)
+
+    def _do(self, statement: str, *values: Any) -> int:
+        self.flush()
+        return super()._do(statement, *values)
 
 
 def _event(row: EventRow) -> tuple[Any, ...]:

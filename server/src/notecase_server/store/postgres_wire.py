@@ -41,8 +41,9 @@ guard that did not hold, a key that is taken, a serialization failure, a deadloc
 DEFECTS = ("22", "23", "42")
 """Classes of SQLSTATEs of what can never succeed: our mistake, so nobody is told to try again."""
 
-MENDABLE = frozenset({"42501", "42P01"})
-"""Those of DEFECTS that an operator or a restore makes, and can mend: a right is missing, or a table."""
+PASSING = frozenset({"22012", "42501", "42P01"})
+"""Those of DEFECTS that are not ours: a guard that others broke again and again, and a right or a table that is missing
+until an operator gives it back."""
 
 DISK_FULL = "53100"
 
@@ -112,7 +113,7 @@ def refusals() -> Iterator[None]:
     except (*LOST, DecodeError) as error:
         code = sqlstate(error)
         failed = " ".join(filter(None, (type(error).__name__, code)))
-        if isinstance(error, ValueError) or (code[:2] in DEFECTS and code not in MENDABLE):
+        if isinstance(error, ValueError) or (code[:2] in DEFECTS and code not in PASSING):
             raise Defect(failed) from None
         log.error("store_failed", error=failed)
         raise errors.store_unavailable(full=code == DISK_FULL) from None
