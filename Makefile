@@ -27,7 +27,7 @@ GO_PLUGINS := $(if $(GO),$(addprefix $(GENERATOR)/bin/,protoc-gen-go protoc-gen-
 # What buf breaking compares proto/ with: the last commit, or make proto-breaking AGAINST=v0.1.0
 AGAINST := HEAD
 
-.PHONY: help demo serve test test-hard test-kills test-rust mutants fuzz lint format types proto proto-check proto-lint proto-breaking dist docs errors picture check bench bench-peers profile soak tools clean
+.PHONY: help demo serve test test-hard test-kills test-faults test-postgresql test-rust mutants fuzz lint format types proto proto-check proto-lint proto-breaking dist docs errors picture check bench bench-peers profile soak tools clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -47,8 +47,16 @@ test-hard: $(VENV)/.ready ## Run tests/e2e with seeds 1 to 5 on a busy machine; 
 test-kills: $(VENV)/.ready ## Kill a server after every transaction of a long fork and import, where make test takes some
 	@NOTECASE_KILLS=1 $(BIN)/python -m pytest -n auto --dist worksteal --timeout 900 -k ten_thousand tests/e2e/test_copies.py $(ARGS)
 
+test-faults: $(VENV)/.ready ## Let a PostgreSQL store and its owner fail in every way, ten times, or ROUNDS=2
+	@for round in $$(seq $(or $(ROUNDS),10)); do \
+		$(BIN)/python -m pytest -n0 -q tests/e2e/test_store_owner.py tests/e2e/test_postgres_faults.py $(ARGS) || exit 1; done
+
 test-rust: $(VENV)/.ready ## Build and run the program in Rust of docs/languages.md; needs Cargo, and a minute or two the first time
 	@NOTECASE_RUST=1 $(BIN)/python -m pytest -n0 --timeout 900 -k rust tests/languages/test_page.py $(ARGS)
+
+test-postgresql: $(VENV)/.ready ## Run the tests of the PostgreSQL store on the server that NOTECASE_POSTGRES names, as a superuser
+	@test -n "$$NOTECASE_POSTGRES" || { echo "NOTECASE_POSTGRES must be the URL of a superuser of a PostgreSQL server." >&2; exit 1; }
+	@$(BIN)/python -m pytest -n auto --dist worksteal -k "postgres or whole_store or store_owner" tests/store tests/e2e tests/cli/test_postgresql.py $(ARGS)
 
 mutants: $(VENV)/.ready ## Break each promise in a copy: a test must notice; ARGS="rpc/watch" for some of them
 	@$(BIN)/python -m tests.mutants $(ARGS)

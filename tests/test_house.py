@@ -130,7 +130,9 @@ ROOMS: dict[str, Room] = {
     ),
     "serve": Room({"*"}, "The one place that composes, and so the one that sees all."),
     "cli": Room({"client", "loopback"}, "A command is a client of a server, and knows it only by its address."),
-    "cli.keys": Room({"cli", "client", "serve", "store.contract"}, "The first key is made where no server is."),
+    "cli.keys": Room(
+        {"cli", "client", "config", "serve", "store.contract"}, "The first key is made where no server is."
+    ),
     "cli.serve": Room(
         {"auth", "cli", "serve", "config", "store.contract", "tools.contract", "tools.mcp"},
         "This command starts a server; it needs no client.",
@@ -141,6 +143,10 @@ ROOMS: dict[str, Room] = {
         "A provider is tried out as the server asks it, without one.",
     ),
     "cli.backup": Room({"cli", "serve", "store.contract"}, "The server's composition copies the store."),
+    **{
+        name: Room({"cli", "config", "serve", "store.contract"}, "As cli.backup; what a store logs goes with it.")
+        for name in ("cli.copy", "cli.migrate", "cli.store")
+    },
     "__main__": Room({"cli"}, "The command by another name."),
 }
 

@@ -21,7 +21,8 @@ from notecase_server.auth import rights
 from notecase_server.auth.keys import Keys
 from notecase_server.auth.principal import Role
 from notecase_server.rpc.server import SERVICES
-from notecase_server.serve import now, open_store
+from notecase_server.serve import now
+from notecase_server.serve_stores import open_store
 
 from tests.support import postgres, raw
 from tests.support.server import Running, running

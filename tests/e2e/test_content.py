@@ -16,7 +16,8 @@ from google.protobuf.empty_pb2 import Empty
 from notecase import Client, NotecaseError, v1
 from notecase_server import errors
 from notecase_server.models.openai import OpenAIProvider
-from notecase_server.serve import now, open_store
+from notecase_server.serve import now
+from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import CHUNK_BYTES
 from notecase_server.tools.functions import tool
 from notecase_server.tools.toolbox import make_toolbox

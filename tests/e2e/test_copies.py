@@ -17,7 +17,8 @@ import pytest
 from notecase import v1
 from notecase_server import errors, serve
 from notecase_server.engine import transfer
-from notecase_server.serve import now, open_store
+from notecase_server.serve import now
+from notecase_server.serve_stores import open_store
 from notecase_server.store import copies
 from notecase_server.store.contract import Fork, SessionKey, Store
 from notecase_server.store.memory import MemoryStore

@@ -8,7 +8,8 @@ from typing import Any, cast
 import grpc
 import pytest
 from notecase import v1
-from notecase_server.serve import now, open_store
+from notecase_server.serve import now
+from notecase_server.serve_stores import open_store
 from notecase_server.store import steps
 from notecase_server.store.contract import SessionKey, Store
 

@@ -8,7 +8,8 @@ from notecase import v1
 from notecase_server import supervisor
 from notecase_server.engine.session import ASKS
 from notecase_server.models.openai import OpenAIProvider
-from notecase_server.serve import new_uid, now, open_store
+from notecase_server.serve import new_uid, now
+from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import Commit, RunRecord, SessionKey, Store
 
 from tests.e2e.driving import said

@@ -13,7 +13,8 @@ from notecase_server.engine.calls import Calls
 from notecase_server.engine.worker import Worker
 from notecase_server.models.contract import Provider
 from notecase_server.models.openai import OpenAIProvider
-from notecase_server.serve import now, open_store
+from notecase_server.serve import now
+from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import Commit, Committed, Store
 from notecase_server.store.fold import ENDED
 from notecase_server.tools.clock import Clock

@@ -8,7 +8,8 @@ import grpc
 import pytest
 from notecase import v1
 from notecase_server.models.openai import OpenAIProvider
-from notecase_server.serve import now, open_store
+from notecase_server.serve import now
+from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import SessionKey, Store
 
 from tests.e2e.driving import kinds, log_of, reason_of, said

@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from notecase import v1
 from notecase_server.engine import upkeep
 from notecase_server.models.openai import OpenAIProvider
-from notecase_server.serve import open_store
+from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import Commit, Store
 
 from tests.e2e.driving import durable, log_of, reason_of, said

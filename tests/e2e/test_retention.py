@@ -13,7 +13,7 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import v1
 from notecase_server.models.openai import OpenAIProvider
-from notecase_server.serve import open_store
+from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import SessionKey
 from structlog.testing import capture_logs
 

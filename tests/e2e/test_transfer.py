@@ -9,7 +9,7 @@ from pathlib import Path
 import grpc
 import pytest
 from notecase import Client, NotecaseError, v1
-from notecase_server.serve import open_store
+from notecase_server.serve_stores import open_store
 
 from tests.e2e.driving import fields_of, log_of, reason_of
 from tests.e2e.test_past import agree, fork, numbers, put, rewind, texts, turn

@@ -19,7 +19,8 @@ from notecase_server.engine import timers, upkeep
 from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Call, Delta, Finish, ModelRequest, Text
 from notecase_server.rpc.watch import Pace
-from notecase_server.serve import now, open_store
+from notecase_server.serve import now
+from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import Clock, Commit, Store
 from notecase_server.store.fold import ENDED
 from structlog.testing import capture_logs

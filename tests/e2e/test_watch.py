@@ -11,7 +11,8 @@ from notecase import Client, SessionView, v1
 from notecase_server.engine import session as live
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.rpc.watch import Pace
-from notecase_server.serve import now, open_store
+from notecase_server.serve import now
+from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import Commit, SessionKey, Store
 
 from tests.e2e.driving import durable, events_of, kinds, log_of, metadata_of, reason_of, said

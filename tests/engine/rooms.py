@@ -83,6 +83,7 @@ class House:
             places=Places(max_runs),
             new_id=new_id,
             clock=clock,
+            lease=store.lease,
         )
         self.sessions = Sessions(store, new_id, new_id)
         self.runs = Runs(self.sessions, self.services, poll)

@@ -9,7 +9,8 @@ from typing import Any
 import grpc
 import pytest
 from notecase import v1
-from notecase_server.serve import now, open_store
+from notecase_server.serve import now
+from notecase_server.serve_stores import open_store
 from notecase_server.tools.functions import tool
 from notecase_server.tools.mcp_settings import McpServerSettings
 from notecase_server.tools.toolbox import make_toolbox

@@ -11,7 +11,8 @@ from notecase import v1
 from notecase_server import errors
 from notecase_server.auth.principal import Role
 from notecase_server.rpc import refusals
-from notecase_server.serve import now, open_store
+from notecase_server.serve import now
+from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import AuditRow
 from structlog.testing import capture_logs
 

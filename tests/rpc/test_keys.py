@@ -13,7 +13,8 @@ from grpc_status import rpc_status
 from notecase import v1
 from notecase_server.auth.keys import Keys
 from notecase_server.rpc import interceptor
-from notecase_server.serve import new_id, now, open_store
+from notecase_server.serve import new_id, now
+from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import MAX_KEYS, KeyRow
 
 from tests.e2e.driving import fields_of, metadata_of, reason_of

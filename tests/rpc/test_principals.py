@@ -11,7 +11,8 @@ import pytest
 from notecase import v1
 from notecase_server.auth.principal import Role
 from notecase_server.engine import transfer
-from notecase_server.serve import now, open_store
+from notecase_server.serve import now
+from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import Store
 
 from tests.e2e.driving import durable, kinds, reason_of, said

@@ -9,7 +9,8 @@ import pytest
 from notecase import v1
 from notecase_server.engine import tenancy
 from notecase_server.rpc import interceptor
-from notecase_server.serve import now, open_store
+from notecase_server.serve import now
+from notecase_server.serve_stores import open_store
 
 from tests.e2e.driving import reason_of, said
 from tests.rpc.test_keys import Scene, Words, bearer

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 from unittest import mock
 
-from notecase_server import serve
+from notecase_server import serve, serve_stores
 from notecase_server.config import Settings, configure_logging, providers_from_environment
 from notecase_server.store import copies, steps
 from notecase_server.store.contract import Clock, Commit, Committed, Store
@@ -223,10 +223,10 @@ def main() -> None:
     options = parser.parse_args()
 
     configure_logging("console", "info")
-    open_store = serve.open_store
+    open_store = serve_stores.open_store
 
-    async def open_mortal(url: str, clock: Clock) -> Any:
-        store = await open_store(url, clock)
+    async def open_mortal(url: str, clock: Clock, *others: Any) -> Any:
+        store = await open_store(url, clock, *others)
         if options.deletions:
             _die_deleting(store, options.deletions)
         if options.copies:

@@ -9,6 +9,7 @@ It forgets everything when the process ends, and does not wait for the disk: a s
 import atexit
 import itertools
 import os
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -17,8 +18,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 import asyncpg
+import pytest
 from notecase_server.store import postgres_database
 
 EMPTY = """DO $$ DECLARE name text; filled boolean; BEGIN
@@ -47,6 +51,8 @@ DURABLE = {**SETTINGS, "fsync": "on", "synchronous_commit": "on", "full_page_wri
 
 class Postgres:
     """A server of its own, that listens on a socket in a directory of its own."""
+
+    _prefix = ""
 
     def __init__(self, settings: dict[str, str] | None = None) -> None:
         """Makes a cluster and starts it."""
@@ -94,7 +100,7 @@ class Postgres:
 
     async def new_database(self, options: str = "") -> str:
         """Creates a database, and returns its URL."""
-        name = f"test_{next(self._databases)}"
+        name = f"test_{self._prefix}{next(self._databases)}"
         connection = await asyncpg.connect(self.url())
         try:
             await connection.execute(f"CREATE DATABASE {name} TEMPLATE template0 {options}")
@@ -117,8 +123,35 @@ class Postgres:
         self._free.append(url)
 
 
+class Existing(Postgres):
+    """A server that is named by NOTECASE_POSTGRES, the URL of a superuser: it is neither started nor stopped here."""
+
+    def __init__(self, url: str) -> None:
+        self._url = urlsplit(url)
+        self._databases = itertools.count()
+        self._free = []
+        self._prefix = f"{secrets.token_hex(4)}_"
+
+    def url(self, database: str = "postgres") -> str:
+        return self._url._replace(path=f"/{database}").geturl()
+
+    def __getattr__(self, name: str) -> Any:
+        pytest.skip(f"needs a server of its own: {name}")
+
+    def start(self) -> None:
+        pytest.skip("needs a server of its own")
+
+    def stop(self, mode: str = "immediate") -> None:
+        pytest.skip("needs a server of its own")
+
+    def remove(self) -> None:
+        """Leaves it as it is."""
+
+
 @cache
 def _shared(process: int) -> Postgres:
+    if url := os.environ.get("NOTECASE_POSTGRES"):
+        return Existing(url)
     server = Postgres()
     atexit.register(_remove, server, process)
     return server

@@ -18,7 +18,8 @@ from notecase_server.config import Settings
 from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.rpc.watch import Pace
-from notecase_server.serve import Server, new_id, now, open_store
+from notecase_server.serve import Server, new_id, now
+from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import Clock, Store
 from notecase_server.tools.contract import Toolbox
 from notecase_server.tools.toolbox import make_toolbox

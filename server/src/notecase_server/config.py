@@ -82,7 +82,20 @@ class Settings:
     """A key that the operator chose, for an admin of the tenant `default`; empty for none."""
     insecure: bool = False
     """Everybody who reaches the address may do all, and may be listened to."""
-    store: str = "memory:"
+    store: str = field(default="memory:", repr=False)
+    """memory:, sqlite:PATH or a URL of PostgreSQL, which may hold a password."""
+    store_password_file: Path | None = None
+    """The password of that URL, read again for each connection."""
+    store_connections: int = 10
+    """Connections to PostgreSQL at most, besides the one of the lease."""
+    store_lease: float = 10.0
+    """Seconds after which a server that does not renew its lease of a PostgreSQL store is taken for dead."""
+    no_wait: bool = False
+    """Do not wait for the end of another server that owns the store."""
+    no_migrate: bool = False
+    """Refuse a PostgreSQL store of an older schema."""
+    no_prepared: bool = False
+    """Prepare no statements in PostgreSQL: for a pooler that keeps none."""
     max_runs: int = 1000
     max_calls: int = 10_000
     max_connections: int = 10_000

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import structlog
 import uuid_utils
@@ -52,10 +51,9 @@ from notecase_server.rpc.refusals import Refusals
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.server import build, options
 from notecase_server.rpc.watch import Pace
-from notecase_server.store import sqlite_file
+from notecase_server.serve_standby import Standby
+from notecase_server.serve_stores import DATABASE, Database, open_store
 from notecase_server.store.contract import Answer, AuditRow, Clock, Once, Quotas, Store, StoreOpenError
-from notecase_server.store.memory import MemoryStore
-from notecase_server.store.sqlite import SqliteStore
 from notecase_server.supervisor import STUCK_SECONDS, Supervisor, Tasks
 from notecase_server.tools.contract import Toolbox
 from notecase_server.tools.toolbox import make_toolbox
@@ -110,36 +108,14 @@ def new_uid() -> str:
     return str(uuid_utils.uuid4())
 
 
-async def open_store(url: str, clock: Clock) -> Store:
-    """`memory:` or `sqlite:PATH`. Raises StoreOpenError with a sentence for whoever started the server."""
-    kind, _, path = url.partition(":")
-    if kind == "memory" and not path:
-        return MemoryStore(clock)
-    if kind == "sqlite" and path:
-        return await SqliteStore.open(path, clock)
-    if kind in {"postgresql", "postgres"}:
-        from notecase_server.store.postgres import PostgresStore  # noqa: PLC0415 - asyncpg is an extra
-
-        return await PostgresStore.open(url, clock)
-    raise StoreOpenError(f"{url!r} is no store; want memory: or sqlite:PATH.")
-
-
-def backup(url: str, destination: Path, force: bool) -> None:
-    """Copies a store to a file while a server owns it. Raises StoreOpenError with a sentence for whoever asked."""
-    kind, _, path = url.partition(":")
-    if kind != "sqlite" or not path:
-        raise StoreOpenError(f"{url!r} is no store with a file; want sqlite:PATH.")
-    sqlite_file.backup(Path(path), destination, force)
-
-
-def bootstrap(url: str, tenant: str, name: str) -> tuple[v1.Key, str]:
+def bootstrap(url: str, tenant: str, name: str, database: Database = DATABASE) -> tuple[v1.Key, str]:
     """Makes the key of an admin of the tenant, or of an operator where it is empty, in a store that no server has open.
     Returns it with what is to be sent. Raises StoreOpenError."""
     if url == "memory:":
         raise StoreOpenError("A store in memory has no key before it is served; set NOTECASE_ADMIN_KEY for one.")
 
     async def make() -> tuple[v1.Key, str]:
-        store = await open_store(url, now)
+        store = await open_store(url, now, database)
         try:
             key = v1.Key(display_name=name, role=v1.Key.ROLE_ADMIN if tenant else v1.Key.ROLE_OPERATOR)
             told = AuditRow(tenant, v1.AuditEntry(method=BOOTSTRAP, outcome="OK", call_count=1))
@@ -256,8 +232,22 @@ def make_authenticators(settings: Settings, files: Files, fetches: Tasks) -> lis
     return found
 
 
+def _listen(server: Any, settings: Settings, identity: "Watched[Identity] | None") -> tuple[int, int]:
+    """Takes the ports for a server of gRPC, and returns them: that for all, and that for client certificates or 0.
+    Raises RuntimeError when an address is taken."""
+    if identity is None:
+        return server.add_insecure_port(settings.listen), 0
+    from notecase_server.auth.tls import credentials  # noqa: PLC0415  # see `_watch_identity`
+
+    port = server.add_secure_port(settings.listen, credentials(identity))
+    if not settings.listen_mtls:
+        return port, 0
+    return port, server.add_secure_port(settings.listen_mtls, credentials(identity, require_client=True))
+
+
 class ServerBrokenError(Exception):
-    """A part of the server that it cannot do without broke again and again; the text is for the operator."""
+    """What ended the server: a part that it cannot do without broke again and again, or another server has become the
+    owner of its store. The text is for the operator."""
 
 
 class Server:
@@ -334,6 +324,7 @@ class Server:
             places=Places(settings.max_runs),
             new_id=make_id,
             clock=clock,
+            lease=store.lease,
         )
         self._runs = Runs(sessions, services, pace.poll)
         self._tenancy = Tenancy(store, sessions, self._runs, self._removed)
@@ -366,14 +357,22 @@ class Server:
         """Set when a part of the server that it cannot do without has given up."""
         return self._supervisor.broken
 
+    async def lost(self) -> str:
+        """Returns the name of another server, or nothing, once that owns the store: this one can write nothing more."""
+        return await self._store.lease.lost()
+
     async def start(self) -> int:
         """Serves, and takes over the runs that were left; returns the port. Raises RuntimeError when an address is
-        taken."""
+        taken, and lets go of the store then."""
         channel = options(self._settings.max_calls, self._settings.max_connections)
         self._grpc, self._health = await build(
             self._desk, self._store, self._keys, self._tenants, self._tenancy, self._doorway, channel
         )
-        self._listen()
+        try:
+            self.port, self.mtls_port = _listen(self._grpc, self._settings, self._identity)
+        except RuntimeError:
+            await self._store.close()
+            raise
         await self._grpc.start()
         self._runs.upkeep.start()
         self._supervisor.service("sweeper", self._sweep)
@@ -386,18 +385,6 @@ class Server:
         if self._settings.insecure:
             log.warning("server_insecure", problem="Everybody who reaches the port may do all.")
         return self.port
-
-    def _listen(self) -> None:
-        """Takes the ports of the server."""
-        listen, listen_mtls, identity = self._settings.listen, self._settings.listen_mtls, self._identity
-        if identity is None:
-            self.port = self._grpc.add_insecure_port(listen)
-            return
-        from notecase_server.auth.tls import credentials  # noqa: PLC0415  # see `_watch_identity`
-
-        self.port = self._grpc.add_secure_port(listen, credentials(identity))
-        if listen_mtls:
-            self.mtls_port = self._grpc.add_secure_port(listen_mtls, credentials(identity, require_client=True))
 
     async def stop(self) -> None:
         """Takes nothing new, brings runs to their next commit or leaves them to the next start, tells the streams and
@@ -492,14 +479,26 @@ async def _end_everything() -> list[str]:
 
 
 async def make_server(settings: Settings, fetches: Tasks, later: Later) -> Server:
-    """Makes the server that the settings describe, over its store. `fetches` owns what gets the keys of identity
-    providers; providers that take long to load are made `later`. Raises SettingsError, StoreOpenError,
-    ProviderSettingsError and ToolSettingsError, whose texts are for the operator."""
+    """Makes the server that the settings describe, over its store, once it owns that. `fetches` owns what gets the keys
+    of identity providers; providers that take long to load are made `later`.
+
+    Raises SettingsError, StoreOpenError, ProviderSettingsError and ToolSettingsError, whose texts are for the
+    operator."""
     providers = make_providers(settings, later)  # first, since a bad key or address is no reason to open the store
     toolbox = make_toolbox(settings.tools, settings.mcp_servers)
     files = Files()
     authenticators = make_authenticators(settings, files, fetches)
-    store = await open_store(settings.store, now)
+    identity, peers = _watch_identity(settings, Files()), Peers(read_networks(settings.behind_tls_proxy))
+    standby = Standby(settings, peers, lambda server: _listen(server, settings, identity)[0], new_id)
+
+    async def wait() -> None:
+        gc.enable()  # this may take days
+        await standby.begin()
+
+    try:
+        store = await open_store(settings.store, now, _database(settings), None if settings.no_wait else wait)
+    finally:
+        await standby.end()
     if await store.is_keyed():
         settings = replace(settings, auth="keys")
         if settings.insecure:
@@ -507,6 +506,16 @@ async def make_server(settings: Settings, fetches: Tasks, later: Later) -> Serve
             text = "Everybody may call, and this store has had keys: leave this out, or take another store."
             raise SettingsError([Mistake("--insecure", text)])
     return Server(settings, store, providers, toolbox, authenticators=authenticators, files=files)
+
+
+def _database(settings: Settings) -> Database:
+    return Database(
+        password_file=settings.store_password_file,
+        connections=settings.store_connections,
+        lease=settings.store_lease,
+        migrate=not settings.no_migrate,
+        prepared=not settings.no_prepared,
+    )
 
 
 async def _load(make: Callable[[], Provider], serving: asyncio.Event) -> Provider:
@@ -523,29 +532,41 @@ async def _load(make: Callable[[], Provider], serving: asyncio.Event) -> Provide
 async def serve(settings: Settings, ready: Callable[[Server], None] = lambda server: None) -> None:
     """Serves until SIGTERM or SIGINT; calls `ready` once it does. Raises ServerBrokenError for what ended it, and what
     `make_server` raises."""
-    asked, serving, fetches, loads = asyncio.Event(), asyncio.Event(), Tasks("auth"), Tasks("models")
+    asked, serving = asyncio.Event(), asyncio.Event()
+    fetches, loads, ends = Tasks("auth"), Tasks("models"), Tasks("serve")
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked.set)
     gc.disable()
     try:
-        server = await make_server(settings, fetches, lambda make: loads.start(_load(make, serving)))
+        async with asyncio.timeout(None) as making:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.add_signal_handler(number, making.reschedule, 0)
+            server = await make_server(settings, fetches, lambda make: loads.start(_load(make, serving)))
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, asked.set)
         await server.start()
         # What is loaded by here stays for good, and need not be looked at each time that garbage is collected.
         gc.collect()
         gc.freeze()
+    except TimeoutError:
+        if not making.expired():
+            raise
+        await fetches.close()
+        await loads.close()
+        return
     finally:
         gc.enable()
     ready(server)
     serving.set()
-    ends = Tasks("serve")
+    lost = ends.start(server.lost(), "lost")
     await asyncio.wait(
-        [ends.start(asked.wait(), "asked"), ends.start(server.broken.wait(), "broken")],
+        [ends.start(asked.wait(), "asked"), ends.start(server.broken.wait(), "broken"), lost],
         return_when=asyncio.FIRST_COMPLETED,
     )
     await ends.close()
     await server.stop()
     await fetches.close()
     await loads.close()
+    if not lost.cancelled():
+        raise ServerBrokenError(f"{lost.result() or 'Another server'} has become the owner of the store.")
     if server.broken.is_set():
         raise ServerBrokenError("A part of the server broke again and again; its log says which.")

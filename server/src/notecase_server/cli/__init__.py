@@ -1,5 +1,6 @@
-"""The `notecase` command. Each group of commands is a module here, imported when one of its commands is named; all but
-`serve`, `config`, `providers`, `backup` and `keys bootstrap` know a server only by its address."""
+"""The `notecase` command. Each group of commands is a module here, imported when one of its commands is named. Most
+know a server only by its address; `serve`, `config`, `providers`, `backup`, `copy`, `migrate`, `store` and `keys
+bootstrap` do not."""
 
 import click
 
@@ -21,12 +22,14 @@ COMMANDS = {
         "completion:completion", "Complete commands and options with the Tab key, in bash, zsh and fish."
     ),
     "config": Lazy("config:config", "Check a configuration file."),
+    "copy": Lazy("copy:copy", "Copy a whole store into an empty one."),
     "deny": Lazy("inbox:deny", "Do not let a call run."),
     "health": Lazy("health:health", "Ask a server how it is."),
     "inbox": Lazy("inbox:inbox", "List what runs wait for: approvals, questions and the results of callers' tools."),
     "keys": Lazy("keys:keys", "Make, list, rotate and revoke the keys by which programs call a server."),
     "logs": Lazy("logs:logs", "Print a session's log: its events with their sequences, in order."),
     "messages": Lazy("messages:messages", "List, show and add the messages of a session."),
+    "migrate": Lazy("migrate:migrate", "Bring the tables of a PostgreSQL store up to date."),
     "profiles": Lazy(
         "profiles:profiles",
         "List, set, choose and delete profiles: servers by name, each with its token and authorities.",
@@ -39,6 +42,7 @@ COMMANDS = {
         "sessions:sessions", "List, show, make, fork, rewind, compact, delete, export and import sessions."
     ),
     "state": Lazy("state:state", "Read, put, delete and watch the notes of a session, a user or the app."),
+    "store": Lazy("store:store", "Change a store that no server has open."),
     "tenants": Lazy("tenants:tenants", "Make, list, suspend, resume, export and delete tenants."),
 }
 

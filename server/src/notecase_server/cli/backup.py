@@ -6,7 +6,7 @@ import click
 
 import notecase_server.cli.bare_structlog  # noqa: F401  # before others import structlog
 from notecase_server.cli.options import STORE
-from notecase_server.serve import backup as copy
+from notecase_server.serve_stores import backup as copy
 from notecase_server.store.contract import StoreOpenError
 
 

@@ -2,13 +2,14 @@
 
 import re
 from datetime import timedelta
+from pathlib import Path
 
 import click
 from notecase import Client, v1
 
 from notecase_server.cli import output, screen
 from notecase_server.cli.ask import ask, name_of
-from notecase_server.cli.options import LIMIT, OUTPUT, SERVER, STORE
+from notecase_server.cli.options import LIMIT, OUTPUT, PASSWORD_FILE, SERVER, STORE
 
 ROLES = {name.removeprefix("ROLE_").lower(): value for name, value in v1.Key.Role.items() if value}
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -126,19 +127,25 @@ def rotate(key: str, overlap: timedelta, tenant: str) -> None:
 
 @keys.command()
 @STORE
+@PASSWORD_FILE
 @click.option("--tenant", default="default", metavar="ID", help="Whose admin it is for.")
 @click.option("--operator", is_flag=True, help="A key of an operator, who has no tenant, instead of an admin's.")
 @click.option("--name", default="bootstrap", metavar="TEXT", help="What the key is for.")
-def bootstrap(store: str, tenant: str, operator: bool, name: str) -> None:
+def bootstrap(store: str, store_password_file: Path | None, tenant: str, operator: bool, name: str) -> None:
     """Make the first key in a store that no server has open, and print it, this once.
 
     From then on `notecase serve` takes calls to this store with a key only.
     """
-    from notecase_server import serve  # noqa: PLC0415  # no other of these commands needs a server
+    # No other of these commands needs a server.
+    from notecase_server import serve  # noqa: PLC0415
+    from notecase_server.config import configure_logging  # noqa: PLC0415
+    from notecase_server.serve_stores import Database  # noqa: PLC0415
     from notecase_server.store.contract import StoreOpenError  # noqa: PLC0415
 
+    configure_logging("console", "info")
     try:
-        made, secret = serve.bootstrap(store, "" if operator else tenant, name)
+        database = Database(password_file=store_password_file)
+        made, secret = serve.bootstrap(store, "" if operator else tenant, name, database)
     except StoreOpenError as error:
         raise click.ClickException(str(error)) from None
     _show(made, secret)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -123,5 +124,15 @@ STORE = click.option(
     envvar="NOTECASE_STORE",
     show_envvar=True,
     metavar="URL",
-    help="Where everything is kept: sqlite:PATH, or memory: to forget it all at the end.",
+    help="Where everything is kept: sqlite:PATH, postgresql://USER@HOST/DATABASE with the parameters of libpq, or "
+    "memory: to forget it all at the end.",
+)
+
+PASSWORD_FILE = click.option(
+    "--store-password-file",
+    type=click.Path(path_type=Path),
+    envvar="NOTECASE_STORE_PASSWORD_FILE",
+    show_envvar=True,
+    metavar="FILE",
+    help="The password for PostgreSQL, which may also be in PGPASSWORD or in the URL. Read again for each connection.",
 )

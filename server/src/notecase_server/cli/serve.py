@@ -9,10 +9,10 @@ import click
 
 import notecase_server.cli.bare_structlog  # noqa: F401  # before others import structlog
 from notecase_server.auth.tables import SettingsError
-from notecase_server.cli.options import DEFAULT_ADDRESS, STORE, address
+from notecase_server.cli.options import DEFAULT_ADDRESS, PASSWORD_FILE, STORE, address
 from notecase_server.cli.serve_settings import load, settings
 from notecase_server.config import Settings, configure_logging
-from notecase_server.serve import ProviderSettingsError, Server
+from notecase_server.serve import ProviderSettingsError, Server, ServerBrokenError
 from notecase_server.serve import run as serve_forever
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.tools.contract import ToolSettingsError
@@ -33,6 +33,12 @@ def _number(name: str, told: str, least: int = 1) -> Callable[[F], F]:
         show_envvar=True,
         help=told,
     )
+
+
+def _flag(name: str, told: str) -> Callable[[F], F]:
+    """The option for a setting that is off unless it is said."""
+    variable = f"NOTECASE_{name.replace('-', '_').upper()}"
+    return click.option(f"--{name}", is_flag=True, envvar=variable, show_envvar=True, help=told)
 
 
 def _file(name: str, told: str) -> Callable[[F], F]:
@@ -91,13 +97,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     help="Serve plain text beyond this machine, but to these only: the proxies that do TLS, as addresses and networks "
     "with commas between them.",
 )
-@click.option(
-    "--insecure",
-    is_flag=True,
-    envvar="NOTECASE_INSECURE",
-    show_envvar=True,
-    help="Serve without credentials, beyond this machine too: everybody who reaches the port may do all.",
-)
+@_flag("insecure", "Serve without credentials, beyond this machine too: everybody who reaches the port may do all.")
 @click.option(
     "--auth",
     type=click.Choice(["auto", "keys"]),
@@ -107,6 +107,22 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     help="Whether callers need a key: always, or with `auto` once the store has ever had one.",
 )
 @STORE
+@PASSWORD_FILE
+@_number("store-connections", "Connections to PostgreSQL, besides one for the lease.", least=2)
+@click.option(
+    "--store-lease",
+    type=click.FloatRange(1),
+    default=DEFAULTS["store_lease"],
+    envvar="NOTECASE_STORE_LEASE",
+    show_envvar=True,
+    metavar="SECONDS",
+    help="How long a server that owns a PostgreSQL store may be silent before another one takes the store over.",
+)
+@_flag("no-wait", "End with an error when another server owns the store, instead of waiting for its end.")
+@_flag("no-migrate", "Refuse a PostgreSQL store of an older schema, which `notecase migrate` brings up to date.")
+@_flag(
+    "no-prepared", "Prepare no statements in PostgreSQL, for a pooler that keeps none; each costs a round trip more."
+)
 @_number("max-runs", "Runs at work at once; a new start above it is refused, and what was accepted before waits.")
 @_number("max-calls", "Calls and streams open at once, of all callers; one connection has at most half of them.")
 @_number("max-connections", "Connections at once; one above it is closed.")
@@ -246,7 +262,7 @@ def serve(listen: str, log_format: Literal["console", "json"], log_level: str, *
     configure_logging(log_format, log_level)
     try:
         serve_forever(settings({"listen": listen, **others}), _announce)
-    except (SettingsError, StoreOpenError, ToolSettingsError, ProviderSettingsError) as error:
+    except (SettingsError, StoreOpenError, ToolSettingsError, ProviderSettingsError, ServerBrokenError) as error:
         raise click.ClickException(str(error)) from None
     except RuntimeError as error:
         if "bind" not in str(error):

@@ -120,6 +120,7 @@ class Asking:
         self._log = run_log
         self._halts = halts
         self._budget = budget
+        self._lease = run_log.services.lease
         self._sources = sources(run_log.services, run_log.agent.llm)
 
     async def ask(self, once: Callable[[Source], Coroutine[Any, Any, T]]) -> T:
@@ -144,6 +145,8 @@ class Asking:
         for repeat in itertools.count():
             if self._halts:
                 raise Halted
+            if not self._lease.holds:
+                await self._halts.cut(self._lease.held())
             self._log.spent = None
             try:
                 return await self._halts.cut(once(source))

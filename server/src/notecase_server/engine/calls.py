@@ -137,6 +137,9 @@ class Calls:
             return Outcome(error=f"There is no tool {call.tool!r}."), []
         where = self._where(call, clock)
         toolbox = self._log.services.toolbox
+        if not self._log.services.lease.holds:
+            with clock.paused():
+                await self._log.services.lease.held()
         try:
             outcome = await toolbox.call(call.binding, ledger.arguments_of(call) or {}, where)
         except NotecaseError as error:

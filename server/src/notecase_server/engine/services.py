@@ -9,7 +9,16 @@ from notecase_server.engine.content import Contents
 from notecase_server.engine.places import Places
 from notecase_server.engine.schema import Schemas
 from notecase_server.models.contract import Provider, Repeats
-from notecase_server.store.contract import AgentStore, Clock, History, RequestStore, RunStore, StateStore
+from notecase_server.store.contract import (
+    AgentStore,
+    Clock,
+    History,
+    Lease,
+    RequestStore,
+    RunStore,
+    StateStore,
+    Unshared,
+)
 from notecase_server.supervisor import Supervisor
 from notecase_server.tools.contract import Toolbox
 
@@ -40,6 +49,8 @@ class Services:
     places: Places
     new_id: Callable[[], str]
     clock: Clock
+    lease: Lease = field(default_factory=Unshared)
+    """Asked before each call of a model or a tool."""
     suspects: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a run is at work whose last two processes died: one such run at a time, so that the one that kills its
     process does not take others with it."""

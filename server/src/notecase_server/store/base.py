@@ -18,6 +18,7 @@ from notecase_server.store.contract import (
     Committed,
     Fork,
     KeyRow,
+    Lease,
     Once,
     Page,
     Past,
@@ -28,6 +29,7 @@ from notecase_server.store.contract import (
     SessionEdit,
     SessionKey,
     StepKey,
+    Unshared,
 )
 from notecase_server.store.copies import Copies
 from notecase_server.store.imports import Replay
@@ -54,6 +56,7 @@ class TableStore(ABC):
     STORE_UNAVAILABLE once the store is closed."""
 
     quotas = Quotas()
+    lease: Lease = Unshared()
 
     def __init__(self) -> None:
         self._copies = Copies()

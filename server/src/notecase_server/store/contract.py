@@ -12,6 +12,7 @@ Time is a count of microseconds since 1970, UTC, from the clock the store was op
 key. Every method may raise NotecaseError STORE_UNAVAILABLE, after which nothing of the call was kept.
 """
 
+import asyncio
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -793,6 +794,38 @@ class TenantStore(Protocol):
         ...
 
 
+class Lease(Protocol):
+    """Says whether this process is the owner of its store. What acts outside of the store, and would act twice if two
+    processes took themselves for the owner, asks first."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether no other process can be the owner at this moment."""
+        ...
+
+    async def held(self) -> None:
+        """Returns once it holds; never, when another process has become the owner."""
+        ...
+
+    async def lost(self) -> str:
+        """Returns the name of another process once that has become the owner; empty where it is not known."""
+        ...
+
+
+class Unshared:
+    """The lease of a store that no other process can own while this one lives."""
+
+    holds = True
+
+    async def held(self) -> None:
+        """Returns at once."""
+
+    async def lost(self) -> str:
+        """Never returns."""
+        never: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        return await never
+
+
 class StoreLife(Protocol):
     """Says what a store is, and carries it to its end."""
 
@@ -803,6 +836,9 @@ class StoreLife(Protocol):
 
     quotas: Quotas
     """May be set before the store is used."""
+
+    @property
+    def lease(self) -> Lease: ...
 
     async def probe(self) -> None:
         """Makes the least write that reaches the disk, and changes nothing; STORE_UNAVAILABLE when it is refused."""

@@ -18,7 +18,8 @@ from notecase_server.store import fold, steps
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Clock, Commit, Committed
 from notecase_server.store.postgres_commit import CommitTables
-from notecase_server.store.postgres_database import Database, connect, own
+from notecase_server.store.postgres_database import Access, Database, connect, raise_fence
+from notecase_server.store.postgres_lease import PostgresLease
 from notecase_server.store.postgres_locks import Locks
 from notecase_server.store.postgres_tables import Counts, PostgresTables, WritingTables
 from notecase_server.store.postgres_tallies import CountedAloneError, Tallies
@@ -59,14 +60,24 @@ class PostgresStore(TableStore):
     kind = "postgresql"
 
     @classmethod
-    async def open(cls, url: str, clock: Clock, *, connections: int = CONNECTIONS, prepared: bool = True) -> Self:
-        """Opens `postgresql://USER@HOST/DATABASE?PARAMETERS`, with the parameters of libpq, and brings the schema up to
-        date; see `postgres_database.connect`.
+    async def open(
+        cls,
+        url: str,
+        clock: Clock,
+        *,
+        connections: int = CONNECTIONS,
+        prepared: bool = True,
+        password: Callable[[], str] | None = None,
+        lease: PostgresLease | None = None,
+    ) -> Self:
+        """Opens `postgresql://USER@HOST/DATABASE?PARAMETERS`, with the parameters of libpq, under a lease that was
+        taken (`postgres_database.own`); the store lets go of it when it is closed. See `postgres_database.connect` for
+        what happens without.
 
         Raises StoreOpenError, whose text is for the operator."""
-        return cls(await connect(url, connections, prepared), clock)
+        return cls(await connect(Access(url, password, prepared), connections, lease), clock, lease)
 
-    def __init__(self, database: Database, clock: Clock) -> None:
+    def __init__(self, database: Database, clock: Clock, lease: PostgresLease | None = None) -> None:
         super().__init__()
         self.secret = database.secret
         self.fence = database.fence
@@ -74,6 +85,11 @@ class PostgresStore(TableStore):
         is raised each time that a connection was lost under a write."""
         self.fenced = asyncio.Event()
         """Set once a write was refused for that."""
+        self._lease = lease
+        if lease is not None:
+            self.lease = lease
+        self._write_seconds = min(WRITE_SECONDS, 0.4 * lease.seconds) if lease is not None else WRITE_SECONDS
+        self._name = database.name
         self._pool = database.pool
         self._clock = clock
         self._locks = Locks()
@@ -139,7 +155,7 @@ class PostgresStore(TableStore):
     async def _begin(self, connection: Any) -> None:
         """Begins a transaction that writes; another server that takes the store over waits for its end. Raises
         Fenced."""
-        limit = round(WRITE_SECONDS * 1000)
+        limit = round(self._write_seconds * 1000)
         limits = ("idle_in_transaction_session_timeout", "lock_timeout", "statement_timeout")
         guard = GUARD.format(f"(SELECT count(*) FROM ({OWNED.format(self.fence)}) AS o) = 1")
         begin = ["BEGIN", *(f"SET LOCAL {name} = {limit}" for name in limits), guard]
@@ -178,7 +194,7 @@ class PostgresStore(TableStore):
         async with self._settling:
             if self._unsure:
                 async with self._pool.acquire() as connection:
-                    self.fence = await own(connection, self.fence)
+                    self.fence = await raise_fence(connection, self._name)
                 self._unsure = False
 
     async def _own(self, work: Coroutine[Any, Any, T]) -> T:
@@ -194,6 +210,8 @@ class PostgresStore(TableStore):
                 return await work
         except Fenced:
             self.fenced.set()
+            if self._lease is not None:
+                self._lease.lose()
             raise errors.store_unavailable() from None
 
     async def scrub(self) -> bool:
@@ -213,6 +231,8 @@ class PostgresStore(TableStore):
                 await self._pool.close()
         except LOST:
             self._pool.terminate()
+        if self._lease is not None:
+            await self._lease.release()
 
 
 async def _end(connection: Any) -> None:

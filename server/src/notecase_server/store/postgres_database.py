@@ -1,14 +1,17 @@
 """The database of a PostgreSQL store: found fit and brought up to date, or refused with a sentence."""
 
 import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 import asyncpg
 import structlog
-from asyncpg import Pool, Record
+from asyncpg import Connection, Pool, Record
 
 from notecase_server.store.contract import StoreOpenError
+from notecase_server.store.postgres_lease import PostgresLease
 from notecase_server.store.postgres_schema import MIGRATIONS, VERSION
 from notecase_server.store.postgres_wire import LOST, Fenced, sqlstate
 
@@ -35,6 +38,36 @@ it removes what is no longer used. So a server of the version before still works
 OLDEST_SERVER = 14
 
 
+UNFINISHED = "unfinished_copy"
+"""A table that only a store has that another one is being copied into."""
+
+
+class Access(NamedTuple):
+    """How a database is reached."""
+
+    url: str
+    password: Callable[[], str] | None = None
+    """Asked for each connection; None where the URL, PGPASSWORD or a password file of libpq has it."""
+    prepared: bool = True
+    """False where a pooler keeps no prepared statements."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The arguments of a connection of asyncpg."""
+        return {
+            "dsn": self.url,
+            "timeout": CONNECT_SECONDS,
+            "statement_cache_size": STATEMENTS if self.prepared else 0,
+            "max_cached_statement_lifetime": 0,
+            "server_settings": {"application_name": "notecase"} if self.prepared else None,
+            **({"password": self.password} if self.password is not None else {}),
+        }
+
+    async def dial(self) -> "Connection[Record]":
+        """Makes a connection that belongs to no pool. Raises what asyncpg raises."""
+        return await asyncpg.connect(**self.options)
+
+
 class Database(NamedTuple):
     """An open database."""
 
@@ -42,48 +75,111 @@ class Database(NamedTuple):
     secret: bytes
     fence: int
     """The number under which this process owns it."""
+    name: str
+    """The name under which it does, which no other process has."""
 
 
-async def connect(url: str, connections: int, prepared: bool) -> Database:
-    """Opens a pool of at most so many connections, makes the tables or brings them up to date, and becomes the owner:
-    writes of the one before are refused from then on. `prepared` is false where a pooler keeps no prepared statements.
+async def connect(access: Access, connections: int, lease: PostgresLease | None = None) -> Database:
+    """Opens a pool of at most so many connections. Without a lease it makes the tables or brings them up to date, and
+    becomes the owner by force: writes of the one before are refused from then on.
 
     Raises StoreOpenError, whose text is for the operator and has no password in it."""
-    where = place(url)
-    try:
+    where = place(access.url)
+    with telling(where):
         pool = await asyncpg.create_pool(
-            url,
-            min_size=0,
-            max_size=connections,
-            timeout=CONNECT_SECONDS,
-            command_timeout=STATEMENT_SECONDS,
-            statement_cache_size=STATEMENTS if prepared else 0,
-            max_cached_statement_lifetime=0,
-            reset=_reset,
-            server_settings={"application_name": "notecase"} if prepared else None,
+            **access.options, min_size=0, max_size=connections, command_timeout=STATEMENT_SECONDS, reset=_reset
         )
         try:
             async with pool.acquire() as connection:
-                await migrate(connection, where)
+                if lease is None:
+                    await migrate(connection, where)
+                    name = f"by force {secrets.token_hex(4)}"
+                    fence = await seize(connection, name)
+                else:
+                    name, fence = lease.name, lease.fence
                 secret = await connection.fetchval("SELECT secret FROM notecase_store")
-                fence = await own(connection)
         except BaseException:
             pool.terminate()
             raise
-    except LOST as error:
-        raise StoreOpenError(_refusal(where, error)) from None
-    return Database(pool, secret, fence)
+    log.info("store_opened", store=where, fence=fence, connections=connections, prepared=access.prepared)
+    return Database(pool, secret, fence, name)
 
 
-async def own(connection: Any, fence: int | None = None) -> int:
-    """Raises the fence, and returns the new one: no write that goes by an older one is made from then on. Waits for
-    those that are under way. Raises Fenced where `fence` is given and is not the one in force."""
+async def seize(connection: Any, name: str) -> int:
+    """Becomes the owner by force, and returns the new fence: no write of the owner before is made from then on. Waits
+    for those that are under way."""
+    fence: int = await connection.fetchval("UPDATE owner SET name = $1, fence = fence + 1 RETURNING fence", name)
+    return fence
+
+
+async def raise_fence(connection: Any, name: str) -> int:
+    """Raises the fence of the owner of that name, and returns the new one: no write that goes by an older one is made
+    from then on. Waits for those that are under way. Raises Fenced where another one is the owner."""
     raised: int | None = await connection.fetchval(
-        "UPDATE owner SET fence = fence + 1 WHERE fence = coalesce($1, fence) RETURNING fence", fence
+        "UPDATE owner SET fence = fence + 1 WHERE name = $1 RETURNING fence", name
     )
     if raised is None:
         raise Fenced
     return raised
+
+
+async def own(
+    access: Access,
+    lease: PostgresLease,
+    waiting: Callable[[], Awaitable[None]] | None,
+    may_migrate: bool,
+    unfinished: bool = False,
+) -> None:
+    """Becomes the owner of a database, and then brings its schema up to date. An empty database gets its tables first.
+    `waiting` is as for PostgresLease.take.
+
+    Raises StoreOpenError, also for an older schema where it may not migrate, and for an unfinished copy of another
+    store unless `unfinished` says that one will do."""
+    where = place(access.url)
+    with telling(where):
+        async with dialled(access) as connection:
+            if not await check(connection, where) or not may_migrate:
+                await require(connection, where, may_migrate)
+        await lease.take(waiting)
+        try:
+            async with dialled(access) as connection:
+                await require(connection, where, may_migrate)
+                if not unfinished and await connection.fetchval("SELECT to_regclass($1) IS NOT NULL", UNFINISHED):
+                    text = f"{where} is an unfinished copy of another store. Repeat the copy, or drop the database."
+                    raise StoreOpenError(text)
+        except BaseException:
+            await lease.release()
+            raise
+
+
+async def require(connection: Any, where: str, may_migrate: bool) -> None:
+    """Brings a schema up to date, or refuses an older one. Raises StoreOpenError."""
+    if may_migrate:
+        await migrate(connection, where)
+    elif (version := await check(connection, where)) < VERSION:
+        found = (
+            f"has the schema {version}, and this notecase needs {VERSION}" if version else "has no tables of notecase"
+        )
+        raise StoreOpenError(f"{where} {found}. Run notecase migrate --store URL, or leave out --no-migrate.")
+
+
+@asynccontextmanager
+async def dialled(access: Access) -> "AsyncIterator[Connection[Record]]":
+    """A connection within the block."""
+    connection = await access.dial()
+    try:
+        yield connection
+    finally:
+        connection.terminate()
+
+
+@contextmanager
+def telling(where: str) -> Iterator[None]:
+    """Raises StoreOpenError instead of what the database or its driver says."""
+    try:
+        yield
+    except LOST as error:
+        raise StoreOpenError(refusal(where, error)) from None
 
 
 async def _reset(connection: Any) -> None:
@@ -110,7 +206,7 @@ async def migrate(connection: Any, where: str) -> None:
     is changed."""
     async with connection.transaction():
         await connection.execute(f"SELECT pg_advisory_xact_lock({MIGRATION_LOCK})")
-        version = await _check(connection, where)
+        version = await check(connection, where)
         if version >= VERSION:
             return
         for migration in MIGRATIONS[version:]:
@@ -124,7 +220,7 @@ async def migrate(connection: Any, where: str) -> None:
             )
 
 
-async def _check(connection: Any, where: str) -> int:
+async def check(connection: Any, where: str) -> int:
     """Returns the number of the schema, 0 in an empty database. Raises StoreOpenError for one that is not fit."""
     encoding, number, recovering, schema, ours, tables = await connection.fetchrow(
         """SELECT current_setting('server_encoding'), current_setting('server_version_num')::integer,
@@ -152,7 +248,7 @@ async def _check(connection: Any, where: str) -> int:
     return version
 
 
-def _refusal(where: str, error: BaseException) -> str:
+def refusal(where: str, error: BaseException) -> str:
     code = sqlstate(error)
     if code in {"42501", "25006"}:
         right = "is read-only" if code == "25006" else "does not let this user create tables"

@@ -29,6 +29,9 @@ log = structlog.get_logger()
 APPLICATION_ID = 0x6E746373
 """Says whose file it is, in its header: "ntcs"."""
 
+UNFINISHED = "unfinished_copy"
+"""A table that only a store has that another one is being copied into."""
+
 BUSY_SECONDS = 5.0
 """How long to wait for a lock of SQLite's own: no other server holds one, but a backup or a curious shell may."""
 
@@ -50,8 +53,9 @@ class Connections(NamedTuple):
     close: Callable[[], None]
 
 
-def connect(path: Path, readers: int) -> Connections:
-    """Takes the file into possession, creating it or bringing its schema up to date.
+def connect(path: Path, readers: int, unfinished: bool = False) -> Connections:
+    """Takes the file into possession, creating it or bringing its schema up to date. One that is an unfinished copy of
+    another store is opened only with `unfinished`.
 
     Raises StoreOpenError when another owner holds it, also one in this process, when it was made by a newer version or
     another program, and when it cannot be written. The connections may be used from any one thread at a time."""
@@ -61,6 +65,10 @@ def connect(path: Path, readers: int) -> Connections:
             _lock(path, opened)
             writer = _connection(path, opened)
             _check(path, writer)
+            if not unfinished and has_table(writer, UNFINISHED):
+                raise StoreOpenError(
+                    f"{path} is an unfinished copy of another store. Repeat the copy, or delete the file."
+                )
             writer.execute("PRAGMA journal_mode = WAL")
             # A full sync is what lets a commit be announced; the other settings say what deletion and the log cost.
             checkpointer = _connection(path, opened)
@@ -101,6 +109,10 @@ def _connection(path: Path, opened: ExitStack) -> sqlite3.Connection:
     )
     opened.callback(connection.close)
     return connection
+
+
+def has_table(connection: sqlite3.Connection, name: str) -> bool:
+    return connection.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)).fetchone() is not None
 
 
 def _check(path: Path, connection: sqlite3.Connection) -> None:

@@ -1,0 +1,28 @@
+"""`notecase migrate`."""
+
+import asyncio
+from pathlib import Path
+
+import click
+
+from notecase_server import serve_stores
+from notecase_server.cli.options import PASSWORD_FILE, STORE
+from notecase_server.config import configure_logging
+from notecase_server.serve_stores import Database
+from notecase_server.store.contract import StoreOpenError
+
+
+@click.command()
+@STORE
+@PASSWORD_FILE
+def migrate(store: str, store_password_file: Path | None) -> None:
+    """Bring the tables of a PostgreSQL store up to date.
+
+    No server may own the store. An empty database gets its tables. `notecase serve` does the same when it starts,
+    unless --no-migrate says otherwise; a SQLite file is brought up to date when it is opened.
+    """
+    configure_logging("console", "info")
+    try:
+        asyncio.run(serve_stores.migrate(store, Database(password_file=store_password_file)))
+    except StoreOpenError as error:
+        raise click.ClickException(str(error)) from None

@@ -1,0 +1,37 @@
+"""`notecase store`: what is done to a whole store that no server has open."""
+
+import asyncio
+import uuid
+from pathlib import Path
+
+import click
+
+from notecase_server import serve_stores
+from notecase_server.cli.options import PASSWORD_FILE, STORE
+from notecase_server.config import configure_logging
+from notecase_server.serve_stores import Database
+from notecase_server.store.contract import StoreOpenError
+
+
+@click.group()
+def store() -> None:
+    """Change a store that no server has open."""
+
+
+@store.command()
+@STORE
+@PASSWORD_FILE
+def renew(store: str, store_password_file: Path | None) -> None:
+    """Give every session another uid, after a backup was put back.
+
+    A client that goes on after a sequence it saw before (`if_session_uid`) is then refused with SESSION_NOT_FOUND,
+    where it would otherwise go on in another history. Page tokens from before are refused as well.
+    """
+    configure_logging("console", "info")
+    try:
+        sessions = asyncio.run(
+            serve_stores.renew(store, lambda: str(uuid.uuid4()), Database(password_file=store_password_file))
+        )
+    except StoreOpenError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"sessions with another uid: {sessions}")

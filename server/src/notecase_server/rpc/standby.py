@@ -1,0 +1,50 @@
+"""What a server answers while another one owns its store: health is NOT_SERVING, and every call STORE_UNAVAILABLE."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import grpc
+
+from notecase_server import errors
+from notecase_server.auth.chain import Chain
+from notecase_server.auth.principal import AuthContext, Metadata
+from notecase_server.rpc.gate import Gate
+from notecase_server.rpc.interceptor import Doorway
+from notecase_server.rpc.ops import Health
+from notecase_server.rpc.peers import Peers
+from notecase_server.rpc.server import SERVICES, options
+
+CALLS = 100
+UNREAD_BYTES = 1 << 20
+"""Bounds of a server that refuses all but probes."""
+
+STALL_SECONDS = 1.0
+
+
+class _Nobody:
+    """Refuses every caller, whatever its credential, since none can be looked up."""
+
+    async def principal(self, metadata: Metadata, transport: AuthContext) -> NoReturn:
+        raise errors.store_unavailable()
+
+
+class _AnyMethod(grpc.GenericRpcHandler):
+    """Has a handler for every method, so that a caller is refused and not told that there is no such method."""
+
+    def service(self, handler_call_details: Any) -> Any:
+        return grpc.stream_stream_rpc_method_handler(_never)
+
+
+def _never(frames: Any, context: Any) -> NoReturn:
+    raise AssertionError("nobody is let in")
+
+
+async def build_standby(peers: Peers, new_id: Callable[[], str]) -> grpc.aio.Server:
+    """Makes the server, without a port yet."""
+    doorway = Doorway(Chain((_Nobody(),)), new_id, STALL_SECONDS, Gate(CALLS, UNREAD_BYTES, peers))
+    server = grpc.aio.server(interceptors=[doorway], options=options(CALLS, CALLS))
+    health = Health([f"notecase.v1.{name}" for name in SERVICES])
+    await health.add_to(server)
+    await health.tell(False)
+    server.add_generic_rpc_handlers([_AnyMethod()])
+    return server

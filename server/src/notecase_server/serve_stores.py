@@ -1,0 +1,180 @@
+"""Which store a URL means, and what an operator does with a whole store."""
+
+import os
+import secrets
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from notecase_server.store import sqlite_file, sqlite_renewal
+from notecase_server.store.contract import Clock, Store, StoreOpenError
+from notecase_server.store.memory import MemoryStore
+from notecase_server.store.rows import StoreRows
+from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite_rows import SqliteRows
+from notecase_server.store.store_copy import Progress, copy_store
+
+if TYPE_CHECKING:
+    from notecase_server.store.postgres_database import Access
+    from notecase_server.store.postgres_lease import PostgresLease
+
+POSTGRES = frozenset({"postgresql", "postgres"})
+"""Schemes of URLs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Database:
+    """How a PostgreSQL store is opened."""
+
+    password_file: Path | None = None
+    """Read again for each connection."""
+    connections: int = 10
+    lease: float = 10.0
+    """Seconds."""
+    migrate: bool = True
+    """Bring an older schema up to date, and make the tables of an empty database."""
+    prepared: bool = True
+    """Prepare statements, which a pooler has to keep."""
+
+
+DATABASE = Database()
+
+Waiting = Callable[[], Awaitable[None]]
+"""Called when the wait for the end of another owner begins."""
+
+
+async def open_store(url: str, clock: Clock, database: Database = DATABASE, waiting: Waiting | None = None) -> Store:
+    """Opens `memory:`, `sqlite:PATH` or `postgresql://…`, the last once no other server owns it; without `waiting` one
+    that does is a StoreOpenError.
+
+    Raises StoreOpenError with a sentence for whoever started the server."""
+    kind, _, path = url.partition(":")
+    if kind == "memory" and not path:
+        return MemoryStore(clock)
+    if kind == "sqlite" and path:
+        return await SqliteStore.open(path, clock)
+    if kind in POSTGRES:
+        from notecase_server.store.postgres import PostgresStore  # noqa: PLC0415  # asyncpg is an extra
+
+        access, lease = await _own(url, database, waiting)
+        try:
+            return await PostgresStore.open(
+                url,
+                clock,
+                connections=database.connections,
+                prepared=access.prepared,
+                password=access.password,
+                lease=lease,
+            )
+        except BaseException:
+            await lease.release()
+            raise
+    raise _no_store(url, "memory:, sqlite:PATH")
+
+
+async def _own(
+    url: str, database: Database, waiting: Waiting | None = None, unfinished: bool = False
+) -> "tuple[Access, PostgresLease]":
+    """Becomes the owner of a PostgreSQL store, as `postgres_database.own` has it."""
+    try:
+        from notecase_server.store.postgres_database import Access, own  # noqa: PLC0415  # asyncpg is an extra
+        from notecase_server.store.postgres_lease import PostgresLease  # noqa: PLC0415
+    except ImportError as error:
+        text = "PostgreSQL needs more packages: install notecase-server[postgres]."
+        raise StoreOpenError(text) from error
+    if (file := database.password_file) is not None:
+        try:
+            file.read_text()
+        except (OSError, UnicodeError):
+            raise StoreOpenError(f"{file} cannot be read: it is to have the password of the store.") from None
+    access = Access(url, None if file is None else lambda: file.read_text().strip(), database.prepared)
+    lease = PostgresLease(
+        access.dial, f"{socket.gethostname()}:{os.getpid()} ({secrets.token_hex(4)})", _uptime, database.lease
+    )
+    await own(access, lease, waiting, database.migrate, unfinished)
+    return access, lease
+
+
+def _uptime() -> float:
+    """Seconds on this machine, those of its sleep too where the system counts them."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+def _no_store(url: str, wanted: str) -> StoreOpenError:
+    """A URL that may hold a password is not repeated."""
+    shown = "This" if "@" in url else repr(url)
+    return StoreOpenError(f"{shown} is no store; want {wanted} or postgresql://USER@HOST/DATABASE.")
+
+
+def backup(url: str, destination: Path, force: bool) -> None:
+    """Copies a store to a file while a server owns it. Raises StoreOpenError with a sentence for whoever asked."""
+    kind, _, path = url.partition(":")
+    if kind != "sqlite" or not path:
+        raise StoreOpenError(f"{url!r} is no store with a file; want sqlite:PATH.")
+    sqlite_file.backup(Path(path), destination, force)
+
+
+async def renew(url: str, new_uid: Callable[[], str], database: Database = DATABASE) -> int:
+    """Gives every session of a store that no server has open another uid, and returns how many sessions there are.
+    Raises StoreOpenError with a sentence for whoever asked."""
+    kind, _, path = url.partition(":")
+    if kind == "sqlite" and path:
+        return sqlite_renewal.renew(Path(path), new_uid)
+    if kind not in POSTGRES:
+        raise _no_store(url, "sqlite:PATH")
+    access, lease = await _own(url, database)
+    from notecase_server.store.postgres_database import dialled, place, telling  # noqa: PLC0415  # asyncpg is an extra
+    from notecase_server.store.postgres_renewal import renew as renew_all  # noqa: PLC0415
+
+    try:
+        with telling(place(url)):
+            async with dialled(access) as connection:
+                return await renew_all(connection)
+    finally:
+        await lease.release()
+
+
+async def migrate(url: str, database: Database = DATABASE) -> None:
+    """Makes the tables of a PostgreSQL store, or brings them up to date, while no server owns it. Raises StoreOpenError
+    with a sentence for whoever asked."""
+    if url.partition(":")[0] not in POSTGRES:
+        raise StoreOpenError("Only a PostgreSQL store is brought up to date so; a SQLite file is when it is opened.")
+    _, lease = await _own(url, database)
+    await lease.release()
+
+
+async def copy(source: str, target: str, progress: Progress) -> dict[str, str]:
+    """Copies a whole store into an empty one, both of which no server has open, and returns the digest of each table.
+    Raises StoreOpenError with a sentence for whoever asked."""
+    opened = await open_rows(source, is_target=False)
+    try:
+        into = await open_rows(target, is_target=True)
+        try:
+            return await copy_store(opened, into, progress)
+        finally:
+            await into.close()
+    finally:
+        await opened.close()
+
+
+async def open_rows(url: str, is_target: bool) -> StoreRows:
+    """Opens all rows of a store, to read them or to copy another store into it. Raises StoreOpenError."""
+    kind, _, path = url.partition(":")
+    if kind == "sqlite" and path:
+        return SqliteRows.open_target(Path(path)) if is_target else SqliteRows.open_source(Path(path))
+    if kind not in POSTGRES:
+        raise _no_store(url, "sqlite:PATH")
+    access, lease = await _own(url, Database(migrate=is_target), unfinished=is_target)
+    from notecase_server.store.postgres_database import place, telling  # noqa: PLC0415  # asyncpg is an extra
+    from notecase_server.store.postgres_rows import PostgresRows  # noqa: PLC0415
+
+    where = place(url)
+    try:
+        with telling(where):
+            return PostgresRows(where, await access.dial(), lease)
+    except BaseException:
+        await lease.release()
+        raise

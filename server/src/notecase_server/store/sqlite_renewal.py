@@ -1,0 +1,56 @@
+"""Gives every session of a SQLite store another uid, so that nothing that named the old one goes on in the new
+history."""
+
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+from notecase_server.store.contract import StoreOpenError
+from notecase_server.store.renewal import renewed_answer, renewed_session
+from notecase_server.store.rows import UIDS
+from notecase_server.store.sqlite_file import connect
+
+FRESH = "SELECT fresh FROM renewed n WHERE n.tenant = t.tenant AND n.uid = t.{column}"
+
+
+def renew(path: Path, new_uid: Callable[[], str]) -> int:
+    """Renews all sessions in one transaction, and the secret of page tokens with them; returns how many sessions there
+    are. Needs room on disk for the log of what it changes, about as much as the file has.
+
+    Raises StoreOpenError, also when there is no such store or a server has it open."""
+    if not path.is_file():
+        raise StoreOpenError(f"There is no store at {path}.")
+    opened = connect(path, 0)
+    connection = opened.writer
+    try:
+        connection.create_function("new_uid", 0, new_uid)
+        connection.create_function("renewed_session", 2, renewed_session, deterministic=True)
+        connection.create_function("renewed_answer", 3, renewed_answer, deterministic=True)
+        connection.execute("BEGIN IMMEDIATE")
+        sessions = _renew(connection)
+        connection.execute("COMMIT")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    except sqlite3.Error as error:
+        raise StoreOpenError(f"{path} cannot be renewed: SQLite says {str(error)!r}. It is as it was.") from error
+    finally:
+        opened.close()
+    return sessions
+
+
+def _renew(connection: sqlite3.Connection) -> int:
+    connection.execute(
+        """CREATE TEMP TABLE renewed (tenant TEXT NOT NULL, uid TEXT NOT NULL, fresh TEXT NOT NULL,
+            PRIMARY KEY (tenant, uid)) WITHOUT ROWID"""
+    )
+    sessions = connection.execute("INSERT INTO renewed SELECT tenant, uid, new_uid() FROM sessions").rowcount
+    fresh = FRESH.format(column="owner")
+    connection.execute(
+        f"""UPDATE requests AS t SET response = renewed_answer(response, owner, ({fresh}))
+            WHERE response IS NOT NULL AND EXISTS ({fresh})"""
+    )
+    for table, column, where in UIDS:
+        fresh = FRESH.format(column=column)
+        connection.execute(f"UPDATE {table} AS t SET {column} = ({fresh}) WHERE {where} AND EXISTS ({fresh})")
+    connection.execute("UPDATE sessions SET body = renewed_session(body, uid)")
+    connection.execute("UPDATE store SET secret = randomblob(32)")
+    return sessions

@@ -1,0 +1,103 @@
+"""What an operator of a PostgreSQL store types: passwords, migrations, a first key, a copy from a file."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import asyncpg
+import pytest
+
+from tests.cli.command import notecase
+from tests.store.filled import fill
+from tests.support import postgres
+from tests.support.server import Spawned
+
+PASSWORD = "hunter2"
+
+
+@pytest.fixture
+async def store() -> str:
+    return await postgres.shared().new_database()
+
+
+@pytest.fixture
+async def guarded(store: str) -> AsyncIterator[str]:
+    """The URL of a database whose user needs PASSWORD."""
+    admin = await asyncpg.connect(store)
+    name = "keeper_" + store.partition("?")[0].rpartition("/")[2]
+    await admin.execute(f"CREATE ROLE {name} LOGIN PASSWORD '{PASSWORD}'")
+    await admin.execute(f"GRANT ALL ON SCHEMA public TO {name}")
+    rules = postgres.shared().directory / "data" / "pg_hba.conf"
+    before = rules.read_text()
+    rules.write_text(f"local all {name} scram-sha-256\n{before}")
+    await admin.execute("SELECT pg_reload_conf()")
+    yield store.replace("postgres@", f"{name}@")
+    rules.write_text(before)
+    await admin.execute("SELECT pg_reload_conf()")
+    await admin.close()
+
+
+async def test_a_password_comes_from_a_file_a_variable_or_the_url_and_is_in_no_log(
+    guarded: str, tmp_path: Path
+) -> None:
+    """A wrong one, and none, is a sentence that does not repeat it."""
+    file = tmp_path / "password"
+    file.write_text(f"{PASSWORD}\n")
+    within = guarded.replace("@", f":{PASSWORD}@", 1)
+    told = []
+    for url, options, env in (
+        (guarded, ("--store-password-file", str(file)), {}),
+        (guarded, (), {"PGPASSWORD": PASSWORD}),
+        (within, (), {}),
+    ):
+        server = await Spawned.start(url, tmp_path / "log", *options, env=env)
+        assert 0 == await server.stop()
+    for url, env in (
+        (guarded, {"PGPASSWORD": "wrong-one"}),
+        (within.replace(PASSWORD, "wrong-one"), {}),
+        (guarded, {}),
+    ):
+        done = await notecase("serve", "--listen", "127.0.0.1:0", "--store", url, env=env)
+        assert 1 == done.code
+        told.append(done.err)
+    file.unlink()
+    done = await notecase("migrate", "--store", guarded, "--store-password-file", str(file))
+    assert (1, f"Error: {file} cannot be read: it is to have the password of the store.\n") == (done.code, done.err)
+    assert ["Error: postgresql:///test_"] * 3 == [each.splitlines()[-1][:26] for each in told]
+    assert all("does not accept this user or password" in each for each in told)
+    everything = "".join([*told, done.err, (tmp_path / "log").read_text()])
+    assert "store_opened" in everything
+    assert PASSWORD not in everything
+    assert "wrong-one" not in everything
+
+
+async def test_a_server_that_may_not_migrate_is_told_what_does(store: str, tmp_path: Path) -> None:
+    words = ("--no-migrate", "--no-prepared", "--store-connections", "2")
+    refused = await notecase("serve", "--listen", "127.0.0.1:0", "--store", store, *words)
+    assert 1 == refused.code
+    assert "has no tables of notecase. Run notecase migrate --store URL" in refused.err
+    for _ in range(2):
+        done = await notecase("migrate", "--store", store)
+        assert (0, "") == (done.code, done.out)
+    server = await Spawned.start(store, tmp_path / "log", *words)
+    owned = await notecase("migrate", "--store", store)
+    assert 1 == owned.code
+    assert "The store is in use: " in owned.err
+    assert 0 == await server.stop()
+    assert "prepared=False" in (tmp_path / "log").read_text()
+    sqlite = await notecase("migrate", "--store", "sqlite:notecase.db")
+    assert (1, "") == (sqlite.code, sqlite.out)
+
+
+async def test_a_file_is_copied_into_a_database_and_served(store: str, tmp_path: Path) -> None:
+    """Its first key is printed alone."""
+    await fill(tmp_path / "store.db")
+    done = await notecase("copy", "--from", f"sqlite:{tmp_path / 'store.db'}", "--to", store)
+    assert 0 == done.code
+    assert 25 == len(done.out.splitlines())
+    key = await notecase("keys", "bootstrap", "--store", store, "--tenant", "acme")
+    assert key.out.startswith("nck_")
+    assert 1 == len(key.out.splitlines())
+    server = await Spawned.start(store, tmp_path / "log")
+    listed = await notecase("sessions", "--server", server.address, env={"NOTECASE_TOKEN": key.out.strip()})
+    assert "case" in listed.out
+    assert 0 == await server.stop()

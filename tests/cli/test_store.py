@@ -1,0 +1,56 @@
+"""`notecase copy` and `notecase store`: whole stores, from a terminal."""
+
+import re
+from pathlib import Path
+
+from tests.cli.command import COMMAND, notecase, spawn
+from tests.store.filled import fill
+from tests.support.server import Spawned
+
+
+async def test_a_store_is_copied_and_both_can_be_served(tmp_path: Path) -> None:
+    """The digest of each table is printed, alone; what is in the way is told, and what is served is not copied."""
+    await fill(tmp_path / "store.db")
+    source, target = f"sqlite:{tmp_path / 'store.db'}", f"sqlite:{tmp_path / 'copy.db'}"
+    done = await notecase("copy", "--from", source, "--to", target)
+    assert 0 == done.code
+    digests = dict(re.findall(r"^([0-9a-f]{64})  (\w+)$", done.out, re.MULTILINE))
+    assert len(done.out.splitlines()) == len(digests) == 25
+    again = await notecase("copy", "--from", target, "--to", f"sqlite:{tmp_path / 'again.db'}")
+    assert (0, done.out) == (again.code, again.out)
+    taken = await notecase("copy", "--from", source, "--to", target)
+    assert (1, "") == (taken.code, taken.out)
+    assert f"Error: {tmp_path / 'copy.db'} is not empty: it has tenants. Choose another path.\n" == taken.err
+    for store in (source, target):
+        server = await Spawned.start(store, tmp_path / "log")
+        served = await notecase("copy", "--from", store, "--to", f"sqlite:{tmp_path / 'more.db'}")
+        assert 1 == served.code
+        assert "is in use" in served.err
+        assert 0 == await server.stop()
+
+
+async def test_a_copy_shows_how_far_it_is(tmp_path: Path) -> None:
+    """Once it takes longer than a moment."""
+    await fill(tmp_path / "store.db")
+    script = "from notecase_server.cli import copy, main; copy.PROGRESS_SECONDS = 0.0; main()"
+    process = await spawn(
+        *(COMMAND[0], "-c", script, "copy"),
+        *("--from", f"sqlite:{tmp_path / 'store.db'}", "--to", f"sqlite:{tmp_path / 'copy.db'}"),
+    )
+    _, told = await process.communicate()
+    assert 0 == process.returncode
+    assert re.search(r"^chunks: \d+ rows copied$", told.decode(), re.MULTILINE)
+    assert re.search(r"^audit: compared$", told.decode(), re.MULTILINE)
+
+
+async def test_a_store_is_renewed_while_it_is_not_served(tmp_path: Path) -> None:
+    await fill(tmp_path / "store.db")
+    store = f"sqlite:{tmp_path / 'store.db'}"
+    server = await Spawned.start(store, tmp_path / "log")
+    served = await notecase("store", "renew", "--store", store)
+    assert (1, "") == (served.code, served.out)
+    assert "is in use" in served.err
+    assert 0 == await server.stop()
+    done = await notecase("store", "renew", "--store", store)
+    assert 0 == done.code
+    assert re.fullmatch(r"sessions with another uid: \d+\n", done.out)

@@ -1,0 +1,211 @@
+"""What goes wrong with a database while a server works on it is told as one typed error, waited for, and then over."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import asyncpg
+import grpc
+import pytest
+from notecase import from_value, v1
+
+from tests.e2e.driving import log_of, reason_of, said
+from tests.store.build import increment
+from tests.support import postgres
+from tests.support.openai_server import OpenAIServer, reply
+from tests.support.postgres_proxy import PostgresProxy
+from tests.support.server import Running, running
+
+
+@dataclass
+class Place:
+    """A database of its own, and the user of a server in it, who is no superuser."""
+
+    admin: Any
+    name: str
+    url: str
+
+    async def alter(self, what: str) -> None:
+        """Changes the user, and ends its connections, so that the next ones have it."""
+        await self.admin.execute(f"ALTER ROLE {self.name} {what}")
+        await self.end()
+
+    async def end(self) -> None:
+        await self.admin.execute(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = $1", self.name
+        )
+
+
+@pytest.fixture
+async def place() -> AsyncIterator[Place]:
+    url = await postgres.shared().new_database()
+    admin = await asyncpg.connect(url)
+    name = "app_" + url.partition("?")[0].rpartition("/")[2]
+    await admin.execute(f"CREATE ROLE {name} LOGIN")
+    await admin.execute(f"CREATE DATABASE {name} OWNER {name} TEMPLATE template0")
+    folder = url.partition("?host=")[2]
+    await admin.close()
+    admin = await asyncpg.connect(f"postgresql://postgres@/{name}?host={folder}")
+    found = Place(admin, name, f"postgresql://{name}@/{name}?host={folder}")
+    yield found
+    await found.admin.close()
+
+
+Fault = Callable[[Place], Any]
+
+
+@asynccontextmanager
+async def _role(place: Place, wrong: str, right: str) -> AsyncIterator[None]:
+    await place.alter(wrong)
+    yield
+    await place.alter(right)
+
+
+def role(wrong: str, right: str) -> Fault:
+    return lambda place: _role(place, wrong, right)
+
+
+@asynccontextmanager
+async def restarted(place: Place) -> AsyncIterator[None]:
+    """The database ends all connections and stops, and is started again."""
+    await asyncio.to_thread(postgres.shared().stop, "fast")
+    yield
+    await asyncio.to_thread(postgres.shared().start)
+    place.admin = await asyncpg.connect(place.url)
+
+
+@asynccontextmanager
+async def timed_out(place: Place) -> AsyncIterator[None]:
+    """The operator's time-out ends statements, which wait for a lock that somebody holds."""
+    await place.alter("SET statement_timeout = '50ms'")
+    async with place.admin.transaction():
+        await place.admin.execute("LOCK TABLE sessions, entries, states IN EXCLUSIVE MODE")
+        yield
+    await place.alter("RESET statement_timeout")
+
+
+@asynccontextmanager
+async def renamed(place: Place) -> AsyncIterator[None]:
+    """A table is gone, as in the middle of somebody's restore."""
+    await place.admin.execute("ALTER TABLE sessions RENAME TO elsewhere")
+    yield
+    await place.admin.execute("ALTER TABLE elsewhere RENAME TO sessions")
+
+
+FAULTS: dict[str, Fault] = {
+    "read-only": role("SET default_transaction_read_only = on", "RESET default_transaction_read_only"),
+    "too many connections": role("CONNECTION LIMIT 0", "CONNECTION LIMIT -1"),
+    "no login": role("NOLOGIN", "LOGIN"),
+    "time-out": timed_out,
+    "no table": renamed,
+    "restarted": restarted,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+async def test_a_fault_of_the_database_is_told_waited_for_and_over(
+    fault: str, place: Place, model: OpenAIServer
+) -> None:
+    """A write is STORE_UNAVAILABLE. A run whose reply comes meanwhile is neither lost nor failed, its model is asked
+    once, and the write is made once when it is repeated."""
+    held = asyncio.Event()
+    model.script(reply("All of it is here.", chunks=4).held(held, after=3))
+    async with served(place.url, model) as server:
+        await server.runs.CreateRun(
+            v1.CreateRunRequest(start=v1.StartRun(session="sessions/s", run_id="r", messages=[said("Go")]))
+        )
+        await _until(lambda: bool(model.requests))
+        add = v1.UpdateStateRequest(name="sessions/s/state", request_id="once", ops=[increment("n", 1)])
+        async with FAULTS[fault](place):
+            held.set()
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await server.state.UpdateState(add, timeout=30)
+            assert "STORE_UNAVAILABLE" == reason_of(refused.value)
+        state = await _patiently(lambda: server.state.UpdateState(add, timeout=30))
+        assert 1 == from_value(state.entries["n"].value)
+        run = await server.runs.WaitRun(v1.WaitRunRequest(name="sessions/s/runs/r"))
+        assert (v1.Run.STATE_SUCCEEDED, 1) == (run.state, run.attempt)
+        assert 1 == len(model.requests)
+        log = await log_of(server, "sessions/s")
+        assert 1 == sum(event.run_state_changed.state == v1.Run.STATE_SUCCEEDED for event in log)
+        assert [event.sequence for event in log] == list(range(1, len(log) + 1))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+async def test_connections_that_are_cut_at_random_lose_nothing_and_do_nothing_twice(
+    seed: int, place: Place, model: OpenAIServer
+) -> None:
+    """Before a statement has reached the database, or when it has: no run is told FAILED that succeeded."""
+    chance, cuts = random.Random(seed), 0
+    async with PostgresProxy(place.url) as proxy:
+        url = proxy.url.replace("postgres@", f"{place.name}@")
+        async with served(url, model) as server:
+            left = chance.randrange(10, 40)
+
+            def cut(kind: str, body: bytes) -> None:
+                nonlocal left, cuts
+                left -= kind in {"Q", "S"}
+                if left == 0:
+                    left, cuts = chance.randrange(10, 40), cuts + 1
+                    if chance.random() < 0.5:
+                        proxy.cut()
+                    else:
+                        asyncio.get_running_loop().call_soon(proxy.cut)
+
+            proxy.asked = cut
+            for number in range(6):
+                for name in ("sessions/s/state", "users/ada/state"):
+                    add = v1.UpdateStateRequest(name=name, request_id=f"{name} {number}", ops=[increment("n", 1)])
+                    await _patiently(partial(server.state.UpdateState, add))
+            for number in range(2):
+                model.script(reply("All of it is here."))
+                start = v1.StartRun(session="sessions/s", run_id=f"r{number}", messages=[said("Go")])
+                await _patiently(partial(server.runs.CreateRun, v1.CreateRunRequest(start=start)))
+                name = f"sessions/s/runs/r{number}"
+                run = await _patiently(partial(server.runs.WaitRun, v1.WaitRunRequest(name=name)))
+                assert v1.Run.STATE_SUCCEEDED == run.state, run
+            proxy.asked = lambda kind, body: None
+            for name in ("sessions/s/state", "users/ada/state"):
+                state = await _patiently(partial(server.state.GetState, v1.GetStateRequest(name=name)))
+                assert 6 == from_value(state.entries["n"].value)
+            log = await log_of(server, "sessions/s")
+            ends = [event.run for event in log if event.run_state_changed.state == v1.Run.STATE_SUCCEEDED]
+            assert ["sessions/s/runs/r0", "sessions/s/runs/r1"] == ends
+            assert [event.sequence for event in log] == list(range(1, len(log) + 1))
+    assert cuts >= 3
+
+
+@asynccontextmanager
+async def served(url: str, model: OpenAIServer) -> AsyncIterator[Running]:
+    """A server with an agent and a session of users/ada."""
+    from notecase_server.models.openai import OpenAIProvider
+
+    provider = OpenAIProvider("key", model.url, "m")
+    async with running(url, {"openai": provider}) as server:
+        agent = v1.Agent(llm=v1.LlmAgent(model="m"))
+        await server.agents.CreateAgent(v1.CreateAgentRequest(agent_id="a", agent=agent))
+        case = v1.Session(agent="agents/a", user="users/ada")
+        await server.sessions.CreateSession(v1.CreateSessionRequest(session_id="s", session=case))
+        yield server
+
+
+async def _patiently(call: Callable[[], Awaitable[Any]]) -> Any:
+    """Makes a call again for as long as the store cannot be used."""
+    while True:
+        try:
+            return await call()
+        except grpc.aio.AioRpcError as error:
+            if reason_of(error) != "STORE_UNAVAILABLE":
+                raise
+        await asyncio.sleep(0.02)
+
+
+async def _until(true: Callable[[], bool]) -> None:
+    while True:
+        if true():
+            return
+        await asyncio.sleep(0.01)
