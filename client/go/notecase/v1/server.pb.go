@@ -78,8 +78,10 @@ type ServerInfo struct {
 	MaxRuns int32 `protobuf:"varint,9,opt,name=max_runs,json=maxRuns,proto3" json:"max_runs,omitempty"`
 	// The most bytes of all blobs to which one session refers.
 	MaxSessionBytes int64 `protobuf:"varint,10,opt,name=max_session_bytes,json=maxSessionBytes,proto3" json:"max_session_bytes,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Who asks. Unset on a server without credentials, where every caller may do everything.
+	Caller        *ServerInfo_Caller `protobuf:"bytes,11,opt,name=caller,proto3" json:"caller,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ServerInfo) Reset() {
@@ -182,12 +184,73 @@ func (x *ServerInfo) GetMaxSessionBytes() int64 {
 	return 0
 }
 
+func (x *ServerInfo) GetCaller() *ServerInfo_Caller {
+	if x != nil {
+		return x.Caller
+	}
+	return nil
+}
+
+// What the credential of a call says.
+type ServerInfo_Caller struct {
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Role  Key_Role               `protobuf:"varint,1,opt,name=role,proto3,enum=notecase.v1.Key_Role" json:"role,omitempty"`
+	// users/{user}: the caller sees and runs only what is that user's. Empty: it is bound to no user.
+	User          string `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *ServerInfo_Caller) Reset() {
+	*x = ServerInfo_Caller{}
+	mi := &file_notecase_v1_server_proto_msgTypes[2]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *ServerInfo_Caller) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*ServerInfo_Caller) ProtoMessage() {}
+
+func (x *ServerInfo_Caller) ProtoReflect() protoreflect.Message {
+	mi := &file_notecase_v1_server_proto_msgTypes[2]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use ServerInfo_Caller.ProtoReflect.Descriptor instead.
+func (*ServerInfo_Caller) Descriptor() ([]byte, []int) {
+	return file_notecase_v1_server_proto_rawDescGZIP(), []int{1, 0}
+}
+
+func (x *ServerInfo_Caller) GetRole() Key_Role {
+	if x != nil {
+		return x.Role
+	}
+	return Key_ROLE_UNSPECIFIED
+}
+
+func (x *ServerInfo_Caller) GetUser() string {
+	if x != nil {
+		return x.User
+	}
+	return ""
+}
+
 var File_notecase_v1_server_proto protoreflect.FileDescriptor
 
 const file_notecase_v1_server_proto_rawDesc = "" +
 	"\n" +
-	"\x18notecase/v1/server.proto\x12\vnotecase.v1\"\x16\n" +
-	"\x14GetServerInfoRequest\"\xd6\x02\n" +
+	"\x18notecase/v1/server.proto\x12\vnotecase.v1\x1a\x15notecase/v1/key.proto\"\x16\n" +
+	"\x14GetServerInfoRequest\"\xd7\x03\n" +
 	"\n" +
 	"ServerInfo\x12\x18\n" +
 	"\aversion\x18\x01 \x01(\tR\aversion\x12\x14\n" +
@@ -201,7 +264,11 @@ const file_notecase_v1_server_proto_rawDesc = "" +
 	"\rmax_page_size\x18\b \x01(\x05R\vmaxPageSize\x12\x19\n" +
 	"\bmax_runs\x18\t \x01(\x05R\amaxRuns\x12*\n" +
 	"\x11max_session_bytes\x18\n" +
-	" \x01(\x03R\x0fmaxSessionBytes2a\n" +
+	" \x01(\x03R\x0fmaxSessionBytes\x126\n" +
+	"\x06caller\x18\v \x01(\v2\x1e.notecase.v1.ServerInfo.CallerR\x06caller\x1aG\n" +
+	"\x06Caller\x12)\n" +
+	"\x04role\x18\x01 \x01(\x0e2\x15.notecase.v1.Key.RoleR\x04role\x12\x12\n" +
+	"\x04user\x18\x02 \x01(\tR\x04user2a\n" +
 	"\rServerService\x12P\n" +
 	"\rGetServerInfo\x12!.notecase.v1.GetServerInfoRequest\x1a\x17.notecase.v1.ServerInfo\"\x03\x90\x02\x01BW\n" +
 	"\x0fdev.notecase.v1B\vServerProtoP\x01Z'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\vNotecase.V1b\x06proto3"
@@ -218,19 +285,23 @@ func file_notecase_v1_server_proto_rawDescGZIP() []byte {
 	return file_notecase_v1_server_proto_rawDescData
 }
 
-var file_notecase_v1_server_proto_msgTypes = make([]protoimpl.MessageInfo, 2)
+var file_notecase_v1_server_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
 var file_notecase_v1_server_proto_goTypes = []any{
 	(*GetServerInfoRequest)(nil), // 0: notecase.v1.GetServerInfoRequest
 	(*ServerInfo)(nil),           // 1: notecase.v1.ServerInfo
+	(*ServerInfo_Caller)(nil),    // 2: notecase.v1.ServerInfo.Caller
+	(Key_Role)(0),                // 3: notecase.v1.Key.Role
 }
 var file_notecase_v1_server_proto_depIdxs = []int32{
-	0, // 0: notecase.v1.ServerService.GetServerInfo:input_type -> notecase.v1.GetServerInfoRequest
-	1, // 1: notecase.v1.ServerService.GetServerInfo:output_type -> notecase.v1.ServerInfo
-	1, // [1:2] is the sub-list for method output_type
-	0, // [0:1] is the sub-list for method input_type
-	0, // [0:0] is the sub-list for extension type_name
-	0, // [0:0] is the sub-list for extension extendee
-	0, // [0:0] is the sub-list for field type_name
+	2, // 0: notecase.v1.ServerInfo.caller:type_name -> notecase.v1.ServerInfo.Caller
+	3, // 1: notecase.v1.ServerInfo.Caller.role:type_name -> notecase.v1.Key.Role
+	0, // 2: notecase.v1.ServerService.GetServerInfo:input_type -> notecase.v1.GetServerInfoRequest
+	1, // 3: notecase.v1.ServerService.GetServerInfo:output_type -> notecase.v1.ServerInfo
+	3, // [3:4] is the sub-list for method output_type
+	2, // [2:3] is the sub-list for method input_type
+	2, // [2:2] is the sub-list for extension type_name
+	2, // [2:2] is the sub-list for extension extendee
+	0, // [0:2] is the sub-list for field type_name
 }
 
 func init() { file_notecase_v1_server_proto_init() }
@@ -238,13 +309,14 @@ func file_notecase_v1_server_proto_init() {
 	if File_notecase_v1_server_proto != nil {
 		return
 	}
+	file_notecase_v1_key_proto_init()
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_notecase_v1_server_proto_rawDesc), len(file_notecase_v1_server_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   2,
+			NumMessages:   3,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

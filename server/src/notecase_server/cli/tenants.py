@@ -115,8 +115,8 @@ def delete(tenant: str, yes: bool) -> None:
 def export_tenant(tenant: str, directory: Path) -> None:
     """Write what a tenant holds to a new directory: sessions, states, agents and content.
 
-    index.jsonl has a line for each of them; `sessions` has files for `notecase sessions import`. The tenant's audit tells of it.
-    The directory is there once all of it is.
+    index.jsonl has a line for each of them; `sessions` has files for `notecase sessions import`.
+    The directory is made once all of it is there. The tenant's audit says so.
     """
     if directory.exists() and any(directory.iterdir()):
         raise click.UsageError(f"{directory} is not empty.")
