@@ -14,7 +14,7 @@ from typing import Any, Self, TypeVar
 import asyncpg
 
 from notecase_server import errors
-from notecase_server.store import fold, steps
+from notecase_server.store import fold
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Clock, Commit, Committed
 from notecase_server.store.postgres_commit import CommitTables
@@ -104,16 +104,16 @@ class PostgresStore(TableStore):
     async def commit(self, commit: Commit) -> Committed:
         shared = {"user", "app"} & fold.needs(commit.events, commit.if_state_version).keys.keys()
         within = "" if shared else commit.key.uid
-        return await self._own(self._repeated(partial(self._commit, commit), within))
+        return await self._own(self._repeated(partial(self._attempt, commit), within))
 
-    async def _commit(self, commit: Commit, alone: bool) -> Committed:
+    async def _attempt(self, commit: Commit, alone: bool) -> Committed:
         counts = Counts(self.quotas, self._tallies, alone)
         async with self._pool.acquire() as connection:
             return await run(self._commit_step, CommitTables(connection, counts, commit, self.fence), commit)
 
     def _commit_step(self, tables: CommitTables, commit: Commit) -> Committed:
         tables.load()
-        done = steps.commit(tables, self._clock(), commit, self.quotas)
+        done = self._commit(commit)(tables, self._clock())
         tables.flush()
         return done
 

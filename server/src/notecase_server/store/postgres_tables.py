@@ -886,6 +886,16 @@ class PostgresTables:
                 after = unescaped(tenant), sha256
                 yield after
 
+    def blobs(self, tenant: str, query: Query) -> Iterator[Found[tuple[str, int]]]:
+        statement = "SELECT sha256, size FROM blobs WHERE tenant = $1 AND sha256 > $2 ORDER BY sha256 LIMIT $3"
+        for sha256, size in self._rows(statement, tenant, *(query.after or ("",)), query.limit + 1):
+            yield Found((sha256,), (sha256, size), len(sha256))
+
+    def users_with_state(self, tenant: str, query: Query) -> Iterator[Found[str]]:
+        statement = "SELECT id FROM states WHERE tenant = $1 AND kind = 'user' AND id > $2 ORDER BY id LIMIT $3"
+        for (user,) in self._rows(statement, tenant, *(query.after or ("",)), query.limit + 1):
+            yield Found((user,), user, len(user))
+
     def refers(self, scope: Scope, key: str, sha256: str) -> bool:
         statement = """SELECT 1 FROM blob_references
             WHERE tenant = $1 AND kind = $2 AND id = $3 AND key = $4 AND sha256 = $5"""
