@@ -437,7 +437,7 @@ async def test_keys_of_state_make_no_message_larger_than_one_may_be(served: Runn
     note = v1.Value(string_value="x" * 250_000)
     await served.state.PutState(v1.PutStateRequest(name=f"{session}/state", key="note", value=note))
     part = v1.Part(state_key="note")
-    for messages in ([v1.Message(parts=[part] * 4)], [v1.Message(parts=[part] * 3)] * 4):
+    for messages in ([v1.Message(parts=[part] * 4)], [v1.Message(parts=[part] * 3)] * 6):
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await served.messages.AppendMessages(v1.AppendMessagesRequest(parent=session, messages=messages))
         assert reason_of(refused.value) == "PAYLOAD_TOO_LARGE"
