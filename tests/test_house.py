@@ -435,14 +435,10 @@ def requirements(texts: list[str]) -> dict[str, Requirement]:
 
 
 def declared(folder: str) -> dict[str, Requirement]:
-    return requirements(project(folder)["project"]["dependencies"])
-
-
-def extras(folder: str) -> dict[str, Requirement]:
-    """What the extras of a distribution need, but for itself."""
-    found = project(folder)["project"].get("optional-dependencies", {}).values()
-    needs = requirements([text for extra in found for text in extra])
-    return {name: need for name, need in needs.items() if not name.startswith("notecase")}
+    """What a distribution needs, and what its extras do."""
+    settings = project(folder)["project"]
+    extras = settings.get("optional-dependencies", {}).values()
+    return requirements([*settings["dependencies"], *(text for extra in extras for text in extra)])
 
 
 def needed(package: Path) -> set[str]:
@@ -470,7 +466,7 @@ def test_the_client_needs_its_three_packages_and_nothing_else() -> None:
 
 
 def test_the_server_declares_what_it_imports() -> None:
-    assert set() == needed(SERVER) - set(declared("server")) - set(extras("server"))
+    assert set() == needed(SERVER) - set(declared("server"))
 
 
 def test_both_distributions_are_released_together() -> None:
@@ -490,8 +486,7 @@ def test_every_requirement_has_a_pin_that_fits() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     pins = requirements([line for line in lines if not line.startswith("#")])
     assert {"=="} == {one.operator for pin in pins.values() for one in pin.specifier}
-    wanted = [declared("client"), declared("server"), extras("server")]
-    wanted.append(requirements(project(".")["dependency-groups"]["dev"]))
+    wanted = [declared("client"), declared("server"), requirements(project(".")["dependency-groups"]["dev"])]
     unfit = []
     for name, requirement in (item for group in wanted for item in group.items() if item[0] != "notecase"):
         version = next((one.version for one in pins[name].specifier), "") if name in pins else ""
