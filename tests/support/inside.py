@@ -1,23 +1,16 @@
 """What lies in the tables of a store, for tests of what a deletion leaves."""
 
-from typing import Any
+from typing import Any, cast
 
 from notecase_server.store.contract import Store
 from notecase_server.store.memory import MemoryStore
-from notecase_server.store.postgres import PostgresStore
-from notecase_server.store.postgres_tables import PostgresTables
 from notecase_server.store.sqlite import SqliteStore
 
 
 async def select(store: Store, statement: str) -> list[Any]:
     """Returns the rows of a statement on a store that has tables."""
-    if isinstance(store, PostgresStore):
-
-        def step(tables: Any) -> list[Any]:
-            assert isinstance(tables, PostgresTables)
-            return tables._rows(statement)
-
-        return await store._read(step)
+    if store.kind == "postgresql":
+        return await cast(Any, store)._read(lambda tables: tables._rows(statement))  # type: ignore[no-any-return]
     assert isinstance(store, SqliteStore)
     return store._connections.readers[0].execute(statement).fetchall()
 
@@ -27,7 +20,7 @@ async def rows_with(store: Store, uid: str) -> set[str]:
     if isinstance(store, MemoryStore):
         return {"memory"} if uid in repr(store._tables._tenants) else set()
     names = "SELECT name FROM sqlite_master WHERE type = 'table'"
-    if isinstance(store, PostgresStore):
+    if store.kind == "postgresql":
         names = "SELECT tablename FROM pg_tables WHERE schemaname = current_schema()"
     found = set[str]()
     for (table,) in await select(store, names):

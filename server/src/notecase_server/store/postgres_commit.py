@@ -102,7 +102,8 @@ def _writing(writes: tuple[tuple[str, bool], ...]) -> str:
 
 
 class CommitTables(PostgresTables):
-    """Rows for one commit: what it needs is read at the first look, and what it writes is written by `flush`."""
+    """Rows for one commit: `load` reads what it needs, `flush` writes what it changes, and each is one statement. What
+    else a rare commit looks at is read when it does."""
 
     def __init__(self, connection: "Connection[Record]", counts: Counts, commit: Commit, fence: int) -> None:
         super().__init__(connection, counts)
