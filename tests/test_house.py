@@ -441,10 +441,10 @@ def requirements(texts: list[str]) -> dict[str, Requirement]:
 
 
 def declared(folder: str) -> dict[str, Requirement]:
-    """What a distribution needs, and what its extras do."""
+    """What a distribution needs, and what the extra for PostgreSQL does."""
     settings = project(folder)["project"]
-    extras = settings.get("optional-dependencies", {}).values()
-    return requirements([*settings["dependencies"], *(text for extra in extras for text in extra)])
+    extra = settings.get("optional-dependencies", {}).get("postgres", ())
+    return requirements([*settings["dependencies"], *extra])
 
 
 def needed(package: Path) -> set[str]:
