@@ -314,7 +314,7 @@ async def test_an_exception_is_the_calls_error(error: Exception, told: str, capl
         (threading.Lock(), "TypeError: a lock is not JSON"),
         (Thing, "TypeError: a type is not JSON"),
     ],
-    ids=str,
+    ids=["nan", "iterator", "lock", "class"],
 )
 async def test_a_result_that_json_cannot_say_is_an_error(returned: Any, told: str) -> None:
     def odd() -> Any:

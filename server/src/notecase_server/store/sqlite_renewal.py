@@ -10,6 +10,9 @@ from notecase_server.store.renewal import renewed_answer, renewed_session
 from notecase_server.store.rows import UIDS
 from notecase_server.store.sqlite_file import connect
 
+OWN = {"active_runs": "run_agents"}
+"""Tables of this store that stand for one of the portable ones."""
+
 FRESH = "SELECT fresh FROM renewed n WHERE n.tenant = t.tenant AND n.uid = t.{column}"
 
 
@@ -50,7 +53,9 @@ def _renew(connection: sqlite3.Connection) -> int:
     )
     for table, column, where in UIDS:
         fresh = FRESH.format(column=column)
-        connection.execute(f"UPDATE {table} AS t SET {column} = ({fresh}) WHERE {where} AND EXISTS ({fresh})")
+        connection.execute(
+            f"UPDATE {OWN.get(table, table)} AS t SET {column} = ({fresh}) WHERE {where} AND EXISTS ({fresh})"
+        )
     connection.execute("UPDATE sessions SET body = renewed_session(body, uid)")
     connection.execute("UPDATE store SET secret = randomblob(32)")
     return sessions

@@ -15,6 +15,30 @@ CHECKPOINT_PAGES = 4000
 """How long the write-ahead log becomes while rows are loaded: 16 MB."""
 
 
+SOURCES = {
+    "active_runs": """(SELECT r.tenant, r.create_time, r.uid, r.run, '' AS step, r.deaths, r.released,
+        coalesce(o.body, v.body, t.body) AS revision FROM runs r
+        LEFT JOIN run_agents o ON o.tenant = r.tenant AND o.uid = r.uid AND o.run = r.run
+        LEFT JOIN revisions v ON v.tenant = r.tenant AND v.agent = substr(r.agent, 8) AND v.revision = r.revision
+        LEFT JOIN retired_revisions t
+            ON t.tenant = r.tenant AND t.agent = substr(r.agent, 8) AND t.revision = r.revision
+        WHERE r.revision IS NOT NULL)"""
+}
+"""Portable tables that are none of this store: it keeps what a run needs of its agent in the run's row, and the agent
+where its revisions are."""
+
+LOADS = {
+    "runs": ("INSERT INTO runs ({columns}, deaths, released) VALUES ({marks}, 0, 0)",),
+    "active_runs": (
+        """UPDATE runs SET revision = 0, deaths = :deaths, released = :released
+            WHERE tenant = :tenant AND uid = :uid AND run = :run""",
+        "INSERT INTO run_agents (tenant, uid, run, body) VALUES (:tenant, :uid, :run, :revision)",
+    ),
+}
+"""What adds a row of a table, where it is not one INSERT. The agent of a run is kept with it, although a revision may
+say the same: it goes with the end of the run."""
+
+
 class SqliteRows:
     """StoreRows of a SQLite file, whose lock it holds. Blocks the event loop: nothing else runs in it."""
 
@@ -47,7 +71,7 @@ class SqliteRows:
         portable = _convert(table, _labels_of)
         with self._telling():
             for row in self._connection.execute(
-                f"SELECT {columns} FROM {table.name} {where} ORDER BY {key}", after or ()
+                f"SELECT {columns} FROM {_source(table)} {where} ORDER BY {key}", after or ()
             ):
                 yield portable(row)
 
@@ -56,7 +80,7 @@ class SqliteRows:
         order = ", ".join(f"{column} DESC" for column in table.key)
         with self._telling():
             found: Row | None = self._connection.execute(
-                f"SELECT {key} FROM {table.name} ORDER BY {order} LIMIT 1"
+                f"SELECT {key} FROM {_source(table)} ORDER BY {order} LIMIT 1"
             ).fetchone()
         return found
 
@@ -68,17 +92,17 @@ class SqliteRows:
                     raise StoreOpenError(f"{self._path} is an unfinished copy of another store. Choose another path.")
                 return
             for table in TABLES:
-                if self._connection.execute(f"SELECT 1 FROM {table.name} LIMIT 1").fetchone():
+                if self._connection.execute(f"SELECT 1 FROM {_source(table)} LIMIT 1").fetchone():
                     raise StoreOpenError(f"{self._path} is not empty: it has {table.name}. Choose another path.")
             self._connection.execute(f"CREATE TABLE {UNFINISHED} AS SELECT ? AS source", (source,))
 
     async def load(self, table: Table, rows: Sequence[Row]) -> None:
-        marks = ", ".join("?" * len(table.columns))
-        own = _convert(table, _labels)
+        columns, marks = ", ".join(table.columns), ", ".join(f":{column}" for column in table.columns)
+        own = [dict(zip(table.columns, row, strict=True)) for row in map(_convert(table, _labels), rows)]
+        statements = LOADS.get(table.name, (f"INSERT INTO {table.name} ({{columns}}) VALUES ({{marks}})",))
         with self._telling(), self._transaction():
-            self._connection.executemany(
-                f"INSERT INTO {table.name} ({', '.join(table.columns)}) VALUES ({marks})", map(own, rows)
-            )
+            for statement in statements:
+                self._connection.executemany(statement.format(columns=columns, marks=marks), own)
 
     async def finish_copy(self, head: Head) -> None:
         with self._telling():
@@ -107,6 +131,10 @@ class SqliteRows:
             yield
         except sqlite3.Error as error:
             raise StoreOpenError(f"{self._path} cannot be copied: SQLite says {str(error)!r}.") from error
+
+
+def _source(table: Table) -> str:
+    return SOURCES.get(table.name, table.name)
 
 
 def _convert(table: Table, convert: Callable[[Any], Any]) -> Callable[[Row], Row]:
