@@ -25,7 +25,7 @@ def renew(store: str, store_password_file: Path | None) -> None:
     """Give every session another uid, after a backup was put back.
 
     A client that goes on after a sequence it saw before (`if_session_uid`) is then refused with SESSION_NOT_FOUND,
-    where it would otherwise go on in another history. Page tokens from before are refused as well.
+    where it would otherwise go on in another history.
     """
     configure_logging("console", "info")
     try:

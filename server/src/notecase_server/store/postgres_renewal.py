@@ -1,8 +1,6 @@
 """Gives every session of a PostgreSQL store another uid, so that nothing that named the old one goes on in the new
 history."""
 
-import secrets
-
 import asyncpg
 
 from notecase_server.store.renewal import renewed_answer, renewed_session
@@ -13,7 +11,7 @@ BATCH = 200
 
 
 async def renew(connection: "asyncpg.Connection[asyncpg.Record]") -> int:
-    """Renews all sessions in one transaction, and the secret of page tokens with them; returns how many sessions there
+    """Renews all sessions in one transaction; returns how many sessions there
     are. The caller owns the store. Raises what the database raises."""
     async with connection.transaction():
         await connection.execute("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0")
@@ -30,7 +28,6 @@ async def renew(connection: "asyncpg.Connection[asyncpg.Record]") -> int:
             )
         await _renew_sessions(connection)
         await _renew_answers(connection)
-        await connection.execute("UPDATE notecase_store SET secret = $1", secrets.token_bytes(32))
     return sessions
 
 

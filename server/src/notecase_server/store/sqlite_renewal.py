@@ -17,7 +17,7 @@ FRESH = "SELECT fresh FROM renewed n WHERE n.tenant = t.tenant AND n.uid = t.{co
 
 
 def renew(path: Path, new_uid: Callable[[], str]) -> int:
-    """Renews all sessions in one transaction, and the secret of page tokens with them; returns how many sessions there
+    """Renews all sessions in one transaction; returns how many sessions there
     are. Needs room on disk for the log of what it changes, about as much as the file has.
 
     Raises StoreOpenError, also when there is no such store or a server has it open."""
@@ -57,5 +57,4 @@ def _renew(connection: sqlite3.Connection) -> int:
             f"UPDATE {OWN.get(table, table)} AS t SET {column} = ({fresh}) WHERE {where} AND EXISTS ({fresh})"
         )
     connection.execute("UPDATE sessions SET body = renewed_session(body, uid)")
-    connection.execute("UPDATE store SET secret = randomblob(32)")
     return sessions
