@@ -98,6 +98,6 @@ async def test_a_file_is_copied_into_a_database_and_served(store: str, tmp_path:
     assert key.out.startswith("nck_")
     assert 1 == len(key.out.splitlines())
     server = await Spawned.start(store, tmp_path / "log")
-    listed = await notecase("sessions", "--server", server.address, env={"NOTECASE_TOKEN": key.out.strip()})
+    listed = await notecase("sessions", "list", "--server", server.address, env={"NOTECASE_TOKEN": key.out.strip()})
     assert "case" in listed.out
     assert 0 == await server.stop()

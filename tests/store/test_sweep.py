@@ -13,7 +13,6 @@ from notecase_server.store import steps
 from notecase_server.store.base import TableStore
 from notecase_server.store.contract import Commit, Quotas, Replayed, Store
 from notecase_server.store.memory import MemoryStore
-from notecase_server.store.sqlite_tables import SESSION_ROWS, STATE_ROWS
 
 from tests.store.build import (
     EVERYTHING,
@@ -35,7 +34,7 @@ from tests.store.build import (
     started,
 )
 from tests.store.test_identity import COMMAND, about, everything, fill, prepare
-from tests.support.inside import rows_with, select
+from tests.support.inside import rows_with, select, session_rows
 
 NEXT = reborn(KEY)
 Step = Callable[..., Any]
@@ -51,7 +50,7 @@ class Tally(NamedTuple):
 async def tally(store: Store) -> Tally:
     sizes: list[int] = []
     if not isinstance(store, MemoryStore):
-        counted = [(table, size) for table, _, size in (*SESSION_ROWS, *STATE_ROWS)]
+        counted = [(table, size) for table, _, size in session_rows(store)]
         for table, size in [*counted, ("requests WHERE owner != ''", "length(response)")]:
             sizes += [size or 0 for (size,) in await select(store, f"SELECT {size} FROM {table}")]
     else:

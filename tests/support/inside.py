@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+from notecase_server.store import sqlite_tables
 from notecase_server.store.contract import Store
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
@@ -13,6 +14,14 @@ async def select(store: Store, statement: str) -> list[Any]:
         return await cast(Any, store)._read(lambda tables: tables._rows(statement))  # type: ignore[no-any-return]
     assert isinstance(store, SqliteStore)
     return store._connections.readers[0].execute(statement).fetchall()
+
+
+def session_rows(store: Store) -> tuple[tuple[str, str, str], ...]:
+    """The tables with rows of sessions and states; with each, how a row is found and how many bytes it has."""
+    tables: Any = sqlite_tables
+    if store.kind == "postgresql":
+        from notecase_server.store import postgres_tables as tables
+    return (*tables.SESSION_ROWS, *tables.STATE_ROWS)
 
 
 async def rows_with(store: Store, uid: str) -> set[str]:

@@ -421,7 +421,7 @@ async def test_over_pipes_that_tell_nothing_only_the_calls_of_one_run_may_ask(wi
         paint = (await resolved(box, "paint"))["paint"].implementation
         other = replace(context(pose=nobody), session_uid="another")
         refused = await box.call(paint, {}, other)
-        assert "nothing says which of them asks" in refused.error
+        assert "it is not known which of them asks" in refused.error
         waiting.cancel()
         await asyncio.wait([waiting])
         assert "cancelled" == await witness.heard()
