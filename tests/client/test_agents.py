@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 
 import grpc
 import pytest
-from notecase import Client, NotecaseError, Retry, RunWaiting, Tool, v1
+from notecase import Client, NotecaseError, Reply, Retry, RunWaiting, Tool, v1
 from pydantic import BaseModel
 
 from tests.client.conftest import QUICK
@@ -120,7 +120,8 @@ async def test_functions_of_an_agent_run_where_its_runs_were_started(client: Cli
     model.script(tool_calls(("search", '{"what": "bow"}')), reply("Found."))
     await client.put_agent("finder", "You find things.", tools=[search])
     async with Client(client.address, retry=QUICK) as other:
-        with pytest.raises(RunWaiting) as waiting:
+        cure = r"'search', which this client does not have: pass tools=\[Tool\(search, declare=False\)\]$"
+        with pytest.raises(RunWaiting, match=cure) as waiting:
             await other.invoke("Find it", agent="finder", run_id="r1")
         run = waiting.value.run
         assert ["search"] == [call.tool for call in run.pending_calls]
@@ -252,3 +253,28 @@ async def test_an_output_or_a_function_without_a_schema_is_refused_at_once(serve
         with pytest.raises(TypeError, match="needs a name"):
             await client.put_agent("finder", tools=[lambda: None])
         assert [] == [one.name async for one in client.list_agents()]
+
+
+async def test_a_tool_of_the_server_may_be_given_by_its_fields(client: Client) -> None:
+    """As other messages may be; a field that does not exist is refused with those that do."""
+    put = await client.put_agent("asker", tools=[search, {"name": "ask", "server": {"function": "ask_user"}}])
+    assert ["search", "ask"] == [tool.name for tool in put.llm.tools]
+    assert "ask_user" == put.llm.tools[1].server.function
+    with pytest.raises(ValueError, match="Tool has no field 'function'; it has name, description"):
+        await client.put_agent("asker", tools=[{"name": "ask", "function": "ask_user"}])
+    with pytest.raises(ValueError, match=r"Generation has no field 'temprature'; it has .*temperature"):
+        client.run("Hello", agent="asker", generation={"temprature": 0})
+    with pytest.raises(ValueError, match=r"Limits has no field 'calls'; it has .*max_model_calls"):
+        client.run("Hello", agent="asker", limits={"calls": 1})
+
+
+def test_a_refusal_is_shown() -> None:
+    """It is not a text of the reply, which is empty then."""
+    run = v1.Run(
+        name="sessions/s/runs/r",
+        state=v1.Run.STATE_SUCCEEDED,
+        reply=v1.Message(parts=[v1.Part(refusal="I will "), v1.Part(refusal="not.")]),
+    )
+    refused = Reply(run)
+    assert ("", "I will not.") == (refused.text, refused.refusal)
+    assert "Reply('', refusal='I will not.', run='sessions/s/runs/r')" == repr(refused)

@@ -151,6 +151,7 @@ async def test_a_busy_session_names_its_run_and_is_not_asked_again(
         async for _ in run:
             pass
     assert (refused.value.reason, refused.value.metadata["run"]) == ("RUN_ACTIVE", run.name)
+    assert "on_busy" in str(refused.value)
     assert len(model.requests) == 1
 
 

@@ -49,6 +49,25 @@ async def recording() -> AsyncIterator[tuple[Running, Recording]]:
         yield served, judge
 
 
+async def test_a_client_made_outside_of_a_loop_belongs_to_that_of_its_first_call() -> None:
+    """In another loop it says so, and after `close` it opens no connection."""
+    async with running() as served:
+        client = await asyncio.to_thread(Client, served.address)
+        await client.server.GetServerInfo(INFO)
+
+        def elsewhere() -> None:
+            with pytest.raises(RuntimeError, match="one client for each"):
+                asyncio.run(client.put_agent("greeter"))
+
+        await asyncio.to_thread(elsewhere)
+        await client.close()
+        unused = Client(served.address)
+        await unused.close()
+        for closed in (client, unused):
+            with pytest.raises(grpc.aio.UsageError):
+                await closed.server.GetServerInfo(INFO)
+
+
 async def test_a_string_is_sent_with_every_call(recording: tuple[Running, Recording]) -> None:
     served, judge = recording
     async with Client(served.address, token="secret-1\n") as client:

@@ -102,6 +102,18 @@ def test_the_error_of_a_run_is_the_same_exception() -> None:
     assert (error.message, error.metadata) == ("Busy.", {"run": "r"})
 
 
+@pytest.mark.parametrize(
+    ("reason", "cure"),
+    [("RUN_ACTIVE", 'on_busy="queue"'), ("UNAUTHENTICATED", "Client(token=…), or the variable NOTECASE_TOKEN")],
+)
+def test_an_error_says_what_to_do_in_python(reason: str, cure: str) -> None:
+    """The service's words stay in `message`, for programs that show them elsewhere."""
+    error = NotecaseError(grpc.StatusCode.FAILED_PRECONDITION, reason, "The service's words.")
+    assert str(error).startswith(f"{reason}: The service's words. In Python: ")
+    assert cure in str(error)
+    assert "The service's words." == error.message
+
+
 def test_an_unknown_reason_or_code_is_no_failure() -> None:
     """A newer server may know more of both."""
     error = NotecaseError.from_proto(

@@ -1,8 +1,10 @@
 """Tools, people and steering through the client, against a real server: what a function sees, and how often."""
 
 import asyncio
+import logging
+import pickle
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Annotated, Any, NamedTuple
 
 import grpc
@@ -424,6 +426,20 @@ async def test_a_function_that_cannot_be_a_tool_is_refused_when_handed_in(client
         client.run("Hello", session="sessions/s", tools=[many])
     with pytest.raises(TypeError, match="many cannot be a tool"):
         client.attach("sessions/s", tools=[many])
+    for declared in (v1.Tool(name="ask"), {"name": "ask"}):
+        with pytest.raises(TypeError, match="declared by put_agent"):
+            client.run("Hello", session="sessions/s", tools=[declared])  # type: ignore[list-item]
+
+
+async def test_a_function_that_the_agent_has_names_its_cure(client: Client, session: str, model: OpenAIServer) -> None:
+    """Another program put the agent, so this one does not know that it declares the function."""
+    await client.put_agent("clerk", tools=[pay])
+    async with Client(client.address, retry=QUICK) as other:
+        with pytest.raises(NotecaseError, match=r"pass Tool\(function, declare=False\)") as refused:
+            await other.invoke("Pay", agent="clerk", tools=[pay])
+        assert "INVALID_FIELD" == refused.value.reason
+        model.script(PAY, reply("Paid."))
+        assert "Paid." == (await other.invoke("Pay", agent="clerk", tools=[Tool(pay, declare=False)])).text
 
 
 @pytest.mark.parametrize(
@@ -498,9 +514,68 @@ async def test_invoking_tells_when_a_run_waits_for_others(
     """For functions that were handed in it waits itself; for others and for people it would wait for ever."""
     model.script(tool_calls(("search", '{"query": "a"}'), ("pay", '{"cents": 1}')), reply("Never."))
     desk.release.set()
-    with pytest.raises(RunWaiting, match="waits for an answer") as raised:
+    with pytest.raises(RunWaiting, match=r"waits for approval of pay: call approve or deny$") as raised:
         await client.invoke("Go", session=session, tools=[desk.search, ASKED_PAY])
     assert [one.call.tool for one in raised.value.run.pending_inputs] == ["pay"]
+    assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+
+
+class Logged(logging.Handler):
+    """Keeps what the logger "notecase" says, and wakes whoever waits for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[str] = []
+        self.any = asyncio.Event()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(record.getMessage())
+        self.any.set()
+
+
+@pytest.fixture
+def logged() -> Iterator[Logged]:
+    handler = Logged()
+    logging.getLogger("notecase").addHandler(handler)
+    yield handler
+    logging.getLogger("notecase").removeHandler(handler)
+
+
+async def test_a_wait_that_nobody_here_ends_is_logged_once(
+    client: Client, session: str, model: OpenAIServer, logged: Logged
+) -> None:
+    """A stream that waits in silence says for what, as the exception of `invoke` does."""
+    model.script(PAY, reply("Paid."))
+    with pytest.raises(RunWaiting) as raised:
+        await client.invoke("Go", session=session, tools=[ASKED_PAY])
+    async with client.attach(raised.value.run, tools=[ASKED_PAY]) as run:
+        run.warn_after = 0
+        following = asyncio.create_task(finish(run))
+        await logged.any.wait()
+        await client.put_state(session, "looked", True)  # an event that ends no wait
+        await client.approve(run.name, raised.value.run.pending_inputs[0].input_id)
+        assert "Paid." == await following
+    assert [f"{raised.value}."] == logged.told
+
+
+async def test_a_wait_that_ends_soon_is_not_logged(
+    client: Client, session: str, model: OpenAIServer, logged: Logged
+) -> None:
+    """An event in time prevents the warning, and a program that shows what a run waits for turns it off."""
+    model.script(PAY, PAY, reply("Paid."))
+    async with client.run("Go", session=session, tools=[ASKED_PAY]) as run:
+        run.warn_after = 3600
+        asked = (await until(run, "input_requested")).input_requested
+        await run.approve(asked.input_id)
+        asked = (await until(run, "input_requested")).input_requested
+        run.warn_after = None
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                while True:
+                    await anext(run)
+        await run.approve(asked.input_id)
+        assert "Paid." == await finish(run)
+    assert [] == logged.told
 
 
 async def test_a_run_is_steered(client: Client, session: str, model: OpenAIServer, desk: Desk) -> None:

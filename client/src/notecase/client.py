@@ -25,6 +25,7 @@ from notecase.sessions import Sessions
 from notecase.stream import RunStream
 from notecase.tools import Tool, as_tools
 from notecase.values import Plain, to_message, to_values
+from notecase.waits import sentence, unanswered
 
 if TYPE_CHECKING:
     from notecase.content import Contents
@@ -35,14 +36,19 @@ class RunWaiting(Exception):
 
     The run has not failed. It continues once it is answered, and `attach(error.run)` follows it to its reply."""
 
-    def __init__(self, run: v1.Run) -> None:
-        super().__init__(f"{run.name} waits for an answer")
+    def __init__(self, run: v1.Run, waits: dict[str, str] | None = None) -> None:
+        """`waits` describes what the run waits for, by input_id or call_id; by default, all that it waits for."""
+        super().__init__(run, waits)
+        self._waits = unanswered(run, ()) if waits is None else waits
         self.run = run
         """The run as it was then, with its `pending_inputs` and `pending_calls`."""
 
+    def __str__(self) -> str:
+        return sentence(self.run, self._waits)
+
 
 class Client(Commands, Sessions):
-    """A client of one server, for the event loop in which it is made:
+    """A client of one server, for the event loop in which it makes its first call:
 
         async with Client("127.0.0.1:7420") as client:
             reply = await client.invoke("Where is the violin?", agent="detective")
@@ -133,7 +139,7 @@ class Client(Commands, Sessions):
         agent: str,
         instruction: str = "",
         *,
-        tools: Iterable[Callable[..., Any] | Tool | v1.Tool] = (),
+        tools: Iterable[Callable[..., Any] | Tool | v1.Tool | Mapping[str, Any]] = (),
         output: Any = None,
         model: str = "",
         provider: str = "",
@@ -154,13 +160,14 @@ class Client(Commands, Sessions):
             await client.put_agent("detective", "You are a detective.", tools=[search])
 
         Functions in `tools` are declared by the agent, and this client executes their calls in every run that it starts
-        with the agent: see `Tool`. A `v1.Tool` declares what the server runs. `output` is a dataclass, a TypedDict or a
-        pydantic model: replies are JSON of that type, and `Reply.parsed` reads them as such in this client.
-        `generation` and `context` may be given by their fields: `generation={"temperature": 0.2}`. `instruction` is a
-        template over state; for this and the rest see `v1.LlmAgent` and `v1.Agent`.
+        with the agent: see `Tool`. A `v1.Tool`, or a mapping of its fields, declares what the server runs:
+        `{"name": "ask", "server": {"function": "ask_user"}}`. `output` is a dataclass, a TypedDict or a pydantic model:
+        replies are JSON of that type, and `Reply.parsed` reads them as such in this client. `generation` and `context`
+        may be given by their fields: `generation={"temperature": 0.2}`. `instruction` is a template over state; for
+        this and the rest see `v1.LlmAgent` and `v1.Agent`.
 
-        Raises TypeError for a function or an output that has no JSON Schema, and NotecaseError TEMPLATE_ERROR and
-        INVALID_FIELD for what the server refuses."""
+        Raises TypeError for a function or an output that has no JSON Schema, ValueError for a mapping with a field that
+        does not exist, and NotecaseError TEMPLATE_ERROR and INVALID_FIELD for what the server refuses."""
         definitions, local = split(tools, output)
         llm = v1.LlmAgent(
             model=model,
@@ -259,8 +266,9 @@ class Client(Commands, Sessions):
         many seconds. `rewind_to` takes the session back to that sequence in the same commit: without `said` to generate
         a reply again, with it to edit what was said.
 
-        Raises ValueError without agent and session, TypeError for a function that cannot be a tool. Entering raises
-        NotecaseError: RUN_ACTIVE when the session has a run, AGENT_NOT_FOUND, SESSION_NOT_FOUND and so on."""
+        Raises ValueError without agent and session and for a field of `generation` or `limits` that does not exist,
+        TypeError for a function that cannot be a tool. Entering raises NotecaseError: RUN_ACTIVE when the session has a
+        run, AGENT_NOT_FOUND, SESSION_NOT_FOUND and so on."""
         agent, session = name_of(agent, "agents"), name_of(session, "sessions")
         if not agent and not session:
             raise ValueError("who is to answer? Name an agent, a session, or both: agent=…, session=…")
@@ -358,8 +366,8 @@ class Client(Commands, Sessions):
                 if run.waits_for_others:
                     # The events may be old, where the run existed before, and may not show all that it waits for.
                     found = await self._get_run(run.name)
-                    if run.cannot_answer(found):
-                        raise RunWaiting(found)
+                    if waits := run.unanswered(found):
+                        raise RunWaiting(found, waits)
         return run.reply
 
     def list_agents(self) -> Listing[v1.Agent]:

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache, cached_property
 from os import PathLike
 from typing import Any, Self, cast
 
@@ -65,10 +66,16 @@ class Connection:
         # A proxy of the environment's would see the plain text of what is meant to stay on this machine.
         own = {**_OPTIONS, "grpc.enable_http_proxy": 0} if here else _OPTIONS
         merged = [*{**own, **dict(options)}.items()]
-        self._channel = (
-            aio.secure_channel(address, credentials, merged) if credentials else aio.insecure_channel(address, merged)
-        )
-        self.channel = cast(aio.Channel, _Channel(self._channel, self._token, address))
+
+        def open_channel() -> aio.Channel:
+            return (
+                aio.secure_channel(address, credentials, merged)
+                if credentials
+                else aio.insecure_channel(address, merged)
+            )
+
+        self._channel = _Channel(open_channel, self._token, address)
+        self.channel = cast(aio.Channel, self._channel)
 
     @property
     def renews_token(self) -> bool:
@@ -99,29 +106,45 @@ class _Channel:
     """The channel that the stubs use.
 
     It does not use grpc's interceptors, which put a task and a queue between caller and call and lose the call's
-    metadata, nor grpc's call credentials, which need TLS on loopback too and hide what a token's function raises."""
+    metadata, nor grpc's call credentials, which need TLS on loopback too and hide what a token's function raises.
 
-    def __init__(self, channel: aio.Channel, token: Token | None, address: str) -> None:
+    grpc's channel belongs to the event loop in which it is opened, so it is opened by the first call."""
+
+    def __init__(self, open_channel: Callable[[], aio.Channel], token: Token | None, address: str) -> None:
+        self._open = open_channel
         self._token = token
         self._address = address
-        self._get_state = channel.get_state
-        self._used = False
-        self.unary_unary = self._called(channel.unary_unary)
-        self.unary_stream = self._called(channel.unary_stream)
-        self.stream_unary = self._called(channel.stream_unary)
-        self.stream_stream = self._called(channel.stream_stream)
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.unary_unary = self._called("unary_unary")
+        self.unary_stream = self._called("unary_stream")
+        self.stream_unary = self._called("stream_unary")
+        self.stream_stream = self._called("stream_stream")
 
-    def _called(self, shape: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]]:
+    @cached_property
+    def _channel(self) -> aio.Channel:
+        return self._open()
+
+    async def close(self) -> None:
+        await self._channel.close()  # also one that was not opened yet: it is not to be opened later
+
+    def _called(self, shape: str) -> Callable[..., Callable[..., Any]]:
         def multicallable(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-            method = shape(*args, **kwargs)
+            @cache
+            def method() -> Callable[..., Any]:
+                return cast("Callable[..., Any]", getattr(self._channel, shape)(*args, **kwargs))
+
             return lambda *args, **kwargs: self._call(method, args, kwargs)
 
         return multicallable
 
-    def _call(self, method: Callable[..., Any], args: Iterable[Any], kwargs: dict[str, Any]) -> "_Call":
-        if not self._used:
-            self._used = True
-            asyncio.get_running_loop().call_later(TOLD_AFTER, self._tell)
+    def _call(self, opened: Callable[[], Callable[..., Any]], args: Iterable[Any], kwargs: dict[str, Any]) -> "_Call":
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+            loop.call_later(TOLD_AFTER, self._tell)
+        if self._loop is not loop:
+            raise RuntimeError("this client made its first call in another event loop: make one client for each")
+        method = opened()
         metadata = tuple(kwargs.pop("metadata", None) or ())
         if self._token is None or any(name == "authorization" for name, _ in metadata):
             return _Call(method(*args, metadata=metadata, **kwargs), self._address)
@@ -136,7 +159,7 @@ class _Channel:
 
     def _tell(self) -> None:
         """Logs that the connection is not made yet. A connection that fails is logged where it is repeated."""
-        if self._get_state() in {grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING}:
+        if self._channel.get_state() in {grpc.ChannelConnectivity.IDLE, grpc.ChannelConnectivity.CONNECTING}:
             log.warning("%s has not answered for %g s; still connecting.", self._address, TOLD_AFTER)
 
 

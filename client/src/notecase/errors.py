@@ -21,6 +21,15 @@ _CODES = {code.value[0]: code for code in grpc.StatusCode}
 _REASONS = {number: name.removeprefix("ERROR_REASON_") for name, number in v1.ErrorReason.items() if number}
 
 
+_HINTS = {
+    "RUN_ACTIVE": 'In Python: on_busy="queue", "interrupt" or "rollback" for run and invoke; attach(…), cancel(…).',
+    "UNAUTHENTICATED": "In Python: Client(token=…), or the variable NOTECASE_TOKEN.",
+}
+"""What to do in Python, by reason: the service's messages name calls of the API."""
+
+_CLIENT_TOOL = re.compile(r"(start\.)?client_tools\[\d+\]\.name")
+
+
 class Violation(NamedTuple):
     """One field of a request that is wrong, and what would be right."""
 
@@ -40,7 +49,8 @@ class NotecaseError(Exception):
 
     Programs decide by `reason`: a `v1.ErrorReason` without its prefix, such as "RUN_ACTIVE". It is empty when the error
     does not come from the service: the connection broke, the deadline passed, or something else answered. `code` is
-    always set. `message` is for people. `retry_after` is in seconds, or None.
+    always set. `message` is for people, as the service wrote it; `str(error)` adds what to do in Python, where that
+    differs. `retry_after` is in seconds, or None.
     """
 
     def __init__(
@@ -64,7 +74,10 @@ class NotecaseError(Exception):
         self.retry_after = retry_after
 
     def __str__(self) -> str:
-        return f"{self.reason or self.code.name}: {self.message}"
+        hint = _HINTS.get(self.reason, "")
+        if any(_CLIENT_TOOL.fullmatch(one.field) for one in self.violations):
+            hint = "In Python: pass Tool(function, declare=False) for a tool that the agent declares."
+        return f"{self.reason or self.code.name}: {self.message} {hint}".rstrip()
 
     @classmethod
     def from_rpc_error(cls, error: grpc.RpcError, address: str = "") -> Self:

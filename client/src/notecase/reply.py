@@ -35,6 +35,11 @@ class Reply:
         """The text and json parts of the reply, joined; empty when it has none."""
         return text_of(self.run.reply)
 
+    @property
+    def refusal(self) -> str:
+        """The words with which the model refused to answer, which `text` does not have; empty without a refusal."""
+        return "".join(part.refusal for part in self.run.reply.parts)
+
     @cached_property
     def parsed(self) -> Any:
         """The reply's JSON: as the `output` type, where one was given, otherwise as Python's dicts and lists; None for
@@ -45,8 +50,7 @@ class Reply:
         if self._output is None:
             return parse(found[0]) if found else None
         if not found:
-            refusals = [part.refusal for part in self.run.reply.parts if part.HasField("refusal")]
-            raise ValueError(f"the reply is not JSON: {refusals[0] if refusals else self.text!r}")
+            raise ValueError(f"the reply is not JSON: {(self.refusal or self.text)!r}")
         return self._output.read(parse(found[0]), "")
 
     @property
@@ -58,4 +62,5 @@ class Reply:
         return self.text
 
     def __repr__(self) -> str:
-        return f"Reply({self.text!r}, run={self.run.name!r})"
+        refusal = f", refusal={self.refusal!r}" if self.refusal else ""
+        return f"Reply({self.text!r}{refusal}, run={self.run.name!r})"

@@ -1,8 +1,10 @@
 """Follows a run: gives each event once and in order, over broken connections."""
 
 import asyncio
+import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +22,9 @@ from notecase.retry import Backoff, Retry
 from notecase.tools import Tool, as_tools
 from notecase.values import Plain, to_value
 from notecase.view import ENDED, Gap, SessionView
+from notecase.waits import sentence, unanswered
+
+log = logging.getLogger("notecase")
 
 
 class RunStream:
@@ -81,6 +86,10 @@ class RunStream:
         self._attached: v1.Attached | None = None
         self._waiting: deque[v1.Event] = deque()
         self._over = False
+        self._warned: set[str] = set()
+        self.warn_after: float | None = 1.0
+        """The seconds after which the logger "notecase" warns that the run waits for something that no function here
+        answers, once for each; None for no warning. Events that arrive in that time prevent it."""
         attach = first.attach
         known = attach.after_sequence if attach.HasField("after_sequence") else None
         self.view = SessionView(known)
@@ -164,7 +173,8 @@ class RunStream:
                 raise self._failure
             if self._over:
                 raise StopAsyncIteration
-            await self._receive()
+            with self._warning():
+                await self._receive()
 
     async def text(self) -> AsyncIterator[str]:
         """Yields what the agent says, in pieces as they arrive, up to the end of the run. Joined, the pieces of one
@@ -173,8 +183,9 @@ class RunStream:
         A model call that is repeated, after a failure or a takeover, starts its reply again as another message. To
         remove the text that was discarded from a screen, iterate the events and show `view` instead.
 
-        Raises NotecaseError with the run's error when it fails. A cancelled run just ends the text, and nothing is
-        yielded while the run waits for a person."""
+        Raises NotecaseError with the run's error when it fails. A cancelled run just ends the text. Nothing is yielded
+        while the run waits for a person or for a tool that is not here; the logger "notecase" then warns, see
+        `warn_after`."""
         told: dict[tuple[str, int], int] = {}
         speaking = ""
         async for event in self:
@@ -250,13 +261,31 @@ class RunStream:
         """Whether the run waits for something that no function here answers, according to the events yielded so far:
         for a person, or for a tool in another process."""
         run = self.view.runs.get(self.name)
-        return run is not None and self.cannot_answer(run)
+        return run is not None and bool(self.unanswered(run))
 
-    def cannot_answer(self, run: v1.Run) -> bool:
-        """Whether a run waits for something other than the results of the functions here."""
-        here = {*self._tools, *self._local_of(run).tools}
-        called = {call.tool for call in run.pending_calls}
-        return run.state == v1.Run.STATE_WAITING and bool(run.pending_inputs or called - here)
+    def unanswered(self, run: v1.Run) -> dict[str, str]:
+        """Describes what a run waits for other than the results of the functions here, by input_id or call_id."""
+        return unanswered(run, {*self._tools, *self._local_of(run).tools})
+
+    @contextmanager
+    def _warning(self) -> Iterator[None]:
+        """Logs what the run waits for when the body takes longer than `warn_after`."""
+        run = self.view.runs.get(self.name)
+        waits = self.unanswered(run) if run is not None else {}
+        if run is None or self.warn_after is None or waits.keys() <= self._warned:
+            yield
+            return
+
+        def warn() -> None:
+            self._warned.update(waits)
+            log.warning("%s.", told)
+
+        told = sentence(run, waits)
+        timer = asyncio.get_running_loop().call_later(self.warn_after, warn)
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _local_of(self, run: v1.Run) -> Local:
         return self._local.get(run.agent.partition("@")[0], Local())

@@ -176,6 +176,14 @@ class RunStream:
         return self._inner.view
 
     @property
+    def warn_after(self) -> float | None:
+        return self._inner.warn_after
+
+    @warn_after.setter
+    def warn_after(self, seconds: float | None) -> None:
+        self._inner.warn_after = seconds
+
+    @property
     def waits_for_others(self) -> bool:
         return self._inner.waits_for_others
 

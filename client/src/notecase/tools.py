@@ -4,7 +4,7 @@ import asyncio
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from notecase import v1
@@ -123,9 +123,11 @@ class Tool:
 
 
 def as_tools(functions: Iterable[Callable[..., Any] | Tool]) -> dict[str, Tool]:
-    """Tools by name. Raises TypeError for two of one name, and as `Tool` does."""
+    """Tools by name. Raises TypeError for two of one name, for a declaration of a tool, and as `Tool` does."""
     tools: dict[str, Tool] = {}
     for function in functions:
+        if isinstance(function, v1.Tool | Mapping):
+            raise TypeError("a run takes functions; a tool that the server runs is declared by put_agent(…, tools=[…])")
         tool = function if isinstance(function, Tool) else Tool(function)
         if tools.setdefault(tool.definition.name, tool) is not tool:
             raise TypeError(f"two tools have the name {tool.definition.name}")

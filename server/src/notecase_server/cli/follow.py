@@ -40,6 +40,7 @@ class Follower:
         for it, TOOL_PATIENCE if None. Without one it may wait so long for anybody, PIPE_PATIENCE if None."""
         self._client = client
         self._stream = stream
+        stream.warn_after = None  # the terminal shows what the run waits for
         self._asks = sys.stdin.isatty() and sys.stdout.isatty()
         usual = TOOL_PATIENCE if self._asks else PIPE_PATIENCE
         self._patience = usual if patience is None else patience
