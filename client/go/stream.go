@@ -54,7 +54,7 @@ func Start(ctx context.Context, connection grpc.ClientConnInterface, start *note
 }
 
 // Watch returns the stream of a run or of a session, as WatchEvents describes it. After a stream of another process that is
-// AfterSequence: its View.LastSequence.
+// AfterSequence: its View.LastSequence. Text then gives a message that is unfinished from its beginning.
 func Watch(connection grpc.ClientConnInterface, request *notecasev1.WatchEventsRequest) *Stream {
 	stream := &Stream{
 		runs:    notecasev1.NewRunServiceClient(connection),

@@ -46,7 +46,7 @@ export async function start(
 
 /**
  * Returns the stream of a run or of a session, as WatchEvents describes it. After a stream of another process that is
- * `afterSequence`: its `view.lastSequence`.
+ * `afterSequence`: its `view.lastSequence`. `text` then gives a message that is unfinished from its beginning.
  */
 export function watch(
   transport: Transport,
