@@ -31,7 +31,23 @@ type Error struct {
 	Resource *errdetails.ResourceInfo
 	// RetryAfter is how long to wait before the next try; 0 where the service names no time.
 	RetryAfter time.Duration
+
+	tls tlsFault
 }
+
+// tlsFault says whether only one of the two sides uses TLS, or the certificate is not trusted.
+type tlsFault int
+
+const (
+	tlsFine tlsFault = iota
+	// tlsSuspected: the server closed the connection before HTTP/2 began. One that uses TLS does so to a client that does not;
+	// so does a proxy whose server is away.
+	tlsSuspected
+	// tlsFailed: the handshake failed.
+	tlsFailed
+)
+
+const tlsHint = " (does the server use TLS? see NOTECASE_CA)"
 
 func (e *Error) Error() string {
 	if e.Reason == "" {
@@ -53,6 +69,9 @@ func AsError(err error) *Error {
 		told = from
 	}
 	read := &Error{Code: told.Code(), Message: told.Message()}
+	if read.tls = tlsFaultIn(told.Message()); read.tls != tlsFine {
+		read.Message += tlsHint
+	}
 	for _, detail := range told.Details() {
 		switch detail := detail.(type) {
 		case *errdetails.ErrorInfo:
@@ -70,8 +89,22 @@ func AsError(err error) *Error {
 	return read
 }
 
-// FromProto reads the error of a failed run or of a refused command.
+// tlsFaultIn reads a message of grpc-go, which has no code for a failed handshake.
+func tlsFaultIn(message string) tlsFault {
+	switch {
+	case strings.Contains(message, "handshake failed: tls: "), strings.Contains(message, "handshake failed: remote error: tls: "):
+		return tlsFailed
+	case strings.Contains(message, "error reading server preface: "):
+		return tlsSuspected
+	}
+	return tlsFine
+}
+
+// FromProto reads the error of a failed run or of a refused command. Nil gives nil.
 func FromProto(err *notecasev1.Error) *Error {
+	if err == nil {
+		return nil
+	}
 	read := &Error{Code: codes.Code(err.GetCode()), Message: err.GetMessage(), Metadata: err.GetMetadata()}
 	if err.GetReason() != notecasev1.ErrorReason_ERROR_REASON_UNSPECIFIED {
 		read.Reason = strings.TrimPrefix(err.GetReason().String(), "ERROR_REASON_")
@@ -79,8 +112,12 @@ func FromProto(err *notecasev1.Error) *Error {
 	return read
 }
 
-// MayPass says whether the same call may succeed later: the service was away, or the connection broke.
+// MayPass says whether the same call may succeed later: the service was away, or the connection broke. After a failed TLS
+// handshake it may not.
 func (e *Error) MayPass() bool {
+	if e.tls == tlsFailed {
+		return false
+	}
 	switch e.Code {
 	case codes.Unavailable:
 		return true
@@ -91,7 +128,7 @@ func (e *Error) MayPass() bool {
 }
 
 // Backoff says how patiently a call that failed is made again. Zero fields have the defaults, which outlast a restart of the
-// server: about 15 seconds in all.
+// server: about 20 seconds in all. A server that closes new connections at once is tried for about 5 seconds: it may expect TLS.
 type Backoff struct {
 	// Tries is how often in a row (10); negative: never.
 	Tries int
@@ -120,7 +157,11 @@ func (b Backoff) wait(ctx context.Context, failures int, err *Error, worth bool)
 	if ctx.Err() != nil {
 		return ctx.Err()
 	}
-	if failures >= or(b.Tries, 10) || !worth && !err.MayPass() {
+	tries := or(b.Tries, 10)
+	if err.tls == tlsSuspected && !worth {
+		tries = min(tries, 6)
+	}
+	if failures >= tries || !worth && !err.MayPass() {
 		return err
 	}
 	delay := min(or(b.First, 100*time.Millisecond)<<min(failures, 20), or(b.Max, 5*time.Second))

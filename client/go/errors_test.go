@@ -36,6 +36,9 @@ func TestAFailedRunsErrorHasItsReason(t *testing.T) {
 	if read := FromProto(failed); read.Reason != "MODEL_ERROR" || read.Code != codes.Internal || read.MayPass() {
 		t.Errorf("%+v", read)
 	}
+	if read := FromProto(nil); read != nil {
+		t.Errorf("%+v", read)
+	}
 }
 
 func TestACallIsRepeatedWhileItMayPass(t *testing.T) {

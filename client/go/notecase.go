@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -24,7 +25,8 @@ import (
 type Options struct {
 	// Token returns the token that a call is sent with, and is asked before each call. Nil: none. See StaticToken.
 	Token func(context.Context) (string, error)
-	// CA names a PEM file of the authorities that may have signed the server's certificate. Empty: those of the system.
+	// CA names a PEM file of the authorities that may have signed the server's certificate, and turns TLS on. Empty: those of
+	// the system.
 	CA string
 	// Plaintext connects to another machine without TLS. The token then travels in plain text, too.
 	Plaintext bool
@@ -48,9 +50,13 @@ func FromEnvironment() (string, Options) {
 	return "127.0.0.1:7420", options
 }
 
-// Dial returns a connection for the stubs. It uses TLS, except to a loopback address without Options.CA and with
-// Options.Plaintext. It returns an error for a CA file that cannot be read; the server is connected to by the first call.
+// Dial returns a connection for the stubs. The address is HOST:PORT, or a target of grpc-go such as unix:PATH. It uses TLS,
+// except to a loopback address without Options.CA and with Options.Plaintext. It returns an error for another address and for a
+// CA file that cannot be read; the server is connected to by the first call.
 func Dial(address string, options Options, more ...grpc.DialOption) (*grpc.ClientConn, error) {
+	if !isTarget(address) {
+		return nil, fmt.Errorf("notecase: the address %q (see NOTECASE_ADDRESS) must be HOST:PORT", address)
+	}
 	local := isLoopback(address)
 	if options.Plaintext && options.CA != "" {
 		return nil, fmt.Errorf("notecase: Plaintext and CA exclude each other")
@@ -102,13 +108,22 @@ func authorities(path string) (*x509.CertPool, error) {
 	}
 	pem, err := os.ReadFile(path)
 	if err != nil {
-		return nil, fmt.Errorf("notecase: %w", err)
+		return nil, fmt.Errorf("notecase: the CA file (see NOTECASE_CA): %w", err)
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("notecase: %s has no certificate in PEM format", path)
+		return nil, fmt.Errorf("notecase: the CA file (see NOTECASE_CA) %s has no certificate in PEM format", path)
 	}
 	return pool, nil
+}
+
+func isTarget(address string) bool {
+	if strings.HasPrefix(address, "unix:") || strings.Contains(address, ":///") {
+		return true
+	}
+	host, port, err := net.SplitHostPort(address)
+	number, wrong := strconv.ParseUint(port, 10, 16)
+	return err == nil && wrong == nil && number > 0 && host != "" && !strings.Contains(host, "/")
 }
 
 func isLoopback(address string) bool {

@@ -24,6 +24,9 @@ type Stream struct {
 	View View
 	// Attached is the first frame of the newest stream; nil before.
 	Attached *notecasev1.Attached
+	// OnAttached, if set, is called each time the stream has attached, before the events that follow. Attached.Run then has the
+	// calls and questions that wait: a run that is WAITING may send no event until one of them is answered.
+	OnAttached func(*notecasev1.Attached)
 	// Backoff is how patiently it attaches again, counted from the last event of the log that came.
 	Backoff Backoff
 
@@ -51,7 +54,7 @@ func Start(ctx context.Context, connection grpc.ClientConnInterface, start *note
 }
 
 // Watch returns the stream of a run or of a session, as WatchEvents describes it. After a stream of another process that is
-// AfterSequence: its View.LastSequence.
+// AfterSequence: its View.LastSequence. Text then gives a message that is unfinished from its beginning.
 func Watch(connection grpc.ClientConnInterface, request *notecasev1.WatchEventsRequest) *Stream {
 	stream := &Stream{
 		runs:    notecasev1.NewRunServiceClient(connection),
@@ -80,7 +83,7 @@ func (s *Stream) Events(ctx context.Context) iter.Seq2[*notecasev1.Event, error]
 				return
 			}
 			told := AsError(err)
-			worth := false
+			worth := told.tls == tlsSuspected && s.Attached != nil // the server was reached before
 			if gap := (*Gap)(nil); errors.As(err, &gap) {
 				worth = true
 			} else if told.Code == codes.Unauthenticated && !refused && s.Attached != nil {
@@ -140,6 +143,9 @@ func (s *Stream) attach(attached *notecasev1.Attached) {
 	}
 	s.Attached = attached
 	s.View.Attach(attached)
+	if s.OnAttached != nil {
+		s.OnAttached(attached)
+	}
 }
 
 // Text gives what the agent says, in pieces as they come; joined, the pieces of one message are its text exactly. When a model
@@ -185,7 +191,7 @@ func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 			if !more {
 				return
 			}
-			failed := state.GetState() == notecasev1.Run_STATE_FAILED
+			failed := state.GetState() == notecasev1.Run_STATE_FAILED && state.Error != nil
 			if failed && event.Run == s.Attached.GetRun().GetName() {
 				yield("", FromProto(state.Error))
 				return

@@ -26,6 +26,7 @@ type scripted struct {
 	after   []int64
 	tokens  []string
 	starts  []*notecasev1.CreateRunRequest
+	waiting []*notecasev1.ToolCall // the run's pending calls
 }
 
 func (s *scripted) CreateRun(_ context.Context, request *notecasev1.CreateRunRequest) (*notecasev1.Run, error) {
@@ -44,7 +45,8 @@ func (s *scripted) WatchEvents(request *notecasev1.WatchEventsRequest, stream no
 	if number >= len(s.scripts) {
 		return status.Error(codes.FailedPrecondition, "one call too many")
 	}
-	attached := &notecasev1.Attached{Session: "sessions/s", Run: &notecasev1.Run{Name: "sessions/s/runs/r"}, LastSequence: 2}
+	run := &notecasev1.Run{Name: "sessions/s/runs/r", PendingCalls: s.waiting}
+	attached := &notecasev1.Attached{Session: "sessions/s", Run: run, LastSequence: 2}
 	batch := &notecasev1.EventBatch{Events: s.scripts[number]}
 	for _, frame := range []*notecasev1.RunResponse{
 		{Frame: &notecasev1.RunResponse_Attached{Attached: attached}}, {Frame: &notecasev1.RunResponse_Batch{Batch: batch}},
@@ -185,5 +187,28 @@ func TestAFailedRunEndsItsText(t *testing.T) {
 	}
 	if AsError(last).Reason != "MODEL_ERROR" {
 		t.Error(last)
+	}
+}
+
+func TestAStreamTellsOfEachAttachmentBeforeItsEvents(t *testing.T) {
+	service := &scripted{
+		scripts: [][]*notecasev1.Event{{event(1)}, {}},
+		ends:    []error{status.Error(codes.Unavailable, "cut"), nil},
+		waiting: []*notecasev1.ToolCall{{CallId: "call-1"}},
+	}
+	stream := Watch(serve(t, service, Options{}), &notecasev1.WatchEventsRequest{Name: "sessions/s/runs/r"})
+	stream.Backoff.First = time.Millisecond
+	var order []string
+	stream.OnAttached = func(attached *notecasev1.Attached) {
+		order = append(order, attached.Run.PendingCalls[0].CallId)
+	}
+	for event, err := range stream.Events(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		order = append(order, fmt.Sprint(event.Sequence))
+	}
+	if !slices.Equal(order, []string{"call-1", "1", "call-1"}) {
+		t.Error(order)
 	}
 }

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from liquid.exceptions import LiquidError
 from notecase import v1
+from notecase_server import errors
 from notecase_server.engine import template
 from notecase_server.errors import NotecaseError
 
@@ -197,6 +198,14 @@ def test_keys_are_what_a_render_may_read(
 )
 def test_a_faulty_template_is_told_what_and_where(source: str, told: str) -> None:
     assert told in failure(source, {"x": "secret", "list": [1, 2], "huge": 1e300 * 1e10})
+
+
+def test_a_faulty_template_among_other_faults_ends_in_one_full_stop() -> None:
+    with pytest.raises(NotecaseError) as raised:
+        template.parse("Dear {{ name")
+    told = errors.invalid(raised.value.violations).message
+    assert told.endswith("expected '}}'.")
+    assert not told.endswith("..")
 
 
 def test_a_failure_quotes_nothing_of_the_state() -> None:

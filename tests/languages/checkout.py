@@ -33,7 +33,7 @@ GO = Language(
     "go",
     ("go",),
     ("client/go", "examples/go", "tests/vectors"),
-    (("client/go", "go vet ./..."), ("examples/go", "go vet ./... && go build -o build/conversation .")),
+    (("client/go", "go vet ./..."), ("examples/go", "go vet ./... && go build -o build/ . ./tool")),
 )
 TYPESCRIPT = Language(
     "typescript",

@@ -100,6 +100,29 @@ async def test_the_example_on_pythons_synchronous_stubs_converses() -> None:
     await converses([sys.executable, "examples/python_sync.py", "ADDRESS"], ROOT)
 
 
+TOOLS = {"go": "build/tool", "typescript": "node build/tool.js"}
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("language", [GO, TYPESCRIPT], ids=lambda language: language.name)
+async def test_a_tool_of_the_caller_answers_its_run_and_one_that_waited(language: Language, cache: Path) -> None:
+    """Once in a run that the program starts, and once in one that has been waiting since before it started."""
+    folder = built(language, cache) / "examples" / language.name
+    async with running() as server, asyncio.timeout(PATIENCE):
+        first = await asyncio.to_thread(run, f"{TOOLS[language.name]} {server.address}", folder)
+        async with server.client() as client:
+            agent = await client.agents.GetAgent(v1.GetAgentRequest(name="agents/reader"))
+            ask = v1.Message(parts=[v1.Part(text='/call search {"what": "bow"}')])
+            tool = v1.Tool(name="search", client=v1.ClientTool())
+            start = v1.StartRun(new_session=v1.Session(agent=agent.name), messages=[ask], client_tools=[tool])
+            started = await client.runs.CreateRun(v1.CreateRunRequest(start=start))
+            waiting = await client.runs.WaitRun(v1.WaitRunRequest(name=started.name))
+            assert v1.Run.STATE_WAITING == waiting.state
+        second = await asyncio.to_thread(run, f"{TOOLS[language.name]} {server.address} {waiting.name}", folder)
+    assert "search gave: A violin was seen at the harbour." == first.splitlines()[-1]
+    assert "search gave: A bow was seen at the harbour." == second.splitlines()[-1]
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("language", "folder", "command"),

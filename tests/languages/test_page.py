@@ -76,7 +76,13 @@ async def follow(language: Language, cache: Path, folder: Path) -> None:
         authenticators=[ByToken()], files=Files(), credentials=credentials, tls_cert=cert, tls_key=key
     ) as secure:
         variables = {"NOTECASE_ADDRESS": secure.address, "NOTECASE_CA": "ca.pem", "NOTECASE_TOKEN": TOKEN}
-        said = await asyncio.to_thread(run, commands.splitlines()[-1], folder, environment | variables)
+        last = commands.splitlines()[-1]
+        said = await asyncio.to_thread(run, last, folder, environment | variables)
+        if language in (GO, TYPESCRIPT):
+            wrong = variables | {"NOTECASE_TOKEN": "another"}
+            refused = (await asyncio.to_thread(run, f"! {last}", folder, environment | wrong)).splitlines()
+            assert "UNAUTHENTICATED: " in refused[0]
+            assert refused[1:] in ([], ["exit status 1"])  # `go run` adds that line
     assert "Hello." == said.splitlines()[-1]
 
 

@@ -7,7 +7,10 @@ export type Token = string | (() => string | Promise<string>);
 
 export interface ConnectOptions {
   token?: Token;
-  /** A PEM file of the authorities that may have signed the server's certificate. Without it: those that Node.js knows. */
+  /**
+   * A PEM file of the authorities that may have signed the server's certificate. It turns TLS on. Without it: those that Node.js
+   * knows.
+   */
   ca?: string;
   /** Connects to another machine without TLS. The token then travels in plain text, too. */
   plaintext?: boolean;
@@ -20,21 +23,32 @@ export function fromEnvironment(): [address: string, options: ConnectOptions] {
 }
 
 /**
- * Returns the transport for clients. It uses TLS, except to a loopback address without `ca`, and with `plaintext`. Throws for a
- * file that cannot be read; the server is connected to by the first call.
+ * Returns the transport for clients. The address is HOST:PORT. It uses TLS, except to a loopback address without `ca`, and with
+ * `plaintext`. Throws an Error for another address and for a file that cannot be read; the server is connected to by the first
+ * call.
  */
 export function connect(address: string, options: ConnectOptions = {}): Transport {
   const { token, ca, plaintext = false } = options;
+  const port = Number(/^(?:\[[^\]/]+\]|[^:/?#@\s[\]]+):(\d{1,5})$/.exec(address)?.[1]);
+  if (!(port > 0 && port < 65536)) throw new Error(`the address "${address}" (see NOTECASE_ADDRESS) must be HOST:PORT`);
   if (plaintext && ca) throw new Error("plaintext and ca exclude each other");
   const secure = ca !== undefined || !(plaintext || isLoopback(address));
   return createGrpcTransport({
     baseUrl: `${secure ? "https" : "http"}://${address}`,
     interceptors: token === undefined ? [] : [bearer(token)],
-    nodeOptions: ca === undefined ? {} : { ca: readFileSync(ca) },
+    nodeOptions: ca === undefined ? {} : { ca: authorities(ca) },
     // Notices a server that vanished. The server allows a ping every 10 s.
     pingIntervalMs: 20_000,
     pingTimeoutMs: 10_000,
   });
+}
+
+function authorities(path: string): Buffer {
+  try {
+    return readFileSync(path);
+  } catch (cause) {
+    throw new Error(`the CA file (see NOTECASE_CA) cannot be read: ${(cause as Error).message}`, { cause });
+  }
 }
 
 function bearer(token: Token): Interceptor {

@@ -20,6 +20,12 @@ export class NotecaseError extends Error {
   readonly resource?: { type: string; name: string };
   /** How long to wait before the next try; 0 where the service names no time. */
   readonly retryAfterMs: number = 0;
+  /**
+   * Whether only one of the two sides may use TLS. "suspected": the server closed the connection at once, as one with TLS does to
+   * a client without, and a proxy whose server is away. "failed": the handshake failed, or the certificate is not trusted.
+   * @internal
+   */
+  readonly tls?: "suspected" | "failed";
 
   private constructor(code: Code, message: string, details: Partial<NotecaseError>, cause?: unknown) {
     super(message, { cause });
@@ -34,10 +40,12 @@ export class NotecaseError extends Error {
     const info = error.findDetails(ErrorInfoSchema).find((info) => info.domain === "notecase.dev");
     const [resource] = error.findDetails(ResourceInfoSchema);
     const delay = error.findDetails(RetryInfoSchema)[0]?.retryDelay;
+    const tls = info ? undefined : tlsFault(error);
     return new NotecaseError(
-      error.code,
-      error.rawMessage,
+      tls ? Code.Unavailable : error.code,
+      tls ? `${error.rawMessage.trim()} (does the server use TLS? see NOTECASE_CA)` : error.rawMessage,
       {
+        ...(tls && { tls }),
         ...(info && { reason: info.reason, metadata: info.metadata }),
         violations: error.findDetails(BadRequestSchema).flatMap((bad) => bad.fieldViolations),
         ...(resource && { resource: { type: resource.resourceType, name: resource.resourceName } }),
@@ -53,8 +61,9 @@ export class NotecaseError extends Error {
     return new NotecaseError(error.code as Code, error.message, { reason, metadata: error.metadata });
   }
 
-  /** Whether the same call may succeed later: the service was away, or the connection broke. */
+  /** Whether the same call may succeed later: the service was away, or the connection broke. After a failed TLS handshake: no. */
   get mayPass(): boolean {
+    if (this.tls === "failed") return false;
     if (this.code === Code.Unavailable) return true;
     // What a connection that was reset looks like.
     return !this.reason && [Code.Canceled, Code.Internal, Code.Unknown, Code.Aborted].includes(this.code);
@@ -65,7 +74,17 @@ export class NotecaseError extends Error {
   }
 }
 
-/** How patiently a call that failed is made again. The defaults outlast a restart of the server: about 15 seconds in all. */
+/** What a transport's error tells of TLS. A connection that closes before it answers is CANCEL to Node.js. */
+function tlsFault(error: ConnectError): NotecaseError["tls"] {
+  const code = error.cause instanceof Error && "code" in error.cause ? `${error.cause.code}` : "";
+  if (/CERT|^UNABLE_TO_|^ERR_(SSL|TLS)_|^EPROTO$|^INVALID_CA$/.test(code)) return "failed";
+  return error.code === Code.Canceled && error.rawMessage.startsWith("http/2 stream closed") ? "suspected" : undefined;
+}
+
+/**
+ * How patiently a call that failed is made again. The defaults outlast a restart of the server: about 20 seconds in all. A server
+ * that closes new connections at once is tried for about 5 seconds: it may expect TLS.
+ */
 export interface Backoff {
   /** How often in a row: 10. */
   tries?: number;
@@ -95,10 +114,11 @@ export async function pause(
   error: NotecaseError,
   { tries = 10, firstMs = 100, maxMs = 5000 }: Backoff,
   signal?: AbortSignal,
-  worth = error.mayPass,
+  worth = false,
 ): Promise<void> {
   signal?.throwIfAborted();
-  if (failures >= tries || !worth) throw error;
+  const most = error.tls === "suspected" && !worth ? Math.min(tries, 6) : tries;
+  if (failures >= most || !(worth || error.mayPass)) throw error;
   // Spread out, so that the clients of a server that restarts do not come back all at once.
   const delay = Math.min(firstMs * 2 ** failures, maxMs) * (0.5 + Math.random() / 2);
   await sleep(Math.max(delay, error.retryAfterMs), undefined, signal && { signal });

@@ -20,6 +20,11 @@ export interface StreamOptions {
   signal?: AbortSignal;
   /** How patiently the stream attaches again, counted from the last event of the log that came. */
   backoff?: Backoff;
+  /**
+   * Called, and awaited, each time the stream has attached, before the events that follow. `attached.run` then has the calls and
+   * questions that wait: a run that is WAITING may send no event until one of them is answered. What it throws ends the stream.
+   */
+  onAttached?: (attached: Attached) => void | Promise<void>;
 }
 
 /**
@@ -41,7 +46,7 @@ export async function start(
 
 /**
  * Returns the stream of a run or of a session, as WatchEvents describes it. After a stream of another process that is
- * `afterSequence`: its `view.lastSequence`.
+ * `afterSequence`: its `view.lastSequence`. `text` then gives a message that is unfinished from its beginning.
  */
 export function watch(
   transport: Transport,
@@ -76,6 +81,13 @@ export class Stream {
    * `keepOpen` says otherwise. Throws a NotecaseError.
    */
   async *events(): AsyncGenerator<Event, void, void> {
+    for await (const frame of this.#follow()) {
+      if (frame.$typeName === "notecase.v1.Event") yield frame;
+      else await this.options.onAttached?.(frame);
+    }
+  }
+
+  async *#follow(): AsyncGenerator<Attached | Event, void, void> {
     const { signal, backoff = {} } = this.options;
     let failures = 0;
     let refused = false;
@@ -83,8 +95,10 @@ export class Stream {
       try {
         const request = { ...this.request, afterSequence: this.view.lastSequence };
         for await (const { frame } of this.runs.watchEvents(request, { signal })) {
-          if (frame.case === "attached") this.#attach(frame.value);
-          else if (frame.case === "heartbeat") failures = 0;
+          if (frame.case === "attached") {
+            this.#attach(frame.value);
+            yield frame.value;
+          } else if (frame.case === "heartbeat") failures = 0;
           else if (frame.case === "batch") {
             for (const event of frame.value.events) {
               if (!this.view.apply(event)) continue;
@@ -99,7 +113,8 @@ export class Stream {
         // The next call may have another token.
         const renewed: boolean = error.code === Code.Unauthenticated && !refused && this.attached !== undefined;
         refused ||= renewed;
-        await pause(failures, error, backoff, signal, renewed || thrown instanceof Gap || error.mayPass);
+        const reached = error.tls === "suspected" && this.attached !== undefined;
+        await pause(failures, error, backoff, signal, renewed || reached || thrown instanceof Gap);
         failures += 1;
       }
     }

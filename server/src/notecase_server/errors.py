@@ -500,7 +500,8 @@ def model_unavailable(message: str, retry_after: float | None = None, **metadata
 
 
 def template_error(message: str, field: str = "agent.llm.instruction") -> NotecaseError:
-    return NotecaseError(v1.ERROR_REASON_TEMPLATE_ERROR, message, violations=[Violation(field, message)])
+    violations = [Violation(field, message.removesuffix("."))]  # `invalid` ends its sentence itself
+    return NotecaseError(v1.ERROR_REASON_TEMPLATE_ERROR, message, violations=violations)
 
 
 def sequence_ahead(asked: int, last_sequence: int) -> NotecaseError:

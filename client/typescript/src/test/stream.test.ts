@@ -9,12 +9,12 @@ import { type ConnectOptions, connect } from "../connection.js";
 import { NotecaseError } from "../errors.js";
 import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "../gen/google/rpc/error_details_pb.js";
 import { ErrorReason } from "../gen/notecase/v1/content_pb.js";
-import { type EventSchema, type RunResponseSchema, Run_State, RunService } from "../gen/notecase/v1/run_pb.js";
+import { type Attached, type EventSchema, type RunResponseSchema, Run_State, RunService } from "../gen/notecase/v1/run_pb.js";
 import { type Stream, start, watch } from "../stream.js";
 
 type Event = MessageInitShape<typeof EventSchema>;
-/** The events of one call of watchEvents, in one batch, and how it ends. */
-type Script = { events: Event[]; end?: ConnectError };
+/** The events of one call of watchEvents, in one batch, how it ends, and the id of a call that waits. */
+type Script = { events: Event[]; end?: ConnectError; waiting?: string };
 
 const RUN = "sessions/s/runs/r";
 const backoff = { firstMs: 1 };
@@ -35,7 +35,8 @@ async function serve(scripts: Script[], play: (address: string, told: Told) => P
           told.after.push(afterSequence);
           told.tokens.push(requestHeader.get("authorization"));
           if (!script) throw new ConnectError("one call too many", Code.FailedPrecondition);
-          yield { frame: { case: "attached", value: { session: "sessions/s", run: { name: RUN }, lastSequence: 2n } } };
+          const pendingCalls = script.waiting ? [{ callId: script.waiting }] : [];
+          yield { frame: { case: "attached", value: { session: "sessions/s", run: { name: RUN, pendingCalls }, lastSequence: 2n } } };
           yield { frame: { case: "batch", value: { events: script.events } } };
           if (script.end) throw script.end;
         },
@@ -144,5 +145,25 @@ test("a signal ends the stream", async () => {
     await assert.rejects(async () => {
       for await (const _ of stream.events()) control.abort();
     }, { name: "AbortError" });
+  });
+});
+
+test("a stream tells of each attachment before its events", async () => {
+  const cut = new ConnectError("cut", Code.Unavailable);
+  await serve([{ events: [event(1n)], end: cut, waiting: "call-1" }, { events: [], waiting: "call-1" }], async (address) => {
+    const order: string[] = [];
+    const onAttached = (attached: Attached) => {
+      order.push(attached.run?.pendingCalls[0]?.callId ?? "");
+    };
+    for await (const { sequence } of watch(connect(address), { name: RUN }, { backoff, onAttached }).events()) order.push(`${sequence}`);
+    assert.deepEqual(order, ["call-1", "1", "call-1"]);
+  });
+});
+
+test("what onAttached throws ends the stream", async () => {
+  await serve([{ events: [event(1n)] }], async (address, told) => {
+    const onAttached = () => Promise.reject(new Error("mine"));
+    await assert.rejects(sequences(watch(connect(address), { name: RUN }, { backoff, onAttached })), { message: "mine" });
+    assert.equal(told.after.length, 1);
   });
 });
