@@ -32,7 +32,8 @@ async def shop(tmp_path: Path) -> AsyncIterator[Shop]:
     made = await notecase("keys", "bootstrap", "--store", store)
     assert 0 == made.code
     assert KEY.fullmatch(made.out)
-    assert re.fullmatch(r"keys/[0-9a-f-]{36}, shown this once:\n", made.err)
+    told = rf"made a new store at {re.escape(str(tmp_path / 'notecase.db'))}\nkeys/[0-9a-f-]{{36}}, shown this once:\n"
+    assert re.fullmatch(told, made.err)
     server = await Spawned.start(store, tmp_path / "log")
     yield Shop(server, made.out.strip())
     await server.stop()

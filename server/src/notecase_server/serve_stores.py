@@ -109,6 +109,12 @@ def _no_store(url: str, wanted: str) -> StoreOpenError:
     return StoreOpenError(f"{shown} is no store; want {wanted} or postgresql://USER@HOST/DATABASE.")
 
 
+def new_file(url: str) -> str:
+    """Returns the path of the file that opening this store would create; empty if there is none to create."""
+    kind, _, path = url.partition(":")
+    return path if kind == "sqlite" and path and not Path(path).exists() else ""
+
+
 def backup(url: str, destination: Path, force: bool) -> None:
     """Copies a store to a file while a server owns it. Raises StoreOpenError with a sentence for whoever asked."""
     kind, _, path = url.partition(":")
