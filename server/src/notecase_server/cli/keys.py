@@ -9,7 +9,8 @@ from notecase import Client, v1
 
 from notecase_server.cli import output, screen
 from notecase_server.cli.ask import ask, name_of
-from notecase_server.cli.options import LIMIT, OUTPUT, PASSWORD_FILE, SERVER, STORE, STORE_CONFIG
+from notecase_server.cli.options import LIMIT, OUTPUT, PASSWORD_FILE, SERVER, STORE
+from notecase_server.cli.store_config import CONFIG
 
 ROLES = {name.removeprefix("ROLE_").lower(): value for name, value in v1.Key.Role.items() if value}
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -126,7 +127,7 @@ def rotate(key: str, overlap: timedelta, tenant: str) -> None:
 
 
 @keys.command()
-@STORE_CONFIG
+@CONFIG
 @STORE
 @PASSWORD_FILE
 @click.option("--tenant", default="default", metavar="ID", help="Whose admin it is for.")
