@@ -139,7 +139,9 @@ ROOMS: dict[str, Room] = {
         {"auth", "cli", "serve", "config", "store.contract", "tools.contract", "tools.mcp"},
         "This command starts a server; it needs no client.",
     ),
-    "cli.config": Room({"auth", "cli", "cli.serve"}, "A file is checked as the command that serves with it reads it."),
+    "cli.config": Room(
+        {"auth", "cli", "cli.serve", "config"}, "A file is checked as the command that serves with it reads it."
+    ),
     "cli.providers": Room(
         {"auth", "cli", "cli.serve", "config", "errors", "models.contract", "serve"},
         "A provider is tried out as the server asks it, without one.",

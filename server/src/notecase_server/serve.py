@@ -226,10 +226,15 @@ def make_authenticators(settings: Settings, files: Files, fetches: Tasks) -> lis
     elif settings.listed_principals:
         found.append(Certificates(files.watch([], lambda: settings.listed_principals)))
     if settings.has_issuers:
-        from notecase_server.auth.tokens import Tokens  # noqa: PLC0415  # as for cryptography
+        from notecase_server.auth.jwks import file_problem  # noqa: PLC0415  # as for cryptography
+        from notecase_server.auth.tokens import Tokens  # noqa: PLC0415
 
         issuers = read_issuers(settings.issuers) if settings.issuers else settings.listed_issuers
         found.append(Tokens(issuers, fetches, now, time.monotonic))
+        for issuer in issuers:
+            # Not an error: the file is read again when a token needs it.
+            if issuer.jwks_file is not None and (problem := file_problem(issuer.jwks_file)):
+                log.warning("issuer_keys_unavailable", issuer=issuer.issuer, problem=problem)
     return found
 
 
