@@ -96,8 +96,11 @@ async def test_an_operators_first_key_makes_keys_of_a_tenant(tmp_path: Path) -> 
     env = {"NOTECASE_ADDRESS": server.address, "NOTECASE_TOKEN": first}
     made = await notecase("keys", "create", "--tenant", "acme", "--role", "admin", env=env)
     assert KEY.fullmatch(made.out)
+    assert "made the tenant acme, which was not known before\n" in made.err
+    again = await notecase("keys", "create", "--tenant", "acme", "--role", "admin", env=env)
+    assert (0, False) == (again.code, "made the tenant" in again.err)
     listed = await notecase("keys", "list", "--tenant", "acme", env=env)
-    assert 2 == len(listed.out.splitlines())
+    assert 3 == len(listed.out.splitlines())
     assert 0 == (await notecase("sessions", "list", env={**env, "NOTECASE_TOKEN": made.out.strip()})).code
     assert "needs the role viewer" in (await notecase("sessions", "list", env=env)).err
     await server.stop()

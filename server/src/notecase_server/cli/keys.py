@@ -73,6 +73,8 @@ def create(name: str, role: str, user: str, expires: timedelta | None, tenant: s
             key.expire_time.GetCurrentTime()
             key.expire_time.FromMicroseconds(key.expire_time.ToMicroseconds() + expires // timedelta(microseconds=1))
         made = await client.keys.CreateKey(v1.CreateKeyRequest(tenant=_tenant(tenant), key=key))
+        if tenant and made.tenant_created:
+            screen.aside(f"made the tenant {screen.one_line(tenant)}, which was not known before")
         _show(made.key, made.secret)
 
     ask(make)
