@@ -107,5 +107,6 @@ def test_what_the_catalog_says_is_english() -> None:
         "There is already an agent 'x'; choose another id.",
         "There is already an upload 'x'; choose another id.",
     } <= {*said}
+    assert "This call needs a credential that is not bound to a user and has at least the role user." in said
     messages = [text for text in said if not text.endswith((" bytes", " byte")) and ": " not in text[:30]]
     assert not [text for text in messages if "  " in text or text.endswith(("..", " ."))]

@@ -130,21 +130,30 @@ ROOMS: dict[str, Room] = {
     ),
     "serve": Room({"*"}, "The one place that composes, and so the one that sees all."),
     "cli": Room({"client", "loopback"}, "A command is a client of a server, and knows it only by its address."),
+    "cli.store_config": Room({"auth", "cli"}, "Where a store is may be in the file of its server."),
     "cli.keys": Room(
-        {"cli", "client", "config", "serve", "store.contract"}, "The first key is made where no server is."
+        {"cli", "cli.store_config", "client", "config", "serve", "store.contract"},
+        "The first key is made where no server is.",
     ),
     "cli.serve": Room(
         {"auth", "cli", "serve", "config", "store.contract", "tools.contract", "tools.mcp"},
         "This command starts a server; it needs no client.",
     ),
-    "cli.config": Room({"auth", "cli", "cli.serve"}, "A file is checked as the command that serves with it reads it."),
+    "cli.config": Room(
+        {"auth", "cli", "cli.serve", "config"}, "A file is checked as the command that serves with it reads it."
+    ),
     "cli.providers": Room(
         {"auth", "cli", "cli.serve", "config", "errors", "models.contract", "serve"},
         "A provider is tried out as the server asks it, without one.",
     ),
-    "cli.backup": Room({"cli", "serve", "store.contract"}, "The server's composition copies the store."),
+    "cli.backup": Room(
+        {"cli", "cli.store_config", "serve", "store.contract"}, "The server's composition copies the store."
+    ),
     **{
-        name: Room({"cli", "config", "serve", "store.contract"}, "As cli.backup; what a store logs goes with it.")
+        name: Room(
+            {"cli", "cli.store_config", "config", "serve", "store.contract"},
+            "As cli.backup; what a store logs goes with it.",
+        )
         for name in ("cli.copy", "cli.migrate", "cli.store")
     },
     "__main__": Room({"cli"}, "The command by another name."),

@@ -1,8 +1,10 @@
 """`--config`, `notecase config check` and `notecase providers test`: one file says it all, and nothing wrong in it is
 passed over."""
 
+import json
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +15,25 @@ from notecase import Client, v1
 from notecase_server.cli.serve import serve
 from notecase_server.config_file import KEYS
 
-from tests.cli.command import notecase
+from tests.cli.command import COMMAND, Done, notecase, spawn
 from tests.promises import ROOT
 from tests.support.authority import Authority
+from tests.support.issuer import SigningKey
 from tests.support.openai_server import OpenAIServer, error, reply
 from tests.support.server import Spawned
 
 PAGE = (ROOT / "docs" / "operate.md").read_text().partition("## The configuration file")[2]
 
 SECRETS = {"MAIN_KEY": "k-1", "MAIN_ORGANISATION": "o-1", "FILES_TOKEN": "t-1", "SEARCH_AUTHORIZATION": "Bearer b-1"}
+
+TOOLS = '''from notecase_server.tools.functions import tool
+
+
+@tool
+def add(a: int, b: int) -> int:
+    """Adds."""
+    return a + b
+'''
 
 OPTIONS = {option.name for option in serve.params if option.name != "config"}
 
@@ -74,6 +86,14 @@ def written(folder: Path, text: str) -> Path:
     path = folder / "notecase.toml"
     path.write_text(text)
     return path
+
+
+async def checked(path: Path, env: Mapping[str, str]) -> Done:
+    """`config check` in a process that begins with this environment, from which modules are imported."""
+    process = await spawn(*COMMAND, "config", "check", str(path), env=env)
+    out, err = await process.communicate()
+    assert process.returncode is not None
+    return Done(process.returncode, out.decode(), err.decode())
 
 
 def given(path: Path, *arguments: str) -> dict[str, Any]:
@@ -156,6 +176,7 @@ async def test_all_that_is_wrong_is_told_at_once_and_no_secret_is(tmp_path: Path
         "tls.key: This is missing: tls.cert needs its key.",
         "provider[1]: The main provider cannot be used: the base URL must begin with http:// or https:// and name a "
         "host.",
+        "issuer[0].jwks_file: keys.json cannot be read: No such file or directory.",
     ] == done.out.splitlines()
     assert 1 == done.code
     assert "secret-1" not in done.out + done.err
@@ -178,15 +199,73 @@ async def test_the_whole_example_of_the_page_is_fine(tmp_path: Path) -> None:
     authority = Authority()
     authority.issue([x509.DNSName("localhost")]).write(tmp_path)
     (tmp_path / "clients.pem").write_bytes(authority.cert)
-    (tmp_path / "ci-keys.json").write_text('{"keys": []}')
+    (tmp_path / "ci-keys.json").write_text(json.dumps({"keys": [SigningKey("ci").jwk()]}))
+    (tmp_path / "my_tools.py").write_text(TOOLS)
+    program = tmp_path / "files-mcp"
+    program.touch(0o755)
+    places = {"PYTHONPATH": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     (example,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     path = written(tmp_path, example.replace("/etc/notecase", str(tmp_path)))
-    done = await notecase("config", "check", str(path), env=SECRETS)
+    done = await checked(path, {**SECRETS, **places})
     assert (0, f"{path} is fine.\n", "") == (done.code, done.out, done.err)
-    missing = await notecase("config", "check", str(path))
+    missing = await checked(path, places)
     assert [f"The variable {name} is not set." for name in SECRETS] == [
         line.partition(": ")[2] for line in missing.out.splitlines()
     ]
+
+
+PARTS = """
+[server]
+tools = ["broken_tools", "no_tools"]
+mcp_config = "mcp.json"
+[[issuer]]
+issuer = "https://ci.example"
+audience = "notecase"
+algorithms = ["ES256"]
+jwks_file = "keys.json"
+tenant = "acme"
+role = "user"
+[mcp.files]
+command = "no-such-program"
+[mcp.more]
+command = "./files-mcp"
+cwd = "tools"
+[mcp.search]
+url = "https://mcp.example/mcp"
+"""
+
+
+async def test_parts_that_are_missing_are_told_by_the_check_and_a_provider_is_tried_out_without_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken_tools.py").write_text("raise ValueError('no database')")
+    (tmp_path / "keys.json").write_text('{"keys": []}')
+    (tmp_path / "mcp.json").write_text('{"mcpServers": {"other": {"command": "/no/such"}}}')
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "files-mcp").touch(0o755)
+    path = written(tmp_path, PARTS)
+    done = await checked(path, {"PYTHONPATH": str(tmp_path)})
+    assert [
+        "server.tools: The module 'broken_tools' cannot be imported: ValueError: no database",
+        "server.tools: The module 'no_tools' cannot be imported: ModuleNotFoundError: No module named 'no_tools'",
+        "issuer[0].jwks_file: keys.json cannot be used: there is no JSON Web Key Set with a public key for signatures.",
+        "mcp.files.command: There is no program no-such-program on the PATH.",
+        "server.mcp_config mcpServers.other.command: There is no program /no/such.",
+    ] == done.out.splitlines()
+    assert (1, "") == (done.code, done.err)
+    assert 0 == (await notecase("providers", "test", "offline", "--config", str(path))).code
+
+
+async def test_a_server_says_at_its_start_that_the_keys_of_an_issuer_are_missing(tmp_path: Path) -> None:
+    """And serves: the file may come later."""
+    issuer = PARTS[PARTS.index("[[issuer]]") : PARTS.index("[mcp.files]")].replace("keys.json", "/no/keys.json")
+    path = written(tmp_path, issuer)
+    served = await Spawned.start("memory:", tmp_path / "log", "--config", str(path))
+    assert 0 == await served.stop()
+    log = (tmp_path / "log").read_text()
+    assert "issuer_keys_unavailable" in log
+    assert "/no/keys.json cannot be read: No such file or directory." in log
 
 
 async def test_a_server_serves_what_its_file_says(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ async def shop(tmp_path: Path) -> AsyncIterator[Shop]:
     made = await notecase("keys", "bootstrap", "--store", store)
     assert 0 == made.code
     assert KEY.fullmatch(made.out)
-    assert re.fullmatch(r"keys/[0-9a-f-]{36}, shown this once:\n", made.err)
+    told = rf"made a new store at {re.escape(str(tmp_path / 'notecase.db'))}\nkeys/[0-9a-f-]{{36}}, shown this once:\n"
+    assert re.fullmatch(told, made.err)
     server = await Spawned.start(store, tmp_path / "log")
     yield Shop(server, made.out.strip())
     await server.stop()
@@ -95,8 +96,11 @@ async def test_an_operators_first_key_makes_keys_of_a_tenant(tmp_path: Path) -> 
     env = {"NOTECASE_ADDRESS": server.address, "NOTECASE_TOKEN": first}
     made = await notecase("keys", "create", "--tenant", "acme", "--role", "admin", env=env)
     assert KEY.fullmatch(made.out)
+    assert "made the tenant acme, which was not known before\n" in made.err
+    again = await notecase("keys", "create", "--tenant", "acme", "--role", "admin", env=env)
+    assert (0, False) == (again.code, "made the tenant" in again.err)
     listed = await notecase("keys", "list", "--tenant", "acme", env=env)
-    assert 2 == len(listed.out.splitlines())
+    assert 3 == len(listed.out.splitlines())
     assert 0 == (await notecase("sessions", "list", env={**env, "NOTECASE_TOKEN": made.out.strip()})).code
     assert "needs the role viewer" in (await notecase("sessions", "list", env=env)).err
     await server.stop()

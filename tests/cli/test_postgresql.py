@@ -1,5 +1,6 @@
 """What an operator of a PostgreSQL store types: passwords, migrations, a first key, a copy from a file."""
 
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import asyncpg
 import pytest
 
 from tests.cli.command import notecase
+from tests.promises import ROOT
 from tests.store.filled import fill
 from tests.support import postgres
 from tests.support.server import Spawned
@@ -101,3 +103,27 @@ async def test_a_file_is_copied_into_a_database_and_served(store: str, tmp_path:
     listed = await notecase("sessions", "list", "--server", server.address, env={"NOTECASE_TOKEN": key.out.strip()})
     assert "case" in listed.out
     assert 0 == await server.stop()
+
+
+async def test_the_two_roles_of_the_page_migrate_and_serve(store: str, tmp_path: Path) -> None:
+    """After its own `createuser` and `createdb`; the role that serves makes no tables."""
+    name = store.partition("?")[0].rpartition("/")[2]
+    (block,) = re.findall(r"```sql\n(CREATE ROLE.*?)```", (ROOT / "docs" / "postgresql.md").read_text(), re.DOTALL)
+    admin = await asyncpg.connect(store)
+    await admin.execute(f"CREATE ROLE {name} LOGIN")
+    await admin.execute(f"ALTER DATABASE {name} OWNER TO {name}")
+    await admin.execute(re.sub(r"\bnotecase(?=\b|_owner\b)", name, block))
+    await admin.close()
+    url, owner = (store.replace("postgres@", f"{role}@") for role in (name, f"{name}_owner"))
+    refused = await notecase("migrate", "--store", url)
+    assert 1 == refused.code
+    assert 0 == (await notecase("migrate", "--store", owner)).code
+    server = await Spawned.start(url, tmp_path / "log", "--no-migrate")
+    assert 0 == (await notecase("sessions", "list", "--server", server.address)).code
+    assert 0 == await server.stop()
+
+
+async def test_a_backup_of_a_database_names_what_copies_one() -> None:
+    done = await notecase("backup", "--store", f"postgresql://keeper:{PASSWORD}@db.internal/notecase", "copy.db")
+    told = "This copies SQLite files only. Copy a PostgreSQL store with notecase copy or pg_dump."
+    assert (1, f"Error: {told}\n") == (done.code, done.err)

@@ -86,7 +86,8 @@ async def test_a_store_that_another_server_owns_is_refused(tmp_path: Path) -> No
 async def test_a_taken_port_is_told_in_a_sentence(served: Running) -> None:
     done = await notecase("serve", "--listen", served.address, "--store", "memory:")
     assert 1 == done.code
-    assert f"Error: {served.address} cannot be listened on; another server may have it.\n" in done.err
+    told = "cannot be listened on (Address already in use); another server may have it."
+    assert f"Error: --listen: {served.address} {told}\n" == done.err
 
 
 @pytest.mark.parametrize(

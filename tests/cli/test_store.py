@@ -43,6 +43,30 @@ async def test_a_copy_shows_how_far_it_is(tmp_path: Path) -> None:
     assert re.search(r"^audit: compared$", told.decode(), re.MULTILINE)
 
 
+async def test_the_store_of_a_configuration_file_is_taken_unless_an_option_names_another(tmp_path: Path) -> None:
+    """Whatever else is in the file: its secrets are those of the server."""
+    file, other = tmp_path / "notecase.toml", f"sqlite:{tmp_path / 'other.db'}"
+    secret = '[[provider]]\nname = "main"\nkey_env = "MISSING"\n'
+    file.write_text(f'[store]\nurl = "sqlite:{tmp_path / "filed.db"}"\n{secret}')
+    env = {"NOTECASE_CONFIG": str(file)}
+    first = await notecase("keys", "bootstrap", "--config", str(file))
+    assert f"made a new store at {tmp_path / 'filed.db'}\n" in first.err
+    again = await notecase("keys", "bootstrap", env=env)
+    assert (0, False) == (again.code, "made a new store" in again.err)
+    assert (
+        f"made a new store at {tmp_path / 'other.db'}\n"
+        in (await notecase("keys", "bootstrap", "--store", other, env=env)).err
+    )
+    assert 0 == (await notecase("backup", str(tmp_path / "copy.db"), env=env)).code
+    assert (tmp_path / "copy.db").exists()
+    assert "sessions with another uid: 0\n" == (await notecase("store", "renew", env=env)).out
+    file.write_text('[store]\nurl = "postgresql://keeper@127.0.0.1:1/notecase"\n')
+    assert "127.0.0.1:1/notecase cannot be reached" in (await notecase("migrate", env=env)).err
+    file.write_text("[store]\nurl = 5\n")
+    wrong = await notecase("store", "renew", env=env)
+    assert (1, f"Error: {file} cannot be used:\nstore.url: This must be a string.\n") == (wrong.code, wrong.err)
+
+
 async def test_a_store_is_renewed_while_it_is_not_served(tmp_path: Path) -> None:
     await fill(tmp_path / "store.db")
     store = f"sqlite:{tmp_path / 'store.db'}"

@@ -119,6 +119,10 @@ async def test_operators_see_tenants_and_keys_and_admins_what_operators_did_to_t
         ("operator", "KeyService/CreateKey", made.key.name, "OK"),
     ] == await lines(served)
     assert "ROLE_MISSING" == await refusal(entries(served, ADMIN, tenant="tenants/other"))
+    assert "TENANT_NOT_FOUND" == await refusal(entries(served, OPERATOR, tenant="tenants/acmee"))
+    assert "PRINCIPAL_NOT_FOUND" == await refusal(
+        served.audit.GetPrincipal(v1.GetPrincipalRequest(name=entry.principal), metadata=OPERATOR)
+    )
 
 
 async def test_deletions_and_exports_are_told(served: Running) -> None:

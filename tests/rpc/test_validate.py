@@ -236,3 +236,18 @@ async def refused_or_left_out(channel: grpc.aio.Channel, field: TimeField, secon
             assert {field.name.removeprefix("command."), "command"} & fields_of(refused)
     else:
         assert field.path[-1].name in MADE_HERE, field
+
+
+def test_a_name_that_is_wrong_is_told_with_what_its_ids_consist_of() -> None:
+    check = Check()
+    check.key_name("name", "keys/wrong-id")
+    check.run("run", "sessions/case/runs/First")
+    check.user("user", "ada")
+    with pytest.raises(NotecaseError) as refused:
+        check.done()
+    ids = "1 to 63 lower-case letters, digits and inner '.', '_' or '-'"
+    assert [
+        "must be keys/{key}, where {key} is a UUID in lower case, not 'keys/wrong-id'",
+        f"must be sessions/{{session}}/runs/{{run}}, where each id is {ids}, not 'sessions/case/runs/First'",
+        "must be users/{user}, where {user} is 1 to 128 letters, digits and . _ ~ @ | : + = -, not 'ada'",
+    ] == [violation.description for violation in refused.value.violations]

@@ -216,10 +216,11 @@ def tenant_suspended() -> NotecaseError:
 
 def bound_to_user(role: str, fields: Iterable[str] = ()) -> NotecaseError:
     """As `role_missing`, for a caller that may not because it is bound to a user, and whatever its role."""
-    needs = f"needs a caller that is not bound to a user, of the role {role.lower()}"
+    needs = f"needs a credential that is not bound to a user and has at least the role {role.lower()}"
     found = [Violation(field, needs) for field in fields]
-    told = ", ".join(violation.field for violation in found[:3]) or "This call"
-    return NotecaseError(v1.ERROR_REASON_ROLE_MISSING, f"{told}: {needs}.", metadata={"role": role}, violations=found)
+    named = ", ".join(violation.field for violation in found[:3])
+    message = f"{named}: {needs}." if named else f"This call {needs}."
+    return NotecaseError(v1.ERROR_REASON_ROLE_MISSING, message, metadata={"role": role}, violations=found)
 
 
 def not_found(kind: str, name: str) -> NotecaseError:

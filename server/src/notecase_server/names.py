@@ -21,7 +21,13 @@ KEY = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 BLOB = re.compile(r"blobs/[0-9a-f]{64}")
 
-ID_RULE = "must be 1 to 63 lower-case letters, digits and inner '.', '_' or '-'"
+ID_SHAPE = "1 to 63 lower-case letters, digits and inner '.', '_' or '-'"
+
+ID_RULE = f"must be {ID_SHAPE}"
+
+USER_SHAPE = "1 to 128 letters, digits and . _ ~ @ | : + = -"
+
+UUID_SHAPE = "a UUID in lower case"
 
 
 class AgentName(NamedTuple):

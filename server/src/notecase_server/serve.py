@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import structlog
 import uuid_utils
@@ -51,6 +51,7 @@ from notecase_server.rpc.refusals import Refusals
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.server import build, options
 from notecase_server.rpc.watch import Pace
+from notecase_server.serve_ports import ListenError, listen
 from notecase_server.serve_standby import Standby
 from notecase_server.serve_stores import DATABASE, Database, open_store
 from notecase_server.store.contract import Answer, AuditRow, Clock, Once, Quotas, Store, StoreOpenError
@@ -225,24 +226,16 @@ def make_authenticators(settings: Settings, files: Files, fetches: Tasks) -> lis
     elif settings.listed_principals:
         found.append(Certificates(files.watch([], lambda: settings.listed_principals)))
     if settings.has_issuers:
-        from notecase_server.auth.tokens import Tokens  # noqa: PLC0415  # as for cryptography
+        from notecase_server.auth.jwks import file_problem  # noqa: PLC0415  # as for cryptography
+        from notecase_server.auth.tokens import Tokens  # noqa: PLC0415
 
         issuers = read_issuers(settings.issuers) if settings.issuers else settings.listed_issuers
         found.append(Tokens(issuers, fetches, now, time.monotonic))
+        for issuer in issuers:
+            # Not an error: the file is read again when a token needs it.
+            if issuer.jwks_file is not None and (problem := file_problem(issuer.jwks_file)):
+                log.warning("issuer_keys_unavailable", issuer=issuer.issuer, problem=problem)
     return found
-
-
-def _listen(server: Any, settings: Settings, identity: "Watched[Identity] | None") -> tuple[int, int]:
-    """Takes the ports for a server of gRPC, and returns them: that for all, and that for client certificates or 0.
-    Raises RuntimeError when an address is taken."""
-    if identity is None:
-        return server.add_insecure_port(settings.listen), 0
-    from notecase_server.auth.tls import credentials  # noqa: PLC0415  # see `_watch_identity`
-
-    port = server.add_secure_port(settings.listen, credentials(identity))
-    if not settings.listen_mtls:
-        return port, 0
-    return port, server.add_secure_port(settings.listen_mtls, credentials(identity, require_client=True))
 
 
 class ServerBrokenError(Exception):
@@ -362,15 +355,15 @@ class Server:
         return await self._store.lease.lost()
 
     async def start(self) -> int:
-        """Serves, and takes over the runs that were left; returns the port. Raises RuntimeError when an address is
+        """Serves, and takes over the runs that were left; returns the port. Raises ListenError when an address is
         taken, and lets go of the store then."""
         channel = options(self._settings.max_calls, self._settings.max_connections)
         self._grpc, self._health = await build(
             self._desk, self._store, self._keys, self._tenants, self._tenancy, self._doorway, channel
         )
         try:
-            self.port, self.mtls_port = _listen(self._grpc, self._settings, self._identity)
-        except RuntimeError:
+            self.port, self.mtls_port = listen(self._grpc, self._settings, self._identity)
+        except ListenError:
             await self._store.close()
             raise
         await self._grpc.start()
@@ -489,7 +482,7 @@ async def make_server(settings: Settings, fetches: Tasks, later: Later) -> Serve
     files = Files()
     authenticators = make_authenticators(settings, files, fetches)
     identity, peers = _watch_identity(settings, Files()), Peers(read_networks(settings.behind_tls_proxy))
-    standby = Standby(settings, peers, lambda server: _listen(server, settings, identity)[0], new_id)
+    standby = Standby(settings, peers, lambda server: listen(server, settings, identity)[0], new_id)
 
     async def wait() -> None:
         gc.enable()  # this may take days

@@ -28,7 +28,7 @@ class Standby:
         self._server: Any = None
 
     async def begin(self) -> None:
-        """Raises RuntimeError when the address is taken."""
+        """Raises ListenError when the address is taken."""
         server = await build_standby(self._peers, self._new_id)
         port = self._listen(server)
         await server.start()

@@ -109,9 +109,17 @@ def _no_store(url: str, wanted: str) -> StoreOpenError:
     return StoreOpenError(f"{shown} is no store; want {wanted} or postgresql://USER@HOST/DATABASE.")
 
 
+def new_file(url: str) -> str:
+    """Returns the path of the file that opening this store would create; empty if there is none to create."""
+    kind, _, path = url.partition(":")
+    return path if kind == "sqlite" and path and not Path(path).exists() else ""
+
+
 def backup(url: str, destination: Path, force: bool) -> None:
     """Copies a store to a file while a server owns it. Raises StoreOpenError with a sentence for whoever asked."""
     kind, _, path = url.partition(":")
+    if kind in POSTGRES:
+        raise StoreOpenError("This copies SQLite files only. Copy a PostgreSQL store with notecase copy or pg_dump.")
     if kind != "sqlite" or not path:
         raise StoreOpenError(f"{url!r} is no store with a file; want sqlite:PATH.")
     sqlite_file.backup(Path(path), destination, force)

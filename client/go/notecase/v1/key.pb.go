@@ -266,7 +266,9 @@ type CreateKeyResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Key   *Key                   `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
 	// The whole key, as it is sent in a call: nck_{key}_{secret}. The secret ends in a tag of 16 characters.
-	Secret        string `protobuf:"bytes,2,opt,name=secret,proto3" json:"secret,omitempty"`
+	Secret string `protobuf:"bytes,2,opt,name=secret,proto3" json:"secret,omitempty"`
+	// The tenant was not known before this call. Not set in the answer to a repeat with the same request_id.
+	TenantCreated bool `protobuf:"varint,3,opt,name=tenant_created,json=tenantCreated,proto3" json:"tenant_created,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -313,6 +315,13 @@ func (x *CreateKeyResponse) GetSecret() string {
 		return x.Secret
 	}
 	return ""
+}
+
+func (x *CreateKeyResponse) GetTenantCreated() bool {
+	if x != nil {
+		return x.TenantCreated
+	}
+	return false
 }
 
 type GetKeyRequest struct {
@@ -697,10 +706,11 @@ const file_notecase_v1_key_proto_rawDesc = "" +
 	"\x06tenant\x18\x01 \x01(\tR\x06tenant\x12\"\n" +
 	"\x03key\x18\x02 \x01(\v2\x10.notecase.v1.KeyR\x03key\x12\x1d\n" +
 	"\n" +
-	"request_id\x18\x03 \x01(\tR\trequestId\"O\n" +
+	"request_id\x18\x03 \x01(\tR\trequestId\"v\n" +
 	"\x11CreateKeyResponse\x12\"\n" +
 	"\x03key\x18\x01 \x01(\v2\x10.notecase.v1.KeyR\x03key\x12\x16\n" +
-	"\x06secret\x18\x02 \x01(\tR\x06secret\";\n" +
+	"\x06secret\x18\x02 \x01(\tR\x06secret\x12%\n" +
+	"\x0etenant_created\x18\x03 \x01(\bR\rtenantCreated\";\n" +
 	"\rGetKeyRequest\x12\x12\n" +
 	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
 	"\x06tenant\x18\x02 \x01(\tR\x06tenant\"e\n" +

@@ -27,7 +27,7 @@ from google.protobuf import empty_pb2 as google_dot_protobuf_dot_empty__pb2
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15notecase/v1/key.proto\x12\x0bnotecase.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9a\x03\n\x03Key\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12#\n\x04role\x18\x03 \x01(\x0e\x32\x15.notecase.v1.Key.Role\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brotate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10overlap_end_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04user\x18\x08 \x01(\t\"s\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_VIEWER\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_DEVELOPER\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04\x12\x11\n\rROLE_OPERATOR\x10\x05\"U\n\x10\x43reateKeyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x1d\n\x03key\x18\x02 \x01(\x0b\x32\x10.notecase.v1.Key\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"B\n\x11\x43reateKeyResponse\x12\x1d\n\x03key\x18\x01 \x01(\x0b\x32\x10.notecase.v1.Key\x12\x0e\n\x06secret\x18\x02 \x01(\t\"-\n\rGetKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"H\n\x0fListKeysRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"K\n\x10ListKeysResponse\x12\x1e\n\x04keys\x18\x01 \x03(\x0b\x32\x10.notecase.v1.Key\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"D\n\x10RevokeKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"p\n\x10RotateKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12*\n\x07overlap\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"B\n\x11RotateKeyResponse\x12\x1d\n\x03key\x18\x01 \x01(\x0b\x32\x10.notecase.v1.Key\x12\x0e\n\x06secret\x18\x02 \x01(\t2\xf3\x02\n\nKeyService\x12J\n\tCreateKey\x12\x1d.notecase.v1.CreateKeyRequest\x1a\x1e.notecase.v1.CreateKeyResponse\x12;\n\x06GetKey\x12\x1a.notecase.v1.GetKeyRequest\x1a\x10.notecase.v1.Key\"\x03\x90\x02\x01\x12L\n\x08ListKeys\x12\x1c.notecase.v1.ListKeysRequest\x1a\x1d.notecase.v1.ListKeysResponse\"\x03\x90\x02\x01\x12\x42\n\tRevokeKey\x12\x1d.notecase.v1.RevokeKeyRequest\x1a\x16.google.protobuf.Empty\x12J\n\tRotateKey\x12\x1d.notecase.v1.RotateKeyRequest\x1a\x1e.notecase.v1.RotateKeyResponseBT\n\x0f\x64\x65v.notecase.v1B\x08KeyProtoP\x01Z\'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15notecase/v1/key.proto\x12\x0bnotecase.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1bgoogle/protobuf/empty.proto\x1a\x1fgoogle/protobuf/timestamp.proto\"\x9a\x03\n\x03Key\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x02 \x01(\t\x12#\n\x04role\x18\x03 \x01(\x0e\x32\x15.notecase.v1.Key.Role\x12/\n\x0b\x63reate_time\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0brotate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10overlap_end_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x0c\n\x04user\x18\x08 \x01(\t\"s\n\x04Role\x12\x14\n\x10ROLE_UNSPECIFIED\x10\x00\x12\x0f\n\x0bROLE_VIEWER\x10\x01\x12\r\n\tROLE_USER\x10\x02\x12\x12\n\x0eROLE_DEVELOPER\x10\x03\x12\x0e\n\nROLE_ADMIN\x10\x04\x12\x11\n\rROLE_OPERATOR\x10\x05\"U\n\x10\x43reateKeyRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x1d\n\x03key\x18\x02 \x01(\x0b\x32\x10.notecase.v1.Key\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"Z\n\x11\x43reateKeyResponse\x12\x1d\n\x03key\x18\x01 \x01(\x0b\x32\x10.notecase.v1.Key\x12\x0e\n\x06secret\x18\x02 \x01(\t\x12\x16\n\x0etenant_created\x18\x03 \x01(\x08\"-\n\rGetKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"H\n\x0fListKeysRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"K\n\x10ListKeysResponse\x12\x1e\n\x04keys\x18\x01 \x03(\x0b\x32\x10.notecase.v1.Key\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"D\n\x10RevokeKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12\x12\n\nrequest_id\x18\x03 \x01(\t\"p\n\x10RotateKeyRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\x12*\n\x07overlap\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"B\n\x11RotateKeyResponse\x12\x1d\n\x03key\x18\x01 \x01(\x0b\x32\x10.notecase.v1.Key\x12\x0e\n\x06secret\x18\x02 \x01(\t2\xf3\x02\n\nKeyService\x12J\n\tCreateKey\x12\x1d.notecase.v1.CreateKeyRequest\x1a\x1e.notecase.v1.CreateKeyResponse\x12;\n\x06GetKey\x12\x1a.notecase.v1.GetKeyRequest\x1a\x10.notecase.v1.Key\"\x03\x90\x02\x01\x12L\n\x08ListKeys\x12\x1c.notecase.v1.ListKeysRequest\x1a\x1d.notecase.v1.ListKeysResponse\"\x03\x90\x02\x01\x12\x42\n\tRevokeKey\x12\x1d.notecase.v1.RevokeKeyRequest\x1a\x16.google.protobuf.Empty\x12J\n\tRotateKey\x12\x1d.notecase.v1.RotateKeyRequest\x1a\x1e.notecase.v1.RotateKeyResponseBT\n\x0f\x64\x65v.notecase.v1B\x08KeyProtoP\x01Z\'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,19 +46,19 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CREATEKEYREQUEST']._serialized_start=545
   _globals['_CREATEKEYREQUEST']._serialized_end=630
   _globals['_CREATEKEYRESPONSE']._serialized_start=632
-  _globals['_CREATEKEYRESPONSE']._serialized_end=698
-  _globals['_GETKEYREQUEST']._serialized_start=700
-  _globals['_GETKEYREQUEST']._serialized_end=745
-  _globals['_LISTKEYSREQUEST']._serialized_start=747
-  _globals['_LISTKEYSREQUEST']._serialized_end=819
-  _globals['_LISTKEYSRESPONSE']._serialized_start=821
-  _globals['_LISTKEYSRESPONSE']._serialized_end=896
-  _globals['_REVOKEKEYREQUEST']._serialized_start=898
-  _globals['_REVOKEKEYREQUEST']._serialized_end=966
-  _globals['_ROTATEKEYREQUEST']._serialized_start=968
-  _globals['_ROTATEKEYREQUEST']._serialized_end=1080
-  _globals['_ROTATEKEYRESPONSE']._serialized_start=1082
-  _globals['_ROTATEKEYRESPONSE']._serialized_end=1148
-  _globals['_KEYSERVICE']._serialized_start=1151
-  _globals['_KEYSERVICE']._serialized_end=1522
+  _globals['_CREATEKEYRESPONSE']._serialized_end=722
+  _globals['_GETKEYREQUEST']._serialized_start=724
+  _globals['_GETKEYREQUEST']._serialized_end=769
+  _globals['_LISTKEYSREQUEST']._serialized_start=771
+  _globals['_LISTKEYSREQUEST']._serialized_end=843
+  _globals['_LISTKEYSRESPONSE']._serialized_start=845
+  _globals['_LISTKEYSRESPONSE']._serialized_end=920
+  _globals['_REVOKEKEYREQUEST']._serialized_start=922
+  _globals['_REVOKEKEYREQUEST']._serialized_end=990
+  _globals['_ROTATEKEYREQUEST']._serialized_start=992
+  _globals['_ROTATEKEYREQUEST']._serialized_end=1104
+  _globals['_ROTATEKEYRESPONSE']._serialized_start=1106
+  _globals['_ROTATEKEYRESPONSE']._serialized_end=1172
+  _globals['_KEYSERVICE']._serialized_start=1175
+  _globals['_KEYSERVICE']._serialized_end=1546
 # @@protoc_insertion_point(module_scope)

@@ -152,8 +152,11 @@ class CreateKeyResponse(_message.Message):
 
     KEY_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
+    TENANT_CREATED_FIELD_NUMBER: _builtins.int
     secret: _builtins.str
     """The whole key, as it is sent in a call: nck_{key}_{secret}. The secret ends in a tag of 16 characters."""
+    tenant_created: _builtins.bool
+    """The tenant was not known before this call. Not set in the answer to a repeat with the same request_id."""
     @_builtins.property
     def key(self) -> Global___Key: ...
     def __init__(
@@ -161,10 +164,11 @@ class CreateKeyResponse(_message.Message):
         *,
         key: Global___Key | None = ...,
         secret: _builtins.str = ...,
+        tenant_created: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "secret", b"secret"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "secret", b"secret", "tenant_created", b"tenant_created"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

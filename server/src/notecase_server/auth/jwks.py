@@ -85,17 +85,29 @@ async def _fetch(url: str) -> bytes:
 def from_file(path: Path) -> Load:
     """Reads a file."""
 
-    def read() -> bytes:
-        with path.open("rb") as file:
-            content = file.read(MOST_BYTES + 1)
-        if len(content) > MOST_BYTES:
-            raise ValueError(f"there are more than {MOST_BYTES} bytes")
-        return content
-
     async def load() -> bytes:
-        return await asyncio.to_thread(read)
+        return await asyncio.to_thread(_read, path)
 
     return load
+
+
+def _read(path: Path) -> bytes:
+    with path.open("rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"there are more than {MOST_BYTES} bytes")
+    return content
+
+
+def file_problem(path: Path) -> str:
+    """Says in a sentence why keys cannot be read from a file now; empty if they can."""
+    try:
+        parse(_read(path))
+    except OSError as error:
+        return f"{path} cannot be read: {error.strerror}."
+    except (ValueError, RecursionError) as error:
+        return f"{path} cannot be used: {error}."
+    return ""
 
 
 class KeySet:

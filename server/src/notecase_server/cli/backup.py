@@ -6,11 +6,13 @@ import click
 
 import notecase_server.cli.bare_structlog  # noqa: F401  # before others import structlog
 from notecase_server.cli.options import STORE
+from notecase_server.cli.store_config import CONFIG
 from notecase_server.serve_stores import backup as copy
 from notecase_server.store.contract import StoreOpenError
 
 
 @click.command()
+@CONFIG
 @STORE
 @click.option("--force", is_flag=True, help="Replace DEST where it exists.")
 @click.argument("destination", metavar="DEST", type=click.Path(path_type=Path, dir_okay=False))

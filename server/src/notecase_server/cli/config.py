@@ -7,6 +7,8 @@ import click
 from notecase_server.auth.tables import SettingsError
 from notecase_server.cli.serve import serve
 from notecase_server.cli.serve_settings import check as mistakes_of
+from notecase_server.cli.serve_settings import check_parts
+from notecase_server.config import configure_logging
 
 
 @click.group()
@@ -19,17 +21,20 @@ def config() -> None:
 def check(file: Path) -> None:
     """Print everything that is wrong with FILE, each with its key; the exit code is 1 then.
 
-    The variables and files with secrets that it names are read. Options and NOTECASE_ variables have no say, but for
-    NOTECASE_ADMIN_KEY; the store, modules of tools and MCP servers are not looked at.
+    The variables and files with secrets that it names are read, modules of tools are imported, and it is checked that
+    the programs of MCP servers exist. Nothing is connected or opened: not the store, no provider, no MCP server and no
+    identity provider. Options and NOTECASE_ variables are ignored, except NOTECASE_ADMIN_KEY.
     """
+    configure_logging("console", "warning")
     try:
         found = mistakes_of(serve, file)
     except SettingsError as error:
         raise click.ClickException(error.mistakes[0].text) from None
-    for path in found.exposed:
+    for path in found.file.exposed:
         click.echo(f"Warning: other users of this machine can read {path}.", err=True)
-    for setting, text in found.mistakes:
+    mistakes = [*found.mistakes, *check_parts(found)]
+    for setting, text in mistakes:
         click.echo(f"{setting}: {text}")
-    if found.mistakes:
+    if mistakes:
         raise click.exceptions.Exit(1)
     click.echo(f"{file} is fine.")

@@ -10,6 +10,7 @@ from notecase import Client, v1
 from notecase_server.cli import output, screen
 from notecase_server.cli.ask import ask, name_of
 from notecase_server.cli.options import LIMIT, OUTPUT, PASSWORD_FILE, SERVER, STORE
+from notecase_server.cli.store_config import CONFIG
 
 ROLES = {name.removeprefix("ROLE_").lower(): value for name, value in v1.Key.Role.items() if value}
 UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -72,6 +73,8 @@ def create(name: str, role: str, user: str, expires: timedelta | None, tenant: s
             key.expire_time.GetCurrentTime()
             key.expire_time.FromMicroseconds(key.expire_time.ToMicroseconds() + expires // timedelta(microseconds=1))
         made = await client.keys.CreateKey(v1.CreateKeyRequest(tenant=_tenant(tenant), key=key))
+        if tenant and made.tenant_created:
+            screen.aside(f"made the tenant {screen.one_line(tenant)}, which was not known before")
         _show(made.key, made.secret)
 
     ask(make)
@@ -126,6 +129,7 @@ def rotate(key: str, overlap: timedelta, tenant: str) -> None:
 
 
 @keys.command()
+@CONFIG
 @STORE
 @PASSWORD_FILE
 @click.option("--tenant", default="default", metavar="ID", help="Whose admin it is for.")
@@ -139,15 +143,18 @@ def bootstrap(store: str, store_password_file: Path | None, tenant: str, operato
     # No other of these commands needs a server.
     from notecase_server import serve  # noqa: PLC0415
     from notecase_server.config import configure_logging  # noqa: PLC0415
-    from notecase_server.serve_stores import Database  # noqa: PLC0415
+    from notecase_server.serve_stores import Database, new_file  # noqa: PLC0415
     from notecase_server.store.contract import StoreOpenError  # noqa: PLC0415
 
     configure_logging("console", "info")
+    created = new_file(store)
     try:
         database = Database(password_file=store_password_file)
         made, secret = serve.bootstrap(store, "" if operator else tenant, name, database)
     except StoreOpenError as error:
         raise click.ClickException(str(error)) from None
+    if created:
+        screen.aside(f"made a new store at {created}")
     _show(made, secret)
 
 

@@ -7,12 +7,14 @@ import click
 
 from notecase_server import serve_stores
 from notecase_server.cli.options import PASSWORD_FILE, STORE
+from notecase_server.cli.store_config import CONFIG
 from notecase_server.config import configure_logging
 from notecase_server.serve_stores import Database
 from notecase_server.store.contract import StoreOpenError
 
 
 @click.command()
+@CONFIG
 @STORE
 @PASSWORD_FILE
 def migrate(store: str, store_password_file: Path | None) -> None:

@@ -14,12 +14,19 @@ from notecase_server.cli.serve_settings import load, settings
 from notecase_server.config import Settings, configure_logging
 from notecase_server.serve import ProviderSettingsError, Server, ServerBrokenError
 from notecase_server.serve import run as serve_forever
+from notecase_server.serve_ports import ListenError
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.tools.contract import ToolSettingsError
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULTS = {each.name: each.default for each in fields(Settings)}
+
+EXPECTED = (
+    *(SettingsError, StoreOpenError, ToolSettingsError, ProviderSettingsError),
+    *(ListenError, ServerBrokenError),
+)
+"""Failures whose texts are for the operator."""
 
 
 def _number(name: str, told: str, least: int = 1) -> Callable[[F], F]:
@@ -262,14 +269,8 @@ def serve(listen: str, log_format: Literal["console", "json"], log_level: str, *
     configure_logging(log_format, log_level)
     try:
         serve_forever(settings({"listen": listen, **others}), _announce)
-    except (SettingsError, StoreOpenError, ToolSettingsError, ProviderSettingsError, ServerBrokenError) as error:
+    except EXPECTED as error:
         raise click.ClickException(str(error)) from None
-    except RuntimeError as error:
-        if "bind" not in str(error):
-            raise
-        other = others["listen_mtls"]
-        taken = other if other and other in str(error) else listen
-        raise click.ClickException(f"{taken} cannot be listened on; another server may have it.") from None
 
 
 def _announce(server: Server) -> None:

@@ -19,6 +19,7 @@ from notecase_server.config import (
 )
 from notecase_server.config_file import PROVIDER_DEFAULTS, ConfigFile, by_key, read_config
 from notecase_server.serve import ProviderSettingsError, check_provider, settings_mistakes
+from notecase_server.serve_check import missing_parts
 from notecase_server.tools.contract import ToolSettingsError
 from notecase_server.tools.mcp_settings import read_mcp_servers
 
@@ -60,8 +61,7 @@ class Checked(NamedTuple):
     """What a configuration file says by itself, without options and their variables."""
 
     settings: Settings
-    exposed: tuple[Path, ...]
-    """Files with secrets that others on this machine can read."""
+    file: ConfigFile
     mistakes: tuple[Mistake, ...]
     """Every one that keeps a server from starting, each by its key."""
 
@@ -87,7 +87,12 @@ def check(command: click.Command, path: Path) -> Checked:
             check_provider(provider)
         except ProviderSettingsError as error:
             mistakes.append(Mistake(f"provider[{number}]", str(error)))
-    return Checked(made, found.exposed, tuple(mistakes))
+    return Checked(made, found, tuple(mistakes))
+
+
+def check_parts(checked: Checked) -> list[Mistake]:
+    """Looks for the parts that the file refers to, each by its key: see `missing_parts`."""
+    return [by_key(one) for one in missing_parts(checked.settings, checked.file.mcp_servers)]
 
 
 def providers(command: click.Command, path: Path | None) -> tuple[ProviderSettings, ...]:

@@ -10,7 +10,7 @@ from notecase_server.rpc import filter as filters
 from notecase_server.rpc.caller import caller
 from notecase_server.rpc.desk import Desk, listed, named_tenant
 from notecase_server.rpc.validate import Check
-from notecase_server.store.contract import And, AuditStore, Compare, PrincipalStore
+from notecase_server.store.contract import And, AuditStore, Compare, PrincipalStore, TenantStore
 
 FILTER: Mapping[str, filters.FieldKind] = {
     "principal": "text",
@@ -24,8 +24,8 @@ OF_KEYS = And((Compare("method", ">=", "notecase.v1.KeyService/"), Compare("meth
 """What an operator sees of a tenant's audit: 0 comes right behind the slash."""
 
 
-class TrailStore(AuditStore, PrincipalStore, Protocol):
-    """Knows who did what."""
+class TrailStore(AuditStore, PrincipalStore, TenantStore, Protocol):
+    """Knows who did what, and in which tenants."""
 
 
 class AuditsService(v1.AuditServiceServicer):
@@ -50,4 +50,6 @@ class AuditsService(v1.AuditServiceServicer):
         if tenant != caller.get().tenant:
             query = query._replace(where=OF_KEYS if query.where is None else And((OF_KEYS, query.where)))
         page = await self.store.list_audit(tenant, query)
+        if tenant != caller.get().tenant and not page.rows and await self.store.get_tenant(tenant) is None:
+            raise errors.not_found("tenant", request.tenant)
         return v1.ListAuditEntriesResponse(entries=page.rows, next_page_token=self.desk.pages.token(page.next, *about))

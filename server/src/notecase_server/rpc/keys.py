@@ -1,7 +1,7 @@
 """KeyService: parse, call, render."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from google.protobuf.empty_pb2 import Empty
 from notecase import v1
@@ -10,14 +10,18 @@ from notecase_server import errors
 from notecase_server.auth.keys import Keys
 from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, named_tenant, once
 from notecase_server.rpc.validate import Check
-from notecase_server.store.contract import Answer, KeyStore
+from notecase_server.store.contract import Answer, KeyStore, TenantStore
 
 MAX_OVERLAP = 30 * 24 * 60 * 60
 """Seconds."""
 
 
+class TenantKeyStore(KeyStore, TenantStore, Protocol):
+    """Keeps keys, and knows their tenants."""
+
+
 class KeysService(v1.KeyServiceServicer):
-    def __init__(self, desk: Desk, store: KeyStore, keys: Keys) -> None:
+    def __init__(self, desk: Desk, store: TenantKeyStore, keys: Keys) -> None:
         self.desk = desk
         self.store = store
         self.keys = keys
@@ -42,10 +46,12 @@ class KeysService(v1.KeyServiceServicer):
         answer = Answer("made_key")
         repeat = await once(request, answer)
         await self.desk.requests.recall(repeat)
+        # Read first: a failure after the key is made would lose its secret.
+        is_new = bool(tenant) and await self.store.get_tenant(tenant) is None
         audit = await self.desk.audit_of(tenant, "")
         create = partial(self.keys.create, tenant, request.key)
         key, secret = await self.desk.surely(repeat, answer, create, audit)
-        return v1.CreateKeyResponse(key=key, secret=secret)
+        return v1.CreateKeyResponse(key=key, secret=secret, tenant_created=is_new)
 
     async def GetKey(self, request: v1.GetKeyRequest, context: Any) -> v1.Key:
         check = Check()

@@ -187,26 +187,31 @@ class Check:
             if f"{found.field}.".startswith(below):
                 self(False, *found)
 
-    def _parsed(self, field: str, name: str, parse: Callable[[str], T | None], like: str) -> T | None:
+    def _parsed(self, field: str, name: str, parse: Callable[[str], T | None], like: str, ids: str = "") -> T | None:
+        """`like` is the pattern of the name, and `ids` says what its ids consist of."""
         parsed = parse(name) if 0 < len(name) <= MAX_NAME else None
-        self(parsed is not None, field, f"must be {like}" + (f", not {name[:80]!r}" if name else ""))
+        if parsed is None:
+            given = re.findall(r"\{\w+\}", like)
+            where = f", where {given[0] if len(given) == 1 else 'each id'} is {ids}" if ids else ""
+            self(False, field, f"must be {like}{where}" + (f", not {name[:80]!r}" if name else ""))
         return parsed
 
     def agent(self, field: str, name: str) -> AgentName:
-        return self._parsed(field, name, names.parse_agent, "agents/{agent}") or AgentName("", 0)
+        return self._parsed(field, name, names.parse_agent, "agents/{agent}", names.ID_SHAPE) or AgentName("", 0)
 
     def session(self, field: str, name: str) -> str:
-        return self._parsed(field, name, names.parse_session, "sessions/{session}") or ""
+        return self._parsed(field, name, names.parse_session, "sessions/{session}", names.ID_SHAPE) or ""
 
     def user(self, field: str, name: str) -> str:
-        return self._parsed(field, name, names.parse_user, "users/{user}") or ""
+        return self._parsed(field, name, names.parse_user, "users/{user}", names.USER_SHAPE) or ""
 
     def run(self, field: str, name: str) -> RunName:
-        return self._parsed(field, name, names.parse_run, "sessions/{session}/runs/{run}") or RunName("", "")
+        like = "sessions/{session}/runs/{run}"
+        return self._parsed(field, name, names.parse_run, like, names.ID_SHAPE) or RunName("", "")
 
     def message(self, field: str, name: str) -> MessageName:
         like = "sessions/{session}/messages/{message}"
-        return self._parsed(field, name, names.parse_message, like) or MessageName("", "")
+        return self._parsed(field, name, names.parse_message, like, names.ID_SHAPE) or MessageName("", "")
 
     def state(self, field: str, tenant: str, name: str) -> Scope:
         like = "sessions/{session}/state, users/{user}/state or app/state"
@@ -246,15 +251,15 @@ class Check:
 
     def key_name(self, field: str, name: str) -> str:
         """The key's id."""
-        return self._parsed(field, name, names.parse_key, "keys/{key}") or ""
+        return self._parsed(field, name, names.parse_key, "keys/{key}", names.UUID_SHAPE) or ""
 
     def principal(self, field: str, name: str) -> str:
         """The principal's id."""
-        return self._parsed(field, name, names.parse_principal, "principals/{principal}") or ""
+        return self._parsed(field, name, names.parse_principal, "principals/{principal}", names.UUID_SHAPE) or ""
 
     def tenant(self, field: str, name: str) -> str:
         """The tenant's id."""
-        return self._parsed(field, name, names.parse_tenant, "tenants/{tenant}") or ""
+        return self._parsed(field, name, names.parse_tenant, "tenants/{tenant}", names.ID_SHAPE) or ""
 
     def labels(self, field: str, labels: Mapping[str, str]) -> None:
         if not labels:

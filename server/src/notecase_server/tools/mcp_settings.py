@@ -9,6 +9,8 @@ What other clients add to it and this server does not know is refused, because a
 over changes what a model can do.
 """
 
+import os
+import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -55,6 +57,20 @@ class McpServerSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknow
             )
         if min(self.connect_timeout, self.timeout) <= 0:
             raise ValueError("time-outs are seconds above 0")
+
+
+def program_problem(server: McpServerSettings) -> str:
+    """Says in a sentence why a server's program cannot be started: it, or its directory, does not exist. Empty for one
+    that can, and for a server with a URL."""
+    if not server.command:
+        return ""
+    if server.cwd and not Path(server.cwd).is_dir():
+        return f"There is no directory {server.cwd} to start it in."
+    in_directory = os.path.dirname(server.command)  # as the system does: "./x" has one, and "x" has none
+    command = os.path.join(server.cwd or "", server.command) if in_directory else server.command
+    if shutil.which(command, path=server.env.get("PATH")) is None:
+        return f"There is no program {server.command}" + ("." if in_directory else " on the PATH.")
+    return ""
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True, rename="camel"):

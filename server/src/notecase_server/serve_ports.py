@@ -1,0 +1,64 @@
+"""Takes the addresses on which a server listens."""
+
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from notecase_server.config import Settings
+
+if TYPE_CHECKING:
+    from notecase_server.auth.files import Watched
+    from notecase_server.auth.tls import Identity
+
+
+class ListenError(RuntimeError):
+    """An address cannot be listened on; the text is for the operator, and names the option."""
+
+
+def listen(server: Any, settings: Settings, identity: "Watched[Identity] | None") -> tuple[int, int]:
+    """Takes the ports for a server of gRPC, and returns them: that for all, and that for client certificates or 0.
+    Raises ListenError when an address is taken."""
+    if identity is None:
+        return _add("--listen", settings.listen, lambda: server.add_insecure_port(settings.listen)), 0
+    from notecase_server.auth.tls import credentials  # noqa: PLC0415  # cryptography is imported where there is TLS
+
+    tls = credentials(identity)
+    port = _add("--listen", settings.listen, lambda: server.add_secure_port(settings.listen, tls))
+    if not (other := settings.listen_mtls):
+        return port, 0
+    mutual = credentials(identity, require_client=True)
+    return port, _add("--listen-mtls", other, lambda: server.add_secure_port(other, mutual))
+
+
+def _add(option: str, address: str, add: Callable[[], int]) -> int:
+    # gRPC writes lines of its own to standard error when it finds this out.
+    problem = _problem(address)
+    if not problem:
+        try:
+            return add()
+        except RuntimeError as error:
+            problem = str(error)
+    raise ListenError(f"{option}: {address} cannot be listened on ({problem}); another server may have it.")
+
+
+def _problem(address: str) -> str:
+    """Says why none of the sockets that an address stands for can be bound; empty if one can, or for an address that
+    only gRPC understands."""
+    host, _, port = address.rpartition(":")
+    if address.startswith("unix:") or port == "0":
+        return ""
+    problem = ""
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, ValueError):
+        return ""
+    for family, kind, protocol, _, place in found:
+        try:
+            with socket.socket(family, kind, protocol) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as gRPC does
+                tried.bind(place)
+        except OSError as error:
+            problem = error.strerror or str(error)
+        else:
+            return ""
+    return problem
