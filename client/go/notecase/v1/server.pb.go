@@ -60,7 +60,7 @@ func (*GetServerInfoRequest) Descriptor() ([]byte, []int) {
 type ServerInfo struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Version string                 `protobuf:"bytes,1,opt,name=version,proto3" json:"version,omitempty"`
-	// "memory" or "sqlite".
+	// "memory", "sqlite" or "postgresql".
 	Store string `protobuf:"bytes,2,opt,name=store,proto3" json:"store,omitempty"`
 	// The values of LlmAgent.provider, the default first.
 	Providers []string `protobuf:"bytes,3,rep,name=providers,proto3" json:"providers,omitempty"`

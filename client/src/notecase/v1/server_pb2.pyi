@@ -74,7 +74,7 @@ class ServerInfo(_message.Message):
     CALLER_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     store: _builtins.str
-    """"memory" or "sqlite"."""
+    """"memory", "sqlite" or "postgresql"."""
     max_message_bytes: _builtins.int
     """The largest request that the server accepts."""
     max_blob_bytes: _builtins.int
