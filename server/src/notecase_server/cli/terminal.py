@@ -52,8 +52,9 @@ async def choose(question: str, labels: Sequence[str], start: int = 0) -> int:
         lines: StyleAndTextTuples = [("", f" {question}\n")] if question else []
         for index, label in enumerate(labels):
             sign, style = (">", "bold") if index == at else (" ", "")
-            lines.append((style, f"   {sign} {index + 1:2d}. {label}\n"))
-        return lines
+            lines.append((style, f"   {sign} {index + 1:2d}. {label}"))
+            lines.append(("", "\n"))
+        return lines[:-1]
 
     @keys.add("up")
     @keys.add("down")
@@ -87,6 +88,7 @@ async def choose(question: str, labels: Sequence[str], start: int = 0) -> int:
         drawn = True
 
     clear_typeahead(get_app_session().input)
-    lines = Window(FormattedTextControl(shown, focusable=True, show_cursor=False), wrap_lines=True)
-    menu = Application[int](layout=Layout(lines), key_bindings=keys, before_render=drop_earlier)
+    control = FormattedTextControl(shown, focusable=True, show_cursor=False)
+    layout = Layout(Window(control, wrap_lines=True, dont_extend_height=True))
+    menu = Application[int](layout=layout, key_bindings=keys, before_render=drop_earlier)
     return await menu.run_async()
