@@ -12,7 +12,7 @@ from tests.support.server import Running
 
 
 async def clerk(served: Running) -> None:
-    agent = v1.Agent(llm=v1.LlmAgent(tools=[v1.Tool(name="search", client=v1.ClientTool())]))
+    agent = v1.Agent(llm=v1.LlmAgent(instruction=""))
     await served.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=agent))
 
 
