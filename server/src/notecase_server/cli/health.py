@@ -39,6 +39,6 @@ def health() -> None:
         sys.exit(asyncio.run(check()))
     except grpc.RpcError as error:
         told = f"{server} does not answer ({error.code().name})."
-        if error.code() is grpc.StatusCode.UNAVAILABLE:
+        if error.code().name == "UNAVAILABLE":
             told = unreachable(server, error.details() or "")
         raise Refusal(told, Exit.UNREACHABLE) from None
