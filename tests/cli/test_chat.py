@@ -165,6 +165,29 @@ async def test_unknown_slash_words_are_said(served: Running, agent: v1.Agent) ->
     assert 0 == done.code
 
 
+async def test_a_mistyped_command_is_said_only_if_it_is_meant(served: Running, agent: v1.Agent) -> None:
+    """At a terminal, where somebody can be asked."""
+    async with terminal("chat", "--new", "--server", served.address) as screen:
+        await screen.until("> ")
+        await screen.type("/quti\r")
+        await screen.until("/quti is not a command; /quit is.")
+        await screen.until(">  2. Do nothing")
+        await screen.type("\r")
+        await screen.until("\n> ")
+        await screen.type("/hlep\r")
+        await screen.until(">  2. Do nothing")
+        await screen.type("1\r")
+        await screen.until("You said: /hlep")
+        await screen.until("\n> ")
+        await screen.type("/help\r")
+        await screen.until("` /help` asks the model")
+        await screen.until("\n> ")
+        await screen.type("/quit\r")
+        assert 0 == await screen.ended()
+    session = await only_session(served)
+    assert ["/hlep"] == [text for role, text in await messages(served, session.name) if role == "user"]
+
+
 async def test_a_failed_run_is_a_sentence_and_the_next_line_is_said(served: Running, agent: v1.Agent) -> None:
     """What had come of the reply stays; the exit code tells that one line had none."""
     said = "/fail error\n/fail midway /chunks 4\n/say Better.\n"
@@ -209,7 +232,8 @@ async def test_what_is_missing_is_a_sentence_and_exit_code_1(served: Running) ->
     assert done.err.endswith("for example of clerk, tutor.\n")
     done = await notecase("chat", said="Hello\n", env={"NOTECASE_ADDRESS": "127.0.0.1:1"})
     assert 4 == done.code
-    assert done.err.startswith("Error: No server can be reached at 127.0.0.1:1.")
+    assert done.err.startswith("Error: No server can be reached at 127.0.0.1:1: ")
+    assert "refused. `notecase serve` starts one" in done.err
 
 
 async def test_a_broken_connection_leaves_no_trace_in_the_reply(served: Running, agent: v1.Agent) -> None:

@@ -49,6 +49,7 @@ async def test_a_profile_says_where_the_server_is_and_how_it_is_called(
     assert 0 == (await notecase("agents", "list", env={**env, "NOTECASE_TOKEN": "two"})).code
     assert "two" == words.given[-1]
     (tmp_path / "token").write_text("two\n")
+    (tmp_path / "token").chmod(0o600)
     for way in (("--token-file", str(tmp_path / "token")), ("--token-command", f"cat {tmp_path}/token")):
         assert 0 == (await notecase("profiles", "set", "other", "--server", guarded.address, *way, env=env)).code
         assert 0 == (await notecase("agents", "list", "--profile", "other", env=env)).code
@@ -89,7 +90,30 @@ async def test_a_file_with_a_token_that_others_can_read_is_not_used(tmp_path: Pa
     assert 0 == (await notecase("profiles", "set", "a", "--token-file", "token", env=env)).code
     file.chmod(0o644)
     done = await notecase("agents", "list", env=env)
-    assert (1, True) == (done.code, "The token cannot be read from token" in done.err)
+    assert (1, True) == (done.code, f"The token cannot be read from {Path.cwd() / 'token'}" in done.err)
     file.write_text('{"profiles": {"a": {"adress": "x"}}}')
     done = await notecase("agents", "list", env=env)
     assert (2, True) == (done.code, "is not a file of profiles" in done.err)
+
+
+async def test_a_token_file_is_found_from_any_directory_and_read_by_its_owner_alone(
+    guarded: Running, words: ByToken, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = {"XDG_CONFIG_HOME": str(tmp_path)}
+    file = tmp_path / "admin.key"
+    file.write_text("one\n")
+    file.chmod(0o644)
+    monkeypatch.chdir(tmp_path)
+    profile = ("profiles", "set", "here", "--server", guarded.address, "--token-file", "admin.key", "--ca", "ca.pem")
+    done = await notecase(*profile, env=env)
+    assert (2, True) == (done.code, f"run `chmod 600 {file}`" in done.err)
+    file.chmod(0o600)
+    assert 0 == (await notecase(*profile, "--plaintext", env=env)).code
+    monkeypatch.chdir("/")
+    (shown,) = json.loads((await notecase("profiles", "list", "-o", "json", env=env)).out)
+    assert (f"file {file}", str(tmp_path / "ca.pem")) == (shown["token"], shown["ca"])
+    assert 0 == (await notecase("agents", "list", env=env)).code
+    assert "one" == words.given[-1]
+    file.chmod(0o640)
+    done = await notecase("agents", "list", env=env)
+    assert (1, True) == (done.code, f"run `chmod 600 {file}`" in done.err)

@@ -62,7 +62,7 @@ async def test_an_address_without_a_port_is_refused(listen: str) -> None:
     """gRPC would serve on port 443."""
     done = await notecase("serve", "--listen", listen, "--store", "memory:")
     assert 2 == done.code
-    assert "want HOST:PORT" in done.err
+    assert "write HOST:PORT" in done.err
 
 
 @pytest.mark.parametrize("store", ["sqlite:", "memory:more", "notecase.db"])
@@ -119,4 +119,4 @@ async def test_health_is_an_exit_code(served: Running) -> None:
     done = await notecase("health", env={"NOTECASE_ADDRESS": served.address})
     assert (0, "SERVING\n") == (done.code, done.out)
     done = await notecase("health", "--server", NOBODY)
-    assert (4, f"Error: {NOBODY} does not answer (UNAVAILABLE).\n") == (done.code, done.err)
+    assert (4, True) == (done.code, done.err.startswith(f"Error: No server can be reached at {NOBODY}: "))

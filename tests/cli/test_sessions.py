@@ -115,7 +115,7 @@ async def test_agents_are_a_table_and_one_is_shown_with_its_instruction(served: 
 async def test_a_server_that_is_not_there_is_told_in_a_sentence(command: list[str]) -> None:
     done = await notecase(*command, env={"NOTECASE_ADDRESS": NOBODY})
     assert (4, "") == (done.code, done.out)
-    assert done.err.startswith(f"Error: No server can be reached at {NOBODY}.")
+    assert done.err.startswith(f"Error: No server can be reached at {NOBODY}: ")
 
 
 async def test_what_does_not_exist_is_told_in_the_service_s_words(served: Running) -> None:

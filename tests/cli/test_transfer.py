@@ -15,6 +15,10 @@ async def test_a_session_is_taken_along(served: Running, agent: v1.Agent, tmp_pa
         await client.invoke("/say Good evening.", session="sessions/case")
     done = await notecase("sessions", "export", "case", str(file), "--server", served.address)
     assert (0, "", "") == tuple(done)
+    whole = file.read_bytes()
+    file.write_bytes(b"before")
+    done = await notecase("sessions", "export", "case", str(file), "--force", "--server", served.address)
+    assert (0, "", "", whole) == (*done, file.read_bytes())
     done = await notecase("sessions", "import", str(file), "--id", "moved", "--server", served.address)
     assert (0, "sessions/moved\n", "") == tuple(done)
     process = await spawn(*COMMAND, "sessions", "export", "moved", "-", "--server", served.address)
@@ -31,6 +35,8 @@ async def test_a_file_is_never_left_half_written(served: Running, tmp_path: Path
     file = tmp_path / "case.notecase"
     file.write_bytes(b"before")
     done = await notecase("sessions", "export", "none", str(file), "--server", served.address)
+    assert (2, f"Error: {file} exists; --force replaces it.\n") == (done.code, done.err)
+    done = await notecase("sessions", "export", "none", str(file), "--force", "--server", served.address)
     assert (1, "") == (done.code, done.out)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(file.name, b"before")]
     done = await notecase("sessions", "import", str(file), "--server", served.address)

@@ -86,8 +86,22 @@ async def test_a_question_an_approval_and_a_callers_tool_are_answered_in_the_cha
     ]
 
 
+async def test_letters_and_enter_alone_approve_nothing(served: Running, clerk: v1.Agent) -> None:
+    """Somebody who goes on typing at the menu leaves the run waiting."""
+    async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
+        await screen.until("> ")
+        await screen.type("/call pay {}\r")
+        await screen.until(">  5. Leave it waiting")
+        await screen.type("what about a jackal kept\r")
+        await screen.until("The run waits for your approval: pay({}). `notecase approve case`")
+        await screen.until("> ")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+    assert [v1.ToolCall.OUTCOME_PENDING] == [call.outcome for call in await calls(served, "case")]
+
+
 async def test_arguments_are_edited_and_a_call_is_denied_with_a_reason(served: Running, clerk: v1.Agent) -> None:
-    """What is no JSON is asked for again."""
+    """What is not JSON is edited further, as it was typed."""
     async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
         await screen.until("> ")
         await screen.type('/call pay {"sum": 5}\r')
@@ -96,10 +110,8 @@ async def test_arguments_are_edited_and_a_call_is_denied_with_a_reason(served: R
         await screen.until('arguments> {"sum": 5}')
         await screen.type("\x7f\x7f7\r")
         await screen.until("That is not JSON")
-        await screen.until("3. Edit")
-        await screen.type("3\r")
-        await screen.until('arguments> {"sum": 5}')
-        await screen.type("\x7f\x7f7}\r")
+        await screen.until('arguments> {"sum": 7')
+        await screen.type("}\r")
         await screen.until("2. It failed")
         await screen.type("2\r")
         await screen.until("what went wrong> ")
@@ -211,10 +223,21 @@ async def test_an_inbox_lists_what_is_waited_for_and_commands_answer_it(served: 
     done = await notecase("inbox", "two", "-o", "json", env=there)
     (run,) = json.loads(done.out)
     assert "KIND_APPROVAL" == run["pending_inputs"][0]["kind"]
+    wrong = await notecase("approve", "one", env=there)
+    assert (1, True) == (wrong.code, "Error: A question waits in sessions/one/runs/" in wrong.err)
+    assert "; use `notecase answer`." in wrong.err
+    for session, what in (("one", "a question"), ("three", "a caller's tool")):
+        wrong = await notecase("deny", session, "--remember", "session", env=there)
+        assert (2, True) == (wrong.code, f"Only an approval is remembered, and {what} waits" in wrong.err)
+    wrong = await notecase("run", "--session", "two", "Hello", env=there)
+    assert (1, True) == (wrong.code, "The session is busy with sessions/two/runs/" in wrong.err)
+    for way in ("`notecase inbox`", "`notecase approve`", "`notecase answer`", "`notecase runs cancel two/"):
+        assert way in wrong.err
     assert (0, "", "") == await notecase("answer", "one", "-", said="Rome", env=there)
     wrong = await notecase("answer", "two", "yes", env=there)
     assert 1 == wrong.code
-    assert "Nothing waits in sessions/two/runs/" in wrong.err
+    assert "Error: An approval waits in sessions/two/runs/" in wrong.err
+    assert "; use `notecase approve` or `notecase deny`." in wrong.err
     assert (0, "", "") == await notecase("approve", "two", "--arguments", '{"sum": 4}', env=there)
     assert (0, "", "") == await notecase("answer", "two", "paid", env=there)
     assert (0, "", "") == await notecase("deny", "three", "--reason", "closed", env=there)

@@ -67,7 +67,7 @@ async def _choose(wait: Wait) -> "_Way | None":
         return _say
     ways = {APPROVAL: _APPROVAL, INTERRUPTED: _INTERRUPTED, QUESTION: _TOOLS_QUESTION}.get(wait.kind, _TOOL)
     labels = [label.format(tool=screen.one_line(wait.call.tool, 40)) for label in ways]
-    chosen = await terminal.choose("", [*labels, LEAVE])
+    chosen = await terminal.choose("", [*labels, LEAVE], start=len(labels))
     return list(ways.values())[chosen] if chosen < len(ways) else None
 
 
@@ -87,7 +87,13 @@ async def _approve_all(client: Client, wait: Wait) -> Command:
 
 
 async def _edit(client: Client, wait: Wait) -> Command:
-    return client.approve(wait.run, wait.id, _json(await terminal.line("arguments> ", _editable(wait.call.arguments))))
+    typed = _editable(wait.call.arguments)
+    while True:
+        typed = await terminal.line("arguments> ", typed)
+        try:
+            return client.approve(wait.run, wait.id, _json(typed))
+        except _Wrong as wrong:
+            screen.failure(str(wrong))
 
 
 async def _deny(client: Client, wait: Wait) -> Command:

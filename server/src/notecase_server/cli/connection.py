@@ -1,12 +1,17 @@
 """Which server a command talks to, and with what code it exits."""
 
+import re
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import click
 
 from notecase_server.cli import profiles_file
 from notecase_server.cli.options import CONNECTION, DEFAULT_ADDRESS
+
+_TLS = ("andshake", "ertificate", "Hostname Verification", "Socket closed", "reset by peer")
+"""What gRPC says when TLS fails, or when one side speaks it and the other does not."""
 
 
 class Exit(IntEnum):
@@ -43,7 +48,7 @@ def connection() -> tuple[str, dict[str, Any]]:
     """Returns the address and the further arguments of Client: what options and variables say, and then the profile.
 
     A profile's token and authorities go to no other server than its own. Raises Refusal for a profile that is not
-    there or cannot be read."""
+    there or cannot be read, and for a file of authorities that cannot be read."""
     given = dict(click.get_current_context().meta.get(CONNECTION, {}))
     server, name = given.pop("server", ""), given.pop("profile", "")
     try:
@@ -55,4 +60,23 @@ def connection() -> tuple[str, dict[str, Any]]:
         given = {**found.arguments(), **given}
     if given.get("plaintext"):
         given.pop("ca", None)
+    if ca := given.get("ca"):
+        try:
+            Path(ca).open("rb").close()
+        except OSError as error:
+            told = f"The authorities of --ca, NOTECASE_CA or the profile: {ca} cannot be read: {error.strerror}."
+            raise Refusal(told, Exit.USAGE) from None
     return server or DEFAULT_ADDRESS, given
+
+
+def unreachable(server: str, details: str) -> str:
+    """Returns what to say of a server that cannot be reached. `details` are gRPC's words, which end with the cause."""
+    cause = re.split("last error: |cannot be reached: ", details)[-1]
+    cause = re.sub(r"^[A-Z_]+: |(ipv4|ipv6|unix):\S+: ", "", cause).strip().rstrip(".")
+    if "WRONG_VERSION_NUMBER" in cause:
+        advice = "It does not speak TLS, which --ca or NOTECASE_CA, or an address beyond this machine, asks for."
+    elif any(word in cause for word in _TLS):
+        advice = "A server with TLS needs --ca or NOTECASE_CA, and a name in its certificate."
+    else:
+        advice = "`notecase serve` starts one; see --server."
+    return f"No server can be reached at {server}: {cause}. {advice}"

@@ -1,5 +1,7 @@
 """A conversation at the terminal or through a pipe. The session is kept whatever happens to the command."""
 
+import contextlib
+import difflib
 import os
 import signal
 import sys
@@ -19,8 +21,10 @@ HELP = """\
 /note KEY VALUE   puts a note into it: JSON as what it is, all else as text
 /attach FILE      goes with what you say next
 /quit             leaves; so do Ctrl-C and Ctrl-D
-Whatever else you type is said, and with a space before it these are, too.
+Whatever else you type is said, and with a space before it these are, too: ` /help` asks the model.
 Ctrl-C stops a reply, Alt-Enter begins a new line."""
+
+COMMANDS = ("/help", "/notes", "/note", "/attach", "/quit")
 
 INSTRUCTION = "You are a helpful assistant. Answer briefly."
 """The instruction of the agent that is made when there is none and the user gives it none."""
@@ -128,8 +132,18 @@ class _Chat:
             await self._put_note(rest)
         elif command == "/attach":
             await self._attach(rest.strip())
+        elif self._terminal and (near := difflib.get_close_matches(command, COMMANDS, n=1, cutoff=0.7)):
+            await self._ask_if_meant(text, near[0])
         else:
             await self._say(text)
+
+    async def _ask_if_meant(self, text: str, command: str) -> None:
+        """Says what looks like a mistyped command only if the user agrees."""
+        labels = ["Say it to the agent", "Do nothing; the up arrow has your words"]
+        question = f"{screen.one_line(text, 40)} is not a command; {command} is."
+        with contextlib.suppress(EOFError):
+            if await terminal.choose(question, labels, start=1) == 0:
+                await self._say(text)
 
     async def _say(self, text: str) -> None:
         if not self._session:

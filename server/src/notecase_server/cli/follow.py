@@ -13,6 +13,13 @@ from notecase_server.cli.waits import QUESTION, Wait, caller_of, may_answer, wai
 TOOL_PATIENCE = 2.0
 """Seconds that a call may wait for the program that has the tool before the user is asked for its result."""
 
+AWAY_SECONDS = 300.0
+"""How long a run that has started is attached to again while its server is away, after the client's own tries. A
+server that is replaced, or whose store is, may take minutes."""
+
+AGAIN_SECONDS = 2.0
+"""Between two of these tries."""
+
 PIPE_PATIENCE = 10.0
 """Seconds that a run may wait for anybody where there is no terminal to ask at."""
 
@@ -66,7 +73,8 @@ class Follower:
         if not gone:
             self._following.result()
         elif self._asks and self._waits():
-            raise Left(hint(self._waits()[0]))
+            left = self._waits()[0]
+            raise Left(hint(left, mine=left.id not in self._done))
         elif self._asks:
             screen.aside("Not waited for; what has reached the server goes on there.")
         if (self._stopping or gone) and not self._asks:
@@ -111,8 +119,23 @@ class Follower:
             self._resume()
 
     async def _read(self) -> None:
-        async for event in self._stream:
-            self._take(event)
+        loop = asyncio.get_running_loop()
+        until = None
+        while True:
+            try:
+                async for event in self._stream:
+                    until = None
+                    self._take(event)
+                return
+            except NotecaseError as error:
+                until = until or loop.time() + AWAY_SECONDS
+                if error.code.name != "UNAVAILABLE" or not self._stream.name:
+                    raise
+                if loop.time() > until:
+                    where = self._stream.session.removeprefix("sessions/")
+                    self._reply.note(f"{self._stream.name} goes on there; `notecase chat --session {where}` shows it.")
+                    raise
+                await asyncio.sleep(AGAIN_SECONDS)
 
     def _take(self, event: v1.Event) -> None:
         if self._asking is None:
@@ -133,9 +156,10 @@ class Follower:
             while wait := next((one for one in self._waits() if one.id not in self._done), None):
                 if await self._settled_elsewhere(wait):
                     continue
+                mine = may_answer(await caller_of(self._client), wait)
                 if not self._asks:
-                    raise Left(hint(wait))
-                if may_answer(await caller_of(self._client), wait):
+                    raise Left(hint(wait, mine))
+                if mine:
                     await self._ask(wait)
                 else:
                     self._done.add(wait.id)
@@ -171,7 +195,7 @@ class Follower:
         if task.cancelled():
             screen.aside("It does not wait for this any more.")
         elif not task.result():
-            raise Left(hint(wait))
+            raise Left(hint(wait, mine=True))
         self._done.add(wait.id)
         self._resume()
 
@@ -196,14 +220,15 @@ def _reply(stream: RunStream, echo: bool) -> Reply:
     return LiveReply(stream, echo)
 
 
-def hint(wait: Wait) -> str:
-    """Returns a sentence that says what is waited for, and the command that answers it."""
+def hint(wait: Wait, mine: bool) -> str:
+    """Returns a sentence that says what is waited for, and the command that answers it. `mine` says whether the caller
+    may approve it."""
     where = wait.run.removeprefix("sessions/").partition("/")[0]
     if wait.asked is None:
         return f"The run waits for its caller's tool: {wait.describe()}. `notecase answer {where}` gives the result."
     if wait.kind == QUESTION:
         return f"The run waits for an answer: {wait.describe()} `notecase answer {where} TEXT` gives it."
+    whose = "your approval" if mine else f"{wait.who} to approve"
     return (
-        f"The run waits for {wait.who} to approve: {wait.describe()}. "
-        f"`notecase approve {where}` or `notecase deny {where}` answer."
+        f"The run waits for {whose}: {wait.describe()}. `notecase approve {where}` or `notecase deny {where}` answer."
     )

@@ -9,7 +9,7 @@ import click
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from notecase_server.cli.connection import Exit, Refusal, connection
+from notecase_server.cli.connection import Exit, Refusal, connection, unreachable
 from notecase_server.cli.options import SERVER
 from notecase_server.loopback import is_loopback
 
@@ -25,10 +25,7 @@ def health() -> None:
     ca = given.get("ca")
     credentials = None
     if not given.get("plaintext") and (ca or not is_loopback(server)):
-        try:
-            credentials = grpc.ssl_channel_credentials(Path(ca).read_bytes() if ca else None)
-        except OSError as error:
-            raise Refusal(f"{ca} cannot be read: {error.strerror}.", Exit.USAGE) from None
+        credentials = grpc.ssl_channel_credentials(Path(ca).read_bytes() if ca else None)
 
     async def check() -> int:
         channel = grpc.aio.secure_channel(server, credentials) if credentials else grpc.aio.insecure_channel(server)
@@ -41,4 +38,7 @@ def health() -> None:
     try:
         sys.exit(asyncio.run(check()))
     except grpc.RpcError as error:
-        raise Refusal(f"{server} does not answer ({error.code().name}).", Exit.UNREACHABLE) from None
+        told = f"{server} does not answer ({error.code().name})."
+        if error.code().name == "UNAVAILABLE":
+            told = unreachable(server, error.details() or "")
+        raise Refusal(told, Exit.UNREACHABLE) from None

@@ -70,7 +70,7 @@ def approve(run: str, wanted: str, arguments: str, remember: Literal["once", "ru
     edited = read_text(arguments)
 
     async def send(client: Client) -> None:
-        wait = await _find(client, run, wanted, {APPROVAL, INTERRUPTED})
+        wait = await _find(client, run, wanted, {APPROVAL, INTERRUPTED}, remember)
         await client.approve(wait.run, wait.id, edited or None, remember=remember)
 
     ask(send)
@@ -94,7 +94,7 @@ def deny(run: str, wanted: str, reason: str, remember: Literal["once", "run", "s
     """
 
     async def send(client: Client) -> None:
-        wait = await _find(client, run, wanted, {APPROVAL, INTERRUPTED, QUESTION, TOOL})
+        wait = await _find(client, run, wanted, {APPROVAL, INTERRUPTED, QUESTION, TOOL}, remember)
         if wait.asked is None:
             await client.give_result(wait.run, wait.id, error=reason or "The tool failed.")
         else:
@@ -125,8 +125,12 @@ def answer(run: str, text: str, wanted: str) -> None:
     ask(send)
 
 
-async def _find(client: Client, run: str, wanted: str, kinds: set[int]) -> waits.Wait:
+async def _find(client: Client, run: str, wanted: str, kinds: set[int], remember: str = "once") -> waits.Wait:
+    """Returns what is to be answered. Raises Refusal when it is not there, is for others, or is not an approval and
+    the answer should be remembered: the service remembers no other."""
     wait = await waits.find(client, *run_of(run), wanted, kinds)
     if not waits.may_answer(await waits.caller_of(client), wait):
         raise Refusal(f"This waits for {wait.who}: {wait.describe()}", Exit.FAILED)
+    if remember != "once" and wait.kind != APPROVAL:
+        raise Refusal(f"Only an approval is remembered, and {wait.phrase} waits; leave --remember out.", Exit.USAGE)
     return wait

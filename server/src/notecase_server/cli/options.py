@@ -12,12 +12,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 DEFAULT_ADDRESS = "127.0.0.1:7420"
 """Where `serve` listens and the other commands look for it."""
 
+_TARGETS = "unix|unix-abstract|dns|ipv4|ipv6|vsock|xds|passthrough"
+"""gRPC's own schemes of naming a server, which it judges itself."""
+
 
 def address(context: click.Context, option: click.Parameter, value: str) -> str:
     """Returns an option's value if it is an address. Raises BadParameter otherwise: without a port gRPC would take
-    443, and without a host all of them."""
-    if not re.fullmatch(r"unix:.+|.+:[0-9]+", value):
-        raise click.BadParameter(f"{value!r} is no address; want HOST:PORT, for example {DEFAULT_ADDRESS}.")
+    443, without a host all of them, and of a list or a URL it would look up a part."""
+    if not re.fullmatch(rf"(?:{_TARGETS}):.+|(?:\[[^\]\s]+\]|[^:/?#@,\s\[\]]+):[0-9]+", value):
+        raise click.BadParameter(f"{value!r} is not an address; write HOST:PORT, for example {DEFAULT_ADDRESS}.")
     return value
 
 

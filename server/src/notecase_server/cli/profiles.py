@@ -1,5 +1,6 @@
 """`notecase profiles`: servers by name, and how each is called."""
 
+import os
 import sys
 from dataclasses import replace
 
@@ -50,7 +51,7 @@ def list_profiles(form: str) -> None:
     "--server", metavar="HOST:PORT", callback=lambda *args: address(*args) if args[2] else None, help="Its address."
 )
 @click.option("--token", metavar="TOKEN", help="Kept in the file; - reads it from standard input.")
-@click.option("--token-file", metavar="FILE", help="Read when a call needs the token.")
+@click.option("--token-file", metavar="FILE", help="Read when a call needs the token; for you alone to read.")
 @click.option("--token-command", metavar="COMMAND", help="Run by a shell when a call needs the token, which it prints.")
 @click.option("--ca", metavar="FILE", help="The authorities that its certificate may be of: PEM.")
 @click.option("--plaintext/--no-plaintext", default=None, help="Talk without TLS beyond this machine, too.")
@@ -70,15 +71,19 @@ def set_profile(
     tokens = {"token": token, "token_file": token_file, "token_command": token_command}
     if sum(one is not None for one in tokens.values()) > 1:
         raise click.UsageError("Say one of --token, --token-file and --token-command.")
+    if token_file:
+        _refuse_readable(_absolute(token_file))
     held = _read(strict=False)
     one = held.profiles.get(name, Profile(DEFAULT_ADDRESS))
     if any(given is not None for given in tokens.values()):
         tokens["token"] = sys.stdin.read().strip() if token == "-" else token
-        one = replace(one, token=tokens["token"] or "", token_file=token_file or "", token_command=token_command or "")
+        one = replace(
+            one, token=tokens["token"] or "", token_file=_absolute(token_file), token_command=token_command or ""
+        )
     held.profiles[name] = replace(
         one,
         address=server or one.address,
-        ca=one.ca if ca is None else ca,
+        ca=one.ca if ca is None else _absolute(ca),
         plaintext=one.plaintext if plaintext is None else plaintext,
     )
     held.current = held.current or name
@@ -108,6 +113,18 @@ def delete_profile(name: str) -> None:
         raise Refusal(f"There is no profile {name!r}.", Exit.USAGE)
     held.current = "" if held.current == name else held.current
     _write(held)
+
+
+def _absolute(file: str | None) -> str:
+    """Returns a file's path for commands in other directories; empty for none."""
+    return os.path.abspath(os.path.expanduser(file)) if file else ""
+
+
+def _refuse_readable(token_file: str) -> None:
+    try:
+        profiles_file.refuse_readable(token_file)
+    except ProfilesError as error:
+        raise Refusal(str(error), Exit.USAGE) from None
 
 
 def _source(one: Profile) -> str:

@@ -112,9 +112,24 @@ def write(found: Profiles) -> None:
         raise ProfilesError(f"{file} cannot be written: {error.strerror}.") from None
 
 
-def _from_file(name: str) -> str:
+def refuse_readable(token_file: str) -> None:
+    """Raises ProfilesError for a file of the user's own that other users of the machine can read. The files of others,
+    such as the secrets that are mounted into a container, are theirs to guard; one that is not there holds nothing."""
     try:
-        return Path(name).expanduser().read_text().strip()
+        found = os.stat(token_file)
+    except OSError:
+        return
+    if stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and found.st_mode & 0o077:
+        raise ProfilesError(f"{token_file} holds a token, and other users can read it: run `chmod 600 {token_file}`.")
+
+
+def _from_file(name: str) -> str:
+    file = Path(name).expanduser()
+    try:
+        refuse_readable(str(file))
+        return file.read_text().strip()
+    except ProfilesError as error:
+        raise click.ClickException(str(error)) from None
     except (OSError, ValueError) as error:
         raise click.ClickException(f"The token cannot be read from {name}: {error}.") from None
 

@@ -14,6 +14,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import NotecaseError, v1
 from rich.cells import cell_len, set_cell_size
 
+from notecase_server.cli.connection import unreachable
+
 PROMPT = "> "
 """Stands before what a user says, typed or shown."""
 
@@ -47,12 +49,19 @@ def failure(text: str) -> None:
 
 def sentence(error: NotecaseError, server: str) -> str:
     """Says what went wrong, in the service's own words where the error is the service's."""
+    if error.reason == "UNAUTHENTICATED":
+        what = harmless(error.message).partition(";")[0]
+        return f"{what}. Give one with --token, with NOTECASE_TOKEN, or with `notecase profiles set`."
+    if error.reason == "RUN_ACTIVE" and error.metadata.get("run"):
+        run = error.metadata["run"].removeprefix("sessions/").replace("/runs/", "/")
+        return (
+            f"The session is busy with {error.metadata['run']}. `notecase inbox` lists what runs wait for, "
+            f"`notecase approve` and `notecase answer` answer, and `notecase runs cancel {run}` stops it."
+        )
     if error.reason:
         return harmless(error.message)
-    if error.code.name == "UNAVAILABLE" and "certificate" in error.message.lower():
-        return f"The certificate of {server} is not of an authority that is known here, or not for this name; see --ca."
     if error.code.name == "UNAVAILABLE":
-        return f"No server can be reached at {server}. `notecase serve` starts one; see --server, and --ca for TLS."
+        return unreachable(server, one_line(error.message, 400))
     return f"{server} does not answer as a notecase server does ({error.code.name}: {one_line(error.message, 200)})."
 
 

@@ -170,15 +170,13 @@ def compact_session(session: str, keep: int | None) -> None:
 @sessions.command("export")
 @SESSION
 @click.argument("file", metavar="FILE")
+@click.option("--force", is_flag=True, help="Replace FILE where it exists, once the new one is whole.")
 @SERVER
-def export_session(session: str, file: str) -> None:
-    """Write a session to a file, or for - to standard output, to be imported here or elsewhere.
-
-    An existing file is replaced once the new one is whole.
-    """
+def export_session(session: str, file: str, force: bool) -> None:
+    """Write a session to a file, or for - to standard output, to be imported here or elsewhere."""
 
     async def save(client: Client) -> None:
-        with transfer.destination(file) as write:
+        with transfer.destination(file, force) as write:
             async for piece in client.export_session(name_of("sessions", session)):
                 write(piece)
 

@@ -3,9 +3,13 @@
 from collections.abc import Iterable, Sequence
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import Application, get_app_session
+from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import InMemoryHistory
+from prompt_toolkit.input.typeahead import clear_typeahead
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
-from prompt_toolkit.shortcuts.choice_input import ChoiceInput
+from prompt_toolkit.keys import Keys
+from prompt_toolkit.layout import FormattedTextControl, Layout, Window
 
 from notecase_server.cli import screen
 
@@ -35,15 +39,56 @@ async def line(sign: str, default: str = "") -> str:
     return typed.strip().encode(errors="replace").decode()
 
 
-async def choose(question: str, labels: Sequence[str]) -> int:
-    """Returns the index of the label chosen with the arrow keys or its number. Raises EOFError at Ctrl-C and Ctrl-D."""
-    keys = KeyBindings()
+async def choose(question: str, labels: Sequence[str], start: int = 0) -> int:
+    """Returns the index of the label chosen with the arrow keys or its number, and Enter; it begins at `start`. Other
+    keys do nothing, nor do those that were pressed before the menu is drawn: they were not meant for it.
 
+    Raises EOFError at Ctrl-C and Ctrl-D."""
+    at = start
+    keys = KeyBindings()
+    drawn = False
+
+    def shown() -> StyleAndTextTuples:
+        lines: StyleAndTextTuples = [("", f" {question}\n")] if question else []
+        for index, label in enumerate(labels):
+            sign, style = (">", "bold") if index == at else (" ", "")
+            lines.append((style, f"   {sign} {index + 1:2d}. {label}"))
+            lines.append(("", "\n"))
+        return lines[:-1]
+
+    @keys.add("up")
+    @keys.add("down")
+    def _(event: KeyPressEvent) -> None:
+        nonlocal at
+        step = -1 if event.key_sequence[0].key is Keys.Up else 1
+        at = min(max(at + step, 0), len(labels) - 1)
+
+    @keys.add(Keys.Any)
+    def _(event: KeyPressEvent) -> None:
+        nonlocal at
+        if event.data in map(str, range(1, min(len(labels), 9) + 1)):
+            at = int(event.data) - 1
+
+    @keys.add("enter")
+    def _(event: KeyPressEvent) -> None:
+        event.app.exit(result=at)
+
+    @keys.add("c-c")
     @keys.add("c-d")
+    @keys.add("<sigint>")
     def _(event: KeyPressEvent) -> None:
         event.app.exit(exception=EOFError())
 
-    menu = ChoiceInput(
-        message=question, options=list(enumerate(labels)), interrupt_exception=EOFError, key_bindings=keys
-    )
-    return await menu.prompt_async()
+    def drop_earlier(app: Application[int]) -> None:
+        nonlocal drawn
+        while not drawn and (pressed := app.input.read_keys()):
+            # The terminal itself answers where its cursor is; without that answer a menu is not placed.
+            app.key_processor.feed_multiple([key for key in pressed if key.key is Keys.CPRResponse])
+            app.key_processor.process_keys()
+        drawn = True
+
+    clear_typeahead(get_app_session().input)
+    control = FormattedTextControl(shown, focusable=True, show_cursor=False)
+    layout = Layout(Window(control, wrap_lines=True, dont_extend_height=True))
+    menu = Application[int](layout=layout, key_bindings=keys, before_render=drop_earlier)
+    return await menu.run_async()

@@ -27,6 +27,17 @@ _WHO = {
 }
 
 
+_PHRASES = {
+    APPROVAL: "an approval",
+    QUESTION: "a question",
+    INTERRUPTED: "an interrupted call",
+    v1.InputRequest.KIND_UNSPECIFIED: "a caller's tool",
+}
+
+_COMMANDS = {APPROVAL: "`notecase approve` or `notecase deny`", INTERRUPTED: "`notecase approve`"}
+"""What answers each kind; `notecase answer` the others."""
+
+
 class Wait(NamedTuple):
     """One thing that a run waits for: an input of a person, or the result of a caller's tool."""
 
@@ -50,6 +61,11 @@ class Wait(NamedTuple):
     @property
     def kind_word(self) -> str:
         return screen.word_of(v1.InputRequest.Kind, self.kind).replace("_", " ") if self.asked else "tool"
+
+    @property
+    def phrase(self) -> str:
+        """What kind of thing it is, with its article."""
+        return _PHRASES[self.kind]
 
     @property
     def of_tool(self) -> bool:
@@ -105,9 +121,13 @@ async def find(client: Client, session: str, run: str, wanted: str, kinds: Itera
     matching = [wait for wait in waits if wait.kind in kinds and wanted in {"", wait.id}]
     if len(matching) == 1:
         return matching[0]
+    other = next((wait for wait in waits if wanted in {"", wait.id}), None)
+    if not matching and other is not None:
+        use = _COMMANDS.get(other.kind, "`notecase answer`")
+        raise Refusal(f"{other.phrase.capitalize()} waits in {run}; use {use}.", Exit.FAILED)
     if not matching:
         what = f"There is no {wanted!r} that waits" if wanted else "Nothing waits"
-        raise Refusal(f"{what} in {run or session} for such an answer; see `notecase inbox`.", Exit.FAILED)
+        raise Refusal(f"{what} in {run or session}; see `notecase inbox`.", Exit.FAILED)
     ids = "\n".join(f"  {wait.id}  {wait.kind_word}  {wait.describe(60)}" for wait in matching)
     raise Refusal(f"Several wait in {run}; choose one with --id:\n{ids}", Exit.USAGE)
 

@@ -1,0 +1,45 @@
+"""The menu, on a pseudo-terminal of its own."""
+
+import os
+import pty
+import subprocess
+import sys
+
+CHOOSE = """
+import asyncio, sys
+from notecase_server.cli.terminal import choose
+print("chose", asyncio.run(choose("Pay?", ["Approve", "Approve all", "Leave"], start=2)))
+"""
+
+
+def chosen(before: bytes, at_menu: bytes) -> str:
+    """Returns what the menu says was chosen. Some keys are in the terminal before the menu is drawn, some come then."""
+    here, there = pty.openpty()
+    os.write(here, before)
+    env = {**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    command = subprocess.Popen([sys.executable, "-c", CHOOSE], stdin=there, stdout=there, stderr=there, env=env)
+    try:
+        shown = b""
+        while b" 3. Leave" not in shown:
+            shown += os.read(here, 1 << 16)
+        os.write(here, at_menu)
+        while b"chose " not in shown or not shown.endswith(b"\n"):
+            shown += os.read(here, 1 << 16)
+        assert 0 == command.wait()
+    finally:
+        command.kill()
+        os.close(here)
+        os.close(there)
+    return shown.decode().rpartition("chose ")[2].strip()
+
+
+def test_keys_that_come_before_the_menu_choose_nothing() -> None:
+    """Neither a line that was ended, nor digits after it."""
+    assert "2" == chosen(b"1\r2", b"\r")
+
+
+def test_arrows_and_digits_choose_and_letters_do_not() -> None:
+    assert "2" == chosen(b"", b"Approve jk 9\r")
+    assert "1" == chosen(b"", b"\x1b[A\r")
+    assert "1" == chosen(b"", b"\x1b[A\x1b[A\x1b[A\x1b[B\r")
+    assert "0" == chosen(b"", b"1\r")
