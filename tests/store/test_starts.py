@@ -2,13 +2,17 @@
 
 import asyncio
 import random
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 from notecase import v1
 from notecase_server.store.contract import Commit, SessionKey
 from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.sqlite_tables import SqliteTables
+from notecase_server.store.tables import Tables
 
 from tests.store.build import KEY, ManualClock, add, create, edit, ended, reborn, refused, said, start
 from tests.store.test_sqlite import full_disk
@@ -183,3 +187,45 @@ async def test_the_rows_of_few_and_small_sessions_are_kept_for_their_next_commit
     await store.edit_session(keys[8], edit(display_name="renamed"))
     assert [uid for _, uid in kept] == ["u6", "u7"]
     assert (await add(store, said("m2"), key=keys[8])).session.display_name == "renamed"
+
+
+async def test_a_session_that_was_not_idle_is_read_again(store: SqliteStore) -> None:
+    """Others may have read that its run has ended, in a commit that is not reported here yet."""
+    await create(store)
+    await read(store)
+    await start(store, "r1")
+    assert not kept(store)
+    await read(store)
+    await add(store, ended("r1"))
+    assert kept(store)
+
+
+async def test_a_transaction_that_is_lost_for_want_of_memory_fails_all_of_its_writes(store: SqliteStore) -> None:
+    """SQLite has rolled it back then, and Python raises MemoryError, whatever the statement was."""
+    await create(store)
+    began, held = threading.Event(), threading.Event()
+
+    def hold(tables: Tables, now: int) -> bool:
+        began.set()
+        return held.wait()
+
+    def lose(tables: Tables, now: int) -> None:
+        cast(SqliteTables, tables)._execute("ROLLBACK")
+        raise MemoryError
+
+    holding = asyncio.ensure_future(store._write(hold))
+    await asyncio.to_thread(began.wait)
+    writes = [asyncio.ensure_future(add(store, said("m1"))), asyncio.ensure_future(store._write(lose))]
+    await asyncio.sleep(0)  # until both wait behind the one that holds the writer
+    held.set()
+    assert await holding
+    for write in writes:
+        with refused("STORE_UNAVAILABLE"):
+            await write
+    session, _ = await read(store)
+    assert session is not None
+    assert session.last_sequence == 0
+    await add(store, said("m2"))
+    session, _ = await read(store)
+    assert session is not None
+    assert session.last_sequence == 1

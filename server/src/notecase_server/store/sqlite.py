@@ -259,7 +259,7 @@ class _Writer:
         try:
             self._tally(quotas)
             outcomes = self._together(jobs)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, MemoryError) as error:
             self._tables.forget()
             self._abandon()
             log.error("store_write_failed", error=_name(error), writes=len(jobs))
@@ -270,8 +270,8 @@ class _Writer:
 
     def _together(self, jobs: list[_Job]) -> list[_Outcome] | None:
         """Makes one transaction of all jobs. Returns None, with nothing written, when one of several failed half-way: a
-        step decides before it writes, so that needs a defect or a disk that fails. Raises sqlite3.Error when the
-        transaction is lost."""
+        step decides before it writes, so that needs a defect or a disk that fails. Raises sqlite3.Error or
+        MemoryError when the transaction is lost."""
         connection, outcomes = self._connection, list[_Outcome]()
         connection.execute("BEGIN IMMEDIATE")
         for job in jobs:
@@ -279,8 +279,8 @@ class _Writer:
             try:
                 outcomes.append(_Outcome(job, job.step(self._tables, self._clock()), None))
             except Exception as error:
-                if isinstance(error, sqlite3.Error) and not connection.in_transaction:
-                    raise  # SQLite gave the transaction up, as it does when the disk is full or fails
+                if not connection.in_transaction:
+                    raise  # SQLite gave the transaction up, as it does without memory, and when the disk fails
                 if connection.total_changes != changes:
                     self._tables.forget()
                     connection.execute("ROLLBACK")

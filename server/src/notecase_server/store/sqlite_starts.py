@@ -29,8 +29,11 @@ class Starts:
         self._agents: dict[tuple[str, str], v1.Agent] = {}
 
     def find(self, tenant: str, session: str, agent: str) -> tuple[v1.Session, v1.Agent] | None:
-        """Returns copies of both, as Store.read_start; None when one of them is not kept."""
+        """Returns copies of both, as Store.read_start; None when one of them is not kept, or when the session was not
+        idle: its run may have ended in a commit that others have read and that was not reported here yet."""
         row = self._sessions.get((tenant, session))
+        if row is not None and (row.active_run or row.queued_commands):
+            return None
         found = self._agents.get((tenant, agent or row.agent)) if row is not None else None
         if row is None or found is None:
             return None
