@@ -421,6 +421,35 @@ async def test_two_drafts_are_open_in_one_session(case: Running) -> None:
         assert seen.open == {}
 
 
+async def test_what_is_discarded_right_before_its_run_ends_is_told_before_the_end(case: Running) -> None:
+    """Nobody has looked in between, so that the end comes with the same batch."""
+    sessions = case.server._sessions
+    key, row = await sessions.find("default", "case")
+    live = sessions.live(key)
+    await case.runs.CreateRun(v1.CreateRunRequest(start=v1.StartRun(session=CASE, run_id="r", messages=[said("Go")])))
+    watcher = Cursor(
+        live,
+        sessions.store,
+        row.last_sequence,
+        live.head,
+        v1.WatchOptions(max_batch_delay=Duration()),
+        Pace(),
+        "r",
+    )
+    view = SessionView(row.last_sequence)
+    await drained(watcher, view)
+    draft = Draft("m1", "r", sessions.new_id)
+    live.begin(StepKey("r", "draft"), draft)
+    grow(live, draft, "One ")
+    await drained(watcher, view)
+    live.discard(StepKey("r", "draft"))
+    ended = v1.RunStateChanged(state=v1.Run.STATE_CANCELLED)
+    await live.commit(Commit(key=live.key, events=[v1.Event(run="r", run_state_changed=ended)]))
+    told = [event.WhichOneof("payload") for event in await drained(watcher, view)]
+    assert ["message_discarded", "run_state_changed"] == told
+    assert watcher.finished
+
+
 def grow(live: LiveSession, draft: Draft, text: str) -> None:
     live.written(draft.feed(Text(text)))
 

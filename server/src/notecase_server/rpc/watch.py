@@ -204,11 +204,14 @@ class Cursor:
         if found is None:
             found = await self._store.read_events(live.key, self.sequence)
         for stored in found:
+            ends = stored.run == self._run and stored.run_state_changed.state in ENDED
+            if ends and not self._add_discarded(batch):  # nothing comes behind it
+                return False
             if not (self._complete(batch, stored) and batch.add(live, stored)):
                 return False
             self.sequence = stored.sequence
             self._sent.pop(stored.message_added.name, None)
-            if stored.run == self._run and stored.run_state_changed.state in ENDED and not self._keep_open:
+            if ends and not self._keep_open:
                 self.finished = True
                 break
         return True
@@ -227,11 +230,8 @@ class Cursor:
             if not batch.add(self._live, notice):
                 return False
             self._noticed = number
-        for name in self._discarded():
-            discarded = v1.MessageDiscarded(message=name)
-            if not batch.add(self._live, v1.Event(run=self._sent[name].run, message_discarded=discarded)):
-                return False
-            del self._sent[name]
+        if not self._add_discarded(batch):
+            return False
         if self._durable_only:
             return True
         return all(
@@ -241,6 +241,16 @@ class Cursor:
             for index, block in enumerate(draft.blocks)
             if block.data
         )
+
+    def _add_discarded(self, batch: _Batch) -> bool:
+        """Adds what the stream has to forget; False when the batch is full. The log was read behind every message that
+        can be in it."""
+        for name in self._discarded():
+            discarded = v1.MessageDiscarded(message=name)
+            if not batch.add(self._live, v1.Event(run=self._sent[name].run, message_discarded=discarded)):
+                return False
+            del self._sent[name]
+        return True
 
     def _discarded(self) -> list[str]:
         """The messages whose beginning was sent and which, with the log read to its head, will not come."""
