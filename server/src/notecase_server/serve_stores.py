@@ -121,7 +121,8 @@ def backup(url: str, destination: Path, force: bool) -> None:
     if kind in POSTGRES:
         raise StoreOpenError("This copies SQLite files only. Copy a PostgreSQL store with notecase copy or pg_dump.")
     if kind != "sqlite" or not path:
-        raise StoreOpenError(f"{url!r} is no store with a file; want sqlite:PATH.")
+        shown = "This" if "@" in url else repr(url)
+        raise StoreOpenError(f"{shown} is no store with a file; want sqlite:PATH.")
     sqlite_file.backup(Path(path), destination, force)
 
 
@@ -140,7 +141,7 @@ async def renew(url: str, new_uid: Callable[[], str], database: Database = DATAB
     try:
         with telling(place(url)):
             async with dialled(access) as connection:
-                return await renew_all(connection)
+                return await renew_all(connection, lease.fence)
     finally:
         await lease.release()
 

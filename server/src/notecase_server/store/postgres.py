@@ -194,7 +194,7 @@ class PostgresStore(TableStore):
         async with self._settling:
             if self._unsure:
                 async with self._pool.acquire() as connection:
-                    self.fence = await raise_fence(connection, self._name)
+                    self.fence = await raise_fence(connection, self._name, self.fence)
                 self._unsure = False
 
     async def _own(self, work: Coroutine[Any, Any, T]) -> T:

@@ -1,5 +1,6 @@
 """The database of a PostgreSQL store: found fit and brought up to date, or refused with a sentence."""
 
+import re
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -13,7 +14,7 @@ from asyncpg import Connection, Pool, Record
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.store.postgres_lease import PostgresLease
 from notecase_server.store.postgres_schema import MIGRATIONS, VERSION
-from notecase_server.store.postgres_wire import LOST, Fenced, sqlstate
+from notecase_server.store.postgres_wire import LOST, OWNED, Fenced, sqlstate
 
 log = structlog.get_logger()
 
@@ -68,6 +69,10 @@ class Access(NamedTuple):
         return await asyncpg.connect(**self.options)
 
 
+HOSTS = re.compile(r"(([^\s:,@\[\]]*|\[[0-9a-fA-F:.]+\])(:[0-9]+)?(,(?!$)|$))*")
+"""The hosts of a URL, which may be several or none, each with its port or without."""
+
+
 class Database(NamedTuple):
     """An open database."""
 
@@ -112,15 +117,25 @@ async def seize(connection: Any, name: str) -> int:
     return fence
 
 
-async def raise_fence(connection: Any, name: str) -> int:
-    """Raises the fence of the owner of that name, and returns the new one: no write that goes by an older one is made
-    from then on. Waits for those that are under way. Raises Fenced where another one is the owner."""
+async def raise_fence(connection: Any, name: str, fence: int) -> int:
+    """Raises the fence of the owner of that name above `fence`, and returns the new one: no write that goes by an older
+    one is made from then on. Waits for those that are under way. A statement that arrives late, when its answer is no
+    longer waited for, raises nothing that was raised since. Raises Fenced where another one is the owner."""
     raised: int | None = await connection.fetchval(
-        "UPDATE owner SET fence = fence + 1 WHERE name = $1 RETURNING fence", name
+        "UPDATE owner SET fence = fence + 1 WHERE name = $1 AND fence = $2 RETURNING fence", name, fence
     )
+    if raised is None:  # by an earlier try, or since another one is the owner
+        raised = await connection.fetchval("SELECT fence FROM owner WHERE name = $1 AND fence > $2", name, fence)
     if raised is None:
         raise Fenced
     return raised
+
+
+async def stay_owner(connection: Any, fence: int) -> None:
+    """Keeps everybody else from becoming the owner until the end of the connection's transaction. Raises StoreOpenError
+    where somebody has."""
+    if await connection.fetchval(f"SELECT count(*) FROM ({OWNED.format(fence)}) AS o") != 1:
+        raise StoreOpenError("Another server has become the owner of the store. Stop it, and repeat the command.")
 
 
 async def own(
@@ -189,15 +204,20 @@ async def _reset(connection: Any) -> None:
 def place(url: str) -> str:
     """What the operator is told of a database: its URL without user, password and parameters.
 
-    Raises StoreOpenError for what is no such URL."""
+    Raises StoreOpenError for what is no such URL. So is one whose password has characters that end the part of a URL
+    that it stands in, since what follows them would be shown."""
     try:
         parts = urlsplit(url)
-        host, port, name = parts.hostname, parts.port, parts.path.lstrip("/")
     except ValueError:
-        parts, host, port, name = urlsplit(""), None, None, ""
-    if parts.scheme not in SCHEMES:
-        raise StoreOpenError("The store is no URL of a PostgreSQL database; want postgresql://USER@HOST/DATABASE.")
-    return f"postgresql://{host or ''}{f':{port}' if port else ''}/{name}"
+        parts = urlsplit("")
+    user, _, hosts = parts.netloc.rpartition("@")
+    cut = "@" in parts.path or parts.fragment or ("@" in parts.query and not user)
+    if parts.scheme not in SCHEMES or cut or not HOSTS.fullmatch(hosts):
+        raise StoreOpenError(
+            "The store is no URL of a PostgreSQL database: it must be postgresql://USER@HOST/DATABASE, with special "
+            "characters of a password as %2F and so on."
+        )
+    return f"postgresql://{hosts}/{parts.path.lstrip('/')}"
 
 
 async def migrate(connection: Any, where: str) -> None:

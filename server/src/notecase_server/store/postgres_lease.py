@@ -23,8 +23,12 @@ LEASE_SECONDS = 10.0
 
 Connect = Callable[[], Awaitable["asyncpg.Connection[asyncpg.Record]"]]
 
-AWAY = (asyncpg.PostgresError, asyncpg.InterfaceError, OSError, TimeoutError)
-"""What a statement raises while the database is away, or refuses it for a time."""
+AWAY = (
+    *(asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError),
+    *(OSError, TimeoutError, UnicodeError),
+)
+"""What a statement, or the connection that it needs, raises while the database is away, or refuses it for a time; or
+while the file with the password is not what it should be."""
 
 
 class Owner(NamedTuple):
@@ -148,9 +152,12 @@ class PostgresLease:
         return True
 
     async def _keep(self) -> None:
-        """Raises the counter three times a lease, until another server is the owner."""
+        """Raises the counter three times a lease, until another server is the owner. What fails is tried again soon:
+        one connection that hangs costs a third of the lease."""
+        pause = self.seconds / 3
         while True:
-            await asyncio.sleep(self.seconds / 3)
+            await asyncio.sleep(pause)
+            pause = self.seconds / 3
             begun = self._clock()
             try:
                 async with self._transaction() as connection:
@@ -160,6 +167,7 @@ class PostgresLease:
                     owner = "" if kept else await connection.fetchval("SELECT name FROM owner")
             except AWAY as error:
                 log.warning("lease_not_renewed", error=type(error).__name__, holds=self.holds)
+                pause = self.seconds / 10
                 continue
             if not kept:
                 self.lose(owner)
@@ -173,13 +181,16 @@ class PostgresLease:
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator["asyncpg.Connection[asyncpg.Record]"]:
-        """Bounded by a third of a lease; a connection that fails is replaced by the next."""
+        """Bounded by a third of a lease; a connection that fails is replaced by the next, and nothing more is asked of
+        it, not even to roll back."""
         try:
             async with asyncio.timeout(self.seconds / 3):
                 if self._connection is None or self._connection.is_closed():
                     self._connection = await self._connect()
-                async with self._connection.transaction():
-                    yield self._connection
+                transaction = self._connection.transaction()
+                await transaction.start()
+                yield self._connection
+                await transaction.commit()
         except BaseException:
             await self._disconnect()
             raise

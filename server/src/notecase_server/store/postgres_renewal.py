@@ -3,6 +3,7 @@ history."""
 
 import asyncpg
 
+from notecase_server.store.postgres_database import stay_owner
 from notecase_server.store.renewal import renewed_answer, renewed_session
 from notecase_server.store.rows import UIDS
 
@@ -10,10 +11,12 @@ BATCH = 200
 """Messages that are read and written at a time."""
 
 
-async def renew(connection: "asyncpg.Connection[asyncpg.Record]") -> int:
-    """Renews all sessions in one transaction; returns how many sessions there
-    are. The caller owns the store. Raises what the database raises."""
+async def renew(connection: "asyncpg.Connection[asyncpg.Record]", fence: int) -> int:
+    """Renews all sessions in one transaction; returns how many sessions there are. The caller owns the store under that
+    fence, and nobody else can become the owner until the end. Raises StoreOpenError where somebody has, and what the
+    database raises."""
     async with connection.transaction():
+        await stay_owner(connection, fence)
         await connection.execute("SET LOCAL statement_timeout = 0; SET LOCAL lock_timeout = 0")
         await connection.execute(
             """CREATE TEMP TABLE renewed ON COMMIT DROP AS

@@ -8,7 +8,7 @@ from typing import Any
 import asyncpg
 
 from notecase_server.store.contract import StoreOpenError
-from notecase_server.store.postgres_database import UNFINISHED, refusal
+from notecase_server.store.postgres_database import UNFINISHED, refusal, stay_owner
 from notecase_server.store.postgres_lease import PostgresLease
 from notecase_server.store.postgres_wire import LOST, escaped, unescaped
 from notecase_server.store.rows import TABLES, Head, Row, Table
@@ -78,12 +78,14 @@ class PostgresRows:
             if not self._lease.holds:
                 raise StoreOpenError(f"{self._where} is owned by another server now. Stop it, and repeat the copy.")
             async with self._connection.transaction():
+                await stay_owner(self._connection, self._lease.fence)
                 await self._connection.execute(PATIENT)
                 await self._connection.copy_records_to_table(table.name, columns=table.columns, records=map(own, rows))
 
     async def finish_copy(self, head: Head) -> None:
         with self._telling():
             async with self._connection.transaction():
+                await stay_owner(self._connection, self._lease.fence)
                 await self._connection.execute(PATIENT)
                 for table, column in NUMBERED.items():
                     await self._connection.execute(
