@@ -401,7 +401,7 @@ async def test_a_conversion_of_the_schema_before_that_finds_the_disk_full_leaves
 
 async def test_what_finds_rows_within_a_session_is_made_for_all_of_them(older: Path) -> None:
     await (await SqliteStore.open(older, ManualClock())).close()
-    in_order = "SELECT tenant, uid, 0, sequence, '', NULL FROM events WHERE message IS NOT NULL"
+    in_order = "SELECT tenant, uid, 0, sequence, '', sequence FROM events WHERE message IS NOT NULL"
     by_id = "SELECT tenant, uid, 1, message, '', sequence FROM events WHERE message IS NOT NULL"
     of_runs = "SELECT tenant, uid, 2, create_time, run, NULL FROM runs"
     expected = facts(older, f"{in_order} UNION ALL {by_id} UNION ALL {of_runs} ORDER BY 1, 2, 3, 4, 5")

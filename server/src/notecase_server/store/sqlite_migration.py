@@ -104,16 +104,17 @@ SESSIONS_FROM_BEFORE = (
         FROM before_sessions""",
 )
 
+OF_HEADS = ("activity INTEGER", "update_time INTEGER", "epoch INTEGER", "commits TEXT")
+
 EVENTS_TO_LOGS = (
     "ALTER TABLE events RENAME TO logs",
-    *(f"ALTER TABLE logs ADD COLUMN {added}" for added in ("activity INTEGER", "update_time INTEGER")),
-    *(f"ALTER TABLE logs ADD COLUMN {added}" for added in ("epoch INTEGER", "commits TEXT")),
+    *(f"ALTER TABLE logs ADD COLUMN {column}" for column in OF_HEADS),
 )
 """Events stay where they are, since the log is most of a file."""
 
-LOOKUPS_OF_LOGS = (
-    f"""INSERT INTO lookups SELECT tenant, uid, {IN_ORDER}, sequence, '', NULL FROM logs WHERE message IS NOT NULL""",
-    f"""INSERT INTO lookups SELECT tenant, uid, {BY_ID}, message, '', sequence FROM logs WHERE message IS NOT NULL""",
+LOOKUPS_OF_LOGS = tuple(
+    f"INSERT INTO lookups SELECT tenant, uid, {kind}, {key}, '', sequence FROM logs WHERE message IS NOT NULL"
+    for kind, key in ((IN_ORDER, "sequence"), (BY_ID, "message"))
 )
 
 FROM_BEFORE = (

@@ -21,7 +21,7 @@ IN_ORDER, BY_ID, OF_RUN = range(3)
 
 SCHEMA = (
     "CREATE TABLE store (secret BLOB NOT NULL, keyed INTEGER NOT NULL DEFAULT 0)",
-    # What seldom changes of a session. The rest is its head, which every commit changes.
+    # What lists of sessions are sorted by, and what seldom changes. The session itself is its head, in `logs`.
     """CREATE TABLE sessions (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,
@@ -51,8 +51,8 @@ SCHEMA = (
     "CREATE INDEX sessions_by_time ON sessions (tenant, create_time, uid)",
     "CREATE INDEX sessions_by_user ON sessions (tenant, user, create_time, uid)",
     "CREATE INDEX sessions_by_expiry ON sessions (expire_time, tenant, uid) WHERE expire_time IS NOT NULL",
-    # A session's events and, behind the last of them and so on its page, its head. `message`, `run` and `step` are of
-    # events that added a message. The last four columns are of the head, whose body is the session.
+    # A session's events and, behind the last of them and so on its page, its head: the session, which every commit
+    # changes. `message`, `run` and `step` are of events that added a message, the last four columns of the head.
     """CREATE TABLE logs (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,
@@ -75,8 +75,9 @@ SCHEMA = (
     # What a state was is told by the few events that changed it or rewound.
     "CREATE INDEX events_of_past ON logs (tenant, uid, sequence) WHERE tells_past = 1",
     # Finds rows within a session as three indexes would, each a tree of its own; here a small session has one page of
-    # them. The `key` of a message is its sequence (IN_ORDER) and its id, which is then unique (BY_ID); that of a run is
-    # its create_time (OF_RUN). Triggers add and remove these rows, as SQLite does the entries of an index.
+    # them. A message has two rows, whose keys are its sequence (IN_ORDER) and its id, which no other has (BY_ID), a run
+    # one, whose key is its create_time (OF_RUN): `sequence` and `run` say where each is. Triggers add and remove these
+    # rows, as SQLite does the entries of an index.
     """CREATE TABLE lookups (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,
@@ -87,13 +88,14 @@ SCHEMA = (
         PRIMARY KEY (tenant, uid, kind, key, run)
     ) WITHOUT ROWID""",
     f"""CREATE TRIGGER lookups_of_messages AFTER INSERT ON logs WHEN new.message IS NOT NULL BEGIN
-        INSERT INTO lookups VALUES (new.tenant, new.uid, {IN_ORDER}, new.sequence, '', NULL);
+        INSERT INTO lookups VALUES (new.tenant, new.uid, {IN_ORDER}, new.sequence, '', new.sequence);
         INSERT INTO lookups VALUES (new.tenant, new.uid, {BY_ID}, new.message, '', new.sequence);
     END""",
     f"""CREATE TRIGGER lookups_of_deleted_messages AFTER DELETE ON logs WHEN old.message IS NOT NULL BEGIN
-        DELETE FROM lookups
-            WHERE tenant = old.tenant AND uid = old.uid AND kind = {IN_ORDER} AND key = old.sequence;
-        DELETE FROM lookups WHERE tenant = old.tenant AND uid = old.uid AND kind = {BY_ID} AND key = old.message;
+        DELETE FROM lookups WHERE tenant = old.tenant AND uid = old.uid
+            AND kind = {IN_ORDER} AND key = old.sequence AND run = '';
+        DELETE FROM lookups WHERE tenant = old.tenant AND uid = old.uid
+            AND kind = {BY_ID} AND key = old.message AND run = '';
     END""",
     # A message is the event that added it, until something changes it and it gets a body of its own.
     """CREATE TABLE changed_messages (

@@ -142,18 +142,17 @@ REWIND = """(SELECT iif(s.until > e.sequence, s.sequence, NULL) FROM stretches s
 
 CHANGED = "LEFT JOIN changed_messages c ON c.tenant = e.tenant AND c.uid = e.uid AND c.sequence = e.sequence"
 
-MESSAGES = f"""SELECT e.sequence, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND} FROM lookups l
-    CROSS JOIN logs e ON e.tenant = l.tenant AND e.uid = l.uid AND e.sequence = l.key {CHANGED}
+FOUND = f"CROSS JOIN logs e ON e.tenant = l.tenant AND e.uid = l.uid AND e.sequence = l.sequence {CHANGED}"
+"""The event of a lookup, and the message that it has become. CROSS keeps the lookups the outer loop."""
+
+MESSAGES = f"""SELECT e.sequence, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND} FROM lookups l {FOUND}
     WHERE l.kind = {IN_ORDER} AND l.tenant = ? AND l.uid = ?"""
-"""Of each its own body, or where it has none the event's. CROSS keeps the lookups the outer loop."""
+"""Of each its own body, or where it has none the event's."""
 
 IN_FORCE = f"{MESSAGES.replace(REWIND, 'NULL', 1)} AND {REWIND} IS NULL"
 """As MESSAGES, of those that no rewind left behind."""
 
-BY_MESSAGE = f"JOIN logs e ON l.kind = {BY_ID} AND e.tenant = l.tenant AND e.uid = l.uid AND e.sequence = l.sequence"
-
-MESSAGE = f"""SELECT e.sequence, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND} FROM lookups l
-    CROSS {BY_MESSAGE} {CHANGED} WHERE l.tenant = ? AND l.uid = ? AND l.key = ?"""
+MESSAGE = f"{MESSAGES.replace(f'kind = {IN_ORDER}', f'kind = {BY_ID}')} AND l.key = ?"
 
 CHANGED_MESSAGES = f"""SELECT e.sequence, c.body, NULL, {REWIND} FROM changed_messages c
     JOIN logs e ON e.tenant = c.tenant AND e.uid = c.uid AND e.sequence = c.sequence
@@ -170,13 +169,13 @@ KEPT: Mapping[Kept, str] = {
         + coalesce((SELECT sum(size) FROM uploads WHERE tenant = ?1 AND sha256 = ''), 0)""",
 }
 CALLS = f"""SELECT t.call_id, e.sequence, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND} FROM calls t
-    CROSS JOIN lookups l ON l.tenant = t.tenant AND l.uid = t.uid AND l.key = t.message CROSS {BY_MESSAGE}
-    {CHANGED} WHERE t.tenant = ? AND t.uid = ?"""
+    CROSS JOIN lookups l ON l.kind = {BY_ID} AND l.tenant = t.tenant AND l.uid = t.uid AND l.key = t.message
+    {FOUND} WHERE t.tenant = ? AND t.uid = ?"""
 """With their messages. CROSS keeps the calls the outer loop."""
 
 NAMED_MESSAGES = f"""SELECT e.uid, e.message, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND}
-    FROM json_each(?) n CROSS JOIN lookups l ON l.tenant = ? AND l.uid = json_extract(n.value, '$[0]')
-        AND l.key = json_extract(n.value, '$[1]') CROSS {BY_MESSAGE} {CHANGED}"""
+    FROM json_each(?) n CROSS JOIN lookups l ON l.kind = {BY_ID} AND l.tenant = ?
+        AND l.uid = json_extract(n.value, '$[0]') AND l.key = json_extract(n.value, '$[1]') {FOUND}"""
 """CROSS keeps the names the outer loop."""
 
 
@@ -245,7 +244,8 @@ START = f"""SELECT h.body, r.body FROM (SELECT 1)
         AND r.revision = coalesce(nullif(substr({NAMED}, {AT} + 1) + 0, 0), a.revision)"""
 """A session, and the agent that is named, or if none is the session's: both as `agents/ID` or `agents/ID@REVISION`."""
 
-RUN = """r.body, (SELECT session FROM sessions s WHERE s.tenant = r.tenant AND s.uid = r.uid)"""
+RUN = "r.body, (SELECT session FROM sessions s WHERE s.tenant = r.tenant AND s.uid = r.uid)"
+"""With the name of its session."""
 
 SESSION_RUNS = f"""SELECT l.key AS create_time, l.uid AS uid, l.run AS run, {RUN} FROM lookups l
     CROSS JOIN runs r ON r.tenant = l.tenant AND r.uid = l.uid AND r.run = l.run
@@ -769,10 +769,10 @@ class SqliteTables(Saving):
         self, tenant: str, session: SessionKey | None, query: Query, user: str
     ) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
         if session is not None:
-            selects, place = [SESSION_RUNS], (tenant, session.uid)
+            selects, place = [SESSION_RUNS], [tenant, session.uid]
             where, values = _where(query, RUN_COLUMNS, "(l.key, l.uid, l.run) < (?, ?, ?)")
         else:
-            selects, place = [UNENDED_RUNS] if _is_unended(query.where) else [UNENDED_RUNS, ENDED_RUNS], (tenant,)
+            selects, place = [UNENDED_RUNS] if _is_unended(query.where) else [UNENDED_RUNS, ENDED_RUNS], [tenant]
             where, values = _where(query, RUN_COLUMNS, "(r.create_time, r.uid, r.run) < (?, ?, ?)")
         whose = " AND s.user = ?" if user else ""
         where += f" AND EXISTS (SELECT 1 FROM sessions s WHERE s.tenant = r.tenant AND s.uid = r.uid{whose})"
