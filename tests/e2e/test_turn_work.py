@@ -5,6 +5,7 @@ import sqlite3
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,7 +21,7 @@ from notecase_server.store.sqlite import SqliteStore
 from tests.e2e.driving import OnStream, events_of, kinds, said
 from tests.support.server import ByTenant, Running, running
 
-HANDOVERS, STATEMENTS, PAGES = 2, 12, 14
+HANDOVERS, STATEMENTS, PAGES = 2, 12, 8
 """Of a turn in a new session that is all there is: how often the store is asked, statements of SQL with those that
 begin and end transactions, and pages of the write-ahead log."""
 
@@ -42,14 +43,17 @@ def asked(store: SqliteStore) -> Iterator[list[str]]:
 
 @contextmanager
 def traced(store: SqliteStore) -> Iterator[list[str]]:
-    """Fills with the statements that SQLite carries out."""
+    """Fills with the statements that SQLite is given. It shows a statement again for each that a trigger carries out
+    meanwhile."""
+    shown: list[str] = []
     statements: list[str] = []
     connections: list[sqlite3.Connection] = [store._connections.writer, *store._connections.readers]
     for connection in connections:
-        connection.set_trace_callback(statements.append)
+        connection.set_trace_callback(shown.append)
     yield statements
     for connection in connections:
         connection.set_trace_callback(None)
+    statements += [statement for statement, _ in groupby(shown)]
 
 
 def pages(path: Path) -> int:

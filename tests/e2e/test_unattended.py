@@ -470,7 +470,7 @@ async def test_one_damaged_session_of_a_hundred_keeps_nobody_from_going_on(tmp_p
             await before.arrived.acquire()
     with sqlite3.connect(tmp_path / "n.db") as connection:
         uid = connection.execute("SELECT uid FROM sessions WHERE session = 's7'").fetchone()[0]
-        connection.execute("UPDATE sessions SET body = x'ff' WHERE uid = ?", (uid,))
+        connection.execute("UPDATE logs SET body = x'ff' WHERE uid = ? AND epoch IS NOT NULL", (uid,))
         uid = connection.execute("SELECT uid FROM sessions WHERE session = 's8'").fetchone()[0]
         connection.execute("UPDATE runs SET body = x'ff' WHERE uid = ?", (uid,))
     connection.close()

@@ -45,13 +45,13 @@ def path(tmp_path: Path) -> Path:
     return left_by(1, tmp_path / "store.db")
 
 
-@pytest.fixture(params=[1, 2, 3, 4])
+@pytest.fixture(params=[1, 2, 3, 4, 5])
 def older(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """The same rows, in each older schema."""
     return left_by(request.param, tmp_path / "store.db")
 
 
-@pytest.fixture(params=[2, 3, 4])
+@pytest.fixture(params=[2, 3, 4, 5])
 def small(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A small store that a server of a later schema than the first closed."""
     return left_by(f"{request.param}-small", tmp_path / f"{request.param}.db")
@@ -386,6 +386,29 @@ async def test_a_migration_that_finds_the_disk_full_leaves_the_file_as_it_was(la
     assert facts(large, "PRAGMA user_version") == [(VERSION,)]
 
 
+@pytest.mark.parametrize("size", [1 << 12, 1 << 17])
+async def test_a_conversion_of_the_schema_before_that_finds_the_disk_full_leaves_the_file_as_it_was(
+    tmp_path: Path, size: int
+) -> None:
+    path = left_by(VERSION - 1, tmp_path / "store.db")
+    before = dumped(path)
+    with full_disk(size):
+        assert f"{path} cannot be used as a store" in await refusal(path)
+    assert dumped(path) == before
+    await (await SqliteStore.open(path, ManualClock())).close()
+    assert facts(path, "PRAGMA user_version") == [(VERSION,)]
+
+
+async def test_what_finds_rows_within_a_session_is_made_for_all_of_them(older: Path) -> None:
+    await (await SqliteStore.open(older, ManualClock())).close()
+    in_order = "SELECT tenant, uid, 0, sequence, '', sequence FROM events WHERE message IS NOT NULL"
+    by_id = "SELECT tenant, uid, 1, message, '', sequence FROM events WHERE message IS NOT NULL"
+    of_runs = "SELECT tenant, uid, 2, create_time, run, NULL FROM runs"
+    expected = facts(older, f"{in_order} UNION ALL {by_id} UNION ALL {of_runs} ORDER BY 1, 2, 3, 4, 5")
+    assert expected == facts(older, "SELECT * FROM lookups ORDER BY 1, 2, 3, 4, 5")
+    assert {0, 1, 2} == {kind for _, _, kind, *_ in expected}
+
+
 async def test_a_row_that_is_damaged_is_told_and_nothing_is_changed(path: Path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE runs SET body = x'FFFF' WHERE session = 'queue' AND run = 'r4'")
@@ -403,12 +426,17 @@ async def test_a_store_of_a_later_schema_keeps_every_row(small: Path, tmp_path: 
     columns["events"] = "tenant, uid, sequence, tells_past, body"
     columns["active_runs"] = f"tenant, uid, run, deaths, released, {'revision' if small.stem == '4' else 'agent'}"
     columns["runs"] = "tenant, uid, run, state, agent, labels, first_sequence, last_sequence, digest, runs.body"
+    if small.stem == "5":
+        columns["runs"] += ", revision, deaths, released"
+    columns["sessions"] = """tenant, uid, session, user, agent, activity, display_name, create_time, update_time,
+        expire_time, labels, epoch, commits, body"""
     columns["store"] = "secret"
     before = {table: facts(small, f"SELECT {columns[table]} FROM {table}") for table in tables}
     columns["active_runs"] = "tenant, uid, run, deaths, released, run_agents.body"
     columns["messages"] = "tenant, uid, sequence, message, run, step, coalesce(update_sequence, sequence), c.body"
     places = {
         "messages": "events LEFT JOIN changed_messages c USING (tenant, uid, sequence) WHERE message NOT NULL",
+        "sessions": "sessions JOIN heads USING (tenant, uid)",
         "active_runs": "runs JOIN run_agents USING (tenant, uid, run) WHERE revision = 0",
     }
     assert facts(small, "PRAGMA user_version") == [(int(small.stem),)]

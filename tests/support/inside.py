@@ -17,11 +17,13 @@ async def select(store: Store, statement: str) -> list[Any]:
 
 
 def session_rows(store: Store) -> tuple[tuple[str, str, str], ...]:
-    """The tables with rows of sessions and states; with each, how a row is found and how many bytes it has."""
+    """The tables with rows of sessions and states, heads left out; with each, how a row is found and how many bytes it
+    has."""
     tables: Any = sqlite_tables
     if store.kind == "postgresql":
         from notecase_server.store import postgres_tables as tables
-    return (*tables.SESSION_ROWS, *tables.STATE_ROWS)
+    rows = (*tables.SESSION_ROWS, *tables.STATE_ROWS)
+    return tuple(("events" if table == "logs" else table, place, size) for table, place, size in rows)
 
 
 async def rows_with(store: Store, uid: str) -> set[str]:

@@ -5,13 +5,14 @@ among them, stay where they are. So the disk needs room for several times the ro
 second lacks two tables: that of deleted sessions begins empty, and what rewinds have left behind is read from the logs,
 since a message says no more by itself whether it is superseded. Both it and the third had a row for each message
 besides that of its event, and neither had keys, nor what says whether there ever was one. Up to the fourth, runs that
-had not ended had a row more, with their agent.
+had not ended had a row more, with their agent. Up to the fifth, a session's row had its head, and what finds rows
+within a session were indexes.
 """
 
 import re
 import sqlite3
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import groupby
@@ -21,7 +22,7 @@ import structlog
 from notecase import v1
 
 from notecase_server.store import earlier
-from notecase_server.store.sqlite_schema import SCHEMA
+from notecase_server.store.sqlite_schema import BY_ID, HEAD, IN_ORDER, SCHEMA
 from notecase_server.store.stretches import Stretch, last_of, left_behind
 
 log = structlog.get_logger()
@@ -50,12 +51,13 @@ def _of_states(table: str, columns: str) -> str:
 
 
 ROWS: dict[str, str] = {
-    "sessions": _of_sessions(
-        "sessions",
-        """t.session, user, agent, activity, display_name, create_time, update_time, expire_time, labels, epoch, NULL,
-            body""",
-    ),
-    "events": f"""{_of_sessions("events", "t.sequence, tells_past, message, run, substr(message, 1, 0), t.body")}
+    "sessions": _of_sessions("sessions", "t.session, user, agent, display_name, create_time, expire_time, labels"),
+    "logs": f"""{
+        _of_sessions(
+            "events",
+            "t.sequence, tells_past, message, run, substr(message, 1, 0), t.body, NULL, NULL, NULL, NULL",
+        )
+    }
         LEFT JOIN first_messages m ON m.tenant = t.tenant AND m.session = t.session AND m.sequence = t.sequence""",
     "changed_messages": f"""{_of_sessions("messages", "sequence, update_sequence, body")} WHERE t.body IS NOT NULL""",
     "calls": _of_sessions("calls", "call_id, message"),
@@ -78,26 +80,46 @@ ROWS: dict[str, str] = {
 }
 """By table, its rows of now, from those of then."""
 
-FIRST = ("messages", "active_runs", *(table for table in ROWS if table not in {"changed_messages", "run_agents"}))
+HEADS = _of_sessions("sessions", f"{HEAD}, 0, NULL, NULL, NULL, body, activity, update_time, epoch, NULL")
+"""Rows of `logs`."""
+
+FIRST = (
+    *("sessions", "events", "messages", "calls", "runs", "active_runs", "commands"),
+    *("states", "entries", "blob_references", "requests"),
+)
 """The tables of the first schema that have those."""
 
 MOVED = {
-    2: ("events", "messages", "runs", "active_runs"),
-    3: ("events", "messages", "runs", "active_runs"),
-    4: ("runs", "active_runs"),
+    2: ("sessions", "events", "messages", "runs", "active_runs"),
+    3: ("sessions", "events", "messages", "runs", "active_runs"),
+    4: ("sessions", "runs", "active_runs"),
+    5: ("sessions", "runs"),
 }
 """The tables of each later schema whose rows lie elsewhere now."""
 
-INDEXES = {
-    2: ("events_of_past", "messages_by_id", "runs_by_state", "runs_by_time", "runs_by_session"),
-    3: ("events_of_past", "messages_by_id", "unended_runs", "runs_by_time", "runs_by_session"),
-    4: ("runs_by_time", "runs_by_session"),
-}
-"""Theirs."""
+SESSIONS_FROM_BEFORE = (
+    """INSERT INTO sessions SELECT tenant, uid, session, user, agent, display_name, create_time, expire_time, labels
+        FROM before_sessions""",
+    f"""INSERT INTO logs SELECT tenant, uid, {HEAD}, 0, NULL, NULL, NULL, body, activity, update_time, epoch, commits
+        FROM before_sessions""",
+)
+
+OF_HEADS = ("activity INTEGER", "update_time INTEGER", "epoch INTEGER", "commits TEXT")
+
+EVENTS_TO_LOGS = (
+    "ALTER TABLE events RENAME TO logs",
+    *(f"ALTER TABLE logs ADD COLUMN {column}" for column in OF_HEADS),
+)
+"""Events stay where they are, since the log is most of a file."""
+
+LOOKUPS_OF_LOGS = tuple(
+    f"INSERT INTO lookups SELECT tenant, uid, {kind}, {key}, '', sequence FROM logs WHERE message IS NOT NULL"
+    for kind, key in ((IN_ORDER, "sequence"), (BY_ID, "message"))
+)
 
 FROM_BEFORE = (
-    """INSERT INTO events SELECT tenant, uid, sequence, tells_past, message, run, step, e.body FROM before_events e
-        LEFT JOIN before_messages m USING (tenant, uid, sequence)""",
+    """INSERT INTO logs SELECT tenant, uid, sequence, tells_past, message, run, step, e.body, NULL, NULL, NULL, NULL
+        FROM before_events e LEFT JOIN before_messages m USING (tenant, uid, sequence)""",
     """INSERT INTO changed_messages SELECT tenant, uid, sequence, update_sequence, body FROM before_messages
         WHERE body IS NOT NULL""",
 )
@@ -111,8 +133,10 @@ RUNS_FROM_BEFORE = (
 )
 """An agent is kept as it is, although a revision may say the same: it goes with the end of its run."""
 
+RUNS_FROM_FIFTH = """INSERT INTO runs SELECT tenant, uid, run, state, agent, create_time, labels, first_sequence,
+    last_sequence, digest, revision, deaths, released, body FROM before_runs"""
+
 CONVERTED: dict[str, Callable[[Row], Row]] = {
-    "sessions": lambda row: (*row[:-1], earlier.session(row[-1], row[1]).SerializeToString()),
     "runs": lambda row: (*row[:-1], earlier.run(row[-1]).SerializeToString()),
 }
 """By table, what else becomes of a row whose body changes."""
@@ -123,12 +147,15 @@ def migrate(connection: sqlite3.Connection, version: int) -> None:
     if version == 1:
         _from_first(connection)
     else:
-        for index in INDEXES[version]:
-            connection.execute(f"DROP INDEX {index}")
+        _drop_indexes(connection, (*MOVED[version], "events"))
         for table in MOVED[version]:
             connection.execute(f"ALTER TABLE {table} RENAME TO before_{table}")
+        for statement in EVENTS_TO_LOGS if version >= 4 else ():
+            connection.execute(statement)
         _make_missing(connection)
-        for statement in (*(FROM_BEFORE if version < 4 else ()), *RUNS_FROM_BEFORE):
+        events = LOOKUPS_OF_LOGS if version >= 4 else FROM_BEFORE
+        runs = RUNS_FROM_BEFORE if version < 5 else (RUNS_FROM_FIFTH,)
+        for statement in (*events, *SESSIONS_FROM_BEFORE, *runs):
             connection.execute(statement.format(agent="agent" if version < 4 else "revision"))
         for table in MOVED[version]:
             connection.execute(f"DROP TABLE before_{table}")
@@ -149,10 +176,16 @@ def _from_first(connection: sqlite3.Connection) -> None:
         # A cursor that is left in the middle would hold locks after its connection was closed.
         with closing(connection.execute(rows)) as found:
             _fill(connection, table, progress.counted(map(CONVERTED.get(table, lambda row: row), found)))
+    with closing(connection.execute(HEADS)) as found:
+        _fill(connection, "logs", map(_head, found))
     _bind(connection)
     _leave_behind(connection)
     for table in FIRST:
         connection.execute(f"DROP TABLE first_{table}")
+
+
+def _head(row: Row) -> Row:
+    return (*row[:7], earlier.session(row[7], row[1]).SerializeToString(), *row[8:])
 
 
 def _leave_behind(connection: sqlite3.Connection) -> None:
@@ -192,20 +225,24 @@ class _Progress:
 
 def _set_aside(connection: sqlite3.Connection) -> None:
     """Renames the tables whose rows change, and makes what is not there then."""
-    indexes = connection.execute("SELECT name, tbl_name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")
-    for name, table in indexes.fetchall():
-        if table in FIRST:
-            connection.execute(f"DROP INDEX {name}")
+    _drop_indexes(connection, FIRST)
     for table in FIRST:
         connection.execute(f"ALTER TABLE {table} RENAME TO first_{table}")
     _make_missing(connection)
+
+
+def _drop_indexes(connection: sqlite3.Connection, tables: Collection[str]) -> None:
+    indexes = connection.execute("SELECT name, tbl_name FROM sqlite_master WHERE type = 'index' AND sql IS NOT NULL")
+    for name, table in indexes.fetchall():
+        if table in tables:
+            connection.execute(f"DROP INDEX {name}")
 
 
 def _make_missing(connection: sqlite3.Connection) -> None:
     """Makes the tables and indexes of now that are not there."""
     there = {name for (name,) in connection.execute("SELECT name FROM sqlite_master")}
     for statement in SCHEMA:
-        named = re.match(r"CREATE (?:UNIQUE )?(?:TABLE|INDEX) (\w+)", statement)
+        named = re.match(r"CREATE (?:UNIQUE )?(?:TABLE|INDEX|VIEW|TRIGGER) (\w+)", statement)
         assert named is not None
         if named[1] not in there:
             connection.execute(statement)

@@ -9,8 +9,9 @@ from notecase_server.store.contract import StoreOpenError
 from notecase_server.store.renewal import renewed_answer, renewed_session
 from notecase_server.store.rows import UIDS
 from notecase_server.store.sqlite_file import connect
+from notecase_server.store.sqlite_schema import HEAD
 
-OWN = {"active_runs": "run_agents"}
+OWN = {"active_runs": ("run_agents",), "events": ("logs", "lookups")}
 """Tables of this store that stand for one of the portable ones."""
 
 FRESH = "SELECT fresh FROM renewed n WHERE n.tenant = t.tenant AND n.uid = t.{column}"
@@ -53,8 +54,7 @@ def _renew(connection: sqlite3.Connection) -> int:
     )
     for table, column, where in UIDS:
         fresh = FRESH.format(column=column)
-        connection.execute(
-            f"UPDATE {OWN.get(table, table)} AS t SET {column} = ({fresh}) WHERE {where} AND EXISTS ({fresh})"
-        )
-    connection.execute("UPDATE sessions SET body = renewed_session(body, uid)")
+        for own in OWN.get(table, (table,)):
+            connection.execute(f"UPDATE {own} AS t SET {column} = ({fresh}) WHERE {where} AND EXISTS ({fresh})")
+    connection.execute(f"UPDATE logs SET body = renewed_session(body, uid) WHERE sequence = {HEAD}")
     return sessions

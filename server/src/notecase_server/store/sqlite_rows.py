@@ -10,24 +10,33 @@ from typing import Any, Self
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.store.rows import TABLES, Head, Row, Table
 from notecase_server.store.sqlite_file import UNFINISHED, Connections, connect, has_table
+from notecase_server.store.sqlite_schema import HEAD
 
 CHECKPOINT_PAGES = 4000
 """How long the write-ahead log becomes while rows are loaded: 16 MB."""
 
 
 SOURCES = {
+    "sessions": "(SELECT * FROM sessions CROSS JOIN heads USING (tenant, uid))",
     "active_runs": """(SELECT r.tenant, r.create_time, r.uid, r.run, '' AS step, r.deaths, r.released,
         coalesce(o.body, v.body, t.body) AS revision FROM runs r
         LEFT JOIN run_agents o ON o.tenant = r.tenant AND o.uid = r.uid AND o.run = r.run
         LEFT JOIN revisions v ON v.tenant = r.tenant AND v.agent = substr(r.agent, 8) AND v.revision = r.revision
         LEFT JOIN retired_revisions t
             ON t.tenant = r.tenant AND t.agent = substr(r.agent, 8) AND t.revision = r.revision
-        WHERE r.revision IS NOT NULL)"""
+        WHERE r.unended = 1)""",
 }
-"""Portable tables that are none of this store: it keeps what a run needs of its agent in the run's row, and the agent
-where its revisions are."""
+"""Portable tables that are none of this store: it keeps a session's head with its events, what a run needs of its agent
+in the run's row, and the agent where its revisions are."""
 
 LOADS = {
+    "sessions": (
+        """INSERT INTO sessions (tenant, uid, session, user, agent, display_name, create_time, expire_time, labels)
+            VALUES (:tenant, :uid, :session, :user, :agent, :display_name, :create_time, :expire_time, :labels)""",
+        f"""INSERT INTO logs (tenant, uid, sequence, tells_past, activity, update_time, epoch, commits, body)
+            VALUES (:tenant, :uid, {HEAD}, 0, :activity, :update_time, :epoch, :commits, :body)""",
+    ),
+    "events": ("INSERT INTO logs ({columns}) VALUES ({marks})",),
     "runs": ("INSERT INTO runs ({columns}, deaths, released) VALUES ({marks}, 0, 0)",),
     "active_runs": (
         """UPDATE runs SET revision = 0, deaths = :deaths, released = :released

@@ -4,28 +4,34 @@ Rows lie in the order of their keys, so that the rows of one session are neighbo
 the serialized message; the columns next to it are what lists search by. `labels` is explained in sqlite_tables. A
 session is known by its uid everywhere; only `session_names` finds it by its name. Rows of a session that has no row in
 `sessions` are what is left of a deleted one, or a fork or an import under way: nobody reads them.
+
+A commit costs the disk a page of each tree in which it changes a row, so what most commits change shares few trees: the
+events with the head of their session (`logs`), all that finds rows within a session (`lookups`), the runs, and one
+index over all runs.
 """
 
-VERSION = 5
+VERSION = 6
 """Number of the schema, in the file's header as user_version. Older files are converted when they are opened."""
+
+HEAD = (1 << 63) - 1
+"""The sequence of a session's head: behind every event."""
+
+IN_ORDER, BY_ID, OF_RUN = range(3)
+"""The kinds of rows in `lookups`."""
 
 SCHEMA = (
     "CREATE TABLE store (secret BLOB NOT NULL, keyed INTEGER NOT NULL DEFAULT 0)",
+    # What lists of sessions are sorted by, and what seldom changes. The session itself is its head, in `logs`.
     """CREATE TABLE sessions (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,
         session TEXT NOT NULL,
         user TEXT NOT NULL,
         agent TEXT NOT NULL,
-        activity INTEGER NOT NULL,
         display_name TEXT NOT NULL,
         create_time INTEGER NOT NULL,
-        update_time INTEGER NOT NULL,
         expire_time INTEGER,
         labels TEXT,
-        epoch INTEGER NOT NULL,
-        commits TEXT,
-        body BLOB NOT NULL,
         PRIMARY KEY (tenant, uid)
     ) WITHOUT ROWID""",
     """CREATE TABLE session_names (
@@ -45,8 +51,9 @@ SCHEMA = (
     "CREATE INDEX sessions_by_time ON sessions (tenant, create_time, uid)",
     "CREATE INDEX sessions_by_user ON sessions (tenant, user, create_time, uid)",
     "CREATE INDEX sessions_by_expiry ON sessions (expire_time, tenant, uid) WHERE expire_time IS NOT NULL",
-    # `message`, `run` and `step` are of events that added a message, and NULL in others.
-    """CREATE TABLE events (
+    # A session's events and, behind the last of them and so on its page, its head: the session, which every commit
+    # changes. `message`, `run` and `step` are of events that added a message, the last four columns of the head.
+    """CREATE TABLE logs (
         tenant TEXT NOT NULL,
         uid TEXT NOT NULL,
         sequence INTEGER NOT NULL,
@@ -55,12 +62,41 @@ SCHEMA = (
         run TEXT,
         step TEXT,
         body BLOB NOT NULL,
+        activity INTEGER,
+        update_time INTEGER,
+        epoch INTEGER,
+        commits TEXT,
         PRIMARY KEY (tenant, uid, sequence)
     ) WITHOUT ROWID""",
+    f"""CREATE VIEW events AS
+        SELECT tenant, uid, sequence, tells_past, message, run, step, body FROM logs WHERE sequence < {HEAD}""",
+    f"""CREATE VIEW heads AS
+        SELECT tenant, uid, activity, update_time, epoch, commits, body FROM logs WHERE sequence = {HEAD}""",
     # What a state was is told by the few events that changed it or rewound.
-    "CREATE INDEX events_of_past ON events (tenant, uid, sequence) WHERE tells_past = 1",
-    "CREATE INDEX messages_in_order ON events (tenant, uid, sequence) WHERE message IS NOT NULL",
-    "CREATE UNIQUE INDEX messages_by_id ON events (tenant, uid, message) WHERE message IS NOT NULL",
+    "CREATE INDEX events_of_past ON logs (tenant, uid, sequence) WHERE tells_past = 1",
+    # Finds rows within a session as three indexes would, each a tree of its own; here a small session has one page of
+    # them. A message has two rows, whose keys are its sequence (IN_ORDER) and its id, which no other has (BY_ID), a run
+    # one, whose key is its create_time (OF_RUN): `sequence` and `run` say where each is. Triggers add and remove these
+    # rows, as SQLite does the entries of an index.
+    """CREATE TABLE lookups (
+        tenant TEXT NOT NULL,
+        uid TEXT NOT NULL,
+        kind INTEGER NOT NULL,
+        key NOT NULL,
+        run TEXT NOT NULL,
+        sequence INTEGER,
+        PRIMARY KEY (tenant, uid, kind, key, run)
+    ) WITHOUT ROWID""",
+    f"""CREATE TRIGGER lookups_of_messages AFTER INSERT ON logs WHEN new.message IS NOT NULL BEGIN
+        INSERT INTO lookups VALUES (new.tenant, new.uid, {IN_ORDER}, new.sequence, '', new.sequence);
+        INSERT INTO lookups VALUES (new.tenant, new.uid, {BY_ID}, new.message, '', new.sequence);
+    END""",
+    f"""CREATE TRIGGER lookups_of_deleted_messages AFTER DELETE ON logs WHEN old.message IS NOT NULL BEGIN
+        DELETE FROM lookups WHERE tenant = old.tenant AND uid = old.uid
+            AND kind = {IN_ORDER} AND key = old.sequence AND run = '';
+        DELETE FROM lookups WHERE tenant = old.tenant AND uid = old.uid
+            AND kind = {BY_ID} AND key = old.message AND run = '';
+    END""",
     # A message is the event that added it, until something changes it and it gets a body of its own.
     """CREATE TABLE changed_messages (
         tenant TEXT NOT NULL,
@@ -104,13 +140,19 @@ SCHEMA = (
         deaths INTEGER NOT NULL,
         released INTEGER NOT NULL,
         body BLOB NOT NULL,
+        unended INTEGER AS (revision IS NOT NULL),
         PRIMARY KEY (tenant, uid, run)
     ) WITHOUT ROWID""",
-    "CREATE INDEX runs_by_time ON runs (tenant, create_time, uid, run)",
-    "CREATE INDEX runs_by_session ON runs (tenant, uid, create_time, run)",
-    # Runs that have not ended, in the order in which they are listed over all sessions: few among many, and asked for
-    # often.
-    "CREATE INDEX unended_runs ON runs (tenant, create_time, uid, run) WHERE revision IS NOT NULL",
+    f"""CREATE TRIGGER lookups_of_runs AFTER INSERT ON runs BEGIN
+        INSERT INTO lookups VALUES (new.tenant, new.uid, {OF_RUN}, new.create_time, new.run, NULL);
+    END""",
+    f"""CREATE TRIGGER lookups_of_deleted_runs AFTER DELETE ON runs BEGIN
+        DELETE FROM lookups WHERE tenant = old.tenant AND uid = old.uid
+            AND kind = {OF_RUN} AND key = old.create_time AND run = old.run;
+    END""",
+    # The order in which runs are listed over all sessions, twice: of those that have ended, and behind them of the few
+    # that have not, which are asked for often.
+    "CREATE INDEX runs_by_time ON runs (unended, tenant, create_time, uid, run)",
     # The agents of those whose agent is no revision as it is stored, such as one that the start has changed.
     """CREATE TABLE run_agents (
         tenant TEXT NOT NULL,

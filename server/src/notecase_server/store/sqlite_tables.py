@@ -41,7 +41,7 @@ from notecase_server.store.contract import (
 )
 from notecase_server.store.fold import ENDED
 from notecase_server.store.lists import LABELS, OPERATORS, Found, Labelled, check_column, column
-from notecase_server.store.sqlite_schema import VERSION
+from notecase_server.store.sqlite_schema import BY_ID, HEAD, IN_ORDER, OF_RUN, VERSION
 from notecase_server.store.stretches import Stretch, marked
 from notecase_server.store.tables import (
     Applied,
@@ -64,6 +64,9 @@ _COMMITS = msgspec.json.Decoder(tuple[CommitRow, ...])
 
 Bound = str | int | bytes | None
 
+_Head = tuple[int, int | str, int, str | None, bytes]
+"""The columns of a session's head, the last of which is its body."""
+
 SAVED_SESSIONS, SAVED_BYTES = 256, 16 << 10
 """Sessions whose rows are kept for their next commit, and how large those of one may be."""
 
@@ -71,7 +74,7 @@ INSERTED = 16
 """Rows that one statement adds at most, so that there are few of such statements to compile."""
 
 SESSION_ROWS = (
-    ("events", "sequence", "length(body)"),
+    ("logs", "sequence", "length(body)"),
     ("changed_messages", "sequence", "length(body)"),
     ("stretches", "after", "0"),
     ("calls", "call_id", "0"),
@@ -101,17 +104,21 @@ TENANT_ROWS = (
 )
 """The tables that hold rows of a tenant outside of its sessions, content left out; with each, how a row is found."""
 
-SESSION_CHANGES = tuple(name for name in SESSION_COLUMNS if name not in {"user", "create_time"})
-"""The columns that change: setting one of an index costs a rewrite of the index, changed or not."""
+ONE_SESSION = "SELECT body, epoch, commits FROM heads WHERE tenant = ? AND uid = ?"
 
-ONE_SESSION = "SELECT body, epoch, commits FROM sessions WHERE tenant = ? AND uid = ?"
+ADD_SESSION = """INSERT INTO sessions
+    (tenant, uid, session, user, create_time, agent, display_name, expire_time, labels)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 
-ADD_SESSION = f"""INSERT INTO sessions
-    (tenant, uid, session, {", ".join(SESSION_COLUMNS)}, expire_time, labels, epoch, commits, body)
-    VALUES (?, ?, ?{", ?" * len(SESSION_COLUMNS)}, ?, ?, ?, ?, ?)"""
+PUT_SESSION = """UPDATE sessions SET agent = ?, display_name = ?, expire_time = ?, labels = ?
+    WHERE tenant = ? AND uid = ?"""
+"""User and create_time stay: setting a column of an index costs a rewrite of the index, changed or not."""
 
-PUT_SESSION = f"""UPDATE sessions SET {", ".join(f"{name} = ?" for name in SESSION_CHANGES)},
-    expire_time = ?, labels = ?, epoch = ?, commits = ?, body = ? WHERE tenant = ? AND uid = ?"""
+ADD_HEAD = f"""INSERT INTO logs (tenant, uid, sequence, tells_past, activity, update_time, epoch, commits, body)
+    VALUES (?, ?, {HEAD}, 0, ?, ?, ?, ?, ?)"""
+
+PUT_HEAD = f"""UPDATE logs SET activity = ?, update_time = ?, epoch = ?, commits = ?, body = ?
+    WHERE tenant = ? AND uid = ? AND sequence = {HEAD}"""
 
 ADD_RUN = f"""INSERT INTO runs (tenant, uid, run, {", ".join(RUN_COLUMNS)}, labels, first_sequence, last_sequence,
     digest, revision, deaths, released, body) VALUES (?, ?, ?{", ?" * len(RUN_COLUMNS)}, ?, ?, ?, ?, {{}}, 0, 0, ?)"""
@@ -135,17 +142,20 @@ REWIND = """(SELECT iif(s.until > e.sequence, s.sequence, NULL) FROM stretches s
 
 CHANGED = "LEFT JOIN changed_messages c ON c.tenant = e.tenant AND c.uid = e.uid AND c.sequence = e.sequence"
 
-MESSAGES = f"""SELECT e.sequence, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND}
-    FROM events e INDEXED BY messages_in_order {CHANGED} WHERE e.message IS NOT NULL AND e.tenant = ? AND e.uid = ?"""
+FOUND = f"CROSS JOIN logs e ON e.tenant = l.tenant AND e.uid = l.uid AND e.sequence = l.sequence {CHANGED}"
+"""The event of a lookup, and the message that it has become. CROSS keeps the lookups the outer loop."""
+
+MESSAGES = f"""SELECT e.sequence, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND} FROM lookups l {FOUND}
+    WHERE l.kind = {IN_ORDER} AND l.tenant = ? AND l.uid = ?"""
 """Of each its own body, or where it has none the event's."""
 
 IN_FORCE = f"{MESSAGES.replace(REWIND, 'NULL', 1)} AND {REWIND} IS NULL"
 """As MESSAGES, of those that no rewind left behind."""
 
-MESSAGE = f"{MESSAGES.replace('messages_in_order', 'messages_by_id')} AND e.message = ?"
+MESSAGE = f"{MESSAGES.replace(f'kind = {IN_ORDER}', f'kind = {BY_ID}')} AND l.key = ?"
 
 CHANGED_MESSAGES = f"""SELECT e.sequence, c.body, NULL, {REWIND} FROM changed_messages c
-    JOIN events e ON e.tenant = c.tenant AND e.uid = c.uid AND e.sequence = c.sequence
+    JOIN logs e ON e.tenant = c.tenant AND e.uid = c.uid AND e.sequence = c.sequence
     WHERE c.tenant = ? AND c.uid = ? AND c.sequence <= ? AND c.update_sequence > ?"""
 
 KEPT: Mapping[Kept, str] = {
@@ -159,14 +169,13 @@ KEPT: Mapping[Kept, str] = {
         + coalesce((SELECT sum(size) FROM uploads WHERE tenant = ?1 AND sha256 = ''), 0)""",
 }
 CALLS = f"""SELECT t.call_id, e.sequence, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND} FROM calls t
-    CROSS JOIN events e INDEXED BY messages_by_id
-        ON e.message IS NOT NULL AND e.tenant = t.tenant AND e.uid = t.uid AND e.message = t.message
-    {CHANGED} WHERE t.tenant = ? AND t.uid = ?"""
+    CROSS JOIN lookups l ON l.kind = {BY_ID} AND l.tenant = t.tenant AND l.uid = t.uid AND l.key = t.message
+    {FOUND} WHERE t.tenant = ? AND t.uid = ?"""
 """With their messages. CROSS keeps the calls the outer loop."""
 
 NAMED_MESSAGES = f"""SELECT e.uid, e.message, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND}
-    FROM json_each(?) n CROSS JOIN events e INDEXED BY messages_by_id ON e.message IS NOT NULL AND e.tenant = ?
-        AND e.uid = json_extract(n.value, '$[0]') AND e.message = json_extract(n.value, '$[1]') {CHANGED}"""
+    FROM json_each(?) n CROSS JOIN lookups l ON l.kind = {BY_ID} AND l.tenant = ?
+        AND l.uid = json_extract(n.value, '$[0]') AND l.key = json_extract(n.value, '$[1]') {FOUND}"""
 """CROSS keeps the names the outer loop."""
 
 
@@ -196,8 +205,8 @@ COPIES = (
         *(":tenant, 'session', :uid, '', sha256, sequence", "sequence <= :at"),
     ),
     _Copied(
-        *("events", f"{OF_SOURCE} AND sequence <= :at", "sequence", 0, "length(body)"),
-        ":tenant, :uid, sequence, tells_past, message, run, step, body",
+        *("logs", f"{OF_SOURCE} AND sequence <= :at", "sequence", 0, "length(body)"),
+        ":tenant, :uid, sequence, tells_past, message, run, step, body, NULL, NULL, NULL, NULL",
     ),
     _Copied(
         *("stretches", OF_SOURCE, "after", -1, "0"),
@@ -209,8 +218,8 @@ COPIES = (
     ),
     _Copied(
         *("calls", OF_SOURCE, "call_id", "", "0", ":tenant, :uid, call_id, message"),
-        """EXISTS (SELECT 1 FROM events e INDEXED BY messages_by_id WHERE e.tenant = calls.tenant AND e.uid = calls.uid
-            AND e.message = calls.message AND e.message IS NOT NULL AND e.sequence <= :at)""",
+        f"""EXISTS (SELECT 1 FROM lookups l WHERE l.tenant = calls.tenant AND l.uid = calls.uid AND l.kind = {BY_ID}
+            AND l.key = calls.message AND l.sequence <= :at)""",
     ),
     _Copied(
         *("runs", OF_SOURCE, "run", "", "length(body)"),
@@ -226,20 +235,33 @@ loop."""
 NAMED = "coalesce(:agent, s.agent)"
 AT = f"instr({NAMED} || '@', '@')"
 
-START = f"""SELECT s.body, r.body FROM (SELECT 1)
+START = f"""SELECT h.body, r.body FROM (SELECT 1)
     LEFT JOIN session_names n ON n.tenant = :tenant AND n.session = :session
+    LEFT JOIN heads h ON h.tenant = :tenant AND h.uid = n.uid
     LEFT JOIN sessions s ON s.tenant = :tenant AND s.uid = n.uid
     LEFT JOIN agents a ON a.tenant = :tenant AND a.agent = substr({NAMED}, 8, {AT} - 8)
     LEFT JOIN revisions r ON r.tenant = :tenant AND r.agent = a.agent
         AND r.revision = coalesce(nullif(substr({NAMED}, {AT} + 1) + 0, 0), a.revision)"""
 """A session, and the agent that is named, or if none is the session's: both as `agents/ID` or `agents/ID@REVISION`."""
 
+RUN = "r.body, (SELECT session FROM sessions s WHERE s.tenant = r.tenant AND s.uid = r.uid)"
+"""With the name of its session."""
+
+SESSION_RUNS = f"""SELECT l.key AS create_time, l.uid AS uid, l.run AS run, {RUN} FROM lookups l
+    CROSS JOIN runs r ON r.tenant = l.tenant AND r.uid = l.uid AND r.run = l.run
+    WHERE l.kind = {OF_RUN} AND l.tenant = ? AND l.uid = ?"""
+
+UNENDED_RUNS = f"""SELECT r.create_time AS create_time, r.uid AS uid, r.run AS run, {RUN}
+    FROM runs r INDEXED BY runs_by_time WHERE r.unended = 1 AND r.tenant = ?"""
+
+ENDED_RUNS = UNENDED_RUNS.replace("unended = 1", "unended = 0")
+
 PUT_RUN = "last_sequence = ?, body = ? WHERE tenant = ? AND uid = ? AND run = ?"
 
 RETIRE = """INSERT INTO retired_revisions (tenant, agent, revision, uses, body)
     SELECT v.tenant, v.agent, v.revision, u.uses, v.body FROM
-        (SELECT revision, count(*) AS uses FROM runs INDEXED BY unended_runs
-            WHERE revision > 0 AND tenant = :tenant AND agent = 'agents/' || :agent GROUP BY revision) u
+        (SELECT revision, count(*) AS uses FROM runs INDEXED BY runs_by_time
+            WHERE unended = 1 AND revision > 0 AND tenant = :tenant AND agent = 'agents/' || :agent GROUP BY revision) u
         CROSS JOIN revisions v ON v.tenant = :tenant AND v.agent = :agent AND v.revision = u.revision"""
 
 AGENTS = """SELECT a.agent, r.body FROM agents a
@@ -250,18 +272,19 @@ AGENTS = """SELECT a.agent, r.body FROM agents a
 LOOSE_BLOBS = """SELECT tenant, sha256 FROM blobs b WHERE upload_time < ? AND NOT EXISTS
     (SELECT 1 FROM blob_references r WHERE r.tenant = b.tenant AND r.sha256 = b.sha256)"""
 
-ACTIVE_RUN = """SELECT r.tenant, s.session, r.uid, r.body, coalesce(o.body, v.body, t.body), s.epoch, r.deaths,
+ACTIVE_RUN = """SELECT r.tenant, s.session, r.uid, r.body, coalesce(o.body, v.body, t.body), h.epoch, r.deaths,
     r.released FROM runs r JOIN sessions s ON s.tenant = r.tenant AND s.uid = r.uid
+    JOIN heads h ON h.tenant = r.tenant AND h.uid = r.uid
     LEFT JOIN run_agents o ON o.tenant = r.tenant AND o.uid = r.uid AND o.run = r.run
     LEFT JOIN revisions v ON v.tenant = r.tenant AND v.agent = substr(r.agent, 8) AND v.revision = r.revision
     LEFT JOIN retired_revisions t ON t.tenant = r.tenant AND t.agent = substr(r.agent, 8) AND t.revision = r.revision
-    WHERE r.revision IS NOT NULL"""
+    WHERE r.unended = 1"""
 
-ACTIVE_RUNS = ACTIVE_RUN.replace("runs r JOIN", "runs r INDEXED BY unended_runs CROSS JOIN")
+ACTIVE_RUNS = ACTIVE_RUN.replace("runs r JOIN", "runs r INDEXED BY runs_by_time CROSS JOIN")
 """CROSS keeps the runs the outer loop."""
 
 IDLE_RUNS = f"""{ACTIVE_RUNS} AND (r.state = {v1.Run.STATE_RUNNING}
-    OR (r.state = {v1.Run.STATE_QUEUED} AND s.activity = {v1.Session.ACTIVITY_IDLE}))"""
+    OR (r.state = {v1.Run.STATE_QUEUED} AND h.activity = {v1.Session.ACTIVITY_IDLE}))"""
 
 
 def _active_run(
@@ -323,7 +346,13 @@ class SqliteTables(Saving):
 
     def save(self, changes: Changes) -> None:
         key = changes.key
-        body = (self._add_session if changes.made else self._put_session)(key, changes.session)
+        head = _head(changes.session)
+        if changes.made:
+            self._add_session(key, changes.session.session, head)
+        else:
+            self._put_head(key, head)
+        if changes.expiry_moved:
+            self._put_listed(key, changes.session.session)
         self.add_events(key, changes.events)
         if changes.command is not None:
             self.add_command(key, *changes.command)
@@ -351,6 +380,7 @@ class SqliteTables(Saving):
             self.refer(key.state, "", sha256, sequence)
         for name in changes.ended:
             del runs[name]
+        body = head[-1]
         if len(body) + sum(map(len, runs.values())) <= SAVED_BYTES:
             self._saved[_of(key)] = _Saved(body, changes.session.epoch, changes.session.commits, runs)
             if len(self._saved) > SAVED_SESSIONS:
@@ -421,7 +451,7 @@ class SqliteTables(Saving):
         return _session(*row) if row else None
 
     def session_of_name(self, tenant: str, session: str) -> SessionRow | None:
-        uid = "(SELECT uid FROM session_names n WHERE n.tenant = sessions.tenant AND n.session = ?)"
+        uid = "(SELECT uid FROM session_names n WHERE n.tenant = heads.tenant AND n.session = ?)"
         row = self._one(ONE_SESSION.replace("uid = ?", f"uid = {uid}"), tenant, session)
         return _session(*row) if row else None
 
@@ -431,35 +461,35 @@ class SqliteTables(Saving):
             row = SessionRow(v1.Session.FromString(saved.body), saved.epoch, saved.commits)
             return row, {name: v1.Run.FromString(saved.runs[name]) for name in runs}
         rows = self._execute(
-            f"""SELECT s.body, s.epoch, s.commits, r.body FROM sessions s LEFT JOIN runs r
-                ON r.tenant = s.tenant AND r.uid = s.uid AND r.run IN ({_marks(runs)})
-                WHERE s.tenant = ? AND s.uid = ?""",
+            f"""SELECT h.body, h.epoch, h.commits, r.body FROM heads h LEFT JOIN runs r
+                ON r.tenant = h.tenant AND r.uid = h.uid AND r.run IN ({_marks(runs)})
+                WHERE h.tenant = ? AND h.uid = ?""",
             (*runs, *_of(key)),
         ).fetchall()
         found = [v1.Run.FromString(body) for *_, body in rows if body is not None]
         return (_session(*rows[0][:3]), {run.name: run for run in found}) if rows else None
 
     def add_session(self, key: SessionKey, row: SessionRow) -> None:
-        self._add_session(key, row)
+        self._add_session(key, row.session, _head(row))
 
-    def _add_session(self, key: SessionKey, row: SessionRow) -> bytes:
-        columns = (column(row.session, name) for name in SESSION_COLUMNS)
-        body = row.session.SerializeToString()
-        self._execute(ADD_SESSION, (key.tenant, key.uid, key.session, *columns, *_kept(row), body))
+    def _add_session(self, key: SessionKey, session: v1.Session, head: _Head) -> None:
+        columns = key.session, session.user, column(session, "create_time")
+        self._execute(ADD_SESSION, (*_of(key), *columns, *_listed(session)))
         self._execute(
             "INSERT INTO session_names (tenant, session, uid) VALUES (?, ?, ?)", (key.tenant, key.session, key.uid)
         )
-        return body
+        self._execute(ADD_HEAD, (*_of(key), *head))
 
     def put_session(self, key: SessionKey, row: SessionRow) -> None:
-        self._put_session(key, row)
+        self._put_head(key, _head(row))
+        self._put_listed(key, row.session)
 
-    def _put_session(self, key: SessionKey, row: SessionRow) -> bytes:
+    def _put_head(self, key: SessionKey, head: _Head) -> None:
         self._saved.pop(_of(key), None)
-        columns = (column(row.session, name) for name in SESSION_CHANGES)
-        body = row.session.SerializeToString()
-        self._execute(PUT_SESSION, (*columns, *_kept(row), body, key.tenant, key.uid))
-        return body
+        self._execute(PUT_HEAD, (*head, *_of(key)))
+
+    def _put_listed(self, key: SessionKey, session: v1.Session) -> None:
+        self._execute(PUT_SESSION, (*_listed(session), *_of(key)))
 
     def delete_session(self, key: SessionKey) -> None:
         self.deleted = True
@@ -470,6 +500,7 @@ class SqliteTables(Saving):
             _of(key),
         )
         self._execute("DELETE FROM sessions WHERE tenant = ? AND uid = ?", _of(key))
+        self._execute(f"DELETE FROM logs WHERE tenant = ? AND uid = ? AND sequence = {HEAD}", _of(key))
         self._execute("DELETE FROM session_names WHERE tenant = ? AND session = ? AND uid = ?", key)
 
     def deleted_sessions(self, tenant: str | None, user: str, limit: int) -> list[Scope]:
@@ -565,7 +596,7 @@ class SqliteTables(Saving):
     def sessions(self, tenant: str, query: Query) -> Iterator[Found[v1.Session]]:
         where, values = _where(query, SESSION_COLUMNS, "(create_time, uid) < (?, ?)")
         rows = self._execute(
-            f"""SELECT create_time, uid, body FROM sessions WHERE tenant = ?{where}
+            f"""SELECT create_time, uid, body FROM sessions CROSS JOIN heads USING (tenant, uid) WHERE tenant = ?{where}
                 ORDER BY create_time DESC, uid DESC LIMIT ?""",
             (tenant, *values, query.limit + 1),
         )
@@ -577,7 +608,7 @@ class SqliteTables(Saving):
             (*_of(key), event.sequence, event.tells_past, *(event.message or (None, None, None)), event.body)
             for event in events
         ]
-        self._insert("events (tenant, uid, sequence, tells_past, message, run, step, body)", rows)
+        self._insert("logs (tenant, uid, sequence, tells_past, message, run, step, body)", rows)
 
     def events(self, key: SessionKey, after: int, limit: int) -> Iterator[Found[v1.Event]]:
         rows = self._execute(
@@ -590,7 +621,7 @@ class SqliteTables(Saving):
 
     def changes(self, key: SessionKey, after: int, until: int) -> Iterator[v1.Event]:
         rows = self._execute(
-            """SELECT body FROM events INDEXED BY events_of_past WHERE tells_past = 1
+            """SELECT body FROM logs INDEXED BY events_of_past WHERE tells_past = 1
                 AND tenant = ? AND uid = ? AND sequence > ? AND sequence <= ? ORDER BY sequence""",
             (*_of(key), after, until),
         )
@@ -642,12 +673,12 @@ class SqliteTables(Saving):
                 *_of(key),
                 step.run,
             )
-            statement += " AND e.run = ? AND e.step = ? AND e.sequence BETWEEN ? AND ?"
+            statement += " AND e.run = ? AND e.step = ? AND l.key BETWEEN ? AND ?"
             values += [*step, *(bounds or (0, 0))]
         if query.after is not None:
-            statement += f" AND e.sequence {'<' if newest_first else '>'} ?"
+            statement += f" AND l.key {'<' if newest_first else '>'} ?"
             values += query.after
-        statement += f" ORDER BY e.sequence{' DESC' if newest_first else ''} LIMIT ?"
+        statement += f" ORDER BY l.key{' DESC' if newest_first else ''} LIMIT ?"
         for sequence, own, event, rewind in self._execute(statement, (*values, query.limit + 1)):
             yield Found((sequence,), _message(own, event, rewind), len(own or event))
 
@@ -737,17 +768,18 @@ class SqliteTables(Saving):
     def runs(
         self, tenant: str, session: SessionKey | None, query: Query, user: str
     ) -> Iterator[tuple[SessionKey, Found[v1.Run]]]:
-        where, values = _where(query, RUN_COLUMNS, "(create_time, uid, run) < (?, ?, ?)")
-        source, place = ("runs INDEXED BY runs_by_session", " AND uid = ?") if session else ("runs", "")
+        if session is not None:
+            selects, place = [SESSION_RUNS], [tenant, session.uid]
+            where, values = _where(query, RUN_COLUMNS, "(l.key, l.uid, l.run) < (?, ?, ?)")
+        else:
+            selects, place = [UNENDED_RUNS] if _is_unended(query.where) else [UNENDED_RUNS, ENDED_RUNS], [tenant]
+            where, values = _where(query, RUN_COLUMNS, "(r.create_time, r.uid, r.run) < (?, ?, ?)")
         whose = " AND s.user = ?" if user else ""
-        if session is None and _is_unended(query.where):
-            source, place = "runs INDEXED BY unended_runs", " AND revision IS NOT NULL"
+        where += f" AND EXISTS (SELECT 1 FROM sessions s WHERE s.tenant = r.tenant AND s.uid = r.uid{whose})"
         rows = self._execute(
-            f"""SELECT create_time, uid, run, body, (SELECT session FROM sessions s
-                    WHERE s.tenant = runs.tenant AND s.uid = runs.uid) FROM {source} WHERE tenant = ?{place}{where}
-                AND EXISTS (SELECT 1 FROM sessions s WHERE s.tenant = runs.tenant AND s.uid = runs.uid{whose})
+            f"""{" UNION ALL ".join(select + where for select in selects)}
                 ORDER BY create_time DESC, uid DESC, run DESC LIMIT ?""",
-            (tenant, *([session.uid] if session else []), *values, *([user] if user else []), query.limit + 1),
+            (*(*place, *values, *([user] if user else [])) * len(selects), query.limit + 1),
         )
         for create_time, uid, run, body, name in rows:
             found = Found((create_time, uid, run), v1.Run.FromString(body), len(body))
@@ -1168,10 +1200,15 @@ def _of(key: SessionKey) -> tuple[str, str]:
     return key.tenant, key.uid
 
 
-def _kept(row: SessionRow) -> tuple[Bound, ...]:
-    """The columns of a session that no list is filtered by, but for its body."""
+def _listed(session: v1.Session) -> tuple[Bound, ...]:
+    """The columns of a session that change seldom."""
+    return session.agent, session.display_name, _expire_time(session), _labels(session)
+
+
+def _head(row: SessionRow) -> _Head:
     commits = msgspec.json.encode(row.commits).decode() if row.commits else None
-    return _expire_time(row.session), _labels(row.session), row.epoch, commits
+    session = row.session
+    return session.activity, column(session, "update_time"), row.epoch, commits, session.SerializeToString()
 
 
 def _session(body: bytes, epoch: int, commits: str | None) -> SessionRow:

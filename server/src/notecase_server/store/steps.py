@@ -118,13 +118,15 @@ class _Before(NamedTuple):
     versions: Mapping[Scope, int]
     keys: Mapping[Scope, int]
     """How many of those it names each state had."""
+    expire_time: int
 
     @classmethod
     def of(cls, rows: fold.Rows) -> Self:
         """Takes note of rows as they were loaded."""
         runs = {name: run.state for name, run in rows.runs.items()}
         keys = {scope: _existing(entries) for scope, entries in rows.state.items()}
-        return cls(runs, set(rows.messages), set(rows.calls), dict(rows.versions), keys)
+        expire_time = rows.session.expire_time.ToMicroseconds()
+        return cls(runs, set(rows.messages), set(rows.calls), dict(rows.versions), keys, expire_time)
 
     def changes(self, rows: fold.Rows, commit: Commit, done: Committed, commits: tuple[CommitRow, ...]) -> Changes:
         """Returns what the commit writes once `fold.apply` has taken place, but for what only the tables can tell.
@@ -145,6 +147,7 @@ class _Before(NamedTuple):
             key=commit.key,
             session=SessionRow(rows.session, rows.epoch, commits),
             made=commit.create is not None,
+            expiry_moved=commit.create is None and rows.session.expire_time.ToMicroseconds() != self.expire_time,
             events=events,
             messages=[message for name, message in rows.messages.items() if name not in self.messages],
             changed_messages=[message for name, message in rows.messages.items() if name in self.messages],

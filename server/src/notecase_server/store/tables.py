@@ -130,6 +130,8 @@ class Changes:
     session: SessionRow
     made: bool
     """The session is new."""
+    expiry_moved: bool
+    """The session was there, and its expire_time is another than before."""
     events: Sequence[EventRow]
     messages: Sequence[v1.Message]
     """New ones."""
