@@ -121,7 +121,7 @@ async def test_a_store_in_use_is_never_replaced(spawned: Spawned, tmp_path: Path
 @pytest.mark.parametrize(
     ("url", "told"),
     [
-        ("memory:", "Error: 'memory:' is no store with a file; want sqlite:PATH.\n"),
+        ("memory:", "Error: 'memory:' is not a store in a file; write sqlite:PATH.\n"),
         ("sqlite:{}/none.db", "Error: There is no store at {}/none.db.\n"),
         ("sqlite:{}/text.db", "Error: {}/text.db is not a SQLite database. Choose another path.\n"),
     ],
