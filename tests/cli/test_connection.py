@@ -96,11 +96,11 @@ async def test_what_cannot_be_sent_is_told_before_it_is(tmp_path: Path) -> None:
         (("sessions", "list", "--ca", none), {}, unread),
         (("sessions", "list"), {"NOTECASE_CA": none}, unread),
         (("health",), {"NOTECASE_CA": none}, unread),
-        (("sessions", "list", "--token", "two words"), {}, "the token is empty, or holds what no token does"),
+        (("sessions", "list", "--token", "two words"), {}, "the token is empty or contains a space"),
         (
             ("sessions", "list", "--server", "192.0.2.1:7420", "--plaintext"),
             {"NOTECASE_TOKEN": "secret-1"},
-            "NOTECASE_TOKEN would go to 192.0.2.1:7420 in plain text",
+            "NOTECASE_TOKEN would be sent to 192.0.2.1:7420 in plain text",
         ),
     ):
         done = await notecase(*arguments, env=env)

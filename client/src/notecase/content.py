@@ -36,7 +36,7 @@ class Contents:
             media_type = media_type or _media_type(path)
             filename = filename or path.name
         if not media_type:
-            raise ValueError("say which media_type the content has, for example application/pdf")
+            raise ValueError("pass the media_type of the content, for example application/pdf")
         first = v1.UploadBlobRequest(
             blob=v1.Blob(media_type=media_type, filename=filename), upload_id=upload_id or uuid.uuid4().hex
         )

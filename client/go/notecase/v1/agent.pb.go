@@ -145,7 +145,7 @@ type Agent struct {
 	Name        string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	DisplayName string `protobuf:"bytes,2,opt,name=display_name,json=displayName,proto3" json:"display_name,omitempty"`
 	Description string `protobuf:"bytes,3,opt,name=description,proto3" json:"description,omitempty"`
-	// 5 to 8 are kept for other kinds.
+	// Set aside: 5 to 8 for other kinds.
 	//
 	// Types that are valid to be assigned to Kind:
 	//

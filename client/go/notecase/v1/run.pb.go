@@ -2067,7 +2067,7 @@ func (x *GoAway) GetReason() string {
 // always be recovered from the log.
 type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// 7 is kept for the step of the run, 8 and 9 for more about any event, 25 to 39 for payloads that are stored.
+	// Set aside: 7 for the step of the run, 8 and 9 for more about any event, 25 to 39 for payloads that are stored.
 	// Payloads from 40 on are transient.
 	Sequence int64 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	// sessions/{session}/runs/{run}. Empty when the event belongs to no run.

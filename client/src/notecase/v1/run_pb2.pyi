@@ -1083,7 +1083,7 @@ class Event(_message.Message):
     BLOCK_DELTA_FIELD_NUMBER: _builtins.int
     MESSAGE_DISCARDED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """7 is kept for the step of the run, 8 and 9 for more about any event, 25 to 39 for payloads that are stored.
+    """Set aside: 7 for the step of the run, 8 and 9 for more about any event, 25 to 39 for payloads that are stored.
     Payloads from 40 on are transient.
     """
     run: _builtins.str
