@@ -87,7 +87,7 @@ async def test_a_copy_replaces_nothing_unless_it_is_told_to(spawned: Spawned, tm
     copy.parent.mkdir()
     copy.write_text("mine")
     done = await notecase("backup", "--store", store, str(copy))
-    assert (done.code, done.err) == (1, f"Error: {copy} exists. Choose another path, or say --force to replace it.\n")
+    assert (done.code, done.err) == (1, f"Error: {copy} exists. Choose another path, or add --force to replace it.\n")
     assert copy.read_text() == "mine"
     assert (await notecase("backup", "--store", store, "--force", str(copy))).code == 0
     assert [file.name for file in copy.parent.iterdir()] == ["copy.db"]

@@ -158,7 +158,7 @@ async def test_all_that_is_wrong_is_told_at_once_and_no_secret_is(tmp_path: Path
         "limits.max_calls: This must be a whole number.",
         "provider_defaults.retry_time: -1.0 is not in the range x>=0.",
         "provider[0].key_env: The variable MISSING is not set.",
-        "provider[0].headers.authorization: This is a secret: name the variable that has it in header_env.",
+        "provider[0].headers.authorization: This is a secret: put it in a variable, and name that in header_env.",
         "provider[0].header_env.X-Other: The variable MISSING is not set.",
         "provider[0].first_timeout: This must be a number above 0.",
         "provider[0].max_concurrent: This must be a whole number of at least 0.",

@@ -227,7 +227,7 @@ async def test_what_no_log_holds_is_refused(events: list[v1.Event], rows: int) -
 async def test_what_is_no_record_is_refused() -> None:
     assert "does not begin with its header" in await problem_of(made_of(numbered(said("m1"))))
     body = b"notecase\2" + framed(b"\xff\xff\xff") + b"\0"
-    assert "does not decode" in await problem_of(body + hashlib.sha256(body).digest())
+    assert "cannot be decoded" in await problem_of(body + hashlib.sha256(body).digest())
 
 
 async def test_a_file_is_read_in_pieces_by_few_steps_of_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:

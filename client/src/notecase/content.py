@@ -96,7 +96,7 @@ class Contents:
                 if error.reason != "WATCHER_TOO_SLOW":
                     await backoff.wait(error)
         if digest is not None and name != f"blobs/{digest.hexdigest()}":
-            problem = "The content that came has another SHA-256 than its name says."
+            problem = "The received content does not have the SHA-256 in its name."
             raise NotecaseError(grpc.StatusCode.DATA_LOSS, "BLOB_CORRUPT", problem)
 
 
