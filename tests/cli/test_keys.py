@@ -100,7 +100,7 @@ async def test_an_operators_first_key_makes_keys_of_a_tenant(tmp_path: Path) -> 
     assert KEY.fullmatch(made.out)
     assert "created the tenant acme, which did not exist\n" in made.err
     again = await notecase("keys", "create", "--tenant", "acme", "--role", "admin", env=env)
-    assert (0, False) == (again.code, "made the tenant" in again.err)
+    assert (0, False) == (again.code, "created the tenant" in again.err)
     listed = await notecase("keys", "list", "--tenant", "acme", env=env)
     assert 3 == len(listed.out.splitlines())
     assert 0 == (await notecase("sessions", "list", env={**env, "NOTECASE_TOKEN": made.out.strip()})).code

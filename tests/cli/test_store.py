@@ -52,7 +52,7 @@ async def test_the_store_of_a_configuration_file_is_taken_unless_an_option_names
     first = await notecase("keys", "bootstrap", "--config", str(file))
     assert f"created a new store at {tmp_path / 'filed.db'}\n" in first.err
     again = await notecase("keys", "bootstrap", env=env)
-    assert (0, False) == (again.code, "made a new store" in again.err)
+    assert (0, False) == (again.code, "created a new store" in again.err)
     assert (
         f"created a new store at {tmp_path / 'other.db'}\n"
         in (await notecase("keys", "bootstrap", "--store", other, env=env)).err

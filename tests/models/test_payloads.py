@@ -677,7 +677,7 @@ FAILURES: dict[str, tuple[bytes, Came]] = {
     "what is not JSON": (
         HI + b"data: oops\n\n" + END,
         failed(
-            MODEL_ERROR, "The model provider sent something that is no part of a Chat Completions reply.", text=SAID
+            MODEL_ERROR, "The model provider sent something that is not part of a Chat Completions reply.", text=SAID
         ),
     ),
 }

@@ -720,12 +720,12 @@ async def test_a_user_who_may_create_nothing_is_told_so(clock: ManualClock) -> N
     ("url", "told"),
     [
         ("postgresql://ada:a-secret@127.0.0.1:1/cases", "postgresql://127.0.0.1:1/cases cannot be reached"),
-        ("postgresql://ada:a-secret@127.0.0.1:port/cases", "is no URL of a PostgreSQL database"),
+        ("postgresql://ada:a-secret@127.0.0.1:port/cases", "is not a URL of a PostgreSQL database"),
         ("postgresql://ada:a-secret@127.0.0.1:1/cases?sslmode=a-secret", "has invalid parameters"),
-        ("mysql://ada:a-secret@127.0.0.1/cases", "is no URL of a PostgreSQL database"),
-        ("postgresql://ada:9/a-secret@127.0.0.1/cases", "is no URL of a PostgreSQL database"),
-        ("postgresql://ada:p@ss#a-secret@127.0.0.1/cases", "is no URL of a PostgreSQL database"),
-        ("postgresql://ada:9?a-secret@127.0.0.1/cases", "is no URL of a PostgreSQL database"),
+        ("mysql://ada:a-secret@127.0.0.1/cases", "is not a URL of a PostgreSQL database"),
+        ("postgresql://ada:9/a-secret@127.0.0.1/cases", "is not a URL of a PostgreSQL database"),
+        ("postgresql://ada:p@ss#a-secret@127.0.0.1/cases", "is not a URL of a PostgreSQL database"),
+        ("postgresql://ada:9?a-secret@127.0.0.1/cases", "is not a URL of a PostgreSQL database"),
     ],
 )
 async def test_a_url_that_leads_nowhere_is_refused_without_its_password(

@@ -45,8 +45,8 @@ def run(
     Without TEXT, or with -, standard input is sent. Only the reply goes to standard output; everything else, such as
     the name of a new session, goes to standard error.
 
-    The exit code is 1 if the run fails or is cancelled, and 3 if it waits for a person or a caller's tool and there is
-    no terminal to ask at. Ctrl-C cancels the run.
+    The exit code is 1 if the run fails or is cancelled, and 3 if it is left waiting for a person or a caller's tool; at
+    a terminal you are asked first. Ctrl-C cancels the run.
     """
     if not text and sys.stdin.isatty():
         raise click.UsageError("Give a TEXT, or pipe one to standard input.")

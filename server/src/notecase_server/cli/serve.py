@@ -102,9 +102,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     help="Serve other machines without TLS, but only these: the proxies that terminate TLS, as comma-separated "
     "addresses and networks.",
 )
-@_flag(
-    "insecure", "Serve other machines without TLS and credentials: everybody who reaches the port may do everything."
-)
+@_flag("insecure", "Serve other machines without credentials: everybody who reaches the port may do everything.")
 @click.option(
     "--auth",
     type=click.Choice(["auto", "keys"]),

@@ -306,7 +306,8 @@ def interrupted(
         elif tool.on_interrupt == FAIL:
             events.append(finished(call, Outcome(error="Its process was lost; it may or may not have taken effect.")))
         else:
-            prompt = f"{call.tool} was running when its process was lost. Run it again, treat it as failed, or answer?"
+            wanted = "Run it again, treat it as failed, or give its result?"
+            prompt = f"{call.tool} was running when its process was lost. {wanted}"
             events.append(_request(call, v1.InputRequest.KIND_INTERRUPTED_CALL, prompt, new_id, expire, tool))
     return events
 
