@@ -150,7 +150,7 @@ func (s *Stream) attach(attached *notecasev1.Attached) {
 }
 
 // Text yields the agent's text in pieces as they arrive; joined, the pieces of one message are exactly its text. When a
-// model call is repeated, the reply starts again as a new message; "  omes between two messages. An error is the last
+// model call is repeated, the reply starts again as a new message; "\n\n" comes between two messages. An error is the last
 // pair; a run that fails ends with its *Error.
 func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 	type place struct {
