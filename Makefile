@@ -32,43 +32,43 @@ AGAINST := HEAD
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.ready ## A detective's conversation, told from start to restart
+demo: $(VENV)/.ready ## Run a detective's conversation, with a restart of the server
 	@$(BIN)/python examples/detective.py $(ARGS)
 
 serve: $(VENV)/.ready ## Start the server; ARGS="--store sqlite:notecase.db"
 	@$(BIN)/notecase serve $(ARGS)
 
-test: $(VENV)/.ready $(GENERATOR)/.ready $(if $(GO),$(TOOLS)) ## Run the tests side by side, with a seed that is printed; ARGS="-n0 -k name tests/store"
+test: $(VENV)/.ready $(GENERATOR)/.ready $(if $(GO),$(TOOLS)) ## Run the tests in parallel, and print their seed; ARGS="-n0 -k name tests/store"
 	@$(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 test-hard: $(VENV)/.ready ## Run tests/e2e with seeds 1 to 5 on a busy machine; ARGS="--seeds 1 2 -- tests/e2e/test_watch.py"
 	@$(BIN)/python -m tests.hard $(ARGS)
 
-test-kills: $(VENV)/.ready ## Kill a server after every transaction of a long fork and import, where make test takes some
+test-kills: $(VENV)/.ready ## Kill a server after each transaction of a long fork and import; make test does so after some
 	@NOTECASE_KILLS=1 $(BIN)/python -m pytest -n auto --dist worksteal --timeout 900 -k ten_thousand tests/e2e/test_copies.py $(ARGS)
 
-test-faults: $(VENV)/.ready ## Let a PostgreSQL store and its owner fail in every way, ten times, or ROUNDS=2
+test-faults: $(VENV)/.ready ## Make a PostgreSQL store and its owner fail in every way, ten times; ROUNDS=2
 	@for round in $$(seq $(or $(ROUNDS),10)); do \
 		$(BIN)/python -m pytest -n0 -q tests/e2e/test_store_owner.py tests/e2e/test_postgres_faults.py $(ARGS) || exit 1; done
 
-test-rust: $(VENV)/.ready ## Build and run the program in Rust of docs/languages.md; needs Cargo, and a minute or two the first time
+test-rust: $(VENV)/.ready ## Build and run the Rust program of docs/languages.md; needs Cargo, takes a minute or two the first time
 	@NOTECASE_RUST=1 $(BIN)/python -m pytest -n0 --timeout 900 -k rust tests/languages/test_page.py $(ARGS)
 
 test-postgresql: $(VENV)/.ready ## Run the tests of the PostgreSQL store on the server that NOTECASE_POSTGRES names, as a superuser
 	@test -n "$$NOTECASE_POSTGRES" || { echo "NOTECASE_POSTGRES must be the URL of a superuser of a PostgreSQL server." >&2; exit 1; }
 	@$(BIN)/python -m pytest -n auto --dist worksteal -k "postgres or whole_store or store_owner" tests/store tests/e2e tests/cli/test_postgresql.py $(ARGS)
 
-mutants: $(VENV)/.ready ## Break each promise in a copy: a test must notice; ARGS="rpc/watch" for some of them
+mutants: $(VENV)/.ready ## Break each promise in a copy and check that a test fails; ARGS="rpc/watch" for some promises
 	@$(BIN)/python -m tests.mutants $(ARGS)
 
-fuzz: $(VENV)/.ready ## Send whatever can be sent, seed by seed; ARGS="--seed 7 --minutes 30 --store memory"
+fuzz: $(VENV)/.ready ## Send random requests, seed by seed; ARGS="--seed 7 --minutes 30 --store memory"
 	@$(BIN)/python -m tests.fuzz $(ARGS)
 
 lint: $(VENV)/.ready ## Check the format and the style
 	@$(BIN)/ruff format --check --quiet || { $(BIN)/ruff format --diff; exit 1; }
 	@$(BIN)/ruff check
 
-format: $(VENV)/.ready ## Put the code in its format
+format: $(VENV)/.ready ## Format the code
 	@$(BIN)/ruff check --select I --fix --quiet
 	@$(BIN)/ruff format
 
@@ -81,17 +81,17 @@ proto: $(GENERATOR)/.ready $(GO_PLUGINS) ## Write the stubs of Python and Go fro
 	@if test -n "$(GO)"; then rm -f $(GO_STUBS)/*.pb.go && $(call generate-go,client/go); \
 	else echo "Go is not here: the stubs in $(GO_STUBS) stay as they are." >&2; fi
 
-proto-check: $(GENERATOR)/.ready $(GO_PLUGINS) ## Check that the stubs are what proto/ says
+proto-check: $(GENERATOR)/.ready $(GO_PLUGINS) ## Check that the stubs match proto/
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && mkdir "$$out/go" && $(call generate,"$$out") && \
 	if test -n "$(GO)"; then $(call generate-go,"$$out/go"); else echo "Go is not here: its stubs are not checked." >&2; fi && \
 	if diff -r -q -x __init__.py -x __pycache__ "$$out/notecase/v1" $(STUBS) && \
 		{ test -z "$(GO)" || diff -r -q "$$out/go/notecase/v1" $(GO_STUBS); }; then echo "The stubs are what proto/ says."; \
 	else echo "The stubs are not what proto/ says: run make proto." >&2; exit 1; fi
 
-proto-lint: $(BIN)/buf ## Check the protos' style with buf; wants Go, and two minutes the first time
+proto-lint: $(BIN)/buf ## Check the protos' style with buf; needs Go, takes two minutes the first time
 	@$(BIN)/buf lint proto && $(BIN)/buf format --diff --exit-code proto && echo "The protos pass buf."
 
-proto-breaking: $(BIN)/buf ## Tell what in proto/ breaks callers since a commit; AGAINST=v0.1.0, else the last one
+proto-breaking: $(BIN)/buf ## List breaking changes in proto/ since a commit; AGAINST=v0.1.0, by default the last one
 	@then=$$(mktemp -d) && trap 'rm -rf "$$then"' EXIT && git archive $(AGAINST) proto | tar -x -C "$$then" && \
 	$(BIN)/buf breaking proto --against "$$then/proto" && echo "Nothing breaks callers of $(AGAINST)."
 
@@ -114,23 +114,23 @@ errors: $(VENV)/.ready ## Write docs/errors.md from proto/ and the server's cata
 picture: $(VENV)/.ready $(SITE)/.ready ## Draw docs/demo.svg from a run of make demo on the offline model
 	@env -u OPENAI_API_KEY -u OPENAI_BASE_URL $(BIN)/python examples/detective.py | $(SITE)/bin/python docs/tools/picture.py docs/demo.svg
 
-check: lint types proto-check test ## What these four check: lint, types, proto-check, test
+check: lint types proto-check test ## Run lint, types, proto-check and test
 
-bench: $(VENV)/.ready ## Measure the server on this machine; ARGS="--write docs/performance.md" keeps the table
+bench: $(VENV)/.ready ## Measure the server on this machine; ARGS="--write docs/performance.md" updates the page
 	@$(BIN)/python -m benchmarks $(ARGS)
 
-bench-peers: $(VENV)/.ready $(PEERS) ## Measure it beside the OpenAI Agents SDK and the A2A SDK; ARGS="--rounds 5"
+bench-peers: $(VENV)/.ready $(PEERS) ## Compare the server with the OpenAI Agents SDK and the A2A SDK; ARGS="--rounds 5"
 	@$(BIN)/python -m benchmarks.peers $(ARGS)
 
-profile: $(VENV)/.ready ## See where a turn's time goes, and a token's; ARGS="--write docs/profile.md" keeps the table
+profile: $(VENV)/.ready ## Profile a turn and a token; ARGS="--write docs/profile.md" updates the page
 	@$(BIN)/python -m benchmarks.where $(ARGS)
 
-soak: $(VENV)/.ready ## See whether a server that works for half an hour stays flat; ARGS="--minutes 5 --svg soak.svg"
+soak: $(VENV)/.ready ## Check that a server's memory stays flat for half an hour; ARGS="--minutes 5 --svg soak.svg"
 	@$(BIN)/python -m benchmarks.soak $(ARGS)
 
 tools: $(TOOLS) $(BIN)/buf ## Build grpcurl, grpcui, evans, ghz and buf into the environment; needs Go
 
-clean: ## Remove the environments and what tools left behind
+clean: ## Remove the environments and build files
 	@rm -rf $(VENV) $(GENERATOR) $(SITE) .venv-peers .mypy_cache .pytest_cache .ruff_cache .hypothesis build dist \
 		$(addprefix client/typescript/,node_modules build src/gen) examples/typescript/node_modules examples/typescript/build
 	@find $(wildcard client server tests examples benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +

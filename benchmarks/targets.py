@@ -59,7 +59,7 @@ TARGETS: dict[str, Figure] = {
     "memory-session": Figure("resident per session of 10 turns", "KiB", 2),
     "content-sent": Figure("CPU per 100 MB uploaded", "s", 1),
     "content-fetched": Figure("CPU per 100 MB downloaded", "s", 0.5),
-    "content-memory": Figure("peak beside 200 MB uploaded and downloaded", "MiB", 40),
+    "content-memory": Figure("peak with 200 MB uploaded and downloaded", "MiB", 40),
     "errors-32": Figure("errors in turns, 32 at once", "", 0),
     "errors-128": Figure("errors in turns, 128 at once", "", 0),
     "loop-held": Figure("longest callback of the loop, hostile requests", "ms", 20),

@@ -39,7 +39,7 @@ async def main() -> None:
             say((await client.invoke(question, session=session)).text + "\n")
 
             fork = await client.fork(session, at_sequence=1)
-            say("Asked again in a fork, which begins where there was only the note:\n")
+            say("Asked again in a fork, which begins when there was only the note:\n")
             say((await client.invoke(question, session=fork)).text)
 
 

@@ -18,13 +18,13 @@ async def main() -> None:
                         if event.block_delta.end > 20:
                             break
                 name, kept = run.name, run.last_sequence
-                say(f"The first client leaves in mid-sentence. Beside the run's name it keeps one number: {kept}.")
+                say(f"The first client leaves in mid-sentence. It keeps the run's name and one number: {kept}.")
             async with notecase.Client(address) as client:
                 async with client.attach(name, kept) as again:
                     async for event in again:
                         if event.sequence:
                             say(f"  {event.sequence} {event.WhichOneof('payload')}")
-                say(f"The run went on by itself: {again.reply.text}")
+                say(f"The run continued by itself: {again.reply.text}")
 
 
 if __name__ == "__main__":

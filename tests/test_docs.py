@@ -8,11 +8,14 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from notecase import v1
+from notecase_server.cli import main
 from notecase_server.errors import CATALOG
 
 from docs.tools import errors
+from tests.cli.test_docs import commands
 from tests.support.server import running
 
 ROOT = Path(__file__).parent.parent
@@ -181,6 +184,22 @@ def test_the_page_of_errors_is_made_from_the_contract_and_the_catalog() -> None:
     assert errors.page() == errors.PAGE.read_text()
     named = {v1.ErrorReason.Name(reason).removeprefix("ERROR_REASON_") for reason in CATALOG}
     assert named == set(re.findall(r"^\| ([A-Z_]+) \|", errors.page(), re.MULTILINE))
+
+
+DIALECT = re.compile(
+    r"\b((?:is|are|was|be) told|tells? of|anew|beside|goes by|has to do with|is no key|is let in|whoever|for ever)\b"
+)
+"""Turns of earlier texts that a technical writer would not use: "is reported", "again", "next to" are plainer."""
+
+
+def test_pages_protos_and_help_texts_are_plain_english() -> None:
+    texts = {str(page.relative_to(ROOT)): prose(page) for page in PAGES}
+    for proto in (ROOT / "proto").rglob("*.proto"):
+        texts[proto.name] = " ".join(re.findall(r"// (.*)", proto.read_text()))
+    for words, command in commands(main):
+        options = [one.help or "" for one in command.params if isinstance(one, click.Option)]
+        texts[f"notecase {words}"] = "\n".join([command.help or "", *options])
+    assert {} == {name: found for name, text in texts.items() if (found := DIALECT.findall(text))}
 
 
 def test_the_picture_loads_nothing() -> None:

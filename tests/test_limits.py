@@ -36,7 +36,7 @@ def rows() -> Iterator[Row]:
     tested = False
     for line in PAGE.splitlines():
         cells = tuple(cell.strip() for cell in line.strip("|").split(" | "))
-        if line.startswith(("| Bound |", "| Argument |")):
+        if line.startswith(("| Limit |", "| Argument |")):
             tested = cells[-1].strip() == "Test"
         elif tested and line.startswith("|") and not line.startswith("| ---"):
             yield Row(cells)

@@ -14,22 +14,22 @@ import (
 	notecasev1 "notecase.dev/api/notecase/v1"
 )
 
-// Error is a refusal or a failure that the service told, or that kept a call from reaching it.
+// Error is a refusal or failure of the service, or a failure to reach it.
 type Error struct {
 	// Code is always set.
 	Code codes.Code
-	// Reason is what programs decide by: a notecasev1.ErrorReason without its prefix, such as "RUN_ACTIVE". It is empty where
-	// the error was not made by the service: the connection broke, the deadline passed, or something else answered.
+	// Reason is for programs to check: a notecasev1.ErrorReason without its prefix, such as "RUN_ACTIVE". It is empty if
+	// the error does not come from the service: the connection broke, the deadline passed, or something else answered.
 	Reason string
 	// Message is for people.
 	Message string
-	// Metadata holds facts for the program, such as the current version.
+	// Metadata has data for programs, such as the current version.
 	Metadata map[string]string
-	// Violations are the fields of the request that are wrong, all of them.
+	// Violations are all invalid fields of the request.
 	Violations []*errdetails.BadRequest_FieldViolation
-	// Resource is what the error is about; nil where it names none.
+	// Resource is the resource that the error is about, or nil.
 	Resource *errdetails.ResourceInfo
-	// RetryAfter is how long to wait before the next try; 0 where the service names no time.
+	// RetryAfter is how long to wait before the next try; 0 if the service names no time.
 	RetryAfter time.Duration
 
 	tls tlsFault
@@ -56,7 +56,8 @@ func (e *Error) Error() string {
 	return e.Reason + ": " + e.Message
 }
 
-// AsError reads what a call or a Stream returned. Nil gives nil; an error that is not gRPC's has the code UNKNOWN.
+// AsError converts an error of a call or a Stream. It returns nil for nil, and the code UNKNOWN for an error that is
+// not gRPC's.
 func AsError(err error) *Error {
 	if err == nil {
 		return nil
@@ -100,7 +101,7 @@ func tlsFaultIn(message string) tlsFault {
 	return tlsFine
 }
 
-// FromProto reads the error of a failed run or of a refused command. Nil gives nil.
+// FromProto converts the error of a failed run or of a refused command. It returns nil for nil.
 func FromProto(err *notecasev1.Error) *Error {
 	if err == nil {
 		return nil
@@ -112,8 +113,8 @@ func FromProto(err *notecasev1.Error) *Error {
 	return read
 }
 
-// MayPass says whether the same call may succeed later: the service was away, or the connection broke. After a failed TLS
-// handshake it may not.
+// MayPass reports whether the same call may succeed later: the service was unavailable, or the connection broke. It is
+// false after a failed TLS handshake.
 func (e *Error) MayPass() bool {
 	if e.tls == tlsFailed {
 		return false
@@ -127,10 +128,11 @@ func (e *Error) MayPass() bool {
 	return false
 }
 
-// Backoff says how patiently a call that failed is made again. Zero fields have the defaults, which outlast a restart of the
-// server: about 20 seconds in all. A server that closes new connections at once is tried for about 5 seconds: it may expect TLS.
+// Backoff configures retries of a failed call. Zero fields have the defaults, which outlast a restart of the server:
+// about 20 seconds in all. A server that closes new connections at once is tried for only about 5 seconds, since it may
+// require TLS.
 type Backoff struct {
-	// Tries is how often in a row (10); negative: never.
+	// Tries is the number of retries in a row (10); negative: none.
 	Tries int
 	// First is the first delay (100 ms). Each further one is twice as long.
 	First time.Duration
@@ -138,8 +140,8 @@ type Backoff struct {
 	Max time.Duration
 }
 
-// Repeat makes a call again while what went wrong may pass. The call must be safe to repeat: a read, or a write with a
-// request_id or command_id that stays the same. It returns an *Error, or the context's error once that is done.
+// Repeat retries a call after transient errors. The call must be safe to repeat: a read, or a write with a request_id
+// or command_id that stays the same. It returns an *Error, or the context's error when the context is done.
 func (b Backoff) Repeat(ctx context.Context, call func(context.Context) error) error {
 	for failures := 0; ; failures++ {
 		err := call(ctx)

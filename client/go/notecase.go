@@ -1,5 +1,5 @@
-// Package notecase connects Go programs to a notecase server: it opens the connection, follows a run or a session over lost
-// connections, joins the deltas of replies, and reads errors.
+// Package notecase connects Go programs to a notecase server: it opens the connection, follows a run or a session
+// across lost connections, joins the deltas of replies, and reads errors.
 //
 // The messages and stubs are in notecase.dev/api/notecase/v1. They work without this package.
 package notecase
@@ -21,24 +21,23 @@ import (
 	"google.golang.org/grpc/keepalive"
 )
 
-// Options say how a server is reached.
+// Options configure the connection to a server.
 type Options struct {
-	// Token returns the token that a call is sent with, and is asked before each call. Nil: none. See StaticToken.
+	// Token returns the token of a call, and is called before each call. Nil: no token. See StaticToken.
 	Token func(context.Context) (string, error)
-	// CA names a PEM file of the authorities that may have signed the server's certificate, and turns TLS on. Empty: those of
-	// the system.
+	// CA names a PEM file of CA certificates for the server's certificate, and turns TLS on. Empty: those of the system.
 	CA string
-	// Plaintext connects to another machine without TLS. The token then travels in plain text, too.
+	// Plaintext connects to another machine without TLS. The token is then sent unencrypted, too.
 	Plaintext bool
 }
 
-// StaticToken is an Options.Token that stays the same.
+// StaticToken returns an Options.Token that always returns the same token.
 func StaticToken(token string) func(context.Context) (string, error) {
 	return func(context.Context) (string, error) { return token, nil }
 }
 
-// FromEnvironment returns the address in NOTECASE_ADDRESS (127.0.0.1:7420 when it is not set), and options with the token in
-// NOTECASE_TOKEN and the authorities in NOTECASE_CA.
+// FromEnvironment returns the address in NOTECASE_ADDRESS (127.0.0.1:7420 if it is not set), and options with the token
+// in NOTECASE_TOKEN and the CA certificates in NOTECASE_CA.
 func FromEnvironment() (string, Options) {
 	options := Options{CA: os.Getenv("NOTECASE_CA")}
 	if token := os.Getenv("NOTECASE_TOKEN"); token != "" {
@@ -50,9 +49,9 @@ func FromEnvironment() (string, Options) {
 	return "127.0.0.1:7420", options
 }
 
-// Dial returns a connection for the stubs. The address is HOST:PORT, or a target of grpc-go such as unix:PATH. It uses TLS,
-// except to a loopback address without Options.CA and with Options.Plaintext. It returns an error for another address and for a
-// CA file that cannot be read; the server is connected to by the first call.
+// Dial returns a connection for the stubs. The address is HOST:PORT, or a target of grpc-go such as unix:PATH. It uses
+// TLS, except to a loopback address without Options.CA and with Options.Plaintext. It returns an error for an invalid
+// address and for a CA file that cannot be read; the first call connects to the server.
 func Dial(address string, options Options, more ...grpc.DialOption) (*grpc.ClientConn, error) {
 	if !isTarget(address) {
 		return nil, fmt.Errorf("notecase: the address %q (see NOTECASE_ADDRESS) must be HOST:PORT", address)

@@ -14,28 +14,28 @@ import (
 	notecasev1 "notecase.dev/api/notecase/v1"
 )
 
-// Stream follows a run or a session: Events and Text attach, and attach again after the last event that they gave out when the
-// connection breaks, the server restarts, or the token expires and Options.Token has another one. Leaving the loop or cancelling
-// the context ends the stream and nothing else: the run goes on.
+// Stream follows a run or a session. Events and Text attach, and attach again after the last event that they yielded
+// when the connection breaks, the server restarts, or the token expires and Options.Token has a new one. Leaving the
+// loop or cancelling the context ends only the stream: the run continues.
 //
 // A Stream is used by one goroutine, and is followed once.
 type Stream struct {
-	// View is what the events given out so far tell.
+	// View is the session's progress according to the events yielded so far.
 	View View
 	// Attached is the first frame of the newest stream; nil before.
 	Attached *notecasev1.Attached
-	// OnAttached, if set, is called each time the stream has attached, before the events that follow. Attached.Run then has the
-	// calls and questions that wait: a run that is WAITING may send no event until one of them is answered.
+	// OnAttached, if set, is called each time the stream has attached, before the events that follow. Attached.Run then
+	// has the pending calls and inputs: a run that is WAITING may send no event until one of them is answered.
 	OnAttached func(*notecasev1.Attached)
-	// Backoff is how patiently it attaches again, counted from the last event of the log that came.
+	// Backoff configures how it attaches again, counted from the last received event of the log.
 	Backoff Backoff
 
 	runs    notecasev1.RunServiceClient
 	request *notecasev1.WatchEventsRequest
 }
 
-// Start starts a run and returns the stream of its events. It repeats the start, which takes effect once, while the server is
-// away, and returns an *Error when the server refuses it.
+// Start starts a run and returns the stream of its events. It repeats the start, which takes effect once, while the
+// server is unavailable, and returns an *Error if the server refuses it.
 func Start(ctx context.Context, connection grpc.ClientConnInterface, start *notecasev1.StartRun) (*Stream, error) {
 	runs := notecasev1.NewRunServiceClient(connection)
 	request := &notecasev1.CreateRunRequest{Start: start, RequestId: rand.Text()}
@@ -53,8 +53,8 @@ func Start(ctx context.Context, connection grpc.ClientConnInterface, start *note
 	return Watch(connection, watch), nil
 }
 
-// Watch returns the stream of a run or of a session, as WatchEvents describes it. After a stream of another process that is
-// AfterSequence: its View.LastSequence. Text then gives a message that is unfinished from its beginning.
+// Watch returns the stream of a run or of a session, as WatchEvents describes it. To continue a stream of another
+// process, set AfterSequence to its View.LastSequence. Text then yields an unfinished message from its beginning.
 func Watch(connection grpc.ClientConnInterface, request *notecasev1.WatchEventsRequest) *Stream {
 	stream := &Stream{
 		runs:    notecasev1.NewRunServiceClient(connection),
@@ -65,9 +65,10 @@ func Watch(connection grpc.ClientConnInterface, request *notecasev1.WatchEventsR
 	return stream
 }
 
-// Events gives the events of the log in the order of their sequence, each once, and passing events (sequence 0) between them.
-// Open blocks come again whole after the stream has attached again; View knows. It ends with the run; with keep_open, and where
-// a session is followed, as WatchEvents does. An error is the last pair: an *Error, or the context's.
+// Events yields the events of the log in the order of their sequence, each once, and transient events (sequence 0)
+// between them. After the stream has attached again, open blocks are sent again from their start; View handles that. It
+// ends with the run; with keep_open, and for a session, it ends as WatchEvents does. An error is the last pair: an
+// *Error, or the context's.
 func (s *Stream) Events(ctx context.Context) iter.Seq2[*notecasev1.Event, error] {
 	return func(yield func(*notecasev1.Event, error) bool) {
 		failures, refused := 0, false
@@ -148,9 +149,9 @@ func (s *Stream) attach(attached *notecasev1.Attached) {
 	}
 }
 
-// Text gives what the agent says, in pieces as they come; joined, the pieces of one message are its text exactly. When a model
-// call is repeated the reply begins anew as another message: as between any two messages, "\n\n" comes first. An error is the
-// last pair; a run that fails ends with its *Error.
+// Text yields the agent's text in pieces as they arrive; joined, the pieces of one message are exactly its text. When a
+// model call is repeated, the reply starts again as a new message; "\n\n" comes between two messages. An error is the last
+// pair; a run that fails ends with its *Error.
 func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 	type place struct {
 		message string

@@ -6,25 +6,24 @@ import (
 	notecasev1 "notecase.dev/api/notecase/v1"
 )
 
-// View is where a program is in a session's log, and what is being written there.
-//
-// The zero View is before the first event of a log.
+// View is a program's position in a session's log, with the unfinished messages. The zero View is before the first
+// event of a log.
 type View struct {
-	// LastSequence is that of the newest event of the log that was applied: where to attach again.
+	// LastSequence is the sequence of the newest applied event of the log, after which to attach again.
 	LastSequence int64
-	// Open has the blocks of messages that are being made, by message name and by the index of the part.
+	// Open has the blocks of unfinished messages, by message name and index of the part.
 	Open map[string]map[int32]*Block
 
 	anywhere bool              // the first event may have any sequence
 	writers  map[string]string // the run that makes each open message
 }
 
-// Block is one part of a message that is being made.
+// Block is one part of an unfinished message.
 type Block struct {
 	// Kind is "text", "json", "reasoning", "arguments" or "refusal".
 	Kind string
 	Text string
-	// CallID and Tool say whose the arguments are.
+	// CallID and Tool name the call of the arguments.
 	CallID, Tool string
 }
 
@@ -33,13 +32,13 @@ type Gap struct{ message string }
 
 func (g *Gap) Error() string { return "notecase: " + g.message }
 
-// Attach takes the first frame of a stream. It forgets the open blocks, which the stream sends again whole.
+// Attach takes the first frame of a stream. It forgets the open blocks, which the stream sends again from their start.
 func (v *View) Attach(*notecasev1.Attached) {
 	v.Open, v.writers = map[string]map[int32]*Block{}, map[string]string{}
 }
 
-// Apply takes the next event and says whether it was new: an event of the log that was applied before is ignored. It returns a
-// *Gap, and the view stays as it was, when an event or a piece of a block is missing before it.
+// Apply takes the next event and reports whether it was new: an event of the log that was applied before is ignored.
+// When an event or a piece of a block is missing before it, it returns a *Gap and does not change the view.
 func (v *View) Apply(event *notecasev1.Event) (bool, error) {
 	if v.Open == nil {
 		v.Attach(nil)

@@ -18,16 +18,16 @@ HEAD = """\
 
 A failed call has one of gRPC's status codes, a message for people, and details for programs:
 
-| Detail | Holds | Sent |
+| Detail | Contents | Sent |
 | --- | --- | --- |
 | `google.rpc.ErrorInfo` | `domain`: `notecase.dev`; `reason`: a name of the tables below; `metadata` | always |
-| `google.rpc.BadRequest` | all fields that are wrong or not allowed, each with why | when it is about fields |
-| `google.rpc.ResourceInfo` | the type and the name of a resource | when one is missing, or its name is taken |
-| `google.rpc.QuotaFailure` | what is limited, and to how much | with RESOURCE_EXHAUSTED |
-| `google.rpc.RetryInfo` | how long to wait before a retry | where a table says so |
+| `google.rpc.BadRequest` | all invalid or forbidden fields, each with the reason | if fields are wrong |
+| `google.rpc.ResourceInfo` | the type and the name of a resource | if a resource does not exist, or its name is taken |
+| `google.rpc.QuotaFailure` | what is limited, and the limit | with RESOURCE_EXHAUSTED |
+| `google.rpc.RetryInfo` | how long to wait before a retry | if a table below has a time |
 
-Programs should check `domain` and then decide by `reason`; messages may change. When a run fails or a command on a
-stream is refused, the same facts are data (`Error`), and the stream goes on. The Python client raises `NotecaseError`
+Programs should check `domain` and then `reason`; messages may change. When a run fails or a command on a stream is
+refused, the same information is data (`Error`), and the stream continues. The Python client raises `NotecaseError`
 with `code`, `reason`, `metadata` and `violations`.
 
 It is safe to send a write again with the same `request_id`, `command_id` or `run_id`: it takes effect once.
@@ -36,9 +36,9 @@ It is safe to send a write again with the same `request_id`, `command_id` or `ru
 ADVICE = {
     "INVALID_ARGUMENT": "The request is wrong. Correct it; a retry without changes fails again.",
     "NOT_FOUND": "It does not exist, or belongs to another tenant or user.",
-    "ALREADY_EXISTS": "Choose another id, or use what is there.",
-    "ABORTED": "Another writer was first. Read again, decide again, and send again.",
-    "FAILED_PRECONDITION": "The request cannot be carried out as things are. Change what the reason names first.",
+    "ALREADY_EXISTS": "Choose another id, or use the existing resource.",
+    "ABORTED": "Another writer was first. Read again and repeat the call if it still makes sense.",
+    "FAILED_PRECONDITION": "The request does not fit the current state. The reason names what must change first.",
     "OUT_OF_RANGE": "The position does not exist yet.",
     "RESOURCE_EXHAUSTED": "A limit was reached. [Limits](limits.md) lists them with their settings.",
     "UNAVAILABLE": "Try again, with backoff.",

@@ -176,7 +176,7 @@ async def test_a_server_takes_the_tokens_of_its_issuers(folder: Path, tmp_path: 
         done = await notecase("sessions", "list", env={**env, "NOTECASE_TOKEN": key.sign({**claims, "role": "viewer"})})
         assert (0, "") == (done.code, done.err)
         done = await notecase("sessions", "list", env={**env, "NOTECASE_TOKEN": SigningKey("first").sign(claims)})
-        assert (1, "Error: The credential of this call is not valid") == (done.code, done.err.partition(",")[0])
+        assert (1, "Error: The credential of this call is invalid") == (done.code, done.err.partition(",")[0])
         assert 0 == await served.stop()
         assert token not in served.log.read_text()
 

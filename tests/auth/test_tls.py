@@ -25,7 +25,7 @@ from tests.support.server import running
 
 INFO = v1.GetServerInfoRequest()
 
-READ_AGAIN = "files_read_again"
+READ_AGAIN = "files_reloaded"
 
 
 @pytest.fixture(scope="module")

@@ -55,7 +55,7 @@ class Setting:
         with capture_logs() as lines, pytest.raises(NotecaseError) as refused:
             await self.of(token)
         assert v1.ERROR_REASON_UNAUTHENTICATED == refused.value.reason
-        assert "The credential of this call is not valid" in refused.value.message
+        assert "The credential of this call is invalid" in refused.value.message
         self.unavailable += [line["problem"] for line in lines if line["event"] == "issuer_keys_unavailable"]
         (problem,) = [line["problem"] for line in lines if line["event"] == "token_refused"]
         return str(problem)

@@ -116,7 +116,7 @@ def test_all_mistakes_of_a_file_are_told_at_once() -> None:
     with pytest.raises(manifest.Mistakes) as raised:
         manifest.read("team.yaml", MISTAKES)
     assert [
-        "team.yaml:1: agents/a: an agent of this name is declared more than once.",
+        "team.yaml:1: agents/a: this agent is declared more than once.",
         "team.yaml:2: dispaly_name: there is no such field; 'display_name' may be meant.",
         "team.yaml:6: llm.tools[0].approver: one of these is needed: APPROVER_UNSPECIFIED, APPROVER_USER, "
         "APPROVER_DEVELOPER, APPROVER_ADMIN.",
@@ -124,7 +124,7 @@ def test_all_mistakes_of_a_file_are_told_at_once() -> None:
         "team.yaml:9: llm.tools[0].mcp: client is set already; only one of them can be.",
         "team.yaml:10: llm.generation.temperature: a number is needed.",
         "team.yaml:11: llm.max_model_calls: a whole number of at most 32 bits is needed.",
-        "team.yaml:12: agents/a: an agent of this name is declared more than once.",
+        "team.yaml:12: agents/a: this agent is declared more than once.",
         "team.yaml:13: llm: a mapping is needed, with some of: model, instruction, tools, generation, context, "
         "output_schema, max_model_calls, provider, fallbacks.",
         "team.yaml:14: labels: a mapping of names to texts is needed.",
@@ -137,7 +137,7 @@ def test_all_mistakes_of_a_file_are_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("", "team.yaml: There is no agent in it."),
+        ("", "team.yaml: The file holds no agent."),
         ("name: [", "team.yaml:1: This is not YAML: "),
         ("name: a\nllm: !!python/object:os.system {}", "team.yaml:2: llm: the tag "),
         ("- &a [*a]", "team.yaml:1: An agent is a mapping with a name."),
@@ -208,7 +208,7 @@ async def test_an_agent_is_created_edited_and_deleted(served: Running, tmp_path:
         assert 0 == await screen.ended()
     assert "m2" == (await get(served, "agents/tutor")).llm.model
     done = await notecase("agents", "delete", "tutor", env=env)
-    assert (2, True) == (done.code, "say --yes" in done.err)
+    assert (2, True) == (done.code, "add --yes" in done.err)
     assert (0, "", "") == await notecase("agents", "delete", "tutor", "--yes", env=env)
     done = await notecase("agents", "show", "tutor", env=env)
     assert (1, "Error: There is no agent 'agents/tutor'.\n") == (done.code, done.err)

@@ -25,7 +25,7 @@ async def test_an_admin_lists_who_did_what(tmp_path: Path) -> None:
         ["-", "1", "OK", "notecase", "keys", "bootstrap", subject],
     ] == [row[2:] for row in rows]
     few = await notecase("audit", "list", "--limit", "1", env=env)
-    assert (2, "There are more; --limit lists more of them.\n") == (len(few.out.splitlines()), few.err)
+    assert (2, "There are more; raise --limit to list them.\n") == (len(few.out.splitlines()), few.err)
     none = await notecase("audit", "list", "--filter", "outcome = DENY", env=env)
     assert 1 == len(none.out.splitlines())
     await server.stop()

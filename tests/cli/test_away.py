@@ -64,5 +64,5 @@ async def test_a_run_that_is_given_up_is_named(
         proxy.cut()
         with pytest.raises(NotecaseError, match="UNAVAILABLE"):
             await following
-    told = f"{stream.name} goes on there; `notecase chat --session case` shows it."
+    told = f"{stream.name} continues there; `notecase chat --session case` shows it."
     assert told in capsys.readouterr().err

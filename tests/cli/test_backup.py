@@ -87,7 +87,7 @@ async def test_a_copy_replaces_nothing_unless_it_is_told_to(spawned: Spawned, tm
     copy.parent.mkdir()
     copy.write_text("mine")
     done = await notecase("backup", "--store", store, str(copy))
-    assert (done.code, done.err) == (1, f"Error: {copy} exists. Choose another path, or say --force to replace it.\n")
+    assert (done.code, done.err) == (1, f"Error: {copy} exists. Choose another path, or add --force to replace it.\n")
     assert copy.read_text() == "mine"
     assert (await notecase("backup", "--store", store, "--force", str(copy))).code == 0
     assert [file.name for file in copy.parent.iterdir()] == ["copy.db"]
@@ -121,7 +121,7 @@ async def test_a_store_in_use_is_never_replaced(spawned: Spawned, tmp_path: Path
 @pytest.mark.parametrize(
     ("url", "told"),
     [
-        ("memory:", "Error: 'memory:' is no store with a file; want sqlite:PATH.\n"),
+        ("memory:", "Error: 'memory:' is not a store in a file; write sqlite:PATH.\n"),
         ("sqlite:{}/none.db", "Error: There is no store at {}/none.db.\n"),
         ("sqlite:{}/text.db", "Error: {}/text.db is not a SQLite database. Choose another path.\n"),
     ],

@@ -114,8 +114,8 @@ async def test_a_file_goes_with_what_is_said_next(served: Running, agent: v1.Age
     ]
     done = await notecase("chat", "--server", served.address, "--new", said="\n".join(lines))
     assert "missing.pdf cannot be read: No such file or directory." in done.err
-    assert "cannot be told from its name" in done.err
-    assert "plan.pdf, application/pdf, 8 bytes goes with what you say next." in done.err
+    assert "The media type of" in done.err
+    assert "plan.pdf, application/pdf, 8 bytes is attached to your next message." in done.err
     assert done.out.count("You showed me: application/pdf of 8 B (plan.pdf), which I cannot see") == 1
     (session,) = (await served.sessions.ListSessions(v1.ListSessionsRequest())).sessions
     listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session.name))
@@ -149,8 +149,8 @@ async def test_what_cannot_be_noted_is_told_and_the_conversation_goes_on(served:
         *("chat", "--server", served.address), said="\n".join(["/note", "/note novalue", *said, "/say Still here."])
     )
     assert (1, "Still here.\n") == (done.code, done.out)
-    assert 2 == done.err.count("A note is put with /note KEY VALUE.\n")
-    assert 3 == done.err.count("State cannot hold that: ")
+    assert 2 == done.err.count("Set a note with /note KEY VALUE.\n")
+    assert 3 == done.err.count("State cannot hold this value: ")
     async with served.client() as client:
         assert {} == await client.get_state((await only_session(served)).name)
 
@@ -229,11 +229,11 @@ async def test_what_is_missing_is_a_sentence_and_exit_code_1(served: Running) ->
         )
     done = await notecase("chat", said="Hello\n", env=there)
     assert 1 == done.code
-    assert done.err.endswith("for example of clerk, tutor.\n")
+    assert done.err.endswith("for example: clerk, tutor.\n")
     done = await notecase("chat", said="Hello\n", env={"NOTECASE_ADDRESS": "127.0.0.1:1"})
     assert 4 == done.code
     assert done.err.startswith("Error: No server can be reached at 127.0.0.1:1: ")
-    assert "refused. `notecase serve` starts one" in done.err
+    assert "refused. Start one with `notecase serve`" in done.err
 
 
 async def test_a_broken_connection_leaves_no_trace_in_the_reply(served: Running, agent: v1.Agent) -> None:
@@ -281,7 +281,7 @@ async def test_ctrl_c_cancels_the_reply_and_keeps_the_session(served: Running, a
         await screen.type("\x03")
         assert 0 == await screen.ended()
     session = await only_session(served)
-    assert f"`notecase chat --session {session.name[9:]}` goes on with this conversation." in screen.screen
+    assert f"`notecase chat --session {session.name[9:]}` continues this conversation." in screen.screen
     assert ["CANCELLED", "SUCCEEDED"] == await states(served, session.name)
     listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session.name))
     completed, incomplete = v1.Message.STATUS_COMPLETED, v1.Message.STATUS_INCOMPLETE
@@ -306,7 +306,7 @@ async def test_without_an_agent_one_is_made_and_ctrl_d_leaves(served: Running) -
 
 async def test_looking_in_leaves_no_session(served: Running, agent: v1.Agent) -> None:
     async with terminal("chat", "--server", served.address) as screen:
-        await screen.until("/help tells more.")
+        await screen.until("/help lists the commands.")
         await screen.until("> ")
         await screen.type("/help\r")
         await screen.until("/note KEY VALUE")

@@ -23,7 +23,7 @@ async def test_it_installs_itself_once(tmp_path: Path) -> None:
     assert 0 == (await notecase("completion", "install", "fish", env=env)).code
     assert "complete" in (tmp_path / ".config" / "fish" / "completions" / "notecase.fish").read_text()
     done = await notecase("completion", "install", env={**env, "SHELL": "/bin/ksh"})
-    assert (2, True) == (done.code, "Say which shell: bash, zsh, fish." in done.err)
+    assert (2, True) == (done.code, "Name a shell: bash, zsh, fish." in done.err)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ async def test_all_that_is_wrong_is_told_at_once_and_no_secret_is(tmp_path: Path
         "limits.max_calls: This must be a whole number.",
         "provider_defaults.retry_time: -1.0 is not in the range x>=0.",
         "provider[0].key_env: The variable MISSING is not set.",
-        "provider[0].headers.authorization: This is a secret: name the variable that has it in header_env.",
+        "provider[0].headers.authorization: This is a secret: put it in a variable, and name that in header_env.",
         "provider[0].header_env.X-Other: The variable MISSING is not set.",
         "provider[0].first_timeout: This must be a number above 0.",
         "provider[0].max_concurrent: This must be a whole number of at least 0.",
@@ -173,7 +173,7 @@ async def test_all_that_is_wrong_is_told_at_once_and_no_secret_is(tmp_path: Path
         "issuer[0].role: Give role or role_claim.",
         "client_principal[0].name: A name must begin with uri:, dns: or email:.",
         f"extra: There is no such key; there are {known}.",
-        "tls.key: This is missing: tls.cert needs its key.",
+        "tls.key: tls.cert needs its key; set this.",
         "provider[1]: The main provider cannot be used: the base URL must begin with http:// or https:// and name a "
         "host.",
         "issuer[0].jwks_file: keys.json cannot be read: No such file or directory.",
@@ -207,7 +207,7 @@ async def test_the_whole_example_of_the_page_is_fine(tmp_path: Path) -> None:
     (example,) = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
     path = written(tmp_path, example.replace("/etc/notecase", str(tmp_path)))
     done = await checked(path, {**SECRETS, **places})
-    assert (0, f"{path} is fine.\n", "") == (done.code, done.out, done.err)
+    assert (0, f"{path} is valid.\n", "") == (done.code, done.out, done.err)
     missing = await checked(path, places)
     assert [f"The variable {name} is not set." for name in SECRETS] == [
         line.partition(": ")[2] for line in missing.out.splitlines()

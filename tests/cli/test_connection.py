@@ -54,7 +54,7 @@ async def test_a_command_without_a_valid_token_says_so(place: Place) -> None:
     for token in ((), ("--token", "secret-2")):
         done = await notecase("sessions", "list", "--server", place.address, "--ca", place.ca, *token)
         assert 1 == done.code
-        assert done.err.startswith("Error: This call needs a credential")
+        assert done.err.startswith("Error: This call has no credential")
         for way in ("--token", "NOTECASE_TOKEN", "`notecase profiles set`"):
             assert way in done.err
         assert "metadata" not in done.err
@@ -67,19 +67,19 @@ async def test_a_server_of_an_unknown_authority_is_told(place: Place, tmp_path: 
     done = await notecase("sessions", "list", "--server", place.address, "--ca", str(other))
     assert 4 == done.code
     assert f"Error: No server can be reached at {place.address}: Tls handshake failed" in done.err
-    assert "A server with TLS needs --ca or NOTECASE_CA, and a name in its certificate." in done.err
+    assert "For a server with TLS, set --ca or NOTECASE_CA, and use a host name that is in its certificate." in done.err
 
 
 @pytest.mark.parametrize("command", [("sessions", "list"), ("health",)], ids=" ".join)
 async def test_why_there_is_no_connection_is_told(place: Place, command: tuple[str, ...]) -> None:
     """Plain text to a server with TLS, TLS to one without, and nobody there."""
     done = await notecase(*command, "--server", place.address)
-    assert (4, True) == (done.code, "A server with TLS needs --ca or NOTECASE_CA" in done.err)
+    assert (4, True) == (done.code, "For a server with TLS, set --ca or NOTECASE_CA" in done.err)
     async with running() as plain:
         done = await notecase(*command, "--server", plain.address, "--ca", place.ca)
-        assert (4, True) == (done.code, "It does not speak TLS" in done.err)
+        assert (4, True) == (done.code, "The server has no TLS" in done.err)
     done = await notecase(*command, "--server", "127.0.0.1:1")
-    assert (4, True) == (done.code, "Connection refused. `notecase serve` starts one" in done.err)
+    assert (4, True) == (done.code, "Connection refused. Start one with `notecase serve`" in done.err)
 
 
 @pytest.mark.parametrize("wrong", ["http://127.0.0.1:7420", "a:1,b:2", "host", ":7420", "a b:1"])
@@ -91,16 +91,16 @@ async def test_what_is_not_an_address_is_refused(wrong: str) -> None:
 
 async def test_what_cannot_be_sent_is_told_before_it_is(tmp_path: Path) -> None:
     none = str(tmp_path / "none.pem")
-    unread = f"Error: The authorities of --ca, NOTECASE_CA or the profile: {none} cannot be read: No such file or "
+    unread = f"Error: The CA certificates of --ca, NOTECASE_CA or the profile cannot be read: {none}: No such file or "
     for arguments, env, told in (
         (("sessions", "list", "--ca", none), {}, unread),
         (("sessions", "list"), {"NOTECASE_CA": none}, unread),
         (("health",), {"NOTECASE_CA": none}, unread),
-        (("sessions", "list", "--token", "two words"), {}, "the token is empty, or holds what no token does"),
+        (("sessions", "list", "--token", "two words"), {}, "the token is empty or contains a space"),
         (
             ("sessions", "list", "--server", "192.0.2.1:7420", "--plaintext"),
             {"NOTECASE_TOKEN": "secret-1"},
-            "NOTECASE_TOKEN would go to 192.0.2.1:7420 in plain text",
+            "NOTECASE_TOKEN would be sent to 192.0.2.1:7420 in plain text",
         ),
     ):
         done = await notecase(*arguments, env=env)

@@ -98,7 +98,7 @@ async def test_blobs_go_there_and_back(command: Commands, tmp_path: Path) -> Non
     assert b"%PDF-1.7" == (tmp_path / "copy").read_bytes()
     (tmp_path / "unknown").write_bytes(b"x")
     done = await command("blobs upload", str(tmp_path / "unknown"))
-    assert (2, True) == (done.code, "say --type" in done.err)
+    assert (2, True) == (done.code, "set it with --type" in done.err)
 
 
 async def test_a_session_is_made_forked_rewound_compacted_and_deleted(
@@ -116,7 +116,7 @@ async def test_a_session_is_made_forked_rewound_compacted_and_deleted(
     left = json.loads((await command("sessions list -o json")).out)
     assert ["sessions/case"] == [one["name"] for one in left]
     done = await command("sessions delete case")
-    assert (2, True) == (done.code, "say --yes" in done.err)
+    assert (2, True) == (done.code, "add --yes" in done.err)
 
 
 async def test_notes_are_read_from_standard_input_and_deleted(case: v1.Session, command: Commands) -> None:

@@ -63,7 +63,7 @@ async def test_a_password_comes_from_a_file_a_variable_or_the_url_and_is_in_no_l
         told.append(done.err)
     file.unlink()
     done = await notecase("migrate", "--store", guarded, "--store-password-file", str(file))
-    assert (1, f"Error: {file} cannot be read: it is to have the password of the store.\n") == (done.code, done.err)
+    assert (1, f"Error: {file}, the file with the store's password, cannot be read.\n") == (done.code, done.err)
     assert ["Error: postgresql:///test_"] * 3 == [each.splitlines()[-1][:26] for each in told]
     assert all("does not accept this user or password" in each for each in told)
     everything = "".join([*told, done.err, (tmp_path / "log").read_text()])
@@ -125,5 +125,5 @@ async def test_the_two_roles_of_the_page_migrate_and_serve(store: str, tmp_path:
 
 async def test_a_backup_of_a_database_names_what_copies_one() -> None:
     done = await notecase("backup", "--store", f"postgresql://keeper:{PASSWORD}@db.internal/notecase", "copy.db")
-    told = "This copies SQLite files only. Copy a PostgreSQL store with notecase copy or pg_dump."
+    told = "Only SQLite files can be backed up. Copy a PostgreSQL store with notecase copy or pg_dump."
     assert (1, f"Error: {told}\n") == (done.code, done.err)

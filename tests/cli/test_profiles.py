@@ -75,7 +75,7 @@ async def test_a_profiles_token_goes_to_its_own_server_only(guarded: Running, wo
         (("--server", guarded.address, "--profile", "elsewhere"), env),
     ):
         done = await notecase("agents", "list", *arguments, env=variables)
-        assert (1, True) == (done.code, "needs a credential" in done.err)
+        assert (1, True) == (done.code, "has no credential" in done.err)
     assert {""} == set(words.given)
 
 
@@ -93,7 +93,7 @@ async def test_a_file_with_a_token_that_others_can_read_is_not_used(tmp_path: Pa
     assert (1, True) == (done.code, f"The token cannot be read from {Path.cwd() / 'token'}" in done.err)
     file.write_text('{"profiles": {"a": {"adress": "x"}}}')
     done = await notecase("agents", "list", env=env)
-    assert (2, True) == (done.code, "is not a file of profiles" in done.err)
+    assert (2, True) == (done.code, "is not a profiles file" in done.err)
 
 
 async def test_a_token_file_is_found_from_any_directory_and_read_by_its_owner_alone(

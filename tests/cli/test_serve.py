@@ -68,7 +68,10 @@ async def test_an_address_without_a_port_is_refused(listen: str) -> None:
 @pytest.mark.parametrize("store", ["sqlite:", "memory:more", "notecase.db"])
 async def test_what_is_no_store_is_refused_with_what_would_be_one(store: str) -> None:
     done = await notecase("serve", "--listen", "127.0.0.1:0", "--store", store)
-    assert (1, f"Error: '{store}' is no store; want memory:, sqlite:PATH or postgresql://USER@HOST/DATABASE.\n") == (
+    assert (
+        1,
+        f"Error: '{store}' is not a store; write memory:, sqlite:PATH or postgresql://USER@HOST/DATABASE.\n",
+    ) == (
         done.code,
         done.err,
     )
@@ -86,18 +89,18 @@ async def test_a_store_that_another_server_owns_is_refused(tmp_path: Path) -> No
 async def test_a_taken_port_is_told_in_a_sentence(served: Running) -> None:
     done = await notecase("serve", "--listen", served.address, "--store", "memory:")
     assert 1 == done.code
-    told = "cannot be listened on (Address already in use); another server may have it."
-    assert f"Error: --listen: {served.address} {told}\n" == done.err
+    told = "(Address already in use); another server may use it."
+    assert f"Error: --listen: cannot listen on {served.address} {told}\n" == done.err
 
 
 @pytest.mark.parametrize(
     ("variable", "value", "told"),
     [
         ("OPENAI_BASE_URL", "ftp://models.example", "the base URL must begin with http:// or https://"),
-        ("OPENAI_BASE_URL", "https://name:secret-1@models.example", "the base URL must hold neither credentials"),
-        ("OPENAI_BASE_URL", "https://:secret-1@models.example", "the base URL must hold neither credentials"),
-        ("OPENAI_API_KEY", "secret-1 and more", "the API key holds a space"),
-        ("NOTECASE_PROFILE", "mistrall", "'mistrall' is neither a profile ("),
+        ("OPENAI_BASE_URL", "https://name:secret-1@models.example", "the base URL must not contain credentials"),
+        ("OPENAI_BASE_URL", "https://:secret-1@models.example", "the base URL must not contain credentials"),
+        ("OPENAI_API_KEY", "secret-1 and more", "the API key contains a space"),
+        ("NOTECASE_PROFILE", "mistrall", "'mistrall' is not a profile ("),
         ("NOTECASE_PROFILE", '{"text": "lists"}', "the profile cannot be used: Invalid enum value 'lists'"),
         ("NOTECASE_PROFILE", '{"txt": "secret-1"}', "the profile cannot be used: Object contains unknown field `txt`"),
     ],

@@ -141,7 +141,7 @@ async def test_a_file_is_put_and_read_back(served: Running, client: Client, case
     expected = {"name": blob.name, "media_type": "application/pdf", "size_bytes": "12", "filename": "plan.pdf"}
     assert told == expected
     assert json.loads((await notecase("state", "get", case, *server)).out)["plan"] == expected
-    for wrong, problem in ((tmp_path / "none.pdf", "cannot be read"), (tmp_path / "unknown", "cannot be told")):
+    for wrong, problem in ((tmp_path / "none.pdf", "cannot be read"), (tmp_path / "unknown", "The media type")):
         (tmp_path / "unknown").write_bytes(b"x")
         done = await notecase("state", "put", case, "plan", str(wrong), "--file", *server)
         assert (done.code, problem in done.err) == (1, True)
@@ -166,7 +166,7 @@ async def test_a_put_prints_the_version_that_the_next_one_can_ask_for(served: Ru
 async def test_what_state_cannot_hold_is_a_sentence(served: Running, client: Client, value: str) -> None:
     done = await notecase("state", "put", "app", "k", value, "--server", served.address)
     assert (1, "") == (done.code, done.out)
-    assert done.err.startswith("Error: State cannot hold that: ")
+    assert done.err.startswith("Error: State cannot hold this value: ")
     assert {} == await client.get_state("app")
 
 

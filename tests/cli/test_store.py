@@ -50,16 +50,16 @@ async def test_the_store_of_a_configuration_file_is_taken_unless_an_option_names
     file.write_text(f'[store]\nurl = "sqlite:{tmp_path / "filed.db"}"\n{secret}')
     env = {"NOTECASE_CONFIG": str(file)}
     first = await notecase("keys", "bootstrap", "--config", str(file))
-    assert f"made a new store at {tmp_path / 'filed.db'}\n" in first.err
+    assert f"created a new store at {tmp_path / 'filed.db'}\n" in first.err
     again = await notecase("keys", "bootstrap", env=env)
-    assert (0, False) == (again.code, "made a new store" in again.err)
+    assert (0, False) == (again.code, "created a new store" in again.err)
     assert (
-        f"made a new store at {tmp_path / 'other.db'}\n"
+        f"created a new store at {tmp_path / 'other.db'}\n"
         in (await notecase("keys", "bootstrap", "--store", other, env=env)).err
     )
     assert 0 == (await notecase("backup", str(tmp_path / "copy.db"), env=env)).code
     assert (tmp_path / "copy.db").exists()
-    assert "sessions with another uid: 0\n" == (await notecase("store", "renew", env=env)).out
+    assert "sessions with a new uid: 0\n" == (await notecase("store", "renew", env=env)).out
     file.write_text('[store]\nurl = "postgresql://keeper@127.0.0.1:1/notecase"\n')
     assert "127.0.0.1:1/notecase cannot be reached" in (await notecase("migrate", env=env)).err
     file.write_text("[store]\nurl = 5\n")
@@ -77,4 +77,4 @@ async def test_a_store_is_renewed_while_it_is_not_served(tmp_path: Path) -> None
     assert 0 == await server.stop()
     done = await notecase("store", "renew", "--store", store)
     assert 0 == done.code
-    assert re.fullmatch(r"sessions with another uid: \d+\n", done.out)
+    assert re.fullmatch(r"sessions with a new uid: \d+\n", done.out)

@@ -59,7 +59,7 @@ async def test_a_tenant_from_its_first_key_to_its_end(operator: Operator) -> Non
     assert (0, "", "") == await operator("tenants", "resume", "tenants/acme")
     assert 0 == (await operator("sessions", "list", key=key)).code
     assert (0, "", "") == await operator("tenants", "delete", "acme", "--yes")
-    assert "is not valid" in (await operator("sessions", "list", key=key)).err
+    assert "is invalid" in (await operator("sessions", "list", key=key)).err
     assert [["other", "active"]] == await listed(operator)
     gone = await operator("tenants", "show", "acme")
     assert (1, "") == (gone.code, gone.out)
@@ -70,7 +70,7 @@ async def test_a_tenant_is_not_deleted_where_nobody_can_be_asked(operator: Opera
     await operator("tenants", "create", "acme")
     done = await operator("tenants", "delete", "acme")
     assert (2, "") == (done.code, done.out)
-    assert "say --yes" in done.err
+    assert "add --yes" in done.err
     assert [["acme", "active"]] == await listed(operator)
 
 
@@ -80,7 +80,7 @@ async def test_a_tenant_is_deleted_when_its_operator_says_so(
 ) -> None:
     await operator("tenants", "create", "acme")
     async with terminal("tenants", "delete", "acme", env=operator.env) as shown:
-        await shown.until("Remove tenants/acme with all that it has? [y/N]:")
+        await shown.until("Delete tenants/acme with all its data? [y/N]:")
         await shown.type(f"{answer}\n")
         assert (0 if answer == "y" else 1) == await shown.ended()
     assert left == await listed(operator)

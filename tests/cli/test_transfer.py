@@ -40,6 +40,6 @@ async def test_a_file_is_never_left_half_written(served: Running, tmp_path: Path
     assert (1, "") == (done.code, done.out)
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [(file.name, b"before")]
     done = await notecase("sessions", "import", str(file), "--server", served.address)
-    assert (1, "Error: The file is not an export of a session; nothing of it was imported.\n") == (done.code, done.err)
+    assert (1, "Error: The file is not an export of a session; nothing was imported.\n") == (done.code, done.err)
     done = await notecase("sessions", "export", "none", str(tmp_path / "missing" / "file"), "--server", served.address)
     assert (2, True) == (done.code, "No such file or directory" in done.err)

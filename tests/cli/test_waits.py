@@ -67,12 +67,12 @@ async def test_a_question_an_approval_and_a_callers_tool_are_answered_in_the_cha
         await screen.until("The tools are done.")
         await screen.until("> ")
         await screen.type(f'/call pay {{"to": "{long}", "sum": 5}}\r')
-        await screen.until("May this run?")
+        await screen.until("Approve this call?")
         await screen.until(long[:90])
         await screen.until('"sum": 5')
         await screen.until("5. Leave it waiting")
         await screen.type("1\r")
-        await screen.until("The agent calls a tool of its caller.")
+        await screen.until("The agent calls a client tool.")
         await screen.until("1. Give its result")
         await screen.type("1\r")
         await screen.until("result> ")
@@ -93,7 +93,7 @@ async def test_letters_and_enter_alone_approve_nothing(served: Running, clerk: v
         await screen.type("/call pay {}\r")
         await screen.until(">  5. Leave it waiting")
         await screen.type("what about a jackal kept\r")
-        await screen.until("The run waits for your approval: pay({}). `notecase approve case`")
+        await screen.until("The run waits for your approval: pay({}). Use `notecase approve case`")
         await screen.until("> ")
         await screen.type("\x04")
         assert 0 == await screen.ended()
@@ -109,7 +109,7 @@ async def test_arguments_are_edited_and_a_call_is_denied_with_a_reason(served: R
         await screen.type("3\r")
         await screen.until('arguments> {"sum": 5}')
         await screen.type("\x7f\x7f7\r")
-        await screen.until("That is not JSON")
+        await screen.until("This is not JSON")
         await screen.until('arguments> {"sum": 7')
         await screen.type("}\r")
         await screen.until("2. It failed")
@@ -141,7 +141,7 @@ async def test_a_run_is_left_waiting_and_found_again(served: Running, clerk: v1.
         await screen.type('/call ask_user {"question": "Which city?"}\r')
         await screen.until("answer> ")
         await screen.type("\x03")
-        await screen.until("`notecase answer case TEXT` gives it.")
+        await screen.until("Answer with `notecase answer case TEXT`.")
         await screen.until("> ")
         await screen.type("\x04")
         assert 0 == await screen.ended()
@@ -161,7 +161,7 @@ async def test_what_somebody_else_answers_is_not_asked_any_more(served: Running,
         await screen.type('/call pay {"sum": 5}\r')
         await screen.until("5. Leave it waiting")
         assert 0 == (await notecase("deny", "case", "--server", served.address)).code
-        await screen.until("It does not wait for this any more.")
+        await screen.until("The run no longer waits for this.")
         await screen.until("denied")
         await screen.until("The tools are done.")
         await screen.until("> ")
@@ -196,9 +196,9 @@ async def test_a_program_that_has_the_tool_answers_it_and_nobody_is_asked(served
 async def test_in_a_pipe_a_run_that_waits_ends_the_command(served: Running, clerk: v1.Agent) -> None:
     """With an exit code of its own, and the command that answers it."""
     for said, told in (
-        ('/call ask_user {"question": "Which city?"}', "Which city? `notecase answer"),
+        ('/call ask_user {"question": "Which city?"}', "Which city? Answer with `notecase answer"),
         ("/call pay {}", "`notecase approve"),
-        ("/call search {}", "search({}). `notecase answer"),
+        ("/call search {}", "search({}). Give its result with `notecase answer"),
     ):
         for command in ("chat", "run"):
             done = await notecase(command, "--wait", "0", "--server", served.address, said=f"{said}\n")
@@ -224,11 +224,14 @@ async def test_an_inbox_lists_what_is_waited_for_and_commands_answer_it(served: 
     (run,) = json.loads(done.out)
     assert "KIND_APPROVAL" == run["pending_inputs"][0]["kind"]
     wrong = await notecase("approve", "one", env=there)
-    assert (1, True) == (wrong.code, "Error: A question waits in sessions/one/runs/" in wrong.err)
-    assert "; use `notecase answer`." in wrong.err
+    assert (1, True) == (wrong.code, "Error: sessions/one/runs/" in wrong.err)
+    assert " waits for a question; use `notecase answer`." in wrong.err
     for session, what in (("one", "a question"), ("three", "a caller's tool")):
         wrong = await notecase("deny", session, "--remember", "session", env=there)
-        assert (2, True) == (wrong.code, f"Only an approval is remembered, and {what} waits" in wrong.err)
+        assert (2, True) == (
+            wrong.code,
+            f"--remember works only for approvals, and the run waits for {what}" in wrong.err,
+        )
     wrong = await notecase("run", "--session", "two", "Hello", env=there)
     assert (1, True) == (wrong.code, "The session is busy with sessions/two/runs/" in wrong.err)
     for way in ("`notecase inbox`", "`notecase approve`", "`notecase answer`", "`notecase runs cancel two/"):
@@ -236,8 +239,8 @@ async def test_an_inbox_lists_what_is_waited_for_and_commands_answer_it(served: 
     assert (0, "", "") == await notecase("answer", "one", "-", said="Rome", env=there)
     wrong = await notecase("answer", "two", "yes", env=there)
     assert 1 == wrong.code
-    assert "Error: An approval waits in sessions/two/runs/" in wrong.err
-    assert "; use `notecase approve` or `notecase deny`." in wrong.err
+    assert "Error: sessions/two/runs/" in wrong.err
+    assert " waits for an approval; use `notecase approve` or `notecase deny`." in wrong.err
     assert (0, "", "") == await notecase("approve", "two", "--arguments", '{"sum": 4}', env=there)
     assert (0, "", "") == await notecase("answer", "two", "paid", env=there)
     assert (0, "", "") == await notecase("deny", "three", "--reason", "closed", env=there)
@@ -260,7 +263,7 @@ async def test_of_several_that_wait_one_is_chosen_by_its_id(served: Running, cle
     wanted = next(line.split()[0] for line in done.err.splitlines() if '{"sum": 2}' in line)
     assert 0 == (await notecase("approve", "case", "--id", wanted, env=there)).code
     done = await notecase("approve", "case", "--id", wanted, env=there)
-    assert (1, True) == (done.code, "There is no" in done.err)
+    assert (1, True) == (done.code, "Nothing waits with the id" in done.err)
 
 
 BOOKING = {
@@ -301,7 +304,7 @@ async def test_a_tools_question_is_a_form() -> None:
                 await screen.until("bags> ")
                 await screen.type(f"{bags}\r")
                 if bags == "two":
-                    await screen.until("bags is to be a number.")
+                    await screen.until("bags must be a number.")
                     await screen.until("4. Leave it waiting")
             await screen.until("1. Yes")
             await screen.type("1\r")
@@ -310,7 +313,7 @@ async def test_a_tools_question_is_a_form() -> None:
             await screen.until('DECISION_ANSWER {"seat": "aisle", "bags": 2, "meal": true}')
             await screen.until("\n> ")
             await screen.type('/call book {"nested": true}\r')
-            for way, told in (("1", "As JSON that fits"), ("2", "no reason)> ")):
+            for way, told in (("1", "Answer with JSON that matches"), ("2", "no reason)> ")):
                 await screen.until("4. Leave it waiting")
                 await screen.type(f"{way}\r")
                 await screen.until(told)
@@ -346,7 +349,7 @@ async def test_a_call_that_its_servers_end_cut_off_is_asked_about(tmp_path: Path
         server = await Spawned.start(store, log, "--tools", TOOLS, env=env, forked=True)
         there = {"NOTECASE_ADDRESS": server.address}
         async with terminal("chat", "--session", "case", env=there) as screen:
-            await screen.until("This was under way when its server stopped.")
+            await screen.until("This call was running when its server stopped.")
             assert "interrupted call" in (await notecase("inbox", env=there)).out
             await screen.until("1. Run it again")
             await screen.until("4. Leave it waiting")
@@ -422,5 +425,5 @@ async def test_who_may_not_approve_is_told_who_may_and_is_not_asked(guarded: str
         await screen.until("> ")
         await screen.type("\x04")
         assert 0 == await screen.ended()
-    assert "May this run?" not in screen.screen
+    assert "Approve this call?" not in screen.screen
     assert "STATE_WAITING" in (await notecase("runs", "show", "case", "-o", "yaml", env=user)).out

@@ -427,7 +427,7 @@ async def test_a_function_that_cannot_be_a_tool_is_refused_when_handed_in(client
     with pytest.raises(TypeError, match="many cannot be a tool"):
         client.attach("sessions/s", tools=[many])
     for declared in (v1.Tool(name="ask"), {"name": "ask"}):
-        with pytest.raises(TypeError, match="declared by put_agent"):
+        with pytest.raises(TypeError, match="with put_agent"):
             client.run("Hello", session="sessions/s", tools=[declared])  # type: ignore[list-item]
 
 

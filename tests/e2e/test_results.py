@@ -249,7 +249,7 @@ async def test_a_result_is_read_whole_piece_by_piece(served: Running, model: Ope
     [
         ({"result": "{name}", "offset": 10**9}, "The offset is outside the result, which has "),
         ({"result": "{name}", "offset": -1}, "The offset is outside the result, which has "),
-        ({"result": "{name}", "offset": "many"}, "The arguments are not what the tool takes."),
+        ({"result": "{name}", "offset": "many"}, "The arguments do not match the tool's parameters."),
         ({"result": "{name}9"}, "There is no result "),
         ({"result": "{other}"}, "There is no result "),
         ({"result": "blobs/" + "0" * 64}, "There is no result "),

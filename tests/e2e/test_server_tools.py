@@ -200,8 +200,8 @@ async def test_what_a_tool_changes_commits_with_its_result(served: Running, mode
         ("refuse", "{}", "Not today."),
         ("spoil", "{}", "increment needs an int"),
         ("flood", "{}", "bytes of state"),
-        ("overdo", '{"how": "deep"}', "no state can hold"),
-        ("overdo", '{"how": "endless"}', "no state can hold"),
+        ("overdo", '{"how": "deep"}', "that state cannot hold"),
+        ("overdo", '{"how": "endless"}', "that state cannot hold"),
     ],
 )
 async def test_a_call_that_fails_changes_nothing_and_the_run_goes_on(

@@ -116,7 +116,7 @@ async def test_a_process_that_was_stopped_finds_its_run_taken_over(
         assert await owner.stop() == 0
     assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
     assert reason_of(refused.value) == "OWNER_LOST"
-    left = [line for line in stale.log.read_text().splitlines() if "run_left" in line]
+    left = [line for line in stale.log.read_text().splitlines() if "run_abandoned" in line]
     assert len(left) == 1
     assert "OWNER_LOST" in left[0]
     assert "run_finished" not in stale.log.read_text()
@@ -189,6 +189,6 @@ async def test_of_two_owners_in_one_process_the_later_one_wins() -> None:
     log = await store.read_events(key, 0)
     assert log[:3] == before
     assert len(ends_of(log)) == 1
-    facts = [(line["event"], line.get("reason")) for line in told if line["event"] in {"run_left", "run_finished"}]
-    assert facts == [("run_left", "OWNER_LOST"), ("run_finished", "")]
+    facts = [(line["event"], line.get("reason")) for line in told if line["event"] in {"run_abandoned", "run_finished"}]
+    assert facts == [("run_abandoned", "OWNER_LOST"), ("run_finished", "")]
     await store.close()

@@ -149,7 +149,7 @@ async def test_a_frozen_owner_is_replaced_and_can_do_no_harm(
                 first.thaw()
                 held.set()
                 assert 1 == await first.end()
-                assert "has become the owner of the store." in first.log.read_text().splitlines()[-1]
+                assert "now owns the store." in first.log.read_text().splitlines()[-1]
                 assert "STORE_UNAVAILABLE" == await lost
                 state = await v1.StateServiceStub(other).GetState(v1.GetStateRequest(name="users/ada/state"))
                 assert to_value("before") == state.entries["k"].value

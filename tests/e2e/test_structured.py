@@ -91,7 +91,7 @@ async def test_an_invalid_reply_is_discarded_and_asked_for_once_more(served: Run
     complaint = model.requests[1]["messages"][2]["content"]
     assert complaint == (
         'That reply is not valid: at /suspect: the value is not of type "string".\n'
-        f"Reply again, with nothing but JSON that is valid by this JSON Schema:\n{json.dumps(SCHEMA)}"
+        f"Reply again, only with JSON that matches this JSON Schema:\n{json.dumps(SCHEMA)}"
     )
     assert model.requests[1] == {
         **model.requests[0],

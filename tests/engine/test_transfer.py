@@ -135,7 +135,7 @@ async def test_a_whole_file_is_read(file: bytes) -> None:
 
 async def test_a_file_cut_at_any_byte_is_refused(file: bytes) -> None:
     told = {await problem_of(file[:length]) for length in range(len(file))}
-    assert told == {"The file ends before its trailer: it was cut off, or is damaged; nothing of it was imported."}
+    assert told == {"The file ends before its trailer: it was cut off, or is damaged; nothing was imported."}
 
 
 async def test_a_file_with_any_bit_flipped_is_refused(file: bytes) -> None:
@@ -146,7 +146,7 @@ async def test_a_file_with_any_bit_flipped_is_refused(file: bytes) -> None:
             flipped[place] ^= 1 << bit
             told.add((await problem_of(bytes(flipped))).partition(":")[0].partition(",")[0])
     assert told == {
-        "The file is not an export of a session; nothing of it was imported.",
+        "The file is not an export of a session; nothing was imported.",
         "The file was written by a newer notecase",
         "The file is in format 0",
         "The file ends before its trailer",
@@ -227,7 +227,7 @@ async def test_what_no_log_holds_is_refused(events: list[v1.Event], rows: int) -
 async def test_what_is_no_record_is_refused() -> None:
     assert "does not begin with its header" in await problem_of(made_of(numbered(said("m1"))))
     body = b"notecase\2" + framed(b"\xff\xff\xff") + b"\0"
-    assert "does not decode" in await problem_of(body + hashlib.sha256(body).digest())
+    assert "cannot be decoded" in await problem_of(body + hashlib.sha256(body).digest())
 
 
 async def test_a_file_is_read_in_pieces_by_few_steps_of_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:

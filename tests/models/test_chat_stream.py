@@ -457,7 +457,7 @@ class TestFaults:
     def test_a_chunk_that_is_none_is_a_model_error(self, data: bytes) -> None:
         caught = failure(chunk({"content": "a"}) + b"data: " + data + b"\n\n")
         assert v1.ERROR_REASON_MODEL_ERROR == caught.reason
-        assert "The model provider sent something that is no part of a Chat Completions reply." == caught.message
+        assert "The model provider sent something that is not part of a Chat Completions reply." == caught.message
 
     def test_a_failure_does_not_take_the_pieces_before_it(self) -> None:
         reply = made()

@@ -85,7 +85,7 @@ async def test_what_cannot_be_loaded_is_an_error_of_every_call() -> None:
 
 async def test_the_settings_are_judged_before_anything_is_loaded() -> None:
     bad = ProviderSettings(name="big", kind="openai", api_key="two words", base_url="http://127.0.0.1:1/v1")
-    with pytest.raises(ProviderSettingsError, match="The big provider cannot be used: the API key holds a space"):
+    with pytest.raises(ProviderSettingsError, match="The big provider cannot be used: the API key contains a space"):
         make_providers(Settings(listen="", providers=(bad,)), lambda make: pytest.fail("It is loaded."))
 
 

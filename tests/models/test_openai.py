@@ -356,7 +356,7 @@ class TestSettings:
 
     @pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY} ", f"{KEY}\u00e9", f"a {KEY}", f"{KEY}\x00"])
     def test_a_key_that_no_header_can_hold_is_refused_without_telling_it(self, key: str) -> None:
-        with pytest.raises(ValueError, match="the API key holds") as caught:
+        with pytest.raises(ValueError, match="the API key contains") as caught:
             OpenAIProvider(key, None, "m")
         assert KEY not in str(caught.value)
 

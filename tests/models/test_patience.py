@@ -83,7 +83,7 @@ async def test_a_reply_without_an_end_ends() -> None:
     async with endless(b"", chunk({"content": "and "})) as url:
         caught = await failure(url, whole_timeout=0.3)
     assert v1.ERROR_REASON_MODEL_UNAVAILABLE == caught.reason
-    assert "The model provider's answer had no end within 0.3 seconds." == caught.message
+    assert "The model provider's answer did not end within 0.3 seconds." == caught.message
 
 
 @pytest.mark.parametrize("head", [b"", b": loading\n\n"], ids=["no head", "a comment"])

@@ -629,7 +629,7 @@ FAILURES: dict[str, tuple[bytes, Came]] = {
         chunk({"content": "<think>hm"}) + chunk(finish="length"),
         failed(
             MODEL_ERROR,
-            "The model used all the tokens that it may before it said anything (finish reason 'length').",
+            "The model reached its token limit before it wrote any text (finish reason 'length').",
             reasoning="hm",
         ),
     ),
@@ -671,13 +671,13 @@ FAILURES: dict[str, tuple[bytes, Came]] = {
         images({"file": "a.png"}, content="") + END,
         failed(
             v1.ERROR_REASON_CONTENT_UNSUPPORTED,
-            "The model answered with an image that cannot be read, and nothing else.",
+            "The model answered only with an image that cannot be read.",
         ),
     ),
     "what is not JSON": (
         HI + b"data: oops\n\n" + END,
         failed(
-            MODEL_ERROR, "The model provider sent something that is no part of a Chat Completions reply.", text=SAID
+            MODEL_ERROR, "The model provider sent something that is not part of a Chat Completions reply.", text=SAID
         ),
     ),
 }

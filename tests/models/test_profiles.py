@@ -21,7 +21,7 @@ USER, ASSISTANT, SYSTEM = v1.Message.ROLE_USER, v1.Message.ROLE_ASSISTANT, v1.Me
 MADE = "ObdqNCxFm"
 """The id that is made for the call `call-0`."""
 SCHEMA = '{"type":"object","properties":{"a":{"type":"integer"}},"required":["a"]}'
-WORDS = f"Reply with nothing but JSON that is valid by this JSON Schema:\n{SCHEMA}"
+WORDS = f"Reply only with JSON that matches this JSON Schema:\n{SCHEMA}"
 BESIDE_TOOLS = f"Call tools as you need them. When you call none: {WORDS}"
 PING = Tool("ping", "Pings.", '{"type":"object","properties":{"a":{"type":"string"}}}')
 DECLARED = {
@@ -1040,11 +1040,11 @@ class TestChoice:
     @pytest.mark.parametrize(
         ("choice", "told"),
         [
-            ("mistrall", "neither a profile"),
-            ("no/such/file.json", "neither a profile"),
-            ("\0", "neither a profile"),
+            ("mistrall", "is not a profile"),
+            ("no/such/file.json", "is not a profile"),
+            ("\0", "is not a profile"),
             ("{", "cannot be used"),
-            ("[1]", "neither a profile"),
+            ("[1]", "is not a profile"),
             ('{"text": "lists"}', r"\$.text"),
             ('{"texts": "list"}', "unknown field `texts`"),
             ('{"stream_options": 1}', r"\$.stream_options"),

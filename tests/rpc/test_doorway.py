@@ -127,7 +127,7 @@ def test_a_caller_is_told_that_the_disk_is_full() -> None:
     full.sqlite_errorname = "SQLITE_FULL"
     with capture_logs() as lines:
         failure = sqlite._told(full)
-    assert "STORE_UNAVAILABLE: The disk of the store is full; nothing of this call was kept." == (
+    assert "STORE_UNAVAILABLE: The disk of the store is full; this call changed nothing." == (
         f"{errors.reason_name(failure.reason)}: {failure.message}"  # type: ignore[attr-defined]
     )
     assert "SQLITE_FULL" == lines[0]["error"]

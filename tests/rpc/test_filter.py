@@ -100,7 +100,7 @@ def test_or_binds_tighter_than_and_and_side_by_side_is_and(text: str, expected: 
         ('user = "a', "a quote is never closed (character 8)"),
         ("user ! a", "unexpected character (character 6)"),
         ("activity = SLEEPING", "expected one of UNSPECIFIED, IDLE, RUNNING, WAITING (character 12)"),
-        ("activity > IDLE", "this field compares by = and != only (character 10)"),
+        ("activity > IDLE", "this field supports only = and != (character 10)"),
         ("create_time > yesterday", "expected a time such as 2026-11-01T08:30:00Z (character 15)"),
         ("create_time > 2026-11-01", "expected a time such as 2026-11-01T08:30:00Z (character 15)"),
         ("create_time > 2026-13-01T00:00:00Z", "expected a time such as 2026-11-01T08:30:00Z (character 15)"),

@@ -66,7 +66,7 @@ async def test_calls_are_bounded_for_a_connection_and_for_the_server() -> None:
         assert 1 == detail_of(own, error_details_pb2.RetryInfo).retry_delay.seconds
         held += [await opened(second), await opened(second)]
         of_all = await refusal(served.sessions.GetSession(get))
-        assert ("RATE_LIMITED", "4 calls at once and" in (of_all.details() or "")) == (reason_of(of_all), True)
+        assert ("RATE_LIMITED", "4 calls at once;" in (of_all.details() or "")) == (reason_of(of_all), True)
         health: Any = health_pb2_grpc.HealthStub(served.channel)
         await health.Check(health_pb2.HealthCheckRequest())
         for stream in held:

@@ -414,7 +414,7 @@ async def test_a_row_that_is_damaged_is_told_and_nothing_is_changed(path: Path) 
         connection.execute("UPDATE runs SET body = x'FFFF' WHERE session = 'queue' AND run = 'r4'")
     connection.close()
     before = dumped(path)
-    assert await refusal(path) == f"{path} has a row that is damaged. Put a backup in its place."
+    assert await refusal(path) == f"{path} has a damaged row. Restore a backup."
     assert dumped(path) == before
 
 

@@ -677,7 +677,7 @@ async def test_a_database_that_is_more_than_one_step_newer_is_refused(
         assert VERSION + 1 == await beside.fetchval(
             "UPDATE notecase_store SET schema = schema + 1 RETURNING schema - 1"
         )
-        newer = rf"written by a newer notecase: its schema is {VERSION + 2}, this one works with {VERSION + 1}\."
+        newer = rf"written by a newer notecase: its schema is {VERSION + 2}, this one supports up to {VERSION + 1}\."
         with pytest.raises(StoreOpenError, match=newer):
             await PostgresStore.open(url, clock)
     finally:
@@ -688,7 +688,7 @@ UNFIT = {
     "tables of another program": ("", "CREATE TABLE orders ()", "is a database of another program"),
     "another encoding": ("ENCODING 'SQL_ASCII' LOCALE 'C'", "SELECT 1", "has the encoding SQL_ASCII"),
     "read-only": ("", "ALTER DATABASE {name} SET default_transaction_read_only = on", "is read-only"),
-    "no schema": ("", "DROP SCHEMA public", "has no schema that its search_path names"),
+    "no schema": ("", "DROP SCHEMA public", "has none of the schemas in its search_path"),
 }
 
 
@@ -720,12 +720,12 @@ async def test_a_user_who_may_create_nothing_is_told_so(clock: ManualClock) -> N
     ("url", "told"),
     [
         ("postgresql://ada:a-secret@127.0.0.1:1/cases", "postgresql://127.0.0.1:1/cases cannot be reached"),
-        ("postgresql://ada:a-secret@127.0.0.1:port/cases", "is no URL of a PostgreSQL database"),
-        ("postgresql://ada:a-secret@127.0.0.1:1/cases?sslmode=a-secret", "has parameters that cannot be understood"),
-        ("mysql://ada:a-secret@127.0.0.1/cases", "is no URL of a PostgreSQL database"),
-        ("postgresql://ada:9/a-secret@127.0.0.1/cases", "is no URL of a PostgreSQL database"),
-        ("postgresql://ada:p@ss#a-secret@127.0.0.1/cases", "is no URL of a PostgreSQL database"),
-        ("postgresql://ada:9?a-secret@127.0.0.1/cases", "is no URL of a PostgreSQL database"),
+        ("postgresql://ada:a-secret@127.0.0.1:port/cases", "is not a URL of a PostgreSQL database"),
+        ("postgresql://ada:a-secret@127.0.0.1:1/cases?sslmode=a-secret", "has invalid parameters"),
+        ("mysql://ada:a-secret@127.0.0.1/cases", "is not a URL of a PostgreSQL database"),
+        ("postgresql://ada:9/a-secret@127.0.0.1/cases", "is not a URL of a PostgreSQL database"),
+        ("postgresql://ada:p@ss#a-secret@127.0.0.1/cases", "is not a URL of a PostgreSQL database"),
+        ("postgresql://ada:9?a-secret@127.0.0.1/cases", "is not a URL of a PostgreSQL database"),
     ],
 )
 async def test_a_url_that_leads_nowhere_is_refused_without_its_password(

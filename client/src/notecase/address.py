@@ -1,4 +1,4 @@
-"""Judges an address before anything is sent to it: gRPC would take port 443, or another number, without a word."""
+"""Checks an address before anything is sent to it: gRPC would silently use port 443, or another number."""
 
 import ipaddress
 import re

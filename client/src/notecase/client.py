@@ -37,7 +37,7 @@ class RunWaiting(Exception):
     The run has not failed. It continues once it is answered, and `attach(error.run)` follows it to its reply."""
 
     def __init__(self, run: v1.Run, waits: dict[str, str] | None = None) -> None:
-        """`waits` describes what the run waits for, by input_id or call_id; by default, all that it waits for."""
+        """`waits` describes what the run waits for, by input_id or call_id; by default everything that it waits for."""
         super().__init__(run, waits)
         self._waits = unanswered(run, ()) if waits is None else waits
         self.run = run
@@ -54,28 +54,28 @@ class Client(Commands, Sessions):
             reply = await client.invoke("Where is the violin?", agent="detective")
 
     The methods make the common calls. Each sends a request_id, a command_id or a run_id, so that a repeat has no second
-    effect, and is repeated as `retry` says while the connection is broken or the server is away; `asyncio.timeout`
-    bounds it in time. The methods of `Commands` speak to a run, for example
+    effect, and is retried as `retry` says while the connection is broken or the server is unavailable; use
+    `asyncio.timeout` to limit its time. The methods of `Commands` send commands to a run, for example
     `client.approve(run, run.pending_inputs[0].input_id)`. Agents, sessions and users are named by their id
     ("detective"), by their name ("agents/detective"), or by the message that the service returned for them.
 
     `agents`, `sessions`, `state`, `messages`, `runs`, `blobs`, `keys`, `audit`, `tenants` and `server` are generated
     stubs. Each call takes its `v1` request and optionally `timeout=` (seconds) or `metadata=`, raises `NotecaseError`,
-    and is not repeated. Its result is awaited or iterated like grpc's own calls, but is not an instance of their
+    and is not retried. Its result is awaited or iterated like grpc's own calls, but is not an instance of their
     classes.
 
     `token` is sent with every call: a key, or the token of an identity provider. A function is called for it before
     each call; it may be asynchronous, and should return the same token until that expires. A stream whose token has
     expired continues with the next one.
 
-    On this machine the connection is plain text, or TLS when `ca` is given: a file of certificates in PEM, or its
-    bytes. To other machines the connection is TLS, with `ca` or with the authorities that grpc knows; `plaintext` makes
-    it plain text, `token` included. `credentials` are grpc's own and replace all of this, for example with a client
-    certificate: `grpc.ssl_channel_credentials(ca, key, certificate)`.
+    Connections to this machine use TLS only if `ca` is given: a file of CA certificates in PEM, or its bytes.
+    Connections to other machines use TLS with `ca` or with grpc's default CA certificates; `plaintext` turns TLS off,
+    and the `token` is then sent unencrypted. `credentials` are grpc's own and replace all of this, for example with a
+    client certificate: `grpc.ssl_channel_credentials(ca, key, certificate)`.
 
-    `target` is HOST:PORT, or HOST for port 7420. Without `target`, `token` and `ca` the variables NOTECASE_ADDRESS,
-    NOTECASE_TOKEN and NOTECASE_CA are used, and then 127.0.0.1:7420. `options` are grpc channel options and override
-    the client's own.
+    `target` is HOST:PORT, or HOST for port 7420. The defaults of `target`, `token` and `ca` are the variables
+    NOTECASE_ADDRESS, NOTECASE_TOKEN and NOTECASE_CA, and then 127.0.0.1:7420. `options` are grpc channel options and
+    override the client's own.
 
     Raises ValueError for a target that is not an address and for a token that cannot be sent, OSError for a file of
     `ca` that cannot be read.
@@ -152,7 +152,7 @@ class Client(Commands, Sessions):
         description: str = "",
         labels: Mapping[str, str] | None = None,
     ) -> v1.Agent:
-        """Creates an agent, or makes its next revision when something differs from what it is.
+        """Creates an agent, or its next revision when something differs.
 
             def search(what: str) -> list[str]:
                 \"""Searches yesterday's papers.\"""
@@ -160,14 +160,14 @@ class Client(Commands, Sessions):
             await client.put_agent("detective", "You are a detective.", tools=[search])
 
         Functions in `tools` are declared by the agent, and this client executes their calls in every run that it starts
-        with the agent: see `Tool`. A `v1.Tool`, or a mapping of its fields, declares what the server runs:
-        `{"name": "ask", "server": {"function": "ask_user"}}`. `output` is a dataclass, a TypedDict or a pydantic model:
-        replies are JSON of that type, and `Reply.parsed` reads them as such in this client. `generation` and `context`
-        may be given by their fields: `generation={"temperature": 0.2}`. `instruction` is a template over state; for
-        this and the rest see `v1.LlmAgent` and `v1.Agent`.
+        with the agent: see `Tool`. A `v1.Tool`, or a mapping of its fields, declares what the server runs: `{"name":
+        "ask", "server": {"function": "ask_user"}}`. `output` is a dataclass, a TypedDict or a pydantic model: replies
+        are JSON of that type, which `Reply.parsed` returns in this client. `generation` and `context` may be mappings
+        of their fields: `generation={"temperature": 0.2}`. `instruction` is a template over state; for this and the
+        rest see `v1.LlmAgent` and `v1.Agent`.
 
         Raises TypeError for a function or an output that has no JSON Schema, ValueError for a mapping with a field that
-        does not exist, and NotecaseError TEMPLATE_ERROR and INVALID_FIELD for what the server refuses."""
+        does not exist, and NotecaseError TEMPLATE_ERROR or INVALID_FIELD when the server refuses the agent."""
         definitions, local = split(tools, output)
         llm = v1.LlmAgent(
             model=model,
@@ -201,7 +201,7 @@ class Client(Commands, Sessions):
     async def upload(
         self, content: bytes | str | PathLike[str], media_type: str = "", *, filename: str = "", upload_id: str = ""
     ) -> v1.Blob:
-        """Stores bytes, or a file by its path, and returns the blob by which messages and state refer to it.
+        """Uploads bytes, or a file given by its path, and returns the blob, to which messages and state can refer.
 
             plan = await client.upload("plan.pdf")
             await client.put_state(session, "plan", plan)
@@ -209,22 +209,22 @@ class Client(Commands, Sessions):
             await client.invoke(ask, session=session)
 
         For a file, the name is the default `filename`, and the default media type is guessed from it. The content is
-        read and sent in pieces, and after a broken connection only the missing ones are sent. With an `upload_id` of
-        your own another process can continue the upload.
+        read and sent in chunks, and after a broken connection only the missing ones are sent. If you choose the
+        `upload_id`, another process can continue the upload.
 
         Raises OSError for a file that cannot be read, ValueError when the media type is neither given nor known, and
         NotecaseError PAYLOAD_TOO_LARGE, or UPLOAD_OFFSET_MISMATCH when somebody else uploads under the same id."""
         return await self._contents.upload(content, media_type, filename=filename, upload_id=upload_id)
 
     def download(self, blob: str | v1.Blob, offset: int = 0, limit: int = 0) -> AsyncIterator[bytes]:
-        """Yields the content of a blob, given by itself or by name, in pieces of at most 2 MiB: from `offset` on, and
-        at most `limit` bytes unless it is 0. After a broken connection it continues where it stopped.
+        """Yields the content of a blob, given as a `v1.Blob` or by name, in chunks of at most 2 MiB: from `offset` on,
+        and at most `limit` bytes unless it is 0. After a broken connection it continues where it stopped.
 
             async for piece in client.download(blob):
                 file.write(piece)
 
-        Raises NotecaseError BLOB_NOT_FOUND, and BLOB_CORRUPT at the end of a whole content whose SHA-256 is not that of
-        its name."""
+        Raises NotecaseError BLOB_NOT_FOUND, and BLOB_CORRUPT after the last chunk if the whole content does not have
+        the SHA-256 in its name."""
         return self._contents.download(blob, offset, limit)
 
     def run(
@@ -251,27 +251,27 @@ class Client(Commands, Sessions):
                 async for text in run.text():
                     print(text, end="")
 
-        `said` is what the user says, as texts or messages; it may be left out where the session's history ends with
-        something to answer. Without `session` a new one is opened for `agent`; with it, `agent` may be another than the
-        session's own. `state` is put into the session in the same commit. With a `run_id` of your own, a start that
-        another process repeats is the same run.
+        `said` is the user's input, as texts or messages; it may be left out if the session's history ends with
+        something to answer. Without `session` a new one is created for `agent`; with it, `agent` may differ from the
+        session's own. `state` is set in the session in the same commit. With the same `run_id`, a start that another
+        process repeats is the same run.
 
-        `tools` are functions that the model may call in this run besides its agent's, executed here while the stream is
-        iterated: see `Tool`; those that `put_agent` was given are executed, too. `output` is the type of
-        `RunStream.parsed` for an agent with an output that another program has put. `model`, `instruction` and
-        `generation` take the place of the agent's in this run.
+        `tools` are functions that the model may call in this run in addition to its agent's. They are executed here
+        while the stream is iterated, and so are those of `put_agent`: see `Tool`. `output` is the type of
+        `RunStream.parsed`, for an agent with an output that another program has put. `model`, `instruction` and
+        `generation` replace the agent's in this run.
 
         `on_busy` says what to do when the session has a run: "reject", "queue", "interrupt" or "rollback"; `limits`
-        what this run may use. With `cancel_after` the run is cancelled once no stream has been attached to it for that
-        many seconds. `rewind_to` takes the session back to that sequence in the same commit: without `said` to generate
-        a reply again, with it to edit what was said.
+        limits this run. With `cancel_after` the run is cancelled when no stream has been attached to it for that many
+        seconds. `rewind_to` rewinds the session to that sequence in the same commit: without `said` to generate a reply
+        again, with it to edit the user's input.
 
         Raises ValueError without agent and session and for a field of `generation` or `limits` that does not exist,
         TypeError for a function that cannot be a tool. Entering raises NotecaseError: RUN_ACTIVE when the session has a
         run, AGENT_NOT_FOUND, SESSION_NOT_FOUND and so on."""
         agent, session = name_of(agent, "agents"), name_of(session, "sessions")
         if not agent and not session:
-            raise ValueError("who is to answer? Name an agent, a session, or both: agent=…, session=…")
+            raise ValueError("who should answer? Name an agent, a session, or both: agent=…, session=…")
         functions = as_tools(tools)
         declared = self._local.get(agent.partition("@")[0], Local()).tools
         start = v1.StartRun(
@@ -306,12 +306,12 @@ class Client(Commands, Sessions):
         output: Any = None,
         options: v1.WatchOptions | None = None,
     ) -> RunStream:
-        """Follows a run (sessions/{session}/runs/{run}) or a session that exists, when entered.
+        """Follows an existing run (sessions/{session}/runs/{run}) or session, when entered.
 
         Events begin after `after_sequence`, 0 for the whole log; without it, at the run's first event or at the
         session's newest. In a session without an active run the stream ends at the newest event, unless `options` has
-        keep_open. Pending and later calls of the `tools` are executed here, and no others; attaching declares none.
-        `output` is the type of `RunStream.parsed`.
+        keep_open. Pending and later calls of the given `tools` are executed here; attaching declares no tools. `output`
+        is the type of `RunStream.parsed`.
 
         Raises TypeError for a function that cannot be a tool. Entering raises NotecaseError: SEQUENCE_AHEAD,
         SESSION_NOT_FOUND, RUN_NOT_FOUND."""
@@ -335,7 +335,7 @@ class Client(Commands, Sessions):
         rewind_to: int | None = None,
         run_id: str = "",
     ) -> Reply:
-        """Runs to the end and returns the reply. The arguments are those of `run`.
+        """Runs an agent to the end and returns the reply. The arguments are those of `run`.
 
             reply = await client.invoke("Where is the violin?", agent="detective")
             print(reply.text)
@@ -372,7 +372,7 @@ class Client(Commands, Sessions):
 
     def list_agents(self) -> Listing[v1.Agent]:
         """Iterates over the agents at their newest revision, by name: `async for agent in client.list_agents()`. Pages
-        are read as they are needed."""
+        are fetched as needed."""
         return each(self._retry, self.agents.ListAgents, v1.ListAgentsRequest())
 
     def _follow(

@@ -13,7 +13,7 @@ from notecase.values import to_message
 
 
 class Commands:
-    """Commands to a run, `sessions/{session}/runs/{run}`, or to a session's run under way, `sessions/{session}`: by the
+    """Commands to a run, `sessions/{session}/runs/{run}`, or to a session's active run, `sessions/{session}`, given by
     name, or by the `v1.Run` or `v1.Session` that the service returned.
 
     Each returns the sequence of the log at which it was committed. Most have taken effect by then; one that is queued,
@@ -32,8 +32,8 @@ class Commands:
         *said: str | v1.Message,
         when: When = "steer",
     ) -> int:
-        """Says something to a run under way: "steer" before the next model call, "follow_up" when it would otherwise
-        end, "interrupt" now. Approvals and questions that wait are denied by it.
+        """Sends input to an active run: "steer" before the next model call, "follow_up" when it would otherwise end,
+        "interrupt" now. It denies open approvals and questions.
 
         Raises NotecaseError QUEUE_FULL when too many commands are queued."""
         said_then = v1.UserInput(messages=map(to_message, said), when=choice(v1.UserInput.When, when))
@@ -47,10 +47,9 @@ class Commands:
         *,
         remember: Remember = "once",
     ) -> int:
-        """Lets a call run, with other `arguments` than the model's where given: JSON text, or a mapping. An interrupted
-        call is run again.
+        """Approves a call. `arguments`, JSON text or a mapping, replace the model's. An interrupted call is run again.
 
-        With `remember` "run" or "session" the tool's further calls there are approved too. Raises NotecaseError
+        With `remember` "run" or "session" later calls of the tool there are approved, too. Raises NotecaseError
         INPUT_NOT_PENDING when it was answered before."""
         edited = arguments if isinstance(arguments, str) else "" if arguments is None else dump(dict(arguments))
         response = v1.InputResponse(
@@ -69,7 +68,7 @@ class Commands:
         *,
         remember: Remember = "once",
     ) -> int:
-        """Refuses a call; the model reads the reason. An interrupted call has then failed.
+        """Denies a call; the model reads the reason. An interrupted call is treated as failed.
 
         `remember` and errors are those of `approve`."""
         response = v1.InputResponse(
@@ -81,9 +80,10 @@ class Commands:
         return await self.send(name, v1.RunRequest(input_response=response))
 
     async def answer(self, name: str | Named, input_id: str, answer: str | Mapping[str, Any]) -> int:
-        """Answers a question; one with a `schema` by JSON text or a mapping. For an interrupted call it is the result.
+        """Answers a question; one with a `schema` needs JSON text or a mapping. For an interrupted call, gives its
+        result.
 
-        Raises NotecaseError INVALID_FIELD for an answer that does not fit the schema; the question then stays open.
+        Raises NotecaseError INVALID_FIELD for an answer that does not match the schema; the question then stays open.
         Other errors are those of `approve`."""
         text = answer if isinstance(answer, str) else dump(dict(answer))
         response = v1.InputResponse(input_id=input_id, decision=v1.InputResponse.DECISION_ANSWER, answer=text)
@@ -96,8 +96,8 @@ class Commands:
         return await self.send(name, v1.RunRequest(input_response=response))
 
     async def give_result(self, name: str | Named, call_id: str, result: Any = None, *, error: str = "") -> int:
-        """Answers a call that was dispatched to callers (`Run.pending_calls`): with what a function of that name would
-        return, or with an error for the model to read.
+        """Answers a call that was dispatched to callers (`Run.pending_calls`), with the result that a function of that
+        name would return, or with an error for the model.
 
         The same result may be given again. Raises NotecaseError CALL_NOT_PENDING or REQUEST_ID_REUSED when the call has
         another outcome, TypeError or ValueError for a result that cannot be written as JSON."""
@@ -105,8 +105,8 @@ class Commands:
         return await self.send_result(name, v1.ToolResult(call_id=call_id, result=parts, error=error))
 
     async def cancel(self, name: str | Named, reason: str = "", *, after_turn: bool = False, call_id: str = "") -> int:
-        """Stops the run and keeps what was generated. With `after_turn` it stops once the calls under way have their
-        results, and the model is not asked again; with `call_id` only that call is stopped.
+        """Cancels the run and keeps its output so far. With `after_turn` it stops when the running calls have their
+        results, and the model is not called again; with `call_id` only that call is cancelled.
 
         Raises NotecaseError CALL_NOT_PENDING for a call that has its outcome."""
         mode = v1.CancelCommand.MODE_AFTER_TURN if after_turn else v1.CancelCommand.MODE_IMMEDIATE

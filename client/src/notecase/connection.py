@@ -52,14 +52,14 @@ class Connection:
             address = os.environ.get("NOTECASE_ADDRESS") or DEFAULT_ADDRESS
         self.address = address = with_port(address)
         if plaintext and (credentials or ca):
-            raise ValueError("plaintext goes neither with ca nor with credentials")
+            raise ValueError("plaintext cannot be combined with ca or credentials")
         ca = ca or os.environ.get("NOTECASE_CA")
         here = is_loopback(address)
         if credentials is None and not plaintext and (ca or not here):
             credentials = grpc.ssl_channel_credentials(ca if isinstance(ca, bytes) else _pem(ca))
         found = os.environ.get("NOTECASE_TOKEN") if token is None else None
         if found and credentials is None and not here:
-            raise ValueError(f"NOTECASE_TOKEN would go to {address} in plain text; to do that, hand it in as token")
+            raise ValueError(f"NOTECASE_TOKEN would be sent to {address} in plain text; pass it as token to allow that")
         self._token = token or found
         if isinstance(self._token, str):
             _bearer(self._token)  # refused here rather than by every call
@@ -98,7 +98,7 @@ def _bearer(token: str) -> tuple[str, str]:
     """Returns the metadata that carries a token. Raises ValueError, which does not quote it."""
     token = token.strip()  # a file that holds one often ends with a line's end
     if not token or not token.isascii() or not token.isprintable() or " " in token:
-        raise ValueError("the token is empty, or holds what no token does: a space, or something other than ASCII")
+        raise ValueError("the token is empty or contains a space or a character that is not ASCII")
     return "authorization", f"Bearer {token}"
 
 
@@ -143,7 +143,7 @@ class _Channel:
             self._loop = loop
             loop.call_later(TOLD_AFTER, self._tell)
         if self._loop is not loop:
-            raise RuntimeError("this client made its first call in another event loop: make one client for each")
+            raise RuntimeError("this client made its first call in another event loop: create one client for each loop")
         method = opened()
         metadata = tuple(kwargs.pop("metadata", None) or ())
         if self._token is None or any(name == "authorization" for name, _ in metadata):

@@ -36,7 +36,7 @@ class Contents:
             media_type = media_type or _media_type(path)
             filename = filename or path.name
         if not media_type:
-            raise ValueError("say which media_type the content has, for example application/pdf")
+            raise ValueError("pass the media_type of the content, for example application/pdf")
         first = v1.UploadBlobRequest(
             blob=v1.Blob(media_type=media_type, filename=filename), upload_id=upload_id or uuid.uuid4().hex
         )
@@ -96,7 +96,7 @@ class Contents:
                 if error.reason != "WATCHER_TOO_SLOW":
                     await backoff.wait(error)
         if digest is not None and name != f"blobs/{digest.hexdigest()}":
-            problem = "The content that came has another SHA-256 than its name says."
+            problem = "The received content does not have the SHA-256 in its name."
             raise NotecaseError(grpc.StatusCode.DATA_LOSS, "BLOB_CORRUPT", problem)
 
 

@@ -1,7 +1,7 @@
 """One exception with a stable reason for every refusal and failure: `NotecaseError`.
 
-It is not a `grpc.RpcError`, because a refused command and a failed run are data, not failed calls, and carry the same
-facts. Where a call failed, its `RpcError` is the `__cause__`.
+It is not a `grpc.RpcError`, because a refused command and a failed run are data, not failed calls, and have the same
+information. For a failed call, its `RpcError` is the `__cause__`.
 """
 
 import contextlib
@@ -31,14 +31,14 @@ _CLIENT_TOOL = re.compile(r"(start\.)?client_tools\[\d+\]\.name")
 
 
 class Violation(NamedTuple):
-    """One field of a request that is wrong, and what would be right."""
+    """One invalid field of a request, and what would be valid."""
 
     field: str
     description: str
 
 
 class Resource(NamedTuple):
-    """What an error is about: `Resource("notecase.v1.Session", "sessions/s1")`."""
+    """The resource that an error is about: `Resource("notecase.v1.Session", "sessions/s1")`."""
 
     type: str
     name: str
@@ -47,9 +47,9 @@ class Resource(NamedTuple):
 class NotecaseError(Exception):
     """The service refused a request or failed, or could not be reached.
 
-    Programs decide by `reason`: a `v1.ErrorReason` without its prefix, such as "RUN_ACTIVE". It is empty when the error
-    does not come from the service: the connection broke, the deadline passed, or something else answered. `code` is
-    always set. `message` is for people, as the service wrote it; `str(error)` adds what to do in Python, where that
+    Programs should check `reason`: a `v1.ErrorReason` without its prefix, such as "RUN_ACTIVE". It is empty when the
+    error does not come from the service: the connection broke, the deadline passed, or something else answered. `code`
+    is always set. `message` is for people, as the service wrote it; `str(error)` adds what to do in Python, where that
     differs. `retry_after` is in seconds, or None.
     """
 

@@ -12,7 +12,7 @@ from notecase.values import text_of
 
 
 class Reply:
-    """What came of a run that succeeded: `print(reply.text)`."""
+    """The reply of a run that succeeded: `print(reply.text)`."""
 
     def __init__(self, run: v1.Run, output: Kind | None = None) -> None:
         """`output` reads `parsed`. Raises NotecaseError with the run's error when it failed, and with code CANCELLED
@@ -37,15 +37,15 @@ class Reply:
 
     @property
     def refusal(self) -> str:
-        """The words with which the model refused to answer, which `text` does not have; empty without a refusal."""
+        """The text with which the model refused to answer, which is not in `text`; empty without a refusal."""
         return "".join(part.refusal for part in self.run.reply.parts)
 
     @cached_property
     def parsed(self) -> Any:
-        """The reply's JSON: as the `output` type, where one was given, otherwise as Python's dicts and lists; None for
-        a reply without JSON where no type was given.
+        """The reply's JSON: as the `output` type if one was given, otherwise as dicts and lists; None for a reply
+        without JSON if no type was given.
 
-        Raises ValueError for a reply that does not fit the type, such as a refusal."""
+        Raises ValueError for a reply that does not match the type, such as a refusal."""
         found = [part.json for part in self.run.reply.parts if part.HasField("json")]
         if self._output is None:
             return parse(found[0]) if found else None
@@ -55,7 +55,7 @@ class Reply:
 
     @property
     def session(self) -> str:
-        """sessions/{session}: where the conversation goes on."""
+        """The session, sessions/{session}, in which to continue the conversation."""
         return "/".join(self.run.name.split("/")[:2])
 
     def __str__(self) -> str:

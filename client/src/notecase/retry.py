@@ -22,10 +22,10 @@ _TRANSPORT = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grp
 
 @dataclass(frozen=True)
 class Retry:
-    """How often and how long a client repeats a call while the server cannot be reached. Delays are in seconds.
+    """How often and how long a client retries a call while the server cannot be reached. Delays are in seconds.
 
     The defaults outlast a server's restart: 13 to 26 seconds in all. The logger "notecase" warns at the second failure
-    in a row, which comes after `first_delay` at the latest; a connection that is mended at once makes no warning."""
+    in a row, which comes after `first_delay` at the latest; a connection that is restored at once causes no warning."""
 
     tries: int = 10
     """Repeats in a row, without an event of the log in between. 0: every failure is raised at once."""

@@ -1,4 +1,4 @@
-"""Opens, copies, rewinds, exports and lists sessions, and reads and writes their state."""
+"""Creates, forks, rewinds, exports and lists sessions, and reads and writes their state."""
 
 import uuid
 from collections.abc import AsyncIterator, Iterable, Mapping
@@ -13,7 +13,7 @@ from notecase.values import Plain, from_value, to_value, to_values
 
 
 class Sessions:
-    """The part of a client that opens sessions and reads what they hold. See `Client`."""
+    """The part of a client for sessions and their contents. See `Client`."""
 
     sessions: "v1.SessionServiceAsyncStub"
     state: "v1.StateServiceAsyncStub"
@@ -31,7 +31,7 @@ class Sessions:
         labels: Mapping[str, str] | None = None,
         state: Mapping[str, Plain] | None = None,
     ) -> v1.Session:
-        """Opens a session with an initial `state`.
+        """Creates a session with an initial `state`.
 
         Raises NotecaseError ALREADY_EXISTS when the id is taken, AGENT_NOT_FOUND when its agent is missing."""
         request = v1.CreateSessionRequest(
@@ -49,9 +49,11 @@ class Sessions:
             return await repeat(self._retry, lambda: self.sessions.CreateSession(request))
 
     async def fork(self, session: str | Named, at_sequence: int | None = None, *, session_id: str = "") -> v1.Session:
-        """Makes a new session of the log up to a sequence, by default all of it, with the state as it was then.
+        """Creates a session with a copy of the log up to a sequence, by default the whole log, and the state as it was
+        then.
 
-        Raises NotecaseError SESSION_NOT_FOUND, SEQUENCE_AHEAD beyond the head, ALREADY_EXISTS when the id is taken."""
+        Raises NotecaseError SESSION_NOT_FOUND, SEQUENCE_AHEAD for a sequence after the head, ALREADY_EXISTS when the id
+        is taken."""
         request = v1.ForkSessionRequest(
             name=name_of(session, "sessions"),
             at_sequence=at_sequence,
@@ -61,28 +63,29 @@ class Sessions:
         return await repeat(self._retry, lambda: self.sessions.ForkSession(request))
 
     async def rewind(self, session: str | Named, to_sequence: int) -> v1.Session:
-        """Takes a session back to a sequence: later messages are superseded, and its state is as it was then.
+        """Rewinds a session to a sequence: later messages are superseded, and its state is restored.
 
-        Raises NotecaseError RUN_ACTIVE while a run is under way or queued, SESSION_NOT_FOUND, SEQUENCE_AHEAD, and
-        INVALID_FIELD for a sequence that a rewind left behind."""
+        Raises NotecaseError RUN_ACTIVE while a run is active or queued, SESSION_NOT_FOUND, SEQUENCE_AHEAD, and
+        INVALID_FIELD for a sequence inside a range that was rewound before."""
         request = v1.RewindSessionRequest(
             name=name_of(session, "sessions"), to_sequence=to_sequence, request_id=uuid.uuid4().hex
         )
         return await repeat(self._retry, lambda: self.sessions.RewindSession(request))
 
     async def export_session(self, session: str | Named, *, with_blobs: bool = True) -> AsyncIterator[bytes]:
-        """Yields the session as a file, in pieces: `async for piece in client.export_session(name)`. Without its blobs
-        it can be imported only where they are stored already.
+        """Yields the session as a file, in chunks: `async for piece in client.export_session(name)`. Without its blobs
+        it can be imported only on a server that has them.
 
-        Raises NotecaseError SESSION_NOT_FOUND, and RUN_ACTIVE while a run is under way or queued."""
+        Raises NotecaseError SESSION_NOT_FOUND, and RUN_ACTIVE while a run is active or queued."""
         request = v1.ExportSessionRequest(name=name_of(session, "sessions"), with_blobs=with_blobs)
         async for response in self.sessions.ExportSession(request):
             yield response.chunk
 
     async def import_session(self, pieces: Iterable[bytes], *, session_id: str = "") -> v1.Session:
-        """Makes a session of an exported file, given in pieces of at most 1 MiB.
+        """Creates a session from an exported file, given in chunks of at most 1 MiB.
 
-        Raises NotecaseError ALREADY_EXISTS when the id is taken, IMPORT_INVALID when the file is not whole."""
+        Raises NotecaseError ALREADY_EXISTS when the id is taken, IMPORT_INVALID when the file is incomplete or
+        damaged."""
         header = v1.ImportHeader(session_id=session_id, request_id=uuid.uuid4().hex)
 
         async def frames() -> AsyncIterator[v1.ImportSessionRequest]:
@@ -110,7 +113,7 @@ class Sessions:
     async def put_state(
         self, owner: str | Named, key: str, value: Plain, *, if_version: int | None = None
     ) -> v1.StateEntry:
-        """Sets one key of sessions/{session}, users/{user} or app.
+        """Sets one key of the state of sessions/{session}, users/{user} or app.
 
         With `if_version` only if the key has that version, where 0 means that it does not exist; otherwise raises
         NotecaseError STATE_VERSION_MISMATCH with the current version in `metadata["version"]`."""
@@ -140,15 +143,14 @@ class Sessions:
         return each(self._retry, self.messages.ListMessages, request)
 
     def list_runs(self, session: str | Named = "-", filter: str = "") -> Listing[v1.Run]:  # noqa: A002 - the API's word
-        """Iterates over the runs of a session, or of all sessions, the last created first; `filter` as in
-        `v1.ListRunsRequest`.
+        """Iterates over the runs of a session, or of all sessions, newest first; `filter` as in `v1.ListRunsRequest`.
 
         Raises NotecaseError SESSION_NOT_FOUND, INVALID_FIELD for a filter that cannot be read."""
         request = v1.ListRunsRequest(parent=name_of(session, "sessions"), filter=filter)
         return each(self._retry, self.runs.ListRuns, request)
 
     def waiting(self, session: str | Named = "-") -> Listing[v1.Run]:
-        """Iterates over the runs that wait for a person or a caller, of one session or of all, the last created first.
+        """Iterates over the runs that wait for a person or a caller, of one session or of all, newest first.
         `pending_inputs` and `pending_calls` say what each waits for.
 
             async for run in client.waiting():

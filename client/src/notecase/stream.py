@@ -1,4 +1,4 @@
-"""Follows a run: gives each event once and in order, over broken connections."""
+"""Follows a run: yields each event once and in order, across broken connections."""
 
 import asyncio
 import logging
@@ -33,7 +33,7 @@ class RunStream:
     `Client.run` and `Client.attach` return one. It can also be made from any `v1.RunRequest` that starts or attaches; a
     start must name its session (or new_session) and its run_id, so that it can be repeated safely.
 
-    Events of the log are yielded in the order of their sequence, each exactly once, with passing events (sequence 0)
+    Events of the log are yielded in the order of their sequence, each exactly once, with transient events (sequence 0)
     between them. When the connection breaks, the server restarts, another process takes the run over, or a renewable
     token expires, the stream attaches again after the last event that it yielded, as `Retry` says. The blocks of an
     unfinished message are then sent again from their start; `view` handles that.
@@ -177,8 +177,8 @@ class RunStream:
                 await self._receive()
 
     async def text(self) -> AsyncIterator[str]:
-        """Yields what the agent says, in pieces as they arrive, up to the end of the run. Joined, the pieces of one
-        message are exactly its text. Between two messages it yields "\\n\\n".
+        """Yields the agent's text in pieces as they arrive, up to the end of the run. Joined, the pieces of one message
+        are exactly its text. Between two messages it yields "\\n\\n".
 
         A model call that is repeated, after a failure or a takeover, starts its reply again as another message. To
         remove the text that was discarded from a screen, iterate the events and show `view` instead.
@@ -204,7 +204,7 @@ class RunStream:
             raise NotecaseError.from_proto(run.error)
 
     async def say(self, *said: str | v1.Message, when: When = "steer") -> int:
-        """Says something to the run under way; see `Commands.say`."""
+        """Sends input to the active run; see `Commands.say`."""
         return await self._commands.say(self._target, *said, when=when)
 
     async def approve(
@@ -214,7 +214,7 @@ class RunStream:
         *,
         remember: Remember = "once",
     ) -> int:
-        """Lets a call run, with other arguments where given; see `Commands.approve`."""
+        """Approves a call; see `Commands.approve`."""
         return await self._commands.approve(self._target, input_id, arguments, remember=remember)
 
     async def deny(
@@ -224,7 +224,7 @@ class RunStream:
         *,
         remember: Remember = "once",
     ) -> int:
-        """Does not let a call run; see `Commands.deny`."""
+        """Denies a call; see `Commands.deny`."""
         return await self._commands.deny(self._target, input_id, reason, remember=remember)
 
     async def answer(self, input_id: str, answer: str | Mapping[str, Any]) -> int:
@@ -236,7 +236,7 @@ class RunStream:
         return await self._commands.dismiss(self._target, input_id, reason)
 
     async def cancel(self, reason: str = "", *, after_turn: bool = False, call_id: str = "") -> int:
-        """Stops the run, or one of its calls; see `Commands.cancel`."""
+        """Cancels the run, or one of its calls; see `Commands.cancel`."""
         return await self._commands.cancel(self._target, reason, after_turn=after_turn, call_id=call_id)
 
     async def update_state(
@@ -249,8 +249,8 @@ class RunStream:
         """Sets keys of the session's state and applies further operations, all or none. Returns the sequence of the
         change. It is repeated when the connection breaks, without a second effect.
 
-        Raises NotecaseError STATE_VERSION_MISMATCH when a condition does not hold, STATE_TYPE_MISMATCH when a value's
-        type does not have the operation."""
+        Raises NotecaseError STATE_VERSION_MISMATCH when a condition does not hold, STATE_TYPE_MISMATCH when an
+        operation does not apply to the value's type."""
         sets = [v1.StateOp(key=key, set=to_value(value)) for key, value in (values or {}).items()]
         update = v1.StateUpdate(ops=[*sets, *ops], if_version=if_version)
         # State is the session's: it can be changed in every state of the run.

@@ -6,7 +6,7 @@
         client.put_agent("detective", "You are a detective.")
         print(client.invoke("Where is the violin?", agent="detective").text)
 
-It is the asynchronous client on an event loop in a thread of its own, so whatever that promises holds here, too.
+It runs the asynchronous client on an event loop in a separate thread, with the same promises.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ _END: Any = object()
 
 
 class _Loop:
-    """An event loop in a thread of its own."""
+    """An event loop in a separate thread."""
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -213,8 +213,8 @@ class Client:
     """A client of one server: `with Client("127.0.0.1:7420") as client`; see `notecase.Client` for its arguments and
     methods. The stubs `agents`, `sessions` and so on take `v1` requests and block, too.
 
-    Threads may share it. Tools run in threads as well and may use it; an asynchronous tool runs on the client's own
-    loop, and may not. A client that is not closed is closed when the program ends."""
+    Threads may share it. Tools run in threads, too, and may use it; an asynchronous tool runs on the client's own loop,
+    and may not use it. A client that is not closed is closed when the program ends."""
 
     def __init__(
         self,
@@ -265,7 +265,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """Closes the connection and every call on it; runs go on in the server. May be called twice."""
+        """Closes the connection and every call on it; runs continue in the server. May be called twice."""
         atexit.unregister(self.close)
         with suppress(RuntimeError):  # closed before
             self._loop.run(self._inner.close())

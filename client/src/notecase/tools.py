@@ -29,22 +29,22 @@ log = logging.getLogger("notecase")
 class Tool:
     """A function that a model may call, for `tools` of `Client.put_agent`, `run`, `invoke` and `attach`.
 
-    A function that needs no options is given as it is: `tools=[search]`. The tool's name is that of the function, its
+    A function without options is passed directly: `tools=[search]`. The tool's name is that of the function, its
     description is the docstring, and its JSON Schema comes from the type hints:
 
         def search(query: Annotated[str, "words to look for"], limit: int = 10) -> list[str]:
             \"""Searches the newspapers.\"""
 
     The arguments may be str, int, float, bool, None, Any, Literal, Enum, list[X], tuple[X, ...], dict[str, X],
-    TypedDict, dataclasses, and unions of these; with notecase[pydantic] installed also pydantic's models and all that
-    it has a schema for. Those with a default may be left out. The function is called with arguments of those types. It
-    may be async; otherwise it runs in a thread, which goes on when its call is cancelled.
+    TypedDict, dataclasses, and unions of these; with notecase[pydantic] installed also pydantic models and every type
+    that pydantic has a schema for. Arguments with a default are optional. The function is called with arguments of
+    those types. It may be async; otherwise it runs in a thread, which continues even if its call is cancelled.
 
-    What it returns is the result: text as it is, bytes and `v1.Part`s as data and parts, a list of parts as those, and
-    everything else as JSON: what JSON has, enums, dataclasses and pydantic's models. An exception becomes the call's
-    `error`, such as "ValueError: no such paper", which the model reads and the log keeps; the traceback stays here, in
-    the logger "notecase". Arguments that do not fit and a result of more than 512 KiB of text or 3 MiB of data are
-    errors for the model, too.
+    The result is the return value: text unchanged, bytes as data, a `v1.Part` or a list of them as parts, and
+    everything else as JSON: JSON values, enums, dataclasses and pydantic models. An exception becomes the call's
+    `error`, such as "ValueError: no such paper", which the model reads and the log keeps; the traceback goes only to
+    the logger "notecase". Arguments that do not match the schema, and a result of more than 512 KiB of text or 3 MiB of
+    data, are errors for the model, too.
 
     Raises TypeError for a function whose arguments have no JSON Schema.
     """
@@ -60,9 +60,9 @@ class Tool:
         timeout: float | None = None,
         declare: bool = True,
     ) -> None:
-        """`approver` is the least role that may approve a call: "user", "developer" or "admin". `timeout` is in
-        seconds, from the dispatch of a call to its outcome. A tool with `declare` False is not
-        declared by the run, because its agent does so already: for example by `put_agent` in another process."""
+        """`approver` is the lowest role that may approve a call: "user", "developer" or "admin". `timeout` is in
+        seconds, from the dispatch of a call to its outcome. A tool with `declare` False is not declared by the run,
+        because its agent declares it, for example by `put_agent` in another process."""
         self.function = function
         self.declare = declare
         name = name or getattr(function, "__name__", "")
@@ -127,7 +127,9 @@ def as_tools(functions: Iterable[Callable[..., Any] | Tool]) -> dict[str, Tool]:
     tools: dict[str, Tool] = {}
     for function in functions:
         if isinstance(function, v1.Tool | Mapping):
-            raise TypeError("a run takes functions; a tool that the server runs is declared by put_agent(…, tools=[…])")
+            raise TypeError(
+                "a run accepts only functions; declare a tool that the server runs with put_agent(…, tools=[…])"
+            )
         tool = function if isinstance(function, Tool) else Tool(function)
         if tools.setdefault(tool.definition.name, tool) is not tool:
             raise TypeError(f"two tools have the name {tool.definition.name}")

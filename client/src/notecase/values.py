@@ -15,9 +15,8 @@ Plain: TypeAlias = "bool | int | float | str | bytes | v1.Blob | Sequence[Plain]
 def to_value(plain: Plain) -> v1.Value:
     """Returns a new `v1.Value` that shares nothing with `plain`.
 
-    Raises OverflowError for an integer beyond 64 bits and TypeError for what state cannot hold, keys that are no
-    strings among it. NaN, the infinities and more than 16 levels are left to the server, which refuses them by
-    name."""
+    Raises OverflowError for an integer beyond 64 bits and TypeError for a value that state cannot hold, such as a
+    mapping with keys that are not strings. The server refuses NaN, the infinities and more than 16 levels."""
     match plain:
         case None:
             return v1.Value(null_value=NULL_VALUE)
@@ -35,21 +34,21 @@ def to_value(plain: Plain) -> v1.Value:
             return v1.Value(bytes_value=bytes(plain))
         case v1.Blob():
             if not plain.name.startswith("blobs/"):
-                raise TypeError("a blob in state is one that was uploaded; this one has no name")
+                raise TypeError("a blob in state must be uploaded first; this one has no name")
             return v1.Value(blob_value=plain)
         case Sequence():
             return v1.Value(list_value=v1.ValueList(values=map(to_value, plain)))
         case Mapping():
             for key in plain:
                 if not isinstance(key, str):
-                    raise TypeError(f"the keys of a map in state are strings, not {type(key).__name__}")
+                    raise TypeError(f"the keys of a map in state must be strings, not {type(key).__name__}")
             return v1.Value(map_value=v1.ValueMap(values={key: to_value(held) for key, held in plain.items()}))
         case _:
             raise TypeError(f"state cannot hold a {type(plain).__name__}")
 
 
 def to_values(plain: Mapping[str, Plain] | None) -> dict[str, v1.Value]:
-    """`to_value` for each of several keys."""
+    """Converts the value of each key with `to_value`."""
     return {key: to_value(held) for key, held in (plain or {}).items()}
 
 

@@ -1,6 +1,6 @@
 """Rebuilds a session from its events. Two views that were given the same events are equal, however these arrived.
 
-A program that follows a session need not ask for its messages, its state or its runs: this fold over the log has them.
+A program that follows a session does not have to fetch its messages, state or runs: this fold over the log has them.
 """
 
 from collections.abc import Callable, Iterable, MutableSequence
@@ -39,7 +39,7 @@ class SessionView:
     """One session as its events describe it; `attach` and `apply` keep it up to date. Equal events make equal views.
 
     Made with the sequence that the first event follows: 0 for a whole log, None when the first event may be any.
-    Messages, runs and values handed out are the view's own: read them, or copy them.
+    Messages, runs and values belong to the view: read them, or copy them.
     """
 
     last_sequence: int | None = 0
@@ -59,8 +59,8 @@ class SessionView:
     """Remembered answers for later calls in this session, by the input_id that each answered, as far as the view has
     their events. The newest for one agent and digest applies."""
     summaries: dict[int, v1.Summarized] = field(default_factory=dict)
-    """Summaries by sequence, as far as the view has their events. The last is the one that agents are shown in place of
-    older messages; it continues those before it."""
+    """Summaries by sequence, as far as the view has their events. The last one replaces older messages for the model;
+    it extends the earlier ones."""
     _whole: bool = field(default=False, init=False, repr=False, compare=False)
     _writers: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
     """The run that writes each unfinished message."""

@@ -2,17 +2,16 @@ import { readFileSync } from "node:fs";
 import type { Interceptor, Transport } from "@connectrpc/connect";
 import { createGrpcTransport } from "@connectrpc/connect-node";
 
-/** A token, or a function that returns one that is valid now. The function is asked before each call. */
+/** A token, or a function that returns a valid one. The function is called before each call. */
 export type Token = string | (() => string | Promise<string>);
 
 export interface ConnectOptions {
   token?: Token;
   /**
-   * A PEM file of the authorities that may have signed the server's certificate. It turns TLS on. Without it: those that Node.js
-   * knows.
+   * A PEM file of CA certificates for the server's certificate. It turns TLS on. Default: those of Node.js.
    */
   ca?: string;
-  /** Connects to another machine without TLS. The token then travels in plain text, too. */
+  /** Connects to another machine without TLS. The token is then sent unencrypted, too. */
   plaintext?: boolean;
 }
 
@@ -23,9 +22,9 @@ export function fromEnvironment(): [address: string, options: ConnectOptions] {
 }
 
 /**
- * Returns the transport for clients. The address is HOST:PORT. It uses TLS, except to a loopback address without `ca`, and with
- * `plaintext`. Throws an Error for another address and for a file that cannot be read; the server is connected to by the first
- * call.
+ * Returns the transport for clients. The address is HOST:PORT. It uses TLS, except to a loopback address without `ca`,
+ * and with `plaintext`. Throws an Error for an invalid address and for a file that cannot be read; the first call
+ * connects to the server.
  */
 export function connect(address: string, options: ConnectOptions = {}): Transport {
   const { token, ca, plaintext = false } = options;

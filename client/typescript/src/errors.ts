@@ -3,22 +3,22 @@ import { Code, ConnectError } from "@connectrpc/connect";
 import { BadRequestSchema, ErrorInfoSchema, ResourceInfoSchema, RetryInfoSchema } from "./gen/google/rpc/error_details_pb.js";
 import { type Error as ErrorMessage, ErrorReason } from "./gen/notecase/v1/content_pb.js";
 
-/** A refusal or a failure that the service told, or that kept a call from reaching it. */
+/** A refusal or failure of the service, or a failure to reach it. */
 export class NotecaseError extends Error {
   override readonly name = "NotecaseError";
   readonly code: Code;
   /**
-   * What programs decide by: an ErrorReason, such as "RUN_ACTIVE". Empty where the error was not made by the service: the
+   * For programs to check: an ErrorReason, such as "RUN_ACTIVE". Empty if the error does not come from the service: the
    * connection broke, the deadline passed, or something else answered.
    */
   readonly reason: string = "";
-  /** Facts for the program, such as the current version. */
+  /** Data for programs, such as the current version. */
   readonly metadata: Record<string, string> = {};
-  /** The fields of the request that are wrong, all of them. */
+  /** All invalid fields of the request. */
   readonly violations: { field: string; description: string }[] = [];
-  /** What the error is about. */
+  /** The resource that the error is about. */
   readonly resource?: { type: string; name: string };
-  /** How long to wait before the next try; 0 where the service names no time. */
+  /** How long to wait before the next try; 0 if the service names no time. */
   readonly retryAfterMs: number = 0;
   /**
    * Whether only one of the two sides may use TLS. "suspected": the server closed the connection at once, as one with TLS does to
@@ -33,7 +33,7 @@ export class NotecaseError extends Error {
     Object.assign(this, details);
   }
 
-  /** Reads what a call or a Stream threw. What is no error of a call has the code Unknown. */
+  /** Converts an error that a call or a Stream threw. Other errors have the code Unknown. */
   static from(thrown: unknown): NotecaseError {
     if (thrown instanceof NotecaseError) return thrown;
     const error = ConnectError.from(thrown);
@@ -61,7 +61,7 @@ export class NotecaseError extends Error {
     return new NotecaseError(error.code as Code, error.message, { reason, metadata: error.metadata });
   }
 
-  /** Whether the same call may succeed later: the service was away, or the connection broke. After a failed TLS handshake: no. */
+  /** Whether a retry may succeed: the service was unavailable, or the connection broke. False after a failed TLS handshake. */
   get mayPass(): boolean {
     if (this.tls === "failed") return false;
     if (this.code === Code.Unavailable) return true;
@@ -82,11 +82,11 @@ function tlsFault(error: ConnectError): NotecaseError["tls"] {
 }
 
 /**
- * How patiently a call that failed is made again. The defaults outlast a restart of the server: about 20 seconds in all. A server
- * that closes new connections at once is tried for about 5 seconds: it may expect TLS.
+ * Configures retries of a failed call. The defaults outlast a restart of the server: about 20 seconds in all. A server
+ * that closes new connections at once is tried for only about 5 seconds, since it may require TLS.
  */
 export interface Backoff {
-  /** How often in a row: 10. */
+  /** The number of retries in a row: 10. */
   tries?: number;
   /** The first delay: 100. Each further one is twice as long. */
   firstMs?: number;
@@ -95,8 +95,8 @@ export interface Backoff {
 }
 
 /**
- * Makes a call again while what went wrong may pass. The call must be safe to repeat: a read, or a write with a requestId or
- * commandId that stays the same. Throws a NotecaseError; the reason of the signal once that is aborted.
+ * Retries a call after transient errors. The call must be safe to repeat: a read, or a write with a requestId or
+ * commandId that stays the same. Throws a NotecaseError, or the reason of the signal when it is aborted.
  */
 export async function repeat<T>(call: () => Promise<T>, backoff: Backoff = {}, signal?: AbortSignal): Promise<T> {
   for (let failures = 0; ; failures += 1) {

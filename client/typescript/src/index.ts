@@ -1,6 +1,7 @@
 /**
- * Connects programs to a notecase server: opens the connection, follows a run or a session over lost connections, joins the
- * deltas of replies, and reads errors. The messages and services are in `notecase/v1`; they work without this module.
+ * Connects programs to a notecase server: opens the connection, follows a run or a session across lost connections,
+ * joins the deltas of replies, and reads errors. The messages and services are in `notecase/v1`; they work without this
+ * module.
  */
 export { type Message as AnyMessage, create, type MessageInitShape } from "@bufbuild/protobuf";
 export { Code, createClient, type Transport } from "@connectrpc/connect";

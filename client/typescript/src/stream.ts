@@ -16,20 +16,21 @@ import {
 import { Gap, View } from "./view.js";
 
 export interface StreamOptions {
-  /** Ends the start and the stream, and nothing else: the run goes on. */
+  /** Ends the start and the stream; the run continues. */
   signal?: AbortSignal;
-  /** How patiently the stream attaches again, counted from the last event of the log that came. */
+  /** How the stream attaches again, counted from the last received event of the log. */
   backoff?: Backoff;
   /**
-   * Called, and awaited, each time the stream has attached, before the events that follow. `attached.run` then has the calls and
-   * questions that wait: a run that is WAITING may send no event until one of them is answered. What it throws ends the stream.
+   * Called, and awaited, each time the stream has attached, before the events that follow. `attached.run` then has the
+   * pending calls and inputs: a run that is WAITING may send no event until one of them is answered. An error that it
+   * throws ends the stream.
    */
   onAttached?: (attached: Attached) => void | Promise<void>;
 }
 
 /**
- * Starts a run and returns the stream of its events. The start is repeated, and takes effect once, while the server is away.
- * Throws a NotecaseError when the server refuses it.
+ * Starts a run and returns the stream of its events. The start is repeated, and takes effect once, while the server is
+ * unavailable. Throws a NotecaseError when the server refuses it.
  */
 export async function start(
   transport: Transport,
@@ -45,8 +46,8 @@ export async function start(
 }
 
 /**
- * Returns the stream of a run or of a session, as WatchEvents describes it. After a stream of another process that is
- * `afterSequence`: its `view.lastSequence`. `text` then gives a message that is unfinished from its beginning.
+ * Returns the stream of a run or of a session, as WatchEvents describes it. To continue a stream of another process,
+ * set `afterSequence` to its `view.lastSequence`. `text` then yields an unfinished message from its beginning.
  */
 export function watch(
   transport: Transport,
@@ -57,12 +58,12 @@ export function watch(
 }
 
 /**
- * Follows a run or a session: `events` and `text` attach, and attach again after the last event that they gave out when the
- * connection breaks, the server restarts, or the token expires and its function has another one. Leaving the loop ends the
- * stream and nothing else: the run goes on. `start` and `watch` make it; it is followed once.
+ * Follows a run or a session. `events` and `text` attach, and attach again after the last event that they yielded when
+ * the connection breaks, the server restarts, or the token expires and its function has a new one. Leaving the loop
+ * ends only the stream: the run continues. `start` and `watch` return it; it can be followed once.
  */
 export class Stream {
-  /** What the events given out so far tell. */
+  /** The session's progress according to the events yielded so far. */
   readonly view: View;
   /** The first frame of the newest stream. */
   attached?: Attached;
@@ -76,9 +77,9 @@ export class Stream {
   }
 
   /**
-   * Gives the events of the log in the order of their sequence, each once, and passing events (sequence 0) between them. Open
-   * blocks come again whole after the stream has attached again; `view` knows. Ends as WatchEvents does: with the run, unless
-   * `keepOpen` says otherwise. Throws a NotecaseError.
+   * Yields the events of the log in the order of their sequence, each once, and transient events (sequence 0) between
+   * them. After the stream has attached again, open blocks are sent again from their start; `view` handles that. Ends
+   * as WatchEvents does: with the run, unless `keepOpen` is set. Throws a NotecaseError.
    */
   async *events(): AsyncGenerator<Event, void, void> {
     for await (const frame of this.#follow()) {
@@ -121,9 +122,9 @@ export class Stream {
   }
 
   /**
-   * Gives what the agent says, in pieces as they come; joined, the pieces of one message are its text exactly. When a model call
-   * is repeated the reply begins anew as another message: as between any two messages, "\n\n" comes first. Throws a
-   * NotecaseError, also when the run fails.
+   * Yields the agent's text in pieces as they arrive; joined, the pieces of one message are exactly its text. When a model call
+   * is repeated, the reply starts again as a new message; "\n\n" comes between two messages. Throws a NotecaseError, also when
+   * the run fails.
    */
   async *text(): AsyncGenerator<string, void, void> {
     const given = new Map<string, number>(); // how many bytes of each block

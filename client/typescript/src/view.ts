@@ -1,12 +1,12 @@
 import type { Attached, BlockDelta, Event } from "./gen/notecase/v1/run_pb.js";
 
-/** One part of a message that is being made. */
+/** One part of an unfinished message. */
 export interface Block {
   kind: NonNullable<BlockDelta["delta"]["case"]>;
   text: string;
   /** The length of `text` in bytes of UTF-8. */
   end: number;
-  /** Whose the arguments are. */
+  /** The call of the arguments. */
   callId: string;
   tool: string;
 }
@@ -16,28 +16,28 @@ export class Gap extends Error {
   override readonly name = "Gap";
 }
 
-/** Where a program is in a session's log, and what is being written there. */
+/** A program's position in a session's log, with the unfinished messages. */
 export class View {
-  /** The blocks of messages that are being made, by message name and by the index of the part. */
+  /** The blocks of unfinished messages, by message name and index of the part. */
   readonly open = new Map<string, Map<number, Block>>();
-  /** The run that makes each open message. */
+  /** The run that writes each unfinished message. */
   readonly #writers = new Map<string, string>();
 
   /**
-   * @param lastSequence That of the newest event of the log that was applied: where to attach again. 0: before the first event
-   * of a log; undefined: the first event may have any sequence.
+   * @param lastSequence The sequence of the newest applied event of the log, after which to attach again. 0: before the
+   * first event of a log; undefined: the first event may have any sequence.
    */
   constructor(public lastSequence: bigint | undefined = 0n) {}
 
-  /** Takes the first frame of a stream: forgets the open blocks, which the stream sends again whole. */
+  /** Takes the first frame of a stream: forgets the open blocks, which the stream sends again from their start. */
   attach(_attached?: Attached): void {
     this.open.clear();
     this.#writers.clear();
   }
 
   /**
-   * Takes the next event and says whether it was new: an event of the log that was applied before is ignored. Throws a Gap, and
-   * the view stays as it was, when an event or a piece of a block is missing before it.
+   * Takes the next event and reports whether it was new: an event of the log that was applied before is ignored. When
+   * an event or a piece of a block is missing before it, throws a Gap and does not change the view.
    */
   apply(event: Event): boolean {
     if (event.sequence !== 0n) {

@@ -154,14 +154,14 @@ def exposure_mistakes(settings: Settings) -> Iterator[Mistake]:
         text = f"This is not a valid key: use at least {MIN_ADMIN_KEY} printable characters without spaces."
         yield Mistake("NOTECASE_ADMIN_KEY", text)
     if settings.tls_cert and not settings.tls_key:
-        yield Mistake("--tls-key", "This is missing: --tls-cert needs its key.")
+        yield Mistake("--tls-key", "--tls-cert needs its key; set this.")
     if settings.tls_key and not settings.tls_cert:
-        yield Mistake("--tls-cert", "This is missing: --tls-key needs its certificate.")
+        yield Mistake("--tls-cert", "--tls-key needs its certificate; set this.")
     if settings.listen_mtls:
         for option, given, why in (
-            ("--tls-cert", settings.tls_cert, "has TLS"),
-            ("--tls-client-ca", settings.tls_client_ca, "takes certificates that these authorities signed"),
-            ("--client-principals", settings.has_principals, "asks this file whom a certificate names"),
+            ("--tls-cert", settings.tls_cert, "needs a certificate of the server"),
+            ("--tls-client-ca", settings.tls_client_ca, "needs the CA certificates of its callers"),
+            ("--client-principals", settings.has_principals, "needs to know whom certificates name"),
         ):
             if not given:
                 yield Mistake(option, f"This is missing: --listen-mtls {why}.")
@@ -173,9 +173,9 @@ def exposure_mistakes(settings: Settings) -> Iterator[Mistake]:
             if given:
                 yield Mistake(option, "This is for --listen-mtls, which is missing.")
     if settings.behind_tls_proxy and settings.has_tls:
-        yield Mistake("--behind-tls-proxy", "Either a proxy does TLS, or this server by --tls-cert.")
+        yield Mistake("--behind-tls-proxy", "Use either a proxy or --tls-cert for TLS.")
     if settings.insecure and (settings.has_credentials or settings.behind_tls_proxy):
-        yield Mistake("--insecure", "Everybody may call: this goes neither with credentials nor with a proxy's.")
+        yield Mistake("--insecure", "This cannot be combined with credentials or with --behind-tls-proxy.")
     if not settings.insecure and not is_loopback(settings.listen):
         yield from _unprotected(settings)
 

@@ -85,7 +85,7 @@ def read_config(path: Path, complaint: Callable[[str, object], str]) -> ConfigFi
         (issuers, "issuers", "issuer"),
         (principals, "client_principals", "client_principal"),
     ):
-        top.check(not (listed and option in options), KEYS[option], f"Give this, or tables [[{key}]], not both.")
+        top.check(not (listed and option in options), KEYS[option], f"Set either this or tables [[{key}]], not both.")
     top.done()
     return ConfigFile(
         options=options,
@@ -134,7 +134,7 @@ class _Secrets:
     def key(self, table: Table) -> str:
         """What `key_env` or `key_file` names; empty where there is neither."""
         name, file = table.text("key_env", needed=False), table.text("key_file", needed=False)
-        table.check(not (name and file), "key_file", "Give key_env or key_file, not both.")
+        table.check(not (name and file), "key_file", "Set either key_env or key_file, not both.")
         if name:
             return self.variable(table, "key_env", name)
         return self._file(table, Path(file)) if file else ""
@@ -160,7 +160,7 @@ class _Secrets:
         plain, named = table.named_texts("headers"), table.named_texts("header_env")
         inner = table.inner("headers", plain)
         for name in plain:
-            text = "This is a secret: name the variable that has it in header_env."
+            text = "This is a secret: put it in a variable, and name that in header_env."
             inner.check(name.lower() not in SECRET_HEADERS, name, text)
         inner = table.inner("header_env", named)
         return {**plain, **{name: self.variable(inner, name, value) for name, value in named.items()}}

@@ -170,20 +170,19 @@ def unauthenticated() -> NotecaseError:
     """A credential that is bad, expired or revoked: which of these is not told."""
     return NotecaseError(
         v1.ERROR_REASON_UNAUTHENTICATED,
-        "The credential of this call is not valid, or no longer valid; send another one.",
+        "The credential of this call is invalid, expired or revoked; send another one.",
     )
 
 
 def no_credential() -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_UNAUTHENTICATED,
-        "This call needs a credential, and has none that this server accepts; send one as metadata: "
-        "authorization: Bearer KEY.",
+        "This call has no credential that this server accepts; send one as metadata: authorization: Bearer KEY.",
     )
 
 
 def several_credentials() -> NotecaseError:
-    return NotecaseError(v1.ERROR_REASON_UNAUTHENTICATED, "This call has more than one credential; send one.")
+    return NotecaseError(v1.ERROR_REASON_UNAUTHENTICATED, "This call has more than one credential; send only one.")
 
 
 def role_missing(role: str, fields: Iterable[str] = ()) -> NotecaseError:
@@ -204,7 +203,7 @@ def issuer_unavailable() -> NotecaseError:
     """Whether a token is valid cannot be said while there are no keys of its issuer."""
     return NotecaseError(
         v1.ERROR_REASON_ISSUER_UNAVAILABLE,
-        "The token cannot be verified, since the keys of its issuer cannot be fetched just now; try again shortly.",
+        "The token cannot be verified because its issuer's keys cannot be fetched at present; try again shortly.",
     )
 
 
@@ -299,7 +298,7 @@ def etag_mismatch(name: str, etag: str) -> NotecaseError:
 def sequence_mismatch(last_sequence: int) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_SEQUENCE_MISMATCH,
-        f"The log has grown: its last sequence is {last_sequence}; read what is new and decide again.",
+        f"The session's log has grown to sequence {last_sequence}; read the new events and repeat the call.",
         metadata={"last_sequence": last_sequence},
     )
 
@@ -334,7 +333,7 @@ def run_ended(run: str, state: v1.Run.State.ValueType) -> NotecaseError:
 def cancelled_before_start(run: str) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_RUN_CANCELLED_BEFORE_START,
-        f"{run} was cancelled before it started; start another.",
+        f"{run} was cancelled before it started; start a new run.",
         metadata={"run": run},
     )
 
@@ -342,8 +341,8 @@ def cancelled_before_start(run: str) -> NotecaseError:
 def call_not_pending(call_id: str) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_CALL_NOT_PENDING,
-        f"No call {call_id!r} waits for a result here: it has an outcome, was not dispatched to a caller, or is "
-        "another session's.",
+        f"No call {call_id!r} waits for a result here: it has an outcome, is not a client tool's, or belongs to "
+        "another session.",
         metadata={"call_id": call_id},
     )
 
@@ -351,7 +350,7 @@ def call_not_pending(call_id: str) -> NotecaseError:
 def input_not_pending(input_id: str) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_INPUT_NOT_PENDING,
-        f"Nothing waits for an answer to {input_id!r} here: it was answered or withdrawn, or is another session's.",
+        f"No input {input_id!r} waits for an answer here: it was answered or withdrawn, or belongs to another session.",
         metadata={"input_id": input_id},
     )
 
@@ -359,7 +358,7 @@ def input_not_pending(input_id: str) -> NotecaseError:
 def queue_full(limit: int) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_QUEUE_FULL,
-        f"The queue of this session is full, with {counted(limit, 'command')}; try again later.",
+        f"This session's queue is full: it holds {counted(limit, 'command')}; try again later.",
         metadata={"limit": limit},
         quota=f"queued commands of a session: {limit}",
     )
@@ -373,16 +372,16 @@ def tool_error(message: str) -> NotecaseError:
 def watcher_too_slow(seconds: float) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_WATCHER_TOO_SLOW,
-        f"Nothing was read from this stream for {counted(seconds, 'second')}; attach again after the last sequence you "
-        "have.",
-        quota=f"a stream that is not read: {counted(seconds, 'second')}",
+        f"The client read nothing from this stream for {counted(seconds, 'second')}; attach again after the last "
+        "sequence you received.",
+        quota=f"a stream without reads: {counted(seconds, 'second')}",
     )
 
 
 def page_token_invalid() -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_PAGE_TOKEN_INVALID,
-        "The page_token is not one that this list gave out with these arguments; start again without it.",
+        "The page_token is not from this list with these arguments; start again without it.",
         violations=[Violation("page_token", "not valid here")],
     )
 
@@ -400,7 +399,7 @@ def too_many(noun: str, limit: int, where: str = "") -> NotecaseError:
     """What the process can carry at once; `where` is "" for all of it."""
     return NotecaseError(
         v1.ERROR_REASON_RATE_LIMITED,
-        f"The server accepts at most {counted(limit, noun)} at once{where} and has that many; try again shortly.",
+        f"The server has reached its limit of {counted(limit, noun)} at once{where}; try again shortly.",
         metadata={"limit": limit},
         quota=f"{noun}s at once{where}: {limit}",
     )
@@ -409,7 +408,7 @@ def too_many(noun: str, limit: int, where: str = "") -> NotecaseError:
 def unread_answers() -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_RATE_LIMITED,
-        "This connection has too many unread bytes of answers; read them, and try again.",
+        "This connection has too many unread bytes of answers; read them and try again.",
         quota="answers of a connection that are not read",
     )
 
@@ -417,7 +416,7 @@ def unread_answers() -> NotecaseError:
 def unread_stream() -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_WATCHER_TOO_SLOW,
-        "The connection of this stream has too many unread bytes; attach again after the last sequence that you have.",
+        "The connection of this stream has too many unread bytes; attach again after the last sequence you received.",
         quota="frames of a connection that are not read",
     )
 
@@ -426,7 +425,7 @@ def quota_exceeded(noun: str, limit: int, where: str) -> NotecaseError:
     """What an operator lets be kept, which is there until something is deleted or the operator allows more."""
     return NotecaseError(
         v1.ERROR_REASON_QUOTA_EXCEEDED,
-        f"The operator of this server allows {counted(limit, noun)} {where}, and that many exist.",
+        f"The operator of this server allows {counted(limit, noun)} {where}, and there are as many.",
         metadata={"limit": limit},
         quota=f"{noun}s {where}: {limit}",
     )
@@ -454,21 +453,21 @@ def draining() -> NotecaseError:
 def cut() -> NotecaseError:
     """The server stopped before the call was done, and nobody can say how much of it was."""
     return NotecaseError(
-        v1.ERROR_REASON_SERVER_DRAINING, "The server is stopping and has cut this call; make it again shortly."
+        v1.ERROR_REASON_SERVER_DRAINING, "The server is stopping and has cut this call off; repeat it shortly."
     )
 
 
 def store_unavailable(full: bool = False) -> NotecaseError:
     """The store's own words stay in the server's log; that its disk is `full` is told."""
-    problem = "The disk of the store is full" if full else "The store cannot be used at present"
-    return NotecaseError(v1.ERROR_REASON_STORE_UNAVAILABLE, f"{problem}; nothing of this call was kept.")
+    problem = "The disk of the store is full" if full else "The store is unavailable at present"
+    return NotecaseError(v1.ERROR_REASON_STORE_UNAVAILABLE, f"{problem}; this call changed nothing.")
 
 
 def owner_died(session: str, deaths: int) -> NotecaseError:
     """A run that every process at work on it died of, or with."""
     told = (
-        f"The server's process died {deaths} times in a row while it worked on this run of sessions/{session}, without"
-        " progress in between."
+        f"The server's process died {deaths} times in a row during this run of sessions/{session}, without progress"
+        " in between."
     )
     return NotecaseError(v1.ERROR_REASON_OWNER_LOST, told, metadata={"deaths": deaths})
 
@@ -477,7 +476,7 @@ def worker_lost(session: str) -> NotecaseError:
     """What worked on a run broke before it carried out what was asked of it."""
     return NotecaseError(
         v1.ERROR_REASON_OWNER_LOST,
-        f"The run of sessions/{session} lost its worker and gets another one; try again.",
+        f"The run of sessions/{session} lost its worker and is being restarted; try again.",
         metadata={"session": session},
     )
 
@@ -508,13 +507,13 @@ def template_error(message: str, field: str = "agent.llm.instruction") -> Noteca
 def sequence_ahead(asked: int, last_sequence: int) -> NotecaseError:
     return NotecaseError(
         v1.ERROR_REASON_SEQUENCE_AHEAD,
-        f"Sequence {asked} is beyond the head of the log, which is {last_sequence}.",
+        f"Sequence {asked} is after the end of the log, which is {last_sequence}.",
         metadata={"last_sequence": last_sequence},
     )
 
 
 def import_invalid(problem: str) -> NotecaseError:
-    return NotecaseError(v1.ERROR_REASON_IMPORT_INVALID, f"The file {problem}; nothing of it was imported.")
+    return NotecaseError(v1.ERROR_REASON_IMPORT_INVALID, f"The file {problem}; nothing was imported.")
 
 
 def content_unsupported(message: str) -> NotecaseError:
@@ -534,6 +533,6 @@ def internal(request_id: str) -> NotecaseError:
     """A defect: its words stay in the log, where the request id finds them."""
     return NotecaseError(
         v1.ERROR_REASON_INTERNAL,
-        f"An internal error occurred; the server's log has the details under request id {request_id}.",
+        f"An internal error occurred; look for request id {request_id} in the server's log.",
         metadata={"request_id": request_id},
     )

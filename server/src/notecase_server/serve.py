@@ -113,7 +113,7 @@ def bootstrap(url: str, tenant: str, name: str, database: Database = DATABASE) -
     """Makes the key of an admin of the tenant, or of an operator where it is empty, in a store that no server has open.
     Returns it with what is to be sent. Raises StoreOpenError."""
     if url == "memory:":
-        raise StoreOpenError("A store in memory has no key before it is served; set NOTECASE_ADMIN_KEY for one.")
+        raise StoreOpenError("A store in memory has no keys at first; set NOTECASE_ADMIN_KEY.")
 
     async def make() -> tuple[v1.Key, str]:
         store = await open_store(url, now, database)
@@ -496,7 +496,7 @@ async def make_server(settings: Settings, fetches: Tasks, later: Later) -> Serve
         settings = replace(settings, auth="keys")
         if settings.insecure:
             await store.close()
-            text = "Everybody may call, and this store has had keys: leave this out, or take another store."
+            text = "This store has had keys, and would be open to everybody: leave this out, or use another store."
             raise SettingsError([Mistake("--insecure", text)])
     return Server(settings, store, providers, toolbox, authenticators=authenticators, files=files)
 
@@ -560,6 +560,6 @@ async def serve(settings: Settings, ready: Callable[[Server], None] = lambda ser
     await fetches.close()
     await loads.close()
     if not lost.cancelled():
-        raise ServerBrokenError(f"{lost.result() or 'Another server'} has become the owner of the store.")
+        raise ServerBrokenError(f"{lost.result() or 'Another server'} now owns the store.")
     if server.broken.is_set():
-        raise ServerBrokenError("A part of the server broke again and again; its log says which.")
+        raise ServerBrokenError("A part of the server failed repeatedly; the log says which.")

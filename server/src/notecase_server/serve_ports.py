@@ -38,7 +38,7 @@ def _add(option: str, address: str, add: Callable[[], int]) -> int:
             return add()
         except RuntimeError as error:
             problem = str(error)
-    raise ListenError(f"{option}: {address} cannot be listened on ({problem}); another server may have it.")
+    raise ListenError(f"{option}: cannot listen on {address} ({problem}); another server may use it.")
 
 
 def _problem(address: str) -> str:

@@ -89,7 +89,7 @@ async def _own(
         try:
             file.read_text()
         except (OSError, UnicodeError):
-            raise StoreOpenError(f"{file} cannot be read: it is to have the password of the store.") from None
+            raise StoreOpenError(f"{file}, the file with the store's password, cannot be read.") from None
     access = Access(url, None if file is None else lambda: file.read_text().strip(), database.prepared)
     lease = PostgresLease(
         access.dial, f"{socket.gethostname()}:{os.getpid()} ({secrets.token_hex(4)})", _uptime, database.lease
@@ -106,7 +106,7 @@ def _uptime() -> float:
 def _no_store(url: str, wanted: str) -> StoreOpenError:
     """A URL that may hold a password is not repeated."""
     shown = "This" if "@" in url else repr(url)
-    return StoreOpenError(f"{shown} is no store; want {wanted} or postgresql://USER@HOST/DATABASE.")
+    return StoreOpenError(f"{shown} is not a store; write {wanted} or postgresql://USER@HOST/DATABASE.")
 
 
 def new_file(url: str) -> str:
@@ -119,10 +119,12 @@ def backup(url: str, destination: Path, force: bool) -> None:
     """Copies a store to a file while a server owns it. Raises StoreOpenError with a sentence for whoever asked."""
     kind, _, path = url.partition(":")
     if kind in POSTGRES:
-        raise StoreOpenError("This copies SQLite files only. Copy a PostgreSQL store with notecase copy or pg_dump.")
+        raise StoreOpenError(
+            "Only SQLite files can be backed up. Copy a PostgreSQL store with notecase copy or pg_dump."
+        )
     if kind != "sqlite" or not path:
         shown = "This" if "@" in url else repr(url)
-        raise StoreOpenError(f"{shown} is no store with a file; want sqlite:PATH.")
+        raise StoreOpenError(f"{shown} is not a store in a file; write sqlite:PATH.")
     sqlite_file.backup(Path(path), destination, force)
 
 
@@ -150,7 +152,7 @@ async def migrate(url: str, database: Database = DATABASE) -> None:
     """Makes the tables of a PostgreSQL store, or brings them up to date, while no server owns it. Raises StoreOpenError
     with a sentence for whoever asked."""
     if url.partition(":")[0] not in POSTGRES:
-        raise StoreOpenError("Only a PostgreSQL store is brought up to date so; a SQLite file is when it is opened.")
+        raise StoreOpenError("Only a PostgreSQL store needs this; a SQLite file is upgraded when it is opened.")
     _, lease = await _own(url, database)
     await lease.release()
 

@@ -25,7 +25,7 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// What a takeover does with a call that was running in the process that was lost. Calls that wait for a caller stay
+// What a takeover does with a call that was running in the lost process. Calls that wait for a caller stay
 // dispatched.
 type Tool_OnInterrupt int32
 
@@ -36,7 +36,7 @@ const (
 	Tool_ON_INTERRUPT_RETRY Tool_OnInterrupt = 1
 	// Ask a person with KIND_INTERRUPTED_CALL whether to run it again, to treat it as failed, or what its result was.
 	Tool_ON_INTERRUPT_ASK Tool_OnInterrupt = 2
-	// Treat it as failed: the model is shown an error.
+	// Treat it as failed: the model gets an error.
 	Tool_ON_INTERRUPT_FAIL Tool_OnInterrupt = 3
 )
 
@@ -290,7 +290,7 @@ func (*Agent_Llm) isAgent_Kind() {}
 // An agent that is one model with an instruction.
 type LlmAgent struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Sent to the provider as it is. Empty: the provider's default.
+	// Sent to the provider unchanged. Empty: the provider's default.
 	Model string `protobuf:"bytes,1,opt,name=model,proto3" json:"model,omitempty"`
 	// A Liquid template over state: `{{ draft }}` reads the session's, `{{ user.name }}` the user's, `{{ app.policy }}` the
 	// tenant's. Nothing is HTML-escaped, a missing key is empty, bytes are empty.
@@ -309,9 +309,9 @@ type LlmAgent struct {
 	MaxModelCalls int32 `protobuf:"varint,7,opt,name=max_model_calls,json=maxModelCalls,proto3" json:"max_model_calls,omitempty"`
 	// One of ServerInfo.providers. Empty: the server's default. "offline" needs no network.
 	Provider string `protobuf:"bytes,8,opt,name=provider,proto3" json:"provider,omitempty"`
-	// Providers that are asked, in this order, when `provider` and those before have failed with MODEL_UNAVAILABLE after all
-	// retries; at most 8. A partial reply is discarded then. Each turn begins with `provider` again. `Usage.provider` says which
-	// one answered. One that the server no longer has is skipped.
+	// Providers to try, in this order, when `provider` and the earlier fallbacks have failed with MODEL_UNAVAILABLE after
+	// all retries; at most 8. A partial reply is then discarded. Each turn begins with `provider` again. `Usage.provider`
+	// says which one answered. A fallback whose provider the server no longer has is skipped.
 	Fallbacks     []*Fallback `protobuf:"bytes,9,rep,name=fallbacks,proto3" json:"fallbacks,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -410,7 +410,7 @@ func (x *LlmAgent) GetFallbacks() []*Fallback {
 	return nil
 }
 
-// A model that is asked in place of another.
+// A model to try in place of another.
 type Fallback struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// As LlmAgent.provider.
@@ -465,7 +465,7 @@ func (x *Fallback) GetModel() string {
 	return ""
 }
 
-// How the model writes. The provider decides what is not set.
+// How the model generates. The provider's defaults apply to fields that are not set.
 type Generation struct {
 	state           protoimpl.MessageState `protogen:"open.v1"`
 	Temperature     *float64               `protobuf:"fixed64,1,opt,name=temperature,proto3,oneof" json:"temperature,omitempty"`
@@ -475,7 +475,7 @@ type Generation struct {
 	Stop            []string               `protobuf:"bytes,5,rep,name=stop,proto3" json:"stop,omitempty"`
 	// "low", "medium", "high", or another value that the model knows.
 	ReasoningEffort string `protobuf:"bytes,6,opt,name=reasoning_effort,json=reasoningEffort,proto3" json:"reasoning_effort,omitempty"`
-	// A JSON object merged into the provider's request as it is.
+	// A JSON object that is merged into the provider's request.
 	Extra         string `protobuf:"bytes,7,opt,name=extra,proto3" json:"extra,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -560,10 +560,10 @@ func (x *Generation) GetExtra() string {
 	return ""
 }
 
-// Which part of the history the model is shown. The log itself is never cut. The first message shown is from a user or the
-// system, calls are shown with their results, and the newest user message and all that follows it are always shown. A request
-// that the provider rejects as too long is shortened and sent once more: all but the newest turn is summarised or, when that
-// fails, the older half is left out for the rest of the run.
+// Which part of the history is sent to the model. The log itself is never shortened. The first message sent is from a
+// user or the system, calls are sent with their results, and the newest user message and everything after it are always
+// sent. A request that the provider rejects as too long is shortened and sent once more: all but the newest turn is
+// summarised or, when that fails, the older half is left out for the rest of the run.
 type Context struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Only the messages of the run itself, and no summary.
@@ -642,10 +642,11 @@ func (x *Context) GetSummary() *Context_Summary {
 // A function that the model may call.
 type Tool struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Letters, digits, "_" and "-", at most 64; unique in the agent. For `mcp` a prefix to the names of the server's tools, or
-	// empty. Two tools with the same name are refused, or fail the run with TOOL_ERROR when only the MCP server knows its names.
+	// Letters, digits, "_" and "-", at most 64; unique in the agent. For `mcp` a prefix of the names of the server's
+	// tools, or empty. Two tools with the same name are refused, or fail the run with TOOL_ERROR when only the MCP server
+	// knows its names.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// For the model. Empty: the implementation's own description.
+	// The description for the model. Empty: the implementation's own description.
 	Description string `protobuf:"bytes,2,opt,name=description,proto3" json:"description,omitempty"`
 	// The JSON Schema of the arguments, an object. Empty: the implementation's own schema, or any arguments.
 	Parameters string `protobuf:"bytes,3,opt,name=parameters,proto3" json:"parameters,omitempty"`
@@ -655,7 +656,7 @@ type Tool struct {
 	//	*Tool_Server
 	//	*Tool_Mcp
 	Implementation isTool_Implementation `protobuf_oneof:"implementation"`
-	// Every call waits for a person's approval first.
+	// Each call waits for a person's approval before it runs.
 	RequiresApproval bool `protobuf:"varint,8,opt,name=requires_approval,json=requiresApproval,proto3" json:"requires_approval,omitempty"`
 	// The longest time from the dispatch of a call to its outcome; when it passes, the call fails. Time in which the tool waits
 	// for an answer to its own question does not count. Unset: no limit.
@@ -802,7 +803,7 @@ func (*Tool_Server) isTool_Implementation() {}
 
 func (*Tool_Mcp) isTool_Implementation() {}
 
-// The caller runs it: the call is dispatched by `tool_started` and answered by a ToolResult.
+// The caller runs the tool: a call is dispatched by `tool_started` and answered by a ToolResult.
 type ClientTool struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	unknownFields protoimpl.UnknownFields
@@ -892,8 +893,8 @@ type McpTool struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Server string                 `protobuf:"bytes,1,opt,name=server,proto3" json:"server,omitempty"`
 	Tools  []string               `protobuf:"bytes,2,rep,name=tools,proto3" json:"tools,omitempty"`
-	// Fail a run with TOOL_ERROR when the tools are not available at its start. Otherwise it goes on without them, and its log
-	// says so (`tools_unavailable`).
+	// Fail a run with TOOL_ERROR when the tools are not available at its start. Otherwise the run continues without them,
+	// and its log has `tools_unavailable`.
 	Required      bool `protobuf:"varint,3,opt,name=required,proto3" json:"required,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -42,14 +42,14 @@ type AgentServiceClient interface {
 	GetAgent(ctx context.Context, in *GetAgentRequest, opts ...grpc.CallOption) (*Agent, error)
 	// Returns a page of agents at their newest revision, by name.
 	ListAgents(ctx context.Context, in *ListAgentsRequest, opts ...grpc.CallOption) (*ListAgentsResponse, error)
-	// Creates the next revision; runs under way keep theirs. An update that changes nothing returns the agent without a new
-	// revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A repeat
-	// with the same request_id returns the first answer.
+	// Creates the next revision; active runs keep theirs. An update that changes nothing returns the agent without a new
+	// revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A
+	// repeat with the same request_id returns the first answer.
 	UpdateAgent(ctx context.Context, in *UpdateAgentRequest, opts ...grpc.CallOption) (*Agent, error)
 	// Returns a page of an agent's revisions, newest first.
 	ListAgentRevisions(ctx context.Context, in *ListAgentRevisionsRequest, opts ...grpc.CallOption) (*ListAgentRevisionsResponse, error)
-	// Deletes an agent with its revisions; runs under way go on, and an agent made later under the same id continues the
-	// numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
+	// Deletes an agent with its revisions; active runs continue, and an agent created later with the same id continues
+	// the numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
 	DeleteAgent(ctx context.Context, in *DeleteAgentRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
 }
 
@@ -135,14 +135,14 @@ type AgentServiceServer interface {
 	GetAgent(context.Context, *GetAgentRequest) (*Agent, error)
 	// Returns a page of agents at their newest revision, by name.
 	ListAgents(context.Context, *ListAgentsRequest) (*ListAgentsResponse, error)
-	// Creates the next revision; runs under way keep theirs. An update that changes nothing returns the agent without a new
-	// revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A repeat
-	// with the same request_id returns the first answer.
+	// Creates the next revision; active runs keep theirs. An update that changes nothing returns the agent without a new
+	// revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A
+	// repeat with the same request_id returns the first answer.
 	UpdateAgent(context.Context, *UpdateAgentRequest) (*Agent, error)
 	// Returns a page of an agent's revisions, newest first.
 	ListAgentRevisions(context.Context, *ListAgentRevisionsRequest) (*ListAgentRevisionsResponse, error)
-	// Deletes an agent with its revisions; runs under way go on, and an agent made later under the same id continues the
-	// numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
+	// Deletes an agent with its revisions; active runs continue, and an agent created later with the same id continues
+	// the numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
 	DeleteAgent(context.Context, *DeleteAgentRequest) (*emptypb.Empty, error)
 	mustEmbedUnimplementedAgentServiceServer()
 }

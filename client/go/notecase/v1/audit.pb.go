@@ -22,20 +22,20 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// A caller, as its credential described it when it first wrote in that role. A principal never changes: the same credential
-// with another role or user is another principal.
+// A caller, as its credential described it when it first wrote in that role. A principal never changes: the same
+// credential with a different role or user is a different principal.
 type Principal struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// principals/{principal}, chosen by the server. The name does not reveal who it is.
+	// principals/{principal}, chosen by the server. The name does not identify the caller.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// The owner of the credential: keys/{key}, the issuer and subject of a token, or the name in a certificate.
 	Subject string   `protobuf:"bytes,2,opt,name=subject,proto3" json:"subject,omitempty"`
 	Role    Key_Role `protobuf:"varint,3,opt,name=role,proto3,enum=notecase.v1.Key_Role" json:"role,omitempty"`
-	// users/{user}, when the caller is bound to one. Erasing the user removes the principal.
+	// users/{user}, if the caller is bound to a user. Erasing the user removes the principal.
 	User string `protobuf:"bytes,4,opt,name=user,proto3" json:"user,omitempty"`
 	// For people: the display name of the key.
 	DisplayName string `protobuf:"bytes,5,opt,name=display_name,json=displayName,proto3" json:"display_name,omitempty"`
-	// When it first wrote.
+	// The time of the caller's first write.
 	CreateTime    *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -158,8 +158,9 @@ func (x *GetPrincipalRequest) GetName() string {
 	return ""
 }
 
-// One thing that a caller did or was refused. The entry of a write is written in the same transaction; a write that is
-// repeated with its request_id leaves one entry. Entries never change, and are removed at the age that the operator sets.
+// One action of a caller, or one refusal. The entry of a write is written in the same transaction; a write that is
+// repeated with its request_id leaves one entry. Entries never change, and are removed at the age that the operator
+// sets.
 type AuditEntry struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,1,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`

@@ -27,7 +27,7 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Answers who did what.
+// Tells who did what.
 type AuditServiceClient interface {
 	// Returns the principal that an event names. For developers and admins, in their own tenant; operators find those in the
 	// operators' audit, and not those in a tenant's; callers that are bound to a user find only the principals of that user.
@@ -72,7 +72,7 @@ func (c *auditServiceClient) ListAuditEntries(ctx context.Context, in *ListAudit
 // All implementations must embed UnimplementedAuditServiceServer
 // for forward compatibility.
 //
-// Answers who did what.
+// Tells who did what.
 type AuditServiceServer interface {
 	// Returns the principal that an event names. For developers and admins, in their own tenant; operators find those in the
 	// operators' audit, and not those in a tenant's; callers that are bound to a user find only the principals of that user.

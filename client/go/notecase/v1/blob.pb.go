@@ -265,7 +265,7 @@ func (x *GetUploadRequest) GetUploadId() string {
 	return ""
 }
 
-// An upload that is under way or completed.
+// An upload that is in progress or completed.
 type Upload struct {
 	state    protoimpl.MessageState `protogen:"open.v1"`
 	UploadId string                 `protobuf:"bytes,1,opt,name=upload_id,json=uploadId,proto3" json:"upload_id,omitempty"`

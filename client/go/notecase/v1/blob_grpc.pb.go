@@ -29,18 +29,20 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Content that is too large for a message. It is sent in chunks, stored once in a tenant however often it is sent, and named
-// by its SHA-256. It stays as long as a session's log or a state refers to it, and for a day after it was sent.
+// Content that is too large for a message. It is sent in chunks, stored once per tenant even if it is sent several
+// times, and named by its SHA-256. It is kept as long as a session's log or a state refers to it, and for a day after
+// the upload.
 type BlobServiceClient interface {
 	// Stores content. The first frame describes the content, and every frame may carry a chunk. The blob is complete when
-	// `blob.size_bytes` bytes have arrived, or with the frame that is `last`, or when the stream ends and the content has the
-	// digest in `blob.name`. The end of the stream alone is not enough, since a stream that is cut ends as well. Later frames
-	// are ignored. INVALID_ARGUMENT BLOB_CORRUPT when the content does not match the first frame, and is then discarded, or when
-	// it is not complete; metadata.committed_bytes then says where an upload with an upload_id continues. With an upload_id,
-	// what arrived before a cut or a stop of the server is kept (without the last 256 KiB when the server is killed), and the
-	// next call continues from there: ABORTED UPLOAD_OFFSET_MISMATCH, with the right offset, when `offset` is another. A repeat
-	// of a completed upload_id returns its blob; ALREADY_EXISTS REQUEST_ID_REUSED when its first frame has another size or name.
-	// When the first frame names a blob that the server has, that blob is returned, and no content needs to be sent.
+	// `blob.size_bytes` bytes have arrived, or with the frame that is `last`, or when the stream ends and the content has
+	// the digest in `blob.name`. The end of the stream alone is not enough, since a stream also ends when its connection
+	// breaks. Later frames are ignored. INVALID_ARGUMENT BLOB_CORRUPT when the content does not match the first frame,
+	// and is then discarded, or when it is not complete; metadata.committed_bytes then says where an upload with an
+	// upload_id continues. With an upload_id, bytes that arrived before the connection broke or the server stopped are
+	// kept (except the last 256 KiB if the server is killed), and the next call continues from there: ABORTED
+	// UPLOAD_OFFSET_MISMATCH, with the right offset, when `offset` is wrong. A repeat of a completed upload_id returns
+	// its blob; ALREADY_EXISTS REQUEST_ID_REUSED when its first frame has another size or name. When the first frame
+	// names a blob that the server has, that blob is returned, and no content needs to be sent.
 	UploadBlob(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[UploadBlobRequest, Blob], error)
 	// Streams the content, or a range of it, in order.
 	DownloadBlob(ctx context.Context, in *DownloadBlobRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[DownloadBlobResponse], error)
@@ -115,18 +117,20 @@ func (c *blobServiceClient) GetBlob(ctx context.Context, in *GetBlobRequest, opt
 // All implementations must embed UnimplementedBlobServiceServer
 // for forward compatibility.
 //
-// Content that is too large for a message. It is sent in chunks, stored once in a tenant however often it is sent, and named
-// by its SHA-256. It stays as long as a session's log or a state refers to it, and for a day after it was sent.
+// Content that is too large for a message. It is sent in chunks, stored once per tenant even if it is sent several
+// times, and named by its SHA-256. It is kept as long as a session's log or a state refers to it, and for a day after
+// the upload.
 type BlobServiceServer interface {
 	// Stores content. The first frame describes the content, and every frame may carry a chunk. The blob is complete when
-	// `blob.size_bytes` bytes have arrived, or with the frame that is `last`, or when the stream ends and the content has the
-	// digest in `blob.name`. The end of the stream alone is not enough, since a stream that is cut ends as well. Later frames
-	// are ignored. INVALID_ARGUMENT BLOB_CORRUPT when the content does not match the first frame, and is then discarded, or when
-	// it is not complete; metadata.committed_bytes then says where an upload with an upload_id continues. With an upload_id,
-	// what arrived before a cut or a stop of the server is kept (without the last 256 KiB when the server is killed), and the
-	// next call continues from there: ABORTED UPLOAD_OFFSET_MISMATCH, with the right offset, when `offset` is another. A repeat
-	// of a completed upload_id returns its blob; ALREADY_EXISTS REQUEST_ID_REUSED when its first frame has another size or name.
-	// When the first frame names a blob that the server has, that blob is returned, and no content needs to be sent.
+	// `blob.size_bytes` bytes have arrived, or with the frame that is `last`, or when the stream ends and the content has
+	// the digest in `blob.name`. The end of the stream alone is not enough, since a stream also ends when its connection
+	// breaks. Later frames are ignored. INVALID_ARGUMENT BLOB_CORRUPT when the content does not match the first frame,
+	// and is then discarded, or when it is not complete; metadata.committed_bytes then says where an upload with an
+	// upload_id continues. With an upload_id, bytes that arrived before the connection broke or the server stopped are
+	// kept (except the last 256 KiB if the server is killed), and the next call continues from there: ABORTED
+	// UPLOAD_OFFSET_MISMATCH, with the right offset, when `offset` is wrong. A repeat of a completed upload_id returns
+	// its blob; ALREADY_EXISTS REQUEST_ID_REUSED when its first frame has another size or name. When the first frame
+	// names a blob that the server has, that blob is returned, and no content needs to be sent.
 	UploadBlob(grpc.ClientStreamingServer[UploadBlobRequest, Blob]) error
 	// Streams the content, or a range of it, in order.
 	DownloadBlob(*DownloadBlobRequest, grpc.ServerStreamingServer[DownloadBlobResponse]) error

@@ -33,19 +33,20 @@ const (
 	// tokens count as fields. When a template or a page token is the only one that is wrong, the reason is TEMPLATE_ERROR or
 	// PAGE_TOKEN_INVALID.
 	ErrorReason_ERROR_REASON_INVALID_FIELD ErrorReason = 1
-	// NOT_FOUND: there is no such agent, or no such revision of it. ResourceInfo names it.
+	// NOT_FOUND: the agent, or this revision of it, does not exist. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_AGENT_NOT_FOUND ErrorReason = 2
-	// NOT_FOUND: there is no such session. ResourceInfo names it.
+	// NOT_FOUND: the session does not exist. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_SESSION_NOT_FOUND ErrorReason = 3
-	// NOT_FOUND: there is no such run. ResourceInfo names it, or the session when a command names no run and none is under way.
+	// NOT_FOUND: the run does not exist. ResourceInfo names it, or the session when a command names no run and the
+	// session has no active run.
 	ErrorReason_ERROR_REASON_RUN_NOT_FOUND ErrorReason = 4
-	// NOT_FOUND: there is no such message. ResourceInfo names it.
+	// NOT_FOUND: the message does not exist. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_MESSAGE_NOT_FOUND ErrorReason = 5
-	// NOT_FOUND: there is no such blob or upload. ResourceInfo names it.
+	// NOT_FOUND: the blob or upload does not exist. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_BLOB_NOT_FOUND ErrorReason = 6
 	// ALREADY_EXISTS: the id is taken. ResourceInfo names the resource that has it.
 	ErrorReason_ERROR_REASON_ALREADY_EXISTS ErrorReason = 7
-	// ALREADY_EXISTS: a request_id, command_id, run_id or upload_id was sent before with another body.
+	// ALREADY_EXISTS: a request_id, command_id, run_id or upload_id was sent before with a different body.
 	ErrorReason_ERROR_REASON_REQUEST_ID_REUSED ErrorReason = 8
 	// ABORTED: the resource has changed since it was read. metadata.etag is its current etag.
 	ErrorReason_ERROR_REASON_ETAG_MISMATCH ErrorReason = 9
@@ -53,37 +54,37 @@ const (
 	ErrorReason_ERROR_REASON_SEQUENCE_MISMATCH ErrorReason = 10
 	// ABORTED: the key or the state has changed since it was read. metadata.version is its current version.
 	ErrorReason_ERROR_REASON_STATE_VERSION_MISMATCH ErrorReason = 11
-	// FAILED_PRECONDITION: the session has a run under way. metadata.run names it.
+	// FAILED_PRECONDITION: the session has an active run. metadata.run names it.
 	ErrorReason_ERROR_REASON_RUN_ACTIVE ErrorReason = 12
 	// FAILED_PRECONDITION: the run has ended. metadata.state says how.
 	ErrorReason_ERROR_REASON_RUN_ENDED ErrorReason = 13
 	// CANCELLED: the run was cancelled before it was started.
 	ErrorReason_ERROR_REASON_RUN_CANCELLED_BEFORE_START ErrorReason = 14
-	// FAILED_PRECONDITION: no approval or question with this input_id is waiting in the session, or in the run that is named. It
-	// was answered or withdrawn, its run has ended or never existed, or it belongs to another session.
+	// FAILED_PRECONDITION: no approval or question with this input_id waits in the session or the named run. It was
+	// answered or withdrawn, its run has ended or never existed, or it belongs to another session.
 	ErrorReason_ERROR_REASON_INPUT_NOT_PENDING ErrorReason = 15
-	// FAILED_PRECONDITION: no call with this call_id is waiting for a caller in the session, or in the run that is named. It has
-	// an outcome, it was never dispatched to a caller, its run has ended or never existed, or it belongs to another session.
+	// FAILED_PRECONDITION: no call with this call_id waits for a caller in the session or the named run. It has an
+	// outcome, it was never dispatched to a caller, its run has ended or never existed, or it belongs to another session.
 	ErrorReason_ERROR_REASON_CALL_NOT_PENDING ErrorReason = 16
 	// INVALID_ARGUMENT: the page token was not made by this server, or was made for another list or another caller.
 	ErrorReason_ERROR_REASON_PAGE_TOKEN_INVALID ErrorReason = 17
 	// RESOURCE_EXHAUSTED: the request or its content is larger than the server accepts. QuotaFailure says how large it may be.
 	ErrorReason_ERROR_REASON_PAYLOAD_TOO_LARGE ErrorReason = 18
-	// INVALID_ARGUMENT: the uploaded bytes do not have the size or the digest that was announced.
+	// INVALID_ARGUMENT: the uploaded bytes do not have the announced size or digest.
 	ErrorReason_ERROR_REASON_BLOB_CORRUPT ErrorReason = 19
 	// RESOURCE_EXHAUSTED: too many commands or runs are queued in the session. RetryInfo says when to try again.
 	ErrorReason_ERROR_REASON_QUEUE_FULL ErrorReason = 20
-	// RESOURCE_EXHAUSTED: the server is at a limit of what it carries at once, such as runs, calls or unread answers. RetryInfo
-	// says when to try again.
+	// RESOURCE_EXHAUSTED: the server has reached a limit on concurrent work, such as runs, calls or unread answers.
+	// RetryInfo says when to try again.
 	ErrorReason_ERROR_REASON_RATE_LIMITED ErrorReason = 21
 	// RESOURCE_EXHAUSTED: a run failed because it reached one of its limits. metadata.limit names the limit.
 	ErrorReason_ERROR_REASON_LIMIT_EXCEEDED ErrorReason = 22
 	// UNAVAILABLE: the server is stopping. RetryInfo says when to try again.
 	ErrorReason_ERROR_REASON_SERVER_DRAINING ErrorReason = 23
-	// UNAVAILABLE: the store cannot be read or written, for example because its disk is full. Nothing of the call was kept.
+	// UNAVAILABLE: the store cannot be read or written, for example because its disk is full. The call changed nothing.
 	ErrorReason_ERROR_REASON_STORE_UNAVAILABLE ErrorReason = 24
-	// UNAVAILABLE: another process has taken over the session, or the run has lost its worker; attach or send again. As the
-	// error of a run: its process died three times in a row, without a commit of the run in between.
+	// UNAVAILABLE: another process has taken over the session, or the run has lost its worker; attach or send again. As
+	// the error of a run: its process died three times in a row without a commit of the run in between.
 	ErrorReason_ERROR_REASON_OWNER_LOST ErrorReason = 25
 	// FAILED_PRECONDITION: the model's provider refused the request, or its answer cannot be read as a reply. Mostly the error
 	// of a run.
@@ -95,17 +96,17 @@ const (
 	// INVALID_ARGUMENT: the instruction is not a valid template, or its rendering exceeds a limit. Sent when an agent is
 	// written, and as the error of a run.
 	ErrorReason_ERROR_REASON_TEMPLATE_ERROR ErrorReason = 29
-	// INTERNAL: the server has a defect. metadata.request_id finds the details in the server's log.
+	// INTERNAL: the server has a defect. The details are in the server's log under metadata.request_id.
 	ErrorReason_ERROR_REASON_INTERNAL ErrorReason = 31
-	// FAILED_PRECONDITION: the operation does not exist for a value of this type, or an integer would overflow.
+	// FAILED_PRECONDITION: the operation does not apply to a value of this type, or an integer would overflow.
 	ErrorReason_ERROR_REASON_STATE_TYPE_MISMATCH ErrorReason = 32
-	// OUT_OF_RANGE: the sequence is beyond the end of the log. metadata.last_sequence is the last one.
+	// OUT_OF_RANGE: the sequence is after the end of the log. metadata.last_sequence is the last one.
 	ErrorReason_ERROR_REASON_SEQUENCE_AHEAD ErrorReason = 33
 	// INVALID_ARGUMENT: the model does not accept this kind of content. Mostly the error of a run.
 	ErrorReason_ERROR_REASON_CONTENT_UNSUPPORTED ErrorReason = 34
 	// INVALID_ARGUMENT: the file is not an export of a session, is incomplete or damaged, or has a newer format.
 	ErrorReason_ERROR_REASON_IMPORT_INVALID ErrorReason = 35
-	// RESOURCE_EXHAUSTED: the stream was not read for too long. Attach again after the last sequence that was read.
+	// RESOURCE_EXHAUSTED: the client did not read the stream for too long. Attach again after the last sequence received.
 	ErrorReason_ERROR_REASON_WATCHER_TOO_SLOW ErrorReason = 36
 	// ABORTED: the upload continues at another offset. metadata.committed_bytes is that offset.
 	ErrorReason_ERROR_REASON_UPLOAD_OFFSET_MISMATCH ErrorReason = 37
@@ -113,27 +114,27 @@ const (
 	ErrorReason_ERROR_REASON_STATE_KEY_NOT_FOUND ErrorReason = 39
 	// FAILED_PRECONDITION: a run failed because the reply does not match the agent's output_schema. metadata.problem says where.
 	ErrorReason_ERROR_REASON_OUTPUT_INVALID ErrorReason = 38
-	// RESOURCE_EXHAUSTED: the operator does not allow more to be stored. QuotaFailure says of what, and metadata.limit how much
-	// is allowed.
+	// RESOURCE_EXHAUSTED: the operator does not allow more to be stored. QuotaFailure says what is limited, and
+	// metadata.limit how much is allowed.
 	ErrorReason_ERROR_REASON_QUOTA_EXCEEDED ErrorReason = 40
-	// UNAUTHENTICATED: the call has no credential, an invalid one, or more than one. On a stream: its credential has expired,
-	// was revoked or was changed; attach again with another one.
+	// UNAUTHENTICATED: the call has no credential, an invalid one, or more than one. On a stream: its credential has
+	// expired, or was revoked or changed; attach again with another one.
 	ErrorReason_ERROR_REASON_UNAUTHENTICATED ErrorReason = 41
-	// PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this approval.
-	// metadata.role is the lowest role that may. A caller that is bound to a user may do less than its role. What belongs to
-	// others is NOT_FOUND instead.
+	// PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this
+	// approval. metadata.role is the lowest sufficient role. A caller that is bound to a user has fewer rights than its
+	// role. Resources of others are NOT_FOUND instead.
 	ErrorReason_ERROR_REASON_ROLE_MISSING ErrorReason = 42
-	// NOT_FOUND: there is no such key. ResourceInfo names it.
+	// NOT_FOUND: the key does not exist. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_KEY_NOT_FOUND ErrorReason = 43
 	// NOT_FOUND: the caller is bound to a user, and asked for the state of another user. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_USER_NOT_FOUND ErrorReason = 44
-	// NOT_FOUND: there is no such tenant. ResourceInfo names it.
+	// NOT_FOUND: the tenant does not exist. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_TENANT_NOT_FOUND ErrorReason = 45
 	// PERMISSION_DENIED: an operator has suspended the caller's tenant, or is deleting it.
 	ErrorReason_ERROR_REASON_TENANT_SUSPENDED ErrorReason = 46
-	// NOT_FOUND: there is no such principal. ResourceInfo names it.
+	// NOT_FOUND: the principal does not exist. ResourceInfo names it.
 	ErrorReason_ERROR_REASON_PRINCIPAL_NOT_FOUND ErrorReason = 47
-	// UNAVAILABLE: the token cannot be verified, since the server has not been able to fetch the keys of its issuer. RetryInfo says
+	// UNAVAILABLE: the token cannot be verified because the server could not fetch the keys of its issuer. RetryInfo says
 	// when to try again.
 	ErrorReason_ERROR_REASON_ISSUER_UNAVAILABLE ErrorReason = 48
 )
@@ -274,14 +275,14 @@ type ToolCall_Outcome int32
 
 const (
 	ToolCall_OUTCOME_UNSPECIFIED ToolCall_Outcome = 0
-	// Not started: it waits for an approval, or for the run to go on.
+	// Not started: it waits for an approval, or for the run to continue.
 	ToolCall_OUTCOME_PENDING ToolCall_Outcome = 1
 	// Dispatched: it runs in the server or in the caller's process.
 	ToolCall_OUTCOME_RUNNING   ToolCall_Outcome = 2
 	ToolCall_OUTCOME_SUCCEEDED ToolCall_Outcome = 3
-	// The tool failed, or there is no such tool; the model is shown `error`.
+	// The tool failed, or does not exist; the model gets `error`.
 	ToolCall_OUTCOME_FAILED ToolCall_Outcome = 4
-	// A person denied it; the model is shown `error`.
+	// A person denied it; the model gets `error`.
 	ToolCall_OUTCOME_DENIED ToolCall_Outcome = 5
 	// The run or the call was cancelled before the call had an outcome.
 	ToolCall_OUTCOME_CANCELLED ToolCall_Outcome = 6
@@ -336,8 +337,9 @@ func (ToolCall_Outcome) EnumDescriptor() ([]byte, []int) {
 	return file_notecase_v1_content_proto_rawDescGZIP(), []int{10, 0}
 }
 
-// A typed value of state. It is returned as it was stored: an int64 stays an int64, bytes stay bytes. At most 16 levels deep,
-// because protobuf parsers stop at 100 nested messages, and an event that holds a value must decode everywhere.
+// A typed value of state. It is returned exactly as it was stored: an int64 stays an int64, bytes stay bytes. At most
+// 16 levels deep, because protobuf parsers stop at 100 nested messages, and an event that holds a value must decode
+// everywhere.
 type Value struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Types that are valid to be assigned to Kind:
@@ -699,8 +701,8 @@ func (x *Blob) GetFilename() string {
 // One part of a message. The parts of a message have at most 960 KiB in all, not counting content that becomes a blob.
 type Part struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The sources of a reply's text or json, as its provider lists them. Made by models only; at most 50, with 16 KiB of
-	// addresses. "[1]" in the text means the first.
+	// The sources of a reply's text or json, as its provider lists them. Only in a model's messages; at most 50, with 16
+	// KiB of addresses. "[1]" in the text means the first.
 	Citations []*Citation `protobuf:"bytes,10,rep,name=citations,proto3" json:"citations,omitempty"`
 	// Types that are valid to be assigned to Kind:
 	//
@@ -853,13 +855,14 @@ type Part_Text struct {
 }
 
 type Part_Reasoning struct {
-	// The model's reasoning. Made by models only.
+	// The model's reasoning. Only in a model's messages.
 	Reasoning *Reasoning `protobuf:"bytes,2,opt,name=reasoning,proto3,oneof"`
 }
 
 type Part_Blob struct {
-	// Content that this server has; otherwise NOT_FOUND. In a reply it is an image or an audio clip that the model made; a
-	// reply has at most 16 of these and of `file` parts, with 32 MiB in all. The words of a clip are a text part.
+	// Content that this server has; otherwise NOT_FOUND. In a reply it is an image or an audio clip that the model
+	// generated; a reply has at most 16 of these and of `file` parts, with 32 MiB in all. The transcript of a clip is a
+	// text part.
 	Blob *Blob `protobuf:"bytes,3,opt,name=blob,proto3,oneof"`
 }
 
@@ -881,12 +884,12 @@ type Part_Json struct {
 }
 
 type Part_ToolCall struct {
-	// A call that the model asked for, with its outcome. Made by models only.
+	// A call that the model asked for, with its outcome. Only in a model's messages.
 	ToolCall *ToolCall `protobuf:"bytes,7,opt,name=tool_call,json=toolCall,proto3,oneof"`
 }
 
 type Part_Refusal struct {
-	// The model's words when it refuses to answer. Made by models only.
+	// The model's text when it refuses to answer. Only in a model's messages.
 	Refusal string `protobuf:"bytes,8,opt,name=refusal,proto3,oneof"`
 }
 
@@ -987,10 +990,10 @@ func (x *Citation) GetEnd() int64 {
 	return 0
 }
 
-// A model's reasoning, as far as its provider shows it.
+// A model's reasoning, as far as its provider reveals it.
 type Reasoning struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Empty where the provider shows none of it.
+	// Empty if the provider does not reveal it.
 	Text string `protobuf:"bytes,1,opt,name=text,proto3" json:"text,omitempty"`
 	// Output only: data that is sent back to the provider with this part's message.
 	ProviderData  *ProviderData `protobuf:"bytes,2,opt,name=provider_data,json=providerData,proto3" json:"provider_data,omitempty"`
@@ -1253,15 +1256,15 @@ func (x *InlineData) GetFilename() string {
 // A call that the model asked for, and its outcome. Both are one part, so that they are never separated.
 type ToolCall struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Chosen by the server, whatever the model sent; unique in the session, and stable from the first delta on. The idempotency
-	// key of a call is "{Session.uid}/{call_id}": the same on every attempt, and different in every session.
+	// Chosen by the server, not the model; unique in the session, and stable from the first delta on. The idempotency key
+	// of a call is "{Session.uid}/{call_id}": the same on every attempt, and different in every session.
 	CallId string `protobuf:"bytes,1,opt,name=call_id,json=callId,proto3" json:"call_id,omitempty"`
 	Tool   string `protobuf:"bytes,2,opt,name=tool,proto3" json:"tool,omitempty"`
 	// The arguments as the model wrote them, usually a JSON object; after an approval with edits, the edited text.
 	Arguments string           `protobuf:"bytes,3,opt,name=arguments,proto3" json:"arguments,omitempty"`
 	Outcome   ToolCall_Outcome `protobuf:"varint,4,opt,name=outcome,proto3,enum=notecase.v1.ToolCall_Outcome" json:"outcome,omitempty"`
-	// What the tool returned: text, json, file and data parts. A reply and the results of all its calls fit into 1 MiB: text and
-	// json beyond a call's share become blobs.
+	// The tool's result: text, json, file and data parts. A reply and the results of all its calls fit into 1 MiB: text
+	// and json beyond a call's share become blobs.
 	Result []*Part `protobuf:"bytes,5,rep,name=result,proto3" json:"result,omitempty"`
 	// Why the call has no result.
 	Error string `protobuf:"bytes,6,opt,name=error,proto3" json:"error,omitempty"`
@@ -1564,7 +1567,7 @@ type Usage struct {
 	// The part of `output_tokens` spent on reasoning.
 	ReasoningTokens int64 `protobuf:"varint,4,opt,name=reasoning_tokens,json=reasoningTokens,proto3" json:"reasoning_tokens,omitempty"`
 	ModelCalls      int32 `protobuf:"varint,5,opt,name=model_calls,json=modelCalls,proto3" json:"model_calls,omitempty"`
-	// In a sum over several models empty. The same applies to `provider`.
+	// Empty in a sum over several models. The same applies to `provider`.
 	Model string `protobuf:"bytes,6,opt,name=model,proto3" json:"model,omitempty"`
 	// The provider that answered, as ServerInfo.providers names it.
 	Provider      string `protobuf:"bytes,7,opt,name=provider,proto3" json:"provider,omitempty"`
@@ -1651,15 +1654,15 @@ func (x *Usage) GetProvider() string {
 	return ""
 }
 
-// Why a run failed or a command was refused. It has the same facts as the status of a refused call.
+// Why a run failed or a command was refused. It has the same information as the status of a refused call.
 type Error struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// A google.rpc.Code.
 	Code   int32       `protobuf:"varint,1,opt,name=code,proto3" json:"code,omitempty"`
 	Reason ErrorReason `protobuf:"varint,2,opt,name=reason,proto3,enum=notecase.v1.ErrorReason" json:"reason,omitempty"`
-	// Sentences for people, which say what to do when something can be done.
+	// A message for people, which says what to do if anything can be done.
 	Message string `protobuf:"bytes,3,opt,name=message,proto3" json:"message,omitempty"`
-	// For a program: the current version, the active run, the request id.
+	// Data for programs, such as the current version, the active run or the request id.
 	Metadata      map[string]string `protobuf:"bytes,4,rep,name=metadata,proto3" json:"metadata,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

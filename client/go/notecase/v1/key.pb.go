@@ -24,7 +24,7 @@ const (
 	_ = protoimpl.EnforceVersion(protoimpl.MaxVersion - 20)
 )
 
-// What a caller may do. Each role has the rights of those before it, except operators.
+// The rights of a caller. Each role has the rights of those before it, except operators.
 type Key_Role int32
 
 const (
@@ -95,18 +95,19 @@ type Key struct {
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// For people: what the key is for.
 	DisplayName string `protobuf:"bytes,2,opt,name=display_name,json=displayName,proto3" json:"display_name,omitempty"`
-	// Needed.
+	// Required.
 	Role       Key_Role               `protobuf:"varint,3,opt,name=role,proto3,enum=notecase.v1.Key_Role" json:"role,omitempty"`
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// When it expires. Unset: it does not expire.
 	ExpireTime *timestamppb.Timestamp `protobuf:"bytes,5,opt,name=expire_time,json=expireTime,proto3" json:"expire_time,omitempty"`
 	// When it was rotated last.
 	RotateTime *timestamppb.Timestamp `protobuf:"bytes,6,opt,name=rotate_time,json=rotateTime,proto3" json:"rotate_time,omitempty"`
-	// Until when the previous secret is accepted, too.
+	// The previous secret is accepted until then.
 	OverlapEndTime *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=overlap_end_time,json=overlapEndTime,proto3" json:"overlap_end_time,omitempty"`
-	// users/{user}. When set, callers with the key can use only the sessions and the state of that user; everything else is
-	// NOT_FOUND to them. The role is ROLE_VIEWER or ROLE_USER. Such callers write messages as that user only, cannot set tools,
-	// labels or author, cannot use agents and `app/state` directly, and answer approvals only of tools with APPROVER_USER.
+	// users/{user}. When set, callers with the key can use only the sessions and the state of that user; everything else
+	// is NOT_FOUND for them. The role is ROLE_VIEWER or ROLE_USER. Such callers write messages as that user only, cannot
+	// set tools, labels or author, cannot use agents and `app/state` directly, and answer approvals only of tools with
+	// APPROVER_USER.
 	User          string `protobuf:"bytes,8,opt,name=user,proto3" json:"user,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -267,7 +268,7 @@ type CreateKeyResponse struct {
 	Key   *Key                   `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
 	// The whole key, as it is sent in a call: nck_{key}_{secret}. The secret ends in a tag of 16 characters.
 	Secret string `protobuf:"bytes,2,opt,name=secret,proto3" json:"secret,omitempty"`
-	// The tenant was not known before this call. Not set in the answer to a repeat with the same request_id.
+	// Whether this call created the tenant. Not set in the answer to a repeat with the same request_id.
 	TenantCreated bool `protobuf:"varint,3,opt,name=tenant_created,json=tenantCreated,proto3" json:"tenant_created,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

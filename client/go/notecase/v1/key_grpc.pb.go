@@ -31,23 +31,23 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
-// operators manage those of any tenant, and operators' own.
+// API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own
+// tenant; operators manage those of any tenant, and operators' own.
 type KeyServiceClient interface {
 	// Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
 	// keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
 	CreateKey(ctx context.Context, in *CreateKeyRequest, opts ...grpc.CallOption) (*CreateKeyResponse, error)
-	// Returns a key without its secret; one that has expired, too. NOT_FOUND when there is no key of that name.
+	// Returns a key without its secret, even if it has expired. NOT_FOUND when the key does not exist.
 	GetKey(ctx context.Context, in *GetKeyRequest, opts ...grpc.CallOption) (*Key, error)
 	// Returns a page of keys, newest first, including those that have expired.
 	ListKeys(ctx context.Context, in *ListKeysRequest, opts ...grpc.CallOption) (*ListKeysResponse, error)
-	// Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
-	// no such key. A repeat with the same request_id succeeds.
+	// Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when
+	// the key does not exist. A repeat with the same request_id succeeds.
 	RevokeKey(ctx context.Context, in *RevokeKeyRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
-	// Gives a key another secret and returns it; it is not shown again. The name and the rights of the key stay the same. The
-	// previous secret is accepted for the time in `overlap`, and one from an earlier rotation no longer. NOT_FOUND when there is
-	// no such key. A repeat with the same request_id returns the key without its secret; rotate the key again if the secret was
-	// lost.
+	// Gives a key a new secret and returns it; it is not shown again. The name and the rights of the key stay the same.
+	// The previous secret is accepted for the time in `overlap`; one from an earlier rotation is no longer accepted.
+	// NOT_FOUND when the key does not exist. A repeat with the same request_id returns the key without its secret; rotate
+	// the key again if the secret was lost.
 	RotateKey(ctx context.Context, in *RotateKeyRequest, opts ...grpc.CallOption) (*RotateKeyResponse, error)
 }
 
@@ -113,23 +113,23 @@ func (c *keyServiceClient) RotateKey(ctx context.Context, in *RotateKeyRequest, 
 // All implementations must embed UnimplementedKeyServiceServer
 // for forward compatibility.
 //
-// API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
-// operators manage those of any tenant, and operators' own.
+// API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own
+// tenant; operators manage those of any tenant, and operators' own.
 type KeyServiceServer interface {
 	// Creates a key and returns its secret, which is not shown again. RESOURCE_EXHAUSTED QUOTA_EXCEEDED when the tenant has 1000
 	// keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
 	CreateKey(context.Context, *CreateKeyRequest) (*CreateKeyResponse, error)
-	// Returns a key without its secret; one that has expired, too. NOT_FOUND when there is no key of that name.
+	// Returns a key without its secret, even if it has expired. NOT_FOUND when the key does not exist.
 	GetKey(context.Context, *GetKeyRequest) (*Key, error)
 	// Returns a page of keys, newest first, including those that have expired.
 	ListKeys(context.Context, *ListKeysRequest) (*ListKeysResponse, error)
-	// Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
-	// no such key. A repeat with the same request_id succeeds.
+	// Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when
+	// the key does not exist. A repeat with the same request_id succeeds.
 	RevokeKey(context.Context, *RevokeKeyRequest) (*emptypb.Empty, error)
-	// Gives a key another secret and returns it; it is not shown again. The name and the rights of the key stay the same. The
-	// previous secret is accepted for the time in `overlap`, and one from an earlier rotation no longer. NOT_FOUND when there is
-	// no such key. A repeat with the same request_id returns the key without its secret; rotate the key again if the secret was
-	// lost.
+	// Gives a key a new secret and returns it; it is not shown again. The name and the rights of the key stay the same.
+	// The previous secret is accepted for the time in `overlap`; one from an earlier rotation is no longer accepted.
+	// NOT_FOUND when the key does not exist. A repeat with the same request_id returns the key without its secret; rotate
+	// the key again if the secret was lost.
 	RotateKey(context.Context, *RotateKeyRequest) (*RotateKeyResponse, error)
 	mustEmbedUnimplementedKeyServiceServer()
 }

@@ -83,9 +83,9 @@ const (
 	// Calls in it have no outcome yet.
 	Message_STATUS_IN_PROGRESS Message_Status = 1
 	Message_STATUS_COMPLETED   Message_Status = 2
-	// Cut off by a cancel or a failure; its parts hold what was written until then.
+	// Cut off by a cancel or a failure; its parts have the text up to that point.
 	Message_STATUS_INCOMPLETE Message_Status = 3
-	// Rewound: it stays in the log and is not shown to the model.
+	// Superseded by a rewind: it stays in the log and is not sent to the model.
 	Message_STATUS_SUPERSEDED Message_Status = 4
 )
 
@@ -137,7 +137,7 @@ func (Message_Status) EnumDescriptor() ([]byte, []int) {
 // What a user, an agent or the system said at one time.
 type Message struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// sessions/{session}/messages/{message}. Output only: made by the server.
+	// sessions/{session}/messages/{message}. Output only: chosen by the server.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// Unspecified in a request: ROLE_USER.
 	Role Message_Role `protobuf:"varint,2,opt,name=role,proto3,enum=notecase.v1.Message_Role" json:"role,omitempty"`
@@ -150,9 +150,9 @@ type Message struct {
 	Run string `protobuf:"bytes,6,opt,name=run,proto3" json:"run,omitempty"`
 	// Output only: the sequence of the event that added it.
 	Sequence int64 `protobuf:"varint,7,opt,name=sequence,proto3" json:"sequence,omitempty"`
-	// Output only: why the model stopped, in the provider's words, for example "stop" or "length".
+	// Output only: why the model stopped, as the provider reports it, for example "stop" or "length".
 	FinishReason string `protobuf:"bytes,8,opt,name=finish_reason,json=finishReason,proto3" json:"finish_reason,omitempty"`
-	// Output only: the usage of the model call that made it.
+	// Output only: the usage of the model call that generated it.
 	Usage *Usage `protobuf:"bytes,9,opt,name=usage,proto3" json:"usage,omitempty"`
 	// Output only.
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,10,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`

@@ -29,7 +29,7 @@ type Run_State int32
 
 const (
 	Run_STATE_UNSPECIFIED Run_State = 0
-	// Waits for another run of its session to end, or for a place in the server.
+	// Waits for another run of its session to end, or for a free slot in the server.
 	Run_STATE_QUEUED  Run_State = 1
 	Run_STATE_RUNNING Run_State = 2
 	// Waits for a tool's result, an approval or an answer. It does not count towards ServerInfo.max_runs, and survives
@@ -99,10 +99,10 @@ const (
 	StartRun_ON_BUSY_REJECT StartRun_OnBusy = 1
 	// Start when the runs before it have ended.
 	StartRun_ON_BUSY_QUEUE StartRun_OnBusy = 2
-	// Stop the current run, keep what it made, then start: one commit.
+	// Stop the current run, keep its output, then start: one commit.
 	StartRun_ON_BUSY_INTERRUPT StartRun_OnBusy = 3
-	// Cancel the current run, rewind the session to before it started, then start: one commit. What others wrote to the
-	// session meanwhile is rewound too; the state of users and the app, and what tools did outside, is not.
+	// Cancel the current run, rewind the session to before it started, then start: one commit. Other writes to the
+	// session in that time are rewound, too; the state of users and the app and external effects of tools are not.
 	StartRun_ON_BUSY_ROLLBACK StartRun_OnBusy = 4
 )
 
@@ -160,7 +160,7 @@ const (
 	UserInput_WHEN_STEER UserInput_When = 1
 	// When the run would otherwise end.
 	UserInput_WHEN_FOLLOW_UP UserInput_When = 2
-	// At once: the unfinished reply is kept as incomplete, calls under way are cancelled, and the model is asked again.
+	// At once: the unfinished reply is kept as incomplete, running calls are cancelled, and the model is called again.
 	UserInput_WHEN_INTERRUPT UserInput_When = 3
 )
 
@@ -213,7 +213,7 @@ const (
 	InputResponse_DECISION_UNSPECIFIED InputResponse_Decision = 0
 	// Run the call, or run an interrupted call again.
 	InputResponse_DECISION_APPROVE InputResponse_Decision = 1
-	// Do not run the call, or treat an interrupted call as failed. `reason` is shown to the model.
+	// Do not run the call, or treat an interrupted call as failed. The model gets `reason`.
 	InputResponse_DECISION_DENY InputResponse_Decision = 2
 	// `answer` is the answer to a question, or the result of an interrupted call.
 	InputResponse_DECISION_ANSWER InputResponse_Decision = 3
@@ -373,7 +373,7 @@ func (CancelCommand_Mode) EnumDescriptor() ([]byte, []int) {
 	return file_notecase_v1_run_proto_rawDescGZIP(), []int{9, 0}
 }
 
-// What was done with a command.
+// The result of a command.
 type CommandResult_Disposition int32
 
 const (
@@ -439,9 +439,9 @@ const (
 	InputRequest_KIND_UNSPECIFIED InputRequest_Kind = 0
 	// May `call` run? Approve, approve with edited arguments, or deny.
 	InputRequest_KIND_APPROVAL InputRequest_Kind = 1
-	// `prompt` is the question. When `call` is OUTCOME_RUNNING, the tool of that call asks, and goes on with the answer. The
-	// tool waits in the server's process. When that process is lost, the question is withdrawn, and the call is treated as its
-	// tool's `on_interrupt` says.
+	// `prompt` is the question. When `call` is OUTCOME_RUNNING, the tool of that call asks, and continues with the
+	// answer. The tool waits in the server's process. When that process is lost, the question is withdrawn, and the
+	// call is treated as its tool's `on_interrupt` says.
 	InputRequest_KIND_QUESTION InputRequest_Kind = 2
 	// `call` had started in a process that was lost. Approve: run it again; deny: it failed; answer: this is its result.
 	InputRequest_KIND_INTERRUPTED_CALL InputRequest_Kind = 3
@@ -490,7 +490,7 @@ func (InputRequest_Kind) EnumDescriptor() ([]byte, []int) {
 	return file_notecase_v1_run_proto_rawDescGZIP(), []int{21, 0}
 }
 
-// One piece of work of an agent in a session, from a start to an end.
+// One execution of an agent in a session, from a start to an end.
 type Run struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}/runs/{run}
@@ -501,7 +501,7 @@ type Run struct {
 	State         Run_State `protobuf:"varint,4,opt,name=state,proto3,enum=notecase.v1.Run_State" json:"state,omitempty"`
 	// Why it failed.
 	Error *Error `protobuf:"bytes,5,opt,name=error,proto3" json:"error,omitempty"`
-	// The last reply that it completed.
+	// The last completed reply.
 	Reply *Message `protobuf:"bytes,6,opt,name=reply,proto3" json:"reply,omitempty"`
 	// Approvals and questions that are not answered yet.
 	PendingInputs []*InputRequest `protobuf:"bytes,7,rep,name=pending_inputs,json=pendingInputs,proto3" json:"pending_inputs,omitempty"`
@@ -911,9 +911,9 @@ type StartRun struct {
 	// The {run} of its name. When the caller chooses it, a repeat attaches to the run, and a repeat with another body is
 	// refused. Empty: chosen by the server.
 	RunId string `protobuf:"bytes,5,opt,name=run_id,json=runId,proto3" json:"run_id,omitempty"`
-	// What the user says. May be empty when the session's history ends with a message that needs an answer; with
-	// ON_BUSY_ROLLBACK, when the history before the run that is rolled back does. A start that is queued needs messages. At most
-	// 2.75 MiB in all, not counting content that becomes a blob.
+	// The user's messages. May be empty when the session's history ends with a message that needs an answer; with
+	// ON_BUSY_ROLLBACK, when the history before the run that is rolled back does. A start that is queued needs messages.
+	// At most 2.75 MiB in all, not counting content that becomes a blob.
 	Messages []*Message `protobuf:"bytes,6,rep,name=messages,proto3" json:"messages,omitempty"`
 	// Tools for this run only, in addition to the agent's: `client` tools whose names the agent does not have. At most 256 KiB
 	// in all.
@@ -1086,8 +1086,8 @@ type AttachRun struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session} or sessions/{session}/runs/{run}
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// The last sequence that the caller has. 0: send everything. Unset: begin at the session's head, or before the run's first
-	// event. OUT_OF_RANGE beyond the head.
+	// The last sequence that the caller has. 0: send everything. Unset: begin at the session's head, or before the run's
+	// first event. OUT_OF_RANGE when it is after the head.
 	AfterSequence *int64        `protobuf:"varint,2,opt,name=after_sequence,json=afterSequence,proto3,oneof" json:"after_sequence,omitempty"`
 	Options       *WatchOptions `protobuf:"bytes,3,opt,name=options,proto3" json:"options,omitempty"`
 	// As in StartRun.
@@ -1284,9 +1284,9 @@ func (x *Limits) GetInputTimeout() *durationpb.Duration {
 	return nil
 }
 
-// What a user says to a run under way. It denies the open approvals and questions of a run that waits; a tool that asked a
-// question goes on, and the messages are added after its result. While the run waits for an approval that the caller may not
-// answer, the messages deny nothing: they are queued as WHEN_FOLLOW_UP, and WHEN_INTERRUPT is PERMISSION_DENIED
+// A user's input to an active run. It denies the open approvals and questions of a run that waits; a tool that asked a
+// question continues, and the messages are added after its result. While the run waits for an approval that the caller
+// may not answer, the messages deny nothing: they are queued as WHEN_FOLLOW_UP, and WHEN_INTERRUPT is PERMISSION_DENIED
 // (ROLE_MISSING).
 type UserInput struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
@@ -1346,7 +1346,7 @@ type ToolResult struct {
 	CallId string                 `protobuf:"bytes,1,opt,name=call_id,json=callId,proto3" json:"call_id,omitempty"`
 	// text, json, file and data parts.
 	Result []*Part `protobuf:"bytes,2,rep,name=result,proto3" json:"result,omitempty"`
-	// When set, the tool failed, and the model is shown this text.
+	// When set, the tool failed, and the model gets this text.
 	Error         string `protobuf:"bytes,3,opt,name=error,proto3" json:"error,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1497,7 +1497,7 @@ type CancelCommand struct {
 	Mode  CancelCommand_Mode     `protobuf:"varint,1,opt,name=mode,proto3,enum=notecase.v1.CancelCommand_Mode" json:"mode,omitempty"`
 	// Only this call; PERMISSION_DENIED (ROLE_MISSING) while it waits for an approval that the caller may not answer.
 	CallId string `protobuf:"bytes,2,opt,name=call_id,json=callId,proto3" json:"call_id,omitempty"`
-	// Kept in the log, for people.
+	// For people; kept in the log.
 	Reason        string `protobuf:"bytes,3,opt,name=reason,proto3" json:"reason,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1756,7 +1756,7 @@ type Attached struct {
 	Session string                 `protobuf:"bytes,1,opt,name=session,proto3" json:"session,omitempty"`
 	// The run this stream follows; unset when the session is idle.
 	Run *Run `protobuf:"bytes,2,opt,name=run,proto3" json:"run,omitempty"`
-	// The last sequence of the log at that moment; when this stream started the run, the last sequence of the commit that
+	// The last sequence of the log at that time; when this stream started the run, the last sequence of the commit that
 	// started it.
 	LastSequence int64 `protobuf:"varint,3,opt,name=last_sequence,json=lastSequence,proto3" json:"last_sequence,omitempty"`
 	// Whether the run existed before this stream's `start`.
@@ -1832,7 +1832,7 @@ func (x *Attached) GetSessionUid() string {
 	return ""
 }
 
-// Events in order. A slow watcher gets larger batches; the server has no queue for it.
+// Events in order. A slow watcher gets larger batches; the server does not queue events for it.
 type EventBatch struct {
 	state  protoimpl.MessageState `protogen:"open.v1"`
 	Events []*Event               `protobuf:"bytes,1,rep,name=events,proto3" json:"events,omitempty"`
@@ -2062,22 +2062,22 @@ func (x *GoAway) GetReason() string {
 	return ""
 }
 
-// One entry of a session's log, or a passing notice. The entries have the sequences 1, 2, 3 … without a gap, the same for
-// every watcher and after every restart. A passing notice has sequence 0; it is never stored, and what it says can always be
-// recovered from the log.
+// One entry of a session's log, or a transient notice. The entries have the sequences 1, 2, 3 … without a gap, the same
+// for every watcher and after every restart. A transient notice has sequence 0; it is never stored, and its content can
+// always be recovered from the log.
 type Event struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// Set aside: 7 for the step of the run, 8 and 9 for more about any event, 25 to 39 for payloads that are stored. Payloads from
-	// 40 on are passing.
+	// Set aside: 7 for the step of the run, 8 and 9 for more about any event, 25 to 39 for payloads that are stored.
+	// Payloads from 40 on are transient.
 	Sequence int64 `protobuf:"varint,1,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	// sessions/{session}/runs/{run}. Empty when the event belongs to no run.
 	Run        string                 `protobuf:"bytes,2,opt,name=run,proto3" json:"run,omitempty"`
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,4,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// The command_id or request_id of the request that caused it.
 	CauseId string `protobuf:"bytes,5,opt,name=cause_id,json=causeId,proto3" json:"cause_id,omitempty"`
-	// principals/{principal}: the caller who caused the event, also when its command was queued first. AuditService.GetPrincipal
-	// says who that is. Empty for what the server does by itself (a reply, a deadline, a takeover), for callers without
-	// credentials, and after an import. A fork keeps it.
+	// principals/{principal}: the caller who caused the event, also when its command was queued first.
+	// AuditService.GetPrincipal says who that is. Empty for events that the server causes by itself (a reply, a deadline,
+	// a takeover), for callers without credentials, and after an import. A fork keeps it.
 	Principal string `protobuf:"bytes,6,opt,name=principal,proto3" json:"principal,omitempty"`
 	// Types that are valid to be assigned to Payload:
 	//
@@ -2323,7 +2323,7 @@ type isEvent_Payload interface {
 }
 
 type Event_StateChanged struct {
-	// Passing (sequence 0) when the state of the user or of the app was changed elsewhere.
+	// Transient (sequence 0) when the state of the user or of the app was changed elsewhere.
 	StateChanged *StateChanged `protobuf:"bytes,10,opt,name=state_changed,json=stateChanged,proto3,oneof"`
 }
 
@@ -2377,22 +2377,22 @@ type Event_RunStarted struct {
 }
 
 type Event_SummaryFailed struct {
-	// A summary was due and could not be made. The run goes on without it; a later run tries again.
+	// A summary was due and could not be made. The run continues without it; a later run tries again.
 	SummaryFailed *SummaryFailed `protobuf:"bytes,23,opt,name=summary_failed,json=summaryFailed,proto3,oneof"`
 }
 
 type Event_ToolsUnavailable struct {
-	// The tools of an MCP server are not available; the run goes on without them.
+	// The tools of an MCP server are not available; the run continues without them.
 	ToolsUnavailable *ToolsUnavailable `protobuf:"bytes,24,opt,name=tools_unavailable,json=toolsUnavailable,proto3,oneof"`
 }
 
 type Event_BlockDelta struct {
-	// Passing.
+	// Transient.
 	BlockDelta *BlockDelta `protobuf:"bytes,40,opt,name=block_delta,json=blockDelta,proto3,oneof"`
 }
 
 type Event_MessageDiscarded struct {
-	// Passing.
+	// Transient.
 	MessageDiscarded *MessageDiscarded `protobuf:"bytes,42,opt,name=message_discarded,json=messageDiscarded,proto3,oneof"`
 }
 
@@ -2698,8 +2698,8 @@ func (*CommandQueued_Cancel) isCommandQueued_Command() {}
 
 func (*CommandQueued_Start) isCommandQueued_Command() {}
 
-// A question or an approval for a person. Any caller who may answer it does so with an InputResponse, from any process, also
-// days later.
+// A question or an approval for a person. Any caller with the right to answer does so with an InputResponse, from any
+// process, even days later.
 type InputRequest struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	InputId string                 `protobuf:"bytes,1,opt,name=input_id,json=inputId,proto3" json:"input_id,omitempty"`
@@ -2840,7 +2840,7 @@ func (x *InputResolved) GetResponse() *InputResponse {
 	return nil
 }
 
-// Messages after `to_sequence` are superseded: they stay in the log, and the model is not shown them.
+// Messages after `to_sequence` are superseded: they stay in the log, and are not sent to the model.
 type Rewound struct {
 	state      protoimpl.MessageState `protogen:"open.v1"`
 	ToSequence int64                  `protobuf:"varint,1,opt,name=to_sequence,json=toSequence,proto3" json:"to_sequence,omitempty"`
@@ -2894,8 +2894,8 @@ func (x *Rewound) GetRun() string {
 	return ""
 }
 
-// From this event on, agents are shown `text` in place of the messages up to `last_sequence`, which stay in the log and in all
-// lists. After a rewind to before this event, the summary in `previous` applies again.
+// From this event on, models get `text` in place of the messages up to `last_sequence`, which stay in the log and in
+// all lists. After a rewind to before this event, the summary in `previous` applies again.
 type Summarized struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// The sequence of the first message that it adds to the previous summary.
@@ -3075,8 +3075,8 @@ type RunStateChanged struct {
 	Reason string `protobuf:"bytes,4,opt,name=reason,proto3" json:"reason,omitempty"`
 	// With a final state: the command_ids of queued inputs that were dropped.
 	DroppedCommands []string `protobuf:"bytes,5,rep,name=dropped_commands,json=droppedCommands,proto3" json:"dropped_commands,omitempty"`
-	// How long the run had no worker although it was RUNNING: it waited for a place in its server, or was taken over (then
-	// counted from the last event before). `running_duration` and `limits.timeout` do not count that time. Set with
+	// How long the run had no worker although it was RUNNING: it waited for a free slot in its server, or was taken over
+	// (then counted from the last event before). `running_duration` and `limits.timeout` do not count that time. Set with
 	// STATE_RUNNING, and with a final state that came while the run waited.
 	PlaceWait     *durationpb.Duration `protobuf:"bytes,6,opt,name=place_wait,json=placeWait,proto3" json:"place_wait,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -3155,8 +3155,8 @@ func (x *RunStateChanged) GetPlaceWait() *durationpb.Duration {
 	return nil
 }
 
-// Nothing of this message is kept, and its open blocks are void. When the model is asked again, the new reply has another
-// name. Sent only to streams that were sent a part of the message.
+// No part of this message is kept, and its open blocks are void. When the model is called again, the new reply has a
+// different name. Sent only to streams that received a part of the message.
 type MessageDiscarded struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}/messages/{message}
@@ -3326,12 +3326,12 @@ func (x *StateChanged) GetVersion() int64 {
 	return 0
 }
 
-// A slice of one part of a message that is being written. On a stream without `durable_only`, each assistant's `message_added`
-// with a sequence above `Attached.last_sequence` comes after the deltas of all its text, reasoning, json, refusal and argument
-// parts. So a client may print deltas alone, if it removes what it printed of a message at its `message_discarded`, and of
-// every unfinished message at `Attached` (on paper: begins a new line). `start` 0 begins a block, once in a stream; otherwise
-// `start` is the last `end`. Anything else is a gap: attach again. Slices fall between code points. All deltas of a block in
-// one stream are of one kind.
+// A slice of one part of a message that is being written. On a stream without `durable_only`, each assistant's
+// `message_added` with a sequence above `Attached.last_sequence` comes after the deltas of all its text, reasoning,
+// json, refusal and argument parts. So a client may print only deltas, if it removes the printed part of a message at
+// its `message_discarded`, and of every unfinished message at `Attached` (or, if it cannot, begins a new line). `start`
+// 0 begins a block, once in a stream; otherwise `start` is the last `end`. Anything else is a gap: attach again. Slices
+// fall between code points. All deltas of a block in one stream are of one kind.
 type BlockDelta struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}/messages/{message}: the name that the finished message will have.
@@ -3502,8 +3502,8 @@ type BlockDelta_Refusal struct {
 }
 
 type BlockDelta_Json struct {
-	// Sent for an agent with an output_schema. When tool calls follow, the finished message has the same bytes as a text part,
-	// and a stream that was sent nothing of the block before gets them as text.
+	// Sent for an agent with an output_schema. When tool calls follow, the finished message has the same bytes as a
+	// text part, and a stream that received no part of the block before gets them as text.
 	Json string `protobuf:"bytes,11,opt,name=json,proto3,oneof"`
 }
 

@@ -34,18 +34,18 @@ const (
 //
 // For semantics around ctx use and closing/ending streaming RPCs, please refer to https://pkg.go.dev/google.golang.org/grpc/?tab=doc#ClientConn.NewStream.
 //
-// Runs agents. A run belongs to the server: a stream is only attached to it, and losing the stream does not change the run.
-// Run is SendCommand and WatchEvents on one stream: the same frames with the same effects.
+// Runs agents. A run belongs to the server: a stream is only attached to it, and the run continues when the stream is
+// lost. Run combines SendCommand and WatchEvents in one stream, with the same frames and effects.
 type RunServiceClient interface {
-	// Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or `attach`; a
-	// bad first frame ends the stream with a status. A later command that is refused gets a CommandResult, and the stream goes
-	// on. Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end unless
-	// `keep_open`.
+	// Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or
+	// `attach`; a bad first frame ends the stream with a status. A later command that is refused gets a CommandResult,
+	// and the stream continues. Half-close means that no more commands will come; it never cancels. The stream ends with
+	// OK after the run's end unless `keep_open`.
 	Run(ctx context.Context, opts ...grpc.CallOption) (grpc.BidiStreamingClient[RunRequest, RunResponse], error)
 	// Starts a run, waits for its end, and returns the reply. Returns earlier when the run waits for a tool's result, an
-	// approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When `timeout`
-	// passes first, returns the run as it is then, and the run goes on. A repeat with the same request_id waits for the same
-	// run.
+	// approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When
+	// `timeout` passes first, returns the run as it is then, and the run continues. A repeat with the same request_id
+	// waits for the same run.
 	Invoke(ctx context.Context, in *InvokeRequest, opts ...grpc.CallOption) (*InvokeResponse, error)
 	// Starts a run in the background. FAILED_PRECONDITION RUN_ACTIVE when the session has one; metadata.run names it. A repeat
 	// with the same request_id returns the first answer; the same run_id with the same body returns the run.
@@ -55,9 +55,9 @@ type RunServiceClient interface {
 	ListRuns(ctx context.Context, in *ListRunsRequest, opts ...grpc.CallOption) (*ListRunsResponse, error)
 	// Returns when the run has ended or waits, or when `timeout` passes.
 	WaitRun(ctx context.Context, in *WaitRunRequest, opts ...grpc.CallOption) (*Run, error)
-	// Stops a run: see CancelCommand. Returns when that is durable. With allow_missing it also cancels a run whose start has not
-	// arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION RUN_ENDED when the run has ended. A
-	// repeat with the same request_id returns the first answer.
+	// Cancels a run: see CancelCommand. Returns when the cancellation is durable. With allow_missing it also cancels a
+	// run whose start has not arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION
+	// RUN_ENDED when the run has ended. A repeat with the same request_id returns the first answer.
 	CancelRun(ctx context.Context, in *CancelRunRequest, opts ...grpc.CallOption) (*Run, error)
 	// Carries out one command of the Run stream as a unary call. A refusal is the call's status.
 	SendCommand(ctx context.Context, in *SendCommandRequest, opts ...grpc.CallOption) (*SendCommandResponse, error)
@@ -179,18 +179,18 @@ type RunService_WatchEventsClient = grpc.ServerStreamingClient[RunResponse]
 // All implementations must embed UnimplementedRunServiceServer
 // for forward compatibility.
 //
-// Runs agents. A run belongs to the server: a stream is only attached to it, and losing the stream does not change the run.
-// Run is SendCommand and WatchEvents on one stream: the same frames with the same effects.
+// Runs agents. A run belongs to the server: a stream is only attached to it, and the run continues when the stream is
+// lost. Run combines SendCommand and WatchEvents in one stream, with the same frames and effects.
 type RunServiceServer interface {
-	// Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or `attach`; a
-	// bad first frame ends the stream with a status. A later command that is refused gets a CommandResult, and the stream goes
-	// on. Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end unless
-	// `keep_open`.
+	// Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or
+	// `attach`; a bad first frame ends the stream with a status. A later command that is refused gets a CommandResult,
+	// and the stream continues. Half-close means that no more commands will come; it never cancels. The stream ends with
+	// OK after the run's end unless `keep_open`.
 	Run(grpc.BidiStreamingServer[RunRequest, RunResponse]) error
 	// Starts a run, waits for its end, and returns the reply. Returns earlier when the run waits for a tool's result, an
-	// approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When `timeout`
-	// passes first, returns the run as it is then, and the run goes on. A repeat with the same request_id waits for the same
-	// run.
+	// approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When
+	// `timeout` passes first, returns the run as it is then, and the run continues. A repeat with the same request_id
+	// waits for the same run.
 	Invoke(context.Context, *InvokeRequest) (*InvokeResponse, error)
 	// Starts a run in the background. FAILED_PRECONDITION RUN_ACTIVE when the session has one; metadata.run names it. A repeat
 	// with the same request_id returns the first answer; the same run_id with the same body returns the run.
@@ -200,9 +200,9 @@ type RunServiceServer interface {
 	ListRuns(context.Context, *ListRunsRequest) (*ListRunsResponse, error)
 	// Returns when the run has ended or waits, or when `timeout` passes.
 	WaitRun(context.Context, *WaitRunRequest) (*Run, error)
-	// Stops a run: see CancelCommand. Returns when that is durable. With allow_missing it also cancels a run whose start has not
-	// arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION RUN_ENDED when the run has ended. A
-	// repeat with the same request_id returns the first answer.
+	// Cancels a run: see CancelCommand. Returns when the cancellation is durable. With allow_missing it also cancels a
+	// run whose start has not arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION
+	// RUN_ENDED when the run has ended. A repeat with the same request_id returns the first answer.
 	CancelRun(context.Context, *CancelRunRequest) (*Run, error)
 	// Carries out one command of the Run stream as a unary call. A refusal is the call's status.
 	SendCommand(context.Context, *SendCommandRequest) (*SendCommandResponse, error)

@@ -73,12 +73,12 @@ type ServerInfo struct {
 	// The largest blob.
 	MaxBlobBytes int64 `protobuf:"varint,7,opt,name=max_blob_bytes,json=maxBlobBytes,proto3" json:"max_blob_bytes,omitempty"`
 	MaxPageSize  int32 `protobuf:"varint,8,opt,name=max_page_size,json=maxPageSize,proto3" json:"max_page_size,omitempty"`
-	// The most runs at work at once, over all sessions. A new start above it is RATE_LIMITED; a run that was accepted before
+	// The most concurrent runs, over all sessions. A new start above it is RATE_LIMITED; a run that was accepted before
 	// waits.
 	MaxRuns int32 `protobuf:"varint,9,opt,name=max_runs,json=maxRuns,proto3" json:"max_runs,omitempty"`
 	// The most bytes of all blobs to which one session refers.
 	MaxSessionBytes int64 `protobuf:"varint,10,opt,name=max_session_bytes,json=maxSessionBytes,proto3" json:"max_session_bytes,omitempty"`
-	// Who asks. Unset on a server without credentials, where every caller may do everything.
+	// The caller of this method. Unset on a server without credentials, where every caller may do everything.
 	Caller        *ServerInfo_Caller `protobuf:"bytes,11,opt,name=caller,proto3" json:"caller,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -191,11 +191,11 @@ func (x *ServerInfo) GetCaller() *ServerInfo_Caller {
 	return nil
 }
 
-// What the credential of a call says.
+// The caller, as its credential describes it.
 type ServerInfo_Caller struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Role  Key_Role               `protobuf:"varint,1,opt,name=role,proto3,enum=notecase.v1.Key_Role" json:"role,omitempty"`
-	// users/{user}: the caller sees and runs only what is that user's. Empty: it is bound to no user.
+	// users/{user}: the caller is limited to that user's sessions and state. Empty: the caller is not bound to a user.
 	User          string `protobuf:"bytes,2,opt,name=user,proto3" json:"user,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -106,24 +106,24 @@ type Session struct {
 	CreateTime *timestamppb.Timestamp `protobuf:"bytes,12,opt,name=create_time,json=createTime,proto3" json:"create_time,omitempty"`
 	// Output only: the time of the last commit or change of metadata.
 	UpdateTime *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=update_time,json=updateTime,proto3" json:"update_time,omitempty"`
-	// When the session is deleted, as by DeleteSession, whatever it is doing. The deletion comes within seconds of that time.
-	// Neither is set: never. In an update, a field mask that names one of these or idle_ttl, with the field unset, clears all of
-	// them.
+	// When the session is deleted, as by DeleteSession, even during a run. The deletion follows within seconds of that
+	// time. Neither is set: never. In an update, a field mask that names one of these or idle_ttl, with the field unset,
+	// clears all of them.
 	//
 	// Types that are valid to be assigned to Expiration:
 	//
 	//	*Session_ExpireTime
 	//	*Session_Ttl
 	Expiration isSession_Expiration `protobuf_oneof:"expiration"`
-	// Each commit to the session sets expire_time to this long from then. While a run is under way, or waits, expire_time is
-	// unset. At creation not together with expire_time or ttl.
+	// Each commit to the session sets expire_time to this long from then. While a run is active, even if it waits,
+	// expire_time is unset. At creation not together with expire_time or ttl.
 	IdleTtl *durationpb.Duration `protobuf:"bytes,16,opt,name=idle_ttl,json=idleTtl,proto3" json:"idle_ttl,omitempty"`
 	// Output only: commands that were answered QUEUED and are not carried out yet, in order.
 	QueuedCommands []*QueuedCommand `protobuf:"bytes,18,rep,name=queued_commands,json=queuedCommands,proto3" json:"queued_commands,omitempty"`
 	// Output only: answers that also apply to later calls of the same tool in this session (REMEMBER_SESSION), by the input_id
 	// that was answered. A rewind to before an answer removes it; forks and imports have none.
 	Remembered map[string]*RememberedApproval `protobuf:"bytes,25,rep,name=remembered,proto3" json:"remembered,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// Output only: the bytes of all blobs to which its log refers, each counted once.
+	// Output only: the bytes of all blobs that its log refers to, each counted once.
 	ContentBytes int64 `protobuf:"varint,23,opt,name=content_bytes,json=contentBytes,proto3" json:"content_bytes,omitempty"`
 	// Output only: the bytes of the log as it is stored, without blobs.
 	LogBytes int64 `protobuf:"varint,26,opt,name=log_bytes,json=logBytes,proto3" json:"log_bytes,omitempty"`
@@ -131,8 +131,8 @@ type Session struct {
 	SummarySequence int64 `protobuf:"varint,22,opt,name=summary_sequence,json=summarySequence,proto3" json:"summary_sequence,omitempty"`
 	// The etag of the metadata, not of the log. When an update sets it, the update is conditional.
 	Etag string `protobuf:"bytes,17,opt,name=etag,proto3" json:"etag,omitempty"`
-	// Output only: a random UUID, chosen at creation, fork and import. A session that is created later under the same name has
-	// another one.
+	// Output only: a random UUID, chosen at creation, fork and import. A session that is created later with the same name
+	// has a different one.
 	Uid           string `protobuf:"bytes,24,opt,name=uid,proto3" json:"uid,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -954,7 +954,8 @@ type CompactSessionRequest struct {
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// At least this many of the newest messages are not summarised. 0: the agent's `context.summary.keep_recent`; at most 500.
 	KeepRecent int32 `protobuf:"varint,2,opt,name=keep_recent,json=keepRecent,proto3" json:"keep_recent,omitempty"`
-	// agents/{agent}, or agents/{agent}@{revision}: whose provider, model and `context.summary` are used. Empty: the session's.
+	// agents/{agent}, or agents/{agent}@{revision}: the agent whose provider, model and `context.summary` are used.
+	// Empty: the session's.
 	Agent         string `protobuf:"bytes,3,opt,name=agent,proto3" json:"agent,omitempty"`
 	RequestId     string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1023,12 +1024,12 @@ type ForkSessionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}: the source.
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// 0: an empty log. Unset: the head. It may lie in a range that was rewound later: messages are then as they were before the
-	// rewind.
+	// 0: an empty log. Unset: the head. It may be in a range that was rewound later: messages are then as they were
+	// before the rewind.
 	AtSequence *int64 `protobuf:"varint,2,opt,name=at_sequence,json=atSequence,proto3,oneof" json:"at_sequence,omitempty"`
 	// As in CreateSession.
 	SessionId string `protobuf:"bytes,3,opt,name=session_id,json=sessionId,proto3" json:"session_id,omitempty"`
-	// display_name, agent and labels replace the source's where they are set. The user is always the source's.
+	// display_name, agent and labels replace the source's if they are set. The user is always the source's.
 	Session       *Session `protobuf:"bytes,4,opt,name=session,proto3" json:"session,omitempty"`
 	RequestId     string   `protobuf:"bytes,5,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -1175,7 +1176,8 @@ type ExportSessionRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// Include the content to which the log refers. Without it, the file can be imported only on a server that has the content.
+	// Include the content that the log refers to. Without it, the file can be imported only on a server that has the
+	// content.
 	WithBlobs     bool `protobuf:"varint,2,opt,name=with_blobs,json=withBlobs,proto3" json:"with_blobs,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1227,7 +1229,7 @@ func (x *ExportSessionRequest) GetWithBlobs() bool {
 
 type ExportSessionResponse struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// The next piece of the file, at most 1 MiB.
+	// The next chunk of the file, at most 1 MiB.
 	Chunk         []byte `protobuf:"bytes,1,opt,name=chunk,proto3" json:"chunk,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -1346,7 +1348,7 @@ type ImportSessionRequest_Header struct {
 }
 
 type ImportSessionRequest_Chunk struct {
-	// The next piece of the file, at most 1 MiB.
+	// The next chunk of the file, at most 1 MiB.
 	Chunk []byte `protobuf:"bytes,2,opt,name=chunk,proto3,oneof"`
 }
 

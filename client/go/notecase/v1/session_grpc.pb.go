@@ -39,8 +39,8 @@ const (
 //
 // A session is one conversation: a log of events, with the state and the runs that follow from it.
 type SessionServiceClient interface {
-	// Creates a session. Its first state is event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is missing. A
-	// repeat with the same request_id returns the first answer.
+	// Creates a session. Its initial state is event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is
+	// missing. A repeat with the same request_id returns the first answer.
 	CreateSession(ctx context.Context, in *CreateSessionRequest, opts ...grpc.CallOption) (*Session, error)
 	GetSession(ctx context.Context, in *GetSessionRequest, opts ...grpc.CallOption) (*Session, error)
 	// Returns a page of sessions, newest first.
@@ -48,40 +48,42 @@ type SessionServiceClient interface {
 	// Changes display_name, agent, labels or expiry. The log does not grow. ABORTED when `session.etag` is set and stale. A
 	// repeat with the same request_id returns the first answer.
 	UpdateSession(ctx context.Context, in *UpdateSessionRequest, opts ...grpc.CallOption) (*Session, error)
-	// Deletes a session with its log, state, messages and runs; a run under way stops. This is final: a repeat of a request that
-	// was made in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which only this
-	// session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
+	// Deletes a session with its log, state, messages and runs; an active run stops. This is final: a repeat of an
+	// earlier request in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which
+	// only this session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same
+	// request_id succeeds.
 	DeleteSession(ctx context.Context, in *DeleteSessionRequest, opts ...grpc.CallOption) (*emptypb.Empty, error)
-	// Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The log and
-	// the lists stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
-	// FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in
-	// the meantime; messages that were added do not matter. A model that fails is a status, MODEL_ERROR or MODEL_UNAVAILABLE,
-	// and nothing is kept. A repeat with the same request_id returns the first answer.
+	// Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The
+	// log and the lists do not change. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns
+	// the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the session has an active run. ABORTED SEQUENCE_MISMATCH
+	// when it was summarised or rewound in the meantime; added messages do not matter. When the model fails, the call
+	// fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the
+	// first answer.
 	CompactSession(ctx context.Context, in *CompactSessionRequest, opts ...grpc.CallOption) (*Session, error)
-	// Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then. Runs and
-	// calls that were under way at that sequence are cancelled in the fork. The source does not change, and each can be deleted
-	// without harm to the other. Usage starts at 0. Remembered answers, queued commands and the expiry are not copied.
-	// OUT_OF_RANGE when at_sequence is beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id
-	// returns the first answer.
+	// Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then.
+	// Runs and calls that were active at that sequence are cancelled in the fork. The source does not change, and each
+	// can be deleted without affecting the other. Usage starts at 0. Remembered answers, queued commands and the expiry
+	// are not copied. OUT_OF_RANGE when at_sequence is after the head, ALREADY_EXISTS when the id is taken. A repeat with
+	// the same request_id returns the first answer.
 	ForkSession(ctx context.Context, in *ForkSessionRequest, opts ...grpc.CallOption) (*Session, error)
-	// Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is restored,
-	// and calls that were open at that sequence are cancelled. The state of users and of the app does not change.
-	// FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
-	// OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
+	// Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is
+	// restored, and calls that were open at that sequence are cancelled. The state of users and of the app does not
+	// change. FAILED_PRECONDITION RUN_ACTIVE while a run is active or queued, ABORTED when if_last_sequence is not the
+	// head, OUT_OF_RANGE when to_sequence is after it. A repeat with the same request_id returns the first answer.
 	RewindSession(ctx context.Context, in *RewindSessionRequest, opts ...grpc.CallOption) (*Session, error)
-	// Deletes every session of a user, as DeleteSession does, and the user's state with its versions; sessions that are created
-	// for the user in the meantime are deleted too. What others said about the user, and the app's state, stay. Works in
-	// batches: after a failure some sessions are deleted, and it is safe to repeat. Does nothing for an unknown user. A repeat
-	// with the same request_id returns the first answer.
+	// Deletes every session of a user, as DeleteSession does, and the user's state with its versions; sessions that are
+	// created for the user in the meantime are deleted too. Other sessions' messages about the user, and the app's state,
+	// are kept. Works in batches: after a failure some sessions are deleted, and it is safe to repeat. Does nothing for
+	// an unknown user. A repeat with the same request_id returns the first answer.
 	EraseUser(ctx context.Context, in *EraseUserRequest, opts ...grpc.CallOption) (*EraseUserResponse, error)
-	// Streams a session as a file: its metadata and its whole log, in the format described in export.proto. The bytes do not
-	// depend on the session's name. The file does not contain the state of users and of the app, ids of requests and commands,
-	// and remembered answers. FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued.
+	// Streams a session as a file: its metadata and its whole log, in the format described in export.proto. The bytes do
+	// not depend on the session's name. The file does not contain the state of users and of the app, ids of requests and
+	// commands, and remembered answers. FAILED_PRECONDITION RUN_ACTIVE while a run is active or queued.
 	ExportSession(ctx context.Context, in *ExportSessionRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ExportSessionResponse], error)
-	// Creates a session from such a file, when all of it has arrived and its checksum is right. INVALID_ARGUMENT IMPORT_INVALID
-	// when it is not, ALREADY_EXISTS when the id is taken, NOT_FOUND when it refers to content that is neither in the file nor
-	// on this server; then no session is created. The session's agent need not exist on this server. A repeat with the same
-	// request_id and file returns the first answer.
+	// Creates a session from an exported file, when all of it has arrived and its checksum is right. INVALID_ARGUMENT
+	// IMPORT_INVALID when it is not right, ALREADY_EXISTS when the id is taken, NOT_FOUND when it refers to content that
+	// is neither in the file nor on this server; then no session is created. The session's agent need not exist on this
+	// server. A repeat with the same request_id and file returns the first answer.
 	ImportSession(ctx context.Context, opts ...grpc.CallOption) (grpc.ClientStreamingClient[ImportSessionRequest, Session], error)
 }
 
@@ -221,8 +223,8 @@ type SessionService_ImportSessionClient = grpc.ClientStreamingClient[ImportSessi
 //
 // A session is one conversation: a log of events, with the state and the runs that follow from it.
 type SessionServiceServer interface {
-	// Creates a session. Its first state is event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is missing. A
-	// repeat with the same request_id returns the first answer.
+	// Creates a session. Its initial state is event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is
+	// missing. A repeat with the same request_id returns the first answer.
 	CreateSession(context.Context, *CreateSessionRequest) (*Session, error)
 	GetSession(context.Context, *GetSessionRequest) (*Session, error)
 	// Returns a page of sessions, newest first.
@@ -230,40 +232,42 @@ type SessionServiceServer interface {
 	// Changes display_name, agent, labels or expiry. The log does not grow. ABORTED when `session.etag` is set and stale. A
 	// repeat with the same request_id returns the first answer.
 	UpdateSession(context.Context, *UpdateSessionRequest) (*Session, error)
-	// Deletes a session with its log, state, messages and runs; a run under way stops. This is final: a repeat of a request that
-	// was made in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which only this
-	// session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
+	// Deletes a session with its log, state, messages and runs; an active run stops. This is final: a repeat of an
+	// earlier request in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which
+	// only this session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same
+	// request_id succeeds.
 	DeleteSession(context.Context, *DeleteSessionRequest) (*emptypb.Empty, error)
-	// Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The log and
-	// the lists stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
-	// FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in
-	// the meantime; messages that were added do not matter. A model that fails is a status, MODEL_ERROR or MODEL_UNAVAILABLE,
-	// and nothing is kept. A repeat with the same request_id returns the first answer.
+	// Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The
+	// log and the lists do not change. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns
+	// the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the session has an active run. ABORTED SEQUENCE_MISMATCH
+	// when it was summarised or rewound in the meantime; added messages do not matter. When the model fails, the call
+	// fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the
+	// first answer.
 	CompactSession(context.Context, *CompactSessionRequest) (*Session, error)
-	// Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then. Runs and
-	// calls that were under way at that sequence are cancelled in the fork. The source does not change, and each can be deleted
-	// without harm to the other. Usage starts at 0. Remembered answers, queued commands and the expiry are not copied.
-	// OUT_OF_RANGE when at_sequence is beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id
-	// returns the first answer.
+	// Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then.
+	// Runs and calls that were active at that sequence are cancelled in the fork. The source does not change, and each
+	// can be deleted without affecting the other. Usage starts at 0. Remembered answers, queued commands and the expiry
+	// are not copied. OUT_OF_RANGE when at_sequence is after the head, ALREADY_EXISTS when the id is taken. A repeat with
+	// the same request_id returns the first answer.
 	ForkSession(context.Context, *ForkSessionRequest) (*Session, error)
-	// Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is restored,
-	// and calls that were open at that sequence are cancelled. The state of users and of the app does not change.
-	// FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
-	// OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
+	// Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is
+	// restored, and calls that were open at that sequence are cancelled. The state of users and of the app does not
+	// change. FAILED_PRECONDITION RUN_ACTIVE while a run is active or queued, ABORTED when if_last_sequence is not the
+	// head, OUT_OF_RANGE when to_sequence is after it. A repeat with the same request_id returns the first answer.
 	RewindSession(context.Context, *RewindSessionRequest) (*Session, error)
-	// Deletes every session of a user, as DeleteSession does, and the user's state with its versions; sessions that are created
-	// for the user in the meantime are deleted too. What others said about the user, and the app's state, stay. Works in
-	// batches: after a failure some sessions are deleted, and it is safe to repeat. Does nothing for an unknown user. A repeat
-	// with the same request_id returns the first answer.
+	// Deletes every session of a user, as DeleteSession does, and the user's state with its versions; sessions that are
+	// created for the user in the meantime are deleted too. Other sessions' messages about the user, and the app's state,
+	// are kept. Works in batches: after a failure some sessions are deleted, and it is safe to repeat. Does nothing for
+	// an unknown user. A repeat with the same request_id returns the first answer.
 	EraseUser(context.Context, *EraseUserRequest) (*EraseUserResponse, error)
-	// Streams a session as a file: its metadata and its whole log, in the format described in export.proto. The bytes do not
-	// depend on the session's name. The file does not contain the state of users and of the app, ids of requests and commands,
-	// and remembered answers. FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued.
+	// Streams a session as a file: its metadata and its whole log, in the format described in export.proto. The bytes do
+	// not depend on the session's name. The file does not contain the state of users and of the app, ids of requests and
+	// commands, and remembered answers. FAILED_PRECONDITION RUN_ACTIVE while a run is active or queued.
 	ExportSession(*ExportSessionRequest, grpc.ServerStreamingServer[ExportSessionResponse]) error
-	// Creates a session from such a file, when all of it has arrived and its checksum is right. INVALID_ARGUMENT IMPORT_INVALID
-	// when it is not, ALREADY_EXISTS when the id is taken, NOT_FOUND when it refers to content that is neither in the file nor
-	// on this server; then no session is created. The session's agent need not exist on this server. A repeat with the same
-	// request_id and file returns the first answer.
+	// Creates a session from an exported file, when all of it has arrived and its checksum is right. INVALID_ARGUMENT
+	// IMPORT_INVALID when it is not right, ALREADY_EXISTS when the id is taken, NOT_FOUND when it refers to content that
+	// is neither in the file nor on this server; then no session is created. The session's agent need not exist on this
+	// server. A repeat with the same request_id and file returns the first answer.
 	ImportSession(grpc.ClientStreamingServer[ImportSessionRequest, Session]) error
 	mustEmbedUnimplementedSessionServiceServer()
 }

@@ -28,7 +28,7 @@ type State struct {
 	// sessions/{session}/state, users/{user}/state or app/state
 	Name    string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	Entries map[string]*StateEntry `protobuf:"bytes,2,rep,name=entries,proto3" json:"entries,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
-	// Grows by 1 with each change of the scope, however many keys it touches. 0: never written.
+	// Grows by 1 with each change of the scope, which may set several keys. 0: never written.
 	Version       int64 `protobuf:"varint,3,opt,name=version,proto3" json:"version,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -88,7 +88,7 @@ func (x *State) GetVersion() int64 {
 type StateEntry struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Value *Value                 `protobuf:"bytes,1,opt,name=value,proto3" json:"value,omitempty"`
-	// The State.version of its last change. It only grows, also when the key is removed and set again.
+	// The State.version of its last change. It only grows, even when the key is removed and set again.
 	Version       int64                  `protobuf:"varint,2,opt,name=version,proto3" json:"version,omitempty"`
 	UpdateTime    *timestamppb.Timestamp `protobuf:"bytes,3,opt,name=update_time,json=updateTime,proto3" json:"update_time,omitempty"`
 	unknownFields protoimpl.UnknownFields
@@ -149,7 +149,8 @@ func (x *StateEntry) GetUpdateTime() *timestamppb.Timestamp {
 // One operation on one key. Operations of a batch are applied in order; a key may be named once.
 type StateOp struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
-	// 1 to 256 bytes of UTF-8. In a session the keys "user" and "app" are refused: templates read the other scopes by them.
+	// 1 to 256 bytes of UTF-8. In a session the keys "user" and "app" are refused: templates use them for the other
+	// scopes.
 	Key string `protobuf:"bytes,1,opt,name=key,proto3" json:"key,omitempty"`
 	// 0: the key must not exist.
 	IfVersion *int64 `protobuf:"varint,2,opt,name=if_version,json=ifVersion,proto3,oneof" json:"if_version,omitempty"`
@@ -285,10 +286,11 @@ func (*StateOp_Append) isStateOp_Op() {}
 type GetStateRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	Name  string                 `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
-	// Empty: all keys. A page ends at page_size or 1 MiB, also when keys are named.
+	// Empty: all keys. A page ends at page_size or 1 MiB, even when keys are named.
 	Keys []string `protobuf:"bytes,2,rep,name=keys,proto3" json:"keys,omitempty"`
-	// Returns session state as it was at this sequence, with its versions and times of then. 0: as it is now. The server reads
-	// all changes of the state up to there. Refused for the state of users and the app. OUT_OF_RANGE beyond the head.
+	// Returns session state as it was at this sequence, with its versions and times. 0: as it is now. The server reads
+	// all changes of the state up to that sequence. Refused for the state of users and the app. OUT_OF_RANGE when the
+	// sequence is after the head.
 	AtSequence int64 `protobuf:"varint,3,opt,name=at_sequence,json=atSequence,proto3" json:"at_sequence,omitempty"`
 	// 0: 50; at most 1000.
 	PageSize      int32  `protobuf:"varint,4,opt,name=page_size,json=pageSize,proto3" json:"page_size,omitempty"`

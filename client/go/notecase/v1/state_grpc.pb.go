@@ -32,14 +32,13 @@ const (
 // `users/{user}/state` for all sessions of a user, `app/state` for the whole tenant. The state of a user or of the app that
 // was never written is empty, not missing; a session must exist.
 type StateServiceClient interface {
-	// Returns a page of entries, in the order of their keys, or the entries of the keys that are named. Missing keys are left
-	// out.
+	// Returns a page of entries, sorted by key, or the entries of the named keys. Missing keys are left out.
 	GetState(ctx context.Context, in *GetStateRequest, opts ...grpc.CallOption) (*GetStateResponse, error)
 	// Sets one key. ABORTED with metadata.version when if_version is set and differs.
 	PutState(ctx context.Context, in *PutStateRequest, opts ...grpc.CallOption) (*StateEntry, error)
-	// Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When the
-	// answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a condition is
-	// not met, FAILED_PRECONDITION when an operation does not exist for the value's type.
+	// Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When
+	// the answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a
+	// condition is not met, FAILED_PRECONDITION when an operation does not apply to the value's type.
 	UpdateState(ctx context.Context, in *UpdateStateRequest, opts ...grpc.CallOption) (*State, error)
 }
 
@@ -89,14 +88,13 @@ func (c *stateServiceClient) UpdateState(ctx context.Context, in *UpdateStateReq
 // `users/{user}/state` for all sessions of a user, `app/state` for the whole tenant. The state of a user or of the app that
 // was never written is empty, not missing; a session must exist.
 type StateServiceServer interface {
-	// Returns a page of entries, in the order of their keys, or the entries of the keys that are named. Missing keys are left
-	// out.
+	// Returns a page of entries, sorted by key, or the entries of the named keys. Missing keys are left out.
 	GetState(context.Context, *GetStateRequest) (*GetStateResponse, error)
 	// Sets one key. ABORTED with metadata.version when if_version is set and differs.
 	PutState(context.Context, *PutStateRequest) (*StateEntry, error)
-	// Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When the
-	// answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a condition is
-	// not met, FAILED_PRECONDITION when an operation does not exist for the value's type.
+	// Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When
+	// the answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a
+	// condition is not met, FAILED_PRECONDITION when an operation does not apply to the value's type.
 	UpdateState(context.Context, *UpdateStateRequest) (*State, error)
 	mustEmbedUnimplementedStateServiceServer()
 }

@@ -29,7 +29,7 @@ const (
 	Tenant_STATE_UNSPECIFIED Tenant_State = 0
 	Tenant_STATE_ACTIVE      Tenant_State = 1
 	Tenant_STATE_SUSPENDED   Tenant_State = 2
-	// It is being deleted.
+	// The tenant is being deleted.
 	Tenant_STATE_DELETING Tenant_State = 3
 )
 
@@ -706,7 +706,8 @@ type ExportTenantResponse_Tenant struct {
 }
 
 type ExportTenantResponse_Session struct {
-	// Begins a session. Its file follows in chunks, in the format that export.proto describes. The newest session comes first.
+	// Begins a session. Its file follows in chunks, in the format described in export.proto. The newest session comes
+	// first.
 	Session *Session `protobuf:"bytes,2,opt,name=session,proto3,oneof"`
 }
 
@@ -726,13 +727,13 @@ type ExportTenantResponse_Blob struct {
 }
 
 type ExportTenantResponse_Chunk struct {
-	// The next bytes of the session's file or of the blob that was begun last, at most 256 KiB.
+	// The next bytes of the current session's file or of the current blob, at most 256 KiB.
 	Chunk []byte `protobuf:"bytes,6,opt,name=chunk,proto3,oneof"`
 }
 
 type ExportTenantResponse_Dropped struct {
-	// The name of the session or blob that was begun last. It cannot be read to its end, since it was deleted during the export
-	// or is damaged in the store: discard its chunks.
+	// The name of the current session or blob. It cannot be read to its end, since it was deleted during the export or
+	// is damaged in the store: discard its chunks.
 	Dropped string `protobuf:"bytes,7,opt,name=dropped,proto3,oneof"`
 }
 

@@ -123,7 +123,7 @@ class LlmAgent(_message.Message):
     PROVIDER_FIELD_NUMBER: _builtins.int
     FALLBACKS_FIELD_NUMBER: _builtins.int
     model: _builtins.str
-    """Sent to the provider as it is. Empty: the provider's default."""
+    """Sent to the provider unchanged. Empty: the provider's default."""
     instruction: _builtins.str
     """A Liquid template over state: `{{ draft }}` reads the session's, `{{ user.name }}` the user's, `{{ app.policy }}` the
     tenant's. Nothing is HTML-escaped, a missing key is empty, bytes are empty.
@@ -148,9 +148,9 @@ class LlmAgent(_message.Message):
     def context(self) -> Global___Context: ...
     @_builtins.property
     def fallbacks(self) -> _containers.RepeatedCompositeFieldContainer[Global___Fallback]:
-        """Providers that are asked, in this order, when `provider` and those before have failed with MODEL_UNAVAILABLE after all
-        retries; at most 8. A partial reply is discarded then. Each turn begins with `provider` again. `Usage.provider` says which
-        one answered. One that the server no longer has is skipped.
+        """Providers to try, in this order, when `provider` and the earlier fallbacks have failed with MODEL_UNAVAILABLE after
+        all retries; at most 8. A partial reply is then discarded. Each turn begins with `provider` again. `Usage.provider`
+        says which one answered. A fallback whose provider the server no longer has is skipped.
         """
 
     def __init__(
@@ -176,7 +176,7 @@ Global___LlmAgent: _TypeAlias = LlmAgent  # noqa: Y015
 
 @_typing.final
 class Fallback(_message.Message):
-    """A model that is asked in place of another."""
+    """A model to try in place of another."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -202,7 +202,7 @@ Global___Fallback: _TypeAlias = Fallback  # noqa: Y015
 
 @_typing.final
 class Generation(_message.Message):
-    """How the model writes. The provider decides what is not set."""
+    """How the model generates. The provider's defaults apply to fields that are not set."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -220,7 +220,7 @@ class Generation(_message.Message):
     reasoning_effort: _builtins.str
     """"low", "medium", "high", or another value that the model knows."""
     extra: _builtins.str
-    """A JSON object merged into the provider's request as it is."""
+    """A JSON object that is merged into the provider's request."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -259,10 +259,10 @@ Global___Generation: _TypeAlias = Generation  # noqa: Y015
 
 @_typing.final
 class Context(_message.Message):
-    """Which part of the history the model is shown. The log itself is never cut. The first message shown is from a user or the
-    system, calls are shown with their results, and the newest user message and all that follows it are always shown. A request
-    that the provider rejects as too long is shortened and sent once more: all but the newest turn is summarised or, when that
-    fails, the older half is left out for the rest of the run.
+    """Which part of the history is sent to the model. The log itself is never shortened. The first message sent is from a
+    user or the system, calls are sent with their results, and the newest user message and everything after it are always
+    sent. A request that the provider rejects as too long is shortened and sent once more: all but the newest turn is
+    summarised or, when that fails, the older half is left out for the rest of the run.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -355,10 +355,10 @@ class Tool(_message.Message):
         ON_INTERRUPT_ASK: Tool._OnInterrupt.ValueType  # 2
         """Ask a person with KIND_INTERRUPTED_CALL whether to run it again, to treat it as failed, or what its result was."""
         ON_INTERRUPT_FAIL: Tool._OnInterrupt.ValueType  # 3
-        """Treat it as failed: the model is shown an error."""
+        """Treat it as failed: the model gets an error."""
 
     class OnInterrupt(_OnInterrupt, metaclass=_OnInterruptEnumTypeWrapper):
-        """What a takeover does with a call that was running in the process that was lost. Calls that wait for a caller stay
+        """What a takeover does with a call that was running in the lost process. Calls that wait for a caller stay
         dispatched.
         """
 
@@ -369,7 +369,7 @@ class Tool(_message.Message):
     ON_INTERRUPT_ASK: Tool.OnInterrupt.ValueType  # 2
     """Ask a person with KIND_INTERRUPTED_CALL whether to run it again, to treat it as failed, or what its result was."""
     ON_INTERRUPT_FAIL: Tool.OnInterrupt.ValueType  # 3
-    """Treat it as failed: the model is shown an error."""
+    """Treat it as failed: the model gets an error."""
 
     class _Approver:
         ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -405,15 +405,16 @@ class Tool(_message.Message):
     ON_INTERRUPT_FIELD_NUMBER: _builtins.int
     APPROVER_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Letters, digits, "_" and "-", at most 64; unique in the agent. For `mcp` a prefix to the names of the server's tools, or
-    empty. Two tools with the same name are refused, or fail the run with TOOL_ERROR when only the MCP server knows its names.
+    """Letters, digits, "_" and "-", at most 64; unique in the agent. For `mcp` a prefix of the names of the server's
+    tools, or empty. Two tools with the same name are refused, or fail the run with TOOL_ERROR when only the MCP server
+    knows its names.
     """
     description: _builtins.str
-    """For the model. Empty: the implementation's own description."""
+    """The description for the model. Empty: the implementation's own description."""
     parameters: _builtins.str
     """The JSON Schema of the arguments, an object. Empty: the implementation's own schema, or any arguments."""
     requires_approval: _builtins.bool
-    """Every call waits for a person's approval first."""
+    """Each call waits for a person's approval before it runs."""
     on_interrupt: Global___Tool.OnInterrupt.ValueType
     approver: Global___Tool.Approver.ValueType
     """Who may answer; others get PERMISSION_DENIED (ROLE_MISSING). Does not apply to questions of the model or of tools."""
@@ -455,7 +456,7 @@ Global___Tool: _TypeAlias = Tool  # noqa: Y015
 
 @_typing.final
 class ClientTool(_message.Message):
-    """The caller runs it: the call is dispatched by `tool_started` and answered by a ToolResult."""
+    """The caller runs the tool: a call is dispatched by `tool_started` and answered by a ToolResult."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -507,8 +508,8 @@ class McpTool(_message.Message):
     REQUIRED_FIELD_NUMBER: _builtins.int
     server: _builtins.str
     required: _builtins.bool
-    """Fail a run with TOOL_ERROR when the tools are not available at its start. Otherwise it goes on without them, and its log
-    says so (`tools_unavailable`).
+    """Fail a run with TOOL_ERROR when the tools are not available at its start. Otherwise the run continues without them,
+    and its log has `tools_unavailable`.
     """
     @_builtins.property
     def tools(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...

@@ -96,9 +96,9 @@ class AgentServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateAgent(self, request, context):
-        """Creates the next revision; runs under way keep theirs. An update that changes nothing returns the agent without a new
-        revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A repeat
-        with the same request_id returns the first answer.
+        """Creates the next revision; active runs keep theirs. An update that changes nothing returns the agent without a new
+        revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A
+        repeat with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,8 +112,8 @@ class AgentServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteAgent(self, request, context):
-        """Deletes an agent with its revisions; runs under way go on, and an agent made later under the same id continues the
-        numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
+        """Deletes an agent with its revisions; active runs continue, and an agent created later with the same id continues
+        the numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

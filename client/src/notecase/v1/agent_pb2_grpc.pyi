@@ -45,15 +45,15 @@ class AgentServiceStub:
     ListAgents: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ListAgentsRequest, _agent_pb2.ListAgentsResponse]
     """Returns a page of agents at their newest revision, by name."""
     UpdateAgent: _grpc.UnaryUnaryMultiCallable[_agent_pb2.UpdateAgentRequest, _agent_pb2.Agent]
-    """Creates the next revision; runs under way keep theirs. An update that changes nothing returns the agent without a new
-    revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A repeat
-    with the same request_id returns the first answer.
+    """Creates the next revision; active runs keep theirs. An update that changes nothing returns the agent without a new
+    revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A
+    repeat with the same request_id returns the first answer.
     """
     ListAgentRevisions: _grpc.UnaryUnaryMultiCallable[_agent_pb2.ListAgentRevisionsRequest, _agent_pb2.ListAgentRevisionsResponse]
     """Returns a page of an agent's revisions, newest first."""
     DeleteAgent: _grpc.UnaryUnaryMultiCallable[_agent_pb2.DeleteAgentRequest, _empty_pb2.Empty]
-    """Deletes an agent with its revisions; runs under way go on, and an agent made later under the same id continues the
-    numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
+    """Deletes an agent with its revisions; active runs continue, and an agent created later with the same id continues
+    the numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
     """
 
 @_typing.type_check_only
@@ -72,15 +72,15 @@ class AgentServiceAsyncStub(AgentServiceStub):
     ListAgents: _aio.UnaryUnaryMultiCallable[_agent_pb2.ListAgentsRequest, _agent_pb2.ListAgentsResponse]  # type: ignore[assignment]
     """Returns a page of agents at their newest revision, by name."""
     UpdateAgent: _aio.UnaryUnaryMultiCallable[_agent_pb2.UpdateAgentRequest, _agent_pb2.Agent]  # type: ignore[assignment]
-    """Creates the next revision; runs under way keep theirs. An update that changes nothing returns the agent without a new
-    revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A repeat
-    with the same request_id returns the first answer.
+    """Creates the next revision; active runs keep theirs. An update that changes nothing returns the agent without a new
+    revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A
+    repeat with the same request_id returns the first answer.
     """
     ListAgentRevisions: _aio.UnaryUnaryMultiCallable[_agent_pb2.ListAgentRevisionsRequest, _agent_pb2.ListAgentRevisionsResponse]  # type: ignore[assignment]
     """Returns a page of an agent's revisions, newest first."""
     DeleteAgent: _aio.UnaryUnaryMultiCallable[_agent_pb2.DeleteAgentRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Deletes an agent with its revisions; runs under way go on, and an agent made later under the same id continues the
-    numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
+    """Deletes an agent with its revisions; active runs continue, and an agent created later with the same id continues
+    the numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
     """
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -120,9 +120,9 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.UpdateAgentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_agent_pb2.Agent, _abc.Awaitable[_agent_pb2.Agent]]:
-        """Creates the next revision; runs under way keep theirs. An update that changes nothing returns the agent without a new
-        revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A repeat
-        with the same request_id returns the first answer.
+        """Creates the next revision; active runs keep theirs. An update that changes nothing returns the agent without a new
+        revision. ABORTED when `agent.etag` is set and stale. With allow_missing an agent that does not exist is created. A
+        repeat with the same request_id returns the first answer.
         """
 
     @_abc_1.abstractmethod
@@ -139,8 +139,8 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _agent_pb2.DeleteAgentRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Deletes an agent with its revisions; runs under way go on, and an agent made later under the same id continues the
-        numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
+        """Deletes an agent with its revisions; active runs continue, and an agent created later with the same id continues
+        the numbering. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
         """
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

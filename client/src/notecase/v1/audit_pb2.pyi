@@ -22,8 +22,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Principal(_message.Message):
-    """A caller, as its credential described it when it first wrote in that role. A principal never changes: the same credential
-    with another role or user is another principal.
+    """A caller, as its credential described it when it first wrote in that role. A principal never changes: the same
+    credential with a different role or user is a different principal.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -35,17 +35,17 @@ class Principal(_message.Message):
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """principals/{principal}, chosen by the server. The name does not reveal who it is."""
+    """principals/{principal}, chosen by the server. The name does not identify the caller."""
     subject: _builtins.str
     """The owner of the credential: keys/{key}, the issuer and subject of a token, or the name in a certificate."""
     role: _key_pb2.Key.Role.ValueType
     user: _builtins.str
-    """users/{user}, when the caller is bound to one. Erasing the user removes the principal."""
+    """users/{user}, if the caller is bound to a user. Erasing the user removes the principal."""
     display_name: _builtins.str
     """For people: the display name of the key."""
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:
-        """When it first wrote."""
+        """The time of the caller's first write."""
 
     def __init__(
         self,
@@ -87,8 +87,9 @@ Global___GetPrincipalRequest: _TypeAlias = GetPrincipalRequest  # noqa: Y015
 
 @_typing.final
 class AuditEntry(_message.Message):
-    """One thing that a caller did or was refused. The entry of a write is written in the same transaction; a write that is
-    repeated with its request_id leaves one entry. Entries never change, and are removed at the age that the operator sets.
+    """One action of a caller, or one refusal. The entry of a write is written in the same transaction; a write that is
+    repeated with its request_id leaves one entry. Entries never change, and are removed at the age that the operator
+    sets.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class AuditServiceStub(object):
-    """Answers who did what.
+    """Tells who did what.
     """
 
     def __init__(self, channel):
@@ -48,7 +48,7 @@ class AuditServiceStub(object):
 
 
 class AuditServiceServicer(object):
-    """Answers who did what.
+    """Tells who did what.
     """
 
     def GetPrincipal(self, request, context):
@@ -92,7 +92,7 @@ def add_AuditServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class AuditService(object):
-    """Answers who did what.
+    """Tells who did what.
     """
 
     @staticmethod

@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class AuditServiceStub:
-    """Answers who did what."""
+    """Tells who did what."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -47,7 +47,7 @@ class AuditServiceStub:
 
 @_typing.type_check_only
 class AuditServiceAsyncStub(AuditServiceStub):
-    """Answers who did what."""
+    """Tells who did what."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetPrincipal: _aio.UnaryUnaryMultiCallable[_audit_pb2.GetPrincipalRequest, _audit_pb2.Principal]  # type: ignore[assignment]
@@ -63,7 +63,7 @@ class AuditServiceAsyncStub(AuditServiceStub):
     """
 
 class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Answers who did what."""
+    """Tells who did what."""
 
     @_abc_1.abstractmethod
     def GetPrincipal(

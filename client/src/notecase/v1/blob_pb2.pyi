@@ -131,7 +131,7 @@ Global___GetUploadRequest: _TypeAlias = GetUploadRequest  # noqa: Y015
 
 @_typing.final
 class Upload(_message.Message):
-    """An upload that is under way or completed."""
+    """An upload that is in progress or completed."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

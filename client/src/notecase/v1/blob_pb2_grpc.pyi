@@ -28,8 +28,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class BlobServiceStub:
-    """Content that is too large for a message. It is sent in chunks, stored once in a tenant however often it is sent, and named
-    by its SHA-256. It stays as long as a session's log or a state refers to it, and for a day after it was sent.
+    """Content that is too large for a message. It is sent in chunks, stored once per tenant even if it is sent several
+    times, and named by its SHA-256. It is kept as long as a session's log or a state refers to it, and for a day after
+    the upload.
     """
 
     @_typing.overload
@@ -38,14 +39,15 @@ class BlobServiceStub:
     def __new__(cls, channel: _aio.Channel) -> BlobServiceAsyncStub: ...
     UploadBlob: _grpc.StreamUnaryMultiCallable[_blob_pb2.UploadBlobRequest, _content_pb2.Blob]
     """Stores content. The first frame describes the content, and every frame may carry a chunk. The blob is complete when
-    `blob.size_bytes` bytes have arrived, or with the frame that is `last`, or when the stream ends and the content has the
-    digest in `blob.name`. The end of the stream alone is not enough, since a stream that is cut ends as well. Later frames
-    are ignored. INVALID_ARGUMENT BLOB_CORRUPT when the content does not match the first frame, and is then discarded, or when
-    it is not complete; metadata.committed_bytes then says where an upload with an upload_id continues. With an upload_id,
-    what arrived before a cut or a stop of the server is kept (without the last 256 KiB when the server is killed), and the
-    next call continues from there: ABORTED UPLOAD_OFFSET_MISMATCH, with the right offset, when `offset` is another. A repeat
-    of a completed upload_id returns its blob; ALREADY_EXISTS REQUEST_ID_REUSED when its first frame has another size or name.
-    When the first frame names a blob that the server has, that blob is returned, and no content needs to be sent.
+    `blob.size_bytes` bytes have arrived, or with the frame that is `last`, or when the stream ends and the content has
+    the digest in `blob.name`. The end of the stream alone is not enough, since a stream also ends when its connection
+    breaks. Later frames are ignored. INVALID_ARGUMENT BLOB_CORRUPT when the content does not match the first frame,
+    and is then discarded, or when it is not complete; metadata.committed_bytes then says where an upload with an
+    upload_id continues. With an upload_id, bytes that arrived before the connection broke or the server stopped are
+    kept (except the last 256 KiB if the server is killed), and the next call continues from there: ABORTED
+    UPLOAD_OFFSET_MISMATCH, with the right offset, when `offset` is wrong. A repeat of a completed upload_id returns
+    its blob; ALREADY_EXISTS REQUEST_ID_REUSED when its first frame has another size or name. When the first frame
+    names a blob that the server has, that blob is returned, and no content needs to be sent.
     """
     DownloadBlob: _grpc.UnaryStreamMultiCallable[_blob_pb2.DownloadBlobRequest, _blob_pb2.DownloadBlobResponse]
     """Streams the content, or a range of it, in order."""
@@ -58,21 +60,23 @@ class BlobServiceStub:
 
 @_typing.type_check_only
 class BlobServiceAsyncStub(BlobServiceStub):
-    """Content that is too large for a message. It is sent in chunks, stored once in a tenant however often it is sent, and named
-    by its SHA-256. It stays as long as a session's log or a state refers to it, and for a day after it was sent.
+    """Content that is too large for a message. It is sent in chunks, stored once per tenant even if it is sent several
+    times, and named by its SHA-256. It is kept as long as a session's log or a state refers to it, and for a day after
+    the upload.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     UploadBlob: _aio.StreamUnaryMultiCallable[_blob_pb2.UploadBlobRequest, _content_pb2.Blob]  # type: ignore[assignment]
     """Stores content. The first frame describes the content, and every frame may carry a chunk. The blob is complete when
-    `blob.size_bytes` bytes have arrived, or with the frame that is `last`, or when the stream ends and the content has the
-    digest in `blob.name`. The end of the stream alone is not enough, since a stream that is cut ends as well. Later frames
-    are ignored. INVALID_ARGUMENT BLOB_CORRUPT when the content does not match the first frame, and is then discarded, or when
-    it is not complete; metadata.committed_bytes then says where an upload with an upload_id continues. With an upload_id,
-    what arrived before a cut or a stop of the server is kept (without the last 256 KiB when the server is killed), and the
-    next call continues from there: ABORTED UPLOAD_OFFSET_MISMATCH, with the right offset, when `offset` is another. A repeat
-    of a completed upload_id returns its blob; ALREADY_EXISTS REQUEST_ID_REUSED when its first frame has another size or name.
-    When the first frame names a blob that the server has, that blob is returned, and no content needs to be sent.
+    `blob.size_bytes` bytes have arrived, or with the frame that is `last`, or when the stream ends and the content has
+    the digest in `blob.name`. The end of the stream alone is not enough, since a stream also ends when its connection
+    breaks. Later frames are ignored. INVALID_ARGUMENT BLOB_CORRUPT when the content does not match the first frame,
+    and is then discarded, or when it is not complete; metadata.committed_bytes then says where an upload with an
+    upload_id continues. With an upload_id, bytes that arrived before the connection broke or the server stopped are
+    kept (except the last 256 KiB if the server is killed), and the next call continues from there: ABORTED
+    UPLOAD_OFFSET_MISMATCH, with the right offset, when `offset` is wrong. A repeat of a completed upload_id returns
+    its blob; ALREADY_EXISTS REQUEST_ID_REUSED when its first frame has another size or name. When the first frame
+    names a blob that the server has, that blob is returned, and no content needs to be sent.
     """
     DownloadBlob: _aio.UnaryStreamMultiCallable[_blob_pb2.DownloadBlobRequest, _blob_pb2.DownloadBlobResponse]  # type: ignore[assignment]
     """Streams the content, or a range of it, in order."""
@@ -84,8 +88,9 @@ class BlobServiceAsyncStub(BlobServiceStub):
     """
 
 class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Content that is too large for a message. It is sent in chunks, stored once in a tenant however often it is sent, and named
-    by its SHA-256. It stays as long as a session's log or a state refers to it, and for a day after it was sent.
+    """Content that is too large for a message. It is sent in chunks, stored once per tenant even if it is sent several
+    times, and named by its SHA-256. It is kept as long as a session's log or a state refers to it, and for a day after
+    the upload.
     """
 
     @_abc_1.abstractmethod
@@ -95,14 +100,15 @@ class BlobServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_content_pb2.Blob, _abc.Awaitable[_content_pb2.Blob]]:
         """Stores content. The first frame describes the content, and every frame may carry a chunk. The blob is complete when
-        `blob.size_bytes` bytes have arrived, or with the frame that is `last`, or when the stream ends and the content has the
-        digest in `blob.name`. The end of the stream alone is not enough, since a stream that is cut ends as well. Later frames
-        are ignored. INVALID_ARGUMENT BLOB_CORRUPT when the content does not match the first frame, and is then discarded, or when
-        it is not complete; metadata.committed_bytes then says where an upload with an upload_id continues. With an upload_id,
-        what arrived before a cut or a stop of the server is kept (without the last 256 KiB when the server is killed), and the
-        next call continues from there: ABORTED UPLOAD_OFFSET_MISMATCH, with the right offset, when `offset` is another. A repeat
-        of a completed upload_id returns its blob; ALREADY_EXISTS REQUEST_ID_REUSED when its first frame has another size or name.
-        When the first frame names a blob that the server has, that blob is returned, and no content needs to be sent.
+        `blob.size_bytes` bytes have arrived, or with the frame that is `last`, or when the stream ends and the content has
+        the digest in `blob.name`. The end of the stream alone is not enough, since a stream also ends when its connection
+        breaks. Later frames are ignored. INVALID_ARGUMENT BLOB_CORRUPT when the content does not match the first frame,
+        and is then discarded, or when it is not complete; metadata.committed_bytes then says where an upload with an
+        upload_id continues. With an upload_id, bytes that arrived before the connection broke or the server stopped are
+        kept (except the last 256 KiB if the server is killed), and the next call continues from there: ABORTED
+        UPLOAD_OFFSET_MISMATCH, with the right offset, when `offset` is wrong. A repeat of a completed upload_id returns
+        its blob; ALREADY_EXISTS REQUEST_ID_REUSED when its first frame has another size or name. When the first frame
+        names a blob that the server has, that blob is returned, and no content needs to be sent.
         """
 
     @_abc_1.abstractmethod

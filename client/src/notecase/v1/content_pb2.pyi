@@ -35,19 +35,21 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     PAGE_TOKEN_INVALID.
     """
     ERROR_REASON_AGENT_NOT_FOUND: _ErrorReason.ValueType  # 2
-    """NOT_FOUND: there is no such agent, or no such revision of it. ResourceInfo names it."""
+    """NOT_FOUND: the agent, or this revision of it, does not exist. ResourceInfo names it."""
     ERROR_REASON_SESSION_NOT_FOUND: _ErrorReason.ValueType  # 3
-    """NOT_FOUND: there is no such session. ResourceInfo names it."""
+    """NOT_FOUND: the session does not exist. ResourceInfo names it."""
     ERROR_REASON_RUN_NOT_FOUND: _ErrorReason.ValueType  # 4
-    """NOT_FOUND: there is no such run. ResourceInfo names it, or the session when a command names no run and none is under way."""
+    """NOT_FOUND: the run does not exist. ResourceInfo names it, or the session when a command names no run and the
+    session has no active run.
+    """
     ERROR_REASON_MESSAGE_NOT_FOUND: _ErrorReason.ValueType  # 5
-    """NOT_FOUND: there is no such message. ResourceInfo names it."""
+    """NOT_FOUND: the message does not exist. ResourceInfo names it."""
     ERROR_REASON_BLOB_NOT_FOUND: _ErrorReason.ValueType  # 6
-    """NOT_FOUND: there is no such blob or upload. ResourceInfo names it."""
+    """NOT_FOUND: the blob or upload does not exist. ResourceInfo names it."""
     ERROR_REASON_ALREADY_EXISTS: _ErrorReason.ValueType  # 7
     """ALREADY_EXISTS: the id is taken. ResourceInfo names the resource that has it."""
     ERROR_REASON_REQUEST_ID_REUSED: _ErrorReason.ValueType  # 8
-    """ALREADY_EXISTS: a request_id, command_id, run_id or upload_id was sent before with another body."""
+    """ALREADY_EXISTS: a request_id, command_id, run_id or upload_id was sent before with a different body."""
     ERROR_REASON_ETAG_MISMATCH: _ErrorReason.ValueType  # 9
     """ABORTED: the resource has changed since it was read. metadata.etag is its current etag."""
     ERROR_REASON_SEQUENCE_MISMATCH: _ErrorReason.ValueType  # 10
@@ -55,40 +57,40 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_STATE_VERSION_MISMATCH: _ErrorReason.ValueType  # 11
     """ABORTED: the key or the state has changed since it was read. metadata.version is its current version."""
     ERROR_REASON_RUN_ACTIVE: _ErrorReason.ValueType  # 12
-    """FAILED_PRECONDITION: the session has a run under way. metadata.run names it."""
+    """FAILED_PRECONDITION: the session has an active run. metadata.run names it."""
     ERROR_REASON_RUN_ENDED: _ErrorReason.ValueType  # 13
     """FAILED_PRECONDITION: the run has ended. metadata.state says how."""
     ERROR_REASON_RUN_CANCELLED_BEFORE_START: _ErrorReason.ValueType  # 14
     """CANCELLED: the run was cancelled before it was started."""
     ERROR_REASON_INPUT_NOT_PENDING: _ErrorReason.ValueType  # 15
-    """FAILED_PRECONDITION: no approval or question with this input_id is waiting in the session, or in the run that is named. It
-    was answered or withdrawn, its run has ended or never existed, or it belongs to another session.
+    """FAILED_PRECONDITION: no approval or question with this input_id waits in the session or the named run. It was
+    answered or withdrawn, its run has ended or never existed, or it belongs to another session.
     """
     ERROR_REASON_CALL_NOT_PENDING: _ErrorReason.ValueType  # 16
-    """FAILED_PRECONDITION: no call with this call_id is waiting for a caller in the session, or in the run that is named. It has
-    an outcome, it was never dispatched to a caller, its run has ended or never existed, or it belongs to another session.
+    """FAILED_PRECONDITION: no call with this call_id waits for a caller in the session or the named run. It has an
+    outcome, it was never dispatched to a caller, its run has ended or never existed, or it belongs to another session.
     """
     ERROR_REASON_PAGE_TOKEN_INVALID: _ErrorReason.ValueType  # 17
     """INVALID_ARGUMENT: the page token was not made by this server, or was made for another list or another caller."""
     ERROR_REASON_PAYLOAD_TOO_LARGE: _ErrorReason.ValueType  # 18
     """RESOURCE_EXHAUSTED: the request or its content is larger than the server accepts. QuotaFailure says how large it may be."""
     ERROR_REASON_BLOB_CORRUPT: _ErrorReason.ValueType  # 19
-    """INVALID_ARGUMENT: the uploaded bytes do not have the size or the digest that was announced."""
+    """INVALID_ARGUMENT: the uploaded bytes do not have the announced size or digest."""
     ERROR_REASON_QUEUE_FULL: _ErrorReason.ValueType  # 20
     """RESOURCE_EXHAUSTED: too many commands or runs are queued in the session. RetryInfo says when to try again."""
     ERROR_REASON_RATE_LIMITED: _ErrorReason.ValueType  # 21
-    """RESOURCE_EXHAUSTED: the server is at a limit of what it carries at once, such as runs, calls or unread answers. RetryInfo
-    says when to try again.
+    """RESOURCE_EXHAUSTED: the server has reached a limit on concurrent work, such as runs, calls or unread answers.
+    RetryInfo says when to try again.
     """
     ERROR_REASON_LIMIT_EXCEEDED: _ErrorReason.ValueType  # 22
     """RESOURCE_EXHAUSTED: a run failed because it reached one of its limits. metadata.limit names the limit."""
     ERROR_REASON_SERVER_DRAINING: _ErrorReason.ValueType  # 23
     """UNAVAILABLE: the server is stopping. RetryInfo says when to try again."""
     ERROR_REASON_STORE_UNAVAILABLE: _ErrorReason.ValueType  # 24
-    """UNAVAILABLE: the store cannot be read or written, for example because its disk is full. Nothing of the call was kept."""
+    """UNAVAILABLE: the store cannot be read or written, for example because its disk is full. The call changed nothing."""
     ERROR_REASON_OWNER_LOST: _ErrorReason.ValueType  # 25
-    """UNAVAILABLE: another process has taken over the session, or the run has lost its worker; attach or send again. As the
-    error of a run: its process died three times in a row, without a commit of the run in between.
+    """UNAVAILABLE: another process has taken over the session, or the run has lost its worker; attach or send again. As
+    the error of a run: its process died three times in a row without a commit of the run in between.
     """
     ERROR_REASON_MODEL_ERROR: _ErrorReason.ValueType  # 26
     """FAILED_PRECONDITION: the model's provider refused the request, or its answer cannot be read as a reply. Mostly the error
@@ -103,17 +105,17 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     written, and as the error of a run.
     """
     ERROR_REASON_INTERNAL: _ErrorReason.ValueType  # 31
-    """INTERNAL: the server has a defect. metadata.request_id finds the details in the server's log."""
+    """INTERNAL: the server has a defect. The details are in the server's log under metadata.request_id."""
     ERROR_REASON_STATE_TYPE_MISMATCH: _ErrorReason.ValueType  # 32
-    """FAILED_PRECONDITION: the operation does not exist for a value of this type, or an integer would overflow."""
+    """FAILED_PRECONDITION: the operation does not apply to a value of this type, or an integer would overflow."""
     ERROR_REASON_SEQUENCE_AHEAD: _ErrorReason.ValueType  # 33
-    """OUT_OF_RANGE: the sequence is beyond the end of the log. metadata.last_sequence is the last one."""
+    """OUT_OF_RANGE: the sequence is after the end of the log. metadata.last_sequence is the last one."""
     ERROR_REASON_CONTENT_UNSUPPORTED: _ErrorReason.ValueType  # 34
     """INVALID_ARGUMENT: the model does not accept this kind of content. Mostly the error of a run."""
     ERROR_REASON_IMPORT_INVALID: _ErrorReason.ValueType  # 35
     """INVALID_ARGUMENT: the file is not an export of a session, is incomplete or damaged, or has a newer format."""
     ERROR_REASON_WATCHER_TOO_SLOW: _ErrorReason.ValueType  # 36
-    """RESOURCE_EXHAUSTED: the stream was not read for too long. Attach again after the last sequence that was read."""
+    """RESOURCE_EXHAUSTED: the client did not read the stream for too long. Attach again after the last sequence received."""
     ERROR_REASON_UPLOAD_OFFSET_MISMATCH: _ErrorReason.ValueType  # 37
     """ABORTED: the upload continues at another offset. metadata.committed_bytes is that offset."""
     ERROR_REASON_STATE_KEY_NOT_FOUND: _ErrorReason.ValueType  # 39
@@ -121,30 +123,30 @@ class _ErrorReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorReas
     ERROR_REASON_OUTPUT_INVALID: _ErrorReason.ValueType  # 38
     """FAILED_PRECONDITION: a run failed because the reply does not match the agent's output_schema. metadata.problem says where."""
     ERROR_REASON_QUOTA_EXCEEDED: _ErrorReason.ValueType  # 40
-    """RESOURCE_EXHAUSTED: the operator does not allow more to be stored. QuotaFailure says of what, and metadata.limit how much
-    is allowed.
+    """RESOURCE_EXHAUSTED: the operator does not allow more to be stored. QuotaFailure says what is limited, and
+    metadata.limit how much is allowed.
     """
     ERROR_REASON_UNAUTHENTICATED: _ErrorReason.ValueType  # 41
-    """UNAUTHENTICATED: the call has no credential, an invalid one, or more than one. On a stream: its credential has expired,
-    was revoked or was changed; attach again with another one.
+    """UNAUTHENTICATED: the call has no credential, an invalid one, or more than one. On a stream: its credential has
+    expired, or was revoked or changed; attach again with another one.
     """
     ERROR_REASON_ROLE_MISSING: _ErrorReason.ValueType  # 42
-    """PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this approval.
-    metadata.role is the lowest role that may. A caller that is bound to a user may do less than its role. What belongs to
-    others is NOT_FOUND instead.
+    """PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this
+    approval. metadata.role is the lowest sufficient role. A caller that is bound to a user has fewer rights than its
+    role. Resources of others are NOT_FOUND instead.
     """
     ERROR_REASON_KEY_NOT_FOUND: _ErrorReason.ValueType  # 43
-    """NOT_FOUND: there is no such key. ResourceInfo names it."""
+    """NOT_FOUND: the key does not exist. ResourceInfo names it."""
     ERROR_REASON_USER_NOT_FOUND: _ErrorReason.ValueType  # 44
     """NOT_FOUND: the caller is bound to a user, and asked for the state of another user. ResourceInfo names it."""
     ERROR_REASON_TENANT_NOT_FOUND: _ErrorReason.ValueType  # 45
-    """NOT_FOUND: there is no such tenant. ResourceInfo names it."""
+    """NOT_FOUND: the tenant does not exist. ResourceInfo names it."""
     ERROR_REASON_TENANT_SUSPENDED: _ErrorReason.ValueType  # 46
     """PERMISSION_DENIED: an operator has suspended the caller's tenant, or is deleting it."""
     ERROR_REASON_PRINCIPAL_NOT_FOUND: _ErrorReason.ValueType  # 47
-    """NOT_FOUND: there is no such principal. ResourceInfo names it."""
+    """NOT_FOUND: the principal does not exist. ResourceInfo names it."""
     ERROR_REASON_ISSUER_UNAVAILABLE: _ErrorReason.ValueType  # 48
-    """UNAVAILABLE: the token cannot be verified, since the server has not been able to fetch the keys of its issuer. RetryInfo says
+    """UNAVAILABLE: the token cannot be verified because the server could not fetch the keys of its issuer. RetryInfo says
     when to try again.
     """
 
@@ -158,19 +160,21 @@ tokens count as fields. When a template or a page token is the only one that is 
 PAGE_TOKEN_INVALID.
 """
 ERROR_REASON_AGENT_NOT_FOUND: ErrorReason.ValueType  # 2
-"""NOT_FOUND: there is no such agent, or no such revision of it. ResourceInfo names it."""
+"""NOT_FOUND: the agent, or this revision of it, does not exist. ResourceInfo names it."""
 ERROR_REASON_SESSION_NOT_FOUND: ErrorReason.ValueType  # 3
-"""NOT_FOUND: there is no such session. ResourceInfo names it."""
+"""NOT_FOUND: the session does not exist. ResourceInfo names it."""
 ERROR_REASON_RUN_NOT_FOUND: ErrorReason.ValueType  # 4
-"""NOT_FOUND: there is no such run. ResourceInfo names it, or the session when a command names no run and none is under way."""
+"""NOT_FOUND: the run does not exist. ResourceInfo names it, or the session when a command names no run and the
+session has no active run.
+"""
 ERROR_REASON_MESSAGE_NOT_FOUND: ErrorReason.ValueType  # 5
-"""NOT_FOUND: there is no such message. ResourceInfo names it."""
+"""NOT_FOUND: the message does not exist. ResourceInfo names it."""
 ERROR_REASON_BLOB_NOT_FOUND: ErrorReason.ValueType  # 6
-"""NOT_FOUND: there is no such blob or upload. ResourceInfo names it."""
+"""NOT_FOUND: the blob or upload does not exist. ResourceInfo names it."""
 ERROR_REASON_ALREADY_EXISTS: ErrorReason.ValueType  # 7
 """ALREADY_EXISTS: the id is taken. ResourceInfo names the resource that has it."""
 ERROR_REASON_REQUEST_ID_REUSED: ErrorReason.ValueType  # 8
-"""ALREADY_EXISTS: a request_id, command_id, run_id or upload_id was sent before with another body."""
+"""ALREADY_EXISTS: a request_id, command_id, run_id or upload_id was sent before with a different body."""
 ERROR_REASON_ETAG_MISMATCH: ErrorReason.ValueType  # 9
 """ABORTED: the resource has changed since it was read. metadata.etag is its current etag."""
 ERROR_REASON_SEQUENCE_MISMATCH: ErrorReason.ValueType  # 10
@@ -178,40 +182,40 @@ ERROR_REASON_SEQUENCE_MISMATCH: ErrorReason.ValueType  # 10
 ERROR_REASON_STATE_VERSION_MISMATCH: ErrorReason.ValueType  # 11
 """ABORTED: the key or the state has changed since it was read. metadata.version is its current version."""
 ERROR_REASON_RUN_ACTIVE: ErrorReason.ValueType  # 12
-"""FAILED_PRECONDITION: the session has a run under way. metadata.run names it."""
+"""FAILED_PRECONDITION: the session has an active run. metadata.run names it."""
 ERROR_REASON_RUN_ENDED: ErrorReason.ValueType  # 13
 """FAILED_PRECONDITION: the run has ended. metadata.state says how."""
 ERROR_REASON_RUN_CANCELLED_BEFORE_START: ErrorReason.ValueType  # 14
 """CANCELLED: the run was cancelled before it was started."""
 ERROR_REASON_INPUT_NOT_PENDING: ErrorReason.ValueType  # 15
-"""FAILED_PRECONDITION: no approval or question with this input_id is waiting in the session, or in the run that is named. It
-was answered or withdrawn, its run has ended or never existed, or it belongs to another session.
+"""FAILED_PRECONDITION: no approval or question with this input_id waits in the session or the named run. It was
+answered or withdrawn, its run has ended or never existed, or it belongs to another session.
 """
 ERROR_REASON_CALL_NOT_PENDING: ErrorReason.ValueType  # 16
-"""FAILED_PRECONDITION: no call with this call_id is waiting for a caller in the session, or in the run that is named. It has
-an outcome, it was never dispatched to a caller, its run has ended or never existed, or it belongs to another session.
+"""FAILED_PRECONDITION: no call with this call_id waits for a caller in the session or the named run. It has an
+outcome, it was never dispatched to a caller, its run has ended or never existed, or it belongs to another session.
 """
 ERROR_REASON_PAGE_TOKEN_INVALID: ErrorReason.ValueType  # 17
 """INVALID_ARGUMENT: the page token was not made by this server, or was made for another list or another caller."""
 ERROR_REASON_PAYLOAD_TOO_LARGE: ErrorReason.ValueType  # 18
 """RESOURCE_EXHAUSTED: the request or its content is larger than the server accepts. QuotaFailure says how large it may be."""
 ERROR_REASON_BLOB_CORRUPT: ErrorReason.ValueType  # 19
-"""INVALID_ARGUMENT: the uploaded bytes do not have the size or the digest that was announced."""
+"""INVALID_ARGUMENT: the uploaded bytes do not have the announced size or digest."""
 ERROR_REASON_QUEUE_FULL: ErrorReason.ValueType  # 20
 """RESOURCE_EXHAUSTED: too many commands or runs are queued in the session. RetryInfo says when to try again."""
 ERROR_REASON_RATE_LIMITED: ErrorReason.ValueType  # 21
-"""RESOURCE_EXHAUSTED: the server is at a limit of what it carries at once, such as runs, calls or unread answers. RetryInfo
-says when to try again.
+"""RESOURCE_EXHAUSTED: the server has reached a limit on concurrent work, such as runs, calls or unread answers.
+RetryInfo says when to try again.
 """
 ERROR_REASON_LIMIT_EXCEEDED: ErrorReason.ValueType  # 22
 """RESOURCE_EXHAUSTED: a run failed because it reached one of its limits. metadata.limit names the limit."""
 ERROR_REASON_SERVER_DRAINING: ErrorReason.ValueType  # 23
 """UNAVAILABLE: the server is stopping. RetryInfo says when to try again."""
 ERROR_REASON_STORE_UNAVAILABLE: ErrorReason.ValueType  # 24
-"""UNAVAILABLE: the store cannot be read or written, for example because its disk is full. Nothing of the call was kept."""
+"""UNAVAILABLE: the store cannot be read or written, for example because its disk is full. The call changed nothing."""
 ERROR_REASON_OWNER_LOST: ErrorReason.ValueType  # 25
-"""UNAVAILABLE: another process has taken over the session, or the run has lost its worker; attach or send again. As the
-error of a run: its process died three times in a row, without a commit of the run in between.
+"""UNAVAILABLE: another process has taken over the session, or the run has lost its worker; attach or send again. As
+the error of a run: its process died three times in a row without a commit of the run in between.
 """
 ERROR_REASON_MODEL_ERROR: ErrorReason.ValueType  # 26
 """FAILED_PRECONDITION: the model's provider refused the request, or its answer cannot be read as a reply. Mostly the error
@@ -226,17 +230,17 @@ ERROR_REASON_TEMPLATE_ERROR: ErrorReason.ValueType  # 29
 written, and as the error of a run.
 """
 ERROR_REASON_INTERNAL: ErrorReason.ValueType  # 31
-"""INTERNAL: the server has a defect. metadata.request_id finds the details in the server's log."""
+"""INTERNAL: the server has a defect. The details are in the server's log under metadata.request_id."""
 ERROR_REASON_STATE_TYPE_MISMATCH: ErrorReason.ValueType  # 32
-"""FAILED_PRECONDITION: the operation does not exist for a value of this type, or an integer would overflow."""
+"""FAILED_PRECONDITION: the operation does not apply to a value of this type, or an integer would overflow."""
 ERROR_REASON_SEQUENCE_AHEAD: ErrorReason.ValueType  # 33
-"""OUT_OF_RANGE: the sequence is beyond the end of the log. metadata.last_sequence is the last one."""
+"""OUT_OF_RANGE: the sequence is after the end of the log. metadata.last_sequence is the last one."""
 ERROR_REASON_CONTENT_UNSUPPORTED: ErrorReason.ValueType  # 34
 """INVALID_ARGUMENT: the model does not accept this kind of content. Mostly the error of a run."""
 ERROR_REASON_IMPORT_INVALID: ErrorReason.ValueType  # 35
 """INVALID_ARGUMENT: the file is not an export of a session, is incomplete or damaged, or has a newer format."""
 ERROR_REASON_WATCHER_TOO_SLOW: ErrorReason.ValueType  # 36
-"""RESOURCE_EXHAUSTED: the stream was not read for too long. Attach again after the last sequence that was read."""
+"""RESOURCE_EXHAUSTED: the client did not read the stream for too long. Attach again after the last sequence received."""
 ERROR_REASON_UPLOAD_OFFSET_MISMATCH: ErrorReason.ValueType  # 37
 """ABORTED: the upload continues at another offset. metadata.committed_bytes is that offset."""
 ERROR_REASON_STATE_KEY_NOT_FOUND: ErrorReason.ValueType  # 39
@@ -244,38 +248,39 @@ ERROR_REASON_STATE_KEY_NOT_FOUND: ErrorReason.ValueType  # 39
 ERROR_REASON_OUTPUT_INVALID: ErrorReason.ValueType  # 38
 """FAILED_PRECONDITION: a run failed because the reply does not match the agent's output_schema. metadata.problem says where."""
 ERROR_REASON_QUOTA_EXCEEDED: ErrorReason.ValueType  # 40
-"""RESOURCE_EXHAUSTED: the operator does not allow more to be stored. QuotaFailure says of what, and metadata.limit how much
-is allowed.
+"""RESOURCE_EXHAUSTED: the operator does not allow more to be stored. QuotaFailure says what is limited, and
+metadata.limit how much is allowed.
 """
 ERROR_REASON_UNAUTHENTICATED: ErrorReason.ValueType  # 41
-"""UNAUTHENTICATED: the call has no credential, an invalid one, or more than one. On a stream: its credential has expired,
-was revoked or was changed; attach again with another one.
+"""UNAUTHENTICATED: the call has no credential, an invalid one, or more than one. On a stream: its credential has
+expired, or was revoked or changed; attach again with another one.
 """
 ERROR_REASON_ROLE_MISSING: ErrorReason.ValueType  # 42
-"""PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this approval.
-metadata.role is the lowest role that may. A caller that is bound to a user may do less than its role. What belongs to
-others is NOT_FOUND instead.
+"""PERMISSION_DENIED: the caller's role may not call this method, set the fields in BadRequest, or answer this
+approval. metadata.role is the lowest sufficient role. A caller that is bound to a user has fewer rights than its
+role. Resources of others are NOT_FOUND instead.
 """
 ERROR_REASON_KEY_NOT_FOUND: ErrorReason.ValueType  # 43
-"""NOT_FOUND: there is no such key. ResourceInfo names it."""
+"""NOT_FOUND: the key does not exist. ResourceInfo names it."""
 ERROR_REASON_USER_NOT_FOUND: ErrorReason.ValueType  # 44
 """NOT_FOUND: the caller is bound to a user, and asked for the state of another user. ResourceInfo names it."""
 ERROR_REASON_TENANT_NOT_FOUND: ErrorReason.ValueType  # 45
-"""NOT_FOUND: there is no such tenant. ResourceInfo names it."""
+"""NOT_FOUND: the tenant does not exist. ResourceInfo names it."""
 ERROR_REASON_TENANT_SUSPENDED: ErrorReason.ValueType  # 46
 """PERMISSION_DENIED: an operator has suspended the caller's tenant, or is deleting it."""
 ERROR_REASON_PRINCIPAL_NOT_FOUND: ErrorReason.ValueType  # 47
-"""NOT_FOUND: there is no such principal. ResourceInfo names it."""
+"""NOT_FOUND: the principal does not exist. ResourceInfo names it."""
 ERROR_REASON_ISSUER_UNAVAILABLE: ErrorReason.ValueType  # 48
-"""UNAVAILABLE: the token cannot be verified, since the server has not been able to fetch the keys of its issuer. RetryInfo says
+"""UNAVAILABLE: the token cannot be verified because the server could not fetch the keys of its issuer. RetryInfo says
 when to try again.
 """
 Global___ErrorReason: _TypeAlias = ErrorReason  # noqa: Y015
 
 @_typing.final
 class Value(_message.Message):
-    """A typed value of state. It is returned as it was stored: an int64 stays an int64, bytes stay bytes. At most 16 levels deep,
-    because protobuf parsers stop at 100 nested messages, and an event that holds a value must decode everywhere.
+    """A typed value of state. It is returned exactly as it was stored: an int64 stays an int64, bytes stay bytes. At most
+    16 levels deep, because protobuf parsers stop at 100 nested messages, and an event that holds a value must decode
+    everywhere.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -449,7 +454,7 @@ class Part(_message.Message):
     becomes a blob of media type application/json.
     """
     refusal: _builtins.str
-    """The model's words when it refuses to answer. Made by models only."""
+    """The model's text when it refuses to answer. Only in a model's messages."""
     state_key: _builtins.str
     """Input only: the value that the session's state has under this key when the message is committed. A blob or bytes become
     a blob, a string becomes text, and any other value becomes json. NOT_FOUND when the key does not exist.
@@ -457,18 +462,19 @@ class Part(_message.Message):
     """
     @_builtins.property
     def citations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Citation]:
-        """The sources of a reply's text or json, as its provider lists them. Made by models only; at most 50, with 16 KiB of
-        addresses. "[1]" in the text means the first.
+        """The sources of a reply's text or json, as its provider lists them. Only in a model's messages; at most 50, with 16
+        KiB of addresses. "[1]" in the text means the first.
         """
 
     @_builtins.property
     def reasoning(self) -> Global___Reasoning:
-        """The model's reasoning. Made by models only."""
+        """The model's reasoning. Only in a model's messages."""
 
     @_builtins.property
     def blob(self) -> Global___Blob:
-        """Content that this server has; otherwise NOT_FOUND. In a reply it is an image or an audio clip that the model made; a
-        reply has at most 16 of these and of `file` parts, with 32 MiB in all. The words of a clip are a text part.
+        """Content that this server has; otherwise NOT_FOUND. In a reply it is an image or an audio clip that the model
+        generated; a reply has at most 16 of these and of `file` parts, with 32 MiB in all. The transcript of a clip is a
+        text part.
         """
 
     @_builtins.property
@@ -481,7 +487,7 @@ class Part(_message.Message):
 
     @_builtins.property
     def tool_call(self) -> Global___ToolCall:
-        """A call that the model asked for, with its outcome. Made by models only."""
+        """A call that the model asked for, with its outcome. Only in a model's messages."""
 
     def __init__(
         self,
@@ -542,14 +548,14 @@ Global___Citation: _TypeAlias = Citation  # noqa: Y015
 
 @_typing.final
 class Reasoning(_message.Message):
-    """A model's reasoning, as far as its provider shows it."""
+    """A model's reasoning, as far as its provider reveals it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TEXT_FIELD_NUMBER: _builtins.int
     PROVIDER_DATA_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """Empty where the provider shows none of it."""
+    """Empty if the provider does not reveal it."""
     @_builtins.property
     def provider_data(self) -> Global___ProviderData:
         """Output only: data that is sent back to the provider with this part's message."""
@@ -680,14 +686,14 @@ class ToolCall(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         OUTCOME_UNSPECIFIED: ToolCall._Outcome.ValueType  # 0
         OUTCOME_PENDING: ToolCall._Outcome.ValueType  # 1
-        """Not started: it waits for an approval, or for the run to go on."""
+        """Not started: it waits for an approval, or for the run to continue."""
         OUTCOME_RUNNING: ToolCall._Outcome.ValueType  # 2
         """Dispatched: it runs in the server or in the caller's process."""
         OUTCOME_SUCCEEDED: ToolCall._Outcome.ValueType  # 3
         OUTCOME_FAILED: ToolCall._Outcome.ValueType  # 4
-        """The tool failed, or there is no such tool; the model is shown `error`."""
+        """The tool failed, or does not exist; the model gets `error`."""
         OUTCOME_DENIED: ToolCall._Outcome.ValueType  # 5
-        """A person denied it; the model is shown `error`."""
+        """A person denied it; the model gets `error`."""
         OUTCOME_CANCELLED: ToolCall._Outcome.ValueType  # 6
         """The run or the call was cancelled before the call had an outcome."""
 
@@ -696,14 +702,14 @@ class ToolCall(_message.Message):
 
     OUTCOME_UNSPECIFIED: ToolCall.Outcome.ValueType  # 0
     OUTCOME_PENDING: ToolCall.Outcome.ValueType  # 1
-    """Not started: it waits for an approval, or for the run to go on."""
+    """Not started: it waits for an approval, or for the run to continue."""
     OUTCOME_RUNNING: ToolCall.Outcome.ValueType  # 2
     """Dispatched: it runs in the server or in the caller's process."""
     OUTCOME_SUCCEEDED: ToolCall.Outcome.ValueType  # 3
     OUTCOME_FAILED: ToolCall.Outcome.ValueType  # 4
-    """The tool failed, or there is no such tool; the model is shown `error`."""
+    """The tool failed, or does not exist; the model gets `error`."""
     OUTCOME_DENIED: ToolCall.Outcome.ValueType  # 5
-    """A person denied it; the model is shown `error`."""
+    """A person denied it; the model gets `error`."""
     OUTCOME_CANCELLED: ToolCall.Outcome.ValueType  # 6
     """The run or the call was cancelled before the call had an outcome."""
 
@@ -720,8 +726,8 @@ class ToolCall(_message.Message):
     BINDING_FIELD_NUMBER: _builtins.int
     PROVIDER_DATA_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
-    """Chosen by the server, whatever the model sent; unique in the session, and stable from the first delta on. The idempotency
-    key of a call is "{Session.uid}/{call_id}": the same on every attempt, and different in every session.
+    """Chosen by the server, not the model; unique in the session, and stable from the first delta on. The idempotency key
+    of a call is "{Session.uid}/{call_id}": the same on every attempt, and different in every session.
     """
     tool: _builtins.str
     arguments: _builtins.str
@@ -735,8 +741,8 @@ class ToolCall(_message.Message):
     """How many times it was dispatched."""
     @_builtins.property
     def result(self) -> _containers.RepeatedCompositeFieldContainer[Global___Part]:
-        """What the tool returned: text, json, file and data parts. A reply and the results of all its calls fit into 1 MiB: text and
-        json beyond a call's share become blobs.
+        """The tool's result: text, json, file and data parts. A reply and the results of all its calls fit into 1 MiB: text
+        and json beyond a call's share become blobs.
         """
 
     @_builtins.property
@@ -864,7 +870,7 @@ class Usage(_message.Message):
     """The part of `output_tokens` spent on reasoning."""
     model_calls: _builtins.int
     model: _builtins.str
-    """In a sum over several models empty. The same applies to `provider`."""
+    """Empty in a sum over several models. The same applies to `provider`."""
     provider: _builtins.str
     """The provider that answered, as ServerInfo.providers names it."""
     def __init__(
@@ -888,7 +894,7 @@ Global___Usage: _TypeAlias = Usage  # noqa: Y015
 
 @_typing.final
 class Error(_message.Message):
-    """Why a run failed or a command was refused. It has the same facts as the status of a refused call."""
+    """Why a run failed or a command was refused. It has the same information as the status of a refused call."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -920,10 +926,10 @@ class Error(_message.Message):
     """A google.rpc.Code."""
     reason: Global___ErrorReason.ValueType
     message: _builtins.str
-    """Sentences for people, which say what to do when something can be done."""
+    """A message for people, which says what to do if anything can be done."""
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """For a program: the current version, the active run, the request id."""
+        """Data for programs, such as the current version, the active run or the request id."""
 
     def __init__(
         self,

@@ -22,12 +22,12 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class ExportRecord(_message.Message):
-    """A record of an exported session. The file consists of the eight bytes "notecase", a byte with the format's version (2), the
-    records, a zero byte, and the SHA-256 of all bytes before it. Each record follows its length as a varint; the header is the
-    first record, and the events follow. Names within the session are stored as bare ids, so that the file means the same under
-    another name. When content is included, each blob comes before the first event that refers to it: its name and size, then
-    its bytes in chunks of 256 KiB, of which the last may be shorter. Files of version 1 can be imported; their calls have no
-    bindings.
+    """A record of an exported session. The file consists of the eight bytes "notecase", a byte with the format's version
+    (2), the records, a zero byte, and the SHA-256 of all bytes before it. Each record follows its length as a varint;
+    the header is the first record, and the events follow. Names within the session are stored as ids, so that the file
+    can be imported under another name. When content is included, each blob comes before the first event that refers to
+    it: its name and size, then its bytes in chunks of 256 KiB, of which the last may be shorter. Files of version 1 can
+    be imported; their calls have no bindings.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

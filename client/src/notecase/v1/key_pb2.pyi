@@ -46,7 +46,7 @@ class Key(_message.Message):
         """Has no tenant: manages tenants and the keys of any tenant, and reads no content except by ExportTenant."""
 
     class Role(_Role, metaclass=_RoleEnumTypeWrapper):
-        """What a caller may do. Each role has the rights of those before it, except operators."""
+        """The rights of a caller. Each role has the rights of those before it, except operators."""
 
     ROLE_UNSPECIFIED: Key.Role.ValueType  # 0
     ROLE_VIEWER: Key.Role.ValueType  # 1
@@ -73,11 +73,12 @@ class Key(_message.Message):
     display_name: _builtins.str
     """For people: what the key is for."""
     role: Global___Key.Role.ValueType
-    """Needed."""
+    """Required."""
     user: _builtins.str
-    """users/{user}. When set, callers with the key can use only the sessions and the state of that user; everything else is
-    NOT_FOUND to them. The role is ROLE_VIEWER or ROLE_USER. Such callers write messages as that user only, cannot set tools,
-    labels or author, cannot use agents and `app/state` directly, and answer approvals only of tools with APPROVER_USER.
+    """users/{user}. When set, callers with the key can use only the sessions and the state of that user; everything else
+    is NOT_FOUND for them. The role is ROLE_VIEWER or ROLE_USER. Such callers write messages as that user only, cannot
+    set tools, labels or author, cannot use agents and `app/state` directly, and answer approvals only of tools with
+    APPROVER_USER.
     """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
@@ -91,7 +92,7 @@ class Key(_message.Message):
 
     @_builtins.property
     def overlap_end_time(self) -> _timestamp_pb2.Timestamp:
-        """Until when the previous secret is accepted, too."""
+        """The previous secret is accepted until then."""
 
     def __init__(
         self,
@@ -156,7 +157,7 @@ class CreateKeyResponse(_message.Message):
     secret: _builtins.str
     """The whole key, as it is sent in a call: nck_{key}_{secret}. The secret ends in a tag of 16 characters."""
     tenant_created: _builtins.bool
-    """The tenant was not known before this call. Not set in the answer to a repeat with the same request_id."""
+    """Whether this call created the tenant. Not set in the answer to a repeat with the same request_id."""
     @_builtins.property
     def key(self) -> Global___Key: ...
     def __init__(

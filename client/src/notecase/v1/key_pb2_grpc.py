@@ -27,8 +27,8 @@ if _version_not_supported:
 
 
 class KeyServiceStub(object):
-    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
-    operators manage those of any tenant, and operators' own.
+    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own
+    tenant; operators manage those of any tenant, and operators' own.
     """
 
     def __init__(self, channel):
@@ -65,8 +65,8 @@ class KeyServiceStub(object):
 
 
 class KeyServiceServicer(object):
-    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
-    operators manage those of any tenant, and operators' own.
+    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own
+    tenant; operators manage those of any tenant, and operators' own.
     """
 
     def CreateKey(self, request, context):
@@ -78,7 +78,7 @@ class KeyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetKey(self, request, context):
-        """Returns a key without its secret; one that has expired, too. NOT_FOUND when there is no key of that name.
+        """Returns a key without its secret, even if it has expired. NOT_FOUND when the key does not exist.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -92,18 +92,18 @@ class KeyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def RevokeKey(self, request, context):
-        """Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
-        no such key. A repeat with the same request_id succeeds.
+        """Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when
+        the key does not exist. A repeat with the same request_id succeeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RotateKey(self, request, context):
-        """Gives a key another secret and returns it; it is not shown again. The name and the rights of the key stay the same. The
-        previous secret is accepted for the time in `overlap`, and one from an earlier rotation no longer. NOT_FOUND when there is
-        no such key. A repeat with the same request_id returns the key without its secret; rotate the key again if the secret was
-        lost.
+        """Gives a key a new secret and returns it; it is not shown again. The name and the rights of the key stay the same.
+        The previous secret is accepted for the time in `overlap`; one from an earlier rotation is no longer accepted.
+        NOT_FOUND when the key does not exist. A repeat with the same request_id returns the key without its secret; rotate
+        the key again if the secret was lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,8 +146,8 @@ def add_KeyServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KeyService(object):
-    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
-    operators manage those of any tenant, and operators' own.
+    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own
+    tenant; operators manage those of any tenant, and operators' own.
     """
 
     @staticmethod

@@ -28,8 +28,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class KeyServiceStub:
-    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
-    operators manage those of any tenant, and operators' own.
+    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own
+    tenant; operators manage those of any tenant, and operators' own.
     """
 
     @_typing.overload
@@ -41,24 +41,24 @@ class KeyServiceStub:
     keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
     """
     GetKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.GetKeyRequest, _key_pb2.Key]
-    """Returns a key without its secret; one that has expired, too. NOT_FOUND when there is no key of that name."""
+    """Returns a key without its secret, even if it has expired. NOT_FOUND when the key does not exist."""
     ListKeys: _grpc.UnaryUnaryMultiCallable[_key_pb2.ListKeysRequest, _key_pb2.ListKeysResponse]
     """Returns a page of keys, newest first, including those that have expired."""
     RevokeKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.RevokeKeyRequest, _empty_pb2.Empty]
-    """Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
-    no such key. A repeat with the same request_id succeeds.
+    """Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when
+    the key does not exist. A repeat with the same request_id succeeds.
     """
     RotateKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.RotateKeyRequest, _key_pb2.RotateKeyResponse]
-    """Gives a key another secret and returns it; it is not shown again. The name and the rights of the key stay the same. The
-    previous secret is accepted for the time in `overlap`, and one from an earlier rotation no longer. NOT_FOUND when there is
-    no such key. A repeat with the same request_id returns the key without its secret; rotate the key again if the secret was
-    lost.
+    """Gives a key a new secret and returns it; it is not shown again. The name and the rights of the key stay the same.
+    The previous secret is accepted for the time in `overlap`; one from an earlier rotation is no longer accepted.
+    NOT_FOUND when the key does not exist. A repeat with the same request_id returns the key without its secret; rotate
+    the key again if the secret was lost.
     """
 
 @_typing.type_check_only
 class KeyServiceAsyncStub(KeyServiceStub):
-    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
-    operators manage those of any tenant, and operators' own.
+    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own
+    tenant; operators manage those of any tenant, and operators' own.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -67,23 +67,23 @@ class KeyServiceAsyncStub(KeyServiceStub):
     keys. A repeat with the same request_id returns the key without its secret; rotate the key if the secret was lost.
     """
     GetKey: _aio.UnaryUnaryMultiCallable[_key_pb2.GetKeyRequest, _key_pb2.Key]  # type: ignore[assignment]
-    """Returns a key without its secret; one that has expired, too. NOT_FOUND when there is no key of that name."""
+    """Returns a key without its secret, even if it has expired. NOT_FOUND when the key does not exist."""
     ListKeys: _aio.UnaryUnaryMultiCallable[_key_pb2.ListKeysRequest, _key_pb2.ListKeysResponse]  # type: ignore[assignment]
     """Returns a page of keys, newest first, including those that have expired."""
     RevokeKey: _aio.UnaryUnaryMultiCallable[_key_pb2.RevokeKeyRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
-    no such key. A repeat with the same request_id succeeds.
+    """Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when
+    the key does not exist. A repeat with the same request_id succeeds.
     """
     RotateKey: _aio.UnaryUnaryMultiCallable[_key_pb2.RotateKeyRequest, _key_pb2.RotateKeyResponse]  # type: ignore[assignment]
-    """Gives a key another secret and returns it; it is not shown again. The name and the rights of the key stay the same. The
-    previous secret is accepted for the time in `overlap`, and one from an earlier rotation no longer. NOT_FOUND when there is
-    no such key. A repeat with the same request_id returns the key without its secret; rotate the key again if the secret was
-    lost.
+    """Gives a key a new secret and returns it; it is not shown again. The name and the rights of the key stay the same.
+    The previous secret is accepted for the time in `overlap`; one from an earlier rotation is no longer accepted.
+    NOT_FOUND when the key does not exist. A repeat with the same request_id returns the key without its secret; rotate
+    the key again if the secret was lost.
     """
 
 class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
-    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own tenant;
-    operators manage those of any tenant, and operators' own.
+    """API keys. A program sends its key as metadata: `authorization: Bearer nck_…`. Admins manage the keys of their own
+    tenant; operators manage those of any tenant, and operators' own.
     """
 
     @_abc_1.abstractmethod
@@ -102,7 +102,7 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _key_pb2.GetKeyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_key_pb2.Key, _abc.Awaitable[_key_pb2.Key]]:
-        """Returns a key without its secret; one that has expired, too. NOT_FOUND when there is no key of that name."""
+        """Returns a key without its secret, even if it has expired. NOT_FOUND when the key does not exist."""
 
     @_abc_1.abstractmethod
     def ListKeys(
@@ -118,8 +118,8 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _key_pb2.RevokeKeyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
-        no such key. A repeat with the same request_id succeeds.
+        """Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when
+        the key does not exist. A repeat with the same request_id succeeds.
         """
 
     @_abc_1.abstractmethod
@@ -128,10 +128,10 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _key_pb2.RotateKeyRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_key_pb2.RotateKeyResponse, _abc.Awaitable[_key_pb2.RotateKeyResponse]]:
-        """Gives a key another secret and returns it; it is not shown again. The name and the rights of the key stay the same. The
-        previous secret is accepted for the time in `overlap`, and one from an earlier rotation no longer. NOT_FOUND when there is
-        no such key. A repeat with the same request_id returns the key without its secret; rotate the key again if the secret was
-        lost.
+        """Gives a key a new secret and returns it; it is not shown again. The name and the rights of the key stay the same.
+        The previous secret is accepted for the time in `overlap`; one from an earlier rotation is no longer accepted.
+        NOT_FOUND when the key does not exist. A repeat with the same request_id returns the key without its secret; rotate
+        the key again if the secret was lost.
         """
 
 def add_KeyServiceServicer_to_server(servicer: KeyServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

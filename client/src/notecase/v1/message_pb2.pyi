@@ -57,9 +57,9 @@ class Message(_message.Message):
         """Calls in it have no outcome yet."""
         STATUS_COMPLETED: Message._Status.ValueType  # 2
         STATUS_INCOMPLETE: Message._Status.ValueType  # 3
-        """Cut off by a cancel or a failure; its parts hold what was written until then."""
+        """Cut off by a cancel or a failure; its parts have the text up to that point."""
         STATUS_SUPERSEDED: Message._Status.ValueType  # 4
-        """Rewound: it stays in the log and is not shown to the model."""
+        """Superseded by a rewind: it stays in the log and is not sent to the model."""
 
     class Status(_Status, metaclass=_StatusEnumTypeWrapper):
         """Whether a message is complete."""
@@ -69,9 +69,9 @@ class Message(_message.Message):
     """Calls in it have no outcome yet."""
     STATUS_COMPLETED: Message.Status.ValueType  # 2
     STATUS_INCOMPLETE: Message.Status.ValueType  # 3
-    """Cut off by a cancel or a failure; its parts hold what was written until then."""
+    """Cut off by a cancel or a failure; its parts have the text up to that point."""
     STATUS_SUPERSEDED: Message.Status.ValueType  # 4
-    """Rewound: it stays in the log and is not shown to the model."""
+    """Superseded by a rewind: it stays in the log and is not sent to the model."""
 
     @_typing.final
     class LabelsEntry(_message.Message):
@@ -106,7 +106,7 @@ class Message(_message.Message):
     LABELS_FIELD_NUMBER: _builtins.int
     UPDATE_SEQUENCE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """sessions/{session}/messages/{message}. Output only: made by the server."""
+    """sessions/{session}/messages/{message}. Output only: chosen by the server."""
     role: Global___Message.Role.ValueType
     """Unspecified in a request: ROLE_USER."""
     author: _builtins.str
@@ -118,14 +118,14 @@ class Message(_message.Message):
     sequence: _builtins.int
     """Output only: the sequence of the event that added it."""
     finish_reason: _builtins.str
-    """Output only: why the model stopped, in the provider's words, for example "stop" or "length"."""
+    """Output only: why the model stopped, as the provider reports it, for example "stop" or "length"."""
     update_sequence: _builtins.int
     """Output only: the sequence of the last event that changed it, or `sequence` when none has."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.Part]: ...
     @_builtins.property
     def usage(self) -> _content_pb2.Usage:
-        """Output only: the usage of the model call that made it."""
+        """Output only: the usage of the model call that generated it."""
 
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp:

@@ -29,7 +29,7 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class Run(_message.Message):
-    """One piece of work of an agent in a session, from a start to an end."""
+    """One execution of an agent in a session, from a start to an end."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -41,7 +41,7 @@ class Run(_message.Message):
         DESCRIPTOR: _descriptor.EnumDescriptor
         STATE_UNSPECIFIED: Run._State.ValueType  # 0
         STATE_QUEUED: Run._State.ValueType  # 1
-        """Waits for another run of its session to end, or for a place in the server."""
+        """Waits for another run of its session to end, or for a free slot in the server."""
         STATE_RUNNING: Run._State.ValueType  # 2
         STATE_WAITING: Run._State.ValueType  # 3
         """Waits for a tool's result, an approval or an answer. It does not count towards ServerInfo.max_runs, and survives
@@ -56,7 +56,7 @@ class Run(_message.Message):
 
     STATE_UNSPECIFIED: Run.State.ValueType  # 0
     STATE_QUEUED: Run.State.ValueType  # 1
-    """Waits for another run of its session to end, or for a place in the server."""
+    """Waits for another run of its session to end, or for a free slot in the server."""
     STATE_RUNNING: Run.State.ValueType  # 2
     STATE_WAITING: Run.State.ValueType  # 3
     """Waits for a tool's result, an approval or an answer. It does not count towards ServerInfo.max_runs, and survives
@@ -151,7 +151,7 @@ class Run(_message.Message):
 
     @_builtins.property
     def reply(self) -> _message_pb2.Message:
-        """The last reply that it completed."""
+        """The last completed reply."""
 
     @_builtins.property
     def pending_inputs(self) -> _containers.RepeatedCompositeFieldContainer[Global___InputRequest]:
@@ -295,10 +295,10 @@ class StartRun(_message.Message):
         ON_BUSY_QUEUE: StartRun._OnBusy.ValueType  # 2
         """Start when the runs before it have ended."""
         ON_BUSY_INTERRUPT: StartRun._OnBusy.ValueType  # 3
-        """Stop the current run, keep what it made, then start: one commit."""
+        """Stop the current run, keep its output, then start: one commit."""
         ON_BUSY_ROLLBACK: StartRun._OnBusy.ValueType  # 4
-        """Cancel the current run, rewind the session to before it started, then start: one commit. What others wrote to the
-        session meanwhile is rewound too; the state of users and the app, and what tools did outside, is not.
+        """Cancel the current run, rewind the session to before it started, then start: one commit. Other writes to the
+        session in that time are rewound, too; the state of users and the app and external effects of tools are not.
         """
 
     class OnBusy(_OnBusy, metaclass=_OnBusyEnumTypeWrapper):
@@ -311,10 +311,10 @@ class StartRun(_message.Message):
     ON_BUSY_QUEUE: StartRun.OnBusy.ValueType  # 2
     """Start when the runs before it have ended."""
     ON_BUSY_INTERRUPT: StartRun.OnBusy.ValueType  # 3
-    """Stop the current run, keep what it made, then start: one commit."""
+    """Stop the current run, keep its output, then start: one commit."""
     ON_BUSY_ROLLBACK: StartRun.OnBusy.ValueType  # 4
-    """Cancel the current run, rewind the session to before it started, then start: one commit. What others wrote to the
-    session meanwhile is rewound too; the state of users and the app, and what tools did outside, is not.
+    """Cancel the current run, rewind the session to before it started, then start: one commit. Other writes to the
+    session in that time are rewound, too; the state of users and the app and external effects of tools are not.
     """
 
     @_typing.final
@@ -402,9 +402,9 @@ class StartRun(_message.Message):
 
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[_message_pb2.Message]:
-        """What the user says. May be empty when the session's history ends with a message that needs an answer; with
-        ON_BUSY_ROLLBACK, when the history before the run that is rolled back does. A start that is queued needs messages. At most
-        2.75 MiB in all, not counting content that becomes a blob.
+        """The user's messages. May be empty when the session's history ends with a message that needs an answer; with
+        ON_BUSY_ROLLBACK, when the history before the run that is rolled back does. A start that is queued needs messages.
+        At most 2.75 MiB in all, not counting content that becomes a blob.
         """
 
     @_builtins.property
@@ -479,8 +479,8 @@ class AttachRun(_message.Message):
     name: _builtins.str
     """sessions/{session} or sessions/{session}/runs/{run}"""
     after_sequence: _builtins.int
-    """The last sequence that the caller has. 0: send everything. Unset: begin at the session's head, or before the run's first
-    event. OUT_OF_RANGE beyond the head.
+    """The last sequence that the caller has. 0: send everything. Unset: begin at the session's head, or before the run's
+    first event. OUT_OF_RANGE when it is after the head.
     """
     if_session_uid: _builtins.str
     """As in StartRun."""
@@ -576,9 +576,9 @@ Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
 class UserInput(_message.Message):
-    """What a user says to a run under way. It denies the open approvals and questions of a run that waits; a tool that asked a
-    question goes on, and the messages are added after its result. While the run waits for an approval that the caller may not
-    answer, the messages deny nothing: they are queued as WHEN_FOLLOW_UP, and WHEN_INTERRUPT is PERMISSION_DENIED
+    """A user's input to an active run. It denies the open approvals and questions of a run that waits; a tool that asked a
+    question continues, and the messages are added after its result. While the run waits for an approval that the caller
+    may not answer, the messages deny nothing: they are queued as WHEN_FOLLOW_UP, and WHEN_INTERRUPT is PERMISSION_DENIED
     (ROLE_MISSING).
     """
 
@@ -597,7 +597,7 @@ class UserInput(_message.Message):
         WHEN_FOLLOW_UP: UserInput._When.ValueType  # 2
         """When the run would otherwise end."""
         WHEN_INTERRUPT: UserInput._When.ValueType  # 3
-        """At once: the unfinished reply is kept as incomplete, calls under way are cancelled, and the model is asked again."""
+        """At once: the unfinished reply is kept as incomplete, running calls are cancelled, and the model is called again."""
 
     class When(_When, metaclass=_WhenEnumTypeWrapper): ...
     WHEN_UNSPECIFIED: UserInput.When.ValueType  # 0
@@ -607,7 +607,7 @@ class UserInput(_message.Message):
     WHEN_FOLLOW_UP: UserInput.When.ValueType  # 2
     """When the run would otherwise end."""
     WHEN_INTERRUPT: UserInput.When.ValueType  # 3
-    """At once: the unfinished reply is kept as incomplete, calls under way are cancelled, and the model is asked again."""
+    """At once: the unfinished reply is kept as incomplete, running calls are cancelled, and the model is called again."""
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     WHEN_FIELD_NUMBER: _builtins.int
@@ -639,7 +639,7 @@ class ToolResult(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     error: _builtins.str
-    """When set, the tool failed, and the model is shown this text."""
+    """When set, the tool failed, and the model gets this text."""
     @_builtins.property
     def result(self) -> _containers.RepeatedCompositeFieldContainer[_content_pb2.Part]:
         """text, json, file and data parts."""
@@ -675,7 +675,7 @@ class InputResponse(_message.Message):
         DECISION_APPROVE: InputResponse._Decision.ValueType  # 1
         """Run the call, or run an interrupted call again."""
         DECISION_DENY: InputResponse._Decision.ValueType  # 2
-        """Do not run the call, or treat an interrupted call as failed. `reason` is shown to the model."""
+        """Do not run the call, or treat an interrupted call as failed. The model gets `reason`."""
         DECISION_ANSWER: InputResponse._Decision.ValueType  # 3
         """`answer` is the answer to a question, or the result of an interrupted call."""
         DECISION_CANCEL: InputResponse._Decision.ValueType  # 4
@@ -686,7 +686,7 @@ class InputResponse(_message.Message):
     DECISION_APPROVE: InputResponse.Decision.ValueType  # 1
     """Run the call, or run an interrupted call again."""
     DECISION_DENY: InputResponse.Decision.ValueType  # 2
-    """Do not run the call, or treat an interrupted call as failed. `reason` is shown to the model."""
+    """Do not run the call, or treat an interrupted call as failed. The model gets `reason`."""
     DECISION_ANSWER: InputResponse.Decision.ValueType  # 3
     """`answer` is the answer to a question, or the result of an interrupted call."""
     DECISION_CANCEL: InputResponse.Decision.ValueType  # 4
@@ -785,7 +785,7 @@ class CancelCommand(_message.Message):
     call_id: _builtins.str
     """Only this call; PERMISSION_DENIED (ROLE_MISSING) while it waits for an approval that the caller may not answer."""
     reason: _builtins.str
-    """Kept in the log, for people."""
+    """For people; kept in the log."""
     def __init__(
         self,
         *,
@@ -888,7 +888,7 @@ class Attached(_message.Message):
     SESSION_UID_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     last_sequence: _builtins.int
-    """The last sequence of the log at that moment; when this stream started the run, the last sequence of the commit that
+    """The last sequence of the log at that time; when this stream started the run, the last sequence of the commit that
     started it.
     """
     existing: _builtins.bool
@@ -918,7 +918,7 @@ Global___Attached: _TypeAlias = Attached  # noqa: Y015
 
 @_typing.final
 class EventBatch(_message.Message):
-    """Events in order. A slow watcher gets larger batches; the server has no queue for it."""
+    """Events in order. A slow watcher gets larger batches; the server does not queue events for it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -963,7 +963,7 @@ class CommandResult(_message.Message):
         """Nothing changed; `error` says why."""
 
     class Disposition(_Disposition, metaclass=_DispositionEnumTypeWrapper):
-        """What was done with a command."""
+        """The result of a command."""
 
     DISPOSITION_UNSPECIFIED: CommandResult.Disposition.ValueType  # 0
     DISPOSITION_APPLIED: CommandResult.Disposition.ValueType  # 1
@@ -1054,9 +1054,9 @@ Global___GoAway: _TypeAlias = GoAway  # noqa: Y015
 
 @_typing.final
 class Event(_message.Message):
-    """One entry of a session's log, or a passing notice. The entries have the sequences 1, 2, 3 … without a gap, the same for
-    every watcher and after every restart. A passing notice has sequence 0; it is never stored, and what it says can always be
-    recovered from the log.
+    """One entry of a session's log, or a transient notice. The entries have the sequences 1, 2, 3 … without a gap, the same
+    for every watcher and after every restart. A transient notice has sequence 0; it is never stored, and its content can
+    always be recovered from the log.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1083,23 +1083,23 @@ class Event(_message.Message):
     BLOCK_DELTA_FIELD_NUMBER: _builtins.int
     MESSAGE_DISCARDED_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """Set aside: 7 for the step of the run, 8 and 9 for more about any event, 25 to 39 for payloads that are stored. Payloads from
-    40 on are passing.
+    """Set aside: 7 for the step of the run, 8 and 9 for more about any event, 25 to 39 for payloads that are stored.
+    Payloads from 40 on are transient.
     """
     run: _builtins.str
     """sessions/{session}/runs/{run}. Empty when the event belongs to no run."""
     cause_id: _builtins.str
     """The command_id or request_id of the request that caused it."""
     principal: _builtins.str
-    """principals/{principal}: the caller who caused the event, also when its command was queued first. AuditService.GetPrincipal
-    says who that is. Empty for what the server does by itself (a reply, a deadline, a takeover), for callers without
-    credentials, and after an import. A fork keeps it.
+    """principals/{principal}: the caller who caused the event, also when its command was queued first.
+    AuditService.GetPrincipal says who that is. Empty for events that the server causes by itself (a reply, a deadline,
+    a takeover), for callers without credentials, and after an import. A fork keeps it.
     """
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
     def state_changed(self) -> Global___StateChanged:
-        """Passing (sequence 0) when the state of the user or of the app was changed elsewhere."""
+        """Transient (sequence 0) when the state of the user or of the app was changed elsewhere."""
 
     @_builtins.property
     def message_added(self) -> _message_pb2.Message:
@@ -1135,19 +1135,19 @@ class Event(_message.Message):
     def run_started(self) -> Global___RunStarted: ...
     @_builtins.property
     def summary_failed(self) -> Global___SummaryFailed:
-        """A summary was due and could not be made. The run goes on without it; a later run tries again."""
+        """A summary was due and could not be made. The run continues without it; a later run tries again."""
 
     @_builtins.property
     def tools_unavailable(self) -> Global___ToolsUnavailable:
-        """The tools of an MCP server are not available; the run goes on without them."""
+        """The tools of an MCP server are not available; the run continues without them."""
 
     @_builtins.property
     def block_delta(self) -> Global___BlockDelta:
-        """Passing."""
+        """Transient."""
 
     @_builtins.property
     def message_discarded(self) -> Global___MessageDiscarded:
-        """Passing."""
+        """Transient."""
 
     def __init__(
         self,
@@ -1335,8 +1335,8 @@ Global___CommandQueued: _TypeAlias = CommandQueued  # noqa: Y015
 
 @_typing.final
 class InputRequest(_message.Message):
-    """A question or an approval for a person. Any caller who may answer it does so with an InputResponse, from any process, also
-    days later.
+    """A question or an approval for a person. Any caller with the right to answer does so with an InputResponse, from any
+    process, even days later.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1351,9 +1351,9 @@ class InputRequest(_message.Message):
         KIND_APPROVAL: InputRequest._Kind.ValueType  # 1
         """May `call` run? Approve, approve with edited arguments, or deny."""
         KIND_QUESTION: InputRequest._Kind.ValueType  # 2
-        """`prompt` is the question. When `call` is OUTCOME_RUNNING, the tool of that call asks, and goes on with the answer. The
-        tool waits in the server's process. When that process is lost, the question is withdrawn, and the call is treated as its
-        tool's `on_interrupt` says.
+        """`prompt` is the question. When `call` is OUTCOME_RUNNING, the tool of that call asks, and continues with the
+        answer. The tool waits in the server's process. When that process is lost, the question is withdrawn, and the
+        call is treated as its tool's `on_interrupt` says.
         """
         KIND_INTERRUPTED_CALL: InputRequest._Kind.ValueType  # 3
         """`call` had started in a process that was lost. Approve: run it again; deny: it failed; answer: this is its result."""
@@ -1363,9 +1363,9 @@ class InputRequest(_message.Message):
     KIND_APPROVAL: InputRequest.Kind.ValueType  # 1
     """May `call` run? Approve, approve with edited arguments, or deny."""
     KIND_QUESTION: InputRequest.Kind.ValueType  # 2
-    """`prompt` is the question. When `call` is OUTCOME_RUNNING, the tool of that call asks, and goes on with the answer. The
-    tool waits in the server's process. When that process is lost, the question is withdrawn, and the call is treated as its
-    tool's `on_interrupt` says.
+    """`prompt` is the question. When `call` is OUTCOME_RUNNING, the tool of that call asks, and continues with the
+    answer. The tool waits in the server's process. When that process is lost, the question is withdrawn, and the
+    call is treated as its tool's `on_interrupt` says.
     """
     KIND_INTERRUPTED_CALL: InputRequest.Kind.ValueType  # 3
     """`call` had started in a process that was lost. Approve: run it again; deny: it failed; answer: this is its result."""
@@ -1433,7 +1433,7 @@ Global___InputResolved: _TypeAlias = InputResolved  # noqa: Y015
 
 @_typing.final
 class Rewound(_message.Message):
-    """Messages after `to_sequence` are superseded: they stay in the log, and the model is not shown them."""
+    """Messages after `to_sequence` are superseded: they stay in the log, and are not sent to the model."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1458,8 +1458,8 @@ Global___Rewound: _TypeAlias = Rewound  # noqa: Y015
 
 @_typing.final
 class Summarized(_message.Message):
-    """From this event on, agents are shown `text` in place of the messages up to `last_sequence`, which stay in the log and in all
-    lists. After a rewind to before this event, the summary in `previous` applies again.
+    """From this event on, models get `text` in place of the messages up to `last_sequence`, which stay in the log and in
+    all lists. After a rewind to before this event, the summary in `previous` applies again.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1560,8 +1560,8 @@ class RunStateChanged(_message.Message):
 
     @_builtins.property
     def place_wait(self) -> _duration_pb2.Duration:
-        """How long the run had no worker although it was RUNNING: it waited for a place in its server, or was taken over (then
-        counted from the last event before). `running_duration` and `limits.timeout` do not count that time. Set with
+        """How long the run had no worker although it was RUNNING: it waited for a free slot in its server, or was taken over
+        (then counted from the last event before). `running_duration` and `limits.timeout` do not count that time. Set with
         STATE_RUNNING, and with a final state that came while the run waited.
         """
 
@@ -1585,8 +1585,8 @@ Global___RunStateChanged: _TypeAlias = RunStateChanged  # noqa: Y015
 
 @_typing.final
 class MessageDiscarded(_message.Message):
-    """Nothing of this message is kept, and its open blocks are void. When the model is asked again, the new reply has another
-    name. Sent only to streams that were sent a part of the message.
+    """No part of this message is kept, and its open blocks are void. When the model is called again, the new reply has a
+    different name. Sent only to streams that received a part of the message.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1669,12 +1669,12 @@ Global___StateChanged: _TypeAlias = StateChanged  # noqa: Y015
 
 @_typing.final
 class BlockDelta(_message.Message):
-    """A slice of one part of a message that is being written. On a stream without `durable_only`, each assistant's `message_added`
-    with a sequence above `Attached.last_sequence` comes after the deltas of all its text, reasoning, json, refusal and argument
-    parts. So a client may print deltas alone, if it removes what it printed of a message at its `message_discarded`, and of
-    every unfinished message at `Attached` (on paper: begins a new line). `start` 0 begins a block, once in a stream; otherwise
-    `start` is the last `end`. Anything else is a gap: attach again. Slices fall between code points. All deltas of a block in
-    one stream are of one kind.
+    """A slice of one part of a message that is being written. On a stream without `durable_only`, each assistant's
+    `message_added` with a sequence above `Attached.last_sequence` comes after the deltas of all its text, reasoning,
+    json, refusal and argument parts. So a client may print only deltas, if it removes the printed part of a message at
+    its `message_discarded`, and of every unfinished message at `Attached` (or, if it cannot, begins a new line). `start`
+    0 begins a block, once in a stream; otherwise `start` is the last `end`. Anything else is a gap: attach again. Slices
+    fall between code points. All deltas of a block in one stream are of one kind.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -1702,8 +1702,8 @@ class BlockDelta(_message.Message):
     """The arguments of the call in call_id."""
     refusal: _builtins.str
     json: _builtins.str
-    """Sent for an agent with an output_schema. When tool calls follow, the finished message has the same bytes as a text part,
-    and a stream that was sent nothing of the block before gets them as text.
+    """Sent for an agent with an output_schema. When tool calls follow, the finished message has the same bytes as a
+    text part, and a stream that received no part of the block before gets them as text.
     """
     call_id: _builtins.str
     tool: _builtins.str

@@ -26,8 +26,8 @@ if _version_not_supported:
 
 
 class RunServiceStub(object):
-    """Runs agents. A run belongs to the server: a stream is only attached to it, and losing the stream does not change the run.
-    Run is SendCommand and WatchEvents on one stream: the same frames with the same effects.
+    """Runs agents. A run belongs to the server: a stream is only attached to it, and the run continues when the stream is
+    lost. Run combines SendCommand and WatchEvents in one stream, with the same frames and effects.
     """
 
     def __init__(self, channel):
@@ -84,15 +84,15 @@ class RunServiceStub(object):
 
 
 class RunServiceServicer(object):
-    """Runs agents. A run belongs to the server: a stream is only attached to it, and losing the stream does not change the run.
-    Run is SendCommand and WatchEvents on one stream: the same frames with the same effects.
+    """Runs agents. A run belongs to the server: a stream is only attached to it, and the run continues when the stream is
+    lost. Run combines SendCommand and WatchEvents in one stream, with the same frames and effects.
     """
 
     def Run(self, request_iterator, context):
-        """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or `attach`; a
-        bad first frame ends the stream with a status. A later command that is refused gets a CommandResult, and the stream goes
-        on. Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end unless
-        `keep_open`.
+        """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or
+        `attach`; a bad first frame ends the stream with a status. A later command that is refused gets a CommandResult,
+        and the stream continues. Half-close means that no more commands will come; it never cancels. The stream ends with
+        OK after the run's end unless `keep_open`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -100,9 +100,9 @@ class RunServiceServicer(object):
 
     def Invoke(self, request, context):
         """Starts a run, waits for its end, and returns the reply. Returns earlier when the run waits for a tool's result, an
-        approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When `timeout`
-        passes first, returns the run as it is then, and the run goes on. A repeat with the same request_id waits for the same
-        run.
+        approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When
+        `timeout` passes first, returns the run as it is then, and the run continues. A repeat with the same request_id
+        waits for the same run.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -137,9 +137,9 @@ class RunServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def CancelRun(self, request, context):
-        """Stops a run: see CancelCommand. Returns when that is durable. With allow_missing it also cancels a run whose start has not
-        arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION RUN_ENDED when the run has ended. A
-        repeat with the same request_id returns the first answer.
+        """Cancels a run: see CancelCommand. Returns when the cancellation is durable. With allow_missing it also cancels a
+        run whose start has not arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION
+        RUN_ENDED when the run has ended. A repeat with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -216,8 +216,8 @@ def add_RunServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class RunService(object):
-    """Runs agents. A run belongs to the server: a stream is only attached to it, and losing the stream does not change the run.
-    Run is SendCommand and WatchEvents on one stream: the same frames with the same effects.
+    """Runs agents. A run belongs to the server: a stream is only attached to it, and the run continues when the stream is
+    lost. Run combines SendCommand and WatchEvents in one stream, with the same frames and effects.
     """
 
     @staticmethod

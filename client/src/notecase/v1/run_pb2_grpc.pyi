@@ -27,8 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RunServiceStub:
-    """Runs agents. A run belongs to the server: a stream is only attached to it, and losing the stream does not change the run.
-    Run is SendCommand and WatchEvents on one stream: the same frames with the same effects.
+    """Runs agents. A run belongs to the server: a stream is only attached to it, and the run continues when the stream is
+    lost. Run combines SendCommand and WatchEvents in one stream, with the same frames and effects.
     """
 
     @_typing.overload
@@ -36,16 +36,16 @@ class RunServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> RunServiceAsyncStub: ...
     Run: _grpc.StreamStreamMultiCallable[_run_pb2.RunRequest, _run_pb2.RunResponse]
-    """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or `attach`; a
-    bad first frame ends the stream with a status. A later command that is refused gets a CommandResult, and the stream goes
-    on. Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end unless
-    `keep_open`.
+    """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or
+    `attach`; a bad first frame ends the stream with a status. A later command that is refused gets a CommandResult,
+    and the stream continues. Half-close means that no more commands will come; it never cancels. The stream ends with
+    OK after the run's end unless `keep_open`.
     """
     Invoke: _grpc.UnaryUnaryMultiCallable[_run_pb2.InvokeRequest, _run_pb2.InvokeResponse]
     """Starts a run, waits for its end, and returns the reply. Returns earlier when the run waits for a tool's result, an
-    approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When `timeout`
-    passes first, returns the run as it is then, and the run goes on. A repeat with the same request_id waits for the same
-    run.
+    approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When
+    `timeout` passes first, returns the run as it is then, and the run continues. A repeat with the same request_id
+    waits for the same run.
     """
     CreateRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.CreateRunRequest, _run_pb2.Run]
     """Starts a run in the background. FAILED_PRECONDITION RUN_ACTIVE when the session has one; metadata.run names it. A repeat
@@ -57,9 +57,9 @@ class RunServiceStub:
     WaitRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.WaitRunRequest, _run_pb2.Run]
     """Returns when the run has ended or waits, or when `timeout` passes."""
     CancelRun: _grpc.UnaryUnaryMultiCallable[_run_pb2.CancelRunRequest, _run_pb2.Run]
-    """Stops a run: see CancelCommand. Returns when that is durable. With allow_missing it also cancels a run whose start has not
-    arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION RUN_ENDED when the run has ended. A
-    repeat with the same request_id returns the first answer.
+    """Cancels a run: see CancelCommand. Returns when the cancellation is durable. With allow_missing it also cancels a
+    run whose start has not arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION
+    RUN_ENDED when the run has ended. A repeat with the same request_id returns the first answer.
     """
     SendCommand: _grpc.UnaryUnaryMultiCallable[_run_pb2.SendCommandRequest, _run_pb2.SendCommandResponse]
     """Carries out one command of the Run stream as a unary call. A refusal is the call's status."""
@@ -68,22 +68,22 @@ class RunServiceStub:
 
 @_typing.type_check_only
 class RunServiceAsyncStub(RunServiceStub):
-    """Runs agents. A run belongs to the server: a stream is only attached to it, and losing the stream does not change the run.
-    Run is SendCommand and WatchEvents on one stream: the same frames with the same effects.
+    """Runs agents. A run belongs to the server: a stream is only attached to it, and the run continues when the stream is
+    lost. Run combines SendCommand and WatchEvents in one stream, with the same frames and effects.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Run: _aio.StreamStreamMultiCallable[_run_pb2.RunRequest, _run_pb2.RunResponse]  # type: ignore[assignment]
-    """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or `attach`; a
-    bad first frame ends the stream with a status. A later command that is refused gets a CommandResult, and the stream goes
-    on. Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end unless
-    `keep_open`.
+    """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or
+    `attach`; a bad first frame ends the stream with a status. A later command that is refused gets a CommandResult,
+    and the stream continues. Half-close means that no more commands will come; it never cancels. The stream ends with
+    OK after the run's end unless `keep_open`.
     """
     Invoke: _aio.UnaryUnaryMultiCallable[_run_pb2.InvokeRequest, _run_pb2.InvokeResponse]  # type: ignore[assignment]
     """Starts a run, waits for its end, and returns the reply. Returns earlier when the run waits for a tool's result, an
-    approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When `timeout`
-    passes first, returns the run as it is then, and the run goes on. A repeat with the same request_id waits for the same
-    run.
+    approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When
+    `timeout` passes first, returns the run as it is then, and the run continues. A repeat with the same request_id
+    waits for the same run.
     """
     CreateRun: _aio.UnaryUnaryMultiCallable[_run_pb2.CreateRunRequest, _run_pb2.Run]  # type: ignore[assignment]
     """Starts a run in the background. FAILED_PRECONDITION RUN_ACTIVE when the session has one; metadata.run names it. A repeat
@@ -95,9 +95,9 @@ class RunServiceAsyncStub(RunServiceStub):
     WaitRun: _aio.UnaryUnaryMultiCallable[_run_pb2.WaitRunRequest, _run_pb2.Run]  # type: ignore[assignment]
     """Returns when the run has ended or waits, or when `timeout` passes."""
     CancelRun: _aio.UnaryUnaryMultiCallable[_run_pb2.CancelRunRequest, _run_pb2.Run]  # type: ignore[assignment]
-    """Stops a run: see CancelCommand. Returns when that is durable. With allow_missing it also cancels a run whose start has not
-    arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION RUN_ENDED when the run has ended. A
-    repeat with the same request_id returns the first answer.
+    """Cancels a run: see CancelCommand. Returns when the cancellation is durable. With allow_missing it also cancels a
+    run whose start has not arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION
+    RUN_ENDED when the run has ended. A repeat with the same request_id returns the first answer.
     """
     SendCommand: _aio.UnaryUnaryMultiCallable[_run_pb2.SendCommandRequest, _run_pb2.SendCommandResponse]  # type: ignore[assignment]
     """Carries out one command of the Run stream as a unary call. A refusal is the call's status."""
@@ -105,8 +105,8 @@ class RunServiceAsyncStub(RunServiceStub):
     """Streams the events of Run, without commands."""
 
 class RunServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Runs agents. A run belongs to the server: a stream is only attached to it, and losing the stream does not change the run.
-    Run is SendCommand and WatchEvents on one stream: the same frames with the same effects.
+    """Runs agents. A run belongs to the server: a stream is only attached to it, and the run continues when the stream is
+    lost. Run combines SendCommand and WatchEvents in one stream, with the same frames and effects.
     """
 
     @_abc_1.abstractmethod
@@ -115,10 +115,10 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_run_pb2.RunRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_run_pb2.RunResponse], _abc.AsyncIterator[_run_pb2.RunResponse]]:
-        """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or `attach`; a
-        bad first frame ends the stream with a status. A later command that is refused gets a CommandResult, and the stream goes
-        on. Half-close means that no more commands will come; it never cancels. The stream ends with OK after the run's end unless
-        `keep_open`.
+        """Starts a run or attaches to one, then carries commands in and events out. The first frame must be `start` or
+        `attach`; a bad first frame ends the stream with a status. A later command that is refused gets a CommandResult,
+        and the stream continues. Half-close means that no more commands will come; it never cancels. The stream ends with
+        OK after the run's end unless `keep_open`.
         """
 
     @_abc_1.abstractmethod
@@ -128,9 +128,9 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.InvokeResponse, _abc.Awaitable[_run_pb2.InvokeResponse]]:
         """Starts a run, waits for its end, and returns the reply. Returns earlier when the run waits for a tool's result, an
-        approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When `timeout`
-        passes first, returns the run as it is then, and the run goes on. A repeat with the same request_id waits for the same
-        run.
+        approval or an answer; the run's state says so. A run that fails is data in `run.error`, not a status. When
+        `timeout` passes first, returns the run as it is then, and the run continues. A repeat with the same request_id
+        waits for the same run.
         """
 
     @_abc_1.abstractmethod
@@ -172,9 +172,9 @@ class RunServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _run_pb2.CancelRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_run_pb2.Run, _abc.Awaitable[_run_pb2.Run]]:
-        """Stops a run: see CancelCommand. Returns when that is durable. With allow_missing it also cancels a run whose start has not
-        arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION RUN_ENDED when the run has ended. A
-        repeat with the same request_id returns the first answer.
+        """Cancels a run: see CancelCommand. Returns when the cancellation is durable. With allow_missing it also cancels a
+        run whose start has not arrived; that start is then refused (RUN_CANCELLED_BEFORE_START). FAILED_PRECONDITION
+        RUN_ENDED when the run has ended. A repeat with the same request_id returns the first answer.
         """
 
     @_abc_1.abstractmethod

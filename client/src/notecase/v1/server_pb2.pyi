@@ -40,7 +40,7 @@ class ServerInfo(_message.Message):
 
     @_typing.final
     class Caller(_message.Message):
-        """What the credential of a call says."""
+        """The caller, as its credential describes it."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -48,7 +48,7 @@ class ServerInfo(_message.Message):
         USER_FIELD_NUMBER: _builtins.int
         role: _key_pb2.Key.Role.ValueType
         user: _builtins.str
-        """users/{user}: the caller sees and runs only what is that user's. Empty: it is bound to no user."""
+        """users/{user}: the caller is limited to that user's sessions and state. Empty: the caller is not bound to a user."""
         def __init__(
             self,
             *,
@@ -81,7 +81,7 @@ class ServerInfo(_message.Message):
     """The largest blob."""
     max_page_size: _builtins.int
     max_runs: _builtins.int
-    """The most runs at work at once, over all sessions. A new start above it is RATE_LIMITED; a run that was accepted before
+    """The most concurrent runs, over all sessions. A new start above it is RATE_LIMITED; a run that was accepted before
     waits.
     """
     max_session_bytes: _builtins.int
@@ -100,7 +100,7 @@ class ServerInfo(_message.Message):
 
     @_builtins.property
     def caller(self) -> Global___ServerInfo.Caller:
-        """Who asks. Unset on a server without credentials, where every caller may do everything."""
+        """The caller of this method. Unset on a server without credentials, where every caller may do everything."""
 
     def __init__(
         self,

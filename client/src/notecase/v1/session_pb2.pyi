@@ -132,7 +132,7 @@ class Session(_message.Message):
     fork_sequence: _builtins.int
     """Output only: the last sequence that it has from its parent."""
     content_bytes: _builtins.int
-    """Output only: the bytes of all blobs to which its log refers, each counted once."""
+    """Output only: the bytes of all blobs that its log refers to, each counted once."""
     log_bytes: _builtins.int
     """Output only: the bytes of the log as it is stored, without blobs."""
     summary_sequence: _builtins.int
@@ -140,8 +140,8 @@ class Session(_message.Message):
     etag: _builtins.str
     """The etag of the metadata, not of the log. When an update sets it, the update is conditional."""
     uid: _builtins.str
-    """Output only: a random UUID, chosen at creation, fork and import. A session that is created later under the same name has
-    another one.
+    """Output only: a random UUID, chosen at creation, fork and import. A session that is created later with the same name
+    has a different one.
     """
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
@@ -167,8 +167,8 @@ class Session(_message.Message):
 
     @_builtins.property
     def idle_ttl(self) -> _duration_pb2.Duration:
-        """Each commit to the session sets expire_time to this long from then. While a run is under way, or waits, expire_time is
-        unset. At creation not together with expire_time or ttl.
+        """Each commit to the session sets expire_time to this long from then. While a run is active, even if it waits,
+        expire_time is unset. At creation not together with expire_time or ttl.
         """
 
     @_builtins.property
@@ -517,7 +517,9 @@ class CompactSessionRequest(_message.Message):
     keep_recent: _builtins.int
     """At least this many of the newest messages are not summarised. 0: the agent's `context.summary.keep_recent`; at most 500."""
     agent: _builtins.str
-    """agents/{agent}, or agents/{agent}@{revision}: whose provider, model and `context.summary` are used. Empty: the session's."""
+    """agents/{agent}, or agents/{agent}@{revision}: the agent whose provider, model and `context.summary` are used.
+    Empty: the session's.
+    """
     request_id: _builtins.str
     def __init__(
         self,
@@ -547,15 +549,15 @@ class ForkSessionRequest(_message.Message):
     name: _builtins.str
     """sessions/{session}: the source."""
     at_sequence: _builtins.int
-    """0: an empty log. Unset: the head. It may lie in a range that was rewound later: messages are then as they were before the
-    rewind.
+    """0: an empty log. Unset: the head. It may be in a range that was rewound later: messages are then as they were
+    before the rewind.
     """
     session_id: _builtins.str
     """As in CreateSession."""
     request_id: _builtins.str
     @_builtins.property
     def session(self) -> Global___Session:
-        """display_name, agent and labels replace the source's where they are set. The user is always the source's."""
+        """display_name, agent and labels replace the source's if they are set. The user is always the source's."""
 
     def __init__(
         self,
@@ -624,7 +626,9 @@ class ExportSessionRequest(_message.Message):
     name: _builtins.str
     """sessions/{session}"""
     with_blobs: _builtins.bool
-    """Include the content to which the log refers. Without it, the file can be imported only on a server that has the content."""
+    """Include the content that the log refers to. Without it, the file can be imported only on a server that has the
+    content.
+    """
     def __init__(
         self,
         *,
@@ -645,7 +649,7 @@ class ExportSessionResponse(_message.Message):
 
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """The next piece of the file, at most 1 MiB."""
+    """The next chunk of the file, at most 1 MiB."""
     def __init__(
         self,
         *,
@@ -666,7 +670,7 @@ class ImportSessionRequest(_message.Message):
     HEADER_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """The next piece of the file, at most 1 MiB."""
+    """The next chunk of the file, at most 1 MiB."""
     @_builtins.property
     def header(self) -> Global___ImportHeader:
         """Optional, in the first frame only."""

@@ -98,8 +98,8 @@ class SessionServiceServicer(object):
     """
 
     def CreateSession(self, request, context):
-        """Creates a session. Its first state is event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is missing. A
-        repeat with the same request_id returns the first answer.
+        """Creates a session. Its initial state is event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is
+        missing. A repeat with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,70 +127,72 @@ class SessionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteSession(self, request, context):
-        """Deletes a session with its log, state, messages and runs; a run under way stops. This is final: a repeat of a request that
-        was made in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which only this
-        session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
+        """Deletes a session with its log, state, messages and runs; an active run stops. This is final: a repeat of an
+        earlier request in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which
+        only this session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same
+        request_id succeeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CompactSession(self, request, context):
-        """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The log and
-        the lists stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
-        FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in
-        the meantime; messages that were added do not matter. A model that fails is a status, MODEL_ERROR or MODEL_UNAVAILABLE,
-        and nothing is kept. A repeat with the same request_id returns the first answer.
+        """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The
+        log and the lists do not change. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns
+        the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the session has an active run. ABORTED SEQUENCE_MISMATCH
+        when it was summarised or rewound in the meantime; added messages do not matter. When the model fails, the call
+        fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the
+        first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ForkSession(self, request, context):
-        """Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then. Runs and
-        calls that were under way at that sequence are cancelled in the fork. The source does not change, and each can be deleted
-        without harm to the other. Usage starts at 0. Remembered answers, queued commands and the expiry are not copied.
-        OUT_OF_RANGE when at_sequence is beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id
-        returns the first answer.
+        """Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then.
+        Runs and calls that were active at that sequence are cancelled in the fork. The source does not change, and each
+        can be deleted without affecting the other. Usage starts at 0. Remembered answers, queued commands and the expiry
+        are not copied. OUT_OF_RANGE when at_sequence is after the head, ALREADY_EXISTS when the id is taken. A repeat with
+        the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RewindSession(self, request, context):
-        """Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is restored,
-        and calls that were open at that sequence are cancelled. The state of users and of the app does not change.
-        FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
-        OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
+        """Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is
+        restored, and calls that were open at that sequence are cancelled. The state of users and of the app does not
+        change. FAILED_PRECONDITION RUN_ACTIVE while a run is active or queued, ABORTED when if_last_sequence is not the
+        head, OUT_OF_RANGE when to_sequence is after it. A repeat with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def EraseUser(self, request, context):
-        """Deletes every session of a user, as DeleteSession does, and the user's state with its versions; sessions that are created
-        for the user in the meantime are deleted too. What others said about the user, and the app's state, stay. Works in
-        batches: after a failure some sessions are deleted, and it is safe to repeat. Does nothing for an unknown user. A repeat
-        with the same request_id returns the first answer.
+        """Deletes every session of a user, as DeleteSession does, and the user's state with its versions; sessions that are
+        created for the user in the meantime are deleted too. Other sessions' messages about the user, and the app's state,
+        are kept. Works in batches: after a failure some sessions are deleted, and it is safe to repeat. Does nothing for
+        an unknown user. A repeat with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportSession(self, request, context):
-        """Streams a session as a file: its metadata and its whole log, in the format described in export.proto. The bytes do not
-        depend on the session's name. The file does not contain the state of users and of the app, ids of requests and commands,
-        and remembered answers. FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued.
+        """Streams a session as a file: its metadata and its whole log, in the format described in export.proto. The bytes do
+        not depend on the session's name. The file does not contain the state of users and of the app, ids of requests and
+        commands, and remembered answers. FAILED_PRECONDITION RUN_ACTIVE while a run is active or queued.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ImportSession(self, request_iterator, context):
-        """Creates a session from such a file, when all of it has arrived and its checksum is right. INVALID_ARGUMENT IMPORT_INVALID
-        when it is not, ALREADY_EXISTS when the id is taken, NOT_FOUND when it refers to content that is neither in the file nor
-        on this server; then no session is created. The session's agent need not exist on this server. A repeat with the same
-        request_id and file returns the first answer.
+        """Creates a session from an exported file, when all of it has arrived and its checksum is right. INVALID_ARGUMENT
+        IMPORT_INVALID when it is not right, ALREADY_EXISTS when the id is taken, NOT_FOUND when it refers to content that
+        is neither in the file nor on this server; then no session is created. The session's agent need not exist on this
+        server. A repeat with the same request_id and file returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

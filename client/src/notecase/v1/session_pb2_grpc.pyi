@@ -35,8 +35,8 @@ class SessionServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SessionServiceAsyncStub: ...
     CreateSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.CreateSessionRequest, _session_pb2.Session]
-    """Creates a session. Its first state is event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is missing. A
-    repeat with the same request_id returns the first answer.
+    """Creates a session. Its initial state is event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is
+    missing. A repeat with the same request_id returns the first answer.
     """
     GetSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.GetSessionRequest, _session_pb2.Session]
     ListSessions: _grpc.UnaryUnaryMultiCallable[_session_pb2.ListSessionsRequest, _session_pb2.ListSessionsResponse]
@@ -46,46 +46,48 @@ class SessionServiceStub:
     repeat with the same request_id returns the first answer.
     """
     DeleteSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.DeleteSessionRequest, _empty_pb2.Empty]
-    """Deletes a session with its log, state, messages and runs; a run under way stops. This is final: a repeat of a request that
-    was made in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which only this
-    session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
+    """Deletes a session with its log, state, messages and runs; an active run stops. This is final: a repeat of an
+    earlier request in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which
+    only this session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same
+    request_id succeeds.
     """
     CompactSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.CompactSessionRequest, _session_pb2.Session]
-    """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The log and
-    the lists stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
-    FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in
-    the meantime; messages that were added do not matter. A model that fails is a status, MODEL_ERROR or MODEL_UNAVAILABLE,
-    and nothing is kept. A repeat with the same request_id returns the first answer.
+    """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The
+    log and the lists do not change. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns
+    the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the session has an active run. ABORTED SEQUENCE_MISMATCH
+    when it was summarised or rewound in the meantime; added messages do not matter. When the model fails, the call
+    fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the
+    first answer.
     """
     ForkSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.Session]
-    """Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then. Runs and
-    calls that were under way at that sequence are cancelled in the fork. The source does not change, and each can be deleted
-    without harm to the other. Usage starts at 0. Remembered answers, queued commands and the expiry are not copied.
-    OUT_OF_RANGE when at_sequence is beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id
-    returns the first answer.
+    """Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then.
+    Runs and calls that were active at that sequence are cancelled in the fork. The source does not change, and each
+    can be deleted without affecting the other. Usage starts at 0. Remembered answers, queued commands and the expiry
+    are not copied. OUT_OF_RANGE when at_sequence is after the head, ALREADY_EXISTS when the id is taken. A repeat with
+    the same request_id returns the first answer.
     """
     RewindSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.RewindSessionRequest, _session_pb2.Session]
-    """Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is restored,
-    and calls that were open at that sequence are cancelled. The state of users and of the app does not change.
-    FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
-    OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
+    """Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is
+    restored, and calls that were open at that sequence are cancelled. The state of users and of the app does not
+    change. FAILED_PRECONDITION RUN_ACTIVE while a run is active or queued, ABORTED when if_last_sequence is not the
+    head, OUT_OF_RANGE when to_sequence is after it. A repeat with the same request_id returns the first answer.
     """
     EraseUser: _grpc.UnaryUnaryMultiCallable[_session_pb2.EraseUserRequest, _session_pb2.EraseUserResponse]
-    """Deletes every session of a user, as DeleteSession does, and the user's state with its versions; sessions that are created
-    for the user in the meantime are deleted too. What others said about the user, and the app's state, stay. Works in
-    batches: after a failure some sessions are deleted, and it is safe to repeat. Does nothing for an unknown user. A repeat
-    with the same request_id returns the first answer.
+    """Deletes every session of a user, as DeleteSession does, and the user's state with its versions; sessions that are
+    created for the user in the meantime are deleted too. Other sessions' messages about the user, and the app's state,
+    are kept. Works in batches: after a failure some sessions are deleted, and it is safe to repeat. Does nothing for
+    an unknown user. A repeat with the same request_id returns the first answer.
     """
     ExportSession: _grpc.UnaryStreamMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]
-    """Streams a session as a file: its metadata and its whole log, in the format described in export.proto. The bytes do not
-    depend on the session's name. The file does not contain the state of users and of the app, ids of requests and commands,
-    and remembered answers. FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued.
+    """Streams a session as a file: its metadata and its whole log, in the format described in export.proto. The bytes do
+    not depend on the session's name. The file does not contain the state of users and of the app, ids of requests and
+    commands, and remembered answers. FAILED_PRECONDITION RUN_ACTIVE while a run is active or queued.
     """
     ImportSession: _grpc.StreamUnaryMultiCallable[_session_pb2.ImportSessionRequest, _session_pb2.Session]
-    """Creates a session from such a file, when all of it has arrived and its checksum is right. INVALID_ARGUMENT IMPORT_INVALID
-    when it is not, ALREADY_EXISTS when the id is taken, NOT_FOUND when it refers to content that is neither in the file nor
-    on this server; then no session is created. The session's agent need not exist on this server. A repeat with the same
-    request_id and file returns the first answer.
+    """Creates a session from an exported file, when all of it has arrived and its checksum is right. INVALID_ARGUMENT
+    IMPORT_INVALID when it is not right, ALREADY_EXISTS when the id is taken, NOT_FOUND when it refers to content that
+    is neither in the file nor on this server; then no session is created. The session's agent need not exist on this
+    server. A repeat with the same request_id and file returns the first answer.
     """
 
 @_typing.type_check_only
@@ -94,8 +96,8 @@ class SessionServiceAsyncStub(SessionServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateSession: _aio.UnaryUnaryMultiCallable[_session_pb2.CreateSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
-    """Creates a session. Its first state is event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is missing. A
-    repeat with the same request_id returns the first answer.
+    """Creates a session. Its initial state is event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is
+    missing. A repeat with the same request_id returns the first answer.
     """
     GetSession: _aio.UnaryUnaryMultiCallable[_session_pb2.GetSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
     ListSessions: _aio.UnaryUnaryMultiCallable[_session_pb2.ListSessionsRequest, _session_pb2.ListSessionsResponse]  # type: ignore[assignment]
@@ -105,46 +107,48 @@ class SessionServiceAsyncStub(SessionServiceStub):
     repeat with the same request_id returns the first answer.
     """
     DeleteSession: _aio.UnaryUnaryMultiCallable[_session_pb2.DeleteSessionRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Deletes a session with its log, state, messages and runs; a run under way stops. This is final: a repeat of a request that
-    was made in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which only this
-    session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
+    """Deletes a session with its log, state, messages and runs; an active run stops. This is final: a repeat of an
+    earlier request in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which
+    only this session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same
+    request_id succeeds.
     """
     CompactSession: _aio.UnaryUnaryMultiCallable[_session_pb2.CompactSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
-    """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The log and
-    the lists stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
-    FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in
-    the meantime; messages that were added do not matter. A model that fails is a status, MODEL_ERROR or MODEL_UNAVAILABLE,
-    and nothing is kept. A repeat with the same request_id returns the first answer.
+    """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The
+    log and the lists do not change. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns
+    the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the session has an active run. ABORTED SEQUENCE_MISMATCH
+    when it was summarised or rewound in the meantime; added messages do not matter. When the model fails, the call
+    fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the
+    first answer.
     """
     ForkSession: _aio.UnaryUnaryMultiCallable[_session_pb2.ForkSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
-    """Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then. Runs and
-    calls that were under way at that sequence are cancelled in the fork. The source does not change, and each can be deleted
-    without harm to the other. Usage starts at 0. Remembered answers, queued commands and the expiry are not copied.
-    OUT_OF_RANGE when at_sequence is beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id
-    returns the first answer.
+    """Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then.
+    Runs and calls that were active at that sequence are cancelled in the fork. The source does not change, and each
+    can be deleted without affecting the other. Usage starts at 0. Remembered answers, queued commands and the expiry
+    are not copied. OUT_OF_RANGE when at_sequence is after the head, ALREADY_EXISTS when the id is taken. A repeat with
+    the same request_id returns the first answer.
     """
     RewindSession: _aio.UnaryUnaryMultiCallable[_session_pb2.RewindSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
-    """Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is restored,
-    and calls that were open at that sequence are cancelled. The state of users and of the app does not change.
-    FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
-    OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
+    """Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is
+    restored, and calls that were open at that sequence are cancelled. The state of users and of the app does not
+    change. FAILED_PRECONDITION RUN_ACTIVE while a run is active or queued, ABORTED when if_last_sequence is not the
+    head, OUT_OF_RANGE when to_sequence is after it. A repeat with the same request_id returns the first answer.
     """
     EraseUser: _aio.UnaryUnaryMultiCallable[_session_pb2.EraseUserRequest, _session_pb2.EraseUserResponse]  # type: ignore[assignment]
-    """Deletes every session of a user, as DeleteSession does, and the user's state with its versions; sessions that are created
-    for the user in the meantime are deleted too. What others said about the user, and the app's state, stay. Works in
-    batches: after a failure some sessions are deleted, and it is safe to repeat. Does nothing for an unknown user. A repeat
-    with the same request_id returns the first answer.
+    """Deletes every session of a user, as DeleteSession does, and the user's state with its versions; sessions that are
+    created for the user in the meantime are deleted too. Other sessions' messages about the user, and the app's state,
+    are kept. Works in batches: after a failure some sessions are deleted, and it is safe to repeat. Does nothing for
+    an unknown user. A repeat with the same request_id returns the first answer.
     """
     ExportSession: _aio.UnaryStreamMultiCallable[_session_pb2.ExportSessionRequest, _session_pb2.ExportSessionResponse]  # type: ignore[assignment]
-    """Streams a session as a file: its metadata and its whole log, in the format described in export.proto. The bytes do not
-    depend on the session's name. The file does not contain the state of users and of the app, ids of requests and commands,
-    and remembered answers. FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued.
+    """Streams a session as a file: its metadata and its whole log, in the format described in export.proto. The bytes do
+    not depend on the session's name. The file does not contain the state of users and of the app, ids of requests and
+    commands, and remembered answers. FAILED_PRECONDITION RUN_ACTIVE while a run is active or queued.
     """
     ImportSession: _aio.StreamUnaryMultiCallable[_session_pb2.ImportSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
-    """Creates a session from such a file, when all of it has arrived and its checksum is right. INVALID_ARGUMENT IMPORT_INVALID
-    when it is not, ALREADY_EXISTS when the id is taken, NOT_FOUND when it refers to content that is neither in the file nor
-    on this server; then no session is created. The session's agent need not exist on this server. A repeat with the same
-    request_id and file returns the first answer.
+    """Creates a session from an exported file, when all of it has arrived and its checksum is right. INVALID_ARGUMENT
+    IMPORT_INVALID when it is not right, ALREADY_EXISTS when the id is taken, NOT_FOUND when it refers to content that
+    is neither in the file nor on this server; then no session is created. The session's agent need not exist on this
+    server. A repeat with the same request_id and file returns the first answer.
     """
 
 class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -156,8 +160,8 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.CreateSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
-        """Creates a session. Its first state is event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is missing. A
-        repeat with the same request_id returns the first answer.
+        """Creates a session. Its initial state is event 1. ALREADY_EXISTS when the id is taken. NOT_FOUND when its agent is
+        missing. A repeat with the same request_id returns the first answer.
         """
 
     @_abc_1.abstractmethod
@@ -191,9 +195,10 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.DeleteSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Deletes a session with its log, state, messages and runs; a run under way stops. This is final: a repeat of a request that
-        was made in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which only this
-        session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same request_id succeeds.
+        """Deletes a session with its log, state, messages and runs; an active run stops. This is final: a repeat of an
+        earlier request in the session is NOT_FOUND. Its rows are overwritten on disk within seconds, and blobs to which
+        only this session referred within about a day. ABORTED when `etag` is set and stale. A repeat with the same
+        request_id succeeds.
         """
 
     @_abc_1.abstractmethod
@@ -202,11 +207,12 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.CompactSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
-        """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The log and
-        the lists stay whole. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns the session unchanged.
-        FAILED_PRECONDITION RUN_ACTIVE when it has a run under way. ABORTED SEQUENCE_MISMATCH when it was summarised or rewound in
-        the meantime; messages that were added do not matter. A model that fails is a status, MODEL_ERROR or MODEL_UNAVAILABLE,
-        and nothing is kept. A repeat with the same request_id returns the first answer.
+        """Summarises the older messages now, by the agent's model or one of its fallbacks, and adds a `summarized` event. The
+        log and the lists do not change. One call covers at most 500 messages or 1 MiB; with nothing to cover it returns
+        the session unchanged. FAILED_PRECONDITION RUN_ACTIVE when the session has an active run. ABORTED SEQUENCE_MISMATCH
+        when it was summarised or rewound in the meantime; added messages do not matter. When the model fails, the call
+        fails with MODEL_ERROR or MODEL_UNAVAILABLE, and nothing is kept. A repeat with the same request_id returns the
+        first answer.
         """
 
     @_abc_1.abstractmethod
@@ -215,11 +221,11 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.ForkSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
-        """Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then. Runs and
-        calls that were under way at that sequence are cancelled in the fork. The source does not change, and each can be deleted
-        without harm to the other. Usage starts at 0. Remembered answers, queued commands and the expiry are not copied.
-        OUT_OF_RANGE when at_sequence is beyond the head, ALREADY_EXISTS when the id is taken. A repeat with the same request_id
-        returns the first answer.
+        """Creates a session from the log up to at_sequence, with the sequences, messages, state and runs as they were then.
+        Runs and calls that were active at that sequence are cancelled in the fork. The source does not change, and each
+        can be deleted without affecting the other. Usage starts at 0. Remembered answers, queued commands and the expiry
+        are not copied. OUT_OF_RANGE when at_sequence is after the head, ALREADY_EXISTS when the id is taken. A repeat with
+        the same request_id returns the first answer.
         """
 
     @_abc_1.abstractmethod
@@ -228,10 +234,10 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.RewindSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
-        """Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is restored,
-        and calls that were open at that sequence are cancelled. The state of users and of the app does not change.
-        FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued, ABORTED when if_last_sequence is not the head,
-        OUT_OF_RANGE beyond it. A repeat with the same request_id returns the first answer.
+        """Goes back to to_sequence in one commit: messages after it are superseded and stay in the log, session state is
+        restored, and calls that were open at that sequence are cancelled. The state of users and of the app does not
+        change. FAILED_PRECONDITION RUN_ACTIVE while a run is active or queued, ABORTED when if_last_sequence is not the
+        head, OUT_OF_RANGE when to_sequence is after it. A repeat with the same request_id returns the first answer.
         """
 
     @_abc_1.abstractmethod
@@ -240,10 +246,10 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.EraseUserRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.EraseUserResponse, _abc.Awaitable[_session_pb2.EraseUserResponse]]:
-        """Deletes every session of a user, as DeleteSession does, and the user's state with its versions; sessions that are created
-        for the user in the meantime are deleted too. What others said about the user, and the app's state, stay. Works in
-        batches: after a failure some sessions are deleted, and it is safe to repeat. Does nothing for an unknown user. A repeat
-        with the same request_id returns the first answer.
+        """Deletes every session of a user, as DeleteSession does, and the user's state with its versions; sessions that are
+        created for the user in the meantime are deleted too. Other sessions' messages about the user, and the app's state,
+        are kept. Works in batches: after a failure some sessions are deleted, and it is safe to repeat. Does nothing for
+        an unknown user. A repeat with the same request_id returns the first answer.
         """
 
     @_abc_1.abstractmethod
@@ -252,9 +258,9 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.ExportSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_session_pb2.ExportSessionResponse], _abc.AsyncIterator[_session_pb2.ExportSessionResponse]]:
-        """Streams a session as a file: its metadata and its whole log, in the format described in export.proto. The bytes do not
-        depend on the session's name. The file does not contain the state of users and of the app, ids of requests and commands,
-        and remembered answers. FAILED_PRECONDITION RUN_ACTIVE while a run is under way or queued.
+        """Streams a session as a file: its metadata and its whole log, in the format described in export.proto. The bytes do
+        not depend on the session's name. The file does not contain the state of users and of the app, ids of requests and
+        commands, and remembered answers. FAILED_PRECONDITION RUN_ACTIVE while a run is active or queued.
         """
 
     @_abc_1.abstractmethod
@@ -263,10 +269,10 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_session_pb2.ImportSessionRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
-        """Creates a session from such a file, when all of it has arrived and its checksum is right. INVALID_ARGUMENT IMPORT_INVALID
-        when it is not, ALREADY_EXISTS when the id is taken, NOT_FOUND when it refers to content that is neither in the file nor
-        on this server; then no session is created. The session's agent need not exist on this server. A repeat with the same
-        request_id and file returns the first answer.
+        """Creates a session from an exported file, when all of it has arrived and its checksum is right. INVALID_ARGUMENT
+        IMPORT_INVALID when it is not right, ALREADY_EXISTS when the id is taken, NOT_FOUND when it refers to content that
+        is neither in the file nor on this server; then no session is created. The session's agent need not exist on this
+        server. A repeat with the same request_id and file returns the first answer.
         """
 
 def add_SessionServiceServicer_to_server(servicer: SessionServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

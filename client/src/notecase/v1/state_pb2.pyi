@@ -52,7 +52,7 @@ class State(_message.Message):
     name: _builtins.str
     """sessions/{session}/state, users/{user}/state or app/state"""
     version: _builtins.int
-    """Grows by 1 with each change of the scope, however many keys it touches. 0: never written."""
+    """Grows by 1 with each change of the scope, which may set several keys. 0: never written."""
     @_builtins.property
     def entries(self) -> _containers.MessageMap[_builtins.str, Global___StateEntry]: ...
     def __init__(
@@ -78,7 +78,7 @@ class StateEntry(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     UPDATE_TIME_FIELD_NUMBER: _builtins.int
     version: _builtins.int
-    """The State.version of its last change. It only grows, also when the key is removed and set again."""
+    """The State.version of its last change. It only grows, even when the key is removed and set again."""
     @_builtins.property
     def value(self) -> _content_pb2.Value: ...
     @_builtins.property
@@ -111,7 +111,9 @@ class StateOp(_message.Message):
     INCREMENT_FIELD_NUMBER: _builtins.int
     APPEND_FIELD_NUMBER: _builtins.int
     key: _builtins.str
-    """1 to 256 bytes of UTF-8. In a session the keys "user" and "app" are refused: templates read the other scopes by them."""
+    """1 to 256 bytes of UTF-8. In a session the keys "user" and "app" are refused: templates use them for the other
+    scopes.
+    """
     if_version: _builtins.int
     """0: the key must not exist."""
     increment: _builtins.int
@@ -162,15 +164,16 @@ class GetStateRequest(_message.Message):
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     at_sequence: _builtins.int
-    """Returns session state as it was at this sequence, with its versions and times of then. 0: as it is now. The server reads
-    all changes of the state up to there. Refused for the state of users and the app. OUT_OF_RANGE beyond the head.
+    """Returns session state as it was at this sequence, with its versions and times. 0: as it is now. The server reads
+    all changes of the state up to that sequence. Refused for the state of users and the app. OUT_OF_RANGE when the
+    sequence is after the head.
     """
     page_size: _builtins.int
     """0: 50; at most 1000."""
     page_token: _builtins.str
     @_builtins.property
     def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Empty: all keys. A page ends at page_size or 1 MiB, also when keys are named."""
+        """Empty: all keys. A page ends at page_size or 1 MiB, even when keys are named."""
 
     def __init__(
         self,

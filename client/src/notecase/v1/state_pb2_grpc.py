@@ -61,8 +61,7 @@ class StateServiceServicer(object):
     """
 
     def GetState(self, request, context):
-        """Returns a page of entries, in the order of their keys, or the entries of the keys that are named. Missing keys are left
-        out.
+        """Returns a page of entries, sorted by key, or the entries of the named keys. Missing keys are left out.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -76,9 +75,9 @@ class StateServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateState(self, request, context):
-        """Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When the
-        answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a condition is
-        not met, FAILED_PRECONDITION when an operation does not exist for the value's type.
+        """Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When
+        the answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a
+        condition is not met, FAILED_PRECONDITION when an operation does not apply to the value's type.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

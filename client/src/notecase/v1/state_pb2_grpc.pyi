@@ -37,15 +37,13 @@ class StateServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> StateServiceAsyncStub: ...
     GetState: _grpc.UnaryUnaryMultiCallable[_state_pb2.GetStateRequest, _state_pb2.GetStateResponse]
-    """Returns a page of entries, in the order of their keys, or the entries of the keys that are named. Missing keys are left
-    out.
-    """
+    """Returns a page of entries, sorted by key, or the entries of the named keys. Missing keys are left out."""
     PutState: _grpc.UnaryUnaryMultiCallable[_state_pb2.PutStateRequest, _state_pb2.StateEntry]
     """Sets one key. ABORTED with metadata.version when if_version is set and differs."""
     UpdateState: _grpc.UnaryUnaryMultiCallable[_state_pb2.UpdateStateRequest, _state_pb2.State]
-    """Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When the
-    answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a condition is
-    not met, FAILED_PRECONDITION when an operation does not exist for the value's type.
+    """Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When
+    the answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a
+    condition is not met, FAILED_PRECONDITION when an operation does not apply to the value's type.
     """
 
 @_typing.type_check_only
@@ -57,15 +55,13 @@ class StateServiceAsyncStub(StateServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetState: _aio.UnaryUnaryMultiCallable[_state_pb2.GetStateRequest, _state_pb2.GetStateResponse]  # type: ignore[assignment]
-    """Returns a page of entries, in the order of their keys, or the entries of the keys that are named. Missing keys are left
-    out.
-    """
+    """Returns a page of entries, sorted by key, or the entries of the named keys. Missing keys are left out."""
     PutState: _aio.UnaryUnaryMultiCallable[_state_pb2.PutStateRequest, _state_pb2.StateEntry]  # type: ignore[assignment]
     """Sets one key. ABORTED with metadata.version when if_version is set and differs."""
     UpdateState: _aio.UnaryUnaryMultiCallable[_state_pb2.UpdateStateRequest, _state_pb2.State]  # type: ignore[assignment]
-    """Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When the
-    answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a condition is
-    not met, FAILED_PRECONDITION when an operation does not exist for the value's type.
+    """Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When
+    the answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a
+    condition is not met, FAILED_PRECONDITION when an operation does not apply to the value's type.
     """
 
 class StateServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -80,9 +76,7 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _state_pb2.GetStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_state_pb2.GetStateResponse, _abc.Awaitable[_state_pb2.GetStateResponse]]:
-        """Returns a page of entries, in the order of their keys, or the entries of the keys that are named. Missing keys are left
-        out.
-        """
+        """Returns a page of entries, sorted by key, or the entries of the named keys. Missing keys are left out."""
 
     @_abc_1.abstractmethod
     def PutState(
@@ -98,9 +92,9 @@ class StateServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _state_pb2.UpdateStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_state_pb2.State, _abc.Awaitable[_state_pb2.State]]:
-        """Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When the
-        answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a condition is
-        not met, FAILED_PRECONDITION when an operation does not exist for the value's type.
+        """Applies several operations in one commit, all or none, and returns those of the keys that exist afterwards. When
+        the answer has reached 1 MiB, further entries come without their values; read them with GetState. ABORTED when a
+        condition is not met, FAILED_PRECONDITION when an operation does not apply to the value's type.
         """
 
 def add_StateServiceServicer_to_server(servicer: StateServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -38,14 +38,14 @@ class Tenant(_message.Message):
         STATE_ACTIVE: Tenant._State.ValueType  # 1
         STATE_SUSPENDED: Tenant._State.ValueType  # 2
         STATE_DELETING: Tenant._State.ValueType  # 3
-        """It is being deleted."""
+        """The tenant is being deleted."""
 
     class State(_State, metaclass=_StateEnumTypeWrapper): ...
     STATE_UNSPECIFIED: Tenant.State.ValueType  # 0
     STATE_ACTIVE: Tenant.State.ValueType  # 1
     STATE_SUSPENDED: Tenant.State.ValueType  # 2
     STATE_DELETING: Tenant.State.ValueType  # 3
-    """It is being deleted."""
+    """The tenant is being deleted."""
 
     NAME_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
@@ -276,10 +276,10 @@ class ExportTenantResponse(_message.Message):
     DROPPED_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     chunk: _builtins.bytes
-    """The next bytes of the session's file or of the blob that was begun last, at most 256 KiB."""
+    """The next bytes of the current session's file or of the current blob, at most 256 KiB."""
     dropped: _builtins.str
-    """The name of the session or blob that was begun last. It cannot be read to its end, since it was deleted during the export
-    or is damaged in the store: discard its chunks.
+    """The name of the current session or blob. It cannot be read to its end, since it was deleted during the export or
+    is damaged in the store: discard its chunks.
     """
     page_token: _builtins.str
     """Set on the records at which an export can be resumed."""
@@ -289,7 +289,9 @@ class ExportTenantResponse(_message.Message):
 
     @_builtins.property
     def session(self) -> _session_pb2.Session:
-        """Begins a session. Its file follows in chunks, in the format that export.proto describes. The newest session comes first."""
+        """Begins a session. Its file follows in chunks, in the format described in export.proto. The newest session comes
+        first.
+        """
 
     @_builtins.property
     def state(self) -> _state_pb2.State:

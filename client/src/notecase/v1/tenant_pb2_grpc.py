@@ -80,7 +80,8 @@ class TenantServiceServicer(object):
     """
 
     def CreateTenant(self, request, context):
-        """Makes a tenant known. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the first answer.
+        """Adds a tenant to the known ones. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the
+        first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,10 +102,10 @@ class TenantServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def SuspendTenant(self, request, context):
-        """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds, and
-        cancels the runs that are at work or queued, now and whenever a deadline starts one. Runs that wait go on waiting, and
-        nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns the first
-        answer.
+        """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds,
+        and cancels active and queued runs, now and whenever a deadline starts one. Runs that wait keep waiting, and
+        nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns
+        the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,26 +120,26 @@ class TenantServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DeleteTenant(self, request, context):
-        """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
-        call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
-        if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+        """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; if
+        the call is interrupted, the server continues by itself. Calls of the tenant are refused in the meantime, and
+        accepted again afterwards if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with
+        the same request_id succeeds.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExportTenant(self, request, context):
-        """Streams everything that the tenant holds: its sessions, as ExportSession writes them without content; the states of the
-        tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order, so that
-        an agent or blob that an exported item refers to is not missing for being newer than the item. When a run is under way in
-        a session, the exported file ends with events that cancel it, as in a fork; the session itself is not changed. Each item
-        is exported as it is when it is read; suspend the tenant first to export all of them as they are at one moment.
+        """Streams all data of the tenant: its sessions, as ExportSession writes them without content; the states of the
+        tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order,
+        so that agents and blobs that exported items refer to are not missing, even if they are newer. When a session has
+        an active run, the exported file ends with events that cancel it, as in a fork; the session itself is not changed.
+        Each item is exported as it is when it is read; suspend the tenant first for a consistent snapshot. Keys,
+        principals, the audit log, ids of requests and commands, and incomplete uploads are not exported.
 
-        Not exported are keys, principals, the audit, the ids of requests and commands, and incomplete uploads.
-
-        This is the only method by which an operator reads content. Before the first record is sent, an entry is written to the
-        tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is deleted
-        during the export. May be repeated: what has not changed is exported in the same order with the same bytes.
+        This is the only method by which an operator reads content. Before the first record is sent, an entry is written to
+        the tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is
+        deleted during the export. May be repeated: unchanged items are exported in the same order with the same bytes.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,38 +37,40 @@ class TenantServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TenantServiceAsyncStub: ...
     CreateTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.CreateTenantRequest, _tenant_pb2.Tenant]
-    """Makes a tenant known. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the first answer."""
+    """Adds a tenant to the known ones. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the
+    first answer.
+    """
     GetTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.GetTenantRequest, _tenant_pb2.Tenant]
     """Returns a known tenant. NOT_FOUND when it is not known."""
     ListTenants: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.ListTenantsRequest, _tenant_pb2.ListTenantsResponse]
     """Returns a page of the known tenants, by name."""
     SuspendTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.SuspendTenantRequest, _tenant_pb2.Tenant]
-    """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds, and
-    cancels the runs that are at work or queued, now and whenever a deadline starts one. Runs that wait go on waiting, and
-    nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns the first
-    answer.
+    """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds,
+    and cancels active and queued runs, now and whenever a deadline starts one. Runs that wait keep waiting, and
+    nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns
+    the first answer.
     """
     ResumeTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.ResumeTenantRequest, _tenant_pb2.Tenant]
     """Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
     with the same request_id returns the first answer.
     """
     DeleteTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.DeleteTenantRequest, _empty_pb2.Empty]
-    """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
-    call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
-    if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+    """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; if
+    the call is interrupted, the server continues by itself. Calls of the tenant are refused in the meantime, and
+    accepted again afterwards if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with
+    the same request_id succeeds.
     """
     ExportTenant: _grpc.UnaryStreamMultiCallable[_tenant_pb2.ExportTenantRequest, _tenant_pb2.ExportTenantResponse]
-    """Streams everything that the tenant holds: its sessions, as ExportSession writes them without content; the states of the
-    tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order, so that
-    an agent or blob that an exported item refers to is not missing for being newer than the item. When a run is under way in
-    a session, the exported file ends with events that cancel it, as in a fork; the session itself is not changed. Each item
-    is exported as it is when it is read; suspend the tenant first to export all of them as they are at one moment.
+    """Streams all data of the tenant: its sessions, as ExportSession writes them without content; the states of the
+    tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order,
+    so that agents and blobs that exported items refer to are not missing, even if they are newer. When a session has
+    an active run, the exported file ends with events that cancel it, as in a fork; the session itself is not changed.
+    Each item is exported as it is when it is read; suspend the tenant first for a consistent snapshot. Keys,
+    principals, the audit log, ids of requests and commands, and incomplete uploads are not exported.
 
-    Not exported are keys, principals, the audit, the ids of requests and commands, and incomplete uploads.
-
-    This is the only method by which an operator reads content. Before the first record is sent, an entry is written to the
-    tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is deleted
-    during the export. May be repeated: what has not changed is exported in the same order with the same bytes.
+    This is the only method by which an operator reads content. Before the first record is sent, an entry is written to
+    the tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is
+    deleted during the export. May be repeated: unchanged items are exported in the same order with the same bytes.
     """
 
 @_typing.type_check_only
@@ -79,38 +81,40 @@ class TenantServiceAsyncStub(TenantServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.CreateTenantRequest, _tenant_pb2.Tenant]  # type: ignore[assignment]
-    """Makes a tenant known. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the first answer."""
+    """Adds a tenant to the known ones. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the
+    first answer.
+    """
     GetTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.GetTenantRequest, _tenant_pb2.Tenant]  # type: ignore[assignment]
     """Returns a known tenant. NOT_FOUND when it is not known."""
     ListTenants: _aio.UnaryUnaryMultiCallable[_tenant_pb2.ListTenantsRequest, _tenant_pb2.ListTenantsResponse]  # type: ignore[assignment]
     """Returns a page of the known tenants, by name."""
     SuspendTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.SuspendTenantRequest, _tenant_pb2.Tenant]  # type: ignore[assignment]
-    """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds, and
-    cancels the runs that are at work or queued, now and whenever a deadline starts one. Runs that wait go on waiting, and
-    nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns the first
-    answer.
+    """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds,
+    and cancels active and queued runs, now and whenever a deadline starts one. Runs that wait keep waiting, and
+    nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns
+    the first answer.
     """
     ResumeTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.ResumeTenantRequest, _tenant_pb2.Tenant]  # type: ignore[assignment]
     """Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
     with the same request_id returns the first answer.
     """
     DeleteTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.DeleteTenantRequest, _empty_pb2.Empty]  # type: ignore[assignment]
-    """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
-    call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
-    if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+    """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; if
+    the call is interrupted, the server continues by itself. Calls of the tenant are refused in the meantime, and
+    accepted again afterwards if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with
+    the same request_id succeeds.
     """
     ExportTenant: _aio.UnaryStreamMultiCallable[_tenant_pb2.ExportTenantRequest, _tenant_pb2.ExportTenantResponse]  # type: ignore[assignment]
-    """Streams everything that the tenant holds: its sessions, as ExportSession writes them without content; the states of the
-    tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order, so that
-    an agent or blob that an exported item refers to is not missing for being newer than the item. When a run is under way in
-    a session, the exported file ends with events that cancel it, as in a fork; the session itself is not changed. Each item
-    is exported as it is when it is read; suspend the tenant first to export all of them as they are at one moment.
+    """Streams all data of the tenant: its sessions, as ExportSession writes them without content; the states of the
+    tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order,
+    so that agents and blobs that exported items refer to are not missing, even if they are newer. When a session has
+    an active run, the exported file ends with events that cancel it, as in a fork; the session itself is not changed.
+    Each item is exported as it is when it is read; suspend the tenant first for a consistent snapshot. Keys,
+    principals, the audit log, ids of requests and commands, and incomplete uploads are not exported.
 
-    Not exported are keys, principals, the audit, the ids of requests and commands, and incomplete uploads.
-
-    This is the only method by which an operator reads content. Before the first record is sent, an entry is written to the
-    tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is deleted
-    during the export. May be repeated: what has not changed is exported in the same order with the same bytes.
+    This is the only method by which an operator reads content. Before the first record is sent, an entry is written to
+    the tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is
+    deleted during the export. May be repeated: unchanged items are exported in the same order with the same bytes.
     """
 
 class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -124,7 +128,9 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tenant_pb2.CreateTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tenant_pb2.Tenant, _abc.Awaitable[_tenant_pb2.Tenant]]:
-        """Makes a tenant known. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the first answer."""
+        """Adds a tenant to the known ones. ALREADY_EXISTS when it is known. A repeat with the same request_id returns the
+        first answer.
+        """
 
     @_abc_1.abstractmethod
     def GetTenant(
@@ -148,10 +154,10 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tenant_pb2.SuspendTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_tenant_pb2.Tenant, _abc.Awaitable[_tenant_pb2.Tenant]]:
-        """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds, and
-        cancels the runs that are at work or queued, now and whenever a deadline starts one. Runs that wait go on waiting, and
-        nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns the first
-        answer.
+        """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds,
+        and cancels active and queued runs, now and whenever a deadline starts one. Runs that wait keep waiting, and
+        nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns
+        the first answer.
         """
 
     @_abc_1.abstractmethod
@@ -170,9 +176,10 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tenant_pb2.DeleteTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_empty_pb2.Empty, _abc.Awaitable[_empty_pb2.Empty]]:
-        """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; when the
-        call is cut, the server goes on by itself. Calls of the tenant are refused in the meantime, and accepted again afterwards
-        if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with the same request_id succeeds.
+        """Deletes the tenant with its sessions, states, agents, content and keys. Returns when the last row is deleted; if
+        the call is interrupted, the server continues by itself. Calls of the tenant are refused in the meantime, and
+        accepted again afterwards if their credentials come from elsewhere. NOT_FOUND when it is not known. A repeat with
+        the same request_id succeeds.
         """
 
     @_abc_1.abstractmethod
@@ -181,17 +188,16 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _tenant_pb2.ExportTenantRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_tenant_pb2.ExportTenantResponse], _abc.AsyncIterator[_tenant_pb2.ExportTenantResponse]]:
-        """Streams everything that the tenant holds: its sessions, as ExportSession writes them without content; the states of the
-        tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order, so that
-        an agent or blob that an exported item refers to is not missing for being newer than the item. When a run is under way in
-        a session, the exported file ends with events that cancel it, as in a fork; the session itself is not changed. Each item
-        is exported as it is when it is read; suspend the tenant first to export all of them as they are at one moment.
+        """Streams all data of the tenant: its sessions, as ExportSession writes them without content; the states of the
+        tenant and of its users; its agents with their revisions; and its content, each blob once. They come in this order,
+        so that agents and blobs that exported items refer to are not missing, even if they are newer. When a session has
+        an active run, the exported file ends with events that cancel it, as in a fork; the session itself is not changed.
+        Each item is exported as it is when it is read; suspend the tenant first for a consistent snapshot. Keys,
+        principals, the audit log, ids of requests and commands, and incomplete uploads are not exported.
 
-        Not exported are keys, principals, the audit, the ids of requests and commands, and incomplete uploads.
-
-        This is the only method by which an operator reads content. Before the first record is sent, an entry is written to the
-        tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is deleted
-        during the export. May be repeated: what has not changed is exported in the same order with the same bytes.
+        This is the only method by which an operator reads content. Before the first record is sent, an entry is written to
+        the tenant's audit and to the operators' audit. NOT_FOUND when the tenant is not known, is being deleted, or is
+        deleted during the export. May be repeated: unchanged items are exported in the same order with the same bytes.
         """
 
 def add_TenantServiceServicer_to_server(servicer: TenantServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

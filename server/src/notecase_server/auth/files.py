@@ -43,7 +43,7 @@ class Watched(Generic[T]):
         except SettingsError as error:
             log.error("files_refused", files=names, problems=[mistake.text for mistake in error.mistakes])
         else:
-            log.info("files_read_again", files=names)
+            log.info("files_reloaded", files=names)
 
 
 class Files:

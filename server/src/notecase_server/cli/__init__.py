@@ -13,37 +13,37 @@ COMMANDS = {
     "answer": Lazy(
         "inbox:answer", "Answer a question, or give the result of a caller's tool or of an interrupted call."
     ),
-    "approve": Lazy("inbox:approve", "Let a call run that waits for approval; of an interrupted call: run it again."),
+    "approve": Lazy("inbox:approve", "Approve a call that waits for approval, or run an interrupted call again."),
     "audit": Lazy("audit:audit", "List who did what: keys, tenants, deletions, exports, approvals, refusals."),
-    "backup": Lazy("backup:backup", "Copy a store to the file DEST, while a server goes on with it."),
-    "blobs": Lazy("blobs:blobs", "Upload, show and download content."),
+    "backup": Lazy("backup:backup", "Copy a store to the file DEST while its server keeps running."),
+    "blobs": Lazy("blobs:blobs", "Upload, show and download files."),
     "chat": Lazy("chat:chat", "Talk with an agent."),
     "completion": Lazy(
         "completion:completion", "Complete commands and options with the Tab key, in bash, zsh and fish."
     ),
     "config": Lazy("config:config", "Check a configuration file."),
-    "copy": Lazy("copy:copy", "Copy a whole store into an empty one."),
-    "deny": Lazy("inbox:deny", "Do not let a call run."),
-    "health": Lazy("health:health", "Ask a server how it is."),
-    "inbox": Lazy("inbox:inbox", "List what runs wait for: approvals, questions and the results of callers' tools."),
-    "keys": Lazy("keys:keys", "Make, list, rotate and revoke the keys by which programs call a server."),
-    "logs": Lazy("logs:logs", "Print a session's log: its events with their sequences, in order."),
-    "messages": Lazy("messages:messages", "List, show and add the messages of a session."),
-    "migrate": Lazy("migrate:migrate", "Bring the tables of a PostgreSQL store up to date."),
+    "copy": Lazy("copy:copy", "Copy a whole store into an empty store."),
+    "deny": Lazy("inbox:deny", "Deny a call that waits for approval."),
+    "health": Lazy("health:health", "Show whether a server is healthy."),
+    "inbox": Lazy("inbox:inbox", "List what runs wait for: approvals, answers and results of callers' tools."),
+    "keys": Lazy("keys:keys", "Create, list, rotate and revoke API keys."),
+    "logs": Lazy("logs:logs", "Print the events of a session's log, in order of their sequence."),
+    "messages": Lazy("messages:messages", "List, show and append messages of a session."),
+    "migrate": Lazy("migrate:migrate", "Upgrade the tables of a PostgreSQL store."),
     "profiles": Lazy(
         "profiles:profiles",
-        "List, set, choose and delete profiles: servers by name, each with its token and authorities.",
+        "List, set, choose and delete profiles: named servers with their tokens and CA certificates.",
     ),
-    "providers": Lazy("providers:providers", "Try the providers of models out."),
-    "run": Lazy("run:run", "Say TEXT to an agent, print its reply as it comes, and end."),
+    "providers": Lazy("providers:providers", "Test model providers."),
+    "run": Lazy("run:run", "Send TEXT to an agent, stream its reply, and exit."),
     "runs": Lazy("runs:runs", "List, show and cancel runs."),
-    "serve": Lazy("serve:serve", "Serve until SIGTERM or SIGINT."),
+    "serve": Lazy("serve:serve", "Run a server until SIGTERM or SIGINT."),
     "sessions": Lazy(
-        "sessions:sessions", "List, show, make, fork, rewind, compact, delete, export and import sessions."
+        "sessions:sessions", "List, show, create, fork, rewind, compact, delete, export and import sessions."
     ),
-    "state": Lazy("state:state", "Read, put, delete and watch the notes of a session, a user or the app."),
-    "store": Lazy("store:store", "Change a store that no server has open."),
-    "tenants": Lazy("tenants:tenants", "Make, list, suspend, resume, export and delete tenants."),
+    "state": Lazy("state:state", "Read, set, delete and watch the state of a session, a user or the app."),
+    "store": Lazy("store:store", "Change a store while no server uses it."),
+    "tenants": Lazy("tenants:tenants", "Create, list, suspend, resume, export and delete tenants."),
 }
 
 HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True}
@@ -54,7 +54,7 @@ HELP = {"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_d
 def main() -> None:
     """A self-hosted gRPC agent service: agents, their sessions, state, messages and runs.
 
-    Every option that shows a NOTECASE_ variable can also be set by it. Commands exit with 0 when they are done, 1 when
-    the service refuses or a run fails, 2 when the command line or a file is wrong, 3 when a run waits for somebody, 4
-    when no server answers, 5 when what was compared differs, and 130 at Ctrl-C.
+    Where the help of an option shows a NOTECASE_ variable, the variable sets the option, too. Exit codes: 0 success, 1
+    the service refused or a run failed, 2 the command line or a file is wrong, 3 a run waits for a person or a caller's
+    tool, 4 no server answers, 5 the compared agents differ, 130 Ctrl-C.
     """

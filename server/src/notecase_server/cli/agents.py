@@ -18,7 +18,7 @@ FILES = click.option(
     "files",
     multiple=True,
     metavar="FILE",
-    help="YAML or JSON with any number of agents; - is standard input. May be given several times.",
+    help="A YAML or JSON file with any number of agents; - is standard input. May be repeated.",
 )
 
 _COLUMNS = {
@@ -33,7 +33,7 @@ _COLUMNS = {
 def agents() -> None:
     """List, show, create, apply, edit, compare and delete agents.
 
-    AGENT is an agent's id or its whole name, agents/ID; ID@REVISION is one revision.
+    AGENT is an agent's id or full name, agents/ID. ID@REVISION names one revision.
     """
 
 
@@ -44,7 +44,8 @@ def agents() -> None:
     default="",
     show_default=False,
     metavar="EXPRESSION",
-    help='Which to list, for example: labels.team = "night". Fields are display_name, create_time, update_time and '
+    help='List only matching agents, for example: labels.team = "night". Fields: display_name, create_time, '
+    "update_time and "
     "labels.KEY.",
 )
 @LIMIT
@@ -69,9 +70,9 @@ def list_agents(where: str, limit: int, form: str) -> None:
 @OUTPUT
 @SERVER
 def show_agent(agent: str, form: str) -> None:
-    """Print an agent: its settings, and its instruction as it stands.
+    """Print an agent's settings and instruction.
 
-    With -o yaml it is what `agents apply` takes.
+    The output of -o yaml is a file for `agents apply`.
     """
 
     async def look(client: Client) -> None:
@@ -86,13 +87,21 @@ def show_agent(agent: str, form: str) -> None:
 
 @agents.command("create")
 @AGENT
-@click.option("--instruction", default="", show_default=False, metavar="TEXT", help="A template; - is standard input.")
-@click.option("--model", default="", show_default=False, metavar="NAME", help="Without it, the provider's default.")
-@click.option("--provider", default="", show_default=False, metavar="NAME", help="Without it, the server's default.")
-@click.option("--name", default="", show_default=False, metavar="TEXT", help="The agent's name for people.")
+@click.option(
+    "--instruction",
+    default="",
+    show_default=False,
+    metavar="TEXT",
+    help="The instruction, a template; - reads standard input.",
+)
+@click.option("--model", default="", show_default=False, metavar="NAME", help="The model; by default the provider's.")
+@click.option(
+    "--provider", default="", show_default=False, metavar="NAME", help="The provider; by default the server's."
+)
+@click.option("--name", default="", show_default=False, metavar="TEXT", help="The agent's display name.")
 @SERVER
 def create_agent(agent: str, instruction: str, model: str, provider: str, name: str) -> None:
-    """Make an agent and print its name; `agents edit` and `agents apply` set everything else."""
+    """Create an agent and print its name. Use `agents edit` or `agents apply` for all other settings."""
     llm = v1.LlmAgent(instruction=read_text(instruction), model=model, provider=provider)
 
     async def make(client: Client) -> None:
@@ -106,19 +115,19 @@ def create_agent(agent: str, instruction: str, model: str, provider: str, name: 
 
 @agents.command("apply")
 @FILES
-@click.option("--dry-run", is_flag=True, help="Change nothing; print how the agents would change.")
+@click.option("--dry-run", is_flag=True, help="Print the changes without making them.")
 @SERVER
 def apply_agents(files: Sequence[str], dry_run: bool) -> None:
-    """Make agents what files say; those that are so already stay untouched.
+    """Create or update agents to match files; agents that match already are left unchanged.
 
-    A document of a file is an agent, with the fields of the API's Agent, or a list of agents. A field that is left out
-    gets its default. A line says what became of each agent. All mistakes in the files are told before anything is
-    changed; an agent that the server refuses does not keep the others from being applied.
+    Each document of a file is an agent, with the fields of the API's Agent, or a list of agents. A field that is left
+    out gets its default. The command prints one line for each agent. Mistakes in the files are all reported before
+    anything is changed. If the server refuses an agent, the others are still applied.
     """
     from notecase_server.cli import applying  # noqa: PLC0415  # YAML is imported where it is read
 
     if not files:
-        raise click.UsageError("Name a file with -f.")
+        raise click.UsageError("Give a file with -f.")
     declared = applying.read_files(files)
     ask(lambda client: applying.apply(client, declared, dry_run))
 
@@ -128,9 +137,9 @@ def apply_agents(files: Sequence[str], dry_run: bool) -> None:
 @FILES
 @SERVER
 def diff_agents(agents: Sequence[str], files: Sequence[str]) -> None:
-    """Compare two agents or revisions OLD and NEW, or with -f those of the server with files.
+    """Compare two agents or revisions, OLD and NEW, or with -f the server's agents with files.
 
-    The exit code is 5 when they differ.
+    The exit code is 5 if they differ.
     """
     from notecase_server.cli import applying  # noqa: PLC0415
 
@@ -147,7 +156,7 @@ def diff_agents(agents: Sequence[str], files: Sequence[str]) -> None:
 def edit_agent(agent: str) -> None:
     """Edit an agent as YAML, in the editor that VISUAL or EDITOR names.
 
-    What cannot be applied is told, and can be edited again. The exit code is 1 when it is given up.
+    If the result cannot be applied, the mistakes are shown and you can edit again. The exit code is 1 if you give up.
     """
     from notecase_server.cli import applying  # noqa: PLC0415
 
@@ -159,9 +168,9 @@ def edit_agent(agent: str) -> None:
 @YES
 @SERVER
 def delete_agents(agents: Sequence[str], yes: bool) -> None:
-    """Delete agents with all their revisions; runs under way go on.
+    """Delete agents with all their revisions. Active runs continue.
 
-    Asks first, and needs --yes where there is no terminal. Stops at the first that cannot be deleted.
+    Asks for confirmation; without a terminal, --yes is required. Stops at the first agent that cannot be deleted.
     """
     names = [name_of("agents", one) for one in agents]
     confirm(f"Delete {', '.join(names)}?", yes)

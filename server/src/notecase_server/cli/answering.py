@@ -55,8 +55,8 @@ def _show(wait: Wait) -> None:
     if wait.kind == QUESTION and wait.asked is not None:
         click.secho(screen.harmless(wait.asked.prompt), bold=True)
         return
-    headings = {APPROVAL: "May this run?", INTERRUPTED: "This was under way when its server stopped."}
-    click.secho(headings.get(wait.kind, "The agent calls a tool of its caller."), bold=True)
+    headings = {APPROVAL: "Approve this call?", INTERRUPTED: "This call was running when its server stopped."}
+    click.secho(headings.get(wait.kind, "The agent calls a client tool."), bold=True)
     click.echo(f"{screen.one_line(wait.call.tool)} {screen.harmless(pretty(wait.call.arguments))}")
 
 
@@ -111,7 +111,7 @@ async def _say(client: Client, wait: Wait) -> Command:
         return client.answer(wait.run, wait.id, await terminal.line("answer> "))
     fields = _fields(schema)
     if fields is None:
-        screen.aside(f"As JSON that fits: {screen.harmless(schema)}")
+        screen.aside(f"Answer with JSON that matches this schema: {screen.harmless(schema)}")
         answer = _json(await terminal.line("answer> "))
     else:
         answer = json.dumps({key: value for key, value in [await _field(*one) for one in fields] if key})
@@ -159,7 +159,7 @@ def _json(text: str) -> str:
     try:
         json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise _Wrong(f"That is not JSON: {error}.") from None
+        raise _Wrong(f"This is not JSON: {error}.") from None
     return text
 
 
@@ -199,4 +199,4 @@ async def _field(name: str, schema: Mapping[str, Any], required: bool) -> tuple[
     try:
         return name, int(typed) if schema["type"] == "integer" else float(typed)
     except ValueError:
-        raise _Wrong(f"{screen.one_line(name)} is to be a number.") from None
+        raise _Wrong(f"{screen.one_line(name)} must be a number.") from None

@@ -29,7 +29,7 @@ def read_files(files: Sequence[str]) -> list[manifest.Declared]:
             wrong.append(f"{file}: This is not UTF-8.")
     where = {one.agent.name: one for one in found}
     wrong += [
-        str(one.at("", "an agent of this name is in another file.")) for one in found if where[one.agent.name] != one
+        str(one.at("", "another file has an agent of this name.")) for one in found if where[one.agent.name] != one
     ]
     if wrong:
         raise Refusal(screen.harmless("the files are wrong:\n" + "\n".join(wrong)), Exit.USAGE)
@@ -78,7 +78,7 @@ async def edit(client: Client, name: str) -> Exit:
     """Has the user edit an agent, and applies it if nobody changed it meanwhile."""
     before = await client.agents.GetAgent(v1.GetAgentRequest(name=name))
     if not sys.stdin.isatty():
-        raise click.UsageError("There is no terminal to edit at; `agents apply` takes a file.")
+        raise click.UsageError("`agents edit` needs a terminal; use `agents apply` with a file.")
     text = manifest.written(before)
     while True:
         edited = click.edit(text, extension=".yaml")
@@ -88,7 +88,7 @@ async def edit(client: Client, name: str) -> Exit:
         try:
             declared = manifest.read(name, edited)
             if [one.agent.name for one in declared] != [name]:
-                raise manifest.Mistakes([manifest.Mistake(name, 0, "There is to be this one agent in it.")])
+                raise manifest.Mistakes([manifest.Mistake(name, 0, "The file must hold exactly this agent.")])
             declared[0].agent.etag = before.etag
             after = await _put(client, declared[0].agent)
             click.echo(f"{name} changed to revision {after.revision}")

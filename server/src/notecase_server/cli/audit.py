@@ -14,7 +14,7 @@ from notecase_server.cli.options import LIMIT, OUTPUT, SERVER
 def audit() -> None:
     """List who did what: keys, tenants, deletions, exports, approvals, refusals.
 
-    Asks the server, with the key in NOTECASE_TOKEN, which is an admin's or an operator's.
+    Needs the key of an admin or operator in NOTECASE_TOKEN.
     """
 
 
@@ -25,7 +25,8 @@ def audit() -> None:
     default="",
     show_default=False,
     metavar="EXPRESSION",
-    help='Which to list, for example: outcome = APPROVE AND create_time > "2026-12-01T00:00:00Z". Fields are '
+    help='List only matching entries, for example: outcome = APPROVE AND create_time > "2026-12-01T00:00:00Z". '
+    "Fields: "
     "principal, method, resource, outcome and create_time.",
 )
 @click.option(
@@ -33,13 +34,14 @@ def audit() -> None:
     default="",
     show_default=False,
     metavar="ID",
-    help="Whose; another than one's own only operators name, and see what was done to its keys.",
+    help="The tenant whose entries are listed; by default your own. Operators may name another tenant and see "
+    "what was done to its keys.",
 )
 @LIMIT
 @OUTPUT
 @SERVER
 def list_entries(where: str, tenant: str, limit: int, form: str) -> None:
-    """List entries, the last one first."""
+    """List entries, newest first."""
 
     async def look(client: Client) -> None:
         request = v1.ListAuditEntriesRequest(tenant=name_of("tenants", tenant) if tenant else "", filter=where)

@@ -14,13 +14,13 @@ from notecase_server.store.contract import StoreOpenError
 @click.command()
 @CONFIG
 @STORE
-@click.option("--force", is_flag=True, help="Replace DEST where it exists.")
+@click.option("--force", is_flag=True, help="Replace DEST if it exists.")
 @click.argument("destination", metavar="DEST", type=click.Path(path_type=Path, dir_okay=False))
 def backup(store: str, force: bool, destination: Path) -> None:
-    """Copy a store to the file DEST, while a server goes on with it.
+    """Copy a store to the file DEST while its server keeps running.
 
-    The copy is the store as it is at one moment, and a store itself: `notecase serve --store sqlite:DEST`. It holds
-    everything, also what is deleted from the store later on.
+    The copy is a consistent snapshot and itself a store: `notecase serve --store sqlite:DEST`. It keeps data that is
+    later deleted from the original.
     """
     try:
         copy(store, destination, force)

@@ -13,18 +13,25 @@ BLOB = click.argument("blob", metavar="BLOB")
 
 @click.group()
 def blobs() -> None:
-    """Upload, show and download content. BLOB is its SHA-256, or blobs/SHA-256."""
+    """Upload, show and download files. BLOB is a file's SHA-256, or blobs/SHA-256."""
 
 
 @blobs.command("upload")
 @click.argument("file", metavar="FILE")
-@click.option("--type", "media_type", default="", show_default=False, metavar="TYPE", help="Such as application/pdf.")
+@click.option(
+    "--type",
+    "media_type",
+    default="",
+    show_default=False,
+    metavar="TYPE",
+    help="The media type, such as application/pdf.",
+)
 @SERVER
 def upload_blob(file: str, media_type: str) -> None:
-    """Store a file, or for - standard input, and print its name.
+    """Store a file, or standard input with -, and print the blob's name.
 
-    Its media type is told by its name unless --type does. What no message or state refers to is removed after a day or
-    so.
+    The media type follows from the file's name unless --type sets it. Content that no message or state refers to is
+    deleted after about a day.
     """
 
     async def send(client: Client) -> None:
@@ -37,9 +44,7 @@ def upload_blob(file: str, media_type: str) -> None:
         except OSError as error:
             raise Refusal(f"{file} cannot be read: {error.strerror}.", Exit.USAGE) from None
         except ValueError:
-            raise Refusal(
-                f"What kind of file {file} is cannot be told from its name; say --type.", Exit.USAGE
-            ) from None
+            raise Refusal(f"The media type of {file} is unknown; set it with --type.", Exit.USAGE) from None
         click.echo(found.name)
 
     ask(send)
@@ -50,7 +55,7 @@ def upload_blob(file: str, media_type: str) -> None:
 @OUTPUT
 @SERVER
 def show_blob(blob: str, form: str) -> None:
-    """Print how large a blob is."""
+    """Print a blob's size."""
 
     async def look(client: Client) -> None:
         found = await client.blobs.GetBlob(v1.GetBlobRequest(name=name_of("blobs", blob)))
@@ -64,9 +69,9 @@ def show_blob(blob: str, form: str) -> None:
 @click.argument("file", metavar="FILE")
 @SERVER
 def download_blob(blob: str, file: str) -> None:
-    """Write the content of a blob to a file, or for - to standard output.
+    """Write the content of a blob to a file, or to standard output with -.
 
-    An existing file is replaced once the new one is whole.
+    An existing file is replaced when the download is complete.
     """
 
     async def save(client: Client) -> None:

@@ -16,24 +16,25 @@ from notecase_server.cli.options import SERVER, WAIT
     envvar="NOTECASE_AGENT",
     show_envvar=True,
     metavar="ID",
-    help="Who answers: of a new session from then on, of a resumed one in this chat. ID@REVISION is one revision.",
+    help="The agent: the default agent of a new session, or in a resumed session the agent for this chat. "
+    "ID@REVISION is one revision.",
 )
 @click.option(
     "--session",
     default="",
     show_default=False,
     metavar="ID",
-    help="Resume this session; with --new, open one of this id.",
+    help="Resume this session; with --new, create it with this id.",
 )
-@click.option("--new", is_flag=True, help="Open a new session without asking.")
+@click.option("--new", is_flag=True, help="Start a new session without asking.")
 @WAIT
 def chat(agent: str, session: str, new: bool, wait: float | None) -> None:
     """Talk with an agent.
 
-    At a terminal a session is chosen from a list unless --session or --new say which. Ctrl-C stops a reply and keeps
-    the conversation; at the prompt Ctrl-C or Ctrl-D leave. /help tells the rest.
+    At a terminal you choose a session from a list unless --session or --new is given. Ctrl-C stops a reply and keeps
+    the conversation; at the prompt, Ctrl-C or Ctrl-D exits. /help lists the commands.
 
-    Through a pipe each line is a message in a new session, or in that of --session. The replies alone go to standard
-    output, and the exit code is 1 when a message had none, and 3 when a run waits for longer than --wait.
+    Through a pipe, each line is a message in a new session or in that of --session. Only replies go to standard output.
+    The exit code is 1 if a message got no reply, and 3 if a run waits longer than --wait.
     """
     ask(lambda client: converse(client, agent, session, new, wait))

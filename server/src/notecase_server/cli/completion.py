@@ -20,18 +20,18 @@ def completion() -> None:
 @completion.command("install")
 @click.argument("shell", type=click.Choice(SHELLS), required=False)
 def install(shell: str | None) -> None:
-    """Install the completion for SHELL, or for the one that you use.
+    """Install completion for SHELL, or for your current shell.
 
-    New shells have it from then on. May be run again, also after an update.
+    It works in new shells. The command can be repeated, for example after an update.
     """
     shell = shell or Path(os.path.expandvars("$SHELL")).name
     if shell not in SHELLS:
-        raise click.UsageError(f"Say which shell: {', '.join(SHELLS)}.")
+        raise click.UsageError(f"Name a shell: {', '.join(SHELLS)}.")
     home = Path.home()
     if shell == "fish":
         script = home / ".config" / "fish" / "completions" / "notecase.fish"
         _write(script, source(shell))
-        click.echo(f"{script} is written.")
+        click.echo(f"Wrote {script}.")
         return
     script = home / ".local" / "share" / "notecase" / f"completion.{shell}"
     _write(script, source(shell))
@@ -42,7 +42,7 @@ def install(shell: str | None) -> None:
             line = f"autoload -Uz compinit && compinit\n{line}"
         with settings.open("a") as opened:
             opened.write(f"{'' if held.endswith(chr(10)) or not held else chr(10)}{line}\n")
-    click.echo(f"{script} is written, and {settings} reads it.")
+    click.echo(f"Wrote {script}, which {settings} reads.")
 
 
 @completion.command("show")

@@ -19,11 +19,11 @@ def config() -> None:
 @config.command()
 @click.argument("file", type=click.Path(path_type=Path))
 def check(file: Path) -> None:
-    """Print everything that is wrong with FILE, each with its key; the exit code is 1 then.
+    """Print all mistakes in FILE, each with its key; the exit code is 1 if there are any.
 
-    The variables and files with secrets that it names are read, modules of tools are imported, and it is checked that
-    the programs of MCP servers exist. Nothing is connected or opened: not the store, no provider, no MCP server and no
-    identity provider. Options and NOTECASE_ variables are ignored, except NOTECASE_ADMIN_KEY.
+    The check reads the variables and secret files that FILE names, imports its tool modules, and looks for the programs
+    of its MCP servers. It does not open the store or connect to a provider, an MCP server or an identity provider.
+    Options and NOTECASE_ variables are ignored, except NOTECASE_ADMIN_KEY.
     """
     configure_logging("console", "warning")
     try:
@@ -37,4 +37,4 @@ def check(file: Path) -> None:
         click.echo(f"{setting}: {text}")
     if mistakes:
         raise click.exceptions.Exit(1)
-    click.echo(f"{file} is fine.")
+    click.echo(f"{file} is valid.")

@@ -64,7 +64,7 @@ def connection() -> tuple[str, dict[str, Any]]:
         try:
             Path(ca).open("rb").close()
         except OSError as error:
-            told = f"The authorities of --ca, NOTECASE_CA or the profile: {ca} cannot be read: {error.strerror}."
+            told = f"The CA certificates of --ca, NOTECASE_CA or the profile cannot be read: {ca}: {error.strerror}."
             raise Refusal(told, Exit.USAGE) from None
     return server or DEFAULT_ADDRESS, given
 
@@ -74,9 +74,9 @@ def unreachable(server: str, details: str) -> str:
     cause = re.split("last error: |cannot be reached: ", details)[-1]
     cause = re.sub(r"^[A-Z_]+: |(ipv4|ipv6|unix):\S+: ", "", cause).strip().rstrip(".")
     if "WRONG_VERSION_NUMBER" in cause:
-        advice = "It does not speak TLS, which --ca or NOTECASE_CA, or an address beyond this machine, asks for."
+        advice = "The server has no TLS, which --ca, NOTECASE_CA or an address on another machine requires."
     elif any(word in cause for word in _TLS):
-        advice = "A server with TLS needs --ca or NOTECASE_CA, and a name in its certificate."
+        advice = "For a server with TLS, set --ca or NOTECASE_CA, and use a host name that is in its certificate."
     else:
-        advice = "`notecase serve` starts one; see --server."
+        advice = "Start one with `notecase serve`, or name another with --server."
     return f"No server can be reached at {server}: {cause}. {advice}"

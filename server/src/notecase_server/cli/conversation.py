@@ -18,11 +18,11 @@ from notecase_server.cli.follow import Follower, Left
 
 HELP = """\
 /notes            shows the session's state
-/note KEY VALUE   puts a note into it: JSON as what it is, all else as text
-/attach FILE      goes with what you say next
-/quit             leaves; so do Ctrl-C and Ctrl-D
-Whatever else you type is said, and with a space before it these are, too: ` /help` asks the model.
-Ctrl-C stops a reply, Alt-Enter begins a new line."""
+/note KEY VALUE   sets a key of it: to JSON if VALUE is JSON, else to text
+/attach FILE      attaches a file to your next message
+/quit             exits, like Ctrl-C and Ctrl-D
+Everything else is sent to the agent. So is a command with a space before it: ` /help` asks the model.
+Ctrl-C stops a reply, Alt-Enter starts a new line."""
 
 COMMANDS = ("/help", "/notes", "/note", "/attach", "/quit")
 
@@ -82,7 +82,7 @@ class _Chat:
             self._agent = self._agent or await self._pick_agent()
             if session:
                 await self._create(session_id=screen.id_of(session))
-            self._tell(f"{self._agent} answers. /help tells more.\n")
+            self._tell(f"{self._agent} answers. /help lists the commands.\n")
 
     async def talk(self) -> int:
         """Hears and answers; see `converse`."""
@@ -92,7 +92,7 @@ class _Chat:
             await self._attempt(self._heed(text))
             self._tell("")
         if self._session:
-            self._tell(f"`notecase chat --session {screen.id_of(self._session)}` goes on with this conversation.")
+            self._tell(f"`notecase chat --session {screen.id_of(self._session)}` continues this conversation.")
         return 1 if self._failed and not self._terminal else 0
 
     async def _heard(self) -> AsyncIterator[str]:
@@ -139,7 +139,7 @@ class _Chat:
 
     async def _ask_if_meant(self, text: str, command: str) -> None:
         """Says what looks like a mistyped command only if the user agrees."""
-        labels = ["Say it to the agent", "Do nothing; the up arrow has your words"]
+        labels = ["Send it to the agent", "Do nothing; the up arrow recalls your text"]
         question = f"{screen.one_line(text, 40)} is not a command; {command} is."
         with contextlib.suppress(EOFError):
             if await terminal.choose(question, labels, start=1) == 0:
@@ -156,22 +156,22 @@ class _Chat:
         except NotecaseError as busy:
             if busy.reason != "RUN_ACTIVE" or not self._terminal:
                 raise
-            screen.aside("The session is busy; this is what with. Afterwards the up arrow has your words.\n")
+            screen.aside("The session is busy with this run. When it has ended, the up arrow recalls your text.\n")
             await self._follow(self._client.attach(busy.metadata["run"]), echo=True)
 
     async def _attach(self, path: str) -> None:
         if not path:
-            self._fail("A file is attached with /attach FILE.")
+            self._fail("Attach a file with /attach FILE.")
             return
         try:
             blob = await self._client.upload(_at_home(path))
         except OSError as error:
             self._fail(f"{screen.one_line(path, 400)} cannot be read: {error.strerror}.")
         except ValueError:
-            self._fail(f"What kind of file {screen.one_line(path, 400)} is cannot be told from its name.")
+            self._fail(f"The media type of {screen.one_line(path, 400)} is unknown.")
         else:
             self._attached.append(blob)
-            screen.aside(f"{screen.attachment(blob)} goes with what you say next.")
+            screen.aside(f"{screen.attachment(blob)} is attached to your next message.")
 
     async def _show_notes(self) -> None:
         held = await self._client.get_state(self._session) if self._session else {}
@@ -183,7 +183,7 @@ class _Chat:
     async def _put_note(self, note: str) -> None:
         key, _, given = note.strip().partition(" ")
         if not given:
-            self._fail("A note is put with /note KEY VALUE.")
+            self._fail("Set a note with /note KEY VALUE.")
             return
         if not self._session:
             await self._create()
@@ -211,7 +211,7 @@ class _Chat:
         if not self._terminal:
             return
         title = screen.one_line(session.display_name) or session.name
-        self._tell(f"{title}: {self._agent or session.agent} answers. /help tells more.\n")
+        self._tell(f"{title}: {self._agent or session.agent} answers. /help lists the commands.\n")
         await self._show_history(session)
         if session.active_run:
             await self._attempt(self._follow(self._client.attach(session.active_run), echo=True))
@@ -256,13 +256,16 @@ class _Chat:
             return found[await terminal.choose("Which agent?", screen.aligned(rows))].name
         if found:
             ids = ", ".join(screen.id_of(one.name) for one in found)
-            raise click.ClickException(f"There are several agents; choose one with --agent, for example of {ids}.")
+            raise click.ClickException(f"There are several agents; choose one with --agent, for example: {ids}.")
         if not self._terminal:
-            raise click.ClickException("There is no agent yet; `notecase chat` at a terminal offers to make one.")
+            raise click.ClickException("There is no agent yet; create one with `notecase agents create`.")
         return await self._make_agent()
 
     async def _make_agent(self) -> str:
-        click.echo(f"There is no agent yet. In a line, what is one to do?\nOr press Enter for: {INSTRUCTION}\n")
+        click.echo(
+            f"There is no agent yet. What should a new one do? Describe it in one line,\nor press Enter for: "
+            f"{INSTRUCTION}\n"
+        )
         instruction = (await terminal.prompt([]).prompt_async()).strip() or INSTRUCTION
         agent = v1.Agent(display_name="Assistant", llm=v1.LlmAgent(instruction=instruction))
         request = v1.CreateAgentRequest(agent_id="assistant", agent=agent, request_id=uuid.uuid4().hex)

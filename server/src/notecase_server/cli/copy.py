@@ -15,13 +15,12 @@ PROGRESS_SECONDS = 2.0
 
 @click.command()
 @click.option("--from", "source", required=True, metavar="URL", help="The store to copy, such as sqlite:PATH.")
-@click.option("--to", "target", required=True, metavar="URL", help="Where to copy it; nothing is there yet.")
+@click.option("--to", "target", required=True, metavar="URL", help="Where to copy it; must be empty or not exist.")
 def copy(source: str, target: str) -> None:
-    """Copy a whole store into an empty one.
+    """Copy a whole store into an empty store.
 
-    No server may have either open, and the source stays as it is. What is interrupted goes on when the command is
-    repeated. At the end all rows of both stores are compared, and the SHA-256 of each table is printed; until then no
-    server opens the copy.
+    Both stores must be closed; the source is not changed. Repeat the command to continue an interrupted copy. At the
+    end it compares all rows of both stores and prints the SHA-256 of each table; before that, no server opens the copy.
     """
     configure_logging("console", "info")
     shown = [time.monotonic()]

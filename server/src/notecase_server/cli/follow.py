@@ -76,7 +76,7 @@ class Follower:
             left = self._waits()[0]
             raise Left(hint(left, mine=left.id not in self._done))
         elif self._asks:
-            screen.aside("Not waited for; what has reached the server goes on there.")
+            screen.aside("Stopped following; what has reached the server continues there.")
         if (self._stopping or gone) and not self._asks:
             raise KeyboardInterrupt
         if gone:
@@ -133,7 +133,9 @@ class Follower:
                     raise
                 if loop.time() > until:
                     where = self._stream.session.removeprefix("sessions/")
-                    self._reply.note(f"{self._stream.name} goes on there; `notecase chat --session {where}` shows it.")
+                    self._reply.note(
+                        f"{self._stream.name} continues there; `notecase chat --session {where}` shows it."
+                    )
                     raise
                 await asyncio.sleep(AGAIN_SECONDS)
 
@@ -193,7 +195,7 @@ class Follower:
             await asyncio.wait([task])
             keyboard.catch_interrupt(self._interrupt)
         if task.cancelled():
-            screen.aside("It does not wait for this any more.")
+            screen.aside("The run no longer waits for this.")
         elif not task.result():
             raise Left(hint(wait, mine=True))
         self._done.add(wait.id)
@@ -225,10 +227,8 @@ def hint(wait: Wait, mine: bool) -> str:
     may approve it."""
     where = wait.run.removeprefix("sessions/").partition("/")[0]
     if wait.asked is None:
-        return f"The run waits for its caller's tool: {wait.describe()}. `notecase answer {where}` gives the result."
+        return f"The run waits for a client tool: {wait.describe()}. Give its result with `notecase answer {where}`."
     if wait.kind == QUESTION:
-        return f"The run waits for an answer: {wait.describe()} `notecase answer {where} TEXT` gives it."
+        return f"The run waits for an answer: {wait.describe()} Answer with `notecase answer {where} TEXT`."
     whose = "your approval" if mine else f"{wait.who} to approve"
-    return (
-        f"The run waits for {whose}: {wait.describe()}. `notecase approve {where}` or `notecase deny {where}` answer."
-    )
+    return f"The run waits for {whose}: {wait.describe()}. Use `notecase approve {where}` or `notecase deny {where}`."

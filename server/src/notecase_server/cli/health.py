@@ -17,9 +17,9 @@ from notecase_server.loopback import is_loopback
 @click.command()
 @SERVER
 def health() -> None:
-    """Ask a server how it is.
+    """Show whether a server is healthy.
 
-    The exit code is 0 when it serves, 1 when it says that it does not, and 4 when it does not answer.
+    The exit code is 0 if the server serves, 1 if it answers that it does not, and 4 if it does not answer.
     """
     server, given = connection()
     ca = given.get("ca")

@@ -15,7 +15,7 @@ TOOL = v1.InputRequest.KIND_UNSPECIFIED
 
 WHERE = click.argument("run", metavar="SESSION")
 ID = click.option(
-    "--id", "wanted", default="", show_default=False, metavar="ID", help="Which, where a run waits for several."
+    "--id", "wanted", default="", show_default=False, metavar="ID", help="Which one, if the run waits for several."
 )
 
 
@@ -24,9 +24,10 @@ ID = click.option(
 @OUTPUT
 @SERVER
 def inbox(session: str, form: str) -> None:
-    """List what runs wait for: approvals, questions and the results of callers' tools.
+    """List what runs wait for: approvals, answers and results of callers' tools.
 
-    Of one session, or of all. `approve`, `deny` and `answer` take the SESSION. MAY ANSWER says who may.
+    Lists one session, or all. Pass the SESSION to `approve`, `deny` or `answer`. The column MAY ANSWER shows who may
+    answer.
     """
 
     async def look(client: Client) -> None:
@@ -56,17 +57,21 @@ def inbox(session: str, form: str) -> None:
 @WHERE
 @ID
 @click.option(
-    "--arguments", default="", show_default=False, metavar="JSON", help="Run it with these; - is standard input."
+    "--arguments",
+    default="",
+    show_default=False,
+    metavar="JSON",
+    help="Run the call with these arguments instead; - reads standard input.",
 )
 @click.option(
     "--remember",
     type=click.Choice(["once", "run", "session"]),
     default="once",
-    help="For which calls of the tool this holds: this one, or further ones of the run or of the session, too.",
+    help="Apply this to later calls of the tool in the run or session, too.",
 )
 @SERVER
 def approve(run: str, wanted: str, arguments: str, remember: Literal["once", "run", "session"]) -> None:
-    """Let a call run that waits for approval; of an interrupted call: run it again."""
+    """Approve a call that waits for approval, or run an interrupted call again."""
     edited = read_text(arguments)
 
     async def send(client: Client) -> None:
@@ -79,18 +84,18 @@ def approve(run: str, wanted: str, arguments: str, remember: Literal["once", "ru
 @click.command()
 @WHERE
 @ID
-@click.option("--reason", default="", show_default=False, metavar="TEXT", help="For the model to read.")
+@click.option("--reason", default="", show_default=False, metavar="TEXT", help="The reason, which the model reads.")
 @click.option(
     "--remember",
     type=click.Choice(["once", "run", "session"]),
     default="once",
-    help="For which calls of the tool this holds: this one, or further ones of the run or of the session, too.",
+    help="Apply this to later calls of the tool in the run or session, too.",
 )
 @SERVER
 def deny(run: str, wanted: str, reason: str, remember: Literal["once", "run", "session"]) -> None:
-    """Do not let a call run.
+    """Deny a call that waits for approval.
 
-    Of an interrupted call and of a caller's tool: it failed. Of a question: nobody answers it.
+    For an interrupted call or a caller's tool, report that it failed; for a question, decline to answer.
     """
 
     async def send(client: Client) -> None:
@@ -111,7 +116,7 @@ def deny(run: str, wanted: str, reason: str, remember: Literal["once", "run", "s
 def answer(run: str, text: str, wanted: str) -> None:
     """Answer a question, or give the result of a caller's tool or of an interrupted call.
 
-    TEXT is text, or JSON where the question says so; - is standard input.
+    TEXT is plain text, or JSON if the question has a schema; - reads standard input.
     """
     said = read_text(text)
 
@@ -132,5 +137,5 @@ async def _find(client: Client, run: str, wanted: str, kinds: set[int], remember
     if not waits.may_answer(await waits.caller_of(client), wait):
         raise Refusal(f"This waits for {wait.who}: {wait.describe()}", Exit.FAILED)
     if remember != "once" and wait.kind != APPROVAL:
-        raise Refusal(f"Only an approval is remembered, and {wait.phrase} waits; leave --remember out.", Exit.USAGE)
+        raise Refusal(f"--remember works only for approvals, and the run waits for {wait.phrase}.", Exit.USAGE)
     return wait

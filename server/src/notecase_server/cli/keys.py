@@ -26,7 +26,7 @@ class Span(click.ParamType[timedelta]):
             return value
         found = re.fullmatch(r"(\d{1,6})([smhd])", str(value))
         if found is None:
-            self.fail(f"{value!r} is no time span; want a number and s, m, h or d, for example 90d.", param, ctx)
+            self.fail(f"{value!r} is not a time span; write a number and s, m, h or d, for example 90d.", param, ctx)
         return timedelta(**{UNITS[found[2]]: int(found[1])})
 
 
@@ -35,7 +35,7 @@ TENANT = click.option(
     default="",
     show_default=False,
     metavar="ID",
-    help="Whose keys; another than one's own only operators name.",
+    help="The tenant of the keys; by default your own. Only operators may name another.",
 )
 KEY = click.argument("key", metavar="ID")
 
@@ -51,21 +51,23 @@ _COLUMNS = {
 
 @click.group()
 def keys() -> None:
-    """Make, list, rotate and revoke the keys by which programs call a server.
+    """Create, list, rotate and revoke API keys.
 
-    All but `bootstrap` ask the server, with the key in NOTECASE_TOKEN, which is an admin's or an operator's.
+    All commands except `bootstrap` call the server and need the key of an admin or operator in NOTECASE_TOKEN.
     """
 
 
 @keys.command()
 @click.option("--name", default="", show_default=False, metavar="TEXT", help="What the key is for.")
-@click.option("--role", type=click.Choice(list(ROLES)), required=True, help="What its callers may do.")
-@click.option("--user", default="", show_default=False, metavar="ID", help="Whose sessions and state are all it sees.")
-@click.option("--expires", type=Span(), metavar="SPAN", help="When it ends, for example 90d; else never.")
+@click.option("--role", type=click.Choice(list(ROLES)), required=True, help="The role of its callers.")
+@click.option(
+    "--user", default="", show_default=False, metavar="ID", help="The only user whose sessions and state it can access."
+)
+@click.option("--expires", type=Span(), metavar="SPAN", help="When it expires, for example 90d; by default never.")
 @TENANT
 @SERVER
 def create(name: str, role: str, user: str, expires: timedelta | None, tenant: str) -> None:
-    """Make a key and print it, this once."""
+    """Create a key and print it. It cannot be shown again."""
 
     async def make(client: Client) -> None:
         key = v1.Key(display_name=name, role=ROLES[role], user=name_of("users", user) if user else "")
@@ -74,7 +76,7 @@ def create(name: str, role: str, user: str, expires: timedelta | None, tenant: s
             key.expire_time.FromMicroseconds(key.expire_time.ToMicroseconds() + expires // timedelta(microseconds=1))
         made = await client.keys.CreateKey(v1.CreateKeyRequest(tenant=_tenant(tenant), key=key))
         if tenant and made.tenant_created:
-            screen.aside(f"made the tenant {screen.one_line(tenant)}, which was not known before")
+            screen.aside(f"created the tenant {screen.one_line(tenant)}, which did not exist")
         _show(made.key, made.secret)
 
     ask(make)
@@ -86,7 +88,7 @@ def create(name: str, role: str, user: str, expires: timedelta | None, tenant: s
 @OUTPUT
 @SERVER
 def list_keys(tenant: str, limit: int, form: str) -> None:
-    """List keys, the last created first."""
+    """List keys, newest first."""
 
     async def look(client: Client) -> None:
         request = v1.ListKeysRequest(tenant=_tenant(tenant))
@@ -100,7 +102,7 @@ def list_keys(tenant: str, limit: int, form: str) -> None:
 @TENANT
 @SERVER
 def revoke(key: str, tenant: str) -> None:
-    """Take a key back: from now on no call with it is let in."""
+    """Revoke a key: calls with it are refused from now on."""
 
     async def end(client: Client) -> None:
         await client.keys.RevokeKey(v1.RevokeKeyRequest(name=name_of("keys", key), tenant=_tenant(tenant)))
@@ -110,13 +112,13 @@ def revoke(key: str, tenant: str) -> None:
 
 @keys.command()
 @KEY
-@click.option("--overlap", type=Span(), default="1h", metavar="SPAN", help="How long the one before is taken, too.")
+@click.option("--overlap", type=Span(), default="1h", metavar="SPAN", help="How long the old secret stays valid.")
 @TENANT
 @SERVER
 def rotate(key: str, overlap: timedelta, tenant: str) -> None:
-    """Give a key another secret and print it, this once.
+    """Give a key a new secret and print it. It cannot be shown again.
 
-    Whose key it is stays the same, and so does its id.
+    The key's id, role and user stay the same.
     """
 
     async def renew(client: Client) -> None:
@@ -132,13 +134,13 @@ def rotate(key: str, overlap: timedelta, tenant: str) -> None:
 @CONFIG
 @STORE
 @PASSWORD_FILE
-@click.option("--tenant", default="default", metavar="ID", help="Whose admin it is for.")
-@click.option("--operator", is_flag=True, help="A key of an operator, who has no tenant, instead of an admin's.")
+@click.option("--tenant", default="default", metavar="ID", help="The tenant of the admin key.")
+@click.option("--operator", is_flag=True, help="Create an operator's key, which has no tenant, instead of an admin's.")
 @click.option("--name", default="bootstrap", metavar="TEXT", help="What the key is for.")
 def bootstrap(store: str, store_password_file: Path | None, tenant: str, operator: bool, name: str) -> None:
-    """Make the first key in a store that no server has open, and print it, this once.
+    """Create the first key of a store and print it. It cannot be shown again.
 
-    From then on `notecase serve` takes calls to this store with a key only.
+    No server may have the store open. From then on, `notecase serve` requires a key for calls to this store.
     """
     # No other of these commands needs a server.
     from notecase_server import serve  # noqa: PLC0415
@@ -154,7 +156,7 @@ def bootstrap(store: str, store_password_file: Path | None, tenant: str, operato
     except StoreOpenError as error:
         raise click.ClickException(str(error)) from None
     if created:
-        screen.aside(f"made a new store at {created}")
+        screen.aside(f"created a new store at {created}")
     _show(made, secret)
 
 
@@ -164,5 +166,5 @@ def _tenant(given: str) -> str:
 
 def _show(key: v1.Key, secret: str) -> None:
     """Prints the secret on standard output, alone, so that it can be piped on."""
-    screen.aside(f"{key.name}, shown this once:")
+    screen.aside(f"{key.name}, shown only once:")
     click.echo(secret)

@@ -19,15 +19,15 @@ PATIENT = Retry(tries=1000)
 @click.command()
 @click.argument("session", metavar="SESSION")
 @click.option(
-    "-f", "--follow", is_flag=True, help="Go on with what happens, until Ctrl-C; a server that is away is awaited."
+    "-f", "--follow", is_flag=True, help="Keep printing new events until Ctrl-C; if the server is away, wait for it."
 )
-@click.option("--after", type=click.IntRange(0), default=0, metavar="SEQUENCE", help="Begin after this event.")
+@click.option("--after", type=click.IntRange(0), default=0, metavar="SEQUENCE", help="Start after this sequence.")
 @OUTPUT
 @SERVER
 def logs(session: str, follow: bool, after: int, form: str) -> None:
-    """Print a session's log: its events with their sequences, in order.
+    """Print the events of a session's log, in order of their sequence.
 
-    With -o json each event is an object on a line of its own, with -o yaml a document.
+    -o json prints one object per line, -o yaml one document per event.
     """
     ask(lambda client: _print(client, name_of("sessions", session), follow, after, form))
 

@@ -88,9 +88,9 @@ def read(file: str, text: str) -> list[Declared]:
     names = [one.agent.name for one in found]
     for one in found:
         if one.agent.name and names.count(one.agent.name) > 1:
-            reader.mistakes.append(one.at("", "an agent of this name is declared more than once."))
+            reader.mistakes.append(one.at("", "this agent is declared more than once."))
     if not found and not reader.mistakes:
-        reader.mistakes.append(Mistake(file, 0, "There is no agent in it."))
+        reader.mistakes.append(Mistake(file, 0, "The file holds no agent."))
     if reader.mistakes:
         raise Mistakes(sorted(reader.mistakes, key=lambda one: one.line))
     return found

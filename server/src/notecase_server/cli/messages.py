@@ -18,18 +18,18 @@ _COLUMNS = {
 
 @click.group()
 def messages() -> None:
-    """List, show and add the messages of a session."""
+    """List, show and append messages of a session."""
 
 
 @messages.command("list")
 @click.argument("session", metavar="SESSION")
-@click.option("--newest", is_flag=True, help="Begin with the newest.")
-@click.option("--superseded", is_flag=True, help="With those that were rewound.")
+@click.option("--newest", is_flag=True, help="List newest first.")
+@click.option("--superseded", is_flag=True, help="Include messages that a rewind superseded.")
 @LIMIT
 @OUTPUT
 @SERVER
 def list_messages(session: str, newest: bool, superseded: bool, limit: int, form: str) -> None:
-    """List messages, the oldest first."""
+    """List messages, oldest first."""
 
     async def look(client: Client) -> None:
         request = v1.ListMessagesRequest(
@@ -48,7 +48,7 @@ def list_messages(session: str, newest: bool, superseded: bool, limit: int, form
 @OUTPUT
 @SERVER
 def show_message(message: str, form: str) -> None:
-    """Print one message, with the outcomes of its calls."""
+    """Print one message with the outcomes of its tool calls."""
     session, _, last = message.removeprefix("sessions/").partition("/")
     name = f"sessions/{session}/messages/{last.removeprefix('messages/')}"
 
@@ -62,10 +62,10 @@ def show_message(message: str, form: str) -> None:
 @messages.command("append")
 @click.argument("session", metavar="SESSION")
 @click.argument("text")
-@click.option("--role", type=click.Choice(["user", "system", "assistant"]), default="user", help="Who says it.")
+@click.option("--role", type=click.Choice(["user", "system", "assistant"]), default="user", help="The author's role.")
 @SERVER
 def append_message(session: str, text: str, role: str) -> None:
-    """Add a message without running an agent, and print its name. TEXT may be - for standard input."""
+    """Append a message without running an agent, and print its name. TEXT may be - for standard input."""
     said = v1.Message(role=v1.Message.Role.Value(f"ROLE_{role.upper()}"), parts=[v1.Part(text=read_text(text))])
 
     async def add(client: Client) -> None:

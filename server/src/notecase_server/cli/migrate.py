@@ -18,10 +18,10 @@ from notecase_server.store.contract import StoreOpenError
 @STORE
 @PASSWORD_FILE
 def migrate(store: str, store_password_file: Path | None) -> None:
-    """Bring the tables of a PostgreSQL store up to date.
+    """Upgrade the tables of a PostgreSQL store.
 
-    No server may own the store. An empty database gets its tables. `notecase serve` does the same when it starts,
-    unless --no-migrate says otherwise; a SQLite file is brought up to date when it is opened.
+    No server may own the store. In an empty database, the tables are created. `notecase serve` does the same when it
+    starts, unless --no-migrate is set. A SQLite file is upgraded when it is opened.
     """
     configure_logging("console", "info")
     try:

@@ -19,7 +19,7 @@ from notecase_server.cli import output, screen
 CANNOT = (OverflowError, UnicodeError, RecursionError, DecodeError)
 """What is raised for a value that state cannot hold; DecodeError when it is deeper than protobuf copies."""
 
-CANNOT_HOLD = "State cannot hold that: integers have 64 bits, text is Unicode, lists are 16 levels deep."
+CANNOT_HOLD = "State cannot hold this value: integers have 64 bits, text is Unicode, lists are at most 16 levels deep."
 
 NOTHING = "There are no notes yet."
 
@@ -61,7 +61,7 @@ async def as_file(client: Client, given: str) -> Plain:
     except OSError as error:
         raise click.ClickException(f"{given} cannot be read: {error.strerror}.") from None
     except ValueError:
-        raise click.ClickException(f"What kind of file {given} is cannot be told from its name.") from None
+        raise click.ClickException(f"The media type of {given} is unknown.") from None
 
 
 def _no_json(name: str) -> float:

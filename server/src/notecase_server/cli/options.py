@@ -51,7 +51,7 @@ _OPTIONS = (
         metavar="HOST:PORT",
         callback=_keep_address,
         expose_value=False,
-        help="The server to talk to: by TLS, unless it is on this machine and no --ca is given.",
+        help="The server's address. TLS is used unless the server is on this machine and --ca is not set.",
     ),
     click.option(
         "--profile",
@@ -60,8 +60,8 @@ _OPTIONS = (
         metavar="NAME",
         callback=_keep,
         expose_value=False,
-        help="Take the server, token and authorities of this profile; see `notecase profiles`. Options and variables "
-        "win over it.",
+        help="Use the server, token and CA certificates of this profile; see `notecase profiles`. Options and "
+        "variables take precedence.",
     ),
     click.option(
         "--token",
@@ -70,7 +70,7 @@ _OPTIONS = (
         metavar="TOKEN",
         callback=_keep,
         expose_value=False,
-        help="The key or token to call with. Other users of the machine see options, and not variables.",
+        help="The API key or token. Other users of this machine can see options, but not variables.",
     ),
     click.option(
         "--ca",
@@ -80,14 +80,14 @@ _OPTIONS = (
         metavar="FILE",
         callback=_keep,
         expose_value=False,
-        help="The authorities that the server's certificate may be of: PEM. Without it, those that are known widely.",
+        help="CA certificates for the server's certificate, as PEM; by default the public ones.",
     ),
     click.option(
         "--plaintext",
         is_flag=True,
         callback=_keep,
         expose_value=False,
-        help="Talk without TLS beyond this machine, too; everybody on the way can read it.",
+        help="Connect to other machines without TLS; others on the network can read everything.",
     ),
 )
 
@@ -105,21 +105,21 @@ OUTPUT = click.option(
     "form",
     type=click.Choice(["table", "json", "yaml"]),
     default="table",
-    help="A table for people, or everything that the service says as JSON or YAML.",
+    help="A table, or all fields as JSON or YAML.",
 )
 """The form in which a command prints what it reads."""
 
-LIMIT = click.option("--limit", type=click.IntRange(1), default=50, help="How many to list at most.")
+LIMIT = click.option("--limit", type=click.IntRange(1), default=50, help="The most entries to list.")
 
 WAIT = click.option(
     "--wait",
     type=click.FloatRange(0),
     metavar="SECONDS",
-    help="How long a run may wait for a caller's tool before you are asked for its result; 2 without this option. "
-    "Where there is no terminal: for anybody, before the command ends; 10 without it.",
+    help="How long a run may wait for a caller's tool before you are asked for its result; 2 by default. Without "
+    "a terminal: how long it may wait for anything before the command ends; 10 by default.",
 )
 
-YES = click.option("--yes", is_flag=True, help="Do not ask first.")
+YES = click.option("--yes", is_flag=True, help="Do not ask for confirmation.")
 
 STORE = click.option(
     "--store",
@@ -127,8 +127,8 @@ STORE = click.option(
     envvar="NOTECASE_STORE",
     show_envvar=True,
     metavar="URL",
-    help="Where everything is kept: sqlite:PATH, postgresql://USER@HOST/DATABASE with the parameters of libpq, or "
-    "memory: to forget it all at the end.",
+    help="Where data is stored: sqlite:PATH, postgresql://USER@HOST/DATABASE with libpq parameters, or memory:, "
+    "which is lost at exit.",
 )
 
 PASSWORD_FILE = click.option(
@@ -137,5 +137,6 @@ PASSWORD_FILE = click.option(
     envvar="NOTECASE_STORE_PASSWORD_FILE",
     show_envvar=True,
     metavar="FILE",
-    help="The password for PostgreSQL, which may also be in PGPASSWORD or in the URL. Read again for each connection.",
+    help="A file with the PostgreSQL password, which may also be in PGPASSWORD or in the URL. Read again for each "
+    "connection.",
 )

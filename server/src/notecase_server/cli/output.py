@@ -17,7 +17,7 @@ M = TypeVar("M", bound=Message)
 PAGE = 1000
 """The largest page of a list that the service gives."""
 
-MORE = "There are more; --limit lists more of them."
+MORE = "There are more; raise --limit to list them."
 
 
 def as_data(message: Message) -> Any:

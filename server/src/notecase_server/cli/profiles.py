@@ -16,17 +16,18 @@ NAME = click.argument("name")
 
 @click.group()
 def profiles() -> None:
-    """List, set, choose and delete profiles: servers by name, each with its token and authorities.
+    """List, set, choose and delete profiles: named servers with their tokens and CA certificates.
 
-    They are in one file, which `profiles list` names. Commands take the profile of --profile, or else the one that
-    `profiles use` chose; options and NOTECASE_ variables win over it. A profile's token goes to its own server only.
+    Profiles are in one file, whose path `profiles list` prints. Commands use the profile of --profile, or else the one
+    chosen with `profiles use`. Options and NOTECASE_ variables take precedence. A profile's token is sent only to its
+    own server.
     """
 
 
 @profiles.command("list")
 @OUTPUT
 def list_profiles(form: str) -> None:
-    """List profiles; no token is shown."""
+    """List profiles, without tokens."""
     from notecase_server.cli import output  # noqa: PLC0415  # imports the client, which no other of these needs
 
     held = _read()
@@ -48,13 +49,20 @@ def list_profiles(form: str) -> None:
 @profiles.command("set")
 @NAME
 @click.option(
-    "--server", metavar="HOST:PORT", callback=lambda *args: address(*args) if args[2] else None, help="Its address."
+    "--server",
+    metavar="HOST:PORT",
+    callback=lambda *args: address(*args) if args[2] else None,
+    help="The server's address.",
 )
-@click.option("--token", metavar="TOKEN", help="Kept in the file; - reads it from standard input.")
-@click.option("--token-file", metavar="FILE", help="Read when a call needs the token; for you alone to read.")
-@click.option("--token-command", metavar="COMMAND", help="Run by a shell when a call needs the token, which it prints.")
-@click.option("--ca", metavar="FILE", help="The authorities that its certificate may be of: PEM.")
-@click.option("--plaintext/--no-plaintext", default=None, help="Talk without TLS beyond this machine, too.")
+@click.option("--token", metavar="TOKEN", help="A token to store in the file; - reads standard input.")
+@click.option(
+    "--token-file", metavar="FILE", help="A file with the token, read when a call needs it; only you may have access."
+)
+@click.option(
+    "--token-command", metavar="COMMAND", help="A shell command that prints the token, run when a call needs it."
+)
+@click.option("--ca", metavar="FILE", help="CA certificates for the server's certificate: PEM.")
+@click.option("--plaintext/--no-plaintext", default=None, help="Connect to other machines without TLS.")
 def set_profile(
     name: str,
     server: str | None,
@@ -64,13 +72,13 @@ def set_profile(
     ca: str | None,
     plaintext: bool | None,
 ) -> None:
-    """Make a profile, or change what the options say of it.
+    """Create a profile, or change the given options of one.
 
-    The first profile is used from then on. The file can be read by you alone.
+    The first profile becomes the current one. Only you can read the file.
     """
     tokens = {"token": token, "token_file": token_file, "token_command": token_command}
     if sum(one is not None for one in tokens.values()) > 1:
-        raise click.UsageError("Say one of --token, --token-file and --token-command.")
+        raise click.UsageError("Give only one of --token, --token-file and --token-command.")
     if token_file:
         _refuse_readable(_absolute(token_file))
     held = _read(strict=False)
@@ -93,7 +101,7 @@ def set_profile(
 @profiles.command("use")
 @click.argument("name", required=False, default="")
 def use_profile(name: str) -> None:
-    """Have commands use a profile that name none; without NAME, have them use no profile."""
+    """Choose the profile for commands without --profile; without NAME, use none."""
     held = _read()
     try:
         if name:
@@ -107,7 +115,7 @@ def use_profile(name: str) -> None:
 @profiles.command("delete")
 @NAME
 def delete_profile(name: str) -> None:
-    """Remove a profile and the token that is kept with it."""
+    """Delete a profile and its stored token."""
     held = _read(strict=False)
     if held.profiles.pop(name, None) is None:
         raise Refusal(f"There is no profile {name!r}.", Exit.USAGE)

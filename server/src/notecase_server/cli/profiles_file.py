@@ -92,7 +92,7 @@ def read(strict: bool = True) -> Profiles:
     except OSError as error:
         raise ProfilesError(f"{file} cannot be read: {error.strerror}.") from None
     except (ValueError, TypeError, KeyError, AttributeError):
-        raise ProfilesError(f"{file} is not a file of profiles; `notecase profiles set` writes one.") from None
+        raise ProfilesError(f"{file} is not a profiles file; `notecase profiles set` writes one.") from None
     if strict and mode & 0o077 and any(one.token for one in found.profiles.values()):
         raise ProfilesError(f"{file} holds a token, and other users can read it: run `chmod 600 {file}`.")
     return found

@@ -21,7 +21,7 @@ QUESTION = "Reply with the word ready, and nothing else."
 
 @click.group()
 def providers() -> None:
-    """Try the providers of models out."""
+    """Test model providers."""
 
 
 @providers.command()
@@ -32,13 +32,13 @@ def providers() -> None:
     envvar="NOTECASE_CONFIG",
     show_envvar=True,
     metavar="FILE",
-    help="The configuration file that has the provider; without one, OPENAI_API_KEY and OPENAI_BASE_URL say it.",
+    help="The configuration file with the provider; by default OPENAI_API_KEY and OPENAI_BASE_URL set it.",
 )
 def test(name: str, config: Path | None) -> None:
-    """Ask the provider NAME one short question, and print what came of it.
+    """Ask the provider NAME one short question, and print the result.
 
-    The exit code is 1 when the provider fails. The question is a call like any other, which its provider may charge
-    for, and is not repeated.
+    The exit code is 1 if the provider fails. The question is an ordinary call, which the provider may charge for; it is
+    not retried.
     """
     configure_logging("console", "warning")
     try:

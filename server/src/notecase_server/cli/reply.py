@@ -40,7 +40,7 @@ class Reply:
                 self._add(added)
             case "message_discarded":
                 if any(name == event.message_discarded.message for name, _ in self._shown):
-                    self.note("The model is asked again; its reply begins anew.")
+                    self.note("The model call is repeated; the reply starts over.")
             case "tool_started":
                 self.begin_call(event.tool_started)
             case "tool_finished":
@@ -49,7 +49,7 @@ class Reply:
                 self.note(screen.summarized(event.summarized))
             case "tools_unavailable":
                 server = screen.one_line(event.tools_unavailable.server)
-                self.note(f"The tools of {server} cannot be had: {event.tools_unavailable.error.message}")
+                self.note(f"The tools of {server} are unavailable: {event.tools_unavailable.error.message}")
             case "run_state_changed":
                 self._change(event.run_state_changed)
 
@@ -102,7 +102,7 @@ class Reply:
                 self.note(source)
         self._close()
         if added.finish_reason == "length":
-            self.note("The model stopped there, having reached its limit of tokens.")
+            self.note("The model stopped at its token limit.")
 
     def _grow(self, block: tuple[str, int], kind: str, text: str) -> None:
         """Shows the part of a block that is not on the screen yet."""

@@ -21,35 +21,35 @@ from notecase_server.cli.options import SERVER, WAIT
     envvar="NOTECASE_AGENT",
     show_envvar=True,
     metavar="ID",
-    help="Who answers: in a new session it is needed where there are several agents. ID@REVISION is one revision.",
+    help="The agent; required in a new session if there are several. ID@REVISION is one revision.",
 )
-@click.option("--session", default="", show_default=False, metavar="ID", help="Run in this session; else in a new one.")
 @click.option(
-    "--attach", multiple=True, metavar="FILE", help="A file that goes with the text; may be given several times."
+    "--session", default="", show_default=False, metavar="ID", help="Run in this session instead of a new one."
 )
+@click.option("--attach", multiple=True, metavar="FILE", help="A file to attach; may be repeated.")
 @click.option(
     "-o",
     "--output",
     "form",
     type=click.Choice(["text", "json", "yaml"]),
     default="text",
-    help="The reply as it comes, or the run once it has ended, as JSON or YAML.",
+    help="Stream the reply as text, or print the run as JSON or YAML when it has ended.",
 )
 @WAIT
 @SERVER
 def run(
     text: tuple[str, ...], agent: str, session: str, attach: tuple[str, ...], form: str, wait: float | None
 ) -> None:
-    """Say TEXT to an agent, print its reply as it comes, and end.
+    """Send TEXT to an agent, stream its reply, and exit.
 
-    Without TEXT, or where it is -, standard input is said. Standard output has the reply alone; standard error has
-    everything else, the name of a new session too.
+    Without TEXT, or with -, standard input is sent. Only the reply goes to standard output; everything else, such as
+    the name of a new session, goes to standard error.
 
-    The exit code is 1 when the run fails or is cancelled, and 3 when it waits for somebody: at a terminal you are asked
-    yourself. Ctrl-C cancels the run.
+    The exit code is 1 if the run fails or is cancelled, and 3 if it is left waiting for a person or a caller's tool; at
+    a terminal you are asked first. Ctrl-C cancels the run.
     """
     if not text and sys.stdin.isatty():
-        raise click.UsageError("Say something: as TEXT, or through a pipe.")
+        raise click.UsageError("Give a TEXT, or pipe one to standard input.")
     said = read_text("-") if text in {(), ("-",)} else " ".join(text)
 
     async def answer(client: Client) -> Exit:
@@ -87,9 +87,9 @@ async def _only_agent(client: Client) -> str:
     if len(found) == 1:
         return found[0].name
     if not found:
-        raise Refusal("There is no agent yet; `notecase agents create` makes one.", Exit.FAILED)
+        raise Refusal("There is no agent yet; create one with `notecase agents create`.", Exit.FAILED)
     ids = ", ".join(screen.id_of(one.name) for one in found)
-    raise Refusal(f"There are several agents; choose one with --agent, for example of {ids}.", Exit.USAGE)
+    raise Refusal(f"There are several agents; choose one with --agent, for example: {ids}.", Exit.USAGE)
 
 
 async def _upload(client: Client, file: str) -> v1.Blob:
@@ -98,4 +98,4 @@ async def _upload(client: Client, file: str) -> v1.Blob:
     except OSError as error:
         raise Refusal(f"{file} cannot be read: {error.strerror}.", Exit.USAGE) from None
     except ValueError:
-        raise Refusal(f"What kind of file {file} is cannot be told from its name.", Exit.USAGE) from None
+        raise Refusal(f"The media type of {file} is unknown.", Exit.USAGE) from None

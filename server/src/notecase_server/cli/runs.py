@@ -33,7 +33,7 @@ _COLUMNS = {
 def runs() -> None:
     """List, show and cancel runs.
 
-    RUN is SESSION/RUN or the run's whole name; SESSION alone is the session's newest run.
+    RUN is SESSION/RUN or the run's full name; SESSION alone means its newest run.
     """
 
 
@@ -45,13 +45,13 @@ def runs() -> None:
     default="",
     show_default=False,
     metavar="EXPRESSION",
-    help="Which to list, for example: state = RUNNING. Fields are state, agent, create_time and labels.KEY.",
+    help="List only matching runs, for example: state = RUNNING. Fields: state, agent, create_time and labels.KEY.",
 )
 @LIMIT
 @OUTPUT
 @SERVER
 def list_runs(session: str, where: str, limit: int, form: str) -> None:
-    """List runs of a session, or of all, the last created first."""
+    """List the runs of one session or of all, newest first."""
 
     async def look(client: Client) -> None:
         request = v1.ListRunsRequest(parent=name_of("sessions", session or "-"), filter=where)
@@ -65,7 +65,7 @@ def list_runs(session: str, where: str, limit: int, form: str) -> None:
 @OUTPUT
 @SERVER
 def show_run(run: str, form: str) -> None:
-    """Print a run: its state, what it waits for, what it used and what it replied."""
+    """Print a run: its state, what it waits for, its token usage and its reply."""
 
     async def look(client: Client) -> None:
         found = await client.runs.GetRun(v1.GetRunRequest(name=await _named(client, run)))
@@ -76,11 +76,11 @@ def show_run(run: str, form: str) -> None:
 
 @runs.command("cancel")
 @RUN
-@click.option("--reason", default="", show_default=False, metavar="TEXT", help="Kept in the log.")
-@click.option("--after-turn", is_flag=True, help="Let calls of tools that are under way finish first.")
+@click.option("--reason", default="", show_default=False, metavar="TEXT", help="The reason, recorded in the log.")
+@click.option("--after-turn", is_flag=True, help="Let running tool calls finish first.")
 @SERVER
 def cancel_run(run: str, reason: str, after_turn: bool) -> None:
-    """Stop a run; what it has made is kept."""
+    """Cancel a run; its output so far is kept."""
 
     async def stop(client: Client) -> None:
         await client.cancel(await _named(client, run), reason, after_turn=after_turn)

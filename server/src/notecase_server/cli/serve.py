@@ -66,7 +66,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     expose_value=False,
     callback=load,
     help="The configuration file: TOML with a key for each of these options, and tables of providers, identity "
-    "providers and MCP servers. What an option or its variable says wins over it.",
+    "providers and MCP servers. Options and their variables take precedence.",
 )
 @click.option(
     "--listen",
@@ -75,7 +75,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     show_envvar=True,
     metavar="HOST:PORT",
     callback=address,
-    help="Where to serve; port 0 takes a free one and prints it.",
+    help="The address to listen on; port 0 chooses a free port and prints it.",
 )
 @click.option(
     "--listen-mtls",
@@ -85,15 +85,13 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     show_envvar=True,
     metavar="HOST:PORT",
     callback=lambda context, option, value: address(context, option, value) if value else value,
-    help="Where to serve callers who have client certificates, besides the others.",
+    help="An additional address, for callers with client certificates.",
 )
-@_file(
-    "tls-cert", "The server's certificate, with those between it and its authority: PEM. Read again when it changes."
-)
-@_file("tls-key", "The key of that certificate: PEM, not encrypted.")
-@_file("tls-client-ca", "The authorities that sign client certificates: PEM.")
-@_file("client-principals", "Which names of client certificates are whose: tenant, role, user. TOML or JSON.")
-@_file("issuers", "Identity providers whose tokens callers may have: TOML with a table [[issuer]] for each.")
+@_file("tls-cert", "The server's certificate with its intermediate certificates: PEM. Read again when it changes.")
+@_file("tls-key", "The certificate's private key: PEM, not encrypted.")
+@_file("tls-client-ca", "The CA certificates for client certificates: PEM.")
+@_file("client-principals", "Maps names in client certificates to a tenant, role and user. TOML or JSON.")
+@_file("issuers", "Identity providers whose tokens are accepted: TOML with a table [[issuer]] for each.")
 @click.option(
     "--behind-tls-proxy",
     default="",
@@ -101,21 +99,21 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     envvar="NOTECASE_BEHIND_TLS_PROXY",
     show_envvar=True,
     metavar="ADDRESSES",
-    help="Serve plain text beyond this machine, but to these only: the proxies that do TLS, as addresses and networks "
-    "with commas between them.",
+    help="Serve other machines without TLS, but only these: the proxies that terminate TLS, as comma-separated "
+    "addresses and networks.",
 )
-@_flag("insecure", "Serve without credentials, beyond this machine too: everybody who reaches the port may do all.")
+@_flag("insecure", "Serve other machines without credentials: everybody who reaches the port may do everything.")
 @click.option(
     "--auth",
     type=click.Choice(["auto", "keys"]),
     default="auto",
     envvar="NOTECASE_AUTH",
     show_envvar=True,
-    help="Whether callers need a key: always, or with `auto` once the store has ever had one.",
+    help="Whether callers need a credential: with `keys` always, with `auto` if the store has ever had a key.",
 )
 @STORE
 @PASSWORD_FILE
-@_number("store-connections", "Connections to PostgreSQL, besides one for the lease.", least=2)
+@_number("store-connections", "Connections to PostgreSQL, in addition to one for the lease.", least=2)
 @click.option(
     "--store-lease",
     type=click.FloatRange(1),
@@ -123,36 +121,45 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     envvar="NOTECASE_STORE_LEASE",
     show_envvar=True,
     metavar="SECONDS",
-    help="How long a server that owns a PostgreSQL store may be silent before another one takes the store over.",
+    help="How long the owner of a PostgreSQL store may fail to renew its lease before another server takes over.",
 )
-@_flag("no-wait", "End with an error when another server owns the store, instead of waiting for its end.")
-@_flag("no-migrate", "Refuse a PostgreSQL store of an older schema, which `notecase migrate` brings up to date.")
+@_flag("no-wait", "Exit with an error if another server owns the store, instead of waiting.")
+@_flag("no-migrate", "Refuse a PostgreSQL store with an older schema; upgrade it with `notecase migrate`.")
 @_flag(
-    "no-prepared", "Prepare no statements in PostgreSQL, for a pooler that keeps none; each costs a round trip more."
+    "no-prepared", "Do not use prepared statements, for a pooler without them; each statement costs another round trip."
 )
-@_number("max-runs", "Runs at work at once; a new start above it is refused, and what was accepted before waits.")
-@_number("max-calls", "Calls and streams open at once, of all callers; one connection has at most half of them.")
-@_number("max-connections", "Connections at once; one above it is closed.")
-@_number("max-unread-bytes", "Answers that wait for their readers, together; a connection has at most an eighth of it.")
-@_number("max-imports", "Files of sessions that are taken in at once.")
-@_number("max-import-bytes", "Files of sessions that wait on this machine's disk while they are taken in, together.")
+@_number("max-runs", "Concurrent runs. More starts are refused; runs accepted earlier wait.")
+@_number("max-calls", "Concurrent calls and streams; one connection has at most half of them.")
+@_number("max-connections", "Concurrent connections; more are closed.")
 @_number(
-    "max-heavy-reads", "Heavy calls at once: forks, rewinds, states as they were, large writes and pages; others wait."
+    "max-unread-bytes", "Bytes of answers that clients have not read yet; one connection has at most an eighth of them."
 )
-@_number("max-blob-bytes", "The largest content that is stored.")
-@_number("max-session-bytes", "The most content, in all, that one session refers to.")
-@_number("max-sessions", "Sessions of a tenant. 0: as many as the disk holds.", least=0)
-@_number("max-agents", "Agents of a tenant. 0: any number.", least=0)
-@_number("max-revisions", "Revisions of an agent. 0: any number.", least=0)
-@_number("max-state-keys", "Keys of one state. 0: any number.", least=0)
+@_number("max-imports", "Concurrent imports of sessions.")
+@_number("max-import-bytes", "Disk space for files that are being imported.")
 @_number(
-    "max-session-events", "Entries of a session's log, above which nothing is begun in it. 0: any number.", least=0
+    "max-heavy-reads",
+    "Concurrent heavy calls: forks, rewinds, reads of past states, large writes and pages. More wait.",
 )
-@_number("max-session-log-bytes", "Bytes of a session's log, in the same way.", least=0)
-@_number("max-tenant-blob-bytes", "All content of a tenant. 0: as much as the disk holds.", least=0)
-@_number("max-uploads", "Uploads of a tenant, under way or remembered. 0: any number.", least=0)
-@_number("max-requests", "Requests of a tenant that are remembered for a day. 0: any number.", least=0)
-@_number("audit-days", "How long it is kept who did what (AuditService), in days. 0: for ever.", least=0)
+@_number("max-blob-bytes", "The size of one blob.")
+@_number("max-session-bytes", "The total size of the blobs that one session refers to.")
+@_number("max-sessions", "Sessions per tenant. 0: no limit.", least=0)
+@_number("max-agents", "Agents per tenant. 0: no limit.", least=0)
+@_number("max-revisions", "Revisions per agent. 0: no limit.", least=0)
+@_number("max-state-keys", "Keys per state. 0: no limit.", least=0)
+@_number(
+    "max-session-events",
+    "Events in a session's log; above it, nothing new may start in the session. 0: no limit.",
+    least=0,
+)
+@_number(
+    "max-session-log-bytes",
+    "Bytes of a session's log; above it, nothing new may start in the session. 0: no limit.",
+    least=0,
+)
+@_number("max-tenant-blob-bytes", "Total size of a tenant's blobs. 0: no limit.", least=0)
+@_number("max-uploads", "Uploads per tenant, in progress or remembered. 0: no limit.", least=0)
+@_number("max-requests", "Requests per tenant that are remembered for a day. 0: no limit.", least=0)
+@_number("audit-days", "How many days audit entries are kept. 0: forever.", least=0)
 @click.option(
     "--grace",
     type=click.FloatRange(0),
@@ -160,7 +167,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     envvar="NOTECASE_GRACE",
     show_envvar=True,
     metavar="SECONDS",
-    help="How long runs may take to their next commit when the server stops; the rest goes on at the next start.",
+    help="How long runs may take to reach their next commit when the server stops; the next start continues them.",
 )
 @click.option(
     "--profile",
@@ -169,8 +176,8 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     envvar="NOTECASE_PROFILE",
     show_envvar=True,
     metavar="PROFILE",
-    help="What the model's provider takes, where its address and model do not tell: the name of a built-in profile, a "
-    "JSON object of what to override, or a file with one.",
+    help="How the provider's API differs, if its address and model do not show it: the name of a built-in "
+    "profile, a JSON object of overrides, or a file with one.",
 )
 @click.option(
     "--connect-timeout",
@@ -179,7 +186,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     envvar="NOTECASE_CONNECT_TIMEOUT",
     show_envvar=True,
     metavar="SECONDS",
-    help="How long connecting to a model's provider may take.",
+    help="How long connecting to a model provider may take.",
 )
 @click.option(
     "--first-timeout",
@@ -188,7 +195,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     envvar="NOTECASE_FIRST_TIMEOUT",
     show_envvar=True,
     metavar="SECONDS",
-    help="How long the provider may take to the first piece of a reply.",
+    help="How long the provider may take to send the first chunk of a reply.",
 )
 @click.option(
     "--idle-timeout",
@@ -197,7 +204,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     envvar="NOTECASE_IDLE_TIMEOUT",
     show_envvar=True,
     metavar="SECONDS",
-    help="How long it may be silent between two pieces; comments count as silence.",
+    help="How long the provider may pause between two chunks; comments do not count as chunks.",
 )
 @click.option(
     "--whole-timeout",
@@ -206,7 +213,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     envvar="NOTECASE_WHOLE_TIMEOUT",
     show_envvar=True,
     metavar="SECONDS",
-    help="How long an answer may take in all.",
+    help="How long a whole reply may take.",
 )
 @click.option(
     "--max-retries",
@@ -215,7 +222,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     envvar="NOTECASE_MAX_RETRIES",
     show_envvar=True,
     metavar="NUMBER",
-    help="How often a call of the model is repeated when what went wrong may pass.",
+    help="How often a model call is retried after a transient error.",
 )
 @click.option(
     "--retry-time",
@@ -224,7 +231,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     envvar="NOTECASE_RETRY_TIME",
     show_envvar=True,
     metavar="SECONDS",
-    help="How long may be waited between all of these tries together.",
+    help="The total wait between these retries.",
 )
 @click.option(
     "--tools",
@@ -232,7 +239,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     envvar="NOTECASE_TOOLS",
     show_envvar=True,
     metavar="MODULE",
-    help="A Python module whose functions marked with @tool agents may call; may be given several times.",
+    help="A Python module whose @tool functions agents may call; may be repeated.",
 )
 @click.option(
     "--mcp-config",
@@ -248,7 +255,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     default="console",
     envvar="NOTECASE_LOG_FORMAT",
     show_envvar=True,
-    help="For people, or one JSON object a line. Logs go to standard error and hold no message contents.",
+    help="Readable text, or one JSON object per line. Logs go to standard error and contain no message contents.",
 )
 @click.option(
     "--log-level",
@@ -256,15 +263,15 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     default="info",
     envvar="NOTECASE_LOG_LEVEL",
     show_envvar=True,
-    help="The least that is logged.",
+    help="The lowest level that is logged.",
 )
 def serve(listen: str, log_format: Literal["console", "json"], log_level: str, **others: Any) -> None:
-    """Serve until SIGTERM or SIGINT.
+    """Run a server until SIGTERM or SIGINT.
 
-    NOTECASE_ADMIN_KEY is a key that you choose: who calls with it is an admin of the tenant `default`.
+    NOTECASE_ADMIN_KEY sets a key of your choice for an admin of the tenant `default`.
 
-    Without providers in the configuration file, the model's provider is `openai` when OPENAI_API_KEY or OPENAI_BASE_URL
-    is set (OPENAI_MODEL names the default model), and the built-in `offline` one otherwise.
+    Without providers in the configuration file, the model provider is `openai` if OPENAI_API_KEY or OPENAI_BASE_URL is
+    set (OPENAI_MODEL names the default model), else the built-in `offline` provider.
     """
     configure_logging(log_format, log_level)
     try:

@@ -22,9 +22,9 @@ _COLUMNS = {
 
 @click.group()
 def sessions() -> None:
-    """List, show, make, fork, rewind, compact, delete, export and import sessions.
+    """List, show, create, fork, rewind, compact, delete, export and import sessions.
 
-    SESSION is a session's id, or its whole name, sessions/ID.
+    SESSION is a session's id or full name, sessions/ID.
     """
 
 
@@ -35,14 +35,15 @@ def sessions() -> None:
     default="",
     show_default=False,
     metavar="EXPRESSION",
-    help='Which to list, for example: agent = "agents/detective" AND activity = IDLE. Fields are user, agent, '
+    help='List only matching sessions, for example: agent = "agents/detective" AND activity = IDLE. Fields: user, '
+    "agent, "
     "activity, display_name, create_time, update_time and labels.KEY.",
 )
 @LIMIT
 @OUTPUT
 @SERVER
 def list_sessions(where: str, limit: int, form: str) -> None:
-    """List sessions, the last created first."""
+    """List sessions, newest first."""
 
     async def look(client: Client) -> None:
         request = v1.ListSessionsRequest(filter=where)
@@ -75,13 +76,13 @@ def show_session(session: str, form: str) -> None:
 
 
 @sessions.command("create")
-@click.option("--agent", default="", show_default=False, metavar="ID", help="Who answers in it.")
-@click.option("--user", default="", show_default=False, metavar="ID", help="Whose state its agent reads.")
-@click.option("--name", default="", show_default=False, metavar="TEXT", help="The session's name for people.")
+@click.option("--agent", default="", show_default=False, metavar="ID", help="The session's default agent.")
+@click.option("--user", default="", show_default=False, metavar="ID", help="The user whose state the agent reads.")
+@click.option("--name", default="", show_default=False, metavar="TEXT", help="The session's display name.")
 @NEW_ID
 @SERVER
 def create_session(agent: str, user: str, name: str, new_id: str) -> None:
-    """Make a session and print its name."""
+    """Create a session and print its name."""
 
     async def make(client: Client) -> None:
         made = await client.create_session(
@@ -100,12 +101,12 @@ def create_session(agent: str, user: str, name: str, new_id: str) -> None:
 @YES
 @SERVER
 def delete_sessions(sessions: tuple[str, ...], yes: bool) -> None:
-    """Delete sessions with all that is in them, for good.
+    """Delete sessions permanently, with their contents.
 
-    Asks first, and needs --yes where there is no terminal. Stops at the first that cannot be deleted.
+    Asks for confirmation; without a terminal, --yes is required. Stops at the first session that cannot be deleted.
     """
     names = [name_of("sessions", one) for one in sessions]
-    confirm(f"Delete {', '.join(names)} for good?", yes)
+    confirm(f"Permanently delete {', '.join(names)}?", yes)
 
     async def remove(client: Client) -> None:
         for name in names:
@@ -116,13 +117,18 @@ def delete_sessions(sessions: tuple[str, ...], yes: bool) -> None:
 
 @sessions.command("fork")
 @SESSION
-@click.option("--at", type=click.IntRange(0), metavar="SEQUENCE", help="As the session was then; else as it is.")
+@click.option(
+    "--at",
+    type=click.IntRange(0),
+    metavar="SEQUENCE",
+    help="Copy the session as it was at this sequence; by default as it is now.",
+)
 @NEW_ID
 @SERVER
 def fork_session(session: str, at: int | None, new_id: str) -> None:
-    """Make a session that begins as another one, and print its name.
+    """Create a copy of a session, as it is now or was at a sequence, and print its name.
 
-    The other one stays as it is. `notecase logs` shows the sequences.
+    The original is not changed. `notecase logs` shows the sequences.
     """
 
     async def copy(client: Client) -> None:
@@ -133,10 +139,10 @@ def fork_session(session: str, at: int | None, new_id: str) -> None:
 
 @sessions.command("rewind")
 @SESSION
-@click.option("--to", type=click.IntRange(0), metavar="SEQUENCE", required=True, help="The newest that stays in force.")
+@click.option("--to", type=click.IntRange(0), metavar="SEQUENCE", required=True, help="The newest sequence to keep.")
 @SERVER
 def rewind_session(session: str, to: int) -> None:
-    """Take a session back: its messages since are superseded, and its state is as it was.
+    """Rewind a session to a sequence: later messages are superseded, and its state is restored.
 
     The log keeps everything. `notecase logs` shows the sequences.
     """
@@ -150,12 +156,14 @@ def rewind_session(session: str, to: int) -> None:
 
 @sessions.command("compact")
 @SESSION
-@click.option("--keep", type=click.IntRange(1, 500), metavar="NUMBER", help="The newest messages to leave as they are.")
+@click.option(
+    "--keep", type=click.IntRange(1, 500), metavar="NUMBER", help="How many of the newest messages not to summarise."
+)
 @SERVER
 def compact_session(session: str, keep: int | None) -> None:
     """Summarise the older messages of a session for its model.
 
-    This is a call of the model. The log keeps everything.
+    This calls the model. The log keeps everything.
     """
 
     async def compact(client: Client) -> None:
@@ -170,10 +178,10 @@ def compact_session(session: str, keep: int | None) -> None:
 @sessions.command("export")
 @SESSION
 @click.argument("file", metavar="FILE")
-@click.option("--force", is_flag=True, help="Replace FILE where it exists, once the new one is whole.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists, when the export is complete.")
 @SERVER
 def export_session(session: str, file: str, force: bool) -> None:
-    """Write a session to a file, or for - to standard output, to be imported here or elsewhere."""
+    """Export a session to a file, or to standard output with -, for `sessions import` on any server."""
 
     async def save(client: Client) -> None:
         with transfer.destination(file, force) as write:
@@ -188,7 +196,7 @@ def export_session(session: str, file: str, force: bool) -> None:
 @NEW_ID
 @SERVER
 def import_session(file: str, new_id: str) -> None:
-    """Make a new session of an exported one, from a file or for - from standard input, and print its name."""
+    """Create a session from an exported file, or from standard input with -, and print its name."""
 
     async def load(client: Client) -> None:
         with transfer.source(file) as pieces:

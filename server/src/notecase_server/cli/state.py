@@ -9,9 +9,9 @@ from notecase_server.cli.options import SERVER
 
 @click.group()
 def state() -> None:
-    """Read, put, delete and watch the notes of a session, a user or the app.
+    """Read, set, delete and watch the state of a session, a user or the app.
 
-    Together they are its state. OWNER is a session's id, sessions/ID, users/ID or app.
+    OWNER is a session's id, sessions/ID, users/ID or app.
     """
 
 
@@ -23,15 +23,15 @@ def state() -> None:
     "--output",
     "form",
     type=click.Choice(["table", "json", "yaml"]),
-    help="Always a table, JSON or YAML, of one KEY too.",
+    help="Print a table, JSON or YAML, also for one KEY.",
 )
 @SERVER
 def get_state(owner: str, keys: tuple[str, ...], form: str | None) -> None:
-    """Print a state, that of the app when no OWNER is named, or some keys of it.
+    """Print all or some keys of a state; without OWNER, of the app's.
 
-    Of one KEY the value alone is printed, whole: text and bytes as they are, into a pipe also the content of a file,
-    all else as JSON. Otherwise it is a table at a terminal and a JSON object in a pipe, with bytes as base64. The exit
-    code is 1 when a KEY is not there.
+    For one KEY, only the value is printed: text and bytes unchanged, in a pipe also the content of a file, anything
+    else as JSON. Otherwise the output is a table at a terminal and a JSON object in a pipe, with bytes as base64. The
+    exit code is 1 if a KEY does not exist.
     """
     ask(lambda client: notes.get(client, notes.owner_of(owner), keys, form or ""))
 
@@ -40,19 +40,19 @@ def get_state(owner: str, keys: tuple[str, ...], form: str | None) -> None:
 @click.argument("owner")
 @click.argument("key")
 @click.argument("value")
-@click.option("--text", is_flag=True, help="VALUE is text, whatever it looks like.")
-@click.option("--file", "from_file", is_flag=True, help="VALUE is a file, whose content is uploaded and referred to.")
+@click.option("--text", is_flag=True, help="Store VALUE as text, even if it is JSON.")
+@click.option("--file", "from_file", is_flag=True, help="VALUE is the path of a file, which is uploaded as a blob.")
 @click.option(
     "--if-version",
     type=click.IntRange(0),
     default=None,
-    help="Only if the key has this version; 0: only if there is no such key.",
+    help="Set it only if the key has this version; 0: only if the key does not exist.",
 )
 @SERVER
 def put_state(owner: str, key: str, value: str, text: bool, from_file: bool, if_version: int | None) -> None:
-    """Set a key to VALUE: JSON as what it is, all else as text; - is standard input.
+    """Set a key to VALUE: parsed as JSON if possible, else text; - reads standard input.
 
-    In a pipe the key's new version is printed, which --if-version takes.
+    In a pipe, the key's new version is printed, for use with --if-version.
     """
     read = notes.as_file if from_file else notes.as_text if text else notes.as_json
     given = value if from_file else read_text(value)
@@ -64,7 +64,7 @@ def put_state(owner: str, key: str, value: str, text: bool, from_file: bool, if_
 @click.argument("keys", metavar="KEY...", nargs=-1, required=True)
 @SERVER
 def delete_state(owner: str, keys: tuple[str, ...]) -> None:
-    """Remove keys, all at once; those that are not there are passed over."""
+    """Delete keys in one change; missing keys are ignored."""
     ask(lambda client: notes.delete(client, notes.owner_of(owner), keys))
 
 
@@ -72,9 +72,9 @@ def delete_state(owner: str, keys: tuple[str, ...]) -> None:
 @click.argument("session", metavar="SESSION")
 @SERVER
 def watch_state(session: str) -> None:
-    """Print what changes in the state of a session, its user and the app, until Ctrl-C.
+    """Print changes to the state of a session, its user and the app, until Ctrl-C.
 
-    Each change is a line, in a pipe an object of JSON. A server that is away is waited for, and what changed meanwhile
-    is printed then.
+    Each change is a line; in a pipe, a JSON object. If the server is away, the command waits for it and then prints
+    what changed meanwhile.
     """
     ask(lambda client: notes.watch(client, name_of("sessions", session)))

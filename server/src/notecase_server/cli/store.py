@@ -16,7 +16,7 @@ from notecase_server.store.contract import StoreOpenError
 
 @click.group()
 def store() -> None:
-    """Change a store that no server has open."""
+    """Change a store while no server uses it."""
 
 
 @store.command()
@@ -24,10 +24,10 @@ def store() -> None:
 @STORE
 @PASSWORD_FILE
 def renew(store: str, store_password_file: Path | None) -> None:
-    """Give every session another uid, after a backup was put back.
+    """Give every session a new uid, after restoring a backup.
 
-    A client that goes on after a sequence it saw before (`if_session_uid`) is then refused with SESSION_NOT_FOUND,
-    where it would otherwise go on in another history.
+    A client that resumes after a sequence from before the restore (`if_session_uid`) is then refused with
+    SESSION_NOT_FOUND instead of continuing in a different history.
     """
     configure_logging("console", "info")
     try:
@@ -36,4 +36,4 @@ def renew(store: str, store_password_file: Path | None) -> None:
         )
     except StoreOpenError as error:
         raise click.ClickException(str(error)) from None
-    click.echo(f"sessions with another uid: {sessions}")
+    click.echo(f"sessions with a new uid: {sessions}")

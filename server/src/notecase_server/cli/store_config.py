@@ -34,7 +34,7 @@ CONFIG = click.option(
     is_eager=True,
     expose_value=False,
     callback=_load_store,
-    help="The configuration file of a server, whose `store.url` and `store.password_file` apply unless the options or "
+    help="A server's configuration file; its `store.url` and `store.password_file` are used unless the options or "
     "their variables are set.",
 )
 """For commands that open a store and use nothing else of the file."""

@@ -76,7 +76,7 @@ class _Files:
         kind = record.WhichOneof("record")
         if kind == "chunk":
             if self._file is None:
-                raise click.ClickException("The server sent a part of a file that it did not begin.")
+                raise click.ClickException("The server sent a later part of a file before its beginning.")
             self._file.write(record.chunk)
             return
         self._end_file()
@@ -103,5 +103,5 @@ class _Files:
     def _path(self, name: str) -> Path:
         """Returns where a session or content lies. What a server sends never leads out of the directory."""
         if NAME.fullmatch(name) is None:
-            raise click.ClickException("The server sent a session or content with a name that none has.")
+            raise click.ClickException("The server sent a session or content with an invalid name.")
         return self._directory / (f"{name}.notecase" if name.startswith("sessions/") else name)

@@ -16,18 +16,18 @@ TENANT = click.argument("tenant", metavar="ID")
 
 @click.group()
 def tenants() -> None:
-    """Make, list, suspend, resume, export and delete tenants.
+    """Create, list, suspend, resume, export and delete tenants.
 
-    With an operator's key in NOTECASE_TOKEN.
+    Needs an operator's key in NOTECASE_TOKEN.
     """
 
 
 @tenants.command()
 @TENANT
-@click.option("--name", default="", show_default=False, metavar="TEXT", help="The tenant's name for people.")
+@click.option("--name", default="", show_default=False, metavar="TEXT", help="The tenant's display name.")
 @SERVER
 def create(tenant: str, name: str) -> None:
-    """Make a tenant known. A key makes its tenant known, too."""
+    """Create a tenant. Creating a key creates its tenant, too."""
 
     async def make(client: Client) -> None:
         told = v1.Tenant(display_name=name)
@@ -57,7 +57,7 @@ def list_tenants(limit: int, form: str) -> None:
 @OUTPUT
 @SERVER
 def show(tenant: str, form: str) -> None:
-    """Print a tenant's state, and since when it is known."""
+    """Print a tenant's state and creation time."""
 
     async def look(client: Client) -> None:
         found = await client.tenants.GetTenant(v1.GetTenantRequest(name=name_of("tenants", tenant)))
@@ -70,7 +70,7 @@ def show(tenant: str, form: str) -> None:
 @TENANT
 @SERVER
 def suspend(tenant: str) -> None:
-    """Refuse all calls of a tenant, and cancel its runs that are at work or queued."""
+    """Refuse all calls of a tenant, and cancel its active and queued runs."""
 
     async def stop(client: Client) -> None:
         await client.tenants.SuspendTenant(v1.SuspendTenantRequest(name=name_of("tenants", tenant)))
@@ -82,7 +82,7 @@ def suspend(tenant: str) -> None:
 @TENANT
 @SERVER
 def resume(tenant: str) -> None:
-    """Take calls of a suspended tenant again."""
+    """Accept calls of a suspended tenant again."""
 
     async def go_on(client: Client) -> None:
         await client.tenants.ResumeTenant(v1.ResumeTenantRequest(name=name_of("tenants", tenant)))
@@ -95,12 +95,12 @@ def resume(tenant: str) -> None:
 @YES
 @SERVER
 def delete(tenant: str, yes: bool) -> None:
-    """Remove a tenant with all its sessions, state, agents, content and keys.
+    """Delete a tenant with all its sessions, state, agents, content and keys.
 
-    Returns when nothing is left. Asks first, and needs --yes where there is no terminal.
+    Returns when everything is deleted. Asks for confirmation; without a terminal, --yes is required.
     """
     name = name_of("tenants", tenant)
-    confirm(f"Remove {screen.one_line(name)} with all that it has?", yes)
+    confirm(f"Delete {screen.one_line(name)} with all its data?", yes)
 
     async def remove(client: Client) -> None:
         await client.tenants.DeleteTenant(v1.DeleteTenantRequest(name=name))
@@ -113,10 +113,10 @@ def delete(tenant: str, yes: bool) -> None:
 @click.argument("directory", type=click.Path(file_okay=False, path_type=Path))
 @SERVER
 def export_tenant(tenant: str, directory: Path) -> None:
-    """Write what a tenant holds to a new directory: sessions, states, agents and content.
+    """Export a tenant's sessions, states, agents and content to a new directory.
 
-    index.jsonl has a line for each of them; `sessions` has files for `notecase sessions import`.
-    The directory is made once all of it is there. The tenant's audit says so.
+    index.jsonl has a line for each of them; `sessions` has files for `notecase sessions import`. The directory appears
+    when the export is complete. The tenant's audit records the export.
     """
     if directory.exists() and any(directory.iterdir()):
         raise click.UsageError(f"{directory} is not empty.")

@@ -124,9 +124,9 @@ async def find(client: Client, session: str, run: str, wanted: str, kinds: Itera
     other = next((wait for wait in waits if wanted in {"", wait.id}), None)
     if not matching and other is not None:
         use = _COMMANDS.get(other.kind, "`notecase answer`")
-        raise Refusal(f"{other.phrase.capitalize()} waits in {run}; use {use}.", Exit.FAILED)
+        raise Refusal(f"{run} waits for {other.phrase}; use {use}.", Exit.FAILED)
     if not matching:
-        what = f"There is no {wanted!r} that waits" if wanted else "Nothing waits"
+        what = f"Nothing waits with the id {wanted!r}" if wanted else "Nothing waits"
         raise Refusal(f"{what} in {run or session}; see `notecase inbox`.", Exit.FAILED)
     ids = "\n".join(f"  {wait.id}  {wait.kind_word}  {wait.describe(60)}" for wait in matching)
     raise Refusal(f"Several wait in {run}; choose one with --id:\n{ids}", Exit.USAGE)

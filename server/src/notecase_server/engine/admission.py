@@ -295,9 +295,7 @@ class Admission:
 
     async def _queue(self, key: SessionKey, start: v1.StartRun, digest: bytes, caused: Caused) -> Started:
         if not start.messages:
-            problem = (
-                "is empty, and it is not known what the session's history will end with when this start's turn comes"
-            )
+            problem = "is empty, but a queued start needs messages: how the session's history will end is not known yet"
             raise errors.invalid([Violation("start.messages", problem)])
         agent = agent_of(await self._again(key, start), start)
         run_id = start.run_id or self._new_id()

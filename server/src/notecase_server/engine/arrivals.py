@@ -122,11 +122,11 @@ class _Judge:
         try:
             record = v1.ExportRecord.FromString(body)
         except DecodeError:
-            raise errors.import_invalid("has a record that does not decode") from None
+            raise errors.import_invalid("has a record that cannot be decoded") from None
         kind = record.WhichOneof("record")
         self._records += 1
         if (kind == "header") != (self._records == 1):
-            raise errors.import_invalid("does not begin with its header, or has another")
+            raise errors.import_invalid("does not begin with its header, or has a second one")
         if kind == "event":
             self._events += 1
             if record.event.sequence != self._events:

@@ -43,7 +43,7 @@ class Budget:
     def spend(self) -> None:
         """Counts a model call that is about to be made. Raises NotecaseError LIMIT_EXCEEDED when none is left."""
         if self.left <= 0:
-            told = f"The run made {errors.counted(self._most, 'model call')}, its limit, without coming to an end."
+            told = f"The run reached its limit of {errors.counted(self._most, 'model call')} without ending."
             raise errors.limit_exceeded("max_model_calls", self._most, told)
         self._calls += 1
 

@@ -59,7 +59,7 @@ class AtRest:
         for name in ("expire_time", "ttl", "idle_ttl"):
             if chosen.HasField(name):
                 getattr(made, name).CopyFrom(getattr(chosen, name))
-        events = ended(past, "The session was forked while the run was under way.")
+        events = ended(past, "The session was forked while the run was active.")
         for event in events:
             event.principal = caused.principal
         fork = Fork(key=key, source=source, past=past, session=made, events=events)

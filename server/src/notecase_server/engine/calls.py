@@ -152,9 +152,9 @@ class Calls:
             return self._broken(call, type(error).__name__, error), []
         size = sum(op.ByteSize() for op in where.ops)
         if size > PAGE_BYTES:
-            return Outcome(error=f"The tool changed {size} bytes of state; at most {PAGE_BYTES} are taken."), []
+            return Outcome(error=f"The tool changed {size} bytes of state; the limit is {PAGE_BYTES}."), []
         if not ops_fit(where.ops):
-            return Outcome(error="The tool put something into state that no state can hold."), []
+            return Outcome(error="The tool set a value that state cannot hold."), []
         return outcome, where.ops
 
     def _broken(self, call: v1.ToolCall, kind: str, error: BaseException | None = None) -> Outcome:

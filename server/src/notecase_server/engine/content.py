@@ -195,7 +195,7 @@ class Contents:
                 left -= len(piece)
         if digest is not None and digest.hexdigest() != sha256:
             log.error("blob_damaged", sha256=sha256, size_bytes=offset)
-            raise errors.blob_corrupt("is damaged in the store: its SHA-256 is not the one that names it")
+            raise errors.blob_corrupt("is damaged in the store: it does not have the SHA-256 in its name")
 
     async def load(self, tenant: str, blob: v1.Blob) -> bytes:
         """The whole of it. Raises NotecaseError BLOB_NOT_FOUND and BLOB_CORRUPT."""
@@ -321,7 +321,7 @@ def _shown(value: v1.Value) -> object:
 def _differs(said: v1.Blob, stored: v1.Blob) -> str:
     """How content is not what its first frame says, for `errors.blob_corrupt`; empty when it is."""
     if said.size_bytes and said.size_bytes != stored.size_bytes:
-        return f"has {stored.size_bytes} bytes, and was said to have {said.size_bytes}"
+        return f"has {stored.size_bytes} bytes, but {said.size_bytes} were announced"
     if said.name and said.name != stored.name:
-        return f"has another SHA-256 than its name says: it is {stored.name}"
+        return f"does not have the SHA-256 in its name: it is {stored.name}"
     return ""

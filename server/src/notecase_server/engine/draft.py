@@ -123,7 +123,7 @@ class Draft:
         """Says that an image or a clip of so many bytes will be placed. Raises NotecaseError LIMIT_EXCEEDED."""
         self._media_bytes += size
         if self._media_bytes > MAX_MEDIA_BYTES:
-            told = f"The images and clips of the model's reply have more than {MAX_MEDIA_BYTES} bytes."
+            told = f"The images and audio clips of the model's reply have more than {MAX_MEDIA_BYTES} bytes."
             raise errors.limit_exceeded("reply_media_bytes", MAX_MEDIA_BYTES, told)
         if sum(block.made is not None for block in self.blocks) >= MAX_MEDIA:
             told = f"The model's reply has more than {MAX_MEDIA} images and clips."
@@ -197,7 +197,7 @@ class Draft:
         for part in message.parts:
             if part.HasField("tool_call"):
                 part.tool_call.outcome = v1.ToolCall.OUTCOME_CANCELLED
-                part.tool_call.error = "The run stopped before the call was whole."
+                part.tool_call.error = "The run stopped before the call was complete."
         return message
 
     def _return(self, call: Block | None, data: v1.ProviderData) -> None:

@@ -82,7 +82,7 @@ def _described(binding: v1.ToolBinding) -> str:
         case "mcp":
             return f"{binding.mcp.tool!r} of the MCP server {binding.mcp.server!r}"
         case _:
-            return "a tool that the caller runs"
+            return "a client tool"
 
 
 def declaration(agent: v1.Agent, run: v1.Run, call: v1.ToolCall) -> v1.Tool:
@@ -139,7 +139,7 @@ def triage(
         if target is None:
             events.append(finished(call, Outcome(error=f"There is no tool {call.tool!r}.")))
         elif arguments is None:
-            events.append(finished(call, Outcome(error="The arguments are no JSON object.")))
+            events.append(finished(call, Outcome(error="The arguments are not a JSON object.")))
         elif target.asks:
             prompt = str(arguments.get("question", ""))
             events.append(_request(call, v1.InputRequest.KIND_QUESTION, prompt, new_id, expire))
@@ -241,7 +241,7 @@ def answered(
     if response.decision == DENY:
         reason = response.reason
         if request.kind == v1.InputRequest.KIND_INTERRUPTED_CALL:
-            events.append(finished(call, Outcome(error=reason or "It was interrupted, and counts as failed.")))
+            events.append(finished(call, Outcome(error=reason or "It was interrupted and is treated as failed.")))
         else:
             events.append(denied(call, reason))
     elif response.decision == ANSWER:
@@ -306,9 +306,8 @@ def interrupted(
         elif tool.on_interrupt == FAIL:
             events.append(finished(call, Outcome(error="Its process was lost; it may or may not have taken effect.")))
         else:
-            prompt = (
-                f"{call.tool} had started when its process was lost. Run it again, did it fail, or what was its result?"
-            )
+            wanted = "Run it again, treat it as failed, or give its result?"
+            prompt = f"{call.tool} was running when its process was lost. {wanted}"
             events.append(_request(call, v1.InputRequest.KIND_INTERRUPTED_CALL, prompt, new_id, expire, tool))
     return events
 

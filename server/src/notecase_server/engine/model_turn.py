@@ -293,5 +293,5 @@ async def bind(run_log: RunLog) -> Mapping[str, Bound]:
 
 def _complaint(problem: str, schema: str) -> str:
     """What a model is told of a reply that is not valid. With the schema: not every provider has shown it."""
-    wanted = "Reply again, with nothing but JSON that is valid by this JSON Schema:"
+    wanted = "Reply again, only with JSON that matches this JSON Schema:"
     return f"That reply is not valid: {problem}.\n{wanted}\n{schema}"

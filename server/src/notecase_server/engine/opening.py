@@ -35,7 +35,7 @@ def agent_of(meant: Meant, start: v1.StartRun) -> v1.Agent:
         raise errors.not_found("agent", start.agent or meant.session.agent)
     taken = {name for tool in meant.agent.llm.tools for name in naming.declared(tool)}
     clashes = [
-        Violation(f"start.client_tools[{index}].name", f"the agent has a tool {tool.name!r} of its own")
+        Violation(f"start.client_tools[{index}].name", f"the agent already declares a tool {tool.name!r}")
         for index, tool in enumerate(start.client_tools)
         if tool.name in taken
     ]

@@ -74,7 +74,7 @@ class Questions:
         """Raises NotecaseError TOOL_ERROR for a question that cannot be asked."""
         for what, text, most in (("question", question, MAX_QUESTION_BYTES), ("schema", schema, MAX_SCHEMA_BYTES)):
             if (size := len(text.encode())) > most:
-                raise errors.tool_error(f"The {what} has {size} bytes; at most {most} are asked of a person.")
+                raise errors.tool_error(f"The {what} has {size} bytes; a question to a person has at most {most}.")
         if schema and (problem := await self._log.services.schemas.problem(schema, None)):
             raise errors.tool_error(f"The question's schema is not a JSON Schema (draft 2020-12): {problem}.")
 
@@ -112,7 +112,7 @@ class Questions:
         run, request = self._log.run, question.request
         call = next((call for call in self._log.started if call.call_id == request.call.call_id), None)
         if call is None or run.ending:
-            question.give(v1.InputResponse(input_id=request.input_id, reason="Nobody is asked any more."))
+            question.give(v1.InputResponse(input_id=request.input_id, reason="The question can no longer be asked."))
             return []
         request.call.CopyFrom(call)
         ledger.expire(request, run, self._log.services.clock())
@@ -124,7 +124,7 @@ class Questions:
 
     def _withdrawn(self, input_id: str) -> list[v1.Event]:
         pending = [request for request in self._log.run.pending_inputs if request.input_id == input_id]
-        return ledger.unasked(pending, "The tool does not wait for an answer any more.")
+        return ledger.unasked(pending, "The tool no longer waits for an answer.")
 
     def hand_out(self) -> None:
         """Gives the tools what was answered: they go on."""

@@ -155,7 +155,7 @@ class Results:
             name = str(given.get("result", ""))
             offset, length = int(given.get("offset") or 0), int(given.get("length") or READ_BYTES)
         except (ValueError, TypeError, OverflowError, RecursionError):
-            return Outcome(error="The arguments are not what the tool takes.")
+            return Outcome(error="The arguments do not match the tool's parameters.")
         message, _, number = name.rpartition(".")
         found = await self._store.get_message(self._key, message) if message else None
         parts = {str(at): part.tool_call for at, part in enumerate(found.parts)} if found is not None else {}

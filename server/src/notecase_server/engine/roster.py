@@ -233,7 +233,7 @@ class Roster:
             worker.takes_over = active.deaths + (not active.released)
         if lost := ledger.lost(active.run):
             worker.takes_over = worker.takes_over or 0
-            withdrawn = ledger.unasked(lost, "The process was lost in which its tool waited for the answer.")
+            withdrawn = ledger.unasked(lost, "The process in which the tool waited for the answer was lost.")
             await worker.log.command(withdrawn, deaths=worker.takes_over)
         return worker
 

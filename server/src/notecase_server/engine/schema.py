@@ -116,7 +116,7 @@ class Schemas:
             log.error("schema_process_not_started", error=type(error).__name__, number=error.errno)
             raise errors.too_busy("check schemas") from error
         if await worker.ask({"schema": "{}"}, START_SECONDS) is None:
-            raise RuntimeError("the process that checks schemas does not start")
+            raise RuntimeError("the process that checks schemas cannot be started")
         return worker
 
 

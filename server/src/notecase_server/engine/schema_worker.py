@@ -44,13 +44,13 @@ def problem(question: Question) -> str:
     except jsonschema_rs.ValidationError as error:
         return _told([error])
     except (ValueError, RecursionError) as error:  # msgspec's errors are ValueErrors
-        return _cut(f"it is no JSON that can be read: {error}")
+        return _cut(f"it is not readable JSON: {error}")
     if question.reply is None:
         return ""
     try:
         document = msgspec.json.decode(question.reply)
     except (ValueError, RecursionError) as error:
-        return _cut(f"it is no JSON: {error}")
+        return _cut(f"it is not JSON: {error}")
     if strange := _strange(document, MAX_DEPTH):
         return strange
     return _told(islice(validator.iter_errors(document), TOLD))

@@ -554,7 +554,7 @@ class _Context(RenderContext):
         except _ExceededError:
             raise
         except Exception as error:  # Whatever a filter cannot do with its values is told in the same words.
-            raise FilterArgumentError(f"the filter '{name}' does not take these values", token=None) from error
+            raise FilterArgumentError(f"the filter '{name}' does not accept these values", token=None) from error
         if isinstance(result, int) and not -(1 << 63) <= result < 1 << 63:
             raise _ExceededError("a number has more than 64 bits")
         self.charge(self._size(result))

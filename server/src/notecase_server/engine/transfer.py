@@ -102,7 +102,7 @@ async def _written(store: History, key: SessionKey, contents: Contents | None, e
 async def _ends(store: History, key: SessionKey, last: v1.Event) -> list[v1.Event]:
     """Returns the events that cancel what is under way at the event `last`, numbered and dated from there on."""
     past = await store.read_past(key, last.sequence)
-    events = ended(past, "The session was exported while the run was under way.")
+    events = ended(past, "The session was exported while the run was active.")
     rows = fold.rows_of(past, past.session, epoch=0)
     return fold.apply(rows, Commit(key=key, events=events), last.create_time.ToMicroseconds()).events
 
@@ -236,7 +236,7 @@ def length_at(data: bytearray, at: int) -> tuple[int, int]:
 
 
 def out_of_place(number: int) -> NotecaseError:
-    return errors.import_invalid(f"has another record in place of entry {number} of the log")
+    return errors.import_invalid(f"has a different record in place of event {number} of the log")
 
 
 class _Check:

@@ -95,7 +95,7 @@ class Worker:
             self.lost = True
             if error.reason == v1.ERROR_REASON_SESSION_NOT_FOUND:
                 self.log.live.deleted = True
-            self.log.log.info("run_left", reason=errors.reason_name(error.reason))
+            self.log.log.info("run_abandoned", reason=errors.reason_name(error.reason))
         finally:
             alarm.set(False)
             self.log.live.discard(self.log.step)

@@ -176,7 +176,7 @@ class ChatReply:
         self._silent += size
         if self._silent > MAX_SILENT_BYTES:
             raise errors.model_error(
-                f"The model provider sent {MAX_SILENT_BYTES} bytes that hold nothing of a reply.",
+                f"The model provider sent {MAX_SILENT_BYTES} bytes without any part of a reply.",
                 limit=MAX_SILENT_BYTES,
             )
 
@@ -478,12 +478,12 @@ class ChatReply:
                 )
             case End.LIMIT:
                 raise errors.model_error(
-                    f"The model used all the tokens that it may before it said anything {told}.", finish_reason=word
+                    f"The model reached its token limit before it wrote any text {told}.", finish_reason=word
                 )
             case End.FILTERED:
                 raise errors.model_error(f"The model provider withheld the reply {told}.", finish_reason=word)
         if self._unread:
-            raise errors.content_unsupported("The model answered with an image that cannot be read, and nothing else.")
+            raise errors.content_unsupported("The model answered only with an image that cannot be read.")
         if not (self._behind_calls and end is End.WHOLE and self._reason):
             raise errors.model_unavailable(
                 f"The model provider ended its answer without a reply {told}.", finish_reason=word

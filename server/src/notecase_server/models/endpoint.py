@@ -28,10 +28,10 @@ def endpoint_of(api_key: str, base_url: str | None, headers: Mapping[str, str] =
     the proxy cannot work."""
     key = api_key or "none"
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise ValueError("the API key holds a space, a line break or a character outside ASCII")
+        raise ValueError("the API key contains a space, a line break or a character outside ASCII")
     for name, value in headers.items():
         if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) or not (value.isascii() and value.isprintable()):
-            raise ValueError("a header holds a line break or a character that none may hold")
+            raise ValueError("a header contains a line break or an invalid character")
     url = _checked_url(base_url or OPENAI_URL)
     return Endpoint(url, key, proxy_of(url))
 
@@ -42,9 +42,9 @@ def _checked_url(base_url: str) -> httpx2.URL:
         url = httpx2.URL(base_url)
         url.host.encode("idna")
     except (httpx2.InvalidURL, UnicodeError):
-        raise ValueError("the base URL is no URL") from None
+        raise ValueError("the base URL is not a valid URL") from None
     if url.scheme not in {"http", "https"} or not url.host:
         raise ValueError("the base URL must begin with http:// or https:// and name a host")
     if url.userinfo or url.fragment:
-        raise ValueError("the base URL must hold neither credentials nor a fragment")
+        raise ValueError("the base URL must not contain credentials or a fragment")
     return url

@@ -34,7 +34,7 @@ class Breaker:
             return
         left = self._until - self._clock()
         if left > 0 or self._trying:
-            told = f"The provider {self._name!r} failed {self._failures} times in a row and is left alone for a while."
+            told = f"The provider {self._name!r} failed {self._failures} times in a row; no calls are made for a while."
             refused = errors.model_unavailable(told, retry_after=max(left, 1.0))
             refused.repeats = 0  # a fallback is better than a wait
             raise refused
@@ -49,14 +49,14 @@ class Breaker:
     def succeeded(self) -> None:
         """The provider answered, be it that the request is wrong."""
         if self._until is not None:
-            log.info("provider_closed_again", provider=self._name)
+            log.info("provider_breaker_closed", provider=self._name)
         self._failures, self._until = 0, None
 
     def failed(self) -> None:
         """A call failed in a way that may pass."""
         self._failures += 1
         if self._failures >= self._most:
-            log.warning("provider_left_alone", provider=self._name, failures=self._failures, seconds=self._seconds)
+            log.warning("provider_breaker_opened", provider=self._name, failures=self._failures, seconds=self._seconds)
             self._until = self._clock() + self._seconds
 
     def tried(self) -> None:

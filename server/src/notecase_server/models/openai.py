@@ -154,7 +154,7 @@ class OpenAIProvider:
                         if not reply.done and (used := reply.used()) is not None:
                             yield used
             except BROKEN as error:
-                cut = self._broken(error, "The connection to the model provider broke within the reply.")
+                cut = self._broken(error, "The connection to the model provider broke during the reply.")
             except TimeoutError:
                 cut = clock.complaint
             for piece in reply.end(cut):
@@ -250,7 +250,7 @@ class _Clock:
     @property
     def complaint(self) -> NotecaseError:
         if self.due == self._end:
-            return errors.model_unavailable(f"The model provider's answer had no end within {self._whole:g} seconds.")
+            return errors.model_unavailable(f"The model provider's answer did not end within {self._whole:g} seconds.")
         return _silent(self._limit, again=self._begun)
 
 

@@ -345,7 +345,7 @@ def read(choice: str) -> dict[str, Any]:
             text = Path(choice).read_text()
         except (OSError, UnicodeError, ValueError):
             known = ", ".join(NAMES)
-            raise ValueError(f"{choice[:80]!r} is neither a profile ({known}) nor a JSON object nor a file") from None
+            raise ValueError(f"{choice[:80]!r} is not a profile ({known}), a JSON object or a file") from None
     try:
         members = msgspec.json.decode(text, type=dict[str, Any])
         name = members.get("profile", "")
@@ -353,5 +353,7 @@ def read(choice: str) -> dict[str, Any]:
     except (msgspec.MsgspecError, RecursionError) as error:
         raise ValueError(f"the profile cannot be used: {error}") from None
     if name and name not in NAMES:
-        raise ValueError(f"the profile cannot be used: there is no built-in {name!r}; there are {', '.join(NAMES)}")
+        raise ValueError(
+            f"the profile cannot be used: there is no built-in profile {name!r}; there are {', '.join(NAMES)}"
+        )
     return members

@@ -23,7 +23,7 @@ def proxy_of(url: httpx2.URL) -> str | None:
     except httpx2.InvalidURL:
         known = False
     if not known:
-        raise ValueError("the proxy that the environment names has no http:// or https:// URL")
+        raise ValueError("the proxy in the environment must have an http:// or https:// URL")
     return proxy
 
 

@@ -122,7 +122,7 @@ def body(request: ModelRequest, model: str, profile: Profile, provider: str, *, 
         if "tool_choice" in made:
             _loosen(made, request.messages)
     if not made.get("model"):
-        raise errors.model_error("The agent names no model and the provider has no default one.")
+        raise errors.model_error("The agent names no model, and the provider has no default model.")
     return made
 
 
@@ -159,7 +159,7 @@ async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
         return request
     if (total := _content_bytes(messages, newest)) > MAX_CONTENT_BYTES:
         raise errors.content_unsupported(
-            f"The conversation refers to {total} bytes of content; the model takes at most {MAX_CONTENT_BYTES}."
+            f"The conversation refers to {total} bytes of content; the model accepts at most {MAX_CONTENT_BYTES}."
         )
     assert request.load is not None, "who refers to content brings the means to load it"
     filled = list(messages)
@@ -264,7 +264,7 @@ def _output(request: ModelRequest, profile: Profile) -> tuple[str, Json | None]:
     """What the system message says of the reply's schema, and the `response_format`."""
     if not request.output_schema or request.plain:
         return "", None
-    words = f"Reply with nothing but JSON that is valid by this JSON Schema:\n{request.output_schema}"
+    words = f"Reply only with JSON that matches this JSON Schema:\n{request.output_schema}"
     if request.tools and profile.output_with_tools == "words":
         return f"Call tools as you need them. When you call none: {words}", None
     match profile.output:
@@ -544,7 +544,7 @@ def _text(parts: Iterable[v1.Part], where: str) -> str:
             kind = part.WhichOneof("kind")
             media_type = part.data.media_type or part.file.media_type
             held = f"media type {media_type!r}" if media_type else f"a part of kind {kind!r}"
-            raise errors.content_unsupported(f"{where} holds {held}; the model accepts only text there.")
+            raise errors.content_unsupported(f"{where} contains {held}; the model accepts only text there.")
         texts.append(words)
     return "".join(texts)
 
@@ -587,13 +587,15 @@ def _content(part: v1.Part) -> Json | None:
         case "file":
             if not _media_type(part.file.media_type).startswith("image/"):
                 raise errors.content_unsupported(
-                    f"The model takes only images by URI, not media type {part.file.media_type!r}; send the data."
+                    f"The model accepts only images by URI, not media type {part.file.media_type!r}; send the data."
                 )
             return {"type": "image_url", "image_url": {"url": part.file.uri}}
         case "data":
             return _data(part.data)
         case kind:
-            raise errors.content_unsupported(f"A user's message holds a part of kind {kind!r}; models make those.")
+            raise errors.content_unsupported(
+                f"A user's message contains a part of kind {kind!r}, which only models can write."
+            )
 
 
 def _data(data: v1.InlineData) -> Json:
@@ -613,7 +615,7 @@ def _check_media_type(told: str) -> None:
     media_type = _media_type(told)
     if not (media_type.startswith(("image/", "application/", "text/")) or media_type in _AUDIO_FORMATS):
         raise errors.content_unsupported(
-            f"The model takes text, images, documents and audio as WAV or MP3, not media type {told!r}."
+            f"The model accepts text, images, documents and audio as WAV or MP3, not media type {told!r}."
         )
 
 

@@ -166,9 +166,9 @@ def _followed(sent_to: list[str], target: str, status: int) -> str:
     try:
         url = before.join(target)
     except (httpx2.InvalidURL, UnicodeError, ValueError):
-        raise _redirected(status, "to what is no address") from None
+        raise _redirected(status, "to an invalid address") from None
     if _origin(url) != _origin(before):
-        raise _redirected(status, "to another origin, where nothing is sent")
+        raise _redirected(status, "to another origin, which is not followed")
     if str(url) in sent_to or len(sent_to) > _MOST_REDIRECTS:
         raise _redirected(status, "in a circle")
     return str(url)

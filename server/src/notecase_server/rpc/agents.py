@@ -69,7 +69,7 @@ class Agents(v1.AgentServiceServicer):
     async def UpdateAgent(self, request: v1.UpdateAgentRequest, context: Any) -> v1.Agent:
         check = checked(request)
         agent_id, revision = check.agent("agent.name", request.agent.name)
-        check(revision == 0, "agent.name", "names a revision; an update makes the next one")
+        check(revision == 0, "agent.name", "names a revision; an update creates the next one")
         mask = masked(check, request.update_mask, request.agent, AGENT_FIELDS)
         changed = {"llm", "llm.instruction", "llm.output_schema"}.intersection(mask.paths)
         if changed:
@@ -112,7 +112,7 @@ class Agents(v1.AgentServiceServicer):
     async def DeleteAgent(self, request: v1.DeleteAgentRequest, context: Any) -> Empty:
         check = checked(request)
         agent_id, revision = check.agent("name", request.name)
-        check(revision == 0, "name", "names a revision; agents are deleted whole")
+        check(revision == 0, "name", "names a revision; only whole agents can be deleted")
         check.done()
         delete = partial(self.store.delete_agent, caller.get().tenant, agent_id, request.etag)
         await self.desk.surely(await once(request, NOTHING), NOTHING, delete)

@@ -38,7 +38,7 @@ class Blobs(v1.BlobServiceServicer):
         check(request.limit >= 0, "limit", "is negative")
         check.done()
         size = (await self._blob(request.name, sha256)).size_bytes
-        check(request.offset <= size, "offset", f"is beyond the end, which is at {size}")
+        check(request.offset <= size, "offset", f"is after the end of the content, which is {size}")
         check.done()
         pieces = self.desk.contents.download(caller.get().tenant, sha256, request.offset, request.limit)
         async with aclosing(pieces):

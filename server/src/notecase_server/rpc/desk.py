@@ -148,7 +148,7 @@ def masked(check: Check, mask: FieldMask, given: Message, allowed: Iterable[str]
     fine = FieldMask(paths=[path for path in mask.paths if path.partition(".")[0] in known])
     if not fine.IsValidForDescriptor(given.DESCRIPTOR):  # type: ignore[arg-type]
         fine = FieldMask()
-    check(len(fine.paths) == len(mask.paths), "update_mask", f"has paths that are not of {', '.join(known)}")
+    check(len(fine.paths) == len(mask.paths), "update_mask", f"has unknown paths; known are {', '.join(known)}")
     return fine
 
 

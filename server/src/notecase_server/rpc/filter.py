@@ -159,7 +159,7 @@ class _Parser:
                 raise self._wrong("expected a time such as 2026-11-01T08:30:00Z", value)
             return microseconds
         if operator.text not in {"=", "!="}:
-            raise self._wrong("this field compares by = and != only", operator)
+            raise self._wrong("this field supports only = and !=", operator)
         numbers: dict[str, int] = dict(kind.enum.items())
         number = numbers.get(text, numbers.get(kind.prefix + text))
         if number is None:

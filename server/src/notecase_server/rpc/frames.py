@@ -58,7 +58,9 @@ class Decoder:
         try:
             message = self._parse(frame)
         except DecodeError:
-            problem = "does not decode as the method's message; a string may not be UTF-8, or the nesting endless"
+            problem = (
+                "cannot be decoded as the method's message; a string may not be UTF-8, or the nesting may be too deep"
+            )
             raise errors.invalid([Violation("request", problem)]) from None
         if len(frame) >= ALONE_BYTES:
             await asyncio.sleep(0)

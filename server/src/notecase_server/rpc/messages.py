@@ -23,7 +23,7 @@ class Messages(v1.MessageServiceServicer):
         check = Check()
         session = check.session("parent", request.parent)
         known = request.order_by in {"", "sequence", "sequence asc", "sequence desc"}
-        check(known, "order_by", 'has to be "sequence" or "sequence desc"')
+        check(known, "order_by", 'must be "sequence" or "sequence desc"')
         key = await self.desk.parent(check, session)
         about = ("messages", key.tenant, key.uid, request.order_by, str(request.show_superseded))
         query = listed(check, self.desk.pages, request, *about)

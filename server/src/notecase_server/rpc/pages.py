@@ -34,7 +34,7 @@ class Pages:
         """The page a request asks for; `about` is all that makes this list another than the next one.
 
         Raises NotecaseError PAGE_TOKEN_INVALID for the token, INVALID_FIELD for the size, or for both."""
-        size = Violation("page_size", f"has to be 0 (for {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}")
+        size = Violation("page_size", f"must be 0 (for {DEFAULT_PAGE_SIZE}) to {MAX_PAGE_SIZE}")
         wrong = [] if 0 <= request.page_size <= MAX_PAGE_SIZE else [size]
         after: tuple[str | int, ...] | None = None
         if request.page_token:

@@ -140,7 +140,7 @@ class Reflection:
                 _put(response, catalog.extension(extension.containing_type, extension.extension_number))
             case _:
                 known = [field.name for field in Request.DESCRIPTOR.oneofs_by_name["message_request"].fields]
-                raise Refused(code_pb2.INVALID_ARGUMENT, f"The request asks nothing: set one of {', '.join(known)}.")
+                raise Refused(code_pb2.INVALID_ARGUMENT, f"The request is empty: set one of {', '.join(known)}.")
         return response
 
 

@@ -294,7 +294,7 @@ class Streams:
             check = Check()
             scope = check.state("update_state.name", key.tenant, update.name)
             owner = {"session": key.session, "user": session.user.removeprefix("users/"), "app": ""}[scope.kind]
-            problem = "has to be the state of this session, of its user, or app/state"
+            problem = "must be the state of this session, of its user, or app/state"
             check(scope.id == owner, "update_state.name", problem)
             check.done()
             state = "" if scope.kind == "session" else scope.kind

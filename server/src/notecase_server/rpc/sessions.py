@@ -156,7 +156,7 @@ class SessionsService(v1.SessionServiceServicer):
         check(request.at_sequence >= 0, "at_sequence", "is negative")
         check.chosen_id("session_id", request.session_id)
         check.new_session("session", request.session)
-        check(not request.session.user, "session.user", "a fork's user is its source's")
+        check(not request.session.user, "session.user", "must not be set: a fork has the user of its source")
         check.done()
         caused = await caused_by(request, SESSION)
         source = await self.desk.session(session, caused.once)
@@ -169,7 +169,7 @@ class SessionsService(v1.SessionServiceServicer):
     async def RewindSession(self, request: v1.RewindSessionRequest, context: Any) -> v1.Session:
         check = checked(request)
         session = check.session("name", request.name)
-        check(request.HasField("to_sequence"), "to_sequence", "is missing; 0 empties the session")
+        check(request.HasField("to_sequence"), "to_sequence", "is required; 0 empties the session")
         check(request.to_sequence >= 0, "to_sequence", "is negative")
         check(request.if_last_sequence >= 0, "if_last_sequence", "is negative")
         check.done()
@@ -224,7 +224,7 @@ class SessionsService(v1.SessionServiceServicer):
             check = Check()
             check.session_body("header", restore.session)
             if check.violations:
-                raise errors.import_invalid("has a header that no session can have")
+                raise errors.import_invalid("has an invalid header")
             await transfer.keep_content(self.desk.contents, file, restore)
             store = self.store
             async with self.desk.patiently():
@@ -259,7 +259,7 @@ async def _spooled(
         check = Check()
         if frame.HasField("header"):
             header = frame.header
-            check(number == 0, "header", "is for the first frame only")
+            check(number == 0, "header", "is allowed only in the first frame")
             check.chosen_id("header.session_id", header.session_id)
             check.token_id("header.request_id", header.request_id)
             digest.update(header.SerializeToString(deterministic=True))

@@ -27,7 +27,11 @@ class States(v1.StateServiceServicer):
         check(len(request.keys) <= MAX_PAGE_SIZE, "keys", f"has more than {MAX_PAGE_SIZE} keys")
         at = request.at_sequence
         check(at >= 0, "at_sequence", "is negative")
-        check(not at or scope.kind == "session", "at_sequence", "is for a session's state only; others have no log")
+        check(
+            not at or scope.kind == "session",
+            "at_sequence",
+            "is allowed only for a session's state; others have no log",
+        )
         keys = sorted(set(request.keys[:MAX_PAGE_SIZE]))
         state_key = await self._parent(check, scope)
         about = ("state", scope.tenant, scope.kind, state_key.id, str(at), *(repr(key) for key in keys))

@@ -291,7 +291,7 @@ class Check:
         size = len(key.encode())
         self(0 < size <= MAX_KEY_BYTES, field, f"must be 1 to {MAX_KEY_BYTES} bytes of UTF-8, not {size}")
         taken = session and key in {"user", "app"}
-        self(not taken, field, f"{key!r} is how templates read the other states; choose another key")
+        self(not taken, field, f"{key!r} is reserved for other states in templates; choose another key")
 
     def value(self, field: str, value: v1.Value, depth: int = 1) -> None:
         if sound := _sound(value, depth, MAX_VALUES - self.visited):
@@ -305,7 +305,7 @@ class Check:
         self.visited += 1
         match kind:
             case None:
-                self(False, field, "has no value; for nothing use null_value")
+                self(False, field, "has no value; use null_value for null")
             case "blob_value":
                 self.visited += BLOB_PRICE - 1
                 few = self.visited <= MAX_VALUES
@@ -402,14 +402,14 @@ class Check:
             speaks = names.parse_user(message.author) is not None or names.parse_agent(message.author) is not None
             self(speaks, f"{field}.author", "must be users/{user} or agents/{agent}")
         self.labels(f"{field}.labels", message.labels)
-        self(len(message.parts) > 0, f"{field}.parts", "is empty; a message says something")
+        self(len(message.parts) > 0, f"{field}.parts", "is empty; a message needs at least one part")
         if not self(len(message.parts) <= MAX_PARTS, f"{field}.parts", f"has more than {MAX_PARTS} parts"):
             return
         apart = [part for part in message.parts if _becomes_blob(part)]
         if not self._fetched(f"{field}.parts", len(apart), message.parts):
             return
         size = message.ByteSize() - sum(part.ByteSize() for part in apart)
-        if not self(size <= MAX_MESSAGE_BYTES, field, "is larger than 960 KiB, not counting what becomes blobs"):
+        if not self(size <= MAX_MESSAGE_BYTES, field, "is larger than 960 KiB, without the parts that become blobs"):
             return
         for index, part in enumerate(message.parts):
             self._part(f"{field}.parts[{index}]", part)
@@ -421,7 +421,7 @@ class Check:
         return self(self.fetched <= MAX_FETCHED, field, told)
 
     def _part(self, field: str, part: v1.Part) -> None:
-        self(not part.citations, f"{field}.citations", "are made by models only")
+        self(not part.citations, f"{field}.citations", "are allowed only in messages of models")
         match part.WhichOneof("kind"):
             case "text":
                 self(part.text != "", f"{field}.text", "is empty")
@@ -449,7 +449,7 @@ class Check:
             case None:
                 self(False, field, f"is empty; use {PARTS}")
             case other:
-                self(False, field, f"{other} is made by models only; use {PARTS}")
+                self(False, field, f"{other} is allowed only in messages of models; use {PARTS}")
 
     def blob(self, field: str, blob: v1.Blob) -> None:
         """A reference to content."""
@@ -489,7 +489,7 @@ class Check:
         self.labels("agent.labels", agent.labels)
         if agent.output_key:
             self.key("agent.output_key", agent.output_key, session=True)
-        if not self(agent.HasField("llm"), "agent.llm", "is missing; an agent is a model with an instruction"):
+        if not self(agent.HasField("llm"), "agent.llm", "is required; an agent is a model with an instruction"):
             return
         llm = agent.llm
         self.text("agent.llm.model", llm.model)
@@ -558,8 +558,10 @@ class Check:
             self(fine, f"{at}.name", "must be 1 to 64 letters, digits, '_' or '-'")
             self(unnamed or tool.name not in seen, f"{at}.name", "appears twice")
             seen.add(tool.name)
-            self(kind is not None, at, "has no implementation; use client, server or mcp")
-            self(not only_client or kind == "client", at, "must be a client tool: the others belong to the agent")
+            self(kind is not None, at, "has no implementation; set client, server or mcp")
+            self(
+                not only_client or kind == "client", at, "must be a client tool; other tools are declared by the agent"
+            )
             self.text(f"{at}.description", tool.description, MAX_SCHEMA_BYTES)
             self.json(f"{at}.parameters", tool.parameters, "a JSON Schema of an object")
             self.choice(at, tool, "on_interrupt")
@@ -624,7 +626,7 @@ class Check:
                     self.needs(rights.APP_STATE, "update_state.name")
                 self.ops("update_state.ops", frame.update_state.ops, session=kind == "session")
             case "attach":
-                self(False, "command", "attach is for the first frame of a Run stream")
+                self(False, "command", "attach is allowed only in the first frame of a Run stream")
             case None:
                 kinds = "start, input, tool_result, input_response, update_state or cancel"
                 self(False, "command", f"has no command; use {kinds}")
@@ -663,7 +665,7 @@ class Check:
     def _generation(self, at: str, generation: v1.Generation) -> None:
         for field in ("temperature", "top_p"):
             value = getattr(generation, field)
-            self(math.isfinite(value) and value >= 0, f"{at}.{field}", "must be a number from 0 up")
+            self(math.isfinite(value) and value >= 0, f"{at}.{field}", "must be a number of at least 0")
         if generation.HasField("max_output_tokens"):
             self(generation.max_output_tokens > 0, f"{at}.max_output_tokens", "must be 1 or more")
         self(len(generation.stop) <= 16, f"{at}.stop", "has more than 16 sequences")

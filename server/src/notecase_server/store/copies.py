@@ -181,7 +181,7 @@ def _refer(tables: Tables, key: SessionKey, sha256: str, sequence: int, size: in
     if row is None:
         raise errors.not_found("blob", f"blobs/{sha256}")
     if row.size != size:
-        raise errors.import_invalid(f"says that blobs/{sha256} has {size} bytes, and it has {row.size}")
+        raise errors.import_invalid(f"says that blobs/{sha256} has {size} bytes, but it has {row.size}")
     tables.refer(key.state, "", sha256, sequence)
 
 

@@ -548,7 +548,7 @@ def apply_ops(entries: dict[str, v1.StateEntry | None], ops: Iterable[v1.StateOp
             entry.value.int_value = _incremented(op, before)
         else:
             if before is not None and not before.value.HasField("list_value"):
-                raise errors.type_mismatch(op.key, "append needs a list or no value")
+                raise errors.type_mismatch(op.key, "append needs a list or a missing key")
             entry.value.list_value.SetInParent()
             if before is not None:
                 entry.value.list_value.CopyFrom(before.value.list_value)
@@ -560,7 +560,7 @@ def apply_ops(entries: dict[str, v1.StateEntry | None], ops: Iterable[v1.StateOp
 
 def _incremented(op: v1.StateOp, before: v1.StateEntry | None) -> int:
     if before is not None and not before.value.HasField("int_value"):
-        raise errors.type_mismatch(op.key, "increment needs an int or no value")
+        raise errors.type_mismatch(op.key, "increment needs an int or a missing key")
     total = (before.value.int_value if before else 0) + op.increment
     if not -INT64_MAX - 1 <= total <= INT64_MAX:
         raise errors.type_mismatch(op.key, "the sum does not fit into 64 bits")

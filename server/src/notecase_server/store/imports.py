@@ -57,7 +57,7 @@ class Replay:
             piece.append(self._next)
             self._next = next(self._events, None)
         if not piece and self._unended:
-            raise errors.import_invalid(f"has a run that has not ended, {min(self._unended)!r}")
+            raise errors.import_invalid(f"has an unfinished run, {min(self._unended)!r}")
         return piece
 
     def rows(self, tables: Tables, events: list[v1.Event]) -> list[Row]:
@@ -138,5 +138,5 @@ def _replayed(rows: fold.Rows, key: SessionKey, event: v1.Event, taken: Set[str]
     except (NotecaseError, ValueError):
         fits = False
     if not fits or event.SerializeToString(deterministic=True) != body:
-        raise errors.import_invalid(f"has an entry {event.sequence} that cannot come there in a log")
+        raise errors.import_invalid(f"has an event {event.sequence} that cannot follow in a log")
     return event_row(event, body)

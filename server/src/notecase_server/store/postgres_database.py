@@ -135,7 +135,7 @@ async def stay_owner(connection: Any, fence: int) -> None:
     """Keeps everybody else from becoming the owner until the end of the connection's transaction. Raises StoreOpenError
     where somebody has."""
     if await connection.fetchval(f"SELECT count(*) FROM ({OWNED.format(fence)}) AS o") != 1:
-        raise StoreOpenError("Another server has become the owner of the store. Stop it, and repeat the command.")
+        raise StoreOpenError("Another server now owns the store. Stop it, and repeat the command.")
 
 
 async def own(
@@ -214,7 +214,7 @@ def place(url: str) -> str:
     cut = "@" in parts.path or parts.fragment or ("@" in parts.query and not user)
     if parts.scheme not in SCHEMES or cut or not HOSTS.fullmatch(hosts):
         raise StoreOpenError(
-            "The store is no URL of a PostgreSQL database: it must be postgresql://USER@HOST/DATABASE, with special "
+            "The store is not a URL of a PostgreSQL database: it must be postgresql://USER@HOST/DATABASE, with special "
             "characters of a password as %2F and so on."
         )
     return f"postgresql://{hosts}/{parts.path.lstrip('/')}"
@@ -254,7 +254,7 @@ async def check(connection: Any, where: str) -> int:
     if recovering:
         raise StoreOpenError(f"{where} is a standby, which cannot be written. Name the primary.")
     if schema is None:
-        raise StoreOpenError(f"{where} has no schema that its search_path names. Create one, or name another.")
+        raise StoreOpenError(f"{where} has none of the schemas in its search_path. Create one, or name another.")
     if not ours:
         if tables:
             raise StoreOpenError(f"{where} is a database of another program. Choose another database or schema.")
@@ -262,7 +262,8 @@ async def check(connection: Any, where: str) -> int:
     version: int = await connection.fetchval("SELECT schema FROM notecase_store")
     if version > VERSION + NEWER:
         raise StoreOpenError(
-            f"{where} was written by a newer notecase: its schema is {version}, this one works with {VERSION + NEWER}."
+            f"{where} was written by a newer notecase: its schema is {version}, this one supports up to "
+            f"{VERSION + NEWER}."
             " Use that version, or choose another database."
         )
     return version
@@ -278,9 +279,9 @@ def refusal(where: str, error: BaseException) -> str:
     if code == "3D000":
         return f"{where}: there is no such database. Create it, or choose another."
     if code == "53300":
-        return f"{where} has no connection left. Raise max_connections, or lower the number that notecase may open."
+        return f"{where} has no free connection. Raise max_connections, or lower --store-connections."
     if isinstance(error, ValueError):
-        return f"{where} has parameters that cannot be understood."
+        return f"{where} has invalid parameters."
     if isinstance(error, OSError | TimeoutError | asyncpg.PostgresConnectionError) or code[:3] == "57P":
         return f"{where} cannot be reached. Start it, or choose another."
     return f"{where} cannot be used as a store: PostgreSQL says {code or type(error).__name__}."

@@ -81,7 +81,7 @@ class PostgresLease:
         """Says that a write was refused since another server is the owner."""
         self._until = 0.0
         if not self._lost.done():
-            log.error("store_lost", owner=owner, problem="Another server has become the owner of the store.")
+            log.error("store_lost", owner=owner, problem="Another server now owns the store.")
             self._lost.set_result(owner)
 
     async def take(self, waiting: Callable[[], Awaitable[None]] | None) -> None:
@@ -113,12 +113,12 @@ class PostgresLease:
                 if waiting is None:
                     raise
                 seen = UNKNOWN
-                log.warning("store_away", error=type(error).__name__)
+                log.warning("store_unreachable", error=type(error).__name__)
             if waiting is not None and seen.name not in told:
                 if not told:
                     await waiting()
                 told.append(seen.name)
-                log.warning("store_owned", owner=seen.name, problem="This server waits for the end of the one before.")
+                log.warning("store_owned", owner=seen.name, problem="This server waits until the owner stops.")
             await asyncio.sleep(self.seconds / 10)
 
     async def release(self) -> None:
@@ -202,4 +202,4 @@ class PostgresLease:
 
 
 def in_use(name: str) -> str:
-    return f"The store is in use: {name} owns it. Stop that server first, or let a server wait for its end."
+    return f"The store is in use: {name} owns it. Stop it first; `notecase serve` waits for it without --no-wait."

@@ -76,7 +76,7 @@ class PostgresRows:
         own = _convert(table, _own_labels, escaped)
         with self._telling():
             if not self._lease.holds:
-                raise StoreOpenError(f"{self._where} is owned by another server now. Stop it, and repeat the copy.")
+                raise StoreOpenError(f"{self._where} is now owned by another server. Stop it, and repeat the copy.")
             async with self._connection.transaction():
                 await stay_owner(self._connection, self._lease.fence)
                 await self._connection.execute(PATIENT)

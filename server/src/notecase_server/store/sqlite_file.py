@@ -88,7 +88,7 @@ def connect(path: Path, readers: int, unfinished: bool = False) -> Connections:
         except sqlite3.Error as error:
             raise StoreOpenError(_sqlite_refusal(path, error)) from error
         except DecodeError as error:
-            raise StoreOpenError(f"{path} has a row that is damaged. Put a backup in its place.") from error
+            raise StoreOpenError(f"{path} has a damaged row. Restore a backup.") from error
         return Connections(writer, checkpointer, pool, secret, opened.pop_all().close)
 
 
@@ -125,7 +125,7 @@ def _check(path: Path, connection: sqlite3.Connection) -> None:
         raise StoreOpenError(f"{path} is a database of another program. Choose another path.")
     if version > VERSION:
         raise StoreOpenError(
-            f"{path} was written by a newer notecase: its schema is {version}, this one knows up to {VERSION}."
+            f"{path} was written by a newer notecase: its schema is {version}, this one supports up to {VERSION}."
             " Use that version, or choose another path."
         )
     if version < 0 or (tables and not version):
@@ -187,7 +187,7 @@ def _sync_directory(path: Path) -> None:
 
 def _backup_refusal(destination: Path, error: OSError) -> str:
     if isinstance(error, FileExistsError):
-        return f"{destination} exists. Choose another path, or say --force to replace it."
+        return f"{destination} exists. Choose another path, or add --force to replace it."
     return _refusal(destination, error)
 
 

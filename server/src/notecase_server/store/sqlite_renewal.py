@@ -35,7 +35,7 @@ def renew(path: Path, new_uid: Callable[[], str]) -> int:
         connection.execute("COMMIT")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
     except sqlite3.Error as error:
-        raise StoreOpenError(f"{path} cannot be renewed: SQLite says {str(error)!r}. It is as it was.") from error
+        raise StoreOpenError(f"{path} cannot be renewed: SQLite says {str(error)!r}. Nothing was changed.") from error
     finally:
         opened.close()
     return sessions

@@ -35,8 +35,8 @@ async def copy_store(source: StoreRows, target: StoreRows, progress: Progress) -
     for table in TABLES:
         expected = await digest(source, table)
         if expected != await digest(target, table):
-            text = f"The copy's {table.name} are not those of the source, which may have been served since the copy"
-            raise StoreOpenError(f"{text} was begun. Remove the copy and begin again.")
+            text = f"The copy's {table.name} differ from those of the source, which may have been served since the copy"
+            raise StoreOpenError(f"{text} was begun. Delete the copy and start again.")
         digests[table.name] = expected
         progress(table.name, -1)
     await target.finish_copy(head)

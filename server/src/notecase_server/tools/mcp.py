@@ -287,7 +287,7 @@ class _Connection:
         try:
             return await stack.enter_async_context(self.client.listen(tools_list_changed=True))
         except (MCPError, SubscriptionLost) as error:
-            log.info("mcp_changes_untold", server=self._name, error=type(error).__name__)
+            log.info("mcp_changes_not_subscribed", server=self._name, error=type(error).__name__)
             return None
 
     async def _hold(self, changes: Subscription | None) -> None:

@@ -134,7 +134,7 @@ class Counted(msgspec.Struct, forbid_unknown_fields=True):
     obfuscation: Any = None
 
 
-_MALFORMED = "The model provider sent something that is no part of a Chat Completions reply."
+_MALFORMED = "The model provider sent something that is not part of a Chat Completions reply."
 
 _CHUNK = msgspec.json.Decoder(Chunk)
 _TOKEN = msgspec.json.Decoder(Token)
