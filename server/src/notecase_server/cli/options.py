@@ -119,6 +119,8 @@ WAIT = click.option(
     "Where there is no terminal: for anybody, before the command ends; 10 without it.",
 )
 
+FORCE = click.option("--force", is_flag=True, help="Replace FILE where it exists, once the new one is whole.")
+
 YES = click.option("--yes", is_flag=True, help="Do not ask first.")
 
 STORE = click.option(
