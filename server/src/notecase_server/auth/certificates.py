@@ -35,5 +35,7 @@ class Certificates:
         found = [known[name] for name in held if name in known]
         if len(found) != 1:
             names = ", ".join(sorted(held)[:MOST_NAMES]) or "none"
-            raise errors.unauthenticated(f"The table has {len(found)} of the certificate's names: {names[:MOST_LOGGED]}")
+            raise errors.unauthenticated(
+                f"The table has {len(found)} of the certificate's names: {names[:MOST_LOGGED]}"
+            )
         return found[0]
