@@ -123,9 +123,13 @@ async def test_operators_see_tenants_and_keys_and_admins_what_operators_did_to_t
     ] == await lines(served)
     assert "ROLE_MISSING" == await refusal(entries(served, ADMIN, tenant="tenants/other"))
     assert "TENANT_NOT_FOUND" == await refusal(entries(served, OPERATOR, tenant="tenants/acmee"))
-    assert "PRINCIPAL_NOT_FOUND" == await refusal(
-        served.audit.GetPrincipal(v1.GetPrincipalRequest(name=entry.principal), metadata=OPERATOR)
-    )
+    look = v1.GetPrincipalRequest(name=entry.principal, tenant="tenants/acme")
+    found = await served.audit.GetPrincipal(look, metadata=OPERATOR)
+    assert ("operator", v1.Key.ROLE_OPERATOR) == (found.subject, found.role)
+    for tenant in ("", "tenants/other"):
+        look.tenant = tenant
+        assert "PRINCIPAL_NOT_FOUND" == await refusal(served.audit.GetPrincipal(look, metadata=OPERATOR))
+    assert "ROLE_MISSING" == await refusal(served.audit.GetPrincipal(look, metadata=ADMIN))
 
 
 async def test_deletions_and_exports_are_told(served: Running) -> None:
