@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import click
 
-from notecase_server.cli import profiles_file
+from notecase_server.cli import ids, profiles_file
 from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.options import DEFAULT_ADDRESS, OUTPUT, address
 from notecase_server.cli.profiles_file import Profile, Profiles, ProfilesError
 
-NAME = click.argument("name")
+NAME = click.argument("name", shell_complete=ids.profiles)
 
 
 @click.group()
@@ -93,7 +93,7 @@ def set_profile(
 
 
 @profiles.command("use")
-@click.argument("name", required=False, default="")
+@click.argument("name", required=False, default="", shell_complete=ids.profiles)
 def use_profile(name: str) -> None:
     """Have commands use a profile that name none; without NAME, have them use no profile."""
     held = _read()
