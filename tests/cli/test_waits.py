@@ -59,7 +59,7 @@ async def test_a_question_an_approval_and_a_callers_tool_are_answered_in_the_cha
     long = "x" * 150
     async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
         await screen.until("> ")
-        await screen.type('/call ask_user {"question": "Which city?"}\r')
+        await screen.type('/call ask_user {"question": "Which city?"}\rand then\rI')  # some of it too early
         await screen.until("Which city?")
         await screen.until("answer> ")
         await screen.type("Vienna\r")
