@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable
 import click
 from notecase import Client, NotecaseError, RunStream, text_of, v1
 
-from notecase_server.cli import notes, screen, terminal
+from notecase_server.cli import approvals, notes, screen, terminal
 from notecase_server.cli.ask import name_of
 from notecase_server.cli.connection import Exit, Refusal, connection
 from notecase_server.cli.follow import Follower, Left
@@ -20,11 +20,12 @@ HELP = """\
 /notes            shows the session's state
 /note KEY VALUE   puts a note into it: JSON as what it is, all else as text
 /attach FILE      goes with what you say next
+/approvals        shows which tools are not asked for any more, and takes that back
 /quit             leaves; so do Ctrl-C and Ctrl-D
 Whatever else you type is said, and with a space before it these are, too: ` /help` asks the model.
 Ctrl-C stops a reply, Alt-Enter begins a new line."""
 
-COMMANDS = ("/help", "/notes", "/note", "/attach", "/quit")
+COMMANDS = ("/help", "/notes", "/note", "/attach", "/approvals", "/quit")
 
 INSTRUCTION = "You are a helpful assistant. Answer briefly."
 """The instruction of the agent that is made when there is none and the user gives it none."""
@@ -128,6 +129,8 @@ class _Chat:
             screen.aside(HELP)
         elif text == "/notes":
             await self._show_notes()
+        elif text == "/approvals":
+            await approvals.review(self._client, self._session)
         elif command == "/note":
             await self._put_note(rest)
         elif command == "/attach":
