@@ -155,6 +155,30 @@ async def test_a_run_is_left_waiting_and_found_again(served: Running, clerk: v1.
         assert 0 == await screen.ended()
 
 
+async def test_what_happens_in_a_run_that_was_left_waiting_is_shown_at_the_prompt(
+    served: Running, clerk: v1.Agent
+) -> None:
+    """As soon as somebody else has answered, and what was being typed is kept."""
+    async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
+        await screen.until("> ")
+        await screen.type("/call pay {}\r")
+        await screen.until("5. Leave it waiting")
+        await screen.type("\r")
+        await screen.until("The run waits for your approval")
+        await screen.until("\n> ")
+        await screen.type("/say Good")
+        await screen.until("Good")
+        assert 0 == (await notecase("deny", "case", "--reason", "closed", "--server", served.address)).code
+        await screen.until("denied: closed")
+        await screen.until("The tools are done.")
+        await screen.until("> /say Good")
+        await screen.type("bye\r")
+        await screen.until("Goodbye")
+        await screen.until("\n> ")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+
+
 async def pay(screen: Terminal, way: str) -> None:
     """Answers the question for approval in that way."""
     await screen.type("/call pay {}\r")
