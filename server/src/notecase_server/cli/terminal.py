@@ -45,7 +45,7 @@ async def typed(editor: PromptSession[str], default: str, until: Coroutine[Any, 
         app = editor.app
         if await until and app.future is not None and not app.future.done():
             app.erase_when_done = True
-            app.exit(result=None)
+            app.exit()
 
     waiting = asyncio.create_task(give_way())
     try:
