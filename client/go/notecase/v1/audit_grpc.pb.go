@@ -29,12 +29,12 @@ const (
 //
 // Tells who did what.
 type AuditServiceClient interface {
-	// Returns the principal that an event names. For developers and admins, in their own tenant; operators find those in the
-	// operators' audit, and not those in a tenant's; callers that are bound to a user find only the principals of that user.
-	// NOT_FOUND when there is none with that name, or its user was erased.
+	// Returns the principal that an event names. For developers and admins, in their own tenant, and for operators; callers
+	// that are bound to a user find only the principals of that user. NOT_FOUND when there is none with that name, or its user
+	// was erased.
 	GetPrincipal(ctx context.Context, in *GetPrincipalRequest, opts ...grpc.CallOption) (*Principal, error)
 	// Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
-	// approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
+	// approvals and their taking back, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
 	// for a tenant that they name, changes of its keys; NOT_FOUND TENANT_NOT_FOUND when there is no such tenant. Callers without
 	// credentials leave no entries.
 	ListAuditEntries(ctx context.Context, in *ListAuditEntriesRequest, opts ...grpc.CallOption) (*ListAuditEntriesResponse, error)
@@ -74,12 +74,12 @@ func (c *auditServiceClient) ListAuditEntries(ctx context.Context, in *ListAudit
 //
 // Tells who did what.
 type AuditServiceServer interface {
-	// Returns the principal that an event names. For developers and admins, in their own tenant; operators find those in the
-	// operators' audit, and not those in a tenant's; callers that are bound to a user find only the principals of that user.
-	// NOT_FOUND when there is none with that name, or its user was erased.
+	// Returns the principal that an event names. For developers and admins, in their own tenant, and for operators; callers
+	// that are bound to a user find only the principals of that user. NOT_FOUND when there is none with that name, or its user
+	// was erased.
 	GetPrincipal(context.Context, *GetPrincipalRequest) (*Principal, error)
 	// Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
-	// approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
+	// approvals and their taking back, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
 	// for a tenant that they name, changes of its keys; NOT_FOUND TENANT_NOT_FOUND when there is no such tenant. Callers without
 	// credentials leave no entries.
 	ListAuditEntries(context.Context, *ListAuditEntriesRequest) (*ListAuditEntriesResponse, error)

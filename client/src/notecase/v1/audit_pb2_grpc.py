@@ -52,9 +52,9 @@ class AuditServiceServicer(object):
     """
 
     def GetPrincipal(self, request, context):
-        """Returns the principal that an event names. For developers and admins, in their own tenant; operators find those in the
-        operators' audit, and not those in a tenant's; callers that are bound to a user find only the principals of that user.
-        NOT_FOUND when there is none with that name, or its user was erased.
+        """Returns the principal that an event names. For developers and admins, in their own tenant, and for operators; callers
+        that are bound to a user find only the principals of that user. NOT_FOUND when there is none with that name, or its user
+        was erased.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -62,7 +62,7 @@ class AuditServiceServicer(object):
 
     def ListAuditEntries(self, request, context):
         """Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
-        approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
+        approvals and their taking back, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
         for a tenant that they name, changes of its keys; NOT_FOUND TENANT_NOT_FOUND when there is no such tenant. Callers without
         credentials leave no entries.
         """

@@ -53,7 +53,7 @@ def confirm(question: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise click.UsageError("There is no terminal to ask for confirmation; add --yes.")
+        raise click.UsageError(f"{screen.harmless(question)} There is no terminal to ask for confirmation; add --yes.")
     replace_unknown()
     click.confirm(screen.harmless(question), abort=True, err=True)
 

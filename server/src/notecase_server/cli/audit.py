@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import click
 from notecase import Client, NotecaseError, v1
 
-from notecase_server.cli import output, screen
+from notecase_server.cli import ids, output, screen
 from notecase_server.cli.ask import ask, name_of
 from notecase_server.cli.options import LIMIT, OUTPUT, SERVER
 
@@ -34,6 +34,7 @@ def audit() -> None:
     default="",
     show_default=False,
     metavar="ID",
+    shell_complete=ids.of("tenants"),
     help="The tenant whose entries are listed; by default your own. Operators may name another tenant and see "
     "what was done to its keys.",
 )
@@ -44,10 +45,11 @@ def list_entries(where: str, tenant: str, limit: int, form: str) -> None:
     """List entries, newest first."""
 
     async def look(client: Client) -> None:
-        request = v1.ListAuditEntriesRequest(tenant=name_of("tenants", tenant) if tenant else "", filter=where)
+        whose = name_of("tenants", tenant) if tenant else ""
+        request = v1.ListAuditEntriesRequest(tenant=whose, filter=where)
         entries = await output.listed(client.audit.ListAuditEntries, request, "entries", limit)
         named = {entry.principal for entry in entries if entry.principal} if form == "table" else ()
-        subjects = await _subjects(client, named)
+        subjects = await _subjects(client, whose, named)
         columns = {
             "TIME": lambda one: screen.moment(one.create_time),
             "SUBJECT": lambda one: screen.one_line(subjects.get(one.principal, one.principal)) or "-",
@@ -61,12 +63,12 @@ def list_entries(where: str, tenant: str, limit: int, form: str) -> None:
     ask(look)
 
 
-async def _subjects(client: Client, principals: Iterable[str]) -> dict[str, str]:
-    """The subjects of those principals of which it is known still, as far as the caller may ask."""
+async def _subjects(client: Client, tenant: str, principals: Iterable[str]) -> dict[str, str]:
+    """Returns the subjects of those principals that have not been erased."""
     found = dict[str, str]()
     for name in principals:
         try:
-            found[name] = (await client.audit.GetPrincipal(v1.GetPrincipalRequest(name=name))).subject
+            found[name] = (await client.audit.GetPrincipal(v1.GetPrincipalRequest(name=name, tenant=tenant))).subject
         except NotecaseError as error:
             if error.reason != "PRINCIPAL_NOT_FOUND":
                 raise

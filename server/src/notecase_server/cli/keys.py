@@ -1,15 +1,15 @@
 """`notecase keys`: the keys by which programs call a server."""
 
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
 from notecase import Client, v1
 
-from notecase_server.cli import output, screen
-from notecase_server.cli.ask import ask, name_of
-from notecase_server.cli.options import LIMIT, OUTPUT, PASSWORD_FILE, SERVER, STORE
+from notecase_server.cli import ids, output, screen
+from notecase_server.cli.ask import ask, confirm, name_of
+from notecase_server.cli.options import LIMIT, OUTPUT, PASSWORD_FILE, SERVER, STORE, YES
 from notecase_server.cli.store_config import CONFIG
 
 ROLES = {name.removeprefix("ROLE_").lower(): value for name, value in v1.Key.Role.items() if value}
@@ -35,9 +35,10 @@ TENANT = click.option(
     default="",
     show_default=False,
     metavar="ID",
+    shell_complete=ids.of("tenants"),
     help="The tenant of the keys; by default your own. Only operators may name another.",
 )
-KEY = click.argument("key", metavar="ID")
+KEY = click.argument("key", metavar="ID", shell_complete=ids.of("keys"))
 
 _COLUMNS = {
     "KEY": lambda one: screen.id_of(one.name),
@@ -114,16 +115,22 @@ def revoke(key: str, tenant: str) -> None:
 @KEY
 @click.option("--overlap", type=Span(), default="1h", metavar="SPAN", help="How long the old secret stays valid.")
 @TENANT
+@YES
 @SERVER
-def rotate(key: str, overlap: timedelta, tenant: str) -> None:
+def rotate(key: str, overlap: timedelta, tenant: str, yes: bool) -> None:
     """Give a key a new secret and print it. It cannot be shown again.
 
-    The key's id, role and user stay the same.
+    The key's id, role and user stay the same. A key has one old secret: rotating it again during the overlap ends
+    that of the first, and asks first unless the overlap is 0s.
     """
 
     async def renew(client: Client) -> None:
         request = v1.RotateKeyRequest(name=name_of("keys", key), tenant=_tenant(tenant))
         request.overlap.FromTimedelta(overlap)
+        found = await client.keys.GetKey(v1.GetKeyRequest(name=request.name, tenant=request.tenant))
+        if overlap and found.overlap_end_time.ToDatetime(UTC) > datetime.now(UTC):
+            until = screen.moment(found.overlap_end_time)
+            confirm(f"The secret from before the last rotation is valid until {until}. End it now?", yes)
         made = await client.keys.RotateKey(request)
         _show(made.key, made.secret)
 

@@ -6,40 +6,43 @@ from dataclasses import replace
 
 import click
 
-from notecase_server.cli import profiles_file
+from notecase_server.cli import ids, profiles_file
 from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.options import DEFAULT_ADDRESS, OUTPUT, address
 from notecase_server.cli.profiles_file import Profile, Profiles, ProfilesError
 
-NAME = click.argument("name")
+NAME = click.argument("name", shell_complete=ids.profiles)
 
 
 @click.group()
 def profiles() -> None:
     """List, set, choose and delete profiles: named servers with their tokens and CA certificates.
 
-    Profiles are in one file, whose path `profiles list` prints. Commands use the profile of --profile, or else the one
-    chosen with `profiles use`. Options and NOTECASE_ variables take precedence. A profile's token is sent only to its
-    own server.
+    Profiles are in one file, whose path `profiles list` prints. Commands use the profile of --profile or
+    NOTECASE_PROFILE, or else the one chosen with `profiles use`. Other options take precedence over it, and
+    NOTECASE_ADDRESS, NOTECASE_TOKEN and NOTECASE_CA over a profile that --profile does not name. A profile's token is
+    sent only to its own server.
     """
 
 
 @profiles.command("list")
+@click.option("--profile", default="", envvar="NOTECASE_PROFILE", hidden=True, help="The one that is used.")
 @OUTPUT
-def list_profiles(form: str) -> None:
+def list_profiles(profile: str, form: str) -> None:
     """List profiles, without tokens."""
     from notecase_server.cli import output  # noqa: PLC0415  # imports the client, which no other of these needs
 
     held = _read()
+    used = profile or held.current
     if form != "table":
         shown = [
-            {"name": name, "current": name == held.current, "address": one.address, "token": _source(one), "ca": one.ca}
+            {"name": name, "current": name == used, "address": one.address, "token": _source(one), "ca": one.ca}
             for name, one in sorted(held.profiles.items())
         ]
         output.print_data(shown, form)
         return
     rows = [
-        ("*" if name == held.current else "", name, one.address, _source(one), one.ca)
+        ("*" if name == used else "", name, one.address, _source(one), one.ca)
         for name, one in sorted(held.profiles.items())
     ]
     click.echo(output.table(("", "PROFILE", "SERVER", "TOKEN", "AUTHORITIES"), rows))
@@ -99,7 +102,7 @@ def set_profile(
 
 
 @profiles.command("use")
-@click.argument("name", required=False, default="")
+@click.argument("name", required=False, default="", shell_complete=ids.profiles)
 def use_profile(name: str) -> None:
     """Choose the profile for commands without --profile; without NAME, use none."""
     held = _read()

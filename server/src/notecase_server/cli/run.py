@@ -5,7 +5,7 @@ import sys
 import click
 from notecase import Client, NotecaseError, v1
 
-from notecase_server.cli import output, screen
+from notecase_server.cli import ids, output, screen
 from notecase_server.cli.ask import ask, name_of, read_text
 from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.follow import Follower, Left
@@ -21,10 +21,16 @@ from notecase_server.cli.options import SERVER, WAIT
     envvar="NOTECASE_AGENT",
     show_envvar=True,
     metavar="ID",
+    shell_complete=ids.of("agents"),
     help="The agent; required in a new session if there are several. ID@REVISION is one revision.",
 )
 @click.option(
-    "--session", default="", show_default=False, metavar="ID", help="Run in this session instead of a new one."
+    "--session",
+    default="",
+    show_default=False,
+    metavar="ID",
+    shell_complete=ids.of("sessions"),
+    help="Run in this session instead of a new one.",
 )
 @click.option("--attach", multiple=True, metavar="FILE", help="A file to attach; may be repeated.")
 @click.option(

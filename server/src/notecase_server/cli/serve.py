@@ -170,10 +170,11 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     help="How long runs may take to reach their next commit when the server stops; the next start continues them.",
 )
 @click.option(
-    "--profile",
+    "--provider-profile",
+    "profile",
     default="",
     show_default=False,
-    envvar="NOTECASE_PROFILE",
+    envvar="NOTECASE_PROVIDER_PROFILE",
     show_envvar=True,
     metavar="PROFILE",
     help="How the provider's API differs, if its address and model do not show it: the name of a built-in "

@@ -3,11 +3,11 @@
 import click
 from notecase import Client, v1
 
-from notecase_server.cli import output, screen, transfer
+from notecase_server.cli import ids, output, screen, transfer
 from notecase_server.cli.ask import ask, confirm, name_of
-from notecase_server.cli.options import LIMIT, OUTPUT, SERVER, YES
+from notecase_server.cli.options import FORCE, LIMIT, OUTPUT, SERVER, YES
 
-SESSION = click.argument("session", metavar="SESSION")
+SESSION = click.argument("session", metavar="SESSION", shell_complete=ids.of("sessions"))
 NEW_ID = click.option("--id", "new_id", default="", show_default=False, metavar="ID", help="The id of the new session.")
 
 _COLUMNS = {
@@ -76,7 +76,14 @@ def show_session(session: str, form: str) -> None:
 
 
 @sessions.command("create")
-@click.option("--agent", default="", show_default=False, metavar="ID", help="The session's default agent.")
+@click.option(
+    "--agent",
+    default="",
+    show_default=False,
+    metavar="ID",
+    shell_complete=ids.of("agents"),
+    help="The session's default agent.",
+)
 @click.option("--user", default="", show_default=False, metavar="ID", help="The user whose state the agent reads.")
 @click.option("--name", default="", show_default=False, metavar="TEXT", help="The session's display name.")
 @NEW_ID
@@ -97,7 +104,7 @@ def create_session(agent: str, user: str, name: str, new_id: str) -> None:
 
 
 @sessions.command("delete")
-@click.argument("sessions", metavar="SESSION...", nargs=-1, required=True)
+@click.argument("sessions", metavar="SESSION...", nargs=-1, required=True, shell_complete=ids.of("sessions"))
 @YES
 @SERVER
 def delete_sessions(sessions: tuple[str, ...], yes: bool) -> None:
@@ -178,7 +185,7 @@ def compact_session(session: str, keep: int | None) -> None:
 @sessions.command("export")
 @SESSION
 @click.argument("file", metavar="FILE")
-@click.option("--force", is_flag=True, help="Replace FILE if it exists, when the export is complete.")
+@FORCE
 @SERVER
 def export_session(session: str, file: str, force: bool) -> None:
     """Export a session to a file, or to standard output with -, for `sessions import` on any server."""

@@ -5,13 +5,13 @@ from pathlib import Path
 import click
 from notecase import Client, v1
 
-from notecase_server.cli import output, screen
+from notecase_server.cli import ids, output, screen
 from notecase_server.cli.ask import ask, confirm, name_of
 from notecase_server.cli.options import LIMIT, OUTPUT, SERVER, YES
 from notecase_server.cli.takeout import save
 from notecase_server.cli.transfer import on_disk
 
-TENANT = click.argument("tenant", metavar="ID")
+TENANT = click.argument("tenant", metavar="ID", shell_complete=ids.of("tenants"))
 
 
 @click.group()
@@ -119,7 +119,7 @@ def export_tenant(tenant: str, directory: Path) -> None:
     when the export is complete. The tenant's audit records the export.
     """
     if directory.exists() and any(directory.iterdir()):
-        raise click.UsageError(f"{directory} is not empty.")
+        raise click.UsageError(f"{directory} is not empty; name a new directory.")
 
     with on_disk(directory):
         ask(lambda client: save(client, name_of("tenants", tenant), directory))
