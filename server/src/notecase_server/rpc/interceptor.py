@@ -149,19 +149,19 @@ class Doorway(grpc.aio.ServerInterceptor):
         if who.method.startswith(HEALTH):
             return
         principal = await self._principal(one)
-        caller.set(who := who._replace(principal=principal))
+        caller.set(Caller(principal, who.request_id, who.method))
         if (refusal := rights.refusal(principal, who.method)) is not None:
             raise refusal
         one.principal = principal
-        name = ""
+        if not principal.subject:
+            return
         if self._principals is not None and rights.leaves_traces(who.method):
             name = await self._principals.name(principal, principal.tenant)
-        caller.set(who._replace(principal_name=name))
-        if principal.subject:
-            structlog.contextvars.bind_contextvars(tenant=principal.tenant, subject=principal.subject)
+            caller.set(Caller(principal, who.request_id, who.method, name))
+        structlog.contextvars.bind_contextvars(tenant=principal.tenant, subject=principal.subject)
 
     async def _principal(self, one: UnderWay) -> Principal:
-        found = await self._chain.principal(one.context.invocation_metadata() or (), one.context.auth_context())
+        found = await self._chain.principal(one.context.invocation_metadata() or (), one.context.auth_context)
         if self._tenants is not None:
             await self._tenants.require_open(found)
         return found
