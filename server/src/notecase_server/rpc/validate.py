@@ -241,9 +241,10 @@ class Check:
 
     def choice(self, field: str, message: Message, name: str) -> None:
         """The value of an enum. A later contract may have more of them than this server."""
-        number, enum = getattr(message, name), message.DESCRIPTOR.fields_by_name[name].enum_type
-        known = enum is not None and number in enum.values_by_number
-        self(known, f"{field}.{name}", f"is {number}, which this server does not know")
+        if number := getattr(message, name):  # every enum has 0
+            enum = message.DESCRIPTOR.fields_by_name[name].enum_type
+            known = enum is not None and number in enum.values_by_number
+            self(known, f"{field}.{name}", f"is {number}, which this server does not know")
 
     def time(self, field: str, time: Timestamp) -> None:
         fine = 0 <= time.seconds <= LAST_SECOND and 0 <= time.nanos < 1_000_000_000
