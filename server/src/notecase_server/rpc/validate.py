@@ -403,16 +403,17 @@ class Check:
             speaks = names.parse_user(message.author) is not None or names.parse_agent(message.author) is not None
             self(speaks, f"{field}.author", "must be users/{user} or agents/{agent}")
         self.labels(f"{field}.labels", message.labels)
-        self(len(message.parts) > 0, f"{field}.parts", "is empty; a message says something")
-        if not self(len(message.parts) <= MAX_PARTS, f"{field}.parts", f"has more than {MAX_PARTS} parts"):
+        parts = message.parts[: MAX_PARTS + 1]
+        self(len(parts) > 0, f"{field}.parts", "is empty; a message says something")
+        if not self(len(parts) <= MAX_PARTS, f"{field}.parts", f"has more than {MAX_PARTS} parts"):
             return
-        apart = [part for part in message.parts if _becomes_blob(part)]
-        if not self._fetched(f"{field}.parts", len(apart), message.parts):
+        apart = [part for part in parts if _becomes_blob(part)]
+        if not self._fetched(f"{field}.parts", len(apart), parts):
             return
         size = message.ByteSize() - sum(part.ByteSize() for part in apart)
         if not self(size <= MAX_MESSAGE_BYTES, field, "is larger than 960 KiB, not counting what becomes blobs"):
             return
-        for index, part in enumerate(message.parts):
+        for index, part in enumerate(parts):
             self._part(f"{field}.parts[{index}]", part)
 
     def _fetched(self, field: str, apart: int, parts: Iterable[v1.Part]) -> bool:
