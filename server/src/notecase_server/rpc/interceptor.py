@@ -10,7 +10,7 @@ import asyncio
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,7 +27,7 @@ from notecase_server.auth.tenants import Tenants
 from notecase_server.errors import NotecaseError
 from notecase_server.limit import Limit
 from notecase_server.rpc.caller import NOBODY, Caller, caller
-from notecase_server.rpc.frames import Decoder, drain
+from notecase_server.rpc.frames import Decoded, Decoder, drain
 from notecase_server.rpc.gate import Call, Gate, deliver
 from notecase_server.rpc.status import to_status
 from notecase_server.store.contract import Replayed
@@ -247,10 +247,6 @@ class Endpoint(ABC):
     async def _refuse(self, context: Any, error: Exception) -> None:
         await abort(context, error)
 
-    async def _decoded(self, frames: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-        async for frame in frames:
-            yield await self._decode(frame)
-
 
 class Single(Endpoint):
     """Answers with one message."""
@@ -305,7 +301,7 @@ class StreamUnary(Single):
             raise
 
     async def _carry_out(self, request: Any, context: Any, call: Call) -> Any:
-        return await self._respond(self._wrapped.stream_unary(self._decoded(request), context), call)
+        return await self._respond(self._wrapped.stream_unary(Decoded(self._decode, request), context), call)
 
 
 class UnaryStream(Streaming):
@@ -319,7 +315,7 @@ class StreamStream(Streaming):
     make = grpc.stream_stream_rpc_method_handler
 
     def _carry_out(self, request: Any, context: Any, call: Call) -> Awaitable[None]:
-        return self._respond(self._wrapped.stream_stream(self._decoded(request), context), context, call)
+        return self._respond(self._wrapped.stream_stream(Decoded(self._decode, request), context), context, call)
 
 
 SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {
