@@ -83,8 +83,7 @@ PROBE_SECONDS = 5.0
 """How often it is looked whether the store takes writes, by which health is told."""
 
 YOUNG_OBJECTS = 3000
-"""New objects after which garbage is looked for among them. By Python's 700 that is three times a turn, and takes a
-hundredth of it."""
+"""New objects after which garbage is looked for among them. With Python's own 700 that takes a hundredth of a turn."""
 
 LAST_CALLS_SECONDS = 0.5
 """How long calls may go on once runs have come to rest, and how long the rest has to take its status."""
