@@ -68,7 +68,7 @@ class Port:
     async def _handle(self, _: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         try:
             transport: Any = context.auth_context()
-            principal = await self._certificates.principal({}, transport)
+            principal = await self._certificates.principal({}, lambda: transport)
         except NotecaseError as error:
             return f"refused {error.code}".encode()
         return repr(principal).encode()

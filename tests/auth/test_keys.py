@@ -46,7 +46,7 @@ class Scene(NamedTuple):
         return made.name.removeprefix("keys/"), token
 
     async def who(self, token: str) -> Principal | None:
-        return await self.keys.principal({"authorization": f"Bearer {token}"}, {})
+        return await self.keys.principal({"authorization": f"Bearer {token}"}, dict)
 
     async def is_let_in(self, token: str) -> bool:
         try:
@@ -136,13 +136,13 @@ OTHERS: dict[str, Metadata] = {
 
 @pytest.mark.parametrize("metadata", OTHERS.values(), ids=OTHERS)
 async def test_what_is_no_key_of_ours_is_left_to_others(scene: Scene, metadata: Metadata) -> None:
-    assert await scene.keys.principal(metadata, {}) is None
+    assert await scene.keys.principal(metadata, dict) is None
     assert 0 == scene.store.lookups
 
 
 async def test_the_scheme_is_read_in_any_case(scene: Scene) -> None:
     _, token = await scene.make()
-    assert await scene.keys.principal({"authorization": f"bearer  {token}"}, {}) is not None
+    assert await scene.keys.principal({"authorization": f"bearer  {token}"}, dict) is not None
 
 
 async def test_a_key_ends_when_it_expires_and_not_before(scene: Scene) -> None:
@@ -265,4 +265,4 @@ async def test_the_key_that_an_operator_chose_is_an_admins(scene: Scene) -> None
 async def test_without_a_chosen_key_nothing_is_one(scene: Scene) -> None:
     keys = Keys(scene.store, new_id, scene.clock, lambda: 0.0)
     for token in ("", CHOSEN):
-        assert await keys.principal({"authorization": f"Bearer {token}"}, {}) is None
+        assert await keys.principal({"authorization": f"Bearer {token}"}, dict) is None

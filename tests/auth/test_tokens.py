@@ -45,7 +45,7 @@ class Setting:
         self.tokens = Tokens([settings], self.tasks, lambda: round(self.now * 1e6), lambda: self.now)
 
     async def ask(self, authorization: str) -> Principal | None:
-        return await self.tokens.principal({"authorization": authorization}, {})
+        return await self.tokens.principal({"authorization": authorization}, dict)
 
     async def of(self, token: str) -> Principal | None:
         return await self.ask(f"Bearer {token}")
@@ -230,7 +230,7 @@ async def test_a_token_that_its_issuer_did_not_make_so_is_refused(setting: Setti
 )
 async def test_what_is_not_a_token_is_left_to_others(setting: Setting, authorization: str) -> None:
     assert await setting.ask(authorization) is None
-    assert await setting.tokens.principal({}, {}) is None
+    assert await setting.tokens.principal({}, dict) is None
     assert 0 == setting.server.fetches
 
 

@@ -457,8 +457,8 @@ def grow(live: LiveSession, draft: Draft, text: str) -> None:
 async def drained(cursor: Cursor, view: SessionView) -> list[v1.Event]:
     """Takes what is due now."""
     events: list[v1.Event] = []
-    while (batch := await cursor.next(lambda: True)) is not None:
-        for event in batch.events:
+    while (frame := await cursor.next(lambda: True)) is not None:
+        for event in frame.batch.events:
             view.apply(event)
             events.append(event)
     return events

@@ -80,10 +80,10 @@ class Fixed:
 
 async def test_exactly_one_authenticator_may_know_the_caller() -> None:
     ada, eve = who(Role.USER, subject="ada"), who(Role.USER, subject="eve")
-    assert ada == await Chain([Fixed(None), Fixed(ada)]).principal((), {})
+    assert ada == await Chain([Fixed(None), Fixed(ada)]).principal((), dict)
     for known in ([Fixed(ada), Fixed(eve)], [Fixed(ada), Fixed(ada)], [Fixed(None)]):
         with pytest.raises(NotecaseError) as refused:
-            await Chain(known).principal((), {})
+            await Chain(known).principal((), dict)
         assert v1.ERROR_REASON_UNAUTHENTICATED == refused.value.reason
 
 

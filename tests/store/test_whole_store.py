@@ -363,7 +363,7 @@ async def test_keys_open_a_copy_and_a_renewed_store_as_before(path: Path, target
     for place in (path, target):
         await renew(place)
         store = await opened(place)
-        principal = await keys(store).principal({"authorization": f"Bearer {token}"}, {})
+        principal = await keys(store).principal({"authorization": f"Bearer {token}"}, dict)
         assert principal is not None
         assert "acme" == principal.tenant
         await store.close()

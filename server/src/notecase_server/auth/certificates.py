@@ -26,12 +26,11 @@ class Certificates:
     async def principal(self, metadata: Metadata, transport: AuthContext) -> Principal | None:
         """Returns who calls: that of the one name in the table; None on a connection without a certificate. Raises
         NotecaseError UNAUTHENTICATED when the table has none of the names, or more than one."""
-        if "x509_pem_cert" not in transport:
+        context = transport()
+        if "x509_pem_cert" not in context:
             return None
         known = self._principals.value
-        held = {
-            san(kind, name.decode(errors="replace")) for kind in KINDS for name in transport.get(f"peer_{kind}", ())
-        }
+        held = {san(kind, name.decode(errors="replace")) for kind in KINDS for name in context.get(f"peer_{kind}", ())}
         found = [known[name] for name in held if name in known]
         if len(found) != 1:
             names = ", ".join(sorted(held)[:MOST_NAMES]) or "none"

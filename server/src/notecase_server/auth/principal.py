@@ -1,6 +1,6 @@
 """Who calls: a principal, and what makes one of a credential."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
@@ -35,8 +35,9 @@ class Principal:
 Metadata = Mapping[str, str | bytes]
 """What came with a call; the names are in lower case."""
 
-AuthContext = Mapping[str, Sequence[bytes]]
-"""What the transport says of the other end, as grpc's `ServicerContext.auth_context` gives it."""
+AuthContext = Callable[[], Mapping[str, Sequence[bytes]]]
+"""Returns what the transport says of the other end: grpc's `ServicerContext.auth_context`, which takes longer than most
+credentials take to judge."""
 
 
 class Authenticator(Protocol):

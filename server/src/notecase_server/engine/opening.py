@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from google.protobuf.field_mask_pb2 import FieldMask
 from notecase import v1
 
 from notecase_server import errors
@@ -78,42 +77,43 @@ def opening(
     start: v1.StartRun, user: str, agent: v1.Agent, run_id: str, cause_id: str, new_id: Callable[[], str]
 ) -> list[v1.Event]:
     """Returns the events that start a run: its start, the state that is given, what is said."""
-    started = v1.RunStarted(
-        agent=agent.name,
-        agent_revision=agent.revision,
-        client_tools=start.client_tools,
-        limits=start.limits if start.HasField("limits") else None,
-        disconnect=start.disconnect if start.HasField("disconnect") else None,
-        labels=start.labels,
-        settings=FieldMask(paths=paths) if (paths := [one.name for one, _ in start.settings.ListFields()]) else None,
-    )
-    events = [v1.Event(run_started=started)]
+    events = [v1.Event()]
+    started = events[0].run_started
+    started.agent, started.agent_revision = agent.name, agent.revision
+    if start.client_tools:
+        started.client_tools.extend(start.client_tools)
+    if start.labels:
+        started.labels.update(start.labels)
+    if start.HasField("limits"):
+        started.limits.CopyFrom(start.limits)
+    if start.HasField("disconnect"):
+        started.disconnect.CopyFrom(start.disconnect)
+    if paths := [one.name for one, _ in start.settings.ListFields()]:
+        started.settings.paths.extend(paths)
     if start.state:
         ops = [v1.StateOp(key=name, set=value) for name, value in sorted(start.state.items())]
         events.append(v1.Event(state_changed=v1.StateChanged(ops=ops)))
-    events += [v1.Event(message_added=message) for message in incoming(new_id, start.messages, user)]
+    for message in incoming(new_id, start.messages, user):
+        message.run = run_id
+        events.append(v1.Event(message_added=message))
     for event in events:
         event.run = run_id
         event.cause_id = cause_id
-        if event.HasField("message_added"):
-            event.message_added.run = run_id
     return events
 
 
 def incoming(new_id: Callable[[], str], messages: Sequence[v1.Message], user: str) -> list[v1.Message]:
     """Returns what a caller says as it goes into the log: with an id, whole, by the session's user unless it names its
     author."""
-    return [
-        v1.Message(
-            name=new_id(),
-            role=given.role or v1.Message.ROLE_USER,
-            author=given.author or user,
-            parts=given.parts,
-            labels=given.labels,
-            status=COMPLETED,
-        )
-        for given in messages
-    ]
+    made = []
+    for given in messages:
+        role, author = given.role or v1.Message.ROLE_USER, given.author or user
+        message = v1.Message(name=new_id(), role=role, author=author, status=COMPLETED)
+        message.parts.MergeFrom(given.parts)
+        if given.labels:
+            message.labels.update(given.labels)
+        made.append(message)
+    return made
 
 
 def way_of(start: v1.StartRun) -> Back | None:

@@ -331,7 +331,7 @@ class RunLog:
 
     def _know(self, session: v1.Session, events: Sequence[v1.Event]) -> None:
         waiting = {queued.sequence for queued in session.queued_commands if queued.run == self.run.name}
-        self.said = [event for event in (*self.said, *events) if event.sequence in waiting]
+        self.said = [event for event in (*self.said, *events) if event.sequence in waiting] if waiting else []
         self.session = session
         for event in events:
             if event.HasField("input_resolved") and event.run == self.run.name:

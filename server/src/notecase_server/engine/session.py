@@ -205,8 +205,7 @@ class LiveSession:
         for event in committed.events:
             self._keep(event)
         if self.drafts:
-            added = _messages_added(committed.events)
-            self.drafts = {step: draft for step, draft in self.drafts.items() if draft.name not in added}
+            self.drafts = {step: draft for step, draft in self.drafts.items() if draft.name not in committed.messages}
         self.head = max(self.head, committed.session.last_sequence)
         self._sessions.transcripts.follow(self.key, committed)
         self.ring()

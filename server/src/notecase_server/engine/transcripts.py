@@ -39,7 +39,7 @@ class Transcript(NamedTuple):
 
 def is_only_text(messages: Iterable[v1.Message]) -> bool:
     """See Transcript.only_text."""
-    return all(message.role in _SPOKEN and len(message.parts) == 1 and message.parts[0].text for message in messages)
+    return all(message.role in _SPOKEN and len(parts := message.parts) == 1 and parts[0].text for message in messages)
 
 
 class _Kept:

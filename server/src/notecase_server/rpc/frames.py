@@ -4,7 +4,7 @@ takes."""
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 from google.protobuf.message import DecodeError
 
@@ -67,6 +67,22 @@ class Decoder:
         if self._judge is not None and caller.get().principal.user:
             await self._judge(message)
         return message
+
+
+class Decoded:
+    """Gives the messages of a stream as they come. A generator would also be registered with the loop, and closed."""
+
+    __slots__ = ("_decode", "_frames")
+
+    def __init__(self, decode: Decoder, frames: AsyncIterator[bytes]) -> None:
+        self._decode = decode
+        self._frames = frames
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Any:
+        return await self._decode(await anext(aiter(self._frames)))
 
 
 async def drain(frames: AsyncIterator[bytes]) -> None:

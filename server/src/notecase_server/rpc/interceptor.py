@@ -10,7 +10,7 @@ import asyncio
 import functools
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -27,7 +27,7 @@ from notecase_server.auth.tenants import Tenants
 from notecase_server.errors import NotecaseError
 from notecase_server.limit import Limit
 from notecase_server.rpc.caller import NOBODY, Caller, caller
-from notecase_server.rpc.frames import Decoder, drain
+from notecase_server.rpc.frames import Decoded, Decoder, drain
 from notecase_server.rpc.gate import Call, Gate, deliver
 from notecase_server.rpc.status import to_status
 from notecase_server.store.contract import Replayed
@@ -149,19 +149,19 @@ class Doorway(grpc.aio.ServerInterceptor):
         if who.method.startswith(HEALTH):
             return
         principal = await self._principal(one)
-        caller.set(who := who._replace(principal=principal))
+        caller.set(Caller(principal, who.request_id, who.method))
         if (refusal := rights.refusal(principal, who.method)) is not None:
             raise refusal
         one.principal = principal
-        name = ""
+        if not principal.subject:
+            return
         if self._principals is not None and rights.leaves_traces(who.method):
             name = await self._principals.name(principal, principal.tenant)
-        caller.set(who._replace(principal_name=name))
-        if principal.subject:
-            structlog.contextvars.bind_contextvars(tenant=principal.tenant, subject=principal.subject)
+            caller.set(Caller(principal, who.request_id, who.method, name))
+        structlog.contextvars.bind_contextvars(tenant=principal.tenant, subject=principal.subject)
 
     async def _principal(self, one: UnderWay) -> Principal:
-        found = await self._chain.principal(one.context.invocation_metadata() or (), one.context.auth_context())
+        found = await self._chain.principal(one.context.invocation_metadata() or (), one.context.auth_context)
         if self._tenants is not None:
             await self._tenants.require_open(found)
         return found
@@ -247,10 +247,6 @@ class Endpoint(ABC):
     async def _refuse(self, context: Any, error: Exception) -> None:
         await abort(context, error)
 
-    async def _decoded(self, frames: AsyncIterator[bytes]) -> AsyncIterator[Any]:
-        async for frame in frames:
-            yield await self._decode(frame)
-
 
 class Single(Endpoint):
     """Answers with one message."""
@@ -305,7 +301,7 @@ class StreamUnary(Single):
             raise
 
     async def _carry_out(self, request: Any, context: Any, call: Call) -> Any:
-        return await self._respond(self._wrapped.stream_unary(self._decoded(request), context), call)
+        return await self._respond(self._wrapped.stream_unary(Decoded(self._decode, request), context), call)
 
 
 class UnaryStream(Streaming):
@@ -319,7 +315,7 @@ class StreamStream(Streaming):
     make = grpc.stream_stream_rpc_method_handler
 
     def _carry_out(self, request: Any, context: Any, call: Call) -> Awaitable[None]:
-        return self._respond(self._wrapped.stream_stream(self._decoded(request), context), context, call)
+        return self._respond(self._wrapped.stream_stream(Decoded(self._decode, request), context), context, call)
 
 
 SHAPES: Mapping[tuple[bool, bool], type[Endpoint]] = {

@@ -4,7 +4,7 @@ SendCommand and WatchEvents are the same two halves on their own.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from typing import NamedTuple
 
 from notecase import v1
@@ -86,8 +86,12 @@ class Streams:
         self._supervisor = supervisor
         self._pace = pace
 
-    async def run(self, tenant: str, requests: AsyncIterator[v1.RunRequest]) -> AsyncGenerator[v1.RunResponse, None]:
+    def run(self, tenant: str, requests: AsyncIterator[v1.RunRequest]) -> AsyncGenerator[v1.RunResponse, None]:
         """The Run RPC. Raises NotecaseError for a bad first frame, and as `watch` does."""
+        return self._frames(self._begun(tenant, requests), requests)
+
+    async def _begun(self, tenant: str, requests: AsyncIterator[v1.RunRequest]) -> "Place":
+        """Carries out the first frame of a Run stream."""
         first = await anext(requests, None)
         kind = first.WhichOneof("command") if first is not None else None
         if first is None or kind not in {"start", "attach"}:
@@ -95,33 +99,21 @@ class Streams:
         if kind == "attach":
             attach = first.attach
             after = attach.after_sequence if attach.HasField("after_sequence") else None
-            place = await self.attach(
-                tenant, attach.name, after, attach.options, attach.if_session_uid, field="attach."
-            )
-        else:
-            check = Check()
-            check.token_id("command_id", first.command_id)
-            check.start("start", first.start)
-            await check.settled()
-            start, caused = claimed(first.start), await _caused(first)
-            started = await self._runs.admission.start(tenant, start, caused, caller.get().user)
-            place = await self._started(started, first.start.options)
-        results = Results()
-        reader = self._supervisor.start(self.read(place, requests, results), "commands")
-        try:
-            async for response in self._frames(place, results, reader):
-                yield response
-        finally:
-            reader.cancel()
+            return await self.attach(tenant, attach.name, after, attach.options, attach.if_session_uid, "attach.")
+        check = Check()
+        check.token_id("command_id", first.command_id)
+        check.start("start", first.start)
+        await check.settled()
+        start, caused = claimed(first.start), await _caused(first)
+        started = await self._runs.admission.start(tenant, start, caused, caller.get().user)
+        return await self._started(started, first.start.options)
 
-    async def watch(
+    def watch(
         self, tenant: str, name: str, after: int | None, options: v1.WatchOptions, if_session_uid: str
     ) -> AsyncGenerator[v1.RunResponse, None]:
         """The WatchEvents RPC. Raises NotecaseError: SESSION_NOT_FOUND, RUN_NOT_FOUND, SEQUENCE_AHEAD, and
         SERVER_DRAINING when the server stops."""
-        place = await self.attach(tenant, name, after, options, if_session_uid)
-        async for response in self._frames(place, Results(), None):
-            yield response
+        return self._frames(self.attach(tenant, name, after, options, if_session_uid))
 
     async def attach(
         self,
@@ -178,8 +170,12 @@ class Streams:
         return Place(live, attached, cursor, followed)
 
     async def _frames(
-        self, place: "Place", results: Results, reader: asyncio.Task[None] | None
+        self, attaching: Awaitable["Place"], requests: AsyncIterator[v1.RunRequest] | None = None
     ) -> AsyncGenerator[v1.RunResponse, None]:
+        """Yields the frames of a stream; the commands in `requests` are carried out meanwhile."""
+        place, results, reader = await attaching, Results(), None
+        if requests is not None:
+            reader = self._supervisor.start(self.read(place, requests, results), "commands")
         cursor, bound = place.cursor, caller.get().user != ""
         told = False
 
@@ -198,9 +194,9 @@ class Streams:
                 if self.drain.grace is not None and not told:
                     told = True
                     yield v1.RunResponse(go_away=_go_away(cursor.sequence, self.drain.grace))
-                batch = await cursor.next(woken)
-                if batch is not None:
-                    yield v1.RunResponse(batch=_shown(batch) if bound else batch)
+                frame = await cursor.next(woken)
+                if frame is not None:
+                    yield _shown(frame) if bound else frame
                 elif not (woken() or cursor.finished):
                     yield v1.RunResponse(heartbeat=v1.Heartbeat(last_sequence=cursor.sequence))
                 if cursor.finished:
@@ -211,6 +207,8 @@ class Streams:
                 yield v1.RunResponse(result=results.take())
         finally:
             place.live.leave()
+            if reader is not None:
+                reader.cancel()
 
     async def read(self, place: "Place", requests: AsyncIterator[v1.RunRequest], results: Results) -> None:
         """Carries out commands in their order. Their results wait for their reader, and the next command for them."""
@@ -333,16 +331,13 @@ def _go_away(sequence: int, grace: float) -> v1.GoAway:
     return away
 
 
-def _shown(batch: v1.EventBatch) -> v1.EventBatch:
-    """What a caller that is bound to a user is shown: nothing of the state of the whole tenant."""
-    hidden = [event for event in batch.events if not event.sequence and event.state_changed.state == "app/state"]
-    if not hidden:
-        return batch
-    shown = v1.EventBatch()
-    shown.CopyFrom(batch)
-    del shown.events[:]
-    shown.events.extend(event for event in batch.events if event not in hidden)
-    return shown
+def _shown(frame: v1.RunResponse) -> v1.RunResponse:
+    """Leaves out of a batch what a caller that is bound to a user is not shown: the state of the whole tenant."""
+    events = frame.batch.events
+    for index in range(len(events) - 1, -1, -1):
+        if not events[index].sequence and events[index].state_changed.state == "app/state":
+            del events[index]
+    return frame
 
 
 def _broken(reader: asyncio.Task[None] | None) -> BaseException | None:

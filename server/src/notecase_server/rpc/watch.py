@@ -40,7 +40,8 @@ class _Batch:
     """Events up to about a page; a larger one comes alone."""
 
     def __init__(self) -> None:
-        self.proto = v1.EventBatch()
+        self.frame = v1.RunResponse()
+        self.proto = self.frame.batch
         self._size = 0
 
     def add(self, live: LiveSession, event: v1.Event) -> bool:
@@ -120,9 +121,9 @@ class Cursor:
         """The last batch was full before all was in it."""
         self._flushed = 0.0
 
-    async def next(self, woken: Callable[[], bool]) -> v1.EventBatch | None:
-        """The next batch, as soon as something is due. None after a while in which nothing was, or when `woken` says
-        that the caller has something else to do. Afterwards `finished` tells whether it was the last.
+    async def next(self, woken: Callable[[], bool]) -> v1.RunResponse | None:
+        """Returns the frame of the next batch, as soon as something is due; None after a while in which nothing was, or
+        when `woken` says that the caller has something else to do. Afterwards `finished` tells whether it was the last.
 
         Raises NotecaseError SESSION_NOT_FOUND when the session is deleted, and what the store raises."""
         loop = asyncio.get_running_loop()
@@ -136,8 +137,8 @@ class Cursor:
             if soon or (later and now >= self._flushed + self._delay):
                 batch = await self._batch()
                 self._flushed = loop.time()
-                if batch.events or batch.caught_up:
-                    return batch
+                if batch.proto.events or batch.proto.caught_up:
+                    return batch.frame
                 continue
             if woken() or self.finished or now >= beat:
                 return None
@@ -178,7 +179,7 @@ class Cursor:
         else:
             self._live.head = max(self._live.head, row.last_sequence)
 
-    async def _batch(self) -> v1.EventBatch:
+    async def _batch(self) -> _Batch:
         batch = _Batch()
         self._cut_off = not await self._add_log(batch)
         if self.finished:
@@ -187,7 +188,7 @@ class Cursor:
             self._cut_off = not self._add_passing(batch)
             if not self._cut_off:
                 self._catch_up(batch.proto)
-        return batch.proto
+        return batch
 
     def _catch_up(self, batch: v1.EventBatch) -> None:
         if not self._caught_up and (self.finished or self.sequence >= self._head):

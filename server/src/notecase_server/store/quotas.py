@@ -20,8 +20,10 @@ def require_session(tables: Tables, quotas: Quotas, tenant: str) -> None:
 
 def require_log(quotas: Quotas, commit: Commit, session: v1.Session) -> None:
     """More in a session's log, unless it is a run's, which is to come to its end."""
+    if commit.if_epoch is not None or not (quotas.events or quotas.log_bytes):
+        return
     kinds = {event.WhichOneof("payload") for event in commit.events}
-    if commit.if_epoch is not None or "rewound" in kinds or not kinds & BEGINS:
+    if "rewound" in kinds or not kinds & BEGINS:
         return
     if quotas.events and session.last_sequence >= quotas.events:
         raise errors.quota_exceeded("entry", quotas.events, "in the log of a session")

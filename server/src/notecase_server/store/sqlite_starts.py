@@ -20,46 +20,41 @@ AGENT_BYTES = 64 << 10
 
 
 class Starts:
-    """Holds the rows of one file. Used from one event loop only."""
+    """Holds the rows of one file, as bytes: a message takes several times as much. Used from one event loop only."""
 
     def __init__(self) -> None:
         self.forgotten = 0
         """Counts how often all rows were forgotten. An agent that was read before the last time must not be kept."""
-        self._sessions: OrderedDict[tuple[str, str], v1.Session] = OrderedDict()
-        self._agents: dict[tuple[str, str], v1.Agent] = {}
+        self._sessions: OrderedDict[tuple[str, str], bytes] = OrderedDict()
+        self._agents: dict[tuple[str, str], bytes] = {}
 
     def find(self, tenant: str, session: str, agent: str) -> tuple[v1.Session, v1.Agent] | None:
-        """Returns copies of both, as Store.read_start; None when one of them is not kept, or when the session was not
-        idle: its run may have ended in a commit that others have read and that was not reported here yet."""
-        row = self._sessions.get((tenant, session))
-        if row is not None and (row.active_run or row.queued_commands):
+        """Returns both, as Store.read_start; None when one of them is not kept."""
+        kept = self._sessions.get((tenant, session))
+        if kept is None:
             return None
-        found = self._agents.get((tenant, agent or row.agent)) if row is not None else None
-        if row is None or found is None:
-            return None
-        copies = v1.Session(), v1.Agent()
-        copies[0].CopyFrom(row)
-        copies[1].CopyFrom(found)
-        return copies
+        row = v1.Session.FromString(kept)
+        found = self._agents.get((tenant, agent or row.agent))
+        return None if found is None else (row, v1.Agent.FromString(found))
 
     def committed(self, tenant: str, session: str, row: v1.Session | None) -> None:
-        """Replaces the row of a session after a commit; None forgets it, where the outcome has no row."""
+        """Replaces the row of a session after a commit; None forgets it, where the outcome has no row. The row of a
+        session that is not idle is not kept: its run may end in a commit that others have read and that was not
+        reported here yet."""
         self._sessions.pop((tenant, session), None)
-        if row is None or row.ByteSize() > MOST_BYTES:
+        if row is None or row.active_run or row.queued_commands or len(kept := row.SerializeToString()) > MOST_BYTES:
             return
-        kept = self._sessions[tenant, session] = v1.Session()
-        kept.CopyFrom(row)
+        self._sessions[tenant, session] = kept
         if len(self._sessions) > MOST_SESSIONS:
             self._sessions.popitem(last=False)
 
     def keep(self, tenant: str, name: str, agent: v1.Agent, read: int) -> None:
         """Keeps an agent under the name by which it was read. `read` is what `forgotten` was before the read."""
-        if read != self.forgotten or agent.ByteSize() > AGENT_BYTES:
+        if read != self.forgotten or len(kept := agent.SerializeToString()) > AGENT_BYTES:
             return
         if len(self._agents) >= MOST_AGENTS:
             self._agents.clear()
-        kept = self._agents[tenant, name] = v1.Agent()
-        kept.CopyFrom(agent)
+        self._agents[tenant, name] = kept
 
     def forget(self) -> None:
         """Forgets all rows, after a write that was not a commit."""

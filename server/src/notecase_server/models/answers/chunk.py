@@ -185,13 +185,13 @@ def token(data: bytes) -> Token | None:
 
 
 def tokens(run: bytes) -> list[Token] | None:
-    """Returns the chunks of a run of events (see EventSplitter.run), in order, if each is nothing but text. Decoding
-    them as one array takes a tenth of the time that one after the other takes."""
+    """Returns the chunks of a run of events, which has line ends only between them (see EventSplitter.run), in order,
+    if each is nothing but text. Decoding them as one array takes a tenth of the time that one after the other takes."""
     try:
         found = _TOKENS.decode(b"[" + run.replace(BETWEEN, b",") + b"]")
     except (ValueError, RecursionError):
         return None
-    return found if len(found) == run.count(BETWEEN) + 1 else None
+    return found if len(found) == run.count(b"\n") // 2 + 1 else None
 
 
 def counted(data: bytes) -> Counted | None:
