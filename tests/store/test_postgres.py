@@ -620,6 +620,27 @@ async def test_what_a_quota_bounds_is_counted_once_and_then_only_at_the_bound(
     assert 6 == len((await store.list_sessions("acme", EVERYTHING)).rows)
 
 
+async def test_commits_side_by_side_do_not_exceed_a_quota(store: PostgresStore) -> None:
+    """Each of them looks at the bound before any of them adds: the keys of the state are counted in between."""
+    store.quotas = Quotas(sessions=4, requests=9, state_keys=9)
+    first = Commit(key=session_key("acme", "first"), create=v1.Session(), once=once("first", NOTHING))
+    await store.commit(first)
+    new = [
+        Commit(
+            key=session_key("acme", f"s{number}"),
+            create=v1.Session(),
+            events=[changed(put("k", number))],
+            once=once(f"{number}", NOTHING),
+        )
+        for number in range(9)
+    ]
+    done = await asyncio.gather(*map(store.commit, new), return_exceptions=True)
+    assert 3 == sum(isinstance(each, Committed) for each in done)
+    refusals = [reason_name(each.reason) for each in done if isinstance(each, NotecaseError)]
+    assert ["QUOTA_EXCEEDED"] * 6 == refusals
+    assert 4 == len((await store.list_sessions("acme", EVERYTHING)).rows)
+
+
 # ---- text
 
 
