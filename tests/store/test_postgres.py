@@ -468,16 +468,19 @@ async def test_a_commit_that_was_said_not_to_be_made_is_never_made(url: str, clo
         if not new:
             await create(store)
         commit = Commit(key=KEY, id="late", create=v1.Session() if new else None, events=[said("m1")])
-        late, syncs = asyncio.Event(), 0
+        late, held = asyncio.Event(), list[bytes]()
 
         def hold(kind: str, body: bytes) -> asyncio.Event | None:
-            nonlocal syncs
-            syncs += kind == "S"
-            return late if kind == "S" and syncs == 2 else None
+            statement = proxy.executed(kind, body)
+            if held or not statement.startswith(b"WITH o AS"):
+                return None
+            held.append(statement)
+            return late
 
         proxy.asked = hold
         with refused("STORE_UNAVAILABLE"):
             await store.commit(commit)
+        assert held
         fence = store.fence
         assert await store.find_commit(KEY, "late") is None
         assert fence + 1 == store.fence
@@ -488,6 +491,38 @@ async def test_a_commit_that_was_said_not_to_be_made_is_never_made(url: str, clo
         assert [] == await store.read_events(KEY, 0)
         await store.commit(commit)
         assert 1 == len(await store.read_events(KEY, 0))
+        await store.close()
+
+
+async def test_a_raise_of_the_fence_that_arrives_late_deposes_nobody(url: str, clock: ManualClock) -> None:
+    """The store that sent it has gone by a later one since, and writes on."""
+    async with PostgresProxy(url) as proxy:
+        store = await PostgresStore.open(proxy.url, clock, connections=2)
+        await create(store)
+        late, raises = asyncio.Event(), 0
+
+        def cut(kind: str, body: bytes) -> asyncio.Event | None:
+            nonlocal raises
+            statement = proxy.executed(kind, body)
+            if not raises and statement.startswith(b"WITH o AS"):
+                proxy.cut()
+            raises += statement.startswith(b"UPDATE owner SET fence")
+            return late if statement.startswith(b"UPDATE owner SET fence") and raises == 1 else None
+
+        proxy.asked = cut
+        for _ in range(2):
+            with refused("STORE_UNAVAILABLE"):
+                await add(store, said("m1"), id="lost")
+        fence = store.fence
+        await add(store, said("m1"), id="lost")
+        assert (2, fence + 1) == (raises, store.fence)
+        proxy.ended.clear()
+        late.set()
+        await proxy.ended.wait()
+        await add(store, said("m2"))
+        await store.probe()
+        assert (fence + 1, False) == (store.fence, store.fenced.is_set())
+        assert 2 == len(await store.read_events(KEY, 0))
         await store.close()
 
 

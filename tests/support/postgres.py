@@ -88,6 +88,10 @@ class Postgres:
         """Stops the server: `immediate` is a crash, `fast` ends what is under way."""
         self._control("-m", mode, "stop")
 
+    def promote(self) -> None:
+        """Makes a standby take writes, and returns once it does."""
+        self._control("promote")
+
     def remove(self) -> None:
         """Stops the server and removes all that it had."""
         with suppress(subprocess.CalledProcessError):  # it is stopped

@@ -2,6 +2,7 @@
 
 import re
 import secrets
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
@@ -279,6 +280,12 @@ def refusal(where: str, error: BaseException) -> str:
         return f"{where}: there is no such database. Create it, or choose another."
     if code == "53300":
         return f"{where} has no connection left. Raise max_connections, or lower the number that notecase may open."
+    if isinstance(error, ssl.SSLError):
+        return f"{where} did not agree on TLS. Look at sslmode, sslrootcert and the names in the server's certificate."
+    if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
+        return (
+            f"{where} has no server with the target_session_attrs that were asked for. Name the primary, or start it."
+        )
     if isinstance(error, ValueError):
         return f"{where} has parameters that cannot be understood."
     if isinstance(error, OSError | TimeoutError | asyncpg.PostgresConnectionError) or code[:3] == "57P":
