@@ -12,6 +12,8 @@ import asyncpg
 import grpc
 import pytest
 from notecase import from_value, v1
+from notecase_server.store.contract import Commit, Committed
+from notecase_server.store.postgres import PostgresStore
 
 from tests.e2e.driving import log_of, reason_of, said
 from tests.store.build import increment
@@ -19,6 +21,7 @@ from tests.support import postgres
 from tests.support.openai_server import OpenAIServer, reply
 from tests.support.postgres_proxy import PostgresProxy
 from tests.support.server import Running, running
+from tests.support.small_disk import small_disk
 
 
 @dataclass
@@ -118,7 +121,7 @@ async def test_a_fault_of_the_database_is_told_waited_for_and_over(
         await server.runs.CreateRun(
             v1.CreateRunRequest(start=v1.StartRun(session="sessions/s", run_id="r", messages=[said("Go")]))
         )
-        await _until(lambda: bool(model.requests))
+        await model.request(0)
         add = v1.UpdateStateRequest(name="sessions/s/state", request_id="once", ops=[increment("n", 1)])
         async with FAULTS[fault](place):
             held.set()
@@ -179,6 +182,46 @@ async def test_connections_that_are_cut_at_random_lose_nothing_and_do_nothing_tw
     assert cuts >= 3
 
 
+async def test_a_full_disk_is_told_waited_for_and_over(model: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller's write is refused, and a run's commit is tried again. Each is made once when there is room, and the
+    model is not asked again."""
+    long = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=300_000))
+    attempt, hit = PostgresStore._attempt, asyncio.Event()
+
+    async def watched(store: PostgresStore, commit: Commit, alone: bool) -> Committed:
+        try:
+            return await attempt(store, commit, alone)
+        except asyncpg.DiskFullError:
+            hit.set()
+            raise
+
+    monkeypatch.setattr(PostgresStore, "_attempt", watched)
+    held = asyncio.Event()
+    model.script(reply(long, chunks=4).held(held, after=3))
+    async with small_disk(postgres.shared()) as disk, served(disk.url, model) as server:
+        await server.sessions.CreateSession(v1.CreateSessionRequest(session_id="other"))
+        start = v1.StartRun(session="sessions/s", run_id="r", messages=[said("Go")])
+        await server.runs.CreateRun(v1.CreateRunRequest(start=start))
+        await model.request(0)
+        await disk.fill()
+        append = v1.AppendMessagesRequest(parent="sessions/other", request_id="once", messages=[said(long)])
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await server.messages.AppendMessages(append)
+        assert "STORE_UNAVAILABLE" == reason_of(refused.value)
+        assert "The disk of the store is full" in (refused.value.details() or "")
+        hit.clear()
+        held.set()
+        await hit.wait()
+        await disk.free()
+        await _patiently(lambda: server.messages.AppendMessages(append))
+        run = await server.runs.WaitRun(v1.WaitRunRequest(name="sessions/s/runs/r"))
+        assert (v1.Run.STATE_SUCCEEDED, 1, 1) == (run.state, run.attempt, len(model.requests))
+        assert 1 == len(await log_of(server, "sessions/other"))
+        log = await log_of(server, "sessions/s")
+        assert 1 == sum(event.run_state_changed.state == v1.Run.STATE_SUCCEEDED for event in log)
+        assert [event.sequence for event in log] == list(range(1, len(log) + 1))
+
+
 @asynccontextmanager
 async def served(url: str, model: OpenAIServer) -> AsyncIterator[Running]:
     """A server with an agent and a session of users/ada."""
@@ -202,10 +245,3 @@ async def _patiently(call: Callable[[], Awaitable[Any]]) -> Any:
             if reason_of(error) != "STORE_UNAVAILABLE":
                 raise
         await asyncio.sleep(0.02)
-
-
-async def _until(true: Callable[[], bool]) -> None:
-    while True:
-        if true():
-            return
-        await asyncio.sleep(0.01)

@@ -76,6 +76,11 @@ class Postgres:
         """URLs of databases that no test uses now."""
         self.start()
 
+    @property
+    def uid(self) -> int:
+        """The number of the user who runs the server."""
+        return (self.directory / "data").stat().st_uid
+
     def _control(self, *arguments: str) -> None:
         command = ("-w", "-D", str(self.directory / "data"), *arguments)
         self._exec("pg_ctl", command, bin_path=self._server.bin_path, user=self._server.system_user, timeout=60)
