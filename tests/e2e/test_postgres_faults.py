@@ -99,12 +99,30 @@ async def renamed(place: Place) -> AsyncIterator[None]:
     await place.admin.execute("ALTER TABLE elsewhere RENAME TO sessions")
 
 
+@asynccontextmanager
+async def gone(place: Place) -> AsyncIterator[None]:
+    """There is no database of that name, and then it is there again."""
+    await place.admin.close()
+    elsewhere = await asyncpg.connect(postgres.shared().url())
+    await elsewhere.execute(f"ALTER DATABASE {place.name} ALLOW_CONNECTIONS false")
+    await elsewhere.execute(
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = $1", place.name
+    )
+    await elsewhere.execute(f"ALTER DATABASE {place.name} RENAME TO {place.name}_gone")
+    yield
+    await elsewhere.execute(f"ALTER DATABASE {place.name}_gone RENAME TO {place.name}")
+    await elsewhere.execute(f"ALTER DATABASE {place.name} ALLOW_CONNECTIONS true")
+    await elsewhere.close()
+    place.admin = await asyncpg.connect(place.url)
+
+
 FAULTS: dict[str, Fault] = {
     "read-only": role("SET default_transaction_read_only = on", "RESET default_transaction_read_only"),
     "too many connections": role("CONNECTION LIMIT 0", "CONNECTION LIMIT -1"),
     "no login": role("NOLOGIN", "LOGIN"),
     "time-out": timed_out,
     "no table": renamed,
+    "no database": gone,
     "restarted": restarted,
 }
 

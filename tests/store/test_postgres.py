@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from notecase import v1
+from notecase_server import serve_stores
 from notecase_server.errors import NotecaseError, reason_name
 from notecase_server.store import postgres as postgres_store
+from notecase_server.store import postgres_database
 from notecase_server.store.contract import (
     CommandId,
     Commit,
@@ -26,7 +28,7 @@ from notecase_server.store.contract import (
 )
 from notecase_server.store.postgres import PostgresStore
 from notecase_server.store.postgres_commit import CommitTables
-from notecase_server.store.postgres_schema import VERSION
+from notecase_server.store.postgres_schema import MIGRATIONS, VERSION
 from notecase_server.store.postgres_tables import PostgresTables
 from notecase_server.store.postgres_wire import Defect, awaited, escaped, unescaped
 
@@ -742,6 +744,9 @@ async def test_a_database_that_is_more_than_one_step_newer_is_refused(
 
 UNFIT = {
     "tables of another program": ("", "CREATE TABLE orders ()", "is a database of another program"),
+    "a table that has one of our names": ("", "CREATE TABLE sessions (id text)", "is a database of another program"),
+    "all our names": ("", "CREATE TABLE notecase_store (id text)", "is a database of another program"),
+    "a view that has one of our names": ("", "CREATE VIEW sessions AS SELECT 1 AS id", "PostgreSQL says 42P07"),
     "another encoding": ("ENCODING 'SQL_ASCII' LOCALE 'C'", "SELECT 1", "has the encoding SQL_ASCII"),
     "read-only": ("", "ALTER DATABASE {name} SET default_transaction_read_only = on", "is read-only"),
     "no schema": ("", "DROP SCHEMA public", "has no schema that its search_path names"),
@@ -755,9 +760,49 @@ async def test_a_database_that_is_not_fit_is_refused_and_not_changed(clock: Manu
     connection = await asyncpg.connect(url)
     name = await connection.fetchval("SELECT current_database()")
     await connection.execute(prepare.format(name=name))
+    relations = "SELECT relname FROM pg_class WHERE relnamespace NOT IN (11, 99) ORDER BY 1"
+    before = await connection.fetch(relations)
     with pytest.raises(StoreOpenError, match=told):
         await PostgresStore.open(url, clock)
-    assert not await connection.fetchval("SELECT count(*) FROM pg_tables WHERE tablename = 'notecase_store'")
+    assert before == await connection.fetch(relations)
+    await connection.close()
+
+
+async def test_a_database_that_was_restored_without_its_rows_is_refused(clock: ManualClock) -> None:
+    url = await postgres.shared().new_database()
+    await serve_stores.migrate(url)
+    connection = await asyncpg.connect(url)
+    await connection.execute("TRUNCATE notecase_store, owner")
+    await connection.close()
+    with pytest.raises(StoreOpenError, match="Restore it as a whole"):
+        await serve_stores.open_store(url, clock)
+
+
+async def test_an_older_schema_is_refused_or_brought_up_to_date(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A migration that fails leaves it as it was."""
+    url = await postgres.shared().new_database()
+    store = await PostgresStore.open(url, clock)
+    await create(store)
+    await store.close()
+    connection = await asyncpg.connect(url)
+    await connection.execute("UPDATE owner SET name = ''")
+    good = "ALTER TABLE sessions ADD COLUMN later integer NOT NULL DEFAULT 7"
+    monkeypatch.setattr(postgres_database, "VERSION", VERSION + 1)
+    monkeypatch.setattr(postgres_database, "MIGRATIONS", (*MIGRATIONS, f"{good}; SELECT 1 / 0"))
+    needs = rf"has the schema {VERSION}, and this notecase needs {VERSION + 1}\. Run notecase migrate"
+    with pytest.raises(StoreOpenError, match=needs):
+        await serve_stores.open_store(url, clock, serve_stores.Database(migrate=False))
+    with pytest.raises(StoreOpenError, match="22012"):
+        await serve_stores.migrate(url)
+    assert VERSION == await connection.fetchval("SELECT schema FROM notecase_store")
+    monkeypatch.setattr(postgres_database, "MIGRATIONS", (*MIGRATIONS, good))
+    await serve_stores.migrate(url)
+    assert (VERSION + 1, 7) == await connection.fetchrow("SELECT schema, later FROM notecase_store, sessions")
+    opened = await serve_stores.open_store(url, clock, serve_stores.Database(migrate=False))
+    assert await opened.get_session(KEY) is not None
+    await opened.close()
     await connection.close()
 
 

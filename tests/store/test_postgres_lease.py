@@ -141,6 +141,39 @@ async def test_a_connection_that_hangs_is_asked_nothing_more_and_replaced(url: s
         never.set()
 
 
+async def test_a_wait_for_the_store_outlives_its_database(url: str, beside: Any) -> None:
+    """Which is renamed, and then named as before."""
+    name = url.partition("?")[0].rpartition("/")[2]
+    waits, failures = asyncio.Event(), asyncio.Queue[str]()
+
+    async def connect() -> Any:
+        try:
+            return await asyncpg.connect(url)
+        except asyncpg.InvalidCatalogNameError as error:
+            failures.put_nowait(error.sqlstate)
+            raise
+
+    await beside.execute("UPDATE owner SET name = 'another', counter = counter + 1")
+    lease = PostgresLease(connect, "this one", time.monotonic, 4 * LEASE)
+    taking = asyncio.create_task(lease.take(_setting(waits)))
+    await waits.wait()
+    elsewhere = await asyncpg.connect(postgres.shared().url())
+    await beside.close()
+    await elsewhere.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS false")
+    await elsewhere.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = $1", name)
+    await elsewhere.execute(f"ALTER DATABASE {name} RENAME TO {name}_gone")
+    assert "3D000" == await failures.get()
+    await elsewhere.execute(f"ALTER DATABASE {name}_gone RENAME TO {name}")
+    await elsewhere.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true")
+    again = await asyncpg.connect(url)
+    await again.execute("UPDATE owner SET name = ''")
+    await taking
+    assert lease.holds
+    await lease.release()
+    for connection in (elsewhere, again):
+        await connection.close()
+
+
 # ---- what is written under a lease that was lost
 
 
