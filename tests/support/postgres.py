@@ -32,8 +32,9 @@ EMPTY = """DO $$ DECLARE name text; filled boolean; BEGIN
         IF filled THEN EXECUTE format('TRUNCATE %I', name); END IF;
     END LOOP;
     UPDATE notecase_store SET keyed = 0;
+    UPDATE owner SET name = '';
 END $$"""
-"""Removes every row that a test has left."""
+"""Removes every row that a test has left, and lets go of the store."""
 
 SETTINGS = {
     "fsync": "off",
