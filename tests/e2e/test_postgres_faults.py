@@ -1,6 +1,7 @@
 """What goes wrong with a database while a server works on it is told as one typed error, waited for, and then over."""
 
 import asyncio
+import base64
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -12,16 +13,19 @@ import asyncpg
 import grpc
 import pytest
 from notecase import from_value, v1
+from notecase_server.errors import NotecaseError, reason_name
+from notecase_server.serve import now
 from notecase_server.store.contract import Commit, Committed
 from notecase_server.store.postgres import PostgresStore
 
 from tests.e2e.driving import log_of, reason_of, said
-from tests.store.build import increment
+from tests.store.build import KEY, create, increment
+from tests.store.build import said as said_by
 from tests.support import postgres
 from tests.support.openai_server import OpenAIServer, reply
 from tests.support.postgres_proxy import PostgresProxy
 from tests.support.server import Running, running
-from tests.support.small_disk import small_disk
+from tests.support.small_disk import small_disk, small_log
 
 
 @dataclass
@@ -203,7 +207,7 @@ async def test_connections_that_are_cut_at_random_lose_nothing_and_do_nothing_tw
 async def test_a_full_disk_is_told_waited_for_and_over(model: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A caller's write is refused, and a run's commit is tried again. Each is made once when there is room, and the
     model is not asked again."""
-    long = "".join(random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=300_000))
+    long = base64.b64encode(random.Random(0).randbytes(200_000)).decode()
     attempt, hit = PostgresStore._attempt, asyncio.Event()
 
     async def watched(store: PostgresStore, commit: Commit, alone: bool) -> Committed:
@@ -240,6 +244,35 @@ async def test_a_full_disk_is_told_waited_for_and_over(model: OpenAIServer, monk
         assert [event.sequence for event in log] == list(range(1, len(log) + 1))
 
 
+async def test_a_full_write_ahead_log_loses_no_commit_and_makes_none_twice() -> None:
+    """PostgreSQL ends without an answer, and starts anew: what became of the last commit is asked for."""
+    with small_log() as log:
+        store = await PostgresStore.open(await log.server.new_database(), now)
+        await create(store)
+        made = 0
+        while True:
+            text = base64.b64encode(random.Random(made).randbytes(500_000)).decode()
+            last = Commit(key=KEY, id=f"c{made}", events=[said_by(f"m{made}", text)])
+            try:
+                await store.commit(last)
+            except NotecaseError as error:
+                assert "STORE_UNAVAILABLE" == reason_name(error.reason)
+                break
+            made += 1
+            if made == 3:
+                await asyncio.to_thread(log.break_off)
+        await asyncio.to_thread(log.free)
+        found = await _patiently(partial(store.find_commit, KEY, last.id))
+        if found is None:
+            await store.commit(last)
+        assert log.was_full
+        session = await store.get_session(KEY)
+        assert session is not None
+        assert made + 1 == session.last_sequence
+        assert not store.fenced.is_set()
+        await store.close()
+
+
 @asynccontextmanager
 async def served(url: str, model: OpenAIServer) -> AsyncIterator[Running]:
     """A server with an agent and a session of users/ada."""
@@ -259,7 +292,8 @@ async def _patiently(call: Callable[[], Awaitable[Any]]) -> Any:
     while True:
         try:
             return await call()
-        except grpc.aio.AioRpcError as error:
-            if reason_of(error) != "STORE_UNAVAILABLE":
+        except (grpc.aio.AioRpcError, NotecaseError) as error:
+            reason = reason_name(error.reason) if isinstance(error, NotecaseError) else reason_of(error)
+            if reason != "STORE_UNAVAILABLE":
                 raise
         await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""A database on a disk of its own that is soon full.
+"""A database, or the write-ahead log of a server, on a disk of its own that is soon full.
 
     async with small_disk(server) as disk:
         url = disk.url
@@ -10,6 +10,7 @@ The disk is a file system in memory. Where this user may not mount one, a trigge
 raises on a full disk.
 """
 
+import shutil
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -19,7 +20,7 @@ from typing import Any
 
 import asyncpg
 
-from tests.support.postgres import Postgres
+from tests.support.postgres import SETTINGS, Postgres
 
 MEGABYTES = 24
 
@@ -78,6 +79,50 @@ async def small_disk(server: Postgres) -> AsyncIterator[Disk]:
                 await admin.execute(f"DROP TABLESPACE {space}")
         finally:
             await admin.close()
+
+
+class Log:
+    """The write-ahead log of a server, which has room for a few megabytes of commits at first."""
+
+    def __init__(self, server: Postgres, folder: Path | None) -> None:
+        self.server = server
+        self._folder = folder
+
+    def break_off(self) -> None:
+        """Ends the server as a full log would, where there is no real one."""
+        if self._folder is None:
+            self.server.stop("immediate")
+
+    def free(self) -> None:
+        """Makes room again; the server is back soon."""
+        if self._folder is None:
+            self.server.start()
+        else:
+            subprocess.run(["mount", "-o", f"remount,size={4 * MEGABYTES}m", self._folder], check=True)
+
+    @property
+    def was_full(self) -> bool:
+        return self._folder is None or "PANIC" in (self.server.directory / "data" / "log").read_text()
+
+
+@contextmanager
+def small_log() -> Iterator[Log]:
+    """Yields the log of a new server on such a disk. PostgreSQL ends all connections when it finds no room for its log,
+    and starts anew. Where this user may not mount a disk it is stopped instead."""
+    server = Postgres({**SETTINGS, "synchronous_commit": "on"})  # what was answered outlives the server
+    try:
+        with _mounted(server.uid) as folder:
+            if folder is not None:
+                server.stop("fast")
+                log = server.directory / "data" / "pg_wal"
+                subprocess.run(["cp", "-a", f"{log}/.", folder], check=True)
+                shutil.rmtree(log)
+                log.symlink_to(folder)
+                server.start()
+            yield Log(server, folder)
+            server.stop("immediate")
+    finally:
+        server.remove()
 
 
 @contextmanager
