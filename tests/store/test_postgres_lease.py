@@ -15,7 +15,7 @@ from notecase_server.store import postgres_renewal
 from notecase_server.store.contract import StoreOpenError
 from notecase_server.store.postgres import PostgresStore
 from notecase_server.store.postgres_database import Access, migrate
-from notecase_server.store.postgres_lease import PostgresLease
+from notecase_server.store.postgres_lease import Owner, PostgresLease
 from notecase_server.store.postgres_renewal import renew
 from notecase_server.store.rows import TABLES, Head
 
@@ -48,10 +48,13 @@ async def beside(url: str) -> AsyncIterator[Any]:
 
 class Connection:
     """Stands for a connection to a database that answers after half a second of the loop's clock, which leaps. A
-    statement for which `hangs` is true has no answer, and no later one of the connection has."""
+    statement for which `hangs` is true has no answer, and no later one of the connection has. `owner` is the row."""
 
-    def __init__(self, hangs: Callable[[str], bool]) -> None:
+    def __init__(
+        self, hangs: Callable[[str], bool] = lambda _: False, owner: Callable[[], Owner] = lambda: Owner("", 0, 0)
+    ) -> None:
         self._hangs = hangs
+        self._owner = owner
         self._useless = self._closed = False
 
     def is_closed(self) -> bool:
@@ -72,9 +75,9 @@ class Connection:
     async def rollback(self) -> None:
         await self._answer("ROLLBACK")
 
-    async def fetchrow(self, statement: str) -> tuple[str, int, int]:
+    async def fetchrow(self, statement: str) -> Owner:
         await self._answer(statement)
-        return "", 0, 0
+        return self._owner()
 
     async def fetchval(self, statement: str, *values: object) -> int:
         await self._answer(statement)
@@ -117,6 +120,43 @@ def test_a_renewal_that_hangs_does_not_cost_the_lease() -> None:
         await lease.release()
 
     in_no_time(keep())
+
+
+@pytest.mark.parametrize("away", [False, True], ids=["in reach", "away"])
+def test_an_owner_that_is_silent_is_replaced_within_a_lease_and_three_seconds(away: bool) -> None:
+    """And never sooner than after a lease: counted from its last sign of life, or from when the database is back."""
+    silent, back = 20.0, 45.0
+
+    async def wait() -> float:
+        clock = asyncio.get_running_loop().time
+
+        async def connect() -> Any:
+            if away and silent < clock() < back:
+                raise ConnectionRefusedError
+            return Connection(
+                lambda _: away and silent < clock() < back, lambda: Owner("another", int(min(clock(), silent)), 1)
+            )
+
+        lease = PostgresLease(connect, "this one", clock, 10.0)
+        await lease.take(_setting(asyncio.Event()))
+        taken = clock()
+        await lease.release()
+        return taken
+
+    since = back if away else silent
+    assert since + 10 <= in_no_time(wait()) <= since + 13
+
+
+async def test_a_write_gives_its_rows_back_within_half_a_lease(url: str, clock: ManualClock) -> None:
+    """Whatever becomes of its server: PostgreSQL ends a transaction that stands still, or waits for a lock, for so
+    long."""
+    lease = PostgresLease(partial(asyncpg.connect, url), "this one", time.monotonic, LEASE)
+    await lease.take(None)
+    store = await PostgresStore.open(url, clock, lease=lease)
+    names = ("idle_in_transaction_session_timeout", "lock_timeout", "statement_timeout")
+    found = await store._write(lambda tables, _: [cast(Any, tables)._one(f"SHOW {name}")[0] for name in names])
+    assert ["600ms"] * 3 == found
+    await store.close()
 
 
 async def test_a_connection_that_hangs_is_asked_nothing_more_and_replaced(url: str) -> None:
