@@ -103,23 +103,26 @@ class PostgresProxy:
                 offers = startup and body[:4] == SSL_REQUEST
                 if offers and self._tls is not None:
                     client.write(b"S")
-                    await client.start_tls(self._tls)
+                    try:
+                        await client.start_tls(self._tls)
+                    except OSError:
+                        raise ConnectionResetError from None
                     continue
                 startup = offers  # which the server declines
                 self.trips += kind in ASKS
                 if kind == "P":
                     name, text, _ = body.split(b"\0", 2)
                     self._texts[name] = text
+                stalled = self.stalls(kind, body)
+                if stalled is not None:
+                    await stalled.wait()
                 late = self.asked(kind, body)
                 if late is not None:
                     client.transport.abort()
                     await late.wait()
-                stalled = self.stalls(kind, body)
-                if stalled is not None:
-                    await stalled.wait()
                 writer.write(kind.encode() + length + body)
                 await writer.drain()
-        except (asyncio.IncompleteReadError, OSError):  # a handshake that fails is one
+        except (asyncio.IncompleteReadError, ConnectionError):
             writer.write_eof()  # what was sent arrives
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
