@@ -256,15 +256,15 @@ async def check(connection: Any, where: str) -> int:
         raise StoreOpenError(f"{where} is a standby, which cannot be written. Name the primary.")
     if schema is None:
         raise StoreOpenError(f"{where} has no schema that its search_path names. Create one, or name another.")
-    others = StoreOpenError(f"{where} is a database of another program. Choose another database or schema.")
+    foreign = StoreOpenError(f"{where} is a database of another program. Choose another database or schema.")
     if not ours:
         if tables:
-            raise others
+            raise foreign
         return 0
     try:
         version: int | None = await connection.fetchval("SELECT schema FROM notecase_store")
     except asyncpg.UndefinedColumnError:
-        raise others from None
+        raise foreign from None
     if version is None:
         raise StoreOpenError(f"{where} has the tables of notecase, and not their rows. Restore it as a whole.")
     if version > VERSION + NEWER:
