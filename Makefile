@@ -47,7 +47,8 @@ test-hard: $(VENV)/.ready ## Run tests/e2e with seeds 1 to 5 on a busy machine; 
 test-kills: $(VENV)/.ready ## Kill a server after each transaction of a long fork and import; make test does so after some
 	@NOTECASE_KILLS=1 $(BIN)/python -m pytest -n auto --dist worksteal --timeout 900 -k ten_thousand tests/e2e/test_copies.py $(ARGS)
 
-test-faults: $(VENV)/.ready ## Make a PostgreSQL store and its owner fail in every way, ten times; ROUNDS=2
+test-faults: $(VENV)/.ready ## Make a PostgreSQL store, its owner and its server fail in every way, in ten rounds; ROUNDS=2
+	@NOTECASE_STORES=postgresql $(BIN)/python -m pytest -n0 -q $(addprefix tests/e2e/test_,failing_store.py lost_answers.py deletion.py takeover.py) $(ARGS)
 	@for round in $$(seq $(or $(ROUNDS),10)); do \
 		$(BIN)/python -m pytest -n0 -q tests/e2e/test_store_owner.py tests/e2e/test_postgres_faults.py $(ARGS) || exit 1; done
 

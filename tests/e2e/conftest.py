@@ -16,7 +16,10 @@ from tests.support.server import Running, running
 
 STORES = os.environ.get("NOTECASE_STORES", "memory sqlite").split()
 """The stores that these tests run on. NOTECASE_STORES=postgresql runs them on that one, which `make test` does not: it
-plays sessions on it instead, and holds it to everything that a store promises."""
+plays sessions on it instead, and holds it to everything that a store promises, also while it fails."""
+
+EVERY_STORE = pytest.mark.parametrize("store_url", dict.fromkeys([*STORES, "postgresql"]), indirect=True)
+"""Of a test that runs on PostgreSQL whatever STORES are."""
 
 
 @pytest.fixture(params=STORES)

@@ -12,10 +12,13 @@ from notecase_server.serve import new_uid, now
 from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import Commit, RunRecord, SessionKey, Store
 
+from tests.e2e.conftest import EVERY_STORE
 from tests.e2e.driving import said
 from tests.support.failing import Failing, Mode
 from tests.support.openai_server import Answer, OpenAIServer, reply, tool_calls
 from tests.support.server import Running, running
+
+pytestmark = EVERY_STORE
 
 
 @pytest.fixture

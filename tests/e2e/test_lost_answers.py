@@ -17,6 +17,7 @@ from notecase_server.models.openai import OpenAIProvider
 from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import Commit, Store
 
+from tests.e2e.conftest import EVERY_STORE
 from tests.e2e.driving import durable, log_of, reason_of, said
 from tests.e2e.test_transfer import export, frames
 from tests.store.build import ManualClock
@@ -433,6 +434,7 @@ async def test_a_caller_is_told_when_the_store_cannot_say_what_became_of_a_write
             assert expected.answer == text_of(answer)
 
 
+@EVERY_STORE
 @pytest.mark.parametrize("payload", ["run_started", "tool_finished", "message_added"])
 async def test_a_step_of_a_run_whose_answer_was_lost_is_made_once(
     store_url: str, model: OpenAIServer, payload: str

@@ -1,6 +1,7 @@
 """What goes wrong with a database while a server works on it is told as one typed error, waited for, and then over."""
 
 import asyncio
+import base64
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -12,13 +13,19 @@ import asyncpg
 import grpc
 import pytest
 from notecase import from_value, v1
+from notecase_server.errors import NotecaseError, reason_name
+from notecase_server.serve import now
+from notecase_server.store.contract import Commit, Committed
+from notecase_server.store.postgres import PostgresStore
 
 from tests.e2e.driving import log_of, reason_of, said
-from tests.store.build import increment
+from tests.store.build import KEY, create, increment
+from tests.store.build import said as said_by
 from tests.support import postgres
 from tests.support.openai_server import OpenAIServer, reply
 from tests.support.postgres_proxy import PostgresProxy
 from tests.support.server import Running, running
+from tests.support.small_disk import small_disk, small_log
 
 
 @dataclass
@@ -96,12 +103,30 @@ async def renamed(place: Place) -> AsyncIterator[None]:
     await place.admin.execute("ALTER TABLE elsewhere RENAME TO sessions")
 
 
+@asynccontextmanager
+async def gone(place: Place) -> AsyncIterator[None]:
+    """There is no database of that name, and then it is there again."""
+    await place.admin.close()
+    elsewhere = await asyncpg.connect(postgres.shared().url())
+    await elsewhere.execute(f"ALTER DATABASE {place.name} ALLOW_CONNECTIONS false")
+    await elsewhere.execute(
+        "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE datname = $1", place.name
+    )
+    await elsewhere.execute(f"ALTER DATABASE {place.name} RENAME TO {place.name}_gone")
+    yield
+    await elsewhere.execute(f"ALTER DATABASE {place.name}_gone RENAME TO {place.name}")
+    await elsewhere.execute(f"ALTER DATABASE {place.name} ALLOW_CONNECTIONS true")
+    await elsewhere.close()
+    place.admin = await asyncpg.connect(place.url)
+
+
 FAULTS: dict[str, Fault] = {
     "read-only": role("SET default_transaction_read_only = on", "RESET default_transaction_read_only"),
     "too many connections": role("CONNECTION LIMIT 0", "CONNECTION LIMIT -1"),
     "no login": role("NOLOGIN", "LOGIN"),
     "time-out": timed_out,
     "no table": renamed,
+    "no database": gone,
     "restarted": restarted,
 }
 
@@ -118,7 +143,7 @@ async def test_a_fault_of_the_database_is_told_waited_for_and_over(
         await server.runs.CreateRun(
             v1.CreateRunRequest(start=v1.StartRun(session="sessions/s", run_id="r", messages=[said("Go")]))
         )
-        await _until(lambda: bool(model.requests))
+        await model.request(0)
         add = v1.UpdateStateRequest(name="sessions/s/state", request_id="once", ops=[increment("n", 1)])
         async with FAULTS[fault](place):
             held.set()
@@ -179,6 +204,75 @@ async def test_connections_that_are_cut_at_random_lose_nothing_and_do_nothing_tw
     assert cuts >= 3
 
 
+async def test_a_full_disk_is_told_waited_for_and_over(model: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caller's write is refused, and a run's commit is tried again. Each is made once when there is room, and the
+    model is not asked again."""
+    long = base64.b64encode(random.Random(0).randbytes(200_000)).decode()
+    attempt, hit = PostgresStore._attempt, asyncio.Event()
+
+    async def watched(store: PostgresStore, commit: Commit, alone: bool) -> Committed:
+        try:
+            return await attempt(store, commit, alone)
+        except asyncpg.DiskFullError:
+            hit.set()
+            raise
+
+    monkeypatch.setattr(PostgresStore, "_attempt", watched)
+    held = asyncio.Event()
+    model.script(reply(long, chunks=4).held(held, after=3))
+    async with small_disk(postgres.shared()) as disk, served(disk.url, model) as server:
+        await server.sessions.CreateSession(v1.CreateSessionRequest(session_id="other"))
+        start = v1.StartRun(session="sessions/s", run_id="r", messages=[said("Go")])
+        await server.runs.CreateRun(v1.CreateRunRequest(start=start))
+        await model.request(0)
+        await disk.fill()
+        append = v1.AppendMessagesRequest(parent="sessions/other", request_id="once", messages=[said(long)])
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await server.messages.AppendMessages(append)
+        assert "STORE_UNAVAILABLE" == reason_of(refused.value)
+        assert "The disk of the store is full" in (refused.value.details() or "")
+        hit.clear()
+        held.set()
+        await hit.wait()
+        await disk.free()
+        await _patiently(lambda: server.messages.AppendMessages(append))
+        run = await server.runs.WaitRun(v1.WaitRunRequest(name="sessions/s/runs/r"))
+        assert (v1.Run.STATE_SUCCEEDED, 1, 1) == (run.state, run.attempt, len(model.requests))
+        assert 1 == len(await log_of(server, "sessions/other"))
+        log = await log_of(server, "sessions/s")
+        assert 1 == sum(event.run_state_changed.state == v1.Run.STATE_SUCCEEDED for event in log)
+        assert [event.sequence for event in log] == list(range(1, len(log) + 1))
+
+
+async def test_a_full_write_ahead_log_loses_no_commit_and_makes_none_twice() -> None:
+    """PostgreSQL ends without an answer, and starts anew: what became of the last commit is asked for."""
+    with small_log() as log:
+        store = await PostgresStore.open(await log.server.new_database(), now)
+        await create(store)
+        made = 0
+        while True:
+            text = base64.b64encode(random.Random(made).randbytes(500_000)).decode()
+            last = Commit(key=KEY, id=f"c{made}", events=[said_by(f"m{made}", text)])
+            try:
+                await store.commit(last)
+            except NotecaseError as error:
+                assert "STORE_UNAVAILABLE" == reason_name(error.reason)
+                break
+            made += 1
+            if made == 3:
+                await asyncio.to_thread(log.break_off)
+        await asyncio.to_thread(log.free)
+        found = await _patiently(partial(store.find_commit, KEY, last.id))
+        if found is None:
+            await store.commit(last)
+        assert log.was_full
+        session = await store.get_session(KEY)
+        assert session is not None
+        assert made + 1 == session.last_sequence
+        assert not store.fenced.is_set()
+        await store.close()
+
+
 @asynccontextmanager
 async def served(url: str, model: OpenAIServer) -> AsyncIterator[Running]:
     """A server with an agent and a session of users/ada."""
@@ -198,14 +292,8 @@ async def _patiently(call: Callable[[], Awaitable[Any]]) -> Any:
     while True:
         try:
             return await call()
-        except grpc.aio.AioRpcError as error:
-            if reason_of(error) != "STORE_UNAVAILABLE":
+        except (grpc.aio.AioRpcError, NotecaseError) as error:
+            reason = reason_name(error.reason) if isinstance(error, NotecaseError) else reason_of(error)
+            if reason != "STORE_UNAVAILABLE":
                 raise
         await asyncio.sleep(0.02)
-
-
-async def _until(true: Callable[[], bool]) -> None:
-    while True:
-        if true():
-            return
-        await asyncio.sleep(0.01)

@@ -110,12 +110,12 @@ async def test_a_server_that_waits_is_stopped(store: str, tmp_path: Path) -> Non
 async def test_a_frozen_owner_is_replaced_and_can_do_no_harm(
     at: str, store: str, tmp_path: Path, model: OpenAIServer
 ) -> None:
-    """Within a lease and three seconds another server goes on from the last commit; rows are free within half a lease.
-    Thawed, the first one writes nothing, asks no model, and ends."""
+    """While it is frozen its rows come free, and another server goes on from the last commit. Thawed, the first one
+    writes nothing, asks no model, and ends. How soon is counted where no machine can be too slow:
+    tests/store/test_postgres_lease.py."""
     held = asyncio.Event()
     model.script(reply("Half of it is lost.", chunks=4).held(held, after=3), reply("All of it is here."))
     env = {"OPENAI_API_KEY": "test-key", "OPENAI_BASE_URL": model.url}
-    loop = asyncio.get_running_loop()
     first = await Freezing.launch(at, store, tmp_path, *SHORT, **env)
     async with first, grpc.aio.insecure_channel(first.address) as channel:
         agent = v1.Agent(llm=v1.LlmAgent(model="m"))
@@ -127,7 +127,7 @@ async def test_a_frozen_owner_is_replaced_and_can_do_no_harm(
         await v1.StateServiceStub(channel).UpdateState(put)
         start = v1.CreateRunRequest(start=v1.StartRun(session="sessions/s", run_id="r", messages=[said("Go")]))
         await v1.RunServiceStub(channel).CreateRun(start)
-        await _until(lambda: bool(model.requests))
+        await model.request(0)
         async with waiting(store, tmp_path / "second", **env) as (second, _):
             first.file.touch()
             put.ops[0].set.CopyFrom(to_value("never"))
@@ -138,11 +138,8 @@ async def test_a_frozen_owner_is_replaced_and_can_do_no_harm(
                 else _refused(v1.MessageServiceStub(channel).AppendMessages(append))
             )
             await first.frozen()
-            since = loop.time()
             await _locked(store)
-            assert loop.time() - since < LEASE / 2 + 0.5
             server = await second
-            assert loop.time() - since < LEASE + 3
             async with grpc.aio.insecure_channel(server.address) as other:
                 run = await v1.RunServiceStub(other).WaitRun(v1.WaitRunRequest(name="sessions/s/runs/r"))
                 assert (v1.Run.STATE_SUCCEEDED, 2) == (run.state, run.attempt)

@@ -1,4 +1,4 @@
-"""A server killed at each commit of a run, and the next one on its file: what was done stays done and is not done
+"""A server killed at each commit of a run, and the next one on its store: what was done stays done and is not done
 again, what was under way goes on as its tool's policy says, what waits still waits."""
 
 import asyncio
@@ -14,12 +14,15 @@ from google.protobuf.duration_pb2 import Duration
 from notecase import v1
 from notecase_server.models.openai import OpenAIProvider
 from notecase_server.serve import now
-from notecase_server.store.contract import SessionKey
+from notecase_server.serve_stores import open_store
+from notecase_server.store.contract import SessionKey, Store
 from notecase_server.store.fold import ENDED, state_scope
-from notecase_server.store.sqlite import SqliteStore
+from notecase_server.store.postgres import PostgresStore
 from notecase_server.tools.toolbox import make_toolbox
 
+from tests.e2e.conftest import STORES
 from tests.e2e.driving import said
+from tests.support import postgres
 from tests.support.crashing import EFFECTS, GATE, TOOLS, Crashing, Gate, effects_of
 from tests.support.openai_server import Answer, Json, OpenAIServer, reply, tool_calls
 from tests.support.server import running
@@ -88,8 +91,18 @@ async def prepare(address: str, tools: Sequence[v1.Tool]) -> None:
         await v1.SessionServiceStub(channel).CreateSession(v1.CreateSessionRequest(session_id="case", session=session))
 
 
+@asynccontextmanager
+async def new_store(kind: str, directory: Path) -> AsyncIterator[str]:
+    """The URL of a store of that kind, which is in the directory if it is a file."""
+    if kind == "postgresql":
+        async with postgres.shared().empty_store() as url:
+            yield url
+    else:
+        yield f"sqlite:{directory / 'notecase.db'}"
+
+
 class Stored(NamedTuple):
-    """What is in the file while no server has it."""
+    """What is in the store while no server has it."""
 
     log: list[v1.Event]
     runs: dict[str, v1.Run]
@@ -97,8 +110,14 @@ class Stored(NamedTuple):
     acted: int
 
 
-async def stored(directory: Path) -> Stored:
-    store = await SqliteStore.open(directory / "notecase.db", now)
+async def stored(place: Path | str) -> Stored:
+    """Reads a store by its URL, or the file in a directory. The lease that a killed server has left is ended."""
+    store: Store
+    if by_url(place).startswith("postgresql:"):
+        store = await PostgresStore.open(by_url(place), now)
+        await store._pool.execute("UPDATE owner SET name = ''")
+    else:
+        store = await open_store(by_url(place), now)
     try:
         session = await store.find_session("default", "case")
         assert session is not None
@@ -112,12 +131,15 @@ async def stored(directory: Path) -> Stored:
         await store.close()
 
 
+def by_url(place: Path | str) -> str:
+    return place if isinstance(place, str) else f"sqlite:{place / 'notecase.db'}"
+
+
 @asynccontextmanager
-async def restarted(directory: Path, model: OpenAIServer) -> AsyncIterator[str]:
-    """The next server on the file, until the block is left: its address."""
+async def restarted(place: Path | str, model: OpenAIServer) -> AsyncIterator[str]:
+    """The next server on the store, until the block is left: its address."""
     providers = {"openai": OpenAIProvider("test-key", model.url, "stub-1")}
-    store = f"sqlite:{directory / 'notecase.db'}"
-    async with running(store, providers, toolbox=make_toolbox((TOOLS,), {})) as server:
+    async with running(by_url(place), providers, toolbox=make_toolbox((TOOLS,), {})) as server:
         yield server.address
 
 
@@ -288,25 +310,30 @@ def check_runs(before: Stored, after: Stored) -> None:
     assert not after.session.queued_commands
 
 
+SOME = {("work", "after", 5), ("work", "before", 9), ("leave", "after", 3), ("speak", "before", 4)}
+"""At which a server on PostgreSQL is killed where it is not one of STORES."""
+
 POINTS = [
-    pytest.param(name, side, number, id=f"{name}-{side}-{number}")
+    pytest.param(kind, name, side, number, id=f"{kind}-{name}-{side}-{number}")
+    for kind in ("sqlite", "postgresql")
     for name, story in STORIES.items()
     for number in range(1, story.commits + 1)
     for side in ("before", "after")
+    if kind in STORES or (kind == "postgresql" and (name, side, number) in SOME)
 ]
 
 
-@pytest.mark.parametrize(("name", "side", "number"), POINTS)
+@pytest.mark.parametrize(("kind", "name", "side", "number"), POINTS)
 async def test_killed_at_a_commit_the_next_server_finishes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, side: str, number: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, name: str, side: str, number: int
 ) -> None:
     story = STORIES[name]
     decision = (APPROVE, DENY, ANSWER)[number % 3]
     monkeypatch.setenv(EFFECTS, str(tmp_path / "effects"))
-    async with model_that_calls(*[tool.name for tool in story.tools]) as model:
-        server = await Crashing.launch(
-            tmp_path, f"--{side}", str(number), env={"OPENAI_API_KEY": "test-key", "OPENAI_BASE_URL": model.url}
-        )
+    tools = [tool.name for tool in story.tools]
+    async with new_store(kind, tmp_path) as store, model_that_calls(*tools) as model:
+        env = {"OPENAI_API_KEY": "test-key", "OPENAI_BASE_URL": model.url}
+        server = await Crashing.launch(tmp_path, f"--{side}", str(number), env=env, store=store)
         async with server, grpc.aio.insecure_channel(server.address) as channel:
             await prepare(server.address, story.tools)
             try:
@@ -315,14 +342,14 @@ async def test_killed_at_a_commit_the_next_server_finishes(
                 assert cut.code() == grpc.StatusCode.UNAVAILABLE, cut
             # Not cut, when the end was in the store and a reader told of it in the moment before the kill.
             await server.death()
-        before = await stored(tmp_path)
-        async with restarted(tmp_path, model) as address, grpc.aio.insecure_channel(address) as channel:
+        before = await stored(store)
+        async with restarted(store, model) as address, grpc.aio.insecure_channel(address) as channel:
             if (waiting := before.runs.get("r1")) is not None and waiting.state == v1.Run.STATE_WAITING:
                 found = await v1.RunServiceStub(channel).GetRun(v1.GetRunRequest(name=R1))
                 assert list(found.pending_calls) == list(waiting.pending_calls)
                 assert "speak" == name or list(found.pending_inputs) == list(waiting.pending_inputs)
             await story.tell(Caller(channel, decision))
-        after = await stored(tmp_path)
+        after = await stored(store)
         requests = model.requests
     assert after.runs["r1"].state == story.end
     check_runs(before, after)

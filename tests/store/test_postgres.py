@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import random
+import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import asyncpg
@@ -12,8 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from notecase import v1
+from notecase_server import serve_stores
 from notecase_server.errors import NotecaseError, reason_name
 from notecase_server.store import postgres as postgres_store
+from notecase_server.store import postgres_database
 from notecase_server.store.contract import (
     CommandId,
     Commit,
@@ -26,7 +30,7 @@ from notecase_server.store.contract import (
 )
 from notecase_server.store.postgres import PostgresStore
 from notecase_server.store.postgres_commit import CommitTables
-from notecase_server.store.postgres_schema import VERSION
+from notecase_server.store.postgres_schema import MIGRATIONS, VERSION
 from notecase_server.store.postgres_tables import PostgresTables
 from notecase_server.store.postgres_wire import Defect, awaited, escaped, unescaped
 
@@ -468,16 +472,19 @@ async def test_a_commit_that_was_said_not_to_be_made_is_never_made(url: str, clo
         if not new:
             await create(store)
         commit = Commit(key=KEY, id="late", create=v1.Session() if new else None, events=[said("m1")])
-        late, syncs = asyncio.Event(), 0
+        late, held = asyncio.Event(), list[bytes]()
 
         def hold(kind: str, body: bytes) -> asyncio.Event | None:
-            nonlocal syncs
-            syncs += kind == "S"
-            return late if kind == "S" and syncs == 2 else None
+            statement = proxy.executed(kind, body)
+            if held or not statement.startswith(b"WITH o AS"):
+                return None
+            held.append(statement)
+            return late
 
         proxy.asked = hold
         with refused("STORE_UNAVAILABLE"):
             await store.commit(commit)
+        assert held
         fence = store.fence
         assert await store.find_commit(KEY, "late") is None
         assert fence + 1 == store.fence
@@ -488,6 +495,38 @@ async def test_a_commit_that_was_said_not_to_be_made_is_never_made(url: str, clo
         assert [] == await store.read_events(KEY, 0)
         await store.commit(commit)
         assert 1 == len(await store.read_events(KEY, 0))
+        await store.close()
+
+
+async def test_a_raise_of_the_fence_that_arrives_late_deposes_nobody(url: str, clock: ManualClock) -> None:
+    """The store that sent it has gone by a later one since, and writes on."""
+    async with PostgresProxy(url) as proxy:
+        store = await PostgresStore.open(proxy.url, clock, connections=2)
+        await create(store)
+        late, raises = asyncio.Event(), 0
+
+        def cut(kind: str, body: bytes) -> asyncio.Event | None:
+            nonlocal raises
+            statement = proxy.executed(kind, body)
+            if not raises and statement.startswith(b"WITH o AS"):
+                proxy.cut()
+            raises += statement.startswith(b"UPDATE owner SET fence")
+            return late if statement.startswith(b"UPDATE owner SET fence") and raises == 1 else None
+
+        proxy.asked = cut
+        for _ in range(2):
+            with refused("STORE_UNAVAILABLE"):
+                await add(store, said("m1"), id="lost")
+        fence = store.fence
+        await add(store, said("m1"), id="lost")
+        assert (2, fence + 1) == (raises, store.fence)
+        proxy.ended.clear()
+        late.set()
+        await proxy.ended.wait()
+        await add(store, said("m2"))
+        await store.probe()
+        assert (fence + 1, False) == (store.fence, store.fenced.is_set())
+        assert 2 == len(await store.read_events(KEY, 0))
         await store.close()
 
 
@@ -620,6 +659,27 @@ async def test_what_a_quota_bounds_is_counted_once_and_then_only_at_the_bound(
     assert 6 == len((await store.list_sessions("acme", EVERYTHING)).rows)
 
 
+async def test_commits_side_by_side_do_not_exceed_a_quota(store: PostgresStore) -> None:
+    """Each of them looks at the bound before any of them adds: the keys of the state are counted in between."""
+    store.quotas = Quotas(sessions=4, requests=9, state_keys=9)
+    first = Commit(key=session_key("acme", "first"), create=v1.Session(), once=once("first", NOTHING))
+    await store.commit(first)
+    new = [
+        Commit(
+            key=session_key("acme", f"s{number}"),
+            create=v1.Session(),
+            events=[changed(put("k", number))],
+            once=once(f"{number}", NOTHING),
+        )
+        for number in range(9)
+    ]
+    done = await asyncio.gather(*map(store.commit, new), return_exceptions=True)
+    assert 3 == sum(isinstance(each, Committed) for each in done)
+    refusals = [reason_name(each.reason) for each in done if isinstance(each, NotecaseError)]
+    assert ["QUOTA_EXCEEDED"] * 6 == refusals
+    assert 4 == len((await store.list_sessions("acme", EVERYTHING)).rows)
+
+
 # ---- text
 
 
@@ -654,6 +714,56 @@ async def test_every_text_is_compared_by_its_bytes(beside: Any) -> None:
     assert [("sessions", "commits")] == [tuple(each) for each in others]
 
 
+@pytest.fixture
+async def german() -> AsyncIterator[str]:
+    """The URL of a database that sorts as dictionaries do: by ICU, or by a locale of the C library that is made here;
+    where neither is possible, by a collation that only has another name."""
+    with contextlib.suppress(asyncpg.PostgresError):
+        yield await postgres.shared().new_database("LOCALE_PROVIDER icu ICU_LOCALE 'de' LOCALE 'C'")
+        return
+    with tempfile.TemporaryDirectory(prefix="notecase-locales-") as folder:
+        try:
+            making = await asyncio.create_subprocess_exec(
+                *("localedef", "-i", "de_DE", "-f", "UTF-8", f"{folder}/de_DE.UTF-8")
+            )
+            is_made = not await making.wait()
+        except OSError:
+            is_made = False
+        if not is_made:
+            yield await postgres.shared().new_database("LOCALE 'C.UTF-8'")
+            return
+        Path(folder).chmod(0o755)  # the server may run as another user
+        server = postgres.Postgres(environment={"LOCPATH": folder})
+        try:
+            yield await server.new_database("LOCALE 'de_DE.UTF-8'")
+        finally:
+            server.remove()
+
+
+async def test_lists_of_a_database_with_another_collation_are_in_the_order_of_bytes(
+    german: str, clock: ManualClock
+) -> None:
+    names = ["B", "Z", "_", "a", "a_b", "aa", "ab", "b", "z", "\u00e4", "\u03a9", "\U0001f50d"]
+    store = await PostgresStore.open(german, clock)
+    await create(store)
+    await add(store, changed(*(put(name, name) for name in reversed(names))))
+    for name in reversed(names):
+        await store.create_agent("acme", name, v1.Agent(llm=v1.LlmAgent()))
+    keys, agents = list[str](), list[str]()
+    query: Query | None = Query(5)
+    while query is not None:
+        _, entries = await store.list_state(KEY.state, query)
+        keys += entries.rows
+        query = Query(5, entries.next) if entries.next else None
+    query = Query(5)
+    while query is not None:
+        found = await store.list_agents("acme", query)
+        agents += [agent.name.removeprefix("agents/") for agent in found.rows]
+        query = Query(5, found.next) if found.next else None
+    assert (names, names) == (keys, agents)
+    await store.close()
+
+
 # ---- databases
 
 
@@ -686,6 +796,9 @@ async def test_a_database_that_is_more_than_one_step_newer_is_refused(
 
 UNFIT = {
     "tables of another program": ("", "CREATE TABLE orders ()", "is a database of another program"),
+    "a table that has one of our names": ("", "CREATE TABLE sessions (id text)", "is a database of another program"),
+    "all our names": ("", "CREATE TABLE notecase_store (id text)", "is a database of another program"),
+    "a view that has one of our names": ("", "CREATE VIEW sessions AS SELECT 1 AS id", "PostgreSQL says 42P07"),
     "another encoding": ("ENCODING 'SQL_ASCII' LOCALE 'C'", "SELECT 1", "has the encoding SQL_ASCII"),
     "read-only": ("", "ALTER DATABASE {name} SET default_transaction_read_only = on", "is read-only"),
     "no schema": ("", "DROP SCHEMA public", "has none of the schemas in its search_path"),
@@ -699,9 +812,49 @@ async def test_a_database_that_is_not_fit_is_refused_and_not_changed(clock: Manu
     connection = await asyncpg.connect(url)
     name = await connection.fetchval("SELECT current_database()")
     await connection.execute(prepare.format(name=name))
+    relations = "SELECT relname FROM pg_class WHERE relnamespace NOT IN (11, 99) ORDER BY 1"
+    before = await connection.fetch(relations)
     with pytest.raises(StoreOpenError, match=told):
         await PostgresStore.open(url, clock)
-    assert not await connection.fetchval("SELECT count(*) FROM pg_tables WHERE tablename = 'notecase_store'")
+    assert before == await connection.fetch(relations)
+    await connection.close()
+
+
+async def test_a_database_that_was_restored_without_its_rows_is_refused(clock: ManualClock) -> None:
+    url = await postgres.shared().new_database()
+    await serve_stores.migrate(url)
+    connection = await asyncpg.connect(url)
+    await connection.execute("TRUNCATE notecase_store, owner")
+    await connection.close()
+    with pytest.raises(StoreOpenError, match="Restore it as a whole"):
+        await serve_stores.open_store(url, clock)
+
+
+async def test_an_older_schema_is_refused_or_brought_up_to_date(
+    clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A migration that fails leaves it as it was."""
+    url = await postgres.shared().new_database()
+    store = await PostgresStore.open(url, clock)
+    await create(store)
+    await store.close()
+    connection = await asyncpg.connect(url)
+    await connection.execute("UPDATE owner SET name = ''")
+    good = "ALTER TABLE sessions ADD COLUMN later integer NOT NULL DEFAULT 7"
+    monkeypatch.setattr(postgres_database, "VERSION", VERSION + 1)
+    monkeypatch.setattr(postgres_database, "MIGRATIONS", (*MIGRATIONS, f"{good}; SELECT 1 / 0"))
+    needs = rf"has the schema {VERSION}, and this notecase needs {VERSION + 1}\. Run notecase migrate"
+    with pytest.raises(StoreOpenError, match=needs):
+        await serve_stores.open_store(url, clock, serve_stores.Database(migrate=False))
+    with pytest.raises(StoreOpenError, match="22012"):
+        await serve_stores.migrate(url)
+    assert VERSION == await connection.fetchval("SELECT schema FROM notecase_store")
+    monkeypatch.setattr(postgres_database, "MIGRATIONS", (*MIGRATIONS, good))
+    await serve_stores.migrate(url)
+    assert (VERSION + 1, 7) == await connection.fetchrow("SELECT schema, later FROM notecase_store, sessions")
+    opened = await serve_stores.open_store(url, clock, serve_stores.Database(migrate=False))
+    assert await opened.get_session(KEY) is not None
+    await opened.close()
     await connection.close()
 
 

@@ -192,9 +192,10 @@ class Crashing(Spawned):
     """Such a server as a process."""
 
     @classmethod
-    async def launch(cls, directory: Path, *arguments: str, env: Mapping[str, str]) -> Self:
-        """Returns once it serves, from `notecase.db` in the directory, where its log and its effects are too."""
-        words = ("--store", f"sqlite:{directory / 'notecase.db'}", *arguments)
+    async def launch(cls, directory: Path, *arguments: str, env: Mapping[str, str], store: str = "") -> Self:
+        """Returns once it serves, from `store` or from `notecase.db` in the directory, where its log and its effects
+        are too."""
+        words = ("--store", store or f"sqlite:{directory / 'notecase.db'}", *arguments)
         return await cls.fork(__name__, words, {EFFECTS: str(directory / "effects"), **env}, directory / "log")
 
     async def __aenter__(self) -> Self:

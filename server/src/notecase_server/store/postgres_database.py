@@ -2,6 +2,7 @@
 
 import re
 import secrets
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
@@ -255,11 +256,17 @@ async def check(connection: Any, where: str) -> int:
         raise StoreOpenError(f"{where} is a standby, which cannot be written. Name the primary.")
     if schema is None:
         raise StoreOpenError(f"{where} has none of the schemas in its search_path. Create one, or name another.")
+    foreign = StoreOpenError(f"{where} is a database of another program. Choose another database or schema.")
     if not ours:
         if tables:
-            raise StoreOpenError(f"{where} is a database of another program. Choose another database or schema.")
+            raise foreign
         return 0
-    version: int = await connection.fetchval("SELECT schema FROM notecase_store")
+    try:
+        version: int | None = await connection.fetchval("SELECT schema FROM notecase_store")
+    except asyncpg.UndefinedColumnError:
+        raise foreign from None
+    if version is None:
+        raise StoreOpenError(f"{where} has the tables of notecase but not their rows. Restore the whole database.")
     if version > VERSION + NEWER:
         raise StoreOpenError(
             f"{where} was written by a newer notecase: its schema is {version}, this one supports up to "
@@ -280,6 +287,10 @@ def refusal(where: str, error: BaseException) -> str:
         return f"{where}: there is no such database. Create it, or choose another."
     if code == "53300":
         return f"{where} has no free connection. Raise max_connections, or lower --store-connections."
+    if isinstance(error, ssl.SSLError):
+        return f"{where} did not agree on TLS. Check sslmode, sslrootcert and the names in the server's certificate."
+    if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
+        return f"{where} has no server with the target_session_attrs of the URL. Name the primary, or start it."
     if isinstance(error, ValueError):
         return f"{where} has invalid parameters."
     if isinstance(error, OSError | TimeoutError | asyncpg.PostgresConnectionError) or code[:3] == "57P":

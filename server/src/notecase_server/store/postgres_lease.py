@@ -152,12 +152,12 @@ class PostgresLease:
         return True
 
     async def _keep(self) -> None:
-        """Raises the counter three times a lease, until another server is the owner. What fails is tried again soon:
-        one connection that hangs costs a third of the lease."""
-        pause = self.seconds / 3
+        """Raises the counter four times a lease, until another server is the owner. What fails is tried again soon: a
+        connection that hangs costs a third of the lease, and leaves time for another one."""
+        pause = self.seconds / 4
         while True:
             await asyncio.sleep(pause)
-            pause = self.seconds / 3
+            pause = self.seconds / 4
             begun = self._clock()
             try:
                 async with self._transaction() as connection:

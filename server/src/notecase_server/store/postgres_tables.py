@@ -277,6 +277,14 @@ class Counts(NamedTuple):
     alone: bool
     """No other write is under way."""
 
+    def add(self, kind: Kept, tenant: str) -> None:
+        """Takes note of one more. Raises CountedAloneError when writes of other sessions have reached the bound since
+        `kept` was asked."""
+        bounds: Mapping[str, int] = self.quotas._asdict()
+        if bounds[kind] and not self.alone and self.tallies.below(kind, tenant, self.quotas) is None:
+            raise CountedAloneError
+        self.tallies.added(kind, tenant)
+
 
 class PostgresTables:
     """Rows as one connection sees them, for a step that `postgres_wire.run` runs: within a transaction that somebody
@@ -353,7 +361,7 @@ class PostgresTables:
         return Recorded(*row) if row else None
 
     def add_request(self, once: Once, response: bytes, about: str, owner: str, now: int) -> None:
-        self._counts.tallies.added("requests", once.tenant)
+        self._counts.add("requests", once.tenant)
         self._do(ADD_REQUEST, *once[:4], once.digest, response, about, owner, now)
 
     def kept(self, kind: Kept, tenant: str, *within: str) -> int:
@@ -418,7 +426,7 @@ class PostgresTables:
 
     def add_session(self, key: SessionKey, row: SessionRow) -> None:
         whose = (row.session.user, column(row.session, "create_time"))
-        self._counts.tallies.added("sessions", key.tenant)
+        self._counts.add("sessions", key.tenant)
         self._do(ADD_SESSION, *key, *whose, *session_changes(row))
         self._do(ADD_NAME, *key)
 
