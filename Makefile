@@ -54,9 +54,8 @@ test-faults: $(VENV)/.ready ## Let a PostgreSQL store and its owner fail in ever
 test-rust: $(VENV)/.ready ## Build and run the program in Rust of docs/languages.md; needs Cargo, and a minute or two the first time
 	@NOTECASE_RUST=1 $(BIN)/python -m pytest -n0 --timeout 900 -k rust tests/languages/test_page.py $(ARGS)
 
-test-postgresql: $(VENV)/.ready ## Run the tests of the PostgreSQL store on the server that NOTECASE_POSTGRES names, as a superuser
-	@test -n "$$NOTECASE_POSTGRES" || { echo "NOTECASE_POSTGRES must be the URL of a superuser of a PostgreSQL server." >&2; exit 1; }
-	@$(BIN)/python -m pytest -n auto --dist worksteal -k "postgres or whole_store or store_owner" tests/store tests/e2e tests/cli/test_postgresql.py $(ARGS)
+test-postgresql: $(VENV)/.ready ## Run the tests of the PostgreSQL store on this system's PostgreSQL and PgBouncer; ARGS=--quick
+	@$(BIN)/python -m tests.postgresql $(ARGS)
 
 mutants: $(VENV)/.ready ## Break each promise in a copy: a test must notice; ARGS="rpc/watch" for some of them
 	@$(BIN)/python -m tests.mutants $(ARGS)

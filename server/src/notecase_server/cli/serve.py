@@ -128,7 +128,7 @@ def _file(name: str, told: str) -> Callable[[F], F]:
 @_flag("no-wait", "End with an error when another server owns the store, instead of waiting for its end.")
 @_flag("no-migrate", "Refuse a PostgreSQL store of an older schema, which `notecase migrate` brings up to date.")
 @_flag(
-    "no-prepared", "Prepare no statements in PostgreSQL, for a pooler that keeps none; each costs a round trip more."
+    "no-prepared", "Prepare no statements in PostgreSQL, even if its pooler keeps them; each takes another round trip."
 )
 @_number("max-runs", "Runs at work at once; a new start above it is refused, and what was accepted before waits.")
 @_number("max-calls", "Calls and streams open at once, of all callers; one connection has at most half of them.")
