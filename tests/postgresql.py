@@ -16,14 +16,17 @@ from tests.promises import ROOT
 from tests.store.suite import PARTS
 from tests.support import pgbouncer, postgres
 
+POOLED = "tests/cli/test_pgbouncer.py"
+"""The tests that need a pooler."""
+
 ALL = [
-    *("tests/store", "tests/e2e", "tests/cli/test_postgresql.py", "tests/cli/test_pgbouncer.py"),
+    *("tests/store", "tests/e2e", "tests/cli/test_postgresql.py", POOLED),
     *("-k", "postgres or whole_store or store_owner or pgbouncer"),
 ]
 
 QUICK = [
     *(f"tests/store/test_{part}.py" for part in PARTS),
-    *("tests/store/test_postgres.py", "tests/cli/test_postgresql.py", "tests/cli/test_pgbouncer.py"),
+    *("tests/store/test_postgres.py", "tests/cli/test_postgresql.py", POOLED),
     *("-k", "(postgres or pgbouncer) and not the_fold_of_the_log and not what_the_log_says and not more_requests"),
 ]
 """What every store promises, but for a few long tests of it; what only PostgreSQL has; a conversation and a copy."""
@@ -31,8 +34,8 @@ QUICK = [
 NEEDED = "PostgreSQL is not here. Install it, on Debian with: apt install postgresql pgbouncer"
 
 NO_POOLER = (
-    "PgBouncer is not here, so tests/cli/test_pgbouncer.py is not run, and the tests in tests/store reach PostgreSQL "
-    "directly. Install it, on Debian with: apt install pgbouncer"
+    f"PgBouncer is not here, so {POOLED} is skipped, and the tests in tests/store reach PostgreSQL directly. Install "
+    "it, on Debian with: apt install pgbouncer"
 )
 
 
@@ -57,14 +60,14 @@ def main() -> int:
         else:
             say(f"Through {version(pooler)}")
             env[pgbouncer.PROGRAM] = pooler
-    tests = [*(QUICK if chosen.quick else ALL), *others]
-    command = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "worksteal", *tests]
+    tests = [test for test in (QUICK if chosen.quick else ALL) if test != POOLED or pgbouncer.PROGRAM in env]
+    command = [sys.executable, "-m", "pytest", "-n", "auto", "--dist", "worksteal", *tests, *others]
     return subprocess.run(command, cwd=ROOT, env=env, check=False).returncode
 
 
 def programs() -> Path | None:
     """Returns the directory of the newest PostgreSQL server that is installed; Debian has one for each version."""
-    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
+    versions = sorted(Path("/usr/lib/postgresql").glob("[0-9]*/bin"), key=lambda path: float(path.parent.name))
     on_path = shutil.which("initdb")
     places = [*reversed(versions), *([Path(on_path).resolve().parent] if on_path else [])]
     return next((place for place in places if (place / "initdb").exists() and (place / "postgres").exists()), None)
