@@ -27,7 +27,7 @@ GO_PLUGINS := $(if $(GO),$(addprefix $(GENERATOR)/bin/,protoc-gen-go protoc-gen-
 # What buf breaking compares proto/ with: the last commit, or make proto-breaking AGAINST=v0.1.0
 AGAINST := HEAD
 
-.PHONY: help demo serve test test-hard test-kills test-faults test-postgresql test-rust mutants fuzz lint format types proto proto-check proto-lint proto-breaking dist docs errors picture check bench bench-peers profile soak tools clean
+.PHONY: help demo serve test test-hard test-kills test-faults test-postgresql test-copy test-rust mutants fuzz lint format types proto proto-check proto-lint proto-breaking dist docs errors picture check bench bench-peers profile soak tools clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,9 +55,11 @@ test-faults: $(VENV)/.ready ## Make a PostgreSQL store, its owner and its server
 test-rust: $(VENV)/.ready ## Build and run the Rust program of docs/languages.md; needs Cargo, takes a minute or two the first time
 	@NOTECASE_RUST=1 $(BIN)/python -m pytest -n0 --timeout 900 -k rust tests/languages/test_page.py $(ARGS)
 
-test-postgresql: $(VENV)/.ready ## Run the tests of the PostgreSQL store on the server that NOTECASE_POSTGRES names, as a superuser
-	@test -n "$$NOTECASE_POSTGRES" || { echo "NOTECASE_POSTGRES must be the URL of a superuser of a PostgreSQL server." >&2; exit 1; }
-	@$(BIN)/python -m pytest -n auto --dist worksteal -k "postgres or whole_store or store_owner" tests/store tests/e2e tests/cli/test_postgresql.py $(ARGS)
+test-postgresql: $(VENV)/.ready ## Run the tests of the PostgreSQL store on this system's PostgreSQL and PgBouncer; ARGS=--quick
+	@$(BIN)/python -m tests.postgresql $(ARGS)
+
+test-copy: $(VENV)/.ready ## Copy a store of 1 GiB to PostgreSQL and back, and print what it took; or MIB=100. Needs six times that on the disk
+	@NOTECASE_COPY_MIB=$(or $(MIB),1024) $(BIN)/python -m pytest -n0 -q -s --timeout 3600 tests/e2e/test_whole_copy.py $(ARGS)
 
 mutants: $(VENV)/.ready ## Break each promise in a copy and check that a test fails; ARGS="rpc/watch" for some promises
 	@$(BIN)/python -m tests.mutants $(ARGS)

@@ -1,11 +1,15 @@
 """A server with the offline model, and an agent on it."""
 
+import os
 from collections.abc import AsyncIterator
 
 import pytest
 from notecase import v1
 
+from tests.support import pgbouncer
 from tests.support.server import Running, running
+
+collect_ignore = [] if pgbouncer.PROGRAM in os.environ else ["test_pgbouncer.py"]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from notecase_server.models.contract import Provider
 from notecase_server.models.offline import OfflineProvider
 from notecase_server.models.openai import OpenAIProvider
 
-from tests.support import postgres
+from tests.support import pgbouncer, postgres
 from tests.support.openai_server import OpenAIServer
 from tests.support.server import Running, running
 
@@ -27,7 +27,7 @@ async def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIter
     """Each of STORES."""
     if request.param == "postgresql":
         async with postgres.shared().empty_store() as url:
-            yield url
+            yield pgbouncer.shared().url(url) if pgbouncer.PROGRAM in os.environ else url
     else:
         yield "memory:" if request.param == "memory" else f"sqlite:{tmp_path / 'notecase.db'}"
 

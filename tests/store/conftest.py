@@ -1,5 +1,6 @@
-"""`open_store`: the one suite runs over every store there is."""
+"""`open_store`: the one suite runs over every store there is, PostgreSQL through PgBouncer where that is asked for."""
 
+import os
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -12,7 +13,7 @@ from notecase_server.store.postgres import PostgresStore
 from notecase_server.store.sqlite import SqliteStore
 
 from tests.store.fixtures import Open, clock, store
-from tests.support import postgres
+from tests.support import pgbouncer, postgres
 
 __all__ = ["clock", "open_store", "store"]
 
@@ -31,7 +32,11 @@ def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
                     store = await SqliteStore.open(folder / "store.db", clock)
                 case _:
                     url = await stack.enter_async_context(postgres.shared().empty_store())
-                    store = await PostgresStore.open(url, clock)
+                    if pgbouncer.PROGRAM in os.environ:
+                        pooler = pgbouncer.shared()
+                        store = await PostgresStore.open(pooler.url(url), clock, prepared=pooler.keeps_statements)
+                    else:
+                        store = await PostgresStore.open(url, clock)
             stack.push_async_callback(store.close)
             yield store
 

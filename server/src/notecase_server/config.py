@@ -95,7 +95,7 @@ class Settings:
     no_migrate: bool = False
     """Refuse a PostgreSQL store of an older schema."""
     no_prepared: bool = False
-    """Prepare no statements in PostgreSQL: for a pooler that keeps none."""
+    """Prepare no statements in PostgreSQL, even if its pooler keeps them."""
     max_runs: int = 1000
     max_calls: int = 10_000
     max_connections: int = 10_000

@@ -37,7 +37,7 @@ class Database:
     migrate: bool = True
     """Bring an older schema up to date, and make the tables of an empty database."""
     prepared: bool = True
-    """Prepare statements, which a pooler has to keep."""
+    """Prepare statements, unless a pooler is in between that does not keep them."""
 
 
 DATABASE = Database()
@@ -80,7 +80,7 @@ async def _own(
 ) -> "tuple[Access, PostgresLease]":
     """Becomes the owner of a PostgreSQL store, as `postgres_database.own` has it."""
     try:
-        from notecase_server.store.postgres_database import Access, own  # noqa: PLC0415  # asyncpg is an extra
+        from notecase_server.store.postgres_database import Access, own, reach  # noqa: PLC0415  # asyncpg is an extra
         from notecase_server.store.postgres_lease import PostgresLease  # noqa: PLC0415
     except ImportError as error:
         text = "PostgreSQL needs more packages: install notecase-server[postgres]."
@@ -90,7 +90,7 @@ async def _own(
             file.read_text()
         except (OSError, UnicodeError):
             raise StoreOpenError(f"{file}, the file with the store's password, cannot be read.") from None
-    access = Access(url, None if file is None else lambda: file.read_text().strip(), database.prepared)
+    access = await reach(Access(url, None if file is None else lambda: file.read_text().strip(), database.prepared))
     lease = PostgresLease(
         access.dial, f"{socket.gethostname()}:{os.getpid()} ({secrets.token_hex(4)})", _uptime, database.lease
     )

@@ -126,7 +126,8 @@ def _file(name: str, told: str) -> Callable[[F], F]:
 @_flag("no-wait", "Exit with an error if another server owns the store, instead of waiting.")
 @_flag("no-migrate", "Refuse a PostgreSQL store with an older schema; upgrade it with `notecase migrate`.")
 @_flag(
-    "no-prepared", "Do not use prepared statements, for a pooler without them; each statement costs another round trip."
+    "no-prepared",
+    "Do not use prepared statements, even if the pooler supports them; each statement costs another round trip.",
 )
 @_number("max-runs", "Concurrent runs. More starts are refused; runs accepted earlier wait.")
 @_number("max-calls", "Concurrent calls and streams; one connection has at most half of them.")

@@ -51,7 +51,7 @@ class Access(NamedTuple):
     password: Callable[[], str] | None = None
     """Asked for each connection; None where the URL, PGPASSWORD or a password file of libpq has it."""
     prepared: bool = True
-    """False where a pooler keeps no prepared statements."""
+    """False where a pooler keeps no prepared statements; see `reach`."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -109,6 +109,42 @@ async def connect(access: Access, connections: int, lease: PostgresLease | None 
             raise
     log.info("store_opened", store=where, fence=fence, connections=connections, prepared=access.prepared)
     return Database(pool, secret, fence, name)
+
+
+async def reach(access: Access) -> Access:
+    """Returns the access that works: without prepared statements where a pooler is in between that does not keep them.
+
+    Raises StoreOpenError."""
+    if not access.prepared:
+        return access
+    where = place(access.url)
+    with telling(where):
+        async with dialled(access._replace(prepared=False)) as connection:
+            if await keeps_statements(connection):
+                return access
+    log.warning(
+        "statements_not_prepared",
+        store=where,
+        problem="A pooler is in between that keeps no prepared statements: each statement takes another round trip.",
+    )
+    return access._replace(prepared=False)
+
+
+async def keeps_statements(connection: Any) -> bool:
+    """Finds out whether a statement that is prepared is still there in the next transaction.
+
+    A pooler has a process number of its own, and gives each transaction any of its connections to the database. One
+    that keeps statements prepares them under names of its own; where the database has the client's name, it passes
+    on what it reads."""
+    name = f"notecase_{secrets.token_hex(4)}"
+    async with connection.transaction():
+        statement = await connection.prepare("SELECT 1", name=name)
+        process, passed_on = await connection.fetchrow(
+            "SELECT pg_backend_pid(), EXISTS (SELECT FROM pg_prepared_statements WHERE name = $1)", statement.get_name()
+        )
+        if passed_on:  # the database's connection may stay, and serve others
+            await connection.execute(f"DEALLOCATE {name}")
+    return not passed_on or process == connection.get_server_pid()
 
 
 async def seize(connection: Any, name: str) -> int:

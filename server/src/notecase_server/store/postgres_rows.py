@@ -40,12 +40,16 @@ class PostgresRows:
     async def rows(self, table: Table, after: Row | None = None) -> AsyncGenerator[Row, None]:
         where = f"WHERE ({_names(table.key)}) > ({_marks(after)})" if after else ""
         statement = f"SELECT {_names(table.columns)} FROM {table.name} {where} ORDER BY {_names(table.key)}"
-        portable = _convert(table, _portable_labels, unescaped)
+        portable, values = _convert(table, _portable_labels, unescaped), map(escaped, after or ())
         with self._telling():
             async with self._connection.transaction(isolation="repeatable_read", readonly=True):
                 await self._connection.execute(PATIENT)
-                async for row in self._connection.cursor(statement, *map(escaped, after or ()), prefetch=FETCHED):
-                    yield portable(row)
+                # asyncpg's own cursor is a prepared statement, which a pooler would hand to others under its name.
+                cursor = f"rows_of_{table.name}"
+                await self._connection.execute(f"DECLARE {cursor} NO SCROLL CURSOR FOR {statement}", *values)
+                while rows := await self._connection.fetch(f"FETCH {FETCHED} FROM {cursor}"):
+                    for row in rows:
+                        yield portable(row)
 
     async def last_key(self, table: Table) -> Row | None:
         order = ", ".join(f'"{column}" DESC' for column in table.key)
