@@ -281,7 +281,7 @@ async def test_a_callers_tool_cannot_have_the_name_of_one_that_the_agent_lists(s
     ("tools", "brought", "told"),
     [
         ([mcp("one"), mcp("two", requires_approval=True)], [], "'echo' of the MCP server 'two'"),
-        ([mcp("one", requires_approval=True)], [client_tool("echo")], "a tool that the caller runs"),
+        ([mcp("one", requires_approval=True)], [client_tool("echo")], "a client tool"),
         ([function("echo"), mcp("one")], [], "the function 'pay'"),
         ([mcp("one", prefix="a"), function("a_echo")], [], "'echo' of the MCP server 'one'"),
     ],

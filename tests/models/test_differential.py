@@ -371,7 +371,7 @@ class TestEnvironment:
     ) -> None:
         """The SDK's aiohttp client would speak HTTP to a SOCKS proxy."""
         monkeypatch.setenv("ALL_PROXY", proxy)
-        with pytest.raises(ValueError, match="the proxy that the environment names"):
+        with pytest.raises(ValueError, match="the proxy in the environment"):
             OpenAIProvider(KEY, f"http://{HOST}/v1", "m")
 
     async def test_https_goes_through_a_tunnel_that_sees_no_key(

@@ -1048,8 +1048,8 @@ class TestChoice:
             ('{"text": "lists"}', r"\$.text"),
             ('{"texts": "list"}', "unknown field `texts`"),
             ('{"stream_options": 1}', r"\$.stream_options"),
-            ('{"profile": "mistrall"}', "there is no built-in 'mistrall'"),
-            ('{"profile": 1}', "there is no built-in 1"),
+            ('{"profile": "mistrall"}', "there is no built-in profile 'mistrall'"),
+            ('{"profile": 1}', "there is no built-in profile 1"),
         ],
     )
     def test_what_cannot_be_one_is_told(self, choice: str, told: str) -> None:

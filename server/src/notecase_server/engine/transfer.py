@@ -315,7 +315,7 @@ def _records(file: BinaryIO) -> Iterator[v1.ExportRecord]:
             try:
                 yield v1.ExportRecord.FromString(body)
             except DecodeError:
-                raise errors.import_invalid("has a record that does not decode") from None
+                raise errors.import_invalid("has a record that cannot be decoded") from None
 
 
 def _events(file: BinaryIO) -> Iterator[v1.Event]:
