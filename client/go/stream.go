@@ -148,9 +148,9 @@ func (s *Stream) attach(attached *notecasev1.Attached) {
 	}
 }
 
-// Text gives what the agent says, in pieces as they come; joined, the pieces of one message are its text exactly. When a model
-// call is repeated the reply begins anew as another message: as between any two messages, "\n\n" comes first. An error is the
-// last pair; a run that fails ends with its *Error.
+// Text gives what the agent says in the run, in pieces as they come; in a stream of a session, what is said in any of its runs.
+// Joined, the pieces of one message are its text exactly. When a model call is repeated the reply begins anew as another message:
+// as between any two messages, "\n\n" comes first. An error is the last pair; a run that fails ends with its *Error.
 func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 	type place struct {
 		message string
@@ -177,6 +177,9 @@ func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 			if err != nil {
 				yield("", err)
 				return
+			}
+			if s.request.Name != s.Attached.Session && event.Run != s.Attached.GetRun().GetName() {
+				continue // the events of a queued run include those of the runs before it
 			}
 			delta, message, state := event.GetBlockDelta(), event.GetMessageAdded(), event.GetRunStateChanged()
 			more := true

@@ -177,8 +177,9 @@ class RunStream:
                 await self._receive()
 
     async def text(self) -> AsyncIterator[str]:
-        """Yields what the agent says, in pieces as they arrive, up to the end of the run. Joined, the pieces of one
-        message are exactly its text. Between two messages it yields "\\n\\n".
+        """Yields what the agent says in this run, in pieces as they arrive, up to the run's end; in a stream of a
+        session, what is said in any of its runs. Joined, the pieces of one message are exactly its text. Between two
+        messages it yields "\\n\\n".
 
         A model call that is repeated, after a failure or a takeover, starts its reply again as another message. To
         remove the text that was discarded from a screen, iterate the events and show `view` instead.
@@ -379,8 +380,11 @@ class RunStream:
 
     def _texts(self, event: v1.Event) -> Iterable[tuple[str, int, int, str]]:
         """Yields the agent's text in an event as (message, index of the part, first byte within the part, text). Text
-        arrives in deltas, except for replies that were complete before the stream attached."""
+        arrives in deltas, except for replies that were complete before the stream attached. The events of a queued run
+        include those of the runs before it."""
         delta, message = event.block_delta, event.message_added
+        if not self._follows_session and event.run != self.name:
+            return
         if piece := delta.text or delta.json:
             yield delta.message, delta.block, delta.start, piece
         elif message.role == v1.Message.ROLE_ASSISTANT and self._attached is not None:

@@ -121,14 +121,16 @@ export class Stream {
   }
 
   /**
-   * Gives what the agent says, in pieces as they come; joined, the pieces of one message are its text exactly. When a model call
-   * is repeated the reply begins anew as another message: as between any two messages, "\n\n" comes first. Throws a
-   * NotecaseError, also when the run fails.
+   * Gives what the agent says in the run, in pieces as they come; in a stream of a session, what is said in any of its runs.
+   * Joined, the pieces of one message are its text exactly. When a model call is repeated the reply begins anew as another
+   * message: as between any two messages, "\n\n" comes first. Throws a NotecaseError, also when the run fails.
    */
   async *text(): AsyncGenerator<string, void, void> {
     const given = new Map<string, number>(); // how many bytes of each block
     let speaking = "";
     for await (const { sequence, run, payload } of this.events()) {
+      // The events of a queued run include those of the runs before it.
+      if (this.request.name !== this.attached?.session && run !== this.attached?.run?.name) continue;
       const pieces: [message: string, block: number, start: number, text: string][] = [];
       if (payload.case === "blockDelta") {
         const { message, block, start, delta } = payload.value;

@@ -3338,7 +3338,7 @@ type BlockDelta struct {
 	Message string `protobuf:"bytes,1,opt,name=message,proto3" json:"message,omitempty"`
 	// The index of the part in the finished message.
 	Block int32 `protobuf:"varint,2,opt,name=block,proto3" json:"block,omitempty"`
-	// In bytes of UTF-8, like `end`.
+	// The length of the block before this delta, in bytes of UTF-8, not in characters: "é" counts as 2. `end` has the same unit.
 	Start int64 `protobuf:"varint,3,opt,name=start,proto3" json:"start,omitempty"`
 	// Types that are valid to be assigned to Delta:
 	//
@@ -3350,7 +3350,7 @@ type BlockDelta struct {
 	Delta  isBlockDelta_Delta `protobuf_oneof:"delta"`
 	CallId string             `protobuf:"bytes,7,opt,name=call_id,json=callId,proto3" json:"call_id,omitempty"`
 	Tool   string             `protobuf:"bytes,8,opt,name=tool,proto3" json:"tool,omitempty"`
-	// The block's length after this delta: the next `start` to expect.
+	// The length of the block after this delta, in bytes of UTF-8: the next `start` to expect.
 	End           int64 `protobuf:"varint,9,opt,name=end,proto3" json:"end,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache

@@ -1695,7 +1695,7 @@ class BlockDelta(_message.Message):
     block: _builtins.int
     """The index of the part in the finished message."""
     start: _builtins.int
-    """In bytes of UTF-8, like `end`."""
+    """The length of the block before this delta, in bytes of UTF-8, not in characters: "é" counts as 2. `end` has the same unit."""
     text: _builtins.str
     reasoning: _builtins.str
     arguments: _builtins.str
@@ -1708,7 +1708,7 @@ class BlockDelta(_message.Message):
     call_id: _builtins.str
     tool: _builtins.str
     end: _builtins.int
-    """The block's length after this delta: the next `start` to expect."""
+    """The length of the block after this delta, in bytes of UTF-8: the next `start` to expect."""
     def __init__(
         self,
         *,

@@ -1,0 +1,35 @@
+"""What `RunStream.text` yields: the words of its run, of whatever else the stream has events."""
+
+import asyncio
+
+from notecase import Client, NotecaseError
+
+from tests.client.test_client import EAGER
+from tests.support.openai_server import OpenAIServer, error, reply
+
+
+async def heard(client: Client, name: str, after_sequence: int | None = None) -> str:
+    async with client.attach(name, after_sequence) as run:
+        return "".join([text async for text in run.text()])
+
+
+async def test_the_text_of_a_queued_run_is_its_own(client: Client, session: str, model: OpenAIServer) -> None:
+    """It has nothing of the run before it: neither live, nor after both have ended, nor when that run failed. A stream
+    of the session has all."""
+    release = asyncio.Event()
+    model.script(reply("The first.", chunks=2).held(release, 2), reply("The second."), error(400), reply("The third."))
+    one = client.run("One", session=session, options=EAGER)
+    async with one as first, client.run("Two", session=session, on_busy="queue", options=EAGER) as second:
+        texts = second.text()
+        reading = asyncio.create_task(anext(texts))
+        async for event in first:
+            if event.HasField("block_delta"):
+                release.set()
+        assert "The second." == await reading + "".join([text async for text in texts])
+    assert "The second." == await heard(client, second.name) == second.reply.text
+    try:
+        await client.invoke("Fail", session=session)
+    except NotecaseError:
+        third = await client.invoke("Three", session=session)
+    assert "The third." == await heard(client, third.run.name, 0)
+    assert "The first.\n\nThe second.\n\nThe third." == await heard(client, session, 0)
