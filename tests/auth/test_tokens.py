@@ -51,14 +51,14 @@ class Setting:
         return await self.ask(f"Bearer {token}")
 
     async def refuses(self, token: str) -> str:
-        """Returns the problem that the log tells; the caller is told nothing of it."""
+        """Returns the cause that the log gives; the caller does not get it."""
         with capture_logs() as lines, pytest.raises(NotecaseError) as refused:
             await self.of(token)
         assert v1.ERROR_REASON_UNAUTHENTICATED == refused.value.reason
         assert "The credential of this call is not valid" in refused.value.message
         self.unavailable += [line["problem"] for line in lines if line["event"] == "issuer_keys_unavailable"]
-        (problem,) = [line["problem"] for line in lines if line["event"] == "token_refused"]
-        return str(problem)
+        assert refused.value.cause not in refused.value.message
+        return refused.value.cause.removeprefix("The token is not valid: ").removesuffix(".")
 
     async def cannot_verify(self, token: str) -> None:
         """Nobody knows whether the token is valid, and its caller hears that it may be later."""

@@ -29,3 +29,21 @@ async def test_an_admin_lists_who_did_what(tmp_path: Path) -> None:
     none = await notecase("audit", "list", "--filter", "outcome = DENY", env=env)
     assert 1 == len(none.out.splitlines())
     await server.stop()
+
+
+async def test_an_operator_reads_who_changed_a_tenants_keys(tmp_path: Path) -> None:
+    """By the subject, as its admins do; a tenant that is misspelt is not empty."""
+    store = f"sqlite:{tmp_path / 'notecase.db'}"
+    first = (await notecase("keys", "bootstrap", "--operator", "--store", store)).out.strip()
+    server = await Spawned.start(store, tmp_path / "log")
+    env = {"NOTECASE_ADDRESS": server.address, "NOTECASE_TOKEN": first}
+    admin = (await notecase("keys", "create", "--role", "admin", "--tenant", "acme", env=env)).out.strip()
+    assert 0 == (await notecase("keys", "create", "--role", "user", env={**env, "NOTECASE_TOKEN": admin})).code
+    listed = await notecase("audit", "list", "--tenant", "acme", env=env)
+    assert [f"keys/{key.split('_')[1]}" for key in (admin, first)] == [
+        line.split()[2] for line in listed.out.splitlines()[1:]
+    ]
+    for words in (("audit", "list"), ("keys", "list"), ("tenants", "show")):
+        done = await notecase(*words, *(["--tenant"] if words[0] != "tenants" else []), "acmee", env=env)
+        assert (1, "Error: There is no tenant 'tenants/acmee'.\n") == (done.code, done.err)
+    await server.stop()

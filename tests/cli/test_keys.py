@@ -54,10 +54,20 @@ async def test_a_key_from_nothing_to_its_end(shop: Shop, tmp_path: Path) -> None
     assert "needs the role admin" in (await shop("keys", "list", key=key)).err
     rotated = await shop("keys", "rotate", key_id)
     assert KEY.fullmatch(rotated.out)
+    again = await shop("keys", "rotate", key_id, "--overlap", "2h")  # would end what `key` has left
+    assert (2, "") == (again.code, again.out)
+    assert "The secret from before the last rotation is valid until " in again.err
+    assert "say --yes" in again.err
     for either in (key, rotated.out.strip()):
         assert 0 == (await shop("sessions", "list", key=either)).code
+    third = (await shop("keys", "rotate", key_id, "--yes")).out.strip()
+    assert "is not valid" in (await shop("sessions", "list", key=key)).err
+    fourth = (await shop("keys", "rotate", key_id, "--overlap", "0s")).out.strip()  # whatever was valid before ends
+    assert [1, 1, 0] == [
+        (await shop("sessions", "list", key=either)).code for either in (rotated.out.strip(), third, fourth)
+    ]
     assert (0, "") == (await shop("keys", "revoke", key_id))[:2]
-    for either in (key, rotated.out.strip()):
+    for either in (key, fourth):
         assert "is not valid" in (await shop("sessions", "list", key=either)).err
     log = (tmp_path / "log").read_text()
     assert not [secret for secret in (key, shop.first, rotated.out.strip()) if secret.split("_", 2)[2] in log]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -96,6 +97,14 @@ async def test_blobs_go_there_and_back(command: Commands, tmp_path: Path) -> Non
     assert "%PDF-1.7" == (await command("blobs download", name.removeprefix("blobs/"), "-")).out
     assert 0 == (await command("blobs download", name, str(tmp_path / "copy"))).code
     assert b"%PDF-1.7" == (tmp_path / "copy").read_bytes()
+    file.write_bytes(b"mine")
+    done = await command("blobs download", name, str(file))
+    assert (2, f"Error: {file} exists; --force replaces it.\n", b"mine") == (done.code, done.err, file.read_bytes())
+    assert 0 == (await command("blobs download --force", name, str(file))).code
+    assert b"%PDF-1.7" == file.read_bytes()
+    assert (0, "", "") == await command("blobs download", name, os.devnull)
+    done = await command("blobs download", name, str(tmp_path))
+    assert (2, f"Error: {tmp_path}: Is a directory.\n") == (done.code, done.err)
     (tmp_path / "unknown").write_bytes(b"x")
     done = await command("blobs upload", str(tmp_path / "unknown"))
     assert (2, True) == (done.code, "say --type" in done.err)

@@ -54,6 +54,15 @@ async def test_a_profile_says_where_the_server_is_and_how_it_is_called(
         assert 0 == (await notecase("profiles", "set", "other", "--server", guarded.address, *way, env=env)).code
         assert 0 == (await notecase("agents", "list", "--profile", "other", env=env)).code
         assert "two" == words.given[-1]
+    named = {**env, "NOTECASE_PROFILE": "other"}
+    words.given.clear()
+    assert 0 == (await notecase("agents", "list", env=named)).code
+    assert 0 == (await notecase("agents", "list", "--profile", "here", env=named)).code
+    other = {**env, "NOTECASE_ADDRESS": "127.0.0.1:1", "NOTECASE_TOKEN": "three", "NOTECASE_PROFILE": "none"}
+    assert 0 == (await notecase("agents", "list", "--profile", "here", env=other)).code
+    assert ["two", "one", "one"] == words.given
+    table = (await notecase("profiles", "list", env=named)).out
+    assert ["*", "other"] == table.splitlines()[2].split()[:2]
     done = await notecase("profiles", "list", "-o", "json", env=env)
     assert [("here", True, "kept"), ("other", False, f"command cat {tmp_path}/token")] == [
         (one["name"], one["current"], one["token"]) for one in json.loads(done.out)

@@ -97,9 +97,13 @@ async def test_a_taken_port_is_told_in_a_sentence(served: Running) -> None:
         ("OPENAI_BASE_URL", "https://name:secret-1@models.example", "the base URL must hold neither credentials"),
         ("OPENAI_BASE_URL", "https://:secret-1@models.example", "the base URL must hold neither credentials"),
         ("OPENAI_API_KEY", "secret-1 and more", "the API key holds a space"),
-        ("NOTECASE_PROFILE", "mistrall", "'mistrall' is neither a profile ("),
-        ("NOTECASE_PROFILE", '{"text": "lists"}', "the profile cannot be used: Invalid enum value 'lists'"),
-        ("NOTECASE_PROFILE", '{"txt": "secret-1"}', "the profile cannot be used: Object contains unknown field `txt`"),
+        ("NOTECASE_PROVIDER_PROFILE", "mistrall", "'mistrall' is neither a profile ("),
+        ("NOTECASE_PROVIDER_PROFILE", '{"text": "lists"}', "the profile cannot be used: Invalid enum value 'lists'"),
+        (
+            "NOTECASE_PROVIDER_PROFILE",
+            '{"txt": "secret-1"}',
+            "the profile cannot be used: Object contains unknown field `txt`",
+        ),
     ],
 )
 async def test_a_provider_that_cannot_work_is_told_before_anything_is_served(

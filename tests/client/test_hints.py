@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NotRequired, Optional, TypedDict
 
 import pytest
-from notecase import Tool, v1
+from notecase import CallContext, Tool, v1
 from notecase.hints import Mismatch, of_arguments, parse
 from notecase.tools import RESULT_BYTES, as_tools
+
+CONTEXT = CallContext(session="sessions/s", session_uid="u", run="sessions/s/runs/r", call_id="c", attempt=1)
 
 
 class Unit(enum.Enum):
@@ -231,7 +233,7 @@ async def test_a_tool_is_declared_as_its_function_says() -> None:
     schema = json.loads(tool.definition.parameters)
     assert schema["required"] == ["things"]
     assert schema["properties"]["unit"] == {"enum": ["g", 1000], "default": "g"}
-    told = await tool.answer(v1.ToolCall(call_id="c", arguments='{"things": [{"name": "bow"}]}'))
+    told = await tool.answer(v1.ToolCall(call_id="c", arguments='{"things": [{"name": "bow"}]}'), CONTEXT)
     assert told == v1.ToolResult(call_id="c", result=[v1.Part(text='[["bow", "g", 1]]')])
     with pytest.raises(TypeError, match="weigh cannot be a tool: type has no JSON Schema"):
         Tool(Scales().weigh)
@@ -269,7 +271,9 @@ async def test_what_a_function_returns_is_the_result(returned: Any, parts: list[
         return later()
 
     for function in (plain, later, wrapped):
-        assert v1.ToolResult(call_id="c", result=parts) == await Tool(function).answer(v1.ToolCall(call_id="c"))
+        assert v1.ToolResult(call_id="c", result=parts) == await Tool(function).answer(
+            v1.ToolCall(call_id="c"), CONTEXT
+        )
 
 
 class Unsaid(Exception):
@@ -297,7 +301,7 @@ async def test_an_exception_is_the_calls_error(error: Exception, told: str, capl
 
     for function in (broken, broken_later):
         caplog.clear()
-        answer = await Tool(function).answer(v1.ToolCall(call_id="c"))
+        answer = await Tool(function).answer(v1.ToolCall(call_id="c"), CONTEXT)
         assert answer.error.startswith(told)
         assert len(answer.error) <= 4000
         assert not answer.result
@@ -320,7 +324,7 @@ async def test_a_result_that_json_cannot_say_is_an_error(returned: Any, told: st
     def odd() -> Any:
         return returned
 
-    assert (await Tool(odd).answer(v1.ToolCall())).error.startswith(told)
+    assert (await Tool(odd).answer(v1.ToolCall(), CONTEXT)).error.startswith(told)
 
 
 async def test_a_result_that_is_too_large_is_an_error() -> None:
@@ -329,9 +333,9 @@ async def test_a_result_that_is_too_large_is_an_error() -> None:
     def big(size: int) -> str:
         return "." * size
 
-    fits = await Tool(big).answer(v1.ToolCall(arguments=f'{{"size": {RESULT_BYTES - 100}}}'))
+    fits = await Tool(big).answer(v1.ToolCall(arguments=f'{{"size": {RESULT_BYTES - 100}}}'), CONTEXT)
     assert len(fits.result[0].text) == RESULT_BYTES - 100
-    answer = await Tool(big).answer(v1.ToolCall(call_id="c", arguments=f'{{"size": {RESULT_BYTES}}}'))
+    answer = await Tool(big).answer(v1.ToolCall(call_id="c", arguments=f'{{"size": {RESULT_BYTES}}}'), CONTEXT)
     assert v1.ToolResult(call_id="c", error="The result is larger than 524288 bytes.") == answer
 
 
@@ -341,5 +345,5 @@ async def test_arguments_that_do_not_fit_are_an_error_for_the_model() -> None:
     def never(it: int) -> None:
         raise AssertionError(it)
 
-    answer = await Tool(never).answer(v1.ToolCall(arguments='{"it": "three"}'))
+    answer = await Tool(never).answer(v1.ToolCall(arguments='{"it": "three"}'), CONTEXT)
     assert answer.error == 'The arguments do not fit: it must be an integer, not "three".'

@@ -61,7 +61,7 @@ async def test_every_snippet_prints_what_the_page_says(monkeypatch: pytest.Monke
             assert "text" == following, source
             assert expected == printed
             shown += 1
-    assert 18 == shown
+    assert 19 == shown
 
 
 def lines(source: str) -> int:

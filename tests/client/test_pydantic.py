@@ -13,7 +13,7 @@ from notecase.hints import Mismatch, of_arguments, of_output
 from notecase_server.tools.functions import PythonTool
 from pydantic import BaseModel, Field
 
-from tests.client.test_hints import Box, Thing
+from tests.client.test_hints import CONTEXT, Box, Thing
 
 
 class Paper(BaseModel):
@@ -63,12 +63,14 @@ async def test_a_function_receives_models_and_may_return_one() -> None:
     assert Paper(title="Violin", on=date(2026, 11, 22)) == read["paper"]
     assert (Drawer(inner=Drawer()), Box(Box())) == (read["drawer"], read["box"])
     assert [Find(read["paper"], {2})] == read["finds"]
-    told = await Tool(file).answer(v1.ToolCall(arguments=json.dumps(arguments)))
+    told = await Tool(file).answer(v1.ToolCall(arguments=json.dumps(arguments)), CONTEXT)
     assert v1.ToolResult(result=[v1.Part(text='{"title": "Violin", "on": "2026-01-02"}')]) == told
 
 
 async def test_all_mistakes_are_reported_with_their_places() -> None:
-    told = await Tool(file).answer(v1.ToolCall(arguments='{"paper": {"on": "x"}, "drawer": {}, "copies": 0, "q": 1}'))
+    told = await Tool(file).answer(
+        v1.ToolCall(arguments='{"paper": {"on": "x"}, "drawer": {}, "copies": 0, "q": 1}'), CONTEXT
+    )
     assert told.error.startswith(
         "The arguments do not fit: the object lacks 'box'; paper.title: Field required; paper.on:"
     )

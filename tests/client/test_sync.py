@@ -11,7 +11,7 @@ from typing import Any
 import notecase
 import notecase.sync
 import pytest
-from notecase import NotecaseError, Retry, RunWaiting, Tool, v1
+from notecase import CallContext, NotecaseError, Retry, RunWaiting, Tool, v1
 from notecase.sync import Client
 
 from tests.support.server import Running, running
@@ -45,8 +45,9 @@ async def test_a_conversation_without_a_loop(offline: Running) -> None:
     """Agents, tools, streams, state, lists and commands."""
     called_in: list[str] = []
 
-    def search(what: str) -> str:
+    def search(what: str, call: CallContext) -> str:
         """Searches."""
+        assert call.idempotency_key.endswith(f"/{call.call_id}")
         called_in.append(threading.current_thread().name)
         return f"{what} {client.get_state('app', 'place')['place']}"
 

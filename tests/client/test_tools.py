@@ -9,7 +9,8 @@ from typing import Annotated, Any, NamedTuple
 
 import grpc
 import pytest
-from notecase import Client, NotecaseError, Retry, RunStream, RunWaiting, Tool, text_of, v1
+from notecase import CallContext, Client, NotecaseError, Retry, RunStream, RunWaiting, Tool, text_of, v1
+from notecase_server.tools import functions as tools_in_the_server
 
 from tests.client.conftest import QUICK
 from tests.client.proxy import Proxy
@@ -118,6 +119,41 @@ async def test_functions_are_declared_called_and_answered(client: Client, sessio
     assert told["weigh"]["parameters"]["properties"]["thing"] == {"type": "string", "description": "what to weigh"}
     assert run.result.tool_calls == 2
     assert await client.runs.GetRun(v1.GetRunRequest(name=run.name)) == run.result
+
+
+async def test_a_function_may_know_which_call_it_answers(client: Client, session: str, model: OpenAIServer) -> None:
+    """By a parameter that the model does not see: the same key on every attempt, and another for each call."""
+    seen: list[CallContext] = []
+
+    def pay(cents: int, call: CallContext) -> str:
+        """Pays."""
+        seen.append(call)
+        return call.idempotency_key
+
+    async def refund(cents: int, call: CallContext | None = None) -> None:
+        assert call is not None
+        seen.append(call)
+
+    model.script(
+        tool_calls(("pay", '{"cents": 9}'), ("pay", '{"cents": 7}'), ("refund", '{"cents": 2}')), reply("Paid.")
+    )
+    async with client.run("Pay.", session=session, tools=[pay, refund]) as run:
+        started = {event.tool_started.call_id async for event in run if event.HasField("tool_started")}
+    uid = (await client.sessions.GetSession(v1.GetSessionRequest(name=session))).uid
+    assert started == {call.call_id for call in seen}
+    assert 3 == len(started)
+    assert {(session, uid, run.name, 1)} == {(call.session, call.session_uid, call.run, call.attempt) for call in seen}
+    assert {f"{uid}/{call_id}" for call_id in started} == {call.idempotency_key for call in seen}
+    told = {
+        tool["function"]["name"]: tool["function"]["parameters"]["properties"] for tool in model.requests[0]["tools"]
+    }
+    assert [["cents"], ["cents"]] == [list(told["pay"]), list(told["refund"])]
+
+    def misplaced(call: tools_in_the_server.CallContext) -> None:
+        raise AssertionError(call)
+
+    with pytest.raises(TypeError, match=r"a tool here takes notecase\.CallContext"):
+        client.run("Hello", session=session, tools=[misplaced])
 
 
 async def test_calls_at_once_run_at_once(client: Client, session: str, model: OpenAIServer) -> None:

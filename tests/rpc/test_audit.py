@@ -1,6 +1,7 @@
 """The audit: what was done to keys, tenants, sessions and users, what was exported, answered and refused."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import pytest
 from notecase import v1
 from notecase_server import errors
 from notecase_server.auth.principal import Role
+from notecase_server.auth.tokens import Tokens
 from notecase_server.rpc import refusals
 from notecase_server.serve import now
 from notecase_server.serve_stores import open_store
 from notecase_server.store.contract import AuditRow
+from notecase_server.supervisor import Tasks
 from structlog.testing import capture_logs
 
 from tests.e2e.driving import reason_of, said
@@ -120,9 +123,13 @@ async def test_operators_see_tenants_and_keys_and_admins_what_operators_did_to_t
     ] == await lines(served)
     assert "ROLE_MISSING" == await refusal(entries(served, ADMIN, tenant="tenants/other"))
     assert "TENANT_NOT_FOUND" == await refusal(entries(served, OPERATOR, tenant="tenants/acmee"))
-    assert "PRINCIPAL_NOT_FOUND" == await refusal(
-        served.audit.GetPrincipal(v1.GetPrincipalRequest(name=entry.principal), metadata=OPERATOR)
-    )
+    look = v1.GetPrincipalRequest(name=entry.principal, tenant="tenants/acme")
+    found = await served.audit.GetPrincipal(look, metadata=OPERATOR)
+    assert ("operator", v1.Key.ROLE_OPERATOR) == (found.subject, found.role)
+    for tenant in ("", "tenants/other"):
+        look.tenant = tenant
+        assert "PRINCIPAL_NOT_FOUND" == await refusal(served.audit.GetPrincipal(look, metadata=OPERATOR))
+    assert "ROLE_MISSING" == await refusal(served.audit.GetPrincipal(look, metadata=ADMIN))
 
 
 async def test_deletions_and_exports_are_told(served: Running) -> None:
@@ -248,6 +255,24 @@ async def test_calls_without_a_credential_fill_no_log(served: Running, monkeypat
     assert ["UNAUTHENTICATED"] * 2 + ["ROLE_MISSING", 5, "UNAUTHENTICATED"] == [
         line.get("reason", line.get("calls")) for line in lines
     ]
+
+
+async def test_tokens_that_are_not_valid_fill_no_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The log says why of the first ones, and the caller is not told."""
+    monkeypatch.setattr(refusals, "LOGGED_A_MINUTE", 2)
+    judge = Tokens([], Tasks("test"), now, time.monotonic)
+    async with running(authenticators=[judge]) as served:
+        with capture_logs() as lines:
+            for _ in range(5):
+                call = served.sessions.ListSessions(
+                    v1.ListSessionsRequest(), metadata=(("authorization", "Bearer eyA.e.e"),)
+                )
+                with pytest.raises(grpc.aio.AioRpcError) as refused:
+                    await call
+    why = "The token is not valid: it is not well formed or not its issuer's (DecodeError)."
+    assert [("rpc_refused", why)] * 2 == [(line["event"], line["cause"]) for line in lines if "cause" in line]
+    assert ["rpc_refused"] * 2 == [line["event"] for line in lines if "refused" in line["event"]]
+    assert why not in str(refused.value.details())
 
 
 async def test_refusals_wait_for_a_store_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:

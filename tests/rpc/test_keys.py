@@ -152,6 +152,7 @@ async def test_another_tenants_key_is_not_found(scene: Scene) -> None:
     revoke.tenant = "tenants/other"
     await scene.served.keys.RevokeKey(revoke, metadata=scene.operator)
     assert [] == await scene.names(scene.operator, "tenants/other")
+    assert "TENANT_NOT_FOUND" == (await refusal(scene.names(scene.operator, "tenants/othr")))[0]
 
 
 @pytest.mark.parametrize("role", TENANTS[:-1])

@@ -27,7 +27,6 @@ def context(state: Mapping[str, v1.Value] | None = None, pose: Pose | None = Non
         user="users/u",
         run="sessions/s/runs/r",
         call_id="call-1",
-        idempotency_key="s/call-1",
         attempt=2,
         get_state=get_state,
         pose=pose or nobody,

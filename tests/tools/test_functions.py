@@ -8,6 +8,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import notecase
 import pytest
 import structlog.testing
 from notecase import to_value, v1
@@ -111,6 +112,18 @@ async def test_a_call_reads_the_state_and_collects_operations_on_it() -> None:
         v1.StateOp(key="draft", remove={}),  # type: ignore[arg-type]
     ]
     assert expected == made.ops
+
+
+async def test_a_function_of_a_client_is_a_tool_as_it_stands() -> None:
+    """Its context is the client's class, which the server's extends."""
+
+    def pay(cents: int, call: notecase.CallContext) -> str:
+        return f"{cents} by {call.idempotency_key}, {call.attempt}"
+
+    made = PythonTool(pay)
+    assert ["cents"] == list(json.loads(made.parameters)["properties"])
+    given = context()
+    assert text(f"9 by {given.session_uid}/call-1, 2") == await made.call({"cents": 9}, given)
 
 
 @pytest.mark.parametrize(
@@ -243,7 +256,7 @@ def named() -> str:
         (untyped, "The tool 'untyped' cannot be declared: x has no type hint."),
         (many, r"The tool 'many' cannot be declared: a model passes arguments by name, which \*words: str does not"),
         (by_place, "The tool 'by_place' cannot be declared: a model passes arguments by name, which word: str"),
-        (unknown, "The tool 'unknown' cannot be declared: name 'Unheard' is not defined."),
+        (unknown, "The tool 'unknown' cannot be declared: its type hints cannot be read: name 'Unheard'"),
         (no_schema, "The tool 'no_schema' cannot be declared: .*has no JSON Schema: use str"),
         (named, "'two words' is not a name for a tool"),
         (str, "is not a function, so it cannot be a tool"),

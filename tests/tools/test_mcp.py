@@ -271,7 +271,7 @@ async def test_a_url_is_sent_the_configured_headers_and_what_makes_an_effect_hap
     async with tools(McpServerSettings(url=http.url, headers={"Authorization": "Bearer secret"})) as box:
         told = json.loads((await call(box, "about")).parts[0].text)
     assert "Bearer secret" == told["headers"]["authorization"]
-    assert "s/call-1" == told["meta"]["notecase/idempotency_key"]
+    assert f"{context().session_uid}/call-1" == told["meta"]["notecase/idempotency_key"]
     assert 2 == told["meta"]["notecase/attempt"]
 
 

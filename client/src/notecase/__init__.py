@@ -5,6 +5,7 @@ from notecase import v1
 from notecase.client import Client, RunWaiting
 from notecase.commands import Commands
 from notecase.connection import Token
+from notecase.context import CallContext
 from notecase.errors import NotecaseError, Resource, Violation
 from notecase.reply import Reply
 from notecase.retry import Retry
@@ -15,6 +16,7 @@ from notecase.view import Block, Gap, SessionView
 
 __all__ = [
     "Block",
+    "CallContext",
     "Client",
     "Commands",
     "Gap",

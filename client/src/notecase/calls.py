@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from notecase import v1
 from notecase.commands import Commands
+from notecase.context import CallContext
 from notecase.errors import NotecaseError
 from notecase.tools import Tool
 
@@ -57,14 +58,14 @@ class Calls:
         self._told: set[_Key] = set()
         self._tasks: dict[str, tuple[asyncio.Task[None], _Turn]] = {}
 
-    def begin(self, run: str, call: v1.ToolCall, tool: Tool) -> None:
+    def begin(self, call: v1.ToolCall, tool: Tool, context: CallContext) -> None:
         """Executes a dispatched call by a function, unless it was begun before."""
-        key = _Key(run, call.call_id, call.attempt)
+        key = _Key(context.run, call.call_id, call.attempt)
         if key in self._told:
             return
         self._told.add(key)
         turn = self._turns.of(key)
-        task = asyncio.create_task(self._answer(run, call, tool, turn), name=f"tool call {call.call_id}")
+        task = asyncio.create_task(self._answer(call, tool, context, turn), name=f"tool call {call.call_id}")
         self._tasks[call.call_id] = (task, turn)
         task.add_done_callback(lambda done: self._done(call.call_id, done))
 
@@ -88,10 +89,10 @@ class Calls:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._failed(error)
 
-    async def _answer(self, run: str, call: v1.ToolCall, tool: Tool, turn: _Turn) -> None:
+    async def _answer(self, call: v1.ToolCall, tool: Tool, context: CallContext, turn: _Turn) -> None:
         async with turn.lock:
             if not turn.answered:
-                await self._send(run, await tool.answer(call))
+                await self._send(context.run, await tool.answer(call, context))
                 turn.answered = True
 
     async def _send(self, run: str, told: v1.ToolResult) -> None:

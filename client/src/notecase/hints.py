@@ -41,6 +41,15 @@ class Field(NamedTuple):
     default: Any = _MISSING
 
 
+def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
+    """Returns the type hints of a function by name, "return" among them. Raises TypeError for those that cannot be
+    read."""
+    try:
+        return typing.get_type_hints(function, include_extras=True)
+    except NameError as error:
+        raise TypeError(f"its type hints cannot be read: {error}") from error
+
+
 def of_arguments(function: Callable[..., Any], leave_out: Container[str] = ()) -> Kind:
     """Describes the arguments of a function as one object, which is read into a dict of keyword arguments. Parameters
     named in `leave_out` are not among them.
@@ -49,10 +58,7 @@ def of_arguments(function: Callable[..., Any], leave_out: Container[str] = ()) -
     dataclass, unions of these, and Annotated[X, "a description"]. Any other hint is pydantic's, where that is
     installed: a model, a date, Annotated[int, Field(ge=1)]. Raises TypeError for a hint that neither knows, for a
     parameter without a hint, and for one that cannot be passed by name: *args, **kwargs and positional-only ones."""
-    try:
-        hints = typing.get_type_hints(function, include_extras=True)
-    except NameError as error:
-        raise TypeError(f"its type hints cannot be read: {error}") from error
+    hints = hints_of(function)
     fields = []
     for name, parameter in inspect.signature(function).parameters.items():
         if name in leave_out:

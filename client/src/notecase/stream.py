@@ -14,6 +14,7 @@ from notecase import v1
 from notecase.agents import Local
 from notecase.calls import Calls, Turns
 from notecase.commands import Commands
+from notecase.context import CallContext
 from notecase.errors import NotecaseError, as_written
 from notecase.hints import Kind
 from notecase.names import Remember, When
@@ -313,7 +314,14 @@ class RunStream:
         if self._attached is not None and (self._follows_session or run == self.name):
             tool = self._tools.get(call.tool) or self._local_of(self._attached.run).tools.get(call.tool)
             if tool is not None:
-                self._calls.begin(run, call, tool)
+                context = CallContext(
+                    session=self._attached.session,
+                    session_uid=self._attached.session_uid,
+                    run=run,
+                    call_id=call.call_id,
+                    attempt=call.attempt,
+                )
+                self._calls.begin(call, tool, context)
 
     def _fail(self, error: BaseException) -> None:
         """Makes the iteration raise an error, also while it waits for a frame."""

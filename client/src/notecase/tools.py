@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from notecase import v1
+from notecase.context import CallContext, context_parameters
 from notecase.hints import Mismatch, dump, of_arguments, parse
 from notecase.names import Approver, choice
 
@@ -37,8 +38,9 @@ class Tool:
 
     The arguments may be str, int, float, bool, None, Any, Literal, Enum, list[X], tuple[X, ...], dict[str, X],
     TypedDict, dataclasses, and unions of these; with notecase[pydantic] installed also pydantic's models and all that
-    it has a schema for. Those with a default may be left out. The function is called with arguments of those types. It
-    may be async; otherwise it runs in a thread, which goes on when its call is cancelled.
+    it has a schema for. Those with a default may be left out. A parameter annotated `notecase.CallContext` receives the
+    call's context, with its idempotency key, and is not in the schema. The function is called with arguments of those
+    types. It may be async; otherwise it runs in a thread, which goes on when its call is cancelled.
 
     What it returns is the result: text as it is, bytes and `v1.Part`s as data and parts, a list of parts as those, and
     everything else as JSON: what JSON has, enums, dataclasses and pydantic's models. An exception becomes the call's
@@ -69,7 +71,8 @@ class Tool:
         if not _NAME.fullmatch(name):
             raise TypeError(f'{function!r} needs a name of up to 64 letters, digits, "_" and "-"')
         try:
-            self._arguments = of_arguments(function)
+            self._context = context_parameters(function, CallContext)
+            self._arguments = of_arguments(function, leave_out=self._context)
         except TypeError as error:
             raise TypeError(f"{name} cannot be a tool: {error}") from error
         self.definition = v1.Tool(
@@ -84,7 +87,7 @@ class Tool:
         if timeout is not None:
             self.definition.timeout.FromMilliseconds(round(timeout * 1000))
 
-    async def answer(self, call: v1.ToolCall) -> v1.ToolResult:
+    async def answer(self, call: v1.ToolCall, context: CallContext) -> v1.ToolResult:
         """Calls the function and returns its result or error. Raises nothing but CancelledError."""
         told = v1.ToolResult(call_id=call.call_id)
         try:
@@ -92,6 +95,7 @@ class Tool:
         except Mismatch as mismatch:
             told.error = f"The arguments do not fit: {mismatch}."
             return told
+        arguments.update(dict.fromkeys(self._context, context))
         try:
             told.result.extend(parts_of(await self._call(arguments)))
         except asyncio.CancelledError as error:

@@ -113,6 +113,8 @@ class NotecaseError(Exception):
         """How often a repeat of the model call that failed so is worth it; None leaves that to its reason."""
         self.usage: v1.Usage | None = None
         """What a model call took that failed so, as far as its provider told."""
+        self.cause = ""
+        """Why, for the server's log alone: no client receives it."""
 
     def to_proto(self) -> v1.Error:
         """The same facts as data, for a failed run or a refused command."""
@@ -166,12 +168,14 @@ def invalid(violations: Iterable[Violation]) -> NotecaseError:
     return NotecaseError(v1.ERROR_REASON_INVALID_FIELD, f"{told}{more}.", violations=found)
 
 
-def unauthenticated() -> NotecaseError:
-    """A credential that is bad, expired or revoked: which of these is not told."""
-    return NotecaseError(
+def unauthenticated(cause: str = "") -> NotecaseError:
+    """A credential that is bad, expired or revoked. Only the server's log says which, as `cause`."""
+    error = NotecaseError(
         v1.ERROR_REASON_UNAUTHENTICATED,
         "The credential of this call is not valid, or no longer valid; send another one.",
     )
+    error.cause = cause
+    return error
 
 
 def no_credential() -> NotecaseError:

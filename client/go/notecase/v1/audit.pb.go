@@ -116,7 +116,9 @@ func (x *Principal) GetCreateTime() *timestamppb.Timestamp {
 type GetPrincipalRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// principals/{principal}
-	Name          string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
+	// tenants/{tenant}, as in the ListAuditEntriesRequest whose answer names the principal.
+	Tenant        string `protobuf:"bytes,2,opt,name=tenant,proto3" json:"tenant,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -154,6 +156,13 @@ func (*GetPrincipalRequest) Descriptor() ([]byte, []int) {
 func (x *GetPrincipalRequest) GetName() string {
 	if x != nil {
 		return x.Name
+	}
+	return ""
+}
+
+func (x *GetPrincipalRequest) GetTenant() string {
+	if x != nil {
+		return x.Tenant
 	}
 	return ""
 }
@@ -406,9 +415,10 @@ const file_notecase_v1_audit_proto_rawDesc = "" +
 	"\x04user\x18\x04 \x01(\tR\x04user\x12!\n" +
 	"\fdisplay_name\x18\x05 \x01(\tR\vdisplayName\x12;\n" +
 	"\vcreate_time\x18\x06 \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"createTime\")\n" +
+	"createTime\"A\n" +
 	"\x13GetPrincipalRequest\x12\x12\n" +
-	"\x04name\x18\x01 \x01(\tR\x04name\"\x8e\x02\n" +
+	"\x04name\x18\x01 \x01(\tR\x04name\x12\x16\n" +
+	"\x06tenant\x18\x02 \x01(\tR\x06tenant\"\x8e\x02\n" +
 	"\n" +
 	"AuditEntry\x12;\n" +
 	"\vcreate_time\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\n" +

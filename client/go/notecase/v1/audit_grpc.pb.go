@@ -29,9 +29,9 @@ const (
 //
 // Answers who did what.
 type AuditServiceClient interface {
-	// Returns the principal that an event names. For developers and admins, in their own tenant; operators find those in the
-	// operators' audit, and not those in a tenant's; callers that are bound to a user find only the principals of that user.
-	// NOT_FOUND when there is none with that name, or its user was erased.
+	// Returns the principal that an event names. For developers and admins, in their own tenant, and for operators; callers
+	// that are bound to a user find only the principals of that user. NOT_FOUND when there is none with that name, or its user
+	// was erased.
 	GetPrincipal(ctx context.Context, in *GetPrincipalRequest, opts ...grpc.CallOption) (*Principal, error)
 	// Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
 	// approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
@@ -74,9 +74,9 @@ func (c *auditServiceClient) ListAuditEntries(ctx context.Context, in *ListAudit
 //
 // Answers who did what.
 type AuditServiceServer interface {
-	// Returns the principal that an event names. For developers and admins, in their own tenant; operators find those in the
-	// operators' audit, and not those in a tenant's; callers that are bound to a user find only the principals of that user.
-	// NOT_FOUND when there is none with that name, or its user was erased.
+	// Returns the principal that an event names. For developers and admins, in their own tenant, and for operators; callers
+	// that are bound to a user find only the principals of that user. NOT_FOUND when there is none with that name, or its user
+	// was erased.
 	GetPrincipal(context.Context, *GetPrincipalRequest) (*Principal, error)
 	// Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
 	// approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,

@@ -39,7 +39,8 @@ type KeyServiceClient interface {
 	CreateKey(ctx context.Context, in *CreateKeyRequest, opts ...grpc.CallOption) (*CreateKeyResponse, error)
 	// Returns a key without its secret; one that has expired, too. NOT_FOUND when there is no key of that name.
 	GetKey(ctx context.Context, in *GetKeyRequest, opts ...grpc.CallOption) (*Key, error)
-	// Returns a page of keys, newest first, including those that have expired.
+	// Returns a page of keys, newest first, including those that have expired. NOT_FOUND TENANT_NOT_FOUND when an operator names
+	// a tenant that is not known; a tenant that has had a key is.
 	ListKeys(ctx context.Context, in *ListKeysRequest, opts ...grpc.CallOption) (*ListKeysResponse, error)
 	// Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
 	// no such key. A repeat with the same request_id succeeds.
@@ -121,7 +122,8 @@ type KeyServiceServer interface {
 	CreateKey(context.Context, *CreateKeyRequest) (*CreateKeyResponse, error)
 	// Returns a key without its secret; one that has expired, too. NOT_FOUND when there is no key of that name.
 	GetKey(context.Context, *GetKeyRequest) (*Key, error)
-	// Returns a page of keys, newest first, including those that have expired.
+	// Returns a page of keys, newest first, including those that have expired. NOT_FOUND TENANT_NOT_FOUND when an operator names
+	// a tenant that is not known; a tenant that has had a key is.
 	ListKeys(context.Context, *ListKeysRequest) (*ListKeysResponse, error)
 	// Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
 	// no such key. A repeat with the same request_id succeeds.

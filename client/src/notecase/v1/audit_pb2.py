@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from notecase.v1 import key_pb2 as notecase_dot_v1_dot_key__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17notecase/v1/audit.proto\x12\x0bnotecase.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15notecase/v1/key.proto\"\xa4\x01\n\tPrincipal\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12#\n\x04role\x18\x03 \x01(\x0e\x32\x15.notecase.v1.Key.Role\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x05 \x01(\t\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"#\n\x13GetPrincipalRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\xbd\x01\n\nAuditEntry\x12/\n\x0b\x63reate_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tprincipal\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x10\n\x08resource\x18\x04 \x01(\t\x12\x0f\n\x07outcome\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x10\n\x08input_id\x18\x07 \x01(\t\x12\x12\n\ncall_count\x18\x08 \x01(\x03\"`\n\x17ListAuditEntriesRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\"]\n\x18ListAuditEntriesResponse\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.notecase.v1.AuditEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xc3\x01\n\x0c\x41uditService\x12M\n\x0cGetPrincipal\x12 .notecase.v1.GetPrincipalRequest\x1a\x16.notecase.v1.Principal\"\x03\x90\x02\x01\x12\x64\n\x10ListAuditEntries\x12$.notecase.v1.ListAuditEntriesRequest\x1a%.notecase.v1.ListAuditEntriesResponse\"\x03\x90\x02\x01\x42V\n\x0f\x64\x65v.notecase.v1B\nAuditProtoP\x01Z\'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17notecase/v1/audit.proto\x12\x0bnotecase.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15notecase/v1/key.proto\"\xa4\x01\n\tPrincipal\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07subject\x18\x02 \x01(\t\x12#\n\x04role\x18\x03 \x01(\x0e\x32\x15.notecase.v1.Key.Role\x12\x0c\n\x04user\x18\x04 \x01(\t\x12\x14\n\x0c\x64isplay_name\x18\x05 \x01(\t\x12/\n\x0b\x63reate_time\x18\x06 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"3\n\x13GetPrincipalRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06tenant\x18\x02 \x01(\t\"\xbd\x01\n\nAuditEntry\x12/\n\x0b\x63reate_time\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x11\n\tprincipal\x18\x02 \x01(\t\x12\x0e\n\x06method\x18\x03 \x01(\t\x12\x10\n\x08resource\x18\x04 \x01(\t\x12\x0f\n\x07outcome\x18\x05 \x01(\t\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x10\n\x08input_id\x18\x07 \x01(\t\x12\x12\n\ncall_count\x18\x08 \x01(\x03\"`\n\x17ListAuditEntriesRequest\x12\x0e\n\x06tenant\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\x12\x0e\n\x06\x66ilter\x18\x04 \x01(\t\"]\n\x18ListAuditEntriesResponse\x12(\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x17.notecase.v1.AuditEntry\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t2\xc3\x01\n\x0c\x41uditService\x12M\n\x0cGetPrincipal\x12 .notecase.v1.GetPrincipalRequest\x1a\x16.notecase.v1.Principal\"\x03\x90\x02\x01\x12\x64\n\x10ListAuditEntries\x12$.notecase.v1.ListAuditEntriesRequest\x1a%.notecase.v1.ListAuditEntriesResponse\"\x03\x90\x02\x01\x42V\n\x0f\x64\x65v.notecase.v1B\nAuditProtoP\x01Z\'notecase.dev/api/notecase/v1;notecasev1\xaa\x02\x0bNotecase.V1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -41,13 +41,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PRINCIPAL']._serialized_start=97
   _globals['_PRINCIPAL']._serialized_end=261
   _globals['_GETPRINCIPALREQUEST']._serialized_start=263
-  _globals['_GETPRINCIPALREQUEST']._serialized_end=298
-  _globals['_AUDITENTRY']._serialized_start=301
-  _globals['_AUDITENTRY']._serialized_end=490
-  _globals['_LISTAUDITENTRIESREQUEST']._serialized_start=492
-  _globals['_LISTAUDITENTRIESREQUEST']._serialized_end=588
-  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_start=590
-  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_end=683
-  _globals['_AUDITSERVICE']._serialized_start=686
-  _globals['_AUDITSERVICE']._serialized_end=881
+  _globals['_GETPRINCIPALREQUEST']._serialized_end=314
+  _globals['_AUDITENTRY']._serialized_start=317
+  _globals['_AUDITENTRY']._serialized_end=506
+  _globals['_LISTAUDITENTRIESREQUEST']._serialized_start=508
+  _globals['_LISTAUDITENTRIESREQUEST']._serialized_end=604
+  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_start=606
+  _globals['_LISTAUDITENTRIESRESPONSE']._serialized_end=699
+  _globals['_AUDITSERVICE']._serialized_start=702
+  _globals['_AUDITSERVICE']._serialized_end=897
 # @@protoc_insertion_point(module_scope)

@@ -52,9 +52,9 @@ class AuditServiceServicer(object):
     """
 
     def GetPrincipal(self, request, context):
-        """Returns the principal that an event names. For developers and admins, in their own tenant; operators find those in the
-        operators' audit, and not those in a tenant's; callers that are bound to a user find only the principals of that user.
-        NOT_FOUND when there is none with that name, or its user was erased.
+        """Returns the principal that an event names. For developers and admins, in their own tenant, and for operators; callers
+        that are bound to a user find only the principals of that user. NOT_FOUND when there is none with that name, or its user
+        was erased.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

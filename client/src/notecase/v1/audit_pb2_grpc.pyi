@@ -34,9 +34,9 @@ class AuditServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AuditServiceAsyncStub: ...
     GetPrincipal: _grpc.UnaryUnaryMultiCallable[_audit_pb2.GetPrincipalRequest, _audit_pb2.Principal]
-    """Returns the principal that an event names. For developers and admins, in their own tenant; operators find those in the
-    operators' audit, and not those in a tenant's; callers that are bound to a user find only the principals of that user.
-    NOT_FOUND when there is none with that name, or its user was erased.
+    """Returns the principal that an event names. For developers and admins, in their own tenant, and for operators; callers
+    that are bound to a user find only the principals of that user. NOT_FOUND when there is none with that name, or its user
+    was erased.
     """
     ListAuditEntries: _grpc.UnaryUnaryMultiCallable[_audit_pb2.ListAuditEntriesRequest, _audit_pb2.ListAuditEntriesResponse]
     """Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
@@ -51,9 +51,9 @@ class AuditServiceAsyncStub(AuditServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetPrincipal: _aio.UnaryUnaryMultiCallable[_audit_pb2.GetPrincipalRequest, _audit_pb2.Principal]  # type: ignore[assignment]
-    """Returns the principal that an event names. For developers and admins, in their own tenant; operators find those in the
-    operators' audit, and not those in a tenant's; callers that are bound to a user find only the principals of that user.
-    NOT_FOUND when there is none with that name, or its user was erased.
+    """Returns the principal that an event names. For developers and admins, in their own tenant, and for operators; callers
+    that are bound to a user find only the principals of that user. NOT_FOUND when there is none with that name, or its user
+    was erased.
     """
     ListAuditEntries: _aio.UnaryUnaryMultiCallable[_audit_pb2.ListAuditEntriesRequest, _audit_pb2.ListAuditEntriesResponse]  # type: ignore[assignment]
     """Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
@@ -71,9 +71,9 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _audit_pb2.GetPrincipalRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_audit_pb2.Principal, _abc.Awaitable[_audit_pb2.Principal]]:
-        """Returns the principal that an event names. For developers and admins, in their own tenant; operators find those in the
-        operators' audit, and not those in a tenant's; callers that are bound to a user find only the principals of that user.
-        NOT_FOUND when there is none with that name, or its user was erased.
+        """Returns the principal that an event names. For developers and admins, in their own tenant, and for operators; callers
+        that are bound to a user find only the principals of that user. NOT_FOUND when there is none with that name, or its user
+        was erased.
         """
 
     @_abc_1.abstractmethod

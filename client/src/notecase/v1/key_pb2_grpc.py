@@ -85,7 +85,8 @@ class KeyServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListKeys(self, request, context):
-        """Returns a page of keys, newest first, including those that have expired.
+        """Returns a page of keys, newest first, including those that have expired. NOT_FOUND TENANT_NOT_FOUND when an operator names
+        a tenant that is not known; a tenant that has had a key is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

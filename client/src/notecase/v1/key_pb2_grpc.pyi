@@ -43,7 +43,9 @@ class KeyServiceStub:
     GetKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.GetKeyRequest, _key_pb2.Key]
     """Returns a key without its secret; one that has expired, too. NOT_FOUND when there is no key of that name."""
     ListKeys: _grpc.UnaryUnaryMultiCallable[_key_pb2.ListKeysRequest, _key_pb2.ListKeysResponse]
-    """Returns a page of keys, newest first, including those that have expired."""
+    """Returns a page of keys, newest first, including those that have expired. NOT_FOUND TENANT_NOT_FOUND when an operator names
+    a tenant that is not known; a tenant that has had a key is.
+    """
     RevokeKey: _grpc.UnaryUnaryMultiCallable[_key_pb2.RevokeKeyRequest, _empty_pb2.Empty]
     """Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
     no such key. A repeat with the same request_id succeeds.
@@ -69,7 +71,9 @@ class KeyServiceAsyncStub(KeyServiceStub):
     GetKey: _aio.UnaryUnaryMultiCallable[_key_pb2.GetKeyRequest, _key_pb2.Key]  # type: ignore[assignment]
     """Returns a key without its secret; one that has expired, too. NOT_FOUND when there is no key of that name."""
     ListKeys: _aio.UnaryUnaryMultiCallable[_key_pb2.ListKeysRequest, _key_pb2.ListKeysResponse]  # type: ignore[assignment]
-    """Returns a page of keys, newest first, including those that have expired."""
+    """Returns a page of keys, newest first, including those that have expired. NOT_FOUND TENANT_NOT_FOUND when an operator names
+    a tenant that is not known; a tenant that has had a key is.
+    """
     RevokeKey: _aio.UnaryUnaryMultiCallable[_key_pb2.RevokeKeyRequest, _empty_pb2.Empty]  # type: ignore[assignment]
     """Revokes a key: calls with it are UNAUTHENTICATED from now on, and its streams end within seconds. NOT_FOUND when there is
     no such key. A repeat with the same request_id succeeds.
@@ -110,7 +114,9 @@ class KeyServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _key_pb2.ListKeysRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_key_pb2.ListKeysResponse, _abc.Awaitable[_key_pb2.ListKeysResponse]]:
-        """Returns a page of keys, newest first, including those that have expired."""
+        """Returns a page of keys, newest first, including those that have expired. NOT_FOUND TENANT_NOT_FOUND when an operator names
+        a tenant that is not known; a tenant that has had a key is.
+        """
 
     @_abc_1.abstractmethod
     def RevokeKey(

@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping
 
-import structlog
-
 from notecase_server import errors
 from notecase_server.auth.files import Watched
 from notecase_server.auth.principal import AuthContext, Metadata, Principal
 from notecase_server.auth.settings import san
 
-log = structlog.get_logger()
-
 KINDS = ("uri", "dns", "email")
 """The kinds of names that a caller is known by. An address is not one: it says where a caller is."""
+
+MOST_NAMES = 10
+MOST_LOGGED = 1000
+"""How many names of a refused certificate the log has, and how many characters of them."""
 
 
 class Certificates:
@@ -34,6 +34,8 @@ class Certificates:
         }
         found = [known[name] for name in held if name in known]
         if len(found) != 1:
-            log.info("certificate_refused", names=sorted(held)[:10], known=len(found))
-            raise errors.unauthenticated()
+            names = ", ".join(sorted(held)[:MOST_NAMES]) or "none"
+            raise errors.unauthenticated(
+                f"The table has {len(found)} of the certificate's names: {names[:MOST_LOGGED]}"
+            )
         return found[0]

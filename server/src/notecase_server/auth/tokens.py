@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jwt
-import structlog
 
 from notecase_server import errors, names
 from notecase_server.auth.jwks import Key, KeySet, Load, discovered, from_file, from_url
@@ -15,8 +14,6 @@ from notecase_server.auth.principal import AuthContext, Metadata, Principal, Rol
 from notecase_server.auth.settings import Claim, IssuerSettings
 from notecase_server.auth.tables import ROLES
 from notecase_server.supervisor import Tasks
-
-log = structlog.get_logger()
 
 TOKEN_BYTES = 8 << 10
 """The longest token that is looked at. Longer ones hold all groups of a user, which a provider can leave out."""
@@ -89,8 +86,7 @@ class Tokens:
         try:
             return await self._judge(token)
         except _RefusedError as refused:
-            log.info("token_refused", problem=str(refused))
-            raise errors.unauthenticated() from None
+            raise errors.unauthenticated(f"The token is not valid: {refused}.") from None
 
     async def _judge(self, token: str) -> Principal:
         _need(len(token) <= TOKEN_BYTES, f"it has more than {TOKEN_BYTES} bytes")

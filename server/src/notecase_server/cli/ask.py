@@ -53,7 +53,7 @@ def confirm(question: str, yes: bool) -> None:
     if yes:
         return
     if not sys.stdin.isatty():
-        raise click.UsageError("Nobody can be asked here; say --yes if you mean it.")
+        raise click.UsageError(f"{screen.harmless(question)} Nobody can be asked here; say --yes if you mean it.")
     replace_unknown()
     click.confirm(screen.harmless(question), abort=True, err=True)
 

@@ -42,10 +42,11 @@ def list_entries(where: str, tenant: str, limit: int, form: str) -> None:
     """List entries, the last one first."""
 
     async def look(client: Client) -> None:
-        request = v1.ListAuditEntriesRequest(tenant=name_of("tenants", tenant) if tenant else "", filter=where)
+        whose = name_of("tenants", tenant) if tenant else ""
+        request = v1.ListAuditEntriesRequest(tenant=whose, filter=where)
         entries = await output.listed(client.audit.ListAuditEntries, request, "entries", limit)
         named = {entry.principal for entry in entries if entry.principal} if form == "table" else ()
-        subjects = await _subjects(client, named)
+        subjects = await _subjects(client, whose, named)
         columns = {
             "TIME": lambda one: screen.moment(one.create_time),
             "SUBJECT": lambda one: screen.one_line(subjects.get(one.principal, one.principal)) or "-",
@@ -59,12 +60,12 @@ def list_entries(where: str, tenant: str, limit: int, form: str) -> None:
     ask(look)
 
 
-async def _subjects(client: Client, principals: Iterable[str]) -> dict[str, str]:
-    """The subjects of those principals of which it is known still, as far as the caller may ask."""
+async def _subjects(client: Client, tenant: str, principals: Iterable[str]) -> dict[str, str]:
+    """Returns the subjects of those principals that have not been erased."""
     found = dict[str, str]()
     for name in principals:
         try:
-            found[name] = (await client.audit.GetPrincipal(v1.GetPrincipalRequest(name=name))).subject
+            found[name] = (await client.audit.GetPrincipal(v1.GetPrincipalRequest(name=name, tenant=tenant))).subject
         except NotecaseError as error:
             if error.reason != "PRINCIPAL_NOT_FOUND":
                 raise

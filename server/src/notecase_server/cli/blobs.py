@@ -6,7 +6,7 @@ from notecase import Client, v1
 from notecase_server.cli import output, screen, transfer
 from notecase_server.cli.ask import ask, name_of
 from notecase_server.cli.connection import Exit, Refusal
-from notecase_server.cli.options import OUTPUT, SERVER
+from notecase_server.cli.options import FORCE, OUTPUT, SERVER
 
 BLOB = click.argument("blob", metavar="BLOB")
 
@@ -62,15 +62,13 @@ def show_blob(blob: str, form: str) -> None:
 @blobs.command("download")
 @BLOB
 @click.argument("file", metavar="FILE")
+@FORCE
 @SERVER
-def download_blob(blob: str, file: str) -> None:
-    """Write the content of a blob to a file, or for - to standard output.
-
-    An existing file is replaced once the new one is whole.
-    """
+def download_blob(blob: str, file: str, force: bool) -> None:
+    """Write the content of a blob to a file, or for - to standard output."""
 
     async def save(client: Client) -> None:
-        with transfer.destination(file) as write:
+        with transfer.destination(file, force) as write:
             async for piece in client.download(name_of("blobs", blob)):
                 write(piece)
 

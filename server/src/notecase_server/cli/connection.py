@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from notecase_server.cli import profiles_file
-from notecase_server.cli.options import CONNECTION, DEFAULT_ADDRESS
+from notecase_server.cli.options import DEFAULT_ADDRESS, given_connection
 
 _TLS = ("andshake", "ertificate", "Hostname Verification", "Socket closed", "reset by peer")
 """What gRPC says when TLS fails, or when one side speaks it and the other does not."""
@@ -45,19 +45,23 @@ class Refusal(click.ClickException):
 
 
 def connection() -> tuple[str, dict[str, Any]]:
-    """Returns the address and the further arguments of Client: what options and variables say, and then the profile.
+    """Returns the address and the further arguments of Client: what options say, then a profile that --profile names,
+    then variables, and then any other profile.
 
     A profile's token and authorities go to no other server than its own. Raises Refusal for a profile that is not
     there or cannot be read, and for a file of authorities that cannot be read."""
-    given = dict(click.get_current_context().meta.get(CONNECTION, {}))
-    server, name = given.pop("server", ""), given.pop("profile", "")
+    options, variables = map(dict, given_connection(click.get_current_context()))
+    named = options.pop("profile", "")
     try:
-        found = profiles_file.read().chosen(name)
+        found = profiles_file.read().chosen(named or variables.pop("profile", ""))
     except profiles_file.ProfilesError as error:
         raise Refusal(str(error), Exit.USAGE) from None
-    if found is not None and server in {"", found.address}:
-        server = found.address
-        given = {**found.arguments(), **given}
+    own = {} if found is None else {"server": found.address, **found.arguments()}
+    given = {**variables, **own, **options} if named else {**own, **variables, **options}
+    server = given.pop("server", "") or DEFAULT_ADDRESS
+    if found is not None and server != found.address:
+        given = {**variables, **options}
+        given.pop("server", None)
     if given.get("plaintext"):
         given.pop("ca", None)
     if ca := given.get("ca"):
@@ -66,7 +70,7 @@ def connection() -> tuple[str, dict[str, Any]]:
         except OSError as error:
             told = f"The authorities of --ca, NOTECASE_CA or the profile: {ca} cannot be read: {error.strerror}."
             raise Refusal(told, Exit.USAGE) from None
-    return server or DEFAULT_ADDRESS, given
+    return server, given
 
 
 def unreachable(server: str, details: str) -> str:

@@ -1,15 +1,15 @@
 """`notecase keys`: the keys by which programs call a server."""
 
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
 from notecase import Client, v1
 
 from notecase_server.cli import output, screen
-from notecase_server.cli.ask import ask, name_of
-from notecase_server.cli.options import LIMIT, OUTPUT, PASSWORD_FILE, SERVER, STORE
+from notecase_server.cli.ask import ask, confirm, name_of
+from notecase_server.cli.options import LIMIT, OUTPUT, PASSWORD_FILE, SERVER, STORE, YES
 from notecase_server.cli.store_config import CONFIG
 
 ROLES = {name.removeprefix("ROLE_").lower(): value for name, value in v1.Key.Role.items() if value}
@@ -112,16 +112,22 @@ def revoke(key: str, tenant: str) -> None:
 @KEY
 @click.option("--overlap", type=Span(), default="1h", metavar="SPAN", help="How long the one before is taken, too.")
 @TENANT
+@YES
 @SERVER
-def rotate(key: str, overlap: timedelta, tenant: str) -> None:
+def rotate(key: str, overlap: timedelta, tenant: str, yes: bool) -> None:
     """Give a key another secret and print it, this once.
 
-    Whose key it is stays the same, and so does its id.
+    Whose key it is stays the same, and so does its id. A key has one former secret: rotating it again during the
+    overlap ends the first secret's time, and asks first unless the overlap is 0s.
     """
 
     async def renew(client: Client) -> None:
         request = v1.RotateKeyRequest(name=name_of("keys", key), tenant=_tenant(tenant))
         request.overlap.FromTimedelta(overlap)
+        found = await client.keys.GetKey(v1.GetKeyRequest(name=request.name, tenant=request.tenant))
+        if overlap and found.overlap_end_time.ToDatetime(UTC) > datetime.now(UTC):
+            until = screen.moment(found.overlap_end_time)
+            confirm(f"The secret from before the last rotation is valid until {until}. End it now?", yes)
         made = await client.keys.RotateKey(request)
         _show(made.key, made.secret)
 

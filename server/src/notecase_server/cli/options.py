@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import click
 
@@ -24,21 +24,34 @@ def address(context: click.Context, option: click.Parameter, value: str) -> str:
     return value
 
 
-CONNECTION = "notecase.connection"
-"""The key of `Context.meta` under which the options below are kept."""
+class Given(NamedTuple):
+    """The options below by name, as far as they are given."""
+
+    options: dict[str, Any]
+    """On the command line."""
+    variables: dict[str, Any]
+    """By a variable alone."""
+
+
+def given_connection(context: click.Context) -> Given:
+    """Returns what is kept for `connection`."""
+    kept: Given = context.meta.setdefault("notecase.connection", Given({}, {}))
+    return kept
 
 
 def _keep(context: click.Context, option: click.Parameter, value: Any) -> None:
     """Keeps an option for `connection`. A token that only a variable says is kept as None: the client takes it from
     there, and sends it with more care."""
-    name = option.name or ""
-    given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
-    if given or value:
-        context.meta.setdefault(CONNECTION, {})[name] = value if given or name != "token" else None
+    name, kept = option.name or "", given_connection(context)
+    if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE:
+        kept.options[name] = value
+    elif value:
+        kept.variables[name] = value if name != "token" else None
 
 
 def _keep_address(context: click.Context, option: click.Parameter, value: str) -> None:
-    _keep(context, option, address(context, option, value) if value else value)
+    if value:
+        _keep(context, option, address(context, option, value))
 
 
 _OPTIONS = (
@@ -57,11 +70,13 @@ _OPTIONS = (
         "--profile",
         default="",
         show_default=False,
+        envvar="NOTECASE_PROFILE",
+        show_envvar=True,
         metavar="NAME",
         callback=_keep,
         expose_value=False,
-        help="Take the server, token and authorities of this profile; see `notecase profiles`. Options and variables "
-        "win over it.",
+        help="Take the server, token and authorities of this profile; see `notecase profiles`. Other options win "
+        "over it, and it over other variables.",
     ),
     click.option(
         "--token",
@@ -118,6 +133,8 @@ WAIT = click.option(
     help="How long a run may wait for a caller's tool before you are asked for its result; 2 without this option. "
     "Where there is no terminal: for anybody, before the command ends; 10 without it.",
 )
+
+FORCE = click.option("--force", is_flag=True, help="Replace FILE where it exists, once the new one is whole.")
 
 YES = click.option("--yes", is_flag=True, help="Do not ask first.")
 

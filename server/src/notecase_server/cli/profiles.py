@@ -18,8 +18,9 @@ NAME = click.argument("name")
 def profiles() -> None:
     """List, set, choose and delete profiles: servers by name, each with its token and authorities.
 
-    They are in one file, which `profiles list` names. Commands take the profile of --profile, or else the one that
-    `profiles use` chose; options and NOTECASE_ variables win over it. A profile's token goes to its own server only.
+    They are in one file, which `profiles list` names. Commands take the profile of --profile or NOTECASE_PROFILE, or
+    else the one that `profiles use` chose. Other options win over it, and NOTECASE_ADDRESS, NOTECASE_TOKEN and
+    NOTECASE_CA over a profile that --profile does not name. A profile's token goes to its own server only.
     """
 
 
@@ -30,15 +31,16 @@ def list_profiles(form: str) -> None:
     from notecase_server.cli import output  # noqa: PLC0415  # imports the client, which no other of these needs
 
     held = _read()
+    used = os.environ.get("NOTECASE_PROFILE") or held.current
     if form != "table":
         shown = [
-            {"name": name, "current": name == held.current, "address": one.address, "token": _source(one), "ca": one.ca}
+            {"name": name, "current": name == used, "address": one.address, "token": _source(one), "ca": one.ca}
             for name, one in sorted(held.profiles.items())
         ]
         output.print_data(shown, form)
         return
     rows = [
-        ("*" if name == held.current else "", name, one.address, _source(one), one.ca)
+        ("*" if name == used else "", name, one.address, _source(one), one.ca)
         for name, one in sorted(held.profiles.items())
     ]
     click.echo(output.table(("", "PROFILE", "SERVER", "TOKEN", "AUTHORITIES"), rows))

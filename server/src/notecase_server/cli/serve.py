@@ -163,10 +163,11 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     help="How long runs may take to their next commit when the server stops; the rest goes on at the next start.",
 )
 @click.option(
-    "--profile",
+    "--provider-profile",
+    "profile",
     default="",
     show_default=False,
-    envvar="NOTECASE_PROFILE",
+    envvar="NOTECASE_PROVIDER_PROFILE",
     show_envvar=True,
     metavar="PROFILE",
     help="What the model's provider takes, where its address and model do not tell: the name of a built-in profile, a "

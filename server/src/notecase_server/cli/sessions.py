@@ -5,7 +5,7 @@ from notecase import Client, v1
 
 from notecase_server.cli import output, screen, transfer
 from notecase_server.cli.ask import ask, confirm, name_of
-from notecase_server.cli.options import LIMIT, OUTPUT, SERVER, YES
+from notecase_server.cli.options import FORCE, LIMIT, OUTPUT, SERVER, YES
 
 SESSION = click.argument("session", metavar="SESSION")
 NEW_ID = click.option("--id", "new_id", default="", show_default=False, metavar="ID", help="The id of the new session.")
@@ -170,7 +170,7 @@ def compact_session(session: str, keep: int | None) -> None:
 @sessions.command("export")
 @SESSION
 @click.argument("file", metavar="FILE")
-@click.option("--force", is_flag=True, help="Replace FILE where it exists, once the new one is whole.")
+@FORCE
 @SERVER
 def export_session(session: str, file: str, force: bool) -> None:
     """Write a session to a file, or for - to standard output, to be imported here or elsewhere."""

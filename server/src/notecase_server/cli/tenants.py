@@ -119,7 +119,7 @@ def export_tenant(tenant: str, directory: Path) -> None:
     The directory is made once all of it is there. The tenant's audit says so.
     """
     if directory.exists() and any(directory.iterdir()):
-        raise click.UsageError(f"{directory} is not empty.")
+        raise click.UsageError(f"{directory} is not empty; name a new directory.")
 
     with on_disk(directory):
         ask(lambda client: save(client, name_of("tenants", tenant), directory))

@@ -14,14 +14,19 @@ PIECE = 256 << 10
 
 
 @contextmanager
-def destination(file: str, force: bool = True) -> Iterator[Callable[[bytes], object]]:
+def destination(file: str, force: bool) -> Iterator[Callable[[bytes], object]]:
     """Hands out what writes a piece. A new file replaces `file` once the block has ended well, so that nobody ever
-    finds half of one. Raises Refusal for what the disk refuses, and without `force` for a file that exists."""
+    finds half of one; a device or a pipe is written to. Raises Refusal for what the disk refuses, and without `force`
+    for a file that exists."""
     if file == "-":
         yield sys.stdout.buffer.write
         sys.stdout.buffer.flush()
         return
     target = Path(file)
+    if target.exists() and not target.is_file():
+        with on_disk(file), target.open("wb") as opened:
+            yield opened.write
+        return
     if target.exists() and not force:
         raise Refusal(f"{file} exists; --force replaces it.", Exit.USAGE)
     with (

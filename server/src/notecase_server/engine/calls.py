@@ -177,7 +177,6 @@ class Calls:
             user=live.user,
             run=names.run(live.key.session, self._log.run.name),
             call_id=call.call_id,
-            idempotency_key=f"{live.key.uid}/{call.call_id}",
             attempt=call.attempt,
             get_state=get_state,
             pose=self._questions.of(call.call_id, clock),

@@ -8,7 +8,7 @@ from notecase import v1
 from notecase_server import errors
 from notecase_server.rpc import filter as filters
 from notecase_server.rpc.caller import caller
-from notecase_server.rpc.desk import Desk, listed, named_tenant
+from notecase_server.rpc.desk import Desk, listed, named_tenant, require_known
 from notecase_server.rpc.validate import Check
 from notecase_server.store.contract import And, AuditStore, Compare, PrincipalStore, TenantStore
 
@@ -35,9 +35,9 @@ class AuditsService(v1.AuditServiceServicer):
 
     async def GetPrincipal(self, request: v1.GetPrincipalRequest, context: Any) -> v1.Principal:
         who, check = caller.get(), Check()
-        principal_id = check.principal("name", request.name)
+        principal_id, tenant = check.principal("name", request.name), named_tenant(check, request.tenant)
         check.done()
-        found = await self.store.get_principal(who.tenant, principal_id)
+        found = await self.store.get_principal(tenant, principal_id)
         if found is None or (who.user and found.user != who.user):
             raise errors.not_found("principal", request.name)
         return found
@@ -50,6 +50,6 @@ class AuditsService(v1.AuditServiceServicer):
         if tenant != caller.get().tenant:
             query = query._replace(where=OF_KEYS if query.where is None else And((OF_KEYS, query.where)))
         page = await self.store.list_audit(tenant, query)
-        if tenant != caller.get().tenant and not page.rows and await self.store.get_tenant(tenant) is None:
-            raise errors.not_found("tenant", request.tenant)
+        if not page.rows:
+            await require_known(self.store, tenant)
         return v1.ListAuditEntriesResponse(entries=page.rows, next_page_token=self.desk.pages.token(page.next, *about))

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 
+from notecase_server import errors, names
 from notecase_server.auth.principal import Role
 from notecase_server.auth.principals import Principals
 from notecase_server.engine.arrivals import Arrivals
@@ -22,7 +23,7 @@ from notecase_server.rpc.caller import audit_row, caller
 from notecase_server.rpc.pages import ListRequest, Pages
 from notecase_server.rpc.run import Streams
 from notecase_server.rpc.validate import Check
-from notecase_server.store.contract import Answer, AuditRow, Once, Query, RequestStore, SessionKey
+from notecase_server.store.contract import Answer, AuditRow, Once, Query, RequestStore, SessionKey, TenantStore
 from notecase_server.tools.contract import Toolbox
 
 M = TypeVar("M", bound=Message)
@@ -134,6 +135,12 @@ def named_tenant(check: Check, name: str) -> str:
     if tenant != own:
         check.needs(Role.OPERATOR, "tenant")
     return tenant
+
+
+async def require_known(store: TenantStore, tenant: str) -> None:
+    """Raises NotecaseError TENANT_NOT_FOUND where an operator names a tenant that is not known: it is misspelt."""
+    if tenant != caller.get().tenant and await store.get_tenant(tenant) is None:
+        raise errors.not_found("tenant", names.tenant(tenant))
 
 
 def masked(check: Check, mask: FieldMask, given: Message, allowed: Iterable[str]) -> FieldMask:

@@ -8,7 +8,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.auth.keys import Keys
-from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, named_tenant, once
+from notecase_server.rpc.desk import NOTHING, Desk, checked, listed, named_tenant, once, require_known
 from notecase_server.rpc.validate import Check
 from notecase_server.store.contract import Answer, KeyStore, TenantStore
 
@@ -68,6 +68,8 @@ class KeysService(v1.KeyServiceServicer):
         about = ("keys", tenant)
         query = listed(check, self.desk.pages, request, *about)
         page = await self.store.list_keys(tenant, query)
+        if not page.rows:
+            await require_known(self.store, tenant)
         return v1.ListKeysResponse(keys=page.rows, next_page_token=self.desk.pages.token(page.next, *about))
 
     async def RevokeKey(self, request: v1.RevokeKeyRequest, context: Any) -> Empty:

@@ -62,7 +62,8 @@ class Refusals:
             self._unauthenticated += 1
             if self._unauthenticated > LOGGED_A_MINUTE:
                 return
-        log.info("rpc_refused", reason=errors.reason_name(error.reason), problem=error.message[:300])
+        cause = {"cause": error.cause} if error.cause else {}
+        log.info("rpc_refused", reason=errors.reason_name(error.reason), problem=error.message[:300], **cause)
         if error.reason == v1.ERROR_REASON_ROLE_MISSING and who.principal.subject:
             known = who.principal in self._minute or len(self._minute) < MOST_PRINCIPALS
             principal = who.principal if known else NOBODY

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
+import notecase
 from google.protobuf.empty_pb2 import Empty
 from notecase import Plain, from_value, to_value, v1
 
@@ -20,26 +21,14 @@ class ToolSettingsError(Exception):
 
 
 @dataclass(slots=True, kw_only=True)
-class CallContext:
+class CallContext(notecase.CallContext):
     """What a call knows of where it is made, and how it changes state.
 
     Values are Python's own, as `notecase.to_value` takes them: it raises TypeError or OverflowError for what state
     cannot hold. What was changed here is read back only once the call has succeeded."""
 
-    session: str
-    """sessions/{session}"""
-    session_uid: str
-    """Session.uid. Unlike the name it is never another session's, nor another tenant's."""
     user: str
     """users/{user}, or empty."""
-    run: str
-    """sessions/{session}/runs/{run}"""
-    call_id: str
-    idempotency_key: str
-    """{session_uid}/{call_id}: the same on every attempt of this call, and never that of another. An outside effect is
-    made once by it."""
-    attempt: int
-    """1, and one more each time the call is run again after its process was lost."""
     get_state: Callable[..., Awaitable[Mapping[str, v1.Value]]]
     """`await get_state("key", …)`: the session's own state as it is, those of the keys that exist."""
     pose: Callable[[str, str], Awaitable[v1.InputResponse]]

@@ -26,10 +26,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from importlib.metadata import EntryPoint
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar, get_type_hints, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import structlog
 from notecase import v1
+from notecase.context import context_parameters
 from notecase.hints import Mismatch, dump, of_arguments
 from pydantic import ConfigDict, TypeAdapter
 
@@ -138,10 +139,9 @@ class PythonTool:
                 f"{self.name!r} is not a name for a tool: use letters, digits, _ and -, at most 64."
             )
         try:
-            hints = get_type_hints(function, include_extras=True)
-            self._context = [name for name, hint in hints.items() if hint is CallContext and name != "return"]
+            self._context = context_parameters(function, CallContext)
             self._arguments = of_arguments(function, leave_out=self._context)
-        except (NameError, TypeError) as error:
+        except TypeError as error:
             raise ToolSettingsError(f"The tool {self.name!r} cannot be declared: {error}.") from error
         self.parameters = dump(self._arguments.schema)
 
