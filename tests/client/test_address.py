@@ -68,7 +68,7 @@ async def test_a_server_that_is_away_is_logged_at_the_second_try(caplog: pytest.
         with pytest.raises(NotecaseError) as away:
             await client.put_state("app", "key", 1)
     assert (grpc.StatusCode.UNAVAILABLE, why) == (away.value.code, away.value.message)
-    assert [("WARNING", f"{why}. Trying again, for at most 0 s.")] == [
+    assert [("WARNING", f"{why}. Trying again, for at most 0.03 s.")] == [
         (record.levelname, record.getMessage()) for record in caplog.records if record.name == "notecase"
     ]
 

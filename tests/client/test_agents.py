@@ -209,8 +209,22 @@ async def test_resources_are_named_by_id_name_or_themselves(client: Client, mode
     for named in ("violin", "sessions/violin", session):
         await client.invoke("Well?", session=named)
     await client.put_state(session, "seen", "quay")
-    assert {"seen": "quay"} == await client.get_state(session, "seen")
+    assert {"seen": "quay"} == await client.get_state(session, "seen") == await client.get_state("violin")
+    with pytest.raises(NotecaseError, match="SESSION_NOT_FOUND: There is no session 'sessions/nobody'"):
+        await client.get_state("nobody")
+    assert {} == await client.get_state("app") == await client.get_state("users/ada")
     assert (await client.fork(session)).agent == session.agent
+
+
+async def test_state_that_was_changed_meanwhile_is_not_overwritten(client: Client) -> None:
+    """By the version that came with the value; a miss says which version there is."""
+    session = await client.create_session("detective", state={"visits": 1})
+    entry = (await client.get_state_entries(session, "visits", "missing"))["visits"]
+    put = await client.put_state(session, "visits", entry.value + 1, if_version=entry.version)
+    with pytest.raises(NotecaseError, match="STATE_VERSION_MISMATCH") as late:
+        await client.put_state(session, "visits", entry.value + 1, if_version=entry.version)
+    assert str(put.version) == late.value.metadata["version"]
+    assert {"visits": (2, put.version)} == await client.get_state_entries(session)
 
 
 async def test_lists_go_on_over_their_pages(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

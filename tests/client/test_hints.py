@@ -13,7 +13,7 @@ from notecase import CallContext, Tool, v1
 from notecase.hints import Mismatch, of_arguments, parse
 from notecase.tools import RESULT_BYTES, as_tools
 
-CONTEXT = CallContext(session="sessions/s", session_uid="u", run="sessions/s/runs/r", call_id="c", attempt=1)
+CONTEXT = CallContext(session="sessions/s", session_uid="u", user="", run="sessions/s/runs/r", call_id="c", attempt=1)
 
 
 class Unit(enum.Enum):

@@ -2,15 +2,19 @@
 
 import asyncio
 
-from notecase import Client, NotecaseError
+from notecase import Client, NotecaseError, RunStream
 
 from tests.client.test_client import EAGER
 from tests.support.openai_server import OpenAIServer, error, reply
 
 
+async def words(run: RunStream) -> str:
+    return "".join([text async for text in run.text()])
+
+
 async def heard(client: Client, name: str, after_sequence: int | None = None) -> str:
     async with client.attach(name, after_sequence) as run:
-        return "".join([text async for text in run.text()])
+        return await words(run)
 
 
 async def test_the_text_of_a_queued_run_is_its_own(client: Client, session: str, model: OpenAIServer) -> None:
@@ -20,12 +24,11 @@ async def test_the_text_of_a_queued_run_is_its_own(client: Client, session: str,
     model.script(reply("The first.", chunks=2).held(release, 2), reply("The second."), error(400), reply("The third."))
     one = client.run("One", session=session, options=EAGER)
     async with one as first, client.run("Two", session=session, on_busy="queue", options=EAGER) as second:
-        texts = second.text()
-        reading = asyncio.create_task(anext(texts))
+        reading = asyncio.create_task(words(second))
         async for event in first:
             if event.HasField("block_delta"):
                 release.set()
-        assert "The second." == await reading + "".join([text async for text in texts])
+        assert "The second." == await reading
     assert "The second." == await heard(client, second.name) == second.reply.text
     try:
         await client.invoke("Fail", session=session)

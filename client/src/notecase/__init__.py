@@ -11,7 +11,7 @@ from notecase.reply import Reply
 from notecase.retry import Retry
 from notecase.stream import RunStream
 from notecase.tools import Tool
-from notecase.values import Plain, from_value, text_of, to_message, to_value
+from notecase.values import Entry, Plain, from_value, text_of, to_message, to_value
 from notecase.view import Block, Gap, SessionView
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "CallContext",
     "Client",
     "Commands",
+    "Entry",
     "Gap",
     "NotecaseError",
     "Plain",

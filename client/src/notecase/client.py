@@ -11,7 +11,8 @@ import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from notecase import v1
-from notecase.agents import Local, message, split
+from notecase.agents import Local, split
+from notecase.arguments import duration, made, message, shown
 from notecase.calls import Turns
 from notecase.commands import Commands
 from notecase.connection import Connection, Token
@@ -95,7 +96,7 @@ class Client(Commands, Sessions):
         self._connection = Connection(
             target, token=token, ca=ca, plaintext=plaintext, credentials=credentials, options=options
         )
-        self._retry = retry or Retry()
+        self._retry = _policy(retry)
         channel = self._connection.channel
         self.agents = v1.AgentServiceStub(channel)
         self.sessions = v1.SessionServiceStub(channel)
@@ -139,7 +140,7 @@ class Client(Commands, Sessions):
         agent: str,
         instruction: str = "",
         *,
-        tools: Iterable[Callable[..., Any] | Tool | v1.Tool | Mapping[str, Any]] = (),
+        tools: Iterable[Callable[..., Any] | Tool | v1.Tool | Mapping[str, Any]] | None = None,
         output: Any = None,
         model: str = "",
         provider: str = "",
@@ -169,19 +170,21 @@ class Client(Commands, Sessions):
         Raises TypeError for a function or an output that has no JSON Schema, ValueError for a mapping with a field that
         does not exist, and NotecaseError TEMPLATE_ERROR and INVALID_FIELD for what the server refuses."""
         definitions, local = split(tools, output)
-        llm = v1.LlmAgent(
+        llm = made(
+            v1.LlmAgent,
             model=model,
             instruction=instruction,
             tools=definitions,
-            generation=message(v1.Generation, generation),
-            context=message(v1.Context, context),
+            generation=message(v1.Generation, generation, "generation"),
+            context=message(v1.Context, context, "context"),
             output_schema=dump(local.output.schema) if local.output else "",
             max_model_calls=max_model_calls,
             provider=provider,
             fallbacks=fallbacks,
         )
         request = v1.UpdateAgentRequest(
-            agent=v1.Agent(
+            agent=made(
+                v1.Agent,
                 name=name_of(agent, "agents"),
                 display_name=display_name,
                 description=description,
@@ -230,10 +233,10 @@ class Client(Commands, Sessions):
     def run(
         self,
         *said: str | v1.Message,
-        agent: str | v1.Agent = "",
-        session: str | v1.Session = "",
+        agent: str | v1.Agent | None = None,
+        session: str | v1.Session | None = None,
         state: Mapping[str, Plain] | None = None,
-        tools: Iterable[Callable[..., Any] | Tool] = (),
+        tools: Iterable[Callable[..., Any] | Tool] | None = None,
         output: Any = None,
         model: str | None = None,
         instruction: str | None = None,
@@ -274,23 +277,29 @@ class Client(Commands, Sessions):
             raise ValueError("who is to answer? Name an agent, a session, or both: agent=…, session=…")
         functions = as_tools(tools)
         declared = self._local.get(agent.partition("@")[0], Local()).tools
-        start = v1.StartRun(
+        start = made(
+            v1.StartRun,
             session=session,
             agent=agent,
             state=to_values(state),
             run_id=run_id or uuid.uuid4().hex,
-            messages=map(to_message, said),
+            messages=[to_message(one) for one in said],
             client_tools=[one.definition for name, one in functions.items() if one.declare and name not in declared],
-            on_busy=choice(v1.StartRun.OnBusy, on_busy),
-            limits=message(v1.Limits, limits),
+            on_busy=choice(v1.StartRun.OnBusy, on_busy, "on_busy"),
+            limits=message(v1.Limits, limits, "limits"),
             options=options,
             rewind_to_sequence=rewind_to,
         )
-        settings = v1.RunSettings(model=model, instruction=instruction, generation=message(v1.Generation, generation))
+        settings = made(
+            v1.RunSettings,
+            model=model,
+            instruction=instruction,
+            generation=message(v1.Generation, generation, "generation"),
+        )
         if settings.ListFields():
             start.settings.CopyFrom(settings)
         if cancel_after is not None:
-            start.disconnect.cancel_after.FromMilliseconds(round(cancel_after * 1000))
+            start.disconnect.CopyFrom(v1.Disconnect(cancel_after=duration("cancel_after", cancel_after)))
         if not session:  # named here, so that a repeat finds it
             start.new_session.name = f"sessions/{uuid.uuid4().hex}"
             start.new_session.agent = agent.partition("@")[0]
@@ -302,7 +311,7 @@ class Client(Commands, Sessions):
         name: str | Named,
         after_sequence: int | None = None,
         *,
-        tools: Iterable[Callable[..., Any] | Tool] = (),
+        tools: Iterable[Callable[..., Any] | Tool] | None = None,
         output: Any = None,
         options: v1.WatchOptions | None = None,
     ) -> RunStream:
@@ -315,16 +324,18 @@ class Client(Commands, Sessions):
 
         Raises TypeError for a function that cannot be a tool. Entering raises NotecaseError: SEQUENCE_AHEAD,
         SESSION_NOT_FOUND, RUN_NOT_FOUND."""
-        attach = v1.AttachRun(name=name_of(name, "sessions"), after_sequence=after_sequence, options=options)
+        attach = made(
+            v1.AttachRun, name=name_of(name, "sessions", "name"), after_sequence=after_sequence, options=options
+        )
         return self._follow(v1.RunRequest(attach=attach), tools, output)
 
     async def invoke(
         self,
         *said: str | v1.Message,
-        agent: str | v1.Agent = "",
-        session: str | v1.Session = "",
+        agent: str | v1.Agent | None = None,
+        session: str | v1.Session | None = None,
         state: Mapping[str, Plain] | None = None,
-        tools: Iterable[Callable[..., Any] | Tool] = (),
+        tools: Iterable[Callable[..., Any] | Tool] | None = None,
         output: Any = None,
         model: str | None = None,
         instruction: str | None = None,
@@ -378,7 +389,7 @@ class Client(Commands, Sessions):
     def _follow(
         self,
         first: v1.RunRequest,
-        tools: Iterable[Callable[..., Any] | Tool],
+        tools: Iterable[Callable[..., Any] | Tool] | None,
         output: Any,
         local: Mapping[str, Local] | None = None,
     ) -> RunStream:
@@ -395,3 +406,9 @@ class Client(Commands, Sessions):
 
     async def _get_run(self, name: str) -> v1.Run:
         return await repeat(self._retry, lambda: self.runs.GetRun(v1.GetRunRequest(name=name)))
+
+
+def _policy(retry: Retry | None) -> Retry:
+    if retry is not None and not isinstance(retry, Retry):
+        raise TypeError(f"retry must be a notecase.Retry, for example Retry(tries=3), not {shown(retry)}")
+    return retry or Retry()

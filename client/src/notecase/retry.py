@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import grpc
 
+from notecase.arguments import duration, shown
 from notecase.errors import NotecaseError
 from notecase.view import Gap
 
@@ -32,6 +33,15 @@ class Retry:
     first_delay: float = 0.1
     """Doubled for each further repeat."""
     max_delay: float = 5.0
+
+    def __post_init__(self) -> None:
+        """Raises TypeError or ValueError for what is not a number of repeats or of seconds."""
+        if isinstance(self.tries, bool) or not isinstance(self.tries, int):
+            raise TypeError(f"tries must be an integer, not {shown(self.tries)}")
+        duration("first_delay", self.first_delay)
+        duration("max_delay", self.max_delay)
+        if min(self.tries, self.first_delay, self.max_delay) < 0:
+            raise ValueError("tries, first_delay and max_delay must not be negative")
 
     @property
     def longest(self) -> float:
@@ -61,7 +71,8 @@ class Backoff:
         if self._failures >= self._retry.tries or not worth:
             raise error
         if isinstance(error, NotecaseError) and not refused and self._failures == 1:
-            log.warning("%s Trying again, for at most %.0f s.", error.message.rstrip(".") + ".", self._retry.longest)
+            longest = f"{self._retry.longest:{'.0f' if self._retry.longest >= 10 else '.2g'}}"
+            log.warning("%s Trying again, for at most %s s.", error.message.rstrip(".") + ".", longest)
         self._refused |= refused
         delay = min(self._retry.first_delay * 2**self._failures, self._retry.max_delay)
         self._failures += 1

@@ -12,6 +12,7 @@ import grpc
 
 from notecase import v1
 from notecase.agents import Local
+from notecase.arguments import made
 from notecase.calls import Calls, Turns
 from notecase.commands import Commands
 from notecase.context import CallContext
@@ -21,7 +22,7 @@ from notecase.names import Remember, When
 from notecase.reply import Reply
 from notecase.retry import Backoff, Retry
 from notecase.tools import Tool, as_tools
-from notecase.values import Plain, to_value
+from notecase.values import Plain, to_values
 from notecase.view import ENDED, Gap, SessionView
 from notecase.waits import sentence, unanswered
 
@@ -63,7 +64,7 @@ class RunStream:
         first: v1.RunRequest,
         retry: Retry | None = None,
         *,
-        tools: Iterable[Callable[..., Any] | Tool] = (),
+        tools: Iterable[Callable[..., Any] | Tool] | None = None,
         output: Kind | None = None,
         local: Mapping[str, Local] | None = None,
         turns: Turns | None = None,
@@ -253,8 +254,8 @@ class RunStream:
 
         Raises NotecaseError STATE_VERSION_MISMATCH when a condition does not hold, STATE_TYPE_MISMATCH when a value's
         type does not have the operation."""
-        sets = [v1.StateOp(key=key, set=to_value(value)) for key, value in (values or {}).items()]
-        update = v1.StateUpdate(ops=[*sets, *ops], if_version=if_version)
+        sets = [v1.StateOp(key=key, set=value) for key, value in to_values(values, "values").items()]
+        update = made(v1.StateUpdate, ops=[*sets, *ops], if_version=if_version)
         # State is the session's: it can be changed in every state of the run.
         return await self._commands.send(self.session, v1.RunRequest(update_state=update))
 
@@ -317,6 +318,7 @@ class RunStream:
                 context = CallContext(
                     session=self._attached.session,
                     session_uid=self._attached.session_uid,
+                    user=self._attached.user,
                     run=run,
                     call_id=call.call_id,
                     attempt=call.attempt,

@@ -286,6 +286,7 @@ class Client:
     export_session = _iterating(aio.Client.export_session)
     import_session = _blocking(aio.Client.import_session)
     get_state = _blocking(aio.Client.get_state)
+    get_state_entries = _blocking(aio.Client.get_state_entries)
     put_state = _blocking(aio.Client.put_state)
     upload = _blocking(aio.Client.upload)
     download = _iterating(aio.Client.download)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from notecase import v1
+from notecase.arguments import duration, made, shown
 from notecase.context import CallContext, context_parameters
 from notecase.hints import Mismatch, dump, of_arguments, parse
 from notecase.names import Approver, choice
@@ -65,6 +66,8 @@ class Tool:
         """`approver` is the least role that may approve a call: "user", "developer" or "admin". `timeout` is in
         seconds, from the dispatch of a call to its outcome. A tool with `declare` False is not
         declared by the run, because its agent does so already: for example by `put_agent` in another process."""
+        if not callable(function):
+            raise TypeError(f"a tool is a function, not {shown(function)}")
         self.function = function
         self.declare = declare
         name = name or getattr(function, "__name__", "")
@@ -75,17 +78,17 @@ class Tool:
             self._arguments = of_arguments(function, leave_out=self._context)
         except TypeError as error:
             raise TypeError(f"{name} cannot be a tool: {error}") from error
-        self.definition = v1.Tool(
+        self.definition = made(
+            v1.Tool,
             name=name,
             description=description or inspect.getdoc(function) or "",
             parameters=dump(self._arguments.schema),
             client=v1.ClientTool(),
             requires_approval=requires_approval,
-            approver=choice(v1.Tool.Approver, approver),
+            approver=choice(v1.Tool.Approver, approver, "approver"),
+            timeout=duration("timeout", timeout),
         )
         """The declaration, for an agent or a run."""
-        if timeout is not None:
-            self.definition.timeout.FromMilliseconds(round(timeout * 1000))
 
     async def answer(self, call: v1.ToolCall, context: CallContext) -> v1.ToolResult:
         """Calls the function and returns its result or error. Raises nothing but CancelledError."""
@@ -126,10 +129,19 @@ class Tool:
             raise RuntimeError("the function raised StopIteration") from error
 
 
-def as_tools(functions: Iterable[Callable[..., Any] | Tool]) -> dict[str, Tool]:
-    """Tools by name. Raises TypeError for two of one name, for a declaration of a tool, and as `Tool` does."""
+def each_of(tools: Iterable[Any] | None) -> Iterable[Any]:
+    """Returns the entries of an argument `tools`; None has none. Raises TypeError for what is not a list of tools."""
+    if tools is None:
+        return ()
+    if isinstance(tools, str | bytes | Mapping | Tool | v1.Tool) or not isinstance(tools, Iterable):
+        raise TypeError(f"tools must be a list, for example tools=[search], not {shown(tools)}")
+    return tools
+
+
+def as_tools(functions: Iterable[Callable[..., Any] | Tool] | None) -> dict[str, Tool]:
+    """Returns tools by name. Raises TypeError for two of one name, for a declaration of a tool, and as `Tool` does."""
     tools: dict[str, Tool] = {}
-    for function in functions:
+    for function in each_of(functions):
         if isinstance(function, v1.Tool | Mapping):
             raise TypeError("a run takes functions; a tool that the server runs is declared by put_agent(…, tools=[…])")
         tool = function if isinstance(function, Tool) else Tool(function)

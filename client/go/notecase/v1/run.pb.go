@@ -1762,7 +1762,9 @@ type Attached struct {
 	// Whether the run existed before this stream's `start`.
 	Existing bool `protobuf:"varint,4,opt,name=existing,proto3" json:"existing,omitempty"`
 	// The Session.uid of the session to which the stream is attached and its commands go.
-	SessionUid    string `protobuf:"bytes,5,opt,name=session_uid,json=sessionUid,proto3" json:"session_uid,omitempty"`
+	SessionUid string `protobuf:"bytes,5,opt,name=session_uid,json=sessionUid,proto3" json:"session_uid,omitempty"`
+	// Session.user: users/{user}, or empty.
+	User          string `protobuf:"bytes,6,opt,name=user,proto3" json:"user,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1828,6 +1830,13 @@ func (x *Attached) GetExisting() bool {
 func (x *Attached) GetSessionUid() string {
 	if x != nil {
 		return x.SessionUid
+	}
+	return ""
+}
+
+func (x *Attached) GetUser() string {
+	if x != nil {
+		return x.User
 	}
 	return ""
 }
@@ -4336,14 +4345,15 @@ const file_notecase_v1_run_proto_rawDesc = "" +
 	"\x06result\x18\x03 \x01(\v2\x1a.notecase.v1.CommandResultH\x00R\x06result\x126\n" +
 	"\theartbeat\x18\x04 \x01(\v2\x16.notecase.v1.HeartbeatH\x00R\theartbeat\x12.\n" +
 	"\ago_away\x18\x05 \x01(\v2\x13.notecase.v1.GoAwayH\x00R\x06goAwayB\a\n" +
-	"\x05frame\"\xaa\x01\n" +
+	"\x05frame\"\xbe\x01\n" +
 	"\bAttached\x12\x18\n" +
 	"\asession\x18\x01 \x01(\tR\asession\x12\"\n" +
 	"\x03run\x18\x02 \x01(\v2\x10.notecase.v1.RunR\x03run\x12#\n" +
 	"\rlast_sequence\x18\x03 \x01(\x03R\flastSequence\x12\x1a\n" +
 	"\bexisting\x18\x04 \x01(\bR\bexisting\x12\x1f\n" +
 	"\vsession_uid\x18\x05 \x01(\tR\n" +
-	"sessionUid\"U\n" +
+	"sessionUid\x12\x12\n" +
+	"\x04user\x18\x06 \x01(\tR\x04user\"U\n" +
 	"\n" +
 	"EventBatch\x12*\n" +
 	"\x06events\x18\x01 \x03(\v2\x12.notecase.v1.EventR\x06events\x12\x1b\n" +
