@@ -36,3 +36,25 @@ async def test_the_text_of_a_queued_run_is_its_own(client: Client, session: str,
         third = await client.invoke("Three", session=session)
     assert "The third." == await heard(client, third.run.name, 0)
     assert "The first.\n\nThe second.\n\nThe third." == await heard(client, session, 0)
+
+
+async def test_a_text_goes_on_in_the_middle_of_a_sentence(client: Client, session: str, model: OpenAIServer) -> None:
+    """For a program that kept the last delta it has shown, while the reply is made and after it has ended."""
+    read, release = asyncio.Event(), asyncio.Event()
+    model.script(reply("Grün war der Wald.", chunks=4).held(read, 2).held(release, 4))
+    async with client.run("Speak", session=session, options=EAGER) as run:
+        async for event in run:
+            if event.HasField("block_delta"):
+                break
+    delta, kept, shown = event.block_delta, run.last_sequence, event.block_delta.text
+    assert len(shown.encode()) == delta.end > len(shown) > 0
+    read.set()
+    async with client.attach(run.name, kept, options=EAGER) as again:
+        texts = again.text(delta)
+        live = await anext(texts)
+        release.set()
+        live += "".join([text async for text in texts])
+    async with client.attach(run.name, kept) as later:
+        ended = "".join([text async for text in later.text(after=delta)])
+    assert ["Grün war der Wald."] * 2 == [shown + live, shown + ended]
+    assert "Grün war der Wald." == await heard(client, run.name, kept)

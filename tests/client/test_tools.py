@@ -566,10 +566,13 @@ class Logged(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.told: list[str] = []
+        self.facts: list[tuple[str, str]] = []
+        """The run and the session of each."""
         self.any = asyncio.Event()
 
     def emit(self, record: logging.LogRecord) -> None:
         self.told.append(record.getMessage())
+        self.facts.append((getattr(record, "run", ""), getattr(record, "session", "")))
         self.any.set()
 
 
@@ -596,6 +599,7 @@ async def test_a_wait_that_nobody_here_ends_is_logged_once(
         await client.approve(run.name, raised.value.run.pending_inputs[0].input_id)
         assert "Paid." == await following
     assert [f"{raised.value}."] == logged.told
+    assert [(run.name, session)] == logged.facts
 
 
 async def test_a_wait_that_ends_soon_is_not_logged(

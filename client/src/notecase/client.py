@@ -32,10 +32,14 @@ if TYPE_CHECKING:
     from notecase.content import Contents
 
 
+DURABLE = v1.WatchOptions(durable_only=True)
+
+
 class RunWaiting(Exception):
     """Raised by `Client.invoke` when its run waits for a person, or for a tool in another process.
 
-    The run has not failed. It continues once it is answered, and `attach(error.run)` follows it to its reply."""
+    It is not a `NotecaseError`: the run has not failed. It continues once it is answered, and `attach(error.run)`
+    follows it to its reply."""
 
     def __init__(self, run: v1.Run, waits: dict[str, str] | None = None) -> None:
         """`waits` describes what the run waits for, by input_id or call_id; by default, all that it waits for."""
@@ -354,7 +358,8 @@ class Client(Commands, Sessions):
 
         Raises what `run` and entering it raise, NotecaseError with the run's error when it fails and with code
         CANCELLED when it is cancelled, and RunWaiting when it waits for a person or for a tool that is not here.
-        Cancelling this call does not cancel the run."""
+        Cancelling this call, for example by `asyncio.timeout`, does not cancel the run; `limits` and `cancel_after` end
+        one. In `notecase.sync`, Ctrl-C cancels it."""
         stream = self.run(
             *said,
             agent=agent,
@@ -370,8 +375,11 @@ class Client(Commands, Sessions):
             cancel_after=cancel_after,
             rewind_to=rewind_to,
             run_id=run_id,
-            options=v1.WatchOptions(durable_only=True),
+            options=DURABLE,
         )
+        return await self._reply_of(stream)
+
+    async def _reply_of(self, stream: RunStream) -> Reply:
         async with stream as run:
             async for _ in run:
                 if run.waits_for_others:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -52,8 +52,10 @@ class Retry:
 class Backoff:
     """Counts failures in a row and waits between them."""
 
-    def __init__(self, retry: Retry, renews_token: bool = False) -> None:
-        """With `renews_token`, a call whose token was refused is repeated once, with the next token."""
+    def __init__(self, retry: Retry, renews_token: bool = False, facts: Callable[[], Mapping[str, str]] = dict) -> None:
+        """With `renews_token`, a call whose token was refused is repeated once, with the next token. `facts` are the
+        further attributes of a log record."""
+        self._facts = facts
         self._retry = retry
         self._renews = renews_token
         self._failures = 0
@@ -72,7 +74,9 @@ class Backoff:
             raise error
         if isinstance(error, NotecaseError) and not refused and self._failures == 1:
             longest = f"{self._retry.longest:{'.0f' if self._retry.longest >= 10 else '.2g'}}"
-            log.warning("%s Trying again, for at most %s s.", error.message.rstrip(".") + ".", longest)
+            log.warning(
+                "%s Trying again, for at most %s s.", error.message.rstrip(".") + ".", longest, extra=self._facts()
+            )
         self._refused |= refused
         delay = min(self._retry.first_delay * 2**self._failures, self._retry.max_delay)
         self._failures += 1

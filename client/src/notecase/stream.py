@@ -76,7 +76,7 @@ class RunStream:
         self._stub = stub
         self._first = first
         retry = retry or Retry()
-        self._backoff = Backoff(retry, renews_token)
+        self._backoff = Backoff(retry, renews_token, lambda: {"run": self.name, "session": self.session})
         self._commands = Commands(stub, retry)
         self._tools = as_tools(tools)
         self._output = output
@@ -178,7 +178,7 @@ class RunStream:
             with self._warning():
                 await self._receive()
 
-    async def text(self) -> AsyncIterator[str]:
+    async def text(self, after: v1.BlockDelta | None = None) -> AsyncIterator[str]:
         """Yields what the agent says in this run, in pieces as they arrive, up to the run's end; in a stream of a
         session, what is said in any of its runs. Joined, the pieces of one message are exactly its text. Between two
         messages it yields "\\n\\n".
@@ -186,13 +186,19 @@ class RunStream:
         A model call that is repeated, after a failure or a takeover, starts its reply again as another message. To
         remove the text that was discarded from a screen, iterate the events and show `view` instead.
 
+        A stream that attaches in the middle of a reply yields it from its start. With `after`, the last delta that was
+        read before, by an earlier stream, it begins where that ended.
+
         Raises NotecaseError with the run's error when it fails. A cancelled run just ends the text. Nothing is yielded
         while the run waits for a person or for a tool that is not here; the logger "notecase" then warns, see
         `warn_after`."""
-        told: dict[tuple[str, int], int] = {}
-        speaking = ""
+        after = after or v1.BlockDelta()
+        told: dict[tuple[str, int], int] = {(after.message, after.block): after.end}
+        speaking = after.message
         async for event in self:
             for message, block, start, text in self._texts(event):
+                if message == after.message and block < after.block:
+                    continue
                 data = text.encode()
                 have = told.get((message, block), start)
                 told[message, block] = max(have, start + len(data))
@@ -281,7 +287,7 @@ class RunStream:
 
         def warn() -> None:
             self._warned.update(waits)
-            log.warning("%s.", told)
+            log.warning("%s.", told, extra={"run": run.name, "session": self.session})
 
         told = sentence(run, waits)
         timer = asyncio.get_running_loop().call_later(self.warn_after, warn)

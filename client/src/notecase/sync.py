@@ -26,6 +26,7 @@ from notecase import client as aio
 from notecase import stream as aio_stream
 from notecase import v1
 from notecase.connection import Token
+from notecase.errors import NotecaseError
 from notecase.reply import Reply
 from notecase.retry import Retry
 from notecase.view import SessionView
@@ -34,6 +35,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _END: Any = object()
+
+CANCEL_SECONDS = 2.0
+"""How long a program that is ended by Ctrl-C waits for the server to cancel its run."""
 
 
 class _Loop:
@@ -125,22 +129,49 @@ def _iterating(
 
 
 def _following(
-    method: Callable[Concatenate[Any, P], aio_stream.RunStream],
+    method: Callable[Concatenate[Any, P], aio_stream.RunStream], *, starts: bool = False
 ) -> Callable[Concatenate["_Facade", P], "RunStream"]:
     @wraps(method)
     def call(self: _Facade, /, *args: P.args, **kwargs: P.kwargs) -> RunStream:
-        return RunStream(self._loop, method(self._inner, *args, **kwargs))
+        return RunStream(self._loop, method(self._inner, *args, **kwargs), starts=starts)
 
     return call
 
 
+def _invoking(
+    method: Callable[Concatenate[aio.Client, P], Coroutine[Any, Any, Reply]],
+) -> Callable[Concatenate["_Facade", P], Reply]:
+    """Makes the blocking `invoke`, in which Ctrl-C cancels the run."""
+
+    @wraps(method)
+    def call(self: _Facade, /, *args: P.args, **kwargs: P.kwargs) -> Reply:
+        stream = self._inner.run(*args, **kwargs, options=aio.DURABLE)
+        try:
+            return self._loop.run(self._inner._reply_of(stream))
+        except KeyboardInterrupt:
+            _cancel(self._loop, stream)
+            raise
+
+    return call
+
+
+def _cancel(loop: _Loop, stream: aio_stream.RunStream) -> None:
+    """Cancels a run that Ctrl-C has interrupted, unless it has ended or the server does not answer in time."""
+    if stream.name:
+        with suppress(NotecaseError, TimeoutError, RuntimeError):
+            loop.run(asyncio.wait_for(stream.cancel("Ctrl-C"), CANCEL_SECONDS))
+
+
 class RunStream:
     """A run being followed: `with` attaches, `for` gives its `v1.Event`s; see `notecase.RunStream`. Calls of its tools
-    are executed in threads while the block is entered, also between two events."""
+    are executed in threads while the block is entered, also between two events.
 
-    def __init__(self, loop: _Loop, inner: aio_stream.RunStream) -> None:
+    Leaving the block by Ctrl-C cancels the run if `Client.run` has started it, and leaves it alone after `attach`."""
+
+    def __init__(self, loop: _Loop, inner: aio_stream.RunStream, *, starts: bool = False) -> None:
         self._loop = loop
         self._inner = inner
+        self._starts = starts
 
     def __enter__(self) -> Self:
         self._loop.run(self._inner.__aenter__())
@@ -150,6 +181,8 @@ class RunStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._loop.run(self._inner.__aexit__(kind, error, trace))
+        if self._starts and isinstance(error, KeyboardInterrupt):
+            _cancel(self._loop, self._inner)
 
     def __iter__(self) -> Self:
         return self
@@ -276,9 +309,9 @@ class Client:
         """HOST:PORT of the server."""
         return self._inner.address
 
-    run = _following(aio.Client.run)
+    run = _following(aio.Client.run, starts=True)
     attach = _following(aio.Client.attach)
-    invoke = _blocking(aio.Client.invoke)
+    invoke = _invoking(aio.Client.invoke)
     put_agent = _blocking(aio.Client.put_agent)
     create_session = _blocking(aio.Client.create_session)
     fork = _blocking(aio.Client.fork)

@@ -28,6 +28,10 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 log = logging.getLogger("notecase")
 
 
+class ToolFailure(Exception):
+    """Raised by a tool's function: the model reads its text as it is, and nothing is logged."""
+
+
 class Tool:
     """A function that a model may call, for `tools` of `Client.put_agent`, `run`, `invoke` and `attach`.
 
@@ -46,8 +50,8 @@ class Tool:
     What it returns is the result: text as it is, bytes and `v1.Part`s as data and parts, a list of parts as those, and
     everything else as JSON: what JSON has, enums, dataclasses and pydantic's models. An exception becomes the call's
     `error`, such as "ValueError: no such paper", which the model reads and the log keeps; the traceback stays here, in
-    the logger "notecase". Arguments that do not fit and a result of more than 512 KiB of text or 3 MiB of data are
-    errors for the model, too.
+    the logger "notecase". Of a `ToolFailure` the model reads the text alone, and nothing is logged here. Arguments that
+    do not fit and a result of more than 512 KiB of text or 3 MiB of data are errors for the model, too.
 
     Raises TypeError for a function whose arguments have no JSON Schema.
     """
@@ -106,8 +110,14 @@ class Tool:
             if task is None or task.cancelling():
                 raise
             told.error = _said(error)  # the function's own: something it waited for was cancelled
+        except ToolFailure as failure:
+            told.error = str(failure)[:ERROR_CHARACTERS] or "The tool failed."
         except Exception as error:
-            log.exception("The tool %s raised.", self.definition.name)
+            log.exception(
+                "The tool %s raised.",
+                self.definition.name,
+                extra={"run": context.run, "session": context.session, "call_id": call.call_id},
+            )
             told.error = _said(error)
         data = sum(len(part.data.data) for part in told.result)
         if data > DATA_BYTES:

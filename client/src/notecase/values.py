@@ -105,3 +105,8 @@ def to_message(said: str | v1.Message) -> v1.Message:
 def text_of(message: v1.Message) -> str:
     """Returns the text and json parts of a message, joined; empty when it has none."""
     return "".join(part.text or part.json for part in message.parts)
+
+
+def state_of(run: v1.Run) -> str:
+    """Returns a run's state in a word: "queued", "running", "waiting", "succeeded", "failed" or "cancelled"."""
+    return v1.Run.State.Name(run.state).removeprefix("STATE_").lower()
