@@ -129,6 +129,10 @@ ROOMS: dict[str, Room] = {
         "The doorway leads to the engine, and to the store's contract for what is only read.",
     ),
     "serve": Room({"*"}, "The one place that composes, and so the one that sees all."),
+    "testing": Room(
+        {"config", "models.contract", "models.offline", "serve", "tools.toolbox"},
+        "A server for the tests of others is composed here, as `serve` composes one to be operated.",
+    ),
     "cli": Room({"client", "loopback"}, "A command is a client of a server, and knows it only by its address."),
     "cli.store_config": Room({"auth", "cli"}, "Where a store is may be in the file of its server."),
     "cli.keys": Room(

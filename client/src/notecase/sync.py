@@ -147,7 +147,8 @@ def _invoking(
     def call(self: _Facade, /, *args: P.args, **kwargs: P.kwargs) -> Reply:
         stream = self._inner.run(*args, **kwargs, options=aio.DURABLE)
         try:
-            return self._loop.run(self._inner._reply_of(stream))
+            reply: Reply = self._loop.run(self._inner._reply_of(stream))
+            return reply
         except KeyboardInterrupt:
             _cancel(self._loop, stream)
             raise
