@@ -20,7 +20,7 @@ from notecase.errors import as_written
 from notecase.hints import dump, of_output
 from notecase.names import Named, OnBusy, choice, name_of
 from notecase.pages import Listing, each
-from notecase.reply import Reply
+from notecase.reply import Parsed, Reply
 from notecase.retry import Retry, repeat
 from notecase.sessions import Sessions
 from notecase.stream import RunStream
@@ -241,7 +241,7 @@ class Client(Commands, Sessions):
         session: str | v1.Session | None = None,
         state: Mapping[str, Plain] | None = None,
         tools: Iterable[Callable[..., Any] | Tool] | None = None,
-        output: Any = None,
+        output: type[Parsed] | None = None,
         model: str | None = None,
         instruction: str | None = None,
         generation: v1.Generation | Mapping[str, Any] | None = None,
@@ -251,7 +251,7 @@ class Client(Commands, Sessions):
         rewind_to: int | None = None,
         run_id: str = "",
         options: v1.WatchOptions | None = None,
-    ) -> RunStream:
+    ) -> RunStream[Parsed]:
         """Starts a run when entered, and follows it to its end.
 
             async with client.run("Where is the violin?", agent="detective") as run:
@@ -316,9 +316,9 @@ class Client(Commands, Sessions):
         after_sequence: int | None = None,
         *,
         tools: Iterable[Callable[..., Any] | Tool] | None = None,
-        output: Any = None,
+        output: type[Parsed] | None = None,
         options: v1.WatchOptions | None = None,
-    ) -> RunStream:
+    ) -> RunStream[Parsed]:
         """Follows a run (sessions/{session}/runs/{run}) or a session that exists, when entered.
 
         Events begin after `after_sequence`, 0 for the whole log; without it, at the run's first event or at the
@@ -340,7 +340,7 @@ class Client(Commands, Sessions):
         session: str | v1.Session | None = None,
         state: Mapping[str, Plain] | None = None,
         tools: Iterable[Callable[..., Any] | Tool] | None = None,
-        output: Any = None,
+        output: type[Parsed] | None = None,
         model: str | None = None,
         instruction: str | None = None,
         generation: v1.Generation | Mapping[str, Any] | None = None,
@@ -349,7 +349,7 @@ class Client(Commands, Sessions):
         cancel_after: float | None = None,
         rewind_to: int | None = None,
         run_id: str = "",
-    ) -> Reply:
+    ) -> Reply[Parsed]:
         """Runs to the end and returns the reply. The arguments are those of `run`.
 
             reply = await client.invoke("Where is the violin?", agent="detective")
@@ -379,7 +379,7 @@ class Client(Commands, Sessions):
         )
         return await self._reply_of(stream)
 
-    async def _reply_of(self, stream: RunStream) -> Reply:
+    async def _reply_of(self, stream: RunStream[Parsed]) -> Reply[Parsed]:
         async with stream as run:
             async for _ in run:
                 if run.waits_for_others:
@@ -398,9 +398,9 @@ class Client(Commands, Sessions):
         self,
         first: v1.RunRequest,
         tools: Iterable[Callable[..., Any] | Tool] | None,
-        output: Any,
+        output: type[Parsed] | None,
         local: Mapping[str, Local] | None = None,
-    ) -> RunStream:
+    ) -> RunStream[Parsed]:
         return RunStream(
             self.runs,
             first,

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Self
 
 import grpc
 
@@ -19,7 +19,7 @@ from notecase.context import CallContext
 from notecase.errors import NotecaseError, as_written
 from notecase.hints import Kind
 from notecase.names import Remember, When
-from notecase.reply import Reply
+from notecase.reply import Parsed, Reply
 from notecase.retry import Backoff, Retry
 from notecase.tools import Tool, as_tools
 from notecase.values import Plain, to_values
@@ -29,7 +29,7 @@ from notecase.waits import sentence, unanswered
 log = logging.getLogger("notecase")
 
 
-class RunStream:
+class RunStream(Generic[Parsed]):
     """Follows a run or a session: `async with` attaches, `async for` yields its `v1.Event`s.
 
     `Client.run` and `Client.attach` return one. It can also be made from any `v1.RunRequest` that starts or attaches; a
@@ -128,14 +128,14 @@ class RunStream:
         return run
 
     @property
-    def reply(self) -> Reply:
+    def reply(self) -> Reply[Parsed]:
         """The run's reply, as `Client.invoke` returns it. Raises RuntimeError before the run's end was yielded, and
         NotecaseError when it failed or was cancelled."""
         result = self.result
         return Reply(result, self._output or self._local_of(result).output)
 
     @property
-    def parsed(self) -> Any:
+    def parsed(self) -> Parsed:
         """The reply's JSON; see `Reply.parsed`. Raises as `reply` does."""
         return self.reply.parsed
 

@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import wraps
 from os import PathLike
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, cast
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, cast
 
 import grpc
 from google.protobuf import descriptor_pool
@@ -27,7 +27,7 @@ from notecase import stream as aio_stream
 from notecase import v1
 from notecase.connection import Token
 from notecase.errors import NotecaseError
-from notecase.reply import Reply
+from notecase.reply import Parsed, Reply
 from notecase.retry import Retry
 from notecase.view import SessionView
 
@@ -129,25 +129,25 @@ def _iterating(
 
 
 def _following(
-    method: Callable[Concatenate[Any, P], aio_stream.RunStream], *, starts: bool = False
-) -> Callable[Concatenate["_Facade", P], "RunStream"]:
+    method: Callable[Concatenate[Any, P], aio_stream.RunStream[Parsed]], *, starts: bool = False
+) -> Callable[Concatenate["_Facade", P], "RunStream[Parsed]"]:
     @wraps(method)
-    def call(self: _Facade, /, *args: P.args, **kwargs: P.kwargs) -> RunStream:
+    def call(self: _Facade, /, *args: P.args, **kwargs: P.kwargs) -> RunStream[Parsed]:
         return RunStream(self._loop, method(self._inner, *args, **kwargs), starts=starts)
 
     return call
 
 
 def _invoking(
-    method: Callable[Concatenate[aio.Client, P], Coroutine[Any, Any, Reply]],
-) -> Callable[Concatenate["_Facade", P], Reply]:
+    method: Callable[Concatenate[aio.Client, P], Coroutine[Any, Any, Reply[Parsed]]],
+) -> Callable[Concatenate["_Facade", P], Reply[Parsed]]:
     """Makes the blocking `invoke`, in which Ctrl-C cancels the run."""
 
     @wraps(method)
-    def call(self: _Facade, /, *args: P.args, **kwargs: P.kwargs) -> Reply:
+    def call(self: _Facade, /, *args: P.args, **kwargs: P.kwargs) -> Reply[Parsed]:
         stream = self._inner.run(*args, **kwargs, options=aio.DURABLE)
         try:
-            reply: Reply = self._loop.run(self._inner._reply_of(stream))
+            reply: Reply[Parsed] = self._loop.run(self._inner._reply_of(stream))
             return reply
         except KeyboardInterrupt:
             _cancel(self._loop, stream)
@@ -156,20 +156,20 @@ def _invoking(
     return call
 
 
-def _cancel(loop: _Loop, stream: aio_stream.RunStream) -> None:
+def _cancel(loop: _Loop, stream: aio_stream.RunStream[Any]) -> None:
     """Cancels a run that Ctrl-C has interrupted, unless it has ended or the server does not answer in time."""
     if stream.name:
         with suppress(NotecaseError, TimeoutError, RuntimeError):
             loop.run(asyncio.wait_for(stream.cancel("Ctrl-C"), CANCEL_SECONDS))
 
 
-class RunStream:
+class RunStream(Generic[Parsed]):
     """A run being followed: `with` attaches, `for` gives its `v1.Event`s; see `notecase.RunStream`. Calls of its tools
     are executed in threads while the block is entered, also between two events.
 
     Leaving the block by Ctrl-C cancels the run if `Client.run` has started it, and leaves it alone after `attach`."""
 
-    def __init__(self, loop: _Loop, inner: aio_stream.RunStream, *, starts: bool = False) -> None:
+    def __init__(self, loop: _Loop, inner: aio_stream.RunStream[Parsed], *, starts: bool = False) -> None:
         self._loop = loop
         self._inner = inner
         self._starts = starts
@@ -226,11 +226,11 @@ class RunStream:
         return self._inner.result
 
     @property
-    def reply(self) -> Reply:
+    def reply(self) -> Reply[Parsed]:
         return self._inner.reply
 
     @property
-    def parsed(self) -> Any:
+    def parsed(self) -> Parsed:
         return self._inner.parsed
 
     text = _iterating(aio_stream.RunStream.text)
