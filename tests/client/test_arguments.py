@@ -98,6 +98,7 @@ REFUSED: dict[str, tuple[Call, type[Exception], str]] = {
     "run_id": (lambda c: c.run("x", agent="a", run_id=5), TypeError, "run_id must be a string"),
     "options": (lambda c: c.attach("s/r", options={"keep": 1}), ValueError, "options must be a v1.WatchOptions"),
     "attach": (lambda c: c.attach(5), TypeError, "name must be an id"),
+    "after": (lambda c: first(c.attach("s/r").text(v1.Event())), TypeError, "after must be the block_delta"),
     "after_sequence": (lambda c: c.attach("s/r", "5"), TypeError, "after_sequence must be an integer"),
     "input_id": (lambda c: c.approve("s/r", v1.InputRequest()), TypeError, "input_id must be a string"),
     "arguments": (lambda c: c.approve("s/r", "i", 5), TypeError, "arguments must be a mapping or JSON text"),

@@ -12,7 +12,7 @@ import grpc
 
 from notecase import v1
 from notecase.agents import Local
-from notecase.arguments import made
+from notecase.arguments import made, shown
 from notecase.calls import Calls, Turns
 from notecase.commands import Commands
 from notecase.context import CallContext
@@ -192,6 +192,8 @@ class RunStream(Generic[Parsed]):
         Raises NotecaseError with the run's error when it fails. A cancelled run just ends the text. Nothing is yielded
         while the run waits for a person or for a tool that is not here; the logger "notecase" then warns, see
         `warn_after`."""
+        if not isinstance(after, v1.BlockDelta | None):
+            raise TypeError(f"after must be the block_delta of an event, not {shown(after)}")
         after = after or v1.BlockDelta()
         told: dict[tuple[str, int], int] = {(after.message, after.block): after.end}
         speaking = after.message
