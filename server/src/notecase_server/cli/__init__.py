@@ -19,7 +19,7 @@ COMMANDS = {
     "blobs": Lazy("blobs:blobs", "Upload, show and download content."),
     "chat": Lazy("chat:chat", "Talk with an agent."),
     "completion": Lazy(
-        "completion:completion", "Complete commands and options with the Tab key, in bash, zsh and fish."
+        "completion:completion", "Complete commands, options and ids with the Tab key, in bash, zsh and fish."
     ),
     "config": Lazy("config:config", "Check a configuration file."),
     "copy": Lazy("copy:copy", "Copy a whole store into an empty one."),

@@ -7,11 +7,11 @@ import click
 from google.protobuf import text_format
 from notecase import Client, v1
 
-from notecase_server.cli import output, screen
+from notecase_server.cli import ids, output, screen
 from notecase_server.cli.ask import ask, confirm, name_of, read_text
 from notecase_server.cli.options import LIMIT, OUTPUT, SERVER, YES
 
-AGENT = click.argument("agent", metavar="AGENT")
+AGENT = click.argument("agent", metavar="AGENT", shell_complete=ids.of("agents"))
 FILES = click.option(
     "-f",
     "--file",
@@ -124,7 +124,7 @@ def apply_agents(files: Sequence[str], dry_run: bool) -> None:
 
 
 @agents.command("diff")
-@click.argument("agents", metavar="[OLD NEW]", nargs=-1)
+@click.argument("agents", metavar="[OLD NEW]", nargs=-1, shell_complete=ids.of("agents"))
 @FILES
 @SERVER
 def diff_agents(agents: Sequence[str], files: Sequence[str]) -> None:
@@ -155,7 +155,7 @@ def edit_agent(agent: str) -> None:
 
 
 @agents.command("delete")
-@click.argument("agents", metavar="AGENT...", nargs=-1, required=True)
+@click.argument("agents", metavar="AGENT...", nargs=-1, required=True, shell_complete=ids.of("agents"))
 @YES
 @SERVER
 def delete_agents(agents: Sequence[str], yes: bool) -> None:

@@ -108,7 +108,7 @@ async def _say(client: Client, wait: Wait) -> Command:
     """Answers a question, with JSON where it has a schema."""
     schema = wait.asked.schema if wait.asked else ""
     if not schema:
-        return client.answer(wait.run, wait.id, await terminal.line("answer> "))
+        return client.answer(wait.run, wait.id, await terminal.line("answer> ", unasked=not wait.of_tool))
     fields = _fields(schema)
     if fields is None:
         screen.aside(f"As JSON that fits: {screen.harmless(schema)}")

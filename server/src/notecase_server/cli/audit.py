@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import click
 from notecase import Client, NotecaseError, v1
 
-from notecase_server.cli import output, screen
+from notecase_server.cli import ids, output, screen
 from notecase_server.cli.ask import ask, name_of
 from notecase_server.cli.options import LIMIT, OUTPUT, SERVER
 
@@ -33,6 +33,7 @@ def audit() -> None:
     default="",
     show_default=False,
     metavar="ID",
+    shell_complete=ids.of("tenants"),
     help="Whose; another than one's own only operators name, and see what was done to its keys.",
 )
 @LIMIT

@@ -2,13 +2,13 @@
 
 import click
 
+from notecase_server.cli import ids
 from notecase_server.cli.ask import ask
 from notecase_server.cli.conversation import converse
 from notecase_server.cli.options import SERVER, WAIT
 
 
 @click.command()
-@SERVER
 @click.option(
     "--agent",
     default="",
@@ -16,6 +16,7 @@ from notecase_server.cli.options import SERVER, WAIT
     envvar="NOTECASE_AGENT",
     show_envvar=True,
     metavar="ID",
+    shell_complete=ids.of("agents"),
     help="Who answers: of a new session from then on, of a resumed one in this chat. ID@REVISION is one revision.",
 )
 @click.option(
@@ -23,10 +24,12 @@ from notecase_server.cli.options import SERVER, WAIT
     default="",
     show_default=False,
     metavar="ID",
+    shell_complete=ids.of("sessions"),
     help="Resume this session; with --new, open one of this id.",
 )
 @click.option("--new", is_flag=True, help="Open a new session without asking.")
 @WAIT
+@SERVER
 def chat(agent: str, session: str, new: bool, wait: float | None) -> None:
     """Talk with an agent.
 

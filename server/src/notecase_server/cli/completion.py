@@ -14,7 +14,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 @click.group()
 def completion() -> None:
-    """Complete commands and options with the Tab key, in bash, zsh and fish."""
+    """Complete commands, options and ids with the Tab key, in bash, zsh and fish."""
 
 
 @completion.command("install")

@@ -27,6 +27,11 @@ PIPE_PATIENCE = 10.0
 class Left(Exception):  # nothing went wrong
     """The run waits, and is left waiting; the message says for what and how it is answered."""
 
+    def __init__(self, wait: Wait, mine: bool) -> None:
+        """`mine` says whether the caller may answer."""
+        super().__init__(hint(wait, mine))
+        self.wait = wait
+
 
 class Follower:
     """One run, shown up to its end. Ctrl-C cancels it; a second one, one before the server has answered at all, or one
@@ -74,7 +79,7 @@ class Follower:
             self._following.result()
         elif self._asks and self._waits():
             left = self._waits()[0]
-            raise Left(hint(left, mine=left.id not in self._done))
+            raise Left(left, mine=left.id not in self._done)
         elif self._asks:
             screen.aside("Not waited for; what has reached the server goes on there.")
         if (self._stopping or gone) and not self._asks:
@@ -158,7 +163,7 @@ class Follower:
                     continue
                 mine = may_answer(await caller_of(self._client), wait)
                 if not self._asks:
-                    raise Left(hint(wait, mine))
+                    raise Left(wait, mine)
                 if mine:
                     await self._ask(wait)
                 else:
@@ -194,10 +199,10 @@ class Follower:
             keyboard.catch_interrupt(self._interrupt)
         if task.cancelled():
             screen.aside("It does not wait for this any more.")
-        elif not task.result():
-            raise Left(hint(wait, mine=True))
-        self._done.add(wait.id)
         self._resume()
+        if not task.cancelled() and not task.result():
+            raise Left(wait, mine=True)
+        self._done.add(wait.id)
 
     def _resume(self) -> None:
         """Shows what happened while the user was asked."""

@@ -5,7 +5,7 @@ from typing import Literal
 import click
 from notecase import Client, v1
 
-from notecase_server.cli import output, screen, waits
+from notecase_server.cli import ids, output, screen, waits
 from notecase_server.cli.ask import ask, name_of, read_text, run_of
 from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.options import OUTPUT, SERVER
@@ -13,14 +13,14 @@ from notecase_server.cli.waits import APPROVAL, INTERRUPTED, QUESTION
 
 TOOL = v1.InputRequest.KIND_UNSPECIFIED
 
-WHERE = click.argument("run", metavar="SESSION")
+WHERE = click.argument("run", metavar="SESSION", shell_complete=ids.of("runs"))
 ID = click.option(
     "--id", "wanted", default="", show_default=False, metavar="ID", help="Which, where a run waits for several."
 )
 
 
 @click.command()
-@click.argument("session", required=False, default="", metavar="[SESSION]")
+@click.argument("session", required=False, default="", metavar="[SESSION]", shell_complete=ids.of("sessions"))
 @OUTPUT
 @SERVER
 def inbox(session: str, form: str) -> None:

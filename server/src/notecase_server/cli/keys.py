@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 from notecase import Client, v1
 
-from notecase_server.cli import output, screen
+from notecase_server.cli import ids, output, screen
 from notecase_server.cli.ask import ask, confirm, name_of
 from notecase_server.cli.options import LIMIT, OUTPUT, PASSWORD_FILE, SERVER, STORE, YES
 from notecase_server.cli.store_config import CONFIG
@@ -35,9 +35,10 @@ TENANT = click.option(
     default="",
     show_default=False,
     metavar="ID",
+    shell_complete=ids.of("tenants"),
     help="Whose keys; another than one's own only operators name.",
 )
-KEY = click.argument("key", metavar="ID")
+KEY = click.argument("key", metavar="ID", shell_complete=ids.of("keys"))
 
 _COLUMNS = {
     "KEY": lambda one: screen.id_of(one.name),

@@ -7,7 +7,7 @@ from google.protobuf.message import Message
 from notecase import Client, NotecaseError, Retry, v1
 from notecase.retry import Backoff
 
-from notecase_server.cli import output, screen
+from notecase_server.cli import ids, output, screen
 from notecase_server.cli.ask import ask, name_of
 from notecase_server.cli.notes import line_of
 from notecase_server.cli.options import OUTPUT, SERVER
@@ -17,7 +17,7 @@ PATIENT = Retry(tries=1000)
 
 
 @click.command()
-@click.argument("session", metavar="SESSION")
+@click.argument("session", metavar="SESSION", shell_complete=ids.of("sessions"))
 @click.option(
     "-f", "--follow", is_flag=True, help="Go on with what happens, until Ctrl-C; a server that is away is awaited."
 )

@@ -3,13 +3,13 @@
 import click
 from notecase import Client, text_of, v1
 
-from notecase_server.cli import output, screen
+from notecase_server.cli import ids, output, screen
 from notecase_server.cli.ask import ask, name_of, read_text
 from notecase_server.cli.options import LIMIT, OUTPUT, SERVER
 
 _COLUMNS = {
     "SEQUENCE": lambda one: str(one.sequence),
-    "MESSAGE": lambda one: screen.id_of(one.name),
+    "MESSAGE": lambda one: one.name.removeprefix("sessions/").replace("/messages/", "/"),
     "AUTHOR": screen.author,
     "STATUS": lambda one: screen.word_of(v1.Message.Status, one.status).replace("_", " "),
     "TEXT": lambda one: screen.one_line(text_of(one), 80),
@@ -22,7 +22,7 @@ def messages() -> None:
 
 
 @messages.command("list")
-@click.argument("session", metavar="SESSION")
+@click.argument("session", metavar="SESSION", shell_complete=ids.of("sessions"))
 @click.option("--newest", is_flag=True, help="Begin with the newest.")
 @click.option("--superseded", is_flag=True, help="With those that were rewound.")
 @LIMIT
@@ -44,12 +44,14 @@ def list_messages(session: str, newest: bool, superseded: bool, limit: int, form
 
 
 @messages.command("show")
-@click.argument("message", metavar="SESSION/MESSAGE")
+@click.argument("message", metavar="SESSION/MESSAGE", shell_complete=ids.of("messages"))
 @OUTPUT
 @SERVER
 def show_message(message: str, form: str) -> None:
     """Print one message, with the outcomes of its calls."""
     session, _, last = message.removeprefix("sessions/").partition("/")
+    if not last:
+        raise click.UsageError(f"{message!r} names no message of a session; `notecase messages list SESSION` has them.")
     name = f"sessions/{session}/messages/{last.removeprefix('messages/')}"
 
     async def look(client: Client) -> None:
@@ -60,7 +62,7 @@ def show_message(message: str, form: str) -> None:
 
 
 @messages.command("append")
-@click.argument("session", metavar="SESSION")
+@click.argument("session", metavar="SESSION", shell_complete=ids.of("sessions"))
 @click.argument("text")
 @click.option("--role", type=click.Choice(["user", "system", "assistant"]), default="user", help="Who says it.")
 @SERVER

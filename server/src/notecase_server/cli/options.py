@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import click
 
+from notecase_server.cli import ids
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 DEFAULT_ADDRESS = "127.0.0.1:7420"
@@ -73,10 +75,11 @@ _OPTIONS = (
         envvar="NOTECASE_PROFILE",
         show_envvar=True,
         metavar="NAME",
+        shell_complete=ids.profiles,
         callback=_keep,
         expose_value=False,
         help="Take the server, token and authorities of this profile; see `notecase profiles`. Other options win "
-        "over it, and it over other variables.",
+        "over it.",
     ),
     click.option(
         "--token",

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import click
 
-from notecase_server.cli import profiles_file
+from notecase_server.cli import ids, profiles_file
 from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.options import DEFAULT_ADDRESS, OUTPUT, address
 from notecase_server.cli.profiles_file import Profile, Profiles, ProfilesError
 
-NAME = click.argument("name")
+NAME = click.argument("name", shell_complete=ids.profiles)
 
 
 @click.group()
@@ -25,13 +25,14 @@ def profiles() -> None:
 
 
 @profiles.command("list")
+@click.option("--profile", default="", envvar="NOTECASE_PROFILE", hidden=True, help="The one that is used.")
 @OUTPUT
-def list_profiles(form: str) -> None:
+def list_profiles(profile: str, form: str) -> None:
     """List profiles; no token is shown."""
     from notecase_server.cli import output  # noqa: PLC0415  # imports the client, which no other of these needs
 
     held = _read()
-    used = os.environ.get("NOTECASE_PROFILE") or held.current
+    used = profile or held.current
     if form != "table":
         shown = [
             {"name": name, "current": name == used, "address": one.address, "token": _source(one), "ca": one.ca}
@@ -93,7 +94,7 @@ def set_profile(
 
 
 @profiles.command("use")
-@click.argument("name", required=False, default="")
+@click.argument("name", required=False, default="", shell_complete=ids.profiles)
 def use_profile(name: str) -> None:
     """Have commands use a profile that name none; without NAME, have them use no profile."""
     held = _read()

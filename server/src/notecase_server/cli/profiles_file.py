@@ -50,7 +50,7 @@ class Profile:
     def _token(self) -> str | Callable[[], str]:
         if self.token_file:
             return lambda: _from_file(self.token_file)
-        return _Printed(self.token_command) if self.token_command else self.token
+        return Printed(self.token_command) if self.token_command else self.token
 
 
 @dataclass
@@ -134,7 +134,7 @@ def _from_file(name: str) -> str:
         raise click.ClickException(f"The token cannot be read from {name}: {error}.") from None
 
 
-class _Printed:
+class Printed:
     """The token that a command prints, which is run again after FRESH_SECONDS."""
 
     def __init__(self, command: str) -> None:

@@ -5,7 +5,7 @@ import sys
 import click
 from notecase import Client, NotecaseError, v1
 
-from notecase_server.cli import output, screen
+from notecase_server.cli import ids, output, screen
 from notecase_server.cli.ask import ask, name_of, read_text
 from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.follow import Follower, Left
@@ -21,9 +21,17 @@ from notecase_server.cli.options import SERVER, WAIT
     envvar="NOTECASE_AGENT",
     show_envvar=True,
     metavar="ID",
+    shell_complete=ids.of("agents"),
     help="Who answers: in a new session it is needed where there are several agents. ID@REVISION is one revision.",
 )
-@click.option("--session", default="", show_default=False, metavar="ID", help="Run in this session; else in a new one.")
+@click.option(
+    "--session",
+    default="",
+    show_default=False,
+    metavar="ID",
+    shell_complete=ids.of("sessions"),
+    help="Run in this session; else in a new one.",
+)
 @click.option(
     "--attach", multiple=True, metavar="FILE", help="A file that goes with the text; may be given several times."
 )

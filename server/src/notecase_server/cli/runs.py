@@ -3,12 +3,12 @@
 import click
 from notecase import Client, v1
 
-from notecase_server.cli import output, screen, waits
+from notecase_server.cli import ids, output, screen, waits
 from notecase_server.cli.ask import ask, name_of, run_of
 from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.options import LIMIT, OUTPUT, SERVER
 
-RUN = click.argument("run", metavar="RUN")
+RUN = click.argument("run", metavar="RUN", shell_complete=ids.of("runs"))
 
 
 def _state(run: v1.Run) -> str:
@@ -38,7 +38,7 @@ def runs() -> None:
 
 
 @runs.command("list")
-@click.argument("session", required=False, default="", metavar="[SESSION]")
+@click.argument("session", required=False, default="", metavar="[SESSION]", shell_complete=ids.of("sessions"))
 @click.option(
     "--filter",
     "where",

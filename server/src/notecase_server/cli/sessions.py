@@ -3,11 +3,11 @@
 import click
 from notecase import Client, v1
 
-from notecase_server.cli import output, screen, transfer
+from notecase_server.cli import ids, output, screen, transfer
 from notecase_server.cli.ask import ask, confirm, name_of
 from notecase_server.cli.options import FORCE, LIMIT, OUTPUT, SERVER, YES
 
-SESSION = click.argument("session", metavar="SESSION")
+SESSION = click.argument("session", metavar="SESSION", shell_complete=ids.of("sessions"))
 NEW_ID = click.option("--id", "new_id", default="", show_default=False, metavar="ID", help="The id of the new session.")
 
 _COLUMNS = {
@@ -75,7 +75,9 @@ def show_session(session: str, form: str) -> None:
 
 
 @sessions.command("create")
-@click.option("--agent", default="", show_default=False, metavar="ID", help="Who answers in it.")
+@click.option(
+    "--agent", default="", show_default=False, metavar="ID", shell_complete=ids.of("agents"), help="Who answers in it."
+)
 @click.option("--user", default="", show_default=False, metavar="ID", help="Whose state its agent reads.")
 @click.option("--name", default="", show_default=False, metavar="TEXT", help="The session's name for people.")
 @NEW_ID
@@ -96,7 +98,7 @@ def create_session(agent: str, user: str, name: str, new_id: str) -> None:
 
 
 @sessions.command("delete")
-@click.argument("sessions", metavar="SESSION...", nargs=-1, required=True)
+@click.argument("sessions", metavar="SESSION...", nargs=-1, required=True, shell_complete=ids.of("sessions"))
 @YES
 @SERVER
 def delete_sessions(sessions: tuple[str, ...], yes: bool) -> None:

@@ -2,7 +2,7 @@
 
 import click
 
-from notecase_server.cli import notes
+from notecase_server.cli import ids, notes
 from notecase_server.cli.ask import ask, name_of, read_text
 from notecase_server.cli.options import SERVER
 
@@ -16,7 +16,7 @@ def state() -> None:
 
 
 @state.command("get")
-@click.argument("owner", default="app")
+@click.argument("owner", default="app", shell_complete=ids.of("states"))
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
 @click.option(
     "-o",
@@ -37,7 +37,7 @@ def get_state(owner: str, keys: tuple[str, ...], form: str | None) -> None:
 
 
 @state.command("put", context_settings={"ignore_unknown_options": True})  # -1 is a value
-@click.argument("owner")
+@click.argument("owner", shell_complete=ids.of("states"))
 @click.argument("key")
 @click.argument("value")
 @click.option("--text", is_flag=True, help="VALUE is text, whatever it looks like.")
@@ -60,7 +60,7 @@ def put_state(owner: str, key: str, value: str, text: bool, from_file: bool, if_
 
 
 @state.command("delete")
-@click.argument("owner")
+@click.argument("owner", shell_complete=ids.of("states"))
 @click.argument("keys", metavar="KEY...", nargs=-1, required=True)
 @SERVER
 def delete_state(owner: str, keys: tuple[str, ...]) -> None:
@@ -69,7 +69,7 @@ def delete_state(owner: str, keys: tuple[str, ...]) -> None:
 
 
 @state.command("watch")
-@click.argument("session", metavar="SESSION")
+@click.argument("session", metavar="SESSION", shell_complete=ids.of("sessions"))
 @SERVER
 def watch_state(session: str) -> None:
     """Print what changes in the state of a session, its user and the app, until Ctrl-C.

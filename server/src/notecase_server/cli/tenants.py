@@ -5,13 +5,13 @@ from pathlib import Path
 import click
 from notecase import Client, v1
 
-from notecase_server.cli import output, screen
+from notecase_server.cli import ids, output, screen
 from notecase_server.cli.ask import ask, confirm, name_of
 from notecase_server.cli.options import LIMIT, OUTPUT, SERVER, YES
 from notecase_server.cli.takeout import save
 from notecase_server.cli.transfer import on_disk
 
-TENANT = click.argument("tenant", metavar="ID")
+TENANT = click.argument("tenant", metavar="ID", shell_complete=ids.of("tenants"))
 
 
 @click.group()
