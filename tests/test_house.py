@@ -129,6 +129,10 @@ ROOMS: dict[str, Room] = {
         "The doorway leads to the engine, and to the store's contract for what is only read.",
     ),
     "serve": Room({"*"}, "The one place that composes, and so the one that sees all."),
+    "testing": Room(
+        {"config", "models.contract", "models.offline", "serve", "tools.toolbox"},
+        "A server for the tests of others is composed here, as `serve` composes one to be operated.",
+    ),
     "cli": Room({"client", "loopback"}, "A command is a client of a server, and knows it only by its address."),
     "cli.store_config": Room({"auth", "cli"}, "Where a store is may be in the file of its server."),
     "cli.keys": Room(
@@ -479,7 +483,10 @@ def needed(package: Path) -> set[str]:
 def test_the_client_needs_its_three_packages_and_nothing_else() -> None:
     assert {"grpcio", "protobuf", "grpcio-status"} == set(declared("client"))
     # google.rpc's messages are grpcio-status's own arguments and results, and come with it.
-    assert needed(CLIENT) <= set(declared("client")) | {"googleapis-common-protos", "pydantic"}
+    # typing_extensions is imported for type checkers alone, which bring it: `if TYPE_CHECKING`.
+    assert needed(CLIENT) <= set(declared("client")) | {"googleapis-common-protos", "pydantic", "typing-extensions"}
+    assert ["reply"] == [name for name, used in modules(CLIENT).items() if "typing_extensions.TypeVar" in used.imports]
+    assert "if TYPE_CHECKING:\n    from typing_extensions import TypeVar\n" in (CLIENT / "reply.py").read_text()
     assert {"pydantic": ["pydantic>=2.14,<3"]} == project("client")["project"]["optional-dependencies"]
     assert ["pydantic_hints"] == [
         name for name, used in modules(CLIENT).items() if "pydantic.TypeAdapter" in used.imports

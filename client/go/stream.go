@@ -149,9 +149,9 @@ func (s *Stream) attach(attached *notecasev1.Attached) {
 	}
 }
 
-// Text yields the agent's text in pieces as they arrive; joined, the pieces of one message are exactly its text. When a
-// model call is repeated, the reply starts again as a new message; "\n\n" comes between two messages. An error is the last
-// pair; a run that fails ends with its *Error.
+// Text yields the agent's text in the run in pieces as they arrive; for a stream of a session, the text of all its runs.
+// Joined, the pieces of one message are exactly its text. When a model call is repeated, the reply starts again as a new
+// message; "\n\n" comes between two messages. An error is the last pair; a run that fails ends with its *Error.
 func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 	type place struct {
 		message string
@@ -178,6 +178,9 @@ func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 			if err != nil {
 				yield("", err)
 				return
+			}
+			if s.request.Name != s.Attached.Session && event.Run != s.Attached.GetRun().GetName() {
+				continue // the events of a queued run include those of the runs before it
 			}
 			delta, message, state := event.GetBlockDelta(), event.GetMessageAdded(), event.GetRunStateChanged()
 			more := true

@@ -123,6 +123,24 @@ func TestATextGoesOnAfterTheLastEvent(t *testing.T) {
 	}
 }
 
+func TestATextHasOnlyTheWordsOfItsRun(t *testing.T) {
+	other := delta(0, "Not mine.")
+	other.Run, other.GetBlockDelta().Message = "sessions/s/runs/before", "sessions/s/messages/before"
+	for name, expected := range map[string]string{"sessions/s/runs/r": "Mine.", "sessions/s": "Not mine.\n\nMine."} {
+		service := &scripted{scripts: [][]*notecasev1.Event{{other, delta(0, "Mine.")}}, ends: []error{nil}}
+		said := ""
+		for text, err := range Watch(serve(t, service, Options{}), &notecasev1.WatchEventsRequest{Name: name}).Text(t.Context()) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			said += text
+		}
+		if said != expected {
+			t.Error(name, said)
+		}
+	}
+}
+
 func TestAGapIsAskedForAgain(t *testing.T) {
 	service := &scripted{scripts: [][]*notecasev1.Event{{event(1), event(3)}, {event(2), event(3)}}, ends: []error{nil, nil}}
 	stream := Watch(serve(t, service, Options{}), &notecasev1.WatchEventsRequest{Name: "sessions/s/runs/r"})

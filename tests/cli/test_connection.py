@@ -1,12 +1,15 @@
 """How commands reach a server beyond this machine: by TLS, and with a token."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
 
 import grpc
 import pytest
+from notecase import Client, NotecaseError, Retry
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
+from notecase_server.cli.connection import unreachable
 
 from tests.cli.command import notecase
 from tests.support.authority import Authority
@@ -80,6 +83,24 @@ async def test_why_there_is_no_connection_is_told(place: Place, command: tuple[s
         assert (4, True) == (done.code, "The server has no TLS" in done.err)
     done = await notecase(*command, "--server", "127.0.0.1:1")
     assert (4, True) == (done.code, "Connection refused. Start one with `notecase serve`" in done.err)
+
+
+async def test_a_server_of_another_kind_is_told_apart() -> None:
+    """From gRPC's own words and from the client's."""
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        done = await notecase("health", "--server", f"127.0.0.1:{port}")
+        async with Client(f"127.0.0.1:{port}", retry=Retry(tries=0)) as client:
+            with pytest.raises(NotecaseError) as refused:
+                await client.get_state("app")
+    assert (4, True) == (done.code, f"127.0.0.1:{port} is not a gRPC server" in done.err)
+    assert "The server at a:1 is not a gRPC server" in unreachable("a:1", refused.value.message)
 
 
 @pytest.mark.parametrize("wrong", ["http://127.0.0.1:7420", "a:1,b:2", "host", ":7420", "a b:1"])

@@ -68,7 +68,7 @@ async def test_a_server_that_is_away_is_logged_at_the_second_try(caplog: pytest.
         with pytest.raises(NotecaseError) as away:
             await client.put_state("app", "key", 1)
     assert (grpc.StatusCode.UNAVAILABLE, why) == (away.value.code, away.value.message)
-    assert [("WARNING", f"{why}. Trying again, for at most 0 s.")] == [
+    assert [("WARNING", f"{why}. Trying again, for at most 0.03 s.")] == [
         (record.levelname, record.getMessage()) for record in caplog.records if record.name == "notecase"
     ]
 
@@ -99,3 +99,21 @@ async def test_a_server_that_is_silent_is_logged_while_grpc_still_waits(
             call.cancel()
             await asyncio.wait([call])
     connection.log.removeHandler(handler)
+
+
+@pytest.mark.parametrize(
+    ("says", "why"),
+    [(b"HTTP/1.1 400 Bad Request\r\n\r\n", "it speaks HTTP/1"), (b"220 mail ready\r\n", "it does not speak HTTP/2")],
+    ids=["http", "another"],
+)
+async def test_a_server_of_another_kind_is_told_apart(says: bytes, why: str) -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(says)
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(greet, "127.0.0.1", 0)
+    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, Client(address, retry=Retry(tries=0)) as client:
+        with pytest.raises(NotecaseError, match=f"{address} is not a gRPC server: {why}"):
+            await client.get_state("app")

@@ -3,11 +3,11 @@
 import asyncio
 import re
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, assert_type
 
 import grpc
 import pytest
-from notecase import Client, NotecaseError, Reply, Retry, RunWaiting, Tool, v1
+from notecase import Client, NotecaseError, Reply, Retry, RunWaiting, Tool, sync, v1
 from pydantic import BaseModel
 
 from tests.client.conftest import QUICK
@@ -84,6 +84,26 @@ async def test_a_reply_is_read_as_the_type_that_was_asked_for(
     assert expected == again.parsed
     told = model.requests[0]["response_format"]["json_schema"]["schema"]
     assert ("object", ["suspect"]) == (told["type"], told["required"])
+
+
+async def test_type_checkers_know_what_a_reply_is_read_as(served: Running, model: OpenAIServer) -> None:
+    """Of a call and of a stream, with asyncio and without; mypy looks at these."""
+    model.script(*(reply(FOUND) for _ in range(4)))
+    expected = Report("the butler")
+    async with Client(served.address) as client:
+        await client.put_agent("reporter", "You report.", output=Report)
+        assert expected == assert_type((await client.invoke("Who?", agent="reporter", output=Report)).parsed, Report)
+        async with client.run("Who?", agent="reporter", output=Report) as run:
+            assert [] != [event async for event in run]
+        assert expected == assert_type(run.reply.parsed, Report) == assert_type(run.parsed, Report)
+
+    def ask() -> None:
+        with sync.Client(served.address) as client:
+            found = client.invoke("Who?", agent="reporter", output=Report)
+            assert expected == assert_type(found.parsed, Report)
+            assert_type(client.invoke("Who?", agent="reporter").parsed, Any)
+
+    await asyncio.to_thread(ask)
 
 
 async def test_a_reply_that_is_no_report_says_why(client: Client, model: OpenAIServer) -> None:
@@ -209,8 +229,22 @@ async def test_resources_are_named_by_id_name_or_themselves(client: Client, mode
     for named in ("violin", "sessions/violin", session):
         await client.invoke("Well?", session=named)
     await client.put_state(session, "seen", "quay")
-    assert {"seen": "quay"} == await client.get_state(session, "seen")
+    assert {"seen": "quay"} == await client.get_state(session, "seen") == await client.get_state("violin")
+    with pytest.raises(NotecaseError, match="SESSION_NOT_FOUND: There is no session 'sessions/nobody'"):
+        await client.get_state("nobody")
+    assert {} == await client.get_state("app") == await client.get_state("users/ada")
     assert (await client.fork(session)).agent == session.agent
+
+
+async def test_state_that_was_changed_meanwhile_is_not_overwritten(client: Client) -> None:
+    """By the version that came with the value; a miss says which version there is."""
+    session = await client.create_session("detective", state={"visits": 1})
+    entry = (await client.get_state_entries(session, "visits", "missing"))["visits"]
+    put = await client.put_state(session, "visits", entry.value + 1, if_version=entry.version)
+    with pytest.raises(NotecaseError, match="STATE_VERSION_MISMATCH") as late:
+        await client.put_state(session, "visits", entry.value + 1, if_version=entry.version)
+    assert str(put.version) == late.value.metadata["version"]
+    assert {"visits": (2, put.version)} == await client.get_state_entries(session)
 
 
 async def test_lists_go_on_over_their_pages(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:

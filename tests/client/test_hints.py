@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NotRequired, Optional, TypedDict
 
 import pytest
-from notecase import CallContext, Tool, v1
+from notecase import CallContext, Tool, ToolFailure, v1
 from notecase.hints import Mismatch, of_arguments, parse
 from notecase.tools import RESULT_BYTES, as_tools
 
-CONTEXT = CallContext(session="sessions/s", session_uid="u", run="sessions/s/runs/r", call_id="c", attempt=1)
+CONTEXT = CallContext(session="sessions/s", session_uid="u", user="", run="sessions/s/runs/r", call_id="c", attempt=1)
 
 
 class Unit(enum.Enum):
@@ -308,6 +308,16 @@ async def test_an_exception_is_the_calls_error(error: Exception, told: str, capl
         (record,) = caplog.records
         assert record.name == "notecase"
         assert record.exc_info is not None
+        facts = [getattr(record, name) for name in ("run", "session", "call_id")]
+        assert [CONTEXT.run, CONTEXT.session, "c"] == facts
+
+
+async def test_of_a_failure_the_model_reads_the_text_alone(caplog: pytest.LogCaptureFixture) -> None:
+    def pay() -> None:
+        raise ToolFailure("The account is closed.")
+
+    assert "The account is closed." == (await Tool(pay).answer(v1.ToolCall(call_id="c"), CONTEXT)).error
+    assert [] == caplog.records
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import notecase
 import pytest
-from notecase import Client
+from notecase import Client, v1
 
 from tests.support.server import running
 
@@ -61,7 +61,14 @@ async def test_every_snippet_prints_what_the_page_says(monkeypatch: pytest.Monke
             assert "text" == following, source
             assert expected == printed
             shown += 1
-    assert 19 == shown
+    assert 26 == shown
+
+
+def test_the_page_lists_every_kind_of_event_and_every_public_name() -> None:
+    kinds = {field.name for field in v1.Event.DESCRIPTOR.oneofs_by_name["payload"].fields}
+    rows = re.findall(r"^\| (`[a-z_]+`(?:, `[a-z_]+`)*) \| ", GUIDE, re.MULTILINE)
+    assert kinds == {kind for row in rows for kind in re.findall(r"\w+", row)}
+    assert [] == [name for name in notecase.__all__ if not re.search(rf"\b{name}\b", GUIDE)]
 
 
 def lines(source: str) -> int:

@@ -90,3 +90,24 @@ async def test_the_servers_word_on_when_is_kept(slept: list[float]) -> None:
     """Sooner than it says would be in vain."""
     await Backoff(Retry(first_delay=0.1)).wait(_error("UNAVAILABLE", "SERVER_DRAINING", 3.0))
     assert slept == [3.0]
+
+
+@pytest.mark.usefixtures("slept")
+async def test_a_warning_has_what_it_is_about(caplog: pytest.LogCaptureFixture) -> None:
+    backoff = Backoff(Retry(), facts=lambda: {"run": "sessions/s/runs/r", "session": "sessions/s"})
+    for _ in range(2):
+        await backoff.wait(_error("UNAVAILABLE"))
+    (record,) = caplog.records
+    assert ("sessions/s/runs/r", "sessions/s") == (getattr(record, "run", ""), getattr(record, "session", ""))
+    assert "It failed. Trying again, for at most 26 s." == record.getMessage()
+
+
+@pytest.mark.parametrize(("retry", "expected"), [(Retry(tries=2), "0.3 s"), (Retry(tries=3), "0.7 s")])
+@pytest.mark.usefixtures("slept")
+async def test_a_short_patience_is_not_told_as_none(
+    retry: Retry, expected: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    backoff = Backoff(retry)
+    for _ in range(2):
+        await backoff.wait(_error("UNAVAILABLE"))
+    assert f"It failed. Trying again, for at most {expected}." == caplog.records[0].getMessage()

@@ -154,6 +154,38 @@ async def test_ctrl_c_interrupts_a_call_and_the_client_goes_on(offline: Running)
     assert (0, b"{} True\n", b"") == (done.returncode, out, err)
 
 
+INTERRUPTED_INVOKE = """
+import signal, sys, threading
+import notecase
+from notecase.sync import Client
+
+def interrupt(call: notecase.CallContext) -> None:
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+    with client.attach(call.run) as run:
+        run.warn_after = None
+        list(run)
+    print(notecase.state_of(run.result))
+
+client = Client(sys.argv[1])
+client.put_agent("stopper", "You stop.", tools=[interrupt])
+try:
+    if sys.argv[2] == "invoke":
+        client.invoke("/call interrupt", agent="stopper")
+    else:
+        with client.run("/call interrupt", agent="stopper") as run:
+            list(run)
+except KeyboardInterrupt:
+    pass
+"""
+
+
+@pytest.mark.parametrize("method", ["invoke", "run"])
+async def test_ctrl_c_cancels_the_run_that_is_waited_for(offline: Running, method: str) -> None:
+    program = (sys.executable, "-c", INTERRUPTED_INVOKE, offline.address, method)
+    done = await asyncio.create_subprocess_exec(*program, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert (b"cancelled\n", b"") == await done.communicate()
+
+
 async def test_a_server_that_is_away_is_an_error() -> None:
     def ask() -> None:
         with Client("127.0.0.1:1", retry=Retry(tries=0)) as client:

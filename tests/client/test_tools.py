@@ -121,8 +121,10 @@ async def test_functions_are_declared_called_and_answered(client: Client, sessio
     assert await client.runs.GetRun(v1.GetRunRequest(name=run.name)) == run.result
 
 
-async def test_a_function_may_know_which_call_it_answers(client: Client, session: str, model: OpenAIServer) -> None:
-    """By a parameter that the model does not see: the same key on every attempt, and another for each call."""
+async def test_a_function_may_know_which_call_it_answers(client: Client, model: OpenAIServer) -> None:
+    """By a parameter that the model does not see: whose it is, the same key on every attempt, and another for each
+    call."""
+    session = (await client.create_session("detective", user="ada")).name
     seen: list[CallContext] = []
 
     def pay(cents: int, call: CallContext) -> str:
@@ -142,7 +144,9 @@ async def test_a_function_may_know_which_call_it_answers(client: Client, session
     uid = (await client.sessions.GetSession(v1.GetSessionRequest(name=session))).uid
     assert started == {call.call_id for call in seen}
     assert 3 == len(started)
-    assert {(session, uid, run.name, 1)} == {(call.session, call.session_uid, call.run, call.attempt) for call in seen}
+    assert {(session, uid, "users/ada", run.name, 1)} == {
+        (call.session, call.session_uid, call.user, call.run, call.attempt) for call in seen
+    }
     assert {f"{uid}/{call_id}" for call_id in started} == {call.idempotency_key for call in seen}
     told = {
         tool["function"]["name"]: tool["function"]["parameters"]["properties"] for tool in model.requests[0]["tools"]
@@ -562,10 +566,13 @@ class Logged(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.told: list[str] = []
+        self.facts: list[tuple[str, str]] = []
+        """The run and the session of each."""
         self.any = asyncio.Event()
 
     def emit(self, record: logging.LogRecord) -> None:
         self.told.append(record.getMessage())
+        self.facts.append((getattr(record, "run", ""), getattr(record, "session", "")))
         self.any.set()
 
 
@@ -592,6 +599,7 @@ async def test_a_wait_that_nobody_here_ends_is_logged_once(
         await client.approve(run.name, raised.value.run.pending_inputs[0].input_id)
         assert "Paid." == await following
     assert [f"{raised.value}."] == logged.told
+    assert [(run.name, session)] == logged.facts
 
 
 async def test_a_wait_that_ends_soon_is_not_logged(

@@ -10,8 +10,8 @@ from notecase.errors import NotecaseError, Resource, Violation
 from notecase.reply import Reply
 from notecase.retry import Retry
 from notecase.stream import RunStream
-from notecase.tools import Tool
-from notecase.values import Plain, from_value, text_of, to_message, to_value
+from notecase.tools import Tool, ToolFailure
+from notecase.values import Entry, Plain, from_value, state_of, text_of, to_message, to_value
 from notecase.view import Block, Gap, SessionView
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "CallContext",
     "Client",
     "Commands",
+    "Entry",
     "Gap",
     "NotecaseError",
     "Plain",
@@ -30,8 +31,10 @@ __all__ = [
     "SessionView",
     "Token",
     "Tool",
+    "ToolFailure",
     "Violation",
     "from_value",
+    "state_of",
     "text_of",
     "to_message",
     "to_value",

@@ -2,15 +2,12 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
-
-from google.protobuf.message import Message
+from typing import Any
 
 from notecase import v1
+from notecase.arguments import of_fields
 from notecase.hints import Kind, of_output
-from notecase.tools import Tool, as_tools
-
-M = TypeVar("M", bound=Message)
+from notecase.tools import Tool, as_tools, each_of
 
 
 @dataclass(frozen=True)
@@ -24,27 +21,14 @@ class Local:
 
 
 def split(
-    tools: Iterable[Callable[..., Any] | Tool | v1.Tool | Mapping[str, Any]], output: Any
+    tools: Iterable[Callable[..., Any] | Tool | v1.Tool | Mapping[str, Any]] | None, output: Any
 ) -> tuple[list[v1.Tool], Local]:
     """Divides an agent's tools and its output into what its declaration says and what stays here.
 
     Raises TypeError for a function or an output that has no JSON Schema, ValueError for a mapping with a field that
     `v1.Tool` does not have."""
-    given = [of_fields(v1.Tool, one) if isinstance(one, Mapping) else one for one in tools]
+    given = [of_fields(v1.Tool, one, "tools") if isinstance(one, Mapping) else one for one in each_of(tools)]
     functions = as_tools(one for one in given if not isinstance(one, v1.Tool))
     further = [one for one in given if isinstance(one, v1.Tool)]
     definitions = [*(tool.definition for tool in functions.values()), *further]
     return definitions, Local(functions, None if output is None else of_output(output))
-
-
-def message(kind: type[M], given: M | Mapping[str, Any] | None) -> M | None:
-    """A message of the API as it is, or of its fields by name. Raises ValueError for a field that does not exist."""
-    return of_fields(kind, given) if isinstance(given, Mapping) else given
-
-
-def of_fields(kind: type[M], given: Mapping[str, Any]) -> M:
-    """A message of the API of its fields by name. Raises ValueError for a field that does not exist."""
-    fields = list(kind.DESCRIPTOR.fields_by_name)
-    if unknown := [name for name in given if name not in fields]:
-        raise ValueError(f"{kind.__name__} has no field {unknown[0]!r}; it has {', '.join(fields)}")
-    return kind(**given)

@@ -11,7 +11,8 @@ import grpc
 from google.protobuf.field_mask_pb2 import FieldMask
 
 from notecase import v1
-from notecase.agents import Local, message, split
+from notecase.agents import Local, split
+from notecase.arguments import duration, made, message, shown
 from notecase.calls import Turns
 from notecase.commands import Commands
 from notecase.connection import Connection, Token
@@ -19,7 +20,7 @@ from notecase.errors import as_written
 from notecase.hints import dump, of_output
 from notecase.names import Named, OnBusy, choice, name_of
 from notecase.pages import Listing, each
-from notecase.reply import Reply
+from notecase.reply import Parsed, Reply
 from notecase.retry import Retry, repeat
 from notecase.sessions import Sessions
 from notecase.stream import RunStream
@@ -31,10 +32,14 @@ if TYPE_CHECKING:
     from notecase.content import Contents
 
 
+DURABLE = v1.WatchOptions(durable_only=True)
+
+
 class RunWaiting(Exception):
     """Raised by `Client.invoke` when its run waits for a person, or for a tool in another process.
 
-    The run has not failed. It continues once it is answered, and `attach(error.run)` follows it to its reply."""
+    It is not a `NotecaseError`: the run has not failed. It continues once it is answered, and `attach(error.run)`
+    follows it to its reply."""
 
     def __init__(self, run: v1.Run, waits: dict[str, str] | None = None) -> None:
         """`waits` describes what the run waits for, by input_id or call_id; by default everything that it waits for."""
@@ -95,7 +100,7 @@ class Client(Commands, Sessions):
         self._connection = Connection(
             target, token=token, ca=ca, plaintext=plaintext, credentials=credentials, options=options
         )
-        self._retry = retry or Retry()
+        self._retry = _policy(retry)
         channel = self._connection.channel
         self.agents = v1.AgentServiceStub(channel)
         self.sessions = v1.SessionServiceStub(channel)
@@ -139,7 +144,7 @@ class Client(Commands, Sessions):
         agent: str,
         instruction: str = "",
         *,
-        tools: Iterable[Callable[..., Any] | Tool | v1.Tool | Mapping[str, Any]] = (),
+        tools: Iterable[Callable[..., Any] | Tool | v1.Tool | Mapping[str, Any]] | None = None,
         output: Any = None,
         model: str = "",
         provider: str = "",
@@ -169,19 +174,21 @@ class Client(Commands, Sessions):
         Raises TypeError for a function or an output that has no JSON Schema, ValueError for a mapping with a field that
         does not exist, and NotecaseError TEMPLATE_ERROR or INVALID_FIELD when the server refuses the agent."""
         definitions, local = split(tools, output)
-        llm = v1.LlmAgent(
+        llm = made(
+            v1.LlmAgent,
             model=model,
             instruction=instruction,
             tools=definitions,
-            generation=message(v1.Generation, generation),
-            context=message(v1.Context, context),
+            generation=message(v1.Generation, generation, "generation"),
+            context=message(v1.Context, context, "context"),
             output_schema=dump(local.output.schema) if local.output else "",
             max_model_calls=max_model_calls,
             provider=provider,
             fallbacks=fallbacks,
         )
         request = v1.UpdateAgentRequest(
-            agent=v1.Agent(
+            agent=made(
+                v1.Agent,
                 name=name_of(agent, "agents"),
                 display_name=display_name,
                 description=description,
@@ -230,11 +237,11 @@ class Client(Commands, Sessions):
     def run(
         self,
         *said: str | v1.Message,
-        agent: str | v1.Agent = "",
-        session: str | v1.Session = "",
+        agent: str | v1.Agent | None = None,
+        session: str | v1.Session | None = None,
         state: Mapping[str, Plain] | None = None,
-        tools: Iterable[Callable[..., Any] | Tool] = (),
-        output: Any = None,
+        tools: Iterable[Callable[..., Any] | Tool] | None = None,
+        output: type[Parsed] | None = None,
         model: str | None = None,
         instruction: str | None = None,
         generation: v1.Generation | Mapping[str, Any] | None = None,
@@ -244,7 +251,7 @@ class Client(Commands, Sessions):
         rewind_to: int | None = None,
         run_id: str = "",
         options: v1.WatchOptions | None = None,
-    ) -> RunStream:
+    ) -> RunStream[Parsed]:
         """Starts a run when entered, and follows it to its end.
 
             async with client.run("Where is the violin?", agent="detective") as run:
@@ -274,23 +281,29 @@ class Client(Commands, Sessions):
             raise ValueError("who should answer? Name an agent, a session, or both: agent=…, session=…")
         functions = as_tools(tools)
         declared = self._local.get(agent.partition("@")[0], Local()).tools
-        start = v1.StartRun(
+        start = made(
+            v1.StartRun,
             session=session,
             agent=agent,
             state=to_values(state),
             run_id=run_id or uuid.uuid4().hex,
-            messages=map(to_message, said),
+            messages=[to_message(one) for one in said],
             client_tools=[one.definition for name, one in functions.items() if one.declare and name not in declared],
-            on_busy=choice(v1.StartRun.OnBusy, on_busy),
-            limits=message(v1.Limits, limits),
+            on_busy=choice(v1.StartRun.OnBusy, on_busy, "on_busy"),
+            limits=message(v1.Limits, limits, "limits"),
             options=options,
             rewind_to_sequence=rewind_to,
         )
-        settings = v1.RunSettings(model=model, instruction=instruction, generation=message(v1.Generation, generation))
+        settings = made(
+            v1.RunSettings,
+            model=model,
+            instruction=instruction,
+            generation=message(v1.Generation, generation, "generation"),
+        )
         if settings.ListFields():
             start.settings.CopyFrom(settings)
         if cancel_after is not None:
-            start.disconnect.cancel_after.FromMilliseconds(round(cancel_after * 1000))
+            start.disconnect.CopyFrom(v1.Disconnect(cancel_after=duration("cancel_after", cancel_after)))
         if not session:  # named here, so that a repeat finds it
             start.new_session.name = f"sessions/{uuid.uuid4().hex}"
             start.new_session.agent = agent.partition("@")[0]
@@ -302,10 +315,10 @@ class Client(Commands, Sessions):
         name: str | Named,
         after_sequence: int | None = None,
         *,
-        tools: Iterable[Callable[..., Any] | Tool] = (),
-        output: Any = None,
+        tools: Iterable[Callable[..., Any] | Tool] | None = None,
+        output: type[Parsed] | None = None,
         options: v1.WatchOptions | None = None,
-    ) -> RunStream:
+    ) -> RunStream[Parsed]:
         """Follows an existing run (sessions/{session}/runs/{run}) or session, when entered.
 
         Events begin after `after_sequence`, 0 for the whole log; without it, at the run's first event or at the
@@ -315,17 +328,19 @@ class Client(Commands, Sessions):
 
         Raises TypeError for a function that cannot be a tool. Entering raises NotecaseError: SEQUENCE_AHEAD,
         SESSION_NOT_FOUND, RUN_NOT_FOUND."""
-        attach = v1.AttachRun(name=name_of(name, "sessions"), after_sequence=after_sequence, options=options)
+        attach = made(
+            v1.AttachRun, name=name_of(name, "sessions", "name"), after_sequence=after_sequence, options=options
+        )
         return self._follow(v1.RunRequest(attach=attach), tools, output)
 
     async def invoke(
         self,
         *said: str | v1.Message,
-        agent: str | v1.Agent = "",
-        session: str | v1.Session = "",
+        agent: str | v1.Agent | None = None,
+        session: str | v1.Session | None = None,
         state: Mapping[str, Plain] | None = None,
-        tools: Iterable[Callable[..., Any] | Tool] = (),
-        output: Any = None,
+        tools: Iterable[Callable[..., Any] | Tool] | None = None,
+        output: type[Parsed] | None = None,
         model: str | None = None,
         instruction: str | None = None,
         generation: v1.Generation | Mapping[str, Any] | None = None,
@@ -334,7 +349,7 @@ class Client(Commands, Sessions):
         cancel_after: float | None = None,
         rewind_to: int | None = None,
         run_id: str = "",
-    ) -> Reply:
+    ) -> Reply[Parsed]:
         """Runs an agent to the end and returns the reply. The arguments are those of `run`.
 
             reply = await client.invoke("Where is the violin?", agent="detective")
@@ -343,7 +358,8 @@ class Client(Commands, Sessions):
 
         Raises what `run` and entering it raise, NotecaseError with the run's error when it fails and with code
         CANCELLED when it is cancelled, and RunWaiting when it waits for a person or for a tool that is not here.
-        Cancelling this call does not cancel the run."""
+        Cancelling this call, for example by `asyncio.timeout`, does not cancel the run; `limits` and `cancel_after` end
+        one. In `notecase.sync`, Ctrl-C cancels it."""
         stream = self.run(
             *said,
             agent=agent,
@@ -359,8 +375,11 @@ class Client(Commands, Sessions):
             cancel_after=cancel_after,
             rewind_to=rewind_to,
             run_id=run_id,
-            options=v1.WatchOptions(durable_only=True),
+            options=DURABLE,
         )
+        return await self._reply_of(stream)
+
+    async def _reply_of(self, stream: RunStream[Parsed]) -> Reply[Parsed]:
         async with stream as run:
             async for _ in run:
                 if run.waits_for_others:
@@ -378,10 +397,10 @@ class Client(Commands, Sessions):
     def _follow(
         self,
         first: v1.RunRequest,
-        tools: Iterable[Callable[..., Any] | Tool],
-        output: Any,
+        tools: Iterable[Callable[..., Any] | Tool] | None,
+        output: type[Parsed] | None,
         local: Mapping[str, Local] | None = None,
-    ) -> RunStream:
+    ) -> RunStream[Parsed]:
         return RunStream(
             self.runs,
             first,
@@ -395,3 +414,9 @@ class Client(Commands, Sessions):
 
     async def _get_run(self, name: str) -> v1.Run:
         return await repeat(self._retry, lambda: self.runs.GetRun(v1.GetRunRequest(name=name)))
+
+
+def _policy(retry: Retry | None) -> Retry:
+    if retry is not None and not isinstance(retry, Retry):
+        raise TypeError(f"retry must be a notecase.Retry, for example Retry(tries=3), not {shown(retry)}")
+    return retry or Retry()

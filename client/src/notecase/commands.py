@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from notecase import v1
+from notecase.arguments import made, shown
 from notecase.hints import dump
 from notecase.names import Named, Remember, When, choice, name_of
 from notecase.retry import Retry, repeat
@@ -36,7 +37,9 @@ class Commands:
         "interrupt" now. It denies open approvals and questions.
 
         Raises NotecaseError QUEUE_FULL when too many commands are queued."""
-        said_then = v1.UserInput(messages=map(to_message, said), when=choice(v1.UserInput.When, when))
+        said_then = v1.UserInput(
+            messages=[to_message(one) for one in said], when=choice(v1.UserInput.When, when, "when")
+        )
         return await self.send(name, v1.RunRequest(input=said_then))
 
     async def approve(
@@ -51,12 +54,13 @@ class Commands:
 
         With `remember` "run" or "session" later calls of the tool there are approved, too. Raises NotecaseError
         INPUT_NOT_PENDING when it was answered before."""
-        edited = arguments if isinstance(arguments, str) else "" if arguments is None else dump(dict(arguments))
-        response = v1.InputResponse(
+        edited = "" if arguments is None else _json("arguments", arguments)
+        response = made(
+            v1.InputResponse,
             input_id=input_id,
             decision=v1.InputResponse.DECISION_APPROVE,
             edited_arguments=edited,
-            remember=choice(v1.InputResponse.Remember, remember),
+            remember=choice(v1.InputResponse.Remember, remember, "remember"),
         )
         return await self.send(name, v1.RunRequest(input_response=response))
 
@@ -71,11 +75,12 @@ class Commands:
         """Denies a call; the model reads the reason. An interrupted call is treated as failed.
 
         `remember` and errors are those of `approve`."""
-        response = v1.InputResponse(
+        response = made(
+            v1.InputResponse,
             input_id=input_id,
             decision=v1.InputResponse.DECISION_DENY,
             reason=reason,
-            remember=choice(v1.InputResponse.Remember, remember),
+            remember=choice(v1.InputResponse.Remember, remember, "remember"),
         )
         return await self.send(name, v1.RunRequest(input_response=response))
 
@@ -85,14 +90,14 @@ class Commands:
 
         Raises NotecaseError INVALID_FIELD for an answer that does not match the schema; the question then stays open.
         Other errors are those of `approve`."""
-        text = answer if isinstance(answer, str) else dump(dict(answer))
-        response = v1.InputResponse(input_id=input_id, decision=v1.InputResponse.DECISION_ANSWER, answer=text)
+        text = _json("answer", answer)
+        response = made(v1.InputResponse, input_id=input_id, decision=v1.InputResponse.DECISION_ANSWER, answer=text)
         return await self.send(name, v1.RunRequest(input_response=response))
 
     async def dismiss(self, name: str | Named, input_id: str, reason: str = "") -> int:
         """Closes a tool's question without an answer; `deny` declines it. Errors are those of `approve`, and
         INVALID_FIELD when it is not a tool's question."""
-        response = v1.InputResponse(input_id=input_id, decision=v1.InputResponse.DECISION_CANCEL, reason=reason)
+        response = made(v1.InputResponse, input_id=input_id, decision=v1.InputResponse.DECISION_CANCEL, reason=reason)
         return await self.send(name, v1.RunRequest(input_response=response))
 
     async def give_result(self, name: str | Named, call_id: str, result: Any = None, *, error: str = "") -> int:
@@ -102,7 +107,7 @@ class Commands:
         The same result may be given again. Raises NotecaseError CALL_NOT_PENDING or REQUEST_ID_REUSED when the call has
         another outcome, TypeError or ValueError for a result that cannot be written as JSON."""
         parts = [] if error else parts_of(result)
-        return await self.send_result(name, v1.ToolResult(call_id=call_id, result=parts, error=error))
+        return await self.send_result(name, made(v1.ToolResult, call_id=call_id, result=parts, error=error))
 
     async def cancel(self, name: str | Named, reason: str = "", *, after_turn: bool = False, call_id: str = "") -> int:
         """Cancels the run and keeps its output so far. With `after_turn` it stops when the running calls have their
@@ -110,7 +115,8 @@ class Commands:
 
         Raises NotecaseError CALL_NOT_PENDING for a call that has its outcome."""
         mode = v1.CancelCommand.MODE_AFTER_TURN if after_turn else v1.CancelCommand.MODE_IMMEDIATE
-        return await self.send(name, v1.RunRequest(cancel=v1.CancelCommand(mode=mode, call_id=call_id, reason=reason)))
+        stop = made(v1.CancelCommand, mode=mode, call_id=call_id, reason=reason)
+        return await self.send(name, v1.RunRequest(cancel=stop))
 
     async def send_result(self, name: str | Named, told: v1.ToolResult) -> int:
         """Sends a tool's result with a command_id made from the call's id, so that any repeat is a duplicate."""
@@ -118,9 +124,20 @@ class Commands:
 
     async def send(self, name: str | Named, command: v1.RunRequest) -> int:
         """Sends any command, with a new command_id where it has none."""
+        if not isinstance(command, v1.RunRequest):
+            raise TypeError(f"command must be a v1.RunRequest, not {shown(command)}")
         command.command_id = command.command_id or uuid.uuid4().hex
-        name = name_of(name, "sessions")
+        name = name_of(name, "sessions", "name")
         session = "/".join(name.split("/")[:2])
         request = v1.SendCommandRequest(session=session, run=name if name != session else "", command=command)
         answer = await repeat(self._patience, lambda: self._stub.SendCommand(request))
         return answer.result.sequence
+
+
+def _json(argument: str, given: str | Mapping[str, Any]) -> str:
+    """Returns JSON text as it is, and that of a mapping."""
+    if isinstance(given, str):
+        return given
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{argument} must be a mapping or JSON text, not {shown(given)}")
+    return dump(dict(given))

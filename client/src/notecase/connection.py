@@ -13,6 +13,7 @@ import grpc
 from grpc import aio
 
 from notecase.address import DEFAULT_ADDRESS, is_loopback, with_port
+from notecase.arguments import shown
 from notecase.errors import NotecaseError
 
 log = logging.getLogger("notecase")
@@ -47,7 +48,8 @@ class Connection:
         options: Sequence[tuple[str, Any]] = (),
     ) -> None:
         """See Client. Raises ValueError for what is not an address, and for a token that cannot be sent, or only in
-        plain text; OSError for a file of `ca` that cannot be read."""
+        plain text; TypeError for arguments of other types; OSError for a file of `ca` that cannot be read."""
+        _judge(address, token, credentials)
         if address is None:
             address = os.environ.get("NOTECASE_ADDRESS") or DEFAULT_ADDRESS
         self.address = address = with_port(address)
@@ -87,6 +89,15 @@ class Connection:
         await self._channel.close()
 
 
+def _judge(address: Any, token: Any, credentials: Any) -> None:
+    if not isinstance(address, str | None):
+        raise TypeError(f"target must be a string such as {DEFAULT_ADDRESS!r}, not {shown(address)}")
+    if not isinstance(token, str | None) and not callable(token):
+        raise TypeError(f"token must be a string, or a function that returns one, not a {type(token).__name__}")
+    if not isinstance(credentials, grpc.ChannelCredentials | None):
+        raise TypeError(f"credentials must be grpc.ChannelCredentials, not a {type(credentials).__name__}")
+
+
 def _pem(path: str | PathLike[str] | None) -> bytes | None:
     """Returns a file's content, or None for the authorities that grpc knows."""
     from pathlib import Path  # noqa: PLC0415 - needed with `ca` alone, and takes 3 ms
@@ -115,6 +126,7 @@ class _Channel:
         self._token = token
         self._address = address
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._closed = False
         self.unary_unary = self._called("unary_unary")
         self.unary_stream = self._called("unary_stream")
         self.stream_unary = self._called("stream_unary")
@@ -125,7 +137,9 @@ class _Channel:
         return self._open()
 
     async def close(self) -> None:
-        await self._channel.close()  # also one that was not opened yet: it is not to be opened later
+        self._closed = True
+        if "_channel" in vars(self):
+            await self._channel.close()
 
     def _called(self, shape: str) -> Callable[..., Callable[..., Any]]:
         def multicallable(*args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -138,6 +152,8 @@ class _Channel:
         return multicallable
 
     def _call(self, opened: Callable[[], Callable[..., Any]], args: Iterable[Any], kwargs: dict[str, Any]) -> "_Call":
+        if self._closed:
+            raise RuntimeError("the client is closed")
         loop = asyncio.get_running_loop()
         if self._loop is None:
             self._loop = loop

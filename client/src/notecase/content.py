@@ -13,7 +13,9 @@ from typing import BinaryIO
 import grpc
 
 from notecase import v1
+from notecase.arguments import made, shown
 from notecase.errors import NotecaseError
+from notecase.names import name_of
 from notecase.retry import Backoff, Retry, repeat
 
 CHUNK_BYTES = 1 << 20
@@ -31,14 +33,18 @@ class Contents:
         self, content: bytes | str | PathLike[str], media_type: str = "", *, filename: str = "", upload_id: str = ""
     ) -> v1.Blob:
         """See Client.upload."""
+        if not isinstance(content, bytes | str | PathLike):
+            raise TypeError(f"content must be bytes or the path of a file, not {shown(content)}")
         path = None if isinstance(content, bytes) else Path(content)
         if path is not None:
             media_type = media_type or _media_type(path)
             filename = filename or path.name
         if not media_type:
             raise ValueError("pass the media_type of the content, for example application/pdf")
-        first = v1.UploadBlobRequest(
-            blob=v1.Blob(media_type=media_type, filename=filename), upload_id=upload_id or uuid.uuid4().hex
+        first = made(
+            v1.UploadBlobRequest,
+            blob=made(v1.Blob, media_type=media_type, filename=filename),
+            upload_id=upload_id or uuid.uuid4().hex,
         )
         backoff = Backoff(self._retry)
         with await asyncio.to_thread(_opened, content) as source:
@@ -74,8 +80,8 @@ class Contents:
 
     async def download(self, blob: str | v1.Blob, offset: int = 0, limit: int = 0) -> AsyncIterator[bytes]:
         """See Client.download."""
-        name = blob if isinstance(blob, str) else blob.name
-        request = v1.DownloadBlobRequest(name=name, offset=offset, limit=limit)
+        name = name_of(blob, "blobs")
+        request = made(v1.DownloadBlobRequest, name=name, offset=offset, limit=limit)
         backoff = Backoff(self._retry)
         digest = None if offset or limit else hashlib.sha256()
         while True:

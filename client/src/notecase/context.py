@@ -22,6 +22,8 @@ class CallContext:
     """sessions/{session}"""
     session_uid: str
     """Session.uid. Unlike the name it is never another session's, nor another tenant's."""
+    user: str
+    """users/{user}, or empty for a session without one."""
     run: str
     """sessions/{session}/runs/{run}"""
     call_id: str

@@ -98,6 +98,9 @@ class NotecaseError(Exception):
             for detail in status.details if status else ():
                 decoded._add(detail)
         if address and decoded.code is grpc.StatusCode.UNAVAILABLE and not decoded.reason:
+            if "Failed parsing HTTP/2" in decoded.message:
+                found = "it speaks HTTP/1" if "http1" in decoded.message else "it does not speak HTTP/2"
+                return cls(decoded.code, "", f"{address} is not a gRPC server: {found}")
             return cls(decoded.code, "", f"{address} cannot be reached: {_cause(decoded.message)}")
         return decoded
 

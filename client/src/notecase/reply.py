@@ -1,7 +1,7 @@
 """The reply of a run, as `Client.invoke` returns it."""
 
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic
 
 import grpc
 
@@ -10,9 +10,19 @@ from notecase.errors import NotecaseError
 from notecase.hints import Kind, parse
 from notecase.values import text_of
 
+if TYPE_CHECKING:
+    from typing_extensions import TypeVar
 
-class Reply:
-    """The reply of a run that succeeded: `print(reply.text)`."""
+    Parsed = TypeVar("Parsed", default=Any)
+else:
+    from typing import TypeVar
+
+    Parsed = TypeVar("Parsed")
+
+
+class Reply(Generic[Parsed]):
+    """The reply of a run that succeeded: `print(reply.text)`. For type checkers `parsed` has the type that was given as
+    `output`, or Any if none was given."""
 
     def __init__(self, run: v1.Run, output: Kind | None = None) -> None:
         """`output` reads `parsed`. Raises NotecaseError with the run's error when it failed, and with code CANCELLED
@@ -41,17 +51,18 @@ class Reply:
         return "".join(part.refusal for part in self.run.reply.parts)
 
     @cached_property
-    def parsed(self) -> Any:
+    def parsed(self) -> Parsed:
         """The reply's JSON: as the `output` type if one was given, otherwise as dicts and lists; None for a reply
         without JSON if no type was given.
 
         Raises ValueError for a reply that does not match the type, such as a refusal."""
         found = [part.json for part in self.run.reply.parts if part.HasField("json")]
         if self._output is None:
-            return parse(found[0]) if found else None
+            return parse(found[0]) if found else None  # type: ignore[return-value]
         if not found:
             raise ValueError(f"the reply is not JSON: {(self.refusal or self.text)!r}")
-        return self._output.read(parse(found[0]), "")
+        read: Parsed = self._output.read(parse(found[0]), "")
+        return read
 
     @property
     def session(self) -> str:

@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import grpc
 
+from notecase.arguments import duration, shown
 from notecase.errors import NotecaseError
 from notecase.view import Gap
 
@@ -33,6 +34,15 @@ class Retry:
     """Doubled for each further repeat."""
     max_delay: float = 5.0
 
+    def __post_init__(self) -> None:
+        """Raises TypeError or ValueError for what is not a number of repeats or of seconds."""
+        if isinstance(self.tries, bool) or not isinstance(self.tries, int):
+            raise TypeError(f"tries must be an integer, not {shown(self.tries)}")
+        duration("first_delay", self.first_delay)
+        duration("max_delay", self.max_delay)
+        if min(self.tries, self.first_delay, self.max_delay) < 0:
+            raise ValueError("tries, first_delay and max_delay must not be negative")
+
     @property
     def longest(self) -> float:
         """The seconds that all the delays come to at most."""
@@ -42,8 +52,10 @@ class Retry:
 class Backoff:
     """Counts failures in a row and waits between them."""
 
-    def __init__(self, retry: Retry, renews_token: bool = False) -> None:
-        """With `renews_token`, a call whose token was refused is repeated once, with the next token."""
+    def __init__(self, retry: Retry, renews_token: bool = False, facts: Callable[[], Mapping[str, str]] = dict) -> None:
+        """With `renews_token`, a call whose token was refused is repeated once, with the next token. `facts` are the
+        further attributes of a log record."""
+        self._facts = facts
         self._retry = retry
         self._renews = renews_token
         self._failures = 0
@@ -61,7 +73,10 @@ class Backoff:
         if self._failures >= self._retry.tries or not worth:
             raise error
         if isinstance(error, NotecaseError) and not refused and self._failures == 1:
-            log.warning("%s Trying again, for at most %.0f s.", error.message.rstrip(".") + ".", self._retry.longest)
+            longest = f"{self._retry.longest:{'.0f' if self._retry.longest >= 10 else '.2g'}}"
+            log.warning(
+                "%s Trying again, for at most %s s.", error.message.rstrip(".") + ".", longest, extra=self._facts()
+            )
         self._refused |= refused
         delay = min(self._retry.first_delay * 2**self._failures, self._retry.max_delay)
         self._failures += 1

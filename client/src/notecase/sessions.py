@@ -5,11 +5,12 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any
 
 from notecase import v1
+from notecase.arguments import made, shown
 from notecase.errors import as_written
 from notecase.names import Named, name_of
 from notecase.pages import Listing, each
 from notecase.retry import Retry, repeat
-from notecase.values import Plain, from_value, to_value, to_values
+from notecase.values import Entry, Plain, from_value, to_value, to_values
 
 
 class Sessions:
@@ -23,10 +24,10 @@ class Sessions:
 
     async def create_session(
         self,
-        agent: str | v1.Agent = "",
+        agent: str | v1.Agent | None = None,
         *,
         session_id: str = "",
-        user: str = "",
+        user: str | None = None,
         display_name: str = "",
         labels: Mapping[str, str] | None = None,
         state: Mapping[str, Plain] | None = None,
@@ -34,9 +35,11 @@ class Sessions:
         """Creates a session with an initial `state`.
 
         Raises NotecaseError ALREADY_EXISTS when the id is taken, AGENT_NOT_FOUND when its agent is missing."""
-        request = v1.CreateSessionRequest(
+        request = made(
+            v1.CreateSessionRequest,
             session_id=session_id,
-            session=v1.Session(
+            session=made(
+                v1.Session,
                 agent=name_of(agent, "agents").partition("@")[0],
                 user=name_of(user, "users"),
                 display_name=display_name,
@@ -54,7 +57,8 @@ class Sessions:
 
         Raises NotecaseError SESSION_NOT_FOUND, SEQUENCE_AHEAD for a sequence after the head, ALREADY_EXISTS when the id
         is taken."""
-        request = v1.ForkSessionRequest(
+        request = made(
+            v1.ForkSessionRequest,
             name=name_of(session, "sessions"),
             at_sequence=at_sequence,
             session_id=session_id,
@@ -67,8 +71,11 @@ class Sessions:
 
         Raises NotecaseError RUN_ACTIVE while a run is active or queued, SESSION_NOT_FOUND, SEQUENCE_AHEAD, and
         INVALID_FIELD for a sequence inside a range that was rewound before."""
-        request = v1.RewindSessionRequest(
-            name=name_of(session, "sessions"), to_sequence=to_sequence, request_id=uuid.uuid4().hex
+        request = made(
+            v1.RewindSessionRequest,
+            name=name_of(session, "sessions"),
+            to_sequence=to_sequence,
+            request_id=uuid.uuid4().hex,
         )
         return await repeat(self._retry, lambda: self.sessions.RewindSession(request))
 
@@ -77,7 +84,7 @@ class Sessions:
         it can be imported only on a server that has them.
 
         Raises NotecaseError SESSION_NOT_FOUND, and RUN_ACTIVE while a run is active or queued."""
-        request = v1.ExportSessionRequest(name=name_of(session, "sessions"), with_blobs=with_blobs)
+        request = made(v1.ExportSessionRequest, name=name_of(session, "sessions"), with_blobs=with_blobs)
         async for response in self.sessions.ExportSession(request):
             yield response.chunk
 
@@ -86,39 +93,53 @@ class Sessions:
 
         Raises NotecaseError ALREADY_EXISTS when the id is taken, IMPORT_INVALID when the file is incomplete or
         damaged."""
-        header = v1.ImportHeader(session_id=session_id, request_id=uuid.uuid4().hex)
+        header = made(v1.ImportHeader, session_id=session_id, request_id=uuid.uuid4().hex)
 
         async def frames() -> AsyncIterator[v1.ImportSessionRequest]:
             yield v1.ImportSessionRequest(header=header)
             for piece in pieces:
                 yield v1.ImportSessionRequest(chunk=piece)
 
+        if isinstance(pieces, bytes | str) or not isinstance(pieces, Iterable):
+            raise TypeError(f"pieces must be a list or an iterator of bytes, not {shown(pieces)}")
+
         return await self.sessions.ImportSession(frames())
 
     async def get_state(self, owner: str | Named, *keys: str, at_sequence: int = 0) -> dict[str, Any]:
         """Returns state as Python values by key: of the given keys, without those that do not exist, or of all keys.
 
-        `owner` is sessions/{session}, users/{user} or app, or a `v1.Session`. With `at_sequence` a session's state is
-        returned as it was then. A large state is read in pages, and may change between them. Raises NotecaseError
-        SESSION_NOT_FOUND, SEQUENCE_AHEAD."""
-        request = v1.GetStateRequest(name=f"{name_of(owner)}/state", keys=keys, page_size=1000, at_sequence=at_sequence)
-        values: dict[str, Any] = {}
+        `owner` is a session, by its id, its name or itself, or "users/{user}", or "app". With `at_sequence` a session's
+        state is returned as it was then. A large state is read in pages, and may change between them. Raises
+        NotecaseError SESSION_NOT_FOUND, SEQUENCE_AHEAD."""
+        entries = await self.get_state_entries(owner, *keys, at_sequence=at_sequence)
+        return {key: entry.value for key, entry in entries.items()}
+
+    async def get_state_entries(self, owner: str | Named, *keys: str, at_sequence: int = 0) -> dict[str, Entry]:
+        """Returns the entries of a state by key, each with its value and its version, as `get_state` does the values.
+
+            entry = (await client.get_state_entries(session, "visits"))["visits"]
+            await client.put_state(session, "visits", entry.value + 1, if_version=entry.version)
+
+        Raises as `get_state` does."""
+        request = made(v1.GetStateRequest, name=_state_of(owner), keys=keys, page_size=1000, at_sequence=at_sequence)
+        entries: dict[str, Entry] = {}
         while True:
             page = await repeat(self._retry, lambda: self.state.GetState(request))
-            values.update((key, from_value(entry.value)) for key, entry in page.entries.items())
+            entries.update((key, Entry(from_value(held.value), held.version)) for key, held in page.entries.items())
             request.page_token = page.next_page_token
             if not request.page_token:
-                return values
+                return entries
 
     async def put_state(
         self, owner: str | Named, key: str, value: Plain, *, if_version: int | None = None
     ) -> v1.StateEntry:
-        """Sets one key of the state of sessions/{session}, users/{user} or app.
+        """Sets one key of a session's state, of "users/{user}" or of "app".
 
         With `if_version` only if the key has that version, where 0 means that it does not exist; otherwise raises
         NotecaseError STATE_VERSION_MISMATCH with the current version in `metadata["version"]`."""
-        request = v1.PutStateRequest(
-            name=f"{name_of(owner)}/state",
+        request = made(
+            v1.PutStateRequest,
+            name=_state_of(owner),
             key=key,
             value=to_value(value),
             if_version=if_version,
@@ -126,10 +147,18 @@ class Sessions:
         )
         return await repeat(self._retry, lambda: self.state.PutState(request))
 
-    def list_sessions(self, filter: str = "", *, agent: str | v1.Agent = "", user: str = "") -> Listing[v1.Session]:  # noqa: A002 - the API's word
+    def list_sessions(
+        self,
+        filter: str = "",  # noqa: A002 - the API's word
+        *,
+        agent: str | v1.Agent | None = None,
+        user: str | None = None,
+    ) -> Listing[v1.Session]:
         """Iterates over sessions, the last changed first; `filter` as in `v1.ListSessionsRequest`.
 
         Raises NotecaseError INVALID_FIELD for a filter that cannot be read."""
+        if not isinstance(filter, str):
+            raise TypeError(f"filter must be a string, not {shown(filter)}")
         conditions = [f"({filter})"] if filter else []
         conditions += [f'agent = "{name_of(agent, "agents")}"'] if agent else []
         conditions += [f'user = "{name_of(user, "users")}"'] if user else []
@@ -146,7 +175,7 @@ class Sessions:
         """Iterates over the runs of a session, or of all sessions, newest first; `filter` as in `v1.ListRunsRequest`.
 
         Raises NotecaseError SESSION_NOT_FOUND, INVALID_FIELD for a filter that cannot be read."""
-        request = v1.ListRunsRequest(parent=name_of(session, "sessions"), filter=filter)
+        request = made(v1.ListRunsRequest, parent=name_of(session, "sessions"), filter=filter)
         return each(self._retry, self.runs.ListRuns, request)
 
     def waiting(self, session: str | Named = "-") -> Listing[v1.Run]:
@@ -159,3 +188,9 @@ class Sessions:
 
         Raises NotecaseError SESSION_NOT_FOUND."""
         return self.list_runs(session, "state = WAITING")
+
+
+def _state_of(owner: str | Named) -> str:
+    """Returns the name of a state: "app/state", or by a name with a slash; anything else is the id of a session."""
+    name = name_of(owner, "" if owner == "app" else "sessions", "owner")
+    return f"{name}/state"

@@ -6,29 +6,30 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Self
 
 import grpc
 
 from notecase import v1
 from notecase.agents import Local
+from notecase.arguments import made, shown
 from notecase.calls import Calls, Turns
 from notecase.commands import Commands
 from notecase.context import CallContext
 from notecase.errors import NotecaseError, as_written
 from notecase.hints import Kind
 from notecase.names import Remember, When
-from notecase.reply import Reply
+from notecase.reply import Parsed, Reply
 from notecase.retry import Backoff, Retry
 from notecase.tools import Tool, as_tools
-from notecase.values import Plain, to_value
+from notecase.values import Plain, to_values
 from notecase.view import ENDED, Gap, SessionView
 from notecase.waits import sentence, unanswered
 
 log = logging.getLogger("notecase")
 
 
-class RunStream:
+class RunStream(Generic[Parsed]):
     """Follows a run or a session: `async with` attaches, `async for` yields its `v1.Event`s.
 
     `Client.run` and `Client.attach` return one. It can also be made from any `v1.RunRequest` that starts or attaches; a
@@ -63,7 +64,7 @@ class RunStream:
         first: v1.RunRequest,
         retry: Retry | None = None,
         *,
-        tools: Iterable[Callable[..., Any] | Tool] = (),
+        tools: Iterable[Callable[..., Any] | Tool] | None = None,
         output: Kind | None = None,
         local: Mapping[str, Local] | None = None,
         turns: Turns | None = None,
@@ -75,7 +76,7 @@ class RunStream:
         self._stub = stub
         self._first = first
         retry = retry or Retry()
-        self._backoff = Backoff(retry, renews_token)
+        self._backoff = Backoff(retry, renews_token, lambda: {"run": self.name, "session": self.session})
         self._commands = Commands(stub, retry)
         self._tools = as_tools(tools)
         self._output = output
@@ -127,14 +128,14 @@ class RunStream:
         return run
 
     @property
-    def reply(self) -> Reply:
+    def reply(self) -> Reply[Parsed]:
         """The run's reply, as `Client.invoke` returns it. Raises RuntimeError before the run's end was yielded, and
         NotecaseError when it failed or was cancelled."""
         result = self.result
         return Reply(result, self._output or self._local_of(result).output)
 
     @property
-    def parsed(self) -> Any:
+    def parsed(self) -> Parsed:
         """The reply's JSON; see `Reply.parsed`. Raises as `reply` does."""
         return self.reply.parsed
 
@@ -177,20 +178,29 @@ class RunStream:
             with self._warning():
                 await self._receive()
 
-    async def text(self) -> AsyncIterator[str]:
-        """Yields the agent's text in pieces as they arrive, up to the end of the run. Joined, the pieces of one message
-        are exactly its text. Between two messages it yields "\\n\\n".
+    async def text(self, after: v1.BlockDelta | None = None) -> AsyncIterator[str]:
+        """Yields the agent's text in this run in pieces as they arrive, up to the run's end; for a stream of a session,
+        the text of all its runs. Joined, the pieces of one message are exactly its text. Between two messages it yields
+        "\\n\\n".
 
         A model call that is repeated, after a failure or a takeover, starts its reply again as another message. To
         remove the text that was discarded from a screen, iterate the events and show `view` instead.
 
+        A stream that attaches in the middle of a reply yields it from its start. With `after`, the last delta that was
+        read before, by an earlier stream, it begins where that ended.
+
         Raises NotecaseError with the run's error when it fails. A cancelled run just ends the text. Nothing is yielded
         while the run waits for a person or for a tool that is not here; the logger "notecase" then warns, see
         `warn_after`."""
-        told: dict[tuple[str, int], int] = {}
-        speaking = ""
+        if not isinstance(after, v1.BlockDelta | None):
+            raise TypeError(f"after must be the block_delta of an event, not {shown(after)}")
+        after = after or v1.BlockDelta()
+        told: dict[tuple[str, int], int] = {(after.message, after.block): after.end}
+        speaking = after.message
         async for event in self:
             for message, block, start, text in self._texts(event):
+                if message == after.message and block < after.block:
+                    continue
                 data = text.encode()
                 have = told.get((message, block), start)
                 told[message, block] = max(have, start + len(data))
@@ -252,8 +262,8 @@ class RunStream:
 
         Raises NotecaseError STATE_VERSION_MISMATCH when a condition does not hold, STATE_TYPE_MISMATCH when an
         operation does not apply to the value's type."""
-        sets = [v1.StateOp(key=key, set=to_value(value)) for key, value in (values or {}).items()]
-        update = v1.StateUpdate(ops=[*sets, *ops], if_version=if_version)
+        sets = [v1.StateOp(key=key, set=value) for key, value in to_values(values, "values").items()]
+        update = made(v1.StateUpdate, ops=[*sets, *ops], if_version=if_version)
         # State is the session's: it can be changed in every state of the run.
         return await self._commands.send(self.session, v1.RunRequest(update_state=update))
 
@@ -279,7 +289,7 @@ class RunStream:
 
         def warn() -> None:
             self._warned.update(waits)
-            log.warning("%s.", told)
+            log.warning("%s.", told, extra={"run": run.name, "session": self.session})
 
         told = sentence(run, waits)
         timer = asyncio.get_running_loop().call_later(self.warn_after, warn)
@@ -316,6 +326,7 @@ class RunStream:
                 context = CallContext(
                     session=self._attached.session,
                     session_uid=self._attached.session_uid,
+                    user=self._attached.user,
                     run=run,
                     call_id=call.call_id,
                     attempt=call.attempt,
@@ -387,8 +398,11 @@ class RunStream:
 
     def _texts(self, event: v1.Event) -> Iterable[tuple[str, int, int, str]]:
         """Yields the agent's text in an event as (message, index of the part, first byte within the part, text). Text
-        arrives in deltas, except for replies that were complete before the stream attached."""
+        arrives in deltas, except for replies that were complete before the stream attached. The events of a queued run
+        include those of the runs before it."""
         delta, message = event.block_delta, event.message_added
+        if not self._follows_session and event.run != self.name:
+            return
         if piece := delta.text or delta.json:
             yield delta.message, delta.block, delta.start, piece
         elif message.role == v1.Message.ROLE_ASSISTANT and self._attached is not None:

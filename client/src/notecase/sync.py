@@ -17,7 +17,7 @@ from contextlib import suppress
 from functools import wraps
 from os import PathLike
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar, cast
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypeVar, cast
 
 import grpc
 from google.protobuf import descriptor_pool
@@ -26,7 +26,8 @@ from notecase import client as aio
 from notecase import stream as aio_stream
 from notecase import v1
 from notecase.connection import Token
-from notecase.reply import Reply
+from notecase.errors import NotecaseError
+from notecase.reply import Parsed, Reply
 from notecase.retry import Retry
 from notecase.view import SessionView
 
@@ -34,6 +35,9 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _END: Any = object()
+
+CANCEL_SECONDS = 2.0
+"""How long a program that is ended by Ctrl-C waits for the server to cancel its run."""
 
 
 class _Loop:
@@ -125,22 +129,50 @@ def _iterating(
 
 
 def _following(
-    method: Callable[Concatenate[Any, P], aio_stream.RunStream],
-) -> Callable[Concatenate["_Facade", P], "RunStream"]:
+    method: Callable[Concatenate[Any, P], aio_stream.RunStream[Parsed]], *, starts: bool = False
+) -> Callable[Concatenate["_Facade", P], "RunStream[Parsed]"]:
     @wraps(method)
-    def call(self: _Facade, /, *args: P.args, **kwargs: P.kwargs) -> RunStream:
-        return RunStream(self._loop, method(self._inner, *args, **kwargs))
+    def call(self: _Facade, /, *args: P.args, **kwargs: P.kwargs) -> RunStream[Parsed]:
+        return RunStream(self._loop, method(self._inner, *args, **kwargs), starts=starts)
 
     return call
 
 
-class RunStream:
-    """A run being followed: `with` attaches, `for` gives its `v1.Event`s; see `notecase.RunStream`. Calls of its tools
-    are executed in threads while the block is entered, also between two events."""
+def _invoking(
+    method: Callable[Concatenate[aio.Client, P], Coroutine[Any, Any, Reply[Parsed]]],
+) -> Callable[Concatenate["_Facade", P], Reply[Parsed]]:
+    """Makes the blocking `invoke`, in which Ctrl-C cancels the run."""
 
-    def __init__(self, loop: _Loop, inner: aio_stream.RunStream) -> None:
+    @wraps(method)
+    def call(self: _Facade, /, *args: P.args, **kwargs: P.kwargs) -> Reply[Parsed]:
+        stream = self._inner.run(*args, **kwargs, options=aio.DURABLE)
+        try:
+            reply: Reply[Parsed] = self._loop.run(self._inner._reply_of(stream))
+            return reply
+        except KeyboardInterrupt:
+            _cancel(self._loop, stream)
+            raise
+
+    return call
+
+
+def _cancel(loop: _Loop, stream: aio_stream.RunStream[Any]) -> None:
+    """Cancels a run that Ctrl-C has interrupted, unless it has ended or the server does not answer in time."""
+    if stream.name:
+        with suppress(NotecaseError, TimeoutError, RuntimeError):
+            loop.run(asyncio.wait_for(stream.cancel("Ctrl-C"), CANCEL_SECONDS))
+
+
+class RunStream(Generic[Parsed]):
+    """A run being followed: `with` attaches, `for` gives its `v1.Event`s; see `notecase.RunStream`. Calls of its tools
+    are executed in threads while the block is entered, also between two events.
+
+    Leaving the block by Ctrl-C cancels the run if `Client.run` has started it, and leaves it alone after `attach`."""
+
+    def __init__(self, loop: _Loop, inner: aio_stream.RunStream[Parsed], *, starts: bool = False) -> None:
         self._loop = loop
         self._inner = inner
+        self._starts = starts
 
     def __enter__(self) -> Self:
         self._loop.run(self._inner.__aenter__())
@@ -150,6 +182,8 @@ class RunStream:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._loop.run(self._inner.__aexit__(kind, error, trace))
+        if self._starts and isinstance(error, KeyboardInterrupt):
+            _cancel(self._loop, self._inner)
 
     def __iter__(self) -> Self:
         return self
@@ -192,11 +226,11 @@ class RunStream:
         return self._inner.result
 
     @property
-    def reply(self) -> Reply:
+    def reply(self) -> Reply[Parsed]:
         return self._inner.reply
 
     @property
-    def parsed(self) -> Any:
+    def parsed(self) -> Parsed:
         return self._inner.parsed
 
     text = _iterating(aio_stream.RunStream.text)
@@ -276,9 +310,9 @@ class Client:
         """HOST:PORT of the server."""
         return self._inner.address
 
-    run = _following(aio.Client.run)
+    run = _following(aio.Client.run, starts=True)
     attach = _following(aio.Client.attach)
-    invoke = _blocking(aio.Client.invoke)
+    invoke = _invoking(aio.Client.invoke)
     put_agent = _blocking(aio.Client.put_agent)
     create_session = _blocking(aio.Client.create_session)
     fork = _blocking(aio.Client.fork)
@@ -286,6 +320,7 @@ class Client:
     export_session = _iterating(aio.Client.export_session)
     import_session = _blocking(aio.Client.import_session)
     get_state = _blocking(aio.Client.get_state)
+    get_state_entries = _blocking(aio.Client.get_state_entries)
     put_state = _blocking(aio.Client.put_state)
     upload = _blocking(aio.Client.upload)
     download = _iterating(aio.Client.download)

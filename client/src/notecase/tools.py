@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from notecase import v1
+from notecase.arguments import duration, made, shown
 from notecase.context import CallContext, context_parameters
 from notecase.hints import Mismatch, dump, of_arguments, parse
 from notecase.names import Approver, choice
@@ -25,6 +26,10 @@ ERROR_CHARACTERS = 4000
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 log = logging.getLogger("notecase")
+
+
+class ToolFailure(Exception):
+    """Raised by a tool's function: the model reads its text as it is, and nothing is logged."""
 
 
 class Tool:
@@ -46,8 +51,9 @@ class Tool:
     The result is the return value: text unchanged, bytes as data, a `v1.Part` or a list of them as parts, and
     everything else as JSON: JSON values, enums, dataclasses and pydantic models. An exception becomes the call's
     `error`, such as "ValueError: no such paper", which the model reads and the log keeps; the traceback goes only to
-    the logger "notecase". Arguments that do not match the schema, and a result of more than 512 KiB of text or 3 MiB of
-    data, are errors for the model, too.
+    the logger "notecase". If the exception is a `ToolFailure`, the model reads only its text, and nothing is logged
+    here. Arguments that do not match the schema, and a result of more than 512 KiB of text or 3 MiB of data, are errors
+    for the model, too.
 
     Raises TypeError for a function whose arguments have no JSON Schema.
     """
@@ -66,6 +72,8 @@ class Tool:
         """`approver` is the lowest role that may approve a call: "user", "developer" or "admin". `timeout` is in
         seconds, from the dispatch of a call to its outcome. A tool with `declare` False is not declared by the run,
         because its agent declares it, for example by `put_agent` in another process."""
+        if not callable(function):
+            raise TypeError(f"a tool is a function, not {shown(function)}")
         self.function = function
         self.declare = declare
         name = name or getattr(function, "__name__", "")
@@ -76,17 +84,17 @@ class Tool:
             self._arguments = of_arguments(function, leave_out=self._context)
         except TypeError as error:
             raise TypeError(f"{name} cannot be a tool: {error}") from error
-        self.definition = v1.Tool(
+        self.definition = made(
+            v1.Tool,
             name=name,
             description=description or inspect.getdoc(function) or "",
             parameters=dump(self._arguments.schema),
             client=v1.ClientTool(),
             requires_approval=requires_approval,
-            approver=choice(v1.Tool.Approver, approver),
+            approver=choice(v1.Tool.Approver, approver, "approver"),
+            timeout=duration("timeout", timeout),
         )
         """The declaration, for an agent or a run."""
-        if timeout is not None:
-            self.definition.timeout.FromMilliseconds(round(timeout * 1000))
 
     async def answer(self, call: v1.ToolCall, context: CallContext) -> v1.ToolResult:
         """Calls the function and returns its result or error. Raises nothing but CancelledError."""
@@ -104,8 +112,14 @@ class Tool:
             if task is None or task.cancelling():
                 raise
             told.error = _said(error)  # the function's own: something it waited for was cancelled
+        except ToolFailure as failure:
+            told.error = str(failure)[:ERROR_CHARACTERS] or "The tool failed."
         except Exception as error:
-            log.exception("The tool %s raised.", self.definition.name)
+            log.exception(
+                "The tool %s raised.",
+                self.definition.name,
+                extra={"run": context.run, "session": context.session, "call_id": call.call_id},
+            )
             told.error = _said(error)
         data = sum(len(part.data.data) for part in told.result)
         if data > DATA_BYTES:
@@ -127,10 +141,19 @@ class Tool:
             raise RuntimeError("the function raised StopIteration") from error
 
 
-def as_tools(functions: Iterable[Callable[..., Any] | Tool]) -> dict[str, Tool]:
-    """Tools by name. Raises TypeError for two of one name, for a declaration of a tool, and as `Tool` does."""
+def each_of(tools: Iterable[Any] | None) -> Iterable[Any]:
+    """Returns the entries of an argument `tools`; None has none. Raises TypeError for what is not a list of tools."""
+    if tools is None:
+        return ()
+    if isinstance(tools, str | bytes | Mapping | Tool | v1.Tool) or not isinstance(tools, Iterable):
+        raise TypeError(f"tools must be a list, for example tools=[search], not {shown(tools)}")
+    return tools
+
+
+def as_tools(functions: Iterable[Callable[..., Any] | Tool] | None) -> dict[str, Tool]:
+    """Returns tools by name. Raises TypeError for two of one name, for a declaration of a tool, and as `Tool` does."""
     tools: dict[str, Tool] = {}
-    for function in functions:
+    for function in each_of(functions):
         if isinstance(function, v1.Tool | Mapping):
             raise TypeError(
                 "a run accepts only functions; declare a tool that the server runs with put_agent(…, tools=[…])"

@@ -1,15 +1,25 @@
 """Converts Python's values to the API's and back without a loss: `from_value(to_value(x))` equals `x`."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from google.protobuf.struct_pb2 import NULL_VALUE
 
 from notecase import v1
+from notecase.arguments import made, shown
 
 Plain: TypeAlias = "bool | int | float | str | bytes | v1.Blob | Sequence[Plain] | Mapping[str, Plain] | None"
 """The values that state can hold. Integers have 64 bits; any sequence comes back as a list, any mapping as a dict. A
 `v1.Blob` refers to content that was uploaded."""
+
+
+class Entry(NamedTuple):
+    """One entry of a state."""
+
+    value: Any
+    """As Python's own."""
+    version: int
+    """Grows with each change of the key; for `if_version`."""
 
 
 def to_value(plain: Plain) -> v1.Value:
@@ -47,9 +57,19 @@ def to_value(plain: Plain) -> v1.Value:
             raise TypeError(f"state cannot hold a {type(plain).__name__}")
 
 
-def to_values(plain: Mapping[str, Plain] | None) -> dict[str, v1.Value]:
-    """Converts the value of each key with `to_value`."""
-    return {key: to_value(held) for key, held in (plain or {}).items()}
+def to_values(plain: Mapping[str, Plain] | None, argument: str = "state") -> dict[str, v1.Value]:
+    """Converts the value of each key with `to_value`. Raises what that raises, with the key of `argument`."""
+    if plain is not None and not isinstance(plain, Mapping):
+        raise TypeError(f"{argument} must be a mapping of keys to values, not {shown(plain)}")
+    values = {}
+    for key, held in (plain or {}).items():
+        if not isinstance(key, str):
+            raise TypeError(f"the keys of {argument} must be strings, not {shown(key)}")
+        try:
+            values[key] = to_value(held)
+        except (TypeError, OverflowError) as error:
+            raise type(error)(f"{argument}[{key!r}]: {error}") from error
+    return values
 
 
 def from_value(value: v1.Value) -> Any:
@@ -71,12 +91,21 @@ def from_value(value: v1.Value) -> Any:
 
 
 def to_message(said: str | v1.Message) -> v1.Message:
-    """Returns a user's message with this text, or the given message."""
+    """Returns a user's message with this text, or the given message. Raises TypeError for anything else."""
     if isinstance(said, v1.Message):
         return said
-    return v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text=said)])
+    if not isinstance(said, str):
+        history = isinstance(said, Mapping | Sequence) and not isinstance(said, bytes)
+        hint = "; say only what is new: the session has what was said before" if history else ""
+        raise TypeError(f"what the user says must be a string or a v1.Message, not {shown(said)}{hint}")
+    return v1.Message(role=v1.Message.ROLE_USER, parts=[made(v1.Part, text=said)])
 
 
 def text_of(message: v1.Message) -> str:
     """Returns the text and json parts of a message, joined; empty when it has none."""
     return "".join(part.text or part.json for part in message.parts)
+
+
+def state_of(run: v1.Run) -> str:
+    """Returns a run's state in a word: "queued", "running", "waiting", "succeeded", "failed" or "cancelled"."""
+    return v1.Run.State.Name(run.state).removeprefix("STATE_").lower()

@@ -122,14 +122,16 @@ export class Stream {
   }
 
   /**
-   * Yields the agent's text in pieces as they arrive; joined, the pieces of one message are exactly its text. When a model call
-   * is repeated, the reply starts again as a new message; "\n\n" comes between two messages. Throws a NotecaseError, also when
-   * the run fails.
+   * Yields the agent's text in the run in pieces as they arrive; for a stream of a session, the text of all its runs. Joined,
+   * the pieces of one message are exactly its text. When a model call is repeated, the reply starts again as a new message;
+   * "\n\n" comes between two messages. Throws a NotecaseError, also when the run fails.
    */
   async *text(): AsyncGenerator<string, void, void> {
     const given = new Map<string, number>(); // how many bytes of each block
     let speaking = "";
     for await (const { sequence, run, payload } of this.events()) {
+      // The events of a queued run include those of the runs before it.
+      if (this.request.name !== this.attached?.session && run !== this.attached?.run?.name) continue;
       const pieces: [message: string, block: number, start: number, text: string][] = [];
       if (payload.case === "blockDelta") {
         const { message, block, start, delta } = payload.value;

@@ -1762,7 +1762,9 @@ type Attached struct {
 	// Whether the run existed before this stream's `start`.
 	Existing bool `protobuf:"varint,4,opt,name=existing,proto3" json:"existing,omitempty"`
 	// The Session.uid of the session to which the stream is attached and its commands go.
-	SessionUid    string `protobuf:"bytes,5,opt,name=session_uid,json=sessionUid,proto3" json:"session_uid,omitempty"`
+	SessionUid string `protobuf:"bytes,5,opt,name=session_uid,json=sessionUid,proto3" json:"session_uid,omitempty"`
+	// Session.user: users/{user}, or empty.
+	User          string `protobuf:"bytes,6,opt,name=user,proto3" json:"user,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1828,6 +1830,13 @@ func (x *Attached) GetExisting() bool {
 func (x *Attached) GetSessionUid() string {
 	if x != nil {
 		return x.SessionUid
+	}
+	return ""
+}
+
+func (x *Attached) GetUser() string {
+	if x != nil {
+		return x.User
 	}
 	return ""
 }
@@ -3338,7 +3347,7 @@ type BlockDelta struct {
 	Message string `protobuf:"bytes,1,opt,name=message,proto3" json:"message,omitempty"`
 	// The index of the part in the finished message.
 	Block int32 `protobuf:"varint,2,opt,name=block,proto3" json:"block,omitempty"`
-	// In bytes of UTF-8, like `end`.
+	// The length of the block before this delta, in bytes of UTF-8, not in characters: "é" counts as 2. `end` has the same unit.
 	Start int64 `protobuf:"varint,3,opt,name=start,proto3" json:"start,omitempty"`
 	// Types that are valid to be assigned to Delta:
 	//
@@ -3350,7 +3359,7 @@ type BlockDelta struct {
 	Delta  isBlockDelta_Delta `protobuf_oneof:"delta"`
 	CallId string             `protobuf:"bytes,7,opt,name=call_id,json=callId,proto3" json:"call_id,omitempty"`
 	Tool   string             `protobuf:"bytes,8,opt,name=tool,proto3" json:"tool,omitempty"`
-	// The block's length after this delta: the next `start` to expect.
+	// The length of the block after this delta, in bytes of UTF-8: the next `start` to expect.
 	End           int64 `protobuf:"varint,9,opt,name=end,proto3" json:"end,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
@@ -4336,14 +4345,15 @@ const file_notecase_v1_run_proto_rawDesc = "" +
 	"\x06result\x18\x03 \x01(\v2\x1a.notecase.v1.CommandResultH\x00R\x06result\x126\n" +
 	"\theartbeat\x18\x04 \x01(\v2\x16.notecase.v1.HeartbeatH\x00R\theartbeat\x12.\n" +
 	"\ago_away\x18\x05 \x01(\v2\x13.notecase.v1.GoAwayH\x00R\x06goAwayB\a\n" +
-	"\x05frame\"\xaa\x01\n" +
+	"\x05frame\"\xbe\x01\n" +
 	"\bAttached\x12\x18\n" +
 	"\asession\x18\x01 \x01(\tR\asession\x12\"\n" +
 	"\x03run\x18\x02 \x01(\v2\x10.notecase.v1.RunR\x03run\x12#\n" +
 	"\rlast_sequence\x18\x03 \x01(\x03R\flastSequence\x12\x1a\n" +
 	"\bexisting\x18\x04 \x01(\bR\bexisting\x12\x1f\n" +
 	"\vsession_uid\x18\x05 \x01(\tR\n" +
-	"sessionUid\"U\n" +
+	"sessionUid\x12\x12\n" +
+	"\x04user\x18\x06 \x01(\tR\x04user\"U\n" +
 	"\n" +
 	"EventBatch\x12*\n" +
 	"\x06events\x18\x01 \x03(\v2\x12.notecase.v1.EventR\x06events\x12\x1b\n" +

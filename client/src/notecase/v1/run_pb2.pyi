@@ -886,6 +886,7 @@ class Attached(_message.Message):
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     EXISTING_FIELD_NUMBER: _builtins.int
     SESSION_UID_FIELD_NUMBER: _builtins.int
+    USER_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     last_sequence: _builtins.int
     """The last sequence of the log at that time; when this stream started the run, the last sequence of the commit that
@@ -895,6 +896,8 @@ class Attached(_message.Message):
     """Whether the run existed before this stream's `start`."""
     session_uid: _builtins.str
     """The Session.uid of the session to which the stream is attached and its commands go."""
+    user: _builtins.str
+    """Session.user: users/{user}, or empty."""
     @_builtins.property
     def run(self) -> Global___Run:
         """The run this stream follows; unset when the session is idle."""
@@ -907,10 +910,11 @@ class Attached(_message.Message):
         last_sequence: _builtins.int = ...,
         existing: _builtins.bool = ...,
         session_uid: _builtins.str = ...,
+        user: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["existing", b"existing", "last_sequence", b"last_sequence", "run", b"run", "session", b"session", "session_uid", b"session_uid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["existing", b"existing", "last_sequence", b"last_sequence", "run", b"run", "session", b"session", "session_uid", b"session_uid", "user", b"user"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1695,7 +1699,7 @@ class BlockDelta(_message.Message):
     block: _builtins.int
     """The index of the part in the finished message."""
     start: _builtins.int
-    """In bytes of UTF-8, like `end`."""
+    """The length of the block before this delta, in bytes of UTF-8, not in characters: "é" counts as 2. `end` has the same unit."""
     text: _builtins.str
     reasoning: _builtins.str
     arguments: _builtins.str
@@ -1708,7 +1712,7 @@ class BlockDelta(_message.Message):
     call_id: _builtins.str
     tool: _builtins.str
     end: _builtins.int
-    """The block's length after this delta: the next `start` to expect."""
+    """The length of the block after this delta, in bytes of UTF-8: the next `start` to expect."""
     def __init__(
         self,
         *,

@@ -94,6 +94,20 @@ test("a text goes on after the last event", async () => {
   });
 });
 
+test("a text has only the words of its run", async () => {
+  const message = "sessions/s/messages/before";
+  const text = { case: "text", value: "Not mine." } as const;
+  const other: Event = { run: "sessions/s/runs/before", payload: { case: "blockDelta", value: { message, end: 9n, delta: text } } };
+  const events = [other, delta(0n, "Mine.")];
+  for (const [name, expected] of [[RUN, "Mine."], ["sessions/s", "Not mine.\n\nMine."]]) {
+    await serve([{ events }], async (address) => {
+      let said = "";
+      for await (const piece of watch(connect(address), { name }, { backoff }).text()) said += piece;
+      assert.equal(said, expected);
+    });
+  }
+});
+
 test("a gap is asked for again", async () => {
   await serve([{ events: [event(1n), event(3n)] }, { events: [event(2n), event(3n)] }], async (address, told) => {
     assert.deepEqual(await sequences(follow(address)), [1n, 2n, 3n]);

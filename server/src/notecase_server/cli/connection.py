@@ -75,6 +75,8 @@ def connection() -> tuple[str, dict[str, Any]]:
 
 def unreachable(server: str, details: str) -> str:
     """Returns what to say of a server that cannot be reached. `details` are gRPC's words, which end with the cause."""
+    if "Failed parsing HTTP/2" in details or "is not a gRPC server" in details:
+        return f"The server at {server} is not a gRPC server, for example one of HTTP/1; see --server."
     cause = re.split("last error: |cannot be reached: ", details)[-1]
     cause = re.sub(r"^[A-Z_]+: |(ipv4|ipv6|unix):\S+: ", "", cause).strip().rstrip(".")
     if "WRONG_VERSION_NUMBER" in cause:

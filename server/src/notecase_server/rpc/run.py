@@ -141,6 +141,7 @@ class Streams:
         attached = v1.Attached(
             session=names.session(session_id),
             session_uid=key.uid,
+            user=session.user,
             run=names.render_run(key.session, run) if run else None,
             last_sequence=session.last_sequence,
             existing=run is not None,
@@ -161,6 +162,7 @@ class Streams:
         attached = v1.Attached(
             session=names.session(started.key.session),
             session_uid=started.key.uid,
+            user=live.user,
             last_sequence=head,
             existing=started.existing,
         )

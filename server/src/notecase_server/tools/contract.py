@@ -27,8 +27,6 @@ class CallContext(notecase.CallContext):
     Values are Python's own, as `notecase.to_value` takes them: it raises TypeError or OverflowError for what state
     cannot hold. What was changed here is read back only once the call has succeeded."""
 
-    user: str
-    """users/{user}, or empty."""
     get_state: Callable[..., Awaitable[Mapping[str, v1.Value]]]
     """`await get_state("key", …)`: the session's own state as it is, those of the keys that exist."""
     pose: Callable[[str, str], Awaitable[v1.InputResponse]]

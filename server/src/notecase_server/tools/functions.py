@@ -12,7 +12,8 @@ A module of tools is named in the server's settings, or by an entry point of the
 
 Arguments are validated against the annotations, whatever the model wrote. The model reads the docstring, and the
 description of a parameter in `Annotated[int, "how many"]`. A parameter annotated `CallContext` receives the call's
-context, and the model does not see it.
+context, and the model does not see it. The model reads the text of a `ToolFailure`; of any other exception it learns
+only that the tool failed, because the text may hold what no model should see.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, TypeVar, overload
 
 import structlog
-from notecase import v1
+from notecase import ToolFailure, v1
 from notecase.context import context_parameters
 from notecase.hints import Mismatch, dump, of_arguments
 from pydantic import ConfigDict, TypeAdapter
@@ -48,11 +49,6 @@ _JSON: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_bytes="bas
 """How a result is written: what JSON has no way to say becomes text."""
 
 Written = TypeVar("Written", bound=Callable[..., Any])
-
-
-class ToolFailure(Exception):
-    """Raised by a tool: its text is what the model is shown. Of any other exception the model learns only that the tool
-    failed, because its text may hold what no model should see."""
 
 
 class _Mark(NamedTuple):

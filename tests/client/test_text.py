@@ -1,0 +1,60 @@
+"""What `RunStream.text` yields: the words of its run, of whatever else the stream has events."""
+
+import asyncio
+
+from notecase import Client, NotecaseError, RunStream
+
+from tests.client.test_client import EAGER
+from tests.support.openai_server import OpenAIServer, error, reply
+
+
+async def words(run: RunStream) -> str:
+    return "".join([text async for text in run.text()])
+
+
+async def heard(client: Client, name: str, after_sequence: int | None = None) -> str:
+    async with client.attach(name, after_sequence) as run:
+        return await words(run)
+
+
+async def test_the_text_of_a_queued_run_is_its_own(client: Client, session: str, model: OpenAIServer) -> None:
+    """It has nothing of the run before it: neither live, nor after both have ended, nor when that run failed. A stream
+    of the session has all."""
+    release = asyncio.Event()
+    model.script(reply("The first.", chunks=2).held(release, 2), reply("The second."), error(400), reply("The third."))
+    one = client.run("One", session=session, options=EAGER)
+    async with one as first, client.run("Two", session=session, on_busy="queue", options=EAGER) as second:
+        reading = asyncio.create_task(words(second))
+        async for event in first:
+            if event.HasField("block_delta"):
+                release.set()
+        assert "The second." == await reading
+    assert "The second." == await heard(client, second.name) == second.reply.text
+    try:
+        await client.invoke("Fail", session=session)
+    except NotecaseError:
+        third = await client.invoke("Three", session=session)
+    assert "The third." == await heard(client, third.run.name, 0)
+    assert "The first.\n\nThe second.\n\nThe third." == await heard(client, session, 0)
+
+
+async def test_a_text_goes_on_in_the_middle_of_a_sentence(client: Client, session: str, model: OpenAIServer) -> None:
+    """For a program that kept the last delta it has shown, while the reply is made and after it has ended."""
+    read, release = asyncio.Event(), asyncio.Event()
+    model.script(reply("Grün war der Wald.", chunks=4).held(read, 2).held(release, 4))
+    async with client.run("Speak", session=session, options=EAGER) as run:
+        async for event in run:
+            if event.HasField("block_delta"):
+                break
+    delta, kept, shown = event.block_delta, run.last_sequence, event.block_delta.text
+    assert len(shown.encode()) == delta.end > len(shown) > 0
+    read.set()
+    async with client.attach(run.name, kept, options=EAGER) as again:
+        texts = again.text(delta)
+        live = await anext(texts)
+        release.set()
+        live += "".join([text async for text in texts])
+    async with client.attach(run.name, kept) as later:
+        ended = "".join([text async for text in later.text(after=delta)])
+    assert ["Grün war der Wald."] * 2 == [shown + live, shown + ended]
+    assert "Grün war der Wald." == await heard(client, run.name, kept)
