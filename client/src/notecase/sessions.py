@@ -154,7 +154,7 @@ class Sessions:
         agent: str | v1.Agent | None = None,
         user: str | None = None,
     ) -> Listing[v1.Session]:
-        """Iterates over sessions, the last changed first; `filter` as in `v1.ListSessionsRequest`.
+        """Iterates over sessions, newest first; `filter` as in `v1.ListSessionsRequest`.
 
         Raises NotecaseError INVALID_FIELD for a filter that cannot be read."""
         if not isinstance(filter, str):

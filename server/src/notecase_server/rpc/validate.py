@@ -241,10 +241,9 @@ class Check:
 
     def choice(self, field: str, message: Message, name: str) -> None:
         """The value of an enum. A later contract may have more of them than this server."""
-        if number := getattr(message, name):  # every enum has 0
-            enum = message.DESCRIPTOR.fields_by_name[name].enum_type
-            known = enum is not None and number in enum.values_by_number
-            self(known, f"{field}.{name}", f"is {number}, which this server does not know")
+        number, enum = getattr(message, name), message.DESCRIPTOR.fields_by_name[name].enum_type
+        known = enum is not None and number in enum.values_by_number
+        self(known, f"{field}.{name}", f"is {number}, which this server does not know")
 
     def time(self, field: str, time: Timestamp) -> None:
         fine = 0 <= time.seconds <= LAST_SECOND and 0 <= time.nanos < 1_000_000_000
@@ -403,17 +402,16 @@ class Check:
             speaks = names.parse_user(message.author) is not None or names.parse_agent(message.author) is not None
             self(speaks, f"{field}.author", "must be users/{user} or agents/{agent}")
         self.labels(f"{field}.labels", message.labels)
-        parts = message.parts[: MAX_PARTS + 1]
-        self(len(parts) > 0, f"{field}.parts", "is empty; a message needs at least one part")
-        if not self(len(parts) <= MAX_PARTS, f"{field}.parts", f"has more than {MAX_PARTS} parts"):
+        self(len(message.parts) > 0, f"{field}.parts", "is empty; a message needs at least one part")
+        if not self(len(message.parts) <= MAX_PARTS, f"{field}.parts", f"has more than {MAX_PARTS} parts"):
             return
-        apart = [part for part in parts if _becomes_blob(part)]
-        if not self._fetched(f"{field}.parts", len(apart), parts):
+        apart = [part for part in message.parts if _becomes_blob(part)]
+        if not self._fetched(f"{field}.parts", len(apart), message.parts):
             return
         size = message.ByteSize() - sum(part.ByteSize() for part in apart)
         if not self(size <= MAX_MESSAGE_BYTES, field, "is larger than 960 KiB, without the parts that become blobs"):
             return
-        for index, part in enumerate(parts):
+        for index, part in enumerate(message.parts):
             self._part(f"{field}.parts[{index}]", part)
 
     def _fetched(self, field: str, apart: int, parts: Iterable[v1.Part]) -> bool:

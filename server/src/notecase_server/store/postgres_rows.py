@@ -64,6 +64,7 @@ class PostgresRows:
     async def begin_copy(self, source: bytes) -> None:
         with self._telling():
             async with self._connection.transaction():
+                await stay_owner(self._connection, self._lease.fence)
                 if await self._connection.fetchval("SELECT to_regclass($1) IS NOT NULL", UNFINISHED):
                     if source != await self._connection.fetchval(f"SELECT source FROM {UNFINISHED}"):
                         text = f"{self._where} is an unfinished copy of another store. Choose another database."
