@@ -103,7 +103,7 @@ async def test_a_file_goes_with_what_is_said_next(served: Running, agent: v1.Age
     """Once; what is no file is told, and nothing is lost by it."""
     plan = tmp_path / "plan.pdf"
     plan.write_bytes(b"%PDF-1.7")
-    (tmp_path / "unknown").write_bytes(b"x")
+    (tmp_path / "unknown").write_bytes(b"\xff")
     lines = [
         f"/attach {tmp_path}/missing.pdf",
         f"/attach {tmp_path}/unknown",

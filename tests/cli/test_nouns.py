@@ -105,9 +105,9 @@ async def test_blobs_go_there_and_back(command: Commands, tmp_path: Path) -> Non
     assert (0, "", "") == await command("blobs download", name, os.devnull)
     done = await command("blobs download", name, str(tmp_path))
     assert (2, f"Error: {tmp_path}: Is a directory.\n") == (done.code, done.err)
-    (tmp_path / "unknown").write_bytes(b"x")
+    (tmp_path / "unknown").write_bytes(b"\xff")
     done = await command("blobs upload", str(tmp_path / "unknown"))
-    assert (2, True) == (done.code, "say --type" in done.err)
+    assert (2, True) == (done.code, "give its media type with --type" in done.err)
 
 
 async def test_a_session_is_made_forked_rewound_compacted_and_deleted(

@@ -72,7 +72,7 @@ async def test_a_question_an_approval_and_a_callers_tool_are_answered_in_the_cha
         await screen.until('"sum": 5')
         await screen.until("5. Leave it waiting")
         await screen.type("1\r")
-        await screen.until("The agent calls a tool of its caller.")
+        await screen.until("The agent wants this done by a program")
         await screen.until("1. Give its result")
         await screen.type("1\r")
         await screen.until("result> ")
@@ -155,6 +155,65 @@ async def test_a_run_is_left_waiting_and_found_again(served: Running, clerk: v1.
         assert 0 == await screen.ended()
 
 
+async def test_an_enter_alone_answers_nothing(served: Running, clerk: v1.Agent) -> None:
+    """It is asked again; a question without words says that it has none."""
+    async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
+        await screen.until("> ")
+        await screen.type("/call ask_user {}\r")
+        await screen.until("The model asks, without saying what.")
+        for _ in range(2):
+            await screen.until("answer> ")
+            await screen.type("\r")
+            await screen.until("Nothing was typed; Ctrl-C leaves it waiting.")
+        await screen.until("answer> ")
+        await screen.type("Vienna\r")
+        await screen.until("The tools are done.")
+        await screen.until("> ")
+        await screen.type("/call search {}\r")
+        await screen.until("none has answered. You can give its result:")
+        await screen.until("1. Give its result")
+        await screen.type("1\r")
+        await screen.until("result> ")
+        await screen.type("\r")
+        await screen.until("Nothing was typed")
+        await screen.until("result> ")
+        await screen.type("\x03")
+        await screen.until("`notecase answer case TEXT` gives the result.")
+        await screen.until("> ")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+    answered, waits = await calls(served, "case")
+    assert ("Vienna", v1.ToolCall.OUTCOME_RUNNING) == (answered.result[0].text, waits.outcome)
+
+
+async def test_of_several_that_wait_each_may_be_left(served: Running, clerk: v1.Agent) -> None:
+    """The others are asked all the same; the commands name what is left, whole in a narrow terminal, too."""
+    there = {"NOTECASE_ADDRESS": served.address}
+    async with terminal("chat", "--new", "--session", "case", env=there, columns=60) as screen:
+        await screen.until("> ")
+        await screen.type('\x1b[200~/call pay {"sum": 1}\n/call pay {"sum": 2}\n/call pay {"sum": 3}\x1b[201~\r')
+        for number, way in ((1, "\r"), (2, "4\r"), (3, "\r")):
+            await screen.until(f'"sum": {number}')
+            await screen.until(">  5. Leave it waiting")
+            await screen.type(way)
+            if way == "4\r":
+                await screen.until("no reason)> ")
+                await screen.type("no\r")
+        await screen.until("2 things wait; `notecase inbox case` lists them.")
+        await screen.until("> ")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+    assert 1 == screen.screen.count("denied: no")
+    (run,) = json.loads((await notecase("inbox", "case", "-o", "json", env=there)).out)
+    left = [one["input_id"] for one in run["pending_inputs"]]
+    assert 2 == len(left)
+    for one in left:
+        assert any(one in line for line in screen.paper)
+        assert f"notecase approve case --id {one}" in " ".join(" ".join(screen.paper).split())
+    done = await notecase("approve", "case", "--id", left[0], env=there)
+    assert (0, "") == (done.code, done.err)
+
+
 async def test_what_somebody_else_answers_is_not_asked_any_more(served: Running, clerk: v1.Agent) -> None:
     async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
         await screen.until("> ")
@@ -198,12 +257,16 @@ async def test_in_a_pipe_a_run_that_waits_ends_the_command(served: Running, cler
     for said, told in (
         ('/call ask_user {"question": "Which city?"}', "Which city? `notecase answer"),
         ("/call pay {}", "`notecase approve"),
-        ("/call search {}", "search({}). `notecase answer"),
+        ("/call search {}", "TEXT` gives the result."),
     ):
         for command in ("chat", "run"):
             done = await notecase(command, "--wait", "0", "--server", served.address, said=f"{said}\n")
             assert (3, "") == (done.code, done.out)
             assert told in done.err
+    done = await notecase("run", "--wait", "0", "/call pay {}\n/call pay {}", "--server", served.address)
+    assert 3 == done.code
+    assert 4 == done.err.count(" --id ")
+    assert done.err.rstrip().endswith("lists them.")
 
 
 async def test_an_inbox_lists_what_is_waited_for_and_commands_answer_it(served: Running, clerk: v1.Agent) -> None:

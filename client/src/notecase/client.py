@@ -208,9 +208,10 @@ class Client(Commands, Sessions):
             ask = v1.Message(parts=[v1.Part(text="What is this?"), v1.Part(blob=plan)])
             await client.invoke(ask, session=session)
 
-        For a file, the name is the default `filename`, and the default media type is guessed from it. The content is
-        read and sent in pieces, and after a broken connection only the missing ones are sent. With an `upload_id` of
-        your own another process can continue the upload.
+        For a file, the name is the default `filename`. The default media type is guessed from it; text in UTF-8,
+        source code too, is text/plain unless the name tells another type of text. The content is read and sent in
+        pieces, and after a broken connection only the missing ones are sent. With an `upload_id` of your own another
+        process can continue the upload.
 
         Raises OSError for a file that cannot be read, ValueError when the media type is neither given nor known, and
         NotecaseError PAYLOAD_TOO_LARGE, or UPLOAD_OFFSET_MISMATCH when somebody else uploads under the same id."""

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable
 import click
 from notecase import Client, NotecaseError, RunStream, text_of, v1
 
-from notecase_server.cli import notes, screen, terminal
+from notecase_server.cli import attaching, notes, screen, terminal
 from notecase_server.cli.ask import name_of
 from notecase_server.cli.connection import Exit, Refusal, connection
 from notecase_server.cli.follow import Follower, Left
@@ -163,12 +163,12 @@ class _Chat:
         if not path:
             self._fail("A file is attached with /attach FILE.")
             return
+        if path == "-":
+            path = "./-"  # standard input has the conversation
         try:
-            blob = await self._client.upload(_at_home(path))
-        except OSError as error:
-            self._fail(f"{screen.one_line(path, 400)} cannot be read: {error.strerror}.")
-        except ValueError:
-            self._fail(f"What kind of file {screen.one_line(path, 400)} is cannot be told from its name.")
+            blob = await attaching.upload(self._client, *attaching.split(_at_home(path)))
+        except Refusal as refusal:
+            self._fail(refusal.message)
         else:
             self._attached.append(blob)
             screen.aside(f"{screen.attachment(blob)} goes with what you say next.")

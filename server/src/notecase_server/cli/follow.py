@@ -2,6 +2,8 @@
 
 import asyncio
 import sys
+from collections.abc import Sequence
+from typing import Literal
 
 from notecase import Client, NotecaseError, RunStream, v1
 
@@ -55,7 +57,7 @@ class Follower:
         self._held: list[v1.Event] = []  # told while the user is asked
         self._changed = asyncio.Event()
         self._asking: tuple[Wait, asyncio.Task[bool], asyncio.Event] | None = None
-        self._done: set[str] = set()  # waits that were answered here, or are for others
+        self._seen: dict[str, Literal["answered", "left", "others"]] = {}  # waits, and who answers them
         self._stopping: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
 
@@ -73,8 +75,7 @@ class Follower:
         if not gone:
             self._following.result()
         elif self._asks and self._waits():
-            left = self._waits()[0]
-            raise Left(hint(left, mine=left.id not in self._done))
+            raise Left(hints(self._open()))
         elif self._asks:
             screen.aside("Not waited for; what has reached the server goes on there.")
         if (self._stopping or gone) and not self._asks:
@@ -153,17 +154,25 @@ class Follower:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            while wait := next((one for one in self._waits() if one.id not in self._done), None):
+            while wait := next((one for one in self._waits() if one.id not in self._seen), None):
                 if await self._settled_elsewhere(wait):
                     continue
-                mine = may_answer(await caller_of(self._client), wait)
+                caller = await caller_of(self._client)
                 if not self._asks:
-                    raise Left(hint(wait, mine))
-                if mine:
+                    raise Left(hints([(one, may_answer(caller, one)) for one in self._waits()]))
+                if may_answer(caller, wait):
                     await self._ask(wait)
                 else:
-                    self._done.add(wait.id)
+                    self._seen[wait.id] = "others"
                     self._tell(wait)
+            # An answer is on its way until the run no longer waits for it, and may bring the next thing to ask.
+            if {"left"} <= {self._seen[one.id] for one in self._waits()} <= {"left", "others"}:
+                raise Left(hints(self._open()))
+
+    def _open(self) -> list[tuple[Wait, bool]]:
+        """Returns what is not answered, each with whether this caller may answer it."""
+        seen = [(one, self._seen.get(one.id)) for one in self._waits()]
+        return [(one, told != "others") for one, told in seen if told != "answered"]
 
     async def _settled_elsewhere(self, wait: Wait) -> bool:
         """Waits for a program that has the tool; without a terminal for anybody. Returns whether it is answered."""
@@ -194,9 +203,7 @@ class Follower:
             keyboard.catch_interrupt(self._interrupt)
         if task.cancelled():
             screen.aside("It does not wait for this any more.")
-        elif not task.result():
-            raise Left(hint(wait, mine=True))
-        self._done.add(wait.id)
+        self._seen[wait.id] = "answered" if task.cancelled() or task.result() else "left"
         self._resume()
 
     def _resume(self) -> None:
@@ -220,12 +227,25 @@ def _reply(stream: RunStream, echo: bool) -> Reply:
     return LiveReply(stream, echo)
 
 
-def hint(wait: Wait, mine: bool) -> str:
-    """Returns a sentence that says what is waited for, and the command that answers it. `mine` says whether the caller
-    may approve it."""
-    where = wait.run.removeprefix("sessions/").partition("/")[0]
+def hints(found: Sequence[tuple[Wait, bool]]) -> str:
+    """Returns a sentence for each thing that is waited for: what it is, and the command that answers it; for several
+    also how many there are. Each comes with whether the caller may approve it."""
+    told = [_hint(wait, mine, f" --id {wait.id}" if len(found) > 1 else "") for wait, mine in found]
+    if len(found) > 1:
+        told.append(f"{len(found)} things wait; `notecase inbox {_where(found[0][0])}` lists them.")
+    return "\n".join(told)
+
+
+def _where(wait: Wait) -> str:
+    return wait.run.removeprefix("sessions/").partition("/")[0]
+
+
+def _hint(wait: Wait, mine: bool, which: str) -> str:
+    where = f"{_where(wait)}{which}"
     if wait.asked is None:
-        return f"The run waits for its caller's tool: {wait.describe()}. `notecase answer {where}` gives the result."
+        return (
+            f"The run waits for its caller's tool: {wait.describe()}. `notecase answer {where} TEXT` gives the result."
+        )
     if wait.kind == QUESTION:
         return f"The run waits for an answer: {wait.describe()} `notecase answer {where} TEXT` gives it."
     whose = "your approval" if mine else f"{wait.who} to approve"

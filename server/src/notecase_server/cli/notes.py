@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from notecase import Client, NotecaseError, Plain, Retry, from_value, v1
 from notecase.retry import Backoff
 
-from notecase_server.cli import output, screen
+from notecase_server.cli import attaching, output, screen
 
 CANNOT = (OverflowError, UnicodeError, RecursionError, DecodeError)
 """What is raised for a value that state cannot hold; DecodeError when it is deeper than protobuf copies."""
@@ -55,13 +55,8 @@ async def as_text(client: Client, given: str) -> Plain:
 
 
 async def as_file(client: Client, given: str) -> Plain:
-    """Uploads a file. Raises ClickException when it cannot be read, or when its name does not say what kind it is."""
-    try:
-        return await client.upload(given)
-    except OSError as error:
-        raise click.ClickException(f"{given} cannot be read: {error.strerror}.") from None
-    except ValueError:
-        raise click.ClickException(f"What kind of file {given} is cannot be told from its name.") from None
+    """Uploads a file, or for `-` standard input; see `attaching.upload`."""
+    return await attaching.upload(client, *attaching.split(given))
 
 
 def _no_json(name: str) -> float:

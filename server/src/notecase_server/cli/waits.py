@@ -77,10 +77,16 @@ class Wait(NamedTuple):
         """The least caller that may answer."""
         return "" if self.asked is None or self.kind == QUESTION else _WHO.get(self.asked.approver, "another caller")
 
+    @property
+    def question(self) -> str:
+        """What a question asks; a model may leave its words out."""
+        prompt = self.asked.prompt if self.asked else ""
+        return prompt if prompt.strip() else "The model asks, without saying what."
+
     def describe(self, most: int = 200) -> str:
         """Returns what is waited for, on one line."""
         if self.asked is not None and self.kind == QUESTION:
-            return screen.one_line(self.asked.prompt, most)
+            return screen.one_line(self.question, most)
         return screen.one_line(screen.called(self.call), most)
 
 
