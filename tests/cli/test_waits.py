@@ -14,7 +14,7 @@ from notecase_server.tools.contract import CallContext
 from notecase_server.tools.functions import tool
 from notecase_server.tools.toolbox import make_toolbox
 
-from tests.cli.command import notecase, terminal
+from tests.cli.command import Terminal, notecase, terminal
 from tests.support.crashing import EFFECTS, GATE, TOOLS, Gate
 from tests.support.server import Running, Spawned, running
 
@@ -59,7 +59,7 @@ async def test_a_question_an_approval_and_a_callers_tool_are_answered_in_the_cha
     long = "x" * 150
     async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
         await screen.until("> ")
-        await screen.type('/call ask_user {"question": "Which city?"}\r')
+        await screen.type('/call ask_user {"question": "Which city?"}\rand then\rI')  # some of it too early
         await screen.until("Which city?")
         await screen.until("answer> ")
         await screen.type("Vienna\r")
@@ -212,6 +212,65 @@ async def test_of_several_that_wait_each_may_be_left(served: Running, clerk: v1.
         assert f"notecase approve case --id {one}" in " ".join(" ".join(screen.paper).split())
     done = await notecase("approve", "case", "--id", left[0], env=there)
     assert (0, "") == (done.code, done.err)
+
+
+async def test_what_happens_in_a_run_that_was_left_waiting_is_shown_at_the_prompt(
+    served: Running, clerk: v1.Agent
+) -> None:
+    """As soon as somebody else has answered, and what was being typed is kept."""
+    async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
+        await screen.until("> ")
+        await screen.type("/call pay {}\r")
+        await screen.until("5. Leave it waiting")
+        await screen.type("\r")
+        await screen.until("The run waits for your approval")
+        await screen.until("\n> ")
+        await screen.type("/say Good")
+        await screen.until("Good")
+        assert 0 == (await notecase("deny", "case", "--reason", "closed", "--server", served.address)).code
+        await screen.until("denied: closed")
+        await screen.until("The tools are done.")
+        await screen.until("> /say Good")
+        await screen.type("bye\r")
+        await screen.until("Goodbye")
+        await screen.until("\n> ")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+
+
+async def pay(screen: Terminal, way: str) -> None:
+    """Answers the question for approval in that way."""
+    await screen.type("/call pay {}\r")
+    await screen.until("5. Leave it waiting")
+    await screen.type(f"{way}\r")
+    await screen.until("1. Give its result")
+    await screen.type("1\r")
+    await screen.until("result> ")
+    await screen.type("paid\r")
+    await screen.until("The tools are done.")
+    await screen.until("\n> ")
+
+
+async def test_an_answer_that_holds_for_further_calls_is_shown_and_taken_back(served: Running, clerk: v1.Agent) -> None:
+    """From then on a person is asked again."""
+    async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
+        await screen.until("> ")
+        await screen.type("/approvals\r")
+        await screen.until("No answer to an approval holds for further calls in this session.")
+        await pay(screen, "2")
+        await screen.type("/approvals\r")
+        await screen.until("1. Ask again: pay of clerk runs without being asked for")
+        await screen.until(">  2. Leave it so")
+        await screen.type("1\r")
+        await screen.until("pay asks again from now on.")
+        await screen.until("\n> ")
+        await pay(screen, "1")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+    session = await served.sessions.GetSession(v1.GetSessionRequest(name="sessions/case"))
+    assert {} == dict(session.remembered)
+    piped = await notecase("chat", "--session", "case", said="/approvals\n", env={"NOTECASE_ADDRESS": served.address})
+    assert (0, "") == (piped.code, piped.out)
 
 
 async def test_what_somebody_else_answers_is_not_asked_any_more(served: Running, clerk: v1.Agent) -> None:

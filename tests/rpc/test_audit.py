@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from notecase import v1
 from notecase_server import errors
 from notecase_server.auth.principal import Role
@@ -184,6 +185,16 @@ async def test_who_answered_what_is_told(served: Running) -> None:
         ("boss", "RunService/SendCommand", f"{CASE}/runs/first", "APPROVE"),
     ] == await lines(served)
     assert inputs == [entry.input_id for entry in reversed(await entries(served))]
+
+
+async def test_who_takes_a_remembered_answer_back_is_told(served: Running) -> None:
+    """Other changes of a session are not."""
+    await begin(served, CLERK)
+    session = v1.Session(name=CASE, display_name="The violin")
+    for path in ("display_name", "remembered"):
+        request = v1.UpdateSessionRequest(session=session, update_mask=FieldMask(paths=[path]))
+        await served.sessions.UpdateSession(request, metadata=BOSS)
+    assert [("boss", "SessionService/UpdateSession", CASE, "OK")] == await lines(served)
 
 
 async def test_refusals_are_told_up_to_a_bound_and_then_counted(served: Running) -> None:

@@ -19,6 +19,7 @@ from tests.store.build import (
     contents,
     create,
     dispatched,
+    edit,
     ended,
     finished,
     moved,
@@ -185,6 +186,18 @@ async def test_a_rewind_takes_back_what_was_remembered_after_it(calling: Store) 
     found = await calling.get_session(KEY)
     assert found is not None
     assert dict(found.remembered) == {}
+
+
+async def test_an_edit_takes_remembered_answers_back_and_adds_none(calling: Store) -> None:
+    approve, session = v1.InputResponse.DECISION_APPROVE, v1.InputResponse.REMEMBER_SESSION
+    asking = await add(calling, asked("i1", "c1", "r1"), asked("i2", "c2", "r1"))
+    await add(calling, answered("i1", "r1", approve, session), answered("i2", "r1", approve, session))
+    kept = {"i2": remembers(asking.session.last_sequence + 2)}
+    given = {"i2": remembers(1, approved=False), "i3": remembers(2)}
+    edited = await calling.edit_session(KEY, edit(remembered=given))
+    assert kept == dict(edited.remembered)
+    committed = await add(calling, said("m2"))
+    assert kept == dict(committed.session.remembered)
 
 
 @pytest.mark.parametrize("kind", [v1.InputRequest.KIND_QUESTION, v1.InputRequest.KIND_INTERRUPTED_CALL])

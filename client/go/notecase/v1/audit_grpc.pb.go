@@ -34,7 +34,7 @@ type AuditServiceClient interface {
 	// was erased.
 	GetPrincipal(ctx context.Context, in *GetPrincipalRequest, opts ...grpc.CallOption) (*Principal, error)
 	// Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
-	// approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
+	// approvals and their taking back, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
 	// for a tenant that they name, changes of its keys; NOT_FOUND TENANT_NOT_FOUND when there is no such tenant. Callers without
 	// credentials leave no entries.
 	ListAuditEntries(ctx context.Context, in *ListAuditEntriesRequest, opts ...grpc.CallOption) (*ListAuditEntriesResponse, error)
@@ -79,7 +79,7 @@ type AuditServiceServer interface {
 	// was erased.
 	GetPrincipal(context.Context, *GetPrincipalRequest) (*Principal, error)
 	// Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
-	// approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
+	// approvals and their taking back, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
 	// for a tenant that they name, changes of its keys; NOT_FOUND TENANT_NOT_FOUND when there is no such tenant. Callers without
 	// credentials leave no entries.
 	ListAuditEntries(context.Context, *ListAuditEntriesRequest) (*ListAuditEntriesResponse, error)

@@ -45,7 +45,7 @@ type SessionServiceClient interface {
 	GetSession(ctx context.Context, in *GetSessionRequest, opts ...grpc.CallOption) (*Session, error)
 	// Returns a page of sessions, newest first.
 	ListSessions(ctx context.Context, in *ListSessionsRequest, opts ...grpc.CallOption) (*ListSessionsResponse, error)
-	// Changes display_name, agent, labels or expiry. The log does not grow. ABORTED when `session.etag` is set and stale. A
+	// Changes display_name, agent, labels or expiry, or takes back remembered answers. The log does not grow. ABORTED when `session.etag` is set and stale. A
 	// repeat with the same request_id returns the first answer.
 	UpdateSession(ctx context.Context, in *UpdateSessionRequest, opts ...grpc.CallOption) (*Session, error)
 	// Deletes a session with its log, state, messages and runs; a run under way stops. This is final: a repeat of a request that
@@ -227,7 +227,7 @@ type SessionServiceServer interface {
 	GetSession(context.Context, *GetSessionRequest) (*Session, error)
 	// Returns a page of sessions, newest first.
 	ListSessions(context.Context, *ListSessionsRequest) (*ListSessionsResponse, error)
-	// Changes display_name, agent, labels or expiry. The log does not grow. ABORTED when `session.etag` is set and stale. A
+	// Changes display_name, agent, labels or expiry, or takes back remembered answers. The log does not grow. ABORTED when `session.etag` is set and stale. A
 	// repeat with the same request_id returns the first answer.
 	UpdateSession(context.Context, *UpdateSessionRequest) (*Session, error)
 	// Deletes a session with its log, state, messages and runs; a run under way stops. This is final: a repeat of a request that

@@ -62,7 +62,7 @@ class AuditServiceServicer(object):
 
     def ListAuditEntries(self, request, context):
         """Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
-        approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
+        approvals and their taking back, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
         for a tenant that they name, changes of its keys; NOT_FOUND TENANT_NOT_FOUND when there is no such tenant. Callers without
         credentials leave no entries.
         """

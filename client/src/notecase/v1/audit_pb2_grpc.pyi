@@ -40,7 +40,7 @@ class AuditServiceStub:
     """
     ListAuditEntries: _grpc.UnaryUnaryMultiCallable[_audit_pb2.ListAuditEntriesRequest, _audit_pb2.ListAuditEntriesResponse]
     """Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
-    approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
+    approvals and their taking back, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
     for a tenant that they name, changes of its keys; NOT_FOUND TENANT_NOT_FOUND when there is no such tenant. Callers without
     credentials leave no entries.
     """
@@ -57,7 +57,7 @@ class AuditServiceAsyncStub(AuditServiceStub):
     """
     ListAuditEntries: _aio.UnaryUnaryMultiCallable[_audit_pb2.ListAuditEntriesRequest, _audit_pb2.ListAuditEntriesResponse]  # type: ignore[assignment]
     """Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
-    approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
+    approvals and their taking back, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
     for a tenant that they name, changes of its keys; NOT_FOUND TENANT_NOT_FOUND when there is no such tenant. Callers without
     credentials leave no entries.
     """
@@ -83,7 +83,7 @@ class AuditServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_audit_pb2.ListAuditEntriesResponse, _abc.Awaitable[_audit_pb2.ListAuditEntriesResponse]]:
         """Returns a page of entries, newest first: changes of keys and tenants, deletions of sessions and users, exports, answers to
-        approvals, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
+        approvals and their taking back, and refusals. Admins see those of their tenant. Operators see changes of tenants and of operators' keys and,
         for a tenant that they name, changes of its keys; NOT_FOUND TENANT_NOT_FOUND when there is no such tenant. Callers without
         credentials leave no entries.
         """

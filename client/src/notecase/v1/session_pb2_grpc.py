@@ -119,7 +119,7 @@ class SessionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UpdateSession(self, request, context):
-        """Changes display_name, agent, labels or expiry. The log does not grow. ABORTED when `session.etag` is set and stale. A
+        """Changes display_name, agent, labels or expiry, or takes back remembered answers. The log does not grow. ABORTED when `session.etag` is set and stale. A
         repeat with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

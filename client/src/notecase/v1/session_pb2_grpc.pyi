@@ -42,7 +42,7 @@ class SessionServiceStub:
     ListSessions: _grpc.UnaryUnaryMultiCallable[_session_pb2.ListSessionsRequest, _session_pb2.ListSessionsResponse]
     """Returns a page of sessions, newest first."""
     UpdateSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.UpdateSessionRequest, _session_pb2.Session]
-    """Changes display_name, agent, labels or expiry. The log does not grow. ABORTED when `session.etag` is set and stale. A
+    """Changes display_name, agent, labels or expiry, or takes back remembered answers. The log does not grow. ABORTED when `session.etag` is set and stale. A
     repeat with the same request_id returns the first answer.
     """
     DeleteSession: _grpc.UnaryUnaryMultiCallable[_session_pb2.DeleteSessionRequest, _empty_pb2.Empty]
@@ -101,7 +101,7 @@ class SessionServiceAsyncStub(SessionServiceStub):
     ListSessions: _aio.UnaryUnaryMultiCallable[_session_pb2.ListSessionsRequest, _session_pb2.ListSessionsResponse]  # type: ignore[assignment]
     """Returns a page of sessions, newest first."""
     UpdateSession: _aio.UnaryUnaryMultiCallable[_session_pb2.UpdateSessionRequest, _session_pb2.Session]  # type: ignore[assignment]
-    """Changes display_name, agent, labels or expiry. The log does not grow. ABORTED when `session.etag` is set and stale. A
+    """Changes display_name, agent, labels or expiry, or takes back remembered answers. The log does not grow. ABORTED when `session.etag` is set and stale. A
     repeat with the same request_id returns the first answer.
     """
     DeleteSession: _aio.UnaryUnaryMultiCallable[_session_pb2.DeleteSessionRequest, _empty_pb2.Empty]  # type: ignore[assignment]
@@ -181,7 +181,7 @@ class SessionServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _session_pb2.UpdateSessionRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_session_pb2.Session, _abc.Awaitable[_session_pb2.Session]]:
-        """Changes display_name, agent, labels or expiry. The log does not grow. ABORTED when `session.etag` is set and stale. A
+        """Changes display_name, agent, labels or expiry, or takes back remembered answers. The log does not grow. ABORTED when `session.etag` is set and stale. A
         repeat with the same request_id returns the first answer.
         """
 

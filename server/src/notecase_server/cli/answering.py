@@ -110,7 +110,7 @@ async def _say(client: Client, wait: Wait) -> Command:
     """Answers a question, with JSON where it has a schema."""
     schema = wait.asked.schema if wait.asked else ""
     if not schema:
-        return client.answer(wait.run, wait.id, await _typed("answer> "))
+        return client.answer(wait.run, wait.id, await _typed("answer> ", unasked=not wait.of_tool))
     fields = _fields(schema)
     if fields is None:
         screen.aside(f"As JSON that fits: {screen.harmless(schema)}")
@@ -120,9 +120,9 @@ async def _say(client: Client, wait: Wait) -> Command:
     return client.answer(wait.run, wait.id, answer)
 
 
-async def _typed(sign: str, default: str = "") -> str:
+async def _typed(sign: str, default: str = "", unasked: bool = False) -> str:
     """Returns what the user types, and asks again at an Enter alone: it would answer for good, with nothing."""
-    while not (typed := await terminal.line(sign, default)):
+    while not (typed := await terminal.line(sign, default, unasked)):
         screen.aside("Nothing was typed; Ctrl-C leaves it waiting.")
     return typed
 

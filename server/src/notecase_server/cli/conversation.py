@@ -11,20 +11,22 @@ from collections.abc import AsyncIterator, Awaitable
 import click
 from notecase import Client, NotecaseError, RunStream, text_of, v1
 
-from notecase_server.cli import attaching, notes, screen, terminal
+from notecase_server.cli import approvals, attaching, notes, screen, terminal
 from notecase_server.cli.ask import name_of
 from notecase_server.cli.connection import Exit, Refusal, connection
 from notecase_server.cli.follow import Follower, Left
+from notecase_server.cli.left import LeftRun
 
 HELP = """\
 /notes            shows the session's state
 /note KEY VALUE   puts a note into it: JSON as what it is, all else as text
 /attach FILE      goes with what you say next
+/approvals        shows which tools are not asked for any more, and takes that back
 /quit             leaves; so do Ctrl-C and Ctrl-D
 Whatever else you type is said, and with a space before it these are, too: ` /help` asks the model.
 Ctrl-C stops a reply, Alt-Enter begins a new line."""
 
-COMMANDS = ("/help", "/notes", "/note", "/attach", "/quit")
+COMMANDS = ("/help", "/notes", "/note", "/attach", "/approvals", "/quit")
 
 INSTRUCTION = "You are a helpful assistant. Answer briefly."
 """The instruction of the agent that is made when there is none and the user gives it none."""
@@ -68,6 +70,7 @@ class _Chat:
         self._said: list[str] = []
         self._attached: list[v1.Blob] = []
         self._failed = False
+        self._left: LeftRun | None = None
 
     async def open(self, agent: str, session: str, new: bool) -> None:
         """Finds the session and the agent. Raises EOFError when the user would rather leave."""
@@ -103,13 +106,17 @@ class _Chat:
                 if line.strip():
                     yield line.rstrip()
             return
-        prompt = terminal.prompt(self._said)
+        prompt, draft = terminal.prompt(self._said), ""
         while True:
             try:
-                text = await prompt.prompt_async()
+                async with self._left.ending(prompt.app) if self._left else contextlib.nullcontext():
+                    text: str | None = await prompt.prompt_async(default=draft)
             except EOFError:
                 return
-            if text.strip():
+            draft = prompt.default_buffer.text if text is None else ""
+            if text is None:
+                await self._attempt(self._catch_up())
+            elif text.strip():
                 yield text.rstrip().encode(errors="replace").decode()
 
     async def _attempt(self, deed: Awaitable[None]) -> None:
@@ -128,6 +135,8 @@ class _Chat:
             screen.aside(HELP)
         elif text == "/notes":
             await self._show_notes()
+        elif text == "/approvals":
+            await approvals.review(self._client, self._session)
         elif command == "/note":
             await self._put_note(rest)
         elif command == "/attach":
@@ -148,6 +157,8 @@ class _Chat:
     async def _say(self, text: str) -> None:
         if not self._session:
             await self._create(screen.one_line(text))
+        if self._left and await self._left.goes_on():
+            await self._catch_up()
         self._tell("")
         parts = [v1.Part(text=text), *(v1.Part(blob=blob) for blob in self._attached)]
         try:
@@ -158,6 +169,12 @@ class _Chat:
                 raise
             screen.aside("The session is busy; this is what with. Afterwards the up arrow has your words.\n")
             await self._follow(self._client.attach(busy.metadata["run"]), echo=True)
+
+    async def _catch_up(self) -> None:
+        """Shows what happened in the run that was left waiting."""
+        if self._left:
+            await self._follow(self._left.stream(), echo=True)
+            self._tell("")
 
     async def _attach(self, path: str) -> None:
         if not path:
@@ -273,12 +290,14 @@ class _Chat:
     async def _follow(self, stream: RunStream, echo: bool = False) -> None:
         """Shows a run up to its end, or until it is left waiting. Raises NotecaseError also when the run fails, and
         Refusal when it waits and there is no terminal to ask at."""
+        self._left = None
         try:
             await Follower(self._client, stream, echo=echo, patience=self._patience).follow()
         except Left as left:
             if not self._terminal:
                 raise Refusal(str(left), Exit.WAITING) from None
             screen.aside(str(left))
+            self._left = LeftRun(self._client, left.waits, stream.last_sequence)
 
     def _fail(self, text: str) -> None:
         screen.failure(text)

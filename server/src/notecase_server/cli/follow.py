@@ -29,6 +29,11 @@ PIPE_PATIENCE = 10.0
 class Left(Exception):  # nothing went wrong
     """The run waits, and is left waiting; the message says for what and how it is answered."""
 
+    def __init__(self, found: Sequence[tuple[Wait, bool]]) -> None:
+        """Each comes with whether the caller may answer it."""
+        super().__init__(_hints(found))
+        self.waits = [wait for wait, _ in found]
+
 
 class Follower:
     """One run, shown up to its end. Ctrl-C cancels it; a second one, one before the server has answered at all, or one
@@ -74,8 +79,8 @@ class Follower:
             self._stopping.cancel()
         if not gone:
             self._following.result()
-        elif self._asks and self._waits():
-            raise Left(hints(self._open()))
+        elif self._asks and (left := self._open()):
+            raise Left(left)
         elif self._asks:
             screen.aside("Not waited for; what has reached the server goes on there.")
         if (self._stopping or gone) and not self._asks:
@@ -159,7 +164,7 @@ class Follower:
                     continue
                 caller = await caller_of(self._client)
                 if not self._asks:
-                    raise Left(hints([(one, may_answer(caller, one)) for one in self._waits()]))
+                    raise Left([(one, may_answer(caller, one)) for one in self._waits()])
                 if may_answer(caller, wait):
                     await self._ask(wait)
                 else:
@@ -167,7 +172,7 @@ class Follower:
                     self._tell(wait)
             # An answer is on its way until the run no longer waits for it, and may bring the next thing to ask.
             if {"left"} <= {self._seen[one.id] for one in self._waits()} <= {"left", "others"}:
-                raise Left(hints(self._open()))
+                raise Left(self._open())
 
     def _open(self) -> list[tuple[Wait, bool]]:
         """Returns what is not answered, each with whether this caller may answer it."""
@@ -227,7 +232,7 @@ def _reply(stream: RunStream, echo: bool) -> Reply:
     return LiveReply(stream, echo)
 
 
-def hints(found: Sequence[tuple[Wait, bool]]) -> str:
+def _hints(found: Sequence[tuple[Wait, bool]]) -> str:
     """Returns a sentence for each thing that is waited for: what it is, and the command that answers it; for several
     also how many there are. Each comes with whether the caller may approve it."""
     told = [_hint(wait, mine, f" --id {wait.id}" if len(found) > 1 else "") for wait, mine in found]

@@ -1,9 +1,10 @@
 """The terminal of a conversation: its line editor and its menus."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from prompt_toolkit import PromptSession
-from prompt_toolkit.application import Application, get_app_session
+from prompt_toolkit.application import Application
 from prompt_toolkit.formatted_text import StyleAndTextTuples
 from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input.typeahead import clear_typeahead
@@ -33,10 +34,30 @@ def prompt(said: Iterable[str], sign: str = screen.PROMPT) -> PromptSession[str]
     )
 
 
-async def line(sign: str, default: str = "") -> str:
-    """Returns what the user types after the sign, or makes of the default. Raises EOFError at Ctrl-C and Ctrl-D."""
-    typed = await prompt([], sign).prompt_async(default=default)
+async def line(sign: str, default: str = "", unasked: bool = False) -> str:
+    """Returns what the user types after the sign, or makes of the default. When the user did not ask for this prompt
+    (`unasked`), keys that were pressed before it is drawn do nothing. Raises EOFError at Ctrl-C and Ctrl-D."""
+    editor = prompt([], sign)
+    if unasked:
+        _drop_earlier(editor.app)
+    typed = await editor.prompt_async(default=default)
     return typed.strip().encode(errors="replace").decode()
+
+
+def _drop_earlier(app: Application[Any]) -> None:
+    """Drops the keys that are pressed before the application is drawn: they were not meant for it."""
+    drawn = False
+
+    def drop(_: Application[Any]) -> None:
+        nonlocal drawn
+        while not drawn and (pressed := app.input.read_keys()):
+            # The terminal itself answers where its cursor is; without that answer a menu is not placed.
+            app.key_processor.feed_multiple([key for key in pressed if key.key is Keys.CPRResponse])
+            app.key_processor.process_keys()
+        drawn = True
+
+    clear_typeahead(app.input)
+    app.before_render += drop
 
 
 async def choose(question: str, labels: Sequence[str], start: int = 0) -> int:
@@ -46,7 +67,6 @@ async def choose(question: str, labels: Sequence[str], start: int = 0) -> int:
     Raises EOFError at Ctrl-C and Ctrl-D."""
     at = start
     keys = KeyBindings()
-    drawn = False
 
     def shown() -> StyleAndTextTuples:
         lines: StyleAndTextTuples = [("", f" {question}\n")] if question else []
@@ -79,16 +99,8 @@ async def choose(question: str, labels: Sequence[str], start: int = 0) -> int:
     def _(event: KeyPressEvent) -> None:
         event.app.exit(exception=EOFError())
 
-    def drop_earlier(app: Application[int]) -> None:
-        nonlocal drawn
-        while not drawn and (pressed := app.input.read_keys()):
-            # The terminal itself answers where its cursor is; without that answer a menu is not placed.
-            app.key_processor.feed_multiple([key for key in pressed if key.key is Keys.CPRResponse])
-            app.key_processor.process_keys()
-        drawn = True
-
-    clear_typeahead(get_app_session().input)
     control = FormattedTextControl(shown, focusable=True, show_cursor=False)
     layout = Layout(Window(control, wrap_lines=True, dont_extend_height=True))
-    menu = Application[int](layout=layout, key_bindings=keys, before_render=drop_earlier)
+    menu = Application[int](layout=layout, key_bindings=keys)
+    _drop_earlier(menu)
     return await menu.run_async()

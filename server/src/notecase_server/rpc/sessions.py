@@ -57,7 +57,7 @@ MAX_IMPORT_BYTES = 1 << 30
 """Of a session's file beside its content: it waits on this machine's disk, and a gigabyte is a million messages."""
 
 EXPIRY_FIELDS = ("expire_time", "ttl", "idle_ttl")
-SESSION_FIELDS = ("display_name", "agent", "labels", *EXPIRY_FIELDS)
+SESSION_FIELDS = ("display_name", "agent", "labels", "remembered", *EXPIRY_FIELDS)
 """What an update may change."""
 
 
@@ -127,7 +127,8 @@ class SessionsService(v1.SessionServiceServicer):
         repeat = await once(request, SESSION)
         key = await self.desk.session(session, repeat)
         change = partial(self.store.edit_session, key, edit, request.session.etag)
-        return _rendered(await self.desk.surely(repeat, SESSION, change))
+        audit = caller.get().audit(request.session.name) if "remembered" in edit.paths else None
+        return _rendered(await self.desk.surely(repeat, SESSION, change, audit))
 
     async def DeleteSession(self, request: v1.DeleteSessionRequest, context: Any) -> Empty:
         check = checked(request)

@@ -341,7 +341,8 @@ class SessionEdit(NamedTuple):
     """A change of a session's metadata."""
 
     paths: tuple[str, ...]
-    """The fields that change, as paths of a field mask: display_name, agent, labels."""
+    """The fields that change, as paths of a field mask: display_name, agent, labels, remembered. Remembered answers are
+    only removed: those that `session` does not have."""
     session: v1.Session
     """What they become."""
     expiry: bool = False

@@ -360,9 +360,12 @@ def edit_session(
     session = row.session
     if if_etag and if_etag != session.etag:
         raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
-    FieldMask(paths=edit.paths).MergeMessage(
+    FieldMask(paths=[path for path in edit.paths if path != "remembered"]).MergeMessage(
         edit.session, session, replace_message_field=True, replace_repeated_field=True
     )
+    if "remembered" in edit.paths:
+        for input_id in session.remembered.keys() - edit.session.remembered.keys():
+            del session.remembered[input_id]
     if edit.expiry:
         fold.set_expiration(session, edit.session, now)
     fold.touch_session(session, now)
