@@ -88,3 +88,18 @@ async def test_a_new_session_is_named_after_its_first_words(served: Running, age
     await notecase("run", "What", "is this?", env=there)
     (session,) = (await served.sessions.ListSessions(v1.ListSessionsRequest())).sessions
     assert "What is this?" == session.display_name
+
+
+async def test_where_a_session_s_agent_was_deleted_another_may_answer(served: Running, agent: v1.Agent) -> None:
+    there = {"NOTECASE_ADDRESS": served.address}
+    await served.sessions.CreateSession(
+        v1.CreateSessionRequest(session_id="case", session=v1.Session(agent=agent.name))
+    )
+    await served.agents.DeleteAgent(v1.DeleteAgentRequest(name=agent.name))
+    done = await notecase("run", "Hello", "--session", "case", env=there)
+    assert (1, "Error: There is no agent 'agents/detective'. --agent chooses another.\n") == (done.code, done.err)
+    done = await notecase("chat", "--session", "case", said="Hello", env=there)
+    assert (1, "There is no agent 'agents/detective'. `notecase chat --agent` chooses another.\n") == (
+        done.code,
+        done.err,
+    )

@@ -145,7 +145,10 @@ async def test_a_run_is_left_waiting_and_found_again(served: Running, clerk: v1.
         await screen.until("> ")
         await screen.type("\x04")
         assert 0 == await screen.ended()
-    async with terminal("chat", "--session", "case", "--server", served.address) as screen:
+    async with terminal("chat", "--server", served.address) as screen:
+        await screen.until("2. case")
+        await screen.until("waits")
+        await screen.type("2\r")
         await screen.until("answer> ")
         await screen.type("Rome\r")
         await screen.until("succeeded: Rome")
@@ -380,7 +383,11 @@ async def test_of_several_that_wait_one_is_chosen_by_its_id(served: Running, cle
     done = await notecase("approve", "case", env=there)
     assert 2 == done.code
     wanted = next(line.split()[0] for line in done.err.splitlines() if '{"sum": 2}' in line)
-    assert 0 == (await notecase("approve", "case", "--id", wanted, env=there)).code
+    shared = next(wanted[:cut] for cut in range(len(wanted), 0, -1) if done.err.count(f"  {wanted[:cut]}") > 1)
+    assert 2 == (await notecase("approve", "case", "--id", shared, env=there)).code
+    edited = ("--id", wanted[: len(shared) + 1], "--arguments", '{"sum": 3}')
+    assert 0 == (await notecase("approve", "case", *edited, env=there)).code
+    assert 'approve with edited arguments {"sum": 3}' in (await notecase("logs", "case", env=there)).out
     done = await notecase("approve", "case", "--id", wanted, env=there)
     assert (1, True) == (done.code, "There is no" in done.err)
 

@@ -90,3 +90,13 @@ async def test_the_servers_word_on_when_is_kept(slept: list[float]) -> None:
     """Sooner than it says would be in vain."""
     await Backoff(Retry(first_delay=0.1)).wait(_error("UNAVAILABLE", "SERVER_DRAINING", 3.0))
     assert slept == [3.0]
+
+
+async def test_how_long_a_server_is_tried_is_said_in_round_numbers(
+    slept: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    for retry in (Retry(), Retry(tries=1000)):
+        backoff = Backoff(retry)
+        for _ in range(2):
+            await backoff.wait(_error("UNAVAILABLE"))
+    assert [f"It failed. Trying again, for at most {told}." for told in ("26 s", "83 minutes")] == caplog.messages

@@ -61,13 +61,18 @@ class Backoff:
         if self._failures >= self._retry.tries or not worth:
             raise error
         if isinstance(error, NotecaseError) and not refused and self._failures == 1:
-            log.warning("%s Trying again, for at most %.0f s.", error.message.rstrip(".") + ".", self._retry.longest)
+            told = error.message.rstrip(".") + "."
+            log.warning("%s Trying again, for at most %s.", told, _rounded(self._retry.longest))
         self._refused |= refused
         delay = min(self._retry.first_delay * 2**self._failures, self._retry.max_delay)
         self._failures += 1
         # Spread out, so that the clients of a server that restarts do not come back all at once.
         delay *= random.uniform(0.5, 1)
         await asyncio.sleep(max(delay, getattr(error, "retry_after", None) or 0))
+
+
+def _rounded(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"
 
 
 async def repeat(retry: Retry, call: Callable[[], Awaitable[T]]) -> T:

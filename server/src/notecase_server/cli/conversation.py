@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable
 import click
 from notecase import Client, NotecaseError, RunStream, text_of, v1
 
-from notecase_server.cli import approvals, attaching, notes, screen, terminal
+from notecase_server.cli import approvals, attaching, named, notes, screen, terminal
 from notecase_server.cli.ask import name_of
 from notecase_server.cli.connection import Exit, Refusal, connection
 from notecase_server.cli.follow import Follower, Left
@@ -78,7 +78,7 @@ class _Chat:
             self._agent = name_of("agents", agent)
             await self._client.agents.GetAgent(v1.GetAgentRequest(name=self._agent))
         if session and not new:
-            await self._resume(name_of("sessions", session))
+            await self._resume(await named.session(self._client, session))
         elif self._terminal and not new and (picked := await self._pick_session()):
             await self._resume(picked)
         else:
@@ -165,6 +165,9 @@ class _Chat:
             await self._follow(self._client.run(v1.Message(parts=parts), session=self._session, agent=self._agent))
             self._attached.clear()
         except NotecaseError as busy:
+            if busy.reason == "AGENT_NOT_FOUND" and not self._agent:
+                self._fail(f"{screen.sentence(busy, '')} `notecase chat --agent` chooses another.")
+                return
             if busy.reason != "RUN_ACTIVE" or not self._terminal:
                 raise
             screen.aside("The session is busy; this is what with. Afterwards the up arrow has your words.\n")
@@ -256,6 +259,7 @@ class _Chat:
                 screen.one_line(one.display_name, 40) or screen.id_of(one.name),
                 screen.id_of(one.agent),
                 screen.moment(one.update_time),
+                "waits" if one.activity == v1.Session.ACTIVITY_WAITING else "",
             )
             for one in found
         ]
@@ -273,7 +277,7 @@ class _Chat:
             return found[await terminal.choose("Which agent?", screen.aligned(rows))].name
         if found:
             ids = ", ".join(screen.id_of(one.name) for one in found)
-            raise click.ClickException(f"There are several agents; choose one with --agent, for example of {ids}.")
+            raise click.ClickException(f"There are several agents ({ids}); choose one with --agent.")
         if not self._terminal:
             raise click.ClickException("There is no agent yet; `notecase chat` at a terminal offers to make one.")
         return await self._make_agent()

@@ -5,7 +5,7 @@ import sys
 import click
 from notecase import Client, NotecaseError, text_of, v1
 
-from notecase_server.cli import attaching, ids, output, piped, screen
+from notecase_server.cli import attaching, ids, named, output, piped, screen
 from notecase_server.cli.ask import ask, name_of, read_text
 from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.follow import Follower, Left
@@ -86,7 +86,7 @@ def _said(text: tuple[str, ...], attached: int) -> str:
 
 
 async def _run(client: Client, said: v1.Message, agent: str, session: str, form: str, patience: float | None) -> Exit:
-    name = name_of("sessions", session) if session else ""
+    name = await named.session(client, session) if session else ""
     answering = name_of("agents", agent) if agent else ("" if session else await _only_agent(client))
     if not name:
         words = screen.one_line(text_of(said) or ", ".join(part.blob.filename for part in said.parts))
@@ -97,7 +97,9 @@ async def _run(client: Client, said: v1.Message, agent: str, session: str, form:
         well = await follower.follow()
     except Left as left:
         raise Refusal(screen.folded(str(left), len("Error: ")), Exit.WAITING) from None
-    except NotecaseError:
+    except NotecaseError as error:
+        if error.reason == "AGENT_NOT_FOUND" and not agent:
+            raise Refusal(f"{screen.sentence(error, '')} --agent chooses another.", Exit.FAILED) from None
         if form != "text" and stream.name:
             output.print_data(output.as_data(stream.result), form)
         raise
@@ -117,4 +119,4 @@ async def _only_agent(client: Client) -> str:
     if not found:
         raise Refusal("There is no agent yet; `notecase agents create` makes one.", Exit.FAILED)
     ids = ", ".join(screen.id_of(one.name) for one in found)
-    raise Refusal(f"There are several agents; choose one with --agent, for example of {ids}.", Exit.USAGE)
+    raise Refusal(f"There are several agents ({ids}); choose one with --agent.", Exit.USAGE)

@@ -118,17 +118,18 @@ def may_answer(caller: v1.ServerInfo.Caller | None, wait: Wait) -> bool:
 
 
 async def find(client: Client, session: str, run: str, wanted: str, kinds: Iterable[int]) -> Wait:
-    """Returns what a run waits for, of these kinds: the one with that id, or the only one. Without a run it is the
-    session's run under way. Raises Refusal when there is none, or where several wait and none is named."""
+    """Returns what a run waits for, of these kinds: the one whose id begins as wanted, or the only one. Without a run
+    it is the session's run under way. Raises Refusal when there is none, or where several wait and none is named."""
     if not run:
         found = await client.sessions.GetSession(v1.GetSessionRequest(name=session))
         run = found.active_run
     waits = waits_of(await client.runs.GetRun(v1.GetRunRequest(name=run))) if run else []
-    matching = [wait for wait in waits if wait.kind in kinds and wanted in {"", wait.id}]
+    meant = [wait for wait in waits if wait.id == wanted] or [wait for wait in waits if wait.id.startswith(wanted)]
+    matching = [wait for wait in meant if wait.kind in kinds]
     if len(matching) == 1:
         return matching[0]
-    other = next((wait for wait in waits if wanted in {"", wait.id}), None)
-    if not matching and other is not None:
+    if meant and not matching:
+        other = meant[0]
         use = _COMMANDS.get(other.kind, "`notecase answer`")
         raise Refusal(f"{other.phrase.capitalize()} waits in {run}; use {use}.", Exit.FAILED)
     if not matching:
