@@ -43,7 +43,7 @@ async def test_an_operator_reads_who_changed_a_tenants_keys(tmp_path: Path) -> N
     assert [f"keys/{key.split('_')[1]}" for key in (admin, first)] == [
         line.split()[2] for line in listed.out.splitlines()[1:]
     ]
-    for words in (("audit", "list"), ("keys", "list"), ("tenants", "show")):
-        done = await notecase(*words, *(["--tenant"] if words[0] != "tenants" else []), "acmee", env=env)
+    for words in ("audit list --tenant", "keys list --tenant", "tenants show"):
+        done = await notecase(*words.split(), "acmee", env=env)
         assert (1, "Error: There is no tenant 'tenants/acmee'.\n") == (done.code, done.err)
     await server.stop()

@@ -85,6 +85,10 @@ async def test_messages_are_listed_shown_and_added(served: Running, case: v1.Ses
     assert ["Be brief.", "Good evening."] == [line.split("  ")[-1].strip() for line in rows[1:3]]
     shown = await command("messages show", added.out.strip())
     assert "system: Be brief.\n" == shown.out
+    shown = await command("messages show", rows[2].split()[1])
+    assert "Good evening." in shown.out
+    done = await command("messages show", rows[2].split()[1].rpartition("/")[2])
+    assert (2, True) == (done.code, "`notecase messages list SESSION` has them." in done.err)
     (newest,) = json.loads((await command("messages list case --newest --limit 1 -o json")).out)
     assert ("ROLE_SYSTEM", added.out.strip()) == (newest["role"], newest["name"])
 

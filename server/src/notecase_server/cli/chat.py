@@ -9,7 +9,6 @@ from notecase_server.cli.options import SERVER, WAIT
 
 
 @click.command()
-@SERVER
 @click.option(
     "--agent",
     default="",
@@ -30,6 +29,7 @@ from notecase_server.cli.options import SERVER, WAIT
 )
 @click.option("--new", is_flag=True, help="Open a new session without asking.")
 @WAIT
+@SERVER
 def chat(agent: str, session: str, new: bool, wait: float | None) -> None:
     """Talk with an agent.
 

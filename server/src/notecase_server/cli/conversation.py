@@ -109,8 +109,7 @@ class _Chat:
         prompt, draft = terminal.prompt(self._said), ""
         while True:
             try:
-                async with self._left.ending(prompt.app) if self._left else contextlib.nullcontext():
-                    text: str | None = await prompt.prompt_async(default=draft)
+                text = await terminal.typed(prompt, draft, self._left.settled() if self._left else None)
             except EOFError:
                 return
             draft = prompt.default_buffer.text if text is None else ""

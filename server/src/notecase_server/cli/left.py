@@ -1,12 +1,8 @@
 """A run that was left waiting, while the conversation goes on."""
 
-import asyncio
-import contextlib
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from notecase import Client, NotecaseError, RunStream, v1
-from prompt_toolkit.application import Application
 
 from notecase_server.cli.waits import Wait, waits_of
 
@@ -30,29 +26,18 @@ class LeftRun:
         """Returns whether the run waits for none of this any more. Raises NotecaseError."""
         return self._is_settled(await self._client.runs.GetRun(v1.GetRunRequest(name=self._run)))
 
-    @contextlib.asynccontextmanager
-    async def ending(self, prompt: Application[Any]) -> AsyncIterator[None]:
-        """Ends a prompt, with the result None, when the run goes on during the block. While the server is away nothing
-        ends it."""
-        watching = asyncio.create_task(self._watch(prompt))
-        try:
-            yield
-        finally:
-            watching.cancel()
-            await asyncio.wait([watching])
-            prompt.erase_when_done = False
-
-    async def _watch(self, prompt: Application[Any]) -> None:
+    async def settled(self) -> bool:
+        """Returns True once the run waits for none of this any more, and False when the server is lost."""
         stream = self.stream()
         stream.warn_after = None
-        with contextlib.suppress(NotecaseError):
+        try:
             async with stream:
                 async for _ in stream:
                     if self._is_settled(stream.view.runs.get(self._run, v1.Run())):
                         break
-            if prompt.future is not None and not prompt.future.done():
-                prompt.erase_when_done = True
-                prompt.exit(result=None)
+        except NotecaseError:
+            return False
+        return True
 
     def _is_settled(self, run: v1.Run) -> bool:
         return self._ids.isdisjoint(one.id for one in waits_of(run))

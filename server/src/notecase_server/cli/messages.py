@@ -9,7 +9,7 @@ from notecase_server.cli.options import LIMIT, OUTPUT, SERVER
 
 _COLUMNS = {
     "SEQUENCE": lambda one: str(one.sequence),
-    "MESSAGE": lambda one: screen.id_of(one.name),
+    "MESSAGE": lambda one: one.name.removeprefix("sessions/").replace("/messages/", "/"),
     "AUTHOR": screen.author,
     "STATUS": lambda one: screen.word_of(v1.Message.Status, one.status).replace("_", " "),
     "TEXT": lambda one: screen.one_line(_text(one), 80),
@@ -59,6 +59,8 @@ def list_messages(session: str, newest: bool, superseded: bool, limit: int, form
 def show_message(message: str, form: str) -> None:
     """Print one message, with the outcomes of its calls."""
     session, _, last = message.removeprefix("sessions/").partition("/")
+    if not last:
+        raise click.UsageError(f"{message!r} names no message of a session; `notecase messages list SESSION` has them.")
 
     async def look(client: Client) -> None:
         name = f"{await named.session(client, session)}/messages/{last.removeprefix('messages/')}"

@@ -79,7 +79,7 @@ _OPTIONS = (
         callback=_keep,
         expose_value=False,
         help="Take the server, token and authorities of this profile; see `notecase profiles`. Other options win "
-        "over it, and it over other variables.",
+        "over it.",
     ),
     click.option(
         "--token",

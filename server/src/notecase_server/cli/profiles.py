@@ -25,13 +25,14 @@ def profiles() -> None:
 
 
 @profiles.command("list")
+@click.option("--profile", default="", envvar="NOTECASE_PROFILE", hidden=True, help="The one that is used.")
 @OUTPUT
-def list_profiles(form: str) -> None:
+def list_profiles(profile: str, form: str) -> None:
     """List profiles; no token is shown."""
     from notecase_server.cli import output  # noqa: PLC0415  # imports the client, which no other of these needs
 
     held = _read()
-    used = os.environ.get("NOTECASE_PROFILE") or held.current
+    used = profile or held.current
     if form != "table":
         shown = [
             {"name": name, "current": name == used, "address": one.address, "token": _source(one), "ca": one.ca}

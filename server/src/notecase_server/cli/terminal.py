@@ -1,6 +1,7 @@
 """The terminal of a conversation: its line editor and its menus."""
 
-from collections.abc import Iterable, Sequence
+import asyncio
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import Any
 
 from prompt_toolkit import PromptSession
@@ -34,14 +35,36 @@ def prompt(said: Iterable[str], sign: str = screen.PROMPT) -> PromptSession[str]
     )
 
 
+async def typed(editor: PromptSession[str], default: str, until: Coroutine[Any, Any, bool] | None) -> str | None:
+    """Returns what the user types into the editor, or makes of the default. When `until` returns True first, the prompt
+    is erased, this returns None, and `editor.default_buffer.text` is what was typed so far. Raises EOFError."""
+    if until is None:
+        return await editor.prompt_async(default=default)
+
+    async def give_way() -> None:
+        app = editor.app
+        if await until and app.future is not None and not app.future.done():
+            app.erase_when_done = True
+            app.exit()
+
+    waiting = asyncio.create_task(give_way())
+    try:
+        return await editor.prompt_async(default=default)
+    finally:
+        editor.app.erase_when_done = False
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        until.close()
+
+
 async def line(sign: str, default: str = "", unasked: bool = False) -> str:
     """Returns what the user types after the sign, or makes of the default. When the user did not ask for this prompt
     (`unasked`), keys that were pressed before it is drawn do nothing. Raises EOFError at Ctrl-C and Ctrl-D."""
     editor = prompt([], sign)
     if unasked:
         _drop_earlier(editor.app)
-    typed = await editor.prompt_async(default=default)
-    return typed.strip().encode(errors="replace").decode()
+    text = await editor.prompt_async(default=default)
+    return text.strip().encode(errors="replace").decode()
 
 
 def _drop_earlier(app: Application[Any]) -> None:
