@@ -62,9 +62,10 @@ class _Serve(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as missing:
-            if missing.option_name in {"--port", "--host", "--address", "--bind"}:
-                missing.possibilities = ["--listen"]
-            raise
+            if missing.option_name not in {"--port", "--host", "--address", "--bind"}:
+                raise
+            told = f"There is no {missing.option_name}; --listen HOST:PORT says where to serve."
+            raise click.UsageError(told, ctx) from None
 
 
 @click.command(cls=_Serve)
