@@ -160,6 +160,9 @@ async def test_what_is_run_is_text_or_the_run_itself(served: Running, case: v1.S
 
 async def test_the_beginning_of_an_id_is_enough(served: Running, case: v1.Session, command: Commands) -> None:
     """Of a session and of a run; where several begin so they are named, and nothing is deleted."""
+    for words in ("sessions show", "runs cancel"):  # given nothing, as an unset variable of the shell is
+        done = await command(words, "")
+        assert (1, "Error: ") == (done.code, done.err[:7])
     for name in ("violin", "violet", "viola-1"):
         await served.sessions.CreateSession(v1.CreateSessionRequest(session_id=name))
     assert "sessions/violin" == (await command("sessions show violi")).out.split()[0]

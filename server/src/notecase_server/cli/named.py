@@ -28,7 +28,7 @@ async def session(client: Client, given: str) -> str:
     """Returns the name of the session that is given by its name, its id, or a beginning of it that no other session
     has. Raises Refusal where several have it, and NotecaseError SESSION_NOT_FOUND where none has."""
     name = name_of("sessions", given)
-    if given == name or is_made(given):
+    if given in {name, ""} or is_made(given):  # every id begins with an empty text, as an unset variable is
         return name
     try:
         return (await client.sessions.GetSession(v1.GetSessionRequest(name=name))).name
