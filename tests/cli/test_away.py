@@ -25,19 +25,24 @@ async def test_a_run_is_attached_to_again_after_the_clients_own_tries(
     served: Running, impatient: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     await clerk(served)
-    called, go_on = asyncio.Event(), asyncio.Event()
+    called = asyncio.Event()
 
     async def search() -> str:
         called.set()
-        await go_on.wait()
-        return "found"
+        await asyncio.Event().wait()
+        return ""
 
-    async with Proxy(served.address) as proxy, Client(proxy.address, retry=Retry(tries=0)) as client:
+    async with (
+        Client(served.address) as direct,
+        Proxy(served.address) as proxy,
+        Client(proxy.address, retry=Retry(tries=0)) as client,
+    ):
         stream = client.run("/call search {}", agent="clerk", tools=[search])
         following = asyncio.create_task(follow.Follower(client, stream, patience=600).follow())
         await called.wait()
         proxy.cut()
-        go_on.set()
+        (call,) = (await direct.runs.GetRun(v1.GetRunRequest(name=stream.name))).pending_calls
+        await direct.give_result(stream.name, call.call_id, "found")
         assert await following
         assert proxy.opened >= 2
     assert "succeeded: found" in capsys.readouterr().err

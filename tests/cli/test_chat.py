@@ -103,7 +103,7 @@ async def test_a_file_goes_with_what_is_said_next(served: Running, agent: v1.Age
     """Once; what is no file is told, and nothing is lost by it."""
     plan = tmp_path / "plan.pdf"
     plan.write_bytes(b"%PDF-1.7")
-    (tmp_path / "unknown").write_bytes(b"x")
+    (tmp_path / "unknown").write_bytes(b"\xff")
     lines = [
         f"/attach {tmp_path}/missing.pdf",
         f"/attach {tmp_path}/unknown",
@@ -229,7 +229,7 @@ async def test_what_is_missing_is_a_sentence_and_exit_code_1(served: Running) ->
         )
     done = await notecase("chat", said="Hello\n", env=there)
     assert 1 == done.code
-    assert done.err.endswith("for example: clerk, tutor.\n")
+    assert done.err == "Error: There are several agents (clerk, tutor); choose one with --agent.\n"
     done = await notecase("chat", said="Hello\n", env={"NOTECASE_ADDRESS": "127.0.0.1:1"})
     assert 4 == done.code
     assert done.err.startswith("Error: No server can be reached at 127.0.0.1:1: ")

@@ -134,7 +134,9 @@ async def test_a_pipe_has_no_escape_codes_and_the_reply_exactly(served: Running,
 
 async def test_ctrl_c_in_a_pipe_cancels_what_is_run(served: Running, agent: v1.Agent) -> None:
     process = await spawn(*COMMAND, "run", "/pause 50 /chunks 10000", env=there(served))
+    assert process.stdin is not None
     assert process.stdout is not None
+    process.stdin.close()
     await process.stdout.readuntil(b" 3 ")
     process.send_signal(2)
     _, err = await process.communicate()

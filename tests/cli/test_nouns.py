@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from notecase import v1
+from notecase_server.cli.sessions import sessions
+from notecase_server.engine.summary import KEEP_RECENT
 
 from tests.cli.command import COMMAND, Done, notecase, spawn
 from tests.support.server import Running
@@ -39,7 +41,7 @@ def command(served: Running) -> Commands:
 
 async def test_runs_are_listed_shown_and_cancelled(served: Running, case: v1.Session, command: Commands) -> None:
     start = v1.StartRun(
-        session=case.name, run_id="r2", messages=[v1.Message(parts=[v1.Part(text="/pause 9000 /say x")])]
+        session=case.name, run_id="r2", messages=[v1.Message(parts=[v1.Part(text="/pause 9000 /chunks 100")])]
     )
     await served.runs.CreateRun(v1.CreateRunRequest(start=start))
     table = [line.split() for line in (await command("runs list case")).out.splitlines()]
@@ -109,7 +111,7 @@ async def test_blobs_go_there_and_back(command: Commands, tmp_path: Path) -> Non
     assert (0, "", "") == await command("blobs download", name, os.devnull)
     done = await command("blobs download", name, str(tmp_path))
     assert (2, f"Error: {tmp_path}: Is a directory.\n") == (done.code, done.err)
-    (tmp_path / "unknown").write_bytes(b"x")
+    (tmp_path / "unknown").write_bytes(b"\xff")
     done = await command("blobs upload", str(tmp_path / "unknown"))
     assert (2, True) == (done.code, "set it with --type" in done.err)
 
@@ -123,7 +125,8 @@ async def test_a_session_is_made_forked_rewound_compacted_and_deleted(
     assert ("users/ada", "The violin", "agents/detective") == (found["user"], found["display_name"], found["agent"])
     assert (0, "sessions/old\n", "") == await command("sessions fork case --at 1 --id old")
     assert "1" == json.loads((await command("sessions show old -o json")).out)["last_sequence"]
-    assert (0, "sessions/case, 7 events\n", "") == await command("sessions rewind case --to 1")
+    told = "sessions/case is rewound to 1; 5 events are superseded (the log has 7)\n"
+    assert (0, told, "") == await command("sessions rewind case --to 1")
     assert "no summary" in (await command("sessions compact case")).out
     assert (0, "", "") == await command("sessions delete old new --yes")
     left = json.loads((await command("sessions list -o json")).out)
@@ -153,3 +156,79 @@ async def test_what_is_run_is_text_or_the_run_itself(served: Running, case: v1.S
     assert (1, "Error: There is no session 'sessions/none'.\n") == (done.code, done.err)
     (agents,) = json.loads((await command("agents list -o json")).out)
     assert "agents/detective" == agents["name"]
+
+
+async def test_the_beginning_of_an_id_is_enough(served: Running, case: v1.Session, command: Commands) -> None:
+    """Of a session and of a run; where several begin so they are named, and nothing is deleted."""
+    for words in ("sessions show", "runs cancel"):  # given nothing, as an unset variable of the shell is
+        done = await command(words, "")
+        assert (1, "Error: ") == (done.code, done.err[:7])
+    for name in ("violin", "violet", "viola-1"):
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id=name))
+    assert "sessions/violin" == (await command("sessions show violi")).out.split()[0]
+    assert "sessions/viola-1" == (await command("sessions show viola-")).out.split()[0]
+    for words in ("sessions show vio", "logs viol", "messages list vio", "state get vio", "run hello --session vio"):
+        done = await command(words)
+        assert (2, "") == (done.code, done.out)
+        assert done.err.splitlines()[0].endswith("begin with 'vio':") or "'viol':" in done.err
+        assert ["viola-1", "violet", "violin"] == [line.strip() for line in done.err.splitlines()[1:]]
+    assert (0, "") == ((done := await command("state put violi n 1")).code, done.err)
+    assert {"n": 1} == json.loads((await command("state get sessions/violin")).out)
+    assert (1, "Error: There is no session 'sessions/violi'.\n") == (
+        (done := await command("sessions delete violi --yes")).code,
+        done.err,
+    )
+    done = await command("sessions show none")
+    assert (1, "Error: There is no session 'sessions/none'.\n") == (done.code, done.err)
+    (run,) = json.loads((await command("runs list case -o json")).out)
+    which = run["name"].rpartition("/")[2]
+    shown = await command(f"runs show cas/{which[:8]}")
+    assert run["name"] == shown.out.split()[0]
+    assert f"({which[:8]})" in (await command("logs case")).out
+    assert which not in (await command("logs case")).out
+    done = await command("runs show case/none")
+    assert (1, True) == (done.code, "none" in done.err)
+
+
+async def test_what_a_session_s_commands_did_is_told(served: Running, agent: v1.Agent, command: Commands) -> None:
+    """How much is superseded, where a summary is, why a run was cancelled, what a message calls."""
+    async with served.client() as client:
+        await client.create_session(agent.name, session_id="long")
+        for number in range(8):
+            await client.invoke(f"/say {number}", session="sessions/long")
+    assert (
+        "sessions/long: no summary: too short to shorten\n" == (await command("sessions compact long --keep 500")).out
+    )
+    told = (await command("sessions compact long")).out
+    found = json.loads((await command("sessions show long -o json")).out)
+    at = int(found["summary_sequence"])
+    assert f"sessions/long: summary at {at}; `notecase logs long --after {at - 1}` shows it\n" == told
+    assert "summarized" in (await command(f"logs long --after {at - 1}")).out.splitlines()[0]
+    shown = (await command("sessions show long")).out
+    assert shown.index("Summarised for the model: ") > shown.index("> /say 2")
+    assert f"(event {at})" in shown
+    told = (await command("sessions compact long")).out
+    assert "sessions/long: no further summary: too short to shorten\n" == told
+    last = int(found["last_sequence"])
+    assert (
+        f"sessions/long is rewound to {last - 4}; 4 events are superseded (the log has {last + 1})\n"
+        == (await command(f"sessions rewind long --to {last - 4}")).out
+    )
+
+
+async def test_a_cancel_s_reason_and_a_message_s_calls_are_shown(
+    served: Running, case: v1.Session, command: Commands
+) -> None:
+    said = v1.Message(parts=[v1.Part(text="/pause 9000 /chunks 100")])
+    await served.runs.CreateRun(v1.CreateRunRequest(start=v1.StartRun(session=case.name, run_id="r2", messages=[said])))
+    assert (0, "", "") == await command("runs cancel case --reason", "too late")
+    assert "cancelled: too late" in (await command("runs show case/r2")).out
+    text = [v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text="/call weather {}")])]
+    await served.runs.CreateRun(v1.CreateRunRequest(start=v1.StartRun(session=case.name, run_id="r3", messages=text)))
+    await served.runs.WaitRun(v1.WaitRunRequest(name=f"{case.name}/runs/r3"))
+    assert "→ weather({})" in (await command("messages list case")).out
+
+
+def test_help_and_service_leave_as_many_messages() -> None:
+    option = next(one for one in sessions.commands["compact"].params if one.name == "keep")
+    assert f"is {KEEP_RECENT} by default" in str(getattr(option, "help", ""))

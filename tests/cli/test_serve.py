@@ -123,7 +123,14 @@ async def test_a_provider_that_cannot_work_is_told_before_anything_is_served(
 
 
 async def test_health_is_an_exit_code(served: Running) -> None:
+    done = await notecase("health", "-o", "json", "--server", served.address)
+    assert (0, '{\n  "status": "SERVING"\n}\n') == (done.code, done.out)
     done = await notecase("health", env={"NOTECASE_ADDRESS": served.address})
     assert (0, "SERVING\n") == (done.code, done.out)
     done = await notecase("health", "--server", NOBODY)
     assert (4, True) == (done.code, done.err.startswith(f"Error: No server can be reached at {NOBODY}: "))
+
+
+async def test_a_port_is_part_of_where_to_listen() -> None:
+    done = await notecase("serve", "--port", "8080")
+    assert (2, True) == (done.code, "There is no --port; use --listen HOST:PORT." in done.err)

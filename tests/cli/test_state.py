@@ -142,9 +142,9 @@ async def test_a_file_is_put_and_read_back(served: Running, client: Client, case
     assert told == expected
     assert json.loads((await notecase("state", "get", case, *server)).out)["plan"] == expected
     for wrong, problem in ((tmp_path / "none.pdf", "cannot be read"), (tmp_path / "unknown", "The media type")):
-        (tmp_path / "unknown").write_bytes(b"x")
+        (tmp_path / "unknown").write_bytes(b"\xff")
         done = await notecase("state", "put", case, "plan", str(wrong), "--file", *server)
-        assert (done.code, problem in done.err) == (1, True)
+        assert (done.code, problem in done.err) == (2, True)
 
 
 async def test_a_put_prints_the_version_that_the_next_one_can_ask_for(served: Running, client: Client) -> None:

@@ -72,7 +72,7 @@ async def test_a_question_an_approval_and_a_callers_tool_are_answered_in_the_cha
         await screen.until('"sum": 5')
         await screen.until("5. Leave it waiting")
         await screen.type("1\r")
-        await screen.until("The agent calls a client tool.")
+        await screen.until("The agent called this tool of a client program")
         await screen.until("1. Give its result")
         await screen.type("1\r")
         await screen.until("result> ")
@@ -145,7 +145,10 @@ async def test_a_run_is_left_waiting_and_found_again(served: Running, clerk: v1.
         await screen.until("> ")
         await screen.type("\x04")
         assert 0 == await screen.ended()
-    async with terminal("chat", "--session", "case", "--server", served.address) as screen:
+    async with terminal("chat", "--server", served.address) as screen:
+        await screen.until("2. case")
+        await screen.until("waits")
+        await screen.type("2\r")
         await screen.until("answer> ")
         await screen.type("Rome\r")
         await screen.until("succeeded: Rome")
@@ -153,6 +156,65 @@ async def test_a_run_is_left_waiting_and_found_again(served: Running, clerk: v1.
         await screen.until("> ")
         await screen.type("\x04")
         assert 0 == await screen.ended()
+
+
+async def test_an_enter_alone_answers_nothing(served: Running, clerk: v1.Agent) -> None:
+    """It is asked again; a question without words says that it has none."""
+    async with terminal("chat", "--new", "--session", "case", "--server", served.address) as screen:
+        await screen.until("> ")
+        await screen.type("/call ask_user {}\r")
+        await screen.until("The model asks a question without text.")
+        for _ in range(2):
+            await screen.until("answer> ")
+            await screen.type("\r")
+            await screen.until("Nothing was typed; Ctrl-C leaves it waiting.")
+        await screen.until("answer> ")
+        await screen.type("Vienna\r")
+        await screen.until("The tools are done.")
+        await screen.until("> ")
+        await screen.type("/call search {}\r")
+        await screen.until("none has answered. You can give its result:")
+        await screen.until("1. Give its result")
+        await screen.type("1\r")
+        await screen.until("result> ")
+        await screen.type("\r")
+        await screen.until("Nothing was typed")
+        await screen.until("result> ")
+        await screen.type("\x03")
+        await screen.until("`notecase answer case TEXT` gives the result.")
+        await screen.until("> ")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+    answered, waits = await calls(served, "case")
+    assert ("Vienna", v1.ToolCall.OUTCOME_RUNNING) == (answered.result[0].text, waits.outcome)
+
+
+async def test_of_several_that_wait_each_may_be_left(served: Running, clerk: v1.Agent) -> None:
+    """The others are asked all the same; the commands name what is left, whole in a narrow terminal, too."""
+    there = {"NOTECASE_ADDRESS": served.address}
+    async with terminal("chat", "--new", "--session", "case", env=there, columns=60) as screen:
+        await screen.until("> ")
+        await screen.type('\x1b[200~/call pay {"sum": 1}\n/call pay {"sum": 2}\n/call pay {"sum": 3}\x1b[201~\r')
+        for number, way in ((1, "\r"), (2, "4\r"), (3, "\r")):
+            await screen.until(f'"sum": {number}')
+            await screen.until(">  5. Leave it waiting")
+            await screen.type(way)
+            if way == "4\r":
+                await screen.until("no reason)> ")
+                await screen.type("no\r")
+        await screen.until("2 things wait; `notecase inbox case` lists them.")
+        await screen.until("> ")
+        await screen.type("\x04")
+        assert 0 == await screen.ended()
+    assert 1 == screen.screen.count("denied: no")
+    (run,) = json.loads((await notecase("inbox", "case", "-o", "json", env=there)).out)
+    left = [one["input_id"] for one in run["pending_inputs"]]
+    assert 2 == len(left)
+    for one in left:
+        assert any(one in line for line in screen.paper)
+        assert f"notecase approve case --id {one}" in " ".join(" ".join(screen.paper).split())
+    done = await notecase("approve", "case", "--id", left[0], env=there)
+    assert (0, "") == (done.code, done.err)
 
 
 async def test_what_happens_in_a_run_that_was_left_waiting_is_shown_at_the_prompt(
@@ -257,12 +319,16 @@ async def test_in_a_pipe_a_run_that_waits_ends_the_command(served: Running, cler
     for said, told in (
         ('/call ask_user {"question": "Which city?"}', "Which city? Answer with `notecase answer"),
         ("/call pay {}", "`notecase approve"),
-        ("/call search {}", "search({}). Give its result with `notecase answer"),
+        ("/call search {}", "TEXT`."),
     ):
         for command in ("chat", "run"):
             done = await notecase(command, "--wait", "0", "--server", served.address, said=f"{said}\n")
             assert (3, "") == (done.code, done.out)
             assert told in done.err
+    done = await notecase("run", "--wait", "0", "/call pay {}\n/call pay {}", "--server", served.address)
+    assert 3 == done.code
+    assert 4 == done.err.count(" --id ")
+    assert done.err.rstrip().endswith("lists them.")
 
 
 async def test_an_inbox_lists_what_is_waited_for_and_commands_answer_it(served: Running, clerk: v1.Agent) -> None:
@@ -320,7 +386,11 @@ async def test_of_several_that_wait_one_is_chosen_by_its_id(served: Running, cle
     done = await notecase("approve", "case", env=there)
     assert 2 == done.code
     wanted = next(line.split()[0] for line in done.err.splitlines() if '{"sum": 2}' in line)
-    assert 0 == (await notecase("approve", "case", "--id", wanted, env=there)).code
+    shared = next(wanted[:cut] for cut in range(len(wanted), 0, -1) if done.err.count(f"  {wanted[:cut]}") > 1)
+    assert 2 == (await notecase("approve", "case", "--id", shared, env=there)).code
+    edited = ("--id", wanted[: len(shared) + 1], "--arguments", '{"sum": 3}')
+    assert 0 == (await notecase("approve", "case", *edited, env=there)).code
+    assert 'approve with edited arguments {"sum": 3}' in (await notecase("logs", "case", env=there)).out
     done = await notecase("approve", "case", "--id", wanted, env=there)
     assert (1, True) == (done.code, "Nothing waits with the id" in done.err)
 

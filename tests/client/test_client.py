@@ -528,7 +528,7 @@ async def test_content_is_sent_and_read_through_cuts(served: Running, tmp_path: 
         assert b"".join([piece async for piece in client.download(blob.name, 5, 300)]) == data[5:305]
         assert (await client.upload(b"", "text/plain")).size_bytes == 0
         with pytest.raises(ValueError, match="media_type"):
-            await client.upload(b"x")
+            await client.upload(b"\xff")
         with pytest.raises(FileNotFoundError):
             await client.upload(tmp_path / "missing.pdf")
         with pytest.raises(NotecaseError) as missing:
@@ -601,14 +601,32 @@ async def test_a_download_may_be_read_slowly(tmp_path: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize(
     ("name", "media_type"),
-    [("plan.pdf", "application/pdf"), ("facts.csv.gz", "application/gzip"), ("facts.tar.xz", "application/x-xz")],
+    [
+        *(("plan.pdf", "application/pdf"), ("facts.csv.gz", "application/gzip"), ("facts.tar.xz", "application/x-xz")),
+        *((name, "text/plain") for name in ("a.rs", "a.py", "a.sh", "a.yaml", "a.toml", "a.log", "a.go", "Makefile")),
+        *(
+            ("a.md.csv", "text/csv"),
+            ("a.json", "application/json"),
+            ("a.svg", "image/svg+xml"),
+            ("a.html", "text/html"),
+        ),
+    ],
 )
 async def test_a_files_media_type_is_what_its_bytes_are(
     client: Client, tmp_path: Path, name: str, media_type: str
 ) -> None:
-    """A compressed table is no table."""
-    (tmp_path / name).write_bytes(b"abc")
+    """A compressed table is no table, and source code is text, whatever the machine's own types say."""
+    (tmp_path / name).write_bytes("é".encode())
     assert (await client.upload(tmp_path / name)).media_type == media_type
+
+
+async def test_content_that_is_no_text_needs_a_name_or_a_media_type(client: Client) -> None:
+    """What begins like text and has other bytes further on is not text; a character may be cut by what is looked at."""
+    for content in (b"\xff", b"a\0", b"a" * 100 + b"\xc3"):
+        with pytest.raises(ValueError, match="media_type"):
+            await client.upload(content)
+        assert (await client.upload(content, filename="a.png")).media_type == "image/png"
+    assert (await client.upload(("a" + "é" * (64 << 10)).encode())).media_type == "text/plain"
 
 
 async def test_the_plain_stubs_upload_too(served: Running) -> None:

@@ -111,3 +111,13 @@ async def test_a_short_patience_is_not_told_as_none(
     for _ in range(2):
         await backoff.wait(_error("UNAVAILABLE"))
     assert f"It failed. Trying again, for at most {expected}." == caplog.records[0].getMessage()
+
+
+async def test_how_long_a_server_is_tried_is_said_in_round_numbers(
+    slept: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    for retry in (Retry(), Retry(tries=1000)):
+        backoff = Backoff(retry)
+        for _ in range(2):
+            await backoff.wait(_error("UNAVAILABLE"))
+    assert [f"It failed. Trying again, for at most {told}." for told in ("26 s", "83 minutes")] == caplog.messages

@@ -215,9 +215,10 @@ class Client(Commands, Sessions):
             ask = v1.Message(parts=[v1.Part(text="What is this?"), v1.Part(blob=plan)])
             await client.invoke(ask, session=session)
 
-        For a file, the name is the default `filename`, and the default media type is guessed from it. The content is
-        read and sent in chunks, and after a broken connection only the missing ones are sent. If you choose the
-        `upload_id`, another process can continue the upload.
+        For a file, the name is the default `filename`, and the default media type is guessed from it; UTF-8 text,
+        including source code, is text/plain unless its name indicates another type of text. The content is read and
+        sent in chunks, and after a broken connection only the missing ones are sent. If you choose the `upload_id`,
+        another process can continue the upload.
 
         Raises OSError for a file that cannot be read, ValueError when the media type is neither given nor known, and
         NotecaseError PAYLOAD_TOO_LARGE, or UPLOAD_OFFSET_MISMATCH when somebody else uploads under the same id."""

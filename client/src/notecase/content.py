@@ -1,8 +1,10 @@
 """Uploads and downloads content, over broken connections."""
 
 import asyncio
+import codecs
 import hashlib
 import mimetypes
+import re
 import uuid
 from collections.abc import AsyncIterator
 from io import BytesIO
@@ -21,6 +23,15 @@ from notecase.retry import Backoff, Retry, repeat
 CHUNK_BYTES = 1 << 20
 """The most bytes that the server accepts in one frame."""
 
+_NAMES = mimetypes.MimeTypes()
+"""Python's own types of file names. A machine's types may call a Rust program application/rls-services+xml."""
+
+_TEXTS = re.compile(r"text/(?!x-).+|image/.+|application/(?:.+\+)?(?:json|xml|pdf)")
+"""Types that a text file keeps from its name; a model would not read text of another type."""
+
+_LOOKED_AT = 64 << 10
+"""The bytes at the start that decide whether content is text."""
+
 
 class Contents:
     """Uploads and downloads over one connection, and continues where a broken one stopped."""
@@ -35,12 +46,8 @@ class Contents:
         """See Client.upload."""
         if not isinstance(content, bytes | str | PathLike):
             raise TypeError(f"content must be bytes or the path of a file, not {shown(content)}")
-        path = None if isinstance(content, bytes) else Path(content)
-        if path is not None:
-            media_type = media_type or _media_type(path)
-            filename = filename or path.name
-        if not media_type:
-            raise ValueError("pass the media_type of the content, for example application/pdf")
+        if not isinstance(content, bytes):
+            filename = filename or Path(content).name
         first = made(
             v1.UploadBlobRequest,
             blob=made(v1.Blob, media_type=media_type, filename=filename),
@@ -48,6 +55,8 @@ class Contents:
         )
         backoff = Backoff(self._retry)
         with await asyncio.to_thread(_opened, content) as source:
+            if not media_type:
+                first.blob.media_type = _media_type(filename, await asyncio.to_thread(source.read, _LOOKED_AT))
             first.blob.size_bytes = await asyncio.to_thread(source.seek, 0, 2)
             first.last = not first.blob.size_bytes
             begun, tries = bool(upload_id), self._retry.tries
@@ -113,12 +122,25 @@ async def _frames(first: v1.UploadBlobRequest, source: BinaryIO) -> AsyncIterato
         yield v1.UploadBlobRequest(chunk=chunk)
 
 
-def _media_type(path: Path) -> str:
-    """Guesses a media type from a file's name; for a compressed file, that of the compression."""
-    kind, encoding = mimetypes.guess_type(path)
+def _media_type(filename: str, start: bytes) -> str:
+    """Guesses a media type from a file's name and the start of its content; for a compressed file, that of the
+    compression. Raises ValueError if neither shows it."""
+    kind, encoding = _NAMES.guess_type(filename)
     if encoding:
         return "application/gzip" if encoding == "gzip" else f"application/x-{encoding}"
-    return kind or ""
+    if _is_text(start):
+        return kind if kind and _TEXTS.fullmatch(kind) else "text/plain"
+    kind = kind or mimetypes.guess_type(filename)[0]
+    if not kind:
+        raise ValueError("pass the media_type of the content, for example application/pdf")
+    return kind
+
+
+def _is_text(start: bytes) -> bool:
+    try:
+        return "\0" not in codecs.getincrementaldecoder("utf-8")().decode(start, final=len(start) < _LOOKED_AT)
+    except UnicodeDecodeError:
+        return False
 
 
 def _opened(content: bytes | str | PathLike[str]) -> BinaryIO:

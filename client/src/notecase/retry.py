@@ -73,16 +73,20 @@ class Backoff:
         if self._failures >= self._retry.tries or not worth:
             raise error
         if isinstance(error, NotecaseError) and not refused and self._failures == 1:
-            longest = f"{self._retry.longest:{'.0f' if self._retry.longest >= 10 else '.2g'}}"
-            log.warning(
-                "%s Trying again, for at most %s s.", error.message.rstrip(".") + ".", longest, extra=self._facts()
-            )
+            told = error.message.rstrip(".") + "."
+            log.warning("%s Trying again, for at most %s.", told, _rounded(self._retry.longest), extra=self._facts())
         self._refused |= refused
         delay = min(self._retry.first_delay * 2**self._failures, self._retry.max_delay)
         self._failures += 1
         # Spread out, so that the clients of a server that restarts do not come back all at once.
         delay *= random.uniform(0.5, 1)
         await asyncio.sleep(max(delay, getattr(error, "retry_after", None) or 0))
+
+
+def _rounded(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:{'.0f' if seconds >= 10 else '.2g'}} s"
+    return f"{seconds / 60:.0f} minutes"
 
 
 async def repeat(retry: Retry, call: Callable[[], Awaitable[T]]) -> T:

@@ -13,6 +13,8 @@ from notecase_server.cli.waits import APPROVAL, INTERRUPTED, QUESTION, Wait, too
 
 LEAVE = "Leave it waiting"
 
+TOOL_HEADING = "The agent called this tool of a client program, and none has answered. You can give its result:"
+
 _ONE_LINE = 60
 """Arguments that are no longer are edited on one line."""
 
@@ -53,10 +55,10 @@ async def answer(client: Client, wait: Wait, sending: asyncio.Event) -> bool:
 def _show(wait: Wait) -> None:
     """Shows everything that the answer is about, whole: nobody approves what they cannot see."""
     if wait.kind == QUESTION and wait.asked is not None:
-        click.secho(screen.harmless(wait.asked.prompt), bold=True)
+        click.secho(screen.harmless(wait.question), bold=True)
         return
     headings = {APPROVAL: "Approve this call?", INTERRUPTED: "This call was running when its server stopped."}
-    click.secho(headings.get(wait.kind, "The agent calls a client tool."), bold=True)
+    click.secho(headings.get(wait.kind, TOOL_HEADING), bold=True)
     click.echo(f"{screen.one_line(wait.call.tool)} {screen.harmless(pretty(wait.call.arguments))}")
 
 
@@ -108,18 +110,25 @@ async def _say(client: Client, wait: Wait) -> Command:
     """Answers a question, with JSON where it has a schema."""
     schema = wait.asked.schema if wait.asked else ""
     if not schema:
-        return client.answer(wait.run, wait.id, await terminal.line("answer> ", unasked=not wait.of_tool))
+        return client.answer(wait.run, wait.id, await _typed("answer> ", unasked=not wait.of_tool))
     fields = _fields(schema)
     if fields is None:
         screen.aside(f"Answer with JSON that matches this schema: {screen.harmless(schema)}")
-        answer = _json(await terminal.line("answer> "))
+        answer = _json(await _typed("answer> "))
     else:
         answer = json.dumps({key: value for key, value in [await _field(*one) for one in fields] if key})
     return client.answer(wait.run, wait.id, answer)
 
 
+async def _typed(sign: str, default: str = "", unasked: bool = False) -> str:
+    """Returns what the user types, and asks again at an Enter alone: it would answer for good, with nothing."""
+    while not (typed := await terminal.line(sign, default, unasked)):
+        screen.aside("Nothing was typed; Ctrl-C leaves it waiting.")
+    return typed
+
+
 async def _give(client: Client, wait: Wait) -> Command:
-    typed = await terminal.line("result> ")
+    typed = await _typed("result> ")
     if wait.asked is not None:
         return client.answer(wait.run, wait.id, typed)
     return client.give_result(wait.run, wait.id, typed)
@@ -191,7 +200,10 @@ async def _field(name: str, schema: Mapping[str, Any], required: bool) -> tuple[
     if schema["type"] == "boolean":
         return name, await terminal.choose(screen.one_line(name), ["Yes", "No"]) == 0
     default = "" if schema.get("default") is None else str(schema["default"])
-    typed = await terminal.line(f"{screen.one_line(name)}{'' if required else ' (may be empty)'}> ", default)
+    if required:
+        typed = await _typed(f"{screen.one_line(name)}> ", default)
+    else:
+        typed = await terminal.line(f"{screen.one_line(name)} (may be empty)> ", default)
     if not typed and not required:
         return "", None
     if schema["type"] == "string":

@@ -1,5 +1,6 @@
 """Makes the server's agents what files say, and compares the two."""
 
+import os
 import sys
 import uuid
 from collections.abc import Sequence
@@ -77,8 +78,8 @@ async def compare(client: Client, names: Sequence[str], declared: Sequence[manif
 async def edit(client: Client, name: str) -> Exit:
     """Has the user edit an agent, and applies it if nobody changed it meanwhile."""
     before = await client.agents.GetAgent(v1.GetAgentRequest(name=name))
-    if not sys.stdin.isatty():
-        raise click.UsageError("`agents edit` needs a terminal; use `agents apply` with a file.")
+    if not sys.stdin.isatty() and not _has_editor():
+        raise click.UsageError("`agents edit` needs a terminal, or an EDITOR; use `agents apply` with a file.")
     text = manifest.written(before)
     while True:
         edited = click.edit(text, extension=".yaml")
@@ -101,8 +102,13 @@ async def edit(client: Client, name: str) -> Exit:
             for mistake in _mistakes(declared[0], error):
                 screen.failure(str(mistake))
         text = edited
-        if not click.confirm("Edit it again?", default=True, err=True):
+        if not sys.stdin.isatty() or not click.confirm("Edit it again?", default=True, err=True):
             return Exit.FAILED
+
+
+def _has_editor() -> bool:
+    """Returns whether the user names an editor, which may be a program that edits by itself."""
+    return any(os.path.expandvars(one) not in {"", one} for one in ("$VISUAL", "$EDITOR"))
 
 
 def _difference(before: v1.Agent | None, one: manifest.Declared) -> str:

@@ -76,4 +76,4 @@ def read_text(given: str) -> str:
     if given != "-":
         return given
     replace_unknown()
-    return sys.stdin.read()
+    return sys.stdin.read() if sys.stdin is not None else ""

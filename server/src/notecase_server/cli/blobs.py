@@ -3,9 +3,8 @@
 import click
 from notecase import Client, v1
 
-from notecase_server.cli import output, screen, transfer
+from notecase_server.cli import attaching, output, screen, transfer
 from notecase_server.cli.ask import ask, name_of
-from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.options import FORCE, OUTPUT, SERVER
 
 BLOB = click.argument("blob", metavar="BLOB")
@@ -30,21 +29,12 @@ def blobs() -> None:
 def upload_blob(file: str, media_type: str) -> None:
     """Store a file, or standard input with -, and print the blob's name.
 
-    The media type follows from the file's name unless --type sets it. Content that no message or state refers to is
-    deleted after about a day.
+    The media type follows from the file's name, or is text/plain for other text, unless --type sets it. Content that no
+    message or state refers to is deleted after about a day.
     """
 
     async def send(client: Client) -> None:
-        try:
-            if file == "-":
-                with transfer.source(file) as pieces:
-                    found = await client.upload(b"".join(pieces), media_type)
-            else:
-                found = await client.upload(file, media_type)
-        except OSError as error:
-            raise Refusal(f"{file} cannot be read: {error.strerror}.", Exit.USAGE) from None
-        except ValueError:
-            raise Refusal(f"The media type of {file} is unknown; set it with --type.", Exit.USAGE) from None
+        found = await attaching.upload(client, file, media_type, "with --type")
         click.echo(found.name)
 
     ask(send)

@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable
 import click
 from notecase import Client, NotecaseError, RunStream, text_of, v1
 
-from notecase_server.cli import approvals, notes, screen, terminal
+from notecase_server.cli import approvals, attaching, named, notes, screen, terminal
 from notecase_server.cli.ask import name_of
 from notecase_server.cli.connection import Exit, Refusal, connection
 from notecase_server.cli.follow import Follower, Left
@@ -78,7 +78,7 @@ class _Chat:
             self._agent = name_of("agents", agent)
             await self._client.agents.GetAgent(v1.GetAgentRequest(name=self._agent))
         if session and not new:
-            await self._resume(name_of("sessions", session))
+            await self._resume(await named.session(self._client, session))
         elif self._terminal and not new and (picked := await self._pick_session()):
             await self._resume(picked)
         else:
@@ -164,6 +164,9 @@ class _Chat:
             await self._follow(self._client.run(v1.Message(parts=parts), session=self._session, agent=self._agent))
             self._attached.clear()
         except NotecaseError as busy:
+            if busy.reason == "AGENT_NOT_FOUND" and not self._agent:
+                self._fail(f"{screen.sentence(busy, '')} `notecase chat --agent` chooses another.")
+                return
             if busy.reason != "RUN_ACTIVE" or not self._terminal:
                 raise
             screen.aside("The session is busy with this run. When it has ended, the up arrow recalls your text.\n")
@@ -179,12 +182,12 @@ class _Chat:
         if not path:
             self._fail("Attach a file with /attach FILE.")
             return
+        if path == "-":
+            path = "./-"  # standard input has the conversation
         try:
-            blob = await self._client.upload(_at_home(path))
-        except OSError as error:
-            self._fail(f"{screen.one_line(path, 400)} cannot be read: {error.strerror}.")
-        except ValueError:
-            self._fail(f"The media type of {screen.one_line(path, 400)} is unknown.")
+            blob = await attaching.upload(self._client, *attaching.split(_at_home(path)))
+        except Refusal as refusal:
+            self._fail(refusal.message)
         else:
             self._attached.append(blob)
             screen.aside(f"{screen.attachment(blob)} is attached to your next message.")
@@ -255,6 +258,7 @@ class _Chat:
                 screen.one_line(one.display_name, 40) or screen.id_of(one.name),
                 screen.id_of(one.agent),
                 screen.moment(one.update_time),
+                "waits" if one.activity == v1.Session.ACTIVITY_WAITING else "",
             )
             for one in found
         ]
@@ -272,7 +276,7 @@ class _Chat:
             return found[await terminal.choose("Which agent?", screen.aligned(rows))].name
         if found:
             ids = ", ".join(screen.id_of(one.name) for one in found)
-            raise click.ClickException(f"There are several agents; choose one with --agent, for example: {ids}.")
+            raise click.ClickException(f"There are several agents ({ids}); choose one with --agent.")
         if not self._terminal:
             raise click.ClickException("There is no agent yet; create one with `notecase agents create`.")
         return await self._make_agent()
@@ -299,7 +303,7 @@ class _Chat:
             if not self._terminal:
                 raise Refusal(str(left), Exit.WAITING) from None
             screen.aside(str(left))
-            self._left = LeftRun(self._client, left.wait, stream.last_sequence)
+            self._left = LeftRun(self._client, left.waits, stream.last_sequence)
 
     def _fail(self, text: str) -> None:
         screen.failure(text)

@@ -2,6 +2,8 @@
 
 import asyncio
 import sys
+from collections.abc import Sequence
+from typing import Literal
 
 from notecase import Client, NotecaseError, RunStream, v1
 
@@ -27,10 +29,10 @@ PIPE_PATIENCE = 10.0
 class Left(Exception):  # nothing went wrong
     """The run waits, and is left waiting; the message says for what and how it is answered."""
 
-    def __init__(self, wait: Wait, mine: bool) -> None:
-        """`mine` says whether the caller may answer."""
-        super().__init__(hint(wait, mine))
-        self.wait = wait
+    def __init__(self, found: Sequence[tuple[Wait, bool]]) -> None:
+        """Each comes with whether the caller may answer it."""
+        super().__init__(_hints(found))
+        self.waits = [wait for wait, _ in found]
 
 
 class Follower:
@@ -60,7 +62,7 @@ class Follower:
         self._held: list[v1.Event] = []  # told while the user is asked
         self._changed = asyncio.Event()
         self._asking: tuple[Wait, asyncio.Task[bool], asyncio.Event] | None = None
-        self._done: set[str] = set()  # waits that were answered here, or are for others
+        self._seen: dict[str, Literal["answered", "left", "others"]] = {}  # waits, and who answers them
         self._stopping: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
 
@@ -77,9 +79,8 @@ class Follower:
             self._stopping.cancel()
         if not gone:
             self._following.result()
-        elif self._asks and self._waits():
-            left = self._waits()[0]
-            raise Left(left, mine=left.id not in self._done)
+        elif self._asks and (left := self._open()):
+            raise Left(left)
         elif self._asks:
             screen.aside("Stopped following; what has reached the server continues there.")
         if (self._stopping or gone) and not self._asks:
@@ -160,17 +161,25 @@ class Follower:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            while wait := next((one for one in self._waits() if one.id not in self._done), None):
+            while wait := next((one for one in self._waits() if one.id not in self._seen), None):
                 if await self._settled_elsewhere(wait):
                     continue
-                mine = may_answer(await caller_of(self._client), wait)
+                caller = await caller_of(self._client)
                 if not self._asks:
-                    raise Left(wait, mine)
-                if mine:
+                    raise Left([(one, may_answer(caller, one)) for one in self._waits()])
+                if may_answer(caller, wait):
                     await self._ask(wait)
                 else:
-                    self._done.add(wait.id)
+                    self._seen[wait.id] = "others"
                     self._tell(wait)
+            # An answer is on its way until the run no longer waits for it, and may bring the next thing to ask.
+            if {"left"} <= {self._seen[one.id] for one in self._waits()} <= {"left", "others"}:
+                raise Left(self._open())
+
+    def _open(self) -> list[tuple[Wait, bool]]:
+        """Returns what is not answered, each with whether this caller may answer it."""
+        seen = [(one, self._seen.get(one.id)) for one in self._waits()]
+        return [(one, told != "others") for one, told in seen if told != "answered"]
 
     async def _settled_elsewhere(self, wait: Wait) -> bool:
         """Waits for a program that has the tool; without a terminal for anybody. Returns whether it is answered."""
@@ -201,10 +210,8 @@ class Follower:
             keyboard.catch_interrupt(self._interrupt)
         if task.cancelled():
             screen.aside("The run no longer waits for this.")
+        self._seen[wait.id] = "answered" if task.cancelled() or task.result() else "left"
         self._resume()
-        if not task.cancelled() and not task.result():
-            raise Left(wait, mine=True)
-        self._done.add(wait.id)
 
     def _resume(self) -> None:
         """Shows what happened while the user was asked."""
@@ -227,12 +234,23 @@ def _reply(stream: RunStream, echo: bool) -> Reply:
     return LiveReply(stream, echo)
 
 
-def hint(wait: Wait, mine: bool) -> str:
-    """Returns a sentence that says what is waited for, and the command that answers it. `mine` says whether the caller
-    may approve it."""
-    where = wait.run.removeprefix("sessions/").partition("/")[0]
+def _hints(found: Sequence[tuple[Wait, bool]]) -> str:
+    """Returns a sentence for each thing that is waited for: what it is, and the command that answers it; for several
+    also how many there are. Each comes with whether the caller may approve it."""
+    told = [_hint(wait, mine, f" --id {wait.id}" if len(found) > 1 else "") for wait, mine in found]
+    if len(found) > 1:
+        told.append(f"{len(found)} things wait; `notecase inbox {_where(found[0][0])}` lists them.")
+    return "\n".join(told)
+
+
+def _where(wait: Wait) -> str:
+    return wait.run.removeprefix("sessions/").partition("/")[0]
+
+
+def _hint(wait: Wait, mine: bool, which: str) -> str:
+    where = f"{_where(wait)}{which}"
     if wait.asked is None:
-        return f"The run waits for a client tool: {wait.describe()}. Give its result with `notecase answer {where}`."
+        return f"The run waits for a client tool: {wait.describe()}. Answer with `notecase answer {where} TEXT`."
     if wait.kind == QUESTION:
         return f"The run waits for an answer: {wait.describe()} Answer with `notecase answer {where} TEXT`."
     whose = "your approval" if mine else f"{wait.who} to approve"

@@ -10,13 +10,14 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from notecase_server.cli.connection import Exit, Refusal, connection, unreachable
-from notecase_server.cli.options import SERVER
+from notecase_server.cli.options import OUTPUT, SERVER
 from notecase_server.loopback import is_loopback
 
 
 @click.command()
+@OUTPUT
 @SERVER
-def health() -> None:
+def health(form: str) -> None:
     """Show whether a server is healthy.
 
     The exit code is 0 if the server serves, 1 if it answers that it does not, and 4 if it does not answer.
@@ -32,7 +33,7 @@ def health() -> None:
         async with channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)  # its types know no methods
             answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=3)
-        click.echo(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status))
+        _print(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status), form)
         return 0 if answer.status == health_pb2.HealthCheckResponse.SERVING else 1
 
     try:
@@ -42,3 +43,12 @@ def health() -> None:
         if error.code().name == "UNAVAILABLE":
             told = unreachable(server, error.details() or "")
         raise Refusal(told, Exit.UNREACHABLE) from None
+
+
+def _print(status: str, form: str) -> None:
+    if form == "table":
+        click.echo(status)
+        return
+    from notecase_server.cli import output  # noqa: PLC0415  # imports the client, which a check every few seconds spares
+
+    output.print_data({"status": status}, form)

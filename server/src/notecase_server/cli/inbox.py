@@ -5,8 +5,8 @@ from typing import Literal
 import click
 from notecase import Client, v1
 
-from notecase_server.cli import ids, output, screen, waits
-from notecase_server.cli.ask import ask, name_of, read_text, run_of
+from notecase_server.cli import ids, named, output, screen, waits
+from notecase_server.cli.ask import ask, read_text
 from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.options import OUTPUT, SERVER
 from notecase_server.cli.waits import APPROVAL, INTERRUPTED, QUESTION
@@ -31,7 +31,7 @@ def inbox(session: str, form: str) -> None:
     """
 
     async def look(client: Client) -> None:
-        parent = name_of("sessions", session) if session else "sessions/-"
+        parent = await named.session(client, session) if session else "sessions/-"
         if form != "table":
             output.print_data([output.as_data(run) async for run in client.waiting(parent)], form)
             return
@@ -133,7 +133,7 @@ def answer(run: str, text: str, wanted: str) -> None:
 async def _find(client: Client, run: str, wanted: str, kinds: set[int], remember: str = "once") -> waits.Wait:
     """Returns what is to be answered. Raises Refusal when it is not there, is for others, or is not an approval and
     the answer should be remembered: the service remembers no other."""
-    wait = await waits.find(client, *run_of(run), wanted, kinds)
+    wait = await waits.find(client, *await named.run(client, run), wanted, kinds)
     if not waits.may_answer(await waits.caller_of(client), wait):
         raise Refusal(f"This waits for {wait.who}: {wait.describe()}", Exit.FAILED)
     if remember != "once" and wait.kind != APPROVAL:

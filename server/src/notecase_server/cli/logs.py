@@ -7,8 +7,8 @@ from google.protobuf.message import Message
 from notecase import Client, NotecaseError, Retry, v1
 from notecase.retry import Backoff
 
-from notecase_server.cli import ids, output, screen
-from notecase_server.cli.ask import ask, name_of
+from notecase_server.cli import ids, named, output, screen
+from notecase_server.cli.ask import ask
 from notecase_server.cli.notes import line_of
 from notecase_server.cli.options import OUTPUT, SERVER
 
@@ -29,24 +29,27 @@ def logs(session: str, follow: bool, after: int, form: str) -> None:
 
     -o json prints one object per line, -o yaml one document per event.
     """
-    ask(lambda client: _print(client, name_of("sessions", session), follow, after, form))
+    ask(lambda client: _print(client, session, follow, after, form))
 
 
-async def _print(client: Client, session: str, follow: bool, after: int, form: str) -> None:
+async def _print(client: Client, given: str, follow: bool, after: int, form: str) -> None:
+    runs = _Runs()
     request = v1.WatchEventsRequest(
-        name=session,
         after_sequence=after,
         options=v1.WatchOptions(durable_only=True, keep_open=follow),
     )
     backoff = Backoff(PATIENT)
     while True:
         try:
+            if not request.name:
+                request.name = await named.session(client, given)
+                await runs.read(client, request.name)
             async for frame in client.runs.WatchEvents(request):
                 backoff.progress()
                 for event in frame.batch.events:
                     if event.sequence:
                         request.after_sequence = event.sequence
-                        click.echo(_WRITTEN[form](event))
+                        click.echo(_line(event, runs) if form == "table" else _WRITTEN[form](event))
                 if frame.batch.caught_up and not follow:
                     return
             return
@@ -64,9 +67,27 @@ def _yaml(event: v1.Event) -> str:
     return f"---\n{output.as_yaml(output.as_data(event))}"
 
 
-def _line(event: v1.Event) -> str:
+class _Runs:
+    """The ids of a session's runs, cut as far as they tell the runs apart that are known so far."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    async def read(self, client: Client, session: str) -> None:
+        """Reads which runs there are: the newest ones."""
+        request = v1.ListRunsRequest(parent=session, page_size=named.READ)
+        self._known.update(screen.id_of(one.name) for one in (await client.runs.ListRuns(request)).runs)
+
+    def short(self, run: str) -> str:
+        """Returns the first 8 digits of an id that was not chosen by a caller, or as many more as it takes."""
+        self._known.add(run)
+        cuts = [run[:length] for length in (8, 13, 18, 23)] if named.is_made(run) else []
+        return next((cut for cut in cuts if sum(one.startswith(cut) for one in self._known) == 1), run)
+
+
+def _line(event: v1.Event, runs: _Runs) -> str:
     kind = event.WhichOneof("payload") or ""
-    run = screen.id_of(event.run)
+    run = runs.short(screen.id_of(event.run)) if event.run else ""
     told = " ".join(filter(None, [kind, screen.one_line(_told(event, kind), 160), f"({run})" if run else ""]))
     return f"{event.sequence:>6}  {click.style(event.create_time.ToJsonString()[:19], dim=True)}  {told}"
 
@@ -88,7 +109,9 @@ def _told(event: v1.Event, kind: str) -> str:
             return f"{screen.word_of(v1.InputRequest.Kind, asked.kind)} {asked.prompt or screen.called(asked.call)}"
         case "input_resolved":
             response = event.input_resolved.response
-            return screen.word_of(v1.InputResponse.Decision, response.decision)
+            edited = f"with edited arguments {response.edited_arguments}" if response.edited_arguments else ""
+            told = screen.word_of(v1.InputResponse.Decision, response.decision)
+            return " ".join(filter(None, [told, edited, response.answer or response.reason]))
         case "state_changed":
             return "; ".join(map(line_of, event.state_changed.ops))
         case "run_started":
@@ -104,4 +127,4 @@ def _told(event: v1.Event, kind: str) -> str:
             return str(held) if isinstance(held, Message) else ""
 
 
-_WRITTEN = {"table": _line, "json": _json, "yaml": _yaml}
+_WRITTEN = {"json": _json, "yaml": _yaml}

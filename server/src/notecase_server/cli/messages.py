@@ -1,10 +1,10 @@
 """`notecase messages`: a session's conversation, message by message."""
 
 import click
-from notecase import Client, text_of, v1
+from notecase import Client, v1
 
-from notecase_server.cli import ids, output, screen
-from notecase_server.cli.ask import ask, name_of, read_text
+from notecase_server.cli import ids, named, output, screen
+from notecase_server.cli.ask import ask, read_text
 from notecase_server.cli.options import LIMIT, OUTPUT, SERVER
 
 _COLUMNS = {
@@ -12,8 +12,17 @@ _COLUMNS = {
     "MESSAGE": lambda one: one.name.removeprefix("sessions/").replace("/messages/", "/"),
     "AUTHOR": screen.author,
     "STATUS": lambda one: screen.word_of(v1.Message.Status, one.status).replace("_", " "),
-    "TEXT": lambda one: screen.one_line(text_of(one), 80),
+    "TEXT": lambda one: screen.one_line(_text(one), 80),
 }
+
+
+def _text(found: v1.Message) -> str:
+    """Returns a message's words and its calls; of a message that has neither, whatever it has."""
+    told = (
+        part.text or (f"→ {screen.called(part.tool_call)}" if part.HasField("tool_call") else "")
+        for part in found.parts
+    )
+    return " ".join(filter(None, told)) or click.unstyle(screen.message(found))
 
 
 @click.group()
@@ -33,7 +42,7 @@ def list_messages(session: str, newest: bool, superseded: bool, limit: int, form
 
     async def look(client: Client) -> None:
         request = v1.ListMessagesRequest(
-            parent=name_of("sessions", session),
+            parent=await named.session(client, session),
             order_by="sequence desc" if newest else "",
             show_superseded=superseded,
         )
@@ -52,9 +61,9 @@ def show_message(message: str, form: str) -> None:
     session, _, last = message.removeprefix("sessions/").partition("/")
     if not last:
         raise click.UsageError(f"{message!r} names no message of a session; `notecase messages list SESSION` has them.")
-    name = f"sessions/{session}/messages/{last.removeprefix('messages/')}"
 
     async def look(client: Client) -> None:
+        name = f"{await named.session(client, session)}/messages/{last.removeprefix('messages/')}"
         found = await client.messages.GetMessage(v1.GetMessageRequest(name=name))
         output.print_one(found, form, lambda one: click.echo(screen.message(one)))
 
@@ -71,7 +80,7 @@ def append_message(session: str, text: str, role: str) -> None:
     said = v1.Message(role=v1.Message.Role.Value(f"ROLE_{role.upper()}"), parts=[v1.Part(text=read_text(text))])
 
     async def add(client: Client) -> None:
-        request = v1.AppendMessagesRequest(parent=name_of("sessions", session), messages=[said])
+        request = v1.AppendMessagesRequest(parent=await named.session(client, session), messages=[said])
         for added in (await client.messages.AppendMessages(request)).messages:
             click.echo(added.name)
 

@@ -1,4 +1,5 @@
-"""Reads, puts and watches state in any of its three scopes, for a terminal or a script."""
+"""Reads, puts and watches state in any of its three scopes, for a terminal or a script. An owner is given as
+`named.owner` has it."""
 
 import base64
 import json
@@ -14,7 +15,7 @@ from google.protobuf.message import DecodeError
 from notecase import Client, NotecaseError, Plain, Retry, from_value, v1
 from notecase.retry import Backoff
 
-from notecase_server.cli import output, screen
+from notecase_server.cli import attaching, named, output, screen
 
 CANNOT = (OverflowError, UnicodeError, RecursionError, DecodeError)
 """What is raised for a value that state cannot hold; DecodeError when it is deeper than protobuf copies."""
@@ -25,12 +26,6 @@ NOTHING = "There are no notes yet."
 
 PATIENT = Retry(tries=1000)
 """A watch resumes after a cut, and gives up after more than an hour without a server."""
-
-
-def owner_of(given: str) -> str:
-    """Returns the owner of a state: app, users/ID or sessions/ID, which may also be given as ID or with its /state."""
-    owner = given.removesuffix("/state")
-    return owner if owner == "app" or owner.startswith(("users/", "sessions/")) else f"sessions/{owner}"
 
 
 def parse(given: str) -> Plain:
@@ -55,13 +50,8 @@ async def as_text(client: Client, given: str) -> Plain:
 
 
 async def as_file(client: Client, given: str) -> Plain:
-    """Uploads a file. Raises ClickException when it cannot be read, or when its name does not say what kind it is."""
-    try:
-        return await client.upload(given)
-    except OSError as error:
-        raise click.ClickException(f"{given} cannot be read: {error.strerror}.") from None
-    except ValueError:
-        raise click.ClickException(f"The media type of {given} is unknown.") from None
+    """Uploads a file, or for `-` standard input; see `attaching.upload`."""
+    return await attaching.upload(client, *attaching.split(given))
 
 
 def _no_json(name: str) -> float:
@@ -71,6 +61,7 @@ def _no_json(name: str) -> float:
 async def get(client: Client, owner: str, keys: Sequence[str], form: str) -> int:
     """Prints the keys named, or all; returns the exit code: 1 when one that is named is not there. `form` is "table",
     "json" or "yaml"; empty: as it fits where the output goes."""
+    owner = await named.owner(client, owner)
     entries = {key: entry async for key, entry in _entries(client, owner, keys)}
     missing = [key for key in keys if key not in entries]
     for key in missing:
@@ -114,7 +105,7 @@ async def put(
     Raises ClickException for what state cannot hold."""
     try:
         value = await read(client, given)
-        entry = await client.put_state(owner, key, value, if_version=if_version)
+        entry = await client.put_state(await named.owner(client, owner), key, value, if_version=if_version)
     except CANNOT:
         raise click.ClickException(CANNOT_HOLD) from None
     if sys.stdout.isatty():
@@ -127,7 +118,9 @@ async def put(
 async def delete(client: Client, owner: str, keys: Sequence[str]) -> None:
     """Removes keys, all in one change; those that are not there are passed over."""
     ops = [v1.StateOp(key=key, remove=Empty()) for key in keys]
-    request = v1.UpdateStateRequest(name=f"{owner}/state", ops=ops, request_id=uuid.uuid4().hex)
+    request = v1.UpdateStateRequest(
+        name=f"{await named.owner(client, owner)}/state", ops=ops, request_id=uuid.uuid4().hex
+    )
     await client.state.UpdateState(request)
 
 
@@ -136,7 +129,7 @@ async def watch(client: Client, session: str) -> None:
     is away, and then prints what changed meanwhile.
 
     Raises NotecaseError when the session does not exist, or not any more."""
-    found = await client.sessions.GetSession(v1.GetSessionRequest(name=session))
+    found = await client.sessions.GetSession(v1.GetSessionRequest(name=await named.session(client, session)))
     others = {f"{owner}/state": _Beside(client, owner) for owner in filter(None, (found.user, "app"))}
     request = v1.WatchEventsRequest(name=found.name, options=v1.WatchOptions(keep_open=True))
     backoff = Backoff(PATIENT)

@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import click
 from google.protobuf import json_format
 from google.protobuf.message import Message
+from notecase import Client, v1
 
 from notecase_server.cli import screen
 
@@ -83,6 +84,18 @@ async def every(
         request.page_token = page.next_page_token
         if not request.page_token:
             return
+
+
+async def event_at(client: Client, session: str, sequence: int) -> v1.Event:
+    """Returns an event of a session's log; an empty one for sequence 0."""
+    if sequence:
+        options = v1.WatchOptions(durable_only=True)
+        request = v1.WatchEventsRequest(name=session, after_sequence=sequence - 1, options=options)
+        async for frame in client.runs.WatchEvents(request):
+            for event in frame.batch.events:
+                if event.sequence == sequence:
+                    return event
+    return v1.Event()
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,9 +3,9 @@
 import sys
 
 import click
-from notecase import Client, NotecaseError, v1
+from notecase import Client, NotecaseError, text_of, v1
 
-from notecase_server.cli import ids, output, screen
+from notecase_server.cli import attaching, ids, named, output, piped, screen
 from notecase_server.cli.ask import ask, name_of, read_text
 from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.follow import Follower, Left
@@ -32,7 +32,12 @@ from notecase_server.cli.options import SERVER, WAIT
     shell_complete=ids.of("sessions"),
     help="Run in this session instead of a new one.",
 )
-@click.option("--attach", multiple=True, metavar="FILE", help="A file to attach; may be repeated.")
+@click.option(
+    "--attach",
+    multiple=True,
+    metavar="FILE[:TYPE]",
+    help="A file to attach, with its media type if its name does not show it; - is standard input. May be repeated.",
+)
 @click.option(
     "-o",
     "--output",
@@ -48,34 +53,52 @@ def run(
 ) -> None:
     """Send TEXT to an agent, stream its reply, and exit.
 
-    Without TEXT, or with -, standard input is sent. Only the reply goes to standard output; everything else, such as
-    the name of a new session, goes to standard error.
+    Input from a pipe is sent after TEXT, or alone without TEXT. Only the reply goes to standard output; everything
+    else, such as the name of a new session, goes to standard error.
 
     The exit code is 1 if the run fails or is cancelled, and 3 if it is left waiting for a person or a caller's tool; at
     a terminal you are asked first. Ctrl-C cancels the run.
     """
-    if not text and sys.stdin.isatty():
-        raise click.UsageError("Give a TEXT, or pipe one to standard input.")
-    said = read_text("-") if text in {(), ("-",)} else " ".join(text)
+    said = _said(text, [attaching.split(one)[0] for one in attach].count("-"))
+    if not said.strip() and not attach:
+        raise Refusal("Nothing to say.", Exit.USAGE)
 
     async def answer(client: Client) -> Exit:
         parts = [v1.Part(text=said)] if said.strip() else []
-        parts += [v1.Part(blob=await _upload(client, file)) for file in attach]
+        parts += [v1.Part(blob=await attaching.upload(client, *attaching.split(one))) for one in attach]
         return await _run(client, v1.Message(parts=parts), agent, session, form, wait)
 
     ask(answer)
 
 
+def _said(text: tuple[str, ...], attached: int) -> str:
+    """Returns what is said: TEXT and standard input, unless that is attached."""
+    reads = text[-1:] == ("-",)
+    words = " ".join(text[:-1] if reads else text)
+    if reads + attached > 1:
+        raise click.UsageError("Standard input can be read only once; there is more than one -.")
+    if attached:
+        return words
+    if not text and sys.stdin is not None and sys.stdin.isatty():
+        raise click.UsageError("Give a TEXT, or pipe one to standard input.")
+    return piped.joined(words, read_text("-")) if reads or not text else piped.with_input(words)
+
+
 async def _run(client: Client, said: v1.Message, agent: str, session: str, form: str, patience: float | None) -> Exit:
-    name = name_of("sessions", session) if session else ""
+    name = await named.session(client, session) if session else ""
     answering = name_of("agents", agent) if agent else ("" if session else await _only_agent(client))
+    if not name:
+        words = screen.one_line(text_of(said) or ", ".join(part.blob.filename for part in said.parts))
+        name = (await client.create_session(answering, display_name=words)).name
     stream = client.run(said, agent=answering, session=name)
     follower = Follower(client, stream, patience=patience, quiet=form != "text")
     try:
         well = await follower.follow()
     except Left as left:
-        raise Refusal(str(left), Exit.WAITING) from None
-    except NotecaseError:
+        raise Refusal(screen.folded(str(left), len("Error: ")), Exit.WAITING) from None
+    except NotecaseError as error:
+        if error.reason == "AGENT_NOT_FOUND" and not agent:
+            raise Refusal(f"{screen.sentence(error, '')} --agent chooses another.", Exit.FAILED) from None
         if form != "text" and stream.name:
             output.print_data(output.as_data(stream.result), form)
         raise
@@ -95,13 +118,4 @@ async def _only_agent(client: Client) -> str:
     if not found:
         raise Refusal("There is no agent yet; create one with `notecase agents create`.", Exit.FAILED)
     ids = ", ".join(screen.id_of(one.name) for one in found)
-    raise Refusal(f"There are several agents; choose one with --agent, for example: {ids}.", Exit.USAGE)
-
-
-async def _upload(client: Client, file: str) -> v1.Blob:
-    try:
-        return await client.upload(file)
-    except OSError as error:
-        raise Refusal(f"{file} cannot be read: {error.strerror}.", Exit.USAGE) from None
-    except ValueError:
-        raise Refusal(f"The media type of {file} is unknown.", Exit.USAGE) from None
+    raise Refusal(f"There are several agents ({ids}); choose one with --agent.", Exit.USAGE)

@@ -3,8 +3,8 @@
 import click
 from notecase import Client, v1
 
-from notecase_server.cli import ids, output, screen, waits
-from notecase_server.cli.ask import ask, name_of, run_of
+from notecase_server.cli import ids, named, output, screen, waits
+from notecase_server.cli.ask import ask
 from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.options import LIMIT, OUTPUT, SERVER
 
@@ -54,7 +54,9 @@ def list_runs(session: str, where: str, limit: int, form: str) -> None:
     """List the runs of one session or of all, newest first."""
 
     async def look(client: Client) -> None:
-        request = v1.ListRunsRequest(parent=name_of("sessions", session or "-"), filter=where)
+        request = v1.ListRunsRequest(
+            parent=await named.session(client, session) if session else "sessions/-", filter=where
+        )
         output.print_list(await output.listed(client.runs.ListRuns, request, "runs", limit), form, _COLUMNS)
 
     ask(look)
@@ -69,7 +71,11 @@ def show_run(run: str, form: str) -> None:
 
     async def look(client: Client) -> None:
         found = await client.runs.GetRun(v1.GetRunRequest(name=await _named(client, run)))
-        output.print_one(found, form, _show)
+        if form != "table":
+            output.print_data(output.as_data(found), form)
+            return
+        last = await output.event_at(client, found.name.partition("/runs/")[0], found.last_sequence)
+        _show(found, last.run_state_changed.reason)
 
     ask(look)
 
@@ -90,7 +96,7 @@ def cancel_run(run: str, reason: str, after_turn: bool) -> None:
 
 async def _named(client: Client, given: str) -> str:
     """Returns a run's name; of a session alone that of its newest run. Raises Refusal when that has none."""
-    session, run = run_of(given)
+    session, run = await named.run(client, given)
     if run:
         return run
     newest = (await client.runs.ListRuns(v1.ListRunsRequest(parent=session, page_size=1))).runs
@@ -99,13 +105,14 @@ async def _named(client: Client, given: str) -> str:
     return newest[0].name
 
 
-def _show(found: v1.Run) -> None:
+def _show(found: v1.Run, reason: str) -> None:
+    """`reason` is that of its last change of state, such as of a cancel."""
     used = found.usage
     tokens = f"{used.input_tokens} input tokens, {used.output_tokens} output tokens, {used.model_calls} model calls"
     output.print_settings(
         found.name,
         {
-            "state": _state(found),
+            "state": ": ".join(filter(None, [_state(found), screen.one_line(reason, 200)])),
             "agent": f"{found.agent}@{found.agent_revision}" if found.agent_revision else found.agent,
             "created": screen.moment(found.create_time),
             "ended": screen.moment(found.end_time) if found.HasField("end_time") else "",

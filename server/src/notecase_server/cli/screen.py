@@ -5,6 +5,9 @@ Standard output carries what was asked for: the agent's words and the tables. Ev
 
 import json
 import re
+import shutil
+import sys
+import textwrap
 from collections.abc import Sequence
 from datetime import UTC
 from typing import Any
@@ -39,7 +42,17 @@ def one_line(text: str, most: int = 60) -> str:
 
 def aside(text: str) -> None:
     """Says something about the conversation, apart from what is said in it."""
-    click.secho(text, err=True, dim=True)
+    click.secho(folded(text), err=True, dim=True)
+
+
+def folded(text: str, taken: int = 0) -> str:
+    """Returns a text for standard error: at a terminal its lines end between words, so that an id stays whole. `taken`
+    columns are left free."""
+    if not sys.stderr.isatty():
+        return text
+    width = max(shutil.get_terminal_size().columns - taken, 1)
+    fold = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False).fill
+    return "\n".join(fold(line) if cell_len(line) > width else line for line in text.split("\n"))
 
 
 def failure(text: str) -> None:

@@ -55,7 +55,20 @@ def _file(name: str, told: str) -> Callable[[F], F]:
     return click.option(f"--{name}", type=kind, envvar=variable, show_envvar=True, metavar="FILE", help=told)
 
 
-@click.command()
+class _Serve(click.Command):
+    """Names the option that other programs call --port."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as missing:
+            if missing.option_name not in {"--port", "--host", "--address", "--bind"}:
+                raise
+            told = f"There is no {missing.option_name}; use --listen HOST:PORT."
+            raise click.UsageError(told, ctx) from None
+
+
+@click.command(cls=_Serve)
 @click.option(
     "--config",
     type=click.Path(path_type=Path),

@@ -3,12 +3,14 @@
 import click
 from notecase import Client, v1
 
-from notecase_server.cli import ids, output, screen, transfer
+from notecase_server.cli import ids, named, output, screen, transfer
 from notecase_server.cli.ask import ask, confirm, name_of
 from notecase_server.cli.options import FORCE, LIMIT, OUTPUT, SERVER, YES
 
 SESSION = click.argument("session", metavar="SESSION", shell_complete=ids.of("sessions"))
 NEW_ID = click.option("--id", "new_id", default="", show_default=False, metavar="ID", help="The id of the new session.")
+
+_KEEP = "How many of the newest messages not to summarise; by default the number that the agent sets, or 10."
 
 _COLUMNS = {
     "SESSION": lambda one: screen.id_of(one.name),
@@ -24,7 +26,7 @@ _COLUMNS = {
 def sessions() -> None:
     """List, show, create, fork, rewind, compact, delete, export and import sessions.
 
-    SESSION is a session's id or full name, sessions/ID.
+    SESSION is a session's id or the beginning of one, or a full name, sessions/ID. `delete` accepts only complete ids.
     """
 
 
@@ -60,15 +62,20 @@ def show_session(session: str, form: str) -> None:
     """Print the conversation of a session; with -o, the session's own fields."""
 
     async def look(client: Client) -> None:
-        found = await client.sessions.GetSession(v1.GetSessionRequest(name=name_of("sessions", session)))
+        found = await client.sessions.GetSession(v1.GetSessionRequest(name=await named.session(client, session)))
         if form != "table":
             output.print_data(output.as_data(found), form)
             return
         click.secho(" ".join([found.name, screen.one_line(found.display_name)]).rstrip(), bold=True)
         told = (found.agent, screen.activity(found), f"{found.last_sequence} events", screen.moment(found.update_time))
         click.secho(", ".join(filter(None, told)), dim=True)
+        summary = await output.event_at(client, found.name, found.summary_sequence)
+        covered = summary.summarized.last_sequence
         request = v1.ListMessagesRequest(parent=found.name)
         async for message in output.every(client.messages.ListMessages, request, "messages"):
+            if covered and message.sequence > covered:
+                click.secho(f"\n{screen.summarized(summary.summarized)} (event {summary.sequence})", dim=True)
+                covered = 0
             click.secho(f"\n{screen.author(message)}  {screen.moment(message.create_time)}", dim=True)
             click.echo(screen.message(message))
 
@@ -139,7 +146,7 @@ def fork_session(session: str, at: int | None, new_id: str) -> None:
     """
 
     async def copy(client: Client) -> None:
-        click.echo((await client.fork(name_of("sessions", session), at, session_id=new_id)).name)
+        click.echo((await client.fork(await named.session(client, session), at, session_id=new_id)).name)
 
     ask(copy)
 
@@ -155,17 +162,19 @@ def rewind_session(session: str, to: int) -> None:
     """
 
     async def rewind(client: Client) -> None:
-        found = await client.rewind(name_of("sessions", session), to)
-        click.echo(f"{found.name}, {found.last_sequence} events")
+        name = await named.session(client, session)
+        before = await client.sessions.GetSession(v1.GetSessionRequest(name=name))
+        after = await client.rewind(name, to)
+        gone = before.last_sequence - to
+        told = "1 event is superseded" if gone == 1 else f"{gone} events are superseded"
+        click.echo(f"{name} is rewound to {to}; {told} (the log has {after.last_sequence})")
 
     ask(rewind)
 
 
 @sessions.command("compact")
 @SESSION
-@click.option(
-    "--keep", type=click.IntRange(1, 500), metavar="NUMBER", help="How many of the newest messages not to summarise."
-)
+@click.option("--keep", type=click.IntRange(1, 500), metavar="NUMBER", help=_KEEP)
 @SERVER
 def compact_session(session: str, keep: int | None) -> None:
     """Summarise the older messages of a session for its model.
@@ -174,10 +183,14 @@ def compact_session(session: str, keep: int | None) -> None:
     """
 
     async def compact(client: Client) -> None:
-        request = v1.CompactSessionRequest(name=name_of("sessions", session), keep_recent=keep or 0)
-        found = await client.sessions.CompactSession(request)
-        told = f"summary at {found.summary_sequence}" if found.summary_sequence else "no summary"
-        click.echo(f"{found.name}, {told}")
+        name = await named.session(client, session)
+        before = (await client.sessions.GetSession(v1.GetSessionRequest(name=name))).summary_sequence
+        request = v1.CompactSessionRequest(name=name, keep_recent=keep or 0)
+        at = (await client.sessions.CompactSession(request)).summary_sequence
+        if at == before:
+            click.echo(f"{name}: no {'further ' if at else ''}summary: too short to shorten")
+        else:
+            click.echo(f"{name}: summary at {at}; `notecase logs {screen.id_of(name)} --after {at - 1}` shows it")
 
     ask(compact)
 
@@ -191,8 +204,9 @@ def export_session(session: str, file: str, force: bool) -> None:
     """Export a session to a file, or to standard output with -, for `sessions import` on any server."""
 
     async def save(client: Client) -> None:
+        name = await named.session(client, session)
         with transfer.destination(file, force) as write:
-            async for piece in client.export_session(name_of("sessions", session)):
+            async for piece in client.export_session(name):
                 write(piece)
 
     ask(save)

@@ -3,7 +3,7 @@
 import click
 
 from notecase_server.cli import ids, notes
-from notecase_server.cli.ask import ask, name_of, read_text
+from notecase_server.cli.ask import ask, read_text
 from notecase_server.cli.options import SERVER
 
 
@@ -33,7 +33,7 @@ def get_state(owner: str, keys: tuple[str, ...], form: str | None) -> None:
     else as JSON. Otherwise the output is a table at a terminal and a JSON object in a pipe, with bytes as base64. The
     exit code is 1 if a KEY does not exist.
     """
-    ask(lambda client: notes.get(client, notes.owner_of(owner), keys, form or ""))
+    ask(lambda client: notes.get(client, owner, keys, form or ""))
 
 
 @state.command("put", context_settings={"ignore_unknown_options": True})  # -1 is a value
@@ -56,7 +56,7 @@ def put_state(owner: str, key: str, value: str, text: bool, from_file: bool, if_
     """
     read = notes.as_file if from_file else notes.as_text if text else notes.as_json
     given = value if from_file else read_text(value)
-    ask(lambda client: notes.put(client, notes.owner_of(owner), key, given, read, if_version))
+    ask(lambda client: notes.put(client, owner, key, given, read, if_version))
 
 
 @state.command("delete")
@@ -65,7 +65,7 @@ def put_state(owner: str, key: str, value: str, text: bool, from_file: bool, if_
 @SERVER
 def delete_state(owner: str, keys: tuple[str, ...]) -> None:
     """Delete keys in one change; missing keys are ignored."""
-    ask(lambda client: notes.delete(client, notes.owner_of(owner), keys))
+    ask(lambda client: notes.delete(client, owner, keys))
 
 
 @state.command("watch")
@@ -77,4 +77,4 @@ def watch_state(session: str) -> None:
     Each change is a line; in a pipe, a JSON object. If the server is away, the command waits for it and then prints
     what changed meanwhile.
     """
-    ask(lambda client: notes.watch(client, name_of("sessions", session)))
+    ask(lambda client: notes.watch(client, session))

@@ -77,10 +77,16 @@ class Wait(NamedTuple):
         """The least caller that may answer."""
         return "" if self.asked is None or self.kind == QUESTION else _WHO.get(self.asked.approver, "another caller")
 
+    @property
+    def question(self) -> str:
+        """What a question asks; a model may leave its words out."""
+        prompt = self.asked.prompt if self.asked else ""
+        return prompt if prompt.strip() else "The model asks a question without text."
+
     def describe(self, most: int = 200) -> str:
         """Returns what is waited for, on one line."""
         if self.asked is not None and self.kind == QUESTION:
-            return screen.one_line(self.asked.prompt, most)
+            return screen.one_line(self.question, most)
         return screen.one_line(screen.called(self.call), most)
 
 
@@ -112,17 +118,18 @@ def may_answer(caller: v1.ServerInfo.Caller | None, wait: Wait) -> bool:
 
 
 async def find(client: Client, session: str, run: str, wanted: str, kinds: Iterable[int]) -> Wait:
-    """Returns what a run waits for, of these kinds: the one with that id, or the only one. Without a run it is the
-    session's run under way. Raises Refusal when there is none, or where several wait and none is named."""
+    """Returns what a run waits for, of these kinds: the one whose id begins as wanted, or the only one. Without a run
+    it is the session's run under way. Raises Refusal when there is none, or where several wait and none is named."""
     if not run:
         found = await client.sessions.GetSession(v1.GetSessionRequest(name=session))
         run = found.active_run
     waits = waits_of(await client.runs.GetRun(v1.GetRunRequest(name=run))) if run else []
-    matching = [wait for wait in waits if wait.kind in kinds and wanted in {"", wait.id}]
+    meant = [wait for wait in waits if wait.id == wanted] or [wait for wait in waits if wait.id.startswith(wanted)]
+    matching = [wait for wait in meant if wait.kind in kinds]
     if len(matching) == 1:
         return matching[0]
-    other = next((wait for wait in waits if wanted in {"", wait.id}), None)
-    if not matching and other is not None:
+    if meant and not matching:
+        other = meant[0]
         use = _COMMANDS.get(other.kind, "`notecase answer`")
         raise Refusal(f"{run} waits for {other.phrase}; use {use}.", Exit.FAILED)
     if not matching:

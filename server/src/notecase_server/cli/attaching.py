@@ -1,0 +1,33 @@
+"""Files that commands upload."""
+
+import os
+import re
+import sys
+
+from notecase import Client, v1
+
+from notecase_server.cli import screen
+from notecase_server.cli.connection import Exit, Refusal
+
+_TYPED = re.compile(r"(.+):([\w.+-]+/[\w.+-]+)")
+"""A file and its media type, as in `plan.bin:application/pdf`."""
+
+
+def split(given: str) -> tuple[str, str]:
+    """Returns the file and the media type of FILE:TYPE; the type is empty for FILE alone."""
+    typed = None if os.path.exists(given) else _TYPED.fullmatch(given)
+    return (typed[1], typed[2]) if typed else (given, "")
+
+
+async def upload(client: Client, file: str, media_type: str = "", say: str = "as FILE:TYPE") -> v1.Blob:
+    """Stores a file, or for `-` standard input. `say` is how the caller may give the media type.
+
+    Raises Refusal if it cannot be read, or if neither the name nor the content shows its media type."""
+    try:
+        return await client.upload(sys.stdin.buffer.read() if file == "-" else file, media_type)
+    except OSError as error:
+        raise Refusal(f"{screen.one_line(file, 400)} cannot be read: {error.strerror}.", Exit.USAGE) from None
+    except ValueError:
+        what = "standard input" if file == "-" else screen.one_line(file, 400)
+        told = f"The media type of {what} is unknown; set it {say}."
+        raise Refusal(told, Exit.USAGE) from None

@@ -1,0 +1,105 @@
+"""`notecase run`: what it says comes from the command line, from a pipe and from files."""
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+from notecase import v1
+from notecase_server.cli import piped
+
+from tests.cli.command import COMMAND, notecase, spawn
+from tests.support.server import Running
+
+
+async def parts(served: Running) -> list[v1.Part]:
+    """The parts of the first message of the newest session."""
+    session = (await served.sessions.ListSessions(v1.ListSessionsRequest())).sessions[0]
+    listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session.name))
+    return list(listed.messages[0].parts)
+
+
+async def test_what_comes_through_a_pipe_is_said_after_the_text(served: Running, agent: v1.Agent) -> None:
+    there = {"NOTECASE_ADDRESS": served.address}
+    for words, said in (
+        (["Explain", "this"], "Explain this\n\nthe notes\n"),
+        (["Explain", "this", "-"], "Explain this\n\nthe notes\n"),
+        (["-"], "the notes\n"),
+        ([], "the notes\n"),
+    ):
+        done = await notecase("run", *words, said="the notes\n", env=there)
+        assert (0, said) == (done.code, (await parts(served))[0].text)
+    assert 0 == (await notecase("run", "Hello", env=there)).code
+    assert "Hello" == (await parts(served))[0].text
+    for command in (["run"], ["run", "-"], ["run", " "]):
+        done = await notecase(*command, env=there)
+        assert (2, "Error: Nothing to say.\n") == (done.code, done.err)
+
+
+async def test_a_pipe_that_nobody_writes_to_does_not_hold_the_command(served: Running, agent: v1.Agent) -> None:
+    """It says that it has not read it."""
+    process = await spawn(*COMMAND, "run", "/say Hello", env={"NOTECASE_ADDRESS": served.address})
+    assert process.stdout is not None
+    assert process.stderr is not None
+    out, err = await asyncio.gather(process.stdout.read(), process.stderr.read())
+    assert (b"Hello\n", True) == (out, piped.NOT_READ.encode() in err)
+    await process.communicate()
+
+
+def test_input_that_is_not_there_or_of_others_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such as the rest of the file whose lines a loop of the shell reads."""
+    lines = tmp_path / "lines"
+    lines.write_text("one\ntwo\n")
+    with lines.open() as file:
+        os.lseek(file.fileno(), 4, os.SEEK_SET)
+        monkeypatch.setattr("sys.stdin", file)
+        assert "say" == piped.with_input("say", 0)
+        assert 4 == os.lseek(file.fileno(), 0, os.SEEK_CUR)
+    assert f"{piped.NOT_READ}\n" == capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", None)
+    assert "say" == piped.with_input("say", 0)
+    assert "" == capsys.readouterr().err
+
+
+async def test_any_text_is_attached_and_a_type_may_be_named(served: Running, agent: v1.Agent, tmp_path: Path) -> None:
+    (tmp_path / "odd:x").mkdir()
+    for name in ("a.yaml", "a.rs", "Makefile", "odd:x/y"):
+        (tmp_path / name).write_text("é: 1\n")
+    (tmp_path / "raw").write_bytes(b"\xff")
+    files = [*("a.yaml", "a.rs", "Makefile", "odd:x/y"), "raw:application/pdf"]
+    options = [word for file in files for word in ("--attach", f"{tmp_path}/{file}")]
+    there = {"NOTECASE_ADDRESS": served.address}
+    assert 0 == (await notecase("run", "Look", *options, "--attach", "-", said="piped", env=there)).code
+    assert ["text/plain"] * 4 + ["application/pdf", "text/plain"] == [
+        part.blob.media_type for part in (await parts(served))[1:]
+    ]
+    done = await notecase("run", "Look", "--attach", f"{tmp_path}/raw", env=there)
+    assert (2, True) == (done.code, "set it as FILE:TYPE" in done.err)
+    assert 0 == (await notecase("run", "--attach", "-", said="piped", env=there)).code
+    assert [5] == [part.blob.size_bytes for part in await parts(served)]
+    done = await notecase("run", "-", "--attach", "-", said="piped", env=there)
+    assert (2, True) == (done.code, "once only" in done.err)
+
+
+async def test_a_new_session_is_named_after_its_first_words(served: Running, agent: v1.Agent, tmp_path: Path) -> None:
+    there = {"NOTECASE_ADDRESS": served.address}
+    await notecase("run", "What", "is this?", env=there)
+    (session,) = (await served.sessions.ListSessions(v1.ListSessionsRequest())).sessions
+    assert "What is this?" == session.display_name
+
+
+async def test_where_a_session_s_agent_was_deleted_another_may_answer(served: Running, agent: v1.Agent) -> None:
+    there = {"NOTECASE_ADDRESS": served.address}
+    await served.sessions.CreateSession(
+        v1.CreateSessionRequest(session_id="case", session=v1.Session(agent=agent.name))
+    )
+    await served.agents.DeleteAgent(v1.DeleteAgentRequest(name=agent.name))
+    done = await notecase("run", "Hello", "--session", "case", env=there)
+    assert (1, "Error: There is no agent 'agents/detective'. --agent chooses another.\n") == (done.code, done.err)
+    done = await notecase("chat", "--session", "case", said="Hello", env=there)
+    assert (1, "There is no agent 'agents/detective'. `notecase chat --agent` chooses another.\n") == (
+        done.code,
+        done.err,
+    )
