@@ -231,4 +231,4 @@ async def test_a_cancel_s_reason_and_a_message_s_calls_are_shown(
 
 def test_help_and_service_leave_as_many_messages() -> None:
     option = next(one for one in sessions.commands["compact"].params if one.name == "keep")
-    assert f"is {KEEP_RECENT} by default" in str(getattr(option, "help", ""))
+    assert f"sets, or {KEEP_RECENT}." in str(getattr(option, "help", ""))

@@ -80,7 +80,7 @@ async def test_any_text_is_attached_and_a_type_may_be_named(served: Running, age
     assert 0 == (await notecase("run", "--attach", "-", said="piped", env=there)).code
     assert [5] == [part.blob.size_bytes for part in await parts(served)]
     done = await notecase("run", "-", "--attach", "-", said="piped", env=there)
-    assert (2, True) == (done.code, "once only" in done.err)
+    assert (2, True) == (done.code, "only once" in done.err)
 
 
 async def test_a_new_session_is_named_after_its_first_words(served: Running, agent: v1.Agent, tmp_path: Path) -> None:
