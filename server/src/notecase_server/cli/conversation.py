@@ -23,7 +23,7 @@ HELP = """\
 /attach FILE      attaches a file to your next message
 /approvals        shows which tools need no approval any more, and takes that back
 /quit             exits, like Ctrl-C and Ctrl-D
-Everything else is sent to the agent. So is a command with a space before it: ` /help` asks the model.
+Everything else is sent to the agent, also commands after a space: ` /help` asks the model.
 Ctrl-C stops a reply, Alt-Enter starts a new line."""
 
 COMMANDS = ("/help", "/notes", "/note", "/attach", "/approvals", "/quit")
