@@ -1,11 +1,9 @@
 """What a turn of one token costs the store, counted: the counts are the same on every machine."""
 
 import asyncio
-import sqlite3
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,6 +18,7 @@ from notecase_server.store.sqlite import SqliteStore
 
 from tests.e2e.driving import OnStream, events_of, kinds, said
 from tests.support.server import ByTenant, Running, running
+from tests.support.tracing import Trace, given
 
 HANDOVERS, STATEMENTS, PAGES = 2, 12, 8
 """Of a turn in a new session that is all there is: how often the store is asked, statements of SQL with those that
@@ -39,21 +38,6 @@ def asked(store: SqliteStore) -> Iterator[list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "_ask", counted)
         yield seen
-
-
-@contextmanager
-def traced(store: SqliteStore) -> Iterator[list[str]]:
-    """Fills with the statements that SQLite is given. It shows a statement again for each that a trigger carries out
-    meanwhile."""
-    shown: list[str] = []
-    statements: list[str] = []
-    connections: list[sqlite3.Connection] = [store._connections.writer, *store._connections.readers]
-    for connection in connections:
-        connection.set_trace_callback(shown.append)
-    yield statements
-    for connection in connections:
-        connection.set_trace_callback(None)
-    statements += [statement for statement, _ in groupby(shown)]
 
 
 def pages(path: Path) -> int:
@@ -97,18 +81,21 @@ async def test_a_turn_asks_little_of_the_store(
             v1.CreateSessionRequest(session_id="case", session=v1.Session(agent="agents/clerk"))
         )
         await scrubbed.wait()  # that cuts the log
-        turns = [await turn(served, store, path) for _ in range(5)]
+        shown: list[str] = []
+        trace = Trace((store._connections.writer, *store._connections.readers), shown.append)
+        turns = [await turn(served, store, path, trace, shown) for _ in range(5)]
     handovers, statements, written = zip(*turns, strict=True)
     # What a server does by itself may fall into one of them, and a page of an index may be split in two.
     assert (min(handovers), min(statements)) == (HANDOVERS, STATEMENTS), turns
     assert median(written) == PAGES, turns
 
 
-async def turn(served: Running, store: SqliteStore, path: Path) -> tuple[int, int, int]:
+async def turn(served: Running, store: SqliteStore, path: Path, trace: Trace, shown: list[str]) -> tuple[int, int, int]:
     before = pages(path)
-    with asked(store) as handovers, traced(store) as statements:
+    shown.clear()
+    with asked(store) as handovers, trace.on():
         start = v1.StartRun(session="sessions/case", messages=[said("Hi")])
         async for frame in OnStream().start(served, start):
             if "run_state_changed" in kinds(events_of([frame])):
                 break
-    return len(handovers), len(statements), pages(path) - before
+    return len(handovers), len(given(shown)), pages(path) - before

@@ -11,7 +11,6 @@ import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, closing, contextmanager
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +54,7 @@ from tests.store.build import (
     session_key,
     start,
 )
+from tests.support.tracing import Trace, given
 
 HERE = Path(__file__).parent
 
@@ -557,7 +557,8 @@ async def test_a_fork_copies_many_rows_with_a_statement_and_its_cost_grows_with_
 ) -> None:
     """Also in many transactions, and where there are many calls, each of which is looked for in its message."""
     monkeypatch.setattr(copies, "COPY_ROWS", 50)
-    connections = (store._connections.writer, *store._connections.readers)
+    seen: list[str] = []
+    trace = Trace((store._connections.writer, *store._connections.readers), seen.append, step=10)
     await create(store)
     costs: list[int] = []
     for length in (200, 200):
@@ -569,25 +570,13 @@ async def test_a_fork_copies_many_rows_with_a_statement_and_its_cost_grows_with_
         assert session is not None
         head = session.last_sequence
         past = await store.read_past(KEY, head)
-        seen: list[str] = []
-        steps = 0
-
-        def count() -> int:
-            nonlocal steps
-            steps += 1
-            return 0
-
-        store._connections.writer.set_trace_callback(seen.append)
-        for connection in connections:
-            connection.set_progress_handler(count, 10)
+        seen.clear()
+        trace.steps = 0
         key = session_key("acme", f"copy{head}")
-        await store.fork(Fork(key=key, source=KEY, past=past, session=v1.Session()))
-        for connection in connections:
-            connection.set_progress_handler(None, 10)
-        store._connections.writer.set_trace_callback(None)
-        costs.append(steps)
-        # SQLite shows a statement again for each that a trigger carries out meanwhile.
-        inserted = Counter(sql.split()[2] for sql, _ in groupby(seen) if sql.startswith("INSERT"))
+        with trace.on():
+            await store.fork(Fork(key=key, source=KEY, past=past, session=v1.Session()))
+        costs.append(trace.steps)
+        inserted = Counter(sql.split()[2] for sql in given(seen) if sql.startswith("INSERT"))
         assert {"deleted_sessions": 1, "sessions": 1, "session_names": 1}.items() <= inserted.items()
         assert {"logs", "changed_messages", "calls", "runs"} == inserted.keys() & {table.table for table in COPIES}
         assert max(inserted.values()) <= 1 + length * 5 * len(costs) // copies.COPY_ROWS
@@ -670,7 +659,6 @@ async def test_the_writer_moves_the_rest_of_a_long_log_and_no_commit_does(store:
     assert size > 4 << 20
     for number in range(10, 13):
         await add(store, said(f"m{number}", "x" * 500_000))
-    writer.set_trace_callback(None)
     assert size == Path(f"{path}-wal").stat().st_size
     (at,) = (place for place, sql in enumerate(seen) if "wal_checkpoint" in sql)
     assert ["COMMIT", "told"] == seen[at - 2 : at]

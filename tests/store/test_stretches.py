@@ -17,6 +17,7 @@ from notecase_server.store.sqlite import SqliteStore
 from notecase_server.store.stretches import Stretch, last_of, left_behind, superseded_at
 
 from tests.store.build import ManualClock, said
+from tests.support.tracing import Trace
 
 KEY = SessionKey("default", "s", "u")
 
@@ -44,12 +45,9 @@ def counting(store: SqliteStore) -> Iterator[list[int]]:
     def look(statement: str) -> None:
         counted[1] += len(statement)
 
-    writer.set_trace_callback(look)
-    try:
+    with Trace([writer], look).on():
         yield counted
-    finally:
-        writer.set_trace_callback(None)
-        counted[0] = writer.total_changes - before
+    counted[0] = writer.total_changes - before
 
 
 @pytest.mark.parametrize("messages", [3, 300])
