@@ -475,7 +475,9 @@ async def test_in_every_role_text_is_text_and_what_is_none_is_refused(
     await served.messages.AppendMessages(request)
     done = await served.runs.Invoke(v1.InvokeRequest(start=v1.StartRun(session=session)))
     assert done.run.error.reason == v1.ERROR_REASON_CONTENT_UNSUPPORTED
-    assert done.run.error.message == "A system message holds media type 'image/png'; the model accepts only text there."
+    assert (
+        done.run.error.message == "A system message contains media type 'image/png'; the model accepts only text there."
+    )
     assert len(model.requests) == sent, "nothing was asked"
 
 

@@ -119,6 +119,7 @@ KEPT: Mapping[Kept, str] = {
     "uploads": "SELECT count(*) FROM uploads WHERE tenant = $1",
     "blob_bytes": """SELECT (coalesce((SELECT sum(size) FROM blobs WHERE tenant = $1), 0)
         + coalesce((SELECT sum(size) FROM uploads WHERE tenant = $1 AND sha256 = ''), 0))::bigint""",
+    "upload_bytes": "SELECT coalesce(sum(size), 0)::bigint FROM uploads WHERE tenant = $1 AND sha256 = ''",
 }
 
 
@@ -364,11 +365,11 @@ class PostgresTables:
         self._counts.add("requests", once.tenant)
         self._do(ADD_REQUEST, *once[:4], once.digest, response, about, owner, now)
 
-    def kept(self, kind: Kept, tenant: str, *within: str) -> int:
+    def kept(self, kind: Kept, tenant: str, *within: str, more: int = 1) -> int:
         quotas, tallies, alone = self._counts
         if kind not in TALLIED:
             return int(self._one(KEPT[kind], tenant, *within)[0])
-        below = tallies.below(kind, tenant, quotas)
+        below = tallies.below(kind, tenant, quotas, more)
         if below is None:
             if not alone:
                 raise CountedAloneError

@@ -167,6 +167,7 @@ KEPT: Mapping[Kept, str] = {
     "uploads": "SELECT count(*) FROM uploads WHERE tenant = ?",
     "blob_bytes": """SELECT coalesce((SELECT sum(size) FROM blobs WHERE tenant = ?1), 0)
         + coalesce((SELECT sum(size) FROM uploads WHERE tenant = ?1 AND sha256 = ''), 0)""",
+    "upload_bytes": "SELECT coalesce(sum(size), 0) FROM uploads WHERE tenant = ? AND sha256 = ''",
 }
 CALLS = f"""SELECT t.call_id, e.sequence, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND} FROM calls t
     CROSS JOIN lookups l ON l.kind = {BY_ID} AND l.tenant = t.tenant AND l.uid = t.uid AND l.key = t.message
@@ -408,7 +409,7 @@ class SqliteTables(Saving):
             (*once[:4], once.digest, response, about, owner, now),
         )
 
-    def kept(self, kind: Kept, tenant: str, *within: str) -> int:
+    def kept(self, kind: Kept, tenant: str, *within: str, more: int = 1) -> int:
         if kind in self.tallied:
             row = self._one(sqlite_tallies.KEPT, kind, tenant)
             return int(row[0]) if row else 0
