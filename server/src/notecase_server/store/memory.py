@@ -859,6 +859,10 @@ class _MemoryTables(Saving):
             if query.after is None or (row.name,) > query.after:
                 yield Found((row.name,), row, len(self._known[tenant]))
 
+    def has_data(self, tenant: str) -> bool:
+        rows = self._tenants[tenant]
+        return bool(rows.sessions or rows.states or rows.agents or rows.blobs or rows.uploads)
+
     def has_deleted_sessions(self, tenant: str) -> bool:
         return bool(self._tenants[tenant].deleted)
 

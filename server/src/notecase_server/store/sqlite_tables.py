@@ -88,6 +88,9 @@ takes away at once. With each, how a row is found within a session, and how many
 STATE_ROWS = (("entries", "key", "length(body)"), ("blob_references", "key, sha256", "0"))
 """The same of the tables that hold rows of a state."""
 
+DATA_TABLES = ("sessions", "states", "agents", "blobs", "uploads")
+"""The tables of which a tenant that has data has rows in at least one."""
+
 TENANT_ROWS = (
     ("entries", "kind, id, key"),
     ("states", "kind, id"),
@@ -1136,6 +1139,9 @@ class SqliteTables(Saving):
         for (body,) in rows:
             row = v1.Tenant.FromString(body)
             yield Found((row.name,), row, len(body))
+
+    def has_data(self, tenant: str) -> bool:
+        return any(self._one(f"SELECT 1 FROM {table} WHERE tenant = ? LIMIT 1", tenant) for table in DATA_TABLES)
 
     def has_deleted_sessions(self, tenant: str) -> bool:
         return self._one("SELECT 1 FROM deleted_sessions WHERE tenant = ? LIMIT 1", tenant) is not None

@@ -539,6 +539,10 @@ class Tables(Protocol):
 
     def tenants(self, query: Query) -> Iterator[Found[v1.Tenant]]: ...
 
+    def has_data(self, tenant: str) -> bool:
+        """Whether the tenant has a session, a state, an agent, a blob or an upload."""
+        ...
+
     def has_deleted_sessions(self, tenant: str) -> bool:
         """Whether rows of deleted sessions, or of copies, may be left."""
         ...
