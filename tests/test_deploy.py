@@ -116,6 +116,7 @@ def test_the_image_says_what_it_is() -> None:
     assert "\nSTOPSIGNAL SIGTERM\n" in text
     assert "\nUSER 10001:10001\n" in text
     assert 'CMD ["notecase", "health"]' in text
+    assert "/wheels/*.whl 'notecase-server[postgres]'" in text, "a store in PostgreSQL needs its driver"
 
 
 def test_the_pod_runs_as_the_images_user_and_is_probed_where_it_listens() -> None:

@@ -1,5 +1,6 @@
 """Which store a URL means, and what an operator does with a whole store."""
 
+import importlib.util
 import os
 import secrets
 import socket
@@ -42,6 +43,15 @@ class Database:
 
 DATABASE = Database()
 
+NO_DRIVER = "A PostgreSQL store needs a driver that is not installed: install notecase-server[postgres]."
+
+
+def driver_problem(url: str) -> str:
+    """Says that the packages which the store of a URL needs are not installed; empty if they are."""
+    missing = url.partition(":")[0] in POSTGRES and importlib.util.find_spec("asyncpg") is None
+    return NO_DRIVER if missing else ""
+
+
 Waiting = Callable[[], Awaitable[None]]
 """Called when the wait for the end of another owner begins."""
 
@@ -57,6 +67,8 @@ async def open_store(url: str, clock: Clock, database: Database = DATABASE, wait
     if kind == "sqlite" and path:
         return await SqliteStore.open(path, clock)
     if kind in POSTGRES:
+        if problem := driver_problem(url):
+            raise StoreOpenError(problem)
         from notecase_server.store.postgres import PostgresStore  # noqa: PLC0415  # asyncpg is an extra
 
         access, lease = await _own(url, database, waiting)
@@ -79,12 +91,11 @@ async def _own(
     url: str, database: Database, waiting: Waiting | None = None, unfinished: bool = False
 ) -> "tuple[Access, PostgresLease]":
     """Becomes the owner of a PostgreSQL store, as `postgres_database.own` has it."""
-    try:
-        from notecase_server.store.postgres_database import Access, own, reach  # noqa: PLC0415  # asyncpg is an extra
-        from notecase_server.store.postgres_lease import PostgresLease  # noqa: PLC0415
-    except ImportError as error:
-        text = "PostgreSQL needs more packages: install notecase-server[postgres]."
-        raise StoreOpenError(text) from error
+    if problem := driver_problem(url):
+        raise StoreOpenError(problem)
+    from notecase_server.store.postgres_database import Access, own, reach  # noqa: PLC0415  # asyncpg is an extra
+    from notecase_server.store.postgres_lease import PostgresLease  # noqa: PLC0415
+
     if (file := database.password_file) is not None:
         try:
             file.read_text()
