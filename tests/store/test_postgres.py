@@ -826,7 +826,7 @@ async def test_a_database_that_was_restored_without_its_rows_is_refused(clock: M
     connection = await asyncpg.connect(url)
     await connection.execute("TRUNCATE notecase_store, owner")
     await connection.close()
-    with pytest.raises(StoreOpenError, match="Restore it as a whole"):
+    with pytest.raises(StoreOpenError, match="Restore the whole database"):
         await serve_stores.open_store(url, clock)
 
 
