@@ -59,7 +59,7 @@ async def test_a_key_from_nothing_to_its_end(shop: Shop, tmp_path: Path) -> None
     again = await shop("keys", "rotate", key_id, "--overlap", "2h")  # would end what `key` has left
     assert (2, "") == (again.code, again.out)
     assert "The secret from before the last rotation is valid until " in again.err
-    assert "say --yes" in again.err
+    assert "add --yes" in again.err
     for either in (key, rotated.out.strip()):
         assert 0 == (await shop("sessions", "list", key=either)).code
     third = (await shop("keys", "rotate", key_id, "--yes")).out.strip()
