@@ -10,7 +10,8 @@ COPY server server
 RUN python -m pip install --quiet --no-cache-dir --constraint constraints.txt pip hatchling \
  && python -m pip wheel --quiet --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels ./client ./server \
  && python -m venv --without-pip /opt/notecase \
- && python -m pip --python /opt/notecase/bin/python install --quiet --no-cache-dir --constraint constraints.txt /wheels/*.whl
+ && python -m pip --python /opt/notecase/bin/python install --quiet --no-cache-dir --constraint constraints.txt \
+    /wheels/*.whl 'notecase-server[postgres]'
 
 FROM python:${PYTHON}
 LABEL org.opencontainers.image.title="notecase" \

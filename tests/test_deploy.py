@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import notecase_server
 import pytest
 import yaml
+from cryptography import x509
 from notecase import Client, Tool, to_message, v1
 from notecase_server.cli.serve import serve
 from notecase_server.rpc.ops import LIVENESS
 
 from tests.cli.command import notecase
+from tests.support.authority import Authority
 from tests.support.server import Spawned
 
 ROOT = Path(__file__).parent.parent
@@ -116,6 +118,7 @@ def test_the_image_says_what_it_is() -> None:
     assert "\nSTOPSIGNAL SIGTERM\n" in text
     assert "\nUSER 10001:10001\n" in text
     assert 'CMD ["notecase", "health"]' in text
+    assert "/wheels/*.whl 'notecase-server[postgres]'" in text, "a store in PostgreSQL needs its driver"
 
 
 def test_the_pod_runs_as_the_images_user_and_is_probed_where_it_listens() -> None:
@@ -132,6 +135,35 @@ def test_the_pod_runs_as_the_images_user_and_is_probed_where_it_listens() -> Non
     probes = [container[f"{kind}Probe"]["grpc"] for kind in ("startup", "readiness", "liveness")]
     alive = {"port": port, "service": LIVENESS}
     assert [alive, {"port": port}, alive] == probes
+
+
+def test_the_page_names_the_variables_that_are_set() -> None:
+    """They override a configuration file."""
+    page = (ROOT / "docs" / "deploy.md").read_text()
+    told = page.partition("Variables override the file: the unit")[2].partition("For\nanother value")[0]
+    unit, image = (set(re.findall(r"NOTECASE_\w+", part)) for part in told.split("the image sets"))
+    assert set(from_systemd().environment) == unit
+    assert set(from_image().environment) == image
+
+
+async def test_the_probes_of_the_page_reach_a_server_with_tls(tmp_path: Path) -> None:
+    """Also one that waits is alive, which is what decides about restarts."""
+    (block,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "deploy.md").read_text(), re.DOTALL)
+    probes = yaml.safe_load(block)
+    environment = {variable["name"]: variable["value"] for variable in probes["env"]}
+    authority = Authority()
+    cert, key = authority.issue([x509.DNSName("localhost")]).write(tmp_path)
+    ca = tmp_path / "ca.crt"
+    ca.write_bytes(authority.cert)
+    files = {"/tls/tls.crt": str(cert), "/tls/tls.key": str(key), "/tls/ca.crt": str(ca)}
+    environment = {name: files.get(value, value) for name, value in environment.items()}
+    server = await Spawned.start("memory:", tmp_path / "log", env=environment, forked=True)
+    environment["NOTECASE_ADDRESS"] = server.address.replace("127.0.0.1", "localhost")
+    for kind, more in (("startup", ["--liveness"]), ("readiness", []), ("liveness", ["--liveness"])):
+        program, *arguments = probes[f"{kind}Probe"]["exec"]["command"]
+        assert ("notecase", ["health", *more]) == (program, arguments)
+        assert (0, "SERVING\n", "") == await notecase(*arguments, env=environment)
+    assert 0 == await server.stop()
 
 
 def test_systemd_takes_the_unit(tool: Callable[[str], str], tmp_path: Path) -> None:

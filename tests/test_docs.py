@@ -86,6 +86,19 @@ async def test_every_call_prints_what_the_page_shows(grpcurl: str) -> None:
             ids.update(zip(_found(printed), _found(output), strict=False))
 
 
+def test_the_events_of_the_page_are_logged_with_their_levels() -> None:
+    """A line for each call of the log in the source; `exception` has the level error."""
+    logged = dict[str, str]()
+    for path in (ROOT / "server" / "src").rglob("*.py"):
+        for level, event in re.findall(r'log\.(info|warning|error|exception)\(\s*"(\w+)"', path.read_text()):
+            logged[event] = level.replace("exception", "error")
+    page = (ROOT / "docs" / "operate.md").read_text().partition("## Monitoring")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| (`.+?) \| (\w+) \|", page, re.MULTILINE)
+    told = {event: level for events, level in rows for event in re.findall(r"`(\w+)`", events)}
+    assert len(told) > 40
+    assert told == {event: logged.get(event) for event in told}
+
+
 def test_every_method_of_the_contract_is_shown() -> None:
     shown = {command.split()[-1].partition(".v1.")[2] for command, _ in calls()}
     methods = {

@@ -207,7 +207,9 @@ ROWS: dict[str, Row] = {
     "TenantService/CreateTenant": Row(lambda case: v1.CreateTenantRequest(tenant_id=case.spare), ""),
     "TenantService/GetTenant": Row(lambda case: v1.GetTenantRequest(name="tenants/acme"), ""),
     "TenantService/ListTenants": Row(lambda case: v1.ListTenantsRequest(), ""),
-    "TenantService/SuspendTenant": Row(lambda case: v1.SuspendTenantRequest(name=f"tenants/{case.spare}"), ""),
+    "TenantService/SuspendTenant": Row(
+        lambda case: v1.SuspendTenantRequest(name=f"tenants/{case.spare}"), "", "TENANT_NOT_FOUND"
+    ),
     "TenantService/ResumeTenant": Row(
         lambda case: v1.ResumeTenantRequest(name=f"tenants/{case.spare}"), "", "TENANT_NOT_FOUND"
     ),

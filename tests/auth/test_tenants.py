@@ -33,6 +33,7 @@ async def test_a_tenant_is_looked_up_once_in_a_while() -> None:
     for _ in range(3):
         await tenants.require_open(caller("acme"))
     assert 1 == store.lookups
+    await store.create_tenant("acme", "")
     await store.set_tenant_state("acme", SUSPENDED)
     await tenants.require_open(caller("acme"))
     time[0] = CACHED_SECONDS

@@ -4,14 +4,17 @@ passed over."""
 import json
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import pytest
+from click.testing import CliRunner
 from cryptography import x509
 from notecase import Client, v1
+from notecase_server.cli import main
 from notecase_server.cli.serve import serve
 from notecase_server.config_file import KEYS
 
@@ -143,6 +146,60 @@ def test_options_and_variables_win_over_the_file(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("NOTECASE_MAX_CALLS", "60")
     found = given(path, "--max-runs", "50")
     assert [50, 60, 7] == [found[name] for name in ("max_runs", "max_calls", "max_imports")]
+
+
+async def test_what_overrides_the_file_is_named(tmp_path: Path) -> None:
+    """The variables of a unit or an image used to win silently over the file. One with the same value is not named."""
+    path = written(tmp_path, '[store]\nurl = "sqlite:file.db"\n[limits]\nmax_runs = 5\nmax_calls = 6\n')
+    variables = {"NOTECASE_STORE": "memory:", "NOTECASE_MAX_CALLS": "6"}
+    more = ("--max-runs", "7", "--log-format", "json", "--listen", "127.0.0.1:0")
+    begun = await notecase("serve", "--config", str(path), *more, "--tls-cert", "missing.pem", env=variables)
+    assert 1 == begun.code, "it ends once the settings are known"
+    (line,) = [json.loads(line) for line in begun.err.splitlines() if "config_overridden" in line]
+    assert {"store.url by NOTECASE_STORE", "limits.max_runs by --max-runs"} == set(line["keys"])
+    assert "warning" == line["level"]
+    done = await notecase("config", "check", str(path), env=variables)
+    assert (0, f"{path} is valid.\n") == (done.code, done.out)
+    assert [
+        "Warning: NOTECASE_STORE is set, and takes precedence over store.url.",
+        "Warning: NOTECASE_MAX_CALLS is set, and takes precedence over limits.max_calls.",
+    ] == done.err.splitlines()
+
+
+async def test_secrets_that_other_users_can_read_are_named(tmp_path: Path) -> None:
+    """The key of TLS and the store's password, too."""
+    cert, key = Authority().issue([x509.DNSName("localhost")]).write(tmp_path)
+    password = tmp_path / "password"
+    password.write_text("secret-1")
+    path = written(
+        tmp_path, f'[tls]\ncert = "{cert}"\nkey = "{key}"\n[store]\nurl = "memory:"\npassword_file = "{password}"\n'
+    )
+    for file in (key, password):
+        file.chmod(0o640)
+    assert "" == (await notecase("config", "check", str(path))).err
+    for file in (key, password):
+        file.chmod(0o644)
+    done = await notecase("config", "check", str(path))
+    assert [f"Warning: other users of this machine can read {file}." for file in (key, password)] == (
+        done.err.splitlines()
+    )
+    log = tmp_path / "log"
+    served = await Spawned.start("memory:", log, "--config", str(path))
+    assert 0 == await served.stop()
+    assert 2 == log.read_text().count("secret_exposed")
+
+
+def test_the_driver_of_the_store_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before: `serve` ended with a traceback."""
+    monkeypatch.setitem(sys.modules, "asyncpg", None)
+    url = "postgresql://notecase@db.example/notecase"
+    told = "A PostgreSQL store needs a driver that is not installed: install notecase-server[postgres]."
+    path = written(tmp_path, f'[store]\nurl = "{url}"\n')
+    checked = CliRunner().invoke(main, ["config", "check", str(path)])
+    assert (1, f"store.url: {told}\n") == (checked.exit_code, checked.stdout)
+    for command in (["serve", "--listen", "127.0.0.1:0"], ["migrate"], ["store", "renew"]):
+        done = CliRunner().invoke(main, [*command, "--store", url])
+        assert (1, f"Error: {told}\n") == (done.exit_code, done.stderr)
 
 
 async def test_all_that_is_wrong_is_told_at_once_and_no_secret_is(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import asyncpg
 import pytest
+from notecase_server.store.postgres_schema import VERSION
 
 from tests.cli.command import notecase
 from tests.promises import ROOT
@@ -76,10 +77,11 @@ async def test_a_server_that_may_not_migrate_is_told_what_does(store: str, tmp_p
     words = ("--no-migrate", "--no-prepared", "--store-connections", "2")
     refused = await notecase("serve", "--listen", "127.0.0.1:0", "--store", store, *words)
     assert 1 == refused.code
-    assert "has no tables of notecase. Run notecase migrate --store URL" in refused.err
-    for _ in range(2):
+    where = "in public, the first schema of its search_path that this user may use"
+    assert f"has no tables of notecase {where}. Run notecase migrate --store URL" in refused.err
+    for told in ("created the tables", "up to date"):
         done = await notecase("migrate", "--store", store)
-        assert (0, "") == (done.code, done.out)
+        assert (0, f"{told}, schema {VERSION}\n") == (done.code, done.out)
     server = await Spawned.start(store, tmp_path / "log", *words)
     owned = await notecase("migrate", "--store", store)
     assert 1 == owned.code
@@ -88,6 +90,33 @@ async def test_a_server_that_may_not_migrate_is_told_what_does(store: str, tmp_p
     assert "prepared=False" in (tmp_path / "log").read_text()
     sqlite = await notecase("migrate", "--store", "sqlite:notecase.db")
     assert (1, "") == (sqlite.code, sqlite.out)
+
+
+async def test_a_parameter_that_is_misspelt_is_named(store: str) -> None:
+    done = await notecase("migrate", "--store", f"{store}&sslmod=require")
+    assert 1 == done.code
+    assert "there is no parameter sslmod. Check the spelling" in done.err
+
+
+async def test_files_that_tls_needs_are_named(tmp_path: Path) -> None:
+    """A missing one used to look like a server that is away."""
+    url = "postgresql://ada:hunter2@127.0.0.1:1/cases?sslmode=verify-full"
+    for more, told in (
+        ("", "its sslmode needs the CA certificates of the server. Name their file in sslrootcert."),
+        (f"&sslrootcert={tmp_path / 'root.pem'}", "the file of sslrootcert cannot be read."),
+    ):
+        done = await notecase("migrate", "--store", url + more)
+        assert (1, f"Error: postgresql://127.0.0.1:1/cases: {told}\n") == (done.code, done.err)
+
+
+async def test_a_schema_that_the_user_may_not_use_is_no_schema(guarded: str) -> None:
+    admin = await asyncpg.connect(guarded.replace("keeper_" + guarded.partition("?")[0].rpartition("/")[2], "postgres"))
+    await admin.execute("CREATE SCHEMA cases")
+    await admin.close()
+    url = f"{guarded}&search_path=cases"
+    done = await notecase("migrate", "--store", url, env={"PGPASSWORD": PASSWORD})
+    assert 1 == done.code
+    assert "or its user may use none of them. Create one, grant USAGE on it" in done.err
 
 
 async def test_a_file_is_copied_into_a_database_and_served(store: str, tmp_path: Path) -> None:

@@ -131,6 +131,14 @@ async def test_health_is_an_exit_code(served: Running) -> None:
     assert (4, True) == (done.code, done.err.startswith(f"Error: No server can be reached at {NOBODY}: "))
 
 
+async def test_a_server_that_does_not_serve_is_alive(served: Running) -> None:
+    await served.server._health.tell(False)
+    done = await notecase("health", "--server", served.address)
+    assert (1, "NOT_SERVING\n") == (done.code, done.out)
+    done = await notecase("health", "--liveness", "--server", served.address)
+    assert (0, "SERVING\n") == (done.code, done.out)
+
+
 async def test_a_port_is_part_of_where_to_listen() -> None:
     done = await notecase("serve", "--port", "8080")
     assert (2, True) == (done.code, "There is no --port; use --listen HOST:PORT." in done.err)

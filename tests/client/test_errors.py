@@ -104,7 +104,7 @@ def test_the_error_of_a_run_is_the_same_exception() -> None:
 
 @pytest.mark.parametrize(
     ("reason", "cure"),
-    [("RUN_ACTIVE", 'on_busy="queue"'), ("UNAUTHENTICATED", "Client(token=…), or the variable NOTECASE_TOKEN")],
+    [("RUN_ACTIVE", 'on_busy="queue"'), ("UNAUTHENTICATED", "With a client certificate: unset NOTECASE_TOKEN")],
 )
 def test_an_error_says_what_to_do_in_python(reason: str, cure: str) -> None:
     """The service's words stay in `message`, for programs that show them elsewhere."""

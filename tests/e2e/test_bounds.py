@@ -115,7 +115,7 @@ QUOTAS: dict[str, tuple[str, int, Call, int]] = {
     "entries of runs": ("max_session_events", 7, start, 2),
     "bytes of a log": ("max_session_log_bytes", 100, entry, 2),
     "content": ("max_tenant_blob_bytes", 8, content, 2),
-    "content under way": ("max_tenant_blob_bytes", 8, unfinished, 2),
+    "content under way": ("max_tenant_blob_bytes", 12, unfinished, 2),
     "uploads": ("max_uploads", 2, unfinished, 2),
     "requests": ("max_requests", 2, remembered, 2),
 }
@@ -137,6 +137,41 @@ async def test_an_operator_bounds_what_is_kept(case: str, store_url: str) -> Non
         (violation,) = detail_of(refused.value, error_details_pb2.QuotaFailure).violations
         assert str(value) in violation.description
         assert detail_of(refused.value, error_details_pb2.RetryInfo).retry_delay.seconds > 1
+
+
+@pytest.mark.parametrize("size", [1200, 0], ids=["declared", "not declared"])
+async def test_a_refused_upload_leaves_no_bytes_that_count(size: int, store_url: str) -> None:
+    """It used to keep what had come for a day, and nobody of the tenant could upload anything."""
+    piece = 1 << 18
+
+    async def send(served: Running, upload_id: str, pieces: int, offset: int = 0, size: int = 0) -> v1.Blob:
+        frames = [v1.UploadBlobRequest(chunk=b"x" * piece, last=n == pieces - 1) for n in range(pieces)]
+        frames[0].upload_id, frames[0].offset = upload_id, offset
+        frames[0].blob.CopyFrom(v1.Blob(media_type="text/plain", size_bytes=size))
+        blob: v1.Blob = await served.blobs.UploadBlob(iter(frames))
+        return blob
+
+    async with running(store_url, max_tenant_blob_bytes=3 * piece) as served:
+        await send(served, "small", 1)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await send(served, "large", 4, size=size and 4 * piece)
+        assert "QUOTA_EXCEEDED" == reason_of(refused.value)
+        of_it = f"{piece} are stored and 0 belong to unfinished uploads, and this needs {4 * piece} more."
+        of_them = f"{piece} are stored and {2 * piece} belong to unfinished uploads."
+        assert str(refused.value.details()).endswith(of_it if size else of_them)
+        with pytest.raises(grpc.aio.AioRpcError) as gone:
+            await served.blobs.GetUpload(v1.GetUploadRequest(upload_id="large"))
+        assert "BLOB_NOT_FOUND" == reason_of(gone.value)
+        with pytest.raises(grpc.aio.AioRpcError) as cut:
+            half = v1.UploadBlobRequest(upload_id="half", blob=v1.Blob(media_type="text/plain"), chunk=b"x" * piece)
+            await served.blobs.UploadBlob(iter([half]))
+        assert "BLOB_CORRUPT" == reason_of(cut.value)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await send(served, "half", 1, offset=piece, size=4 * piece)
+        assert "QUOTA_EXCEEDED" == reason_of(refused.value)
+        with pytest.raises(grpc.aio.AioRpcError) as gone:
+            await served.blobs.GetUpload(v1.GetUploadRequest(upload_id="half"))
+        assert "BLOB_NOT_FOUND" == reason_of(gone.value)
 
 
 async def test_a_quota_stands_in_the_way_of_no_repeat_and_of_no_end(store_url: str) -> None:

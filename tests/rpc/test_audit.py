@@ -8,6 +8,7 @@ from typing import Any
 
 import grpc
 import pytest
+import structlog
 from google.protobuf.field_mask_pb2 import FieldMask
 from notecase import v1
 from notecase_server import errors
@@ -253,6 +254,12 @@ async def test_calls_without_a_credential_are_counted_for_operators(served: Runn
     assert [] == await entries(served)
     await written(served)
     assert 1 == len(await entries(served, OPERATOR))
+
+
+async def test_the_log_says_who_was_refused_for_want_of_a_role(served: Running) -> None:
+    with capture_logs(processors=[structlog.contextvars.merge_contextvars]) as lines:
+        await refusal(served.keys.ListKeys(v1.ListKeysRequest(), metadata=CLERK))
+    assert [("ROLE_MISSING", "acme", "clerk")] == [(line["reason"], line["tenant"], line["subject"]) for line in lines]
 
 
 async def test_calls_without_a_credential_fill_no_log(served: Running, monkeypatch: pytest.MonkeyPatch) -> None:

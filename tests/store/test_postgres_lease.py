@@ -18,6 +18,7 @@ from notecase_server.store.postgres_database import Access, migrate
 from notecase_server.store.postgres_lease import Owner, PostgresLease
 from notecase_server.store.postgres_renewal import renew
 from notecase_server.store.rows import TABLES, Head
+from structlog.testing import capture_logs
 
 from tests.store.build import KEY, ManualClock, add, create, said
 from tests.support import postgres
@@ -212,6 +213,27 @@ async def test_a_wait_for_the_store_outlives_its_database(url: str, beside: Any)
     await lease.release()
     for connection in (elsewhere, again):
         await connection.close()
+
+
+def test_a_wait_for_a_database_that_is_away_has_a_line_a_minute() -> None:
+    """It used to have one for each try, which is every second."""
+
+    async def wait() -> None:
+        clock = asyncio.get_running_loop().time
+        begun = clock()
+
+        async def connect() -> Any:
+            if clock() < begun + 150:
+                raise ConnectionRefusedError
+            return Connection(owner=lambda: Owner("", 1, 1))
+
+        lease = PostgresLease(connect, "this one", clock, 10.0)
+        await lease.take(_setting(asyncio.Event()))
+        await lease.release()
+
+    with capture_logs() as lines:
+        in_no_time(wait())
+    assert ["store_unreachable"] * 3 == [line["event"] for line in lines if line["event"] == "store_unreachable"]
 
 
 # ---- what is written under a lease that was lost

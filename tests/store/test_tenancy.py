@@ -1,6 +1,7 @@
 """Every store: the tenants that an operator has to do with, and the removal of one with everything."""
 
 import hashlib
+from collections.abc import Awaitable, Callable
 
 import pytest
 from notecase import v1
@@ -47,14 +48,48 @@ async def test_tenants_are_listed_by_name(store: Store) -> None:
 
 
 async def test_a_state_is_set_and_a_removal_is_for_good(store: Store) -> None:
-    for state in (ACTIVE, DELETING):
+    for state in (ACTIVE, DELETING, SUSPENDED):
         with refused("TENANT_NOT_FOUND"):
             await store.set_tenant_state("acme", state)
+    assert [] == (await store.list_tenants(EVERYTHING)).rows
+    await store.create_tenant("acme", "")
     assert SUSPENDED == (await store.set_tenant_state("acme", SUSPENDED)).state
     assert ACTIVE == (await store.set_tenant_state("acme", ACTIVE)).state
     assert DELETING == (await store.set_tenant_state("acme", DELETING)).state
     for state in (ACTIVE, SUSPENDED):
         assert DELETING == (await store.set_tenant_state("acme", state)).state
+
+
+async def _session(store: Store) -> None:
+    await create(store)
+
+
+async def _state(store: Store) -> None:
+    await store.update_state(Scope("acme", "user", "ada"), [put("k", "v")])
+
+
+async def _agent(store: Store) -> None:
+    await store.create_agent("acme", "clerk", v1.Agent())
+
+
+async def _blob(store: Store) -> None:
+    await store.put_blob("acme", "", hashlib.sha256(b"x").hexdigest(), b"x")
+
+
+async def _upload(store: Store) -> None:
+    await store.open_upload("acme", "u", 1_900_000_000_000_000)
+
+
+@pytest.mark.parametrize("make", [_session, _state, _agent, _blob, _upload])
+async def test_a_tenant_that_no_operator_made_can_be_suspended_once_it_has_data(
+    store: Store, make: Callable[[Store], Awaitable[None]]
+) -> None:
+    """Its credentials are an identity provider's. A name that was mistyped used to become a suspended tenant."""
+    await make(store)
+    with refused("TENANT_NOT_FOUND"):
+        await store.set_tenant_state("acne", SUSPENDED)
+    assert SUSPENDED == (await store.set_tenant_state("acme", SUSPENDED)).state
+    assert ["tenants/acme"] == names((await store.list_tenants(EVERYTHING)).rows)
 
 
 async def test_a_key_makes_its_tenant_known(store: Store) -> None:

@@ -29,6 +29,7 @@ class Pair(NamedTuple):
         """Writes both as files, the key last; returns their paths."""
         cert, key = folder / f"{name}.pem", folder / f"{name}.key"
         cert.write_bytes(self.cert)
+        key.touch(0o600)
         key.write_bytes(self.key)
         return cert, key
 

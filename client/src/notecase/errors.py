@@ -23,7 +23,8 @@ _REASONS = {number: name.removeprefix("ERROR_REASON_") for name, number in v1.Er
 
 _HINTS = {
     "RUN_ACTIVE": 'In Python: on_busy="queue", "interrupt" or "rollback" for run and invoke; attach(…), cancel(…).',
-    "UNAUTHENTICATED": "In Python: Client(token=…), or the variable NOTECASE_TOKEN.",
+    "UNAUTHENTICATED": "In Python: Client(token=…), or the variable NOTECASE_TOKEN. With a client certificate: unset "
+    "NOTECASE_TOKEN.",
 }
 """What to do in Python, by reason: the service's messages name calls of the API."""
 

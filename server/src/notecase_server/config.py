@@ -135,6 +135,17 @@ class Settings:
         return self.auth == "keys" or bool(self.admin_key or self.has_issuers or self.has_principals)
 
     @property
+    def credentials(self) -> tuple[str, ...]:
+        """The kinds of credentials that are accepted; empty if none is needed."""
+        more = {"tokens": self.has_issuers, "certificates": self.has_principals}
+        return ("keys", *(kind for kind, given in more.items() if given)) if self.has_credentials else ()
+
+    @property
+    def tls_by(self) -> str:
+        """What terminates TLS: "server", "proxy" or "none"."""
+        return "server" if self.has_tls else "proxy" if self.behind_tls_proxy else "none"
+
+    @property
     def has_issuers(self) -> bool:
         return bool(self.issuers or self.listed_issuers)
 

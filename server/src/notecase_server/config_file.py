@@ -61,7 +61,7 @@ class ConfigFile:
     principals: Mapping[str, Principal] = field(default_factory=dict)
     mcp_servers: Mapping[str, McpServerSettings] = field(default_factory=dict)
     exposed: tuple[Path, ...] = ()
-    """Files with secrets that others on this machine can read."""
+    """The files of `key_file` that all users of this machine can read."""
     mistakes: tuple[Mistake, ...] = ()
 
 
@@ -96,6 +96,14 @@ def read_config(path: Path, complaint: Callable[[str, object], str]) -> ConfigFi
         exposed=tuple(secrets.exposed),
         mistakes=tuple(top.mistakes),
     )
+
+
+def is_exposed(path: Path) -> bool:
+    """Whether all users of this machine can read a file. False for one that is missing."""
+    try:
+        return bool(path.stat().st_mode & 0o004)
+    except OSError:
+        return False
 
 
 def by_key(mistake: Mistake) -> Mistake:
@@ -147,7 +155,7 @@ class _Secrets:
     def _file(self, table: Table, path: Path) -> str:
         try:
             value = path.read_text().strip()
-            if path.stat().st_mode & 0o044:
+            if is_exposed(path):
                 self.exposed.append(path)
         except (OSError, UnicodeError):
             table.check(False, "key_file", f"{path} cannot be read as text.")

@@ -435,6 +435,18 @@ def quota_exceeded(noun: str, limit: int, where: str) -> NotecaseError:
     )
 
 
+def content_quota_exceeded(limit: int, stored: int, uploading: int, more: int) -> NotecaseError:
+    """As `quota_exceeded`, for the bytes of a tenant's content; `more` is 0 if it is unknown."""
+    needed = f", and this needs {more} more" if more else ""
+    return NotecaseError(
+        v1.ERROR_REASON_QUOTA_EXCEEDED,
+        f"The operator of this server allows {counted(limit, 'byte')} of content in a tenant: {stored} are stored and "
+        f"{uploading} belong to unfinished uploads{needed}.",
+        metadata={"limit": limit},
+        quota=f"bytes of content in a tenant: {limit}",
+    )
+
+
 def too_busy(what: str) -> NotecaseError:
     """The server has no room for it just now, through no fault of this call; `what` is what it cannot do."""
     return NotecaseError(v1.ERROR_REASON_RATE_LIMITED, f"The server is too busy to {what}; try again shortly.")

@@ -377,7 +377,15 @@ class Server:
         self._supervisor.service("refusals", self._refusals.keep_writing)
         self._supervisor.service("files", self._files.keep_looking)
         self._supervisor.service("tenancy", self._tenancy.keep_looking)
-        log.info("server_started", listen=self._settings.listen, port=self.port, store=self._store.kind)
+        log.info(
+            "server_started",
+            version=__version__,
+            listen=self._settings.listen,
+            port=self.port,
+            store=self._store.kind,
+            tls=self._settings.tls_by,
+            auth=", ".join(self._settings.credentials) or "none",
+        )
         if self._settings.insecure:
             log.warning("server_insecure", problem="Everybody who reaches the port may do all.")
         return self.port

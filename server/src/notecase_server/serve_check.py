@@ -6,15 +6,16 @@ from contextlib import suppress
 from notecase_server.auth.settings import IssuerSettings, read_issuers
 from notecase_server.auth.tables import Mistake, SettingsError
 from notecase_server.config import Settings
+from notecase_server.serve_stores import driver_problem
 from notecase_server.tools.contract import ToolSettingsError
 from notecase_server.tools.mcp_settings import program_problem
 from notecase_server.tools.toolbox import make_toolbox
 
 
 def missing_parts(settings: Settings, listed: Collection[str]) -> list[Mistake]:
-    """Returns what is wrong with the modules of tools, which are imported, with the files of issuers' keys and with the
-    programs of MCP servers. Nothing is connected or started. `listed` has the names of the MCP servers that are not
-    from a file of their own."""
+    """Returns what is wrong with the modules of tools, which are imported, with the files of issuers' keys, with the
+    programs of MCP servers and with the store's driver. Nothing is connected or started. `listed` has the names of the
+    MCP servers that are not from a file of their own."""
     tries = [*((module,) for module in settings.tools), settings.tools]
     found = [Mistake("--tools", text) for text in dict.fromkeys(filter(None, map(_tools_problem, tries)))]
     found += _jwks_mistakes("issuer", settings.listed_issuers)
@@ -24,6 +25,8 @@ def missing_parts(settings: Settings, listed: Collection[str]) -> list[Mistake]:
         if problem := program_problem(server):
             place = f"mcp.{name}" if name in listed else f"--mcp-config mcpServers.{name}"
             found.append(Mistake(f"{place}.command", problem))
+    if problem := driver_problem(settings.store):
+        found.append(Mistake("--store", problem))
     return found
 
 

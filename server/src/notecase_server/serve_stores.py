@@ -1,5 +1,6 @@
 """Which store a URL means, and what an operator does with a whole store."""
 
+import importlib.util
 import os
 import secrets
 import socket
@@ -42,6 +43,15 @@ class Database:
 
 DATABASE = Database()
 
+NO_DRIVER = "A PostgreSQL store needs a driver that is not installed: install notecase-server[postgres]."
+
+
+def driver_problem(url: str) -> str:
+    """Says that the packages which the store of a URL needs are not installed; empty if they are."""
+    missing = url.partition(":")[0] in POSTGRES and importlib.util.find_spec("asyncpg") is None
+    return NO_DRIVER if missing else ""
+
+
 Waiting = Callable[[], Awaitable[None]]
 """Called when the wait for the end of another owner begins."""
 
@@ -57,9 +67,11 @@ async def open_store(url: str, clock: Clock, database: Database = DATABASE, wait
     if kind == "sqlite" and path:
         return await SqliteStore.open(path, clock)
     if kind in POSTGRES:
+        if problem := driver_problem(url):
+            raise StoreOpenError(problem)
         from notecase_server.store.postgres import PostgresStore  # noqa: PLC0415  # asyncpg is an extra
 
-        access, lease = await _own(url, database, waiting)
+        access, lease, _ = await _own(url, database, waiting)
         try:
             return await PostgresStore.open(
                 url,
@@ -77,14 +89,14 @@ async def open_store(url: str, clock: Clock, database: Database = DATABASE, wait
 
 async def _own(
     url: str, database: Database, waiting: Waiting | None = None, unfinished: bool = False
-) -> "tuple[Access, PostgresLease]":
-    """Becomes the owner of a PostgreSQL store, as `postgres_database.own` has it."""
-    try:
-        from notecase_server.store.postgres_database import Access, own, reach  # noqa: PLC0415  # asyncpg is an extra
-        from notecase_server.store.postgres_lease import PostgresLease  # noqa: PLC0415
-    except ImportError as error:
-        text = "PostgreSQL needs more packages: install notecase-server[postgres]."
-        raise StoreOpenError(text) from error
+) -> "tuple[Access, PostgresLease, int]":
+    """Becomes the owner of a PostgreSQL store, as `postgres_database.own` has it. The number is that of the schema
+    before."""
+    if problem := driver_problem(url):
+        raise StoreOpenError(problem)
+    from notecase_server.store.postgres_database import Access, own, reach  # noqa: PLC0415  # asyncpg is an extra
+    from notecase_server.store.postgres_lease import PostgresLease  # noqa: PLC0415
+
     if (file := database.password_file) is not None:
         try:
             file.read_text()
@@ -94,8 +106,7 @@ async def _own(
     lease = PostgresLease(
         access.dial, f"{socket.gethostname()}:{os.getpid()} ({secrets.token_hex(4)})", _uptime, database.lease
     )
-    await own(access, lease, waiting, database.migrate, unfinished)
-    return access, lease
+    return access, lease, await own(access, lease, waiting, database.migrate, unfinished)
 
 
 def _uptime() -> float:
@@ -136,7 +147,7 @@ async def renew(url: str, new_uid: Callable[[], str], database: Database = DATAB
         return sqlite_renewal.renew(Path(path), new_uid)
     if kind not in POSTGRES:
         raise _no_store(url, "sqlite:PATH")
-    access, lease = await _own(url, database)
+    access, lease, _ = await _own(url, database)
     from notecase_server.store.postgres_database import dialled, place, telling  # noqa: PLC0415  # asyncpg is an extra
     from notecase_server.store.postgres_renewal import renew as renew_all  # noqa: PLC0415
 
@@ -148,13 +159,17 @@ async def renew(url: str, new_uid: Callable[[], str], database: Database = DATAB
         await lease.release()
 
 
-async def migrate(url: str, database: Database = DATABASE) -> None:
-    """Makes the tables of a PostgreSQL store, or brings them up to date, while no server owns it. Raises StoreOpenError
-    with a sentence for whoever asked."""
+async def migrate(url: str, database: Database = DATABASE) -> tuple[int, int]:
+    """Makes the tables of a PostgreSQL store, or brings them up to date, while no server owns it. Returns the number
+    of the schema before, 0 if there was none, and that of this notecase. Raises StoreOpenError with a sentence
+    for whoever asked."""
     if url.partition(":")[0] not in POSTGRES:
         raise StoreOpenError("Only a PostgreSQL store needs this; a SQLite file is upgraded when it is opened.")
-    _, lease = await _own(url, database)
+    _, lease, former = await _own(url, database)
     await lease.release()
+    from notecase_server.store.postgres_schema import VERSION  # noqa: PLC0415  # only this command needs it
+
+    return former, VERSION
 
 
 async def copy(source: str, target: str, progress: Progress) -> dict[str, str]:
@@ -178,7 +193,7 @@ async def open_rows(url: str, is_target: bool) -> StoreRows:
         return SqliteRows.open_target(Path(path)) if is_target else SqliteRows.open_source(Path(path))
     if kind not in POSTGRES:
         raise _no_store(url, "sqlite:PATH")
-    access, lease = await _own(url, Database(migrate=is_target), unfinished=is_target)
+    access, lease, _ = await _own(url, Database(migrate=is_target), unfinished=is_target)
     from notecase_server.store.postgres_database import place, telling  # noqa: PLC0415  # asyncpg is an extra
     from notecase_server.store.postgres_rows import PostgresRows  # noqa: PLC0415
 

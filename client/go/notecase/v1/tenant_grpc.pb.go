@@ -45,8 +45,8 @@ type TenantServiceClient interface {
 	ListTenants(ctx context.Context, in *ListTenantsRequest, opts ...grpc.CallOption) (*ListTenantsResponse, error)
 	// Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds,
 	// and cancels active and queued runs, now and whenever a deadline starts one. Runs that wait keep waiting, and
-	// nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns
-	// the first answer.
+	// nothing is deleted. NOT_FOUND when the tenant is not known and has no data; one that has data becomes known. Does
+	// nothing when the tenant is suspended already. A repeat with the same request_id returns the first answer.
 	SuspendTenant(ctx context.Context, in *SuspendTenantRequest, opts ...grpc.CallOption) (*Tenant, error)
 	// Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
 	// with the same request_id returns the first answer.
@@ -172,8 +172,8 @@ type TenantServiceServer interface {
 	ListTenants(context.Context, *ListTenantsRequest) (*ListTenantsResponse, error)
 	// Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds,
 	// and cancels active and queued runs, now and whenever a deadline starts one. Runs that wait keep waiting, and
-	// nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns
-	// the first answer.
+	// nothing is deleted. NOT_FOUND when the tenant is not known and has no data; one that has data becomes known. Does
+	// nothing when the tenant is suspended already. A repeat with the same request_id returns the first answer.
 	SuspendTenant(context.Context, *SuspendTenantRequest) (*Tenant, error)
 	// Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
 	// with the same request_id returns the first answer.

@@ -104,8 +104,8 @@ class TenantServiceServicer(object):
     def SuspendTenant(self, request, context):
         """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds,
         and cancels active and queued runs, now and whenever a deadline starts one. Runs that wait keep waiting, and
-        nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns
-        the first answer.
+        nothing is deleted. NOT_FOUND when the tenant is not known and has no data; one that has data becomes known. Does
+        nothing when the tenant is suspended already. A repeat with the same request_id returns the first answer.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,8 +47,8 @@ class TenantServiceStub:
     SuspendTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.SuspendTenantRequest, _tenant_pb2.Tenant]
     """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds,
     and cancels active and queued runs, now and whenever a deadline starts one. Runs that wait keep waiting, and
-    nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns
-    the first answer.
+    nothing is deleted. NOT_FOUND when the tenant is not known and has no data; one that has data becomes known. Does
+    nothing when the tenant is suspended already. A repeat with the same request_id returns the first answer.
     """
     ResumeTenant: _grpc.UnaryUnaryMultiCallable[_tenant_pb2.ResumeTenantRequest, _tenant_pb2.Tenant]
     """Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
@@ -91,8 +91,8 @@ class TenantServiceAsyncStub(TenantServiceStub):
     SuspendTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.SuspendTenantRequest, _tenant_pb2.Tenant]  # type: ignore[assignment]
     """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds,
     and cancels active and queued runs, now and whenever a deadline starts one. Runs that wait keep waiting, and
-    nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns
-    the first answer.
+    nothing is deleted. NOT_FOUND when the tenant is not known and has no data; one that has data becomes known. Does
+    nothing when the tenant is suspended already. A repeat with the same request_id returns the first answer.
     """
     ResumeTenant: _aio.UnaryUnaryMultiCallable[_tenant_pb2.ResumeTenantRequest, _tenant_pb2.Tenant]  # type: ignore[assignment]
     """Accepts calls of the tenant again. NOT_FOUND when it is not known. Does nothing when the tenant is not suspended. A repeat
@@ -156,8 +156,8 @@ class TenantServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_tenant_pb2.Tenant, _abc.Awaitable[_tenant_pb2.Tenant]]:
         """Refuses every call of the tenant from now on (PERMISSION_DENIED TENANT_SUSPENDED), ends its streams within seconds,
         and cancels active and queued runs, now and whenever a deadline starts one. Runs that wait keep waiting, and
-        nothing is deleted. Does nothing when the tenant is suspended already. A repeat with the same request_id returns
-        the first answer.
+        nothing is deleted. NOT_FOUND when the tenant is not known and has no data; one that has data becomes known. Does
+        nothing when the tenant is suspended already. A repeat with the same request_id returns the first answer.
         """
 
     @_abc_1.abstractmethod

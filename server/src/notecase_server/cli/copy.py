@@ -19,6 +19,8 @@ PROGRESS_SECONDS = 2.0
 def copy(source: str, target: str) -> None:
     """Copy a whole store into an empty store.
 
+    The password of a PostgreSQL store is taken from PGPASSWORD, a password file (~/.pgpass, passfile) or the URL.
+
     Both stores must be closed; the source is not changed. Repeat the command to continue an interrupted copy. At the
     end it compares all rows of both stores and prints the SHA-256 of each table; before that, no server opens the copy.
     """

@@ -13,14 +13,19 @@ from notecase_server.cli.connection import Exit, Refusal, connection, unreachabl
 from notecase_server.cli.options import OUTPUT, SERVER
 from notecase_server.loopback import is_loopback
 
+LIVENESS = "liveness"
+"""The service that is healthy as long as the process answers, named as `rpc.ops` names it."""
+
 
 @click.command()
+@click.option("--liveness", is_flag=True, help="Ask only whether the process answers: for a probe that restarts it.")
 @OUTPUT
 @SERVER
-def health(form: str) -> None:
+def health(liveness: bool, form: str) -> None:
     """Show whether a server is healthy.
 
-    The exit code is 0 if the server serves, 1 if it answers that it does not, and 4 if it does not answer.
+    The exit code is 0 if the server serves, 1 if it answers that it does not, and 4 if it does not answer. A server
+    that waits for its store serves nothing, but is healthy with --liveness.
     """
     server, given = connection()
     ca = given.get("ca")
@@ -32,7 +37,7 @@ def health(form: str) -> None:
         channel = grpc.aio.secure_channel(server, credentials) if credentials else grpc.aio.insecure_channel(server)
         async with channel:
             stub: Any = health_pb2_grpc.HealthStub(channel)  # its types know no methods
-            answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=3)
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=LIVENESS if liveness else ""), timeout=3)
         _print(health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status), form)
         return 0 if answer.status == health_pb2.HealthCheckResponse.SERVING else 1
 

@@ -25,6 +25,12 @@ def migrate(store: str, store_password_file: Path | None) -> None:
     """
     configure_logging("console", "info")
     try:
-        asyncio.run(serve_stores.migrate(store, Database(password_file=store_password_file)))
+        former, schema = asyncio.run(serve_stores.migrate(store, Database(password_file=store_password_file)))
     except StoreOpenError as error:
         raise click.ClickException(str(error)) from None
+    if not former:
+        click.echo(f"created the tables, schema {schema}")
+    elif former < schema:
+        click.echo(f"upgraded the tables from schema {former} to {schema}")
+    else:
+        click.echo(f"up to date, schema {former}")

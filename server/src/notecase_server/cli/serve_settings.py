@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import click
 import structlog
+from click.core import ParameterSource
 
 from notecase_server.auth.tables import Mistake, SettingsError
 from notecase_server.cli.options import DEFAULT_ADDRESS
@@ -17,7 +18,7 @@ from notecase_server.config import (
     admin_key_from_environment,
     providers_from_environment,
 )
-from notecase_server.config_file import PROVIDER_DEFAULTS, ConfigFile, by_key, read_config
+from notecase_server.config_file import KEYS, PROVIDER_DEFAULTS, ConfigFile, by_key, is_exposed, read_config
 from notecase_server.serve import ProviderSettingsError, check_provider, settings_mistakes
 from notecase_server.serve_check import missing_parts
 from notecase_server.tools.contract import ToolSettingsError
@@ -49,12 +50,46 @@ def settings(values: Mapping[str, Any]) -> Settings:
     """Returns the settings of the command that runs, by the values of its options. Raises ToolSettingsError for the
     file of MCP servers, and SettingsError."""
     found = click.get_current_context().meta.get(_FOUND, ConfigFile())
-    for path in found.exposed:
-        log.warning("secret_exposed", file=str(path), problem="Other users of this machine can read it.")
     made = _settings(values, found)
+    for path in exposed(made, found):
+        log.warning("secret_exposed", file=str(path), problem="Other users of this machine can read it.")
+    if overridden := _overridden(values, found):
+        log.warning("config_overridden", keys=overridden)
     if mistakes := settings_mistakes(made):
         raise SettingsError(mistakes)
     return made
+
+
+def exposed(made: Settings, found: ConfigFile) -> list[Path]:
+    """Returns the files with secrets that all users of this machine can read."""
+    files = (made.tls_key, made.store_password_file)
+    return [*found.exposed, *(path for path in files if path is not None and is_exposed(path))]
+
+
+def _overridden(values: Mapping[str, Any], found: ConfigFile) -> list[str]:
+    """Returns the keys of the file to which an option or its variable gives another value, each with what does so."""
+    context = click.get_current_context()
+    told = []
+    for option in context.command.params:
+        if not isinstance(option, click.Option) or option.name not in found.options:
+            continue
+        by = {ParameterSource.COMMANDLINE: option.opts[0], ParameterSource.ENVIRONMENT: str(option.envvar)}
+        name = by.get(context.get_parameter_source(option.name) or ParameterSource.DEFAULT)
+        if name and values[option.name] != option.process_value(context, found.options[option.name]):
+            told.append(f"{KEYS[option.name]} by {name}")
+    return told
+
+
+def overriding_variables(command: click.Command, found: ConfigFile) -> dict[str, str]:
+    """Returns the variables that are set and take precedence over keys of the file, by key."""
+    context = click.Context(command)
+    return {
+        KEYS[option.name]: str(option.envvar)
+        for option in command.params
+        if isinstance(option, click.Option)
+        and option.name in found.options
+        and option.resolve_envvar_value(context) is not None
+    }
 
 
 class Checked(NamedTuple):

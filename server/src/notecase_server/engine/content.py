@@ -44,8 +44,8 @@ UPLOAD_MICROSECONDS = 24 * 60 * 60 * 1_000_000
 
 BINARY = "application/octet-stream"
 
-WRONG = frozenset({v1.ERROR_REASON_BLOB_CORRUPT, v1.ERROR_REASON_PAYLOAD_TOO_LARGE})
-"""What sending more cannot mend."""
+WRONG = frozenset({v1.ERROR_REASON_BLOB_CORRUPT, v1.ERROR_REASON_PAYLOAD_TOO_LARGE, v1.ERROR_REASON_QUOTA_EXCEEDED})
+"""Errors after which an upload's bytes are dropped: sending more does not help, and the bytes count for the quota."""
 
 
 class Limits(NamedTuple):
@@ -86,13 +86,13 @@ class Contents:
         gives. When they break off, what has come is kept if the caller named the upload. Where the caller is bound to a
         `user` ("users/{user}"), a blob that it cannot know of does not count as sent.
 
-        Raises NotecaseError BLOB_CORRUPT, PAYLOAD_TOO_LARGE, UPLOAD_OFFSET_MISMATCH, REQUEST_ID_REUSED,
-        SERVER_DRAINING; what `frames` raises."""
+        Raises NotecaseError BLOB_CORRUPT, PAYLOAD_TOO_LARGE, QUOTA_EXCEEDED, UPLOAD_OFFSET_MISMATCH,
+        REQUEST_ID_REUSED, SERVER_DRAINING; what `frames` raises."""
         self._check_size(first.blob.size_bytes)
         stored = await self._stored(tenant, first.blob, subject, user)
         if stored is None:
             upload_id = first.upload_id or self._new_id()
-            upload = await self._store.open_upload(tenant, upload_id, self._clock() + UPLOAD_MICROSECONDS)
+            upload = await self._opened(tenant, upload_id, first.blob.size_bytes)
             if not upload.HasField("blob"):
                 stored = await self._received(tenant, upload, first, frames, subject)
             elif _differs(first.blob, upload.blob):
@@ -105,6 +105,16 @@ class Contents:
             media_type=first.blob.media_type,
             filename=first.blob.filename,
         )
+
+    async def _opened(self, tenant: str, upload_id: str, size: int) -> v1.Upload:
+        expire_time = self._clock() + UPLOAD_MICROSECONDS
+        try:
+            return await self._store.open_upload(tenant, upload_id, expire_time, size)
+        except NotecaseError as error:
+            if error.reason in WRONG:  # what an earlier call has sent of it
+                with suppress(NotecaseError):
+                    await self._store.drop_upload(tenant, upload_id)
+            raise
 
     async def _stored(self, tenant: str, said: v1.Blob, subject: str, user: str) -> v1.Blob | None:
         """The blob that the first frame names, if it is here for its caller; it then counts as uploaded just now."""

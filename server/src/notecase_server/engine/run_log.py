@@ -68,7 +68,7 @@ class RunLog:
         """What was answered, by input_id, until `Questions.hand_out` has given it to the tools that asked."""
         self.spent: v1.Usage | None = None
         """What the last call of a model took, as far as its provider told and no commit has counted."""
-        self.log = log.bind(session=live.key.session, run=active.run.name)
+        self.log = log.bind(tenant=live.key.tenant, session=live.key.session, run=active.run.name)
         self._know(session, ())
 
     @property

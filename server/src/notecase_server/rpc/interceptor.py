@@ -150,6 +150,8 @@ class Doorway(grpc.aio.ServerInterceptor):
             return
         principal = await self._principal(one)
         caller.set(Caller(principal, who.request_id, who.method))
+        if principal.subject:
+            structlog.contextvars.bind_contextvars(tenant=principal.tenant, subject=principal.subject)
         if (refusal := rights.refusal(principal, who.method)) is not None:
             raise refusal
         one.principal = principal
@@ -158,7 +160,6 @@ class Doorway(grpc.aio.ServerInterceptor):
         if self._principals is not None and rights.leaves_traces(who.method):
             name = await self._principals.name(principal, principal.tenant)
             caller.set(Caller(principal, who.request_id, who.method, name))
-        structlog.contextvars.bind_contextvars(tenant=principal.tenant, subject=principal.subject)
 
     async def _principal(self, one: UnderWay) -> Principal:
         found = await self._chain.principal(one.context.invocation_metadata() or (), one.context.auth_context)

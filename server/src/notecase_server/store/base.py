@@ -282,9 +282,9 @@ class TableStore(ABC):
     async def read_blob(self, tenant: str, sha256: str, offset: int) -> bytes:
         return await self._read(lambda tables: content.read_blob(tables, tenant, sha256, offset))
 
-    async def open_upload(self, tenant: str, upload_id: str, expire_time: int) -> v1.Upload:
+    async def open_upload(self, tenant: str, upload_id: str, expire_time: int, size: int = 0) -> v1.Upload:
         return await self._write(
-            lambda tables, _: content.open_upload(tables, tenant, upload_id, expire_time, self.quotas),
+            lambda tables, _: content.open_upload(tables, tenant, upload_id, expire_time, self.quotas, size),
             _content(tenant),
         )
 

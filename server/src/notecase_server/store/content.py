@@ -117,12 +117,16 @@ def _upload(tables: Tables, tenant: str, upload_id: str) -> UploadRow:
     return row
 
 
-def open_upload(tables: Tables, tenant: str, upload_id: str, expire_time: int, quotas: Quotas) -> v1.Upload:
+def open_upload(
+    tables: Tables, tenant: str, upload_id: str, expire_time: int, quotas: Quotas, size: int = 0
+) -> v1.Upload:
     """Store.open_upload."""
     row = tables.upload(tenant, upload_id)
     if row is None:
         require_upload(tables, quotas, tenant)
-        require_content(tables, quotas, tenant)
+    if row is None or (not row.sha256 and size > row.size):
+        require_content(tables, quotas, tenant, size - row.size if row else size)
+    if row is None:
         row = UploadRow(tables.new_content(), 0, expire_time, "")
     row = row if row.sha256 else row._replace(expire_time=expire_time)
     tables.put_upload(tenant, upload_id, row)

@@ -669,15 +669,17 @@ class BlobStore(Protocol):
         """From that byte to the end of the piece that holds it; empty at the end and beyond. BLOB_NOT_FOUND."""
         ...
 
-    async def open_upload(self, tenant: str, upload_id: str, expire_time: int) -> v1.Upload:
-        """The upload of that id, made if there is none. One under way then lasts until `expire_time`."""
+    async def open_upload(self, tenant: str, upload_id: str, expire_time: int, size: int = 0) -> v1.Upload:
+        """The upload of that id, made if there is none. One under way then lasts until `expire_time`. `size` is how
+        many bytes it will have, 0 if that is not known. QUOTA_EXCEEDED when that is more than the tenant may store."""
         ...
 
     async def get_upload(self, tenant: str, upload_id: str) -> v1.Upload | None: ...
 
     async def add_chunk(self, tenant: str, upload_id: str, offset: int, data: bytes) -> None:
         """Appends to an upload; durable when it returns. UPLOAD_OFFSET_MISMATCH when the upload does not end at
-        `offset`, or is complete. BLOB_NOT_FOUND when there is none."""
+        `offset`, or is complete. BLOB_NOT_FOUND when there is none, QUOTA_EXCEEDED when the tenant may store no
+        more."""
         ...
 
     async def read_upload(self, tenant: str, upload_id: str, offset: int) -> bytes:
@@ -776,8 +778,8 @@ class TenantStore(Protocol):
     async def set_tenant_state(
         self, tenant: str, state: v1.Tenant.State.ValueType, once: Once | None = None
     ) -> v1.Tenant:
-        """Changes the state of a tenant, and makes it known when it is to be suspended; else TENANT_NOT_FOUND. One that
-        is being removed stays so."""
+        """Changes the state of a known tenant. A tenant that is not known but has data becomes known when it is
+        suspended. TENANT_NOT_FOUND otherwise. One that is being removed stays so."""
         ...
 
     async def list_user_states(self, tenant: str, query: Query) -> Page[str]:

@@ -229,7 +229,7 @@ class _MemoryTables(Saving):
         made = _Request(Recorded(once.digest, response, about, owner), now)
         self._tenants[once.tenant].requests[once.subject, once.rpc, once.request_id] = made
 
-    def kept(self, kind: Kept, tenant: str, *within: str) -> int:
+    def kept(self, kind: Kept, tenant: str, *within: str, more: int = 1) -> int:
         rows = self._tenants[tenant]
         match kind:
             case "revisions":
@@ -240,8 +240,9 @@ class _MemoryTables(Saving):
                 state = rows.states.get((within[0], within[1]))
                 return len(state.entries) if state else 0
             case "blob_bytes":
-                under_way = (row.size for row in rows.uploads.values() if not row.sha256)
-                return sum(blob.row.size for blob in rows.blobs.values()) + sum(under_way)
+                return sum(blob.row.size for blob in rows.blobs.values()) + self.kept("upload_bytes", tenant)
+            case "upload_bytes":
+                return sum(row.size for row in rows.uploads.values() if not row.sha256)
             case "requests":
                 return len(rows.requests)
             case "sessions":
@@ -857,6 +858,10 @@ class _MemoryTables(Saving):
             row = v1.Tenant.FromString(self._known[tenant])
             if query.after is None or (row.name,) > query.after:
                 yield Found((row.name,), row, len(self._known[tenant]))
+
+    def has_data(self, tenant: str) -> bool:
+        rows = self._tenants[tenant]
+        return bool(rows.sessions or rows.states or rows.agents or rows.blobs or rows.uploads)
 
     def has_deleted_sessions(self, tenant: str) -> bool:
         return bool(self._tenants[tenant].deleted)

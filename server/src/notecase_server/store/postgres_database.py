@@ -1,12 +1,13 @@
 """The database of a PostgreSQL store: found fit and brought up to date, or refused with a sentence."""
 
+import os
 import re
 import secrets
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import asyncpg
 import structlog
@@ -42,6 +43,13 @@ OLDEST_SERVER = 14
 
 UNFINISHED = "unfinished_copy"
 """A table that only a store has that another one is being copied into."""
+
+
+FILES = frozenset({"sslrootcert", "sslcert", "sslkey", "passfile"})
+"""Parameters of a URL that name files."""
+
+PARAMETER = re.compile(r'"(\w+)"')
+"""The name of a parameter in a message of PostgreSQL."""
 
 
 class Access(NamedTuple):
@@ -114,7 +122,8 @@ async def connect(access: Access, connections: int, lease: PostgresLease | None 
 async def reach(access: Access) -> Access:
     """Returns the access that works: without prepared statements where a pooler is in between that does not keep them.
 
-    Raises StoreOpenError."""
+    Raises StoreOpenError, also for a file of the URL that is missing."""
+    require_files(access.url)
     if not access.prepared:
         return access
     where = place(access.url)
@@ -128,6 +137,14 @@ async def reach(access: Access) -> Access:
         problem="A pooler is in between that keeps no prepared statements: each statement takes another round trip.",
     )
     return access._replace(prepared=False)
+
+
+def require_files(url: str) -> None:
+    """Raises StoreOpenError for a file that the URL names and that cannot be read: the driver's error is the same as
+    that of a server that is away."""
+    for key, path in parse_qsl(urlsplit(url).query):
+        if key in FILES and not os.access(path, os.R_OK):
+            raise StoreOpenError(f"{place(url)}: the file of {key} cannot be read.")
 
 
 async def keeps_statements(connection: Any) -> bool:
@@ -181,16 +198,17 @@ async def own(
     waiting: Callable[[], Awaitable[None]] | None,
     may_migrate: bool,
     unfinished: bool = False,
-) -> None:
+) -> int:
     """Becomes the owner of a database, and then brings its schema up to date. An empty database gets its tables first.
-    `waiting` is as for PostgresLease.take.
+    Returns the number of the schema before, 0 if there was none. `waiting` is as for PostgresLease.take.
 
     Raises StoreOpenError, also for an older schema where it may not migrate, and for an unfinished copy of another
     store unless `unfinished` says that one will do."""
     where = place(access.url)
     with telling(where):
         async with dialled(access) as connection:
-            if not await check(connection, where) or not may_migrate:
+            former = await check(connection, where)
+            if not former or not may_migrate:
                 await require(connection, where, may_migrate)
         await lease.take(waiting)
         try:
@@ -202,6 +220,7 @@ async def own(
         except BaseException:
             await lease.release()
             raise
+    return former
 
 
 async def require(connection: Any, where: str, may_migrate: bool) -> None:
@@ -209,9 +228,10 @@ async def require(connection: Any, where: str, may_migrate: bool) -> None:
     if may_migrate:
         await migrate(connection, where)
     elif (version := await check(connection, where)) < VERSION:
-        found = (
-            f"has the schema {version}, and this notecase needs {VERSION}" if version else "has no tables of notecase"
-        )
+        found = f"has the schema {version}, and this notecase needs {VERSION}"
+        if not version:
+            schema = await connection.fetchval("SELECT current_schema()")
+            found = f"has no tables of notecase in {schema}, the first schema of its search_path that this user may use"
         raise StoreOpenError(f"{where} {found}. Run notecase migrate --store URL, or leave out --no-migrate.")
 
 
@@ -291,7 +311,10 @@ async def check(connection: Any, where: str) -> int:
     if recovering:
         raise StoreOpenError(f"{where} is a standby, which cannot be written. Name the primary.")
     if schema is None:
-        raise StoreOpenError(f"{where} has none of the schemas in its search_path. Create one, or name another.")
+        raise StoreOpenError(
+            f"{where} has none of the schemas in its search_path, or its user may use none of them. Create "
+            "one, grant USAGE on it, or set another search_path."
+        )
     foreign = StoreOpenError(f"{where} is a database of another program. Choose another database or schema.")
     if not ours:
         if tables:
@@ -315,7 +338,7 @@ async def check(connection: Any, where: str) -> int:
 def refusal(where: str, error: BaseException) -> str:
     code = sqlstate(error)
     if code in {"42501", "25006"}:
-        right = "is read-only" if code == "25006" else "does not let this user create tables"
+        right = "is read-only" if code == "25006" else "does not let this user create tables, or use those of notecase"
         return f"{where} {right}. Grant the right, or choose another user or database."
     if code[:2] == "28":
         return f"{where} does not accept this user or password."
@@ -327,7 +350,11 @@ def refusal(where: str, error: BaseException) -> str:
         return f"{where} did not agree on TLS. Check sslmode, sslrootcert and the names in the server's certificate."
     if isinstance(error, asyncpg.TargetServerAttributeNotMatched):
         return f"{where} has no server with the target_session_attrs of the URL. Name the primary, or start it."
+    if code == "42704" and (unknown := PARAMETER.search(str(error))):
+        return f"{where}: there is no parameter {unknown[1]}. Check the spelling of the URL's parameters."
     if isinstance(error, ValueError):
+        if "root certificate" in str(error):
+            return f"{where}: its sslmode needs the CA certificates of the server. Name their file in sslrootcert."
         return f"{where} has invalid parameters."
     if isinstance(error, OSError | TimeoutError | asyncpg.PostgresConnectionError) or code[:3] == "57P":
         return f"{where} cannot be reached. Start it, or choose another."

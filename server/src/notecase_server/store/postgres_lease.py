@@ -31,6 +31,10 @@ AWAY = (
 while the file with the password is not what it should be."""
 
 
+UNREACHABLE_SECONDS = 60.0
+"""How often a server that waits for its store logs that the database is away."""
+
+
 class Owner(NamedTuple):
     """The row, as it was read."""
 
@@ -99,6 +103,7 @@ class PostgresLease:
     async def _wait(self, waiting: Callable[[], Awaitable[None]] | None) -> str:
         """Claims the store once it can be; returns the name of the owner before."""
         seen, since, told = UNKNOWN, self._clock(), list[str]()
+        next_line = since
         while True:
             begun = self._clock()
             try:
@@ -113,7 +118,9 @@ class PostgresLease:
                 if waiting is None:
                     raise
                 seen = UNKNOWN
-                log.warning("store_unreachable", error=type(error).__name__)
+                if begun >= next_line:
+                    next_line = begun + UNREACHABLE_SECONDS
+                    log.warning("store_unreachable", error=type(error).__name__)
             if waiting is not None and seen.name not in told:
                 if not told:
                     await waiting()

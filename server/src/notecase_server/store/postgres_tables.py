@@ -70,6 +70,9 @@ takes away at once. With each, how a row is found within a session, and how many
 STATE_ROWS = (("entries", "key", "length(body)"), ("blob_references", "key, sha256", "0"))
 """The same of the tables that hold rows of a state."""
 
+DATA_TABLES = ("sessions", "states", "agents", "blobs", "uploads")
+"""The tables of which a tenant that has data has rows in at least one."""
+
 TENANT_ROWS = (
     ("entries", "kind, id, key"),
     ("states", "kind, id"),
@@ -119,6 +122,7 @@ KEPT: Mapping[Kept, str] = {
     "uploads": "SELECT count(*) FROM uploads WHERE tenant = $1",
     "blob_bytes": """SELECT (coalesce((SELECT sum(size) FROM blobs WHERE tenant = $1), 0)
         + coalesce((SELECT sum(size) FROM uploads WHERE tenant = $1 AND sha256 = ''), 0))::bigint""",
+    "upload_bytes": "SELECT coalesce(sum(size), 0)::bigint FROM uploads WHERE tenant = $1 AND sha256 = ''",
 }
 
 
@@ -364,11 +368,11 @@ class PostgresTables:
         self._counts.add("requests", once.tenant)
         self._do(ADD_REQUEST, *once[:4], once.digest, response, about, owner, now)
 
-    def kept(self, kind: Kept, tenant: str, *within: str) -> int:
+    def kept(self, kind: Kept, tenant: str, *within: str, more: int = 1) -> int:
         quotas, tallies, alone = self._counts
         if kind not in TALLIED:
             return int(self._one(KEPT[kind], tenant, *within)[0])
-        below = tallies.below(kind, tenant, quotas)
+        below = tallies.below(kind, tenant, quotas, more)
         if below is None:
             if not alone:
                 raise CountedAloneError
@@ -1066,6 +1070,9 @@ class PostgresTables:
         for _, body, size, _ in rows:
             row = v1.Tenant.FromString(body)
             yield Found((row.name,), row, size)
+
+    def has_data(self, tenant: str) -> bool:
+        return any(self._one(f"SELECT 1 FROM {table} WHERE tenant = $1 LIMIT 1", tenant) for table in DATA_TABLES)
 
     def has_deleted_sessions(self, tenant: str) -> bool:
         return self._one("SELECT 1 FROM deleted_sessions WHERE tenant = $1 LIMIT 1", tenant) is not None

@@ -24,11 +24,11 @@ class Tallies:
     def __init__(self) -> None:
         self._most: dict[tuple[Kept, str], int] = {}
 
-    def below(self, kind: Kept, tenant: str, quotas: Quotas) -> int | None:
-        """Returns a tally that is below its bound; None where rows must be counted."""
+    def below(self, kind: Kept, tenant: str, quotas: Quotas, more: int = 1) -> int | None:
+        """Returns a tally that is within its bound with `more`; None where rows must be counted."""
         bounds: Mapping[str, int] = quotas._asdict()
         most = self._most.get((kind, tenant))
-        return most if most is not None and most < bounds[kind] else None
+        return most if most is not None and most + more <= bounds[kind] else None
 
     def counted(self, kind: Kept, tenant: str, count: int) -> None:
         """Takes note of how much there is."""

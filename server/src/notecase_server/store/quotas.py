@@ -49,10 +49,15 @@ def require_agent(tables: Tables, quotas: Quotas, tenant: str, agent_id: str, *,
         raise errors.quota_exceeded("revision", quotas.revisions, "of an agent")
 
 
-def require_content(tables: Tables, quotas: Quotas, tenant: str) -> None:
-    """More content."""
-    if quotas.blob_bytes and tables.kept("blob_bytes", tenant) >= quotas.blob_bytes:
-        raise errors.quota_exceeded("byte", quotas.blob_bytes, "of content in a tenant")
+def require_content(tables: Tables, quotas: Quotas, tenant: str, more: int = 0) -> None:
+    """More content; `more` bytes of it, if the number is known before they come."""
+    if not quotas.blob_bytes:
+        return
+    least = max(more, 1)
+    there = tables.kept("blob_bytes", tenant, more=least)
+    if there + least > quotas.blob_bytes:
+        uploading = tables.kept("upload_bytes", tenant)
+        raise errors.content_quota_exceeded(quotas.blob_bytes, there - uploading, uploading, more)
 
 
 def require_upload(tables: Tables, quotas: Quotas, tenant: str) -> None:

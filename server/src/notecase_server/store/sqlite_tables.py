@@ -88,6 +88,9 @@ takes away at once. With each, how a row is found within a session, and how many
 STATE_ROWS = (("entries", "key", "length(body)"), ("blob_references", "key, sha256", "0"))
 """The same of the tables that hold rows of a state."""
 
+DATA_TABLES = ("sessions", "states", "agents", "blobs", "uploads")
+"""The tables of which a tenant that has data has rows in at least one."""
+
 TENANT_ROWS = (
     ("entries", "kind, id, key"),
     ("states", "kind, id"),
@@ -167,6 +170,7 @@ KEPT: Mapping[Kept, str] = {
     "uploads": "SELECT count(*) FROM uploads WHERE tenant = ?",
     "blob_bytes": """SELECT coalesce((SELECT sum(size) FROM blobs WHERE tenant = ?1), 0)
         + coalesce((SELECT sum(size) FROM uploads WHERE tenant = ?1 AND sha256 = ''), 0)""",
+    "upload_bytes": "SELECT coalesce(sum(size), 0) FROM uploads WHERE tenant = ? AND sha256 = ''",
 }
 CALLS = f"""SELECT t.call_id, e.sequence, c.body, iif(c.body IS NULL, e.body, NULL), {REWIND} FROM calls t
     CROSS JOIN lookups l ON l.kind = {BY_ID} AND l.tenant = t.tenant AND l.uid = t.uid AND l.key = t.message
@@ -408,7 +412,7 @@ class SqliteTables(Saving):
             (*once[:4], once.digest, response, about, owner, now),
         )
 
-    def kept(self, kind: Kept, tenant: str, *within: str) -> int:
+    def kept(self, kind: Kept, tenant: str, *within: str, more: int = 1) -> int:
         if kind in self.tallied:
             row = self._one(sqlite_tallies.KEPT, kind, tenant)
             return int(row[0]) if row else 0
@@ -1135,6 +1139,9 @@ class SqliteTables(Saving):
         for (body,) in rows:
             row = v1.Tenant.FromString(body)
             yield Found((row.name,), row, len(body))
+
+    def has_data(self, tenant: str) -> bool:
+        return any(self._one(f"SELECT 1 FROM {table} WHERE tenant = ? LIMIT 1", tenant) for table in DATA_TABLES)
 
     def has_deleted_sessions(self, tenant: str) -> bool:
         return self._one("SELECT 1 FROM deleted_sessions WHERE tenant = ? LIMIT 1", tenant) is not None

@@ -119,7 +119,7 @@ class Piece(NamedTuple):
     """What tells the rows apart within their session, ascending."""
 
 
-Kept = Literal["requests", "sessions", "agents", "revisions", "keys", "uploads", "blob_bytes"]
+Kept = Literal["requests", "sessions", "agents", "revisions", "keys", "uploads", "blob_bytes", "upload_bytes"]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -207,9 +207,10 @@ class Tables(Protocol):
         """`owner` is the uid of the session, or the name of the user, with which the response goes; or empty."""
         ...
 
-    def kept(self, kind: Kept, tenant: str, *within: str) -> int:
+    def kept(self, kind: Kept, tenant: str, *within: str, more: int = 1) -> int:
         """How many there are, `within` an agent by its id for revisions, and within a state by kind and id for keys.
-        Bytes are of content that is there or under way."""
+        "blob_bytes" are the bytes of blobs and of unfinished uploads, "upload_bytes" those of unfinished uploads alone.
+        May return too large a number if that and `more` are within the quota."""
         ...
 
     def touch(self) -> None:
@@ -537,6 +538,10 @@ class Tables(Protocol):
     def delete_tenant(self, tenant: str) -> None: ...
 
     def tenants(self, query: Query) -> Iterator[Found[v1.Tenant]]: ...
+
+    def has_data(self, tenant: str) -> bool:
+        """Whether the tenant has a session, a state, an agent, a blob or an upload."""
+        ...
 
     def has_deleted_sessions(self, tenant: str) -> bool:
         """Whether rows of deleted sessions, or of copies, may be left."""

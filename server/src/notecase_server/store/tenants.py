@@ -41,7 +41,9 @@ def set_tenant_state(
 ) -> v1.Tenant:
     """Store.set_tenant_state."""
     recall(tables, once)
-    row = known_tenant(tables, now, tenant) if state == SUSPENDED else tables.tenant(tenant)
+    row = tables.tenant(tenant)
+    if row is None and state == SUSPENDED and tables.has_data(tenant):
+        row = _known(tables, now, tenant, "")
     if row is None:
         raise errors.not_found("tenant", names.tenant(tenant))
     if row.state not in {state, DELETING}:
