@@ -47,8 +47,8 @@ class RunStream(Generic[Parsed]):
     While the stream is iterated, calls of the given `tools` are executed and answered, several at once. That includes
     calls that were pending before the stream attached. Each is executed once in this client, even when several events
     or streams report it. A stream of a run executes calls of that run, a stream of a session those of any run. A call
-    that is resolved elsewhere, for example by a cancel, is cancelled here. An answer that cannot be sent raises its
-    error from the iteration.
+    that is resolved elsewhere, for example by a cancel, is cancelled here. A result that cannot be sent raises its
+    error from the iteration; a later stream of the client with the function sends it, without executing it again.
 
     A run that waits for a person keeps the stream open. `input_requested` says what it waits for; `approve`, `deny`,
     `answer`, `dismiss` or `say` let it continue, here or in any other process.
