@@ -28,6 +28,7 @@ type scripted struct {
 	starts  []*notecasev1.CreateRunRequest
 	waiting []*notecasev1.ToolCall // the run's pending calls
 	state   notecasev1.Run_State   // the run's state when a stream attaches
+	refusal error                  // of GetRun
 }
 
 func (s *scripted) CreateRun(_ context.Context, request *notecasev1.CreateRunRequest) (*notecasev1.Run, error) {
@@ -36,6 +37,10 @@ func (s *scripted) CreateRun(_ context.Context, request *notecasev1.CreateRunReq
 		return nil, status.Error(codes.Unavailable, "away")
 	}
 	return &notecasev1.Run{Name: "sessions/s/runs/r", FirstSequence: 1}, nil
+}
+
+func (s *scripted) GetRun(context.Context, *notecasev1.GetRunRequest) (*notecasev1.Run, error) {
+	return &notecasev1.Run{}, s.refusal
 }
 
 func (s *scripted) WatchEvents(request *notecasev1.WatchEventsRequest, stream notecasev1.RunService_WatchEventsServer) error {

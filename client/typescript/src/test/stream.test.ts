@@ -3,11 +3,11 @@ import { createServer } from "node:http2";
 import type { AddressInfo } from "node:net";
 import { test } from "node:test";
 import type { MessageInitShape } from "@bufbuild/protobuf";
-import { Code, ConnectError } from "@connectrpc/connect";
+import { Code, ConnectError, createClient } from "@connectrpc/connect";
 import { connectNodeAdapter } from "@connectrpc/connect-node";
 import { type ConnectOptions, connect } from "../connection.js";
 import { NotecaseError } from "../errors.js";
-import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "../gen/google/rpc/error_details_pb.js";
+import { BadRequestSchema, ErrorInfoSchema, ResourceInfoSchema, RetryInfoSchema } from "../gen/google/rpc/error_details_pb.js";
 import { ErrorReason } from "../gen/notecase/v1/content_pb.js";
 import { Message_Role } from "../gen/notecase/v1/message_pb.js";
 import { type Attached, type EventSchema, type RunResponseSchema, Run_State, RunService } from "../gen/notecase/v1/run_pb.js";
@@ -217,4 +217,22 @@ test("a text goes on after a delta", async () => {
       assert.equal(said, "ße");
     });
   }
+});
+
+test("a call throws an error with its details", async () => {
+  const end = new ConnectError("gone", Code.NotFound, undefined, [
+    { desc: ErrorInfoSchema, value: { domain: "notecase.dev", reason: "SESSION_NOT_FOUND" } },
+    { desc: ResourceInfoSchema, value: { resourceType: "notecase.dev/Session", resourceName: "sessions/s" } },
+  ]);
+  await serve([{ events: [event(1n)], end }], async (address) => {
+    const runs = createClient(RunService, connect(address));
+    const found: bigint[] = [];
+    const read = async () => {
+      for await (const { frame } of runs.watchEvents({})) if (frame.case === "batch") found.push(...frame.value.events.map((it) => it.sequence));
+    };
+    const gone = { name: "NotecaseError", reason: "SESSION_NOT_FOUND", message: "gone" };
+    await assert.rejects(read(), { ...gone, resource: { type: "notecase.dev/Session", name: "sessions/s" } });
+    assert.deepEqual(found, [1n]);
+    await assert.rejects(runs.createRun({}), { name: "NotecaseError", code: Code.Unavailable, message: "away" });
+  });
 });
