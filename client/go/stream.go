@@ -161,7 +161,7 @@ func (s *Stream) attach(attached *notecasev1.Attached) {
 // Text yields the agent's text in the run in pieces as they arrive; for a stream of a session, the text of all its runs.
 // Joined, the pieces of one message are exactly its text. When a model call is repeated, the reply starts again as a new
 // message; "\n\n" comes between two messages. An error is the last pair: that of a run that failed, an *Error with the code
-// Canceled if the run was cancelled, and otherwise as with Events.
+// Canceled if the run was cancelled, and otherwise as with Events. The text of a session continues with the next run.
 func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 	type place struct {
 		message string
@@ -193,7 +193,8 @@ func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 				yield("", err)
 				return
 			}
-			if s.request.Name != s.Attached.Session && event.Run != s.Attached.GetRun().GetName() {
+			followsRun := s.request.Name != s.Attached.Session
+			if followsRun && event.Run != s.Attached.GetRun().GetName() {
 				continue // the events of a queued run include those of the runs before it
 			}
 			delta, message, state := event.GetBlockDelta(), event.GetMessageAdded(), event.GetRunStateChanged()
@@ -209,14 +210,14 @@ func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 			if !more {
 				return
 			}
-			if err := unsuccessful(event.Run, state.GetState(), state.GetError()); err != nil && event.Run == s.Attached.GetRun().GetName() {
+			if err := unsuccessful(event.Run, state.GetState(), state.GetError()); err != nil && followsRun {
 				yield("", err)
 				return
 			}
 		}
 		// A stream that attached after the run's end has no event of it.
 		run := s.Attached.GetRun()
-		if err := unsuccessful(run.GetName(), run.GetState(), run.GetError()); err != nil {
+		if err := unsuccessful(run.GetName(), run.GetState(), run.GetError()); err != nil && run.GetName() == s.request.Name {
 			yield("", err)
 		}
 	}

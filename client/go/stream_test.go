@@ -255,6 +255,24 @@ func TestACancelledRunEndsItsTextWithAnError(t *testing.T) {
 	}
 }
 
+func TestTheTextOfASessionGoesOnAfterACancelledRun(t *testing.T) {
+	change := &notecasev1.RunStateChanged{State: notecasev1.Run_STATE_CANCELLED}
+	cancelled := &notecasev1.Event{Sequence: 3, Run: "sessions/s/runs/r", Payload: &notecasev1.Event_RunStateChanged{RunStateChanged: change}}
+	service := &scripted{
+		scripts: [][]*notecasev1.Event{{cancelled, delta(0, "Next.")}}, ends: []error{nil}, state: notecasev1.Run_STATE_CANCELLED,
+	}
+	said := ""
+	for text, err := range Watch(serve(t, service, Options{}), &notecasev1.WatchEventsRequest{Name: "sessions/s"}).Text(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		said += text
+	}
+	if said != "Next." {
+		t.Error(said)
+	}
+}
+
 func TestAStreamHasItsRunBeforeItIsFollowed(t *testing.T) {
 	service := &scripted{scripts: [][]*notecasev1.Event{{event(1)}}, ends: []error{nil}}
 	stream, err := Start(t.Context(), serve(t, service, Options{}), &notecasev1.StartRun{})

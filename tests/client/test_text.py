@@ -78,3 +78,4 @@ async def test_a_cancelled_run_ends_its_text_with_an_error(client: Client, sessi
     for raised in (live.value, later.value):
         assert (grpc.StatusCode.CANCELLED, "") == (raised.code, raised.reason)
         assert f"{run.name} was cancelled." == raised.message
+    assert shown == await heard(client, session, 0)

@@ -189,9 +189,9 @@ class RunStream(Generic[Parsed]):
         A stream that attaches in the middle of a reply yields it from its start. With `after`, the last delta that was
         read before, by an earlier stream, it begins where that ended.
 
-        Raises NotecaseError with the run's error when it fails, and with code CANCELLED when it is cancelled. Nothing
-        is yielded while the run waits for a person or for a tool that is not here; the logger "notecase" then warns,
-        see `warn_after`."""
+        Raises NotecaseError with the run's error when it fails, and with code CANCELLED when it is cancelled; the text
+        of a session continues with the next run. Nothing is yielded while the run waits for a person or for a tool that
+        is not here; the logger "notecase" then warns, see `warn_after`."""
         if not isinstance(after, v1.BlockDelta | None):
             raise TypeError(f"after must be the block_delta of an event, not {shown(after)}")
         after = after or v1.BlockDelta()
@@ -211,7 +211,7 @@ class RunStream(Generic[Parsed]):
                     speaking = message
                     yield piece
         run = self.view.runs.get(self._attached.run.name) if self._attached else None
-        if run is not None:
+        if run is not None and not self._follows_session:
             raise_unsuccessful(run)
 
     async def say(self, *said: str | v1.Message, when: When = "steer") -> int:

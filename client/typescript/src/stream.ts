@@ -134,7 +134,7 @@ export class Stream {
    * Yields the agent's text in the run in pieces as they arrive; for a stream of a session, the text of all its runs. Joined,
    * the pieces of one message are exactly its text. When a model call is repeated, the reply starts again as a new message;
    * "\n\n" comes between two messages. Throws a NotecaseError, also when the run fails, and with the code Canceled when it is
-   * cancelled.
+   * cancelled; the text of a session continues with the next run.
    *
    * @param after The last delta of an earlier stream that the program has shown: the text begins after its `end`.
    */
@@ -166,10 +166,11 @@ export class Stream {
         speaking = message;
         yield piece;
       }
-      if (payload.case === "runStateChanged" && run === this.attached?.run?.name) throwUnsuccessful(run, payload.value);
+      if (payload.case === "runStateChanged" && run === this.request.name) throwUnsuccessful(run, payload.value);
     }
     // A stream that attached after the run's end has no event of it.
-    if (this.attached?.run) throwUnsuccessful(this.attached.run.name, this.attached.run);
+    const run = this.attached?.run;
+    if (run && run.name === this.request.name) throwUnsuccessful(run.name, run);
   }
 
   #attach(attached: Attached): void {

@@ -194,6 +194,16 @@ test("a cancelled run ends its text with an error", async () => {
   }
 });
 
+test("the text of a session goes on after a cancelled run", async () => {
+  const value = { state: Run_State.CANCELLED };
+  const cancelled: Event = { sequence: 1n, run: RUN, payload: { case: "runStateChanged", value } };
+  await serve([{ events: [cancelled, delta(0n, "Next.")], state: Run_State.CANCELLED }], async (address) => {
+    let said = "";
+    for await (const piece of watch(connect(address), { name: "sessions/s" }, { backoff }).text()) said += piece;
+    assert.equal(said, "Next.");
+  });
+});
+
 test("a stream has its run before it is followed", async () => {
   await serve([{ events: [event(1n)] }], async (address) => {
     const run = await start(connect(address), {}, { backoff });
