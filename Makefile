@@ -32,10 +32,10 @@ AGAINST := HEAD
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.ready ## Run a detective's conversation, with a restart of the server
+demo: $(VENV)/.server ## Run a detective's conversation, with a restart of the server
 	@$(BIN)/python examples/detective.py $(ARGS)
 
-serve: $(VENV)/.ready ## Start the server; ARGS="--store sqlite:notecase.db"
+serve: $(VENV)/.server ## Start the server; ARGS="--store sqlite:notecase.db"
 	@$(BIN)/notecase serve $(ARGS)
 
 test: $(VENV)/.ready $(GENERATOR)/.ready $(if $(GO),$(TOOLS)) ## Run the tests in parallel, and print their seed; ARGS="-n0 -k name tests/store"
@@ -138,14 +138,19 @@ clean: ## Remove the environments and build files
 		$(addprefix client/typescript/,node_modules build src/gen) examples/typescript/node_modules examples/typescript/build
 	@find $(wildcard client server tests examples benchmarks) -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# An environment is whole when its .ready is newer than what it was made from. pip itself is pinned because the one that a
-# Python brings may not know dependency groups; the build backend is installed first so that it, too, is a pinned one.
-$(VENV)/.ready: pyproject.toml client/pyproject.toml server/pyproject.toml constraints.txt
-	@echo "Setting up $(VENV); this takes a minute the first time."
+# An environment is whole when its .ready is newer than what it was made from; to run the server, .server is enough. pip
+# itself is pinned because the one that a Python brings may not know dependency groups; the build backend is installed first
+# so that it, too, is a pinned one.
+$(VENV)/.server: client/pyproject.toml server/pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) with the server; this takes about half a minute the first time."
 	@$(call environment,$(VENV))
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt pip hatchling
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation \
-		--editable client --editable "server[postgres]" --group dev
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable client --editable "server[postgres]"
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.server pyproject.toml
+	@echo "Adding what tests and checks need to $(VENV); this takes about half a minute the first time."
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
 	@touch $@
 
 $(GENERATOR)/.ready: proto/requirements.txt
@@ -168,14 +173,14 @@ $(PEERS): .venv-peers/%/.ready: benchmarks/peers/%.txt
 	@touch $@
 
 # Tests that need a tool are skipped without it, so a failure to build it stops nobody; CI lets no test be skipped.
-$(TOOLS): $(BIN)/%: | $(VENV)/.ready
+$(TOOLS): $(BIN)/%: | $(VENV)/.server
 	@echo "Building $* for the tests; this takes a minute the first time."
 	@$(call gobuild,$($*)) || echo "$* could not be built: the tests that use it will be skipped." >&2
 
 $(GO_PLUGINS): $(GENERATOR)/bin/%: | $(GENERATOR)/.ready
 	@$(call gobuild,$($*))
 
-$(BIN)/buf: | $(VENV)/.ready
+$(BIN)/buf: | $(VENV)/.server
 	@echo "Building buf; this takes two minutes the first time."
 	@$(call gobuild,$(buf))
 

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import re
+import shutil
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import grpc
 import pytest
 from cryptography import x509
+from notecase import v1
 from notecase_server.auth.files import Files
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
 from notecase_server.auth.settings import read_client_principals, read_issuers
@@ -120,3 +122,17 @@ def test_the_options_of_an_operator_exist() -> None:
     }
     assert {"--tls-cert", "--listen-mtls", "--behind-tls-proxy", "--issuers"} <= told
     assert set() == told - known
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl on the PATH")
+async def test_an_operators_own_ca_signs_a_certificate_that_callers_trust(tmp_path: Path) -> None:
+    (commands,) = [block for block in blocks("operate.md", "sh") if "ca.key" in block]
+    openssl = await asyncio.create_subprocess_exec(
+        *("bash", "-euc", commands), cwd=tmp_path, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    said = (await openssl.communicate())[0].decode()
+    assert 0 == openssl.returncode, said
+    cert, key = tmp_path / "server.pem", tmp_path / "server.key"
+    authorities = grpc.ssl_channel_credentials((tmp_path / "ca.pem").read_bytes())
+    async with running(credentials=authorities, tls_cert=cert, tls_key=key) as served:
+        assert "memory" == (await served.info.GetServerInfo(v1.GetServerInfoRequest())).store

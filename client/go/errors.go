@@ -3,12 +3,15 @@ package notecase
 import (
 	"context"
 	"errors"
+	"io"
 	"math/rand/v2"
 	"strings"
 	"time"
 
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
 	notecasev1 "notecase.dev/api/notecase/v1"
@@ -32,7 +35,8 @@ type Error struct {
 	// RetryAfter is how long to wait before the next try; 0 if the service names no time.
 	RetryAfter time.Duration
 
-	tls tlsFault
+	tls    tlsFault
+	status *status.Status // of the call, if it is a call's error
 }
 
 // tlsFault says whether only one of the two sides uses TLS, or the certificate is not trusted.
@@ -47,16 +51,31 @@ const (
 	tlsFailed
 )
 
-const tlsHint = " (does the server use TLS? see NOTECASE_CA)"
+const (
+	tlsHint         = " (does the server use TLS? see NOTECASE_CA)"
+	certificateHint = " (does NOTECASE_CA name the CA of the server's certificate?)"
+)
 
+// Error returns the message with the reason, or else the code. The code UNKNOWN says nothing and is left out.
 func (e *Error) Error() string {
-	if e.Reason == "" {
-		return e.Code.String() + ": " + e.Message
+	if e.Reason != "" {
+		return e.Reason + ": " + e.Message
 	}
-	return e.Reason + ": " + e.Message
+	if e.Code == codes.Unknown {
+		return e.Message
+	}
+	return e.Code.String() + ": " + e.Message
 }
 
-// AsError converts an error of a call or a Stream. It returns nil for nil, and the code UNKNOWN for an error that is
+// GRPCStatus returns the status of the call with all its details, for status.FromError and status.Code.
+func (e *Error) GRPCStatus() *status.Status {
+	if e.status != nil {
+		return e.status
+	}
+	return status.New(e.Code, e.Message)
+}
+
+// AsError returns the *Error in an error of a call or a Stream, and converts one of a connection that Dial did not make. It returns nil for nil, and the code UNKNOWN for an error that is
 // not gRPC's.
 func AsError(err error) *Error {
 	if err == nil {
@@ -69,8 +88,11 @@ func AsError(err error) *Error {
 	if from, ok := status.FromError(err); ok {
 		told = from
 	}
-	read := &Error{Code: told.Code(), Message: told.Message()}
-	if read.tls = tlsFaultIn(told.Message()); read.tls != tlsFine {
+	read := &Error{Code: told.Code(), Message: told.Message(), status: told}
+	read.tls = tlsFaultIn(told.Message())
+	if strings.Contains(told.Message(), " x509: ") {
+		read.Message += certificateHint
+	} else if read.tls != tlsFine {
 		read.Message += tlsHint
 	}
 	for _, detail := range told.Details() {
@@ -184,4 +206,47 @@ func or[T comparable](value, otherwise T) T {
 		return otherwise
 	}
 	return value
+}
+
+// unaryErrors makes the calls of a connection return *Error.
+func unaryErrors(
+	ctx context.Context, method string, request, response any, connection *grpc.ClientConn, call grpc.UnaryInvoker, options ...grpc.CallOption,
+) error {
+	return converted(call(ctx, method, request, response, connection, options...))
+}
+
+// streamErrors makes the streams of a connection return *Error.
+func streamErrors(
+	ctx context.Context, description *grpc.StreamDesc, connection *grpc.ClientConn, method string, open grpc.Streamer, options ...grpc.CallOption,
+) (grpc.ClientStream, error) {
+	stream, err := open(ctx, description, connection, method, options...)
+	if err != nil {
+		return nil, converted(err)
+	}
+	return &convertingStream{stream}, nil
+}
+
+type convertingStream struct{ grpc.ClientStream }
+
+func (s *convertingStream) Header() (metadata.MD, error) {
+	header, err := s.ClientStream.Header()
+	return header, converted(err)
+}
+
+func (s *convertingStream) CloseSend() error { return converted(s.ClientStream.CloseSend()) }
+
+func (s *convertingStream) SendMsg(message any) error {
+	return converted(s.ClientStream.SendMsg(message))
+}
+
+func (s *convertingStream) RecvMsg(message any) error {
+	return converted(s.ClientStream.RecvMsg(message))
+}
+
+// converted returns nil and io.EOF, which ends a stream, as they are.
+func converted(err error) error {
+	if err == nil || err == io.EOF {
+		return err
+	}
+	return AsError(err)
 }

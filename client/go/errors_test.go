@@ -3,6 +3,7 @@ package notecase
 import (
 	"context"
 	"errors"
+	"io"
 	"testing"
 	"time"
 
@@ -60,5 +61,40 @@ func TestACallIsRepeatedWhileItMayPass(t *testing.T) {
 	cancel()
 	if calls, err := count(done, status.Error(codes.Unavailable, "away")); calls != 1 || !errors.Is(err, context.Canceled) {
 		t.Error(calls, err)
+	}
+}
+
+func TestACallReturnsAnErrorWithItsStatus(t *testing.T) {
+	refused, err := status.New(codes.NotFound, "gone").WithDetails(&errdetails.ErrorInfo{Domain: "notecase.dev", Reason: "RUN_NOT_FOUND"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	service := &scripted{scripts: [][]*notecasev1.Event{{}, {}}, ends: []error{refused.Err(), nil}, refusal: refused.Err()}
+	runs := notecasev1.NewRunServiceClient(serve(t, service, Options{}))
+	_, unary := runs.GetRun(t.Context(), &notecasev1.GetRunRequest{})
+	read := func() (last error) {
+		stream, err := runs.WatchEvents(t.Context(), &notecasev1.WatchEventsRequest{})
+		for err == nil {
+			_, err = stream.Recv()
+		}
+		return err
+	}
+	for name, err := range map[string]error{"unary": unary, "stream": read()} {
+		known, ok := errors.AsType[*Error](err)
+		if !ok || known.Reason != "RUN_NOT_FOUND" || err.Error() != "RUN_NOT_FOUND: gone" {
+			t.Error(name, err)
+		}
+		if told, ok := status.FromError(err); !ok || told.Code() != codes.NotFound || len(told.Details()) != 1 {
+			t.Error(name, told)
+		}
+	}
+	if err := read(); err != io.EOF {
+		t.Error("the end of a stream", err)
+	}
+}
+
+func TestAnErrorThatIsNotOfACallHasNoCodeInItsText(t *testing.T) {
+	if told := AsError(errors.New("notecase: no file")).Error(); told != "notecase: no file" {
+		t.Error(told)
 	}
 }

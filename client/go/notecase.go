@@ -51,7 +51,7 @@ func FromEnvironment() (string, Options) {
 
 // Dial returns a connection for the stubs. The address is HOST:PORT, or a target of grpc-go such as unix:PATH. It uses
 // TLS, except to a loopback address without Options.CA and with Options.Plaintext. It returns an error for an invalid
-// address and for a CA file that cannot be read; the first call connects to the server.
+// address and for a CA file that cannot be read; the first call connects to the server. The errors of calls are *Error.
 func Dial(address string, options Options, more ...grpc.DialOption) (*grpc.ClientConn, error) {
 	if !isTarget(address) {
 		return nil, fmt.Errorf("notecase: the address %q (see NOTECASE_ADDRESS) must be HOST:PORT", address)
@@ -71,6 +71,8 @@ func Dial(address string, options Options, more ...grpc.DialOption) (*grpc.Clien
 	}
 	dial := []grpc.DialOption{
 		grpc.WithTransportCredentials(transport),
+		grpc.WithChainUnaryInterceptor(unaryErrors),
+		grpc.WithChainStreamInterceptor(streamErrors),
 		// Notices a server that vanished. The server allows a ping every 10 s.
 		grpc.WithKeepaliveParams(keepalive.ClientParameters{
 			Time: 20 * time.Second, Timeout: 10 * time.Second, PermitWithoutStream: true,

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"iter"
+	"strings"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -22,8 +23,12 @@ import (
 type Stream struct {
 	// View is the session's progress according to the events yielded so far.
 	View View
-	// Attached is the first frame of the newest stream; nil before.
+	// Attached is the first frame of the newest stream. Before the stream has attached, it has the session and the run that
+	// Start has started, and is nil after Watch.
 	Attached *notecasev1.Attached
+	// After, if set before Text is called, is the last delta of an earlier stream that the program has shown: Text begins
+	// after its End. Message, Block and End are enough.
+	After *notecasev1.BlockDelta
 	// OnAttached, if set, is called each time the stream has attached, before the events that follow. Attached.Run then
 	// has the pending calls and inputs: a run that is WAITING may send no event until one of them is answered.
 	OnAttached func(*notecasev1.Attached)
@@ -50,11 +55,15 @@ func Start(ctx context.Context, connection grpc.ClientConnInterface, start *note
 	watch := &notecasev1.WatchEventsRequest{
 		Name: run.Name, AfterSequence: proto.Int64(max(run.FirstSequence-1, 0)), Options: start.Options,
 	}
-	return Watch(connection, watch), nil
+	stream := Watch(connection, watch)
+	session, _, _ := strings.Cut(run.Name, "/runs/")
+	stream.Attached = &notecasev1.Attached{Session: session, Run: run, LastSequence: run.LastSequence}
+	return stream, nil
 }
 
 // Watch returns the stream of a run or of a session, as WatchEvents describes it. To continue a stream of another
-// process, set AfterSequence to its View.LastSequence. Text then yields an unfinished message from its beginning.
+// process, set AfterSequence to its View.LastSequence. Text then yields an unfinished message from its beginning, unless
+// Stream.After is set.
 func Watch(connection grpc.ClientConnInterface, request *notecasev1.WatchEventsRequest) *Stream {
 	stream := &Stream{
 		runs:    notecasev1.NewRunServiceClient(connection),
@@ -151,16 +160,21 @@ func (s *Stream) attach(attached *notecasev1.Attached) {
 
 // Text yields the agent's text in the run in pieces as they arrive; for a stream of a session, the text of all its runs.
 // Joined, the pieces of one message are exactly its text. When a model call is repeated, the reply starts again as a new
-// message; "\n\n" comes between two messages. An error is the last pair; a run that fails ends with its *Error.
+// message; "\n\n" comes between two messages. An error is the last pair: that of a run that failed, an *Error with the code
+// Canceled if the run was cancelled, and otherwise as with Events. The text of a session continues with the next run.
 func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 	type place struct {
 		message string
 		block   int32
 	}
 	return func(yield func(string, error) bool) {
-		given := map[place]int64{} // how many bytes of each block
-		speaking := ""
+		after := s.After
+		given := map[place]int64{{after.GetMessage(), after.GetBlock()}: after.GetEnd()} // how many bytes of each block
+		speaking := after.GetMessage()
 		say := func(message string, block int32, start int64, text string) bool {
+			if message == after.GetMessage() && block < after.GetBlock() {
+				return true
+			}
 			at := place{message, block}
 			have := max(given[at], start)
 			piece := text[min(have-start, int64(len(text))):]
@@ -179,7 +193,8 @@ func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 				yield("", err)
 				return
 			}
-			if s.request.Name != s.Attached.Session && event.Run != s.Attached.GetRun().GetName() {
+			followsRun := s.request.Name != s.Attached.Session
+			if followsRun && event.Run != s.Attached.GetRun().GetName() {
 				continue // the events of a queued run include those of the runs before it
 			}
 			delta, message, state := event.GetBlockDelta(), event.GetMessageAdded(), event.GetRunStateChanged()
@@ -195,11 +210,26 @@ func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 			if !more {
 				return
 			}
-			failed := state.GetState() == notecasev1.Run_STATE_FAILED && state.Error != nil
-			if failed && event.Run == s.Attached.GetRun().GetName() {
-				yield("", FromProto(state.Error))
+			if err := unsuccessful(event.Run, state.GetState(), state.GetError()); err != nil && followsRun {
+				yield("", err)
 				return
 			}
 		}
+		// A stream that attached after the run's end has no event of it.
+		run := s.Attached.GetRun()
+		if err := unsuccessful(run.GetName(), run.GetState(), run.GetError()); err != nil && run.GetName() == s.request.Name {
+			yield("", err)
+		}
 	}
+}
+
+// unsuccessful returns the error of a run that failed or was cancelled, otherwise nil.
+func unsuccessful(run string, state notecasev1.Run_State, failure *notecasev1.Error) *Error {
+	switch state {
+	case notecasev1.Run_STATE_FAILED:
+		return FromProto(failure)
+	case notecasev1.Run_STATE_CANCELLED:
+		return &Error{Code: codes.Canceled, Message: run + " was cancelled."}
+	}
+	return nil
 }

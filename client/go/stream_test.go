@@ -27,6 +27,8 @@ type scripted struct {
 	tokens  []string
 	starts  []*notecasev1.CreateRunRequest
 	waiting []*notecasev1.ToolCall // the run's pending calls
+	state   notecasev1.Run_State   // the run's state when a stream attaches
+	refusal error                  // of GetRun
 }
 
 func (s *scripted) CreateRun(_ context.Context, request *notecasev1.CreateRunRequest) (*notecasev1.Run, error) {
@@ -37,6 +39,10 @@ func (s *scripted) CreateRun(_ context.Context, request *notecasev1.CreateRunReq
 	return &notecasev1.Run{Name: "sessions/s/runs/r", FirstSequence: 1}, nil
 }
 
+func (s *scripted) GetRun(context.Context, *notecasev1.GetRunRequest) (*notecasev1.Run, error) {
+	return &notecasev1.Run{}, s.refusal
+}
+
 func (s *scripted) WatchEvents(request *notecasev1.WatchEventsRequest, stream notecasev1.RunService_WatchEventsServer) error {
 	number := len(s.after)
 	s.after = append(s.after, request.GetAfterSequence())
@@ -45,7 +51,7 @@ func (s *scripted) WatchEvents(request *notecasev1.WatchEventsRequest, stream no
 	if number >= len(s.scripts) {
 		return status.Error(codes.FailedPrecondition, "one call too many")
 	}
-	run := &notecasev1.Run{Name: "sessions/s/runs/r", PendingCalls: s.waiting}
+	run := &notecasev1.Run{Name: "sessions/s/runs/r", PendingCalls: s.waiting, State: s.state}
 	attached := &notecasev1.Attached{Session: "sessions/s", Run: run, LastSequence: 2}
 	batch := &notecasev1.EventBatch{Events: s.scripts[number]}
 	for _, frame := range []*notecasev1.RunResponse{
@@ -228,5 +234,82 @@ func TestAStreamTellsOfEachAttachmentBeforeItsEvents(t *testing.T) {
 	}
 	if !slices.Equal(order, []string{"call-1", "1", "call-1"}) {
 		t.Error(order)
+	}
+}
+
+func TestACancelledRunEndsItsTextWithAnError(t *testing.T) {
+	change := &notecasev1.RunStateChanged{State: notecasev1.Run_STATE_CANCELLED}
+	cancelled := &notecasev1.Event{Sequence: 1, Run: "sessions/s/runs/r", Payload: &notecasev1.Event_RunStateChanged{RunStateChanged: change}}
+	for name, service := range map[string]*scripted{
+		"during the stream": {scripts: [][]*notecasev1.Event{{delta(0, "Half"), cancelled}}, ends: []error{nil}},
+		"before it":         {scripts: [][]*notecasev1.Event{{}}, ends: []error{nil}, state: notecasev1.Run_STATE_CANCELLED},
+	} {
+		stream := Watch(serve(t, service, Options{}), &notecasev1.WatchEventsRequest{Name: "sessions/s/runs/r"})
+		var last error
+		for _, err := range stream.Text(t.Context()) {
+			last = err
+		}
+		if err := AsError(last); err == nil || err.Code != codes.Canceled || err.Message != "sessions/s/runs/r was cancelled." {
+			t.Error(name, last)
+		}
+	}
+}
+
+func TestTheTextOfASessionGoesOnAfterACancelledRun(t *testing.T) {
+	change := &notecasev1.RunStateChanged{State: notecasev1.Run_STATE_CANCELLED}
+	cancelled := &notecasev1.Event{Sequence: 3, Run: "sessions/s/runs/r", Payload: &notecasev1.Event_RunStateChanged{RunStateChanged: change}}
+	service := &scripted{
+		scripts: [][]*notecasev1.Event{{cancelled, delta(0, "Next.")}}, ends: []error{nil}, state: notecasev1.Run_STATE_CANCELLED,
+	}
+	said := ""
+	for text, err := range Watch(serve(t, service, Options{}), &notecasev1.WatchEventsRequest{Name: "sessions/s"}).Text(t.Context()) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		said += text
+	}
+	if said != "Next." {
+		t.Error(said)
+	}
+}
+
+func TestAStreamHasItsRunBeforeItIsFollowed(t *testing.T) {
+	service := &scripted{scripts: [][]*notecasev1.Event{{event(1)}}, ends: []error{nil}}
+	stream, err := Start(t.Context(), serve(t, service, Options{}), &notecasev1.StartRun{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if stream.Attached.GetSession() != "sessions/s" || stream.Attached.GetRun().GetName() != "sessions/s/runs/r" {
+		t.Error(stream.Attached)
+	}
+	if found, err := sequences(t, stream); err != nil || !slices.Equal(found, []int64{1}) {
+		t.Error(found, err)
+	}
+}
+
+func TestATextGoesOnAfterADelta(t *testing.T) {
+	before := event(1)
+	before.Run = "sessions/s/runs/r"
+	before.Payload = &notecasev1.Event_MessageAdded{MessageAdded: &notecasev1.Message{
+		Name: "sessions/s/messages/a", Role: notecasev1.Message_ROLE_ASSISTANT, Parts: []*notecasev1.Part{
+			{Kind: &notecasev1.Part_Text{Text: "Shown. "}}, {Kind: &notecasev1.Part_Text{Text: "Grüße"}},
+		},
+	}}
+	second := delta(0, "Grüße")
+	second.GetBlockDelta().Block = 1
+	for name, events := range map[string][]*notecasev1.Event{"unfinished": {delta(0, "Shown. "), second}, "whole": {before}} {
+		service := &scripted{scripts: [][]*notecasev1.Event{events}, ends: []error{nil}}
+		stream := Watch(serve(t, service, Options{}), &notecasev1.WatchEventsRequest{Name: "sessions/s/runs/r"})
+		stream.After = &notecasev1.BlockDelta{Message: "sessions/s/messages/a", Block: 1, End: int64(len("Grü"))}
+		said := ""
+		for text, err := range stream.Text(t.Context()) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			said += text
+		}
+		if said != "ße" {
+			t.Error(name, said)
+		}
 	}
 }

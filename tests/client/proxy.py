@@ -19,6 +19,8 @@ class Proxy:
         """Bytes from the server so far."""
         self.sent = 0
         """Bytes to the server so far."""
+        self.away = False
+        """New connections are reset."""
         self.deaf = False
         """What the server says is lost, from here on and on open connections too."""
 
@@ -44,6 +46,9 @@ class Proxy:
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.opened += 1
+        if self.away:
+            writer.transport.abort()
+            return
         try:
             there = await asyncio.open_connection(self._host, self._port)
         except OSError:  # the server is away, and so is whoever stands before it

@@ -171,13 +171,14 @@ async def test_a_failed_run_is_data_and_where_it_matters_an_exception(
 
 
 async def test_a_run_is_cancelled_from_within_its_loop(client: Client, session: str, model: OpenAIServer) -> None:
-    """What was said stays, the text just ends, and a second cancel is refused."""
+    """What was said stays, the text ends with an error, and a second cancel is refused."""
     model.script(reply("Half of it", chunks=2).held(asyncio.Event(), 2))
     async with client.run("Speak", session=session, options=EAGER) as run:
         pieces = []
-        async for text in run.text():
-            pieces.append(text)
-            sequence = await run.cancel("enough")
+        with pytest.raises(NotecaseError, match="was cancelled"):
+            async for text in run.text():
+                pieces.append(text)
+                sequence = await run.cancel("enough")
         with pytest.raises(NotecaseError, match="RUN_ENDED"):
             await run.cancel()
     assert run.result.state == v1.Run.STATE_CANCELLED

@@ -2,6 +2,8 @@
 
 import asyncio
 
+import grpc
+import pytest
 from notecase import Client, NotecaseError, RunStream
 
 from tests.client.test_client import EAGER
@@ -58,3 +60,22 @@ async def test_a_text_goes_on_in_the_middle_of_a_sentence(client: Client, sessio
         ended = "".join([text async for text in later.text(after=delta)])
     assert ["Grün war der Wald."] * 2 == [shown + live, shown + ended]
     assert "Grün war der Wald." == await heard(client, run.name, kept)
+
+
+async def test_a_cancelled_run_ends_its_text_with_an_error(client: Client, session: str, model: OpenAIServer) -> None:
+    """So that half a reply is not taken for the whole, neither live nor by a stream that attaches later."""
+    model.script(reply("Grün war der Wald.", chunks=2).held(asyncio.Event(), 2))
+    shown = ""
+    with pytest.raises(NotecaseError) as live:
+        async with client.run("Speak", session=session, options=EAGER) as run:
+            async for text in run.text():
+                shown += text
+                await run.cancel()
+    assert shown
+    assert "Grün war der Wald.".startswith(shown)
+    with pytest.raises(NotecaseError) as later:
+        await heard(client, run.name)
+    for raised in (live.value, later.value):
+        assert (grpc.StatusCode.CANCELLED, "") == (raised.code, raised.reason)
+        assert f"{run.name} was cancelled." == raised.message
+    assert shown == await heard(client, session, 0)

@@ -348,6 +348,40 @@ async def test_a_result_whose_answer_is_lost_counts_once(
     assert results(model) == ["violin: nothing"]
 
 
+@pytest.mark.parametrize("outage", [False, True], ids=["cut", "outage"])
+async def test_a_result_that_could_not_be_sent_is_sent_again(
+    client: Client, session: str, served: Running, model: OpenAIServer, outage: bool
+) -> None:
+    """The connection breaks after the function's end. When it stays broken for longer than the client tries, the stream
+    raises; a new one sends the result that is there, and does not execute the function again."""
+    model.script(SEARCH, reply("Done."))
+    async with Proxy(served.address) as proxy:
+        executed = 0
+
+        async def search(query: str) -> str:
+            nonlocal executed
+            executed += 1
+            if executed == 1:
+                proxy.away = outage
+                proxy.cut()
+            return f"{query}: nothing"
+
+        soon = [("grpc.initial_reconnect_backoff_ms", 100), ("grpc.min_reconnect_backoff_ms", 100)]
+        async with Client(proxy.address, retry=Retry(tries=5, first_delay=0.05), options=soon) as behind:
+            async with behind.run("Search", session=session, tools=[search]) as run:
+                if outage:
+                    with pytest.raises(NotecaseError):
+                        await finish(run)
+                else:
+                    assert await finish(run) == "Done."
+            proxy.away = False
+            if outage:
+                async with behind.attach(run.name, tools=[search]) as again:
+                    assert await finish(again) == "Done."
+    assert executed == 1
+    assert results(model) == ["violin: nothing"]
+
+
 async def test_two_streams_of_a_client_execute_a_call_once(
     client: Client, session: str, model: OpenAIServer, desk: Desk
 ) -> None:

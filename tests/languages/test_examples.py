@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
@@ -31,11 +31,14 @@ PATIENCE = 100
 
 
 @asynccontextmanager
-async def program(command: list[str], folder: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+async def program(
+    command: list[str], folder: Path, environment: Mapping[str, str] | None = None
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """Runs it while the block is entered; what is left of it then, with all it started, is killed."""
     process = await asyncio.create_subprocess_exec(
         *command,
         cwd=folder,
+        env=environment,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -32,6 +32,8 @@ class _Turn:
     """One call at one attempt, among all streams of a client."""
 
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    result: v1.ToolResult | None = None
+    """What the function returned, until it is sent: a stream that attaches after a broken connection sends it."""
     answered: bool = False
 
 
@@ -55,15 +57,16 @@ class Calls:
         self._commands = commands
         self._turns = turns
         self._failed = failed
-        self._told: set[_Key] = set()
+        self._begun: set[_Key] = set()
         self._tasks: dict[str, tuple[asyncio.Task[None], _Turn]] = {}
 
     def begin(self, call: v1.ToolCall, tool: Tool, context: CallContext) -> None:
-        """Executes a dispatched call by a function, unless it was begun before."""
+        """Executes a dispatched call by a function, unless it was begun before. A result that another stream of the
+        client could not send is sent without executing the function again."""
         key = _Key(context.run, call.call_id, call.attempt)
-        if key in self._told:
+        if key in self._begun:
             return
-        self._told.add(key)
+        self._begun.add(key)
         turn = self._turns.of(key)
         task = asyncio.create_task(self._answer(call, tool, context, turn), name=f"tool call {call.call_id}")
         self._tasks[call.call_id] = (task, turn)
@@ -73,7 +76,7 @@ class Calls:
         """Cancels what still works on a call that has its outcome, from here or from elsewhere."""
         if call_id in self._tasks:
             task, turn = self._tasks[call_id]
-            turn.answered = True
+            turn.answered, turn.result = True, None
             task.cancel()
 
     async def close(self) -> None:
@@ -92,8 +95,10 @@ class Calls:
     async def _answer(self, call: v1.ToolCall, tool: Tool, context: CallContext, turn: _Turn) -> None:
         async with turn.lock:
             if not turn.answered:
-                await self._send(context.run, await tool.answer(call, context))
-                turn.answered = True
+                if turn.result is None:
+                    turn.result = await tool.answer(call, context)
+                await self._send(context.run, turn.result)
+                turn.answered, turn.result = True, None
 
     async def _send(self, run: str, told: v1.ToolResult) -> None:
         try:

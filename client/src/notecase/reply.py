@@ -27,10 +27,7 @@ class Reply(Generic[Parsed]):
     def __init__(self, run: v1.Run, output: Kind | None = None) -> None:
         """`output` reads `parsed`. Raises NotecaseError with the run's error when it failed, and with code CANCELLED
         when it was cancelled."""
-        if run.state == v1.Run.STATE_FAILED:
-            raise NotecaseError.from_proto(run.error)
-        if run.state == v1.Run.STATE_CANCELLED:
-            raise NotecaseError(grpc.StatusCode.CANCELLED, "", f"{run.name} was cancelled.")
+        raise_unsuccessful(run)
         self.run = run
         """The run as it ended, with its usage."""
         self._output = output
@@ -75,3 +72,11 @@ class Reply(Generic[Parsed]):
     def __repr__(self) -> str:
         refusal = f", refusal={self.refusal!r}" if self.refusal else ""
         return f"Reply({self.text!r}{refusal}, run={self.run.name!r})"
+
+
+def raise_unsuccessful(run: v1.Run) -> None:
+    """Raises NotecaseError with the error of a run that failed, and with code CANCELLED for one that was cancelled."""
+    if run.state == v1.Run.STATE_FAILED:
+        raise NotecaseError.from_proto(run.error)
+    if run.state == v1.Run.STATE_CANCELLED:
+        raise NotecaseError(grpc.StatusCode.CANCELLED, "", f"{run.name} was cancelled.")

@@ -19,7 +19,7 @@ from notecase.context import CallContext
 from notecase.errors import NotecaseError, as_written
 from notecase.hints import Kind
 from notecase.names import Remember, When
-from notecase.reply import Parsed, Reply
+from notecase.reply import Parsed, Reply, raise_unsuccessful
 from notecase.retry import Backoff, Retry
 from notecase.tools import Tool, as_tools
 from notecase.values import Plain, to_values
@@ -47,8 +47,8 @@ class RunStream(Generic[Parsed]):
     While the stream is iterated, calls of the given `tools` are executed and answered, several at once. That includes
     calls that were pending before the stream attached. Each is executed once in this client, even when several events
     or streams report it. A stream of a run executes calls of that run, a stream of a session those of any run. A call
-    that is resolved elsewhere, for example by a cancel, is cancelled here. An answer that cannot be sent raises its
-    error from the iteration.
+    that is resolved elsewhere, for example by a cancel, is cancelled here. A result that cannot be sent raises its
+    error from the iteration; a later stream of the client with the function sends it, without executing it again.
 
     A run that waits for a person keeps the stream open. `input_requested` says what it waits for; `approve`, `deny`,
     `answer`, `dismiss` or `say` let it continue, here or in any other process.
@@ -189,9 +189,9 @@ class RunStream(Generic[Parsed]):
         A stream that attaches in the middle of a reply yields it from its start. With `after`, the last delta that was
         read before, by an earlier stream, it begins where that ended.
 
-        Raises NotecaseError with the run's error when it fails. A cancelled run just ends the text. Nothing is yielded
-        while the run waits for a person or for a tool that is not here; the logger "notecase" then warns, see
-        `warn_after`."""
+        Raises NotecaseError with the run's error when it fails, and with code CANCELLED when it is cancelled; the text
+        of a session continues with the next run. Nothing is yielded while the run waits for a person or for a tool that
+        is not here; the logger "notecase" then warns, see `warn_after`."""
         if not isinstance(after, v1.BlockDelta | None):
             raise TypeError(f"after must be the block_delta of an event, not {shown(after)}")
         after = after or v1.BlockDelta()
@@ -211,8 +211,8 @@ class RunStream(Generic[Parsed]):
                     speaking = message
                     yield piece
         run = self.view.runs.get(self._attached.run.name) if self._attached else None
-        if run is not None and run.state == v1.Run.STATE_FAILED:
-            raise NotecaseError.from_proto(run.error)
+        if run is not None and not self._follows_session:
+            raise_unsuccessful(run)
 
     async def say(self, *said: str | v1.Message, when: When = "steer") -> int:
         """Sends input to the active run; see `Commands.say`."""

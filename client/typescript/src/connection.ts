@@ -1,6 +1,7 @@
 import { readFileSync } from "node:fs";
 import type { Interceptor, Transport } from "@connectrpc/connect";
 import { createGrpcTransport } from "@connectrpc/connect-node";
+import { NotecaseError } from "./errors.js";
 
 /** A token, or a function that returns a valid one. The function is called before each call. */
 export type Token = string | (() => string | Promise<string>);
@@ -24,7 +25,7 @@ export function fromEnvironment(): [address: string, options: ConnectOptions] {
 /**
  * Returns the transport for clients. The address is HOST:PORT. It uses TLS, except to a loopback address without `ca`,
  * and with `plaintext`. Throws an Error for an invalid address and for a file that cannot be read; the first call
- * connects to the server.
+ * connects to the server. Calls throw a NotecaseError.
  */
 export function connect(address: string, options: ConnectOptions = {}): Transport {
   const { token, ca, plaintext = false } = options;
@@ -32,7 +33,7 @@ export function connect(address: string, options: ConnectOptions = {}): Transpor
   if (!(port > 0 && port < 65536)) throw new Error(`the address "${address}" (see NOTECASE_ADDRESS) must be HOST:PORT`);
   if (plaintext && ca) throw new Error("plaintext and ca exclude each other");
   const secure = ca !== undefined || !(plaintext || isLoopback(address));
-  return createGrpcTransport({
+  const transport = createGrpcTransport({
     baseUrl: `${secure ? "https" : "http"}://${address}`,
     interceptors: token === undefined ? [] : [bearer(token)],
     nodeOptions: ca === undefined ? {} : { ca: authorities(ca) },
@@ -40,6 +41,28 @@ export function connect(address: string, options: ConnectOptions = {}): Transpor
     pingIntervalMs: 20_000,
     pingTimeoutMs: 10_000,
   });
+  return converting(transport);
+}
+
+/** A transport whose calls throw a NotecaseError. Connect would wrap what an interceptor throws in an error of its own. */
+function converting(transport: Transport): Transport {
+  const fail = (thrown: unknown): never => {
+    throw NotecaseError.from(thrown);
+  };
+  async function* messages<T>(received: AsyncIterable<T>): AsyncGenerator<T> {
+    try {
+      yield* received;
+    } catch (thrown) {
+      fail(thrown);
+    }
+  }
+  return {
+    unary: (...call) => transport.unary(...call).catch(fail),
+    async stream(...call) {
+      const response = await transport.stream(...call).catch(fail);
+      return { ...response, message: messages(response.message) };
+    },
+  };
 }
 
 function authorities(path: string): Buffer {

@@ -33,7 +33,7 @@ export class NotecaseError extends Error {
     Object.assign(this, details);
   }
 
-  /** Converts an error that a call or a Stream threw. Other errors have the code Unknown. */
+  /** Returns a NotecaseError as it is, and converts what a transport of another origin threw. Other errors have the code Unknown. */
   static from(thrown: unknown): NotecaseError {
     if (thrown instanceof NotecaseError) return thrown;
     const error = ConnectError.from(thrown);
@@ -43,7 +43,7 @@ export class NotecaseError extends Error {
     const tls = info ? undefined : tlsFault(error);
     return new NotecaseError(
       tls ? Code.Unavailable : error.code,
-      tls ? `${error.rawMessage.trim()} (does the server use TLS? see NOTECASE_CA)` : error.rawMessage,
+      tls ? `${error.rawMessage.trim()} (${isOfCertificate(error) ? CERTIFICATE_HINT : TLS_HINT})` : error.rawMessage,
       {
         ...(tls && { tls }),
         ...(info && { reason: info.reason, metadata: info.metadata }),
@@ -69,15 +69,27 @@ export class NotecaseError extends Error {
     return !this.reason && [Code.Canceled, Code.Internal, Code.Unknown, Code.Aborted].includes(this.code);
   }
 
+  /** The message with the reason, or else the code. The code Unknown says nothing and is left out. */
   override toString(): string {
-    return `${this.reason || Code[this.code]}: ${this.message}`;
+    const label = this.reason || (this.code === Code.Unknown ? "" : Code[this.code]);
+    return label ? `${label}: ${this.message}` : this.message;
   }
+}
+
+const TLS_HINT = "does the server use TLS? see NOTECASE_CA";
+const CERTIFICATE_HINT = "does NOTECASE_CA name the CA of the server's certificate?";
+
+function codeOf(error: ConnectError): string {
+  return error.cause instanceof Error && "code" in error.cause ? `${error.cause.code}` : "";
+}
+
+function isOfCertificate(error: ConnectError): boolean {
+  return /CERT|^UNABLE_TO_|^INVALID_CA$/.test(codeOf(error));
 }
 
 /** What a transport's error tells of TLS. A connection that closes before it answers is CANCEL to Node.js. */
 function tlsFault(error: ConnectError): NotecaseError["tls"] {
-  const code = error.cause instanceof Error && "code" in error.cause ? `${error.cause.code}` : "";
-  if (/CERT|^UNABLE_TO_|^ERR_(SSL|TLS)_|^EPROTO$|^INVALID_CA$/.test(code)) return "failed";
+  if (isOfCertificate(error) || /^ERR_(SSL|TLS)_|^EPROTO$/.test(codeOf(error))) return "failed";
   return error.code === Code.Canceled && error.rawMessage.startsWith("http/2 stream closed") ? "suspected" : undefined;
 }
 

@@ -1,13 +1,15 @@
 import { randomUUID } from "node:crypto";
-import type { MessageInitShape } from "@bufbuild/protobuf";
-import { type Client, Code, createClient, type Transport } from "@connectrpc/connect";
+import { create, type MessageInitShape } from "@bufbuild/protobuf";
+import { type Client, Code, ConnectError, createClient, type Transport } from "@connectrpc/connect";
 import { type Backoff, NotecaseError, pause, repeat } from "./errors.js";
 import type { Part } from "./gen/notecase/v1/content_pb.js";
 import { Message_Role } from "./gen/notecase/v1/message_pb.js";
 import {
   type Attached,
+  AttachedSchema,
   type BlockDelta,
   type Event,
+  type Run,
   Run_State,
   RunService,
   type StartRunSchema,
@@ -42,12 +44,16 @@ export async function start(
   const requestId = randomUUID();
   const run = await repeat(() => runs.createRun({ start, requestId }, { signal }), backoff, signal);
   const afterSequence = run.firstSequence > 0n ? run.firstSequence - 1n : 0n;
-  return watch(transport, { name: run.name, afterSequence, options: start.options }, options);
+  const stream = watch(transport, { name: run.name, afterSequence, options: start.options }, options);
+  const session = run.name.slice(0, run.name.indexOf("/runs/"));
+  stream.attached = create(AttachedSchema, { session, run, lastSequence: run.lastSequence });
+  return stream;
 }
 
 /**
  * Returns the stream of a run or of a session, as WatchEvents describes it. To continue a stream of another process,
- * set `afterSequence` to its `view.lastSequence`. `text` then yields an unfinished message from its beginning.
+ * set `afterSequence` to its `view.lastSequence`. `text` then yields an unfinished message from its beginning, unless it
+ * is called with the last delta.
  */
 export function watch(
   transport: Transport,
@@ -65,7 +71,10 @@ export function watch(
 export class Stream {
   /** The session's progress according to the events yielded so far. */
   readonly view: View;
-  /** The first frame of the newest stream. */
+  /**
+   * The first frame of the newest stream. Before the stream has attached, it has the session and the run that `start` has
+   * started, and is undefined after `watch`.
+   */
   attached?: Attached;
 
   constructor(
@@ -124,11 +133,15 @@ export class Stream {
   /**
    * Yields the agent's text in the run in pieces as they arrive; for a stream of a session, the text of all its runs. Joined,
    * the pieces of one message are exactly its text. When a model call is repeated, the reply starts again as a new message;
-   * "\n\n" comes between two messages. Throws a NotecaseError, also when the run fails.
+   * "\n\n" comes between two messages. Throws a NotecaseError, also when the run fails, and with the code Canceled when it is
+   * cancelled; the text of a session continues with the next run.
+   *
+   * @param after The last delta of an earlier stream that the program has shown: the text begins after its `end`.
    */
-  async *text(): AsyncGenerator<string, void, void> {
+  async *text(after?: Pick<BlockDelta, "message" | "block" | "end">): AsyncGenerator<string, void, void> {
     const given = new Map<string, number>(); // how many bytes of each block
-    let speaking = "";
+    if (after) given.set(`${after.block} ${after.message}`, Number(after.end));
+    let speaking = after?.message ?? "";
     for await (const { sequence, run, payload } of this.events()) {
       // The events of a queued run include those of the runs before it.
       if (this.request.name !== this.attached?.session && run !== this.attached?.run?.name) continue;
@@ -142,6 +155,7 @@ export class Stream {
         if (role === Message_Role.ASSISTANT) parts.forEach(({ kind }, block) => pieces.push([name, block, 0, said(kind)]));
       }
       for (const [message, block, start, text] of pieces) {
+        if (message === after?.message && block < after.block) continue;
         const key = `${block} ${message}`;
         const bytes = Buffer.from(text);
         const have = Math.max(given.get(key) ?? 0, start);
@@ -152,9 +166,11 @@ export class Stream {
         speaking = message;
         yield piece;
       }
-      const failed = payload.case === "runStateChanged" && payload.value.state === Run_State.FAILED;
-      if (failed && payload.value.error && run === this.attached?.run?.name) throw NotecaseError.fromProto(payload.value.error);
+      if (payload.case === "runStateChanged" && run === this.request.name) throwUnsuccessful(run, payload.value);
     }
+    // A stream that attached after the run's end has no event of it.
+    const run = this.attached?.run;
+    if (run && run.name === this.request.name) throwUnsuccessful(run.name, run);
   }
 
   #attach(attached: Attached): void {
@@ -170,4 +186,10 @@ export class Stream {
 /** The words in a delta or a part. */
 function said(from: BlockDelta["delta"] | Part["kind"]): string {
   return from.case === "text" || from.case === "json" ? from.value : "";
+}
+
+/** Throws the error of a run that failed or was cancelled. */
+function throwUnsuccessful(run: string, { state, error }: Pick<Run, "state" | "error">): void {
+  if (state === Run_State.FAILED && error) throw NotecaseError.fromProto(error);
+  if (state === Run_State.CANCELLED) throw NotecaseError.from(new ConnectError(`${run} was cancelled.`, Code.Canceled));
 }

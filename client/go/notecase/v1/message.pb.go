@@ -456,10 +456,11 @@ func (x *GetMessageRequest) GetName() string {
 type AppendMessagesRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// sessions/{session}
-	Parent         string     `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
-	Messages       []*Message `protobuf:"bytes,2,rep,name=messages,proto3" json:"messages,omitempty"`
-	IfLastSequence *int64     `protobuf:"varint,3,opt,name=if_last_sequence,json=ifLastSequence,proto3,oneof" json:"if_last_sequence,omitempty"`
-	RequestId      string     `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
+	Parent   string     `protobuf:"bytes,1,opt,name=parent,proto3" json:"parent,omitempty"`
+	Messages []*Message `protobuf:"bytes,2,rep,name=messages,proto3" json:"messages,omitempty"`
+	// As in StartRun.
+	IfLastSequence *int64 `protobuf:"varint,3,opt,name=if_last_sequence,json=ifLastSequence,proto3,oneof" json:"if_last_sequence,omitempty"`
+	RequestId      string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields  protoimpl.UnknownFields
 	sizeCache      protoimpl.SizeCache
 }

@@ -917,10 +917,12 @@ type StartRun struct {
 	Messages []*Message `protobuf:"bytes,6,rep,name=messages,proto3" json:"messages,omitempty"`
 	// Tools for this run only, in addition to the agent's: `client` tools whose names the agent does not have. At most 256 KiB
 	// in all.
-	ClientTools    []*Tool           `protobuf:"bytes,7,rep,name=client_tools,json=clientTools,proto3" json:"client_tools,omitempty"`
-	OnBusy         StartRun_OnBusy   `protobuf:"varint,8,opt,name=on_busy,json=onBusy,proto3,enum=notecase.v1.StartRun_OnBusy" json:"on_busy,omitempty"`
-	Disconnect     *Disconnect       `protobuf:"bytes,9,opt,name=disconnect,proto3" json:"disconnect,omitempty"`
-	Limits         *Limits           `protobuf:"bytes,10,opt,name=limits,proto3" json:"limits,omitempty"`
+	ClientTools []*Tool `protobuf:"bytes,7,rep,name=client_tools,json=clientTools,proto3" json:"client_tools,omitempty"`
+	// Unset: ON_BUSY_REJECT.
+	OnBusy     StartRun_OnBusy `protobuf:"varint,8,opt,name=on_busy,json=onBusy,proto3,enum=notecase.v1.StartRun_OnBusy" json:"on_busy,omitempty"`
+	Disconnect *Disconnect     `protobuf:"bytes,9,opt,name=disconnect,proto3" json:"disconnect,omitempty"`
+	Limits     *Limits         `protobuf:"bytes,10,opt,name=limits,proto3" json:"limits,omitempty"`
+	// The expected Session.last_sequence: ABORTED SEQUENCE_MISMATCH when it is another. Unset: any.
 	IfLastSequence *int64            `protobuf:"varint,11,opt,name=if_last_sequence,json=ifLastSequence,proto3,oneof" json:"if_last_sequence,omitempty"`
 	Labels         map[string]string `protobuf:"bytes,12,rep,name=labels,proto3" json:"labels,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// How the stream that starts the run watches it. Ignored by CreateRun and Invoke.

@@ -1108,7 +1108,8 @@ type RewindSessionRequest struct {
 	Name string `protobuf:"bytes,1,opt,name=name,proto3" json:"name,omitempty"`
 	// The last sequence that stays in effect. 0: none. Required. A sequence inside a range that was rewound before is refused:
 	// fork there instead.
-	ToSequence     *int64 `protobuf:"varint,2,opt,name=to_sequence,json=toSequence,proto3,oneof" json:"to_sequence,omitempty"`
+	ToSequence *int64 `protobuf:"varint,2,opt,name=to_sequence,json=toSequence,proto3,oneof" json:"to_sequence,omitempty"`
+	// As in StartRun.
 	IfLastSequence *int64 `protobuf:"varint,3,opt,name=if_last_sequence,json=ifLastSequence,proto3,oneof" json:"if_last_sequence,omitempty"`
 	RequestId      string `protobuf:"bytes,4,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields  protoimpl.UnknownFields

@@ -245,6 +245,7 @@ class AppendMessagesRequest(_message.Message):
     parent: _builtins.str
     """sessions/{session}"""
     if_last_sequence: _builtins.int
+    """As in StartRun."""
     request_id: _builtins.str
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Message]: ...

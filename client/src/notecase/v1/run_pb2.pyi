@@ -383,7 +383,9 @@ class StartRun(_message.Message):
     refused. Empty: chosen by the server.
     """
     on_busy: Global___StartRun.OnBusy.ValueType
+    """Unset: ON_BUSY_REJECT."""
     if_last_sequence: _builtins.int
+    """The expected Session.last_sequence: ABORTED SEQUENCE_MISMATCH when it is another. Unset: any."""
     rewind_to_sequence: _builtins.int
     """Rewinds the session first, in the same commit, as RewindSession does: to regenerate, without messages, or to edit, with
     new ones. Not with ON_BUSY_QUEUE or ON_BUSY_ROLLBACK.

@@ -594,6 +594,7 @@ class RewindSessionRequest(_message.Message):
     fork there instead.
     """
     if_last_sequence: _builtins.int
+    """As in StartRun."""
     request_id: _builtins.str
     def __init__(
         self,

@@ -61,5 +61,10 @@ test("a certificate that is not trusted fails at once", () => {
     const error = NotecaseError.from(new ConnectError("refused", Code.Internal, undefined, undefined, cause));
     assert.equal(error.code, Code.Unavailable);
     assert.equal(error.mayPass, false);
+    assert.match(error.message, /does NOTECASE_CA name the CA of the server's certificate\?/);
   }
+});
+
+test("an error that is not of a call has no code in its text", () => {
+  assert.equal(`${NotecaseError.from(new Error("no file"))}`, "no file");
 });

@@ -3,18 +3,19 @@ import { createServer } from "node:http2";
 import type { AddressInfo } from "node:net";
 import { test } from "node:test";
 import type { MessageInitShape } from "@bufbuild/protobuf";
-import { Code, ConnectError } from "@connectrpc/connect";
+import { Code, ConnectError, createClient } from "@connectrpc/connect";
 import { connectNodeAdapter } from "@connectrpc/connect-node";
 import { type ConnectOptions, connect } from "../connection.js";
 import { NotecaseError } from "../errors.js";
-import { BadRequestSchema, ErrorInfoSchema, RetryInfoSchema } from "../gen/google/rpc/error_details_pb.js";
+import { BadRequestSchema, ErrorInfoSchema, ResourceInfoSchema, RetryInfoSchema } from "../gen/google/rpc/error_details_pb.js";
 import { ErrorReason } from "../gen/notecase/v1/content_pb.js";
+import { Message_Role } from "../gen/notecase/v1/message_pb.js";
 import { type Attached, type EventSchema, type RunResponseSchema, Run_State, RunService } from "../gen/notecase/v1/run_pb.js";
 import { type Stream, start, watch } from "../stream.js";
 
 type Event = MessageInitShape<typeof EventSchema>;
-/** The events of one call of watchEvents, in one batch, how it ends, and the id of a call that waits. */
-type Script = { events: Event[]; end?: ConnectError; waiting?: string };
+/** The events of one call of watchEvents, in one batch, how it ends, and the run when it attaches: the id of a call that waits, and its state. */
+type Script = { events: Event[]; end?: ConnectError; waiting?: string; state?: Run_State };
 
 const RUN = "sessions/s/runs/r";
 const backoff = { firstMs: 1 };
@@ -36,7 +37,7 @@ async function serve(scripts: Script[], play: (address: string, told: Told) => P
           told.tokens.push(requestHeader.get("authorization"));
           if (!script) throw new ConnectError("one call too many", Code.FailedPrecondition);
           const pendingCalls = script.waiting ? [{ callId: script.waiting }] : [];
-          yield { frame: { case: "attached", value: { session: "sessions/s", run: { name: RUN, pendingCalls }, lastSequence: 2n } } };
+          yield { frame: { case: "attached", value: { session: "sessions/s", run: { name: RUN, pendingCalls, state: script.state }, lastSequence: 2n } } };
           yield { frame: { case: "batch", value: { events: script.events } } };
           if (script.end) throw script.end;
         },
@@ -179,5 +180,69 @@ test("what onAttached throws ends the stream", async () => {
     const onAttached = () => Promise.reject(new Error("mine"));
     await assert.rejects(sequences(watch(connect(address), { name: RUN }, { backoff, onAttached })), { message: "mine" });
     assert.equal(told.after.length, 1);
+  });
+});
+
+test("a cancelled run ends its text with an error", async () => {
+  const cancelled: Event = { sequence: 1n, run: RUN, payload: { case: "runStateChanged", value: { state: Run_State.CANCELLED } } };
+  for (const script of [{ events: [delta(0n, "Half"), cancelled] }, { events: [], state: Run_State.CANCELLED }]) {
+    await serve([script], async (address) => {
+      await assert.rejects(async () => {
+        for await (const _ of follow(address).text());
+      }, { name: "NotecaseError", code: Code.Canceled, message: `${RUN} was cancelled.` });
+    });
+  }
+});
+
+test("the text of a session goes on after a cancelled run", async () => {
+  const value = { state: Run_State.CANCELLED };
+  const cancelled: Event = { sequence: 1n, run: RUN, payload: { case: "runStateChanged", value } };
+  await serve([{ events: [cancelled, delta(0n, "Next.")], state: Run_State.CANCELLED }], async (address) => {
+    let said = "";
+    for await (const piece of watch(connect(address), { name: "sessions/s" }, { backoff }).text()) said += piece;
+    assert.equal(said, "Next.");
+  });
+});
+
+test("a stream has its run before it is followed", async () => {
+  await serve([{ events: [event(1n)] }], async (address) => {
+    const run = await start(connect(address), {}, { backoff });
+    assert.equal(run.attached?.session, "sessions/s");
+    assert.equal(run.attached?.run?.name, RUN);
+    assert.deepEqual(await sequences(run), [1n]);
+  });
+});
+
+test("a text goes on after a delta", async () => {
+  const name = "sessions/s/messages/a";
+  const text = (value: string) => ({ kind: { case: "text", value } }) as const;
+  const parts = [text("Shown. "), text("Grüße")];
+  const whole: Event = { sequence: 1n, run: RUN, payload: { case: "messageAdded", value: { name, role: Message_Role.ASSISTANT, parts } } };
+  const value = { message: name, block: 1, end: 7n, delta: { case: "text", value: "Grüße" } } as const;
+  const second: Event = { run: RUN, payload: { case: "blockDelta", value } };
+  for (const events of [[delta(0n, "Shown. "), second], [whole]]) {
+    await serve([{ events }], async (address) => {
+      let said = "";
+      for await (const piece of follow(address).text({ message: name, block: 1, end: 4n })) said += piece;
+      assert.equal(said, "ße");
+    });
+  }
+});
+
+test("a call throws an error with its details", async () => {
+  const end = new ConnectError("gone", Code.NotFound, undefined, [
+    { desc: ErrorInfoSchema, value: { domain: "notecase.dev", reason: "SESSION_NOT_FOUND" } },
+    { desc: ResourceInfoSchema, value: { resourceType: "notecase.dev/Session", resourceName: "sessions/s" } },
+  ]);
+  await serve([{ events: [event(1n)], end }], async (address) => {
+    const runs = createClient(RunService, connect(address));
+    const found: bigint[] = [];
+    const read = async () => {
+      for await (const { frame } of runs.watchEvents({})) if (frame.case === "batch") found.push(...frame.value.events.map((it) => it.sequence));
+    };
+    const gone = { name: "NotecaseError", reason: "SESSION_NOT_FOUND", message: "gone" };
+    await assert.rejects(read(), { ...gone, resource: { type: "notecase.dev/Session", name: "sessions/s" } });
+    assert.deepEqual(found, [1n]);
+    await assert.rejects(runs.createRun({}), { name: "NotecaseError", code: Code.Unavailable, message: "away" });
   });
 });
