@@ -63,7 +63,7 @@ async def test_a_key_from_nothing_to_its_end(shop: Shop, tmp_path: Path) -> None
     for either in (key, rotated.out.strip()):
         assert 0 == (await shop("sessions", "list", key=either)).code
     third = (await shop("keys", "rotate", key_id, "--yes")).out.strip()
-    assert "is not valid" in (await shop("sessions", "list", key=key)).err
+    assert "is invalid" in (await shop("sessions", "list", key=key)).err
     fourth = (await shop("keys", "rotate", key_id, "--overlap", "0s")).out.strip()  # whatever was valid before ends
     assert [1, 1, 0] == [
         (await shop("sessions", "list", key=either)).code for either in (rotated.out.strip(), third, fourth)

@@ -251,7 +251,7 @@ async def test_a_renewal_of_sessions_under_an_old_fence_changes_nothing(
     store = await PostgresStore.open(url, clock)
     await create(store)
     await depose(beside)
-    with pytest.raises(StoreOpenError, match="Another server has become the owner of the store"):
+    with pytest.raises(StoreOpenError, match="Another server now owns the store"):
         await renew(beside, store.fence)
     assert KEY.uid == await beside.fetchval("SELECT uid FROM sessions")
     await store.close()
@@ -297,7 +297,7 @@ async def test_a_copy_under_an_old_fence_writes_nothing(url: str, beside: Any) -
     assert rows._lease.holds
     row = tuple(0 if "time" in column else column for column in table.columns)
     for write in (partial(rows.load, table, [row]), partial(rows.finish_copy, Head(b"secret", True))):
-        with pytest.raises(StoreOpenError, match="Another server has become the owner of the store"):
+        with pytest.raises(StoreOpenError, match="Another server now owns the store"):
             await write()
     assert 0 == await beside.fetchval("SELECT count(*) FROM tenants")
     assert b"secret" != await beside.fetchval("SELECT secret FROM notecase_store")
