@@ -245,7 +245,7 @@ async def test_a_store_that_is_open_or_not_there_is_not_copied(path: Path, targe
     assert not (tmp_path / "nothing.db").exists()
     with pytest.raises(StoreOpenError, match="is in use"):
         await copied(path, path)
-    with pytest.raises(StoreOpenError, match="'memory:' is no store"):
+    with pytest.raises(StoreOpenError, match="'memory:' is not a store"):
         await copied(path, "memory:")
     await copied(path, target)
     store = await opened(target)
@@ -396,7 +396,7 @@ async def test_a_renewal_that_is_cut_leaves_the_store_as_it_was(path: Path, how:
 async def test_a_store_that_is_not_there_is_not_renewed(tmp_path: Path) -> None:
     with pytest.raises(StoreOpenError, match="There is no store at"):
         await renew(tmp_path / "nothing.db")
-    with pytest.raises(StoreOpenError, match="'memory:' is no store"):
+    with pytest.raises(StoreOpenError, match="'memory:' is not a store"):
         await renew("memory:")
 
 

@@ -204,9 +204,8 @@ def export_session(session: str, file: str, force: bool) -> None:
     """Export a session to a file, or to standard output with -, for `sessions import` on any server."""
 
     async def save(client: Client) -> None:
-        name = await named.session(client, session)
         with transfer.destination(file, force) as write:
-            async for piece in client.export_session(name):
+            async for piece in client.export_session(await named.session(client, session)):
                 write(piece)
 
     ask(save)
