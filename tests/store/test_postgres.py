@@ -381,14 +381,17 @@ async def test_a_server_that_stands_still_in_a_transaction_holds_a_row_so_long_a
     store: PostgresStore, beside: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(postgres_store, "WRITE_SECONDS", 0.05)
-    ended = asyncio.Event()
+    begun, ended = asyncio.Event(), asyncio.Event()
 
     def step(tables: Any, now: int) -> None:
         tables.touch()
+        begun.set()
         awaited(ended.wait())
         tables.touch()
 
     writing = asyncio.create_task(store._write(step))
+    writing.add_done_callback(lambda _: begun.set())  # where the machine is so slow that its first statement fails
+    await begun.wait()
     await beside.execute("UPDATE notecase_store SET keyed = keyed")
     while await beside.fetchval("SELECT count(*) FROM pg_stat_activity WHERE state LIKE 'idle in transaction%'"):
         pass
