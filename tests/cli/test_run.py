@@ -2,11 +2,13 @@
 
 import asyncio
 import os
+import socket
 from pathlib import Path
 
 import pytest
 from notecase import v1
 from notecase_server.cli import piped
+from notecase_server.cli.connection import Refusal
 
 from tests.cli.command import COMMAND, notecase, spawn
 from tests.support.server import Running
@@ -36,14 +38,31 @@ async def test_what_comes_through_a_pipe_is_said_after_the_text(served: Running,
         assert (2, "Error: Nothing to say.\n") == (done.code, done.err)
 
 
-async def test_a_pipe_that_nobody_writes_to_does_not_hold_the_command(served: Running, agent: v1.Agent) -> None:
-    """It says that it has not read it."""
+async def test_a_pipe_that_gives_nothing_in_time_is_refused_and_nothing_is_sent(
+    served: Running, agent: v1.Agent
+) -> None:
+    """The text without its input may mean something else, and a script must notice."""
     process = await spawn(*COMMAND, "run", "/say Hello", env={"NOTECASE_ADDRESS": served.address})
     assert process.stdout is not None
     assert process.stderr is not None
     out, err = await asyncio.gather(process.stdout.read(), process.stderr.read())
-    assert (b"Hello\n", True) == (out, piped.NOT_READ.encode() in err)
     await process.communicate()
+    assert (2, b"", f"Error: {piped.SILENT}\n") == (process.returncode, out, err.decode())
+    assert not (await served.sessions.ListSessions(v1.ListSessionsRequest())).sessions
+
+
+def test_a_silent_socket_is_refused_and_input_that_is_there_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = socket.socketpair()
+    with here, there, here.makefile() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        with pytest.raises(Refusal, match="gave nothing"):
+            piped.with_input("say", 0)
+        there.sendall(b"this\n")
+        there.shutdown(socket.SHUT_WR)
+        assert "say\n\nthis\n" == piped.with_input("say", 600)
+    with Path("/dev/null").open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        assert "say" == piped.with_input("say", 0)
 
 
 def test_input_that_is_not_there_or_of_others_is_not_read(
