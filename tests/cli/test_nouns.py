@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from notecase import v1
+from notecase_server.cli import named
+from notecase_server.cli.connection import Exit, Refusal
 from notecase_server.cli.sessions import sessions
 from notecase_server.engine.summary import KEEP_RECENT
 
@@ -159,35 +161,76 @@ async def test_what_is_run_is_text_or_the_run_itself(served: Running, case: v1.S
 
 
 async def test_the_beginning_of_an_id_is_enough(served: Running, case: v1.Session, command: Commands) -> None:
-    """Of a session and of a run; where several begin so they are named, and nothing is deleted."""
+    """The id of a session or a run that the service or a client made; if several begin so, they are listed, and nothing
+    is changed."""
     for words in ("sessions show", "runs cancel"):  # given nothing, as an unset variable of the shell is
         done = await command(words, "")
         assert (1, "Error: ") == (done.code, done.err[:7])
-    for name in ("violin", "violet", "viola-1"):
-        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id=name))
-    assert "sessions/violin" == (await command("sessions show violi")).out.split()[0]
-    assert "sessions/viola-1" == (await command("sessions show viola-")).out.split()[0]
-    for words in ("sessions show vio", "logs viol", "messages list vio", "state get vio", "run hello --session vio"):
-        done = await command(words)
+    first, second, third = "c0ffee01" + "0" * 24, "c0ffee02-d9bc-71de-b377-2d72bd609443", "c0ffee02" + "1" * 24
+    for id_ in (first, second, third):
+        await served.sessions.CreateSession(v1.CreateSessionRequest(session_id=id_))
+    for begun, id_ in (("c0ffee01", first), ("c0ffee02-", second), ("c0ffee021", third)):
+        assert f"sessions/{id_}" == (await command("sessions show", begun)).out.split()[0]
+    for words in ("sessions show", "logs", "messages list", "state get", "run hello --session"):
+        done = await command(words, "c0ffee")
         assert (2, "") == (done.code, done.out)
-        assert done.err.splitlines()[0].endswith("begin with 'vio':") or "'viol':" in done.err
-        assert ["viola-1", "violet", "violin"] == [line.strip() for line in done.err.splitlines()[1:]]
-    assert (0, "") == ((done := await command("state put violi n 1")).code, done.err)
-    assert {"n": 1} == json.loads((await command("state get sessions/violin")).out)
-    assert (1, "Error: There is no session 'sessions/violi'.\n") == (
-        (done := await command("sessions delete violi --yes")).code,
-        done.err,
-    )
-    done = await command("sessions show none")
-    assert (1, "Error: There is no session 'sessions/none'.\n") == (done.code, done.err)
+        told, *listed = done.err.splitlines()
+        assert (True, [third, second, first]) == (
+            told.endswith("begin with 'c0ffee':"),
+            [one.strip() for one in listed],
+        )
+    done = await command("state put c0ffee01 n 1")
+    assert (0, "") == (done.code, done.err)
+    assert {"n": 1} == json.loads((await command(f"state get sessions/{first}")).out)
+    for words in ("sessions delete c0ffee01 --yes", "sessions show c0ffe", "sessions show none"):
+        missing = f"Error: There is no session 'sessions/{words.split()[2]}'.\n"
+        done = await command(words)
+        assert (1, missing) == (done.code, done.err)
     (run,) = json.loads((await command("runs list case -o json")).out)
     which = run["name"].rpartition("/")[2]
-    shown = await command(f"runs show cas/{which[:8]}")
+    shown = await command(f"runs show case/{which[:8]}")
     assert run["name"] == shown.out.split()[0]
     assert f"({which[:8]})" in (await command("logs case")).out
     assert which not in (await command("logs case")).out
-    done = await command("runs show case/none")
-    assert (1, True) == (done.code, "none" in done.err)
+    for begun in ("none", which[:5]):
+        done = await command(f"runs show case/{begun}")
+        assert (1, True) == (done.code, f"'sessions/case/runs/{begun}'" in done.err)
+
+
+async def test_an_id_that_a_caller_chose_is_not_found_by_its_beginning(
+    served: Running, case: v1.Session, command: Commands
+) -> None:
+    """`order-1` may be a whole id, of a session that was deleted: a command must not change order-12 instead."""
+    for id_ in ("order-12", "c0ffee0-12"):
+        session = await served.sessions.CreateSession(v1.CreateSessionRequest(session_id=id_))
+        message = v1.Message(parts=[v1.Part(text="/pause 9000 /chunks 100")])
+        start = v1.StartRun(session=session.name, agent="agents/detective", run_id="first-12", messages=[message])
+        await served.runs.CreateRun(v1.CreateRunRequest(start=start))
+        begun = id_[:-1]
+        for words in ("state put {} n 1", "runs cancel {}", "sessions rewind {} --to 1", "approve {}"):
+            done = await command(words.format(begun))
+            assert (1, f"Error: There is no session 'sessions/{begun}'.\n") == (done.code, done.err)
+        assert 1 == (await command(f"runs cancel {id_}/first-1")).code
+        run = await served.runs.GetRun(v1.GetRunRequest(name=f"{session.name}/runs/first-12"))
+        assert v1.Run.STATE_CANCELLED != run.state
+        assert 0 == (await command(f"runs cancel {id_}")).code
+
+
+async def test_among_too_many_sessions_or_runs_only_a_complete_id_is_found(
+    served: Running, case: v1.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A beginning that is unique among the newest may not be unique among all."""
+    monkeypatch.setattr(named, "READ", 1)
+    async with served.client() as client:
+        made = await client.create_session()
+        id_ = made.name.removeprefix("sessions/")
+        with pytest.raises(Refusal, match="too many sessions") as refused:
+            await named.session(client, id_[:13])
+        assert Exit.USAGE == refused.value.code
+        assert made.name == await named.session(client, id_)
+        run = (await client.invoke("/say Again.", session=case.name)).run.name
+        with pytest.raises(Refusal, match="too many runs in sessions/case"):
+            await named.run(client, f"case/{run.rpartition('/')[2][:8]}")
 
 
 async def test_what_a_session_s_commands_did_is_told(served: Running, agent: v1.Agent, command: Commands) -> None:

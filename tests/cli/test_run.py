@@ -2,13 +2,17 @@
 
 import asyncio
 import os
+import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from notecase import v1
-from notecase_server.cli import piped
+from notecase import Client, NotecaseError, Retry, v1
+from notecase_server.cli import follow, piped, run
+from notecase_server.cli.connection import Exit, Refusal
 
 from tests.cli.command import COMMAND, notecase, spawn
+from tests.client.proxy import Proxy
 from tests.support.server import Running
 
 
@@ -36,14 +40,31 @@ async def test_what_comes_through_a_pipe_is_said_after_the_text(served: Running,
         assert (2, "Error: Nothing to say.\n") == (done.code, done.err)
 
 
-async def test_a_pipe_that_nobody_writes_to_does_not_hold_the_command(served: Running, agent: v1.Agent) -> None:
-    """It says that it has not read it."""
+async def test_a_pipe_that_gives_nothing_in_time_is_refused_and_nothing_is_sent(
+    served: Running, agent: v1.Agent
+) -> None:
+    """The text without its input may mean something else, and a script must notice."""
     process = await spawn(*COMMAND, "run", "/say Hello", env={"NOTECASE_ADDRESS": served.address})
     assert process.stdout is not None
     assert process.stderr is not None
     out, err = await asyncio.gather(process.stdout.read(), process.stderr.read())
-    assert (b"Hello\n", True) == (out, piped.NOT_READ.encode() in err)
     await process.communicate()
+    assert (2, b"", f"Error: {piped.SILENT}\n") == (process.returncode, out, err.decode())
+    assert not (await served.sessions.ListSessions(v1.ListSessionsRequest())).sessions
+
+
+def test_a_silent_socket_is_refused_and_input_that_is_there_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    here, there = socket.socketpair()
+    with here, there, here.makefile() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        with pytest.raises(Refusal, match="gave nothing"):
+            piped.with_input("say", 0)
+        there.sendall(b"this\n")
+        there.shutdown(socket.SHUT_WR)
+        assert "say\n\nthis\n" == piped.with_input("say", 600)
+    with Path("/dev/null").open() as file:
+        monkeypatch.setattr("sys.stdin", file)
+        assert "say" == piped.with_input("say", 0)
 
 
 def test_input_that_is_not_there_or_of_others_is_not_read(
@@ -81,6 +102,75 @@ async def test_any_text_is_attached_and_a_type_may_be_named(served: Running, age
     assert [5] == [part.blob.size_bytes for part in await parts(served)]
     done = await notecase("run", "-", "--attach", "-", said="piped", env=there)
     assert (2, True) == (done.code, "only once" in done.err)
+
+
+async def test_a_file_whose_name_is_not_utf_8_is_attached(served: Running, agent: v1.Agent, tmp_path: Path) -> None:
+    """As an archive made in Latin-1 has it; a type that is not UTF-8 is refused for that."""
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.pdf"))
+    odd.write_bytes(b"%PDF-1.7\xff")
+    there = {"NOTECASE_ADDRESS": served.address}
+    assert 0 == (await notecase("run", "Look", "--attach", str(odd), env=there)).code
+    assert [("caf\ufffd.pdf", "application/pdf")] == [
+        (part.blob.filename, part.blob.media_type) for part in (await parts(served))[1:]
+    ]
+    done = await notecase("blobs", "upload", str(odd), "--type", "\udcff", env=there)
+    assert (2, True) == (done.code, "caf?.pdf is not UTF-8; set it with --type." in done.err)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("run", "\udcff"), ("sessions", "show", "\udcff"), ("state", "get", "app", "\udcff")],
+)
+async def test_an_argument_that_is_not_utf_8_is_a_sentence(
+    served: Running, agent: v1.Agent, words: Sequence[str]
+) -> None:
+    done = await notecase(*words, env={"NOTECASE_ADDRESS": served.address})
+    refused = "Error: An argument, or the content of a file that it names, is not UTF-8.\n"
+    assert (2, "", refused) == done
+
+
+@pytest.mark.parametrize("form", ["json", "yaml"])
+async def test_a_run_whose_stream_is_cut_before_its_end_is_not_printed(
+    served: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    """The command ends with the error of the stream."""
+    monkeypatch.setattr(follow, "AWAY_SECONDS", -1)
+    tools = [v1.Tool(name="search", client=v1.ClientTool())]
+    async with Client(served.address) as direct:
+        clerk = v1.Agent(llm=v1.LlmAgent(instruction="", tools=tools))
+        await direct.agents.CreateAgent(v1.CreateAgentRequest(agent_id="clerk", agent=clerk))
+        await direct.create_session("clerk", session_id="case")
+        async with Proxy(served.address) as proxy, Client(proxy.address, retry=Retry(tries=0)) as client:
+            said = v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text="/call search {}")])
+            running = asyncio.create_task(run._run(client, said, "", "case", form, 600))
+            async with direct.attach("sessions/case", options=v1.WatchOptions(keep_open=True)) as stream:
+                async for event in stream:
+                    if event.run_state_changed.state == v1.Run.STATE_WAITING:
+                        break
+            proxy.cut()
+            with pytest.raises(NotecaseError, match="UNAVAILABLE"):
+                await running
+    assert "STATE_" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["json", "yaml"])
+async def test_a_run_that_the_user_let_go_of_is_not_printed(
+    served: Running, agent: v1.Agent, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], form: str
+) -> None:
+    """As after a second Ctrl-C at a terminal."""
+
+    class LetGo(follow.Follower):
+        async def follow(self) -> bool:
+            async with self._stream:
+                return False
+
+    monkeypatch.setattr(run, "Follower", LetGo)
+    async with Client(served.address) as client:
+        said = v1.Message(role=v1.Message.ROLE_USER, parts=[v1.Part(text="/pause 9000 /chunks 100")])
+        assert Exit.FAILED == await run._run(client, said, "", "", form, None)
+        (left,) = (await client.runs.ListRuns(v1.ListRunsRequest(parent="sessions/-"))).runs
+        await client.cancel(left.name)
+    assert "STATE_" not in capsys.readouterr().out
 
 
 async def test_a_new_session_is_named_after_its_first_words(served: Running, agent: v1.Agent, tmp_path: Path) -> None:

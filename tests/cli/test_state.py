@@ -170,6 +170,15 @@ async def test_what_state_cannot_hold_is_a_sentence(served: Running, client: Cli
     assert {} == await client.get_state("app")
 
 
+@pytest.mark.parametrize("words", [("k", "\udcff"), ("\udcff", "1"), ("k", '{"\udcff": 1}')])
+async def test_text_that_is_not_utf_8_is_a_sentence(served: Running, client: Client, words: tuple[str, str]) -> None:
+    """As a shell passes $'\\xff'."""
+    done = await notecase("state", "put", "app", *words, "--server", served.address)
+    assert (1, "") == (done.code, done.out)
+    assert done.err.startswith("Error: State cannot hold this value: ")
+    assert {} == await client.get_state("app")
+
+
 @pytest.mark.parametrize("value", ["[" * 17 + "]" * 17, "1e999"])
 async def test_what_the_server_refuses_is_told_in_its_words(served: Running, value: str) -> None:
     done = await notecase("state", "put", "app", "k", value, "--server", served.address)

@@ -1,5 +1,6 @@
 """What a run waits for is shown and answered: in a conversation at a terminal, and by commands of their own."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -8,7 +9,8 @@ import pytest
 from notecase import Client, v1
 from notecase_server.auth import rights
 from notecase_server.auth.principal import AuthContext, Metadata, Principal, Role
-from notecase_server.cli.waits import APPROVAL, INTERRUPTED, QUESTION, Wait, may_answer
+from notecase_server.cli import approvals, follow
+from notecase_server.cli.waits import APPROVAL, INTERRUPTED, QUESTION, Wait, caller_of, may_answer
 from notecase_server.engine import ledger
 from notecase_server.tools.contract import CallContext
 from notecase_server.tools.functions import tool
@@ -329,6 +331,63 @@ async def test_in_a_pipe_a_run_that_waits_ends_the_command(served: Running, cler
     assert 3 == done.code
     assert 4 == done.err.count(" --id ")
     assert done.err.rstrip().endswith("lists them.")
+
+
+async def test_what_is_answered_while_the_caller_is_looked_up_is_not_left_waiting(
+    served: Running, clerk: v1.Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command used to end with code 3 and no words."""
+    gone = asyncio.Event()
+
+    class Watched(follow.Follower):
+        def _take(self, event: v1.Event) -> None:
+            super()._take(event)
+            if not self._waits():
+                gone.set()
+
+    async def answered(client: Client) -> v1.ServerInfo.Caller | None:
+        gone.clear()
+        (call,) = (await client.runs.GetRun(v1.GetRunRequest(name=stream.name))).pending_calls
+        await client.give_result(stream.name, call.call_id, "found")
+        await gone.wait()
+        return await caller_of(client)
+
+    monkeypatch.setattr(follow, "caller_of", answered)
+    async with served.client() as client:
+        stream = client.run("/call search {}", agent="clerk")
+        assert await Watched(client, stream, patience=0).follow()
+
+
+async def test_an_answer_remembered_while_the_menu_is_open_is_kept(
+    served: Running, clerk: v1.Agent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only answers about the tool that was chosen are taken back."""
+    async with served.client() as client:
+        tools = [v1.Tool(name=name, client=v1.ClientTool(), requires_approval=True) for name in ("pay", "send")]
+        await client.agents.CreateAgent(
+            v1.CreateAgentRequest(agent_id="bank", agent=v1.Agent(llm=v1.LlmAgent(instruction="", tools=tools)))
+        )
+        await client.create_session("bank", session_id="case")
+
+        async def remember(name: str) -> None:
+            async with client.run(f"/call {name} {{}}", session="case") as stream:
+                async for event in stream:
+                    if event.HasField("input_requested"):
+                        await client.approve(stream.name, event.input_requested.input_id, remember="session")
+                        break
+                await stream.cancel()
+
+        async def chosen(*_: object, **__: object) -> int:
+            await remember("send")
+            return 0
+
+        await remember("pay")
+        monkeypatch.setattr("notecase_server.cli.terminal.choose", chosen)
+        for standard in ("sys.stdin", "sys.stdout"):
+            monkeypatch.setattr(f"{standard}.isatty", lambda: True)
+        await approvals.review(client, "sessions/case")
+        session = await client.sessions.GetSession(v1.GetSessionRequest(name="sessions/case"))
+        assert ["send"] == [one.tool for one in session.remembered.values()]
 
 
 async def test_an_inbox_lists_what_is_waited_for_and_commands_answer_it(served: Running, clerk: v1.Agent) -> None:

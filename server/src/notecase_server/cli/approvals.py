@@ -32,17 +32,18 @@ async def review(client: Client, name: str) -> None:
         with contextlib.suppress(EOFError):
             chosen = await terminal.choose("", [*labels, KEEP], start=len(labels))
             if chosen < len(labels):
-                await _take_back(client, session, list(answers.values())[chosen])
+                await _take_back(client, session.name, list(answers.values())[chosen])
 
 
-async def _take_back(client: Client, session: v1.Session, answer: v1.RememberedApproval) -> None:
-    """Takes back all answers about the tool of one. Raises NotecaseError."""
-    for input_id, one in list(session.remembered.items()):
-        if _label(one) == _label(answer):
-            del session.remembered[input_id]
-    kept = v1.Session(name=session.name, remembered=session.remembered)
+async def _take_back(client: Client, name: str, answer: v1.RememberedApproval) -> None:
+    """Takes back all answers about the tool of one, and keeps those that were given while the menu was open. Raises
+    NotecaseError."""
+    session = await client.sessions.GetSession(v1.GetSessionRequest(name=name))
+    kept = {input_id: one for input_id, one in session.remembered.items() if _label(one) != _label(answer)}
     request = v1.UpdateSessionRequest(
-        session=kept, update_mask=FieldMask(paths=["remembered"]), request_id=uuid.uuid4().hex
+        session=v1.Session(name=name, remembered=kept),
+        update_mask=FieldMask(paths=["remembered"]),
+        request_id=uuid.uuid4().hex,
     )
     await client.sessions.UpdateSession(request)
     screen.aside(f"{screen.one_line(answer.tool)} asks again from now on.")

@@ -30,6 +30,8 @@ def ask(conversation: Callable[[Client], Awaitable[int | None]]) -> None:
         sys.exit(asyncio.run(talk()))
     except NotecaseError as error:
         raise Refusal(screen.sentence(error, server), failure_code(error)) from None
+    except UnicodeError:  # of bytes that are not UTF-8, Python makes text that no message of the API can hold
+        raise Refusal("An argument, or the content of a file that it names, is not UTF-8.", Exit.USAGE) from None
     except KeyboardInterrupt:
         sys.exit(Exit.INTERRUPTED)
 

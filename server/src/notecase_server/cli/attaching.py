@@ -20,14 +20,20 @@ def split(given: str) -> tuple[str, str]:
 
 
 async def upload(client: Client, file: str, media_type: str = "", say: str = "as FILE:TYPE") -> v1.Blob:
-    """Stores a file, or for `-` standard input. `say` is how the caller may give the media type.
+    """Stores a file, or for `-` standard input. `say` is how the caller may give the media type. In a name that is not
+    UTF-8, each byte that does not fit becomes U+FFFD.
 
-    Raises Refusal if it cannot be read, or if neither the name nor the content shows its media type."""
+    Raises Refusal if it cannot be read, if neither the name nor the content shows its media type, or if the given
+    media type is not UTF-8."""
     try:
-        return await client.upload(sys.stdin.buffer.read() if file == "-" else file, media_type)
+        if file == "-":
+            return await client.upload(sys.stdin.buffer.read(), media_type)
+        name = os.fsencode(os.path.basename(file)).decode(errors="replace")
+        return await client.upload(file, media_type, filename=name)
     except OSError as error:
         raise Refusal(f"{screen.one_line(file, 400)} cannot be read: {error.strerror}.", Exit.USAGE) from None
     except ValueError:
         what = "standard input" if file == "-" else screen.one_line(file, 400)
-        told = f"The media type of {what} is unknown; set it {say}."
+        problem = "is not UTF-8" if media_type else "is unknown"
+        told = f"The media type of {what} {problem}; set it {say}."
         raise Refusal(told, Exit.USAGE) from None

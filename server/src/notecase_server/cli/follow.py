@@ -165,6 +165,8 @@ class Follower:
                 if await self._settled_elsewhere(wait):
                     continue
                 caller = await caller_of(self._client)
+                if wait.id not in {one.id for one in self._waits()}:
+                    continue  # answered meanwhile
                 if not self._asks:
                     raise Left([(one, may_answer(caller, one)) for one in self._waits()])
                 if may_answer(caller, wait):

@@ -17,8 +17,9 @@ from notecase.retry import Backoff
 
 from notecase_server.cli import attaching, named, output, screen
 
-CANNOT = (OverflowError, UnicodeError, RecursionError, DecodeError)
-"""What is raised for a value that state cannot hold; DecodeError when it is deeper than protobuf copies."""
+CANNOT = (OverflowError, ValueError, RecursionError, DecodeError)
+"""What is raised for a key or a value that state cannot hold: ValueError, of which UnicodeError is a kind, for text
+that is not Unicode, and DecodeError for what is deeper than protobuf copies."""
 
 CANNOT_HOLD = "State cannot hold this value: integers have 64 bits, text is Unicode, lists are at most 16 levels deep."
 

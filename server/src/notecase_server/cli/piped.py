@@ -6,22 +6,33 @@ import sys
 
 from notecase_server.cli import screen
 from notecase_server.cli.ask import read_text
+from notecase_server.cli.connection import Exit, Refusal
 
 PATIENCE = 3.0
-"""Seconds that standard input may be silent. Under cron, ssh or CI it may be a pipe that nobody writes to or closes."""
+"""Seconds that standard input may be silent. Under ssh or CI it may be a pipe that nobody writes to or closes."""
+
+SILENT = (
+    f"Standard input gave nothing for {PATIENCE:.0f} seconds and is still open. Add - after TEXT to wait for it, or "
+    "`< /dev/null` for no input."
+)
 
 NOT_READ = "Standard input was not read. Add - after TEXT to read it to its end, or `< /dev/null` for no input."
 
 
 def with_input(text: str, patience: float = PATIENCE) -> str:
-    """Returns the text with standard input after it, which may be empty, closed or a terminal. Says so where standard
-    input is not read: nothing came in time, or it is a file that somebody else has begun to read, such as the lines
-    that a loop of the shell goes through."""
+    """Returns the text with standard input after it, which may be empty, closed or a terminal. A file that another
+    program has begun to read, such as the lines that a loop of the shell goes through, is not read, and standard error
+    says so.
+
+    Raises Refusal if standard input, such as a pipe, neither gives anything nor ends within `patience` seconds: without
+    the input, the text may mean something else."""
     if sys.stdin is None or sys.stdin.isatty():
         return text
-    if _begun(sys.stdin.fileno()) or not select.select([sys.stdin], [], [], patience)[0]:
+    if _begun(sys.stdin.fileno()):
         screen.aside(NOT_READ)
         return text
+    if not select.select([sys.stdin], [], [], patience)[0]:
+        raise Refusal(SILENT, Exit.USAGE)
     return joined(text, read_text("-"))
 
 

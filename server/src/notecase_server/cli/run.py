@@ -3,7 +3,8 @@
 import sys
 
 import click
-from notecase import Client, NotecaseError, text_of, v1
+from notecase import Client, NotecaseError, RunStream, text_of, v1
+from notecase.view import ENDED
 
 from notecase_server.cli import attaching, ids, named, output, piped, screen
 from notecase_server.cli.ask import ask, name_of, read_text
@@ -99,15 +100,20 @@ async def _run(client: Client, said: v1.Message, agent: str, session: str, form:
     except NotecaseError as error:
         if error.reason == "AGENT_NOT_FOUND" and not agent:
             raise Refusal(f"{screen.sentence(error, '')} --agent chooses another.", Exit.FAILED) from None
-        if form != "text" and stream.name:
-            output.print_data(output.as_data(stream.result), form)
+        _print_ended(stream, form)
         raise
     finally:
         if stream.session and not session:
             screen.aside(f"{stream.session} with {answering}")
-    if form != "text":
-        output.print_data(output.as_data(stream.result), form)
+    _print_ended(stream, form)
     return Exit.OK if well else Exit.FAILED
+
+
+def _print_ended(stream: RunStream, form: str) -> None:
+    """Prints the run as JSON or YAML. Prints nothing if the stream was cut or left before the run's end."""
+    found = stream.view.runs.get(stream.name)
+    if form != "text" and found is not None and found.state in ENDED:
+        output.print_data(output.as_data(found), form)
 
 
 async def _only_agent(client: Client) -> str:
