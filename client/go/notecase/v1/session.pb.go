@@ -121,8 +121,9 @@ type Session struct {
 	// Output only: commands that were answered QUEUED and are not carried out yet, in order.
 	QueuedCommands []*QueuedCommand `protobuf:"bytes,18,rep,name=queued_commands,json=queuedCommands,proto3" json:"queued_commands,omitempty"`
 	// Answers that also apply to later calls of the same tool in this session (REMEMBER_SESSION), by the input_id that was
-	// answered. An update takes back those that it leaves out, and adds and changes none; a reply that the model is writing may
-	// still go by them. A rewind to before an answer removes it; forks and imports have none.
+	// answered. An update removes those that it leaves out, and older ones for the same tool of the same agent, those of the
+	// active run included; it adds and changes none. A reply that the model is writing may still follow a removed answer. A
+	// rewind to before an answer removes it; forks and imports have none.
 	Remembered map[string]*RememberedApproval `protobuf:"bytes,25,rep,name=remembered,proto3" json:"remembered,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Output only: the bytes of all blobs that its log refers to, each counted once.
 	ContentBytes int64 `protobuf:"varint,23,opt,name=content_bytes,json=contentBytes,proto3" json:"content_bytes,omitempty"`

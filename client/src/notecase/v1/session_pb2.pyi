@@ -178,8 +178,9 @@ class Session(_message.Message):
     @_builtins.property
     def remembered(self) -> _containers.MessageMap[_builtins.str, Global___RememberedApproval]:
         """Answers that also apply to later calls of the same tool in this session (REMEMBER_SESSION), by the input_id that was
-        answered. An update takes back those that it leaves out, and adds and changes none; a reply that the model is writing may
-        still go by them. A rewind to before an answer removes it; forks and imports have none.
+        answered. An update removes those that it leaves out, and older ones for the same tool of the same agent, those of the
+        active run included; it adds and changes none. A reply that the model is writing may still follow a removed answer. A
+        rewind to before an answer removes it; forks and imports have none.
         """
 
     def __init__(

@@ -367,14 +367,27 @@ def edit_session(
         edit.session, session, replace_message_field=True, replace_repeated_field=True
     )
     if "remembered" in edit.paths:
-        for input_id in session.remembered.keys() - edit.session.remembered.keys():
-            del session.remembered[input_id]
+        _take_back(tables, key, session, edit.session)
     if edit.expiry:
         fold.set_expiration(session, edit.session, now)
     fold.touch_session(session, now)
     remember(tables, once, session, now, key)
     tables.put_session(key, row)
     return session
+
+
+def _take_back(tables: Tables, key: SessionKey, session: v1.Session, given: v1.Session) -> None:
+    """Removes the remembered answers that `given` leaves out, each with all older ones for the same tool of the same
+    agent, those of the active run included: an answer that it overruled does not apply again."""
+    left_out = [session.remembered[input_id] for input_id in session.remembered.keys() - given.remembered.keys()]
+    newest = {(one.agent, one.digest): one.sequence for one in sorted(left_out, key=lambda one: one.sequence)}
+    found = tables.run(key, session.active_run) if newest and session.active_run else None
+    for holder in (session, found[0]) if found is not None else (session,):
+        for input_id, one in list(holder.remembered.items()):
+            if one.sequence <= newest.get((one.agent, one.digest), 0):
+                del holder.remembered[input_id]
+    if found is not None:
+        tables.put_run(key, found[0], moved=False)
 
 
 def delete_session(tables: Tables, now: int, key: SessionKey, if_etag: str, once: Once | None) -> None:
