@@ -200,6 +200,17 @@ async def test_an_edit_takes_remembered_answers_back_and_adds_none(calling: Stor
     assert kept == dict(committed.session.remembered)
 
 
+async def test_an_edit_removes_no_answer_that_its_caller_had_not_read(calling: Store) -> None:
+    """That is one after the last_sequence that it sends; without one, all that it leaves out are removed."""
+    approve, session = v1.InputResponse.DECISION_APPROVE, v1.InputResponse.REMEMBER_SESSION
+    await add(calling, asked("i1", "c1", "r1"), asked("i2", "c2", "r1"))
+    read = (await add(calling, answered("i1", "r1", approve, session))).session.last_sequence
+    await add(calling, answered("i2", "r1", approve, session))
+    taking_back = edit(remembered={})._replace(session=v1.Session(last_sequence=read))
+    assert {"i2": remembers(read + 1)} == dict((await calling.edit_session(KEY, taking_back)).remembered)
+    assert {} == dict((await calling.edit_session(KEY, edit(remembered={}))).remembered)
+
+
 async def test_an_answer_that_a_removed_one_overruled_does_not_apply_again(calling: Store) -> None:
     """Neither the session's nor the active run's; a newer one, and those for other tools, still do."""
     approve, deny = v1.InputResponse.DECISION_APPROVE, v1.InputResponse.DECISION_DENY

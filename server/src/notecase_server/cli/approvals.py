@@ -40,7 +40,7 @@ async def _take_back(client: Client, session: v1.Session, answer: v1.RememberedA
     for input_id, one in list(session.remembered.items()):
         if _label(one) == _label(answer):
             del session.remembered[input_id]
-    kept = v1.Session(name=session.name, remembered=session.remembered)
+    kept = v1.Session(name=session.name, remembered=session.remembered, last_sequence=session.last_sequence)
     request = v1.UpdateSessionRequest(
         session=kept, update_mask=FieldMask(paths=["remembered"]), request_id=uuid.uuid4().hex
     )

@@ -342,7 +342,8 @@ class SessionEdit(NamedTuple):
 
     paths: tuple[str, ...]
     """The fields that change, as paths of a field mask: display_name, agent, labels, remembered. Remembered answers are
-    only removed: those that `session` does not have."""
+    only removed: those that `session` does not have, up to its last_sequence unless that is 0, and what they
+    overruled."""
     session: v1.Session
     """What they become."""
     expiry: bool = False
@@ -498,8 +499,8 @@ class SessionStore(Protocol):
     async def edit_session(
         self, key: SessionKey, edit: SessionEdit, if_etag: str = "", once: Once | None = None
     ) -> v1.Session:
-        """Changes metadata of the stored session; update_time and etag are the store's. SESSION_NOT_FOUND;
-        ETAG_MISMATCH when `if_etag` is set and another."""
+        """Changes metadata of the stored session; update_time and etag are the store's. Writes Once.audit only if a
+        remembered answer was removed. SESSION_NOT_FOUND; ETAG_MISMATCH when `if_etag` is set and another."""
         ...
 
     async def delete_session(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
