@@ -692,8 +692,9 @@ class BlobStore(Protocol):
         end at `size`, BLOB_NOT_FOUND when there is none. The caller vouches for the digest."""
         ...
 
-    async def drop_upload(self, tenant: str, upload_id: str) -> None:
-        """Forgets an upload under way, with its bytes. Of one that is missing or complete: nothing."""
+    async def drop_upload(self, tenant: str, upload_id: str, if_bytes: int | None = None) -> None:
+        """Forgets an upload under way, with its bytes. Does nothing if it is missing or complete, or if `if_bytes` is
+        set and the upload has another number of bytes."""
         ...
 
     async def sweep_blobs(self, now: int, uploaded_before: int, held: Container[tuple[str, str]] = ()) -> int:
