@@ -109,6 +109,12 @@ async def test_files_that_tls_needs_are_named(tmp_path: Path) -> None:
         assert (1, f"Error: postgresql://127.0.0.1:1/cases: {told}\n") == (done.code, done.err)
 
 
+async def test_a_password_file_need_not_be_there(store: str, tmp_path: Path) -> None:
+    """As with libpq, which then has no password."""
+    done = await notecase("migrate", "--store", f"{store}&passfile={tmp_path / 'pgpass'}")
+    assert (0, f"created the tables, schema {VERSION}\n") == (done.code, done.out)
+
+
 async def test_a_schema_that_the_user_may_not_use_is_no_schema(guarded: str) -> None:
     admin = await asyncpg.connect(guarded.replace("keeper_" + guarded.partition("?")[0].rpartition("/")[2], "postgres"))
     await admin.execute("CREATE SCHEMA cases")

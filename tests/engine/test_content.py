@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from notecase import v1
 from notecase_server.engine.content import Contents, Limits
-from notecase_server.store.contract import CHUNK_BYTES, Store
+from notecase_server.store.contract import CHUNK_BYTES, Quotas, Store
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
 
@@ -131,6 +131,25 @@ async def test_a_caller_who_is_wrong_takes_nothing_from_one_who_was_right(conten
     upload = await store.get_upload("acme", "mine")
     assert upload is not None
     assert upload.blob.name == blob.name
+
+
+async def test_an_upload_that_is_refused_at_its_start_is_dropped_only_for_who_knows_how_far_it_is(
+    contents: Contents, store: Store
+) -> None:
+    """That is the caller that sent it: another one that chooses the same upload_id begins at 0, or guesses."""
+
+    async def broken() -> AsyncIterator[v1.UploadBlobRequest]:
+        yield v1.UploadBlobRequest(chunk=b"abc")
+        raise ConnectionResetError
+
+    with pytest.raises(ConnectionResetError):
+        await contents.upload("acme", v1.UploadBlobRequest(upload_id="mine"), broken())
+    store.quotas = Quotas(blob_bytes=10)
+    for offset, kept in ((0, True), (2, True), (3, False)):
+        first = v1.UploadBlobRequest(upload_id="mine", offset=offset, blob=v1.Blob(size_bytes=20))
+        with refused("QUOTA_EXCEEDED"):
+            await contents.upload("acme", first, endless())
+        assert kept == (await store.get_upload("acme", "mine") is not None)
 
 
 async def test_an_upload_cancelled_while_it_writes_keeps_all_that_has_come(

@@ -189,13 +189,36 @@ async def test_who_answered_what_is_told(served: Running) -> None:
 
 
 async def test_who_takes_a_remembered_answer_back_is_told(served: Running) -> None:
-    """Other changes of a session are not."""
+    """Other changes of a session are not, nor is an update that removes no answer. All fields are all but these."""
     await begin(served, CLERK)
-    session = v1.Session(name=CASE, display_name="The violin")
-    for path in ("display_name", "remembered"):
-        request = v1.UpdateSessionRequest(session=session, update_mask=FieldMask(paths=[path]))
-        await served.sessions.UpdateSession(request, metadata=BOSS)
-    assert [("boss", "SessionService/UpdateSession", CASE, "OK")] == await lines(served)
+    start = v1.StartRun(session=CASE, messages=[said("/call pay {}")])
+    made = await served.runs.CreateRun(v1.CreateRunRequest(start=start), metadata=CLERK)
+    (asked,) = (await served.runs.WaitRun(v1.WaitRunRequest(name=made.name), metadata=CLERK)).pending_inputs
+    response = v1.InputResponse(
+        input_id=asked.input_id,
+        decision=v1.InputResponse.DECISION_APPROVE,
+        remember=v1.InputResponse.REMEMBER_SESSION,
+    )
+    command = v1.SendCommandRequest(session=CASE, command=v1.RunRequest(input_response=response))
+    await served.runs.SendCommand(command, metadata=CLERK)
+    answered = await lines(served)
+    found = await served.sessions.GetSession(v1.GetSessionRequest(name=CASE), metadata=BOSS)
+    found.ClearField("etag")
+    given = v1.Session(name=CASE, display_name="The violin")
+    for session, paths in (
+        (given, ["*"]),
+        (given, []),
+        (given, ["display_name"]),
+        (found, ["remembered"]),
+        (v1.Session(name=CASE, last_sequence=found.last_sequence), ["remembered"]),
+        (given, ["remembered"]),
+    ):
+        request = v1.UpdateSessionRequest(session=session, update_mask=FieldMask(paths=paths))
+        updated = await served.sessions.UpdateSession(request, metadata=ADMIN if "*" in paths else BOSS)
+        if session is found:
+            assert [asked.input_id] == list(updated.remembered)
+    assert {} == dict(updated.remembered)
+    assert [("boss", "SessionService/UpdateSession", CASE, "OK"), *answered] == await lines(served)
 
 
 async def test_refusals_are_told_up_to_a_bound_and_then_counted(served: Running) -> None:

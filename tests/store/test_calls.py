@@ -200,6 +200,43 @@ async def test_an_edit_takes_remembered_answers_back_and_adds_none(calling: Stor
     assert kept == dict(committed.session.remembered)
 
 
+async def test_an_edit_removes_no_answer_that_its_caller_had_not_read(calling: Store) -> None:
+    """That is one after the last_sequence that it sends; without one, all that it leaves out are removed."""
+    approve, session = v1.InputResponse.DECISION_APPROVE, v1.InputResponse.REMEMBER_SESSION
+    await add(calling, asked("i1", "c1", "r1"), asked("i2", "c2", "r1"))
+    read = (await add(calling, answered("i1", "r1", approve, session))).session.last_sequence
+    await add(calling, answered("i2", "r1", approve, session))
+    taking_back = edit(remembered={})._replace(session=v1.Session(last_sequence=read))
+    assert {"i2": remembers(read + 1)} == dict((await calling.edit_session(KEY, taking_back)).remembered)
+    assert {} == dict((await calling.edit_session(KEY, edit(remembered={}))).remembered)
+
+
+async def test_an_answer_that_a_removed_one_overruled_does_not_apply_again(calling: Store) -> None:
+    """Neither the session's nor the active run's; a newer one, and those for other tools, still do."""
+    approve, deny = v1.InputResponse.DECISION_APPROVE, v1.InputResponse.DECISION_DENY
+    run, session = v1.InputResponse.REMEMBER_RUN, v1.InputResponse.REMEMBER_SESSION
+    other = asked("i5", "c2", "r1")
+    other.input_requested.call.binding.digest = b"another tool"
+    asking = await add(calling, *(asked(f"i{number}", "c1", "r1") for number in range(5)), other)
+    head = asking.session.last_sequence
+    await add(
+        calling,
+        answered("i0", "r1", approve, session),
+        answered("i1", "r1", approve, run),
+        answered("i5", "r1", approve, session),
+        answered("i2", "r1", deny, session),
+    )
+    kept = {"i0": remembers(head + 1), "i5": remembers(head + 3)}
+    edited = await calling.edit_session(KEY, edit(remembered=kept))
+    assert ["i5"] == list(edited.remembered)
+    assert {} == dict((await run_of(calling, "r1")).remembered)
+    await add(calling, answered("i3", "r1", deny, session), answered("i4", "r1", approve, run))
+    edited = await calling.edit_session(KEY, edit(remembered=dict(edited.remembered)))
+    assert ["i5"] == list(edited.remembered)
+    committed = await add(calling, moved("r1", v1.Run.STATE_RUNNING))
+    assert {"i4": remembers(head + 6)} == dict(committed.runs["r1"].remembered)
+
+
 @pytest.mark.parametrize("kind", [v1.InputRequest.KIND_QUESTION, v1.InputRequest.KIND_INTERRUPTED_CALL])
 async def test_only_approvals_are_remembered(calling: Store, kind: v1.InputRequest.Kind.ValueType) -> None:
     await add(calling, asked("i1", "c1", "r1", kind))

@@ -24,6 +24,7 @@ from notecase_server.store import bindings, sqlite_file
 from notecase_server.store.contract import Answer, Once, Query, Replayed, Scope, SessionKey, StoreOpenError
 from notecase_server.store.sqlite import SqliteStore
 from notecase_server.store.sqlite_schema import VERSION
+from structlog.testing import capture_logs
 
 from tests.store.build import ManualClock, refused, said
 from tests.store.test_sqlite import full_disk
@@ -358,7 +359,7 @@ async def test_a_migration_that_is_killed_leaves_the_file_as_it_was(large: Path,
     before, events = dumped(large), facts(large, "SELECT count(*) FROM events")
     with migrating(large, 1000) as running:
         seen = [first_line(running), *(go_on(running) for _ in range(lines - 1))]
-        assert seen == [f"{done * 1000} 3594 store_migrating" for done in range(lines)]
+        assert seen == [f"1 {done * 1000} 3594 store_migrating" for done in range(lines)]
         assert "in use" in await refusal(large)
     if lines > 2:
         assert Path(f"{large}-wal").stat().st_size > 1 << 20
@@ -368,9 +369,18 @@ async def test_a_migration_that_is_killed_leaves_the_file_as_it_was(large: Path,
     assert facts(large, "PRAGMA integrity_check") == [("ok",)]
 
 
+async def test_the_log_says_that_a_conversion_begins(older: Path) -> None:
+    """Before its work, which takes minutes for a large file."""
+    version = facts(older, "PRAGMA user_version")[0][0]
+    with capture_logs() as lines:
+        await (await SqliteStore.open(older, ManualClock())).close()
+    told = [(line["event"], line["schema"]) for line in lines if line["event"].startswith("store_migrat")]
+    assert [("store_migrating", version), ("store_migrated", VERSION)] == told
+
+
 async def test_a_migration_that_was_told_of_is_durable(path: Path) -> None:
     with migrating(path, 1000) as running:
-        assert first_line(running) == "0 594 store_migrating"
+        assert first_line(running) == "1 0 594 store_migrating"
         assert go_on(running) == f"{VERSION} store_migrated"
     assert facts(path, "PRAGMA user_version") == [(VERSION,)]
     assert facts(path, "PRAGMA integrity_check") == [("ok",)]

@@ -47,6 +47,7 @@ from tests.store.build import (
     contents,
     create,
     dispatched,
+    edit,
     ended,
     finished,
     increment,
@@ -681,6 +682,17 @@ async def test_commits_side_by_side_do_not_exceed_a_quota(store: PostgresStore) 
     refusals = [reason_name(each.reason) for each in done if isinstance(each, NotecaseError)]
     assert ["QUOTA_EXCEEDED"] * 6 == refusals
     assert 4 == len((await store.list_sessions("acme", EVERYTHING)).rows)
+
+
+async def test_a_write_that_no_quota_bounds_waits_for_no_other_at_the_bound(store: PostgresStore) -> None:
+    """Its record counts, but nothing is compared with the quota, so it needs no count of the rows."""
+    store.quotas = Quotas(requests=1)
+    await store.commit(Commit(key=KEY, create=v1.Session(), once=once("first", NOTHING)))
+    with refused("QUOTA_EXCEEDED"):
+        await add(store, said("m1"), once=once("second", NOTHING))
+    async with asyncio.timeout(60), store._locks.within("another session"):
+        edited = await store.edit_session(KEY, edit(display_name="The violin"), once=once("third"))
+    assert "The violin" == edited.display_name
 
 
 # ---- text

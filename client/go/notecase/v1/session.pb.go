@@ -121,8 +121,10 @@ type Session struct {
 	// Output only: commands that were answered QUEUED and are not carried out yet, in order.
 	QueuedCommands []*QueuedCommand `protobuf:"bytes,18,rep,name=queued_commands,json=queuedCommands,proto3" json:"queued_commands,omitempty"`
 	// Answers that also apply to later calls of the same tool in this session (REMEMBER_SESSION), by the input_id that was
-	// answered. An update takes back those that it leaves out, and adds and changes none; a reply that the model is writing may
-	// still go by them. A rewind to before an answer removes it; forks and imports have none.
+	// answered. An update whose mask names this field ("*" and an empty mask do not) removes those that it leaves out, and older
+	// ones for the same tool of the same agent, those of the active run included; it adds and changes none. If the update also
+	// sets last_sequence, to the value that the caller read, answers after that sequence stay. A reply that the model is writing
+	// may still follow a removed answer. A rewind to before an answer removes it; forks and imports have none.
 	Remembered map[string]*RememberedApproval `protobuf:"bytes,25,rep,name=remembered,proto3" json:"remembered,omitempty" protobuf_key:"bytes,1,opt,name=key" protobuf_val:"bytes,2,opt,name=value"`
 	// Output only: the bytes of all blobs that its log refers to, each counted once.
 	ContentBytes int64 `protobuf:"varint,23,opt,name=content_bytes,json=contentBytes,proto3" json:"content_bytes,omitempty"`
@@ -735,7 +737,7 @@ func (x *ListSessionsResponse) GetNextPageToken() string {
 type UpdateSessionRequest struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	Session *Session               `protobuf:"bytes,1,opt,name=session,proto3" json:"session,omitempty"`
-	// Empty: every field that is set. "*": every field that can change.
+	// Empty: every field that is set. "*": every field that can change. Neither changes `remembered`, which a mask has to name.
 	UpdateMask    *fieldmaskpb.FieldMask `protobuf:"bytes,2,opt,name=update_mask,json=updateMask,proto3" json:"update_mask,omitempty"`
 	RequestId     string                 `protobuf:"bytes,3,opt,name=request_id,json=requestId,proto3" json:"request_id,omitempty"`
 	unknownFields protoimpl.UnknownFields

@@ -178,8 +178,10 @@ class Session(_message.Message):
     @_builtins.property
     def remembered(self) -> _containers.MessageMap[_builtins.str, Global___RememberedApproval]:
         """Answers that also apply to later calls of the same tool in this session (REMEMBER_SESSION), by the input_id that was
-        answered. An update takes back those that it leaves out, and adds and changes none; a reply that the model is writing may
-        still go by them. A rewind to before an answer removes it; forks and imports have none.
+        answered. An update whose mask names this field ("*" and an empty mask do not) removes those that it leaves out, and older
+        ones for the same tool of the same agent, those of the active run included; it adds and changes none. If the update also
+        sets last_sequence, to the value that the caller read, answers after that sequence stay. A reply that the model is writing
+        may still follow a removed answer. A rewind to before an answer removes it; forks and imports have none.
         """
 
     def __init__(
@@ -422,7 +424,7 @@ class UpdateSessionRequest(_message.Message):
     def session(self) -> Global___Session: ...
     @_builtins.property
     def update_mask(self) -> _field_mask_pb2.FieldMask:
-        """Empty: every field that is set. "*": every field that can change."""
+        """Empty: every field that is set. "*": every field that can change. Neither changes `remembered`, which a mask has to name."""
 
     def __init__(
         self,

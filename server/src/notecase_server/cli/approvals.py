@@ -41,7 +41,7 @@ async def _take_back(client: Client, name: str, answer: v1.RememberedApproval) -
     session = await client.sessions.GetSession(v1.GetSessionRequest(name=name))
     kept = {input_id: one for input_id, one in session.remembered.items() if _label(one) != _label(answer)}
     request = v1.UpdateSessionRequest(
-        session=v1.Session(name=name, remembered=kept),
+        session=v1.Session(name=name, remembered=kept, last_sequence=session.last_sequence),
         update_mask=FieldMask(paths=["remembered"]),
         request_id=uuid.uuid4().hex,
     )

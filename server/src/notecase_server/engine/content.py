@@ -92,7 +92,7 @@ class Contents:
         stored = await self._stored(tenant, first.blob, subject, user)
         if stored is None:
             upload_id = first.upload_id or self._new_id()
-            upload = await self._opened(tenant, upload_id, first.blob.size_bytes)
+            upload = await self._opened(tenant, upload_id, first)
             if not upload.HasField("blob"):
                 stored = await self._received(tenant, upload, first, frames, subject)
             elif _differs(first.blob, upload.blob):
@@ -106,14 +106,14 @@ class Contents:
             filename=first.blob.filename,
         )
 
-    async def _opened(self, tenant: str, upload_id: str, size: int) -> v1.Upload:
+    async def _opened(self, tenant: str, upload_id: str, first: v1.UploadBlobRequest) -> v1.Upload:
         expire_time = self._clock() + UPLOAD_MICROSECONDS
         try:
-            return await self._store.open_upload(tenant, upload_id, expire_time, size)
+            return await self._store.open_upload(tenant, upload_id, expire_time, first.blob.size_bytes)
         except NotecaseError as error:
-            if error.reason in WRONG:  # what an earlier call has sent of it
+            if error.reason in WRONG and first.offset > 0:  # what an earlier call of this caller has sent of it
                 with suppress(NotecaseError):
-                    await self._store.drop_upload(tenant, upload_id)
+                    await self._store.drop_upload(tenant, upload_id, if_bytes=first.offset)
             raise
 
     async def _stored(self, tenant: str, said: v1.Blob, subject: str, user: str) -> v1.Blob | None:

@@ -143,8 +143,11 @@ async def require_known(store: TenantStore, tenant: str) -> None:
         raise errors.not_found("tenant", names.tenant(tenant))
 
 
-def masked(check: Check, mask: FieldMask, given: Message, allowed: Iterable[str]) -> FieldMask:
-    """The fields that an update changes (AIP-134). Paths that cannot be changed are told to the check and left out."""
+def masked(
+    check: Check, mask: FieldMask, given: Message, allowed: Iterable[str], by_name: Iterable[str] = ()
+) -> FieldMask:
+    """The fields that an update changes (AIP-134); those `by_name` only if the mask names them, neither by "*" nor
+    without a mask. Paths that cannot be changed are told to the check and left out."""
     known = list(allowed)
     if not check(len(mask.paths) <= MAX_PATHS, "update_mask", f"has more than {MAX_PATHS} paths"):
         return FieldMask()
@@ -152,6 +155,7 @@ def masked(check: Check, mask: FieldMask, given: Message, allowed: Iterable[str]
         return FieldMask(paths=known)
     if not mask.paths:
         return FieldMask(paths=[field.name for field, _ in given.ListFields() if field.name in known])
+    known += by_name
     fine = FieldMask(paths=[path for path in mask.paths if path.partition(".")[0] in known])
     if not fine.IsValidForDescriptor(given.DESCRIPTOR):  # type: ignore[arg-type]
         fine = FieldMask()

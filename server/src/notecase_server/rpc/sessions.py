@@ -57,8 +57,8 @@ MAX_IMPORT_BYTES = 1 << 30
 """Of a session's file beside its content: it waits on this machine's disk, and a gigabyte is a million messages."""
 
 EXPIRY_FIELDS = ("expire_time", "ttl", "idle_ttl")
-SESSION_FIELDS = ("display_name", "agent", "labels", "remembered", *EXPIRY_FIELDS)
-"""What an update may change."""
+SESSION_FIELDS = ("display_name", "agent", "labels", *EXPIRY_FIELDS)
+"""What an update may change, and "remembered" if its mask names it: what it leaves out is removed for good."""
 
 
 class DeskStore(AgentStore, AuditStore, Protocol):
@@ -112,7 +112,7 @@ class SessionsService(v1.SessionServiceServicer):
     async def UpdateSession(self, request: v1.UpdateSessionRequest, context: Any) -> v1.Session:
         check = checked(request)
         session = check.session("session.name", request.session.name)
-        mask = masked(check, request.update_mask, request.session, SESSION_FIELDS)
+        mask = masked(check, request.update_mask, request.session, SESSION_FIELDS, by_name=["remembered"])
         labels = any(path.partition(".")[0] == "labels" for path in mask.paths)
         check.session_body("session", request.session, labels)
         if labels:

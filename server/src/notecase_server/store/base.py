@@ -302,8 +302,8 @@ class TableStore(ABC):
         complete = partial(content.complete_upload, tenant=tenant, subject=subject, upload_id=upload_id)
         return await self._write(partial(complete, size=size, sha256=sha256), _content(tenant))
 
-    async def drop_upload(self, tenant: str, upload_id: str) -> None:
-        await self._write(lambda tables, _: content.drop_upload(tables, tenant, upload_id), _content(tenant))
+    async def drop_upload(self, tenant: str, upload_id: str, if_bytes: int | None = None) -> None:
+        await self._write(lambda tables, _: content.drop_upload(tables, tenant, upload_id, if_bytes), _content(tenant))
 
     async def sweep_blobs(self, now: int, uploaded_before: int, held: Container[tuple[str, str]] = ()) -> int:
         limit = content.SWEEP_ROWS

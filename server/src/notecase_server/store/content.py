@@ -164,10 +164,10 @@ def complete_upload(
     return v1.Blob(name=f"{PREFIX}{sha256}", size_bytes=size)
 
 
-def drop_upload(tables: Tables, tenant: str, upload_id: str) -> None:
+def drop_upload(tables: Tables, tenant: str, upload_id: str, if_bytes: int | None) -> None:
     """Store.drop_upload."""
     row = tables.upload(tenant, upload_id)
-    if row is not None and not row.sha256:
+    if row is not None and not row.sha256 and if_bytes in {None, row.size}:
         tables.discard(row.content)
         tables.delete_upload(tenant, upload_id)
 

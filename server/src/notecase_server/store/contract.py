@@ -342,7 +342,8 @@ class SessionEdit(NamedTuple):
 
     paths: tuple[str, ...]
     """The fields that change, as paths of a field mask: display_name, agent, labels, remembered. Remembered answers are
-    only removed: those that `session` does not have."""
+    only removed: those that `session` does not have, up to its last_sequence unless that is 0, and what they
+    overruled."""
     session: v1.Session
     """What they become."""
     expiry: bool = False
@@ -498,8 +499,8 @@ class SessionStore(Protocol):
     async def edit_session(
         self, key: SessionKey, edit: SessionEdit, if_etag: str = "", once: Once | None = None
     ) -> v1.Session:
-        """Changes metadata of the stored session; update_time and etag are the store's. SESSION_NOT_FOUND;
-        ETAG_MISMATCH when `if_etag` is set and another."""
+        """Changes metadata of the stored session; update_time and etag are the store's. Writes Once.audit only if a
+        remembered answer was removed. SESSION_NOT_FOUND; ETAG_MISMATCH when `if_etag` is set and another."""
         ...
 
     async def delete_session(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
@@ -691,8 +692,9 @@ class BlobStore(Protocol):
         end at `size`, BLOB_NOT_FOUND when there is none. The caller vouches for the digest."""
         ...
 
-    async def drop_upload(self, tenant: str, upload_id: str) -> None:
-        """Forgets an upload under way, with its bytes. Of one that is missing or complete: nothing."""
+    async def drop_upload(self, tenant: str, upload_id: str, if_bytes: int | None = None) -> None:
+        """Forgets an upload under way, with its bytes. Does nothing if it is missing or complete, or if `if_bytes` is
+        set and the upload has another number of bytes."""
         ...
 
     async def sweep_blobs(self, now: int, uploaded_before: int, held: Container[tuple[str, str]] = ()) -> int:

@@ -45,8 +45,8 @@ UNFINISHED = "unfinished_copy"
 """A table that only a store has that another one is being copied into."""
 
 
-FILES = frozenset({"sslrootcert", "sslcert", "sslkey", "passfile"})
-"""Parameters of a URL that name files."""
+FILES = frozenset({"sslrootcert", "sslcert", "sslkey"})
+"""Parameters of a URL that name files which must be there. `passfile` need not, as with libpq."""
 
 PARAMETER = re.compile(r'"(\w+)"')
 """The name of a parameter in a message of PostgreSQL."""

@@ -7,6 +7,7 @@ a page must end, so no cursor stays open.
 
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -273,19 +274,22 @@ ADD_AUDIT = (
 )
 
 
-class Counts(NamedTuple):
-    """What is known of how much there is."""
+@dataclass(slots=True)
+class Counts:
+    """What is known of how much there is, for one step."""
 
     quotas: Quotas
     tallies: Tallies
     alone: bool
     """No other write is under way."""
+    asked: set[tuple[Kept, str]] = field(default_factory=set)
+    """What the step compares with a quota."""
 
     def add(self, kind: Kept, tenant: str) -> None:
         """Takes note of one more. Raises CountedAloneError when writes of other sessions have reached the bound since
-        `kept` was asked."""
-        bounds: Mapping[str, int] = self.quotas._asdict()
-        if bounds[kind] and not self.alone and self.tallies.below(kind, tenant, self.quotas) is None:
+        this step asked for the count."""
+        asked = (kind, tenant) in self.asked
+        if asked and not self.alone and self.tallies.below(kind, tenant, self.quotas) is None:
             raise CountedAloneError
         self.tallies.added(kind, tenant)
 
@@ -369,15 +373,16 @@ class PostgresTables:
         self._do(ADD_REQUEST, *once[:4], once.digest, response, about, owner, now)
 
     def kept(self, kind: Kept, tenant: str, *within: str, more: int = 1) -> int:
-        quotas, tallies, alone = self._counts
         if kind not in TALLIED:
             return int(self._one(KEPT[kind], tenant, *within)[0])
-        below = tallies.below(kind, tenant, quotas, more)
+        counts = self._counts
+        counts.asked.add((kind, tenant))
+        below = counts.tallies.below(kind, tenant, counts.quotas, more)
         if below is None:
-            if not alone:
+            if not counts.alone:
                 raise CountedAloneError
             below = int(self._one(KEPT[kind], tenant)[0])
-            tallies.counted(kind, tenant, below)
+            counts.tallies.counted(kind, tenant, below)
         return below
 
     def touch(self) -> None:

@@ -147,6 +147,7 @@ def migrate(connection: sqlite3.Connection, version: int) -> None:
     if version == 1:
         _from_first(connection)
     else:
+        log.info("store_migrating", schema=version)
         _drop_indexes(connection, (*MOVED[version], "events"))
         for table in MOVED[version]:
             connection.execute(f"ALTER TABLE {table} RENAME TO before_{table}")
@@ -220,7 +221,7 @@ class _Progress:
                 self._tell()
 
     def _tell(self) -> None:
-        log.info("store_migrating", done=self._done, of=self._total)
+        log.info("store_migrating", schema=1, done=self._done, of=self._total)
 
 
 def _set_aside(connection: sqlite3.Connection) -> None:

@@ -366,15 +366,33 @@ def edit_session(
     FieldMask(paths=[path for path in edit.paths if path != "remembered"]).MergeMessage(
         edit.session, session, replace_message_field=True, replace_repeated_field=True
     )
-    if "remembered" in edit.paths:
-        for input_id in session.remembered.keys() - edit.session.remembered.keys():
-            del session.remembered[input_id]
+    took_back = "remembered" in edit.paths and _take_back(tables, key, session, edit.session)
     if edit.expiry:
         fold.set_expiration(session, edit.session, now)
     fold.touch_session(session, now)
+    if once is not None and not took_back:
+        once = once._replace(audit=None)
     remember(tables, once, session, now, key)
     tables.put_session(key, row)
     return session
+
+
+def _take_back(tables: Tables, key: SessionKey, session: v1.Session, given: v1.Session) -> bool:
+    """Removes the remembered answers that `given` leaves out, each with all older ones for the same tool of the same
+    agent, those of the active run included: an answer that it overruled does not apply again. Answers after the
+    last_sequence of `given` stay, unless that is 0. Returns whether it removed any."""
+    known = given.last_sequence or session.last_sequence
+    missing = [session.remembered[input_id] for input_id in session.remembered.keys() - given.remembered.keys()]
+    left_out = [one for one in missing if one.sequence <= known]
+    newest = {(one.agent, one.digest): one.sequence for one in sorted(left_out, key=lambda one: one.sequence)}
+    found = tables.run(key, session.active_run) if newest and session.active_run else None
+    for holder in (session, found[0]) if found is not None else (session,):
+        for input_id, one in list(holder.remembered.items()):
+            if one.sequence <= newest.get((one.agent, one.digest), 0):
+                del holder.remembered[input_id]
+    if found is not None:
+        tables.put_run(key, found[0], moved=False)
+    return bool(left_out)
 
 
 def delete_session(tables: Tables, now: int, key: SessionKey, if_etag: str, once: Once | None) -> None:
