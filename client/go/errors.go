@@ -37,6 +37,7 @@ type Error struct {
 
 	tls    tlsFault
 	status *status.Status // of the call, if it is a call's error
+	ofRun  bool           // the end of a run, or the refusal of a command: no connection broke
 }
 
 // tlsFault says whether only one of the two sides uses TLS, or the certificate is not trusted.
@@ -128,7 +129,7 @@ func FromProto(err *notecasev1.Error) *Error {
 	if err == nil {
 		return nil
 	}
-	read := &Error{Code: codes.Code(err.GetCode()), Message: err.GetMessage(), Metadata: err.GetMetadata()}
+	read := &Error{Code: codes.Code(err.GetCode()), Message: err.GetMessage(), Metadata: err.GetMetadata(), ofRun: true}
 	if err.GetReason() != notecasev1.ErrorReason_ERROR_REASON_UNSPECIFIED {
 		read.Reason = strings.TrimPrefix(err.GetReason().String(), "ERROR_REASON_")
 	}
@@ -136,7 +137,7 @@ func FromProto(err *notecasev1.Error) *Error {
 }
 
 // MayPass reports whether the same call may succeed later: the service was unavailable, or the connection broke. It is
-// false after a failed TLS handshake.
+// false after a failed TLS handshake, and for a cancelled run.
 func (e *Error) MayPass() bool {
 	if e.tls == tlsFailed {
 		return false
@@ -145,7 +146,7 @@ func (e *Error) MayPass() bool {
 	case codes.Unavailable:
 		return true
 	case codes.Canceled, codes.Internal, codes.Unknown: // what a connection that was reset looks like
-		return e.Reason == ""
+		return e.Reason == "" && !e.ofRun
 	}
 	return false
 }

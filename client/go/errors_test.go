@@ -54,6 +54,9 @@ func TestACallIsRepeatedWhileItMayPass(t *testing.T) {
 	if calls, err := count(t.Context(), status.Error(codes.NotFound, "gone")); calls != 1 || AsError(err).Code != codes.NotFound {
 		t.Error(calls, err)
 	}
+	if calls, err := count(t.Context(), unsuccessful("sessions/s/runs/r", notecasev1.Run_STATE_CANCELLED, nil)); calls != 1 || AsError(err).Code != codes.Canceled {
+		t.Error(calls, err)
+	}
 	if calls, err := count(t.Context(), nil); calls != 1 || err != nil {
 		t.Error(calls, err)
 	}

@@ -27,7 +27,7 @@ type Stream struct {
 	// Start has started, and is nil after Watch.
 	Attached *notecasev1.Attached
 	// After, if set before Text is called, is the last delta of an earlier stream that the program has shown: Text begins
-	// after its End. Message, Block and End are enough.
+	// after its End, and leaves out the messages before that one. Message, Block and End are enough.
 	After *notecasev1.BlockDelta
 	// OnAttached, if set, is called each time the stream has attached, before the events that follow. Attached.Run then
 	// has the pending calls and inputs: a run that is WAITING may send no event until one of them is answered.
@@ -163,31 +163,8 @@ func (s *Stream) attach(attached *notecasev1.Attached) {
 // message; "\n\n" comes between two messages. An error is the last pair: that of a run that failed, an *Error with the code
 // Canceled if the run was cancelled, and otherwise as with Events. The text of a session continues with the next run.
 func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
-	type place struct {
-		message string
-		block   int32
-	}
 	return func(yield func(string, error) bool) {
-		after := s.After
-		given := map[place]int64{{after.GetMessage(), after.GetBlock()}: after.GetEnd()} // how many bytes of each block
-		speaking := after.GetMessage()
-		say := func(message string, block int32, start int64, text string) bool {
-			if message == after.GetMessage() && block < after.GetBlock() {
-				return true
-			}
-			at := place{message, block}
-			have := max(given[at], start)
-			piece := text[min(have-start, int64(len(text))):]
-			given[at] = max(have, start+int64(len(text)))
-			if piece == "" {
-				return true
-			}
-			if speaking != "" && speaking != message && !yield("\n\n", nil) {
-				return false
-			}
-			speaking = message
-			return yield(piece, nil)
-		}
+		said := newText(s.After, func(piece string) bool { return yield(piece, nil) })
 		for event, err := range s.Events(ctx) {
 			if err != nil {
 				yield("", err)
@@ -198,22 +175,27 @@ func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 				continue // the events of a queued run include those of the runs before it
 			}
 			delta, message, state := event.GetBlockDelta(), event.GetMessageAdded(), event.GetRunStateChanged()
-			more := true
+			var pieces []piece
 			if text := delta.GetText() + delta.GetJson(); text != "" {
-				more = say(delta.Message, delta.Block, delta.Start, text)
+				pieces = []piece{{place{delta.Message, delta.Block}, delta.Start, text}}
 			} else if message.GetRole() == notecasev1.Message_ROLE_ASSISTANT && event.Sequence <= s.Attached.LastSequence {
 				// A reply that was whole before the stream came has no deltas.
 				for block, part := range message.Parts {
-					more = more && say(message.Name, int32(block), 0, part.GetText()+part.GetJson())
+					pieces = append(pieces, piece{place{message.Name, int32(block)}, 0, part.GetText() + part.GetJson()})
 				}
 			}
-			if !more {
+			if !said.add(event, pieces, s.isOld(event)) {
 				return
 			}
 			if err := unsuccessful(event.Run, state.GetState(), state.GetError()); err != nil && followsRun {
-				yield("", err)
+				if said.end() {
+					yield("", err)
+				}
 				return
 			}
+		}
+		if !said.end() {
+			return
 		}
 		// A stream that attached after the run's end has no event of it.
 		run := s.Attached.GetRun()
@@ -223,13 +205,22 @@ func (s *Stream) Text(ctx context.Context) iter.Seq2[string, error] {
 	}
 }
 
+// isOld reports whether an event precedes the deltas of the message that was unfinished when the stream attached.
+func (s *Stream) isOld(event *notecasev1.Event) bool {
+	if event.GetBlockDelta() != nil {
+		return false
+	}
+	last := s.Attached.GetLastSequence()
+	return event.Sequence < last || event.Sequence == last && s.Attached.GetRun().GetState() == notecasev1.Run_STATE_RUNNING
+}
+
 // unsuccessful returns the error of a run that failed or was cancelled, otherwise nil.
 func unsuccessful(run string, state notecasev1.Run_State, failure *notecasev1.Error) *Error {
 	switch state {
 	case notecasev1.Run_STATE_FAILED:
 		return FromProto(failure)
 	case notecasev1.Run_STATE_CANCELLED:
-		return &Error{Code: codes.Canceled, Message: run + " was cancelled."}
+		return &Error{Code: codes.Canceled, Message: run + " was cancelled.", ofRun: true}
 	}
 	return nil
 }

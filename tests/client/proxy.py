@@ -23,6 +23,9 @@ class Proxy:
         """New connections are reset."""
         self.deaf = False
         """What the server says is lost, from here on and on open connections too."""
+        self.passes = asyncio.Event()
+        """While it is not set, what the server says is held back."""
+        self.passes.set()
 
     async def __aenter__(self) -> Self:
         self._server = await asyncio.start_server(self._connect, "127.0.0.1", 0)
@@ -65,6 +68,8 @@ class Proxy:
             while data := await source.read(1 << 16):
                 self.told += len(data) if answer else 0
                 self.sent += 0 if answer else len(data)
+                if answer:
+                    await self.passes.wait()
                 if not (answer and self.deaf):
                     sink.write(data)
                     await sink.drain()

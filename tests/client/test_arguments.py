@@ -26,7 +26,7 @@ REFUSED: dict[str, tuple[Call, type[Exception], str]] = {
     "said: a number": (lambda c: c.invoke(123, agent="a"), TypeError, "what the user says .* not 123"),
     "said: a dict": (lambda c: c.invoke({"role": "user"}, agent="a"), TypeError, "what the user says .* say only what"),
     "said: a list": (lambda c: c.invoke([{"role": "user"}], agent="a"), TypeError, "what the user says .* say only"),
-    "said: a surrogate": (lambda c: c.invoke("\ud800", agent="a"), ValueError, "text has characters"),
+    "said: a surrogate": (lambda c: c.invoke("\ud800", agent="a"), UnicodeError, "text has characters"),
     "say": (lambda c: c.say("s/r", 5), TypeError, "what the user says"),
     "say when": (lambda c: c.say("s/r", "x", when="now"), ValueError, "when: 'now' is not one of 'steer'"),
     "agent": (lambda c: c.invoke("x", agent=5), TypeError, "agent must be an id, a name, .* not 5"),

@@ -121,3 +121,13 @@ async def test_how_long_a_server_is_tried_is_said_in_round_numbers(
         for _ in range(2):
             await backoff.wait(_error("UNAVAILABLE"))
     assert [f"It failed. Trying again, for at most {told}." for told in ("26 s", "83 minutes")] == caplog.messages
+
+
+async def test_a_delay_doubles_only_while_a_float_has_room(slept: list[float]) -> None:
+    patience = Retry(tries=2000, first_delay=1e-300, max_delay=2)
+    assert Retry(tries=10**6).longest > 4_900_000
+    assert 1500 < patience.longest < 4000
+    backoff = Backoff(patience)
+    for _ in range(2000):
+        await backoff.wait(_error("UNAVAILABLE"))
+    assert 1 <= slept[-1] <= 2

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import pytest
 from notecase import CallContext, NotecaseError, Retry, RunWaiting, Tool, v1
 from notecase.sync import Client
 
+from tests.client.proxy import Proxy
 from tests.support.server import Running, running
 
 
@@ -184,6 +186,46 @@ async def test_ctrl_c_cancels_the_run_that_is_waited_for(offline: Running, metho
     program = (sys.executable, "-c", INTERRUPTED_INVOKE, offline.address, method)
     done = await asyncio.create_subprocess_exec(*program, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert (b"cancelled\n", b"") == await done.communicate()
+
+
+UNANSWERED = """
+import sys
+from notecase.sync import Client
+
+client = Client(sys.argv[1])
+session = client.create_session(client.put_agent("counter", "You count."))
+print(session.name, flush=True)
+sys.stdin.readline()
+try:
+    if sys.argv[2] == "invoke":
+        client.invoke("/pause 10000", session=session)
+    else:
+        with client.run("/pause 10000", session=session):
+            print("entered")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("method", ["invoke", "run"])
+async def test_ctrl_c_cancels_a_run_whose_start_is_not_answered(offline: Running, method: str) -> None:
+    async with Proxy(offline.address) as proxy, notecase.Client(offline.address) as client:
+        program = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", UNANSWERED, proxy.address, method), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert program.stdin is not None
+        assert program.stdout is not None
+        session = (await program.stdout.readline()).decode().strip()
+        proxy.passes.clear()
+        program.stdin.write(b"\n")
+        async with client.attach(session, 0, options=v1.WatchOptions(keep_open=True)) as log:
+            async for event in log:
+                if event.HasField("run_started"):
+                    program.send_signal(signal.SIGINT)
+                if event.run_state_changed.state == v1.Run.STATE_CANCELLED:
+                    break
+        proxy.passes.set()
+        assert (b"interrupted\n", None) == await program.communicate()
 
 
 async def test_a_server_that_is_away_is_an_error() -> None:

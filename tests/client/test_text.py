@@ -7,7 +7,11 @@ import pytest
 from notecase import Client, NotecaseError, RunStream
 
 from tests.client.test_client import EAGER
-from tests.support.openai_server import OpenAIServer, error, reply
+from tests.support.openai_server import OpenAIServer, chunk, error, reply, stream
+
+
+def think() -> str:
+    return "Thought."
 
 
 async def words(run: RunStream) -> str:
@@ -60,6 +64,33 @@ async def test_a_text_goes_on_in_the_middle_of_a_sentence(client: Client, sessio
         ended = "".join([text async for text in later.text(after=delta)])
     assert ["Grün war der Wald."] * 2 == [shown + live, shown + ended]
     assert "Grün war der Wald." == await heard(client, run.name, kept)
+
+
+async def test_a_text_after_a_delta_leaves_out_the_messages_before(
+    client: Client, session: str, model: OpenAIServer
+) -> None:
+    """While the reply of that delta is made and after it has ended. If the stream has no such message, nothing is left
+    out."""
+    release = asyncio.Event()
+    call = {"index": 0, "id": "call_a", "type": "function", "function": {"name": "think", "arguments": "{}"}}
+    asks = stream(chunk({"content": "I think."}), chunk({"tool_calls": [call]}), finish="tool_calls")
+    model.script(asks, reply("Grün war der Wald.", chunks=4).held(release, 2), reply("Unrelated."))
+    async with client.run("Speak", session=session, tools=[think], options=EAGER) as run:
+        async for event in run:
+            if event.block_delta.text.startswith("Gr"):
+                break
+    delta = event.block_delta
+    async with client.attach(run.name, options=EAGER) as again:
+        texts = again.text(delta)
+        live = await anext(texts) if delta.end < 4 else ""
+        release.set()
+        live += "".join([text async for text in texts])
+    async with client.attach(run.name) as later:
+        ended = "".join([text async for text in later.text(delta)])
+    assert ["Grün war der Wald."] * 2 == [delta.text + live, delta.text + ended]
+    other = await client.invoke("Again", session=session)
+    async with client.attach(other.run.name) as elsewhere:
+        assert "\n\nUnrelated." == "".join([text async for text in elsewhere.text(delta)])
 
 
 async def test_a_cancelled_run_ends_its_text_with_an_error(client: Client, session: str, model: OpenAIServer) -> None:

@@ -1,15 +1,31 @@
 """Tools, people and steering through the client, against a real server: what a function sees, and how often."""
 
 import asyncio
+import dataclasses
+import json
 import logging
 import pickle
 import threading
+import typing
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Annotated, Any, NamedTuple
 
 import grpc
 import pytest
-from notecase import CallContext, Client, NotecaseError, Retry, RunStream, RunWaiting, Tool, text_of, v1
+from notecase import (
+    CallContext,
+    Client,
+    NotecaseError,
+    Retry,
+    RunStream,
+    RunWaiting,
+    Tool,
+    ToolFailure,
+    calls,
+    text_of,
+    v1,
+)
+from notecase.calls import Turns
 from notecase_server.tools import functions as tools_in_the_server
 
 from tests.client.conftest import QUICK
@@ -200,6 +216,113 @@ async def test_what_goes_wrong_in_a_function_is_for_the_model(
     assert first == "ValueError: no such paper"
     assert second == "The arguments do not fit: the object has no 'x', but nothing."
     assert third.startswith("The result was refused: ")
+
+
+class Speechless(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+@pytest.mark.parametrize(
+    ("raised", "arguments", "told"),
+    [
+        (ToolFailure("x\udcff"), "{}", "x?"),
+        (ValueError("x\udcff"), "{}", "ValueError: x?"),
+        (Speechless(), "{}", "Speechless"),
+        (None, "{}", "UnicodeEncodeError: "),
+        (None, r'{"\udcff": 1}', "The arguments do not fit: "),
+        (None, r'{"word": 1, "\udcff": 1}', "The arguments do not fit: "),
+    ],
+)
+async def test_an_answer_is_text_whatever_the_function_does(
+    raised: Exception | None, arguments: str, told: str
+) -> None:
+    """Also what has surrogates, which UTF-8 cannot encode: in an exception, a result and the arguments."""
+
+    def work() -> str:
+        if raised is not None:
+            raise raised
+        return "\udcff"
+
+    call = v1.ToolCall(call_id="c", arguments=arguments)
+    answer = await Tool(work).answer(call, CallContext(**PLACE, call_id="c", attempt=1))
+    assert answer.error.startswith(told)
+    assert not answer.result
+
+
+PLACE = {"session": "sessions/s", "session_uid": "u", "user": "", "run": "sessions/s/runs/r"}
+
+Alias = typing.NewType("Alias", CallContext)
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        Annotated[CallContext, "whose call it is"],
+        Annotated[CallContext | None, "whose call it is"],
+        Annotated[CallContext, "whose call it is"] | None,
+        "Annotated[CallContext, 'whose call it is']",
+        "CallContext | None",
+    ],
+    ids=str,
+)
+async def test_a_context_is_never_an_argument(hint: Any) -> None:
+    def work(word: str, call: Any) -> str:
+        assert isinstance(call, CallContext)
+        return call.call_id
+
+    work.__annotations__["call"] = hint
+    tool = Tool(work)
+    assert ["word"] == list(json.loads(tool.definition.parameters)["properties"])
+    given = v1.ToolCall(call_id="c", arguments='{"word": "x"}')
+    answer = await tool.answer(given, CallContext(**PLACE, call_id="c", attempt=1))
+    assert [v1.Part(text="c")] == list(answer.result)
+    assert ["word"] == list(json.loads(tools_in_the_server.PythonTool(work).parameters)["properties"])
+
+
+@dataclasses.dataclass
+class Order:
+    call: CallContext
+
+
+@pytest.mark.parametrize("hint", [list[CallContext], CallContext | int, tuple[CallContext, int], Alias, Order], ids=str)
+def test_a_context_within_another_type_is_refused(hint: Any) -> None:
+    """A model would write its fields."""
+
+    def work(call: Any) -> None:
+        raise AssertionError(call)
+
+    work.__annotations__["call"] = hint
+    with pytest.raises(TypeError, match=r"work cannot be a tool: .*has no JSON Schema"):
+        Tool(work)
+
+
+def test_results_are_kept_within_their_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls with an outcome are forgotten first, and those never of which a stream has a task."""
+    monkeypatch.setattr(calls, "KEPT_BYTES", 1000)
+    monkeypatch.setattr(calls, "REMEMBERED", 4)
+    turns = Turns()
+    keys = [calls._Key("sessions/s/runs/r", f"c{number}", 1) for number in range(6)]
+
+    def finish(key: calls._Key, size: int) -> None:
+        turn = turns.begin(key)
+        turn.result, turn.answered = (v1.ToolResult(error="x" * size) if size else None), not size
+        turns.end(turn)
+
+    executing = turns.begin(keys[0])
+    executing.result = v1.ToolResult(error="x" * 900)
+    finish(keys[1], 400)
+    assert [keys[0]] == list(turns._turns)
+    executing.result = None
+    finish(keys[1], 400)
+    finish(keys[2], 0)
+    finish(keys[3], 400)
+    assert keys[:4] == list(turns._turns)
+    finish(keys[4], 400)
+    assert [keys[0], keys[3], keys[4]] == list(turns._turns)
+    finish(keys[2], 0)
+    finish(keys[5], 0)
+    assert [keys[0], keys[3], keys[4], keys[5]] == list(turns._turns)
 
 
 @pytest.mark.parametrize(

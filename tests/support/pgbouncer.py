@@ -44,6 +44,9 @@ log_disconnections = 0
 KEEPS = (1, 21)
 """The version from which on it can keep prepared statements."""
 
+STARTS_WITHIN = 60
+"""Seconds in which it must listen, on the busiest machine."""
+
 
 class PgBouncer:
     """A pooler that listens on a socket in a folder of its own."""
@@ -67,8 +70,12 @@ class PgBouncer:
                 stderr=output,
                 user="nobody" if os.geteuid() == 0 else None,
             )
+        deadline = time.monotonic() + STARTS_WITHIN
         while not self._listens():
             assert self._process.poll() is None, log.read_text()
+            if time.monotonic() > deadline:
+                self._process.kill()
+                raise TimeoutError(f"PgBouncer does not listen after {STARTS_WITHIN} s: {log.read_text()}")
             time.sleep(0.01)
 
     def _listens(self) -> bool:

@@ -23,7 +23,8 @@ _WORDS = {
 
 def made(kind: type[M], /, prefix: str = "", **fields: Any) -> M:
     """Makes a message of its fields; None stands for a field that is not set. Raises TypeError or ValueError, which
-    names the field behind `prefix` and what it takes."""
+    names the field behind `prefix` and what it takes; for text that UTF-8 cannot encode, the ValueError is a
+    UnicodeError."""
     try:
         return kind(**fields)
     except (TypeError, ValueError):
@@ -82,7 +83,7 @@ def shown(value: Any) -> str:
 
 def _unfit(error: Exception, kind: type[Message], name: str, prefix: str, value: Any) -> Exception:
     if isinstance(error, UnicodeEncodeError):
-        return ValueError(f"{prefix}{name} has characters that UTF-8 cannot encode: {error.reason}")
+        return UnicodeError(f"{prefix}{name} has characters that UTF-8 cannot encode: {error.reason}")
     field: Any = kind.DESCRIPTOR.fields_by_name[name]
     empty = getattr(kind(), name)
     wanted = _word(field)

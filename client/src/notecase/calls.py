@@ -15,6 +15,9 @@ REMEMBERED = 1000
 """How many calls are remembered as answered. A call is reported again within moments, by another stream of the process
 or by the same one after a broken connection."""
 
+KEPT_BYTES = 64 << 20
+"""How many bytes of results are kept that could not be sent."""
+
 _SETTLED = frozenset({"CALL_NOT_PENDING", "REQUEST_ID_REUSED"})
 """The call has an outcome already: by another process that has the function too, or by a cancel."""
 
@@ -35,18 +38,42 @@ class _Turn:
     result: v1.ToolResult | None = None
     """What the function returned, until it is sent: a stream that attaches after a broken connection sends it."""
     answered: bool = False
+    streams: int = 0
+    """How many streams execute the function, send its result or wait to do so."""
+
+    @property
+    def size(self) -> int:
+        return 0 if self.result is None else self.result.ByteSize()
 
 
 class Turns:
-    """Keeps two streams of one client from executing the same call; the second waits for the first."""
+    """Keeps two streams of one client from executing the same call; the second waits for the first.
+
+    Beyond REMEMBERED calls, or KEPT_BYTES of results, it forgets the oldest of which no stream has a task: those
+    without a result first, then those whose result could not be sent. Such a call would be executed again."""
 
     def __init__(self) -> None:
         self._turns: dict[_Key, _Turn] = {}
 
-    def of(self, key: _Key) -> _Turn:
-        if len(self._turns) >= REMEMBERED and key not in self._turns:
-            del self._turns[next(iter(self._turns))]
-        return self._turns.setdefault(key, _Turn())
+    def begin(self, key: _Key) -> _Turn:
+        turn = self._turns.setdefault(key, _Turn())
+        turn.streams += 1
+        self._forget()
+        return turn
+
+    def end(self, turn: _Turn) -> None:
+        turn.streams -= 1
+        self._forget()
+
+    def _forget(self) -> None:
+        kept = sum(turn.size for turn in self._turns.values())
+        if len(self._turns) <= REMEMBERED and kept <= KEPT_BYTES:
+            return
+        idle = [(key, turn) for key, turn in self._turns.items() if not turn.streams]
+        for key, turn in sorted(idle, key=lambda one: one[1].result is not None):
+            if len(self._turns) > REMEMBERED or (kept > KEPT_BYTES and turn.size):
+                kept -= turn.size
+                del self._turns[key]
 
 
 class Calls:
@@ -67,10 +94,10 @@ class Calls:
         if key in self._begun:
             return
         self._begun.add(key)
-        turn = self._turns.of(key)
+        turn = self._turns.begin(key)
         task = asyncio.create_task(self._answer(call, tool, context, turn), name=f"tool call {call.call_id}")
         self._tasks[call.call_id] = (task, turn)
-        task.add_done_callback(lambda done: self._done(call.call_id, done))
+        task.add_done_callback(lambda done: self._done(call.call_id, done, turn))
 
     def end(self, call_id: str) -> None:
         """Cancels what still works on a call that has its outcome, from here or from elsewhere."""
@@ -86,8 +113,9 @@ class Calls:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _done(self, call_id: str, task: asyncio.Task[None]) -> None:
-        if self._tasks[call_id][0] is task:
+    def _done(self, call_id: str, task: asyncio.Task[None], turn: _Turn) -> None:
+        self._turns.end(turn)
+        if call_id in self._tasks and self._tasks[call_id][0] is task:
             del self._tasks[call_id]
         if not task.cancelled() and (error := task.exception()) is not None:
             self._failed(error)

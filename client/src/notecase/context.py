@@ -30,6 +30,11 @@ class CallContext:
     attempt: int
     """1, and one more each time that the call is dispatched again."""
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """Raises TypeError: a model must not write a context, in whatever type it is contained."""
+        raise TypeError(f"{cls.__name__} has no JSON Schema; annotate the parameter {cls.__name__} to receive it")
+
     @property
     def idempotency_key(self) -> str:
         """{session_uid}/{call_id}: the same on every attempt of this call, in every process, and never that of another
@@ -39,17 +44,26 @@ class CallContext:
 
 def context_parameters(function: Callable[..., Any], context: type[CallContext]) -> list[str]:
     """Returns the names of the parameters that receive a `context`: those annotated with its class or one that it
-    extends, also with `| None`. Raises TypeError for hints that cannot be read, and for the class of another place."""
+    extends, also with `| None` and in `Annotated`. Raises TypeError for hints that cannot be read, and for the class of
+    another place."""
     found = []
     for name, hint in hints_of(function).items():
-        alone = [each for each in typing.get_args(hint) if each is not types.NoneType] if _is_union(hint) else [hint]
-        if name == "return" or not (isinstance(alone[0], type) and issubclass(alone[0], CallContext)) or alone[1:]:
+        bare = _unwrapped(hint)
+        if name == "return" or not (isinstance(bare, type) and issubclass(bare, CallContext)):
             continue
-        if not issubclass(context, alone[0]):
+        if not issubclass(context, bare):
             raise TypeError(f"{name} is the context of a tool in the server; a tool here takes notecase.CallContext")
         found.append(name)
     return found
 
 
-def _is_union(hint: Any) -> bool:
-    return typing.get_origin(hint) in {typing.Union, types.UnionType}
+def _unwrapped(hint: Any) -> Any:
+    """Returns a hint without `Annotated` and `| None`, and what a `type` alias stands for."""
+    hint = getattr(hint, "__value__", hint)
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _unwrapped(inner[0])
+    if origin in {typing.Union, types.UnionType}:
+        rest = [one for one in inner if one is not types.NoneType]
+        return _unwrapped(rest[0]) if len(rest) == 1 else hint
+    return hint

@@ -159,7 +159,7 @@ def _kind(hint: Any, within: tuple[Any, ...]) -> Kind:
 
 
 def _class(hint: Any, within: tuple[Any, ...]) -> Kind:
-    if hint in within or hasattr(hint, "__pydantic_validator__"):
+    if hint in within or hasattr(hint, "__get_pydantic_core_schema__"):
         return _by_pydantic(hint)
     if isinstance(hint, type) and issubclass(hint, Enum):
         return _one_of([(member.value, member) for member in hint], hint)

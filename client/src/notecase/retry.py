@@ -20,6 +20,9 @@ log = logging.getLogger("notecase")
 _TRANSPORT = frozenset({grpc.StatusCode.CANCELLED, grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN})
 """What a connection that was reset in the middle of a call looks like, depending on who reset it."""
 
+DOUBLINGS = 1000
+"""How often a delay is doubled at most. A float has no room for 1024, and any delay is longer than `max_delay` then."""
+
 
 @dataclass(frozen=True)
 class Retry:
@@ -46,7 +49,12 @@ class Retry:
     @property
     def longest(self) -> float:
         """The seconds that all the delays come to at most."""
-        return float(sum(min(self.first_delay * 2**tried, self.max_delay) for tried in range(self.tries)))
+        further = max(self.tries - DOUBLINGS, 0)
+        return sum(self.delay(failures) for failures in range(self.tries - further)) + further * self.delay(DOUBLINGS)
+
+    def delay(self, failures: int) -> float:
+        """Returns the longest delay in seconds after so many earlier failures in a row."""
+        return float(min(self.first_delay * 2.0 ** min(failures, DOUBLINGS), self.max_delay))
 
 
 class Backoff:
@@ -76,10 +84,9 @@ class Backoff:
             told = error.message.rstrip(".") + "."
             log.warning("%s Trying again, for at most %s.", told, _rounded(self._retry.longest), extra=self._facts())
         self._refused |= refused
-        delay = min(self._retry.first_delay * 2**self._failures, self._retry.max_delay)
-        self._failures += 1
         # Spread out, so that the clients of a server that restarts do not come back all at once.
-        delay *= random.uniform(0.5, 1)
+        delay = self._retry.delay(self._failures) * random.uniform(0.5, 1)
+        self._failures += 1
         await asyncio.sleep(max(delay, getattr(error, "retry_after", None) or 0))
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,8 @@ from notecase.errors import NotecaseError, as_written
 from notecase.hints import Kind
 from notecase.names import Remember, When
 from notecase.reply import Parsed, Reply, raise_unsuccessful
-from notecase.retry import Backoff, Retry
+from notecase.retry import Backoff, Retry, repeat
+from notecase.text import Piece, Text
 from notecase.tools import Tool, as_tools
 from notecase.values import Plain, to_values
 from notecase.view import ENDED, Gap, SessionView
@@ -75,7 +77,7 @@ class RunStream(Generic[Parsed]):
         execute a call twice. `renews_token` says that the next call of the stub may have another token."""
         self._stub = stub
         self._first = first
-        retry = retry or Retry()
+        self._retry = retry = retry or Retry()
         self._backoff = Backoff(retry, renews_token, lambda: {"run": self.name, "session": self.session})
         self._commands = Commands(stub, retry)
         self._tools = as_tools(tools)
@@ -187,29 +189,19 @@ class RunStream(Generic[Parsed]):
         remove the text that was discarded from a screen, iterate the events and show `view` instead.
 
         A stream that attaches in the middle of a reply yields it from its start. With `after`, the last delta that was
-        read before, by an earlier stream, it begins where that ended.
+        read before, by an earlier stream, it begins where that ended, and leaves out the messages before that one.
 
         Raises NotecaseError with the run's error when it fails, and with code CANCELLED when it is cancelled; the text
         of a session continues with the next run. Nothing is yielded while the run waits for a person or for a tool that
         is not here; the logger "notecase" then warns, see `warn_after`."""
         if not isinstance(after, v1.BlockDelta | None):
             raise TypeError(f"after must be the block_delta of an event, not {shown(after)}")
-        after = after or v1.BlockDelta()
-        told: dict[tuple[str, int], int] = {(after.message, after.block): after.end}
-        speaking = after.message
+        text = Text(after or v1.BlockDelta())
         async for event in self:
-            for message, block, start, text in self._texts(event):
-                if message == after.message and block < after.block:
-                    continue
-                data = text.encode()
-                have = told.get((message, block), start)
-                told[message, block] = max(have, start + len(data))
-                piece = data[max(have - start, 0) :].decode()
-                if piece and speaking not in {"", message}:
-                    yield "\n\n"
-                if piece:
-                    speaking = message
-                    yield piece
+            for piece in text.add(event, self._texts(event), self._is_old(event)):
+                yield piece
+        for piece in text.end():
+            yield piece
         run = self.view.runs.get(self._attached.run.name) if self._attached else None
         if run is not None and not self._follows_session:
             raise_unsuccessful(run)
@@ -249,6 +241,21 @@ class RunStream(Generic[Parsed]):
     async def cancel(self, reason: str = "", *, after_turn: bool = False, call_id: str = "") -> int:
         """Cancels the run, or one of its calls; see `Commands.cancel`."""
         return await self._commands.cancel(self._target, reason, after_turn=after_turn, call_id=call_id)
+
+    async def _cancel_started(self, reason: str) -> None:
+        """Cancels the run that this stream starts, also before the server has answered the start. A start that arrives
+        after this is refused."""
+        if self.name:
+            await self.cancel(reason)
+            return
+        start = self._first.start
+        request = v1.CancelRunRequest(
+            name=f"{start.session or start.new_session.name}/runs/{start.run_id}",
+            cancel=v1.CancelCommand(mode=v1.CancelCommand.MODE_IMMEDIATE, reason=reason),
+            allow_missing=True,
+            request_id=uuid.uuid4().hex,
+        )
+        await repeat(self._retry, lambda: self._stub.CancelRun(request))
 
     async def update_state(
         self,
@@ -396,18 +403,24 @@ class RunStream(Generic[Parsed]):
         self._close()
         await self._calls.close()
 
-    def _texts(self, event: v1.Event) -> Iterable[tuple[str, int, int, str]]:
-        """Yields the agent's text in an event as (message, index of the part, first byte within the part, text). Text
-        arrives in deltas, except for replies that were complete before the stream attached. The events of a queued run
-        include those of the runs before it."""
+    def _is_old(self, event: v1.Event) -> bool:
+        """Whether an event precedes the deltas of the message that was unfinished when the stream attached."""
+        if event.HasField("block_delta") or self._attached is None:
+            return False
+        last, running = self._attached.last_sequence, self._attached.run.state == v1.Run.STATE_RUNNING
+        return event.sequence < last or (event.sequence == last and running)
+
+    def _texts(self, event: v1.Event) -> Iterable[Piece]:
+        """Yields the agent's text in an event. Text arrives in deltas, except for replies that were complete before the
+        stream attached. The events of a queued run include those of the runs before it."""
         delta, message = event.block_delta, event.message_added
         if not self._follows_session and event.run != self.name:
             return
         if piece := delta.text or delta.json:
-            yield delta.message, delta.block, delta.start, piece
+            yield Piece(delta.message, delta.block, delta.start, piece)
         elif message.role == v1.Message.ROLE_ASSISTANT and self._attached is not None:
             for block, part in enumerate(message.parts if event.sequence <= self._attached.last_sequence else ()):
-                yield message.name, block, 0, part.text or part.json
+                yield Piece(message.name, block, 0, part.text or part.json)
 
     def _close(self) -> None:
         if self._call is not None:

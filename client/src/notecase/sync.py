@@ -158,16 +158,17 @@ def _invoking(
 
 def _cancel(loop: _Loop, stream: aio_stream.RunStream[Any]) -> None:
     """Cancels a run that Ctrl-C has interrupted, unless it has ended or the server does not answer in time."""
-    if stream.name:
-        with suppress(NotecaseError, TimeoutError, RuntimeError):
-            loop.run(asyncio.wait_for(stream.cancel("Ctrl-C"), CANCEL_SECONDS))
+    with suppress(NotecaseError, TimeoutError, RuntimeError):
+        loop.run(asyncio.wait_for(stream._cancel_started("Ctrl-C"), CANCEL_SECONDS))
 
 
 class RunStream(Generic[Parsed]):
     """A run being followed: `with` attaches, `for` gives its `v1.Event`s; see `notecase.RunStream`. Calls of its tools
     are executed in threads while the block is entered, also between two events.
 
-    Leaving the block by Ctrl-C cancels the run if `Client.run` has started it, and leaves it alone after `attach`."""
+    Ctrl-C during the entry or in the block cancels the run if `Client.run` has started it, and leaves it alone after
+    `attach`. A start that the server has not answered is cancelled, too, unless it creates a session that does not
+    exist yet; the program waits for this for up to two seconds."""
 
     def __init__(self, loop: _Loop, inner: aio_stream.RunStream[Parsed], *, starts: bool = False) -> None:
         self._loop = loop
@@ -175,7 +176,12 @@ class RunStream(Generic[Parsed]):
         self._starts = starts
 
     def __enter__(self) -> Self:
-        self._loop.run(self._inner.__aenter__())
+        try:
+            self._loop.run(self._inner.__aenter__())
+        except KeyboardInterrupt:
+            if self._starts:
+                _cancel(self._loop, self._inner)
+            raise
         return self
 
     def __exit__(

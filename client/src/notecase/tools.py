@@ -98,34 +98,37 @@ class Tool:
 
     async def answer(self, call: v1.ToolCall, context: CallContext) -> v1.ToolResult:
         """Calls the function and returns its result or error. Raises nothing but CancelledError."""
-        told = v1.ToolResult(call_id=call.call_id)
+
+        def failed(text: str) -> v1.ToolResult:
+            # An exception, or the arguments that it quotes, may have surrogates, which UTF-8 cannot encode.
+            return v1.ToolResult(call_id=call.call_id, error=text.encode(errors="replace").decode())
+
         try:
             arguments = self._arguments.read(parse(call.arguments), "")
         except Mismatch as mismatch:
-            told.error = f"The arguments do not fit: {mismatch}."
-            return told
+            return failed(f"The arguments do not fit: {mismatch}.")
         arguments.update(dict.fromkeys(self._context, context))
         try:
-            told.result.extend(parts_of(await self._call(arguments)))
+            told = v1.ToolResult(call_id=call.call_id, result=parts_of(await self._call(arguments)))
         except asyncio.CancelledError as error:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
-            told.error = _said(error)  # the function's own: something it waited for was cancelled
+            return failed(_said(error))  # the function's own: something it waited for was cancelled
         except ToolFailure as failure:
-            told.error = str(failure)[:ERROR_CHARACTERS] or "The tool failed."
+            return failed(_text(failure)[:ERROR_CHARACTERS] or "The tool failed.")
         except Exception as error:
             log.exception(
                 "The tool %s raised.",
                 self.definition.name,
                 extra={"run": context.run, "session": context.session, "call_id": call.call_id},
             )
-            told.error = _said(error)
+            return failed(_said(error))
         data = sum(len(part.data.data) for part in told.result)
         if data > DATA_BYTES:
-            return v1.ToolResult(call_id=call.call_id, error=f"The result has more than {DATA_BYTES} bytes of data.")
+            return failed(f"The result has more than {DATA_BYTES} bytes of data.")
         if told.ByteSize() - data > RESULT_BYTES:
-            return v1.ToolResult(call_id=call.call_id, error=f"The result is larger than {RESULT_BYTES} bytes.")
+            return failed(f"The result is larger than {RESULT_BYTES} bytes.")
         return told
 
     async def _call(self, arguments: dict[str, Any]) -> Any:
@@ -181,5 +184,12 @@ def parts_of(returned: Any) -> list[v1.Part]:
 
 
 def _said(error: BaseException) -> str:
-    text = str(error)
+    text = _text(error)
     return f"{type(error).__name__}: {text}"[:ERROR_CHARACTERS] if text else type(error).__name__
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:  # noqa: BLE001 - its class has a __str__ that raises
+        return ""

@@ -26,6 +26,11 @@ export class NotecaseError extends Error {
    * @internal
    */
   readonly tls?: "suspected" | "failed";
+  /**
+   * Whether a run ended with it, or a command was refused with it: then no connection broke.
+   * @internal
+   */
+  readonly ofRun: boolean = false;
 
   private constructor(code: Code, message: string, details: Partial<NotecaseError>, cause?: unknown) {
     super(message, { cause });
@@ -58,15 +63,23 @@ export class NotecaseError extends Error {
   /** The error of a failed run or of a refused command. */
   static fromProto(error: ErrorMessage): NotecaseError {
     const reason = error.reason === ErrorReason.UNSPECIFIED ? "" : (ErrorReason[error.reason] ?? "");
-    return new NotecaseError(error.code as Code, error.message, { reason, metadata: error.metadata });
+    return new NotecaseError(error.code as Code, error.message, { reason, metadata: error.metadata, ofRun: true });
   }
 
-  /** Whether a retry may succeed: the service was unavailable, or the connection broke. False after a failed TLS handshake. */
+  /**
+   * The error of a cancelled run.
+   * @internal
+   */
+  static cancelled(run: string): NotecaseError {
+    return new NotecaseError(Code.Canceled, `${run} was cancelled.`, { ofRun: true });
+  }
+
+  /** Whether a retry may succeed: the service was unavailable, or the connection broke. False after a failed TLS handshake, and for a cancelled run. */
   get mayPass(): boolean {
     if (this.tls === "failed") return false;
     if (this.code === Code.Unavailable) return true;
     // What a connection that was reset looks like.
-    return !this.reason && [Code.Canceled, Code.Internal, Code.Unknown, Code.Aborted].includes(this.code);
+    return !this.reason && !this.ofRun && [Code.Canceled, Code.Internal, Code.Unknown, Code.Aborted].includes(this.code);
   }
 
   /** The message with the reason, or else the code. The code Unknown says nothing and is left out. */

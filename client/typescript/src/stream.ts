@@ -1,6 +1,6 @@
 import { randomUUID } from "node:crypto";
 import { create, type MessageInitShape } from "@bufbuild/protobuf";
-import { type Client, Code, ConnectError, createClient, type Transport } from "@connectrpc/connect";
+import { type Client, Code, createClient, type Transport } from "@connectrpc/connect";
 import { type Backoff, NotecaseError, pause, repeat } from "./errors.js";
 import type { Part } from "./gen/notecase/v1/content_pb.js";
 import { Message_Role } from "./gen/notecase/v1/message_pb.js";
@@ -15,6 +15,7 @@ import {
   type StartRunSchema,
   type WatchEventsRequestSchema,
 } from "./gen/notecase/v1/run_pb.js";
+import { type Piece, Text } from "./text.js";
 import { Gap, View } from "./view.js";
 
 export interface StreamOptions {
@@ -136,41 +137,43 @@ export class Stream {
    * "\n\n" comes between two messages. Throws a NotecaseError, also when the run fails, and with the code Canceled when it is
    * cancelled; the text of a session continues with the next run.
    *
-   * @param after The last delta of an earlier stream that the program has shown: the text begins after its `end`.
+   * @param after The last delta of an earlier stream that the program has shown: the text begins after its `end`, and
+   *   the messages before that one are left out.
    */
   async *text(after?: Pick<BlockDelta, "message" | "block" | "end">): AsyncGenerator<string, void, void> {
-    const given = new Map<string, number>(); // how many bytes of each block
-    if (after) given.set(`${after.block} ${after.message}`, Number(after.end));
-    let speaking = after?.message ?? "";
-    for await (const { sequence, run, payload } of this.events()) {
+    const words = new Text(after);
+    for await (const event of this.events()) {
+      const { sequence, run, payload } = event;
       // The events of a queued run include those of the runs before it.
       if (this.request.name !== this.attached?.session && run !== this.attached?.run?.name) continue;
-      const pieces: [message: string, block: number, start: number, text: string][] = [];
+      const pieces: Piece[] = [];
       if (payload.case === "blockDelta") {
         const { message, block, start, delta } = payload.value;
-        pieces.push([message, block, Number(start), said(delta)]);
+        pieces.push({ message, block, start: Number(start), text: said(delta) });
       } else if (payload.case === "messageAdded" && sequence <= (this.attached?.lastSequence ?? 0n)) {
         // A reply that was whole before the stream came has no deltas.
         const { name, role, parts } = payload.value;
-        if (role === Message_Role.ASSISTANT) parts.forEach(({ kind }, block) => pieces.push([name, block, 0, said(kind)]));
+        if (role === Message_Role.ASSISTANT) {
+          parts.forEach(({ kind }, block) => pieces.push({ message: name, block, start: 0, text: said(kind) }));
+        }
       }
-      for (const [message, block, start, text] of pieces) {
-        if (message === after?.message && block < after.block) continue;
-        const key = `${block} ${message}`;
-        const bytes = Buffer.from(text);
-        const have = Math.max(given.get(key) ?? 0, start);
-        given.set(key, Math.max(have, start + bytes.length));
-        const piece = bytes.subarray(have - start).toString();
-        if (!piece) continue;
-        if (speaking && speaking !== message) yield "\n\n";
-        speaking = message;
-        yield piece;
+      yield* words.add(event, pieces, this.#isOld(event));
+      if (payload.case === "runStateChanged" && run === this.request.name) {
+        if ([Run_State.FAILED, Run_State.CANCELLED].includes(payload.value.state)) yield* words.end();
+        throwUnsuccessful(run, payload.value);
       }
-      if (payload.case === "runStateChanged" && run === this.request.name) throwUnsuccessful(run, payload.value);
     }
+    yield* words.end();
     // A stream that attached after the run's end has no event of it.
     const run = this.attached?.run;
     if (run && run.name === this.request.name) throwUnsuccessful(run.name, run);
+  }
+
+  /** Whether an event precedes the deltas of the message that was unfinished when the stream attached. */
+  #isOld({ sequence, payload }: Event): boolean {
+    if (payload.case === "blockDelta" || !this.attached) return false;
+    const { lastSequence, run } = this.attached;
+    return sequence < lastSequence || (sequence === lastSequence && run?.state === Run_State.RUNNING);
   }
 
   #attach(attached: Attached): void {
@@ -191,5 +194,5 @@ function said(from: BlockDelta["delta"] | Part["kind"]): string {
 /** Throws the error of a run that failed or was cancelled. */
 function throwUnsuccessful(run: string, { state, error }: Pick<Run, "state" | "error">): void {
   if (state === Run_State.FAILED && error) throw NotecaseError.fromProto(error);
-  if (state === Run_State.CANCELLED) throw NotecaseError.from(new ConnectError(`${run} was cancelled.`, Code.Canceled));
+  if (state === Run_State.CANCELLED) throw NotecaseError.cancelled(run);
 }

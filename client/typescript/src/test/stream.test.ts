@@ -189,7 +189,7 @@ test("a cancelled run ends its text with an error", async () => {
     await serve([script], async (address) => {
       await assert.rejects(async () => {
         for await (const _ of follow(address).text());
-      }, { name: "NotecaseError", code: Code.Canceled, message: `${RUN} was cancelled.` });
+      }, { name: "NotecaseError", code: Code.Canceled, message: `${RUN} was cancelled.`, mayPass: false });
     });
   }
 });
@@ -225,6 +225,28 @@ test("a text goes on after a delta", async () => {
       let said = "";
       for await (const piece of follow(address).text({ message: name, block: 1, end: 4n })) said += piece;
       assert.equal(said, "ße");
+    });
+  }
+});
+
+test("a text after a delta leaves out the messages before", async () => {
+  const added = (sequence: bigint, name: string, value: string): Event => {
+    const parts = [{ kind: { case: "text", value } }] as const;
+    const message = { name: `sessions/s/messages/${name}`, role: Message_Role.ASSISTANT, parts: [...parts] };
+    return { sequence, run: RUN, payload: { case: "messageAdded", value: message } };
+  };
+  const cases: [Event[], string][] = [
+    [[added(1n, "one", "One."), event(2n), delta(0n, "Grüße")], "ße"],
+    [[added(1n, "one", "One."), added(2n, "a", "Grüße")], "ße"],
+    [[added(1n, "one", "One."), event(2n), added(3n, "two", "")], "\n\nOne."],
+    [[added(1n, "one", "One.")], "\n\nOne."],
+  ];
+  for (const [events, expected] of cases) {
+    await serve([{ events, state: Run_State.RUNNING }], async (address) => {
+      let said = "";
+      const after = { message: "sessions/s/messages/a", block: 0, end: 4n };
+      for await (const piece of follow(address).text(after)) said += piece;
+      assert.equal(said, expected);
     });
   }
 });
