@@ -235,7 +235,7 @@ class Speechless(Exception):
     ],
 )
 async def test_an_answer_is_text_whatever_the_function_does(
-    raised: Exception | None, arguments: str, told: str
+    raised: Exception | None, arguments: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also what has surrogates, which UTF-8 cannot encode: in an exception, a result and the arguments."""
 
@@ -244,6 +244,8 @@ async def test_an_answer_is_text_whatever_the_function_does(
             raise raised
         return "\udcff"
 
+    # What pytest captures of the log goes from process to process as UTF-8.
+    monkeypatch.setattr(logging.getLogger("notecase"), "disabled", True)
     call = v1.ToolCall(call_id="c", arguments=arguments)
     answer = await Tool(work).answer(call, CallContext(**PLACE, call_id="c", attempt=1))
     assert answer.error.startswith(told)
