@@ -536,5 +536,5 @@ async def test_many_who_come_at_once_share_one_connection(facts: asyncio.Queue[s
         waiting.pop().cancel()  # who leaves takes nothing from the others
         found = await asyncio.gather(*waiting)
         assert 7 == len(found)
-    assert ["mcp_connected", "mcp_disconnected"] == [facts.get_nowait(), facts.get_nowait()]
+    assert ["mcp_connected", "mcp_disconnected"] == [await facts.get(), await facts.get()]
     assert facts.empty()
