@@ -163,7 +163,7 @@ class ChatReply:
         before, size = len(pieces), len(chunk)
         if self._in_text and _MANY_BYTES <= size <= MAX_TEXT_BYTES:
             chunk = self._take_tokens(chunk, pieces)
-        for data, name in self._events.feed(chunk):
+        for data, name in self._events.feed(chunk) if chunk else ():
             if self._in_text and not name and self._take_token(data, pieces):
                 continue
             if data.startswith(b"[DONE]"):

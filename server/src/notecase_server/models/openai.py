@@ -14,9 +14,10 @@ import math
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx2
+import msgspec
 import openai
 import structlog
 from notecase import v1
@@ -41,7 +42,7 @@ _MAX_REFUSAL_BYTES = 64 << 10
 """What is read of a refusal, unpacked: a sentence and its frame."""
 
 
-class _Sent(NamedTuple):
+class _Sent(msgspec.Struct):
     """A request as it goes out, and what of it counts for its reply."""
 
     model: str

@@ -16,8 +16,9 @@ _BOM = b"\xef\xbb\xbf"
 BETWEEN = b"\n\ndata: "
 """What stands between two events of one line each."""
 
-_LAST = 4
-"""Events before whose end a run ends, counted from the end of what has come: the last of a reply are no text."""
+_LAST = b"[DONE]\n\n"
+_NO_TEXT = 3
+"""The last events of a reply: they hold why it ended, its usage and that it is done."""
 
 _LINE_BYTES = 64
 """What a line costs besides its bytes, so that a million empty ones are bounded too."""
@@ -75,13 +76,13 @@ class EventSplitter:
     def run(self, chunk: bytes) -> tuple[bytes, bytes]:
         """Splits what has come into events of one plain line each, the first without its `data: ` and with BETWEEN
         before each other one, and the rest. Nothing is kept of either: the caller takes the first, and feeds the rest;
-        or feeds it all, with `data: ` before it. The first is empty, and the rest is `chunk`, where few come or some
-        are not plain."""
+        or feeds it all, with `data: ` before it. The first is empty, and the rest is `chunk`, where none is whole or
+        some are not plain."""
         if self._after_cr or self._lines or self._name or b"\r" in chunk:
             return b"", chunk
         whole = bytes(self._tail) + chunk
-        end = len(whole)
-        for _ in range(_LAST):
+        end = whole.rfind(b"\n\n")
+        for _ in range(_NO_TEXT if whole.endswith(_LAST) else 0):
             end = whole.rfind(b"\n\n", 0, max(end, 0))
         run = whole[: max(end, 0)]
         if not run.startswith(b"data: ") or run.count(b"\n") != 2 * run.count(BETWEEN):

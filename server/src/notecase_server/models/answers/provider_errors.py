@@ -178,7 +178,7 @@ def told_by_body(body: bytes) -> Told:
     except (ValueError, RecursionError):
         text = body.decode("utf-8", "replace").strip()
         if text.startswith(("data:", "event:", ":", "{", "[")):
-            value = [found for event in documents_of(body) if (found := _json(event.data)) is not None] or {
+            value = [found for data, _ in documents_of(body) if (found := _json(data)) is not None] or {
                 member: found[1] for member, pattern in _CUT.items() if (found := pattern.search(text))
             }
         else:
