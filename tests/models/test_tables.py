@@ -374,6 +374,12 @@ def test_finish_reasons(word: str, means: Finish) -> None:
     assert means is finish_reasons.meaning(word)
 
 
+def test_a_finish_reason_means_the_same_in_whatever_case_and_with_whatever_prefix() -> None:
+    words = [row.word for row in (*finish_reasons.WORDS, *finish_reasons.PARTS)]
+    plain = [finish_reasons.meaning(word) for word in words]
+    assert plain == [finish_reasons.meaning(f"FinishReason.FINISH_REASON_{word}".upper()) for word in words]
+
+
 @pytest.mark.parametrize(("status", "means"), STATUSES)
 def test_statuses(status: int, means: Verdict) -> None:
     assert means is judge(status, told_by({}))

@@ -14,7 +14,7 @@ from notecase_server.models.answers import media, provider_errors
 from notecase_server.models.answers.calls import Calls
 from notecase_server.models.answers.chunk import CallPiece, Choice, Chunk, Said, thought_of
 from notecase_server.models.answers.citations import Citations
-from notecase_server.models.answers.event_stream import MAX_EVENT_BYTES, EventSplitter, documents_of, too_large
+from notecase_server.models.answers.event_stream import LAST, MAX_EVENT_BYTES, EventSplitter, documents_of, too_large
 from notecase_server.models.answers.finish_reasons import Finish as End
 from notecase_server.models.answers.finish_reasons import is_cut, meaning
 from notecase_server.models.answers.media import Audio, Encoded
@@ -160,7 +160,7 @@ class ChatReply:
             if len(self._document) > MAX_EVENT_BYTES:
                 raise too_large(MAX_EVENT_BYTES)
             return
-        before, size = len(pieces), len(chunk)
+        size = len(chunk)
         if self._in_text and _MANY_BYTES <= size <= MAX_TEXT_BYTES:
             chunk = self._take_tokens(chunk, pieces)
         for data, name in self._events.feed(chunk) if chunk else ():
@@ -170,7 +170,7 @@ class ChatReply:
                 self.done = True
                 return
             self._take(data, name, pieces)
-        if len(pieces) > before or self.heard:
+        if pieces or self.heard:
             self._silent = 0
         else:
             self._bound_silence(size)
@@ -231,6 +231,7 @@ class ChatReply:
                 self._name(token.model)
         if text := "".join([token.choices[0].delta.content or "" for token in tokens]):
             self._take_text(text, pieces)
+        self._in_text = not rest.endswith(LAST)
         return rest
 
     def _take_token(self, data: bytes, pieces: list[Piece]) -> bool:

@@ -358,12 +358,12 @@ class _Conversation:
 
     def _say_texts(self, messages: Sequence[v1.Message]) -> None:
         """As `_say`, of messages that are one text each."""
-        made, before = self._made, None
+        made, before, assistant = self._made, None, v1.Message.ROLE_ASSISTANT
         for message in messages:
             role, text = message.role, message.parts[0].text
             if role == before and self._joined:
                 made[-1]["content"] += f"\n\n{text}"
-            elif role == v1.Message.ROLE_ASSISTANT:
+            elif role == assistant:
                 made.append({**self._unsigned, "role": "assistant", "content": text})
             else:
                 made.append({"role": "user", "content": text})

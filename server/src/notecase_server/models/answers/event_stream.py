@@ -16,9 +16,9 @@ _BOM = b"\xef\xbb\xbf"
 BETWEEN = b"\n\ndata: "
 """What stands between two events of one line each."""
 
-_LAST = b"[DONE]\n\n"
+LAST = b"data: [DONE]\n\n"
 _NO_TEXT = 3
-"""The last events of a reply: they hold why it ended, its usage and that it is done."""
+"""Events at the end of a reply that are no text: why it ended, its usage, and LAST."""
 
 _LINE_BYTES = 64
 """What a line costs besides its bytes, so that a million empty ones are bounded too."""
@@ -82,7 +82,7 @@ class EventSplitter:
             return b"", chunk
         whole = bytes(self._tail) + chunk
         end = whole.rfind(b"\n\n")
-        for _ in range(_NO_TEXT if whole.endswith(_LAST) else 0):
+        for _ in range(_NO_TEXT if whole.endswith(LAST) else 0):
             end = whole.rfind(b"\n\n", 0, max(end, 0))
         run = whole[: max(end, 0)]
         if not run.startswith(b"data: ") or run.count(b"\n") != 2 * run.count(BETWEEN):
