@@ -15,7 +15,7 @@ from notecase_server.models.answers.chunk import Choice, Chunk, Said
 from notecase_server.models.answers.event_stream import MAX_EVENT_BYTES, EventSplitter
 from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.chat_stream import MAX_SILENT_BYTES, MAX_TEXT_BYTES, ChatReply, Piece
-from notecase_server.models.contract import Call, Returned
+from notecase_server.models.contract import Call, Returned, Text
 
 from tests.support.openai_server import DONE, MODEL, chunk, event, stream, tool_calls
 from tests.support.replies import Reply, fold
@@ -138,8 +138,8 @@ class TestEvents:
 class TestReply:
     def test_pieces_come_as_they_arrive_and_not_at_the_end(self) -> None:
         reply = made()
-        assert [("Good",)] == [tuple(piece) for piece in reply.feed(chunk({"content": "Good"}))]
-        assert [(" evening",)] == [tuple(piece) for piece in reply.feed(chunk({"content": " evening"}))]
+        assert [Text("Good")] == reply.feed(chunk({"content": "Good"}))
+        assert [Text(" evening")] == reply.feed(chunk({"content": " evening"}))
 
     @given(at=st.lists(st.integers(0, 10_000), max_size=40))
     def test_a_reply_does_not_depend_on_where_reads_cut_it(self, at: list[int]) -> None:
@@ -244,7 +244,7 @@ class TestRunsOfTokens:
         one_by_one: list[bytes] = []
         monkeypatch.setattr(documents, "token", one_by_one.append)
         read(b"".join(self.TOKENS) + stream().body)
-        assert 0 < len(one_by_one) < 6
+        assert [] == one_by_one
 
 
 class TestEnd:
@@ -462,7 +462,7 @@ class TestFaults:
     def test_a_failure_does_not_take_the_pieces_before_it(self) -> None:
         reply = made()
         data = chunk({"content": "a"}) + event({"error": {"message": "no", "code": 500}})
-        assert [("a",)] == [tuple(piece) for piece in reply.feed(data)]
+        assert [Text("a")] == reply.feed(data)
         with pytest.raises(NotecaseError):
             reply.end()
 
