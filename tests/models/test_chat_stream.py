@@ -313,6 +313,12 @@ def piece(name: str | None = None, arguments: str | None = None, **members: obje
 class TestToolCalls:
     TWO = (("f", '{"a":1}'), ("g", '{"b":2}'))
 
+    @pytest.mark.parametrize("pieces", [1, 3])
+    def test_a_name_ends_where_no_tool_s_is_longer(self, pieces: int) -> None:
+        """Whether it comes in parts, or whole with each piece of the call."""
+        deltas = [chunk({"tool_calls": [piece("f" * 200_000, "", index=0, id="x")]}) for _ in range(pieces)]
+        assert (("f" * 256, "{}"),) == read(*deltas, chunk({"tool_calls": [piece(None, "{}", index=0)]}), DONE).calls
+
     @pytest.mark.parametrize(
         "deltas",
         [
