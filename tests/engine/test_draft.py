@@ -45,6 +45,17 @@ def test_a_reply_is_bounded() -> None:
     assert v1.ERROR_REASON_LIMIT_EXCEEDED == failed.value.reason
 
 
+def test_a_name_of_a_tool_is_bounded_and_counts() -> None:
+    """In one piece or many: a message with it fits into a page."""
+    made = draft()
+    for _ in range(3):
+        made.feed(Call(0, "é" * 200, ""))
+    assert 256 == len(made.message("a", COMPLETED).parts[0].tool_call.tool)
+    made.feed(Text("x" * (MAX_REPLY_BYTES - 2048 - 512)))
+    with pytest.raises(NotecaseError):
+        made.feed(Text("x"))
+
+
 def test_a_lone_surrogate_becomes_a_sign_that_can_be_sent() -> None:
     made = draft()
     made.feed(Text("a\ud800b"))

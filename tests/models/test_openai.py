@@ -233,13 +233,6 @@ class TestRequest:
             user("a", v1.Part(tool_call=v1.ToolCall(call_id="c"))),
             user(v1.Part()),
             message(v1.Message.ROLE_SYSTEM, data(b"x", "image/png")),
-            assistant(
-                v1.Part(
-                    tool_call=v1.ToolCall(
-                        call_id="c", outcome=v1.ToolCall.OUTCOME_FAILED, result=[data(b"x", "video/mp4")]
-                    )
-                )
-            ),
         ],
     )
     async def test_what_the_model_cannot_take_is_refused_and_nothing_is_sent(
@@ -253,23 +246,59 @@ class TestRequest:
         "blobs",
         [
             [v1.Blob(media_type="image/png", size_bytes=3), v1.Blob(media_type="video/mp4", size_bytes=3)],
-            [v1.Blob(media_type="image/png", size_bytes=MAX_CONTENT_BYTES), v1.Blob(media_type="a/b", size_bytes=1)],
             [v1.Blob(media_type="image/png", size_bytes=size) for size in (MAX_CONTENT_BYTES, 1)],
         ],
     )
     async def test_content_that_cannot_be_sent_is_not_even_read(
         self, server: OpenAIServer, provider: OpenAIProvider, blobs: list[v1.Blob]
     ) -> None:
-        """Of a kind that there is no place for, or too much of it, in whichever message."""
+        """Of a kind that there is no place for, or too much of it, in the newest message of a user."""
         read: list[v1.Blob] = []
 
         async def load(blob: v1.Blob) -> bytes:
             read.append(blob)
             return b"png"
 
-        request = ask(*(user(v1.Part(blob=blob)) for blob in blobs))._replace(load=load)
+        request = ask(user(*(v1.Part(blob=blob) for blob in blobs)))._replace(load=load)
         assert v1.ERROR_REASON_CONTENT_UNSUPPORTED == (await failure(provider, request)).reason
         assert [] == read == server.requests
+
+    async def test_content_of_the_history_that_cannot_be_sent_is_named_and_ends_no_session(
+        self, server: OpenAIServer, provider: OpenAIProvider
+    ) -> None:
+        """Of a kind that there is no place for; where there is too much of it, the oldest."""
+
+        def blob(name: str, size: int, media_type: str = "image/png") -> v1.Part:
+            return v1.Part(blob=v1.Blob(name=name, filename=name, media_type=media_type, size_bytes=size))
+
+        async def load(blob: v1.Blob) -> bytes:
+            read.append(blob.name)
+            return b"png"
+
+        read: list[str] = []
+        results = [data(b"x", "audio/ogg", "a"), data(b"x", ""), blob("old", 1), blob("new", 6 << 20)]
+        call = v1.ToolCall(call_id="c", tool="look", outcome=v1.ToolCall.OUTCOME_SUCCEEDED, result=results)
+        uri = v1.Part(file=v1.FileUri(uri="https://example.org/a", media_type="text/html"))
+        long = blob("long", 9, "text/plain")
+        request = ask(
+            message(v1.Message.ROLE_SYSTEM, long),
+            user(blob("film", 9, "video/mp4"), uri, v1.Part(reasoning=v1.Reasoning(text="hm")), blob("tiny", 9)),
+            assistant(long),
+            user("Look", blob("asked", MAX_CONTENT_BYTES - (6 << 20))),
+            assistant(v1.Part(tool_call=call)),
+        )._replace(load=load)
+        server.script(reply("Hi"))
+        await pieces_of(provider, request)
+        assert ["asked", "new"] == read
+        system, before, replied, asked, _, result, bridge, shown = server.requests[0]["messages"]
+        assert "[text/plain: long, not shown]" == system["content"]
+        names = ("video/mp4: film", "text/html", "reasoning", "image/png: tiny")
+        assert "\n\n".join(f"[{name}, not shown]" for name in names) == before["content"]
+        assert "[text/plain: long]" == replied["content"]
+        assert ["text", "image_url"] == [part["type"] for part in asked["content"]]
+        assert "[audio/ogg: a, not shown][data, not shown][image/png: old, not shown]" == result["content"]
+        assert "assistant" == bridge["role"]
+        assert ["text", "image_url"] == [part["type"] for part in shown["content"]]
 
     async def test_generation_in_full(self, server: OpenAIServer, provider: OpenAIProvider) -> None:
         server.script(reply("Hi"))

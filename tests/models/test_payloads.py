@@ -699,6 +699,23 @@ SHAPES: dict[str, bytes] = {
         {"choices": [{"index": 0, "delta": {"content": ""}, "error": TROUBLE, "finish_reason": "error"}]}
     ),
     "beside choices": event({"error": TROUBLE, "choices": [{"delta": {"content": ""}, "finish_reason": "error"}]}),
+    "beside choices, in `errors`": event({"errors": [TROUBLE], "choices": [{"delta": {"content": ""}}]}),
+    "beside choices, by another name": event(
+        {"error_code": 1000, "error_msg": "The pump is broken.", "choices": [{"delta": {"content": ""}}]}
+    ),
+    "beside choices, words alone": event(
+        {"error_message": "The pump is broken.", "choices": [{"delta": {"content": ""}}]}
+    ),
+    "beside choices, of MiniMax": event(
+        {
+            "base_resp": {"status_code": 1000, "status_msg": "The pump is broken."},
+            "choices": [{"delta": {"content": ""}}],
+        }
+    ),
+    "beside choices, of Groq": event(
+        {"x_groq": {"error": "The pump is broken."}, "choices": [{"delta": {"content": ""}}]}
+    ),
+    "in a delta": event({"choices": [{"index": 0, "delta": {"error": TROUBLE}}]}),
     "of MiniMax": event({"choices": None, "base_resp": {"status_code": 1000, "status_msg": "The pump is broken."}}),
     "of Groq": event({"choices": [], "x_groq": {"id": "x", "error": "The pump is broken."}}),
     "named, without a member": b"event: error\n" + event({"message": "The pump is broken."}),
@@ -765,6 +782,15 @@ def test_an_error_is_found_where_the_answer_is_one_document(shape: str) -> None:
         event({"code": 0, "message": "success"}),
         event({"base_resp": {"status_code": 0, "status_msg": "success"}}),
         event({"error": None, "errors": []}),
+        event({"error": {"code": 0, "message": "", "details": []}}),
+        event({"error": {"code": 0, "message": ""}, "error_code": 0, "choices": [{"delta": {"content": ""}}]}),
+        event(
+            {
+                "error_msg": "",
+                "base_resp": {"status_code": 0, "status_msg": ""},
+                "choices": [{"index": "0", "delta": {"content": ""}}],
+            }
+        ),
         event({"id": "x", "choices": [], "prompt_filter_results": [{"prompt_index": 0}]}),
         event({"id": "x", "message": "queued"}),
         event({"object": "chat.completion.chunk", "x_groq": {"id": "x"}}),
@@ -789,6 +815,21 @@ def test_tags_are_text_where_no_profile_says_otherwise() -> None:
     annotation = {"url": "https://a.example", "start_index": 17, "end_index": 19}
     data = chunk({"content": said, "annotations": [annotation]}) + END
     assert Came(said, sources=(Source("https://a.example", "", 17, 19),)) == read([data], think_tags=False)
+
+
+@pytest.mark.parametrize("reason", ["null", "None", "undefined"])
+def test_a_word_for_no_finish_reason_is_none(reason: str) -> None:
+    """So that what is cut behind it is not whole."""
+    said = event({"choices": [{"index": 0, "delta": {"content": SAID}, "finish_reason": reason}]})
+    assert UNAVAILABLE == read([said]).reason
+    assert Came(SAID) == read([said + END])
+    assert Came(SAID) == read([said + DONE])
+
+
+def test_a_number_of_a_choice_may_be_text() -> None:
+    said = event({"choices": [{"index": "0", "delta": {"content": SAID}}]})
+    other = event({"choices": [{"index": "1", "delta": {"content": "other"}}]})
+    assert Came(SAID) == read([said + other + END])
 
 
 def test_a_choice_beyond_the_first_is_another_reply() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import Store
-from notecase_server.store.fold import ENDED, KINDS
+from notecase_server.store.fold import ENDED, KINDS, add_usage
 
 from tests.store.build import (
     APP_STATE,
@@ -333,6 +333,17 @@ async def scenario(open_store: Open, commits: list[list[tuple[Any, ...]]]) -> No
 @given(commits=st.lists(st.lists(EVENTS, max_size=3), max_size=25))
 def test_rows_are_the_fold_of_the_log(open_store: Open, commits: list[list[tuple[Any, ...]]]) -> None:
     asyncio.run(scenario(open_store, commits))
+
+
+def test_a_sum_of_usage_ends_at_the_largest_number() -> None:
+    """Any number may be in a log, and no session ends because of it."""
+    one = v1.Usage(model_calls=2**31 - 1)
+    for field in ("input_tokens", "cached_input_tokens", "output_tokens", "reasoning_tokens"):
+        setattr(one, field, 2**63 - 1)
+    total = v1.Usage()
+    add_usage(total, one)
+    add_usage(total, one)
+    assert total == one
 
 
 def test_every_kind_of_event_is_known() -> None:

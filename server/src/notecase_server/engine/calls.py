@@ -134,7 +134,7 @@ class Calls:
         """Runs one call. A tool that is broken is a failed call, whatever it raises: the model learns that much, the
         log the rest."""
         if not call.HasField("binding"):
-            return Outcome(error=f"There is no tool {call.tool!r}."), []
+            return ledger.no_tool(call), []
         where = self._where(call, clock)
         toolbox = self._log.services.toolbox
         if not self._log.services.lease.holds:

@@ -27,6 +27,9 @@ MAX_REPLY_BYTES = PAGE_BYTES - (64 << 10)
 BLOCK_BYTES = 1024
 """What a part needs besides its text: ids, names, what a call is bound to, and frames, rounded up."""
 
+MAX_TOOL_NAME = 256
+"""Characters of the name that a model calls: no tool has a longer one."""
+
 MAX_MEDIA = 16
 """Images and clips of one reply: a model draws a handful."""
 
@@ -102,7 +105,9 @@ class Draft:
                     if self._unfenced is not None and (words := self._unfenced.words()):
                         self._size += self._json().add(words)
                     block = self._calls[key] = self._begin(Block("arguments", self._new_id()))
+                tool = tool[: MAX_TOOL_NAME - len(block.tool)]
                 block.tool += tool
+                self._size += len(tool.encode(errors="replace"))
             case Text(text):
                 assert self._unfenced is not None
                 if not (text := self._unfenced.feed(text)):

@@ -4,6 +4,7 @@ Pure: from what is known of a run to the events that say what becomes of its cal
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -104,6 +105,9 @@ def remembered(session: v1.Session, run: v1.Run) -> dict[bytes, bool]:
     return {answer.digest: answer.approved for answer in answers if answer.agent == run.agent and answer.digest}
 
 
+NAME_SHOWN = 100
+"""Characters of a tool's name in an error."""
+
 LATEST = 253_402_300_799_999_999
 """Microseconds since 1970 at the end of the year 9999: a protobuf Timestamp goes no further."""
 
@@ -115,12 +119,25 @@ def expire(request: v1.InputRequest, run: v1.Run, now: int) -> None:
 
 
 def arguments_of(call: v1.ToolCall) -> dict[str, Any] | None:
-    """Returns the call's arguments, or None when they are not a JSON object. Empty text counts as an empty object."""
+    """Returns the call's arguments, or None when they are not a JSON object, as RFC 8259 has it and with numbers that a
+    double holds. Empty text counts as an empty object."""
     try:
-        decoded = json.loads(call.arguments or "{}")
+        decoded = json.loads(call.arguments or "{}", parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError):
         return None
     return decoded if isinstance(decoded, dict) else None
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is no number of JSON")
+    return number
+
+
+def no_tool(call: v1.ToolCall) -> Outcome:
+    """Returns what becomes of a call of a name that no tool has: a model may write anything there."""
+    name = call.tool if len(call.tool) <= NAME_SHOWN else f"{call.tool[:NAME_SHOWN]}…"
+    return Outcome(error=f"There is no tool {name!r}.")
 
 
 def triage(
@@ -137,7 +154,7 @@ def triage(
         target = bound.get(call.tool)
         arguments = arguments_of(call)
         if target is None:
-            events.append(finished(call, Outcome(error=f"There is no tool {call.tool!r}.")))
+            events.append(finished(call, no_tool(call)))
         elif arguments is None:
             events.append(finished(call, Outcome(error="The arguments are not a JSON object.")))
         elif target.asks:

@@ -16,7 +16,7 @@ from notecase_server.models.answers.chunk import CallPiece, Choice, Chunk, Said,
 from notecase_server.models.answers.citations import Citations
 from notecase_server.models.answers.event_stream import LAST, MAX_EVENT_BYTES, EventSplitter, documents_of, too_large
 from notecase_server.models.answers.finish_reasons import Finish as End
-from notecase_server.models.answers.finish_reasons import is_cut, meaning
+from notecase_server.models.answers.finish_reasons import is_cut, is_none, meaning
 from notecase_server.models.answers.media import Audio, Encoded
 from notecase_server.models.answers.redaction import Redactor
 from notecase_server.models.answers.surrogates import mended
@@ -264,11 +264,11 @@ class ChatReply:
             if counted.model != self._named:
                 self._name(counted.model)
             return
-        if chunk is None or not chunk.choices or chunk.error or named:
+        if chunk is None or not chunk.choices or named or chunk.may_fail:
             self._take_plain(self._plain(data, named), named, pieces)
             return
         for choice in chunk.choices:
-            if choice.error:
+            if choice.may_fail:
                 self._take_plain(documents.plain(data), False, pieces)
                 return
         if chunk.usage:
@@ -315,7 +315,7 @@ class ChatReply:
             self._extras().citations.listed(chunk.citations, chunk.search_results)
         for choice in chunk.choices or ():
             # With `n` above 1 the further choices are other replies, and there is one.
-            if choice.index:
+            if choice.index and choice.index != "0":
                 continue
             if choice.usage:
                 self._counts.take(choice.usage)
@@ -323,7 +323,7 @@ class ChatReply:
                 self._take_said(choice.delta, pieces)
             if choice.message is not None:
                 self._take_message(choice, chunk.object == "chat.completion.chunk", pieces)
-            if choice.finish_reason:
+            if choice.finish_reason and not is_none(choice.finish_reason):
                 self._reason = choice.finish_reason
 
     def _name(self, model: Any) -> None:

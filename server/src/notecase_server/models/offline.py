@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 from notecase import v1
 
 from notecase_server import errors
-from notecase_server.models.answers.finish_reasons import is_cut
+from notecase_server.models.answers.finish_reasons import is_cut, meaning
 from notecase_server.models.contract import (
     Call,
     Cited,
@@ -138,7 +138,7 @@ class OfflineProvider:
                 yield Cited(plan.sources)
             for returned in plan.returned():
                 yield returned
-        yield Finish(reason, usage, is_cut(reason))
+        yield Finish(reason, usage, is_cut(meaning(reason)))
 
     async def close(self) -> None:
         """There is nothing to close."""

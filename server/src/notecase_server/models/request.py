@@ -82,8 +82,9 @@ def body(request: ModelRequest, model: str, profile: Profile, provider: str, *, 
     `with_data` is false. `Generation.extra` is merged last, member by member, and so can change everything; null
     unsets.
 
-    Raises CONTENT_UNSUPPORTED for content that Chat Completions has no place for, MODEL_ERROR when there is no model to
-    ask or `extra` is no JSON object."""
+    Raises CONTENT_UNSUPPORTED for content of the newest message of a user, or of the system, that Chat Completions has
+    no place for; elsewhere it is named. Raises MODEL_ERROR when there is no model to ask or `extra` is no JSON
+    object."""
     generation = request.generation
     asked, format_ = _output(request, profile) if request.output_schema else ("", None)
     origin = (provider, model) if with_data else ("", "")
@@ -145,27 +146,23 @@ def is_large(request: ModelRequest) -> bool:
 async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
     """Returns the request with the content that its messages refer to within them, as far as it is shown.
 
-    Raises CONTENT_UNSUPPORTED for a media type that there is no place for, and for more content than a request may
-    carry, before any of it is read. Images that a model made are left out where there is no room for them."""
+    What has no place there, and the oldest content when there is more than a request may carry, stays as it is, and
+    `body` names it. Raises CONTENT_UNSUPPORTED only where the newest message of a user has such content or too much of
+    it, before any is read."""
     if request.only_text:
         return request
     messages = request.messages
     newest = _newest_images(messages, profile)
-    if newest >= 0 and _content_bytes(messages, newest) > MAX_CONTENT_BYTES:
-        newest = -1
-    carrying = [index for index, message in enumerate(messages) if any(_carried(message, index == newest))]
-    if not carrying:
+    if not any(any(_carried(message, index == newest)) for index, message in enumerate(messages)):
         return request
-    if (total := _content_bytes(messages, newest)) > MAX_CONTENT_BYTES:
-        raise errors.content_unsupported(
-            f"The conversation refers to {total} bytes of content; the model accepts at most {MAX_CONTENT_BYTES}."
-        )
     assert request.load is not None, "who refers to content brings the means to load it"
     filled = list(messages)
-    for index in carrying:
+    for index, places in sorted(_chosen(messages, newest).items()):
         filled[index] = v1.Message()
         filled[index].CopyFrom(messages[index])
-        for part in _carried(filled[index], index == newest):
+        for place, part in enumerate(_carried(filled[index], index == newest)):
+            if place not in places:
+                continue
             media_type, filename = part.blob.media_type, part.blob.filename
             data = await request.load(part.blob)
             part.data.media_type, part.data.filename = media_type, filename
@@ -173,14 +170,35 @@ async def loaded(request: ModelRequest, profile: Profile) -> ModelRequest:
     return request._replace(messages=filled)
 
 
-def _content_bytes(messages: Sequence[v1.Message], newest: int) -> int:
-    """Of the content that a request carries. Raises CONTENT_UNSUPPORTED for a media type that has no place in it."""
-    total = 0
-    for index, message in enumerate(messages):
-        for part in _carried(message, index == newest):
-            _check_media_type(part.blob.media_type)
-            total += part.blob.size_bytes
-    return total
+def _chosen(messages: Sequence[v1.Message], newest: int) -> dict[int, set[int]]:
+    """The content that a request has room for, by message: places in what `_carried` yields. The newest message of a
+    user comes first, then the others from the newest on."""
+    asked = _newest_of_user(messages)
+    held = [part.blob for part in _carried(messages[asked], False)] if asked >= 0 else []
+    for blob in held:
+        _check_media_type(blob.media_type)
+    if (total := sum(blob.size_bytes for blob in held)) > MAX_CONTENT_BYTES:
+        raise errors.content_unsupported(
+            f"The message refers to {total} bytes of content; the model accepts at most {MAX_CONTENT_BYTES}."
+        )
+    room = MAX_CONTENT_BYTES - total
+    chosen = {asked: set(range(len(held)))} if held else {}
+    for index in range(len(messages) - 1, -1, -1):
+        if index == asked:
+            continue
+        for place, part in reversed([*enumerate(_carried(messages[index], index == newest))]):
+            if not _is_taken(part.blob.media_type):
+                continue
+            room -= part.blob.size_bytes
+            if room < 0:
+                return chosen
+            chosen.setdefault(index, set()).add(place)
+    return chosen
+
+
+def _newest_of_user(messages: Sequence[v1.Message]) -> int:
+    """The index of the newest message of a user; -1 for none."""
+    return next((at for at in range(len(messages) - 1, -1, -1) if messages[at].role == v1.Message.ROLE_USER), -1)
 
 
 def _carried(message: v1.Message, images: bool) -> Iterator[v1.Part]:
@@ -371,7 +389,7 @@ class _Conversation:
 
     def _say(self, messages: Sequence[v1.Message]) -> None:
         turn = self._turn(messages)
-        newest = _newest_images(messages, self._profile)
+        newest, asked = _newest_images(messages, self._profile), _newest_of_user(messages)
         for index, message in enumerate(messages):
             role, parts = message.role, message.parts
             if len(parts) == 1 and (text := parts[0].text or parts[0].json):
@@ -387,7 +405,7 @@ class _Conversation:
             elif role == v1.Message.ROLE_SYSTEM:
                 if text := _text(parts, "A system message"):
                     self._say_system(text)
-            elif content := [shown for part in parts if (shown := _content(part)) is not None]:
+            elif content := [shown for part in parts if (shown := _content(part, index != asked)) is not None]:
                 self._say_user(self._as_text(content))
 
     def _turn(self, messages: Sequence[v1.Message]) -> int:
@@ -453,7 +471,7 @@ class _Conversation:
             self._say_reply(message, text, refusal, calls, with_reasoning)
         # A tool's answer can only be text there, and so can a reply: what else they gave is shown behind them.
         for call in calls:
-            if media := [_content(part) for part in call.result if _words(part) is None]:
+            if media := [_content(part) for part in call.result if _in_words(part) is None]:
                 title = {"type": "text", "text": f"From the result of {call.tool}:"}
                 self._say_user([title, *(part for part in media if part is not None)])
         if shown := [content for part in images if (content := _content(part)) is not None]:
@@ -548,7 +566,8 @@ def _text(parts: Iterable[v1.Part], where: str) -> str:
     """What can be nothing but words there."""
     texts = []
     for part in parts:
-        if (words := _words(part)) is None:
+        words = _named(part) if part.HasField("blob") else _words(part)
+        if words is None:
             kind = part.WhichOneof("kind")
             media_type = part.data.media_type or part.file.media_type
             held = f"media type {media_type!r}" if media_type else f"a part of kind {kind!r}"
@@ -565,7 +584,7 @@ def _told(parts: Sequence[v1.Part], named: bool) -> str:
     for part in parts:
         if (words := _words(part)) is not None:
             told.append(words)
-        elif named:
+        elif named or is_text(part.blob.media_type):
             made = part.blob if part.HasField("blob") else part.data if part.HasField("data") else part.file
             sound = made.media_type.startswith("audio/")
             told.append("" if sound and spoken else f"\n[{made.media_type}{made.filename and ': '}{made.filename}]\n")
@@ -587,9 +606,24 @@ def _words(part: v1.Part) -> str | None:
     return None
 
 
-def _content(part: v1.Part) -> Json | None:
-    """A part of a user's message; None when it is empty."""
+def _in_words(part: v1.Part) -> str | None:
+    """What `_words` says; of what is not sent or cannot be, its name."""
     if (words := _words(part)) is not None:
+        return words
+    sent = _is_taken(part.data.media_type) if part.HasField("data") else part.HasField("file") and _is_image(part)
+    return None if sent else _named(part)
+
+
+def _named(part: v1.Part) -> str:
+    kind = part.WhichOneof("kind") or "text"
+    content = getattr(part, kind)
+    filename = getattr(content, "filename", "")
+    return f"[{getattr(content, 'media_type', '') or kind}{filename and ': '}{filename}, not shown]"
+
+
+def _content(part: v1.Part, named: bool = False) -> Json | None:
+    """A part of a user's message; None when it is empty. What has no place there is `named`, or else refused."""
+    if (words := _in_words(part) if named else _words(part)) is not None:
         return {"type": "text", "text": words} if words else None
     match part.WhichOneof("kind"):
         case "file":
@@ -620,11 +654,15 @@ def _data(data: v1.InlineData) -> Json:
 
 
 def _check_media_type(told: str) -> None:
-    media_type = _media_type(told)
-    if not (media_type.startswith(("image/", "application/", "text/")) or media_type in _AUDIO_FORMATS):
+    if not _is_taken(told):
         raise errors.content_unsupported(
             f"The model accepts text, images, documents and audio as WAV or MP3, not media type {told!r}."
         )
+
+
+def _is_taken(told: str) -> bool:
+    media_type = _media_type(told)
+    return media_type.startswith(("image/", "application/", "text/")) or media_type in _AUDIO_FORMATS
 
 
 def _media_type(told: str) -> str:
@@ -652,5 +690,5 @@ def _arguments(arguments: str) -> str:
 def _outcome(call: v1.ToolCall) -> str:
     if call.outcome == v1.ToolCall.OUTCOME_CANCELLED:
         return call.error or "cancelled"
-    words = [_words(part) for part in call.result]
+    words = [_in_words(part) for part in call.result]
     return "".join(filter(None, words)) or call.error or ("Its content follows." if None in words else "")

@@ -30,6 +30,7 @@ OPEN_OUTCOMES = frozenset({v1.ToolCall.OUTCOME_PENDING, v1.ToolCall.OUTCOME_RUNN
 MAX_QUEUED = 16
 """Commands that may wait in one session: a person's impatience, not a work queue."""
 
+INT32_MAX = (1 << 31) - 1
 INT64_MAX = (1 << 63) - 1
 
 MAX_VALUE_DEPTH = 16
@@ -568,14 +569,14 @@ def _incremented(op: v1.StateOp, before: v1.StateEntry | None) -> int:
 
 
 def add_usage(total: v1.Usage, one: v1.Usage) -> None:
-    """Adds one model call's usage to a sum."""
+    """Adds one model call's usage to a sum, whose numbers end at the largest that fit: a provider may name any."""
     total.model = one.model if not total.model_calls or total.model == one.model else ""
     total.provider = one.provider if not total.model_calls or total.provider == one.provider else ""
-    total.input_tokens += one.input_tokens
-    total.cached_input_tokens += one.cached_input_tokens
-    total.output_tokens += one.output_tokens
-    total.reasoning_tokens += one.reasoning_tokens
-    total.model_calls += one.model_calls
+    total.input_tokens = min(total.input_tokens + one.input_tokens, INT64_MAX)
+    total.cached_input_tokens = min(total.cached_input_tokens + one.cached_input_tokens, INT64_MAX)
+    total.output_tokens = min(total.output_tokens + one.output_tokens, INT64_MAX)
+    total.reasoning_tokens = min(total.reasoning_tokens + one.reasoning_tokens, INT64_MAX)
+    total.model_calls = min(total.model_calls + one.model_calls, INT32_MAX)
 
 
 def _use(rows: Rows, key: SessionKey, event: v1.Event) -> None:

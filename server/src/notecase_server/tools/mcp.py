@@ -22,6 +22,7 @@ from mcp import Client, MCPError, types
 from mcp.client import Transport
 from mcp.client.streamable_http import streamable_http_client
 from mcp.client.subscriptions import Subscription, SubscriptionLost
+from mcp.types import methods
 from mcp.types.version import MODERN_PROTOCOL_VERSIONS
 from notecase import v1
 
@@ -55,7 +56,17 @@ CLOSE_SECONDS = 10.0
 """How long a server may take to end when its connection is closed; its process is killed well before that."""
 
 LIST_PAGES = 100
-"""More pages than any list has: one that never ends must end a run, not hold it."""
+"""More pages than any list has: one that has more fails."""
+
+LIST_TOOLS = 10_000
+LIST_BYTES = MAX_ANSWER
+"""Of a list in several pages, together: what one page could have."""
+
+LOST = ("Connection closed", "SSE stream failed", "SSE stream ended")
+"""How the library's own messages begin where an answer is lost. Servers use its code for errors of theirs, too."""
+
+REDIRECTED = "Redirect to "
+"""How the library's message begins that quotes an address, which may hold a token."""
 
 SESSION = "mcp-session-id"
 
@@ -104,8 +115,8 @@ class McpServer:
         connection = await self._connected()
         try:
             return await self._listed_by(connection)
-        except errors.NotecaseError:
-            if not connection.over:
+        except errors.NotecaseError as error:
+            if not connection.over or isinstance(error.__cause__, TimeoutError):
                 raise
         return await self._listed_by(await self._connected())
 
@@ -115,6 +126,8 @@ class McpServer:
                 return await connection.tools()
         except (MCPError, *BROKEN, *INVALID) as error:
             log.warning("mcp_list_failed", server=self._name, error=type(error).__name__)
+            if isinstance(error, TimeoutError) and connection.questions.idle:
+                connection.end()  # a program that hangs is replaced
             raise errors.tool_error(f"The MCP server {self._name!r} does not list its tools.") from error
 
     async def call(self, tool: str, arguments: Mapping[str, Any], context: CallContext) -> Outcome:
@@ -142,9 +155,10 @@ class McpServer:
                         tool, dict(arguments), meta=cast("types.RequestParamsMeta", meta)
                     )
         except MCPError as error:
-            return failed(self._broken(error.code, error.message))
+            return failed(self._lost if _is_lost(error, connection) else self._refused(error.message))
         except BROKEN:
-            return failed(self._broken(types.REQUEST_TIMEOUT if clock.expired else types.CONNECTION_CLOSED, ""))
+            silent = f"The MCP server {self._name!r} did not answer within {self._settings.timeout:g} seconds."
+            return failed(silent if clock.expired else self._lost)
         except INVALID as error:
             log.warning("mcp_answer_invalid", server=self._name, tool=tool, error=type(error).__name__)
             return failed(f"The MCP server {self._name!r} gave an answer that is not valid.")
@@ -153,14 +167,14 @@ class McpServer:
         except ValueError:
             return failed(f"The MCP server {self._name!r} gave content that cannot be read.")
 
-    def _broken(self, code: int, message: str) -> str:
-        match code:
-            case types.CONNECTION_CLOSED:
-                return f"The answer of the MCP server {self._name!r} was lost; the call may have taken effect, or not."
-            case types.REQUEST_TIMEOUT:
-                return f"The MCP server {self._name!r} did not answer within {self._settings.timeout:g} seconds."
-            case _:
-                return f"The MCP server {self._name!r} refused the call: {message}"
+    @property
+    def _lost(self) -> str:
+        return f"The answer of the MCP server {self._name!r} was lost; the call may have taken effect, or not."
+
+    def _refused(self, message: str) -> str:
+        if message.startswith(REDIRECTED):
+            return f"The MCP server {self._name!r} redirects to another address, where it is not called."
+        return f"The MCP server {self._name!r} refused the call: {message}"
 
     async def _connected(self) -> "_Connection":
         """The connection, opened when there is none. Those who come while it is opened wait for the same one."""
@@ -240,10 +254,11 @@ class _Connection:
             try:
                 return await stack.enter_async_context(self._made("legacy"))
             except (MCPError, ExceptionGroup) as error:
-                codes = {leaf.code for leaf in _leaves(error) if isinstance(leaf, MCPError)}
-                if not codes or codes & {types.CONNECTION_CLOSED, types.REQUEST_TIMEOUT}:
+                refusals = [leaf for leaf in _leaves(error) if isinstance(leaf, MCPError)]
+                if not refusals or any(_is_lost(refusal, self) for refusal in refusals):
                     raise
-                log.info("mcp_handshake_refused", server=self._name, codes=sorted(codes))
+                codes = sorted({refusal.code for refusal in refusals})
+                log.info("mcp_handshake_refused", server=self._name, codes=codes)
         return await stack.enter_async_context(self._made("auto"))
 
     def _made(self, mode: str) -> Client:
@@ -257,19 +272,27 @@ class _Connection:
         )
 
     async def tools(self) -> Sequence[types.Tool]:
-        """The server's tools, asked for when they are not known or not fresh."""
+        """The server's tools, asked for when they are not known or not fresh. A list ends where it would begin again:
+        with a cursor that came before, or a page without a new tool. Raises ValueError for one that is too long."""
         now = asyncio.get_running_loop().time
         async with self._listing:
             if self._listed is not None and now() < self._fresh_until:
                 return self._listed
-            changes, listed = self._changes, list[types.Tool]()
+            changes, found = self._changes, dict[str, types.Tool]()
             cursor: str | None = None
-            for _ in range(LIST_PAGES):
+            cursors, size = set[str](), 0
+            while True:
                 page = await self.client.list_tools(cursor=cursor)
-                listed += page.tools
+                new = {tool.name: tool for tool in reversed(page.tools) if tool.name not in found}
+                found |= dict(reversed(new.items()))
                 cursor = page.next_cursor
-                if cursor is None:
+                if cursor is None or cursor in cursors or (page.tools and not new):
                     break
+                cursors.add(cursor)
+                size += len(page.model_dump_json())
+                if len(cursors) >= LIST_PAGES or len(found) > LIST_TOOLS or size > LIST_BYTES:
+                    raise ValueError("a list of tools that is too long")
+            listed = [*found.values()]
             if changes == self._changes:
                 self._listed, self._fresh_until = listed, now() + LIST_SECONDS
             return listed
@@ -319,7 +342,26 @@ class _Connection:
             else:
                 opened = program(self._name, settings, stack.enter_context(_errors_of(settings)))
             read, write = await stack.enter_async_context(opened)
-            yield _Watched(read, self.end), write
+            yield _Watched(read, self.end, self._without_wrong_tools), write
+
+    def _without_wrong_tools(self, said: object) -> None:
+        """Takes out of a list of tools those that are not as the protocol has them: the library would refuse all."""
+        message = getattr(said, "message", None)
+        result = message.result if isinstance(message, types.JSONRPCResponse) else {}
+        tools = result.get("tools")
+        if not isinstance(tools, list) or "content" in result or self._is_list(result):
+            return
+        result["tools"] = [tool for tool in tools if self._is_list(result | {"tools": [tool]})]
+        log.warning("mcp_tools_invalid", server=self._name, tools=len(tools) - len(result["tools"]))
+
+    def _is_list(self, result: dict[str, Any]) -> bool:
+        try:
+            with suppress(KeyError):  # of a version that the library checks no further
+                methods.validate_server_result("tools/list", self.client.protocol_version, result)
+            types.ListToolsResult.model_validate(result, by_name=False)
+        except ValueError:
+            return False
+        return True
 
     async def _answered(self, response: httpx2.Response) -> None:
         """Bounds what is read of an answer. 404 to a request that names its session says that the server has forgotten
@@ -332,11 +374,13 @@ class _Connection:
 
 
 class _Watched:
-    """A stream of what the server says, which tells when it ends: nothing else says that an idle process has died."""
+    """A stream of what the server says, which tells when it ends: nothing else says that an idle process has died.
+    `mend` is called with each message before the library has it."""
 
-    def __init__(self, stream: Any, ended: Callable[[], None]) -> None:
+    def __init__(self, stream: Any, ended: Callable[[], None], mend: Callable[[object], None]) -> None:
         self._stream = stream
         self._ended = ended
+        self._mend = mend
 
     @property
     def last_context(self) -> Any:
@@ -353,7 +397,9 @@ class _Watched:
 
     async def __anext__(self) -> Any:
         try:
-            return await self._stream.__anext__()
+            said = await self._stream.__anext__()
+            self._mend(said)
+            return said
         except StopAsyncIteration:
             self._ended()
             raise
@@ -369,6 +415,11 @@ class _Watched:
 
 def _errors_of(settings: McpServerSettings) -> TextIO:
     return open(settings.stderr or os.devnull, "a", encoding="utf-8")
+
+
+def _is_lost(error: MCPError, connection: _Connection) -> bool:
+    """Whether the library says that the answer was lost, and not the server something of its own."""
+    return error.code == types.CONNECTION_CLOSED and (connection.over or error.message.startswith(LOST))
 
 
 def _leaves(error: BaseException) -> list[BaseException]:
@@ -404,7 +455,8 @@ def _part(block: types.ContentBlock) -> v1.Part:
 
 
 def _data(text: str, media_type: str, filename: str = "") -> v1.Part:
-    data = base64.b64decode(text, validate=True)
+    text = "".join(text.split())
+    data = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
     return v1.Part(data=v1.InlineData(data=data, media_type=media_type, filename=filename))
 
 

@@ -4,7 +4,9 @@ The protocol's library has such a transport, but it reads lines of any length.
 """
 
 import asyncio
+import json
 import os
+import re
 import signal
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
@@ -33,6 +35,14 @@ LOOK_SECONDS = 0.01
 """How often it is looked whether a program has ended. The loop would tell of it only after the end of its pipes, which
 its children may hold."""
 
+Asked = set[int | str | None]
+"""Ids of what a program was asked and has not answered."""
+
+ANSWERS = (types.JSONRPCResponse, types.JSONRPCError)
+
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair."""
+
 CLOSED = (anyio.ClosedResourceError, anyio.BrokenResourceError, OSError)
 """What is raised where the other side of a stream or a pipe has gone."""
 
@@ -57,8 +67,9 @@ async def program(name: str, settings: McpServerSettings, errors: TextIO) -> Asy
     said, hears = anyio.create_memory_object_stream[SessionMessage | Exception](0)
     tells, told = anyio.create_memory_object_stream[SessionMessage](0)
     pipes = Tasks(f"mcp {name}")
-    pipes.start(_read(name, process, said), "read")
-    writing = pipes.start(_write(process, told, said), "write")
+    asked = Asked()
+    pipes.start(_read(name, process, said, asked), "read")
+    writing = pipes.start(_write(process, told, said, asked), "write")
     try:
         yield hears, tells
     finally:
@@ -71,15 +82,21 @@ async def program(name: str, settings: McpServerSettings, errors: TextIO) -> Asy
 
 
 async def _read(
-    name: str, process: asyncio.subprocess.Process, said: MemoryObjectSendStream[SessionMessage | Exception]
+    name: str,
+    process: asyncio.subprocess.Process,
+    said: MemoryObjectSendStream[SessionMessage | Exception],
+    asked: Asked,
 ) -> None:
-    """Passes on what the program says. What it says when nobody listens any more is dropped, lest it wait for a full
-    pipe and never end."""
+    """Passes on what the program says, and takes the ids of what it answers out of `asked`. What it says when nobody
+    listens any more is dropped, lest it wait for a full pipe and never end."""
     assert process.stdout is not None
     with suppress(*CLOSED):
         async with said:
             while line := await _line(process.stdout):
-                await said.send(_message(line))
+                message = _message(line, asked)
+                if isinstance(message, SessionMessage) and isinstance(message.message, ANSWERS):
+                    asked.discard(message.message.id)
+                await said.send(message)
             if line is None:
                 log.warning("mcp_answer_too_large", server=name)
                 _signal(process, signal.SIGKILL)
@@ -97,24 +114,58 @@ async def _line(pipe: asyncio.StreamReader) -> bytes | None:
     return line if fits(len(line), line.count(b"{")) else None
 
 
-def _message(line: bytes) -> SessionMessage | Exception:
-    """A line as a message, or why it is none: the library takes both."""
+def _message(line: bytes, asked: Asked) -> SessionMessage | Exception:
+    """A line as a message, or why it is none: the library takes both. An answer that is not quite one is mended, or
+    becomes an error to what it answers, which would wait for it; one without an id, to what is `asked` if that is only
+    one thing."""
     try:
-        return SessionMessage(types.jsonrpc_message_adapter.validate_json(line, by_name=False))
+        message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
+        if isinstance(message, types.JSONRPCError) and message.id is None and len(asked) == 1:
+            message.id = next(iter(asked))
+        return SessionMessage(message)
     except ValueError as error:
+        try:
+            value = json.loads(line.decode(errors="replace"), strict=False, parse_constant=lambda _: None)
+            if isinstance(value, dict):
+                return SessionMessage(_mended(value, asked))
+        except (ValueError, RecursionError):
+            pass
         return error
+
+
+def _mended(said: dict[str, Any], asked: Asked) -> types.JSONRPCMessage:
+    """Raises ValueError for what is neither a message nor answers one."""
+    if "method" not in said and said.get("id") is None and len(asked) == 1:
+        said["id"] = next(iter(asked))
+    text = HALF.sub("\ufffd", json.dumps(said, ensure_ascii=False))
+    with suppress(ValueError):
+        return types.jsonrpc_message_adapter.validate_json(text, by_name=False)
+    told = said.get("error")
+    words = told.get("message") if isinstance(told, dict) else told
+    if not isinstance(words, str):
+        words = "It gave an answer that is not valid." if told is None else "It gave no reason."
+    if "method" in said or not isinstance(said.get("id"), int | str):
+        raise ValueError("an answer to nothing")
+    error = types.ErrorData(code=types.INTERNAL_ERROR, message=HALF.sub("\ufffd", words))
+    return types.JSONRPCError(jsonrpc="2.0", id=said["id"], error=error)
 
 
 async def _write(
     process: asyncio.subprocess.Process,
     told: MemoryObjectReceiveStream[SessionMessage],
     said: MemoryObjectSendStream[SessionMessage | Exception],
+    asked: Asked,
 ) -> None:
-    """Tells the program what is to be told. Once it does not listen any more, it is heard no more either."""
+    """Tells the program what is to be told, and adds the ids of what it is asked to `asked`. Once it does not listen
+    any more, it is heard no more either."""
     assert process.stdin is not None
     try:
         async with told:
             async for message in told:
+                if isinstance(message.message, types.JSONRPCRequest):
+                    asked.add(message.message.id)
+                elif isinstance(message.message, types.JSONRPCNotification):
+                    asked.discard((message.message.params or {}).get("requestId", 0))
                 text = message.message.model_dump_json(by_alias=True, exclude_unset=True)
                 process.stdin.write(f"{text}\n".encode())
                 await process.stdin.drain()

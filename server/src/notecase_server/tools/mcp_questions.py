@@ -52,6 +52,11 @@ class Questions:
         self._server = server
         self._calls: list[Call] = []
 
+    @property
+    def idle(self) -> bool:
+        """No call is under way."""
+        return not self._calls
+
     @contextmanager
     def of(self, context: CallContext, clock: Clock) -> Iterator[Call]:
         """Lets a call ask while it is made in here; `clock` stands still meanwhile."""
@@ -82,7 +87,10 @@ class Questions:
             # Where it leads is for the user's own browser, and nothing comes back that a log could hold.
             return types.ElicitResult(action="decline")
         form = {"type": "object", "additionalProperties": False, **params.requested_schema}
-        if strange := [name for name, field in form.get("properties", {}).items() if not _is_flat(field)]:
+        fields = form.get("properties", {})
+        if not isinstance(fields, dict):
+            return _refused("The form's `properties` are no object.")
+        if strange := [name for name, field in fields.items() if not _is_flat(field)]:
             return _refused(f"The field {strange[0]!r} is neither text, a number, a boolean nor a list of choices.")
         try:
             response = await self._ask(params, json.dumps(form, ensure_ascii=False))
@@ -114,7 +122,11 @@ class Questions:
 
 
 def _is_flat(field: Any) -> bool:
-    return isinstance(field, dict) and field.get("type", "string") in FLAT
+    if not isinstance(field, dict):
+        return False
+    told = field.get("type", "string")
+    names = told if isinstance(told, list) else [told]
+    return all(isinstance(name, str) and name in FLAT | {"null"} for name in names)
 
 
 def _refused(told: str) -> types.ErrorData:

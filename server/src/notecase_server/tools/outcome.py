@@ -20,7 +20,7 @@ MAX_ERROR = 4096
 def succeeded(parts: Sequence[v1.Part]) -> Outcome:
     """The parts as a result, or the error that they are too large."""
     media = sum(len(part.data.data) for part in parts if _is_media(part))
-    text = sum(part.ByteSize() for part in parts if not _is_media(part))
+    text = sum(part.ByteSize() for part in parts) - media
     if media > MAX_MEDIA:
         return Outcome(error=f"The result has {media} bytes of media; at most {MAX_MEDIA} are taken. Ask for less.")
     if text > MAX_RESULT:

@@ -14,6 +14,10 @@ MAX_HELD = 1 << 20
 """Characters of arguments that are held back: more than a message takes."""
 
 
+MAX_NAME = 256
+"""Characters of a tool's name: what is longer is cut, and no tool's."""
+
+
 class _OpenCall:
     """One tool call of the reply, as far as it has come."""
 
@@ -93,7 +97,7 @@ class Calls:
 
     def take(self, piece: CallPiece) -> Call:
         function = piece.function or Function()
-        name, arguments = function.name or "", function.arguments or ""
+        name, arguments = (function.name or "")[:MAX_NAME], function.arguments or ""
         call = self._owner(piece, name, arguments)
         if call is None:
             call = _OpenCall(len(self._calls), _id(piece))
@@ -102,7 +106,7 @@ class Calls:
             self._by_index[piece.index] = call
         if _id(piece) is not None:
             self._by_id[piece.id] = call
-        name = name.removeprefix(call.name)
+        name = name.removeprefix(call.name)[: MAX_NAME - len(call.name)]
         call.name += name
         return Call(call.key, name, call.take(arguments))
 

@@ -56,6 +56,7 @@ class Said(msgspec.Struct, gc=False):
     reasoning_text: Any = None
     thinking: Any = None
     thought: Any = None
+    error: Any = None
 
 
 class Choice(msgspec.Struct, gc=False):
@@ -67,6 +68,12 @@ class Choice(msgspec.Struct, gc=False):
     usage: Any = None
     error: Any = None
 
+    @property
+    def may_fail(self) -> bool:
+        """Whether it has a member that may hold an error."""
+        told = self.error or (self.delta and self.delta.error) or (self.message and self.message.error)
+        return bool(told)
+
 
 class Chunk(msgspec.Struct):
     choices: list[Choice] | None = None
@@ -77,6 +84,17 @@ class Chunk(msgspec.Struct):
     x_groq: Any = None
     citations: Any = None
     search_results: Any = None
+    errors: Any = None
+    base_resp: Any = None
+    error_code: Any = None
+    error_msg: Any = None
+    error_message: Any = None
+
+    @property
+    def may_fail(self) -> bool:
+        """Whether it has a member that may hold an error."""
+        told = self.error or self.errors or self.base_resp or self.error_code or self.error_msg or self.error_message
+        return bool(told) or (isinstance(self.x_groq, dict) and bool(self.x_groq.get("error")))
 
 
 class _TextDelta(msgspec.Struct, gc=False):
@@ -97,6 +115,7 @@ class _TextDelta(msgspec.Struct, gc=False):
     reasoning_text: None = None
     thinking: None = None
     thought: None = None
+    error: None = None
 
 
 class _TextChoice(msgspec.Struct, gc=False):
@@ -118,6 +137,11 @@ class Token(msgspec.Struct, gc=False):
     x_groq: None = None
     citations: None = None
     search_results: None = None
+    errors: None = None
+    base_resp: None = None
+    error_code: None = None
+    error_msg: None = None
+    error_message: None = None
 
 
 class Counted(msgspec.Struct, forbid_unknown_fields=True):

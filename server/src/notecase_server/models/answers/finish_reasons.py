@@ -69,6 +69,7 @@ WORDS = (
     Word("moderation", Finish.FILTERED, "gateways"),
     Word("insufficient_system_resource", Finish.FAILED, "DeepSeek"),
     Word("other", Finish.FAILED, "Gemini: OTHER"),
+    Word("oom", Finish.FAILED, "servers of local models"),
     Word("unexpected_tool_call", Finish.AGAIN, "Gemini"),
 )
 
@@ -89,6 +90,20 @@ PARTS = (
     Word("unavailable", Finish.FAILED, "gateways"),
     Word("overload", Finish.FAILED, "Moonshot: engine_overloaded"),
     Word("preempt", Finish.FAILED, "servers that give a slot to another request"),
+    Word("exception", Finish.FAILED, "gateways"),
+    Word("crash", Finish.FAILED, "llama-swap, gateways before local models"),
+    Word("kill", Finish.FAILED, "gateways before local models"),
+    Word("terminat", Finish.FAILED, "gateways: terminated"),
+    Word("shutdown", Finish.FAILED, "servers that stop: shutdown, server_shutdown"),
+    Word("evict", Finish.FAILED, "servers that give a model's memory to another"),
+    Word("out_of_memory", Finish.FAILED, "servers of local models"),
+    Word("reject", Finish.FAILED, "gateways: rejected"),
+    Word("quota", Finish.FAILED, "gateways"),
+    Word("rate_limit", Finish.FAILED, "gateways: no limit of the reply"),
+    Word("busy", Finish.FAILED, "gateways"),
+    Word("stall", Finish.FAILED, "gateways"),
+    Word("expire", Finish.FAILED, "gateways: expired"),
+    Word("internal", Finish.FAILED, "gateways: internal"),
     Word("filter", Finish.FILTERED, "OpenAI, Azure: content_filter; Bedrock: content_filtered"),
     Word("safety", Finish.FILTERED, "Gemini: SAFETY, IMAGE_SAFETY"),
     Word("blocked", Finish.FILTERED, "gateways"),
@@ -101,6 +116,9 @@ PARTS = (
 )
 """For words that are in no row above: the first row whose word is a part of it counts. Servers make up their own for
 failures, filters and limits."""
+
+_NONE = frozenset({"null", "none", "undefined"})
+"""How some servers write that a reply has not ended, in place of null."""
 
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _OTHER = re.compile(r"[^a-z0-9]+")
@@ -119,6 +137,11 @@ def meaning(word: str) -> Finish:
         if row.word in plain:
             return row.means
     return Finish.UNKNOWN
+
+
+def is_none(word: str) -> bool:
+    """Returns whether a finish reason says that there is none."""
+    return word.strip().lower() in _NONE
 
 
 def is_cut(end: Finish) -> bool:

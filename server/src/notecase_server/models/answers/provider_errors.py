@@ -119,29 +119,45 @@ def find(value: object, *, named: bool = False) -> object | None:
         return next((error for item in value if (error := find(item, named=named)) is not None), None)
     if not isinstance(value, dict):
         return value if named else None
-    if value.get("error") or value.get("errors"):
+    if _is_set(value.get("error")) or _is_set(value.get("errors")):
         return value
     base = value.get("base_resp")
     if isinstance(base, dict) and str(base.get("status_code", 0)) not in _SUCCESS:
         return value
     groq = value.get("x_groq")
-    if isinstance(groq, dict) and groq.get("error"):
+    if isinstance(groq, dict) and _is_set(groq.get("error")):
         return groq
     choices = value.get("choices")
     for choice in choices if isinstance(choices, list) else ():
-        if isinstance(choice, dict) and choice.get("error"):
-            return choice
+        for held in (choice, choice.get("delta"), choice.get("message")) if isinstance(choice, dict) else ():
+            if isinstance(held, dict) and _is_set(held.get("error")):
+                return held
     if choices:
-        return None
+        return value if named or _is_coded(value) else None
     return value if named or _is_flat(value) else None
+
+
+def _is_set(error: object) -> bool:
+    """Whether a member for errors holds one. Some servers always send it, empty or with a code for success."""
+    if isinstance(error, dict | list):
+        return any(map(_is_set, error.values() if isinstance(error, dict) else error))
+    return bool(error) and str(error).lower() not in _SUCCESS
+
+
+def _is_coded(value: Mapping[str, Any]) -> bool:
+    """Whether the members that Baidu's servers and some gateways have for errors hold one."""
+    code = next((value[name] for name in ("error_code", "errorCode") if value.get(name) not in (None, "")), None)
+    if code is not None:
+        return str(code).lower() not in _SUCCESS
+    return any(_is_set(value.get(name)) for name in ("error_msg", "errorMessage", "error_message"))
 
 
 def _is_flat(value: Mapping[str, Any]) -> bool:
     """Whether an object without choices is itself an error: it calls itself one, or has both a code and words."""
     if any("error" in str(value.get(name, "")).lower() for name in ("object", "type", "__type")):
         return True
-    if any(name in value for name in ("error_code", "error_msg", "errorCode", "errorMessage", "error_message")):
-        return str(value.get("error_code", value.get("errorCode", 1))) not in _SUCCESS
+    if _is_coded(value):
+        return True
     if value.get("success") is False:
         return True
     words = any(isinstance(value.get(name), str | dict | list) and value[name] for name in ("message", "msg", "detail"))

@@ -1,12 +1,12 @@
 """Reads how many tokens a reply took, wherever a server says so."""
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from notecase import v1
 
-_MAX_INT64 = 2**63 - 1
+_MOST = 2**40
+"""Tokens: a count above that is none, such as -1 without its sign."""
 
 
 class Place(NamedTuple):
@@ -105,6 +105,6 @@ def _number(told: dict[str, Any], path: tuple[str, ...]) -> int:
             value = float(value)
         except ValueError:
             return 0
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST:
         return 0
-    return int(min(max(value, 0), _MAX_INT64))
+    return int(value)

@@ -1,0 +1,207 @@
+"""MCP servers that do not keep to the protocol: what they say of use is used, and nobody waits for what never comes."""
+
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from mcp import types
+from notecase import v1
+from notecase_server.errors import NotecaseError
+from notecase_server.tools import mcp
+from notecase_server.tools.contract import Toolbox
+from notecase_server.tools.mcp_questions import Questions
+from notecase_server.tools.mcp_settings import McpServerSettings
+from notecase_server.tools.toolbox import make_toolbox
+
+from tests.support.mcp_process import ROOT
+from tests.tools.calls import context
+from tests.tools.test_mcp_answers import JSON, Hostile, _http, _result, answer
+
+T = {"name": "t", "inputSchema": {"type": "object"}}
+U = {"name": "u", "inputSchema": {"type": "object"}}
+
+BINDING = v1.ToolBinding(mcp=v1.McpBinding(server="s", tool="t"))
+
+
+class Lists(Hostile):
+    """Lists its tools as `page` has them for a cursor; a call is answered by `body`."""
+
+    def __init__(self, page: Callable[[str | None], Any], body: bytes = b"") -> None:
+        super().__init__(JSON, body)
+        self._page = page
+        self.cursors: list[str | None] = []
+
+    def _answer(self, asked: dict[str, Any]) -> bytes:
+        if asked.get("method") != "tools/list":
+            return super()._answer(asked)
+        self.cursors.append(asked.get("params", {}).get("cursor"))
+        return _http(f"Content-Type: {JSON}\r\n", _result(asked, self._page(self.cursors[-1])))
+
+    @asynccontextmanager
+    async def box(self) -> AsyncIterator[Toolbox]:
+        async with self.serving() as url:
+            made = make_toolbox([], {"s": McpServerSettings(url=url, timeout=60)})
+            try:
+                yield made
+            finally:
+                await made.close()
+
+
+async def listed(box: Toolbox) -> list[str]:
+    return [function.name for function in await box.resolve(v1.Tool(mcp=v1.McpTool(server="s")))]
+
+
+@pytest.mark.parametrize(
+    ("page", "names", "asked"),
+    [
+        (lambda cursor: {"tools": [T], "nextCursor": ""}, ["t"], 2),
+        (lambda cursor: {"tools": [T, U] if cursor else [T], "nextCursor": "x"}, ["t", "u"], 2),
+        (lambda cursor: {"tools": [U]} if cursor == "" else {"tools": [T], "nextCursor": ""}, ["t", "u"], 2),
+        (lambda cursor: {"tools": [T], "nextCursor": f"{cursor}+"}, ["t"], 2),
+        (lambda cursor: {"tools": [T, T, U]}, ["t", "u"], 1),
+        (lambda cursor: {"tools": [{"name": "a"}, T, {**U, "description": 5}, True]}, ["t"], 1),
+    ],
+    ids=["empty", "same", "empty once", "ignored", "twice", "wrong tools"],
+)
+async def test_a_list_is_what_can_be_used_of_it(
+    page: Callable[[str | None], Any], names: list[str], asked: int
+) -> None:
+    """It ends where it would begin again, has each name once, and a tool that is wrong is left out alone."""
+    server = Lists(page)
+    async with server.box() as box:
+        assert names == await listed(box)
+    assert asked == len(server.cursors)
+
+
+@pytest.mark.parametrize(
+    ("limit", "most", "asked"), [("LIST_PAGES", 3, 3), ("LIST_TOOLS", 2, 3), ("LIST_BYTES", 100, 1)]
+)
+async def test_a_list_without_end_is_none(monkeypatch: pytest.MonkeyPatch, limit: str, most: int, asked: int) -> None:
+    monkeypatch.setattr(mcp, limit, most)
+    server = Lists(lambda cursor: {"tools": [{**T, "name": f"t{cursor}"}], "nextCursor": f"{cursor}+"})
+    async with server.box() as box:
+        with pytest.raises(NotecaseError, match="does not list its tools"):
+            await listed(box)
+    assert asked == len(server.cursors)
+
+
+@pytest.mark.parametrize("code", [-32000, -32001, -32700])
+async def test_an_error_of_the_server_is_told_in_its_words_whatever_its_code(code: int) -> None:
+    """The library uses the first two itself, for what is lost and what takes too long."""
+    body = b'{"jsonrpc":"2.0","id":ASKED,"error":{"code":%d,"message":"There is no such city."}}' % code
+    async with Lists(lambda cursor: {"tools": [T]}, body).box() as box:
+        outcome = await box.call(BINDING, {}, context())
+    assert outcome.error == "The MCP server 's' refused the call: There is no such city."
+
+
+@pytest.mark.parametrize("code", [-32000, -32001])
+async def test_a_handshake_that_is_refused_with_any_code_leads_to_the_next_protocol(code: int) -> None:
+    methods: list[str] = []
+
+    class Refusing(Lists):
+        def _answer(self, asked: dict[str, Any]) -> bytes:
+            methods.append(asked["method"])
+            told = b'{"jsonrpc":"2.0","id":%d,"error":{"code":%d,"message":"no"}}' % (asked["id"], code)
+            return _http(f"Content-Type: {JSON}\r\n", told)
+
+    async with Refusing(lambda cursor: {}).box() as box:
+        with pytest.raises(NotecaseError, match="cannot be reached"):
+            await listed(box)
+    assert ["initialize", "server/discover"] == methods[:2]
+
+
+async def test_a_redirect_in_the_middle_tells_no_address() -> None:
+    class Moved(Lists):
+        def _answer(self, asked: dict[str, Any]) -> bytes:
+            if asked.get("method") != "tools/call":
+                return super()._answer(asked)
+            return b"HTTP/1.1 302 Found\r\nLocation: /other?token=secret\r\nContent-Length: 0\r\n\r\n"
+
+    async with Moved(lambda cursor: {"tools": [T]}).box() as box:
+        outcome = await box.call(BINDING, {}, context())
+    assert outcome.error == "The MCP server 's' redirects to another address, where it is not called."
+
+
+@pytest.mark.parametrize("data", [b"aGkhaGk", rb"aGkh\naGk=\r\n"])
+async def test_base64_with_lines_or_without_its_end_is_read(data: bytes) -> None:
+    body = answer(b'{"type":"image","data":"%s","mimeType":"image/png"}' % data)
+    async with Lists(lambda cursor: {"tools": [T]}, body).box() as box:
+        (part,) = (await box.call(BINDING, {}, context())).parts
+    assert b"hi!hi" == part.data.data
+
+
+async def test_a_media_type_counts_as_text_of_a_result() -> None:
+    body = answer(b'{"type":"image","data":"aGkh","mimeType":"image/%s"}' % (b"x" * 600_000))
+    async with Lists(lambda cursor: {"tools": [T]}, body).box() as box:
+        assert "at most 524288 are taken" in (await box.call(BINDING, {}, context())).error
+
+
+def program(pids: Path, **settings: Any) -> McpServerSettings:
+    args = ("-m", "tests.support.mcp_careless", str(pids))
+    return McpServerSettings(command=sys.executable, args=args, cwd=str(ROOT), **settings)
+
+
+TEXT = '{"jsonrpc":"2.0","id":ID,"result":{"content":[{"type":"text","text":"%s"}]}}'
+REFUSED = "The MCP server 's' refused the call: "
+
+
+async def test_an_answer_on_pipes_that_is_not_quite_one_is_mended_or_an_error_at_once(tmp_path: Path) -> None:
+    """And never waited for until its time is over."""
+    lines = {
+        TEXT % "a\\ud83d": "a\ufffd",
+        TEXT % "caf\xe9": "caf\ufffd",
+        '{"jsonrpc":"2.0","id":ID,"error":{"code":"E1","message":"No city."}}': f"{REFUSED}No city.",
+        '{"jsonrpc":"2.0","id":ID,"error":{"code":1,"message":null}}': f"{REFUSED}It gave no reason.",
+        '{"jsonrpc":"2.0","id":ID,"error":"No city."}': f"{REFUSED}No city.",
+        '{"jsonrpc":"2.0","id":ID,"result":5}': f"{REFUSED}It gave an answer that is not valid.",
+        '{"jsonrpc":"2.0","id":null,"error":{"code":1,"message":"No city."}}': f"{REFUSED}No city.",
+        '{"jsonrpc":"2.0","error":{"code":"E1","message":"No city."}}': f"{REFUSED}No city.",
+    }
+    box = make_toolbox([], {"s": program(tmp_path / "pids", timeout=60)})
+    try:
+        for line, told in lines.items():
+            outcome = await box.call(BINDING, {"line": line}, context())
+            assert told == (outcome.error or "".join(part.text for part in outcome.parts)), line
+    finally:
+        await box.close()
+
+
+async def test_a_program_that_hangs_is_replaced_once_it_does_not_list_its_tools(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mcp, "LIST_SECONDS", 0)
+    pids = tmp_path / "pids"
+    settings = program(pids, timeout=0.1, connect_timeout=60)
+    server = mcp.McpServer("s", settings)
+    try:
+        assert 1 == len(await server.functions("", ()))
+        assert "did not answer within" in (await server.call("t", {"silent": True}, context())).error
+        with monkeypatch.context() as patch:
+            patch.setattr(server, "_settings", msgspec.structs.replace(settings, connect_timeout=0.1))
+            with pytest.raises(NotecaseError, match="does not list its tools"):
+                await server.functions("", ())
+        assert 1 == len(await server.functions("", ()))
+    finally:
+        await server.close()
+    assert 2 == len(pids.read_text().split())
+
+
+@pytest.mark.parametrize(
+    ("told", "error"),
+    [
+        (["string", "null"], "it is not known which of them asks"),
+        (["object", "null"], "neither text, a number"),
+        ([{}], "neither text, a number"),
+        ({}, "neither text, a number"),
+        (None, "neither text, a number"),
+    ],
+)
+async def test_a_type_of_a_form_s_field_may_be_a_list(told: Any, error: str) -> None:
+    form = types.ElicitRequestFormParams(message="?", requested_schema={"properties": {"a": {"type": told}}})
+    answered = await Questions("s").answer(None, form)  # type: ignore[arg-type]
+    assert isinstance(answered, types.ErrorData)
+    assert error in answered.message
