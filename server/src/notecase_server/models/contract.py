@@ -52,7 +52,7 @@ class ModelRequest(NamedTuple):
 
 
 class _Piece(msgspec.Struct, frozen=True, gc=False):
-    """A piece of a reply. Up to one is made for each token, and a struct takes less time to make than a tuple."""
+    """A piece that comes with every reply, or with each token: a struct is made faster than a tuple."""
 
 
 class Text(_Piece):
@@ -82,7 +82,7 @@ class Call(_Piece):
     arguments: str
 
 
-class Media(_Piece):
+class Media(NamedTuple):
     """An image or a clip that the model made, whole."""
 
     data: bytes
@@ -90,14 +90,14 @@ class Media(_Piece):
     filename: str
 
 
-class Link(_Piece):
+class Link(NamedTuple):
     """An image that the model made, by the address where its provider keeps it. Nobody fetches it."""
 
     uri: str
     media_type: str
 
 
-class Source(_Piece):
+class Source(NamedTuple):
     """What the reply's text rests on, as its provider says; `uri` is an http or https one. It is cited from `start` to
     `end`, in characters of all text of the reply; both are 0 where the provider does not say."""
 
@@ -107,13 +107,13 @@ class Source(_Piece):
     end: int = 0
 
 
-class Cited(_Piece):
+class Cited(NamedTuple):
     """The sources of the reply's text; at most once, after all of it."""
 
     sources: Sequence[Source]
 
 
-class Returned(_Piece):
+class Returned(NamedTuple):
     """What the provider gets back with a later request: with the call of that key, or, where it is None, with the
     message, for its reasoning. At most one for each, after all pieces of it."""
 
