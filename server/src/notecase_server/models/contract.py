@@ -51,29 +51,25 @@ class ModelRequest(NamedTuple):
     its replies does not apply."""
 
 
-class _Piece(msgspec.Struct, frozen=True, gc=False):
-    """A piece that comes with every reply, or with each token: a struct is made faster than a tuple."""
-
-
-class Text(_Piece):
+class Text(msgspec.Struct, frozen=True, gc=False):
     """More of the reply's text."""
 
     text: str
 
 
-class Reasoning(_Piece):
+class Reasoning(msgspec.Struct, frozen=True, gc=False):
     """More of the model's reasoning."""
 
     text: str
 
 
-class Refusal(_Piece):
+class Refusal(msgspec.Struct, frozen=True, gc=False):
     """More of the model's own words for not answering."""
 
     text: str
 
 
-class Call(_Piece):
+class Call(msgspec.Struct, frozen=True, gc=False):
     """More of a tool call. `key` is the provider's own way to tell calls of one reply apart, stable over its pieces;
     `tool` and `arguments` append to what came before and may be empty."""
 
@@ -121,14 +117,14 @@ class Returned(NamedTuple):
     data: v1.ProviderData
 
 
-class Used(_Piece):
+class Used(msgspec.Struct, frozen=True, gc=False):
     """What the call has taken so far, where its provider says so before the end. The newest counts, and Finish has the
     whole: this is for a call that is stopped."""
 
     usage: v1.Usage
 
 
-class Finish(_Piece):
+class Finish(msgspec.Struct, frozen=True, gc=False):
     """The reply has ended; exactly one, and last. `reason` is the provider's word ("stop", "length", "tool_calls")."""
 
     reason: str
