@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
 
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import v1
 
 T = TypeVar("T")
@@ -44,6 +46,12 @@ class SessionKey(NamedTuple):
     def state(self) -> "Scope":
         """The session's own state."""
         return Scope(self.tenant, "session", self.uid)
+
+
+def microseconds(time: Timestamp | Duration) -> int:
+    """The microseconds of a time since 1970, or of a duration. Both are in range already: those of rows and requests
+    were checked when they came."""
+    return time.seconds * 1_000_000 + time.nanos // 1000
 
 
 CHUNK_BYTES = 256 << 10

@@ -222,13 +222,18 @@ class SqliteStore(TableStore):
     def _write_batches(self) -> None:
         writer, open_ended = self._writer, True
         while open_ended:
-            batch = [self._writes.get()]
-            with suppress(queue.Empty):  # that is all of them
-                while True:
-                    batch.append(self._writes.get_nowait())
-            jobs = [job for job in batch if job is not None]
-            open_ended = len(jobs) == len(batch)
-            if writes := [job for job in jobs if job.step is not _scrub]:
+            writes, scrubs = list[_Job](), list[_Job]()
+            job = self._writes.get()
+            while True:
+                if job is None:
+                    open_ended = False
+                else:
+                    (scrubs if job.step is _scrub else writes).append(job)
+                try:
+                    job = self._writes.get_nowait()
+                except queue.Empty:
+                    break
+            if writes:
                 outcomes = writer.transact(writes, self.quotas)
                 if writer.checkpoint_due() and not self._checkpointing:
                     self._checkpointing = True
@@ -237,7 +242,7 @@ class SqliteStore(TableStore):
                 if self._log_is_long:
                     writer.checkpoint()
                     self._log_is_long = self._checkpointing = False
-            if scrubs := [job for job in jobs if job.step is _scrub]:
+            if scrubs:
                 self._tell(writer.scrub(scrubs))
 
 
@@ -248,6 +253,8 @@ class _Writer:
         self._connection = connection
         self._tables = SqliteTables(connection)
         self._clock = clock
+        self._quotas: Quotas | None = None
+        """Those for which the tallies are kept."""
         self._writes = 0
         """Transactions since the last checkpoint was due."""
         self._rows = 0
@@ -327,10 +334,13 @@ class _Writer:
 
     def _tally(self, quotas: Quotas) -> None:
         """Begins to keep tallies of what has a bound now."""
+        if quotas is self._quotas:
+            return
         bounded = {kind for kind in sqlite_tallies.ROWS if getattr(quotas, kind)}
         if new := bounded - self._tables.tallied:
             sqlite_tallies.begin(self._connection, new)
             self._tables.tallied |= new
+        self._quotas = quotas
 
     def _abandon(self) -> None:
         """Rolls back what is left of a failed transaction."""

@@ -30,6 +30,7 @@ from notecase_server.store.contract import (
     Scope,
     SessionEdit,
     SessionKey,
+    microseconds,
 )
 from notecase_server.store.lists import Found, take
 from notecase_server.store.quotas import (
@@ -69,7 +70,7 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     if row is not None and commit.command is not None:
         _recall_applied(tables, key, commit.command)
     events, blobs = content.sized(tables, key.tenant, commit.events)
-    if any(blobs):
+    if refers := any(blobs):
         commit = commit._replace(events=events)
     if commit.create is not None:
         require_free(tables, key)
@@ -84,22 +85,25 @@ def commit(tables: Tables, now: int, commit: Commit, quotas: Quotas) -> Committe
     require_log(quotas, commit, rows.session)
     before = _Before.of(rows)
     done = fold.apply(rows, commit, now)
-    if commit.if_epoch is None:
+    if done.state and commit.if_epoch is None:
         for scope in done.state:
             require_keys(tables, quotas, scope, _existing(rows.state[scope]) - before.keys[scope])
     if commit.start is None and rows.runs.keys() - before.runs.keys():
         raise ValueError("an event that makes a run wants Commit.start")
-    referred = _first_references(tables, key.state, done, blobs)
-    rows.session.content_bytes += sum(size for _, size in referred.values())
-    size, limit = rows.session.content_bytes, commit.content_limit
-    if referred and limit is not None and size > limit:
-        raise errors.too_large("The content that the session refers to", size, limit)
     changes = before.changes(rows, commit, done, row.commits)
-    changes.stretches = stretches_of(tables, key, done.events)
-    changes.references = {sha256: sequence for sha256, (sequence, _) in referred.items()}
+    if needs.summaries_after is not None:
+        changes.stretches = stretches_of(tables, key, done.events)
+    if refers:
+        referred = _first_references(tables, key.state, done, blobs)
+        rows.session.content_bytes += sum(size for _, size in referred.values())
+        size, limit = rows.session.content_bytes, commit.content_limit
+        if referred and limit is not None and size > limit:
+            raise errors.too_large("The content that the session refers to", size, limit)
+        changes.references = {sha256: sequence for sha256, (sequence, _) in referred.items()}
     remember(tables, commit.once, done, now, key)
     tables.save(changes)
-    add_audit(tables, now, [commit.audit] if commit.audit is not None else [])
+    if commit.audit is not None:
+        add_audit(tables, now, [commit.audit])
     for scope, name, entry in changes.entries:
         if scope.kind != "session":
             content.refer_entry(tables, scope, name, entry)
@@ -125,14 +129,14 @@ class _Before(NamedTuple):
         """Takes note of rows as they were loaded."""
         runs = {name: run.state for name, run in rows.runs.items()}
         keys = {scope: _existing(entries) for scope, entries in rows.state.items()}
-        expire_time = rows.session.expire_time.ToMicroseconds()
+        expire_time = microseconds(rows.session.expire_time)
         return cls(runs, set(rows.messages), set(rows.calls), dict(rows.versions), keys, expire_time)
 
     def changes(self, rows: fold.Rows, commit: Commit, done: Committed, commits: tuple[CommitRow, ...]) -> Changes:
         """Returns what the commit writes once `fold.apply` has taken place, but for what only the tables can tell.
         `commits` are those that the session remembered before. Counts the events in the session's log_bytes."""
         events = event_rows(done.events)
-        rows.session.log_bytes += sum(len(event.body) for event in events)
+        rows.session.log_bytes += sum([len(event.body) for event in events])
         last = rows.session.last_sequence
         if commit.id:
             commits = (*commits, CommitRow(commit.id, last - len(events) + 1, last))[-REMEMBERED_COMMITS:]
@@ -147,7 +151,7 @@ class _Before(NamedTuple):
             key=commit.key,
             session=SessionRow(rows.session, rows.epoch, commits),
             made=commit.create is not None,
-            expiry_moved=commit.create is None and rows.session.expire_time.ToMicroseconds() != self.expire_time,
+            expiry_moved=commit.create is None and microseconds(rows.session.expire_time) != self.expire_time,
             events=events,
             messages=[message for name, message in rows.messages.items() if name not in self.messages],
             changed_messages=[message for name, message in rows.messages.items() if name in self.messages],
@@ -215,7 +219,10 @@ def find_commit(tables: Tables, key: SessionKey, commit_id: str) -> Committed | 
 
 
 def _remembered(row: SessionRow, commit_id: str) -> CommitRow | None:
-    return next((made for made in row.commits if commit_id and made.commit_id == commit_id), None)
+    for made in row.commits if commit_id else ():
+        if made.commit_id == commit_id:
+            return made
+    return None
 
 
 def _made(tables: Tables, key: SessionKey, row: SessionRow, made: CommitRow) -> Committed:
