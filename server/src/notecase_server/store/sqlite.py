@@ -73,6 +73,8 @@ class _Outcome(NamedTuple):
     job: _Job
     result: Any
     error: Exception | None
+    wrote: bool = True
+    """A row may be another than before."""
 
 
 class SqliteStore(TableStore):
@@ -181,11 +183,11 @@ class SqliteStore(TableStore):
             self._loop.call_soon_threadsafe(self._settle, outcomes)
 
     def _settle(self, outcomes: list[_Outcome]) -> None:
-        for job, result, error in outcomes:
+        for job, result, error, wrote in outcomes:
             if job.session is not None:
                 row = result.session if error is None else None
                 self._starts.committed(job.session.tenant, job.session.session, row)
-            elif job.writes:
+            elif job.writes and wrote:
                 self._starts.forget()
             if job.future.done():
                 continue  # its caller was cancelled
@@ -284,7 +286,8 @@ class _Writer:
         for job in jobs:
             changes = connection.total_changes
             try:
-                outcomes.append(_Outcome(job, job.step(self._tables, self._clock()), None))
+                result = job.step(self._tables, self._clock())
+                outcomes.append(_Outcome(job, result, None, connection.total_changes != changes))
             except Exception as error:
                 if not connection.in_transaction:
                     raise  # SQLite gave the transaction up, as it does without memory, and when the disk fails
@@ -330,7 +333,7 @@ class _Writer:
             return [_Outcome(job, None, _unavailable(error)) for job in jobs]
         finally:
             self._connection.execute(f"PRAGMA busy_timeout = {round(BUSY_SECONDS * 1000)}")
-        return [_Outcome(job, not self._tables.deleted, None) for job in jobs]
+        return [_Outcome(job, not self._tables.deleted, None, wrote=False) for job in jobs]
 
     def _tally(self, quotas: Quotas) -> None:
         """Begins to keep tallies of what has a bound now."""
