@@ -32,6 +32,7 @@ from tests.store.build import (
     put,
     refused,
     replied,
+    rewound,
     said,
     session_key,
     start,
@@ -215,6 +216,11 @@ async def test_an_answer_that_the_first_format_remembered_is_dropped(version: in
         numbered(versioned(nested(17))),
         numbered(said("m1"), summarized(1, 2)),
         numbered(said("m1"), summarized(1, 1, previous=1)),
+        numbered(*(said(f"m{number}") for number in range(9)), rewound(-1)),
+        numbered(rewound(1)),
+        numbered(said("m1"), summarized(1, -(2**63))),
+        numbered(said("m1"), summarized(1, 1, previous=-1)),
+        numbered(said("m1"), summarized(1, 1, previous=2**63 - 1)),
     ],
 )
 @pytest.mark.parametrize("rows", [2, copies.COPY_ROWS])

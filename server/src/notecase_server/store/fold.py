@@ -132,10 +132,10 @@ def set_expiration(session: v1.Session, given: v1.Session, now: int) -> None:
 
 
 def _rest(session: v1.Session, now: int) -> None:
-    """An idle session expires so long after what was done last; one with a run under way is not idle."""
+    """An idle session expires so long after what was done last; one with a run, under way or queued, is not idle."""
     if session.HasField("idle_ttl"):
         session.ClearField("expire_time")
-        if not session.active_run:
+        if not (session.active_run or session.queued_commands):
             session.expire_time.FromMicroseconds(now + session.idle_ttl.ToMicroseconds())
 
 

@@ -63,6 +63,9 @@ class Replay:
     def rows(self, tables: Tables, events: list[v1.Event]) -> list[Row]:
         """Replays a piece, and returns the rows that it makes or changes. All that came before it must be rows by now.
         Raises NotecaseError IMPORT_INVALID."""
+        for event in events:
+            if not _looks_back(event):
+                raise _cannot_follow(event)
         key, scope, rows = self._key, self._key.state, self._load(tables, events)
         added = [(key.uid, event.message_added.name) for event in events if event.HasField("message_added")]
         taken = {name for _, name in tables.named_messages(key.tenant, added)}
@@ -125,7 +128,6 @@ def _replayed(rows: fold.Rows, key: SessionKey, event: v1.Event, taken: Set[str]
     ids += [message] if kind == "message_added" else []
     fits = (
         kind in OF_RUNS | OF_ANY
-        and event.summarized.last_sequence < event.sequence
         and fold.ops_fit(event.state_changed.ops)
         and all(map(names.is_id, ids))
         and message not in rows.messages
@@ -138,5 +140,20 @@ def _replayed(rows: fold.Rows, key: SessionKey, event: v1.Event, taken: Set[str]
     except (NotecaseError, ValueError):
         fits = False
     if not fits or event.SerializeToString(deterministic=True) != body:
-        raise errors.import_invalid(f"has an event {event.sequence} that cannot follow in a log")
+        raise _cannot_follow(event)
     return event_row(event, body)
+
+
+def _looks_back(event: v1.Event) -> bool:
+    """Whether the sequences that an entry names lie before it, as those of a log do: it is asked for what they name."""
+    match event.WhichOneof("payload"):
+        case "rewound":
+            return 0 <= event.rewound.to_sequence < event.sequence
+        case "summarized":
+            summary = event.summarized
+            return 1 <= summary.last_sequence < event.sequence and 0 <= summary.previous < event.sequence
+    return True
+
+
+def _cannot_follow(event: v1.Event) -> NotecaseError:
+    return errors.import_invalid(f"has an event {event.sequence} that cannot follow in a log")

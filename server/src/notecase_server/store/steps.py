@@ -333,7 +333,7 @@ def load(tables: Tables, key: SessionKey, needs: fold.Needs, rows: fold.Rows) ->
 def _continued(tables: Tables, key: SessionKey, summary: int, after: int) -> dict[int, int]:
     """What each summary continues, from the one in effect back to the first that is not after `after`."""
     continued = {}
-    while summary > after:
+    while summary > max(after, 0):
         (found,) = tables.events(key, summary - 1, 1)
         continued[summary] = found.row.summarized.previous
         summary = continued[summary]
