@@ -155,7 +155,7 @@ class TableStore(ABC):
     async def edit_session(
         self, key: SessionKey, edit: SessionEdit, if_etag: str = "", once: Once | None = None
     ) -> v1.Session:
-        step = partial(steps.edit_session, key=key, edit=edit, if_etag=if_etag, once=once)
+        step = partial(steps.edit_session, key=key, edit=edit, if_etag=if_etag, once=once, quotas=self.quotas)
         return await self._write(step, key.uid)
 
     async def delete_session(self, key: SessionKey, if_etag: str = "", once: Once | None = None) -> None:
