@@ -54,6 +54,10 @@ def microseconds(time: Timestamp | Duration) -> int:
     return time.seconds * 1_000_000 + time.nanos // 1000
 
 
+LAST_SECOND = 253_402_300_799
+"""Of the year 9999, where protobuf's times end."""
+
+
 CHUNK_BYTES = 256 << 10
 """Content lies in pieces of at most this much: a row each, and a read each."""
 

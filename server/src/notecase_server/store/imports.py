@@ -7,12 +7,15 @@ piece, however long the log is, and nobody waits for more than that.
 from collections.abc import Set
 from operator import methodcaller
 
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
 from notecase import v1
 
 from notecase_server import errors, names
 from notecase_server.errors import NotecaseError
 from notecase_server.store import copies, fold
-from notecase_server.store.contract import Restore, SessionKey
+from notecase_server.store.contract import ANSWER_BYTES, LAST_SECOND, Restore, SessionKey
 from notecase_server.store.copies import Row
 from notecase_server.store.steps import event_row, load, stretches_of
 from notecase_server.store.tables import Batch, EventRow, Tables
@@ -134,6 +137,7 @@ def _replayed(rows: fold.Rows, key: SessionKey, event: v1.Event, taken: Set[str]
         and message not in taken
     )
     body = event.SerializeToString(deterministic=True)
+    fits = fits and _times_fit(event) and (kind != "message_added" or len(body) <= ANSWER_BYTES)
     try:
         if fits:
             fold.replay(rows, key, event)
@@ -152,6 +156,21 @@ def _looks_back(event: v1.Event) -> bool:
         case "summarized":
             summary = event.summarized
             return 1 <= summary.last_sequence < event.sequence and 0 <= summary.previous < event.sequence
+    return True
+
+
+def _times_fit(message: Message) -> bool:
+    """Whether each time in it is from 1970 to 9999, and each duration one of as many years at most."""
+    for described, held in message.ListFields():
+        kind = described.message_type
+        if kind is None or kind.GetOptions().map_entry or kind.full_name == v1.Value.DESCRIPTOR.full_name:
+            continue
+        for each in held if described.is_repeated else (held,):
+            if isinstance(each, Timestamp | Duration):
+                if not (0 <= each.seconds <= LAST_SECOND and 0 <= each.nanos < 1_000_000_000):
+                    return False
+            elif not _times_fit(each):
+                return False
     return True
 
 
