@@ -660,9 +660,9 @@ class BlobStore(Protocol):
     session by its log, until it is deleted; a user's or the app's state by its entries as they are. Each subject that
     uploaded a blob is recorded with it."""
 
-    async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes) -> None:
+    async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes, *, of_run: bool = False) -> None:
         """Stores content whole; what is there already counts as uploaded just now. The caller vouches for the
-        digest."""
+        digest. QUOTA_EXCEEDED, unless it is a run's."""
         ...
 
     async def get_blob(self, tenant: str, sha256: str) -> v1.Blob | None:
