@@ -189,7 +189,7 @@ class ModelTurn:
         contents, tenant = self._services.contents, self._log.live.key.tenant
         if len(made.data) > contents.limits.blob:
             raise errors.too_large("The content from the model", len(made.data), contents.limits.blob)
-        blob = await self._log.patiently(lambda: contents.put(tenant, *made))
+        blob = await self._log.patiently(lambda: contents.put(tenant, *made, of_run=True))
         draft.place(v1.Part(blob=blob))
 
     # ---- what is asked for by a schema

@@ -118,14 +118,14 @@ class SessionsService(v1.SessionServiceServicer):
         if labels:
             check.needs(rights.LABELS, "session.labels")
         check.done()
-        if "agent" in mask.paths:
-            await self._require_agent(request.session.agent)
         expiry = {path for path in mask.paths if path in EXPIRY_FIELDS}
         given = copied(request.session)
         _set_expiration(given, request.session, expiry)
         edit = SessionEdit(tuple(path for path in mask.paths if path not in expiry), given, bool(expiry))
         repeat = await once(request, SESSION)
         key = await self.desk.session(session, repeat)
+        if "agent" in mask.paths:
+            await self._require_agent(request.session.agent)
         change = partial(self.store.edit_session, key, edit, request.session.etag)
         audit = caller.get().audit(request.session.name) if "remembered" in edit.paths else None
         return _rendered(await self.desk.surely(repeat, SESSION, change, audit))

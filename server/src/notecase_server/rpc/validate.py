@@ -27,8 +27,8 @@ from notecase_server.engine.summary import BATCH, KEEP_RECENT
 from notecase_server.errors import NotecaseError, Violation
 from notecase_server.names import AgentName, MessageName, RunName
 from notecase_server.rpc.caller import caller
-from notecase_server.store.contract import PAGE_BYTES, Scope
-from notecase_server.store.fold import MAX_VALUE_DEPTH
+from notecase_server.store.contract import LAST_SECOND, PAGE_BYTES, Scope
+from notecase_server.store.fold import MAX_KEY_BYTES, MAX_VALUE_DEPTH, RESERVED_KEYS
 from notecase_server.tools import naming
 from notecase_server.tools.contract import Toolbox
 
@@ -55,7 +55,6 @@ MAX_FETCHED = 100
 
 MAX_NAME = 512
 """Characters of a resource's name, more than the longest has."""
-MAX_KEY_BYTES = 256
 MAX_FALLBACKS = 8
 MAX_LABELS = 64
 MAX_LABEL_BYTES = 256
@@ -81,8 +80,6 @@ MAX_BATCH_DELAY = 10.0
 MAX_CHUNK_BYTES = 1 << 20
 JSON_RULE = "must be JSON text (RFC 8259)"
 PARTS = "text, json, file, data, blob or state_key"
-LAST_SECOND = 253_402_300_799
-"""Of the year 9999, where protobuf's times end."""
 MAX_SECONDS = 100 * 366 * 24 * 60 * 60
 """Of any span of time: a hundred years."""
 
@@ -290,7 +287,7 @@ class Check:
     def key(self, field: str, key: str, session: bool) -> None:
         size = len(key.encode())
         self(0 < size <= MAX_KEY_BYTES, field, f"must be 1 to {MAX_KEY_BYTES} bytes of UTF-8, not {size}")
-        taken = session and key in {"user", "app"}
+        taken = session and key in RESERVED_KEYS
         self(not taken, field, f"{key!r} is reserved for other states in templates; choose another key")
 
     def value(self, field: str, value: v1.Value, depth: int = 1) -> None:

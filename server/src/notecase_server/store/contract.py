@@ -54,6 +54,10 @@ def microseconds(time: Timestamp | Duration) -> int:
     return time.seconds * 1_000_000 + time.nanos // 1000
 
 
+LAST_SECOND = 253_402_300_799
+"""Of the year 9999, where protobuf's times end."""
+
+
 CHUNK_BYTES = 256 << 10
 """Content lies in pieces of at most this much: a row each, and a read each."""
 
@@ -656,9 +660,9 @@ class BlobStore(Protocol):
     session by its log, until it is deleted; a user's or the app's state by its entries as they are. Each subject that
     uploaded a blob is recorded with it."""
 
-    async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes) -> None:
+    async def put_blob(self, tenant: str, subject: str, sha256: str, data: bytes, *, of_run: bool = False) -> None:
         """Stores content whole; what is there already counts as uploaded just now. The caller vouches for the
-        digest."""
+        digest. QUOTA_EXCEEDED, unless it is a run's."""
         ...
 
     async def get_blob(self, tenant: str, sha256: str) -> v1.Blob | None:

@@ -132,10 +132,10 @@ def set_expiration(session: v1.Session, given: v1.Session, now: int) -> None:
 
 
 def _rest(session: v1.Session, now: int) -> None:
-    """An idle session expires so long after what was done last; one with a run under way is not idle."""
+    """An idle session expires so long after what was done last; one with a run, under way or queued, is not idle."""
     if session.HasField("idle_ttl"):
         session.ClearField("expire_time")
-        if not session.active_run:
+        if not (session.active_run or session.queued_commands):
             session.expire_time.FromMicroseconds(now + session.idle_ttl.ToMicroseconds())
 
 
@@ -521,10 +521,18 @@ def can_hold(value: v1.Value, depth: int = 1) -> bool:
     return depth <= MAX_VALUE_DEPTH and all(can_hold(item, depth + 1) for item in held)
 
 
+MAX_KEY_BYTES = 256
+
+RESERVED_KEYS = frozenset({"user", "app"})
+"""Which no key of a session's state has: templates name the other states so."""
+
+
 def ops_fit(ops: Iterable[v1.StateOp]) -> bool:
-    """Whether a state can hold what each operation gives it."""
+    """Whether a state can hold what each operation gives it, under that key."""
     for op in ops:
         kind = op.WhichOneof("op")
+        if kind is None or not 0 < len(op.key.encode()) <= MAX_KEY_BYTES:
+            return False
         if (kind == "set" and not can_hold(op.set)) or (kind == "append" and not can_hold(op.append, depth=2)):
             return False
     return True

@@ -333,7 +333,7 @@ def load(tables: Tables, key: SessionKey, needs: fold.Needs, rows: fold.Rows) ->
 def _continued(tables: Tables, key: SessionKey, summary: int, after: int) -> dict[int, int]:
     """What each summary continues, from the one in effect back to the first that is not after `after`."""
     continued = {}
-    while summary > after:
+    while summary > max(after, 0):
         (found,) = tables.events(key, summary - 1, 1)
         continued[summary] = found.row.summarized.previous
         summary = continued[summary]
@@ -362,7 +362,7 @@ def claim(tables: Tables, key: SessionKey, epoch: int) -> int:
 
 
 def edit_session(
-    tables: Tables, now: int, key: SessionKey, edit: SessionEdit, if_etag: str, once: Once | None
+    tables: Tables, now: int, key: SessionKey, edit: SessionEdit, if_etag: str, once: Once | None, quotas: Quotas
 ) -> v1.Session:
     """Store.edit_session."""
     recall(tables, once)
@@ -370,6 +370,7 @@ def edit_session(
     session = row.session
     if if_etag and if_etag != session.etag:
         raise errors.etag_mismatch(f"sessions/{key.session}", session.etag)
+    require_record(tables, quotas, once)
     FieldMask(paths=[path for path in edit.paths if path != "remembered"]).MergeMessage(
         edit.session, session, replace_message_field=True, replace_repeated_field=True
     )
@@ -581,10 +582,10 @@ def edit_agent(
     newest = tables.agent(tenant, agent_id, last)
     if if_revision != (newest.revision if newest is not None else 0):
         raise errors.etag_mismatch(f"agents/{agent_id}", newest.etag if newest is not None else "")
+    require_record(tables, quotas, once)
     if newest is not None and _says_the_same(agent, newest):
         remember(tables, once, newest, now)
         return newest
-    require_record(tables, quotas, once)
     require_agent(tables, quotas, tenant, agent_id, new=newest is None)
     return _add_revision(tables, now, tenant, agent_id, agent, last + 1, newest, once)
 
