@@ -373,6 +373,7 @@ class Server:
         self._supervisor.service("sweeper", self._sweep)
         self._supervisor.service("prober", self._probe)
         self._supervisor.service("judge", self._doorway.keep_judging)
+        self._supervisor.service("mover", self._doorway.keep_moving)
         self._supervisor.service("refusals", self._refusals.keep_writing)
         self._supervisor.service("files", self._files.keep_looking)
         self._supervisor.service("tenancy", self._tenancy.keep_looking)

@@ -76,7 +76,7 @@ class SessionsService(v1.SessionServiceServicer):
         check.chosen_id("session_id", request.session_id)
         check.new_session("session", request.session)
         check.first_state("state", request.state)
-        await check.settled()
+        await check.settled(request)
         request.session.user = request.session.user or caller.get().user
         repeat = await once(request, SESSION)
         await self.desk.requests.recall(repeat)
