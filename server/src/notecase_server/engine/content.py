@@ -318,7 +318,10 @@ async def digest_of(data: bytes) -> bytes:
 
 def is_large(part: v1.Part) -> bool:
     """Whether a part of text or JSON becomes a blob."""
-    return len(text := part.text or part.json) > MAX_PART_BYTES or len(text.encode()) > MAX_PART_BYTES
+    text = part.text or part.json
+    if 4 * len(text) <= MAX_PART_BYTES:  # a character has at most four
+        return False
+    return len(text) > MAX_PART_BYTES or len(text.encode()) > MAX_PART_BYTES
 
 
 def _shown(value: v1.Value) -> object:
