@@ -293,8 +293,24 @@ async def test_calls_without_a_credential_fill_no_log(served: Running, monkeypat
         await refusal(served.keys.ListKeys(v1.ListKeysRequest(), metadata=CLERK))
         served.server._refusals.count()
         await refusal(served.sessions.ListSessions(v1.ListSessionsRequest()))
-    assert ["UNAUTHENTICATED"] * 2 + ["ROLE_MISSING", 5, "UNAUTHENTICATED"] == [
-        line.get("reason", line.get("calls")) for line in lines
+    assert [("UNAUTHENTICATED", None)] * 2 + [
+        ("ROLE_MISSING", None),
+        ("UNAUTHENTICATED", 5),
+        ("UNAUTHENTICATED", None),
+    ] == [(line["reason"], line.get("calls")) for line in lines]
+
+
+async def test_calls_beyond_the_bound_fill_no_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are refused before their caller is known."""
+    monkeypatch.setattr(refusals, "LOGGED_A_MINUTE", 2)
+    async with running() as served:
+        monkeypatch.setattr(served.server.gate, "_max_calls", 0)
+        with capture_logs() as lines:
+            for _ in range(5):
+                assert "RATE_LIMITED" == await refusal(served.sessions.ListSessions(v1.ListSessionsRequest()))
+            served.server._refusals.count()
+    assert [("RATE_LIMITED", None)] * 2 + [("RATE_LIMITED", 5)] == [
+        (line["reason"], line.get("calls")) for line in lines if "reason" in line
     ]
 
 

@@ -22,11 +22,12 @@ def setting(identifier: int, value: int) -> bytes:
     return struct.pack(">HI", identifier, value)
 
 
-def header_block(method: str) -> bytes:
-    """The headers of a call of that path, uncompressed."""
+def header_block(method: str, **more: bytes) -> bytes:
+    """The headers of a call of that path, uncompressed; `more` are further ones."""
     fields = {":method": "POST", ":scheme": "http", ":path": method, ":authority": "x"}
     fields |= {"content-type": "application/grpc", "te": "trailers"}
-    return b"".join(b"\0" + _string(name) + _string(value) for name, value in fields.items())
+    whole = {name: value.encode() for name, value in fields.items()} | more
+    return b"".join(b"\0" + _string(name.encode()) + _string(value) for name, value in whole.items())
 
 
 def message(request: bytes) -> bytes:
@@ -72,6 +73,6 @@ class Deaf:
         await self._writer.drain()
 
 
-def _string(text: str) -> bytes:
+def _string(text: bytes) -> bytes:
     assert len(text) < 127  # longer ones take more than a byte for their length
-    return bytes([len(text)]) + text.encode()
+    return bytes([len(text)]) + text

@@ -243,4 +243,17 @@ def configure_logging(form: Literal["console", "json"], level: str) -> None:
         cache_logger_on_first_use=True,
     )
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # it tells of every request to an MCP server
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    foreign = structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+        processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(foreign)
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_quotes_no_header)
+
+
+def _quotes_no_header(record: logging.LogRecord) -> bool:
+    """False for grpc's lines about headers that are not UTF-8: they quote the header, which may be a credential, and
+    callers without one can make any number of them."""
+    return not record.getMessage().startswith("Invalid encoding on")

@@ -20,7 +20,8 @@ KEPT_A_MINUTE = 10
 """Refusals of one principal in a minute that have an entry each; those beyond have one together."""
 
 LOGGED_A_MINUTE = 100
-"""Calls in a minute that are UNAUTHENTICATED and have a line each in the log."""
+"""Calls in a minute that are refused for the same reason before their caller is known, and have a line each in the
+log."""
 
 WRITE_SECONDS = 1.0
 """How long a refusal waits for its entry: what a process that is killed may lose."""
@@ -51,19 +52,20 @@ class Refusals:
         self._waiting: list[tuple[Principal, v1.AuditEntry]] = []
         self._minute = Counter[Principal]()
         """Refusals of this minute for want of a role."""
-        self._unauthenticated = 0
+        self._unknown = Counter[str]()
+        """Refusals of this minute without a known caller, by reason."""
         self._lost = 0
 
     def note(self, error: NotecaseError) -> None:
         """Logs why the call that is being answered was refused, and takes note of what is for the audit. Beyond
-        LOGGED_A_MINUTE, calls that are UNAUTHENTICATED are only counted: anybody can make any number of them."""
-        who = caller.get()
-        if error.reason == v1.ERROR_REASON_UNAUTHENTICATED:
-            self._unauthenticated += 1
-            if self._unauthenticated > LOGGED_A_MINUTE:
+        LOGGED_A_MINUTE, calls whose caller is not known are only counted: anybody can make any number of them."""
+        who, reason = caller.get(), errors.reason_name(error.reason)
+        if who.principal is NOBODY or reason == UNAUTHENTICATED:
+            self._unknown[reason] += 1
+            if self._unknown[reason] > LOGGED_A_MINUTE:
                 return
         cause = {"cause": error.cause} if error.cause else {}
-        log.info("rpc_refused", reason=errors.reason_name(error.reason), problem=error.message[:300], **cause)
+        log.info("rpc_refused", reason=reason, problem=error.message[:300], **cause)
         if error.reason == v1.ERROR_REASON_ROLE_MISSING and who.principal.subject:
             known = who.principal in self._minute or len(self._minute) < MOST_PRINCIPALS
             principal = who.principal if known else NOBODY
@@ -85,11 +87,12 @@ class Refusals:
             if beyond > 0:
                 self._add(principal, _entry(ROLE_MISSING, beyond))
         self._minute.clear()
-        if self._unauthenticated > LOGGED_A_MINUTE:
-            log.warning("calls_unauthenticated", calls=self._unauthenticated)
-        if self._unauthenticated:
-            self._add(NOBODY, _entry(UNAUTHENTICATED, self._unauthenticated))
-        self._unauthenticated = 0
+        for reason, calls in self._unknown.items():
+            if calls > LOGGED_A_MINUTE:
+                log.warning("calls_unauthenticated", reason=reason, calls=calls)
+        if calls := self._unknown[UNAUTHENTICATED]:
+            self._add(NOBODY, _entry(UNAUTHENTICATED, calls))
+        self._unknown.clear()
 
     async def write(self) -> None:
         """Writes the entries that wait. Raises NotecaseError STORE_UNAVAILABLE; then the others wait on."""
