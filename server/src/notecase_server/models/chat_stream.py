@@ -40,6 +40,9 @@ about as much as a token."""
 
 _BOM = b"\xef\xbb\xbf"
 
+UNREADABLE = (ValueError, TypeError, RecursionError)
+"""What reading may raise for values that no check foresaw, such as ones nested by the thousand."""
+
 _WORDS = {
     End.WHOLE: "stop",
     End.CALLS: "tool_calls",
@@ -110,6 +113,8 @@ class ChatReply:
             self._feed(chunk, pieces)
         except NotecaseError as failure:
             self._fail(failure)
+        except UNREADABLE:
+            self._fail(documents.malformed())
         self.heard = self.heard or bool(pieces)
         return pieces
 
@@ -135,6 +140,8 @@ class ChatReply:
                 pieces += [*self._cited(), *self._returned(), finish]
         except NotecaseError as failure:
             self._fail(failure)
+        except UNREADABLE:
+            self._fail(documents.malformed())
         if self._failure is not None:
             raise self._failure
         return pieces
