@@ -271,6 +271,12 @@ class TestEnd:
     def test_an_answer_that_ends_before_the_reply_is_unavailable(self, answer: bytes) -> None:
         assert v1.ERROR_REASON_MODEL_UNAVAILABLE == failure(answer).reason
 
+    @pytest.mark.parametrize("data", [b"[" * 600 + b"]" * 600, b'{"error":' * 600 + b"1" + b"}" * 600])
+    def test_what_is_nested_without_end_is_a_model_error(self, data: bytes) -> None:
+        """As one event, and as a document of its own."""
+        for sent in (SAID + event(None).replace(b"null", data), data):
+            assert v1.ERROR_REASON_MODEL_ERROR == failure(sent).reason
+
     def test_done_without_a_reply_is_asked_again(self) -> None:
         assert v1.ERROR_REASON_MODEL_UNAVAILABLE == failure(chunk({"role": "assistant", "content": ""}), DONE).reason
 
@@ -312,6 +318,13 @@ def piece(name: str | None = None, arguments: str | None = None, **members: obje
 
 class TestToolCalls:
     TWO = (("f", '{"a":1}'), ("g", '{"b":2}'))
+
+    @pytest.mark.parametrize("held", ['"a\\ud83d"', "[NaN]", str(10**40)])
+    def test_arguments_as_an_object_are_written_whatever_is_in_it(self, held: str) -> None:
+        call = chunk({"tool_calls": [piece("f", "HELD", index=0, id="x")]})
+        ((name, arguments),) = read(call.replace(b'"HELD"', f'{{"é":{held}}}'.encode()), DONE).calls
+        assert "f" == name
+        assert ["é"] == [*json.loads(arguments)]
 
     @pytest.mark.parametrize("pieces", [1, 3])
     def test_a_name_ends_where_no_tool_s_is_longer(self, pieces: int) -> None:

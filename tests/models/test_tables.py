@@ -1,6 +1,7 @@
 """The tables of facts about providers: each row is played, and none can go without a test that fails."""
 
 import base64
+import json
 import re
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -10,7 +11,7 @@ import pytest
 from notecase_server.models.answers import error_table, finish_reasons, media, think_tags, too_long, usage
 from notecase_server.models.answers.error_table import Verdict
 from notecase_server.models.answers.finish_reasons import Finish
-from notecase_server.models.answers.provider_errors import judge, told_by
+from notecase_server.models.answers.provider_errors import judge, told_by, told_by_body
 from notecase_server.models.contract import Reasoning
 
 FINISH: Sequence[tuple[str, Finish]] = (
@@ -118,6 +119,10 @@ CODES: Sequence[tuple[Any, Verdict]] = (
     ({"error": {"code": "1113", "message": "x"}}, Verdict.ACCOUNT),
     ({"base_resp": {"status_code": 1008, "status_msg": "x"}}, Verdict.ACCOUNT),
     ({"error": {"type": "budget_exceeded"}}, Verdict.ACCOUNT),
+    ({"error": {"type": "billing_error"}}, Verdict.ACCOUNT),
+    ({"error": {"code": "payment_required"}}, Verdict.ACCOUNT),
+    ({"error": {"code": "quota_exceeded"}}, Verdict.ACCOUNT),
+    ({"error": {"code": "credits_exhausted"}}, Verdict.ACCOUNT),
     ({"error": {"code": "invalid_api_key"}}, Verdict.CREDENTIAL),
     ({"type": "error", "error": {"type": "authentication_error"}}, Verdict.CREDENTIAL),
     ({"error": {"type": "invalid_authentication_error"}}, Verdict.CREDENTIAL),
@@ -195,6 +200,10 @@ WORDS: Sequence[tuple[str, Verdict]] = (
     ("Insufficient credits. Add more.", Verdict.ACCOUNT),
     ("This request requires more credits, or fewer max_tokens.", Verdict.ACCOUNT),
     ("Your credit balance is too low to access the API.", Verdict.ACCOUNT),
+    ("User balance is not enough", Verdict.ACCOUNT),
+    ("Your quota has been exhausted", Verdict.ACCOUNT),
+    ("Budget has been exceeded! Current cost: 10, Max budget: 5", Verdict.ACCOUNT),
+    ("Key limit exceeded (total limit).", Verdict.ACCOUNT),
     ("Your team has used all available credits.", Verdict.ACCOUNT),
     ("You have exceeded your monthly included credits.", Verdict.ACCOUNT),
     ("Please make sure your account is in good standing.", Verdict.ACCOUNT),
@@ -273,10 +282,28 @@ TOO_LONG = (
     "input of 5000 is above max_seq_len 4096",
     "Current length is 5000 while limit is 4096",
     "Request too large for model `x`",
+    "Context size has been exceeded.",
+    "Requested tokens (9000) exceed context window of 8192",
+    "This request would exceed the model's context window",
+    "The estimated number of tokens (9000) exceeded this model context window limit (8192).",
+    "Trying to keep the first 9000 tokens when context the overflows. However, the model is loaded with 4096 tokens",
+    "The prompt is 9000 tokens long, but the maximum supported sequence length is just 8192!",
+    "InternalError.Algo.InvalidParameter: Total message token length exceed model limit",
+    "Total tokens of image and text exceed max message tokens.",
+    "The sum of prompt length (9000) and max tokens (512) should not exceed max_num_tokens (8192)",
+    "expected maxLength: 42000, actual: 50000, please reformat your input and try again.",
+    "Prompt too long",
+    "The conversation is too long, please try again with a shorter conversation.",
+    "Your messages are too long",
+    "The input exceeds the model's maximum input length",
+    "Your request exceeds the maximum token limit of 8192",
+    "prompt token length 9000 exceeds the max model len 8192",
+    "对话内容过长",
     "输入内容过长",
 )
 
 NOT_TOO_LONG = (
+    "max_tokens (9000) exceeds the maximum token limit",
     "'max_tokens' is too large: 9000. This model's maximum context length is 4096 tokens.",
     "This model's maximum context length is large, but it supports at most 4096 completion tokens.",
     "max_tokens (9000) exceeds the model's limit; the maximum context length is 4096 tokens.",
@@ -423,6 +450,25 @@ def test_numbers_of_what_is_too_long_count_in_their_members_only(body: Any) -> N
     assert too_long.is_too_long(told_by(body).codes, "")
     number = re.sub(r"\D", "", str(body))
     assert not too_long.is_too_long(told_by({"error": {"code": number}}).codes, "")
+
+
+@pytest.mark.parametrize("words", ["maximum context length is 1 tokens ", "input token count ", "Limit 1"])
+def test_words_are_judged_in_part(words: str) -> None:
+    """Some servers repeat the request in them, and the patterns take more than linear time."""
+    told = told_by_body(json.dumps({"error": {"message": words * 9000, "code": words * 900}}).encode())
+    assert (len(told.words), len(told.code)) == (8192, 256)
+
+
+def test_a_mark_before_a_refusal_is_none_of_it() -> None:
+    body = json.dumps({"error": {"code": "insufficient_quota", "message": "no"}}).encode()
+    assert told_by_body(b"\xef\xbb\xbf" + body) == told_by_body(body)
+
+
+def test_numbers_without_end_are_no_numbers() -> None:
+    """Python reads none of that length."""
+    endless = "9" * 5000
+    assert not error_table.is_never_met(f"Limit {endless}, Requested 5")
+    assert too_long.is_too_long((), f"exceed context limit: 1 + {endless} > 5")
 
 
 @pytest.mark.parametrize("words", TOO_LONG)

@@ -40,6 +40,9 @@ about as much as a token."""
 
 _BOM = b"\xef\xbb\xbf"
 
+UNREADABLE = (ValueError, TypeError, RecursionError)
+"""What reading may raise for values that no check foresaw, such as ones nested by the thousand."""
+
 _WORDS = {
     End.WHOLE: "stop",
     End.CALLS: "tool_calls",
@@ -117,6 +120,8 @@ class ChatReply:
             self._feed(chunk, pieces)
         except NotecaseError as failure:
             self._fail(failure)
+        except UNREADABLE:
+            self._fail(documents.malformed())
         self.heard = self.heard or bool(pieces)
         if self._counts.changed and not self.done:
             self._counts.changed = False
@@ -138,6 +143,8 @@ class ChatReply:
                 self._judge(pieces, cut)
         except NotecaseError as failure:
             self._fail(failure)
+        except UNREADABLE:
+            self._fail(documents.malformed())
         if self._failure is not None:
             raise self._failure
         return pieces

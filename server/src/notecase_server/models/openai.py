@@ -28,7 +28,7 @@ from notecase_server.limit import Limit
 from notecase_server.models.answers import media, provider_errors, too_long
 from notecase_server.models.answers.media import Encoded
 from notecase_server.models.answers.redaction import Redactor
-from notecase_server.models.chat_stream import ChatReply, Piece
+from notecase_server.models.chat_stream import UNREADABLE, ChatReply, Piece
 from notecase_server.models.contract import Delta, Media, ModelRequest, Returned, Text
 from notecase_server.models.endpoint import endpoint_of
 from notecase_server.models.pieces import Pieces, encoded
@@ -215,7 +215,10 @@ class OpenAIProvider:
             async with asyncio.timeout(self._idle_timeout):
                 while len(body) <= _MAX_REFUSAL_BYTES and (chunk := await answer.read()):
                     body += chunk
-        return provider_errors.told_by_body(bytes(body[:_MAX_REFUSAL_BYTES]))
+        try:
+            return provider_errors.told_by_body(bytes(body[:_MAX_REFUSAL_BYTES]))
+        except UNREADABLE:
+            return provider_errors.told_by("")
 
     def _broken(self, error: BaseException, message: str) -> NotecaseError:
         """The client is told that, the log why."""

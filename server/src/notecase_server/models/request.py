@@ -5,6 +5,7 @@ The history is sent whole with each call, so that what is done for every message
 
 import asyncio
 import hashlib
+import json
 import mimetypes
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -312,24 +313,55 @@ def _declared(tool: Tool, schemas: str, without: tuple[str, ...]) -> Json:
 @lru_cache(1024)
 def _schema(text: str, schemas: str, without: tuple[str, ...], parameters: bool = False) -> msgspec.Raw:
     """A schema in the shape that servers take: parameters are an object with `properties`, a list says of what. One
-    with a number that no double holds stays as it is written."""
+    with a number that no double holds, or nested by the hundred, stays as it is written."""
     try:
-        schema = msgspec.json.decode(text)
-    except msgspec.ValidationError:
+        schema = _decoded(text)
+        if parameters and isinstance(schema, dict):
+            schema = {name: value for name, value in schema.items() if _is_meant(name, value)}
+            if not schema.keys() & {"$ref", "anyOf", "oneOf", "allOf"}:
+                schema.setdefault("type", "object")
+                schema.setdefault("properties", {})
+        return msgspec.Raw(msgspec.json.encode(_shaped(schema, schemas, frozenset(without))))
+    except (ValueError, RecursionError):
         return msgspec.Raw(text.encode())
-    if parameters and not schema.keys() & {"$ref", "anyOf", "oneOf", "allOf"}:
-        schema.setdefault("type", "object")
-        schema.setdefault("properties", {})
-    return msgspec.Raw(msgspec.json.encode(_shaped(schema, schemas, frozenset(without))))
+
+
+def _decoded(text: str) -> Any:
+    """Python's own writer, by which a schema may have come, has NaN and Infinity, which are not JSON. Raises
+    ValueError."""
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        return json.loads(text, parse_constant=lambda _: None)
+
+
+def _is_meant(keyword: str, value: Any) -> bool:
+    """Whether a keyword has a value that can be its own. Servers in Go and PHP write null or a list for what is empty
+    in them."""
+    if value is None:
+        return keyword in {"default", "const"}
+    if keyword in _MAPS_OF_SCHEMAS:
+        return isinstance(value, dict)
+    if keyword in _LISTS_OF_SCHEMAS or keyword in {"required", "enum"}:
+        return isinstance(value, list)
+    return keyword not in _SCHEMAS or bool(value) or not isinstance(value, list)
 
 
 def _shaped(schema: Any, schemas: str, without: frozenset[str]) -> Any:
     if not isinstance(schema, dict):
         return schema
-    shaped = {name: _inside(name, value, schemas, without) for name, value in schema.items() if name not in without}
-    if shaped.get("type") == "array" and "prefixItems" not in shaped:
+    shaped = {
+        name: _inside(name, value, schemas, without)
+        for name, value in schema.items()
+        if name not in without and _is_meant(name, value)
+    }
+    types = shaped.get("type")
+    types = types if isinstance(types, list) else [types]
+    if "array" in types and "prefixItems" not in shaped:
         shaped.setdefault("items", {})
-    if schemas == "strict" and (shaped.get("type") == "object" or "properties" in shaped):
+    if schemas == "strict" and ("object" in types or "properties" in shaped):
         shaped |= {"additionalProperties": False, "required": list(shaped.setdefault("properties", {}))}
     return shaped
 

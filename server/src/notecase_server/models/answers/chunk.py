@@ -313,7 +313,7 @@ def call_piece(value: Json, index: Label = None) -> CallPiece:
     function = held if isinstance(held, dict) else value
     name, arguments = function.get("name"), function.get("arguments")
     if isinstance(arguments, dict | list):
-        arguments = msgspec.json.encode(arguments).decode() if arguments else "{}"
+        arguments = json.dumps(arguments, ensure_ascii=False, separators=(",", ":")) if arguments else "{}"
     return CallPiece(
         index=_label(value.get("index", index)),
         id=_label(value.get("id")),

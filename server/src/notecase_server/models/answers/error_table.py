@@ -66,6 +66,10 @@ CODES = (
     Code("1113", Verdict.ACCOUNT, "Zhipu"),
     Code("base_resp.1008", Verdict.ACCOUNT, "MiniMax"),
     Code("budgetexceeded", Verdict.ACCOUNT, "LiteLLM"),
+    Code("billingerror", Verdict.ACCOUNT, "Anthropic"),
+    Code("paymentrequired", Verdict.ACCOUNT, "gateways"),
+    Code("quotaexceeded", Verdict.ACCOUNT, "gateways"),
+    Code("creditsexhausted", Verdict.ACCOUNT, "gateways"),
     Code("invalidapikey", Verdict.CREDENTIAL, "OpenAI, DashScope, Groq"),
     Code("authenticationerror", Verdict.CREDENTIAL, "Anthropic, LiteLLM, DeepSeek"),
     Code("invalidauthenticationerror", Verdict.CREDENTIAL, "Moonshot"),
@@ -148,6 +152,10 @@ WORDS = (
     _says(r"insufficient (credit|fund)s?", Verdict.ACCOUNT, "OpenRouter, Vercel, xAI"),
     _says(r"requires more credits|out of credits|no credits", Verdict.ACCOUNT, "OpenRouter, Hugging Face"),
     _says(r"credit balance is too low", Verdict.ACCOUNT, "Anthropic"),
+    _says(r"credit balance has been exhausted|balance is not enough", Verdict.ACCOUNT, "gateways"),
+    _says(r"insufficient quota|quota has been exhausted", Verdict.ACCOUNT, "New API and other gateways"),
+    _says(r"budget has been exceeded", Verdict.ACCOUNT, "LiteLLM"),
+    _says(r"key limit exceeded", Verdict.ACCOUNT, "OpenRouter"),
     _says(r"used all (available|of your) credits|monthly spending limit", Verdict.ACCOUNT, "xAI"),
     _says(r"exceeded your monthly included credits", Verdict.ACCOUNT, "Hugging Face"),
     _says(r"account is in good standing|arrearage|overdue[- ]payment", Verdict.ACCOUNT, "DashScope"),
@@ -178,7 +186,9 @@ WORDS = (
 )
 """Looked at in order, where neither a code nor a status says more."""
 
-LIMIT_AND_REQUESTED = re.compile(r"(?is)\blimit:? *(?P<limit>[\d,]+).{0,80}?\brequested:? *(?P<requested>[\d,]+)")
+LIMIT_AND_REQUESTED = re.compile(
+    r"(?is)\blimit:? *(?P<limit>[\d,]{1,24}).{0,80}?\brequested:? *(?P<requested>[\d,]{1,24})"
+)
 """OpenAI and Groq name both in a refusal by tokens a minute: one request that is above the limit is never taken."""
 
 

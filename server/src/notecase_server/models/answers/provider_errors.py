@@ -29,6 +29,13 @@ _MOST = 200
 
 _DEEPEST = 8
 
+_MAX_WORDS = 8 << 10
+"""Characters of an error's words that are judged and told."""
+
+_MAX_CODE = 256
+
+_BOM = b"\xef\xbb\xbf"
+
 _HOLDERS = (
     "error",
     "errors",
@@ -176,7 +183,7 @@ def told_by(value: object) -> Told:
     status = next((number for _, code in codes if (number := _http_status(code)) is not None), None)
     named = [(scope, code) for scope, code in codes if _http_status(code) is None and code.lower() not in _SUCCESS]
     code = next((code for _, code in named if not code.isdecimal()), "")
-    said = ": ".join(dict.fromkeys(text for text in words if text))
+    said = ": ".join(dict.fromkeys(text for text in words if text))[:_MAX_WORDS]
     return Told(
         status,
         code,
@@ -189,6 +196,7 @@ def told_by(value: object) -> Told:
 def told_by_body(body: bytes) -> Told:
     """Reads the body of a refusal: JSON, JSON framed as events, plain words; a web page says nothing."""
     value: object = None
+    body = body.removeprefix(_BOM)
     try:
         value = msgspec.json.decode(body)
     except (ValueError, RecursionError):
@@ -228,7 +236,7 @@ def _walk(
         if inner is not None and inner != value:
             _walk(inner, scope, codes, words, after, budget, depth + 1)
         elif not _PAGE.match(text):
-            words.append(text)
+            words.append(text[:_MAX_WORDS])
     elif isinstance(value, list):
         for item in value[:20]:
             _walk(item, scope, codes, words, after, budget, depth + 1)
@@ -236,7 +244,9 @@ def _walk(
         for name in _CODES:
             held = value.get(name)
             if (isinstance(held, str) and held) or (isinstance(held, int) and not isinstance(held, bool)):
-                codes.append((f"{name}." if name in _SCOPED and str(held).isdecimal() else scope, str(held)))
+                codes.append(
+                    (f"{name}." if name in _SCOPED and str(held).isdecimal() else scope, str(held)[:_MAX_CODE])
+                )
         spans = (_seconds(value.get(name)) for name in ("retry_after", "retryDelay", "retry_after_seconds"))
         after.extend(seconds for seconds in spans if seconds is not None)
         where = value.get("loc")

@@ -48,15 +48,15 @@ CODES = (
 
 WORDINGS = (
     _says(r"maximum context (length|window|size)", "OpenAI, vLLM, OpenRouter, DeepSeek"),
-    _says(r"exceeds? the context window", "OpenAI, Responses and later models"),
     _says(r"configured limit of [\d,]+ tokens", "OpenAI: input tokens exceed it"),
     _says(r"longer than the maximum model length", "vLLM: decoder prompt"),
-    _says(r"exceeds (the )?model'?s maximum (context|sequence)? ?length", "SGLang"),
+    _says(r"exceeds (the )?model'?s maximum (context|sequence|input)? ?length", "SGLang, gateways"),
     _says(r"longer than the model'?s context length", "SGLang: the input"),
     _says(r"requested token count exceeds", "SGLang: the model's maximum context"),
     _says(r"input token count\b.*\bexceeds", "Gemini"),
     _says(r"unable to submit request because the input token count", "Vertex AI"),
-    _says(r"prompt is too long", "Anthropic, Fireworks"),
+    _says(r"(prompt|conversation) (is )?too long", "Anthropic, Fireworks, gateways"),
+    _says(r"messages (are )?too long", "gateways"),
     _says(r"input is too long", "Bedrock"),
     _says(r"too many (input )?tokens\b(?! per)", "Cohere, Bedrock Titan"),
     _says(r"maximum prompt length", "xAI"),
@@ -68,12 +68,23 @@ WORDINGS = (
     _says(r"prompt token count of \d+ exceeds", "GitHub Copilot"),
     _says(r"maximum allowed input length", "Poolside"),
     _says(
-        r"exceeds? (the )?(available )?context (size|length|limit|window size)",
-        "llama.cpp, ds4, MLX; Anthropic with max_tokens",
+        r"exceed(s|ed)? ((the|this) )?(model'?s? )?(available )?context (size|length|limit|window)",
+        "llama.cpp, llama-cpp-python, ds4, MLX; OpenAI, Responses and later models; Cloudflare; Anthropic",
     ),
     _says(r"greater than the context length", "LM Studio"),
-    _says(r"context (length|window|size) (is |was |of \d+ )?(exceeded|overflow)", "Ollama, LM Studio, gateways"),
+    _says(
+        r"context (length|window|size) (is |was |has been |of \d+ )?(exceeded|overflow)",
+        "llama.cpp, Ollama, LM Studio, gateways",
+    ),
     _says(r"reached context length of", "LM Studio: overflow policy"),
+    _says(r"when (the )?context (the )?overflows", "LM Studio: tokens to keep"),
+    _says(r"maximum supported sequence length", "SambaNova"),
+    _says(r"message token length exceed", "DashScope"),
+    _says(r"exceed max message tokens", "Volcengine Ark"),
+    _says(r"exceed max_num_tokens", "TensorRT-LLM"),
+    _says(r"expected maxLength: \d{4,}", "Bedrock"),
+    _says(r"exceeds? (the |model'?s? )*(maximum )?token limit", "gateways"),
+    _says(r"exceeds? (the )?max model len", "gateways before vLLM"),
     _says(r"context window exceeds limit", "MiniMax"),
     _says(r"exceeded model token limit", "Moonshot"),
     _says(r"input (text )?(length|tokens?) exceeds the (model's )?(max|limit)", "Baidu Qianfan, Tencent Hunyuan"),
@@ -87,7 +98,7 @@ WORDINGS = (
     _says(r"current length is \d+ while limit is \d+", "Cerebras"),
     _says(r"request too large for model|your request is too large for the model", "Groq, Anyscale"),
     _says(
-        r"输入(内容|文本|长度)?.{0,8}(过长|超出|超过)|上下文.{0,6}(超出|过长|超过)|超(出|过).{0,12}(上下文|最大长度)",
+        r"(对话|消息)(内容)?过长|输入(内容|文本|长度)?.{0,8}(过长|超出|超过)|上下文.{0,6}(超出|过长|超过)|超(出|过).{0,12}(上下文|最大长度)",
         "Chinese gateways",
     ),
 )
@@ -120,29 +131,29 @@ class Shares(NamedTuple):
 SHARES = (
     Shares(
         re.compile(
-            r"(?is)maximum context length is (?P<limit>\d+) tokens.*?(?P<input>\d+) (?:tokens )?"
+            r"(?is)maximum context length is (?P<limit>\d{1,18}) tokens.*?(?P<input>\d{1,18}) (?:tokens )?"
             r"(?:in|from|of) (?:the |your )?(?:messages|prompt|input)(?: messages)?[,;] "
             r"(?:\d+ in the functions, )?(?:and )?"
-            r"(?P<output>\d+) (?:tokens )?(?:in|for) the completion"
+            r"(?P<output>\d{1,18}) (?:tokens )?(?:in|for) the completion"
         ),
         "OpenAI, vLLM",
     ),
     Shares(
         re.compile(
-            r"(?is)maximum context length is (?P<limit>\d+) tokens.*?requested (?P<output>\d+) output tokens"
-            r".*?at least (?P<input>\d+) input tokens"
+            r"(?is)maximum context length is (?P<limit>\d{1,18}) tokens.*?requested (?P<output>\d{1,18}) output tokens"
+            r".*?at least (?P<input>\d{1,18}) input tokens"
         ),
         "vLLM since 0.11",
     ),
     Shares(
         re.compile(
-            r"(?is)max_new_tokens`? must be <= (?P<limit>\d+)\. "
-            r"Given: (?P<input>\d+) `inputs` tokens and (?P<output>\d+)"
+            r"(?is)max_new_tokens`? must be <= (?P<limit>\d{1,18})\. "
+            r"Given: (?P<input>\d{1,18}) `inputs` tokens and (?P<output>\d{1,18})"
         ),
         "TGI, Together",
     ),
     Shares(
-        re.compile(r"(?is)exceed context limit: (?P<input>\d+) \+ (?P<output>\d+) > (?P<limit>\d+)"),
+        re.compile(r"(?is)exceed context limit: (?P<input>\d{1,18}) \+ (?P<output>\d{1,18}) > (?P<limit>\d{1,18})"),
         "Anthropic",
     ),
 )
