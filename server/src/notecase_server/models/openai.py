@@ -282,8 +282,6 @@ async def _decoded(found: Encoded, number: int) -> Media:
 
 def _joined(pieces: list[Piece]) -> list[Piece]:
     """The pieces, with texts that follow each other as one: what was read together goes on together."""
-    if len(pieces) < 2:
-        return pieces
     made: list[Piece] = []
     texts: list[str] = []
     for piece in pieces:
