@@ -447,6 +447,21 @@ async def test_a_watch_outlives_the_servers_restart(tmp_path: Path) -> None:
     assert [event.sequence for event in events] == [1, 2]
 
 
+async def test_a_command_that_is_sent_again_is_another(client: Client, session: str, model: OpenAIServer) -> None:
+    """Unless its sender gives it an id, under which it is the same."""
+    release = asyncio.Event()
+    model.script(reply("Counted.").held(release, 0))
+    count = v1.RunRequest(update_state=v1.StateUpdate(ops=[v1.StateOp(key="n", increment=1)]))
+    async with client.run("Count", session=session):
+        await client.send(session, count)
+        await client.send(session, count)
+        assert not count.command_id
+        count.command_id = "once"
+        assert await client.send(session, count) == await client.send(session, count)
+        release.set()
+    assert await client.get_state(session) == {"n": 3}
+
+
 async def test_another_session_of_the_same_name_is_not_followed(
     client: Client, session: str, served: Running, model: OpenAIServer
 ) -> None:

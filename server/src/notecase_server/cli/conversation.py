@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable
 
 import click
 from notecase import Client, NotecaseError, RunStream, text_of, v1
+from notecase.names import quoted
 
 from notecase_server.cli import approvals, attaching, named, notes, screen, terminal
 from notecase_server.cli.ask import name_of
@@ -249,7 +250,7 @@ class _Chat:
     async def _pick_session(self) -> str:
         """Returns the name of the session to resume; empty for a new one."""
         agent = self._agent.partition("@")[0]
-        request = v1.ListSessionsRequest(page_size=OFFERED - 1, filter=f'agent = "{agent}"' if agent else "")
+        request = v1.ListSessionsRequest(page_size=OFFERED - 1, filter=f"agent = {quoted(agent)}" if agent else "")
         found = (await self._client.sessions.ListSessions(request)).sessions
         if not found:
             return ""
