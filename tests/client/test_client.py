@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -620,6 +621,16 @@ async def test_content_is_sent_and_read_through_cuts(served: Running, tmp_path: 
         with pytest.raises(NotecaseError) as missing:
             await anext(aiter(client.download("blobs/" + "0" * 64)))
         assert missing.value.reason == "BLOB_NOT_FOUND"
+
+
+async def test_what_a_pipe_gives_is_uploaded(client: Client) -> None:
+    """It cannot be read again, as the standard input or the output of another program in a shell."""
+    read, write = os.pipe()
+    os.write(write, b"A plan.")
+    os.close(write)
+    blob = await client.upload(f"/dev/fd/{read}", "text/plain")
+    os.close(read)
+    assert [b"A plan."] == [piece async for piece in client.download(blob)]
 
 
 async def test_an_upload_is_patient_as_long_as_it_gets_on(served: Running) -> None:

@@ -161,9 +161,9 @@ class _Chat:
             await self._catch_up()
         self._tell("")
         parts = [v1.Part(text=text), *(v1.Part(blob=blob) for blob in self._attached)]
+        stream = self._client.run(v1.Message(parts=parts), session=self._session, agent=self._agent)
         try:
-            await self._follow(self._client.run(v1.Message(parts=parts), session=self._session, agent=self._agent))
-            self._attached.clear()
+            await self._follow(stream)
         except NotecaseError as busy:
             if busy.reason == "AGENT_NOT_FOUND" and not self._agent:
                 self._fail(f"{screen.sentence(busy, '')} `notecase chat --agent` chooses another.")
@@ -172,6 +172,9 @@ class _Chat:
                 raise
             screen.aside("The session is busy with this run. When it has ended, the up arrow recalls your text.\n")
             await self._follow(self._client.attach(busy.metadata["run"]), echo=True)
+        finally:
+            if stream.name:  # the session has the message, whatever became of its run
+                self._attached.clear()
 
     async def _catch_up(self) -> None:
         """Shows what happened in the run that was left waiting."""
