@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
@@ -60,7 +61,7 @@ def test_the_last_moment_is_shown(east: None) -> None:
 def test_a_closed_stream_is_the_null_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(f"sys.{name}", None)
     closed_streams.reopen()
-    with getattr(closed_streams.sys, name) as opened:
+    with getattr(sys, name) as opened:
         assert os.devnull == opened.name
 
 

@@ -29,13 +29,16 @@ CONTINUED = " " * len(PROMPT)
 _REORDERING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 """Characters that show a text in another order than it has."""
 
-_HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160), *_REORDERING) if chr(code) not in "\n\t"}
+_MARKS = (0x061C, 0x200E, 0x200F)
+"""Marks of a direction, which texts in Arabic and Hebrew have, and which nobody sees."""
+
+_HARMLESS = {
+    **{code: "\ufffd" for code in (*range(32), *range(127, 160), *_REORDERING) if chr(code) not in "\n\t"},
+    **dict.fromkeys((ord("\r"), *_MARKS), ""),
+}
 """Escape and its relatives would move the cursor, rename the window or write into the clipboard."""
 
-_HARMLESS |= dict.fromkeys((ord("\r"), 0x061C, 0x200E, 0x200F))
-"""Marks of a direction, which texts in Arabic and Hebrew have, are left out."""
-
-_ESCAPED = {code: f"\\u{code:04x}" for code in (*range(127, 160), *_REORDERING, 0x061C, 0x200E, 0x200F)}
+_ESCAPED = {code: f"\\u{code:04x}" for code in (*range(127, 160), *_REORDERING, *_MARKS)}
 """What JSON may hold as it is, and a terminal would obey."""
 
 
