@@ -1,12 +1,16 @@
 """Agents as files: applied whole or not at all, again without an effect, with every mistake told by its line."""
 
 import json
+import re
+import tempfile
 import textwrap
 from pathlib import Path
 
+import click
+import grpc
 import pytest
-from notecase import v1
-from notecase_server.cli import manifest
+from notecase import Client, NotecaseError, v1
+from notecase_server.cli import applying, manifest
 
 from tests.cli.command import notecase, terminal
 from tests.support.server import Running
@@ -191,6 +195,32 @@ async def test_what_the_server_refuses_is_told_by_its_line_and_the_others_are_ap
     assert f"{tmp_path}/none: No such file or directory." in done.err
 
 
+async def test_an_edit_that_comes_too_late_is_kept(
+    served: Running, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another change came first, or the server is away."""
+
+    late = NotecaseError(grpc.StatusCode.ABORTED, "ETAG_MISMATCH", "It was changed.")
+    errors = [late, NotecaseError(grpc.StatusCode.UNAVAILABLE, "", "It is away.")]
+
+    async def refuse(client: Client, agent: v1.Agent) -> v1.Agent:
+        raise errors.pop()
+
+    monkeypatch.setenv("EDITOR", "ed")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(click, "edit", lambda text, extension: text.replace("Teach.", "Teach well."))
+    monkeypatch.setattr(applying, "_put", refuse)
+    async with served.client() as client:
+        await client.put_agent("tutor", "Teach.")
+        while errors:
+            with pytest.raises(NotecaseError, match=r"It (was changed|is away)\."):
+                await applying.edit(client, "agents/tutor")
+            (kept,) = tmp_path.glob("tutor-*.yaml")
+            assert "Teach well." in kept.read_text()
+            assert f"`notecase agents apply {kept}` applies it." in capsys.readouterr().err
+            kept.unlink()
+
+
 async def test_an_agent_is_created_edited_and_deleted(served: Running, tmp_path: Path) -> None:
     """The editor is any program; what is wrong is told and edited again."""
     env = {"NOTECASE_ADDRESS": served.address}
@@ -210,6 +240,9 @@ async def test_an_agent_is_created_edited_and_deleted(served: Running, tmp_path:
     assert (2, True) == ((done := await notecase("agents", "edit", "tutor", env=env)).code, "or an EDITOR" in done.err)
     done = await notecase("agents", "edit", "tutor", env={**env, "EDITOR": 'sed -i "s/model: m2/modle: m3/"'})
     assert (1, True) == (done.code, "there is no such field" in done.err)
+    kept = re.search(r"The edited text is in (\S+/tutor-\S+\.yaml);", done.err)
+    assert kept is not None
+    assert "modle: m3" in Path(kept[1]).read_text()
     done = await notecase("agents", "edit", "tutor", env={**env, "EDITOR": 'sed -i "s/model: m2/model: m3/"'})
     assert (0, "agents/tutor changed to revision 3\n", "") == tuple(done)
     done = await notecase("agents", "delete", "tutor", env=env)

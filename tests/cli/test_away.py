@@ -207,7 +207,12 @@ async def test_a_run_that_waits_is_answered_once_the_server_is_back(
 
     async def answer(commands: Commands, wait: Wait, sending: asyncio.Event) -> bool:
         send = commands._stub.SendCommand
-        monkeypatch.setattr(commands._stub, "SendCommand", lambda request: (cut(), send(request))[1])
+
+        def late(request: v1.SendCommandRequest) -> Any:
+            cut()
+            return send(request)
+
+        monkeypatch.setattr(commands._stub, "SendCommand", late)
         await commands.answer(wait.run, wait.id, "The butler.")
         return True
 

@@ -100,7 +100,7 @@ async def test_notes_are_put_and_shown(served: Running, agent: v1.Agent) -> None
 
 
 async def test_a_file_goes_with_what_is_said_next(served: Running, agent: v1.Agent, tmp_path: Path) -> None:
-    """Once; what is no file is told, and nothing is lost by it."""
+    """Once, also if the run fails; what is no file is told, and nothing is lost by it."""
     plan = tmp_path / "plan.pdf"
     plan.write_bytes(b"%PDF-1.7")
     (tmp_path / "unknown").write_bytes(b"\xff")
@@ -111,16 +111,20 @@ async def test_a_file_goes_with_what_is_said_next(served: Running, agent: v1.Age
         f"/attach {plan}",
         "Look",
         "So?",
+        f"/attach {plan}",
+        "/fail error",
+        "And now?",
     ]
     done = await notecase("chat", "--server", served.address, "--new", said="\n".join(lines))
     assert "missing.pdf cannot be read: No such file or directory." in done.err
     assert "The media type of" in done.err
     assert "plan.pdf, application/pdf, 8 bytes is attached to your next message." in done.err
-    assert done.out.count("You showed me: application/pdf of 8 B (plan.pdf), which I cannot see") == 1
+    assert "You showed me: application/pdf of 8 B (plan.pdf), which I cannot see" in done.out
     (session,) = (await served.sessions.ListSessions(v1.ListSessionsRequest())).sessions
     listed = await served.messages.ListMessages(v1.ListMessagesRequest(parent=session.name))
-    assert [part.WhichOneof("kind") for part in listed.messages[0].parts] == ["text", "blob"]
-    assert [part.WhichOneof("kind") for part in listed.messages[2].parts] == ["text"]
+    asked = [one for one in listed.messages if one.role == v1.Message.ROLE_USER]
+    said = [[part.WhichOneof("kind") for part in one.parts] for one in asked]
+    assert said == [["text", "blob"], ["text"]] * 2
 
 
 async def test_notes_are_put_and_shown_at_a_terminal(served: Running, agent: v1.Agent) -> None:

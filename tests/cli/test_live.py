@@ -155,6 +155,7 @@ async def test_a_run_that_fails_has_an_exit_code_and_a_sentence(served: Running,
     [
         ("One.\n\nTwo", "One.\n\n"),
         ("One", ""),
+        ("One\u2028still.\n\nTwo", "One\u2028still.\n\n"),
         ("- a\n- b\n", ""),
         ("- a\n\ntext", "- a\n\n"),
         ("```\na\n\nb", ""),

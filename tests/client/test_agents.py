@@ -52,6 +52,30 @@ async def test_an_agent_is_put_and_answers_in_one_line_each(client: Client, mode
     assert 5 == len([message async for message in client.list_messages(answer.session)])
 
 
+async def test_a_revision_is_asked_with_functions_that_it_does_not_have(client: Client, model: OpenAIServer) -> None:
+    """The run declares what the agent's revision does not; that of another revision says nothing of it."""
+    await client.put_agent("finder", "You find things.")
+    await client.put_agent("finder", "You find things.", tools=[search])
+    call = tool_calls(("search", '{"what": "violin"}'))
+    model.script(*(call, reply("At the harbour.")) * 2)
+    for agent in ("finder@1", "finder@2"):
+        assert "At the harbour." == (await client.invoke("Where is it?", agent=agent, tools=[search])).text
+
+
+async def test_a_run_that_another_process_repeats_is_the_same(
+    client: Client, served: Running, model: OpenAIServer
+) -> None:
+    """Without a session, too: the run's id names that as well."""
+    model.script(reply("Once."), reply("And once."))
+    async with Client(served.address) as other:
+        first, again = [await one.invoke("Work", agent="detective", run_id="job-42") for one in (client, other)]
+        assert (first.run.name, 1) == (again.run.name, len(model.requests))
+        with pytest.raises(NotecaseError, match="REQUEST_ID_REUSED"):
+            await other.invoke("Play", agent="detective", run_id="job-42")
+        await other.put_agent("clerk")
+        assert first.session != (await other.invoke("Work", agent="clerk", run_id="job-42")).session
+
+
 async def test_an_agent_that_is_put_again_as_it_is_stays_as_it_is(client: Client) -> None:
     """And what is left out the second time is gone."""
     await client.put_agent("finder", "You find things.", tools=[search], output_key="found")
@@ -255,6 +279,8 @@ async def test_lists_go_on_over_their_pages(client: Client, monkeypatch: pytest.
     assert {*names, "sessions/t"} == {one.name async for one in client.list_sessions()}
     assert set(names) == {one.name async for one in client.list_sessions(agent="detective")}
     assert ["sessions/t"] == [one.name async for one in client.list_sessions('agent != ""', user="bo")]
+    for user in ('ada" OR user = "users/bo', 'bo\\" OR user != "'):
+        assert [] == [one.name async for one in client.list_sessions(user=user)]
     assert ["agents/detective", "agents/other"] == [one.name async for one in client.list_agents()]
     assert [] == [one async for one in client.list_runs("s1")]
     with pytest.raises(NotecaseError, match="SESSION_NOT_FOUND"):

@@ -2,6 +2,7 @@
 
 import asyncio
 import hashlib
+import os
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
@@ -447,6 +448,21 @@ async def test_a_watch_outlives_the_servers_restart(tmp_path: Path) -> None:
     assert [event.sequence for event in events] == [1, 2]
 
 
+async def test_a_command_that_is_sent_again_is_another(client: Client, session: str, model: OpenAIServer) -> None:
+    """Unless its sender gives it an id, under which it is the same."""
+    release = asyncio.Event()
+    model.script(reply("Counted.").held(release, 0))
+    count = v1.RunRequest(update_state=v1.StateUpdate(ops=[v1.StateOp(key="n", increment=1)]))
+    async with client.run("Count", session=session):
+        await client.send(session, count)
+        await client.send(session, count)
+        assert not count.command_id
+        count.command_id = "once"
+        assert await client.send(session, count) == await client.send(session, count)
+        release.set()
+    assert await client.get_state(session) == {"n": 3}
+
+
 async def test_another_session_of_the_same_name_is_not_followed(
     client: Client, session: str, served: Running, model: OpenAIServer
 ) -> None:
@@ -605,6 +621,16 @@ async def test_content_is_sent_and_read_through_cuts(served: Running, tmp_path: 
         with pytest.raises(NotecaseError) as missing:
             await anext(aiter(client.download("blobs/" + "0" * 64)))
         assert missing.value.reason == "BLOB_NOT_FOUND"
+
+
+async def test_what_a_pipe_gives_is_uploaded(client: Client) -> None:
+    """It cannot be read again, as the standard input or the output of another program in a shell."""
+    read, write = os.pipe()
+    os.write(write, b"A plan.")
+    os.close(write)
+    blob = await client.upload(f"/dev/fd/{read}", "text/plain")
+    os.close(read)
+    assert [b"A plan."] == [piece async for piece in client.download(blob)]
 
 
 async def test_an_upload_is_patient_as_long_as_it_gets_on(served: Running) -> None:

@@ -599,6 +599,28 @@ async def test_a_result_that_could_not_be_sent_is_sent_again(
     assert results(model) == ["violin: nothing"]
 
 
+async def test_a_result_waits_until_the_server_has_room(
+    client: Client, session: str, model: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The results of many calls may come at once."""
+    send, full = client.runs.SendCommand, [NotecaseError(grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED", "Full.")]
+
+    def refused(request: v1.SendCommandRequest) -> Any:
+        if full:
+            raise full.pop()
+        return send(request)
+
+    def search(query: str) -> str:
+        return query
+
+    model.script(SEARCH, reply("Done."))
+    monkeypatch.setattr(client.runs, "SendCommand", refused)
+    assert (await client.invoke("Search", session=session, tools=[search])).text == "Done."
+    full.append(NotecaseError(grpc.StatusCode.RESOURCE_EXHAUSTED, "RATE_LIMITED", "Full."))
+    with pytest.raises(NotecaseError, match="Full"):
+        await client.cancel(session)
+
+
 async def test_two_streams_of_a_client_execute_a_call_once(
     client: Client, session: str, model: OpenAIServer, desk: Desk
 ) -> None:

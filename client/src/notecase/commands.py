@@ -121,11 +121,15 @@ class Commands:
         return await self.send(name, v1.RunRequest(cancel=stop))
 
     async def send_result(self, name: str | Named, told: v1.ToolResult) -> int:
-        """Sends a tool's result with a command_id made from the call's id, so that any repeat is a duplicate."""
-        return await self.send(name, v1.RunRequest(command_id=f"result.{told.call_id}", tool_result=told))
+        """Sends a tool's result with a command_id made from the call's id, so that any repeat is a duplicate. Where the
+        server has too many calls, it waits: the result is there, and nobody has it yet."""
+        return await self._send(name, v1.RunRequest(command_id=f"result.{told.call_id}", tool_result=told), True)
 
     async def send(self, name: str | Named, command: v1.RunRequest) -> int:
         """Sends a copy of any command, with a new command_id where it has none."""
+        return await self._send(name, command)
+
+    async def _send(self, name: str | Named, command: v1.RunRequest, limited: bool = False) -> int:
         if not isinstance(command, v1.RunRequest):
             raise TypeError(f"command must be a v1.RunRequest, not {shown(command)}")
         name = name_of(name, "sessions", "name")
@@ -134,7 +138,7 @@ class Commands:
             session=session, run=name if name != session else "", command=command, if_session_uid=self._session_uid()
         )
         request.command.command_id = command.command_id or uuid.uuid4().hex
-        answer = await repeat(self._patience, lambda: self._stub.SendCommand(request))
+        answer = await repeat(self._patience, lambda: self._stub.SendCommand(request), limited=limited)
         return answer.result.sequence
 
 

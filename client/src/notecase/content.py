@@ -144,4 +144,10 @@ def _is_text(start: bytes) -> bool:
 
 
 def _opened(content: bytes | str | PathLike[str]) -> BinaryIO:
-    return BytesIO(content) if isinstance(content, bytes) else Path(content).open("rb")
+    if isinstance(content, bytes):
+        return BytesIO(content)
+    opened = Path(content).open("rb")  # noqa: SIM115 - its reader closes it
+    if opened.seekable():
+        return opened
+    with opened:  # a pipe can be read only once, and an upload may have to be continued
+        return BytesIO(opened.read())

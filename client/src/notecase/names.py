@@ -27,6 +27,11 @@ def name_of(resource: "str | Named | None", collection: str = "", argument: str 
     return f"{collection}/{name}" if collection and name and "/" not in name else name
 
 
+def quoted(text: str) -> str:
+    """Returns any text as a value in a filter."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
 def choice(enum: Any, given: str | int | None, argument: str) -> Any:
     """Returns the value of one of the API's enums: "follow_up" for WHEN_FOLLOW_UP; a value as it is.
 

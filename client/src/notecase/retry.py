@@ -76,7 +76,7 @@ class Backoff:
 
     async def wait(self, error: NotecaseError | Gap, *, limited: bool = False) -> None:
         """Waits until the next try is due. Raises `error` when a repeat cannot help, or there were enough. With
-        `limited`, a caller with too many calls waits, too: for a stream that has begun, its end would be worse."""
+        `limited`, a call for which the server has too many others is repeated, too."""
         refused = isinstance(error, NotecaseError) and error.code is grpc.StatusCode.UNAUTHENTICATED
         worth = self._renews and not self._refused if refused else _may_pass(error, limited)
         if self._failures >= self._retry.tries or not worth:
@@ -97,14 +97,15 @@ def _rounded(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes"
 
 
-async def repeat(retry: Retry, call: Callable[[], Awaitable[T]]) -> T:
-    """Makes a call, and repeats it while the connection is broken. The call must carry a request_id or command_id."""
+async def repeat(retry: Retry, call: Callable[[], Awaitable[T]], *, limited: bool = False) -> T:
+    """Makes a call, and repeats it while the connection is broken; see `Backoff.wait`. The call must carry a request_id
+    or command_id."""
     backoff = Backoff(retry)
     while True:
         try:
             return await call()
         except NotecaseError as error:
-            await backoff.wait(error)
+            await backoff.wait(error, limited=limited)
 
 
 def _may_pass(error: NotecaseError | Gap, limited: bool) -> bool:

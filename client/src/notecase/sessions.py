@@ -7,7 +7,7 @@ from typing import Any
 from notecase import v1
 from notecase.arguments import made, shown
 from notecase.errors import as_written
-from notecase.names import Named, name_of
+from notecase.names import Named, name_of, quoted
 from notecase.pages import Listing, each
 from notecase.retry import Retry, repeat
 from notecase.values import Entry, Plain, from_value, to_value, to_values
@@ -160,8 +160,8 @@ class Sessions:
         if not isinstance(filter, str):
             raise TypeError(f"filter must be a string, not {shown(filter)}")
         conditions = [f"({filter})"] if filter else []
-        conditions += [f'agent = "{name_of(agent, "agents")}"'] if agent else []
-        conditions += [f'user = "{name_of(user, "users")}"'] if user else []
+        conditions += [f"agent = {quoted(name_of(agent, 'agents'))}"] if agent else []
+        conditions += [f"user = {quoted(name_of(user, 'users'))}"] if user else []
         request = v1.ListSessionsRequest(filter=" AND ".join(conditions))
         return each(self._retry, self.sessions.ListSessions, request)
 

@@ -100,7 +100,7 @@ class Tool:
         """The declaration, for an agent or a run."""
 
     async def answer(self, call: v1.ToolCall, context: CallContext) -> v1.ToolResult:
-        """Calls the function and returns its result or error. Raises nothing but CancelledError."""
+        """Calls the function and returns its result or error. Raises nothing but CancelledError and Ctrl-C."""
 
         def failed(text: str) -> v1.ToolResult:
             # An exception, or the arguments that it quotes, may have surrogates, which UTF-8 cannot encode.

@@ -4,6 +4,7 @@ bootstrap` do not."""
 
 import click
 
+import notecase_server.cli.closed_streams  # first
 import notecase_server.cli.grpc_log  # noqa: F401  # before a command imports gRPC
 from notecase_server import __version__
 from notecase_server.cli.lazy import Lazy, LazyGroup

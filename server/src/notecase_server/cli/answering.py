@@ -156,13 +156,13 @@ _TOOL: Mapping[str, _Way] = {"Give its result": _give, "It failed": _fail}
 def pretty(text: str) -> str:
     """Returns JSON text with a line for each member, and what is not JSON as it is."""
     try:
-        return json.dumps(json.loads(text or "{}"), ensure_ascii=False, indent=2)
+        return screen.as_json(json.loads(text or "{}"), indent=2)
     except (ValueError, RecursionError):
         return text
 
 
 def _editable(arguments: str) -> str:
-    return arguments if len(arguments) <= _ONE_LINE else pretty(arguments)
+    return screen.escaped(arguments) if len(arguments) <= _ONE_LINE else pretty(arguments)
 
 
 def _json(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,12 +99,23 @@ async def edit(client: Client, name: str) -> Exit:
             screen.failure(str(mistakes))
         except NotecaseError as error:
             if error.reason == "ETAG_MISMATCH" or not error.reason:
+                _keep(name, edited)
                 raise
             for mistake in _mistakes(declared[0], error):
                 screen.failure(str(mistake))
         text = edited
         if not sys.stdin.isatty() or not click.confirm("Edit it again?", default=True, err=True):
+            _keep(name, edited)
             return Exit.FAILED
+
+
+def _keep(name: str, edited: str) -> None:
+    """Writes what the user has edited to a file, and says how it is applied."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix=f"{screen.id_of(name)}-", suffix=".yaml", delete=False, encoding="utf-8"
+    ) as file:
+        file.write(edited)
+    screen.aside(f"The edited text is in {file.name}; `notecase agents apply {file.name}` applies it.")
 
 
 def _has_editor() -> bool:

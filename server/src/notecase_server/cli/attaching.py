@@ -31,7 +31,7 @@ async def upload(client: Client, file: str, media_type: str = "", say: str = "as
         name = os.fsencode(os.path.basename(file)).decode(errors="replace")
         return await client.upload(file, media_type, filename=name)
     except OSError as error:
-        raise Refusal(f"{screen.one_line(file, 400)} cannot be read: {error.strerror}.", Exit.USAGE) from None
+        raise Refusal(f"{screen.one_line(file, 400)} cannot be read: {error.strerror or error}.", Exit.USAGE) from None
     except ValueError:
         what = "standard input" if file == "-" else screen.one_line(file, 400)
         problem = "is not UTF-8" if media_type else "is unknown"

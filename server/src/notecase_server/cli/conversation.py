@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable
 
 import click
 from notecase import Client, NotecaseError, RunStream, text_of, v1
+from notecase.names import quoted
 
 from notecase_server.cli import approvals, attaching, named, notes, screen, terminal
 from notecase_server.cli.ask import name_of
@@ -160,9 +161,9 @@ class _Chat:
             await self._catch_up()
         self._tell("")
         parts = [v1.Part(text=text), *(v1.Part(blob=blob) for blob in self._attached)]
+        stream = self._client.run(v1.Message(parts=parts), session=self._session, agent=self._agent)
         try:
-            await self._follow(self._client.run(v1.Message(parts=parts), session=self._session, agent=self._agent))
-            self._attached.clear()
+            await self._follow(stream)
         except NotecaseError as busy:
             if busy.reason == "AGENT_NOT_FOUND" and not self._agent:
                 self._fail(f"{screen.sentence(busy, '')} `notecase chat --agent` chooses another.")
@@ -171,6 +172,9 @@ class _Chat:
                 raise
             screen.aside("The session is busy with this run. When it has ended, the up arrow recalls your text.\n")
             await self._follow(self._client.attach(busy.metadata["run"]), echo=True)
+        finally:
+            if stream.name:  # the session has the message, whatever became of its run
+                self._attached.clear()
 
     async def _catch_up(self) -> None:
         """Shows what happened in the run that was left waiting."""
@@ -249,7 +253,7 @@ class _Chat:
     async def _pick_session(self) -> str:
         """Returns the name of the session to resume; empty for a new one."""
         agent = self._agent.partition("@")[0]
-        request = v1.ListSessionsRequest(page_size=OFFERED - 1, filter=f'agent = "{agent}"' if agent else "")
+        request = v1.ListSessionsRequest(page_size=OFFERED - 1, filter=f"agent = {quoted(agent)}" if agent else "")
         found = (await self._client.sessions.ListSessions(request)).sessions
         if not found:
             return ""

@@ -1,5 +1,6 @@
 """A run at a terminal: Markdown as it comes, tools while they run."""
 
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
@@ -143,7 +144,7 @@ def split(text: str) -> tuple[str, str]:
     starts = [token.map[0] for token in _PARSER.parse(text) if token.level == 0 and token.map]
     if len(starts) < 2:
         return "", text
-    lines = text.splitlines(keepends=True)
+    lines = re.split("(?<=\n)", text)  # as the parser counts them, not as Unicode does
     return "".join(lines[: starts[-1]]), "".join(lines[starts[-1] :])
 
 

@@ -1,7 +1,5 @@
 """`notecase logs`: a session's log, event by event."""
 
-import json
-
 import click
 from google.protobuf.message import Message
 from notecase import Client, NotecaseError, Retry, v1
@@ -62,7 +60,7 @@ async def _print(client: Client, given: str, follow: bool, after: int, form: str
 
 
 def _json(event: v1.Event) -> str:
-    return json.dumps(output.as_data(event), ensure_ascii=False)
+    return screen.as_json(output.as_data(event))
 
 
 def _yaml(event: v1.Event) -> str:

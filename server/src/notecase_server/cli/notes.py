@@ -216,7 +216,7 @@ async def _entries(client: Client, owner: str, keys: Iterable[str] = ()) -> Asyn
 
 def _json(value: Any) -> str:
     """Returns JSON in which bytes are base64 and a file is its reference, as in protobuf's JSON."""
-    return json.dumps(value, ensure_ascii=False, default=_json_of)
+    return screen.as_json(value, default=_json_of)
 
 
 def _json_of(held: bytes | v1.Blob) -> Any:

@@ -1,7 +1,6 @@
 """What a command prints of the service's resources: a table, JSON or YAML."""
 
 import io
-import json
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -28,7 +27,7 @@ def as_data(message: Message) -> Any:
 
 def print_data(data: Any, output: str) -> None:
     """Prints plain data as "json" or "yaml"."""
-    click.echo(as_yaml(data) if output == "yaml" else json.dumps(data, ensure_ascii=False, indent=2))
+    click.echo(as_yaml(data) if output == "yaml" else screen.as_json(data, indent=2))
 
 
 def print_one(found: M, output: str, show: Callable[[M], None]) -> None:
@@ -124,8 +123,9 @@ def as_yaml(data: Any) -> str:
         """Writes text of several lines as a block."""
 
     def text(dumper: Any, held: str) -> Any:
-        return dumper.represent_scalar("tag:yaml.org,2002:str", held, style="|" if "\n" in held else None)
+        style = '"' if screen.escaped(held) != held else "|" if "\n" in held else None
+        return dumper.represent_scalar("tag:yaml.org,2002:str", held, style=style)
 
     Dumper.add_representer(str, text)
     made: str = yaml.dump(data, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
-    return made.removesuffix("\n").removesuffix("\n...")
+    return screen.escaped(made.removesuffix("\n").removesuffix("\n..."))

@@ -8,7 +8,8 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC
 from typing import Any
 
@@ -25,13 +26,35 @@ PROMPT = "> "
 CONTINUED = " " * len(PROMPT)
 """Stands before its further lines."""
 
-_HARMLESS = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"} | {ord("\r"): None}
+_REORDERING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+"""Characters that show a text in another order than it has."""
+
+_MARKS = (0x061C, 0x200E, 0x200F)
+"""Marks of a direction, which texts in Arabic and Hebrew have, and which nobody sees."""
+
+_HARMLESS = {
+    **{code: "\ufffd" for code in (*range(32), *range(127, 160), *_REORDERING) if chr(code) not in "\n\t"},
+    **dict.fromkeys((ord("\r"), *_MARKS), ""),
+}
 """Escape and its relatives would move the cursor, rename the window or write into the clipboard."""
+
+_ESCAPED = {code: f"\\u{code:04x}" for code in (*range(127, 160), *_REORDERING, *_MARKS)}
+"""What JSON may hold as it is, and a terminal would obey."""
 
 
 def harmless(text: str) -> str:
     """Returns the text with its lines, without what a terminal would obey."""
     return text.translate(_HARMLESS)
+
+
+def escaped(text: str) -> str:
+    """Returns JSON, or quoted text of YAML, with escapes for what a terminal would obey."""
+    return text.translate(_ESCAPED)
+
+
+def as_json(value: Any, indent: int | None = None, default: Callable[[Any], Any] | None = None) -> str:
+    """Returns a value as JSON in which a terminal finds nothing to obey."""
+    return escaped(json.dumps(value, ensure_ascii=False, indent=indent, default=default))
 
 
 def one_line(text: str, most: int = 60) -> str:
@@ -84,8 +107,11 @@ def id_of(name: str) -> str:
 
 
 def moment(time: Timestamp) -> str:
-    """Returns a time in the local time zone, to the minute."""
-    return time.ToDatetime(UTC).astimezone().strftime("%Y-%m-%d %H:%M")
+    """Returns a time in the local time zone, to the minute; the last hours of the year 9999 in UTC."""
+    moment = time.ToDatetime(UTC)
+    with suppress(OverflowError):
+        moment = moment.astimezone()
+    return moment.strftime("%Y-%m-%d %H:%M")
 
 
 def word_of(enum: Any, value: int) -> str:
@@ -123,8 +149,7 @@ def note(value: Any, most: int = 200) -> str:
     """Returns a value of state on one line: text as it is, all else as JSON, bytes as their number."""
     if isinstance(value, str | v1.Blob):
         return one_line(value if isinstance(value, str) else attachment(value), most)
-    shown = json.dumps(value, ensure_ascii=False, default=_summed_up)
-    return one_line(shown, most)
+    return one_line(as_json(value, default=_summed_up), most)
 
 
 def attachment(blob: v1.Blob) -> str:
