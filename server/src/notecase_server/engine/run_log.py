@@ -113,11 +113,11 @@ class RunLog:
     def consequence(self, events: Sequence[v1.Event]) -> list[v1.Event]:
         """Returns the event that makes the run wait or go on once these events are committed; nothing where it does as
         before."""
-        if self.ended:
-            return []
         for event in events:
             if event.HasField("run_state_changed"):
                 return []
+        if self.ended:
+            return []
         left = ledger.left_open(self.message, events)
         asked = {request.call.call_id for request in self.run.pending_inputs}
         asked |= {event.input_requested.call.call_id for event in events if event.HasField("input_requested")}
@@ -276,8 +276,7 @@ class RunLog:
         audit: AuditRow | None = None,
     ) -> Committed:
         def follow(committed: Committed) -> None:
-            if deaths is not None:
-                self.deaths = deaths
+            self.deaths = self.deaths if deaths is None else deaths
             self._learn(committed)
             if then is not None:
                 then(committed)
@@ -306,8 +305,7 @@ class RunLog:
     def _learn(self, committed: Committed) -> None:
         """Takes in what a commit has made."""
         name = self.run.name
-        if (run := committed.runs.get(name)) is not None:
-            self.run.CopyFrom(run)
+        self.run.CopyFrom(committed.runs.get(name, self.run))
         self._know(committed.session, committed.events)
         for event in committed.events:
             if event.run != name:

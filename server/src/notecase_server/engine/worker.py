@@ -57,7 +57,6 @@ class Worker:
         self.seat = Seat(run_log, self._halts)
         """Its place, if it has one."""
         self._calls: Calls | None = None
-        """What is at work for a reply that calls tools, from the first such reply on."""
         self._budget = Budget(run_log.run, run_log.agent)
         self._bound: Mapping[str, Bound] | None = None
         self._draining = False
@@ -260,8 +259,7 @@ class Worker:
         """Runs the calls that are the server's, and commits each outcome and each question of theirs as it comes.
         While the run waits for answers, it has no place."""
         self._halts.stirred.clear()
-        if self._calls is None:
-            self._calls = Calls(self.log, self._halts.stirred)
+        self._calls = Calls(self.log, self._halts.stirred) if self._calls is None else self._calls
         await self._calls.keep()
         if self._rests and self.seat.taken:
             self.seat.leave()
