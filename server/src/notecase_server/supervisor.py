@@ -94,7 +94,7 @@ class Tasks:
         """Begins work whose end the owner awaits or does not depend on. With `fresh` the log's context is empty there:
         the work does not belong to the call that happened to begin it."""
         context = contextvars.Context() if fresh else None
-        task = asyncio.create_task(work, name=name or None, context=context)
+        task = asyncio.get_running_loop().create_task(work, name=name or None, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._ended, context=context)
         return task

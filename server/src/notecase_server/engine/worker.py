@@ -213,7 +213,7 @@ class Worker:
             self._bound = await model_turn.bind(self.log)
         newest, self.newest = self.newest, None
         reply = await ModelTurn(self.log, self._halts, self._budget, self._bound, newest).reply()
-        await self.log.durably(lambda: self._replied(reply))
+        await self.log.durably(partial(self._replied, reply))
 
     def _replied(self, reply: Reply) -> list[v1.Event]:
         """The reply, and what it leads to: calls are bound and dispatched, what was queued is taken up, or the run
