@@ -74,7 +74,8 @@ async def build(
     Raises NotecaseError TEMPLATE_ERROR when the instruction exceeds its limits over this state."""
     key, context = live.key, agent.llm.context
     instruction = await _instruction(store, key, live.user, agent.llm.instruction)
-    if shows_all(context, summary, most_tokens) and (whole := await _transcript(store, live, newest)) is not None:
+    if shows_all(context, summary, most_tokens):
+        whole = await _transcript(store, live, newest)
         return Content(instruction, _aligned(whole.messages), whole.only_text)
     told = None if context.stateless else await in_effect(store, key, summary)
     messages = await shown(store, key, context, run, told, most_tokens, newest)
@@ -87,21 +88,21 @@ def shows_all(context: v1.Context, summary: int, most_tokens: int) -> bool:
     return not (context.stateless or summary or limited)
 
 
-async def _transcript(store: History, live: LiveSession, newest: Page[v1.Message] | None) -> Transcript | None:
-    """Returns all messages of a session that has more than its `newest` page, kept from turn to turn; None where that
-    page is all, or has not been read."""
+async def _transcript(store: History, live: LiveSession, newest: Page[v1.Message] | None) -> Transcript:
+    """Returns all messages of a session, of which `newest` may have been read. Those of a session that has more than a
+    first page are kept from turn to turn."""
     if (found := live.transcript()) is not None:
         return found
-    if newest is None or newest.next is None:
-        return None
-    head, page, messages = live.head, newest, list(newest.rows)
-    only_text = is_only_text(messages)
+    head = live.head
+    first = page = newest or await store.list_messages(live.key, Query(FEW), newest_first=True)
+    messages, only_text = list(page.rows), is_only_text(page.rows)
     while page.next is not None:
         page = await store.list_messages(live.key, Query(PAGE, page.next), newest_first=True)
         messages += page.rows
         only_text = only_text and is_only_text(page.rows)
     found = Transcript(messages[::-1], only_text)
-    live.keep(found, head)
+    if page is not first:
+        live.keep(found, head)
     return found
 
 
