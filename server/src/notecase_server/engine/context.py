@@ -93,15 +93,16 @@ async def _transcript(store: History, live: LiveSession, newest: Page[v1.Message
     first page are kept from turn to turn."""
     if (found := live.transcript()) is not None:
         return found
-    head = live.head
-    first = page = newest or await store.list_messages(live.key, Query(FEW), newest_first=True)
-    messages, only_text = list(page.rows), is_only_text(page.rows)
+    head, page = live.head, newest
+    if page is None:
+        page = await store.list_messages(live.key, Query(FEW), newest_first=True)
+    goes_on, messages, only_text = page.next is not None, list(page.rows), is_only_text(page.rows)
     while page.next is not None:
         page = await store.list_messages(live.key, Query(PAGE, page.next), newest_first=True)
         messages += page.rows
         only_text = only_text and is_only_text(page.rows)
     found = Transcript(messages[::-1], only_text)
-    if page is not first:
+    if goes_on:
         live.keep(found, head)
     return found
 

@@ -113,9 +113,8 @@ class Worker:
     @property
     def _goes_on(self) -> bool:
         state = self.log.run.state
-        return state not in ENDED and (
-            bool(self._halts) or (state == RUNNING and not (self._draining and self._may_leave)) or self._rests
-        )
+        works = state == RUNNING and not (self._draining and self._may_leave)
+        return state not in ENDED and (works or bool(self._halts) or self._rests)
 
     @property
     def _rests(self) -> bool:
