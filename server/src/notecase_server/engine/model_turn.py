@@ -129,7 +129,7 @@ class ModelTurn:
     def _content(self) -> Coroutine[Any, Any, context.Content]:
         newest, live = self._newest, self._log.live
         page = newest.page if newest is not None and newest.head == live.head else None
-        bounds = (self._log.summary, self._budget.most_tokens)
+        bounds = (self._log.session.summary_sequence, self._budget.most_tokens)
         return context.build(self._services.store, live, self._log.run.name, self._log.agent, *bounds, page)
 
     async def _load(self, blob: v1.Blob) -> bytes:
@@ -229,7 +229,9 @@ class ModelTurn:
         if not self._budget.may_summarize or self._budget.left < 2:
             return False
         store, key = self._services.store, self._log.live.key
-        plan = await self._log.patiently(lambda: summary.plan(store, key, self._log.summary, keep, batch))
+        plan = await self._log.patiently(
+            lambda: summary.plan(store, key, self._log.session.summary_sequence, keep, batch)
+        )
         if plan is None or self._halts:
             return False
         self._budget.spend()

@@ -6,6 +6,7 @@ commit whose answer was lost is asked about before anything is decided again.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import structlog
@@ -59,7 +60,6 @@ class RunLog:
         self.agent = active.agent
         self.run = v1.Run()
         self.run.CopyFrom(active.run)
-        self.step = StepKey(active.run.name)
         self.epoch = active.epoch
         self.deaths = active.deaths
         self.message = message
@@ -76,6 +76,10 @@ class RunLog:
     def ended(self) -> bool:
         return self.run.state in ENDED
 
+    @cached_property
+    def step(self) -> StepKey:
+        return StepKey(self.run.name)
+
     @property
     def draft(self) -> Draft | None:
         """The reply being written."""
@@ -85,11 +89,6 @@ class RunLog:
     def answers(self) -> dict[bytes, bool]:
         """Remembered answers: see ledger.remembered."""
         return ledger.remembered(self.session, self.run)
-
-    @property
-    def summary(self) -> int:
-        """The sequence of the summary in effect."""
-        return self.session.summary_sequence
 
     @property
     def open(self) -> list[v1.ToolCall]:
