@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from notecase import v1
-from notecase_server.engine.content import Contents, Limits
+from notecase_server.engine.content import MAX_PART_BYTES, Contents, Limits, is_large
 from notecase_server.store.contract import CHUNK_BYTES, Quotas, Store
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
@@ -48,6 +48,15 @@ async def sent(contents: Contents, *chunks: bytes, upload_id: str = "") -> v1.Bl
             yield v1.UploadBlobRequest(chunk=chunk, last=chunk is chunks[-1])
 
     return await contents.upload("acme", v1.UploadBlobRequest(upload_id=upload_id), frames())
+
+
+@pytest.mark.parametrize("character", ["a", "é", "€", "𝄞"], ids=["1", "2", "3", "4"])
+def test_a_part_is_large_by_its_bytes(character: str) -> None:
+    for size in (MAX_PART_BYTES // 4, MAX_PART_BYTES // 3, MAX_PART_BYTES // 2, MAX_PART_BYTES):
+        for length in (size - 1, size, size + 1):
+            text = character * length
+            expected = len(text.encode()) > MAX_PART_BYTES
+            assert [expected] * 2 == [is_large(v1.Part(text=text)), is_large(v1.Part(json=text))], length
 
 
 async def test_what_is_being_read_is_removed_only_afterwards(contents: Contents, clock: ManualClock) -> None:

@@ -178,6 +178,45 @@ async def test_each_turn_is_shown_what_the_store_has_and_reads_a_long_history_on
         await turn("eight")
 
 
+async def test_a_start_reads_no_messages_that_are_kept_and_is_right_when_they_are_dropped_meanwhile(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, asked, make, read_start = Recording(), list[int](), store.commit, store.read_start
+    elsewhere = list[v1.Message]()
+
+    async def noted(commit: Commit) -> Committed:
+        if commit.claim:
+            asked.append(commit.newest)
+        return await make(commit)
+
+    async def overtaken(tenant: str, session: str, agent: str) -> tuple[v1.Session | None, v1.Agent | None]:
+        """Another process commits between a start's look at the session and its commit."""
+        found = await read_start(tenant, session, agent)
+        if elsewhere:
+            await make(Commit(key=key, events=[v1.Event(message_added=elsewhere.pop())]))
+        return found
+
+    monkeypatch.setattr(store, "commit", noted)
+    monkeypatch.setattr(store, "read_start", overtaken)
+    async with asyncio.timeout(60), house(store, clock, model) as rooms:
+        key = await _long(rooms, 2 * FEW)
+
+        async def turn(run: str) -> int:
+            """Takes a turn, and returns how many messages the commit of its start was to read."""
+            await rooms.start(key, "hi", run)
+            await rooms.ended(key, run)
+            assert model.shown[-1] == (await _all(store, key))[:-1]
+            return asked[-1]
+
+        assert [FEW, 0, 0] == [await turn("one"), await turn("two"), await turn("three")]
+        elsewhere.append(v1.Message(name="elsewhere", role=USER, parts=[v1.Part(text="e")]))
+        assert [0, 0, 0] == [await turn("four"), await turn("five"), await turn("six")]
+        await store.create_agent(TENANT, "window", v1.Agent(llm=v1.LlmAgent(context=v1.Context(max_messages=1))))
+        await rooms.start(key, "hi", "window", agent="agents/window")
+        await rooms.ended(key, "window")
+        assert (1, ["hi"]) == (asked[-1], [message.parts[0].text for message in model.shown[-1]])
+
+
 async def test_nothing_is_kept_of_a_session_that_is_gone(store: Store, clock: ManualClock) -> None:
     async with asyncio.timeout(60), house(store, clock, Recording()) as rooms:
         key = await _long(rooms)

@@ -14,7 +14,6 @@ from notecase_server.engine.session import LiveSession
 from notecase_server.engine.summary import Summary, in_effect
 from notecase_server.engine.tokens import Gauge
 from notecase_server.engine.transcripts import Transcript, Transcripts, is_only_text
-from notecase_server.models.contract import ModelRequest
 from notecase_server.store.contract import History, Page, Query, Scope, SessionKey, StateStore, StepKey
 
 PAGE = 500
@@ -38,6 +37,15 @@ class Newest(NamedTuple):
     page: Page[v1.Message]
 
 
+class Content(NamedTuple):
+    """What of a session a request has."""
+
+    instruction: str
+    messages: Sequence[v1.Message]
+    only_text: bool
+    """See ModelRequest.only_text."""
+
+
 def read_first(context: v1.Context) -> int:
     """Returns how many of a session's messages are read first for a request; 0 where other runs' are not shown."""
     return 0 if context.stateless else min(context.max_messages or FEW, FEW)
@@ -58,20 +66,20 @@ async def build(
     summary: int = 0,
     most_tokens: int = 0,
     newest: Page[v1.Message] | None = None,
-) -> ModelRequest:
-    """Builds the request for the next model call of `run`. `summary` is the sequence of the session's summary;
-    `most_tokens` bounds the messages in addition to the agent's own limits; 0 for neither. `newest` is the page of
-    `read_first` messages where it has been read already.
+) -> Content:
+    """Returns what the request for the next model call of `run` has of the session. `summary` is the sequence of the
+    session's summary; `most_tokens` bounds the messages in addition to the agent's own limits; 0 for neither. `newest`
+    is the page of `read_first` messages where it has been read already.
 
     Raises NotecaseError TEMPLATE_ERROR when the instruction exceeds its limits over this state."""
-    key, llm = live.key, agent.llm
-    instruction = await _instruction(store, key, live.user, llm.instruction)
-    if shows_all(llm.context, summary, most_tokens) and (whole := await _transcript(store, live, newest)) is not None:
-        messages = _aligned(whole.messages)
-        return ModelRequest(llm.model, instruction, messages, llm.generation, only_text=whole.only_text)
-    told = None if llm.context.stateless else await in_effect(store, key, summary)
-    messages = await shown(store, key, llm.context, run, told, most_tokens, newest)
-    return ModelRequest(llm.model, instruction, messages, llm.generation, only_text=is_only_text(messages))
+    key, context = live.key, agent.llm.context
+    instruction = await _instruction(store, key, live.user, agent.llm.instruction)
+    if shows_all(context, summary, most_tokens):
+        whole = await _transcript(store, live, newest)
+        return Content(instruction, _aligned(whole.messages), whole.only_text)
+    told = None if context.stateless else await in_effect(store, key, summary)
+    messages = await shown(store, key, context, run, told, most_tokens, newest)
+    return Content(instruction, messages, is_only_text(messages))
 
 
 def shows_all(context: v1.Context, summary: int, most_tokens: int) -> bool:
@@ -80,21 +88,22 @@ def shows_all(context: v1.Context, summary: int, most_tokens: int) -> bool:
     return not (context.stateless or summary or limited)
 
 
-async def _transcript(store: History, live: LiveSession, newest: Page[v1.Message] | None) -> Transcript | None:
-    """Returns all messages of a session that has more than its `newest` page, kept from turn to turn; None where that
-    page is all, or has not been read."""
+async def _transcript(store: History, live: LiveSession, newest: Page[v1.Message] | None) -> Transcript:
+    """Returns all messages of a session, of which `newest` may have been read. Those of a session that has more than a
+    first page are kept from turn to turn."""
     if (found := live.transcript()) is not None:
         return found
-    if newest is None or newest.next is None:
-        return None
-    head, page, messages = live.head, newest, list(newest.rows)
-    only_text = is_only_text(messages)
+    head, page = live.head, newest
+    if page is None:
+        page = await store.list_messages(live.key, Query(FEW), newest_first=True)
+    goes_on, messages, only_text = page.next is not None, list(page.rows), is_only_text(page.rows)
     while page.next is not None:
         page = await store.list_messages(live.key, Query(PAGE, page.next), newest_first=True)
         messages += page.rows
         only_text = only_text and is_only_text(page.rows)
     found = Transcript(messages[::-1], only_text)
-    live.keep(found, head)
+    if goes_on:
+        live.keep(found, head)
     return found
 
 

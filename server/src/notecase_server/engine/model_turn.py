@@ -115,21 +115,21 @@ class ModelTurn:
             raise errors.limit_exceeded("max_total_tokens", limit, told)
 
     async def _request(self) -> ModelRequest:
-        request = await self._log.patiently(self._build)
+        llm = self._llm
+        instruction, messages, only_text = await self._log.patiently(self._content)
         tools = [ModelTool(tool.name, tool.description, tool.parameters) for tool in self._bound.values()]
-        messages = request.messages
-        if READ_RESULT not in self._bound and not request.only_text:
-            messages = await self._log.patiently(
-                lambda: self._results.shown(request.messages, self._budget.most_tokens)
-            )
-            if messages is not request.messages:
+        if READ_RESULT not in self._bound and not only_text:
+            shown = await self._log.patiently(lambda: self._results.shown(messages, self._budget.most_tokens))
+            if shown is not messages:
                 tools.append(results.TOOL)
-        return request._replace(messages=messages, tools=tools, output_schema=self._llm.output_schema, load=self._load)
+                messages = shown
+        schema = llm.output_schema
+        return ModelRequest(llm.model, instruction, messages, llm.generation, tools, self._load, schema, only_text)
 
-    def _build(self) -> Coroutine[Any, Any, ModelRequest]:
+    def _content(self) -> Coroutine[Any, Any, context.Content]:
         newest, live = self._newest, self._log.live
         page = newest.page if newest is not None and newest.head == live.head else None
-        bounds = (self._log.summary, self._budget.most_tokens)
+        bounds = (self._log.session.summary_sequence, self._budget.most_tokens)
         return context.build(self._services.store, live, self._log.run.name, self._log.agent, *bounds, page)
 
     async def _load(self, blob: v1.Blob) -> bytes:
@@ -229,7 +229,9 @@ class ModelTurn:
         if not self._budget.may_summarize or self._budget.left < 2:
             return False
         store, key = self._services.store, self._log.live.key
-        plan = await self._log.patiently(lambda: summary.plan(store, key, self._log.summary, keep, batch))
+        plan = await self._log.patiently(
+            lambda: summary.plan(store, key, self._log.session.summary_sequence, keep, batch)
+        )
         if plan is None or self._halts:
             return False
         self._budget.spend()

@@ -95,15 +95,11 @@ class Roster:
                 self._services.places.give_back()
             return
         active = ActiveRun(live.key, committed.runs[run], agent, committed.epoch)
-        worker = self.worker_for(RunLog(live, self._services, committed.session, active))
+        worker = Worker(RunLog(live, self._services, committed.session, active), self)
         worker.seat.taken = placed
         if committed.newest is not None:
             worker.newest = Newest(committed.session.last_sequence, committed.newest)
         self.employ(worker)
-
-    def worker_for(self, run_log: RunLog) -> Worker:
-        """Makes a worker that is not at work yet."""
-        return Worker(run_log, self)
 
     def begin_next(self, worker: Worker, halt: Halt, committed: Committed) -> None:
         """Sets to work on the run that a halt has put in the place of a worker's. Called with the session's lock held,
@@ -227,7 +223,7 @@ class Roster:
             if queued.run == active.run.name
             for event in await self._store.read_events(live.key, queued.sequence - 1, 1)
         ]
-        worker = self.worker_for(RunLog(live, self._services, session, active, message, said))
+        worker = Worker(RunLog(live, self._services, session, active, message, said), self)
         if active.run.state == RUNNING:
             worker.seat.worked_until = await last_work(self._store, live.key, active.run)
             worker.log.epoch = await self._store.claim(live.key, active.epoch)

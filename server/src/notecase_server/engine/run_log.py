@@ -6,6 +6,7 @@ commit whose answer was lost is asked about before anything is decided again.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import structlog
@@ -59,7 +60,6 @@ class RunLog:
         self.agent = active.agent
         self.run = v1.Run()
         self.run.CopyFrom(active.run)
-        self.step = StepKey(active.run.name)
         self.epoch = active.epoch
         self.deaths = active.deaths
         self.message = message
@@ -76,6 +76,10 @@ class RunLog:
     def ended(self) -> bool:
         return self.run.state in ENDED
 
+    @cached_property
+    def step(self) -> StepKey:
+        return StepKey(self.run.name)
+
     @property
     def draft(self) -> Draft | None:
         """The reply being written."""
@@ -85,11 +89,6 @@ class RunLog:
     def answers(self) -> dict[bytes, bool]:
         """Remembered answers: see ledger.remembered."""
         return ledger.remembered(self.session, self.run)
-
-    @property
-    def summary(self) -> int:
-        """The sequence of the summary in effect."""
-        return self.session.summary_sequence
 
     @property
     def open(self) -> list[v1.ToolCall]:
@@ -113,11 +112,11 @@ class RunLog:
     def consequence(self, events: Sequence[v1.Event]) -> list[v1.Event]:
         """Returns the event that makes the run wait or go on once these events are committed; nothing where it does as
         before."""
-        if self.ended:
-            return []
         for event in events:
             if event.HasField("run_state_changed"):
                 return []
+        if self.ended:
+            return []
         left = ledger.left_open(self.message, events)
         asked = {request.call.call_id for request in self.run.pending_inputs}
         asked |= {event.input_requested.call.call_id for event in events if event.HasField("input_requested")}
@@ -276,8 +275,7 @@ class RunLog:
         audit: AuditRow | None = None,
     ) -> Committed:
         def follow(committed: Committed) -> None:
-            if deaths is not None:
-                self.deaths = deaths
+            self.deaths = self.deaths if deaths is None else deaths
             self._learn(committed)
             if then is not None:
                 then(committed)
@@ -306,8 +304,7 @@ class RunLog:
     def _learn(self, committed: Committed) -> None:
         """Takes in what a commit has made."""
         name = self.run.name
-        if (run := committed.runs.get(name)) is not None:
-            self.run.CopyFrom(run)
+        self.run.CopyFrom(committed.runs.get(name, self.run))
         self._know(committed.session, committed.events)
         for event in committed.events:
             if event.run != name:

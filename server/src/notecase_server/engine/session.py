@@ -16,7 +16,7 @@ from notecase_server.engine.draft import Draft
 from notecase_server.engine.transcripts import Transcript, Transcripts
 from notecase_server.errors import NotecaseError
 from notecase_server.store.contract import Commit, Committed, LogStore, Scope, SessionKey, StepKey
-from notecase_server.supervisor import backoff, is_passing
+from notecase_server.supervisor import backoff, is_passing, wake
 
 Late = Callable[[Committed], None]
 """What follows a commit that was found out later to have been made. Called with the session's lock held."""
@@ -41,8 +41,7 @@ class Bell(dict[asyncio.Future[None], None]):
 
     def ring(self) -> None:
         for waiter in self:
-            if not waiter.done():
-                waiter.set_result(None)
+            wake(waiter)
         self.clear()
 
     async def wait(self, seconds: float | None = None) -> None:
@@ -50,18 +49,13 @@ class Bell(dict[asyncio.Future[None], None]):
         loop = asyncio.get_running_loop()
         waiter = loop.create_future()
         self[waiter] = None
-        alarm = None if seconds is None else loop.call_later(seconds, _wake, waiter)
+        alarm = None if seconds is None else loop.call_later(seconds, wake, waiter)
         try:
             await waiter
         finally:
             self.pop(waiter, None)
             if alarm is not None:
                 alarm.cancel()
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
 
 
 class Registry(Protocol):

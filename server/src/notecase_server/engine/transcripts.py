@@ -42,11 +42,10 @@ class Transcript(NamedTuple):
 
 def is_only_text(messages: Iterable[v1.Message]) -> bool:
     """See Transcript.only_text."""
-    return all(map(_is_text, messages))
-
-
-def _is_text(message: v1.Message) -> bool:
-    return message.role in _SPOKEN and len(parts := message.parts) == 1 and parts[0].text != ""
+    for message in messages:
+        if message.role not in _SPOKEN or len(parts := message.parts) != 1 or not parts[0].text:
+            return False
+    return True
 
 
 class _Kept:
@@ -66,7 +65,7 @@ class _Kept:
         """Adds a message, or puts it in the place of what it was before."""
         copy = v1.Message()
         copy.CopyFrom(message)
-        self.only_text = self.only_text and _is_text(copy)
+        self.only_text = self.only_text and is_only_text((copy,))
         self.size += _size(copy)
         if copy.sequence > self.messages[-1].sequence:
             self.messages.append(copy)

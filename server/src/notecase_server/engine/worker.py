@@ -57,7 +57,6 @@ class Worker:
         self.seat = Seat(run_log, self._halts)
         """Its place, if it has one."""
         self._calls: Calls | None = None
-        """What is at work for a reply that calls tools, from the first such reply on."""
         self._budget = Budget(run_log.run, run_log.agent)
         self._bound: Mapping[str, Bound] | None = None
         self._draining = False
@@ -114,9 +113,8 @@ class Worker:
     @property
     def _goes_on(self) -> bool:
         state = self.log.run.state
-        return state not in ENDED and (
-            bool(self._halts) or (state == RUNNING and not (self._draining and self._may_leave)) or self._rests
-        )
+        works = state == RUNNING and not (self._draining and self._may_leave)
+        return state not in ENDED and (works or bool(self._halts) or self._rests)
 
     @property
     def _rests(self) -> bool:
@@ -214,7 +212,7 @@ class Worker:
             self._bound = await model_turn.bind(self.log)
         newest, self.newest = self.newest, None
         reply = await ModelTurn(self.log, self._halts, self._budget, self._bound, newest).reply()
-        await self.log.durably(lambda: self._replied(reply))
+        await self.log.durably(partial(self._replied, reply))
 
     def _replied(self, reply: Reply) -> list[v1.Event]:
         """The reply, and what it leads to: calls are bound and dispatched, what was queued is taken up, or the run
@@ -260,8 +258,7 @@ class Worker:
         """Runs the calls that are the server's, and commits each outcome and each question of theirs as it comes.
         While the run waits for answers, it has no place."""
         self._halts.stirred.clear()
-        if self._calls is None:
-            self._calls = Calls(self.log, self._halts.stirred)
+        self._calls = Calls(self.log, self._halts.stirred) if self._calls is None else self._calls
         await self._calls.keep()
         if self._rests and self.seat.taken:
             self.seat.leave()
