@@ -140,13 +140,17 @@ class Outlet:
             raise errors.unread_stream()
         call.waits(size)
         call.due = self._time() + self._stall
-        await self._write(frame)
-        call.due = math.inf
+        try:
+            await self._write(frame)
+        finally:
+            call.due = math.inf
         call.read(size)
 
     def sent(self, answers: Any) -> Awaitable[None]:
         """Sends what a handler yields. One that yields nothing writes by itself."""
-        return self._deliver(answers) if isasyncgen(answers) else answers  # type: ignore[no-any-return]
+        responses: Any = answers
+        sending: Awaitable[None] = self._deliver(responses) if isasyncgen(answers) else responses
+        return sending
 
     async def _deliver(self, responses: AsyncGenerator[Any, None]) -> None:
         async with aclosing(responses):

@@ -105,7 +105,8 @@ class Streams:
             after = attach.after_sequence if attach.HasField("after_sequence") else None
             return await self.attach(tenant, attach.name, after, attach.options, attach.if_session_uid, "attach.")
         check = Check()
-        check.token_id("command_id", first.command_id)
+        if first.command_id:
+            check.token_id("command_id", first.command_id)
         check.start("start", first.start)
         await check.settled(first)
         user = caller.get().user
@@ -153,7 +154,7 @@ class Streams:
         cursor = Cursor(live, self._sessions.store, after, session.last_sequence, options, self._pace, followed)
         if run and run.state in ENDED and after >= run.last_sequence and not options.keep_open:
             cursor.finished = True
-        return Place(live, attached, cursor, followed)
+        return Place(live, v1.RunResponse(attached=attached), cursor, followed)
 
     async def _started(self, started: Started, options: v1.WatchOptions) -> "Place":
         run = started.run
@@ -163,17 +164,14 @@ class Streams:
         else:
             live = self._sessions.seen(started.key, started.session)
             head = run.last_sequence  # it may be ahead already; what it has said since is new to this stream
-        attached = v1.Attached(
-            session=names.session(started.key.session),
-            session_uid=started.key.uid,
-            user=live.user,
-            last_sequence=head,
-            existing=started.existing,
-        )
+        frame = v1.RunResponse()
+        attached = frame.attached
+        attached.session, attached.session_uid = names.session(started.key.session), started.key.uid
+        attached.user, attached.last_sequence, attached.existing = live.user, head, started.existing
         followed, after = run.name, run.first_sequence - 1
         attached.run.CopyFrom(names.render_run(started.key.session, run))
         cursor = Cursor(live, self._sessions.store, after, head, options, self._pace, followed)
-        return Place(live, attached, cursor, followed)
+        return Place(live, frame, cursor, followed)
 
     async def _follow(
         self, attaching: Awaitable["Place"], write: Write, requests: AsyncIterator[v1.RunRequest] | None = None
@@ -191,7 +189,7 @@ class Streams:
 
         place.live.join()
         try:
-            await write(v1.RunResponse(attached=place.attached))
+            await write(place.attached)
             while True:
                 while results.waiting:
                     await write(v1.RunResponse(result=results.take()))
@@ -307,7 +305,7 @@ class Streams:
         return await live.commit(
             Commit(
                 key=key,
-                command=await _command_id(frame),
+                command=await _command_id(frame) if frame.command_id else None,
                 if_state_version={state: update.if_version} if update.HasField("if_version") else {},
                 events=[change],
                 principal=caller.get().principal_name,
@@ -326,7 +324,8 @@ class Place(NamedTuple):
     """Where a stream is attached."""
 
     live: LiveSession
-    attached: v1.Attached
+    attached: v1.RunResponse
+    """The frame that says so."""
     cursor: Cursor
     run: str
     """The run that the stream follows, "" when idle."""
@@ -352,16 +351,15 @@ def _broken(reader: asyncio.Task[None] | None) -> BaseException | None:
     return reader.exception() if reader is not None and reader.done() and not reader.cancelled() else None
 
 
-async def _command_id(frame: v1.RunRequest) -> CommandId | None:
-    if not frame.command_id:
-        return None
+async def _command_id(frame: v1.RunRequest) -> CommandId:
     return CommandId(frame.command_id, await digest_of(frame.SerializeToString(deterministic=True)))
 
 
 async def _caused(frame: v1.RunRequest) -> Caused:
     who = caller.get()
+    command = await _command_id(frame) if frame.command_id else None
     audit = who.audit() if frame.HasField("input_response") else None
-    return Caused(frame.command_id, None, await _command_id(frame), who.principal_name, audit)
+    return Caused(frame.command_id, None, command, who.principal_name, audit)
 
 
 def _result(

@@ -384,6 +384,7 @@ class Check:
         if len(messages) > MAX_MESSAGES:
             self(False, field, f"has more than {MAX_MESSAGES} messages")
             return
+        messages = messages[:]  # each look into a repeated field makes its messages anew
         parts = labels = 0
         for message in messages:
             parts += min(len(message.parts), MAX_PARTS + 1)
@@ -408,26 +409,27 @@ class Check:
             self(speaks, f"{field}.author", "must be users/{user} or agents/{agent}")
         if message.labels:
             self.labels(f"{field}.labels", message.labels)
-        if not message.parts:
+        parts = message.parts[: MAX_PARTS + 1]
+        if not parts:
             self(False, f"{field}.parts", "is empty; a message needs at least one part")
-        if len(message.parts) > MAX_PARTS:
+        if len(parts) > MAX_PARTS:
             self(False, f"{field}.parts", f"has more than {MAX_PARTS} parts")
             return
         fetched, whole = 0, message.ByteSize()
         size = whole
-        for part in message.parts:
+        for part in parts:
             kind = part.WhichOneof("kind")
             if kind == "data" or (whole > MAX_PART_BYTES and is_large(part)):
                 fetched += 1
                 size -= part.ByteSize()
             elif kind == "state_key":
                 fetched += 1
-        if not self._fetched(f"{field}.parts", fetched):
+        if fetched and not self._fetched(f"{field}.parts", fetched):
             return
         if size > MAX_MESSAGE_BYTES:
             self(False, field, "is larger than 960 KiB, without the parts that become blobs")
             return
-        for index, part in enumerate(message.parts):
+        for index, part in enumerate(parts):
             if not part.text or part.citations:
                 self._part(f"{field}.parts[{index}]", part)
 
@@ -656,7 +658,7 @@ class Check:
         if not self(len(result.result) <= MAX_PARTS, f"{field}.result", f"has more than {MAX_PARTS} parts"):
             return
         fetched = sum(part.WhichOneof("kind") in {"data", "state_key"} for part in result.result)
-        if not self._fetched(f"{field}.result", fetched):
+        if fetched and not self._fetched(f"{field}.result", fetched):
             return
         size = sum(part.ByteSize() for part in result.result if not part.HasField("data"))
         if not self(size <= MAX_RESULT_BYTES, f"{field}.result", f"has {size} bytes; at most {MAX_RESULT_BYTES}"):

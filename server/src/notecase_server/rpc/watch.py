@@ -6,7 +6,7 @@ before the message itself, and a draft that is gone without a message in the log
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 from notecase import v1
@@ -143,7 +143,7 @@ class Cursor:
             if soon or (later and now >= self._flushed + self._delay):
                 frame = await self._batch()
                 now = self._flushed = time()
-                if frame.batch.events or frame.batch.caught_up:
+                if frame is not None:
                     return frame
                 continue
             if woken() or self.finished or now >= beat:
@@ -187,17 +187,18 @@ class Cursor:
         else:
             self._live.head = max(self._live.head, row.last_sequence)
 
-    async def _batch(self) -> v1.RunResponse:
+    async def _batch(self) -> v1.RunResponse | None:
+        """Returns the frame of what is due; None when that is nothing after all."""
         live, batch = self._live, _Batch(self._live)
         self._cut_off = not (self.finished or live.head <= self.sequence or await self._add_log(batch))
         read = self.sequence >= live.head and not self._cut_off
         if read and not self.finished:
             self._cut_off = not self._add_passing(batch)
-        told = self.finished or (read and not self._cut_off and self.sequence >= self._head)
-        if told and not self._caught_up:
+        told = not self._caught_up and (self.finished or (read and not self._cut_off and self.sequence >= self._head))
+        if told:
             self._caught_up = batch.frame.batch.caught_up = True
             self.finished = self.finished or not (self._run or self._keep_open)
-        return batch.frame
+        return batch.frame if told or batch.events else None
 
     async def _add_log(self, batch: _Batch) -> bool:
         """Adds the next events of the log, up to where the watch ends, each reply behind the deltas that make it whole;
@@ -207,16 +208,17 @@ class Cursor:
         if found is None:
             found = await self._store.read_events(live.key, self.sequence)
         for stored in found:
-            ends = stored.run == self._run and stored.run_state_changed.state in ENDED
+            kind = stored.WhichOneof("payload")
+            ends = kind == "run_state_changed" and stored.run == self._run and stored.run_state_changed.state in ENDED
             if ends and self._sent and not self._add_discarded(batch):  # nothing comes behind it
                 return False
-            message = stored.message_added
-            if message.role == v1.Message.ROLE_ASSISTANT and not self._complete(batch, stored):
+            if kind == "message_added" and not self._complete(batch, stored):
                 return False
             if not batch.add(stored):
                 return False
             self.sequence = stored.sequence
-            self._sent.pop(message.name, None)
+            if kind == "message_added":
+                self._sent.pop(stored.message_added.name, None)
             if ends and not self._keep_open:
                 self.finished = True
                 break
@@ -225,9 +227,13 @@ class Cursor:
     def _complete(self, batch: _Batch, stored: v1.Event) -> bool:
         """Adds what the deltas lack of a reply that comes next in the log; False when the batch is full."""
         message = stored.message_added
-        if self._durable_only or stored.sequence <= self._head:
+        if self._durable_only or stored.sequence <= self._head or message.role != v1.Message.ROLE_ASSISTANT:
             return True
-        return all(self._grow(batch, message.name, stored.run, index, block) for index, block in _blocks(message))
+        for index, part in enumerate(message.parts):
+            block = _block(part)
+            if block is not None and not self._grow(batch, message.name, stored.run, index, block):
+                return False
+        return True
 
     def _add_passing(self, batch: _Batch) -> bool:
         """Adds notices, discarded messages and what is new in the drafts; False when the batch is full."""
@@ -292,22 +298,21 @@ def _slice_end(data: bytearray, start: int) -> int:
     return end
 
 
-def _blocks(message: v1.Message) -> Iterator[tuple[int, Block]]:
-    """The parts of a whole message that are streamed, as the blocks of a draft."""
-    for index, part in enumerate(message.parts):
-        match part.WhichOneof("kind"):
-            case "text":
-                block, text = Block("text"), part.text
-            case "json":
-                block, text = Block("json"), part.json
-            case "reasoning":
-                block, text = Block("reasoning"), part.reasoning.text
-            case "refusal":
-                block, text = Block("refusal"), part.refusal
-            case "tool_call":
-                block, text = Block("arguments", part.tool_call.call_id), part.tool_call.arguments
-                block.tool = part.tool_call.tool
-            case _:
-                continue
-        block.data += text.encode()
-        yield index, block
+def _block(part: v1.Part) -> Block | None:
+    """A part of a whole message as the block of a draft; None for one that is not streamed."""
+    match part.WhichOneof("kind"):
+        case "text":
+            block, text = Block("text"), part.text
+        case "json":
+            block, text = Block("json"), part.json
+        case "reasoning":
+            block, text = Block("reasoning"), part.reasoning.text
+        case "refusal":
+            block, text = Block("refusal"), part.refusal
+        case "tool_call":
+            block, text = Block("arguments", part.tool_call.call_id), part.tool_call.arguments
+            block.tool = part.tool_call.tool
+        case _:
+            return None
+    block.data += text.encode()
+    return block
