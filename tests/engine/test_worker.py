@@ -1,12 +1,15 @@
 """A worker: it goes on from the rows, and its run has worked only while it had a place."""
 
 import asyncio
+from collections.abc import Sequence
 
 from google.protobuf.duration_pb2 import Duration
 from notecase import v1
 from notecase_server.engine.opening import opening
 from notecase_server.engine.roster import Caused
+from notecase_server.engine.schema import Schemas
 from notecase_server.store.contract import Commit, RunRecord, SessionKey, Store
+from notecase_server.tools.contract import Function, Outcome
 from notecase_server.tools.functions import tool
 
 from tests.engine.rooms import TENANT, House, Model, client_tool, house, kinds, new_id, server_tool
@@ -154,3 +157,59 @@ async def test_a_run_that_cannot_go_on_says_so_in_its_log(store: Store, clock: M
         run = await rooms.ended(key)
         assert (v1.Run.STATE_FAILED, v1.ERROR_REASON_MODEL_ERROR) == (run.state, run.error.reason)
         assert "run_state_changed" == kinds(await rooms.log(key))[-1]
+
+
+async def test_a_cancel_cuts_the_wait_for_mcp_servers_which_are_asked_at_the_same_time(
+    store: Store, clock: ManualClock
+) -> None:
+    asked = asyncio.Semaphore(0)
+
+    class Mute:
+        """Has servers that take connections and never say anything."""
+
+        functions: Sequence[str] = ()
+        mcp_servers: Sequence[str] = ()
+
+        async def resolve(self, tool: v1.Tool) -> Sequence[Function]:
+            asked.release()
+            await asyncio.Event().wait()
+            raise AssertionError(tool)
+
+        async def call(self, binding: v1.ToolBinding, arguments: object, context: object) -> Outcome:
+            raise AssertionError(binding)
+
+        async def close(self) -> None:
+            pass
+
+    async with asyncio.timeout(60), house(store, clock, Model(), toolbox=Mute()) as rooms:
+        tools = [v1.Tool(name=name, mcp=v1.McpTool(server=name)) for name in ("one", "two")]
+        (key,) = await rooms.prepare(tools=tools)
+        await rooms.start(key, "Go")
+        await asked.acquire()
+        await asked.acquire()
+        await rooms.runs.commands.cancel(key, "r", v1.CancelCommand())
+        assert CANCELLED == (await rooms.ended(key)).state
+        assert ["run_started", "message_added", "run_state_changed"] == kinds(await rooms.log(key))
+
+
+async def test_a_cancel_cuts_the_check_of_a_reply_and_keeps_what_came(store: Store, clock: ManualClock) -> None:
+    class Slow(Schemas):
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked = asyncio.Event()
+
+        async def problem(self, schema: str, reply: str | None) -> str:
+            self.asked.set()
+            await asyncio.Event().wait()
+            return schema
+
+    slow = Slow()
+    async with asyncio.timeout(60), house(store, clock, Model(), schemas=slow) as rooms:
+        (key,) = await rooms.prepare(output_schema="{}")
+        await rooms.start(key, "Go")
+        await slow.asked.wait()
+        await rooms.runs.commands.cancel(key, "r", v1.CancelCommand())
+        assert CANCELLED == (await rooms.ended(key)).state
+        added = [event.message_added for event in await rooms.log(key) if event.HasField("message_added")]
+        assert v1.Message.STATUS_INCOMPLETE == added[-1].status
+        assert "Done." == added[-1].parts[0].json

@@ -26,7 +26,7 @@ from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Finish, Media, ModelRequest, Used
 from notecase_server.models.contract import Tool as ModelTool
 from notecase_server.store import bindings
-from notecase_server.tools.contract import Function, Outcome
+from notecase_server.tools.contract import Function, Outcome, Toolbox
 
 OUTPUT_REPEATS = 1
 """How often a reply that is not what the agent's output_schema asks for is asked for again: a model that was told what
@@ -199,7 +199,7 @@ class ModelTurn:
         of tools and refusals are not such replies. Raises OUTPUT_INVALID."""
         repeat = 0
         while request.output_schema and (reply := self._draft.json) is not None:
-            problem = await self._services.schemas.problem(request.output_schema, reply)
+            problem = await self._halts.cut(self._services.schemas.problem(request.output_schema, reply))
             if not problem:
                 break
             self._log.log.info("reply_invalid", problem=problem, finish_reason=finish.reason)
@@ -271,24 +271,33 @@ class ModelTurn:
         return await summary.write(source.named.provider, source.fit(request), used)
 
 
-async def bind(run_log: RunLog) -> Mapping[str, Bound]:
-    """Returns what the model may call, by name. What an MCP server cannot give is put on record and left out, unless
-    the agent requires it. TOOL_ERROR when what is required cannot be had, or two tools have one name."""
+async def bind(run_log: RunLog, halts: Halts) -> Mapping[str, Bound]:
+    """Returns what the model may call, by name. MCP servers are all asked at the same time, which a halt cuts: Halted.
+    What one cannot give is put on record and left out, unless the agent requires it. TOOL_ERROR when what is required
+    cannot be had, or two tools have one name."""
     found: list[Sequence[Function]] = []
-    for tool in bindings.declared(run_log.agent, run_log.run):
+    tools = bindings.declared(run_log.agent, run_log.run)
+    remote = [tool for tool in tools if tool.HasField("mcp")]
+    answers = iter(await halts.cut(_resolved(run_log.services.toolbox, remote)) if remote else ())
+    for tool in tools:
         if tool.HasField("client"):
             found.append([ledger.called_by_caller(tool)])
-            continue
-        try:
+        elif not tool.HasField("mcp"):
             found.append(await run_log.services.toolbox.resolve(tool))
-        except NotecaseError as error:
-            if not tool.HasField("mcp") or tool.mcp.required:
-                raise
+        elif not isinstance(answer := next(answers), BaseException):
+            found.append(answer)
+        elif isinstance(answer, NotecaseError) and not tool.mcp.required:
             found.append([])
-            missing = v1.ToolsUnavailable(server=tool.mcp.server, error=error.to_proto())
+            missing = v1.ToolsUnavailable(server=tool.mcp.server, error=answer.to_proto())
             event = v1.Event(tools_unavailable=missing)
             await run_log.durably(lambda event=event: [event])  # type: ignore[misc]
+        else:
+            raise answer
     return ledger.bind(run_log.agent, run_log.run, found)
+
+
+async def _resolved(toolbox: Toolbox, tools: Sequence[v1.Tool]) -> Sequence[Sequence[Function] | BaseException]:
+    return await asyncio.gather(*map(toolbox.resolve, tools), return_exceptions=True)
 
 
 def _complaint(problem: str, schema: str) -> str:

@@ -200,7 +200,7 @@ class Worker:
 
     async def _turn(self) -> None:
         if self._bound is None:
-            self._bound = await model_turn.bind(self.log)
+            self._bound = await model_turn.bind(self.log, self._halts)
         newest, self.newest = self.newest, None
         reply = await ModelTurn(self.log, self._halts, self._budget, self._bound, newest).reply()
         await self.log.durably(lambda: self._replied(reply))
