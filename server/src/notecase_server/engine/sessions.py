@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
+import structlog
 from notecase import v1
 
 from notecase_server import errors, names
@@ -33,6 +34,8 @@ from notecase_server.store.contract import (
 )
 
 T = TypeVar("T")
+
+log = structlog.get_logger()
 
 BATCH = 100
 """Sessions deleted one after another before it is asked for more."""
@@ -204,13 +207,23 @@ class Sessions:
         self._gone(key)
 
     async def expire(self, now: int) -> int:
-        """Deletes every session whose time has come; returns how many. Afterwards as `delete`. What the store's own
-        clock does not take for expired is left to the next call."""
+        """Deletes every session whose time has come; returns how many. Afterwards as `delete`. What the store refuses,
+        or its own clock does not take for expired, is left to the next call."""
         gone, more = 0, True
-        while more and (keys := await self.store.expired_sessions(now, BATCH)):
+        refused = set[SessionKey]()
+        while more:
             more = False
-            for key in keys:
-                if await self.store.expire_session(key):
+            for key in await self.store.expired_sessions(now, BATCH + len(refused)):
+                if key in refused:
+                    continue
+                try:
+                    expired = await self.store.expire_session(key)
+                except NotecaseError as error:
+                    log.error("session_not_expired", session=key.session, reason=errors.reason_name(error.reason))
+                    refused.add(key)
+                    more = True
+                    break  # a store that is away refuses to name the others, too
+                if expired:
                     self._gone(key)
                     gone += 1
                     more = True
