@@ -1,13 +1,17 @@
 """A worker: it goes on from the rows, and its run has worked only while it had a place."""
 
 import asyncio
-from collections.abc import Sequence
+import threading
+from collections.abc import AsyncGenerator, Sequence
 
+import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import v1
+from notecase_server.engine import model_turn
 from notecase_server.engine.opening import opening
 from notecase_server.engine.roster import Caused
 from notecase_server.engine.schema import Schemas
+from notecase_server.models.contract import Delta, Finish, ModelRequest, Text
 from notecase_server.store.contract import Commit, RunRecord, SessionKey, Store
 from notecase_server.tools.contract import Function, Outcome
 from notecase_server.tools.functions import tool
@@ -213,3 +217,36 @@ async def test_a_cancel_cuts_the_check_of_a_reply_and_keeps_what_came(store: Sto
         added = [event.message_added for event in await rooms.log(key) if event.HasField("message_added")]
         assert v1.Message.STATUS_INCOMPLETE == added[-1].status
         assert "Done." == added[-1].parts[0].json
+
+
+@pytest.mark.parametrize(("items", "state"), [(40_000, SUCCEEDED), (300_000, v1.Run.STATE_FAILED)])
+async def test_a_large_note_is_made_in_a_thread_and_fails_the_run_where_a_state_cannot_hold_it(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, items: int, state: v1.Run.State.ValueType
+) -> None:
+    class Lists(Model):
+        async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
+            yield Text("[" + "1," * (items - 1) + "1]")
+            yield Finish("stop", v1.Usage())
+
+    class Content(Schemas):
+        async def problem(self, schema: str, reply: str | None) -> str:
+            return ""
+
+    made_in, made = list[str](), model_turn.value_of
+
+    def value_of(reply: str) -> v1.Value:
+        made_in.append(threading.current_thread().name)
+        return made(reply)
+
+    monkeypatch.setattr(model_turn, "value_of", value_of)
+    async with asyncio.timeout(60), house(store, clock, Lists(), schemas=Content()) as rooms:
+        await store.create_agent(TENANT, "clerk", v1.Agent(llm=v1.LlmAgent(output_schema="{}"), output_key="k"))
+        key = await rooms.make("s")
+        await rooms.start(key, "Go")
+        run = await rooms.ended(key)
+        assert state == run.state
+        assert (v1.ERROR_REASON_PAYLOAD_TOO_LARGE if items > 40_000 else 0) == run.error.reason
+        entries = (await store.get_state(key.state, ["k"])).entries
+        assert (0 if items > 40_000 else items) == len(entries["k"].value.list_value.values if entries else ())
+        assert "MainThread" not in made_in
+        assert made_in

@@ -33,6 +33,10 @@ OUTPUT_REPEATS = 1
 is wrong either knows better at once, or not at all."""
 
 
+NOTE_AT_ONCE = 64 << 10
+"""Characters of JSON that take a few milliseconds to become a value."""
+
+
 class Reply(NamedTuple):
     """What a turn came to."""
 
@@ -43,13 +47,26 @@ class Reply(NamedTuple):
     read: Mapping[str, Outcome]
     """What the engine itself answers, by call: see Results.read."""
 
-    def note(self, agent: v1.Agent) -> v1.Value | None:
-        """Returns a reply that ends a turn as it is put under the agent's output_key: its text, or what its JSON
-        says."""
+    async def note(self, agent: v1.Agent) -> v1.Event | None:
+        """Returns the event that puts a reply without calls under the agent's output_key: its text, or what its JSON
+        says. Of much JSON it is made in a thread."""
+        key, parts = agent.output_key, self.message.parts
+        if not key or any(part.HasField("tool_call") for part in parts):
+            return None
         if agent.llm.output_schema:
-            return next((value_of(part.json) for part in self.message.parts if part.HasField("json")), None)
-        text = "".join(part.text for part in self.message.parts)
-        return v1.Value(string_value=text) if text else None
+            text = next((part.json for part in parts if part.HasField("json")), "")
+            large = len(text) > NOTE_AT_ONCE
+            return (await asyncio.to_thread(_note, key, text) if large else _note(key, text)) if text else None
+        text = "".join(part.text for part in parts)
+        return _put(key, v1.Value(string_value=text)) if text else None
+
+
+def _note(key: str, text: str) -> v1.Event:
+    return _put(key, value_of(text))
+
+
+def _put(key: str, value: v1.Value) -> v1.Event:
+    return v1.Event(state_changed=v1.StateChanged(ops=[v1.StateOp(key=key, set=value)]))
 
 
 class ModelTurn:

@@ -203,11 +203,12 @@ class Worker:
             self._bound = await model_turn.bind(self.log, self._halts)
         newest, self.newest = self.newest, None
         reply = await ModelTurn(self.log, self._halts, self._budget, self._bound, newest).reply()
-        await self.log.durably(lambda: self._replied(reply))
+        note = await reply.note(self.log.agent) if self.log.agent.output_key else None
+        await self.log.durably(lambda: self._replied(reply, note))
 
-    def _replied(self, reply: Reply) -> list[v1.Event]:
-        """The reply, and what it leads to: calls are bound and dispatched, what was queued is taken up, or the run
-        ends."""
+    def _replied(self, reply: Reply, note: v1.Event | None) -> list[v1.Event]:
+        """The reply and its note, and what it leads to: calls are bound and dispatched, what was queued is taken up, or
+        the run ends."""
         message, run = reply.message, self.log.run
         calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
         for call in calls:
@@ -215,9 +216,8 @@ class Worker:
                 call.binding.CopyFrom(reply.bound[call.tool].binding)
         message.status = v1.Message.STATUS_IN_PROGRESS if calls else v1.Message.STATUS_COMPLETED
         events = [v1.Event(message_added=message), v1.Event(usage=reply.finish.usage)]
-        if self.log.agent.output_key and not calls and (note := reply.note(self.log.agent)):
-            put = v1.StateOp(key=self.log.agent.output_key, set=note)
-            events.append(v1.Event(state_changed=v1.StateChanged(ops=[put])))
+        if note is not None:
+            events.append(note)
         limit = run.limits.max_tool_calls
         if limit and run.tool_calls + len(calls) > limit:
             told = f"The run may call tools {errors.counted(limit, 'time')}, and would need more calls."
