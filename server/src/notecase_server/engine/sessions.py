@@ -175,7 +175,7 @@ class Sessions:
         lives: Iterable[LiveSession],
     ) -> Iterator[None]:
         """Yields once for each session that it has looked at."""
-        notice = v1.Event()
+        notice, size = v1.Event(), 0
         for live in lives:
             mine = live.key.tenant == scope.tenant and (scope.kind == "app" or live.user == f"users/{scope.id}")
             if mine and live is not besides:
@@ -185,7 +185,8 @@ class Sessions:
                     change.ops.extend(ops)
                     for op in change.ops:
                         op.ClearField("if_version")
-                live.notice(notice)
+                    size = notice.ByteSize()
+                live.notice(notice, size)
             yield
 
     def ring(self) -> None:
