@@ -65,6 +65,8 @@ class Sessions:
         self.content_limit = content_limit
         self.unsure: Callable[[LiveSession], None] = lambda _: None
         """Called with a session when nobody knows whether a commit of it was made: see Upkeep.settle_commits."""
+        self.gone: Callable[[SessionKey], None] = lambda _: None
+        """Called with a session that is deleted: see Timers.disarm."""
         self.transcripts = Transcripts()
         self._new_uid = new_uid
         self._live: WeakValueDictionary[SessionKey, LiveSession] = WeakValueDictionary()
@@ -266,6 +268,7 @@ class Sessions:
 
     def _gone(self, key: SessionKey) -> None:
         self.transcripts.drop(key)
+        self.gone(key)
         live = self._live.get(key)
         if live is not None:
             live.deleted = True
