@@ -131,6 +131,9 @@ class LiveSession:
         """With their bytes."""
         self._tail: list[v1.Event] = []
         self._tail_bytes = 0
+        self.quiet = asyncio.Lock()
+        """Held by whoever can commit only while no writer outside of runs does: they wait. Taken in a session that has
+        an active run before the session's own lock, and in any other one after it."""
         self._store = store
         self._sessions = sessions
         self._lock = asyncio.Lock()

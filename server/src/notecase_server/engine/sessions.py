@@ -124,7 +124,11 @@ class Sessions:
 
     async def commit(self, commit: Commit) -> Committed:
         """Commits as LiveSession.commit does, for writes that no run makes."""
-        return await self.live(commit.key).commit(commit)
+        live = self.live(commit.key)
+        if live.quiet.locked():
+            async with live.quiet:
+                pass
+        return await live.commit(commit)
 
     async def update_state(
         self,

@@ -19,7 +19,7 @@ from notecase_server.engine.context import Newest
 from notecase_server.engine.halt import Halt, Halted, Halts
 from notecase_server.engine.ledger import Bound
 from notecase_server.engine.model_turn import ModelTurn, Reply
-from notecase_server.engine.rewind import Rewind, back
+from notecase_server.engine.rewind import Rewind, back, undisturbed
 from notecase_server.engine.run_log import LOST, RUNNING, WAITING, RunLog, taken
 from notecase_server.engine.seat import Seat
 from notecase_server.engine.timers import Alarm
@@ -287,29 +287,25 @@ class Worker:
             halt.done.set_result(committed)
 
     async def _sealed(self, halt: Halt) -> Committed:
-        replacement = halt.replacement
-        while True:
-            way: Rewind | None = None
-            if replacement is not None and replacement.back is not None:
-                where = (self._services.store, self.log.live.key, self.log.run, replacement.back)
-                way = await self.log.patiently(partial(back, *where))
-            head = way.head if way is not None else None
-            try:
-                committed = await self.log.surely(
-                    lambda way=way: self._sealing(halt, way),  # type: ignore[misc]
-                    once=halt.once,
-                    command=halt.command,
-                    principal=halt.principal,
-                    if_last_sequence=head,
-                    start=replacement.record if replacement is not None else None,
-                    then=(lambda made: self._roster.begin_next(self, halt, made)) if replacement else None,
-                )
-            except NotecaseError as error:
-                if way is None or error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:
-                    raise
-            else:
-                assert committed is not None
-                return committed
+        seal, goes_back = partial(self._seal_once, halt), halt.replacement is not None and halt.replacement.back
+        return await (undisturbed(self.log.live.quiet, seal) if goes_back else seal())
+
+    async def _seal_once(self, halt: Halt) -> Committed:
+        replacement, way = halt.replacement, None
+        if replacement is not None and replacement.back is not None:
+            where = (self._services.store, self.log.live.key, self.log.run, replacement.back)
+            way = await self.log.patiently(partial(back, *where))
+        committed = await self.log.surely(
+            lambda: self._sealing(halt, way),
+            once=halt.once,
+            command=halt.command,
+            principal=halt.principal,
+            if_last_sequence=way.head if way is not None else None,
+            start=replacement.record if replacement is not None else None,
+            then=(lambda made: self._roster.begin_next(self, halt, made)) if replacement else None,
+        )
+        assert committed is not None
+        return committed
 
     def _sealing(self, halt: Halt, way: Rewind | None) -> list[v1.Event]:
         events = [*self.log.cut(), *ledger.sealed(self.log.run, self.log.message, halt.reason)]
