@@ -12,6 +12,7 @@ import pytest
 from notecase import v1
 from notecase_server.engine import model_turn
 from notecase_server.engine.context import FEW
+from notecase_server.engine.halt import Halts
 from notecase_server.engine.ledger import Bound
 from notecase_server.engine.run_log import RunLog
 from notecase_server.engine.summary import INSTRUCTION
@@ -126,9 +127,9 @@ async def test_what_is_said_between_a_start_and_its_model_call_is_shown(
     session = await opened(served)
     bind = model_turn.bind
 
-    async def late(run_log: RunLog) -> Mapping[str, Bound]:
+    async def late(run_log: RunLog, halts: Halts) -> Mapping[str, Bound]:
         await append(served, session, said("And quickly."))
-        return await bind(run_log)
+        return await bind(run_log, halts)
 
     monkeypatch.setattr(model_turn, "bind", late)
     await talk(served, model, session, 1)

@@ -10,6 +10,7 @@ from notecase import v1
 from notecase_server.engine import ledger, model_turn
 from notecase_server.engine.admission import Started
 from notecase_server.engine.content import Contents, Limits
+from notecase_server.engine.halt import Halts
 from notecase_server.engine.opening import opening
 from notecase_server.engine.places import Places
 from notecase_server.engine.run_log import RunLog
@@ -22,6 +23,7 @@ from notecase_server.models.offline import OfflineProvider
 from notecase_server.store.contract import ActiveRun, Clock, Commit, RunRecord, SessionKey, Store
 from notecase_server.store.fold import ENDED
 from notecase_server.supervisor import Supervisor
+from notecase_server.tools.contract import Toolbox
 from notecase_server.tools.toolbox import make_toolbox
 
 TENANT = "acme"
@@ -68,7 +70,15 @@ class House:
     """The engine of one process. Its upkeep rests until a test starts it."""
 
     def __init__(
-        self, store: Store, clock: Clock, provider: Provider, tools: Sequence[str], max_runs: int, poll: float
+        self,
+        store: Store,
+        clock: Clock,
+        provider: Provider,
+        tools: Sequence[str],
+        max_runs: int,
+        poll: float,
+        toolbox: Toolbox | None = None,
+        schemas: Schemas | None = None,
     ) -> None:
         self.store = store
         self.clock = clock
@@ -76,9 +86,9 @@ class House:
         self.services = Services(
             store=store,
             providers={"": NamedProvider("first", provider)},
-            toolbox=make_toolbox(tools, {}),
+            toolbox=toolbox or make_toolbox(tools, {}),
             contents=Contents(store, new_id, clock, Limits()),
-            schemas=Schemas(),
+            schemas=schemas or Schemas(),
             supervisor=self.supervisor,
             places=Places(max_runs),
             new_id=new_id,
@@ -131,7 +141,7 @@ class House:
 
     async def call(self, log: RunLog, *tools: str) -> list[v1.ToolCall]:
         """Commits a reply that calls these tools, with what follows."""
-        bound = await model_turn.bind(log)
+        bound = await model_turn.bind(log, Halts())
         pending = v1.ToolCall.OUTCOME_PENDING
         calls = [
             v1.ToolCall(call_id=new_id(), tool=name, outcome=pending, binding=bound[name].binding) for name in tools
@@ -156,10 +166,12 @@ async def house(
     tools: Sequence[str] = (),
     max_runs: int = 100,
     poll: float = 3600.0,
+    toolbox: Toolbox | None = None,
+    schemas: Schemas | None = None,
 ) -> AsyncIterator[House]:
     """Builds the rooms, and leaves them as a server that stops without grace does. The store stays open. The model is
     the offline one if no other is given; `tools` are modules of functions."""
-    made = House(store, clock, provider or OfflineProvider(), tools, max_runs, poll)
+    made = House(store, clock, provider or OfflineProvider(), tools, max_runs, poll, toolbox, schemas)
     try:
         yield made
     finally:

@@ -1,18 +1,21 @@
 """Content as the engine holds it: what is being read stays, whatever the sweep, and what has come is kept."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from notecase import v1
+from notecase_server.engine import content
 from notecase_server.engine.content import MAX_PART_BYTES, Contents, Limits, is_large
 from notecase_server.store.contract import CHUNK_BYTES, Quotas, Store
 from notecase_server.store.memory import MemoryStore
 from notecase_server.store.sqlite import SqliteStore
 
-from tests.store.build import ManualClock, refused
+from tests.store.build import KEY, ManualClock, refused
 
+SIZES = {"one": 1, "many": 30_000}
 DAY = 24 * 3600 * 1_000_000
 
 
@@ -201,3 +204,22 @@ async def test_a_drain_ends_uploads_and_keeps_what_has_come(contents: Contents, 
         await upload
     with refused("SERVER_DRAINING"):
         await sent(contents, b"abc")
+
+
+async def test_a_large_value_of_state_becomes_json_in_a_thread(
+    contents: Contents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, plain = list[str](), content._shown
+
+    def seen(value: v1.Value) -> object:
+        if value.HasField("list_value"):
+            names.append(threading.current_thread().name)
+        return plain(value)
+
+    monkeypatch.setattr(content, "_shown", seen)
+    state = {key: v1.Value(list_value=v1.ValueList(values=[v1.Value(int_value=1)] * n)) for key, n in SIZES.items()}
+    parts = [v1.Part(state_key=key) for key in SIZES]
+    kept = await contents.parts(KEY, parts, state)
+    assert ["[1]", "[" + "1, " * 29_999 + "1]"] == [part.json for part in kept]
+    assert ["MainThread"] == names[:1]
+    assert "MainThread" != names[1]

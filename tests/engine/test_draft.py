@@ -56,6 +56,17 @@ def test_a_name_of_a_tool_is_bounded_and_counts() -> None:
         made.feed(Text("x"))
 
 
+@pytest.mark.parametrize("begun", ["{}", "```json\n{}\n```\nAnd"])
+def test_what_is_held_back_of_json_counts_for_the_bound(begun: str) -> None:
+    made = Draft("m", "r", str, as_json=True)
+    made.feed(Text(begun))
+    made.feed(Text(" " * (MAX_REPLY_BYTES // 2)))
+    with pytest.raises(NotecaseError) as failed:
+        made.feed(Text(" " * (MAX_REPLY_BYTES // 2)))
+    assert v1.ERROR_REASON_LIMIT_EXCEEDED == failed.value.reason
+    assert "{}" == made.json
+
+
 def test_a_lone_surrogate_becomes_a_sign_that_can_be_sent() -> None:
     made = draft()
     made.feed(Text("a\ud800b"))

@@ -46,7 +46,7 @@ async def turn(rooms: House, **llm: object) -> tuple[RunLog, Halts, ModelTurn]:
     (key,) = await rooms.prepare(**llm)
     log = await rooms.run_log(key)
     halts = Halts()
-    return log, halts, ModelTurn(log, halts, Budget(log.run, log.agent), await bind(log))
+    return log, halts, ModelTurn(log, halts, Budget(log.run, log.agent), await bind(log, halts))
 
 
 async def test_a_reply_is_left_in_the_draft_for_the_commit_that_keeps_it(store: Store, clock: ManualClock) -> None:
@@ -80,7 +80,7 @@ def test_a_model_that_breaks_off_each_time_fails_typed_and_counts_as_asked() -> 
             budget = Budget(model.log.run, model.log.agent)
             before = budget.left
             with refused("MODEL_UNAVAILABLE"):
-                await ModelTurn(model.log, Halts(), budget, await bind(model.log)).reply()
+                await ModelTurn(model.log, Halts(), budget, await bind(model.log, Halts())).reply()
             assert (3, 3) == (len(model.drafts), before - budget.left)
 
     in_no_time(thrice())
@@ -95,7 +95,7 @@ async def test_a_halt_cuts_the_model_and_leaves_what_came(store: Store, clock: M
         event.command_queued.input.when = v1.UserInput.WHEN_STEER
         event.command_queued.input.messages.add(name="m", role=v1.Message.ROLE_USER).parts.add(text="hold on")
         await log.command([event])
-        asking = asyncio.create_task(ModelTurn(log, halts, Budget(log.run, log.agent), await bind(log)).reply())
+        asking = asyncio.create_task(ModelTurn(log, halts, Budget(log.run, log.agent), await bind(log, halts)).reply())
         await model.arrived.acquire()
         assert ["hold on"] == model.asked  # what steers is taken up before the model is asked
         halts.add(Halt())
@@ -119,7 +119,7 @@ async def test_what_a_model_may_call_is_what_the_agent_declares(store: Store, cl
     """With two of one name, nothing: the one left out may be the one that needs approval."""
     async with house(store, clock, Model()) as rooms:
         (key,) = await rooms.prepare(tools=[client_tool("look")])
-        assert ["look"] == list(await bind(await rooms.run_log(key)))
+        assert ["look"] == list(await bind(await rooms.run_log(key), Halts()))
         log = await rooms.run_log(await rooms.make("t"), client_tools=[client_tool("look")])
         with refused("TOOL_ERROR"):
-            await bind(log)
+            await bind(log, Halts())

@@ -3,7 +3,7 @@
 import asyncio
 
 from notecase import v1
-from notecase_server.engine.session import LiveSession
+from notecase_server.engine.session import NOTICES, TAIL_BYTES, LiveSession
 from notecase_server.engine.sessions import VISITS, Sessions
 from notecase_server.serve import new_id, new_uid, now
 from notecase_server.store.contract import Scope
@@ -44,3 +44,21 @@ async def test_only_those_who_read_a_state_hear_of_it() -> None:
         await asyncio.sleep(0)
     assert ([[]] * VISITS, [[], *[[1]] * (VISITS - 1)]) == ([*map(told, hers)], [*map(told, his)])
     assert not his[1].notices(0)[0].state_changed.ops[0].HasField("if_version")
+
+
+async def test_the_notices_that_are_kept_are_bounded_by_number_and_by_bytes() -> None:
+    sessions = Sessions(MemoryStore(now), new_id, new_uid)
+    (live,) = lives(sessions, 1)
+    large = [v1.StateOp(key="k", set=v1.Value(string_value="x" * (TAIL_BYTES // 2)))]
+    larger = [v1.StateOp(key="k", set=v1.Value(string_value="x" * 2 * TAIL_BYTES))]
+    small = [v1.StateOp(key="k", increment=1)]
+    for version in range(1, NOTICES + 2):
+        sessions.state_changed(Scope("acme", "app", ""), small, version)
+    assert [*range(2, NOTICES + 2)] == told(live)
+    for version in (101, 102):
+        sessions.state_changed(Scope("acme", "app", ""), large, version)
+    assert [102] == told(live)
+    sessions.state_changed(Scope("acme", "app", ""), larger, 103)
+    assert [103] == told(live), "the newest is always kept"
+    sessions.state_changed(Scope("acme", "app", ""), small, 104)
+    assert ([104], 69) == (told(live), live.noticed)

@@ -258,3 +258,34 @@ def test_a_fence_is_taken_off_however_the_reply_is_cut(document: Any, fence: str
 def test_what_is_no_fence_of_json_stays(reply: str) -> None:
     unfenced = Unfenced()
     assert unfenced.feed(reply) + unfenced.end() == reply
+
+
+@pytest.mark.parametrize(
+    ("reply", "left"),
+    [
+        ("```json\n{}\n```\nThat is all.", "{}"),
+        ("```json\n{}\n``` ```", "{}\n``` ```"),
+        ("```json\n{}\n```\nOr:\n```\n[]\n```", "{}\n```\nOr:\n```\n[]\n```"),
+        ('```\n"`` `"\n\n \n```', '"`` `"'),
+        ("a</think> b</think>\n```\n1\n```", "1"),
+        ("</think>" * 2000 + "1", "1"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 1 << 20])
+def test_what_is_behind_a_fence_is_left_out_unless_another_one_is_in_it(reply: str, left: str, size: int) -> None:
+    unfenced = Unfenced()
+    given = [unfenced.feed(reply[start : start + size]) for start in range(0, len(reply), size)]
+    assert left == "".join(given) + unfenced.end()
+
+
+@pytest.mark.parametrize("begun", ['{"a": 1}', "```json\n{}\n```\n"])
+def test_what_is_held_back_is_counted_and_each_piece_is_copied_once(begun: str) -> None:
+    """Half a minute of the processor's time, were it copied with each piece."""
+    unfenced = Unfenced()
+    unfenced.feed(begun)
+    before, began = unfenced.held, time.process_time()
+    for _ in range(100_000):
+        assert not unfenced.feed("\n")
+    assert 100_000 == unfenced.held - before
+    assert time.process_time() - began < 5
+    assert not unfenced.end()

@@ -3,8 +3,10 @@
 import asyncio
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from notecase import v1
 from notecase_server.engine.session import ASKS, LiveSession
+from notecase_server.engine.tenancy import Tenancy
 from notecase_server.store.contract import Answer, Commit, Once, Replayed, SessionKey, Store
 
 from tests.engine.rooms import TENANT, Model, house
@@ -121,3 +123,32 @@ async def test_sessions_go_when_their_time_has_come_and_a_user_s_with_the_user(
         assert 1 == await rooms.sessions.erase_user(TENANT, "users/eve", erased)
         left = [key for key in (*kept, mine, short) if await store.get_session(key) is not None]
         assert kept == left
+
+
+async def test_a_session_that_cannot_be_deleted_keeps_no_other_from_expiring(store: Store, clock: ManualClock) -> None:
+    failing = Failing(store, "expire_session", Mode.PASSING)
+    async with house(failing.store, clock) as rooms:
+        keys = [rooms.sessions.new_key(TENANT, name) for name in ("s", "t", "u")]
+        for seconds, key in enumerate(keys, 1):
+            await rooms.sessions.commit(Commit(key=key, create=v1.Session(ttl=Duration(seconds=seconds))))
+        clock.now += 3_600_000_000
+        assert 2 == await rooms.sessions.expire(clock.now)
+        assert keys[:1] == await store.expired_sessions(clock.now, 10)
+        assert 1 == await rooms.sessions.expire(clock.now)
+
+
+async def test_a_tenant_that_cannot_be_brought_to_rest_keeps_no_other_from_its_removal(
+    store: Store, clock: ManualClock
+) -> None:
+    failing = Failing(store, "list_runs", Mode.PASSING)
+    removed = asyncio.Queue[str]()
+    async with asyncio.timeout(60), house(failing.store, clock) as rooms:
+        for tenant, state in (("abc", v1.Tenant.STATE_SUSPENDED), ("xyz", v1.Tenant.STATE_DELETING)):
+            await store.create_tenant(tenant, "")
+            await store.set_tenant_state(tenant, state)
+        looking = asyncio.create_task(
+            Tenancy(failing.store, rooms.sessions, rooms.runs, removed.put_nowait).keep_looking()
+        )
+        assert "xyz" == await removed.get()
+        assert failing.failed.is_set()
+        looking.cancel()

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from notecase_server.engine.timers import Timers
+from notecase_server.engine.timers import SPARE, Timers
 from notecase_server.store.contract import SessionKey
 
 from tests.store.build import ManualClock
@@ -38,3 +38,23 @@ async def test_a_clock_that_goes_back_puts_off_and_does_not_lose() -> None:
     timers.arm(KEY, "two", clock.now)
     assert ["one", "two"] == [await due.get(), await due.get()]
     running.cancel()
+
+
+async def test_a_deadline_that_was_moved_or_dropped_is_not_told_and_is_not_kept() -> None:
+    clock, due = ManualClock(), asyncio.Queue[str]()
+    timers = Timers(clock, lambda _, run: due.put_nowait(run))
+    gone = SessionKey("t", "s", "gone")
+    for number in range(1000):
+        timers.arm(KEY, "moved", clock.now + 1000 - number)
+        timers.arm(gone, "gone", clock.now + 1000 - number)
+    assert len(timers._heap) < 2 * 2 + SPARE + 2
+    timers.arm(KEY, "moved", clock.now + 2000)
+    timers.arm(KEY, "other", clock.now + 1500)
+    timers.disarm(gone)
+    running = asyncio.create_task(timers.run())
+    for later, told in ((1400, set()), (100, {"other"}), (500, {"moved"})):
+        clock.now += later
+        timers.arm(gone, "look", clock.now)
+        assert {"look", *told} == {await due.get() for _ in ("look", *told)}
+    running.cancel()
+    assert due.empty()

@@ -8,6 +8,7 @@ import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import v1
 from notecase_server.engine.roster import Caused
+from notecase_server.engine.upkeep import RAMP_SECONDS, TAKEOVER_BATCH
 from notecase_server.store.contract import SessionKey, Store
 from notecase_server.store.memory import MemoryStore
 
@@ -98,6 +99,38 @@ async def test_what_a_process_left_is_taken_over_and_its_queue_goes_on(store: St
             first, queued = await rooms.ended(held), await rooms.ended(held, "queued")
             assert [(SUCCEEDED, 2), (SUCCEEDED, 1)] == [(run.state, run.attempt) for run in (first, queued)]
             assert before == await rooms.rests(waits)
+
+
+def test_runs_that_wait_hold_up_no_takeover_and_those_at_work_come_in_batches() -> None:
+    async def taken_over() -> tuple[float, int]:
+        clock, model = ManualClock(), Model()
+        store = MemoryStore(clock)
+        async with house(store, clock, model) as rooms:
+            names = [f"s{number:03}" for number in range(3 * TAKEOVER_BATCH)]
+            keys = await rooms.prepare(*names, tools=[client_tool("look")])
+            for number, key in enumerate(keys):
+                await rooms.start(key, "hold" if number >= 2 * TAKEOVER_BATCH else "call look")
+            for key in keys[: 2 * TAKEOVER_BATCH]:
+                await rooms.rests(key)
+        begun = asyncio.get_running_loop().time()
+        async with house(store, clock, Model()) as rooms:
+            adopted = await rooms.runs.upkeep.take_over()
+            return asyncio.get_running_loop().time() - begun, adopted
+
+    assert (RAMP_SECONDS, TAKEOVER_BATCH) == in_no_time(taken_over())
+
+
+@pytest.mark.parametrize("way", [answered, deleted])
+async def test_no_deadline_is_kept_of_a_run_that_is_gone(store: Store, clock: ManualClock, way: Any) -> None:
+    async with asyncio.timeout(60), house(store, clock, Model()) as rooms:
+        (key,) = await rooms.prepare(tools=[client_tool("look", timeout=Duration(seconds=3600))])
+        timers = rooms.runs.upkeep._timers
+        armed = asyncio.create_task(timers._changed.wait())
+        await rooms.start(key, "call look")
+        await armed
+        assert [key] == list(timers._deadlines)
+        await cast(Coroutine[Any, Any, object], way(rooms, key))
+        assert {} == timers._deadlines
 
 
 async def test_a_run_without_a_worker_is_given_one_and_no_second_one(store: Store, clock: ManualClock) -> None:

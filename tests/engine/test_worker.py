@@ -1,12 +1,19 @@
 """A worker: it goes on from the rows, and its run has worked only while it had a place."""
 
 import asyncio
+import threading
+from collections.abc import AsyncGenerator, Sequence
 
+import pytest
 from google.protobuf.duration_pb2 import Duration
 from notecase import v1
+from notecase_server.engine import model_turn
 from notecase_server.engine.opening import opening
 from notecase_server.engine.roster import Caused
+from notecase_server.engine.schema import Schemas
+from notecase_server.models.contract import Delta, Finish, ModelRequest, Text
 from notecase_server.store.contract import Commit, RunRecord, SessionKey, Store
+from notecase_server.tools.contract import Function, Outcome
 from notecase_server.tools.functions import tool
 
 from tests.engine.rooms import TENANT, House, Model, client_tool, house, kinds, new_id, server_tool
@@ -154,3 +161,92 @@ async def test_a_run_that_cannot_go_on_says_so_in_its_log(store: Store, clock: M
         run = await rooms.ended(key)
         assert (v1.Run.STATE_FAILED, v1.ERROR_REASON_MODEL_ERROR) == (run.state, run.error.reason)
         assert "run_state_changed" == kinds(await rooms.log(key))[-1]
+
+
+async def test_a_cancel_cuts_the_wait_for_mcp_servers_which_are_asked_at_the_same_time(
+    store: Store, clock: ManualClock
+) -> None:
+    asked = asyncio.Semaphore(0)
+
+    class Mute:
+        """Has servers that take connections and never say anything."""
+
+        functions: Sequence[str] = ()
+        mcp_servers: Sequence[str] = ()
+
+        async def resolve(self, tool: v1.Tool) -> Sequence[Function]:
+            asked.release()
+            await asyncio.Event().wait()
+            raise AssertionError(tool)
+
+        async def call(self, binding: v1.ToolBinding, arguments: object, context: object) -> Outcome:
+            raise AssertionError(binding)
+
+        async def close(self) -> None:
+            pass
+
+    async with asyncio.timeout(60), house(store, clock, Model(), toolbox=Mute()) as rooms:
+        tools = [v1.Tool(name=name, mcp=v1.McpTool(server=name)) for name in ("one", "two")]
+        (key,) = await rooms.prepare(tools=tools)
+        await rooms.start(key, "Go")
+        await asked.acquire()
+        await asked.acquire()
+        await rooms.runs.commands.cancel(key, "r", v1.CancelCommand())
+        assert CANCELLED == (await rooms.ended(key)).state
+        assert ["run_started", "message_added", "run_state_changed"] == kinds(await rooms.log(key))
+
+
+async def test_a_cancel_cuts_the_check_of_a_reply_and_keeps_what_came(store: Store, clock: ManualClock) -> None:
+    class Slow(Schemas):
+        def __init__(self) -> None:
+            super().__init__()
+            self.asked = asyncio.Event()
+
+        async def problem(self, schema: str, reply: str | None) -> str:
+            self.asked.set()
+            await asyncio.Event().wait()
+            return schema
+
+    slow = Slow()
+    async with asyncio.timeout(60), house(store, clock, Model(), schemas=slow) as rooms:
+        (key,) = await rooms.prepare(output_schema="{}")
+        await rooms.start(key, "Go")
+        await slow.asked.wait()
+        await rooms.runs.commands.cancel(key, "r", v1.CancelCommand())
+        assert CANCELLED == (await rooms.ended(key)).state
+        added = [event.message_added for event in await rooms.log(key) if event.HasField("message_added")]
+        assert v1.Message.STATUS_INCOMPLETE == added[-1].status
+        assert "Done." == added[-1].parts[0].json
+
+
+@pytest.mark.parametrize(("items", "state"), [(40_000, SUCCEEDED), (300_000, v1.Run.STATE_FAILED)])
+async def test_a_large_note_is_made_in_a_thread_and_fails_the_run_where_a_state_cannot_hold_it(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch, items: int, state: v1.Run.State.ValueType
+) -> None:
+    class Lists(Model):
+        async def stream(self, request: ModelRequest) -> AsyncGenerator[Delta, None]:
+            yield Text("[" + "1," * (items - 1) + "1]")
+            yield Finish("stop", v1.Usage())
+
+    class Content(Schemas):
+        async def problem(self, schema: str, reply: str | None) -> str:
+            return ""
+
+    made_in, made = list[str](), model_turn.value_of
+
+    def value_of(reply: str) -> v1.Value:
+        made_in.append(threading.current_thread().name)
+        return made(reply)
+
+    monkeypatch.setattr(model_turn, "value_of", value_of)
+    async with asyncio.timeout(60), house(store, clock, Lists(), schemas=Content()) as rooms:
+        await store.create_agent(TENANT, "clerk", v1.Agent(llm=v1.LlmAgent(output_schema="{}"), output_key="k"))
+        key = await rooms.make("s")
+        await rooms.start(key, "Go")
+        run = await rooms.ended(key)
+        assert state == run.state
+        assert (v1.ERROR_REASON_PAYLOAD_TOO_LARGE if items > 40_000 else 0) == run.error.reason
+        entries = (await store.get_state(key.state, ["k"])).entries
+        assert (0 if items > 40_000 else items) == len(entries["k"].value.list_value.values if entries else ())
+        assert "MainThread" not in made_in
+        assert made_in

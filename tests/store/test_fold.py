@@ -1,6 +1,7 @@
 """Every store: whatever is committed, the rows are what the log says, read again from its beginning."""
 
 import asyncio
+import tracemalloc
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from notecase import v1
 from notecase_server.errors import NotecaseError
-from notecase_server.store.contract import Store
-from notecase_server.store.fold import ENDED, KINDS, add_usage
+from notecase_server.store.contract import PAGE_BYTES, Store
+from notecase_server.store.fold import ENDED, KINDS, add_usage, can_hold, ops_fit
 
 from tests.store.build import (
     APP_STATE,
@@ -351,3 +352,17 @@ def test_every_kind_of_event_is_known() -> None:
     payloads = {field.name for field in v1.Event.DESCRIPTOR.oneofs_by_name["payload"].fields}
     others = {"summary_failed", "tools_unavailable", "block_delta", "message_discarded"}
     assert payloads - others == KINDS.keys()
+
+
+def test_a_value_is_looked_into_item_by_item_and_only_if_a_page_holds_it() -> None:
+    missing = v1.Value(list_value=v1.ValueList(values=[v1.Value()] * 300_000))
+    tracemalloc.start()
+    try:
+        assert not can_hold(missing)
+        assert tracemalloc.get_traced_memory()[1] < 100_000, "no list of all items is made"
+    finally:
+        tracemalloc.stop()
+    for text, fits in (("x" * 1000, True), ("x" * PAGE_BYTES, False)):
+        value = v1.Value(string_value=text)
+        assert ops_fit([v1.StateOp(key="k", set=value)]) == fits
+        assert ops_fit([v1.StateOp(key="k", append=value)]) == fits

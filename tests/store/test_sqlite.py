@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from notecase import v1
 from notecase_server.errors import NotecaseError, reason_name
 from notecase_server.store import copies, sqlite_file, steps
@@ -673,3 +674,28 @@ async def test_a_checkpoint_that_fails_loses_nothing(store: SqliteStore) -> None
         await moved(store)
     assert "store_checkpoint_failed" in {line["event"] for line in logs}
     assert 20 == len(await store.read_events(KEY, 0))
+
+
+async def test_a_session_whose_row_is_damaged_expires_by_its_column(tmp_path: Path, clock: ManualClock) -> None:
+    path = tmp_path / "n.db"
+    store = await SqliteStore.open(path, clock)
+    other = session_key("acme", "t")
+    await create(store, ttl=Duration(seconds=60))
+    await create(store, other, ttl=Duration(seconds=7200))
+    await start(store, "r1", said("m1", run="r1"))
+    await store.close()
+    with closing(sqlite3.connect(path)) as connection, connection:
+        assert 2 == connection.execute("UPDATE logs SET body = x'ff' WHERE epoch IS NOT NULL").rowcount
+    store = await SqliteStore.open(path, clock)
+    try:
+        clock.now += 3_600_000_000
+        assert [KEY] == await store.expired_sessions(clock.now, 10)
+        assert not await store.expire_session(other)
+        assert await store.expire_session(KEY)
+        assert [] == await store.expired_sessions(clock.now, 10)
+        await store.sweep_sessions()
+    finally:
+        await store.close()
+    with closing(sqlite3.connect(path)) as connection:
+        assert [("t",)] == connection.execute("SELECT session FROM sessions").fetchall()
+        assert [] == connection.execute("SELECT run FROM runs").fetchall()

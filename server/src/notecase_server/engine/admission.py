@@ -22,7 +22,7 @@ from notecase_server.engine.opening import (
     way_of,
     without_values,
 )
-from notecase_server.engine.rewind import Back, rewound
+from notecase_server.engine.rewind import Back, rewound, undisturbed
 from notecase_server.engine.rewind import back as way_back
 from notecase_server.engine.roster import Caused, Roster
 from notecase_server.engine.run_log import WAITING
@@ -220,24 +220,25 @@ class Admission:
         """Commits with the way back before the commit's events; `late` as for LiveSession.commit. The caller holds the
         session's lock, and yet others write: what they wrote meanwhile is rewound too, unless the commit has a
         condition of its own."""
+        commit_once = partial(self._committed_back, live, commit, way, cause_id, late)
+        return await (undisturbed(live.quiet, commit_once) if commit.if_last_sequence is None else commit_once())
+
+    async def _committed_back(
+        self, live: LiveSession, commit: Commit, way: Back, cause_id: str, late: Late | None
+    ) -> Committed:
         assert way.to_sequence is not None
-        while True:
-            _, session = await self._sessions.watched(live.key)
-            if busy := session.active_run or next((queued.run for queued in session.queued_commands), ""):
-                raise errors.run_active(names.run(live.key.session, busy))
-            if commit.if_last_sequence not in {None, session.last_sequence}:
-                raise errors.sequence_mismatch(session.last_sequence)
-            back = await rewound(self._store, live.key, way.to_sequence, way.field)
-            if commit.start is not None and not any(event.HasField("message_added") for event in commit.events):
-                await self._require_question(live.key, way.to_sequence)
-            for event in back.events:
-                event.cause_id = cause_id
-            try:
-                events = [*back.events, *commit.events]
-                return await live.commit(commit._replace(if_last_sequence=back.head, events=events), late)
-            except NotecaseError as error:
-                if error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:
-                    raise
+        _, session = await self._sessions.watched(live.key)
+        if busy := session.active_run or next((queued.run for queued in session.queued_commands), ""):
+            raise errors.run_active(names.run(live.key.session, busy))
+        if commit.if_last_sequence not in {None, session.last_sequence}:
+            raise errors.sequence_mismatch(session.last_sequence)
+        back = await rewound(self._store, live.key, way.to_sequence, way.field)
+        if commit.start is not None and not any(event.HasField("message_added") for event in commit.events):
+            await self._require_question(live.key, way.to_sequence)
+        for event in back.events:
+            event.cause_id = cause_id
+        events = [*back.events, *commit.events]
+        return await live.commit(commit._replace(if_last_sequence=back.head, events=events), late)
 
     async def named_agent(self, tenant: str, name: str) -> v1.Agent:
         """Returns the agent of that name, or its revision. Raises NotecaseError AGENT_NOT_FOUND."""

@@ -79,21 +79,15 @@ def sources(services: Services, llm: v1.LlmAgent) -> Sequence[Source]:
     return [Source(own), *others]
 
 
-async def ask_at_rest(
-    models: Sequence[Source], once: Callable[[Source], Awaitable[T]], spend: Callable[[v1.Usage], None]
-) -> T:
+async def ask_at_rest(models: Sequence[Source], once: Callable[[Source], Awaitable[T]]) -> T:
     """Returns what `once` does of the first model that answers, where no run is at work: each is asked again and the
-    next one after it as in a run. `spend` is called with what each call that failed has used, as far as its provider
-    says. Raises what the last one that was asked raises."""
+    next one after it as in a run. Raises what the last one that was asked raises."""
     for number, source in enumerate(models):
         most, seconds = source.named.repeats
         for repeat in itertools.count():
             try:
                 return await once(source)
             except NotecaseError as error:
-                if error.usage is not None:
-                    source.own(error.usage)
-                    spend(error.usage)
                 if (wait := _wait(error, repeat, most, seconds)) is None:
                     if number == len(models) - 1 or error.reason != v1.ERROR_REASON_MODEL_UNAVAILABLE:
                         raise

@@ -1,7 +1,9 @@
 """Rewinds, forks and compacts a session while no run is at work in it."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import structlog
 from notecase import v1
 
 from notecase_server import errors, names
@@ -11,9 +13,13 @@ from notecase_server.engine.asking import Source, ask_at_rest, sources
 from notecase_server.engine.rewind import Back, ended
 from notecase_server.engine.roster import Caused
 from notecase_server.engine.services import Services
+from notecase_server.engine.session import LiveSession
 from notecase_server.engine.sessions import Sessions
-from notecase_server.errors import Violation
-from notecase_server.store.contract import Answer, Commit, Committed, Fork, SessionKey
+from notecase_server.errors import NotecaseError, Violation
+from notecase_server.store.contract import Answer, Commit, Committed, Fork, Replayed, SessionKey
+from notecase_server.supervisor import is_passing
+
+log = structlog.get_logger()
 
 
 class AtRest:
@@ -91,22 +97,60 @@ class AtRest:
         llm = (await self._admission.named_agent(key.tenant, agent_name or session.agent)).llm
         keep = keep_recent or llm.context.summary.keep_recent or summary.KEEP_RECENT
         plan = await summary.plan(self._store, key, session.summary_sequence, keep, batch=1)
-        events: list[v1.Event] = []
-        if plan is not None:
-            events = await self._summarized(plan, llm)
-        for event in events:
-            event.cause_id = caused.cause_id
-        return await live.commit(Commit(key=key, once=caused.once, events=events, principal=caused.principal))
+        events, usage = list[v1.Event](), list[v1.Event]()
+        try:
+            if plan is not None:
+                events = await self._summarized(plan, llm, usage)
+        except BaseException:  # its caller gone, perhaps
+            await self._services.supervisor.whole(self._counted(live, usage, caused))
+            raise
+        return await self._services.supervisor.whole(self._kept(live, events, usage, caused))
 
-    async def _summarized(self, plan: summary.Plan, llm: v1.LlmAgent) -> list[v1.Event]:
-        """Returns the summary's events, with what the calls used that failed before it."""
-        request, failed = plan.request(llm), list[v1.Event]()
+    async def _kept(
+        self, live: LiveSession, events: Sequence[v1.Event], usage: Sequence[v1.Event], caused: Caused
+    ) -> Committed:
+        """Commits the summary and what it took, and the latter also where the summary is refused."""
+        both = [*events, *usage]
+        for event in both:
+            event.cause_id = caused.cause_id
+        try:
+            return await live.commit(Commit(key=live.key, once=caused.once, events=both, principal=caused.principal))
+        except (NotecaseError, Replayed) as refused:
+            if not is_passing(refused):  # else it may have been made
+                await self._counted(live, usage, caused)
+            raise
+
+    async def _counted(self, live: LiveSession, usage: Sequence[v1.Event], caused: Caused) -> None:
+        """Commits what was used for nothing, if the session is still there."""
+        if usage:
+            for event in usage:
+                event.cause_id = caused.cause_id
+            try:
+                await live.commit(Commit(key=live.key, events=usage, principal=caused.principal))
+            except NotecaseError as error:
+                log.warning("usage_lost", session=live.key.session, reason=errors.reason_name(error.reason))
+
+    async def _summarized(self, plan: summary.Plan, llm: v1.LlmAgent, usage: list[v1.Event]) -> list[v1.Event]:
+        """Returns the summary's event. Adds to `usage` what each call of a model took, also where there is none."""
+        request = plan.request(llm)
 
         async def once(source: Source) -> list[v1.Event]:
-            text, usage = await summary.write(source.named.provider, source.fit(request))
-            source.own(usage)
-            return plan.events(text, usage)
+            taken: v1.Usage | None = None
 
-        models = sources(self._services, llm)
-        made = await ask_at_rest(models, once, lambda usage: failed.append(v1.Event(usage=usage)))
-        return [*made, *failed]
+            def used(one: v1.Usage) -> None:
+                nonlocal taken
+                source.own(one)
+                taken = one
+
+            try:
+                text, _ = await summary.write(source.named.provider, source.fit(request), used)
+                return [plan.event(text)]
+            except NotecaseError as error:
+                if error.usage is not None:
+                    used(error.usage)
+                raise
+            finally:
+                if taken is not None:
+                    usage.append(v1.Event(usage=taken))
+
+        return await ask_at_rest(sources(self._services, llm), once)

@@ -214,7 +214,7 @@ class Commands:
     ) -> Committed:
         change = v1.RunStateChanged(state=v1.Run.STATE_CANCELLED, reason=cancel.reason)
         event = v1.Event(run=run_id, cause_id=caused.cause_id, run_state_changed=change)
-        return await self._sessions.commit(
+        return await self._sessions.live(key).commit(
             Commit(
                 key=key,
                 once=caused.once,

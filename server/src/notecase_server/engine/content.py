@@ -26,6 +26,9 @@ log = structlog.get_logger()
 MAX_PART_BYTES = 256 << 10
 """What a part keeps to itself; more becomes a blob, so that pages of messages stay small."""
 
+JSON_AT_ONCE = 64 << 10
+"""Bytes of a value that take a few milliseconds to become JSON; more becomes that in a thread."""
+
 MAX_MESSAGE_BYTES = PAGE_BYTES - (64 << 10)
 """Bytes of a message, without what becomes blobs: it fits into one page."""
 
@@ -307,7 +310,8 @@ class Contents:
                 return v1.Part(data=v1.InlineData(data=value.bytes_value, media_type=BINARY))
             case "string_value":
                 return v1.Part(text=value.string_value)
-        return v1.Part(json=json.dumps(_shown(value), ensure_ascii=False))
+        large = value.ByteSize() > JSON_AT_ONCE
+        return v1.Part(json=await asyncio.to_thread(_json, value) if large else _json(value))
 
 
 async def digest_of(data: bytes) -> bytes:
@@ -322,6 +326,10 @@ def is_large(part: v1.Part) -> bool:
     if 4 * len(text) <= MAX_PART_BYTES:  # a character has at most four
         return False
     return len(text) > MAX_PART_BYTES or len(text.encode()) > MAX_PART_BYTES
+
+
+def _json(value: v1.Value) -> str:
+    return json.dumps(_shown(value), ensure_ascii=False)
 
 
 def _shown(value: v1.Value) -> object:

@@ -7,6 +7,7 @@ from notecase import v1
 
 from notecase_server import errors
 from notecase_server.engine.schema import Unfenced
+from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import (
     MAX_MEDIA_BYTES,
     Call,
@@ -110,7 +111,10 @@ class Draft:
                 self._size += len(tool.encode(errors="replace"))
             case Text(text):
                 assert self._unfenced is not None
-                if not (text := self._unfenced.feed(text)):
+                text = self._unfenced.feed(text)
+                if self._size + self._unfenced.held > MAX_REPLY_BYTES:
+                    raise _too_long()
+                if not text:
                     return False
                 block = self._json()
             case Reasoning(text):
@@ -120,8 +124,7 @@ class Draft:
         first = not block.data
         self._size += block.add(text)
         if self._size + BLOCK_BYTES * len(self.blocks) > MAX_REPLY_BYTES:
-            told = f"The model's reply is longer than {MAX_REPLY_BYTES} bytes."
-            raise errors.limit_exceeded("reply_bytes", MAX_REPLY_BYTES, told)
+            raise _too_long()
         return first
 
     def make_room(self, size: int) -> None:
@@ -244,3 +247,8 @@ class Draft:
         if self.blocks and self.blocks[-1].kind == kind:
             return self.blocks[-1]
         return self._begin(Block(kind))
+
+
+def _too_long() -> NotecaseError:
+    told = f"The model's reply is longer than {MAX_REPLY_BYTES} bytes."
+    return errors.limit_exceeded("reply_bytes", MAX_REPLY_BYTES, told)

@@ -26,11 +26,15 @@ from notecase_server.errors import NotecaseError
 from notecase_server.models.contract import Finish, Media, ModelRequest, Used
 from notecase_server.models.contract import Tool as ModelTool
 from notecase_server.store import bindings
-from notecase_server.tools.contract import Function, Outcome
+from notecase_server.tools.contract import Function, Outcome, Toolbox
 
 OUTPUT_REPEATS = 1
 """How often a reply that is not what the agent's output_schema asks for is asked for again: a model that was told what
 is wrong either knows better at once, or not at all."""
+
+
+NOTE_AT_ONCE = 64 << 10
+"""Characters of JSON that take a few milliseconds to become a value."""
 
 
 class Reply(NamedTuple):
@@ -43,13 +47,26 @@ class Reply(NamedTuple):
     read: Mapping[str, Outcome]
     """What the engine itself answers, by call: see Results.read."""
 
-    def note(self, agent: v1.Agent) -> v1.Value | None:
-        """Returns a reply that ends a turn as it is put under the agent's output_key: its text, or what its JSON
-        says."""
+    async def note(self, agent: v1.Agent) -> v1.Event | None:
+        """Returns the event that puts a reply without calls under the agent's output_key: its text, or what its JSON
+        says. Of much JSON it is made in a thread."""
+        key, parts = agent.output_key, self.message.parts
+        if not key or any(part.HasField("tool_call") for part in parts):
+            return None
         if agent.llm.output_schema:
-            return next((value_of(part.json) for part in self.message.parts if part.HasField("json")), None)
-        text = "".join(part.text for part in self.message.parts)
-        return v1.Value(string_value=text) if text else None
+            text = next((part.json for part in parts if part.HasField("json")), "")
+            large = len(text) > NOTE_AT_ONCE
+            return (await asyncio.to_thread(_note, key, text) if large else _note(key, text)) if text else None
+        text = "".join(part.text for part in parts)
+        return _put(key, v1.Value(string_value=text)) if text else None
+
+
+def _note(key: str, text: str) -> v1.Event:
+    return _put(key, value_of(text))
+
+
+def _put(key: str, value: v1.Value) -> v1.Event:
+    return v1.Event(state_changed=v1.StateChanged(ops=[v1.StateOp(key=key, set=value)]))
 
 
 class ModelTurn:
@@ -189,7 +206,7 @@ class ModelTurn:
         of tools and refusals are not such replies. Raises OUTPUT_INVALID."""
         repeat = 0
         while (reply := self._draft.json) is not None:
-            problem = await self._services.schemas.problem(request.output_schema, reply)
+            problem = await self._halts.cut(self._services.schemas.problem(request.output_schema, reply))
             if not problem:
                 break
             self._log.log.info("reply_invalid", problem=problem, finish_reason=finish.reason)
@@ -262,25 +279,33 @@ class ModelTurn:
         return await summary.write(source.named.provider, source.fit(request), used)
 
 
-async def bind(run_log: RunLog) -> Mapping[str, Bound]:
-    """Returns what the model may call, by name. What an MCP server cannot give is put on record and left out, unless
-    the agent requires it. TOOL_ERROR when what is required cannot be had, or two tools have one name."""
+async def bind(run_log: RunLog, halts: Halts) -> Mapping[str, Bound]:
+    """Returns what the model may call, by name. MCP servers are all asked at the same time, which a halt cuts: Halted.
+    What one cannot give is put on record and left out, unless the agent requires it. TOOL_ERROR when what is required
+    cannot be had, or two tools have one name."""
     found: list[Sequence[Function]] = []
     tools = bindings.declared(run_log.agent, run_log.run)
+    remote = [tool for tool in tools if tool.HasField("mcp")]
+    answers = iter(await halts.cut(_resolved(run_log.services.toolbox, remote)) if remote else ())
     for tool in tools:
         if tool.HasField("client"):
             found.append([ledger.called_by_caller(tool)])
-            continue
-        try:
+        elif not tool.HasField("mcp"):
             found.append(await run_log.services.toolbox.resolve(tool))
-        except NotecaseError as error:
-            if not tool.HasField("mcp") or tool.mcp.required:
-                raise
+        elif not isinstance(answer := next(answers), BaseException):
+            found.append(answer)
+        elif isinstance(answer, NotecaseError) and not tool.mcp.required:
             found.append([])
-            missing = v1.ToolsUnavailable(server=tool.mcp.server, error=error.to_proto())
+            missing = v1.ToolsUnavailable(server=tool.mcp.server, error=answer.to_proto())
             event = v1.Event(tools_unavailable=missing)
             await run_log.durably(lambda event=event: [event])  # type: ignore[misc]
+        else:
+            raise answer
     return ledger.bind(run_log.agent, run_log.run, found) if tools else {}
+
+
+async def _resolved(toolbox: Toolbox, tools: Sequence[v1.Tool]) -> Sequence[Sequence[Function] | BaseException]:
+    return await asyncio.gather(*map(toolbox.resolve, tools), return_exceptions=True)
 
 
 def _complaint(problem: str, schema: str) -> str:

@@ -71,7 +71,7 @@ class Queue:
         """The caller holds the session's lock."""
         log.error("queued_start_failed", session=key.session, run=run, reason=errors.reason_name(error.reason))
         change = v1.RunStateChanged(state=v1.Run.STATE_FAILED, error=error.to_proto())
-        await self._sessions.commit(Commit(key=key, events=[v1.Event(run=run, run_state_changed=change)]))
+        await self._sessions.live(key).commit(Commit(key=key, events=[v1.Event(run=run, run_state_changed=change)]))
 
     async def _first_queued(self, key: SessionKey) -> tuple[v1.Session, v1.QueuedCommand, v1.Agent] | None:
         session = await self._store.get_session(key)

@@ -4,19 +4,29 @@ The log is not cut. A mark supersedes the messages since; the calls that were op
 write the state back, so that a reader folds the log with the rules it has.
 """
 
-from typing import NamedTuple
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import NamedTuple, TypeVar
 
 from notecase import v1
 
 from notecase_server import errors
 from notecase_server.engine import ledger
-from notecase_server.errors import Violation
+from notecase_server.errors import NotecaseError, Violation
 from notecase_server.store.contract import PAGE_BYTES, History, Past, SessionKey
 from notecase_server.store.fold import open_calls
+
+T = TypeVar("T")
 
 PAGE_OPS = 500
 """Operations in one event, which ends at PAGE_BYTES of them, too: what puts a state back may be more than one event
 should hold."""
+
+
+RACES = 3
+"""How often a way back is worked out again because others wrote meanwhile. Then they wait: see LiveSession.quiet."""
 
 
 class Rewind(NamedTuple):
@@ -33,6 +43,21 @@ class Back(NamedTuple):
     to_sequence: int | None
     field: str = ""
     """Where the caller named the sequence."""
+
+
+async def undisturbed(quiet: asyncio.Lock, act: Callable[[], Awaitable[T]]) -> T:
+    """Returns what `act` does once it is not refused with SEQUENCE_MISMATCH. After RACES tries it holds `quiet`, for
+    which the others wait that write to the session."""
+    async with AsyncExitStack() as until_done:
+        for tries in itertools.count(1):
+            try:
+                return await act()
+            except NotecaseError as error:
+                if error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:
+                    raise
+            if tries == RACES:
+                await until_done.enter_async_context(quiet)
+    raise AssertionError("a try returns or raises")
 
 
 async def back(store: History, key: SessionKey, run: v1.Run, way: Back) -> Rewind:

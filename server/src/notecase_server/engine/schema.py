@@ -6,6 +6,7 @@ process and no more. It is started when it is first needed, and kept.
 """
 
 import asyncio
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -180,8 +181,19 @@ _FENCES = frozenset({"```", "```json", "```json5", "```jsonc"})
 
 _BEGINS_JSON = frozenset('{["-0123456789`')
 
+_AROUND = "` \t\r\n"
+"""What a fence and the space around JSON are made of."""
+
 _HELD_PROSE = 16 << 10
-"""Characters in front of a fence that are waited through: a sentence or two."""
+"""Characters in front of a fence that are waited through, and of those behind it that are kept: a sentence or two."""
+
+
+_BLANK = re.compile(r"\s*")
+
+
+def _blank_until(text: str, start: int) -> int:
+    found = _BLANK.match(text, start)
+    return found.end() if found else start
 
 
 class Unfenced:
@@ -192,47 +204,75 @@ class Unfenced:
     all of it together is the reply. Words without a fence stay: they are no JSON, which the model is then told."""
 
     def __init__(self) -> None:
-        self._held = ""
+        self.held = 0
+        """Characters that were taken in and not given out: with those behind the closing fence, which are not kept."""
+        self._held: list[str] = []
         self._begun = False
         self._fenced = False
         self._closed = False
+        self._again = False
+        """Another fence has come behind the closing one."""
+        self._last = ""
+        """The last two characters behind the closing fence."""
 
     def feed(self, piece: str) -> str:
         """As much of the reply as is certain."""
-        text = self._held + piece
         if self._closed:
-            self._held = text
+            self._behind(piece)
             return ""
+        if self._begun and not piece.strip(_AROUND):
+            ends_fence = self._fenced and "\n```" in "".join(self._held[-3:])[-3:] + piece
+            if not ends_fence:
+                self._hold(piece)
+                return ""
+        text = self._taken() + piece
         if not self._begun:
             found = self._begin(text)
             if found is None:
-                self._held = text
+                self._hold(text)
                 return ""
             text = found
             self._begun = bool(text) or self._fenced
         if self._fenced:
             # No string of JSON holds a line break, so that this is the fence.
-            inner, closed, _ = text.partition("\n```")
+            inner, closed, behind = text.partition("\n```")
             if closed:
                 self._closed = True
-                self._held = text[len(inner) :]
+                self._behind(behind)
                 return inner.rstrip()
-        sure = text.rstrip("` \t\r\n")
-        self._held = text[len(sure) :]
+        sure = text.rstrip(_AROUND)
+        self._hold(text[len(sure) :])
         return sure
+
+    def _hold(self, piece: str) -> None:
+        if piece:
+            self._held.append(piece)
+            self.held += len(piece)
+
+    def _behind(self, piece: str) -> None:
+        """Takes in what comes behind the closing fence. Of that only the beginning is kept."""
+        joint = self._last + piece
+        self._again = self._again or "```" in joint
+        self._last = joint[-2:]
+        if self.held < _HELD_PROSE:
+            self._held.append(piece[:_HELD_PROSE])
+        self.held += len(piece)
 
     def _begin(self, text: str) -> str | None:
         """The text behind the opening fence, or all of it where it begins as JSON does. None while that is open."""
-        text = text.lstrip()
+        start = _blank_until(text, 0)
+        while start < len(text) and text[start] not in _BEGINS_JSON:
+            thought = text.find("</think>", start)
+            if thought < 0:
+                break
+            start = _blank_until(text, thought + len("</think>"))  # opened in the prompt, where the template has it
+        text = text[start:]
         if not text:
             return ""
         if text[0] == "`":
             return self._behind_fence(text, "")
         if text[0] in _BEGINS_JSON:
             return text
-        _, thought, rest = text.partition("</think>")
-        if thought:  # opened in the prompt, where the model's template has it
-            return self._begin(rest)
         words, fence, rest = text.partition("\n```")
         if fence:
             return self._behind_fence(fence[1:] + rest, words + "\n")
@@ -251,15 +291,21 @@ class Unfenced:
         """What was held back for a fence, once a call shows that it was said beside that."""
         if self._begun:
             return ""
-        words, self._held, self._begun = self._held, "", bool(self._held.strip())
+        words = self._taken()
+        self._begun = bool(words.strip())
         return words
+
+    def _taken(self) -> str:
+        held = "".join(self._held)
+        self._held, self.held = [], 0
+        return held
 
     def end(self) -> str:
         """The rest, once the reply is whole."""
-        rest, self._held = self._held.rstrip(), ""
+        rest = self._taken().rstrip()
         if self._closed:
             # Words behind the fence are left out; another fence makes it more than one reply.
-            return "" if "```" not in rest.lstrip().removeprefix("```") else rest
+            return f"\n```{rest}" if self._again else ""
         return rest.removesuffix("```").rstrip() if self._fenced else rest
 
 

@@ -30,7 +30,8 @@ ASKS = 6
 cannot be known yet, and it is asked on without the caller."""
 
 NOTICES = 64
-"""Passing notices kept for watchers that are behind; each can be recovered from what is stored."""
+"""Passing notices kept for watchers that are behind, of at most TAIL_BYTES together, or the newest alone; each can be
+recovered from what is stored."""
 
 
 class Bell(dict[asyncio.Future[None], None]):
@@ -97,9 +98,13 @@ class LiveSession:
         """Rung for everything: what is rung here only is text, which is sent in batches."""
         self.noticed = 0
         """Notices ever given: the number of the newest."""
-        self._notices: list[v1.Event] = []
+        self._notices: list[tuple[v1.Event, int]] = []
+        """With their bytes."""
         self._tail: list[v1.Event] = []
         self._tail_bytes = 0
+        self.quiet = asyncio.Lock()
+        """Held by whoever can commit only while no writer outside of runs does: they wait. Taken in a session that has
+        an active run before the session's own lock, and in any other one after it."""
         self._store = store
         self._sessions = sessions
         self._lock = asyncio.Lock()
@@ -237,12 +242,15 @@ class LiveSession:
     def notices(self, after: int) -> list[v1.Event]:
         """Returns the notices given after number `after`, as far as they are kept. Not copies."""
         missed = min(self.noticed - after, len(self._notices))
-        return self._notices[len(self._notices) - missed :] if missed > 0 else []
+        return [event for event, _ in self._notices[len(self._notices) - missed :]] if missed > 0 else []
 
-    def notice(self, event: v1.Event) -> None:
-        """Gives the watchers an event that is not stored."""
-        self._notices.append(event)
+    def notice(self, event: v1.Event, size: int) -> None:
+        """Gives the watchers an event of so many bytes that is not stored."""
+        self._notices.append((event, size))
         del self._notices[:-NOTICES]
+        over = sum(size for _, size in self._notices) - TAIL_BYTES
+        while over > 0 and len(self._notices) > 1:
+            over -= self._notices.pop(0)[1]
         self.noticed += 1
         self.ring()
 

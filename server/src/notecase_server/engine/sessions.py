@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Protocol, TypeVar
 from weakref import WeakValueDictionary
 
+import structlog
 from notecase import v1
 
 from notecase_server import errors, names
@@ -33,6 +34,8 @@ from notecase_server.store.contract import (
 )
 
 T = TypeVar("T")
+
+log = structlog.get_logger()
 
 BATCH = 100
 """Sessions deleted one after another before it is asked for more."""
@@ -62,6 +65,8 @@ class Sessions:
         self.content_limit = content_limit
         self.unsure: Callable[[LiveSession], None] = lambda _: None
         """Called with a session when nobody knows whether a commit of it was made: see Upkeep.settle_commits."""
+        self.gone: Callable[[SessionKey], None] = lambda _: None
+        """Called with a session that is deleted: see Timers.disarm."""
         self.transcripts = Transcripts()
         self._new_uid = new_uid
         self._live: WeakValueDictionary[SessionKey, LiveSession] = WeakValueDictionary()
@@ -119,7 +124,11 @@ class Sessions:
 
     async def commit(self, commit: Commit) -> Committed:
         """Commits as LiveSession.commit does, for writes that no run makes."""
-        return await self.live(commit.key).commit(commit)
+        live = self.live(commit.key)
+        if live.quiet.locked():
+            async with live.quiet:
+                pass
+        return await live.commit(commit)
 
     async def update_state(
         self,
@@ -172,7 +181,7 @@ class Sessions:
         lives: Iterable[LiveSession],
     ) -> Iterator[None]:
         """Yields once for each session that it has looked at."""
-        notice = v1.Event()
+        notice, size = v1.Event(), 0
         for live in lives:
             mine = live.key.tenant == scope.tenant and (scope.kind == "app" or live.user == f"users/{scope.id}")
             if mine and live is not besides:
@@ -182,7 +191,8 @@ class Sessions:
                     change.ops.extend(ops)
                     for op in change.ops:
                         op.ClearField("if_version")
-                live.notice(notice)
+                    size = notice.ByteSize()
+                live.notice(notice, size)
             yield
 
     def ring(self) -> None:
@@ -204,13 +214,23 @@ class Sessions:
         self._gone(key)
 
     async def expire(self, now: int) -> int:
-        """Deletes every session whose time has come; returns how many. Afterwards as `delete`. What the store's own
-        clock does not take for expired is left to the next call."""
+        """Deletes every session whose time has come; returns how many. Afterwards as `delete`. What the store refuses,
+        or its own clock does not take for expired, is left to the next call."""
         gone, more = 0, True
-        while more and (keys := await self.store.expired_sessions(now, BATCH)):
+        refused = set[SessionKey]()
+        while more:
             more = False
-            for key in keys:
-                if await self.store.expire_session(key):
+            for key in await self.store.expired_sessions(now, BATCH + len(refused)):
+                if key in refused:
+                    continue
+                try:
+                    expired = await self.store.expire_session(key)
+                except NotecaseError as error:
+                    log.error("session_not_expired", session=key.session, reason=errors.reason_name(error.reason))
+                    refused.add(key)
+                    more = True
+                    break  # a store that is away refuses to name the others, too
+                if expired:
                     self._gone(key)
                     gone += 1
                     more = True
@@ -252,6 +272,7 @@ class Sessions:
 
     def _gone(self, key: SessionKey) -> None:
         self.transcripts.drop(key)
+        self.gone(key)
         live = self._live.get(key)
         if live is not None:
             live.deleted = True

@@ -78,13 +78,16 @@ class Plan(NamedTuple):
         return ModelRequest(settings.model or llm.model, "", messages, generation, tools, plain=True)
 
     def events(self, text: str, usage: v1.Usage) -> list[v1.Event]:
+        return [self.event(text), v1.Event(usage=usage)]
+
+    def event(self, text: str) -> v1.Event:
         summarized = v1.Summarized(
             first_sequence=self.messages[0].sequence,
             last_sequence=self.messages[-1].sequence,
             text=text,
             previous=self.before.sequence if self.before else 0,
         )
-        return [v1.Event(summarized=summarized), v1.Event(usage=usage)]
+        return v1.Event(summarized=summarized)
 
 
 async def plan(store: History, key: SessionKey, sequence: int, keep: int, batch: int) -> Plan | None:

@@ -41,20 +41,26 @@ class Tenancy:
         self._runs = runs
 
     async def keep_looking(self) -> None:
-        """For ever, cancels what is at work in suspended tenants, and goes on with removals that were cut."""
+        """For ever, cancels what is at work in suspended tenants, and goes on with removals that were cut. One tenant's
+        trouble is logged, and its turn comes again."""
         while True:
             after: tuple[str | int, ...] | None = None
             while True:
                 page = await self._store.list_tenants(Query(PAGE, after))
                 for row in page.rows:
-                    tenant = row.name.removeprefix("tenants/")
-                    if row.state == v1.Tenant.STATE_SUSPENDED:
-                        await self.rest(tenant)
-                    elif row.state == v1.Tenant.STATE_DELETING:
-                        await self.remove(tenant)
+                    try:
+                        await self._look_after(row.name.removeprefix("tenants/"), row.state)
+                    except NotecaseError as error:
+                        log.error("tenant_delayed", tenant=row.name, reason=errors.reason_name(error.reason))
                 if (after := page.next) is None:
                     break
             await asyncio.sleep(LOOK_SECONDS)
+
+    async def _look_after(self, tenant: str, state: v1.Tenant.State.ValueType) -> None:
+        if state == v1.Tenant.STATE_SUSPENDED:
+            await self.rest(tenant)
+        elif state == v1.Tenant.STATE_DELETING:
+            await self.remove(tenant)
 
     async def rest(self, tenant: str) -> None:
         """Cancels every run of a tenant that is at work or queued."""

@@ -6,6 +6,8 @@ which is tried until it is done.
 """
 
 import asyncio
+import heapq
+import math
 from collections.abc import Awaitable, Callable, Iterator
 
 from notecase import v1
@@ -21,8 +23,8 @@ from notecase_server.tools.contract import Outcome
 
 LOOK_SECONDS = 5.0
 
-Place = tuple[SessionKey, str]
-"""A run."""
+SPARE = 64
+"""Deadlines that may be kept although they were moved or dropped, besides as many as there are."""
 
 
 class Timers:
@@ -32,26 +34,44 @@ class Timers:
         """`due` is called when a deadline of a run has come; it is then armed no more."""
         self._clock = clock
         self._due = due
-        self._deadlines: dict[Place, int] = {}
+        self._deadlines: dict[SessionKey, dict[str, int]] = {}
+        self._heap: list[tuple[int, SessionKey, str]] = []
+        """What was armed, the soonest first. What is not in `_deadlines` (any more) is skipped."""
         self._changed = Bell()
 
     def arm(self, key: SessionKey, run: str, deadline: int | None) -> None:
         """Sets the only deadline of a run, in microseconds since 1970; None for none."""
+        runs = self._deadlines.get(key, {})
+        if runs.get(run) == deadline:
+            return
         if deadline is None:
-            self._deadlines.pop((key, run), None)
-        else:
-            self._deadlines[key, run] = deadline
+            del runs[run]
+            if not runs:
+                self.disarm(key)
+            return
+        self._deadlines.setdefault(key, runs)[run] = deadline
+        heapq.heappush(self._heap, (deadline, key, run))
+        if len(self._heap) > 2 * len(self._deadlines) + SPARE:
+            self._heap = [(at, key, run) for key, runs in self._deadlines.items() for run, at in runs.items()]
+            heapq.heapify(self._heap)
+        if deadline <= self._heap[0][0]:
             self._changed.ring()
+
+    def disarm(self, key: SessionKey) -> None:
+        """Drops the deadlines of a session's runs."""
+        self._deadlines.pop(key, None)
 
     async def run(self) -> None:
         """Calls `due` for what has come, as long as the server lives."""
         while True:
             now = self._clock()
-            for place in [place for place, deadline in self._deadlines.items() if deadline <= now]:
-                del self._deadlines[place]
-                self._due(*place)
-            soonest = min(self._deadlines.values(), default=now + round(LOOK_SECONDS * 1e6))
-            await self._changed.wait(min(max(soonest - now, 0) / 1e6, LOOK_SECONDS))
+            while self._heap and self._heap[0][0] <= now:
+                at, key, run = heapq.heappop(self._heap)
+                if self._deadlines.get(key, {}).get(run) == at:
+                    self.arm(key, run, None)
+                    self._due(key, run)
+            left = self._heap[0][0] - now if self._heap else math.inf
+            await self._changed.wait(min(left / 1e6, LOOK_SECONDS))
 
 
 def deadline(log: RunLog) -> int | None:

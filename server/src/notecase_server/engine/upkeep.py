@@ -29,7 +29,8 @@ from notecase_server.store.contract import ActiveRun, SessionKey
 log = structlog.get_logger()
 
 TAKEOVER_BATCH = 32
-"""Runs taken over before others get a turn: at most so many turn to the providers at once."""
+"""Runs set to work before others get a turn: at most so many turn to the providers at once. Those that wait for people
+or callers do not count."""
 
 RAMP_SECONDS = 0.2
 """Between two batches of a takeover."""
@@ -90,6 +91,7 @@ class Upkeep:
         roster.tending = self.tending
         admission.queued = self.start_next
         sessions.unsure = self.settle_commits
+        sessions.gone = self._timers.disarm
 
     def start(self) -> None:
         """Takes over what a process before this one left, and looks after all runs from then on."""
@@ -107,13 +109,16 @@ class Upkeep:
     async def take_over(self) -> int:
         """Goes on with every run that a process before this one left, from its last commit; returns how many were at
         work. One that cannot be taken over is left for `repair`."""
-        taken_over, after = 0, None
+        taken_over, set_to_work, after = 0, 0, None
         while page := await self._store.active_runs(after, TAKEOVER_BATCH):
             for active in page:
-                taken_over += await self._adopt(active)
+                adopted = await self._adopt(active)
+                taken_over += adopted
+                if adopted or active.run.state == QUEUED:
+                    set_to_work += 1
+                    if set_to_work % TAKEOVER_BATCH == 0:
+                        await asyncio.sleep(RAMP_SECONDS)
             after = page[-1]
-            if len(page) == TAKEOVER_BATCH:
-                await asyncio.sleep(RAMP_SECONDS)
         return taken_over
 
     async def repair(self) -> None:

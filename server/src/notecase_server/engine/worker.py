@@ -20,7 +20,7 @@ from notecase_server.engine.context import Newest
 from notecase_server.engine.halt import Halt, Halted, Halts
 from notecase_server.engine.ledger import Bound
 from notecase_server.engine.model_turn import ModelTurn, Reply
-from notecase_server.engine.rewind import Rewind, back
+from notecase_server.engine.rewind import Rewind, back, undisturbed
 from notecase_server.engine.run_log import LOST, RUNNING, WAITING, RunLog, taken
 from notecase_server.engine.seat import Seat
 from notecase_server.engine.timers import Alarm
@@ -209,14 +209,15 @@ class Worker:
 
     async def _turn(self) -> None:
         if self._bound is None:
-            self._bound = await model_turn.bind(self.log)
+            self._bound = await model_turn.bind(self.log, self._halts)
         newest, self.newest = self.newest, None
         reply = await ModelTurn(self.log, self._halts, self._budget, self._bound, newest).reply()
-        await self.log.durably(partial(self._replied, reply))
+        note = await reply.note(self.log.agent) if self.log.agent.output_key else None
+        await self.log.durably(partial(self._replied, reply, note))
 
-    def _replied(self, reply: Reply) -> list[v1.Event]:
-        """The reply, and what it leads to: calls are bound and dispatched, what was queued is taken up, or the run
-        ends."""
+    def _replied(self, reply: Reply, note: v1.Event | None) -> list[v1.Event]:
+        """The reply and its note, and what it leads to: calls are bound and dispatched, what was queued is taken up, or
+        the run ends."""
         message, run = reply.message, self.log.run
         calls = [part.tool_call for part in message.parts if part.HasField("tool_call")]
         for call in calls:
@@ -224,9 +225,8 @@ class Worker:
                 call.binding.CopyFrom(reply.bound[call.tool].binding)
         message.status = v1.Message.STATUS_IN_PROGRESS if calls else v1.Message.STATUS_COMPLETED
         events = [v1.Event(message_added=message), v1.Event(usage=reply.finish.usage)]
-        if self.log.agent.output_key and not calls and (note := reply.note(self.log.agent)):
-            put = v1.StateOp(key=self.log.agent.output_key, set=note)
-            events.append(v1.Event(state_changed=v1.StateChanged(ops=[put])))
+        if note is not None:
+            events.append(note)
         limit = run.limits.max_tool_calls
         if limit and run.tool_calls + len(calls) > limit:
             told = f"The run may call tools {errors.counted(limit, 'time')}, and would need more calls."
@@ -298,29 +298,25 @@ class Worker:
             halt.done.set_result(committed)
 
     async def _sealed(self, halt: Halt) -> Committed:
-        replacement = halt.replacement
-        while True:
-            way: Rewind | None = None
-            if replacement is not None and replacement.back is not None:
-                where = (self._services.store, self.log.live.key, self.log.run, replacement.back)
-                way = await self.log.patiently(partial(back, *where))
-            head = way.head if way is not None else None
-            try:
-                committed = await self.log.surely(
-                    lambda way=way: self._sealing(halt, way),  # type: ignore[misc]
-                    once=halt.once,
-                    command=halt.command,
-                    principal=halt.principal,
-                    if_last_sequence=head,
-                    start=replacement.record if replacement is not None else None,
-                    then=(lambda made: self._roster.begin_next(self, halt, made)) if replacement else None,
-                )
-            except NotecaseError as error:
-                if way is None or error.reason != v1.ERROR_REASON_SEQUENCE_MISMATCH:
-                    raise
-            else:
-                assert committed is not None
-                return committed
+        seal, goes_back = partial(self._seal_once, halt), halt.replacement is not None and halt.replacement.back
+        return await (undisturbed(self.log.live.quiet, seal) if goes_back else seal())
+
+    async def _seal_once(self, halt: Halt) -> Committed:
+        replacement, way = halt.replacement, None
+        if replacement is not None and replacement.back is not None:
+            where = (self._services.store, self.log.live.key, self.log.run, replacement.back)
+            way = await self.log.patiently(partial(back, *where))
+        committed = await self.log.surely(
+            lambda: self._sealing(halt, way),
+            once=halt.once,
+            command=halt.command,
+            principal=halt.principal,
+            if_last_sequence=way.head if way is not None else None,
+            start=replacement.record if replacement is not None else None,
+            then=(lambda made: self._roster.begin_next(self, halt, made)) if replacement else None,
+        )
+        assert committed is not None
+        return committed
 
     def _sealing(self, halt: Halt, way: Rewind | None) -> list[v1.Event]:
         events = [*self.log.cut(), *ledger.sealed(self.log.run, self.log.message, halt.reason)]

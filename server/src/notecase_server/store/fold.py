@@ -508,15 +508,16 @@ def _resolve_input(rows: Rows, key: SessionKey, event: v1.Event) -> None:
 def can_hold(value: v1.Value, depth: int = 1) -> bool:
     """Whether a state can: numbers are finite, no value is missing, and lists and maps have at most MAX_VALUE_DEPTH
     levels, since protobuf parsers stop at 100 nested messages and what was committed must be readable in an event."""
+    held: Iterable[v1.Value]  # never made a list of: that takes a second at once where there are a million
     match value.WhichOneof("kind"):
         case None:
             return False
         case "double_value":
             return math.isfinite(value.double_value)
         case "list_value":
-            held = list(value.list_value.values)
+            held = value.list_value.values
         case "map_value":
-            held = list(value.map_value.values.values())
+            held = value.map_value.values.values()
         case _:
             return True
     return depth <= MAX_VALUE_DEPTH and all(can_hold(item, depth + 1) for item in held)
@@ -529,13 +530,16 @@ RESERVED_KEYS = frozenset({"user", "app"})
 
 
 def ops_fit(ops: Iterable[v1.StateOp]) -> bool:
-    """Whether a state can hold what each operation gives it, under that key."""
+    """Whether a state can hold what each operation gives it, under that key. What is larger than a page is not looked
+    into."""
     for op in ops:
         kind = op.WhichOneof("op")
         if kind is None or not 0 < len(op.key.encode()) <= MAX_KEY_BYTES:
             return False
-        if (kind == "set" and not can_hold(op.set)) or (kind == "append" and not can_hold(op.append, depth=2)):
-            return False
+        if kind in {"set", "append"}:
+            value: v1.Value = getattr(op, kind)
+            if value.ByteSize() > PAGE_BYTES or not can_hold(value, depth=1 if kind == "set" else 2):
+                return False
     return True
 
 

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import NamedTuple, Self, TypeVar
 
 from google.protobuf.field_mask_pb2 import FieldMask
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 from notecase import v1
 
 from notecase_server import errors
@@ -419,9 +419,19 @@ def _delete(tables: Tables, key: SessionKey, session: v1.Session) -> None:
     tables.delete_session(key)
 
 
+EXPIRED_LOOK = 1000
+"""Expired sessions among which one is looked for whose row is damaged: it is deleted when fewer are older than it."""
+
+
 def expire_session(tables: Tables, now: int, key: SessionKey) -> bool:
     """Store.expire_session."""
-    found = tables.session(key)
+    try:
+        found = tables.session(key)
+    except DecodeError:  # its row is damaged: the time is in a column, too
+        expired = key in tables.expired(now, EXPIRED_LOOK)
+        if expired:
+            tables.delete_session(key)
+        return expired
     if found is None or not found.session.HasField("expire_time"):
         return False
     if found.session.expire_time.ToMicroseconds() > now:
