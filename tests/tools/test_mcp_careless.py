@@ -149,25 +149,38 @@ TEXT = '{"jsonrpc":"2.0","id":ID,"result":{"content":[{"type":"text","text":"%s"
 REFUSED = "The MCP server 's' refused the call: "
 
 
-async def test_an_answer_on_pipes_that_is_not_quite_one_is_mended_or_an_error_at_once(tmp_path: Path) -> None:
+LINES = {
+    TEXT % "a\\ud83d": "a\ufffd",
+    TEXT % "caf\xe9": "caf\ufffd",
+    '{"jsonrpc":"2.0","id":ID,"error":{"code":"E1","message":"No city."}}': f"{REFUSED}No city.",
+    '{"jsonrpc":"2.0","id":ID,"error":{"code":1,"message":null}}': f"{REFUSED}It gave no reason.",
+    '{"jsonrpc":"2.0","id":ID,"error":"No city."}': f"{REFUSED}No city.",
+    '{"jsonrpc":"2.0","id":ID,"result":5}': f"{REFUSED}It gave an answer that is not valid.",
+    '{"jsonrpc":"2.0","id":null,"error":{"code":1,"message":"No city."}}': f"{REFUSED}No city.",
+    '{"jsonrpc":"2.0","error":{"code":"E1","message":"No city."}}': f"{REFUSED}No city.",
+}
+
+
+@pytest.mark.parametrize("transport", ["pipes", "http"])
+async def test_an_answer_that_is_not_quite_one_is_mended_or_an_error_at_once(tmp_path: Path, transport: str) -> None:
     """And never waited for until its time is over."""
-    lines = {
-        TEXT % "a\\ud83d": "a\ufffd",
-        TEXT % "caf\xe9": "caf\ufffd",
-        '{"jsonrpc":"2.0","id":ID,"error":{"code":"E1","message":"No city."}}': f"{REFUSED}No city.",
-        '{"jsonrpc":"2.0","id":ID,"error":{"code":1,"message":null}}': f"{REFUSED}It gave no reason.",
-        '{"jsonrpc":"2.0","id":ID,"error":"No city."}': f"{REFUSED}No city.",
-        '{"jsonrpc":"2.0","id":ID,"result":5}': f"{REFUSED}It gave an answer that is not valid.",
-        '{"jsonrpc":"2.0","id":null,"error":{"code":1,"message":"No city."}}': f"{REFUSED}No city.",
-        '{"jsonrpc":"2.0","error":{"code":"E1","message":"No city."}}': f"{REFUSED}No city.",
-    }
-    box = make_toolbox([], {"s": program(tmp_path / "pids", timeout=60)})
-    try:
-        for line, told in lines.items():
-            outcome = await box.call(BINDING, {"line": line}, context())
-            assert told == (outcome.error or "".join(part.text for part in outcome.parts)), line
-    finally:
-        await box.close()
+
+    class Saying(Lists):
+        def _answer(self, asked: dict[str, Any]) -> bytes:
+            if asked.get("method") == "tools/call":
+                line = asked["params"]["arguments"]["line"].replace("ID", str(asked["id"]))
+                return _http(f"Content-Type: {JSON}\r\n", line.encode("latin-1"))
+            return super()._answer(asked)
+
+    async with Saying(lambda cursor: {"tools": [T]}).serving() as url:
+        over = McpServerSettings(url=url, timeout=60)
+        box = make_toolbox([], {"s": over if transport == "http" else program(tmp_path / "pids", timeout=60)})
+        try:
+            for line, told in LINES.items():
+                outcome = await box.call(BINDING, {"line": line}, context())
+                assert told == (outcome.error or "".join(part.text for part in outcome.parts)), line
+        finally:
+            await box.close()
 
 
 async def test_a_program_that_hangs_is_replaced_once_it_does_not_list_its_tools(

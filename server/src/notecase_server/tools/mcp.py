@@ -31,7 +31,7 @@ from notecase_server.supervisor import Tasks
 from notecase_server.tools import naming
 from notecase_server.tools.clock import Clock
 from notecase_server.tools.contract import CallContext, Function, Outcome
-from notecase_server.tools.mcp_answers import MAX_ANSWER, Bounded
+from notecase_server.tools.mcp_answers import MAX_ANSWER, Bounded, Mended
 from notecase_server.tools.mcp_pipes import program
 from notecase_server.tools.mcp_questions import Questions
 from notecase_server.tools.mcp_settings import McpServerSettings
@@ -366,8 +366,11 @@ class _Connection:
     async def _answered(self, response: httpx2.Response) -> None:
         """Bounds what is read of an answer. 404 to a request that names its session says that the server has forgotten
         the session."""
-        events = response.headers.get("content-type", "").startswith("text/event-stream")
-        response.stream = Bounded(response, events=events)
+        kind = response.headers.get("content-type", "").lower()
+        body = response.stream = Bounded(response, events=kind.startswith("text/event-stream"))
+        asked = _asked(response.request) if response.is_success and kind.startswith("application/json") else None
+        if asked is not None:
+            response.stream = Mended(body, asked)
         if response.status_code == httpx2.codes.NOT_FOUND and SESSION in response.request.headers:
             log.info("mcp_session_gone", server=self._name)
             self.end()
@@ -411,6 +414,13 @@ class _Watched:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+
+def _asked(request: httpx2.Request) -> int | str | None:
+    """The id of what the server is asked, if it is asked something."""
+    asked = json.loads(request.content or b"{}") if request.method == "POST" else {}
+    asked_id: int | str | None = asked.get("id") if "method" in asked else None
+    return asked_id
 
 
 def _errors_of(settings: McpServerSettings) -> TextIO:

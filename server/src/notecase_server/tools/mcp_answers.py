@@ -1,15 +1,27 @@
-"""What one answer of an MCP server may have, whatever way it comes."""
+"""What one answer of an MCP server may have, whatever way it comes, and how one is read that is not quite as the
+protocol has it."""
 
+import json
+import re
 from collections.abc import AsyncIterator
-from typing import cast
+from contextlib import suppress
+from typing import Any, cast
 
 import httpx2
+from mcp import types
+from mcp.shared.message import SessionMessage
 
 from notecase_server.tools.outcome import MAX_MEDIA, MAX_RESULT
 
 MAX_ANSWER = 6 * MAX_RESULT + 2 * MAX_MEDIA
 """Bytes of one answer, be it a body, an event of a stream or a line on a pipe. JSON writes a byte of text as six at
 most, and three of media as four, so no result that is taken is longer."""
+
+Asked = set[int | str | None]
+"""Ids of what a server was asked and has not answered."""
+
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair."""
 
 MAX_OBJECTS = 10_000
 """Objects in one answer: the library makes each into one of its own before anybody can look at them, and 500,000 small
@@ -45,3 +57,58 @@ class Bounded(httpx2.AsyncByteStream):
 
     async def aclose(self) -> None:
         await self._stream.aclose()
+
+
+class Mended(httpx2.AsyncByteStream):
+    """The body that answers a request of that id, read at once and mended as `read_message` does."""
+
+    def __init__(self, stream: httpx2.AsyncByteStream, asked: int | str) -> None:
+        self._stream = stream
+        self._asked = asked
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        body = b"".join([chunk async for chunk in self._stream])
+        said = read_message(body, {self._asked})
+        if isinstance(said, SessionMessage):
+            body = said.message.model_dump_json(by_alias=True, exclude_unset=True).encode()
+        yield body
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+
+def read_message(line: bytes, asked: Asked) -> SessionMessage | Exception:
+    """A line, or a body, as a message, or why it is none: the library takes both. An answer that is not quite one is
+    mended, or becomes an error to what it answers, which would wait for it; one without an id, to what is `asked` if
+    that is only one thing."""
+    try:
+        message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
+        if isinstance(message, types.JSONRPCError) and message.id is None and len(asked) == 1:
+            message.id = next(iter(asked))
+        return SessionMessage(message)
+    except ValueError as error:
+        try:
+            value = json.loads(line.decode(errors="replace"), strict=False, parse_constant=lambda _: None)
+            if isinstance(value, dict):
+                return SessionMessage(_mended(value, asked))
+        except (ValueError, RecursionError):
+            pass
+        return error
+
+
+def _mended(said: dict[str, Any], asked: Asked) -> types.JSONRPCMessage:
+    """Raises ValueError for what is neither a message nor answers one."""
+    if "method" not in said and said.get("id") is None and len(asked) == 1:
+        said["id"] = next(iter(asked))
+    text = HALF.sub("\ufffd", json.dumps(said, ensure_ascii=False))
+    with suppress(ValueError):
+        return types.jsonrpc_message_adapter.validate_json(text, by_name=False)
+    told = said.get("error")
+    words = told.get("message") if isinstance(told, dict) else told
+    if not isinstance(words, str):
+        words = "It gave an answer that is not valid." if told is None else "It gave no reason."
+    if "method" in said or not isinstance(said.get("id"), int | str):
+        raise ValueError("an answer to nothing")
+    code = types.PARSE_ERROR if told is None else types.INTERNAL_ERROR
+    error = types.ErrorData(code=code, message=HALF.sub("\ufffd", words))
+    return types.JSONRPCError(jsonrpc="2.0", id=said["id"], error=error)

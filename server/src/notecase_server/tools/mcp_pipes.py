@@ -4,9 +4,7 @@ The protocol's library has such a transport, but it reads lines of any length.
 """
 
 import asyncio
-import json
 import os
-import re
 import signal
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
@@ -20,7 +18,7 @@ from mcp.client.stdio import get_default_environment
 from mcp.shared.message import SessionMessage
 
 from notecase_server.supervisor import Tasks
-from notecase_server.tools.mcp_answers import MAX_ANSWER, fits
+from notecase_server.tools.mcp_answers import MAX_ANSWER, Asked, fits, read_message
 from notecase_server.tools.mcp_settings import McpServerSettings
 
 log = structlog.get_logger()
@@ -35,13 +33,7 @@ LOOK_SECONDS = 0.01
 """How often it is looked whether a program has ended. The loop would tell of it only after the end of its pipes, which
 its children may hold."""
 
-Asked = set[int | str | None]
-"""Ids of what a program was asked and has not answered."""
-
 ANSWERS = (types.JSONRPCResponse, types.JSONRPCError)
-
-HALF = re.compile("[\ud800-\udfff]")
-"""Half of a surrogate pair."""
 
 CLOSED = (anyio.ClosedResourceError, anyio.BrokenResourceError, OSError)
 """What is raised where the other side of a stream or a pipe has gone."""
@@ -93,7 +85,7 @@ async def _read(
     with suppress(*CLOSED):
         async with said:
             while line := await _line(process.stdout):
-                message = _message(line, asked)
+                message = read_message(line, asked)
                 if isinstance(message, SessionMessage) and isinstance(message.message, ANSWERS):
                     asked.discard(message.message.id)
                 await said.send(message)
@@ -112,42 +104,6 @@ async def _line(pipe: asyncio.StreamReader) -> bytes | None:
     except ValueError:
         return None
     return line if fits(len(line), line.count(b"{")) else None
-
-
-def _message(line: bytes, asked: Asked) -> SessionMessage | Exception:
-    """A line as a message, or why it is none: the library takes both. An answer that is not quite one is mended, or
-    becomes an error to what it answers, which would wait for it; one without an id, to what is `asked` if that is only
-    one thing."""
-    try:
-        message = types.jsonrpc_message_adapter.validate_json(line, by_name=False)
-        if isinstance(message, types.JSONRPCError) and message.id is None and len(asked) == 1:
-            message.id = next(iter(asked))
-        return SessionMessage(message)
-    except ValueError as error:
-        try:
-            value = json.loads(line.decode(errors="replace"), strict=False, parse_constant=lambda _: None)
-            if isinstance(value, dict):
-                return SessionMessage(_mended(value, asked))
-        except (ValueError, RecursionError):
-            pass
-        return error
-
-
-def _mended(said: dict[str, Any], asked: Asked) -> types.JSONRPCMessage:
-    """Raises ValueError for what is neither a message nor answers one."""
-    if "method" not in said and said.get("id") is None and len(asked) == 1:
-        said["id"] = next(iter(asked))
-    text = HALF.sub("\ufffd", json.dumps(said, ensure_ascii=False))
-    with suppress(ValueError):
-        return types.jsonrpc_message_adapter.validate_json(text, by_name=False)
-    told = said.get("error")
-    words = told.get("message") if isinstance(told, dict) else told
-    if not isinstance(words, str):
-        words = "It gave an answer that is not valid." if told is None else "It gave no reason."
-    if "method" in said or not isinstance(said.get("id"), int | str):
-        raise ValueError("an answer to nothing")
-    error = types.ErrorData(code=types.INTERNAL_ERROR, message=HALF.sub("\ufffd", words))
-    return types.JSONRPCError(jsonrpc="2.0", id=said["id"], error=error)
 
 
 async def _write(
