@@ -17,7 +17,12 @@ from notecase_server.rpc.desk import NOTHING, Desk, checked, copied, listed, mas
 from notecase_server.rpc.validate import MAX_SCHEMA_BYTES, Check
 from notecase_server.store.contract import AgentStore, Answer
 
-AGENT_FILTER: Mapping[str, filters.FieldKind] = {"display_name": "text", "create_time": "time", "update_time": "time"}
+AGENT_FILTER: Mapping[str, filters.FieldKind] = {
+    "display_name": "text",
+    "create_time": "time",
+    "update_time": "time",
+    "labels": "labels",
+}
 EDIT_TRIES = 20
 """How often an update without an etag is merged anew when another one came between."""
 

@@ -52,6 +52,7 @@ SESSION_FILTER: Mapping[str, filters.FieldKind] = {
     "display_name": "text",
     "create_time": "time",
     "update_time": "time",
+    "labels": "labels",
 }
 MAX_IMPORT_BYTES = 1 << 30
 """Of a session's file beside its content: it waits on this machine's disk, and a gigabyte is a million messages."""
