@@ -44,6 +44,9 @@ READS = ("Get", "List")
 JUDGE_SECONDS = 2.0
 """How long a stream may go on after its credential has expired, was revoked or has changed."""
 
+MOST_METHODS = 200
+"""Methods that are remembered: more than there are. A waiting server answers every path that callers make up."""
+
 JUDGED_AT_ONCE = 100
 """Calls that are judged in one step of the loop, at most."""
 
@@ -110,7 +113,10 @@ class Doorway(grpc.aio.ServerInterceptor):
             if handler is None:
                 return None
             shape = SHAPES[handler.request_streaming, handler.response_streaming]
-            self._endpoints[method] = shape(self, method, handler).handler()
+            endpoint = shape(self, method, handler).handler()
+            if len(self._endpoints) >= MOST_METHODS:
+                return endpoint
+            self._endpoints[method] = endpoint
         return self._endpoints[method]
 
     async def close(self, patience: float) -> None:
